@@ -1,0 +1,376 @@
+"""What a run is made of: frozen, validated dataclasses.
+
+This module imports the standard library only, so that a wrong value is answered before jax is imported.
+Every field is a flag, named `--section.field`; the most used ones have a short name too (`SHORT_FLAGS`).
+A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
+
+The alphabet of the project, used in every annotation, einsum and comment:
+
+    B batch    T positions    D model width    H heads    A width of a head    L layers    V vocabulary
+    E experts  K experts per token             C capacity of an expert         F hidden width of an expert
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal, get_args, get_origin
+
+SCHEMA_VERSION = 1
+
+Norm = Literal["layernorm", "rmsnorm"]
+Positions = Literal["learned", "rope"]
+Activation = Literal["gelu", "swiglu"]
+Dispatch = Literal["gather", "einsum", "dense", "blocks"]
+Dense = Literal["none", "active", "total"]
+TokenizerKind = Literal["gpt2", "bpe", "byte"]
+OptimizerKind = Literal["adamw"]
+PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
+
+NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
+
+SHORT_FLAGS = {
+    "--data": "--data.source",
+    "--tokenizer": "--data.tokenizer",
+    "--steps": "--train.steps",
+    "--batch-size": "--train.batch-size",
+    "--grad-accum": "--train.grad-accum",
+    "--lr": "--train.lr",
+    "--optimizer": "--train.optimizer",
+    "--precision": "--train.precision",
+    "--seed": "--train.seed",
+    "--eval-every": "--train.eval-every",
+    "--save-every": "--train.save-every",
+    "--seq-len": "--model.seq-len",
+    "--experts": "--model.experts",
+    "--top-k": "--model.top-k",
+    "--capacity-factor": "--model.capacity-factor",
+    "--dispatch": "--model.dispatch",
+}
+_SHORT_OF = {long: short for short, long in SHORT_FLAGS.items()}
+
+
+class UserError(Exception):
+    """A failure that the user can mend. One line: what is wrong, with the value, and what to do. Exit 1."""
+
+
+class ConfigError(ValueError):
+    """A wrong value of a flag, or a wrong combination. One line that names the flag. Exit 2."""
+
+
+def flag_of(section: str, name: str) -> str:
+    """The flag that sets a field, by its short name where it has one: ("train", "steps") -> "--steps"."""
+    long = f"--{section}.{name}".replace("_", "-") if section else f"--{name}".replace("_", "-")
+    return _SHORT_OF.get(long, long)
+
+
+def _check(ok: bool, section: str, name: str, value: object, allowed: str) -> None:
+    if not ok:
+        raise ConfigError(f"{flag_of(section, name)} {value}: must be {allowed}")
+
+
+def _check_fields(config: object, section: str, names: tuple[str, ...], low: float, high: float) -> None:
+    """Each named field is finite and within [low, high]."""
+    for name in names:
+        value = getattr(config, name)
+        ok = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
+        _check(ok, section, name, value, f"between {low:g} and {high:g}")
+
+
+def _check_choices(config: object, section: str) -> None:
+    """Each field whose type is a Literal holds one of its values (tyro checks flags; this checks code and files)."""
+    for f in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
+        if get_origin(f.type) is Literal:
+            value = getattr(config, f.name)
+            _check(value in get_args(f.type), section, f.name, value, "one of " + ", ".join(get_args(f.type)))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model, and how its tokens are routed."""
+
+    vocab_size: int = 0
+    """V, token ids that the model knows; 0 takes the tokenizer's."""
+    seq_len: int = 256
+    """T, positions of one training sequence and the longest context (short: --seq-len)."""
+    layers: int = 4
+    """L, transformer blocks, each with attention and an MoE layer."""
+    width: int = 128
+    """D, width of the residual stream."""
+    heads: int = 4
+    """H, attention heads; must divide the width."""
+    experts: int = 8
+    """E, experts of a layer (short: --experts)."""
+    top_k: int = 2
+    """K, experts that a token is sent to (short: --top-k)."""
+    expert_hidden: int = 128
+    """F, hidden width of one expert."""
+    capacity_factor: float = 1.25
+    """Slots of an expert over its fair share of the (token, choice) pairs of a sequence (short: --capacity-factor)."""
+    norm: Norm = "rmsnorm"
+    """Normalisation before attention, experts and head."""
+    positions: Positions = "rope"
+    """Learned absolute positions, or rotary ones."""
+    activation: Activation = "swiglu"
+    """What an expert computes between its two (gelu) or three (swiglu) matrices."""
+    bias: bool = False
+    """Biases in the attention projections and in LayerNorm. The experts, the router and the head have none."""
+    tied_head: bool = True
+    """The vocabulary head is the transposed token embedding."""
+    dropout: float = 0.0
+    """Share of activations zeroed in training: embedding, attention weights, and each residual branch."""
+    dispatch: Dispatch = "gather"
+    """How training brings tokens to experts: `gather`; `einsum` and `dense` are slow references; `blocks` is
+    dropless (short: --dispatch)."""
+    dense: Dense = "none"
+    """A dense twin instead of the MoE: one FFN with the `active` or the `total` parameters of the experts and router."""
+
+    def __post_init__(self) -> None:
+        s = "model"
+        _check_choices(self, s)
+        _check_fields(self, s, ("vocab_size",), 0, 2**24)
+        _check_fields(self, s, ("seq_len",), 2, 2**20)
+        _check_fields(self, s, ("layers", "experts"), 1, 4096)
+        _check_fields(self, s, ("width", "heads", "expert_hidden"), 1, 2**17)
+        _check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
+        if self.positions == "rope":
+            even = (self.width // self.heads) % 2 == 0
+            _check(even, s, "heads", self.heads, f"such that a head (width {self.width} / heads) is even, for rope")
+        ok = 1 <= self.top_k <= self.experts
+        _check(ok, s, "top_k", self.top_k, f"between 1 and --experts {self.experts}")
+        ok = math.isfinite(self.capacity_factor) and self.capacity_factor > 0
+        _check(ok, s, "capacity_factor", self.capacity_factor, "a finite number above 0 (1.25 is usual)")
+        _check(0 <= self.dropout < 1, s, "dropout", self.dropout, "at least 0 and below 1")
+
+    @property
+    def head_width(self) -> int:
+        """A, width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def capacity(self) -> int:
+        """C, slots of one expert for one sequence of T tokens: see `capacity`."""
+        return capacity(self.seq_len, self.experts, self.top_k, self.capacity_factor)
+
+    @property
+    def dense_hidden(self) -> int:
+        """Hidden width of the dense twin: its FFN has the parameters of K (`active`) or E (`total`) experts plus
+        the router's, to within half a hidden unit."""
+        matrices = 3 if self.activation == "swiglu" else 2
+        experts = self.top_k if self.dense == "active" else self.experts
+        return round(experts * self.expert_hidden + self.experts / matrices)
+
+
+def capacity(tokens: int, experts: int, top_k: int, capacity_factor: float) -> int:
+    """Slots of one expert for a group of `tokens`: min(T, max(1, ceil(cf * T * K / E))).
+
+    Exact: the factor is read as the decimal that was typed, so that 1.1 means 11/10 and not the binary number
+    next to it, whose product can round up to one slot more. No expert can need more than T slots, since the K
+    choices of a token are distinct.
+    """
+    exact = Fraction(str(capacity_factor)) * tokens * top_k / experts
+    return min(tokens, max(1, math.ceil(exact)))
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which text, and how it becomes tokens."""
+
+    source: str = "stories"
+    """`stories` (embedded), `tinystories`, `wikitext`, `pg19`, or a file or folder of your own (short: --data)."""
+    tokenizer: TokenizerKind = "bpe"
+    """`gpt2`, `bpe` (byte-level, trained on the training text), or `byte` (short: --tokenizer)."""
+    vocab_size: int = 1024
+    """Entries of a `bpe` tokenizer, the 256 bytes and the separator included."""
+    stories: int = 60_000
+    """Training stories that the embedded corpus generates."""
+    stories_seed: int = 0
+    """Seed of the embedded corpus."""
+    eval_tokens: int = 65_536
+    """Tokens of the fixed part of the validation stream that is scored while training; the end scores all of it."""
+
+    def __post_init__(self) -> None:
+        s = "data"
+        _check_choices(self, s)
+        _check(bool(self.source.strip()), s, "source", repr(self.source), "a corpus name or a path")
+        _check_fields(self, s, ("vocab_size",), 257, 2**20)
+        _check_fields(self, s, ("stories",), 1, 10**8)
+        _check_fields(self, s, ("stories_seed",), 0, 2**63 - 1)
+        _check_fields(self, s, ("eval_tokens",), 2, 65_536)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the parameters are found."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run, and the horizon of the schedule (short: --steps)."""
+    batch_size: int = 16
+    """B, sequences of one micro-batch (short: --batch-size)."""
+    grad_accum: int = 1
+    """Micro-batches whose gradients are averaged into one step (short: --grad-accum)."""
+    optimizer: OptimizerKind = "adamw"
+    """AdamW (Loshchilov and Hutter 2019) (short: --optimizer)."""
+    lr: float = 3e-3
+    """Peak learning rate (short: --lr)."""
+    final_lr: float = 0.0
+    """Learning rate of the last step, as a share of the peak: the cosine ends there."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up; no more than a tenth of the run is taken."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
+    clip: float = 1.0
+    """Global norm that gradients are clipped to."""
+    balance_coef: float = 0.01
+    """Weight of the balance loss, which is 1 at perfect balance."""
+    z_coef: float = 1e-3
+    """Weight of the router's z-loss."""
+    precision: PrecisionKind = "auto"
+    """Compute precision; `auto` chooses from the device and says why (short: --precision)."""
+    remat: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    seed: int = 0
+    """Seed of the initial parameters, of the order of the data, of dropout and of samples (short: --seed)."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl and of the terminal."""
+    eval_every: int = 200
+    """Steps between evaluations, each with a sample of text (short: --eval-every)."""
+    save_every: int = 200
+    """Steps between checkpoints; the last step and the best evaluated step are always saved (short: --save-every)."""
+    patience: int = 0
+    """Evaluations without improvement after which training stops early; 0 never stops."""
+
+    def __post_init__(self) -> None:
+        s = "train"
+        _check_choices(self, s)
+        _check_fields(self, s, ("steps",), 1, 10**9)
+        _check_fields(self, s, ("batch_size", "grad_accum"), 1, 2**16)
+        _check_fields(self, s, ("log_every", "eval_every", "save_every"), 1, 10**9)
+        _check_fields(self, s, ("warmup_steps", "patience"), 0, 10**9)
+        _check_fields(self, s, ("seed",), 0, 2**31 - 1)
+        _check_fields(self, s, ("lr",), 1e-12, 1e3)
+        _check_fields(self, s, ("final_lr", "balance_coef", "z_coef", "weight_decay"), 0, 1e3)
+        _check_fields(self, s, ("final_lr",), 0, 1)
+        _check_fields(self, s, ("beta1", "beta2"), 0, 0.999999)
+        _check_fields(self, s, ("eps",), 1e-30, 1)
+        _check_fields(self, s, ("clip",), 1e-6, 1e9)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run: what `train.py` is told, and what `config.json` holds."""
+
+    preset: str = "nano"
+    """Where the other settings start from."""
+    out: str = ""
+    """Folder of the run; empty: runs/PRESET."""
+    resume: bool = False
+    """Go on from the newest checkpoint of the folder."""
+    tensorboard: bool = False
+    """Write TensorBoard event files as well (extra `tensorboard`)."""
+    wandb: bool = False
+    """Log to Weights & Biases as well (extra `wandb`)."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def __post_init__(self) -> None:
+        _check(self.preset in PRESETS, "", "preset", self.preset, "one of " + ", ".join(PRESETS))
+
+    @property
+    def run_dir(self) -> str:
+        """The folder of the run: --out, else runs/PRESET, with the twin's name where the model is a dense twin."""
+        twin = "" if self.model.dense == "none" else f"-dense-{self.model.dense}"
+        return self.out or f"runs/{self.preset}{twin}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready dict, with the version of its schema."""
+        return {"schema_version": SCHEMA_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """The inverse of `to_dict`. Keys that are no field (`versions`, `history`) are left to the caller.
+
+        Raises UserError where the file was written by another schema, ConfigError where a value is wrong.
+        """
+        version = values.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise UserError(
+                f"config.json has schema version {version}, this program reads {SCHEMA_VERSION}: "
+                "use the version of moe-jax that wrote it, or start a new run in another folder"
+            )
+        sections = {"model": ModelConfig, "data": DataConfig, "train": TrainConfig}
+        top = {f.name for f in dataclasses.fields(cls)} - set(sections)
+        return cls(
+            **{k: v for k, v in values.items() if k in top},
+            **{name: _section(kind, name, values.get(name, {})) for name, kind in sections.items()},
+        )
+
+
+def _section(kind: type, name: str, values: dict[str, Any]) -> Any:
+    known = {f.name for f in dataclasses.fields(kind)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"config.json: {name} has the unknown field {unknown[0]!r}; it was written by another version")
+    return kind(**values)
+
+
+# Presets, as functions: a RunConfig checks its preset's name against this table.
+def _nano() -> RunConfig:
+    return RunConfig(preset="nano")
+
+
+def _story() -> RunConfig:
+    return RunConfig(
+        preset="story",
+        model=ModelConfig(layers=6, width=192, heads=6, experts=8, top_k=2, expert_hidden=256),
+        data=DataConfig(source="tinystories", vocab_size=4096),
+        train=TrainConfig(steps=4000, batch_size=16, lr=2e-3, warmup_steps=100),
+    )
+
+
+def _seed_158m() -> RunConfig:
+    return RunConfig(
+        preset="seed-158m",
+        model=ModelConfig(
+            layers=6,
+            width=512,
+            heads=8,
+            experts=16,
+            top_k=2,
+            expert_hidden=1024,
+            norm="layernorm",
+            positions="learned",
+            activation="gelu",
+            bias=True,
+            tied_head=False,
+            dropout=0.1,
+        ),
+        data=DataConfig(source="tinystories", tokenizer="gpt2", eval_tokens=16_384),
+        train=TrainConfig(
+            steps=5000,
+            batch_size=4,
+            grad_accum=8,
+            lr=3e-4,
+            beta2=0.999,
+            weight_decay=0.01,
+            warmup_steps=100,
+            eval_every=500,
+            save_every=500,
+        ),
+    )
+
+
+PRESETS = {"nano": _nano, "story": _story, "seed-158m": _seed_158m}
+
+
+def preset(name: str) -> RunConfig:
+    """The settings of a preset. Raises ConfigError for an unknown name."""
+    _check(name in PRESETS, "", "preset", name, "one of " + ", ".join(PRESETS))
+    return PRESETS[name]()
