@@ -11,9 +11,11 @@ The alphabet of the project, used in every annotation, einsum and comment:
 """
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 SCHEMA_VERSION = 1
@@ -374,3 +376,20 @@ def preset(name: str) -> RunConfig:
     """The settings of a preset. Raises ConfigError for an unknown name."""
     _check(name in PRESETS, "", "preset", name, "one of " + ", ".join(PRESETS))
     return PRESETS[name]()
+
+
+def load_config(run: Path) -> RunConfig | None:
+    """The saved configuration of a folder that holds a run, else None."""
+    if not holds_run(run):
+        return None
+    try:
+        return RunConfig.from_dict(json.loads((run / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise UserError(f"{run / 'config.json'} cannot be read ({error}); start a new run in another folder") from error
+
+
+def holds_run(run: Path) -> bool:
+    """A folder holds a run once it has one complete checkpoint. Those appear by a rename, so a name is enough."""
+    return any(p.is_dir() for p in run.glob("checkpoints/step_" + "[0-9]" * 8))

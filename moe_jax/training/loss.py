@@ -33,8 +33,24 @@ def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Flo
 
 
 def _blocks(tokens: int, vocabulary: int) -> int:
-    """Into how many equal blocks the tokens are cut: the least divisor of `tokens` that keeps within LOGITS_BYTES."""
-    return next(n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocabulary * 4 <= LOGITS_BYTES or n == tokens)
+    """Into how many equal blocks the tokens are cut: the fewest whose logits keep within LOGITS_BYTES each."""
+    fits = (n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocabulary * 4 <= LOGITS_BYTES)
+    return next(fits, tokens)
+
+
+def blocked_token_losses(
+    hidden: Float[Array, "N D"], head: Float[Array, "D V"], targets: Int[Array, " N"]
+) -> Float[Array, " N"]:
+    """`token_losses(hidden @ head, targets)`, a block of tokens at a time. For evaluation: it has no gradient of its
+    own."""
+    weight = head.astype(hidden.dtype)
+    wide = at_least_float32(hidden.dtype)
+
+    def block(inputs: tuple[Array, Array]) -> Array:
+        return token_losses(jnp.matmul(inputs[0], weight, preferred_element_type=wide), inputs[1])
+
+    n = _blocks(hidden.shape[0], head.shape[1])
+    return jax.lax.map(block, (hidden.reshape(n, -1, hidden.shape[1]), targets.reshape(n, -1))).reshape(-1)
 
 
 @jax.custom_vjp

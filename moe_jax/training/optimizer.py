@@ -7,10 +7,15 @@ from moe_jax.config import TrainConfig
 from moe_jax.model.transformer import Params
 
 
+def warmup_steps(config: TrainConfig) -> int:
+    """Steps of warm-up that are taken: no more than a tenth of the run."""
+    return min(config.warmup_steps, config.steps // 10)
+
+
 def learning_rate(config: TrainConfig) -> optax.Schedule:
     """Linear warm-up from lr / warmup to lr, then a cosine (Loshchilov and Hutter 2017, equation 5) that reaches
-    `final_lr * lr` at the last step. The warm-up takes no more than a tenth of the run."""
-    warmup = min(config.warmup_steps, config.steps // 10)
+    `final_lr * lr` at the last step."""
+    warmup = warmup_steps(config)
     return optax.join_schedules(
         [
             optax.linear_schedule(config.lr / (warmup + 1), config.lr, max(warmup, 1)),
