@@ -1,13 +1,15 @@
 """Where text comes from: an iterator of stories, whatever the source.
 
-A corpus has two splits, `train` and `valid`, of stories (a document is a story too): stripped, never empty, never
-all in memory. Sources are the embedded grammar, three public data sets, and files of one's own. The rules for files:
+A corpus has two splits, `train` and `valid`, of stories (a document is a story too): stripped, never empty,
+never all in memory. Sources are the embedded grammar, three public data sets, and files of one's own. The
+rules for files:
 
 - Stories are separated by `<|endoftext|>`. The bytes are read in chunks of 1 MiB and must be UTF-8.
-- A story longer than 1 MiB, such as a whole book, is cut near that length at a blank line, else at a line end, else
-  at a space, and each part is a story: so memory stays bounded, at the cost of one separator per MiB.
-- A folder holds `train.txt` and `valid.txt`. Of a single file the last 5 % of its stories validate, at least one.
-  A file without separators is one text, cut as above at 90 to 95 % of its bytes: what follows validates.
+- A story longer than 1 MiB, such as a whole book, is cut near that length at a blank line, else at a line
+  end, else at a space, and each part is a story: so memory stays bounded, at the cost of one separator per
+  MiB.
+- A folder holds `train.txt` and `valid.txt`. Of a single file the last 5 % of its stories validate, at least
+  one. A file without separators is one text, cut as above at 90 to 95 % of its bytes: what follows validates.
 
 Importing this module takes the standard library only, so that `check_source` answers before jax is loaded.
 """
@@ -32,10 +34,13 @@ _LONGEST = 1 << 20  # bytes of a story, beyond which it is cut
 class Corpus(Protocol):
     """Two splits of stories."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The `--data` that it was opened by."""
+        ...
 
     def stories(self, split: SplitName) -> Iterator[str]:
-        """The stories of a split in order, each stripped and not empty. Raises UserError where there is none."""
+        """The stories of a split in order, each stripped, none empty. Raises UserError where there is none."""
         ...
 
     def fingerprint(self) -> str:
@@ -48,7 +53,8 @@ class Corpus(Protocol):
 
 
 def check_source(source: str) -> None:
-    """Raise ConfigError, naming --data, unless `source` is a named corpus or a usable path. A name wins over a path."""
+    """Raise ConfigError, naming --data, unless `source` is a named corpus or a usable path. A name wins over
+    a path."""
     if source in NAMED_CORPORA:
         return
     path = Path(source)
@@ -146,7 +152,7 @@ def _read_chunks(span: _Span) -> Iterator[bytes]:
 
 
 def _read_pieces(span: _Span) -> Iterator[tuple[int, bytes]]:
-    """(offset in the file, bytes) of what lies between separators, cut where it is too long; blanks included."""
+    """(offset in the file, bytes) of all that lies between separators, cut where it is too long."""
     rest, offset = b"", span.start  # bytes not yet given out, and where they begin
     for chunk in _read_chunks(span):
         *stories, rest = (rest + chunk).split(_SEPARATOR)
@@ -163,7 +169,8 @@ def _read_pieces(span: _Span) -> Iterator[tuple[int, bytes]]:
 
 
 def _cut_long(text: bytes) -> Iterator[bytes]:
-    """The text in parts of about 1 MiB. The last separator's length of it is never cut: a separator may begin there."""
+    """The text in parts of about 1 MiB. The last separator's length of it is never cut: a separator may begin
+    there."""
     while len(text) >= _LONGEST + len(_SEPARATOR):
         cut = _last_boundary(text, _LONGEST - _LONGEST // 16, _LONGEST)
         yield text[:cut]
@@ -172,7 +179,8 @@ def _cut_long(text: bytes) -> Iterator[bytes]:
 
 
 def _last_boundary(text: bytes, low: int, high: int) -> int:
-    """The best place in [low, high] to cut a text: after its last blank line there, else line, space, character."""
+    """The best place in [low, high] to cut a text: after its last blank line there, else line, space,
+    character."""
     for mark in (b"\n\n", b"\n", b" "):
         found = text.rfind(mark, low, high)
         if found >= 0:
@@ -229,7 +237,7 @@ class _EmbeddedCorpus:
         )
 
     def fingerprint(self) -> str:
-        """xxh3-128 of seed, counts and the source of the generator: an edit of the grammar is another corpus."""
+        """xxh3-128 of seed, counts and the generator's source: an edited grammar is another corpus."""
         import xxhash
 
         from moe_jax.data import grammar, stories, vocabulary
@@ -248,7 +256,7 @@ class _EmbeddedCorpus:
 
 @dataclass(frozen=True)
 class _HubCorpus:
-    """A data set of the Hugging Face hub at a pinned revision, streamed: nothing but our token store is kept."""
+    """A data set of the Hugging Face hub at a pinned revision, streamed: only our token store is kept."""
 
     name: str
     repository: str
@@ -264,9 +272,10 @@ class _HubCorpus:
     def _rows(self, split: str) -> Iterator[str]:
         import datasets
         import huggingface_hub
+        from datasets.exceptions import DatasetsError
 
         huggingface_hub.logging.set_verbosity_error()  # its retries, one warning each, end in our one line
-        failures = (OSError, datasets.exceptions.DatasetsError, huggingface_hub.errors.HfHubHTTPError)
+        failures = (OSError, DatasetsError, huggingface_hub.errors.HfHubHTTPError)
         try:
             rows = datasets.load_dataset(
                 self.repository, self.configuration, split=split, revision=self.revision, streaming=True
@@ -283,7 +292,7 @@ class _HubCorpus:
     def fingerprint(self) -> str:
         import xxhash
 
-        return xxhash.xxh3_128_hexdigest(f"{self.repository} {self.configuration} {self.revision}")
+        return xxhash.xxh3_128_hexdigest(f"{self.repository} {self.configuration} {self.revision}".encode())
 
     def size(self, split: SplitName) -> int | None:
         return None
@@ -309,8 +318,8 @@ _HEADING = re.compile(r" = [^=].* = \n?")
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """WikiText's lines, joined into articles. An article begins at a heading ` = Title = ` after a blank line;
-    sections within it have two equals signs or more (` = = Section = = `)."""
+    """WikiText's lines, joined into articles. An article begins at a heading ` = Title = ` after a blank
+    line; sections within it have two equals signs or more (` = = Section = = `)."""
     article: list[str] = []
     blank = True
     for line in lines:

@@ -1,18 +1,19 @@
 """The text as token ids: two memory-mapped files, built once for a pair of corpus and tokenizer.
 
-    CACHE/KEY/train.bin, valid.bin    separator, story, separator, story, ..., separator; little-endian uint16 where
-                                      the vocabulary has at most 65,536 entries, else uint32
+    CACHE/KEY/train.bin, valid.bin    separator, story, separator, story, ..., separator; little-endian,
+                                      uint16 where the vocabulary has at most 65,536 entries, else uint32
     CACHE/KEY/tokenizer.json
     CACHE/KEY/manifest.json           source, digests of text and tokenizer, counts, digest of each file
     CACHE/tokenizers/KEY.json         trained tokenizers, so that an interrupted build does not train again
 
-CACHE is the environment variable MOE_JAX_CACHE, else the user's cache folder. KEY is a digest of what goes in, the
-text and the tokenizer, so a changed input is another store.
+CACHE is the environment variable MOE_JAX_CACHE, else the user's cache folder. KEY is a digest of what goes
+in, the text and the tokenizer, so a changed input is another store.
 
-A store is built in a folder beside it, of a name used once, and renamed when everything is on the disk: so a store is
-whole or absent, whatever interrupts a build and however many build at once. Where the system has `flock`, a lock per
-KEY also makes a second build wait for the first and use its store, and lets a build remove what a killed one left.
-Opening a store reads it once and compares the digests: a damaged one is built again.
+A store is built in a folder beside it, of a name used once, and renamed when everything is on the disk: so a
+store is whole or absent, whatever interrupts a build and however many build at once. Where the system has
+`flock`, a lock per KEY also makes a second build wait for the first and use its store, and lets a build
+remove what a killed one left. Opening a store reads it once and compares the digests: a damaged one is built
+again.
 """
 
 import json
@@ -88,11 +89,12 @@ def prepare(
     progress: bool = True,
     seq_len: int | None = None,
 ) -> TokenStore:
-    """The token store of `data`: opened where there is one, else built. A given tokenizer is used as it is, in place
-    of the one that `data` names. With `seq_len`, the streams must hold a training window and a predicted token.
+    """The token store of `data`: opened where there is one, else built. A given tokenizer is used as it is,
+    in place of the one that `data` names. With `seq_len`, the streams must hold a training window and a
+    predicted token.
 
-    Raises ConfigError where the source does not exist; UserError where the text is empty, too short or not UTF-8, the
-    network is needed and missing, or the cache cannot be written.
+    Raises ConfigError where the source does not exist; UserError where the text is empty, too short or not
+    UTF-8, the network is needed and missing, or the cache cannot be written.
     """
     cache = cache or default_cache()
     corpus = open_corpus(data)
@@ -159,7 +161,7 @@ def _dtype(tokenizer: Tokenizer) -> np.dtype:
 
 
 def _digest(values: object) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True))
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def _check_length(store: TokenStore, seq_len: int) -> None:
@@ -217,7 +219,8 @@ def _open_or_build(
 
 @contextmanager
 def _exclusive(path: Path) -> Iterator[bool]:
-    """Hold a lock, which ends with the process at the latest. Gives False where the system or the disk has none."""
+    """Hold a lock, which ends with the process at the latest. Gives False where the system or the disk has
+    none."""
     with path.open("ab") as file:
         locked = False
         if fcntl is not None:
