@@ -24,85 +24,55 @@ RULES = {
     "said": "[said|called|shouted|answered|replied|whispered|laughed|sang]",
     "wept": "[cried|sobbed|sighed|wept|moaned|groaned|sniffed|wailed]",
     "felt": "[felt|was|looked|seemed|became|grew] [very|so|quite|rather|really|terribly]",
-    "soon": "[Soon|Then|At last|Just then|After a while|Suddenly|A moment later|By and by]",
-    "near": "[near|by|behind|beside|under|in front of]",
-    "came": "[came|walked|ran|skipped|hurried|wandered] [by|over|along|near|up]",
+    "near": "[near|by|behind|beside]",
     "saw": "[saw|spotted|found|noticed|met|discovered]",
-    "hugged": "[hugged|thanked|kissed|squeezed|cheered|cuddled]",
-    "tight": "[tight|close|high|gently|proudly|with care]",
-    "mended": "[mended|fixed|glued|repaired]",
+    "held": "[held|took|lifted|touched|grabbed|admired]",
     "both": "[played|sang|laughed|danced|rested|talked|giggled|sat]",
-    "while": "[for an hour|until dusk|all day|until supper|for a long time|until the stars came out]",
-    "now": "[any more|any longer|at all|now]",
     # The tale.
-    "opening": "[Once upon a time|Long ago|Once|One year|Some time ago|Not long ago|One spring|In a far land], "
-    "there [lived|was] {trait.a} {hero.child} [named|called] {hero}. One {weather} {time}, {hero} put on "
-    "{hero.his} {pattern} {clothes} and <went> to the {place}. The {chorus} were "
-    "[busy|loud|quiet|awake|everywhere|lively|calm|noisy] "
-    "in the [grass|trees|flowers|leaves|branches|hay|reeds|sunlight].",
+    "opening": "[Once upon a time, one|Once upon a|Long ago, one|One] {weather} {time}, {trait.a} {hero.child} named "
+    "{hero} put on {hero.his} {tint} {clothes} and <went> to the {place}.",
     "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<chest>",
-    "lost": "{hero} had brought {look.a} {colour} {toy}. <soon> it was [gone|lost|missing|not there]. "
-    '"Where is my {toy}?" <wept> {hero}, who <felt> {sad}. {friend} <came>. "Do not be {sad}, {hero}. '
-    '[I will help you|Let us look|We can look|We will find it]," <said> {friend}. {friend} looked <near> '
-    "{texture.a} {spot}, and there was the {look} {colour} {toy}! {hero} <hugged> {friend}, and they <both> <near> "
-    "the {texture} {spot} <while>. {hero} was not {sad} <now> but {happy}.",
-    "share": "{hero} had {flavour.a} {treat} for [lunch|tea|supper|dinner|later|a snack]. {friend} sat <near> "
-    '{texture.a} {spot} and <felt> {sad}. "I [lost|dropped|forgot|spilled] my lunch," <wept> {friend}. The '
-    "{flavour} {treat} was [small|tiny|the last|not big], but {hero} [broke|cut|split|shared] it in two. "
-    '"Half of my {flavour} {treat} is for you, {friend}," <said> {hero}. {friend} '
-    "[ate|tasted|nibbled|munched|chewed|finished] the {treat} and was not {sad} <now>. "
-    '"You are {trait.a} {hero.child}, {hero}!" <said> {friend}. They <both> <near> the {texture} {spot} <while>, '
+    "lost": '{hero} lost {look.a} {colour} {toy} there and <felt> {sad}. "Do not be {sad}," <said> {friend}. '
+    "{friend} looked <near> {size.a} {shade} {spot} and <saw> the {look} {colour} {toy}. {hero} and {friend} <both> "
+    "<near> the {size} {shade} {spot} with the {toy}, and {hero} <felt> {happy}.",
+    "share": "{hero} had {flavour.a} {treat}. {friend} sat <near> {size.a} {shade} {spot} and <felt> {sad}. "
+    '"I am hungry," <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. '
+    '"Half of my {flavour} {treat} is for you, {friend}," <said> {hero}. {friend} ate it <near> the {size} {shade} '
+    "{spot} and was not {sad}, and {hero} <felt> {happy}.",
+    "fear": "There was {size.a} {scary}, and {hero} <felt> {fright}. "
+    '"I am too {fright} to go on," <wept> {hero}. {friend} had {look.a} {colour} {toy}. "Take my {colour} {toy}, '
+    '{hero}, and do not be {fright}," <said> {friend}. {hero} <held> the {look} {colour} {toy} and <went> to the '
+    "{size} {scary}. Now {hero} was not {fright} and <felt> {happy}.",
+    "gift": "{hero} and {hero.his} {elder} had {look.a} {colour} {toy} for {friend}. {friend} sat <near> {size.a} "
+    '{spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "Do not be {sad}, {friend}. This {colour} {toy} '
+    'is from my {elder} and me," <said> {hero}. {friend} <held> the {look} {colour} {toy} <near> the {size} {spot}, '
     "and {hero} <felt> {happy}.",
-    "fear": "At the end of the {place} was {texture.a} {scary}. {hero} <felt> {fright}. "
-    '"I [can not|dare not|will not|must not] go [there|on|near|closer]. I am too {fright}!" <wept> {hero}. '
-    '{friend} <came> with {look.a} {colour} {toy}. "[Hold|Take|Carry|Keep] my {colour} {toy}, {hero}. It helps '
-    'when I am {fright}," <said> {friend}. {hero} held the {look} {colour} {toy} <tight> and <went> to the '
-    '{texture} {scary}. "Look, {friend}! I am not {fright} <now>!" <said> {hero}, who <felt> {happy}.',
-    "gift": "It was the birthday of {friend}. {hero} and {hero.his} {elder} had [made|found|bought|chosen] {look.a} "
-    "{colour} {toy} for {friend.him}. {friend} sat <near> {texture.a} {spot} and <felt> {sad}. "
-    '"Nobody [remembers|knows about|thinks of|cares about] my birthday," <wept> {friend}. "Do not be {sad}, '
-    '{friend}. This {toy} is from my {elder} and me," <said> {hero}. {friend} held the {look} {colour} {toy} '
-    "<tight> and <hugged> {hero}. They <both> <near> the {texture} {spot} <while>, and {hero} <felt> {happy}.",
-    "game": "{friend} waited <near> {texture.a} {spot}. "
-    '"[Do you want to|Shall we|Can we|Will you] play {game}, {hero}?" <said> {friend}. They played {game} <while>, '
-    "but {hero} lost [every time|again and again|each round|three times] and <felt> {sad}. "
-    '"I [do not like|am bad at|am tired of|can not play] {game}," <wept> {hero}. "Do not be {sad}. I was bad at '
-    '{game} once," <said> {friend}. So {friend} and {hero} played {game} [once more|again|slowly|two more times] '
-    "<near> the {texture} {spot}. <soon> {hero} won, and {hero.he} <felt> {happy}.",
-    "rescue": "<soon> {hero} <saw> {build.a} {animal} <near> {texture.a} {spot}. "
-    '"{animal.sound}! {animal.sound}!" said the {animal}. It was lost and <felt> {sad}. {hero} '
-    '[gave|fed|brought|offered] the {build} {animal} {animal.food}. "Do not be {sad}. I will find your '
-    '{animal.home}," <said> {hero}. {hero.He} [led|took|brought|guided] the {build} {animal} past the {texture} '
-    '{spot} to its {animal.home}. "{animal.sound}!" said the {animal}, which was not {sad} <now>. {hero} <felt> '
-    "{happy}.",
-    "skill": "{friend} was there, and {friend.he} could {skill} [well|best of all|all day|with joy]. "
-    '"Please teach me to {skill}, {friend}," <said> {hero}. {hero} tried to {skill} <near> {texture.a} {spot}, but '
-    '{hero.he} [failed|gave up|got it wrong|was too slow]. "I will never {skill}!" <wept> {hero}, who <felt> '
-    '{sad}. "Do not be {sad}, {hero}. Try again," <said> {friend}. <soon> {hero.he} could {skill} <near> the '
-    "{texture} {spot}, just like {friend}! They <both> <while>, and {hero} <felt> {happy}.",
-    "swap": "{hero} had {look.a} {colour} {toy}, and {friend} had {hue.a} {prize}. "
-    '"Shall we swap?" <said> {friend}. So {friend} took the {colour} {toy} and {hero} took the {hue} {prize}. '
-    '<soon> {friend} <felt> {sad}. "I miss my {prize}," <wept> {friend}. "Do not be {sad}, {friend}. Here is your '
-    '{hue} {prize}," <said> {hero}. {friend} <hugged> {hero} and gave back the {look} {colour} {toy}. They <both> '
-    "<near> {texture.a} {spot} <while> with the {toy} and the {prize}, and {hero} <felt> {happy}.",
-    "broken": "{hero} carried {look.a} {colour} {toy}. It belonged to {hero.his} {elder}. <soon> {hero.he} "
-    "[bumped|ran|crashed|stumbled] into {texture.a} {spot}, and the {toy} [broke|cracked|split|fell apart]. {hero} "
-    '<felt> {sad}. "I broke the {colour} {toy}," {hero.he} told {hero.his} {elder}. "You are {trait.a} '
-    '{hero.child} to tell me. Do not be {sad}, {hero}," <said> the {elder}. {friend} <came> with some '
-    "[glue|tape|string|nails]. {friend} and {hero} <mended> the {look} {colour} {toy} <near> the {texture} {spot}, "
-    "and {hero} <felt> {happy}.",
-    "chest": "{hero} <saw> a [chest|sack|trunk|bag] <near> {texture.a} {spot}. In it was {look.a} {colour} {toy}. "
-    '{friend} <came> and <felt> {sad}. "I lost my {colour} {toy} [last week|today|long ago|in the night]," '
-    "<wept> {friend}. {hero} [wanted|wished|hoped|longed] to keep the {look} {colour} {toy}, but {hero.he} gave it "
-    'to {friend}. "Do not be {sad}, {friend}. Your {toy} was <near> the {texture} {spot}," <said> {hero}. '
-    '"You are {trait.a} {hero.child}!" <said> {friend}. {hero} <felt> {happy}.',
-    "closing": "[That night|At bedtime|After supper|At home|Later|Before bed], [<undress>|<question>|<return>]",
-    "undress": "{hero}, still {happy}, [took off|put away|hung up|pulled off] {hero.his} {pattern} {clothes} and "
-    "[dreamed|thought|sang|spoke] of the {weather} {time} in the {place}.",
-    "question": '{hero.his} {elder} [cleaned|brushed|dried|put away] the {pattern} {clothes}. "Was it a good {time} '
-    'in the {place}, {hero}?" "It was, and I am {happy}!" <said> the {trait} {hero.child}.',
-    "return": "the {chorus} [slept|were still|were quiet|rested]. The {trait} {hero.child} in the {pattern} {clothes} "
-    "[dreamed|thought|sang|spoke] of the {place}, and {hero} was still {happy}.",
+    "game": '{friend} sat <near> {size.a} {shade} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But {hero} '
+    'lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}, {hero}," <said> {friend}. '
+    "So {friend} and {hero} played {game} again <near> the {size} {shade} {spot}. Now {hero} won and <felt> {happy}.",
+    "rescue": '{hero} <saw> {build.a} {animal} <near> {size.a} {shade} {spot}. "{animal.sound}!" said the {animal}, '
+    'who was lost and <felt> {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know '
+    'your {animal.home}," <said> {hero}. The {build} {animal} <went> past the {size} {shade} {spot} to its '
+    '{animal.home}. "{animal.sound}!" said the {animal}, and {hero} <felt> {happy}.',
+    "skill": '{friend} could {skill} very well. "Teach me to {skill}, {friend}," <said> {hero}. {hero} tried to '
+    '{skill} <near> {size.a} {shade} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept> {hero}. '
+    '"Do not be {sad}, {hero}," <said> {friend}. Soon {hero} could {skill} <near> the {size} {shade} {spot} like '
+    "{friend}, and {hero} <felt> {happy}.",
+    "swap": "{hero} had {look.a} {colour} {toy}, and {friend} had {hue.a} {prize}. {friend} took the {colour} {toy}, "
+    "and {hero} took the {hue} {prize}. But {friend} <felt> {sad}. "
+    '"I miss my {prize}," <wept> {friend}. "Do not be {sad}, {friend}. Here is your {hue} {prize}," <said> {hero}. '
+    "{friend} gave back the {look} {colour} {toy}, and {hero} <felt> {happy}.",
+    "broken": "{hero} had {look.a} {colour} {toy} from {hero.his} {elder}. {hero} <went> into {size.a} {shade} "
+    '{spot}, and the {toy} broke. {hero} <felt> {sad}. "I broke the {colour} {toy}," {hero.he} told {hero.his} '
+    '{elder}. "Do not be {sad}, {hero}," <said> the {elder}. {friend} mended the {look} {colour} {toy} <near> the '
+    "{size} {shade} {spot}, and {hero} <felt> {happy}.",
+    "chest": "{hero} <saw> {look.a} {colour} {toy} <near> {size.a} {spot}. Then {hero} met {friend}, who <felt> {sad}. "
+    '"I lost my {look} {toy}," <wept> {friend}. "Do not be {sad}, {friend}. Your {colour} {toy} was <near> the '
+    '{size} {spot}," <said> {hero}. {friend} <held> the {look} {colour} {toy}, and {hero} <felt> {happy}.',
+    "closing": "<undress>|<question>|<return>",
+    "undress": "That night, {hero} took off the {tint} {clothes} and [dreamed|thought|sang|spoke] of the {place}.",
+    "question": '"What a {weather} {time}!" <said> the {trait} {hero.child} in the {tint} {clothes}.',
+    "return": "Still {happy}, the {trait} {hero.child} <went> home in the {tint} {clothes}.",
 }
 
 _GRAMMAR = Grammar(RULES, SLOTS)
