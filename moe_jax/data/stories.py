@@ -1,0 +1,105 @@
+"""The embedded corpus: short children's stories out of a grammar, so that the probability of each is known exactly.
+
+A hero with a trait goes, in some weather and some clothes, to a place. There one of ten things happens, and at the
+end of the day the clothes come off. Who has which toy, who is sad and where the gate stands is drawn once and said
+again several times. A model that remembers pays nothing for the repetitions, and nothing for the fixed text; what
+no model can avoid on average is the code length of the draws themselves. That is the entropy floor.
+"""
+
+import math
+import random
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from moe_jax.data.grammar import Grammar
+from moe_jax.data.vocabulary import SLOTS
+
+VALIDATION_STORIES = 600
+"""How many stories of the validation split are scored."""
+
+RULES = {
+    "start": "<opening> <plot> <closing>",
+    # Small choices that any sentence may make.
+    "went": "[walked|ran|skipped|hurried|raced|strolled|wandered|marched|hopped|went|danced|rushed]",
+    "said": "[said|called|shouted|answered|replied|whispered|laughed|sang]",
+    "wept": "[cried|sobbed|sighed|wept|moaned|groaned|sniffed|wailed]",
+    "felt": "[felt|was|looked|seemed|became|grew] [very|so|quite|rather|really|terribly]",
+    "near": "[near|by|behind|beside]",
+    "saw": "[saw|spotted|found|noticed|met|discovered]",
+    "held": "[held|took|lifted|touched|grabbed|admired]",
+    "both": "[played|sang|laughed|danced|rested|talked|giggled|sat]",
+    # The tale.
+    "opening": "[Once upon a time, one|Once upon a|Long ago, one|One] {weather} {time}, {trait.a} {hero.child} named "
+    "{hero} put on {hero.his} {tint} {clothes} and <went> to the {place}.",
+    "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<chest>",
+    "lost": '{hero} lost {look.a} {colour} {toy} there and <felt> {sad}. "Do not be {sad}," <said> {friend}. '
+    "{friend} looked <near> {size.a} {shade} {spot} and <saw> the {look} {colour} {toy}. {hero} and {friend} <both> "
+    "<near> the {size} {shade} {spot} with the {toy}, and {hero} <felt> {happy}.",
+    "share": "{hero} had {flavour.a} {treat}. {friend} sat <near> {size.a} {shade} {spot} and <felt> {sad}. "
+    '"I am hungry," <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. '
+    '"Half of my {flavour} {treat} is for you, {friend}," <said> {hero}. {friend} ate it <near> the {size} {shade} '
+    "{spot} and was not {sad}, and {hero} <felt> {happy}.",
+    "fear": "There was {size.a} {scary}, and {hero} <felt> {fright}. "
+    '"I am too {fright} to go on," <wept> {hero}. {friend} had {look.a} {colour} {toy}. "Take my {colour} {toy}, '
+    '{hero}, and do not be {fright}," <said> {friend}. {hero} <held> the {look} {colour} {toy} and <went> to the '
+    "{size} {scary}. Now {hero} was not {fright} and <felt> {happy}.",
+    "gift": "{hero} and {hero.his} {elder} had {look.a} {colour} {toy} for {friend}. {friend} sat <near> {size.a} "
+    '{spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "Do not be {sad}, {friend}. This {colour} {toy} '
+    'is from my {elder} and me," <said> {hero}. {friend} <held> the {look} {colour} {toy} <near> the {size} {spot}, '
+    "and {hero} <felt> {happy}.",
+    "game": '{friend} sat <near> {size.a} {shade} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But {hero} '
+    'lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}, {hero}," <said> {friend}. '
+    "So {friend} and {hero} played {game} again <near> the {size} {shade} {spot}. Now {hero} won and <felt> {happy}.",
+    "rescue": '{hero} <saw> {build.a} {animal} <near> {size.a} {shade} {spot}. "{animal.sound}!" said the {animal}, '
+    'who was lost and <felt> {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know '
+    'your {animal.home}," <said> {hero}. The {build} {animal} <went> past the {size} {shade} {spot} to its '
+    '{animal.home}. "{animal.sound}!" said the {animal}, and {hero} <felt> {happy}.',
+    "skill": '{friend} could {skill} very well. "Teach me to {skill}, {friend}," <said> {hero}. {hero} tried to '
+    '{skill} <near> {size.a} {shade} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept> {hero}. '
+    '"Do not be {sad}, {hero}," <said> {friend}. Soon {hero} could {skill} <near> the {size} {shade} {spot} like '
+    "{friend}, and {hero} <felt> {happy}.",
+    "swap": "{hero} had {look.a} {colour} {toy}, and {friend} had {hue.a} {prize}. {friend} took the {colour} {toy}, "
+    "and {hero} took the {hue} {prize}. But {friend} <felt> {sad}. "
+    '"I miss my {prize}," <wept> {friend}. "Do not be {sad}, {friend}. Here is your {hue} {prize}," <said> {hero}. '
+    "{friend} gave back the {look} {colour} {toy}, and {hero} <felt> {happy}.",
+    "broken": "{hero} had {look.a} {colour} {toy} from {hero.his} {elder}. {hero} <went> into {size.a} {shade} "
+    '{spot}, and the {toy} broke. {hero} <felt> {sad}. "I broke the {colour} {toy}," {hero.he} told {hero.his} '
+    '{elder}. "Do not be {sad}, {hero}," <said> the {elder}. {friend} mended the {look} {colour} {toy} <near> the '
+    "{size} {shade} {spot}, and {hero} <felt> {happy}.",
+    "chest": "{hero} <saw> {look.a} {colour} {toy} <near> {size.a} {spot}. Then {hero} met {friend}, who <felt> {sad}. "
+    '"I lost my {look} {toy}," <wept> {friend}. "Do not be {sad}, {friend}. Your {colour} {toy} was <near> the '
+    '{size} {spot}," <said> {hero}. {friend} <held> the {look} {colour} {toy}, and {hero} <felt> {happy}.',
+    "closing": "<undress>|<question>|<return>",
+    "undress": "That night, {hero} took off the {tint} {clothes} and [dreamed|thought|sang|spoke] of the {place}.",
+    "question": '"What a {weather} {time}!" <said> the {trait} {hero.child} in the {tint} {clothes}.',
+    "return": "Still {happy}, the {trait} {hero.child} <went> home in the {tint} {clothes}.",
+}
+
+_GRAMMAR = Grammar(RULES, SLOTS)
+
+
+def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterator[str]:
+    """The first `count` stories of a split. Story i is a function of (seed, split, i) and nothing else.
+
+    The splits are independent draws out of some 2^140 stories, so that a story of one in the other has a probability
+    that no run will see; to move stories between the splits would make the floor inexact.
+    """
+    for i in range(count):
+        yield _GRAMMAR.sample(random.Random(f"{seed} {split} {i}").random).text
+
+
+def code_length_bits(text: str) -> float:
+    """-log2 of the probability of a story under the grammar, in bits; inf where the grammar can't write it.
+
+    The probability is the sum over all derivations of the text. A story has exactly one: the tests hold that.
+    """
+    probability = math.fsum(2.0**-derivation.bits for derivation in _GRAMMAR.derivations(text))
+    return -math.log2(probability) if probability > 0 else math.inf
+
+
+def entropy_floor_bits_per_byte(stories: Sequence[str]) -> float:
+    """Code length of the stories under the grammar over their UTF-8 bytes: what the best possible model scores.
+
+    The separators between stories add nothing, since the grammar says where a story ends.
+    """
+    return math.fsum(map(code_length_bits, stories)) / sum(len(story.encode()) for story in stories)

@@ -1,0 +1,97 @@
+"""The words of the embedded corpus: for each slot of the tale, the list that it draws from.
+
+The lists are long and the words in them interchangeable, so that a word said for the first time carries several
+bits, and whoever remembers it saves as many at each later mention. A word may bring others along, always the same
+ones: a girl is a she, a rabbit lives in a burrow and eats a carrot.
+"""
+
+from collections.abc import Sequence
+
+from moe_jax.data.grammar import Word
+
+_VOWELS = "aeiou"
+_SILENT_H = ("honest",)
+
+
+def _word(plain: str, **forms: str) -> Word:
+    """A word, the word with its article ("an orange"), and whatever other forms it has."""
+    article = "an" if plain[0] in _VOWELS or plain in _SILENT_H else "a"
+    return {"": plain, "a": f"{article} {plain}", **forms}
+
+
+def _words(plain: str) -> Sequence[Word]:
+    return tuple(_word(word) for word in plain.split())
+
+
+def _people(names: str, child: str, he: str, him: str, his: str) -> Sequence[Word]:
+    return tuple(_word(name, child=child, he=he, He=he.capitalize(), him=him, his=his) for name in names.split())
+
+
+def _animal(plain: str, sound: str, home: str, food: str) -> Word:
+    return _word(plain, sound=sound, home=home, food=food)
+
+
+GIRLS = "Lily Mia Anna Rosie Ella Nora Clara Ruby Hana Zoe Ivy Molly Tess Greta Sofia Maya Bella Lucy Freya Priya"
+BOYS = "Tom Ben Max Leo Sam Finn Jack Oscar Hugo Theo Noah Omar Felix Milo Ned Toby Adam Ravi Luca Kofi"
+CHILDREN = (*_people(GIRLS, "girl", "she", "her", "her"), *_people(BOYS, "boy", "he", "him", "his"))
+
+ANIMALS = (
+    _animal("rabbit", "Sniff", "burrow", "carrot"),
+    _animal("mouse", "Squeak", "hole", "cheese"),
+    _animal("duck", "Quack", "pond", "bread"),
+    _animal("puppy", "Woof", "kennel", "bone"),
+    _animal("kitten", "Meow", "basket", "milk"),
+    _animal("squirrel", "Chip", "oak", "nut"),
+    _animal("lamb", "Baa", "fold", "clover"),
+    _animal("piglet", "Oink", "sty", "potato"),
+    _animal("pony", "Neigh", "stable", "hay"),
+    _animal("chick", "Cheep", "coop", "corn"),
+    _animal("cub", "Growl", "den", "honey"),
+    _animal("sparrow", "Tweet", "nest", "worm"),
+)
+
+COLOURS = _words("red blue green yellow purple pink orange silver golden brown white black gray violet scarlet crimson")
+LOOKS = _words(
+    "little old tiny big lovely strange pretty sturdy funny dusty muddy crooked huge plain broad odd heavy ancient "
+    "splendid wonderful enormous famous grand secret"
+)
+THINGS = _words(
+    "kite doll boat drum train robot whistle bell cup lantern flute truck top puppet clock box mask crown lamp jar "
+    "bucket horn harp trumpet book basket bowl hammer spoon ring key brush"
+)
+
+SLOTS = {
+    "hero": CHILDREN,
+    "friend": CHILDREN,
+    "elder": _words("mother father grandma grandpa aunt uncle sister brother"),
+    "trait": _words(
+        "kind brave clever gentle cheerful curious honest patient careful friendly helpful lively thoughtful polite "
+        "sweet loyal"
+    ),
+    "weather": _words("sunny windy cloudy warm breezy misty bright mild cool foggy hazy rainy"),
+    "time": _words("morning afternoon evening day"),
+    "tint": COLOURS,
+    "clothes": _words("coat hat scarf boots cap mittens sweater cape gloves jacket shoes vest"),
+    "place": _words(
+        "garden park forest meadow orchard yard field valley village market playground square jungle vineyard harbor "
+        "canyon"
+    ),
+    "colour": COLOURS,
+    "hue": COLOURS,
+    "shade": COLOURS,
+    "look": LOOKS,
+    "size": LOOKS,
+    "toy": THINGS,
+    "prize": THINGS,
+    "spot": _words("bush rock log bench tree fence gate wall stump cart barrel ladder shed well statue haystack"),
+    "scary": _words("bridge tunnel cave tower path ruin swamp mill maze cabin mine castle"),
+    "fright": _words("scared afraid frightened nervous worried timid"),
+    "sad": _words("sad upset gloomy unhappy miserable tearful glum troubled"),
+    "happy": _words("happy glad proud merry joyful thrilled delighted pleased"),
+    "build": _words("shaggy spotted thin plump sleepy noisy young fluffy clumsy bold shy hungry"),
+    "animal": ANIMALS,
+    "flavour": _words("apple cherry lemon plum ginger peach banana pumpkin"),
+    "treat": _words("cake pie bun muffin tart cookie pancake biscuit"),
+    "game": _words("tag catch marbles hopscotch chess checkers cards dominoes"),
+    "skill": _words("skate whistle juggle dance sing paint knit read"),
+}
