@@ -15,14 +15,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import SHORT_FLAGS, ConfigError, RunConfig, UserError, flag_of, holds_run, load_config, preset
+from moe_jax.config import (
+    SHORT_FLAGS,
+    ConfigError,
+    RunConfig,
+    UserError,
+    flag_of,
+    holds_run,
+    load_config,
+    preset,
+)
 
 
-def parse[T](kind: type[T], argv: Sequence[str], default: T | None = None, prog: str | None = None, description: str | None = None) -> T:
+def parse[T](
+    kind: type[T],
+    argv: Sequence[str],
+    default: T | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+) -> T:
     """Arguments into a dataclass. Help goes to stdout and exits 0; a wrong argument raises ConfigError."""
     import tyro
 
-    options: dict[str, Any] = {"prog": prog, "description": description, "config": (tyro.conf.FlagCreatePairsOff,)}
+    options: dict[str, Any] = {
+        "prog": prog,
+        "description": description,
+        "config": (tyro.conf.FlagCreatePairsOff,),
+    }
     if default is not None:
         options["default"] = default
     printed = io.StringIO()

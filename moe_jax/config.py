@@ -125,7 +125,7 @@ class ModelConfig:
     """How training brings tokens to experts: `gather`; `einsum` and `dense` are slow references; `blocks` is
     dropless (short: --dispatch)."""
     dense: Dense = "none"
-    """A dense twin instead of the MoE: one FFN with the `active` or the `total` parameters of the experts and router."""
+    """A dense twin instead of the MoE: one FFN with the `active` or the `total` parameters of experts and router."""
 
     def __post_init__(self) -> None:
         s = "model"
@@ -137,7 +137,13 @@ class ModelConfig:
         _check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
         if self.positions == "rope":
             even = (self.width // self.heads) % 2 == 0
-            _check(even, s, "heads", self.heads, f"such that a head (width {self.width} / heads) is even, for rope")
+            _check(
+                even,
+                s,
+                "heads",
+                self.heads,
+                f"such that a head (width {self.width} / heads) is even, for rope",
+            )
         ok = 1 <= self.top_k <= self.experts
         _check(ok, s, "top_k", self.top_k, f"between 1 and --experts {self.experts}")
         ok = math.isfinite(self.capacity_factor) and self.capacity_factor > 0

@@ -33,7 +33,9 @@ def prepare() -> list[str]:
     notes: list[str] = []
     if "JAX_PLATFORMS" not in os.environ:
         if has_nvidia_card() and not has_cuda_plugin():
-            notes.append("an NVIDIA card is here, but not JAX's plugin for it: `uv run --extra cuda12 ...` uses the card")
+            notes.append(
+                "an NVIDIA card is here, but not JAX's plugin for it: `uv run --extra cuda12 ...` uses the card"
+            )
         if not (has_nvidia_card() and has_cuda_plugin()):
             os.environ["JAX_PLATFORMS"] = "cpu"  # a plugin without a card prints a traceback at import
     if os.environ.get("JAX_PLATFORMS") == "cpu":

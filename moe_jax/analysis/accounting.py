@@ -42,7 +42,8 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
         groups["head"] = Count(vocabulary, vocabulary, vocabulary)
     if c.positions == "learned":
         groups["positions"] = Count(c.seq_len * c.width, c.width, 0)
-    groups["attention"] = Count(*(c.layers * n for n in (attention + attention_bias,) * 2), c.layers * attention)
+    stored = c.layers * (attention + attention_bias)
+    groups["attention"] = Count(stored, stored, c.layers * attention)
     if c.dense == "none":
         router = c.layers * c.width * c.experts
         groups["routers"] = Count(router, router, router)
@@ -58,7 +59,8 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
 
 def totals(groups: dict[str, Count]) -> Count:
     """The sum of the groups."""
-    return Count(*(sum(column) for column in zip(*groups.values(), strict=True)))
+    total, active, multiplied = (sum(column) for column in zip(*groups.values(), strict=True))
+    return Count(total, active, multiplied)
 
 
 def training_flops(config: ModelConfig, tokens: int) -> int:

@@ -25,8 +25,8 @@ class DecodeState(NamedTuple):
     logits: Float[Array, "B V"]
     """For the next token."""
     cache: list[KeyValue]
-    index: Int[Array, ""]
-    """Position of the next token."""
+    position: Int[Array, ""]
+    """Of the next token."""
     seen: Bool[Array, "B V"]
     """Tokens that the repetition penalty applies to."""
 
@@ -83,9 +83,7 @@ class Decoder:
 sample_jit = jax.jit(sample)
 
 
-def prefill(
-    graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B T"], length: Int[Array, ""]
-) -> DecodeState:
+def prefill(graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B T"], length: Int[Array, ""]) -> DecodeState:
     """Read a prompt of `length` tokens, padded on the right to T: logits after its last token, and the cache."""
     model = merge(graphdef, params)
     hidden, _, cache = model(tokens, Mode.EVALUATE)
@@ -95,6 +93,6 @@ def prefill(
 
 def advance(graphdef: nnx.GraphDef, params: Params, state: DecodeState, token: Int[Array, " B"]) -> DecodeState:
     """Append a token a row: its keys and values enter the cache, and the logits are those after it."""
-    logits, cache = merge(graphdef, params).decode(token, state.cache, state.index)
+    logits, cache = merge(graphdef, params).decode(token, state.cache, state.position)
     seen = state.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
-    return DecodeState(logits, cache, state.index + 1, seen)
+    return DecodeState(logits, cache, state.position + 1, seen)

@@ -22,9 +22,7 @@ class Sampling(NamedTuple):
     """Divides positive logits of tokens seen before, multiplies negative ones (Keskar et al. 2019); 1 is off."""
 
 
-def adjusted_logits(
-    logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"]
-) -> Float[Array, "B V"]:
+def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
     """The logits that are drawn from: penalised, tempered, and -inf where a filter excludes the token.
 
     The filters act on the tempered distribution, each on its own; a token must pass all. The likeliest token

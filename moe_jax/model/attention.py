@@ -65,7 +65,7 @@ def attend_causally(
     return _attend_forward(query, key, value, masks, keep)[0]
 
 
-def _attend_forward(query: Array, key: Array, value: Array, masks: list[Array] | None, keep: float):  # noqa: ANN202
+def _attend_forward(query: Array, key: Array, value: Array, masks: list[Array] | None, keep: float):
     outputs, weights = [], []
     for i, (first, end) in enumerate(_blocks(query.shape[2])):
         p = _weights(query[:, :, first:end], key[:, :, :end], first).astype(query.dtype)
@@ -76,7 +76,7 @@ def _attend_forward(query: Array, key: Array, value: Array, masks: list[Array] |
     return out, (query, key, value, masks, keep, out, weights)
 
 
-def _attend_backward(residuals, d_out: Array):  # noqa: ANN001, ANN202
+def _attend_backward(residuals, d_out: Array):
     query, key, value, masks, keep, out, weights = residuals
     wide = at_least_float32(query.dtype)
     row_sum = jnp.sum(d_out * out, axis=-1, keepdims=True, dtype=wide)

@@ -139,18 +139,14 @@ def _combine_backward(residuals: tuple[Array, Array, Plan], d_y: Array) -> tuple
     d_rows = _take(d_y, plan.pair // top_k) * gate_of_row[..., None]
     flat = rows.reshape(-1, rows.shape[-1])
     wide = jnp.promote_types(gate.dtype, rows.dtype)
-    d_gate = [
-        jnp.sum(_take(flat, plan.row[:, k]) * d_y, axis=-1, dtype=wide).astype(gate.dtype) for k in range(top_k)
-    ]
+    d_gate = [jnp.sum(_take(flat, plan.row[:, k]) * d_y, axis=-1, dtype=wide).astype(gate.dtype) for k in range(top_k)]
     return d_rows, jnp.stack(d_gate, axis=-1), None
 
 
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def einsum_masks(
-    routing: Routing, capacity: int
-) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
+def einsum_masks(routing: Routing, capacity: int) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
     """GShard's one-hot dispatch and combine masks (Lepikhin et al. 2020, algorithm 1), with our priority.
 
     dispatch = einsum("btec,btd->ebcd"), combine = einsum("btec,ebcd->btd"). A reference: T x E x C numbers a

@@ -46,9 +46,7 @@ class MoE(nnx.Module):
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.config = config
         self.router = nnx.Param(matrix_init(rngs, (config.width, config.experts)))
-        self.experts = Experts(
-            config.experts, config.width, config.expert_hidden, config.activation, out_scale, rngs
-        )
+        self.experts = Experts(config.experts, config.width, config.expert_hidden, config.activation, out_scale, rngs)
 
     def __call__(self, x: Float[Array, "B T D"], mode: Mode) -> tuple[Float[Array, "B T D"], RouterStats]:
         routing = route(router_logits(x, self.router[...]), self.config.top_k)

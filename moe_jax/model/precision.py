@@ -6,6 +6,7 @@ and loss are computed in `at_least_float32` of it, whatever the policy says.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +24,6 @@ class Policy:
     reason: str
 
     @property
-    def dtype(self) -> jnp.dtype:
-        return jnp.dtype(self.compute)
-
-    @property
     def loss_scaling(self) -> bool:
         """float16 gradients underflow without a scale: its smallest normal number is 6e-5."""
         return self.compute == "float16"
@@ -40,8 +37,8 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def choose_policy(kind: PrecisionKind, device: jax.Device | None = None) -> Policy:
-    """The policy that was asked for, or for `auto` the one that fits the device.
+def choose_policy(kind: PrecisionKind, device: Any = None) -> Policy:
+    """The policy that was asked for, or for `auto` the one that fits the device (a `jax.Device`; the first, unless given).
 
     bfloat16 matrix units came with compute capability 8.0 (Ampere). Turing (7.5) has float16 ones only, and XLA
     computes bfloat16 there in float32. On a CPU float32 is the safe choice: casting all weights in each step

@@ -59,17 +59,13 @@ def route(logits: Float[Array, "B T E"], top_k: int) -> Routing:
     return Routing(logits, probs, expert, gate, valid)
 
 
-def choice_counts(
-    expert: Int[Array, "B T K"], valid: Bool[Array, "B T"], experts: int
-) -> Int[Array, "B T E"]:
+def choice_counts(expert: Int[Array, "B T K"], valid: Bool[Array, "B T"], experts: int) -> Int[Array, "B T E"]:
     """1 where a token chose the expert, else 0. The K choices of a token are distinct."""
     hits = jax.nn.one_hot(expert, experts, dtype=jnp.int32).sum(-2)
     return hits * valid[..., None]
 
 
-def positions_in_expert(
-    expert: Int[Array, "B T K"], valid: Bool[Array, "B T"], experts: int
-) -> Int[Array, "B T K"]:
+def positions_in_expert(expert: Int[Array, "B T K"], valid: Bool[Array, "B T"], experts: int) -> Int[Array, "B T K"]:
     """For each pair, how many earlier tokens of its sequence chose its expert: its place in the queue, from 0.
 
     Since the choices of a token are distinct, pairs of one token never queue for the same expert, and counting

@@ -131,9 +131,9 @@ class CheckpointStore:
     def best(self) -> Checkpoint | None:
         """The checkpoint of the lowest validation loss; of those never evaluated, the newest."""
         checkpoints = self.list()
-        evaluated = [c for c in checkpoints if c.val_loss is not None]
+        evaluated = [(c.val_loss, c.step, c) for c in checkpoints if c.val_loss is not None]
         if evaluated:
-            return min(evaluated, key=lambda c: c.val_loss)  # pyright: ignore[reportArgumentType]
+            return min(evaluated)[-1]
         return checkpoints[-1] if checkpoints else None
 
     def at(self, step: int) -> Checkpoint:
@@ -172,7 +172,10 @@ def restore(checkpoint: Checkpoint, target: Any) -> Any:
                 "use the configuration that the run was started with"
             )
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype), sharding=sharding) for name, (shape, dtype) in saved.items()}
+    abstract = {
+        name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype), sharding=sharding)
+        for name, (shape, dtype) in saved.items()
+    }
     wanted_names = set(names)
     with ocp.PyTreeCheckpointer() as checkpointer:
         partial = {name: leaf for name, leaf in abstract.items() if name in wanted_names}

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from moe_jax.data.batches import evaluation_windows, text_bytes
@@ -34,7 +35,7 @@ class Evaluation:
     bytes: int
 
 
-type EvaluationStep = Callable[[Params, Array, Array, Array, Array], tuple[Array, Array]]
+type EvaluationStep = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[Array, Array]]
 
 
 def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:

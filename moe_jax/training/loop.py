@@ -222,7 +222,9 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
     story = session.sample(step)
     session.folder.add_sample(step, story)
     record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
-    log.write(record | {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens, "wall_seconds": session.elapsed})
+    log.write(
+        record | {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens, "wall_seconds": session.elapsed}
+    )
     floor = f" (floor {session.references.entropy_floor:.3f})" if session.references else ""
     terminal.say(f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{floor}")
     terminal.say("  " + " ".join(story.split())[:400])
@@ -277,7 +279,7 @@ class _Recorder:
             "drop_fraction": float(metrics.drop_fraction),
             "grad_norm": float(report.grad_norm),
             "skipped": not bool(report.finite),
-            "lr": float(self._schedule(step - 1)),
+            "lr": float(np.asarray(self._schedule(step - 1))),
             "tokens_seen": step * session.tokens_per_step,
             "tokens_per_second": rate,
             "wall_seconds": session.elapsed,

@@ -114,7 +114,12 @@ def auxiliary(stats: RouterStats | None, config: TrainConfig, dtype: jnp.dtype) 
         zero = jnp.zeros((), dtype)
         return zero, (zero, zero, zero, jnp.zeros((0, 0), dtype))
     balance, z = stats.balance_loss.mean(), stats.z_loss.mean()
-    return config.balance_coef * balance + config.z_coef * z, (balance, z, stats.drop_fraction.mean(), stats.load)
+    return config.balance_coef * balance + config.z_coef * z, (
+        balance,
+        z,
+        stats.drop_fraction.mean(),
+        stats.load,
+    )
 
 
 def training_loss(

@@ -55,7 +55,7 @@ def _finite(value: Any) -> Any:
 
 def _tensorboard(folder: Path) -> Any:
     try:
-        from tensorboardX import SummaryWriter
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--tensorboard: needs its extra; run `uv run --extra tensorboard train.py ...`") from None
     return SummaryWriter(str(folder / "tensorboard"))
@@ -63,7 +63,7 @@ def _tensorboard(folder: Path) -> Any:
 
 def _wandb(folder: Path, config: RunConfig) -> Any:
     try:
-        import wandb
+        import wandb  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise UserError("--wandb: needs its extra; run `uv run --extra wandb train.py ...`") from None
     # One id a folder, so that a resumed run goes on with its curves.

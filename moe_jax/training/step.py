@@ -1,12 +1,13 @@
 """The training step: (state, batch) -> (state, metrics), one compiled program."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import TrainConfig
@@ -28,7 +29,7 @@ class StepReport(NamedTuple):
     """False where the step was skipped."""
 
 
-type Step = Callable[[TrainState, Array], tuple[TrainState, StepReport]]
+type Step = Callable[[TrainState, ArrayLike], tuple[TrainState, StepReport]]
 
 
 def gradients(
@@ -65,7 +66,9 @@ def gradients(
     return grads, jax.tree.map(lambda m: m / count, metrics)
 
 
-def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig, loss_scaling: bool) -> Step:
+def make_step(
+    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig, loss_scaling: bool
+) -> Step:
     """The jitted step, which takes over its state's memory. A batch is int32 `[M, B, T+1]`, M micro-batches.
 
     A step whose gradient is not finite leaves parameters and optimizer as they are and is counted. With float16 it
@@ -79,7 +82,7 @@ def make_step(graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, c
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm)
 
-        def update() -> tuple[Params, optax.OptState]:
+        def update() -> tuple[Any, optax.OptState]:
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             return optax.apply_updates(state.params, updates), optimizer_state
 
