@@ -68,7 +68,9 @@ class Grammar:
     brackets.
     """
 
-    def __init__(self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]], start: str = "start") -> None:
+    def __init__(
+        self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]], start: str = "start"
+    ) -> None:
         self._slots = slots
         self._rivals = {a: [b for b in slots if b != a and slots[b] is slots[a]] for a in slots}
         self.template = _Compiler(rules, slots).rule(start)
@@ -118,7 +120,9 @@ class Grammar:
                 grown = [_Partial(rest, at.written + node, at.choices, at.memory)]
             elif isinstance(node, Options):
                 grown = [
-                    _Partial(_push(option, rest), at.written, (*at.choices, (i, len(node.templates))), at.memory)
+                    _Partial(
+                        _push(option, rest), at.written, (*at.choices, (i, len(node.templates))), at.memory
+                    )
                     for i, option in enumerate(node.templates)
                 ]
             elif node.name in at.memory:
@@ -209,7 +213,9 @@ class _Compiler:
         if token[0] == "{" and token[-1] == "}":
             name, _, form = token[1:-1].partition(".")
             if name not in self._slots or any(form not in word for word in self._slots[name]):
-                raise ValueError(f"rule {self._open[-1]!r}: {token} names a slot or a form that does not exist")
+                raise ValueError(
+                    f"rule {self._open[-1]!r}: {token} names a slot or a form that does not exist"
+                )
             return (Slot(name, form),)
         if token in "<>{}":
             raise ValueError(f"rule {self._open[-1]!r} has a stray {token}")

@@ -20,58 +20,62 @@ VALIDATION_STORIES = 600
 RULES = {
     "start": "<opening> <plot> <closing>",
     # Small choices that any sentence may make.
-    "went": "[walked|ran|skipped|hurried|raced|strolled|wandered|marched|hopped|went|danced|rushed]",
-    "said": "[said|called|shouted|answered|replied|whispered|laughed|sang]",
+    "went": "[walked|ran|skipped|hurried|raced|strolled|wandered|marched|hopped|rushed|danced|dashed]",
+    "said": "[said|called|shouted|whispered|laughed|sang|cheered|murmured|chuckled|exclaimed]",
     "wept": "[cried|sobbed|sighed|wept|moaned|groaned|sniffed|wailed]",
-    "felt": "[felt|was|looked|seemed|became|grew] [very|so|quite|rather|really|terribly]",
+    "felt": "[felt|was|looked|seemed|became|grew] [very|so|quite|rather|really|truly]",
     "near": "[near|by|behind|beside]",
-    "saw": "[saw|spotted|found|noticed|met|discovered]",
+    "sat": "[sat|stood|waited|rested]",
+    "had": "[had|held|brought|carried]",
+    "saw": "[saw|spotted|found|noticed]",
     "held": "[held|took|lifted|touched|grabbed|admired]",
     "both": "[played|sang|laughed|danced|rested|talked|giggled|sat]",
+    "now": "[Now|Soon|Then|Later]",
     # The tale.
     "opening": "[Once upon a time, one|Once upon a|Long ago, one|One] {weather} {time}, {trait.a} {hero.child} named "
-    "{hero} put on {hero.his} {tint} {clothes} and <went> to the {place}.",
-    "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<chest>",
+    "{hero} [put on|pulled on|tried on|had on] {hero.his} {tint} {clothes} and <went> to the {place}.",
+    "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<find>",
     "lost": '{hero} lost {look.a} {colour} {toy} there and <felt> {sad}. "Do not be {sad}," <said> {friend}. '
-    "{friend} looked <near> {size.a} {shade} {spot} and <saw> the {look} {colour} {toy}. {hero} and {friend} <both> "
-    "<near> the {size} {shade} {spot} with the {toy}, and {hero} <felt> {happy}.",
-    "share": "{hero} had {flavour.a} {treat}. {friend} sat <near> {size.a} {shade} {spot} and <felt> {sad}. "
-    '"I am hungry," <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. '
-    '"Half of my {flavour} {treat} is for you, {friend}," <said> {hero}. {friend} ate it <near> the {size} {shade} '
-    "{spot} and was not {sad}, and {hero} <felt> {happy}.",
-    "fear": "There was {size.a} {scary}, and {hero} <felt> {fright}. "
-    '"I am too {fright} to go on," <wept> {hero}. {friend} had {look.a} {colour} {toy}. "Take my {colour} {toy}, '
-    '{hero}, and do not be {fright}," <said> {friend}. {hero} <held> the {look} {colour} {toy} and <went> to the '
-    "{size} {scary}. Now {hero} was not {fright} and <felt> {happy}.",
-    "gift": "{hero} and {hero.his} {elder} had {look.a} {colour} {toy} for {friend}. {friend} sat <near> {size.a} "
-    '{spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "Do not be {sad}, {friend}. This {colour} {toy} '
-    'is from my {elder} and me," <said> {hero}. {friend} <held> the {look} {colour} {toy} <near> the {size} {spot}, '
-    "and {hero} <felt> {happy}.",
-    "game": '{friend} sat <near> {size.a} {shade} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But {hero} '
-    'lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}, {hero}," <said> {friend}. '
-    "So {friend} and {hero} played {game} again <near> the {size} {shade} {spot}. Now {hero} won and <felt> {happy}.",
-    "rescue": '{hero} <saw> {build.a} {animal} <near> {size.a} {shade} {spot}. "{animal.sound}!" said the {animal}, '
-    'who was lost and <felt> {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know '
-    'your {animal.home}," <said> {hero}. The {build} {animal} <went> past the {size} {shade} {spot} to its '
-    '{animal.home}. "{animal.sound}!" said the {animal}, and {hero} <felt> {happy}.',
-    "skill": '{friend} could {skill} very well. "Teach me to {skill}, {friend}," <said> {hero}. {hero} tried to '
-    '{skill} <near> {size.a} {shade} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept> {hero}. '
-    '"Do not be {sad}, {hero}," <said> {friend}. Soon {hero} could {skill} <near> the {size} {shade} {spot} like '
-    "{friend}, and {hero} <felt> {happy}.",
-    "swap": "{hero} had {look.a} {colour} {toy}, and {friend} had {hue.a} {prize}. {friend} took the {colour} {toy}, "
-    "and {hero} took the {hue} {prize}. But {friend} <felt> {sad}. "
-    '"I miss my {prize}," <wept> {friend}. "Do not be {sad}, {friend}. Here is your {hue} {prize}," <said> {hero}. '
-    "{friend} gave back the {look} {colour} {toy}, and {hero} <felt> {happy}.",
-    "broken": "{hero} had {look.a} {colour} {toy} from {hero.his} {elder}. {hero} <went> into {size.a} {shade} "
-    '{spot}, and the {toy} broke. {hero} <felt> {sad}. "I broke the {colour} {toy}," {hero.he} told {hero.his} '
-    '{elder}. "Do not be {sad}, {hero}," <said> the {elder}. {friend} mended the {look} {colour} {toy} <near> the '
+    "{friend} looked <near> {size.a} {shade} {spot} and <saw> the {look} {colour} {toy}. The two <both> <near> the "
     "{size} {shade} {spot}, and {hero} <felt> {happy}.",
-    "chest": "{hero} <saw> {look.a} {colour} {toy} <near> {size.a} {spot}. Then {hero} met {friend}, who <felt> {sad}. "
-    '"I lost my {look} {toy}," <wept> {friend}. "Do not be {sad}, {friend}. Your {colour} {toy} was <near> the '
-    '{size} {spot}," <said> {hero}. {friend} <held> the {look} {colour} {toy}, and {hero} <felt> {happy}.',
-    "closing": "<undress>|<question>|<return>",
-    "undress": "That night, {hero} took off the {tint} {clothes} and [dreamed|thought|sang|spoke] of the {place}.",
-    "question": '"What a {weather} {time}!" <said> the {trait} {hero.child} in the {tint} {clothes}.',
+    "share": "{hero} <had> {look.a} {treat}. {friend} <sat> <near> {size.a} {shade} {spot} and <felt> {sad}. "
+    '"I am hungry," <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. '
+    '"Half of my {look} {treat} is for you, {friend}," <said> {hero}. {friend} ate <near> the {size} {shade} '
+    "{spot}, and {hero} <felt> {happy}.",
+    "fear": "There was {size.a} {shade} {scary}, and {hero} <felt> {fright}. "
+    '"I am too {fright} to go on," <wept> {hero}. {friend} <had> {look.a} {colour} {toy}. "Take my {toy}, '
+    'and do not be {fright}," <said> {friend}. {hero} <held> the {look} {colour} {toy} and <went> to the '
+    "{size} {shade} {scary}. <now> {hero} <felt> {happy}.",
+    "gift": "{hero} and {hero.his} {elder} <had> {look.a} {colour} {toy} for {friend}. {friend} <sat> <near> {size.a} "
+    '{shade} {spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "This {toy} is from my {elder} and me," '
+    "<said> {hero}. {friend} <held> the {look} {colour} {toy} <near> the {size} {shade} {spot}, and {hero} <felt> "
+    "{happy}.",
+    "game": '{friend} <sat> <near> {size.a} {shade} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But '
+    '{hero} lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}," <said> {friend}. '
+    "The two <both> and played {game} <near> the {size} {shade} {spot}. <now> {hero} won and <felt> {happy}.",
+    "rescue": '{hero} <saw> {build.a} {animal} <near> {size.a} {shade} {spot}. "{animal.sound}!" said the {animal}, '
+    'who <felt> {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know '
+    'your {animal.home}," <said> {hero}. The {build} {animal} <went> past the {size} {shade} {spot} to its '
+    "{animal.home}, and {hero} <felt> {happy}.",
+    "skill": '{friend} could {skill} [very|so|quite|really] well. "Teach me to {skill}, {friend}," <said> {hero}. '
+    '{hero} tried to {skill} <near> {size.a} {shade} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept> '
+    '{hero}. "Do not be {sad}," <said> {friend}. <now> {hero} could {skill} <near> the {size} {shade} {spot} '
+    "and <felt> {happy}.",
+    "swap": "{hero} <had> {look.a} {colour} {toy} and {friend} <had> {size.a} {hue} {prize}. {friend} <held> the "
+    "{colour} {toy}, and {hero} <held> the {hue} {prize}. But {friend} <felt> {sad}. "
+    '"I miss my {prize}," <wept> {friend}. "Here is your {size} {hue} {prize}," <said> {hero}. '
+    "{friend} gave back the {look} {colour} {toy}, and {hero} <felt> {happy}.",
+    "broken": "{hero} <had> {look.a} {colour} {toy} from {hero.his} {elder}. {hero.He} <went> into {size.a} {shade} "
+    '{spot}, the {toy} broke, and {hero.he} <felt> {sad}. "I broke the {toy}," {hero.he} told {hero.his} {elder}. '
+    '"Do not be {sad}," <said> the {elder}. {friend} mended the {look} {colour} {toy} <near> the '
+    "{size} {shade} {spot}, and {hero} <felt> {happy}.",
+    "find": "{hero} <saw> {look.a} {colour} {toy} <near> {size.a} {shade} {spot}. Then {hero.he} met {friend}, who "
+    '<felt> {sad}. "I lost my {look} {toy}," <wept> {friend}. "Your {colour} {toy} was <near> the '
+    '{size} {shade} {spot}," <said> {hero}. {friend} <held> the {look} {colour} {toy}, and {hero} <felt> {happy}.',
+    "closing": "<undress>|<exclaim>|<return>",
+    "undress": "[That night|At home|At bedtime|At last], {hero} [took off|put away|hung up|pulled off] the {tint} "
+    "{clothes} and [dreamed|thought|sang|spoke] of the {place}.",
+    "exclaim": '"[What|Such] a {weather} {time}!" <said> the {trait} {hero.child} in the {tint} {clothes}.',
     "return": "Still {happy}, the {trait} {hero.child} <went> home in the {tint} {clothes}.",
 }
 

@@ -24,14 +24,18 @@ def _words(plain: str) -> Sequence[Word]:
 
 
 def _people(names: str, child: str, he: str, him: str, his: str) -> Sequence[Word]:
-    return tuple(_word(name, child=child, he=he, He=he.capitalize(), him=him, his=his) for name in names.split())
+    return tuple(
+        _word(name, child=child, he=he, He=he.capitalize(), him=him, his=his) for name in names.split()
+    )
 
 
 def _animal(plain: str, sound: str, home: str, food: str) -> Word:
     return _word(plain, sound=sound, home=home, food=food)
 
 
-GIRLS = "Lily Mia Anna Rosie Ella Nora Clara Ruby Hana Zoe Ivy Molly Tess Greta Sofia Maya Bella Lucy Freya Priya"
+GIRLS = (
+    "Lily Mia Anna Rosie Ella Nora Clara Ruby Hana Zoe Ivy Molly Tess Greta Sofia Maya Bella Lucy Freya Priya"
+)
 BOYS = "Tom Ben Max Leo Sam Finn Jack Oscar Hugo Theo Noah Omar Felix Milo Ned Toby Adam Ravi Luca Kofi"
 CHILDREN = (*_people(GIRLS, "girl", "she", "her", "her"), *_people(BOYS, "boy", "he", "him", "his"))
 
@@ -50,7 +54,9 @@ ANIMALS = (
     _animal("sparrow", "Tweet", "nest", "worm"),
 )
 
-COLOURS = _words("red blue green yellow purple pink orange silver golden brown white black gray violet scarlet crimson")
+COLOURS = _words(
+    "red blue green yellow purple pink orange silver golden brown white black gray violet scarlet crimson"
+)
 LOOKS = _words(
     "little old tiny big lovely strange pretty sturdy funny dusty muddy crooked huge plain broad odd heavy ancient "
     "splendid wonderful enormous famous grand secret"
@@ -83,15 +89,16 @@ SLOTS = {
     "size": LOOKS,
     "toy": THINGS,
     "prize": THINGS,
-    "spot": _words("bush rock log bench tree fence gate wall stump cart barrel ladder shed well statue haystack"),
+    "spot": _words(
+        "bush rock log bench tree fence gate wall stump cart barrel ladder shed well statue haystack"
+    ),
     "scary": _words("bridge tunnel cave tower path ruin swamp mill maze cabin mine castle"),
     "fright": _words("scared afraid frightened nervous worried timid"),
-    "sad": _words("sad upset gloomy unhappy miserable tearful glum troubled"),
-    "happy": _words("happy glad proud merry joyful thrilled delighted pleased"),
+    "sad": _words("sad upset gloomy unhappy miserable tearful glum troubled lonely weary hopeless weepy"),
+    "happy": _words("happy glad proud merry joyful thrilled delighted pleased cheery jolly content hopeful"),
     "build": _words("shaggy spotted thin plump sleepy noisy young fluffy clumsy bold shy hungry"),
     "animal": ANIMALS,
-    "flavour": _words("apple cherry lemon plum ginger peach banana pumpkin"),
-    "treat": _words("cake pie bun muffin tart cookie pancake biscuit"),
+    "treat": _words("cake pie bun muffin tart cookie pancake biscuit peach pear melon sandwich"),
     "game": _words("tag catch marbles hopscotch chess checkers cards dominoes"),
     "skill": _words("skate whistle juggle dance sing paint knit read"),
 }
