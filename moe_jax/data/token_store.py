@@ -235,7 +235,7 @@ def _exclusive(path: Path) -> Iterator[bool]:
 def _build(folder: Path, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, progress: bool) -> None:
     splits = {}
     for name in _SPLITS:
-        with _open_progress(progress, f"{corpus.name} {name}", corpus.size(name)) as report:
+        with _open_progress(progress, f"tokenizing {name}", corpus.size(name)) as report:
             splits[name] = _write_split(folder / f"{name}.bin", corpus.stories(name), tokenizer, report)
     tokenizer.save(folder / "tokenizer.json")
     manifest = {
@@ -314,8 +314,7 @@ def _bar(what: str, total: int | None) -> Iterator[Report]:
 
     columns = (
         progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
+        progress.BarColumn(bar_width=20),
         progress.TransferSpeedColumn(),
         progress.TextColumn("{task.fields[rate]}"),
         progress.TimeRemainingColumn(),
