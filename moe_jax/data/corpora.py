@@ -178,16 +178,16 @@ def _cut_long(text: bytes) -> Iterator[bytes]:
 
 
 def _last_boundary(text: bytes, low: int, high: int) -> int:
-    """Where to cut a text: after the last blank line in [low, high], else line, else space, else at `high`, or up
-    to 3 bytes before it where that is inside a character."""
+    """Where to cut a text: after the last blank line in [low, high], else line, else space; else at `high`,
+    or up to 3 bytes before it where that is inside a character."""
     for mark in (b"\n\n", b"\n", b" "):
         found = text.rfind(mark, low, high)
         if found >= 0:
             return found + len(mark)
-    first_bytes = (
-        cut for cut in range(high, max(high - 4, 0), -1) if text[cut : cut + 1] < b"\x80" or text[cut] >= 0xC0
-    )
-    return next(first_bytes, high)
+    for cut in range(high, max(high - 4, 0), -1):
+        if cut == len(text) or text[cut] & 0xC0 != 0x80:  # no second, third or fourth byte of a character
+            return cut
+    return high
 
 
 def _read_stories(span: _Span) -> Iterator[tuple[int, str]]:
@@ -237,13 +237,15 @@ class _EmbeddedCorpus:
 
     def fingerprint(self) -> str:
         """xxh3-128 of seed, counts and the generator's source: an edited grammar is another corpus."""
+        import inspect
+
         import xxhash
 
         from moe_jax.data import grammar, stories, vocabulary
 
         digest = xxhash.xxh3_128(f"{self.seed} {self.count} {stories.VALIDATION_STORIES}".encode())
         for module in (grammar, stories, vocabulary):
-            digest.update(Path(module.__file__).read_bytes())
+            digest.update(inspect.getsource(module).encode())
         return digest.hexdigest()
 
     def size(self, split: SplitName) -> int | None:

@@ -18,9 +18,9 @@ again.
 
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,8 +203,9 @@ def _open_or_build(
         if alone:
             for leftover in cache.glob(f"{key}.*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        draft = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".partial", dir=cache))
+        draft = cache / f"{key}.{secrets.token_hex(8)}.partial"
         try:
+            draft.mkdir()
             _build(draft, corpus, fingerprint, tokenizer, progress)
             try:
                 draft.rename(folder)

@@ -1,4 +1,4 @@
-"""Batches as pure functions of (seed, step). Streams are `arange`, so that a token says where it came from."""
+"""Batches as pure functions of (seed, step). Streams are `arange`: a token says where it came from."""
 
 import math
 
@@ -51,7 +51,7 @@ def test_each_epoch_visits_each_window_once(tokens, seq_len, seed, batch_size):
 
 
 def test_the_separator_that_ends_the_stream_is_the_one_that_begins_it():
-    """Stream of 5 tokens, windows of 4: the ring has 4 positions, and each window is all of it, once round."""
+    """5 tokens, windows of 4: the ring has 4 positions, and each window is all of it, once round."""
     stream = np.array([9, 1, 2, 3, 9], dtype=np.uint16)
     rounds = {(9, 1, 2, 3, 9), (1, 2, 3, 9, 1), (2, 3, 9, 1, 2), (3, 9, 1, 2, 3)}
     drawn = {
@@ -88,7 +88,7 @@ def test_mix_is_splitmix64():
 @settings(deadline=None)
 @given(step=st.integers(0, 10**12), seed=seeds)
 def test_a_batch_depends_on_seed_and_step_alone(step, seed):
-    """Whatever was asked before; and a batch of 8 is two of 4, so accumulation sees the rows of the whole batch."""
+    """Whatever was asked before. And a batch of 8 is two of 4, so an accumulated step is the whole one."""
     stream = np.arange(500, dtype=np.uint16)
     whole = train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7)
     halves = [train_batch(stream, seed=seed, step=2 * step + i, batch_size=4, seq_len=7) for i in (1, 0)]
@@ -146,8 +146,8 @@ def test_evaluation_predicts_every_token_after_the_first_once(tokens, seq_len, b
 
 
 def test_evaluation_worked_case():
-    """8 tokens, T = 4, S = 2: window 0 twice for targets 1 to 4, window 2 for 5 and 6, and the last, which ends at
-    the end, for 7 alone. Two rows a batch."""
+    """8 tokens, T = 4, S = 2: window 0 twice for targets 1 to 4, window 2 for 5 and 6, and the last one,
+    which ends at the end, for 7 alone. Two rows a batch."""
     first, second = evaluation_windows(np.arange(10, 18), seq_len=4, batch_size=2)
     assert first.inputs.tolist() == [[10, 11, 12, 13], [10, 11, 12, 13]]
     assert first.start.tolist() == [0, 2]

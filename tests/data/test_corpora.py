@@ -182,7 +182,7 @@ def test_reading_takes_bounded_memory(tmp_path):
 
 
 def test_wikitext_lines_are_joined_into_articles():
-    """An article begins at a heading of one equals sign after a blank line; a section or a formula does not."""
+    """An article begins at a heading of one equals sign after a blank line; sections and formulas do not."""
     first = [" = Robin = \n", "", " A bird . \n", " = 3 = \n", "", " = = Nest = = \n", " Twigs . \n", ""]
     second = [" = Wren = \n", "", " Smaller . \n"]
     assert [text for text in articles(["", *first, *second]) if text] == ["".join(first), "".join(second)]

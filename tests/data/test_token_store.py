@@ -83,7 +83,7 @@ def test_the_type_holds_the_separator(vocab_size, dtype, data, cache):
 
 
 def test_a_store_is_built_once(tmp_path, cache, monkeypatch):
-    """Also for the same text elsewhere, for a given tokenizer that is the same, and without training again."""
+    """Also for the same text elsewhere, and for a given tokenizer that is equal; nor is one trained again."""
     first = prepare(
         DataConfig(source=write_folder(tmp_path / "a"), vocab_size=260), cache=cache, progress=False
     )

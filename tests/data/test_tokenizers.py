@@ -121,7 +121,7 @@ def test_the_most_frequent_pair_is_merged_first():
 
 
 def slow_encode(merges: list[list[int]], text: str) -> list[int]:
-    """Byte-level BPE by its definition, for lower-case words: the earliest merge that fits, again and again."""
+    """Byte-level BPE by its definition, for lower-case words: over and over the earliest merge that fits."""
     merged = {tuple(pair): 256 + i for i, pair in enumerate(merges)}
     ids = []
     for word in re.findall(r" ?[a-z]+", text):
