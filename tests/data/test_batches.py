@@ -187,9 +187,11 @@ def test_validation_subset_ends_with_a_story(limit, expected):
 
 
 def test_text_bytes(monkeypatch):
-    """Entries of 1, 3 and 0 bytes; counted across chunks; far more bytes than uint16 or uint8 can hold."""
-    monkeypatch.setattr(batches, "_COUNT_CHUNK", 7)
+    """Entries of 1, 3 and 0 bytes: 7 bytes in 5 tokens, more together than uint16 holds; in any chunks."""
     token_bytes = np.array([1, 3, 0], dtype=np.int32)
-    assert text_bytes(np.array([2, 0, 1, 1, 2] * 30_000, dtype=np.uint16), token_bytes) == 7 * 30_000
+    tokens = np.array([2, 0, 1, 1, 2] * 30_000, dtype=np.uint16)
+    assert text_bytes(tokens, token_bytes) == 7 * 30_000
+    monkeypatch.setattr(batches, "_COUNT_CHUNK", 70_001)
+    assert text_bytes(tokens, token_bytes) == 7 * 30_000
     with pytest.raises(UserError, match="token id 3 is outside the vocabulary of 3"):
         text_bytes(np.array([0, 3], dtype=np.uint16), token_bytes)

@@ -97,6 +97,17 @@ def test_a_store_is_built_once(tmp_path, cache, monkeypatch):
     )
 
 
+def test_the_digest_is_of_the_data_and_not_of_where_it_lies(tmp_path):
+    here, there = (
+        prepare(
+            DataConfig(source=write_folder(tmp_path / name)), cache=tmp_path / f"{name}-cache", progress=False
+        )
+        for name in ("here", "there")
+    )
+    assert here.digest == there.digest
+    assert here.source != there.source
+
+
 def test_another_text_or_tokenizer_is_another_store(tmp_path, data, cache):
     stores = [
         prepare(data, cache=cache, progress=False),

@@ -120,6 +120,13 @@ def test_the_most_frequent_pair_is_merged_first():
     assert merges[0] == [ord("a"), ord("b")]
 
 
+def test_words_are_the_same_in_training_and_in_use():
+    """All that is said three times is merged to one entry a word, and found again."""
+    words = [" 2024", " it", "'s", " größer", " ?!?", "\n\n"]
+    tokenizer = trained(1000, ["".join(words)] * 3)
+    assert [len(tokenizer.encode(word)) for word in words] == [1] * len(words)
+
+
 def slow_encode(merges: list[list[int]], text: str) -> list[int]:
     """Byte-level BPE by its definition, for lower-case words: over and over the earliest merge that fits."""
     merged = {tuple(pair): 256 + i for i, pair in enumerate(merges)}
