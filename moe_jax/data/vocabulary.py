@@ -1,8 +1,9 @@
 """The words of the embedded corpus: for each slot of the tale, the list that it draws from.
 
-The lists are long and the words in them interchangeable, so that a word said for the first time carries several
-bits, and whoever remembers it saves as many at each later mention. A word may bring others along, always the same
-ones: a girl is a she, a rabbit lives in a burrow and eats a carrot.
+The lists are long and the words in them interchangeable, so that a word said for the first time carries
+several bits, and whoever remembers it saves as many at each later mention. A word may bring others along, always
+the same ones: a girl is a she, a rabbit lives in a burrow and eats carrots. Slots that share a list, and so
+never hold the same word, share the object: `colour` and `hue`.
 """
 
 from collections.abc import Sequence
@@ -33,72 +34,73 @@ def _animal(plain: str, sound: str, home: str, food: str) -> Word:
     return _word(plain, sound=sound, home=home, food=food)
 
 
-GIRLS = (
-    "Lily Mia Anna Rosie Ella Nora Clara Ruby Hana Zoe Ivy Molly Tess Greta Sofia Maya Bella Lucy Freya Priya"
-)
-BOYS = "Tom Ben Max Leo Sam Finn Jack Oscar Hugo Theo Noah Omar Felix Milo Ned Toby Adam Ravi Luca Kofi"
-CHILDREN = (*_people(GIRLS, "girl", "she", "her", "her"), *_people(BOYS, "boy", "he", "him", "his"))
+def _children(girls: str, boys: str) -> Sequence[Word]:
+    return (*_people(girls, "girl", "she", "her", "her"), *_people(boys, "boy", "he", "him", "his"))
+
 
 ANIMALS = (
-    _animal("rabbit", "Sniff", "burrow", "carrot"),
+    _animal("rabbit", "Sniff", "burrow", "carrots"),
     _animal("mouse", "Squeak", "hole", "cheese"),
     _animal("duck", "Quack", "pond", "bread"),
-    _animal("puppy", "Woof", "kennel", "bone"),
+    _animal("puppy", "Woof", "kennel", "bones"),
     _animal("kitten", "Meow", "basket", "milk"),
-    _animal("squirrel", "Chip", "oak", "nut"),
+    _animal("squirrel", "Chip", "oak", "nuts"),
     _animal("lamb", "Baa", "fold", "clover"),
-    _animal("piglet", "Oink", "sty", "potato"),
+    _animal("piglet", "Oink", "sty", "potatoes"),
     _animal("pony", "Neigh", "stable", "hay"),
     _animal("chick", "Cheep", "coop", "corn"),
     _animal("cub", "Growl", "den", "honey"),
-    _animal("sparrow", "Tweet", "nest", "worm"),
+    _animal("sparrow", "Tweet", "nest", "worms"),
 )
 
 COLOURS = _words(
     "red blue green yellow purple pink orange silver golden brown white black gray violet scarlet crimson"
 )
-LOOKS = _words(
-    "little old tiny big lovely strange pretty sturdy funny dusty muddy crooked huge plain broad odd heavy ancient "
-    "splendid wonderful enormous famous grand secret"
-)
 THINGS = _words(
-    "kite doll boat drum train robot whistle bell cup lantern flute truck top puppet clock box mask crown lamp jar "
-    "bucket horn harp trumpet book basket bowl hammer spoon ring key brush"
+    "kite doll boat drum train robot whistle bell cup lantern flute truck top puppet clock box "
+    "mask crown lamp jar bucket horn harp trumpet book basket bowl hammer spoon ring key brush"
 )
 
 SLOTS = {
-    "hero": CHILDREN,
-    "friend": CHILDREN,
+    "hero": _children(
+        "Lily Mia Anna Rosie Ella Nora Clara Ruby Hana Zoe Ivy Molly",
+        "Tom Ben Max Leo Sam Finn Jack Oscar Hugo Theo Noah Omar",
+    ),
+    "friend": _children(
+        "Tess Greta Sofia Maya Bella Lucy Freya Priya Rosa Emma June Sara",
+        "Felix Milo Ned Toby Adam Ravi Luca Kofi Dan Will Henry Jon",
+    ),
     "elder": _words("mother father grandma grandpa aunt uncle sister brother"),
     "trait": _words(
-        "kind brave clever gentle cheerful curious honest patient careful friendly helpful lively thoughtful polite "
-        "sweet loyal"
+        "kind brave clever gentle cheerful curious honest patient careful friendly helpful lively "
+        "thoughtful polite sweet loyal"
     ),
     "weather": _words("sunny windy cloudy warm breezy misty bright mild cool foggy hazy rainy"),
     "time": _words("morning afternoon evening day"),
-    "tint": COLOURS,
+    "pattern": _words("striped spotted woolly patched cozy checkered flowery faded fancy fuzzy soft thick"),
     "clothes": _words("coat hat scarf boots cap mittens sweater cape gloves jacket shoes vest"),
     "place": _words(
-        "garden park forest meadow orchard yard field valley village market playground square jungle vineyard harbor "
-        "canyon"
+        "garden park forest meadow orchard yard field valley village market playground square "
+        "jungle vineyard harbor canyon"
     ),
     "colour": COLOURS,
     "hue": COLOURS,
-    "shade": COLOURS,
-    "look": LOOKS,
-    "size": LOOKS,
+    "look": _words(
+        "little old tiny big lovely pretty sturdy funny plain odd heavy splendid wonderful enormous grand precious"
+    ),
     "toy": THINGS,
     "prize": THINGS,
+    "texture": _words("mossy muddy dusty crooked broken low wide dark shady strange ancient famous"),
     "spot": _words(
         "bush rock log bench tree fence gate wall stump cart barrel ladder shed well statue haystack"
     ),
-    "scary": _words("bridge tunnel cave tower path ruin swamp mill maze cabin mine castle"),
+    "scary": _words("bridge tunnel cave tower path swamp maze castle"),
     "fright": _words("scared afraid frightened nervous worried timid"),
-    "sad": _words("sad upset gloomy unhappy miserable tearful glum troubled lonely weary hopeless weepy"),
-    "happy": _words("happy glad proud merry joyful thrilled delighted pleased cheery jolly content hopeful"),
-    "build": _words("shaggy spotted thin plump sleepy noisy young fluffy clumsy bold shy hungry"),
+    "sad": _words("sad upset gloomy unhappy miserable tearful glum troubled lonely weary"),
+    "happy": _words("happy glad proud merry joyful thrilled delighted pleased jolly hopeful"),
+    "build": _words("shaggy thin plump sleepy noisy young clumsy shy"),
     "animal": ANIMALS,
-    "treat": _words("cake pie bun muffin tart cookie pancake biscuit peach pear melon sandwich"),
+    "treat": _words("cake pie bun muffin cookie pancake peach pear"),
     "game": _words("tag catch marbles hopscotch chess checkers cards dominoes"),
     "skill": _words("skate whistle juggle dance sing paint knit read"),
 }
