@@ -13,8 +13,8 @@ renormalises its probabilities exactly.
 
 A derivation is the sequence of choices that wrote a text. All choices form a tree: `sample` walks down it at
 random, `derivations` walks through all of it, and parsing is that same walk, cut wherever the text says
-otherwise. Since every choice is uniform, a derivation with choices among n_1, n_2, ... options has probability
-1 / (n_1 n_2 ...), and -log2 of that is its code length in bits.
+otherwise. Since every choice is uniform, a derivation with choices among n_1, n_2, ... options has
+probability 1 / (n_1 n_2 ...), and -log2 of that is its code length in bits.
 """
 
 import math

@@ -1,9 +1,9 @@
 """The embedded corpus: short children's stories out of a grammar, so that the probability of each is known.
 
-A hero with a trait goes, in some weather and some clothes, to a place. There one of ten things happens, and then
-it is time to go home. Who has which toy, who is sad and what the gate looks like is drawn once and said several
-times. A model that remembers pays nothing for the repetitions, and nothing for the fixed text; what no model can
-avoid on average is the code length of the draws themselves. That is the entropy floor.
+A hero with a trait goes, in some weather and some clothes, to a place. There one of ten things happens, and
+then it is time to go home. Who has which toy, who is sad and what the gate looks like is drawn once and said
+several times. A model that remembers pays nothing for the repetitions, and nothing for the fixed text; what no
+model can avoid on average is the code length of the draws themselves. That is the entropy floor.
 """
 
 import math
@@ -143,7 +143,7 @@ def code_length_bits(text: str) -> float:
 def entropy_floor_bits_per_byte(stories: Sequence[str]) -> float:
     """Code length of the stories under the grammar over their UTF-8 bytes: what the best model scores.
 
-    The separators between stories add nothing, since the grammar says where a story ends. inf where a story is
-    none of the grammar's.
+    The separators between stories add nothing, since the grammar says where a story ends. inf where the
+    grammar can't write one of the stories.
     """
     return math.fsum(map(code_length_bits, stories)) / sum(len(story.encode()) for story in stories)

@@ -1,9 +1,8 @@
 """The words of the embedded corpus: for each slot of the tale, the list that it draws from.
 
 The lists are long and the words in them interchangeable, so that a word said for the first time carries
-several bits, and whoever remembers it saves as many at each later mention. A word may bring others along, always
-the same ones: a girl is a she, a rabbit lives in a burrow and eats carrots. Slots that share a list, and so
-never hold the same word, share the object: `colour` and `hue`.
+several bits, and whoever remembers it saves as many at each later mention. A word may bring others along,
+always the same ones: a girl is a she, a rabbit lives in a burrow and eats carrots.
 """
 
 from collections.abc import Sequence
