@@ -38,68 +38,42 @@ def _children(girls: str, boys: str) -> Sequence[Word]:
 
 
 ANIMALS = (
-    _animal("rabbit", "Sniff", "burrow", "carrots"),
-    _animal("mouse", "Squeak", "hole", "cheese"),
+    _animal("rabbit", "Sniff", "hole", "carrots"),
+    _animal("mouse", "Squeak", "barn", "cheese"),
     _animal("duck", "Quack", "pond", "bread"),
-    _animal("puppy", "Woof", "kennel", "bones"),
+    _animal("puppy", "Woof", "kennel", "meat"),
     _animal("kitten", "Meow", "basket", "milk"),
-    _animal("squirrel", "Chip", "oak", "nuts"),
-    _animal("lamb", "Baa", "fold", "clover"),
-    _animal("piglet", "Oink", "sty", "potatoes"),
+    _animal("lamb", "Baa", "pen", "clover"),
     _animal("pony", "Neigh", "stable", "hay"),
-    _animal("chick", "Cheep", "coop", "corn"),
-    _animal("cub", "Growl", "den", "honey"),
-    _animal("sparrow", "Tweet", "nest", "worms"),
+    _animal("chick", "Cheep", "nest", "corn"),
 )
-
-COLOURS = _words(
-    "red blue green yellow purple pink orange silver golden brown white black gray violet scarlet crimson"
-)
-THINGS = _words(
-    "kite doll boat drum train robot whistle bell cup lantern flute truck top puppet clock box "
-    "mask crown lamp jar bucket horn harp trumpet book basket bowl hammer spoon ring key brush"
-)
+COLOURS = _words("red blue green pink golden brown black white")
+THINGS = _words("kite doll boat drum train bell cup lamp top ring horn box book clock hat sled")
 
 SLOTS = {
-    "hero": _children(
-        "Lily Mia Anna Rosie Ella Nora Clara Ruby Hana Zoe Ivy Molly",
-        "Tom Ben Max Leo Sam Finn Jack Oscar Hugo Theo Noah Omar",
-    ),
-    "friend": _children(
-        "Tess Greta Sofia Maya Bella Lucy Freya Priya Rosa Emma June Sara",
-        "Felix Milo Ned Toby Adam Ravi Luca Kofi Dan Will Henry Jon",
-    ),
+    "hero": _children("Lily Mia Anna Ella Nora Zoe Ivy Rosie", "Tom Ben Max Leo Sam Finn Jack Theo"),
+    "friend": _children("Tess Maya Lucy June Rosa Emma Clara Ruby", "Ned Adam Luca Kofi Dan Will Omar Hugo"),
     "elder": _words("mother father grandma grandpa aunt uncle sister brother"),
-    "trait": _words(
-        "kind brave clever gentle cheerful curious honest patient careful friendly helpful lively "
-        "thoughtful polite sweet loyal"
-    ),
-    "weather": _words("sunny windy cloudy warm breezy misty bright mild cool foggy hazy rainy"),
+    "trait": _words("kind brave clever gentle honest polite sweet lively"),
+    "weather": _words("sunny windy cloudy warm misty bright cool rainy"),
     "time": _words("morning afternoon evening day"),
-    "pattern": _words("striped spotted woolly patched cozy checkered flowery faded fancy fuzzy soft thick"),
-    "clothes": _words("coat hat scarf boots cap mittens sweater cape gloves jacket shoes vest"),
-    "place": _words(
-        "garden park forest meadow orchard yard field valley village market playground square "
-        "jungle vineyard harbor canyon"
-    ),
+    "pattern": _words("striped spotted woolly patched cozy faded fancy soft"),
+    "clothes": _words("coat scarf boots cap mittens cape shoes vest"),
+    "place": _words("garden park forest meadow field valley village market yard harbor jungle orchard"),
     "colour": COLOURS,
     "hue": COLOURS,
-    "look": _words(
-        "little old tiny big lovely pretty sturdy funny plain odd heavy splendid wonderful enormous grand precious"
-    ),
+    "look": _words("little old tiny big lovely odd heavy grand"),
     "toy": THINGS,
     "prize": THINGS,
-    "texture": _words("mossy muddy dusty crooked broken low wide dark shady strange ancient famous"),
-    "spot": _words(
-        "bush rock log bench tree fence gate wall stump cart barrel ladder shed well statue haystack"
-    ),
-    "scary": _words("bridge tunnel cave tower path swamp maze castle"),
-    "fright": _words("scared afraid frightened nervous worried timid"),
-    "sad": _words("sad upset gloomy unhappy miserable tearful glum troubled lonely weary"),
-    "happy": _words("happy glad proud merry joyful thrilled delighted pleased jolly hopeful"),
-    "build": _words("shaggy thin plump sleepy noisy young clumsy shy"),
+    "texture": _words("mossy muddy dusty crooked broken low wide dark"),
+    "spot": _words("bush rock log bench tree fence gate wall cart shed well stump"),
+    "scary": _words("bridge tunnel cave tower path maze"),
+    "fright": _words("scared afraid nervous worried timid shy"),
+    "sad": _words("sad upset gloomy lonely unhappy tearful glum weary"),
+    "happy": _words("happy glad proud merry jolly joyful pleased cheerful"),
+    "build": _words("thin plump sleepy noisy young hungry"),
     "animal": ANIMALS,
-    "treat": _words("cake pie bun muffin cookie pancake peach pear"),
-    "game": _words("tag catch marbles hopscotch chess checkers cards dominoes"),
-    "skill": _words("skate whistle juggle dance sing paint knit read"),
+    "treat": _words("cake pie bun peach pear cookie plum muffin"),
+    "game": _words("tag catch chess cards darts marbles"),
+    "skill": _words("dance sing paint knit read skate"),
 }
