@@ -34,94 +34,101 @@ RULES = {
     "now": "[Now|Soon|Then|Later]",
     # The tale.
     "opening": """
-                                            [Once upon a time, one|Once upon a|Long ago, one|One]
+                                                     [Once upon a time, one|Once upon a|Long ago, one|One]
         {weather} {time},         {trait.a}         {hero.child}         named {hero}
         [put|pulled|tried|had] on {hero.his}         {pattern}         {clothes} and <went> to the
         {place}.
     """,
     "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<find>",
     "lost": """
-                                            {hero} lost {look.a} {colour} {toy} there and <felt> {sad}.
-        "Do not be         {sad},"         <said>         {friend} <how>.         {friend} looked <near>
-        {texture.a} {spot}         and <saw> the         {look} {colour}         {toy}. The two <both>
-        <near> the {texture}         {spot}, and {hero}         <felt> {happy}.
+                                                     {hero} [lost|dropped] {look.a} {colour} {toy} there
+        and <felt> {sad}.         "Do not be         {sad},"         <said>         {friend} <how>.
+        {friend} [looked|searched|peeked|went] <near>         {texture.a} {spot}         and <saw> the
+        {look} {colour}         {toy}. The two <both>         <near> the {texture}         {spot}, and
+        {hero}         <felt> {happy}.
     """,
     "share": """
-                                            {hero} <had> {look.a} {treat}. {friend} <sat> <near>
+                                                     {hero} <had> {look.a} {treat}. {friend} <sat> <near>
         {texture.a} {spot}         and         <felt> {sad}.         "I         am hungry," <wept>
         {friend}. {hero}         [broke|cut|split|tore] the         {treat} in two. "Half of         my
         {look}         {treat} is         for you, {friend}," <said> {hero}         <how>. {friend} ate
         <near> the         {texture} {spot},         and         {hero} <felt> {happy}.
     """,
     "fear": """
-                                            There was {texture.a} {scary}, and {hero} <felt> {fright}. "I
-        am too         {fright} to         go on,"         <wept> {hero}. {friend} <had> {look.a} {colour}
-        {toy}. "Take         my {toy}, and do not         be {fright},"         <said> {friend} <how>.
-        {hero} <held> the {look}         {colour} {toy} and <went> to         the {texture}
-        {scary}.         <now> {hero} <felt>         {happy}.
+                                                     There [was|stood|lay|rose] {texture.a} {scary}, and
+        {hero} <felt> {fright}. "I         am too         {fright} to go [on|there|near|by]," <wept>
+        {hero}. {friend} <had> {look.a} {colour}         {toy}. "[Take|Hold|Keep|Carry] my {toy}, and do
+        not         be {fright},"         <said> {friend} <how>.         {hero} <held> the {look}
+        {colour} {toy} and <went> to         the {texture}         {scary}.         <now> {hero} <felt>
+        {happy}.
     """,
     "gift": """
-                                            {hero} and {hero.his} {elder} <had> {look.a} {colour} {toy}
-        for         {friend}.         {friend} <sat>         <near>         {texture.a} {spot} and <felt>
-        {sad}. "It         is my birthday,"         <wept> {friend}. "This         {toy} is         from
-        my {elder} and me,"         <said> {hero} <how>.         {friend} <held> the {look} {colour}
-        {toy} <near> the         {texture} {spot}, and {hero}         <felt> {happy}.
+                                                     {hero} and {hero.his} {elder} <had> {look.a} {colour}
+        {toy}         for         {friend}.         {friend} <sat>         <near>         {texture.a}
+        {spot} and <felt>         {sad}. "It         is my birthday,"         <wept> {friend}. "This
+        {toy} is         from         my {elder} and me,"         <said> {hero} <how>.         {friend}
+        <held> the {look} {colour}         {toy} <near> the         {texture} {spot}, and {hero}
+        <felt> {happy}.
     """,
     "game": """
-                                            {friend} <sat> <near> {texture.a} {spot}. "Will you play
-        {game},         {hero}?" <said>         {friend}.         But {hero} lost and <felt> {sad}. "I do
-        not like         {game}," <wept> {hero}. "Do not         be {sad}," <said>         {friend} <how>.
-        The two <both>         and played {game} <near> the {texture}         {spot}. <now> {hero} won and
-        <felt>         {happy}.
+                                                     {friend} <sat> <near> {texture.a} {spot}.
+        "[Will|Can|Could|Would] you play         {game},         {hero}?" <said>         {friend}.
+        But {hero} lost and <felt> {sad}. "I do         not like         {game}," <wept> {hero}. "Do not
+        be {sad}," <said>         {friend} <how>.         The two <both>         and played {game} <near>
+        the {texture}         {spot}. <now> {hero} won and         <felt>         {happy}.
     """,
     "rescue": """
-                                            {hero} <saw> {build.a} {animal} <near> {texture.a} {spot}.
-        "{animal.sound}!"         said the         {animal}, who <felt> {sad}. {hero} gave some
+                                                     {hero} <saw> {build.a} {animal} <near> {texture.a}
+        {spot}.         "{animal.sound}!"         <said> the {animal}, who <felt> {sad}. {hero} gave some
         {animal.food} to the {build}         {animal}. "Do not be         {sad}. I know your
-        {animal.home}," <said> {hero} <how>. The {build}         {animal} <went> past the
+        {animal.home}," <said> {hero} <how>. The {build} {animal} <went> [past|around|behind|by] the
         {texture} {spot} to its {animal.home}, and {hero} <felt> {happy}.
     """,
     "skill": """
-                                            {friend} could {skill} [very|so|quite|really] well. "Teach me
-        to         {skill},         {friend},"         <said>         {hero}. {hero} tried to {skill}
-        <near>         {texture.a} {spot}, but         fell and <felt>         {sad}. "I can         not
-        {skill}," <wept>         {hero}. "Do not be {sad},"         <said> {friend} <how>. <now>
-        {hero} could {skill}         <near>         the {texture} {spot} and         <felt> {happy}.
+                                                     {friend} could {skill} [very|so|quite|really] well.
+        "[Teach|Show|Help] me to         {skill},         {friend},"         <said>         {hero}. {hero}
+        tried to {skill}         <near>         {texture.a} {spot}, but         fell and <felt>
+        {sad}. "I [can|will|could] not {skill}," <wept>         {hero}. "Do not be {sad},"         <said>
+        {friend} <how>. <now>         {hero} could {skill}         <near>         the {texture} {spot} and
+        <felt> {happy}.
     """,
     "swap": """
-                                            {hero} <had> {look.a} {colour} {toy} and {friend} <had>
-        {hue.a}         {prize}.         {friend}         <held>         the {colour} {toy}, and {hero}
-        <held> the {hue}         {prize}. But         {friend} <felt> {sad}.         "I miss my
-        {prize}," <wept> {friend}.         "Here is your {hue}         {prize}," <said> {hero}
-        <how>. {friend} gave back         the         {look} {colour} {toy}, and         {hero} <felt>
-        {happy}.
+                                                     {hero} <had> {look.a} {colour} {toy} and {friend}
+        <had>         {hue.a}         {prize}.         {friend}         <held>         the {colour} {toy},
+        and {hero}         <held> the {hue}         {prize}. But         {friend} <felt> {sad}.         "I
+        [miss|want|need|love] my {prize}," <wept> {friend}.         "Here is your {hue}         {prize},"
+        <said> {hero}         <how>. {friend} [gave|brought|handed] back         the         {look}
+        {colour} {toy}, and         {hero} <felt>         {happy}.
     """,
     "broken": """
-                                            {hero} <had> {look.a} {colour} {toy} from {hero.his} {elder}.
-        {hero.He}         <went>         into         {texture.a} {spot}, the {toy} broke, and {hero.he}
-        <felt> {sad}. "I         broke the {toy},"         {hero.he}         told         {hero.his}
-        {elder}. "Do not be {sad},"         <said> the {elder} <how>.         {friend} mended the
-        {look} {colour}         {toy} <near>         the {texture} {spot}, and {hero}         <felt>
-        {happy}.
+                                                     {hero} <had> {look.a} {colour} {toy} from {hero.his}
+        {elder}.         {hero.He}         <went>         into         {texture.a} {spot}, the {toy}
+        [broke|split|bent|fell], and {hero.he}         <felt> {sad}. "I         broke the {toy},"
+        {hero.he}         told         {hero.his}         {elder}. "Do not be {sad},"         <said> the
+        {elder} <how>.         {friend} [mended|fixed] the         {look} {colour}         {toy} <near>
+        the {texture} {spot}, and {hero}         <felt>         {happy}.
     """,
     "find": """
-                                            {hero} <saw> {look.a} {colour} {toy} <near> {texture.a}
-        {spot}. Then         {hero.he}         met         {friend},         who <felt> {sad}. "I lost my
-        {look} {toy}," <wept>         {friend}. "Your         {colour}         {toy} was <near> the
-        {texture} {spot}," <said>         {hero} <how>. {friend}         <held> the {look}
-        {colour} {toy}, and {hero}         <felt>         {happy}.
+                                                     {hero} <saw> {look.a} {colour} {toy} <near>
+        {texture.a}         {spot}. <now> {hero.he} [met|saw|passed|found]         {friend},         who
+        <felt> {sad}. "I [lost|miss|want|need] my {look} {toy}," <wept>         {friend}. "Your
+        {colour}         {toy} was <near> the         {texture} {spot}," <said>         {hero} <how>.
+        {friend}         <held> the {look}         {colour} {toy}, and {hero}         <felt>
+        {happy}.
     """,
     "closing": "<undress>|<exclaim>|<return>",
     "undress": """
-                                            [That night|At home|At bedtime|At last], {hero} [took off|put
-        away|hung up|put down]         the {pattern}         {clothes} and [dreamed|thought|sang|spoke] of
-        the         {place}.
+                                                     [That night|At home|At bedtime|At last], {hero} [took
+        off|put         away|hung up|put down]         the {pattern}         {clothes} and
+        [dreamed|thought|sang|spoke] of         the         {place}.
     """,
     "exclaim": """
-                                            "[What|Such] a {weather} {time}!" <said> the {trait}
+                                                     "[What|Such] a {weather} {time}!" <said> the {trait}
         {hero.child} in         the         {pattern}         {clothes}.
     """,
-    "return": "Still {happy}, the {trait} {hero.child} <went> home in the {pattern} {clothes}.",
+    "return": """
+        [Still|Very|So] {happy}, the {trait} {hero.child} <went> home in the {pattern} {clothes}.
+    """,
 }
 
 _GRAMMAR = Grammar(RULES, SLOTS)

@@ -52,7 +52,7 @@ THINGS = _words("kite doll boat drum train bell cup lamp top ring horn box book 
 
 SLOTS = {
     "hero": _children("Lily Mia Anna Ella Nora Zoe Ivy Rosie", "Tom Ben Max Leo Sam Finn Jack Theo"),
-    "friend": _children("Tess Maya Lucy June Rosa Emma Clara Ruby", "Ned Adam Luca Kofi Dan Will Omar Hugo"),
+    "friend": _children("Tess Maya Lucy June Kate Emma Clara Ruby", "Ned Adam Luca Kofi Dan Will Omar Hugo"),
     "elder": _words("mother father grandma grandpa aunt uncle sister brother"),
     "trait": _words("kind brave clever gentle honest polite sweet lively"),
     "weather": _words("sunny windy cloudy warm misty bright cool rainy"),
