@@ -392,7 +392,7 @@ def load_config(run: Path) -> RunConfig | None:
         return None
     try:
         return RunConfig.from_dict(json.loads((run / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         raise UserError(f"{run / 'config.json'} cannot be read ({error}); start a new run in another folder") from error

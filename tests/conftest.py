@@ -19,7 +19,9 @@ import jaxtyping
 
 import tests.typechecker  # noqa: F401
 
-jaxtyping.install_import_hook("moe_jax", "tests.typechecker.check")  # must come before the first import of moe_jax
+# Must come before moe_jax is imported. Not for moe_jax.config, which checks its values itself.
+_CHECKED = [f"moe_jax.{room}" for room in ("analysis", "data", "inference", "model", "training")]
+jaxtyping.install_import_hook(_CHECKED, "tests.typechecker.check")
 
 import jax
 import pytest
