@@ -80,7 +80,7 @@ SLOTS = {
     "animal": ANIMALS,
     "treat": _words("cake pie bun peach pear cookie plum muffin"),
     "game": _words("tag catch chess cards darts marbles"),
-    **dict.fromkeys(("snack", "dish", "bite"), SNACKS),
+    **dict.fromkeys(("snack", "dish", "bite", "treasure"), SNACKS),
     **dict.fromkeys(("bird", "fowl", "singer"), BIRDS),
     **dict.fromkeys(("scent", "herb", "bloom"), SCENTS),
     "skill": _words("dance sing paint knit read skate"),
