@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, PyTree
 
 Params = PyTree[Float[Array, "..."]]
 
-# The quintic of Jordan et al.: chosen for a steep slope at 0, so that five steps lift even small singular values
-# to within about [0.7, 1.2]. It does not converge to 1, and does not need to.
+# The quintic of Jordan et al.: chosen for a steep slope at 0, so that five steps lift even small singular
+# values to within about [0.7, 1.2]. It does not converge to 1, and does not need to.
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
 
@@ -118,8 +118,8 @@ def muon_update(
 
 
 def orthogonalize(
-    matrix: Float[Array, "I O"], steps: int = NEWTON_SCHULZ_STEPS, eps: float = 1e-8
-) -> Float[Array, "I O"]:
+    matrix: Float[Array, "..."], steps: int = NEWTON_SCHULZ_STEPS, eps: float = 1e-8
+) -> Float[Array, "..."]:
     """About U V^T of matrix = U S V^T, by Newton-Schulz: X <- a X + b (X X^T) X + c (X X^T)^2 X.
 
     X X^T = U S^2 U^T, so one step changes each singular value alone, s <- a s + b s^3 + c s^5, and no

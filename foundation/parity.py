@@ -121,12 +121,12 @@ def finite_differences(f: Callable[..., jax.Array], inputs: tuple) -> tuple:
     """The gradient of a scalar f, entry by entry, by the four-point central difference."""
     flat, unravel = ravel_pytree(inputs)
 
-    def slope(entry: jax.Array) -> jax.Array:
-        def moved(by: float) -> jax.Array:
-            return f(*unravel(flat.at[entry].add(by)))
+    # One copy of f, mapped over the four points, compiles several times faster than four copies.
+    weights = jnp.array([8.0, -8.0, -1.0, 1.0]) / (12.0 * STEP)
+    shifts = jnp.array([STEP, -STEP, 2.0 * STEP, -2.0 * STEP])
 
-        near, far = moved(STEP) - moved(-STEP), moved(2 * STEP) - moved(-2 * STEP)
-        return (8.0 * near - far) / (12.0 * STEP)
+    def slope(entry: jax.Array) -> jax.Array:
+        return weights @ jax.vmap(lambda shift: f(*unravel(flat.at[entry].add(shift))))(shifts)
 
     return unravel(lax.map(slope, jnp.arange(flat.size), batch_size=128))
 
