@@ -37,30 +37,18 @@ class Draws:
         return jax.tree.map(lambda leaf: leaf + self.normal(*leaf.shape, std=std), tree)
 
 
-def all_checks() -> list[Check]:
+def all_checks() -> Iterator[Check]:
     """The whole catalogue."""
-    groups = (
-        activation_checks,
-        linear_checks,
-        softmax_and_loss_checks,
-        norm_checks,
-        embedding_and_position_checks,
-        attention_checks,
-        router_checks,
-        expert_checks,
-        moe_checks,
-        block_checks,
-        model_checks,
-    )
-    return [check for group in groups for check in group()]
+    for group in GROUPS:
+        yield from group()
 
 
-def checks_of(operation: str) -> list[Check]:
-    """The checks of one operation. Raises KeyError where there are none."""
-    found = [check for check in all_checks() if check.operation == operation]
-    if not found:
-        raise KeyError(operation)
-    return found
+def checks_of(operation: str) -> Iterator[Check]:
+    """The checks of one operation, made one at a time. Raises KeyError where there are none."""
+    for group, operations in GROUPS.items():
+        if operation in operations:
+            return (check for check in group() if check.operation == operation)
+    raise KeyError(operation)
 
 
 def activation_checks() -> Iterator[Check]:
@@ -468,3 +456,19 @@ def _with(forward: Callable, *constants: Any) -> Callable:
         return forward(*inputs, *constants)
 
     return filled
+
+
+GROUPS: dict[Callable[[], Iterator[Check]], tuple[str, ...]] = {
+    activation_checks: tuple(activations.ACTIVATIONS),
+    linear_checks: ("linear", "dropout"),
+    softmax_and_loss_checks: ("softmax", "logsumexp", "mse", "cross_entropy"),
+    norm_checks: ("layernorm", "rmsnorm"),
+    embedding_and_position_checks: ("embedding", "tied_head", "learned_positions", "rope"),
+    attention_checks: ("attention", "multi_head"),
+    router_checks: ("router",),
+    expert_checks: ("gelu_experts", "swiglu_experts"),
+    moe_checks: ("dispatch", "combine", "moe"),
+    block_checks: ("block",),
+    model_checks: ("model",),
+}
+"""Each group of checks, with the operations that it makes checks of."""

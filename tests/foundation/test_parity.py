@@ -9,7 +9,7 @@ from foundation import __main__ as table
 from foundation import checks, parity
 from foundation.parity import Check, Outcome
 
-CATALOGUE = checks.all_checks()
+CATALOGUE = list(checks.all_checks())
 
 
 @pytest.mark.parametrize("check", CATALOGUE, ids=lambda check: check.name)
@@ -23,6 +23,9 @@ def test_the_catalogue_is_whole() -> None:
     names = [check.name for check in CATALOGUE]
     assert len(names) >= 60
     assert len(set(names)) == len(names)
+    assert {check.operation for check in CATALOGUE} == {
+        name for group in checks.GROUPS.values() for name in group
+    }
     assert sum(check.at_tie for check in CATALOGUE) <= 3  # only ties are excused from finite differences
 
 
