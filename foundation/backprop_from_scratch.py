@@ -133,7 +133,7 @@ def draw(training: Training, twice: Training, path: Path) -> None:
     left.semilogy(training.losses, color="#1f5fa8", label="right gradient")
     left.semilogy(twice.losses, color="#c8553d", label="weights' gradient divided by the batch twice")
     left.set(xlabel="step", ylabel="mean squared error", title="Both fall: a falling loss proves nothing")
-    left.legend(frameon=False, loc="lower left")
+    left.legend(frameon=False, loc="upper right")
     image = right.imshow(
         boundary(training.params, 201), extent=(-0.5, 1.5, -0.5, 1.5), cmap="RdBu_r", vmin=0, vmax=1
     )
@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
     loss, cache = loss_forward(start)
     print(f"Before training: loss {loss:.4f}, and these gradients:")
     for name, grad in loss_backward(jnp.ones_like(loss), cache).items():
-        print(f"  dL/d{name} = {grad.round(4).tolist()}")
+        print(f"  dL/d{name} = " + str(jnp.round(grad, 4)).replace("\n", "\n           "))
 
     right = run(Check("xor", "right", loss_forward, loss_backward, (start,)))
     wrong = run(Check("xor", "wrong", loss_forward, loss_backward_dividing_twice, (start,)))
