@@ -11,9 +11,11 @@ The alphabet of the project, used in every annotation, einsum and comment:
 """
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 SCHEMA_VERSION = 1
@@ -123,7 +125,7 @@ class ModelConfig:
     """How training brings tokens to experts: `gather`; `einsum` and `dense` are slow references; `blocks` is
     dropless (short: --dispatch)."""
     dense: Dense = "none"
-    """A dense twin instead of the MoE: one FFN with the `active` or the `total` parameters of the experts and router."""
+    """A dense twin instead of the MoE: one FFN with the `active` or the `total` parameters of experts and router."""
 
     def __post_init__(self) -> None:
         s = "model"
@@ -135,7 +137,13 @@ class ModelConfig:
         _check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
         if self.positions == "rope":
             even = (self.width // self.heads) % 2 == 0
-            _check(even, s, "heads", self.heads, f"such that a head (width {self.width} / heads) is even, for rope")
+            _check(
+                even,
+                s,
+                "heads",
+                self.heads,
+                f"such that a head (width {self.width} / heads) is even, for rope",
+            )
         ok = 1 <= self.top_k <= self.experts
         _check(ok, s, "top_k", self.top_k, f"between 1 and --experts {self.experts}")
         ok = math.isfinite(self.capacity_factor) and self.capacity_factor > 0
@@ -374,3 +382,20 @@ def preset(name: str) -> RunConfig:
     """The settings of a preset. Raises ConfigError for an unknown name."""
     _check(name in PRESETS, "", "preset", name, "one of " + ", ".join(PRESETS))
     return PRESETS[name]()
+
+
+def load_config(run: Path) -> RunConfig | None:
+    """The saved configuration of a folder that holds a run, else None."""
+    if not holds_run(run):
+        return None
+    try:
+        return RunConfig.from_dict(json.loads((run / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise UserError(f"{run / 'config.json'} cannot be read ({error}); start a new run in another folder") from error
+
+
+def holds_run(run: Path) -> bool:
+    """A folder holds a run once it has one complete checkpoint. Those appear by a rename, so a name is enough."""
+    return any(p.is_dir() for p in run.glob("checkpoints/step_" + "[0-9]" * 8))

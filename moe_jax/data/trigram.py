@@ -1,0 +1,95 @@
+"""A word-trigram model that assigns a probability to the exact bytes of a text: the baseline of a corpus.
+
+Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999) over words. With c(.) the number of times
+that a trigram occurs, and N(.) the number of different n-grams that fit a pattern,
+
+    P(w | u v) = (max(c(u v w) - d3, 0) + d3 N(u v *) P(w | v)) / c(u v *)
+    P(w | v)   = (max(N(* v w) - d2, 0) + d2 N(v *)   P(w))     / N(* v *)
+    P(w)       = (max(N(* w)   - d1, 0) + d1 N(*)     S(w))     / N(* *)
+
+where a context never seen hands its whole mass to the next line. The discount of a line is n1 / (n1 + 2 n2),
+where n1 and n2 of its counts are 1 and 2; or 1/2, where none is 1. S spells a word: each of its bytes and its
+end has probability 1/257, so S sums to 1 over all byte strings, and a word never seen still has a probability.
+
+A word is a run of letters with the space before it, or any other single character, so that the words in a row
+are the text, byte for byte. The empty word ends a story.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+END = ""
+"""The word that ends a story, and stands twice before its first word."""
+
+_WORD = re.compile(r" ?[^\W\d_]+|.", re.DOTALL)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text; joined, they are the text."""
+    return _WORD.findall(text)
+
+
+def spelling_probability(word: str) -> float:
+    """S(w), which sums to 1 over all byte strings: uniform over 256 bytes and the end of the word."""
+    return 257.0 ** -(len(word.encode()) + 1)
+
+
+class TrigramModel:
+    """An interpolated Kneser-Ney model of stories."""
+
+    def __init__(self, stories: Iterable[str]) -> None:
+        trigrams: Counter[tuple[str, str, str]] = Counter()
+        for story in stories:
+            trigrams.update(_trigrams(story))
+        bigrams = Counter((v, w) for _, v, w in trigrams)
+        unigrams = Counter((w,) for _, w in bigrams)
+        self._levels = [_Level(counts) for counts in (unigrams, bigrams, trigrams)]
+        self.vocabulary = [w for (w,) in unigrams]
+        """Every word of the training text, the end of a story included."""
+
+    def probability(self, word: str, before: tuple[str, str]) -> float:
+        """P(word | the two words before it)."""
+        p = spelling_probability(word)
+        for level, context in zip(self._levels, ((), before[1:], before), strict=True):
+            p = level.interpolate((*context, word), p)
+        return p
+
+    def bits(self, story: str) -> float:
+        """Code length of a story and of its end, in bits."""
+        return -math.fsum(math.log2(self.probability(w, (u, v))) for u, v, w in _trigrams(story))
+
+
+def trigram_bits_per_byte(train_stories: Iterable[str], valid_stories: Sequence[str]) -> float:
+    """Code length of the validation stories and their ends under a trigram model of the training stories,
+    over the UTF-8 bytes of the validation stories."""
+    model = TrigramModel(train_stories)
+    return math.fsum(map(model.bits, valid_stories)) / sum(len(story.encode()) for story in valid_stories)
+
+
+def _trigrams(story: str) -> Iterable[tuple[str, str, str]]:
+    words = [END, END, *words_of(story), END]
+    return zip(words, words[1:], words[2:], strict=False)
+
+
+class _Level:
+    """The counts of one line of the formula, and the sums over them that it needs."""
+
+    def __init__(self, counts: Mapping[tuple[str, ...], int]) -> None:
+        self._counts = counts
+        self._totals: Counter[tuple[str, ...]] = Counter()
+        for ngram, count in counts.items():
+            self._totals[ngram[:-1]] += count
+        self._kinds = Counter(ngram[:-1] for ngram in counts)
+        once, twice = (sum(count == times for count in counts.values()) for times in (1, 2))
+        self._discount = once / (once + 2 * twice) if once else 0.5
+
+    def interpolate(self, ngram: tuple[str, ...], lower: float) -> float:
+        """P(last word | the words before), given the probability of the last word one line below."""
+        context = ngram[:-1]
+        total = self._totals[context]
+        if total == 0:
+            return lower
+        kept = max(self._counts.get(ngram, 0) - self._discount, 0.0)
+        return (kept + self._discount * self._kinds[context] * lower) / total

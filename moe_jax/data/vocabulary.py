@@ -1,0 +1,79 @@
+"""The words of the embedded corpus: for each slot of the tale, the list that it draws from.
+
+The lists are long and the words in them interchangeable, so that a word said for the first time carries
+several bits, and whoever remembers it saves as many at each later mention. A word may bring others along,
+always the same ones: a girl is a she, a rabbit lives in a burrow and eats carrots.
+"""
+
+from collections.abc import Sequence
+
+from moe_jax.data.grammar import Word
+
+_VOWELS = "aeiou"
+_SILENT_H = ("honest",)
+
+
+def _word(plain: str, **forms: str) -> Word:
+    """A word, the word with its article ("an orange"), and whatever other forms it has."""
+    article = "an" if plain[0] in _VOWELS or plain in _SILENT_H else "a"
+    return {"": plain, "a": f"{article} {plain}", **forms}
+
+
+def _words(plain: str) -> Sequence[Word]:
+    return tuple(_word(word) for word in plain.split())
+
+
+def _people(names: str, child: str, he: str, him: str, his: str) -> Sequence[Word]:
+    return tuple(
+        _word(name, child=child, he=he, He=he.capitalize(), him=him, his=his) for name in names.split()
+    )
+
+
+def _animal(plain: str, sound: str, home: str, food: str) -> Word:
+    return _word(plain, sound=sound, home=home, food=food)
+
+
+def _children(girls: str, boys: str) -> Sequence[Word]:
+    return (*_people(girls, "girl", "she", "her", "her"), *_people(boys, "boy", "he", "him", "his"))
+
+
+ANIMALS = (
+    _animal("rabbit", "Sniff", "hole", "carrots"),
+    _animal("mouse", "Squeak", "barn", "cheese"),
+    _animal("duck", "Quack", "pond", "bread"),
+    _animal("puppy", "Woof", "kennel", "meat"),
+    _animal("kitten", "Meow", "basket", "milk"),
+    _animal("lamb", "Baa", "pen", "clover"),
+    _animal("pony", "Neigh", "stable", "hay"),
+    _animal("chick", "Cheep", "nest", "corn"),
+)
+COLOURS = _words("red blue green pink golden brown black white")
+THINGS = _words("kite doll boat drum train bell cup lamp top ring horn box book clock hat sled")
+
+SLOTS = {
+    "hero": _children("Lily Mia Anna Ella Nora Zoe Ivy Rosie", "Tom Ben Max Leo Sam Finn Jack Theo"),
+    "friend": _children("Tess Maya Lucy June Rosa Emma Clara Ruby", "Ned Adam Luca Kofi Dan Will Omar Hugo"),
+    "elder": _words("mother father grandma grandpa aunt uncle sister brother"),
+    "trait": _words("kind brave clever gentle honest polite sweet lively"),
+    "weather": _words("sunny windy cloudy warm misty bright cool rainy"),
+    "time": _words("morning afternoon evening day"),
+    "pattern": _words("striped spotted woolly patched cozy faded fancy soft"),
+    "clothes": _words("coat scarf boots cap mittens cape shoes vest"),
+    "place": _words("garden park forest meadow field valley village market yard harbor jungle orchard"),
+    "colour": COLOURS,
+    "hue": COLOURS,
+    "look": _words("little old tiny big lovely odd heavy grand"),
+    "toy": THINGS,
+    "prize": THINGS,
+    "texture": _words("mossy muddy dusty crooked broken low wide dark"),
+    "spot": _words("bush rock log bench tree fence gate wall cart shed well stump"),
+    "scary": _words("bridge tunnel cave tower path maze"),
+    "fright": _words("scared afraid nervous worried timid shy"),
+    "sad": _words("sad upset gloomy lonely unhappy tearful glum weary"),
+    "happy": _words("happy glad proud merry jolly joyful pleased cheerful"),
+    "build": _words("thin plump sleepy noisy young hungry"),
+    "animal": ANIMALS,
+    "treat": _words("cake pie bun peach pear cookie plum muffin"),
+    "game": _words("tag catch chess cards darts marbles"),
+    "skill": _words("dance sing paint knit read skate"),
+}
