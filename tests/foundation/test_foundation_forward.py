@@ -39,9 +39,7 @@ def test_activations_equal_jax_nn() -> None:
 def test_softmax_and_losses_equal_jax_and_optax() -> None:
     logits, targets = 5.0 * normal(1, 3, 4, 6), jax.random.randint(jax.random.key(2), (3, 4), 0, 6)
     np.testing.assert_allclose(softmax.softmax_forward(logits)[0], jax.nn.softmax(logits), **TIGHT)
-    np.testing.assert_allclose(
-        softmax.logsumexp_forward(logits)[0], jax.nn.logsumexp(logits, axis=-1), **TIGHT
-    )
+    np.testing.assert_allclose(softmax.logsumexp_forward(logits)[0], jax.nn.logsumexp(logits, axis=-1), **TIGHT)
     each = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     np.testing.assert_allclose(losses.cross_entropy_forward(logits, targets)[0], each.mean(), **TIGHT)
     # One position of twelve ignored: the mean is over the other eleven.
@@ -152,9 +150,7 @@ def test_experts_equal_one_network_after_another() -> None:
         np.testing.assert_allclose(swiglu[:, e], hidden @ w_out[e], **TIGHT)
 
 
-def moe_by_loops(
-    x: np.ndarray, params: dict, top_k: int, places: int
-) -> tuple[np.ndarray, float, float, int]:
+def moe_by_loops(x: np.ndarray, params: dict, top_k: int, places: int) -> tuple[np.ndarray, float, float, int]:
     """The layer by loops over tokens in NumPy: outputs, balance loss, z-loss, dropped choices."""
     p = {name: np.asarray(value) for name, value in params.items()}
     total = p["router"].shape[1]

@@ -9,24 +9,26 @@ from foundation import __main__ as table
 from foundation import checks, parity
 from foundation.parity import Check, Outcome
 
-CATALOGUE = list(checks.all_checks())
+OPERATIONS = [operation for group in checks.GROUPS.values() for operation in group]
 
 
-@pytest.mark.parametrize("check", CATALOGUE, ids=lambda check: check.name)
-def test_by_hand_equals_autodiff_and_finite_differences(check: Check) -> None:
-    outcome = parity.run(check)
-    assert outcome.autodiff <= 1e-10
-    assert check.at_tie or (outcome.finite_difference is not None and outcome.finite_difference <= 1e-6)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_by_hand_equals_autodiff_and_finite_differences(operation: str) -> None:
+    for check in checks.checks_of(operation):
+        outcome = parity.run(check)
+        assert outcome.autodiff <= 1e-10, check.case
+        if not check.at_tie:
+            assert outcome.finite_difference is not None
+            assert outcome.finite_difference <= 1e-6, check.case
 
 
 def test_the_catalogue_is_whole() -> None:
-    names = [check.name for check in CATALOGUE]
+    catalogue = list(checks.all_checks())
+    names = [check.name for check in catalogue]
     assert len(names) >= 60
     assert len(set(names)) == len(names)
-    assert {check.operation for check in CATALOGUE} == {
-        name for group in checks.GROUPS.values() for name in group
-    }
-    assert sum(check.at_tie for check in CATALOGUE) <= 3  # only ties are excused from finite differences
+    assert {check.operation for check in catalogue} == set(OPERATIONS)
+    assert sum(check.at_tie for check in catalogue) <= 3  # only ties are excused from finite differences
 
 
 def square(scale: float, d_scale: float) -> Check:
