@@ -127,9 +127,7 @@ def multi_head_forward(
     return y, MultiHeadCache(qkv_cache, rope_cache, attention_cache, out_cache)
 
 
-def multi_head_backward(
-    d_y: Float[Array, "B T D"], cache: MultiHeadCache
-) -> tuple[Float[Array, "B T D"], dict]:
+def multi_head_backward(d_y: Float[Array, "B T D"], cache: MultiHeadCache) -> tuple[Float[Array, "B T D"], dict]:
     """(d_x, d_params): the forward lines in reverse order, each replaced by its adjoint."""
     heads = cache.attention.q.shape[1]
     d_joined, d_out_kernel, d_out_bias = linear_backward(d_y, cache.out)

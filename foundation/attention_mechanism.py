@@ -55,9 +55,7 @@ def random_layer(key: Array) -> tuple[Float[Array, "1 T D"], dict]:
 def flax_layer(params: dict) -> nnx.MultiHeadAttention:
     """Flax's layer with our parameters: three projections instead of a fused one, and heads as an axis."""
     dtype = params["out"]["kernel"].dtype
-    layer = nnx.MultiHeadAttention(
-        HEADS, WIDTH, decode=False, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0)
-    )
+    layer = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
     kernels, biases = (jnp.split(params["qkv"][name], 3, axis=-1) for name in ("kernel", "bias"))
     for part, kernel, bias in zip((layer.query, layer.key, layer.value), kernels, biases, strict=True):
         part.kernel.set_value(kernel.reshape(WIDTH, HEADS, -1))
@@ -113,9 +111,7 @@ def draw(path: Path) -> None:
             for s, weight in enumerate(row):
                 if weight > 0.005:
                     colour = "white" if weight > 0.6 else "#223"
-                    ax.text(
-                        s, t, f"{weight:.2f}".lstrip("0"), ha="center", va="center", fontsize=8, color=colour
-                    )
+                    ax.text(s, t, f"{weight:.2f}".lstrip("0"), ha="center", va="center", fontsize=8, color=colour)
     axes[0].set_ylabel("word that looks")
     figure.supxlabel("word looked at", fontsize=10)
     figure.colorbar(image, ax=axes, label="weight", shrink=0.85)
@@ -133,16 +129,10 @@ def main(argv: list[str] | None = None) -> int:
     q = FEATURES @ ASKS
     print("1. One score. 'saw' (word 2) asks for animals; 'cat' (word 1) is one.")
     print(f"   q(saw) = {q[2].tolist()}, k(cat) = {FEATURES[1].tolist()}")
-    print(
-        f"   score = <q, k> / sqrt(3) = {q[2] @ FEATURES[1]:.0f} / 1.73 = {q[2] @ FEATURES[1] / 3**0.5:.3f}\n"
-    )
+    print(f"   score = <q, k> / sqrt(3) = {q[2] @ FEATURES[1]:.0f} / 1.73 = {q[2] @ FEATURES[1] / 3**0.5:.3f}\n")
     row, _ = softmax_forward(q[2] @ FEATURES.T / 3**0.5)
     print("2. One row: the softmax of all scores of 'saw'.")
-    print(
-        "   "
-        + ", ".join(f"{word} {weight:.2f}" for word, weight in zip(WORDS, row.tolist(), strict=True))
-        + "\n"
-    )
+    print("   " + ", ".join(f"{word} {weight:.2f}" for word, weight in zip(WORDS, row.tolist(), strict=True)) + "\n")
     print("3. All rows at once.")
     print_weights(one_head(causal=False)[0])
     print("\n4. Causal: a word sees itself and what came before; each row still sums to 1.")
@@ -154,9 +144,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"   head {head}")
         print_weights(weights)
     difference = difference_from_flax(jax.random.key(0))
-    print(
-        f"\n6. Beside flax.nnx.MultiHeadAttention with the same weights: largest difference {difference:.1e}"
-    )
+    print(f"\n6. Beside flax.nnx.MultiHeadAttention with the same weights: largest difference {difference:.1e}")
     if arguments.picture:
         draw(arguments.picture)
     return 0 if difference <= TOLERANCE else 1

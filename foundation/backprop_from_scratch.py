@@ -100,9 +100,7 @@ def train(backward: Callable[[Any, tuple], dict[str, Array]] = loss_backward, se
     @jax.jit
     def step(params: dict, velocity: dict) -> tuple[dict, dict, Array]:
         loss, cache = loss_forward(params)
-        params, velocity = momentum_update(
-            backward(jnp.ones_like(loss), cache), velocity, params, LEARNING_RATE
-        )
+        params, velocity = momentum_update(backward(jnp.ones_like(loss), cache), velocity, params, LEARNING_RATE)
         return params, velocity, loss
 
     for _ in range(STEPS):
@@ -134,9 +132,7 @@ def draw(training: Training, twice: Training, path: Path) -> None:
     left.semilogy(twice.losses, color="#c8553d", label="weights' gradient divided by the batch twice")
     left.set(xlabel="step", ylabel="mean squared error", title="Both fall: a falling loss proves nothing")
     left.legend(frameon=False, loc="upper right")
-    image = right.imshow(
-        boundary(training.params, 201), extent=(-0.5, 1.5, -0.5, 1.5), cmap="RdBu_r", vmin=0, vmax=1
-    )
+    image = right.imshow(boundary(training.params, 201), extent=(-0.5, 1.5, -0.5, 1.5), cmap="RdBu_r", vmin=0, vmax=1)
     right.contour(
         boundary(training.params, 201)[::-1],
         levels=[0.5],

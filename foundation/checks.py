@@ -59,9 +59,7 @@ def activation_checks() -> Iterator[Check]:
             x = x + jnp.sign(x) * 0.05  # off ReLU's kink
             yield Check(name, case, forward, backward, (x,), margin=float(jnp.min(jnp.abs(x))))
     zero = jnp.zeros((3,))
-    yield Check(
-        "relu", "kink", activations.relu_forward, activations.relu_backward, (zero,), 0.0, at_tie=True
-    )
+    yield Check("relu", "kink", activations.relu_forward, activations.relu_backward, (zero,), 0.0, at_tie=True)
 
 
 def linear_checks() -> Iterator[Check]:
@@ -107,9 +105,7 @@ def softmax_and_loss_checks() -> Iterator[Check]:
         ("one entry", draws.normal(3, 1), None),
         ("equal logits", jnp.ones((2, 5)), None),
     ):
-        yield Check(
-            "softmax", case, _with(softmax.softmax_forward, seen), softmax.softmax_backward, (logits,)
-        )
+        yield Check("softmax", case, _with(softmax.softmax_forward, seen), softmax.softmax_backward, (logits,))
     for case, logits in (("rows", rows), ("saturated", 300.0 * rows)):
         yield Check("logsumexp", case, softmax.logsumexp_forward, softmax.logsumexp_backward, (logits,))
     for case, shape in (("matrix", (4, 3)), ("one entry", (1,))):
@@ -157,9 +153,7 @@ def embedding_and_position_checks() -> Iterator[Check]:
     yield Check("tied_head", "batch", embedding.tied_head_forward, embedding.tied_head_backward, head)
     for case, length in (("shorter than the table", 3), ("as long as the table", 5)):
         forward, backward = positions.learned_positions_forward, positions.learned_positions_backward
-        yield Check(
-            "learned_positions", case, forward, backward, (draws.normal(2, length, 4), draws.normal(5, 4))
-        )
+        yield Check("learned_positions", case, forward, backward, (draws.normal(2, length, 4), draws.normal(5, 4)))
     for case, shape in (("heads", (2, 2, 5, 4)), ("one position", (1, 6)), ("one pair", (7, 2))):
         yield Check("rope", case, positions.rope_forward, positions.rope_backward, (draws.normal(*shape),))
 
@@ -234,9 +228,7 @@ def router_checks() -> Iterator[Check]:
         def draw(draws: Draws, w: int = width, e: int = experts_total, s: tuple = shape) -> tuple:
             return draws.normal(*s, w), draws.normal(w, e)
 
-        inputs, margin = _clear_choice(
-            f"router/{case}", draw, lambda x, kernel, k=top_k: _margin(x, kernel, k)
-        )
+        inputs, margin = _clear_choice(f"router/{case}", draw, lambda x, kernel, k=top_k: _margin(x, kernel, k))
         yield Check("router", case, _router_outputs(top_k), _router_gradients, inputs, margin)
     # Columns 1 and 2 are one and the same: every token that wants either has a tie.
     draws = Draws("router/tied columns")
@@ -273,9 +265,7 @@ def expert_checks() -> Iterator[Check]:
             (u, w_in, w_out),
         )
         inputs = (u, w_gate, w_in, w_out)
-        yield Check(
-            "swiglu_experts", case, experts.swiglu_experts_forward, experts.swiglu_experts_backward, inputs
-        )
+        yield Check("swiglu_experts", case, experts.swiglu_experts_forward, experts.swiglu_experts_backward, inputs)
 
 
 def moe_checks() -> Iterator[Check]:
@@ -289,9 +279,7 @@ def moe_checks() -> Iterator[Check]:
     ):
         places = 4 if case == "nothing dropped" else 2
         x, h, gates = draws.normal(2, 4, 3), draws.normal(2, 3, places, 3), draws.normal(2, 4, 2)
-        yield Check(
-            "dispatch", case, _with(moe.dispatch_forward, slot, 3, places), moe.dispatch_backward, (x,)
-        )
+        yield Check("dispatch", case, _with(moe.dispatch_forward, slot, 3, places), moe.dispatch_backward, (x,))
         yield Check("combine", case, _with(moe.combine_forward, slot), moe.combine_backward, (h, gates))
 
     for case, total, top_k, factor, shape, swiglu in (
@@ -364,9 +352,7 @@ def block_checks() -> Iterator[Check]:
             params = transformer.init_params(jax.random.key(0), size, config, 0.3)["blocks"][0]
             return draws.normal(2, 4, 4), draws.like(params, 0.4)
 
-        def forward(
-            x: jax.Array, params: dict, config: ModelConfig = config, masks: Any = masks
-        ) -> tuple[Any, Any]:
+        def forward(x: jax.Array, params: dict, config: ModelConfig = config, masks: Any = masks) -> tuple[Any, Any]:
             output, cache = block.block_forward(x, params, config, masks)
             return (output.y, output.balance, output.z), cache
 
@@ -399,9 +385,7 @@ MODEL_CASES: dict[str, tuple[ModelConfig, dict]] = {
 def model_checks() -> Iterator[Check]:
     """The gradient of the whole training loss, in every parameter."""
     for case, (config, options) in MODEL_CASES.items():
-        size = transformer.ModelSize(
-            **{"vocabulary": 7, "width": 4, "layers": 2, "experts": 3, "hidden": 3, **options}
-        )
+        size = transformer.ModelSize(**{"vocabulary": 7, "width": 4, "layers": 2, "experts": 3, "hidden": 3, **options})
         tokens = Draws("model/tokens").integers(7, 2, 5)
         targets = Draws("model/targets").integers(7, 2, 5).at[0, -1].set(losses.IGNORE)
         masks = None

@@ -14,9 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def embedding_forward(
-    table: Float[Array, "V D"], tokens: Int[Array, "*rows"]
-) -> tuple[Float[Array, "*rows D"], tuple]:
+def embedding_forward(table: Float[Array, "V D"], tokens: Int[Array, "*rows"]) -> tuple[Float[Array, "*rows D"], tuple]:
     """x = table[tokens]."""
     return table[tokens], (tokens, table.shape[0])
 
@@ -28,9 +26,7 @@ def embedding_backward(d_x: Float[Array, "*rows D"], cache: tuple) -> Float[Arra
     return d_table.at[tokens].add(d_x)
 
 
-def tied_head_forward(
-    x: Float[Array, "*rows D"], table: Float[Array, "V D"]
-) -> tuple[Float[Array, "*rows V"], tuple]:
+def tied_head_forward(x: Float[Array, "*rows D"], table: Float[Array, "V D"]) -> tuple[Float[Array, "*rows V"], tuple]:
     """logits = x W^T: how much the stream points along each token's own embedding."""
     return x @ table.T, (x, table)
 

@@ -21,18 +21,14 @@ from foundation.activations import gelu_backward, gelu_forward, silu_backward, s
 Slots = Float[Array, "B E C D"]
 
 
-def gelu_experts_forward(
-    x: Slots, w_in: Float[Array, "E D F"], w_out: Float[Array, "E F D"]
-) -> tuple[Slots, tuple]:
+def gelu_experts_forward(x: Slots, w_in: Float[Array, "E D F"], w_out: Float[Array, "E F D"]) -> tuple[Slots, tuple]:
     """y_e = gelu(x_e W_in,e) W_out,e for each expert e, GELU in its tanh form."""
     u = jnp.einsum("becd,edf->becf", x, w_in)
     hidden, gelu_cache = gelu_forward(u)
     return jnp.einsum("becf,efd->becd", hidden, w_out), (x, w_in, w_out, hidden, gelu_cache)
 
 
-def gelu_experts_backward(
-    d_y: Slots, cache: tuple
-) -> tuple[Slots, Float[Array, "E D F"], Float[Array, "E F D"]]:
+def gelu_experts_backward(d_y: Slots, cache: tuple) -> tuple[Slots, Float[Array, "E D F"], Float[Array, "E F D"]]:
     """(d_x, d_w_in, d_w_out)."""
     x, w_in, w_out, hidden, gelu_cache = cache
     d_hidden = jnp.einsum("becd,efd->becf", d_y, w_out)

@@ -37,9 +37,7 @@ def mse_backward(d_loss: Scalar, cache: tuple) -> tuple[Float[Array, "*shape"], 
     return d_prediction, -d_prediction
 
 
-def cross_entropy_forward(
-    logits: Float[Array, "*rows V"], targets: Int[Array, "*rows"]
-) -> tuple[Scalar, tuple]:
+def cross_entropy_forward(logits: Float[Array, "*rows V"], targets: Int[Array, "*rows"]) -> tuple[Scalar, tuple]:
     """L = mean over the n counted positions of logsumexp(z) - z_target, in nats.
 
     Positions whose target is `IGNORE` are not counted. With none counted the loss is 0.

@@ -89,9 +89,7 @@ def combine_forward(
     return jnp.sum(gates[..., None] * picked, axis=2), (picked, gates, slot, h.shape)
 
 
-def combine_backward(
-    d_y: Float[Array, "B T D"], cache: tuple
-) -> tuple[Float[Array, "B E C D"], Float[Array, "B T K"]]:
+def combine_backward(d_y: Float[Array, "B T D"], cache: tuple) -> tuple[Float[Array, "B E C D"], Float[Array, "B T K"]]:
     """(d_h, d_gates)."""
     picked, gates, slot, (batch, experts_total, places, width) = cache
     d_gates = jnp.sum(d_y[:, :, None, :] * picked, axis=-1)  # picked is 0 where dropped, so d_gates is too

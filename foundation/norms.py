@@ -69,9 +69,7 @@ def rmsnorm_forward(
     return n * scale, (n, rrms, scale)
 
 
-def rmsnorm_backward(
-    d_y: Float[Array, "*rows D"], cache: tuple
-) -> tuple[Float[Array, "*rows D"], Float[Array, " D"]]:
+def rmsnorm_backward(d_y: Float[Array, "*rows D"], cache: tuple) -> tuple[Float[Array, "*rows D"], Float[Array, " D"]]:
     """(d_x, d_scale)."""
     n, rrms, scale = cache
     d_n = d_y * scale

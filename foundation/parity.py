@@ -78,9 +78,7 @@ class Outcome(NamedTuple):
     def passed(self) -> bool:
         """Both errors within tolerance. Written so that NaN fails."""
         finite = self.finite_difference
-        return self.autodiff <= AUTODIFF_TOLERANCE and (
-            finite is None or finite <= FINITE_DIFFERENCE_TOLERANCE
-        )
+        return self.autodiff <= AUTODIFF_TOLERANCE and (finite is None or finite <= FINITE_DIFFERENCE_TOLERANCE)
 
 
 def run(check: Check, seed: int = 0) -> Outcome:
@@ -92,9 +90,7 @@ def run(check: Check, seed: int = 0) -> Outcome:
     if any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(check.inputs)):
         raise ValueError(f"{check.name}: inputs must be float64; set jax_enable_x64 before making them")
     if not check.at_tie and not check.margin > MARGIN:
-        raise ValueError(
-            f"{check.name}: margin {check.margin:.2g} is within {MARGIN:g} of a kink; choose another seed"
-        )
+        raise ValueError(f"{check.name}: margin {check.margin:.2g} is within {MARGIN:g} of a kink; choose another seed")
 
     shapes = jax.eval_shape(lambda *inputs: check.forward(*inputs)[0], *check.inputs)
     d_out = random_like(jax.random.key(seed), shapes)
@@ -140,9 +136,7 @@ def max_relative_error(ours: Any, reference: Any) -> float:
     a_leaves, a_tree = jax.tree.flatten(ours)
     b_leaves, b_tree = jax.tree.flatten(reference)
     if a_tree != b_tree or any(a.shape != b.shape for a, b in zip(a_leaves, b_leaves, strict=True)):
-        raise ValueError(
-            f"gradients {jax.tree.map(jnp.shape, ours)} against {jax.tree.map(jnp.shape, reference)}"
-        )
+        raise ValueError(f"gradients {jax.tree.map(jnp.shape, ours)} against {jax.tree.map(jnp.shape, reference)}")
     largest = max(_largest(leaf) for leaf in a_leaves + b_leaves)
     errors = [
         _largest(a - b) / max(_largest(a), _largest(b), FLOOR * largest) if largest != 0.0 else 0.0

@@ -65,9 +65,7 @@ class RouterCache(NamedTuple):
     log_total: Array
 
 
-def router_forward(
-    x: Float[Array, "B T D"], kernel: Float[Array, "D E"], top_k: int
-) -> tuple[Routing, RouterCache]:
+def router_forward(x: Float[Array, "B T D"], kernel: Float[Array, "D E"], top_k: int) -> tuple[Routing, RouterCache]:
     """Routes each token to `top_k` experts, by logit; ties go to the lower index.
 
     Raises ValueError where `top_k` is not between 1 and E.
@@ -103,9 +101,7 @@ def router_backward(
     if top_k == 1:  # the gate is one entry of p
         d_p = d_p + jnp.sum(onehot * d_gates[..., None], axis=2)
     d_logits = softmax_backward(jnp.broadcast_to(d_p, (batch, tokens, experts_total)), cache.softmax)
-    if (
-        top_k > 1
-    ):  # the gates are a softmax of the chosen logits: scatter its gradient to where they came from
+    if top_k > 1:  # the gates are a softmax of the chosen logits: scatter its gradient to where they came from
         d_chosen = softmax_backward(d_gates, cache.gates)
         d_logits = d_logits + jnp.sum(onehot * d_chosen[..., None], axis=2)
 

@@ -89,9 +89,7 @@ def model_forward(
     else:
         logits, head_cache = linear_forward(x, params["head"])
     balance, z, dropped = (jnp.mean(jnp.stack(parts)) for parts in (balances, zs, drops))
-    cache = ModelCache(
-        embedding_cache, positions_cache, dropout_cache, block_caches, norm_cache, tied, head_cache
-    )
+    cache = ModelCache(embedding_cache, positions_cache, dropout_cache, block_caches, norm_cache, tied, head_cache)
     return ModelOutput(logits, balance, z, dropped), cache
 
 
@@ -227,8 +225,7 @@ def dropout_masks(
         shapes = {"weights": weights, "attention": stream, "moe": stream}
         keys = jax.random.split(layer_key, len(shapes))
         return {
-            name: jax.random.bernoulli(k, keep, shape)
-            for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+            name: jax.random.bernoulli(k, keep, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
 
     return {
