@@ -1,11 +1,13 @@
-"""`python -m foundation.backprop_from_scratch [--picture FILE]`: a two-layer net learns XOR, every step shown.
+"""`python -m foundation.backprop_from_scratch [--picture FILE]`: a two-layer net learns XOR, every step
+shown.
 
-XOR is 1 where exactly one of two inputs is 1. No line separates its ones from its zeros, so no single layer can
-compute it; two layers can, once the first has moved the points. Minsky and Papert 1969 showed the first, Rumelhart,
-Hinton and Williams 1986 (their section "The exclusive-or problem") the second.
+XOR is 1 where exactly one of two inputs is 1. No line separates its ones from its zeros, so no single layer
+can compute it; two layers can, once the first has moved the points. Minsky and Papert 1969 showed the
+first, Rumelhart, Hinton and Williams 1986 (their section "The exclusive-or problem") the second.
 
-The lesson also plants the commonest bug, dividing the weight gradient by the batch size although the loss has done
-so, and shows what the check says to it. That bug still learns, slowly: a falling loss is no proof of a gradient.
+The lesson also plants the commonest bug, dividing the weight gradient by the batch size although the loss
+has done so, and shows what the check says to it. That bug still learns, slowly: a falling loss is no proof
+of a gradient.
 """
 
 import argparse
@@ -149,7 +151,8 @@ def draw(training: Training, twice: Training, path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Prints the lesson; exit status 1 where XOR is not learned or the check does not tell right from wrong."""
+    """Prints the lesson; exit status 1 where XOR is not learned or the check does not tell right from
+    wrong."""
     parser = argparse.ArgumentParser(prog="python -m foundation.backprop_from_scratch", description=__doc__)
     parser.add_argument("--picture", type=Path, help="write loss curves and decision boundary to this file")
     arguments = parser.parse_args(argv)

@@ -1,4 +1,5 @@
-"""The check: a gradient by hand | by `jax.grad` | by finite differences. The one file here that calls autodiff.
+"""The check: a gradient by hand | by `jax.grad` | by finite differences. The one file here that calls
+autodiff.
 
 A backward pass is a function of a cotangent, so it is tested with a random one, d_out: the scalar
 
@@ -11,11 +12,11 @@ Finite differences know nothing of either; they judge to about 1e-9. They are ce
 
     f'(x) = (8 (f(x + h) - f(x - h)) - (f(x + 2h) - f(x - 2h))) / 12h + O(h^4),    h = 1e-4
 
-whose truncation, about 1e-16, and rounding, 1e-16 |f| / h = 1e-12 |f|, are both far below what is asked of it; the
-usual two-point form has no h for which both are.
+whose truncation, about 1e-16, and rounding, 1e-16 |f| / h = 1e-12 |f|, are both far below what is asked of
+it; the usual two-point form has no h for which both are.
 
-Errors are relative to the largest entry, not elementwise: an entry that is 0 in exact arithmetic (the gradient of a
-key bias) is rounding noise in all three.
+Errors are relative to the largest entry, not elementwise: an entry that is 0 in exact arithmetic (the
+gradient of a key bias) is rounding noise in all three.
 
 Source: the order and the balance of the two errors: Nocedal and Wright 2006, section 8.1.
 """
@@ -51,7 +52,8 @@ class Check:
     forward: Callable[..., tuple[Any, Any]]
     """(*inputs) -> (out, cache); `out` is an array or a tree of arrays."""
     backward: Callable[[Any, Any], Any]
-    """(d_out, cache) -> the gradients: a tuple like `inputs`, or the one gradient where there is one input."""
+    """(d_out, cache) -> the gradients: a tuple like `inputs`, or the one gradient where there is one
+    input."""
     inputs: tuple
     """What is differentiated: trees of float64 arrays. None stands for an absent one."""
     margin: float = float("inf")
@@ -84,8 +86,8 @@ class Outcome(NamedTuple):
 def run(check: Check, seed: int = 0) -> Outcome:
     """Computes the gradient three ways and compares.
 
-    Raises ValueError where the inputs are not float64 or are too near a kink for the step: then the comparison
-    would mean nothing.
+    Raises ValueError where the inputs are not float64 or are too near a kink for the step: then the
+    comparison would mean nothing.
     """
     if any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(check.inputs)):
         raise ValueError(f"{check.name}: inputs must be float64; set jax_enable_x64 before making them")
@@ -130,8 +132,8 @@ def finite_differences(f: Callable[..., jax.Array], inputs: tuple) -> tuple:
 def max_relative_error(ours: Any, reference: Any) -> float:
     """The largest over leaves of max|a - b| / max(max|a|, max|b|, 1e-5 x the largest entry of all leaves).
 
-    0 where everything is exactly 0 in both; NaN where anything is NaN. Raises ValueError where the trees or the
-    shapes differ: a gradient must look like its parameter.
+    0 where everything is exactly 0 in both; NaN where anything is NaN. Raises ValueError where the trees or
+    the shapes differ: a gradient must look like its parameter.
     """
     a_leaves, a_tree = jax.tree.flatten(ours)
     b_leaves, b_tree = jax.tree.flatten(reference)

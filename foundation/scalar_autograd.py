@@ -144,23 +144,34 @@ def draw(result: Value, axes: "Axes") -> None:
     """Draws the graph that ends in `result`: each box holds name or operation, value and gradient; each
     edge its local derivative."""
     places = layout(result)
-    for value in topological_order(result):
-        x, y = places[id(value)]
-        for parent, local in value.edges:
-            px, py = places[id(parent)]
-            arrow = {"arrowstyle": "-|>", "color": "#7a869a", "lw": 1.3, "shrinkA": 34, "shrinkB": 36}
-            axes.annotate("", xy=(x, y), xytext=(px, py), arrowprops=arrow)
-            axes.text(
-                (x + px) / 2, (y + py) / 2, f"{local:.3g}", fontsize=8, color="#4a5568", ha="center", va="center",
-                bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0},
-            )  # fmt: skip
-        label = value.name or value.operation or f"{value.data:g}"
-        colour = "#e8f0fe" if not value.edges else "#fff4e0"
-        axes.text(
-            x, y, f"{label}\nvalue {value.data:.3g}\ngrad {value.grad:.3g}", fontsize=8.5, ha="center", va="center",
-            bbox={"boxstyle": "round,pad=0.45", "facecolor": colour, "edgecolor": "#51607a"},
-        )  # fmt: skip
     xs, ys = zip(*places.values(), strict=True)
     axes.set_xlim(min(xs) - 0.6, max(xs) + 0.6)
-    axes.set_ylim(min(ys) - 0.7, max(ys) + 0.7)
+    axes.set_ylim(min(ys) - 0.9, max(ys) + 0.7)
     axes.axis("off")
+    for value in topological_order(result):
+        for parent, local in value.edges:
+            _draw_edge(axes, places[id(parent)], places[id(value)], f"{local:.3g}")
+    for value in topological_order(result):
+        label = value.name or value.operation or f"{value.data:g}"
+        box = {
+            "boxstyle": "round,pad=0.45",
+            "facecolor": "#fff4e0" if value.edges else "#e8f0fe",
+            "edgecolor": "#51607a",
+        }
+        text = f"{label}\nvalue {value.data:.3g}\ngrad {value.grad:.3g}"
+        axes.text(*places[id(value)], text, fontsize=8.5, ha="center", va="center", bbox=box)
+
+
+def _draw_edge(axes: "Axes", start: tuple[float, float], end: tuple[float, float], label: str) -> None:
+    """An arrow with a label at its middle; one that passes columns bends away from the boxes there."""
+    passes = end[0] - start[0] > 1.0
+    bend = (0.35 if start[1] <= end[1] else -0.35) if passes else 0.0
+    arrow = {"arrowstyle": "-|>", "color": "#7a869a", "lw": 1.3, "shrinkA": 30, "shrinkB": 36}
+    arrow["connectionstyle"] = f"arc3,rad={bend}"
+    axes.annotate("", xy=end, xytext=start, arrowprops=arrow)
+    # matplotlib bends on the screen, so the middle of the arc is found there.
+    (x0, y0), (x1, y1) = axes.transData.transform([start, end])
+    middle = ((x0 + x1 + bend * (y1 - y0)) / 2, (y0 + y1 - bend * (x1 - x0)) / 2)
+    style = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    place = axes.transData.inverted().transform(middle)
+    axes.text(*place, label, fontsize=8, color="#4a5568", ha="center", va="center", bbox=style)

@@ -1,9 +1,10 @@
-"""`python -m foundation.train_by_hand [--steps N] [--picture FILE]`: the MoE language model, by hand, beside autodiff.
+"""`python -m foundation.train_by_hand [--steps N] [--picture FILE]`: the MoE language model, by hand,
+beside autodiff.
 
-A model of the size of the preset `nano` (4 layers of width 128, 8 experts, 2 per token) learns the text below, byte
-by byte, in float64. Two copies start alike. One is trained by the hand-derived gradient of `transformer.py`, the
-other by automatic differentiation, which is called through `parity.py` alone. If the derivations are right, the two
-loss curves are one curve.
+A model of the size of the preset `nano` (4 layers of width 128, 8 experts, 2 per token) learns the text
+below, byte by byte, in float64. Two copies start alike. One is trained by the hand-derived gradient of
+`transformer.py`, the other by automatic differentiation, which is called through `parity.py` alone. If the
+derivations are right, the two loss curves are one curve.
 """
 
 import argparse
@@ -22,15 +23,14 @@ from foundation.optimizers import adam_init, adam_update
 from foundation.parity import autodiff_value_and_gradient
 from foundation.transformer import ModelSize, init_params, loss_and_gradient, loss_forward, model_forward
 
-TEXT = """
-The miller had eight daughters, and each could do one thing well. The first ground the wheat, the second baked the
-bread, the third mended the wheel when the river broke it. The fourth counted the coins, the fifth sang, the sixth
-told the weather, the seventh wrote the letters, and the eighth knew which of her sisters to ask. When a stranger
-came to the mill with a question, it was the eighth who met him at the door. She listened, she thought for a moment,
-and she sent him to two of the others; never to all of them, for there was work to do. If too many came at once for
-the same sister, the last of them had to go home as they had come. So the eighth learned to share the strangers out,
-and in the evening, when the wheel stood still, the sisters told her what had become of each of them, so that the
-next day she might send them better.
+TEXT = """ The miller had eight daughters, and each could do one thing well. The first ground the wheat, the
+second baked the bread, the third mended the wheel when the river broke it. The fourth counted the coins,
+the fifth sang, the sixth told the weather, the seventh wrote the letters, and the eighth knew which of her
+sisters to ask. When a stranger came to the mill with a question, it was the eighth who met him at the door.
+She listened, she thought for a moment, and she sent him to two of the others; never to all of them, for
+there was work to do. If too many came at once for the same sister, the last of them had to go home as they
+had come. So the eighth learned to share the strangers out, and in the evening, when the wheel stood still,
+the sisters told her what had become of each of them, so that the next day she might send them better.
 """
 
 STEPS = 50

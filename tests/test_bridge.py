@@ -1,7 +1,8 @@
 """moe_jax == foundation: the hand-derived gradient of the whole training loss against that of the real model.
 
 The two share no line. Here the parameters of one are renamed into those of the other, and the gradient of
-`moe_jax.training.loss.training_loss`, as the training step takes it, is held against `foundation.transformer`.
+`moe_jax.training.loss.training_loss`, as the training step takes it, is held against
+`foundation.transformer`.
 """
 
 import dataclasses
@@ -50,8 +51,8 @@ def model_config(case: str) -> ModelConfig:
 
 
 def real_model(config: ModelConfig, dtype: str) -> tuple[Any, dict]:
-    """The model's definition and parameters: its own initial ones with noise, so that no bias is 0 and routers are
-    decided."""
+    """The model's definition and parameters: its own initial ones with noise, so that no bias is 0 and
+    routers are decided."""
     graphdef, params = transformer.split(transformer.create(config, jax.random.key(0), compute=jnp.dtype(dtype)))
     random = np.random.default_rng(0)
     return graphdef, jax.tree.map(
@@ -93,7 +94,8 @@ def to_foundation_config(config: ModelConfig) -> by_hand.ModelConfig:
 
 
 def same_masks(config: ModelConfig, key: jax.Array, batch: int) -> dict:
-    """The dropout masks that the real model draws from a key, for `foundation`, which takes masks as given."""
+    """The dropout masks that the real model draws from a key, for `foundation`, which takes masks as
+    given."""
     keep = 1 - config.dropout
     stream = (batch, config.seq_len, config.width)
     weights = (batch, config.heads, config.seq_len, config.seq_len)
@@ -111,7 +113,8 @@ def same_masks(config: ModelConfig, key: jax.Array, batch: int) -> dict:
 
 
 def both(case: str, dtype: str) -> tuple[tuple[jax.Array, dict], tuple[jax.Array, dict], Metrics]:
-    """(loss, gradient) of the real model and of the hand-derived one, under the same names; the real metrics."""
+    """(loss, gradient) of the real model and of the hand-derived one, under the same names; the real
+    metrics."""
     config = model_config(case)
     graphdef, params = real_model(config, dtype)
     tokens = jax.random.randint(jax.random.key(1), (3, config.seq_len + 1), 0, config.vocab_size)

@@ -30,7 +30,7 @@ loss, cache = lesson.loss_forward(params)
 grads = lesson.loss_backward(jnp.ones_like(loss), cache)
 print(f"loss {loss:.4f}")
 for name, grad in grads.items():
-    print(f"d_{name}, {grad.shape}:", grad.round(4).tolist())
+    print(f"d_{name}, {grad.shape}:", str(jnp.round(grad, 4)).replace("\n", ""))
 
 # %% [markdown]
 # ## Against the framework

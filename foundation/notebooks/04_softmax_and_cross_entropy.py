@@ -41,7 +41,8 @@ for ax, (title, matrix) in zip(
     ax.set(title=title, xticks=range(5), yticks=range(5))
     for i in range(5):
         for j in range(5):
-            ax.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8)
+            colour = "white" if abs(matrix[i, j]) > 0.3 else "#223"
+            ax.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
 figure.colorbar(image, ax=axes, shrink=0.85)
 plt.show()
 

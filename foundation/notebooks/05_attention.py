@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 from foundation import attention_mechanism as lesson
 from foundation.attention import attention_backward, attention_forward, causal_mask
 from foundation.exercises import ask, check
+from foundation.softmax import softmax_backward
 
 jax.config.update("jax_enable_x64", True)
 
@@ -82,12 +83,12 @@ for width in widths:
     v, d_o = (jax.random.normal(jax.random.key(i), (32, 16, 8)) for i in (5, 6))
     for label, factor in (("with 1/√A", 1.0), ("without", width**0.5)):
         _, cache = attention_forward(factor * q, k, v)
-        d_scores_k = attention_backward(d_o, cache)[0] / jnp.linalg.norm(k)  # d_q = d_S k: the size of d_S
-        sizes[label].append(float(jnp.linalg.norm(d_scores_k)) * width**0.5)
+        d_scores = softmax_backward(d_o @ jnp.swapaxes(v, -1, -2), cache.softmax)
+        sizes[label].append(float(jnp.sqrt(jnp.mean(d_scores**2))))
 figure, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
 for label, values in sizes.items():
-    ax.loglog(widths, values, "o-", label=label)
-ax.set(xlabel="width of a head, A", ylabel="gradient that reaches the scores")
+    ax.semilogx(widths, values, "o-", base=2, label=label)
+ax.set(xlabel="width of a head, A", ylabel="root mean square of d_S", ylim=(0, None))
 ax.legend(frameon=False)
 ax.grid(alpha=0.25, which="both")
 plt.show()

@@ -84,7 +84,7 @@ angles = rope_angles(T, A, jnp.dtype("float64"))
 for pair in range(A // 2):
     right.plot(jnp.cos(angles[:, pair]), label=f"pair {pair}", color=plt.cm.viridis(pair / 8))
 right.set(title="cosine of each pair's angle", xlabel="position")
-right.legend(frameon=False, fontsize=8, ncols=2, loc="lower left")
+right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 plt.show()
 
 # %% [markdown]

@@ -45,7 +45,9 @@ for ax, top_k in zip(axes, (2, 1), strict=True):
         for e in range(E):
             chosen = e in routing.experts[0, t].tolist()
             text = f"{d_logits[t, e]:.3f}" if d_logits[t, e] else "0"
-            ax.text(e, t, text, ha="center", va="center", fontsize=9, fontweight="bold" if chosen else "normal")
+            colour = "white" if abs(d_logits[t, e]) > 0.6 * bound else "#223"
+            weight = "bold" if chosen else "normal"
+            ax.text(e, t, text, ha="center", va="center", fontsize=9, fontweight=weight, color=colour)
     ax.set(
         title=f"top {top_k}: gradient of the logits (bold: chosen)", xlabel="expert", ylabel="token", yticks=range(T)
     )
@@ -67,8 +69,8 @@ params = {
 tokens = jnp.ones((1, 4, 2))
 output, cache = moe_forward(tokens, params, top_k=1, capacity_factor=1.0)
 d_x, _ = moe_backward(jnp.ones_like(tokens), zero, zero, cache)
-print("outputs:  ", output.y[0, :, 0].round(3).tolist())
-print("gradients:", d_x[0, :, 0].round(3).tolist(), f"   ({100 * output.dropped:.0f} % dropped)")
+print("outputs:  ", *(f"{v:7.3f}" for v in output.y[0, :, 0]))
+print("gradients:", *(f"{v:7.3f}" for v in d_x[0, :, 0]), f"   ({100 * output.dropped:.0f} % dropped)")
 assert (d_x[0, 2:] == 0.0).all()
 
 # %% [markdown]

@@ -1,7 +1,8 @@
 """`python foundation/notebooks/build.py [--check]`: builds and executes the notebooks beside this file.
 
-The percent-format .py files are the source. Each is executed in a fresh kernel and written as .ipynb with its outputs.
-`--check` executes all and writes nothing; it exits 1 where a built notebook's source differs from its .py file.
+The percent-format .py files are the source. Each is executed in a fresh kernel and written as .ipynb with
+its outputs. `--check` executes all and writes nothing; it exits 1 where a built notebook's source differs
+from its .py file.
 """
 
 import argparse
@@ -22,7 +23,8 @@ def sources() -> list[Path]:
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
-    """The notebook of a source, executed from the root of the repository. Raises CellExecutionError where a cell does."""
+    """The notebook of a source, executed from the root of the repository. Raises CellExecutionError where a
+    cell does."""
     notebook = jupytext.read(source)
     notebook.metadata = nbformat.NotebookNode(
         kernelspec={"name": "python3", "display_name": "Python 3", "language": "python"}

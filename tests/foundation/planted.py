@@ -1,15 +1,16 @@
 """Bugs to plant in `foundation`, one at a time, each with the check that must catch it.
 
-A bug is a replacement in the source of one function. Most break a gradient, and must fail a parity check of the
-operation named. Those that change the forward pass along with the backward one agree with autodiff, so they must
-fail a test of the forward pass instead: it is named with `test:`.
+A bug is a replacement in the source of one function. Most break a gradient, and must fail a parity check of
+the operation named. Those that change the forward pass along with the backward one agree with autodiff, so
+they must fail a test of the forward pass instead: it is named with `test:`.
 """
 
 from typing import NamedTuple
 
 
 class Bug(NamedTuple):
-    """`old`, which occurs once in the source of module.function, becomes `new`; `caught_by` must then fail."""
+    """`old`, which occurs once in the source of module.function, becomes `new`; `caught_by` must then
+    fail."""
 
     name: str
     place: str

@@ -1,6 +1,7 @@
 """Forward passes against the framework's own, and the conventions that a gradient check cannot see.
 
-A backward pass that is right for a wrong forward pass agrees with autodiff: these tests judge the forward pass.
+A backward pass that is right for a wrong forward pass agrees with autodiff: these tests judge the forward
+pass.
 """
 
 import jax

@@ -1,6 +1,8 @@
 """No module of `foundation` but parity.py differentiates with jax, and neither package imports the other."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +69,9 @@ def test_neither_package_imports_the_other() -> None:
         assert files
         for path in files:
             assert other not in imported_packages(ast.parse(path.read_text())), path
+
+
+def test_importing_leaves_the_precision_alone() -> None:
+    names = [f"foundation.{path.stem}" for path in FOUNDATION if path.stem not in ("__init__", "__main__")]
+    code = f"import jax, {', '.join(names)}; assert not jax.config.read('jax_enable_x64')"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

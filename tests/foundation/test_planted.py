@@ -21,8 +21,8 @@ from foundation.checks import checks_of
 def planted(bug: Bug) -> Iterator[None]:
     """The bug's function with its source replaced.
 
-    Its code object is exchanged, so every module that has imported the function runs the bug. The old text must
-    occur exactly once, so that a bug can't go stale when the source changes.
+    Its code object is exchanged, so every module that has imported the function runs the bug. The old text
+    must occur exactly once, so that a bug can't go stale when the source changes.
     """
     module_name, function_name = bug.place.split(".")
     module = importlib.import_module(f"foundation.{module_name}")
