@@ -16,7 +16,7 @@ from foundation.parity import AUTODIFF_TOLERANCE, FINITE_DIFFERENCE_TOLERANCE, O
 
 def main(argv: list[str] | None = None) -> int:
     """Runs all checks, prints the table, returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m foundation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m foundation", description=__doc__)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)

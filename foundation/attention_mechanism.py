@@ -57,11 +57,12 @@ def flax_layer(params: dict) -> nnx.MultiHeadAttention:
     dtype = params["out"]["kernel"].dtype
     layer = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, dtype=dtype, param_dtype=dtype, rngs=nnx.Rngs(0))
     kernels, biases = (jnp.split(params["qkv"][name], 3, axis=-1) for name in ("kernel", "bias"))
-    for part, kernel, bias in zip((layer.query, layer.key, layer.value), kernels, biases, strict=True):
-        part.kernel.set_value(kernel.reshape(WIDTH, HEADS, -1))
-        part.bias.set_value(bias.reshape(HEADS, -1))
-    layer.out.kernel.set_value(params["out"]["kernel"].reshape(HEADS, -1, WIDTH))
-    layer.out.bias.set_value(params["out"]["bias"])
+    weights = {
+        name: {"kernel": kernel.reshape(WIDTH, HEADS, -1), "bias": bias.reshape(HEADS, -1)}
+        for name, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True)
+    }
+    weights["out"] = {"kernel": params["out"]["kernel"].reshape(HEADS, -1, WIDTH), "bias": params["out"]["bias"]}
+    nnx.update(layer, nnx.State(weights))
     return layer
 
 
@@ -103,7 +104,7 @@ def draw(path: Path) -> None:
     }
     figure, axes = plt.subplots(1, 4, figsize=(14, 3.9), layout="constrained", sharey=True)
     for ax, (title, weights) in zip(axes, panels.items(), strict=True):
-        image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+        ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
         ax.set_xticks(range(len(WORDS)), WORDS, rotation=45)
         ax.set_yticks(range(len(WORDS)), WORDS)
         ax.set_title(title, fontsize=11)
@@ -114,7 +115,7 @@ def draw(path: Path) -> None:
                     ax.text(s, t, f"{weight:.2f}".lstrip("0"), ha="center", va="center", fontsize=8, color=colour)
     axes[0].set_ylabel("word that looks")
     figure.supxlabel("word looked at", fontsize=10)
-    figure.colorbar(image, ax=axes, label="weight", shrink=0.85)
+    figure.colorbar(axes[0].images[0], ax=axes, label="weight", shrink=0.85)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -8,8 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from foundation import activations, attention, block, dropout, embedding, experts, linear, losses, moe, norms
-from foundation import positions, router, softmax, transformer
+from foundation import (
+    activations,
+    attention,
+    block,
+    dropout,
+    embedding,
+    experts,
+    linear,
+    losses,
+    moe,
+    norms,
+    positions,
+    router,
+    softmax,
+    transformer,
+)
 from foundation.block import ModelConfig
 from foundation.parity import MARGIN, Check
 
@@ -248,7 +262,8 @@ def _router_outputs(top_k: int) -> Callable:
 
 
 def _router_gradients(d_out: tuple, cache: Any) -> Any:
-    return router.router_backward(*d_out, cache)
+    d_gates, d_balance, d_z = d_out
+    return router.router_backward(d_gates, d_balance, d_z, cache)
 
 
 def expert_checks() -> Iterator[Check]:
@@ -328,7 +343,8 @@ def _moe_outputs(top_k: int, factor: float) -> Callable:
 
 
 def _moe_gradients(d_out: tuple, cache: Any) -> Any:
-    return moe.moe_backward(*d_out, cache)
+    d_y, d_balance, d_z = d_out
+    return moe.moe_backward(d_y, d_balance, d_z, cache)
 
 
 def block_checks() -> Iterator[Check]:
@@ -357,10 +373,11 @@ def block_checks() -> Iterator[Check]:
             return (output.y, output.balance, output.z), cache
 
         def backward(d_out: tuple, cache: Any, config: ModelConfig = config) -> Any:
-            return block.block_backward(*d_out, cache, config)
+            d_y, d_balance, d_z = d_out
+            return block.block_backward(d_y, d_balance, d_z, cache, config)
 
         def margin_of(*inputs: Any, forward: Callable = forward, top_k: int = config.top_k) -> jax.Array:
-            return _margin(*forward(*inputs)[1].moe.router.linear[:2], top_k)
+            return _router_margin(forward(*inputs)[1].moe.router, top_k)
 
         inputs, margin = _clear_choice(f"block/{case}", draw, margin_of)
         yield Check("block", case, forward, backward, inputs, margin)
@@ -410,7 +427,7 @@ def model_checks() -> Iterator[Check]:
         def margin_of(params: dict, forward: Callable = forward, top_k: int = config.top_k) -> jax.Array:
             _, cache = forward(params)
             layers = cache.model.blocks
-            return jnp.min(jnp.stack([_margin(*b.moe.router.linear[:2], top_k) for b in layers]))
+            return jnp.min(jnp.stack([_router_margin(b.moe.router, top_k) for b in layers]))
 
         inputs, margin = _clear_choice(f"model/{case}", draw, margin_of)
         yield Check("model", case, forward, backward, inputs, margin)
@@ -418,6 +435,11 @@ def model_checks() -> Iterator[Check]:
 
 def _margin(x: jax.Array, kernel: jax.Array, top_k: int) -> jax.Array:
     return router.top_k_margin(x @ kernel, top_k)
+
+
+def _router_margin(cache: router.RouterCache, top_k: int) -> jax.Array:
+    x, kernel, _ = cache.linear
+    return _margin(x, kernel, top_k)
 
 
 def _clear_choice(

@@ -38,37 +38,37 @@ class Value:
     def __repr__(self) -> str:
         return f"Value({self.data:.4g}, grad={self.grad:.4g})"
 
-    def __add__(self, other: "Value | float") -> "Value":
+    def __add__(self, other: "Value | float | int") -> "Value":
         other = _lift(other)
         return Value(self.data + other.data, operation="+", edges=((self, 1.0), (other, 1.0)))
 
-    def __mul__(self, other: "Value | float") -> "Value":
+    def __mul__(self, other: "Value | float | int") -> "Value":
         other = _lift(other)
         return Value(self.data * other.data, operation="×", edges=((self, other.data), (other, self.data)))
 
-    def __pow__(self, exponent: float) -> "Value":
+    def __pow__(self, exponent: float | int) -> "Value":
         slope = exponent * self.data ** (exponent - 1)
         return Value(self.data**exponent, operation=f"^{exponent:g}", edges=((self, slope),))
 
     def __neg__(self) -> "Value":
         return self * -1.0
 
-    def __sub__(self, other: "Value | float") -> "Value":
+    def __sub__(self, other: "Value | float | int") -> "Value":
         return self + -_lift(other)
 
-    def __truediv__(self, other: "Value | float") -> "Value":
+    def __truediv__(self, other: "Value | float | int") -> "Value":
         return self * _lift(other) ** -1.0
 
-    def __radd__(self, other: float) -> "Value":
+    def __radd__(self, other: float | int) -> "Value":
         return self + other
 
-    def __rmul__(self, other: float) -> "Value":
+    def __rmul__(self, other: float | int) -> "Value":
         return self * other
 
-    def __rsub__(self, other: float) -> "Value":
+    def __rsub__(self, other: float | int) -> "Value":
         return _lift(other) - self
 
-    def __rtruediv__(self, other: float) -> "Value":
+    def __rtruediv__(self, other: float | int) -> "Value":
         return _lift(other) / self
 
     def exp(self) -> "Value":
@@ -101,7 +101,7 @@ class Value:
                 parent.grad += local * value.grad
 
 
-def _lift(number: "Value | float") -> Value:
+def _lift(number: "Value | float | int") -> Value:
     return number if isinstance(number, Value) else Value(number)
 
 
@@ -159,7 +159,8 @@ def draw(result: Value, axes: "Axes") -> None:
             "edgecolor": "#51607a",
         }
         text = f"{label}\nvalue {value.data:.3g}\ngrad {value.grad:.3g}"
-        axes.text(*places[id(value)], text, fontsize=8.5, ha="center", va="center", bbox=box)
+        x, y = places[id(value)]
+        axes.text(x, y, text, fontsize=8.5, ha="center", va="center", bbox=box)
 
 
 def _draw_edge(axes: "Axes", start: tuple[float, float], end: tuple[float, float], label: str) -> None:
@@ -173,5 +174,5 @@ def _draw_edge(axes: "Axes", start: tuple[float, float], end: tuple[float, float
     (x0, y0), (x1, y1) = axes.transData.transform([start, end])
     middle = ((x0 + x1 + bend * (y1 - y0)) / 2, (y0 + y1 - bend * (x1 - x0)) / 2)
     style = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
-    place = axes.transData.inverted().transform(middle)
-    axes.text(*place, label, fontsize=8, color="#4a5568", ha="center", va="center", bbox=style)
+    x, y = axes.transData.inverted().transform(middle)
+    axes.text(x, y, label, fontsize=8, color="#4a5568", ha="center", va="center", bbox=style)

@@ -54,8 +54,8 @@ def corpus() -> Corpus:
     return Corpus(jnp.array([alphabet.index(c) for c in TEXT]), alphabet)
 
 
-def batch(tokens: Int[Array, " N"], step: int, positions: int = POSITIONS) -> Int[Array, "B T+1"]:
-    """BATCH windows of the text, chosen by the step alone."""
+def batch(tokens: Int[Array, " N"], step: int, positions: int = POSITIONS) -> Int[Array, "B window"]:
+    """BATCH windows of positions + 1 tokens of the text, chosen by the step alone."""
     starts = jax.random.randint(jax.random.fold_in(jax.random.key(1), step), (BATCH,), 0, len(tokens) - positions)
     return tokens[starts[:, None] + jnp.arange(positions + 1)]
 

@@ -4,7 +4,8 @@
 # An elementwise $y = f(x)$ has a diagonal Jacobian: $d_x = d_y \, f'(x)$. The formulas are in
 # `foundation/activations.py`. One affine layer with independent inputs multiplies a variance by
 #
-# $$\text{fan}_{in} \operatorname{Var}(W) \;\text{ forward}, \qquad \text{fan}_{out} \operatorname{Var}(W) \;\text{ backward},$$
+# $$\text{fan}_{in} \operatorname{Var}(W) \;\text{ forward}, \qquad
+# \text{fan}_{out} \operatorname{Var}(W) \;\text{ backward},$$
 #
 # and twenty layers raise that factor to the twentieth power (`foundation/initializers.py`).
 
@@ -57,7 +58,8 @@ for name, initializer in INITIALIZERS.items():
 LAYERS, WIDTH = 20, 128
 
 
-def through(initializer, activation, key=jax.random.key(1)):
+def through(initializer, activation):
+    key = jax.random.key(1)
     forward, backward = ACTIVATIONS[activation]
     h = jax.random.normal(key, (64, WIDTH))
     signal, caches = [jnp.mean(h**2)], []

@@ -37,13 +37,13 @@ figure, axes = plt.subplots(1, 3, figsize=(11, 3.5), layout="constrained")
 for ax, (title, matrix) in zip(
     axes, {"diag(p)": jnp.diag(p), "- p pᵀ": -jnp.outer(p, p), "their sum, J": jacobian}.items(), strict=True
 ):
-    image = ax.imshow(matrix, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
+    ax.imshow(matrix, cmap="RdBu_r", vmin=-0.5, vmax=0.5)
     ax.set(title=title, xticks=range(5), yticks=range(5))
     for i in range(5):
         for j in range(5):
             colour = "white" if abs(matrix[i, j]) > 0.3 else "#223"
             ax.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=8, color=colour)
-figure.colorbar(image, ax=axes, shrink=0.85)
+figure.colorbar(axes[0].images[0], ax=axes, shrink=0.85)
 plt.show()
 
 # %% [markdown]

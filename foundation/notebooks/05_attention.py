@@ -31,7 +31,7 @@ jax.config.update("jax_enable_x64", True)
 figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
 for ax, causal in zip(axes, (False, True), strict=True):
     weights, _ = lesson.one_head(causal)
-    image = ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
+    ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
     ax.set_xticks(range(6), lesson.WORDS)
     ax.set_yticks(range(6), lesson.WORDS)
     ax.set(title="causal" if causal else "no mask", xlabel="looked at", ylabel="looking")
@@ -40,7 +40,7 @@ for ax, causal in zip(axes, (False, True), strict=True):
             if weights[t, s] > 0.005:
                 colour = "white" if weights[t, s] > 0.6 else "#223"
                 ax.text(s, t, f"{weights[t, s]:.2f}", ha="center", va="center", fontsize=8, color=colour)
-figure.colorbar(image, ax=axes, shrink=0.85)
+figure.colorbar(axes[0].images[0], ax=axes, shrink=0.85)
 plt.show()
 
 # %% [markdown]
@@ -62,10 +62,10 @@ for name, ours, theirs in zip("qkv", (d_q, d_k, d_v), by_jax, strict=True):
 figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
 bound = max(float(jnp.max(jnp.abs(g))) for g in (d_q, d_k, d_v))
 for ax, name, grad in zip(axes, ("d_q", "d_k", "d_v"), (d_q, d_k, d_v), strict=True):
-    image = ax.imshow(grad, cmap="RdBu_r", vmin=-bound, vmax=bound)
+    ax.imshow(grad, cmap="RdBu_r", vmin=-bound, vmax=bound)
     ax.set(title=name, xlabel="coordinate", xticks=range(4))
 axes[0].set_ylabel("position")
-figure.colorbar(image, ax=axes, shrink=0.85)
+figure.colorbar(axes[0].images[0], ax=axes, shrink=0.85)
 plt.show()
 assert (d_k[3:] == 0.0).all()
 assert (d_v[3:] == 0.0).all()

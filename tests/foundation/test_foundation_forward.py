@@ -11,8 +11,21 @@ import optax
 import pytest
 from flax import nnx
 
-from foundation import activations, attention, dropout, embedding, experts, initializers, losses, moe, norms
-from foundation import positions, router, softmax, transformer
+from foundation import (
+    activations,
+    attention,
+    dropout,
+    embedding,
+    experts,
+    initializers,
+    losses,
+    moe,
+    norms,
+    positions,
+    router,
+    softmax,
+    transformer,
+)
 from foundation.block import ModelConfig
 
 TIGHT = {"rtol": 1e-12, "atol": 1e-12}
@@ -206,7 +219,7 @@ def test_slots_worked_by_hand() -> None:
     np.testing.assert_array_equal(slot[0], [[0, 4], [5, 2], [nowhere, 1], [3, nowhere]])
 
 
-def test_gates_of_top_1_are_probabilities_and_of_top_2_sum_to_one() -> None:
+def test_gates_of_top_1_are_p_and_of_top_2_sum_to_one() -> None:
     x, kernel = normal(32, 1, 5, 4), normal(33, 4, 6)
     p = jax.nn.softmax(x @ kernel)
     top1, _ = router.router_forward(x, kernel, 1)
