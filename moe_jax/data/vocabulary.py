@@ -48,11 +48,16 @@ ANIMALS = (
     _animal("chick", "Cheep", "nest", "corn"),
 )
 COLOURS = _words("red blue green pink golden brown black white")
+SNACKS = _words(
+    "nuts jam eggs rice soup toast grapes dates figs beans butter apples cherries berries crackers noodles"
+)
+BIRDS = _words("robin crow owl lark dove swan goose wren finch hawk crane heron magpie pigeon parrot swallow")
+SCENTS = _words("roses mint smoke rain pine lilies moss salt lavender clay sage violets cedar thyme tea ginger")
 THINGS = _words("kite doll boat drum train bell cup lamp top ring horn box book clock hat sled")
 
 SLOTS = {
     "hero": _children("Lily Mia Anna Ella Nora Zoe Ivy Rosie", "Tom Ben Max Leo Sam Finn Jack Theo"),
-    "friend": _children("Tess Maya Lucy June Rosa Emma Clara Ruby", "Ned Adam Luca Kofi Dan Will Omar Hugo"),
+    "friend": _children("Tess Maya Lucy June Kate Emma Clara Ruby", "Ned Adam Luca Kofi Dan Will Omar Hugo"),
     "elder": _words("mother father grandma grandpa aunt uncle sister brother"),
     "trait": _words("kind brave clever gentle honest polite sweet lively"),
     "weather": _words("sunny windy cloudy warm misty bright cool rainy"),
@@ -75,5 +80,8 @@ SLOTS = {
     "animal": ANIMALS,
     "treat": _words("cake pie bun peach pear cookie plum muffin"),
     "game": _words("tag catch chess cards darts marbles"),
+    **dict.fromkeys(("snack", "dish", "bite"), SNACKS),
+    **dict.fromkeys(("bird", "fowl", "singer"), BIRDS),
+    **dict.fromkeys(("scent", "herb", "bloom"), SCENTS),
     "skill": _words("dance sing paint knit read skate"),
 }

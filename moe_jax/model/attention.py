@@ -48,8 +48,8 @@ def attend_causally(
     query: Float[Array, "B H T A"],
     key: Float[Array, "B H T A"],
     value: Float[Array, "B H T A"],
-    masks: list[Bool[Array, "B H Q S"]] | None,
-    keep: float = 1.0,
+    masks: list[Bool[Array, "B H _ _"]] | None,
+    keep: float | Float[Array, ""] = 1.0,
 ) -> Float[Array, "B H T A"]:
     """o = (P * mask / keep) v with P = softmax(q k^T / sqrt(A)) over each query's own and earlier positions.
 
@@ -65,7 +65,7 @@ def attend_causally(
     return _attend_forward(query, key, value, masks, keep)[0]
 
 
-def _attend_forward(query: Array, key: Array, value: Array, masks: list[Array] | None, keep: float):
+def _attend_forward(query: Array, key: Array, value: Array, masks: list[Array] | None, keep: float | Array):
     outputs, weights = [], []
     for i, (first, end) in enumerate(_blocks(query.shape[2])):
         p = _weights(query[:, :, first:end], key[:, :, :end], first).astype(query.dtype)

@@ -123,7 +123,7 @@ def auxiliary(stats: RouterStats | None, config: TrainConfig, dtype: jnp.dtype) 
 
 
 def training_loss(
-    model: Transformer, tokens: Int[Array, "B T+1"], key: Key[Array, ""] | None, config: TrainConfig
+    model: Transformer, tokens: Int[Array, "B T_plus_1"], key: Key[Array, ""] | None, config: TrainConfig
 ) -> tuple[Float[Array, ""], Metrics]:
     """What is minimised: mean cross-entropy plus the weighted auxiliary losses; and the metrics. A key turns
     dropout on."""

@@ -35,7 +35,7 @@ type Step = Callable[[TrainState, ArrayLike], tuple[TrainState, StepReport]]
 def gradients(
     graphdef: nnx.GraphDef,
     params: Params,
-    batch: Int[Array, "M B T+1"],
+    batch: Int[Array, "M B T_plus_1"],
     key: Key[Array, ""],
     scale: Float[Array, ""],
     config: TrainConfig,

@@ -7,7 +7,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import ConfigError, DataConfig, UserError
@@ -45,6 +45,7 @@ def test_stories_are_what_lies_between_separators(tmp_path, stories, chunk):
     words=st.lists(st.sampled_from(["a", "é", "😀", "\n", " ", "aaaaaaaaaa", SEPARATOR, "<|end"]), max_size=60),
     chunk=st.integers(1, 64),
 )
+@example(words=["a" * 27, SEPARATOR, "b"], chunk=1)  # 32 bytes end within the separator
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_long_story_is_cut_and_nothing_but_white_space_is_lost(tmp_path, words, chunk):
     """Nor is a separator cut in two."""
