@@ -6,6 +6,7 @@ The two share no line. Here the parameters of one are renamed into those of the 
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -143,7 +144,8 @@ def test_hand_derived_gradient_equals_the_real_one_in_every_parameter(case: str,
 def test_the_bridge_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     # The real loss keeps its z-loss, ours loses it: routers, and what is below them, must differ.
     monkeypatch.setattr(
-        "test_bridge.to_foundation_config",
+        sys.modules[__name__],
+        "to_foundation_config",
         lambda config, whole=to_foundation_config: dataclasses.replace(whole(config), z_coef=0.0),
     )
     (_, real_grads), (_, our_grads), _ = both("nano", "float32")

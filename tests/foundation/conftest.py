@@ -6,7 +6,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("foundation", "beartype.beartype")
+install_import_hook("foundation", "tests.typechecker.check")
 
 
 @pytest.fixture(autouse=True)

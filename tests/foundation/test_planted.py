@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
-import test_foundation_forward
-import test_foundation_optimizers
-from planted import BUGS, Bug
 
 from foundation import parity
 from foundation.checks import checks_of
+from tests.foundation import test_foundation_forward, test_foundation_optimizers
+from tests.foundation.planted import BUGS, Bug
 
 
 @contextmanager
