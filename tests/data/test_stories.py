@@ -70,10 +70,7 @@ def _short_lists(slots: Mapping[str, Sequence[Word]]) -> dict[str, Sequence[Word
     """Lists that several slots share keep a word for each, some others keep two, the rest one."""
     sharing = {id(words): sum(other is words for other in slots.values()) for words in slots.values()}
     longer = {id(slots[name]): 2 for name in ("hero", "friend", "time", "look", "sad", "happy")}
-    short = {
-        id(words): tuple(words[: max(sharing[id(words)], longer.get(id(words), 1))])
-        for words in slots.values()
-    }
+    short = {id(words): tuple(words[: max(sharing[id(words)], longer.get(id(words), 1))]) for words in slots.values()}
     return {name: short[id(words)] for name, words in slots.items()}
 
 
@@ -88,9 +85,7 @@ def test_a_text_that_forgets_itself_is_impossible(valid: list[str]):
         assert code_length_bits(head + other + tail) == math.inf
 
 
-@pytest.mark.parametrize(
-    "change", [str.lower, lambda s: s[:-1], lambda s: s + " ", lambda s: " " + s, lambda s: ""]
-)
+@pytest.mark.parametrize("change", [str.lower, lambda s: s[:-1], lambda s: s + " ", lambda s: " " + s, lambda s: ""])
 def test_a_text_of_no_grammar_is_impossible(change, valid: list[str]):
     assert code_length_bits(change(valid[0])) == math.inf
 
