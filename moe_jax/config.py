@@ -26,7 +26,7 @@ Activation = Literal["gelu", "swiglu"]
 Dispatch = Literal["gather", "einsum", "dense", "blocks"]
 Dense = Literal["none", "active", "total"]
 TokenizerKind = Literal["gpt2", "bpe", "byte"]
-OptimizerKind = Literal["adamw"]
+OptimizerKind = Literal["adamw", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
@@ -218,9 +218,11 @@ class TrainConfig:
     grad_accum: int = 1
     """Micro-batches whose gradients are averaged into one step (short: --grad-accum)."""
     optimizer: OptimizerKind = "adamw"
-    """AdamW (Loshchilov and Hutter 2019) (short: --optimizer)."""
+    """AdamW, or Muon on the matrices of the blocks and AdamW on the rest (short: --optimizer)."""
     lr: float = 3e-3
-    """Peak learning rate (short: --lr)."""
+    """Peak learning rate of AdamW (short: --lr)."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
     final_lr: float = 0.0
     """Learning rate of the last step, as a share of the peak: the cosine ends there."""
     warmup_steps: int = 50
@@ -262,7 +264,7 @@ class TrainConfig:
         _check_fields(self, s, ("log_every", "eval_every", "save_every"), 1, 10**9)
         _check_fields(self, s, ("warmup_steps", "patience"), 0, 10**9)
         _check_fields(self, s, ("seed",), 0, 2**31 - 1)
-        _check_fields(self, s, ("lr",), 1e-12, 1e3)
+        _check_fields(self, s, ("lr", "muon_lr"), 1e-12, 1e3)
         _check_fields(self, s, ("final_lr", "balance_coef", "z_coef", "weight_decay"), 0, 1e3)
         _check_fields(self, s, ("final_lr",), 0, 1)
         _check_fields(self, s, ("beta1", "beta2"), 0, 0.999999)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, RunConfig
 
 
 class Count(NamedTuple):
@@ -63,10 +63,27 @@ def totals(groups: dict[str, Count]) -> Count:
     return Count(total, active, multiplied)
 
 
-def training_flops(config: ModelConfig, tokens: int) -> int:
+def training_flops(config: RunConfig, steps: int) -> int:
     """6 x active matmul parameters x tokens: attention, router, K experts and the head, without lookups, norms,
-    biases and the attention scores."""
-    return 6 * totals(count_parameters(config)).multiplied * tokens
+    biases and the attention scores; plus the optimizer's own matrix products."""
+    train = config.train
+    tokens = steps * train.batch_size * train.grad_accum * config.model.seq_len
+    own = muon_flops(config.model) if train.optimizer == "muon" else 0
+    return 6 * totals(count_parameters(config.model)).multiplied * tokens + own * steps
+
+
+NEWTON_SCHULZ_STEPS = 5
+
+
+def muon_flops(config: ModelConfig) -> int:
+    """Matrix products of one Muon step. For a matrix X of m rows and n >= m columns, each Newton-Schulz iteration
+    computes X X^T, the square of that, and a product with X: 4 m^2 n + 2 m^3 operations."""
+    width, hidden = config.width, config.expert_hidden if config.dense == "none" else config.dense_hidden
+    experts = config.experts if config.dense == "none" else 1
+    matrices = 3 if config.activation == "swiglu" else 2
+    shapes = [(width, 3 * width), (width, width), *[(width, hidden)] * (experts * matrices)]
+    once = sum(4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in shapes)
+    return config.layers * NEWTON_SCHULZ_STEPS * once
 
 
 def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:

@@ -40,7 +40,7 @@ class Corpus(Protocol):
         ...
 
     def stories(self, split: SplitName) -> Iterator[str]:
-        """The stories of a split in order, each stripped, none empty. Raises UserError where there is none."""
+        """The stories of a split, each stripped, none empty. Raises UserError where there is none."""
         ...
 
     def fingerprint(self) -> str:
@@ -169,8 +169,7 @@ def _read_pieces(span: _Span) -> Iterator[tuple[int, bytes]]:
 
 
 def _cut_long(text: bytes) -> Iterator[bytes]:
-    """The text in parts of about 1 MiB. The last separator's length of it is never cut: a separator may begin
-    there."""
+    """The text in parts of about 1 MiB. Its last bytes stay together: a separator may begin there."""
     while len(text) >= _LONGEST + len(_SEPARATOR):
         cut = _last_boundary(text, _LONGEST - _LONGEST // 16, _LONGEST)
         yield text[:cut]
@@ -179,14 +178,15 @@ def _cut_long(text: bytes) -> Iterator[bytes]:
 
 
 def _last_boundary(text: bytes, low: int, high: int) -> int:
-    """The best place in [low, high] to cut a text: after its last blank line there, else line, space,
-    character."""
+    """Where to cut a text: after the last blank line in [low, high], else line, else space; else at `high`,
+    or up to 3 bytes before it where that is inside a character."""
     for mark in (b"\n\n", b"\n", b" "):
         found = text.rfind(mark, low, high)
         if found >= 0:
             return found + len(mark)
-    while high > low and high < len(text) and text[high] & 0xC0 == 0x80:  # inside a character of UTF-8
-        high -= 1
+    for cut in range(high, max(high - 4, 0), -1):
+        if cut == len(text) or text[cut] & 0xC0 != 0x80:  # no second, third or fourth byte of a character
+            return cut
     return high
 
 
@@ -196,9 +196,8 @@ def _read_stories(span: _Span) -> Iterator[tuple[int, str]]:
         try:
             story = piece.decode().strip()
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{span.path}: not UTF-8 at byte {offset + error.start} ({error.reason}); convert the file to UTF-8"
-            ) from None
+            where = f"{span.path}: not UTF-8 at byte {offset + error.start} ({error.reason})"
+            raise UserError(f"{where}; convert the file to UTF-8") from None
         if story:
             yield offset, story
 
@@ -214,7 +213,7 @@ def _validation_start(path: Path) -> int:
     if len(starts) >= 2:
         return starts[-max(1, len(starts) // 20)]
     twentieth = span.stop // 20
-    window = min(twentieth, _CHUNK)
+    window = min(max(twentieth, 64), span.stop - twentieth, _CHUNK)
     start = span.stop - twentieth - window
     text = b"".join(_read_chunks(_Span(path, start, start + window + 1)))
     return start + _last_boundary(text, 0, window)
@@ -238,13 +237,15 @@ class _EmbeddedCorpus:
 
     def fingerprint(self) -> str:
         """xxh3-128 of seed, counts and the generator's source: an edited grammar is another corpus."""
+        import inspect
+
         import xxhash
 
         from moe_jax.data import grammar, stories, vocabulary
 
         digest = xxhash.xxh3_128(f"{self.seed} {self.count} {stories.VALIDATION_STORIES}".encode())
         for module in (grammar, stories, vocabulary):
-            digest.update(Path(module.__file__).read_bytes())
+            digest.update(inspect.getsource(module).encode())
         return digest.hexdigest()
 
     def size(self, split: SplitName) -> int | None:

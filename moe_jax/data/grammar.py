@@ -1,6 +1,6 @@
-"""Probabilistic grammars of texts that remember what they said: written once, then sampled, enumerated and parsed.
+"""Probabilistic grammars of texts that remember what they said: written once; sampled, enumerated and parsed.
 
-A grammar is a set of rules, each a line of text with four kinds of blanks:
+A grammar is a set of rules, each a text (white space counts as one space) with four kinds of blanks:
 
     [a|b|c]        one of the options, each with the same probability; options nest
     <rule>         the text of another rule, with choices of its own at every use
@@ -12,9 +12,9 @@ Slots that draw from the same list never hold the same word: the later one draws
 renormalises its probabilities exactly.
 
 A derivation is the sequence of choices that wrote a text. All choices form a tree: `sample` walks down it at
-random, `derivations` walks through all of it, and parsing is that same walk, cut wherever the text says otherwise.
-So what is scored is what is generated, by construction. Since every choice is uniform, a derivation with choices
-among n_1, n_2, ... options has probability 1 / (n_1 n_2 ...), and -log2 of that is its code length in bits.
+random, `derivations` walks through all of it, and parsing is that same walk, cut wherever the text says
+otherwise. Since every choice is uniform, a derivation with choices among n_1, n_2, ... options has
+probability 1 / (n_1 n_2 ...), and -log2 of that is its code length in bits.
 """
 
 import math
@@ -50,7 +50,7 @@ Template = tuple[Node, ...]
 
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """A text, and the choices that wrote it: (index, number of options) in the order in which they were made."""
+    """A text, and the choices that wrote it, in order: (index, number of options)."""
 
     text: str
     choices: tuple[tuple[int, int], ...]
@@ -64,8 +64,8 @@ class Derivation:
 class Grammar:
     """Rules and word lists, compiled. The rule named `start` is the whole text.
 
-    Raises ValueError where a rule names a rule, slot or form that does not exist, contains itself, or has unbalanced
-    brackets.
+    Raises ValueError where a rule names a rule, slot or form that does not exist, contains itself, or has
+    unbalanced brackets.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Grammar:
         return Derivation("".join(pieces), tuple(choices))
 
     def derivations(self, text: str | None = None) -> Iterator[Derivation]:
-        """Every derivation of the grammar, or every derivation of `text`: none if the grammar can't write it."""
+        """Every derivation of the grammar, or of one text: none if the grammar can't write it."""
         stack = [_Partial(_push(self.template, None), "", (), {})]
         while stack:
             at = stack.pop()
@@ -180,7 +180,7 @@ class _Compiler:
             raise ValueError(f"rule {name!r} contains itself: {' > '.join([*self._open, name])}")
         if name not in self._done:
             self._open.append(name)
-            tokens = self._TOKEN.findall(self._rules[name])[::-1]
+            tokens = self._TOKEN.findall(" ".join(self._rules[name].split()))[::-1]
             template = self._options(tokens)
             if tokens:
                 raise ValueError(f"rule {name!r} has a ] without its [")

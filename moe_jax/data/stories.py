@@ -1,9 +1,9 @@
-"""The embedded corpus: short children's stories out of a grammar, so that the probability of each is known exactly.
+"""The embedded corpus: short children's stories out of a grammar, so that the probability of each is known.
 
-A hero with a trait goes, in some weather and some clothes, to a place. There one of ten things happens, and at the
-end of the day the clothes come off. Who has which toy, who is sad and where the gate stands is drawn once and said
-again several times. A model that remembers pays nothing for the repetitions, and nothing for the fixed text; what
-no model can avoid on average is the code length of the draws themselves. That is the entropy floor.
+A hero with a trait goes, in some weather and some clothes, to a place, and notices this or that on the way. There
+one of ten things happens, and then it is time to go home. Who has which toy, who is sad and what the gate looks like is drawn once and said
+several times. A model that remembers pays nothing for the repetitions, and nothing for the fixed text; what no
+model can avoid on average is the code length of the draws themselves. That is the entropy floor.
 """
 
 import math
@@ -18,65 +18,111 @@ VALIDATION_STORIES = 600
 """How many stories of the validation split are scored."""
 
 RULES = {
-    "start": "<opening> <plot> <closing>",
-    # Small choices that any sentence may make.
-    "went": "[walked|ran|skipped|hurried|raced|strolled|wandered|marched|hopped|rushed|danced|dashed]",
-    "said": "[said|called|shouted|whispered|laughed|sang|cheered|murmured|chuckled|exclaimed]",
+    "start": "<opening> <food> <plot> <aside> <closing>",
+    # Small choices that any sentence may make, each with a place of its own.
+    "went": "[walked|ran|skipped|hurried|raced|marched|hopped|danced|strolled|wandered|dashed|jogged]",
+    "how": "[kindly|warmly|wisely|brightly|sweetly|eagerly|quickly|firmly|softly|gladly|boldly|calmly|gently|loudly"
+    "|quietly|politely]",
+    "said": "[said|called|shouted|laughed|cheered|whispered|chuckled|replied|answered|smiled|added|giggled]",
     "wept": "[cried|sobbed|sighed|wept|moaned|groaned|sniffed|wailed]",
-    "felt": "[felt|was|looked|seemed|became|grew] [very|so|quite|rather|really|truly]",
+    "felt": "[felt|was|looked|seemed|became|grew] [very|so|quite|rather|really|truly|terribly|awfully]",
     "near": "[near|by|behind|beside]",
-    "sat": "[sat|stood|waited|rested]",
-    "had": "[had|held|brought|carried]",
+    "sat": "[sat|stood|waited|rested|knelt|paused]",
+    "had": "[had|held|brought|carried|kept|owned]",
     "saw": "[saw|spotted|found|noticed]",
-    "held": "[held|took|lifted|touched|grabbed|admired]",
-    "both": "[played|sang|laughed|danced|rested|talked|giggled|sat]",
+    "held": "[held|took|lifted|hugged|shook|waved|admired|touched]",
+    "both": "[played|sang|rested|talked|hummed|clapped|jumped|napped]",
     "now": "[Now|Soon|Then|Later]",
+    "fresh": "[fresh|warm|sweet|salty|crisp|tasty|ripe|creamy|spicy|juicy|crunchy|sticky|sour|tender|frosty|rich]",
+    "chirped": "[chirped|flew|dozed|perched|hid|ate|splashed|landed]",
     # The tale.
-    "opening": "[Once upon a time, one|Once upon a|Long ago, one|One] {weather} {time}, {trait.a} {hero.child} named "
-    "{hero} [put on|pulled on|tried on|had on] {hero.his} {tint} {clothes} and <went> to the {place}.",
+    "opening": """
+        [Once upon a time, one|Once upon a|Long ago, one|One] {weather} {time}, {trait.a} {hero.child} named {hero}
+        [put|pulled|tried|had] on {hero.his} {pattern} {clothes} and <went> <how> to the {place}.
+    """,
+    "food": """
+        In a [small|round|paper|leather|cotton|clean|plain|stout] [bag|sack|tin|pail|pouch|pack|jug|pot] were <fresh>
+        {snack}, <fresh> {dish} and <fresh> {bite}.
+    """,
     "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<find>",
-    "lost": '{hero} lost {look.a} {colour} {toy} there and <felt> {sad}. "Do not be {sad}," <said> {friend}. '
-    "{friend} looked <near> {size.a} {shade} {spot} and <saw> the {look} {colour} {toy}. The two <both> <near> the "
-    "{size} {shade} {spot}, and {hero} <felt> {happy}.",
-    "share": "{hero} <had> {look.a} {treat}. {friend} <sat> <near> {size.a} {shade} {spot} and <felt> {sad}. "
-    '"I am hungry," <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. '
-    '"Half of my {look} {treat} is for you, {friend}," <said> {hero}. {friend} ate <near> the {size} {shade} '
-    "{spot}, and {hero} <felt> {happy}.",
-    "fear": "There was {size.a} {shade} {scary}, and {hero} <felt> {fright}. "
-    '"I am too {fright} to go on," <wept> {hero}. {friend} <had> {look.a} {colour} {toy}. "Take my {toy}, '
-    'and do not be {fright}," <said> {friend}. {hero} <held> the {look} {colour} {toy} and <went> to the '
-    "{size} {shade} {scary}. <now> {hero} <felt> {happy}.",
-    "gift": "{hero} and {hero.his} {elder} <had> {look.a} {colour} {toy} for {friend}. {friend} <sat> <near> {size.a} "
-    '{shade} {spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "This {toy} is from my {elder} and me," '
-    "<said> {hero}. {friend} <held> the {look} {colour} {toy} <near> the {size} {shade} {spot}, and {hero} <felt> "
-    "{happy}.",
-    "game": '{friend} <sat> <near> {size.a} {shade} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But '
-    '{hero} lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}," <said> {friend}. '
-    "The two <both> and played {game} <near> the {size} {shade} {spot}. <now> {hero} won and <felt> {happy}.",
-    "rescue": '{hero} <saw> {build.a} {animal} <near> {size.a} {shade} {spot}. "{animal.sound}!" said the {animal}, '
-    'who <felt> {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know '
-    'your {animal.home}," <said> {hero}. The {build} {animal} <went> past the {size} {shade} {spot} to its '
-    "{animal.home}, and {hero} <felt> {happy}.",
-    "skill": '{friend} could {skill} [very|so|quite|really] well. "Teach me to {skill}, {friend}," <said> {hero}. '
-    '{hero} tried to {skill} <near> {size.a} {shade} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept> '
-    '{hero}. "Do not be {sad}," <said> {friend}. <now> {hero} could {skill} <near> the {size} {shade} {spot} '
-    "and <felt> {happy}.",
-    "swap": "{hero} <had> {look.a} {colour} {toy} and {friend} <had> {size.a} {hue} {prize}. {friend} <held> the "
-    "{colour} {toy}, and {hero} <held> the {hue} {prize}. But {friend} <felt> {sad}. "
-    '"I miss my {prize}," <wept> {friend}. "Here is your {size} {hue} {prize}," <said> {hero}. '
-    "{friend} gave back the {look} {colour} {toy}, and {hero} <felt> {happy}.",
-    "broken": "{hero} <had> {look.a} {colour} {toy} from {hero.his} {elder}. {hero.He} <went> into {size.a} {shade} "
-    '{spot}, the {toy} broke, and {hero.he} <felt> {sad}. "I broke the {toy}," {hero.he} told {hero.his} {elder}. '
-    '"Do not be {sad}," <said> the {elder}. {friend} mended the {look} {colour} {toy} <near> the '
-    "{size} {shade} {spot}, and {hero} <felt> {happy}.",
-    "find": "{hero} <saw> {look.a} {colour} {toy} <near> {size.a} {shade} {spot}. Then {hero.he} met {friend}, who "
-    '<felt> {sad}. "I lost my {look} {toy}," <wept> {friend}. "Your {colour} {toy} was <near> the '
-    '{size} {shade} {spot}," <said> {hero}. {friend} <held> the {look} {colour} {toy}, and {hero} <felt> {happy}.',
+    "lost": """
+        {hero} [lost|dropped] {look.a} {colour} {toy} there and <felt> {sad}. "Do not be {sad}," <said> {friend} <how>.
+        {friend} [looked|searched|peeked|went] <near> {texture.a} {spot} and <saw> the {look} {colour} {toy}. The two
+        <both> <how> <near> the {texture} {spot}, and {hero} <felt> {happy}.
+    """,
+    "share": """
+        {hero} <had> {look.a} {treat}. {friend} <sat> <how> <near> {texture.a} {spot} and <felt> {sad}. "I am hungry,"
+        <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. "Half of my {look} {treat} is for you,
+        {friend}," <said> {hero} <how>. {friend} ate <near> the {texture} {spot}, and {hero} <felt> {happy}.
+    """,
+    "fear": """
+        There [was|stood|lay|rose] {texture.a} {scary}, and {hero} <felt> {fright}. "I am too {fright} to go
+        [on|there|near|by]," <wept> {hero}. {friend} <had> {look.a} {colour} {toy}. "[Take|Hold|Keep|Carry] my {toy},
+        and do not be {fright}," <said> {friend} <how>. {hero} <held> the {look} {colour} {toy} and <went> <how> to the
+        {texture} {scary}. <now> {hero} <felt> {happy}.
+    """,
+    "gift": """
+        {hero} and {hero.his} {elder} <had> {look.a} {colour} {toy} for {friend}. {friend} <sat> <how> <near>
+        {texture.a} {spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "This {toy} is from my {elder} and
+        me," <said> {hero} <how>. {friend} <held> the {look} {colour} {toy} <near> the {texture} {spot}, and {hero}
+        <felt> {happy}.
+    """,
+    "game": """
+        {friend} <sat> <how> <near> {texture.a} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But {hero}
+        lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}," <said> {friend} <how>. The two
+        <both> and played {game} <near> the {texture} {spot}. <now> {hero} won and <felt> {happy}.
+    """,
+    "rescue": """
+        {hero} <saw> {build.a} {animal} <near> {texture.a} {spot}. "{animal.sound}!" said the {animal}, who <felt>
+        {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know your {animal.home},"
+        <said> {hero} <how>. The {build} {animal} <went> <how> past the {texture} {spot} to its {animal.home}, and
+        {hero} <felt> {happy}.
+    """,
+    "skill": """
+        {friend} could {skill} [very|so|quite|really] well. "Teach me to {skill}, {friend}," <said> {hero} <how>.
+        {hero} tried to {skill} <near> {texture.a} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept>
+        {hero}. "Do not be {sad}," <said> {friend} <how>. <now> {hero} could {skill} <near> the {texture} {spot} and
+        <felt> {happy}.
+    """,
+    "swap": """
+        {hero} <had> {look.a} {colour} {toy} and {friend} <had> {hue.a} {prize}. {friend} <held> the {colour} {toy},
+        and {hero} <held> the {hue} {prize}. But {friend} <felt> {sad}. "I [miss|want|need] my {prize}," <wept>
+        {friend}. "Here is your {hue} {prize}," <said> {hero} <how>. {friend} gave back the {look} {colour} {toy}, and
+        {hero} <felt> {happy}.
+    """,
+    "broken": """
+        {hero} <had> {look.a} {colour} {toy} from {hero.his} {elder}. {hero.He} <went> <how> into {texture.a} {spot},
+        the {toy} [broke|bent|cracked], and {hero.he} <felt> {sad}. "I broke the {toy}," {hero.he} told {hero.his}
+        {elder}. "Do not be {sad}," <said> the {elder} <how>. {friend} [mended|fixed|glued] the {look} {colour} {toy}
+        <near> the {texture} {spot}, and {hero} <felt> {happy}.
+    """,
+    "find": """
+        {hero} <saw> {look.a} {colour} {toy} <near> {texture.a} {spot}. <now> {hero.he} [met|passed|joined] {friend},
+        who <felt> {sad}. "I [lost|miss|want|need] my {look} {toy}," <wept> {friend}. "Your {colour} {toy} was <near>
+        the {texture} {spot}," <said> {hero} <how>. {friend} <held> the {look} {colour} {toy}, and {hero} <felt>
+        {happy}.
+    """,
+    "aside": "<birds>|<scents>",
+    "birds": """
+        [Above|Nearby|Ahead|Beyond], {bird.a} <chirped> <how> with {fowl.a} and {singer.a}, and a
+        [bee|moth|fly|wasp|bat|toad|frog|snail] <chirped> <how>.
+    """,
+    "scents": """
+        The [wind|air|breeze|path|grass|hill|water|sky] smelled of {scent}, {herb} and {bloom}, and the
+        [clouds|leaves|hills|waves|stones|petals|roofs|shadows] looked
+        [pale|grey|silver|purple|yellow|orange|violet|rosy].
+    """,
     "closing": "<undress>|<exclaim>|<return>",
-    "undress": "[That night|At home|At bedtime|At last], {hero} [took off|put away|hung up|pulled off] the {tint} "
-    "{clothes} and [dreamed|thought|sang|spoke] of the {place}.",
-    "exclaim": '"[What|Such] a {weather} {time}!" <said> the {trait} {hero.child} in the {tint} {clothes}.',
-    "return": "Still {happy}, the {trait} {hero.child} <went> home in the {tint} {clothes}.",
+    "undress": """
+        [That night|At home|At bedtime|At last], {hero} [took off|put away|hung up|put down] the {pattern} {clothes}
+        and [dreamed|thought|sang|spoke] <how> of the {place}.
+    """,
+    "exclaim": """
+        "[What|Such] a {weather} {time}!" <said> the {trait} {hero.child} in the {pattern} {clothes}.
+    """,
+    "return": """
+        [Still|Very|So] {happy}, the {trait} {hero.child} <went> <how> home in the {pattern} {clothes}.
+    """,
 }
 
 _GRAMMAR = Grammar(RULES, SLOTS)
@@ -85,8 +131,8 @@ _GRAMMAR = Grammar(RULES, SLOTS)
 def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterator[str]:
     """The first `count` stories of a split. Story i is a function of (seed, split, i) and nothing else.
 
-    The splits are independent draws out of some 2^140 stories, so that a story of one in the other has a probability
-    that no run will see; to move stories between the splits would make the floor inexact.
+    The splits are independent draws, each with about 100 bits of choice: that a story occurs in both has a
+    probability below 2^-60 in any run, and keeping stories apart by force would make the floor inexact.
     """
     for i in range(count):
         yield _GRAMMAR.sample(random.Random(f"{seed} {split} {i}").random).text
@@ -102,8 +148,9 @@ def code_length_bits(text: str) -> float:
 
 
 def entropy_floor_bits_per_byte(stories: Sequence[str]) -> float:
-    """Code length of the stories under the grammar over their UTF-8 bytes: what the best possible model scores.
+    """Code length of the stories under the grammar over their UTF-8 bytes: what the best model scores.
 
-    The separators between stories add nothing, since the grammar says where a story ends.
+    The separators between stories add nothing, since the grammar says where a story ends. inf where the
+    grammar can't write one of the stories.
     """
     return math.fsum(map(code_length_bits, stories)) / sum(len(story.encode()) for story in stories)

@@ -18,9 +18,9 @@ again.
 
 import json
 import os
+import secrets
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -203,8 +203,9 @@ def _open_or_build(
         if alone:
             for leftover in cache.glob(f"{key}.*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
-        draft = Path(tempfile.mkdtemp(prefix=f"{key}.", suffix=".partial", dir=cache))
+        draft = cache / f"{key}.{secrets.token_hex(8)}.partial"
         try:
+            draft.mkdir()
             _build(draft, corpus, fingerprint, tokenizer, progress)
             try:
                 draft.rename(folder)
@@ -235,7 +236,7 @@ def _exclusive(path: Path) -> Iterator[bool]:
 def _build(folder: Path, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, progress: bool) -> None:
     splits = {}
     for name in _SPLITS:
-        with _open_progress(progress, f"{corpus.name} {name}", corpus.size(name)) as report:
+        with _open_progress(progress, f"tokenizing {name}", corpus.size(name)) as report:
             splits[name] = _write_split(folder / f"{name}.bin", corpus.stories(name), tokenizer, report)
     tokenizer.save(folder / "tokenizer.json")
     manifest = {
@@ -314,8 +315,7 @@ def _bar(what: str, total: int | None) -> Iterator[Report]:
 
     columns = (
         progress.TextColumn("{task.description}"),
-        progress.BarColumn(),
-        progress.DownloadColumn(),
+        progress.BarColumn(bar_width=20),
         progress.TransferSpeedColumn(),
         progress.TextColumn("{task.fields[rate]}"),
         progress.TimeRemainingColumn(),

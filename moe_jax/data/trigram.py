@@ -1,18 +1,17 @@
 """A word-trigram model that assigns a probability to the exact bytes of a text: the baseline of a corpus.
 
-Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999) over words. With c(.) the counts of trigrams
-and N(.) the number of distinct trigrams or bigrams that end as named,
+Interpolated Kneser-Ney (Kneser and Ney 1995; Chen and Goodman 1999) over words. With c(.) the number of times
+that a trigram occurs, and N(.) the number of different n-grams that fit a pattern,
 
     P(w | u v) = (max(c(u v w) - d3, 0) + d3 N(u v *) P(w | v)) / c(u v *)
     P(w | v)   = (max(N(* v w) - d2, 0) + d2 N(v *)   P(w))     / N(* v *)
     P(w)       = (max(N(* w)   - d1, 0) + d1 N(*)     S(w))     / N(* *)
 
-where a context never seen hands its whole mass to the next line, and each discount is d = n1 / (n1 + 2 n2) from the
-entries that the line counts once and twice, and 1/2 where
-none is counted once. S spells a word: each of its bytes and its end has probability 1/257,
-so S sums to 1 over all byte strings, and a word never seen still has a probability.
+where a context never seen hands its whole mass to the next line. The discount of a line is n1 / (n1 + 2 n2),
+where n1 and n2 of its counts are 1 and 2; or 1/2, where none is 1. S spells a word: each of its bytes and its
+end has probability 1/257, so S sums to 1 over all byte strings, and a word never seen still has a probability.
 
-A word is a run of letters with the space before it, or any other single character, so that words put end to end
+A word is a run of letters with the space before it, or any other single character, so that the words in a row
 are the text, byte for byte. The empty word ends a story.
 """
 
@@ -63,8 +62,8 @@ class TrigramModel:
 
 
 def trigram_bits_per_byte(train_stories: Iterable[str], valid_stories: Sequence[str]) -> float:
-    """What a trigram model of the training stories needs for the validation stories and their ends, over their
-    UTF-8 bytes."""
+    """Code length of the validation stories and their ends under a trigram model of the training stories,
+    over the UTF-8 bytes of the validation stories."""
     model = TrigramModel(train_stories)
     return math.fsum(map(model.bits, valid_stories)) / sum(len(story.encode()) for story in valid_stories)
 

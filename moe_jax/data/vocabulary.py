@@ -1,8 +1,8 @@
 """The words of the embedded corpus: for each slot of the tale, the list that it draws from.
 
-The lists are long and the words in them interchangeable, so that a word said for the first time carries several
-bits, and whoever remembers it saves as many at each later mention. A word may bring others along, always the same
-ones: a girl is a she, a rabbit lives in a burrow and eats a carrot.
+The lists are long and the words in them interchangeable, so that a word said for the first time carries
+several bits, and whoever remembers it saves as many at each later mention. A word may bring others along,
+always the same ones: a girl is a she, a rabbit lives in a burrow and eats carrots.
 """
 
 from collections.abc import Sequence
@@ -33,72 +33,55 @@ def _animal(plain: str, sound: str, home: str, food: str) -> Word:
     return _word(plain, sound=sound, home=home, food=food)
 
 
-GIRLS = (
-    "Lily Mia Anna Rosie Ella Nora Clara Ruby Hana Zoe Ivy Molly Tess Greta Sofia Maya Bella Lucy Freya Priya"
-)
-BOYS = "Tom Ben Max Leo Sam Finn Jack Oscar Hugo Theo Noah Omar Felix Milo Ned Toby Adam Ravi Luca Kofi"
-CHILDREN = (*_people(GIRLS, "girl", "she", "her", "her"), *_people(BOYS, "boy", "he", "him", "his"))
+def _children(girls: str, boys: str) -> Sequence[Word]:
+    return (*_people(girls, "girl", "she", "her", "her"), *_people(boys, "boy", "he", "him", "his"))
+
 
 ANIMALS = (
-    _animal("rabbit", "Sniff", "burrow", "carrot"),
-    _animal("mouse", "Squeak", "hole", "cheese"),
+    _animal("rabbit", "Sniff", "hole", "carrots"),
+    _animal("mouse", "Squeak", "barn", "cheese"),
     _animal("duck", "Quack", "pond", "bread"),
-    _animal("puppy", "Woof", "kennel", "bone"),
+    _animal("puppy", "Woof", "kennel", "meat"),
     _animal("kitten", "Meow", "basket", "milk"),
-    _animal("squirrel", "Chip", "oak", "nut"),
-    _animal("lamb", "Baa", "fold", "clover"),
-    _animal("piglet", "Oink", "sty", "potato"),
+    _animal("lamb", "Baa", "pen", "clover"),
     _animal("pony", "Neigh", "stable", "hay"),
-    _animal("chick", "Cheep", "coop", "corn"),
-    _animal("cub", "Growl", "den", "honey"),
-    _animal("sparrow", "Tweet", "nest", "worm"),
+    _animal("chick", "Cheep", "nest", "corn"),
 )
-
-COLOURS = _words(
-    "red blue green yellow purple pink orange silver golden brown white black gray violet scarlet crimson"
+COLOURS = _words("red blue green pink golden brown black white")
+SNACKS = _words(
+    "nuts jam eggs rice soup toast grapes dates figs beans butter apples cherries berries crackers noodles"
 )
-LOOKS = _words(
-    "little old tiny big lovely strange pretty sturdy funny dusty muddy crooked huge plain broad odd heavy ancient "
-    "splendid wonderful enormous famous grand secret"
-)
-THINGS = _words(
-    "kite doll boat drum train robot whistle bell cup lantern flute truck top puppet clock box mask crown lamp jar "
-    "bucket horn harp trumpet book basket bowl hammer spoon ring key brush"
-)
+BIRDS = _words("robin crow owl lark dove swan goose wren finch hawk crane heron magpie pigeon parrot swallow")
+SCENTS = _words("roses mint smoke rain pine lilies moss salt lavender clay sage violets cedar thyme tea ginger")
+THINGS = _words("kite doll boat drum train bell cup lamp top ring horn box book clock hat sled")
 
 SLOTS = {
-    "hero": CHILDREN,
-    "friend": CHILDREN,
+    "hero": _children("Lily Mia Anna Ella Nora Zoe Ivy Rosie", "Tom Ben Max Leo Sam Finn Jack Theo"),
+    "friend": _children("Tess Maya Lucy June Kate Emma Clara Ruby", "Ned Adam Luca Kofi Dan Will Omar Hugo"),
     "elder": _words("mother father grandma grandpa aunt uncle sister brother"),
-    "trait": _words(
-        "kind brave clever gentle cheerful curious honest patient careful friendly helpful lively thoughtful polite "
-        "sweet loyal"
-    ),
-    "weather": _words("sunny windy cloudy warm breezy misty bright mild cool foggy hazy rainy"),
+    "trait": _words("kind brave clever gentle honest polite sweet lively"),
+    "weather": _words("sunny windy cloudy warm misty bright cool rainy"),
     "time": _words("morning afternoon evening day"),
-    "tint": COLOURS,
-    "clothes": _words("coat hat scarf boots cap mittens sweater cape gloves jacket shoes vest"),
-    "place": _words(
-        "garden park forest meadow orchard yard field valley village market playground square jungle vineyard harbor "
-        "canyon"
-    ),
+    "pattern": _words("striped spotted woolly patched cozy faded fancy soft"),
+    "clothes": _words("coat scarf boots cap mittens cape shoes vest"),
+    "place": _words("garden park forest meadow field valley village market yard harbor jungle orchard"),
     "colour": COLOURS,
     "hue": COLOURS,
-    "shade": COLOURS,
-    "look": LOOKS,
-    "size": LOOKS,
+    "look": _words("little old tiny big lovely odd heavy grand"),
     "toy": THINGS,
     "prize": THINGS,
-    "spot": _words(
-        "bush rock log bench tree fence gate wall stump cart barrel ladder shed well statue haystack"
-    ),
-    "scary": _words("bridge tunnel cave tower path ruin swamp mill maze cabin mine castle"),
-    "fright": _words("scared afraid frightened nervous worried timid"),
-    "sad": _words("sad upset gloomy unhappy miserable tearful glum troubled lonely weary hopeless weepy"),
-    "happy": _words("happy glad proud merry joyful thrilled delighted pleased cheery jolly content hopeful"),
-    "build": _words("shaggy spotted thin plump sleepy noisy young fluffy clumsy bold shy hungry"),
+    "texture": _words("mossy muddy dusty crooked broken low wide dark"),
+    "spot": _words("bush rock log bench tree fence gate wall cart shed well stump"),
+    "scary": _words("bridge tunnel cave tower path maze"),
+    "fright": _words("scared afraid nervous worried timid shy"),
+    "sad": _words("sad upset gloomy lonely unhappy tearful glum weary"),
+    "happy": _words("happy glad proud merry jolly joyful pleased cheerful"),
+    "build": _words("thin plump sleepy noisy young hungry"),
     "animal": ANIMALS,
-    "treat": _words("cake pie bun muffin tart cookie pancake biscuit peach pear melon sandwich"),
-    "game": _words("tag catch marbles hopscotch chess checkers cards dominoes"),
-    "skill": _words("skate whistle juggle dance sing paint knit read"),
+    "treat": _words("cake pie bun peach pear cookie plum muffin"),
+    "game": _words("tag catch chess cards darts marbles"),
+    **dict.fromkeys(("snack", "dish", "bite"), SNACKS),
+    **dict.fromkeys(("bird", "fowl", "singer"), BIRDS),
+    **dict.fromkeys(("scent", "herb", "bloom"), SCENTS),
+    "skill": _words("dance sing paint knit read skate"),
 }

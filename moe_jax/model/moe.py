@@ -45,7 +45,7 @@ class MoE(nnx.Module):
 
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.config = config
-        self.router = nnx.Param(matrix_init(rngs, (config.width, config.experts)))
+        self.router = nnx.Param(matrix_init(rngs, (config.width, config.experts), scale=0.1))
         self.experts = Experts(config.experts, config.width, config.expert_hidden, config.activation, out_scale, rngs)
 
     def __call__(self, x: Float[Array, "B T D"], mode: Mode) -> tuple[Float[Array, "B T D"], RouterStats]:

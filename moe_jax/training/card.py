@@ -27,8 +27,9 @@ def print_card(session: Session, notes: list[str]) -> None:
         "parameters": _parameter_line(config.model),
         "precision": str(session.policy),
         "plan": _plan_line(config.train, session.tokens_per_step, len(store.train.tokens)),
-        "arithmetic": f"{training_flops(config.model, config.train.steps * session.tokens_per_step):.2e} "
-        "floating-point operations (6 x active matmul parameters x tokens)",
+        "arithmetic": f"{training_flops(config, config.train.steps):.2e} "
+        "floating-point operations (6 x active matmul parameters x tokens"
+        + (", and Muon's own)" if config.train.optimizer == "muon" else ")"),
     }
     if session.references:
         rows["to compare"] = (
@@ -61,10 +62,11 @@ def _parameter_line(m: ModelConfig) -> str:
 
 def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:
     accumulated = f" x {t.grad_accum} accumulated" if t.grad_accum > 1 else ""
+    rate = f"{t.lr:g}" if t.optimizer == "adamw" else f"{t.muon_lr:g} (AdamW part {t.lr:g})"
     return (
         f"{t.steps:,} steps of {t.batch_size}{accumulated} sequences = {tokens_per_step:,} tokens a step, "
-        f"{t.steps * tokens_per_step / corpus:.2f} epochs; {t.optimizer}, learning rate {t.lr:g} after "
-        f"{warmup_steps(t)} steps of warm-up, then a cosine to {t.final_lr * t.lr:g}"
+        f"{t.steps * tokens_per_step / corpus:.2f} epochs; {t.optimizer}, learning rate {rate} after "
+        f"{warmup_steps(t)} steps of warm-up, then a cosine to {t.final_lr:.0%} of that"
     )
 
 

@@ -239,7 +239,7 @@ class _Recorder:
     def __init__(self, session: Session, log: MetricsLog, terminal: Terminal) -> None:
         self._session, self._log, self._terminal = session, log, terminal
         self._pending: tuple[int, StepReport] | None = None
-        self._schedule = learning_rate(session.config.train)
+        self._schedule = learning_rate(session.config.train, session.config.train.lr)
         self._mark, self._mark_step = time.monotonic(), int(session.state.step)
         self._skipped_in_a_row = 0
         self._peak = matmul_rate(session.policy.compute)
@@ -286,7 +286,7 @@ class _Recorder:
             "load": [[round(float(x), 4) for x in layer] for layer in np.asarray(metrics.load)],
         }
         self._log.write(record)
-        share = training_flops(session.config.model, 1) * rate / self._peak
+        share = training_flops(session.config, 1) / session.tokens_per_step * rate / self._peak
         train = session.store.train
         self._terminal.step(record, train.bytes / max(len(train.tokens) - 1, 1), share)
 
@@ -338,7 +338,7 @@ def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: 
         "trigram_bits_per_byte": references.trigram if references else None,
         "params_total": counts.total,
         "params_active": counts.active,
-        "training_flops": training_flops(config.model, tokens),
+        "training_flops": training_flops(config, steps),
         "train_drop_fraction": last.get("drop_fraction"),
         "val_drop_fraction": scored.drop_fraction,
         "balance_loss": last.get("balance_loss"),

@@ -67,8 +67,8 @@ def test_a_text_that_the_grammar_can_not_write_has_no_derivation(text: str):
 
 
 def test_sampling_enumerating_and_parsing_agree_on_every_text():
-    """Of all derivations of a grammar with every kind of blank: the sampler writes each from its choices, the parser
-    reads each back, and the probabilities sum to 1."""
+    """Of all derivations of a grammar with every kind of blank: the sampler writes each from its choices, the
+    parser reads each back, and the probabilities sum to 1."""
     rules = {"start": "[{x.a}, <list>|no {y}, <list>]", "list": "{x} [and {y}|alone][ {z}|]."}
     grammar = Grammar(rules, {"x": FRUIT, "y": FRUIT, "z": ({"": "today"}, {"": "at noon"})})
     found = list(grammar.derivations())

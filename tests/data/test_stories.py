@@ -1,4 +1,4 @@
-"""The embedded corpus: its probabilities are exact, its floor is far below a trigram model, its English is clean."""
+"""The embedded corpus: exact probabilities, a floor far below a trigram model, clean English."""
 
 import math
 import os
@@ -20,9 +20,10 @@ from moe_jax.data.stories import (
     generate,
 )
 from moe_jax.data.trigram import trigram_bits_per_byte
-from moe_jax.data.vocabulary import CHILDREN, SLOTS
+from moe_jax.data.vocabulary import SLOTS
 
 GRAMMAR = Grammar(RULES, SLOTS)
+CHILDREN = (*SLOTS["hero"], *SLOTS["friend"])
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,11 @@ def test_the_text_determines_its_derivation():
 
 
 def test_probabilities_of_a_small_tale_sum_to_one():
-    """The rules themselves with all their plots and closings, every other choice cut to its first option and every list
-    to a few words: each story that is left is another text, and all probabilities sum to 1."""
+    """The tale's own rules with all plots and closings, every other choice cut to its first option and every
+    list to a few words: each story that is left is another text, and all probabilities sum to 1."""
     small = Grammar({name: _first_options(name, rule) for name, rule in RULES.items()}, _short_lists(SLOTS))
     found = list(small.derivations())
-    assert len(found) > 5000
+    assert len(found) > 4000
     assert len({d.text for d in found}) == len(found)
     assert math.fsum(2**-d.bits for d in found) == pytest.approx(1, abs=1e-9)
     for derivation in islice(found, 0, None, 50):
@@ -68,7 +69,7 @@ def _first_options(name: str, rule: str) -> str:
 def _short_lists(slots: Mapping[str, Sequence[Word]]) -> dict[str, Sequence[Word]]:
     """Lists that several slots share keep a word for each, some others keep two, the rest one."""
     sharing = {id(words): sum(other is words for other in slots.values()) for words in slots.values()}
-    longer = {id(slots[name]): 2 for name in ("hero", "time", "sad")}
+    longer = {id(slots[name]): 2 for name in ("hero", "friend", "time", "look", "sad", "happy")}
     short = {
         id(words): tuple(words[: max(sharing[id(words)], longer.get(id(words), 1))])
         for words in slots.values()
@@ -77,10 +78,10 @@ def _short_lists(slots: Mapping[str, Sequence[Word]]) -> dict[str, Sequence[Word
 
 
 def test_a_text_that_forgets_itself_is_impossible(valid: list[str]):
-    """The last mention of the hero replaced by another name: no derivation, though each word is a word of the tale."""
+    """With another name in the last mention of the hero there is no derivation, though each word is known."""
     names = [word[""] for word in CHILDREN]
     for story in valid[:100]:
-        hero = re.search(r"named (\w+)", story)[1]  # pyright: ignore[reportOptionalSubscript]
+        hero = re.findall(r"named (\w+)", story)[0]
         head, _, tail = story.rpartition(hero)
         other = next(name for name in names if name not in story)
         assert math.isfinite(code_length_bits(story))
@@ -176,7 +177,7 @@ def test_pronouns_agree_with_the_children(train: list[str]):
     """A girl is called a girl and puts on her coat; and where all children are girls, nobody is a he."""
     forms = {word[""]: word for word in CHILDREN}
     for story in train:
-        kind, hero, his = re.search(r"(girl|boy) named (\w+) \w+ on (her|his)", story).groups()  # pyright: ignore[reportOptionalMemberAccess]
+        kind, hero, his = re.findall(r"(girl|boy) named (\w+) \w+ on (her|his)", story)[0]
         assert (kind, his) == (forms[hero]["child"], forms[hero]["his"])
         words = set(re.findall(r"\w+", story))
         genders = {forms[word]["he"] for word in words & set(forms)}

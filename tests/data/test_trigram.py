@@ -44,8 +44,8 @@ def test_spelling_sums_to_one_over_all_byte_strings():
     "before", [(END, END), (END, "The"), (" cat", " sat"), (" sat", " cat"), ("x", " dog"), ("x", "y")]
 )
 def test_probabilities_sum_to_one(before: tuple[str, str]):
-    """Over the words seen in training, and all other byte strings, whose probability is a constant times their
-    spelling's: after known words, unknown ones, and known ones in an order never seen."""
+    """Over the words seen in training, and all other byte strings, whose probability is a constant times that
+    of their spelling: after known words, unknown ones, and known ones in an order never seen."""
     model = TrigramModel(STORIES)
     seen = math.fsum(model.probability(word, before) for word in model.vocabulary)
     constant = model.probability(" zebra", before) / spelling_probability(" zebra")
