@@ -7,8 +7,8 @@ import jax
 import pytest
 from flax import nnx
 
-from moe_jax.analysis.accounting import Count, count_parameters, totals, training_flops
-from moe_jax.config import ModelConfig, preset
+from moe_jax.analysis.accounting import Count, count_parameters, muon_flops, totals, training_flops
+from moe_jax.config import ModelConfig, RunConfig, TrainConfig, preset
 from moe_jax.model.transformer import create, split
 from tests import tiny
 
@@ -57,7 +57,22 @@ def test_the_published_size() -> None:
     assert groups["norms"].active == 13_312
     assert totals(groups).active == 1024 + 25_731_584 + 6_303_744 + 49_152 + 12_582_912 + 13_312
     multiplied = 25_731_584 + 6_291_456 + 49_152 + 12_582_912
-    assert training_flops(config, 10) == 60 * multiplied
+    run = dataclasses.replace(preset("seed-158m"), model=config)
+    # 4 sequences of 256 tokens in each of 8 micro-batches; 2 operations forward and 4 backward for each entry.
+    assert training_flops(run, 3) == 6 * multiplied * 3 * 4 * 8 * 256
+
+
+def test_muon_adds_its_matrix_products() -> None:
+    """Of one layer of width 8 with two experts of hidden width 6 and two matrices each, by hand.
+
+    qkv 8 x 24: 4 * 64 * 24 + 2 * 512 = 7,168; out 8 x 8: 4 * 64 * 8 + 1,024 = 3,072; four experts' matrices of
+    6 x 8: 4 * 36 * 8 + 2 * 216 = 1,584 each. Five iterations.
+    """
+    model = tiny.config(layers=1, experts=2, activation="gelu")
+    assert muon_flops(model) == 5 * (7_168 + 3_072 + 4 * 1_584)
+    run = RunConfig(model=model, train=TrainConfig(batch_size=2))
+    with_muon = dataclasses.replace(run, train=dataclasses.replace(run.train, optimizer="muon"))
+    assert training_flops(with_muon, 7) - training_flops(run, 7) == 7 * muon_flops(model)
 
 
 def test_a_tied_head_is_stored_once_and_multiplied() -> None:
