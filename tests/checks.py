@@ -200,7 +200,7 @@ def check_rows_are_independent() -> None:
         assert (np.asarray(changed[0]) != np.asarray(hidden[0])).any()
 
 
-def check_cached_decoding(positions: str = "rope", dispatch: str = "gather", dense: str = "none") -> None:
+def check_cached_decoding(positions: str = "rope", dense: str = "none") -> None:
     """Prefill 3 tokens, decode the rest one by one: the logits of every position are those of one uncached pass."""
     graphdef, params = tiny.build(tiny.config(positions=positions, dense=dense))
     tokens = tiny.tokens(2, tiny.T, seed=5)

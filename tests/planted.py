@@ -259,7 +259,7 @@ BUGS = [
     ),
     Bug(
         "vectors decay too",
-        "moe_jax.training.optimizer:_decayed",
+        "moe_jax.training.optimizer:make_optimizer",
         "p.ndim >= 2",
         "p.ndim >= 0",
         checks.check_optimizer,

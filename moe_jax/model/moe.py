@@ -50,20 +50,20 @@ class MoE(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], mode: Mode) -> tuple[Float[Array, "B T D"], RouterStats]:
         routing = route(router_logits(x, self.router[...]), self.config.top_k)
-        y, kept = self._apply(x, routing, mode)
+        y, dropped = self._apply(x, routing, mode)
         y = jnp.where(routing.valid[..., None], y, jnp.nan)  # a broken row says so, instead of passing unrouted
-        stats = RouterStats(balance_loss(routing), z_loss(routing), 1 - kept, expert_load(routing).mean(0))
+        stats = RouterStats(balance_loss(routing), z_loss(routing), dropped, expert_load(routing).mean(0))
         return y, stats
 
     def _apply(self, x: Array, routing: Routing, mode: Mode) -> tuple[Array, Array]:
-        """The combined output, and the share of pairs that were kept."""
+        """The combined output, and the share of pairs that were dropped: counted, so that none is exactly 0."""
         config = self.config
         how = {Mode.TRAIN: config.dispatch, Mode.EVALUATE: "blocks", Mode.DECODE: "per-token"}[mode]
         slots = capacity(x.shape[1], config.experts, config.top_k, config.capacity_factor)
         flat = x.reshape(-1, x.shape[-1])
         if how == "dense":
             rows = self.experts(jnp.broadcast_to(flat, (config.experts, *flat.shape)))
-            return d.dense_combine(rows, routing).reshape(x.shape), jnp.ones(())
+            return d.dense_combine(rows, routing).reshape(x.shape), jnp.zeros(())
         if how == "einsum":
             return self._einsum(x, routing, slots)
         if how == "gather":
@@ -74,7 +74,7 @@ class MoE(nnx.Module):
             plan = d.plan_per_token(routing)
         rows = self.experts(d.dispatch(flat, plan), plan.group_expert)
         y = d.combine(rows, routing.gate.reshape(plan.row.shape), plan)
-        return y.reshape(x.shape), plan.keep.mean(dtype=jnp.float32)
+        return y.reshape(x.shape), (~plan.keep).mean(dtype=jnp.float32)
 
     def _einsum(self, x: Array, routing: Routing, slots: int) -> tuple[Array, Array]:
         to_slots, from_slots = d.einsum_masks(routing, slots)
@@ -82,7 +82,7 @@ class MoE(nnx.Module):
         experts, batch = rows.shape[:2]
         rows = self.experts(rows.reshape(experts, batch * slots, -1)).reshape(rows.shape)
         y = jnp.einsum("btec,ebcd->btd", from_slots.astype(x.dtype), rows)
-        return y, to_slots.sum() / routing.expert.size
+        return y, (routing.expert.size - to_slots.sum()) / routing.expert.size
 
 
 class DenseFFN(nnx.Module):

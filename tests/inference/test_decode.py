@@ -1,0 +1,101 @@
+"""The stream of tokens: one compiled program each for prefill and decoding, past the context, stopped, repeatable."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.inference.decode import Decoder
+from moe_jax.inference.sampling import Sampling
+from moe_jax.model.moe import Mode
+from moe_jax.model.transformer import merge
+from tests import tiny
+
+GREEDY = Sampling(temperature=0.0)
+NEVER = -1
+
+
+@functools.lru_cache
+def model():
+    graphdef, params = tiny.build(tiny.config())
+    return graphdef, params, Decoder(graphdef, tiny.T)
+
+
+@functools.lru_cache
+def whole_pass():
+    """Logits of every position of [1, T] tokens, uncached."""
+    graphdef, params, _ = model()
+    m = merge(graphdef, params)
+    return jax.jit(lambda tokens: m.logits(m(tokens, Mode.EVALUATE)[0])[0])
+
+
+def stream(prompt: list[int], seed: int = 0, **options) -> list[int]:
+    _, params, decoder = model()
+    options = {"settings": Sampling(temperature=1.0), "stop": NEVER, "limit": 6} | options
+    return list(decoder.stream(params, prompt, key=jax.random.key(seed), **options))
+
+
+def greedy_by_hand(prompt: list[int], limit: int, penalty: float = 1.0) -> list[int]:
+    """Run everything anew for each token, without cache; a full context goes on with its later half."""
+    context, out = list(prompt)[-tiny.T :], []
+    for _ in range(limit):
+        padded = np.zeros((1, tiny.T), np.int32)
+        padded[0, : len(context)] = context
+        logits = whole_pass()(padded)[len(context) - 1]
+        for seen in {*prompt, *out}:
+            logits = logits.at[seen].set(logits[seen] / penalty if logits[seen] > 0 else logits[seen] * penalty)
+        out.append(int(np.argmax(logits)))
+        context.append(out[-1])
+        if len(context) > tiny.T:
+            context = context[-(tiny.T // 2) :]
+    return out
+
+
+def test_greedy_text_is_that_of_uncached_passes_also_past_the_context() -> None:
+    for prompt in ([3], [1, 2, 3, 4], tiny.tokens(tiny.T, seed=1).tolist(), tiny.tokens(20, seed=2).tolist()):
+        assert stream(prompt, settings=GREEDY, limit=24) == greedy_by_hand(prompt, 24)
+
+
+def test_the_padding_of_a_prompt_is_not_seen() -> None:
+    _, params, decoder = model()
+    prompt = tiny.tokens(1, tiny.T, seed=4)
+    filled = [np.where(np.arange(tiny.T) < 3, prompt, fill).astype(np.int32) for fill in (0, 7)]
+    states = [decoder.prefill(params, tokens, np.int32(3)) for tokens in filled]
+    np.testing.assert_allclose(states[0].logits, states[1].logits, atol=1e-5)
+    np.testing.assert_allclose(states[0].logits[0], whole_pass()(prompt)[2], atol=1e-5)
+
+
+def test_the_same_seed_tells_the_same_text_and_another_another() -> None:
+    assert stream([1, 2]) == stream([1, 2]) != stream([1, 2], seed=1)
+
+
+def test_a_longer_limit_changes_no_earlier_token() -> None:
+    longest = stream([1, 2], limit=20)
+    assert len(longest) == 20
+    assert stream([1, 2], limit=5) == longest[:5]
+    assert stream([1, 2], limit=1) == longest[:1]
+
+
+def test_it_ends_before_the_stop_token() -> None:
+    text = stream([1, 2], limit=20)
+    stop = text[7]
+    assert stream([1, 2], limit=20, stop=stop) == text[: text.index(stop)]
+
+
+def test_the_penalty_covers_prompt_and_new_tokens_also_past_the_context() -> None:
+    prompt = tiny.tokens(10, seed=3).tolist()
+    text = stream(prompt, settings=Sampling(temperature=0.0, repetition_penalty=1.5), limit=16)
+    assert text == greedy_by_hand(prompt, 16, penalty=1.5) != greedy_by_hand(prompt, 16)
+
+
+def test_one_program_each() -> None:
+    _, params, _ = model()
+    graphdef = model()[0]
+    decoder = Decoder(graphdef, tiny.T)
+    for prompt in ([1], [1, 2, 3], tiny.tokens(11).tolist()):
+        for _ in decoder.stream(params, prompt, settings=GREEDY, key=jax.random.key(0), stop=NEVER, limit=12):
+            pass
+    assert decoder.prefill._cache_size() == 1
+    assert decoder.advance._cache_size() == 1
+    assert jnp.isfinite(decoder.prefill(params, np.zeros((1, tiny.T), np.int32), np.int32(1)).logits).all()

@@ -1,0 +1,90 @@
+"""Attention against NumPy loops, its hand-written gradient against jax.grad of the plain form, in float64."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.model import attention
+from moe_jax.model.attention import attend_causally
+from moe_jax.model.transformer import merge
+from tests import oracles, tiny
+
+BLOCK = 4
+LENGTHS = [1, 3, 4, 11]  # shorter than a block, one block, several of which the last is short
+
+
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
+    monkeypatch.setattr(attention, "QUERY_BLOCK", BLOCK)
+
+
+def operands(length: int) -> list[jax.Array]:
+    """Query, key, value, and a cotangent: [B, H, T, A]."""
+    rng = np.random.default_rng(length)
+    return [jnp.asarray(rng.normal(size=(2, 2, length, 3))) for _ in range(4)]
+
+
+def plain(query, key, value, mask, keep):
+    scores = jnp.einsum("bhqd,bhsd->bhqs", query, key) / np.sqrt(3)
+    visible = np.tril(np.ones(scores.shape[-2:], bool))
+    e = jnp.where(visible, jnp.exp(scores), 0)
+    weights = e / e.sum(-1, keepdims=True)
+    if mask is not None:
+        weights = weights * mask / keep
+    return weights @ value
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_attention_against_loops(length: int) -> None:
+    query, key, value, _ = operands(length)
+    out = jax.jit(lambda q, k, v: attend_causally(q, k, v, None))(query, key, value)
+    np.testing.assert_allclose(out, oracles.attention(*map(np.asarray, (query, key, value))), atol=1e-13)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("length", [1, 4, 11])
+def test_attention_gradient(length: int, dropped: bool) -> None:
+    query, key, value, cotangent = operands(length)
+    mask = np.random.default_rng(3).random((2, 2, length, length)) < 0.7 if dropped else None
+    masks = None
+    if mask is not None:
+        ends = [(a, min(a + BLOCK, length)) for a in range(0, length, BLOCK)]
+        masks = [jnp.asarray(mask[:, :, a:b, :b]) for a, b in ends]
+
+    @jax.jit
+    def both(*args):
+        ours, pull = jax.vjp(lambda q, k, v: attend_causally(q, k, v, masks, 0.7), *args)
+        expected, pull_plain = jax.vjp(lambda q, k, v: plain(q, k, v, mask, 0.7), *args)
+        return (ours, *pull(cotangent)), (expected, *pull_plain(cotangent))
+
+    ours, expected = both(query, key, value)
+    for name, one, other in zip(("out", "d_query", "d_key", "d_value"), ours, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-13, err_msg=name)
+
+
+def test_masks_fit_the_blocks_and_keep_the_share_asked_for() -> None:
+    masks = attention._dropout_masks((8, 4, 11, 3), 0.25, jax.random.key(0))
+    assert [m.shape for m in masks] == [(8, 4, 4, 4), (8, 4, 4, 8), (8, 4, 3, 11)]
+    share = np.concatenate([np.asarray(m).ravel() for m in masks])
+    assert abs(share.mean() - 0.75) < 5 * np.sqrt(0.25 * 0.75 / share.size)
+    assert attention._dropout_masks((8, 4, 11, 3), 0.25, None) is None
+    assert attention._dropout_masks((8, 4, 11, 3), 0.0, jax.random.key(0)) is None
+
+
+def test_the_layer_projects_rotates_and_attends() -> None:
+    """The module against loops: projections with biases, heads, rotary positions, output."""
+    config = tiny.config(layers=1, bias=True, norm="layernorm")
+    graphdef, params = tiny.build(config, dtype="float64")
+    p = {k: np.asarray(v) for k, v in params["blocks"][0]["attention"].items()}
+    x = np.random.default_rng(0).normal(size=(2, 5, 8))
+    qkv = (x @ p["qkv"] + p["qkv_bias"]).reshape(2, 5, 3, 2, 4)
+    query, key, value = (qkv[:, :, i].swapaxes(1, 2).copy() for i in range(3))
+    for z in (query, key):
+        for b, h, t in np.ndindex(z.shape[:3]):
+            z[b, h, t] = oracles.rotate(z[b, h, t], t)
+    mixed = oracles.attention(query, key, value).swapaxes(1, 2).reshape(2, 5, 8)
+    y, cache = jax.jit(lambda x: merge(graphdef, params).blocks[0].attention(x))(jnp.asarray(x))
+    np.testing.assert_allclose(y, mixed @ p["out"] + p["out_bias"], atol=1e-12)
+    np.testing.assert_allclose(cache.key, key.swapaxes(1, 2), atol=1e-13)
+    np.testing.assert_allclose(cache.value, value.swapaxes(1, 2), atol=1e-13)

@@ -1,0 +1,108 @@
+"""Norms, rotary positions, dropout and the precision policy."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.model.layers import Normalisation, dropout, embedding_init, matrix_init, rotate
+from moe_jax.model.precision import at_least_float32, choose_policy
+from tests import oracles
+
+
+def normalisation(kind: str, scale: np.ndarray, bias: np.ndarray | None) -> Normalisation:
+    norm = Normalisation(kind, len(scale), bias is not None)
+    norm.scale = nnx.Param(jnp.asarray(scale))
+    if bias is not None and kind == "layernorm":
+        norm.bias = nnx.Param(jnp.asarray(bias))
+    return norm
+
+
+def test_norms_against_loops(float64: None) -> None:
+    rng = np.random.default_rng(0)
+    x, scale, bias = rng.normal(size=(3, 6)) * [[1e-3], [1], [1e3]] + 2, rng.normal(size=6), rng.normal(size=6)
+    expected = [oracles.layer_norm(row, scale, bias) for row in x]
+    np.testing.assert_allclose(normalisation("layernorm", scale, bias)(jnp.asarray(x)), expected, atol=1e-11)
+    without = [oracles.layer_norm(row, scale, np.zeros(6)) for row in x]
+    np.testing.assert_allclose(normalisation("layernorm", scale, None)(jnp.asarray(x)), without, atol=1e-11)
+    expected = [oracles.rms_norm(row, scale) for row in x]
+    np.testing.assert_allclose(normalisation("rmsnorm", scale, None)(jnp.asarray(x)), expected, atol=1e-12)
+
+
+def test_rmsnorm_has_no_bias() -> None:
+    assert not hasattr(Normalisation("rmsnorm", 4, True), "bias")
+
+
+def test_norm_statistics_are_float32_in_bfloat16() -> None:
+    """The mean square of 2,048 ones and one 256: bfloat16 sums would stall long before, float32 ones are exact."""
+    x = jnp.ones(2049, jnp.bfloat16).at[0].set(256)
+    y = Normalisation("rmsnorm", 2049, False)(x[None])[0]
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(float(y[0]), 256 / np.sqrt((65536 + 2048) / 2049), rtol=2**-8)
+
+
+def test_rotation_against_complex_numbers(float64: None) -> None:
+    x = np.random.default_rng(1).normal(size=(2, 3, 2, 6))
+    positions = np.array([0, 7, 300])
+    turned = rotate(jnp.asarray(x), jnp.asarray(positions))
+    for b, t, h in np.ndindex(2, 3, 2):
+        np.testing.assert_allclose(turned[b, t, h], oracles.rotate(x[b, t, h], int(positions[t])), atol=1e-12)
+    np.testing.assert_array_equal(turned[:, 0], x[:, 0])  # position 0 is not turned
+
+
+def test_rotated_products_depend_on_the_distance_only(float64: None) -> None:
+    q, k = np.random.default_rng(2).normal(size=(2, 8))
+
+    def product(query_at: int, key_at: int) -> float:
+        pair = jnp.asarray([q, k])[None, :, None, :]
+        turned = rotate(pair, jnp.array([query_at, key_at]))
+        return float(turned[0, 0, 0] @ turned[0, 1, 0])
+
+    assert product(5, 2) == pytest.approx(product(905, 902), abs=1e-10)
+    assert abs(product(5, 2) - product(5, 3)) > 1e-3
+    assert abs(product(5, 2) - product(2, 5)) > 1e-3
+
+
+def test_dropout_off() -> None:
+    x = jnp.ones(3)
+    assert dropout(x, 0.5, None) is x
+    assert dropout(x, 0.0, jax.random.key(0)) is x
+
+
+def test_initial_values() -> None:
+    rngs = nnx.Rngs(params=jax.random.key(0))
+    matrix = np.asarray(matrix_init(rngs, (3, 100, 50), scale=2.0))
+    # 15,000 numbers: the standard deviation is known to 0.6 %.
+    np.testing.assert_allclose(matrix.std(), 2 / np.sqrt(100), rtol=0.03)
+    np.testing.assert_allclose(np.asarray(embedding_init(rngs, (300, 50))).std(), 0.02, rtol=0.03)
+    assert (np.asarray(matrix_init(rngs, (100, 50)))[:50] != matrix[0, :50]).any()
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "compute"),
+    [
+        ("cpu", "", "float32"),
+        ("gpu", "7.5", "float16"),
+        ("gpu", "8.0", "bfloat16"),
+        ("gpu", "8.6", "bfloat16"),
+        ("gpu", "10.0", "bfloat16"),
+        ("tpu", "", "bfloat16"),
+    ],
+)
+def test_policy_of_a_device(platform: str, capability: str, compute: str) -> None:
+    device = SimpleNamespace(platform=platform, device_kind="some device", compute_capability=capability)
+    policy = choose_policy("auto", device)
+    assert policy.compute == compute
+    assert policy.loss_scaling == (compute == "float16")
+    assert policy.reason
+    assert policy.reason in str(policy)
+    assert choose_policy("float32", device).compute == "float32"
+
+
+def test_wide_dtypes() -> None:
+    assert [str(at_least_float32(d)) for d in ("bfloat16", "float16", "float32")] == ["float32"] * 3
+    with jax.enable_x64(True):
+        assert at_least_float32("float64") == "float64"

@@ -1,0 +1,153 @@
+"""The whole model: causal under drops, rows independent, and one function however it is run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import TrainConfig
+from moe_jax.model.moe import Mode
+from moe_jax.model.transformer import create, merge, split
+from moe_jax.training.loss import training_loss
+from tests import checks, oracles, tiny
+
+
+@functools.lru_cache
+def runner(config, compute: str | None = None):
+    graphdef, params = tiny.build(config, compute=compute)
+    return jax.jit(lambda tokens: merge(graphdef, params)(tokens, Mode.TRAIN))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"top_k": 1, "capacity_factor": 0.7, "positions": "learned", "activation": "gelu", "dispatch": "einsum"},
+        {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "tied_head": False},
+        {"dense": "active"},
+    ],
+    ids=["einsum", "K=E", "dense"],
+)
+def test_other_models_are_causal_too(changes: dict) -> None:
+    run = runner(tiny.config(**changes))
+    before = tiny.tokens(2, tiny.T, seed=3)
+    hidden, stats, _ = run(before)
+    assert stats is None or (np.asarray(stats.drop_fraction) > 0.1).all()
+    for t in range(tiny.T):
+        after = before.copy()
+        after[1, t] = (after[1, t] + 1) % tiny.V
+        changed = run(after)[0]
+        assert (np.asarray(changed[1, :t]) == np.asarray(hidden[1, :t])).all()
+        assert (np.asarray(changed[0]) == np.asarray(hidden[0])).all()
+        assert (np.asarray(changed[1, t:]) != np.asarray(hidden[1, t:])).any(-1).all()
+
+
+def test_embedding_blocks_and_head_are_composed_as_documented(float64: None) -> None:
+    """One dense block, learned positions, untied head, layer norm with biases: the logits by hand from the oracles."""
+    config = tiny.config(
+        layers=1, dense="active", positions="learned", tied_head=False, norm="layernorm", bias=True, activation="gelu"
+    )
+    graphdef, params = tiny.build(config, dtype="float64")
+    p = jax.tree.map(np.asarray, params)
+    block, tokens = p["blocks"][0], tiny.tokens(1, 5)
+    norm = lambda x, n: np.stack([oracles.layer_norm(row, n["scale"], n["bias"]) for row in x])  # noqa: E731
+    x = p["embedding"][tokens[0]] + p["position"][:5]
+    a = block["attention"]
+    qkv = (norm(x, block["attention_norm"]) @ a["qkv"] + a["qkv_bias"]).reshape(5, 3, 2, 4).transpose(1, 2, 0, 3)
+    mixed = oracles.attention(*(z[None] for z in qkv))[0].swapaxes(0, 1).reshape(5, 8)
+    x = x + mixed @ a["out"] + a["out_bias"]
+    e = block["ffn"]["experts"]
+    x = x + np.stack([oracles.expert(row, e["w_in"][0], e["w_out"][0], None) for row in norm(x, block["ffn_norm"])])
+    expected = norm(x, p["norm"]) @ p["head"]
+    model = merge(graphdef, params)
+    logits = jax.jit(lambda t: model.logits(model(t, Mode.TRAIN)[0]))(tokens)
+    np.testing.assert_allclose(logits[0], expected, atol=1e-11)
+
+
+def test_cached_decoding_with_learned_positions() -> None:
+    checks.check_cached_decoding(positions="learned")
+
+
+def test_cached_decoding_of_a_dense_twin() -> None:
+    checks.check_cached_decoding(dense="total")
+
+
+def test_jitted_is_eager(float64: None) -> None:
+    graphdef, params = tiny.build(tiny.config(layers=1), dtype="float64")
+
+    def run(tokens):
+        return merge(graphdef, params)(tokens, Mode.TRAIN)[:2]
+
+    tokens = jnp.asarray(tiny.tokens(2, tiny.T))
+    for one, other in zip(jax.tree.leaves(run(tokens)), jax.tree.leaves(jax.jit(run)(tokens)), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-13)
+
+
+def test_rematerialised_gradients_have_the_same_bits() -> None:
+    config = tiny.config(layers=1)
+    tokens = jnp.asarray(tiny.tokens(2, tiny.T + 1))
+
+    def gradient(remat: bool):
+        graphdef, params = tiny.build(config, remat=remat)
+
+        def loss(p):
+            return training_loss(merge(graphdef, p), tokens, None, TrainConfig())[0]
+
+        jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
+        return jax.jit(jax.value_and_grad(loss))(params), "remat" in jaxpr or "checkpoint" in jaxpr
+
+    (plain, plain_has), (rematerialised, remat_has) = gradient(False), gradient(True)
+    assert (plain_has, remat_has) == (False, True)
+    tiny.assert_same_bits(rematerialised, plain)
+
+
+def test_dropout_changes_with_its_key_only() -> None:
+    graphdef, params = tiny.build(tiny.config(layers=1, dropout=0.25))
+    run = jax.jit(lambda key: merge(graphdef, params)(jnp.asarray(tiny.tokens(2, tiny.T)), Mode.TRAIN, key)[0])
+    one, again, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 0, 1))
+    assert (one == again).all()
+    assert (one != other).any()
+
+
+def test_bfloat16_stays_near_float32() -> None:
+    """All experts are chosen, so that no rounding can change a choice. bfloat16 keeps 8 bits: each of the about 12
+    roundings in a row (2 layers, 6 products each) is at most 2^-9, so 12 * 2^-9 = 2.3 % of the norm bounds them."""
+    config = tiny.config(top_k=4, capacity_factor=1.0)
+    tokens = tiny.tokens(2, tiny.T)
+    wide, narrow = (np.asarray(runner(config, c)(tokens)[0], np.float64) for c in ("float32", "bfloat16"))
+    error = np.linalg.norm(wide - narrow) / np.linalg.norm(wide)
+    assert 2**-11 < error < 12 * 2**-9
+
+
+def test_logits_and_router_are_float32_in_bfloat16() -> None:
+    graphdef, params = tiny.build(tiny.config(layers=1), compute="bfloat16")
+    model = merge(graphdef, params)
+    hidden, stats, cache = jax.eval_shape(lambda t: model(t, Mode.TRAIN), jnp.zeros((2, tiny.T), jnp.int32))
+    assert (hidden.dtype, stats.balance_loss.dtype, stats.z_loss.dtype) == ("bfloat16", "float32", "float32")
+    assert cache[0].key.dtype == "bfloat16"
+    assert jax.eval_shape(model.logits, hidden).dtype == "float32"
+
+
+def test_split_and_merge_are_inverse() -> None:
+    graphdef, params = tiny.build(tiny.config())
+    again = split(merge(graphdef, params))
+    assert again[0] == graphdef
+    tiny.assert_same_bits(again[1], params)
+
+
+def test_initial_parameters_depend_on_the_key_alone() -> None:
+    """And the initial loss is near ln V: the logits start small."""
+    config = tiny.config(layers=1)
+    graphdef, one = split(create(config, jax.random.key(0)))
+    again, other = (split(create(config, jax.random.key(k)))[1] for k in (0, 1))
+    tiny.assert_same_bits(one, again)
+    assert (np.asarray(one["embedding"]) != np.asarray(other["embedding"])).any()
+    tokens = jnp.asarray(tiny.tokens(4, tiny.T + 1))
+    loss = jax.jit(lambda p: training_loss(merge(graphdef, p), tokens, None, TrainConfig())[1].loss)(one)
+    assert abs(float(loss) - np.log(tiny.V)) < 0.1
+
+
+def test_an_unknown_vocabulary_is_refused() -> None:
+    with pytest.raises(ValueError, match="vocab_size is 0"):
+        create(tiny.config(vocab_size=0), jax.random.key(0))

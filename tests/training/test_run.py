@@ -1,0 +1,288 @@
+"""Whole runs of a tiny model on a text file: what they leave, and that a resumed one is one that never stopped."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError, load_config
+from moe_jax.training.loop import Session, finish, train
+from moe_jax.training.run import RunFolder, load_run
+from tests import tiny
+
+TIMES = {"tokens_per_second", "wall_seconds"}
+SUMMARY_KEYS = (
+    "preset steps tokens_seen train_loss val_loss val_bits_per_byte val_bytes_per_token entropy_floor_bits_per_byte "
+    "trigram_bits_per_byte params_total params_active training_flops train_drop_fraction val_drop_fraction "
+    "balance_loss tokens_per_second wall_seconds device precision resumed_from"
+).split()
+
+
+class Stop(Exception):
+    """A process that dies between two steps."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rng = np.random.default_rng(0)
+    words = "the cat dog ran sat on a mat and then it was happy".split()
+    stories = [" ".join(rng.choice(words, 12)) + "." for _ in range(60)]
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(stories))
+    return path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def caches(tmp_path_factory: pytest.TempPathFactory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr("moe_jax.training.loop.SAMPLE_TOKENS", 24)
+        patch.setattr("moe_jax.training.loop.matmul_rate", lambda dtype: 1e9)  # only for the share of peak
+        yield
+
+
+def configuration(text: Path, out: Path, **train_changes: Any) -> RunConfig:
+    model = ModelConfig(
+        seq_len=16, layers=1, width=16, heads=2, experts=4, top_k=2, expert_hidden=8, capacity_factor=0.75, dropout=0.1
+    )
+    values = {"steps": 12, "batch_size": 4, "grad_accum": 2, "log_every": 3, "eval_every": 4, "save_every": 6}
+    return RunConfig(
+        out=str(out),
+        model=model,
+        data=DataConfig(source=str(text), tokenizer="byte"),
+        train=TrainConfig(**(values | {"precision": "float32"} | train_changes)),
+    )
+
+
+def run(config: RunConfig, die_at: int | None = None) -> Session:
+    """Train, from the newest checkpoint where the folder holds a run. May die just before the step after `die_at`."""
+    session = Session.open(config, load_config(Path(config.out)))
+    step = session.train_step
+
+    def mortal(state, batch):
+        if int(state.step) == die_at:
+            raise Stop
+        return step(state, batch)
+
+    session.train_step = mortal
+    if die_at is None:
+        train(session)
+    else:
+        with pytest.raises(Stop):
+            train(session)
+    return session
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records(folder)]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, Any]]:
+    session = run(configuration(text, tmp_path_factory.mktemp("runs") / "whole"))
+    return session, finish(session)
+
+
+def test_what_a_run_leaves(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
+    session, result = uninterrupted
+    folder = session.folder.path
+    document = json.loads((folder / "config.json").read_text())
+    assert RunConfig.from_dict(document) == session.config
+    assert document["model"]["vocab_size"] == 257
+    assert {"jax", "flax", "optax"} <= set(document["versions"])
+    assert [(r["step"], r["split"]) for r in records(folder)] == [
+        (3, "train"),
+        (4, "val"),
+        (6, "train"),
+        (8, "val"),
+        (9, "train"),
+        (12, "train"),
+        (12, "val"),
+    ]
+    assert (folder / "samples.txt").read_text().count("=== step ") == 3
+    assert json.loads((folder / "summary.json").read_text()) == result
+    assert set(SUMMARY_KEYS) <= set(result)
+    assert (result["steps"], result["tokens_seen"]) == (12, 12 * 8 * 16)
+    assert (result["resumed_from"], result["entropy_floor_bits_per_byte"], result["val_drop_fraction"]) == (None, None, 0)
+    assert 0.1 < result["train_drop_fraction"] < 1
+    # The byte tokenizer: a byte a token, but for separators.
+    assert 0.9 < result["val_bytes_per_token"] < 1
+    losses = [r["loss"] for r in records(folder) if r["split"] == "val"]
+    assert losses == sorted(losses, reverse=True)
+
+
+def test_resumed_is_uninterrupted(uninterrupted: tuple[Session, dict[str, Any]], text: Path, tmp_path: Path) -> None:
+    """Dead before step 8 of 12, with checkpoints of 4 (evaluated) and 6: steps 7 and 8 are taken again."""
+    whole, whole_result = uninterrupted
+    out = tmp_path / "resumed"
+    config = configuration(text, out)
+    first = run(config, die_at=7)
+    assert [c.step for c in first.checkpoints.list()] == [4, 6]
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "split": "train", "lo')  # a line that was cut short
+    session = run(config)
+    assert session.resumed_from == 6
+    tiny.assert_same_bits(session.state, whole.state)
+    assert timeless(out) == timeless(whole.folder.path)
+    assert (out / "samples.txt").read_text() == (whole.folder.path / "samples.txt").read_text()
+    result = finish(session)
+    same = set(result) - TIMES - {"resumed_from"}
+    assert {k: result[k] for k in same} == {k: whole_result[k] for k in same}
+    assert result["resumed_from"] == 6
+    assert session.elapsed > first.checkpoints.at(12).elapsed > session.elapsed_before > 0
+
+
+def test_the_best_checkpoint_is_scored_and_opened(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
+    """`load_run` gives the model of the best checkpoint; its loss is the one in summary.json."""
+    session, result = uninterrupted
+    opened = moe_jax.load_run(session.folder.path)
+    assert opened.config == session.config
+    assert opened.tokenizer.digest == session.store.tokenizer.digest
+    assert opened.checkpoint.step == result["best_step"]
+    assert session.score(session.store.valid.tokens, opened.params).loss == result["val_loss"]
+
+
+def copy_of(session: Session, out: Path, change: Callable[[Path], None] = lambda _: None) -> RunConfig:
+    import shutil
+
+    shutil.copytree(session.folder.path, out)
+    change(out)
+    return dataclasses.replace(session.config, out=str(out))
+
+
+def test_more_steps_are_recorded(uninterrupted: tuple[Session, dict[str, Any]], tmp_path: Path) -> None:
+    config = copy_of(uninterrupted[0], tmp_path / "longer")
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=14))
+    session = run(config)
+    assert (session.resumed_from, int(session.state.step)) == (12, 14)
+    assert "train.steps 12 -> 14" in session.notes[0]
+    document = json.loads((tmp_path / "longer" / "config.json").read_text())
+    (entry,) = document["history"]
+    assert (entry["resumed_at_step"], entry["changed"]) == (12, {"train.steps": [12, 14]})
+    assert document["train"]["steps"] == 14
+    assert records(tmp_path / "longer")[-1]["step"] == 14
+
+
+def test_other_text_is_refused(uninterrupted: tuple[Session, dict[str, Any]], text: Path, tmp_path: Path) -> None:
+    config = copy_of(uninterrupted[0], tmp_path / "other")
+    before = timeless(tmp_path / "other")
+    other = tmp_path / "other.txt"
+    other.write_text(text.read_text().replace("cat", "cow"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(other)))
+    with pytest.raises(UserError, match="--data .*not the text"):
+        Session.open(config, load_config(tmp_path / "other"))
+    assert timeless(tmp_path / "other") == before
+
+
+def damage(folder: Path) -> None:
+    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+
+
+def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
+    uninterrupted: tuple[Session, dict[str, Any]], text: Path, tmp_path: Path
+) -> None:
+    """The newest is the best as well: its loss must not stand in the way of the one that replaces it."""
+    out = tmp_path / "damaged"
+    config = configuration(text, out)
+    run(config, die_at=8)
+    steps = [c.step for c in RunCheckpoints(out)]
+    assert steps == [8]
+    run(config, die_at=11)
+    whole = uninterrupted[0]
+    config = copy_of(whole, tmp_path / "copy")
+    assert [c.step for c in RunCheckpoints(tmp_path / "copy")] == [12]
+    # Put an earlier one beside it, and break the newest.
+    import shutil
+
+    shutil.copytree(out / "checkpoints" / "step_00000008", tmp_path / "copy" / "checkpoints" / "step_00000008")
+    damage(tmp_path / "copy" / "checkpoints" / "step_00000012")
+    session = run(config)
+    assert session.resumed_from == 8
+    tiny.assert_same_bits(session.state, whole.state)
+    assert finish(session)["best_step"] == 12
+    assert load_run(tmp_path / "copy").checkpoint.step == 12
+
+
+def RunCheckpoints(folder: Path):
+    from moe_jax.training.checkpoint import CheckpointStore
+
+    return CheckpointStore(folder).list()
+
+
+def test_when_every_checkpoint_is_damaged_it_says_so(
+    uninterrupted: tuple[Session, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = copy_of(uninterrupted[0], tmp_path / "broken")
+    damage(tmp_path / "broken" / "checkpoints" / "step_00000012")
+    with pytest.raises(UserError, match="every checkpoint is damaged"):
+        Session.open(config, load_config(tmp_path / "broken"))
+    with pytest.raises(UserError, match="was changed"):
+        load_run(tmp_path / "broken")
+
+
+def test_a_folder_without_a_checkpoint_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run with a complete checkpoint"):
+        load_run(tmp_path)
+
+
+def test_a_start_that_reached_no_checkpoint_is_started_over(text: Path, tmp_path: Path) -> None:
+    config = configuration(text, tmp_path / "early")
+    run(config, die_at=3)
+    assert load_config(tmp_path / "early") is None
+    session = run(config, die_at=5)
+    assert session.resumed_from is None
+    assert [(r["step"], r["split"]) for r in records(tmp_path / "early")] == [(3, "train"), (4, "val")]
+
+
+def test_gradients_that_stay_bad_end_the_run(text: Path, tmp_path: Path) -> None:
+    """NaN parameters: 20 skipped steps in a row, each written down with nulls, then one line of what to do."""
+    config = configuration(text, tmp_path / "bad", steps=30, eval_every=100, save_every=100)
+    session = Session.open(config, None)
+    broken = jax.tree.map(lambda x: x * np.float32("nan"), session.state.params)
+    session.state = dataclasses.replace(session.state, params=broken)
+    with pytest.raises(UserError, match="step 20: 20 steps in a row .* --lr"):
+        train(session)
+    lines = records(tmp_path / "bad")
+    assert [r["step"] for r in lines] == list(range(1, 20))
+    assert all(r["skipped"] and r["loss"] is None for r in lines)
+
+
+def test_early_stopping(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses 3, 2, 2, 2: with a patience of 2 the run ends at the fourth evaluation; its checkpoint and the best stay."""
+    from moe_jax.training import loop
+
+    losses = iter([3.0, 2.0, 2.0, 2.0])
+    monkeypatch.setattr(loop, "_evaluate_and_sample", lambda *_: next(losses))
+    config = configuration(text, tmp_path / "early", steps=12, eval_every=1, save_every=100, patience=2)
+    session = run(config)
+    assert int(session.state.step) == 4
+    assert [c.step for c in session.checkpoints.list()] == [2, 4]
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
+    config = configuration(text, tmp_path / "small")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=100))
+    with pytest.raises((UserError, ConfigError), match="--model.vocab-size 100: the tokenizer has 257"):
+        Session.open(config, None)
+
+
+def test_cutting_back_keeps_what_came_before(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    lines = ['{"step": 1, "split": "train"}', '{"step": 2, "split": "val"}', '{"step": 3, "split": "train"}', '{"ste']
+    folder.metrics.write_text("\n".join(lines))
+    for step, story in ((1, "one\n\ntwo"), (2, "three"), (3, "four")):
+        folder.add_sample(step, story)
+    folder.cut_back(2)
+    assert folder.metrics.read_text().splitlines() == lines[:2]
+    assert folder.samples.read_text() == "=== step 1\none\n\ntwo\n\n=== step 2\nthree\n\n"

@@ -1,0 +1,171 @@
+"""The training step: what is averaged, scheduled, skipped and compiled."""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import TrainConfig
+from moe_jax.training.evaluate import evaluate, make_evaluation_step
+from moe_jax.training.optimizer import learning_rate, make_optimizer, muon_labels, warmup_steps
+from moe_jax.training.state import LossScale, TrainState, initial_state
+from moe_jax.training.step import gradients, make_step
+from tests import tiny
+
+
+CONFIG = TrainConfig(steps=150, lr=2e-2, warmup_steps=5)
+
+
+@functools.lru_cache
+def built(compute: str | None = None):
+    return tiny.build(tiny.config(layers=1, width=16, capacity_factor=2.0), compute=compute)
+
+
+@functools.lru_cache
+def step_of(loss_scaling: bool = False, compute: str | None = None):
+    """The jitted step, shared by the tests: each gives it batches of one shape, so it compiles once."""
+    return make_step(built(compute)[0], make_optimizer(CONFIG), CONFIG, loss_scaling)
+
+
+def fresh(loss_scaling: bool = False) -> TrainState:
+    """A state whose memory a step may take over."""
+    return initial_state(jax.tree.map(jnp.array, built()[1]), make_optimizer(CONFIG), loss_scaling)
+
+
+def batch(seed: int = 3) -> np.ndarray:
+    return tiny.tokens(1, 2, tiny.T + 1, seed=seed)
+
+
+def test_it_learns_one_batch_by_heart() -> None:
+    """The loss falls below 0.05 nats, where a guess costs ln 13 = 2.6; no step is skipped."""
+    state, losses = fresh(), []
+    for _ in range(150):
+        state, report = step_of()(state, batch())
+        losses.append(float(report.metrics.loss))
+    assert losses[0] > 1
+    assert losses[-1] < 0.05
+    assert (int(state.step), int(state.skipped)) == (150, 0)
+
+
+def test_steps_and_batches_share_one_compilation() -> None:
+    state = fresh()
+    for seed in range(3):
+        state, _ = step_of()(state, batch(seed))
+    assert step_of()._cache_size() == 1
+
+
+def test_evaluation_compiles_once_and_ignores_how_windows_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphdef, params = built()
+    step = make_evaluation_step(graphdef)
+    sizes = np.ones(tiny.V, np.int64)
+    score = functools.partial(evaluate, step, params, seq_len=tiny.T, token_bytes=sizes)
+    streams = [tiny.tokens(n, seed=n) for n in (2, 9, 100, 333)]
+    results = [score(stream) for stream in streams]
+    assert step._cache_size() == 1
+    monkeypatch.setattr("moe_jax.training.evaluate.EVALUATION_ROWS", 5)
+    for stream, result in zip(streams, results, strict=True):
+        again = score(stream)
+        assert again.loss == pytest.approx(result.loss, rel=1e-6)
+        assert (again.tokens, again.drop_fraction) == (len(stream) - 1, 0)
+
+
+def test_a_step_moves_every_parameter_and_leaves_the_scale_of_1() -> None:
+    state = fresh()
+    before = jax.tree.map(np.array, state.params)
+    state, report = step_of()(state, batch())
+    assert bool(report.finite)
+    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(state.params), strict=True):
+        assert (old != np.asarray(new)).any(), jax.tree_util.keystr(path)
+    assert (float(state.loss_scale.scale), int(state.loss_scale.good_steps)) == (1, 0)
+
+
+def test_the_same_step_gives_the_same_bits() -> None:
+    tiny.assert_same_bits(step_of()(fresh(), batch()), step_of()(fresh(), batch()))
+
+
+def test_float16_overflow_halves_the_scale() -> None:
+    """At a scale of 2^30 the gradient of the logits, up to 2^30 / 16 each, is beyond float16's 65,504."""
+    state = fresh(loss_scaling=True)
+    assert float(state.loss_scale.scale) == 2.0**15
+    before = jax.tree.map(np.array, state.params)
+    state = dataclasses.replace(state, loss_scale=LossScale(jnp.float32(2.0**30), jnp.int32(5)))
+    state, report = step_of(loss_scaling=True, compute="float16")(state, batch())
+    assert not bool(report.finite)
+    assert np.isfinite(float(report.metrics.loss))
+    assert (float(state.loss_scale.scale), int(state.loss_scale.good_steps)) == (2.0**29, 0)
+    tiny.assert_same_bits(jax.tree.map(np.array, state.params), before)
+
+
+def test_float16_gradients_are_near_those_of_float32() -> None:
+    config = TrainConfig()
+    narrow, wide = (
+        jax.jit(
+            lambda scale, graphdef=built(c)[0]: gradients(
+                graphdef, built()[1], jnp.asarray(batch()), jax.random.key(0), scale, config
+            )[0]
+        )(jnp.float32(s))
+        for c, s in (("float16", 2.0**10), (None, 1.0))
+    )
+    total = math.sqrt(sum(float((np.asarray(g) ** 2).sum()) for g in jax.tree.leaves(wide)))
+    difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), narrow, wide)
+    error = math.sqrt(sum(float((d**2).sum()) for d in jax.tree.leaves(difference)))
+    # float16 keeps 11 bits; a dozen roundings in a row of 2^-11 each.
+    assert 0 < error / total < 12 * 2**-11
+
+
+def test_the_schedule_by_hand() -> None:
+    """Warm-up of 4 from a fifth of the peak in fifths; then 36 steps of cosine: a half way at the 18th of them."""
+    rate = learning_rate(TrainConfig(steps=40, warmup_steps=10, final_lr=0.2), 1.0)
+    assert warmup_steps(TrainConfig(steps=40, warmup_steps=10)) == 4
+    assert [float(rate(i)) for i in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert float(rate(4 + 18)) == pytest.approx(0.6)
+    assert float(rate(4 + 12)) == pytest.approx(0.2 + 0.8 * 0.75)  # (1 + cos 60) / 2
+    assert float(rate(40)) == pytest.approx(0.2)
+    falling = [float(rate(i)) for i in range(4, 41)]
+    assert falling == sorted(falling, reverse=True)
+
+
+def test_a_run_too_short_for_warm_up_starts_at_the_peak() -> None:
+    rate = learning_rate(TrainConfig(steps=9, warmup_steps=50), 1.0)
+    assert float(rate(0)) == 1
+
+
+def test_no_warm_up() -> None:
+    rate = learning_rate(TrainConfig(steps=100, warmup_steps=0), 1.0)
+    assert float(rate(0)) == 1
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_orthogonalises_each_expert_alone() -> None:
+    """One step without decay: each matrix moves by lr times a nearly orthogonal one; the others move by AdamW."""
+    rng = np.random.default_rng(0)
+    shapes = {"w_in": (3, 6, 4), "router": (6, 3), "qkv": (6, 6), "scale": (6,)}
+    params = {"blocks": {0: {name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()}}}
+    params["embedding"] = jnp.asarray(rng.normal(size=(5, 6)))
+    labels = muon_labels(params)
+    assert labels["blocks"][0] == {"w_in": "muon", "router": "adamw", "qkv": "muon", "scale": "adamw"}
+    assert labels["embedding"] == "adamw"
+    optimizer = make_optimizer(
+        TrainConfig(steps=1, optimizer="muon", weight_decay=0.0, clip=1e9, lr=0.1, muon_lr=0.5, eps=1e-12)
+    )
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
+    updates = optimizer.update(grads, optimizer.init(params), params)[0]
+    # AdamW's first step is the sign of the gradient.
+    for moved, gradient in (
+        (updates["embedding"], grads["embedding"]),
+        (updates["blocks"][0]["router"], grads["blocks"][0]["router"]),
+        (updates["blocks"][0]["scale"], grads["blocks"][0]["scale"]),
+    ):
+        np.testing.assert_allclose(moved, -0.1 * np.sign(gradient), rtol=1e-4)
+    matrices = [*zip(updates["blocks"][0]["w_in"], grads["blocks"][0]["w_in"], strict=True)]
+    for moved, gradient in [*matrices, (updates["blocks"][0]["qkv"], grads["blocks"][0]["qkv"])]:
+        u, _, v = np.linalg.svd(np.asarray(gradient), full_matrices=False)
+        # In the basis of the gradient's singular vectors the step is diagonal, of entries near 1 (Jordan et al. 2024
+        # report 0.7 to 1.2 for five iterations).
+        core = u.T @ np.asarray(moved) @ v.T / -0.5
+        np.testing.assert_allclose(core, np.diag(np.diag(core)), atol=0.02)
+        assert (np.diag(core) > 0.5).all()
+        assert (np.diag(core) < 1.3).all()
