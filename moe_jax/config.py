@@ -11,9 +11,11 @@ The alphabet of the project, used in every annotation, einsum and comment:
 """
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 SCHEMA_VERSION = 1
@@ -24,7 +26,7 @@ Activation = Literal["gelu", "swiglu"]
 Dispatch = Literal["gather", "einsum", "dense", "blocks"]
 Dense = Literal["none", "active", "total"]
 TokenizerKind = Literal["gpt2", "bpe", "byte"]
-OptimizerKind = Literal["adamw"]
+OptimizerKind = Literal["adamw", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
@@ -123,7 +125,7 @@ class ModelConfig:
     """How training brings tokens to experts: `gather`; `einsum` and `dense` are slow references; `blocks` is
     dropless (short: --dispatch)."""
     dense: Dense = "none"
-    """A dense twin instead of the MoE: one FFN with the `active` or the `total` parameters of the experts and router."""
+    """A dense twin instead of the MoE: one FFN with the `active` or the `total` parameters of experts and router."""
 
     def __post_init__(self) -> None:
         s = "model"
@@ -135,7 +137,13 @@ class ModelConfig:
         _check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
         if self.positions == "rope":
             even = (self.width // self.heads) % 2 == 0
-            _check(even, s, "heads", self.heads, f"such that a head (width {self.width} / heads) is even, for rope")
+            _check(
+                even,
+                s,
+                "heads",
+                self.heads,
+                f"such that a head (width {self.width} / heads) is even, for rope",
+            )
         ok = 1 <= self.top_k <= self.experts
         _check(ok, s, "top_k", self.top_k, f"between 1 and --experts {self.experts}")
         ok = math.isfinite(self.capacity_factor) and self.capacity_factor > 0
@@ -210,9 +218,11 @@ class TrainConfig:
     grad_accum: int = 1
     """Micro-batches whose gradients are averaged into one step (short: --grad-accum)."""
     optimizer: OptimizerKind = "adamw"
-    """AdamW (Loshchilov and Hutter 2019) (short: --optimizer)."""
+    """AdamW, or Muon on the matrices of the blocks and AdamW on the rest (short: --optimizer)."""
     lr: float = 3e-3
-    """Peak learning rate (short: --lr)."""
+    """Peak learning rate of AdamW (short: --lr)."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
     final_lr: float = 0.0
     """Learning rate of the last step, as a share of the peak: the cosine ends there."""
     warmup_steps: int = 50
@@ -254,7 +264,7 @@ class TrainConfig:
         _check_fields(self, s, ("log_every", "eval_every", "save_every"), 1, 10**9)
         _check_fields(self, s, ("warmup_steps", "patience"), 0, 10**9)
         _check_fields(self, s, ("seed",), 0, 2**31 - 1)
-        _check_fields(self, s, ("lr",), 1e-12, 1e3)
+        _check_fields(self, s, ("lr", "muon_lr"), 1e-12, 1e3)
         _check_fields(self, s, ("final_lr", "balance_coef", "z_coef", "weight_decay"), 0, 1e3)
         _check_fields(self, s, ("final_lr",), 0, 1)
         _check_fields(self, s, ("beta1", "beta2"), 0, 0.999999)
@@ -374,3 +384,20 @@ def preset(name: str) -> RunConfig:
     """The settings of a preset. Raises ConfigError for an unknown name."""
     _check(name in PRESETS, "", "preset", name, "one of " + ", ".join(PRESETS))
     return PRESETS[name]()
+
+
+def load_config(run: Path) -> RunConfig | None:
+    """The saved configuration of a folder that holds a run, else None."""
+    if not holds_run(run):
+        return None
+    try:
+        return RunConfig.from_dict(json.loads((run / "config.json").read_text()))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise UserError(f"{run / 'config.json'} cannot be read ({error}); start a new run in another folder") from error
+
+
+def holds_run(run: Path) -> bool:
+    """A folder holds a run once it has one complete checkpoint. Those appear by a rename, so a name is enough."""
+    return any(p.is_dir() for p in run.glob("checkpoints/step_" + "[0-9]" * 8))

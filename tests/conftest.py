@@ -1,5 +1,44 @@
-"""Settings shared by all tests: the CPU, and a compilation cache that lasts for the session."""
+"""Settings shared by all tests: the CPU, one compilation cache for the session, shapes checked by beartype.
+
+Test modules are packages under `tests`, so that two files may have one name and all can import `tests.oracles`.
+"""
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["JAX_PLATFORMS"] = "cpu"
+_CACHE = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers and the tests' subprocesses inherit the first one
+    _CACHE = tempfile.mkdtemp(prefix="moe-jax-xla-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+
+import jaxtyping
+
+import tests.typechecker  # noqa: F401
+
+# Must come before moe_jax is imported. Not for moe_jax.config, which checks its values itself.
+_CHECKED = [f"moe_jax.{room}" for room in ("analysis", "data", "inference", "model", "training")]
+jaxtyping.install_import_hook(_CHECKED, "tests.typechecker.check")
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+# A shape compiles when it first comes up, so the time of one example says nothing.
+settings.register_profile("moe-jax", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
+settings.load_profile("moe-jax")
+
+
+@pytest.fixture
+def float64() -> Iterator[None]:
+    """jax computes in float64 within the test."""
+    with jax.enable_x64(True):
+        yield
+
+
+def pytest_unconfigure() -> None:
+    if _CACHE is not None:
+        shutil.rmtree(_CACHE, ignore_errors=True)

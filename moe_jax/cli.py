@@ -1,0 +1,203 @@
+"""The command line: arguments into configurations, errors into one line and an exit status.
+
+tyro makes flags and help of the dataclasses. Here are the short names, the presets, the settings that a resumed
+run starts from, and the promise about errors: 2 for a wrong value, 1 for any other failure that the user can mend,
+one line each, no traceback. Nothing here imports jax before a command's arguments are accepted.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import (
+    SHORT_FLAGS,
+    ConfigError,
+    RunConfig,
+    UserError,
+    flag_of,
+    holds_run,
+    load_config,
+    preset,
+)
+
+
+def parse[T](
+    kind: type[T],
+    argv: Sequence[str],
+    default: T | None = None,
+    prog: str | None = None,
+    description: str | None = None,
+) -> T:
+    """Arguments into a dataclass. Help goes to stdout and exits 0; a wrong argument raises ConfigError."""
+    import tyro
+
+    options: dict[str, Any] = {
+        "prog": prog,
+        "description": description,
+        "config": (tyro.conf.FlagCreatePairsOff,),
+    }
+    if default is not None:
+        options["default"] = default
+    printed = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    wants_help = any(a in ("-h", "--help") for a in argv)
+    try:
+        if not wants_help:
+            os.environ["COLUMNS"] = "10000"  # so that the box around an error does not break its sentence
+            with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
+                return tyro.cli(kind, args=list(argv), **options)
+        return tyro.cli(kind, args=list(argv), **options)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ConfigError(_one_line(printed.getvalue())) from None
+    finally:
+        if columns is None:
+            os.environ.pop("COLUMNS", None)
+        else:
+            os.environ["COLUMNS"] = columns
+
+
+def _one_line(box: str) -> str:
+    """The sentence in tyro's error box, with its suggestions where it has some."""
+    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).rstrip() for line in box.splitlines()]
+    lines = [line.strip() for line in lines if line.strip() and line.strip()[0] not in "╭╰"]
+    rules = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}]
+    sentence = " ".join(lines[: rules[0]] if rules else lines) or "the arguments could not be read"
+    sentence = re.sub(r"^Error parsing (\S+?)(?:/\S+)?: ", r"\1: ", sentence)
+    near = [m for line in lines for m in re.findall(r"^(--[a-z0-9.-]+)", line)] if "nrecognized" in sentence else []
+    if near:
+        sentence += "; perhaps " + " or ".join(dict.fromkeys(near[:2])) + " was meant"
+    return sentence + "; --help lists every flag"
+
+
+def expand_short(argv: Sequence[str]) -> list[str]:
+    """Short flags by their long names: `--steps 3` and `--steps=3` to `--train.steps`."""
+    expanded = []
+    for arg in argv:
+        name, equals, value = arg.partition("=")
+        expanded.append(SHORT_FLAGS.get(name, name) + equals + value)
+    return expanded
+
+
+def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
+    """The configuration that `train.py` was asked for, and the saved one where it resumes a run.
+
+    Settings start from the preset, or from the run that is resumed; flags override them.
+    """
+    argv = expand_short(argv)
+    describe = "Train a sparse mixture-of-experts language model. Short names: " + ", ".join(SHORT_FLAGS) + "."
+
+    def read(default: RunConfig) -> RunConfig:
+        return parse(RunConfig, argv, default, prog="train.py", description=describe)
+
+    name = _value_of(argv, "--preset")
+    config = read(preset(name) if name is not None else preset("nano"))
+    saved = load_config(Path(config.run_dir)) if config.resume else None
+    if saved is not None:
+        config = read(dataclasses.replace(saved, resume=True))
+        check_resumable(saved, config)
+    check_run(config)
+    return config, saved
+
+
+def _value_of(argv: Sequence[str], flag: str) -> str | None:
+    for i, arg in enumerate(argv):
+        if arg == flag:
+            return argv[i + 1] if i + 1 < len(argv) else None
+        if arg.startswith(flag + "="):
+            return arg.partition("=")[2]
+    return None
+
+
+def check_run(config: RunConfig) -> None:
+    """What needs the file system: the data is there, and the folder is free, or resumed.
+
+    Raises ConfigError.
+    """
+    from moe_jax.data.corpora import check_source
+
+    check_source(config.data.source)
+    run = Path(config.run_dir)
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"--out {run}: is a file; name a folder")
+    if holds_run(run) and not config.resume:
+        raise ConfigError(f"--out {run}: already holds a run; add --resume to go on with it, or name another folder")
+
+
+_MAY_CHANGE = {"eval_tokens", "source"}
+
+
+def check_resumable(saved: RunConfig, config: RunConfig) -> None:
+    """Refuse a change that the checkpoint does not fit: model, tokenizer, data or optimizer. Raises ConfigError."""
+    fixed = [("", "preset"), ("train", "optimizer")]
+    fixed += [("model", f.name) for f in dataclasses.fields(config.model)]
+    fixed += [("data", f.name) for f in dataclasses.fields(config.data) if f.name not in _MAY_CHANGE]
+    for section, name in fixed:
+        old, new = (getattr(getattr(c, section) if section else c, name) for c in (saved, config))
+        if old != new:
+            raise ConfigError(
+                f"{flag_of(section, name)} {new}: the run in {config.run_dir} has {old}; "
+                "leave the flag out to resume it, or start a new run with another --out"
+            )
+
+
+def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a program on the arguments; the errors that the user can mend become one line and a status."""
+    try:
+        return program(sys.argv[1:] if argv is None else argv) or 0
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except UserError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; training goes on from its last checkpoint with --resume", 130)
+    except BrokenPipeError:  # `generate | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; mend that and try again", 1)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(
+            "the device is out of memory; use a smaller --batch-size with a larger --grad-accum, "
+            "--train.remat, or a smaller --seq-len",
+            1,
+        )
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stdout.flush()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+def commands() -> dict[str, tuple[type, str]]:
+    """Name -> (module of the command, one line on it)."""
+    from moe_jax.commands import Evaluate, Generate
+
+    return {
+        "generate": (Generate, "make a trained model tell stories"),
+        "evaluate": (Evaluate, "loss, bits per byte and drops of a trained model on any text"),
+    }
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """`python -m moe_jax COMMAND ...`."""
+    known = commands()
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: python -m moe_jax COMMAND [--help]\n")
+        for name, (_, line) in known.items():
+            print(f"  {name:<10} {line}")
+        return 0 if argv else 2
+    if argv[0] not in known:
+        raise ConfigError(f"{argv[0]}: must be one of {', '.join(known)}")
+    kind, line = known[argv[0]]
+    return parse(kind, argv[1:], prog=f"python -m moe_jax {argv[0]}", description=line).execute()

@@ -1,0 +1,250 @@
+"""Text to token ids and back: GPT-2's vocabulary, a byte-level BPE trained on the corpus, or plain bytes.
+
+All three are lossless: every entry of the vocabulary is a string of bytes, and those of a text's ids, joined,
+are its UTF-8. One more id, the separator, stands between stories. It has no text: encoding never produces it
+(the characters `<|endoftext|>` inside a story are ordinary text), and `token_bytes` counts it as 0 bytes.
+Decoding shows it as `<|endoftext|>`, so that samples can be split into stories.
+
+A tokenizer is saved as JSON, checked in full when loaded. A `bpe` file is its list of merges: ids 0 to 255
+are the bytes, and merge (a, b) makes a new entry of the bytes of a and b. A `gpt2` file is a name: tiktoken
+has the rest.
+"""
+
+import codecs
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from moe_jax.config import DataConfig, UserError
+from moe_jax.data.corpora import SEPARATOR, Corpus
+
+TRAINING_BYTES = 50_000_000
+_LONGEST_ENTRY = 256  # bytes of a BPE entry; without a bound, 40 merges of a hostile file would be a terabyte
+_MOST_MERGES = 1 << 20
+
+EncodeBatch = Callable[[list[str]], list[Any]]
+
+
+class Tokenizer:
+    """A vocabulary with its encoder. Made by `train_tokenizer`, `load_tokenizer` or `Tokenizer.from_dict`."""
+
+    kind: str
+    """`gpt2`, `bpe` or `byte`."""
+    vocab_size: int
+    """V, the separator included: a small corpus can give a `bpe` fewer entries than were asked for."""
+    separator_id: int
+    """The last id, V - 1."""
+    digest: str
+    """xxh3-128 of what defines the tokenizer: equal digests mean equal ids for every text."""
+
+    def __init__(self, definition: dict[str, Any], entries: list[bytes], encode_batch: EncodeBatch) -> None:
+        self.kind = definition["kind"]
+        self.vocab_size = len(entries) + 1
+        self.separator_id = len(entries)
+        self.digest = _digest(definition)
+        self._definition = definition
+        self._entries = [*entries, SEPARATOR.encode()]
+        self._encode_batch = encode_batch
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text, without any separator. Raises UserError where UTF-8 cannot encode it."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"the text is not UTF-8 at character {error.start}; give it in UTF-8") from None
+        return list(map(int, self._encode_batch([text])[0]))
+
+    def encode_batch(self, texts: list[str]) -> list[Any]:
+        """The ids of each text, as a list or an integer array each."""
+        return self._encode_batch(texts)
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of the ids, joined; a separator gives `<|endoftext|>`. Raises UserError for an unknown
+        id."""
+        return b"".join([self._entry(int(i)) for i in ids])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of the ids. Bytes that are no UTF-8, as a cut character's, become U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def _entry(self, i: int) -> bytes:
+        if not 0 <= i < self.vocab_size:
+            raise UserError(
+                f"token id {i} is outside the vocabulary of {self.vocab_size}; use the run's own tokenizer"
+            )
+        return self._entries[i]
+
+    def token_bytes(self) -> np.ndarray:
+        """int32 [V]: bytes of text that each id stands for, 0 for the separator."""
+        return np.array([*map(len, self._entries[:-1]), 0], dtype=np.int32)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` makes an equal tokenizer of, ready for JSON."""
+        return {**self._definition, "digest": self.digest}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Tokenizer":
+        """The inverse of `to_dict`. Raises UserError where the values are damaged or make no tokenizer."""
+        if not isinstance(values, dict):
+            raise UserError("tokenizer: not a JSON object; take the file from the run again")
+        definition = {key: value for key, value in values.items() if key != "digest"}
+        if values.get("digest") != _digest(definition):
+            raise UserError(
+                "tokenizer: its digest does not match, so it is damaged; take the file from the run again"
+            )
+        kind = definition.get("kind")
+        if kind == "byte":
+            return _byte()
+        if kind == "gpt2":
+            return _gpt2()
+        if kind == "bpe":
+            return _bpe(definition.get("merges"))
+        raise UserError(f"tokenizer: unknown kind {kind!r}; known are gpt2, bpe and byte")
+
+    def save(self, path: str | Path) -> None:
+        """Write the tokenizer as JSON. The file is whole or absent, never half written."""
+        path = Path(path)
+        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(self.to_dict()))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer that `save` wrote. Raises UserError where there is none, or it is damaged."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not JSON, so it is damaged; take the file from the run again") from None
+    try:
+        return Tokenizer.from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def train_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
+    """The tokenizer that `data` asks for. A `bpe` is trained on the first 50 MB of the corpus' training text,
+    and is the same whenever that text is the same. Raises UserError where GPT-2's vocabulary cannot be had.
+    """
+    if data.tokenizer == "gpt2":
+        return _gpt2()
+    if data.tokenizer == "byte":
+        return _byte()
+    return _bpe(_learn_merges(_limited(corpus.stories("train")), data.vocab_size))
+
+
+class StreamDecoder:
+    """Text of ids that come one at a time. A character whose bytes are not all there yet is held back."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def feed(self, token: int) -> str:
+        """The characters that this id completes, often none or several."""
+        return self._decoder.decode(self._tokenizer.decode_bytes([token]))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD where a character stayed incomplete."""
+        return self._decoder.decode(b"", final=True)
+
+
+def _digest(definition: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(definition, sort_keys=True).encode())
+
+
+def _byte() -> Tokenizer:
+    def encode_batch(texts: list[str]) -> list[np.ndarray]:
+        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
+
+    return Tokenizer({"kind": "byte"}, [bytes([i]) for i in range(256)], encode_batch)
+
+
+def _gpt2() -> Tokenizer:
+    import tiktoken
+
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # also every network error of requests
+        raise UserError(
+            f"the GPT-2 vocabulary cannot be downloaded ({type(error).__name__}); "
+            "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe"
+        ) from None
+    entries = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    definition = {"kind": "gpt2", "vocab_size": len(entries) + 1}
+    return Tokenizer(definition, entries, encoding.encode_ordinary_batch)
+
+
+# Byte-level BPE: trained by `tokenizers`, applied by tiktoken, which is three times as fast.
+
+# How text is cut into words, within which entries lie; GPT-2's rule, which is also the trainer's. Possessive
+# quantifiers, so that a megabyte of spaces is matched in one go.
+_WORD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+
+
+def _learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[int]]:
+    """The pairs of ids to merge, most frequent first, for at most `vocab_size` entries with the separator."""
+    import tokenizers
+
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size - 1,
+        min_frequency=2,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        max_token_length=_LONGEST_ENTRY,
+        show_progress=False,
+    )
+    library.train_from_iterator(texts, trainer)
+    # The library spells a byte as a character: printable Latin-1 as itself, the rest from U+0100 on.
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    ids = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    merges = []
+    for left, right in json.loads(library.to_str())["model"]["merges"]:
+        if left + right not in ids:  # two pairs can spell the same entry
+            merges.append([ids[left], ids[right]])
+            ids[left + right] = len(ids)
+    return merges
+
+
+def _bpe(merges: Any) -> Tokenizer:
+    """The tokenizer of a list of pairs of ids, each of which makes a new entry."""
+    import tiktoken
+
+    if not isinstance(merges, list) or len(merges) > _MOST_MERGES:
+        raise UserError("tokenizer: `merges` is not a list of pairs; take the file from the run again")
+    entries = [bytes([byte]) for byte in range(256)]
+    ids = {entry: i for i, entry in enumerate(entries)}
+    for number, pair in enumerate(merges):
+        ok = isinstance(pair, list) and len(pair) == 2
+        ok = ok and all(type(i) is int and 0 <= i < len(entries) for i in pair)
+        entry = entries[pair[0]] + entries[pair[1]] if ok else b""
+        if not ok or len(entry) > _LONGEST_ENTRY or entry in ids:
+            raise UserError(
+                f"tokenizer: merge {number} does not join two earlier ids to a new entry; "
+                "take the file from the run again"
+            )
+        ids[entry] = len(entries)
+        entries.append(entry)
+    encoding = tiktoken.Encoding("bpe", pat_str=_WORD, mergeable_ranks=ids, special_tokens={})
+    return Tokenizer({"kind": "bpe", "merges": merges}, entries, encoding.encode_ordinary_batch)
+
+
+def _limited(stories: Iterator[str]) -> Iterator[str]:
+    """The first stories, TRAINING_BYTES of them or a little more."""
+    left = TRAINING_BYTES
+    for story in stories:
+        yield story
+        left -= len(story.encode())
+        if left <= 0:
+            return

@@ -1,0 +1,51 @@
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p, min-p, one draw."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+class Sampling(NamedTuple):
+    """How to draw. Numbers, not static: one compiled program serves every setting."""
+
+    temperature: float = 0.8
+    """Logits are divided by it; 0 takes the likeliest token."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens only; 0 is off."""
+    top_p: float = 1.0
+    """Draw among the fewest likeliest tokens that together reach this probability (Holtzman et al. 2020); 1 is off."""
+    min_p: float = 0.0
+    """Draw among tokens at least this share as likely as the likeliest (Nguyen et al. 2024); 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive logits of tokens seen before, multiplies negative ones (Keskar et al. 2019); 1 is off."""
+
+
+def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """The logits that are drawn from: penalised, tempered, and -inf where a filter excludes the token.
+
+    The filters act on the tempered distribution, each on its own; a token must pass all. The likeliest token
+    passes every one. Temperature 0 leaves that token only.
+    """
+    penalised = jnp.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
+    logits = jnp.where(seen, penalised, logits)
+    greedy = jnp.asarray(settings.temperature) <= 0
+    logits = logits / jnp.where(greedy, 1.0, settings.temperature)
+    order = jnp.argsort(-logits, axis=-1, stable=True)
+    rank = jnp.argsort(order, axis=-1)  # 0 for the likeliest; of equals the lower id
+    probs = jax.nn.softmax(logits, axis=-1)
+    descending = jnp.take_along_axis(probs, order, axis=-1)
+    mass_before = jnp.take_along_axis(jnp.cumsum(descending, axis=-1) - descending, rank, axis=-1)
+    top_k = jnp.where(greedy, 1, settings.top_k)
+    allowed = (top_k <= 0) | (rank < top_k)
+    allowed &= (mass_before < settings.top_p) | (settings.top_p >= 1)
+    allowed &= probs >= settings.min_p * descending[:, :1]
+    return jnp.where(allowed | (rank == 0), logits, -jnp.inf)
+
+
+def sample(
+    logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"], key: Key[Array, ""]
+) -> Int[Array, " B"]:
+    """One token a row."""
+    return jax.random.categorical(key, adjusted_logits(logits, settings, seen), axis=-1)

@@ -1,0 +1,44 @@
+"""What one expert computes: a feed-forward network without biases, over groups of rows."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_jax.config import Activation
+from moe_jax.model.layers import matrix_init
+
+
+class Experts(nnx.Module):
+    """E feed-forward networks side by side.
+
+    gelu:   gelu(x w_in) w_out, in the tanh form (Hendrycks and Gimpel 2016, section 2)
+    swiglu: (silu(x w_gate) * (x w_in)) w_out (Shazeer 2020, equation 6)
+
+    Parameters: w_in, w_gate (swiglu) `[E, D, F]`, w_out `[E, F, D]`.
+    """
+
+    def __init__(
+        self, experts: int, width: int, hidden: int, activation: Activation, out_scale: float, rngs: nnx.Rngs
+    ) -> None:
+        self.activation = activation
+        self.w_in = nnx.Param(matrix_init(rngs, (experts, width, hidden)))
+        if activation == "swiglu":
+            self.w_gate = nnx.Param(matrix_init(rngs, (experts, width, hidden)))
+        self.w_out = nnx.Param(matrix_init(rngs, (experts, hidden, width), scale=out_scale))
+
+    def __call__(
+        self, rows: Float[Array, "G R D"], group_expert: Int[Array, " G"] | None = None
+    ) -> Float[Array, "G R D"]:
+        """Each group of rows through the network of its expert: group g's is `group_expert[g]`, or g itself."""
+
+        def weight(param: nnx.Param) -> Array:
+            w = param[...]
+            return (w if group_expert is None else w[group_expert]).astype(rows.dtype)
+
+        hidden = jnp.einsum("grd,gdf->grf", rows, weight(self.w_in))
+        if self.activation == "swiglu":
+            hidden = jax.nn.silu(jnp.einsum("grd,gdf->grf", rows, weight(self.w_gate))) * hidden
+        else:
+            hidden = jax.nn.gelu(hidden, approximate=True)
+        return jnp.einsum("grf,gfd->grd", hidden, weight(self.w_out))

@@ -1,0 +1,60 @@
+"""The precision policy: which dtype holds what, and why.
+
+Parameters and optimizer state are float32 always. The policy chooses the compute precision: the dtype of
+activations and of the copies of the weights that matrices are multiplied in. Norm statistics, softmax, router
+and loss are computed in `at_least_float32` of it, whatever the policy says.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from moe_jax.config import PrecisionKind
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Compute precision of a run, with the reason for it, to be printed."""
+
+    compute: str
+    """`float32`, `bfloat16` or `float16`."""
+    reason: str
+
+    @property
+    def loss_scaling(self) -> bool:
+        """float16 gradients underflow without a scale: its smallest normal number is 6e-5."""
+        return self.compute == "float16"
+
+    def __str__(self) -> str:
+        return f"{self.compute} ({self.reason})"
+
+
+def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
+    """float32, or float64 where `dtype` is: the precision of statistics, softmax, router and loss."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def choose_policy(kind: PrecisionKind, device: Any = None) -> Policy:
+    """The policy that was asked for, or for `auto` the one that fits the device (a `jax.Device`; the first, unless given).
+
+    bfloat16 matrix units came with compute capability 8.0 (Ampere). Turing (7.5) has float16 ones only, and XLA
+    computes bfloat16 there in float32. On a CPU float32 is the safe choice: casting all weights in each step
+    costs more than the faster matmul gains on a small machine.
+    """
+    if kind != "auto":
+        return Policy(kind, "asked for with --precision")
+    device = device or jax.devices()[0]
+    if device.platform == "cpu":
+        return Policy("float32", "a CPU: float32 needs no casts of the weights")
+    capability = str(getattr(device, "compute_capability", ""))
+    if not capability:
+        return Policy("bfloat16", f"{device.device_kind}: an accelerator other than CUDA")
+    if float(capability) >= 8.0:
+        return Policy("bfloat16", f"{device.device_kind}: compute capability {capability} has bfloat16 units")
+    return Policy(
+        "float16",
+        f"{device.device_kind}: compute capability {capability} has no bfloat16 units; dynamic loss scaling is on",
+    )

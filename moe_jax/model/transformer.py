@@ -1,0 +1,140 @@
+"""The decoder-only language model: embedding, L pre-norm blocks, head.
+
+Modules own parameters and nothing else: no state, no `sow`. What a pass has to say beside its output (router
+statistics, keys and values) is returned. `split` turns a model into its static definition and a pure dict of
+parameters; `merge` is the inverse, used inside jitted functions.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from moe_jax.config import ModelConfig
+from moe_jax.model.attention import Attention, KeyValue
+from moe_jax.model.layers import Normalisation, dropout, embedding_init, matrix_init
+from moe_jax.model.moe import DenseFFN, Mode, MoE, RouterStats
+from moe_jax.model.precision import at_least_float32
+
+type Params = dict[str, Any]
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        # Each of the 2L branches adds to the residual stream; scaled down, their sum has the variance of one.
+        out_scale = 1 / math.sqrt(2 * config.layers)
+        self.dropout = config.dropout
+        self.attention_norm = Normalisation(config.norm, config.width, config.bias)
+        self.attention = Attention(config, out_scale, rngs)
+        self.ffn_norm = Normalisation(config.norm, config.width, config.bias)
+        self.ffn = (MoE if config.dense == "none" else DenseFFN)(config, out_scale, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValue]:
+        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        y, kv = self.attention(self.attention_norm(x), keys[0])
+        x = x + dropout(y, self.dropout, keys[1])
+        y, stats = self.ffn(self.ffn_norm(x), mode)
+        return x + dropout(y, self.dropout, keys[2]), stats, kv
+
+    def decode(
+        self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
+        y, cache = self.attention.decode(self.attention_norm(x), cache, index)
+        x = x + y
+        y, _ = self.ffn(self.ffn_norm(x), Mode.DECODE)
+        return x + y, cache
+
+
+class Transformer(nnx.Module):
+    """The language model. Its compute precision is that of its activations: weights are cast where they are used.
+
+    Parameters: embedding `[V, D]`, position `[T, D]` (learned positions), blocks, norm, head `[D, V]` (untied).
+    """
+
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, compute: jnp.dtype | None = None, remat: bool = False
+    ) -> None:
+        """`compute` is the dtype of activations, float32 unless given; `remat` recomputes blocks when training."""
+        self.config = config
+        self.compute = jnp.dtype(compute or jnp.float32)
+        self.remat = remat
+        self.embedding = nnx.Param(embedding_init(rngs, (config.vocab_size, config.width)))
+        if config.positions == "learned":
+            self.position = nnx.Param(embedding_init(rngs, (config.seq_len, config.width)))
+        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+        self.norm = Normalisation(config.norm, config.width, config.bias)
+        if not config.tied_head:
+            self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
+
+    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, " T"]) -> Float[Array, "B T D"]:
+        x = self.embedding[...][tokens]
+        if self.config.positions == "learned":
+            x = x + self.position[...][positions]
+        return x.astype(self.compute)
+
+    def __call__(
+        self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T D"], RouterStats | None, list[KeyValue]]:
+        """Normalised hidden states of every position, for `logits`; the routers' statistics, each with a leading
+        axis L (None for a dense twin); and each layer's keys and values. A key turns dropout on."""
+        keys = [None] * (len(self.blocks) + 1)
+        if key is not None and self.config.dropout > 0:
+            keys = list(jax.random.split(key, len(self.blocks) + 1))
+        x = dropout(self._embed(tokens, jnp.arange(tokens.shape[1])), self.config.dropout, keys[0])
+        stats: list[RouterStats | None] = []
+        cache: list[KeyValue] = []
+        for block, block_key in zip(self.blocks, keys[1:], strict=True):
+            run = lambda block, x, key: block(x, mode, key)  # noqa: E731
+            if self.remat and mode is Mode.TRAIN:
+                run = jax.checkpoint(run)
+            x, layer_stats, kv = run(block, x, block_key)
+            stats.append(layer_stats)
+            cache.append(kv)
+        stacked = None if stats[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
+        return self.norm(x), stacked, cache
+
+    def head_matrix(self) -> Float[Array, "D V"]:
+        return self.embedding[...].T if self.config.tied_head else self.head[...]
+
+    def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """In at least float32: products of the compute dtype, summed wide."""
+        head = self.head_matrix().astype(hidden.dtype)
+        return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
+
+    def decode(
+        self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], list[KeyValue]]:
+        """Logits after the token at position `index`, and the cache that includes it."""
+        x = self._embed(token[:, None], index[None])
+        new: list[KeyValue] = []
+        for block, kv in zip(self.blocks, cache, strict=True):
+            x, kv = block.decode(x, kv, index)
+            new.append(kv)
+        return self.logits(self.norm(x)[:, 0]), new
+
+
+def create(
+    config: ModelConfig, key: Key[Array, ""], compute: jnp.dtype | None = None, remat: bool = False
+) -> Transformer:
+    """A model with initial parameters. `config.vocab_size` must be known by now."""
+    if config.vocab_size < 1:
+        raise ValueError("vocab_size is 0: take it from the tokenizer first (dataclasses.replace)")
+    return Transformer(config, nnx.Rngs(params=key), compute, remat)
+
+
+def split(model: Transformer) -> tuple[nnx.GraphDef, Params]:
+    """The static definition, and the parameters as a pure nested dict."""
+    graphdef, state = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(state)
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> Transformer:
+    """The inverse of `split`."""
+    return nnx.merge(graphdef, nnx.State(jax.tree.map(lambda x: x, params)))

@@ -1,0 +1,70 @@
+"""Loss and bits per byte of a token stream: every token after the first predicted exactly once, nothing dropped."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float
+
+from moe_jax.data.batches import evaluation_windows, text_bytes
+from moe_jax.model.moe import Mode
+from moe_jax.model.transformer import Params, merge
+from moe_jax.training.loss import blocked_token_losses
+
+EVALUATION_ROWS = 16
+"""Windows of one evaluation batch."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model scores on a stream."""
+
+    loss: float
+    """Mean cross-entropy, nats per predicted token (separators included)."""
+    bits_per_byte: float
+    """Nats of all predicted tokens / ln 2 / UTF-8 bytes of the stripped stories."""
+    drop_fraction: float
+    """Share of (token, choice) pairs without a slot, measured; evaluation is dropless, so 0."""
+    tokens: int
+    """Predicted tokens."""
+    bytes: int
+
+
+type EvaluationStep = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[Array, Array]]
+
+
+def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
+    """The jitted (params, inputs, targets, start, weights) -> (summed nats, drop fraction); see `EvaluationBatch`."""
+
+    def step(
+        params: Params, inputs: Array, targets: Array, start: Array, weights: Array
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        model = merge(graphdef, params)
+        hidden, stats, _ = model(inputs, Mode.EVALUATE)
+        # Only the scored span of each row goes through the head, which is most of the arithmetic.
+        span = jax.vmap(lambda h, s: jax.lax.dynamic_slice_in_dim(h, s, targets.shape[1]))(hidden, start)
+        losses = blocked_token_losses(span.reshape(-1, span.shape[-1]), model.head_matrix(), targets.reshape(-1))
+        dropped = jnp.zeros(()) if stats is None else stats.drop_fraction.mean()
+        return (losses * weights.reshape(-1)).sum(), dropped
+
+    return jax.jit(step)
+
+
+def evaluate(
+    step: EvaluationStep, params: Params, tokens: np.ndarray, *, seq_len: int, token_bytes: np.ndarray
+) -> Evaluation:
+    """Score a stream `separator, story, separator, ..., separator`; see `evaluation_windows`."""
+    results = [
+        step(params, batch.inputs, batch.targets, batch.start, batch.weights)
+        for batch in evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS)
+    ]
+    nats = math.fsum(float(n) for n, _ in results)
+    size = text_bytes(tokens, token_bytes)
+    count = len(tokens) - 1
+    dropped = float(np.mean([float(d) for _, d in results]))
+    return Evaluation(nats / count, nats / math.log(2) / size, dropped, count, size)

@@ -1,0 +1,119 @@
+"""Where numbers go while training: metrics.jsonl always, TensorBoard and W&B where asked for, and the terminal."""
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from moe_jax.config import RunConfig, UserError
+
+SMOOTHING = 0.95
+"""Decay of the average loss on the terminal. The files hold what was measured."""
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl, and mirrors their numbers to the trackers that are on."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard(path.parent) if config.tensorboard else None
+        self._wandb = _wandb(path.parent, config) if config.wandb else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One line, on the disk at once: a killed run keeps what it measured."""
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        if self._wandb is not None:
+            self._wandb.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: numbers that are not finite become null."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard(folder: Path) -> Any:
+    try:
+        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("--tensorboard: needs its extra; run `uv run --extra tensorboard train.py ...`") from None
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(folder: Path, config: RunConfig) -> Any:
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise UserError("--wandb: needs its extra; run `uv run --extra wandb train.py ...`") from None
+    # One id a folder, so that a resumed run goes on with its curves.
+    name = f"{folder.name}-{folder.stat().st_ino}"
+    return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=dataclasses.asdict(config))
+
+
+class Terminal:
+    """The progress of a run: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, steps: int, first: int) -> None:
+        self.console = Console(file=sys.stdout, highlight=False)
+        self._steps, self._average, self._begin, self._first = steps, None, time.monotonic(), first
+        self._bar = None
+        if self.console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.completed}/{task.total}"),
+                BarColumn(bar_width=20),
+                TextColumn("{task.description}"),
+                console=self.console,
+            )
+            self._task = self._bar.add_task("compiling the training step", total=steps, completed=first)
+            self._bar.start()
+
+    def step(self, record: dict[str, Any], bytes_per_token: float, share_of_peak: float) -> None:
+        """Show a record of the training split: every step on a bar, the logged ones as lines."""
+        loss = record["loss"]
+        self._average = loss if self._average is None else SMOOTHING * self._average + (1 - SMOOTHING) * loss
+        bits = self._average / math.log(2) / bytes_per_token
+        done = record["step"]
+        left = (self._steps - done) * (time.monotonic() - self._begin) / max(done - self._first, 1)
+        text = (
+            f"loss {self._average:.3f} | {bits:.3f} bits/byte | {record['tokens_per_second']:,.0f} tokens/s | "
+            f"{share_of_peak:.0%} of peak | {record['drop_fraction']:.1%} dropped | {_duration(left)} left"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=text)
+        else:
+            self.say(f"step {done:>{len(str(self._steps))}}/{self._steps} | {text}")
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

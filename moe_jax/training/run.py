@@ -1,0 +1,134 @@
+"""The folder of a run: what training writes, and how everything else opens it."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from moe_jax.config import RunConfig, UserError, load_config
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.model.precision import choose_policy
+from moe_jax.model.transformer import Params, create, split
+from moe_jax.training.checkpoint import Checkpoint, CheckpointStore, restore, versions
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a file by a rename, so that a reader sees the old text or the new one."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and files of one run (see the README for the list)."""
+
+    path: Path
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.txt"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    def start(self, config: RunConfig, tokenizer: Tokenizer) -> None:
+        """Write what a new run begins with; leftovers of a start that never reached a checkpoint are replaced."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for old in (self.metrics, self.samples, self.path / "summary.json"):
+            old.unlink(missing_ok=True)
+        tokenizer.save(self.tokenizer)
+        self._write_config(config, history=[])
+
+    def record_resume(self, saved: RunConfig, config: RunConfig, step: int) -> list[str]:
+        """Add to the history of config.json what changed since the run was started or last resumed. Returns the
+        changes as text, "train.steps 200 -> 400"."""
+        changes = {
+            f"{section}.{f.name}": [getattr(getattr(c, section), f.name) for c in (saved, config)]
+            for section in ("model", "data", "train")
+            for f in dataclasses.fields(getattr(config, section))
+            if getattr(getattr(saved, section), f.name) != getattr(getattr(config, section), f.name)
+        }
+        history = json.loads((self.path / "config.json").read_text()).get("history", [])
+        entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
+        self._write_config(config, [*history, entry])
+        return [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
+
+    def _write_config(self, config: RunConfig, history: list[dict[str, Any]]) -> None:
+        # `resume` is how the program was called, not what the run is.
+        values = dataclasses.replace(config, resume=False).to_dict()
+        document = values | {"versions": versions(), "history": history}
+        write_atomically(self.path / "config.json", json.dumps(document, indent=2) + "\n")
+
+    def cut_back(self, step: int) -> None:
+        """Forget what was logged after a checkpoint: the steps will be taken again."""
+        if self.metrics.exists():
+            kept = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
+            write_atomically(self.metrics, "".join(line + "\n" for line in kept))
+        if self.samples.exists():
+            parts = self.samples.read_text(encoding="utf-8").split("=== step ")
+            kept = [p for p in parts[1:] if int(p.split(maxsplit=1)[0]) <= step]
+            write_atomically(self.samples, "".join("=== step " + p for p in kept))
+
+    def add_sample(self, step: int, text: str) -> None:
+        with self.samples.open("a", encoding="utf-8") as file:
+            file.write(f"=== step {step}\n{text.strip()}\n\n")
+
+    def write_summary(self, summary: dict[str, Any]) -> None:
+        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for a line that a crash cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained model, opened."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    graphdef: nnx.GraphDef
+    params: Params
+
+
+def load_run(path: str | Path, step: int | None = None) -> Run:
+    """Open the run in a folder: its best checkpoint, or the one of a step.
+
+    Raises UserError where the folder holds no run, or the checkpoint is damaged.
+    """
+    path = Path(path)
+    config = load_config(path)
+    if config is None:
+        raise UserError(f"--run {path}: no run with a complete checkpoint there; make one with `uv run train.py`")
+    store = CheckpointStore(path)
+    checkpoint = store.best() if step is None else store.at(step)
+    if checkpoint is None:
+        raise UserError(f"--run {path}: no checkpoint has a readable manifest; resume the run to write a new one")
+    policy = choose_policy(config.train.precision)
+    graphdef, shapes = abstract_model(config, policy.compute)
+    params = restore(checkpoint, {"params": shapes})["params"]
+    return Run(config, load_tokenizer(path / "tokenizer.json"), checkpoint, graphdef, params)
+
+
+def abstract_model(config: RunConfig, compute: str) -> tuple[nnx.GraphDef, Params]:
+    """The static definition of the model, and the shapes of its parameters; nothing is allocated."""
+    model = nnx.eval_shape(
+        lambda: create(config.model, jax.random.key(0), jax.numpy.dtype(compute), config.train.remat)
+    )
+    return split(model)

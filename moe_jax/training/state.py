@@ -1,0 +1,57 @@
+"""Everything that a run carries from one step to the next, as one value."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from moe_jax.model.transformer import Params
+
+INITIAL_SCALE = 2.0**15
+GROWTH_STEPS = 2000
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): doubled after 2,000 good steps, halved by a bad
+    one. 1 and constant unless the compute precision is float16."""
+
+    scale: Float[Array, ""]
+    good_steps: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """The state of training. Saved whole in a checkpoint; the position in the data is the step."""
+
+    step: Int[Array, ""]
+    """Steps taken, skipped ones included."""
+    params: Params
+    optimizer: Any
+    loss_scale: LossScale
+    skipped: Int[Array, ""]
+    """Steps whose gradient was not finite: they changed nothing else."""
+
+
+def initial_state(params: Params, optimizer: optax.GradientTransformation, loss_scaling: bool) -> TrainState:
+    scale = INITIAL_SCALE if loss_scaling else 1.0
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=optimizer.init(params),
+        loss_scale=LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),
+        skipped=jnp.zeros((), jnp.int32),
+    )
+
+
+def next_scale(old: LossScale, finite: Array) -> LossScale:
+    """The scale after a step whose gradient was finite, or was not."""
+    good = jnp.where(finite, old.good_steps + 1, 0)
+    grow = good >= GROWTH_STEPS
+    scale = jnp.where(finite, jnp.where(grow, old.scale * 2, old.scale), jnp.maximum(old.scale / 2, 1))
+    return LossScale(scale, jnp.where(grow, 0, good))

@@ -1,0 +1,197 @@
+"""Batches as pure functions of (seed, step). Streams are `arange`: a token says where it came from."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from moe_jax.config import UserError
+from moe_jax.data import batches
+from moe_jax.data.batches import (
+    epoch_of,
+    evaluation_windows,
+    text_bytes,
+    train_batch,
+    validation_subset,
+    windows_per_epoch,
+)
+
+sizes = st.integers(2, 400)
+lengths = st.integers(2, 33)
+seeds = st.integers(0, 2**31 - 1)
+
+
+def rows_of_epochs(
+    stream: np.ndarray, epochs: int, *, seed: int, batch_size: int, seq_len: int
+) -> np.ndarray:
+    """The rows [epochs * W, T + 1] of the first epochs, out of as many steps as it takes."""
+    wanted = epochs * windows_per_epoch(len(stream), seq_len)
+    steps = math.ceil(wanted / batch_size)
+    drawn = [
+        train_batch(stream, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len)
+        for step in range(steps)
+    ]
+    return np.concatenate(drawn)[:wanted]
+
+
+@settings(deadline=None)
+@given(tokens=sizes, seq_len=lengths, seed=seeds, batch_size=st.integers(1, 50))
+def test_each_epoch_visits_each_window_once(tokens, seq_len, seed, batch_size):
+    assume(tokens > seq_len)
+    stream = np.arange(tokens, dtype=np.uint16)
+    ring, windows = tokens - 1, (tokens - 1) // seq_len
+    rows = rows_of_epochs(stream, 3, seed=seed, batch_size=batch_size, seq_len=seq_len)
+    for row in rows:
+        assert [(row[0] + i) % ring for i in range(seq_len + 1)] == list(row)
+    for epoch in range(3):
+        inputs = rows[epoch * windows : (epoch + 1) * windows, :-1]
+        assert len(np.unique(inputs)) == windows * seq_len
+
+
+def test_the_separator_that_ends_the_stream_is_the_one_that_begins_it():
+    """5 tokens, windows of 4: the ring has 4 positions, and each window is all of it, once round."""
+    stream = np.array([9, 1, 2, 3, 9], dtype=np.uint16)
+    rounds = {(9, 1, 2, 3, 9), (1, 2, 3, 9, 1), (2, 3, 9, 1, 2), (3, 9, 1, 2, 3)}
+    drawn = {
+        tuple(train_batch(stream, seed=0, step=step, batch_size=1, seq_len=4)[0].tolist())
+        for step in range(60)
+    }
+    assert drawn == rounds
+
+
+def test_epochs_and_seeds_differ_in_order_and_offset():
+    stream = np.arange(1001, dtype=np.uint16)
+    rows = rows_of_epochs(stream, 2, seed=0, batch_size=10, seq_len=10)[:, 0]
+    other = rows_of_epochs(stream, 1, seed=1, batch_size=10, seq_len=10)[:, 0]
+    first, second = rows[:100], rows[100:]
+    assert len({first[0] % 10, second[0] % 10, other[0] % 10}) > 1
+    assert (np.diff(first) != 10).sum() > 90
+    assert (first // 10 != second // 10).sum() > 90
+    assert (first // 10 != other // 10).sum() > 90
+
+
+def test_the_order_is_a_shuffle():
+    """In a random order an element moves by a third of the length on average."""
+    _, order = batches._epoch(5, 0, 10_000, 100_000)
+    assert sorted(order) == list(range(10_000))
+    assert np.abs(order - np.arange(10_000)).mean() / 10_000 == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_mix_is_splitmix64():
+    """The first outputs of the published generator, seeded with 0."""
+    states = np.array([0, 0x9E3779B97F4A7C15], dtype=np.uint64)
+    assert [hex(x) for x in batches._mix(states).tolist()] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
+
+
+@settings(deadline=None)
+@given(step=st.integers(0, 10**12), seed=seeds)
+def test_a_batch_depends_on_seed_and_step_alone(step, seed):
+    """Whatever was asked before. And a batch of 8 is two of 4, so an accumulated step is the whole one."""
+    stream = np.arange(500, dtype=np.uint16)
+    whole = train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7)
+    halves = [train_batch(stream, seed=seed, step=2 * step + i, batch_size=4, seq_len=7) for i in (1, 0)]
+    batches._epoch.cache_clear()
+    np.testing.assert_array_equal(whole, np.concatenate(halves[::-1]))
+    np.testing.assert_array_equal(whole, train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7))
+    assert whole.dtype == np.int32
+
+
+def test_tokens_above_the_range_of_int16_survive():
+    stream = np.full(9, 50_256, dtype=np.uint16)
+    assert train_batch(stream, seed=0, step=0, batch_size=2, seq_len=4).tolist() == [[50_256] * 5] * 2
+
+
+def test_epoch_of():
+    """101 tokens in windows of 10 are 10 windows: 4 a step, so step 5 is at the end of the second epoch."""
+    assert epoch_of(0, tokens=101, batch_size=4, seq_len=10) == 0
+    assert epoch_of(5, tokens=101, batch_size=4, seq_len=10) == 2
+
+
+def test_a_stream_without_a_window_is_refused():
+    train_batch(np.arange(5), seed=0, step=0, batch_size=1, seq_len=4)
+    with pytest.raises(ValueError, match="4 tokens"):
+        train_batch(np.arange(4), seed=0, step=0, batch_size=1, seq_len=4)
+
+
+@settings(deadline=None)
+@given(tokens=sizes, seq_len=lengths, batch_size=st.integers(1, 7))
+def test_evaluation_predicts_every_token_after_the_first_once(tokens, seq_len, batch_size):
+    """Checked against what the words say: who is predicted, from which input, and with how much context."""
+    scored = math.ceil(seq_len / 2)
+    counted, last_input, rows = [], -1, 0
+    for batch in evaluation_windows(np.arange(tokens), seq_len=seq_len, batch_size=batch_size):
+        assert batch.inputs.shape == (batch_size, seq_len)
+        assert batch.inputs.dtype == batch.targets.dtype == batch.start.dtype == np.int32
+        assert batch.targets.shape == batch.weights.shape == (batch_size, scored)
+        for inputs, targets, start, weights in zip(
+            batch.inputs, batch.targets, batch.start, batch.weights, strict=True
+        ):
+            assert 0 <= start <= seq_len - scored
+            rows += weights.any()
+            for i in np.flatnonzero(weights):
+                position = start + i
+                assert weights[i] == 1
+                assert targets[i] == inputs[position] + 1
+                context = inputs[: position + 1]
+                np.testing.assert_array_equal(context, np.arange(context[0], targets[i]))
+                assert len(context) >= min(targets[i], scored)
+                counted.append(int(targets[i]))
+                last_input = max(last_input, inputs[seq_len - 1])
+    assert counted == list(range(1, tokens))
+    if tokens > seq_len:
+        assert last_input == tokens - 2  # the last window ends at the end of the stream
+        assert rows == 2 + math.ceil((tokens - 1 - seq_len) / (seq_len // 2))
+
+
+def test_evaluation_worked_case():
+    """8 tokens, T = 4, S = 2: window 0 twice for targets 1 to 4, window 2 for 5 and 6, and the last one,
+    which ends at the end, for 7 alone. Two rows a batch."""
+    first, second = evaluation_windows(np.arange(10, 18), seq_len=4, batch_size=2)
+    assert first.inputs.tolist() == [[10, 11, 12, 13], [10, 11, 12, 13]]
+    assert first.start.tolist() == [0, 2]
+    assert first.targets.tolist() == [[11, 12], [13, 14]]
+    assert first.weights.tolist() == [[1, 1], [1, 1]]
+    assert second.inputs.tolist() == [[12, 13, 14, 15], [13, 14, 15, 16]]
+    assert second.start.tolist() == [2, 2]
+    assert second.targets.tolist() == [[15, 16], [16, 17]]
+    assert second.weights.tolist() == [[1, 1], [0, 1]]
+
+
+def test_a_short_stream_and_a_short_batch_are_filled_up_with_weight_0():
+    (batch,) = evaluation_windows(np.array([7, 8, 9]), seq_len=6, batch_size=2)
+    assert batch.inputs.tolist() == [[7, 8, 0, 0, 0, 0], [0] * 6]
+    assert batch.targets.tolist() == [[8, 9, 0], [0] * 3]
+    assert batch.weights.tolist() == [[1, 1, 0], [0] * 3]
+
+
+def test_windows_that_cannot_overlap_are_refused():
+    with pytest.raises(ValueError, match="overlap"):
+        list(evaluation_windows(np.arange(5), seq_len=1, batch_size=1))
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [
+        (9, [0, 5, 0, 6, 6, 0]),  # all of it
+        (6, [0, 5, 0, 6, 6, 0]),
+        (5, [0, 5, 0]),  # the second story does not fit
+        (3, [0, 5, 0]),
+        (2, [0, 5]),  # nor does the first: its beginning
+    ],
+)
+def test_validation_subset_ends_with_a_story(limit, expected):
+    stream = np.array([0, 5, 0, 6, 6, 0], dtype=np.uint16)
+    assert validation_subset(stream, 0, limit).tolist() == expected
+
+
+def test_text_bytes(monkeypatch):
+    """Entries of 1, 3 and 0 bytes: 7 bytes in 5 tokens, more together than uint16 holds; in any chunks."""
+    token_bytes = np.array([1, 3, 0], dtype=np.int32)
+    tokens = np.array([2, 0, 1, 1, 2] * 30_000, dtype=np.uint16)
+    assert text_bytes(tokens, token_bytes) == 7 * 30_000
+    monkeypatch.setattr(batches, "_COUNT_CHUNK", 70_001)
+    assert text_bytes(tokens, token_bytes) == 7 * 30_000
+    with pytest.raises(UserError, match="token id 3 is outside the vocabulary of 3"):
+        text_bytes(np.array([0, 3], dtype=np.uint16), token_bytes)

@@ -1,0 +1,16 @@
+"""Every planted bug is caught, by the check that it names."""
+
+import pytest
+
+from tests.planted import BUGS, Bug
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_caught(bug: Bug, monkeypatch: pytest.MonkeyPatch) -> None:
+    bug.plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        bug.check()
+
+
+def test_names_are_distinct() -> None:
+    assert len({bug.name for bug in BUGS}) == len(BUGS)
