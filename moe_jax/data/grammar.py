@@ -69,9 +69,7 @@ class Grammar:
     unbalanced brackets.
     """
 
-    def __init__(
-        self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]], start: str = "start"
-    ) -> None:
+    def __init__(self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]], start: str = "start") -> None:
         self._slots = slots
         self._rivals = {a: [b for b in slots if b != a and slots[b] is slots[a]] for a in slots}
         self.template = _Compiler(rules, slots).rule(start)
@@ -201,9 +199,7 @@ class _Compiler:
         if token[0] == "{" and token[-1] == "}":
             name, _, form = token[1:-1].partition(".")
             if name not in self._slots or any(form not in word for word in self._slots[name]):
-                raise ValueError(
-                    f"rule {self._open[-1]!r}: {token} names a slot or a form that does not exist"
-                )
+                raise ValueError(f"rule {self._open[-1]!r}: {token} names a slot or a form that does not exist")
             return (Slot(name, form),)
         if token in "<>{}":
             raise ValueError(f"rule {self._open[-1]!r} has a stray {token}")
