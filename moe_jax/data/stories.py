@@ -1,9 +1,10 @@
 """The embedded corpus: short children's stories out of a grammar, so that the probability of each is known.
 
-A hero with a trait goes, in some weather and some clothes, to a place, and notices this or that on the way. There
-one of ten things happens, and then it is time to go home. Who has which toy, who is sad and what the gate looks like is drawn once and said
-several times. A model that remembers pays nothing for the repetitions, and nothing for the fixed text; what no
-model can avoid on average is the code length of the draws themselves. That is the entropy floor.
+A hero with a trait goes, in some weather and some clothes, to a place, and notices this or that on the way.
+There one of ten things happens, and then it is time to go home. Who has which toy, who is sad and what the gate
+looks like is drawn once and said several times. A model that remembers pays nothing for the repetitions, and
+nothing for the fixed text; what no model can avoid on average is the code length of the draws themselves. That is
+the entropy floor.
 """
 
 import math
@@ -130,7 +131,7 @@ _GRAMMAR = Grammar(RULES, SLOTS)
 def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterator[str]:
     """The first `count` stories of a split. Story i is a function of (seed, split, i) and nothing else.
 
-    The splits are independent draws, each with about 100 bits of choice: that a story occurs in both has a
+    The splits are independent draws, each with more than 100 bits of choice: that a story occurs in both has a
     probability below 2^-60 in any run, and keeping stories apart by force would make the floor inexact.
     """
     for i in range(count):
