@@ -19,7 +19,7 @@ from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, UserError
 
@@ -31,6 +31,7 @@ _CHUNK = 1 << 20  # bytes read at a time
 _LONGEST = 1 << 20  # bytes of a story, beyond which it is cut
 
 
+@runtime_checkable
 class Corpus(Protocol):
     """Two splits of stories."""
 

@@ -129,7 +129,7 @@ def test_all_stories_differ_within_and_across_splits(train: list[str], valid: li
 def test_length_and_vocabulary(train: list[str]):
     tokens = [re.findall(r"\w+|[^\w\s]", story) for story in train]
     assert min(map(len, tokens)) >= 60
-    assert max(map(len, tokens)) <= 150
+    assert max(map(len, tokens)) <= 160  # two stories overlap in a context of 256
     assert 250 <= len({word.lower() for story in tokens for word in story if word.isalpha()}) <= 600
 
 
