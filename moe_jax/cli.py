@@ -37,11 +37,7 @@ def parse[T](
     """Arguments into a dataclass. Help goes to stdout and exits 0; a wrong argument raises ConfigError."""
     import tyro
 
-    options: dict[str, Any] = {
-        "prog": prog,
-        "description": description,
-        "config": (tyro.conf.FlagCreatePairsOff,),
-    }
+    options: dict[str, Any] = {"prog": prog, "description": description}
     if default is not None:
         options["default"] = default
     printed = io.StringIO()
@@ -64,17 +60,29 @@ def parse[T](
             os.environ["COLUMNS"] = columns
 
 
-def _one_line(box: str) -> str:
-    """The sentence in tyro's error box, with its suggestions where it has some."""
-    lines = [re.sub(r"^[│|]\s?|\s*[│|]$", "", line).rstrip() for line in box.splitlines()]
-    lines = [line.strip() for line in lines if line.strip() and line.strip()[0] not in "╭╰"]
-    rules = [i for i, line in enumerate(lines) if set(line) <= {"─", "-"}]
-    sentence = " ".join(lines[: rules[0]] if rules else lines) or "the arguments could not be read"
-    sentence = re.sub(r"^Error parsing (\S+?)(?:/\S+)?: ", r"\1: ", sentence)
-    near = [m for line in lines for m in re.findall(r"^(--[a-z0-9.-]+)", line)] if "nrecognized" in sentence else []
+def _one_line(report: str) -> str:
+    """The sentence in tyro's error report, with its suggestions where it has some.
+
+    Away from a terminal the report is a title, a rule, the sentence, and further sections between rules.
+    """
+    lines = [line.strip() for line in report.splitlines() if line.strip()]
+    sections: list[list[str]] = [[]]
+    for line in lines:
+        if set(line) <= {"-", "─"}:
+            sections.append([])
+        else:
+            sections[-1].append(line)
+    sentence = " ".join(sections[1] if len(sections) > 1 else lines)
+    # "Error parsing --a/--b: ..." names a flag; "Error parsing model: --top-k 9: ..." a section of ours.
+    sentence = re.sub(r"^Error parsing (?:(--[^\s/:]+)\S*|\S+): ", lambda m: f"{m[1]}: " if m[1] else "", sentence)
+    sentence = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", sentence)
+    sentence = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", sentence)
+    near = [m for line in lines for m in re.findall(r"^(--[a-z][a-z0-9.-]+)", line)] if "nrecognized" in sentence else []
     if near:
         sentence += "; perhaps " + " or ".join(dict.fromkeys(near[:2])) + " was meant"
-    return sentence + "; --help lists every flag"
+    for short, long in SHORT_FLAGS.items():
+        sentence = sentence.replace(long, short)
+    return sentence.rstrip(".") + "; --help lists every flag"
 
 
 def expand_short(argv: Sequence[str]) -> list[str]:
@@ -101,7 +109,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     config = read(preset(name) if name is not None else preset("nano"))
     saved = load_config(Path(config.run_dir)) if config.resume else None
     if saved is not None:
-        config = read(dataclasses.replace(saved, resume=True))
+        config = read(saved)
         check_resumable(saved, config)
     check_run(config)
     return config, saved

@@ -103,18 +103,18 @@ class Evaluate:
 
     def execute(self) -> int:
         _check_run(self.run)
-        if self.data:
-            from moe_jax.data.corpora import check_source
+        from moe_jax.data.corpora import check_source, scored_stories
 
+        if self.data:
             check_source(self.data)
         environment.prepare()
-        from moe_jax.data.token_store import prepare, tokenize_text
+        from moe_jax.data.token_store import prepare, token_stream
         from moe_jax.training.evaluate import evaluate, make_evaluation_step
         from moe_jax.training.run import load_run
 
         run = load_run(self.run, self.step)
         if self.data:
-            tokens = tokenize_text(self.data, run.tokenizer)
+            tokens = token_stream(scored_stories(self.data), run.tokenizer)
         else:
             tokens = prepare(run.config.data, tokenizer=run.tokenizer).valid.tokens
         scored = evaluate(

@@ -333,7 +333,7 @@ def _section(kind: type, name: str, values: dict[str, Any]) -> Any:
 
 # Presets, as functions: a RunConfig checks its preset's name against this table.
 def _nano() -> RunConfig:
-    return RunConfig(preset="nano")
+    return RunConfig(preset="nano", train=TrainConfig(optimizer="muon", lr=5e-3, batch_size=8))
 
 
 def _story() -> RunConfig:

@@ -88,6 +88,18 @@ def open_corpus(data: DataConfig) -> Corpus:
     return _FileCorpus(data.source, spans)
 
 
+def scored_stories(source: str) -> Iterator[str]:
+    """The stories that an evaluation of `source` scores: all of a file, of anything else its validation split.
+
+    Raises as `open_corpus` does.
+    """
+    check_source(source)
+    path = Path(source)
+    if source not in NAMED_CORPORA and path.is_file():
+        return _refuse_empty((story for _, story in _read_stories(_whole(path))), source)
+    return open_corpus(DataConfig(source=source)).stories("valid")
+
+
 def _refuse_empty(stories: Iterable[str], what: str) -> Iterator[str]:
     empty = True
     for story in stories:

@@ -21,6 +21,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 Word = Mapping[str, str]
 """The forms of one word; the empty name holds the plain one."""
@@ -68,9 +69,7 @@ class Grammar:
     unbalanced brackets.
     """
 
-    def __init__(
-        self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]], start: str = "start"
-    ) -> None:
+    def __init__(self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]], start: str = "start") -> None:
         self._slots = slots
         self._rivals = {a: [b for b in slots if b != a and slots[b] is slots[a]] for a in slots}
         self.template = _Compiler(rules, slots).rule(start)
@@ -108,58 +107,45 @@ class Grammar:
 
     def derivations(self, text: str | None = None) -> Iterator[Derivation]:
         """Every derivation of the grammar, or of one text: none if the grammar can't write it."""
-        stack = [_Partial(_push(self.template, None), "", (), {})]
+        stack = [_Partial(self.template, "", (), {})]
         while stack:
-            at = stack.pop()
-            if at.todo is None:
-                if text is None or at.written == text:
-                    yield Derivation(at.written, at.choices)
+            todo, written, choices, memory = stack.pop()
+            if not todo:
+                if text is None or written == text:
+                    yield Derivation(written, choices)
                 continue
-            node, rest = at.todo
+            node, rest = todo[0], todo[1:]
             if isinstance(node, str):
-                grown = [_Partial(rest, at.written + node, at.choices, at.memory)]
+                grown = [_Partial(rest, written + node, choices, memory)]
             elif isinstance(node, Options):
+                count = len(node.templates)
                 grown = [
-                    _Partial(
-                        _push(option, rest), at.written, (*at.choices, (i, len(node.templates))), at.memory
-                    )
+                    _Partial(option + rest, written, (*choices, (i, count)), memory)
                     for i, option in enumerate(node.templates)
                 ]
-            elif node.name in at.memory:
-                grown = [_Partial(rest, at.written + at.memory[node.name][node.form], at.choices, at.memory)]
+            elif node.name in memory:
+                grown = [_Partial(rest, written + memory[node.name][node.form], choices, memory)]
             else:
-                words = self.words(node.name, at.memory)
+                words = self.words(node.name, memory)
                 grown = [
                     _Partial(
                         rest,
-                        at.written + word[node.form],
-                        (*at.choices, (i, len(words))),
-                        {**at.memory, node.name: word},
+                        written + word[node.form],
+                        (*choices, (i, len(words))),
+                        {**memory, node.name: word},
                     )
                     for i, word in enumerate(words)
-                    if text is None or text.startswith(word[node.form], len(at.written))
                 ]
             stack.extend(p for p in reversed(grown) if text is None or text.startswith(p.written))
 
 
-_Todo = tuple[Node, "_Todo | None"]
-"""A linked list of the nodes that are still to be written: branches share their tails."""
+class _Partial(NamedTuple):
+    """A derivation under way: what is still to be written, and what led here."""
 
-
-@dataclass(frozen=True, slots=True)
-class _Partial:
-    """A derivation under way."""
-
-    todo: _Todo | None
+    todo: Template
     written: str
     choices: tuple[tuple[int, int], ...]
     memory: Memory
-
-
-def _push(template: Template, rest: _Todo | None) -> _Todo | None:
-    for node in reversed(template):
-        rest = (node, rest)
-    return rest
 
 
 class _Compiler:
@@ -213,9 +199,7 @@ class _Compiler:
         if token[0] == "{" and token[-1] == "}":
             name, _, form = token[1:-1].partition(".")
             if name not in self._slots or any(form not in word for word in self._slots[name]):
-                raise ValueError(
-                    f"rule {self._open[-1]!r}: {token} names a slot or a form that does not exist"
-                )
+                raise ValueError(f"rule {self._open[-1]!r}: {token} names a slot or a form that does not exist")
             return (Slot(name, form),)
         if token in "<>{}":
             raise ValueError(f"rule {self._open[-1]!r} has a stray {token}")

@@ -1,9 +1,10 @@
 """The embedded corpus: short children's stories out of a grammar, so that the probability of each is known.
 
-A hero with a trait goes, in some weather and some clothes, to a place, and notices this or that on the way. There
-one of ten things happens, and then it is time to go home. Who has which toy, who is sad and what the gate looks like is drawn once and said
-several times. A model that remembers pays nothing for the repetitions, and nothing for the fixed text; what no
-model can avoid on average is the code length of the draws themselves. That is the entropy floor.
+A hero with a trait goes, in some weather and some clothes, to a place, and notices this or that on the way.
+There one of ten things happens, and then it is time to go home. Who has which toy, who is sad and what the gate
+looks like is drawn once and said several times. A model that remembers pays nothing for the repetitions, and
+nothing for the fixed text; what no model can avoid on average is the code length of the draws themselves. That is
+the entropy floor.
 """
 
 import math
@@ -34,6 +35,7 @@ RULES = {
     "both": "[played|sang|rested|talked|hummed|clapped|jumped|napped]",
     "now": "[Now|Soon|Then|Later]",
     "fresh": "[fresh|warm|sweet|salty|crisp|tasty|ripe|creamy|spicy|juicy|crunchy|sticky|sour|tender|frosty|rich]",
+    "hued": "[pale|grey|silver|purple|yellow|beige|violet|rosy|dim|bronze|copper|cream|tan|lilac|ruby|scarlet]",
     "chirped": "[chirped|flew|dozed|perched|hid|ate|splashed|landed]",
     # The tale.
     "opening": """
@@ -42,75 +44,73 @@ RULES = {
     """,
     "food": """
         In a [small|round|paper|leather|cotton|clean|plain|stout] [bag|sack|tin|pail|pouch|pack|jug|pot] were <fresh>
-        {snack}, <fresh> {dish} and <fresh> {bite}.
+        {snack}, <fresh> {dish}, <fresh> {bite} and <fresh> {treasure}.
     """,
     "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<find>",
     "lost": """
         {hero} [lost|dropped] {look.a} {colour} {toy} there and <felt> {sad}. "Do not be {sad}," <said> {friend} <how>.
-        {friend} [looked|searched|peeked|went] <near> {texture.a} {spot} and <saw> the {look} {colour} {toy}. The two
-        <both> <how> <near> the {texture} {spot}, and {hero} <felt> {happy}.
+        {friend} [looked|searched|peeked|went] <near> {texture.a} {spot} and <saw> the {colour} {toy}. The two
+        <both> <how> <near> the {spot}, and {hero} <felt> {happy}.
     """,
     "share": """
         {hero} <had> {look.a} {treat}. {friend} <sat> <how> <near> {texture.a} {spot} and <felt> {sad}. "I am hungry,"
         <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. "Half of my {look} {treat} is for you,
-        {friend}," <said> {hero} <how>. {friend} ate <near> the {texture} {spot}, and {hero} <felt> {happy}.
+        {friend}," <said> {hero} <how>. {friend} ate <how> <near> the {spot}, and {hero} <felt> {happy}.
     """,
     "fear": """
         There [was|stood|lay|rose] {texture.a} {scary}, and {hero} <felt> {fright}. "I am too {fright} to go
         [on|there|near|by]," <wept> {hero}. {friend} <had> {look.a} {colour} {toy}. "[Take|Hold|Keep|Carry] my {toy},
-        and do not be {fright}," <said> {friend} <how>. {hero} <held> the {look} {colour} {toy} and <went> <how> to the
-        {texture} {scary}. <now> {hero} <felt> {happy}.
+        and do not be {fright}," <said> {friend} <how>. {hero} <held> the {colour} {toy} and <went> <how> to the
+        {scary}. <now> {hero} <felt> {happy}.
     """,
     "gift": """
         {hero} and {hero.his} {elder} <had> {look.a} {colour} {toy} for {friend}. {friend} <sat> <how> <near>
         {texture.a} {spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "This {toy} is from my {elder} and
-        me," <said> {hero} <how>. {friend} <held> the {look} {colour} {toy} <near> the {texture} {spot}, and {hero}
-        <felt> {happy}.
+        me," <said> {hero} <how>. {friend} <held> the {colour} {toy} <how> <near> the {spot}, and {hero} <felt> {happy}.
     """,
     "game": """
         {friend} <sat> <how> <near> {texture.a} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But {hero}
         lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}," <said> {friend} <how>. The two
-        <both> and played {game} <near> the {texture} {spot}. <now> {hero} won and <felt> {happy}.
+        <both> and played {game} <how> <near> the {spot}. <now> {hero} won and <felt> {happy}.
     """,
     "rescue": """
         {hero} <saw> {build.a} {animal} <near> {texture.a} {spot}. "{animal.sound}!" said the {animal}, who <felt>
         {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know your {animal.home},"
-        <said> {hero} <how>. The {build} {animal} <went> <how> past the {texture} {spot} to its {animal.home}, and
+        <said> {hero} <how>. The {animal} <went> <how> past the {texture} {spot} to its {animal.home}, and
         {hero} <felt> {happy}.
     """,
     "skill": """
         {friend} could {skill} [very|so|quite|really] well. "Teach me to {skill}, {friend}," <said> {hero} <how>.
         {hero} tried to {skill} <near> {texture.a} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept>
-        {hero}. "Do not be {sad}," <said> {friend} <how>. <now> {hero} could {skill} <near> the {texture} {spot} and
+        {hero}. "Do not be {sad}," <said> {friend} <how>. <now> {hero} could {skill} <how> <near> the {spot} and
         <felt> {happy}.
     """,
     "swap": """
         {hero} <had> {look.a} {colour} {toy} and {friend} <had> {hue.a} {prize}. {friend} <held> the {colour} {toy},
         and {hero} <held> the {hue} {prize}. But {friend} <felt> {sad}. "I [miss|want|need] my {prize}," <wept>
-        {friend}. "Here is your {hue} {prize}," <said> {hero} <how>. {friend} gave back the {look} {colour} {toy}, and
+        {friend}. "Here is your {hue} {prize}," <said> {hero} <how>. {friend} gave back the {toy} <how>, and
         {hero} <felt> {happy}.
     """,
     "broken": """
         {hero} <had> {look.a} {colour} {toy} from {hero.his} {elder}. {hero.He} <went> <how> into {texture.a} {spot},
         the {toy} [broke|bent|cracked], and {hero.he} <felt> {sad}. "I broke the {toy}," {hero.he} told {hero.his}
-        {elder}. "Do not be {sad}," <said> the {elder} <how>. {friend} [mended|fixed|glued] the {look} {colour} {toy}
-        <near> the {texture} {spot}, and {hero} <felt> {happy}.
+        {elder}. "Do not be {sad}," <said> the {elder} <how>. {friend} [mended|fixed|glued] the {colour} {toy} <how>
+        <near> the {spot}, and {hero} <felt> {happy}.
     """,
     "find": """
         {hero} <saw> {look.a} {colour} {toy} <near> {texture.a} {spot}. <now> {hero.he} [met|passed|joined] {friend},
         who <felt> {sad}. "I [lost|miss|want|need] my {look} {toy}," <wept> {friend}. "Your {colour} {toy} was <near>
-        the {texture} {spot}," <said> {hero} <how>. {friend} <held> the {look} {colour} {toy}, and {hero} <felt>
+        the {texture} {spot}," <said> {hero} <how>. {friend} <held> the {toy} <how>, and {hero} <felt>
         {happy}.
     """,
     "aside": "<birds>|<scents>",
     "birds": """
-        [Above|Nearby|Ahead|Beyond], {bird.a} <chirped> <how> with {fowl.a} and {singer.a}, and a
-        [bee|moth|fly|wasp|bat|toad|frog|snail] <chirped> <how>.
+        [Above|Nearby|Ahead|Beyond], a <hued> {bird} <chirped> <how> with a <hued> {fowl} and a <hued> {singer},
+        and a <hued> [bee|moth|fly|wasp|bat|toad|frog|snail] <chirped> <how>.
     """,
     "scents": """
-        The [wind|air|breeze|path|grass|hill|water|sky] smelled of {scent}, {herb} and {bloom}, and the
-        [clouds|leaves|hills|waves|stones|petals|roofs|shadows] looked
-        [pale|grey|silver|purple|yellow|orange|violet|rosy].
+        The [wind|air|breeze|path|grass|hill|water|sky] smelled of <fresh> {scent}, <fresh> {herb} and <fresh>
+        {bloom}, and the [clouds|leaves|hills|waves|stones|petals|roofs|shadows] looked <hued> and <hued>.
     """,
     "closing": "<undress>|<exclaim>|<return>",
     "undress": """
@@ -118,10 +118,10 @@ RULES = {
         and [dreamed|thought|sang|spoke] <how> of the {place}.
     """,
     "exclaim": """
-        "[What|Such] a {weather} {time}!" <said> the {trait} {hero.child} in the {pattern} {clothes}.
+        "[What|Such] a {weather} {time}!" <said> the {trait} {hero.child} in the {clothes}.
     """,
     "return": """
-        [Still|Very|So] {happy}, the {trait} {hero.child} <went> <how> home in the {pattern} {clothes}.
+        [Still|Very|So] {happy}, the {hero.child} <went> <how> home in the {pattern} {clothes}.
     """,
 }
 
@@ -131,7 +131,7 @@ _GRAMMAR = Grammar(RULES, SLOTS)
 def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterator[str]:
     """The first `count` stories of a split. Story i is a function of (seed, split, i) and nothing else.
 
-    The splits are independent draws, each with about 100 bits of choice: that a story occurs in both has a
+    The splits are independent draws, each with more than 100 bits of choice: that a story occurs in both has a
     probability below 2^-60 in any run, and keeping stories apart by force would make the floor inexact.
     """
     for i in range(count):

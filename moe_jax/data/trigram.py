@@ -56,16 +56,16 @@ class TrigramModel:
             p = level.interpolate((*context, word), p)
         return p
 
-    def bits(self, story: str) -> float:
-        """Code length of a story and of its end, in bits."""
-        return -math.fsum(math.log2(self.probability(w, (u, v))) for u, v, w in _trigrams(story))
+    def bits(self, stories: Iterable[str]) -> float:
+        """Code length of stories and their ends, in bits."""
+        counts = Counter(trigram for story in stories for trigram in _trigrams(story))
+        return -math.fsum(count * math.log2(self.probability(w, (u, v))) for (u, v, w), count in counts.items())
 
 
 def trigram_bits_per_byte(train_stories: Iterable[str], valid_stories: Sequence[str]) -> float:
     """Code length of the validation stories and their ends under a trigram model of the training stories,
     over the UTF-8 bytes of the validation stories."""
-    model = TrigramModel(train_stories)
-    return math.fsum(map(model.bits, valid_stories)) / sum(len(story.encode()) for story in valid_stories)
+    return TrigramModel(train_stories).bits(valid_stories) / sum(len(story.encode()) for story in valid_stories)
 
 
 def _trigrams(story: str) -> Iterable[tuple[str, str, str]]:

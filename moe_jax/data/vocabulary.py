@@ -24,9 +24,7 @@ def _words(plain: str) -> Sequence[Word]:
 
 
 def _people(names: str, child: str, he: str, him: str, his: str) -> Sequence[Word]:
-    return tuple(
-        _word(name, child=child, he=he, He=he.capitalize(), him=him, his=his) for name in names.split()
-    )
+    return tuple(_word(name, child=child, he=he, He=he.capitalize(), him=him, his=his) for name in names.split())
 
 
 def _animal(plain: str, sound: str, home: str, food: str) -> Word:
@@ -48,9 +46,7 @@ ANIMALS = (
     _animal("chick", "Cheep", "nest", "corn"),
 )
 COLOURS = _words("red blue green pink golden brown black white")
-SNACKS = _words(
-    "nuts jam eggs rice soup toast grapes dates figs beans butter apples cherries berries crackers noodles"
-)
+SNACKS = _words("nuts jam eggs rice soup toast grapes dates figs beans butter apples cherries berries crackers noodles")
 BIRDS = _words("robin crow owl lark dove swan goose wren finch hawk crane heron magpie pigeon parrot swallow")
 SCENTS = _words("roses mint smoke rain pine lilies moss salt lavender clay sage violets cedar thyme tea ginger")
 THINGS = _words("kite doll boat drum train bell cup lamp top ring horn box book clock hat sled")
@@ -80,7 +76,7 @@ SLOTS = {
     "animal": ANIMALS,
     "treat": _words("cake pie bun peach pear cookie plum muffin"),
     "game": _words("tag catch chess cards darts marbles"),
-    **dict.fromkeys(("snack", "dish", "bite"), SNACKS),
+    **dict.fromkeys(("snack", "dish", "bite", "treasure"), SNACKS),
     **dict.fromkeys(("bird", "fowl", "singer"), BIRDS),
     **dict.fromkeys(("scent", "herb", "bloom"), SCENTS),
     "skill": _words("dance sing paint knit read skate"),

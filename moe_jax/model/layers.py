@@ -17,8 +17,12 @@ def matrix_init(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> F
 
 
 def embedding_init(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Normal with standard deviation 0.02 (Radford et al. 2019): small logits at the start, also for a tied head."""
-    return jax.random.normal(rngs.params(), shape) * 0.02
+    """Normal with variance 1 / width: rows of length 1, and logits of variance 1 where the head is tied.
+
+    Much smaller rows (0.02 is usual) drown in what the first blocks add to them, and copying a word said before, for
+    which the rows must stay legible, is then learned late: measured on preset nano.
+    """
+    return jax.random.normal(rngs.params(), shape) / math.sqrt(shape[-1])
 
 
 class Normalisation(nnx.Module):

@@ -14,6 +14,7 @@ from moe_jax.training.optimizer import warmup_steps
 def print_card(session: Session, notes: list[str]) -> None:
     """Data, model, precision, plan."""
     config, store = session.config, session.store
+    muon = config.train.optimizer == "muon"
     console = Console(highlight=False)
     for note in (*notes, *session.notes):
         console.print(note, markup=False, soft_wrap=True)
@@ -27,9 +28,8 @@ def print_card(session: Session, notes: list[str]) -> None:
         "parameters": _parameter_line(config.model),
         "precision": str(session.policy),
         "plan": _plan_line(config.train, session.tokens_per_step, len(store.train.tokens)),
-        "arithmetic": f"{training_flops(config, config.train.steps):.2e} "
-        "floating-point operations (6 x active matmul parameters x tokens"
-        + (", and Muon's own)" if config.train.optimizer == "muon" else ")"),
+        "arithmetic": f"{training_flops(config, config.train.steps):.2e} floating-point operations: "
+        "6 x active matmul parameters x tokens" + (", and Muon's own products" if muon else ""),
     }
     if session.references:
         rows["to compare"] = (

@@ -23,16 +23,11 @@ lengths = st.integers(2, 33)
 seeds = st.integers(0, 2**31 - 1)
 
 
-def rows_of_epochs(
-    stream: np.ndarray, epochs: int, *, seed: int, batch_size: int, seq_len: int
-) -> np.ndarray:
+def rows_of_epochs(stream: np.ndarray, epochs: int, *, seed: int, batch_size: int, seq_len: int) -> np.ndarray:
     """The rows [epochs * W, T + 1] of the first epochs, out of as many steps as it takes."""
     wanted = epochs * windows_per_epoch(len(stream), seq_len)
     steps = math.ceil(wanted / batch_size)
-    drawn = [
-        train_batch(stream, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len)
-        for step in range(steps)
-    ]
+    drawn = [train_batch(stream, seed=seed, step=step, batch_size=batch_size, seq_len=seq_len) for step in range(steps)]
     return np.concatenate(drawn)[:wanted]
 
 
@@ -54,10 +49,7 @@ def test_the_separator_that_ends_the_stream_is_the_one_that_begins_it():
     """5 tokens, windows of 4: the ring has 4 positions, and each window is all of it, once round."""
     stream = np.array([9, 1, 2, 3, 9], dtype=np.uint16)
     rounds = {(9, 1, 2, 3, 9), (1, 2, 3, 9, 1), (2, 3, 9, 1, 2), (3, 9, 1, 2, 3)}
-    drawn = {
-        tuple(train_batch(stream, seed=0, step=step, batch_size=1, seq_len=4)[0].tolist())
-        for step in range(60)
-    }
+    drawn = {tuple(train_batch(stream, seed=0, step=step, batch_size=1, seq_len=4)[0].tolist()) for step in range(60)}
     assert drawn == rounds
 
 

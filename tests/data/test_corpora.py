@@ -42,9 +42,7 @@ def test_stories_are_what_lies_between_separators(tmp_path, stories, chunk):
 
 
 @given(
-    words=st.lists(
-        st.sampled_from(["a", "é", "😀", "\n", " ", "aaaaaaaaaa", SEPARATOR, "<|end"]), max_size=60
-    ),
+    words=st.lists(st.sampled_from(["a", "é", "😀", "\n", " ", "aaaaaaaaaa", SEPARATOR, "<|end"]), max_size=60),
     chunk=st.integers(1, 64),
 )
 @example(words=["a" * 27, SEPARATOR, "b"], chunk=1)  # 32 bytes end within the separator
@@ -151,9 +149,7 @@ def test_bad_sources_are_answered_with_the_flag_and_the_choice(tmp_path):
 def test_a_source_is_checked_without_loading_anything():
     """Fast because nothing but the standard library and the configuration is imported."""
     code = "import sys; import moe_jax.data.corpora; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"jax", "numpy", "xxhash", "datasets", "tokenizers", "rich"} & set(loaded)
 
 
@@ -174,9 +170,7 @@ def test_reading_takes_bounded_memory(tmp_path):
         size = len(text)
         del text
         tracemalloc.start()
-        assert (
-            sum(len(story) for story in open_corpus(DataConfig(source=source)).stories("train")) > 0.9 * size
-        )
+        assert sum(len(story) for story in open_corpus(DataConfig(source=source)).stories("train")) > 0.9 * size
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 9e6
@@ -220,9 +214,7 @@ def test_no_network_is_said_in_one_line(monkeypatch, when):
         return rows()
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    with pytest.raises(
-        UserError, match=r"^tinystories: no network.*\(no route\).*--data stories, or a folder.*$"
-    ):
+    with pytest.raises(UserError, match=r"^tinystories: no network.*\(no route\).*--data stories, or a folder.*$"):
         stories_of("tinystories")
 
 

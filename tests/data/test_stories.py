@@ -28,7 +28,7 @@ CHILDREN = (*SLOTS["hero"], *SLOTS["friend"])
 
 @pytest.fixture(scope="module")
 def train() -> list[str]:
-    return list(generate(0, "train", 6000))
+    return list(generate(0, "train", 5000))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def sampled(count: int) -> list[Derivation]:
 
 
 def test_the_text_determines_its_derivation():
-    for derivation in sampled(2000):
+    for derivation in sampled(1000):
         assert list(GRAMMAR.derivations(derivation.text)) == [derivation]
         assert code_length_bits(derivation.text) == pytest.approx(derivation.bits, abs=1e-9)
 
@@ -55,7 +55,7 @@ def test_probabilities_of_a_small_tale_sum_to_one():
     list to a few words: each story that is left is another text, and all probabilities sum to 1."""
     small = Grammar({name: _first_options(name, rule) for name, rule in RULES.items()}, _short_lists(SLOTS))
     found = list(small.derivations())
-    assert len(found) > 4000
+    assert len(found) > 1000
     assert len({d.text for d in found}) == len(found)
     assert math.fsum(2**-d.bits for d in found) == pytest.approx(1, abs=1e-9)
     for derivation in islice(found, 0, None, 50):
@@ -69,11 +69,8 @@ def _first_options(name: str, rule: str) -> str:
 def _short_lists(slots: Mapping[str, Sequence[Word]]) -> dict[str, Sequence[Word]]:
     """Lists that several slots share keep a word for each, some others keep two, the rest one."""
     sharing = {id(words): sum(other is words for other in slots.values()) for words in slots.values()}
-    longer = {id(slots[name]): 2 for name in ("hero", "friend", "time", "look", "sad", "happy")}
-    short = {
-        id(words): tuple(words[: max(sharing[id(words)], longer.get(id(words), 1))])
-        for words in slots.values()
-    }
+    longer = {id(slots[name]): 2 for name in ("hero", "friend")}
+    short = {id(words): tuple(words[: max(sharing[id(words)], longer.get(id(words), 1))]) for words in slots.values()}
     return {name: short[id(words)] for name, words in slots.items()}
 
 
@@ -88,9 +85,7 @@ def test_a_text_that_forgets_itself_is_impossible(valid: list[str]):
         assert code_length_bits(head + other + tail) == math.inf
 
 
-@pytest.mark.parametrize(
-    "change", [str.lower, lambda s: s[:-1], lambda s: s + " ", lambda s: " " + s, lambda s: ""]
-)
+@pytest.mark.parametrize("change", [str.lower, lambda s: s[:-1], lambda s: s + " ", lambda s: " " + s, lambda s: ""])
 def test_a_text_of_no_grammar_is_impossible(change, valid: list[str]):
     assert code_length_bits(change(valid[0])) == math.inf
 
@@ -134,8 +129,8 @@ def test_all_stories_differ_within_and_across_splits(train: list[str], valid: li
 def test_length_and_vocabulary(train: list[str]):
     tokens = [re.findall(r"\w+|[^\w\s]", story) for story in train]
     assert min(map(len, tokens)) >= 60
-    assert max(map(len, tokens)) <= 110
-    assert 250 <= len({word.lower() for story in tokens for word in story if word.isalpha()}) <= 500
+    assert max(map(len, tokens)) <= 150
+    assert 250 <= len({word.lower() for story in tokens for word in story if word.isalpha()}) <= 600
 
 
 def test_every_word_of_every_list_and_every_plot_occurs(train: list[str]):

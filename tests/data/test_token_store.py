@@ -84,24 +84,18 @@ def test_the_type_holds_the_separator(vocab_size, dtype, data, cache):
 
 def test_a_store_is_built_once(tmp_path, cache, monkeypatch):
     """Also for the same text elsewhere, and for a given tokenizer that is equal; nor is one trained again."""
-    first = prepare(
-        DataConfig(source=write_folder(tmp_path / "a"), vocab_size=260), cache=cache, progress=False
-    )
+    first = prepare(DataConfig(source=write_folder(tmp_path / "a"), vocab_size=260), cache=cache, progress=False)
     monkeypatch.setattr(token_store, "_build", forbid_building)
     monkeypatch.setattr(token_store, "train_tokenizer", forbid_building)
     elsewhere = DataConfig(source=write_folder(tmp_path / "b"), vocab_size=260)
     assert prepare(elsewhere, cache=cache, progress=False).digest == first.digest
     other_settings = DataConfig(source=elsewhere.source, tokenizer="byte")
-    assert (
-        prepare(other_settings, tokenizer=first.tokenizer, cache=cache, progress=False).folder == first.folder
-    )
+    assert prepare(other_settings, tokenizer=first.tokenizer, cache=cache, progress=False).folder == first.folder
 
 
 def test_the_digest_is_of_the_data_and_not_of_where_it_lies(tmp_path):
     here, there = (
-        prepare(
-            DataConfig(source=write_folder(tmp_path / name)), cache=tmp_path / f"{name}-cache", progress=False
-        )
+        prepare(DataConfig(source=write_folder(tmp_path / name)), cache=tmp_path / f"{name}-cache", progress=False)
         for name in ("here", "there")
     )
     assert here.digest == there.digest
@@ -178,9 +172,7 @@ def start(data: DataConfig, cache: Path, patch: str = "") -> subprocess.Popen[st
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(
-    token_store.fcntl is None, reason="without flock a leftover of another process is not touched"
-)
+@pytest.mark.skipif(token_store.fcntl is None, reason="without flock a leftover of another process is not touched")
 def test_a_killed_build_leaves_no_store_and_the_next_one_cleans_up(data, cache):
     """Killed when the training stream is written and not yet on the disk."""
     killed = start(data, cache, "token_store._to_disk = lambda file: os.kill(os.getpid(), signal.SIGKILL)")

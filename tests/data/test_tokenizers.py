@@ -60,9 +60,7 @@ def gpt2():
         return train_tokenizer(DataConfig(tokenizer="gpt2"), Tales([]))
 
 
-texts = st.text(
-    st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("the cat"))
-) | st.sampled_from(
+texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("the cat"))) | st.sampled_from(
     [SEPARATOR, f"a{SEPARATOR}b", "\r\n\t  \n ", "e\u0301\u200d\U0001f469\u200d\U0001f680", "\0\x7f"]
 )
 
@@ -180,11 +178,7 @@ def test_a_saved_tokenizer_is_the_same_again(tokenizer, tmp_path):
 
 def signed(definition: object) -> object:
     """With the digest that belongs to it, as someone who means harm would write it."""
-    return (
-        {**definition, "digest": tokenizers._digest(definition)}
-        if isinstance(definition, dict)
-        else definition
-    )
+    return {**definition, "digest": tokenizers._digest(definition)} if isinstance(definition, dict) else definition
 
 
 DOUBLING = [[97, 97], *([i, i] for i in range(256, 300))]
@@ -247,9 +241,7 @@ def test_no_network_for_gpt2_says_what_to_do(monkeypatch):
 @pytest.mark.parametrize("beyond", [0, 5, -(10**6)])
 def test_an_unknown_id_is_a_user_error(tokenizer, beyond):
     unknown = tokenizer.vocab_size + beyond
-    with pytest.raises(
-        UserError, match=f"token id {unknown} is outside the vocabulary of {tokenizer.vocab_size}"
-    ):
+    with pytest.raises(UserError, match=f"token id {unknown} is outside the vocabulary of {tokenizer.vocab_size}"):
         tokenizer.decode([97, unknown])
 
 

@@ -1,0 +1,144 @@
+"""Scaled dot-product attention, and causal multi-head attention with all its projections.
+
+One head:  S = q k^T / sqrt(A),  P = softmax(S) under the mask,  o = P v.  Read the chain from the end:
+
+    o = P v              d_P = d_o v^T            d_v = P^T d_o
+    P = softmax(S)       d_S = P * (d_P - <P, d_P>)      row by row (softmax.py)
+    S = q k^T / sqrt(A)  d_q = d_S k / sqrt(A)    d_k = d_S^T q / sqrt(A)
+
+The mask needs no line of its own: a masked score has P = 0, and d_S has the factor P. So no gradient
+reaches the future. A bias of the keys shifts a whole row of S by one constant, which softmax ignores: its
+gradient is 0.
+
+Multi-head: one fused projection x -> (q | k | v), a split into H heads, the above, the heads side by side
+again, and an output projection.
+
+Source: Vaswani et al. 2017, section 3.2.1, equation 1, and section 3.2.2.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from foundation.dropout import dropout_backward, dropout_forward
+from foundation.linear import linear_backward, linear_forward
+from foundation.positions import rope_backward, rope_forward
+from foundation.softmax import softmax_backward, softmax_forward
+
+Heads = Float[Array, "*rows T A"]
+
+
+class AttentionCache(NamedTuple):
+    """q, k, v, the probabilities after dropout, and the caches of the two steps between."""
+
+    q: Array
+    k: Array
+    v: Array
+    kept: Array
+    softmax: tuple
+    dropout: tuple
+
+
+def attention_forward(
+    q: Heads,
+    k: Float[Array, "*rows S A"],
+    v: Float[Array, "*rows S A"],
+    mask: Bool[Array, "..."] | None = None,
+    keep: Bool[Array, "*rows T S"] | None = None,
+    rate: float = 0.0,
+) -> tuple[Heads, AttentionCache]:
+    """o = dropout(softmax(q k^T / sqrt(A))) v, over any leading axes.
+
+    `mask` broadcasts to [*rows, T, S], True where position t may look at s; a row that sees nothing gives 0.
+    `keep` is the dropout mask of the weights, `rate` its rate.
+    """
+    scores = q @ jnp.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])  # [*rows, T, S]
+    p, softmax_cache = softmax_forward(scores, mask)
+    kept, dropout_cache = dropout_forward(p, keep, rate)
+    return kept @ v, AttentionCache(q, k, v, kept, softmax_cache, dropout_cache)
+
+
+def attention_backward(
+    d_o: Heads, cache: AttentionCache
+) -> tuple[Heads, Float[Array, "*rows S A"], Float[Array, "*rows S A"]]:
+    """(d_q, d_k, d_v). The last line reads S = q k^T / sqrt(A) twice: both factors get their gradient from
+    d_S."""
+    d_kept = d_o @ jnp.swapaxes(cache.v, -1, -2)
+    d_v = jnp.swapaxes(cache.kept, -1, -2) @ d_o
+    d_p = dropout_backward(d_kept, cache.dropout)
+    d_scores = softmax_backward(d_p, cache.softmax) / math.sqrt(cache.q.shape[-1])
+    return d_scores @ cache.k, jnp.swapaxes(d_scores, -1, -2) @ cache.q, d_v
+
+
+def causal_mask(positions: int) -> Bool[Array, "T T"]:
+    """True where s <= t: position t sees itself and what came before."""
+    return jnp.tril(jnp.ones((positions, positions), bool))
+
+
+def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B H T A"]:
+    """[B, T, (H A)] -> [B, H, T, A]. A permutation of entries: its adjoint is `join_heads`, its inverse.
+
+    Raises ValueError where the heads do not divide the width.
+    """
+    batch, positions, width = x.shape
+    if width % heads:
+        raise ValueError(f"width {width} is not divided by {heads} heads")
+    return x.reshape(batch, positions, heads, width // heads).transpose(0, 2, 1, 3)
+
+
+def join_heads(x: Float[Array, "B H T A"]) -> Float[Array, "B T D"]:
+    """[B, H, T, A] -> [B, T, (H A)], the inverse of `split_heads`."""
+    batch, heads, positions, width = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, positions, heads * width)
+
+
+class MultiHeadCache(NamedTuple):
+    """The caches of the steps in order; `rope` is None without rotation."""
+
+    qkv: tuple
+    rope: tuple | None
+    attention: AttentionCache
+    out: tuple
+
+
+def multi_head_forward(
+    x: Float[Array, "B T D"],
+    params: dict,
+    heads: int,
+    rotary: bool = False,
+    keep: Bool[Array, "B H T T"] | None = None,
+    rate: float = 0.0,
+) -> tuple[Float[Array, "B T D"], MultiHeadCache]:
+    """Causal multi-head self-attention.
+
+    params: {"qkv": {"kernel" [D, 3D], "bias"? [3D]}, "out": {"kernel" [D, D], "bias"? [D]}}; the columns of
+    qkv are all of q, then k, then v, each by head. `rotary` turns q and k by RoPE.
+    """
+    qkv, qkv_cache = linear_forward(x, params["qkv"]["kernel"], params["qkv"].get("bias"))
+    q, k, v = (split_heads(part, heads) for part in jnp.split(qkv, 3, axis=-1))
+    rope_cache = None
+    if rotary:
+        q, rope_cache = rope_forward(q)
+        k, _ = rope_forward(k)  # the same angles
+    o, attention_cache = attention_forward(q, k, v, causal_mask(x.shape[1]), keep, rate)
+    y, out_cache = linear_forward(join_heads(o), params["out"]["kernel"], params["out"].get("bias"))
+    return y, MultiHeadCache(qkv_cache, rope_cache, attention_cache, out_cache)
+
+
+def multi_head_backward(d_y: Float[Array, "B T D"], cache: MultiHeadCache) -> tuple[Float[Array, "B T D"], dict]:
+    """(d_x, d_params): the forward lines in reverse order, each replaced by its adjoint."""
+    heads = cache.attention.q.shape[1]
+    d_joined, d_out_kernel, d_out_bias = linear_backward(d_y, cache.out)
+    d_q, d_k, d_v = attention_backward(split_heads(d_joined, heads), cache.attention)
+    if cache.rope is not None:
+        d_q, d_k = rope_backward(d_q, cache.rope), rope_backward(d_k, cache.rope)
+    d_qkv = jnp.concatenate([join_heads(part) for part in (d_q, d_k, d_v)], axis=-1)
+    d_x, d_qkv_kernel, d_qkv_bias = linear_backward(d_qkv, cache.qkv)
+    d_params = {"qkv": {"kernel": d_qkv_kernel}, "out": {"kernel": d_out_kernel}}
+    if d_qkv_bias is not None:
+        d_params["qkv"]["bias"] = d_qkv_bias
+    if d_out_bias is not None:
+        d_params["out"]["bias"] = d_out_bias
+    return d_x, d_params

@@ -1,0 +1,98 @@
+"""Checks of the residual block, and of the training loss of the whole language model."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from foundation import block, losses, transformer
+from foundation.block import ModelConfig
+from foundation.checks.inputs import Draws, clear_choice, router_margin
+from foundation.parity import Check
+
+
+def block_checks() -> Iterator[Check]:
+    """The residual block with each normalisation, and with every dropout mask."""
+    for case, config, masked in (
+        ("rmsnorm, rotary", ModelConfig(capacity_factor=0.75), False),
+        ("layernorm, biases", ModelConfig(norm="layernorm", rotary=False), False),
+        ("dropout", ModelConfig(dropout=0.25, rotary=False), True),
+    ):
+        size = transformer.ModelSize(5, 4, 1, 3, 3, bias=config.norm == "layernorm", swiglu=not masked)
+        masks = None
+        if masked:
+            draws = Draws("block/masks")
+            masks = {
+                "weights": draws.keep(2, 2, 4, 4),
+                "attention": draws.keep(2, 4, 4),
+                "moe": draws.keep(2, 4, 4),
+            }
+
+        def draw(draws: Draws, size: Any = size, config: ModelConfig = config) -> tuple:
+            params = transformer.init_params(jax.random.key(0), size, config, 0.3)["blocks"][0]
+            return draws.normal(2, 4, 4), draws.like(params, 0.4)
+
+        def forward(x: jax.Array, params: dict, config: ModelConfig = config, masks: Any = masks) -> tuple[Any, Any]:
+            output, cache = block.block_forward(x, params, config, masks)
+            return (output.y, output.balance, output.z), cache
+
+        def backward(d_out: tuple, cache: Any, config: ModelConfig = config) -> Any:
+            d_y, d_balance, d_z = d_out
+            return block.block_backward(d_y, d_balance, d_z, cache, config)
+
+        def margin_of(*inputs: Any, forward: Callable = forward, top_k: int = config.top_k) -> jax.Array:
+            return router_margin(forward(*inputs)[1].moe.router, top_k)
+
+        inputs, margin = clear_choice(f"block/{case}", draw, margin_of)
+        yield Check("block", case, forward, backward, inputs, margin)
+
+
+MODEL_CASES: dict[str, tuple[ModelConfig, dict]] = {
+    "tied, rotary, SwiGLU": (ModelConfig(capacity_factor=0.75), {}),
+    "untied, learned positions, GELU, biases": (
+        ModelConfig(norm="layernorm", rotary=False),
+        {"tied": False, "longest": 5, "swiglu": False, "bias": True},
+    ),
+    "tied, learned positions": (ModelConfig(rotary=False), {"longest": 6}),
+    "top 1, strong auxiliary losses": (
+        ModelConfig(top_k=1, capacity_factor=1.0, balance_coef=1.0, z_coef=0.5),
+        {"tied": False},
+    ),
+    "dropout": (ModelConfig(dropout=0.25), {"layers": 1}),
+    "one layer, one expert": (ModelConfig(top_k=1, rotary=False), {"layers": 1, "experts": 1}),
+}
+
+
+def model_checks() -> Iterator[Check]:
+    """The gradient of the whole training loss, in every parameter."""
+    for case, (config, options) in MODEL_CASES.items():
+        size = transformer.ModelSize(**{"vocabulary": 7, "width": 4, "layers": 2, "experts": 3, "hidden": 3, **options})
+        tokens = Draws("model/tokens").integers(7, 2, 5)
+        targets = Draws("model/targets").integers(7, 2, 5).at[0, -1].set(losses.IGNORE)
+        masks = None
+        if config.dropout > 0.0:
+            masks = transformer.dropout_masks(jax.random.key(1), config, size.layers, (2, 5, 4))
+
+        def draw(draws: Draws, size: Any = size, config: ModelConfig = config) -> tuple:
+            return (draws.like(transformer.init_params(jax.random.key(0), size, config, 0.3), 0.4),)
+
+        def forward(
+            params: dict,
+            tokens: Any = tokens,
+            targets: Any = targets,
+            config: ModelConfig = config,
+            masks: Any = masks,
+        ) -> tuple[Any, Any]:
+            return transformer.loss_forward(params, tokens, targets, config, masks)
+
+        def backward(d_loss: jax.Array, cache: Any, config: ModelConfig = config) -> Any:
+            return transformer.loss_backward(d_loss, cache, config)
+
+        def margin_of(params: dict, forward: Callable = forward, top_k: int = config.top_k) -> jax.Array:
+            _, cache = forward(params)
+            layers = cache.model.blocks
+            return jnp.min(jnp.stack([router_margin(b.moe.router, top_k) for b in layers]))
+
+        inputs, margin = clear_choice(f"model/{case}", draw, margin_of)
+        yield Check("model", case, forward, backward, inputs, margin)

@@ -1,0 +1,168 @@
+"""The mixture-of-experts layer: dispatch and combine as a linear map and its adjoint, drops included.
+
+Once the router has chosen, moving tokens is linear. Let M be the 0/1 matrix with a row per slot (expert e,
+place c) and a column per token, M_st = 1 where token t sits in slot s. A slot holds at most one token; a
+choice that found its expert full has no slot, so it is in no row.
+
+    dispatch   u = M x                    [slots, D] from [tokens, D]; an empty slot is 0
+    experts    h = expert(u)
+    combine    y_t = sum_k g_tk h_slot(t,k)    a dropped choice adds 0; the residual carries the token
+
+The adjoint of a gather is a scatter-add along the same indices, and the other way round:
+
+    combine    d_h_s  = g_tk d_y_t  for the one (t, k) in slot s, 0 for an empty slot
+               d_g_tk = <d_y_t, h_slot(t,k)>, and 0 where dropped: the gate of a dropped choice changes nothing
+    dispatch   d_x_t  = sum_k d_u_slot(t,k)        M^T d_u
+
+The code adds one more slot to the buffer, "nowhere": dropped choices are sent to it, its content is thrown
+away, and what is read from it is 0. Forward and backward then are the same two moves, a scatter and a
+gather.
+
+Slots are given token by token, a token's choices in order, so a later token can't take an earlier one's
+slot: the layer is causal even where it drops.
+
+Sources: Lepikhin et al. 2020, section 2.2 and algorithm 1 (capacity, dispatch, combine); Fedus, Zoph and
+Shazeer 2021, equation 3 (capacity factor).
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from foundation.experts import (
+    gelu_experts_backward,
+    gelu_experts_forward,
+    swiglu_experts_backward,
+    swiglu_experts_forward,
+)
+from foundation.router import RouterCache, Routing, Scalar, router_backward, router_forward
+
+
+def capacity(tokens: int, experts: int, top_k: int, capacity_factor: float) -> int:
+    """C = min(T, max(1, ceil(cf T K / E))), in exact arithmetic on the decimal that was written."""
+    return min(tokens, max(1, math.ceil(Fraction(str(capacity_factor)) * tokens * top_k / experts)))
+
+
+def assign_slots(
+    experts: Int[Array, "B T K"], experts_total: int, places: int
+) -> tuple[Int[Array, "B T K"], Bool[Array, "B T K"]]:
+    """(slot, keep): the slot e C + place of each choice, and whether it found one; dropped: slot E C,
+    "nowhere".
+
+    The place of a choice is the number of earlier choices of the same expert in its sequence, in the order
+    token by token. Integers in, integers and booleans out: nothing here has a derivative.
+    """
+    batch, tokens, top_k = experts.shape
+    in_order = experts.reshape(batch, tokens * top_k)
+    chosen = in_order[..., None] == jnp.arange(experts_total)  # [B, T K, E]
+    place = jnp.sum(jnp.where(chosen, jnp.cumsum(chosen, axis=1) - 1, 0), axis=-1)
+    keep = place < places
+    slot = jnp.where(keep, in_order * places + place, experts_total * places)
+    return slot.reshape(experts.shape), keep.reshape(experts.shape)
+
+
+def dispatch_forward(
+    x: Float[Array, "B T D"], slot: Int[Array, "B T K"], experts_total: int, places: int
+) -> tuple[Float[Array, "B E C D"], tuple]:
+    """u = M x: each kept token written into its slots; empty slots are 0."""
+    batch, _, width = x.shape
+    rows = jnp.arange(batch)[:, None, None]
+    buffer = jnp.zeros((batch, experts_total * places + 1, width), x.dtype)
+    buffer = buffer.at[rows, slot].set(x[:, :, None, :])  # [B, T, 1, D] to the K slots of each token
+    return buffer[:, :-1].reshape(batch, experts_total, places, width), (slot,)
+
+
+def dispatch_backward(d_u: Float[Array, "B E C D"], cache: tuple) -> Float[Array, "B T D"]:
+    """d_x = M^T d_u: a token collects from its slots, and 0 from "nowhere"."""
+    (slot,) = cache
+    return jnp.sum(_read_slots(d_u, slot), axis=2)
+
+
+def combine_forward(
+    h: Float[Array, "B E C D"], gates: Float[Array, "B T K"], slot: Int[Array, "B T K"]
+) -> tuple[Float[Array, "B T D"], tuple]:
+    """y_t = sum_k g_tk h_slot(t,k), a dropped choice contributing 0."""
+    picked = _read_slots(h, slot)  # [B, T, K, D]
+    return jnp.sum(gates[..., None] * picked, axis=2), (picked, gates, slot, h.shape)
+
+
+def combine_backward(d_y: Float[Array, "B T D"], cache: tuple) -> tuple[Float[Array, "B E C D"], Float[Array, "B T K"]]:
+    """(d_h, d_gates)."""
+    picked, gates, slot, (batch, experts_total, places, width) = cache
+    d_gates = jnp.sum(d_y[:, :, None, :] * picked, axis=-1)  # picked is 0 where dropped, so d_gates is too
+    d_picked = gates[..., None] * d_y[:, :, None, :]  # [B, T, K, D]
+    d_buffer = jnp.zeros((batch, experts_total * places + 1, width), d_y.dtype)
+    d_buffer = d_buffer.at[jnp.arange(batch)[:, None, None], slot].set(d_picked)
+    return d_buffer[:, :-1].reshape(batch, experts_total, places, width), d_gates
+
+
+def _read_slots(h: Float[Array, "B E C D"], slot: Int[Array, "B T K"]) -> Float[Array, "B T K D"]:
+    """The content of each choice's slot; 0 from "nowhere"."""
+    batch, experts_total, places, width = h.shape
+    flat = h.reshape(batch, experts_total * places, width)
+    with_nowhere = jnp.pad(flat, ((0, 0), (0, 1), (0, 0)))
+    return with_nowhere[jnp.arange(batch)[:, None, None], slot]
+
+
+class MoEOutput(NamedTuple):
+    """y [B, T, D]; the two losses of the router; and the share of choices that were dropped (no gradient)."""
+
+    y: Array
+    balance: Array
+    z: Array
+    dropped: Array
+
+
+class MoECache(NamedTuple):
+    """The caches of the four steps. SwiGLU's expert cache is longer than GELU's; `swiglu` says which it
+    is."""
+
+    router: RouterCache
+    dispatch: tuple
+    experts: tuple
+    combine: tuple
+    swiglu: bool
+
+
+def moe_forward(
+    x: Float[Array, "B T D"], params: dict, top_k: int, capacity_factor: float
+) -> tuple[MoEOutput, MoECache]:
+    """Router, dispatch, experts, combine. Each sequence is a group of its own.
+
+    params: {"router" [D, E], "w_in" [E, D, F], "w_out" [E, F, D]} for GELU, and "w_gate" [E, D, F] for
+    SwiGLU.
+    """
+    experts_total = params["router"].shape[-1]
+    places = capacity(x.shape[1], experts_total, top_k, capacity_factor)
+    routing: Routing
+    routing, router_cache = router_forward(x, params["router"], top_k)
+    slot, keep = assign_slots(routing.experts, experts_total, places)
+    u, dispatch_cache = dispatch_forward(x, slot, experts_total, places)
+    swiglu = "w_gate" in params
+    if swiglu:
+        h, expert_cache = swiglu_experts_forward(u, params["w_gate"], params["w_in"], params["w_out"])
+    else:
+        h, expert_cache = gelu_experts_forward(u, params["w_in"], params["w_out"])
+    y, combine_cache = combine_forward(h, routing.gates, slot)
+    output = MoEOutput(y, routing.balance, routing.z, 1.0 - jnp.mean(keep.astype(x.dtype)))
+    return output, MoECache(router_cache, dispatch_cache, expert_cache, combine_cache, swiglu)
+
+
+def moe_backward(
+    d_y: Float[Array, "B T D"], d_balance: Scalar, d_z: Scalar, cache: MoECache
+) -> tuple[Float[Array, "B T D"], dict]:
+    """(d_x, d_params). x is used twice, by the router and by the experts: its gradient is the sum of both
+    ways."""
+    d_h, d_gates = combine_backward(d_y, cache.combine)
+    if cache.swiglu:
+        d_u, d_gate, d_in, d_out = swiglu_experts_backward(d_h, cache.experts)
+        d_experts = {"w_gate": d_gate, "w_in": d_in, "w_out": d_out}
+    else:
+        d_u, d_in, d_out = gelu_experts_backward(d_h, cache.experts)
+        d_experts = {"w_in": d_in, "w_out": d_out}
+    d_x_experts = dispatch_backward(d_u, cache.dispatch)
+    d_x_router, d_router = router_backward(d_gates, d_balance, d_z, cache.router)
+    return d_x_experts + d_x_router, {"router": d_router, **d_experts}

@@ -1,0 +1,171 @@
+"""The check: a gradient by hand | by `jax.grad` | by finite differences. The one file here that calls
+autodiff.
+
+A backward pass is a function of a cotangent, so it is tested with a random one, d_out: the scalar
+
+    f(inputs) = <d_out, forward(inputs)>        has the gradient        backward(d_out, cache)
+
+A cotangent of ones would miss much: under it the gradient of a softmax is 0, right or wrong.
+
+Autodiff shares the forward pass with the hand-written one, so it judges the backward pass alone, to rounding.
+Finite differences know nothing of either; they judge to about 1e-9. They are central and of fourth order,
+
+    f'(x) = (8 (f(x + h) - f(x - h)) - (f(x + 2h) - f(x - 2h))) / 12h + O(h^4),    h = 1e-4
+
+whose truncation, about 1e-16, and rounding, 1e-16 |f| / h = 1e-12 |f|, are both far below what is asked of
+it; the usual two-point form has no h for which both are.
+
+Errors are relative to the largest entry, not elementwise: an entry that is 0 in exact arithmetic (the
+gradient of a key bias) is rounding noise in all three.
+
+Source: the order and the balance of the two errors: Nocedal and Wright 2006, section 8.1.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.flatten_util import ravel_pytree
+
+AUTODIFF_TOLERANCE = 1e-10
+FINITE_DIFFERENCE_TOLERANCE = 1e-6
+
+STEP = 1e-4
+"""h of the finite differences."""
+
+MARGIN = 1e-2
+"""What an input must keep from the nearest kink or change of choice, so that no step of 2h crosses it."""
+
+FLOOR = 1e-5
+"""A leaf whose largest entry is below this share of the check's largest is judged against that share."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One hand-derived gradient at one input."""
+
+    operation: str
+    case: str
+    forward: Callable[..., tuple[Any, Any]]
+    """(*inputs) -> (out, cache); `out` is an array or a tree of arrays."""
+    backward: Callable[[Any, Any], Any]
+    """(d_out, cache) -> the gradients: a tuple like `inputs`, or the one gradient where there is one
+    input."""
+    inputs: tuple
+    """What is differentiated: trees of float64 arrays. None stands for an absent one."""
+    margin: float = float("inf")
+    """Distance from the nearest kink, or from a change of the top-K choice."""
+    at_tie: bool = False
+    """The input sits on a tie on purpose: the function has no derivative there, only autodiff's convention to
+    agree with, so finite differences are left out."""
+
+    @property
+    def name(self) -> str:
+        """operation/case."""
+        return f"{self.operation}/{self.case}"
+
+
+class Outcome(NamedTuple):
+    """Relative errors of a hand-derived gradient; `finite_difference` is None where it was left out."""
+
+    operation: str
+    case: str
+    autodiff: float
+    finite_difference: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Both errors within tolerance. Written so that NaN fails."""
+        finite = self.finite_difference
+        return self.autodiff <= AUTODIFF_TOLERANCE and (finite is None or finite <= FINITE_DIFFERENCE_TOLERANCE)
+
+
+def run(check: Check, seed: int = 0) -> Outcome:
+    """Computes the gradient three ways and compares.
+
+    Raises ValueError where the inputs are not float64 or are too near a kink for the step: then the
+    comparison would mean nothing.
+    """
+    if any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(check.inputs)):
+        raise ValueError(f"{check.name}: inputs must be float64; set jax_enable_x64 before making them")
+    if not check.at_tie and not check.margin > MARGIN:
+        raise ValueError(f"{check.name}: margin {check.margin:.2g} is within {MARGIN:g} of a kink; choose another seed")
+
+    shapes = jax.eval_shape(lambda *inputs: check.forward(*inputs)[0], *check.inputs)
+    d_out = random_like(jax.random.key(seed), shapes)
+
+    @jax.jit
+    def three_ways(inputs: tuple, d_out: Any) -> tuple[Any, Any, Any]:
+        def scalar(*inputs: Any) -> jax.Array:
+            return inner_product(d_out, check.forward(*inputs)[0])
+
+        _, cache = check.forward(*inputs)
+        by_hand = check.backward(d_out, cache)
+        if not isinstance(by_hand, tuple):
+            by_hand = (by_hand,)
+        by_autodiff = jax.grad(scalar, argnums=tuple(range(len(inputs))))(*inputs)
+        by_differences = None if check.at_tie else finite_differences(scalar, inputs)
+        return by_hand, by_autodiff, by_differences
+
+    by_hand, by_autodiff, by_differences = three_ways(check.inputs, d_out)
+    finite = None if by_differences is None else max_relative_error(by_hand, by_differences)
+    return Outcome(check.operation, check.case, max_relative_error(by_hand, by_autodiff), finite)
+
+
+def finite_differences(f: Callable[..., jax.Array], inputs: tuple) -> tuple:
+    """The gradient of a scalar f, entry by entry, by the four-point central difference."""
+    flat, unravel = ravel_pytree(inputs)
+
+    # One copy of f, mapped over the four points, compiles several times faster than four copies.
+    weights = jnp.array([8.0, -8.0, -1.0, 1.0]) / (12.0 * STEP)
+    shifts = jnp.array([STEP, -STEP, 2.0 * STEP, -2.0 * STEP])
+
+    def slope(entry: jax.Array) -> jax.Array:
+        return weights @ jax.vmap(lambda shift: f(*unravel(flat.at[entry].add(shift))))(shifts)
+
+    return unravel(lax.map(slope, jnp.arange(flat.size), batch_size=128))
+
+
+def max_relative_error(ours: Any, reference: Any) -> float:
+    """The largest over leaves of max|a - b| / max(max|a|, max|b|, 1e-5 x the largest entry of all leaves).
+
+    0 where everything is exactly 0 in both; NaN where anything is NaN. Raises ValueError where the trees or
+    the shapes differ: a gradient must look like its parameter.
+    """
+    a_leaves, a_tree = jax.tree.flatten(ours)
+    b_leaves, b_tree = jax.tree.flatten(reference)
+    if a_tree != b_tree or any(a.shape != b.shape for a, b in zip(a_leaves, b_leaves, strict=True)):
+        raise ValueError(f"gradients {jax.tree.map(jnp.shape, ours)} against {jax.tree.map(jnp.shape, reference)}")
+    largest = max(_largest(leaf) for leaf in a_leaves + b_leaves)
+    errors = [
+        _largest(a - b) / max(_largest(a), _largest(b), FLOOR * largest) if largest != 0.0 else 0.0
+        for a, b in zip(a_leaves, b_leaves, strict=True)
+    ]
+    # Python's max would pass over a NaN.
+    return float(jnp.max(jnp.array(errors)))
+
+
+def _largest(leaf: jax.Array) -> float:
+    return float(jnp.max(jnp.abs(leaf))) if leaf.size else 0.0
+
+
+def random_like(key: jax.Array, tree: Any) -> Any:
+    """A tree of standard normal arrays of the same shapes and types."""
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    draws = [jax.random.normal(k, x.shape, x.dtype) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, draws)
+
+
+def inner_product(a: Any, b: Any) -> jax.Array:
+    """<a, b>, summed over all leaves of two like trees."""
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
+    return sum(jax.tree.leaves(products), start=jnp.zeros(()))
+
+
+def autodiff_value_and_gradient(f: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Any]]:
+    """`jax.value_and_grad` of f in its first argument: what the lessons compare themselves with."""
+    return jax.value_and_grad(f)

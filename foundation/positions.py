@@ -1,0 +1,75 @@
+"""Positions: a learned table, or a rotation (RoPE).
+
+Attention without positions is a set operation. A learned table adds one vector per position to the
+embedding. RoPE rotates pairs of coordinates of queries and keys by an angle proportional to the position:
+with R_t the rotation at position t, <R_s q, R_t k> = <q, R_(t-s) k>, so scores see differences of positions
+only.
+
+A rotation is orthogonal, so its adjoint is its inverse: the backward pass rotates the gradient *back*, by
+-angle.
+
+Sources: learned table: Radford et al. 2018, section 3.1. RoPE: Su et al. 2021, section 3.2.2, equations 14
+to 16, here with the pairs (i, i + A/2) instead of (2i, 2i + 1), which is the same map up to an order of
+coordinates.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+ROPE_BASE = 10_000.0
+
+
+def learned_positions_forward(
+    x: Float[Array, "B T D"], table: Float[Array, "N D"]
+) -> tuple[Float[Array, "B T D"], tuple]:
+    """y_bt = x_bt + table_t.
+
+    Raises ValueError where the sequence is longer than the table.
+    """
+    positions, longest = x.shape[1], table.shape[0]
+    if positions > longest:
+        raise ValueError(f"{positions} positions, but the table has {longest}: shorten the sequence")
+    return x + table[:positions], (longest,)
+
+
+def learned_positions_backward(
+    d_y: Float[Array, "B T D"], cache: tuple
+) -> tuple[Float[Array, "B T D"], Float[Array, "N D"]]:
+    """(d_x, d_table): the sum passes d_y on as it is; the table gets its sum over the batch, unused rows
+    get 0."""
+    (longest,) = cache
+    d_table = jnp.zeros((longest, d_y.shape[-1]), d_y.dtype)
+    return d_y, d_table.at[: d_y.shape[1]].set(jnp.sum(d_y, axis=0))
+
+
+def rope_angles(positions: int, width: int, dtype: jnp.dtype) -> Float[Array, "T pairs"]:
+    """angle_ti = t base^(-2i/A), for the pairs i = 0 ... A/2 - 1.
+
+    Raises ValueError where the width is odd: coordinates are rotated in pairs.
+    """
+    if width % 2:
+        raise ValueError(f"head width {width}: RoPE rotates pairs, so it must be even")
+    frequencies = ROPE_BASE ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
+    return jnp.arange(positions, dtype=dtype)[:, None] * frequencies
+
+
+def rope_forward(x: Float[Array, "*rows T A"]) -> tuple[Float[Array, "*rows T A"], tuple]:
+    """Rotates the pair (x_i, x_(i + A/2)) at position t by angle_ti:
+
+    y_i         = x_i cos - x_(i + A/2) sin
+    y_(i + A/2) = x_i sin + x_(i + A/2) cos
+    """
+    angles = rope_angles(x.shape[-2], x.shape[-1], x.dtype)
+    return _rotate(x, angles), (angles,)
+
+
+def rope_backward(d_y: Float[Array, "*rows T A"], cache: tuple) -> Float[Array, "*rows T A"]:
+    """d_x = R^T d_y: the rotation by the negative angle."""
+    (angles,) = cache
+    return _rotate(d_y, -angles)
+
+
+def _rotate(x: Float[Array, "*rows T A"], angles: Float[Array, "T pairs"]) -> Float[Array, "*rows T A"]:
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)

@@ -1,0 +1,128 @@
+"""The router: which K of E experts a token is sent to, with which weight, and the losses that keep it honest.
+
+Forward, for one token with stream x:
+
+    z = x W                     logits, [E]
+    p = softmax(z)              probabilities over all E experts
+    S = the K largest logits    a choice: piecewise constant, so its derivative is 0 wherever it exists
+    g = p_S / sum(p_S)          gates; for K = 1 this would be the constant 1, so there the gate is p itself
+
+Backward through the gates. Since p_S / sum(p_S) = softmax(z_S), the softmax over the chosen logits alone,
+
+    K > 1:  d_z_S = g (d_g - <g, d_g>),  and d_z = 0 outside S
+    K = 1:  d_z   = p_s d_g (onehot(s) - p), which does reach the other logits
+
+So with K > 1 the task tells an expert that was not chosen nothing: neither its weights nor its router
+column get a gradient from that token. An expert that is never chosen would stay so for ever. Hence the
+balance loss,
+
+    L_balance = E sum_e f_e P_e       f_e = share of the (token, choice) pairs of a sequence that went to e
+                                      P_e = mean probability of e in that sequence
+
+which is 1 at perfect balance. f counts choices, so it is a constant to the derivative; all the gradient
+goes through P:  dL/dp_te = E f_e / T, the same for each token, pushing hardest on the expert that gets
+most. And the z-loss,
+
+    L_z = mean over tokens of logsumexp(z)^2,    dL/dz = 2 logsumexp(z) p / tokens
+
+which keeps logits small, where float arithmetic is fine-grained.
+
+Sources: Shazeer et al. 2017, equations 3 to 5 (top-K gates); Lepikhin et al. 2020, algorithm 1 (gates
+renormalised over the chosen); Fedus, Zoph and Shazeer 2021, section 2.1 (K = 1) and equations 4 to 6
+(balance loss); Zoph et al. 2022, equation 5 (z-loss).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from foundation.linear import linear_backward, linear_forward
+from foundation.softmax import logsumexp_backward, logsumexp_forward, softmax_backward, softmax_forward
+
+Scalar = Float[Array, ""]
+
+
+class Routing(NamedTuple):
+    """What the router decides. `gates` and the two losses have gradients; `experts` has none."""
+
+    gates: Float[Array, "B T K"]
+    experts: Int[Array, "B T K"]
+    balance: Scalar
+    z: Scalar
+
+
+class RouterCache(NamedTuple):
+    """Caches of the steps, the choice, and the counted shares f of the balance loss, [B, E]."""
+
+    linear: tuple
+    softmax: tuple
+    gates: tuple
+    experts: Array
+    share: Array
+    logsumexp: tuple
+    log_total: Array
+
+
+def router_forward(x: Float[Array, "B T D"], kernel: Float[Array, "D E"], top_k: int) -> tuple[Routing, RouterCache]:
+    """Routes each token to `top_k` experts, by logit; ties go to the lower index.
+
+    Raises ValueError where `top_k` is not between 1 and E.
+    """
+    experts_total = kernel.shape[-1]
+    if not 1 <= top_k <= experts_total:
+        raise ValueError(f"top_k {top_k}: must be between 1 and the {experts_total} experts")
+    logits, linear_cache = linear_forward(x, kernel)
+    p, softmax_cache = softmax_forward(logits)
+    chosen_logits, experts = lax.top_k(logits, top_k)  # [B, T, K], largest first
+    if top_k == 1:
+        gates, gate_cache = jnp.take_along_axis(p, experts, axis=-1), ()
+    else:
+        gates, gate_cache = softmax_forward(chosen_logits)
+
+    share = choice_share(experts, experts_total, p.dtype)
+    balance = experts_total * jnp.mean(jnp.sum(share * jnp.mean(p, axis=1), axis=-1))
+    log_total, lse_cache = logsumexp_forward(logits)
+    z = jnp.mean(log_total**2)
+    cache = RouterCache(linear_cache, softmax_cache, gate_cache, experts, share, lse_cache, log_total)
+    return Routing(gates, experts, balance, z), cache
+
+
+def router_backward(
+    d_gates: Float[Array, "B T K"], d_balance: Scalar, d_z: Scalar, cache: RouterCache
+) -> tuple[Float[Array, "B T D"], Float[Array, "D E"]]:
+    """(d_x, d_kernel): the gradients of gates, balance loss and z-loss meet at the logits, and add there."""
+    batch, tokens, top_k = d_gates.shape
+    experts_total = cache.share.shape[-1]
+    onehot = cache.experts[..., None] == jnp.arange(experts_total)  # [B, T, K, E]
+
+    d_p = d_balance * experts_total * cache.share[:, None, :] / (batch * tokens)  # [B, 1, E], f held constant
+    if top_k == 1:  # the gate is one entry of p
+        d_p = d_p + jnp.sum(onehot * d_gates[..., None], axis=2)
+    d_logits = softmax_backward(jnp.broadcast_to(d_p, (batch, tokens, experts_total)), cache.softmax)
+    if top_k > 1:  # the gates are a softmax of the chosen logits: scatter its gradient to where they came from
+        d_chosen = softmax_backward(d_gates, cache.gates)
+        d_logits = d_logits + jnp.sum(onehot * d_chosen[..., None], axis=2)
+
+    d_log_total = d_z * 2.0 * cache.log_total / (batch * tokens)
+    d_logits = d_logits + logsumexp_backward(d_log_total, cache.logsumexp)
+    d_x, d_kernel, _ = linear_backward(d_logits, cache.linear)
+    return d_x, d_kernel
+
+
+def choice_share(experts: Int[Array, "B T K"], experts_total: int, dtype: jnp.dtype) -> Float[Array, "B E"]:
+    """f_be, the share of the T K (token, choice) pairs of a sequence that chose e, dropped ones included."""
+    onehot = experts[..., None] == jnp.arange(experts_total)  # [B, T, K, E]
+    return jnp.mean(onehot, axis=(1, 2), dtype=dtype)
+
+
+def top_k_margin(logits: Float[Array, "B T E"], top_k: int) -> Scalar:
+    """The smallest gap between a token's K-th and (K+1)-th logit: how far the choice is from changing.
+
+    Finite differences mean something only while no step is as large as this gap. Infinite for K = E.
+    """
+    if top_k == logits.shape[-1]:
+        return jnp.array(jnp.inf, logits.dtype)
+    largest, _ = lax.top_k(logits, top_k + 1)
+    return jnp.min(largest[..., -2] - largest[..., -1])

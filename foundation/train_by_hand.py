@@ -1,0 +1,160 @@
+"""`python -m foundation.train_by_hand [--steps N] [--picture FILE]`: the MoE language model, by hand,
+beside autodiff.
+
+A model of the size of the preset `nano` (4 layers of width 128, 8 experts, 2 per token) learns the text
+below, byte by byte, in float64. Two copies start alike. One is trained by the hand-derived gradient of
+`transformer.py`, the other by automatic differentiation, which is called through `parity.py` alone. If the
+derivations are right, the two loss curves are one curve.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from foundation.block import ModelConfig
+from foundation.optimizers import adam_init, adam_update
+from foundation.parity import autodiff_value_and_gradient
+from foundation.transformer import ModelSize, init_params, loss_and_gradient, loss_forward, model_forward
+
+TEXT = """ The miller had eight daughters, and each could do one thing well. The first ground the wheat, the
+second baked the bread, the third mended the wheel when the river broke it. The fourth counted the coins,
+the fifth sang, the sixth told the weather, the seventh wrote the letters, and the eighth knew which of her
+sisters to ask. When a stranger came to the mill with a question, it was the eighth who met him at the door.
+She listened, she thought for a moment, and she sent him to two of the others; never to all of them, for
+there was work to do. If too many came at once for the same sister, the last of them had to go home as they
+had come. So the eighth learned to share the strangers out, and in the evening, when the wheel stood still,
+the sisters told her what had become of each of them, so that the next day she might send them better.
+"""
+
+STEPS = 50
+BATCH, POSITIONS = 4, 64
+LEARNING_RATE = 3e-3
+TOLERANCE = 1e-9
+CONFIG = ModelConfig(heads=4, top_k=2, capacity_factor=1.25)
+SIZE = ModelSize(vocabulary=0, width=128, layers=4, experts=8, hidden=128)
+
+
+class Corpus(NamedTuple):
+    """The text as token ids: one for each different character."""
+
+    tokens: Int[Array, " N"]
+    alphabet: str
+
+
+def corpus() -> Corpus:
+    """The text that this file carries."""
+    alphabet = "".join(sorted(set(TEXT)))
+    return Corpus(jnp.array([alphabet.index(c) for c in TEXT]), alphabet)
+
+
+def batch(tokens: Int[Array, " N"], step: int, positions: int = POSITIONS) -> Int[Array, "B window"]:
+    """BATCH windows of positions + 1 tokens of the text, chosen by the step alone."""
+    starts = jax.random.randint(jax.random.fold_in(jax.random.key(1), step), (BATCH,), 0, len(tokens) - positions)
+    return tokens[starts[:, None] + jnp.arange(positions + 1)]
+
+
+def by_autodiff(params: dict, tokens: Array, targets: Array, config: ModelConfig) -> tuple[Array, dict]:
+    """What `loss_and_gradient` computes by hand."""
+
+    def loss(params: dict) -> Array:
+        return loss_forward(params, tokens, targets, config)[0]
+
+    return autodiff_value_and_gradient(loss)(params)
+
+
+class Curve(NamedTuple):
+    """The loss before each step, and the parameters after the last."""
+
+    losses: list[float]
+    params: dict
+
+
+def train(
+    gradient: Callable[..., tuple[Array, dict]],
+    steps: int = STEPS,
+    size: ModelSize = SIZE,
+    positions: int = POSITIONS,
+    config: ModelConfig = CONFIG,
+) -> Curve:
+    """AdamW from the same start on the same batches, with the gradient that is given."""
+    tokens, alphabet = corpus()
+    params: Any = init_params(jax.random.key(0), size._replace(vocabulary=len(alphabet)), config)
+    state = adam_init(params)
+
+    @jax.jit
+    def step_once(params: Any, state: Any, window: Array) -> tuple[Any, Any, Array]:
+        loss, grads = gradient(params, window[:, :-1], window[:, 1:], config)
+        params, state = adam_update(grads, state, params, LEARNING_RATE, beta2=0.95, weight_decay=0.1)
+        return params, state, loss
+
+    losses = []
+    for step in range(steps):
+        params, state, loss = step_once(params, state, batch(tokens, step, positions))
+        losses.append(float(loss))
+    return Curve(losses, params)
+
+
+def largest_difference(a: Curve, b: Curve) -> float:
+    """The largest difference between two loss curves, in nats."""
+    return max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
+
+
+def draw(by_hand: Curve, automatic: Curve, path: Path) -> None:
+    """Both curves, and below them their difference."""
+    import matplotlib.pyplot as plt
+
+    figure, (top, bottom) = plt.subplots(
+        2, 1, figsize=(7.5, 5.6), sharex=True, height_ratios=[2.2, 1], layout="constrained"
+    )
+    top.plot(by_hand.losses, lw=6, color="#9cc3ee", label="gradient by hand")
+    top.plot(automatic.losses, lw=1.5, color="#12355b", label="gradient by autodiff")
+    top.set(ylabel="training loss (nats per character)", title="One curve, drawn twice")
+    top.legend(frameon=False)
+    difference = [abs(x - y) for x, y in zip(by_hand.losses, automatic.losses, strict=True)]
+    bottom.semilogy([max(d, 1e-17) for d in difference], color="#c8553d")
+    bottom.axhline(TOLERANCE, color="grey", ls="--", lw=1)
+    bottom.text(0, TOLERANCE * 1.6, "allowed", color="grey", fontsize=9)
+    bottom.set(xlabel="step", ylabel="difference", ylim=(1e-17, 1e-7))
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Trains both ways; exit status 1 where the curves differ or the loss does not fall."""
+    parser = argparse.ArgumentParser(prog="python -m foundation.train_by_hand", description=__doc__)
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
+    parser.add_argument("--picture", type=Path, help="write both loss curves to this file")
+    arguments = parser.parse_args(argv)
+    jax.config.update("jax_enable_x64", True)
+
+    print(f"{len(TEXT)} characters, {len(corpus().alphabet)} of them different; {SIZE}, {CONFIG}")
+    curves = {}
+    for label, gradient in (("by hand", loss_and_gradient), ("by autodiff", by_autodiff)):
+        start = time.perf_counter()
+        curves[label] = train(gradient, arguments.steps)
+        print(f"{arguments.steps} steps {label}: {time.perf_counter() - start:.1f} s, compilation included")
+    by_hand, automatic = curves["by hand"], curves["by autodiff"]
+
+    print("\n  step   by hand          by autodiff      difference")
+    for step in sorted({*range(0, arguments.steps, 10), arguments.steps - 1}):
+        a, b = by_hand.losses[step], automatic.losses[step]
+        print(f"  {step:>4}   {a:.12f}   {b:.12f}   {abs(a - b):.1e}")
+    window = batch(corpus().tokens, arguments.steps)
+    output, _ = model_forward(by_hand.params, window[:, :-1], CONFIG)
+    difference = largest_difference(by_hand, automatic)
+    print(f"\nlargest difference {difference:.1e} (allowed {TOLERANCE:.0e})")
+    print(f"balance loss {output.balance:.3f} (1 is even), {100 * output.dropped:.1f} % of choices dropped")
+    if arguments.picture:
+        draw(by_hand, automatic, arguments.picture)
+    return 0 if difference < TOLERANCE and by_hand.losses[-1] < by_hand.losses[0] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

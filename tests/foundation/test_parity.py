@@ -1,0 +1,90 @@
+"""The catalogue of checks passes, and the check itself can fail."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from foundation import __main__ as table
+from foundation import checks, parity
+from foundation.parity import Check, Outcome
+
+OPERATIONS = [operation for group in checks.GROUPS.values() for operation in group]
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_by_hand_equals_autodiff_and_finite_differences(operation: str) -> None:
+    for check in checks.checks_of(operation):
+        outcome = parity.run(check)
+        assert outcome.autodiff <= 1e-10, check.case
+        if not check.at_tie:
+            assert outcome.finite_difference is not None
+            assert outcome.finite_difference <= 1e-6, check.case
+
+
+def test_the_catalogue_is_whole() -> None:
+    catalogue = list(checks.all_checks())
+    names = [check.name for check in catalogue]
+    assert len(names) >= 60
+    assert len(set(names)) == len(names)
+    assert {check.operation for check in catalogue} == set(OPERATIONS)
+    assert sum(check.at_tie for check in catalogue) <= 3  # only ties are excused from finite differences
+
+
+def square(scale: float, d_scale: float) -> Check:
+    x = jnp.array([1.0, 2.0, -3.0])
+    return Check("square", "test", lambda x: (scale * x**2, x), lambda d, x: 2.0 * d_scale * d * x, (x,))
+
+
+def test_a_gradient_that_is_off_by_a_millionth_fails_both_ways() -> None:
+    right, wrong = parity.run(square(1.0, 1.0)), parity.run(square(1.0, 1.0 + 2e-6))
+    assert right.passed
+    assert not wrong.passed
+    assert wrong.autodiff == pytest.approx(2e-6, rel=1e-3)
+    assert wrong.finite_difference == pytest.approx(2e-6, rel=1e-3)
+
+
+def test_nan_fails() -> None:
+    assert not parity.run(square(1.0, float("nan"))).passed
+    assert not Outcome("x", "y", 0.0, float("nan")).passed
+
+
+def test_a_gradient_of_another_shape_is_refused() -> None:
+    check = Check("sum", "test", lambda x: (jnp.sum(x), None), lambda d, _: d, (jnp.ones(3),))
+    with pytest.raises(ValueError, match="against"):
+        parity.run(check)
+
+
+def test_float32_inputs_are_refused() -> None:
+    check = Check("id", "test", lambda x: (x, None), lambda d, _: d, (jnp.ones(3, jnp.float32),))
+    with pytest.raises(ValueError, match="float64"):
+        parity.run(check)
+
+
+def test_an_input_near_a_kink_is_refused() -> None:
+    check = Check("id", "test", lambda x: (x, None), lambda d, _: d, (jnp.ones(3),), margin=1e-3)
+    with pytest.raises(ValueError, match="kink"):
+        parity.run(check)
+
+
+def test_relative_error_floors_a_leaf_that_is_zero_in_exact_arithmetic() -> None:
+    big, noise = jnp.array([2.0]), jnp.array([1e-16])
+    assert parity.max_relative_error((big, noise), (big, -noise)) == pytest.approx(2e-16 / (1e-5 * 2.0))
+    assert parity.max_relative_error((big, 0.0 * noise), (big, 0.0 * noise)) == 0.0
+
+
+def test_the_table_reports_and_exits_by_what_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0)])
+    assert table.main(["--json"]) == 0
+    good = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert good["checks"] == 1
+    assert good["failed"] == []
+    assert set(good) == {"checks", "failed", "max_rel_error_autodiff", "max_rel_error_finite_difference"}
+
+    monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0), square(1.0, 2.0)])
+    assert table.main(["--json"]) == 1
+    out = capsys.readouterr().out
+    assert "FAILED" in out
+    assert json.loads(out.splitlines()[-1])["failed"] == ["square/test"]

@@ -1,0 +1,111 @@
+"""Every planted bug is caught by the check that it names; a check that can't fail would be found here."""
+
+import importlib
+import inspect
+import itertools
+import textwrap
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from foundation import parity
+from foundation.checks import checks_of
+from tests.foundation import test_foundation_forward, test_foundation_optimizers
+from tests.foundation.planted import BUGS, Bug
+
+
+@contextmanager
+def planted(bug: Bug) -> Iterator[None]:
+    """The bug's function with its source replaced.
+
+    Its code object is exchanged, so every module that has imported the function runs the bug. The old text
+    must occur exactly once, so that a bug can't go stale when the source changes.
+    """
+    module_name, function_name = bug.place.split(".")
+    module = importlib.import_module(f"foundation.{module_name}")
+    function = inspect.unwrap(getattr(module, function_name))  # within the wrappers of jaxtyping
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(bug.old) == 1, f"{bug.old!r} occurs {source.count(bug.old)} times in {bug.place}"
+    scope: dict = dict(vars(module))
+    exec(compile(undecorated(source.replace(bug.old, bug.new)), bug.place, "exec"), scope)
+    original = function.__code__
+    function.__code__ = scope[function_name].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = original
+
+
+def undecorated(source: str) -> str:
+    return source[source.index("def ") :]
+
+
+def fails(caught_by: str) -> bool:
+    """Whether the named test, or any parity check of the named operation, fails."""
+    if caught_by.startswith("test:"):
+        return any(raises(test) for test in runs_of(caught_by.removeprefix("test:")))
+    return any(refuses(check) for check in checks_of(caught_by))
+
+
+def refuses(check: parity.Check) -> bool:
+    try:
+        return not parity.run(check).passed
+    except (ValueError, TypeError):  # a gradient whose shape is wrong
+        return True
+
+
+def runs_of(test_name: str) -> Iterator[Callable[[], None]]:
+    """The test with each set of its parameters."""
+    modules = (test_foundation_forward, test_foundation_optimizers)
+    test = next(getattr(module, test_name) for module in modules if hasattr(module, test_name))
+    marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
+    if not marks:
+        yield test
+    for mark in marks:
+        for values in mark.args[1]:
+            arguments = values if isinstance(values, tuple) else (values,)
+            yield lambda arguments=arguments: test(*arguments)
+
+
+def raises(test: Callable[[], None]) -> bool:
+    try:
+        test()
+    except AssertionError:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)
+def test_planted_bug_is_caught(bug: Bug) -> None:
+    with planted(bug):
+        assert fails(bug.caught_by), f"{bug.caught_by} did not notice: {bug.name}"
+
+
+@pytest.mark.parametrize("operation", ["softmax", "combine"])
+def test_without_a_bug_the_same_checks_pass(operation: str) -> None:
+    assert not fails(operation)
+
+
+def test_there_are_at_least_25_and_no_two_are_one() -> None:
+    assert len(BUGS) >= 25
+    assert not [1 for a, b in itertools.combinations(BUGS, 2) if a.name == b.name or a[1:4] == b[1:4]]
+
+
+def test_a_stale_bug_is_noticed() -> None:
+    bug = Bug("stale", "linear.linear_backward", "no such text", "", "linear")
+    with pytest.raises(AssertionError, match="occurs 0 times"), planted(bug):
+        pass
+
+
+def test_planting_reaches_functions_imported_elsewhere_and_is_undone() -> None:
+    from foundation import attention, softmax
+
+    bug = next(bug for bug in BUGS if bug.place == "softmax.softmax_backward")
+    here, there = inspect.unwrap(softmax.softmax_backward), inspect.unwrap(attention.softmax_backward)
+    before = here.__code__
+    assert isinstance(before, types.CodeType)
+    with planted(bug):
+        assert there.__code__ is not before
+    assert there.__code__ is before

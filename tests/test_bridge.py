@@ -1,0 +1,152 @@
+"""moe_jax == foundation: the hand-derived gradient of the whole training loss against that of the real model.
+
+The two share no line. Here the parameters of one are renamed into those of the other, and the gradient of
+`moe_jax.training.loss.training_loss`, as the training step takes it, is held against
+`foundation.transformer`.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from foundation import transformer as by_hand
+from foundation.parity import max_relative_error
+from moe_jax.config import ModelConfig, TrainConfig
+from moe_jax.model import transformer
+from moe_jax.training.loss import Metrics, training_loss
+
+SMALL = {"vocab_size": 19, "seq_len": 12, "layers": 2, "width": 8, "heads": 2, "experts": 4, "expert_hidden": 6}
+CASES: dict[str, dict[str, Any]] = {
+    "nano": {},
+    "seed-158m": {
+        "norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True, "tied_head": False,
+    },
+    "layernorm without bias, tied, learned": {"norm": "layernorm", "positions": "learned"},
+    "rmsnorm with attention biases, untied": {"bias": True, "tied_head": False, "activation": "gelu"},
+    "top 1": {"top_k": 1, "capacity_factor": 1.0},
+    "K = E, dropless": {"top_k": 4, "capacity_factor": 1.0},
+    "dropout": {"dropout": 0.25, "positions": "learned"},
+    "einsum dispatch": {"dispatch": "einsum"},
+}  # fmt: skip
+DROPLESS = {"K = E, dropless"}  # each expert gets all tokens, and has a place for each
+TRAIN = TrainConfig(balance_coef=0.3, z_coef=0.1)  # large enough that an error in them shows
+
+
+@pytest.fixture(params=["float64", "float32"])
+def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The precision of everything, put back afterwards."""
+    before = jax.config.read("jax_enable_x64")
+    jax.config.update("jax_enable_x64", request.param == "float64")
+    yield request.param
+    jax.config.update("jax_enable_x64", before)
+
+
+def model_config(case: str) -> ModelConfig:
+    return ModelConfig(**{**SMALL, "capacity_factor": 0.75, **CASES[case]})
+
+
+def real_model(config: ModelConfig, dtype: str) -> tuple[Any, dict]:
+    """The model's definition and parameters: its own initial ones with noise, so that no bias is 0 and
+    routers are decided."""
+    graphdef, params = transformer.split(transformer.create(config, jax.random.key(0), compute=jnp.dtype(dtype)))
+    random = np.random.default_rng(0)
+    return graphdef, jax.tree.map(
+        lambda leaf: jnp.asarray(np.asarray(leaf) + 0.4 * random.standard_normal(leaf.shape), dtype), params
+    )
+
+
+def to_foundation(params: dict) -> dict:
+    """The same parameters, or gradients, under the names of `foundation`."""
+
+    def block(b: dict) -> dict:
+        attention: dict = {name: {"kernel": b["attention"][name]} for name in ("qkv", "out")}
+        for name in ("qkv", "out"):
+            if f"{name}_bias" in b["attention"]:
+                attention[name]["bias"] = b["attention"][f"{name}_bias"]
+        moe = {"router": b["ffn"]["router"], **b["ffn"]["experts"]}
+        return {"norm1": b["attention_norm"], "attention": attention, "norm2": b["ffn_norm"], "moe": moe}
+
+    renamed = {"embedding": params["embedding"], "norm": params["norm"]}
+    renamed["blocks"] = [block(params["blocks"][i]) for i in range(len(params["blocks"]))]
+    if "position" in params:
+        renamed["positions"] = params["position"]
+    if "head" in params:
+        renamed["head"] = params["head"]
+    return renamed
+
+
+def to_foundation_config(config: ModelConfig) -> by_hand.ModelConfig:
+    return by_hand.ModelConfig(
+        heads=config.heads,
+        top_k=config.top_k,
+        capacity_factor=config.capacity_factor,
+        norm=config.norm,
+        rotary=config.positions == "rope",
+        dropout=config.dropout,
+        balance_coef=TRAIN.balance_coef,
+        z_coef=TRAIN.z_coef,
+    )
+
+
+def same_masks(config: ModelConfig, key: jax.Array, batch: int) -> dict:
+    """The dropout masks that the real model draws from a key, for `foundation`, which takes masks as
+    given."""
+    keep = 1 - config.dropout
+    stream = (batch, config.seq_len, config.width)
+    weights = (batch, config.heads, config.seq_len, config.seq_len)
+    embedding, *layers = jax.random.split(key, config.layers + 1)
+
+    def block(layer: jax.Array) -> dict:
+        for_weights, for_attention, for_moe = jax.random.split(layer, 3)
+        return {
+            "weights": jax.random.bernoulli(jax.random.fold_in(for_weights, 0), keep, weights),
+            "attention": jax.random.bernoulli(for_attention, keep, stream),
+            "moe": jax.random.bernoulli(for_moe, keep, stream),
+        }
+
+    return {"embedding": jax.random.bernoulli(embedding, keep, stream), "blocks": [block(k) for k in layers]}
+
+
+def both(case: str, dtype: str) -> tuple[tuple[jax.Array, dict], tuple[jax.Array, dict], Metrics]:
+    """(loss, gradient) of the real model and of the hand-derived one, under the same names; the real
+    metrics."""
+    config = model_config(case)
+    graphdef, params = real_model(config, dtype)
+    tokens = jax.random.randint(jax.random.key(1), (3, config.seq_len + 1), 0, config.vocab_size)
+    key = jax.random.key(2) if config.dropout else None
+
+    def loss(params: dict) -> tuple[jax.Array, Metrics]:
+        return training_loss(transformer.merge(graphdef, params), tokens, key, TRAIN)
+
+    (real_loss, metrics), real_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    masks = None if key is None else same_masks(config, key, batch=3)
+    hand_config = to_foundation_config(config)
+    ours = jax.jit(lambda p: by_hand.loss_and_gradient(p, tokens[:, :-1], tokens[:, 1:], hand_config, masks))
+    return (real_loss, to_foundation(real_grads)), ours(to_foundation(params)), metrics
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_hand_derived_gradient_equals_the_real_one_in_every_parameter(case: str, dtype: str) -> None:
+    (real_loss, real_grads), (our_loss, our_grads), metrics = both(case, dtype)
+    tolerance = {"float64": 1e-10, "float32": 1e-4}[dtype]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves((real_grads, our_grads))} == {dtype}
+    assert (metrics.drop_fraction > 0.05) == (case not in DROPLESS)
+    assert abs(real_loss - our_loss) <= tolerance * abs(real_loss)
+    assert max_relative_error(our_grads, real_grads) <= tolerance
+
+
+def test_the_bridge_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The real loss keeps its z-loss, ours loses it: routers, and what is below them, must differ.
+    monkeypatch.setattr(
+        sys.modules[__name__],
+        "to_foundation_config",
+        lambda config, whole=to_foundation_config: dataclasses.replace(whole(config), z_coef=0.0),
+    )
+    (_, real_grads), (_, our_grads), _ = both("nano", "float32")
+    assert max_relative_error(our_grads, real_grads) > 1e-3

@@ -1,0 +1,177 @@
+"""The command line: what is wrong is said in one line, with status 2, before jax is imported and nothing is written.
+
+Each command line runs in a process of its own, as a person would type it, with an import of jax made to fail.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli import expand_short, parse_run
+from moe_jax.config import SHORT_FLAGS, ConfigError, preset
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# (arguments of train.py, what the line must name)
+BAD_TRAIN = [
+    (["--top-k", "9"], ["--top-k", "9", "8"]),
+    (["--top-k", "0"], ["--top-k", "0"]),
+    (["--top-k=-1"], ["--top-k", "-1"]),
+    (["--experts", "1"], ["--top-k", "2", "--experts 1"]),
+    (["--experts", "0"], ["--experts", "0"]),
+    (["--experts", "2.5"], ["--experts", "2.5"]),
+    (["--experts"], ["--experts"]),
+    (["--model.heads", "3"], ["--model.heads", "3", "128"]),
+    (["--model.heads", "0"], ["--model.heads", "0"]),
+    (["--model.width", "100", "--model.heads", "20"], ["--model.heads", "20", "rope"]),
+    (["--model.width", "-8"], ["--model.width", "-8"]),
+    (["--steps", "-5"], ["--steps", "-5"]),
+    (["--steps", "0"], ["--steps", "0"]),
+    (["--steps", "many"], ["--steps", "many"]),
+    (["--capacity-factor", "0"], ["--capacity-factor", "0"]),
+    (["--capacity-factor", "inf"], ["--capacity-factor", "inf"]),
+    (["--capacity-factor", "nan"], ["--capacity-factor", "nan"]),
+    (["--capacity-factor=-1.25"], ["--capacity-factor", "-1.25"]),
+    (["--model.dropout", "1"], ["--model.dropout", "1"]),
+    (["--model.dense", "half"], ["--model.dense", "half", "active", "total"]),
+    (["--model.norm", "batchnorm"], ["--model.norm", "batchnorm", "rmsnorm"]),
+    (["--model.layers", "0"], ["--model.layers", "0"]),
+    (["--dispatch", "scatter"], ["--dispatch", "scatter", "gather"]),
+    (["--seq-len", "1"], ["--seq-len", "1"]),
+    (["--batch-size", "0"], ["--batch-size", "0"]),
+    (["--grad-accum", "-2"], ["--grad-accum", "-2"]),
+    (["--lr", "0"], ["--lr", "0"]),
+    (["--lr", "nan"], ["--lr", "nan"]),
+    (["--lr", "inf"], ["--lr", "inf"]),
+    (["--train.beta2", "1"], ["--train.beta2", "1"]),
+    (["--optimizer", "sgd"], ["--optimizer", "sgd", "adamw"]),
+    (["--precision", "float8"], ["--precision", "float8", "bfloat16"]),
+    (["--seed", "-1"], ["--seed", "-1"]),
+    (["--eval-every", "0"], ["--eval-every", "0"]),
+    (["--save-every", "x"], ["--save-every", "x"]),
+    (["--tokenizer", "wordpiece"], ["--tokenizer", "wordpiece", "bpe"]),
+    (["--data.vocab-size", "10"], ["--data.vocab-size", "10"]),
+    (["--data.eval-tokens", "65537"], ["--data.eval-tokens", "65537"]),
+    (["--preset", "giant"], ["--preset", "giant", "nano"]),
+    (["--data", "no/such/path"], ["--data", "no/such/path", "tinystories"]),
+    (["--data", ""], ["--data"]),
+    (["--experst", "4"], ["--experst", "--experts"]),
+    (["stray"], ["stray"]),
+    (["--resume", "maybe"], ["maybe"]),
+]
+
+# (arguments of python -m moe_jax, what the line must name)
+BAD_COMMANDS = [
+    (["paint"], ["paint", "generate"]),
+    (["generate"], ["--run"]),
+    (["generate", "--run", "no/such/run"], ["--run", "no/such/run"]),
+    (["generate", "--run", "held", "--temperature", "-1"], ["--temperature", "-1"]),
+    (["generate", "--run", "held", "--top-p", "0"], ["--top-p", "0"]),
+    (["generate", "--run", "held", "--num-stories", "0"], ["--num-stories", "0"]),
+    (["evaluate", "--run", "held", "--data", "no/such/text"], ["--data", "no/such/text"]),
+]
+
+
+def run_without_jax(folder: Path, program: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a program in `folder`, where importing jax raises."""
+    (folder / "poison").mkdir(exist_ok=True)
+    (folder / "poison" / "jax.py").write_text("raise SystemExit('jax was imported')\n")
+    paths = [str(folder / "poison"), str(ROOT)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MOE_JAX_CACHE": str(folder / "cache")}
+    return subprocess.run(
+        [sys.executable, *program], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def make_held(folder: Path) -> None:
+    """A folder that holds a run, as far as its names go."""
+    (folder / "held" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    (folder / "held" / "config.json").write_text(json.dumps(preset("nano").to_dict()))
+
+
+def assert_refused(result: subprocess.CompletedProcess[str], names: list[str]) -> None:
+    assert (result.returncode, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("error: ")
+    for name in names:
+        assert name in lines[0]
+
+
+@pytest.mark.parametrize(("arguments", "names"), BAD_TRAIN, ids=lambda x: " ".join(x)[:40])
+def test_bad_training_arguments(tmp_path: Path, arguments: list[str], names: list[str]) -> None:
+    assert_refused(run_without_jax(tmp_path, [str(ROOT / "train.py"), *arguments]), names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["poison"]
+
+
+@pytest.mark.parametrize(("arguments", "names"), BAD_COMMANDS, ids=lambda x: " ".join(x)[:40])
+def test_bad_commands(tmp_path: Path, arguments: list[str], names: list[str]) -> None:
+    make_held(tmp_path)
+    assert_refused(run_without_jax(tmp_path, ["-m", "moe_jax", *arguments]), names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ([], ["--out held", "already holds a run", "--resume"]),
+        (["--resume", "--experts", "4"], ["--experts 4", "8"]),
+        (["--resume", "--tokenizer", "byte"], ["--tokenizer byte", "bpe"]),
+        (["--resume", "--optimizer", "adamw"], ["--optimizer adamw", "muon"]),
+        (["--resume", "--preset", "story"], ["--preset story", "nano"]),
+        (["--resume", "--steps", "-1"], ["--steps", "-1"]),
+    ],
+)
+def test_a_folder_that_holds_a_run(tmp_path: Path, arguments: list[str], names: list[str]) -> None:
+    make_held(tmp_path)
+    result = run_without_jax(tmp_path, [str(ROOT / "train.py"), "--out", "held", *arguments])
+    assert_refused(result, names)
+
+
+def test_a_file_in_place_of_the_run_folder(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    result = run_without_jax(tmp_path, [str(ROOT / "train.py"), "--out", "taken"])
+    assert_refused(result, ["--out taken", "file"])
+
+
+def test_help_names_every_field(tmp_path: Path) -> None:
+    result = run_without_jax(tmp_path, [str(ROOT / "train.py"), "--help"])
+    assert result.returncode == 0
+    for section in ("model", "data", "train"):
+        for name in vars(getattr(preset("nano"), section)):
+            assert f"--{section}.{name.replace('_', '-')}" in result.stdout
+    for short in SHORT_FLAGS:
+        assert short in result.stdout
+
+
+def test_short_names() -> None:
+    """Each short name sets the field that its long name sets, in both spellings."""
+    assert expand_short(["--steps", "3", "--lr=0.1", "--resume"]) == ["--train.steps", "3", "--train.lr=0.1", "--resume"]
+    config, saved = parse_run(["--steps", "7", "--top-k=1", "--out", "nowhere"])
+    assert (config.train.steps, config.model.top_k, config.out, saved) == (7, 1, "nowhere", None)
+
+
+def test_presets_are_where_settings_start_from() -> None:
+    config, _ = parse_run(["--preset", "seed-158m", "--lr", "1e-3", "--data", "stories"])
+    assert config.model == preset("seed-158m").model
+    assert config.train.lr == 1e-3
+    assert config.train.beta2 == preset("seed-158m").train.beta2
+
+
+def test_a_resumed_run_starts_from_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what is typed differs from the saved configuration; an error in it still exits as a flag would."""
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path)
+    values = preset("nano").to_dict()
+    values["model"]["experts"] = 4
+    values["train"]["lr"] = 0.5
+    (tmp_path / "held" / "config.json").write_text(json.dumps(values))
+    config, saved = parse_run(["--out", "held", "--resume", "--steps", "4000"])
+    assert saved is not None
+    assert (config.model.experts, config.train.lr, config.train.steps) == (4, 0.5, 4000)
+    assert saved.train.steps == preset("nano").train.steps
+    with pytest.raises(ConfigError, match="--experts 8: the run in held has 4"):
+        parse_run(["--out", "held", "--resume", "--experts", "8"])
