@@ -60,7 +60,7 @@ def check_three_tokens() -> None:
 
 
 def check_far_logits() -> None:
-    """Of logits 200, 90, 50, 0 the second choice is 90, though the probability of each but the first is 0 in float32."""
+    """Of logits 200, 90, 50, 0 the second choice is 90, though in float32 every probability but the first is 0."""
     routing = route(jnp.array([[[0.0, 50.0, 200.0, 90.0]]]), 3)
     assert routing.probs[0, 0, [0, 1, 3]].tolist() == [0, 0, 0]
     assert routing.expert.tolist() == [[[2, 3, 1]]]
@@ -116,7 +116,7 @@ def _layer(activation: str, top_k: int) -> tuple[np.ndarray, dict[str, np.ndarra
     config = tiny.config(layers=1, activation=activation, top_k=top_k, width=4, expert_hidden=3)
     graphdef, params = tiny.build(config)
     layer = merge(graphdef, params).blocks[0].ffn
-    weights = {"router": layer.router[...]} | {k: v for k, v in params["blocks"][0]["ffn"]["experts"].items()}
+    weights = {"router": layer.router[...], **params["blocks"][0]["ffn"]["experts"]}
     x = np.random.default_rng(1).normal(size=(2, tiny.T, 4)).astype(np.float32)
     return x, {k: np.asarray(v, np.float64) for k, v in weights.items()}, layer
 

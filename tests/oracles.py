@@ -120,9 +120,7 @@ def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
 def rotate(x: np.ndarray, position: int) -> np.ndarray:
     """One head [A] at a position: the pair (i, i + A/2), as a complex number, is turned by position * 10000^(-2i/A)."""
     half = len(x) // 2
-    turned = [
-        complex(x[i], x[i + half]) * np.exp(1j * position * 10_000 ** (-2 * i / len(x))) for i in range(half)
-    ]
+    turned = [complex(x[i], x[i + half]) * np.exp(1j * position * 10_000 ** (-2 * i / len(x))) for i in range(half)]
     return np.array([z.real for z in turned] + [z.imag for z in turned])
 
 

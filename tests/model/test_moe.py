@@ -117,7 +117,9 @@ def test_all_forms_are_one_function_without_drops(float64: None) -> None:
     assert kept == 1
     expected = forward_and_gradients(function, params)
     for how in ("gather", "dense", "einsum"):
-        assert_equal_functions(forward_and_gradients(of_layer(layer_config(factor=float(E), how=how)), params), expected)
+        assert_equal_functions(
+            forward_and_gradients(of_layer(layer_config(factor=float(E), how=how)), params), expected
+        )
     for mode in (Mode.EVALUATE, Mode.DECODE):
         assert_equal_functions(forward_and_gradients(of_layer(config, mode), params), expected)
 
@@ -128,9 +130,7 @@ def test_many_blocks_are_one_function_too(float64: None, monkeypatch: pytest.Mon
     config = layer_config(how="blocks")
     params = ffn_params(config)
     dropless = plain(layer_config(factor=float(E)), params)[0]
-    assert_equal_functions(
-        forward_and_gradients(of_layer(config), params), forward_and_gradients(dropless, params)
-    )
+    assert_equal_functions(forward_and_gradients(of_layer(config), params), forward_and_gradients(dropless, params))
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

@@ -92,9 +92,7 @@ def test_routing_and_plans(case: tuple[Shape, np.ndarray]) -> None:
     rows = np.asarray(plans.capacity.row).reshape(shape.batch, shape.tokens, shape.top_k)
     empty = shape.experts * shape.batch * shape.capacity
     for b in range(shape.batch):
-        chosen = [
-            oracles.choose(logits[b, t], shape.top_k) if valid[b, t] else None for t in range(shape.tokens)
-        ]
+        chosen = [oracles.choose(logits[b, t], shape.top_k) if valid[b, t] else None for t in range(shape.tokens)]
         for t, slots in enumerate(oracles.assign(chosen, shape.capacity)):
             if chosen[t] is None:
                 assert np.isnan(routing.gate[b, t]).all()

@@ -39,7 +39,9 @@ def steps(store: CheckpointStore) -> list[int]:
 
 
 def largest_file(folder: Path) -> Path:
-    return max((p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"), key=lambda p: p.stat().st_size)
+    return max(
+        (p for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"), key=lambda p: p.stat().st_size
+    )
 
 
 def test_everything_comes_back_to_the_last_bit(store: CheckpointStore) -> None:
@@ -66,7 +68,7 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
     assert kept == [[1], [2], [2, 3], [4], [4, 5], [4, 6]]
     assert (store.best().step, store.newest().step) == (4, 6)
     assert store.at(4).val_loss == 2.0
-    with pytest.raises(UserError, match="--step 5: .* it has 4, 6"):
+    with pytest.raises(UserError, match=r"--step 5: .* it has 4, 6"):
         store.at(5)
 
 
@@ -85,7 +87,10 @@ def flip_a_bit(path: Path) -> None:
 
 DAMAGE = {
     "flipped bit": (lambda folder: flip_a_bit(largest_file(folder)), "was changed"),
-    "truncated": (lambda folder: largest_file(folder).write_bytes(largest_file(folder).read_bytes()[:-1]), "was changed"),
+    "truncated": (
+        lambda folder: largest_file(folder).write_bytes(largest_file(folder).read_bytes()[:-1]),
+        "was changed",
+    ),
     "empty": (lambda folder: largest_file(folder).write_bytes(b""), "was changed"),
     "missing": (lambda folder: largest_file(folder).unlink(), "is missing"),
 }
@@ -127,7 +132,10 @@ def test_a_manifest_of_another_version_is_none(store: CheckpointStore) -> None:
         ({"step": jnp.zeros(2, jnp.int32)}, "step is"),
         ({"step": jnp.float32(0)}, "step is"),
         ({"params": {"absent": jnp.zeros(1)}}, "params.absent is None"),
-        ({"params": {"blocks": {0: {"router": jnp.zeros((4, 3))}}}}, r"params.blocks.0.router is \[\[3, 4\], 'float32'\]"),
+        (
+            {"params": {"blocks": {0: {"router": jnp.zeros((4, 3))}}}},
+            r"params.blocks.0.router is \[\[3, 4\], 'float32'\]",
+        ),
     ],
 )
 def test_another_shape_or_name_is_refused_by_name(target: dict, name: str, store: CheckpointStore) -> None:
@@ -163,9 +171,7 @@ def test_a_full_disk_loses_nothing(
     assert steps(store) == [1, 2]
 
 
-def test_an_error_that_is_no_disk_error_is_not_renamed(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_that_is_no_disk_error_is_not_renamed(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object, **kwargs: object) -> None:
         raise ValueError("a bug")
 

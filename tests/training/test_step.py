@@ -16,7 +16,6 @@ from moe_jax.training.state import LossScale, TrainState, initial_state
 from moe_jax.training.step import gradients, make_step
 from tests import tiny
 
-
 CONFIG = TrainConfig(steps=150, lr=2e-2, warmup_steps=5)
 
 
@@ -78,7 +77,9 @@ def test_a_step_moves_every_parameter_and_leaves_the_scale_of_1() -> None:
     before = jax.tree.map(np.array, state.params)
     state, report = step_of()(state, batch())
     assert bool(report.finite)
-    for (path, old), new in zip(jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(state.params), strict=True):
+    for (path, old), new in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(state.params), strict=True
+    ):
         assert (old != np.asarray(new)).any(), jax.tree_util.keystr(path)
     assert (float(state.loss_scale.scale), int(state.loss_scale.good_steps)) == (1, 0)
 
@@ -101,15 +102,13 @@ def test_float16_overflow_halves_the_scale() -> None:
 
 
 def test_float16_gradients_are_near_those_of_float32() -> None:
-    config = TrainConfig()
-    narrow, wide = (
-        jax.jit(
-            lambda scale, graphdef=built(c)[0]: gradients(
-                graphdef, built()[1], jnp.asarray(batch()), jax.random.key(0), scale, config
-            )[0]
-        )(jnp.float32(s))
-        for c, s in (("float16", 2.0**10), (None, 1.0))
-    )
+    def gradient(compute: str | None, scale: float):
+        graphdef, params = built(compute)
+        tokens = jnp.asarray(batch())
+        run = jax.jit(lambda s: gradients(graphdef, params, tokens, jax.random.key(0), s, CONFIG)[0])
+        return run(jnp.float32(scale))
+
+    narrow, wide = gradient("float16", 2.0**10), gradient(None, 1.0)
     total = math.sqrt(sum(float((np.asarray(g) ** 2).sum()) for g in jax.tree.leaves(wide)))
     difference = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), narrow, wide)
     error = math.sqrt(sum(float((d**2).sum()) for d in jax.tree.leaves(difference)))
