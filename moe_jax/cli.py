@@ -77,7 +77,9 @@ def _one_line(report: str) -> str:
     sentence = re.sub(r"^Error parsing (?:(--[^\s/:]+)\S*|\S+): ", lambda m: f"{m[1]}: " if m[1] else "", sentence)
     sentence = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", sentence)
     sentence = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", sentence)
-    near = [m for line in lines for m in re.findall(r"^(--[a-z][a-z0-9.-]+)", line)] if "nrecognized" in sentence else []
+    near = (
+        [m for line in lines for m in re.findall(r"^(--[a-z][a-z0-9.-]+)", line)] if "nrecognized" in sentence else []
+    )
     if near:
         sentence += "; perhaps " + " or ".join(dict.fromkeys(near[:2])) + " was meant"
     for short, long in SHORT_FLAGS.items():

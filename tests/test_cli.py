@@ -149,7 +149,12 @@ def test_help_names_every_field(tmp_path: Path) -> None:
 
 def test_short_names() -> None:
     """Each short name sets the field that its long name sets, in both spellings."""
-    assert expand_short(["--steps", "3", "--lr=0.1", "--resume"]) == ["--train.steps", "3", "--train.lr=0.1", "--resume"]
+    assert expand_short(["--steps", "3", "--lr=0.1", "--resume"]) == [
+        "--train.steps",
+        "3",
+        "--train.lr=0.1",
+        "--resume",
+    ]
     config, saved = parse_run(["--steps", "7", "--top-k=1", "--out", "nowhere"])
     assert (config.train.steps, config.model.top_k, config.out, saved) == (7, 1, "nowhere", None)
 

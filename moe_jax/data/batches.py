@@ -151,8 +151,6 @@ def text_bytes(tokens: np.ndarray, token_bytes: np.ndarray) -> int:
         chunk = tokens[first : first + _COUNT_CHUNK]
         if chunk.max() >= len(token_bytes):
             size = len(token_bytes)
-            raise UserError(
-                f"token id {chunk.max()} is outside the vocabulary of {size}; prepare the data again"
-            )
+            raise UserError(f"token id {chunk.max()} is outside the vocabulary of {size}; prepare the data again")
         total += int(token_bytes[chunk].sum(dtype=np.int64))
     return total

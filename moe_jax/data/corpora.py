@@ -62,9 +62,7 @@ def check_source(source: str) -> None:
     if path.is_dir():
         missing = [name for name in ("train.txt", "valid.txt") if not (path / name).is_file()]
         if missing:
-            raise ConfigError(
-                f"--data {source}: the folder must hold train.txt and valid.txt; no {missing[0]} in it"
-            )
+            raise ConfigError(f"--data {source}: the folder must hold train.txt and valid.txt; no {missing[0]} in it")
     elif not path.is_file():
         names = ", ".join(NAMED_CORPORA)
         raise ConfigError(f"--data {source}: must be an existing file or folder, or one of {names}")
@@ -159,9 +157,7 @@ def _read_chunks(span: _Span) -> Iterator[bytes]:
                 left -= len(chunk)
                 yield chunk
     except OSError as error:
-        raise UserError(
-            f"{span.path}: cannot be read ({error.strerror}); check the file and its permissions"
-        ) from None
+        raise UserError(f"{span.path}: cannot be read ({error.strerror}); check the file and its permissions") from None
 
 
 def _read_pieces(span: _Span) -> Iterator[tuple[int, bytes]]:
@@ -244,9 +240,7 @@ class _EmbeddedCorpus:
     def stories(self, split: SplitName) -> Iterator[str]:
         from moe_jax.data import stories
 
-        return stories.generate(
-            self.seed, split, self.count if split == "train" else stories.VALIDATION_STORIES
-        )
+        return stories.generate(self.seed, split, self.count if split == "train" else stories.VALIDATION_STORIES)
 
     def fingerprint(self) -> str:
         """xxh3-128 of seed, counts and the generator's source: an edited grammar is another corpus."""

@@ -19,7 +19,7 @@ VALIDATION_STORIES = 600
 """How many stories of the validation split are scored."""
 
 RULES = {
-    "start": "<opening> <plot> <closing> <supper> <night>",
+    "start": "<opening> <plot> <closing> <supper>",
     # Small choices that any sentence may make, each with a place of its own.
     "went": "[walked|ran|skipped|hurried|raced|marched|hopped|danced]",
     "how": "[kindly|warmly|wisely|brightly|sweetly|eagerly|quickly|firmly]",
@@ -34,8 +34,6 @@ RULES = {
     "both": "[played|sang|rested|talked|hummed|clapped|jumped|napped]",
     "now": "[Now|Soon|Then|Later]",
     "fresh": "[fresh|warm|sweet|salty|crisp|tasty|ripe|creamy|spicy|juicy|crunchy|sticky|sour|tender|frosty|rich]",
-    "hued": "[pale|grey|silver|purple|yellow|beige|violet|rosy|dim|bronze|copper|cream|tan|lilac|ruby|scarlet]",
-    "chirped": "[chirped|flew|dozed|perched|hid|ate|splashed|landed]",
     # The tale.
     "opening": """
         [Once upon a time, one|Once upon a|Long ago, one|One] {weather} {time}, {trait.a} {hero.child} named {hero}
@@ -44,59 +42,59 @@ RULES = {
     "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<find>",
     "lost": """
         {hero} [lost|dropped] {look.a} {colour} {toy} there and <felt> {sad}. "Do not be {sad}," <said> {friend} <how>.
-        {friend} [looked|searched|peeked|went] <near> {texture.a} {spot} and <saw> the {look} {colour} {toy}. The
-        two <both> <near> the {texture} {spot}, and {hero} <felt> {happy}.
+        {friend} [looked|searched|peeked|went] <near> {texture.a} {spot} and <saw> the {colour} {toy}. The
+        two <both> <near> the {spot}, and {hero} <felt> {happy}.
     """,
     "share": """
         {hero} <had> {look.a} {treat}. {friend} <sat> <near> {texture.a} {spot} and <felt> {sad}. "I am hungry,"
         <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. "Half of my {look} {treat} is for you,
-        {friend}," <said> {hero} <how>. {friend} ate <near> the {texture} {spot}, and {hero} <felt> {happy}.
+        {friend}," <said> {hero} <how>. {friend} ate <near> the {spot}, and {hero} <felt> {happy}.
     """,
     "fear": """
         There [was|stood|lay|rose] {texture.a} {scary}, and {hero} <felt> {fright}. "I am too {fright} to go
         [on|there|near|by]," <wept> {hero}. {friend} <had> {look.a} {colour} {toy}. "[Take|Hold|Keep|Carry] my {toy},
-        and do not be {fright}," <said> {friend} <how>. {hero} <held> the {look} {colour} {toy} and <went> to the
-        {texture} {scary}. <now> {hero} <felt> {happy}.
+        and do not be {fright}," <said> {friend} <how>. {hero} <held> the {colour} {toy} and <went> to the
+        {scary}. <now> {hero} <felt> {happy}.
     """,
     "gift": """
         {hero} and {hero.his} {elder} <had> {look.a} {colour} {toy} for {friend}. {friend} <sat> <near>
         {texture.a} {spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "This {toy} is from my {elder} and
-        me," <said> {hero} <how>. {friend} <held> the {look} {colour} {toy} <near> the {texture} {spot}, and {hero}
+        me," <said> {hero} <how>. {friend} <held> the {colour} {toy} <near> the {spot}, and {hero}
         <felt> {happy}.
     """,
     "game": """
         {friend} <sat> <near> {texture.a} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But {hero}
         lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}," <said> {friend} <how>. The two
-        <both> and played {game} <near> the {texture} {spot}. <now> {hero} won and <felt> {happy}.
+        <both> and played {game} <near> the {spot}. <now> {hero} won and <felt> {happy}.
     """,
     "rescue": """
         {hero} <saw> {build.a} {animal} <near> {texture.a} {spot}. "{animal.sound}!" said the {animal}, who <felt>
         {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know your {animal.home},"
-        <said> {hero} <how>. The {build} {animal} <went> past the {texture} {spot} to its {animal.home}, and
+        <said> {hero} <how>. The {build} {animal} <went> past the {spot} to its {animal.home}, and
         {hero} <felt> {happy}.
     """,
     "skill": """
         {friend} could {skill} [very|so|quite|really] well. "Teach me to {skill}, {friend}," <said> {hero}.
         {hero} tried to {skill} <near> {texture.a} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept>
-        {hero}. "Do not be {sad}," <said> {friend} <how>. <now> {hero} could {skill} <near> the {texture} {spot} and
+        {hero}. "Do not be {sad}," <said> {friend} <how>. <now> {hero} could {skill} <near> the {spot} and
         <felt> {happy}.
     """,
     "swap": """
         {hero} <had> {look.a} {colour} {toy} and {friend} <had> {hue.a} {prize}. {friend} <held> the {colour} {toy},
         and {hero} <held> the {hue} {prize}. But {friend} <felt> {sad}. "I [miss|want|need] my {prize}," <wept>
-        {friend}. "Here is your {hue} {prize}," <said> {hero} <how>. {friend} gave back the {look} {colour} {toy}, and
+        {friend}. "Here is your {hue} {prize}," <said> {hero} <how>. {friend} gave back the {colour} {toy}, and
         {hero} <felt> {happy}.
     """,
     "broken": """
         {hero} <had> {look.a} {colour} {toy} from {hero.his} {elder}. {hero.He} <went> into {texture.a} {spot},
         the {toy} [broke|bent|cracked], and {hero.he} <felt> {sad}. "I broke the {toy}," {hero.he} told {hero.his}
-        {elder}. "Do not be {sad}," <said> the {elder} <how>. {friend} [mended|fixed|glued] the {look} {colour} {toy}
-        <near> the {texture} {spot}, and {hero} <felt> {happy}.
+        {elder}. "Do not be {sad}," <said> the {elder} <how>. {friend} [mended|fixed|glued] the {colour} {toy}
+        <near> the {spot}, and {hero} <felt> {happy}.
     """,
     "find": """
         {hero} <saw> {look.a} {colour} {toy} <near> {texture.a} {spot}. <now> {hero.he} [met|passed|joined] {friend},
         who <felt> {sad}. "I [lost|miss|want|need] my {look} {toy}," <wept> {friend}. "Your {colour} {toy} was <near>
-        the {texture} {spot}," <said> {hero} <how>. {friend} <held> the {look} {colour} {toy}, and {hero} <felt>
+        the {texture} {spot}," <said> {hero} <how>. {friend} <held> the {colour} {toy}, and {hero} <felt>
         {happy}.
     """,
     "closing": "<undress>|<exclaim>|<return>",
@@ -111,17 +109,8 @@ RULES = {
         [Still|Very|So] {happy}, the {trait} {hero.child} <went> home in the {pattern} {clothes}.
     """,
     "supper": """
-        For [supper|tea|dinner|lunch], there [came|were] <fresh>
-        {snack}, <fresh> {dish}, <fresh> {bite} and <fresh> {treasure}.
-    """,
-    "night": "<birds>|<scents>",
-    "birds": """
-        [Outside|Nearby|Above|Beyond], a <hued> {bird} <chirped> <how> with a <hued> {fowl} and a <hued> {singer},
-        and a <hued> [bee|moth|fly|wasp|bat|toad|frog|snail] <chirped> <how>.
-    """,
-    "scents": """
-        The [wind|air|breeze|path|grass|hill|water|sky] smelled of <fresh> {scent}, <fresh> {herb} and <fresh>
-        {bloom}, and the [clouds|leaves|hills|waves|stones|petals|roofs|shadows] looked <hued> and <hued>.
+        For [supper|tea|dinner|lunch], there [came|were] <fresh> {snack}, <fresh> {dish},
+        <fresh> {bite} and <fresh> {treasure}.
     """,
 }
 

@@ -106,11 +106,7 @@ def prepare(
         store = _open_or_build(corpus, fingerprint, tokenizer, cache, progress)
     except OSError as error:
         full = error.errno in (ENOSPC, EDQUOT)
-        cause = (
-            "the disk is full; free space there"
-            if full
-            else f"cannot be written ({error.strerror}); mend that"
-        )
+        cause = "the disk is full; free space there" if full else f"cannot be written ({error.strerror}); mend that"
         raise UserError(f"token cache {cache}: {cause}, or set MOE_JAX_CACHE to another folder") from None
     if seq_len is not None:
         _check_length(store, seq_len)
@@ -129,20 +125,12 @@ def open_store(folder: Path) -> TokenStore:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         if (manifest["format"], manifest["tokenizer"]) != (FORMAT, tokenizer.digest):
-            raise UserError(
-                f"{folder}: made by another version, or its tokenizer was changed; prepare the data again"
-            )
-        train, valid = (
-            _open_split(folder / f"{name}.bin", manifest["splits"][name], tokenizer) for name in _SPLITS
-        )
+            raise UserError(f"{folder}: made by another version, or its tokenizer was changed; prepare the data again")
+        train, valid = (_open_split(folder / f"{name}.bin", manifest["splits"][name], tokenizer) for name in _SPLITS)
         digest = _digest({key: value for key, value in manifest.items() if key != "source"})
-        return TokenStore(
-            train, valid, tokenizer, folder, manifest["source"], manifest["fingerprint"], digest
-        )
+        return TokenStore(train, valid, tokenizer, folder, manifest["source"], manifest["fingerprint"], digest)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder}: no whole token store ({type(error).__name__}); prepare the data again"
-        ) from None
+        raise UserError(f"{folder}: no whole token store ({type(error).__name__}); prepare the data again") from None
 
 
 def _open_split(path: Path, counts: dict[str, Any], tokenizer: Tokenizer) -> Split:
@@ -189,9 +177,7 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, fingerprint: str, cache:
         return tokenizer
 
 
-def _open_or_build(
-    corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache: Path, progress: bool
-) -> TokenStore:
+def _open_or_build(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
     key = _digest([FORMAT, fingerprint, tokenizer.digest])
     folder = cache / key
     with _exclusive(cache / f"{key}.lock") as alone:
@@ -266,9 +252,7 @@ def _write_split(path: Path, stories: Iterator[str], tokenizer: Tokenizer, repor
         ends = stream = np.array([separator], dtype)
         for batch, batch_bytes in _batches(stories):
             count, size = count + len(batch), size + batch_bytes
-            ids = [
-                part for story in tokenizer.encode_batch(batch) for part in (np.asarray(story, dtype), ends)
-            ]
+            ids = [part for story in tokenizer.encode_batch(batch) for part in (np.asarray(story, dtype), ends)]
             stream = np.concatenate([stream, *ids])
             file.write(stream.data)
             digest.update(stream.data)

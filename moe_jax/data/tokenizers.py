@@ -74,9 +74,7 @@ class Tokenizer:
 
     def _entry(self, i: int) -> bytes:
         if not 0 <= i < self.vocab_size:
-            raise UserError(
-                f"token id {i} is outside the vocabulary of {self.vocab_size}; use the run's own tokenizer"
-            )
+            raise UserError(f"token id {i} is outside the vocabulary of {self.vocab_size}; use the run's own tokenizer")
         return self._entries[i]
 
     def token_bytes(self) -> np.ndarray:
@@ -94,9 +92,7 @@ class Tokenizer:
             raise UserError("tokenizer: not a JSON object; take the file from the run again")
         definition = {key: value for key, value in values.items() if key != "digest"}
         if values.get("digest") != _digest(definition):
-            raise UserError(
-                "tokenizer: its digest does not match, so it is damaged; take the file from the run again"
-            )
+            raise UserError("tokenizer: its digest does not match, so it is damaged; take the file from the run again")
         kind = definition.get("kind")
         if kind == "byte":
             return _byte()

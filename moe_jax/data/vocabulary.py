@@ -48,7 +48,6 @@ ANIMALS = (
 COLOURS = _words("red blue green pink golden brown black white")
 SNACKS = _words("nuts jam eggs rice soup toast grapes dates figs beans butter apples cherries berries crackers noodles")
 BIRDS = _words("robin crow owl lark dove swan goose wren finch hawk crane heron magpie pigeon parrot swallow")
-SCENTS = _words("roses mint smoke rain pine lilies moss salt lavender clay sage violets cedar thyme tea ginger")
 THINGS = _words("kite doll boat drum train bell cup lamp top ring horn box book clock hat sled")
 
 SLOTS = {
@@ -77,7 +76,5 @@ SLOTS = {
     "treat": _words("cake pie bun peach pear cookie plum muffin"),
     "game": _words("tag catch chess cards darts marbles"),
     **dict.fromkeys(("snack", "dish", "bite", "treasure"), SNACKS),
-    **dict.fromkeys(("bird", "fowl", "singer"), BIRDS),
-    **dict.fromkeys(("scent", "herb", "bloom"), SCENTS),
     "skill": _words("dance sing paint knit read skate"),
 }

@@ -92,7 +92,7 @@ class Session:
             notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
         else:
             key = jax.random.fold_in(jax.random.key(config.train.seed), INITIAL)
-            params = jax.jit(lambda key: split(create(config.model, key))[1])(key)
+            _, params = split(create(config.model, key))
             state = initial_state(params, optimizer, policy.loss_scaling)
             folder.start(config, store.tokenizer)
         return cls(
