@@ -137,15 +137,21 @@ def test_split_and_merge_are_inverse() -> None:
 
 
 def test_initial_parameters_depend_on_the_key_alone() -> None:
-    """And the initial loss is near ln V: the logits start small."""
     config = tiny.config(layers=1)
-    graphdef, one = split(create(config, jax.random.key(0)))
-    again, other = (split(create(config, jax.random.key(k)))[1] for k in (0, 1))
+    one, again, other = (split(create(config, jax.random.key(k)))[1] for k in (0, 0, 1))
     tiny.assert_same_bits(one, again)
     assert (np.asarray(one["embedding"]) != np.asarray(other["embedding"])).any()
-    tokens = jnp.asarray(tiny.tokens(4, tiny.T + 1))
-    loss = jax.jit(lambda p: training_loss(merge(graphdef, p), tokens, None, TrainConfig())[1].loss)(one)
-    assert abs(float(loss) - np.log(tiny.V)) < 0.1
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_initial_logits_have_variance_1(tied: bool) -> None:
+    """But for the token read, whose own embedding is in the stream when the head is tied: 8,192 or more numbers."""
+    config = tiny.config(layers=1, width=64, vocab_size=256, tied_head=tied)
+    model = create(config, jax.random.key(0))
+    tokens = jnp.asarray(tiny.tokens(4, tiny.T, vocabulary=256))
+    logits = np.array(jax.jit(lambda t: model.logits(model(t, Mode.TRAIN)[0]))(tokens))
+    np.put_along_axis(logits, np.asarray(tokens)[..., None], np.nan, axis=-1)
+    assert 0.9 < np.nanstd(logits) < 1.1
 
 
 def test_an_unknown_vocabulary_is_refused() -> None:
