@@ -333,7 +333,12 @@ def _section(kind: type, name: str, values: dict[str, Any]) -> Any:
 
 # Presets, as functions: a RunConfig checks its preset's name against this table.
 def _nano() -> RunConfig:
-    return RunConfig(preset="nano", train=TrainConfig(optimizer="muon", lr=5e-3, batch_size=8))
+    return RunConfig(
+        preset="nano",
+        model=ModelConfig(layers=3),
+        data=DataConfig(stories=20_000, eval_tokens=16_384),
+        train=TrainConfig(optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8, eval_every=250, save_every=250),
+    )
 
 
 def _story() -> RunConfig:

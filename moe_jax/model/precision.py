@@ -38,7 +38,7 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
 
 
 def choose_policy(kind: PrecisionKind, device: Any = None) -> Policy:
-    """The policy that was asked for, or for `auto` the one that fits the device (a `jax.Device`; the first, unless given).
+    """The policy that was asked for, or for `auto` the one that fits the device (the first, unless given).
 
     bfloat16 matrix units came with compute capability 8.0 (Ampere). Turing (7.5) has float16 ones only, and XLA
     computes bfloat16 there in float32. On a CPU float32 is the safe choice: casting all weights in each step

@@ -13,8 +13,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from moe_jax.config import RunConfig, UserError
 
-SMOOTHING = 0.95
-"""Decay of the average loss on the terminal. The files hold what was measured."""
+SMOOTHING = 0.8
+"""Decay of the average loss on the terminal, a logged step. The files hold what was measured."""
 
 
 class MetricsLog:

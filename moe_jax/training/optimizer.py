@@ -1,5 +1,7 @@
 """AdamW, or Muon on the matrices and AdamW on the rest, with a linear warm-up and a cosine to the end of the run."""
 
+from typing import Any
+
 import jax
 import optax
 from optax import contrib
@@ -52,7 +54,7 @@ def _muon(config: TrainConfig) -> optax.GradientTransformation:
     A stack of experts `[E, D, F]` is E matrices: orthogonalised as one, the experts would share one spectrum.
     """
 
-    def axes(params: Params) -> Params:
+    def axes(params: Any) -> Any:
         return jax.tree.map(lambda p: contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
 
     return optax.chain(
