@@ -7,6 +7,7 @@ one line each, no traceback. Nothing here imports jax before a command's argumen
 
 import contextlib
 import dataclasses
+import difflib
 import io
 import os
 import re
@@ -77,11 +78,14 @@ def _one_line(report: str) -> str:
     sentence = re.sub(r"^Error parsing (?:(--[^\s/:]+)\S*|\S+): ", lambda m: f"{m[1]}: " if m[1] else "", sentence)
     sentence = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", sentence)
     sentence = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", sentence)
-    near = (
-        [m for line in lines for m in re.findall(r"^(--[a-z][a-z0-9.-]+)", line)] if "nrecognized" in sentence else []
-    )
+    near: list[str] = []
+    if "nrecognized" in sentence:
+        for typed in re.findall(r"--[a-z][a-z0-9.-]*", sentence):
+            near += difflib.get_close_matches(typed, SHORT_FLAGS, n=1)  # tyro knows the long names only
+        short_of = {long: short for short, long in SHORT_FLAGS.items()}
+        near += [short_of.get(m, m) for line in lines for m in re.findall(r"^(--[a-z][a-z0-9.-]+)", line)]
     if near:
-        sentence += "; perhaps " + " or ".join(dict.fromkeys(near[:2])) + " was meant"
+        sentence += "; perhaps " + " or ".join(list(dict.fromkeys(near))[:2]) + " was meant"
     for short, long in SHORT_FLAGS.items():
         sentence = sentence.replace(long, short)
     return sentence.rstrip(".") + "; --help lists every flag"
