@@ -83,7 +83,8 @@ def _one_line(report: str) -> str:
         for typed in re.findall(r"--[a-z][a-z0-9.-]*", sentence):
             near += difflib.get_close_matches(typed, SHORT_FLAGS, n=1)  # tyro knows the long names only
         short_of = {long: short for short, long in SHORT_FLAGS.items()}
-        near += [short_of.get(m, m) for line in lines for m in re.findall(r"^(--[a-z][a-z0-9.-]+)", line)]
+        suggested = (re.match(r"--[a-z][a-z0-9.-]+", line) for line in lines)
+        near += [short_of.get(m[0], m[0]) for m in suggested if m]
     if near:
         sentence += "; perhaps " + " or ".join(list(dict.fromkeys(near))[:2]) + " was meant"
     for short, long in SHORT_FLAGS.items():
