@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax.commands import COMMANDS, command
 from moe_jax.config import (
     SHORT_FLAGS,
     ConfigError,
@@ -24,8 +25,8 @@ from moe_jax.config import (
     flag_of,
     holds_run,
     load_config,
-    preset,
 )
+from moe_jax.presets import preset
 
 
 def parse[T](
@@ -194,25 +195,12 @@ def _fail(message: str, status: int) -> int:
     return status
 
 
-def commands() -> dict[str, tuple[type, str]]:
-    """Name -> (module of the command, one line on it)."""
-    from moe_jax.commands import Evaluate, Generate
-
-    return {
-        "generate": (Generate, "make a trained model tell stories"),
-        "evaluate": (Evaluate, "loss, bits per byte and drops of a trained model on any text"),
-    }
-
-
 def run_command(argv: Sequence[str]) -> int:
     """`python -m moe_jax COMMAND ...`."""
-    known = commands()
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: python -m moe_jax COMMAND [--help]\n")
-        for name, (_, line) in known.items():
+        for name, (_, line) in COMMANDS.items():
             print(f"  {name:<10} {line}")
         return 0 if argv else 2
-    if argv[0] not in known:
-        raise ConfigError(f"{argv[0]}: must be one of {', '.join(known)}")
-    kind, line = known[argv[0]]
-    return parse(kind, argv[1:], prog=f"python -m moe_jax {argv[0]}", description=line).execute()
+    kind, prog = command(argv[0]), f"python -m moe_jax {argv[0]}"
+    return parse(kind, argv[1:], prog=prog, description=COMMANDS[argv[0]][1]).execute()

@@ -28,6 +28,7 @@ Dense = Literal["none", "active", "total"]
 TokenizerKind = Literal["gpt2", "bpe", "byte"]
 OptimizerKind = Literal["adamw", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
+PresetName = Literal["nano", "story", "seed-158m"]
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
@@ -276,7 +277,7 @@ class TrainConfig:
 class RunConfig:
     """One run: what `train.py` is told, and what `config.json` holds."""
 
-    preset: str = "nano"
+    preset: PresetName = "nano"
     """Where the other settings start from."""
     out: str = ""
     """Folder of the run; empty: runs/PRESET."""
@@ -291,7 +292,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _check(self.preset in PRESETS, "", "preset", self.preset, "one of " + ", ".join(PRESETS))
+        _check_choices(self, "")
 
     @property
     def run_dir(self) -> str:
@@ -329,66 +330,6 @@ def _section(kind: type, name: str, values: dict[str, Any]) -> Any:
     if unknown:
         raise UserError(f"config.json: {name} has the unknown field {unknown[0]!r}; it was written by another version")
     return kind(**values)
-
-
-# Presets, as functions: a RunConfig checks its preset's name against this table.
-def _nano() -> RunConfig:
-    return RunConfig(
-        preset="nano",
-        model=ModelConfig(layers=3),
-        data=DataConfig(stories=20_000, eval_tokens=16_384),
-        train=TrainConfig(optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8, eval_every=250, save_every=250),
-    )
-
-
-def _story() -> RunConfig:
-    return RunConfig(
-        preset="story",
-        model=ModelConfig(layers=6, width=192, heads=6, experts=8, top_k=2, expert_hidden=256),
-        data=DataConfig(source="tinystories", vocab_size=4096),
-        train=TrainConfig(steps=4000, batch_size=16, lr=2e-3, warmup_steps=100),
-    )
-
-
-def _seed_158m() -> RunConfig:
-    return RunConfig(
-        preset="seed-158m",
-        model=ModelConfig(
-            layers=6,
-            width=512,
-            heads=8,
-            experts=16,
-            top_k=2,
-            expert_hidden=1024,
-            norm="layernorm",
-            positions="learned",
-            activation="gelu",
-            bias=True,
-            tied_head=False,
-            dropout=0.1,
-        ),
-        data=DataConfig(source="tinystories", tokenizer="gpt2", eval_tokens=16_384),
-        train=TrainConfig(
-            steps=5000,
-            batch_size=4,
-            grad_accum=8,
-            lr=3e-4,
-            beta2=0.999,
-            weight_decay=0.01,
-            warmup_steps=100,
-            eval_every=500,
-            save_every=500,
-        ),
-    )
-
-
-PRESETS = {"nano": _nano, "story": _story, "seed-158m": _seed_158m}
-
-
-def preset(name: str) -> RunConfig:
-    """The settings of a preset. Raises ConfigError for an unknown name."""
-    _check(name in PRESETS, "", "preset", name, "one of " + ", ".join(PRESETS))
-    return PRESETS[name]()
 
 
 def load_config(run: Path) -> RunConfig | None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from moe_jax.config import (
-    PRESETS,
     ConfigError,
     DataConfig,
     ModelConfig,
@@ -20,8 +19,8 @@ from moe_jax.config import (
     capacity,
     flag_of,
     load_config,
-    preset,
 )
+from moe_jax.presets import PRESETS, preset
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 BELOW = {
     "config": set(),
     "environment": set(),
+    "presets": {"config"},
     "data": {"config"},
     "model": {"config"},
     "analysis": {"config", "environment", "data", "model", "training", "inference"},
@@ -18,8 +19,11 @@ BELOW = {
     "training": {"config", "model", "data", "inference", "analysis"},
     "interop": {"config", "model", "data", "training"},
     "parallel": {"config", "model"},
-    "commands": {"config", "environment", "data", "model", "training", "inference", "analysis", "interop", "parallel"},
-    "cli": {"config", "environment", "data", "commands"},
+    "commands": {
+        *("config", "presets", "environment", "data", "model", "training", "inference", "analysis", "interop"),
+        "parallel",
+    },
+    "cli": {"config", "presets", "environment", "data", "commands"},
 }
 
 
@@ -102,9 +106,15 @@ def test_the_pure_cores_import_no_flax(name: str) -> None:
     assert packages(ROOT / "moe_jax" / "model" / f"{name}.py").isdisjoint({"flax", "optax", "orbax"})
 
 
-@pytest.mark.parametrize("name", ["config", "environment", "cli", "commands", "__main__", "__init__"])
-def test_what_runs_before_the_arguments_are_accepted_imports_no_jax(name: str) -> None:
-    tree = ast.parse((ROOT / "moe_jax" / f"{name}.py").read_text(encoding="utf-8"))
+EARLY = [
+    *(ROOT / "moe_jax" / f"{name}.py" for name in ("config", "presets", "environment", "cli", "__main__", "__init__")),
+    *(ROOT / "moe_jax" / "commands").glob("*.py"),
+]
+
+
+@pytest.mark.parametrize("path", EARLY, ids=lambda path: path.stem)
+def test_what_runs_before_the_arguments_are_accepted_imports_no_jax(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
     heavy = {"jax", "flax", "optax", "orbax", "numpy", "datasets", "tiktoken", "tokenizers", "rich"}
     for node in tree.body:
         if isinstance(node, ast.Import):

@@ -8,8 +8,9 @@ import pytest
 from flax import nnx
 
 from moe_jax.analysis.accounting import Count, count_parameters, muon_flops, totals, training_flops
-from moe_jax.config import ModelConfig, RunConfig, TrainConfig, preset
+from moe_jax.config import ModelConfig, RunConfig, TrainConfig
 from moe_jax.model.transformer import create, split
+from moe_jax.presets import preset
 from tests import tiny
 
 

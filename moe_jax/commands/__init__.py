@@ -1,0 +1,33 @@
+"""The commands of `python -m moe_jax`: a module each, with a dataclass of the command's arguments.
+
+`execute` imports what it needs, jax above all, after its arguments are accepted, and returns the exit status.
+"""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import ConfigError, holds_run
+
+COMMANDS = {
+    "generate": ("Generate", "make a trained model tell stories"),
+    "evaluate": ("Evaluate", "loss, bits per byte and drops of a trained model on any text"),
+}
+"""Name, which is also that of the module -> (class, one line on it)."""
+
+
+def command(name: str) -> type[Any]:
+    """The class of a command. Raises ConfigError for an unknown name."""
+    if name not in COMMANDS:
+        raise ConfigError(f"{name}: must be one of {', '.join(COMMANDS)}")
+    return getattr(importlib.import_module(f"moe_jax.commands.{name}"), COMMANDS[name][0])
+
+
+def check_run_folder(run: str) -> None:
+    if not holds_run(Path(run)):
+        raise ConfigError(f"--run {run}: no run with a complete checkpoint there; make one with `uv run train.py`")
+
+
+def check_range(flag: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigError(f"{flag} {value}: must be between {low:g} and {high:g}")

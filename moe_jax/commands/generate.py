@@ -1,0 +1,78 @@
+"""`python -m moe_jax generate`."""
+
+from dataclasses import dataclass
+
+from moe_jax import environment
+from moe_jax.commands import check_range, check_run_folder
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Make a trained model tell stories."""
+
+    run: str
+    """Folder of a run."""
+    prompt: str = ""
+    """How each story begins."""
+    num_stories: int = 1
+    """Stories to tell, each with draws of its own."""
+    max_tokens: int = 400
+    """Longest continuation of the prompt, in tokens; a story ends earlier where the model ends it."""
+    temperature: float = 0.8
+    """Above 1 more surprising, below 1 more usual, 0 always the likeliest token."""
+    top_k: int = 0
+    """Draw among the k likeliest tokens only; 0 is off."""
+    top_p: float = 1.0
+    """Draw among the fewest tokens that together have this probability; 1 is off."""
+    min_p: float = 0.0
+    """Draw among tokens at least this share as likely as the likeliest; 0 is off."""
+    repetition_penalty: float = 1.0
+    """Above 1 discourages tokens seen before; 1 is off."""
+    seed: int = 0
+    """The same seed tells the same stories."""
+    step: int | None = None
+    """Checkpoint to load; the best one unless given."""
+
+    def execute(self) -> int:
+        self._check()
+        environment.prepare()
+        import jax
+
+        from moe_jax.data.tokenizers import StreamDecoder
+        from moe_jax.inference.decode import SAMPLE, Decoder
+        from moe_jax.inference.sampling import Sampling
+        from moe_jax.training.run import load_run
+
+        run = load_run(self.run, self.step)
+        tokenizer = run.tokenizer
+        decoder = Decoder(run.graphdef, run.config.model.seq_len)
+        settings = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
+        prompt = [tokenizer.separator_id, *tokenizer.encode(self.prompt)]
+        key = jax.random.fold_in(jax.random.key(self.seed), SAMPLE)
+        for story in range(self.num_stories):
+            if self.num_stories > 1:
+                print(f"--- {story + 1}")
+            print(self.prompt, end="", flush=True)
+            text = StreamDecoder(tokenizer)
+            for token in decoder.stream(
+                run.params,
+                prompt,
+                settings=settings,
+                key=jax.random.fold_in(key, story),
+                stop=tokenizer.separator_id,
+                limit=self.max_tokens,
+            ):
+                print(text.feed(token), end="", flush=True)
+            print(text.finish(), flush=True)
+        return 0
+
+    def _check(self) -> None:
+        check_run_folder(self.run)
+        check_range("--num-stories", self.num_stories, 1, 10_000)
+        check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
+        check_range("--temperature", self.temperature, 0, 100)
+        check_range("--top-k", self.top_k, 0, 2**24)
+        check_range("--top-p", self.top_p, 1e-6, 1)
+        check_range("--min-p", self.min_p, 0, 1)
+        check_range("--repetition-penalty", self.repetition_penalty, 1e-3, 1e3)
+        check_range("--seed", self.seed, 0, 2**31 - 1)

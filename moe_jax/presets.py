@@ -1,0 +1,65 @@
+"""Where the settings of a run start from, by name. Each preset has a measured reason in `benchmarks/`."""
+
+from collections.abc import Callable
+
+from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
+
+
+def _nano() -> RunConfig:
+    return RunConfig(
+        preset="nano",
+        model=ModelConfig(layers=3),
+        data=DataConfig(stories=20_000, eval_tokens=16_384),
+        train=TrainConfig(optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8, eval_every=250, save_every=250),
+    )
+
+
+def _story() -> RunConfig:
+    return RunConfig(
+        preset="story",
+        model=ModelConfig(layers=6, width=192, heads=6, experts=8, top_k=2, expert_hidden=256),
+        data=DataConfig(source="tinystories", vocab_size=4096),
+        train=TrainConfig(steps=4000, batch_size=16, lr=2e-3, warmup_steps=100),
+    )
+
+
+def _seed_158m() -> RunConfig:
+    return RunConfig(
+        preset="seed-158m",
+        model=ModelConfig(
+            layers=6,
+            width=512,
+            heads=8,
+            experts=16,
+            top_k=2,
+            expert_hidden=1024,
+            norm="layernorm",
+            positions="learned",
+            activation="gelu",
+            bias=True,
+            tied_head=False,
+            dropout=0.1,
+        ),
+        data=DataConfig(source="tinystories", tokenizer="gpt2", eval_tokens=16_384),
+        train=TrainConfig(
+            steps=5000,
+            batch_size=4,
+            grad_accum=8,
+            lr=3e-4,
+            beta2=0.999,
+            weight_decay=0.01,
+            warmup_steps=100,
+            eval_every=500,
+            save_every=500,
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {"nano": _nano, "story": _story, "seed-158m": _seed_158m}
+
+
+def preset(name: str) -> RunConfig:
+    """The settings of a preset. Raises ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name}: must be one of " + ", ".join(PRESETS))
+    return PRESETS[name]()
