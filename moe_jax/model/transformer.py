@@ -85,7 +85,9 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, list[KeyValue]]:
         """Normalised hidden states of every position, for `logits`; the routers' statistics, each with a leading
-        axis L (None for a dense twin); and each layer's keys and values. A key turns dropout, and the router's noise and jitter, on."""
+        axis L (None for a dense twin); and each layer's keys and values. A key turns dropout, and the router's noise
+        and jitter, on.
+        """
         keys = [None] * (len(self.blocks) + 1)
         random = max(self.config.dropout, self.config.router_noise, self.config.router_jitter) > 0
         if key is not None and random:

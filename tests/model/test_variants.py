@@ -62,7 +62,7 @@ def test_priorities_against_loops(priority) -> None:
             expected = kept_by_loops(z[b], priority)
             assert kept == expected
             assert {(t, e) for t, e, _ in zip(*np.nonzero(np.asarray(to_slots)[b]), strict=True)} == expected
-            assert np.asarray(to_slots)[b].sum((0)).max() <= 1, "two pairs in one slot"
+            assert np.asarray(to_slots)[b].sum(0).max() <= 1, "two pairs in one slot"
             differs |= expected != kept_by_loops(z[b], "token")
     assert differs == (priority != "token")
 
@@ -170,7 +170,8 @@ def test_training_moves_the_bias_and_no_optimizer_does() -> None:
 
 def test_bias_evens_out_a_crooked_router() -> None:
     """A router that loves two of four experts, and only its bias may change: the load becomes even."""
-    z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64, 4)) + [1.5, 1.0, 0.0, -1.0], jnp.float32)
+    love = np.array([1.5, 1.0, 0.0, -1.0])
+    z = jnp.asarray(np.random.default_rng(0).normal(size=(4, 64, 4)) + love, jnp.float32)
     choose = jax.jit(lambda bias: expert_load(route(z, 2, bias)).mean(0))
     bias = jnp.zeros(4)
     loads = []
