@@ -30,7 +30,7 @@ def _softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "Q S"]) -> Fl
     return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
 
 
-def _blocks(positions: int) -> list[tuple[int, int]]:
+def query_blocks(positions: int) -> list[tuple[int, int]]:
     """(first, end) of each block of queries; its keys are [0, end)."""
     return [(first, min(first + QUERY_BLOCK, positions)) for first in range(0, positions, QUERY_BLOCK)]
 
@@ -67,7 +67,7 @@ def attend_causally(
 
 def _attend_forward(query: Array, key: Array, value: Array, masks: list[Array] | None, keep: float | Array):
     outputs, weights = [], []
-    for i, (first, end) in enumerate(_blocks(query.shape[2])):
+    for i, (first, end) in enumerate(query_blocks(query.shape[2])):
         p = _weights(query[:, :, first:end], key[:, :, :end], first).astype(query.dtype)
         w = p if masks is None else jnp.where(masks[i], p / keep, 0).astype(p.dtype)
         outputs.append(jnp.einsum("bhqs,bhsd->bhqd", w, value[:, :, :end]))
@@ -83,7 +83,7 @@ def _attend_backward(residuals, d_out: Array):
     d_query = []
     d_key_t = jnp.zeros_like(key, dtype=wide).swapaxes(2, 3)
     d_value_t = d_key_t
-    for i, ((first, end), p) in enumerate(zip(_blocks(query.shape[2]), weights, strict=True)):
+    for i, ((first, end), p) in enumerate(zip(query_blocks(query.shape[2]), weights, strict=True)):
         d_o, q = d_out[:, :, first:end], query[:, :, first:end]
         w = p if masks is None else jnp.where(masks[i], p / keep, 0).astype(p.dtype)
         d_value_t = d_value_t.at[..., :end].add(jnp.einsum("bhqd,bhqs->bhds", d_o, w))
@@ -107,7 +107,7 @@ def _dropout_masks(shape: tuple[int, ...], rate: float, key: Key[Array, ""] | No
     batch, heads, positions, _ = shape
     return [
         jax.random.bernoulli(jax.random.fold_in(key, first), 1 - rate, (batch, heads, end - first, end))
-        for first, end in _blocks(positions)
+        for first, end in query_blocks(positions)
     ]
 
 
