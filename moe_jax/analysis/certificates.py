@@ -72,16 +72,17 @@ class Perturbed(NamedTuple):
 
 
 def perturb(run: Callable[[Any], tuple[Any, Any]], before: np.ndarray, other: np.ndarray) -> Perturbed:
-    """Compare `run(before)` with runs in which one place of row 1 is taken from `other`. `run` returns outputs
+    """Compare `run(before)` with runs in which one place of one row is taken from `other`. `run` returns outputs
     `[2, T, ...]` and the share of pairs dropped."""
     tokens = before.shape[1]
     y, dropped = (np.asarray(a) for a in run(before))
     counts = np.zeros(3, int)
     for t in sorted({tokens // 4, tokens // 2, 3 * tokens // 4, tokens - 1}):
-        after = before.copy()
-        after[1, t] = other[1, t]
-        changed = (np.asarray(run(after)[0]) != y).reshape(2, tokens, -1).any(-1)
-        counts += changed[1, :t].sum(), changed[0].sum(), changed[1, t:].sum()
+        for row in range(2):
+            after = before.copy()
+            after[row, t] = other[row, t]
+            changed = (np.asarray(run(after)[0]) != y).reshape(2, tokens, -1).any(-1)
+            counts += changed[row, :t].sum(), changed[1 - row].sum(), changed[row, t:].sum()
     return Perturbed(*(int(n) for n in counts), float(dropped.max()))
 
 
