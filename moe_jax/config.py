@@ -26,7 +26,7 @@ Activation = Literal["gelu", "swiglu"]
 Dispatch = Literal["gather", "einsum", "dense", "blocks"]
 Dense = Literal["none", "active", "total"]
 TokenizerKind = Literal["gpt2", "bpe", "byte"]
-OptimizerKind = Literal["adamw", "muon"]
+OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
 PresetName = Literal["nano", "story", "seed-158m"]
 
@@ -219,9 +219,10 @@ class TrainConfig:
     grad_accum: int = 1
     """Micro-batches whose gradients are averaged into one step (short: --grad-accum)."""
     optimizer: OptimizerKind = "adamw"
-    """AdamW, or Muon on the matrices of the blocks and AdamW on the rest (short: --optimizer)."""
+    """AdamW; AdamW with a bfloat16 first moment, or with 8-bit moments; Adafactor; or Muon on the matrices of the
+    blocks and AdamW on the rest (short: --optimizer)."""
     lr: float = 3e-3
-    """Peak learning rate of AdamW (short: --lr)."""
+    """Peak learning rate of AdamW and Adafactor (short: --lr)."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     final_lr: float = 0.0

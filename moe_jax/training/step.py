@@ -1,7 +1,7 @@
 """The training step: (state, batch) -> (state, metrics), one compiled program."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import TrainConfig
+from moe_jax.model.precision import at_least_float32
 from moe_jax.model.transformer import Params, merge
 from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.state import LossScale, TrainState, next_scale
@@ -66,6 +67,15 @@ def gradients(
     return grads, jax.tree.map(lambda m: m / count, metrics)
 
 
+def _wide(x: Array) -> Array:
+    return x.astype(at_least_float32(x.dtype))
+
+
+def global_norm(grads: Params) -> Float[Array, ""]:
+    """Root of the sum of all squares, summed in at least float32."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(_wide(g))) for g in jax.tree.leaves(grads)))
+
+
 def make_step(
     graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig, loss_scaling: bool
 ) -> Step:
@@ -79,18 +89,23 @@ def make_step(
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT), state.step)
         scale: LossScale = state.loss_scale
         grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config)
-        norm = optax.global_norm(grads)
+        norm = global_norm(grads)
         finite = jnp.isfinite(norm)
+        # One factor, applied where a gradient is used: a clipped copy of all gradients never exists. What updates a
+        # parameter is computed in at least float32, whatever the parameter is stored in.
+        clip = jnp.minimum(1, config.clip / norm)
+        clipped = jax.tree.map(lambda g: _wide(g) * clip.astype(_wide(g).dtype), grads)
+        updates, optimizer_state = optimizer.update(clipped, state.optimizer, jax.tree.map(_wide, state.params))
+        params = optax.apply_updates(state.params, updates)
 
-        def update() -> tuple[Any, optax.OptState]:
-            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-            return optax.apply_updates(state.params, updates), optimizer_state
+        def if_finite[T](new: T, old: T) -> T:
+            """Entry by entry, so that each update takes its parameter's memory; `lax.cond` would hold both."""
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        params, optimizer_state = jax.lax.cond(finite, update, lambda: (state.params, state.optimizer))
         new = TrainState(
             step=state.step + 1,
-            params=params,
-            optimizer=optimizer_state,
+            params=if_finite(params, state.params),
+            optimizer=if_finite(optimizer_state, state.optimizer),
             loss_scale=next_scale(scale, finite) if loss_scaling else scale,
             skipped=state.skipped + ~finite,
         )
