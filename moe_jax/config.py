@@ -28,7 +28,8 @@ Dense = Literal["none", "active", "total"]
 TokenizerKind = Literal["gpt2", "bpe", "byte"]
 OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
-PresetName = Literal["nano", "story", "seed-158m"]
+WeightKind = Literal["float32", "bfloat16"]
+PresetName = Literal["nano", "story", "seed-158m", "max-4gb"]
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
@@ -245,6 +246,9 @@ class TrainConfig:
     """Weight of the router's z-loss."""
     precision: PrecisionKind = "auto"
     """Compute precision; `auto` chooses from the device and says why (short: --precision)."""
+    weights: WeightKind = "float32"
+    """What matrices are stored in between steps. bfloat16 halves them and their gradients, and is rounded to at
+    random, so that steps smaller than its spacing still count on average."""
     remat: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     seed: int = 0

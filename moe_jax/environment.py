@@ -9,6 +9,9 @@ import platform
 import sys
 from pathlib import Path
 
+GPU_TARGETS = Path(__file__).parent / "analysis" / "targets"
+"""Descriptions of GPUs for `python -m moe_jax plan`, a file each."""
+
 _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
 

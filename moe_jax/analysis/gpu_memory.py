@@ -29,7 +29,8 @@ PREALLOCATED = 0.75
 MARGIN = 0.85
 """Share of that which a plan may use; the rest is for what XLA's plan leaves out."""
 BACK_ENDS: dict[str, dict[str, bool]] = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
-"""A card times both for each matrix product when it compiles, and may mix them; a plan compiles each alone."""
+"""What multiplies matrices. A card of compute capability 8.0 or more times both when it compiles, and may mix them; a
+plan compiles each alone. Older cards have cuBLAS only."""
 _OVER_BUDGET = "Can't reduce memory use below"
 
 
@@ -77,15 +78,19 @@ class Target:
         return MARGIN * PREALLOCATED * self.memory / MIB
 
 
-def targets() -> dict[str, Path]:
-    """The descriptions that come with the package, by name."""
-    return {p.stem: p for p in sorted((Path(__file__).parent / "targets").glob("*.txtpb"))}
-
-
 def load_target(name: str) -> Target:
-    """A target by its name, or from a file of the same form."""
-    path = targets().get(name, Path(name))
+    """A target that comes with the package, by its name, or one from a file of the same form."""
+    ours = environment.GPU_TARGETS / f"{name}.txtpb"
+    path = ours if ours.is_file() else Path(name)
     return Target(path.stem, path.read_text(encoding="utf-8"))
+
+
+def describe(device: Any) -> Target:
+    """The target that a card which is there is, read from its driver."""
+    from jax._src.lib import _jax  # no public way to it
+
+    name = str(device.device_kind)
+    return Target(name, str(_jax.get_topology_for_devices([device]).target_config))
 
 
 @dataclass(frozen=True)
@@ -106,36 +111,34 @@ class Memory:
 
 @dataclass(frozen=True)
 class Bound:
-    """The same program compiled with each matmul back end; the larger total is the bound."""
+    """The same program compiled with each matmul back end of the target; the largest total is the bound."""
 
-    triton: Memory
-    cublas: Memory
-
-    @property
-    def larger(self) -> Memory:
-        return max(self.triton, self.cublas, key=lambda m: m.total)
+    back_ends: dict[str, Memory]
 
     @property
-    def warned(self) -> bool:
-        return self.triton.warned or self.cublas.warned
+    def total(self) -> float:
+        """MiB."""
+        return max(m.total for m in self.back_ends.values())
 
-    def fits(self, target: Target, beside: float = 0.0) -> bool:
-        """Whether the program fits, with so many MiB `beside` that live on the device meanwhile."""
-        return not self.warned and self.larger.total + beside <= target.budget
+    def fits(self, target: Target) -> bool:
+        return self.total <= target.budget and not any(m.warned for m in self.back_ends.values())
 
 
 def bound(target: Target, program: Any, *arguments: Any) -> Bound:
-    """Device memory of a jitted program on abstract arguments, compiled for the target with both back ends.
+    """Device memory of a jitted program, compiled for the target on arguments of which only shape and dtype count.
 
     Raises UserError where JAX's CUDA plugin or ptxas is not installed.
     """
     lowered = program.lower(*_on(_device(target), arguments))
-    return Bound(**{name: _measured(target, lowered, options) for name, options in BACK_ENDS.items()})
+    names = ["triton", "cublas"] if float(target.compute_capability) >= 8.0 else ["cublas"]
+    return Bound({name: _measured(target, lowered, BACK_ENDS[name]) for name in names})
 
 
 def _device(target: Target) -> SingleDeviceSharding:
     if not environment.has_cuda_plugin():
-        raise UserError("planning needs JAX's CUDA plugin: run it with `uv run --extra gpu-plan python -m moe_jax plan`")
+        raise UserError(
+            "planning needs JAX's CUDA plugin: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
+        )
     from jax.experimental import topologies
 
     # One host, one process, one device.
@@ -167,7 +170,9 @@ def _compile(lowered: Any, options: dict[str, bool]) -> Memory:
             compiled = lowered.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
         if "No PTX compilation provider" in str(error) or "libdevice not found" in str(error):
-            raise UserError("planning needs ptxas: run it with `uv run --extra gpu-plan python -m moe_jax plan`") from error
+            raise UserError(
+                "planning needs ptxas: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
+            ) from error
         raise
     # An argument without its sharding would compile for the CPU, silently. Only GPU programs have queues.
     if "operation_queue_id" not in compiled.as_text():

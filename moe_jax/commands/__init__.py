@@ -11,6 +11,7 @@ from moe_jax.config import ConfigError, holds_run
 
 COMMANDS = {
     "generate": ("Generate", "make a trained model tell stories"),
+    "plan": ("Plan", "which settings of a preset fit a GPU that need not be there"),
     "evaluate": ("Evaluate", "loss, bits per byte and drops of a trained model on any text"),
 }
 """Name, which is also that of the module -> (class, one line on it)."""

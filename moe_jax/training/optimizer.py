@@ -63,9 +63,7 @@ def _decayed(rule: optax.GradientTransformation, config: TrainConfig) -> optax.G
     """Decoupled decay (Loshchilov and Hutter 2019, algorithm 2) beside a rule, both times the learning rate."""
     return optax.chain(
         rule,
-        optax.add_decayed_weights(
-            config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)
-        ),
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
         optax.scale_by_learning_rate(learning_rate(config, config.lr)),
     )
 
