@@ -241,6 +241,7 @@ class _Recorder:
         self._mark, self._mark_step = time.monotonic(), int(session.state.step)
         self._skipped_in_a_row = 0
         self._peak = matmul_rate(session.policy.compute)
+        self._is_first = True
 
     def add(self, step: int, report: StepReport) -> None:
         self.flush()
@@ -253,6 +254,10 @@ class _Recorder:
         step, report = self._pending
         self._pending = None
         finite = bool(report.finite)
+        if self._is_first:
+            self._is_first = False
+            seconds = time.monotonic() - self._session.begin
+            self._terminal.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
