@@ -25,7 +25,7 @@ class Factors(NamedTuple):
 class AdafactorState(NamedTuple):
     """Second moments by parameter: `Factors` of a matrix, or of a stack of experts' matrices; else an array."""
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     second: Any
 
 
@@ -45,13 +45,13 @@ def scale_by_adafactor() -> optax.GradientTransformation:
 
         return AdafactorState(jnp.zeros((), jnp.int32), jax.tree.map(zeros, params))
 
-    def update(updates: Any, state: AdafactorState, params: Any = None) -> tuple[Any, AdafactorState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        count = optax.safe_increment(state.count)
+        count = state.steps + 1
         keep = 1 - count.astype(jnp.float32) ** -DECAY
         grads, tree = jax.tree.flatten(updates)
         second = tree.flatten_up_to(state.second)
-        steps = []
+        moved = []
         for i, g in enumerate(grads):
             square = jnp.square(g) + TINY
             if isinstance(second[i], Factors):
@@ -64,7 +64,7 @@ def scale_by_adafactor() -> optax.GradientTransformation:
                 second[i] = keep * second[i] + (1 - keep) * square
                 step = g * jax.lax.rsqrt(second[i])
             size = jnp.sqrt(jnp.square(step).mean())
-            steps.append(step / jnp.maximum(1, size / LARGEST_STEP))
-        return tree.unflatten(steps), AdafactorState(count, tree.unflatten(second))
+            moved.append(step / jnp.maximum(1, size / LARGEST_STEP))
+        return tree.unflatten(moved), AdafactorState(count, tree.unflatten(second))
 
     return optax.GradientTransformation(init, update)

@@ -64,7 +64,7 @@ def _in_blocks(x: Float[Array, "..."]) -> Float[Array, "N Block"]:
 class Adam8bitState(NamedTuple):
     """Moments by parameter: `Coded`, or an array where the parameter is small."""
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     first: Any
     second: Any
 
@@ -78,22 +78,22 @@ def scale_by_adam8bit(b1: float, b2: float, eps: float, seed: int) -> optax.Grad
 
         return Adam8bitState(jnp.zeros((), jnp.int32), zeros(jnp.int8), zeros(jnp.uint8))
 
-    def update(updates: Any, state: Adam8bitState, params: Any = None) -> tuple[Any, Adam8bitState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
-        count = optax.safe_increment(state.count)
+        count = state.steps + 1
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), ROUND_MOMENTS), count)
         grads, tree = jax.tree.flatten(updates)
         first, second = tree.flatten_up_to(state.first), tree.flatten_up_to(state.second)
-        steps = []
+        moved = []
         for i, g in enumerate(grads):
             shaped = _in_blocks(g) if isinstance(first[i], Coded) else g
             m = b1 * _read(first[i]) + (1 - b1) * shaped
             v = b2 * _read(second[i]) + (1 - b2) * jnp.square(shaped)
             step = m / (1 - b1**count) / (jnp.sqrt(v / (1 - b2**count)) + eps)
-            steps.append(step.reshape(-1)[: g.size].reshape(g.shape))
+            moved.append(step.reshape(-1)[: g.size].reshape(g.shape))
             keys = jax.random.split(jax.random.fold_in(key, i))
             first[i], second[i] = _like(first[i], m, keys[0]), _like(second[i], v, keys[1])
-        return tree.unflatten(steps), Adam8bitState(count, tree.unflatten(first), tree.unflatten(second))
+        return tree.unflatten(moved), Adam8bitState(count, tree.unflatten(first), tree.unflatten(second))
 
     return optax.GradientTransformation(init, update)
 

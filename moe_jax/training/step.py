@@ -1,7 +1,7 @@
 """The training step: (state, batch) -> (state, metrics), one compiled program."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -85,7 +85,7 @@ def purpose_key(seed: int, purpose: int, step: Array) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
 
 
-def add(params: Params, updates: Params, key: Key[Array, ""]) -> Params:
+def add(params: Params, updates: Any, key: Key[Array, ""]) -> Params:
     """params + updates, each sum in at least float32; where the parameter is bfloat16 it is rounded at random."""
     leaves, tree = jax.tree.flatten(params)
     sums = [_wide(p) + u for p, u in zip(leaves, jax.tree.leaves(updates), strict=True)]
