@@ -42,11 +42,13 @@ class Block(nnx.Module):
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:
-            y, kv = block.attention(block.attention_norm(x), keys[0])
+            with jax.named_scope("attention"):
+                y, kv = block.attention(block.attention_norm(x), keys[0])
             return x + dropout(y, block.dropout, keys[1]), kv
 
         def feed(block: Block, x: Array) -> tuple[Array, RouterStats | None]:
-            y, stats = block.ffn(block.ffn_norm(x), mode)
+            with jax.named_scope("ffn"):
+                y, stats = block.ffn(block.ffn_norm(x), mode)
             return x + dropout(y, block.dropout, keys[2]), stats
 
         x, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
@@ -112,8 +114,9 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """In at least float32: products of the compute dtype, summed wide."""
-        head = self.head_matrix().astype(hidden.dtype)
-        return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
+        with jax.named_scope("head"):
+            head = self.head_matrix().astype(hidden.dtype)
+            return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
 
     def decode(
         self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, ""]
