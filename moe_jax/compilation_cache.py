@@ -33,7 +33,7 @@ class VerifiedCache(CacheInterface):
     def _file(self, key: str) -> Path:
         return self._path / f"{key}.program"
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str) -> bytes | None:  # pyright: ignore[reportIncompatibleMethodOverride], an abstract None
         """The value, or None where there is none or it was damaged; a damaged one is removed."""
         try:
             content = self._file(key).read_bytes()

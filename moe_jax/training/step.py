@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import TrainConfig
+from moe_jax.model.balance import adjusted_bias
 from moe_jax.model.precision import at_least_float32, round_at_random
 from moe_jax.model.transformer import Params, merge
 from moe_jax.training.loss import Metrics, training_loss
@@ -95,6 +96,17 @@ def add(params: Params, updates: Any, key: Key[Array, ""]) -> Params:
     return tree.unflatten(sums)
 
 
+def with_adjusted_biases(params: Params, load: Float[Array, "L E"], rate: float) -> Params:
+    """The parameters with each router's balance bias moved against its load, where routers have one."""
+    if "balance_bias" not in params["blocks"][0]["ffn"]:
+        return params
+    blocks = dict(params["blocks"])
+    for i, block in blocks.items():
+        ffn = block["ffn"]
+        blocks[i] = {**block, "ffn": {**ffn, "balance_bias": adjusted_bias(ffn["balance_bias"], load[i], rate)}}
+    return {**params, "blocks": blocks}
+
+
 def make_step(
     graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig, loss_scaling: bool
 ) -> Step:
@@ -115,6 +127,7 @@ def make_step(
         clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
         updates, optimizer_state = optimizer.update(clipped, state.optimizer, jax.tree.map(_wide, state.params))
         params = add(state.params, updates, purpose_key(config.seed, ROUND_WEIGHTS, state.step))
+        params = with_adjusted_biases(params, metrics.load, config.balance_rate)
 
         def if_finite[T](new: T, old: T) -> T:
             """Entry by entry, so that each update takes its parameter's memory; `lax.cond` would hold both."""
