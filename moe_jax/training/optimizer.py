@@ -99,7 +99,7 @@ def muon_labels(params: Params) -> Params:
 
 
 def state_bytes(optimizer: optax.GradientTransformation, params: Params) -> float:
-    """Bytes of optimizer state for each parameter."""
-    state = jax.eval_shape(optimizer.init, params)
+    """Bytes of optimizer state for each parameter, kept as of float32 ones whatever they are stored in."""
+    state = jax.eval_shape(optimizer.init, jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params))
     parameters = sum(p.size for p in jax.tree.leaves(params))
     return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state)) / parameters
