@@ -7,6 +7,7 @@ takes, which is decided at compile time. What that leaves out is said in `Target
 
 import contextlib
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jaxlib
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax import environment
@@ -87,7 +87,7 @@ def load_target(name: str) -> Target:
 
 def describe(device: Any) -> Target:
     """The target that a card which is there is, read from its driver."""
-    from jax._src.lib import _jax  # no public way to it
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage], no public way to it
 
     name = str(device.device_kind)
     return Target(name, str(_jax.get_topology_for_devices([device]).target_config))
@@ -152,7 +152,7 @@ def _on(sharding: SingleDeviceSharding, tree: Any) -> Any:
 
 def _measured(target: Target, lowered: Any, options: dict[str, bool]) -> Memory:
     """Compile, or look up what an earlier process found for the same program, target, options and compiler."""
-    text = "\0".join([lowered.as_text(), target.text, repr(options), jaxlib.__version__])
+    text = "\0".join([lowered.as_text(), target.text, repr(options), importlib.metadata.version("jaxlib")])
     path = environment.cache_dir() / "plans" / (hashlib.sha256(text.encode()).hexdigest() + ".json")
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Memory(**json.loads(path.read_text()))
