@@ -152,7 +152,7 @@ _MAY_CHANGE = {"eval_tokens", "source"}
 
 def check_resumable(saved: RunConfig, config: RunConfig) -> None:
     """Refuse a change that the checkpoint does not fit: model, tokenizer, data or optimizer. Raises ConfigError."""
-    fixed = [("", "preset"), ("train", "optimizer")]
+    fixed = [("", "preset"), ("train", "optimizer"), ("train", "weights")]
     fixed += [("model", f.name) for f in dataclasses.fields(config.model)]
     fixed += [("data", f.name) for f in dataclasses.fields(config.data) if f.name not in _MAY_CHANGE]
     for section, name in fixed:
@@ -183,8 +183,8 @@ def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         return _fail(
-            "the device is out of memory; use a smaller --batch-size with a larger --grad-accum, "
-            "--train.remat, or a smaller --seq-len",
+            "the device is out of memory; use --train.remat, a leaner --optimizer, or a smaller --batch-size; "
+            "`uv run --extra gpu-plan python -m moe_jax plan` says which settings of a preset fit which card",
             1,
         )
 

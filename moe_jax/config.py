@@ -28,9 +28,10 @@ Dense = Literal["none", "active", "total"]
 Priority = Literal["token", "leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice"]
 Balancing = Literal["loss", "bias"]
 TokenizerKind = Literal["gpt2", "bpe", "byte"]
-OptimizerKind = Literal["adamw", "muon"]
+OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
-PresetName = Literal["nano", "story", "seed-158m"]
+WeightKind = Literal["float32", "bfloat16"]
+PresetName = Literal["nano", "story", "seed-158m", "max-4gb"]
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
@@ -239,9 +240,10 @@ class TrainConfig:
     grad_accum: int = 1
     """Micro-batches whose gradients are averaged into one step (short: --grad-accum)."""
     optimizer: OptimizerKind = "adamw"
-    """AdamW, or Muon on the matrices of the blocks and AdamW on the rest (short: --optimizer)."""
+    """AdamW; AdamW with a bfloat16 first moment, or with 8-bit moments; Adafactor; or Muon on the matrices of the
+    blocks and AdamW on the rest (short: --optimizer)."""
     lr: float = 3e-3
-    """Peak learning rate of AdamW (short: --lr)."""
+    """Peak learning rate of AdamW and Adafactor (short: --lr)."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
     final_lr: float = 0.0
@@ -266,6 +268,9 @@ class TrainConfig:
     """Weight of the router's z-loss."""
     precision: PrecisionKind = "auto"
     """Compute precision; `auto` chooses from the device and says why (short: --precision)."""
+    weights: WeightKind = "float32"
+    """What matrices are stored in between steps. bfloat16 halves them and their gradients, and is rounded to at
+    random, so that steps smaller than its spacing still count on average."""
     remat: bool = False
     """Recompute each block in the backward pass instead of keeping its activations."""
     seed: int = 0

@@ -1,13 +1,23 @@
 """What must be settled before jax is imported: the platform, the allocator, the compilation cache.
 
-Standard library only. Every program calls `prepare` once its arguments are accepted.
+Standard library only, until all is set. Every program calls `prepare` once its arguments are accepted.
 """
 
 import importlib.util
+import math
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
+
+GPU_TARGETS = Path(__file__).parent / "analysis" / "targets"
+"""Descriptions of GPUs for `python -m moe_jax plan`, a file each."""
+
+SMALL_CARD_MIB = 8500
+"""Cards up to 8 GB: above, JAX's own 75 % leaves enough on both sides."""
+CUDA_MIB = 400
+"""Left for what lies outside JAX's block: the CUDA context, loaded kernels, the libraries' handles and workspaces."""
 
 _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
@@ -40,9 +50,44 @@ def prepare() -> list[str]:
             os.environ["JAX_PLATFORMS"] = "cpu"  # a plugin without a card prints a traceback at import
     if os.environ.get("JAX_PLATFORMS") == "cpu":
         _keep_memory()
+    else:
+        notes += _share_card()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+    from moe_jax import compilation_cache  # imports jax: from here on the environment is read
+
+    compilation_cache.install()
     return notes
+
+
+def _share_card() -> list[str]:
+    """Choose how much of a small card JAX takes at start, unless the user has.
+
+    JAX takes 75 % of a card in one block, which keeps it from fragmenting, and a program gets no more than that
+    block. On a small card with nothing else on it that gives away a fifth of the memory, and with a display on it the
+    block may not be had at all. So the share is set from what is free now, as the driver's nvidia-smi says.
+    """
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ or os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "false":
+        return []
+    query = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        total, free = (float(mib) for mib in answer.splitlines()[0].split(","))
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return []
+    if total > SMALL_CARD_MIB:
+        return []
+    share = memory_share(total, free)
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.2f}"
+    return [
+        f"small card: {free:,.0f} of {total:,.0f} MiB are free; JAX takes {share:.0%} "
+        "(XLA_PYTHON_CLIENT_MEM_FRACTION overrides)"
+    ]
+
+
+def memory_share(total: float, free: float) -> float:
+    """Share of a card for JAX, in whole hundredths: what is free, less what CUDA needs beside it."""
+    return math.floor(100 * min(max((free - CUDA_MIB) / total, 0.1), 0.9)) / 100
 
 
 def _keep_memory() -> None:

@@ -55,7 +55,33 @@ def _seed_158m() -> RunConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {"nano": _nano, "story": _story, "seed-158m": _seed_158m}
+def _max_4gb() -> RunConfig:
+    """The largest that trains on a 4 GB card: 2 bytes a weight, 2 a gradient, and next to none of optimizer state."""
+    return RunConfig(
+        preset="max-4gb",
+        model=ModelConfig(layers=8, width=768, heads=12, experts=20, top_k=2, expert_hidden=1024),
+        data=DataConfig(source="tinystories", tokenizer="gpt2", eval_tokens=16_384),
+        train=TrainConfig(
+            steps=5000,
+            batch_size=32,
+            optimizer="adafactor",
+            lr=1e-3,
+            weight_decay=0.01,
+            warmup_steps=100,
+            weights="bfloat16",
+            remat=True,
+            eval_every=500,
+            save_every=500,
+        ),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "nano": _nano,
+    "story": _story,
+    "seed-158m": _seed_158m,
+    "max-4gb": _max_4gb,
+}
 
 
 def preset(name: str) -> RunConfig:

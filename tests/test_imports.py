@@ -10,7 +10,8 @@ ROOT = Path(__file__).parent.parent
 # Who may import whom within moe_jax: a room, and the rooms below it that it may use.
 BELOW = {
     "config": set(),
-    "environment": set(),
+    "environment": {"compilation_cache"},
+    "compilation_cache": set(),
     "presets": {"config"},
     "data": {"config"},
     "model": {"config"},

@@ -12,6 +12,7 @@ from moe_jax.config import ConfigError, holds_run
 COMMANDS = {
     "generate": ("Generate", "make a trained model tell stories"),
     "certify": ("Certify", "prove causality and compiled arithmetic of a model"),
+    "plan": ("Plan", "which settings of a preset fit a GPU that need not be there"),
     "evaluate": ("Evaluate", "loss, bits per byte and drops of a trained model on any text"),
 }
 """Name, which is also that of the module -> (class, one line on it)."""

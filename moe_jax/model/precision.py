@@ -1,8 +1,9 @@
 """The precision policy: which dtype holds what, and why.
 
-Parameters and optimizer state are float32 always. The policy chooses the compute precision: the dtype of
-activations and of the copies of the weights that matrices are multiplied in. Norm statistics, softmax, router
-and loss are computed in `at_least_float32` of it, whatever the policy says.
+The policy chooses the compute precision: the dtype of activations and of the copies of the weights that matrices are
+multiplied in. Norm statistics, softmax, router and loss are computed in `at_least_float32` of it, whatever the policy
+says. Parameters are stored in float32, or matrices in bfloat16 where `TrainConfig.weights` says so (`stored`): their
+steps are then computed in float32 and rounded at random (`round_at_random`).
 """
 
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, BFloat16, Float32, Key
 
-from moe_jax.config import PrecisionKind
+from moe_jax.config import PrecisionKind, WeightKind
 
 
 @dataclass(frozen=True)
@@ -58,3 +60,19 @@ def choose_policy(kind: PrecisionKind, device: Any = None) -> Policy:
         "float16",
         f"{device.device_kind}: compute capability {capability} has no bfloat16 units; dynamic loss scaling is on",
     )
+
+
+def stored(params: Any, weights: WeightKind) -> Any:
+    """Parameters as they are kept between steps: vectors (norms, biases) as they are, matrices in `weights`."""
+    return jax.tree.map(lambda p: p.astype(weights) if weights != "float32" and p.ndim >= 2 else p, params)
+
+
+def round_at_random(x: Float32[Array, "..."], key: Key[Array, ""]) -> BFloat16[Array, "..."]:
+    """To one of the two bfloat16 around x, at random such that the mean is x (Gupta et al. 2015, section 3).
+
+    bfloat16 is float32 without its last 16 bits. Adding 16 random bits before cutting them off carries into the rest
+    with the probability that is wanted. x is finite.
+    """
+    noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    return jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)

@@ -35,15 +35,25 @@ class Block(nnx.Module):
         self.ffn = (MoE if config.dense == "none" else DenseFFN)(config, out_scale, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None, remat: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValue]:
+        """With `remat` each half is recomputed in the backward pass, by itself: one half's activations exist at a
+        time, for one more residual stream kept a block."""
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        with jax.named_scope("attention"):
-            y, kv = self.attention(self.attention_norm(x), keys[0])
-        x = x + dropout(y, self.dropout, keys[1])
-        with jax.named_scope("ffn"):
-            y, stats = self.ffn(self.ffn_norm(x), mode, None if key is None else jax.random.fold_in(key, 3))
-        return x + dropout(y, self.dropout, keys[2]), stats, kv
+
+        def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:
+            with jax.named_scope("attention"):
+                y, kv = block.attention(block.attention_norm(x), keys[0])
+            return x + dropout(y, block.dropout, keys[1]), kv
+
+        def feed(block: Block, x: Array) -> tuple[Array, RouterStats | None]:
+            with jax.named_scope("ffn"):
+                y, stats = block.ffn(block.ffn_norm(x), mode, None if key is None else jax.random.fold_in(key, 3))
+            return x + dropout(y, block.dropout, keys[2]), stats
+
+        x, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
+        x, stats = (jax.checkpoint(feed) if remat else feed)(self, x)
+        return x, stats, kv
 
     def decode(
         self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, ""]
@@ -96,10 +106,7 @@ class Transformer(nnx.Module):
         stats: list[RouterStats | None] = []
         cache: list[KeyValue] = []
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            run = lambda block, x, key: block(x, mode, key)  # noqa: E731
-            if self.remat and mode is Mode.TRAIN:
-                run = jax.checkpoint(run)
-            x, layer_stats, kv = run(block, x, block_key)
+            x, layer_stats, kv = block(x, mode, block_key, remat=self.remat and mode is Mode.TRAIN)
             stats.append(layer_stats)
             cache.append(kv)
         stacked = None if stats[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from moe_jax.analysis.accounting import count_parameters, totals, training_flops
 from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.training.loop import Session
-from moe_jax.training.optimizer import warmup_steps
+from moe_jax.training.optimizer import make_optimizer, state_bytes, warmup_steps
 
 
 def print_card(session: Session, notes: list[str]) -> None:
@@ -27,6 +28,7 @@ def print_card(session: Session, notes: list[str]) -> None:
         "model": _model_line(config.model),
         "parameters": _parameter_line(config.model),
         "precision": str(session.policy),
+        "memory": _memory_line(session),
         "plan": _plan_line(config.train, session.tokens_per_step, len(store.train.tokens)),
         "arithmetic": f"{training_flops(config, config.train.steps):.2e} floating-point operations: "
         "6 x active matmul parameters x tokens" + (", and Muon's own products" if muon else ""),
@@ -60,9 +62,17 @@ def _parameter_line(m: ModelConfig) -> str:
     return f"{total.total} in all, {total.active} active for a token ({total.active / total.total:.0%}): {parts}"
 
 
+def _memory_line(session: Session) -> str:
+    params = jax.tree.leaves(session.state.params)
+    weights = sum(p.size * p.dtype.itemsize for p in params) / sum(p.size for p in params)
+    state = state_bytes(make_optimizer(session.config.train), session.state.params)
+    kind = session.config.train.optimizer
+    return f"{weights:.2f} bytes a parameter, as many for its gradient, and {state:.2f} for the state of {kind}"
+
+
 def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:
     accumulated = f" x {t.grad_accum} accumulated" if t.grad_accum > 1 else ""
-    rate = f"{t.lr:g}" if t.optimizer == "adamw" else f"{t.muon_lr:g} (AdamW part {t.lr:g})"
+    rate = f"{t.lr:g}" if t.optimizer != "muon" else f"{t.muon_lr:g} (AdamW part {t.lr:g})"
     return (
         f"{t.steps:,} steps of {t.batch_size}{accumulated} sequences = {tokens_per_step:,} tokens a step, "
         f"{t.steps * tokens_per_step / corpus:.2f} epochs; {t.optimizer}, learning rate {rate} after "

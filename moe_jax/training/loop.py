@@ -25,13 +25,12 @@ from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.inference.decode import SAMPLE, Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.precision import Policy, choose_policy
-from moe_jax.model.transformer import create, split
 from moe_jax.training.checkpoint import CheckpointStore, restore
 from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate, make_evaluation_step
 from moe_jax.training.metrics import MetricsLog, Terminal
 from moe_jax.training.optimizer import learning_rate, make_optimizer
 from moe_jax.training.run import RunFolder, abstract_model
-from moe_jax.training.state import TrainState, initial_state
+from moe_jax.training.state import TrainState, initial_params, initial_state
 from moe_jax.training.step import Step, StepReport, make_step
 
 INITIAL = 0
@@ -92,8 +91,7 @@ class Session:
             notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
         else:
             key = jax.random.fold_in(jax.random.key(config.train.seed), INITIAL)
-            _, params = split(create(config.model, key))
-            state = initial_state(params, optimizer, policy.loss_scaling)
+            state = initial_state(initial_params(config, key), optimizer, policy.loss_scaling)
             folder.start(config, store.tokenizer)
         return cls(
             config=config,
@@ -243,6 +241,7 @@ class _Recorder:
         self._mark, self._mark_step = time.monotonic(), int(session.state.step)
         self._skipped_in_a_row = 0
         self._peak = matmul_rate(session.policy.compute)
+        self._is_first = True
 
     def add(self, step: int, report: StepReport) -> None:
         self.flush()
@@ -255,6 +254,10 @@ class _Recorder:
         step, report = self._pending
         self._pending = None
         finite = bool(report.finite)
+        if self._is_first:
+            self._is_first = False
+            seconds = time.monotonic() - self._session.begin
+            self._terminal.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
         self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(

@@ -1,13 +1,25 @@
-"""AdamW, or Muon on the matrices and AdamW on the rest, with a linear warm-up and a cosine to the end of the run."""
+"""The optimizers, with a linear warm-up and a cosine to the end of the run.
+
+Bytes of state that each keeps beside a parameter (a weight in float32 is 4 more, its gradient another 4):
+
+    adamw        8       both moments in float32
+    adamw-bf16   6       first moment in bfloat16
+    adamw-8bit   2.06    both moments in 8-bit codes: `adam8bit`
+    adafactor    0.01    no first moment, the second by rows and columns: `adafactor`
+    muon         4 to 8  one momentum for the matrices of the blocks, AdamW on the rest
+"""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from optax import contrib
 
 from moe_jax.config import TrainConfig
 from moe_jax.model.transformer import Params
+from moe_jax.training.adafactor import scale_by_adafactor
+from moe_jax.training.adam8bit import scale_by_adam8bit
 
 
 def warmup_steps(config: TrainConfig) -> int:
@@ -29,23 +41,31 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
 
 
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """The optimizer of the configuration, on gradients clipped to a global norm.
+    """The optimizer of the configuration, on gradients that the step has clipped.
 
     Matrices decay; vectors (norm scales, biases) do not.
     """
-    adamw = optax.adamw(
-        learning_rate(config, config.lr),
-        b1=config.beta1,
-        b2=config.beta2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params),
-    )
     if config.optimizer == "muon":
-        rule = optax.partition({"muon": _muon(config), "adamw": adamw}, muon_labels)
-    else:
-        rule = adamw
-    return optax.chain(optax.clip_by_global_norm(config.clip), rule)
+        return optax.partition({"muon": _muon(config), "adamw": _decayed(_adam(config), config)}, muon_labels)
+    if config.optimizer == "adafactor":
+        return _decayed(scale_by_adafactor(), config)
+    if config.optimizer == "adamw-8bit":
+        return _decayed(scale_by_adam8bit(config.beta1, config.beta2, config.eps, config.seed), config)
+    return _decayed(_adam(config), config)
+
+
+def _adam(config: TrainConfig) -> optax.GradientTransformation:
+    narrow = jnp.bfloat16 if config.optimizer == "adamw-bf16" else None
+    return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps, mu_dtype=narrow)
+
+
+def _decayed(rule: optax.GradientTransformation, config: TrainConfig) -> optax.GradientTransformation:
+    """Decoupled decay (Loshchilov and Hutter 2019, algorithm 2) beside a rule, both times the learning rate."""
+    return optax.chain(
+        rule,
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
+        optax.scale_by_learning_rate(learning_rate(config, config.lr)),
+    )
 
 
 def _muon(config: TrainConfig) -> optax.GradientTransformation:
@@ -76,3 +96,10 @@ def muon_labels(params: Params) -> Params:
         return "muon" if matrix else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def state_bytes(optimizer: optax.GradientTransformation, params: Params) -> float:
+    """Bytes of optimizer state for each parameter, kept as of float32 ones whatever they are stored in."""
+    state = jax.eval_shape(optimizer.init, jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params))
+    parameters = sum(p.size for p in jax.tree.leaves(params))
+    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state)) / parameters

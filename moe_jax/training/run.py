@@ -12,7 +12,7 @@ from flax import nnx
 
 from moe_jax.config import RunConfig, UserError, load_config
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.model.precision import choose_policy
+from moe_jax.model.precision import choose_policy, stored
 from moe_jax.model.transformer import Params, create, split
 from moe_jax.training.checkpoint import Checkpoint, CheckpointStore, restore, versions
 
@@ -131,4 +131,5 @@ def abstract_model(config: RunConfig, compute: str) -> tuple[nnx.GraphDef, Param
     model = nnx.eval_shape(
         lambda: create(config.model, jax.random.key(0), jax.numpy.dtype(compute), config.train.remat)
     )
-    return split(model)
+    graphdef, shapes = split(model)
+    return graphdef, jax.eval_shape(lambda params: stored(params, config.train.weights), shapes)

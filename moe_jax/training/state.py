@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from moe_jax.model.transformer import Params
+from moe_jax.config import RunConfig
+from moe_jax.model.precision import at_least_float32, stored
+from moe_jax.model.transformer import Params, create, split
 
 INITIAL_SCALE = 2.0**15
 GROWTH_STEPS = 2000
@@ -38,12 +40,22 @@ class TrainState:
     """Steps whose gradient was not finite: they changed nothing else."""
 
 
+def initial_params(config: RunConfig, key: Key[Array, ""]) -> Params:
+    """Random parameters in the dtypes that they are stored in."""
+
+    def make(key: Array) -> Params:
+        return stored(split(create(config.model, key))[1], config.train.weights)
+
+    # As one program, narrow parameters are written as such: float32 ones, twice as large, never exist.
+    return make(key) if config.train.weights == "float32" else jax.jit(make)(key)
+
+
 def initial_state(params: Params, optimizer: optax.GradientTransformation, loss_scaling: bool) -> TrainState:
     scale = INITIAL_SCALE if loss_scaling else 1.0
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer=optimizer.init(params),
+        optimizer=optimizer.init(jax.tree.map(lambda p: p.astype(at_least_float32(p.dtype)), params)),
         loss_scale=LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),
         skipped=jnp.zeros((), jnp.int32),
     )

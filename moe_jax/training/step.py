@@ -12,12 +12,17 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import TrainConfig
 from moe_jax.model.balance import adjusted_bias
+from moe_jax.model.precision import at_least_float32, round_at_random
 from moe_jax.model.transformer import Params, merge
 from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.state import LossScale, TrainState, next_scale
 
 DROPOUT = 1
 """Purpose of a random key: every key is fold_in(fold_in(seed, purpose), step)."""
+
+
+ROUND_WEIGHTS = 4
+"""Likewise; 3 is `adam8bit.ROUND_MOMENTS`."""
 
 
 class StepReport(NamedTuple):
@@ -41,7 +46,7 @@ def gradients(
     scale: Float[Array, ""],
     config: TrainConfig,
 ) -> tuple[Params, Metrics]:
-    """The mean gradient over M micro-batches of B sequences, and the mean metrics.
+    """The mean gradient over M micro-batches of B sequences, in at least float32, and the mean metrics.
 
     Every group that a loss is averaged over is one sequence, so accumulated equals whole, auxiliary losses
     included. Micro-batches are summed in order by a scan: one copy of the gradients beside the running sum.
@@ -58,13 +63,37 @@ def gradients(
     if count == 1:
         total = micro(batch[0], jnp.int32(0))
     else:
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, batch[0], jnp.int32(0)))
+        shapes = jax.eval_shape(micro, batch[0], jnp.int32(0))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), shapes)
         total, _ = jax.lax.scan(
             lambda total, x: (jax.tree.map(jnp.add, total, micro(*x)), None), zero, (batch, jnp.arange(count))
         )
     grads, metrics = total
-    grads = jax.tree.map(lambda g: g / (count * scale.astype(g.dtype)), grads)
+    grads = jax.tree.map(lambda g: _wide(g) / (count * scale.astype(_wide(g).dtype)), grads)
     return grads, jax.tree.map(lambda m: m / count, metrics)
+
+
+def _wide(x: Array) -> Array:
+    return x.astype(at_least_float32(x.dtype))
+
+
+def global_norm(grads: Params) -> Float[Array, ""]:
+    """Root of the sum of all squares."""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+
+
+def purpose_key(seed: int, purpose: int, step: Array) -> Key[Array, ""]:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+def add(params: Params, updates: Any, key: Key[Array, ""]) -> Params:
+    """params + updates, each sum in at least float32; where the parameter is bfloat16 it is rounded at random."""
+    leaves, tree = jax.tree.flatten(params)
+    sums = [_wide(p) + u for p, u in zip(leaves, jax.tree.leaves(updates), strict=True)]
+    for i, p in enumerate(leaves):
+        if p.dtype == jnp.bfloat16:
+            sums[i] = round_at_random(sums[i], jax.random.fold_in(key, i))
+    return tree.unflatten(sums)
 
 
 def with_adjusted_biases(params: Params, load: Float[Array, "L E"], rate: float) -> Params:
@@ -88,22 +117,26 @@ def make_step(
     """
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT), state.step)
+        key = purpose_key(config.seed, DROPOUT, state.step)
         scale: LossScale = state.loss_scale
         grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config)
-        norm = optax.global_norm(grads)
+        norm = global_norm(grads)
         finite = jnp.isfinite(norm)
+        # One factor, applied where a gradient is used: a clipped copy of all gradients never exists.
+        clip = jnp.minimum(1, config.clip / norm)
+        clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
+        updates, optimizer_state = optimizer.update(clipped, state.optimizer, jax.tree.map(_wide, state.params))
+        params = add(state.params, updates, purpose_key(config.seed, ROUND_WEIGHTS, state.step))
+        params = with_adjusted_biases(params, metrics.load, config.balance_rate)
 
-        def update() -> tuple[Any, optax.OptState]:
-            updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
-            return with_adjusted_biases(params, metrics.load, config.balance_rate), optimizer_state
+        def if_finite[T](new: T, old: T) -> T:
+            """Entry by entry, so that each update takes its parameter's memory; `lax.cond` would hold both."""
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
-        params, optimizer_state = jax.lax.cond(finite, update, lambda: (state.params, state.optimizer))
         new = TrainState(
             step=state.step + 1,
-            params=params,
-            optimizer=optimizer_state,
+            params=if_finite(params, state.params),
+            optimizer=if_finite(optimizer_state, state.optimizer),
             loss_scale=next_scale(scale, finite) if loss_scaling else scale,
             skipped=state.skipped + ~finite,
         )

@@ -1,0 +1,140 @@
+"""Optimizers that keep less: what their state loses, and that nothing else changes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from moe_jax.config import TrainConfig
+from moe_jax.training.adafactor import scale_by_adafactor
+from moe_jax.training.adam8bit import BLOCK, Coded, decode, encode, scale_by_adam8bit
+from moe_jax.training.optimizer import make_optimizer, state_bytes
+
+
+def blocks(seed: int, rows: int = 16) -> jax.Array:
+    """Entries over five decades, signs mixed."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(rng.normal(size=(rows, BLOCK)) * 10.0 ** rng.uniform(-5, 0, (rows, BLOCK)), jnp.float32)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8])
+def test_codes_are_near_by_and_right_on_average(dtype: type) -> None:
+    """The two codes around an entry of code c are (4 c^3 + ...) / most^4 apart: at most 4 / most of the block's
+    largest. The mean of n roundings misses by that / (2 sqrt n) in one standard deviation."""
+    x = blocks(0) if dtype == jnp.int8 else jnp.abs(blocks(0)) + 1e-6
+    most, draws = jnp.iinfo(dtype).max, 512
+    decoded = jax.vmap(lambda key: decode(encode(x, key, dtype)))(jax.random.split(jax.random.key(0), draws))
+    miss = np.abs(np.asarray(decoded - x)) / np.asarray(jnp.abs(x).max(-1, keepdims=True))
+    assert miss.max() < 4 / most
+    mean_miss = np.abs(np.asarray(decoded.mean(0) - x)) / np.asarray(jnp.abs(x).max(-1, keepdims=True))
+    assert mean_miss.max() < 5 * 4 / most / 2 / draws**0.5
+
+
+def test_the_largest_of_a_block_and_zeros_are_exact() -> None:
+    x = blocks(1).at[3].set(0).at[4, :5].set(0)
+    decoded = decode(encode(x, jax.random.key(0), jnp.int8))
+    largest = jnp.abs(x).argmax(-1)
+    np.testing.assert_allclose(decoded[jnp.arange(16), largest], x[jnp.arange(16), largest], rtol=1e-6)
+    assert not np.asarray(decoded[3]).any()
+    assert not np.asarray(decoded[4, :5]).any()
+
+
+def test_a_second_moment_is_never_rounded_to_zero() -> None:
+    tiny = jnp.full((1, BLOCK), 1e-20).at[0, 0].set(1.0)
+    assert int(encode(tiny, jax.random.key(0), jnp.uint8).codes.min()) == 1
+
+
+def test_a_moment_that_moves_by_less_than_a_code_still_moves() -> None:
+    """v <- 0.999 v + 0.001 * 0.25 from 1 towards 0.25, beside an entry that stays at 1: after 1,000 steps
+    0.25 + 0.75 * 0.999^1000 = 0.526. Rounded to the nearest code it would still be 1."""
+    target = jnp.full((1, BLOCK), 0.25).at[0, 0].set(1.0)
+
+    def step(coded: Coded, key: jax.Array) -> tuple[Coded, None]:
+        return encode(0.999 * decode(coded) + 0.001 * target, key, jnp.uint8), None
+
+    start = encode(jnp.ones((1, BLOCK)), jax.random.key(0), jnp.uint8)
+    coded, _ = jax.lax.scan(step, start, jax.random.split(jax.random.key(1), 1000))
+    assert float(decode(coded)[0, 1:].mean()) == pytest.approx(0.526, rel=0.05)
+
+
+def run(rule: optax.GradientTransformation, grads: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    params = jax.tree.map(jnp.zeros_like, grads[0])
+    state = rule.init(params)
+    updates = params
+    for g in grads:
+        updates, state = rule.update(g, state, params)
+    return updates
+
+
+def gradients(shape: tuple[int, ...], steps: int = 20) -> list[dict[str, jax.Array]]:
+    """A constant direction under noise of the same size: a step well away from 0."""
+    rng = np.random.default_rng(0)
+    direction = rng.normal(size=shape)
+    return [{"w": jnp.asarray(direction + rng.normal(size=shape), jnp.float32)} for _ in range(steps)]
+
+
+def test_small_tensors_are_adam_to_the_bit_and_large_ones_near_it() -> None:
+    """An update of 8-bit Adam is m / sqrt(v), of size 1, each moment off by a few per cent a step."""
+    adam = optax.scale_by_adam(b1=0.9, b2=0.99, eps=1e-8)
+    ours = scale_by_adam8bit(0.9, 0.99, 1e-8, seed=0)
+    small = gradients((63, 65))
+    np.testing.assert_allclose(run(ours, small)["w"], run(adam, small)["w"], rtol=2e-6)
+    large = gradients((65, 67))  # 4,355 entries: the last block is part filled
+    error = np.asarray(run(ours, large)["w"] - run(adam, large)["w"])
+    assert error.shape == (65, 67)
+    assert 0 < np.sqrt((error**2).mean()) < 0.05
+
+
+def test_adafactor_is_that_of_optax_on_a_matrix() -> None:
+    theirs = optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=2), optax.clip_by_block_rms(1.0)
+    )
+    grads = gradients((12, 20), steps=5)
+    np.testing.assert_allclose(run(scale_by_adafactor(), grads)["w"], run(theirs, grads)["w"], rtol=1e-4, atol=1e-6)
+
+
+def test_adafactor_factors_each_expert_alone() -> None:
+    """More experts than rows: factored over the two longest axes, as is usual, the experts would share factors.
+    The experts differ by 1,000 in scale; each one's update is what it would be alone, before the clipping by size
+    that they share."""
+    stack = [{"w": g["w"] * jnp.asarray([1.0, 1e3, 1e-3] * 3)[:, None, None]} for g in gradients((9, 4, 6), steps=4)]
+    together = run(scale_by_adafactor(), stack)["w"]
+    for e in range(9):
+        alone = run(scale_by_adafactor(), [{"w": g["w"][e]} for g in stack])["w"]
+        ratio = np.asarray(together[e] / alone)
+        np.testing.assert_allclose(ratio, ratio.flat[0], rtol=1e-4)
+        assert 0.5 < ratio.flat[0] < 2
+
+
+def test_bytes_of_state_by_hand() -> None:
+    """Of a stack of 4 experts of 64 x 128 (32,768 entries). Each rule counts its steps, and the schedule too: 8
+    bytes. 8 bits: 2 bytes an entry and 2 scales of 4 bytes a block of 128. Adafactor: 4 x (64 + 128) numbers."""
+    params = {"blocks": {"w": jax.ShapeDtypeStruct((4, 64, 128), jnp.float32)}}
+    entries = 4 * 64 * 128
+    expected = {
+        "adamw": 8,
+        "adamw-bf16": 6,
+        "adamw-8bit": 2 + 2 * 4 / BLOCK,
+        "adafactor": 4 * 4 * (64 + 128) / entries,
+    }
+    for kind, size in expected.items():
+        optimizer = make_optimizer(TrainConfig(optimizer=kind))  # pyright: ignore[reportArgumentType]
+        assert state_bytes(optimizer, params) == pytest.approx(size + 8 / entries, abs=1e-6), kind
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"])
+def test_each_optimizer_decays_matrices_only_and_follows_the_schedule(kind: str) -> None:
+    """Without a gradient only decay is left: -lr * decay * w, where Muon's matrices have a rate of their own."""
+    config = TrainConfig(optimizer=kind, steps=10, warmup_steps=0, lr=0.1, muon_lr=0.3, weight_decay=0.5)  # pyright: ignore[reportArgumentType]
+    params = {"blocks": {"w": jnp.full((8, 8), 2.0), "scale": jnp.full((8,), 2.0)}, "embedding": jnp.full((8, 8), 2.0)}
+    zero = jax.tree.map(jnp.zeros_like, params)
+    for decay in (0.5, 0.0):
+        rule = make_optimizer(dataclasses.replace(config, weight_decay=decay))
+        updates = rule.update(zero, rule.init(params), params)[0]
+        rate = 0.3 if kind == "muon" else 0.1
+        np.testing.assert_allclose(updates["blocks"]["w"], -rate * decay * 2, atol=1e-6)
+        np.testing.assert_allclose(updates["embedding"], -0.1 * decay * 2, atol=1e-6)
+        np.testing.assert_allclose(updates["blocks"]["scale"], 0, atol=1e-6)

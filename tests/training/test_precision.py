@@ -1,0 +1,137 @@
+"""Narrow numbers: a step that overflows changes nothing, the loss scale is found, and rounding is right on average."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import TrainConfig
+from moe_jax.model.precision import choose_policy, round_at_random, stored
+from moe_jax.training.checkpoint import named_leaves
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.state import GROWTH_STEPS, LossScale, TrainState, initial_state, next_scale
+from moe_jax.training.step import make_step
+from tests import tiny
+
+OPTIMIZERS = ["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
+
+
+def configuration(kind: str, **changes: object) -> TrainConfig:
+    return TrainConfig(steps=40, lr=2e-2, warmup_steps=4, optimizer=kind, **changes)  # pyright: ignore[reportArgumentType]
+
+
+@functools.lru_cache
+def step_of(kind: str, compute: str):
+    graphdef, _ = tiny.build(MODEL, compute=compute)
+    return make_step(graphdef, make_optimizer(configuration(kind)), configuration(kind), compute == "float16")
+
+
+MODEL = tiny.config(layers=1, width=32, expert_hidden=40, capacity_factor=2.0)
+"""An expert stack of 4 x 32 x 40 entries: large enough for 8-bit moments."""
+
+
+def fresh(kind: str, weights: str = "float32", loss_scaling: bool = True) -> TrainState:
+    params = jax.tree.map(jnp.array, stored(tiny.build(MODEL)[1], weights))  # pyright: ignore[reportArgumentType]
+    return initial_state(params, make_optimizer(configuration(kind)), loss_scaling)
+
+
+def batch(seed: int) -> np.ndarray:
+    return tiny.tokens(1, 2, tiny.T + 1, seed=seed)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_overflow_between_two_steps_changes_the_scale_and_nothing_else(kind: str) -> None:
+    """Step; then a step at a scale of 2^40, whose gradients are beyond float16's 65,504. Parameters, moments and the
+    schedule's count keep their bits; only the step, the skipped steps and the scale move."""
+    step = step_of(kind, "float16")
+    state, report = step(fresh(kind), batch(0))
+    assert bool(report.finite)
+    state = dataclasses.replace(state, loss_scale=LossScale(jnp.float32(2.0**40), jnp.int32(7)))
+    before = jax.tree.map(np.array, state)
+    state, report = step(state, batch(1))
+    assert not bool(report.finite)
+    tiny.assert_same_bits(jax.tree.map(np.array, state.params), before.params)
+    tiny.assert_same_bits(jax.tree.map(np.array, state.optimizer), before.optimizer)
+    assert (float(state.loss_scale.scale), int(state.loss_scale.good_steps)) == (2.0**39, 0)
+    assert (int(state.step), int(state.skipped)) == (2, 1)
+    for seed in range(2, 30):  # each overflow halves the scale until a step is taken
+        state, report = step(state, batch(seed))
+        if bool(report.finite):
+            break
+    assert bool(report.finite)
+    assert int(state.skipped) > 1
+    changed = [
+        (np.asarray(a) != b).any()
+        for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True)
+    ]
+    assert all(changed)
+
+
+def test_the_scale_doubles_after_2000_good_steps_and_never_falls_below_1() -> None:
+    good, bad = jnp.asarray(True), jnp.asarray(False)
+    scale = LossScale(jnp.float32(8), jnp.int32(GROWTH_STEPS - 2))
+    scale = next_scale(scale, good)
+    assert (float(scale.scale), int(scale.good_steps)) == (8, GROWTH_STEPS - 1)
+    scale = next_scale(scale, good)
+    assert (float(scale.scale), int(scale.good_steps)) == (16, 0)
+    for expected in (8, 4, 2, 1, 1):
+        scale = next_scale(scale, bad)
+        assert (float(scale.scale), int(scale.good_steps)) == (expected, 0)
+
+
+def test_the_scale_is_part_of_a_checkpoint() -> None:
+    assert {"loss_scale.scale", "loss_scale.good_steps", "skipped"} <= set(named_leaves(fresh("adamw")))
+
+
+def test_what_is_representable_stays_and_the_rest_is_rounded_right_on_average() -> None:
+    exact = jnp.asarray([0.0, -0.0, 1.0, -1.5, 3.0e38, 1e-38], jnp.bfloat16).astype(jnp.float32)
+    np.testing.assert_array_equal(round_at_random(exact, jax.random.key(0)).astype(jnp.float32), exact)
+    between = jnp.asarray([1.001, -1.006, 100.3, 1e-5], jnp.float32)
+    rounded = jax.vmap(lambda key: round_at_random(between, key))(jax.random.split(jax.random.key(1), 4096))
+    spacing = 2.0 ** (np.floor(np.log2(np.abs(between))) - 7)
+    rounded = np.asarray(rounded, np.float64)
+    assert (np.abs(rounded - np.asarray(between)) < spacing).all()
+    assert all(len(set(column)) == 2 for column in rounded.T)
+    # The mean of 4,096 draws of two values a spacing apart: within five of its standard deviations of at most 1 / 128.
+    assert (np.abs(rounded.mean(0) - np.asarray(between)) < 5 * spacing / 128).all()
+
+
+def test_bfloat16_weights_learn_from_steps_smaller_than_their_spacing() -> None:
+    """Weights near 1 are 2^-7 apart and a step is some 2^-10: rounded to the nearest none would move."""
+    config = dataclasses.replace(configuration("adamw"), lr=1e-3, warmup_steps=0)
+    graphdef, _ = tiny.build(MODEL)
+    step = make_step(graphdef, make_optimizer(config), config, False)
+    state = fresh("adamw", "bfloat16", loss_scaling=False)
+    matrices = {str(p.dtype) for p in jax.tree.leaves(state.params) if p.ndim >= 2}
+    vectors = {str(p.dtype) for p in jax.tree.leaves(state.params) if p.ndim < 2}
+    assert (matrices, vectors) == ({"bfloat16"}, {"float32"})
+    assert {str(x.dtype) for x in jax.tree.leaves(state.optimizer) if x.ndim} == {"float32"}
+    losses = []
+    for _ in range(30):
+        state, report = step(state, batch(0))
+        losses.append(float(report.metrics.loss))
+    assert losses[-1] < losses[0] - 0.02
+    assert {str(p.dtype) for p in jax.tree.leaves(state.params) if p.ndim >= 2} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("platform", "capability", "compute", "reason"),
+    [
+        ("cpu", None, "float32", "no casts"),
+        ("gpu", "7.5", "float16", "no bfloat16 units"),
+        ("gpu", "8.0", "bfloat16", "has bfloat16 units"),
+        ("gpu", "12.0", "bfloat16", "has bfloat16 units"),
+    ],
+)
+def test_the_precision_follows_the_device_and_says_why(
+    platform: str, capability: str | None, compute: str, reason: str
+) -> None:
+    device = type("Device", (), {"platform": platform, "compute_capability": capability, "device_kind": "a card"})()
+    policy = choose_policy("auto", device)
+    assert policy.compute == compute
+    assert policy.loss_scaling == (compute == "float16")
+    assert reason in str(policy)
+    assert choose_policy("float32", device).compute == "float32"
