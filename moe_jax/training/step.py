@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import TrainConfig
 from moe_jax.model.transformer import Params, merge
 from moe_jax.training.loss import Metrics, training_loss
-from moe_jax.training.state import LossScale, TrainState, next_scale
+from moe_jax.training.state import LossScale, TrainState, next_scale, next_track
 
 DROPOUT = 1
 """Purpose of a random key: every key is fold_in(fold_in(seed, purpose), step)."""
@@ -25,8 +25,10 @@ class StepReport(NamedTuple):
     metrics: Metrics
     grad_norm: Float[Array, ""]
     """Global norm before clipping."""
-    finite: Array
-    """False where the step was skipped."""
+    finite: Bool[Array, ""]
+    """Whether loss and gradient were; otherwise the step was skipped."""
+    spike: Bool[Array, ""]
+    """Whether the loss was far above what it has been lately (`LossTrack.limit`)."""
 
 
 type Step = Callable[[TrainState, ArrayLike], tuple[TrainState, StepReport]]
@@ -71,8 +73,8 @@ def make_step(
 ) -> Step:
     """The jitted step, which takes over its state's memory. A batch is int32 `[M, B, T+1]`, M micro-batches.
 
-    A step whose gradient is not finite leaves parameters and optimizer as they are and is counted. With float16 it
-    also halves the loss scale.
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they are and is counted, and so
+    does a loss spike where the configuration asks for that. With float16 the former also halves the loss scale.
     """
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
@@ -80,20 +82,23 @@ def make_step(
         scale: LossScale = state.loss_scale
         grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config)
         norm = optax.global_norm(grads)
-        finite = jnp.isfinite(norm)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
+        spike = finite & (metrics.loss > state.loss_track.limit())
+        taken = finite & ~spike if config.skip_spikes else finite
 
         def update() -> tuple[Any, optax.OptState]:
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
             return optax.apply_updates(state.params, updates), optimizer_state
 
-        params, optimizer_state = jax.lax.cond(finite, update, lambda: (state.params, state.optimizer))
+        params, optimizer_state = jax.lax.cond(taken, update, lambda: (state.params, state.optimizer))
         new = TrainState(
             step=state.step + 1,
             params=params,
             optimizer=optimizer_state,
             loss_scale=next_scale(scale, finite) if loss_scaling else scale,
-            skipped=state.skipped + ~finite,
+            loss_track=next_track(state.loss_track, metrics.loss, finite),
+            skipped=state.skipped + ~taken,
         )
-        return new, StepReport(metrics, norm, finite)
+        return new, StepReport(metrics, norm, finite, spike)
 
     return jax.jit(step, donate_argnums=0)
