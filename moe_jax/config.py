@@ -345,7 +345,10 @@ def load_config(run: Path) -> RunConfig | None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise UserError(f"{run / 'config.json'} cannot be read ({error}); start a new run in another folder") from error
+        raise UserError(
+            f"{run / 'config.json'} cannot be read ({error}); "
+            f"`python -m moe_jax doctor --run {run} --repair` takes it from a checkpoint"
+        ) from error
 
 
 def holds_run(run: Path) -> bool:

@@ -14,6 +14,7 @@ classes that wrote it.
 
 import errno
 import importlib.metadata
+import math
 import os
 import re
 import shutil
@@ -91,8 +92,9 @@ class CheckpointStore:
             draft.mkdir()
             leaves = named_leaves(state)
             _write_arrays(draft, leaves)
-            _write_weights(draft, leaves)
-            document = {"version": manifest.VERSION, "step": step, "val_loss": val_loss, "elapsed": elapsed}
+            write_weights(draft, leaves)
+            known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+            document = {"version": manifest.VERSION, "step": step, "val_loss": known, "elapsed": elapsed}
             document |= {"files": manifest.describe_files(draft), **manifest.describe_leaves(leaves)}
             document |= {"context": context, "versions": versions()}
             (draft / manifest.NAME).write_text(manifest.render(document), encoding="utf-8", newline="\n")
@@ -139,8 +141,8 @@ class CheckpointStore:
         refuse a checkpoint that is whole but belongs to something else, by raising.
         """
         for checkpoint in self._good(reversed(self.survey())):
-            check(checkpoint)
             try:
+                check(checkpoint)
                 state = _restore_verified(checkpoint, target)
             except Damaged as error:
                 self.say(f"{checkpoint.path}: skipped, {error}")
@@ -252,11 +254,11 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
                 f"{checkpoint.path}: {name} is {described} and {list(here[0])} {here[1]} in this configuration; "
                 "use the configuration that the run was started with"
             )
-    arrays = _read_arrays(checkpoint.path, {name: saved[name] for name in names})
+    arrays = read_arrays(checkpoint.path, {name: saved[name] for name in names})
     return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in names])
 
 
-def _read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.Array]:
+def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.Array]:
     """The leaves that are wanted, each compared with its digest. Raises Damaged."""
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     item = {n: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=sharding) for n, leaf in wanted.items()}
@@ -270,7 +272,7 @@ def _read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.
                     partial_restore=True,
                 ),
             )
-    except (ValueError, TypeError, KeyError, OSError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
         # Orbax and tensorstore answer files that contradict each other with whatever comes first.
         raise Damaged(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})") from error
     for name, leaf in wanted.items():
@@ -285,7 +287,7 @@ def _write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
         checkpointer.save((folder / "arrays").resolve(), leaves)
 
 
-def _write_weights(folder: Path, leaves: dict[str, Any]) -> None:
+def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
     weights = {n.removeprefix(_PARAMS): np.asarray(x) for n, x in leaves.items() if n.startswith(_PARAMS)}
     save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, folder / WEIGHTS)
 
@@ -312,7 +314,6 @@ def _disk_cause(error: Exception) -> str | None:
     """Why the file system refused, if that is what happened; tensorstore and safetensors report it in their text."""
     if isinstance(error, OSError) and error.errno is not None:
         return "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-    text = str(error)
-    if any(f"os error {number}" in text.lower() for number in _FULL) or "quota exceeded" in text.lower():
+    if any(os.strerror(number) in str(error) for number in _FULL):
         return "the disk is full"
     return str(error) if isinstance(error, OSError) else None

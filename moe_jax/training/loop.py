@@ -29,6 +29,7 @@ from moe_jax.model.transformer import create, split
 from moe_jax.training.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate, make_evaluation_step
 from moe_jax.training.faults import diagnose, not_finite
+from moe_jax.training.manifest import Damaged
 from moe_jax.training.metrics import MetricsLog, Terminal
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.progress import Progress
@@ -87,9 +88,9 @@ class Session:
             abstract = jax.eval_shape(lambda p: initial_state(p, optimizer, policy.loss_scaling), shapes)
             restored = checkpoints.restore_newest(abstract, lambda c: _check_belongs(c, config, store))
             if restored is None:
-                raise UserError(f"{folder.path}: every checkpoint is damaged; start again in another folder")
+                raise UserError(f"{folder.path}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
             newest, state = restored
-            progress = Progress(**newest.manifest["context"]["progress"])
+            progress = Progress.from_json(newest.manifest["context"]["progress"])
             folder.cut_back(newest.step, progress.evaluated)
             changes = folder.record_resume(saved, config, newest.step)
             notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
@@ -191,15 +192,21 @@ class Session:
 
 
 def _check_belongs(checkpoint: Checkpoint, config: RunConfig, store: TokenStore) -> None:
-    """Refuse a checkpoint of other data or of another model. Raises UserError."""
+    """Refuse a checkpoint of other data or of another model. Raises UserError; Damaged, which lets an older one be
+    tried, where it does not say."""
     context = checkpoint.manifest["context"]
+    saved = context.get("config")
+    model = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(model, dict) or "data" not in context:
+        raise Damaged("its manifest does not say what it belongs to")
+    Progress.from_json(context.get("progress"))
     if context["data"] != store.digest:
         raise UserError(
             f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "
             "resume with that text, or start a new run with another --out"
         )
     for name, here in dataclasses.asdict(config.model).items():
-        there = context["config"]["model"].get(name)
+        there = model.get(name)
         if there != here:
             raise UserError(
                 f"{flag_of('model', name)} {here}: {checkpoint.path} was saved with {there}; "

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.training.manifest import Damaged
+
 STARVED_SHARE = 0.05
 """An expert with less than this part of its fair share of the (token, choice) pairs is starved at a step."""
 STARVED_STEPS = 100
@@ -53,3 +55,19 @@ class Progress:
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> "Progress":
+        """The inverse of `to_json`. Raises Damaged where the values are none that it gives."""
+        kinds = {
+            "best": float | None,
+            "without_improvement": int,
+            "evaluated": int,
+            "skipped_in_a_row": int,
+            "starved": list,
+        }
+        if not isinstance(values, dict) or set(values) != set(kinds):
+            raise Damaged("its progress is not what this program saves")
+        if not all(isinstance(values[name], kind) for name, kind in kinds.items()):
+            raise Damaged("its progress is not what this program saves")
+        return cls(**values)
