@@ -140,6 +140,8 @@ def check_run(config: RunConfig) -> None:
     from moe_jax.data.corpora import check_source
 
     check_source(config.data.source)
+    if config.verify_resume:
+        return  # works in folders of its own
     run = Path(config.run_dir)
     if run.exists() and not run.is_dir():
         raise ConfigError(f"--out {run}: is a file; name a folder")

@@ -56,6 +56,7 @@ def short_flags(config: RunConfig) -> list[str]:
     short = c(
         config,
         verify_resume=False,
+        resume=False,
         tensorboard=False,
         wandb=False,
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),

@@ -70,7 +70,10 @@ def start(arguments: list[str], cache: Path, program: str = "train.py") -> subpr
 
 def complete(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.CompletedProcess[str]:
     process = start(arguments, cache, program)
-    out, err = process.communicate(timeout=300)
+    try:
+        out, err = process.communicate(timeout=550)
+    finally:
+        process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

@@ -89,7 +89,7 @@ def test_the_command(whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: 
     command = ["doctor", "--run", str(run)]
     ill = runs.complete(command, cache, runs.COMMANDS)
     assert (ill.returncode, ill.stderr) == (1, "")
-    assert [line.split()[:2] for line in ill.stdout.splitlines() if "damaged" in line][0] == [
+    assert next(line.split()[:2] for line in ill.stdout.splitlines() if "damaged" in line) == [
         "step_00000012",
         "damaged",
     ]
