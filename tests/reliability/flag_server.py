@@ -1,4 +1,4 @@
-"""Answers command lines of train.py, one JSON list a line: the status and what was printed. Importing jax fails here."""
+"""Answers command lines of train.py, one JSON list a line: status and what was printed. jax cannot be imported here."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import sys
 
 sys.modules["jax"] = None  # type: ignore[assignment]
 
-from moe_jax import cli
+from moe_jax import cli  # noqa: E402
 
 
 def accept(argv: list[str]) -> int:

@@ -71,9 +71,9 @@ def test_nothing_is_written_outside_the_run_and_the_caches(
 
 
 OTHER = {
-    "vocab_size": 300, "seq_len": 32, "layers": 2, "width": 32, "heads": 1, "experts": 8, "top_k": 1, "expert_hidden": 16,
-    "capacity_factor": 1.0, "norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True,
-    "tied_head": False, "dropout": 0.0, "dispatch": "einsum", "dense": "active",
+    "vocab_size": 300, "seq_len": 32, "layers": 2, "width": 32, "heads": 1, "experts": 8, "top_k": 1,
+    "expert_hidden": 16, "capacity_factor": 1.0, "norm": "layernorm", "positions": "learned", "activation": "gelu",
+    "bias": True, "tied_head": False, "dropout": 0.0, "dispatch": "einsum", "dense": "active",
 }  # fmt: skip
 
 
