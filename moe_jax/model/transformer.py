@@ -38,9 +38,11 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValue]:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        y, kv = self.attention(self.attention_norm(x), keys[0])
+        with jax.named_scope("attention"):
+            y, kv = self.attention(self.attention_norm(x), keys[0])
         x = x + dropout(y, self.dropout, keys[1])
-        y, stats = self.ffn(self.ffn_norm(x), mode)
+        with jax.named_scope("ffn"):
+            y, stats = self.ffn(self.ffn_norm(x), mode)
         return x + dropout(y, self.dropout, keys[2]), stats, kv
 
     def decode(
@@ -105,8 +107,9 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """In at least float32: products of the compute dtype, summed wide."""
-        head = self.head_matrix().astype(hidden.dtype)
-        return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
+        with jax.named_scope("head"):
+            head = self.head_matrix().astype(hidden.dtype)
+            return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
 
     def decode(
         self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, ""]
