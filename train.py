@@ -20,7 +20,7 @@ from moe_jax.training.signals import Signals, Stopped
 def run(argv: Sequence[str]) -> int:
     """Parse, prepare, print the card, train, score, tell a story."""
     config, saved = cli.parse_run(argv)
-    notes = environment.prepare()
+    notes = environment.prepare(config.deterministic)
     with Signals() as signals:
         # Only now, with the arguments accepted and the environment set, is jax imported.
         from moe_jax.training.card import print_card, print_result

@@ -289,6 +289,8 @@ class RunConfig:
     """Go on from the newest good checkpoint of the folder."""
     verify_resume: bool = False
     """Instead of training, show within a minute that a run killed and resumed here equals one never stopped."""
+    deterministic: bool = False
+    """On a GPU, use only programs that give the same bits each time, at some cost in speed; a CPU always does."""
     tensorboard: bool = False
     """Write TensorBoard event files as well (extra `tensorboard`)."""
     wandb: bool = False
