@@ -17,7 +17,6 @@ from typing import Any
 import xxhash
 
 from moe_jax.config import RunConfig, UserError
-from moe_jax.presets import preset
 from moe_jax.training.checkpoint import CheckpointStore
 
 STEPS = 12
@@ -51,7 +50,7 @@ def verify_resume(config: RunConfig, program: Path) -> int:
 
 
 def short_flags(config: RunConfig) -> list[str]:
-    """The flags of a short run of a configuration: what differs from its preset, and what a minute allows."""
+    """The flags of a short run of a configuration: every field, cut down to what a minute allows."""
     c = dataclasses.replace
     short = c(
         config,
@@ -62,18 +61,16 @@ def short_flags(config: RunConfig) -> list[str]:
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
         train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
     )
-    base, flags = preset(config.preset), [f"--preset={config.preset}"]
+    flags = []
     for section in ("", "model", "data", "train"):
-        values, usual = (getattr(x, section) if section else x for x in (short, base))
+        values = getattr(short, section) if section else short
         for f in dataclasses.fields(values):
-            value = getattr(values, f.name)
-            if dataclasses.is_dataclass(value) or value == getattr(usual, f.name) or f.name in ("out", "preset"):
-                continue
-            name = f.name.replace("_", "-")
+            value, name = getattr(values, f.name), f.name.replace("_", "-")
             dot = f"{section}." if section else ""
-            flags.append(
-                f"--{dot}{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{dot}{name}={value}"
-            )
+            if isinstance(value, bool):
+                flags.append(f"--{dot}{'' if value else 'no-'}{name}")
+            elif not dataclasses.is_dataclass(value) and f.name != "out":
+                flags.append(f"--{dot}{name}={value}")
     return flags
 
 
