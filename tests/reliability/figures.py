@@ -48,4 +48,5 @@ def summarize(terminalreporter: Any) -> None:
         document |= {"command": "pytest -m " + repr(terminalreporter.config.option.markexpr), "figures": totals}
         form = "long" if "not slow" not in terminalreporter.config.option.markexpr else "short"
         path = Path(folder) / f"{today}-reliability-{form}.json"
+        path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")
