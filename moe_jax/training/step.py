@@ -100,7 +100,7 @@ def make_step(
 
         def update() -> tuple[Any, optax.OptState]:
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-            params = optax.apply_updates(state.params, updates)
+            params: Any = optax.apply_updates(state.params, updates)
             return with_adjusted_biases(params, metrics.load, config.balance_rate), optimizer_state
 
         params, optimizer_state = jax.lax.cond(taken, update, lambda: (state.params, state.optimizer))
