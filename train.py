@@ -4,32 +4,41 @@
     uv run train.py --preset seed-158m --data tinystories  the real thing
     uv run train.py --data FOLDER --tokenizer bpe          own text: train.txt and valid.txt
     uv run train.py --out runs/x --resume                  go on
+    uv run train.py --verify-resume                        show that a run killed here and resumed loses nothing
 
 Every field of the configuration is a flag (`--help`). What a run leaves in its folder is listed in the README.
 """
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from moe_jax import cli, environment
+from moe_jax.training.signals import Signals, Stopped
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
     """Parse, prepare, print the card, train, score, tell a story."""
     config, saved = cli.parse_run(argv)
-    notes = environment.prepare()
+    notes = environment.prepare(config.deterministic)
+    with Signals() as signals:
+        # Only now, with the arguments accepted and the environment set, is jax imported.
+        from moe_jax.training.card import print_card, print_result
+        from moe_jax.training.loop import Session, finish, train
+        from moe_jax.training.run import locked
+        from moe_jax.training.verify_resume import verify_resume
 
-    # Only now, with the arguments accepted and the environment set, is jax imported.
-    from moe_jax.training.card import print_card, print_result
-    from moe_jax.training.loop import Session, finish, train
-
-    session = Session.open(config, saved)
-    print_card(session, notes)
-    if int(session.state.step) >= session.config.train.steps:
-        print(f"{session.folder.path}: already trained to step {int(session.state.step)}; --steps extends it")
-    else:
-        train(session)
-    print_result(session, finish(session))
+        if config.verify_resume:
+            return verify_resume(config, Path(__file__))
+        try:
+            with locked(Path(config.run_dir)):
+                session = Session.open(config, saved)
+                print_card(session, notes)
+                train(session, signals)
+                print_result(session, finish(session))
+        except Stopped as stop:
+            return stop.status
+    return 0
 
 
 if __name__ == "__main__":

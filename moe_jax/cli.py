@@ -113,6 +113,7 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     def read(default: RunConfig) -> RunConfig:
         return parse(RunConfig, argv, default, prog="train.py", description=describe)
 
+    _check_switches(argv)
     name = _value_of(argv, "--preset")
     config = read(preset(name) if name is not None else preset("nano"))
     saved = load_config(Path(config.run_dir)) if config.resume else None
@@ -121,6 +122,17 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
         check_resumable(saved, config)
     check_run(config)
     return config, saved
+
+
+def _check_switches(argv: Sequence[str]) -> None:
+    """Refuse `--resume=yes`: tyro would call the value an unknown option and not name the flag. Raises ConfigError."""
+    for section in ("", "model", "data", "train"):
+        owner = getattr(RunConfig(), section) if section else RunConfig()
+        for f in dataclasses.fields(owner):
+            flag = "--" + f"{section}.{f.name}".lstrip(".").replace("_", "-")
+            value = _value_of([a for a in argv if "=" in a], flag) if isinstance(getattr(owner, f.name), bool) else None
+            if value is not None:
+                raise ConfigError(f"{flag_of(section, f.name)} {value}: takes no value; it is given, or left out")
 
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:
@@ -140,6 +152,8 @@ def check_run(config: RunConfig) -> None:
     from moe_jax.data.corpora import check_source
 
     check_source(config.data.source)
+    if config.verify_resume:
+        return  # works in folders of its own
     run = Path(config.run_dir)
     if run.exists() and not run.is_dir():
         raise ConfigError(f"--out {run}: is a file; name a folder")

@@ -281,6 +281,8 @@ class TrainConfig:
     """Steps between evaluations, each with a sample of text (short: --eval-every)."""
     save_every: int = 200
     """Steps between checkpoints; the last step and the best evaluated step are always saved (short: --save-every)."""
+    skip_spikes: bool = False
+    """Skip a step whose loss is more than six standard deviations above its recent mean; it is logged either way."""
     patience: int = 0
     """Evaluations without improvement after which training stops early; 0 never stops."""
 
@@ -309,7 +311,11 @@ class RunConfig:
     out: str = ""
     """Folder of the run; empty: runs/PRESET."""
     resume: bool = False
-    """Go on from the newest checkpoint of the folder."""
+    """Go on from the newest good checkpoint of the folder."""
+    verify_resume: bool = False
+    """Instead of training, show within a minute that a run killed and resumed here equals one never stopped."""
+    deterministic: bool = False
+    """On a GPU, use only programs that give the same bits each time, at some cost in speed; a CPU always does."""
     tensorboard: bool = False
     """Write TensorBoard event files as well (extra `tensorboard`)."""
     wandb: bool = False
@@ -368,9 +374,12 @@ def load_config(run: Path) -> RunConfig | None:
     except (OSError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise UserError(f"{run / 'config.json'} cannot be read ({error}); start a new run in another folder") from error
+        raise UserError(
+            f"{run / 'config.json'} cannot be read ({error}); "
+            f"`python -m moe_jax doctor --run {run} --repair` takes it from a checkpoint"
+        ) from error
 
 
 def holds_run(run: Path) -> bool:
     """A folder holds a run once it has one complete checkpoint. Those appear by a rename, so a name is enough."""
-    return any(p.is_dir() for p in run.glob("checkpoints/step_" + "[0-9]" * 8))
+    return any(p.is_dir() for p in run.glob("checkpoints/step_" + "[0-9]" * 8 + "*"))

@@ -21,6 +21,8 @@ CUDA_MIB = 400
 
 _TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=100000000000"
 
+_DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
 
 def cache_dir() -> Path:
     """Where prepared data and compiled programs are kept: MOE_JAX_CACHE, else the user's cache folder."""
@@ -38,9 +40,15 @@ def has_cuda_plugin() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
 
 
-def prepare() -> list[str]:
-    """Set the environment for jax; returns notes worth printing. May start the program anew (see `_keep_memory`)."""
+def prepare(deterministic: bool = False) -> list[str]:
+    """Set the environment for jax; returns notes worth printing. May start the program anew (see `_keep_memory`).
+
+    `deterministic` keeps XLA from programs whose bits differ from run to run on a GPU (atomic additions, and kernels
+    chosen by a race).
+    """
     notes: list[str] = []
+    if deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
     if "JAX_PLATFORMS" not in os.environ:
         if has_nvidia_card() and not has_cuda_plugin():
             notes.append(

@@ -30,6 +30,8 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.reliability import figures
+
 # A shape compiles when it first comes up, so the time of one example says nothing.
 settings.register_profile("moe-jax", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("moe-jax")
@@ -40,6 +42,10 @@ def float64() -> Iterator[None]:
     """jax computes in float64 within the test."""
     with jax.enable_x64(True):
         yield
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    figures.summarize(terminalreporter)
 
 
 def pytest_unconfigure() -> None:

@@ -11,6 +11,7 @@ from moe_jax.config import ConfigError, holds_run
 
 COMMANDS = {
     "generate": ("Generate", "make a trained model tell stories"),
+    "doctor": ("Doctor", "verify every checkpoint of a run, and repair what can be repaired"),
     "certify": ("Certify", "prove causality and compiled arithmetic of a model"),
     "plan": ("Plan", "which settings of a preset fit a GPU that need not be there"),
     "evaluate": ("Evaluate", "loss, bits per byte and drops of a trained model on any text"),

@@ -1,11 +1,12 @@
-"""Checkpoints: orbax arrays under a manifest, published by a rename.
+"""Checkpoints: orbax arrays under a manifest, published by a rename, verified before they are believed.
 
-    checkpoints/step_00000100/arrays/         orbax: one flat dict, leaf name -> array
-    checkpoints/step_00000100/manifest.json   step, validation loss, every file's size and digest, every leaf's shape
-                                              and dtype, digests of tokenizer and data, versions
+    checkpoints/step_00000100/arrays/               orbax: one flat dict, leaf name -> array
+    checkpoints/step_00000100/weights.safetensors   the parameters alone, for other programs
+    checkpoints/step_00000100/manifest.json         see `manifest.py`
 
-A checkpoint is written into a temporary folder, synced, and renamed: a folder named step_* is complete. Orbax alone
-does not notice a flipped bit, so files are compared with the manifest before anything is restored.
+A checkpoint is written into a temporary folder, synced, and renamed: a folder named step_* is complete. Earlier ones
+are removed only after it has been read back. The newest, the one before it, and the best are kept, so that one
+damaged checkpoint never costs a run.
 
 Leaves are saved by name, not by structure: a file that says `params.blocks.0.ffn.router` can be read without the
 classes that wrote it.
@@ -13,10 +14,12 @@ classes that wrote it.
 
 import errno
 import importlib.metadata
-import json
+import math
 import os
 import re
 import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,13 +27,15 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-import xxhash
+from safetensors.numpy import save_file
 
 from moe_jax.config import UserError
+from moe_jax.training import manifest
+from moe_jax.training.manifest import Damaged
 
-MANIFEST_VERSION = 1
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-_CHUNK = 1 << 22
+WEIGHTS = "weights.safetensors"
+_PARAMS = "params."
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,11 @@ class Checkpoint:
     manifest: dict[str, Any]
 
 
+type Entry = tuple[Path, Checkpoint | Damaged]
+"""A checkpoint's folder, with what its manifest says, or what is wrong with that."""
+type Entries = list[Entry]
+
+
 def versions() -> dict[str, str]:
     """Of the packages that decide what a run computes."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -58,43 +68,38 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 class CheckpointStore:
-    """The checkpoints of one run. Keeps the newest and the best (lowest validation loss)."""
+    """The checkpoints of one run. Keeps the newest two and the best (lowest validation loss).
 
-    def __init__(self, run: Path) -> None:
+    `say` is told of every checkpoint that is passed over, and why.
+    """
+
+    def __init__(self, run: Path, say: Callable[[str], None] | None = None) -> None:
         self.folder = run / "checkpoints"
+        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
 
-    def save(self, state: Any, step: int, *, val_loss: float | None, elapsed: float, context: dict[str, str]) -> Path:
-        """Write a checkpoint and remove those that are neither newest nor best.
+    def save(self, state: Any, step: int, *, val_loss: float | None, elapsed: float, context: dict[str, Any]) -> Path:
+        """Write a checkpoint, read it back, and remove those that are no longer kept.
 
-        `context` holds digests that a resumed run is compared with. Raises UserError where the disk is full or the
-        folder cannot be written; the checkpoints that were there stay.
+        `context` is JSON that a resumed run needs or is compared with. Raises UserError where the disk is full, the
+        folder cannot be written, or what was written reads back as something else; the checkpoints that were there
+        stay.
         """
         final = self.folder / f"step_{step:08d}"
         draft = self.folder / f"tmp_{step:08d}_{os.getpid()}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for leftover in self.folder.glob("tmp_*"):
-                shutil.rmtree(leftover)
-            leaves = named_leaves(state)
+            self.sweep()
             draft.mkdir()
-            with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save((draft / "arrays").resolve(), leaves)
-            manifest = {
-                "version": MANIFEST_VERSION,
-                "step": step,
-                "val_loss": val_loss,
-                "elapsed": elapsed,
-                "files": _digests(draft),
-                "leaves": {name: [list(x.shape), str(x.dtype)] for name, x in leaves.items()},
-                "context": context,
-                "versions": versions(),
-            }
-            (draft / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            leaves = named_leaves(state)
+            _write_arrays(draft, leaves)
+            write_weights(draft, leaves)
+            known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+            document = {"version": manifest.VERSION, "step": step, "val_loss": known, "elapsed": elapsed}
+            document |= {"files": manifest.describe_files(draft), **manifest.describe_leaves(leaves)}
+            document |= {"context": context, "versions": versions()}
+            (draft / manifest.NAME).write_text(manifest.render(document), encoding="utf-8", newline="\n")
             _sync(draft)
-            if final.exists():
-                shutil.rmtree(final)  # the same step again, after a resume from an earlier one
-            draft.rename(final)
-            _sync_path(self.folder)
+            self._publish(draft, final)
         except Exception as error:
             shutil.rmtree(draft, ignore_errors=True)
             cause = _disk_cause(error)
@@ -104,37 +109,58 @@ class CheckpointStore:
                 f"{final}: the checkpoint could not be saved ({cause}); the earlier ones are whole: "
                 "mend that and go on with --resume"
             ) from error
-        self._remove_old()
+        self._remove_old(final)
         return final
 
     def list(self) -> list[Checkpoint]:
-        """Complete checkpoints whose manifest can be read, oldest first."""
-        found = []
+        """Checkpoints whose manifest is as it was written, oldest first."""
+        return [found for _, found in self.survey() if isinstance(found, Checkpoint)]
+
+    def survey(self) -> Entries:
+        """Every checkpoint, oldest first, those included whose manifest is damaged."""
+        found: Entries = []
         for path in sorted(self.folder.glob("step_*")):
-            if re.fullmatch(r"step_\d{8,}", path.name) and path.is_dir():
-                manifest = _read_manifest(path)
-                if manifest is not None:
-                    found.append(
-                        Checkpoint(path, manifest["step"], manifest["val_loss"], manifest["elapsed"], manifest)
-                    )
+            # Of a step saved again, the older folder counts until the newer one is in its place.
+            replaced = path.name.endswith(".replaced") and not path.with_suffix("").exists()
+            if (re.fullmatch(r"step_\d{8,}", path.name) or replaced) and path.is_dir():
+                try:
+                    m = manifest.read(path)
+                    found.append((path, Checkpoint(path, m["step"], m["val_loss"], m["elapsed"], m)))
+                except Damaged as error:
+                    found.append((path, error))
         return found
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are as they were written; says on the way what is damaged."""
-        for checkpoint in reversed(self.list()):
-            damage = verify(checkpoint)
-            if damage is None:
-                return checkpoint
-            print(f"{checkpoint.path}: skipped, {damage}", flush=True)
+        return next(self._good(reversed(self.survey())), None)
+
+    def restore_newest(self, target: Any, check: Callable[[Checkpoint], None]) -> tuple[Checkpoint, Any] | None:
+        """The newest good checkpoint and what it holds, in the structure of `target`; None where none is good.
+
+        Damaged ones that are newer are set aside, so that they are not taken for the newest again. `check` may
+        refuse a checkpoint that is whole but belongs to something else, by raising.
+        """
+        for checkpoint in self._good(reversed(self.survey())):
+            try:
+                check(checkpoint)
+                state = _restore_verified(checkpoint, target)
+            except Damaged as error:
+                self.say(f"{checkpoint.path}: skipped, {error}")
+                continue
+            for path, _ in self.survey():
+                if path.name > checkpoint.path.name:
+                    self.set_aside(path)
+            return checkpoint, state
         return None
 
     def best(self) -> Checkpoint | None:
-        """The checkpoint of the lowest validation loss; of those never evaluated, the newest."""
-        checkpoints = self.list()
-        evaluated = [(c.val_loss, c.step, c) for c in checkpoints if c.val_loss is not None]
-        if evaluated:
-            return min(evaluated)[-1]
-        return checkpoints[-1] if checkpoints else None
+        """The good checkpoint of the lowest validation loss; where none was evaluated, the newest good one."""
+        survey = self.survey()
+        whole = [(found.val_loss, path, found) for path, found in survey if isinstance(found, Checkpoint)]
+        evaluated = [entry for entry in whole if entry[0] is not None]
+        ranked: Entries = [(path, found) for _, path, found in sorted(evaluated, key=lambda e: (e[0], e[2].step))]
+        ranked += [entry for entry in reversed(survey) if entry not in ranked]
+        return next(self._good(ranked), None)
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step. Raises UserError, with the steps that there are."""
@@ -145,95 +171,129 @@ class CheckpointStore:
         steps = ", ".join(str(c.step) for c in checkpoints) or "none"
         raise UserError(f"--step {step}: {self.folder} has no such checkpoint; it has {steps}")
 
-    def _remove_old(self) -> None:
-        checkpoints, best = self.list(), self.best()
-        for checkpoint in checkpoints[:-1]:
-            if checkpoint != best:
+    def sweep(self) -> tuple[Path, ...]:
+        """Remove what an interrupted save left; returns what it removed."""
+        removed = [*self.folder.glob("tmp_*")]
+        for path in self.folder.glob("step_*.replaced"):
+            whole = path.with_suffix("")
+            if whole.exists():
+                removed.append(path)
+            else:
+                path.rename(whole)
+        for path in removed:
+            shutil.rmtree(path)
+        return tuple(removed)
+
+    def set_aside(self, path: Path) -> Path:
+        """Rename a damaged checkpoint, so that no program takes it for one; nothing is lost."""
+        aside = self.folder / path.name.replace("step_", "damaged_").removesuffix(".replaced")
+        if aside.exists():
+            shutil.rmtree(aside)
+        return path.rename(aside)
+
+    def _good(self, entries: Iterable[Entry]) -> Iterator[Checkpoint]:
+        for path, found in entries:
+            damage = verify(found) if isinstance(found, Checkpoint) else str(found)
+            if isinstance(found, Checkpoint) and damage is None:
+                yield found
+            else:
+                self.say(f"{path}: skipped, {damage}")
+
+    def _publish(self, draft: Path, final: Path) -> None:
+        replaced = final.with_name(final.name + ".replaced")
+        if final.exists():  # the same step again, after a resume from an earlier one
+            final.rename(replaced)
+        draft.rename(final)
+        _sync_path(self.folder)
+        if replaced.exists():
+            shutil.rmtree(replaced)
+
+    def _remove_old(self, newest: Path) -> None:
+        """Remove all but the newest two and the best, once the newest has been read back."""
+        damage = manifest.verify_files(newest, manifest.read(newest))
+        if damage is not None:
+            raise UserError(
+                f"{newest}: {damage} between writing and reading it back; the earlier checkpoints are kept: "
+                "look after the disk, then go on with --resume"
+            )
+        checkpoints = self.list()
+        evaluated = [(c.val_loss, c.step) for c in checkpoints if c.val_loss is not None]
+        kept = {min(evaluated)[1]} if evaluated else set()
+        kept |= {c.step for c in checkpoints[-2:]}
+        for checkpoint in checkpoints:
+            if checkpoint.step not in kept:
                 shutil.rmtree(checkpoint.path)
 
 
 def restore(checkpoint: Checkpoint, target: Any) -> Any:
     """The saved values in the structure of `target` (arrays, or `jax.eval_shape` of them).
 
-    Only the leaves that `target` has are read, so parameters can be had without the optimizer. Raises UserError
-    where a file is damaged, or where a leaf is missing or of another shape.
+    Only the leaves that `target` has are read, so parameters can be had without the optimizer. Raises Damaged where a
+    file or an array is not what was saved, UserError where a leaf is missing or of another shape.
     """
     damage = verify(checkpoint)
     if damage is not None:
-        raise UserError(f"{checkpoint.path}: {damage}; name another checkpoint with --step")
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(target)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    saved = checkpoint.manifest["leaves"]
-    for name, (_, leaf) in zip(names, leaves, strict=True):
-        wanted = [list(leaf.shape), str(leaf.dtype)]
-        if saved.get(name) != wanted:
-            raise UserError(
-                f"{checkpoint.path}: {name} is {saved.get(name)} there and {wanted} in this configuration; "
-                "use the configuration that the run was started with"
-            )
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype), sharding=sharding)
-        for name, (shape, dtype) in saved.items()
-    }
-    wanted_names = set(names)
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        partial = {name: leaf for name, leaf in abstract.items() if name in wanted_names}
-        arrays = checkpointer.restore(
-            (checkpoint.path / "arrays").resolve(),
-            args=ocp.args.PyTreeRestore(
-                item=partial,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(partial),
-                partial_restore=True,
-            ),
-        )
-    return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in names])
+        raise Damaged(f"{checkpoint.path}: {damage}; `python -m moe_jax doctor` says which checkpoints are good")
+    return _restore_verified(checkpoint, target)
 
 
 def verify(checkpoint: Checkpoint) -> str | None:
     """What is wrong with the files of a checkpoint, in a few words; None where all are as they were written."""
-    expected = checkpoint.manifest["files"]
+    return manifest.verify_files(checkpoint.path, checkpoint.manifest)
+
+
+def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(target)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    saved = manifest.leaves_of(checkpoint.manifest)
+    for name, (_, leaf) in zip(names, leaves, strict=True):
+        there, here = saved.get(name), (tuple(leaf.shape), str(leaf.dtype))
+        if there is None or (there.shape, there.dtype) != here:
+            described = "not there" if there is None else f"{list(there.shape)} {there.dtype} there"
+            raise UserError(
+                f"{checkpoint.path}: {name} is {described} and {list(here[0])} {here[1]} in this configuration; "
+                "use the configuration that the run was started with"
+            )
+    arrays = read_arrays(checkpoint.path, {name: saved[name] for name in names})
+    return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in names])
+
+
+def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.Array]:
+    """The leaves that are wanted, each compared with its digest. Raises Damaged."""
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    item = {n: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=sharding) for n, leaf in wanted.items()}
     try:
-        found = _digests(checkpoint.path)
-    except OSError as error:
-        return f"unreadable ({error.strerror})"
-    found.pop("manifest.json", None)
-    for name in expected:
-        if name not in found:
-            return f"{name} is missing"
-        if found[name] != expected[name]:
-            return f"{name} was changed"
-    return None
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(
+                (path / "arrays").resolve(),
+                args=ocp.args.PyTreeRestore(
+                    item=item,
+                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                    partial_restore=True,
+                ),
+            )
+    except (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
+        # Orbax and tensorstore answer files that contradict each other with whatever comes first.
+        raise Damaged(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})") from error
+    for name, leaf in wanted.items():
+        if manifest.array_digest(arrays[name]) != leaf.digest:
+            raise Damaged(f"{name} is not the array that was saved")
+    return arrays
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
-        return None
-    keys = {"version", "step", "val_loss", "elapsed", "files", "leaves", "context"}
-    whole = isinstance(manifest, dict) and keys <= set(manifest) and manifest["version"] == MANIFEST_VERSION
-    return manifest if whole else None
+def _write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
+    # Uncompressed: trained weights do not compress, and zstd took most of the time of a save.
+    with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
+        checkpointer.save((folder / "arrays").resolve(), leaves)
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file())
-
-
-def _digests(folder: Path) -> dict[str, list[int | str]]:
-    """Relative name -> [size, xxh3-128] of every file below a folder."""
-    digests: dict[str, list[int | str]] = {}
-    for path in _files(folder):
-        digest = xxhash.xxh3_128()
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-        digests[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest.hexdigest()]
-    return digests
+def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
+    weights = {n.removeprefix(_PARAMS): np.asarray(x) for n, x in leaves.items() if n.startswith(_PARAMS)}
+    save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, folder / WEIGHTS)
 
 
 def _sync(folder: Path) -> None:
-    for path in (*_files(folder), *(p for p in folder.rglob("*") if p.is_dir()), folder):
+    for path in (*folder.rglob("*"), folder):
         _sync_path(path)
 
 
@@ -247,11 +307,13 @@ def _sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def _disk_cause(error: Exception) -> str | None:
-    """Why the file system refused, if that is what happened; tensorstore reports it in the text of a ValueError."""
-    if isinstance(error, OSError):
-        return "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror or str(error)
-    text = str(error)
-    if "No space left" in text or "ENOSPC" in text or "quota exceeded" in text.lower():
+    """Why the file system refused, if that is what happened; tensorstore and safetensors report it in their text."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return "the disk is full" if error.errno in _FULL else error.strerror or str(error)
+    if any(os.strerror(number) in str(error) for number in _FULL):
         return "the disk is full"
-    return None
+    return str(error) if isinstance(error, OSError) else None

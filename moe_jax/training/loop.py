@@ -6,8 +6,8 @@ checkpoint takes exactly the steps that it would have taken.
 """
 
 import dataclasses
-import math
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moe_jax.analysis.accounting import count_parameters, matmul_rate, totals, training_flops
-from moe_jax.config import RunConfig, UserError
+from moe_jax.analysis.accounting import count_parameters, totals, training_flops
+from moe_jax.config import RunConfig, UserError, flag_of, holds_run
 from moe_jax.data.batches import train_batch, validation_subset
 from moe_jax.data.references import References, references
 from moe_jax.data.token_store import TokenStore, prepare
@@ -25,18 +25,22 @@ from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.inference.decode import SAMPLE, Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.precision import Policy, choose_policy
-from moe_jax.training.checkpoint import CheckpointStore, restore
+from moe_jax.training.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate, make_evaluation_step
+from moe_jax.training.faults import diagnose, not_finite
+from moe_jax.training.manifest import Damaged
 from moe_jax.training.metrics import MetricsLog, Terminal
-from moe_jax.training.optimizer import learning_rate, make_optimizer
+from moe_jax.training.optimizer import make_optimizer
+from moe_jax.training.progress import Progress
+from moe_jax.training.recorder import Recorder
 from moe_jax.training.run import RunFolder, abstract_model
+from moe_jax.training.signals import Signals, Stopped
 from moe_jax.training.state import TrainState, initial_params, initial_state
-from moe_jax.training.step import Step, StepReport, make_step
+from moe_jax.training.step import Step, make_step
 
 INITIAL = 0
 """Purpose of a random key (see `step.DROPOUT`)."""
 SAMPLE_TOKENS = 200
-MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclass
@@ -51,10 +55,13 @@ class Session:
     graphdef: nnx.GraphDef
     checkpoints: CheckpointStore
     state: TrainState
+    progress: Progress
     train_step: Step
     evaluation_step: EvaluationStep
     decoder: Decoder
     resumed_from: int | None
+    saved_step: int
+    """Step of the newest checkpoint; 0 before the first."""
     notes: list[str]
     elapsed_before: float
     begin: float = field(default_factory=time.monotonic)
@@ -75,21 +82,20 @@ class Session:
         optimizer = make_optimizer(config.train)
         checkpoints = CheckpointStore(folder.path)
         notes: list[str] = []
-        abstract = jax.eval_shape(lambda p: initial_state(p, optimizer, policy.loss_scaling), shapes)
-        newest = checkpoints.newest() if saved is not None else None
-        if saved is not None and newest is None:
-            raise UserError(f"{folder.path}: every checkpoint is damaged; start again in another folder")
-        if saved is not None and newest is not None:
-            if newest.manifest["context"]["data"] != store.digest:
-                raise UserError(
-                    f"--data {config.data.source}: not the text that the run in {folder.path} was trained on; "
-                    "resume with that text, or start a new run with another --out"
-                )
-            state = restore(newest, abstract)
-            folder.cut_back(newest.step)
+        newest, progress = None, Progress()
+        if saved is not None:
+            abstract = jax.eval_shape(lambda p: initial_state(p, optimizer, policy.loss_scaling), shapes)
+            restored = checkpoints.restore_newest(abstract, lambda c: _check_belongs(c, config, store))
+            if restored is None:
+                raise UserError(f"{folder.path}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
+            newest, state = restored
+            progress = Progress.from_json(newest.manifest["context"]["progress"])
+            folder.cut_back(newest.step, progress.evaluated)
             changes = folder.record_resume(saved, config, newest.step)
             notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
         else:
+            if holds_run(folder.path):
+                raise UserError(f"--out {folder.path}: another process has made a run there; add --resume to go on")
             key = jax.random.fold_in(jax.random.key(config.train.seed), INITIAL)
             state = initial_state(initial_params(config, key), optimizer, policy.loss_scaling)
             folder.start(config, store.tokenizer)
@@ -105,7 +111,9 @@ class Session:
             train_step=make_step(graphdef, optimizer, config.train, policy.loss_scaling),
             evaluation_step=make_evaluation_step(graphdef),
             decoder=Decoder(graphdef, config.model.seq_len),
+            progress=progress,
             resumed_from=newest.step if newest else None,
+            saved_step=newest.step if newest else 0,
             notes=notes,
             elapsed_before=newest.elapsed if newest else 0.0,
             begin=begin,
@@ -163,8 +171,45 @@ class Session:
         return tokenizer.decode(list(tokens))
 
     def save(self, step: int, val_loss: float | None) -> None:
-        context = {"data": self.store.digest, "tokenizer": self.store.tokenizer.digest}
+        """Raises UserError where the state is not finite: such a checkpoint would only hide the good one before."""
+        bad = not_finite(self.state)
+        if bad:
+            path, _ = diagnose(self, step)
+            raise UserError(
+                f"step {step}: {bad[0]} is not finite, so it is not saved ({path}); "
+                "lower --lr, and go on from the last checkpoint with --resume"
+            )
+        context = {
+            "data": self.store.digest,
+            "tokenizer": self.store.tokenizer.digest,
+            "config": dataclasses.replace(self.config, resume=False).to_dict(),
+            "progress": self.progress.to_json(),
+        }
         self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.elapsed, context=context)
+        self.saved_step = step
+
+
+def _check_belongs(checkpoint: Checkpoint, config: RunConfig, store: TokenStore) -> None:
+    """Refuse a checkpoint of other data or of another model. Raises UserError; Damaged, which lets an older one be
+    tried, where it does not say."""
+    context = checkpoint.manifest["context"]
+    saved = context.get("config")
+    model = saved.get("model") if isinstance(saved, dict) else None
+    if not isinstance(model, dict) or "data" not in context:
+        raise Damaged("its manifest does not say what it belongs to")
+    Progress.from_json(context.get("progress"))
+    if context["data"] != store.digest:
+        raise UserError(
+            f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "
+            "resume with that text, or start a new run with another --out"
+        )
+    for name, here in dataclasses.asdict(config.model).items():
+        there = model.get(name)
+        if there != here:
+            raise UserError(
+                f"{flag_of('model', name)} {here}: {checkpoint.path} was saved with {there}; "
+                "give it that value in config.json, or start a new run with another --out"
+            )
 
 
 def _with_vocabulary(config: RunConfig, store: TokenStore) -> Any:
@@ -176,48 +221,68 @@ def _with_vocabulary(config: RunConfig, store: TokenStore) -> Any:
     return dataclasses.replace(config.model, vocab_size=config.model.vocab_size or size)
 
 
-def train(session: Session) -> None:
-    """Take the steps that are left, evaluating, sampling and saving on the way."""
-    config = session.config.train
-    first = int(session.state.step)
-    terminal = Terminal(config.steps, first)
+def train(session: Session, signals: Signals | None = None) -> None:
+    """Take the steps that are left, evaluating, sampling and saving on the way.
+
+    Raises Stopped, with everything saved, where a signal asked for it.
+    """
+    config, signals = session.config.train, signals or Signals()
+    terminal = Terminal(config.steps, session.saved_step)
     log = MetricsLog(session.folder.metrics, session.config)
-    recorder = _Recorder(session, log, terminal)
-    best, without_improvement = _best_so_far(session), 0
+    recorder = Recorder(session, log, terminal)
+    step = session.saved_step
+    if step >= config.steps:
+        terminal.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
     try:
-        for step in range(first, config.steps):
+        while not _pause(session, step, recorder, signals, log, terminal):
             session.state, report = session.train_step(session.state, session.batch(step))
-            recorder.add(step + 1, report)
-            done = step + 1
-            last = done == config.steps
-            val_loss, improved = None, False
-            if done % config.eval_every == 0 or last:
-                recorder.flush()
-                with recorder.paused():
-                    val_loss = _evaluate_and_sample(session, done, log, terminal)
-                improved = val_loss < best
-                best, without_improvement = min(best, val_loss), 0 if improved else without_improvement + 1
-            stop = bool(config.patience) and without_improvement >= config.patience
-            if done % config.save_every == 0 or last or improved or stop:
-                recorder.flush()
-                with recorder.paused():
-                    session.save(done, val_loss)
-            if stop:
-                terminal.say(f"stopped early at step {done}: {config.patience} evaluations without improvement")
-                break
+            step += 1
+            signals.unsaved = True
+            recorder.add(step, report)
     finally:
+        signals.unsaved = False
         terminal.close()
         log.close()
 
 
-def _best_so_far(session: Session) -> float:
-    best = session.checkpoints.best() if session.resumed_from is not None else None
-    return math.inf if best is None or best.val_loss is None else best.val_loss
+def _pause(
+    session: Session, step: int, recorder: Recorder, signals: Signals, log: MetricsLog, terminal: Terminal
+) -> bool:
+    """What is due after `step` steps: an evaluation, a checkpoint, the end. Returns whether this was the end.
+
+    A run that is resumed comes here first, and makes up for what a signal kept it from.
+    """
+    config, progress = session.config.train, session.progress
+    last = step >= config.steps
+    due = step > 0 and (step % config.eval_every == 0 or last) and progress.evaluated < step
+    val_loss, improved = None, False
+    if due:
+        recorder.flush()
+        with recorder.paused(), suppress(Stopped):  # a signal: save as it is, and evaluate after the resume
+            val_loss = _evaluate_and_sample(session, step, log, terminal, signals)
+            improved = progress.add_evaluation(step, val_loss)
+    enough = bool(config.patience) and progress.without_improvement >= config.patience
+    asked = signals.asked
+    wanted = improved or (step > session.saved_step and (step % config.save_every == 0 or last or enough or asked))
+    if wanted:
+        recorder.flush()
+        with recorder.paused():
+            log.sync()
+            session.save(step, val_loss)
+            signals.unsaved = False
+    if asked is not None:
+        terminal.say(f"stopped at step {step}, which is saved; go on with --resume")
+        raise Stopped(asked)
+    if enough and not last:
+        terminal.say(f"stopped early at step {step}: {config.patience} evaluations without improvement")
+    return last or enough
 
 
-def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal: Terminal) -> float:
-    scored = session.score(session.subset())
-    story = session.sample(step)
+def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal: Terminal, signals: Signals) -> float:
+    """Raises Stopped at a signal, and then has written nothing."""
+    with signals.interruptible():
+        scored = session.score(session.subset())
+        story = session.sample(step)
     session.folder.add_sample(step, story)
     record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
     log.write(
@@ -230,84 +295,11 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
     return scored.loss
 
 
-class _Recorder:
-    """Turns step reports into records, one step late: reading a report waits for its step, and by then the device
-    already works on the next."""
-
-    def __init__(self, session: Session, log: MetricsLog, terminal: Terminal) -> None:
-        self._session, self._log, self._terminal = session, log, terminal
-        self._pending: tuple[int, StepReport] | None = None
-        self._schedule = learning_rate(session.config.train, session.config.train.lr)
-        self._mark, self._mark_step = time.monotonic(), int(session.state.step)
-        self._skipped_in_a_row = 0
-        self._peak = matmul_rate(session.policy.compute)
-        self._is_first = True
-
-    def add(self, step: int, report: StepReport) -> None:
-        self.flush()
-        self._pending = (step, report)
-
-    def flush(self) -> None:
-        """Read the pending report, if there is one."""
-        if self._pending is None:
-            return
-        step, report = self._pending
-        self._pending = None
-        finite = bool(report.finite)
-        if self._is_first:
-            self._is_first = False
-            seconds = time.monotonic() - self._session.begin
-            self._terminal.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
-        self._skipped_in_a_row = 0 if finite else self._skipped_in_a_row + 1
-        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"step {step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a gradient that is not finite; "
-                "lower --lr, and go on from the last checkpoint with --resume"
-            )
-        config = self._session.config.train
-        if step % config.log_every == 0 or step == config.steps or not finite:
-            self._write(step, report)
-
-    def _write(self, step: int, report: StepReport) -> None:
-        session, metrics = self._session, report.metrics
-        now = time.monotonic()
-        rate = (step - self._mark_step) * session.tokens_per_step / max(now - self._mark, 1e-9)
-        self._mark, self._mark_step = now, step
-        record = {
-            "step": step,
-            "split": "train",
-            "loss": float(metrics.loss),
-            "balance_loss": float(metrics.balance_loss),
-            "z_loss": float(metrics.z_loss),
-            "drop_fraction": float(metrics.drop_fraction),
-            "grad_norm": float(report.grad_norm),
-            "skipped": not bool(report.finite),
-            "lr": float(np.asarray(self._schedule(step - 1))),
-            "tokens_seen": step * session.tokens_per_step,
-            "tokens_per_second": rate,
-            "wall_seconds": session.elapsed,
-            "load": [[round(float(x), 4) for x in layer] for layer in np.asarray(metrics.load)],
-        }
-        self._log.write(record)
-        share = training_flops(session.config, 1) / session.tokens_per_step * rate / self._peak
-        train = session.store.train
-        self._terminal.step(record, train.bytes / max(len(train.tokens) - 1, 1), share)
-
-    def paused(self) -> "_Recorder":
-        """A context whose time does not count as training."""
-        return self
-
-    def __enter__(self) -> None:
-        self._pause = time.monotonic()
-
-    def __exit__(self, *exception: object) -> None:
-        self._mark += time.monotonic() - self._pause
-
-
 def finish(session: Session) -> dict[str, Any]:
     """Score the best checkpoint on the whole validation stream, and write the summary of the run."""
     best = session.checkpoints.best()
-    assert best is not None, "the last step is always saved"
+    if best is None:
+        raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; look after the disk")
     params = session.state.params
     if best.step != int(session.state.step):
         params = restore(best, {"params": params})["params"]

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,10 @@ class MetricsLog:
                 self._tensorboard.add_scalar(f"{record['split']}/{name}", value, record["step"])
         if self._wandb is not None:
             self._wandb.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+
+    def sync(self) -> None:
+        """On the medium: a checkpoint must not outlive the records before it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

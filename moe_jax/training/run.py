@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,35 @@ from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.model.precision import choose_policy, stored
 from moe_jax.model.transformer import Params, create, split
 from moe_jax.training.checkpoint import Checkpoint, CheckpointStore, restore, versions
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """The only process that trains in a folder. The system gives the lock back however the process ends.
+
+    Raises UserError where another process has it. Where the system or the file system has no `flock`, nobody waits.
+    """
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / ".lock").open("a+", encoding="utf-8") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"--out {run}: process {file.read().strip()} is training there; wait for it, or name another folder"
+                ) from None
+            except OSError:
+                pass  # a network file system without locks
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -65,19 +96,21 @@ class RunFolder:
         return [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
     def _write_config(self, config: RunConfig, history: list[dict[str, Any]]) -> None:
-        # `resume` is how the program was called, not what the run is.
-        values = dataclasses.replace(config, resume=False).to_dict()
+        # These two are how the program was called, not what the run is.
+        values = dataclasses.replace(config, resume=False, verify_resume=False).to_dict()
         document = values | {"versions": versions(), "history": history}
         write_atomically(self.path / "config.json", json.dumps(document, indent=2) + "\n")
 
-    def cut_back(self, step: int) -> None:
-        """Forget what was logged after a checkpoint: the steps will be taken again."""
+    def cut_back(self, step: int, evaluated: int) -> None:
+        """Forget what was logged after a checkpoint, of a `step` that was last evaluated at the step `evaluated`: it
+        will be logged again."""
         if self.metrics.exists():
-            kept = [line for line in self.metrics.read_text().splitlines() if _step_of(line) <= step]
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if _is_before(line, {"train": step, "val": evaluated})]
             write_atomically(self.metrics, "".join(line + "\n" for line in kept))
         if self.samples.exists():
             parts = self.samples.read_text(encoding="utf-8").split("=== step ")
-            kept = [p for p in parts[1:] if int(p.split(maxsplit=1)[0]) <= step]
+            kept = [p for p in parts[1:] if int(p.split(maxsplit=1)[0]) <= evaluated]
             write_atomically(self.samples, "".join("=== step " + p for p in kept))
 
     def add_sample(self, step: int, text: str) -> None:
@@ -88,12 +121,13 @@ class RunFolder:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that a crash cut short."""
+def _is_before(line: str, last: dict[str, int]) -> bool:
+    """Whether a line of metrics.jsonl is of a step up to the last one of its split; one cut short by a crash is not."""
     try:
-        return json.loads(line)["step"]
+        record = json.loads(line)
+        return record["step"] <= last[record["split"]]
     except (ValueError, KeyError, TypeError):
-        return float("inf")
+        return False
 
 
 @dataclass(frozen=True)
@@ -119,7 +153,7 @@ def load_run(path: str | Path, step: int | None = None) -> Run:
     store = CheckpointStore(path)
     checkpoint = store.best() if step is None else store.at(step)
     if checkpoint is None:
-        raise UserError(f"--run {path}: no checkpoint has a readable manifest; resume the run to write a new one")
+        raise UserError(f"--run {path}: every checkpoint is damaged; `python -m moe_jax doctor --run {path}` says how")
     policy = choose_policy(config.train.precision)
     graphdef, shapes = abstract_model(config, policy.compute)
     params = restore(checkpoint, {"params": shapes})["params"]

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.typing import ArrayLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import TrainConfig
 from moe_jax.model.balance import adjusted_bias
 from moe_jax.model.precision import at_least_float32, round_at_random
 from moe_jax.model.transformer import Params, merge
 from moe_jax.training.loss import Metrics, training_loss
-from moe_jax.training.state import LossScale, TrainState, next_scale
+from moe_jax.training.state import LossScale, TrainState, next_scale, next_track
 
 DROPOUT = 1
 """Purpose of a random key: every key is fold_in(fold_in(seed, purpose), step)."""
@@ -31,8 +31,10 @@ class StepReport(NamedTuple):
     metrics: Metrics
     grad_norm: Float[Array, ""]
     """Global norm before clipping."""
-    finite: Array
-    """False where the step was skipped."""
+    finite: Bool[Array, ""]
+    """Whether loss and gradient were; otherwise the step was skipped."""
+    spike: Bool[Array, ""]
+    """Whether the loss was far above what it has been lately (`LossTrack.limit`)."""
 
 
 type Step = Callable[[TrainState, ArrayLike], tuple[TrainState, StepReport]]
@@ -112,8 +114,8 @@ def make_step(
 ) -> Step:
     """The jitted step, which takes over its state's memory. A batch is int32 `[M, B, T+1]`, M micro-batches.
 
-    A step whose gradient is not finite leaves parameters and optimizer as they are and is counted. With float16 it
-    also halves the loss scale.
+    A step whose loss or gradient is not finite leaves parameters and optimizer as they are and is counted, and so
+    does a loss spike where the configuration asks for that. With float16 the former also halves the loss scale.
     """
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
@@ -121,7 +123,9 @@ def make_step(
         scale: LossScale = state.loss_scale
         grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config)
         norm = global_norm(grads)
-        finite = jnp.isfinite(norm)
+        finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
+        spike = finite & (metrics.loss > state.loss_track.limit())
+        taken = finite & ~spike if config.skip_spikes else finite
         # One factor, applied where a gradient is used: a clipped copy of all gradients never exists.
         clip = jnp.minimum(1, config.clip / norm)
         clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
@@ -129,17 +133,18 @@ def make_step(
         params = add(state.params, updates, purpose_key(config.seed, ROUND_WEIGHTS, state.step))
         params = with_adjusted_biases(params, metrics.load, config.balance_rate)
 
-        def if_finite[T](new: T, old: T) -> T:
+        def if_taken[T](new: T, old: T) -> T:
             """Entry by entry, so that each update takes its parameter's memory; `lax.cond` would hold both."""
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
 
         new = TrainState(
             step=state.step + 1,
-            params=if_finite(params, state.params),
-            optimizer=if_finite(optimizer_state, state.optimizer),
+            params=if_taken(params, state.params),
+            optimizer=if_taken(optimizer_state, state.optimizer),
             loss_scale=next_scale(scale, finite) if loss_scaling else scale,
-            skipped=state.skipped + ~finite,
+            loss_track=next_track(state.loss_track, metrics.loss, finite),
+            skipped=state.skipped + ~taken,
         )
-        return new, StepReport(metrics, norm, finite)
+        return new, StepReport(metrics, norm, finite, spike)
 
     return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,109 @@
+"""`train.py --verify-resume`: a short run killed and resumed, beside one that was never stopped, bit for bit.
+
+Real processes, killed by a signal that cannot be caught, with the model and the settings that were asked for: only
+the number of steps, the evaluations and the corpus are cut down to what a minute allows.
+"""
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from moe_jax.config import RunConfig, UserError
+from moe_jax.training.checkpoint import CheckpointStore
+
+STEPS = 12
+SAVE_EVERY = 4
+STORIES = 2000
+TIMES = frozenset({"tokens_per_second", "wall_seconds"})
+"""Fields of metrics.jsonl that no two runs share."""
+
+
+def verify_resume(config: RunConfig, program: Path) -> int:
+    """Run the comparison and print it; 0 where every bit is equal. Raises UserError where a run fails by itself."""
+    flags = short_flags(config)
+    with tempfile.TemporaryDirectory(prefix="moe-jax-verify-") as scratch:
+        whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
+        print(f"{STEPS} steps without a stop ...", flush=True)
+        _finish(_start(program, [*flags, "--out", str(whole)]), whole)
+        after = random.randrange(SAVE_EVERY, STEPS)
+        print(f"the same steps, killed after step {after} or soon after ...", flush=True)
+        process = _start(program, [*flags, "--out", str(killed)])
+        _kill_after(process, killed / "metrics.jsonl", after)
+        print("resumed ...", flush=True)
+        _finish(_start(program, ["--out", str(killed), "--resume"]), killed)
+        resumed_from = json.loads((killed / "summary.json").read_text())["resumed_from"]
+        there, here = fingerprint(whole), fingerprint(killed)
+    print(f"{'':10} {'never stopped':32}   killed, resumed from step {resumed_from}")
+    for name in there:
+        print(f"{name:10} {there[name]:32} {'=' if there[name] == here[name] else '≠'} {here[name]}")
+    passed = there == here
+    print("PASS: every bit is equal" if passed else "FAIL: they differ; on a GPU, try --deterministic")
+    return 0 if passed else 1
+
+
+def short_flags(config: RunConfig) -> list[str]:
+    """The flags of a short run of a configuration: every field, cut down to what a minute allows."""
+    c = dataclasses.replace
+    short = c(
+        config,
+        verify_resume=False,
+        resume=False,
+        tensorboard=False,
+        wandb=False,
+        data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
+        train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
+    )
+    flags = []
+    for section in ("", "model", "data", "train"):
+        values = getattr(short, section) if section else short
+        for f in dataclasses.fields(values):
+            value, name = getattr(values, f.name), f.name.replace("_", "-")
+            dot = f"{section}." if section else ""
+            if isinstance(value, bool):
+                flags.append(f"--{dot}{'' if value else 'no-'}{name}")
+            elif not dataclasses.is_dataclass(value) and f.name != "out":
+                flags.append(f"--{dot}{name}={value}")
+    return flags
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """Digests of what a run ended with: the state of its newest checkpoint, its metrics, its samples."""
+    newest = CheckpointStore(run).newest()
+    if newest is None:
+        raise UserError(f"{run}: no good checkpoint; nothing to compare")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    timeless: list[dict[str, Any]] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+    return {
+        f"step {newest.step}": newest.manifest["state"],
+        "metrics": xxhash.xxh3_128(json.dumps(timeless).encode()).hexdigest(),
+        "samples": xxhash.xxh3_128((run / "samples.txt").read_bytes()).hexdigest(),
+    }
+
+
+def _start(program: Path, flags: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, str(program), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _finish(process: subprocess.Popen[str], run: Path) -> None:
+    output, _ = process.communicate()
+    if process.returncode != 0:
+        raise UserError(f"{run.name}: the run ended with status {process.returncode}: {output.strip()[-300:]}")
+
+
+def _kill_after(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
+    """End the process without warning once it has logged a step."""
+    while process.poll() is None:
+        if metrics.exists() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
+            process.kill()
+            break
+        time.sleep(0.005)
+    process.communicate()

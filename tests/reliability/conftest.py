@@ -1,0 +1,29 @@
+"""Shared by the battery: a text, a cache of prepared data, and the run that nobody interrupts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reliability import runs
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "stories.txt"
+    runs.write_text(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def whole(text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder of the uninterrupted run, and what it came to."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    finished = runs.complete(runs.flags(text, out), cache)
+    assert finished.returncode == 0, finished.stderr
+    return out, runs.result(out)

@@ -1,0 +1,29 @@
+"""Answers command lines of train.py, one JSON list a line: status and what was printed. jax cannot be imported here."""
+
+import contextlib
+import io
+import json
+import sys
+
+sys.modules["jax"] = None  # type: ignore[assignment]
+
+from moe_jax import cli  # noqa: E402
+
+
+def accept(argv: list[str]) -> int:
+    cli.parse_run(argv)
+    return 0
+
+
+def answer(argv: list[str]) -> tuple[int, str, str]:
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = cli.main(accept, argv)
+        except SystemExit as stop:  # --help
+            status = int(stop.code or 0)
+    return status, out.getvalue(), err.getvalue()
+
+
+for line in sys.stdin:
+    print(json.dumps(answer(json.loads(line))), flush=True)

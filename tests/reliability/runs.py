@@ -1,0 +1,94 @@
+"""Runs of `train.py` in processes of their own: a model small enough to train in a second, on sixty sentences."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.training.verify_resume import TIMES
+
+ROOT = Path(__file__).resolve().parents[2]
+COMMANDS = "python -m moe_jax"
+
+MODEL = {
+    "model.seq-len": 16,
+    "model.layers": 1,
+    "model.width": 16,
+    "model.heads": 2,
+    "model.experts": 4,
+    "model.top-k": 2,
+    "model.expert-hidden": 8,
+    "model.capacity-factor": 0.75,
+    "model.dropout": 0.1,
+}
+TRAIN = {
+    "train.steps": 12,
+    "train.batch-size": 4,
+    "train.grad-accum": 2,
+    "train.log-every": 1,
+    "train.eval-every": 4,
+    "train.save-every": 2,
+    "train.muon-lr": 0.02,
+    "train.precision": "float32",
+    "data.tokenizer": "byte",
+    "data.eval-tokens": 400,
+}
+
+
+def write_text(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "dog", "ran", "sat", "on", "a", "mat", "and", "then", "it", "was", "happy"]
+    path.write_text("\n<|endoftext|>\n".join(" ".join(rng.choice(words, 12)) + "." for _ in range(60)))
+
+
+def flags(text: Path, out: Path, **changes: Any) -> list[str]:
+    """The arguments of train.py; `changes` by the field's name, `save_every=3`."""
+    values = MODEL | TRAIN | {f"train.{name.replace('_', '-')}": value for name, value in changes.items()}
+    return ["--data", str(text), "--out", str(out), *(f"--{name}={value}" for name, value in values.items())]
+
+
+def environment(cache: Path) -> dict[str, str]:
+    """Of a process: its data are prepared once, its programs compiled once a test session, and it starts once."""
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MOE_JAX_CACHE": str(cache),
+        "JAX_PLATFORMS": "cpu",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",
+    }
+
+
+def start(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.Popen[str]:
+    command = [sys.executable, *(["-m", "moe_jax"] if program == COMMANDS else [str(ROOT / program)]), *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(cache), stdout=pipe, stderr=pipe, text=True, cwd=cache)
+
+
+def complete(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.CompletedProcess[str]:
+    process = start(arguments, cache, program)
+    try:
+        out, err = process.communicate(timeout=550)
+    finally:
+        process.kill()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def result(run: Path) -> dict[str, Any]:
+    """Everything that a finished run must share with an uninterrupted one: the digest of every leaf of its last
+    state, its records, its samples and its summary, without times."""
+    newest = max((run / "checkpoints").glob("step_*"))
+    manifest = json.loads((newest / "manifest.json").read_text())
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    summary = json.loads((run / "summary.json").read_text())
+    return {
+        "step": manifest["step"],
+        "leaves": manifest["leaves"],
+        "progress": manifest["context"]["progress"],
+        "records": [{k: v for k, v in record.items() if k not in TIMES} for record in records],
+        "samples": (run / "samples.txt").read_text(),
+        "summary": {k: v for k, v in summary.items() if k not in TIMES | {"resumed_from"}},
+    }

@@ -1,0 +1,187 @@
+"""A damaged checkpoint is noticed, and the one before it is restored: never something else, silently."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.config import UserError
+from moe_jax.training.checkpoint import CheckpointStore, restore, verify
+from tests.reliability import states
+from tests.reliability.figures import Record, figure
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoints of steps 1 and 2."""
+    run = tmp_path_factory.mktemp("two")
+    store = CheckpointStore(run)
+    states.save(store, 1, 3.0)
+    states.save(store, 2)
+    return run
+
+
+def outcome(run: Path) -> str:
+    """What a resume of the run gets: "newest", "previous", "nothing", or "wrong"."""
+    store = CheckpointStore(run, say=lambda _: None)
+    restored = store.restore_newest(jax.eval_shape(states.state), lambda _: None)
+    if restored is None:
+        return "nothing"
+    checkpoint, state = restored
+    if not states.same(state, states.state(checkpoint.step)) or checkpoint.val_loss != (
+        3.0 if checkpoint.step == 1 else None
+    ):
+        return "wrong"
+    return {1: "previous", 2: "newest"}[checkpoint.step]
+
+
+def flip(run: Path, count: int, seed: int, record: Record) -> None:
+    """Flip one bit at a time, in a file drawn evenly from all: large files do not hide the small ones."""
+    rng = np.random.default_rng(seed)
+    store = CheckpointStore(run, say=lambda _: None)
+    folder = store.folder / "step_00000002"
+    paths = states.files(folder)
+    missed, wrong = [], 0
+    for i in range(count):
+        path = paths[i % len(paths)]
+        original = path.read_bytes()
+        if not original:
+            continue
+        changed = bytearray(original)
+        position = int(rng.integers(len(original)))
+        changed[position] ^= 1 << int(rng.integers(8))
+        path.write_bytes(changed)
+        found = [c for c in store.list() if c.path == folder]
+        if found and verify(found[0]) is None:
+            missed.append((path.name, position))
+            wrong += outcome(run) == "wrong"
+        path.write_bytes(original)
+    figure(record, "bits flipped", count)
+    figure(record, "flips that went unnoticed", len(missed))
+    figure(record, "silent wrong restores", wrong)
+    assert not missed
+    assert outcome(run) == "newest"
+
+
+def test_bit_flips(two: Path, record_property: Record) -> None:
+    flip(two, 300, 0, record_property)
+
+
+@pytest.mark.slow
+def test_many_bit_flips(two: Path, record_property: Record) -> None:
+    flip(two, 2000, 1, record_property)
+
+
+def test_unnoticed_flips_would_be_found_out(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The battery itself: with files no longer compared, the digests of the arrays still refuse the weights."""
+    shutil.copytree(two, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints" / "step_00000002"
+    largest = max((p for p in states.files(folder / "arrays")), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    weight = np.asarray(states.state(2)["params"]["blocks"][0]["w"]).tobytes()
+    data[bytes(data).index(weight[:64]) + 5] ^= 16
+    largest.write_bytes(data)
+    monkeypatch.setattr("moe_jax.training.manifest.verify_files", lambda *_: None)
+    said: list[str] = []
+    store = CheckpointStore(tmp_path / "run", say=said.append)
+    checkpoint, state = store.restore_newest(jax.eval_shape(states.state), lambda _: None)
+    assert checkpoint.step == 1
+    assert states.same(state, states.state(1))
+    assert "params.blocks.0.w is not the array that was saved" in said[0]
+
+
+def zero(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    begin = len(data) // 3
+    data[begin : begin + 4096] = bytes(min(4096, len(data) - begin))
+    path.write_bytes(data)
+
+
+KINDS: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[:-1]),
+    "halved": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "emptied": lambda p: p.write_bytes(b""),
+    "zeroed": zero,
+    "extended": lambda p: p.write_bytes(p.read_bytes() + b"\0"),
+    "deleted": lambda p: p.unlink(),
+    "a folder": lambda p: (p.unlink(), p.mkdir()),
+    "a link": lambda p: p.rename(p.with_name("elsewhere")) and p.symlink_to("elsewhere"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_damaged(kind: str, two: Path, tmp_path: Path, record_property: Record) -> None:
+    """Each file of the newest checkpoint in turn. A file whose bytes stay as they were is no damage."""
+    names = [p.relative_to(two) for p in states.files(two / "checkpoints" / "step_00000002")]
+    wrong = count = 0
+    for i, name in enumerate(names):
+        run = tmp_path / str(i)
+        shutil.copytree(two, run)
+        before = (run / name).read_bytes()
+        KINDS[kind](run / name)
+        if kind != "a link" and (run / name).is_file() and (run / name).read_bytes() == before:
+            continue
+        count += 1
+        wrong += outcome(run) != "previous"
+    figure(record_property, "files damaged", count)
+    figure(record_property, "silent wrong restores", wrong)
+    assert count > 5
+    assert wrong == 0
+
+
+def test_files_swapped_between_steps(two: Path, tmp_path: Path, record_property: Record) -> None:
+    """Each file of step 2 in the place of its like in step 1's folder and the other way round."""
+    newer = two / "checkpoints" / "step_00000002"
+    wrong = count = 0
+    for i, path in enumerate(p for p in states.files(newer)):
+        name = path.relative_to(newer)
+        run = tmp_path / str(i)
+        shutil.copytree(two, run)
+        old, new = (run / "checkpoints" / f"step_0000000{step}" / name for step in (1, 2))
+        if not old.exists():  # orbax names some files at random
+            old = (
+                max(states.files(old.parent), key=lambda p: p.stat().st_size, default=None)
+                if old.parent.is_dir()
+                else None
+            )
+        if old is None or old.read_bytes() == new.read_bytes():
+            continue
+        first, second = old.read_bytes(), new.read_bytes()
+        old.write_bytes(second)
+        new.write_bytes(first)
+        count += 1
+        wrong += outcome(run) != "nothing"
+    figure(record_property, "files damaged", count)
+    figure(record_property, "silent wrong restores", wrong)
+    assert count >= 3
+    assert wrong == 0
+
+
+def test_a_whole_checkpoint_under_another_name(two: Path, tmp_path: Path) -> None:
+    """A copy of step 1 called step 5 is not taken for the newest."""
+    shutil.copytree(two, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    shutil.copytree(folder / "step_00000001", folder / "step_00000005")
+    assert outcome(tmp_path / "run") == "newest"
+    assert (folder / "damaged_00000005").is_dir()
+
+
+def test_the_best_one_falls_back_too(tmp_path: Path) -> None:
+    """Of steps 1 (loss 1), 2 (loss 2), 3: with 1 damaged, 2 is the best; then 3; then none."""
+    said: list[str] = []
+    store = CheckpointStore(tmp_path, say=said.append)
+    for step, loss in ((1, 1.0), (2, 2.0), (3, None)):
+        states.save(store, step, loss)
+    for expected in (1, 2, 3):
+        best = store.best()
+        assert best.step == expected
+        (best.path / "weights.safetensors").unlink()
+        with pytest.raises(UserError, match=r"weights\.safetensors is missing"):
+            restore(best, {"params": states.state()["params"]})
+    assert store.best() is None
+    assert any("step_00000001: skipped, weights.safetensors is missing" in line for line in said)

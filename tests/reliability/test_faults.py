@@ -1,0 +1,171 @@
+"""Numbers that are not finite, wherever they come from, reach no checkpoint; and what else a run must shrug off."""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import UserError, load_config
+from moe_jax.training import loop
+from moe_jax.training.checkpoint import CheckpointStore, read_arrays
+from moe_jax.training.loop import Session, train
+from moe_jax.training.manifest import leaves_of
+from moe_jax.training.state import TrainState
+from tests import tiny
+from tests.reliability.figures import Record, figure
+from tests.training.test_run import caches, configuration, records, run, text, timeless, uninterrupted  # noqa: F401
+
+pytestmark = pytest.mark.reliability
+NAN = np.float32("nan")
+
+
+def poison(tree: Any, name: str) -> Any:
+    """The tree with one NaN, in the first leaf whose path ends so."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    index = next(i for i, path in enumerate(paths) if path.endswith(name))
+    values = [leaf for _, leaf in leaves]
+    values[index] = jnp.asarray(np.asarray(values[index])).at[(0,) * values[index].ndim].set(NAN)
+    return jax.tree_util.tree_unflatten(treedef, values)
+
+
+def before_step(session: Session, step: int, change: Callable[[TrainState], TrainState]) -> None:
+    """Change the state just before a step, once."""
+    take = session.train_step
+
+    def changed(state: TrainState, batch: Any) -> Any:
+        return take(change(state) if int(state.step) == step - 1 else state, batch)
+
+    session.train_step = changed
+
+
+def finite_checkpoints(folder: Path) -> bool:
+    arrays = [read_arrays(c.path, leaves_of(c.manifest)) for c in CheckpointStore(folder).list()]
+    return all(np.isfinite(np.asarray(x, np.float64)).all() for tree in arrays for x in tree.values())
+
+
+def test_bad_data_skips_one_step(text: Path, tmp_path: Path, record_property: Record) -> None:  # noqa: F811
+    """Targets outside the vocabulary at step 5 make its loss NaN: the step changes nothing but its counters."""
+    session = Session.open(configuration(text, tmp_path / "run", log_every=1), None)
+    batch, kept = session.batch, {}
+    session.batch = lambda step: batch(step) + (10**6 if step == 4 else 0)
+    take = session.train_step
+
+    def watched(state: TrainState, tokens: Any) -> Any:
+        kept[int(state.step)] = jax.tree.map(np.array, dataclasses.asdict(state))
+        return take(state, tokens)
+
+    session.train_step = watched
+    train(session)
+    for name in ("params", "optimizer", "loss_scale", "loss_track"):
+        tiny.assert_same_bits(kept[4][name], kept[5][name])
+    assert [kept[step]["skipped"].item() for step in (4, 5, 6)] == [0, 1, 1]
+    assert [r["step"] for r in records(tmp_path / "run") if r.get("skipped")] == [5]
+    figure(record_property, "numerical faults injected", 1)
+
+
+@pytest.mark.parametrize("where", ["params", "optimizer"])
+@pytest.mark.parametrize("save_every", [1, 6])
+def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
+    where: str,
+    save_every: int,
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: tuple[Session, dict[str, Any]],  # noqa: F811
+    record_property: Record,
+) -> None:
+    """The first bad leaf is named, and the run goes on from the last checkpoint as if nothing had been."""
+    monkeypatch.setattr("moe_jax.training.recorder.MAX_SKIPPED_IN_A_ROW", 3)
+    out = tmp_path / "run"
+    config = configuration(text, out, save_every=save_every)
+    session = Session.open(config, None)
+    name = "router" if where == "params" else "embedding"
+    before_step(session, 7, lambda s: dataclasses.replace(s, **{where: poison(getattr(s, where), name)}))
+    with pytest.raises(UserError, match=r"not finite.*faults/step_\d+\.json.*--resume"):
+        train(session)
+    (diagnosis,) = (out / "faults").glob("*.json")
+    found = json.loads(diagnosis.read_text())
+    assert found["first"].startswith("params.")
+    if where == "params":
+        assert found["first"].endswith("router")
+    batch = np.load(out / "faults" / found["batch"], allow_pickle=False)
+    np.testing.assert_array_equal(batch, session.batch(found["step"] - 1))
+    assert finite_checkpoints(out)
+    again = Session.open(config, load_config(out))
+    assert again.resumed_from == 6
+    train(again)
+    tiny.assert_same_bits(again.state, uninterrupted[0].state)
+    assert timeless(out) == timeless(uninterrupted[0].folder.path)
+    figure(record_property, "numerical faults injected", 1)
+
+
+def test_frequencies_change_no_bit_of_the_state(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    uninterrupted: tuple[Session, dict[str, Any]],  # noqa: F811
+) -> None:
+    config = configuration(text, tmp_path / "other", log_every=1, eval_every=5, save_every=3)
+    run(config, die_at=8)
+    tiny.assert_same_bits(run(config).state, uninterrupted[0].state)
+
+
+def test_clocks_that_jump(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    uninterrupted: tuple[Session, dict[str, Any]],  # noqa: F811
+) -> None:
+    """The clock of the day jumps by up to a year at each look, forwards and back: nothing depends on it."""
+    true, random = time.time, np.random.default_rng(0)
+    monkeypatch.setattr(time, "time", lambda: true() + random.uniform(-1, 1) * 3e7)
+    config = configuration(text, tmp_path / "jumps")
+    run(config, die_at=8)
+    session = run(config)
+    tiny.assert_same_bits(session.state, uninterrupted[0].state)
+    assert timeless(tmp_path / "jumps") == timeless(uninterrupted[0].folder.path)
+    walls = [r["wall_seconds"] for r in records(tmp_path / "jumps")]
+    assert all(0 < wall < 3600 for wall in walls)
+
+
+LOSSES = {1: 3.0, 2: 2.0, 3: 2.5, 4: 2.5, 5: 1.0}
+
+
+def test_patience_outlives_a_resume(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Losses 3, 2, 2.5, 2.5: dead after the third, the run still stops at the fourth; and stays stopped."""
+    monkeypatch.setattr(loop, "_evaluate_and_sample", lambda session, step, *_: LOSSES[step])
+    config = configuration(text, tmp_path / "early", eval_every=1, save_every=1, patience=2)
+    run(config, die_at=3)
+    assert int(run(config).state.step) == 4
+    again = run(config)
+    assert int(again.state.step) == 4
+    assert [c.step for c in again.checkpoints.list()] == [2, 3, 4]
+
+
+def test_starved_experts_are_said(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a share that no expert has, all starve after three steps; a resume in between does not begin anew."""
+    monkeypatch.setattr("moe_jax.training.progress.STARVED_SHARE", 100)
+    monkeypatch.setattr("moe_jax.training.progress.STARVED_STEPS", 7)
+    config = configuration(text, tmp_path / "run")
+    run(config, die_at=6)
+    assert "got next to no tokens" not in capsys.readouterr().out
+    run(config, die_at=8)
+    assert capsys.readouterr().out.count("step 7 | expert") == 4
+    (record,) = [r for r in records(tmp_path / "run") if r["step"] == 7]
+    assert record["starved"] == [[0, expert] for expert in range(4)]

@@ -1,0 +1,146 @@
+"""Every flag of train.py against values that it cannot have: status 2, one line with its name, nothing written."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.config import SHORT_FLAGS, RunConfig, flag_of
+from moe_jax.presets import preset
+from tests.reliability import runs
+from tests.reliability.figures import Record, figure
+
+pytestmark = pytest.mark.reliability
+NANO = preset("nano")
+ANY_NUMBER = {"model.capacity_factor"}  # every positive number means something
+
+
+def fields() -> dict[str, Any]:
+    """ "section.name" -> type, of every field."""
+    kinds: dict[str, Any] = {}
+    for section in ("", "model", "data", "train"):
+        owner = getattr(NANO, section) if section else NANO
+        for f in dataclasses.fields(owner):
+            if not dataclasses.is_dataclass(getattr(owner, f.name)):
+                kinds[f"{section}.{f.name}".lstrip(".")] = f.type
+    return kinds
+
+
+WORDS = st.text(st.characters(codec="ascii", categories=["L"]), min_size=1, max_size=8).filter(
+    lambda word: word.lower() not in ("nan", "inf", "infinity")
+)
+
+
+def bad_values(name: str, kind: Any) -> st.SearchStrategy[str]:
+    """Values that the field cannot have, as typed."""
+    if get_origin(kind) is Literal:
+        return WORDS.filter(lambda word: word not in get_args(kind))
+    if kind is int:
+        number = st.integers(max_value=-1) | st.integers(min_value=2**33)
+        if name == "data.stories_seed":
+            number = st.integers(max_value=-1) | st.integers(min_value=2**63)
+        return number.map(str) | WORDS | st.floats(0.1, 0.9).map(str)
+    if kind is float:
+        number = st.floats(max_value=-1e-3, allow_infinity=False).map(str) | st.sampled_from(["nan", "inf", "-inf"])
+        large = st.floats(min_value=1e10, allow_infinity=False).map(str)
+        return number | WORDS | (large if name not in ANY_NUMBER else st.nothing())
+    if kind is bool:
+        return WORDS
+    return st.just("") if name == "data.source" else st.nothing()
+
+
+CASES = {name: kind for name, kind in fields().items() if not bad_values(name, kind).is_empty}
+
+
+class Server:
+    """The program, started once; each command line costs it a tenth of a second."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        command = [sys.executable, str(runs.ROOT / "tests" / "reliability" / "flag_server.py")]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, stdin=pipe, stdout=pipe, text=True, cwd=folder, env=runs.environment(folder / "cache")
+        )
+
+    def ask(self, argv: list[str]) -> tuple[int, str, str]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps(argv) + "\n")
+        self.process.stdin.flush()
+        return tuple(json.loads(self.process.stdout.readline()))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("flags"))
+    yield server
+    server.process.kill()
+    server.process.wait()
+
+
+def refused(server: Server, argv: list[str], name: str) -> None:
+    status, out, err = server.ask(argv)
+    assert (status, out) == (2, ""), (argv, err)
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    section, _, field = name.rpartition(".")
+    assert flag_of(section, field) in err, err
+    assert list(server.folder.iterdir()) == []
+
+
+def typed(name: str, value: str) -> list[str]:
+    """As a person would: `--train.lr=x`, the short name where there is one, or a flag that takes no value with one."""
+    section, _, field = name.rpartition(".")
+    return [f"{flag_of(section, field)}={value}"]
+
+
+def test_there_is_a_case_for_every_flag_that_can_be_wrong() -> None:
+    """Free of wrong values are the folder's name and the text of nothing else."""
+    assert set(fields()) - set(CASES) == {"out"}
+    assert len(CASES) > 50
+    assert {long.removeprefix("--").replace("-", "_") for long in SHORT_FLAGS.values()} <= set(CASES)
+
+
+def hammer(name: str, examples: int, server: Server, record: Record) -> None:
+    asked = []
+
+    @settings(max_examples=examples)
+    @given(bad_values(name, CASES[name]))
+    def check(value: str) -> None:
+        asked.append(value)
+        refused(server, typed(name, value), name)
+
+    check()
+    figure(record, "bad flags refused with status 2 before jax", len(asked))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_values(name: str, server: Server, record_property: Record) -> None:
+    hammer(name, 5, server, record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
+def test_many_bad_values(name: str, server: Server, record_property: Record) -> None:
+    hammer(name, 100, server, record_property)
+
+
+def test_good_flags_are_accepted(server: Server) -> None:
+    """The server itself: what it answers with 0, and that jax cannot be imported in it."""
+    for argv in (
+        [],
+        ["--steps", "3"],
+        ["--model.capacity-factor", "1e9"],
+        ["--verify-resume"],
+        ["--train.skip-spikes"],
+    ):
+        assert server.ask(argv) == (0, "", ""), argv
+    assert RunConfig() is not None

@@ -1,0 +1,116 @@
+"""One run, one process, one folder: locks, settings that do not fit, and nothing written anywhere else."""
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+
+from moe_jax.config import ConfigError, ModelConfig, load_config
+from moe_jax.training.loop import Session
+from tests.reliability import runs
+from tests.reliability.figures import Record, figure
+
+pytestmark = pytest.mark.reliability
+
+
+def test_two_processes_on_one_folder(
+    text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The second is told who trains there, and the first does not notice."""
+    out = tmp_path / "run"
+    first = runs.start(runs.flags(text, out), cache)
+    while not (out / ".lock").exists() or not (out / ".lock").read_text().strip():
+        time.sleep(0.01)
+    second = runs.complete(runs.flags(text, out), cache)
+    assert second.returncode == 1, second.stderr
+    assert second.stderr == (
+        f"error: --out {out}: process {first.pid} is training there; wait for it, or name another folder\n"
+    )
+    _, err = first.communicate()
+    assert first.returncode == 0, err
+    assert runs.result(out) == whole[1]
+
+
+def test_a_killed_process_leaves_no_lock(
+    text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = runs.start(runs.flags(text, out), cache)
+    while not (out / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    resumed = runs.complete([*runs.flags(text, out), "--resume"], cache)
+    assert resumed.returncode == 0, resumed.stderr
+    assert runs.result(out) == whole[1]
+
+
+def tree(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def test_nothing_is_written_outside_the_run_and_the_caches(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """HOME, the working folder and the folder of temporary files stay as they were."""
+    for name in ("home", "cache", "tmp"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    before = tree(text.parent)
+    finished = runs.complete(runs.flags(text, tmp_path / "run"), tmp_path / "cache")
+    assert finished.returncode == 0, finished.stderr
+    outside = tree(tmp_path / "home") | tree(tmp_path / "tmp") | (tree(text.parent) - before)
+    figure(record_property, "files written outside the run's folder and the caches", len(outside))
+    assert outside == set()
+    assert {p.name for p in tmp_path.iterdir()} == {"home", "cache", "tmp", "run"}
+
+
+OTHER: dict[str, Any] = {"seq_len": 32, "width": 32, "heads": 1, "experts": 8, "top_k": 1, "dropout": 0.0}
+"""Of the fields whose neighbouring value another field forbids."""
+
+
+def other(name: str, value: Any) -> Any:
+    """A value that the field may have too."""
+    kind = next(f.type for f in dataclasses.fields(ModelConfig) if f.name == name)
+    if name in OTHER:
+        return OTHER[name]
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != value)
+    return not value if isinstance(value, bool) else value + 1
+
+
+@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])
+def test_a_checkpoint_of_another_model(
+    name: str, whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the flag: refused before jax is imported. By a config.json that somebody edited: refused by the checkpoint.
+    Both name the field, both values, and what to do."""
+    monkeypatch.setenv("MOE_JAX_CACHE", str(cache))
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    document = json.loads((run / "config.json").read_text())
+    there = document["model"][name]
+    here = other(name, there)
+    document["model"][name] = here
+    (run / "config.json").write_text(json.dumps(document))
+    edited = load_config(run)
+    assert edited is not None
+    with pytest.raises(Exception, match="saved with") as caught:
+        Session.open(dataclasses.replace(edited, out=str(run)), edited)
+    message = str(caught.value)
+    assert name.replace("_", "-") in message
+    assert str(there) in message
+    assert str(here) in message
+    assert "start a new run with another --out" in message
+
+
+def test_another_model_by_a_flag(whole: tuple[Path, dict[str, Any]]) -> None:
+    from moe_jax.cli import parse_run
+
+    with pytest.raises(ConfigError, match=r"--experts 8: the run in .* has 4; leave the flag out"):
+        parse_run(["--out", str(whole[0]), "--resume", "--experts", "8"])

@@ -1,0 +1,226 @@
+"""Checkpoints made to harm: nothing in them is executed, nothing outside is read or written, little is allocated.
+
+Each carries a manifest with right digests, as an attacker's would.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.config import UserError
+from moe_jax.training import manifest
+from moe_jax.training.checkpoint import CheckpointStore, restore
+from tests.reliability import states
+from tests.reliability.figures import Record, figure
+
+pytestmark = pytest.mark.reliability
+EXECUTED: list[str] = []
+
+
+class Bomb:
+    """Says so when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return EXECUTED.append, ("a pickle ran",)
+
+
+def reseal(folder: Path, change: Callable[[dict[str, Any]], None] = lambda _: None) -> None:
+    """Write the manifest anew, with right digests of what is there, and a change on top."""
+    document = json.loads((folder / manifest.NAME).read_text())
+    document["files"] = {n: d for n, d in manifest.describe_files(folder).items() if n != manifest.NAME}
+    change(document)
+    (folder / manifest.NAME).write_text(manifest.render(document))
+
+
+def deep(folder: Path) -> None:
+    (folder / manifest.NAME).write_text("[" * 1_000_000)
+
+
+def huge(folder: Path) -> None:
+    with (folder / manifest.NAME).open("ab") as file:
+        file.truncate(2**33)
+
+
+def many(folder: Path) -> None:
+    (folder / manifest.NAME).write_text(
+        '{"version": 2, "files": {' + ",".join(f'"{i}": [1, ""]' for i in range(10**6)) + "}}"
+    )
+
+
+def pickles(folder: Path) -> None:
+    """Everywhere that something might unpickle."""
+    for name in ("weights.pkl", "state.pt", "arrays/_METADATA", "arrays/_CHECKPOINT_METADATA", "weights.safetensors"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    np.save(folder / "objects.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    reseal(folder)
+
+
+def parent_names(folder: Path) -> None:
+    secret = folder.parent.parent / "secret"
+    secret.write_text("secret")
+    reseal(folder, lambda m: m["files"].update({"../../secret": [6, manifest.file_digest(secret)]}))
+
+
+def absolute_names(folder: Path) -> None:
+    reseal(folder, lambda m: m["files"].update({"/etc/hostname": [1, manifest.file_digest(Path("/etc/hostname"))]}))
+
+
+def linked_file(folder: Path) -> None:
+    path = max(states.files(folder / "arrays"), key=lambda p: p.stat().st_size)
+    path.rename(folder.parent.parent / "moved")
+    path.symlink_to(folder.parent.parent / "moved")
+    reseal(folder)
+
+
+def linked_folder(folder: Path) -> None:
+    (folder / "arrays").rename(folder.parent.parent / "moved")
+    (folder / "arrays").symlink_to(folder.parent.parent / "moved")
+    reseal(folder)
+
+
+def linked_checkpoint(folder: Path) -> None:
+    folder.rename(folder.parent.parent / "moved")
+    folder.symlink_to(folder.parent.parent / "moved")
+
+
+def pipe(folder: Path) -> None:
+    (folder / "weights.safetensors").unlink()
+    os.mkfifo(folder / "weights.safetensors")
+
+
+def shapes(folder: Path) -> None:
+    """Arrays of 2^40 numbers, in the manifest alone."""
+    reseal(folder, lambda m: m["leaves"].update({name: [[2**40], "float32", "0"] for name in m["leaves"]}))
+
+
+def negative(folder: Path) -> None:
+    reseal(folder, lambda m: m["leaves"].update({name: [[-1, 3], "float32", "0"] for name in m["leaves"]}))
+
+
+def objects(folder: Path) -> None:
+    reseal(folder, lambda m: m["leaves"].update({name: [[1], "O", "0"] for name in m["leaves"]}))
+
+
+def stored_shapes(folder: Path) -> None:
+    """The manifest is as it should be, and orbax's own files speak of 2^40 numbers."""
+    wanted = manifest.read(folder)["leaves"]
+    shutil.rmtree(folder / "arrays")
+    import tensorstore
+
+    for name in wanted:
+        spec = {
+            "driver": "zarr",
+            "kvstore": {"driver": "ocdbt", "base": f"file://{folder}/arrays/", "path": f"{name}/"},
+        }
+        metadata = {"shape": [2**40], "chunks": [2**30], "dtype": "<f4"}
+        tensorstore.open(spec | {"metadata": metadata, "create": True}).result()
+    tree = {str((n,)): {"key_metadata": [{"key": n, "key_type": 2}], "value_metadata": _ARRAY} for n in wanted}
+    (folder / "arrays" / "_METADATA").write_text(
+        json.dumps({"tree_metadata": tree, "use_ocdbt": True, "use_zarr3": False})
+    )
+    reseal(folder)
+
+
+_ARRAY = {"value_type": "jax.Array", "skip_deserialize": False}
+
+
+def not_json(folder: Path) -> None:
+    (folder / "arrays" / "_METADATA").write_text("[" * 1_000_000)
+    reseal(folder)
+
+
+def text_for_progress(folder: Path) -> None:
+    reseal(folder, lambda m: m.update(context="__import__('os')", step="0", elapsed=[]))
+
+
+MADE = [
+    deep, huge, many, pickles, parent_names, absolute_names, linked_file, linked_folder, linked_checkpoint, pipe,
+    shapes, negative, objects, stored_shapes, not_json, text_for_progress,
+]  # fmt: skip
+
+
+class Watch:
+    """Which files were opened for writing, and what was unpickled or started, while it is on."""
+
+    def __init__(self) -> None:
+        self.on, self.seen = False, []
+        sys.addaudithook(self._hook)  # for good: Python has no way to take one back
+
+    def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
+        if not self.on:
+            return
+        if event in ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn"):
+            self.seen.append((event, arguments))
+        if event == "open" and isinstance(arguments[0], str | bytes) and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            self.seen.append((event, arguments[0]))
+
+
+@pytest.fixture(scope="module")
+def watch() -> Watch:
+    return Watch()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Path]:
+    for step in (1, 2):
+        states.save(CheckpointStore(tmp_path), step)
+    yield tmp_path
+    EXECUTED.clear()
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
+@pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
+def test_hostile_checkpoints(make: Callable[[Path], None], run: Path, watch: Watch, record_property: Record) -> None:
+    """Refused with one line, and the one before it restored."""
+    make(run / "checkpoints" / "step_00000002")
+    said: list[str] = []
+    store = CheckpointStore(run, say=said.append)
+    target = jax.eval_shape(states.state)
+    before, outside = resident(), snapshot(run.parent, run)
+    watch.seen.clear()
+    watch.on = True
+    try:
+        restored = store.restore_newest(target, lambda _: None)
+    except UserError as error:  # whole by its own account, but not what this program would have saved
+        said.append(str(error))
+        restored = None
+    finally:
+        watch.on = False
+    grown = resident() - before
+    figure(record_property, "hostile checkpoints", 1)
+    figure(record_property, "executed from a checkpoint", len(EXECUTED) + len(watch.seen))
+    assert EXECUTED == []
+    assert watch.seen == []
+    assert snapshot(run.parent, run) == outside
+    assert grown < 256 * 2**20
+    assert len(said) >= 1
+    assert all("\n" not in line and len(line) < 600 for line in said)
+    if restored is not None:
+        checkpoint, state = restored
+        assert states.same(state, states.state(checkpoint.step))
+
+
+def snapshot(folder: Path, without: Path) -> list[tuple[str, int]]:
+    """Names and times of what lies beside the run."""
+    return [(str(p), p.lstat().st_mtime_ns) for p in sorted(folder.iterdir()) if p != without]
+
+
+def test_weights_that_are_not_finite_are_what_was_saved(tmp_path: Path) -> None:
+    """NaN in a checkpoint is no damage to the file: it comes back bit for bit, and training on it is skipped."""
+    store = CheckpointStore(tmp_path)
+    state = {"params": {"w": jax.numpy.array([np.nan, np.inf, -0.0], "float32")}}
+    store.save(state, 1, val_loss=float("nan"), elapsed=0, context={})
+    assert states.same(restore(store.newest(), state), state)

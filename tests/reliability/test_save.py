@@ -1,0 +1,261 @@
+"""A save that is cut off anywhere, or that the disk refuses, leaves the checkpoints before it or adds itself whole."""
+
+import contextlib
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import pytest
+
+from moe_jax.config import UserError, holds_run
+from moe_jax.training import checkpoint, manifest
+from moe_jax.training.checkpoint import CheckpointStore, verify
+from tests.reliability import runs, states
+from tests.reliability.figures import Record, figure
+
+pytestmark = pytest.mark.reliability
+
+
+class Snapshots:
+    """A copy of a run's folder before every line of the save that finds it changed: what a kill at that line would
+    leave. A tracer, so that the program needs no hooks of its own."""
+
+    def __init__(self, run: Path, scratch: Path) -> None:
+        self.run, self.scratch, self.taken = run, scratch, []
+        self.lines: set[tuple[str, int]] = set()
+        self._last: Any = None
+
+    def _look(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename not in (checkpoint.__file__, manifest.__file__, shutil.__file__):
+            return None
+        if event == "line":
+            self.lines.add((frame.f_code.co_filename, frame.f_lineno))
+            status = [(str(p), s.st_size, s.st_mtime_ns) for p in sorted(self.run.rglob("*")) for s in [p.lstat()]]
+            if status != self._last:
+                self._last = status
+                self.taken.append(self.scratch / str(len(self.taken)))
+                shutil.copytree(self.run, self.taken[-1], copy_function=shutil.copy)
+        return self._look
+
+    def __enter__(self) -> "Snapshots":
+        sys.settrace(self._look)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        sys.settrace(None)
+
+
+def survivors(run: Path) -> tuple[int, bool]:
+    """The step that a resume gets, and whether it holds exactly what was saved at that step."""
+    assert holds_run(run)
+    store = CheckpointStore(run, say=lambda _: None)
+    found, state = store.restore_newest(jax.eval_shape(states.state), lambda _: None)
+    return found.step, states.same(state, states.state(found.step))
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["a new step", "a step saved again"])
+def test_killed_at_every_line_of_a_save(again: bool, tmp_path: Path, record_property: Record) -> None:
+    run = tmp_path / "run"
+    store = CheckpointStore(run)
+    for step in (1,) if again else (1, 2, 3):
+        states.save(store, step)
+    step = 1 if again else 4
+    with Snapshots(run, tmp_path / "snapshots") as snapshots:
+        states.save(store, step)
+    lost = [s for s in snapshots.taken if survivors(s) not in ((step, True), (step - 1, True))]
+    figure(record_property, "kills within a save, by line", len(snapshots.lines))
+    figure(record_property, "states of the folder that such kills leave", len(snapshots.taken))
+    figure(record_property, "runs lost", len(lost))
+    assert len(snapshots.taken) > 15
+    assert lost == []
+    # A resume sweeps up: after one more save nothing but checkpoints is left.
+    for snapshot in snapshots.taken[:: max(1, len(snapshots.taken) // 5)]:
+        states.save(CheckpointStore(snapshot, say=lambda _: None), 5)
+        assert all(p.name.startswith("step_") for p in (snapshot / "checkpoints").iterdir())
+        assert not any(p.name.endswith(".replaced") for p in (snapshot / "checkpoints").iterdir())
+
+
+STAGES = ["_write_arrays", "write_weights", "_sync", "_publish", "_sync_path", "_remove_old"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_error_at_a_stage(
+    stage: str, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """The stage raises ENOSPC: one line, the earlier step whole, and the next save works."""
+    store = CheckpointStore(tmp_path)
+    states.save(store, 1)
+    owner = checkpoint if hasattr(checkpoint, stage) else CheckpointStore
+    original = getattr(owner, stage)
+
+    def failing(*args: Any) -> None:
+        if when == "after":
+            original(*args)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, stage, failing)
+        with pytest.raises((UserError, OSError), match=r"the disk is full|No space"):
+            states.save(store, 2)
+    step, right = survivors(tmp_path)
+    figure(record_property, "failed stages of a save", 1)
+    figure(record_property, "runs lost", int(not right))
+    assert right
+    assert step in (1, 2)
+    states.save(store, 3)
+    assert survivors(tmp_path) == (3, True)
+    assert all(p.name.startswith("step_") for p in store.folder.iterdir())
+
+
+def test_what_reads_back_otherwise_costs_no_earlier_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that loses a write after the rename: the save says so, and nothing older is removed."""
+    store = CheckpointStore(tmp_path)
+    for step in (1, 2):
+        states.save(store, step)
+    publish = CheckpointStore._publish
+
+    def lossy(self: CheckpointStore, draft: Path, final: Path) -> None:
+        publish(self, draft, final)
+        (final / "weights.safetensors").write_bytes(b"")
+
+    monkeypatch.setattr(CheckpointStore, "_publish", lossy)
+    with pytest.raises(UserError, match=r"was changed between writing and reading it back"):
+        states.save(store, 3)
+    assert [c.step for c in store.list()] == [1, 2, 3]
+    assert survivors(tmp_path) == (2, True)
+
+
+def mount(folder: Path, size: int) -> bool:
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    return (
+        shutil.which("mount") is not None and subprocess.run(command, capture_output=True, check=False).returncode == 0
+    )
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[None]:
+    """A file system of `size` bytes in `folder`. Skips the test where this process may not mount one."""
+    if not mount(folder, size):
+        pytest.skip("no right to mount a tmpfs; the quota tests stand in")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@contextlib.contextmanager
+def quota(size: int) -> Iterator[None]:
+    """No file of this process may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def refused(save: Callable[[], object]) -> bool:
+    """Whether a save ended with the one line about a full disk; any other error is a failure of the test."""
+    try:
+        save()
+    except UserError as error:
+        if "the disk is full" in str(error) and "\n" not in str(error):
+            return True
+        raise
+    return False
+
+
+def test_full_disks_of_twenty_sizes(tmp_path: Path, record_property: Record) -> None:
+    """Room for a first checkpoint and for a twentieth, two twentieths, ... of a second."""
+    sample = states.save(CheckpointStore(tmp_path / "sample"), 1, size=4096)
+    size = sum(-(-p.stat().st_size // 4096) * 4096 for p in states.files(sample)) + 64 * 1024
+    failures = 0
+    for i in range(20):
+        disk = tmp_path / f"disk{i}"
+        with small_disk(disk, size + size * (i + 1) // 20):
+            store = CheckpointStore(disk)
+            states.save(store, 1, size=4096)
+            full = refused(lambda store=store: states.save(store, 2, size=4096))
+            failures += full
+            assert verify(store.newest()) is None
+            assert store.newest().step == (1 if full else 2)
+            assert not list(store.folder.glob("tmp_*"))
+    figure(record_property, "saves refused by a full disk", failures)
+    figure(record_property, "runs lost", 0)
+    assert failures >= 15
+
+
+def test_quotas_of_twenty_sizes(tmp_path: Path, record_property: Record) -> None:
+    """The same, without the rights to mount: files may not grow beyond a limit."""
+    store = CheckpointStore(tmp_path)
+    largest = max(p.stat().st_size for p in states.files(states.save(store, 1, size=4096)))
+    failures = 0
+    for i in range(20):
+        with quota(max(1, largest * i // 20)):
+            full = refused(lambda i=i: states.save(store, 2 + i, size=4096))
+        failures += full
+        assert survivors_of_size(store) == (1 if full else 2 + i)
+        assert not list(store.folder.glob("tmp_*"))
+    figure(record_property, "saves refused by a quota", failures)
+    assert failures >= 15  # the largest file is not of the same size each time
+    states.save(store, 30, size=4096)
+    assert survivors_of_size(store) == 30
+
+
+def survivors_of_size(store: CheckpointStore) -> int:
+    newest = store.newest()
+    assert newest is not None
+    assert verify(newest) is None
+    return newest.step
+
+
+def test_training_on_a_full_disk(
+    text: Path, cache: Path, whole: tuple[Path, dict], tmp_path: Path, record_property: Record
+) -> None:
+    """The run ends with one line at the save that failed; with more room it goes on to the same bits."""
+    size = sum(-(-p.stat().st_size // 4096) * 4096 for p in states.files(whole[0] / "checkpoints" / "step_00000012"))
+    with small_disk(tmp_path / "disk", 2 * size + size // 2):
+        out = tmp_path / "disk" / "run"
+        failed = runs.complete(runs.flags(text, out), cache)
+        assert failed.returncode == 1
+        assert len(failed.stderr.splitlines()) == 1, failed.stderr
+        assert "the disk is full" in failed.stderr
+        command = ["mount", "-o", f"remount,size={size * 10}", str(tmp_path / "disk")]
+        subprocess.run(command, check=True)
+        resumed = runs.complete(["--out", str(out), "--resume"], cache)
+        assert resumed.returncode == 0, resumed.stderr
+        equal = runs.result(out) == whole[1]
+    figure(record_property, "runs interrupted by a full disk", 1)
+    figure(record_property, "interrupted runs that differ from the uninterrupted one", int(not equal))
+    assert equal
+
+
+def test_a_read_only_folder(text: Path, cache: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    with small_disk(disk, 2**20):
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        failed = runs.complete(runs.flags(text, disk / "run"), cache)
+    assert failed.returncode == 1
+    assert len(failed.stderr.splitlines()) == 1, failed.stderr
+    assert "Read-only file system" in failed.stderr
+
+
+def test_a_folder_without_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For those who are not root, or, since root may write anywhere, as the system would answer them."""
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(tmp_path))
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match=r"could not be saved .Permission denied"):
+        states.save(CheckpointStore(tmp_path), 1)

@@ -1,0 +1,118 @@
+"""SIGTERM and SIGINT at any moment: a good checkpoint of the step in hand, the right status, the same bits after."""
+
+import json
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.training.checkpoint import CheckpointStore
+from tests.reliability import runs
+from tests.reliability.figures import Record, figure
+
+pytestmark = pytest.mark.reliability
+STEPS = 4000
+"""More than are ever reached."""
+
+
+def logged(out: Path) -> int:
+    """The newest step in metrics.jsonl, 0 before the first."""
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+def wait_for_step(process: subprocess.Popen[str], out: Path, step: int) -> None:
+    while process.poll() is None and logged(out) < step:
+        time.sleep(0.005)
+    assert process.poll() is None, process.communicate()
+
+
+def newest(out: Path) -> int | None:
+    found = CheckpointStore(out, say=lambda _: None).newest()
+    return None if found is None else found.step
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_saves_the_step(
+    number: int, text: Path, cache: Path, tmp_path: Path, record_property: Record
+) -> None:
+    out = tmp_path / "run"
+    process = runs.start(runs.flags(text, out, steps=STEPS, eval_every=STEPS, save_every=STEPS), cache)
+    wait_for_step(process, out, 5)
+    begin = time.monotonic()
+    process.send_signal(number)
+    printed, err = process.communicate(timeout=60)
+    seconds = time.monotonic() - begin
+    assert process.returncode == 128 + number, err
+    assert "send it again to leave at once" in err
+    assert newest(out) == logged(out) >= 5
+    assert f"stopped at step {newest(out)}, which is saved" in printed
+    figure(record_property, "signals answered with a checkpoint of the step in hand", 1)
+    figure(record_property, "signals answered after more than 10 s", int(seconds > 10))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_stopped_run_ends_like_one_that_was_not(
+    seed: int, text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, record_property: Record
+) -> None:
+    """Stopped at a random moment after the first step: within a step, an evaluation, a sample, or a save."""
+    out = tmp_path / "run"
+    process = runs.start(runs.flags(text, out), cache)
+    wait_for_step(process, out, 1)
+    time.sleep(random.Random(seed).uniform(0, 1.5))
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    assert process.returncode in (143, 0)
+    assert newest(out) == logged(out)
+    finished = runs.complete([*runs.flags(text, out), "--resume"], cache)
+    assert finished.returncode == 0, finished.stderr
+    equal = runs.result(out) == whole[1]
+    figure(record_property, "interrupted runs that differ from the uninterrupted one", int(not equal))
+    assert runs.result(out) == whole[1]
+
+
+def test_a_second_signal_leaves_at_once(text: Path, cache: Path, tmp_path: Path) -> None:
+    """While the first is still at work (its save is held up), the second ends the process; the old step is good."""
+    out = tmp_path / "run"
+    process = runs.start(
+        [*runs.flags(text, out, steps=STEPS, eval_every=STEPS)], cache, "tests/reliability/slow_save.py"
+    )
+    wait_for_step(process, out, 6)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 143
+    assert "left at SIGTERM" in err
+    assert newest(out) is not None
+
+
+def test_an_echo_is_not_a_second_signal(text: Path, cache: Path, tmp_path: Path) -> None:
+    """A terminal and `uv run` both pass on one Ctrl-C."""
+    out = tmp_path / "run"
+    process = runs.start(runs.flags(text, out, steps=STEPS, eval_every=STEPS, save_every=STEPS), cache)
+    wait_for_step(process, out, 3)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert newest(out) == logged(out)
+
+
+def test_with_nothing_to_save_the_first_signal_leaves_at_once(text: Path, cache: Path, tmp_path: Path) -> None:
+    """While the training step compiles, or before."""
+    out = tmp_path / "run"
+    process = runs.start(runs.flags(text, out), cache)
+    while not (out / ".lock").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=5)
+    assert process.returncode == 143
+    assert newest(out) is None
