@@ -5,14 +5,14 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.model import dispatch as d
 from moe_jax.model.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.experts import Experts
 from moe_jax.model.layers import matrix_init
-from moe_jax.model.routing import Routing, route, router_logits
+from moe_jax.model.routing import Routing, positions_in_expert, route, router_logits
 
 BLOCK_ROWS = 128
 """Rows of a block of the dropless plan: large enough to multiply fast, small enough to waste little padding."""
@@ -29,6 +29,20 @@ class Mode(Enum):
     """Dropless, reading the weights of the chosen experts only."""
 
 
+class LayerTrace(NamedTuple):
+    """Every decision of one layer, for a reader. For a model, arrays have a leading axis L."""
+
+    probs: Float[Array, "B T E"]
+    expert: Int[Array, "B T K"]
+    """The chosen experts, best first."""
+    gate: Float[Array, "B T K"]
+    slot: Int[Array, "B T K"]
+    """The place of each choice in its expert's queue, from 0; it is kept where that is below the capacity."""
+    keep: Bool[Array, "B T K"]
+    attention: Float[Array, "B H T T"] | None = None
+    """Attention weights of the block: the last axis is looked at, the one before it looks."""
+
+
 class RouterStats(NamedTuple):
     """What a layer reports of its routing, besides its output. For a model, arrays have a leading axis L."""
 
@@ -38,6 +52,8 @@ class RouterStats(NamedTuple):
     """Share of the (token, choice) pairs that found no slot."""
     load: Float[Array, " E"]
     """Share of the pairs that chose each expert, before drops."""
+    trace: LayerTrace | None = None
+    """Only in a traced pass."""
 
 
 class MoE(nnx.Module):
@@ -48,12 +64,22 @@ class MoE(nnx.Module):
         self.router = nnx.Param(matrix_init(rngs, (config.width, config.experts), scale=0.1))
         self.experts = Experts(config.experts, config.width, config.expert_hidden, config.activation, out_scale, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], mode: Mode) -> tuple[Float[Array, "B T D"], RouterStats]:
+    def __call__(
+        self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
         routing = route(router_logits(x, self.router[...]), self.config.top_k)
         y, dropped = self._apply(x, routing, mode)
         y = jnp.where(routing.valid[..., None], y, jnp.nan)  # a broken row says so, instead of passing unrouted
         stats = RouterStats(balance_loss(routing), z_loss(routing), dropped, expert_load(routing).mean(0))
-        return y, stats
+        return y, stats._replace(trace=self._trace(routing, mode)) if trace else stats
+
+    def _trace(self, routing: Routing, mode: Mode) -> LayerTrace:
+        config = self.config
+        slot = positions_in_expert(routing.expert, routing.valid, config.experts)
+        keep = jnp.broadcast_to(routing.valid[..., None], slot.shape)
+        if mode is Mode.TRAIN and config.dispatch in ("gather", "einsum"):
+            keep &= slot < capacity(slot.shape[1], config.experts, config.top_k, config.capacity_factor)
+        return LayerTrace(routing.probs, routing.expert, routing.gate, slot, keep)
 
     def _apply(self, x: Array, routing: Routing, mode: Mode) -> tuple[Array, Array]:
         """The combined output, and the share of pairs that were dropped: counted, so that none is exactly 0."""
@@ -91,6 +117,8 @@ class DenseFFN(nnx.Module):
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.experts = Experts(1, config.width, config.dense_hidden, config.activation, out_scale, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], mode: Mode) -> tuple[Float[Array, "B T D"], None]:
-        del mode  # every token takes the same way in training, evaluation and decoding
+    def __call__(
+        self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False
+    ) -> tuple[Float[Array, "B T D"], None]:
+        del mode, trace  # every token takes the same way in training, evaluation and decoding
         return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None

@@ -35,12 +35,15 @@ class Block(nnx.Module):
         self.ffn = (MoE if config.dense == "none" else DenseFFN)(config, out_scale, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValue]:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        y, kv = self.attention(self.attention_norm(x), keys[0])
+        normed = self.attention_norm(x)
+        y, kv = self.attention(normed, keys[0])
         x = x + dropout(y, self.dropout, keys[1])
-        y, stats = self.ffn(self.ffn_norm(x), mode)
+        y, stats = self.ffn(self.ffn_norm(x), mode, trace)
+        if stats is not None and stats.trace is not None:
+            stats = stats._replace(trace=stats.trace._replace(attention=self.attention.weights(normed)))
         return x + dropout(y, self.dropout, keys[2]), stats, kv
 
     def decode(
@@ -80,10 +83,11 @@ class Transformer(nnx.Module):
         return x.astype(self.compute)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None
+        self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, list[KeyValue]]:
         """Normalised hidden states of every position, for `logits`; the routers' statistics, each with a leading
-        axis L (None for a dense twin); and each layer's keys and values. A key turns dropout on."""
+        axis L (None for a dense twin); and each layer's keys and values. A key turns dropout on; `trace`, which is
+        static, adds every decision of the routers to their statistics, and leaves the untraced program as it was."""
         keys = [None] * (len(self.blocks) + 1)
         if key is not None and self.config.dropout > 0:
             keys = list(jax.random.split(key, len(self.blocks) + 1))
@@ -91,7 +95,7 @@ class Transformer(nnx.Module):
         stats: list[RouterStats | None] = []
         cache: list[KeyValue] = []
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            run = lambda block, x, key: block(x, mode, key)  # noqa: E731
+            run = lambda block, x, key: block(x, mode, key, trace)  # noqa: E731
             if self.remat and mode is Mode.TRAIN:
                 run = jax.checkpoint(run)
             x, layer_stats, kv = run(block, x, block_key)

@@ -39,8 +39,9 @@ def gradients(
     key: Key[Array, ""],
     scale: Float[Array, ""],
     config: TrainConfig,
+    trace: bool = False,
 ) -> tuple[Params, Metrics]:
-    """The mean gradient over M micro-batches of B sequences, and the mean metrics.
+    """The mean gradient over M micro-batches of B sequences, and the mean metrics; traces are stacked, M first.
 
     Every group that a loss is averaged over is one sequence, so accumulated equals whole, auxiliary losses
     included. Micro-batches are summed in order by a scan: one copy of the gradients beside the running sum.
@@ -48,37 +49,48 @@ def gradients(
 
     def micro(tokens: Array, index: Array) -> tuple[Params, Metrics]:
         def scaled_loss(p: Params) -> tuple[Array, Metrics]:
-            loss, metrics = training_loss(merge(graphdef, p), tokens, jax.random.fold_in(key, index), config)
+            loss, metrics = training_loss(merge(graphdef, p), tokens, jax.random.fold_in(key, index), config, trace)
             return loss * scale.astype(loss.dtype), metrics
 
         return jax.grad(scaled_loss, has_aux=True)(params)
 
     count = batch.shape[0]
     if count == 1:
-        total = micro(batch[0], jnp.int32(0))
+        grads, metrics = micro(batch[0], jnp.int32(0))
+        traces = jax.tree.map(lambda x: x[None], metrics.trace)
+        metrics = metrics._replace(trace=None)
     else:
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(micro, batch[0], jnp.int32(0)))
-        total, _ = jax.lax.scan(
-            lambda total, x: (jax.tree.map(jnp.add, total, micro(*x)), None), zero, (batch, jnp.arange(count))
-        )
-    grads, metrics = total
+
+        def add(total: tuple[Params, Metrics], x: tuple[Array, Array]) -> tuple[tuple[Params, Metrics], Any]:
+            grads, metrics = micro(*x)
+            return jax.tree.map(jnp.add, total, (grads, metrics._replace(trace=None))), metrics.trace
+
+        shapes, of_metrics = jax.eval_shape(micro, batch[0], jnp.int32(0))
+        shapes = (shapes, of_metrics._replace(trace=None))
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        (grads, metrics), traces = jax.lax.scan(add, zero, (batch, jnp.arange(count)))
     grads = jax.tree.map(lambda g: g / (count * scale.astype(g.dtype)), grads)
-    return grads, jax.tree.map(lambda m: m / count, metrics)
+    return grads, jax.tree.map(lambda m: m / count, metrics)._replace(trace=traces)
 
 
 def make_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig, loss_scaling: bool
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    loss_scaling: bool,
+    trace: bool = False,
 ) -> Step:
     """The jitted step, which takes over its state's memory. A batch is int32 `[M, B, T+1]`, M micro-batches.
 
     A step whose gradient is not finite leaves parameters and optimizer as they are and is counted. With float16 it
-    also halves the loss scale.
+    also halves the loss scale. With `trace` the metrics hold every decision of the routers; it is static, and the
+    program without it does not change by its being there.
     """
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), DROPOUT), state.step)
         scale: LossScale = state.loss_scale
-        grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config)
+        grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config, trace)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(norm)
 
