@@ -15,11 +15,12 @@ from moe_jax import cli, environment
 
 
 def run(argv: Sequence[str]) -> None:
-    """Parse, prepare, print the card, train, score, tell a story."""
+    """Parse, prepare, print the card, train, score, show the routing."""
     config, saved = cli.parse_run(argv)
     notes = environment.prepare()
 
     # Only now, with the arguments accepted and the environment set, is jax imported.
+    from moe_jax.analysis.report import report_run
     from moe_jax.training.card import print_card, print_result
     from moe_jax.training.loop import Session, finish, train
 
@@ -30,6 +31,7 @@ def run(argv: Sequence[str]) -> None:
     else:
         train(session)
     print_result(session, finish(session))
+    print(*report_run(session.folder.path), sep="\n")
 
 
 if __name__ == "__main__":

@@ -49,6 +49,29 @@ MOST_PER_TOKEN = 8
 LEAST_PERCENT = 2
 
 
+def report_path(folder: Path) -> Path:
+    """Where the report of a run lies unless it is asked for elsewhere."""
+    return folder / "report" / "routing.html"
+
+
+def report_run(folder: Path) -> list[str]:
+    """Pictures and report of a run that just ended, in its folder `report`. Returns the lines to print: what was
+    written, or why not, which is no failure of the run."""
+    from moe_jax.analysis.plots import run_figures, save_figures
+
+    lines = []
+    try:
+        save_figures(run_figures([folder]), folder / "report")
+        lines.append(f"pictures: {folder / 'report'}")
+    except UserError as error:
+        lines.append(f"no pictures: {error}")
+    try:
+        lines.append(f"routing report: {write_report(folder, report_path(folder))}, to open in a browser")
+    except UserError as error:
+        lines.append(f"no routing report: {error}")
+    return lines
+
+
 def write_report(
     folder: Path, out: Path, *, text: str = "", step: int | None = None, json_out: Path | None = None
 ) -> Path:

@@ -15,7 +15,7 @@ const drawFactors = () => {
   const series = layerSeries(factor, range(L).map((l) => drop.map((row) => row[l])));
   fill(clear(byId("factors")), {}, [
     caption("What other capacity factors would have dropped", "Share of choices dropped, with the routing as it is. A factor of 1 gives every expert exactly its fair share of slots."),
-    lineChart({ series, x: "capacity factor", format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), marks: [{ x: model.capacity_factor, text: `this run: ${model.capacity_factor}` }] }), key(series),
+    lineChart({ series, x: "capacity factor", ticks: [0.25, 1, 2, 3, 4], format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), marks: [{ x: model.capacity_factor, text: `this run: ${model.capacity_factor}` }] }), key(series),
   ]);
   const { first, drop: at } = corpus.drops_by_position;
   const places = layerSeries(first, at);

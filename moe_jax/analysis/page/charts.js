@@ -8,7 +8,7 @@ const niceTop = (top) => {
 const short = (v) => (Math.abs(v) >= 10000 ? `${+(v / 1000).toPrecision(3)}k` : `${+v.toPrecision(3)}`);
 
 // Lines over one x axis. series: [{name, colour, x, y}]; y may hold nulls. marks: [{x | y, text}] are dashed.
-const lineChart = ({ series, height = 210, x = "", format = short, bottom = 0, top = null, marks = [] }) => {
+const lineChart = ({ series, height = 210, x = "", format = short, bottom = 0, top = null, marks = [], ticks = null }) => {
   const frame = { left: 46, right: 12, top: 14, bottom: 34 };
   const xs = series.flatMap((s) => s.x), ys = series.flatMap((s) => s.y).filter((v) => v !== null && Number.isFinite(v));
   const [x0, x1] = [Math.min(...xs), Math.max(...xs)];
@@ -21,9 +21,8 @@ const lineChart = ({ series, height = 210, x = "", format = short, bottom = 0, t
     root.append(svg("line", { class: "axis", x1: frame.left, x2: WIDTH - frame.right, y1: py(v), y2: py(v) }),
       svg("text", { x: frame.left - 6, y: py(v) + 4, "text-anchor": "end" }, format(v)));
   }
-  for (const share of [0, 0.5, 1]) {
-    const v = x0 + share * (x1 - x0);
-    root.append(svg("text", { x: px(v), y: height - frame.bottom + 16, "text-anchor": share === 0 ? "start" : share === 1 ? "end" : "middle" }, short(v)));
+  for (const v of ticks ?? [x0, (x0 + x1) / 2, x1]) {
+    root.append(svg("text", { x: px(v), y: height - frame.bottom + 16, "text-anchor": v === x0 ? "start" : v === x1 ? "end" : "middle" }, short(v)));
   }
   root.append(svg("text", { x: (frame.left + WIDTH - frame.right) / 2, y: height - 4, "text-anchor": "middle" }, x));
   for (const mark of marks) {

@@ -27,7 +27,7 @@ const specialistCard = (e) => {
 const drawExperts = () => {
   const layer = state.layer;
   byId("experts-explain").textContent =
-    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. A token is listed under an expert when it chooses that expert more often than chance would have it, strongest first (log-likelihood ratio G², p < 0.001 after correction for all pairs looked at). Point at a token for its counts.`;
+    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. A token is listed under an expert when it chooses that expert more often than chance would have it, strongest first (log-likelihood ratio G², p < 0.001 after correction for all pairs looked at). Point at a token for its counts; ␣ is a space.`;
   fill(clear(byId("specialists")), {}, range(E).map(specialistCard));
   const fair = 1 / E, line = model.capacity / (model.seq_len * K);
   fill(clear(byId("load")), {}, [
@@ -102,7 +102,7 @@ const drawFlow = () => {
       const text = `Layer ${l}, expert ${e}: first choice of ${whole(sizes[l][e])} tokens (${percent(sizes[l][e] / total)})${words ? `\n${words}` : ""}`;
       root.append(svg("rect", { class: "node", x: x(l), y: tops[l][e], width: bar, height: h, rx: 3, fill: colourOf(e), tabindex: "0", "aria-label": text,
         onpointermove: (event) => { show(l, e); showTip(event, text); }, onpointerleave: hide, onfocus: (event) => { show(l, e); showTip(event, text); }, onblur: hide }));
-      if (h > 12) root.append(svg("text", { x: x(l) + bar / 2, y: tops[l][e] + h / 2 + 4, "text-anchor": "middle", fill: "#fff", "pointer-events": "none", class: "on-node" }, `${e}`));
+      if (h > 12) root.append(svg("text", { x: x(l) + bar / 2, y: tops[l][e] + h / 2 + 4, "text-anchor": "middle", "pointer-events": "none", class: "on-node" }, `${e}`));
     });
   });
   fill(box, {}, [caption("Paths of first choices", `${count(total, "token")} of validation text`), el("div", { class: "scroll" }, root)]);

@@ -18,12 +18,14 @@ const buildTokens = () => {
     paragraphs.at(-1).push(i);
     if (piece.includes("\n")) paragraphs.push([]);
   });
-  const boxes = paragraphs.filter((p) => p.length).map((p) => el("p", { dir: direction(p) }, p.map((i) => {
-    const mark = data.text.mark.includes(i);
-    const node = el("span", { class: "t", role: "button", tabindex: "-1", "data-i": i }, visible(data.text.pieces[i]).replace(/\n/g, "↵"));
-    node.fixed = mark ? " mark" : "";
+  const marks = new Set(data.text.mark);
+  // A token's first space stands before its box, so that lines break between boxes and words stay apart.
+  const boxes = paragraphs.filter((p) => p.length).map((p) => el("p", { dir: direction(p) }, p.flatMap((i) => {
+    const [, space, rest] = data.text.pieces[i].match(/^( (?=\S))?(.*)$/s);
+    const node = el("span", { class: "t", role: "button", tabindex: "-1", "data-i": i }, visible(rest).replace(/\n/g, "↵"));
     nodes[i] = node;
-    return node;
+    node.fixed = marks.has(i) ? " mark" : ""; // a separator, or part of a character, spelled in bytes
+    return space ? [space, node] : [node];
   })));
   tokensBox.append(...boxes);
   nodes[0].tabIndex = 0;
@@ -45,7 +47,7 @@ const colourTokens = () => {
   const { expert, keep } = data.routing;
   for (let i = 0; i < N; i++) {
     const node = nodes[i], at = i * K;
-    let name = `t a${expert[layer][at]}${node.fixed}`, numbers = `${expert[layer][at]}`, kept = keep[layer][at];
+    let name = `t a${expert[layer][at]}${node.fixed}`, kept = keep[layer][at];
     if (!kept) name += " da";
     if (K > 1) {
       name += ` b${expert[layer][at + 1]}`;
@@ -53,7 +55,6 @@ const colourTokens = () => {
     }
     let place = lit === expert[layer][at] ? 0 : -1;
     for (let k = 1; k < K; k++) {
-      numbers += `·${expert[layer][at + k]}`;
       kept += keep[layer][at + k];
       if (lit === expert[layer][at + k]) place = k;
     }
@@ -61,7 +62,6 @@ const colourTokens = () => {
     if (place >= 0) name += place ? " lit second" : " lit";
     if (i === state.token) name += " on";
     node.className = name;
-    node.dataset.n = numbers;
     node.dataset.expert = expert[layer][at];
     if (mode !== "expert") node.style.setProperty("--v", mode === "doubt" ? doubt(layer, i) : Math.min(surprise(i) / 8, 1));
   }
@@ -114,7 +114,8 @@ const drawCard = () => {
   const seen = surprise(i), inWindow = i % model.seq_len;
   const top = Math.max(...range(E).map((e) => probability(layer, i, e)), 1e-9);
   fill(card, {}, [
-    el("h3", {}, quoted(data.text.pieces[i])),
+    el("button", { class: "close", type: "button", "aria-label": "Close", onclick: letGo }, "×"),
+    el("h3", {}, quoted(data.text.pieces[i].trim() || data.text.pieces[i])),
     el("p", { class: "where" }, `token ${whole(i + 1)} of ${whole(N)}, place ${inWindow + 1} of window ${Math.floor(i / model.seq_len) + 1}` +
       (i ? `; the model gave it a chance of ${percent(Math.exp(-seen), seen > 4 ? 2 : 0)}` : "")),
     el("ol", {}, range(K).map((k) => choiceItem(layer, i, k))),
@@ -197,7 +198,7 @@ const vertical = (i, sign) => {
 const setLayer = (layer) => {
   const next = Math.max(0, Math.min(L - 1, layer));
   byId("layer").value = next;
-  byId("layer-name").textContent = `${next} of 0–${L - 1}`;
+  byId("layer-name").textContent = `${next} (of 0 to ${L - 1})`;
   change("layer", next);
 };
 
