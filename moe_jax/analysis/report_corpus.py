@@ -119,7 +119,9 @@ def log_likelihood_ratio(both: np.ndarray, row: np.ndarray, column: np.ndarray, 
     freedom where they would be."""
     row, column = np.broadcast_arrays(row, column)
     observed = np.stack([both, row - both, column - both, total - row - column + both]).astype(float)
-    expected = np.stack([row * column, row * (total - column), (total - row) * column, (total - row) * (total - column)])
+    expected = np.stack(
+        [row * column, row * (total - column), (total - row) * column, (total - row) * (total - column)]
+    )
     expected = expected / total
     with np.errstate(divide="ignore", invalid="ignore"):
         terms = np.where(observed > 0, observed * np.log(observed / expected), 0.0)

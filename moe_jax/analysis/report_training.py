@@ -50,7 +50,7 @@ def load_entropy(load: np.ndarray) -> np.ndarray:
     """Entropy of shares float [..., E] over ln E: 1 is an even load, 0 one expert that takes all."""
     share = load / np.maximum(load.sum(-1, keepdims=True), 1e-12)
     nats = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
-    return np.round(nats / math.log(max(load.shape[-1], 2)), 4)
+    return np.asarray(np.round(nats / math.log(max(load.shape[-1], 2)), 4))
 
 
 def _certainty(folder: Path, run: Run, corpus: CorpusRouting | None) -> dict[str, Any]:

@@ -117,8 +117,6 @@ class DenseFFN(nnx.Module):
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.experts = Experts(1, config.width, config.dense_hidden, config.activation, out_scale, rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False
-    ) -> tuple[Float[Array, "B T D"], None]:
+    def __call__(self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False) -> tuple[Float[Array, "B T D"], None]:
         del mode, trace  # every token takes the same way in training, evaluation and decoding
         return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None

@@ -42,7 +42,7 @@ const drawTraining = () => {
   const losses = [one("training", "var(--accent)", t.loss)];
   if (t.val.step.length) losses.push({ name: "validation", colour: "var(--warn)", x: t.val.step, y: t.val.loss });
   add("Loss", "Nats for each predicted token.", lineChart({ series: losses, x: "step" }), key(losses));
-  add("Balance loss", "1 is perfect balance.", lineChart({ series: [one("balance loss", "var(--accent)", t.balance_loss)], x: "step", bottom: null, marks: [{ y: 1, text: "balanced" }] }));
+  add("Balance loss", "1 is perfect balance.", lineChart({ series: [one("balance loss", "var(--accent)", t.balance_loss)], x: "step", bottom: Math.min(1, ...t.balance_loss.filter((v) => v !== null)), marks: [{ y: 1, text: "balanced" }] }));
   add("Choices dropped", "In training, all layers together.", lineChart({ series: [one("dropped", "var(--accent)", t.drop_fraction)], x: "step", format: (v) => percent(v, 0) }));
   const spread = layerSeries(t.step, t.spread);
   add("Evenness of the load", "Entropy of the experts' shares: 1 is even, 0 is one expert that takes all.", lineChart({ series: spread, x: "step", bottom: null, top: 1 }), key(spread));

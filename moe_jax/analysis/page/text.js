@@ -1,11 +1,13 @@
 // The text, coloured by expert; the card of the chosen token; all layers at a glance.
 const tokensBox = byId("tokens"), card = byId("card"), barcode = byId("barcode");
 const nodes = [];
+const marks = new Set(data.text.mark); // separators and parts of characters, which are spelled
 let reachable = 0; // the one token that Tab stops at
 const RTL = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/, LETTER = /\p{L}/u;
 
 const direction = (paragraph) => {
   for (const i of paragraph) {
+    if (marks.has(i)) continue;
     const letter = data.text.pieces[i].match(LETTER);
     if (letter) return RTL.test(letter[0]) ? "rtl" : "ltr";
   }
@@ -18,13 +20,12 @@ const buildTokens = () => {
     paragraphs.at(-1).push(i);
     if (piece.includes("\n")) paragraphs.push([]);
   });
-  const marks = new Set(data.text.mark);
   // A token's first space stands before its box, so that lines break between boxes and words stay apart.
   const boxes = paragraphs.filter((p) => p.length).map((p) => el("p", { dir: direction(p) }, p.flatMap((i) => {
     const [, space, rest] = data.text.pieces[i].match(/^( (?=\S))?(.*)$/s);
     const node = el("span", { class: "t", role: "button", tabindex: "-1", "data-i": i }, visible(rest).replace(/\n/g, "↵"));
     nodes[i] = node;
-    node.fixed = marks.has(i) ? " mark" : ""; // a separator, or part of a character, spelled in bytes
+    node.fixed = marks.has(i) ? " mark" : "";
     return space ? [space, node] : [node];
   })));
   tokensBox.append(...boxes);
