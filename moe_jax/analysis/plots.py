@@ -157,22 +157,15 @@ def load_figure(loads: tuple[list[int], np.ndarray]) -> Any:
     figure = Figure(figsize=(8, 1.2 + 1.5 * layers), layout="constrained")
     panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
     figure.suptitle("Load of the experts (share of the choices; white is the fair share)", x=0.01, ha="left")
-    image = None
+    extent = (steps[0], max(steps[-1], steps[0] + 1), experts - 0.5, -0.5)
+    look = {"aspect": "auto", "cmap": "PuOr", "vmin": 0, "vmax": 2, "interpolation": "nearest", "extent": extent}
+    images = [axes.imshow(values[:, layer].T * experts, **look) for layer, axes in enumerate(panels)]
     for layer, axes in enumerate(panels):
-        image = axes.imshow(
-            values[:, layer].T * experts,
-            aspect="auto",
-            cmap="PuOr",
-            vmin=0,
-            vmax=2,
-            extent=(steps[0], max(steps[-1], steps[0] + 1), experts - 0.5, -0.5),
-            interpolation="nearest",
-        )
         evenness = float(load_entropy(values[-1, layer]))
         axes.set_ylabel(f"layer {layer}")
         axes.set_title(f"evenness at the end {evenness:.3f}", loc="right", fontsize=8)
     panels[-1].set_xlabel("step")
-    figure.colorbar(image, ax=panels.tolist(), label="times the fair share", shrink=0.8)
+    figure.colorbar(images[0], ax=panels.tolist(), label="times the fair share", shrink=0.8)
     return figure
 
 

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.analysis.accounting import count_parameters, totals
+from moe_jax.analysis.report_compiled import compiled_layer
 from moe_jax.analysis.report_corpus import CORPUS_TOKENS, CorpusRouting, corpus_data, corpus_routing, specialisation
 from moe_jax.analysis.report_training import training_curves
 from moe_jax.analysis.routing_trace import (
@@ -111,8 +112,6 @@ def report_data(
     folder: Path, run: Run, trace: RoutingTrace, source: str, corpus: CorpusRouting | None, missing: str
 ) -> dict[str, Any]:
     """Everything that the page shows, ready for JSON."""
-    from moe_jax.analysis.report_compiled import compiled_layer
-
     return {
         "schema": SCHEMA,
         "run": _run_data(folder, run),

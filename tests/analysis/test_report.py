@@ -225,3 +225,20 @@ def test_a_damaged_layer_of_metrics_is_left_out(folder: Path, tmp_path: Path) ->
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\nnull\n{"split": "train"}\n{"step": 2, "spl')
     assert read_metrics(tmp_path) == {"train": [{"step": 1, "split": "train"}, {"split": "train"}], "val": []}
     assert dataclasses.is_dataclass(load_run(folder))
+
+
+def test_the_compiled_layer_does_the_work_of_its_slots(written: tuple[str, dict]) -> None:
+    """Gather dispatch: 4 experts x 8 slots x 3 matrices of 8 x 6, and a router of 8 x 4 on 16 tokens. 2 operations each."""
+    compiled = written[1]["compiled"]
+    assert compiled["expert_flops"] == compiled["bound"] == 2 * 4 * 8 * 3 * 8 * 6
+    assert compiled["dense"] == 2 * compiled["bound"]
+    assert compiled["total"] == compiled["bound"] + 2 * 16 * 8 * 4
+    assert sum(d["flops"] for d in compiled["dots"]) == compiled["total"]
+    assert [d["source"] for d in compiled["dots"]][-1] == "btd,de->bte/dot_general"
+
+
+def test_a_page_to_be_sent_says_nothing_of_the_machine(folder: Path, written: tuple[str, dict]) -> None:
+    page, data = written
+    assert "dot_general" in data["compiled"]["hlo"]
+    for private in (str(Path(report_corpus.__file__).parent), str(folder.parent), "site-packages", "source_file"):
+        assert private not in page

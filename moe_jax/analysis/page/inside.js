@@ -21,16 +21,14 @@ const context = (j) => (j > 0 && j % model.seq_len ? quoted(data.text.pieces[j -
 
 const drawCompiled = () => {
   const c = data.compiled, box = clear(byId("compiled-figure"));
-  if (!c) {
-    byId("compiled-explain").textContent = "This part was left out of the report.";
-    return;
-  }
   const giga = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} G` : `${(n / 1e6).toFixed(2)} M`);
-  byId("compiled-explain").textContent =
-    `One MoE layer, forward, for one window of ${whole(model.seq_len)} tokens, compiled for ${c.platform}: every matrix product in the optimised program. ` +
+  const begin = `One MoE layer, forward, for one window of ${whole(model.seq_len)} tokens, compiled for ${c.platform}`;
+  byId("compiled-explain").textContent = !c.dots.length
+    ? `${begin}. The compiler hands the matrix products to a library here, so the program does not list them; filling exactly the slots needs ${giga(c.bound)} operations of them.`
+    : `${begin}: every matrix product in the optimised program. ` +
     `The experts' products cost ${giga(c.expert_flops)} operations; filling exactly the slots needs ${giga(c.bound)} (ratio ${(c.expert_flops / c.bound).toFixed(3)}), and running every expert on every token would need ${giga(c.dense)}.`;
   const rows = c.dots.map((d) => el("tr", {}, el("td", {}, el("code", {}, d.shapes)), el("td", { class: "num" }, giga(d.flops)), el("td", { class: "num" }, percent(d.flops / c.total)), el("td", {}, d.source)));
-  box.append(el("div", { class: "scroll" }, el("table", { id: "dots" }, el("thead", {}, el("tr", {}, el("th", {}, "Matrix product"), el("th", { class: "num" }, "operations"), el("th", { class: "num" }, "share"), el("th", {}, "where it comes from"))), el("tbody", {}, rows))),
+  box.append(!rows.length ? "" : el("div", { class: "scroll" }, el("table", { id: "dots" }, el("thead", {}, el("tr", {}, el("th", {}, "Matrix product"), el("th", { class: "num" }, "operations"), el("th", { class: "num" }, "share"), el("th", {}, "where it comes from"))), el("tbody", {}, rows))),
     el("details", {}, el("summary", {}, "The layer as jax sees it (jaxpr)"), el("pre", { tabindex: "0" }, c.jaxpr)),
     el("details", {}, el("summary", {}, "The optimised program (HLO)"), el("pre", { tabindex: "0" }, c.hlo)));
 };
