@@ -120,6 +120,8 @@ class ModelConfig:
     """Biases in the attention projections and in LayerNorm. The experts, the router and the head have none."""
     tied_head: bool = True
     """The vocabulary head is the transposed token embedding."""
+    copying_heads: bool = False
+    """Attention heads start as copiers: a head's output projection is its value projection transposed."""
     dropout: float = 0.0
     """Share of activations zeroed in training: embedding, attention weights, and each residual branch."""
     dispatch: Dispatch = "gather"

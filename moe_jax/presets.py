@@ -8,16 +8,16 @@ from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, Trai
 def _nano() -> RunConfig:
     return RunConfig(
         preset="nano",
-        model=ModelConfig(layers=3),
+        model=ModelConfig(layers=3, copying_heads=True),
         data=DataConfig(stories=20_000, eval_tokens=16_384),
-        train=TrainConfig(optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8, eval_every=250, save_every=250),
+        train=TrainConfig(steps=800, optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8),
     )
 
 
 def _story() -> RunConfig:
     return RunConfig(
         preset="story",
-        model=ModelConfig(layers=6, width=192, heads=6, experts=8, top_k=2, expert_hidden=256),
+        model=ModelConfig(layers=6, width=192, heads=6, experts=8, top_k=2, expert_hidden=256, copying_heads=True),
         data=DataConfig(source="tinystories", vocab_size=4096),
         train=TrainConfig(steps=4000, batch_size=16, lr=2e-3, warmup_steps=100),
     )

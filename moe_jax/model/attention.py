@@ -112,13 +112,21 @@ def _dropout_masks(shape: tuple[int, ...], rate: float, key: Key[Array, ""] | No
 
 
 class Attention(nnx.Module):
-    """Projections around `attend`. Parameters: qkv `[D, 3D]` as (q | k | v), each (H, A); out `[D, D]`; biases."""
+    """Projections around `attend`. Parameters: qkv `[D, 3D]` as (q | k | v), each (H, A); out `[D, D]`; biases.
+
+    Heads that start as *copiers* have W_O = W_V^T: what a head adds to the residual stream is a projection of what
+    it looks at, and under a tied head that raises the logit of the very token it looks at. With attention uniform
+    as it starts, the words of a story become likelier in it at step 0, and where to look is all that is left to
+    learn. (Trockman and Kolter 2023, section 3, find W_V W_O near a multiple of the identity in trained models, and
+    start from there.) From independent W_V and W_O, the map of every name onto itself must be learned first.
+    """
 
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.config = config
         width = config.width
         self.qkv = nnx.Param(matrix_init(rngs, (width, 3 * width)))
-        self.out = nnx.Param(matrix_init(rngs, (width, width), scale=out_scale))
+        out = self.qkv[...][:, 2 * width :].T if config.copying_heads else matrix_init(rngs, (width, width), out_scale)
+        self.out = nnx.Param(out)
         if config.bias:
             self.qkv_bias = nnx.Param(jnp.zeros(3 * width))
             self.out_bias = nnx.Param(jnp.zeros(width))

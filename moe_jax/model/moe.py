@@ -3,6 +3,7 @@
 from enum import Enum
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -98,7 +99,8 @@ class MoE(nnx.Module):
             plan = d.plan_blocks(routing, min(BLOCK_ROWS, routing.expert.size))
         else:
             plan = d.plan_per_token(routing)
-        rows = self.experts(d.dispatch(flat, plan), plan.group_expert)
+        with jax.named_scope("experts"):
+            rows = self.experts(d.dispatch(flat, plan), plan.group_expert)
         y = d.combine(rows, routing.gate.reshape(plan.row.shape), plan)
         return y.reshape(x.shape), (~plan.keep).mean(dtype=jnp.float32)
 

@@ -38,10 +38,12 @@ class Block(nnx.Module):
         self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValue]:
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
-        normed = self.attention_norm(x)
-        y, kv = self.attention(normed, keys[0])
+        with jax.named_scope("attention"):
+            normed = self.attention_norm(x)
+            y, kv = self.attention(normed, keys[0])
         x = x + dropout(y, self.dropout, keys[1])
-        y, stats = self.ffn(self.ffn_norm(x), mode, trace)
+        with jax.named_scope("ffn"):
+            y, stats = self.ffn(self.ffn_norm(x), mode, trace)
         if stats is not None and stats.trace is not None:
             stats = stats._replace(trace=stats.trace._replace(attention=self.attention.weights(normed)))
         return x + dropout(y, self.dropout, keys[2]), stats, kv
@@ -109,8 +111,9 @@ class Transformer(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """In at least float32: products of the compute dtype, summed wide."""
-        head = self.head_matrix().astype(hidden.dtype)
-        return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
+        with jax.named_scope("head"):
+            head = self.head_matrix().astype(hidden.dtype)
+            return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
 
     def decode(
         self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, ""]

@@ -135,6 +135,7 @@ def training_loss(
     decisions where `trace`, which is static, asks for them. A key turns dropout on."""
     hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, key, trace)
     hidden = hidden.reshape(-1, hidden.shape[-1])
-    loss = mean_cross_entropy(hidden, model.head_matrix(), tokens[:, 1:].reshape(-1))
+    with jax.named_scope("head"):
+        loss = mean_cross_entropy(hidden, model.head_matrix(), tokens[:, 1:].reshape(-1))
     extra, reported = auxiliary(stats, config, loss.dtype)
     return loss + extra, Metrics(loss, *reported, trace=None if stats is None else stats.trace)
