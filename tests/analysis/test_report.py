@@ -228,7 +228,7 @@ def test_a_damaged_layer_of_metrics_is_left_out(folder: Path, tmp_path: Path) ->
 
 
 def test_the_compiled_layer_does_the_work_of_its_slots(written: tuple[str, dict]) -> None:
-    """Gather dispatch: 4 experts x 8 slots x 3 matrices of 8 x 6, and a router of 8 x 4 on 16 tokens. 2 operations each."""
+    """Gather dispatch: 4 experts x 8 slots x 3 matrices of 8 x 6; a router of 8 x 4 on 16 tokens; 2 operations each."""
     compiled = written[1]["compiled"]
     assert compiled["expert_flops"] == compiled["bound"] == 2 * 4 * 8 * 3 * 8 * 6
     assert compiled["dense"] == 2 * compiled["bound"]
