@@ -48,16 +48,21 @@ const choice = (layer, token, k) => {
 const probability = (layer, token, e) => data.routing.prob[layer][token * E + e];
 
 // The state, and who is told when it changes: `what` is "layer", "token" or "lit". A section is drawn when it first
-// comes near the window, and told from then on.
+// comes near the window, and from then on after each change of what it shows: once the text is on the screen, and
+// once for several changes in a row, so that a slider can be drawn along.
 const state = { layer: 0, token: null, lit: null };
 const listeners = [];
 const change = (what, value) => {
   state[what] = value;
   for (const listener of listeners) listener(what);
 };
-const section = (id, draw, onChange) => {
-  let drawn = false;
-  const start = () => { if (!drawn) { drawn = true; draw(); if (onChange) listeners.push(onChange); } };
+const section = (id, draw, shows = [], redraw = draw) => {
+  let drawn = false, due = false;
+  const soon = () => {
+    if (!due) requestAnimationFrame(() => setTimeout(() => { due = false; redraw(); }));
+    due = true;
+  };
+  const start = () => { if (!drawn) { drawn = true; draw(); listeners.push((what) => { if (shows.includes(what)) soon(); }); } };
   const observer = new IntersectionObserver((entries) => {
     if (entries.some((entry) => entry.isIntersecting)) { observer.disconnect(); start(); }
   }, { rootMargin: "600px" });

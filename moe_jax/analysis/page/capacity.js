@@ -29,7 +29,7 @@ const startCapacity = () => {
   byId("capacity-explain").textContent = model.dropless
     ? `This run's dispatch (${model.dispatch}) has no capacity: every choice is served. The pictures show what a capacity would have done.`
     : `A window holds ${whole(model.seq_len)} tokens with ${count(K, "choice")} each. With capacity factor ${model.capacity_factor} each of the ${E} experts has ${whole(model.capacity)} slots a window: ${model.capacity_factor} times its fair share of ${+(model.seq_len * K / E).toFixed(2)}, rounded up.`;
-  section("capacity", () => { drawSlots(); if (corpus) drawFactors(); }, (what) => { if (what === "layer") drawSlots(); });
+  section("capacity", () => { drawSlots(); if (corpus) drawFactors(); }, ["layer"], drawSlots);
   if (!corpus) { byId("factors").remove(); byId("positions").remove(); }
 };
 

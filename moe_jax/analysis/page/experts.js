@@ -116,6 +116,6 @@ const startExperts = () => {
     without("flow-figure");
     return;
   }
-  section("experts", () => { drawVerdict(); drawExperts(); }, (what) => { if (what === "layer") drawExperts(); });
+  section("experts", () => { drawVerdict(); drawExperts(); }, ["layer"], drawExperts);
   section("flow", drawFlow);
 };

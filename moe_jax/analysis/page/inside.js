@@ -33,7 +33,7 @@ const drawCompiled = () => {
     el("details", {}, el("summary", {}, "The optimised program (HLO)"), el("pre", { tabindex: "0" }, c.hlo)));
 };
 const startInside = () => {
-  section("attention", drawAttention, (what) => { if (what !== "lit") drawAttention(); });
+  section("attention", drawAttention, ["layer", "token"]);
   section("compiled", drawCompiled);
 };
 
@@ -46,7 +46,7 @@ const drawHeader = () => {
     fact("Text", count(N, "token"), `${data.text.source.toLowerCase()}; ${count(L * K * N, "decision")}`),
     fact("Model", `${(r.params_total / 1e6).toFixed(1)} M`, `parameters, of which ${(r.params_active / 1e6).toFixed(1)} M touch a token`),
     r.val_bits_per_byte === null ? null : fact("Bits per byte", r.val_bits_per_byte.toFixed(3), r.floor === null ? "on the validation text" : `on the validation text; ${r.floor.toFixed(3)} is its entropy`),
-    model.dropless ? fact("Dropped", "none", "this dispatch has no capacity") : fact("Dropped here", percent(dropped / all), `capacity ${model.capacity} slots for each expert and window`),
+    model.dropless ? fact("Dropped", "none", "this dispatch has no capacity") : fact("Dropped here", percent(dropped / all), `of all choices, in all layers; ${model.capacity} slots for each expert and window`),
     corpus ? fact("Router entropy", (sum(corpus.entropy) / L).toFixed(2), "0 is certain, 1 knows nothing") : null,
   ]);
 };
