@@ -145,7 +145,7 @@ def check_routed(config: ModelConfig) -> None:
 
 
 def trace_tokens(run: Run, tokens: np.ndarray) -> RoutingTrace:
-    """The routing of token ids [N], N >= 1, cut into windows of T."""
+    """The routing of token ids [N], N >= 1, cut into windows of T. Raises UserError where a router gives NaN."""
     step = make_trace_step(run.graphdef)
     windows = list(_windows(tokens, run.config.model.seq_len))
     parts: list[dict[str, np.ndarray]] = []
@@ -163,6 +163,8 @@ def trace_tokens(run: Run, tokens: np.ndarray) -> RoutingTrace:
     loss = np.concatenate([p["loss"] for p in parts])
     loss[-1] = np.nan
     layered = {k: np.concatenate([p[k] for p in parts], axis=1) for k in ("probs", "expert", "gate", "slot", "keep")}
+    if not np.isfinite(layered["probs"]).all():
+        raise UserError(f"the routers of step {run.checkpoint.step} give NaN; load an earlier checkpoint with --step")
     pieces = token_pieces(run.tokenizer, tokens)
     return RoutingTrace(run.config.model, tokens, pieces, loss=loss, attention=attention, **layered)
 

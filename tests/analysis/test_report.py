@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.analysis import report_corpus
+from moe_jax.analysis import report_compiled, report_corpus
 from moe_jax.analysis.report import _digest, attention_data, render, report_run, write_report
 from moe_jax.analysis.report_corpus import corpus_data, corpus_routing, count_routing, log_likelihood_ratio
 from moe_jax.analysis.report_training import load_entropy
@@ -242,3 +242,14 @@ def test_a_page_to_be_sent_says_nothing_of_the_machine(folder: Path, written: tu
     assert "dot_general" in data["compiled"]["hlo"]
     for private in (str(Path(report_corpus.__file__).parent), str(folder.parent), "site-packages", "source_file"):
         assert private not in page
+
+
+def test_a_program_that_cannot_be_counted_is_still_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> None:
+        raise ValueError(text)
+
+    monkeypatch.setattr(report_compiled, "read_program", refuse)
+    compiled = report_compiled.compiled_layer(load_run(folder))
+    assert compiled["dots"] == []
+    assert compiled["bound"] > 0
+    assert "dot_general" in compiled["hlo"]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -134,3 +135,11 @@ def test_what_a_notebook_shows_is_escaped() -> None:
     assert "<script>" not in shown
     assert "&lt;script&gt;" in shown
     assert shown.count("&amp;") == MODEL.layers
+
+
+def test_a_broken_router_is_named_and_not_drawn() -> None:
+    run = opened()
+    broken = jax.tree.map(lambda x: x * jnp.nan, run.params)
+    run = dataclasses.replace(run, params=broken, checkpoint=SimpleNamespace(step=7))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="step 7 give NaN"):
+        trace_tokens(run, tiny.tokens(3))
