@@ -25,6 +25,8 @@ Positions = Literal["learned", "rope"]
 Activation = Literal["gelu", "swiglu"]
 Dispatch = Literal["gather", "einsum", "dense", "blocks"]
 Dense = Literal["none", "active", "total"]
+Priority = Literal["token", "leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice"]
+Balancing = Literal["loss", "bias"]
 TokenizerKind = Literal["gpt2", "bpe", "byte"]
 OptimizerKind = Literal["adamw", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
@@ -129,6 +131,19 @@ class ModelConfig:
     dropless (short: --dispatch)."""
     dense: Dense = "none"
     """A dense twin instead of the MoE: one FFN with the `active` or the `total` parameters of experts and router."""
+    priority: Priority = "token"
+    """Who gets an expert's slots in training. Earlier tokens first, which is causal; the `leaky-` rules let later
+    tokens decide what an earlier one gets, and are here for comparison only."""
+    balancing: Balancing = "loss"
+    """What keeps the load even: an auxiliary `loss`, or a `bias` on the choice of experts that training adjusts."""
+    shared_experts: int = 0
+    """Experts beside the routed ones that every token passes."""
+    router_noise: float = 0.0
+    """Standard deviation of the Gaussian noise on router logits in training; 1 / experts is usual, 0 is off."""
+    router_jitter: float = 0.0
+    """In training the router's input is multiplied by uniform numbers from [1 - jitter, 1 + jitter]."""
+    eval_capacity_factor: float = 0.0
+    """Capacity factor of evaluation; 0 drops nothing. Generation never drops."""
 
     def __post_init__(self) -> None:
         s = "model"
@@ -152,6 +167,9 @@ class ModelConfig:
         ok = math.isfinite(self.capacity_factor) and self.capacity_factor > 0
         _check(ok, s, "capacity_factor", self.capacity_factor, "a finite number above 0 (1.25 is usual)")
         _check(0 <= self.dropout < 1, s, "dropout", self.dropout, "at least 0 and below 1")
+        _check_fields(self, s, ("shared_experts",), 0, 4096)
+        _check_fields(self, s, ("router_noise", "eval_capacity_factor"), 0, 1e6)
+        _check_fields(self, s, ("router_jitter",), 0, 1)
 
     @property
     def head_width(self) -> int:
@@ -166,10 +184,10 @@ class ModelConfig:
     @property
     def dense_hidden(self) -> int:
         """Hidden width of the dense twin: its FFN has the parameters of K (`active`) or E (`total`) experts plus
-        the router's, to within half a hidden unit."""
+        the shared experts' and the router's, to within half a hidden unit."""
         matrices = 3 if self.activation == "swiglu" else 2
         experts = self.top_k if self.dense == "active" else self.experts
-        return round(experts * self.expert_hidden + self.experts / matrices)
+        return round((experts + self.shared_experts) * self.expert_hidden + self.experts / matrices)
 
 
 def capacity(tokens: int, experts: int, top_k: int, capacity_factor: float) -> int:
@@ -241,7 +259,9 @@ class TrainConfig:
     clip: float = 1.0
     """Global norm that gradients are clipped to."""
     balance_coef: float = 0.01
-    """Weight of the balance loss, which is 1 at perfect balance."""
+    """Weight of the balance loss, which is 1 at perfect balance. None has it with `--model.balancing bias`."""
+    balance_rate: float = 1e-3
+    """Step of the routers' balance bias after each training step, with `--model.balancing bias`."""
     z_coef: float = 1e-3
     """Weight of the router's z-loss."""
     precision: PrecisionKind = "auto"
@@ -268,7 +288,7 @@ class TrainConfig:
         _check_fields(self, s, ("warmup_steps", "patience"), 0, 10**9)
         _check_fields(self, s, ("seed",), 0, 2**31 - 1)
         _check_fields(self, s, ("lr", "muon_lr"), 1e-12, 1e3)
-        _check_fields(self, s, ("final_lr", "balance_coef", "z_coef", "weight_decay"), 0, 1e3)
+        _check_fields(self, s, ("final_lr", "balance_coef", "balance_rate", "z_coef", "weight_decay"), 0, 1e3)
         _check_fields(self, s, ("final_lr",), 0, 1)
         _check_fields(self, s, ("beta1", "beta2"), 0, 0.999999)
         _check_fields(self, s, ("eps",), 1e-30, 1)

@@ -91,8 +91,8 @@ BUGS = [
     Bug(
         "top-K by probability",
         "moe_jax.model.routing:route",
-        "jax.lax.top_k(jax.lax.stop_gradient(logits), top_k)",
-        "jax.lax.top_k(jax.lax.stop_gradient(probs), top_k)",
+        "jax.lax.stop_gradient(logits if bias is None else probs + bias)",
+        "jax.lax.stop_gradient(probs)",
         checks.check_far_logits,
     ),
     Bug(
@@ -129,6 +129,13 @@ BUGS = [
         "position < capacity",
         "position <= capacity",
         checks.check_three_tokens,
+    ),
+    Bug(
+        "sequences collide in one slot",
+        "moe_jax.model.dispatch:plan_capacity",
+        "routing.expert * batch + sequence",
+        "routing.expert * batch",
+        checks.check_layer_with_drops,
     ),
     Bug(
         "capacity from the binary factor",
@@ -191,7 +198,7 @@ BUGS = [
     Bug(
         "prefill drops tokens",
         "moe_jax.inference.decode:prefill",
-        "Mode.EVALUATE",
+        "Mode.PREFILL",
         "Mode.TRAIN",
         checks.check_cached_decoding,
     ),

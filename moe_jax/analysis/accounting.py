@@ -46,9 +46,13 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
     groups["attention"] = Count(stored, stored, c.layers * attention)
     if c.dense == "none":
         router = c.layers * c.width * c.experts
-        groups["routers"] = Count(router, router, router)
+        bias = c.layers * c.experts * (c.balancing == "bias")
+        groups["routers"] = Count(router + bias, router + bias, router)
         active = c.layers * c.top_k * expert
         groups["experts"] = Count(c.layers * c.experts * expert, active, active)
+        if c.shared_experts:
+            shared = c.layers * c.shared_experts * expert
+            groups["shared experts"] = Count(shared, shared, shared)
     else:
         dense = c.layers * matrices * c.width * c.dense_hidden
         groups["dense FFN"] = Count(dense, dense, dense)
@@ -82,6 +86,7 @@ def muon_flops(config: ModelConfig) -> int:
     experts = config.experts if config.dense == "none" else 1
     matrices = 3 if config.activation == "swiglu" else 2
     shapes = [(width, 3 * width), (width, width), *[(width, hidden)] * (experts * matrices)]
+    shapes += [(width, config.shared_experts * hidden)] * matrices * (config.shared_experts > 0)
     once = sum(4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in shapes)
     return config.layers * NEWTON_SCHULZ_STEPS * once
 

@@ -157,7 +157,18 @@ def _run_data(folder: Path, run: Run) -> dict[str, Any]:
 
 
 def _model_data(trace: RoutingTrace) -> dict[str, Any]:
-    names = ("layers", "experts", "top_k", "seq_len", "heads", "width", "expert_hidden", "capacity_factor", "dispatch")
+    names = (
+        "layers",
+        "experts",
+        "top_k",
+        "seq_len",
+        "heads",
+        "width",
+        "expert_hidden",
+        "capacity_factor",
+        "dispatch",
+        "priority",
+    )
     values = {name: getattr(trace.config, name) for name in names}
     return values | {"capacity": trace.capacity, "dropless": trace.config.dispatch not in ("gather", "einsum")}
 

@@ -139,9 +139,13 @@ def routing_trace(run: Run, text: str) -> RoutingTrace:
 
 
 def check_routed(config: ModelConfig) -> None:
-    """Raises UserError where there is no router to look at."""
+    """Raises UserError where there is no router to look at, or none whose tokens choose."""
     if config.dense != "none":
         raise UserError(f"--model.dense {config.dense}: a dense twin has no router to look into; name an MoE run")
+    if config.priority == "leaky-expert-choice":
+        raise UserError(
+            f"--model.priority {config.priority}: experts choose tokens there; name a run of another priority"
+        )
 
 
 def trace_tokens(run: Run, tokens: np.ndarray) -> RoutingTrace:

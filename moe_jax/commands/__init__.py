@@ -11,6 +11,7 @@ from moe_jax.config import ConfigError, holds_run
 
 COMMANDS = {
     "generate": ("Generate", "make a trained model tell stories"),
+    "certify": ("Certify", "prove causality and compiled arithmetic of a model"),
     "evaluate": ("Evaluate", "loss, bits per byte and drops of a trained model on any text"),
     "inspect": ("Inspect", "the routing report: one HTML page that shows where every token of a text went"),
     "plot": ("Plot", "pictures of a run, or of several compared: loss, bits per byte, load of the experts, ..."),

@@ -25,6 +25,12 @@ def balance_loss(routing: Routing) -> Float[Array, ""]:
     return (routing.logits.shape[-1] * (share * mean_prob).sum(-1)).mean()
 
 
+def adjusted_bias(bias: Float[Array, " E"], load: Float[Array, " E"], rate: float) -> Float[Array, " E"]:
+    """The bias of the next step: a step of `rate` up for an expert below its fair share of the pairs, down for one
+    above it (Wang et al. 2024, algorithm 1)."""
+    return bias + rate * jnp.sign(load.mean() - load).astype(bias.dtype)
+
+
 def z_loss(routing: Routing) -> Float[Array, ""]:
     """Mean of logsumexp(logits)^2 over tokens (Zoph et al. 2022, equation 5)."""
     return jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)).mean()

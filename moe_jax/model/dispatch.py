@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.model.routing import Routing, choice_counts, positions_in_expert
+from moe_jax.config import Priority
+from moe_jax.model.routing import Routing, choice_counts, places, positions_in_expert
 
 
 class Plan(NamedTuple):
@@ -45,11 +46,11 @@ def _plan(row: Array, keep: Array, groups: int, rows: int, group_expert: Array |
     return Plan(pair.reshape(groups, rows), row, keep, group_expert)
 
 
-def plan_capacity(routing: Routing, capacity: int) -> Plan:
-    """Slots of a sequence are given to its pairs in token-major order until an expert's `capacity` is used up."""
+def plan_capacity(routing: Routing, capacity: int, priority: Priority = "token") -> Plan:
+    """Slots of a sequence are given to its pairs by `priority` until an expert's `capacity` is used up."""
     batch, tokens, top_k = routing.expert.shape
     experts = routing.logits.shape[-1]
-    position = positions_in_expert(routing.expert, routing.valid, experts)
+    position = places(routing, priority)
     keep = (position < capacity) & routing.valid[..., None]
     sequence = jnp.arange(batch)[:, None, None]
     row = (routing.expert * batch + sequence) * capacity + position
@@ -146,14 +147,16 @@ def _combine_backward(residuals: tuple[Array, Array, Plan], d_y: Array) -> tuple
 combine.defvjp(_combine_forward, _combine_backward)
 
 
-def einsum_masks(routing: Routing, capacity: int) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
+def einsum_masks(
+    routing: Routing, capacity: int, priority: Priority = "token"
+) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
     """GShard's one-hot dispatch and combine masks (Lepikhin et al. 2020, algorithm 1), with our priority.
 
     dispatch = einsum("btec,btd->ebcd"), combine = einsum("btec,ebcd->btd"). A reference: T x E x C numbers a
     sequence, and 2 x T x E x C x D operations each way.
     """
     experts = routing.logits.shape[-1]
-    position = positions_in_expert(routing.expert, routing.valid, experts)
+    position = places(routing, priority)
     slots = jax.nn.one_hot(position, capacity, dtype=routing.probs.dtype)  # a position beyond C is all zeros
     choice = jax.nn.one_hot(routing.expert, experts, dtype=routing.probs.dtype) * routing.valid[..., None, None]
     gate = jnp.where(routing.valid[..., None], routing.gate, 0)

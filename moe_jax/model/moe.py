@@ -6,14 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.model import dispatch as d
 from moe_jax.model.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.experts import Experts
 from moe_jax.model.layers import matrix_init
-from moe_jax.model.routing import Routing, positions_in_expert, route, router_logits
+from moe_jax.model.routing import Routing, by_experts, jitter, noisy, places, route, router_logits
 
 BLOCK_ROWS = 128
 """Rows of a block of the dropless plan: large enough to multiply fast, small enough to waste little padding."""
@@ -23,11 +23,13 @@ class Mode(Enum):
     """What a forward pass is for, which decides how tokens are brought to experts."""
 
     TRAIN = "train"
-    """By `ModelConfig.dispatch`, with its capacity."""
+    """By `ModelConfig.dispatch`, with its capacity and priority."""
     EVALUATE = "evaluate"
-    """Dropless, at about the active arithmetic: blocks. Also prefill."""
+    """Dropless, at about the active arithmetic: blocks. With an `eval_capacity_factor`, that capacity."""
+    PREFILL = "prefill"
+    """Dropless always, as decoding is: blocks."""
     DECODE = "decode"
-    """Dropless, reading the weights of the chosen experts only."""
+    """Dropless, reading the weights of the chosen experts only where that is less than all of them."""
 
 
 class LayerTrace(NamedTuple):
@@ -50,7 +52,7 @@ class RouterStats(NamedTuple):
     balance_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     drop_fraction: Float[Array, ""]
-    """Share of the (token, choice) pairs that found no slot."""
+    """Share of the (token, choice) pairs that found no slot; under expert choice, of the tokens that no expert took."""
     load: Float[Array, " E"]
     """Share of the pairs that chose each expert, before drops."""
     trace: LayerTrace | None = None
@@ -58,59 +60,117 @@ class RouterStats(NamedTuple):
 
 
 class MoE(nnx.Module):
-    """Router, dispatch, experts, combine. Parameters: router `[D, E]`, and those of `Experts`."""
+    """Router, dispatch, experts, combine. Parameters: router `[D, E]`, and those of `Experts`; with `balancing`
+    by bias, balance_bias `[E]`, which has no gradient; with shared experts, those of one FFN of S*F hidden units
+    (Dai et al. 2024, "DeepSeekMoE", section 3.2)."""
 
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.config = config
         self.router = nnx.Param(matrix_init(rngs, (config.width, config.experts), scale=0.1))
         self.experts = Experts(config.experts, config.width, config.expert_hidden, config.activation, out_scale, rngs)
+        if config.balancing == "bias":
+            self.balance_bias = nnx.Param(jnp.zeros(config.experts))
+        if config.shared_experts:
+            hidden = config.shared_experts * config.expert_hidden
+            self.shared = Experts(1, config.width, hidden, config.activation, out_scale, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        routing = route(router_logits(x, self.router[...]), self.config.top_k)
+        """A key turns the router's noise and jitter on; `trace`, which is static, adds every decision."""
+        with jax.named_scope("router"):
+            routing = self.route(x, key)
         y, dropped = self._apply(x, routing, mode)
+        if self.config.shared_experts:
+            with jax.named_scope("shared"):
+                y = y + self.shared(x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
         y = jnp.where(routing.valid[..., None], y, jnp.nan)  # a broken row says so, instead of passing unrouted
         stats = RouterStats(balance_loss(routing), z_loss(routing), dropped, expert_load(routing).mean(0))
         return y, stats._replace(trace=self._trace(routing, mode)) if trace else stats
 
     def _trace(self, routing: Routing, mode: Mode) -> LayerTrace:
         config = self.config
-        slot = positions_in_expert(routing.expert, routing.valid, config.experts)
+        training = mode is Mode.TRAIN
+        priority = config.priority if training else "token"
+        if priority == "leaky-expert-choice":
+            routing = by_experts(routing)
+        slot = places(routing, priority)
         keep = jnp.broadcast_to(routing.valid[..., None], slot.shape)
-        if mode is Mode.TRAIN and config.dispatch in ("gather", "einsum"):
-            keep &= slot < capacity(slot.shape[1], config.experts, config.top_k, config.capacity_factor)
+        if self.form(mode, routing.expert.size) in ("gather", "einsum"):
+            factor = config.capacity_factor if training else config.eval_capacity_factor
+            keep &= slot < capacity(slot.shape[1], config.experts, config.top_k, factor)
         return LayerTrace(routing.probs, routing.expert, routing.gate, slot, keep)
+
+    def route(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Routing:
+        """Each token's own K choices."""
+        config = self.config
+        if key is not None and config.router_jitter > 0:
+            x = jitter(x, jax.random.fold_in(key, 0), config.router_jitter)
+        logits = router_logits(x, self.router[...])
+        if key is not None and config.router_noise > 0:
+            logits = noisy(logits, jax.random.fold_in(key, 1), config.router_noise)
+        bias = jax.lax.stop_gradient(self.balance_bias[...]) if config.balancing == "bias" else None
+        return route(logits, config.top_k, bias)
 
     def _apply(self, x: Array, routing: Routing, mode: Mode) -> tuple[Array, Array]:
         """The combined output, and the share of pairs that were dropped: counted, so that none is exactly 0."""
         config = self.config
-        how = {Mode.TRAIN: config.dispatch, Mode.EVALUATE: "blocks", Mode.DECODE: "per-token"}[mode]
-        slots = capacity(x.shape[1], config.experts, config.top_k, config.capacity_factor)
-        flat = x.reshape(-1, x.shape[-1])
+        how = self.form(mode, routing.expert.size)
         if how == "dense":
-            rows = self.experts(jnp.broadcast_to(flat, (config.experts, *flat.shape)))
+            flat = x.reshape(-1, x.shape[-1])
+            with jax.named_scope("experts"):
+                rows = self.experts(jnp.broadcast_to(flat, (config.experts, *flat.shape)))
             return d.dense_combine(rows, routing).reshape(x.shape), jnp.zeros(())
+        training = mode is Mode.TRAIN
+        factor = config.capacity_factor if training else config.eval_capacity_factor
+        slots = capacity(x.shape[1], config.experts, config.top_k, factor)
+        priority = config.priority if training else "token"
+        if priority == "leaky-expert-choice":
+            routing = by_experts(routing)
         if how == "einsum":
-            return self._einsum(x, routing, slots)
-        if how == "gather":
-            plan = d.plan_capacity(routing, slots)
-        elif how == "blocks":
-            plan = d.plan_blocks(routing, min(BLOCK_ROWS, routing.expert.size))
+            y, keep = self._einsum(x, routing, d.einsum_masks(routing, slots, priority))
         else:
-            plan = d.plan_per_token(routing)
-        with jax.named_scope("experts"):
-            rows = self.experts(d.dispatch(flat, plan), plan.group_expert)
-        y = d.combine(rows, routing.gate.reshape(plan.row.shape), plan)
-        return y.reshape(x.shape), (~plan.keep).mean(dtype=jnp.float32)
+            if how == "gather":
+                plan = d.plan_capacity(routing, slots, priority)
+            elif how == "blocks":
+                plan = d.plan_blocks(routing, min(BLOCK_ROWS, routing.expert.size))
+            else:
+                plan = d.plan_per_token(routing)
+            y, keep = self._planned(x, routing, plan), plan.keep
+        kept = keep.any(-1) if priority == "leaky-expert-choice" else keep
+        return y, (~kept).mean(dtype=jnp.float32)
 
-    def _einsum(self, x: Array, routing: Routing, slots: int) -> tuple[Array, Array]:
-        to_slots, from_slots = d.einsum_masks(routing, slots)
-        rows = jnp.einsum("btec,btd->ebcd", to_slots.astype(x.dtype), x)
-        experts, batch = rows.shape[:2]
-        rows = self.experts(rows.reshape(experts, batch * slots, -1)).reshape(rows.shape)
-        y = jnp.einsum("btec,ebcd->btd", from_slots.astype(x.dtype), rows)
-        return y, (routing.expert.size - to_slots.sum()) / routing.expert.size
+    def form(self, mode: Mode, pairs: int) -> str:
+        """The form of dispatch for a pass over so many (token, choice) pairs.
+
+        Decoding reads the chosen experts' weights, once a pair. From as many pairs as experts on, most experts are
+        chosen by somebody, and running all of them on all tokens reads each weight once: measured in `benchmarks/`.
+        """
+        if mode is Mode.TRAIN:
+            return self.config.dispatch
+        if mode is Mode.DECODE:
+            return "per-token" if pairs <= self.config.experts else "dense"
+        return "gather" if mode is Mode.EVALUATE and self.config.eval_capacity_factor > 0 else "blocks"
+
+    def _planned(self, x: Array, routing: Routing, plan: d.Plan) -> Array:
+        with jax.named_scope("dispatch"):
+            rows = d.dispatch(x.reshape(-1, x.shape[-1]), plan)
+        with jax.named_scope("experts"):
+            rows = self.experts(rows, plan.group_expert)
+        with jax.named_scope("combine"):
+            return d.combine(rows, routing.gate.reshape(plan.row.shape), plan).reshape(x.shape)
+
+    def _einsum(self, x: Array, routing: Routing, masks: tuple[Array, Array]) -> tuple[Array, Array]:
+        to_slots, from_slots = masks
+        batch, _, experts, slots = to_slots.shape
+        with jax.named_scope("dispatch"):
+            rows = jnp.einsum("btec,btd->ebcd", to_slots.astype(x.dtype), x)
+        with jax.named_scope("experts"):
+            rows = self.experts(rows.reshape(experts, batch * slots, -1)).reshape(rows.shape)
+        with jax.named_scope("combine"):
+            y = jnp.einsum("btec,ebcd->btd", from_slots.astype(x.dtype), rows)
+        chosen = jax.nn.one_hot(routing.expert, experts, dtype=to_slots.dtype)
+        return y, jnp.einsum("btke,btec->btk", chosen, to_slots) > 0.5
 
 
 class DenseFFN(nnx.Module):
@@ -119,6 +179,9 @@ class DenseFFN(nnx.Module):
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.experts = Experts(1, config.width, config.dense_hidden, config.activation, out_scale, rngs)
 
-    def __call__(self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False) -> tuple[Float[Array, "B T D"], None]:
-        del mode, trace  # every token takes the same way in training, evaluation and decoding
-        return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None
+    def __call__(
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
+    ) -> tuple[Float[Array, "B T D"], None]:
+        del mode, key, trace  # every token takes the same way in training, evaluation and decoding
+        with jax.named_scope("experts"):
+            return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None

@@ -43,7 +43,7 @@ class Block(nnx.Module):
             y, kv = self.attention(normed, keys[0])
         x = x + dropout(y, self.dropout, keys[1])
         with jax.named_scope("ffn"):
-            y, stats = self.ffn(self.ffn_norm(x), mode, trace)
+            y, stats = self.ffn(self.ffn_norm(x), mode, None if key is None else jax.random.fold_in(key, 3), trace)
         if stats is not None and stats.trace is not None:
             stats = stats._replace(trace=stats.trace._replace(attention=self.attention.weights(normed)))
         return x + dropout(y, self.dropout, keys[2]), stats, kv
@@ -88,10 +88,13 @@ class Transformer(nnx.Module):
         self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, list[KeyValue]]:
         """Normalised hidden states of every position, for `logits`; the routers' statistics, each with a leading
-        axis L (None for a dense twin); and each layer's keys and values. A key turns dropout on; `trace`, which is
-        static, adds every decision of the routers to their statistics, and leaves the untraced program as it was."""
+        axis L (None for a dense twin); and each layer's keys and values. A key turns dropout, and the router's noise
+        and jitter, on; `trace`, which is static, adds every decision of the routers to their statistics, and leaves
+        the untraced program as it was.
+        """
         keys = [None] * (len(self.blocks) + 1)
-        if key is not None and self.config.dropout > 0:
+        random = max(self.config.dropout, self.config.router_noise, self.config.router_jitter) > 0
+        if key is not None and random:
             keys = list(jax.random.split(key, len(self.blocks) + 1))
         x = dropout(self._embed(tokens, jnp.arange(tokens.shape[1])), self.config.dropout, keys[0])
         stats: list[RouterStats | None] = []

@@ -110,13 +110,15 @@ def _backward(residuals: tuple[Array, Array, Array], d_loss: Array) -> tuple[Arr
 mean_cross_entropy.defvjp(_forward, _backward)
 
 
-def auxiliary(stats: RouterStats | None, config: TrainConfig, dtype: jnp.dtype) -> tuple[Array, tuple[Array, ...]]:
+def auxiliary(
+    stats: RouterStats | None, balance_coef: float, z_coef: float, dtype: jnp.dtype
+) -> tuple[Array, tuple[Array, ...]]:
     """The weighted auxiliary loss, a mean over layers, and (balance, z, drop fraction, load) for the metrics."""
     if stats is None:
         zero = jnp.zeros((), dtype)
         return zero, (zero, zero, zero, jnp.zeros((0, 0), dtype))
     balance, z = stats.balance_loss.mean(), stats.z_loss.mean()
-    return config.balance_coef * balance + config.z_coef * z, (
+    return balance_coef * balance + z_coef * z, (
         balance,
         z,
         stats.drop_fraction.mean(),
@@ -137,5 +139,6 @@ def training_loss(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     with jax.named_scope("head"):
         loss = mean_cross_entropy(hidden, model.head_matrix(), tokens[:, 1:].reshape(-1))
-    extra, reported = auxiliary(stats, config, loss.dtype)
+    balance_coef = config.balance_coef if model.config.balancing == "loss" else 0.0
+    extra, reported = auxiliary(stats, balance_coef, config.z_coef, loss.dtype)
     return loss + extra, Metrics(loss, *reported, trace=None if stats is None else stats.trace)

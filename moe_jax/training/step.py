@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import TrainConfig
+from moe_jax.model.balance import adjusted_bias
 from moe_jax.model.transformer import Params, merge
 from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.state import LossScale, TrainState, next_scale
@@ -73,6 +74,17 @@ def gradients(
     return grads, jax.tree.map(lambda m: m / count, metrics)._replace(trace=traces)
 
 
+def with_adjusted_biases(params: Params, load: Float[Array, "L E"], rate: float) -> Params:
+    """The parameters with each router's balance bias moved against its load, where routers have one."""
+    if "balance_bias" not in params["blocks"][0]["ffn"]:
+        return params
+    blocks = dict(params["blocks"])
+    for i, block in blocks.items():
+        ffn = block["ffn"]
+        blocks[i] = {**block, "ffn": {**ffn, "balance_bias": adjusted_bias(ffn["balance_bias"], load[i], rate)}}
+    return {**params, "blocks": blocks}
+
+
 def make_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
@@ -96,7 +108,8 @@ def make_step(
 
         def update() -> tuple[Any, optax.OptState]:
             updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
-            return optax.apply_updates(state.params, updates), optimizer_state
+            params = optax.apply_updates(state.params, updates)
+            return with_adjusted_biases(params, metrics.load, config.balance_rate), optimizer_state
 
         params, optimizer_state = jax.lax.cond(finite, update, lambda: (state.params, state.optimizer))
         new = TrainState(

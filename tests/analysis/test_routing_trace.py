@@ -121,6 +121,21 @@ def test_a_dropless_dispatch_keeps_all(dispatch: str) -> None:
 def test_a_dense_twin_is_refused() -> None:
     with pytest.raises(UserError, match="dense twin"):
         check_routed(dataclasses.replace(MODEL, dense="active"))
+    with pytest.raises(UserError, match="experts choose tokens"):
+        check_routed(dataclasses.replace(MODEL, priority="leaky-expert-choice"))
+
+
+@pytest.mark.parametrize("priority", ["leaky-choice-major", "leaky-batch-priority"])
+def test_the_drops_of_another_priority_are_those_that_happened(priority: str) -> None:
+    graphdef, params = tiny.build(dataclasses.replace(MODEL, priority=priority))
+    trace, _ = make_trace_step(graphdef)(params, tiny.tokens(1, tiny.T + 1))
+    keep, slot, expert = (np.asarray(getattr(trace, name))[:, 0] for name in ("keep", "slot", "expert"))
+    for layer in range(MODEL.layers):
+        for e in range(MODEL.experts):
+            queue = slot[layer][expert[layer] == e]
+            assert sorted(queue) == list(range(len(queue)))
+            assert keep[layer][expert[layer] == e].sum() == min(len(queue), 2)
+    assert not keep.all()
 
 
 def test_parts_of_characters_are_spelled_in_bytes() -> None:

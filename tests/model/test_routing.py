@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.model import dispatch as d
@@ -82,6 +82,7 @@ def assert_inverse(plan: d.Plan, pairs: int) -> None:
     assert pair.tolist() == expected.tolist()
 
 
+@settings(max_examples=500, deadline=None)
 @given(cases(broken=True))
 def test_routing_and_plans(case: tuple[Shape, np.ndarray]) -> None:
     shape, logits = case

@@ -20,7 +20,9 @@ const drawFactors = () => {
   const { first, drop: at } = corpus.drops_by_position;
   const places = layerSeries(first, at);
   fill(clear(byId("positions")), {}, [
-    caption("Where in a window drops fall", "Slots go to earlier tokens first, so it is the later ones that find an expert full. This keeps the model causal: no token can take the slot of one before it."),
+    caption("Where in a window drops fall", model.priority === "token"
+      ? "Slots go to earlier tokens first, so it is the later ones that find an expert full. This keeps the model causal: no token can take the slot of one before it."
+      : `Slots are given out by the rule ${model.priority}, under which a later token can take the slot of an earlier one.`),
     model.dropless ? el("p", { class: "small" }, "Nothing is dropped.") : lineChart({ series: places, x: "place in the window", format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), top: Math.max(0.01, niceTop(Math.max(...at.flat()))) }), model.dropless ? null : key(places),
   ]);
 };

@@ -1,0 +1,1 @@
+"""What the model costs by the clock: the parts of `benchmark.py`."""

@@ -1,0 +1,63 @@
+"""`python -m moe_jax certify`."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from moe_jax import environment
+from moe_jax.commands import check_range, check_run_folder
+from moe_jax.config import PresetName
+from moe_jax.presets import preset
+
+VOCABULARY = {"gpt2": 50_257, "byte": 257}
+"""Entries of the tokenizers that have a size of their own."""
+
+
+@dataclass(frozen=True)
+class Certify:
+    """Prove causality under drops and the compiled arithmetic of a model. The last line is JSON.
+
+    Exit status 1 where a certificate fails.
+    """
+
+    preset: PresetName = "nano"
+    """The model, with its initial parameters."""
+    run: str = ""
+    """Folder of a run, whose model and trained parameters are taken instead."""
+    batch_size: int = 2
+    """Sequences of the training step that is compiled and run."""
+
+    def execute(self) -> int:
+        check_range("--batch-size", self.batch_size, 1, 4096)
+        if self.run:
+            check_run_folder(self.run)
+        environment.prepare()
+        import jax
+        from rich.console import Console
+
+        from moe_jax.analysis.certificates import certify
+        from moe_jax.model.transformer import create, split
+        from moe_jax.training.run import load_run
+
+        if self.run:
+            opened = load_run(self.run)
+            config, params = opened.config, opened.params
+        else:
+            config = preset(self.preset)
+            size = VOCABULARY.get(config.data.tokenizer, config.data.vocab_size)
+            config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+            _, params = split(create(config.model, jax.random.key(config.train.seed)))
+        console = Console(highlight=False, soft_wrap=True)
+        what = f"run {self.run}" if self.run else f"preset {self.preset}, initial parameters"
+        console.print(f"[bold]certificates[/bold] of {what}\n")
+        found = []
+        for certificate in certify(config, params, self.batch_size):
+            found.append(certificate)
+            mark = "[green]pass[/green]" if certificate.passed else "[red]FAIL[/red]"
+            console.print(f"{mark}  [bold]{certificate.name}[/bold]")
+            console.print(f"      {certificate.found}", markup=False)
+            console.print(f"      asked: {certificate.asked}", style="dim", markup=False)
+        failed = [c.name for c in found if not c.passed]
+        console.print(f"\n{len(found)} certificates, {len(failed)} failed\n")
+        print(json.dumps({"certificates": len(found), "failed": failed, "results": [c._asdict() for c in found]}))
+        return 1 if failed else 0
