@@ -234,7 +234,7 @@ def test_the_compiled_layer_does_the_work_of_its_slots(written: tuple[str, dict]
     assert compiled["dense"] == 2 * compiled["bound"]
     assert compiled["total"] == compiled["bound"] + 2 * 16 * 8 * 4
     assert sum(d["flops"] for d in compiled["dots"]) == compiled["total"]
-    assert [d["source"] for d in compiled["dots"]][-1] == "btd,de->bte/dot_general"
+    assert [d["source"] for d in compiled["dots"]][-1] == "router/btd,de->bte/dot_general"
 
 
 def test_a_page_to_be_sent_says_nothing_of_the_machine(folder: Path, written: tuple[str, dict]) -> None:
