@@ -18,11 +18,12 @@ from moe_jax.training.signals import Signals, Stopped
 
 
 def run(argv: Sequence[str]) -> int:
-    """Parse, prepare, print the card, train, score, tell a story."""
+    """Parse, prepare, print the card, train, score, show the routing."""
     config, saved = cli.parse_run(argv)
     notes = environment.prepare(config.deterministic)
     with Signals() as signals:
         # Only now, with the arguments accepted and the environment set, is jax imported.
+        from moe_jax.analysis.report import report_run
         from moe_jax.training.card import print_card, print_result
         from moe_jax.training.loop import Session, finish, train
         from moe_jax.training.run import locked
@@ -36,6 +37,7 @@ def run(argv: Sequence[str]) -> int:
                 print_card(session, notes)
                 train(session, signals)
                 print_result(session, finish(session))
+                print(*report_run(session.folder.path), sep="\n")
         except Stopped as stop:
             return stop.status
     return 0

@@ -10,7 +10,7 @@ def _nano() -> RunConfig:
         preset="nano",
         model=ModelConfig(layers=3, copying_heads=True),
         data=DataConfig(stories=20_000, eval_tokens=16_384),
-        train=TrainConfig(steps=800, optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8),
+        train=TrainConfig(steps=900, optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8),
     )
 
 

@@ -74,6 +74,12 @@ BAD_COMMANDS = [
     (["generate", "--run", "held", "--top-p", "0"], ["--top-p", "0"]),
     (["generate", "--run", "held", "--num-stories", "0"], ["--num-stories", "0"]),
     (["evaluate", "--run", "held", "--data", "no/such/text"], ["--data", "no/such/text"]),
+    (["inspect", "--run", "no/such/run"], ["--run", "no/such/run"]),
+    (["inspect", "--run", "held", "--file", "no/such/text"], ["--file", "no/such/text"]),
+    (["inspect", "--run", "held", "--file", "held"], ["--file", "held"]),
+    (["inspect", "--run", "held", "--file", "a", "--text", "b"], ["--file", "--text"]),
+    (["inspect", "--run", "held", "--out", "held"], ["--out", "held"]),
+    (["plot", "--run", "held", "--run", "no/such/run"], ["--run", "no/such/run"]),
 ]
 
 

@@ -83,7 +83,7 @@ def perturb(run: Callable[[Any], tuple[Any, Any]], before: np.ndarray, other: np
             after[row, t] = other[row, t]
             changed = (np.asarray(run(after)[0]) != y).reshape(2, tokens, -1).any(-1)
             counts += changed[row, :t].sum(), changed[1 - row].sum(), changed[row, t:].sum()
-    return Perturbed(*(int(n) for n in counts), float(dropped.max()))
+    return Perturbed(int(counts[0]), int(counts[1]), int(counts[2]), float(dropped.max()))
 
 
 def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator[Certificate]:

@@ -152,11 +152,13 @@ def _dot(instruction: _Instruction, computation: _Computation, runs: int) -> Dot
     return Dot(name[1] if name else "", left, right, out, dtype, 2 * math.prod(out) * contracted, runs)
 
 
-def read_program(text: str) -> Program:
+def read_program(text: str | None) -> Program:
     """The products and buffers of optimised HLO, as `compiled.as_text()` prints it.
 
-    Raises ValueError for a loop whose length the compiler does not know.
+    Raises ValueError where there is no text, or for a loop whose length the compiler does not know.
     """
+    if text is None:
+        raise ValueError("this backend does not show its optimised program")
     computations, entry = _parse(text)
     runs: Counter[str] = Counter()
     fused: set[str] = set()

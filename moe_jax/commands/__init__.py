@@ -15,6 +15,8 @@ COMMANDS = {
     "certify": ("Certify", "prove causality and compiled arithmetic of a model"),
     "plan": ("Plan", "which settings of a preset fit a GPU that need not be there"),
     "evaluate": ("Evaluate", "loss, bits per byte and drops of a trained model on any text"),
+    "inspect": ("Inspect", "the routing report: one HTML page that shows where every token of a text went"),
+    "plot": ("Plot", "pictures of a run, or of several compared: loss, bits per byte, load of the experts, ..."),
 }
 """Name, which is also that of the module -> (class, one line on it)."""
 

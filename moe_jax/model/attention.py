@@ -158,6 +158,11 @@ class Attention(nnx.Module):
         mixed = attend_causally(query, keys, values, masks, 1 - rate)
         return self._output(mixed.swapaxes(1, 2)), kv
 
+    def weights(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
+        """The attention weights alone, without dropout, for a trace: the training pass never has them all at once."""
+        query, kv = self._project(x, jnp.arange(x.shape[1]))
+        return _weights(query.swapaxes(1, 2), kv.key.swapaxes(1, 2), 0)
+
     def decode(
         self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, ""]
     ) -> tuple[Float[Array, "B 1 D"], KeyValue]:

@@ -6,14 +6,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.model import dispatch as d
 from moe_jax.model.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.experts import Experts
 from moe_jax.model.layers import matrix_init
-from moe_jax.model.routing import Routing, by_experts, jitter, noisy, route, router_logits
+from moe_jax.model.routing import Routing, by_experts, jitter, noisy, places, route, router_logits
 
 BLOCK_ROWS = 128
 """Rows of a block of the dropless plan: large enough to multiply fast, small enough to waste little padding."""
@@ -32,6 +32,20 @@ class Mode(Enum):
     """Dropless, reading the weights of the chosen experts only where that is less than all of them."""
 
 
+class LayerTrace(NamedTuple):
+    """Every decision of one layer, for a reader. For a model, arrays have a leading axis L."""
+
+    probs: Float[Array, "B T E"]
+    expert: Int[Array, "B T K"]
+    """The chosen experts, best first."""
+    gate: Float[Array, "B T K"]
+    slot: Int[Array, "B T K"]
+    """The place of each choice in its expert's queue, from 0; it is kept where that is below the capacity."""
+    keep: Bool[Array, "B T K"]
+    attention: Float[Array, "B H T T"] | None = None
+    """Attention weights of the block: the last axis is looked at, the one before it looks."""
+
+
 class RouterStats(NamedTuple):
     """What a layer reports of its routing, besides its output. For a model, arrays have a leading axis L."""
 
@@ -41,6 +55,8 @@ class RouterStats(NamedTuple):
     """Share of the (token, choice) pairs that found no slot; under expert choice, of the tokens that no expert took."""
     load: Float[Array, " E"]
     """Share of the pairs that chose each expert, before drops."""
+    trace: LayerTrace | None = None
+    """Only in a traced pass."""
 
 
 class MoE(nnx.Module):
@@ -59,9 +75,9 @@ class MoE(nnx.Module):
             self.shared = Experts(1, config.width, hidden, config.activation, out_scale, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None = None
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
-        """A key turns the router's noise and jitter on."""
+        """A key turns the router's noise and jitter on; `trace`, which is static, adds every decision."""
         with jax.named_scope("router"):
             routing = self.route(x, key)
         y, dropped = self._apply(x, routing, mode)
@@ -70,7 +86,20 @@ class MoE(nnx.Module):
                 y = y + self.shared(x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
         y = jnp.where(routing.valid[..., None], y, jnp.nan)  # a broken row says so, instead of passing unrouted
         stats = RouterStats(balance_loss(routing), z_loss(routing), dropped, expert_load(routing).mean(0))
-        return y, stats
+        return y, stats._replace(trace=self._trace(routing, mode)) if trace else stats
+
+    def _trace(self, routing: Routing, mode: Mode) -> LayerTrace:
+        config = self.config
+        training = mode is Mode.TRAIN
+        priority = config.priority if training else "token"
+        if priority == "leaky-expert-choice":
+            routing = by_experts(routing)
+        slot = places(routing, priority)
+        keep = jnp.broadcast_to(routing.valid[..., None], slot.shape)
+        if self.form(mode, routing.expert.size) in ("gather", "einsum"):
+            factor = config.capacity_factor if training else config.eval_capacity_factor
+            keep &= slot < capacity(slot.shape[1], config.experts, config.top_k, factor)
+        return LayerTrace(routing.probs, routing.expert, routing.gate, slot, keep)
 
     def route(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Routing:
         """Each token's own K choices."""
@@ -151,8 +180,8 @@ class DenseFFN(nnx.Module):
         self.experts = Experts(1, config.width, config.dense_hidden, config.activation, out_scale, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None = None
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], None]:
-        del mode, key  # every token takes the same way in training, evaluation and decoding
+        del mode, key, trace  # every token takes the same way in training, evaluation and decoding
         with jax.named_scope("experts"):
             return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None

@@ -35,7 +35,12 @@ class Block(nnx.Module):
         self.ffn = (MoE if config.dense == "none" else DenseFFN)(config, out_scale, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None, remat: bool = False
+        self,
+        x: Float[Array, "B T D"],
+        mode: Mode,
+        key: Key[Array, ""] | None,
+        remat: bool = False,
+        trace: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValue]:
         """With `remat` each half is recomputed in the backward pass, by itself: one half's activations exist at a
         time, for one more residual stream kept a block."""
@@ -48,12 +53,17 @@ class Block(nnx.Module):
 
         def feed(block: Block, x: Array) -> tuple[Array, RouterStats | None]:
             with jax.named_scope("ffn"):
-                y, stats = block.ffn(block.ffn_norm(x), mode, None if key is None else jax.random.fold_in(key, 3))
+                y, stats = block.ffn(
+                    block.ffn_norm(x), mode, None if key is None else jax.random.fold_in(key, 3), trace
+                )
             return x + dropout(y, block.dropout, keys[2]), stats
 
-        x, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
-        x, stats = (jax.checkpoint(feed) if remat else feed)(self, x)
-        return x, stats, kv
+        between, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
+        after, stats = (jax.checkpoint(feed) if remat else feed)(self, between)
+        if stats is not None and stats.trace is not None:
+            weights = self.attention.weights(self.attention_norm(x))
+            stats = stats._replace(trace=stats.trace._replace(attention=weights))
+        return after, stats, kv
 
     def decode(
         self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, ""]
@@ -92,11 +102,12 @@ class Transformer(nnx.Module):
         return x.astype(self.compute)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None
+        self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, list[KeyValue]]:
         """Normalised hidden states of every position, for `logits`; the routers' statistics, each with a leading
         axis L (None for a dense twin); and each layer's keys and values. A key turns dropout, and the router's noise
-        and jitter, on.
+        and jitter, on; `trace`, which is static, adds every decision of the routers to their statistics, and leaves
+        the untraced program as it was.
         """
         keys = [None] * (len(self.blocks) + 1)
         random = max(self.config.dropout, self.config.router_noise, self.config.router_jitter) > 0
@@ -106,7 +117,7 @@ class Transformer(nnx.Module):
         stats: list[RouterStats | None] = []
         cache: list[KeyValue] = []
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x, layer_stats, kv = block(x, mode, block_key, remat=self.remat and mode is Mode.TRAIN)
+            x, layer_stats, kv = block(x, mode, block_key, remat=self.remat and mode is Mode.TRAIN, trace=trace)
             stats.append(layer_stats)
             cache.append(kv)
         stacked = None if stats[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import TrainConfig
-from moe_jax.model.moe import Mode, RouterStats
+from moe_jax.model.moe import LayerTrace, Mode, RouterStats
 from moe_jax.model.precision import at_least_float32
 from moe_jax.model.transformer import Transformer
 
@@ -24,6 +24,8 @@ class Metrics(NamedTuple):
     z_loss: Float[Array, ""]
     drop_fraction: Float[Array, ""]
     load: Float[Array, "L E"]
+    trace: LayerTrace | None = None
+    """Only of a traced step: every decision of the routers, with leading axes M (micro-batches) and L."""
 
 
 def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
@@ -125,14 +127,18 @@ def auxiliary(
 
 
 def training_loss(
-    model: Transformer, tokens: Int[Array, "B T_plus_1"], key: Key[Array, ""] | None, config: TrainConfig
+    model: Transformer,
+    tokens: Int[Array, "B T_plus_1"],
+    key: Key[Array, ""] | None,
+    config: TrainConfig,
+    trace: bool = False,
 ) -> tuple[Float[Array, ""], Metrics]:
-    """What is minimised: mean cross-entropy plus the weighted auxiliary losses; and the metrics. A key turns
-    dropout on."""
-    hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, key)
+    """What is minimised: mean cross-entropy plus the weighted auxiliary losses; and the metrics, with the routers'
+    decisions where `trace`, which is static, asks for them. A key turns dropout on."""
+    hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, key, trace)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     with jax.named_scope("head"):
         loss = mean_cross_entropy(hidden, model.head_matrix(), tokens[:, 1:].reshape(-1))
     balance_coef = config.balance_coef if model.config.balancing == "loss" else 0.0
     extra, reported = auxiliary(stats, balance_coef, config.z_coef, loss.dtype)
-    return loss + extra, Metrics(loss, *reported)
+    return loss + extra, Metrics(loss, *reported, trace=None if stats is None else stats.trace)

@@ -34,6 +34,8 @@ class MetricsLog:
         if self._tensorboard is not None:
             for name, value in numbers.items():
                 self._tensorboard.add_scalar(f"{record['split']}/{name}", value, record["step"])
+            for layer, load in enumerate(record.get("load", [])):
+                add_load(self._tensorboard, f"load/layer_{layer}", load, record["step"])
         if self._wandb is not None:
             self._wandb.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
 
@@ -47,6 +49,22 @@ class MetricsLog:
             self._tensorboard.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def add_load(writer: Any, name: str, load: list[float], step: int) -> None:
+    """The experts' shares of a layer as a histogram whose bars are the experts: expert e lies between e and e + 1."""
+    experts = range(len(load))
+    writer.add_histogram_raw(
+        tag=name,
+        min=0.0,
+        max=float(len(load)),
+        num=sum(load),
+        sum=sum((e + 0.5) * share for e, share in zip(experts, load, strict=True)),
+        sum_squares=sum((e + 0.5) ** 2 * share for e, share in zip(experts, load, strict=True)),
+        bucket_limits=[float(e + 1) for e in experts],
+        bucket_counts=load,
+        global_step=step,
+    )
 
 
 def _finite(value: Any) -> Any:

@@ -47,8 +47,10 @@ def gradients(
     key: Key[Array, ""],
     scale: Float[Array, ""],
     config: TrainConfig,
+    trace: bool = False,
 ) -> tuple[Params, Metrics]:
-    """The mean gradient over M micro-batches of B sequences, in at least float32, and the mean metrics.
+    """The mean gradient over M micro-batches of B sequences, in at least float32, and the mean metrics; traces are
+    stacked, M first.
 
     Every group that a loss is averaged over is one sequence, so accumulated equals whole, auxiliary losses
     included. Micro-batches are summed in order by a scan: one copy of the gradients beside the running sum.
@@ -56,23 +58,28 @@ def gradients(
 
     def micro(tokens: Array, index: Array) -> tuple[Params, Metrics]:
         def scaled_loss(p: Params) -> tuple[Array, Metrics]:
-            loss, metrics = training_loss(merge(graphdef, p), tokens, jax.random.fold_in(key, index), config)
+            loss, metrics = training_loss(merge(graphdef, p), tokens, jax.random.fold_in(key, index), config, trace)
             return loss * scale.astype(loss.dtype), metrics
 
         return jax.grad(scaled_loss, has_aux=True)(params)
 
     count = batch.shape[0]
     if count == 1:
-        total = micro(batch[0], jnp.int32(0))
+        grads, metrics = micro(batch[0], jnp.int32(0))
+        traces = jax.tree.map(lambda x: x[None], metrics.trace)
+        metrics = metrics._replace(trace=None)
     else:
-        shapes = jax.eval_shape(micro, batch[0], jnp.int32(0))
+
+        def accumulate(total: tuple[Params, Metrics], x: tuple[Array, Array]) -> tuple[tuple[Params, Metrics], Any]:
+            grads, metrics = micro(*x)
+            return jax.tree.map(jnp.add, total, (grads, metrics._replace(trace=None))), metrics.trace
+
+        shapes, of_metrics = jax.eval_shape(micro, batch[0], jnp.int32(0))
+        shapes = (shapes, of_metrics._replace(trace=None))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), shapes)
-        total, _ = jax.lax.scan(
-            lambda total, x: (jax.tree.map(jnp.add, total, micro(*x)), None), zero, (batch, jnp.arange(count))
-        )
-    grads, metrics = total
+        (grads, metrics), traces = jax.lax.scan(accumulate, zero, (batch, jnp.arange(count)))
     grads = jax.tree.map(lambda g: _wide(g) / (count * scale.astype(_wide(g).dtype)), grads)
-    return grads, jax.tree.map(lambda m: m / count, metrics)
+    return grads, jax.tree.map(lambda m: m / count, metrics)._replace(trace=traces)
 
 
 def _wide(x: Array) -> Array:
@@ -110,18 +117,24 @@ def with_adjusted_biases(params: Params, load: Float[Array, "L E"], rate: float)
 
 
 def make_step(
-    graphdef: nnx.GraphDef, optimizer: optax.GradientTransformation, config: TrainConfig, loss_scaling: bool
+    graphdef: nnx.GraphDef,
+    optimizer: optax.GradientTransformation,
+    config: TrainConfig,
+    loss_scaling: bool,
+    trace: bool = False,
 ) -> Step:
     """The jitted step, which takes over its state's memory. A batch is int32 `[M, B, T+1]`, M micro-batches.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer as they are and is counted, and so
     does a loss spike where the configuration asks for that. With float16 the former also halves the loss scale.
+    With `trace` the metrics hold every decision of the routers; it is static, and the program without it does not
+    change by its being there.
     """
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
         key = purpose_key(config.seed, DROPOUT, state.step)
         scale: LossScale = state.loss_scale
-        grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config)
+        grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config, trace)
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())

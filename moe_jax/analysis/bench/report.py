@@ -74,19 +74,19 @@ def train(console: Console, config: RunConfig, batch_size: int, rounds: int) -> 
     }
     products = machine.matmuls("float32")
     seconds: dict[str, Times] = {}
+    shares: dict[str, float] = {}
     for name, twin in twins.items():  # one at a time: three optimizer states would not fit beside one another
         trainer = Trainer.of(twin, batch_size)
         both = alternate({name: trainer, **{n: run for n, (run, _) in products.items()}}, max(3, rounds // 2))
         seconds[name] = both[name]
-        if name == "MoE":
-            rate = max(flops / both[n].median for n, (_, flops) in products.items())
-            share = trainer.active_flops / both[name].median / rate
+        rate = max(flops / both[n].median for n, (_, flops) in products.items())
+        shares[name] = trainer.active_flops / both[name].median / rate
         del trainer
     tokens = batch_size * config.model.seq_len
     console.print(_times("training step", seconds, lambda _, t: f"{tokens / t.median:,.0f} tokens/s"))
     numbers = {
         "tokens_per_second": tokens / seconds["MoE"].median,
-        "share_of_matmul_peak": share,
+        "share_of_matmul_peak": shares["MoE"],
         "wall_over_dense_active": seconds["MoE"].median / seconds["dense, active parameters"].median,
         "dense_total_over_wall": seconds["dense, total parameters"].median / seconds["MoE"].median,
     }

@@ -1,0 +1,121 @@
+// What the experts do on the validation text: load, certainty, pairs, and what each of them specialises in.
+const corpus = data.corpus;
+
+const drawVerdict = () => {
+  const loads = corpus.load.flat(), fair = 1 / E, dead = corpus.dead.filter((d) => d.dead), starved = corpus.dead.filter((d) => !d.dead);
+  const most = Math.max(...loads) / fair, named = (list) => list.map((d) => `expert ${d.expert} of layer ${d.layer}`).join(", ");
+  const parts = [];
+  parts.push(dead.length ? `Dead, chosen by no token at all: ${named(dead)}.` : "No expert is dead: every one is chosen by some token.");
+  if (starved.length) parts.push(`Starved, below a tenth of a fair share: ${named(starved)}.`);
+  parts.push(`The busiest has ${most.toFixed(2)} times its fair share.`);
+  parts.push(most > E / K * 0.7 && E > K ? "The router has collapsed onto a few experts." : most > 2 ? "The load is uneven." : "The load is well spread.");
+  const box = clear(byId("verdict"));
+  box.classList.toggle("bad", dead.length > 0 || most > 2);
+  box.append(el("p", {}, parts.join(" ")));
+};
+
+const specialistCard = (e) => {
+  const found = data.specialisation[state.layer][e];
+  const words = found.tokens.map((t) => el("li", { tabindex: "0", "data-token": t.text,
+    ...tipped(`${quoted(t.text)}: ${whole(t.here)} of its ${whole(t.all)} occurrences chose this expert, ${t.times} times what chance would give (G² ${t.g2}, p < 0.001 after correction)`) }, quoted(t.text)));
+  return el("article", { class: "specialist", vars: { "--c": colourOf(e) } },
+    el("h4", {}, `Expert ${e}`, el("small", {}, `load ${percent(corpus.load[state.layer][e])}`)),
+    el("p", {}, found.kinds ? `${count(found.kinds, "kind")} of token prefer it, ${percent(found.share, 0)} of what it gets` : "No token prefers it beyond chance."),
+    el("ul", { class: "words" }, words));
+};
+
+const drawExperts = () => {
+  const layer = state.layer;
+  byId("experts-explain").textContent =
+    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. A token is listed under an expert when it chooses that expert more often than chance would have it, strongest first (log-likelihood ratio G², p < 0.001 after correction for all pairs looked at). Point at a token for its counts; ␣ is a space.`;
+  fill(clear(byId("specialists")), {}, range(E).map(specialistCard));
+  const fair = 1 / E, line = model.capacity / (model.seq_len * K);
+  fill(clear(byId("load")), {}, [
+    caption(`Load of each expert in layer ${layer}`, "Share of all choices, before drops. The capacity line is what its slots can take if every window is alike."),
+    expertBars({ values: corpus.load[layer], format: (v) => percent(v, 0), references: [{ y: fair, text: "fair share" }, ...(model.dropless ? [] : [{ y: line, text: "capacity" }])].reverse(),
+      say: (e, v) => `Expert ${e}: ${percent(v, 2)} of the choices, ${(v / fair).toFixed(2)} times its fair share` }),
+  ]);
+  const shown = range(L).map((l) => [corpus.entropy[l]]);
+  fill(clear(byId("entropy")), {}, [
+    caption("How undecided the router is, and what it drops", "Entropy of the router's probabilities: 0 means certain, 1 means that all experts look the same to it."),
+    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "Layer"), el("th", { class: "num" }, "entropy"), el("th", { class: "num" }, "dropped"), el("th", { class: "num" }, "busiest expert"))),
+      el("tbody", {}, shown.map(([h], l) => el("tr", {}, el("td", {}, l === layer ? el("b", {}, `${l} (shown)`) : `${l}`), el("td", { class: "num" }, h.toFixed(3)),
+        el("td", { class: "num" }, percent(corpus.drops[l], 2)), el("td", { class: "num" }, `${corpus.load[l].indexOf(Math.max(...corpus.load[l]))}: ${(Math.max(...corpus.load[l]) / fair).toFixed(2)} × fair`)))))),
+  ]);
+  drawTogether(layer);
+};
+
+const drawTogether = (layer) => {
+  const box = clear(byId("together"));
+  if (K < 2) {
+    box.append(caption("Which experts are chosen together", "Each token chooses one expert in this model, so none are."));
+    return;
+  }
+  const pairs = corpus.together[layer], all = pairs.map((row, i) => row[i]);
+  // Chance: pairs drawn with the experts' own shares, scaled to the pairs that there are.
+  const total = sum(pairs.flatMap((row, i) => row.filter((_, j) => j > i)));
+  const chance = sum(range(E).flatMap((i) => range(E).filter((j) => j > i).map((j) => all[i] * all[j])));
+  const ratio = pairs.map((row, i) => row.map((n, j) => (i === j || !all[i] || !all[j] ? 0 : n / (all[i] * all[j] / chance * total))));
+  fill(box, {}, [
+    caption("Which experts are chosen together", "Darker: the two share more tokens than their loads would make them by chance."),
+    heatMap({ values: ratio, top: 3, rows: range(E).map(String), columns: range(E).map(String), colour: "var(--accent)", columnTitle: "expert and expert",
+      say: (i, j, v) => (i === j ? `Expert ${i}: ${whole(all[i])} tokens` : `Experts ${i} and ${j}: ${whole(pairs[i][j])} tokens together, ${v.toFixed(2)} times chance`) }),
+  ]);
+};
+
+// Alluvial picture: a column for each layer, a band for each way between first choices.
+const drawFlow = () => {
+  const box = clear(byId("flow-figure"));
+  if (L < 2) { box.append(el("p", { class: "small" }, "This model has one layer: there is nothing between layers.")); return; }
+  const height = Math.max(340, E * 26), width = Math.max(760, L * 150), bar = 26, gap = Math.min(8, 100 / E), left = 14;
+  const total = sum(corpus.flow[0].flat()), scale = (height - gap * (E - 1)) / total;
+  const sizes = range(L).map((l) => (l < L - 1 ? corpus.flow[l].map(sum) : range(E).map((e) => sum(corpus.flow[L - 2].map((row) => row[e])))));
+  const tops = sizes.map((column) => { let y = 0; return column.map((n) => { const at = y; y += n * scale + gap; return at; }); });
+  const x = (l) => left + l * (width - bar - 2 * left) / (L - 1);
+  const root = svg("svg", { viewBox: `0 -24 ${width} ${height + 30}`, role: "group", "aria-label": "Flow of tokens between the experts of successive layers" });
+  root.style.minWidth = "640px";
+  const show = (l, e) => {
+    root.classList.add("flowing");
+    for (const band of root.querySelectorAll(".band")) {
+      const [bl, i, j] = band.dataset.way.split(",").map(Number);
+      band.classList.toggle("through", (bl === l && i === e) || (bl === l - 1 && j === e));
+    }
+  };
+  const hide = () => { root.classList.remove("flowing"); hideTip(); };
+  corpus.flow.forEach((matrix, l) => {
+    const out = tops[l].slice(), into = tops[l + 1].slice(), [a, b] = [x(l) + bar, x(l + 1)], middle = (a + b) / 2;
+    for (let i = 0; i < E; i++) for (let j = 0; j < E; j++) {
+      const n = matrix[i][j], thick = n * scale;
+      if (!n) continue;
+      const [y, z] = [out[i], into[j]];
+      out[i] += thick; into[j] += thick;
+      if (thick < 0.15) continue;
+      root.append(svg("path", { class: "band", "data-way": `${l},${i},${j}`, fill: colourOf(i),
+        d: `M${a},${y.toFixed(1)}C${middle},${y.toFixed(1)} ${middle},${z.toFixed(1)} ${b},${z.toFixed(1)}v${thick.toFixed(2)}C${middle},${(z + thick).toFixed(1)} ${middle},${(y + thick).toFixed(1)} ${a},${(y + thick).toFixed(1)}z`,
+        ...tipped(`${whole(n)} tokens: expert ${i} in layer ${l}, then expert ${j} in layer ${l + 1}\n${percent(n / Math.max(sizes[l][i], 1))} of those that left expert ${i}; ${percent(sizes[l + 1][j] / total)} by chance`) }));
+    }
+  });
+  range(L).forEach((l) => {
+    root.append(svg("text", { class: "strong", x: x(l) + bar / 2, y: -10, "text-anchor": "middle" }, `layer ${l}`));
+    range(E).forEach((e) => {
+      const h = Math.max(sizes[l][e] * scale, 1), words = data.specialisation[l][e].tokens.slice(0, 4).map((t) => quoted(t.text)).join("  ");
+      const text = `Layer ${l}, expert ${e}: first choice of ${whole(sizes[l][e])} tokens (${percent(sizes[l][e] / total)})${words ? `\n${words}` : ""}`;
+      root.append(svg("rect", { class: "node", x: x(l), y: tops[l][e], width: bar, height: h, rx: 3, fill: colourOf(e), tabindex: "0", "aria-label": text,
+        onpointermove: (event) => { show(l, e); showTip(event, text); }, onpointerleave: hide, onfocus: (event) => { show(l, e); showTip(event, text); }, onblur: hide }));
+      if (h > 12) root.append(svg("text", { x: x(l) + bar / 2, y: tops[l][e] + h / 2 + 4, "text-anchor": "middle", "pointer-events": "none", class: "on-node" }, `${e}`));
+    });
+  });
+  fill(box, {}, [caption("Paths of first choices", `${count(total, "token")} of validation text`), el("div", { class: "scroll" }, root)]);
+};
+
+const without = (id) => fill(clear(byId(id)), {}, [el("p", { class: "small" }, data.corpus_missing ?? "Not available.")]);
+const startExperts = () => {
+  if (!corpus) {
+    byId("experts-explain").textContent = data.corpus_missing;
+    for (const id of ["load", "entropy", "together", "verdict"]) byId(id).remove();
+    without("flow-figure");
+    return;
+  }
+  section("experts", () => { drawVerdict(); drawExperts(); }, ["layer"], drawExperts);
+  section("flow", drawFlow);
+};

@@ -1,0 +1,208 @@
+"""Pictures of runs and of a trace, with matplotlib (extra `plots`): curves, load of the experts, runs compared.
+
+Every function returns a `Figure` that belongs to no window and no global state, so that a notebook shows it inline
+and a program on a machine without a display saves it.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.analysis.report_training import load_entropy, read_metrics
+from moe_jax.analysis.routing_trace import RoutingTrace
+from moe_jax.config import UserError
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc6fa3", "#e69f00", "#56b4e9", "#7a4fa3", "#737373")
+"""Distinguishable for readers who tell few hues apart (after Okabe and Ito)."""
+FORMATS = ("png", "svg")
+
+
+def check_installed() -> None:
+    """Raises UserError where the extra is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UserError("plots: matplotlib is missing; run `uv run --extra plots python -m moe_jax plot ...`") from None
+
+
+def run_figures(folders: Sequence[Path]) -> dict[str, Any]:
+    """Figures of one run, or of several compared, by name: loss, bits_per_byte, learning_rate, throughput, and for a
+    single MoE run load. Raises UserError for a folder without metrics."""
+    check_installed()
+    runs = [_Metrics(folder) for folder in folders]
+    figures = {
+        "loss": _curves(runs, "loss", "nats per token", "Loss"),
+        "bits_per_byte": _bits(runs),
+        "learning_rate": _curves(runs, "lr", "learning rate", "Learning rate", splits=("train",)),
+        "throughput": _curves(runs, "tokens_per_second", "tokens per second", "Throughput", splits=("train",), floor=0),
+        "balance": _curves(runs, "balance_loss", "balance loss (1 is balanced)", "Balance", splits=("train",)),
+        "drops": _curves(runs, "drop_fraction", "share of choices dropped", "Drops", splits=("train",), floor=0),
+    }
+    if len(runs) == 1:
+        figures["load"] = load_figure(runs[0].loads)
+    return {name: figure for name, figure in figures.items() if figure is not None}
+
+
+def save_figures(figures: dict[str, Any], out: Path) -> list[Path]:
+    """Write every figure as PNG and SVG. Returns the paths."""
+    import matplotlib as mpl
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = []
+    with mpl.rc_context({"svg.hashsalt": "moe-jax"}):  # the same picture is the same file
+        for name, figure in figures.items():
+            for kind in FORMATS:
+                path = out / f"{name}.{kind}"
+                figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+                paths.append(path)
+    return paths
+
+
+class _Metrics:
+    """The records of one run, and what to call it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.resolve().name
+        self.records = read_metrics(folder)
+        if not self.records["train"]:
+            raise UserError(f"--run {folder}: no metrics.jsonl with training records there; name the folder of a run")
+        self.summary = _json_or_empty(folder / "summary.json")
+
+    def series(self, split: str, name: str) -> tuple[list[float], list[float]]:
+        """Steps and values of the records that have the value."""
+        points = [(r["step"], r[name]) for r in self.records[split] if r.get(name) is not None]
+        return [p[0] for p in points], [p[1] for p in points]
+
+    @property
+    def loads(self) -> tuple[list[int], np.ndarray]:
+        """Steps, and float [steps, L, E]; empty for a dense twin."""
+        records = [r for r in self.records["train"] if r.get("load")]
+        return [r["step"] for r in records], np.array([r["load"] for r in records])
+
+
+def _json_or_empty(path: Path) -> dict[str, Any]:
+    import json
+
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _curves(
+    runs: Sequence[_Metrics],
+    name: str,
+    label: str,
+    title: str,
+    splits: tuple[str, ...] = ("train", "val"),
+    floor: float | None = None,
+) -> Any:
+    """A value by step: training as a line, validation as a line with dots, a colour for each run."""
+    figure, axes = _axes(title, "step", label)
+    drawn = 0
+    for i, run in enumerate(runs):
+        for split in splits:
+            steps, values = run.series(split, name)
+            drawn += len(steps)
+            named = run.name if len(splits) == 1 else f"{run.name}, {'training' if split == 'train' else 'validation'}"
+            style = {"marker": "o", "markersize": 4, "linestyle": "--"} if split == "val" else {"linewidth": 1.4}
+            axes.plot(steps, values, color=COLOURS[i % len(COLOURS)], label=named, **style)
+    if floor is not None:
+        axes.set_ylim(bottom=floor)
+    if len(runs) > 1 or len(splits) > 1:
+        axes.legend(frameon=False)
+    return figure if drawn else None
+
+
+def _bits(runs: Sequence[_Metrics]) -> Any:
+    """Bits per byte of the validation text; where the text's entropy is known, it is the floor that is drawn."""
+    figure, axes = _axes("Validation", "step", "bits per byte")
+    drawn, floors = 0, set()
+    for i, run in enumerate(runs):
+        steps, values = run.series("val", "bits_per_byte")
+        drawn += len(steps)
+        axes.plot(steps, values, marker="o", color=COLOURS[i % len(COLOURS)], label=run.name)
+        floors.add(run.summary.get("entropy_floor_bits_per_byte"))
+    for floor in floors - {None}:
+        axes.axhline(floor, color="0.3", linestyle=":", label=f"entropy of the text, {floor:.4f}")
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return figure if drawn else None
+
+
+def load_figure(loads: tuple[list[int], np.ndarray]) -> Any:
+    """The experts' shares over the steps, a panel for each layer, and the evenness of each. None without experts."""
+    steps, values = loads
+    if not len(values):
+        return None
+    from matplotlib.figure import Figure
+
+    layers, experts = values.shape[1:]
+    figure = Figure(figsize=(8, 1.2 + 1.5 * layers), layout="constrained")
+    panels = figure.subplots(layers, 1, sharex=True, squeeze=False)[:, 0]
+    figure.suptitle("Load of the experts (share of the choices; white is the fair share)", x=0.01, ha="left")
+    extent = (steps[0], max(steps[-1], steps[0] + 1), experts - 0.5, -0.5)
+    look = {"aspect": "auto", "cmap": "PuOr", "vmin": 0, "vmax": 2, "interpolation": "nearest", "extent": extent}
+    images = [axes.imshow(values[:, layer].T * experts, **look) for layer, axes in enumerate(panels)]
+    for layer, axes in enumerate(panels):
+        evenness = float(load_entropy(values[-1, layer]))
+        axes.set_ylabel(f"layer {layer}")
+        axes.set_title(f"evenness at the end {evenness:.3f}", loc="right", fontsize=8)
+    panels[-1].set_xlabel("step")
+    figure.colorbar(images[0], ax=panels.tolist(), label="times the fair share", shrink=0.8)
+    return figure
+
+
+def trace_figures(trace: RoutingTrace) -> dict[str, Any]:
+    """Figures of one traced text: `load` against the capacity, and `tokens`, the first choice of each token."""
+    check_installed()
+    return {"load": _trace_load(trace), "tokens": _trace_tokens(trace)}
+
+
+def _trace_load(trace: RoutingTrace) -> Any:
+    from matplotlib.figure import Figure
+
+    layers, experts = trace.config.layers, trace.config.experts
+    columns = min(layers, 3)
+    figure = Figure(figsize=(3.4 * columns, 2.6 * math.ceil(layers / columns)), layout="constrained")
+    panels = figure.subplots(math.ceil(layers / columns), columns, squeeze=False, sharey=True).reshape(-1)
+    windows = math.ceil(len(trace.tokens) / trace.config.seq_len)
+    for layer, axes in enumerate(panels):
+        if layer >= layers:
+            axes.set_visible(False)
+            continue
+        axes.bar(range(experts), trace.load()[layer], color=COLOURS[0])
+        axes.axhline(trace.capacity * windows, color="0.2", linestyle="--")
+        axes.set_title(f"layer {layer}: {trace.drop_fraction[layer]:.1%} dropped", loc="left", fontsize=10)
+        axes.set_xlabel("expert")
+    panels[0].set_ylabel("choices (dashed: slots)")
+    return figure
+
+
+def _trace_tokens(trace: RoutingTrace) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 0.9 + 0.35 * trace.config.layers), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(trace.expert[..., 0], aspect="auto", cmap="tab20", interpolation="nearest", vmin=0, vmax=19)
+    axes.set_yticks(range(trace.config.layers))
+    axes.set_ylabel("layer")
+    axes.set_xlabel("token")
+    axes.set_title("First choice of each token", loc="left", fontsize=10)
+    return figure

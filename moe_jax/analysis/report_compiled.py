@@ -1,0 +1,82 @@
+"""The MoE layer of a run as the compiler sees it: its jaxpr, its optimised HLO, and every matrix product in that.
+
+The layer alone, forward, for one window, as a training step runs it. Only shapes are needed, so nothing is allocated.
+"""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.analysis.compiled import Program, read_program
+from moe_jax.config import ModelConfig
+from moe_jax.model.moe import Mode, MoE
+from moe_jax.model.precision import choose_policy
+from moe_jax.training.run import Run
+
+LISTING = 60_000
+"""Most characters of a listing."""
+EXPERT_PRODUCTS = ("grd,gdf->grf", "grf,gfd->grd")
+"""The einsums of `Experts`, which name their products in the compiled program."""
+
+
+def compiled_layer(run: Run) -> dict[str, Any]:
+    """What the report shows: products, largest first, with operations; the experts' share of them (`expert_flops`);
+    `bound`, what filling exactly the slots takes; `dense`, what all experts on all tokens would take; listings."""
+    config = run.config.model
+    compute = jnp.dtype(choose_policy(run.config.train.precision).compute)
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(config, 1.0, nnx.Rngs(params=jax.random.key(0)))))
+    x = jax.ShapeDtypeStruct((1, config.seq_len, config.width), compute)
+
+    def moe_layer(state: Any, x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, state)(x, Mode.TRAIN)[0]
+
+    traced = jax.jit(moe_layer).trace(state, x)
+    text = traced.lower().compile().as_text() or ""
+    try:
+        program = read_program(text)
+    except ValueError:  # a loop whose length the compiler does not know
+        program = Program([], [])
+    dots = sorted(program.dots, key=lambda dot: -dot.total)
+    return {
+        "platform": jax.devices()[0].platform.upper(),
+        "dots": [
+            {
+                "shapes": f"{_shape(d.left)} × {_shape(d.right)} → {_shape(d.out)} {d.dtype}",
+                "runs": d.runs,
+                "flops": d.total,
+                "source": d.op_name.partition("/")[2] or d.op_name,
+            }
+            for d in dots
+        ],
+        "total": program.flops,
+        "expert_flops": program.flops_of(*EXPERT_PRODUCTS),
+        "bound": expert_flops(config, config.experts * config.capacity),
+        "dense": expert_flops(config, config.experts * config.seq_len),
+        "jaxpr": shortened(str(traced.jaxpr)),
+        "hlo": shortened(without_sources(text)),
+    }
+
+
+def expert_flops(config: ModelConfig, rows: int) -> int:
+    """Operations of the experts' matrix products on this many rows of one token each."""
+    matrices = 3 if config.activation == "swiglu" else 2
+    return 2 * rows * matrices * config.width * config.expert_hidden
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"
+
+
+def without_sources(hlo: str) -> str:
+    """HLO text without where its source files lie, which is nobody's business; the traced names stay."""
+    hlo = re.sub(r"^(FileNames|FunctionNames|FileLocations|StackFrames)\n(?:.+\n)*\n?", "", hlo, flags=re.MULTILINE)
+    return re.sub(r', metadata=\{(?:op_type="[^"]*" )?(op_name="[^"]*")?[^}]*\}', r"  \1", hlo)
+
+
+def shortened(text: str) -> str:
+    if len(text) <= LISTING:
+        return text
+    return text[:LISTING].rpartition("\n")[0] + f"\n... and {len(text) - LISTING:,} characters more"

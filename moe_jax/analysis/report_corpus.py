@@ -1,0 +1,202 @@
+"""What the routers of a trained model do on its validation text: load, drops, co-activation, flow, specialisation.
+
+One pass of some ten thousand tokens under the training capacity, counted on the host. All counts are of choices
+before drops, so that they say what the router wants.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_jax.analysis.routing_trace import make_decision_step
+from moe_jax.config import ModelConfig, capacity
+from moe_jax.training.run import Run
+
+CORPUS_TOKENS = 32_768
+BATCH_TOKENS = 4_096
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+"""Capacity factors whose drops are counted, besides the run's own."""
+SIGNIFICANCE = 0.001
+"""Level at which a preference is called one, after Bonferroni's correction for all that were looked at."""
+LEAST_COUNT = 5
+"""Fewest choices of a token by an expert that a preference is read from."""
+POSITION_BINS = 32
+STARVED = 0.1
+"""An expert with less than this share of its fair load is called starved; dead is one that nothing chose."""
+
+
+@dataclass(frozen=True)
+class CorpusRouting:
+    """Counts over W windows of T tokens, N = W*T tokens in all."""
+
+    config: ModelConfig
+    tokens: int
+    """N."""
+    by_token: np.ndarray
+    """int [L, E, V]: how often each expert was chosen by each token of the vocabulary."""
+    token_counts: np.ndarray
+    """int [V]: occurrences."""
+    by_window: np.ndarray
+    """int [L, W, E]: choices of each expert in each window."""
+    together: np.ndarray
+    """int [L, E, E]: tokens that chose both experts; the diagonal holds those that chose one."""
+    flow: np.ndarray
+    """int [L-1, E, E]: tokens whose first choice was i in a layer and j in the next."""
+    entropy: np.ndarray
+    """float [L]: mean entropy of the router's softmax over ln E: 0 is certain, 1 knows nothing."""
+    dropped_at: np.ndarray
+    """float [L, T]: share of the choices at each position that found no slot."""
+
+    @property
+    def load(self) -> np.ndarray:
+        """float [L, E]: share of the choices."""
+        return self.by_window.sum(1) / (self.tokens * self.config.top_k)
+
+    def drop_fraction(self, factor: float) -> np.ndarray:
+        """float [L]: what a capacity factor drops of these choices. Within a window an expert keeps its first C, so
+        the count is exact for a layer; that fewer drops change what later layers see is left out."""
+        c = self.config
+        slots = capacity(c.seq_len, c.experts, c.top_k, factor)
+        return np.maximum(self.by_window - slots, 0).sum((1, 2)) / (self.tokens * c.top_k)
+
+
+def corpus_routing(run: Run, tokens: np.ndarray) -> CorpusRouting:
+    """Route the first CORPUS_TOKENS tokens of a stream, in whole windows of T; a shorter stream is repeated to one."""
+    c = run.config.model
+    width = c.seq_len
+    windows = max(min(len(tokens), CORPUS_TOKENS) // width, 1)
+    stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
+    batch = min(max(BATCH_TOKENS // width, 1), windows)
+    step = make_decision_step(run.graphdef)
+    parts: list[dict[str, np.ndarray]] = []
+    for first in range(0, windows, batch):
+        group = stream[first : first + batch]
+        trace = step(run.params, np.resize(group, (batch, width)))
+        parts.append({name: np.asarray(getattr(trace, name))[:, : len(group)] for name in ("probs", "expert", "keep")})
+    probs, expert, keep = (np.concatenate([p[name] for p in parts], axis=1) for name in ("probs", "expert", "keep"))
+    return count_routing(c, stream, probs, expert, keep)
+
+
+def count_routing(
+    config: ModelConfig, stream: np.ndarray, probs: np.ndarray, expert: np.ndarray, keep: np.ndarray
+) -> CorpusRouting:
+    """The counts of decisions: stream int [W, T], probs [L, W, T, E], expert and keep [L, W, T, K]."""
+    layers, experts, vocabulary = len(expert), config.experts, config.vocab_size
+    hits = np.zeros((*expert.shape[:3], experts), bool)
+    np.put_along_axis(hits, expert, True, axis=-1)
+    flat = stream.reshape(-1)
+    by_token = np.zeros((layers, experts, vocabulary), np.int64)
+    together = np.zeros((layers, experts, experts), np.int64)
+    flow = np.zeros((layers - 1, experts, experts), np.int64)
+    for layer in range(layers):
+        chosen = hits[layer].reshape(-1, experts)
+        together[layer] = chosen.T.astype(np.int64) @ chosen
+        for e in range(experts):
+            by_token[layer, e] = np.bincount(flat[chosen[:, e]], minlength=vocabulary)
+        if layer:
+            first = expert[layer - 1 : layer + 1, ..., 0].reshape(2, -1)
+            np.add.at(flow[layer - 1], (first[0], first[1]), 1)
+    safe = np.maximum(probs, np.finfo(np.float32).tiny)
+    scale = math.log(experts) if experts > 1 else 1.0
+    return CorpusRouting(
+        config=config,
+        tokens=stream.size,
+        by_token=by_token,
+        token_counts=np.bincount(flat, minlength=vocabulary),
+        by_window=hits.sum(2),
+        together=together,
+        flow=flow,
+        entropy=-(probs * np.log(safe)).sum(-1).mean((1, 2)) / scale,
+        dropped_at=1 - keep.mean((1, 3)),
+    )
+
+
+def log_likelihood_ratio(both: np.ndarray, row: np.ndarray, column: np.ndarray, total: int) -> np.ndarray:
+    """G^2 of 2 x 2 tables (Dunning 1993): `both` of the `total` tokens are of this kind and went to this expert,
+    `row` went to the expert, `column` are of the kind. 0 where the two are independent; chi-square with one degree of
+    freedom where they would be."""
+    row, column = np.broadcast_arrays(row, column)
+    observed = np.stack([both, row - both, column - both, total - row - column + both]).astype(float)
+    expected = np.stack(
+        [row * column, row * (total - column), (total - row) * column, (total - row) * (total - column)]
+    )
+    expected = expected / total
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(observed > 0, observed * np.log(observed / expected), 0.0)
+    return np.maximum(2 * terms.sum(0), 0.0)
+
+
+def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str, Any]]]:
+    """For each layer and expert, the tokens that it gets more often than chance would give it, strongest first.
+
+    An entry holds `tokens` (each with its id, how often it came here, how often it occurs, by what factor that is
+    more than chance, and G^2), all significant after correction; and `share`, that of the expert's choices which are
+    such tokens.
+    """
+    totals = np.diagonal(corpus.together, axis1=1, axis2=2)
+    looked_at = corpus.by_token.shape[0] * corpus.by_token.shape[1] * int((corpus.token_counts >= LEAST_COUNT).sum())
+    column = corpus.token_counts
+    found = []
+    for by_expert, sizes in zip(corpus.by_token, totals, strict=True):
+        layer = []
+        for both, size in zip(by_expert, sizes, strict=True):
+            expected = size * column / corpus.tokens
+            strength = log_likelihood_ratio(both, np.asarray(size), column, corpus.tokens)
+            strength = np.where((both > expected) & (both >= LEAST_COUNT), strength, 0.0)
+            preferred = np.flatnonzero([_chance(g) * looked_at < SIGNIFICANCE for g in strength])
+            order = preferred[np.argsort(-strength[preferred], kind="stable")]
+            tokens = [
+                {
+                    "id": int(t),
+                    "here": int(both[t]),
+                    "all": int(column[t]),
+                    "times": round(float(both[t] / expected[t]), 2),
+                    "g2": round(float(strength[t]), 1),
+                }
+                for t in order[:most]
+            ]
+            share = float(both[preferred].sum() / size) if size else 0.0
+            layer.append({"tokens": tokens, "kinds": len(preferred), "share": round(share, 4)})
+        found.append(layer)
+    return found
+
+
+def _chance(g2: float) -> float:
+    """Probability of a G^2 at least so large without any preference: chi-square, one degree of freedom."""
+    return math.erfc(math.sqrt(g2 / 2))
+
+
+def dead_experts(corpus: CorpusRouting) -> list[dict[str, Any]]:
+    """The experts that get next to nothing: `{"layer", "expert", "load", "dead"}`, load in shares of the fair one."""
+    relative = corpus.load * corpus.config.experts
+    return [
+        {"layer": int(layer), "expert": int(e), "load": round(float(relative[layer, e]), 4), "dead": bool(load == 0)}
+        for (layer, e), load in np.ndenumerate(relative)
+        if load < STARVED
+    ]
+
+
+def corpus_data(corpus: CorpusRouting) -> dict[str, Any]:
+    """What the report shows of it, ready for JSON."""
+    own = corpus.config.capacity_factor
+    factors = sorted({*FACTORS, own})
+    rounded = lambda array: np.round(array, 4).tolist()  # noqa: E731
+    bins = np.array_split(np.arange(corpus.config.seq_len), min(POSITION_BINS, corpus.config.seq_len))
+    return {
+        "tokens": corpus.tokens,
+        "windows": corpus.by_window.shape[1],
+        "load": rounded(corpus.load),
+        "worst_window": corpus.by_window.max(1).tolist(),
+        "entropy": rounded(corpus.entropy),
+        "together": corpus.together.tolist(),
+        "flow": corpus.flow.tolist(),
+        "drops": rounded(corpus.drop_fraction(own)),
+        "drops_by_factor": {"factor": factors, "drop": [rounded(corpus.drop_fraction(f)) for f in factors]},
+        "drops_by_position": {
+            "first": [int(b[0]) for b in bins],
+            "drop": rounded(np.stack([corpus.dropped_at[:, b].mean(1) for b in bins], axis=1)),
+        },
+        "dead": dead_experts(corpus),
+    }

@@ -1,0 +1,54 @@
+"""`python -m moe_jax inspect`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_jax import environment
+from moe_jax.commands import check_run_folder
+from moe_jax.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Write the routing report: one HTML file that shows where every token of a text went."""
+
+    run: str
+    """Folder of a run."""
+    text: str = ""
+    """The text to route; the beginning of the run's validation text unless given."""
+    file: str = ""
+    """A file that holds the text, in place of --text."""
+    out: str = ""
+    """The page to write; RUN/report/routing.html unless given."""
+    json: str = ""
+    """Write the data behind the page to this file as well."""
+    step: int | None = None
+    """Checkpoint to load; the best one unless given."""
+
+    def execute(self) -> int:
+        check_run_folder(self.run)
+        text = self._text()
+        environment.prepare()
+        from moe_jax.analysis.report import report_path, write_report
+
+        folder = Path(self.run)
+        path = Path(self.out) if self.out else report_path(folder)
+        write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+        return 0
+
+    def _text(self) -> str:
+        for flag, value in (("--out", self.out), ("--json", self.json)):
+            if value and Path(value).is_dir():
+                raise ConfigError(f"{flag} {value}: is a folder; name a file")
+        if not self.file:
+            return self.text
+        if self.text:
+            raise ConfigError(f"--file {self.file}: --text is given too; give one of them")
+        try:
+            text = Path(self.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--file {self.file}: must be a text in UTF-8 that can be read ({error})") from None
+        if not text:
+            raise ConfigError(f"--file {self.file}: is empty; give a text")
+        return text
