@@ -24,7 +24,7 @@ from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.loss import training_loss
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.state import LossScale, initial_state, next_scale
-from moe_jax.training.step import gradients, make_step
+from moe_jax.training.step import clip_factor, global_norm, gradients, make_step
 from tests import oracles, tiny
 
 
@@ -329,7 +329,8 @@ def check_optimizer() -> None:
         now = jax.tree.map(jnp.asarray, params)
         state = optimizer.init(now)
         for step in grads:
-            updates, state = optimizer.update(jax.tree.map(jnp.asarray, step), state, now)
+            factor = clip_factor(global_norm(step), config.clip)
+            updates, state = optimizer.update(jax.tree.map(lambda g, f=factor: g * f, step), state, now)
             now = optax.apply_updates(now, updates)
     for name, decay in (("matrix", 0.5), ("vector", 0.0)):
         expected = oracles.adamw(params[name], [g[name] for g in clipped], rates, 0.8, 0.9, 1e-3, decay)

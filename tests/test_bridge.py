@@ -19,6 +19,7 @@ from foundation import transformer as by_hand
 from foundation.parity import max_relative_error
 from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.model import transformer
+from moe_jax.model.layers import keep_mask
 from moe_jax.training.loss import Metrics, training_loss
 
 SMALL = {"vocab_size": 19, "seq_len": 12, "layers": 2, "width": 8, "heads": 2, "experts": 4, "expert_hidden": 6}
@@ -97,7 +98,7 @@ def to_foundation_config(config: ModelConfig) -> by_hand.ModelConfig:
 def same_masks(config: ModelConfig, key: jax.Array, batch: int) -> dict:
     """The dropout masks that the real model draws from a key, for `foundation`, which takes masks as
     given."""
-    keep = 1 - config.dropout
+    rate = config.dropout
     stream = (batch, config.seq_len, config.width)
     weights = (batch, config.heads, config.seq_len, config.seq_len)
     embedding, *layers = jax.random.split(key, config.layers + 1)
@@ -105,12 +106,12 @@ def same_masks(config: ModelConfig, key: jax.Array, batch: int) -> dict:
     def block(layer: jax.Array) -> dict:
         for_weights, for_attention, for_moe = jax.random.split(layer, 3)
         return {
-            "weights": jax.random.bernoulli(jax.random.fold_in(for_weights, 0), keep, weights),
-            "attention": jax.random.bernoulli(for_attention, keep, stream),
-            "moe": jax.random.bernoulli(for_moe, keep, stream),
+            "weights": keep_mask(jax.random.fold_in(for_weights, 0), rate, weights),
+            "attention": keep_mask(for_attention, rate, stream),
+            "moe": keep_mask(for_moe, rate, stream),
         }
 
-    return {"embedding": jax.random.bernoulli(embedding, keep, stream), "blocks": [block(k) for k in layers]}
+    return {"embedding": keep_mask(embedding, rate, stream), "blocks": [block(k) for k in layers]}
 
 
 def both(case: str, dtype: str) -> tuple[tuple[jax.Array, dict], tuple[jax.Array, dict], Metrics]:

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.layers import matrix_init, rotate
+from moe_jax.model.layers import keep_mask, matrix_init, rotate
 from moe_jax.model.precision import at_least_float32
 
 
@@ -68,7 +68,8 @@ def attend_causally(
 def _attend_forward(query: Array, key: Array, value: Array, masks: list[Array] | None, keep: float | Array):
     outputs, weights = [], []
     for i, (first, end) in enumerate(query_blocks(query.shape[2])):
-        p = _weights(query[:, :, first:end], key[:, :, :end], first).astype(query.dtype)
+        # The barrier: the backward pass is to keep the weights, and not the scores beside them.
+        p = jax.lax.optimization_barrier(_weights(query[:, :, first:end], key[:, :, :end], first).astype(query.dtype))
         w = p if masks is None else jnp.where(masks[i], p / keep, 0).astype(p.dtype)
         outputs.append(jnp.einsum("bhqs,bhsd->bhqd", w, value[:, :, :end]))
         weights.append(p)
@@ -106,7 +107,7 @@ def _dropout_masks(shape: tuple[int, ...], rate: float, key: Key[Array, ""] | No
         return None
     batch, heads, positions, _ = shape
     return [
-        jax.random.bernoulli(jax.random.fold_in(key, first), 1 - rate, (batch, heads, end - first, end))
+        keep_mask(jax.random.fold_in(key, first), rate, (batch, heads, end - first, end))
         for first, end in query_blocks(positions)
     ]
 

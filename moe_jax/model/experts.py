@@ -36,9 +36,13 @@ class Experts(nnx.Module):
             w = param[...]
             return (w if group_expert is None else w[group_expert]).astype(rows.dtype)
 
-        hidden = jnp.einsum("grd,gdf->grf", rows, weight(self.w_in))
-        if self.activation == "swiglu":
-            hidden = jax.nn.silu(jnp.einsum("grd,gdf->grf", rows, weight(self.w_gate))) * hidden
-        else:
-            hidden = jax.nn.gelu(hidden, approximate=True)
-        return jnp.einsum("grf,gfd->grd", hidden, weight(self.w_out))
+        # What follows the first products is recomputed in the backward pass. Autodiff would keep the activation, and
+        # several results on the way to it, each as large as the hidden rows: most of what a layer keeps.
+        @jax.checkpoint
+        def rest(hidden: list[Array], w_out: Array) -> Array:
+            gated = self.activation == "swiglu"
+            active = jax.nn.silu(hidden[1]) * hidden[0] if gated else jax.nn.gelu(hidden[0], approximate=True)
+            return jnp.einsum("grf,gfd->grd", active, w_out)
+
+        first = [self.w_in, self.w_gate] if self.activation == "swiglu" else [self.w_in]
+        return rest([jnp.einsum("grd,gdf->grf", rows, weight(w)) for w in first], weight(self.w_out))

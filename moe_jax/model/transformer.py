@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Attention, KeyValue
-from moe_jax.model.layers import Normalisation, dropout, embedding_init, matrix_init
+from moe_jax.model.layers import Normalisation, dropout, embedding_init, look_up, matrix_init
 from moe_jax.model.moe import DenseFFN, Mode, MoE, RouterStats
 from moe_jax.model.precision import at_least_float32
 
@@ -96,7 +96,7 @@ class Transformer(nnx.Module):
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
 
     def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, " T"]) -> Float[Array, "B T D"]:
-        x = self.embedding[...][tokens]
+        x = look_up(self.embedding[...], tokens)
         if self.config.positions == "learned":
             x = x + self.position[...][positions]
         return x.astype(self.compute)

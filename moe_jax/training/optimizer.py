@@ -19,6 +19,7 @@ from optax import contrib
 from moe_jax.config import TrainConfig
 from moe_jax.model.transformer import Params
 from moe_jax.training.adafactor import scale_by_adafactor
+from moe_jax.training.adam import scale_by_adam, skippable
 from moe_jax.training.adam8bit import scale_by_adam8bit
 
 
@@ -40,35 +41,37 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the configuration, on gradients that the step has clipped.
 
-    Matrices decay; vectors (norm scales, biases) do not.
+    Matrices decay; vectors (norm scales, biases) do not. `update(..., taken=False)` leaves every bit of the state as
+    it is; what it returns for the parameters is then not to be added.
     """
     if config.optimizer == "muon":
         return optax.partition({"muon": _muon(config), "adamw": _decayed(_adam(config), config)}, muon_labels)
     if config.optimizer == "adafactor":
-        return _decayed(scale_by_adafactor(), config)
+        return _decayed(skippable(scale_by_adafactor()), config)
     if config.optimizer == "adamw-8bit":
-        return _decayed(scale_by_adam8bit(config.beta1, config.beta2, config.eps, config.seed), config)
+        rule = scale_by_adam8bit(config.beta1, config.beta2, config.eps, config.seed)
+        return _decayed(skippable(rule), config)
     return _decayed(_adam(config), config)
 
 
-def _adam(config: TrainConfig) -> optax.GradientTransformation:
+def _adam(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     narrow = jnp.bfloat16 if config.optimizer == "adamw-bf16" else None
-    return optax.scale_by_adam(b1=config.beta1, b2=config.beta2, eps=config.eps, mu_dtype=narrow)
+    return scale_by_adam(config.beta1, config.beta2, config.eps, narrow)
 
 
-def _decayed(rule: optax.GradientTransformation, config: TrainConfig) -> optax.GradientTransformation:
+def _decayed(rule: optax.GradientTransformationExtraArgs, config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """Decoupled decay (Loshchilov and Hutter 2019, algorithm 2) beside a rule, both times the learning rate."""
     return optax.chain(
         rule,
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
-        optax.scale_by_learning_rate(learning_rate(config, config.lr)),
+        skippable(optax.scale_by_learning_rate(learning_rate(config, config.lr))),
     )
 
 
-def _muon(config: TrainConfig) -> optax.GradientTransformation:
+def _muon(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """Muon (Jordan et al. 2024): the momentum of each matrix, made nearly orthogonal by five Newton-Schulz steps.
 
     A stack of experts `[E, D, F]` is E matrices: orthogonalised as one, the experts would share one spectrum.
@@ -78,9 +81,9 @@ def _muon(config: TrainConfig) -> optax.GradientTransformation:
         return jax.tree.map(lambda p: contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
 
     return optax.chain(
-        contrib.scale_by_muon(weight_dimension_numbers=axes),
+        skippable(contrib.scale_by_muon(weight_dimension_numbers=axes)),
         optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(learning_rate(config, config.muon_lr)),
+        skippable(optax.scale_by_learning_rate(learning_rate(config, config.muon_lr))),
     )
 
 

@@ -45,7 +45,7 @@ def gradients(
     params: Params,
     batch: Int[Array, "M B T_plus_1"],
     key: Key[Array, ""],
-    scale: Float[Array, ""],
+    scale: Float[Array, ""] | None,
     config: TrainConfig,
     trace: bool = False,
 ) -> tuple[Params, Metrics]:
@@ -59,7 +59,7 @@ def gradients(
     def micro(tokens: Array, index: Array) -> tuple[Params, Metrics]:
         def scaled_loss(p: Params) -> tuple[Array, Metrics]:
             loss, metrics = training_loss(merge(graphdef, p), tokens, jax.random.fold_in(key, index), config, trace)
-            return loss * scale.astype(loss.dtype), metrics
+            return loss if scale is None else loss * scale.astype(loss.dtype), metrics
 
         return jax.grad(scaled_loss, has_aux=True)(params)
 
@@ -78,7 +78,8 @@ def gradients(
         shapes = (shapes, of_metrics._replace(trace=None))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), shapes)
         (grads, metrics), traces = jax.lax.scan(accumulate, zero, (batch, jnp.arange(count)))
-    grads = jax.tree.map(lambda g: _wide(g) / (count * scale.astype(_wide(g).dtype)), grads)
+    divisor = count if scale is None else count * scale
+    grads = jax.tree.map(lambda g: _wide(g) / divisor, grads)
     return grads, jax.tree.map(lambda m: m / count, metrics)._replace(trace=traces)
 
 
@@ -89,6 +90,11 @@ def _wide(x: Array) -> Array:
 def global_norm(grads: Params) -> Float[Array, ""]:
     """Root of the sum of all squares."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in jax.tree.leaves(grads)))
+
+
+def clip_factor(norm: Float[Array, ""], limit: float) -> Float[Array, ""]:
+    """What gradients of a global norm are multiplied by, so that none is longer than the limit."""
+    return jnp.minimum(1, limit / norm)
 
 
 def purpose_key(seed: int, purpose: int, step: Array) -> Key[Array, ""]:
@@ -118,7 +124,7 @@ def with_adjusted_biases(params: Params, load: Float[Array, "L E"], rate: float)
 
 def make_step(
     graphdef: nnx.GraphDef,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     config: TrainConfig,
     loss_scaling: bool,
     trace: bool = False,
@@ -134,26 +140,24 @@ def make_step(
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
         key = purpose_key(config.seed, DROPOUT, state.step)
         scale: LossScale = state.loss_scale
-        grads, metrics = gradients(graphdef, state.params, batch, key, scale.scale, config, trace)
+        factor = scale.scale if loss_scaling else None
+        grads, metrics = gradients(graphdef, state.params, batch, key, factor, config, trace)
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())
         taken = finite & ~spike if config.skip_spikes else finite
         # One factor, applied where a gradient is used: a clipped copy of all gradients never exists.
-        clip = jnp.minimum(1, config.clip / norm)
+        clip = clip_factor(norm, config.clip)
         clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
-        updates, optimizer_state = optimizer.update(clipped, state.optimizer, jax.tree.map(_wide, state.params))
+        wide = jax.tree.map(_wide, state.params)
+        updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=taken)
         params = add(state.params, updates, purpose_key(config.seed, ROUND_WEIGHTS, state.step))
         params = with_adjusted_biases(params, metrics.load, config.balance_rate)
-
-        def if_taken[T](new: T, old: T) -> T:
-            """Entry by entry, so that each update takes its parameter's memory; `lax.cond` would hold both."""
-            return jax.tree.map(lambda n, o: jnp.where(taken, n, o), new, old)
-
         new = TrainState(
             step=state.step + 1,
-            params=if_taken(params, state.params),
-            optimizer=if_taken(optimizer_state, state.optimizer),
+            # Entry by entry, so that each update takes its parameter's memory; `lax.cond` would hold both.
+            params=jax.tree.map(lambda new, old: jnp.where(taken, new, old), params, state.params),
+            optimizer=optimizer_state,
             loss_scale=next_scale(scale, finite) if loss_scaling else scale,
             loss_track=next_track(state.loss_track, metrics.loss, finite),
             skipped=state.skipped + ~taken,

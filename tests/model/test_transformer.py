@@ -95,10 +95,10 @@ def test_rematerialised_gradients_have_the_same_bits() -> None:
             return training_loss(merge(graphdef, p), tokens, None, TrainConfig())[0]
 
         jaxpr = str(jax.make_jaxpr(jax.grad(loss))(params))
-        return jax.jit(jax.value_and_grad(loss))(params), "remat" in jaxpr or "checkpoint" in jaxpr
+        return jax.jit(jax.value_and_grad(loss))(params), jaxpr.count("checkpoint[") + jaxpr.count("remat2[")
 
     (plain, plain_has), (rematerialised, remat_has) = gradient(False), gradient(True)
-    assert (plain_has, remat_has) == (False, True)
+    assert remat_has > plain_has  # the activation within an expert is always recomputed
     tiny.assert_same_bits(rematerialised, plain)
 
 
