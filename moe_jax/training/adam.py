@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Int
 class AdamState(NamedTuple):
     """Steps taken, and the decayed means of the gradient and of its square."""
 
-    count: Int[Array, ""]
+    steps: Int[Array, ""]
     mu: Any
     nu: Any
 
@@ -35,10 +35,10 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> opt
         return AdamState(jnp.zeros((), jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
 
     def update(
-        updates: Any, state: AdamState, params: Any = None, *, taken: Bool[Array, ""] | bool = True, **_: Any
-    ) -> tuple[Any, AdamState]:
+        updates: Any, state: Any, params: Any = None, *, taken: Bool[Array, ""] | bool = True, **_: Any
+    ) -> tuple[Any, Any]:
         del params
-        count = state.count + jnp.asarray(taken, jnp.int32)
+        steps = state.steps + jnp.asarray(taken, jnp.int32)
 
         def first(m: Array, g: Array) -> Array:
             return jnp.where(taken, (b1 * m.astype(g.dtype) + (1 - b1) * g).astype(m.dtype), m)
@@ -48,14 +48,14 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> opt
 
         mu, nu = jax.tree.map(first, state.mu, updates), jax.tree.map(second, state.nu, updates)
         mu, nu = jax.lax.optimization_barrier((mu, nu))
-        t = jnp.maximum(count, 1)  # before any step there is no direction, and 0 / 0 must not be one
+        t = jnp.maximum(steps, 1)  # before any step there is no direction, and 0 / 0 must not be one
         scale_mu, scale_nu = 1 / (1 - b1**t), 1 / (1 - b2**t)
 
         def direction(m: Array, v: Array) -> Array:
             wide = m.astype(v.dtype)
             return wide * scale_mu.astype(v.dtype) / (jnp.sqrt(v * scale_nu.astype(v.dtype)) + eps)
 
-        return jax.tree.map(direction, mu, nu), AdamState(count, mu, nu)
+        return jax.tree.map(direction, mu, nu), AdamState(steps, mu, nu)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
