@@ -3,9 +3,7 @@
     uv run benchmark.py moe       one MoE layer against dense ones, by the clock and by the compiled program
     uv run benchmark.py train     the training step against the machine's matmul rate, beside dense twins
     uv run benchmark.py decode    prefill and cached decoding against the machine's memory bandwidth
-    uv run benchmark.py memory    what training takes on small GPUs, as their compiler plans it
-    uv run benchmark.py peers     the same shapes in Hugging Face transformers (--extra peers)
-    uv run benchmark.py           all of these that can run here
+    uv run benchmark.py           all three
 
 Candidates run in turn and medians are compared, so that a drifting machine does not decide. The last line of the
 output is one JSON object; the same goes into `benchmarks/`, with machine, versions and commit.

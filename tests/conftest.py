@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # or a command run in here starts pytest anew
 _CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers and the tests' subprocesses inherit the first one
     _CACHE = tempfile.mkdtemp(prefix="moe-jax-xla-")

@@ -11,10 +11,10 @@ import tyro
 
 from moe_jax import environment
 from moe_jax.commands import check_range
-from moe_jax.config import PresetName, UserError
+from moe_jax.config import PresetName
 from moe_jax.presets import preset
 
-Part = Literal["moe", "train", "decode", "memory", "peers", "all"]
+Part = Literal["moe", "train", "decode", "all"]
 
 
 @dataclass(frozen=True)
@@ -48,15 +48,10 @@ class Benchmark:
         console.print(
             f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"
         )
-        parts = ["moe", "train", "decode", "memory", "peers"] if self.part == "all" else [self.part]
+        parts = ["moe", "train", "decode"] if self.part == "all" else [self.part]
         results: dict[str, Any] = {}
         for part in parts:
-            try:
-                results[part] = report.PARTS[part](console, config, self.batch_size, self.rounds)
-            except UserError as error:
-                if self.part != "all":
-                    raise
-                console.print(f"[yellow]{part}[/yellow]: left out, {error}\n")
+            results[part] = report.PARTS[part](console, config, self.batch_size, self.rounds)
         document = {"preset": self.preset, "batch_size": self.batch_size, **results}
         if self.save:
             self._save(document, about)
