@@ -62,6 +62,7 @@ def prepare(deterministic: bool = False) -> list[str]:
         notes += _share_card()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
+    os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # its list of fonts, else in the home folder
     from moe_jax import compilation_cache  # imports jax: from here on the environment is read
 
     compilation_cache.install()

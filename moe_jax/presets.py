@@ -1,5 +1,6 @@
 """Where the settings of a run start from, by name. Each preset has a measured reason in `benchmarks/`."""
 
+import dataclasses
 from collections.abc import Callable
 
 from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
@@ -89,3 +90,10 @@ def preset(name: str) -> RunConfig:
     if name not in PRESETS:
         raise ConfigError(f"--preset {name}: must be one of " + ", ".join(PRESETS))
     return PRESETS[name]()
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The settings with the size that the tokenizer will have, without building it (a `bpe` one may end up smaller)."""
+    sizes = {"gpt2": 50_257, "byte": 257, "bpe": config.data.vocab_size}
+    size = config.model.vocab_size or sizes[config.data.tokenizer]
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

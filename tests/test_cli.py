@@ -80,6 +80,9 @@ BAD_COMMANDS = [
     (["inspect", "--run", "held", "--file", "a", "--text", "b"], ["--file", "--text"]),
     (["inspect", "--run", "held", "--out", "held"], ["--out", "held"]),
     (["plot", "--run", "held", "--run", "no/such/run"], ["--run", "no/such/run"]),
+    (["certify", "--run", "no/such/run"], ["--run", "no/such/run"]),
+    (["certify", "--preset", "giant"], ["--preset", "giant"]),
+    (["certify", "--batch-size", "0"], ["--batch-size", "0"]),
 ]
 
 
@@ -119,6 +122,14 @@ def test_bad_training_arguments(tmp_path: Path, arguments: list[str], names: lis
 def test_bad_commands(tmp_path: Path, arguments: list[str], names: list[str]) -> None:
     make_held(tmp_path)
     assert_refused(run_without_jax(tmp_path, ["-m", "moe_jax", *arguments]), names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [(["paint"], ["paint"]), (["moe", "--rounds", "0"], ["--rounds", "0"]), (["--preset", "giant"], ["giant"])],
+)
+def test_bad_benchmarks(tmp_path: Path, arguments: list[str], names: list[str]) -> None:
+    assert_refused(run_without_jax(tmp_path, [str(ROOT / "benchmark.py"), *arguments]), names)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,25 @@ def totals(groups: dict[str, Count]) -> Count:
     return Count(total, active, multiplied)
 
 
+def expert_flops(config: ModelConfig, rows: int) -> int:
+    """Forward operations of the experts' matrix products on this many rows of one token each."""
+    matrices = 3 if config.activation == "swiglu" else 2
+    return 2 * rows * matrices * config.width * config.expert_hidden
+
+
+def router_flops(config: ModelConfig, tokens: int) -> int:
+    """Forward operations of a router on so many tokens."""
+    return 2 * tokens * config.width * config.experts
+
+
+def bound_flops(config: ModelConfig, batch: int) -> int:
+    """Forward operations of an MoE layer at its capacity bound: E*C rows a sequence through an expert, shared experts
+    and router on every token."""
+    tokens = batch * config.seq_len
+    rows = batch * config.experts * config.capacity + tokens * config.shared_experts
+    return expert_flops(config, rows) + router_flops(config, tokens)
+
+
 def training_flops(config: RunConfig, steps: int) -> int:
     """6 x active matmul parameters x tokens: attention, router, K experts and the head, without lookups, norms,
     biases and the attention scores; plus the optimizer's own matrix products."""

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.analysis.bench.layer import bound_flops, with_gradients
+from moe_jax.analysis.accounting import bound_flops
+from moe_jax.analysis.bench.layer import with_gradients
 from moe_jax.analysis.bench.training import Trainer, compile_step
 from moe_jax.analysis.compiled import Program, read_program
 from moe_jax.config import ModelConfig, RunConfig
@@ -33,6 +34,10 @@ BATCH = 2
 TIGHT = 0.5
 """Share of the configured capacity factor at which causality is tried, so that many pairs are dropped."""
 FORWARD_BOUND, GRADIENT_BOUND = 1.02, 1.03
+
+
+_LAYER = ("router", "dispatch", "experts", "combine", "shared")
+"""Named scopes of an MoE layer."""
 
 
 class Certificate(NamedTuple):
@@ -198,14 +203,14 @@ def step_arithmetic(config: RunConfig, batch_size: int) -> Iterator[Certificate]
     other = dataclasses.replace(config, model=dataclasses.replace(model, dispatch="dense"))
     dense = read_program(compile_step(other, batch_size).as_text())
     bound = 3 * model.layers * bound_flops(model, batch_size)
-    experts = ours.flops_of("experts", "router", "dispatch", "combine")
+    experts = ours.flops_of(*_LAYER)
     recomputed = 4 / 3 if config.train.remat else 1
     ratio = experts / (bound * recomputed)
     yield Certificate(
         "arithmetic: expert layers within the step",
         ratio <= GRADIENT_BOUND,
         f"{experts / 1e9:.2f} GFLOP, {ratio:.3f} x the capacity bound; all experts "
-        f"{dense.flops_of('experts', 'router', 'dispatch', 'combine') / experts:.2f} x",
+        f"{dense.flops_of(*_LAYER) / experts:.2f} x",
         f"at most {GRADIENT_BOUND} x",
     )
     parts = {part: ours.flops_of(part) for part in ("attention", "ffn", "head")}

@@ -28,8 +28,6 @@ from moe_jax.training.step import Step, make_step
 
 LEANER: tuple[OptimizerKind, ...] = ("adamw", "adamw-bf16", "adamw-8bit", "adafactor")
 """From the most state to the least. A plan goes from the preset's own towards the end until one fits."""
-GPT2_ENTRIES = 50_257
-BYTE_ENTRIES = 257
 
 
 class Programs(NamedTuple):
@@ -41,7 +39,8 @@ class Programs(NamedTuple):
     policy: Policy
 
     @classmethod
-    def of(cls, config: RunConfig, device: Any) -> "Programs":
+    def of(cls, config: RunConfig, device: Any = None) -> "Programs":
+        """For a device, or a description of one; the first of this machine unless given."""
         policy = choose_policy(config.train.precision, device)
         graphdef, shapes = abstract_model(config, policy.compute)
         optimizer = make_optimizer(config.train)
@@ -59,13 +58,6 @@ class Row(NamedTuple):
     weight_bytes: float
     step: Bound
     fits: bool
-
-
-def with_vocabulary(config: RunConfig) -> RunConfig:
-    """The size that the tokenizer will have, without building it (a `bpe` one may end up smaller)."""
-    sizes = {"gpt2": GPT2_ENTRIES, "byte": BYTE_ENTRIES, "bpe": config.data.vocab_size}
-    size = config.model.vocab_size or sizes[config.data.tokenizer]
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
 
 
 def candidates(config: RunConfig, every_optimizer: bool) -> Iterator[RunConfig]:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.analysis.accounting import expert_flops
 from moe_jax.analysis.compiled import Program, read_program
-from moe_jax.config import ModelConfig
 from moe_jax.model.moe import Mode, MoE
 from moe_jax.model.precision import choose_policy
 from moe_jax.training.run import Run
@@ -58,12 +58,6 @@ def compiled_layer(run: Run) -> dict[str, Any]:
         "jaxpr": shortened(str(traced.jaxpr)),
         "hlo": shortened(without_sources(text)),
     }
-
-
-def expert_flops(config: ModelConfig, rows: int) -> int:
-    """Operations of the experts' matrix products on this many rows of one token each."""
-    matrices = 3 if config.activation == "swiglu" else 2
-    return 2 * rows * matrices * config.width * config.expert_hidden
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -1,6 +1,5 @@
 """`benchmark.py`: which measures to take, and where their numbers go."""
 
-import dataclasses
 import datetime
 import json
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import tyro
 from moe_jax import environment
 from moe_jax.commands import check_range
 from moe_jax.config import PresetName
-from moe_jax.presets import preset
+from moe_jax.presets import preset, with_vocabulary
 
 Part = Literal["moe", "train", "decode", "all"]
 
@@ -41,9 +40,7 @@ class Benchmark:
         from moe_jax.analysis.bench import machine, report
 
         console = Console(highlight=False)
-        config = preset(self.preset)
-        vocabulary = {"gpt2": 50_257, "byte": 257}.get(config.data.tokenizer, config.data.vocab_size)
-        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocabulary))
+        config = with_vocabulary(preset(self.preset))
         about = machine.describe()
         console.print(
             f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"

@@ -1,16 +1,12 @@
 """`python -m moe_jax certify`."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 
 from moe_jax import environment
 from moe_jax.commands import check_range, check_run_folder
 from moe_jax.config import PresetName
-from moe_jax.presets import preset
-
-VOCABULARY = {"gpt2": 50_257, "byte": 257}
-"""Entries of the tokenizers that have a size of their own."""
+from moe_jax.presets import preset, with_vocabulary
 
 
 @dataclass(frozen=True)
@@ -43,9 +39,7 @@ class Certify:
             opened = load_run(self.run)
             config, params = opened.config, opened.params
         else:
-            config = preset(self.preset)
-            size = VOCABULARY.get(config.data.tokenizer, config.data.vocab_size)
-            config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+            config = with_vocabulary(preset(self.preset))
             _, params = split(create(config.model, jax.random.key(config.train.seed)))
         console = Console(highlight=False, soft_wrap=True)
         what = f"run {self.run}" if self.run else f"preset {self.preset}, initial parameters"

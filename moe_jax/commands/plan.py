@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_jax import environment
 from moe_jax.config import ConfigError, PresetName, UserError
-from moe_jax.presets import preset
+from moe_jax.presets import preset, with_vocabulary
 
 if TYPE_CHECKING:
     from moe_jax.analysis.gpu_memory import Target
@@ -46,7 +46,7 @@ class Plan:
         )
         _print_header()
         rows = []
-        for candidate in gpu_plan.candidates(gpu_plan.with_vocabulary(preset(self.preset)), self.every_optimizer):
+        for candidate in gpu_plan.candidates(with_vocabulary(preset(self.preset)), self.every_optimizer):
             if self.every_optimizer and candidate.train.grad_accum > 1:
                 break
             rows.append(gpu_plan.plan_step(candidate, target))

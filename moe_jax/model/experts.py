@@ -42,7 +42,13 @@ class Experts(nnx.Module):
         def rest(hidden: list[Array], w_out: Array) -> Array:
             gated = self.activation == "swiglu"
             active = jax.nn.silu(hidden[1]) * hidden[0] if gated else jax.nn.gelu(hidden[0], approximate=True)
-            return jnp.einsum("grf,gfd->grd", active, w_out)
+            return _product("grf,gfd->grd", active, w_out)
 
         first = [self.w_in, self.w_gate] if self.activation == "swiglu" else [self.w_in]
-        return rest([jnp.einsum("grd,gdf->grf", rows, weight(w)) for w in first], weight(self.w_out))
+        return rest([_product("grd,gdf->grf", rows, weight(w)) for w in first], weight(self.w_out))
+
+
+def _product(axes: str, rows: Array, weights: Array) -> Array:
+    """The batched product. A single group is multiplied as a plain matrix: the compiler would do the same, and forget
+    on the way which part of the model the product came from."""
+    return (rows[0] @ weights[0])[None] if len(weights) == 1 else jnp.einsum(axes, rows, weights)

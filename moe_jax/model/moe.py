@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.config import ModelConfig, capacity
+from moe_jax.config import ModelConfig, Priority, capacity
 from moe_jax.model import dispatch as d
 from moe_jax.model.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.experts import Experts
@@ -89,16 +89,12 @@ class MoE(nnx.Module):
         return y, stats._replace(trace=self._trace(routing, mode)) if trace else stats
 
     def _trace(self, routing: Routing, mode: Mode) -> LayerTrace:
-        config = self.config
-        training = mode is Mode.TRAIN
-        priority = config.priority if training else "token"
-        if priority == "leaky-expert-choice":
-            routing = by_experts(routing)
+        limited = self.form(mode, routing.expert.size) in ("gather", "einsum")
+        routing, priority, slots = self._queue(routing, mode)
         slot = places(routing, priority)
         keep = jnp.broadcast_to(routing.valid[..., None], slot.shape)
-        if self.form(mode, routing.expert.size) in ("gather", "einsum"):
-            factor = config.capacity_factor if training else config.eval_capacity_factor
-            keep &= slot < capacity(slot.shape[1], config.experts, config.top_k, factor)
+        if limited:
+            keep &= slot < slots
         return LayerTrace(routing.probs, routing.expert, routing.gate, slot, keep)
 
     def route(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Routing:
@@ -121,12 +117,7 @@ class MoE(nnx.Module):
             with jax.named_scope("experts"):
                 rows = self.experts(jnp.broadcast_to(flat, (config.experts, *flat.shape)))
             return d.dense_combine(rows, routing).reshape(x.shape), jnp.zeros(())
-        training = mode is Mode.TRAIN
-        factor = config.capacity_factor if training else config.eval_capacity_factor
-        slots = capacity(x.shape[1], config.experts, config.top_k, factor)
-        priority = config.priority if training else "token"
-        if priority == "leaky-expert-choice":
-            routing = by_experts(routing)
+        routing, priority, slots = self._queue(routing, mode)
         if how == "einsum":
             y, keep = self._einsum(x, routing, d.einsum_masks(routing, slots, priority))
         else:
@@ -139,6 +130,14 @@ class MoE(nnx.Module):
             y, keep = self._planned(x, routing, plan), plan.keep
         kept = keep.any(-1) if priority == "leaky-expert-choice" else keep
         return y, (~kept).mean(dtype=jnp.float32)
+
+    def _queue(self, routing: Routing, mode: Mode) -> tuple[Routing, Priority, int]:
+        """The routing whose choices queue for slots, by which rule, and how many slots an expert has for a sequence."""
+        config, training = self.config, mode is Mode.TRAIN
+        priority = config.priority if training else "token"
+        factor = config.capacity_factor if training else config.eval_capacity_factor
+        slots = capacity(routing.valid.shape[1], config.experts, config.top_k, factor)
+        return by_experts(routing) if priority == "leaky-expert-choice" else routing, priority, slots
 
     def form(self, mode: Mode, pairs: int) -> str:
         """The form of dispatch for a pass over so many (token, choice) pairs.

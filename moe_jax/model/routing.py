@@ -2,7 +2,7 @@
 
 Pure functions of arrays. B sequences of T tokens, E experts, K choices of a token, C slots of an expert.
 
-0. `disturb`, in training only and off by default: noise on the logits, jitter on the router's input.
+0. `jitter` and `noisy`, in training only and off by default: on the router's input, and on its logits.
 
 1. `route`: p = softmax(logits), top-K by logit, gates renormalised over the K (Shazeer et al. 2017, section 2.1;
    Fedus et al. 2021, section 2.1 for K = 1).

@@ -12,8 +12,10 @@ Leaves are saved by name, not by structure: a file that says `params.blocks.0.ff
 classes that wrote it.
 """
 
+import contextlib
 import errno
 import importlib.metadata
+import logging
 import math
 import os
 import re
@@ -283,8 +285,20 @@ def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.A
 
 def _write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
     # Uncompressed: trained weights do not compress, and zstd took most of the time of a save.
-    with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
+    with _without_traces(), ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
         checkpointer.save((folder / "arrays").resolve(), leaves)
+
+
+@contextlib.contextmanager
+def _without_traces() -> Iterator[None]:
+    """Orbax's threads log a traceback of every error before they raise it. One line, ours, is enough."""
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def write_weights(folder: Path, leaves: dict[str, Any]) -> None:

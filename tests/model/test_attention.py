@@ -7,7 +7,8 @@ import pytest
 
 from moe_jax.model import attention
 from moe_jax.model.attention import attend_causally
-from moe_jax.model.transformer import merge
+from moe_jax.model.moe import Mode
+from moe_jax.model.transformer import create, merge
 from tests import oracles, tiny
 
 BLOCK = 4
@@ -88,3 +89,24 @@ def test_the_layer_projects_rotates_and_attends() -> None:
     np.testing.assert_allclose(y, mixed @ p["out"] + p["out_bias"], atol=1e-12)
     np.testing.assert_allclose(cache.key, key.swapaxes(1, 2), atol=1e-13)
     np.testing.assert_allclose(cache.value, value.swapaxes(1, 2), atol=1e-13)
+
+
+def test_heads_that_start_as_copiers_make_what_was_said_likelier() -> None:
+    """At step 0 of a tied model: tokens of the context get larger logits than others, and without it they do not."""
+
+    def advantage(copying: bool) -> float:
+        config = tiny.config(vocab_size=64, width=32, heads=4, layers=2, copying_heads=copying)
+        model = create(config, jax.random.key(0))
+        attention_ = model.blocks[0].attention
+        value = np.asarray(attention_.qkv[...])[:, 2 * 32 :]
+        assert (np.asarray(attention_.out[...]) == value.T).all() == copying
+        said = jnp.asarray(np.random.default_rng(0).permutation(64)[None, : tiny.T])
+        logits = np.asarray(model.logits(model(said, Mode.TRAIN)[0]))[0, -1]
+        earlier = np.zeros(64, bool)
+        earlier[np.asarray(said)[0, :-1]] = True  # not the last token itself, which the residual stream holds
+        others = ~earlier
+        others[int(said[0, -1])] = False
+        return float((logits[earlier].mean() - logits[others].mean()) / logits.std())
+
+    assert advantage(True) > 0.5
+    assert abs(advantage(False)) < 0.5

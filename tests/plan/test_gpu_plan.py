@@ -20,7 +20,7 @@ from moe_jax.analysis.gpu_memory import Bound, Memory, Target, load_target
 from moe_jax.cli import main, run_command
 from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.model.precision import choose_policy
-from moe_jax.presets import preset
+from moe_jax.presets import preset, with_vocabulary
 
 FOUR_GB = ["rtx3050-4gb", "quadro-t1000-4gb"]
 HAS_COMPILER = environment.has_cuda_plugin() and importlib.util.find_spec("nvidia") is not None
@@ -32,7 +32,7 @@ compiled = [
 
 
 def plan(name: str, gpu: str, **train: Any) -> gpu_plan.Row:
-    config = gpu_plan.with_vocabulary(preset(name))
+    config = with_vocabulary(preset(name))
     changed = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
     return gpu_plan.plan_step(changed, load_target(gpu))
 

@@ -7,6 +7,7 @@ pytest's cache, so that it can itself be stopped and started again (`--cache-cle
 import hashlib
 import random
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def killed_run(seed: int, text: Path, cache: Path, out: Path, seconds: float) -> int:
-    """Start the run, kill it and go on, KILLS_A_RUN times, then let it finish. Returns the kills that hit."""
+def killed_run(
+    seed: int, text: Path, cache: Path, out: Path, seconds: float
+) -> tuple[int, subprocess.CompletedProcess[str]]:
+    """Start the run, kill it and go on, KILLS_A_RUN times, then let it finish. The kills that hit, and the last run."""
     random_moment = random.Random(seed)
     hit = 0
     for _ in range(KILLS_A_RUN):
@@ -38,9 +41,7 @@ def killed_run(seed: int, text: Path, cache: Path, out: Path, seconds: float) ->
         hit += process.poll() is None
         process.kill()
         process.communicate()
-    last = runs.complete([*runs.flags(text, out), "--resume"], cache)
-    assert last.returncode == 0, last.stderr
-    return hit
+    return hit, runs.complete([*runs.flags(text, out), "--resume"], cache)
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +66,13 @@ def check(
     record: Record,
 ) -> None:
     out = tmp_path / "run"
-    hit = killed_run(seed, text, cache, out, seconds)
-    equal = runs.result(out) == whole[1]
+    hit, last = killed_run(seed, text, cache, out, seconds)
     figure(record, "kill -9 that hit a live process", hit)
-    figure(record, "runs lost", 0)
+    figure(record, "runs lost", int(last.returncode != 0))
+    assert last.returncode == 0, last.stderr
+    equal = runs.result(out) == whole[1]
     figure(record, "interrupted runs that differ from the uninterrupted one", int(not equal))
-    assert runs.result(out) == whole[1]
+    assert equal
     shutil.rmtree(tmp_path / "run")
 
 

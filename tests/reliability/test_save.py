@@ -179,7 +179,7 @@ def test_full_disks_of_twenty_sizes(tmp_path: Path, record_property: Record) -> 
     """Room for a first checkpoint and for a twentieth, two twentieths, ... of a second."""
     sample = states.save(CheckpointStore(tmp_path / "sample"), 1, size=4096)
     size = sum(-(-p.stat().st_size // 4096) * 4096 for p in states.files(sample)) + 64 * 1024
-    failures = 0
+    failures, lost = 0, 0
     for i in range(20):
         disk = tmp_path / f"disk{i}"
         with small_disk(disk, size + size * (i + 1) // 20):
@@ -187,11 +187,12 @@ def test_full_disks_of_twenty_sizes(tmp_path: Path, record_property: Record) -> 
             states.save(store, 1, size=4096)
             full = refused(lambda store=store: states.save(store, 2, size=4096))
             failures += full
-            assert verify(store.newest()) is None
-            assert store.newest().step == (1 if full else 2)
+            newest = store.newest()  # verified: None where no checkpoint is whole
+            lost += newest is None or newest.step != (1 if full else 2)
             assert not list(store.folder.glob("tmp_*"))
     figure(record_property, "saves refused by a full disk", failures)
-    figure(record_property, "runs lost", 0)
+    figure(record_property, "runs lost", lost)
+    assert lost == 0
     assert failures >= 15
 
 

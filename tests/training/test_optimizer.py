@@ -1,6 +1,7 @@
 """Optimizers that keep less: what their state loses, and that nothing else changes."""
 
 import dataclasses
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,13 @@ import numpy as np
 import optax
 import pytest
 
-from moe_jax.config import TrainConfig
+from moe_jax.analysis.compiled import read_program
+from moe_jax.config import OptimizerKind, TrainConfig
 from moe_jax.training.adafactor import scale_by_adafactor
+from moe_jax.training.adam import scale_by_adam, skippable
 from moe_jax.training.adam8bit import BLOCK, Coded, decode, encode, scale_by_adam8bit
 from moe_jax.training.optimizer import make_optimizer, state_bytes
+from tests import tiny
 
 
 def blocks(seed: int, rows: int = 16) -> jax.Array:
@@ -138,3 +142,52 @@ def test_each_optimizer_decays_matrices_only_and_follows_the_schedule(kind: str)
         np.testing.assert_allclose(updates["blocks"]["w"], -rate * decay * 2, atol=1e-6)
         np.testing.assert_allclose(updates["embedding"], -0.1 * decay * 2, atol=1e-6)
         np.testing.assert_allclose(updates["blocks"]["scale"], 0, atol=1e-6)
+
+
+def test_adam_is_that_of_optax() -> None:
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.asarray(rng.normal(size=(4, 5)), jnp.float32), "b": jnp.asarray(rng.normal(size=3), jnp.float32)}
+    ours, theirs = scale_by_adam(0.8, 0.95, 1e-6), optax.scale_by_adam(0.8, 0.95, 1e-6)
+    one, other = ours.init(params), theirs.init(params)
+    for _ in range(5):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+        direction, one = ours.update(grads, one)
+        expected, other = theirs.update(grads, other)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-6), direction, expected)
+
+
+@pytest.mark.parametrize("kind", get_args(OptimizerKind))
+def test_a_step_that_is_not_taken_leaves_every_bit_of_the_state(kind: str) -> None:
+    config = TrainConfig(steps=10, optimizer=kind)  # pyright: ignore[reportArgumentType]
+    rng = np.random.default_rng(0)
+    params = {"blocks": {0: {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}}, "norm": jnp.ones(8)}
+    optimizer = make_optimizer(config)
+    update = jax.jit(lambda g, s, taken: optimizer.update(g, s, params, taken=taken))
+    grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+    _, state = update(grads, optimizer.init(params), True)
+    bad = jax.tree.map(lambda g: g * jnp.nan, grads)
+    _, after = update(bad, state, False)
+    tiny.assert_same_bits(after, state)
+    _, moved = update(grads, state, True)
+    assert any(
+        (np.asarray(a) != np.asarray(b)).any() for a, b in zip(*map(jax.tree.leaves, (moved, state)), strict=True)
+    )
+
+
+def test_adam_keeps_no_copy_of_its_moments() -> None:
+    """In a program that owns its state and may skip the step. A selection after the whole update, which works for any
+    rule, does copy."""
+
+    def copies(rule: optax.GradientTransformationExtraArgs) -> int:
+        params = jnp.zeros((256, 320))
+
+        def step(params, state, grads, taken):
+            updates, state = rule.update(grads, state, taken=taken)
+            return jnp.where(taken, params - updates, params), state
+
+        lowered = jax.jit(step, donate_argnums=(0, 1)).lower(params, rule.init(params), params, True)
+        program = read_program(lowered.compile().as_text())
+        return sum(b.opcode == "copy" and b.shape == (256, 320) for b in program.buffers)
+
+    assert copies(scale_by_adam(0.9, 0.99, 1e-8)) == 0
+    assert copies(skippable(optax.scale_by_adam(0.9, 0.99, 1e-8))) > 0

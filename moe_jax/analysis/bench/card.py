@@ -2,10 +2,7 @@
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
-
-from moe_jax.analysis.accounting import Count, count_parameters, totals
-from moe_jax.analysis.bench.layer import bound_flops
+from moe_jax.analysis.accounting import Count, bound_flops, count_parameters, expert_flops, router_flops, totals
 from moe_jax.analysis.bench.training import compile_step
 from moe_jax.analysis.compiled import read_program
 from moe_jax.config import ModelConfig, RunConfig
@@ -42,8 +39,6 @@ def formula(config: ModelConfig) -> dict[str, float]:
     scores = 6 * 2 * c.width * seen
     if c.dense == "none":
         ffn = 3 * bound_flops(c, 1) / c.seq_len
-        matrices = 3 if c.activation == "swiglu" else 2
-        ffn += 6 * matrices * c.shared_experts * c.width * c.expert_hidden
     else:
         ffn = 6 * totals({"ffn": count_parameters(c)["dense FFN"]}).multiplied / c.layers
     return {
@@ -60,13 +55,7 @@ def compute(config: RunConfig, batch_size: int) -> Card:
     by_formula = formula(config.model)
     compiled = {group: program.flops_of(scope) / tokens for group, scope in COMPILED_SCOPES.items()}
     c = config.model
-    matrices = 3 if c.activation == "swiglu" else 2
-    every = c.layers * 6 * c.width * (matrices * c.experts * c.expert_hidden + c.experts)
+    every = 3 * c.layers * (expert_flops(c, c.experts + c.shared_experts) + router_flops(c, 1))
     whole = sum(by_formula.values())
     dense = whole - by_formula["experts and router"] + every
     return Card(count_parameters(c), by_formula, compiled, dense / whole if c.dense == "none" else 1.0)
-
-
-def parameter_bytes(config: ModelConfig, dtype: str = "float32") -> int:
-    """Bytes of all parameters."""
-    return totals(count_parameters(config)).total * jnp.dtype(dtype).itemsize

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.analysis.accounting import bound_flops, expert_flops, router_flops
 from moe_jax.analysis.bench import machine
 from moe_jax.analysis.bench.timing import Times, alternate, recycled
 from moe_jax.analysis.compiled import read_program
-from moe_jax.config import ModelConfig, capacity
+from moe_jax.config import ModelConfig
 from moe_jax.model.moe import Mode, MoE
 
 BATCH = 8
@@ -74,14 +75,6 @@ def dense_layouts(config: ModelConfig) -> dict[str, tuple[Callable[..., Any], An
     }
 
 
-def bound_flops(config: ModelConfig, batch: int) -> int:
-    """Forward operations of the layer at its capacity bound: E*C rows a sequence through an expert, and the router."""
-    slots = capacity(config.seq_len, config.experts, config.top_k, config.capacity_factor)
-    matrices = 3 if config.activation == "swiglu" else 2
-    experts = 2 * matrices * batch * config.experts * slots * config.width * config.expert_hidden
-    return experts + 2 * batch * config.seq_len * config.width * config.experts
-
-
 def compiled_flops(function: Callable[..., Any], *operands: Any) -> int:
     """Operations of the matrix products in the compiled program."""
     return read_program(jax.jit(function).lower(*operands).compile().as_text()).flops
@@ -107,10 +100,8 @@ def benchmark_layer(config: ModelConfig, rounds: int = 15) -> tuple[dict[str, fl
     candidates |= {name: run for name, (run, _) in products.items()}
     times = alternate(candidates, rounds)
     rate = max(flops / times[name].median for name, (_, flops) in products.items())
-    matrices = 3 if config.activation == "swiglu" else 2
-    active = (
-        2 * BATCH * config.seq_len * config.width * (matrices * config.top_k * config.expert_hidden + config.experts)
-    )
+    tokens = BATCH * config.seq_len
+    active = expert_flops(config, tokens * config.top_k) + router_flops(config, tokens)
     bound = bound_flops(config, BATCH)
     moe = times["MoE"].median
     dense = {name: t.median for name, t in times.items() if name.startswith("dense")}

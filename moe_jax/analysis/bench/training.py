@@ -11,14 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.analysis.accounting import count_parameters, totals
+from moe_jax.analysis.gpu_plan import Programs
 from moe_jax.config import RunConfig
-from moe_jax.model.precision import choose_policy
-from moe_jax.model.transformer import create, split
 from moe_jax.training import loss
 from moe_jax.training.optimizer import make_optimizer
-from moe_jax.training.run import abstract_model
-from moe_jax.training.state import TrainState, initial_state
-from moe_jax.training.step import Step, make_step
+from moe_jax.training.state import TrainState, initial_params, initial_state
+from moe_jax.training.step import Step
 
 
 @dataclasses.dataclass
@@ -32,13 +30,12 @@ class Trainer:
 
     @classmethod
     def of(cls, config: RunConfig, batch_size: int) -> "Trainer":
-        step, _ = abstract_step(config)
-        _, params = split(create(config.model, jax.random.key(0)))
-        policy = choose_policy(config.train.precision)
-        state = initial_state(params, make_optimizer(config.train), policy.loss_scaling)
+        programs = Programs.of(config)
+        params = initial_params(config, jax.random.key(0))
+        state = initial_state(params, make_optimizer(config.train), programs.policy.loss_scaling)
         shape = (1, batch_size, config.model.seq_len + 1)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-        return cls(config, step, state, tokens)
+        return cls(config, programs.step, state, tokens)
 
     def __call__(self) -> Any:
         self.state, report = self.step(self.state, self.batch)
@@ -51,21 +48,12 @@ class Trainer:
         return 6.0 * totals(count_parameters(self.config.model)).multiplied * tokens
 
 
-def abstract_step(config: RunConfig) -> tuple[Step, TrainState]:
-    """The jitted step and the shapes of its state; nothing is allocated."""
-    policy = choose_policy(config.train.precision)
-    graphdef, shapes = abstract_model(config, policy.compute)
-    optimizer = make_optimizer(config.train)
-    state = jax.eval_shape(lambda p: initial_state(p, optimizer, policy.loss_scaling), shapes)
-    return make_step(graphdef, optimizer, config.train, policy.loss_scaling), state
-
-
 def compile_step(config: RunConfig, batch_size: int) -> Any:
     """The step, compiled for one micro-batch of `batch_size` sequences."""
-    step, state = abstract_step(config)
+    programs = Programs.of(config)
     batch = jax.ShapeDtypeStruct((1, batch_size, config.model.seq_len + 1), jnp.int32)
-    lower: Callable[..., Any] = step.lower  # pyright: ignore[reportFunctionMemberAccess]
-    return lower(state, batch).compile()
+    lower: Callable[..., Any] = programs.step.lower  # pyright: ignore[reportFunctionMemberAccess]
+    return lower(programs.state, batch).compile()
 
 
 @contextlib.contextmanager
