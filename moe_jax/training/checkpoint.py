@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,8 +92,9 @@ class CheckpointStore:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.sweep()
-            draft.mkdir()
             leaves = named_leaves(state)
+            _check_room(self.folder, leaves)
+            draft.mkdir()
             _write_arrays(draft, leaves)
             write_weights(draft, leaves)
             known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
@@ -103,7 +105,7 @@ class CheckpointStore:
             _sync(draft)
             self._publish(draft, final)
         except Exception as error:
-            shutil.rmtree(draft, ignore_errors=True)
+            _remove_draft(draft)
             cause = _disk_cause(error)
             if cause is None:
                 raise
@@ -287,6 +289,23 @@ def _write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
     # Uncompressed: trained weights do not compress, and zstd took most of the time of a save.
     with _without_traces(), ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
         checkpointer.save((folder / "arrays").resolve(), leaves)
+
+
+def _check_room(folder: Path, leaves: dict[str, Any]) -> None:
+    """Raises OSError where the disk has not the room for the arrays, before anything is written: orbax's threads go
+    on for a while, and complain, after one of them has failed."""
+    needed = sum(x.nbytes * (2 if name.startswith(_PARAMS) else 1) for name, x in leaves.items())
+    if shutil.disk_usage(folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+
+def _remove_draft(draft: Path) -> None:
+    """Remove what a failed save wrote, and what orbax's threads, which it does not stop, write after that."""
+    for _ in range(20):
+        shutil.rmtree(draft, ignore_errors=True)
+        time.sleep(0.05)
+        if not draft.exists():
+            return
 
 
 @contextlib.contextmanager
