@@ -35,19 +35,22 @@ def resident(pid: int) -> int:
 @pytest.mark.timeout(60 * 60 * 12)
 def test_half_an_hour_of_nano(cache: Path, tmp_path: Path, record_property: Record) -> None:
     out = tmp_path / "run"
-    process = runs.start(["--out", str(out), "--steps=100000", "--eval-every=100", "--save-every=50"], cache)
+    printed = (tmp_path / "printed").open("w+")
+    flags = ["--out", str(out), "--steps=100000", "--eval-every=100", "--save-every=50"]
+    process = runs.start(flags, cache, output=printed)
     sizes: list[int] = []
     begin = time.monotonic()
     try:
         while (own := own_minutes(process.pid)) < MINUTES or time.monotonic() - begin < 60 * MINUTES:
-            assert process.poll() is None, process.communicate()
+            assert process.poll() is None, (tmp_path / "printed").read_text()[-1000:]
             if own > WARM_MINUTES + len(sizes) / 2:
                 sizes.append(resident(process.pid))
             time.sleep(1)
         steps = logged(out)
     finally:
         process.kill()
-        process.communicate()
+        process.wait()
+        printed.close()
     third = len(sizes) // 3
     first, last = (sorted(part)[len(part) // 2] for part in (sizes[:third], sizes[-third:]))
     figure(record_property, "minutes of processor time in the soak", round(own))
