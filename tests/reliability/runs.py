@@ -74,7 +74,7 @@ def start(
 def complete(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.CompletedProcess[str]:
     process = start(arguments, cache, program)
     try:
-        out, err = process.communicate(timeout=550)
+        out, err = process.communicate()
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
