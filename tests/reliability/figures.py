@@ -17,13 +17,13 @@ type Record = Callable[[str, object], None]
 _PREFIX = "figure: "
 
 
-def figure(record: Record, name: str, count: int) -> None:
-    """Add to a figure of the battery, such as "kills" or "runs lost"."""
+def figure(record: Record, name: str, count: float) -> None:
+    """Add to a figure of the battery, such as "kills" or "runs lost"; a measure has a name of its own."""
     record(_PREFIX + name, count)
 
 
-def collect(reports: list[Any]) -> dict[str, int]:
-    totals: dict[str, int] = {}
+def collect(reports: list[Any]) -> dict[str, float]:
+    totals: dict[str, float] = {}
     for report in reports:
         for name, value in getattr(report, "user_properties", []) if report.when == "call" else []:
             if name.startswith(_PREFIX):

