@@ -134,7 +134,7 @@ def report_data(
         "corpus": None if corpus is None else corpus_data(corpus),
         "corpus_missing": missing,
         "specialisation": _specialisation_data(run, corpus, trace),
-        "training": training_curves(folder, run, corpus),
+        "training": training_curves(folder, run),
         "compiled": compiled_layer(run),
     }
 
