@@ -143,7 +143,7 @@ def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str,
             expected = size * column / corpus.tokens
             strength = log_likelihood_ratio(both, np.asarray(size), column, corpus.tokens)
             strength = np.where((both > expected) & (both >= LEAST_COUNT), strength, 0.0)
-            preferred = np.flatnonzero([_chance(g) * looked_at < SIGNIFICANCE for g in strength])
+            preferred = np.flatnonzero([chance(g) * looked_at < SIGNIFICANCE for g in strength])
             order = preferred[np.argsort(-strength[preferred], kind="stable")]
             tokens = [
                 {
@@ -161,7 +161,7 @@ def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str,
     return found
 
 
-def _chance(g2: float) -> float:
+def chance(g2: float) -> float:
     """Probability of a G^2 at least so large without any preference: chi-square, one degree of freedom."""
     return math.erfc(math.sqrt(g2 / 2))
 
