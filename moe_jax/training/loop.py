@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.analysis.accounting import count_parameters, totals, training_flops
+from moe_jax.analysis.saved_traces import Tracer, make_tracer
 from moe_jax.config import RunConfig, UserError, flag_of, holds_run
 from moe_jax.data.batches import train_batch, validation_subset
 from moe_jax.data.references import References, references
@@ -59,6 +60,8 @@ class Session:
     train_step: Step
     evaluation_step: EvaluationStep
     decoder: Decoder
+    tracer: Tracer | None
+    """Routes the beginning of the validation text; None for a model without routers."""
     resumed_from: int | None
     saved_step: int
     """Step of the newest checkpoint; 0 before the first."""
@@ -111,6 +114,7 @@ class Session:
             train_step=make_step(graphdef, optimizer, config.train, policy.loss_scaling),
             evaluation_step=make_evaluation_step(graphdef),
             decoder=Decoder(graphdef, config.model.seq_len),
+            tracer=make_tracer(config.model, graphdef, store.valid.tokens),
             progress=progress,
             resumed_from=newest.step if newest else None,
             saved_step=newest.step if newest else 0,
@@ -283,7 +287,10 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
     with signals.interruptible():
         scored = session.score(session.subset())
         story = session.sample(step)
+        trace = session.tracer(session.state.params) if session.tracer else None
     session.folder.add_sample(step, story)
+    if trace is not None:
+        session.folder.add_trace(step, trace)
     record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
     log.write(
         record | {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens, "wall_seconds": session.elapsed}
