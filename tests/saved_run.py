@@ -28,7 +28,7 @@ def save_run(folder: Path, **model_changes: object) -> Path:
     config = RunConfig(out=str(folder / "run"), model=model, data=data, train=train)
     store = prepare(data, progress=False, cache=folder / "cache")
     run = RunFolder(folder / "run")
-    run.start(config, store.tokenizer)
+    run.start(config, store.tokenizer, [])
     _, params = tiny.build(model)
     state = initial_state(params, make_optimizer(train), loss_scaling=False)
     state = dataclasses.replace(state, step=np.int32(STEP))
