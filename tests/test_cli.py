@@ -86,6 +86,14 @@ BAD_COMMANDS = [
     (["certify", "--run", "no/such/run"], ["--run", "no/such/run"]),
     (["certify", "--preset", "giant"], ["--preset", "giant"]),
     (["certify", "--batch-size", "0"], ["--batch-size", "0"]),
+    (["samples", "--run", "no/such/run"], ["--run", "no/such/run"]),
+    (["samples", "--run", "held", "--stories", "0"], ["--stories", "0"]),
+    (["samples", "--run", "held", "--out", "held"], ["--out held", "folder"]),
+    (["compare", "--preset", "giant"], ["--preset", "giant"]),
+    (["compare", "--seeds", "0"], ["--seeds", "0"]),
+    (["compare", "--flops", "nan"], ["--flops", "nan"]),
+    (["compare", "--data", "no/such/text"], ["--data no/such/text"]),
+    (["compare", "--out", "held/config.json"], ["--out held/config.json", "file"]),
 ]
 
 

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,14 +42,16 @@ def test_the_mixture_is_the_dense_function(changes: dict[str, Any], float64: Non
     gates differ from each other, so it is their sum that counts."""
     dense_def, dense, sparse_def, sparse = twins(**changes)
     tokens = jnp.asarray(tiny.tokens(2, tiny.T))
-    for mode in (Mode.EVALUATE, Mode.TRAIN):
-        one, other = (merge(d, p) for d, p in ((dense_def, dense), (sparse_def, sparse)))
-        logits = [np.asarray(m.logits(m(tokens, mode)[0])) for m in (one, other)]
-        assert tiny.relative_error(*logits) < 1e-12, mode
-    states = [prefill(d, p, tokens, jnp.int32(3)) for d, p in ((dense_def, dense), (sparse_def, sparse))]
-    states += [advance(d, p, s, tokens[:, 3]) for (d, p), s in zip(((dense_def, dense), (sparse_def, sparse)), states)]
-    for one, other in (states[:2], states[2:]):
-        assert tiny.relative_error(one.logits, other.logits) < 1e-12
+    logits: dict[str, list[Any]] = {}
+    for graphdef, params in ((dense_def, dense), (sparse_def, sparse)):
+        model = merge(graphdef, params)
+        read = prefill(graphdef, params, tokens, jnp.int32(3))
+        found = {mode.value: model.logits(model(tokens, mode)[0]) for mode in (Mode.EVALUATE, Mode.TRAIN)}
+        found |= {"prefill": read.logits, "decode": advance(graphdef, params, read, tokens[:, 3]).logits}
+        for name, values in found.items():
+            logits.setdefault(name, []).append(values)
+    for name, (one, other) in logits.items():
+        assert tiny.relative_error(one, other) < 1e-12, name
 
 
 def test_copies_and_routers(float64: None) -> None:
