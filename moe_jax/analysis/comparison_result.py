@@ -95,13 +95,12 @@ HEADINGS = (
     "training FLOPs",
     "ms a step",
     "training s",
-    "run s",
     "drops",
 )
 
 
 def rows(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
-    """The table's cells: `training s` by the measured step time, `run s` the mean of whole runs with evaluations."""
+    """The table's cells; times are by the measured step times, without evaluations."""
     cells = []
     for result in results:
         r = result.to_json()
@@ -116,7 +115,6 @@ def rows(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
                 f"{r['training_flops']:.3g}",
                 f"{1e3 * result.train_seconds / result.arm.steps:.1f}",
                 f"{result.train_seconds:.0f}",
-                f"{result.mean('wall_seconds'):.0f}",
                 drops,
             )
         )

@@ -83,9 +83,9 @@ def to_markdown(title: str, about: list[str], measures: dict[str, Measure], stor
     lines = [f"# {title}", "", *(f"- {line}" for line in about), ""]
     lines += ["| measure | model | validation text | its range |", "|---|---|---|---|"]
     for name, m in measures.items():
-        row = m.to_json()
-        spread = f"{row['text_range'][0]:.3f} to {row['text_range'][1]:.3f} in {row['draws']} draws"
-        text = f"{row['text_mean']:.3f} | {spread}" if m.text else "too short to say |"
+        text = "too short to say |"
+        if m.text:
+            text = f"{np.mean(m.text):.3f} | {min(m.text):.3f} to {max(m.text):.3f} in {len(m.text)} draws"
         lines.append(f"| {name.replace('_', '-')} | {m.model:.3f} | {text} |")
     for prompt, seed, story in stories:
         quoted = "\n".join(f"> {line}".rstrip() for line in story.strip().splitlines())

@@ -96,7 +96,7 @@ def test_verdicts(paired: Interval, words: str) -> None:
 def test_the_table() -> None:
     (row,) = rows([arm_result(Arm("active", "wall", 4), [1.0, 1.0])])
     assert row[:2] == ("dense-active, same wall", "1.0000 [1.0000, 1.0000]")
-    assert row[5:] == ("20", "500.0", "2", "3", "")  # a dense twin has no drops
+    assert row[5:] == ("20", "500.0", "2", "")  # a dense twin has no drops
     assert rows([arm_result(Arm("none", "tokens", 4), [1.0])])[0][-1] == "1.0%"
 
 
@@ -147,6 +147,18 @@ def test_runs_are_ordinary_and_share_what_is_the_same(text: Path, tmp_path: Path
     assert found["dense-total, same wall", 1].train.steps == round(steps / 2)
     assert found["moe", 0].run_dir == str(tmp_path / f"moe-{steps}-steps-seed-0")
     assert found["moe", 0].train.eval_every == math.ceil(steps / 10)
+
+
+def test_a_run_is_finished_once_it_is_scored_whole(tmp_path: Path) -> None:
+    """Not by the summary of its last evaluation, which is of the fixed part, nor by that of fewer steps."""
+    assert comparison.finished(tmp_path, 4) is None
+    for summary, done in (
+        ({"val_whole_stream": False, "steps": 4}, False),
+        ({"val_whole_stream": True, "steps": 3}, False),
+        ({"val_whole_stream": True, "steps": 4}, True),
+    ):
+        (tmp_path / "summary.json").write_text(json.dumps(summary))
+        assert comparison.finished(tmp_path, 4) == (summary if done else None)
 
 
 # Whole comparisons

@@ -9,6 +9,8 @@ from moe_jax.analysis import samples
 from moe_jax.analysis.text_statistics import words
 from moe_jax.commands.generate import Generate
 from moe_jax.commands.samples import Samples
+from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.storyteller import Storyteller
 from moe_jax.training.run import load_run
 from tests import saved_run
 
@@ -38,6 +40,18 @@ def test_the_command(
         told = capsys.readouterr().out.strip().splitlines()
         quoted = "\n".join(f"> {line}".rstrip() for line in told)
         assert f"## {prompt} … (seed 1)\n\n{quoted}\n" in page
+
+
+def test_stories_of_one_seed_differ_by_their_number(folder: Path) -> None:
+    run = load_run(folder)
+    teller = Storyteller(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+
+    def tell(**which: int) -> str:
+        return samples.tell(teller, "a cat", Sampling(), limit=12, **which)
+
+    assert tell(seed=0, number=1) == tell(seed=0, number=1)
+    assert len({tell(seed=0), tell(seed=0, number=1), tell(seed=1)}) == 3
+    assert tell(seed=0).startswith("a cat")
 
 
 def test_the_text_is_the_runs_validation_text(folder: Path) -> None:
