@@ -1,10 +1,13 @@
-"""A tiny run on the disk, as `train.py` leaves one, made without training: random parameters, metrics by hand."""
+"""Runs for tests: a tiny one on the disk, made without training (random parameters, metrics by hand); quick ones."""
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from moe_jax.config import DataConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import prepare
@@ -16,6 +19,16 @@ from tests import tiny
 
 STEP = 40
 STORY = "Once upon a time a dragon met a cat. The cat said hello to the dragon, and they ate a cake.\n"
+
+
+@contextmanager
+def quick_training(cache: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Whole runs within take little time for what is not training, and keep their data in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_JAX_CACHE", str(cache))
+        patch.setattr("moe_jax.training.loop.SAMPLE_TOKENS", 24)
+        patch.setattr("moe_jax.training.recorder.matmul_rate", lambda dtype: 1e9)  # only for the share of peak
+        yield patch
 
 
 def save_run(folder: Path, **model_changes: object) -> Path:

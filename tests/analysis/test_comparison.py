@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from moe_jax.commands import compare
 from moe_jax.commands.compare import Compare
 from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.training import loop
+from tests import saved_run
 from tests.reliability import runs as processes
 
 # Numbers by hand
@@ -167,12 +169,9 @@ STEP_SECONDS = {"moe": 0.2, "dense-active": 0.1, "dense-total": 0.2}
 
 
 @pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("moe_jax.training.loop.SAMPLE_TOKENS", 4)
-        patch.setattr("moe_jax.training.recorder.matmul_rate", lambda dtype: 1e9)
-        patch.setattr("moe_jax.analysis.comparison.ROUNDS", 2)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache")) as patch:
+        patch.setattr(comparison, "ROUNDS", 2)
         patch.setattr("moe_jax.analysis.comparison.jax.clear_caches", lambda: None)
         yield
 

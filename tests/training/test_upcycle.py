@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from moe_jax.model.moe import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.training.loop import Session, finish, train
 from moe_jax.training.upcycle import copied
-from tests import tiny
+from tests import saved_run, tiny
 
 
 def twins(**changes: Any) -> tuple[Any, Any, Any, Any]:
@@ -70,11 +71,8 @@ def test_copies_and_routers(float64: None) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("moe_jax.training.loop.SAMPLE_TOKENS", 4)
-        patch.setattr("moe_jax.training.recorder.matmul_rate", lambda dtype: 1e9)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
         yield
 
 
