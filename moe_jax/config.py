@@ -312,6 +312,8 @@ class RunConfig:
     """Folder of the run; empty: runs/PRESET."""
     resume: bool = False
     """Go on from the newest good checkpoint of the folder."""
+    upcycle: str = ""
+    """Folder of a trained dense run: every expert starts as a copy of its FFN, and the whole as its function."""
     verify_resume: bool = False
     """Instead of training, show within a minute that a run killed and resumed here equals one never stopped."""
     deterministic: bool = False
@@ -329,8 +331,8 @@ class RunConfig:
 
     @property
     def run_dir(self) -> str:
-        """The folder of the run: --out, else runs/PRESET, with the twin's name where the model is a dense twin."""
-        twin = "" if self.model.dense == "none" else f"-dense-{self.model.dense}"
+        """The folder of the run: --out, else runs/PRESET, with a word on what the model is where it is another one."""
+        twin = "-upcycled" * bool(self.upcycle) if self.model.dense == "none" else f"-dense-{self.model.dense}"
         return self.out or f"runs/{self.preset}{twin}"
 
     def to_dict(self) -> dict[str, Any]:

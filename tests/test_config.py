@@ -107,6 +107,7 @@ def test_every_field_survives_json() -> None:
         preset="story",
         out="somewhere",
         resume=True,
+        upcycle="elsewhere",
         tensorboard=True,
         wandb=True,
         model=ModelConfig(
