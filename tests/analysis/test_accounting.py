@@ -30,6 +30,7 @@ def stored(config: ModelConfig) -> int:
         {"dense": "active", "tied_head": False},
         {"dense": "total", "activation": "gelu"},
         {"experts": 1, "top_k": 1, "layers": 1},
+        {"qk_norm": True},
     ],
     ids=str,
 )
