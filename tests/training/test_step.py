@@ -153,6 +153,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_orthogonalises_each_expert_al
     labels = muon_labels(params)
     assert labels["blocks"][0] == {"w_in": "muon", "router": "adamw", "qkv": "muon", "scale": "adamw"}
     assert labels["embedding"] == "adamw"
+    assert muon_labels(params, routers=True) == {**labels, "blocks": {0: {**labels["blocks"][0], "router": "muon"}}}
     optimizer = make_optimizer(
         TrainConfig(steps=1, optimizer="muon", weight_decay=0.0, clip=1e9, lr=0.1, muon_lr=0.5, eps=1e-12)
     )
