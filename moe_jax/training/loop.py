@@ -18,7 +18,7 @@ from flax import nnx
 
 from moe_jax.analysis.accounting import count_parameters, totals, training_flops
 from moe_jax.analysis.saved_traces import Tracer, make_tracer
-from moe_jax.config import RunConfig, UserError, flag_of, holds_run
+from moe_jax.config import ModelConfig, RunConfig, UserError, flag_of, holds_run
 from moe_jax.data.batches import train_batch, validation_subset
 from moe_jax.data.references import References, references
 from moe_jax.data.token_store import TokenStore, prepare
@@ -221,8 +221,9 @@ def _check_belongs(checkpoint: Checkpoint, config: RunConfig, store: TokenStore)
             f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "
             "resume with that text, or start a new run with another --out"
         )
+    usual = dataclasses.asdict(ModelConfig())
     for name, here in dataclasses.asdict(config.model).items():
-        there = model.get(name)
+        there = model.get(name, usual[name])  # of a setting that came later, as it was before there was a choice
         if there != here:
             raise UserError(
                 f"{flag_of('model', name)} {here}: {checkpoint.path} was saved with {there}; "
