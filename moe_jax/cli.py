@@ -46,6 +46,7 @@ def parse[T](
     printed = io.StringIO()
     columns = os.environ.get("COLUMNS")
     wants_help = any(a in ("-h", "--help") for a in argv)
+    _check_switches(kind, argv)
     try:
         if not wants_help:
             os.environ["COLUMNS"] = "10000"  # so that the box around an error does not break its sentence
@@ -78,6 +79,7 @@ def _one_line(report: str) -> str:
     sentence = " ".join(sections[1] if len(sections) > 1 else lines)
     # "Error parsing --a/--b: ..." names a flag; "Error parsing model: --top-k 9: ..." a section of ours.
     sentence = re.sub(r"^Error parsing (?:(--[^\s/:]+)\S*|\S+): ", lambda m: f"{m[1]}: " if m[1] else "", sentence)
+    sentence = re.sub(r"no type matching \{None\}\|INT .*? from \[(.*?)\].*", r"\1 is not a whole number", sentence)
     sentence = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", sentence)
     sentence = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", sentence)
     near: list[str] = []
@@ -114,7 +116,6 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     def read(default: RunConfig) -> RunConfig:
         return parse(RunConfig, argv, default, prog="train.py", description=describe)
 
-    _check_switches(argv)
     name = _value_of(argv, "--preset")
     config = read(preset(name) if name is not None else preset("nano"))
     dense = dense_run(config.upcycle) if config.upcycle else None
@@ -129,13 +130,14 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     return config, saved
 
 
-def _check_switches(argv: Sequence[str]) -> None:
+def _check_switches(kind: type[Any], argv: Sequence[str], section: str = "") -> None:
     """Refuse `--resume=yes`: tyro would call the value an unknown option and not name the flag. Raises ConfigError."""
-    for section in ("", "model", "data", "train"):
-        owner = getattr(RunConfig(), section) if section else RunConfig()
-        for f in dataclasses.fields(owner):
+    for f in dataclasses.fields(kind):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            _check_switches(f.type, argv, f.name)
+        elif f.type is bool:
             flag = "--" + f"{section}.{f.name}".lstrip(".").replace("_", "-")
-            value = _value_of([a for a in argv if "=" in a], flag) if isinstance(getattr(owner, f.name), bool) else None
+            value = _value_of([a for a in argv if "=" in a], flag)
             if value is not None:
                 raise ConfigError(f"{flag_of(section, f.name)} {value}: takes no value; it is given, or left out")
 

@@ -30,9 +30,14 @@ def command(name: str) -> type[Any]:
     return getattr(importlib.import_module(f"moe_jax.commands.{name}"), COMMANDS[name][0])
 
 
-def check_run_folder(run: str) -> None:
+def check_run_folder(run: str, step: int | None = None) -> None:
+    """That a folder holds a run, and a checkpoint of the step that is asked for. Raises ConfigError."""
     if not holds_run(Path(run)):
         raise ConfigError(f"--run {run}: no run with a complete checkpoint there; make one with `uv run train.py`")
+    checkpoints = Path(run) / "checkpoints"
+    if step is not None and (step < 0 or not (checkpoints / f"step_{step:08d}").is_dir()):
+        steps = sorted(int(p.name[5:]) for p in checkpoints.glob("step_*") if p.name[5:].isdigit())
+        raise ConfigError(f"--step {step}: {run} has no such checkpoint; it has {', '.join(map(str, steps))}")
 
 
 def check_range(flag: str, value: float, low: float, high: float) -> None:

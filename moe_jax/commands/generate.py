@@ -53,7 +53,7 @@ class Generate:
         return 0
 
     def _check(self) -> None:
-        check_run_folder(self.run)
+        check_run_folder(self.run, self.step)
         check_range("--num-stories", self.num_stories, 1, 10_000)
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
         check_range("--temperature", self.temperature, 0, 100)

@@ -49,9 +49,12 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by a rename, so that a reader sees the old text or the new one."""
+    """Replace a file by a rename, so that a reader sees the old text or the new one, after a loss of power too."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
 
 

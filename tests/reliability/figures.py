@@ -6,7 +6,6 @@
 import datetime
 import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -42,9 +41,11 @@ def summarize(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{value:8,}  {name}")
     folder = os.environ.get("MOE_JAX_RECORD")
     if folder:
+        from moe_jax.analysis.bench import machine
+
         today = datetime.date.today().isoformat()
         failed = len(terminalreporter.stats.get("failed", []))
-        document = {"date": today, "machine": platform.platform(), "cpus": os.cpu_count(), "failed": failed}
+        document = {"date": today, "machine": machine.describe(), "failed": failed}
         document |= {"command": "pytest -m " + repr(terminalreporter.config.option.markexpr), "figures": totals}
         form = "long" if "not slow" not in terminalreporter.config.option.markexpr else "short"
         path = Path(folder) / f"{today}-reliability-{form}.json"

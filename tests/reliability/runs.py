@@ -92,6 +92,7 @@ def result(run: Path) -> dict[str, Any]:
         "leaves": manifest["leaves"],
         "progress": manifest["context"]["progress"],
         "records": [{k: v for k, v in record.items() if k not in TIMES} for record in records],
+        "traces": {p.name: p.read_text() for p in (run / "traces").glob("*")},
         "samples": (run / "samples.txt").read_text(),
         "summary": {k: v for k, v in summary.items() if k not in TIMES | {"resumed_from"}},
     }
