@@ -151,7 +151,7 @@ def _of(title: str, runs: Sequence[_Metrics]) -> str:
 
 def _with_floor(figure: Any, runs: Sequence[_Metrics], unit: str) -> Any:
     """Draws the entropy of the validation text, for each value that the runs have of it."""
-    floors = {run.floor(unit) for run in runs} - {None}
+    floors = {floor for run in runs if (floor := run.floor(unit)) is not None}
     if figure is not None and floors:
         (axes,) = figure.axes
         for floor in sorted(floors):
@@ -212,6 +212,7 @@ def trace_figures(trace: RoutingTrace) -> dict[str, Any]:
 
 def _trace_load(trace: RoutingTrace) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers, experts = trace.config.layers, trace.config.experts
     columns = min(layers, 3)
@@ -226,16 +227,22 @@ def _trace_load(trace: RoutingTrace) -> Any:
         axes.axhline(trace.capacity * windows, color="0.2", linestyle="--")
         axes.set_title(f"layer {layer}: {trace.drop_fraction[layer]:.1%} dropped", loc="left", fontsize=10)
         axes.set_xlabel("expert")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("choices (dashed: slots)")
     return figure
 
 
 def _trace_tokens(trace: RoutingTrace) -> Any:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 0.9 + 0.35 * trace.config.layers), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.35 * trace.config.layers), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(trace.expert[..., 0], aspect="auto", cmap="tab20", interpolation="nearest", vmin=0, vmax=19)
+    experts = trace.config.experts
+    look = {"cmap": colormaps["tab20"].resampled(experts), "vmin": -0.5, "vmax": experts - 0.5}
+    image = axes.imshow(trace.expert[..., 0], aspect="auto", interpolation="nearest", **look)
+    figure.colorbar(image, ax=axes, label="expert", ticks=MaxNLocator(integer=True))
     axes.set_yticks(range(trace.config.layers))
     axes.set_ylabel("layer")
     axes.set_xlabel("token")

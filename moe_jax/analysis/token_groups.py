@@ -4,6 +4,7 @@ Read from the token's own text. Of the embedded stories the word lists are known
 names, colours, clothes and food are told apart; of any other text only what its letters show.
 """
 
+import re
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,15 @@ LEAST_SHARE = 0.03
 """Least share of the expert's choices that are of such a group."""
 MOST_GROUPS, EXAMPLES = 3, 3
 
-_GRAMMATICAL = (
-    "a an the this that these those my your his her its our their i you he she it we they me him us them who which what "
-    "of to in on at by for from with into out up down off over under near after before about as than then and or but so "
-    "if because while when where there here is am are was were be been being do does did have has had will would can "
-    "could shall should may might must not no"
-).split()
+_GRAMMATICAL = set(
+    re.findall(
+        r"\w+",
+        """a an the this that these those my your his her its our their i you he she it we they me him us them who which
+        what of to in on at by for from with into out up down off over under near after before about as than then and
+        or but so if because while when where there here is am are was were be been being do does did have has had will
+        would can could shall should may might must not no""",
+    )
+)
 _LISTS = {
     "names": ("hero", "friend"),
     "family": ("elder",),
