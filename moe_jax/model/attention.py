@@ -78,7 +78,9 @@ def _attend_forward(query: Array, key: Array, value: Array, masks: list[Array] |
 
 
 def _attend_backward(residuals, d_out: Array):
-    query, key, value, masks, keep, out, weights = residuals
+    # The barrier: blocks of queries and dropped weights are made anew, and not before d_out is there, or the compiler
+    # keeps those of the forward pass.
+    (query, key, value, masks, keep, out, weights), d_out = jax.lax.optimization_barrier((residuals, d_out))
     wide = at_least_float32(query.dtype)
     row_sum = jnp.sum(d_out * out, axis=-1, keepdims=True, dtype=wide)
     d_query = []
