@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.commands import COMMANDS, command
+from moe_jax.compatibility import check_resumable, check_upcyclable, dense_run, upcycled
 from moe_jax.config import (
     SHORT_FLAGS,
     ConfigError,
@@ -107,7 +108,7 @@ def expand_short(argv: Sequence[str]) -> list[str]:
 def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     """The configuration that `train.py` was asked for, and the saved one where it resumes a run.
 
-    Settings start from the preset, or from the run that is resumed; flags override them.
+    Settings start from the preset, or from the run that is resumed or upcycled; flags override them.
     """
     argv = expand_short(argv)
     describe = "Train a sparse mixture-of-experts language model. Short names: " + ", ".join(SHORT_FLAGS) + "."
@@ -117,6 +118,10 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
 
     name = _value_of(argv, "--preset")
     config = read(preset(name) if name is not None else preset("nano"))
+    dense = dense_run(config.upcycle) if config.upcycle else None
+    if dense is not None:
+        config = read(upcycled(dense, config.upcycle))
+        check_upcyclable(dense, config)
     saved = load_config(Path(config.run_dir)) if config.resume else None
     if saved is not None:
         config = read(saved)
@@ -161,23 +166,6 @@ def check_run(config: RunConfig) -> None:
         raise ConfigError(f"--out {run}: is a file; name a folder")
     if holds_run(run) and not config.resume:
         raise ConfigError(f"--out {run}: already holds a run; add --resume to go on with it, or name another folder")
-
-
-_MAY_CHANGE = {"eval_tokens", "source"}
-
-
-def check_resumable(saved: RunConfig, config: RunConfig) -> None:
-    """Refuse a change that the checkpoint does not fit: model, tokenizer, data or optimizer. Raises ConfigError."""
-    fixed = [("", "preset"), ("train", "optimizer"), ("train", "weights")]
-    fixed += [("model", f.name) for f in dataclasses.fields(config.model)]
-    fixed += [("data", f.name) for f in dataclasses.fields(config.data) if f.name not in _MAY_CHANGE]
-    for section, name in fixed:
-        old, new = (getattr(getattr(c, section) if section else c, name) for c in (saved, config))
-        if old != new:
-            raise ConfigError(
-                f"{flag_of(section, name)} {new}: the run in {config.run_dir} has {old}; "
-                "leave the flag out to resume it, or start a new run with another --out"
-            )
 
 
 def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -11,11 +11,13 @@ from moe_jax.config import ConfigError, holds_run
 
 COMMANDS = {
     "generate": ("Generate", "make a trained model tell stories"),
+    "samples": ("Samples", "stories at fixed prompts and seeds, and how they repeat and vary beside the text"),
     "doctor": ("Doctor", "verify every checkpoint of a run, and repair what can be repaired"),
     "certify": ("Certify", "prove causality and compiled arithmetic of a model"),
     "plan": ("Plan", "which settings of a preset fit a GPU that need not be there"),
     "evaluate": ("Evaluate", "loss, bits per byte and drops of a trained model on any text"),
     "inspect": ("Inspect", "the routing report: one HTML page that shows where every token of a text went"),
+    "compare": ("Compare", "a mixture of experts beside its dense twins, over seeds: same tokens, same wall clock"),
     "plot": ("Plot", "pictures of a run, or of several compared: loss, bits per byte, load of the experts, ..."),
 }
 """Name, which is also that of the module -> (class, one line on it)."""
