@@ -28,7 +28,7 @@ class Samples:
     """Checkpoint to load; the best one unless given."""
 
     def execute(self) -> int:
-        check_run_folder(self.run)
+        check_run_folder(self.run, self.step)
         check_range("--stories", self.stories, 1, 10_000)
         check_range("--temperature", self.temperature, 0, 100)
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
