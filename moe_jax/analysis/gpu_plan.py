@@ -99,6 +99,53 @@ def plan_step(config: RunConfig, target: Target) -> Row:
     )
 
 
+def search(config: RunConfig, target: Target, every_optimizer: bool = False) -> Iterator[Row]:
+    """Compile one candidate after the other, to the first that fits; or one of each optimizer, without accumulation."""
+    for candidate in candidates(config, every_optimizer):
+        if every_optimizer and candidate.train.grad_accum > 1:
+            return
+        row = plan_step(candidate, target)
+        yield row
+        if row.fits and not every_optimizer:
+            return
+
+
+class Verdict(NamedTuple):
+    """What a search has found."""
+
+    row: Row
+    """The first setting whose training step fits, else the one that takes least."""
+    between: dict[str, float]
+    """MiB of what runs between its steps."""
+    total: float
+    """MiB of the largest of all."""
+    fits: bool
+
+    def summary(self, target: Target) -> dict[str, Any]:
+        """As JSON has it."""
+        train = self.row.config.train
+        return {
+            "preset": self.row.config.preset,
+            "gpu": target.name,
+            "precision": self.row.precision,
+            "total_mib": round(self.total, 1),
+            "budget_mib": round(target.budget, 1),
+            "fits": self.fits,
+            "micro_batch": train.batch_size,
+            "grad_accum": train.grad_accum,
+            "remat": train.remat,
+            "optimizer": train.optimizer,
+        }
+
+
+def verdict(rows: list[Row], target: Target) -> Verdict:
+    """The setting to take, with what runs between its steps compiled too."""
+    chosen = next((row for row in rows if row.fits), min(rows, key=lambda row: row.step.total))
+    between = plan_inference(chosen.config, target)
+    total = max(chosen.step.total, *between.values())
+    return Verdict(chosen, between, total, chosen.fits and total <= target.budget)
+
+
 def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:
     """MiB of each program that a training run executes between steps, the waiting optimizer state included."""
     programs = Programs.of(config, target)

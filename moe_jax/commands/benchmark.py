@@ -1,19 +1,23 @@
 """`benchmark.py`: which measures to take, and where their numbers go."""
 
 import datetime
+import importlib.util
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tyro
 
 from moe_jax import environment
 from moe_jax.commands import check_range
-from moe_jax.config import PresetName
+from moe_jax.config import PresetName, UserError
 from moe_jax.presets import preset, with_vocabulary
 
-Part = Literal["moe", "train", "decode", "all"]
+Part = Literal["moe", "train", "decode", "memory", "peers", "all"]
+EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
+"""Part -> the extra that it needs, and what that brings."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,9 @@ class Benchmark:
     def execute(self) -> int:
         check_range("--batch-size", self.batch_size, 1, 4096)
         check_range("--rounds", self.rounds, 1, 10_000)
+        parts = self._parts()
+        if parts == ["memory"]:
+            os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for a card neither needs nor takes the one that is here
         environment.prepare()
         from rich.console import Console
 
@@ -45,7 +52,6 @@ class Benchmark:
         console.print(
             f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"
         )
-        parts = ["moe", "train", "decode"] if self.part == "all" else [self.part]
         results: dict[str, Any] = {}
         for part in parts:
             results[part] = report.PARTS[part](console, config, self.batch_size, self.rounds)
@@ -55,11 +61,31 @@ class Benchmark:
         print(json.dumps(results[self.part] if self.part != "all" else document))
         return 0
 
+    def _parts(self) -> list[str]:
+        """The parts to run. Raises UserError where the one that was asked for needs an extra; `all` leaves it out."""
+        missing = {part for part in EXTRAS if not _can_run(part)}
+        if self.part != "all":
+            if self.part in missing:
+                extra, what = EXTRAS[self.part]
+                raise UserError(f"{self.part} needs {what}: uv run --extra {extra} benchmark.py {self.part}")
+            return [self.part]
+        for part in sorted(missing):
+            print(f"left out: {part}, for which `uv run --extra {EXTRAS[part][0]} benchmark.py {part}`")
+        return [part for part in get_args(Part) if part != "all" and part not in missing]
+
     def _save(self, document: dict[str, Any], about: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC)
         path = Path("benchmarks") / f"{now:%Y-%m-%d-%H%M}-{self.part}-{self.preset}.json"
         path.parent.mkdir(exist_ok=True)
-        command = f"uv run benchmark.py {self.part} --preset {self.preset} --rounds {self.rounds}"
+        extra = f"--extra {EXTRAS[self.part][0]} " if self.part in EXTRAS else ""
+        command = f"uv run {extra}benchmark.py {self.part} --preset {self.preset} --rounds {self.rounds}"
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"saved in {path}")
+
+
+def _can_run(part: str) -> bool:
+    """Whether the extra of a part is installed."""
+    if part == "memory":
+        return environment.has_cuda_plugin()
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))

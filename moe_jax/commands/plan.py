@@ -46,13 +46,9 @@ class Plan:
         )
         _print_header()
         rows = []
-        for candidate in gpu_plan.candidates(with_vocabulary(preset(self.preset)), self.every_optimizer):
-            if self.every_optimizer and candidate.train.grad_accum > 1:
-                break
-            rows.append(gpu_plan.plan_step(candidate, target))
-            _print_row(rows[-1])
-            if rows[-1].fits and not self.every_optimizer:
-                break
+        for row in gpu_plan.search(with_vocabulary(preset(self.preset)), target, self.every_optimizer):
+            rows.append(row)
+            _print_row(row)
         return self._report(rows, target)
 
     def _check_target(self) -> None:
@@ -63,38 +59,25 @@ class Plan:
     def _report(self, rows: "list[Row]", target: "Target") -> int:
         from moe_jax.analysis import gpu_plan
 
-        chosen = next((row for row in rows if row.fits), min(rows, key=lambda row: row.step.total))
-        between = gpu_plan.plan_inference(chosen.config, target)
-        total = max(chosen.step.total, *between.values())
-        fits = chosen.fits and total <= target.budget
-        train = chosen.config.train
+        verdict = gpu_plan.verdict(rows, target)
+        train = verdict.row.config.train
         print("\nbetween steps, with the optimizer's state waiting:", end=" ")
-        print(", ".join(f"{name} {mib:,.0f} MiB" for name, mib in between.items()))
-        if fits:
+        print(", ".join(f"{name} {mib:,.0f} MiB" for name, mib in verdict.between.items()))
+        if verdict.fits:
             print(
                 f"XLA's buffer plan fits: uv run train.py --preset {self.preset} --batch-size {train.batch_size} "
                 f"--grad-accum {train.grad_accum} --optimizer {train.optimizer}" + " --train.remat" * train.remat
             )
         else:
             print("nothing fits: take a smaller --seq-len, fewer or smaller experts, or another card")
-        result = {
-            "preset": self.preset,
-            "gpu": target.name,
-            "precision": chosen.precision,
-            "total_mib": round(total, 1),
-            "budget_mib": round(target.budget, 1),
-            "fits": fits,
-            "micro_batch": train.batch_size,
-            "grad_accum": train.grad_accum,
-            "remat": train.remat,
-            "optimizer": train.optimizer,
-        }
+        result = verdict.summary(target)
         if self.verify:
-            result["peak_mib"] = peak = gpu_plan.measured_peak(chosen.config)
-            result["peak_over_plan"] = peak / chosen.step.total
-            print(f"measured peak {peak:,.0f} MiB: {peak / chosen.step.total - 1:+.1%} of the plan for the step")
+            result["peak_mib"] = peak = gpu_plan.measured_peak(verdict.row.config)
+            planned = verdict.row.step.total
+            result["peak_over_plan"] = peak / planned
+            print(f"measured peak {peak:,.0f} MiB: {peak / planned - 1:+.1%} of the plan for the step")
         print(json.dumps(result))
-        return 0 if fits else 1
+        return 0 if verdict.fits else 1
 
 
 _COLUMNS = "{:<11} {:>6} {:>6} {:>11} {:>10} {:>8} {:>10} {:>9}  {}"

@@ -29,6 +29,9 @@ class Normalisation(nnx.Module):
     """LayerNorm (Ba et al. 2016, equation 4; eps 1e-5) or RMSNorm (Zhang and Sennrich 2019, equation 4; eps 1e-6).
 
     Statistics in at least float32. Parameters: scale `[D]`, and for LayerNorm with biases bias `[D]`.
+
+    The backward pass recomputes what lies between input and output, both of which a block keeps anyway: autodiff would
+    keep two more arrays of their size, in at least float32.
     """
 
     def __init__(self, kind: Norm, width: int, bias: bool) -> None:
@@ -38,14 +41,18 @@ class Normalisation(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x: Float[Array, "*N D"]) -> Float[Array, "*N D"]:
+        bias = self.bias[...] if hasattr(self, "bias") else None
+        return jax.checkpoint(self._normalise)(x, self.scale[...], bias)
+
+    def _normalise(self, x: Array, scale: Array, bias: Array | None) -> Array:
         wide = x.astype(at_least_float32(x.dtype))
         if self.kind == "layernorm":
             wide = wide - wide.mean(-1, keepdims=True)
         eps = 1e-5 if self.kind == "layernorm" else 1e-6
         wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
-        wide = wide * self.scale[...]
-        if hasattr(self, "bias"):
-            wide = wide + self.bias[...]
+        wide = wide * scale
+        if bias is not None:
+            wide = wide + bias
         return wide.astype(x.dtype)
 
 

@@ -49,9 +49,12 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by a rename, so that a reader sees the old text or the new one."""
+    """Replace a file by a rename, so that a reader sees the old text or the new one, after a loss of power too."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
 
 
@@ -78,13 +81,14 @@ class RunFolder:
         """Where the routing at each evaluation lies (see `analysis.saved_traces`)."""
         return self.path / "traces"
 
-    def start(self, config: RunConfig, tokenizer: Tokenizer) -> None:
-        """Write what a new run begins with; leftovers of a start that never reached a checkpoint are replaced."""
+    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]]) -> None:
+        """Write what a new run begins with, and where it comes from; leftovers of a start that never reached a
+        checkpoint are replaced."""
         self.path.mkdir(parents=True, exist_ok=True)
         for old in (self.metrics, self.samples, self.path / "summary.json", *self.traces.glob("step_*.json")):
             old.unlink(missing_ok=True)
         tokenizer.save(self.tokenizer)
-        self._write_config(config, history=[])
+        self._write_config(config, history)
 
     def record_resume(self, saved: RunConfig, config: RunConfig, step: int) -> list[str]:
         """Add to the history of config.json what changed since the run was started or last resumed. Returns the

@@ -8,10 +8,12 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
+from moe_jax.analysis import gpu_plan
 from moe_jax.analysis.accounting import totals
-from moe_jax.analysis.bench import card, decoding, layer, machine
+from moe_jax.analysis.bench import card, decoding, layer, machine, peers
 from moe_jax.analysis.bench.timing import Times, alternate
 from moe_jax.analysis.bench.training import Trainer, temporary_bytes
+from moe_jax.analysis.gpu_memory import load_target
 from moe_jax.config import RunConfig
 from moe_jax.model.transformer import create, split
 
@@ -139,8 +141,47 @@ def decode(console: Console, config: RunConfig, batch_size: int, rounds: int) ->
     return numbers
 
 
+TARGETS = ("rtx3050-4gb", "quadro-t1000-4gb", "rtx3060-12gb")
+"""Cards that `benchmark.py memory` plans for."""
+
+
+def memory(console: Console, config: RunConfig, batch_size: int, rounds: int) -> dict[str, Any]:
+    """The setting of the preset that fits each card; nothing runs. The preset's own batch is planned for."""
+    del batch_size, rounds
+    table = Table(title="first setting that fits, by XLA's buffer plan", title_justify="left", title_style="bold")
+    for name in ("card", "precision", "optimizer", "remat", "micro-batch", "accumulation", "MiB", "of", "fits"):
+        table.add_column(name, justify="right" if name in ("micro-batch", "accumulation", "MiB", "of") else "left")
+    found: dict[str, Any] = {}
+    for name in TARGETS:
+        target = load_target(name)
+        plan = gpu_plan.verdict(list(gpu_plan.search(config, target)), target).summary(target)
+        found[name] = {key: value for key, value in plan.items() if key not in ("preset", "gpu")}
+        yes = {True: "yes", False: "no"}
+        table.add_row(
+            *(name, plan["precision"], plan["optimizer"], yes[plan["remat"]]),
+            *(str(plan["micro_batch"]), str(plan["grad_accum"])),
+            *(f"{plan['total_mib']:,.0f}", f"{plan['budget_mib']:,.0f}", yes[plan["fits"]]),
+        )
+    console.print(table)
+    return found
+
+
+def against_peers(console: Console, config: RunConfig, batch_size: int, rounds: int) -> dict[str, Any]:
+    """Ours beside transformers' Mixtral."""
+    numbers, times = peers.compare(config, batch_size, rounds)
+    console.print(_times("ours, and Mixtral in PyTorch by its two implementations of experts", times))
+    for name, value in numbers.items():
+        if name.endswith("_ratio"):
+            said = "as fast as theirs: ours is SLOWER" if value < 1 else "as fast as theirs"
+            console.print(f"{name.removesuffix('_ratio')}: {value:.2f} x {said}")
+    console.print()
+    return numbers
+
+
 PARTS: dict[str, Callable[[Console, RunConfig, int, int], dict[str, Any]]] = {
     "moe": moe,
     "train": train,
     "decode": decode,
+    "memory": memory,
+    "peers": against_peers,
 }

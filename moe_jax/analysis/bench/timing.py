@@ -28,15 +28,23 @@ class Times(NamedTuple):
         return float((high - low) / self.median)
 
 
-def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, warmups: int = 2) -> dict[str, Times]:
-    """Run each candidate once a round, `rounds` times, after `warmups` that do not count."""
+class Measured(float):
+    """What a candidate returns that has measured its own seconds, in another process."""
+
+
+def alternate(
+    candidates: dict[str, Callable[[], Any]], rounds: int, warmups: int = 2, rest: float = 0.0
+) -> dict[str, Times]:
+    """Run each candidate once a round, `rounds` times, after `warmups` that do not count; each after `rest` seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for n in range(warmups + rounds):
         for name, run in candidates.items():
+            time.sleep(rest)
             begin = time.perf_counter()
-            jax.block_until_ready(run())
+            result = jax.block_until_ready(run())
+            elapsed = time.perf_counter() - begin
             if n >= warmups:
-                seconds[name].append(time.perf_counter() - begin)
+                seconds[name].append(float(result) if isinstance(result, Measured) else elapsed)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
 
 
