@@ -31,6 +31,8 @@ class Experts(nnx.Module):
         self, rows: Float[Array, "G R D"], group_expert: Int[Array, " G"] | None = None
     ) -> Float[Array, "G R D"]:
         """Each group of rows through the network of its expert: group g's is `group_expert[g]`, or g itself."""
+        if group_expert is not None and rows.shape[1] == 1:
+            return self._one_by_one(rows[:, 0], group_expert)[:, None]
 
         def weight(param: nnx.Param) -> Array:
             w = param[...]
@@ -46,6 +48,24 @@ class Experts(nnx.Module):
 
         first = [self.w_in, self.w_gate] if self.activation == "swiglu" else [self.w_in]
         return rest([_product("grd,gdf->grf", rows, weight(w)) for w in first], weight(self.w_out))
+
+    def _one_by_one(self, rows: Float[Array, "G D"], expert: Int[Array, " G"]) -> Float[Array, "G D"]:
+        """One row after the other, each with its expert's matrices where they lie. Decoding is bound by the reading of
+        weights, and indexing all of them first would write them and read them once more: twice the time of a layer."""
+
+        def product(row: Array, param: nnx.Param, e: Array) -> Array:
+            return row @ jax.lax.dynamic_index_in_dim(param[...], e, keepdims=False).astype(row.dtype)
+
+        def one(carry: None, x: tuple[Array, Array]) -> tuple[None, Array]:
+            row, e = x
+            hidden = product(row, self.w_in, e)
+            if self.activation == "swiglu":
+                active = jax.nn.silu(product(row, self.w_gate, e)) * hidden
+            else:
+                active = jax.nn.gelu(hidden, approximate=True)
+            return carry, product(active, self.w_out, e)
+
+        return jax.lax.scan(one, None, (rows, expert))[1]
 
 
 def _product(axes: str, rows: Array, weights: Array) -> Array:
