@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.commands import COMMANDS, command
+from moe_jax.compatibility import check_resumable, check_upcyclable, dense_run, upcycled
 from moe_jax.config import (
     SHORT_FLAGS,
     ConfigError,
@@ -45,6 +46,7 @@ def parse[T](
     printed = io.StringIO()
     columns = os.environ.get("COLUMNS")
     wants_help = any(a in ("-h", "--help") for a in argv)
+    _check_switches(kind, argv)
     try:
         if not wants_help:
             os.environ["COLUMNS"] = "10000"  # so that the box around an error does not break its sentence
@@ -77,6 +79,7 @@ def _one_line(report: str) -> str:
     sentence = " ".join(sections[1] if len(sections) > 1 else lines)
     # "Error parsing --a/--b: ..." names a flag; "Error parsing model: --top-k 9: ..." a section of ours.
     sentence = re.sub(r"^Error parsing (?:(--[^\s/:]+)\S*|\S+): ", lambda m: f"{m[1]}: " if m[1] else "", sentence)
+    sentence = re.sub(r"no type matching \{None\}\|INT .*? from \[(.*?)\].*", r"\1 is not a whole number", sentence)
     sentence = re.sub(r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number", sentence)
     sentence = re.sub(r"could not convert string to float: (.*)", r"\1 is not a number", sentence)
     near: list[str] = []
@@ -105,7 +108,7 @@ def expand_short(argv: Sequence[str]) -> list[str]:
 def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     """The configuration that `train.py` was asked for, and the saved one where it resumes a run.
 
-    Settings start from the preset, or from the run that is resumed; flags override them.
+    Settings start from the preset, or from the run that is resumed or upcycled; flags override them.
     """
     argv = expand_short(argv)
     describe = "Train a sparse mixture-of-experts language model. Short names: " + ", ".join(SHORT_FLAGS) + "."
@@ -113,9 +116,12 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     def read(default: RunConfig) -> RunConfig:
         return parse(RunConfig, argv, default, prog="train.py", description=describe)
 
-    _check_switches(argv)
     name = _value_of(argv, "--preset")
     config = read(preset(name) if name is not None else preset("nano"))
+    dense = dense_run(config.upcycle) if config.upcycle else None
+    if dense is not None:
+        config = read(upcycled(dense, config.upcycle))
+        check_upcyclable(dense, config)
     saved = load_config(Path(config.run_dir)) if config.resume else None
     if saved is not None:
         config = read(saved)
@@ -124,13 +130,14 @@ def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     return config, saved
 
 
-def _check_switches(argv: Sequence[str]) -> None:
+def _check_switches(kind: type[Any], argv: Sequence[str], section: str = "") -> None:
     """Refuse `--resume=yes`: tyro would call the value an unknown option and not name the flag. Raises ConfigError."""
-    for section in ("", "model", "data", "train"):
-        owner = getattr(RunConfig(), section) if section else RunConfig()
-        for f in dataclasses.fields(owner):
+    for f in dataclasses.fields(kind):
+        if isinstance(f.type, type) and dataclasses.is_dataclass(f.type):
+            _check_switches(f.type, argv, f.name)
+        elif f.type is bool:
             flag = "--" + f"{section}.{f.name}".lstrip(".").replace("_", "-")
-            value = _value_of([a for a in argv if "=" in a], flag) if isinstance(getattr(owner, f.name), bool) else None
+            value = _value_of([a for a in argv if "=" in a], flag)
             if value is not None:
                 raise ConfigError(f"{flag_of(section, f.name)} {value}: takes no value; it is given, or left out")
 
@@ -159,23 +166,6 @@ def check_run(config: RunConfig) -> None:
         raise ConfigError(f"--out {run}: is a file; name a folder")
     if holds_run(run) and not config.resume:
         raise ConfigError(f"--out {run}: already holds a run; add --resume to go on with it, or name another folder")
-
-
-_MAY_CHANGE = {"eval_tokens", "source"}
-
-
-def check_resumable(saved: RunConfig, config: RunConfig) -> None:
-    """Refuse a change that the checkpoint does not fit: model, tokenizer, data or optimizer. Raises ConfigError."""
-    fixed = [("", "preset"), ("train", "optimizer"), ("train", "weights")]
-    fixed += [("model", f.name) for f in dataclasses.fields(config.model)]
-    fixed += [("data", f.name) for f in dataclasses.fields(config.data) if f.name not in _MAY_CHANGE]
-    for section, name in fixed:
-        old, new = (getattr(getattr(c, section) if section else c, name) for c in (saved, config))
-        if old != new:
-            raise ConfigError(
-                f"{flag_of(section, name)} {new}: the run in {config.run_dir} has {old}; "
-                "leave the flag out to resume it, or start a new run with another --out"
-            )
 
 
 def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:

@@ -26,12 +26,13 @@ Activation = Literal["gelu", "swiglu"]
 Dispatch = Literal["gather", "einsum", "dense", "blocks"]
 Dense = Literal["none", "active", "total"]
 Priority = Literal["token", "leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice"]
+Decay = Literal["cosine", "linear"]
 Balancing = Literal["loss", "bias"]
 TokenizerKind = Literal["gpt2", "bpe", "byte"]
 OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
 WeightKind = Literal["float32", "bfloat16"]
-PresetName = Literal["nano", "story", "seed-158m", "max-4gb"]
+PresetName = Literal["nano", "story", "story-cpu", "seed-158m", "max-4gb"]
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
@@ -125,6 +126,13 @@ class ModelConfig:
     """The vocabulary head is the transposed token embedding."""
     copying_heads: bool = False
     """Attention heads start as copiers: a head's output projection is its value projection transposed."""
+    scaled_embedding: bool = False
+    """Embedding rows are looked up times the root of the width, so that the residual stream starts with entries of
+    size 1. Under a tied head that makes every token predict itself at first; meant for an untied one."""
+    quiet_branches: bool = False
+    """Output projections of attention and experts start at zero, so that the residual stream starts as embedding."""
+    qk_norm: bool = False
+    """Queries and keys are normalised by head, which bounds the attention scores."""
     dropout: float = 0.0
     """Share of activations zeroed in training: embedding, attention weights, and each residual branch."""
     dispatch: Dispatch = "gather"
@@ -246,8 +254,13 @@ class TrainConfig:
     """Peak learning rate of AdamW and Adafactor (short: --lr)."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
+    muon_router: bool = False
+    """Muon takes the routers too. Its steps move all experts' columns alike; a large step of AdamW moves them all
+    along what tokens have in common, and the first steps then drop a fifth of the tokens."""
     final_lr: float = 0.0
-    """Learning rate of the last step, as a share of the peak: the cosine ends there."""
+    """Learning rate of the last step, as a share of the peak."""
+    decay: Decay = "cosine"
+    """How the learning rate falls from the warm-up to the last step."""
     warmup_steps: int = 50
     """Steps of linear warm-up; no more than a tenth of the run is taken."""
     beta1: float = 0.9
@@ -312,6 +325,8 @@ class RunConfig:
     """Folder of the run; empty: runs/PRESET."""
     resume: bool = False
     """Go on from the newest good checkpoint of the folder."""
+    upcycle: str = ""
+    """Folder of a trained dense run: every expert starts as a copy of its FFN, and the whole as its function."""
     verify_resume: bool = False
     """Instead of training, show within a minute that a run killed and resumed here equals one never stopped."""
     deterministic: bool = False
@@ -329,8 +344,8 @@ class RunConfig:
 
     @property
     def run_dir(self) -> str:
-        """The folder of the run: --out, else runs/PRESET, with the twin's name where the model is a dense twin."""
-        twin = "" if self.model.dense == "none" else f"-dense-{self.model.dense}"
+        """The folder of the run: --out, else runs/PRESET, with a word on what the model is where it is another one."""
+        twin = "-upcycled" * bool(self.upcycle) if self.model.dense == "none" else f"-dense-{self.model.dense}"
         return self.out or f"runs/{self.preset}{twin}"
 
     def to_dict(self) -> dict[str, Any]:

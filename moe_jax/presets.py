@@ -24,6 +24,43 @@ def _story() -> RunConfig:
     )
 
 
+def _story_cpu() -> RunConfig:
+    """For 2.5 million tokens and two CPU cores: the trials behind each setting are in `benchmarks/trials.md`.
+
+    Few active parameters, since tokens are what a small budget lacks; narrow experts, whose Muon steps are cheap.
+    """
+    return RunConfig(
+        preset="story-cpu",
+        model=ModelConfig(
+            layers=4,
+            width=192,
+            heads=4,
+            seq_len=512,
+            experts=32,
+            top_k=4,
+            expert_hidden=64,
+            dispatch="blocks",
+            tied_head=False,
+            scaled_embedding=True,
+            quiet_branches=True,
+            qk_norm=True,
+            dropout=0.1,
+        ),
+        data=DataConfig(source="tinystories", vocab_size=2048),
+        train=TrainConfig(
+            steps=2200,
+            batch_size=16,
+            optimizer="muon",
+            muon_lr=0.03,
+            muon_router=True,
+            lr=1e-2,
+            decay="linear",
+            eval_every=250,
+            save_every=250,
+        ),
+    )
+
+
 def _seed_158m() -> RunConfig:
     return RunConfig(
         preset="seed-158m",
@@ -80,6 +117,7 @@ def _max_4gb() -> RunConfig:
 PRESETS: dict[str, Callable[[], RunConfig]] = {
     "nano": _nano,
     "story": _story,
+    "story-cpu": _story_cpu,
     "seed-158m": _seed_158m,
     "max-4gb": _max_4gb,
 }

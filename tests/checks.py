@@ -4,6 +4,7 @@ fail (`tests/planted.py`). Each compiles its own small programs, so that a plant
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -200,9 +201,9 @@ def check_rows_are_independent() -> None:
         assert (np.asarray(changed[0]) != np.asarray(hidden[0])).any()
 
 
-def check_cached_decoding(positions: str = "rope", dense: str = "none") -> None:
+def check_cached_decoding(**changes: Any) -> None:
     """Prefill 3 tokens, decode the rest one by one: the logits of every position are those of one uncached pass."""
-    graphdef, params = tiny.build(tiny.config(positions=positions, dense=dense))
+    graphdef, params = tiny.build(tiny.config(**changes))
     tokens = tiny.tokens(2, tiny.T, seed=5)
     model = merge(graphdef, params)
     expected = jax.jit(lambda x: model.logits(model(x, Mode.EVALUATE)[0]))(tokens)

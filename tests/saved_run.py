@@ -1,10 +1,13 @@
-"""A tiny run on the disk, as `train.py` leaves one, made without training: random parameters, metrics by hand."""
+"""Runs for tests: a tiny one on the disk, made without training (random parameters, metrics by hand); quick ones."""
 
 import dataclasses
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from moe_jax.config import DataConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import prepare
@@ -18,6 +21,16 @@ STEP = 40
 STORY = "Once upon a time a dragon met a cat. The cat said hello to the dragon, and they ate a cake.\n"
 
 
+@contextmanager
+def quick_training(cache: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Whole runs within take little time for what is not training, and keep their data in a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_JAX_CACHE", str(cache))
+        patch.setattr("moe_jax.training.loop.SAMPLE_TOKENS", 24)
+        patch.setattr("moe_jax.training.recorder.matmul_rate", lambda dtype: 1e9)  # only for the share of peak
+        yield patch
+
+
 def save_run(folder: Path, **model_changes: object) -> Path:
     """A run of the byte tokenizer whose text is beside it; T = 16, two layers, four experts. Returns its folder."""
     text = folder / "text.txt"
@@ -28,7 +41,7 @@ def save_run(folder: Path, **model_changes: object) -> Path:
     config = RunConfig(out=str(folder / "run"), model=model, data=data, train=train)
     store = prepare(data, progress=False, cache=folder / "cache")
     run = RunFolder(folder / "run")
-    run.start(config, store.tokenizer)
+    run.start(config, store.tokenizer, [])
     _, params = tiny.build(model)
     state = initial_state(params, make_optimizer(train), loss_scaling=False)
     state = dataclasses.replace(state, step=np.int32(STEP))

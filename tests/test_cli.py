@@ -3,8 +3,10 @@
 Each command line runs in a process of its own, as a person would type it, with an import of jax made to fail.
 """
 
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,6 +65,7 @@ BAD_TRAIN = [
     (["--experst", "4"], ["--experst", "--experts"]),
     (["stray"], ["stray"]),
     (["--resume", "maybe"], ["maybe"]),
+    (["--upcycle", "no/such/run"], ["--upcycle no/such/run", "--model.dense active"]),
 ]
 
 # (arguments of python -m moe_jax, what the line must name)
@@ -83,6 +86,14 @@ BAD_COMMANDS = [
     (["certify", "--run", "no/such/run"], ["--run", "no/such/run"]),
     (["certify", "--preset", "giant"], ["--preset", "giant"]),
     (["certify", "--batch-size", "0"], ["--batch-size", "0"]),
+    (["samples", "--run", "no/such/run"], ["--run", "no/such/run"]),
+    (["samples", "--run", "held", "--stories", "0"], ["--stories", "0"]),
+    (["samples", "--run", "held", "--out", "held"], ["--out held", "folder"]),
+    (["compare", "--preset", "giant"], ["--preset", "giant"]),
+    (["compare", "--seeds", "0"], ["--seeds", "0"]),
+    (["compare", "--flops", "nan"], ["--flops", "nan"]),
+    (["compare", "--data", "no/such/text"], ["--data no/such/text"]),
+    (["compare", "--out", "held/config.json"], ["--out held/config.json", "file"]),
 ]
 
 
@@ -97,10 +108,12 @@ def run_without_jax(folder: Path, program: list[str]) -> subprocess.CompletedPro
     )
 
 
-def make_held(folder: Path) -> None:
+def make_held(folder: Path, **model_changes: object) -> None:
     """A folder that holds a run, as far as its names go."""
     (folder / "held" / "checkpoints" / "step_00000010").mkdir(parents=True)
-    (folder / "held" / "config.json").write_text(json.dumps(preset("nano").to_dict()))
+    values = preset("nano").to_dict()
+    values["model"] |= model_changes
+    (folder / "held" / "config.json").write_text(json.dumps(values))
 
 
 def assert_refused(result: subprocess.CompletedProcess[str], names: list[str]) -> None:
@@ -147,6 +160,48 @@ def test_a_folder_that_holds_a_run(tmp_path: Path, arguments: list[str], names: 
     make_held(tmp_path)
     result = run_without_jax(tmp_path, [str(ROOT / "train.py"), "--out", "held", *arguments])
     assert_refused(result, names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["--model.expert-hidden", "128"], ["--model.expert-hidden 128", "259"]),
+        (["--top-k", "1"], ["--top-k 1", "at least 2"]),
+        (["--top-k", "8"], ["--top-k 8", "below --experts 8"]),
+        (["--model.shared-experts", "1"], ["--model.shared-experts 1", "must be 0"]),
+        (["--model.dense", "total"], ["--model.dense total", "--upcycle"]),
+        (["--model.heads", "8"], ["--model.heads 8", "has 4"]),
+        (["--model.activation", "gelu"], ["--model.activation gelu", "has swiglu"]),
+        (["--seq-len", "128"], ["--seq-len 128", "has 256"]),
+        (["--tokenizer", "byte"], ["--tokenizer byte", "has bpe"]),
+        (["--preset", "story"], ["--preset story", "has nano"]),
+        (["--upcycle", "sparse"], ["--upcycle sparse", "has experts already"]),
+    ],
+)
+def test_what_a_dense_run_cannot_be_upcycled_to(tmp_path: Path, arguments: list[str], names: list[str]) -> None:
+    """The hidden width of nano's dense twin: 2 x 128 + 8 / 3, rounded."""
+    make_held(tmp_path)
+    (tmp_path / "held").rename(tmp_path / "sparse")
+    make_held(tmp_path, dense="active")
+    result = run_without_jax(tmp_path, [str(ROOT / "train.py"), "--upcycle", "held", *arguments])
+    assert_refused(result, names)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["held", "poison", "sparse"]
+
+
+def test_an_upcycled_run_starts_from_the_dense_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts as wide as the dense FFN; what is typed differs; once it is there, it is resumed as any run."""
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path, dense="active", layers=2)
+    config, saved = parse_run(["--upcycle", "held", "--experts", "4", "--lr", "1e-4"])
+    assert saved is None
+    assert (config.model.dense, config.model.layers, config.model.expert_hidden) == ("none", 2, 259)
+    assert (config.model.experts, config.train.lr, config.run_dir) == (4, 1e-4, "runs/nano-upcycled")
+    (tmp_path / "runs").mkdir()
+    shutil.copytree(tmp_path / "held", tmp_path / config.run_dir)
+    (tmp_path / config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
+    assert parse_run(["--upcycle", "held", "--resume"]) == (dataclasses.replace(config, resume=True), config)
+    with pytest.raises(ConfigError, match="--upcycle other: no run"):
+        parse_run(["--out", "runs/nano-upcycled", "--resume", "--upcycle", "other"])
 
 
 def test_a_file_in_place_of_the_run_folder(tmp_path: Path) -> None:

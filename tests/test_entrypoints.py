@@ -57,6 +57,23 @@ def test_a_run_goes_on(trained: Path, place: Path) -> None:
     assert "add --resume" in refused.stderr
 
 
+def test_a_dense_run_becomes_a_mixture_of_experts(place: Path) -> None:
+    """Two commands; the folder of the second is named after the first one's preset, and it goes on by itself."""
+    dense = place / "dense"
+    arguments = runs.flags(place / "stories.txt", dense, steps=4, save_every=4)
+    assert runs.complete([*arguments, "--model.dense=active"], place).returncode == 0
+    sparse = runs.complete(["--upcycle", str(dense), "--top-k", "2"], place)
+    assert sparse.returncode == 0, sparse.stderr
+    assert f"upcycled from step 4 of {dense}" in sparse.stdout
+    summary = json.loads((place / "runs" / "nano-upcycled" / "summary.json").read_text())
+    before = json.loads((dense / "summary.json").read_text())
+    assert summary["inherited_flops"] == before["training_flops"] > 0
+    assert summary["val_loss"] < before["val_loss"]
+    again = runs.complete(["--out", "runs/nano-upcycled", "--resume", "--steps", "5"], place)
+    assert again.returncode == 0, again.stderr
+    assert "resumed at step 4: train.steps 4 -> 5" in again.stdout
+
+
 def test_stories_are_told_twice_the_same(trained: Path, place: Path) -> None:
     command = ["generate", "--run", str(trained), "--prompt", "the cat", "--max-tokens", "20", "--num-stories", "2"]
     first, second = (runs.complete([*command, "--seed", "3"], place, runs.COMMANDS) for _ in range(2))

@@ -57,6 +57,7 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
         dense = c.layers * matrices * c.width * c.dense_hidden
         groups["dense FFN"] = Count(dense, dense, dense)
     norms = (2 * c.layers + 1) * norm
+    norms += c.layers * 2 * c.head_width * c.qk_norm
     groups["norms"] = Count(norms, norms, 0)
     return groups
 
@@ -91,14 +92,14 @@ def training_flops(config: RunConfig, steps: int) -> int:
     biases and the attention scores; plus the optimizer's own matrix products."""
     train = config.train
     tokens = steps * train.batch_size * train.grad_accum * config.model.seq_len
-    own = muon_flops(config.model) if train.optimizer == "muon" else 0
+    own = muon_flops(config.model, train.muon_router) if train.optimizer == "muon" else 0
     return 6 * totals(count_parameters(config.model)).multiplied * tokens + own * steps
 
 
 NEWTON_SCHULZ_STEPS = 5
 
 
-def muon_flops(config: ModelConfig) -> int:
+def muon_flops(config: ModelConfig, routers: bool = False) -> int:
     """Matrix products of one Muon step. For a matrix X of m rows and n >= m columns, each Newton-Schulz iteration
     computes X X^T, the square of that, and a product with X: 4 m^2 n + 2 m^3 operations."""
     width, hidden = config.width, config.expert_hidden if config.dense == "none" else config.dense_hidden
@@ -106,6 +107,7 @@ def muon_flops(config: ModelConfig) -> int:
     matrices = 3 if config.activation == "swiglu" else 2
     shapes = [(width, 3 * width), (width, width), *[(width, hidden)] * (experts * matrices)]
     shapes += [(width, config.shared_experts * hidden)] * matrices * (config.shared_experts > 0)
+    shapes += [(width, config.experts)] * (routers and config.dense == "none")
     once = sum(4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in shapes)
     return config.layers * NEWTON_SCHULZ_STEPS * once
 

@@ -29,17 +29,18 @@ def check_installed() -> None:
 
 
 def run_figures(folders: Sequence[Path]) -> dict[str, Any]:
-    """Figures of one run, or of several compared, by name: loss, bits_per_byte, learning_rate, throughput, and for a
-    single MoE run load. Raises UserError for a folder without metrics."""
+    """Figures of one run, or of several compared, by name: loss, bits_per_byte, learning_rate, throughput, balance,
+    drops, evenness of the load, and for a single MoE run load. Raises UserError for a folder without metrics."""
     check_installed()
     runs = [_Metrics(folder) for folder in folders]
     figures = {
-        "loss": _curves(runs, "loss", "nats per token", "Loss"),
+        "loss": _with_floor(_curves(runs, "loss", "nats per token", "Loss"), runs, "nats per token"),
         "bits_per_byte": _bits(runs),
         "learning_rate": _curves(runs, "lr", "learning rate", "Learning rate", splits=("train",)),
         "throughput": _curves(runs, "tokens_per_second", "tokens per second", "Throughput", splits=("train",), floor=0),
         "balance": _curves(runs, "balance_loss", "balance loss (1 is balanced)", "Balance", splits=("train",)),
         "drops": _curves(runs, "drop_fraction", "share of choices dropped", "Drops", splits=("train",), floor=0),
+        "evenness": _evenness(runs),
     }
     if len(runs) == 1:
         figures["load"] = load_figure(runs[0].loads)
@@ -75,6 +76,13 @@ class _Metrics:
         """Steps and values of the records that have the value."""
         points = [(r["step"], r[name]) for r in self.records[split] if r.get(name) is not None]
         return [p[0] for p in points], [p[1] for p in points]
+
+    def floor(self, unit: str) -> float | None:
+        """The entropy of the validation text, where it is known: in bits per byte, or in nats per token."""
+        bits, size = (self.summary.get(k) for k in ("entropy_floor_bits_per_byte", "val_bytes_per_token"))
+        if unit == "bits per byte" or bits is None or size is None:
+            return bits if unit == "bits per byte" else None
+        return bits * math.log(2) * size
 
     @property
     def loads(self) -> tuple[list[int], np.ndarray]:
@@ -114,7 +122,7 @@ def _curves(
     floor: float | None = None,
 ) -> Any:
     """A value by step: training as a line, validation as a line with dots, a colour for each run."""
-    figure, axes = _axes(title, "step", label)
+    figure, axes = _axes(_of(title, runs), "step", label)
     drawn = 0
     for i, run in enumerate(runs):
         for split in splits:
@@ -123,27 +131,54 @@ def _curves(
             named = run.name if len(splits) == 1 else f"{run.name}, {'training' if split == 'train' else 'validation'}"
             style = {"marker": "o", "markersize": 4, "linestyle": "--"} if split == "val" else {"linewidth": 1.4}
             axes.plot(steps, values, color=COLOURS[i % len(COLOURS)], label=named, **style)
+    axes.set_xlim(left=0)
     if floor is not None:
         axes.set_ylim(bottom=floor)
+    if "share" in label:
+        axes.yaxis.set_major_formatter("{x:.0%}")
+    elif name == "tokens_per_second":
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+    elif name == "balance_loss":
+        axes.axhline(1, color="0.3", linestyle=":")
     if len(runs) > 1 or len(splits) > 1:
         axes.legend(frameon=False)
     return figure if drawn else None
 
 
+def _of(title: str, runs: Sequence[_Metrics]) -> str:
+    return f"{title}: {runs[0].name}" if len(runs) == 1 else title
+
+
+def _with_floor(figure: Any, runs: Sequence[_Metrics], unit: str) -> Any:
+    """Draws the entropy of the validation text, for each value that the runs have of it."""
+    floors = {floor for run in runs if (floor := run.floor(unit)) is not None}
+    if figure is not None and floors:
+        (axes,) = figure.axes
+        for floor in sorted(floors):
+            axes.axhline(floor, color="0.3", linestyle=":", label=f"entropy of the validation text, {floor:.4f}")
+        axes.legend(frameon=False)
+    return figure
+
+
 def _bits(runs: Sequence[_Metrics]) -> Any:
     """Bits per byte of the validation text; where the text's entropy is known, it is the floor that is drawn."""
-    figure, axes = _axes("Validation", "step", "bits per byte")
-    drawn, floors = 0, set()
-    for i, run in enumerate(runs):
-        steps, values = run.series("val", "bits_per_byte")
-        drawn += len(steps)
-        axes.plot(steps, values, marker="o", color=COLOURS[i % len(COLOURS)], label=run.name)
-        floors.add(run.summary.get("entropy_floor_bits_per_byte"))
-    for floor in floors - {None}:
-        axes.axhline(floor, color="0.3", linestyle=":", label=f"entropy of the text, {floor:.4f}")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    return figure if drawn else None
+    title = "Bits per byte of the validation text"
+    figure = _curves(runs, "bits_per_byte", "bits per byte", title, splits=("val",), floor=0)
+    return _with_floor(figure, runs, "bits per byte")
+
+
+def _evenness(runs: Sequence[_Metrics]) -> Any:
+    """How evenly the experts are used, the mean of the layers, by step. None where no run has experts."""
+    figure, axes = _axes(_of("Evenness of the load", runs), "step", "entropy of the shares (1 is even)")
+    routed = [(i, run) for i, run in enumerate(runs) if len(run.loads[1])]
+    for i, run in routed:
+        steps, values = run.loads
+        axes.plot(steps, load_entropy(values).mean(1), color=COLOURS[i % len(COLOURS)], label=run.name, linewidth=1.4)
+    axes.set_xlim(left=0)
+    axes.set_ylim(0, 1.02)
+    if len(runs) > 1:
+        axes.legend(frameon=False)
+    return figure if routed else None
 
 
 def load_figure(loads: tuple[list[int], np.ndarray]) -> Any:
@@ -177,6 +212,7 @@ def trace_figures(trace: RoutingTrace) -> dict[str, Any]:
 
 def _trace_load(trace: RoutingTrace) -> Any:
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     layers, experts = trace.config.layers, trace.config.experts
     columns = min(layers, 3)
@@ -191,16 +227,22 @@ def _trace_load(trace: RoutingTrace) -> Any:
         axes.axhline(trace.capacity * windows, color="0.2", linestyle="--")
         axes.set_title(f"layer {layer}: {trace.drop_fraction[layer]:.1%} dropped", loc="left", fontsize=10)
         axes.set_xlabel("expert")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[0].set_ylabel("choices (dashed: slots)")
     return figure
 
 
 def _trace_tokens(trace: RoutingTrace) -> Any:
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(9, 0.9 + 0.35 * trace.config.layers), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.35 * trace.config.layers), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(trace.expert[..., 0], aspect="auto", cmap="tab20", interpolation="nearest", vmin=0, vmax=19)
+    experts = trace.config.experts
+    look = {"cmap": colormaps["tab20"].resampled(experts), "vmin": -0.5, "vmax": experts - 0.5}
+    image = axes.imshow(trace.expert[..., 0], aspect="auto", interpolation="nearest", **look)
+    figure.colorbar(image, ax=axes, label="expert", ticks=MaxNLocator(integer=True))
     axes.set_yticks(range(trace.config.layers))
     axes.set_ylabel("layer")
     axes.set_xlabel("token")

@@ -11,7 +11,8 @@ it shows lies in it as one JSON object (`<script type="application/json" id="rou
     attention         for each layer, head and token a flat list: steps back, percent, steps back, percent, ...
     corpus            counts on validation text (see `report_corpus`), null with corpus_missing where there is none
     specialisation    for each layer and expert, the tokens that prefer it (see `report_corpus.specialisation`)
-    training          curves of metrics.jsonl (see `report_training`)
+                      and the groups of tokens that it is for (see `token_groups.group_preferences`)
+    training          curves of metrics.jsonl and of the saved traces (see `report_training`)
     compiled          the compiled MoE layer (see `report_compiled`)
 """
 
@@ -36,6 +37,7 @@ from moe_jax.analysis.routing_trace import (
     token_pieces,
     trace_tokens,
 )
+from moe_jax.analysis.token_groups import group_preferences
 from moe_jax.config import ConfigError, UserError
 from moe_jax.data.token_store import prepare
 from moe_jax.training.run import Run, load_run, write_atomically
@@ -43,7 +45,7 @@ from moe_jax.training.run import Run, load_run, write_atomically
 SCHEMA = 1
 DEFAULT_TOKENS = 512
 """Tokens of validation text that are shown where no text is given."""
-SCRIPTS = ("base", "charts", "text", "experts", "capacity", "inside", "main")
+SCRIPTS = ("base", "charts", "text", "experts", "capacity", "training", "inside", "main")
 ATTENTION_ENTRIES = 200_000
 """Attention weights that a page holds at most: a few for each token, head and layer, fewer for a long text."""
 MOST_PER_TOKEN = 8
@@ -134,7 +136,7 @@ def report_data(
         "corpus": None if corpus is None else corpus_data(corpus),
         "corpus_missing": missing,
         "specialisation": _specialisation_data(run, corpus, trace),
-        "training": training_curves(folder, run, corpus),
+        "training": training_curves(folder, run),
         "compiled": compiled_layer(run),
     }
 
@@ -182,10 +184,13 @@ def _marked(run: Run, trace: RoutingTrace) -> list[int]:
 
 def _specialisation_data(run: Run, corpus: CorpusRouting | None, trace: RoutingTrace) -> list[list[dict[str, Any]]]:
     if corpus is None:
-        empty = {"tokens": [], "kinds": 0, "share": 0.0}
+        empty = {"tokens": [], "kinds": 0, "share": 0.0, "groups": []}
         return [[empty] * trace.config.experts for _ in range(trace.config.layers)]
     found = specialisation(corpus)
-    for entry in (entry for layer in found for entry in layer):
+    groups = group_preferences(corpus, run.tokenizer, run.config.data.source == "stories")
+    for layer, e in np.ndindex(len(found), trace.config.experts):
+        entry = found[layer][e]
+        entry["groups"] = groups[layer][e]
         pieces = token_pieces(run.tokenizer, np.array([t["id"] for t in entry["tokens"]], np.int32))
         entry["tokens"] = [token | {"text": piece} for token, piece in zip(entry["tokens"], pieces, strict=True)]
     return found

@@ -4,6 +4,8 @@ The layer alone, forward, for one window, as a training step runs it. Only shape
 """
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -20,11 +22,14 @@ LISTING = 60_000
 """Most characters of a listing."""
 EXPERT_PRODUCTS = ("grd,gdf->grf", "grf,gfd->grd")
 """The einsums of `Experts`, which name their products in the compiled program."""
+_OPCODE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([a-z][\w\-]*)\(", re.MULTILINE)
+_NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 
 def compiled_layer(run: Run) -> dict[str, Any]:
-    """What the report shows: products, largest first, with operations; the experts' share of them (`expert_flops`);
-    `bound`, what filling exactly the slots takes; `dense`, what all experts on all tokens would take; listings."""
+    """What the report shows: products, largest first, with operations; the experts' share (`expert_flops`);
+    `bound`, what filling exactly the slots takes; `dense`, what all experts on all tokens would take; the operations that
+    jax traced (`primitives`) and that the compiler left (`instructions`), counted by kind; listings."""
     config = run.config.model
     compute = jnp.dtype(choose_policy(run.config.train.precision).compute)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(config, 1.0, nnx.Rngs(params=jax.random.key(0)))))
@@ -55,9 +60,27 @@ def compiled_layer(run: Run) -> dict[str, Any]:
         "expert_flops": program.flops_of(*EXPERT_PRODUCTS),
         "bound": expert_flops(config, config.experts * config.capacity),
         "dense": expert_flops(config, config.experts * config.seq_len),
+        "primitives": _most_common(primitives(traced.jaxpr)),
+        "instructions": _most_common(op for op in _OPCODE.findall(text) if op not in _NO_WORK),
         "jaxpr": shortened(str(traced.jaxpr)),
         "hlo": shortened(without_sources(text)),
     }
+
+
+def primitives(jaxpr: Any) -> Iterator[str]:
+    """Names of the operations of a jaxpr, those inside of loops, conditions and calls included."""
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    for eqn in jaxpr.eqns:
+        inner = [v for value in eqn.params.values() for v in (value if isinstance(value, tuple | list) else (value,))]
+        inner = [v for v in inner if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+        for v in inner:
+            yield from primitives(v)
+        if not inner:
+            yield eqn.primitive.name
+
+
+def _most_common(names: Iterator[str]) -> dict[str, int]:
+    return dict(sorted(Counter(names).items(), key=lambda item: (-item[1], item[0])))
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.analysis.routing_trace import make_decision_step
+from moe_jax.analysis.routing_trace import make_decision_step, router_entropy
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.training.run import Run
 
@@ -45,7 +45,7 @@ class CorpusRouting:
     flow: np.ndarray
     """int [L-1, E, E]: tokens whose first choice was i in a layer and j in the next."""
     entropy: np.ndarray
-    """float [L]: mean entropy of the router's softmax over ln E: 0 is certain, 1 knows nothing."""
+    """float [L]: see `router_entropy`."""
     dropped_at: np.ndarray
     """float [L, T]: share of the choices at each position that found no slot."""
 
@@ -98,8 +98,6 @@ def count_routing(
         if layer:
             first = expert[layer - 1 : layer + 1, ..., 0].reshape(2, -1)
             np.add.at(flow[layer - 1], (first[0], first[1]), 1)
-    safe = np.maximum(probs, np.finfo(np.float32).tiny)
-    scale = math.log(experts) if experts > 1 else 1.0
     return CorpusRouting(
         config=config,
         tokens=stream.size,
@@ -108,7 +106,7 @@ def count_routing(
         by_window=hits.sum(2),
         together=together,
         flow=flow,
-        entropy=-(probs * np.log(safe)).sum(-1).mean((1, 2)) / scale,
+        entropy=router_entropy(probs),
         dropped_at=1 - keep.mean((1, 3)),
     )
 
@@ -145,7 +143,7 @@ def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str,
             expected = size * column / corpus.tokens
             strength = log_likelihood_ratio(both, np.asarray(size), column, corpus.tokens)
             strength = np.where((both > expected) & (both >= LEAST_COUNT), strength, 0.0)
-            preferred = np.flatnonzero([_chance(g) * looked_at < SIGNIFICANCE for g in strength])
+            preferred = np.flatnonzero([chance(g) * looked_at < SIGNIFICANCE for g in strength])
             order = preferred[np.argsort(-strength[preferred], kind="stable")]
             tokens = [
                 {
@@ -163,7 +161,7 @@ def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str,
     return found
 
 
-def _chance(g2: float) -> float:
+def chance(g2: float) -> float:
     """Probability of a G^2 at least so large without any preference: chi-square, one degree of freedom."""
     return math.erfc(math.sqrt(g2 / 2))
 

@@ -1,4 +1,4 @@
-"""The curves of a run for the report: from metrics.jsonl, and the router's certainty at saved checkpoints."""
+"""The curves of a run for the report: from metrics.jsonl, and from the routing saved at each evaluation."""
 
 import json
 import math
@@ -7,10 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.analysis.report_corpus import CorpusRouting
-from moe_jax.training.run import Run, write_atomically
+from moe_jax.analysis.routing_trace import token_pieces
+from moe_jax.analysis.saved_traces import read_traces
+from moe_jax.training.run import Run
 
 MOST_POINTS = 160
+MOST_TRACES = 12
+"""Saved traces whose choices the page shows; their curves show all."""
 
 
 def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -29,7 +32,7 @@ def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def training_curves(folder: Path, run: Run, corpus: CorpusRouting | None) -> dict[str, Any]:
+def training_curves(folder: Path, run: Run) -> dict[str, Any]:
     """Columns by step, at most MOST_POINTS of them; load [steps][L][E], and `spread` [L][steps], its entropy over
     ln E."""
     records = read_metrics(folder)
@@ -41,8 +44,8 @@ def training_curves(folder: Path, run: Run, corpus: CorpusRouting | None) -> dic
         **{name: [r.get(name) for r in train] for name in ("loss", "balance_loss", "drop_fraction")},
         "load": load,
         "spread": load_entropy(np.array(load)).T.tolist() if load else [],
-        "val": {name: [r.get(name) for r in records["val"]] for name in ("step", "loss")},
-        "certainty": _certainty(folder, run, corpus),
+        "val": {name: [r.get(name) for r in records["val"]] for name in ("step", "loss", "bits_per_byte")},
+        "traces": _traces(folder, run),
     }
 
 
@@ -53,17 +56,23 @@ def load_entropy(load: np.ndarray) -> np.ndarray:
     return np.asarray(np.round(nats / math.log(max(load.shape[-1], 2)), 4))
 
 
-def _certainty(folder: Path, run: Run, corpus: CorpusRouting | None) -> dict[str, Any]:
-    """The router's entropy [steps][L] at every checkpoint that a report was written of, this one included. They are
-    kept in report/entropy.json, so that a run which is resumed and reported again gets a curve."""
-    path = folder / "report" / "entropy.json"
-    try:
-        known = {int(step): row for step, row in json.loads(path.read_text(encoding="utf-8")).items()}
-    except (OSError, ValueError, AttributeError):
-        known = {}
-    if corpus is not None:
-        known[run.checkpoint.step] = np.round(corpus.entropy, 4).tolist()
-        if path.parent.is_dir():
-            write_atomically(path, json.dumps(known))
-    steps = sorted(known)
-    return {"step": steps, "entropy": [known[s] for s in steps]}
+def _traces(folder: Path, run: Run) -> dict[str, Any]:
+    """Of the saved traces: `entropy` and `drop` [L][steps]; `same` [L][steps], the share of the shown tokens whose
+    first choice is that of the trace before, null for the first; `shown`, the pieces of these tokens and their first
+    choices [steps][L][n] at MOST_TRACES steps, the last one included."""
+    found = read_traces(folder)
+    if not found:
+        return {"step": []}
+    first = np.array([[layer[:: run.config.model.top_k] for layer in trace["expert"]] for trace in found])
+    same = (first[1:] == first[:-1]).mean(2).round(4).T.tolist()
+    picked = np.unique(np.linspace(0, len(found) - 1, MOST_TRACES).astype(int))
+    return {
+        "step": [trace["step"] for trace in found],
+        **{name: np.array([trace[name] for trace in found]).T.tolist() for name in ("entropy", "drop")},
+        "same": [[None, *row] for row in same],
+        "shown": {
+            "pieces": token_pieces(run.tokenizer, np.array(found[-1]["tokens"], np.int32)),
+            "step": [found[i]["step"] for i in picked],
+            "first": first[picked].tolist(),
+        },
+    }

@@ -14,6 +14,7 @@ In a notebook:
 """
 
 import html
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,6 +103,12 @@ class RoutingTrace:
 def choice_totals(expert: np.ndarray, experts: int) -> np.ndarray:
     """int [L, E]: choices of each expert, from the choices [L, N, K]."""
     return np.stack([np.bincount(layer.reshape(-1), minlength=experts) for layer in expert])
+
+
+def router_entropy(probs: np.ndarray) -> np.ndarray:
+    """float [L]: mean entropy of the router's softmax [L, ..., E] over ln E: 0 is certain, 1 knows nothing."""
+    nats = -(probs * np.log(np.maximum(probs, np.finfo(np.float32).tiny))).sum(-1)
+    return nats.reshape(len(probs), -1).mean(1) / math.log(max(probs.shape[-1], 2))
 
 
 def make_trace_step(graphdef: nnx.GraphDef) -> TraceStep:

@@ -1,5 +1,7 @@
 """`python -m moe_jax doctor`."""
 
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,7 +27,8 @@ class Doctor:
         from moe_jax.training.doctor import examine
         from moe_jax.training.run import locked
 
-        with locked(folder):
+        writable = self.repair or os.access(folder, os.W_OK)
+        with locked(folder) if writable else contextlib.nullcontext():
             findings = examine(folder, self.repair)
         width = max(len(f.what) for f in findings)
         for finding in findings:

@@ -19,7 +19,7 @@ class Evaluate:
     """Checkpoint to load; the best one unless given."""
 
     def execute(self) -> int:
-        check_run_folder(self.run)
+        check_run_folder(self.run, self.step)
         from moe_jax.data.corpora import check_source, scored_stories
 
         if self.data:

@@ -36,38 +36,24 @@ class Generate:
     def execute(self) -> int:
         self._check()
         environment.prepare()
-        import jax
-
-        from moe_jax.data.tokenizers import StreamDecoder
-        from moe_jax.inference.decode import SAMPLE, Decoder
         from moe_jax.inference.sampling import Sampling
+        from moe_jax.inference.storyteller import Storyteller
         from moe_jax.training.run import load_run
 
         run = load_run(self.run, self.step)
-        tokenizer = run.tokenizer
-        decoder = Decoder(run.graphdef, run.config.model.seq_len)
+        teller = Storyteller(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
         settings = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
-        prompt = [tokenizer.separator_id, *tokenizer.encode(self.prompt)]
-        key = jax.random.fold_in(jax.random.key(self.seed), SAMPLE)
-        for story in range(self.num_stories):
+        for number in range(self.num_stories):
             if self.num_stories > 1:
-                print(f"--- {story + 1}")
+                print(f"--- {number + 1}")
             print(self.prompt, end="", flush=True)
-            text = StreamDecoder(tokenizer)
-            for token in decoder.stream(
-                run.params,
-                prompt,
-                settings=settings,
-                key=jax.random.fold_in(key, story),
-                stop=tokenizer.separator_id,
-                limit=self.max_tokens,
-            ):
-                print(text.feed(token), end="", flush=True)
-            print(text.finish(), flush=True)
+            for piece in teller.pieces(self.prompt, settings, seed=self.seed, number=number, limit=self.max_tokens):
+                print(piece, end="", flush=True)
+            print(flush=True)
         return 0
 
     def _check(self) -> None:
-        check_run_folder(self.run)
+        check_run_folder(self.run, self.step)
         check_range("--num-stories", self.num_stories, 1, 10_000)
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
         check_range("--temperature", self.temperature, 0, 100)

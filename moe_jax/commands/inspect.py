@@ -26,7 +26,7 @@ class Inspect:
     """Checkpoint to load; the best one unless given."""
 
     def execute(self) -> int:
-        check_run_folder(self.run)
+        check_run_folder(self.run, self.step)
         text = self._text()
         environment.prepare()
         from moe_jax.analysis.report import report_path, write_report

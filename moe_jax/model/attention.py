@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.layers import keep_mask, matrix_init, rotate
+from moe_jax.model.layers import Normalisation, keep_mask, matrix_init, rotate
 from moe_jax.model.precision import at_least_float32
 
 
@@ -119,7 +119,9 @@ def _dropout_masks(shape: tuple[int, ...], rate: float, key: Key[Array, ""] | No
 
 
 class Attention(nnx.Module):
-    """Projections around `attend`. Parameters: qkv `[D, 3D]` as (q | k | v), each (H, A); out `[D, D]`; biases.
+    """Projections around `attend`. Parameters: qkv `[D, 3D]` as (q | k | v), each (H, A); out `[D, D]`; biases; with
+    `qk_norm` the scales `[A]` of query_norm and key_norm, RMSNorms by head before the rotation (Dehghani et al. 2023,
+    section 2.1, with LayerNorm).
 
     Heads that start as *copiers* have W_O = W_V^T: what a head adds to the residual stream is a projection of what
     it looks at, and under a tied head that raises the logit of the very token it looks at. With attention uniform
@@ -137,6 +139,9 @@ class Attention(nnx.Module):
         if config.bias:
             self.qkv_bias = nnx.Param(jnp.zeros(3 * width))
             self.out_bias = nnx.Param(jnp.zeros(width))
+        if config.qk_norm:
+            self.query_norm = Normalisation("rmsnorm", config.head_width, bias=False)
+            self.key_norm = Normalisation("rmsnorm", config.head_width, bias=False)
 
     def _project(self, x: Float[Array, "B T D"], positions: Int[Array, " T"]) -> tuple[Float[Array, "B T H A"], ...]:
         """Queries, keys and values."""
@@ -145,6 +150,8 @@ class Attention(nnx.Module):
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
         qkv = qkv.reshape(*x.shape[:2], 3, self.config.heads, self.config.head_width)
         query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
+        if self.config.qk_norm:
+            query, key = self.query_norm(query), self.key_norm(key)
         if self.config.positions == "rope":
             query, key = rotate(query, positions), rotate(key, positions)
         return query, key, value

@@ -27,7 +27,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
         # Each of the 2L branches adds to the residual stream; scaled down, their sum has the variance of one.
-        out_scale = 1 / math.sqrt(2 * config.layers)
+        out_scale = 0.0 if config.quiet_branches else 1 / math.sqrt(2 * config.layers)
         self.dropout = config.dropout
         self.attention_norm = Normalisation(config.norm, config.width, config.bias)
         self.attention = Attention(config, out_scale, rngs)
@@ -97,6 +97,8 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, " T"]) -> Float[Array, "B T D"]:
         x = look_up(self.embedding[...], tokens)
+        if self.config.scaled_embedding:  # Vaswani et al. 2017, section 3.4
+            x = x * math.sqrt(self.config.width)
         if self.config.positions == "learned":
             x = x + self.position[...][positions]
         return x.astype(self.compute)

@@ -72,11 +72,12 @@ def _memory_line(session: Session) -> str:
 
 def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:
     accumulated = f" x {t.grad_accum} accumulated" if t.grad_accum > 1 else ""
+    shape = "a cosine" if t.decay == "cosine" else "a straight line"
     rate = f"{t.lr:g}" if t.optimizer != "muon" else f"{t.muon_lr:g} (AdamW part {t.lr:g})"
     return (
         f"{t.steps:,} steps of {t.batch_size}{accumulated} sequences = {tokens_per_step:,} tokens a step, "
         f"{t.steps * tokens_per_step / corpus:.2f} epochs; {t.optimizer}, learning rate {rate} after "
-        f"{warmup_steps(t)} steps of warm-up, then a cosine to {t.final_lr:.0%} of that"
+        f"{warmup_steps(t)} steps of warm-up, then {shape} to {t.final_lr:.0%} of that"
     )
 
 

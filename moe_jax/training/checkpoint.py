@@ -279,8 +279,9 @@ def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.A
     except (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
         # Orbax and tensorstore answer files that contradict each other with whatever comes first.
         raise Damaged(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})") from error
+    described = manifest.describe_leaves(arrays)["leaves"]
     for name, leaf in wanted.items():
-        if manifest.array_digest(arrays[name]) != leaf.digest:
+        if described[name][2] != leaf.digest:
             raise Damaged(f"{name} is not the array that was saved")
     return arrays
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.training.checkpoint import named_leaves
-from moe_jax.training.step import DROPOUT, gradients
+from moe_jax.training.step import DROPOUT, gradients, purpose_key
 
 if TYPE_CHECKING:
     from moe_jax.training.loop import Session
@@ -39,8 +39,7 @@ def diagnose(session: "Session", step: int) -> tuple[Path, str]:
     state, batch = session.state, session.batch(step - 1)
     bad = {"params": not_finite(state.params), "optimizer": not_finite(state.optimizer), "gradients": []}
     if not bad["params"]:
-        key = jax.random.fold_in(jax.random.key(session.config.train.seed), DROPOUT)
-        key = jax.random.fold_in(key, step - 1)
+        key = purpose_key(session.config.train.seed, DROPOUT, jnp.int32(step - 1))
         gradient = jax.jit(
             lambda p, b: gradients(session.graphdef, p, b, key, state.loss_scale.scale, session.config.train)
         )

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.analysis.accounting import count_parameters, totals, training_flops
-from moe_jax.config import RunConfig, UserError, flag_of, holds_run
+from moe_jax.analysis.saved_traces import Tracer, make_tracer
+from moe_jax.config import ModelConfig, RunConfig, UserError, flag_of, holds_run
 from moe_jax.data.batches import train_batch, validation_subset
 from moe_jax.data.references import References, references
 from moe_jax.data.token_store import TokenStore, prepare
@@ -37,6 +38,7 @@ from moe_jax.training.run import RunFolder, abstract_model
 from moe_jax.training.signals import Signals, Stopped
 from moe_jax.training.state import TrainState, initial_params, initial_state
 from moe_jax.training.step import Step, make_step
+from moe_jax.training.upcycle import DenseStart
 
 INITIAL = 0
 """Purpose of a random key (see `step.DROPOUT`)."""
@@ -59,11 +61,15 @@ class Session:
     train_step: Step
     evaluation_step: EvaluationStep
     decoder: Decoder
+    tracer: Tracer | None
+    """Routes the beginning of the validation text; None for a model without routers."""
     resumed_from: int | None
     saved_step: int
     """Step of the newest checkpoint; 0 before the first."""
     notes: list[str]
     elapsed_before: float
+    origin: dict[str, Any] | None
+    """Of an upcycled run: `DenseStart.origin`."""
     begin: float = field(default_factory=time.monotonic)
 
     @classmethod
@@ -74,7 +80,8 @@ class Session:
         """
         begin = time.monotonic()
         folder = RunFolder(Path(config.run_dir))
-        tokenizer = load_tokenizer(folder.tokenizer) if saved is not None else None
+        dense = DenseStart.open(config) if saved is None else None
+        tokenizer = load_tokenizer(folder.tokenizer) if saved is not None else dense and dense.tokenizer
         store = prepare(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         config = dataclasses.replace(config, model=_with_vocabulary(config, store))
         policy = choose_policy(config.train.precision)
@@ -82,7 +89,7 @@ class Session:
         optimizer = make_optimizer(config.train)
         checkpoints = CheckpointStore(folder.path)
         notes: list[str] = []
-        newest, progress = None, Progress()
+        newest, progress, origin = None, Progress(), None
         if saved is not None:
             abstract = jax.eval_shape(lambda p: initial_state(p, optimizer, policy.loss_scaling), shapes)
             restored = checkpoints.restore_newest(abstract, lambda c: _check_belongs(c, config, store))
@@ -90,15 +97,20 @@ class Session:
                 raise UserError(f"{folder.path}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
             newest, state = restored
             progress = Progress.from_json(newest.manifest["context"]["progress"])
+            origin = newest.manifest["context"].get("origin")
             folder.cut_back(newest.step, progress.evaluated)
             changes = folder.record_resume(saved, config, newest.step)
             notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
         else:
             if holds_run(folder.path):
                 raise UserError(f"--out {folder.path}: another process has made a run there; add --resume to go on")
-            key = jax.random.fold_in(jax.random.key(config.train.seed), INITIAL)
-            state = initial_state(initial_params(config, key), optimizer, policy.loss_scaling)
-            folder.start(config, store.tokenizer)
+            params = initial_params(config, jax.random.fold_in(jax.random.key(config.train.seed), INITIAL))
+            if dense is not None:
+                params = dense.params(params, store)
+                origin = dense.origin(config.upcycle)
+                notes.append(f"upcycled from step {dense.checkpoint.step} of {config.upcycle}")
+            state = initial_state(params, optimizer, policy.loss_scaling)
+            folder.start(config, store.tokenizer, [origin] if origin else [])
         return cls(
             config=config,
             folder=folder,
@@ -111,11 +123,13 @@ class Session:
             train_step=make_step(graphdef, optimizer, config.train, policy.loss_scaling),
             evaluation_step=make_evaluation_step(graphdef),
             decoder=Decoder(graphdef, config.model.seq_len),
+            tracer=make_tracer(config.model, graphdef, store.valid.tokens),
             progress=progress,
             resumed_from=newest.step if newest else None,
             saved_step=newest.step if newest else 0,
             notes=notes,
             elapsed_before=newest.elapsed if newest else 0.0,
+            origin=origin,
             begin=begin,
         )
 
@@ -184,6 +198,7 @@ class Session:
             "tokenizer": self.store.tokenizer.digest,
             "config": dataclasses.replace(self.config, resume=False).to_dict(),
             "progress": self.progress.to_json(),
+            "origin": self.origin,
         }
         self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.elapsed, context=context)
         self.saved_step = step
@@ -198,13 +213,17 @@ def _check_belongs(checkpoint: Checkpoint, config: RunConfig, store: TokenStore)
     if not isinstance(model, dict) or "data" not in context:
         raise Damaged("its manifest does not say what it belongs to")
     Progress.from_json(context.get("progress"))
+    origin = context.get("origin")
+    if origin is not None and not (isinstance(origin, dict) and isinstance(origin.get("training_flops"), int)):
+        raise Damaged("its manifest does not say what it was upcycled from")
     if context["data"] != store.digest:
         raise UserError(
             f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "
             "resume with that text, or start a new run with another --out"
         )
+    usual = dataclasses.asdict(ModelConfig())
     for name, here in dataclasses.asdict(config.model).items():
-        there = model.get(name)
+        there = model.get(name, usual[name])  # of a setting that came later, as it was before there was a choice
         if there != here:
             raise UserError(
                 f"{flag_of('model', name)} {here}: {checkpoint.path} was saved with {there}; "
@@ -283,7 +302,10 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
     with signals.interruptible():
         scored = session.score(session.subset())
         story = session.sample(step)
+        trace = session.tracer(session.state.params) if session.tracer else None
     session.folder.add_sample(step, story)
+    if trace is not None:
+        session.folder.add_trace(step, trace)
     record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
     log.write(
         record | {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens, "wall_seconds": session.elapsed}
@@ -334,6 +356,7 @@ def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: 
         "params_total": counts.total,
         "params_active": counts.active,
         "training_flops": training_flops(config, steps),
+        "inherited_flops": session.origin["training_flops"] if session.origin else 0,
         "train_drop_fraction": last.get("drop_fraction"),
         "val_drop_fraction": scored.drop_fraction,
         "balance_loss": last.get("balance_loss"),

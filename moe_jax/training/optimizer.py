@@ -1,4 +1,4 @@
-"""The optimizers, with a linear warm-up and a cosine to the end of the run.
+"""The optimizers, with a linear warm-up and a decay, by a cosine or linear, to the end of the run.
 
 Bytes of state that each keeps beside a parameter (a weight in float32 is 4 more, its gradient another 4):
 
@@ -9,6 +9,7 @@ Bytes of state that each keeps beside a parameter (a weight in float32 is 4 more
     muon         4 to 8  one momentum for the matrices of the blocks, AdamW on the rest
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -29,13 +30,18 @@ def warmup_steps(config: TrainConfig) -> int:
 
 
 def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
-    """Linear warm-up from peak / (warmup + 1) to the peak, then a cosine (Loshchilov and Hutter 2017, equation 5)
-    that reaches `final_lr * peak` at the last step."""
+    """Linear warm-up from peak / (warmup + 1) to the peak, then a cosine (Loshchilov and Hutter 2017, equation 5) or
+    a straight line that reaches `final_lr * peak` at the last step."""
     warmup = warmup_steps(config)
+    falling = max(config.steps - warmup, 1)
+    if config.decay == "linear":
+        decay = optax.linear_schedule(peak, config.final_lr * peak, falling)
+    else:
+        decay = optax.cosine_decay_schedule(peak, falling, alpha=config.final_lr)
     return optax.join_schedules(
         [
             optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1)),
-            optax.cosine_decay_schedule(peak, max(config.steps - warmup, 1), alpha=config.final_lr),
+            decay,
         ],
         [warmup],
     )
@@ -48,7 +54,8 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
     it is; what it returns for the parameters is then not to be added.
     """
     if config.optimizer == "muon":
-        return optax.partition({"muon": _muon(config), "adamw": _decayed(_adam(config), config)}, muon_labels)
+        labels = partial(muon_labels, routers=config.muon_router)
+        return optax.partition({"muon": _muon(config), "adamw": _decayed(_adam(config), config)}, labels)
     if config.optimizer == "adafactor":
         return _decayed(skippable(scale_by_adafactor()), config)
     if config.optimizer == "adamw-8bit":
@@ -87,15 +94,15 @@ def _muon(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     )
 
 
-def muon_labels(params: Params) -> Params:
-    """ "muon" for the matrices of attention and experts, "adamw" for the rest.
+def muon_labels(params: Params, routers: bool = False) -> Params:
+    """ "muon" for the matrices of attention and experts, and the routers if asked for, "adamw" for the rest.
 
     Embedding and head are tables of rows, each with a gradient of its own; the router is a table of experts.
     """
 
     def label(path: tuple[jax.tree_util.KeyEntry, ...], leaf: jax.Array) -> str:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        matrix = leaf.ndim >= 2 and name.startswith("blocks.") and not name.endswith(".router")
+        matrix = leaf.ndim >= 2 and name.startswith("blocks.") and (routers or not name.endswith(".router"))
         return "muon" if matrix else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)

@@ -49,9 +49,12 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file by a rename, so that a reader sees the old text or the new one."""
+    """Replace a file by a rename, so that a reader sees the old text or the new one, after a loss of power too."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
 
 
@@ -73,13 +76,19 @@ class RunFolder:
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.json"
 
-    def start(self, config: RunConfig, tokenizer: Tokenizer) -> None:
-        """Write what a new run begins with; leftovers of a start that never reached a checkpoint are replaced."""
+    @property
+    def traces(self) -> Path:
+        """Where the routing at each evaluation lies (see `analysis.saved_traces`)."""
+        return self.path / "traces"
+
+    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]]) -> None:
+        """Write what a new run begins with, and where it comes from; leftovers of a start that never reached a
+        checkpoint are replaced."""
         self.path.mkdir(parents=True, exist_ok=True)
-        for old in (self.metrics, self.samples, self.path / "summary.json"):
+        for old in (self.metrics, self.samples, self.path / "summary.json", *self.traces.glob("step_*.json")):
             old.unlink(missing_ok=True)
         tokenizer.save(self.tokenizer)
-        self._write_config(config, history=[])
+        self._write_config(config, history)
 
     def record_resume(self, saved: RunConfig, config: RunConfig, step: int) -> list[str]:
         """Add to the history of config.json what changed since the run was started or last resumed. Returns the
@@ -112,10 +121,17 @@ class RunFolder:
             parts = self.samples.read_text(encoding="utf-8").split("=== step ")
             kept = [p for p in parts[1:] if int(p.split(maxsplit=1)[0]) <= evaluated]
             write_atomically(self.samples, "".join("=== step " + p for p in kept))
+        for trace in self.traces.glob("step_*.json"):
+            if int(trace.stem.removeprefix("step_")) > evaluated:
+                trace.unlink()
 
     def add_sample(self, step: int, text: str) -> None:
         with self.samples.open("a", encoding="utf-8") as file:
             file.write(f"=== step {step}\n{text.strip()}\n\n")
+
+    def add_trace(self, step: int, trace: dict[str, Any]) -> None:
+        self.traces.mkdir(exist_ok=True)
+        write_atomically(self.traces / f"step_{step:08}.json", json.dumps({"step": step} | trace) + "\n")
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")

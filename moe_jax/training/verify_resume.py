@@ -56,6 +56,7 @@ def short_flags(config: RunConfig) -> list[str]:
         config,
         verify_resume=False,
         resume=False,
+        upcycle="",  # where the parameters come from has no say in what a resume loses, and the text is cut down
         tensorboard=False,
         wandb=False,
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),

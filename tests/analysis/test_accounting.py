@@ -30,6 +30,7 @@ def stored(config: ModelConfig) -> int:
         {"dense": "active", "tied_head": False},
         {"dense": "total", "activation": "gelu"},
         {"experts": 1, "top_k": 1, "layers": 1},
+        {"qk_norm": True},
     ],
     ids=str,
 )
@@ -67,10 +68,12 @@ def test_muon_adds_its_matrix_products() -> None:
     """Of one layer of width 8 with two experts of hidden width 6 and two matrices each, by hand.
 
     qkv 8 x 24: 4 * 64 * 24 + 2 * 512 = 7,168; out 8 x 8: 4 * 64 * 8 + 1,024 = 3,072; four experts' matrices of
-    6 x 8: 4 * 36 * 8 + 2 * 216 = 1,584 each. Five iterations.
+    6 x 8: 4 * 36 * 8 + 2 * 216 = 1,584 each; the router 8 x 2, if Muon takes it: 4 * 4 * 8 + 2 * 8 = 144. Five
+    iterations.
     """
     model = tiny.config(layers=1, experts=2, activation="gelu")
     assert muon_flops(model) == 5 * (7_168 + 3_072 + 4 * 1_584)
+    assert muon_flops(model, routers=True) == muon_flops(model) + 5 * 144
     run = RunConfig(model=model, train=TrainConfig(batch_size=2))
     with_muon = dataclasses.replace(run, train=dataclasses.replace(run.train, optimizer="muon"))
     assert training_flops(with_muon, 7) - training_flops(run, 7) == 7 * muon_flops(model)
@@ -83,7 +86,7 @@ def test_a_tied_head_is_stored_once_and_multiplied() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("name", ["nano", "story", "seed-158m"])
+@pytest.mark.parametrize("name", ["nano", "story", "story-cpu", "seed-158m"])
 def test_dense_twins_match_to_half_a_hidden_unit_a_layer(name: str, activation: str) -> None:
     sparse = dataclasses.replace(preset(name).model, vocab_size=1024, activation=activation)
     unit = (3 if activation == "swiglu" else 2) * sparse.width * sparse.layers

@@ -73,17 +73,19 @@ def test_masks_fit_the_blocks_and_keep_the_share_asked_for() -> None:
     assert attention._dropout_masks((8, 4, 11, 3), 0.0, jax.random.key(0)) is None
 
 
-def test_the_layer_projects_rotates_and_attends() -> None:
-    """The module against loops: projections with biases, heads, rotary positions, output."""
-    config = tiny.config(layers=1, bias=True, norm="layernorm")
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_the_layer_projects_normalises_rotates_and_attends(qk_norm: bool) -> None:
+    """The module against loops: projections with biases, heads, their norms, rotary positions, output."""
+    config = tiny.config(layers=1, bias=True, norm="layernorm", qk_norm=qk_norm)
     graphdef, params = tiny.build(config, dtype="float64")
-    p = {k: np.asarray(v) for k, v in params["blocks"][0]["attention"].items()}
+    p = jax.tree.map(np.asarray, params["blocks"][0]["attention"])
     x = np.random.default_rng(0).normal(size=(2, 5, 8))
     qkv = (x @ p["qkv"] + p["qkv_bias"]).reshape(2, 5, 3, 2, 4)
     query, key, value = (qkv[:, :, i].swapaxes(1, 2).copy() for i in range(3))
-    for z in (query, key):
+    for z, name in ((query, "query_norm"), (key, "key_norm")):
         for b, h, t in np.ndindex(z.shape[:3]):
-            z[b, h, t] = oracles.rotate(z[b, h, t], t)
+            row = oracles.rms_norm(z[b, h, t], p[name]["scale"]) if qk_norm else z[b, h, t]
+            z[b, h, t] = oracles.rotate(row, t)
     mixed = oracles.attention(query, key, value).swapaxes(1, 2).reshape(2, 5, 8)
     y, cache = jax.jit(lambda x: merge(graphdef, params).blocks[0].attention(x))(jnp.asarray(x))
     np.testing.assert_allclose(y, mixed @ p["out"] + p["out_bias"], atol=1e-12)

@@ -26,8 +26,9 @@ def runner(config, compute: str | None = None):
         {"top_k": 1, "capacity_factor": 0.7, "positions": "learned", "activation": "gelu", "dispatch": "einsum"},
         {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "tied_head": False},
         {"dense": "active"},
+        {"qk_norm": True, "scaled_embedding": True, "tied_head": False},
     ],
-    ids=["einsum", "K=E", "dense"],
+    ids=["einsum", "K=E", "dense", "normalised"],
 )
 def test_other_models_are_causal_too(changes: dict) -> None:
     run = runner(tiny.config(**changes))
@@ -71,6 +72,22 @@ def test_cached_decoding_with_learned_positions() -> None:
 
 def test_cached_decoding_of_a_dense_twin() -> None:
     checks.check_cached_decoding(dense="total")
+
+
+def test_cached_decoding_with_normalised_heads_and_a_scaled_embedding() -> None:
+    checks.check_cached_decoding(qk_norm=True, scaled_embedding=True, tied_head=False)
+
+
+def test_a_quiet_start_passes_the_scaled_embedding_through() -> None:
+    """Branches that end in zeros leave the stream as looked up: entries of size 1, and a norm that hardly acts."""
+    config = tiny.config(width=64, vocab_size=256, tied_head=False, scaled_embedding=True, quiet_branches=True)
+    model = create(config, jax.random.key(0))
+    tokens = jnp.asarray(tiny.tokens(4, tiny.T, vocabulary=256))
+    stream = np.asarray(model.embedding[...])[np.asarray(tokens)] * 8  # the root of 64
+    assert 0.95 < stream.std() < 1.05
+    hidden = jax.jit(lambda t: model(t, Mode.TRAIN)[0])(tokens)
+    expected = stream / np.sqrt(np.square(stream).mean(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(hidden, expected, rtol=1e-5)
 
 
 def test_jitted_is_eager(float64: None) -> None:

@@ -6,7 +6,6 @@
 import datetime
 import json
 import os
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,13 @@ type Record = Callable[[str, object], None]
 _PREFIX = "figure: "
 
 
-def figure(record: Record, name: str, count: int) -> None:
-    """Add to a figure of the battery, such as "kills" or "runs lost"."""
+def figure(record: Record, name: str, count: float) -> None:
+    """Add to a figure of the battery, such as "kills" or "runs lost"; a measure has a name of its own."""
     record(_PREFIX + name, count)
 
 
-def collect(reports: list[Any]) -> dict[str, int]:
-    totals: dict[str, int] = {}
+def collect(reports: list[Any]) -> dict[str, float]:
+    totals: dict[str, float] = {}
     for report in reports:
         for name, value in getattr(report, "user_properties", []) if report.when == "call" else []:
             if name.startswith(_PREFIX):
@@ -42,9 +41,11 @@ def summarize(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{value:8,}  {name}")
     folder = os.environ.get("MOE_JAX_RECORD")
     if folder:
+        from moe_jax.analysis.bench import machine
+
         today = datetime.date.today().isoformat()
         failed = len(terminalreporter.stats.get("failed", []))
-        document = {"date": today, "machine": platform.platform(), "cpus": os.cpu_count(), "failed": failed}
+        document = {"date": today, "machine": machine.describe(), "failed": failed}
         document |= {"command": "pytest -m " + repr(terminalreporter.config.option.markexpr), "figures": totals}
         form = "long" if "not slow" not in terminalreporter.config.option.markexpr else "short"
         path = Path(folder) / f"{today}-reliability-{form}.json"

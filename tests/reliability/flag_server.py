@@ -1,4 +1,7 @@
-"""Answers command lines of train.py, one JSON list a line: status and what was printed. jax cannot be imported here."""
+"""Answers command lines, one JSON list a line: status and what was printed. jax cannot be imported here.
+
+A list is the arguments of train.py, or of `python -m moe_jax` or benchmark.py where it begins with their name.
+"""
 
 import contextlib
 import io
@@ -8,9 +11,14 @@ import sys
 sys.modules["jax"] = None  # type: ignore[assignment]
 
 from moe_jax import cli  # noqa: E402
+from moe_jax.commands.benchmark import Benchmark  # noqa: E402
 
 
 def accept(argv: list[str]) -> int:
+    if argv[:1] == ["moe_jax"]:
+        return cli.run_command(argv[1:])
+    if argv[:1] == ["benchmark.py"]:
+        return cli.parse(Benchmark, argv[1:], prog="benchmark.py").execute()
     cli.parse_run(argv)
     return 0
 

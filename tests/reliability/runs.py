@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -62,16 +62,19 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-def start(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.Popen[str]:
+def start(
+    arguments: list[str], cache: Path, program: str = "train.py", output: IO[str] | None = None
+) -> subprocess.Popen[str]:
+    """`output`: where a process that runs for long writes what it prints; a pipe that nobody reads would stop it."""
     command = [sys.executable, *(["-m", "moe_jax"] if program == COMMANDS else [str(ROOT / program)]), *arguments]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(cache), stdout=pipe, stderr=pipe, text=True, cwd=cache)
+    out = output or subprocess.PIPE
+    return subprocess.Popen(command, env=environment(cache), stdout=out, stderr=out, text=True, cwd=cache)
 
 
 def complete(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.CompletedProcess[str]:
     process = start(arguments, cache, program)
     try:
-        out, err = process.communicate(timeout=550)
+        out, err = process.communicate()
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -89,6 +92,7 @@ def result(run: Path) -> dict[str, Any]:
         "leaves": manifest["leaves"],
         "progress": manifest["context"]["progress"],
         "records": [{k: v for k, v in record.items() if k not in TIMES} for record in records],
+        "traces": {p.name: p.read_text() for p in (run / "traces").glob("*")},
         "samples": (run / "samples.txt").read_text(),
         "summary": {k: v for k, v in summary.items() if k not in TIMES | {"resumed_from"}},
     }

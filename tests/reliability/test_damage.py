@@ -162,6 +162,16 @@ def test_files_swapped_between_steps(two: Path, tmp_path: Path, record_property:
     assert wrong == 0
 
 
+def test_files_that_nobody_wrote_change_nothing(two: Path, tmp_path: Path, record_property: Record) -> None:
+    """Every file of the newest checkpoint a second time, under another name beside it."""
+    shutil.copytree(two, tmp_path / "run")
+    paths = states.files(tmp_path / "run" / "checkpoints" / "step_00000002")
+    for path in paths:
+        shutil.copy(path, path.with_name(path.name + "0"))
+    figure(record_property, "files duplicated", len(paths))
+    assert outcome(tmp_path / "run") == "newest"
+
+
 def test_a_whole_checkpoint_under_another_name(two: Path, tmp_path: Path) -> None:
     """A copy of step 1 called step 5 is not taken for the newest."""
     shutil.copytree(two, tmp_path / "run")

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import UserError, load_config
-from moe_jax.training import loop
+from moe_jax.config import RunConfig, UserError, load_config
+from moe_jax.training import faults, loop
+from moe_jax.training import step as step_module
 from moe_jax.training.checkpoint import CheckpointStore, read_arrays
 from moe_jax.training.loop import Session, train
 from moe_jax.training.manifest import leaves_of
@@ -51,23 +52,83 @@ def finite_checkpoints(folder: Path) -> bool:
     return all(np.isfinite(np.asarray(x, np.float64)).all() for tree in arrays for x in tree.values())
 
 
-def test_bad_data_skips_one_step(text: Path, tmp_path: Path, record_property: Record) -> None:  # noqa: F811
-    """Targets outside the vocabulary at step 5 make its loss NaN: the step changes nothing but its counters."""
-    session = Session.open(configuration(text, tmp_path / "run", log_every=1), None)
-    batch, kept = session.batch, {}
-    session.batch = lambda step: batch(step) + (10**6 if step == 4 else 0)
-    take = session.train_step
+def watch(session: Session) -> dict[int, dict[str, Any]]:
+    """Will hold a copy of the state before each step, by the number of steps taken."""
+    take, kept = session.train_step, {}
 
     def watched(state: TrainState, tokens: Any) -> Any:
         kept[int(state.step)] = jax.tree.map(np.array, dataclasses.asdict(state))
         return take(state, tokens)
 
     session.train_step = watched
+    return kept
+
+
+def test_bad_data_skips_one_step(text: Path, tmp_path: Path, record_property: Record) -> None:  # noqa: F811
+    """Targets outside the vocabulary at step 5 make its loss NaN: the step changes nothing but its counters."""
+    session = Session.open(configuration(text, tmp_path / "run", log_every=1), None)
+    batch, kept = session.batch, watch(session)
+    session.batch = lambda step: batch(step) + (10**6 if step == 4 else 0)
     train(session)
     for name in ("params", "optimizer", "loss_scale", "loss_track"):
         tiny.assert_same_bits(kept[4][name], kept[5][name])
     assert [kept[step]["skipped"].item() for step in (4, 5, 6)] == [0, 1, 1]
     assert [r["step"] for r in records(tmp_path / "run") if r.get("skipped")] == [5]
+    figure(record_property, "numerical faults injected", 1)
+
+
+def poison_gradients(monkeypatch: pytest.MonkeyPatch, config: RunConfig, first: int, last: int) -> None:
+    """The gradient of the router holds a NaN at the steps from `first` to `last`, and the loss is as it was."""
+    true = step_module.gradients
+
+    def poisoned(graphdef: Any, params: Any, batch: Any, key: Any, *rest: Any) -> Any:
+        grads, metrics = true(graphdef, params, batch, key, *rest)
+        # Only its key tells a step which one it is.
+        keys = [step_module.purpose_key(config.train.seed, step_module.DROPOUT, i - 1) for i in range(first, last + 1)]
+        is_bad = jnp.stack([(jax.random.key_data(k) == jax.random.key_data(key)).all() for k in keys]).any()
+        bad = poison(grads, "router")
+        return jax.tree.map(lambda a, b: jnp.where(is_bad, a, b), bad, grads), metrics
+
+    monkeypatch.setattr(step_module, "gradients", poisoned)
+    monkeypatch.setattr(faults, "gradients", poisoned)
+
+
+def test_a_nan_in_a_gradient_skips_one_step(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
+) -> None:
+    """At step 5 every bit of parameters and optimizer stays, though the loss is finite; step 6 trains on."""
+    config = configuration(text, tmp_path / "run", log_every=1)
+    poison_gradients(monkeypatch, config, 5, 5)
+    session = Session.open(config, None)
+    kept = watch(session)
+    train(session)
+    for name in ("params", "optimizer", "loss_scale", "loss_track"):
+        tiny.assert_same_bits(kept[4][name], kept[5][name])
+    assert [kept[step]["skipped"].item() for step in (4, 5, 6)] == [0, 1, 1]
+    (bad,) = [r for r in records(tmp_path / "run") if r.get("skipped")]
+    assert bad["step"] == 5
+    assert np.isfinite(bad["loss"])
+    assert bad["grad_norm"] is None
+    assert not np.array_equal(kept[5]["params"]["norm"]["scale"], kept[6]["params"]["norm"]["scale"])
+    figure(record_property, "numerical faults injected", 1)
+
+
+def test_gradients_that_stay_bad_are_diagnosed(
+    text: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    record_property: Record,
+) -> None:
+    monkeypatch.setattr("moe_jax.training.recorder.MAX_SKIPPED_IN_A_ROW", 3)
+    config = configuration(text, tmp_path / "run")
+    poison_gradients(monkeypatch, config, 7, 12)
+    session = Session.open(config, None)
+    with pytest.raises(UserError, match=r"step 9: 3 steps in a row .* first in gradients\.\S*router \(.*step_00000009"):
+        train(session)
+    assert finite_checkpoints(tmp_path / "run")
     figure(record_property, "numerical faults injected", 1)
 
 

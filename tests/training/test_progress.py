@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
+from moe_jax.model.transformer import create, split
 from moe_jax.training.manifest import Damaged
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.progress import STARVED_STEPS, Progress
@@ -43,6 +44,24 @@ def test_a_dense_model_starves_nobody() -> None:
     progress = Progress()
     assert progress.add_load(np.zeros((0, 0))) == []
     assert progress.starved_now() == []
+
+
+def starved_after_training(balance_coef: float) -> list[list[int]]:
+    """Eight experts, one choice, random tokens, a learning rate 30 times the usual one, 130 steps."""
+    graphdef, params = split(create(tiny.config(layers=1, experts=8, top_k=1), jax.random.key(0)))
+    config = TrainConfig(steps=130, lr=0.1, balance_coef=balance_coef)
+    optimizer = make_optimizer(config)
+    step = make_step(graphdef, optimizer, config, loss_scaling=False)
+    state, progress = initial_state(params, optimizer, loss_scaling=False), Progress()
+    for i in range(config.steps):
+        state, report = step(state, tiny.tokens(1, 16, tiny.T + 1, seed=i))
+        progress.add_load(np.asarray(report.metrics.load))
+    return progress.starved_now()
+
+
+def test_a_collapsed_router_is_seen_and_the_usual_balance_loss_prevents_it() -> None:
+    assert len(starved_after_training(balance_coef=0.0)) > 0
+    assert starved_after_training(balance_coef=TrainConfig().balance_coef) == []
 
 
 def test_through_json() -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, Trai
 from moe_jax.training import loop
 from moe_jax.training.loop import Session, finish, train
 from moe_jax.training.run import RunFolder, load_run
-from tests import tiny
+from tests import saved_run, tiny
 
 TIMES = {"tokens_per_second", "wall_seconds"}
 SUMMARY_KEYS = set(
@@ -41,11 +42,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def caches(tmp_path_factory: pytest.TempPathFactory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MOE_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setattr("moe_jax.training.loop.SAMPLE_TOKENS", 24)
-        patch.setattr("moe_jax.training.recorder.matmul_rate", lambda dtype: 1e9)  # only for the share of peak
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
         yield
 
 

@@ -128,6 +128,12 @@ def test_the_schedule_by_hand() -> None:
     assert falling == sorted(falling, reverse=True)
 
 
+def test_a_straight_line_by_hand() -> None:
+    """The same run, falling from 1 to 0.2 in 36 equal steps."""
+    rate = learning_rate(TrainConfig(steps=40, warmup_steps=10, final_lr=0.2, decay="linear"), 1.0)
+    assert [float(rate(i)) for i in (0, 4, 13, 22, 40)] == pytest.approx([0.2, 1.0, 0.8, 0.6, 0.2])
+
+
 def test_a_run_too_short_for_warm_up_starts_at_the_peak() -> None:
     rate = learning_rate(TrainConfig(steps=9, warmup_steps=50), 1.0)
     assert float(rate(0)) == 1
@@ -147,6 +153,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_orthogonalises_each_expert_al
     labels = muon_labels(params)
     assert labels["blocks"][0] == {"w_in": "muon", "router": "adamw", "qkv": "muon", "scale": "adamw"}
     assert labels["embedding"] == "adamw"
+    assert muon_labels(params, routers=True) == {**labels, "blocks": {0: {**labels["blocks"][0], "router": "muon"}}}
     optimizer = make_optimizer(
         TrainConfig(steps=1, optimizer="muon", weight_decay=0.0, clip=1e9, lr=0.1, muon_lr=0.5, eps=1e-12)
     )

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -29,11 +30,11 @@ class Trainer:
     batch: np.ndarray
 
     @classmethod
-    def of(cls, config: RunConfig, batch_size: int) -> "Trainer":
+    def of(cls, config: RunConfig, batch_size: int, micro_batches: int = 1) -> "Trainer":
         programs = Programs.of(config)
         params = initial_params(config, jax.random.key(0))
         state = initial_state(params, make_optimizer(config.train), programs.policy.loss_scaling)
-        shape = (1, batch_size, config.model.seq_len + 1)
+        shape = (micro_batches, batch_size, config.model.seq_len + 1)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
         return cls(config, programs.step, state, tokens)
 
@@ -44,7 +45,7 @@ class Trainer:
     @property
     def active_flops(self) -> float:
         """6 x active matmul parameters x tokens of one call."""
-        tokens = self.batch.shape[1] * self.config.model.seq_len
+        tokens = math.prod(self.batch.shape[:2]) * self.config.model.seq_len
         return 6.0 * totals(count_parameters(self.config.model)).multiplied * tokens
 
 

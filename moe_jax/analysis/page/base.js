@@ -21,16 +21,29 @@ const clear = (node) => { node.replaceChildren(); return node; };
 // The first eight differ in lightness as well as in hue, for readers who tell few hues apart (after Okabe and Ito).
 const PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc6fa3", "#56b4e9", "#d55e00", "#b5a300", "#7a4fa3",
   "#737373", "#8c564b", "#12a5b5", "#8fbf26", "#2b4aa8", "#f28eb1", "#5f7a1f", "#b8253a"];
-const expertColour = (e) => PALETTE[e] ?? `hsl(${(e * 137.5) % 360} 55% ${38 + 12 * (e % 3)}%)`;
+const wheel = (hue, light) => "#" + [0, 8, 4].map((n) => {
+  const k = (n + hue / 30) % 12, v = light - 0.55 * Math.min(light, 1 - light) * Math.max(-1, Math.min(k - 3, 9 - k, 1));
+  return Math.round(255 * v).toString(16).padStart(2, "0");
+}).join("");
+const expertColour = (e) => PALETTE[e] ?? wheel((e * 137.5) % 360, 0.38 + 0.12 * (e % 3));
+const channels = (hex) => [1, 3, 5].map((i) => parseInt(hex.slice(i, i + 2), 16));
+const luminance = (hex) => channels(hex).map((c) => (c / 255 <= 0.04045 ? c / 255 / 12.92 : ((c / 255 + 0.055) / 1.055) ** 2.4))
+  .reduce((all, c, i) => all + c * [0.2126, 0.7152, 0.0722][i], 0);
+const inkOn = (e) => (luminance(expertColour(e)) > 0.179 ? "#000000" : "#ffffff");
+// Colours of tokens are written out, since thousands change at once: a variable for each would have to be resolved.
 const sheet = document.styleSheets[0];
 for (let e = 0; e < E; e++) {
-  sheet.insertRule(`:root { --e${e}: ${expertColour(e)}; }`, 0);
-  sheet.insertRule(`.a${e} { --a: var(--e${e}); }`, sheet.cssRules.length);
-  sheet.insertRule(`.b${e} { --b: var(--e${e}); }`, sheet.cssRules.length);
+  const colour = expertColour(e), at = channels(colour).join(" ");
+  sheet.insertRule(`:root { --e${e}: ${colour}; }`, 0);
+  for (const rule of [
+    `.a${e} { background-color: rgb(${at} / var(--tint)); }`,
+    `.a${e}.da { background: repeating-linear-gradient(135deg, rgb(${at} / var(--hatch)) 0 2px, transparent 2px 6px); }`,
+    `.b${e} { border-bottom-color: ${colour}; }`,
+  ]) sheet.insertRule(rule, sheet.cssRules.length);
 }
 const colourOf = (e) => `var(--e${e})`;
 
-const percent = (x, digits = 1) => `${(100 * x).toFixed(digits)} %`;
+const percent = (x, digits = 1) => `${(100 * x).toFixed(digits)}\u00a0%`;
 const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
 const whole = (n) => n.toLocaleString("en");
 const sum = (xs) => xs.reduce((a, b) => a + b, 0);
@@ -47,9 +60,9 @@ const choice = (layer, token, k) => {
 };
 const probability = (layer, token, e) => data.routing.prob[layer][token * E + e];
 
-// The state, and who is told when it changes: `what` is "layer", "token" or "lit". A section is drawn when it first
-// comes near the window, and from then on after each change of what it shows: once the text is on the screen, and
-// once for several changes in a row, so that a slider can be drawn along.
+// The state, and who is told when it changes: `what` is "layer", "token", "lit" or "theme". A section is drawn when it
+// first comes near the window, and after a change of what it shows once it is near: after the text is on the screen,
+// and once for several changes in a row, so that a slider can be drawn along.
 const state = { layer: 0, token: null, lit: null };
 const listeners = [];
 const change = (what, value) => {
@@ -57,17 +70,19 @@ const change = (what, value) => {
   for (const listener of listeners) listener(what);
 };
 const section = (id, draw, shows = [], redraw = draw) => {
-  let drawn = false, due = false;
+  let next = draw, near = false, due = false;
   const soon = () => {
-    if (!due) requestAnimationFrame(() => setTimeout(() => { due = false; redraw(); }));
+    if (!next || !near || due) return;
     due = true;
+    requestAnimationFrame(() => setTimeout(() => { due = false; now(); }));
   };
-  const start = () => { if (!drawn) { drawn = true; draw(); listeners.push((what) => { if (shows.includes(what)) soon(); }); } };
-  const observer = new IntersectionObserver((entries) => {
-    if (entries.some((entry) => entry.isIntersecting)) { observer.disconnect(); start(); }
-  }, { rootMargin: "600px" });
-  observer.observe(byId(id));
-  window.addEventListener("beforeprint", start);
+  const now = () => { const task = next; next = null; task?.(); };
+  listeners.push((what) => { if (shows.includes(what)) { next ??= redraw; soon(); } });
+  new IntersectionObserver((entries) => {
+    near = entries.at(-1).isIntersecting;
+    if (near && next === draw) now(); else soon();
+  }, { rootMargin: "600px" }).observe(byId(id));
+  window.addEventListener("beforeprint", now);
 };
 
 const tip = byId("tip");

@@ -1,46 +1,78 @@
 // What the experts do on the validation text: load, certainty, pairs, and what each of them specialises in.
 const corpus = data.corpus;
+const examples = (group) => group.examples.map((t) => `“${quoted(t).replaceAll("␣", "")}”`).join(", ");
+const listed = (parts) => (parts.length < 2 ? parts.join("") : `${parts.slice(0, -1).join(", ")} and ${parts.at(-1)}`);
+
+// The clearest specialists of the model, each of another group of tokens: [layer, expert, its strongest group].
+const clearest = (most) => {
+  const all = data.specialisation.flatMap((layer, l) => layer.flatMap((entry, e) => entry.groups.slice(0, 1).map((group) => [l, e, group])));
+  const found = [];
+  for (const one of all.sort((a, b) => b[2].g2 - a[2].g2)) {
+    if (found.length < most && found.every((other) => other[2].name !== one[2].name && (other[0] !== one[0] || other[1] !== one[1]))) found.push(one);
+  }
+  return found;
+};
+const specialists = () => {
+  const found = clearest(4);
+  if (!found.length) return `No expert stands out for a kind of token: what they prefer is single tokens, if anything.`;
+  const [first, ...rest] = found.map(([l, e, g]) => `expert ${e} of layer ${l} in ${g.name} (${examples(g)}; ${percent(g.reach, 0)} of them choose it)`);
+  return `What the experts specialise in, where it is clearest: ${listed([first, ...rest])}. By chance ${percent(K / E, 0)} would.`;
+};
 
 const drawVerdict = () => {
   const loads = corpus.load.flat(), fair = 1 / E, dead = corpus.dead.filter((d) => d.dead), starved = corpus.dead.filter((d) => !d.dead);
-  const most = Math.max(...loads) / fair, named = (list) => list.map((d) => `expert ${d.expert} of layer ${d.layer}`).join(", ");
-  const parts = [];
-  parts.push(dead.length ? `Dead, chosen by no token at all: ${named(dead)}.` : "No expert is dead: every one is chosen by some token.");
+  const most = Math.max(...loads) / fair, named = (list) => listed(list.map((d) => `expert ${d.expert} of layer ${d.layer}`));
+  const parts = [dead.length ? `Dead, chosen by no token at all: ${named(dead)}.` : "No expert is dead: every one is chosen by some token."];
   if (starved.length) parts.push(`Starved, below a tenth of a fair share: ${named(starved)}.`);
   parts.push(`The busiest has ${most.toFixed(2)} times its fair share.`);
   parts.push(most > E / K * 0.7 && E > K ? "The router has collapsed onto a few experts." : most > 2 ? "The load is uneven." : "The load is well spread.");
   const box = clear(byId("verdict"));
   box.classList.toggle("bad", dead.length > 0 || most > 2);
-  box.append(el("p", {}, parts.join(" ")));
+  box.append(el("p", { id: "specialists-said" }, specialists()), el("p", {}, parts.join(" ")));
 };
 
+const lightUp = (e) => {
+  change("lit", e);
+  byId("text").scrollIntoView();
+};
 const specialistCard = (e) => {
   const found = data.specialisation[state.layer][e];
   const words = found.tokens.map((t) => el("li", { tabindex: "0", "data-token": t.text,
-    ...tipped(`${quoted(t.text)}: ${whole(t.here)} of its ${whole(t.all)} occurrences chose this expert, ${t.times} times what chance would give (G² ${t.g2}, p < 0.001 after correction)`) }, quoted(t.text)));
+    ...tipped(`${quoted(t.text)}: ${whole(t.here)} of its ${whole(t.all)} occurrences chose this expert, ${t.times} times what chance would give (G² ${t.g2}, p < 0.001 after correction)`) },
+    quoted(t.text), el("small", {}, ` ${percent(t.here / t.all, 0)}`)));
   return el("article", { class: "specialist", vars: { "--c": colourOf(e) } },
-    el("h4", {}, `Expert ${e}`, el("small", {}, `load ${percent(corpus.load[state.layer][e])}`)),
-    el("p", {}, found.kinds ? `${count(found.kinds, "kind")} of token prefer it, ${percent(found.share, 0)} of what it gets` : "No token prefers it beyond chance."),
+    el("h4", {}, el("button", { type: "button", title: `Light up the tokens of expert ${e} in the text`, onclick: () => lightUp(e) }, `Expert ${e}`), el("small", {}, `load ${percent(corpus.load[state.layer][e])}`)),
+    el("ul", { class: "groups" }, found.groups.map((g) => el("li", {}, el("b", {}, g.name), ` ${percent(g.here, 0)} of its choices, ${percent(g.all, 0)} of the text`))),
+    el("p", {}, found.kinds ? `${count(found.kinds, "token")} of the vocabulary ${found.kinds === 1 ? "prefers" : "prefer"} it, ${percent(found.share, 0)} of what it gets. Foremost:` : corpus.load[state.layer][e] ? "No token prefers it beyond chance." : "Dead: no token chose it."),
     el("ul", { class: "words" }, words));
+};
+
+const drawCounts = () => {
+  const box = byId("counts"), open = box.open, heads = ["Expert", "Token", "chose it", "occurs", "times chance", "G²"];
+  const table = () => el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, heads.map((h, i) => el("th", { class: i > 1 ? "num" : null, scope: "col" }, h)))),
+    el("tbody", {}, data.specialisation[state.layer].flatMap((entry, e) => entry.tokens.map((t) => el("tr", {}, el("td", {}, `${e}`), el("td", {}, el("code", {}, quoted(t.text))),
+      [whole(t.here), whole(t.all), t.times.toFixed(2), whole(t.g2)].map((v) => el("td", { class: "num" }, v))))))));
+  fill(clear(box), {}, [el("summary", {}, `All counts of layer ${state.layer} as a table`), open ? table() : null]);
+  box.ontoggle = () => { if (box.open && !box.querySelector("table")) box.append(table()); };
 };
 
 const drawExperts = () => {
   const layer = state.layer;
   byId("experts-explain").textContent =
-    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. A token is listed under an expert when it chooses that expert more often than chance would have it, strongest first (log-likelihood ratio G², p < 0.001 after correction for all pairs looked at). Point at a token for its counts; ␣ is a space.`;
+    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. A token is listed under an expert when it chooses that expert more often than chance would have it, strongest first (log-likelihood ratio G², p < 0.001 after correction for all pairs looked at). The percentage says how many of the token's occurrences choose the expert: by chance ${percent(K / E, 0)} would. Point at a token for its counts; ␣ is a space.`;
   fill(clear(byId("specialists")), {}, range(E).map(specialistCard));
+  drawCounts();
   const fair = 1 / E, line = model.capacity / (model.seq_len * K);
   fill(clear(byId("load")), {}, [
     caption(`Load of each expert in layer ${layer}`, "Share of all choices, before drops. The capacity line is what its slots can take if every window is alike."),
-    expertBars({ values: corpus.load[layer], format: (v) => percent(v, 0), references: [{ y: fair, text: "fair share" }, ...(model.dropless ? [] : [{ y: line, text: "capacity" }])].reverse(),
+    expertBars({ label: `Load of each expert in layer ${layer}`, values: corpus.load[layer], format: (v) => percent(v, 0), references: [{ y: fair, text: "fair share" }, ...(model.dropless ? [] : [{ y: line, text: "capacity" }])],
       say: (e, v) => `Expert ${e}: ${percent(v, 2)} of the choices, ${(v / fair).toFixed(2)} times its fair share` }),
   ]);
-  const shown = range(L).map((l) => [corpus.entropy[l]]);
   fill(clear(byId("entropy")), {}, [
     caption("How undecided the router is, and what it drops", "Entropy of the router's probabilities: 0 means certain, 1 means that all experts look the same to it."),
-    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", {}, "Layer"), el("th", { class: "num" }, "entropy"), el("th", { class: "num" }, "dropped"), el("th", { class: "num" }, "busiest expert"))),
-      el("tbody", {}, shown.map(([h], l) => el("tr", {}, el("td", {}, l === layer ? el("b", {}, `${l} (shown)`) : `${l}`), el("td", { class: "num" }, h.toFixed(3)),
-        el("td", { class: "num" }, percent(corpus.drops[l], 2)), el("td", { class: "num" }, `${corpus.load[l].indexOf(Math.max(...corpus.load[l]))}: ${(Math.max(...corpus.load[l]) / fair).toFixed(2)} × fair`)))))),
+    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Layer"), ["entropy", "dropped", "busiest expert"].map((h) => el("th", { class: "num", scope: "col" }, h)))),
+      el("tbody", {}, range(L).map((l) => el("tr", { class: l === layer ? "shown" : null }, el("td", {}, `${l}`), el("td", { class: "num" }, corpus.entropy[l].toFixed(3)),
+        el("td", { class: "num" }, percent(corpus.drops[l], 2)), el("td", { class: "num" }, `${corpus.load[l].indexOf(Math.max(...corpus.load[l]))} (${(Math.max(...corpus.load[l]) / fair).toFixed(2)} × fair)`)))))),
   ]);
   drawTogether(layer);
 };
@@ -55,11 +87,12 @@ const drawTogether = (layer) => {
   // Chance: pairs drawn with the experts' own shares, scaled to the pairs that there are.
   const total = sum(pairs.flatMap((row, i) => row.filter((_, j) => j > i)));
   const chance = sum(range(E).flatMap((i) => range(E).filter((j) => j > i).map((j) => all[i] * all[j])));
-  const ratio = pairs.map((row, i) => row.map((n, j) => (i === j || !all[i] || !all[j] ? 0 : n / (all[i] * all[j] / chance * total))));
+  const ratio = pairs.map((row, i) => row.map((n, j) => (i === j ? null : !all[i] || !all[j] ? 0 : n / (all[i] * all[j] / chance * total))));
   fill(box, {}, [
-    caption("Which experts are chosen together", "Darker: the two share more tokens than their loads would make them by chance."),
-    heatMap({ values: ratio, top: 3, rows: range(E).map(String), columns: range(E).map(String), colour: "var(--accent)", columnTitle: "expert and expert",
-      say: (i, j, v) => (i === j ? `Expert ${i}: ${whole(all[i])} tokens` : `Experts ${i} and ${j}: ${whole(pairs[i][j])} tokens together, ${v.toFixed(2)} times chance`) }),
+    caption(`Which experts are chosen together in layer ${layer}`, "Stronger colour: the two share more tokens than their loads would make them by chance."),
+    heatMap({ label: `Pairs of experts in layer ${layer}`, values: ratio, top: 3, colour: "var(--accent)", axis: "expert and expert",
+      say: (i, j) => (i === j ? `Expert ${i}: ${whole(all[i])} tokens` : `Experts ${i} and ${j}: ${whole(pairs[i][j])} tokens together, ${ratio[i][j].toFixed(2)} times chance`) }),
+    scale("never", "3 × chance or more"),
   ]);
 };
 
@@ -100,19 +133,19 @@ const drawFlow = () => {
     range(E).forEach((e) => {
       const h = Math.max(sizes[l][e] * scale, 1), words = data.specialisation[l][e].tokens.slice(0, 4).map((t) => quoted(t.text)).join("  ");
       const text = `Layer ${l}, expert ${e}: first choice of ${whole(sizes[l][e])} tokens (${percent(sizes[l][e] / total)})${words ? `\n${words}` : ""}`;
-      root.append(svg("rect", { class: "node", x: x(l), y: tops[l][e], width: bar, height: h, rx: 3, fill: colourOf(e), tabindex: "0", "aria-label": text,
+      root.append(svg("rect", { class: "node", x: x(l), y: tops[l][e], width: bar, height: h, rx: 3, fill: colourOf(e), tabindex: "0", role: "img", "aria-label": text,
         onpointermove: (event) => { show(l, e); showTip(event, text); }, onpointerleave: hide, onfocus: (event) => { show(l, e); showTip(event, text); }, onblur: hide }));
-      if (h > 12) root.append(svg("text", { x: x(l) + bar / 2, y: tops[l][e] + h / 2 + 4, "text-anchor": "middle", "pointer-events": "none", class: "on-node" }, `${e}`));
+      if (h > 10) root.append(svg("text", { x: x(l) + bar / 2, y: tops[l][e] + h / 2 + 4, "text-anchor": "middle", "pointer-events": "none", class: "on-node", vars: { "--on": inkOn(e) } }, `${e}`));
     });
   });
-  fill(box, {}, [caption("Paths of first choices", `${count(total, "token")} of validation text`), el("div", { class: "scroll" }, root)]);
+  fill(box, {}, [caption("Paths of first choices", `${count(total, "token")} of validation text. A band has the colour of the expert that it comes from.`), el("div", { class: "scroll" }, root)]);
 };
 
 const without = (id) => fill(clear(byId(id)), {}, [el("p", { class: "small" }, data.corpus_missing ?? "Not available.")]);
 const startExperts = () => {
   if (!corpus) {
     byId("experts-explain").textContent = data.corpus_missing;
-    for (const id of ["load", "entropy", "together", "verdict"]) byId(id).remove();
+    for (const id of ["load", "entropy", "together", "verdict", "counts"]) byId(id).remove();
     without("flow-figure");
     return;
   }

@@ -14,18 +14,27 @@ const direction = (paragraph) => {
   return "ltr";
 };
 
-const buildTokens = () => {
-  const paragraphs = [[]];
-  data.text.pieces.forEach((piece, i) => {
-    paragraphs.at(-1).push(i);
-    if (piece.includes("\n")) paragraphs.push([]);
+// A paragraph begins after a line break, at a separator, and where one would grow long at the end of a sentence: what
+// lies outside the window is not laid out (content-visibility), paragraph by paragraph.
+const LONG = 250;
+const paragraphs = () => {
+  const found = [[]], { pieces, ids } = data.text;
+  const separator = marks.has(0) ? ids[0] : null;
+  pieces.forEach((piece, i) => {
+    const now = found.at(-1);
+    if (now.length && (ids[i] === separator || now.length >= 2 * LONG || (now.length >= LONG && /[.!?]["”’)]*\s*$/.test(pieces[i - 1]) && /^\s/.test(piece)))) found.push([]);
+    found.at(-1).push(i);
+    if (piece.includes("\n")) found.push([]);
   });
+  return found.filter((p) => p.length);
+};
+const buildTokens = () => {
   // A token's first space stands before its box, so that lines break between boxes and words stay apart.
-  const boxes = paragraphs.filter((p) => p.length).map((p) => el("p", { dir: direction(p) }, p.flatMap((i) => {
+  const boxes = paragraphs().map((p) => el("p", { dir: direction(p) }, p.flatMap((i) => {
     const [, space, rest] = data.text.pieces[i].match(/^( (?=\S))?(.*)$/s);
     const node = el("span", { class: "t", role: "button", tabindex: "-1", "data-i": i }, visible(rest).replace(/\n/g, "↵"));
     nodes[i] = node;
-    node.fixed = marks.has(i) ? " mark" : "";
+    node.fixed = marks.has(i) ? " mark" : [...rest].length < 2 ? " slim" : "";
     return space ? [space, node] : [node];
   })));
   tokensBox.append(...boxes);
@@ -46,6 +55,8 @@ const colourTokens = () => {
   tokensBox.classList.toggle("numbered", byId("numbers").checked);
   if (lit !== null) tokensBox.style.setProperty("--lit", colourOf(lit));
   const { expert, keep } = data.routing;
+  const reset = mode === "expert" ? (node) => node.style.length && node.style.removeProperty("--v")
+    : (node, i) => node.style.setProperty("--v", (mode === "doubt" ? doubt(layer, i) : Math.min(surprise(i) / 8, 1)).toFixed(3));
   for (let i = 0; i < N; i++) {
     const node = nodes[i], at = i * K;
     let name = `t a${expert[layer][at]}${node.fixed}`, kept = keep[layer][at];
@@ -61,10 +72,9 @@ const colourTokens = () => {
     }
     if (!kept) name += " gone";
     if (place >= 0) name += place ? " lit second" : " lit";
-    if (i === state.token) name += " on";
-    node.className = name;
-    node.dataset.expert = expert[layer][at];
-    if (mode !== "expert") node.style.setProperty("--v", mode === "doubt" ? doubt(layer, i) : Math.min(surprise(i) / 8, 1));
+        if (node.shown !== name) node.className = node.shown = name;
+    if (node.number !== expert[layer][at]) node.dataset.expert = node.number = expert[layer][at];
+    reset(node, i);
   }
   describeText();
 };
@@ -73,13 +83,13 @@ const describeText = () => {
   const keep = data.routing.keep[state.layer];
   const dropped = keep.length - sum(keep);
   byId("text-explain").textContent =
-    `${data.text.source}, as layer ${state.layer} of ${L} sees it. ` +
+    `${data.text.source}, as layer ${state.layer} (of 0 to ${L - 1}) routes it: each token in the colour and with the number of the expert that it chose first. ` +
     (model.dropless ? "Nothing is dropped here: this run's dispatch has no capacity." :
       `${dropped ? `${whole(dropped)} of ${whole(keep.length)} choices (${percent(dropped / keep.length)}) found their expert full and were dropped.` : "No choice was dropped."}`);
 };
 
 const drawKey = () => {
-  const sample = (name, text) => el("span", {}, el("span", { class: `t ${name}`, "aria-hidden": "true" }, " word "), ` ${text}`);
+  const sample = (name, text) => el("span", {}, el("span", { class: `t a0 b${Math.min(1, E - 1)} ${name}`, "aria-hidden": "true" }, "word"), text);
   fill(clear(byId("key")), {}, [
     sample("", K > 1 ? "fill: first choice; line below: second choice" : "fill: the chosen expert"),
     model.dropless ? null : sample("da", K > 1 ? "hatched: first choice dropped" : "hatched: dropped"),
@@ -136,47 +146,50 @@ const drawCard = () => {
   ]);
 };
 
+const barcodeRow = Math.max(12, Math.min(26, 160 / L));
 const drawBarcode = () => {
-  const width = Math.max(barcode.clientWidth, 100), row = Math.max(12, Math.min(26, 160 / L)), scale = devicePixelRatio || 1;
-  barcode.style.height = `${row * L}px`;
+  const width = Math.max(barcode.clientWidth, 100), scale = devicePixelRatio || 1;
+  barcode.style.height = `${barcodeRow * L}px`;
   barcode.width = width * scale;
-  barcode.height = row * L * scale;
+  barcode.height = barcodeRow * L * scale;
   const paint = barcode.getContext("2d");
   paint.scale(scale, scale);
-  const colours = range(E).map(expertColour), step = width / N;
-  for (let l = 0; l < L; l++) {
+  const colours = range(E).map(expertColour), step = width / N, { lit } = state;
+  data.routing.expert.forEach((experts, l) => {
     for (let i = 0; i < N; i++) {
-      let e = data.routing.expert[l][i * K], strength = 1;
-      if (state.lit !== null) {
-        const k = range(K).find((k) => data.routing.expert[l][i * K + k] === state.lit);
-        if (k === undefined) continue;
-        [e, strength] = [state.lit, k === 0 ? 1 : 0.45];
+      let e = experts[i * K], strength = 1;
+      if (lit !== null) {
+        const k = experts.slice(i * K, i * K + K).indexOf(lit);
+        if (k < 0) continue;
+        [e, strength] = [lit, k === 0 ? 1 : 0.45];
       }
       paint.globalAlpha = strength;
       paint.fillStyle = colours[e];
-      paint.fillRect(i * step, l * row + 1, Math.max(step, 0.7), row - 2);
+      paint.fillRect(i * step, l * barcodeRow + 1, Math.max(step, 0.7), barcodeRow - 2);
     }
-  }
-  paint.globalAlpha = 1;
-  paint.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--ink");
-  paint.lineWidth = 2;
-  paint.strokeRect(1, state.layer * row + 1, width - 2, row - 2);
-  if (state.token !== null) paint.strokeRect(state.token * step - 1, 1, step + 2, row * L - 2);
+  });
+};
+const markBarcode = () => {
+  const [row, column] = [byId("barcode-layer"), byId("barcode-token")];
+  row.style.height = `${100 / L}%`;
+  row.style.top = `${100 * state.layer / L}%`;
+  column.hidden = state.token === null;
+  column.style.left = `${100 * (state.token ?? 0) / N}%`;
+  column.style.width = `max(3px, ${100 / N}%)`;
 };
 
 const chooseToken = (i, focus = false) => {
   if (i < 0 || i >= N) return;
-  const before = state.token;
-  if (before !== null) { nodes[before].classList.remove("on"); }
+  if (state.token !== null) nodes[state.token].removeAttribute("aria-current");
   nodes[reachable].tabIndex = -1;
   nodes[i].tabIndex = 0;
   reachable = i;
-  nodes[i].classList.add("on");
+  nodes[i].setAttribute("aria-current", "true");
   change("token", i);
   if (focus) nodes[i].focus();
 };
 const letGo = () => {
-  if (state.token !== null) nodes[state.token].classList.remove("on");
+  if (state.token !== null) nodes[state.token].removeAttribute("aria-current");
   change("token", null);
   change("lit", null);
 };
@@ -214,7 +227,7 @@ const walk = (event) => {
 
 const drawLegend = () => fill(clear(byId("legend")), {}, [
   el("span", {}, "Experts"),
-  range(E).map((e) => el("button", { type: "button", vars: { "--c": colourOf(e) }, "aria-pressed": String(state.lit === e), "aria-label": `Expert ${e}`,
+  range(E).map((e) => el("button", { type: "button", vars: { "--c": colourOf(e), "--on": inkOn(e) }, "aria-pressed": String(state.lit === e), "aria-label": `Expert ${e}`, title: `Light up the tokens of expert ${e} in every layer`,
     "data-expert": e, onclick: () => change("lit", state.lit === e ? null : e) }, `${e}`)),
 ]);
 
@@ -225,10 +238,10 @@ const startText = () => {
   buildTokens();
   drawKey();
   listeners.push((what) => {
-    if (what !== "token") colourTokens();
+    if (what === "layer" || what === "lit") colourTokens();
     if (what === "lit") for (const b of byId("legend").querySelectorAll("button")) b.setAttribute("aria-pressed", String(Number(b.dataset.expert) === state.lit));
-    if (what !== "lit") drawCard();
-    requestAnimationFrame(drawBarcode);
+    if (what === "layer" || what === "token") { drawCard(); markBarcode(); }
+    if (what === "lit") requestAnimationFrame(drawBarcode);
   });
   const tokenOf = (event) => event.target.closest(".t[data-i]");
   tokensBox.addEventListener("pointerover", (event) => { const t = tokenOf(event); if (t && event.pointerType === "mouse") chooseToken(Number(t.dataset.i)); });
@@ -251,4 +264,5 @@ const startText = () => {
   });
   window.addEventListener("resize", drawBarcode);
   setLayer(0);
+  requestAnimationFrame(drawBarcode);
 };

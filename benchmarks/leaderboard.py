@@ -1,0 +1,81 @@
+"""Rows of `benchmarks/leaderboard.md` from the folders of finished runs.
+
+    uv run benchmarks/leaderboard.py RUN [RUN ...]
+
+The row's command starts the run again; the compiled arithmetic is that of the matrix products of one training step,
+read from its optimised program on this machine, times the steps. Run it in the clone that the run was made in: the
+commit and the machine are those it finds there.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_jax import cli, environment
+from moe_jax.config import ConfigError, RunConfig, UserError, flag_of, load_config
+from moe_jax.presets import preset
+
+HEADER = (
+    "| bits/byte | training_flops | compiled | wall clock | drops, training / evaluation | command | commit | machine |"
+)
+
+
+def command(config: RunConfig) -> str:
+    """What to type for this run: the preset, and each flag that differs from it. The data's path is left open."""
+    words = [f"uv run train.py --preset {config.preset} --data FOLDER"]
+    usual = preset(config.preset)
+    for section in ("model", "data", "train"):
+        ours, theirs = getattr(config, section), getattr(usual, section)
+        for f in dataclasses.fields(ours):
+            value = getattr(ours, f.name)
+            if value == getattr(theirs, f.name) or (section, f.name) in {("model", "vocab_size"), ("data", "source")}:
+                continue
+            flag = flag_of(section, f.name)
+            if isinstance(value, bool):
+                words.append(flag if value else flag.replace(".", ".no-", 1))
+            else:
+                words.append(f"{flag} {value}")
+    return " ".join([*words, f"--seed {config.train.seed}"] if "--seed" not in " ".join(words) else words)
+
+
+def row(run: Path) -> str:
+    """The run as a row. Raises UserError where it is not finished."""
+    from moe_jax.analysis.bench.machine import describe
+    from moe_jax.analysis.bench.training import compile_step
+    from moe_jax.analysis.compiled import read_program
+
+    config = load_config(run)
+    if config is None:
+        raise UserError(f"{run}: holds no run; give the folder that train.py wrote")
+    summary = json.loads((run / "summary.json").read_text())
+    if not summary["val_whole_stream"]:
+        raise UserError(f"{run}: is not finished; go on with train.py --out {run} --resume")
+    one_step = read_program(compile_step(config, config.train.batch_size * config.train.grad_accum).as_text()).flops
+    about = describe()
+    cells = [
+        f"{summary['val_bits_per_byte']:.4f}",
+        f"{summary['training_flops']:.3g}",
+        f"{one_step * summary['steps']:.3g}",
+        f"{summary['wall_seconds'] / 60:.0f} min",
+        f"{summary['train_drop_fraction']:.1%} / {summary['val_drop_fraction']:.1%}",
+        f"`{command(config)}`",
+        about["commit"] or "unknown",
+        f"{about['cores']} cores, {about['processor']}, {summary['precision']}",
+    ]
+    return "| " + " | ".join(cells) + " |"
+
+
+def run(argv: Sequence[str]) -> None:
+    if not argv:
+        raise ConfigError("no argument: give the folders of finished runs")
+    environment.prepare()
+    print(HEADER)
+    print("|" + "---|" * (HEADER.count("|") - 1))
+    for folder in argv:
+        print(row(Path(folder)))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(run))

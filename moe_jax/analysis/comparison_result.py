@@ -1,0 +1,126 @@
+"""What a comparison came to: the arms with their intervals, the differences, a table and words."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from moe_jax.analysis.comparison import Arm, Plan
+from moe_jax.analysis.intervals import Interval, apart, t_interval
+
+BITS = "val_bits_per_byte"
+
+
+class ArmResult(NamedTuple):
+    """The runs of one arm, seed by seed."""
+
+    arm: Arm
+    summaries: list[dict[str, Any]]
+    train_seconds: float
+    """Steps times the median time of a step, measured in turn with the other models; without evaluations."""
+
+    @property
+    def bits(self) -> list[float]:
+        return [s[BITS] for s in self.summaries]
+
+    def mean(self, name: str) -> float | None:
+        """Of a number in the summaries; None where they have none, as dense twins have no drops."""
+        values = [s[name] for s in self.summaries if s[name] is not None]
+        return sum(values) / len(values) if values else None
+
+    def to_json(self) -> dict[str, Any]:
+        first = self.summaries[0]
+        same = {k: first[k] for k in ("steps", "tokens_seen", "training_flops", "params_total", "params_active")}
+        return {
+            "arm": self.arm.name,
+            **same,
+            BITS: self.bits,
+            **t_interval(self.bits).to_json(),
+            "train_seconds": self.train_seconds,
+            "wall_seconds": [s["wall_seconds"] for s in self.summaries],
+            "train_drop_fraction": self.mean("train_drop_fraction") if self.arm.dense == "none" else None,
+            "val_drop_fraction": max(s["val_drop_fraction"] for s in self.summaries),
+        }
+
+
+class Difference(NamedTuple):
+    """A dense arm against the mixture of experts, seed by seed: above 0 the mixture is better."""
+
+    arm: Arm
+    paired: Interval
+    apart: bool | None
+    """Whether the intervals of the two means share no point."""
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        twin = {"active": "its dense twin of the same active parameters", "total": "that of the same total"}
+        basis = {"tokens": "at the same tokens", "wall": "at the same wall clock"}
+        start = f"{basis[self.arm.basis]} the mixture of experts is"
+        side = "better" if self.paired.mean > 0 else "worse"
+        size = abs(self.paired.mean)
+        text = f"{start} {side} than {twin[self.arm.dense]} by {size:.4f} bits per byte"
+        if not self.paired.known:
+            return f"{text}; one seed gives no interval"
+        low, high = sorted((abs(self.paired.low), abs(self.paired.high)))
+        if self.paired.low <= 0 <= self.paired.high:
+            return f"{text}, less than the seeds can tell: 95 % [{self.paired.low:+.4f}, {self.paired.high:+.4f}]"
+        words = "intervals of the means are apart" if self.apart else "intervals of the means overlap"
+        return f"{text}, 95 % [{low:.4f}, {high:.4f}] paired by seed; the {words}"
+
+    def to_json(self) -> dict[str, Any]:
+        named = {"twin": self.arm.dense, "same": self.arm.basis}
+        return {**named, **self.paired.to_json(), "apart": self.apart, "verdict": self.verdict}
+
+
+def collect(plan: Plan, summaries: dict[Arm, list[dict[str, Any]]]) -> list[ArmResult]:
+    return [ArmResult(arm, summaries[arm], arm.steps * plan.step_seconds[arm.dense]) for arm in plan.arms()]
+
+
+def differences(results: Sequence[ArmResult]) -> list[Difference]:
+    """Every dense arm against the mixture of experts, which is the first."""
+    mixture, *dense = results
+    found = []
+    for result in dense:
+        paired = [twin - ours for twin, ours in zip(result.bits, mixture.bits, strict=True)]
+        overlap = apart(t_interval(result.bits), t_interval(mixture.bits))
+        found.append(Difference(result.arm, t_interval(paired), overlap))
+    return found
+
+
+HEADINGS = (
+    "model",
+    "bits per byte [95 %]",
+    "parameters",
+    "active",
+    "tokens",
+    "training FLOPs",
+    "ms a step",
+    "training s",
+    "drops",
+)
+
+
+def rows(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
+    """The table's cells; times are by the measured step times, without evaluations."""
+    cells = []
+    for result in results:
+        r = result.to_json()
+        drops = "" if r["train_drop_fraction"] is None else f"{r['train_drop_fraction']:.1%}"
+        cells.append(
+            (
+                result.arm.name,
+                str(t_interval(result.bits)),
+                f"{r['params_total']:,}",
+                f"{r['params_active']:,}",
+                f"{r['tokens_seen']:,}",
+                f"{r['training_flops']:.3g}",
+                f"{1e3 * result.train_seconds / result.arm.steps:.1f}",
+                f"{result.train_seconds:.0f}",
+                drops,
+            )
+        )
+    return cells
+
+
+def to_markdown(results: Sequence[ArmResult]) -> str:
+    lines = [HEADINGS, tuple("---" for _ in HEADINGS), *rows(results)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

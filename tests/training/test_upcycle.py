@@ -1,0 +1,162 @@
+"""Dense to sparse: the same function at step 0, copies that part, and a run that remembers where it comes from."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.analysis.accounting import training_flops
+from moe_jax.compatibility import upcycled
+from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError, load_config
+from moe_jax.inference.decode import advance, prefill
+from moe_jax.model.moe import Mode
+from moe_jax.model.transformer import merge
+from moe_jax.training.loop import Session, finish, train
+from moe_jax.training.upcycle import copied
+from tests import saved_run, tiny
+
+
+def twins(**changes: Any) -> tuple[Any, Any, Any, Any]:
+    """Definition and float64 parameters of a dense model, all random, and of the MoE made of it."""
+    dense = tiny.config(dense="active", **changes)
+    sparse = dataclasses.replace(dense, dense="none", expert_hidden=dense.dense_hidden)
+    (dense_def, dense_params), (sparse_def, fresh) = (tiny.build(c, dtype="float64") for c in (dense, sparse))
+    return dense_def, dense_params, sparse_def, copied(fresh, dense_params)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"capacity_factor": 4.0},
+        {"capacity_factor": 4.0, "top_k": 3, "activation": "gelu", "norm": "layernorm", "bias": True}
+        | {"positions": "learned", "tied_head": False},
+    ],
+    ids=["swiglu, top-2", "gelu, top-3"],
+)
+def test_the_mixture_is_the_dense_function(changes: dict[str, Any], float64: None) -> None:
+    """Evaluation, training without drops, prefill and decoding, of parameters without any structure. A token's K
+    gates differ from each other, so it is their sum that counts."""
+    dense_def, dense, sparse_def, sparse = twins(**changes)
+    tokens = jnp.asarray(tiny.tokens(2, tiny.T))
+    logits: dict[str, list[Any]] = {}
+    for graphdef, params in ((dense_def, dense), (sparse_def, sparse)):
+        model = merge(graphdef, params)
+        read = prefill(graphdef, params, tokens, jnp.int32(3))
+        found = {mode.value: model.logits(model(tokens, mode)[0]) for mode in (Mode.EVALUATE, Mode.TRAIN)}
+        found |= {"prefill": read.logits, "decode": advance(graphdef, params, read, tokens[:, 3]).logits}
+        for name, values in found.items():
+            logits.setdefault(name, []).append(values)
+    for name, (one, other) in logits.items():
+        assert tiny.relative_error(one, other) < 1e-12, name
+
+
+def test_copies_and_routers(float64: None) -> None:
+    _, dense, _, sparse = twins()
+    _, fresh = tiny.build(tiny.config(expert_hidden=tiny.config(dense="active").dense_hidden), dtype="float64")
+    for i in range(2):
+        there, here = dense["blocks"][i], sparse["blocks"][i]
+        for name in ("w_in", "w_gate", "w_out"):
+            for e in range(4):
+                np.testing.assert_array_equal(here["ffn"]["experts"][name][e], there["ffn"]["experts"][name][0])
+        tiny.assert_same_bits(here["attention"], there["attention"])
+        np.testing.assert_array_equal(here["ffn"]["router"], fresh["blocks"][i]["ffn"]["router"])
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str, Any]]:
+    """The settings and the summary of a dense run of 6 steps."""
+    folder = tmp_path_factory.mktemp("dense")
+    (folder / "text.txt").write_text("<|endoftext|>".join(f"a cat sat on mat {i} with dog {i + 1}" for i in range(60)))
+    model = ModelConfig(
+        seq_len=16, layers=1, width=16, heads=2, experts=4, expert_hidden=8, capacity_factor=0.75, dense="active"
+    )
+    values = {"steps": 6, "batch_size": 4, "log_every": 3, "eval_every": 3, "save_every": 3, "precision": "float32"}
+    data = DataConfig(source=str(folder / "text.txt"), tokenizer="byte")
+    config = RunConfig(out=str(folder / "run"), model=model, data=data, train=TrainConfig(**values))
+    return config, whole(config)[1]
+
+
+def whole(config: RunConfig) -> tuple[Session, dict[str, Any]]:
+    session = Session.open(config, load_config(Path(config.out)))
+    train(session)
+    return session, finish(session)
+
+
+def sparse(dense: RunConfig, out: Path, **train_changes: Any) -> RunConfig:
+    saved = load_config(Path(dense.out))
+    assert saved is not None
+    config = upcycled(saved, dense.out)
+    return dataclasses.replace(config, out=str(out), train=dataclasses.replace(config.train, **train_changes))
+
+
+def test_a_run_starts_at_the_dense_loss_and_its_experts_part(
+    dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    before, result = dense
+    config = sparse(before, tmp_path / "sparse")
+    assert (config.model.dense, config.model.expert_hidden) == ("none", 17)  # 2 x 8 + 4 / 3 rounded
+    session = Session.open(config, None)
+    assert session.score(session.store.valid.tokens).loss == pytest.approx(result["val_loss"], rel=1e-6)
+    train(session)
+    experts = np.asarray(session.state.params["blocks"][0]["ffn"]["experts"]["w_in"])
+    distance = np.abs(experts[:, None] - experts).max((-1, -2))
+    assert (distance[~np.eye(4, dtype=bool)] > 1e-4).all()
+    assert finish(session)["val_loss"] < result["val_loss"]
+
+
+def test_where_it_comes_from_is_written_down_and_kept(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
+    before, result = dense
+    out = tmp_path / "sparse"
+    session, summary = whole(sparse(before, out))
+    flops = training_flops(session.config, 6), training_flops(load_config(Path(before.out)), result["best_step"])
+    assert (summary["training_flops"], summary["inherited_flops"]) == flops
+    assert result["inherited_flops"] == 0
+    config = load_config(out)
+    assert config is not None
+    assert config.upcycle == before.out
+    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7))
+    resumed, summary = whole(longer)
+    assert resumed.resumed_from == 6
+    assert summary["inherited_flops"] == flops[1]
+    first, second = json.loads((out / "config.json").read_text())["history"]
+    assert (first["upcycled_from"], first["step"]) == (before.out, result["best_step"])
+    assert second["resumed_at_step"] == 6
+
+
+def test_a_resumed_run_needs_no_dense_run(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
+    whole(sparse(dense[0], tmp_path / "sparse"))
+    config = dataclasses.replace(load_config(tmp_path / "sparse"), upcycle=str(tmp_path / "gone"))
+    assert Session.open(config, config).resumed_from == 6
+
+
+def test_another_text_is_refused(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("<|endoftext|>".join(f"a cow sat on mat {i}" for i in range(60)))
+    config = sparse(dense[0], tmp_path / "sparse")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(other)))
+    with pytest.raises(UserError, match=r"--data .*other.txt: not the text"):
+        Session.open(config, None)
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_settings_of_another_function_are_refused_without_a_command_line(
+    dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = sparse(dense[0], tmp_path / "sparse")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, top_k=1))
+    with pytest.raises(ConfigError, match="--top-k 1"):
+        Session.open(config, None)
