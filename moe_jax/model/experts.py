@@ -31,8 +31,6 @@ class Experts(nnx.Module):
         self, rows: Float[Array, "G R D"], group_expert: Int[Array, " G"] | None = None
     ) -> Float[Array, "G R D"]:
         """Each group of rows through the network of its expert: group g's is `group_expert[g]`, or g itself."""
-        if group_expert is not None and rows.shape[1] == 1:
-            return self._one_by_one(rows[:, 0], group_expert)[:, None]
 
         def weight(param: nnx.Param) -> Array:
             w = param[...]
@@ -49,23 +47,26 @@ class Experts(nnx.Module):
         first = [self.w_in, self.w_gate] if self.activation == "swiglu" else [self.w_in]
         return rest([_product("grd,gdf->grf", rows, weight(w)) for w in first], weight(self.w_out))
 
-    def _one_by_one(self, rows: Float[Array, "G D"], expert: Int[Array, " G"]) -> Float[Array, "G D"]:
-        """One row after the other, each with its expert's matrices where they lie. Decoding is bound by the reading of
-        weights, and indexing all of them first would write them and read them once more: twice the time of a layer."""
+    def in_turn(self, rows: Float[Array, "G R D"], group_expert: Int[Array, " G"]) -> Float[Array, "G R D"]:
+        """The same, one group after the other, with each expert's matrices where they lie. For passes without a
+        gradient: what they wait for is the reading of weights, and indexing the weights of all groups first would
+        write them and read them once more. (Its gradient would be added into all experts' matrices, group by group.)
+        """
 
-        def product(row: Array, param: nnx.Param, e: Array) -> Array:
-            return row @ jax.lax.dynamic_index_in_dim(param[...], e, keepdims=False).astype(row.dtype)
+        def one(carry: None, group: tuple[Array, Array]) -> tuple[None, Array]:
+            x, e = group
 
-        def one(carry: None, x: tuple[Array, Array]) -> tuple[None, Array]:
-            row, e = x
-            hidden = product(row, self.w_in, e)
+            def product(x: Array, param: nnx.Param) -> Array:
+                return x @ jax.lax.dynamic_index_in_dim(param[...], e, keepdims=False).astype(x.dtype)
+
+            hidden = product(x, self.w_in)
             if self.activation == "swiglu":
-                active = jax.nn.silu(product(row, self.w_gate, e)) * hidden
+                active = jax.nn.silu(product(x, self.w_gate)) * hidden
             else:
                 active = jax.nn.gelu(hidden, approximate=True)
-            return carry, product(active, self.w_out, e)
+            return carry, product(active, self.w_out)
 
-        return jax.lax.scan(one, None, (rows, expert))[1]
+        return jax.lax.scan(one, None, (rows, group_expert))[1]
 
 
 def _product(axes: str, rows: Array, weights: Array) -> Array:
