@@ -55,7 +55,8 @@ class Samples:
             f"--temperature {self.temperature:g} --max-tokens {self.max_tokens}`",
             f"checkpoint of step {run.checkpoint.step}, preset {run.config.preset}; each story below is also what "
             "`generate` tells for its prompt, seed, temperature and longest length",
-            f"measured: {self.stories} stories told from nothing; validation stories are cut to the same lengths. "
+            f"measured: the first {samples.WORDS} words of {self.stories} stories told from nothing, beside draws of "
+            "validation stories with as many words. "
             "repetition-4 is the share of four-word sequences that stood in the same story before, distinct-n that of "
             "different n-word sequences among those of all stories",
         ]
