@@ -21,7 +21,7 @@ from moe_jax.training.manifest import leaves_of
 from moe_jax.training.state import TrainState
 from tests import tiny
 from tests.reliability.figures import Record, figure
-from tests.training.test_run import caches, configuration, records, run, text, timeless, uninterrupted  # noqa: F401
+from tests.training.test_run import configuration, quick, records, run, text, timeless, uninterrupted  # noqa: F401
 
 pytestmark = pytest.mark.reliability
 NAN = np.float32("nan")
