@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_jax.analysis.saved_traces import make_tracer
 from moe_jax.config import DataConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import prepare
 from moe_jax.training.checkpoint import CheckpointStore
@@ -42,12 +43,16 @@ def save_run(folder: Path, **model_changes: object) -> Path:
     store = prepare(data, progress=False, cache=folder / "cache")
     run = RunFolder(folder / "run")
     run.start(config, store.tokenizer, [])
-    _, params = tiny.build(model)
+    graphdef, params = tiny.build(model)
     state = initial_state(params, make_optimizer(train), loss_scaling=False)
     state = dataclasses.replace(state, step=np.int32(STEP))
     context = {"data": store.digest, "tokenizer": store.tokenizer.digest}
     CheckpointStore(run.path).save(state, STEP, val_loss=1.0, elapsed=1.0, context=context)
     run.metrics.write_text("".join(json.dumps(r) + "\n" for r in metrics(model.layers, model.experts)))
+    tracer = make_tracer(model, graphdef, store.valid.tokens)
+    if tracer is not None:
+        for step, seed in ((STEP // 2, 1), (STEP, 0)):
+            run.add_trace(step, tracer(tiny.build(model, seed)[1]))
     run.write_summary({"val_bits_per_byte": 1.5, "entropy_floor_bits_per_byte": 0.5})
     return run.path
 

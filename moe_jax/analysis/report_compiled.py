@@ -28,8 +28,8 @@ _NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 def compiled_layer(run: Run) -> dict[str, Any]:
     """What the report shows: products, largest first, with operations; the experts' share (`expert_flops`);
-    `bound`, what filling exactly the slots takes; `dense`, what all experts on all tokens would take; the operations that
-    jax traced (`primitives`) and that the compiler left (`instructions`), counted by kind; listings."""
+    `bound`, what filling exactly the slots takes; `dense`, what all experts on all tokens would take; the kinds of
+    operations that jax traced (`primitives`) and that the compiler left (`instructions`), counted; listings."""
     config = run.config.model
     compute = jnp.dtype(choose_policy(run.config.train.precision).compute)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(config, 1.0, nnx.Rngs(params=jax.random.key(0)))))

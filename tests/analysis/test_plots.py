@@ -33,8 +33,10 @@ def test_curves_are_the_records(folder: Path) -> None:
     ]
     (bits, floor) = lines(figures["bits_per_byte"])
     assert bits == ("run", [40], [1.5])
-    assert floor[0] == "entropy of the text, 0.5000"
+    assert floor[0] == "entropy of the validation text, 0.5000"
     assert floor[2] == [0.5, 0.5]
+    # Even in layer 0; in layer 1 from step 30 on one expert takes all.
+    assert lines(figures["evenness"]) == [("run", [10, 20, 30, 40], [1, 1, 0.5, 0.5])]
     images = [axes.get_images()[0].get_array() for axes in figures["load"].axes[:2]]
     np.testing.assert_allclose(images[0], np.ones((4, 4)))
     np.testing.assert_allclose(images[1][0], [1, 1, 4, 4])  # times the fair share

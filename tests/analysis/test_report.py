@@ -3,8 +3,11 @@
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -164,7 +167,8 @@ def test_the_curves_show_a_collapse(written: tuple[str, dict]) -> None:
     assert training["step"] == [10, 20, 30, 40]
     assert training["loss"] == [4, 3, 2, 1]
     assert training["spread"] == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert training["val"] == {"step": [40], "loss": [1.2]}
+    assert training["val"] == {"step": [40], "loss": [1.2], "bits_per_byte": [1.5]}
+    assert training["traces"]["step"] == [20, 40]
 
 
 def test_attention_keeps_the_largest_weights(folder: Path) -> None:
@@ -201,7 +205,7 @@ def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
         f"routing report: {folder / 'report' / 'routing.html'}, to open in a browser",
     ]
     names = {p.name for p in (folder / "report").iterdir()}
-    assert {"loss.png", "loss.svg", "load.png", "routing.html", "entropy.json"} <= names
+    assert {"loss.png", "loss.svg", "load.png", "evenness.svg", "routing.html"} <= names
 
 
 def test_a_dense_twin_gets_pictures_and_a_reason(tmp_path: Path) -> None:
@@ -235,6 +239,17 @@ def test_the_compiled_layer_does_the_work_of_its_slots(written: tuple[str, dict]
     assert compiled["total"] == compiled["bound"] + 2 * 16 * 8 * 4
     assert sum(d["flops"] for d in compiled["dots"]) == compiled["total"]
     assert [d["source"] for d in compiled["dots"]][-1] == "router/btd,de->bte/dot_general"
+    assert compiled["instructions"]["dot"] == compiled["primitives"]["dot_general"] == len(compiled["dots"]) == 4
+    assert compiled["primitives"]["top_k"] == 1
+
+
+def test_operations_inside_of_loops_and_conditions_are_counted() -> None:
+    def program(x):
+        x, _ = jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)
+        return jax.lax.cond(x > 0, jnp.cos, lambda y: jnp.cos(y) * 2, x)
+
+    counts = Counter(report_compiled.primitives(jax.make_jaxpr(program)(1.0)))
+    assert (counts["sin"], counts["cos"], counts["mul"]) == (1, 2, 1)
 
 
 def test_a_page_to_be_sent_says_nothing_of_the_machine(folder: Path, written: tuple[str, dict]) -> None:

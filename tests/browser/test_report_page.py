@@ -72,7 +72,7 @@ class Opened:
         )
 
     def draw_everything(self) -> None:
-        for name in ("experts", "flow", "capacity", "training", "attention", "compiled"):
+        for name in ("experts", "flow", "capacity", "training", "attention", "heads", "compiled"):
             self.page.locator(f"#{name}").scroll_into_view_if_needed()
             self.page.wait_for_timeout(50)
 
@@ -86,7 +86,10 @@ def opened(browser: Any, written: Path) -> Iterator[Opened]:
 
 def assert_coloured_by(opened: Opened, layer: int) -> None:
     """Fill and line of every token are those of its first and second choice, hatched and dotted where dropped."""
-    fills = [opened.colour(f"color-mix(in srgb, var(--e{e}) var(--tint), transparent)") for e in range(E)]
+    tint = float(opened.page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--tint')")[:-1])
+    fills = [
+        opened.colour(f"var(--e{e})").replace("rgb(", "rgba(").replace(")", f", {tint / 100:g})") for e in range(E)
+    ]
     lines = [opened.colour(f"var(--e{e})") for e in range(E)]
     assert len(set(fills)) == len(set(lines)) == E
     keep = opened.data["routing"]["keep"][layer]
@@ -119,15 +122,16 @@ def test_the_slider_and_the_keys_change_the_layer(opened: Opened) -> None:
     assert_coloured_by(opened, 0)
 
 
+@pytest.mark.parametrize("reach", ["hover", "focus"])
 @pytest.mark.parametrize("layer", range(LAYERS))
-def test_the_hover_shows_gates_slots_and_the_reason_of_a_drop(opened: Opened, layer: int) -> None:
+def test_hover_and_focus_show_gates_slots_and_the_reason_of_a_drop(opened: Opened, layer: int, reach: str) -> None:
     opened.page.locator("#layer").fill(str(layer))
     routing, capacity = opened.data["routing"], opened.data["model"]["capacity"]
     keep = routing["keep"][layer]
     kept = next(i for i in range(len(keep) // K) if keep[i * K])
     dropped = next(i for i in range(len(keep) // K) if not keep[i * K])
     for i in (kept, dropped):
-        opened.page.locator(f'.t[data-i="{i}"]').hover()
+        getattr(opened.page.locator(f'.t[data-i="{i}"]'), reach)()
         shown = opened.page.locator("#card").inner_text()
         for k in range(K):
             at = i * K + k
@@ -230,6 +234,9 @@ def test_nothing_is_loaded_nothing_fails_nothing_overflows(
         "#slots svg",
         "#factors svg",
         "#training-figures svg",
+        "#training-figures canvas",
+        "#heads canvas",
+        "#costs .bar",
     ):
         assert opened.page.locator(figure).count() > 0, figure
     opened.page.close()
@@ -259,3 +266,164 @@ def test_attention_of_the_chosen_token(opened: Opened) -> None:
         shown = heads.nth(h).locator("li span:last-child").all_inner_texts()
         assert shown == [f"{w} %" for w in flat[1::2]]
     assert heads.count() == 2
+
+
+def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(opened: Opened) -> None:
+    """The group with the largest G^2 of the whole model is named with its expert, its examples and its share."""
+    opened.draw_everything()
+    first = opened.page.locator("#experts p").first
+    said = first.inner_text().replace("\u00a0", " ")
+    assert first.get_attribute("id") == "specialists-said"
+    entries = {
+        (i, e): x["groups"] for i, layer in enumerate(opened.data["specialisation"]) for e, x in enumerate(layer)
+    }
+    layer, e = max((at for at in entries if entries[at]), key=lambda at: entries[at][0]["g2"])
+    group = entries[layer, e][0]
+    assert f"expert {e} of layer {layer} in {group['name']}" in said
+    assert f"{round(100 * group['reach'])} % of them choose it" in said
+    for e in range(E):
+        named = opened.page.locator(".specialist").nth(e).locator(".groups b").all_inner_texts()
+        assert named == [g["name"] for g in opened.data["specialisation"][0][e]["groups"]]
+
+
+def test_the_counts_are_a_table_too(opened: Opened) -> None:
+    opened.draw_everything()
+    opened.page.locator("#counts summary").click()
+    rows = opened.page.locator("#counts tbody tr").all_inner_texts()
+    entries = [(e, t) for e, x in enumerate(opened.data["specialisation"][0]) for t in x["tokens"]]
+    assert len(rows) == len(entries) > 0
+    for row, (e, token) in zip(rows, entries, strict=True):
+        cells = row.split("\t")
+        assert (cells[0], cells[2], cells[3]) == (str(e), f"{token['here']:,}", f"{token['all']:,}")
+
+
+def test_the_card_of_an_expert_lights_its_tokens(opened: Opened) -> None:
+    opened.draw_everything()
+    opened.page.locator(".specialist h4 button").nth(3).click()
+    lit = [i for i, t in enumerate(opened.tokens()) if "lit" in t["classes"].split()]
+    assert lit == [i for i in range(len(opened.tokens())) if 3 in [opened.expert(0, i, k) for k in range(K)]]
+    assert opened.page.locator('#legend [aria-pressed="true"]').inner_text() == "3"
+
+
+def test_the_saved_traces_are_painted_in_the_colours_of_their_experts(opened: Opened) -> None:
+    opened.draw_everything()
+    shown = opened.data["training"]["traces"]["shown"]
+    assert shown["step"] == [20, 40]
+    for layer in range(LAYERS):
+        opened.page.locator("#layer").fill(str(layer))
+        opened.page.locator("#training").scroll_into_view_if_needed()
+        canvas = opened.page.locator(f'canvas[aria-label*="evaluations, layer {layer}"]')
+        canvas.wait_for()
+        painted = canvas.evaluate(
+            """(canvas, [rows, columns]) => [...Array(rows).keys()].map((r) => [...Array(columns).keys()].map((c) =>
+            'rgb(' + [...canvas.getContext('2d').getImageData((c + 0.5) * canvas.width / columns,
+            (r + 0.5) * canvas.height / rows, 1, 1).data].slice(0, 3).join(', ') + ')'))""",
+            [len(shown["step"]), len(shown["pieces"])],
+        )
+        colours = [opened.colour(f"var(--e{e})") for e in range(E)]
+        assert painted == [[colours[e] for e in step[layer]] for step in shown["first"]]
+    canvas.focus()
+    opened.page.keyboard.press("ArrowRight")
+    opened.page.keyboard.press("ArrowDown")
+    tip = opened.page.locator("#tip").inner_text()
+    assert tip.startswith("Step 40: ")
+    assert tip.endswith(f"(token 2) chose expert {shown['first'][1][LAYERS - 1][1]}")
+
+
+def test_a_press_in_the_picture_of_a_head_chooses_the_token(opened: Opened) -> None:
+    opened.draw_everything()
+    canvas = opened.page.locator("#heads canvas").first
+    box = canvas.bounding_box()
+    canvas.click(position={"x": 5, "y": box["height"] / 2})
+    tokens = opened.data["attention"]["tokens"]
+    assert f"token {tokens // 2 + 1} of" in opened.page.locator("#card .where").inner_text()
+
+
+CONTRAST = """() => {
+    const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    const luminance = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+    const numbers = (css) => {
+        const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+        pen.fillStyle = css; pen.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = pen.getImageData(0, 0, 1, 1).data;
+        return [r, g, b, a / 255];
+    };
+    const behind = (node) => {
+        if (!node) return [255, 255, 255];
+        const [r, g, b, a] = numbers(getComputedStyle(node).backgroundColor);
+        if (a === 1) return [r, g, b];
+        const under = behind(node.parentElement);
+        return [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
+    };
+    const found = [];
+    for (const node of document.querySelectorAll('main *, header *, nav *, .controls *, footer *')) {
+        if (node.closest('svg') || ![...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+        const [a, b] = [luminance(numbers(getComputedStyle(node).color)), luminance(behind(node))];
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (ratio < 4.5) found.push([node.tagName, node.className, node.textContent.slice(0, 20), ratio]);
+    }
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_from_its_ground(browser: Any, written: Path, tmp_path: Path, scheme: str) -> None:
+    """WCAG 2.2 AA, 4.5 to 1: for twenty experts, as the page is, with a token chosen, and with an expert lit."""
+    from moe_jax.analysis.report import render
+
+    data = json.loads(page_data(written))
+    count, data["model"]["experts"], data["corpus"] = data["model"]["experts"], 20, None
+    n = len(data["text"]["pieces"])
+    for layer in range(LAYERS):
+        data["routing"]["expert"][layer] = [(i // K + 7 * (i % K)) % 20 for i in range(n * K)]
+        data["routing"]["prob"][layer] = [0.05] * (20 * n)
+    assert count == E
+    data["training"] |= {"step": [], "traces": {"step": []}}
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path, color_scheme=scheme)
+    assert opened.page.evaluate(CONTRAST) == []
+    opened.page.locator('.t[data-i="5"]').click()
+    for e in (0, 5, 11, 17):
+        opened.page.locator(f'#legend button[data-expert="{e}"]').click()
+        assert opened.page.evaluate(CONTRAST) == []
+    opened.page.close()
+    opened = Opened(browser, written, color_scheme=scheme)  # the other sections, as they are
+    opened.draw_everything()
+    assert opened.page.evaluate(CONTRAST) == []
+    opened.page.close()
+
+
+def test_a_long_text_is_laid_out_paragraph_by_paragraph(browser: Any, written: Path, tmp_path: Path) -> None:
+    """4,096 tokens in one line: every token is coloured, in paragraphs that the browser may leave out of sight."""
+    run = written.parent.parent
+    path = write_report(run, tmp_path / "page.html", text=(saved_run.STORY.strip() + " ") * 46)
+    opened = Opened(browser, path)
+    n = len(opened.data["text"]["pieces"])
+    assert n > 4096
+    opened.page.locator("#layer").fill("1")
+    firsts = opened.page.locator(".tokens .t").evaluate_all("(nodes) => nodes.map((t) => Number(t.dataset.expert))")
+    assert firsts == [opened.expert(1, i) for i in range(n)]
+    assert (
+        opened.page.locator(".tokens").evaluate("(box) => box.textContent").split()
+        == ("<|endoftext|>" + (saved_run.STORY.strip() + " ") * 46).split()
+    )
+    sizes = opened.page.locator(".tokens p").evaluate_all(
+        "(boxes) => boxes.map((p) => [p.childElementCount, getComputedStyle(p).contentVisibility])"
+    )
+    assert max(size for size, _ in sizes) <= 500
+    assert {visibility for _, visibility in sizes} == {"auto"}
+    assert opened.said == []
+    opened.page.close()
+
+
+def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
+    opened = Opened(browser, written)
+    opened.page.emulate_media(media="print")
+    opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert not opened.page.locator("#controls").is_visible()
+    for name in ("#load svg", "#flow-figure svg", "#slots svg", "#training-figures svg", "#dots"):
+        assert opened.page.locator(name).first.is_visible(), name
+    box = opened.page.locator("#tokens").evaluate("(box) => [box.scrollHeight, box.clientHeight]")
+    assert box[0] <= box[1] + 1
+    opened.page.close()

@@ -84,7 +84,10 @@ def poison_gradients(monkeypatch: pytest.MonkeyPatch, config: RunConfig, first: 
     def poisoned(graphdef: Any, params: Any, batch: Any, key: Any, *rest: Any) -> Any:
         grads, metrics = true(graphdef, params, batch, key, *rest)
         # Only its key tells a step which one it is.
-        keys = [step_module.purpose_key(config.train.seed, step_module.DROPOUT, i - 1) for i in range(first, last + 1)]
+        keys = [
+            step_module.purpose_key(config.train.seed, step_module.DROPOUT, jnp.int32(i - 1))
+            for i in range(first, last + 1)
+        ]
         is_bad = jnp.stack([(jax.random.key_data(k) == jax.random.key_data(key)).all() for k in keys]).any()
         bad = poison(grads, "router")
         return jax.tree.map(lambda a, b: jnp.where(is_bad, a, b), bad, grads), metrics
