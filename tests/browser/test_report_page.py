@@ -411,7 +411,7 @@ def test_a_long_text_is_laid_out_paragraph_by_paragraph(browser: Any, written: P
     sizes = opened.page.locator(".tokens p").evaluate_all(
         "(boxes) => boxes.map((p) => [p.childElementCount, getComputedStyle(p).contentVisibility])"
     )
-    assert max(size for size, _ in sizes) <= 500
+    assert max(size for size, _ in sizes) <= 240
     assert {visibility for _, visibility in sizes} == {"auto"}
     assert opened.said == []
     opened.page.close()

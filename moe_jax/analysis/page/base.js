@@ -81,7 +81,7 @@ const section = (id, draw, shows = [], redraw = draw) => {
   new IntersectionObserver((entries) => {
     near = entries.at(-1).isIntersecting;
     if (near && next === draw) now(); else soon();
-  }, { rootMargin: "600px" }).observe(byId(id));
+  }, { rootMargin: "250px" }).observe(byId(id));
   window.addEventListener("beforeprint", now);
 };
 

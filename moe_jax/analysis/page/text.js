@@ -16,7 +16,7 @@ const direction = (paragraph) => {
 
 // A paragraph begins after a line break, at a separator, and where one would grow long at the end of a sentence: what
 // lies outside the window is not laid out (content-visibility), paragraph by paragraph.
-const LONG = 250;
+const LONG = 120;
 const paragraphs = () => {
   const found = [[]], { pieces, ids } = data.text;
   const separator = marks.has(0) ? ids[0] : null;
