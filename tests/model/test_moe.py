@@ -136,7 +136,7 @@ def test_many_blocks_are_one_function_too(float64: None, monkeypatch: pytest.Mon
 
 
 def test_blocks_are_about_the_fair_share_of_an_expert() -> None:
-    """128 tokens to 2 of 16 experts: 16 pairs each. Up to the next power of two; from 8 to 128; no more than there are."""
+    """128 tokens to 2 of 16 experts: 16 pairs each. The next power of two, from 8 to 128, or all."""
     assert [block_rows(pairs, 16) for pairs in (256, 258, 4096, 40)] == [16, 32, 128, 8]
     assert block_rows(4, 16) == 4
 
