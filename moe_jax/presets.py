@@ -25,9 +25,10 @@ def _story() -> RunConfig:
 
 
 def _story_cpu() -> RunConfig:
-    """For 2.5 million tokens and two CPU cores: the trials behind each setting are in `benchmarks/trials.md`.
+    """For 2.5 million tokens and two CPU cores. `benchmarks/trials.md` has what was tried, and what was not.
 
-    Few active parameters, since tokens are what a small budget lacks; narrow experts, whose Muon steps are cheap.
+    Few active parameters, since tokens are what a small budget lacks; narrow experts, whose Muon steps are cheap. The
+    steps are those of 2e14 floating-point operations, a length that has not been run yet.
     """
     return RunConfig(
         preset="story-cpu",
@@ -64,8 +65,8 @@ def _story_cpu() -> RunConfig:
 
 
 def _story_4gb() -> RunConfig:
-    """The recipe of `story-cpu`, as large as a 4 GB card trains with room to spare, for all of TinyStories. As many
-    tokens as the original took (41 million). `plan` says that it fits; no card has run it yet."""
+    """The recipe of `story-cpu`, larger, for a 4 GB card and all of TinyStories: as many tokens as the original took
+    (41 million). By the sizes of its parts it takes about 1.5 GB; neither `plan` nor a card has confirmed that yet."""
     small = _story_cpu()
     return dataclasses.replace(
         small,
