@@ -75,7 +75,8 @@ class Compare:
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))["asked"]
-            changed = [name for name, here in self._asked(config).items() if there[name] != here]
+            begun = self._asked(RunConfig.from_dict(there["config"])) | {"flops": there["flops"]}
+            changed = [name for name, here in self._asked(config).items() if begun[name] != here]
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"{path}: cannot be read; remove it, or name another --out") from None
         if changed:

@@ -269,6 +269,10 @@ def test_another_comparison_in_the_folder_is_refused(asked: Compare, text: Path,
         tmp_path / "out" / "plan.json", asked._asked(config)
     )
     assert asked._check(tmp_path / "out") == config
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    del plan["asked"]["config"]["train"]["patience"]  # a setting that came later, as it was before it did
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(plan))
+    assert asked._check(tmp_path / "out") == config
     other = tmp_path / "other.txt"
     other.write_text("another text")
     for changes, flag in (({"flops": 1e9}, "--flops 1e"), ({"data": str(other)}, "--data .*other.txt")):
