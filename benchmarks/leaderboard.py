@@ -22,22 +22,25 @@ HEADER = (
 )
 
 
+SAID_ELSEWHERE = {("model", "vocab_size"), ("data", "source"), ("train", "seed")}
+
+
 def command(config: RunConfig) -> str:
-    """What to type for this run: the preset, and each flag that differs from it. The data's path is left open."""
-    words = [f"uv run train.py --preset {config.preset} --data FOLDER"]
+    """What to type for this run: the preset, each flag that differs from it, the seed. The text's path is left open."""
+    words = [f"uv run train.py --preset {config.preset} --data FOLDER --seed {config.train.seed}"]
     usual = preset(config.preset)
     for section in ("model", "data", "train"):
         ours, theirs = getattr(config, section), getattr(usual, section)
-        for f in dataclasses.fields(ours):
-            value = getattr(ours, f.name)
-            if value == getattr(theirs, f.name) or (section, f.name) in {("model", "vocab_size"), ("data", "source")}:
+        for name in (f.name for f in dataclasses.fields(ours)):
+            value = getattr(ours, name)
+            if value == getattr(theirs, name) or (section, name) in SAID_ELSEWHERE:
                 continue
-            flag = flag_of(section, f.name)
+            flag = flag_of(section, name)
             if isinstance(value, bool):
                 words.append(flag if value else flag.replace(".", ".no-", 1))
             else:
                 words.append(f"{flag} {value}")
-    return " ".join([*words, f"--seed {config.train.seed}"] if "--seed" not in " ".join(words) else words)
+    return " ".join(words)
 
 
 def row(run: Path) -> str:

@@ -32,7 +32,7 @@ TokenizerKind = Literal["gpt2", "bpe", "byte"]
 OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
 PrecisionKind = Literal["auto", "float32", "bfloat16", "float16"]
 WeightKind = Literal["float32", "bfloat16"]
-PresetName = Literal["nano", "story", "story-cpu", "seed-158m", "max-4gb"]
+PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 

@@ -200,7 +200,8 @@ def test_an_upcycled_run_starts_from_the_dense_settings(tmp_path: Path, monkeypa
     shutil.copytree(tmp_path / "held", tmp_path / config.run_dir)
     (tmp_path / config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
     assert parse_run(["--upcycle", "held", "--resume"]) == (dataclasses.replace(config, resume=True), config)
-    with pytest.raises(ConfigError, match="--upcycle other: no run"):
+    shutil.copytree(tmp_path / "held", tmp_path / "other")
+    with pytest.raises(ConfigError, match="--upcycle other: the run in runs/nano-upcycled has held"):
         parse_run(["--out", "runs/nano-upcycled", "--resume", "--upcycle", "other"])
 
 

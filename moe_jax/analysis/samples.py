@@ -1,7 +1,7 @@
 """What a trained model writes: stories at fixed prompts and seeds, and what of its own stories repeats and varies.
 
 Measured are stories that the model tells from nothing, as the validation stories begin from nothing, beside draws of
-validation stories cut to the same lengths in words. The spread of the draws says what a difference means.
+validation stories cut to the same numbers of words. The spread of the draws says what a difference means.
 """
 
 import math
@@ -33,6 +33,8 @@ MEASURES: dict[str, Callable[[list[Words]], float]] = {
     "distinct_2": lambda texts: distinct(texts, 2),
     "distinct_3": lambda texts: distinct(texts, 3),
 }
+WORDS = 100
+"""Of each story, the first, that are measured: of stories without an end few validation stories are as long."""
 DRAWS = 20
 """Collections of validation stories that are measured beside the model's."""
 POOL = 4000
@@ -64,8 +66,9 @@ def prompted(teller: Storyteller, settings: Sampling, limit: int) -> list[tuple[
 
 
 def measure(told: list[str], stories: Iterator[str]) -> dict[str, Measure]:
-    """Every measure of the model's stories, and of up to DRAWS collections of as long validation stories."""
-    texts: list[Words] = [words(text) for text in told]
+    """Every measure of the beginnings of the model's stories, and of up to DRAWS collections of as long beginnings of
+    validation stories."""
+    texts: list[Words] = [words(text)[:WORDS] for text in told]
     draws = draws_like(texts, (words(story) for story in islice(stories, POOL)), DRAWS)
     return {name: Measure(of(texts), tuple(of(draw) for draw in draws)) for name, of in MEASURES.items()}
 

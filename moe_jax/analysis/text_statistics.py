@@ -19,13 +19,13 @@ def words(text: str) -> list[str]:
 
 def repetition(texts: Iterable[Words], n: int) -> float:
     """Share of the n-grams that stood in the same text before: 1 - distinct / all, by text (seq-rep-n of Welleck et
-    al. 2020, section 6.1), all texts' n-grams together. NaN where there is none."""
+    al. 2020), all texts' n-grams together. NaN where there is none."""
     grams = [_grams(text, n) for text in texts]
     return 1 - _share(sum(len(set(g)) for g in grams), sum(map(len, grams)))
 
 
 def distinct(texts: Iterable[Words], n: int) -> float:
-    """Different n-grams of all texts over all their n-grams (distinct-n of Li et al. 2016, section 5.4). NaN where
+    """Different n-grams of all texts over all their n-grams (distinct-n of Li et al. 2016). NaN where
     there is none."""
     grams = [gram for text in texts for gram in _grams(text, n)]
     return _share(len(set(grams)), len(grams))

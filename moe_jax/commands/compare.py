@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from moe_jax.analysis.comparison_result import ArmResult
 
 
+TABLE_WIDTH = 130
+"""Columns of the terminal that the table takes at least; fewer would cut its numbers."""
+
+
 @dataclass(frozen=True)
 class Compare:
     """Train a preset's mixture of experts and its dense twins, of the same active and of the same total parameters,
@@ -75,7 +79,8 @@ class Compare:
             return
         try:
             there = json.loads(path.read_text(encoding="utf-8"))["asked"]
-            changed = [name for name, here in self._asked(config).items() if there[name] != here]
+            begun = self._asked(RunConfig.from_dict(there["config"])) | {"flops": there["flops"]}
+            changed = [name for name, here in self._asked(config).items() if begun[name] != here]
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"{path}: cannot be read; remove it, or name another --out") from None
         if changed:
@@ -108,7 +113,7 @@ class Compare:
         from moe_jax.analysis.plots import save_figures
         from moe_jax.training.run import write_atomically
 
-        console = Console(highlight=False)
+        console = Console(highlight=False, width=max(Console().width, TABLE_WIDTH))
         table = Table(title=f"\n{self.preset}, {self.seeds} seeds", title_justify="left", title_style="bold")
         for name in comparison_result.HEADINGS:
             table.add_column(name, justify="left" if name == "model" else "right")

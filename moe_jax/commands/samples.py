@@ -28,7 +28,7 @@ class Samples:
     """Checkpoint to load; the best one unless given."""
 
     def execute(self) -> int:
-        check_run_folder(self.run)
+        check_run_folder(self.run, self.step)
         check_range("--stories", self.stories, 1, 10_000)
         check_range("--temperature", self.temperature, 0, 100)
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
@@ -55,7 +55,8 @@ class Samples:
             f"--temperature {self.temperature:g} --max-tokens {self.max_tokens}`",
             f"checkpoint of step {run.checkpoint.step}, preset {run.config.preset}; each story below is also what "
             "`generate` tells for its prompt, seed, temperature and longest length",
-            f"measured: {self.stories} stories told from nothing; validation stories are cut to the same lengths. "
+            f"measured: the first {samples.WORDS} words of {self.stories} stories told from nothing, beside draws of "
+            "validation stories with as many words. "
             "repetition-4 is the share of four-word sequences that stood in the same story before, distinct-n that of "
             "different n-word sequences among those of all stories",
         ]

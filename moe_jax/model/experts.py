@@ -47,6 +47,27 @@ class Experts(nnx.Module):
         first = [self.w_in, self.w_gate] if self.activation == "swiglu" else [self.w_in]
         return rest([_product("grd,gdf->grf", rows, weight(w)) for w in first], weight(self.w_out))
 
+    def in_turn(self, rows: Float[Array, "G R D"], group_expert: Int[Array, " G"]) -> Float[Array, "G R D"]:
+        """The same, one group after the other, with each expert's matrices where they lie. For passes without a
+        gradient: what they wait for is the reading of weights, and indexing the weights of all groups first would
+        write them and read them once more. (Its gradient would be added into all experts' matrices, group by group.)
+        """
+
+        def one(carry: None, group: tuple[Array, Array]) -> tuple[None, Array]:
+            x, e = group
+
+            def product(x: Array, param: nnx.Param) -> Array:
+                return x @ jax.lax.dynamic_index_in_dim(param[...], e, keepdims=False).astype(x.dtype)
+
+            hidden = product(x, self.w_in)
+            if self.activation == "swiglu":
+                active = jax.nn.silu(product(x, self.w_gate)) * hidden
+            else:
+                active = jax.nn.gelu(hidden, approximate=True)
+            return carry, product(active, self.w_out)
+
+        return jax.lax.scan(one, None, (rows, group_expert))[1]
+
 
 def _product(axes: str, rows: Array, weights: Array) -> Array:
     """The batched product. A single group is multiplied as a plain matrix: the compiler would do the same, and forget

@@ -1,5 +1,6 @@
 """The mixture-of-experts layer, and its dense twin."""
 
+import math
 from enum import Enum
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from moe_jax.model.layers import matrix_init
 from moe_jax.model.routing import Routing, by_experts, jitter, noisy, places, route, router_logits
 
 BLOCK_ROWS = 128
-"""Rows of a block of the dropless plan: large enough to multiply fast, small enough to waste little padding."""
+"""Most rows of a block of the dropless plan: enough to multiply fast."""
 
 
 class Mode(Enum):
@@ -124,10 +125,10 @@ class MoE(nnx.Module):
             if how == "gather":
                 plan = d.plan_capacity(routing, slots, priority)
             elif how == "blocks":
-                plan = d.plan_blocks(routing, min(BLOCK_ROWS, routing.expert.size))
+                plan = d.plan_blocks(routing, block_rows(routing.expert.size, config.experts))
             else:
                 plan = d.plan_per_token(routing)
-            y, keep = self._planned(x, routing, plan), plan.keep
+            y, keep = self._planned(x, routing, plan, mode), plan.keep
         kept = keep.any(-1) if priority == "leaky-expert-choice" else keep
         return y, (~kept).mean(dtype=jnp.float32)
 
@@ -151,11 +152,14 @@ class MoE(nnx.Module):
             return "per-token" if pairs <= self.config.experts else "dense"
         return "gather" if mode is Mode.EVALUATE and self.config.eval_capacity_factor > 0 else "blocks"
 
-    def _planned(self, x: Array, routing: Routing, plan: d.Plan) -> Array:
+    def _planned(self, x: Array, routing: Routing, plan: d.Plan, mode: Mode) -> Array:
         with jax.named_scope("dispatch"):
             rows = d.dispatch(x.reshape(-1, x.shape[-1]), plan)
         with jax.named_scope("experts"):
-            rows = self.experts(rows, plan.group_expert)
+            if plan.group_expert is None or mode is Mode.TRAIN:
+                rows = self.experts(rows, plan.group_expert)
+            else:
+                rows = self.experts.in_turn(rows, plan.group_expert)
         with jax.named_scope("combine"):
             return d.combine(rows, routing.gate.reshape(plan.row.shape), plan).reshape(x.shape)
 
@@ -170,6 +174,13 @@ class MoE(nnx.Module):
             y = jnp.einsum("btec,ebcd->btd", from_slots.astype(x.dtype), rows)
         chosen = jax.nn.one_hot(routing.expert, experts, dtype=to_slots.dtype)
         return y, jnp.einsum("btke,btec->btk", chosen, to_slots) > 0.5
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block, about the fair share of an expert: an expert's last block is half empty on average, so that of
+    a short prompt 128 rows would be padding for the most part."""
+    fair = 2 ** math.ceil(math.log2(pairs / experts)) if pairs > experts else 1
+    return min(max(fair, 8), BLOCK_ROWS, pairs)
 
 
 class DenseFFN(nnx.Module):

@@ -13,6 +13,7 @@ classes that wrote it.
 """
 
 import contextlib
+import ctypes
 import errno
 import importlib.metadata
 import logging
@@ -114,6 +115,7 @@ class CheckpointStore:
                 "mend that and go on with --resume"
             ) from error
         self._remove_old(final)
+        _give_memory_back()
         return final
 
     def list(self) -> list[Checkpoint]:
@@ -307,6 +309,15 @@ def _remove_draft(draft: Path) -> None:
         time.sleep(0.05)
         if not draft.exists():
             return
+
+
+def _give_memory_back() -> None:
+    """Return to the system what glibc holds in pieces. Orbax starts new threads at each save, and what is left free
+    in their arenas grew by 0.2 MB at each save of preset nano, without end."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(0)
 
 
 @contextlib.contextmanager

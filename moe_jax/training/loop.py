@@ -30,7 +30,7 @@ from moe_jax.training.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate, make_evaluation_step
 from moe_jax.training.faults import diagnose, not_finite
 from moe_jax.training.manifest import Damaged
-from moe_jax.training.metrics import MetricsLog, Terminal
+from moe_jax.training.metrics import MetricsLog, Terminal, last_train_record
 from moe_jax.training.optimizer import make_optimizer
 from moe_jax.training.progress import Progress
 from moe_jax.training.recorder import Recorder
@@ -366,13 +366,3 @@ def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: 
         "precision": session.policy.compute,
         "resumed_from": session.resumed_from,
     }
-
-
-def last_train_record(metrics: Path) -> dict[str, Any]:
-    """The newest record of the training split in a metrics.jsonl."""
-    import json
-
-    if not metrics.exists():
-        return {}
-    records = [json.loads(line) for line in metrics.read_text().splitlines() if line]
-    return next((r for r in reversed(records) if r["split"] == "train"), {})

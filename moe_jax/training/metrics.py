@@ -16,6 +16,7 @@ from moe_jax.config import RunConfig, UserError
 
 SMOOTHING = 0.8
 """Decay of the average loss on the terminal, a logged step. The files hold what was measured."""
+_TAIL_BYTES = 2**15
 
 
 class MetricsLog:
@@ -92,6 +93,28 @@ def _wandb(folder: Path, config: RunConfig) -> Any:
     # One id a folder, so that a resumed run goes on with its curves.
     name = f"{folder.name}-{folder.stat().st_ino}"
     return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=dataclasses.asdict(config))
+
+
+def last_train_record(metrics: Path) -> dict[str, Any]:
+    """The newest record of the training split in a metrics.jsonl; empty where there is none.
+
+    Reads from the end, so that an evaluation takes no more time and memory the longer the run.
+    """
+    if not metrics.exists():
+        return {}
+    with metrics.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        tail = min(_TAIL_BYTES, size)
+        while True:
+            file.seek(size - tail)
+            lines = file.read(tail).splitlines()
+            for line in reversed(lines if tail == size else lines[1:]):  # the first may be cut
+                record = json.loads(line)
+                if record["split"] == "train":
+                    return record
+            if tail == size:
+                return {}
+            tail = min(4 * tail, size)
 
 
 class Terminal:

@@ -1,6 +1,10 @@
 """The parts of benchmark.py on a model that is small enough: what they count, and that they measure what they say."""
 
+import contextlib
+import dataclasses
+import importlib.util
 import io
+import json
 import time
 
 import jax.numpy as jnp
@@ -8,9 +12,14 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax.analysis.accounting import bound_flops
-from moe_jax.analysis.bench import card, decoding, layer, machine, report
-from moe_jax.analysis.bench.timing import Times, alternate, recycled
+from moe_jax import environment
+from moe_jax.analysis import gpu_plan
+from moe_jax.analysis.accounting import bound_flops, count_parameters, totals
+from moe_jax.analysis.bench import card, decoding, layer, machine, mixtral, peers, report
+from moe_jax.analysis.bench.timing import Measured, Times, alternate, recycled
+from moe_jax.analysis.gpu_memory import Bound, Memory, Target
+from moe_jax.cli import main, parse
+from moe_jax.commands import benchmark
 from moe_jax.config import ModelConfig, RunConfig, TrainConfig
 
 
@@ -34,6 +43,12 @@ def test_candidates_run_in_turn_and_warm_ups_do_not_count() -> None:
     assert min(times["b"].seconds) >= 0.002
     assert Times((1.0, 2.0, 3.0, 4.0)).median == 2.5
     assert Times((1.0, 2.0, 3.0, 4.0)).spread == pytest.approx((3.25 - 1.75) / 2.5)
+
+
+def test_a_candidate_may_measure_its_own_seconds() -> None:
+    times = alternate({"elsewhere": lambda: Measured(7.0), "here": lambda: 7.0}, 2, 0)
+    assert times["elsewhere"].seconds == (7.0, 7.0)
+    assert max(times["here"].seconds) < 1
 
 
 def test_a_recycled_call_gives_the_same_results_again() -> None:
@@ -89,6 +104,82 @@ KEYS = {
     "train": {"tokens_per_second", "share_of_matmul_peak"},
     "decode": {"decode_share_of_bandwidth_bound", "decode_ms_per_token_batch1", "uncached_4_token_ms"},
 }
+
+
+def test_memory_has_one_object_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that says 700 MiB for each of the 8, 6, 2 or 0 bytes of an optimizer's state, and no more for a step;
+    300 between steps. A 4 GB card's budget is 2,402 MiB, the 12 GB one's above 5,600."""
+
+    def step(config: RunConfig, target: Target) -> gpu_plan.Row:
+        state = {"adamw": 8, "adamw-bf16": 6, "adamw-8bit": 2, "adafactor": 0}[config.train.optimizer]
+        taken = Bound({"cublas": Memory(700 * state, 0, 0, warned=False)})
+        return gpu_plan.Row(config, "float16", state, 4, taken, taken.fits(target))
+
+    monkeypatch.setattr(gpu_plan, "plan_step", step)
+    monkeypatch.setattr(gpu_plan, "plan_inference", lambda config, target: {"prefill": 300.0})
+    printed = io.StringIO()
+    batched = dataclasses.replace(config(), train=TrainConfig(batch_size=2, grad_accum=4))
+    found = report.memory(Console(file=printed, width=120), batched, 3, 1)
+    assert set(found) == set(report.TARGETS) >= {"rtx3050-4gb", "quadro-t1000-4gb"}
+    for name in ("rtx3050-4gb", "quadro-t1000-4gb"):
+        card = found[name]
+        assert (card["total_mib"], card["fits"], card["micro_batch"]) == (1400, True, 8)
+        assert (card["optimizer"], card["grad_accum"], card["remat"]) == ("adamw-8bit", 1, False)
+        assert name in printed.getvalue()
+    assert (found["rtx3060-12gb"]["total_mib"], found["rtx3060-12gb"]["optimizer"]) == (5600, "adamw")
+
+
+@pytest.mark.parametrize("part", benchmark.EXTRAS)
+def test_a_part_without_its_extra_says_how_to_have_it(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert (
+        main(lambda argv: parse(benchmark.Benchmark, argv, prog="benchmark.py", description="").execute(), [part]) == 1
+    )
+    extra = benchmark.EXTRAS[part][0]
+    assert f"uv run --extra {extra} benchmark.py {part}" in capsys.readouterr().err
+    assert benchmark.Benchmark()._parts() == ["moe", "train", "decode"]
+
+
+def test_the_shape_that_both_sides_build() -> None:
+    """By hand: embedding and head 60*16 each, two layers of attention 4*16*16, router 16*4, four experts of 3*16*24 and
+    two norms, and the last norm."""
+    ours = peers.like_mixtral(config(activation="gelu", bias=True, norm="layernorm", positions="learned", dropout=0.1))
+    by_hand = 2 * 960 + 2 * (1024 + 64 + 4 * 1152 + 2 * 16) + 16
+    assert totals(count_parameters(ours.model)).total == by_hand
+    shape = peers.shape_of(ours, 3)
+    assert (shape.width, shape.experts, shape.top_k, shape.batch_size, shape.prompt) == (16, 4, 2, 3, 16)
+    if importlib.util.find_spec("transformers") is not None:  # the extra `peers`
+        model = mixtral.build(shape)
+        assert sum(p.numel() for p in model.parameters()) == by_hand
+
+
+class Pretended:
+    """A peer that takes 1,000 s with one implementation of experts and 2,000 with the other."""
+
+    def __init__(self, parameters: int) -> None:
+        names = [
+            f"{name} {experts}" for name in ("train", "forward", "prefill", "decode") for experts in mixtral.EXPERTS
+        ]
+        self.about = {"candidates": names, "parameters": parameters, "versions": {"torch": "0"}}
+
+    def run(self, name: str) -> Measured:
+        return Measured(1000 if name.endswith("grouped_mm") else 2000)
+
+
+def test_peers_are_compared_by_their_faster_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "REST", 0)
+    size = totals(count_parameters(peers.like_mixtral(config()).model)).total
+    monkeypatch.setattr(peers, "peer", lambda shape: contextlib.nullcontext(Pretended(size)))
+    numbers, times = peers.compare(config(), 2, 1)
+    for name in ("train", "forward", "prefill", "decode"):
+        assert numbers[f"{name}_ratio"] == pytest.approx(1000 / times[name].median)
+    json.dumps(numbers)
+    monkeypatch.setattr(peers, "peer", lambda shape: contextlib.nullcontext(Pretended(size + 1)))
+    with pytest.raises(AssertionError, match=f"{size + 1} parameters, ours {size}"):
+        peers.compare(config(), 2, 1)
 
 
 @pytest.mark.parametrize("part", KEYS)

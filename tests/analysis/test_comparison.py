@@ -60,7 +60,8 @@ def test_apart() -> None:
 
 
 def arm_result(arm: Arm, bits: list[float]) -> ArmResult:
-    values = {"steps": arm.steps, "tokens_seen": 10, "training_flops": 20, "params_total": 4, "params_active": 2}
+    values = {"steps": arm.steps, "tokens_seen": 10_000_000, "training_flops": 20}
+    values |= {"params_total": 4_000_000, "params_active": 2_000_000}
     summaries = [
         values | {BITS: b, "wall_seconds": 3.0, "train_drop_fraction": 0.01, "val_drop_fraction": 0} for b in bits
     ]
@@ -96,8 +97,10 @@ def test_verdicts(paired: Interval, words: str) -> None:
 
 
 def test_the_table() -> None:
+    """Four, two and ten million, and half a second a step."""
     (row,) = rows([arm_result(Arm("active", "wall", 4), [1.0, 1.0])])
     assert row[:2] == ("dense-active, same wall", "1.0000 [1.0000, 1.0000]")
+    assert row[2:5] == ("4.00 M", "2.00 M", "10.00 M")
     assert row[5:] == ("20", "500.0", "2", "")  # a dense twin has no drops
     assert rows([arm_result(Arm("none", "tokens", 4), [1.0])])[0][-1] == "1.0%"
 
@@ -268,6 +271,10 @@ def test_another_comparison_in_the_folder_is_refused(asked: Compare, text: Path,
     Plan(base(text), asked.flops, {"none": 1.0, "active": 1.0, "total": 1.0}).save(
         tmp_path / "out" / "plan.json", asked._asked(config)
     )
+    assert asked._check(tmp_path / "out") == config
+    plan = json.loads((tmp_path / "out" / "plan.json").read_text())
+    del plan["asked"]["config"]["train"]["patience"]  # a setting that came later, as it was before it did
+    (tmp_path / "out" / "plan.json").write_text(json.dumps(plan))
     assert asked._check(tmp_path / "out") == config
     other = tmp_path / "other.txt"
     other.write_text("another text")

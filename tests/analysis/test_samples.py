@@ -74,6 +74,15 @@ def test_measures_are_of_texts_of_equal_length() -> None:
     assert len(words(stories[0])) == 8
 
 
+def test_only_beginnings_are_measured() -> None:
+    """A story of 100 different words and then one word for ever repeats nothing in its beginning, and a validation
+    story of 100 words is long enough for it."""
+    own = " ".join(f"w{i}" for i in range(100))
+    measured = samples.measure([own + " and" * 500], iter([own]))
+    assert (measured["repetition_4"].model, measured["repetition_4"].text) == (0, (0,))
+    assert measured["distinct_1"].model == 1
+
+
 def test_a_text_that_is_too_short_is_said_to_be() -> None:
     measured = samples.measure(["a b c d e"], iter(["a b"]))
     assert measured["distinct_1"].to_json() == {"model": 1, "text_mean": None, "text_range": None, "draws": 0}

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.model import dispatch as d
-from moe_jax.model.moe import Mode
+from moe_jax.model.moe import Mode, block_rows
 from moe_jax.model.routing import route
 from moe_jax.model.transformer import create, merge
 from tests import checks, oracles, tiny
@@ -125,12 +125,20 @@ def test_all_forms_are_one_function_without_drops(float64: None) -> None:
 
 
 def test_many_blocks_are_one_function_too(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With blocks of 3 rows each expert has several, the last of them partly empty."""
+    """With blocks of 3 rows each expert has several, the last of them partly empty. Evaluation takes them in turn."""
     monkeypatch.setattr("moe_jax.model.moe.BLOCK_ROWS", 3)
     config = layer_config(how="blocks")
     params = ffn_params(config)
     dropless = plain(layer_config(factor=float(E)), params)[0]
-    assert_equal_functions(forward_and_gradients(of_layer(config), params), forward_and_gradients(dropless, params))
+    expected = forward_and_gradients(dropless, params)
+    for mode in (Mode.TRAIN, Mode.EVALUATE):
+        assert_equal_functions(forward_and_gradients(of_layer(config, mode), params), expected)
+
+
+def test_blocks_are_about_the_fair_share_of_an_expert() -> None:
+    """128 tokens to 2 of 16 experts: 16 pairs each. The next power of two, from 8 to 128, or all."""
+    assert [block_rows(pairs, 16) for pairs in (256, 258, 4096, 40)] == [16, 32, 128, 8]
+    assert block_rows(4, 16) == 4
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])

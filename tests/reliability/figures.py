@@ -44,7 +44,7 @@ def summarize(terminalreporter: Any) -> None:
         from moe_jax.analysis.bench import machine
 
         today = datetime.date.today().isoformat()
-        failed = len(terminalreporter.stats.get("failed", []))
+        failed = sum(len(terminalreporter.stats.get(kind, [])) for kind in ("failed", "error"))
         document = {"date": today, "machine": machine.describe(), "failed": failed}
         document |= {"command": "pytest -m " + repr(terminalreporter.config.option.markexpr), "figures": totals}
         form = "long" if "not slow" not in terminalreporter.config.option.markexpr else "short"

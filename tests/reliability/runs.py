@@ -63,12 +63,20 @@ def environment(cache: Path) -> dict[str, str]:
 
 
 def start(
-    arguments: list[str], cache: Path, program: str = "train.py", output: IO[str] | None = None
+    arguments: list[str],
+    cache: Path,
+    program: str = "train.py",
+    output: IO[str] | None = None,
+    tuned: bool = False,
 ) -> subprocess.Popen[str]:
-    """`output`: where a process that runs for long writes what it prints; a pipe that nobody reads would stop it."""
+    """`output`: where a process that runs for long writes what it prints; a pipe that nobody reads would stop it.
+    `tuned`: with the allocator's settings that the program gives itself where it is not told any."""
     command = [sys.executable, *(["-m", "moe_jax"] if program == COMMANDS else [str(ROOT / program)]), *arguments]
     out = output or subprocess.PIPE
-    return subprocess.Popen(command, env=environment(cache), stdout=out, stderr=out, text=True, cwd=cache)
+    values = environment(cache)
+    if tuned:
+        values.pop("GLIBC_TUNABLES")
+    return subprocess.Popen(command, env=values, stdout=out, stderr=out, text=True, cwd=cache)
 
 
 def complete(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import pytest
 from moe_jax.training.loop import Session
 from tests import tiny
 from tests.reliability.figures import Record, figure
-from tests.training.test_run import caches, configuration, run, text, timeless, uninterrupted  # noqa: F401
+from tests.training.test_run import configuration, quick, run, text, timeless, uninterrupted  # noqa: F401
 
 pytestmark = pytest.mark.reliability
 

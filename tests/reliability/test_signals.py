@@ -63,7 +63,15 @@ def test_nano_answers_signals(cache: Path, tmp_path: Path, record_property: Reco
     out, slowest, slow = tmp_path / "run", 0.0, 0
     moments = random.Random(0)
     for i in range(20):
-        flags = ["--out", str(out), "--resume", f"--steps={STEPS}", "--eval-every=7", "--save-every=5", "--log-every=1"]
+        flags = [
+            "--out",
+            str(out),
+            "--resume",
+            f"--steps={STEPS}",
+            "--eval-every=7",
+            "--save-every=5",
+            "--train.log-every=1",
+        ]
         with (tmp_path / "printed").open("w+") as printed:
             process = runs.start(flags, cache, output=printed)
             wait_for_step(process, out, logged(out) + 2)

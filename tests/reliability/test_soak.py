@@ -37,7 +37,7 @@ def test_half_an_hour_of_nano(cache: Path, tmp_path: Path, record_property: Reco
     out = tmp_path / "run"
     printed = (tmp_path / "printed").open("w+")
     flags = ["--out", str(out), "--steps=100000", "--eval-every=100", "--save-every=50"]
-    process = runs.start(flags, cache, output=printed)
+    process = runs.start(flags, cache, output=printed, tuned=True)
     sizes: list[int] = []
     begin = time.monotonic()
     try:

@@ -148,9 +148,9 @@ TARGETS = ("rtx3050-4gb", "quadro-t1000-4gb", "rtx3060-12gb")
 def memory(console: Console, config: RunConfig, batch_size: int, rounds: int) -> dict[str, Any]:
     """The setting of the preset that fits each card; nothing runs. The preset's own batch is planned for."""
     del batch_size, rounds
-    table = Table(title="first setting that fits, by XLA's buffer plan", title_justify="left", title_style="bold")
-    for name in ("card", "precision", "optimizer", "remat", "micro-batch", "accumulation", "MiB", "of", "fits"):
-        table.add_column(name, justify="right" if name in ("micro-batch", "accumulation", "MiB", "of") else "left")
+    table = Table(title="first setting that fits, by XLA's buffer plan", title_justify="left", box=None, padding=(0, 1))
+    for name in ("card", "precision", "optimizer", "remat", "batch", "MiB", "of", "fits"):
+        table.add_column(name, justify="right" if name in ("batch", "MiB", "of") else "left", no_wrap=True)
     found: dict[str, Any] = {}
     for name in TARGETS:
         target = load_target(name)
@@ -159,8 +159,12 @@ def memory(console: Console, config: RunConfig, batch_size: int, rounds: int) ->
         yes = {True: "yes", False: "no"}
         table.add_row(
             *(name, plan["precision"], plan["optimizer"], yes[plan["remat"]]),
-            *(str(plan["micro_batch"]), str(plan["grad_accum"])),
-            *(f"{plan['total_mib']:,.0f}", f"{plan['budget_mib']:,.0f}", yes[plan["fits"]]),
+            *(
+                f"{plan['micro_batch']} x {plan['grad_accum']}",
+                f"{plan['total_mib']:,.0f}",
+                f"{plan['budget_mib']:,.0f}",
+                yes[plan["fits"]],
+            ),
         )
     console.print(table)
     return found

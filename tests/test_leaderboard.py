@@ -1,0 +1,36 @@
+"""The command of a leaderboard row starts the very run that it is a row of."""
+
+import dataclasses
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from moe_jax import cli
+from moe_jax.presets import preset
+
+spec = importlib.util.spec_from_file_location("leaderboard", Path(__file__).parents[1] / "benchmarks/leaderboard.py")
+assert spec is not None
+assert spec.loader is not None
+leaderboard = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(leaderboard)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_the_command_gives_the_configuration_back(changed: bool, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = preset("story-cpu")
+    if changed:
+        model = dataclasses.replace(config.model, dropout=0.0, tied_head=True, bias=True, experts=8)
+        train = dataclasses.replace(config.train, steps=7, seed=3, muon_router=False, optimizer="adamw")
+        config = dataclasses.replace(config, model=model, train=train)
+    # A finished run knows its vocabulary and its own path to the text; neither is for another machine.
+    seen = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, vocab_size=2048),
+        data=dataclasses.replace(config.data, source="somewhere/else"),
+    )
+    words = leaderboard.command(seen).split()
+    assert words[:3] == ["uv", "run", "train.py"]
+    parsed, _ = cli.parse_run([config.data.source if word == "FOLDER" else word for word in words[3:]])
+    assert parsed == config
