@@ -102,19 +102,23 @@ def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer, stories: bool
         members.setdefault(group, []).append(token)
     looked_at = corpus.by_token.shape[0] * corpus.by_token.shape[1] * len(members)
 
+    columns = np.array([corpus.token_counts[tokens].sum() for tokens in members.values()])
+
     def preferences(by_token: np.ndarray) -> list[dict[str, Any]]:
-        size, found = int(by_token.sum()), []
-        for name, tokens in members.items():
-            here, column = int(by_token[tokens].sum()), int(corpus.token_counts[tokens].sum())
-            g2 = float(log_likelihood_ratio(np.array(here), np.array(size), np.array(column), corpus.tokens))
-            if here < LEAST_SHARE * size or here < LEAST_TIMES * size * column / corpus.tokens:
+        found, size = [], by_token.sum()
+        counts = np.array([by_token[tokens].sum() for tokens in members.values()])
+        strengths = log_likelihood_ratio(counts, np.asarray(size), columns, corpus.tokens)
+        for (name, tokens), here, column, g2 in zip(members.items(), counts, columns, strengths, strict=True):
+            if here < max(LEAST_SHARE * size, LEAST_TIMES * size * column / corpus.tokens, 1):
                 continue
             if chance(g2) * looked_at < SIGNIFICANCE:
                 best = sorted(tokens, key=lambda t: -by_token[t])[:EXAMPLES]
                 examples = token_pieces(tokenizer, np.array([t for t in best if by_token[t]], np.int32))
                 shares = {"here": here / size, "all": column / corpus.tokens, "reach": here / column}
-                rounded = {k: round(v, 4) for k, v in (shares | {"times": shares["here"] / shares["all"]}).items()}
-                found.append({"name": name, **rounded, "g2": round(g2, 1), "examples": examples})
+                rounded = {
+                    k: round(float(v), 4) for k, v in (shares | {"times": shares["here"] / shares["all"]}).items()
+                }
+                found.append({"name": name, **rounded, "g2": round(float(g2), 1), "examples": examples})
         return sorted(found, key=lambda group: -group["g2"])[:MOST_GROUPS]
 
     return [[preferences(by_token) for by_token in layer] for layer in corpus.by_token]

@@ -63,6 +63,7 @@ def test_what_came_after_a_checkpoint_is_forgotten(tmp_path: Path) -> None:
     folder.cut_back(25, 20)
     assert [trace["step"] for trace in read_traces(tmp_path)] == [10, 20]
     assert read_traces(tmp_path)[0] == {"step": 10} | saved
+    (tmp_path / "other").mkdir()
     run = load_run(saved_run.save_run(tmp_path / "other"))
     folder.start(run.config, run.tokenizer, [])
     assert read_traces(tmp_path) == []

@@ -260,7 +260,7 @@ def test_what_experts_prefer_is_named_with_counts(opened: Opened) -> None:
 def test_attention_of_the_chosen_token(opened: Opened) -> None:
     opened.page.locator('.t[data-i="5"]').click()
     opened.draw_everything()
-    heads = opened.page.locator(".head")
+    heads = opened.page.locator("#attention-figure .head")
     for h in range(heads.count()):
         flat = opened.data["attention"]["weights"][0][h][5]
         shown = heads.nth(h).locator("li span:last-child").all_inner_texts()
@@ -289,6 +289,7 @@ def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(opened: Opene
 def test_the_counts_are_a_table_too(opened: Opened) -> None:
     opened.draw_everything()
     opened.page.locator("#counts summary").click()
+    opened.page.locator("#counts table").wait_for()
     rows = opened.page.locator("#counts tbody tr").all_inner_texts()
     entries = [(e, t) for e, x in enumerate(opened.data["specialisation"][0]) for t in x["tokens"]]
     assert len(rows) == len(entries) > 0
@@ -322,7 +323,7 @@ def test_the_saved_traces_are_painted_in_the_colours_of_their_experts(opened: Op
         )
         colours = [opened.colour(f"var(--e{e})") for e in range(E)]
         assert painted == [[colours[e] for e in step[layer]] for step in shown["first"]]
-    canvas.focus()
+    opened.page.locator('canvas[aria-label*="evaluations, layer"]').focus()
     opened.page.keyboard.press("ArrowRight")
     opened.page.keyboard.press("ArrowDown")
     tip = opened.page.locator("#tip").inner_text()
@@ -334,9 +335,9 @@ def test_a_press_in_the_picture_of_a_head_chooses_the_token(opened: Opened) -> N
     opened.draw_everything()
     canvas = opened.page.locator("#heads canvas").first
     box = canvas.bounding_box()
-    canvas.click(position={"x": 5, "y": box["height"] / 2})
     tokens = opened.data["attention"]["tokens"]
-    assert f"token {tokens // 2 + 1} of" in opened.page.locator("#card .where").inner_text()
+    canvas.click(position={"x": 5, "y": box["height"] * 50.5 / tokens})
+    assert "token 51 of" in opened.page.locator("#card .where").inner_text()
 
 
 CONTRAST = """() => {
