@@ -221,6 +221,9 @@ def test_a_page_is_made_of_its_data_alone(written: tuple[str, dict]) -> None:
     other = data | {"run": data["run"] | {"name": "<b>{{data}}"}}
     assert "&lt;b&gt;{{data}}" in render(other)
     assert data_in(render(other)) == other
+    # A token that is markup, as a tokenizer of whole words might have one.
+    hostile = render(data | {"text": data["text"] | {"pieces": [HOSTILE]}})
+    assert hostile.count("<script") == hostile.count("</script") == 2
 
 
 def test_a_damaged_layer_of_metrics_is_left_out(folder: Path, tmp_path: Path) -> None:

@@ -188,7 +188,8 @@ def test_text_is_text(opened: Opened) -> None:
 def test_whole_characters_of_any_writing(browser: Any, written: Path, tmp_path: Path) -> None:
     """With a tokenizer whose entries are words, Hebrew runs to the left and an override is spelled out."""
     data = json.loads(page_data(written))
-    pieces = ["<|endoftext|>", " שלום", " עולם", "\n", " a", "\u202e", "\U0001f409"]
+    hostile = "</script><script>window.ran=1</script><img src=x onerror=window.ran=1>"
+    pieces = ["<|endoftext|>", " שלום", " עולם", "\n", " a", "\u202e", "\U0001f409", hostile]
     data["text"]["pieces"][: len(pieces)] = pieces
     data["text"]["mark"] = [0]
     from moe_jax.analysis.report import render
@@ -196,7 +197,8 @@ def test_whole_characters_of_any_writing(browser: Any, written: Path, tmp_path: 
     path = tmp_path / "page.html"
     path.write_text(render(data), encoding="utf-8")
     opened = Opened(browser, path)
-    assert [t["text"] for t in opened.tokens()][1:7] == ["שלום", "עולם", "↵", "a", "⟨202E⟩", "\U0001f409"]
+    assert [t["text"] for t in opened.tokens()][1:8] == ["שלום", "עולם", "↵", "a", "⟨202E⟩", "\U0001f409", hostile]
+    assert opened.page.evaluate("window.ran") is None
     # The separator is Latin, but the first letters of what follows decide: it is spelled, not text.
     assert opened.page.locator(".tokens p").first.get_attribute("dir") == "rtl"
     assert opened.page.locator(".tokens p").nth(1).get_attribute("dir") == "ltr"
@@ -268,22 +270,39 @@ def test_attention_of_the_chosen_token(opened: Opened) -> None:
     assert heads.count() == 2
 
 
-def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(opened: Opened) -> None:
-    """The group with the largest G^2 of the whole model is named with its expert, its examples and its share."""
+def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any, written: Path, tmp_path: Path) -> None:
+    """Of three planted specialists the clearest (by G^2) comes first; each kind of token is named once."""
+    from moe_jax.analysis.report import render
+
+    data = json.loads(page_data(written))
+    for entry in (entry for layer in data["specialisation"] for entry in layer):
+        entry["groups"] = []
+    for layer, e, name, g2 in ((0, 1, "cats", 50.0), (1, 3, "dragons", 900.0), (1, 0, "cats", 70.0)):
+        group = {
+            "name": name,
+            "here": 0.5,
+            "all": 0.1,
+            "reach": 0.625,
+            "times": 5.0,
+            "g2": g2,
+            "examples": [f" {name}"],
+        }
+        data["specialisation"][layer][e]["groups"] = [group]
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path)
     opened.draw_everything()
     first = opened.page.locator("#experts p").first
-    said = first.inner_text().replace("\u00a0", " ")
     assert first.get_attribute("id") == "specialists-said"
-    entries = {
-        (i, e): x["groups"] for i, layer in enumerate(opened.data["specialisation"]) for e, x in enumerate(layer)
-    }
-    layer, e = max((at for at in entries if entries[at]), key=lambda at: entries[at][0]["g2"])
-    group = entries[layer, e][0]
-    assert f"expert {e} of layer {layer} in {group['name']}" in said
-    assert f"{round(100 * group['reach'])} % of them choose it" in said
-    for e in range(E):
-        named = opened.page.locator(".specialist").nth(e).locator(".groups b").all_inner_texts()
-        assert named == [g["name"] for g in opened.data["specialisation"][0][e]["groups"]]
+    said = first.inner_text().replace("\u00a0", " ")
+    dragons = "expert 3 of layer 1 in dragons (“dragons”; 63 % of them choose it)"
+    assert f"{dragons} and expert 0 of layer 1 in cats (“cats”; 63 % of them choose it). By chance 50 % would." in said
+    assert "layer 0" not in said
+    opened.page.locator("#layer").fill("1")
+    opened.page.locator("#specialists").scroll_into_view_if_needed()
+    opened.page.locator("#experts-explain", has_text="in layer 1").wait_for()
+    assert opened.page.locator(".specialist .groups b").all_inner_texts() == ["cats", "dragons"]
+    opened.page.close()
 
 
 def test_the_counts_are_a_table_too(opened: Opened) -> None:
