@@ -14,7 +14,7 @@ from moe_jax.analysis.routing_trace import make_decision_step, router_entropy
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.training.run import Run
 
-CORPUS_TOKENS = 32_768
+CORPUS_TOKENS = 16_384
 BATCH_TOKENS = 4_096
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """Capacity factors whose drops are counted, besides the run's own."""
