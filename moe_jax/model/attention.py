@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.config import ModelConfig
 from moe_jax.model.layers import Normalisation, keep_mask, matrix_init, rotate
 from moe_jax.model.precision import at_least_float32
+from moe_jax.model.products import product, turned
 
 
 class KeyValue(NamedTuple):
@@ -93,13 +94,13 @@ def _attend_backward(residuals, d_out: Array):
     for i, ((first, end), p) in enumerate(zip(query_blocks(query.shape[2]), weights, strict=True)):
         d_o, q = d_out[:, :, first:end], query[:, :, first:end]
         w = p if masks is None else jnp.where(masks[i], p / keep, 0).astype(p.dtype)
-        d_value_t = d_value_t.at[..., :end].add(jnp.einsum("bhqd,bhqs->bhds", d_o, w))
+        d_value_t = d_value_t.at[..., :end].add(turned(d_o) @ w)
         d_p = jnp.einsum("bhqd,bhsd->bhqs", d_o, value[:, :, :end], preferred_element_type=wide)
         if masks is not None:
             d_p = jnp.where(masks[i], d_p / keep, 0)
         d_s = (p * (d_p - row_sum[:, :, first:end]) / math.sqrt(query.shape[-1])).astype(query.dtype)
         d_query.append(jnp.einsum("bhqs,bhsd->bhqd", d_s, key[:, :, :end]))
-        d_key_t = d_key_t.at[..., :end].add(jnp.einsum("bhqd,bhqs->bhds", q, d_s))
+        d_key_t = d_key_t.at[..., :end].add(turned(q) @ d_s)
     d_key, d_value = (x.swapaxes(2, 3).astype(key.dtype) for x in (d_key_t, d_value_t))
     return jnp.concatenate(d_query, axis=2), d_key, d_value, None, None
 
@@ -145,7 +146,7 @@ class Attention(nnx.Module):
 
     def _project(self, x: Float[Array, "B T D"], positions: Int[Array, " T"]) -> tuple[Float[Array, "B T H A"], ...]:
         """Queries, keys and values."""
-        qkv = x @ self.qkv[...].astype(x.dtype)
+        qkv = product(x.reshape(-1, x.shape[-1]), self.qkv[...])
         if self.config.bias:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
         qkv = qkv.reshape(*x.shape[:2], 3, self.config.heads, self.config.head_width)
@@ -157,8 +158,9 @@ class Attention(nnx.Module):
         return query, key, value
 
     def _output(self, mixed: Float[Array, "B T H A"]) -> Float[Array, "B T D"]:
-        y = mixed.reshape(*mixed.shape[:2], -1) @ self.out[...].astype(mixed.dtype)
-        return y + self.out_bias[...].astype(y.dtype) if self.config.bias else y
+        y = product(mixed.reshape(-1, self.config.width), self.out[...])
+        y = y + self.out_bias[...].astype(y.dtype) if self.config.bias else y
+        return y.reshape(*mixed.shape[:2], -1)
 
     def __call__(
         self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None

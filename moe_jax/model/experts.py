@@ -1,12 +1,12 @@
 """What one expert computes: a feed-forward network without biases, over groups of rows."""
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import Activation
 from moe_jax.model.layers import matrix_init
+from moe_jax.model.products import product
 
 
 class Experts(nnx.Module):
@@ -33,8 +33,7 @@ class Experts(nnx.Module):
         """Each group of rows through the network of its expert: group g's is `group_expert[g]`, or g itself."""
 
         def weight(param: nnx.Param) -> Array:
-            w = param[...]
-            return (w if group_expert is None else w[group_expert]).astype(rows.dtype)
+            return param[...] if group_expert is None else param[...][group_expert].astype(rows.dtype)
 
         # What follows the first products is recomputed in the backward pass. Autodiff would keep the activation, and
         # several results on the way to it, each as large as the hidden rows: most of what a layer keeps.
@@ -42,10 +41,10 @@ class Experts(nnx.Module):
         def rest(hidden: list[Array], w_out: Array) -> Array:
             gated = self.activation == "swiglu"
             active = jax.nn.silu(hidden[1]) * hidden[0] if gated else jax.nn.gelu(hidden[0], approximate=True)
-            return _product("grf,gfd->grd", active, w_out)
+            return _product(active, w_out)
 
         first = [self.w_in, self.w_gate] if self.activation == "swiglu" else [self.w_in]
-        return rest([_product("grd,gdf->grf", rows, weight(w)) for w in first], weight(self.w_out))
+        return rest([_product(rows, weight(w)) for w in first], weight(self.w_out))
 
     def in_turn(self, rows: Float[Array, "G R D"], group_expert: Int[Array, " G"]) -> Float[Array, "G R D"]:
         """The same, one group after the other, with each expert's matrices where they lie. For passes without a
@@ -69,7 +68,7 @@ class Experts(nnx.Module):
         return jax.lax.scan(one, None, (rows, group_expert))[1]
 
 
-def _product(axes: str, rows: Array, weights: Array) -> Array:
+def _product(rows: Array, weights: Array) -> Array:
     """The batched product. A single group is multiplied as a plain matrix: the compiler would do the same, and forget
     on the way which part of the model the product came from."""
-    return (rows[0] @ weights[0])[None] if len(weights) == 1 else jnp.einsum(axes, rows, weights)
+    return product(rows[0], weights[0])[None] if len(weights) == 1 else product(rows, weights)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import TrainConfig
 from moe_jax.model.moe import LayerTrace, Mode, RouterStats
 from moe_jax.model.precision import at_least_float32
+from moe_jax.model.products import turned
 from moe_jax.model.transformer import Transformer
 
 LOGITS_BYTES = 32 * 2**20
@@ -83,8 +84,8 @@ def _cross_entropy(hidden: Array, head: Array, targets: Array, with_gradients: b
         if not with_gradients:
             return d_head, (loss, jnp.zeros((0, h.shape[1]), h.dtype))
         d_z = (jax.nn.softmax(z, axis=-1) - jax.nn.one_hot(target, vocabulary, dtype=wide)).astype(h.dtype)
-        d_head = d_head + jnp.matmul(h.T, d_z, preferred_element_type=wide)
-        return d_head, (loss, d_z @ weight.T)
+        d_head = d_head + jnp.matmul(turned(h), d_z, preferred_element_type=wide)
+        return d_head, (loss, jnp.einsum("nv,dv->nd", d_z, weight))
 
     n = _blocks(count, vocabulary)
     d_head = jnp.zeros(head.shape if with_gradients else (), wide)
