@@ -17,7 +17,7 @@ _ROUTED = {
     *("dispatch", "priority", "balancing", "router_noise", "router_jitter"),
 }
 """What concerns experts only, and is chosen anew where a dense run is upcycled."""
-_FUNCTION_KEEPS = _ROUTED | {"dropout", "copying_heads"}
+_FUNCTION_KEEPS = _ROUTED | {"dropout", "attention_dropout", "copying_heads"}
 """Fields of the model without a say in what a forward pass without drops computes from given weights."""
 
 

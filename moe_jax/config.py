@@ -129,12 +129,18 @@ class ModelConfig:
     scaled_embedding: bool = False
     """Embedding rows are looked up times the root of the width, so that the residual stream starts with entries of
     size 1. Under a tied head that makes every token predict itself at first; meant for an untied one."""
+    ngrams: int = 1
+    """Each token's embedding is summed with one of it and the token before, and so on up to this many tokens."""
+    ngram_rows: int = 32_768
+    """Rows of the table of each n-gram order; n-grams are sent to them by a hash."""
     quiet_branches: bool = False
     """Output projections of attention and experts start at zero, so that the residual stream starts as embedding."""
     qk_norm: bool = False
     """Queries and keys are normalised by head, which bounds the attention scores."""
     dropout: float = 0.0
-    """Share of activations zeroed in training: embedding, attention weights, and each residual branch."""
+    """Share of activations zeroed in training: embedding and each residual branch."""
+    attention_dropout: float = 0.0
+    """Share of attention weights zeroed in training."""
     dispatch: Dispatch = "gather"
     """How training brings tokens to experts: `gather`; `einsum` and `dense` are slow references; `blocks` is
     dropless (short: --dispatch)."""
@@ -160,6 +166,8 @@ class ModelConfig:
         _check_fields(self, s, ("vocab_size",), 0, 2**24)
         _check_fields(self, s, ("seq_len",), 2, 2**20)
         _check_fields(self, s, ("layers", "experts"), 1, 4096)
+        _check_fields(self, s, ("ngrams",), 1, 8)
+        _check_fields(self, s, ("ngram_rows",), 1, 2**24)
         _check_fields(self, s, ("width", "heads", "expert_hidden"), 1, 2**17)
         _check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
         if self.positions == "rope":
@@ -175,7 +183,8 @@ class ModelConfig:
         _check(ok, s, "top_k", self.top_k, f"between 1 and --experts {self.experts}")
         ok = math.isfinite(self.capacity_factor) and self.capacity_factor > 0
         _check(ok, s, "capacity_factor", self.capacity_factor, "a finite number above 0 (1.25 is usual)")
-        _check(0 <= self.dropout < 1, s, "dropout", self.dropout, "at least 0 and below 1")
+        for name in ("dropout", "attention_dropout"):
+            _check(0 <= getattr(self, name) < 1, s, name, getattr(self, name), "at least 0 and below 1")
         _check_fields(self, s, ("shared_experts",), 0, 4096)
         _check_fields(self, s, ("router_noise", "eval_capacity_factor"), 0, 1e6)
         _check_fields(self, s, ("router_jitter",), 0, 1)

@@ -95,6 +95,7 @@ def _seed_158m() -> RunConfig:
             bias=True,
             tied_head=False,
             dropout=0.1,
+            attention_dropout=0.1,
         ),
         data=DataConfig(source="tinystories", tokenizer="gpt2", eval_tokens=16_384),
         train=TrainConfig(

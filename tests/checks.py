@@ -227,7 +227,7 @@ def check_dropout_is_scaled() -> None:
 
 def check_attention_dropout_is_scaled() -> None:
     """The first position sees itself only, with weight 1: its output is 0 or 1 / (1 - rate) of the one without."""
-    config = tiny.config(layers=1, heads=1, dropout=0.5)
+    config = tiny.config(layers=1, heads=1, attention_dropout=0.5)
     graphdef, params = tiny.build(config)
     layer: Attention = merge(graphdef, params).blocks[0].attention
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 2, 8)), jnp.float32)

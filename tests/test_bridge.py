@@ -32,7 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rmsnorm with attention biases, untied": {"bias": True, "tied_head": False, "activation": "gelu"},
     "top 1": {"top_k": 1, "capacity_factor": 1.0},
     "K = E, dropless": {"top_k": 4, "capacity_factor": 1.0},
-    "dropout": {"dropout": 0.25, "positions": "learned"},
+    "dropout": {"dropout": 0.25, "attention_dropout": 0.25, "positions": "learned"},
     "einsum dispatch": {"dispatch": "einsum"},
 }  # fmt: skip
 DROPLESS = {"K = E, dropless"}  # each expert gets all tokens, and has a place for each

@@ -62,6 +62,7 @@ def test_capacity(tokens: int, experts: int, top_k: int, factor: float, slots: i
         (ModelConfig, {"capacity_factor": float("inf")}, "--capacity-factor inf", "a finite number above 0"),
         (ModelConfig, {"capacity_factor": float("nan")}, "--capacity-factor nan", "a finite number above 0"),
         (ModelConfig, {"dropout": 1.0}, "--model.dropout 1.0", "at least 0 and below 1"),
+        (ModelConfig, {"attention_dropout": 1.0}, "--model.attention-dropout 1.0", "at least 0 and below 1"),
         (ModelConfig, {"dropout": float("nan")}, "--model.dropout nan", "at least 0 and below 1"),
         (ModelConfig, {"seq_len": 1}, "--seq-len 1", "between 2 and"),
         (ModelConfig, {"experts": 0, "top_k": 0}, "--experts 0", "between 1 and 4096"),

@@ -23,8 +23,9 @@ class Count(NamedTuple):
 def count_parameters(config: ModelConfig) -> dict[str, Count]:
     """Parameters by group; the groups sum to the whole model exactly.
 
-    One token touches one row of the embedding and of the positions, K of E experts, and everything else. A tied
-    head is the embedding once more: it is counted where it is stored, all of it active and multiplied.
+    One token touches one row of the embedding, of the positions and of each table of n-grams, K of E experts, and
+    everything else. A tied head is the embedding once more: it is counted where it is stored, all of it active and
+    multiplied.
     """
     c = config
     bias = int(c.bias)
@@ -40,6 +41,8 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
     else:
         groups["embedding"] = Count(vocabulary, c.width, 0)
         groups["head"] = Count(vocabulary, vocabulary, vocabulary)
+    if c.ngrams > 1:
+        groups["n-grams"] = Count((c.ngrams - 1) * c.ngram_rows * c.width, (c.ngrams - 1) * c.width, 0)
     if c.positions == "learned":
         groups["positions"] = Count(c.seq_len * c.width, c.width, 0)
     stored = c.layers * (attention + attention_bias)

@@ -29,6 +29,8 @@ class DecodeState(NamedTuple):
     """Of the next token."""
     seen: Bool[Array, "B V"]
     """Tokens that the repetition penalty applies to."""
+    before: Int[Array, "B _"]
+    """The last tokens, as many as the n-grams of the next one take in (`Transformer.before`)."""
 
 
 class Decoder:
@@ -88,11 +90,12 @@ def prefill(graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B T"], l
     model = merge(graphdef, params)
     hidden, _, cache = model(tokens, Mode.PREFILL)
     logits = model.logits(jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False))
-    return DecodeState(logits, cache, length, jnp.zeros(logits.shape, bool))
+    return DecodeState(logits, cache, length, jnp.zeros(logits.shape, bool), model.before(tokens, length))
 
 
 def advance(graphdef: nnx.GraphDef, params: Params, state: DecodeState, token: Int[Array, " B"]) -> DecodeState:
     """Append a token a row: its keys and values enter the cache, and the logits are those after it."""
-    logits, cache = merge(graphdef, params).decode(token, state.cache, state.position)
+    logits, cache = merge(graphdef, params).decode(token, state.before, state.cache, state.position)
     seen = state.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
-    return DecodeState(logits, cache, state.position + 1, seen)
+    before = jnp.concatenate([state.before, token[:, None]], axis=1)[:, 1:] if state.before.shape[1] else state.before
+    return DecodeState(logits, cache, state.position + 1, seen, before)

@@ -167,7 +167,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """All positions at once; also their keys and values, which are the cache after a prefill."""
         query, keys, values = (z.swapaxes(1, 2) for z in self._project(x, jnp.arange(x.shape[1])))
-        rate = self.config.dropout
+        rate = self.config.attention_dropout
         masks = _dropout_masks(query.shape, rate, key)
         mixed = attend_causally(query, keys, values, masks, 1 - rate)
         return self._output(mixed.swapaxes(1, 2)), KeyValue(keys.swapaxes(2, 3), values.swapaxes(2, 3))

@@ -33,7 +33,7 @@ class Experts(nnx.Module):
         """Each group of rows through the network of its expert: group g's is `group_expert[g]`, or g itself."""
 
         def weight(param: nnx.Param) -> Array:
-            return param[...] if group_expert is None else param[...][group_expert].astype(rows.dtype)
+            return param[...] if group_expert is None else param[...][group_expert]
 
         # What follows the first products is recomputed in the backward pass. Autodiff would keep the activation, and
         # several results on the way to it, each as large as the hidden rows: most of what a layer keeps.

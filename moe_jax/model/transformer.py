@@ -17,6 +17,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.model.attention import Attention, KeyValue
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, look_up, matrix_init
 from moe_jax.model.moe import DenseFFN, Mode, MoE, RouterStats
+from moe_jax.model.ngrams import NgramEmbedding
 from moe_jax.model.precision import at_least_float32
 
 type Params = dict[str, Any]
@@ -77,7 +78,8 @@ class Block(nnx.Module):
 class Transformer(nnx.Module):
     """The language model. Its compute precision is that of its activations: weights are cast where they are used.
 
-    Parameters: embedding `[V, D]`, position `[T, D]` (learned positions), blocks, norm, head `[D, V]` (untied).
+    Parameters: embedding `[V, D]`, position `[T, D]` (learned positions), ngrams (those of `NgramEmbedding`), blocks,
+    norm, head `[D, V]` (untied).
     """
 
     def __init__(
@@ -90,13 +92,27 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(embedding_init(rngs, (config.vocab_size, config.width)))
         if config.positions == "learned":
             self.position = nnx.Param(embedding_init(rngs, (config.seq_len, config.width)))
+        if config.ngrams > 1:
+            self.ngrams = NgramEmbedding(config.ngrams, config.ngram_rows, config.vocab_size, config.width)
         self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
         self.norm = Normalisation(config.norm, config.width, config.bias)
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
 
-    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, " T"]) -> Float[Array, "B T D"]:
+    def before(self, tokens: Int[Array, "B T"], length: Int[Array, ""] | int) -> Int[Array, "B _"]:
+        """The tokens that the n-grams of position `length` take in, oldest first: ids beyond the vocabulary where
+        there are none, and no columns at all without n-grams."""
+        if self.config.ngrams == 1:
+            return tokens[:, :0]
+        window = jnp.concatenate([self.ngrams.nothing_before(tokens.shape[0]), tokens], axis=1)
+        return jax.lax.dynamic_slice_in_dim(window, length, self.config.ngrams - 1, axis=1)
+
+    def _embed(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, " T"], before: Int[Array, "B _"]
+    ) -> Float[Array, "B T D"]:
         x = look_up(self.embedding[...], tokens)
+        if self.config.ngrams > 1:
+            x = x + self.ngrams(tokens, before)
         if self.config.scaled_embedding:  # Vaswani et al. 2017, section 3.4
             x = x * math.sqrt(self.config.width)
         if self.config.positions == "learned":
@@ -112,10 +128,12 @@ class Transformer(nnx.Module):
         the untraced program as it was.
         """
         keys = [None] * (len(self.blocks) + 1)
-        random = max(self.config.dropout, self.config.router_noise, self.config.router_jitter) > 0
+        config = self.config
+        random = max(config.dropout, config.attention_dropout, config.router_noise, config.router_jitter) > 0
         if key is not None and random:
             keys = list(jax.random.split(key, len(self.blocks) + 1))
-        x = dropout(self._embed(tokens, jnp.arange(tokens.shape[1])), self.config.dropout, keys[0])
+        x = self._embed(tokens, jnp.arange(tokens.shape[1]), self.before(tokens, 0))
+        x = dropout(x, config.dropout, keys[0])
         stats: list[RouterStats | None] = []
         cache: list[KeyValue] = []
         for block, block_key in zip(self.blocks, keys[1:], strict=True):
@@ -135,10 +153,10 @@ class Transformer(nnx.Module):
             return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
 
     def decode(
-        self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, ""]
+        self, token: Int[Array, " B"], before: Int[Array, "B _"], cache: list[KeyValue], index: Int[Array, ""]
     ) -> tuple[Float[Array, "B V"], list[KeyValue]]:
-        """Logits after the token at position `index`, and the cache that includes it."""
-        x = self._embed(token[:, None], index[None])
+        """Logits after the token at position `index`, and the cache that includes it; `before` as of the method."""
+        x = self._embed(token[:, None], index[None], before)
         new: list[KeyValue] = []
         for block, kv in zip(self.blocks, cache, strict=True):
             x, kv = block.decode(x, kv, index)

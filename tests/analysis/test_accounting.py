@@ -31,6 +31,7 @@ def stored(config: ModelConfig) -> int:
         {"dense": "total", "activation": "gelu"},
         {"experts": 1, "top_k": 1, "layers": 1},
         {"qk_norm": True},
+        {"ngrams": 3, "ngram_rows": 11},
     ],
     ids=str,
 )

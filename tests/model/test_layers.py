@@ -1,7 +1,5 @@
 """Norms, rotary positions, dropout and the precision policy."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +7,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, keep_mask, look_up, matrix_init, rotate
-from moe_jax.model.precision import at_least_float32, choose_policy
+from moe_jax.model.precision import at_least_float32
 from tests import oracles
 
 
@@ -104,27 +102,6 @@ def test_initial_values() -> None:
     # Rows of length 1: 300 of them, each of 50 numbers of variance 1/50.
     np.testing.assert_allclose(np.asarray(embedding_init(rngs, (300, 50))).std(), 1 / np.sqrt(50), rtol=0.03)
     assert (np.asarray(matrix_init(rngs, (100, 50)))[:50] != matrix[0, :50]).any()
-
-
-@pytest.mark.parametrize(
-    ("platform", "capability", "compute"),
-    [
-        ("cpu", "", "float32"),
-        ("gpu", "7.5", "float16"),
-        ("gpu", "8.0", "bfloat16"),
-        ("gpu", "8.6", "bfloat16"),
-        ("gpu", "10.0", "bfloat16"),
-        ("tpu", "", "bfloat16"),
-    ],
-)
-def test_policy_of_a_device(platform: str, capability: str, compute: str) -> None:
-    device = SimpleNamespace(platform=platform, device_kind="some device", compute_capability=capability)
-    policy = choose_policy("auto", device)
-    assert policy.compute == compute
-    assert policy.loss_scaling == (compute == "float16")
-    assert policy.reason
-    assert policy.reason in str(policy)
-    assert choose_policy("float32", device).compute == "float32"
 
 
 def test_wide_dtypes() -> None:

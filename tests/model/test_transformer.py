@@ -27,8 +27,9 @@ def runner(config, compute: str | None = None):
         {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "tied_head": False},
         {"dense": "active"},
         {"qk_norm": True, "scaled_embedding": True, "tied_head": False},
+        {"ngrams": 3, "ngram_rows": 11},
     ],
-    ids=["einsum", "K=E", "dense", "normalised"],
+    ids=["einsum", "K=E", "dense", "normalised", "n-grams"],
 )
 def test_other_models_are_causal_too(changes: dict) -> None:
     run = runner(tiny.config(**changes))
@@ -119,8 +120,9 @@ def test_rematerialised_gradients_have_the_same_bits() -> None:
     tiny.assert_same_bits(rematerialised, plain)
 
 
-def test_dropout_changes_with_its_key_only() -> None:
-    graphdef, params = tiny.build(tiny.config(layers=1, dropout=0.25))
+@pytest.mark.parametrize("kind", ["dropout", "attention_dropout"])
+def test_dropout_changes_with_its_key_only(kind: str) -> None:
+    graphdef, params = tiny.build(tiny.config(layers=1, **{kind: 0.25}))
     run = jax.jit(lambda key: merge(graphdef, params)(jnp.asarray(tiny.tokens(2, tiny.T)), Mode.TRAIN, key)[0])
     one, again, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 0, 1))
     assert (one == again).all()

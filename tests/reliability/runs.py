@@ -24,6 +24,7 @@ MODEL = {
     "model.expert-hidden": 8,
     "model.capacity-factor": 0.75,
     "model.dropout": 0.1,
+    "model.attention-dropout": 0.1,
 }
 TRAIN = {
     "train.steps": 12,

@@ -88,7 +88,15 @@ def test_nothing_is_written_outside_the_run_and_the_caches(
     assert {p.name for p in tmp_path.iterdir()} == {"home", "cache", "tmp", "run"}
 
 
-OTHER: dict[str, Any] = {"seq_len": 32, "width": 32, "heads": 1, "experts": 8, "top_k": 1, "dropout": 0.0}
+OTHER: dict[str, Any] = {
+    "seq_len": 32,
+    "width": 32,
+    "heads": 1,
+    "experts": 8,
+    "top_k": 1,
+    "dropout": 0.0,
+    "attention_dropout": 0.0,
+}
 """Of the fields whose neighbouring value another field forbids."""
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
+from moe_jax.model import precision
 from moe_jax.model.precision import choose_policy, round_at_random, stored
 from moe_jax.training.checkpoint import named_leaves
 from moe_jax.training.optimizer import make_optimizer
@@ -118,20 +120,35 @@ def test_bfloat16_weights_learn_from_steps_smaller_than_their_spacing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "compute", "reason"),
+    ("platform", "capability", "units", "compute", "reason"),
     [
-        ("cpu", None, "float32", "measured slower"),
-        ("gpu", "7.5", "float16", "no bfloat16 units"),
-        ("gpu", "8.0", "bfloat16", "has bfloat16 units"),
-        ("gpu", "12.0", "bfloat16", "has bfloat16 units"),
+        ("cpu", None, "fpu avx512_bf16", "float32", "without bfloat16 matrix units"),
+        ("cpu", None, "fpu amx_bf16 avx512_bf16", "bfloat16", "with bfloat16 matrix units"),
+        ("gpu", "7.5", "amx_bf16", "float16", "no bfloat16 units"),
+        ("gpu", "8.0", "", "bfloat16", "has bfloat16 units"),
+        ("gpu", "12.0", "", "bfloat16", "has bfloat16 units"),
+        ("tpu", "", "", "bfloat16", "other than CUDA"),
     ],
 )
 def test_the_precision_follows_the_device_and_says_why(
-    platform: str, capability: str | None, compute: str, reason: str
+    platform: str,
+    capability: str | None,
+    units: str,
+    compute: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {units}\n")
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
     device = type("Device", (), {"platform": platform, "compute_capability": capability, "device_kind": "a card"})()
     policy = choose_policy("auto", device)
     assert policy.compute == compute
     assert policy.loss_scaling == (compute == "float16")
     assert reason in str(policy)
     assert choose_policy("float32", device).compute == "float32"
+
+
+def test_a_system_without_a_list_of_units_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "missing")
+    assert not precision.cpu_multiplies_bfloat16()

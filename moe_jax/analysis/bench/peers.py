@@ -42,6 +42,7 @@ def like_mixtral(config: RunConfig) -> RunConfig:
         bias=False,
         tied_head=False,
         dropout=0.0,
+        attention_dropout=0.0,
         copying_heads=False,
     )
     return dataclasses.replace(config, model=model)
