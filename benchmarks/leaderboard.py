@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_jax import cli, environment
-from moe_jax.config import ConfigError, RunConfig, UserError, flag_of, load_config
+from moe_jax.config import ConfigError, RunConfig, UserError, load_config
+from moe_jax.flags import flag_of
 from moe_jax.presets import preset
 
 HEADER = (

@@ -19,14 +19,13 @@ from typing import Any
 from moe_jax.commands import COMMANDS, command
 from moe_jax.compatibility import check_resumable, check_upcyclable, dense_run, upcycled
 from moe_jax.config import (
-    SHORT_FLAGS,
     ConfigError,
     RunConfig,
     UserError,
-    flag_of,
     holds_run,
     load_config,
 )
+from moe_jax.flags import SHORT_FLAGS, flag_of
 from moe_jax.presets import preset
 
 

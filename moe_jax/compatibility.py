@@ -7,7 +7,8 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from moe_jax.config import ConfigError, RunConfig, UserError, flag_of, load_config
+from moe_jax.config import ConfigError, RunConfig, UserError, load_config
+from moe_jax.flags import flag_of
 
 _DATA_MAY_CHANGE = {"eval_tokens", "source"}
 """The text itself is compared by its digest, once it is read."""

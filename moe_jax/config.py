@@ -1,7 +1,7 @@
 """What a run is made of: frozen, validated dataclasses.
 
-This module imports the standard library only, so that a wrong value is answered before jax is imported.
-Every field is a flag, named `--section.field`; the most used ones have a short name too (`SHORT_FLAGS`).
+This module and `flags` import the standard library only, so that a wrong value is answered before jax is imported.
+Every field is a flag, named `--section.field`; the most used ones have a short name too (`flags.SHORT_FLAGS`).
 A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 
 The alphabet of the project, used in every annotation, einsum and comment:
@@ -16,7 +16,9 @@ import math
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
+
+from moe_jax.flags import ConfigError, check, check_choices, check_fields
 
 SCHEMA_VERSION = 1
 
@@ -36,60 +38,9 @@ PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "ma
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
-SHORT_FLAGS = {
-    "--data": "--data.source",
-    "--tokenizer": "--data.tokenizer",
-    "--steps": "--train.steps",
-    "--batch-size": "--train.batch-size",
-    "--grad-accum": "--train.grad-accum",
-    "--lr": "--train.lr",
-    "--optimizer": "--train.optimizer",
-    "--precision": "--train.precision",
-    "--seed": "--train.seed",
-    "--eval-every": "--train.eval-every",
-    "--save-every": "--train.save-every",
-    "--seq-len": "--model.seq-len",
-    "--experts": "--model.experts",
-    "--top-k": "--model.top-k",
-    "--capacity-factor": "--model.capacity-factor",
-    "--dispatch": "--model.dispatch",
-}
-_SHORT_OF = {long: short for short, long in SHORT_FLAGS.items()}
-
 
 class UserError(Exception):
     """A failure that the user can mend. One line: what is wrong, with the value, and what to do. Exit 1."""
-
-
-class ConfigError(ValueError):
-    """A wrong value of a flag, or a wrong combination. One line that names the flag. Exit 2."""
-
-
-def flag_of(section: str, name: str) -> str:
-    """The flag that sets a field, by its short name where it has one: ("train", "steps") -> "--steps"."""
-    long = f"--{section}.{name}".replace("_", "-") if section else f"--{name}".replace("_", "-")
-    return _SHORT_OF.get(long, long)
-
-
-def _check(ok: bool, section: str, name: str, value: object, allowed: str) -> None:
-    if not ok:
-        raise ConfigError(f"{flag_of(section, name)} {value}: must be {allowed}")
-
-
-def _check_fields(config: object, section: str, names: tuple[str, ...], low: float, high: float) -> None:
-    """Each named field is finite and within [low, high]."""
-    for name in names:
-        value = getattr(config, name)
-        ok = isinstance(value, int | float) and math.isfinite(value) and low <= value <= high
-        _check(ok, section, name, value, f"between {low:g} and {high:g}")
-
-
-def _check_choices(config: object, section: str) -> None:
-    """Each field whose type is a Literal holds one of its values (tyro checks flags; this checks code and files)."""
-    for f in dataclasses.fields(config):  # pyright: ignore[reportArgumentType]
-        if get_origin(f.type) is Literal:
-            value = getattr(config, f.name)
-            _check(value in get_args(f.type), section, f.name, value, "one of " + ", ".join(get_args(f.type)))
 
 
 @dataclass(frozen=True)
@@ -162,17 +113,17 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         s = "model"
-        _check_choices(self, s)
-        _check_fields(self, s, ("vocab_size",), 0, 2**24)
-        _check_fields(self, s, ("seq_len",), 2, 2**20)
-        _check_fields(self, s, ("layers", "experts"), 1, 4096)
-        _check_fields(self, s, ("ngrams",), 1, 8)
-        _check_fields(self, s, ("ngram_rows",), 1, 2**24)
-        _check_fields(self, s, ("width", "heads", "expert_hidden"), 1, 2**17)
-        _check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
+        check_choices(self, s)
+        check_fields(self, s, ("vocab_size",), 0, 2**24)
+        check_fields(self, s, ("seq_len",), 2, 2**20)
+        check_fields(self, s, ("layers", "experts"), 1, 4096)
+        check_fields(self, s, ("ngrams",), 1, 8)
+        check_fields(self, s, ("ngram_rows",), 1, 2**24)
+        check_fields(self, s, ("width", "heads", "expert_hidden"), 1, 2**17)
+        check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
         if self.positions == "rope":
             even = (self.width // self.heads) % 2 == 0
-            _check(
+            check(
                 even,
                 s,
                 "heads",
@@ -180,14 +131,14 @@ class ModelConfig:
                 f"such that a head (width {self.width} / heads) is even, for rope",
             )
         ok = 1 <= self.top_k <= self.experts
-        _check(ok, s, "top_k", self.top_k, f"between 1 and --experts {self.experts}")
+        check(ok, s, "top_k", self.top_k, f"between 1 and --experts {self.experts}")
         ok = math.isfinite(self.capacity_factor) and self.capacity_factor > 0
-        _check(ok, s, "capacity_factor", self.capacity_factor, "a finite number above 0 (1.25 is usual)")
+        check(ok, s, "capacity_factor", self.capacity_factor, "a finite number above 0 (1.25 is usual)")
         for name in ("dropout", "attention_dropout"):
-            _check(0 <= getattr(self, name) < 1, s, name, getattr(self, name), "at least 0 and below 1")
-        _check_fields(self, s, ("shared_experts",), 0, 4096)
-        _check_fields(self, s, ("router_noise", "eval_capacity_factor"), 0, 1e6)
-        _check_fields(self, s, ("router_jitter",), 0, 1)
+            check(0 <= getattr(self, name) < 1, s, name, getattr(self, name), "at least 0 and below 1")
+        check_fields(self, s, ("shared_experts",), 0, 4096)
+        check_fields(self, s, ("router_noise", "eval_capacity_factor"), 0, 1e6)
+        check_fields(self, s, ("router_jitter",), 0, 1)
 
     @property
     def head_width(self) -> int:
@@ -238,12 +189,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         s = "data"
-        _check_choices(self, s)
-        _check(bool(self.source.strip()), s, "source", repr(self.source), "a corpus name or a path")
-        _check_fields(self, s, ("vocab_size",), 257, 2**20)
-        _check_fields(self, s, ("stories",), 1, 10**8)
-        _check_fields(self, s, ("stories_seed",), 0, 2**63 - 1)
-        _check_fields(self, s, ("eval_tokens",), 2, 65_536)
+        check_choices(self, s)
+        check(bool(self.source.strip()), s, "source", repr(self.source), "a corpus name or a path")
+        check_fields(self, s, ("vocab_size",), 257, 2**20)
+        check_fields(self, s, ("stories",), 1, 10**8)
+        check_fields(self, s, ("stories_seed",), 0, 2**63 - 1)
+        check_fields(self, s, ("eval_tokens",), 2, 65_536)
 
 
 @dataclass(frozen=True)
@@ -310,18 +261,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         s = "train"
-        _check_choices(self, s)
-        _check_fields(self, s, ("steps",), 1, 10**9)
-        _check_fields(self, s, ("batch_size", "grad_accum"), 1, 2**16)
-        _check_fields(self, s, ("log_every", "eval_every", "save_every"), 1, 10**9)
-        _check_fields(self, s, ("warmup_steps", "patience"), 0, 10**9)
-        _check_fields(self, s, ("seed",), 0, 2**31 - 1)
-        _check_fields(self, s, ("lr", "muon_lr"), 1e-12, 1e3)
-        _check_fields(self, s, ("final_lr", "balance_coef", "balance_rate", "z_coef", "weight_decay"), 0, 1e3)
-        _check_fields(self, s, ("final_lr",), 0, 1)
-        _check_fields(self, s, ("beta1", "beta2"), 0, 0.999999)
-        _check_fields(self, s, ("eps",), 1e-30, 1)
-        _check_fields(self, s, ("clip",), 1e-6, 1e9)
+        check_choices(self, s)
+        check_fields(self, s, ("steps",), 1, 10**9)
+        check_fields(self, s, ("batch_size", "grad_accum"), 1, 2**16)
+        check_fields(self, s, ("log_every", "eval_every", "save_every"), 1, 10**9)
+        check_fields(self, s, ("warmup_steps", "patience"), 0, 10**9)
+        check_fields(self, s, ("seed",), 0, 2**31 - 1)
+        check_fields(self, s, ("lr", "muon_lr"), 1e-12, 1e3)
+        check_fields(self, s, ("final_lr", "balance_coef", "balance_rate", "z_coef", "weight_decay"), 0, 1e3)
+        check_fields(self, s, ("final_lr",), 0, 1)
+        check_fields(self, s, ("beta1", "beta2"), 0, 0.999999)
+        check_fields(self, s, ("eps",), 1e-30, 1)
+        check_fields(self, s, ("clip",), 1e-6, 1e9)
 
 
 @dataclass(frozen=True)
@@ -349,7 +300,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
-        _check_choices(self, "")
+        check_choices(self, "")
 
     @property
     def run_dir(self) -> str:

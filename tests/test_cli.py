@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli import expand_short, parse_run
-from moe_jax.config import SHORT_FLAGS, ConfigError
+from moe_jax.config import ConfigError
+from moe_jax.flags import SHORT_FLAGS
 from moe_jax.presets import preset
 
 ROOT = Path(__file__).resolve().parent.parent

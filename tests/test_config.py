@@ -17,9 +17,9 @@ from moe_jax.config import (
     TrainConfig,
     UserError,
     capacity,
-    flag_of,
     load_config,
 )
+from moe_jax.flags import flag_of
 from moe_jax.presets import PRESETS, preset
 
 
@@ -113,7 +113,7 @@ def test_every_field_survives_json() -> None:
         wandb=True,
         model=ModelConfig(
             *(7, 6, 5, 12, 3, 9, 4, 3, 0.75, "layernorm", "learned", "gelu", True, False, True),
-            *(True, True, True, 0.25, "blocks", "none", "leaky-batch-priority", "bias", 1, 0.5, 0.25, 2.0),
+            *(True, 2, 7, True, True, 0.25, 0.5, "blocks", "none", "leaky-batch-priority", "bias", 1, 0.5, 0.25, 2.0),
         ),
         data=DataConfig("wikitext", "byte", 300, 5, 6, 7),
         train=TrainConfig(8, 2, 3, lr=0.5, remat=True, seed=11, precision="bfloat16", patience=4),

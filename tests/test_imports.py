@@ -9,8 +9,9 @@ ROOT = Path(__file__).parent.parent
 
 # Who may import whom within moe_jax: a room, and the rooms below it that it may use.
 BELOW = {
-    "config": set(),
-    "compatibility": {"config"},
+    "flags": set(),
+    "config": {"flags"},
+    "compatibility": {"config", "flags"},
     "environment": {"compilation_cache"},
     "compilation_cache": set(),
     "presets": {"config"},
@@ -18,14 +19,14 @@ BELOW = {
     "model": {"config"},
     "analysis": {"config", "environment", "data", "model", "training", "inference"},
     "inference": {"config", "model", "data"},
-    "training": {"config", "compatibility", "model", "data", "inference", "analysis"},
+    "training": {"config", "flags", "compatibility", "model", "data", "inference", "analysis"},
     "interop": {"config", "model", "data", "training"},
     "parallel": {"config", "model"},
     "commands": {
         *("config", "presets", "environment", "data", "model", "training", "inference", "analysis", "interop"),
         "parallel",
     },
-    "cli": {"config", "compatibility", "presets", "environment", "data", "commands"},
+    "cli": {"config", "flags", "compatibility", "presets", "environment", "data", "commands"},
 }
 
 

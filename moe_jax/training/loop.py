@@ -18,11 +18,12 @@ from flax import nnx
 
 from moe_jax.analysis.accounting import count_parameters, totals, training_flops
 from moe_jax.analysis.saved_traces import Tracer, make_tracer
-from moe_jax.config import ModelConfig, RunConfig, UserError, flag_of, holds_run
+from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
 from moe_jax.data.batches import train_batch, validation_subset
 from moe_jax.data.references import References, references
 from moe_jax.data.token_store import TokenStore, prepare
 from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.flags import flag_of
 from moe_jax.inference.decode import SAMPLE, Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.precision import Policy, choose_policy

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from moe_jax.commands import COMMANDS, command
 from moe_jax.commands.benchmark import Benchmark
-from moe_jax.config import SHORT_FLAGS, RunConfig, flag_of
+from moe_jax.config import RunConfig
+from moe_jax.flags import SHORT_FLAGS, flag_of
 from moe_jax.presets import preset
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure

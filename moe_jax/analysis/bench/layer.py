@@ -20,6 +20,7 @@ from moe_jax.analysis.bench.timing import Times, alternate, recycled
 from moe_jax.analysis.compiled import read_program
 from moe_jax.config import ModelConfig
 from moe_jax.model.moe import Mode, MoE
+from moe_jax.model.products import product
 
 BATCH = 8
 
@@ -45,7 +46,8 @@ def with_gradients(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def dense_layouts(config: ModelConfig) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """Dense networks of the arithmetic of K experts: plain, cut into K batched parts, and with turned weights."""
+    """Dense networks of the arithmetic of K experts: plain, cut into K batched parts, with turned weights, and with
+    the model's own products, whose gradients of the weights turn the rows."""
     width, hidden = config.width, config.top_k * config.expert_hidden
     w_in = jax.random.normal(jax.random.key(1), (width, hidden)) / math.sqrt(width)
     w_out = jax.random.normal(jax.random.key(2), (hidden, width)) / math.sqrt(hidden)
@@ -65,6 +67,9 @@ def dense_layouts(config: ModelConfig) -> dict[str, tuple[Callable[..., Any], An
         h = act(jnp.einsum("nd,fd->nf", x.reshape(-1, width), w[0]))
         return jnp.einsum("nf,fd->nd", h, w[1]).reshape(x.shape)
 
+    def own(w: Any, x: jax.Array) -> jax.Array:
+        return product(act(product(x.reshape(-1, width), w[0])), w[1]).reshape(x.shape)
+
     k = config.top_k
     cut = (w_in.reshape(width, k, -1).swapaxes(0, 1), w_out.reshape(k, -1, width))
     return {
@@ -72,6 +77,7 @@ def dense_layouts(config: ModelConfig) -> dict[str, tuple[Callable[..., Any], An
         "dense, flat": (flat, (w_in, w_out)),
         "dense, in parts": (parts, cut),
         "dense, turned": (turned, (w_in.T, w_out)),
+        "dense, own products": (own, (w_in, w_out)),
     }
 
 
