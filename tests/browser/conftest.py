@@ -1,0 +1,41 @@
+"""One report and one browser for the tests of the page.
+
+They need Debian's `chromium` (or another Chromium on the PATH); without one they are skipped.
+"""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.analysis.report import write_report
+from tests import saved_run
+from tests.browser.opened import HOSTILE, WRITING, Opened
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="session")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = saved_run.save_run(tmp_path_factory.mktemp("browser"))
+    return write_report(folder, folder / "report" / "page.html", text=HOSTILE + WRITING)
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed; run `uv sync`")
+    if CHROMIUM is None:
+        pytest.skip("no chromium on the PATH; apt-get install chromium")
+    with sync_api.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
+
+
+@pytest.fixture
+def opened(browser: Any, written: Path) -> Iterator[Opened]:
+    opened = Opened(browser, written)
+    yield opened
+    opened.page.close()

@@ -1,0 +1,122 @@
+"""The charts of a report in a real browser: what they name, count and light."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.browser.opened import LAYERS, E, K, Opened, page_data
+
+
+def test_what_experts_prefer_is_named_with_counts(opened: Opened) -> None:
+    opened.draw_everything()
+    cards = opened.page.locator(".specialist")
+    assert cards.count() == E
+    for e, entry in enumerate(opened.data["specialisation"][0]):
+        named = cards.nth(e).locator("li").evaluate_all("(items) => items.map((li) => li.dataset.token)")
+        assert named == [t["text"] for t in entry["tokens"]]
+    first = next(e for e, entry in enumerate(opened.data["specialisation"][0]) if entry["tokens"])
+    token = opened.data["specialisation"][0][first]["tokens"][0]
+    cards.nth(first).locator("li").first.hover()
+    tip = opened.page.locator("#tip").inner_text()
+    assert f"{token['here']:,} of its {token['all']:,}" in tip
+    assert f"{token['g2']}".rstrip("0").rstrip(".") in tip
+
+
+def test_attention_of_the_chosen_token(opened: Opened) -> None:
+    opened.page.locator('.t[data-i="5"]').click()
+    opened.draw_everything()
+    heads = opened.page.locator("#attention-figure .head")
+    for h in range(heads.count()):
+        flat = opened.data["attention"]["weights"][0][h][5]
+        shown = heads.nth(h).locator("li span:last-child").all_inner_texts()
+        assert shown == [f"{w} %" for w in flat[1::2]]
+    assert heads.count() == 2
+
+
+def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any, written: Path, tmp_path: Path) -> None:
+    """Of three planted specialists the clearest (by G^2) comes first; each kind of token is named once."""
+    from moe_jax.analysis.report import render
+
+    data = json.loads(page_data(written))
+    for entry in (entry for layer in data["specialisation"] for entry in layer):
+        entry["groups"] = []
+    for layer, e, name, g2 in ((0, 1, "cats", 50.0), (1, 3, "dragons", 900.0), (1, 0, "cats", 70.0)):
+        group = {
+            "name": name,
+            "here": 0.5,
+            "all": 0.1,
+            "reach": 0.625,
+            "times": 5.0,
+            "g2": g2,
+            "examples": [f" {name}"],
+        }
+        data["specialisation"][layer][e]["groups"] = [group]
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path)
+    opened.draw_everything()
+    first = opened.page.locator("#experts p").first
+    assert first.get_attribute("id") == "specialists-said"
+    said = first.inner_text().replace("\u00a0", " ")
+    dragons = "expert 3 of layer 1 in dragons (“dragons”; 63 % of them choose it)"
+    assert f"{dragons} and expert 0 of layer 1 in cats (“cats”; 63 % of them choose it). By chance 50 % would." in said
+    assert "layer 0" not in said
+    opened.page.locator("#layer").fill("1")
+    opened.page.locator("#specialists").scroll_into_view_if_needed()
+    opened.page.locator("#experts-explain", has_text="in layer 1").wait_for()
+    assert opened.page.locator(".specialist .groups b").all_inner_texts() == ["cats", "dragons"]
+    opened.page.close()
+
+
+def test_the_counts_are_a_table_too(opened: Opened) -> None:
+    opened.draw_everything()
+    opened.page.locator("#counts summary").click()
+    opened.page.locator("#counts table").wait_for()
+    rows = opened.page.locator("#counts tbody tr").all_inner_texts()
+    entries = [(e, t) for e, x in enumerate(opened.data["specialisation"][0]) for t in x["tokens"]]
+    assert len(rows) == len(entries) > 0
+    for row, (e, token) in zip(rows, entries, strict=True):
+        cells = row.split("\t")
+        assert (cells[0], cells[2], cells[3]) == (str(e), f"{token['here']:,}", f"{token['all']:,}")
+
+
+def test_the_card_of_an_expert_lights_its_tokens(opened: Opened) -> None:
+    opened.draw_everything()
+    opened.page.locator(".specialist h4 button").nth(3).click()
+    lit = [i for i, t in enumerate(opened.tokens()) if "lit" in t["classes"].split()]
+    assert lit == [i for i in range(len(opened.tokens())) if 3 in [opened.expert(0, i, k) for k in range(K)]]
+    assert opened.page.locator('#legend [aria-pressed="true"]').inner_text() == "3"
+
+
+def test_the_saved_traces_are_painted_in_the_colours_of_their_experts(opened: Opened) -> None:
+    opened.draw_everything()
+    shown = opened.data["training"]["traces"]["shown"]
+    assert shown["step"] == [20, 40]
+    for layer in range(LAYERS):
+        opened.page.locator("#layer").fill(str(layer))
+        opened.page.locator("#training").scroll_into_view_if_needed()
+        canvas = opened.page.locator(f'canvas[aria-label*="evaluations, layer {layer}"]')
+        canvas.wait_for()
+        painted = canvas.evaluate(
+            """(canvas, [rows, columns]) => [...Array(rows).keys()].map((r) => [...Array(columns).keys()].map((c) =>
+            'rgb(' + [...canvas.getContext('2d').getImageData((c + 0.5) * canvas.width / columns,
+            (r + 0.5) * canvas.height / rows, 1, 1).data].slice(0, 3).join(', ') + ')'))""",
+            [len(shown["step"]), len(shown["pieces"])],
+        )
+        colours = [opened.colour(f"var(--e{e})") for e in range(E)]
+        assert painted == [[colours[e] for e in step[layer]] for step in shown["first"]]
+    opened.page.locator('canvas[aria-label*="evaluations, layer"]').focus()
+    opened.page.keyboard.press("ArrowRight")
+    opened.page.keyboard.press("ArrowDown")
+    tip = opened.page.locator("#tip").inner_text()
+    assert tip.startswith("Step 40: ")
+    assert tip.endswith(f"(token 2) chose expert {shown['first'][1][LAYERS - 1][1]}")
+
+
+def test_a_press_in_the_picture_of_a_head_chooses_the_token(opened: Opened) -> None:
+    opened.draw_everything()
+    canvas = opened.page.locator("#heads canvas").first
+    box = canvas.bounding_box()
+    tokens = opened.data["attention"]["tokens"]
+    canvas.click(position={"x": 5, "y": box["height"] * 50.5 / tokens})
+    assert "token 51 of" in opened.page.locator("#card .where").inner_text()

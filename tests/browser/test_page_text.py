@@ -1,0 +1,155 @@
+"""The text of a report in a real browser: how its tokens are coloured, shown and walked, in any writing."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.analysis.report import write_report
+from tests import saved_run
+from tests.browser.opened import HOSTILE, LAYERS, E, K, Opened, page_data
+
+
+def assert_coloured_by(opened: Opened, layer: int) -> None:
+    """Fill and line of every token are those of its first and second choice, hatched and dotted where dropped."""
+    tint = float(opened.page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--tint')")[:-1])
+    fills = [
+        opened.colour(f"var(--e{e})").replace("rgb(", "rgba(").replace(")", f", {tint / 100:g})") for e in range(E)
+    ]
+    lines = [opened.colour(f"var(--e{e})") for e in range(E)]
+    assert len(set(fills)) == len(set(lines)) == E
+    keep = opened.data["routing"]["keep"][layer]
+    tokens = opened.tokens()
+    assert len(tokens) == len(opened.data["text"]["pieces"])
+    for i, token in enumerate(tokens):
+        if keep[i * K]:
+            assert (token["fill"], token["hatch"]) == (fills[opened.expert(layer, i)], "none"), i
+        else:
+            assert "repeating-linear-gradient" in token["hatch"], i
+        assert token["line"] == lines[opened.expert(layer, i, 1)], i
+        classes = token["classes"].split()
+        assert ("db" in classes) == (not keep[i * K + 1])
+        assert ("gone" in classes) == (not keep[i * K] and not keep[i * K + 1])
+    assert 0 < sum(keep) < len(keep), "the case has drops and choices that were kept"
+
+
+def test_tokens_are_coloured_by_the_experts_of_the_json(opened: Opened) -> None:
+    assert_coloured_by(opened, 0)
+
+
+def test_the_slider_and_the_keys_change_the_layer(opened: Opened) -> None:
+    opened.page.locator("#layer").focus()
+    opened.page.keyboard.press("ArrowRight")
+    assert_coloured_by(opened, 1)
+    opened.page.keyboard.press("[")
+    assert_coloured_by(opened, 0)
+    assert opened.page.locator("#layer").input_value() == "0"
+    opened.page.keyboard.press("[")  # there is none before
+    assert_coloured_by(opened, 0)
+
+
+@pytest.mark.parametrize("reach", ["hover", "focus"])
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_hover_and_focus_show_gates_slots_and_the_reason_of_a_drop(opened: Opened, layer: int, reach: str) -> None:
+    opened.page.locator("#layer").fill(str(layer))
+    routing, capacity = opened.data["routing"], opened.data["model"]["capacity"]
+    keep = routing["keep"][layer]
+    kept = next(i for i in range(len(keep) // K) if keep[i * K])
+    dropped = next(i for i in range(len(keep) // K) if not keep[i * K])
+    for i in (kept, dropped):
+        getattr(opened.page.locator(f'.t[data-i="{i}"]'), reach)()
+        shown = opened.page.locator("#card").inner_text()
+        for k in range(K):
+            at = i * K + k
+            assert f"Expert {routing['expert'][layer][at]}" in shown
+            assert f"gate {routing['gate'][layer][at]:.3f}" in shown
+            slot = routing["slot"][layer][at] + 1
+            assert (f"slot {slot} of {capacity}" in shown) == bool(keep[at])
+            if not keep[at]:
+                assert f"dropped: it came {slot}th" in shown
+        for e in range(E):
+            assert f"{routing['prob'][layer][i * E + e]:.3f}" in shown
+
+
+def test_an_expert_lights_its_tokens_in_every_layer(opened: Opened) -> None:
+    opened.page.locator('#legend button[data-expert="2"]').click()
+    for layer in range(LAYERS):
+        opened.page.locator("#layer").fill(str(layer))
+        lit = [i for i, t in enumerate(opened.tokens()) if "lit" in t["classes"].split()]
+        expected = [i for i in range(len(opened.tokens())) if 2 in [opened.expert(layer, i, k) for k in range(K)]]
+        assert lit == expected
+    opened.page.keyboard.press("Escape")
+    assert not any("lit" in t["classes"].split() for t in opened.tokens())
+
+
+def test_the_text_can_be_walked_by_keyboard(opened: Opened) -> None:
+    opened.page.locator('.t[data-i="0"]').focus()
+    heading = opened.page.locator("#card h3")
+    for key, at in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", None), ("Home", 0)):
+        opened.page.keyboard.press(key)
+        i = len(opened.data["text"]["pieces"]) - 1 if at is None else at
+        assert opened.page.evaluate("document.activeElement.dataset.i") == str(i)
+        assert f"token {i + 1} of" in opened.page.locator("#card .where").inner_text()
+    assert heading.inner_text() == "<|endoftext|>"
+
+
+def test_text_is_text(opened: Opened) -> None:
+    """Markup and scripts are shown and not run; bytes of cut characters and signs that would turn the line round are
+    spelled out; every paragraph of Hebrew letters would run to the left."""
+    opened.draw_everything()
+    page = opened.page
+    assert page.evaluate("window.ran") is None
+    assert page.locator("main img, main script, main iframe").count() == 0
+    shown = [t["text"] for t in opened.tokens()]
+    for piece, text in zip(opened.data["text"]["pieces"], shown, strict=True):
+        assert text == (piece if piece == " " else piece.strip(" ").replace("\n", "↵"))
+    assert "".join(shown[1 : len(HOSTILE)]) == HOSTILE.strip()
+    assert "<F0><9F><90><89>" in "".join(shown)
+    # Even a script that finds its way into the page is refused by its policy.
+    page.evaluate("""() => { const s = document.createElement('script'); s.textContent = 'window.ran = 1';
+        document.body.append(s); }""")
+    assert page.evaluate("window.ran") is None
+
+
+def test_whole_characters_of_any_writing(browser: Any, written: Path, tmp_path: Path) -> None:
+    """With a tokenizer whose entries are words, Hebrew runs to the left and an override is spelled out."""
+    data = json.loads(page_data(written))
+    hostile = "</script><script>window.ran=1</script><img src=x onerror=window.ran=1>"
+    pieces = ["<|endoftext|>", " שלום", " עולם", "\n", " a", "\u202e", "\U0001f409", hostile]
+    data["text"]["pieces"][: len(pieces)] = pieces
+    data["text"]["mark"] = [0]
+    from moe_jax.analysis.report import render
+
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path)
+    assert [t["text"] for t in opened.tokens()][1:8] == ["שלום", "עולם", "↵", "a", "⟨202E⟩", "\U0001f409", hostile]
+    assert opened.page.evaluate("window.ran") is None
+    # The separator is Latin, but the first letters of what follows decide: it is spelled, not text.
+    assert opened.page.locator(".tokens p").first.get_attribute("dir") == "rtl"
+    assert opened.page.locator(".tokens p").nth(1).get_attribute("dir") == "ltr"
+    opened.page.close()
+
+
+def test_a_long_text_is_laid_out_paragraph_by_paragraph(browser: Any, written: Path, tmp_path: Path) -> None:
+    """4,096 tokens in one line: every token is coloured, in paragraphs that the browser may leave out of sight."""
+    run = written.parent.parent
+    path = write_report(run, tmp_path / "page.html", text=(saved_run.STORY.strip() + " ") * 46)
+    opened = Opened(browser, path)
+    n = len(opened.data["text"]["pieces"])
+    assert n > 4096
+    opened.page.locator("#layer").fill("1")
+    firsts = opened.page.locator(".tokens .t").evaluate_all("(nodes) => nodes.map((t) => Number(t.dataset.expert))")
+    assert firsts == [opened.expert(1, i) for i in range(n)]
+    assert (
+        opened.page.locator(".tokens").evaluate("(box) => box.textContent").split()
+        == ("<|endoftext|>" + (saved_run.STORY.strip() + " ") * 46).split()
+    )
+    sizes = opened.page.locator(".tokens p").evaluate_all(
+        "(boxes) => boxes.map((p) => [p.childElementCount, getComputedStyle(p).contentVisibility])"
+    )
+    assert max(size for size, _ in sizes) <= 240
+    assert {visibility for _, visibility in sizes} == {"auto"}
+    assert opened.said == []
+    opened.page.close()

@@ -1,0 +1,109 @@
+"""A report as a whole in a real browser: nothing is loaded or fails, all of it is legible, on paper too."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.opened import LAYERS, E, K, Opened, page_data
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_nothing_is_loaded_nothing_fails_nothing_overflows(
+    browser: Any, written: Path, width: int, scheme: str
+) -> None:
+    opened = Opened(browser, written, viewport={"width": width, "height": 800}, color_scheme=scheme)
+    opened.draw_everything()
+    for control in ("doubt", "surprise", "expert"):
+        opened.page.locator("#colour").select_option(control)
+    opened.page.locator("#theme").click()
+    opened.page.locator("#barcode").click()
+    opened.draw_everything()
+    assert opened.said == []
+    assert opened.asked == [written.as_uri()]
+    body = opened.page.locator("body").inner_text()
+    for wrong in ("NaN", "undefined", "null", "Infinity", "[object"):
+        assert wrong not in body
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == width
+    for figure in (
+        "#load svg",
+        "#together svg",
+        "#flow-figure svg",
+        "#slots svg",
+        "#factors svg",
+        "#training-figures svg",
+        "#training-figures canvas",
+        "#heads canvas",
+        "#costs .bar",
+    ):
+        assert opened.page.locator(figure).count() > 0, figure
+    opened.page.close()
+
+
+CONTRAST = """() => {
+    const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    const luminance = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
+    const numbers = (css) => {
+        const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
+        pen.fillStyle = css; pen.fillRect(0, 0, 1, 1);
+        const [r, g, b, a] = pen.getImageData(0, 0, 1, 1).data;
+        return [r, g, b, a / 255];
+    };
+    const behind = (node) => {
+        if (!node) return [255, 255, 255];
+        const [r, g, b, a] = numbers(getComputedStyle(node).backgroundColor);
+        if (a === 1) return [r, g, b];
+        const under = behind(node.parentElement);
+        return [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
+    };
+    const found = [];
+    for (const node of document.querySelectorAll('main *, header *, nav *, .controls *, footer *')) {
+        if (node.closest('svg') || ![...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+        const [a, b] = [luminance(numbers(getComputedStyle(node).color)), luminance(behind(node))];
+        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+        if (ratio < 4.5) found.push([node.tagName, node.className, node.textContent.slice(0, 20), ratio]);
+    }
+    return found;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_from_its_ground(browser: Any, written: Path, tmp_path: Path, scheme: str) -> None:
+    """WCAG 2.2 AA, 4.5 to 1: for twenty experts, as the page is, with a token chosen, and with an expert lit."""
+    from moe_jax.analysis.report import render
+
+    data = json.loads(page_data(written))
+    count, data["model"]["experts"], data["corpus"] = data["model"]["experts"], 20, None
+    n = len(data["text"]["pieces"])
+    for layer in range(LAYERS):
+        data["routing"]["expert"][layer] = [(i // K + 7 * (i % K)) % 20 for i in range(n * K)]
+        data["routing"]["prob"][layer] = [0.05] * (20 * n)
+    assert count == E
+    data["training"] |= {"step": [], "traces": {"step": []}}
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path, color_scheme=scheme)
+    assert opened.page.evaluate(CONTRAST) == []
+    opened.page.locator('.t[data-i="5"]').click()
+    for e in (0, 5, 11, 17):
+        opened.page.locator(f'#legend button[data-expert="{e}"]').click()
+        assert opened.page.evaluate(CONTRAST) == []
+    opened.page.close()
+    opened = Opened(browser, written, color_scheme=scheme)  # the other sections, as they are
+    opened.draw_everything()
+    assert opened.page.evaluate(CONTRAST) == []
+    opened.page.close()
+
+
+def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
+    opened = Opened(browser, written)
+    opened.page.emulate_media(media="print")
+    opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert not opened.page.locator("#controls").is_visible()
+    for name in ("#load svg", "#flow-figure svg", "#slots svg", "#training-figures svg", "#dots"):
+        assert opened.page.locator(name).first.is_visible(), name
+    box = opened.page.locator("#tokens").evaluate("(box) => [box.scrollHeight, box.clientHeight]")
+    assert box[0] <= box[1] + 1
+    opened.page.close()
