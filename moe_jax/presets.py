@@ -27,8 +27,8 @@ def _story() -> RunConfig:
 def _story_cpu() -> RunConfig:
     """For 2.5 million tokens and two CPU cores. `benchmarks/trials.md` has what was tried, and what was not.
 
-    Few active parameters, since tokens are what a small budget lacks; narrow experts, whose Muon steps are cheap; and
-    tables of n-grams, which cost no arithmetic. The steps are those of 2e14 floating-point operations.
+    Few active parameters, since tokens are what a small budget lacks; narrow experts, whose Muon steps are cheap; no
+    tables of n-grams, which learn so little text by heart. The steps are those of 2e14 floating-point operations.
     """
     return RunConfig(
         preset="story-cpu",
@@ -43,7 +43,6 @@ def _story_cpu() -> RunConfig:
             dispatch="blocks",
             tied_head=False,
             scaled_embedding=True,
-            ngrams=3,
             quiet_branches=True,
             qk_norm=True,
             dropout=0.1,
