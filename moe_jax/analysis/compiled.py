@@ -28,7 +28,7 @@ class Dot:
     """A matrix product of the compiled program."""
 
     op_name: str
-    """The traced operation that it came from: "jit(step)/.../experts/grd,gdf->grf/dot_general"."""
+    """The traced operation that it came from: "jit(step)/.../experts/dot_general"."""
     left: tuple[int, ...]
     right: tuple[int, ...]
     out: tuple[int, ...]

@@ -20,8 +20,6 @@ from moe_jax.training.run import Run
 
 LISTING = 60_000
 """Most characters of a listing."""
-EXPERT_PRODUCTS = ("grd,gdf->grf", "grf,gfd->grd")
-"""The einsums of `Experts`, which name their products in the compiled program."""
 _OPCODE = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([a-z][\w\-]*)\(", re.MULTILINE)
 _NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
@@ -57,7 +55,7 @@ def compiled_layer(run: Run) -> dict[str, Any]:
             for d in dots
         ],
         "total": program.flops,
-        "expert_flops": program.flops_of(*EXPERT_PRODUCTS),
+        "expert_flops": program.flops_of("experts"),
         "bound": expert_flops(config, config.experts * config.capacity),
         "dense": expert_flops(config, config.experts * config.seq_len),
         "primitives": _most_common(primitives(traced.jaxpr)),
