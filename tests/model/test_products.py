@@ -49,8 +49,8 @@ def test_turned() -> None:
 
 @pytest.mark.parametrize("kind", SHAPES)
 def test_left_operands_are_summed_along_the_axis_that_is_contiguous(kind: str) -> None:
-    """Of all three products, in the compiled program of a CPU: what its library multiplies fast."""
-    x, weights = (jnp.zeros(shape) for shape in SHAPES[kind])
+    """Of all three products, in bfloat16, in the compiled program of a CPU: what its library multiplies fast."""
+    x, weights = (jnp.zeros(shape, jnp.bfloat16) for shape in SHAPES[kind])
 
     def all_three(x: jax.Array, weights: jax.Array, d_y: jax.Array) -> tuple[jax.Array, ...]:
         y, pull = jax.vjp(product, x, weights)
