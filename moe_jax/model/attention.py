@@ -182,12 +182,13 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
         """The token at position `index`, which sees the cached places before it and itself."""
         query, *new = self._project(x, index[None])
-        cache = KeyValue(
-            *(
-                jax.lax.dynamic_update_slice_in_dim(old, now.transpose(0, 2, 3, 1), index, axis=3)
-                for old, now in zip(cache, new, strict=True)
-            )
-        )
+        written = [
+            jax.lax.dynamic_update_slice_in_dim(old, now.transpose(0, 2, 3, 1), index, axis=3)
+            for old, now in zip(cache, new, strict=True)
+        ]
+        # The barrier: else the compiler writes the new place twice, for the products and for the result, and copies
+        # the whole cache to have two of it.
+        cache = KeyValue(*jax.lax.optimization_barrier(written))
         wide = at_least_float32(x.dtype)
         scores = jnp.einsum("bqha,bhas->bhqs", query, cache.key, preferred_element_type=wide)
         visible = jnp.arange(cache.key.shape[-1])[None, :] <= index

@@ -4,8 +4,8 @@ Experts work on *groups of rows* `[G, R, D]`: each group is multiplied with the 
 says which token fills each row and in which row each (token, choice) pair sits. Three plans share the two verbs:
 
     plan_capacity    G = E, R = B*C: every expert has C slots a sequence; pairs beyond them are dropped. Training.
-    plan_blocks      G = (pairs + E*(R-1)) // R blocks of R rows, pairs sorted by expert: drops nothing, at about
-                     the active arithmetic. Evaluation and prefill.
+    plan_blocks      G = E + (pairs-1) // R blocks of R rows, one for each expert and more for those that need
+                     more: drops nothing, at about the active arithmetic. Evaluation and prefill.
     plan_per_token   G = pairs, R = 1: reads the weights of the chosen experts only. Decoding.
 
 Both verbs are linear maps, and each is the other's adjoint up to the gate. So their gradients are written as
@@ -61,22 +61,24 @@ def plan_capacity(routing: Routing, capacity: int, priority: Priority = "token")
 def plan_blocks(routing: Routing, block: int) -> Plan:
     """Every pair of the batch gets a row, in blocks of `block` rows that belong to one expert each.
 
-    An expert with n pairs takes ceil(n / block) blocks, so (pairs + E*(block-1)) // block always suffice. Blocks
-    beyond those in use are empty and belong to the last expert.
+    Block e is expert e's first. The others follow, expert by expert: an expert with n pairs has ceil(n / block) - 1 of
+    them. Each comes after a full one and holds a pair of its own, so (pairs - 1) // block always suffice. Blocks beyond
+    those in use are empty and belong to the last expert.
     """
     batch, tokens, top_k = routing.expert.shape
     experts = routing.logits.shape[-1]
-    groups = (batch * tokens * top_k + experts * (block - 1)) // block
+    more = (batch * tokens * top_k - 1) // block
     expert = routing.expert.reshape(1, -1, top_k)
     valid = routing.valid.reshape(1, -1)
     counts = choice_counts(expert, valid, experts).sum((0, 1))
-    ends = jnp.cumsum(-(-counts // block))
-    starts = ends - (-(-counts // block))
+    blocks = (-(-counts // block) - 1).clip(0)
+    ends = experts + jnp.cumsum(blocks)
     position = positions_in_expert(expert, valid, experts)[0]
-    row = starts[expert[0]] * block + position
-    group_expert = jnp.searchsorted(ends, jnp.arange(groups), side="right").clip(0, experts - 1)
+    nth, place = position // block, position % block
+    row = jnp.where(nth == 0, expert[0], (ends - blocks)[expert[0]] + nth - 1) * block + place
+    rest = jnp.searchsorted(ends, experts + jnp.arange(more), side="right").clip(0, experts - 1)
     keep = jnp.broadcast_to(valid[0][:, None], row.shape)
-    return _plan(row, keep, groups, block, group_expert)
+    return _plan(row, keep, experts + more, block, jnp.concatenate([jnp.arange(experts), rest]))
 
 
 def plan_per_token(routing: Routing) -> Plan:

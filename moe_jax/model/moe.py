@@ -17,7 +17,9 @@ from moe_jax.model.layers import matrix_init
 from moe_jax.model.routing import Routing, by_experts, jitter, noisy, places, route, router_logits
 
 BLOCK_ROWS = 128
-"""Most rows of a block of the dropless plan: enough to multiply fast."""
+"""Most rows of a block of the dropless plan in training: enough to multiply fast."""
+INFERENCE_ROOM = 1.5
+"""Rows of a block over the fair share of an expert, in evaluation and prefill: few experts need a second block."""
 
 
 class Mode(Enum):
@@ -125,7 +127,8 @@ class MoE(nnx.Module):
             if how == "gather":
                 plan = d.plan_capacity(routing, slots, priority)
             elif how == "blocks":
-                plan = d.plan_blocks(routing, block_rows(routing.expert.size, config.experts))
+                rows = block_rows if mode is Mode.TRAIN else roomy_block_rows
+                plan = d.plan_blocks(routing, rows(routing.expert.size, config.experts))
             else:
                 plan = d.plan_per_token(routing)
             y, keep = self._planned(x, routing, plan, mode), plan.keep
@@ -158,8 +161,12 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             if plan.group_expert is None or mode is Mode.TRAIN:
                 rows = self.experts(rows, plan.group_expert)
+            elif mode is Mode.DECODE:
+                rows = self.experts.in_turn(rows[:, 0], plan.group_expert)[:, None]
             else:
-                rows = self.experts.in_turn(rows, plan.group_expert)
+                first = self.config.experts
+                used = first + (plan.pair[first:, 0] < routing.expert.size).sum()
+                rows = self.experts.in_blocks(rows, plan.group_expert, used)
         with jax.named_scope("combine"):
             return d.combine(rows, routing.gate.reshape(plan.row.shape), plan).reshape(x.shape)
 
@@ -177,10 +184,15 @@ class MoE(nnx.Module):
 
 
 def block_rows(pairs: int, experts: int) -> int:
-    """Rows of a block, about the fair share of an expert: an expert's last block is half empty on average, so that of
-    a short prompt 128 rows would be padding for the most part."""
+    """Rows of a block in training, about the fair share of an expert: an expert's last block is half empty on average,
+    so that of a short sequence 128 rows would be padding for the most part."""
     fair = 2 ** math.ceil(math.log2(pairs / experts)) if pairs > experts else 1
     return min(max(fair, 8), BLOCK_ROWS, pairs)
+
+
+def roomy_block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block in evaluation and prefill, whose first blocks are multiplied side by side: a multiple of 8."""
+    return min(8 * math.ceil(INFERENCE_ROOM * pairs / experts / 8), pairs)
 
 
 class DenseFFN(nnx.Module):

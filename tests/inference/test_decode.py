@@ -1,6 +1,7 @@
 """The stream of tokens: one compiled program each for prefill and decoding, past the context, stopped, repeatable."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -99,3 +100,13 @@ def test_one_program_each() -> None:
     assert decoder.prefill._cache_size() == 1
     assert decoder.advance._cache_size() == 1
     assert jnp.isfinite(decoder.prefill(params, np.zeros((1, tiny.T), np.int32), np.int32(1)).logits).all()
+
+
+def test_no_token_copies_the_cache() -> None:
+    """Its one new place is written where the cache lies: the compiled program has no copy of an array of its shape."""
+    _, params, decoder = model()
+    state = decoder.prefill(params, np.zeros((1, tiny.T), np.int32), np.int32(1))
+    program = decoder.advance.lower(params, state, jnp.zeros(1, jnp.int32)).compile().as_text()
+    shape = ",".join(str(n) for n in state.cache[0].key.shape)
+    assert re.search(rf"f32\[{shape}\]\S* (parameter|fusion)\(", program), "the cache is not in the program at all"
+    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", program)

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.model import dispatch as d
-from moe_jax.model.moe import Mode, block_rows
+from moe_jax.model.moe import Mode, block_rows, roomy_block_rows
 from moe_jax.model.routing import route
 from moe_jax.model.transformer import create, merge
 from tests import checks, oracles, tiny
@@ -51,6 +51,11 @@ def forward_and_gradients(function, params: dict[str, Any]) -> tuple[jax.Array, 
         return y, {"x": d_x, **d_params}
 
     return run(x, params)
+
+
+def forward(function, params: dict[str, Any]) -> jax.Array:
+    """y alone, for the forms that have no gradient."""
+    return jax.jit(function)(values()[0], params)
 
 
 def of_layer(config: ModelConfig, mode: Mode = Mode.TRAIN):
@@ -120,25 +125,42 @@ def test_all_forms_are_one_function_without_drops(float64: None) -> None:
         assert_equal_functions(
             forward_and_gradients(of_layer(layer_config(factor=float(E), how=how)), params), expected
         )
-    for mode in (Mode.EVALUATE, Mode.DECODE):
-        assert_equal_functions(forward_and_gradients(of_layer(config, mode), params), expected)
+    for mode in (Mode.EVALUATE, Mode.PREFILL, Mode.DECODE):
+        assert tiny.relative_error(forward(of_layer(config, mode), params), expected[0]) < 1e-13
+
+
+def test_decoding_reads_chosen_experts_one_after_another(float64: None) -> None:
+    """Of a batch whose pairs are no more than the experts; `test_all_forms...` has more, and takes all experts."""
+    config = layer_config(factor=float(E))
+    params = ffn_params(config)
+    token = values()[0][:, 3:4]
+    assert create(config, jax.random.key(0)).blocks[0].ffn.form(Mode.DECODE, token[..., 0].size * 2) == "per-token"
+    alone = jax.jit(of_layer(config, Mode.DECODE))(token, params)
+    whole = plain(config, params)[0](values()[0], params)[:, 3:4]
+    assert tiny.relative_error(alone, whole) < 1e-13
 
 
 def test_many_blocks_are_one_function_too(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With blocks of 3 rows each expert has several, the last of them partly empty. Evaluation takes them in turn."""
+    """With blocks of 3 rows each expert has several, the last of them partly empty. Evaluation takes the first ones
+    side by side, and the others in turn."""
     monkeypatch.setattr("moe_jax.model.moe.BLOCK_ROWS", 3)
+    monkeypatch.setattr("moe_jax.model.moe.roomy_block_rows", lambda pairs, experts: 3)
     config = layer_config(how="blocks")
     params = ffn_params(config)
     dropless = plain(layer_config(factor=float(E)), params)[0]
     expected = forward_and_gradients(dropless, params)
-    for mode in (Mode.TRAIN, Mode.EVALUATE):
-        assert_equal_functions(forward_and_gradients(of_layer(config, mode), params), expected)
+    assert_equal_functions(forward_and_gradients(of_layer(config), params), expected)
+    assert tiny.relative_error(forward(of_layer(config, Mode.EVALUATE), params), expected[0]) < 1e-13
 
 
 def test_blocks_are_about_the_fair_share_of_an_expert() -> None:
     """128 tokens to 2 of 16 experts: 16 pairs each. The next power of two, from 8 to 128, or all."""
     assert [block_rows(pairs, 16) for pairs in (256, 258, 4096, 40)] == [16, 32, 128, 8]
     assert block_rows(4, 16) == 4
+
+
+def test_blocks_of_evaluation_have_room_for_half_as_much_again() -> None:
+    assert [roomy_block_rows(pairs, 16) for pairs in (256, 258, 4096, 40, 4)] == [24, 32, 384, 8, 4]
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "gelu"])
