@@ -1,5 +1,6 @@
 """`benchmark.py`: which measures to take, and where their numbers go."""
 
+import contextlib
 import datetime
 import importlib.util
 import json
@@ -12,10 +13,10 @@ import tyro
 
 from moe_jax import environment
 from moe_jax.commands import check_range
-from moe_jax.config import PresetName, UserError
+from moe_jax.config import Dense, PresetName, UserError
 from moe_jax.presets import preset, with_vocabulary
 
-Part = Literal["moe", "train", "decode", "memory", "peers", "all"]
+Part = Literal["moe", "train", "decode", "surroundings", "memory", "peers", "all"]
 EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
 """Part -> the extra that it needs, and what that brings."""
 
@@ -32,8 +33,12 @@ class Benchmark:
     """Sequences of a training step."""
     rounds: int = 9
     """Times that each candidate runs; medians are compared."""
+    uniform_routing: bool = False
+    """Spread tokens evenly over the experts, whatever the routers say."""
+    with_quality: str = ""
+    """Folder of `python -m moe_jax compare`, whose bits per byte `train` shows beside the costs."""
     save: bool = True
-    """Write the results into `benchmarks/`."""
+    """Write the results into `benchmarks/`, and for `train` a picture."""
 
     def execute(self) -> int:
         check_range("--batch-size", self.batch_size, 1, 4096)
@@ -44,7 +49,8 @@ class Benchmark:
         environment.prepare()
         from rich.console import Console
 
-        from moe_jax.analysis.bench import machine, report
+        from moe_jax.analysis.bench import machine, part, report
+        from moe_jax.analysis.bench.uniform import uniform_routing
 
         console = Console(highlight=False)
         config = with_vocabulary(preset(self.preset))
@@ -53,13 +59,22 @@ class Benchmark:
             f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"
         )
         results: dict[str, Any] = {}
-        for part in parts:
-            results[part] = report.PARTS[part](console, config, self.batch_size, self.rounds)
-        document = {"preset": self.preset, "batch_size": self.batch_size, **results}
+        ask = part.Ask(config, self.batch_size, self.rounds, self._quality())
+        with uniform_routing() if self.uniform_routing else contextlib.nullcontext():
+            for name in parts:
+                results[name] = report.PARTS[name](console, ask)
+        routing = {"uniform_routing": True} if self.uniform_routing else {}
+        document = {"preset": self.preset, "batch_size": self.batch_size, **routing, **results}
         if self.save:
             self._save(document, about)
         print(json.dumps(results[self.part] if self.part != "all" else document))
         return 0
+
+    def _quality(self) -> dict[Dense, float] | None:
+        """Raises UserError where the folder has no comparison."""
+        from moe_jax.analysis.bench.twins import read_quality
+
+        return read_quality(Path(self.with_quality)) if self.with_quality else None
 
     def _parts(self) -> list[str]:
         """The parts to run. Raises UserError where the one that was asked for needs an extra; `all` leaves it out."""
@@ -79,9 +94,21 @@ class Benchmark:
         path.parent.mkdir(exist_ok=True)
         extra = f"--extra {EXTRAS[self.part][0]} " if self.part in EXTRAS else ""
         command = f"uv run {extra}benchmark.py {self.part} --preset {self.preset} --rounds {self.rounds}"
+        command += " --uniform-routing" if self.uniform_routing else ""
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"saved in {path}")
+        if "train" in document:
+            self._draw(document["train"]["models"], path.with_suffix(".png"))
+
+    def _draw(self, models: dict[str, dict[str, float]], path: Path) -> None:
+        from moe_jax.analysis.bench.twins import twins_figure
+
+        if importlib.util.find_spec("matplotlib") is None:
+            print("no picture: `uv run --extra plots benchmark.py train` draws one")
+            return
+        twins_figure(self.preset, models).savefig(path, dpi=150)
+        print(f"drawn in {path}")
 
 
 def _can_run(part: str) -> bool:

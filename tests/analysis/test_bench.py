@@ -6,6 +6,7 @@ import importlib.util
 import io
 import json
 import time
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +16,17 @@ from rich.console import Console
 from moe_jax import environment
 from moe_jax.analysis import gpu_plan
 from moe_jax.analysis.accounting import bound_flops, count_parameters, totals
-from moe_jax.analysis.bench import card, decoding, layer, machine, mixtral, peers, report
+from moe_jax.analysis.bench import card, decoding, feeding, layer, machine, mixtral, peers, report, twins
+from moe_jax.analysis.bench.part import Ask
 from moe_jax.analysis.bench.timing import Measured, Times, alternate, recycled
+from moe_jax.analysis.bench.uniform import uniform_routing
 from moe_jax.analysis.gpu_memory import Bound, Memory, Target
 from moe_jax.cli import main, parse
 from moe_jax.commands import benchmark
-from moe_jax.config import ModelConfig, RunConfig, TrainConfig
+from moe_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
+from moe_jax.model.moe import Mode
+from moe_jax.model.transformer import merge
+from tests import tiny
 
 
 def config(**changes) -> RunConfig:
@@ -101,8 +107,12 @@ KEYS = {
         *("dense_all_over_wall", "wall_growth_8_to_64_experts", "layer_share_of_matmul_peak"),
         *("train_step_share_of_matmul_peak", "temp_bytes", "temp_bytes_plain_loss"),
     },
-    "train": {"tokens_per_second", "share_of_matmul_peak"},
+    "train": {"tokens_per_second", "share_of_matmul_peak", "models"},
     "decode": {"decode_share_of_bandwidth_bound", "decode_ms_per_token_batch1", "uncached_4_token_ms"},
+    "surroundings": {
+        *("tokenizing_bytes_MB_per_second", "tokenizing_BPE_of_300_MB_per_second", "batch_ms"),
+        *("save_seconds_per_GB", "restore_seconds", "verification_percent"),
+    },
 }
 
 
@@ -119,7 +129,7 @@ def test_memory_has_one_object_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_plan, "plan_inference", lambda config, target: {"prefill": 300.0})
     printed = io.StringIO()
     batched = dataclasses.replace(config(), train=TrainConfig(batch_size=2, grad_accum=4))
-    found = report.memory(Console(file=printed, width=120), batched, 3, 1)
+    found = report.memory(Console(file=printed, width=120), Ask(batched, 3, 1))
     assert set(found) == set(report.TARGETS) >= {"rtx3050-4gb", "quadro-t1000-4gb"}
     for name in ("rtx3050-4gb", "quadro-t1000-4gb"):
         card = found[name]
@@ -140,7 +150,7 @@ def test_a_part_without_its_extra_says_how_to_have_it(
     )
     extra = benchmark.EXTRAS[part][0]
     assert f"uv run --extra {extra} benchmark.py {part}" in capsys.readouterr().err
-    assert benchmark.Benchmark()._parts() == ["moe", "train", "decode"]
+    assert benchmark.Benchmark()._parts() == ["moe", "train", "decode", "surroundings"]
 
 
 def test_the_shape_that_both_sides_build() -> None:
@@ -182,12 +192,52 @@ def test_peers_are_compared_by_their_faster_experts(monkeypatch: pytest.MonkeyPa
         peers.compare(config(), 2, 1)
 
 
+def numbers_in(found: dict) -> list[float]:
+    return [n for value in found.values() for n in (numbers_in(value) if isinstance(value, dict) else [value])]
+
+
 @pytest.mark.parametrize("part", KEYS)
-def test_parts_print_tables_and_give_their_numbers(part: str) -> None:
+def test_parts_print_tables_and_give_their_numbers(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "CORPUS", DataConfig(source="stories", vocab_size=300, stories=20))
     printed = io.StringIO()
-    numbers = report.PARTS[part](Console(file=printed, width=120), config(), 2, 1)
+    quality = {"none": 0.9, "active": 1.0, "total": 0.8}
+    numbers = report.PARTS[part](Console(file=printed, width=120), Ask(config(), 2, 1, quality))
     assert set(numbers) >= KEYS[part]
-    assert all(np.isfinite(value) and value > 0 for value in numbers.values())
+    assert all(np.isfinite(value) and value > 0 for value in numbers_in(numbers))
     assert "median ms" in printed.getvalue()
     if part == "moe":
         assert numbers["flops_over_bound_forward"] == pytest.approx(1)
+    if part == "train":
+        learned = {name: model["bits_per_byte"] for name, model in numbers["models"].items()}
+        assert learned == {"moe": 0.9, "dense-active": 1.0, "dense-total": 0.8}
+        active, total = (numbers["models"][name]["mflops_per_token"] for name in ("dense-active", "dense-total"))
+        assert active < numbers["models"]["moe"]["mflops_per_token"] < total
+
+
+def test_uniform_routing_gives_every_expert_as_much() -> None:
+    """32 tokens with two choices each, four experts: 16 pairs each, and no token has the same expert twice."""
+    graphdef, params = tiny.build(config().model)
+    tokens = jnp.zeros((2, 16), jnp.int32)  # all tokens are alike, and a router sends them to the same experts
+    with uniform_routing():
+        even = merge(graphdef, params)(tokens, Mode.TRAIN)[1]
+    assert even.load.tolist() == [[0.25] * 4] * 2
+    assert even.drop_fraction.max() == 0
+    assert merge(graphdef, params)(tokens, Mode.TRAIN)[1].drop_fraction.max() > 0
+
+
+def test_quality_is_read_from_a_comparison(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished comparison"):
+        twins.read_quality(tmp_path)
+    names = ("moe", "dense-active, same tokens", "dense-active, same wall", "dense-total, same tokens")
+    arms = [{"arm": name, "mean": 1.0 + n} for n, name in enumerate(names)]
+    (tmp_path / "comparison.json").write_text(json.dumps({"arms": arms}))
+    assert twins.read_quality(tmp_path) == {"none": 1.0, "active": 2.0, "total": 4.0}
+
+
+def test_a_picture_has_a_panel_for_each_quantity() -> None:
+    pytest.importorskip("matplotlib", reason="the extra `plots` is not installed")
+    models = {name: {"ms_per_step": 2.0, "mflops_per_token": 3.0} for name in ("moe", "dense-active", "dense-total")}
+    assert [axes.get_title("left") for axes in twins.twins_figure("nano", models).axes] == [
+        "ms a training step",
+        "MFLOP a token",
+    ]

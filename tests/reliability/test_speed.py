@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from benchmarks import save_speed
+from moe_jax.analysis.bench import saving
 from moe_jax.presets import preset, with_vocabulary
 from tests.reliability.figures import Record, figure
 
@@ -13,14 +13,15 @@ pytestmark = pytest.mark.reliability
 
 
 def measure(name: str, rounds: int, folder: Path, record: Record) -> None:
-    state = save_speed.make_state(with_vocabulary(preset(name)))
+    state = saving.make_state(with_vocabulary(preset(name)))
     arrays = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e9
     weights = sum(x.nbytes for x in jax.tree.leaves(state.params)) / 1e9
-    found = save_speed.measure(state, folder, rounds)
+    found = saving.measure(state, folder, rounds)
     assert found["disk_GB"] == pytest.approx(arrays, rel=1e-9)
     # Beside the arrays: the weights again, and a few hundred kB of names and digests.
     assert arrays + weights < found["save_GB"] < arrays + weights + 1e-3
     assert 0 < found["verification_seconds"] < found["save_seconds"]
+    assert found["restore_seconds"] > 0
     for way in ("disk", "orbax", "save"):
         figure(record, f"s per GB written ({name}, {way})", round(found[f"{way}_seconds_per_GB"], 2))
     figure(record, f"% of a save is verification ({name})", round(found["verification_percent"], 1))
