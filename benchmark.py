@@ -3,7 +3,7 @@
     uv run benchmark.py moe       one MoE layer against dense ones, by the clock and by the compiled program
     uv run benchmark.py train     the training step against the machine's matmul rate, beside dense twins
     uv run benchmark.py decode    prefill and cached decoding against the machine's memory bandwidth
-    uv run benchmark.py surroundings    tokenizing, drawing batches, saving and restoring a checkpoint
+    uv run benchmark.py surroundings    tokenizing, drawing batches, saving and restoring a checkpoint (in TMPDIR)
     uv run --extra gpu-plan benchmark.py memory    which setting fits a 4 GB card, compiled without one
     uv run --extra peers benchmark.py peers        beside Mixtral of Hugging Face transformers, in PyTorch
     uv run benchmark.py           all of these whose extras are installed

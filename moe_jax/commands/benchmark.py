@@ -95,6 +95,7 @@ class Benchmark:
         extra = f"--extra {EXTRAS[self.part][0]} " if self.part in EXTRAS else ""
         command = f"uv run {extra}benchmark.py {self.part} --preset {self.preset} --rounds {self.rounds}"
         command += " --uniform-routing" if self.uniform_routing else ""
+        command += f" --with-quality {self.with_quality}" if self.with_quality else ""
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"saved in {path}")

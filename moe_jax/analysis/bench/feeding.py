@@ -22,7 +22,7 @@ def tokenizers() -> dict[str, Tokenizer]:
     corpus = open_corpus(CORPUS)
     found = {
         "bytes": train_tokenizer(DataConfig(tokenizer="byte"), corpus),
-        f"BPE of {CORPUS.vocab_size:,}": train_tokenizer(CORPUS, corpus),
+        f"BPE of {CORPUS.vocab_size}": train_tokenizer(CORPUS, corpus),
     }
     try:
         return found | {"GPT-2": train_tokenizer(DataConfig(tokenizer="gpt2"), corpus)}

@@ -89,7 +89,7 @@ def surroundings(console: Console, ask: Ask) -> dict[str, Any]:
     tokens = ask.batch_size * ask.config.model.seq_len
     console.print(
         times_table(
-            f"{len(texts):,} stories of {size / 1e6:.1f} MB, one core; and one batch",
+            f"{len(texts):,} stories of {size / 1e6:.1f} MB; and one batch",
             times,
             lambda name, t: (
                 f"{tokens / 1e6 / t.median:,.0f} M tokens/s" if name == batch else f"{speed[name]:,.1f} MB/s"
