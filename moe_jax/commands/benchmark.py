@@ -71,10 +71,10 @@ class Benchmark:
         return 0
 
     def _quality(self) -> dict[Dense, float] | None:
-        """Raises UserError where the folder has no comparison."""
+        """Raises UserError where the folder has no comparison of the preset."""
         from moe_jax.analysis.bench.twins import read_quality
 
-        return read_quality(Path(self.with_quality)) if self.with_quality else None
+        return read_quality(Path(self.with_quality), self.preset) if self.with_quality else None
 
     def _parts(self) -> list[str]:
         """The parts to run. Raises UserError where the one that was asked for needs an extra; `all` leaves it out."""

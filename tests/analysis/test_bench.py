@@ -227,11 +227,13 @@ def test_uniform_routing_gives_every_expert_as_much() -> None:
 
 def test_quality_is_read_from_a_comparison(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished comparison"):
-        twins.read_quality(tmp_path)
+        twins.read_quality(tmp_path, "nano")
     names = ("moe", "dense-active, same tokens", "dense-active, same wall", "dense-total, same tokens")
     arms = [{"arm": name, "mean": 1.0 + n} for n, name in enumerate(names)]
-    (tmp_path / "comparison.json").write_text(json.dumps({"arms": arms}))
-    assert twins.read_quality(tmp_path) == {"none": 1.0, "active": 2.0, "total": 4.0}
+    (tmp_path / "comparison.json").write_text(json.dumps({"preset": "nano", "arms": arms}))
+    assert twins.read_quality(tmp_path, "nano") == {"none": 1.0, "active": 2.0, "total": 4.0}
+    with pytest.raises(UserError, match="a comparison of nano, not of story"):
+        twins.read_quality(tmp_path, "story")
 
 
 def test_a_picture_has_a_panel_for_each_quantity() -> None:

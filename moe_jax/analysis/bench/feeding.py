@@ -15,6 +15,7 @@ CORPUS = DataConfig(source="stories", tokenizer="bpe", vocab_size=2048, stories=
 """The embedded corpus, so that nothing is downloaded; about 2 MB of it."""
 STREAM = 2**24
 """Tokens of the stream that batches are cut from."""
+GPT2 = "GPT-2"
 
 
 def tokenizers() -> dict[str, Tokenizer]:
@@ -25,7 +26,7 @@ def tokenizers() -> dict[str, Tokenizer]:
         f"BPE of {CORPUS.vocab_size}": train_tokenizer(CORPUS, corpus),
     }
     try:
-        return found | {"GPT-2": train_tokenizer(DataConfig(tokenizer="gpt2"), corpus)}
+        return found | {GPT2: train_tokenizer(DataConfig(tokenizer="gpt2"), corpus)}
     except UserError:
         return found
 

@@ -80,6 +80,8 @@ def surroundings(console: Console, ask: Ask) -> dict[str, Any]:
     """What surrounds the step: tokenizing, batches, checkpoints."""
     texts, size = feeding.stories()
     tokenizers = feeding.tokenizers()
+    if feeding.GPT2 not in tokenizers:
+        console.print("left out: tokenizing by GPT-2's vocabulary, which cannot be had here")
     batch = f"a batch of {ask.batch_size} x {ask.config.model.seq_len}"
     calls: dict[str, Callable[[], Any]] = {
         f"tokenizing, {name}": partial(tokenizer.encode_batch, texts) for name, tokenizer in tokenizers.items()
@@ -91,9 +93,7 @@ def surroundings(console: Console, ask: Ask) -> dict[str, Any]:
         times_table(
             f"{len(texts):,} stories of {size / 1e6:.1f} MB; and one batch",
             times,
-            lambda name, t: (
-                f"{tokens / 1e6 / t.median:,.0f} M tokens/s" if name == batch else f"{speed[name]:,.1f} MB/s"
-            ),
+            lambda name, t: f"{tokens / t.median:,.0f} tokens/s" if name == batch else f"{speed[name]:,.1f} MB/s",
         )
     )
     with tempfile.TemporaryDirectory() as folder:

@@ -66,7 +66,7 @@ _QUANTITIES = {
 
 def _models_table(models: dict[Dense, dict[str, float]]) -> Table:
     table = Table(title="MoE beside its dense twins", title_justify="left", title_style="bold")
-    table.add_column("model")
+    table.add_column("model", no_wrap=True)
     quantities = [name for name in _QUANTITIES if name in models["none"]]
     for name in quantities:
         table.add_column(_QUANTITIES[name], justify="right")
@@ -91,17 +91,22 @@ def _card_table(config: RunConfig, static: card.Card) -> Table:
     return table
 
 
-def read_quality(folder: Path) -> dict[Dense, float]:
+def read_quality(folder: Path, preset: str) -> dict[Dense, float]:
     """Mean validation bits per byte at the same tokens, from a folder of `python -m moe_jax compare`. Raises UserError
-    where there is no finished comparison."""
+    where there is no finished comparison, or one of another preset."""
     path = folder / "comparison.json"
+    remedy = f"`python -m moe_jax compare --preset {preset} --out FOLDER` makes one"
     try:
-        arms = {arm["arm"]: arm["mean"] for arm in json.loads(path.read_text(encoding="utf-8"))["arms"]}
+        found = json.loads(path.read_text(encoding="utf-8"))
+        arms = {arm["arm"]: arm["mean"] for arm in found["arms"]}
         names: dict[Dense, str] = {d: n if d == "none" else f"{n}, same tokens" for d, n in MODELS.items()}
-        return {dense: float(arms[name]) for dense, name in names.items()}
+        quality: dict[Dense, float] = {dense: float(arms[name]) for dense, name in names.items()}
+        compared = found["preset"]
     except (OSError, ValueError, LookupError, TypeError):
-        remedy = f"`python -m moe_jax compare --out {folder}` makes one"
         raise UserError(f"--with-quality {folder}: no finished comparison there; {remedy}") from None
+    if compared != preset:
+        raise UserError(f"--with-quality {folder}: a comparison of {compared}, not of {preset}; {remedy}")
+    return quality
 
 
 def twins_figure(preset: str, models: dict[str, dict[str, float]]) -> Any:
