@@ -88,7 +88,7 @@ sample_jit = jax.jit(sample)
 def prefill(graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B T"], length: Int[Array, ""]) -> DecodeState:
     """Read a prompt of `length` tokens, padded on the right to T: logits after its last token, and the cache."""
     model = merge(graphdef, params)
-    hidden, _, cache = model(tokens, Mode.PREFILL)
+    hidden, _, cache = model(tokens, Mode.GENERATE)
     logits = model.logits(jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False))
     return DecodeState(logits, cache, length, jnp.zeros(logits.shape, bool), model.before(tokens, length))
 

@@ -5,8 +5,8 @@ says which token fills each row and in which row each (token, choice) pair sits.
 
     plan_capacity    G = E, R = B*C: every expert has C slots a sequence; pairs beyond them are dropped. Training.
     plan_blocks      G = E + (pairs-1) // R blocks of R rows, one for each expert and more for those that need
-                     more: drops nothing, at about the active arithmetic. Evaluation and prefill.
-    plan_per_token   G = pairs, R = 1: reads the weights of the chosen experts only. Decoding.
+                     more: drops nothing, at about the active arithmetic. Evaluation, generation.
+    plan_per_token   G = pairs, R = 1: reads the weights of the chosen experts only. Few tokens.
 
 Both verbs are linear maps, and each is the other's adjoint up to the gate. So their gradients are written as
 gathers too: no scatter-add, hence the same bits each time on every device, and no `[T, E, C]` array anywhere.

@@ -19,7 +19,7 @@ from moe_jax.model.routing import Routing, by_experts, jitter, noisy, places, ro
 BLOCK_ROWS = 128
 """Most rows of a block of the dropless plan in training: enough to multiply fast."""
 INFERENCE_ROOM = 1.5
-"""Rows of a block over the fair share of an expert, in evaluation and prefill: few experts need a second block."""
+"""Rows of a block over the fair share of an expert, outside training: few experts need a second block."""
 
 
 class Mode(Enum):
@@ -28,11 +28,10 @@ class Mode(Enum):
     TRAIN = "train"
     """By `ModelConfig.dispatch`, with its capacity and priority."""
     EVALUATE = "evaluate"
-    """Dropless, at about the active arithmetic: blocks. With an `eval_capacity_factor`, that capacity."""
-    PREFILL = "prefill"
-    """Dropless always, as decoding is: blocks."""
-    DECODE = "decode"
-    """Dropless, reading the weights of the chosen experts only where that is less than all of them."""
+    """Dropless, at about the active arithmetic: by blocks, or pair by pair where there are few (`MoE.form`). With an
+    `eval_capacity_factor`, that capacity."""
+    GENERATE = "generate"
+    """Reading a prompt and appending tokens to it. Dropless always, by the same forms."""
 
 
 class LayerTrace(NamedTuple):
@@ -146,14 +145,14 @@ class MoE(nnx.Module):
     def form(self, mode: Mode, pairs: int) -> str:
         """The form of dispatch for a pass over so many (token, choice) pairs.
 
-        Decoding reads the chosen experts' weights, once a pair. From as many pairs as experts on, most experts are
-        chosen by somebody, and running all of them on all tokens reads each weight once: measured in `benchmarks/`.
+        Without drops, weights are read, and that is what a few pairs wait for: once a pair, of the chosen experts
+        only, where there are no more pairs than experts; else once an expert, since most are chosen by somebody.
         """
         if mode is Mode.TRAIN:
             return self.config.dispatch
-        if mode is Mode.DECODE:
-            return "per-token" if pairs <= self.config.experts else "dense"
-        return "gather" if mode is Mode.EVALUATE and self.config.eval_capacity_factor > 0 else "blocks"
+        if mode is Mode.EVALUATE and self.config.eval_capacity_factor > 0:
+            return "gather"
+        return "per-token" if pairs <= self.config.experts else "blocks"
 
     def _planned(self, x: Array, routing: Routing, plan: d.Plan, mode: Mode) -> Array:
         with jax.named_scope("dispatch"):
@@ -161,7 +160,7 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             if plan.group_expert is None or mode is Mode.TRAIN:
                 rows = self.experts(rows, plan.group_expert)
-            elif mode is Mode.DECODE:
+            elif plan.pair.shape[1] == 1:
                 rows = self.experts.in_turn(rows[:, 0], plan.group_expert)[:, None]
             else:
                 first = self.config.experts
@@ -191,7 +190,7 @@ def block_rows(pairs: int, experts: int) -> int:
 
 
 def roomy_block_rows(pairs: int, experts: int) -> int:
-    """Rows of a block in evaluation and prefill, whose first blocks are multiplied side by side: a multiple of 8."""
+    """Rows of a block outside training, of which the first ones are multiplied side by side: a multiple of 8."""
     return min(8 * math.ceil(INFERENCE_ROOM * pairs / experts / 8), pairs)
 
 

@@ -1,4 +1,4 @@
-"""Matrix products whose gradients a CPU multiplies as fast as their outputs.
+"""Matrix products that a CPU computes as fast as it can: those with gradients, and those of a single row.
 
 XLA hands a CPU's products to a library, which has two questions of its operands: along which axis they are summed, and
 how they lie in memory. The left operand must be summed along its last axis. The gradient of the weights of `x @ w`,
@@ -8,12 +8,17 @@ the turning included. In float32 turning costs as much as it saves: a layer of `
 without. On a GPU a transposed operand costs nothing, and nothing is turned.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from moe_jax.model.precision import at_least_float32
+
+TERMS = 16
+"""Rows of a matrix that one pass of `row_product` adds up."""
 
 
 def turned(x: Float[Array, "*G N D"]) -> Float[Array, "*G D N"]:
@@ -58,3 +63,22 @@ def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]
 
 
 product.defvjp(_forward, _backward)
+
+
+def row_product(x: Float[Array, " D"], weights: Float[Array, "E D F"], expert: Int[Array, ""]) -> Float[Array, " F"]:
+    """x @ weights[expert] in the dtype of x, summed in at least float32, for a program that waits for the reading.
+
+    On a CPU a matrix that is chosen by an index is written out first, whether a product or a sum of the rows follows:
+    both go to a library, which needs its operands in memory. A loop that XLA compiles itself takes the rows from where
+    they are. The sum of a few rows becomes one by ending in `where`, which the library has not; the condition always
+    holds. Measured, with 4 MB of weights a token and layer: 30 GB/s instead of 11, as fast as memory is read.
+    """
+    experts, width, hidden = weights.shape
+    wide = at_least_float32(x.dtype)
+    terms = math.gcd(width, TERMS)
+    rows = weights.reshape(experts, terms, width // terms, hidden)
+    total = jnp.zeros((), wide)
+    for n, scale in enumerate(x.reshape(terms, -1).astype(wide)):
+        part = jax.lax.dynamic_index_in_dim(rows[:, n], expert, keepdims=False)
+        total = total + scale[:, None] * part.astype(x.dtype).astype(wide)
+    return jnp.where(expert >= 0, total, 0).sum(0).astype(x.dtype)

@@ -71,7 +71,7 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
         y, cache = self.attention.decode(self.attention_norm(x), cache, index)
         x = x + y
-        y, _ = self.ffn(self.ffn_norm(x), Mode.DECODE)
+        y, _ = self.ffn(self.ffn_norm(x), Mode.GENERATE)
         return x + y, cache
 
 

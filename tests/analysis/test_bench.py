@@ -57,6 +57,16 @@ def test_a_candidate_may_measure_its_own_seconds() -> None:
     assert max(times["here"].seconds) < 1
 
 
+def test_the_median_of_a_turn_counts() -> None:
+    slow_at_first = iter([100.0, *[1.0] * 10_000])
+
+    def run() -> Measured:
+        time.sleep(0.005)
+        return Measured(next(slow_at_first))
+
+    assert alternate({"a": run}, 1, 0, turn=0.1)["a"].seconds == (1.0,)
+
+
 def test_a_recycled_call_gives_the_same_results_again() -> None:
     call = recycled(lambda x, y: {"sum": x + y, "product": x * y}, jnp.arange(4.0), jnp.full(4, 3.0))
     for _ in range(3):

@@ -125,17 +125,17 @@ def test_all_forms_are_one_function_without_drops(float64: None) -> None:
         assert_equal_functions(
             forward_and_gradients(of_layer(layer_config(factor=float(E), how=how)), params), expected
         )
-    for mode in (Mode.EVALUATE, Mode.PREFILL, Mode.DECODE):
+    for mode in (Mode.EVALUATE, Mode.GENERATE):
         assert tiny.relative_error(forward(of_layer(config, mode), params), expected[0]) < 1e-13
 
 
 def test_decoding_reads_chosen_experts_one_after_another(float64: None) -> None:
-    """Of a batch whose pairs are no more than the experts; `test_all_forms...` has more, and takes all experts."""
+    """Of a batch whose pairs are no more than the experts; `test_all_forms...` has more, and takes blocks."""
     config = layer_config(factor=float(E))
     params = ffn_params(config)
     token = values()[0][:, 3:4]
-    assert create(config, jax.random.key(0)).blocks[0].ffn.form(Mode.DECODE, token[..., 0].size * 2) == "per-token"
-    alone = jax.jit(of_layer(config, Mode.DECODE))(token, params)
+    assert create(config, jax.random.key(0)).blocks[0].ffn.form(Mode.GENERATE, token[..., 0].size * 2) == "per-token"
+    alone = jax.jit(of_layer(config, Mode.GENERATE))(token, params)
     whole = plain(config, params)[0](values()[0], params)[:, 3:4]
     assert tiny.relative_error(alone, whole) < 1e-13
 

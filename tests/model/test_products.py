@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe_jax.model.products import product, turned
+from moe_jax.model.products import product, row_product, turned
 
 SHAPES = {"plain": ((37, 12), (12, 20)), "a group each": ((3, 37, 12), (3, 12, 20))}
 
@@ -40,6 +40,25 @@ def test_float64_weights_get_a_float64_gradient(float64: None) -> None:
     y, pull = jax.vjp(product, jnp.asarray(x), jnp.asarray(weights))
     cotangent = np.random.default_rng(1).normal(size=y.shape)
     np.testing.assert_allclose(pull(jnp.asarray(cotangent))[1], x.T @ cotangent, atol=1e-13)
+
+
+@pytest.mark.parametrize("width", [48, 21])
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-6), (ml_dtypes.bfloat16, 2**-8)])
+def test_row_product_against_numpy(width: int, dtype: type, rounding: float) -> None:
+    """A width that `TERMS` divides, and one that it does not."""
+    x, weights = drawn(((width,), (5, width, 20)), dtype)
+    y = jax.jit(row_product)(jnp.asarray(x, dtype), jnp.asarray(weights, jnp.float32), jnp.int32(3))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(np.asarray(y, float), x @ weights[3], rtol=rounding, atol=4 * np.sqrt(width) * rounding)
+
+
+def test_row_product_writes_no_matrix() -> None:
+    """In the compiled program of a CPU there is a temporary of a sixteenth of the expert's matrix, not the matrix."""
+    x, weights, expert = jnp.zeros(512), jnp.zeros((4, 512, 256)), jnp.int32(3)
+    compiled = jax.jit(row_product).trace(x, weights, expert).lower(lowering_platforms=("cpu",)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= weights[0].nbytes / 16 + 4096
 
 
 def test_turned() -> None:

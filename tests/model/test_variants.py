@@ -214,20 +214,20 @@ def test_evaluation_drops_only_where_it_is_asked_to() -> None:
     assert (np.asarray(y) == np.asarray(y_train)).all()
     assert stats.drop_fraction == stats_train.drop_fraction > 0
     assert layer(tiny.config(), Mode.EVALUATE)[1].drop_fraction == 0
-    assert layer(tight, Mode.PREFILL)[1].drop_fraction == 0
+    assert layer(tight, Mode.GENERATE)[1].drop_fraction == 0
     # Dropless by capacity: at cf = E / K there are T slots, which is all that an expert can need.
     ample = dataclasses.replace(tight, eval_capacity_factor=2.0)
     assert capacity(tiny.T, 4, 2, 2.0) == tiny.T
     assert layer(ample, Mode.EVALUATE)[1].drop_fraction == 0
 
 
-def test_many_tokens_decode_through_all_experts_alike() -> None:
-    """A batch with more pairs than experts takes the dense form, a small one reads its experts only: same logits."""
+def test_many_tokens_decode_alike() -> None:
+    """A batch with more pairs than experts is laid in blocks, a small one goes pair by pair: same values."""
     config = tiny.config()
     graphdef, params = tiny.build(config)
     layer = merge(graphdef, params).blocks[0].ffn
-    assert (layer.form(Mode.DECODE, 4), layer.form(Mode.DECODE, 5)) == ("per-token", "dense")
+    assert (layer.form(Mode.GENERATE, 4), layer.form(Mode.GENERATE, 5)) == ("per-token", "blocks")
     x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 1, 8)), jnp.float32)
-    whole = layer(x, Mode.DECODE)[0]
-    one_by_one = jnp.concatenate([layer(x[i : i + 1], Mode.DECODE)[0] for i in range(6)])
+    whole = layer(x, Mode.GENERATE)[0]
+    one_by_one = jnp.concatenate([layer(x[i : i + 1], Mode.GENERATE)[0] for i in range(6)])
     np.testing.assert_allclose(whole, one_by_one, rtol=1e-5, atol=1e-5)

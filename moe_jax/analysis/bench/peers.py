@@ -29,7 +29,10 @@ from moe_jax.training.run import abstract_model
 
 PROMPT = 128
 REST = 0.2
-"""Seconds before each run, in which the threads of the other process stop waiting for more work and sleep."""
+"""Seconds before each turn, in which the threads of the other process stop waiting for more work and sleep."""
+TURN = 0.5
+"""Least seconds of a turn. Processors that have slept so long were slow for a tenth of a second: a token of ours took
+17 ms at first, and 9 then."""
 
 
 def like_mixtral(config: RunConfig) -> RunConfig:
@@ -130,7 +133,7 @@ def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, 
         if other.about["parameters"] != expected:
             raise AssertionError(f"the peer has {other.about['parameters']} parameters, ours {expected}")
         theirs = {name: (lambda name=name: other.run(name)) for name in other.about["candidates"]}
-        times = alternate({**ours, **theirs}, rounds, rest=REST)
+        times = alternate({**ours, **theirs}, rounds, rest=REST, turn=TURN)
         versions = other.about["versions"]
     numbers: dict[str, Any] = {}
     for name in ours:

@@ -33,19 +33,33 @@ class Measured(float):
 
 
 def alternate(
-    candidates: dict[str, Callable[[], Any]], rounds: int, warmups: int = 2, rest: float = 0.0
+    candidates: dict[str, Callable[[], Any]], rounds: int, warmups: int = 2, rest: float = 0.0, turn: float = 0.0
 ) -> dict[str, Times]:
-    """Run each candidate once a round, `rounds` times, after `warmups` that do not count; each after `rest` seconds."""
+    """Run each candidate once a round, `rounds` times, after `warmups` rounds that do not count.
+
+    Where processes take turns, each begins after `rest` seconds, in which the other's threads stop waiting for work,
+    and lasts for `turn` seconds, of whose runs the median counts: processors that have slept are slow at first.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for n in range(warmups + rounds):
         for name, run in candidates.items():
             time.sleep(rest)
-            begin = time.perf_counter()
-            result = jax.block_until_ready(run())
-            elapsed = time.perf_counter() - begin
+            taken = _turn(run, turn)
             if n >= warmups:
-                seconds[name].append(float(result) if isinstance(result, Measured) else elapsed)
+                seconds[name].append(taken)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def _turn(run: Callable[[], Any], least: float) -> float:
+    """The median seconds of at least one run, and of more until `least` seconds are over."""
+    taken: list[float] = []
+    end = time.perf_counter() + least
+    while not taken or time.perf_counter() < end:
+        begin = time.perf_counter()
+        result = jax.block_until_ready(run())
+        elapsed = time.perf_counter() - begin
+        taken.append(float(result) if isinstance(result, Measured) else elapsed)
+    return float(np.median(taken))
 
 
 def recycled(function: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
