@@ -120,26 +120,31 @@ def test_bfloat16_weights_learn_from_steps_smaller_than_their_spacing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("platform", "capability", "units", "compute", "reason"),
+    ("platform", "capability", "processor", "compute", "reason"),
     [
-        ("cpu", None, "fpu avx512_bf16", "float32", "without bfloat16 matrix units"),
-        ("cpu", None, "fpu amx_bf16 avx512_bf16", "bfloat16", "with bfloat16 matrix units"),
-        ("gpu", "7.5", "amx_bf16", "float16", "no bfloat16 units"),
-        ("gpu", "8.0", "", "bfloat16", "has bfloat16 units"),
-        ("gpu", "12.0", "", "bfloat16", "has bfloat16 units"),
-        ("tpu", "", "", "bfloat16", "other than CUDA"),
+        ("cpu", None, ("GenuineIntel", 6, "fpu avx512_bf16"), "float32", "without fast bfloat16 matrix units"),
+        ("cpu", None, ("GenuineIntel", 6, "fpu amx_bf16 avx512_bf16"), "bfloat16", "matrix units, AMX"),
+        ("cpu", None, ("AuthenticAMD", 25, "fpu avx512_bf16"), "float32", "without fast bfloat16 matrix units"),
+        ("cpu", None, ("AuthenticAMD", 26, "fpu avx512_bf16"), "bfloat16", "matrix units, AVX-512 BF16"),
+        ("cpu", None, ("AuthenticAMD", 26, "fpu avx512f"), "float32", "without fast bfloat16 matrix units"),
+        ("gpu", "7.5", ("GenuineIntel", 6, "amx_bf16"), "float16", "no bfloat16 units"),
+        ("gpu", "8.0", ("", 0, ""), "bfloat16", "has bfloat16 units"),
+        ("gpu", "12.0", ("", 0, ""), "bfloat16", "has bfloat16 units"),
+        ("tpu", "", ("", 0, ""), "bfloat16", "other than CUDA"),
     ],
 )
 def test_the_precision_follows_the_device_and_says_why(
     platform: str,
     capability: str | None,
-    units: str,
+    processor: tuple[str, int, str],
     compute: str,
     reason: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "cpuinfo").write_text(f"processor : 0\nflags : {units}\n")
+    vendor, family, flags = processor
+    lines = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\nflags\t\t: {flags}\n"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + lines)
     monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
     device = type("Device", (), {"platform": platform, "compute_capability": capability, "device_kind": "a card"})()
     policy = choose_policy("auto", device)
@@ -151,4 +156,4 @@ def test_the_precision_follows_the_device_and_says_why(
 
 def test_a_system_without_a_list_of_units_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "missing")
-    assert not precision.cpu_multiplies_bfloat16()
+    assert precision.cpu_bfloat16_units() == ""
