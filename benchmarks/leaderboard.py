@@ -3,8 +3,9 @@
     uv run benchmarks/leaderboard.py RUN [RUN ...]
 
 The row's command starts the run again; the compiled arithmetic is that of the matrix products of one training step,
-read from its optimised program on this machine, times the steps. Run it in the clone that the run was made in: the
-commit and the machine are those it finds there.
+read from its optimised program on this machine, times the steps. A run that was upcycled has two commands, and costs
+what its dense run did besides. Run this in the clone that the run was made in: the commit, the machine and the dense
+run are those it finds there.
 """
 
 import dataclasses
@@ -12,6 +13,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_jax import cli, environment
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
@@ -41,30 +43,49 @@ def command(config: RunConfig) -> str:
                 words.append(flag if value else flag.replace(".", ".no-", 1))
             else:
                 words.append(f"{flag} {value}")
-    return " ".join(words)
+    return " ".join([*words, "--upcycle DENSE"] if config.upcycle else words)
 
 
-def row(run: Path) -> str:
-    """The run as a row. Raises UserError where it is not finished."""
-    from moe_jax.analysis.bench.machine import describe
-    from moe_jax.analysis.bench.training import compile_step
-    from moe_jax.analysis.compiled import read_program
-
+def finished(run: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """Its configuration and summary. Raises UserError where it is not finished."""
     config = load_config(run)
     if config is None:
         raise UserError(f"{run}: holds no run; give the folder that train.py wrote")
     summary = json.loads((run / "summary.json").read_text())
     if not summary["val_whole_stream"]:
         raise UserError(f"{run}: is not finished; go on with train.py --out {run} --resume")
-    one_step = read_program(compile_step(config, config.train.batch_size * config.train.grad_accum).as_text()).flops
+    return config, summary
+
+
+def compiled_flops(config: RunConfig, steps: int) -> int:
+    """Of the matrix products of so many compiled training steps."""
+    from moe_jax.analysis.bench.training import compile_step
+    from moe_jax.analysis.compiled import read_program
+
+    step = compile_step(config, config.train.batch_size * config.train.grad_accum)
+    return steps * read_program(step.as_text()).flops
+
+
+def row(run: Path) -> str:
+    """The run as a row. Raises UserError where it is not finished."""
+    from moe_jax.analysis.bench.machine import describe
+
+    config, summary = finished(run)
+    commands = f"`{command(config)}`"
+    compiled, seconds = compiled_flops(config, summary["steps"]), summary["wall_seconds"]
+    if config.upcycle:
+        dense, before = finished(Path(config.upcycle))
+        commands = f"`{command(dense)} --out DENSE`, then {commands}"
+        compiled += compiled_flops(dense, before["best_step"])
+        seconds += before["wall_seconds"]
     about = describe()
     cells = [
         f"{summary['val_bits_per_byte']:.4f}",
-        f"{summary['training_flops']:.3g}",
-        f"{one_step * summary['steps']:.3g}",
-        f"{summary['wall_seconds'] / 60:.0f} min",
+        f"{summary['training_flops'] + summary['inherited_flops']:.3g}",
+        f"{compiled:.3g}",
+        f"{seconds / 60:.0f} min",
         f"{summary['train_drop_fraction']:.1%} / {summary['val_drop_fraction']:.1%}",
-        f"`{command(config)}`",
+        commands,
         about["commit"] or "unknown",
         f"{about['cores']} cores, {about['processor']}, {summary['precision']}",
     ]
