@@ -43,8 +43,6 @@ def test_half_an_hour_of_nano(cache: Path, tmp_path: Path, record_property: Reco
     try:
         while (own := own_minutes(process.pid)) < MINUTES or time.monotonic() - begin < 60 * MINUTES:
             assert process.poll() is None, (tmp_path / "printed").read_text()[-1000:]
-            # Often: a step, an evaluation and a save hold 585, 647 and 709 MB in turn, and a sample every half minute
-            # fell on one of them in one part of the run, and on another in another.
             if own > WARM_MINUTES:
                 sizes.append(resident(process.pid))
             time.sleep(1)
@@ -53,11 +51,13 @@ def test_half_an_hour_of_nano(cache: Path, tmp_path: Path, record_property: Reco
         process.kill()
         process.wait()
         printed.close()
+    # Within a step the memory goes between levels 60 MB apart, and how long it stays at each changes with what else the
+    # machine does: medians jumped from one to the next. The highest that is not rare is the same level in all parts.
     third = len(sizes) // 3
-    first, last = (sorted(part)[len(part) // 2] for part in (sizes[:third], sizes[-third:]))
+    first, last = (sorted(part)[len(part) * 9 // 10] for part in (sizes[:third], sizes[-third:]))
     figure(record_property, "minutes of processor time in the soak", round(own))
     figure(record_property, "steps trained in the soak", steps)
-    figure(record_property, "MB resident early in the soak (median)", first // 1000)
-    figure(record_property, "MB resident late in the soak (median)", last // 1000)
+    figure(record_property, "MB resident early in the soak (90th percentile)", first // 1000)
+    figure(record_property, "MB resident late in the soak (90th percentile)", last // 1000)
     assert steps > 100
     assert last < 1.01 * first
