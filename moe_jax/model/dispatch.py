@@ -35,6 +35,8 @@ class Plan(NamedTuple):
     """Whether the pair has a row."""
     group_expert: Int[Array, " G"] | None
     """The expert of each group; None where group g is expert g."""
+    used: Int[Array, ""] | None = None
+    """How many groups, from the first, may hold pairs; None where all may."""
 
 
 def _plan(row: Array, keep: Array, groups: int, rows: int, group_expert: Array | None) -> Plan:
@@ -78,7 +80,8 @@ def plan_blocks(routing: Routing, block: int) -> Plan:
     row = jnp.where(nth == 0, expert[0], (ends - blocks)[expert[0]] + nth - 1) * block + place
     rest = jnp.searchsorted(ends, experts + jnp.arange(more), side="right").clip(0, experts - 1)
     keep = jnp.broadcast_to(valid[0][:, None], row.shape)
-    return _plan(row, keep, experts + more, block, jnp.concatenate([jnp.arange(experts), rest]))
+    plan = _plan(row, keep, experts + more, block, jnp.concatenate([jnp.arange(experts), rest]))
+    return plan._replace(used=ends[-1])
 
 
 def plan_per_token(routing: Routing) -> Plan:

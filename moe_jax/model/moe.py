@@ -160,12 +160,10 @@ class MoE(nnx.Module):
         with jax.named_scope("experts"):
             if plan.group_expert is None or mode is Mode.TRAIN:
                 rows = self.experts(rows, plan.group_expert)
-            elif plan.pair.shape[1] == 1:
+            elif plan.used is None:
                 rows = self.experts.in_turn(rows[:, 0], plan.group_expert)[:, None]
             else:
-                first = self.config.experts
-                used = first + (plan.pair[first:, 0] < routing.expert.size).sum()
-                rows = self.experts.in_blocks(rows, plan.group_expert, used)
+                rows = self.experts.in_blocks(rows, plan.group_expert, plan.used)
         with jax.named_scope("combine"):
             return d.combine(rows, routing.gate.reshape(plan.row.shape), plan).reshape(x.shape)
 

@@ -122,6 +122,9 @@ def test_routing_and_plans(case: tuple[Shape, np.ndarray]) -> None:
         keep = np.asarray(plan.keep)
         expert_of_row = np.asarray(plan.group_expert)[group[keep]]
         assert expert_of_row.tolist() == chosen.reshape(-1, shape.top_k)[keep].tolist()
+    # Blocks that hold nothing come last, except an expert's first.
+    held = np.flatnonzero((np.asarray(plans.blocks.pair) < pairs).any(1))
+    assert plans.blocks.used == max(shape.experts, *(held + 1), 0)
 
 
 @given(cases(broken=False))

@@ -47,7 +47,7 @@ def summarize(terminalreporter: Any) -> None:
         failed = sum(len(terminalreporter.stats.get(kind, [])) for kind in ("failed", "error"))
         document = {"date": today, "machine": machine.describe(), "failed": failed}
         document |= {"command": "pytest -m " + repr(terminalreporter.config.option.markexpr), "figures": totals}
-        form = "long" if "not slow" not in terminalreporter.config.option.markexpr else "short"
+        form = "long" if any("slow" in report.keywords for report in reports) else "short"
         path = Path(folder) / f"{today}-reliability-{form}.json"
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")

@@ -1,7 +1,9 @@
 """Checkpoints come back to the last bit or not at all, and a failed one costs no earlier one."""
 
 import errno
+import gc
 import json
+import sys
 from pathlib import Path
 
 import jax
@@ -187,3 +189,17 @@ def test_leftovers_of_a_killed_save_are_no_checkpoint_and_go_with_the_next(store
     assert store.newest().step == 1
     save(store, 3)
     assert sorted(p.name for p in store.folder.iterdir()) == ["step_00000001", "step_00000003"]
+
+
+def test_saves_leave_nothing_behind_in_memory(store: CheckpointStore) -> None:
+    """Orbax 0.11.39 and later leave four of Python's blocks an array and 270 a save: see pyproject.toml."""
+    arrays = {f"{i}": jnp.zeros(2) for i in range(100)}
+
+    def save(steps: range) -> int:
+        for step in steps:
+            store.save(arrays, step, val_loss=None, elapsed=0.0, context={})
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    before = save(range(3))  # what the first saves keep for the later ones
+    assert save(range(3, 8)) - before < 5 * len(arrays)
