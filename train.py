@@ -21,16 +21,17 @@ def run(argv: Sequence[str]) -> int:
     """Parse, prepare, print the card, train, score, show the routing."""
     config, saved = cli.parse_run(argv)
     notes = environment.prepare(config.deterministic)
+    if config.verify_resume:
+        from moe_jax.training.verify_resume import verify_resume
+
+        return verify_resume(config, Path(__file__))
     with Signals() as signals:
         # Only now, with the arguments accepted and the environment set, is jax imported.
         from moe_jax.analysis.report import report_run
         from moe_jax.training.card import print_card, print_result
         from moe_jax.training.loop import Session, finish, train
         from moe_jax.training.run import locked
-        from moe_jax.training.verify_resume import verify_resume
 
-        if config.verify_resume:
-            return verify_resume(config, Path(__file__))
         try:
             with locked(Path(config.run_dir)):
                 session = Session.open(config, saved)

@@ -1,7 +1,7 @@
 """What turns a gradient into a step: SGD, momentum, Adam, AdamW, Muon.
 
 Each is `NAME_init(params) -> state` and `NAME_update(grads, state, params, ...) -> (params, state)`, on any
-tree of arrays, and equal to its optax counterpart step by step (`tests/foundation/test_optimizers.py`).
+tree of arrays, and equal to its optax counterpart step by step (`tests/foundation/test_foundation_optimizers.py`).
 
 Sources: momentum: Sutskever et al. 2013, equations 1 and 2. Adam: Kingma and Ba 2015, algorithm 1. AdamW:
 Loshchilov and Hutter 2019, algorithm 2. Muon: Jordan et al. 2024 ("Muon: an optimizer for hidden layers in

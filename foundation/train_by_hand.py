@@ -1,7 +1,7 @@
 """`python -m foundation.train_by_hand [--steps N] [--picture FILE]`: the MoE language model, by hand,
 beside autodiff.
 
-A model of the size of the preset `nano` (4 layers of width 128, 8 experts, 2 per token) learns the text
+A model a layer deeper than the preset `nano` (4 layers of width 128, 8 experts, 2 per token) learns the text
 below, byte by byte, in float64. Two copies start alike. One is trained by the hand-derived gradient of
 `transformer.py`, the other by automatic differentiation, which is called through `parity.py` alone. If the
 derivations are right, the two loss curves are one curve.

@@ -8,6 +8,7 @@ one line each, no traceback. Nothing here imports jax before a command's argumen
 import contextlib
 import dataclasses
 import difflib
+import importlib.util
 import io
 import os
 import re
@@ -107,26 +108,46 @@ def expand_short(argv: Sequence[str]) -> list[str]:
 def parse_run(argv: Sequence[str]) -> tuple[RunConfig, RunConfig | None]:
     """The configuration that `train.py` was asked for, and the saved one where it resumes a run.
 
-    Settings start from the preset, or from the run that is resumed or upcycled; flags override them.
+    Settings start from the preset, or from the run that is resumed or upcycled; flags override them. So the flags
+    that say where they start from are read by themselves first: the others need only fit what they override.
     """
     argv = expand_short(argv)
     describe = "Train a sparse mixture-of-experts language model. Short names: " + ", ".join(SHORT_FLAGS) + "."
 
-    def read(default: RunConfig) -> RunConfig:
-        return parse(RunConfig, argv, default, prog="train.py", description=describe)
+    def read(args: Sequence[str], default: RunConfig) -> RunConfig:
+        return parse(RunConfig, args, default, prog="train.py", description=describe)
 
-    name = _value_of(argv, "--preset")
-    config = read(preset(name) if name is not None else preset("nano"))
-    dense = dense_run(config.upcycle) if config.upcycle else None
+    name, origin = _value_of(argv, "--preset"), _origin_flags(argv)
+    start = preset(name) if name is not None else preset("nano")
+    asked = read(origin, start)
+    dense = dense_run(asked.upcycle) if asked.upcycle else None
     if dense is not None:
-        config = read(upcycled(dense, config.upcycle))
-        check_upcyclable(dense, config)
-    saved = load_config(Path(config.run_dir)) if config.resume else None
+        start = upcycled(dense, asked.upcycle)
+        asked = read(origin, start)
+    saved = load_config(Path(asked.run_dir)) if asked.resume else None
     if saved is not None:
-        config = read(saved)
+        # A folder that was copied or renamed is where it is now, not where its config.json says.
+        start = saved = dataclasses.replace(saved, out=asked.run_dir)
+    config = read(argv, start)
+    if saved is not None:
         check_resumable(saved, config)
+    elif dense is not None:
+        check_upcyclable(dense, config)
     check_run(config)
     return config, saved
+
+
+def _origin_flags(argv: Sequence[str]) -> list[str]:
+    """The arguments that say where settings start from: the preset, and what names the folder of a run (see
+    `RunConfig.run_dir`). And --help, which is answered whatever the others are."""
+    found: list[str] = []
+    for i, arg in enumerate(argv):
+        name, equals, _ = arg.partition("=")
+        if name in ("--preset", "--out", "--upcycle", "--model.dense"):
+            found += [arg] if equals else argv[i : i + 2]
+        elif name in ("--resume", "--no-resume", "--help", "-h"):
+            found.append(arg)
+    return found
 
 
 def _check_switches(kind: type[Any], argv: Sequence[str], section: str = "") -> None:
@@ -142,16 +163,18 @@ def _check_switches(kind: type[Any], argv: Sequence[str], section: str = "") -> 
 
 
 def _value_of(argv: Sequence[str], flag: str) -> str | None:
+    """The value that a flag is given, the last one where it is given twice, as tyro reads it."""
+    value = None
     for i, arg in enumerate(argv):
         if arg == flag:
-            return argv[i + 1] if i + 1 < len(argv) else None
-        if arg.startswith(flag + "="):
-            return arg.partition("=")[2]
-    return None
+            value = argv[i + 1] if i + 1 < len(argv) else None
+        elif arg.startswith(flag + "="):
+            value = arg.partition("=")[2]
+    return value
 
 
 def check_run(config: RunConfig) -> None:
-    """What needs the file system: the data is there, and the folder is free, or resumed.
+    """What needs the file system: the data and the trackers are there, and the folder is free, or resumed.
 
     Raises ConfigError.
     """
@@ -159,7 +182,12 @@ def check_run(config: RunConfig) -> None:
 
     check_source(config.data.source)
     if config.verify_resume:
-        return  # works in folders of its own
+        return  # works in folders of its own, without trackers
+    for flag, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if getattr(config, flag) and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"--{flag}: {module} is not installed; run `uv run --extra {flag} train.py ...`, or give --no-{flag}"
+            )
     run = Path(config.run_dir)
     if run.exists() and not run.is_dir():
         raise ConfigError(f"--out {run}: is a file; name a folder")
@@ -169,6 +197,8 @@ def check_run(config: RunConfig) -> None:
 
 def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a program on the arguments; the errors that the user can mend become one line and a status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a story may have characters that the terminal's encoding lacks
     try:
         return program(sys.argv[1:] if argv is None else argv) or 0
     except ConfigError as error:

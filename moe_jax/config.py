@@ -85,7 +85,8 @@ class ModelConfig:
     ngram_rows: int = 32_768
     """Rows of the table of each n-gram order; n-grams are sent to them by a hash."""
     quiet_branches: bool = False
-    """Output projections of attention and experts start at zero, so that the residual stream starts as embedding."""
+    """Output projections of attention and experts start at zero, so that the residual stream starts as embedding; those
+    of copying heads do not."""
     qk_norm: bool = False
     """Queries and keys are normalised by head, which bounds the attention scores."""
     dropout: float = 0.0
@@ -134,6 +135,8 @@ class ModelConfig:
         check(ok, s, "top_k", self.top_k, f"between 1 and --experts {self.experts}")
         ok = math.isfinite(self.capacity_factor) and self.capacity_factor > 0
         check(ok, s, "capacity_factor", self.capacity_factor, "a finite number above 0 (1.25 is usual)")
+        limited = self.priority == "token" or self.dispatch in ("gather", "einsum")
+        check(limited, s, "priority", self.priority, f"token, for --dispatch {self.dispatch} gives everybody a place")
         for name in ("dropout", "attention_dropout"):
             check(0 <= getattr(self, name) < 1, s, name, getattr(self, name), "at least 0 and below 1")
         check_fields(self, s, ("shared_experts",), 0, 4096)
@@ -149,6 +152,11 @@ class ModelConfig:
     def capacity(self) -> int:
         """C, slots of one expert for one sequence of T tokens: see `capacity`."""
         return capacity(self.seq_len, self.experts, self.top_k, self.capacity_factor)
+
+    @property
+    def dropless(self) -> bool:
+        """Training serves every choice: a dense twin, or a dispatch without capacity, whatever the capacity factor."""
+        return self.dense != "none" or self.dispatch not in ("gather", "einsum")
 
     @property
     def dense_hidden(self) -> int:

@@ -102,6 +102,8 @@ def run_without_jax(folder: Path, program: list[str]) -> subprocess.CompletedPro
     """Run a program in `folder`, where importing jax raises."""
     (folder / "poison").mkdir(exist_ok=True)
     (folder / "poison" / "jax.py").write_text("raise SystemExit('jax was imported')\n")
+    absent = "import sys\nsys.modules |= dict.fromkeys(['tensorboardX', 'wandb'])\n"  # where an extra installed them
+    (folder / "poison" / "sitecustomize.py").write_text(absent)
     paths = [str(folder / "poison"), str(ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MOE_JAX_CACHE": str(folder / "cache")}
     return subprocess.run(
@@ -155,12 +157,16 @@ def test_bad_benchmarks(tmp_path: Path, arguments: list[str], names: list[str]) 
         (["--resume", "--optimizer", "adamw"], ["--optimizer adamw", "muon"]),
         (["--resume", "--preset", "story"], ["--preset story", "nano"]),
         (["--resume", "--steps", "-1"], ["--steps", "-1"]),
+        (["--resume", "--tensorboard"], ["--tensorboard", "uv run --extra tensorboard", "--no-tensorboard"]),
+        (["--resume", "--wandb"], ["--wandb", "uv run --extra wandb", "--no-wandb"]),
     ],
 )
 def test_a_folder_that_holds_a_run(tmp_path: Path, arguments: list[str], names: list[str]) -> None:
     make_held(tmp_path)
+    before = (tmp_path / "held" / "config.json").read_bytes()
     result = run_without_jax(tmp_path, [str(ROOT / "train.py"), "--out", "held", *arguments])
     assert_refused(result, names)
+    assert (tmp_path / "held" / "config.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -200,7 +206,8 @@ def test_an_upcycled_run_starts_from_the_dense_settings(tmp_path: Path, monkeypa
     (tmp_path / "runs").mkdir()
     shutil.copytree(tmp_path / "held", tmp_path / config.run_dir)
     (tmp_path / config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
-    assert parse_run(["--upcycle", "held", "--resume"]) == (dataclasses.replace(config, resume=True), config)
+    placed = dataclasses.replace(config, out=config.run_dir)
+    assert parse_run(["--upcycle", "held", "--resume"]) == (dataclasses.replace(placed, resume=True), placed)
     shutil.copytree(tmp_path / "held", tmp_path / "other")
     with pytest.raises(ConfigError, match="--upcycle other: the run in runs/nano-upcycled has held"):
         parse_run(["--out", "runs/nano-upcycled", "--resume", "--upcycle", "other"])
@@ -255,3 +262,45 @@ def test_a_resumed_run_starts_from_its_own_settings(tmp_path: Path, monkeypatch:
     assert saved.train.steps == preset("nano").train.steps
     with pytest.raises(ConfigError, match="--experts 8: the run in held has 4"):
         parse_run(["--out", "held", "--resume", "--experts", "8"])
+
+
+def test_flags_of_a_resumed_run_need_not_fit_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twelve of 16 experts; nano has 8. What does not fit the run itself is refused by the run's numbers."""
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path, experts=16, top_k=12)
+    config, _ = parse_run(["--out", "held", "--resume", "--top-k", "12"])
+    assert (config.model.experts, config.model.top_k) == (16, 12)
+    with pytest.raises(ConfigError, match="--top-k 17: must be between 1 and --experts 16"):
+        parse_run(["--out", "held", "--resume", "--top-k", "17"])
+
+
+def test_flags_of_an_upcycled_run_need_not_fit_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a dense run whose twin would have 16 experts; and resumed, with more than the dense run says."""
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path, dense="active", experts=16)
+    config, _ = parse_run(["--upcycle", "held", "--top-k", "12"])
+    assert (config.model.experts, config.model.top_k) == (16, 12)
+    config, _ = parse_run(["--upcycle", "held", "--experts", "32", "--top-k", "20"])
+    (tmp_path / "held").rename(tmp_path / "dense")
+    make_held(tmp_path)
+    values = dataclasses.replace(config, upcycle="dense").to_dict()
+    (tmp_path / "held" / "config.json").write_text(json.dumps(values))
+    config, _ = parse_run(["--upcycle", "dense", "--out", "held", "--resume", "--top-k", "20"])
+    assert (config.model.experts, config.model.top_k) == (32, 20)
+
+
+def test_a_copied_folder_is_resumed_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its config.json names the folder that it was copied from."""
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path)
+    values = preset("nano").to_dict() | {"out": "held"}
+    (tmp_path / "held" / "config.json").write_text(json.dumps(values))
+    shutil.copytree(tmp_path / "held", tmp_path / "copy")
+    config, saved = parse_run(["--out", "copy", "--resume"])
+    assert saved is not None
+    assert (config.run_dir, saved.run_dir) == ("copy", "copy")
+
+
+def test_of_a_flag_given_twice_the_last_counts() -> None:
+    config, _ = parse_run(["--preset", "seed-158m", "--preset=story-cpu", "--data", "stories", "--out", "nowhere"])
+    assert config.model == preset("story-cpu").model

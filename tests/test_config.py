@@ -67,6 +67,12 @@ def test_capacity(tokens: int, experts: int, top_k: int, factor: float, slots: i
         (ModelConfig, {"seq_len": 1}, "--seq-len 1", "between 2 and"),
         (ModelConfig, {"experts": 0, "top_k": 0}, "--experts 0", "between 1 and 4096"),
         (ModelConfig, {"norm": "batchnorm"}, "--model.norm batchnorm", "one of layernorm, rmsnorm"),
+        (
+            ModelConfig,
+            {"dispatch": "blocks", "priority": "leaky-expert-choice"},
+            "--model.priority leaky-expert-choice",
+            "token, for --dispatch blocks",
+        ),
         (ModelConfig, {"dispatch": "magic"}, "--dispatch magic", "one of gather, einsum, dense, blocks"),
         (TrainConfig, {"steps": -1}, "--steps -1", "between 1 and"),
         (TrainConfig, {"lr": 0.0}, "--lr 0.0", "between 1e-12 and 1000"),
@@ -113,7 +119,7 @@ def test_every_field_survives_json() -> None:
         wandb=True,
         model=ModelConfig(
             *(7, 6, 5, 12, 3, 9, 4, 3, 0.75, "layernorm", "learned", "gelu", True, False, True),
-            *(True, 2, 7, True, True, 0.25, 0.5, "blocks", "none", "leaky-batch-priority", "bias", 1, 0.5, 0.25, 2.0),
+            *(True, 2, 7, True, True, 0.25, 0.5, "einsum", "none", "leaky-batch-priority", "bias", 1, 0.5, 0.25, 2.0),
         ),
         data=DataConfig("wikitext", "byte", 300, 5, 6, 7),
         train=TrainConfig(8, 2, 3, lr=0.5, remat=True, seed=11, precision="bfloat16", patience=4),

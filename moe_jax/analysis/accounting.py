@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.model.moe import block_rows
 
 
 class Count(NamedTuple):
@@ -88,6 +89,19 @@ def bound_flops(config: ModelConfig, batch: int) -> int:
     tokens = batch * config.seq_len
     rows = batch * config.experts * config.capacity + tokens * config.shared_experts
     return expert_flops(config, rows) + router_flops(config, tokens)
+
+
+def multiplied_rows(config: ModelConfig, batch: int) -> int:
+    """Rows that the routed experts multiply when a layer trains on `batch` sequences: of each expert its slots, filled
+    or not; of `blocks` every row of the plan, empty blocks included; of `dense` every token once an expert."""
+    tokens = batch * config.seq_len
+    if config.dispatch == "dense":
+        return config.experts * tokens
+    if config.dispatch == "blocks":
+        pairs = tokens * config.top_k
+        block = block_rows(pairs, config.experts)
+        return (config.experts + (pairs - 1) // block) * block
+    return batch * config.experts * config.capacity
 
 
 def training_flops(config: RunConfig, steps: int) -> int:

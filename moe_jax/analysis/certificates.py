@@ -2,8 +2,9 @@
 
 causality      change one token; every earlier output, and every output of the other sequence, keeps its bits, while
                experts are over capacity. The routing rules that leak must be caught leaking, or the check is blind.
-arithmetic     the matrix products of the compiled program against the capacity bound and the all-experts form
-memory         no result in the layer is as large as all experts' hidden rows of all tokens
+arithmetic     the matrix products of the compiled program against the bound of its form of dispatch (the slots of all
+               experts, or the rows of a plan of blocks) and the all-experts form
+memory         no result in the layer is as large as all experts' rows of all tokens
 compilations   step, evaluation, prefill and decoding are compiled once, whatever they are called with
 
 Each certificate says what it found beside what it asks for, and whether that will do.
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.analysis.accounting import bound_flops
+from moe_jax.analysis.accounting import bound_flops, expert_flops, multiplied_rows, router_flops
 from moe_jax.analysis.bench.layer import with_gradients
 from moe_jax.analysis.bench.training import Trainer, compile_step
 from moe_jax.analysis.compiled import Program, read_program
@@ -26,7 +27,7 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe import Mode, MoE
-from moe_jax.model.transformer import Params, merge
+from moe_jax.model.transformer import Params, create, merge, split
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.run import abstract_model
 
@@ -49,7 +50,7 @@ class Certificate(NamedTuple):
     asked: str
 
 
-VARIANTS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {  # of a layer by `gather`, with the priority of tokens
     "token priority, gather": {},
     "token priority, einsum": {"dispatch": "einsum"},
     "noisy router": {"router_noise": 0.5},
@@ -92,8 +93,10 @@ def perturb(run: Callable[[Any], tuple[Any, Any]], before: np.ndarray, other: np
 
 
 def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator[Certificate]:
-    """Each routing variant, in one layer of the model's shape, with the given router and experts where they fit."""
-    tight = dataclasses.replace(config, capacity_factor=config.capacity_factor * TIGHT)
+    """Each routing variant, in one layer of the model's shape, with the given router and experts where they fit. All
+    but the blocks have a capacity, whatever the model trains by."""
+    factor = config.capacity_factor * TIGHT
+    tight = dataclasses.replace(config, capacity_factor=factor, dispatch="gather", priority="token")
     rng = np.random.default_rng(0)
     before, other = rng.normal(size=(2, BATCH, config.seq_len, config.width)).astype(np.float32)
     for name, changes in VARIANTS.items():
@@ -116,7 +119,7 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator
             f"causality: {name}",
             ok,
             f"{found.earlier} earlier outputs changed, {found.other_row} of the other row, {found.dropped:.0%} dropped",
-            "leaks, and is seen to" if leaky else "0 and 0, under drops",
+            _asked(variant) if not leaky else "leaks, and is seen to",
         )
 
 
@@ -135,13 +138,24 @@ def model_causality(config: RunConfig, params: Params) -> Certificate:
     found = perturb(run, before, other)
     leaky = model.priority != "token"
     ok = (found.earlier > 0) == leaky and found.other_row == 0 and found.later > 0
-    ok &= found.dropped > 0 or model.dense != "none" or model.dispatch in ("blocks", "dense")
+    ok &= found.dropped > 0 or model.dropless
     return Certificate(
         "causality: the whole model",
         ok,
         f"{found.earlier} earlier outputs changed, {found.other_row} of the other row, {found.dropped:.0%} dropped",
-        "leaks, as asked for" if leaky else "0 and 0, under drops",
+        _asked(model) if not leaky else "leaks, as asked for",
     )
+
+
+def _asked(model: ModelConfig) -> str:
+    return "0 and 0; nothing is dropped" if model.dropless else "0 and 0, under drops"
+
+
+def initial_params(config: RunConfig) -> Params:
+    """Parameters to certify a configuration with that has not been trained. No branch starts at zero: through such
+    ones no token can be seen to change another."""
+    model = dataclasses.replace(config.model, quiet_branches=False)
+    return split(create(model, jax.random.key(config.train.seed)))[1]
 
 
 def certify(config: RunConfig, params: Params, batch_size: int) -> Iterator[Certificate]:
@@ -171,45 +185,58 @@ def layer_arithmetic(config: ModelConfig) -> Iterator[Certificate]:
     """The compiled layer against its capacity bound and the all-experts form, and its largest results."""
     # More tokens than twice the width: no gradient of a weight is then mistaken for hidden rows.
     batch = 2 * config.width // config.seq_len + 1
-    bound = bound_flops(config, batch)
+    bound, what_bounds = _bound(config, batch)
     for what, gradients, factor, limit in (
         ("forward", False, 1, FORWARD_BOUND),
         ("with gradients", True, 3, GRADIENT_BOUND),
     ):
         ours = _layer_program(config, batch, gradients)
-        dense = _layer_program(dataclasses.replace(config, dispatch="dense"), batch, gradients)
+        dense = _layer_program(_all_experts(config), batch, gradients)
         ratio = ours.flops / (factor * bound)
         yield Certificate(
             f"arithmetic: one layer, {what}",
             ratio <= limit,
-            f"{ours.flops / 1e9:.3f} GFLOP, {ratio:.3f} x the capacity bound; "
-            f"all experts {dense.flops / ours.flops:.2f} x",
+            f"{ours.flops / 1e9:.3f} GFLOP, {ratio:.3f} x {what_bounds}; all experts {dense.flops / ours.flops:.2f} x",
             f"at most {limit} x",
         )
-        rows = config.experts * batch * config.seq_len * config.expert_hidden
+        rows = config.experts * batch * config.seq_len * max(config.width, config.expert_hidden)
         biggest, of_dense = ours.largest(1)[0], dense.largest(1)[0]
         yield Certificate(
             f"memory: one layer, {what}",
             biggest.elements < rows <= of_dense.elements,
             f"largest result {list(biggest.shape)}; of the all-experts form {list(of_dense.shape)}",
-            f"below E x B x T x F = {rows:,} numbers, which the all-experts form reaches",
+            f"below E x B x T x max(D, F) = {rows:,} numbers, which the all-experts form reaches",
         )
+
+
+def _bound(config: ModelConfig, batch: int) -> tuple[int, str]:
+    """Forward operations that a layer may cost, and what they are: of `blocks` those of its plan, else the slots'."""
+    if config.dispatch != "blocks":
+        return bound_flops(config, batch), "the capacity bound"
+    tokens = batch * config.seq_len
+    rows = multiplied_rows(config, batch)
+    flops = expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
+    return flops, f"the block plan ({rows / (tokens * config.top_k):.2f} rows for each pair)"
+
+
+def _all_experts(model: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(model, dispatch="dense", priority="token")
 
 
 def step_arithmetic(config: RunConfig, batch_size: int) -> Iterator[Certificate]:
     """The compiled training step, product by product, against what its parts should cost."""
     model = config.model
     ours = read_program(compile_step(config, batch_size).as_text())
-    other = dataclasses.replace(config, model=dataclasses.replace(model, dispatch="dense"))
+    other = dataclasses.replace(config, model=_all_experts(model))
     dense = read_program(compile_step(other, batch_size).as_text())
-    bound = 3 * model.layers * bound_flops(model, batch_size)
+    bound, what_bounds = _bound(model, batch_size)
     experts = ours.flops_of(*_LAYER)
     recomputed = 4 / 3 if config.train.remat else 1
-    ratio = experts / (bound * recomputed)
+    ratio = experts / (3 * model.layers * bound * recomputed)
     yield Certificate(
         "arithmetic: expert layers within the step",
         ratio <= GRADIENT_BOUND,
-        f"{experts / 1e9:.2f} GFLOP, {ratio:.3f} x the capacity bound; all experts "
+        f"{experts / 1e9:.2f} GFLOP, {ratio:.3f} x {what_bounds}; all experts "
         f"{dense.flops_of(*_LAYER) / experts:.2f} x",
         f"at most {GRADIENT_BOUND} x",
     )
@@ -231,7 +258,7 @@ def compilations(config: RunConfig, params: Params, batch_size: int) -> Certific
     length, vocabulary = config.model.seq_len, config.model.vocab_size
     rng = np.random.default_rng(0)
     evaluation = make_evaluation_step(graphdef)
-    decoder = Decoder(graphdef, length)
+    decoder = Decoder(graphdef, length, vocabulary)
     for n in (1, length // 2):
         stream = rng.integers(0, vocabulary, length + n).astype(np.int32)
         evaluate(evaluation, params, stream, seq_len=length, token_bytes=np.ones(vocabulary, np.int64))

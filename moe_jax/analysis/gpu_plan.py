@@ -152,7 +152,7 @@ def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:
     params, seq_len = programs.state.params, config.model.seq_len
     waiting = _size(programs.state.optimizer)
     e = next(evaluation_windows(np.zeros(2, np.int32), seq_len=seq_len, batch_size=EVALUATION_ROWS))
-    decoder = Decoder(programs.graphdef, seq_len)
+    decoder = Decoder(programs.graphdef, seq_len, config.model.vocab_size)
     prompt = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     length = jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(decoder.prefill, params, prompt, length)

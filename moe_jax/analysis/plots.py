@@ -205,7 +205,7 @@ def load_figure(loads: tuple[list[int], np.ndarray]) -> Any:
 
 
 def trace_figures(trace: RoutingTrace) -> dict[str, Any]:
-    """Figures of one traced text: `load` against the capacity, and `tokens`, the first choice of each token."""
+    """Figures of one traced text: `load`, against a capacity if there is one, and `tokens`, their first choices."""
     check_installed()
     return {"load": _trace_load(trace), "tokens": _trace_tokens(trace)}
 
@@ -224,11 +224,12 @@ def _trace_load(trace: RoutingTrace) -> Any:
             axes.set_visible(False)
             continue
         axes.bar(range(experts), trace.load()[layer], color=COLOURS[0])
-        axes.axhline(trace.capacity * windows, color="0.2", linestyle="--")
+        if not trace.config.dropless:
+            axes.axhline(trace.capacity * windows, color="0.2", linestyle="--")
         axes.set_title(f"layer {layer}: {trace.drop_fraction[layer]:.1%} dropped", loc="left", fontsize=10)
         axes.set_xlabel("expert")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylabel("choices (dashed: slots)")
+    panels[0].set_ylabel("choices" if trace.config.dropless else "choices (dashed: slots)")
     return figure
 
 

@@ -170,9 +170,10 @@ def _model_data(trace: RoutingTrace) -> dict[str, Any]:
         "capacity_factor",
         "dispatch",
         "priority",
+        "dropless",
     )
     values = {name: getattr(trace.config, name) for name in names}
-    return values | {"capacity": trace.capacity, "dropless": trace.config.dispatch not in ("gather", "einsum")}
+    return values | {"capacity": trace.capacity}
 
 
 def _marked(run: Run, trace: RoutingTrace) -> list[int]:

@@ -26,9 +26,11 @@ _NO_WORK = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
 
 def compiled_layer(run: Run) -> dict[str, Any]:
     """What the report shows: products, largest first, with operations; the experts' share (`expert_flops`);
-    `bound`, what filling exactly the slots takes; `dense`, what all experts on all tokens would take; the kinds of
-    operations that jax traced (`primitives`) and that the compiler left (`instructions`), counted; listings."""
+    `bound`, what the experts need for the rows of all slots or, without a capacity, of all choices; `dense`, what all
+    experts on all tokens would take; the kinds of operations that jax traced (`primitives`) and that the compiler left
+    (`instructions`), counted; listings."""
     config = run.config.model
+    needed = config.seq_len * config.top_k if config.dropless else config.experts * config.capacity
     compute = jnp.dtype(choose_policy(run.config.train.precision).compute)
     graphdef, state = nnx.split(nnx.eval_shape(lambda: MoE(config, 1.0, nnx.Rngs(params=jax.random.key(0)))))
     x = jax.ShapeDtypeStruct((1, config.seq_len, config.width), compute)
@@ -56,7 +58,7 @@ def compiled_layer(run: Run) -> dict[str, Any]:
         ],
         "total": program.flops,
         "expert_flops": program.flops_of("experts"),
-        "bound": expert_flops(config, config.experts * config.capacity),
+        "bound": expert_flops(config, needed),
         "dense": expert_flops(config, config.experts * config.seq_len),
         "primitives": _most_common(primitives(traced.jaxpr)),
         "instructions": _most_common(op for op in _OPCODE.findall(text) if op not in _NO_WORK),

@@ -1,7 +1,7 @@
 """What the routers of a trained model do on its validation text: load, drops, co-activation, flow, specialisation.
 
-One pass of some ten thousand tokens under the training capacity, counted on the host. All counts are of choices
-before drops, so that they say what the router wants.
+One pass of some ten thousand tokens by the training dispatch, with its capacity if it has one, counted on the host.
+All counts are of choices before drops, so that they say what the router wants.
 """
 
 import math
@@ -17,7 +17,7 @@ from moe_jax.training.run import Run
 CORPUS_TOKENS = 16_384
 BATCH_TOKENS = 4_096
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
-"""Capacity factors whose drops are counted, besides the run's own."""
+"""Capacity factors whose drops are counted, besides the run's own if it has a capacity."""
 SIGNIFICANCE = 0.001
 """Level at which a preference is called one, after Bonferroni's correction for all that were looked at."""
 LEAST_COUNT = 5
@@ -177,9 +177,10 @@ def dead_experts(corpus: CorpusRouting) -> list[dict[str, Any]]:
 
 
 def corpus_data(corpus: CorpusRouting) -> dict[str, Any]:
-    """What the report shows of it, ready for JSON."""
-    own = corpus.config.capacity_factor
-    factors = sorted({*FACTORS, own})
+    """What the report shows of it, ready for JSON. `drops` are those that happened: none without a capacity, whose
+    factor then says nothing about the run."""
+    own = set() if corpus.config.dropless else {corpus.config.capacity_factor}
+    factors = sorted({*FACTORS, *own})
     rounded = lambda array: np.round(array, 4).tolist()  # noqa: E731
     bins = np.array_split(np.arange(corpus.config.seq_len), min(POSITION_BINS, corpus.config.seq_len))
     return {
@@ -190,7 +191,7 @@ def corpus_data(corpus: CorpusRouting) -> dict[str, Any]:
         "entropy": rounded(corpus.entropy),
         "together": corpus.together.tolist(),
         "flow": corpus.flow.tolist(),
-        "drops": rounded(corpus.drop_fraction(own)),
+        "drops": rounded(corpus.dropped_at.mean(1)),
         "drops_by_factor": {"factor": factors, "drop": [rounded(corpus.drop_fraction(f)) for f in factors]},
         "drops_by_position": {
             "first": [int(b[0]) for b in bins],

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.analysis.report_corpus import SIGNIFICANCE, CorpusRouting, chance, log_likelihood_ratio
+from moe_jax.analysis.report_corpus import CorpusRouting, log_likelihood_ratio
 from moe_jax.analysis.routing_trace import token_pieces
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.data.vocabulary import SLOTS
@@ -22,6 +22,8 @@ LEAST_TIMES = 1.5
 LEAST_SHARE = 0.03
 """Least share of the expert's choices that are of such a group."""
 MOST_GROUPS, EXAMPLES = 3, 3
+GROUP_SIGNIFICANCE, SHUFFLES, SHUFFLE_SEED = 0.01, 500, 0
+"""Chance that any expert of a model is said to be for a group where none is, and the shuffles that it is read from."""
 
 _GRAMMATICAL = set(
     re.findall(
@@ -89,29 +91,66 @@ def token_groups(tokenizer: Tokenizer, ids: np.ndarray, stories: bool) -> list[s
     return groups
 
 
+def preferred_groups(by_token: np.ndarray, token_counts: np.ndarray, groups: list[str]) -> dict[str, np.ndarray]:
+    """For each group, bool [L, E]: whether its tokens choose the expert more than those of other groups do.
+
+    The claim is about a kind of token, so the sample is the different tokens, each counted once: all occurrences of
+    one are routed almost alike, and a thousand of them are no more evidence than a few. A token's value is the share
+    of its occurrences that choose the expert, a group's statistic the mean of them, standardised. The groups are then
+    shuffled over the tokens, and what counts is to be among the largest statistics that any group, expert and layer
+    then has: the single-step max-T of Westfall and Young (1993). Where groups have nothing to do with the routing, the
+    chance of any claim about the model is at most GROUP_SIGNIFICANCE.
+
+    by_token int [L, E, N] and token_counts int [N] are of the N tokens that occur, groups names the group of each.
+    """
+    names, labels = np.unique(groups, return_inverse=True)
+    members = _standardised_members(labels == np.arange(len(names))[:, None])
+    shares = by_token / token_counts
+    spread = shares.std(-1, keepdims=True)
+    # An expert that hardly any token chooses spreads so little that a single one would make its statistic the largest.
+    spread = np.maximum(spread, spread.mean(1, keepdims=True))
+    excess = shares - shares.mean(-1, keepdims=True)
+    scores = np.divide(excess, spread, out=np.zeros_like(excess), where=spread > 0).reshape(-1, len(labels)).T
+    rng = np.random.default_rng(SHUFFLE_SEED)
+    largest = np.array([(members[:, rng.permutation(len(labels))] @ scores).max() for _ in range(SHUFFLES)])
+    observed = (members @ scores).reshape(len(names), *by_token.shape[:2])
+    beaten_by = (largest >= observed[..., None] - 1e-9).sum(-1)  # ties count, in spite of rounding
+    found = (1 + beaten_by) / (1 + SHUFFLES) <= GROUP_SIGNIFICANCE
+    return dict(zip(names.tolist(), found, strict=True))
+
+
+def _standardised_members(members: np.ndarray) -> np.ndarray:
+    """Weights [G, N] that sum values of mean 0 and variance 1 over the tokens of each group, bool [G, N], to a
+    statistic of variance 1: n drawn of N without replacement sum to a variance of n (N - n) / (N - 1)."""
+    n, total = members.sum(1, keepdims=True), members.shape[1]
+    variance = n * (total - n) / max(total - 1, 1)
+    return np.divide(members, np.sqrt(variance), out=np.zeros(members.shape), where=variance > 0)
+
+
 def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer, stories: bool) -> list[list[list[dict[str, Any]]]]:
-    """For each layer and expert the groups that it is for, the most telling (G^2) first.
+    """For each layer and expert the groups that it is for (see `preferred_groups`), the most telling (G^2) first.
 
     An entry holds `name`; `here` and `all`, the group's share of the expert's choices and of the text; `reach`, the
-    share of the group's tokens that choose the expert; `times`, here / all; `g2`, significant after correction; and
-    `examples`, the tokens of the group that come to the expert most often.
+    share of the group's occurrences that choose the expert; `times`, here / all; `g2`, which counts occurrences and
+    so orders the groups but tests none; and `examples`, the tokens of the group that come to the expert most often.
     """
     ids = np.flatnonzero(corpus.token_counts)
+    groups = token_groups(tokenizer, ids, stories)
     members: dict[str, list[int]] = {}
-    for token, group in zip(ids.tolist(), token_groups(tokenizer, ids, stories), strict=True):
+    for token, group in zip(ids.tolist(), groups, strict=True):
         members.setdefault(group, []).append(token)
-    looked_at = corpus.by_token.shape[0] * corpus.by_token.shape[1] * len(members)
-
+    preferred = preferred_groups(corpus.by_token[..., ids], corpus.token_counts[ids], groups)
     columns = np.array([corpus.token_counts[tokens].sum() for tokens in members.values()])
 
-    def preferences(by_token: np.ndarray) -> list[dict[str, Any]]:
+    def preferences(layer: int, expert: int) -> list[dict[str, Any]]:
+        by_token = corpus.by_token[layer, expert]
         found, size = [], by_token.sum()
         counts = np.array([by_token[tokens].sum() for tokens in members.values()])
         strengths = log_likelihood_ratio(counts, np.asarray(size), columns, corpus.tokens)
         for (name, tokens), here, column, g2 in zip(members.items(), counts, columns, strengths, strict=True):
             if here < max(LEAST_SHARE * size, LEAST_TIMES * size * column / corpus.tokens, 1):
                 continue
-            if chance(g2) * looked_at < SIGNIFICANCE:
+            if preferred[name][layer, expert]:
                 best = sorted(tokens, key=lambda t: -by_token[t])[:EXAMPLES]
                 examples = token_pieces(tokenizer, np.array([t for t in best if by_token[t]], np.int32))
                 shares = {"here": here / size, "all": column / corpus.tokens, "reach": here / column}
@@ -121,4 +160,5 @@ def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer, stories: bool
                 found.append({"name": name, **rounded, "g2": round(float(g2), 1), "examples": examples})
         return sorted(found, key=lambda group: -group["g2"])[:MOST_GROUPS]
 
-    return [[preferences(by_token) for by_token in layer] for layer in corpus.by_token]
+    layers, experts = corpus.by_token.shape[:2]
+    return [[preferences(layer, e) for e in range(experts)] for layer in range(layers)]

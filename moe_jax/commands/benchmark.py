@@ -19,6 +19,9 @@ from moe_jax.presets import preset, with_vocabulary
 Part = Literal["moe", "train", "decode", "surroundings", "memory", "peers", "all"]
 EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
 """Part -> the extra that it needs, and what that brings."""
+TRAINING = {"moe", "train", "peers"}
+"""Parts that time a training step, in the precision that is chosen for this machine. The others compute in float32, or
+plan for cards that have their own."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Benchmark:
 
         from moe_jax.analysis.bench import machine, part, report
         from moe_jax.analysis.bench.uniform import uniform_routing
+        from moe_jax.model.precision import choose_policy
 
         console = Console(highlight=False)
         config = with_vocabulary(preset(self.preset))
@@ -63,8 +67,12 @@ class Benchmark:
         with uniform_routing() if self.uniform_routing else contextlib.nullcontext():
             for name in parts:
                 results[name] = report.PARTS[name](console, ask)
-        routing = {"uniform_routing": True} if self.uniform_routing else {}
-        document = {"preset": self.preset, "batch_size": self.batch_size, **routing, **results}
+        settings: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}
+        if self.uniform_routing:
+            settings["uniform_routing"] = True
+        if not TRAINING.isdisjoint(parts):
+            settings["training_precision"] = choose_policy(config.train.precision).compute
+        document = {**settings, **results}
         if self.save:
             self._save(document, about)
         print(json.dumps(results[self.part] if self.part != "all" else document))
@@ -93,7 +101,8 @@ class Benchmark:
         path = Path("benchmarks") / f"{now:%Y-%m-%d-%H%M}-{self.part}-{self.preset}.json"
         path.parent.mkdir(exist_ok=True)
         extra = f"--extra {EXTRAS[self.part][0]} " if self.part in EXTRAS else ""
-        command = f"uv run {extra}benchmark.py {self.part} --preset {self.preset} --rounds {self.rounds}"
+        command = f"uv run {extra}benchmark.py {self.part} --preset {self.preset}"
+        command += f" --batch-size {self.batch_size} --rounds {self.rounds}"
         command += " --uniform-routing" if self.uniform_routing else ""
         command += f" --with-quality {self.with_quality}" if self.with_quality else ""
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}

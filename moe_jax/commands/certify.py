@@ -28,11 +28,9 @@ class Certify:
         if self.run:
             check_run_folder(self.run)
         environment.prepare()
-        import jax
         from rich.console import Console
 
-        from moe_jax.analysis.certificates import certify
-        from moe_jax.model.transformer import create, split
+        from moe_jax.analysis.certificates import certify, initial_params
         from moe_jax.training.run import load_run
 
         if self.run:
@@ -40,7 +38,7 @@ class Certify:
             config, params = opened.config, opened.params
         else:
             config = with_vocabulary(preset(self.preset))
-            _, params = split(create(config.model, jax.random.key(config.train.seed)))
+            params = initial_params(config)
         console = Console(highlight=False, soft_wrap=True)
         what = f"run {self.run}" if self.run else f"preset {self.preset}, initial parameters"
         console.print(f"[bold]certificates[/bold] of {what}\n")

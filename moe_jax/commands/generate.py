@@ -42,6 +42,7 @@ class Generate:
 
         run = load_run(self.run, self.step)
         teller = Storyteller(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+        run.tokenizer.encode(self.prompt)  # refuses what is not text before any of it is printed
         settings = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         for number in range(self.num_stories):
             if self.num_stories > 1:

@@ -283,7 +283,7 @@ class _HubCorpus:
         from datasets.exceptions import DatasetsError
 
         huggingface_hub.logging.set_verbosity_error()  # its retries, one warning each, end in our one line
-        failures = (OSError, DatasetsError, huggingface_hub.errors.HfHubHTTPError)
+        failures = (OSError, DatasetsError, huggingface_hub.errors.HfHubHTTPError, *_transport_errors())
         try:
             rows = datasets.load_dataset(
                 self.repository, self.configuration, split=split, revision=self.revision, streaming=True
@@ -304,6 +304,14 @@ class _HubCorpus:
 
     def size(self, split: SplitName) -> int | None:
         return None
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises when a connection breaks; of older ones, by way of requests, that is an OSError."""
+    from huggingface_hub import utils
+
+    client = getattr(utils, "httpx", None)
+    return () if client is None else (client.HTTPError,)
 
 
 _HUB = {

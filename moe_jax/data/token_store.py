@@ -278,11 +278,11 @@ def _batches(stories: Iterator[str]) -> Iterator[tuple[list[str], int]]:
 
 def token_stream(stories: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
     """`separator, story, separator, ..., separator` of a text that is scored once and not kept."""
-    ends = [tokenizer.separator_id]
+    ends = np.array([tokenizer.separator_id], _dtype(tokenizer))
     parts = [ends]
     for batch, _ in _batches(stories):
-        parts += [part for story in tokenizer.encode_batch(batch) for part in (story, ends)]
-    return np.concatenate([np.asarray(part, _dtype(tokenizer)) for part in parts])
+        parts += [part for ids in tokenizer.encode_batch(batch) for part in (np.asarray(ids, ends.dtype), ends)]
+    return np.concatenate(parts)
 
 
 # Progress

@@ -35,10 +35,14 @@ class DecodeState(NamedTuple):
 
 class Decoder:
     """Generates text with a model. Prompts are padded to T, so every prompt shares one compiled prefill; causality
-    hides the padding, and prefill drops no token, so the padding takes nothing from the prompt."""
+    hides the padding, and prefill drops no token, so the padding takes nothing from the prompt.
 
-    def __init__(self, graphdef: nnx.GraphDef, seq_len: int) -> None:
+    `vocab_size` is the tokenizer's. A model's vocabulary may be padded beyond it, and no token of the padding is drawn.
+    """
+
+    def __init__(self, graphdef: nnx.GraphDef, seq_len: int, vocab_size: int) -> None:
         self.seq_len = seq_len
+        self.draw = jax.jit(partial(draw, vocab_size))
         self.prefill = jax.jit(partial(prefill, graphdef))
         self.advance = jax.jit(partial(advance, graphdef), donate_argnums=1)
 
@@ -58,9 +62,10 @@ class Decoder:
         n is drawn with fold_in(key, n): the same tokens whatever `limit` is.
         """
         context = list(prompt)[-self.seq_len :]
-        state = self._start(params, context, prompt)
+        # A prompt begins with the separator that ends a story, and a penalty on that would make stories run on.
+        state = self._start(params, context, [token for token in prompt if token != stop])
         for n in range(limit):
-            token = sample_jit(state.logits, settings, state.seen, jax.random.fold_in(key, n))
+            token = self.draw(state.logits, settings, state.seen, jax.random.fold_in(key, n))
             chosen = int(token[0])
             if chosen == stop:
                 return
@@ -82,7 +87,11 @@ class Decoder:
         return state._replace(seen=jnp.asarray(mask))
 
 
-sample_jit = jax.jit(sample)
+def draw(
+    vocab_size: int, logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"], key: Key[Array, ""]
+) -> Int[Array, " B"]:
+    """The next token of each row, among the first `vocab_size`."""
+    return sample(logits[:, :vocab_size], settings, seen[:, :vocab_size], key)
 
 
 def prefill(graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B T"], length: Int[Array, ""]) -> DecodeState:

@@ -16,7 +16,7 @@ class Storyteller:
 
     def __init__(self, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, seq_len: int) -> None:
         self._params, self._tokenizer = params, tokenizer
-        self._decoder = Decoder(graphdef, seq_len)
+        self._decoder = Decoder(graphdef, seq_len, tokenizer.vocab_size)
 
     def pieces(self, prompt: str, settings: Sampling, *, seed: int, number: int = 0, limit: int) -> Iterator[str]:
         """What follows the prompt, as it is drawn, to the end of the story or to `limit` tokens. `number` tells apart

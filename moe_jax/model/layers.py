@@ -109,4 +109,4 @@ def keep_mask(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[
     count = math.prod(shape)
     words = jax.random.bits(key, ((count + 1) // 2,), jnp.uint32)
     halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:count].reshape(shape)
-    return jax.lax.optimization_barrier(halves >= round(rate * 2**16))
+    return jax.lax.optimization_barrier(halves >= min(round(rate * 2**16), 2**16 - 1))

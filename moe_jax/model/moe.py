@@ -53,8 +53,9 @@ class RouterStats(NamedTuple):
 
     balance_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
-    drop_fraction: Float[Array, ""]
-    """Share of the (token, choice) pairs that found no slot; under expert choice, of the tokens that no expert took."""
+    drop_fraction: Float[Array, " B"]
+    """Share of a sequence's (token, choice) pairs that found no slot; under expert choice, of its tokens that no expert
+    took."""
     load: Float[Array, " E"]
     """Share of the pairs that chose each expert, before drops."""
     trace: LayerTrace | None = None
@@ -111,14 +112,14 @@ class MoE(nnx.Module):
         return route(logits, config.top_k, bias)
 
     def _apply(self, x: Array, routing: Routing, mode: Mode) -> tuple[Array, Array]:
-        """The combined output, and the share of pairs that were dropped: counted, so that none is exactly 0."""
+        """The combined output, and the share of each sequence's pairs that was dropped: counted, so that none is 0."""
         config = self.config
         how = self.form(mode, routing.expert.size)
         if how == "dense":
             flat = x.reshape(-1, x.shape[-1])
             with jax.named_scope("experts"):
                 rows = self.experts(jnp.broadcast_to(flat, (config.experts, *flat.shape)))
-            return d.dense_combine(rows, routing).reshape(x.shape), jnp.zeros(())
+            return d.dense_combine(rows, routing).reshape(x.shape), jnp.zeros(len(x))
         routing, priority, slots = self._queue(routing, mode)
         if how == "einsum":
             y, keep = self._einsum(x, routing, d.einsum_masks(routing, slots, priority))
@@ -132,7 +133,7 @@ class MoE(nnx.Module):
                 plan = d.plan_per_token(routing)
             y, keep = self._planned(x, routing, plan, mode), plan.keep
         kept = keep.any(-1) if priority == "leaky-expert-choice" else keep
-        return y, (~kept).mean(dtype=jnp.float32)
+        return y, (~kept).reshape(len(x), -1).mean(1, dtype=jnp.float32)
 
     def _queue(self, routing: Routing, mode: Mode) -> tuple[Routing, Priority, int]:
         """The routing whose choices queue for slots, by which rule, and how many slots an expert has for a sequence."""

@@ -46,7 +46,9 @@ def router_logits(x: Float[Array, "B T D"], kernel: Float[Array, "D E"]) -> Floa
 
 
 def jitter(x: Float[Array, "B T D"], key: Key[Array, ""], amount: float) -> Float[Array, "B T D"]:
-    """The router's input times uniform numbers from [1 - amount, 1 + amount] (Fedus et al. 2021, appendix C)."""
+    """The router's input times uniform numbers from [1 - amount, 1 + amount] (Fedus et al. 2021, appendix C), in at
+    least float32: between 0.99 and 1.01 bfloat16 has five numbers."""
+    x = x.astype(at_least_float32(x.dtype))
     return x * jax.random.uniform(key, x.shape, x.dtype, 1 - amount, 1 + amount)
 
 

@@ -29,7 +29,7 @@ class Evaluation:
     bits_per_byte: float
     """Nats of all predicted tokens / ln 2 / UTF-8 bytes of the stripped stories."""
     drop_fraction: float
-    """Share of (token, choice) pairs without a slot, measured; evaluation is dropless, so 0."""
+    """Share of (token, choice) pairs without a slot, over the scored rows; 0 without an evaluation capacity."""
     tokens: int
     """Predicted tokens."""
     bytes: int
@@ -39,7 +39,8 @@ type EvaluationStep = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLi
 
 
 def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
-    """The jitted (params, inputs, targets, start, weights) -> (summed nats, drop fraction); see `EvaluationBatch`."""
+    """The jitted (params, inputs, targets, start, weights) -> (summed nats, drop fractions of the rows that count,
+    summed); see `EvaluationBatch`."""
 
     def step(
         params: Params, inputs: Array, targets: Array, start: Array, weights: Array
@@ -49,8 +50,8 @@ def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
         # Only the scored span of each row goes through the head, which is most of the arithmetic.
         span = jax.vmap(lambda h, s: jax.lax.dynamic_slice_in_dim(h, s, targets.shape[1]))(hidden, start)
         losses = blocked_token_losses(span.reshape(-1, span.shape[-1]), model.head_matrix(), targets.reshape(-1))
-        dropped = jnp.zeros(()) if stats is None else stats.drop_fraction.mean()
-        return (losses * weights.reshape(-1)).sum(), dropped
+        dropped = jnp.zeros(len(inputs)) if stats is None else stats.drop_fraction.mean(0)
+        return (losses * weights.reshape(-1)).sum(), jnp.where(weights.any(1), dropped, 0).sum()
 
     return jax.jit(step)
 
@@ -59,12 +60,11 @@ def evaluate(
     step: EvaluationStep, params: Params, tokens: np.ndarray, *, seq_len: int, token_bytes: np.ndarray
 ) -> Evaluation:
     """Score a stream `separator, story, separator, ..., separator`; see `evaluation_windows`."""
-    results = [
-        step(params, batch.inputs, batch.targets, batch.start, batch.weights)
-        for batch in evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS)
-    ]
+    batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS))
+    results = [step(params, batch.inputs, batch.targets, batch.start, batch.weights) for batch in batches]
     nats = math.fsum(float(n) for n, _ in results)
     size = text_bytes(tokens, token_bytes)
     count = len(tokens) - 1
-    dropped = float(np.mean([float(d) for _, d in results]))
+    rows = sum(int(batch.weights.any(1).sum()) for batch in batches)
+    dropped = math.fsum(float(d) for _, d in results) / rows
     return Evaluation(nats / count, nats / math.log(2) / size, dropped, count, size)

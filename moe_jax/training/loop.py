@@ -123,7 +123,7 @@ class Session:
             state=state,
             train_step=make_step(graphdef, optimizer, config.train, policy.loss_scaling),
             evaluation_step=make_evaluation_step(graphdef),
-            decoder=Decoder(graphdef, config.model.seq_len),
+            decoder=Decoder(graphdef, config.model.seq_len, store.tokenizer.vocab_size),
             tracer=make_tracer(config.model, graphdef, store.valid.tokens),
             progress=progress,
             resumed_from=newest.step if newest else None,
@@ -290,6 +290,7 @@ def _pause(
             log.sync()
             session.save(step, val_loss)
             signals.unsaved = False
+        asked = signals.asked  # one that came while it was saved counts, at the last step too
     if asked is not None:
         terminal.say(f"stopped at step {step}, which is saved; go on with --resume")
         raise Stopped(asked)
@@ -333,8 +334,9 @@ def finish(session: Session) -> dict[str, Any]:
 
 
 def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: bool) -> dict[str, Any]:
-    """What summary.json holds. `val_*` are of the best checkpoint, on the whole validation stream at the end of a
-    run and on its fixed part before."""
+    """What summary.json holds. At the end of a run `best_step` and `val_*` are of the best checkpoint, on the whole
+    validation stream; before (`val_whole_stream` is false), of the newest evaluation, on the fixed part, be it the
+    best or not."""
     config, references = session.config, session.references
     last = last_train_record(session.folder.metrics)
     counts = totals(count_parameters(config.model))

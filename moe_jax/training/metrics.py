@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from moe_jax.config import RunConfig, UserError
+from moe_jax.config import RunConfig
 
 SMOOTHING = 0.8
 """Decay of the average loss on the terminal, a logged step. The files hold what was measured."""
@@ -78,18 +78,14 @@ def _finite(value: Any) -> Any:
 
 
 def _tensorboard(folder: Path) -> Any:
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("--tensorboard: needs its extra; run `uv run --extra tensorboard train.py ...`") from None
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]  # `cli.check_run` looks for it
+
     return SummaryWriter(str(folder / "tensorboard"))
 
 
 def _wandb(folder: Path, config: RunConfig) -> Any:
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise UserError("--wandb: needs its extra; run `uv run --extra wandb train.py ...`") from None
+    import wandb  # pyright: ignore[reportMissingImports]  # `cli.check_run` looks for it
+
     # One id a folder, so that a resumed run goes on with its curves.
     name = f"{folder.name}-{folder.stat().st_ino}"
     return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=dataclasses.asdict(config))
@@ -122,7 +118,7 @@ class Terminal:
 
     def __init__(self, steps: int, first: int) -> None:
         self.console = Console(file=sys.stdout, highlight=False)
-        self._steps, self._average, self._begin, self._first = steps, None, time.monotonic(), first
+        self._steps, self._average, self._begin, self._first = steps, math.nan, time.monotonic(), first
         self._bar = None
         if self.console.is_terminal:
             self._bar = Progress(
@@ -137,7 +133,10 @@ class Terminal:
     def step(self, record: dict[str, Any], bytes_per_token: float, share_of_peak: float) -> None:
         """Show a record of the training split: every step on a bar, the logged ones as lines."""
         loss = record["loss"]
-        self._average = loss if self._average is None else SMOOTHING * self._average + (1 - SMOOTHING) * loss
+        if not math.isfinite(self._average):  # this is the first, or all before it were not finite
+            self._average = loss
+        elif math.isfinite(loss):
+            self._average = SMOOTHING * self._average + (1 - SMOOTHING) * loss
         bits = self._average / math.log(2) / bytes_per_token
         done = record["step"]
         left = (self._steps - done) * (time.monotonic() - self._begin) / max(done - self._first, 1)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,11 +49,11 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str | bytes) -> None:
     """Replace a file by a rename, so that a reader sees the old text or the new one, after a loss of power too."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with draft.open("wb") as file:
+        file.write(text.encode() if isinstance(text, str) else text)
         file.flush()
         os.fsync(file.fileno())
     draft.replace(path)
@@ -118,16 +119,16 @@ class RunFolder:
             kept = [line for line in lines if _is_before(line, {"train": step, "val": evaluated})]
             write_atomically(self.metrics, "".join(line + "\n" for line in kept))
         if self.samples.exists():
-            parts = self.samples.read_text(encoding="utf-8").split("=== step ")
-            kept = [p for p in parts[1:] if int(p.split(maxsplit=1)[0]) <= evaluated]
-            write_atomically(self.samples, "".join("=== step " + p for p in kept))
+            write_atomically(self.samples, _samples_until(self.samples.read_bytes(), evaluated))
         for trace in self.traces.glob("step_*.json"):
             if int(trace.stem.removeprefix("step_")) > evaluated:
                 trace.unlink()
 
     def add_sample(self, step: int, text: str) -> None:
-        with self.samples.open("a", encoding="utf-8") as file:
-            file.write(f"=== step {step}\n{text.strip()}\n\n")
+        # In bytes, for a story keeps its line ends. A line of it that looks like a header is moved by a space.
+        story = re.sub(r"^(?==== step \d)", " ", text.strip(), flags=re.MULTILINE)
+        with self.samples.open("ab") as file:
+            file.write(f"=== step {step}\n{story}\n\n".encode())
 
     def add_trace(self, step: int, trace: dict[str, Any]) -> None:
         self.traces.mkdir(exist_ok=True)
@@ -135,6 +136,15 @@ class RunFolder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def _samples_until(samples: bytes, evaluated: int) -> bytes:
+    """The stories of samples.txt up to a step; one cut short by a crash, within a character even, is of a later step.
+    A header that was cut short comes after the empty line that ends the last whole story."""
+    headers = re.finditer(rb"^=== step (\d+)\n", samples, re.MULTILINE)
+    end = next((header.start() for header in headers if int(header[1]) > evaluated), len(samples))
+    whole, blank, _ = samples[:end].rpartition(b"\n\n")
+    return whole + blank
 
 
 def _is_before(line: str, last: dict[str, int]) -> bool:

@@ -7,10 +7,13 @@ the number of steps, the evaluations and the corpus are cut down to what a minut
 import dataclasses
 import json
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,28 +32,32 @@ TIMES = frozenset({"tokens_per_second", "wall_seconds"})
 def verify_resume(config: RunConfig, program: Path) -> int:
     """Run the comparison and print it; 0 where every bit is equal. Raises UserError where a run fails by itself."""
     flags = short_flags(config)
-    with tempfile.TemporaryDirectory(prefix="moe-jax-verify-") as scratch:
+    with _terminable(), tempfile.TemporaryDirectory(prefix="moe-jax-verify-") as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
         print(f"{STEPS} steps without a stop ...", flush=True)
-        _finish(_start(program, [*flags, "--out", str(whole)]), whole)
-        after = random.randrange(SAVE_EVERY, STEPS)
+        _finish(program, [*flags, "--out", str(whole)], whole)
+        # The record of a step that is saved is written before the save: one step later there is a checkpoint.
+        after = random.randrange(SAVE_EVERY + 1, STEPS)
         print(f"the same steps, killed after step {after} or soon after ...", flush=True)
-        process = _start(program, [*flags, "--out", str(killed)])
-        _kill_after(process, killed / "metrics.jsonl", after)
+        _kill_after(program, [*flags, "--out", str(killed)], killed / "metrics.jsonl", after)
         print("resumed ...", flush=True)
-        _finish(_start(program, ["--out", str(killed), "--resume"]), killed)
+        _finish(program, [*flags, "--out", str(killed), "--resume"], killed)
         resumed_from = json.loads((killed / "summary.json").read_text())["resumed_from"]
         there, here = fingerprint(whole), fingerprint(killed)
     print(f"{'':10} {'never stopped':32}   killed, resumed from step {resumed_from}")
-    for name in there:
-        print(f"{name:10} {there[name]:32} {'=' if there[name] == here[name] else '≠'} {here[name]}")
+    for name in there | here:
+        one, other = there.get(name, "not there"), here.get(name, "not there")
+        print(f"{name:10} {one:32} {'=' if one == other else '≠'} {other}")
     passed = there == here
     print("PASS: every bit is equal" if passed else "FAIL: they differ; on a GPU, try --deterministic")
     return 0 if passed else 1
 
 
 def short_flags(config: RunConfig) -> list[str]:
-    """The flags of a short run of a configuration: every field, cut down to what a minute allows."""
+    """The flags of a short run of a configuration: every field, cut down to what a minute allows.
+
+    A vocabulary of 0 is the tokenizer's, and left out: the run that is resumed has the tokenizer's number in its place.
+    """
     c = dataclasses.replace
     short = c(
         config,
@@ -70,7 +77,7 @@ def short_flags(config: RunConfig) -> list[str]:
             dot = f"{section}." if section else ""
             if isinstance(value, bool):
                 flags.append(f"--{dot}{'' if value else 'no-'}{name}")
-            elif not dataclasses.is_dataclass(value) and f.name != "out":
+            elif not dataclasses.is_dataclass(value) and f.name != "out" and (f.name != "vocab_size" or value):
                 flags.append(f"--{dot}{name}={value}")
     return flags
 
@@ -89,22 +96,39 @@ def fingerprint(run: Path) -> dict[str, str]:
     }
 
 
-def _start(program: Path, flags: list[str]) -> subprocess.Popen[str]:
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within, SIGTERM unwinds as Ctrl-C does, so that the scratch folder is removed and no child goes on alone."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def _started(program: Path, flags: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that does not outlive the context."""
     command = [sys.executable, str(program), *flags]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
 
 
-def _finish(process: subprocess.Popen[str], run: Path) -> None:
-    output, _ = process.communicate()
+def _finish(program: Path, flags: list[str], run: Path) -> None:
+    with _started(program, flags) as process:
+        output, _ = process.communicate()
     if process.returncode != 0:
         raise UserError(f"{run.name}: the run ended with status {process.returncode}: {output.strip()[-300:]}")
 
 
-def _kill_after(process: subprocess.Popen[str], metrics: Path, step: int) -> None:
-    """End the process without warning once it has logged a step."""
-    while process.poll() is None:
-        if metrics.exists() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
-            process.kill()
-            break
-        time.sleep(0.005)
-    process.communicate()
+def _kill_after(program: Path, flags: list[str], metrics: Path, step: int) -> None:
+    """Start the program, and end it without warning once it has logged a step."""
+    with _started(program, flags) as process:
+        while process.poll() is None:
+            if metrics.exists() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
+                break
+            time.sleep(0.005)

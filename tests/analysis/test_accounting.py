@@ -7,8 +7,18 @@ import jax
 import pytest
 from flax import nnx
 
-from moe_jax.analysis.accounting import Count, count_parameters, muon_flops, totals, training_flops
+from moe_jax.analysis.accounting import (
+    Count,
+    count_parameters,
+    expert_flops,
+    multiplied_rows,
+    muon_flops,
+    totals,
+    training_flops,
+)
+from moe_jax.analysis.compiled import read_program
 from moe_jax.config import ModelConfig, RunConfig, TrainConfig
+from moe_jax.model.moe import Mode, MoE
 from moe_jax.model.transformer import create, split
 from moe_jax.presets import preset
 from tests import tiny
@@ -63,6 +73,22 @@ def test_the_published_size() -> None:
     run = dataclasses.replace(preset("seed-158m"), model=config)
     # 4 sequences of 256 tokens in each of 8 micro-batches; 2 operations forward and 4 backward for each entry.
     assert training_flops(run, 3) == 6 * multiplied * 3 * 4 * 8 * 256
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "einsum", "blocks", "dense"])
+def test_rows_that_each_dispatch_multiplies(dispatch: str) -> None:
+    """Of 3 sequences of 64 tokens with 2 of 4 experts each, 384 pairs, by hand.
+
+    gather, einsum: 16 slots of 4 experts in 3 sequences. blocks: of 128 rows, 4 first ones and 383 // 128 more. dense:
+    192 tokens, 4 times. The program's products of experts have 2 operations a row and entry of three 8 x 6 matrices;
+    those of the masks, which only einsum multiplies, are not the experts'.
+    """
+    rows = {"gather": 192, "einsum": 192, "blocks": 6 * 128, "dense": 768}[dispatch]
+    config = tiny.config(seq_len=64, experts=4, dispatch=dispatch)
+    assert multiplied_rows(config, 3) == rows
+    layer = MoE(config, 1.0, nnx.Rngs(0))
+    program = jax.jit(lambda x: layer(x, Mode.TRAIN)[0]).lower(jax.numpy.zeros((3, 64, 8))).compile().as_text()
+    assert read_program(program).flops_of("experts") == 2 * rows * 3 * 8 * 6 == expert_flops(config, rows)
 
 
 def test_muon_adds_its_matrix_products() -> None:

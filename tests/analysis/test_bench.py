@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moe_jax import environment
 from moe_jax.analysis import gpu_plan
-from moe_jax.analysis.accounting import bound_flops, count_parameters, totals
+from moe_jax.analysis.accounting import bound_flops, count_parameters, expert_flops, totals
 from moe_jax.analysis.bench import card, decoding, feeding, layer, machine, mixtral, peers, report, twins
 from moe_jax.analysis.bench.part import Ask
 from moe_jax.analysis.bench.timing import Measured, Times, alternate, recycled
@@ -24,8 +24,10 @@ from moe_jax.analysis.gpu_memory import Bound, Memory, Target
 from moe_jax.cli import main, parse
 from moe_jax.commands import benchmark
 from moe_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
+from moe_jax.model import precision
 from moe_jax.model.moe import Mode
 from moe_jax.model.transformer import merge
+from moe_jax.presets import PRESETS, preset, with_vocabulary
 from tests import tiny
 
 
@@ -89,6 +91,8 @@ def test_bound_by_hand() -> None:
         {"activation": "gelu", "tied_head": False, "positions": "learned"},
         {"shared_experts": 1},
         {"dense": "active"},
+        {"dispatch": "blocks"},
+        {"dispatch": "blocks", "activation": "gelu", "shared_experts": 1, "top_k": 3},
     ],
     ids=str,
 )
@@ -98,11 +102,34 @@ def test_formula_and_program_agree(changes: dict) -> None:
     assert min(found.compiled.values()) > 0
 
 
-def test_dense_layouts_are_one_function() -> None:
+def test_the_card_of_blocks_by_hand() -> None:
+    """32 tokens, 2 of 4 experts each: 64 pairs in blocks of 16 rows, of which 4 come first and 63 // 16 follow; that is
+    112 rows, and 80 at the capacity. Three products of 16 x 24 and a router of 16 x 4, in two layers."""
+    found = card.formula(config(dispatch="blocks").model, 2)
+    assert found["experts and router"] == 2 * 3 * (112 * 2304 + 32 * 128) / 32
+
+
+LAYERS = pytest.mark.parametrize(
+    "changes", [{"activation": "gelu"}, {"activation": "swiglu"}, {"shared_experts": 1}], ids=str
+)
+
+
+@LAYERS
+def test_dense_layouts_are_one_function(changes: dict) -> None:
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16)), jnp.float32)
-    results = [np.asarray(function(w, x)) for function, w in layer.dense_layouts(config().model).values()]
+    results = [np.asarray(function(w, x)) for function, w in layer.dense_layouts(config(**changes).model).values()]
     for other in results[1:]:
         np.testing.assert_allclose(other, results[0], atol=1e-5)
+
+
+@LAYERS
+def test_dense_layouts_have_the_arithmetic_of_a_token_s_experts(changes: dict) -> None:
+    model = config(**changes).model
+    x = jnp.zeros((2, 16, 16))
+    expected = expert_flops(model, 32 * (model.top_k + model.shared_experts))
+    found = {name: layer.compiled_flops(run, w, x) for name, (run, w) in layer.dense_layouts(model).items()}
+    assert found == dict.fromkeys(found, expected)
+    assert layer.active_flops(model, 32) == expected + 32 * 2 * 16 * 4
 
 
 def test_decoding_must_read_the_active_parameters() -> None:
@@ -176,6 +203,45 @@ def test_the_shape_that_both_sides_build() -> None:
         assert sum(p.numel() for p in model.parameters()) == by_hand
 
 
+EVERYTHING = {
+    "norm": "layernorm",
+    "positions": "learned",
+    "activation": "gelu",
+    "bias": True,
+    "copying_heads": True,
+    "scaled_embedding": True,
+    "ngrams": 3,
+    "ngram_rows": 7,
+    "quiet_branches": True,
+    "qk_norm": True,
+    "dropout": 0.1,
+    "attention_dropout": 0.1,
+    "dense": "active",
+    "balancing": "bias",
+    "shared_experts": 1,
+    "router_noise": 0.1,
+    "router_jitter": 0.1,
+    "eval_capacity_factor": 1.0,
+}
+
+
+@pytest.mark.parametrize("name", [*PRESETS, "everything"])
+def test_ours_has_the_parameters_of_mixtral(name: str) -> None:
+    """Embedding, head and last norm; in a layer four projections, a router, three matrices an expert and two norms."""
+    given = config(**EVERYTHING) if name == "everything" else with_vocabulary(preset(name))
+    ours = peers.like_mixtral(given)
+    c = ours.model
+    layer = 4 * c.width**2 + c.width * c.experts + 3 * c.experts * c.width * c.expert_hidden + 2 * c.width
+    assert totals(count_parameters(c)).total == 2 * c.vocab_size * c.width + c.width + c.layers * layer
+    assert peers.shape_of(ours, 8) == peers.shape_of(given, 8)
+    assert (ours.train.optimizer, ours.train.weights, ours.train.remat) == ("adamw", "float32", False)
+
+
+def test_ours_has_nothing_that_mixtral_has_not() -> None:
+    plain = {"norm": "rmsnorm", "positions": "rope", "activation": "swiglu", "bias": False, "tied_head": False}
+    assert peers.like_mixtral(config(**EVERYTHING)).model == config(**plain).model
+
+
 class Pretended:
     """A peer that takes 1,000 s with one implementation of experts and 2,000 with the other."""
 
@@ -222,6 +288,21 @@ def test_parts_print_tables_and_give_their_numbers(part: str, monkeypatch: pytes
         assert learned == {"moe": 0.9, "dense-active": 1.0, "dense-total": 0.8}
         active, total = (numbers["models"][name]["mflops_per_token"] for name in ("dense-active", "dense-total"))
         assert active < numbers["models"]["moe"]["mflops_per_token"] < total
+
+
+@pytest.mark.parametrize("part", ["train", "decode"])
+def test_a_record_repeats_what_was_asked(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "prepare", lambda: None)
+    monkeypatch.setattr(benchmark.Benchmark, "_draw", lambda self, models, path: None)
+    monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
+    monkeypatch.setitem(report.PARTS, part, lambda console, ask: {"models": {}})
+    asked = benchmark.Benchmark(part=part, preset="nano", batch_size=3, rounds=2, uniform_routing=True)
+    assert asked.execute() == 0
+    record = json.loads(next((tmp_path / "benchmarks").glob("*.json")).read_text())
+    arguments = record["command"].removeprefix("uv run benchmark.py ").split()
+    assert parse(benchmark.Benchmark, arguments, prog="benchmark.py", description="") == asked
+    assert record.get("training_precision") == {"train": "bfloat16", "decode": None}[part]
 
 
 def test_uniform_routing_gives_every_expert_as_much() -> None:

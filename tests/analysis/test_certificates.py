@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from moe_jax.analysis import certificates
-from moe_jax.analysis.certificates import certify, layer_arithmetic, layer_causality, model_causality
+from moe_jax.analysis.certificates import certify, initial_params, layer_arithmetic, layer_causality, model_causality
 from moe_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.model.transformer import create, split
 
@@ -21,15 +21,28 @@ def run_config(model: ModelConfig) -> RunConfig:
     return RunConfig(model=model, data=DataConfig(), train=TrainConfig(steps=10, precision="float32"))
 
 
-def test_all_certificates_of_a_small_model() -> None:
-    model = small()
-    _, params = split(create(model, jax.random.key(0)))
-    found = list(certify(run_config(model), params, batch_size=2))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"dispatch": "blocks", "width": 48, "expert_hidden": 16, "activation": "swiglu", "top_k": 3}
+        | {"quiet_branches": True},
+    ],
+    ids=["gather", "blocks"],
+)
+def test_all_certificates_of_a_small_model(changes: dict) -> None:
+    """With blocks also experts that are narrower than the model and branches that start at zero, as in `story-cpu`."""
+    config = run_config(small(**changes))
+    found = list(certify(config, initial_params(config), batch_size=2))
     assert [c.name for c in found if not c.passed] == []
     assert len(found) == len(certificates.VARIANTS) + 1 + 4 + 2 + 1
     leaks = [c.found for c in found if c.asked.startswith("leaks")]
     assert len(leaks) == 3
     assert not any(text.startswith("0 ") for text in leaks)
+    # Every variant with a capacity was tried under drops.
+    tried = [c for c in found[: len(certificates.VARIANTS)] if "blocks" not in c.name]
+    assert len(tried) == len(certificates.VARIANTS) - 1
+    assert not any(", 0% dropped" in c.found for c in tried)
 
 
 def test_a_leak_in_the_priority_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

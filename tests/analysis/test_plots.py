@@ -75,3 +75,12 @@ def test_a_trace_in_a_notebook(folder: Path) -> None:
     assert trace.figures().keys() == {"load", "tokens"}
     bars = [bar.get_height() for bar in trace_figures(trace)["load"].axes[1].patches]
     assert bars == trace.load()[1].tolist()
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "blocks", "dense"])
+def test_a_trace_has_a_line_of_slots_where_there_are_slots(dispatch: str, tmp_path: Path) -> None:
+    trace = routing_trace(load_run(saved_run.save_run(tmp_path, dispatch=dispatch)), "a cat and a dragon")
+    first, second = trace_figures(trace)["load"].axes
+    limited = dispatch == "gather"
+    assert [list(line.get_ydata()) for line in second.get_lines()] == limited * [[16, 16]]  # 2 windows of 8 slots
+    assert ("slots" in first.get_ylabel()) == limited

@@ -132,9 +132,10 @@ def test_counts_of_the_planted_corpus() -> None:
     np.testing.assert_array_equal(together, together.T)
     assert np.triu(together, 1).sum() == corpus.tokens  # two choices make one pair a token
     assert np.diag(together).sum() == 2 * corpus.tokens
+    by_factor = dict(zip(*data["drops_by_factor"].values(), strict=True))
     # 64 pairs a window for three experts of 16 slots each: at least a quarter is dropped.
-    assert 0.25 <= data["drops"][0] < 0.5
-    assert data["drops_by_factor"]["drop"][-1] == [0.0]
+    assert 0.25 <= by_factor[1.0][0] < 0.5
+    assert by_factor[4.0] == [0.0]
 
 
 def test_the_flow_follows_each_token() -> None:
@@ -154,6 +155,21 @@ def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
     assert (corpus.drop_fraction(1.0) > 0.02).all()
     assert (corpus.dropped_at[:, : 8 // 2] == 0).all()  # 8 slots: the first tokens always find one
     assert (corpus.drop_fraction(4.0) == 0).all()
+    np.testing.assert_allclose(corpus_data(corpus)["drops"], corpus.drop_fraction(1.0), atol=0.00006)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0])
+@pytest.mark.parametrize("dispatch", ["gather", "blocks", "dense"])
+def test_the_drops_of_a_run_are_those_of_its_dispatch(dispatch: str, factor: float, tmp_path: Path) -> None:
+    """A capacity factor that would drop is no word about a run without a capacity: neither drops nor a mark of its own
+    among the factors."""
+    run = load_run(saved_run.save_run(tmp_path, dispatch=dispatch, capacity_factor=factor))
+    corpus = corpus_routing(run, np.random.default_rng(1).integers(0, 257, 1000))
+    data = corpus_data(corpus)
+    assert (corpus.drop_fraction(factor) > 0.02).all()
+    assert (np.array(data["drops"]) > 0).all() == (dispatch == "gather")
+    assert (np.array(data["drops"]) == 0).all() == (dispatch != "gather")
+    assert (0.6 in data["drops_by_factor"]["factor"]) == (dispatch == "gather" and factor == 0.6)
 
 
 def test_evenness_of_a_load() -> None:
@@ -244,6 +260,18 @@ def test_the_compiled_layer_does_the_work_of_its_slots(written: tuple[str, dict]
     assert [d["source"] for d in compiled["dots"]][-1] == "router/btd,de->bte/dot_general"
     assert compiled["instructions"]["dot"] == compiled["primitives"]["dot_general"] == len(compiled["dots"]) == 4
     assert compiled["primitives"]["top_k"] == 1
+
+
+@pytest.mark.parametrize(("dispatch", "rows"), [("blocks", 7 * 8), ("dense", 4 * 16)])
+def test_without_a_capacity_the_layer_is_held_against_its_active_rows(dispatch: str, rows: int, tmp_path: Path) -> None:
+    """16 tokens of 2 choices are 32 rows, not the 4 x 12 that the capacity factor would give. `blocks` pads them to 4
+    blocks of 8, one an expert, and 3 more; `dense` has every token at every expert."""
+    run = load_run(saved_run.save_run(tmp_path, dispatch=dispatch, capacity_factor=1.5, shared_experts=1))
+    compiled = report_compiled.compiled_layer(run)
+    row = 2 * 3 * 8 * 6
+    assert compiled["bound"] == 32 * row
+    assert compiled["expert_flops"] == rows * row
+    assert compiled["dense"] == 64 * row
 
 
 def test_operations_inside_of_loops_and_conditions_are_counted() -> None:

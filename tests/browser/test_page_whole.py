@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from moe_jax.analysis.report import write_report
+from tests import saved_run
 from tests.browser.opened import LAYERS, E, K, Opened, page_data
 
 
@@ -107,3 +109,44 @@ def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
     box = opened.page.locator("#tokens").evaluate("(box) => [box.scrollHeight, box.clientHeight]")
     assert box[0] <= box[1] + 1
     opened.page.close()
+
+
+@pytest.mark.parametrize("dispatch", ["gather", "blocks"])
+def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
+    browser: Any, tmp_path: Path, dispatch: str
+) -> None:
+    """Everywhere alike: at the top, in the table of the layers, in the pictures and in the compiled layer."""
+    folder = saved_run.save_run(tmp_path, dispatch=dispatch, capacity_factor=1.2)
+    opened = Opened(browser, write_report(folder, folder / "page.html", text="a cat and a dragon"))
+    opened.draw_everything()
+    limited = dispatch == "gather"
+    text = lambda name: opened.page.locator(name).inner_text().replace("\u00a0", " ")  # noqa: E731
+    dropped = opened.page.locator("#entropy tbody td:nth-child(3)").all_inner_texts()
+    assert [cell != "0.00\u00a0%" for cell in dropped] == [limited] * LAYERS
+    assert ("this dispatch has no capacity" in text("#facts")) == (not limited)
+    assert ("what found no room" in text("#lead")) == limited
+    assert ("capacity line" in text("#load")) == limited
+    assert ("this run: 1.2" in opened.page.locator("#factors").text_content()) == limited
+    assert ("find an expert full" in text("#positions")) == limited
+    said, costs = text("#compiled-explain"), text("#costs")
+    if limited:
+        assert "filling exactly the slots needs 0.01 M (ratio 1.000), and running" in said
+        assert "Needed: the slots, filled" in costs
+    else:
+        # 32 rows of 2 x 3 x 8 x 6 operations, in 7 blocks of 8.
+        need = (
+            "the active rows, 32 choices of the window's tokens, need 0.01 M (ratio 1.750; what is over is the padding"
+        )
+        assert need in said
+        assert "slots" not in said + costs
+        assert "Needed: the active rows" in costs
+    assert opened.said == []
+    opened.page.close()
+
+
+def test_the_glossary_holds_for_one_choice_and_for_balance_by_bias(opened: Opened) -> None:
+    """The gate of a single choice is its probability (`route`), and with a bias it is p + bias that decides."""
+    opened.page.locator(".glossary summary").click()
+    words = opened.page.locator(".glossary").inner_text()
+    assert "a single choice has the router's probability as its gate" in words
+    assert "a number of each expert is added to its probability before the largest few are taken" in words

@@ -202,6 +202,18 @@ def test_a_public_data_set_is_streamed_from_a_pinned_revision(monkeypatch):
     ]
 
 
+def test_a_connection_that_breaks_is_said_in_one_line(monkeypatch):
+    """The hub's client has errors of its own, which are no OSError."""
+    client = pytest.importorskip("huggingface_hub.utils").httpx
+
+    def load(*_, **__):
+        raise client.RemoteProtocolError("Server disconnected")
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    with pytest.raises(UserError, match=r"^tinystories: no network.*\(Server disconnected\)"):
+        stories_of("tinystories")
+
+
 @pytest.mark.parametrize("when", ["opening", "reading"])
 def test_no_network_is_said_in_one_line(monkeypatch, when):
     def rows():

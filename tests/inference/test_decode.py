@@ -20,7 +20,7 @@ NEVER = -1
 @functools.lru_cache
 def model():
     graphdef, params = tiny.build(tiny.config())
-    return graphdef, params, Decoder(graphdef, tiny.T)
+    return graphdef, params, Decoder(graphdef, tiny.T, tiny.V)
 
 
 @functools.lru_cache
@@ -93,7 +93,7 @@ def test_the_penalty_covers_prompt_and_new_tokens_also_past_the_context() -> Non
 def test_one_program_each() -> None:
     _, params, _ = model()
     graphdef = model()[0]
-    decoder = Decoder(graphdef, tiny.T)
+    decoder = Decoder(graphdef, tiny.T, tiny.V)
     for prompt in ([1], [1, 2, 3], tiny.tokens(11).tolist()):
         for _ in decoder.stream(params, prompt, settings=GREEDY, key=jax.random.key(0), stop=NEVER, limit=12):
             pass
@@ -110,3 +110,22 @@ def test_no_token_copies_the_cache() -> None:
     shape = ",".join(str(n) for n in state.cache[0].key.shape)
     assert re.search(rf"f32\[{shape}\]\S* (parameter|fusion)\(", program), "the cache is not in the program at all"
     assert not re.findall(rf"f32\[{shape}\]\S* copy\(", program)
+
+
+def test_the_penalty_does_not_hold_off_the_end_of_a_story() -> None:
+    """The separator that a prompt begins with is also the end: unlike other tokens of the prompt it is not seen."""
+    draws = []
+    graphdef, params, _ = model()
+    decoder = Decoder(graphdef, tiny.T, tiny.V)
+    draw, decoder.draw = decoder.draw, lambda *given: draws.append(np.flatnonzero(given[2][0]).tolist()) or draw(*given)
+    settings = Sampling(temperature=0.0, repetition_penalty=1.5)
+    list(decoder.stream(params, [3, 5, 6], settings=settings, key=jax.random.key(0), stop=3, limit=1))
+    assert draws == [[5, 6]]
+
+
+def test_tokens_of_a_padded_vocabulary_are_never_drawn() -> None:
+    graphdef, params, _ = model()
+    settings = Sampling(temperature=50.0)  # about uniform
+    decoder = Decoder(graphdef, tiny.T, tiny.V - 4)
+    drawn = list(decoder.stream(params, [1], settings=settings, key=jax.random.key(0), stop=NEVER, limit=100))
+    assert set(drawn) == set(range(tiny.V - 4))

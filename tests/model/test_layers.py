@@ -76,6 +76,7 @@ def test_masks_drop_the_named_share_each_entry_by_itself() -> None:
     assert abs(mask.mean() - 0.7) < 5 * np.sqrt(0.7 * 0.3 / 90_001)
     pairs = mask[:90_000].reshape(-1, 2)
     assert abs(pairs.all(1).mean() - 0.49) < 5 * np.sqrt(0.49 * 0.51 / 45_000)
+    assert keep_mask(jax.random.key(0), 0.999999, (90_001,)).sum() < 20
     assert keep_mask(jax.random.key(0), 0.3, (3, 5)).shape == (3, 5)
     assert (mask != np.asarray(keep_mask(jax.random.key(1), 0.3, (90_001,)))).any()
 

@@ -1,11 +1,13 @@
-"""The load of the experts in TensorBoard, a histogram whose bars are the experts; metrics.jsonl read from its end."""
+"""The load of the experts in TensorBoard, a histogram whose bars are the experts; metrics.jsonl read from its end;
+the average loss on the terminal."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
-from moe_jax.training.metrics import add_load, last_train_record
+from moe_jax.training.metrics import Terminal, add_load, last_train_record
 
 
 class Writer:
@@ -52,3 +54,21 @@ def test_no_record_of_training(tmp_path: Path) -> None:
     assert last_train_record(tmp_path / "metrics.jsonl") == {}
     (tmp_path / "metrics.jsonl").write_text("")
     assert last_train_record(tmp_path / "metrics.jsonl") == {}
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ([2.0, math.nan, 2.0], ["2.000", "2.000", "2.000"]),
+        ([math.nan, 2.0, 3.0], ["nan", "2.000", "2.200"]),
+    ],
+)
+def test_a_loss_that_is_not_a_number_does_not_stay(
+    losses: list[float], shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal(3, 0)
+    for step, loss in enumerate(losses, start=1):
+        terminal.step({"step": step, "loss": loss, "tokens_per_second": 1.0, "drop_fraction": 0.0}, 1.0, 0.0)
+    terminal.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert [line.split("loss ")[1].split(" ")[0] for line in lines] == shown

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, Trai
 from moe_jax.training import loop
 from moe_jax.training.loop import Session, finish, train
 from moe_jax.training.run import RunFolder, load_run
+from moe_jax.training.signals import Signals, Stopped
 from tests import saved_run, tiny
 
 TIMES = {"tokens_per_second", "wall_seconds"}
@@ -280,3 +282,50 @@ def test_cutting_back_keeps_what_came_before(tmp_path: Path) -> None:
     folder.cut_back(2, 2)
     assert folder.metrics.read_text().splitlines() == lines[:2]
     assert folder.samples.read_text() == "=== step 1\none\n\ntwo\n\n=== step 2\nthree\n\n"
+
+
+def test_cutting_back_leaves_the_bytes_of_a_story(tmp_path: Path) -> None:
+    """Its line ends, and lines of it that look like the header of a later step."""
+    folder = RunFolder(tmp_path)
+    folder.add_sample(1, "one\r\ntwo\rthree ü=== step 9\n=== step on it\n=== step 9\n\nfour")
+    folder.add_sample(2, "=== step 9\nfive")
+    before = folder.samples.read_bytes()
+    folder.add_sample(3, "six")
+    folder.cut_back(2, 2)
+    assert folder.samples.read_bytes() == before
+    assert b"one\r\ntwo\rthree" in before
+    folder.cut_back(2, 0)
+    assert folder.samples.read_bytes() == b""
+
+
+def test_cutting_back_a_sample_that_was_cut_short(tmp_path: Path) -> None:
+    """At every byte: within the header, within a character, between paragraphs."""
+    folder = RunFolder(tmp_path)
+    folder.add_sample(1, "one ü\n\ntwo")
+    before = folder.samples.read_bytes()
+    folder.add_sample(12, "three ü\n\nfour")
+    whole = folder.samples.read_bytes()
+    for size in range(len(before), len(whole) + 1):
+        folder.samples.write_bytes(whole[:size])
+        folder.cut_back(1, 1)
+        assert folder.samples.read_bytes() == before, whole[:size]
+
+
+@pytest.mark.parametrize("save", [1, 2])
+def test_a_signal_while_a_step_is_saved_counts(save: int, text: Path, tmp_path: Path) -> None:
+    """At the last step too: the process ends as stopped, with the step saved, and goes on to its end later."""
+    session = Session.open(configuration(text, tmp_path / "run", steps=4, eval_every=100, save_every=2), None)
+    signals, write, saves = Signals(), session.save, []
+
+    def interrupted(step: int, val_loss: float | None) -> None:
+        write(step, val_loss)
+        saves.append(step)
+        if len(saves) == save:
+            signals.asked = signal.SIGTERM
+
+    session.save = interrupted
+    with pytest.raises(Stopped) as stopped:
+        train(session, signals)
+    assert stopped.value.status == 128 + signal.SIGTERM
+    assert saves == [2, 4][:save]
+    assert session.saved_step == int(session.state.step) == 2 * save

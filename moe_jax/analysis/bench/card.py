@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_jax.analysis.accounting import Count, bound_flops, count_parameters, expert_flops, router_flops, totals
+from moe_jax.analysis.accounting import Count, count_parameters, expert_flops, multiplied_rows, router_flops, totals
 from moe_jax.analysis.bench.training import compile_step
 from moe_jax.analysis.compiled import read_program
 from moe_jax.config import ModelConfig, RunConfig
@@ -16,7 +16,8 @@ class Card(NamedTuple):
 
     parameters: dict[str, Count]
     formula: dict[str, float]
-    """Training operations of one token by group: forward and backward, experts at their capacity."""
+    """Training operations of one token by group: forward and backward, and of experts all rows that are
+    multiplied."""
     compiled: dict[str, float]
     """The same, read from the optimised program of a whole training step."""
     all_experts: float
@@ -28,17 +29,20 @@ class Card(NamedTuple):
         return max(abs(self.compiled[group] / flops - 1) for group, flops in self.formula.items())
 
 
-def formula(config: ModelConfig) -> dict[str, float]:
-    """Forward and backward operations of one token in a sequence of T, by group.
+def formula(config: ModelConfig, batch_size: int) -> dict[str, float]:
+    """Forward and backward operations of one token in a batch of sequences of T, by group.
 
     Attention: four projections of D x D; and six products of a query with the keys of its block of queries (two
-    forward, four backward), of which a block sees those up to its own end.
+    forward, four backward), of which a block sees those up to its own end. Experts: the rows that the
+    dispatch multiplies, filled or not; the products of `einsum` with its masks are left out.
     """
     c = config
+    tokens = batch_size * c.seq_len
     seen = sum((end - first) * end for first, end in attention.query_blocks(c.seq_len)) / c.seq_len
     scores = 6 * 2 * c.width * seen
     if c.dense == "none":
-        ffn = 3 * bound_flops(c, 1) / c.seq_len
+        rows = multiplied_rows(c, batch_size) + tokens * c.shared_experts
+        ffn = 3 * (expert_flops(c, rows) + router_flops(c, tokens)) / tokens
     else:
         ffn = 6 * totals({"ffn": count_parameters(c)["dense FFN"]}).multiplied / c.layers
     return {
@@ -52,7 +56,7 @@ def compute(config: RunConfig, batch_size: int) -> Card:
     """Compiles the training step, for `batch_size` sequences, and counts."""
     program = read_program(compile_step(config, batch_size).as_text())
     tokens = batch_size * config.model.seq_len
-    by_formula = formula(config.model)
+    by_formula = formula(config.model, batch_size)
     compiled = {group: program.flops_of(scope) / tokens for group, scope in COMPILED_SCOPES.items()}
     c = config.model
     every = 3 * c.layers * (expert_flops(c, c.experts + c.shared_experts) + router_flops(c, 1))

@@ -46,39 +46,48 @@ def with_gradients(forward: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 
 def dense_layouts(config: ModelConfig) -> dict[str, tuple[Callable[..., Any], Any]]:
-    """Dense networks of the arithmetic of K experts: plain, cut into K batched parts, with turned weights, and with
-    the model's own products, whose gradients of the weights turn the rows."""
-    width, hidden = config.width, config.top_k * config.expert_hidden
-    w_in = jax.random.normal(jax.random.key(1), (width, hidden)) / math.sqrt(width)
+    """Dense networks of the activation of the experts that a token passes, K and the shared ones, and of their
+    arithmetic: plain, cut into a batched part an expert, with turned weights, and with the model's own products, whose
+    gradients of the weights turn the rows. Weights are (the first products', w_out), in the order of `Experts`."""
+    experts = config.top_k + config.shared_experts
+    width, hidden = config.width, experts * config.expert_hidden
+    keys = (1, 5) if config.activation == "swiglu" else (1,)
+    first = [jax.random.normal(jax.random.key(key), (width, hidden)) / math.sqrt(width) for key in keys]
     w_out = jax.random.normal(jax.random.key(2), (hidden, width)) / math.sqrt(hidden)
-    act = jax.nn.gelu
+
+    def act(h: list[jax.Array]) -> jax.Array:
+        return jax.nn.silu(h[1]) * h[0] if config.activation == "swiglu" else jax.nn.gelu(h[0])
 
     def plain(w: Any, x: jax.Array) -> jax.Array:
-        return act(x @ w[0]) @ w[1]
+        return act([x @ w_in for w_in in w[0]]) @ w[1]
 
     def flat(w: Any, x: jax.Array) -> jax.Array:
-        return (act(x.reshape(-1, width) @ w[0]) @ w[1]).reshape(x.shape)
+        return plain(w, x.reshape(-1, width)).reshape(x.shape)
 
     def parts(w: Any, x: jax.Array) -> jax.Array:
-        h = act(jnp.einsum("nd,kdf->knf", x.reshape(-1, width), w[0]))
+        h = act([jnp.einsum("nd,kdf->knf", x.reshape(-1, width), w_in) for w_in in w[0]])
         return jnp.einsum("knf,kfd->nd", h, w[1]).reshape(x.shape)
 
     def turned(w: Any, x: jax.Array) -> jax.Array:
-        h = act(jnp.einsum("nd,fd->nf", x.reshape(-1, width), w[0]))
+        h = act([jnp.einsum("nd,fd->nf", x.reshape(-1, width), w_in) for w_in in w[0]])
         return jnp.einsum("nf,fd->nd", h, w[1]).reshape(x.shape)
 
     def own(w: Any, x: jax.Array) -> jax.Array:
-        return product(act(product(x.reshape(-1, width), w[0])), w[1]).reshape(x.shape)
+        return product(act([product(x.reshape(-1, width), w_in) for w_in in w[0]]), w[1]).reshape(x.shape)
 
-    k = config.top_k
-    cut = (w_in.reshape(width, k, -1).swapaxes(0, 1), w_out.reshape(k, -1, width))
+    cut = [w_in.reshape(width, experts, -1).swapaxes(0, 1) for w_in in first]
     return {
-        "dense, plain": (plain, (w_in, w_out)),
-        "dense, flat": (flat, (w_in, w_out)),
-        "dense, in parts": (parts, cut),
-        "dense, turned": (turned, (w_in.T, w_out)),
-        "dense, own products": (own, (w_in, w_out)),
+        "dense, plain": (plain, (first, w_out)),
+        "dense, flat": (flat, (first, w_out)),
+        "dense, in parts": (parts, (cut, w_out.reshape(experts, -1, width))),
+        "dense, turned": (turned, ([w_in.T for w_in in first], w_out)),
+        "dense, own products": (own, (first, w_out)),
     }
+
+
+def active_flops(config: ModelConfig, tokens: int) -> int:
+    """Forward operations of the layer on so many tokens, if no slot were empty and no choice dropped."""
+    return expert_flops(config, tokens * (config.top_k + config.shared_experts)) + router_flops(config, tokens)
 
 
 def compiled_flops(function: Callable[..., Any], *operands: Any) -> int:
@@ -107,7 +116,7 @@ def benchmark_layer(config: ModelConfig, rounds: int = 15) -> tuple[dict[str, fl
     times = alternate(candidates, rounds)
     rate = max(flops / times[name].median for name, (_, flops) in products.items())
     tokens = BATCH * config.seq_len
-    active = expert_flops(config, tokens * config.top_k) + router_flops(config, tokens)
+    active = active_flops(config, tokens)
     bound = bound_flops(config, BATCH)
     moe = times["MoE"].median
     dense = {name: t.median for name, t in times.items() if name.startswith("dense")}

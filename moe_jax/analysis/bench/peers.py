@@ -2,7 +2,7 @@
 
 The shape is that of the preset with what Mixtral has: RMSNorm, rotary positions, SwiGLU, no biases, no dropout, an
 untied head. Both train with AdamW, clipping and the balance loss. Ours has a capacity, and drops what exceeds it, in
-training only; theirs has none.
+training only, unless the preset's dispatch is dropless; theirs has none.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from moe_jax.analysis.bench import decoding
 from moe_jax.analysis.bench.mixtral import Shape
 from moe_jax.analysis.bench.timing import Measured, Times, alternate
 from moe_jax.analysis.bench.training import Trainer
-from moe_jax.config import RunConfig
+from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.model.moe import Mode
 from moe_jax.model.transformer import Params, merge
 from moe_jax.training.run import abstract_model
@@ -35,20 +35,26 @@ TURN = 0.5
 17 ms at first, and 9 then."""
 
 
+KEPT = (
+    *("vocab_size", "seq_len", "layers", "width", "heads", "experts", "top_k", "expert_hidden"),
+    *("capacity_factor", "dispatch", "priority"),
+)
+"""What stays of a preset's model: its shape, and how training brings tokens to experts."""
+
+
 def like_mixtral(config: RunConfig) -> RunConfig:
-    """The configuration with what Mixtral has in place of what it has not."""
-    model = dataclasses.replace(
-        config.model,
+    """The configuration with what Mixtral has in place of what it has not. Every other field of the model takes its
+    default, which is to be off, so that no extra can be forgotten here."""
+    model = ModelConfig(
+        **{name: getattr(config.model, name) for name in KEPT},
         norm="rmsnorm",
         positions="rope",
         activation="swiglu",
         bias=False,
         tied_head=False,
-        dropout=0.0,
-        attention_dropout=0.0,
-        copying_heads=False,
     )
-    return dataclasses.replace(config, model=model)
+    train = dataclasses.replace(config.train, optimizer="adamw", weights="float32", remat=False)
+    return dataclasses.replace(config, model=model, train=train)
 
 
 def shape_of(config: RunConfig, batch_size: int) -> Shape:

@@ -53,7 +53,8 @@ def train(console: Console, ask: Ask) -> dict[str, Any]:
 def _model(ask: Ask, dense: Dense, times: Times) -> dict[str, float]:
     """What one model costs, and what it learned."""
     config = twin(ask.config, dense).model
-    found = {"ms_per_step": 1e3 * times.median, "mflops_per_token": sum(card.formula(config).values()) / 1e6}
+    flops = sum(card.formula(config, ask.batch_size).values())
+    found = {"ms_per_step": 1e3 * times.median, "mflops_per_token": flops / 1e6}
     return found | ({"bits_per_byte": ask.quality[dense]} if ask.quality else {})
 
 

@@ -14,13 +14,13 @@ const drawFactors = () => {
   const { factor, drop } = corpus.drops_by_factor;
   const series = layerSeries(factor, range(L).map((l) => drop.map((row) => row[l])));
   fill(clear(byId("factors")), {}, [
-    caption("What other capacity factors would have dropped", "Share of choices dropped, with the routing as it is. A factor of 1 gives every expert exactly its fair share of slots."),
-    lineChart({ label: "Share dropped by capacity factor", series, x: "capacity factor", ticks: [0.25, 1, 2, 3, 4], format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), marks: [{ x: model.capacity_factor, text: `this run: ${model.capacity_factor}` }] }), key(series),
+    caption(`What ${model.dropless ? "" : "other "}capacity factors would have dropped`, "Share of choices dropped, with the routing as it is. A factor of 1 gives every expert exactly its fair share of slots."),
+    lineChart({ label: "Share dropped by capacity factor", series, x: "capacity factor", ticks: [0.25, 1, 2, 3, 4], format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), marks: model.dropless ? [] : [{ x: model.capacity_factor, text: `this run: ${model.capacity_factor}` }] }), key(series),
   ]);
   const { first, drop: at } = corpus.drops_by_position;
   const places = layerSeries(first, at);
   fill(clear(byId("positions")), {}, [
-    caption("Where in a window drops fall", model.priority === "token"
+    caption("Where in a window drops fall", model.dropless ? null : model.priority === "token"
       ? "Slots go to earlier tokens first, so it is the later ones that find an expert full. This keeps the model causal: no token can take the slot of one before it."
       : `Slots are given out by the rule ${model.priority}, under which a later token can take the slot of an earlier one.`),
     model.dropless ? el("p", { class: "small" }, "Nothing is dropped.") : lineChart({ label: "Share dropped by place in the window", series: places, x: "place in the window", format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), top: Math.max(0.01, ...at.flat()) }), model.dropless ? null : key(places),

@@ -59,12 +59,12 @@ const drawCounts = () => {
 const drawExperts = () => {
   const layer = state.layer;
   byId("experts-explain").textContent =
-    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. A token is listed under an expert when it chooses that expert more often than chance would have it, strongest first (log-likelihood ratio G², p < 0.001 after correction for all pairs looked at). The percentage says how many of the token's occurrences choose the expert: by chance ${percent(K / E, 0)} would. Point at a token for its counts; ␣ is a space.`;
+    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. A token is listed under an expert when it chooses that expert more often than chance would have it, strongest first (log-likelihood ratio G², p < 0.001 after correction for all pairs looked at). The percentage says how many of the token's occurrences choose the expert: by chance ${percent(K / E, 0)} would. A kind of token is named in bold where its different tokens, each counted once, choose the expert more than those of kinds shuffled at random do (p ≤ 0.01 for all kinds and experts of the model together). Point at a token for its counts; ␣ is a space.`;
   fill(clear(byId("specialists")), {}, range(E).map(specialistCard));
   drawCounts();
   const fair = 1 / E, line = model.capacity / (model.seq_len * K);
   fill(clear(byId("load")), {}, [
-    caption(`Load of each expert in layer ${layer}`, "Share of all choices, before drops. The capacity line is what its slots can take if every window is alike."),
+    caption(`Load of each expert in layer ${layer}`, model.dropless ? "Share of all choices." : "Share of all choices, before drops. The capacity line is what its slots can take if every window is alike."),
     expertBars({ label: `Load of each expert in layer ${layer}`, values: corpus.load[layer], format: (v) => percent(v, 0), references: [{ y: fair, text: "fair share" }, ...(model.dropless ? [] : [{ y: line, text: "capacity" }])],
       say: (e, v) => `Expert ${e}: ${percent(v, 2)} of the choices, ${(v / fair).toFixed(2)} times its fair share` }),
   ]);

@@ -50,12 +50,15 @@ const drawCompiled = () => {
   const c = data.compiled, box = clear(byId("compiled-figure"));
   const giga = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} G` : `${(n / 1e6).toFixed(2)} M`);
   const begin = `One MoE layer, forward, for one window of ${whole(model.seq_len)} tokens, compiled for ${c.platform}`;
+  // What the products are held against: the slots of a capacity, or without one the rows that tokens chose.
+  const needs = model.dropless ? `the active rows, ${count(model.seq_len * K, "choice")} of the window's tokens, need` : "filling exactly the slots needs";
+  const over = !model.dropless ? "" : `; what is over ${model.dispatch === "dense" ? "are rows of experts that a token did not choose" : "is the padding of the blocks"}`;
   byId("compiled-explain").textContent = !c.dots.length
-    ? `${begin}. The compiler hands the matrix products to a library here, so the program does not list them; filling exactly the slots needs ${giga(c.bound)} operations of them.`
+    ? `${begin}. The compiler hands the matrix products to a library here, so the program does not list them; ${needs} ${giga(c.bound)} operations of them.`
     : `${begin}: every matrix product in the optimised program. ` +
-    `The experts' products cost ${giga(c.expert_flops)} operations; filling exactly the slots needs ${giga(c.bound)} (ratio ${(c.expert_flops / c.bound).toFixed(3)}), and running every expert on every token would need ${giga(c.dense)}.`;
+    `The experts' products cost ${giga(c.expert_flops)} operations; ${needs} ${giga(c.bound)} (ratio ${(c.expert_flops / c.bound).toFixed(3)}${over}), and running every expert on every token would need ${giga(c.dense)}.`;
   const rows = c.dots.map((d) => el("tr", {}, el("td", {}, el("code", {}, d.shapes)), el("td", { class: "num" }, d.runs > 1 ? `${giga(d.flops)} (${d.runs} times)` : giga(d.flops)), el("td", { class: "num" }, percent(d.flops / c.total)), el("td", {}, el("code", {}, d.source))));
-  const costs = [["Needed: the slots, filled", c.bound, true], ["Compiled: the experts", c.expert_flops], ["Compiled: the whole layer", c.total], ["All experts on all tokens", c.dense, true]];
+  const costs = [[`Needed: the ${model.dropless ? "active rows" : "slots, filled"}`, c.bound, true], ["Compiled: the experts", c.expert_flops], ["Compiled: the whole layer", c.total], ["All experts on all tokens", c.dense, true]];
   const most = Math.max(...costs.map(([, n]) => n));
   const tally = (title, counts) => el("p", { class: "small" }, el("b", {}, `${title}: `), Object.entries(counts).map(([name, n]) => `${n} ${name}`).join(", "), ".");
   box.append(!rows.length ? "" : el("div", { class: "costs", id: "costs" }, costs.map(([name, n, bound]) => el("div", {}, el("span", {}, name),
@@ -74,7 +77,7 @@ const startInside = () => {
 const drawHeader = () => {
   const r = data.run, text = data.routing, all = sum(text.keep.map((k) => k.length)), dropped = all - sum(text.keep.map(sum));
   byId("run-name").textContent = `· ${r.name}, step ${whole(r.step)}`;
-  byId("lead").textContent = `A language model of ${L} layers reads a text. In each layer a router sends every token to ${K} of ${E} experts. This page shows each of those decisions: who got which token, what found no room, and what the experts turned out to be for.`;
+  byId("lead").textContent = `A language model of ${L} layers reads a text. In each layer a router sends every token to ${K} of ${E} experts. This page shows each of those decisions: who got which token, ${model.dropless ? "" : "what found no room, "}and what the experts turned out to be for.`;
   const fact = (name, value, note) => el("div", {}, el("dt", {}, name), el("dd", {}, value, el("small", {}, note)));
   fill(byId("facts"), {}, [
     fact("Text", count(N, "token"), `${data.text.source.toLowerCase()}; ${count(L * K * N, "decision")}`),

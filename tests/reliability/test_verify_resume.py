@@ -1,0 +1,70 @@
+"""`train.py --verify-resume`: it passes at its earliest kill, and leaves nothing behind when it is itself stopped."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli import parse_run
+from moe_jax.training.verify_resume import short_flags, verify_resume
+from tests.reliability import runs
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.mark.parametrize("kill", [min, max], ids=["first", "last"])
+def test_it_passes_wherever_it_kills(
+    kill: type,
+    text: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The first and the last step that can be drawn: there is a checkpoint to resume, and every bit is equal."""
+    for name, value in runs.environment(cache).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(random, "randrange", lambda low, high: kill(range(low, high)))
+    config, _ = parse_run([*runs.flags(text, tmp_path / "unused"), "--verify-resume"])
+    assert verify_resume(config, runs.ROOT / "train.py") == 0
+    printed = capsys.readouterr().out
+    assert "PASS" in printed
+    assert "from step None" not in printed
+
+
+def test_its_flags_fit_the_run_that_it_resumes(text: Path, cache: Path, tmp_path: Path) -> None:
+    """A run keeps the vocabulary of its tokenizer, so the 0 that stands for it is not asked for again."""
+    config, _ = parse_run(runs.flags(text, tmp_path / "unused"))
+    flags = [*short_flags(config), "--out", str(tmp_path / "run")]
+    assert runs.complete(flags, cache).returncode == 0
+    again = runs.complete([*flags, "--resume"], cache)
+    assert again.returncode == 0, again.stderr
+
+
+def alive(process: int) -> bool:
+    """Whether a process is there and not merely waiting to be collected."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_leaves_nothing_behind(
+    number: int, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While its first run trains: that process is ended, and the scratch folder removed."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    process = runs.start([*runs.flags(text, tmp_path / "unused"), "--verify-resume"], cache)
+    while process.poll() is None and not (locks := [p for p in tmp_path.glob("*/whole/.lock") if p.read_text()]):
+        time.sleep(0.01)
+    child = int(locks[0].read_text())
+    assert alive(child)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert not alive(child)
+    assert os.listdir(tmp_path) == []
