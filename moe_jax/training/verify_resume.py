@@ -98,12 +98,17 @@ def fingerprint(run: Path) -> dict[str, str]:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Within, SIGTERM unwinds as Ctrl-C does, so that the scratch folder is removed and no child goes on alone."""
-    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    """Within, SIGTERM unwinds as Ctrl-C does, so that the scratch folder is removed and no child goes on alone. And
+    Ctrl-C does, which a shell that starts a program in the background lets it ignore."""
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager
