@@ -86,9 +86,17 @@ def router_flops(config: ModelConfig, tokens: int) -> int:
 def bound_flops(config: ModelConfig, batch: int) -> int:
     """Forward operations of an MoE layer at its capacity bound: E*C rows a sequence through an expert, shared experts
     and router on every token."""
+    return _layer_flops(config, batch, batch * config.experts * config.capacity)
+
+
+def layer_flops(config: ModelConfig, batch: int) -> int:
+    """The same of a layer as it trains: on the rows that its dispatch multiplies, without the masks of `einsum`."""
+    return _layer_flops(config, batch, multiplied_rows(config, batch))
+
+
+def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
     tokens = batch * config.seq_len
-    rows = batch * config.experts * config.capacity + tokens * config.shared_experts
-    return expert_flops(config, rows) + router_flops(config, tokens)
+    return expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
 
 
 def multiplied_rows(config: ModelConfig, batch: int) -> int:

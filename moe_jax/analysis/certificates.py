@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from moe_jax.analysis.accounting import bound_flops, expert_flops, multiplied_rows, router_flops
+from moe_jax.analysis.accounting import bound_flops, layer_flops, multiplied_rows
 from moe_jax.analysis.bench.layer import with_gradients
 from moe_jax.analysis.bench.training import Trainer, compile_step
 from moe_jax.analysis.compiled import Program, read_program
@@ -213,10 +213,8 @@ def _bound(config: ModelConfig, batch: int) -> tuple[int, str]:
     """Forward operations that a layer may cost, and what they are: of `blocks` those of its plan, else the slots'."""
     if config.dispatch != "blocks":
         return bound_flops(config, batch), "the capacity bound"
-    tokens = batch * config.seq_len
-    rows = multiplied_rows(config, batch)
-    flops = expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
-    return flops, f"the block plan ({rows / (tokens * config.top_k):.2f} rows for each pair)"
+    rows = multiplied_rows(config, batch) / (batch * config.seq_len * config.top_k)
+    return layer_flops(config, batch), f"the block plan ({rows:.2f} rows for each pair)"
 
 
 def _all_experts(model: ModelConfig) -> ModelConfig:

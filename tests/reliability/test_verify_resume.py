@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ pytestmark = pytest.mark.reliability
 
 @pytest.mark.parametrize("kill", [min, max], ids=["first", "last"])
 def test_it_passes_wherever_it_kills(
-    kill: type,
+    kill: Callable[[range], int],
     text: Path,
     cache: Path,
     tmp_path: Path,

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from moe_jax.analysis.accounting import Count, count_parameters, expert_flops, multiplied_rows, router_flops, totals
+from moe_jax.analysis.accounting import Count, count_parameters, expert_flops, layer_flops, router_flops, totals
 from moe_jax.analysis.bench.training import compile_step
 from moe_jax.analysis.compiled import read_program
 from moe_jax.config import ModelConfig, RunConfig
@@ -37,12 +37,10 @@ def formula(config: ModelConfig, batch_size: int) -> dict[str, float]:
     dispatch multiplies, filled or not; the products of `einsum` with its masks are left out.
     """
     c = config
-    tokens = batch_size * c.seq_len
     seen = sum((end - first) * end for first, end in attention.query_blocks(c.seq_len)) / c.seq_len
     scores = 6 * 2 * c.width * seen
     if c.dense == "none":
-        rows = multiplied_rows(c, batch_size) + tokens * c.shared_experts
-        ffn = 3 * (expert_flops(c, rows) + router_flops(c, tokens)) / tokens
+        ffn = 3 * layer_flops(c, batch_size) / (batch_size * c.seq_len)
     else:
         ffn = 6 * totals({"ffn": count_parameters(c)["dense FFN"]}).multiplied / c.layers
     return {
