@@ -2,10 +2,10 @@
 
     uv run benchmarks/leaderboard.py RUN [RUN ...]
 
-The row's command starts the run again; the compiled arithmetic is that of the matrix products of one training step,
-read from its optimised program on this machine, times the steps. A run that was upcycled has two commands, and costs
-what its dense run did besides. Run this in the clone that the run was made in: the commit, the machine and the dense
-run are those it finds there.
+The command in a row starts the same run again. The compiled arithmetic is the number of operations of one training
+step's matrix products, read from the optimised program on this machine, times the number of steps. An upcycled run has
+two commands, and the costs of its dense run are added to its own. Run this script in the clone where the run was made,
+because the commit, the machine and the dense run are taken from there.
 """
 
 import dataclasses
@@ -15,10 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax import cli, environment
-from moe_jax.config import ConfigError, RunConfig, UserError, load_config
-from moe_jax.flags import flag_of
-from moe_jax.presets import preset
+from moe_jax.cli import main
+from moe_jax.config import SECTIONS, ConfigError, RunConfig, UserError, load_config
+from moe_jax.config.flags import flag_of
+from moe_jax.config.presets import preset
+from moe_jax.system import environment
 
 HEADER = (
     "| bits/byte | training_flops | compiled | wall clock | drops, training / evaluation | command | commit | machine |"
@@ -26,31 +27,32 @@ HEADER = (
 
 
 SAID_ELSEWHERE = {("model", "vocab_size"), ("data", "source"), ("train", "seed")}
+"""Fields that need no flag: the command names them in another way, or the tokenizer sets them."""
 
 
 def command(config: RunConfig) -> str:
-    """What to type for this run: the preset, each flag that differs from it, the seed. The text's path is left open."""
+    """The command of a run: the preset, the seed, each flag that differs from it. FOLDER stands for the text."""
     words = [f"uv run train.py --preset {config.preset} --data FOLDER --seed {config.train.seed}"]
     usual = preset(config.preset)
-    for section in ("model", "data", "train"):
-        ours, theirs = getattr(config, section), getattr(usual, section)
+    for section in SECTIONS:
+        ours, theirs = config.section(section), usual.section(section)
         for name in (f.name for f in dataclasses.fields(ours)):
             value = getattr(ours, name)
-            if value == getattr(theirs, name) or (section, name) in SAID_ELSEWHERE:
+            if name in SECTIONS or value == getattr(theirs, name) or (section, name) in SAID_ELSEWHERE:
                 continue
             flag = flag_of(section, name)
             if isinstance(value, bool):
-                words.append(flag if value else flag.replace(".", ".no-", 1))
+                words.append(flag if value else "--no-" + flag.removeprefix("--"))
             else:
                 words.append(f"{flag} {value}")
     return " ".join([*words, "--upcycle DENSE"] if config.upcycle else words)
 
 
 def finished(run: Path) -> tuple[RunConfig, dict[str, Any]]:
-    """Its configuration and summary. Raises UserError where it is not finished."""
+    """The configuration and the summary of a run. Raises UserError if the run is not finished."""
     config = load_config(run)
     if config is None:
-        raise UserError(f"{run}: holds no run; give the folder that train.py wrote")
+        raise UserError(f"{run}: is not the folder of a run; give a folder that train.py wrote")
     summary = json.loads((run / "summary.json").read_text())
     if not summary["val_whole_stream"]:
         raise UserError(f"{run}: is not finished; go on with train.py --out {run} --resume")
@@ -58,17 +60,17 @@ def finished(run: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 
 def compiled_flops(config: RunConfig, steps: int) -> int:
-    """Of the matrix products of so many compiled training steps."""
-    from moe_jax.analysis.bench.training import compile_step
-    from moe_jax.analysis.compiled import read_program
+    """Operations of the matrix products of `steps` compiled training steps."""
+    from moe_jax.system.hlo import read_program
+    from moe_jax.training.programs import Programs
 
-    step = compile_step(config, config.train.batch_size * config.train.grad_accum)
+    step = Programs.of(config).compiled_step(config.train.batch_size * config.train.grad_accum)
     return steps * read_program(step.as_text()).flops
 
 
 def row(run: Path) -> str:
-    """The run as a row. Raises UserError where it is not finished."""
-    from moe_jax.analysis.bench.machine import describe
+    """The run as a row of the table. Raises UserError if the run is not finished."""
+    from moe_jax.system.machine import describe
 
     config, summary = finished(run)
     commands = f"`{command(config)}`"
@@ -95,7 +97,7 @@ def row(run: Path) -> str:
 def run(argv: Sequence[str]) -> None:
     if not argv:
         raise ConfigError("no argument: give the folders of finished runs")
-    environment.prepare()
+    environment.prepare_environment()
     print(HEADER)
     print("|" + "---|" * (HEADER.count("|") - 1))
     for folder in argv:
@@ -103,4 +105,4 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(run))
+    sys.exit(main.main(run))

@@ -1,11 +1,12 @@
-"""Loss curves that differ in one setting of how numbers are kept: the precision, the optimizer's state, the weights.
+"""Final losses of runs that differ in one setting: the precision, the optimizer, the dtype of the weights, the seed.
 
     uv run benchmarks/loss_curves.py precision     nano, 200 steps: float32, bfloat16, float16
-    uv run benchmarks/loss_curves.py optimizers    story, 300 steps: AdamW and those with less state
+    uv run benchmarks/loss_curves.py optimizers    story, 300 steps: AdamW, three optimizers with less state, and Muon
     uv run benchmarks/loss_curves.py weights       story, 300 steps: float32 and bfloat16 weights, with Adafactor
-    uv run benchmarks/loss_curves.py seeds         story, 300 steps: AdamW with three seeds, which is the noise
+    uv run benchmarks/loss_curves.py seeds         story, 300 steps: AdamW with three seeds, to show the noise
 
-All runs see the same batches of the embedded stories, except that a seed has its own. The last line is JSON.
+All runs read the same batches of the embedded stories; only in the suite `seeds` each run has its own batches. The last
+line is JSON.
 """
 
 import dataclasses
@@ -16,35 +17,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax import cli, environment
+from moe_jax.cli import main
 from moe_jax.config import ConfigError, RunConfig
-from moe_jax.presets import preset
+from moe_jax.config.presets import preset
+from moe_jax.system import environment
 
 SUITES: dict[str, tuple[str, int, list[dict[str, Any]]]] = {
-    "precision": ("nano", 200, [{"precision": p} for p in ("float32", "bfloat16", "float16")]),
+    "precision": ("nano", 200, [{"compute_dtype": p} for p in ("float32", "bfloat16", "float16")]),
     "optimizers": (
         "story",
         300,
         [{"optimizer": o} for o in ("adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon")],
     ),
-    "weights": ("story", 300, [{"optimizer": "adafactor", "weights": w} for w in ("float32", "bfloat16")]),
+    "weights": ("story", 300, [{"optimizer": "adafactor", "param_dtype": w} for w in ("float32", "bfloat16")]),
     "seeds": ("story", 300, [{"optimizer": "adamw", "seed": s} for s in range(3)]),
 }
-"""Preset, steps, and what each run changes; the first run is what the others are compared with."""
+"""Preset, steps, and the changes of each run. The other runs are compared with the first run."""
 LAST = 50
-"""Steps at the end whose training loss is averaged."""
+"""The training loss is averaged over this many last steps."""
 
 
 def configure(name: str, steps: int, changes: dict[str, Any], out: Path) -> RunConfig:
+    """One run of a suite. `changes` are fields of `TrainConfig` or of `ExecutionConfig`."""
     config = preset(name)
     data = dataclasses.replace(config.data, source="stories")
+    of_execution = {f.name for f in dataclasses.fields(config.execution)}
+    execution = dataclasses.replace(config.execution, **{k: v for k, v in changes.items() if k in of_execution})
+    changes = {k: v for k, v in changes.items() if k not in of_execution}
     train = dataclasses.replace(config.train, steps=steps, log_every=1, eval_every=steps, save_every=steps, **changes)
-    return dataclasses.replace(config, out=str(out), data=data, train=train)
+    return dataclasses.replace(config, out=str(out), data=data, train=train, execution=execution)
 
 
 def measure(config: RunConfig) -> dict[str, float]:
-    """Train; the mean training loss of the last steps and the loss on the whole validation stream."""
-    from moe_jax.training.loop import Session, finish, train
+    """Train. Returns the mean training loss of the last steps, the validation loss, and the number of skipped steps."""
+    from moe_jax.training.loop import finish, train
+    from moe_jax.training.session import Session
 
     session = Session.open(config, None)
     train(session)
@@ -60,7 +67,7 @@ def measure(config: RunConfig) -> dict[str, float]:
 def run(argv: Sequence[str]) -> None:
     if len(argv) != 1 or argv[0] not in SUITES:
         raise ConfigError(f"{' '.join(argv) or 'no argument'}: must be one of {', '.join(SUITES)}")
-    environment.prepare()
+    environment.prepare_environment()
     name, steps, variants = SUITES[argv[0]]
     results: dict[str, dict[str, float]] = {}
     for changes in variants:
@@ -79,4 +86,4 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(run))
+    sys.exit(main.main(run))

@@ -1,17 +1,26 @@
-"""A sparse mixture-of-experts language model in JAX. `load_run` opens what `train.py` left."""
+"""A sparse mixture-of-experts language model in JAX.
+
+run = moe_jax.load_run("runs/nano")          a trained model: generate, logits, evaluate, trace
+layer = moe_jax.MoE(64, 128, experts=8, rngs=nnx.Rngs(0))     the layer, for a Flax model of your own
+"""
 
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from moe_jax.training.run import load_run
+from moe_jax.config import ModelConfig, RoutingConfig
 
-__all__ = ["load_run"]
+if TYPE_CHECKING:
+    from moe_jax.api import Run, load_run
+    from moe_jax.model.moe.layer import MoE
+
+__all__ = ["MoE", "ModelConfig", "RoutingConfig", "Run", "load_run"]
+
+_LAZY_IMPORTS = {"load_run": "moe_jax.api", "Run": "moe_jax.api", "MoE": "moe_jax.model.moe.layer"}
+"""Names that need jax. They are imported at their first use, so that an error about a wrong flag comes fast."""
 
 
 def __getattr__(name: str) -> Any:
-    # Late, because it imports jax, and a wrong flag is to be answered before that.
-    if name == "load_run":
-        from moe_jax.training.run import load_run
+    if name not in _LAZY_IMPORTS:
+        raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")
+    import importlib
 
-        return load_run
-    raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY_IMPORTS[name]), name)

@@ -1,8 +1,8 @@
-"""`python -m moe_jax COMMAND`."""
+"""`python -m moe_jax COMMAND`, the same as `moe-jax COMMAND`."""
 
 import sys
 
-from moe_jax.cli import main, run_command
+from moe_jax.cli.main import console
 
 if __name__ == "__main__":
-    sys.exit(main(run_command))
+    sys.exit(console())

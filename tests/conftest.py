@@ -1,9 +1,9 @@
 """Settings shared by all tests: the CPU, one compilation cache for the session, shapes checked by beartype.
 
-Test modules are packages under `tests`, so that two files may have one name and all can import `tests.oracles`.
+The folders under `tests` are packages, so two test files may have the same name, and all can import `tests.support`.
 """
 
-# ruff: noqa: E402, the environment and the import hook come before what they are for
+# ruff: noqa: E402, the environment and the import hook must be set before the imports that they affect
 
 import os
 import shutil
@@ -11,21 +11,23 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")  # or a command run in here starts pytest anew
+os.environ.setdefault(
+    "GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"
+)  # else a command that runs in this process would restart pytest
 _CACHE = None
-if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers and the tests' subprocesses inherit the first one
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers and subprocesses inherit it
     _CACHE = tempfile.mkdtemp(prefix="moe-jax-xla-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
 import jaxtyping
 
-import tests.typechecker  # noqa: F401
+import tests.support.typechecker  # noqa: F401
 
-# Must come before moe_jax is imported. The modules with functions of arrays; not training.state, whose dataclasses
-# also hold what jax puts in place of arrays (shapes, specifications).
-_CHECKED = ["analysis", "inference", "model", "training.evaluate", "training.loss", "training.step"]
-jaxtyping.install_import_hook([f"moe_jax.{name}" for name in _CHECKED], "tests.typechecker.check")
+# This must come before moe_jax is imported. Checked are the modules with functions of arrays. training.state is not
+# checked, because its dataclasses also hold what jax puts in place of arrays (shapes, specifications).
+_CHECKED = ["inference", "model", "inspection", "certificates", "training.evaluate", "training.loss", "training.step"]
+jaxtyping.install_import_hook([f"moe_jax.{name}" for name in _CHECKED], "tests.support.typechecker.check")
 
 import jax
 import pytest
@@ -33,7 +35,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.reliability import figures
 
-# A shape compiles when it first comes up, so the time of one example says nothing.
+# jax compiles a program at the first use of a shape, so the time of a single example means nothing.
 settings.register_profile("moe-jax", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
 settings.load_profile("moe-jax")
 
@@ -46,7 +48,7 @@ def float64() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Long forms run where they are asked for by name: `-m reliability` is the short form of that suite."""
+    """Tests marked `slow` run only if -m names `slow`. So `-m reliability` runs the short form of that suite."""
     if "slow" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
         items[:] = [item for item in items if not item.get_closest_marker("slow")]

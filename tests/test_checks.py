@@ -1,12 +1,17 @@
-"""The checks that planted bugs are held against pass on moe_jax as it is."""
+"""On moe_jax without a planted bug, every check passes. `test_planted.py` plants the bugs."""
 
 import inspect
 
 import pytest
 
-from tests import checks
+from tests.support import checks, kernel_checks, system_checks
 
-CHECKS = [check for name, check in inspect.getmembers(checks, inspect.isfunction) if name.startswith("check_")]
+CHECKS = [
+    check
+    for module in (checks, kernel_checks, system_checks)
+    for name, check in inspect.getmembers(module, inspect.isfunction)
+    if name.startswith("check_")
+]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)

@@ -1,4 +1,4 @@
-"""The programs as people run them, in processes of their own, on a model that trains in a second."""
+"""The programs, as people run them: each in its own process, on a model that trains in a second."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.training.test_run import SUMMARY_KEYS
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a text; caches go there too."""
+    """A folder with a text. It holds the caches too."""
     folder = tmp_path_factory.mktemp("entrypoints")
     runs.write_text(folder / "stories.txt")
     return folder
@@ -43,7 +43,7 @@ def test_training_leaves_its_files(trained: Path) -> None:
 
 
 def test_a_run_goes_on(trained: Path, place: Path) -> None:
-    """More steps; then none are left; and without --resume the folder is refused."""
+    """The run is extended; then no steps are left; then the folder is refused without --resume."""
     more = runs.complete(["--out", str(trained), "--resume", "--steps", "6"], place)
     assert more.returncode == 0, more.stderr
     assert "resumed at step 4: train.steps 4 -> 6" in more.stdout
@@ -58,7 +58,7 @@ def test_a_run_goes_on(trained: Path, place: Path) -> None:
 
 
 def test_a_dense_run_becomes_a_mixture_of_experts(place: Path) -> None:
-    """Two commands; the folder of the second is named after the first one's preset, and it goes on by itself."""
+    """Two commands: the folder of the second is named after the preset of the first. The new run can be resumed."""
     dense = place / "dense"
     arguments = runs.flags(place / "stories.txt", dense, steps=4, save_every=4)
     assert runs.complete([*arguments, "--model.dense=active"], place).returncode == 0
@@ -85,7 +85,7 @@ def test_stories_are_told_twice_the_same(trained: Path, place: Path) -> None:
 
 
 def test_evaluation_ends_with_json(trained: Path, place: Path) -> None:
-    """Its own validation text, which the summary has scored too, and another."""
+    """The run's own validation text, which the summary scored too, and another text."""
     own = runs.complete(["evaluate", "--run", str(trained)], place, runs.COMMANDS)
     assert own.returncode == 0, own.stderr
     scored, summary = last_line(own.stdout), json.loads((trained / "summary.json").read_text())
@@ -97,12 +97,12 @@ def test_evaluation_ends_with_json(trained: Path, place: Path) -> None:
 
 
 def test_the_weights_are_safetensors(trained: Path) -> None:
-    """Names and values of weights.safetensors are those of the parameters."""
+    """weights.safetensors has the names and the values of the parameters."""
     import numpy as np
     from safetensors.numpy import load_file
 
     import moe_jax
-    from moe_jax.training.checkpoint import named_leaves
+    from moe_jax.runs.checkpoint import named_leaves
 
     run = moe_jax.load_run(trained)
     weights, params = load_file(run.checkpoint.path / "weights.safetensors"), named_leaves(run.params)

@@ -1,129 +1,214 @@
-"""Imports point one way, and the pure parts stay pure: read from the syntax trees, nothing is imported."""
+"""Imports point in one direction. They are read from the syntax trees, so the tests import no module.
+
+Every import counts: at the top of a file, inside a function, and under TYPE_CHECKING.
+"""
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from moe_jax.cli.command import COMMANDS
+
 ROOT = Path(__file__).parent.parent
 
-# Who may import whom within moe_jax: a room, and the rooms below it that it may use.
-BELOW = {
-    "flags": set(),
-    "config": {"flags"},
-    "compatibility": {"config", "flags"},
-    "environment": {"compilation_cache"},
-    "compilation_cache": set(),
-    "presets": {"config"},
-    "data": {"config"},
-    "model": {"config"},
-    "analysis": {"config", "environment", "data", "model", "training", "inference"},
-    "inference": {"config", "model", "data"},
-    "training": {"config", "flags", "compatibility", "model", "data", "inference", "analysis"},
-    "interop": {"config", "model", "data", "training"},
-    "parallel": {"config", "model"},
-    "commands": {
-        *("config", "presets", "environment", "data", "model", "training", "inference", "analysis", "interop"),
-        "parallel",
-    },
-    "cli": {"config", "flags", "compatibility", "presets", "environment", "data", "commands"},
-}
+# The rooms, from the lowest floor up. A module may import its own room and the rooms of lower floors (earlier lines).
+FLOORS = (
+    ("config",),
+    ("system",),
+    ("data", "model"),
+    ("inference", "runs"),
+    ("training",),
+    ("plots",),
+    ("benchmarks", "certificates", "experiments", "inspection", "planning"),
+    ("api",),
+    ("cli",),
+    ("__main__",),
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+type Graph = dict[str, set[str]]
+"""Module -> modules that it imports."""
 
 
-def modules(package: str) -> list[Path]:
-    return sorted((ROOT / package).rglob("*.py"))
+def sources(package: str) -> dict[str, str]:
+    """Module name -> source text, of every file of a package."""
+    found = {}
+    for path in sorted((ROOT / package).rglob("*.py")):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text(encoding="utf-8")
+    return found
 
 
-def imported(path: Path) -> set[str]:
-    """Absolute names of everything that a file imports, inside functions too."""
-    names: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+def imported_names(source: str) -> Iterator[str]:
+    """Absolute names of everything that a source imports, anywhere in the file."""
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+            assert node.level == 0, "a relative import"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def packages(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imported(path)}
+def imports(modules: dict[str, str]) -> Graph:
+    """The modules that each module imports. `from package import name` is the module of that name, or the package."""
+    graph: Graph = {}
+    for module, source in modules.items():
+        found = set()
+        for name in imported_names(source):
+            target = name if name in modules else name.rpartition(".")[0]
+            if target in modules and target != module:
+                found.add(target)
+        graph[module] = found
+    return graph
 
 
-def test_foundation_and_moe_jax_never_import_each_other() -> None:
-    # The lessons compare themselves with Flax; what they teach is made of jax.numpy alone.
-    lessons = {"attention_mechanism.py", "06_normalisation_and_positions.py"}
-    for path in modules("foundation"):
-        assert "moe_jax" not in packages(path), path
-        assert "flax" not in packages(path) or path.name in lessons, path
-    for path in [*modules("moe_jax"), ROOT / "train.py"]:
-        assert "foundation" not in packages(path), path
+def room(module: str) -> str:
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("room", BELOW)
-def test_rooms_import_from_rooms_below(room: str) -> None:
-    folder = ROOT / "moe_jax" / room
-    paths = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
-    for path in paths:
-        if not path.exists():
-            continue
-        used = {name.split(".")[1] for name in imported(path) if name.startswith("moe_jax.")}
-        assert used <= BELOW[room] | {room}, f"{path.relative_to(ROOT)} imports {sorted(used - BELOW[room] - {room})}"
+def upward(graph: Graph) -> list[str]:
+    """Imports that do not point down: to a higher floor, or to another room of the same floor."""
+    return [
+        f"{module} imports {target}"
+        for module, targets in graph.items()
+        for target in sorted(targets)
+        if room(target) != room(module) and FLOOR[room(target)] >= FLOOR[room(module)]
+    ]
 
 
-def test_every_module_is_in_a_known_room() -> None:
-    rooms = {path.relative_to(ROOT / "moe_jax").parts[0].removesuffix(".py") for path in modules("moe_jax")}
-    assert rooms <= set(BELOW) | {"__init__", "__main__"}
-
-
-def test_no_cycles_between_modules() -> None:
-    """By modules, since rooms use each other's parts in both directions nowhere but between analysis and training."""
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in modules("moe_jax")}
-    known = set(names.values())
-    graph = {}
-    for path, name in names.items():
-        at_top = ast.Module(
-            [n for n in ast.parse(path.read_text(encoding="utf-8")).body if isinstance(n, ast.Import | ast.ImportFrom)],
-            [],
-        )
-        used = set()
-        for node in at_top.body:
-            if isinstance(node, ast.ImportFrom):
-                used |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module or ""}
-        graph[name] = used & known
+def circles(graph: Graph) -> list[str]:
+    """Every import that closes a circle, written as the path around the circle."""
+    found: list[str] = []
     finished: set[str] = set()
 
-    def visit(name: str, above: tuple[str, ...]) -> None:
-        assert name not in above, " -> ".join([*above, name])
-        if name not in finished:
-            for below in graph[name]:
-                visit(below, (*above, name))
-            finished.add(name)
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        if module in above:
+            found.append(" -> ".join([*above[above.index(module) :], module]))
+        elif module not in finished:
+            for target in sorted(graph[module]):
+                visit(target, (*above, module))
+            finished.add(module)
 
-    for name in graph:
-        visit(name, ())
-
-
-@pytest.mark.parametrize("name", ["routing", "dispatch", "balance"])
-def test_the_pure_cores_import_no_flax(name: str) -> None:
-    assert packages(ROOT / "moe_jax" / "model" / f"{name}.py").isdisjoint({"flax", "optax", "orbax"})
+    for module in graph:
+        visit(module, ())
+    return found
 
 
-EARLY = [
-    *(
-        ROOT / "moe_jax" / f"{name}.py"
-        for name in ("config", "compatibility", "presets", "environment", "cli", "__main__", "__init__")
-    ),
-    *(ROOT / "moe_jax" / "commands").glob("*.py"),
-]
+@pytest.fixture(scope="module")
+def modules() -> dict[str, str]:
+    """Every module of moe_jax except `moe_jax/__init__.py`, which imports from several rooms."""
+    found = sources("moe_jax")
+    del found["moe_jax"]
+    return found
 
 
-@pytest.mark.parametrize("path", EARLY, ids=lambda path: path.stem)
-def test_what_runs_before_the_arguments_are_accepted_imports_no_jax(path: Path) -> None:
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    heavy = {"jax", "flax", "optax", "orbax", "numpy", "datasets", "tiktoken", "tokenizers", "rich"}
-    for node in tree.body:
-        if isinstance(node, ast.Import):
-            assert heavy.isdisjoint(alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert (node.module or "").partition(".")[0] not in heavy
+def test_every_module_is_in_a_known_room(modules: dict[str, str]) -> None:
+    assert {room(module) for module in modules} == set(FLOOR)
+
+
+def test_no_import_points_upward(modules: dict[str, str]) -> None:
+    assert upward(imports(modules)) == []
+
+
+def test_no_circles(modules: dict[str, str]) -> None:
+    assert circles(imports(modules)) == []
+
+
+@pytest.mark.parametrize(
+    "planted",
+    [
+        "from moe_jax.training.loop import train",
+        "import moe_jax.training.loop",
+        "def late():\n    from moe_jax.training.loop import train",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from moe_jax.training import loop",
+        "class C:\n    def m(self):\n        import moe_jax.cli.main as m",
+    ],
+)
+def test_a_planted_import_is_found(modules: dict[str, str], planted: str) -> None:
+    """An import upward from the room `model` is found anywhere in the file."""
+    broken = modules | {"moe_jax.model.layers": planted}
+    assert len(upward(imports(broken))) == 1
+
+
+def test_a_planted_circle_is_found(modules: dict[str, str]) -> None:
+    """The circle is within one room, and its imports are inside functions."""
+    broken = modules | {
+        "moe_jax.runs.metrics": "def f():\n    from moe_jax.runs.snapshots import g",
+        "moe_jax.runs.snapshots": "def g():\n    from moe_jax.runs import metrics",
+    }
+    assert circles(imports(broken)) == ["moe_jax.runs.metrics -> moe_jax.runs.snapshots -> moe_jax.runs.metrics"]
+
+
+def test_a_room_with_a_door_is_entered_by_it(modules: dict[str, str]) -> None:
+    """The names in `__all__` of `config/__init__.py` are imported from there, and not from the file behind it."""
+    tree = ast.parse(modules["moe_jax.config"])
+    given_out = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
+    )
+    for module, source in modules.items():
+        if room(module) != "config":
+            past = [n for n in imported_names(source) if n.startswith("moe_jax.config.") and n.count(".") > 2]
+            assert {n.rpartition(".")[2] for n in past}.isdisjoint(given_out), f"{module}: {past}"
+
+
+def test_foundation_and_moe_jax_never_import_each_other(modules: dict[str, str]) -> None:
+    for module, source in sources("foundation").items():
+        assert "moe_jax" not in {name.partition(".")[0] for name in imported_names(source)}, module
+    for module, source in modules.items():
+        assert "foundation" not in {name.partition(".")[0] for name in imported_names(source)}, module
+
+
+def test_foundation_is_made_of_jax_numpy_alone() -> None:
+    """Two lessons compare their results with Flax. Only the comparison uses it."""
+    lessons = {"foundation.attention_mechanism", "foundation.notebooks.06_normalisation_and_positions"}
+    users = {m for m, s in sources("foundation").items() if any(n.startswith("flax") for n in imported_names(s))}
+    assert users <= lessons
+
+
+@pytest.mark.parametrize("name", ["router", "dispatch", "balance", "variants"])
+def test_the_pure_cores_of_the_layer_import_no_flax(modules: dict[str, str], name: str) -> None:
+    used = {n.partition(".")[0] for n in imported_names(modules[f"moe_jax.model.moe.{name}"])}
+    assert used.isdisjoint({"flax", "optax", "orbax"})
+
+
+HEAVY = {"jax", "flax", "optax", "orbax", "numpy", "scipy", "datasets", "tiktoken", "tokenizers", "rich"}
+"""Packages whose import takes longer than an error about a wrong flag should take."""
+
+
+def test_what_runs_before_the_arguments_are_accepted_imports_nothing_heavy(modules: dict[str, str]) -> None:
+    """The imports at the top of files are followed, starting from the programs."""
+    programs = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "train.py", ROOT / "benchmark.py")}
+    everything = sources("moe_jax") | programs
+    waiting, seen = ["moe_jax", "moe_jax.__main__", *programs], set()
+    waiting += [f"moe_jax.cli.{name.replace('-', '_')}" for name in COMMANDS]
+    waiting += [module for module in modules if room(module) == "config"]
+    while waiting:
+        module = waiting.pop()
+        if module in seen or module not in everything:
+            continue
+        seen.add(module)
+        for node in ast.parse(everything[module]).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+            for name in names:
+                assert name.partition(".")[0] not in HEAVY, f"{module} imports {name}"
+                waiting.append(name)
+    assert {"moe_jax.config.run", "moe_jax.cli.arguments", "moe_jax.cli.generate"} <= seen
+
+
+@pytest.mark.parametrize("package", ["moe_jax", "foundation", "tests"])
+def test_no_file_and_no_function_is_too_long(package: str) -> None:
+    """400 lines a file, 60 a function."""
+    for module, source in sources(package).items():
+        assert source.count("\n") <= 400, module
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+                assert (node.end_lineno or 0) - first < 60, f"{module}: {node.name}"

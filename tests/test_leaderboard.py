@@ -1,4 +1,4 @@
-"""The command of a leaderboard row starts the very run that it is a row of."""
+"""The command in a row of the leaderboard starts the same run again."""
 
 import dataclasses
 import importlib.util
@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax import cli
-from moe_jax.presets import preset
+from moe_jax.cli.train import Train
+from moe_jax.config import ExecutionConfig
+from moe_jax.config.presets import preset
 
 spec = importlib.util.spec_from_file_location("leaderboard", Path(__file__).parents[1] / "benchmarks/leaderboard.py")
 assert spec is not None
@@ -23,9 +24,11 @@ def test_the_command_gives_the_configuration_back(changed: bool, tmp_path: Path,
     config = preset("story-cpu")
     if changed:
         model = dataclasses.replace(config.model, dropout=0.0, tied_head=True, bias=True, experts=8)
+        model = model.with_routing(top_k=2, dispatch="capacity", logit_noise=0.1)
         train = dataclasses.replace(config.train, steps=7, seed=3, muon_router=False, optimizer="adamw")
-        config = dataclasses.replace(config, model=model, train=train)
-    # A finished run knows its vocabulary and its own path to the text; neither is for another machine.
+        execution = ExecutionConfig(compute_dtype="float32", remat=True, deterministic=True)
+        config = dataclasses.replace(config, model=model, train=train, execution=execution)
+    # The configuration of a finished run has a vocabulary size and a local path to the text. The command has neither.
     seen = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, vocab_size=2048),
@@ -33,8 +36,8 @@ def test_the_command_gives_the_configuration_back(changed: bool, tmp_path: Path,
     )
     words = leaderboard.command(seen).split()
     assert words[:3] == ["uv", "run", "train.py"]
-    parsed, _ = cli.parse_run([config.data.source if word == "FOLDER" else word for word in words[3:]])
-    assert parsed == config
+    arguments = [config.data.source if word == "FOLDER" else word for word in words[3:]]
+    assert Train.parse(arguments).settings.config == config
 
 
 def test_an_upcycled_run_costs_what_its_dense_run_did_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Every notebook executes and is built from its source; every exercise takes a right answer and no wrong one."""
+"""Every notebook executes and is built from its source. Every exercise accepts a right answer and no wrong one."""
 
 import math
 import sys
@@ -21,7 +21,7 @@ def test_notebook_executes_and_is_up_to_date(source: Path, monkeypatch: pytest.M
     notebook = build.execute(source)
     assert not build.differs(source), f"python foundation/notebooks/build.py: {source.name} has changed"
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-    assert any("image/png" in output.get("data", {}) for output in outputs), "a chapter without a picture"
+    assert any("image/png" in output.get("data", {}) for output in outputs), "the chapter has no picture"
     sys.modules.pop("build", None)
 
 

@@ -1,8 +1,11 @@
-"""Every planted bug is caught, by the check that it names."""
+"""Every planted bug is caught by its check."""
 
 import pytest
 
-from tests.planted import BUGS, Bug
+from tests.support import planted, planted_kernels
+from tests.support.planting import Bug
+
+BUGS = [*planted.BUGS, *planted_kernels.BUGS]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

@@ -1,15 +1,15 @@
-"""What the model is given at a step: pure functions of a token array, with no iterator and no state.
+"""Training batches and evaluation windows: pure functions of a token array, without iterator or state.
 
-Training. The stream begins and ends with a separator, so it closes to a ring of P = N - 1 positions. An epoch
-cuts the ring into P // T windows of T tokens from an offset of its own, and visits each once in an order of
-its own; the fewer than T tokens left over are others each time. Offset and order are hashes of (seed, epoch),
-so a batch is a function of (seed, step) alone: a run that resumes at step n sees what an uninterrupted one
-sees.
+Training. The stream of N tokens begins and ends with a separator, so its ends are joined into a ring of P = N - 1
+positions. An epoch cuts the ring into P // T windows of T tokens and visits each window once. The offset of the first
+window and the order of the windows change with the epoch. P % T tokens are left out; they differ from epoch to epoch.
+Offset and order are hashes of (seed, epoch). So a batch is a function of the token stream, the seed and the step alone.
+A run that is resumed at step n gets the same batches as an uninterrupted run.
 
-Evaluation. Every token after the first is predicted exactly once. Windows of T tokens advance by T // 2, and
-each counts only what the ones before it did not: so a token has at least T / 2 tokens of context, or all
-there are. A row scores S = ceil(T / 2) positions, since the vocabulary head is most of the cost; the first
-window, of which all T count, therefore stands in two rows.
+Evaluation. Every token after the first is predicted exactly once. Windows of T tokens advance by T // 2 positions, and
+a window counts only the tokens that no earlier window has counted. So a token has at least T / 2 tokens of context, or
+all earlier tokens if there are fewer. A row scores only S = ceil(T / 2) positions, because the vocabulary head is most
+of the cost. In the first window all T positions count, so the first window appears in two rows.
 """
 
 import math
@@ -25,23 +25,18 @@ _COUNT_CHUNK = 1 << 22
 
 
 def windows_per_epoch(tokens: int, seq_len: int) -> int:
-    """Windows of `seq_len` targets in a stream of `tokens`. Raises ValueError where there is none."""
+    """Windows of `seq_len` targets in a stream of `tokens` tokens. Raises ValueError if there is none."""
     windows = (tokens - 1) // seq_len
     if windows < 1:
         raise ValueError(f"a stream of {tokens} tokens has no window of {seq_len} + 1")
     return windows
 
 
-def epoch_of(step: int, *, tokens: int, batch_size: int, seq_len: int) -> float:
-    """Epochs gone by before `step`: 1.5 is halfway through the second."""
-    return step * batch_size / windows_per_epoch(tokens, seq_len)
-
-
 def train_batch(tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
-    """int32 [B, T + 1]: row b's inputs are its first T tokens, its targets the last T.
+    """int32 [B, T + 1]. The first T tokens of a row are its inputs, and the last T tokens are its targets.
 
-    Steps count from 0 and run on across epochs. A caller that accumulates gradients asks for the whole batch
-    and reshapes it. Raises ValueError where `tokens` [N] has fewer than T + 1.
+    Steps count from 0, through all epochs. For gradient accumulation, a caller asks for all rows of the step at once
+    and reshapes them. Raises ValueError if `tokens` [N] has fewer than T + 1 tokens.
     """
     windows = windows_per_epoch(len(tokens), seq_len)
     ring = len(tokens) - 1
@@ -56,9 +51,11 @@ def train_batch(tokens: np.ndarray, *, seed: int, step: int, batch_size: int, se
 
 @lru_cache(maxsize=4)
 def _epoch(seed: int, epoch: int, windows: int, ring: int) -> tuple[int, np.ndarray]:
-    """Where an epoch begins to cut, and the order [windows] in which it visits. Nothing here depends on the
-    random generators of a numpy version: the order sorts a hash of the window's number that has no
-    collisions."""
+    """The offset of an epoch's first window, and the order in which the epoch visits its windows, int [windows].
+
+    Windows are sorted by a hash of their number, which has no collisions. numpy's random generators, which may change
+    with its version, are not used.
+    """
     key = _mix(np.array([seed], np.uint64)) + np.uint64(epoch)
     offset = int(_mix(key)[0] % np.uint64(ring))
     order = np.argsort(_mix(_mix(key + np.uint64(1 << 63)) + np.arange(windows, dtype=np.uint64)))
@@ -66,8 +63,7 @@ def _epoch(seed: int, epoch: int, windows: int, ring: int) -> tuple[int, np.ndar
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014): a bijection of uint64 that scatters
-    neighbours."""
+    """SplitMix64's output function (Steele, Lea and Flood 2014): a bijection of uint64 that scatters neighbours."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -76,23 +72,21 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """B rows, of which each scores S = ceil(T / 2) positions in a row."""
+    """B rows. Each row scores S = ceil(T / 2) consecutive positions."""
 
     inputs: np.ndarray
-    """int32 [B, T]; a stream shorter than T is filled up with 0 on the right, which causality makes harmless.
-    """
+    """int32 [B, T]. A stream shorter than T is padded with 0 on the right. The model is causal, so the padding changes
+    no earlier position."""
     targets: np.ndarray
     """int32 [B, S]: targets[b, i] is the token after position start[b] + i, 0 past the end of the stream."""
     start: np.ndarray
     """int32 [B]: the first scored position, at most T - S."""
     weights: np.ndarray
-    """float32 [B, S]: 1 where the target counts, else 0. Rows that only fill up the last batch are 0
-    throughout."""
+    """float32 [B, S]: 1 where the target counts, else 0. All 0 in rows that only fill up the last batch."""
 
 
 def evaluation_windows(tokens: np.ndarray, *, seq_len: int, batch_size: int) -> Iterator[EvaluationBatch]:
-    """Batches that predict each of tokens[1:] exactly once. All have the same shapes, so one compilation
-    serves."""
+    """Batches that predict each of tokens[1:] exactly once. All have the same shapes, so one program serves all."""
     scored = math.ceil(seq_len / 2)
     rows = list(_evaluation_rows(len(tokens) - 1, seq_len, scored))
     for first in range(0, len(rows), batch_size):
@@ -119,7 +113,7 @@ class _Row:
 
 
 def _evaluation_rows(positions: int, seq_len: int, scored: int) -> Iterator[_Row]:
-    """The rows for a stream in which `positions` tokens have a next one."""
+    """The rows for a stream in which `positions` tokens are followed by another token."""
     if seq_len < 2:
         raise ValueError(f"windows of {seq_len} tokens cannot overlap by half")
     last = max(0, positions - seq_len)  # the window that ends at the end of the stream
@@ -134,8 +128,8 @@ def _evaluation_rows(positions: int, seq_len: int, scored: int) -> Iterator[_Row
 
 
 def validation_subset(tokens: np.ndarray, separator_id: int, limit: int) -> np.ndarray:
-    """The longest prefix of at most `limit` tokens that ends with a story; of a longer first story, its
-    beginning."""
+    """The longest prefix of at most `limit` tokens that ends at the end of a document. If the first document is longer,
+    its first `limit` tokens."""
     head = tokens[:limit]
     if len(tokens) <= limit:
         return head
@@ -144,8 +138,11 @@ def validation_subset(tokens: np.ndarray, separator_id: int, limit: int) -> np.n
 
 
 def text_bytes(tokens: np.ndarray, token_bytes: np.ndarray) -> int:
-    """UTF-8 bytes that the tokens stand for: the sum of token_bytes int [V] (`Tokenizer.token_bytes`), with
-    separators 0. Raises UserError for a token outside the vocabulary."""
+    """UTF-8 bytes of the text of the tokens: the sum of their entries in token_bytes int [V] (`Tokenizer.token_bytes`).
+    A separator counts 0 bytes.
+
+    Raises UserError for a token outside the vocabulary.
+    """
     total = 0
     for first in range(0, len(tokens), _COUNT_CHUNK):
         chunk = tokens[first : first + _COUNT_CHUNK]

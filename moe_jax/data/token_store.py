@@ -1,55 +1,43 @@
-"""The text as token ids: two memory-mapped files, built once for a pair of corpus and tokenizer.
+"""A corpus as token ids: two memory-mapped files, built once for each pair of corpus and tokenizer.
 
-    CACHE/KEY/train.bin, valid.bin    separator, story, separator, story, ..., separator; little-endian,
+    CACHE/KEY/train.bin, valid.bin    separator, document, separator, ..., separator; little-endian,
                                       uint16 where the vocabulary has at most 65,536 entries, else uint32
     CACHE/KEY/tokenizer.json
     CACHE/KEY/manifest.json           source, digests of text and tokenizer, counts, digest of each file
     CACHE/tokenizers/KEY.json         trained tokenizers, so that an interrupted build does not train again
 
-CACHE is the environment variable MOE_JAX_CACHE, else the user's cache folder. KEY is a digest of what goes
-in, the text and the tokenizer, so a changed input is another store.
+CACHE is `system.files.cache_dir`. KEY is a digest of the text and the tokenizer, so a changed input gets a new store.
 
-A store is built in a folder beside it, of a name used once, and renamed when everything is on the disk: so a
-store is whole or absent, whatever interrupts a build and however many build at once. Where the system has
-`flock`, a lock per KEY also makes a second build wait for the first and use its store, and lets a build
-remove what a killed one left. Opening a store reads it once and compares the digests: a damaged one is built
-again.
+A store is built in a temporary folder in CACHE, and the folder is renamed once all files are on the disk. So a store is
+either complete or absent, even if a build is interrupted or several processes build at once. If the system has locks, a
+second process waits for the first and uses its store, and a build removes the temporary folders of killed builds.
+Opening a store reads all its files once and compares their digests. A damaged store is built again.
 """
 
 import json
 import os
 import secrets
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
-from time import monotonic
 from typing import Any, BinaryIO
 
 import numpy as np
-import platformdirs
 import xxhash
 
 from moe_jax.config import DataConfig, UserError
-from moe_jax.data.corpora import Corpus, SplitName, open_corpus
+from moe_jax.data.corpora import Corpus, open_corpus
+from moe_jax.data.text_files import SplitName
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from moe_jax.system.console import Report, byte_progress
+from moe_jax.system.files import cache_dir, locked
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
-
-FORMAT = 1  # part of every KEY: raise it where the same text and tokenizer would give other files
+FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
 _BATCH_BYTES = 1 << 20  # text encoded at a time
 _READ_BYTES = 1 << 22
-_PLAIN_SECONDS = 10  # between lines of progress where there is no terminal
 _SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
-
-Report = Callable[[int, int], None]
-"""Called with the stories and the bytes done so far."""
 
 
 @dataclass(frozen=True)
@@ -58,9 +46,9 @@ class Split:
 
     tokens: np.ndarray
     """uint16 or uint32 [N], memory-mapped, read-only."""
-    stories: int
+    documents: int
     bytes: int
-    """UTF-8 bytes of the stripped stories."""
+    """UTF-8 bytes of the stripped documents."""
     digest: str
     """xxh3-128 of the file."""
 
@@ -74,14 +62,21 @@ class TokenStore:
     tokenizer: Tokenizer
     folder: Path
     source: str
-    """The `--data` that it was built from."""
+    """The value of `--data` that the store was built from."""
     fingerprint: str
     """Digest of the text (`Corpus.fingerprint`)."""
     digest: str
-    """Of text, tokenizer and both streams: equal digests mean equal training data, wherever it lies."""
+    """Digest of text, tokenizer and both streams. Equal digests mean equal training data. Paths are not included."""
+
+    def is_text_of(self, saved: Any) -> bool:
+        """Whether a checkpoint was trained on this text. `saved` is the entry `context.data` of its manifest.
+
+        The entry is the digest of a store or, after a migration (`runs.migrations`), `fingerprint:` and a fingerprint.
+        """
+        return saved in (self.digest, f"fingerprint:{self.fingerprint}")
 
 
-def prepare(
+def prepare_token_store(
     data: DataConfig,
     *,
     tokenizer: Tokenizer | None = None,
@@ -89,14 +84,15 @@ def prepare(
     progress: bool = True,
     seq_len: int | None = None,
 ) -> TokenStore:
-    """The token store of `data`: opened where there is one, else built. A given tokenizer is used as it is,
-    in place of the one that `data` names. With `seq_len`, the streams must hold a training window and a
-    predicted token.
+    """The token store of `data`. Opens the store if there is one, else builds it.
 
-    Raises ConfigError where the source does not exist; UserError where the text is empty, too short or not
-    UTF-8, the network is needed and missing, or the cache cannot be written.
+    A `tokenizer` replaces the one that `data` names. With `seq_len`, the training stream must hold at least one window
+    of `seq_len` + 1 tokens, and the validation stream at least 2 tokens.
+
+    Raises ConfigError if the source does not exist. Raises UserError if the text is empty, too short or not UTF-8, if
+    the network is needed and missing, or if the cache cannot be written.
     """
-    cache = cache or default_cache()
+    cache = cache or cache_dir()
     corpus = open_corpus(data)
     fingerprint = corpus.fingerprint()
     try:
@@ -113,14 +109,8 @@ def prepare(
     return store
 
 
-def default_cache() -> Path:
-    """The folder of all token stores."""
-    folder = os.environ.get("MOE_JAX_CACHE")
-    return Path(folder) if folder else platformdirs.user_cache_path("moe-jax")
-
-
 def open_store(folder: Path) -> TokenStore:
-    """The store in a folder. Raises UserError where it is missing, damaged or of another format."""
+    """The store in a folder. Raises UserError if it is missing, damaged or of another format."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         tokenizer = load_tokenizer(folder / "tokenizer.json")
@@ -180,13 +170,13 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, fingerprint: str, cache:
 def _open_or_build(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
     key = _digest([FORMAT, fingerprint, tokenizer.digest])
     folder = cache / key
-    with _exclusive(cache / f"{key}.lock") as alone:
+    with locked(cache / f"{key}.lock", wait=True) as lock:
         if folder.exists():
             try:
                 return open_store(folder)
             except UserError:
                 shutil.rmtree(folder)
-        if alone:
+        if lock is not None:
             for leftover in cache.glob(f"{key}.*.partial"):
                 shutil.rmtree(leftover, ignore_errors=True)
         draft = cache / f"{key}.{secrets.token_hex(8)}.partial"
@@ -198,32 +188,17 @@ def _open_or_build(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache
             except OSError:
                 if not folder.exists():
                     raise
-                # Without a lock, another process was faster: its store is as good.
+                # There is no lock, and another process has built the same store first. Use that store.
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         return open_store(folder)
 
 
-@contextmanager
-def _exclusive(path: Path) -> Iterator[bool]:
-    """Hold a lock, which ends with the process at the latest. Gives False where the system or the disk has
-    none."""
-    with path.open("ab") as file:
-        locked = False
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX)
-                locked = True
-            except OSError:  # some network file systems
-                pass
-        yield locked
-
-
 def _build(folder: Path, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, progress: bool) -> None:
     splits = {}
     for name in _SPLITS:
-        with _open_progress(progress, f"tokenizing {name}", corpus.size(name)) as report:
-            splits[name] = _write_split(folder / f"{name}.bin", corpus.stories(name), tokenizer, report)
+        with byte_progress(f"tokenizing {name}", "documents", corpus.size(name), progress) as report:
+            splits[name] = _write_split(folder / f"{name}.bin", corpus.documents(name), tokenizer, report)
     tokenizer.save(folder / "tokenizer.json")
     manifest = {
         "format": FORMAT,
@@ -243,16 +218,16 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _write_split(path: Path, stories: Iterator[str], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
-    """Encode the stories into a file, and give the split's part of the manifest."""
+def _write_split(path: Path, documents: Iterator[str], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
+    """Encode the documents into a file. Returns the split's entry in the manifest."""
     dtype, separator = _dtype(tokenizer), tokenizer.separator_id
     digest = xxhash.xxh3_128()
     count = size = tokens = 0
     with path.open("wb") as file:
         ends = stream = np.array([separator], dtype)
-        for batch, batch_bytes in _batches(stories):
+        for batch, batch_bytes in _batches(documents):
             count, size = count + len(batch), size + batch_bytes
-            ids = [part for story in tokenizer.encode_batch(batch) for part in (np.asarray(story, dtype), ends)]
+            ids = [part for encoded in tokenizer.encode_batch(batch) for part in (np.asarray(encoded, dtype), ends)]
             stream = np.concatenate([stream, *ids])
             file.write(stream.data)
             digest.update(stream.data)
@@ -263,12 +238,12 @@ def _write_split(path: Path, stories: Iterator[str], tokenizer: Tokenizer, repor
     return {"tokens": tokens, "stories": count, "bytes": size, "digest": digest.hexdigest()}
 
 
-def _batches(stories: Iterator[str]) -> Iterator[tuple[list[str], int]]:
-    """(stories, their bytes), about 1 MiB at a time."""
+def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], int]]:
+    """(documents, their bytes), about 1 MiB at a time."""
     batch, size = [], 0
-    for story in stories:
-        batch.append(story)
-        size += len(story.encode())
+    for document in documents:
+        batch.append(document)
+        size += len(document.encode())
         if size >= _BATCH_BYTES:
             yield batch, size
             batch, size = [], 0
@@ -276,72 +251,10 @@ def _batches(stories: Iterator[str]) -> Iterator[tuple[list[str], int]]:
         yield batch, size
 
 
-def token_stream(stories: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
-    """`separator, story, separator, ..., separator` of a text that is scored once and not kept."""
+def token_stream(documents: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
+    """`separator, document, separator, ..., separator` in memory, for a text that is scored once and not stored."""
     ends = np.array([tokenizer.separator_id], _dtype(tokenizer))
     parts = [ends]
-    for batch, _ in _batches(stories):
+    for batch, _ in _batches(documents):
         parts += [part for ids in tokenizer.encode_batch(batch) for part in (np.asarray(ids, ends.dtype), ends)]
     return np.concatenate(parts)
-
-
-# Progress
-
-
-@contextmanager
-def _open_progress(wanted: bool, what: str, total: int | None) -> Iterator[Report]:
-    """A bar on a terminal, a line now and then elsewhere, on stderr; nothing unless `wanted`."""
-    if not wanted:
-        yield lambda stories, size: None
-    elif sys.stderr.isatty():
-        with _bar(what, total) as report:
-            yield report
-    else:
-        with _lines(what, total) as report:
-            yield report
-
-
-@contextmanager
-def _bar(what: str, total: int | None) -> Iterator[Report]:
-    from rich import progress
-    from rich.console import Console
-
-    columns = (
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(bar_width=20),
-        progress.TransferSpeedColumn(),
-        progress.TextColumn("{task.fields[rate]}"),
-        progress.TimeRemainingColumn(),
-    )
-    begin = monotonic()
-    with progress.Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total, rate="")
-
-        def report(stories: int, size: int) -> None:
-            rate = stories / (monotonic() - begin + 1e-9)
-            bar.update(task, completed=size, rate=f"{stories:,} stories, {rate:,.0f}/s")
-
-        yield report
-
-
-@contextmanager
-def _lines(what: str, total: int | None) -> Iterator[Report]:
-    begin = printed = monotonic()
-    done = (0, 0)
-
-    def line() -> str:
-        stories, size = done
-        seconds = monotonic() - begin + 1e-9
-        share = f" of {total / 1e6:.1f}" if total else ""
-        rates = f"{stories / seconds:,.0f} stories/s, {size / seconds / 1e6:.1f} MB/s"
-        return f"{what}: {stories:,} stories, {size / 1e6:.1f}{share} MB ({rates})"
-
-    def report(stories: int, size: int) -> None:
-        nonlocal done, printed
-        done = (stories, size)
-        if monotonic() - printed >= _PLAIN_SECONDS:
-            printed = monotonic()
-            print(line(), file=sys.stderr, flush=True)
-
-    yield report
-    print(line(), file=sys.stderr, flush=True)

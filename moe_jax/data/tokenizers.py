@@ -1,18 +1,17 @@
 """Text to token ids and back: GPT-2's vocabulary, a byte-level BPE trained on the corpus, or plain bytes.
 
-All three are lossless: every entry of the vocabulary is a string of bytes, and those of a text's ids, joined,
-are its UTF-8. One more id, the separator, stands between stories. It has no text: encoding never produces it
-(the characters `<|endoftext|>` inside a story are ordinary text), and `token_bytes` counts it as 0 bytes.
-Decoding shows it as `<|endoftext|>`, so that samples can be split into stories.
+All three are lossless: every entry of the vocabulary is a string of bytes. The entries of the ids of a text, joined,
+are the UTF-8 bytes of the text. One more id, the separator, stands between documents. The separator has no text:
+encoding never produces it (the characters `<|endoftext|>` inside a document are ordinary text), and `token_bytes`
+counts it as 0 bytes. Decoding shows it as `<|endoftext|>`, so that samples can be split into documents.
 
-A tokenizer is saved as JSON, checked in full when loaded. A `bpe` file is its list of merges: ids 0 to 255
-are the bytes, and merge (a, b) makes a new entry of the bytes of a and b. A `gpt2` file is a name: tiktoken
-has the rest.
+A tokenizer is saved as JSON, and checked completely when it is loaded. A `bpe` file holds a list of merges. Ids 0 to
+255 are the bytes; merge (a, b) appends an entry, the bytes of entry a followed by the bytes of entry b. A `gpt2` file
+holds no vocabulary, since tiktoken has it.
 """
 
 import codecs
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,12 @@ import numpy as np
 import xxhash
 
 from moe_jax.config import DataConfig, UserError
-from moe_jax.data.corpora import SEPARATOR, Corpus
+from moe_jax.data.corpora import Corpus
+from moe_jax.data.text_files import SEPARATOR
+from moe_jax.system.files import write_atomically
 
 TRAINING_BYTES = 50_000_000
-_LONGEST_ENTRY = 256  # bytes of a BPE entry; without a bound, 40 merges of a hostile file would be a terabyte
+_LONGEST_ENTRY = 256  # most bytes of a BPE entry; without it, 40 merges in a hostile file could make an entry of 1 TiB
 _MOST_MERGES = 1 << 20
 
 EncodeBatch = Callable[[list[str]], list[Any]]
@@ -36,11 +37,11 @@ class Tokenizer:
     kind: str
     """`gpt2`, `bpe` or `byte`."""
     vocab_size: int
-    """V, the separator included: a small corpus can give a `bpe` fewer entries than were asked for."""
+    """V, the separator included. A small corpus can give a `bpe` fewer entries than were asked for."""
     separator_id: int
     """The last id, V - 1."""
     digest: str
-    """xxh3-128 of what defines the tokenizer: equal digests mean equal ids for every text."""
+    """xxh3-128 of the tokenizer's definition. Equal digests mean equal ids for every text."""
 
     def __init__(self, definition: dict[str, Any], entries: list[bytes], encode_batch: EncodeBatch) -> None:
         self.kind = definition["kind"]
@@ -52,7 +53,7 @@ class Tokenizer:
         self._encode_batch = encode_batch
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a text, without any separator. Raises UserError where UTF-8 cannot encode it."""
+        """The ids of a text, without a separator. Raises UserError if the text cannot be encoded in UTF-8."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -60,16 +61,15 @@ class Tokenizer:
         return list(map(int, self._encode_batch([text])[0]))
 
     def encode_batch(self, texts: list[str]) -> list[Any]:
-        """The ids of each text, as a list or an integer array each."""
+        """The ids of each text. Each item is a list or an integer array."""
         return self._encode_batch(texts)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids, joined; a separator gives `<|endoftext|>`. Raises UserError for an unknown
-        id."""
+        """The bytes of the ids, joined. A separator gives `<|endoftext|>`. Raises UserError for an unknown id."""
         return b"".join([self._entry(int(i)) for i in ids])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids. Bytes that are no UTF-8, as a cut character's, become U+FFFD."""
+        """The text of the ids. Bytes that are not UTF-8, such as a part of a character, become U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
     def _entry(self, i: int) -> bytes:
@@ -82,12 +82,12 @@ class Tokenizer:
         return np.array([*map(len, self._entries[:-1]), 0], dtype=np.int32)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `from_dict` makes an equal tokenizer of, ready for JSON."""
+        """The tokenizer as a dict ready for JSON. `from_dict` makes an equal tokenizer from this dict."""
         return {**self._definition, "digest": self.digest}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Tokenizer":
-        """The inverse of `to_dict`. Raises UserError where the values are damaged or make no tokenizer."""
+        """The inverse of `to_dict`. Raises UserError if the values are damaged or do not describe a tokenizer."""
         if not isinstance(values, dict):
             raise UserError("tokenizer: not a JSON object; take the file from the run again")
         definition = {key: value for key, value in values.items() if key != "digest"}
@@ -104,17 +104,11 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON. The file is whole or absent, never half written."""
-        path = Path(path)
-        draft = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(self.to_dict()))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        write_atomically(Path(path), json.dumps(self.to_dict()))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
-    """The tokenizer that `save` wrote. Raises UserError where there is none, or it is damaged."""
+    """The tokenizer that `save` wrote. Raises UserError if the file is missing or damaged."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -128,30 +122,45 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 
 
 def train_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
-    """The tokenizer that `data` asks for. A `bpe` is trained on the first 50 MB of the corpus' training text,
-    and is the same whenever that text is the same. Raises UserError where GPT-2's vocabulary cannot be had.
+    """The tokenizer that `data` asks for.
+
+    A `bpe` tokenizer is trained on the first 50 MB of the corpus' training text. Equal text gives an equal tokenizer.
+    Raises UserError if GPT-2's vocabulary cannot be downloaded.
     """
     if data.tokenizer == "gpt2":
         return _gpt2()
     if data.tokenizer == "byte":
         return _byte()
-    return _bpe(_learn_merges(_limited(corpus.stories("train")), data.vocab_size))
+    return _bpe(_learn_merges(_limited(corpus.documents("train")), data.vocab_size))
 
 
 class StreamDecoder:
-    """Text of ids that come one at a time. A character whose bytes are not all there yet is held back."""
+    """Decodes ids that arrive one at a time. A character is returned once all its bytes have arrived."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def feed(self, token: int) -> str:
-        """The characters that this id completes, often none or several."""
+        """The characters that this id completes: none, one or several."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD where a character stayed incomplete."""
+        """The rest of the text, to be called at the end: U+FFFD if the last character is incomplete, else ""."""
         return self._decoder.decode(b"", final=True)
+
+
+def token_pieces(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
+    """The text of each token by itself. If its bytes are not whole characters, the bytes in hexadecimal, as <F0 9F>."""
+
+    def piece(token: int) -> str:
+        raw = tokenizer.decode_bytes([token])
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return f"<{raw.hex(' ').upper()}>"
+
+    return [piece(int(t)) for t in tokens]
 
 
 def _digest(definition: dict[str, Any]) -> str:
@@ -182,8 +191,8 @@ def _gpt2() -> Tokenizer:
 
 # Byte-level BPE: trained by `tokenizers`, applied by tiktoken, which is three times as fast.
 
-# How text is cut into words, within which entries lie; GPT-2's rule, which is also the trainer's. Possessive
-# quantifiers, so that a megabyte of spaces is matched in one go.
+# The rule by which text is cut into words: GPT-2's, which the trainer uses too. A BPE entry never spans two words. The
+# quantifiers are possessive, so that a megabyte of spaces is matched without backtracking.
 _WORD = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
@@ -201,20 +210,20 @@ def _learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[int]]:
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
-    # The library spells a byte as a character: printable Latin-1 as itself, the rest from U+0100 on.
+    # The library writes each byte as one character: a printable Latin-1 byte as itself, other bytes from U+0100 on.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     ids = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
     merges = []
     for left, right in json.loads(library.to_str())["model"]["merges"]:
-        if left + right not in ids:  # two pairs can spell the same entry
+        if left + right not in ids:  # two different pairs can join to the same entry
             merges.append([ids[left], ids[right]])
             ids[left + right] = len(ids)
     return merges
 
 
 def _bpe(merges: Any) -> Tokenizer:
-    """The tokenizer of a list of pairs of ids, each of which makes a new entry."""
+    """The tokenizer of a list of merges. A merge is a pair of ids and makes a new entry."""
     import tiktoken
 
     if not isinstance(merges, list) or len(merges) > _MOST_MERGES:
@@ -236,11 +245,11 @@ def _bpe(merges: Any) -> Tokenizer:
     return Tokenizer({"kind": "bpe", "merges": merges}, entries, encoding.encode_ordinary_batch)
 
 
-def _limited(stories: Iterator[str]) -> Iterator[str]:
-    """The first stories, TRAINING_BYTES of them or a little more."""
+def _limited(documents: Iterator[str]) -> Iterator[str]:
+    """The first documents, until they have at least TRAINING_BYTES bytes together."""
     left = TRAINING_BYTES
-    for story in stories:
-        yield story
-        left -= len(story.encode())
+    for document in documents:
+        yield document
+        left -= len(document.encode())
         if left <= 0:
             return

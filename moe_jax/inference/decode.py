@@ -1,4 +1,4 @@
-"""Prefill and cached decoding, one compiled program each, and a stream of tokens made of them."""
+"""Prefill, cached decoding and sampling, one compiled program each, and the stream of tokens that they generate."""
 
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -12,32 +12,30 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.inference.sampling import Sampling, sample
 from moe_jax.model.attention import KeyValue
-from moe_jax.model.moe import Mode
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
-
-SAMPLE = 2
-"""Purpose of a random key (see `training.step.DROPOUT`)."""
 
 
 class DecodeState(NamedTuple):
-    """Where a generation stands, on the device."""
+    """The state of a generation between two tokens, on the device."""
 
     logits: Float[Array, "B V"]
-    """For the next token."""
+    """Logits of the next token."""
     cache: list[KeyValue]
     position: Int[Array, ""]
-    """Of the next token."""
+    """Position of the next token."""
     seen: Bool[Array, "B V"]
     """Tokens that the repetition penalty applies to."""
-    before: Int[Array, "B _"]
-    """The last tokens, as many as the n-grams of the next one take in (`Transformer.before`)."""
 
 
 class Decoder:
-    """Generates text with a model. Prompts are padded to T, so every prompt shares one compiled prefill; causality
-    hides the padding, and prefill drops no token, so the padding takes nothing from the prompt.
+    """Generates text with a model.
 
-    `vocab_size` is the tokenizer's. A model's vocabulary may be padded beyond it, and no token of the padding is drawn.
+    Prompts are padded on the right to T tokens, so one compiled prefill serves every prompt. The padding does not
+    change the result: the model is causal, and prefill drops no token.
+
+    `vocab_size` is the size of the tokenizer's vocabulary. The model's vocabulary may be larger; its further tokens are
+    never drawn.
     """
 
     def __init__(self, graphdef: nnx.GraphDef, seq_len: int, vocab_size: int) -> None:
@@ -56,13 +54,13 @@ class Decoder:
         stop: int,
         limit: int,
     ) -> Iterator[int]:
-        """Tokens after the prompt, until `stop` (not yielded) or until `limit` of them. Needs at least one token.
+        """Tokens after the prompt, until `stop` is drawn (it is not yielded) or until there are `limit` tokens.
 
-        A context that is full goes on with its later half as a new prompt, so a story can be longer than T. Token
-        n is drawn with fold_in(key, n): the same tokens whatever `limit` is.
+        The prompt must have at least one token. Once the context is full, its later half becomes a new prompt, so a
+        text can be longer than T. Token n is drawn with fold_in(key, n), so `limit` does not change the tokens.
         """
         context = list(prompt)[-self.seq_len :]
-        # A prompt begins with the separator that ends a story, and a penalty on that would make stories run on.
+        # The separator begins a prompt and also ends a text. It gets no repetition penalty, or texts would not end.
         state = self._start(params, context, [token for token in prompt if token != stop])
         for n in range(limit):
             token = self.draw(state.logits, settings, state.seen, jax.random.fold_in(key, n))
@@ -84,7 +82,8 @@ class Decoder:
         state = self.prefill(params, tokens, np.int32(len(context)))
         mask = np.zeros(state.logits.shape, bool)
         mask[0, list(seen)] = True
-        return state._replace(seen=jnp.asarray(mask))
+        # Made of the state, so that it lies where the rest does: `advance` compiles anew for an argument that does not.
+        return state._replace(seen=state.seen | mask)
 
 
 def draw(
@@ -95,16 +94,15 @@ def draw(
 
 
 def prefill(graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B T"], length: Int[Array, ""]) -> DecodeState:
-    """Read a prompt of `length` tokens, padded on the right to T: logits after its last token, and the cache."""
+    """Read a prompt of `length` tokens, padded on the right to T. The result has the logits after its last token."""
     model = merge(graphdef, params)
     hidden, _, cache = model(tokens, Mode.GENERATE)
     logits = model.logits(jax.lax.dynamic_index_in_dim(hidden, length - 1, axis=1, keepdims=False))
-    return DecodeState(logits, cache, length, jnp.zeros(logits.shape, bool), model.before(tokens, length))
+    return DecodeState(logits, cache, length, jnp.zeros(logits.shape, bool))
 
 
 def advance(graphdef: nnx.GraphDef, params: Params, state: DecodeState, token: Int[Array, " B"]) -> DecodeState:
-    """Append a token a row: its keys and values enter the cache, and the logits are those after it."""
-    logits, cache = merge(graphdef, params).decode(token, state.before, state.cache, state.position)
+    """Append one token to each row: add its keys and values to the cache, and compute the logits after it."""
+    logits, cache = merge(graphdef, params).decode(token, state.cache, state.position)
     seen = state.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
-    before = jnp.concatenate([state.before, token[:, None]], axis=1)[:, 1:] if state.before.shape[1] else state.before
-    return DecodeState(logits, cache, state.position + 1, seen, before)
+    return DecodeState(logits, cache, state.position + 1, seen)

@@ -1,4 +1,4 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p, min-p, one draw."""
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p and min-p, then one draw."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How to draw. Numbers, not static: one compiled program serves every setting."""
+    """How to draw. These are arguments of the compiled program, not static, so one program serves every setting."""
 
     temperature: float = 0.8
     """Logits are divided by it; 0 takes the likeliest token."""
@@ -17,16 +17,17 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
     """Draw among the fewest likeliest tokens that together reach this probability (Holtzman et al. 2020); 1 is off."""
     min_p: float = 0.0
-    """Draw among tokens at least this share as likely as the likeliest (Nguyen et al. 2024); 0 is off."""
+    """Draw among tokens whose probability is at least this share of the largest (Nguyen et al. 2024); 0 is off."""
     repetition_penalty: float = 1.0
-    """Divides positive logits of tokens seen before, multiplies negative ones (Keskar et al. 2019); 1 is off."""
+    """For tokens seen before: positive logits are divided by it, negative logits are multiplied (Keskar et al. 2019); 1
+    is off."""
 
 
 def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
-    """The logits that are drawn from: penalised, tempered, and -inf where a filter excludes the token.
+    """The logits after penalty and temperature, with -inf for every token that a filter (top-k, top-p, min-p) excludes.
 
-    The filters act on the tempered distribution, each on its own; a token must pass all. The likeliest token
-    passes every one. Temperature 0 leaves that token only.
+    Each filter is computed from the distribution after temperature, independently of the others. A token must pass all
+    of them. The likeliest token passes every filter. Temperature 0 leaves only the likeliest token.
     """
     penalised = jnp.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
     logits = jnp.where(seen, penalised, logits)
@@ -47,5 +48,5 @@ def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[
 def sample(
     logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"], key: Key[Array, ""]
 ) -> Int[Array, " B"]:
-    """One token a row."""
+    """Draw one token for each row."""
     return jax.random.categorical(key, adjusted_logits(logits, settings, seen), axis=-1)

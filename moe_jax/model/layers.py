@@ -12,15 +12,16 @@ from moe_jax.model.precision import at_least_float32
 
 
 def matrix_init(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
-    """Normal with variance scale^2 / fan-in (LeCun et al. 1998, section 4.6); fan-in is the last axis but one."""
+    """Normal with variance scale^2 / fan-in (LeCun et al. 1998, section 4.6). Fan-in is the length of axis -2."""
     return jax.random.normal(rngs.params(), shape) * (scale / math.sqrt(shape[-2]))
 
 
 def embedding_init(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."]:
-    """Normal with variance 1 / width: rows of length 1, and logits of variance 1 where the head is tied.
+    """Normal with variance 1 / width. So rows have a norm of about 1, and with a tied head the logits have variance 1.
 
-    Much smaller rows (0.02 is usual) drown in what the first blocks add to them, and copying a word said before, for
-    which the rows must stay legible, is then learned late: measured on preset nano.
+    With much smaller entries (a standard deviation of 0.02 is usual), the blocks' outputs dominate the residual stream
+    and hide the embedding. To copy an earlier word, the model needs the embedding in the residual stream, so it then
+    learns to copy late. This was measured on preset nano.
     """
     return jax.random.normal(rngs.params(), shape) / math.sqrt(shape[-1])
 
@@ -28,10 +29,10 @@ def embedding_init(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."
 class Normalisation(nnx.Module):
     """LayerNorm (Ba et al. 2016, equation 4; eps 1e-5) or RMSNorm (Zhang and Sennrich 2019, equation 4; eps 1e-6).
 
-    Statistics in at least float32. Parameters: scale `[D]`, and for LayerNorm with biases bias `[D]`.
+    Statistics in at least float32. Parameters: scale `[D]`, and for LayerNorm with `bias` also bias `[D]`.
 
-    The backward pass recomputes what lies between input and output, both of which a block keeps anyway: autodiff would
-    keep two more arrays of their size, in at least float32.
+    The backward pass recomputes the values between input and output. Without recomputation, autodiff would keep two
+    more arrays of that size, in at least float32. A block keeps input and output in any case.
     """
 
     def __init__(self, kind: Norm, width: int, bias: bool) -> None:
@@ -57,11 +58,11 @@ class Normalisation(nnx.Module):
 
 
 @jax.custom_vjp
-def look_up(table: Float[Array, "V D"], ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-    """table[ids]. Its gradient is added up row by row in a table that starts as zeros, once the rows are known.
+def embedding_lookup(table: Float[Array, "V D"], ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+    """table[ids]. Its gradient is an array of zeros, as large as the table, plus the gradients of the rows.
 
-    That table is as large as the embedding. Left to itself, the compiler fills it with zeros at the start of the
-    backward pass, when the activations of all layers are there too.
+    The array of zeros is created only when the gradients of the rows are known. Without this, the compiler creates it
+    at the start of the backward pass, when the activations of all layers still take memory.
     """
     return table[ids]
 
@@ -76,13 +77,14 @@ def _look_up_backward(residuals: tuple[Array, Array], d_rows: Array) -> tuple[Ar
     return jnp.full(table.shape, zero).at[ids].add(d_rows.astype(table.dtype)), None
 
 
-look_up.defvjp(_look_up_forward, _look_up_backward)
+embedding_lookup.defvjp(_look_up_forward, _look_up_backward)
 
 
-def rotate(x: Float[Array, "B T H A"], positions: Int[Array, " T"]) -> Float[Array, "B T H A"]:
+def apply_rope(x: Float[Array, "B T H A"], positions: Int[Array, " T"]) -> Float[Array, "B T H A"]:
     """Rotary position embedding (Su et al. 2021, section 3.2), base 10000, pairs (i, i + A/2).
 
-    Pair i of a head is turned by positions * 10000^(-2i/A), so that q . k depends on the distance only.
+    Pair i of a head is rotated by the angle position * 10000^(-2i/A), so that the positions of q and k enter q . k only
+    through their distance.
     """
     half = x.shape[-1] // 2
     dtype = at_least_float32(x.dtype)
@@ -94,17 +96,17 @@ def rotate(x: Float[Array, "B T H A"], positions: Int[Array, " T"]) -> Float[Arr
 
 
 def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Zero a share `rate` of the entries and scale the rest by 1 / (1 - rate); without a key, or at rate 0, x."""
+    """Zero each entry with probability `rate`, and scale the others by 1 / (1 - rate). Without a key, or at 0: x."""
     if key is None or rate == 0:
         return x
     return jnp.where(keep_mask(key, rate, x.shape), x / (1 - rate), 0)
 
 
 def keep_mask(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """False with probability `rate`, to the nearest 1 / 65,536.
+    """False with probability `rate`, rounded to a multiple of 1 / 65,536.
 
-    One draw of 32 random bits serves two entries: the generator's arithmetic was a fifth of a training step of
-    `seed-158m` on a CPU. The barrier makes the mask, and not its random bits, what the backward pass keeps.
+    One draw of 32 random bits serves two entries, because generating random bits took a fifth of the time of a training
+    step of `seed-158m` on a CPU. With the barrier, the backward pass keeps the mask instead of the random bits.
     """
     count = math.prod(shape)
     words = jax.random.bits(key, ((count + 1) // 2,), jnp.uint32)

@@ -1,14 +1,14 @@
-"""The precision policy: which dtype holds what, and why.
+"""The precision policy: which dtype computes and stores what, and why.
 
-The policy chooses the compute precision: the dtype of activations and of the copies of the weights that matrices are
-multiplied in. Norm statistics, softmax, router and loss are computed in `at_least_float32` of it, whatever the policy
-says. Parameters are stored in float32, or matrices in bfloat16 where `TrainConfig.weights` says so (`stored`): their
-steps are then computed in float32 and rounded at random (`round_at_random`).
+`choose_policy` decides the compute precision, from `ExecutionConfig.compute_dtype` and the device. The compute
+precision is the dtype of activations and matrix products; weights are cast to it before they are multiplied. Norm
+statistics, softmax, router and loss are computed in at least float32 (`at_least_float32`), whatever the policy is.
+Parameters are stored in float32. With `TrainConfig.param_dtype` bfloat16, matrices are stored in bfloat16
+(`to_param_dtype`). Their updates are then computed in float32, and the sums are rounded stochastically
+(`stochastic_round`).
 """
 
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,14 +16,13 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float32, Key
 
-from moe_jax.config import PrecisionKind, WeightKind
-
-CPU_INFO = Path("/proc/cpuinfo")
+from moe_jax.config import ComputeDtype, ParamDtype
+from moe_jax.model.hardware import cpu_bfloat16_units
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Compute precision of a run, with the reason for it, to be printed."""
+    """The compute precision of a run, and the reason for it, which is printed."""
 
     compute: str
     """`float32`, `bfloat16` or `float16`."""
@@ -31,7 +30,7 @@ class Policy:
 
     @property
     def loss_scaling(self) -> bool:
-        """float16 gradients underflow without a scale: its smallest normal number is 6e-5."""
+        """Whether the loss is scaled. Otherwise float16 gradients underflow: the smallest normal float16 is 6e-5."""
         return self.compute == "float16"
 
     def __str__(self) -> str:
@@ -43,31 +42,13 @@ def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def cpu_bfloat16_units() -> str:
-    """The units with which this machine's processor multiplies bfloat16 twice as fast as float32, by what Linux says.
+def choose_policy(kind: ComputeDtype, device: Any = None) -> Policy:
+    """The policy for a precision. `auto` chooses it from the device (the first device unless given).
 
-    "" where it has none, and where nobody can be asked. AVX-512 BF16 is such a unit in AMD's family 26 (Zen 5), which
-    multiplied 960 GFLOP/s instead of 480 with it. An Intel Xeon whose AMX was hidden multiplied 221 instead of 300;
-    AMD's older families have not been measured.
-    """
-    try:
-        info = CPU_INFO.read_text()
-    except OSError:
-        return ""
-    flags, family = info.split(), re.search(r"^cpu family\s*:\s*(\d+)", info, re.MULTILINE)
-    if "amx_bf16" in flags:
-        return "AMX"
-    zen5 = "AuthenticAMD" in flags and family is not None and int(family[1]) >= 26
-    return "AVX-512 BF16" if zen5 and "avx512_bf16" in flags else ""
-
-
-def choose_policy(kind: PrecisionKind, device: Any = None) -> Policy:
-    """The policy that was asked for, or for `auto` the one that fits the device (the first, unless given).
-
-    bfloat16 matrix units came with compute capability 8.0 (Ampere). Turing (7.5) has float16 ones only, and XLA
-    computes bfloat16 there in float32. A CPU has them or not (`cpu_bfloat16_units`): a step of `seed-158m` took 1.74 s
-    in bfloat16 and 3.10 s in float32 with AMX, 1.54 and 2.02 s with AVX-512 BF16, one of `nano` 88 and 120, 63 and
-    67 ms. Without them bfloat16 is computed in float32.
+    GPUs have bfloat16 matrix units from compute capability 8.0 (Ampere) on. Turing (7.5) has float16 units only, and
+    XLA computes bfloat16 there in float32. Some CPUs have bfloat16 units (`cpu_bfloat16_units`). A step of `seed-158m`
+    took 1.74 s in bfloat16 and 3.10 s in float32 on a CPU with AMX, and 1.54 s and 2.02 s on a CPU with AVX-512 BF16.
+    Other CPUs compute bfloat16 in float32.
     """
     if kind != "auto":
         return Policy(kind, "asked for with --precision")
@@ -87,16 +68,16 @@ def choose_policy(kind: PrecisionKind, device: Any = None) -> Policy:
     )
 
 
-def stored(params: Any, weights: WeightKind) -> Any:
-    """Parameters as they are kept between steps: vectors (norms, biases) as they are, matrices in `weights`."""
-    return jax.tree.map(lambda p: p.astype(weights) if weights != "float32" and p.ndim >= 2 else p, params)
+def to_param_dtype(params: Any, dtype: ParamDtype) -> Any:
+    """Parameters as they are kept between steps: vectors (norms, biases) as they are, matrices in `dtype`."""
+    return jax.tree.map(lambda p: p.astype(dtype) if dtype != "float32" and p.ndim >= 2 else p, params)
 
 
-def round_at_random(x: Float32[Array, "..."], key: Key[Array, ""]) -> BFloat16[Array, "..."]:
-    """To one of the two bfloat16 around x, at random such that the mean is x (Gupta et al. 2015, section 3).
+def stochastic_round(x: Float32[Array, "..."], key: Key[Array, ""]) -> BFloat16[Array, "..."]:
+    """Round x to one of the two nearest bfloat16 numbers, at random, with mean x (Gupta et al. 2015, section 3).
 
-    bfloat16 is float32 without its last 16 bits. Adding 16 random bits before cutting them off carries into the rest
-    with the probability that is wanted. x is finite.
+    bfloat16 is float32 without its last 16 bits. 16 random bits are added to these last 16 bits, which are then cut
+    off. The sum carries into the upper bits with the wanted probability. x must be finite.
     """
     noise = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise

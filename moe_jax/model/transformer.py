@@ -1,8 +1,8 @@
 """The decoder-only language model: embedding, L pre-norm blocks, head.
 
-Modules own parameters and nothing else: no state, no `sow`. What a pass has to say beside its output (router
-statistics, keys and values) is returned. `split` turns a model into its static definition and a pure dict of
-parameters; `merge` is the inverse, used inside jitted functions.
+Modules own parameters and nothing else: no other state, and no flax `sow`. A pass returns its router statistics, keys
+and values beside its output. `split` turns a model into its static definition and a pure dict of parameters. `merge` is
+the inverse; jitted functions use it.
 """
 
 import math
@@ -13,12 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
-from moe_jax.model.layers import Normalisation, dropout, embedding_init, look_up, matrix_init
-from moe_jax.model.moe import DenseFFN, Mode, MoE, RouterStats
-from moe_jax.model.ngrams import NgramEmbedding
-from moe_jax.model.precision import at_least_float32
+from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
+from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats
+from moe_jax.model.precision import at_least_float32, to_param_dtype
 
 type Params = dict[str, Any]
 
@@ -26,14 +25,27 @@ type Params = dict[str, Any]
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + experts(norm(x))."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        # Each of the 2L branches adds to the residual stream; scaled down, their sum has the variance of one.
-        out_scale = 0.0 if config.quiet_branches else 1 / math.sqrt(2 * config.layers)
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE) -> None:
+        # Each of the 2L branches adds to the residual stream. With this scale, the sum of all branches has the variance
+        # of a single unscaled branch.
+        out_scale = 0.0 if config.zero_init_residual else 1 / math.sqrt(2 * config.layers)
         self.dropout = config.dropout
         self.attention_norm = Normalisation(config.norm, config.width, config.bias)
         self.attention = Attention(config, out_scale, rngs)
         self.ffn_norm = Normalisation(config.norm, config.width, config.bias)
-        self.ffn = (MoE if config.dense == "none" else DenseFFN)(config, out_scale, rngs)
+        if config.dense == "none":
+            self.ffn = moe(
+                config.width,
+                config.expert_hidden,
+                config.experts,
+                config.routing,
+                activation=config.activation,
+                shared_experts=config.shared_experts,
+                out_scale=out_scale,
+                rngs=rngs,
+            )
+        else:
+            self.ffn = DenseFFN(config.width, config.dense_hidden, config.activation, out_scale, rngs)
 
     def __call__(
         self,
@@ -43,8 +55,11 @@ class Block(nnx.Module):
         remat: bool = False,
         trace: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValue]:
-        """With `remat` each half is recomputed in the backward pass, by itself: one half's activations exist at a
-        time, for one more residual stream kept a block."""
+        """The output, the router's statistics, and the keys and values.
+
+        With `remat` the backward pass recomputes the two halves of a block (attention, experts) one after the other. So
+        only the activations of one half exist at a time. In return, the residual stream between the halves is kept.
+        """
         keys = (None,) * 3 if key is None else jax.random.split(key, 3)
 
         def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:
@@ -69,6 +84,7 @@ class Block(nnx.Module):
     def decode(
         self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, ""]
     ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
+        """The output for one token of each sequence, at position `index`, and the cache that includes this token."""
         y, cache = self.attention.decode(self.attention_norm(x), cache, index)
         x = x + y
         y, _ = self.ffn(self.ffn_norm(x), Mode.GENERATE)
@@ -76,43 +92,34 @@ class Block(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """The language model. Its compute precision is that of its activations: weights are cast where they are used.
+    """The language model. Activations have the dtype `compute`; weights are cast to it where they are used.
 
-    Parameters: embedding `[V, D]`, position `[T, D]` (learned positions), ngrams (those of `NgramEmbedding`), blocks,
-    norm, head `[D, V]` (untied).
+    Parameters: embedding `[V, D]`, position `[T, D]` (learned positions), blocks, norm, head `[D, V]` (untied).
     """
 
     def __init__(
-        self, config: ModelConfig, rngs: nnx.Rngs, compute: jnp.dtype | None = None, remat: bool = False
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        compute: jnp.dtype | None = None,
+        remat: bool = False,
+        moe: type[MoE] = MoE,
     ) -> None:
-        """`compute` is the dtype of activations, float32 unless given; `remat` recomputes blocks when training."""
+        """`compute` is the dtype of activations, float32 unless given. `remat` recomputes blocks in training. `moe` is
+        the class of the layers with experts."""
         self.config = config
         self.compute = jnp.dtype(compute or jnp.float32)
         self.remat = remat
         self.embedding = nnx.Param(embedding_init(rngs, (config.vocab_size, config.width)))
         if config.positions == "learned":
             self.position = nnx.Param(embedding_init(rngs, (config.seq_len, config.width)))
-        if config.ngrams > 1:
-            self.ngrams = NgramEmbedding(config.ngrams, config.ngram_rows, config.vocab_size, config.width)
-        self.blocks = nnx.List([Block(config, rngs) for _ in range(config.layers)])
+        self.blocks = nnx.List([Block(config, rngs, moe) for _ in range(config.layers)])
         self.norm = Normalisation(config.norm, config.width, config.bias)
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
 
-    def before(self, tokens: Int[Array, "B T"], length: Int[Array, ""] | int) -> Int[Array, "B _"]:
-        """The tokens that the n-grams of position `length` take in, oldest first: ids beyond the vocabulary where
-        there are none, and no columns at all without n-grams."""
-        if self.config.ngrams == 1:
-            return tokens[:, :0]
-        window = jnp.concatenate([self.ngrams.nothing_before(tokens.shape[0]), tokens], axis=1)
-        return jax.lax.dynamic_slice_in_dim(window, length, self.config.ngrams - 1, axis=1)
-
-    def _embed(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, " T"], before: Int[Array, "B _"]
-    ) -> Float[Array, "B T D"]:
-        x = look_up(self.embedding[...], tokens)
-        if self.config.ngrams > 1:
-            x = x + self.ngrams(tokens, before)
+    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, " T"]) -> Float[Array, "B T D"]:
+        x = embedding_lookup(self.embedding[...], tokens)
         if self.config.scaled_embedding:  # Vaswani et al. 2017, section 3.4
             x = x * math.sqrt(self.config.width)
         if self.config.positions == "learned":
@@ -122,17 +129,18 @@ class Transformer(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, list[KeyValue]]:
-        """Normalised hidden states of every position, for `logits`; the routers' statistics, each with a leading
-        axis L (None for a dense twin); and each layer's keys and values. A key turns dropout, and the router's noise
-        and jitter, on; `trace`, which is static, adds every decision of the routers to their statistics, and leaves
-        the untraced program as it was.
+        """The normalised hidden states of all positions (for `logits`), the routers' statistics with a leading axis L
+        (None for a dense baseline), and the keys and values of each layer.
+
+        A key turns on dropout and the router's noise and jitter. `trace`, a static argument, adds every decision of the
+        routers to their statistics. Without `trace` the compiled program contains no tracing.
         """
         keys = [None] * (len(self.blocks) + 1)
-        config = self.config
-        random = max(config.dropout, config.attention_dropout, config.router_noise, config.router_jitter) > 0
+        config, routing = self.config, self.config.routing
+        random = max(config.dropout, config.attention_dropout, routing.logit_noise, routing.input_jitter) > 0
         if key is not None and random:
             keys = list(jax.random.split(key, len(self.blocks) + 1))
-        x = self._embed(tokens, jnp.arange(tokens.shape[1]), self.before(tokens, 0))
+        x = self._embed(tokens, jnp.arange(tokens.shape[1]))
         x = dropout(x, config.dropout, keys[0])
         stats: list[RouterStats | None] = []
         cache: list[KeyValue] = []
@@ -144,19 +152,20 @@ class Transformer(nnx.Module):
         return self.norm(x), stacked, cache
 
     def head_matrix(self) -> Float[Array, "D V"]:
+        """The vocabulary head, which is the transposed embedding where they are tied."""
         return self.embedding[...].T if self.config.tied_head else self.head[...]
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """In at least float32: products of the compute dtype, summed wide."""
+        """Logits in at least float32. The factors have the compute dtype; products are summed in at least float32."""
         with jax.named_scope("head"):
             head = self.head_matrix().astype(hidden.dtype)
             return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
 
     def decode(
-        self, token: Int[Array, " B"], before: Int[Array, "B _"], cache: list[KeyValue], index: Int[Array, ""]
+        self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, ""]
     ) -> tuple[Float[Array, "B V"], list[KeyValue]]:
-        """Logits after the token at position `index`, and the cache that includes it; `before` as of the method."""
-        x = self._embed(token[:, None], index[None], before)
+        """Logits after the token at position `index`, and the cache that includes this token."""
+        x = self._embed(token[:, None], index[None])
         new: list[KeyValue] = []
         for block, kv in zip(self.blocks, cache, strict=True):
             x, kv = block.decode(x, kv, index)
@@ -165,12 +174,16 @@ class Transformer(nnx.Module):
 
 
 def create(
-    config: ModelConfig, key: Key[Array, ""], compute: jnp.dtype | None = None, remat: bool = False
+    config: ModelConfig,
+    key: Key[Array, ""],
+    compute: jnp.dtype | None = None,
+    remat: bool = False,
+    moe: type[MoE] = MoE,
 ) -> Transformer:
-    """A model with initial parameters. `config.vocab_size` must be known by now."""
+    """A model with initial parameters. Raises ValueError where `config.vocab_size` is not known yet."""
     if config.vocab_size < 1:
         raise ValueError("vocab_size is 0: take it from the tokenizer first (dataclasses.replace)")
-    return Transformer(config, nnx.Rngs(params=key), compute, remat)
+    return Transformer(config, nnx.Rngs(params=key), compute, remat, moe)
 
 
 def split(model: Transformer) -> tuple[nnx.GraphDef, Params]:
@@ -182,3 +195,16 @@ def split(model: Transformer) -> tuple[nnx.GraphDef, Params]:
 def merge(graphdef: nnx.GraphDef, params: Params) -> Transformer:
     """The inverse of `split`."""
     return nnx.merge(graphdef, nnx.State(jax.tree.map(lambda x: x, params)))
+
+
+def abstract_model(
+    config: ModelConfig,
+    compute: str = "float32",
+    param_dtype: ParamDtype = "float32",
+    remat: bool = False,
+    moe: type[MoE] = MoE,
+) -> tuple[nnx.GraphDef, Params]:
+    """The static definition of a model, and the shapes of its parameters as they are stored. Allocates nothing."""
+    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe))
+    graphdef, shapes = split(model)
+    return graphdef, jax.eval_shape(lambda params: to_param_dtype(params, param_dtype), shapes)

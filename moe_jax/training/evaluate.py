@@ -1,4 +1,5 @@
-"""Loss and bits per byte of a token stream: every token after the first predicted exactly once, nothing dropped."""
+"""Loss and bits per byte of a token stream. Every token after the first is predicted exactly once (`data/batches.py`).
+Nothing is dropped, unless `eval_capacity_factor` sets a capacity."""
 
 import math
 from collections.abc import Callable
@@ -12,24 +13,24 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from moe_jax.data.batches import evaluation_windows, text_bytes
-from moe_jax.model.moe import Mode
+from moe_jax.model.kernels.cross_entropy import blocked_token_losses
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
-from moe_jax.training.loss import blocked_token_losses
 
 EVALUATION_ROWS = 16
-"""Windows of one evaluation batch."""
+"""Rows of one evaluation batch."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model scores on a stream."""
+    """The score of a model on a stream."""
 
     loss: float
     """Mean cross-entropy, nats per predicted token (separators included)."""
     bits_per_byte: float
-    """Nats of all predicted tokens / ln 2 / UTF-8 bytes of the stripped stories."""
+    """Nats of all predicted tokens / ln 2 / UTF-8 bytes of the stripped documents."""
     drop_fraction: float
-    """Share of (token, choice) pairs without a slot, over the scored rows; 0 without an evaluation capacity."""
+    """Share of (token, choice) pairs without a slot, mean over the scored rows. 0 without an evaluation capacity."""
     tokens: int
     """Predicted tokens."""
     bytes: int
@@ -39,15 +40,15 @@ type EvaluationStep = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLi
 
 
 def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
-    """The jitted (params, inputs, targets, start, weights) -> (summed nats, drop fractions of the rows that count,
-    summed); see `EvaluationBatch`."""
+    """The jitted (params, inputs, targets, start, weights) -> (sum of cross-entropies in nats, sum of drop fractions).
+    Only targets and rows with a weight count. `EvaluationBatch` describes the arguments."""
 
     def step(
         params: Params, inputs: Array, targets: Array, start: Array, weights: Array
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
         model = merge(graphdef, params)
         hidden, stats, _ = model(inputs, Mode.EVALUATE)
-        # Only the scored span of each row goes through the head, which is most of the arithmetic.
+        # Only the scored part of each row goes through the head, which is most of the arithmetic.
         span = jax.vmap(lambda h, s: jax.lax.dynamic_slice_in_dim(h, s, targets.shape[1]))(hidden, start)
         losses = blocked_token_losses(span.reshape(-1, span.shape[-1]), model.head_matrix(), targets.reshape(-1))
         dropped = jnp.zeros(len(inputs)) if stats is None else stats.drop_fraction.mean(0)
@@ -59,7 +60,7 @@ def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
 def evaluate(
     step: EvaluationStep, params: Params, tokens: np.ndarray, *, seq_len: int, token_bytes: np.ndarray
 ) -> Evaluation:
-    """Score a stream `separator, story, separator, ..., separator`; see `evaluation_windows`."""
+    """Score a stream `separator, document, separator, ..., separator`, window by window (`evaluation_windows`)."""
     batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS))
     results = [step(params, batch.inputs, batch.targets, batch.start, batch.weights) for batch in batches]
     nats = math.fsum(float(n) for n, _ in results)

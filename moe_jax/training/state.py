@@ -1,4 +1,4 @@
-"""Everything that a run carries from one step to the next on the device, as one value."""
+"""The state of training on the device, as one value that a step takes and returns."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import RunConfig
-from moe_jax.model.precision import at_least_float32, stored
+from moe_jax.model.precision import at_least_float32, to_param_dtype
 from moe_jax.model.transformer import Params, create, split
 
 INITIAL_SCALE = 2.0**15
@@ -17,15 +17,15 @@ GROWTH_STEPS = 2000
 
 SPIKE_DECAY = 1 - 1 / 128
 SPIKE_AFTER = 128
-"""Steps after which the loss is known well enough for one to be called a spike."""
+"""Number of first steps in which no loss is called a spike, because the mean is not yet known well."""
 SPIKE_SIGMAS = 6.0
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2): doubled after 2,000 good steps, halved by a bad
-    one. 1 and constant unless the compute precision is float16."""
+    """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2). The scale doubles after 2,000 finite steps in a
+    row, and halves after a step that is not finite. It is constantly 1 unless the compute precision is float16."""
 
     scale: Float[Array, ""]
     good_steps: Int[Array, ""]
@@ -34,7 +34,7 @@ class LossScale:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class LossTrack:
-    """Where the loss has been lately: a mean and a variance that forget with a half-life of 88 steps."""
+    """Running mean and variance of the loss, with exponential decay: the half-life is 88 steps."""
 
     mean: Float[Array, ""]
     variance: Float[Array, ""]
@@ -49,7 +49,7 @@ class LossTrack:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """The state of training. Saved whole in a checkpoint; the position in the data is the step."""
+    """The state of training. A checkpoint holds all of it. The position in the data is a function of `step` alone."""
 
     step: Int[Array, ""]
     """Steps taken, skipped ones included."""
@@ -58,18 +58,19 @@ class TrainState:
     loss_scale: LossScale
     loss_track: LossTrack
     skipped: Int[Array, ""]
-    """Steps that changed parameters and optimizer in no bit, because their loss or gradient was not finite, or was
-    a spike and spikes are skipped."""
+    """Number of skipped steps. A skipped step changes no bit of parameters and optimizer: its loss or gradient was not
+    finite, or its loss was a spike and `skip_spikes` is on."""
 
 
 def initial_params(config: RunConfig, key: Key[Array, ""]) -> Params:
     """Random parameters in the dtypes that they are stored in."""
 
     def make(key: Array) -> Params:
-        return stored(split(create(config.model, key))[1], config.train.weights)
+        return to_param_dtype(split(create(config.model, key))[1], config.train.param_dtype)
 
-    # As one program, narrow parameters are written as such: float32 ones, twice as large, never exist.
-    return make(key) if config.train.weights == "float32" else jax.jit(make)(key)
+    # Compiled as one program, so that bfloat16 parameters are written directly. Otherwise float32 copies of all of
+    # them, twice as large, would exist first.
+    return make(key) if config.train.param_dtype == "float32" else jax.jit(make)(key)
 
 
 def initial_state(params: Params, optimizer: optax.GradientTransformation, loss_scaling: bool) -> TrainState:
@@ -93,10 +94,13 @@ def next_scale(old: LossScale, finite: Bool[Array, ""]) -> LossScale:
 
 
 def next_track(old: LossTrack, loss: Float[Array, ""], finite: Bool[Array, ""]) -> LossTrack:
-    """The track after a step. A spike counts as its limit: it teaches little, but a loss that stays high becomes the
-    usual one in time. A step that was not finite counts for nothing."""
+    """The track after a step.
+
+    A loss above the limit enters the mean as the limit. So a single spike changes the mean little, but a loss that
+    stays high raises the mean and the limit in time. A step that was not finite does not count.
+    """
     loss = jnp.minimum(loss.astype(jnp.float32), old.limit())
-    # The first steps weigh equally (1/1, 1/2, ...), so that the track does not begin at 0.
+    # The first steps have equal weights (1/1, 1/2, ...), so that the mean does not begin at 0.
     share = jnp.maximum(1 / (old.steps + 1), 1 - SPIKE_DECAY).astype(jnp.float32)
     difference = loss - old.mean
     mean = old.mean + share * difference

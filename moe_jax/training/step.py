@@ -11,33 +11,29 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import TrainConfig
-from moe_jax.model.balance import adjusted_bias
-from moe_jax.model.precision import at_least_float32, round_at_random
-from moe_jax.model.transformer import Params, merge
+from moe_jax.model.moe.balance import adjusted_bias
+from moe_jax.model.precision import at_least_float32, stochastic_round
+from moe_jax.model.transformer import Params, Transformer, merge
+from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.state import LossScale, TrainState, next_scale, next_track
 
-DROPOUT = 1
-"""Purpose of a random key: every key is fold_in(fold_in(seed, purpose), step)."""
-
-
-ROUND_WEIGHTS = 4
-"""Likewise; 3 is `adam8bit.ROUND_MOMENTS`."""
-
 
 class StepReport(NamedTuple):
-    """Read on the host one step late, so that the device never waits for it."""
+    """The report of a step. The host reads it one step late, so that the device does not wait for the host."""
 
     metrics: Metrics
     grad_norm: Float[Array, ""]
     """Global norm before clipping."""
     finite: Bool[Array, ""]
-    """Whether loss and gradient were; otherwise the step was skipped."""
+    """Whether the loss and the gradient norm were finite. If not, the step was skipped."""
     spike: Bool[Array, ""]
-    """Whether the loss was far above what it has been lately (`LossTrack.limit`)."""
+    """Whether the loss was far above its recent mean (`LossTrack.limit`)."""
 
 
 type Step = Callable[[TrainState, ArrayLike], tuple[TrainState, StepReport]]
+type Loss = Callable[[Transformer, Array, Array, TrainConfig, bool], tuple[Array, Metrics]]
+"""(model, tokens [B, T+1], key, config, trace) -> (the loss to minimise, metrics), as `training_loss`."""
 
 
 def gradients(
@@ -48,18 +44,19 @@ def gradients(
     scale: Float[Array, ""] | None,
     config: TrainConfig,
     trace: bool = False,
+    loss: Loss = training_loss,
 ) -> tuple[Params, Metrics]:
-    """The mean gradient over M micro-batches of B sequences, in at least float32, and the mean metrics; traces are
-    stacked, M first.
+    """The mean gradient over M micro-batches of B sequences, in at least float32, and the mean metrics.
 
-    Every group that a loss is averaged over is one sequence, so accumulated equals whole, auxiliary losses
-    included. Micro-batches are summed in order by a scan: one copy of the gradients beside the running sum.
+    Every loss, also the auxiliary ones, is a mean over sequences. So the accumulated gradient equals the gradient of
+    the whole batch. A scan sums the micro-batches in order, and holds the gradients of one micro-batch beside the
+    running sum. The traces are stacked along a first axis M.
     """
 
     def micro(tokens: Array, index: Array) -> tuple[Params, Metrics]:
         def scaled_loss(p: Params) -> tuple[Array, Metrics]:
-            loss, metrics = training_loss(merge(graphdef, p), tokens, jax.random.fold_in(key, index), config, trace)
-            return loss if scale is None else loss * scale.astype(loss.dtype), metrics
+            value, metrics = loss(merge(graphdef, p), tokens, jax.random.fold_in(key, index), config, trace)
+            return value if scale is None else value * scale.astype(value.dtype), metrics
 
         return jax.grad(scaled_loss, has_aux=True)(params)
 
@@ -93,26 +90,22 @@ def global_norm(grads: Params) -> Float[Array, ""]:
 
 
 def clip_factor(norm: Float[Array, ""], limit: float) -> Float[Array, ""]:
-    """What gradients of a global norm are multiplied by, so that none is longer than the limit."""
+    """The factor by which gradients of global norm `norm` are multiplied, so that their norm is at most `limit`."""
     return jnp.minimum(1, limit / norm)
 
 
-def purpose_key(seed: int, purpose: int, step: Array) -> Key[Array, ""]:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
-
-
-def add(params: Params, updates: Any, key: Key[Array, ""]) -> Params:
-    """params + updates, each sum in at least float32; where the parameter is bfloat16 it is rounded at random."""
+def apply_updates(params: Params, updates: Any, key: Key[Array, ""]) -> Params:
+    """params + updates, summed in at least float32. The sum is rounded stochastically if the parameter is bfloat16."""
     leaves, tree = jax.tree.flatten(params)
     sums = [_wide(p) + u for p, u in zip(leaves, jax.tree.leaves(updates), strict=True)]
     for i, p in enumerate(leaves):
         if p.dtype == jnp.bfloat16:
-            sums[i] = round_at_random(sums[i], jax.random.fold_in(key, i))
+            sums[i] = stochastic_round(sums[i], jax.random.fold_in(key, i))
     return tree.unflatten(sums)
 
 
 def with_adjusted_biases(params: Params, load: Float[Array, "L E"], rate: float) -> Params:
-    """The parameters with each router's balance bias moved against its load, where routers have one."""
+    """The parameters after `adjusted_bias` has changed each router's balance bias. Unchanged if routers have none."""
     if "balance_bias" not in params["blocks"][0]["ffn"]:
         return params
     blocks = dict(params["blocks"])
@@ -128,34 +121,39 @@ def make_step(
     config: TrainConfig,
     loss_scaling: bool,
     trace: bool = False,
+    loss: Loss = training_loss,
 ) -> Step:
-    """The jitted step, which takes over its state's memory. A batch is int32 `[M, B, T+1]`, M micro-batches.
+    """The jitted step. It reuses the memory of the state that it is given. A batch is int32 `[M, B, T+1]`: M
+    micro-batches.
 
-    A step whose loss or gradient is not finite leaves parameters and optimizer as they are and is counted, and so
-    does a loss spike where the configuration asks for that. With float16 the former also halves the loss scale.
-    With `trace` the metrics hold every decision of the routers; it is static, and the program without it does not
-    change by its being there.
+    If the loss or the gradient norm is not finite, the step is counted as skipped, and parameters and optimizer keep
+    every bit. With float16 the step also halves the loss scale. With `skip_spikes`, a step with a loss spike is skipped
+    in the same way.
+
+    `trace`, a static argument, adds every decision of the routers to the metrics. `loss` computes the loss to minimise.
     """
 
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
-        key = purpose_key(config.seed, DROPOUT, state.step)
+        key = purpose_key(config.seed, Purpose.DROPOUT, state.step)
         scale: LossScale = state.loss_scale
         factor = scale.scale if loss_scaling else None
-        grads, metrics = gradients(graphdef, state.params, batch, key, factor, config, trace)
+        grads, metrics = gradients(graphdef, state.params, batch, key, factor, config, trace, loss)
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())
         taken = finite & ~spike if config.skip_spikes else finite
-        # One factor, applied where a gradient is used: a clipped copy of all gradients never exists.
-        clip = clip_factor(norm, config.clip)
+        # One factor clips all gradients. It is applied where a gradient is used, so that the compiler needs no clipped
+        # copy of all gradients.
+        clip = clip_factor(norm, config.max_grad_norm)
         clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
         wide = jax.tree.map(_wide, state.params)
         updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=taken)
-        params = add(state.params, updates, purpose_key(config.seed, ROUND_WEIGHTS, state.step))
-        params = with_adjusted_biases(params, metrics.load, config.balance_rate)
+        params = apply_updates(state.params, updates, purpose_key(config.seed, Purpose.ROUND_WEIGHTS, state.step))
+        params = with_adjusted_biases(params, metrics.load, config.router_bias_lr)
         new = TrainState(
             step=state.step + 1,
-            # Entry by entry, so that each update takes its parameter's memory; `lax.cond` would hold both.
+            # Selected entry by entry, so that the new parameters reuse the memory of the old ones. With `lax.cond` both
+            # would exist at once.
             params=jax.tree.map(lambda new, old: jnp.where(taken, new, old), params, state.params),
             optimizer=optimizer_state,
             loss_scale=next_scale(scale, finite) if loss_scaling else scale,

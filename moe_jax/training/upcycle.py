@@ -1,12 +1,13 @@
 """Sparse upcycling (Komatsuzaki et al. 2023, section 3): a mixture of experts that starts from a trained dense run.
 
-Every expert is a copy of the dense FFN, the router is random, and everything else is taken over. The gates of the K
-experts that a token is sent to sum to 1, so at step 0, where nothing is dropped, the model computes what the dense one
-does. The copies part because the router sends them different tokens. `compatibility.check_upcyclable` says which
-settings that takes. The optimizer and its schedule start anew; from step 0 on it is an ordinary run.
+Every expert starts as a copy of the dense feed-forward network. The router starts at random. All other parameters are
+copied. The gates of a token's K experts sum to 1. So at step 0 the model computes the same function as the dense model,
+as long as nothing is dropped. The copies become different because the router sends them different tokens.
+`config.compatibility.check_upcyclable` checks the settings that this needs. The optimizer's state and the learning-rate
+schedule start anew.
 
-The run keeps the dense run's tokenizer, whose rows the embedding holds, and its text, so that what validates has been
-trained on by neither.
+The run keeps the tokenizer of the dense run, because the rows of the embedding belong to its ids. It also keeps the
+text of the dense run, so that neither run has trained on the validation text.
 """
 
 from dataclasses import dataclass
@@ -16,30 +17,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.analysis.accounting import training_flops
-from moe_jax.compatibility import check_upcyclable, dense_run
 from moe_jax.config import RunConfig, UserError
+from moe_jax.config.compatibility import check_upcyclable, load_dense_config
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.model.transformer import Params
-from moe_jax.training.checkpoint import Checkpoint, CheckpointStore, named_leaves, restore
-from moe_jax.training.run import RunFolder, abstract_model
+from moe_jax.model.costs import training_flops
+from moe_jax.model.transformer import Params, abstract_model
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, named_leaves, restore
+from moe_jax.runs.folder import RunFolder
 
 
 @dataclass(frozen=True)
-class DenseStart:
-    """The dense run that a new run begins from: its best checkpoint."""
+class UpcycleSource:
+    """The dense run that a new run starts from, at its best checkpoint."""
 
     config: RunConfig
     checkpoint: Checkpoint
     tokenizer: Tokenizer
 
     @classmethod
-    def open(cls, config: RunConfig) -> "DenseStart | None":
-        """The run that `config.upcycle` names; None where it names none. Raises ConfigError, UserError."""
+    def open(cls, config: RunConfig) -> "UpcycleSource | None":
+        """The dense run that `config.upcycle` names, or None if it names none. Raises ConfigError or UserError if it
+        cannot be used."""
         if not config.upcycle:
             return None
-        dense, folder = dense_run(config.upcycle), Path(config.upcycle)
+        dense, folder = load_dense_config(config.upcycle), Path(config.upcycle)
         check_upcyclable(dense, config)
         checkpoint = CheckpointStore(folder).best()
         if checkpoint is None:
@@ -47,17 +49,18 @@ class DenseStart:
         return cls(dense, checkpoint, load_tokenizer(RunFolder(folder).tokenizer))
 
     def params(self, fresh: Params, store: TokenStore) -> Params:
-        """The first parameters of the new run: see `copied`. Raises UserError where its text is another one."""
-        if self.checkpoint.manifest["context"].get("data") != store.digest:
+        """The initial parameters of the new run (see `copied`). Raises UserError if the new run has another text."""
+        if not store.is_text_of(self.checkpoint.manifest["context"].get("data")):
             raise UserError(
                 f"--data {store.source}: not the text that the run in --upcycle was trained on, "
                 "whose validation text must stay unseen; leave the flag out, or name that text"
             )
-        _, shapes = abstract_model(self.config, "float32")
-        return copied(fresh, restore(self.checkpoint, {"params": shapes})["params"])
+        _, shapes = abstract_model(self.config.model, param_dtype=self.config.train.param_dtype)
+        return copy_dense_params(fresh, restore(self.checkpoint, {"params": shapes})["params"])
 
     def origin(self, folder: str) -> dict[str, Any]:
-        """What is remembered of it: `training_flops` are those that the dense run had taken by then."""
+        """The record of the dense run that the new run saves. `training_flops` are the floating-point operations of the
+        dense run up to its checkpoint."""
         return {
             "upcycled_from": folder,
             "step": self.checkpoint.step,
@@ -67,9 +70,12 @@ class DenseStart:
         }
 
 
-def copied(fresh: Params, dense: Params) -> Params:
-    """`fresh` parameters of a mixture of experts with those of a dense model in their place: the one FFN `[1, D, F]`
-    in all E experts, the rest as it is. What the dense model lacks, the routers, stays fresh."""
+def copy_dense_params(fresh: Params, dense: Params) -> Params:
+    """The parameters of a dense model, arranged as the `fresh` parameters of an MoE model.
+
+    The dense network `[1, D, F]` is copied into all E experts. Other parameters are copied unchanged. Routers and
+    balance biases, which the dense model does not have, keep their fresh values.
+    """
     there = named_leaves(dense)
 
     def fill(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from moe_jax.analysis.report import write_report
-from tests import saved_run
+from moe_jax.inspection.report import write_report
 from tests.browser.opened import HOSTILE, WRITING, Opened
+from tests.support import saved_run
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 

@@ -35,7 +35,7 @@ def test_attention_of_the_chosen_token(opened: Opened) -> None:
 
 def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any, written: Path, tmp_path: Path) -> None:
     """Of three planted specialists the clearest (by G^2) comes first; each kind of token is named once."""
-    from moe_jax.analysis.report import render
+    from moe_jax.inspection.report import render
 
     data = json.loads(page_data(written))
     for entry in (entry for layer in data["specialisation"] for entry in layer):
@@ -59,7 +59,8 @@ def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any,
     assert first.get_attribute("id") == "specialists-said"
     said = first.inner_text().replace("\u00a0", " ")
     dragons = "expert 3 of layer 1 in dragons (“dragons”; 63 % of them choose it)"
-    assert f"{dragons} and expert 0 of layer 1 in cats (“cats”; 63 % of them choose it). By chance 50 % would." in said
+    assert f"{dragons} and expert 0 of layer 1 in cats (“cats”; 63 % of them choose it)." in said
+    assert "By chance an expert would get 50 % of each kind." in said
     assert "layer 0" not in said
     opened.page.locator("#layer").fill("1")
     opened.page.locator("#specialists").scroll_into_view_if_needed()

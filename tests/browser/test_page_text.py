@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from moe_jax.analysis.report import write_report
-from tests import saved_run
+from moe_jax.inspection.report import write_report
 from tests.browser.opened import HOSTILE, LAYERS, E, K, Opened, page_data
+from tests.support import saved_run
 
 
 def assert_coloured_by(opened: Opened, layer: int) -> None:
@@ -119,7 +119,7 @@ def test_whole_characters_of_any_writing(browser: Any, written: Path, tmp_path: 
     pieces = ["<|endoftext|>", " שלום", " עולם", "\n", " a", "\u202e", "\U0001f409", hostile]
     data["text"]["pieces"][: len(pieces)] = pieces
     data["text"]["mark"] = [0]
-    from moe_jax.analysis.report import render
+    from moe_jax.inspection.report import render
 
     path = tmp_path / "page.html"
     path.write_text(render(data), encoding="utf-8")

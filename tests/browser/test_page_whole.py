@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from moe_jax.analysis.report import write_report
-from tests import saved_run
+from moe_jax.inspection.report import write_report
 from tests.browser.opened import LAYERS, E, K, Opened, page_data
+from tests.support import saved_run
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -74,7 +74,7 @@ CONTRAST = """() => {
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_stands_out_from_its_ground(browser: Any, written: Path, tmp_path: Path, scheme: str) -> None:
     """WCAG 2.2 AA, 4.5 to 1: for twenty experts, as the page is, with a token chosen, and with an expert lit."""
-    from moe_jax.analysis.report import render
+    from moe_jax.inspection.report import render
 
     data = json.loads(page_data(written))
     count, data["model"]["experts"], data["corpus"] = data["model"]["experts"], 20, None
@@ -111,7 +111,7 @@ def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
     opened.page.close()
 
 
-@pytest.mark.parametrize("dispatch", ["gather", "blocks"])
+@pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
 def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     browser: Any, tmp_path: Path, dispatch: str
 ) -> None:
@@ -119,7 +119,7 @@ def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     folder = saved_run.save_run(tmp_path, dispatch=dispatch, capacity_factor=1.2)
     opened = Opened(browser, write_report(folder, folder / "page.html", text="a cat and a dragon"))
     opened.draw_everything()
-    limited = dispatch == "gather"
+    limited = dispatch == "capacity"
     text = lambda name: opened.page.locator(name).inner_text().replace("\u00a0", " ")  # noqa: E731
     dropped = opened.page.locator("#entropy tbody td:nth-child(3)").all_inner_texts()
     assert [cell != "0.00\u00a0%" for cell in dropped] == [limited] * LAYERS
@@ -134,9 +134,7 @@ def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
         assert "Needed: the slots, filled" in costs
     else:
         # 32 rows of 2 x 3 x 8 x 6 operations, in 7 blocks of 8.
-        need = (
-            "the active rows, 32 choices of the window's tokens, need 0.01 M (ratio 1.750; what is over is the padding"
-        )
+        need = "the active rows, 32 choices of the window's tokens, need 0.01 M (ratio 1.750; the excess is the padding"
         assert need in said
         assert "slots" not in said + costs
         assert "Needed: the active rows" in costs

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from moe_jax.config import UserError
 from moe_jax.data import batches
 from moe_jax.data.batches import (
-    epoch_of,
     evaluation_windows,
     text_bytes,
     train_batch,
@@ -93,12 +92,6 @@ def test_a_batch_depends_on_seed_and_step_alone(step, seed):
 def test_tokens_above_the_range_of_int16_survive():
     stream = np.full(9, 50_256, dtype=np.uint16)
     assert train_batch(stream, seed=0, step=0, batch_size=2, seq_len=4).tolist() == [[50_256] * 5] * 2
-
-
-def test_epoch_of():
-    """101 tokens in windows of 10 are 10 windows: 4 a step, so step 5 is at the end of the second epoch."""
-    assert epoch_of(0, tokens=101, batch_size=4, seq_len=10) == 0
-    assert epoch_of(5, tokens=101, batch_size=4, seq_len=10) == 2
 
 
 def test_a_stream_without_a_window_is_refused():

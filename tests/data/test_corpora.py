@@ -1,4 +1,4 @@
-"""Corpora: what is a story, what validates, and how bad sources are answered."""
+"""Corpora: what is a document, what validates, and how bad sources are answered."""
 
 import subprocess
 import sys
@@ -11,8 +11,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import ConfigError, DataConfig, UserError
-from moe_jax.data import corpora
-from moe_jax.data.corpora import SEPARATOR, articles, check_source, open_corpus
+from moe_jax.data import text_files
+from moe_jax.data.corpora import check_source, open_corpus
+from moe_jax.data.hub import articles
+from moe_jax.data.synthetic import stories
+from moe_jax.data.text_files import SEPARATOR, SplitName
 
 
 def write_folder(folder: Path, train: str | bytes, valid: str | bytes = "One story.") -> str:
@@ -22,23 +25,23 @@ def write_folder(folder: Path, train: str | bytes, valid: str | bytes = "One sto
     return str(folder)
 
 
-def stories_of(source: str, split: corpora.SplitName = "train") -> list[str]:
-    return list(open_corpus(DataConfig(source=source)).stories(split))
+def documents_of(source: str, split: SplitName = "train") -> list[str]:
+    return list(open_corpus(DataConfig(source=source)).documents(split))
 
 
 @given(
-    stories=st.lists(st.text(st.sampled_from("a é😀\n <|endoftext>"), max_size=12), max_size=9).filter(
-        lambda stories: any(story.strip() for story in stories)
+    documents=st.lists(st.text(st.sampled_from("a é😀\n <|endoftext>"), max_size=12), max_size=9).filter(
+        lambda documents: any(document.strip() for document in documents)
     ),
     chunk=st.integers(1, 40),
 )
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_stories_are_what_lies_between_separators(tmp_path, stories, chunk):
+def test_documents_are_what_lies_between_separators(tmp_path, documents, chunk):
     """However the reads fall on separators and characters. The alphabet spells parts of a separator."""
-    text = SEPARATOR.join(stories)
+    text = SEPARATOR.join(documents)
     source = write_folder(tmp_path / "data", text)
-    with patch.object(corpora, "_CHUNK", chunk):
-        assert stories_of(source) == [story.strip() for story in text.split(SEPARATOR) if story.strip()]
+    with patch.object(text_files, "_CHUNK", chunk):
+        assert documents_of(source) == [part.strip() for part in text.split(SEPARATOR) if part.strip()]
 
 
 @given(
@@ -47,12 +50,12 @@ def test_stories_are_what_lies_between_separators(tmp_path, stories, chunk):
 )
 @example(words=["a" * 27, SEPARATOR, "b"], chunk=1)  # 32 bytes end within the separator
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_long_story_is_cut_and_nothing_but_white_space_is_lost(tmp_path, words, chunk):
+def test_a_long_document_is_cut_and_nothing_but_white_space_is_lost(tmp_path, words, chunk):
     """Nor is a separator cut in two."""
     text = "".join(["x", *words])
     source = write_folder(tmp_path / "data", text)
-    with patch.object(corpora, "_LONGEST", 32), patch.object(corpora, "_CHUNK", chunk):
-        parts = stories_of(source)
+    with patch.object(text_files, "_LONGEST", 32), patch.object(text_files, "_CHUNK", chunk):
+        parts = documents_of(source)
     assert "".join("".join(parts).split()) == "".join(text.replace(SEPARATOR, "").split())
     assert all(len(part.encode()) < 32 + len(SEPARATOR) for part in parts)
 
@@ -69,24 +72,24 @@ def test_a_long_story_is_cut_and_nothing_but_white_space_is_lost(tmp_path, words
     ],
 )
 def test_where_a_text_is_cut(text, cut):
-    assert corpora._last_boundary(text, 4, 11) == cut
+    assert text_files._last_boundary(text, 4, 11) == cut
 
 
-def test_of_a_single_file_the_last_twentieth_of_the_stories_validates(tmp_path):
+def test_of_a_single_file_the_last_twentieth_of_the_documents_validates(tmp_path):
     file = tmp_path / "tales.txt"
     file.write_text(SEPARATOR.join(["", *(f"\nStory {i}.\n" for i in range(100)), "\n"]))
-    assert stories_of(str(file), "train") == [f"Story {i}." for i in range(95)]
-    assert stories_of(str(file), "valid") == [f"Story {i}." for i in range(95, 100)]
+    assert documents_of(str(file), "train") == [f"Story {i}." for i in range(95)]
+    assert documents_of(str(file), "valid") == [f"Story {i}." for i in range(95, 100)]
     file.write_text(f"One.{SEPARATOR}Two.{SEPARATOR}Three.")
-    assert stories_of(str(file), "train") == ["One.", "Two."]
-    assert stories_of(str(file), "valid") == ["Three."]
+    assert documents_of(str(file), "train") == ["One.", "Two."]
+    assert documents_of(str(file), "valid") == ["Three."]
 
 
 @pytest.mark.parametrize("text", ["ééééééééééé", "日本語の短い文章です。", "A line.\nAnother."])
 def test_a_tiny_file_is_cut_between_characters(tmp_path, text):
     file = tmp_path / "tiny.txt"
     file.write_text(text, encoding="utf-8")
-    parts = stories_of(str(file), "train") + stories_of(str(file), "valid")
+    parts = documents_of(str(file), "train") + documents_of(str(file), "valid")
     assert len(parts) == 2
     assert "".join(parts) == text.replace("\n", "")
 
@@ -95,17 +98,17 @@ def test_a_file_without_separators_is_cut_at_a_paragraph(tmp_path):
     paragraphs = [f"{i} " + "word " * 40 + "end" for i in range(200)]
     file = tmp_path / "book.txt"
     file.write_text("\n\n".join(paragraphs))
-    (train,), (valid,) = stories_of(str(file), "train"), stories_of(str(file), "valid")
+    (train,), (valid,) = documents_of(str(file), "train"), documents_of(str(file), "valid")
     assert train.split("\n\n") + valid.split("\n\n") == paragraphs
     assert 0.05 <= len(valid) / file.stat().st_size <= 0.1
 
 
 def test_a_long_file_without_separators_validates_by_bytes_too(tmp_path):
-    """Its parts are no stories: with two of them, the second must not be all the validation there is."""
+    """Its parts are no documents: with two of them, the second must not be all the validation there is."""
     file = tmp_path / "book.txt"
     file.write_text("word word word\n" * 1000)
-    with patch.object(corpora, "_LONGEST", 8000), patch.object(corpora, "_CHUNK", 3000):
-        train, valid = stories_of(str(file), "train"), stories_of(str(file), "valid")
+    with patch.object(text_files, "_LONGEST", 8000), patch.object(text_files, "_CHUNK", 3000):
+        train, valid = documents_of(str(file), "train"), documents_of(str(file), "valid")
     assert len(train) == 2
     assert 0.05 <= len("".join(valid) + "\n") / file.stat().st_size <= 0.1
     assert "\n".join(train + valid) == file.read_text().strip()
@@ -117,19 +120,19 @@ def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path, as_file):
     source = write_folder(tmp_path / "data", text)
     path = str(tmp_path / "data" / "train.txt")
     with (
-        patch.object(corpora, "_CHUNK", 10),
+        patch.object(text_files, "_CHUNK", 10),
         pytest.raises(UserError, match="not UTF-8 at byte 39 ") as failure,
     ):
-        stories_of(path if as_file else source, "valid" if as_file else "train")
+        documents_of(path if as_file else source, "valid" if as_file else "train")
     assert path in str(failure.value)
 
 
 @pytest.mark.parametrize("text", ["", " \n", SEPARATOR, f"\n{SEPARATOR} {SEPARATOR}\n"])
 def test_an_empty_corpus_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match=r"train\.txt.*no story"):
-        stories_of(write_folder(tmp_path / "data", text))
-    with pytest.raises(UserError, match="no story"):
-        stories_of(str(tmp_path / "data" / "train.txt"))
+    with pytest.raises(UserError, match=r"train\.txt.*there is no text in it"):
+        documents_of(write_folder(tmp_path / "data", text))
+    with pytest.raises(UserError, match="there is no text in it"):
+        documents_of(str(tmp_path / "data" / "train.txt"))
 
 
 def test_bad_sources_are_answered_with_the_flag_and_the_choice(tmp_path):
@@ -164,13 +167,13 @@ def test_the_fingerprint_is_of_the_text_and_not_of_the_path(tmp_path):
 
 
 def test_reading_takes_bounded_memory(tmp_path):
-    """32 MiB in stories of 1 KB, and 32 MiB in one piece."""
+    """32 MiB in documents of 1 KB, and 32 MiB in one piece."""
     for text in (("x " * 500 + SEPARATOR) * 33_000, "word word " * 3_300_000):
         source = write_folder(tmp_path / "data", text)
         size = len(text)
         del text
         tracemalloc.start()
-        assert sum(len(story) for story in open_corpus(DataConfig(source=source)).stories("train")) > 0.9 * size
+        assert sum(len(document) for document in open_corpus(DataConfig(source=source)).documents("train")) > 0.9 * size
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert peak < 9e6
@@ -192,9 +195,9 @@ def test_a_public_data_set_is_streamed_from_a_pinned_revision(monkeypatch):
         return iter([{"text": " A tale.\n"}, {"text": " \n"}, {"text": "Another."}])
 
     monkeypatch.setattr("datasets.load_dataset", load)
-    assert stories_of("tinystories", "valid") == ["A tale.", "Another."]
-    assert stories_of("pg19") == ["A tale.", "Another."]
-    assert stories_of("wikitext") == ["A tale.\n \nAnother."]
+    assert documents_of("tinystories", "valid") == ["A tale.", "Another."]
+    assert documents_of("pg19") == ["A tale.", "Another."]
+    assert documents_of("wikitext") == ["A tale.\n \nAnother."]
     assert calls == [
         ("roneneldan/TinyStories", None, "validation", True),
         ("emozilla/pg19", None, "train", True),
@@ -211,7 +214,7 @@ def test_a_connection_that_breaks_is_said_in_one_line(monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(UserError, match=r"^tinystories: no network.*\(Server disconnected\)"):
-        stories_of("tinystories")
+        documents_of("tinystories")
 
 
 @pytest.mark.parametrize("when", ["opening", "reading"])
@@ -227,14 +230,13 @@ def test_no_network_is_said_in_one_line(monkeypatch, when):
 
     monkeypatch.setattr("datasets.load_dataset", load)
     with pytest.raises(UserError, match=r"^tinystories: no network.*\(no route\).*--data stories, or a folder.*$"):
-        stories_of("tinystories")
+        documents_of("tinystories")
 
 
 def test_the_embedded_corpus_generates_its_splits():
-    stories = pytest.importorskip("moe_jax.data.stories", reason="the story grammar is not there")
     corpus = open_corpus(DataConfig(source="stories", stories=7, stories_seed=3))
-    assert list(corpus.stories("train")) == list(stories.generate(3, "train", 7))
-    assert len(list(corpus.stories("valid"))) == stories.VALIDATION_STORIES
+    assert list(corpus.documents("train")) == list(stories.generate(3, "train", 7))
+    assert len(list(corpus.documents("valid"))) == stories.VALIDATION_STORIES
     settings = [(7, 3), (7, 3), (8, 3), (7, 4)]
     prints = [open_corpus(DataConfig(stories=n, stories_seed=seed)).fingerprint() for n, seed in settings]
     assert prints[0] == prints[1]

@@ -15,9 +15,10 @@ import pytest
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import token_store
-from moe_jax.data.corpora import SEPARATOR
-from moe_jax.data.token_store import open_store, prepare
+from moe_jax.data.text_files import SEPARATOR
+from moe_jax.data.token_store import open_store, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.system import files
 
 TRAIN = ["Once upon a time there was a fox.", "The fox was old.\nIt ate.", "Grün 😀"]
 VALID = ["A hen sat.", "It slept."]
@@ -48,26 +49,29 @@ def forbid_building(*_):
     raise AssertionError("built again")
 
 
-def test_the_streams_are_separator_story_separator(data, cache):
-    store = prepare(data, cache=cache, progress=False)
-    for split, stories in ((store.train, TRAIN), (store.valid, VALID)):
-        expected = [256] + [token for story in stories for token in (*story.encode(), 256)]
+def test_the_streams_are_separator_document_separator(data, cache):
+    store = prepare_token_store(data, cache=cache, progress=False)
+    for split, documents in ((store.train, TRAIN), (store.valid, VALID)):
+        expected = [256] + [token for document in documents for token in (*document.encode(), 256)]
         assert split.tokens.tolist() == expected
         assert split.tokens.dtype == np.uint16
         assert isinstance(split.tokens, np.memmap)
-        assert (split.stories, split.bytes) == (len(stories), sum(len(story.encode()) for story in stories))
+        assert (split.documents, split.bytes) == (
+            len(documents),
+            sum(len(document.encode()) for document in documents),
+        )
     assert store.source == data.source
     assert open_store(store.folder).digest == store.digest
 
 
-def test_stories_across_batches_stay_in_order(tmp_path, cache, monkeypatch):
+def test_documents_across_batches_stay_in_order(tmp_path, cache, monkeypatch):
     monkeypatch.setattr(token_store, "_BATCH_BYTES", 40)
     stories = [f"{i} " * (i % 7 + 1) + "end" for i in range(50)]
     source = write_folder(tmp_path / "many", stories)
-    store = prepare(DataConfig(source=source, tokenizer="bpe", vocab_size=270), cache=cache, progress=False)
+    store = prepare_token_store(DataConfig(source=source, tokenizer="bpe", vocab_size=270), cache=cache, progress=False)
     text = store.tokenizer.decode(store.train.tokens)
     assert text == SEPARATOR + "".join(story + SEPARATOR for story in stories)
-    assert store.train.stories == 50
+    assert store.train.documents == 50
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(65_536, np.uint16), (65_537, np.uint32)])
@@ -76,7 +80,7 @@ def test_the_type_holds_the_separator(vocab_size, dtype, data, cache):
     merges = [[i // 256, i % 256] for i in range(vocab_size - 257)]
     values = {"kind": "bpe", "merges": merges}
     tokenizer = Tokenizer.from_dict({**values, "digest": token_store._digest(values)})
-    store = prepare(data, tokenizer=tokenizer, cache=cache, progress=False)
+    store = prepare_token_store(data, tokenizer=tokenizer, cache=cache, progress=False)
     assert store.train.tokens.dtype == dtype
     assert store.train.tokens[0] == store.train.tokens[-1] == vocab_size - 1
     assert store.tokenizer.decode(store.valid.tokens[1:-1]) == f"{VALID[0]}{SEPARATOR}{VALID[1]}"
@@ -84,18 +88,25 @@ def test_the_type_holds_the_separator(vocab_size, dtype, data, cache):
 
 def test_a_store_is_built_once(tmp_path, cache, monkeypatch):
     """Also for the same text elsewhere, and for a given tokenizer that is equal; nor is one trained again."""
-    first = prepare(DataConfig(source=write_folder(tmp_path / "a"), vocab_size=260), cache=cache, progress=False)
+    first = prepare_token_store(
+        DataConfig(source=write_folder(tmp_path / "a"), vocab_size=260), cache=cache, progress=False
+    )
     monkeypatch.setattr(token_store, "_build", forbid_building)
     monkeypatch.setattr(token_store, "train_tokenizer", forbid_building)
     elsewhere = DataConfig(source=write_folder(tmp_path / "b"), vocab_size=260)
-    assert prepare(elsewhere, cache=cache, progress=False).digest == first.digest
+    assert prepare_token_store(elsewhere, cache=cache, progress=False).digest == first.digest
     other_settings = DataConfig(source=elsewhere.source, tokenizer="byte")
-    assert prepare(other_settings, tokenizer=first.tokenizer, cache=cache, progress=False).folder == first.folder
+    assert (
+        prepare_token_store(other_settings, tokenizer=first.tokenizer, cache=cache, progress=False).folder
+        == first.folder
+    )
 
 
 def test_the_digest_is_of_the_data_and_not_of_where_it_lies(tmp_path):
     here, there = (
-        prepare(DataConfig(source=write_folder(tmp_path / name)), cache=tmp_path / f"{name}-cache", progress=False)
+        prepare_token_store(
+            DataConfig(source=write_folder(tmp_path / name)), cache=tmp_path / f"{name}-cache", progress=False
+        )
         for name in ("here", "there")
     )
     assert here.digest == there.digest
@@ -104,13 +115,13 @@ def test_the_digest_is_of_the_data_and_not_of_where_it_lies(tmp_path):
 
 def test_another_text_or_tokenizer_is_another_store(tmp_path, data, cache):
     stores = [
-        prepare(data, cache=cache, progress=False),
-        prepare(DataConfig(source=data.source, vocab_size=258), cache=cache, progress=False),
-        prepare(DataConfig(source=data.source, vocab_size=259), cache=cache, progress=False),
+        prepare_token_store(data, cache=cache, progress=False),
+        prepare_token_store(DataConfig(source=data.source, vocab_size=258), cache=cache, progress=False),
+        prepare_token_store(DataConfig(source=data.source, vocab_size=259), cache=cache, progress=False),
     ]
     write_folder(Path(data.source), valid=[*VALID, "New."])
-    stores.append(prepare(data, cache=cache, progress=False))
-    assert stores[-1].valid.stories == 3
+    stores.append(prepare_token_store(data, cache=cache, progress=False))
+    assert stores[-1].valid.documents == 3
     assert len({store.digest for store in stores}) == len({store.folder for store in stores}) == 4
 
 
@@ -149,11 +160,11 @@ def change_the_format(folder: Path) -> None:
     ],
 )
 def test_a_damaged_store_is_refused_and_built_again(damage, data, cache):
-    first = prepare(data, cache=cache, progress=False)
+    first = prepare_token_store(data, cache=cache, progress=False)
     damage(first.folder)
     with pytest.raises(UserError, match=r"prepare the data again"):
         open_store(first.folder)
-    assert prepare(data, cache=cache, progress=False).digest == first.digest
+    assert prepare_token_store(data, cache=cache, progress=False).digest == first.digest
     assert open_store(first.folder).digest == first.digest
 
 
@@ -162,8 +173,9 @@ import os, signal, sys
 from pathlib import Path
 from moe_jax.config import DataConfig
 from moe_jax.data import token_store
+from moe_jax.system import files
 {0}
-print(token_store.prepare(DataConfig(source=sys.argv[1], tokenizer="byte"), cache=Path(sys.argv[2])).digest)
+print(token_store.prepare_token_store(DataConfig(source=sys.argv[1], tokenizer="byte"), cache=Path(sys.argv[2])).digest)
 """
 
 
@@ -172,7 +184,7 @@ def start(data: DataConfig, cache: Path, patch: str = "") -> subprocess.Popen[st
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(token_store.fcntl is None, reason="without flock a leftover of another process is not touched")
+@pytest.mark.skipif(files.fcntl is None, reason="without flock a leftover of another process is not touched")
 def test_a_killed_build_leaves_no_store_and_the_next_one_cleans_up(data, cache):
     """Killed when the training stream is written and not yet on the disk."""
     killed = start(data, cache, "token_store._to_disk = lambda file: os.kill(os.getpid(), signal.SIGKILL)")
@@ -180,16 +192,16 @@ def test_a_killed_build_leaves_no_store_and_the_next_one_cleans_up(data, cache):
     assert killed.returncode == -9
     (draft,) = leftovers(cache)
     assert [file.name for file in draft.iterdir()] == ["train.bin"]
-    store = prepare(data, cache=cache, progress=False)
-    assert store.train.stories == 3
+    store = prepare_token_store(data, cache=cache, progress=False)
+    assert store.train.documents == 3
     assert leftovers(cache) == []
 
 
-@pytest.mark.parametrize("patch", ["", "token_store.fcntl = None"], ids=["lock", "no lock"])
+@pytest.mark.parametrize("patch", ["", "files.fcntl = None"], ids=["lock", "no lock"])
 def test_builds_at_once_agree(data, cache, patch):
     builds = [start(data, cache, patch) for _ in range(3)]
     digests = {build.communicate()[0] for build in builds}
-    assert digests == {prepare(data, cache=cache, progress=False).digest + "\n"}
+    assert digests == {prepare_token_store(data, cache=cache, progress=False).digest + "\n"}
     assert leftovers(cache) == []
 
 
@@ -199,12 +211,12 @@ def test_a_build_that_was_overtaken_uses_the_store_of_the_other(data, cache, mon
 
     def overtaken(*args):
         monkeypatch.setattr(token_store, "_build", build)
-        prepare(data, cache=cache, progress=False)
+        prepare_token_store(data, cache=cache, progress=False)
         build(*args)
 
-    monkeypatch.setattr(token_store, "fcntl", None)
+    monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setattr(token_store, "_build", overtaken)
-    assert prepare(data, cache=cache, progress=False).train.stories == 3
+    assert prepare_token_store(data, cache=cache, progress=False).train.documents == 3
     assert leftovers(cache) == []
 
 
@@ -214,7 +226,7 @@ def test_a_build_that_stops_leaves_nothing(data, cache, monkeypatch):
 
     monkeypatch.setattr(token_store, "_to_disk", stop)
     with pytest.raises(KeyboardInterrupt):
-        prepare(data, cache=cache, progress=False)
+        prepare_token_store(data, cache=cache, progress=False)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
@@ -227,44 +239,44 @@ def test_a_disk_that_takes_no_more_is_said_in_one_line(code, words, data, cache,
 
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(UserError, match=f"{cache}: {words}.*MOE_JAX_CACHE"):
-        prepare(data, cache=cache, progress=False)
+        prepare_token_store(data, cache=cache, progress=False)
     assert leftovers(cache) == []
 
 
 def test_a_cache_that_is_a_file_is_said_in_one_line(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="MOE_JAX_CACHE"):
-        prepare(data, cache=tmp_path / "file", progress=False)
+        prepare_token_store(data, cache=tmp_path / "file", progress=False)
 
 
 def test_a_text_shorter_than_a_context_is_refused(data, cache):
     tokens = sum(len(story.encode()) + 1 for story in TRAIN) + 1
-    prepare(data, cache=cache, progress=False, seq_len=tokens - 1)
+    prepare_token_store(data, cache=cache, progress=False, seq_len=tokens - 1)
     with pytest.raises(UserError, match=f"{tokens} training tokens.*--seq-len {tokens} needs {tokens + 1}"):
-        prepare(data, cache=cache, progress=False, seq_len=tokens)
+        prepare_token_store(data, cache=cache, progress=False, seq_len=tokens)
 
 
 def test_an_empty_split_leaves_nothing(tmp_path, cache):
     source = write_folder(tmp_path / "empty", valid=[" "])
-    with pytest.raises(UserError, match=r"valid\.txt.*no story"):
-        prepare(DataConfig(source=source, tokenizer="byte"), cache=cache, progress=False)
+    with pytest.raises(UserError, match=r"valid\.txt.*there is no text in it"):
+        prepare_token_store(DataConfig(source=source, tokenizer="byte"), cache=cache, progress=False)
     assert leftovers(cache) == []
 
 
 def test_the_cache_folder_can_be_set(data, tmp_path, monkeypatch):
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "elsewhere"))
-    assert prepare(data, progress=False).folder.parent == tmp_path / "elsewhere"
+    assert prepare_token_store(data, progress=False).folder.parent == tmp_path / "elsewhere"
     monkeypatch.delenv("MOE_JAX_CACHE")
-    assert token_store.default_cache().name == "moe-jax"
+    assert files.cache_dir().name == "moe-jax"
 
 
 def test_progress_is_lines_without_a_terminal_and_nothing_where_it_is_not_wanted(data, cache, capsys):
-    prepare(data, cache=cache)
+    prepare_token_store(data, cache=cache)
     train, valid = capsys.readouterr().err.splitlines()
-    assert "train: 3 stories" in train
-    assert "valid: 2 stories" in valid
+    assert "train: 3 documents" in train
+    assert "valid: 2 documents" in valid
     shutil.rmtree(cache)
-    prepare(data, cache=cache, progress=False)
+    prepare_token_store(data, cache=cache, progress=False)
     assert capsys.readouterr() == ("", "")
 
 
@@ -274,17 +286,17 @@ def test_progress_is_a_bar_on_a_terminal(data, cache, monkeypatch):
             return True
 
     monkeypatch.setattr(sys, "stderr", Terminal())
-    prepare(data, cache=cache)
+    prepare_token_store(data, cache=cache)
     shown = sys.stderr.getvalue()
     assert "\x1b[" in shown
-    assert "3 stories" in shown
+    assert "3 documents" in shown
 
 
 def test_building_takes_bounded_memory(tmp_path, cache):
     """16 MiB of text, whose stream of uint16 is 32 MiB."""
     source = write_folder(tmp_path / "big", ["x " * 512] * 16_384)
     tracemalloc.start()
-    store = prepare(DataConfig(source=source, tokenizer="byte"), cache=cache, progress=False)
+    store = prepare_token_store(DataConfig(source=source, tokenizer="byte"), cache=cache, progress=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert store.train.bytes == 1023 * 16_384
@@ -298,7 +310,7 @@ def test_tinystories(cache, monkeypatch):
         pytest.skip("MOE_JAX_SHARED names no folder with the GPT-2 vocabulary and TinyStories")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(shared, "data", "tiktoken_cache")))
     source = str(Path(shared, "data", "tinystories"))
-    store = prepare(DataConfig(source=source, tokenizer="gpt2"), cache=cache, progress=False, seq_len=256)
-    assert (store.train.stories, store.valid.stories) == (11_146, 399)
+    store = prepare_token_store(DataConfig(source=source, tokenizer="gpt2"), cache=cache, progress=False, seq_len=256)
+    assert (store.train.documents, store.valid.documents) == (11_146, 399)
     assert len(store.valid.tokens) == 76_627 + 400
     assert store.valid.bytes + 399 * len(f"\n{SEPARATOR}\n") == 325_383

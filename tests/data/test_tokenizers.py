@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import tokenizers
-from moe_jax.data.corpora import SEPARATOR
+from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
 
 TALES = [
@@ -24,15 +24,15 @@ TALES = [
 
 
 class Tales:
-    """A corpus of the given stories."""
+    """A corpus of the given documents."""
 
     name = "tales"
 
-    def __init__(self, stories):
-        self._stories = stories
+    def __init__(self, documents):
+        self._documents = documents
 
-    def stories(self, split):
-        return iter(self._stories)
+    def documents(self, split):
+        return iter(self._documents)
 
     def fingerprint(self):
         return "tales"
@@ -41,8 +41,8 @@ class Tales:
         return None
 
 
-def trained(vocab_size: int, stories=TALES) -> Tokenizer:
-    return train_tokenizer(DataConfig(tokenizer="bpe", vocab_size=vocab_size), Tales(stories))
+def trained(vocab_size: int, documents=TALES) -> Tokenizer:
+    return train_tokenizer(DataConfig(tokenizer="bpe", vocab_size=vocab_size), Tales(documents))
 
 
 BPE = trained(290)
@@ -153,7 +153,7 @@ def test_training_is_deterministic():
 
 
 def test_training_reads_a_bounded_part_of_the_corpus(monkeypatch):
-    """Of an endless corpus, stories of 100 bytes until 1,000 are passed."""
+    """Of an endless corpus, documents of 100 bytes until 1,000 are passed."""
     monkeypatch.setattr(tokenizers, "TRAINING_BYTES", 1000)
     read = []
     trained(260, (read.append(i) or "abcd " * 20 for i in range(10**9)))

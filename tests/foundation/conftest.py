@@ -6,7 +6,7 @@ import jax
 import pytest
 from jaxtyping import install_import_hook
 
-install_import_hook("foundation", "tests.typechecker.check")
+install_import_hook("foundation", "tests.support.typechecker.check")
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import numpy as np
 
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
-from moe_jax.model.moe import Mode
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
-from tests import tiny
+from tests.support import tiny
 
 GREEDY = Sampling(temperature=0.0)
 NEVER = -1

@@ -1,15 +1,17 @@
 """Attention against NumPy loops, its hand-written gradient against jax.grad of the plain form, in float64."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model import attention
-from moe_jax.model.attention import attend_causally
-from moe_jax.model.moe import Mode
+from moe_jax.model.kernels import causal_attention as kernel
+from moe_jax.model.kernels.causal_attention import causal_attention
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import create, merge
-from tests import oracles, tiny
+from tests.support import oracles, tiny
 
 BLOCK = 4
 LENGTHS = [1, 3, 4, 11]  # shorter than a block, one block, several of which the last is short
@@ -17,7 +19,7 @@ LENGTHS = [1, 3, 4, 11]  # shorter than a block, one block, several of which the
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
-    monkeypatch.setattr(attention, "QUERY_BLOCK", BLOCK)
+    monkeypatch.setattr(kernel, "QUERY_BLOCK", BLOCK)
 
 
 def operands(length: int) -> list[jax.Array]:
@@ -39,23 +41,31 @@ def plain(query, key, value, mask, keep):
 @pytest.mark.parametrize("length", LENGTHS)
 def test_attention_against_loops(length: int) -> None:
     query, key, value, _ = operands(length)
-    out = jax.jit(lambda q, k, v: attend_causally(q, k, v, None))(query, key, value)
-    np.testing.assert_allclose(out, oracles.attention(*map(np.asarray, (query, key, value))), atol=1e-13)
+    expected = oracles.attention(*map(np.asarray, (query, key, value)))
+    for implementation in ("blocked", "reference"):
+        attend = functools.partial(causal_attention, implementation=implementation)
+        np.testing.assert_allclose(jax.jit(attend)(query, key, value), expected, atol=1e-13, err_msg=implementation)
 
 
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("length", [1, 4, 11])
-def test_attention_gradient(length: int, dropped: bool) -> None:
+def test_attention_gradient(length: int, dropped: bool, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both forms against the plain one, under the same mask of kept weights."""
     query, key, value, cotangent = operands(length)
     mask = np.random.default_rng(3).random((2, 2, length, length)) < 0.7 if dropped else None
     masks = None
     if mask is not None:
         ends = [(a, min(a + BLOCK, length)) for a in range(0, length, BLOCK)]
         masks = [jnp.asarray(mask[:, :, a:b, :b]) for a, b in ends]
+    monkeypatch.setattr(kernel, "_dropout_masks", lambda *_: masks)
+
+    def attend(q, k, v):
+        return causal_attention(q, k, v, 0.3, jax.random.key(0), implementation)
 
     @jax.jit
     def both(*args):
-        ours, pull = jax.vjp(lambda q, k, v: attend_causally(q, k, v, masks, 0.7), *args)
+        ours, pull = jax.vjp(attend, *args)
         expected, pull_plain = jax.vjp(lambda q, k, v: plain(q, k, v, mask, 0.7), *args)
         return (ours, *pull(cotangent)), (expected, *pull_plain(cotangent))
 
@@ -65,12 +75,12 @@ def test_attention_gradient(length: int, dropped: bool) -> None:
 
 
 def test_masks_fit_the_blocks_and_keep_the_share_asked_for() -> None:
-    masks = attention._dropout_masks((8, 4, 11, 3), 0.25, jax.random.key(0))
+    masks = kernel._dropout_masks((8, 4, 11, 3), 0.25, jax.random.key(0))
     assert [m.shape for m in masks] == [(8, 4, 4, 4), (8, 4, 4, 8), (8, 4, 3, 11)]
     share = np.concatenate([np.asarray(m).ravel() for m in masks])
     assert abs(share.mean() - 0.75) < 5 * np.sqrt(0.25 * 0.75 / share.size)
-    assert attention._dropout_masks((8, 4, 11, 3), 0.25, None) is None
-    assert attention._dropout_masks((8, 4, 11, 3), 0.0, jax.random.key(0)) is None
+    assert kernel._dropout_masks((8, 4, 11, 3), 0.25, None) is None
+    assert kernel._dropout_masks((8, 4, 11, 3), 0.0, jax.random.key(0)) is None
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -96,12 +106,12 @@ def test_the_layer_projects_normalises_rotates_and_attends(qk_norm: bool) -> Non
 def test_heads_that_start_as_copiers_make_what_was_said_likelier() -> None:
     """At step 0 of a tied model: tokens of the context get larger logits than others, and without it they do not."""
 
-    def advantage(copying: bool) -> float:
-        config = tiny.config(vocab_size=64, width=32, heads=4, layers=2, copying_heads=copying)
+    def advantage(tied: bool) -> float:
+        config = tiny.config(vocab_size=64, width=32, heads=4, layers=2, tie_value_output_init=tied)
         model = create(config, jax.random.key(0))
         attention_ = model.blocks[0].attention
         value = np.asarray(attention_.qkv[...])[:, 2 * 32 :]
-        assert (np.asarray(attention_.out[...]) == value.T).all() == copying
+        assert (np.asarray(attention_.out[...]) == value.T).all() == tied
         said = jnp.asarray(np.random.default_rng(0).permutation(64)[None, : tiny.T])
         logits = np.asarray(model.logits(model(said, Mode.TRAIN)[0]))[0, -1]
         earlier = np.zeros(64, bool)

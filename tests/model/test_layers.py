@@ -6,9 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.model.layers import Normalisation, dropout, embedding_init, keep_mask, look_up, matrix_init, rotate
+from moe_jax.model.layers import (
+    Normalisation,
+    apply_rope,
+    dropout,
+    embedding_init,
+    embedding_lookup,
+    keep_mask,
+    matrix_init,
+)
 from moe_jax.model.precision import at_least_float32
-from tests import oracles
+from tests.support import oracles
 
 
 def normalisation(kind: str, scale: np.ndarray, bias: np.ndarray | None) -> Normalisation:
@@ -45,7 +53,7 @@ def test_norm_statistics_are_float32_in_bfloat16() -> None:
 def test_rotation_against_complex_numbers(float64: None) -> None:
     x = np.random.default_rng(1).normal(size=(2, 3, 2, 6))
     positions = np.array([0, 7, 300])
-    turned = rotate(jnp.asarray(x), jnp.asarray(positions))
+    turned = apply_rope(jnp.asarray(x), jnp.asarray(positions))
     for b, t, h in np.ndindex(2, 3, 2):
         np.testing.assert_allclose(turned[b, t, h], oracles.rotate(x[b, t, h], int(positions[t])), atol=1e-12)
     np.testing.assert_array_equal(turned[:, 0], x[:, 0])  # position 0 is not turned
@@ -56,7 +64,7 @@ def test_rotated_products_depend_on_the_distance_only(float64: None) -> None:
 
     def product(query_at: int, key_at: int) -> float:
         pair = jnp.asarray([q, k])[None, :, None, :]
-        turned = rotate(pair, jnp.array([query_at, key_at]))
+        turned = apply_rope(pair, jnp.array([query_at, key_at]))
         return float(turned[0, 0, 0] @ turned[0, 1, 0])
 
     assert product(5, 2) == pytest.approx(product(905, 902), abs=1e-10)
@@ -86,7 +94,7 @@ def test_looking_up_has_the_gradient_of_indexing(float64: None) -> None:
     rng = np.random.default_rng(0)
     table, ids = jnp.asarray(rng.normal(size=(5, 3))), jnp.array([[4, 1, 4], [0, 1, 1]])
     d_rows = rng.normal(size=(2, 3, 3))
-    rows, pull = jax.vjp(lambda t: look_up(t, ids), table)
+    rows, pull = jax.vjp(lambda t: embedding_lookup(t, ids), table)
     expected = np.zeros((5, 3))
     for index, d in zip(np.asarray(ids).ravel(), d_rows.reshape(-1, 3), strict=True):
         expected[index] += d

@@ -8,31 +8,31 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.model.moe import Mode
+from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.moe.reference import OneHotMoE
 from moe_jax.model.transformer import create, merge, split
 from moe_jax.training.loss import training_loss
-from tests import checks, oracles, tiny
+from tests.support import checks, oracles, tiny
 
 
 @functools.lru_cache
-def runner(config, compute: str | None = None):
-    graphdef, params = tiny.build(config, compute=compute)
+def runner(config, compute: str | None = None, moe: type[MoE] = MoE):
+    graphdef, params = tiny.build(config, compute=compute, moe=moe)
     return jax.jit(lambda tokens: merge(graphdef, params)(tokens, Mode.TRAIN))
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("moe", "changes"),
     [
-        {"top_k": 1, "capacity_factor": 0.7, "positions": "learned", "activation": "gelu", "dispatch": "einsum"},
-        {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "tied_head": False},
-        {"dense": "active"},
-        {"qk_norm": True, "scaled_embedding": True, "tied_head": False},
-        {"ngrams": 3, "ngram_rows": 11},
+        (OneHotMoE, {"top_k": 1, "capacity_factor": 0.7, "positions": "learned", "activation": "gelu"}),
+        (MoE, {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "tied_head": False}),
+        (MoE, {"dense": "active"}),
+        (MoE, {"qk_norm": True, "scaled_embedding": True, "tied_head": False}),
     ],
-    ids=["einsum", "K=E", "dense", "normalised", "n-grams"],
+    ids=["one-hot", "K=E", "dense", "normalised"],
 )
-def test_other_models_are_causal_too(changes: dict) -> None:
-    run = runner(tiny.config(**changes))
+def test_other_models_are_causal_too(moe: type[MoE], changes: dict) -> None:
+    run = runner(tiny.config(**changes), moe=moe)
     before = tiny.tokens(2, tiny.T, seed=3)
     hidden, stats, _ = run(before)
     assert stats is None or (np.asarray(stats.drop_fraction) > 0.1).all()
@@ -71,7 +71,7 @@ def test_cached_decoding_with_learned_positions() -> None:
     checks.check_cached_decoding(positions="learned")
 
 
-def test_cached_decoding_of_a_dense_twin() -> None:
+def test_cached_decoding_of_a_dense_baseline() -> None:
     checks.check_cached_decoding(dense="total")
 
 
@@ -79,9 +79,9 @@ def test_cached_decoding_with_normalised_heads_and_a_scaled_embedding() -> None:
     checks.check_cached_decoding(qk_norm=True, scaled_embedding=True, tied_head=False)
 
 
-def test_a_quiet_start_passes_the_scaled_embedding_through() -> None:
-    """Branches that end in zeros leave the stream as looked up: entries of size 1, and a norm that hardly acts."""
-    config = tiny.config(width=64, vocab_size=256, tied_head=False, scaled_embedding=True, quiet_branches=True)
+def test_residual_branches_that_start_at_zero_pass_the_scaled_embedding_through() -> None:
+    """The stream is the scaled embedding rows: entries of size 1, and a norm that hardly acts."""
+    config = tiny.config(width=64, vocab_size=256, tied_head=False, scaled_embedding=True, zero_init_residual=True)
     model = create(config, jax.random.key(0))
     tokens = jnp.asarray(tiny.tokens(4, tiny.T, vocabulary=256))
     stream = np.asarray(model.embedding[...])[np.asarray(tokens)] * 8  # the root of 64

@@ -41,7 +41,7 @@ def summarize(terminalreporter: Any) -> None:
         terminalreporter.write_line(f"{value:8,}  {name}")
     folder = os.environ.get("MOE_JAX_RECORD")
     if folder:
-        from moe_jax.analysis.bench import machine
+        from moe_jax.system import machine
 
         today = datetime.date.today().isoformat()
         failed = sum(len(terminalreporter.stats.get(kind, [])) for kind in ("failed", "error"))

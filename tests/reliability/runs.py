@@ -9,7 +9,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from moe_jax.training.verify_resume import TIMES
+from moe_jax.runs.verify_resume import TIMES
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "python -m moe_jax"
@@ -20,9 +20,9 @@ MODEL = {
     "model.width": 16,
     "model.heads": 2,
     "model.experts": 4,
-    "model.top-k": 2,
+    "routing.top-k": 2,
     "model.expert-hidden": 8,
-    "model.capacity-factor": 0.75,
+    "routing.capacity-factor": 0.75,
     "model.dropout": 0.1,
     "model.attention-dropout": 0.1,
 }
@@ -34,7 +34,7 @@ TRAIN = {
     "train.eval-every": 4,
     "train.save-every": 2,
     "train.muon-lr": 0.02,
-    "train.precision": "float32",
+    "execution.compute-dtype": "float32",
     "data.tokenizer": "byte",
     "data.eval-tokens": 400,
 }

@@ -6,12 +6,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import train
-from moe_jax import cli
+from moe_jax.cli.main import main, run_as
+from moe_jax.cli.train import Train
 
 
 def program(argv: list[str]) -> int:
-    from moe_jax.training import checkpoint
+    from moe_jax.runs import checkpoint
 
     write, saves = checkpoint.write_weights, []
 
@@ -22,8 +22,8 @@ def program(argv: list[str]) -> int:
             time.sleep(1000)
 
     checkpoint.write_weights = slow
-    return train.run(argv)
+    return run_as(Train, argv, "train.py")
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(program))
+    sys.exit(main(program))

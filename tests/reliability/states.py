@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.training.checkpoint import CheckpointStore
+from moe_jax.runs.checkpoint import CheckpointStore
 
 
 def state(seed: int = 0, size: int = 64) -> dict[str, Any]:

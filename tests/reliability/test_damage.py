@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import UserError
-from moe_jax.training.checkpoint import CheckpointStore, restore, verify
+from moe_jax.runs.checkpoint import CheckpointStore, restore, verify
 from tests.reliability import states
 from tests.reliability.figures import Record, figure
 
@@ -86,7 +86,7 @@ def test_unnoticed_flips_would_be_found_out(two: Path, tmp_path: Path, monkeypat
     weight = np.asarray(states.state(2)["params"]["blocks"][0]["w"]).tobytes()
     data[bytes(data).index(weight[:64]) + 5] ^= 16
     largest.write_bytes(data)
-    monkeypatch.setattr("moe_jax.training.manifest.verify_files", lambda *_: None)
+    monkeypatch.setattr("moe_jax.runs.manifest.verify_files", lambda *_: None)
     said: list[str] = []
     store = CheckpointStore(tmp_path / "run", say=said.append)
     checkpoint, state = store.restore_newest(jax.eval_shape(states.state), lambda _: None)

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from moe_jax.config import load_config
-from moe_jax.training.checkpoint import CheckpointStore, verify
-from moe_jax.training.doctor import Finding, examine
+from moe_jax.runs.checkpoint import CheckpointStore, verify
+from moe_jax.runs.doctor import Finding, examine
 from tests.reliability import runs, states
 
 pytestmark = pytest.mark.reliability

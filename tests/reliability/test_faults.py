@@ -13,14 +13,16 @@ import numpy as np
 import pytest
 
 from moe_jax.config import RunConfig, UserError, load_config
-from moe_jax.training import faults, loop
+from moe_jax.runs.checkpoint import CheckpointStore, read_arrays
+from moe_jax.runs.manifest import leaves_of
+from moe_jax.system.random_keys import Purpose
+from moe_jax.training import loop, nonfinite
 from moe_jax.training import step as step_module
-from moe_jax.training.checkpoint import CheckpointStore, read_arrays
-from moe_jax.training.loop import Session, train
-from moe_jax.training.manifest import leaves_of
+from moe_jax.training.loop import train
+from moe_jax.training.session import Session
 from moe_jax.training.state import TrainState
-from tests import tiny
 from tests.reliability.figures import Record, figure
+from tests.support import saved_run, tiny
 from tests.training.test_run import configuration, quick, records, run, text, timeless, uninterrupted  # noqa: F401
 
 pytestmark = pytest.mark.reliability
@@ -39,12 +41,12 @@ def poison(tree: Any, name: str) -> Any:
 
 def before_step(session: Session, step: int, change: Callable[[TrainState], TrainState]) -> None:
     """Change the state just before a step, once."""
-    take = session.train_step
+    take = session.programs.step
 
     def changed(state: TrainState, batch: Any) -> Any:
         return take(change(state) if int(state.step) == step - 1 else state, batch)
 
-    session.train_step = changed
+    saved_run.replace_step(session, changed)
 
 
 def finite_checkpoints(folder: Path) -> bool:
@@ -54,21 +56,21 @@ def finite_checkpoints(folder: Path) -> bool:
 
 def watch(session: Session) -> dict[int, dict[str, Any]]:
     """Will hold a copy of the state before each step, by the number of steps taken."""
-    take, kept = session.train_step, {}
+    take, kept = session.programs.step, {}
 
     def watched(state: TrainState, tokens: Any) -> Any:
         kept[int(state.step)] = jax.tree.map(np.array, dataclasses.asdict(state))
         return take(state, tokens)
 
-    session.train_step = watched
+    saved_run.replace_step(session, watched)
     return kept
 
 
 def test_bad_data_skips_one_step(text: Path, tmp_path: Path, record_property: Record) -> None:  # noqa: F811
     """Targets outside the vocabulary at step 5 make its loss NaN: the step changes nothing but its counters."""
     session = Session.open(configuration(text, tmp_path / "run", log_every=1), None)
-    batch, kept = session.batch, watch(session)
-    session.batch = lambda step: batch(step) + (10**6 if step == 4 else 0)
+    batch, kept = session.data.batch, watch(session)
+    saved_run.replace_batch(session, lambda step: batch(step) + (10**6 if step == 4 else 0))
     train(session)
     for name in ("params", "optimizer", "loss_scale", "loss_track"):
         tiny.assert_same_bits(kept[4][name], kept[5][name])
@@ -85,7 +87,7 @@ def poison_gradients(monkeypatch: pytest.MonkeyPatch, config: RunConfig, first: 
         grads, metrics = true(graphdef, params, batch, key, *rest)
         # Only its key tells a step which one it is.
         keys = [
-            step_module.purpose_key(config.train.seed, step_module.DROPOUT, jnp.int32(i - 1))
+            step_module.purpose_key(config.train.seed, Purpose.DROPOUT, jnp.int32(i - 1))
             for i in range(first, last + 1)
         ]
         is_bad = jnp.stack([(jax.random.key_data(k) == jax.random.key_data(key)).all() for k in keys]).any()
@@ -93,7 +95,7 @@ def poison_gradients(monkeypatch: pytest.MonkeyPatch, config: RunConfig, first: 
         return jax.tree.map(lambda a, b: jnp.where(is_bad, a, b), bad, grads), metrics
 
     monkeypatch.setattr(step_module, "gradients", poisoned)
-    monkeypatch.setattr(faults, "gradients", poisoned)
+    monkeypatch.setattr(nonfinite, "gradients", poisoned)
 
 
 def test_a_nan_in_a_gradient_skips_one_step(
@@ -126,7 +128,7 @@ def test_gradients_that_stay_bad_are_diagnosed(
     monkeypatch: pytest.MonkeyPatch,
     record_property: Record,
 ) -> None:
-    monkeypatch.setattr("moe_jax.training.recorder.MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 3)
     config = configuration(text, tmp_path / "run")
     poison_gradients(monkeypatch, config, 7, 12)
     session = Session.open(config, None)
@@ -148,7 +150,7 @@ def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
     record_property: Record,
 ) -> None:
     """The first bad leaf is named, and the run goes on from the last checkpoint as if nothing had been."""
-    monkeypatch.setattr("moe_jax.training.recorder.MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 3)
     out = tmp_path / "run"
     config = configuration(text, out, save_every=save_every)
     session = Session.open(config, None)
@@ -162,10 +164,10 @@ def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
     if where == "params":
         assert found["first"].endswith("router")
     batch = np.load(out / "faults" / found["batch"], allow_pickle=False)
-    np.testing.assert_array_equal(batch, session.batch(found["step"] - 1))
+    np.testing.assert_array_equal(batch, session.data.batch(found["step"] - 1))
     assert finite_checkpoints(out)
     again = Session.open(config, load_config(out))
-    assert again.resumed_from == 6
+    assert again.progress.resumed_from == 6
     train(again)
     tiny.assert_same_bits(again.state, uninterrupted[0].state)
     assert timeless(out) == timeless(uninterrupted[0].folder.path)
@@ -225,8 +227,8 @@ def test_starved_experts_are_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With a share that no expert has, all starve after three steps; a resume in between does not begin anew."""
-    monkeypatch.setattr("moe_jax.training.progress.STARVED_SHARE", 100)
-    monkeypatch.setattr("moe_jax.training.progress.STARVED_STEPS", 7)
+    monkeypatch.setattr("moe_jax.training.counters.STARVED_SHARE", 100)
+    monkeypatch.setattr("moe_jax.training.counters.STARVED_STEPS", 7)
     config = configuration(text, tmp_path / "run")
     run(config, die_at=6)
     assert "got next to no tokens" not in capsys.readouterr().out

@@ -12,24 +12,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_jax.commands import COMMANDS, command
-from moe_jax.commands.benchmark import Benchmark
-from moe_jax.config import RunConfig
-from moe_jax.flags import SHORT_FLAGS, flag_of
-from moe_jax.presets import preset
+from moe_jax.cli.arguments import arguments_of
+from moe_jax.cli.benchmark import Benchmark
+from moe_jax.cli.command import COMMANDS, command
+from moe_jax.config import SECTIONS
+from moe_jax.config.flags import SHORT_FLAGS, flag_of
+from moe_jax.config.presets import preset
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.reliability
 NANO = preset("nano")
-ANY_NUMBER = {"model.capacity_factor"}  # every positive number means something
+ANY_NUMBER = {"routing.capacity_factor"}  # every positive number means something
 
 
 def fields() -> dict[str, Any]:
     """ "section.name" -> type, of every field."""
     kinds: dict[str, Any] = {}
-    for section in ("", "model", "data", "train"):
-        owner = getattr(NANO, section) if section else NANO
+    for section in ("", *SECTIONS):
+        owner = NANO.section(section)
         for f in dataclasses.fields(owner):
             if not dataclasses.is_dataclass(getattr(owner, f.name)):
                 kinds[f"{section}.{f.name}".lstrip(".")] = f.type
@@ -136,24 +137,23 @@ def test_good_flags_are_accepted(server: Server) -> None:
     for argv in (
         [],
         ["--steps", "3"],
-        ["--model.capacity-factor", "1e9"],
-        ["--verify-resume"],
+        ["--routing.capacity-factor", "1e9"],
+        ["--dry-run"],
+        ["--lr", "1e-3", "--no-train.skip-spikes", "--lr=0.5"],
         ["--train.skip-spikes"],
     ):
         assert server.ask(argv) == (0, "", ""), argv
-    assert RunConfig() is not None
 
 
 def flags_of_commands() -> dict[str, tuple[list[str], str, st.SearchStrategy[str]]]:
     """ "command --flag" -> the program and command, the flag, and values that it cannot have."""
-    programs = {name: (["moe_jax", name], command(name)) for name in COMMANDS}
+    programs = {name: (["moe-jax", name], command(name)) for name in COMMANDS}
     programs["benchmark.py"] = (["benchmark.py"], Benchmark)
     found = {}
     for name, (argv, kind) in programs.items():
-        for f in dataclasses.fields(kind):
-            if f.name != "part":  # has no flag
-                flag = "--" + f.name.replace("_", "-")
-                found[f"{name} {flag}"] = (argv, flag, bad_command_values(f.name, f.type))
+        for a in arguments_of(kind):
+            if not a.positional:
+                found[f"{name} {a.flag}"] = (argv, a.flag, bad_command_values(a.name, a.annotation))
     return {name: case for name, case in found.items() if not case[2].is_empty}
 
 
@@ -168,7 +168,7 @@ def bad_command_values(name: str, kind: Any) -> st.SearchStrategy[str]:
         return WORDS.filter(lambda word: word not in get_args(kind))
     if kind is bool:
         return WORDS
-    return WORDS if name in ("run", "data", "file", "gpu") else st.nothing()
+    return WORDS if name in ("run", "data", "file", "gpu", "config") else st.nothing()
 
 
 COMMAND_CASES = flags_of_commands()

@@ -10,8 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from moe_jax.config import ConfigError, ModelConfig, load_config
-from moe_jax.training.loop import Session
+from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, load_config
+from moe_jax.training.session import Session
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
 from tests.reliability.test_save import small_disk
@@ -100,9 +100,17 @@ OTHER: dict[str, Any] = {
 """Of the fields whose neighbouring value another field forbids."""
 
 
-def other(name: str, value: Any) -> Any:
+FIELDS = {
+    f"{section}.{f.name}": f
+    for section, owner in (("model", ModelConfig), ("routing", RoutingConfig))
+    for f in dataclasses.fields(owner)
+    if f.name != "routing"
+}
+"""Of the model and of its routing policy."""
+
+
+def other(name: str, kind: Any, value: Any) -> Any:
     """A value that the field may have too."""
-    kind = next(f.type for f in dataclasses.fields(ModelConfig) if f.name == name)
     if name in OTHER:
         return OTHER[name]
     if get_origin(kind) is Literal:
@@ -110,9 +118,9 @@ def other(name: str, value: Any) -> Any:
     return not value if isinstance(value, bool) else value + 1
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(ModelConfig)])
+@pytest.mark.parametrize("field", FIELDS)
 def test_a_checkpoint_of_another_model(
-    name: str, whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    field: str, whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the flag: refused before jax is imported. By a config.json that somebody edited: refused by the checkpoint.
     Both name the field, both values, and what to do."""
@@ -120,9 +128,10 @@ def test_a_checkpoint_of_another_model(
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
     document = json.loads((run / "config.json").read_text())
-    there = document["model"][name]
-    here = other(name, there)
-    document["model"][name] = here
+    section, name = field.split(".")
+    there = document[section][name]
+    here = other(name, FIELDS[field].type, there)
+    document[section][name] = here
     (run / "config.json").write_text(json.dumps(document))
     edited = load_config(run)
     assert edited is not None
@@ -136,7 +145,7 @@ def test_a_checkpoint_of_another_model(
 
 
 def test_another_model_by_a_flag(whole: tuple[Path, dict[str, Any]]) -> None:
-    from moe_jax.cli import parse_run
+    from moe_jax.cli.train import Train
 
     with pytest.raises(ConfigError, match=r"--experts 8: the run in .* has 4; leave the flag out"):
-        parse_run(["--out", str(whole[0]), "--resume", "--experts", "8"])
+        Train.parse(["--out", str(whole[0]), "--resume", "--experts", "8"])

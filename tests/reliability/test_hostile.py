@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import UserError
-from moe_jax.training import manifest
-from moe_jax.training.checkpoint import CheckpointStore, restore
+from moe_jax.runs import manifest
+from moe_jax.runs.checkpoint import CheckpointStore, restore
 from tests.reliability import states
 from tests.reliability.figures import Record, figure
 
@@ -142,9 +142,17 @@ def text_for_progress(folder: Path) -> None:
     reseal(folder, lambda m: m.update(context="__import__('os')", step="0", elapsed=[]))
 
 
+def no_version(folder: Path) -> None:
+    reseal(folder, lambda m: m.pop("version"))
+
+
+def empty_version(folder: Path) -> None:
+    reseal(folder, lambda m: m.update(version=None))
+
+
 MADE = [
     deep, huge, many, pickles, parent_names, absolute_names, linked_file, linked_folder, linked_checkpoint, pipe,
-    shapes, negative, objects, stored_shapes, not_json, text_for_progress,
+    shapes, negative, objects, stored_shapes, not_json, text_for_progress, no_version, empty_version,
 ]  # fmt: skip
 
 

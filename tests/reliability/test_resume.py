@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from moe_jax.training.loop import Session
-from tests import tiny
+from moe_jax.training.session import Session
 from tests.reliability.figures import Record, figure
+from tests.support import tiny
 from tests.training.test_run import configuration, quick, run, text, timeless, uninterrupted  # noqa: F401
 
 pytestmark = pytest.mark.reliability
@@ -16,8 +16,8 @@ SETTINGS: list[dict[str, Any]] = [
     {"optimizer": "muon"},
     {"optimizer": "adamw-bf16"},
     {"optimizer": "adamw-8bit"},
-    {"optimizer": "adafactor", "weights": "bfloat16"},  # rounded at random, by keys of the step
-    {"precision": "float16"},  # a loss scale
+    {"optimizer": "adafactor", "param_dtype": "bfloat16"},  # rounded at random, by keys of the step
+    {"compute_dtype": "float16"},  # a loss scale
 ]
 """Beside AdamW in float32, which the kills and `test_run` have."""
 
@@ -28,7 +28,7 @@ def test_every_kind_of_state(settings: dict[str, Any], text: Path, tmp_path: Pat
     config = configuration(text, tmp_path / "resumed", **settings)
     run(config, die_at=7)
     resumed = run(config)
-    assert resumed.resumed_from == 6
+    assert resumed.progress.resumed_from == 6
     tiny.assert_same_bits(resumed.state, whole.state)
     assert timeless(tmp_path / "resumed") == timeless(tmp_path / "whole")
     figure(record_property, "interrupted runs compared bit for bit", 1)

@@ -16,8 +16,8 @@ import jax
 import pytest
 
 from moe_jax.config import UserError, holds_run
-from moe_jax.training import checkpoint, manifest
-from moe_jax.training.checkpoint import WEIGHTS, CheckpointStore, verify
+from moe_jax.runs import checkpoint, manifest
+from moe_jax.runs.checkpoint import WEIGHTS, CheckpointStore, verify
 from tests.reliability import runs, states
 from tests.reliability.figures import Record, figure
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.training.checkpoint import CheckpointStore
+from moe_jax.runs.checkpoint import CheckpointStore
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
 

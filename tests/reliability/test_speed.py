@@ -5,8 +5,8 @@ from pathlib import Path
 import jax
 import pytest
 
-from moe_jax.analysis.bench import saving
-from moe_jax.presets import preset, with_vocabulary
+from moe_jax.benchmarks import saving
+from moe_jax.config.presets import preset, with_vocabulary
 from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.reliability

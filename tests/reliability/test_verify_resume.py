@@ -1,4 +1,4 @@
-"""`train.py --verify-resume`: it passes at its earliest kill, and leaves nothing behind when it is itself stopped."""
+"""`moe-jax verify-resume`: it passes at its earliest kill, and leaves nothing behind when it is itself stopped."""
 
 import os
 import random
@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli import parse_run
-from moe_jax.training.verify_resume import short_flags, verify_resume
+from moe_jax.cli.train import Train
+from moe_jax.cli.verify_resume import VerifyResume
+from moe_jax.runs.verify_resume import short_flags, verify_resume
 from tests.reliability import runs
 
 pytestmark = pytest.mark.reliability
@@ -29,8 +30,8 @@ def test_it_passes_wherever_it_kills(
     for name, value in runs.environment(cache).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(random, "randrange", lambda low, high: kill(range(low, high)))
-    config, _ = parse_run([*runs.flags(text, tmp_path / "unused"), "--verify-resume"])
-    assert verify_resume(config, runs.ROOT / "train.py") == 0
+    config, _ = VerifyResume.parse(runs.flags(text, tmp_path / "unused")).settings
+    assert verify_resume(config) == 0
     printed = capsys.readouterr().out
     assert "PASS" in printed
     assert "from step None" not in printed
@@ -38,7 +39,7 @@ def test_it_passes_wherever_it_kills(
 
 def test_its_flags_fit_the_run_that_it_resumes(text: Path, cache: Path, tmp_path: Path) -> None:
     """A run keeps the vocabulary of its tokenizer, so the 0 that stands for it is not asked for again."""
-    config, _ = parse_run(runs.flags(text, tmp_path / "unused"))
+    config, _ = Train.parse(runs.flags(text, tmp_path / "unused")).settings
     flags = [*short_flags(config), "--out", str(tmp_path / "run")]
     assert runs.complete(flags, cache).returncode == 0
     again = runs.complete([*flags, "--resume"], cache)
@@ -59,7 +60,7 @@ def test_a_signal_leaves_nothing_behind(
 ) -> None:
     """While its first run trains: that process is ended, and the scratch folder removed."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = runs.start([*runs.flags(text, tmp_path / "unused"), "--verify-resume"], cache)
+    process = runs.start(["verify-resume", *runs.flags(text, tmp_path / "unused")], cache, runs.COMMANDS)
     while process.poll() is None and not (locks := [p for p in tmp_path.glob("*/whole/.lock") if p.read_text()]):
         time.sleep(0.01)
     child = int(locks[0].read_text())

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.training import loss
-from tests import oracles
+from moe_jax.model.kernels import cross_entropy
+from tests.support import oracles
 
 N, D, V = 12, 3, 5
 
@@ -27,25 +27,25 @@ def plain(hidden, head, targets):
 
 @pytest.mark.parametrize("blocks", [1, 3, 12])
 def test_mean_cross_entropy_and_its_gradient(blocks: int, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss, "LOGITS_BYTES", N // blocks * V * 4)
-    assert loss._blocks(N, V) == blocks
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", N // blocks * V * 4)
+    assert cross_entropy._blocks(N, V) == blocks
     hidden, head, targets = operands()
     nats = oracles.cross_entropy(np.asarray(hidden), np.asarray(head), np.asarray(targets))
     # The loss is multiplied by 3 afterwards, so that a gradient that ignores its cotangent shows.
-    ours = jax.jit(jax.value_and_grad(lambda h, w: 3 * loss.mean_cross_entropy(h, w, targets), (0, 1)))
+    ours = jax.jit(jax.value_and_grad(lambda h, w: 3 * cross_entropy.mean_cross_entropy(h, w, targets), (0, 1)))
     expected = jax.value_and_grad(lambda h, w: 3 * plain(h, w, targets), (0, 1))
     (value, gradients), (_, plain_gradients) = ours(hidden, head), expected(hidden, head)
     np.testing.assert_allclose(value, 3 * np.mean(nats), rtol=1e-13)
     for one, other in zip(gradients, plain_gradients, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-14)
-    np.testing.assert_allclose(loss.mean_cross_entropy(hidden, head, targets), np.mean(nats), rtol=1e-13)
-    np.testing.assert_allclose(loss.blocked_token_losses(hidden, head, targets), nats, rtol=1e-12)
+    np.testing.assert_allclose(cross_entropy.mean_cross_entropy(hidden, head, targets), np.mean(nats), rtol=1e-13)
+    np.testing.assert_allclose(cross_entropy.blocked_token_losses(hidden, head, targets), nats, rtol=1e-12)
 
 
 def test_far_logits_do_not_overflow() -> None:
     """Of logits 1000 and -1000, the second costs 2000 nats and the first none; float32's exp(1000) is infinite."""
     logits = jnp.array([[1000.0, -1000.0]] * 2)
-    assert loss.token_losses(logits, jnp.array([1, 0])).tolist() == [2000, 0]
+    assert cross_entropy.token_losses(logits, jnp.array([1, 0])).tolist() == [2000, 0]
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_far_logits_do_not_overflow() -> None:
     ],
 )
 def test_blocks_are_the_fewest_equal_ones_that_fit(tokens: int, blocks: int, why: str) -> None:
-    assert loss._blocks(tokens, 2**20) == blocks, why
+    assert cross_entropy._blocks(tokens, 2**20) == blocks, why
 
 
 def test_a_single_token_may_be_larger_than_the_limit() -> None:
-    assert loss._blocks(4, 2**24) == 4
+    assert cross_entropy._blocks(4, 2**24) == 4

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.model import precision
-from moe_jax.model.precision import choose_policy, round_at_random, stored
-from moe_jax.training.checkpoint import named_leaves
-from moe_jax.training.optimizer import make_optimizer
+from moe_jax.model import hardware
+from moe_jax.model.precision import choose_policy, stochastic_round, to_param_dtype
+from moe_jax.runs.checkpoint import named_leaves
+from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import GROWTH_STEPS, LossScale, TrainState, initial_state, next_scale
 from moe_jax.training.step import make_step
-from tests import tiny
+from tests.support import tiny
 
 OPTIMIZERS = ["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
 
@@ -36,7 +36,7 @@ MODEL = tiny.config(layers=1, width=32, expert_hidden=40, capacity_factor=2.0)
 
 
 def fresh(kind: str, weights: str = "float32", loss_scaling: bool = True) -> TrainState:
-    params = jax.tree.map(jnp.array, stored(tiny.build(MODEL)[1], weights))  # pyright: ignore[reportArgumentType]
+    params = jax.tree.map(jnp.array, to_param_dtype(tiny.build(MODEL)[1], weights))  # pyright: ignore[reportArgumentType]
     return initial_state(params, make_optimizer(configuration(kind)), loss_scaling)
 
 
@@ -90,9 +90,9 @@ def test_the_scale_is_part_of_a_checkpoint() -> None:
 
 def test_what_is_representable_stays_and_the_rest_is_rounded_right_on_average() -> None:
     exact = jnp.asarray([0.0, -0.0, 1.0, -1.5, 3.0e38, 1e-38], jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_array_equal(round_at_random(exact, jax.random.key(0)).astype(jnp.float32), exact)
+    np.testing.assert_array_equal(stochastic_round(exact, jax.random.key(0)).astype(jnp.float32), exact)
     between = jnp.asarray([1.001, -1.006, 100.3, 1e-5], jnp.float32)
-    rounded = jax.vmap(lambda key: round_at_random(between, key))(jax.random.split(jax.random.key(1), 4096))
+    rounded = jax.vmap(lambda key: stochastic_round(between, key))(jax.random.split(jax.random.key(1), 4096))
     spacing = 2.0 ** (np.floor(np.log2(np.abs(between))) - 7)
     rounded = np.asarray(rounded, np.float64)
     assert (np.abs(rounded - np.asarray(between)) < spacing).all()
@@ -145,7 +145,7 @@ def test_the_precision_follows_the_device_and_says_why(
     vendor, family, flags = processor
     lines = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\nflags\t\t: {flags}\n"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + lines)
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
     device = type("Device", (), {"platform": platform, "compute_capability": capability, "device_kind": "a card"})()
     policy = choose_policy("auto", device)
     assert policy.compute == compute
@@ -155,5 +155,5 @@ def test_the_precision_follows_the_device_and_says_why(
 
 
 def test_a_system_without_a_list_of_units_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "missing")
-    assert precision.cpu_bfloat16_units() == ""
+    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "missing")
+    assert hardware.cpu_bfloat16_units() == ""

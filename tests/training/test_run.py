@@ -14,12 +14,24 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError, load_config
+from moe_jax.config import (
+    ConfigError,
+    DataConfig,
+    ExecutionConfig,
+    ModelConfig,
+    RoutingConfig,
+    RunConfig,
+    TrainConfig,
+    UserError,
+    load_config,
+)
+from moe_jax.runs.folder import RunFolder
+from moe_jax.runs.load import open_run
+from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training import loop
-from moe_jax.training.loop import Session, finish, train
-from moe_jax.training.run import RunFolder, load_run
-from moe_jax.training.signals import Signals, Stopped
-from tests import saved_run, tiny
+from moe_jax.training.loop import finish, train
+from moe_jax.training.session import Session
+from tests.support import saved_run, tiny
 
 TIMES = {"tokens_per_second", "wall_seconds"}
 SUMMARY_KEYS = set(
@@ -49,30 +61,40 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
-def configuration(text: Path, out: Path, **train_changes: Any) -> RunConfig:
+def configuration(text: Path, out: Path, **changes: Any) -> RunConfig:
+    """A run of 12 steps that drops and has dropout. `changes` are fields of `TrainConfig` or `ExecutionConfig`."""
     model = ModelConfig(
-        seq_len=16, layers=1, width=16, heads=2, experts=4, top_k=2, expert_hidden=8, capacity_factor=0.75, dropout=0.1
+        seq_len=16,
+        layers=1,
+        width=16,
+        heads=2,
+        experts=4,
+        expert_hidden=8,
+        dropout=0.1,
+        routing=RoutingConfig(top_k=2, capacity_factor=0.75),
     )
+    execution = {f.name: changes.pop(f.name) for f in dataclasses.fields(ExecutionConfig) if f.name in changes}
     values = {"steps": 12, "batch_size": 4, "grad_accum": 2, "log_every": 3, "eval_every": 4, "save_every": 6}
     return RunConfig(
         out=str(out),
         model=model,
         data=DataConfig(source=str(text), tokenizer="byte"),
-        train=TrainConfig(**(values | {"precision": "float32"} | train_changes)),
+        train=TrainConfig(**(values | changes)),
+        execution=ExecutionConfig(**({"compute_dtype": "float32"} | execution)),
     )
 
 
 def run(config: RunConfig, die_at: int | None = None) -> Session:
     """Train, from the newest checkpoint where the folder holds a run. May die just before the step after `die_at`."""
     session = Session.open(config, load_config(Path(config.out)))
-    step = session.train_step
+    step = session.programs.step
 
     def mortal(state, batch):
         if int(state.step) == die_at:
             raise Stop
         return step(state, batch)
 
-    session.train_step = mortal
+    saved_run.replace_step(session, mortal)
     if die_at is None:
         train(session)
     else:
@@ -132,7 +154,7 @@ def test_dropout_is_drawn_anew_at_each_step(uninterrupted: tuple[Session, dict[s
 
     def loss(step: int) -> float:
         state = jax.tree.map(jnp.array, session.state)  # the step takes over its memory
-        _, report = session.train_step(dataclasses.replace(state, step=jnp.int32(step)), session.batch(0))
+        _, report = session.programs.step(dataclasses.replace(state, step=jnp.int32(step)), session.data.batch(0))
         return float(report.metrics.loss)
 
     assert loss(3) == loss(3) != loss(4)
@@ -148,7 +170,7 @@ def test_resumed_is_uninterrupted(uninterrupted: tuple[Session, dict[str, Any]],
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "split": "train", "lo')  # a line that was cut short
     session = run(config)
-    assert session.resumed_from == 6
+    assert session.progress.resumed_from == 6
     tiny.assert_same_bits(session.state, whole.state)
     assert timeless(out) == timeless(whole.folder.path)
     assert (out / "samples.txt").read_text() == (whole.folder.path / "samples.txt").read_text()
@@ -156,7 +178,7 @@ def test_resumed_is_uninterrupted(uninterrupted: tuple[Session, dict[str, Any]],
     same = set(result) - TIMES - {"resumed_from"}
     assert {k: result[k] for k in same} == {k: whole_result[k] for k in same}
     assert result["resumed_from"] == 6
-    assert session.elapsed > first.checkpoints.at(12).elapsed > session.elapsed_before > 0
+    assert session.progress.elapsed > first.checkpoints.at(12).elapsed > session.progress.elapsed_before > 0
 
 
 def test_the_best_checkpoint_is_scored_and_opened(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
@@ -164,9 +186,9 @@ def test_the_best_checkpoint_is_scored_and_opened(uninterrupted: tuple[Session, 
     session, result = uninterrupted
     opened = moe_jax.load_run(session.folder.path)
     assert opened.config == session.config
-    assert opened.tokenizer.digest == session.store.tokenizer.digest
+    assert opened.tokenizer.digest == session.data.store.tokenizer.digest
     assert opened.checkpoint.step == result["best_step"]
-    assert session.score(session.store.valid.tokens, opened.params).loss == result["val_loss"]
+    assert session.score(session.data.store.valid.tokens, opened.params).loss == result["val_loss"]
 
 
 def copy_of(session: Session, out: Path) -> RunConfig:
@@ -179,7 +201,7 @@ def test_more_steps_are_taken_and_recorded(uninterrupted: tuple[Session, dict[st
     config = copy_of(uninterrupted[0], out)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=14))
     session = run(config, die_at=12)  # where it would go on
-    assert session.resumed_from == 12
+    assert session.progress.resumed_from == 12
     assert "train.steps 12 -> 14" in session.notes[0]
     document = json.loads((out / "config.json").read_text())
     (entry,) = document["history"]
@@ -211,7 +233,7 @@ def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
     run(config, die_at=7)
     damage(tmp_path / "damaged" / "checkpoints" / "step_00000006")
     session = run(config)
-    assert session.resumed_from == 4
+    assert session.progress.resumed_from == 4
     tiny.assert_same_bits(session.state, uninterrupted[0].state)
     assert timeless(tmp_path / "damaged") == timeless(uninterrupted[0].folder.path)
 
@@ -225,12 +247,12 @@ def test_when_every_checkpoint_is_damaged_it_says_so(
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         Session.open(config, load_config(tmp_path / "broken"))
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        load_run(tmp_path / "broken")
+        open_run(tmp_path / "broken")
 
 
 def test_a_folder_without_a_checkpoint_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no run with a complete checkpoint"):
-        load_run(tmp_path)
+        open_run(tmp_path)
 
 
 def test_a_start_that_reached_no_checkpoint_is_started_over(text: Path, tmp_path: Path) -> None:
@@ -238,13 +260,13 @@ def test_a_start_that_reached_no_checkpoint_is_started_over(text: Path, tmp_path
     run(config, die_at=3)
     assert load_config(tmp_path / "early") is None
     session = run(config, die_at=5)
-    assert session.resumed_from is None
+    assert session.progress.resumed_from is None
     assert [(r["step"], r["split"]) for r in records(tmp_path / "early")] == [(3, "train"), (4, "val")]
 
 
 def test_gradients_that_stay_bad_end_the_run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN parameters: skipped steps, each written down with nulls, then one line of what to do."""
-    monkeypatch.setattr("moe_jax.training.recorder.MAX_SKIPPED_IN_A_ROW", 5)
+    monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 5)
     config = configuration(text, tmp_path / "bad", eval_every=100, save_every=100)
     session = Session.open(config, None)
     broken = jax.tree.map(lambda x: x * np.float32("nan"), session.state.params)
@@ -279,7 +301,7 @@ def test_cutting_back_keeps_what_came_before(tmp_path: Path) -> None:
     folder.metrics.write_text("\n".join(lines))
     for step, story in ((1, "one\n\ntwo"), (2, "three"), (3, "four")):
         folder.add_sample(step, story)
-    folder.cut_back(2, 2)
+    folder.truncate_logs_after(2, 2)
     assert folder.metrics.read_text().splitlines() == lines[:2]
     assert folder.samples.read_text() == "=== step 1\none\n\ntwo\n\n=== step 2\nthree\n\n"
 
@@ -291,10 +313,10 @@ def test_cutting_back_leaves_the_bytes_of_a_story(tmp_path: Path) -> None:
     folder.add_sample(2, "=== step 9\nfive")
     before = folder.samples.read_bytes()
     folder.add_sample(3, "six")
-    folder.cut_back(2, 2)
+    folder.truncate_logs_after(2, 2)
     assert folder.samples.read_bytes() == before
     assert b"one\r\ntwo\rthree" in before
-    folder.cut_back(2, 0)
+    folder.truncate_logs_after(2, 0)
     assert folder.samples.read_bytes() == b""
 
 
@@ -307,7 +329,7 @@ def test_cutting_back_a_sample_that_was_cut_short(tmp_path: Path) -> None:
     whole = folder.samples.read_bytes()
     for size in range(len(before), len(whole) + 1):
         folder.samples.write_bytes(whole[:size])
-        folder.cut_back(1, 1)
+        folder.truncate_logs_after(1, 1)
         assert folder.samples.read_bytes() == before, whole[:size]
 
 
@@ -321,11 +343,11 @@ def test_a_signal_while_a_step_is_saved_counts(save: int, text: Path, tmp_path: 
         write(step, val_loss)
         saves.append(step)
         if len(saves) == save:
-            signals.asked = signal.SIGTERM
+            signals.stop_signal = signal.SIGTERM
 
     session.save = interrupted
     with pytest.raises(Stopped) as stopped:
         train(session, signals)
     assert stopped.value.status == 128 + signal.SIGTERM
     assert saves == [2, 4][:save]
-    assert session.saved_step == int(session.state.step) == 2 * save
+    assert session.progress.saved_step == int(session.state.step) == 2 * save

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.model.moe import Mode
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
-from moe_jax.training.optimizer import learning_rate, make_optimizer, muon_labels, warmup_steps
+from moe_jax.training.optimizers.factory import learning_rate, make_optimizer, muon_labels, warmup_steps
 from moe_jax.training.state import LossScale, TrainState, initial_state
 from moe_jax.training.step import gradients, make_step
-from tests import tiny
+from tests.support import tiny
 
 CONFIG = TrainConfig(steps=150, lr=2e-2, warmup_steps=5)
 
@@ -133,7 +133,7 @@ def test_float16_gradients_are_near_those_of_float32() -> None:
 
 def test_the_schedule_by_hand() -> None:
     """Warm-up of 4 from a fifth of the peak in fifths; then 36 steps of cosine: a half way at the 18th of them."""
-    rate = learning_rate(TrainConfig(steps=40, warmup_steps=10, final_lr=0.2), 1.0)
+    rate = learning_rate(TrainConfig(steps=40, warmup_steps=10, final_lr_ratio=0.2), 1.0)
     assert warmup_steps(TrainConfig(steps=40, warmup_steps=10)) == 4
     assert [float(rate(i)) for i in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert float(rate(4 + 18)) == pytest.approx(0.6)
@@ -145,7 +145,7 @@ def test_the_schedule_by_hand() -> None:
 
 def test_a_straight_line_by_hand() -> None:
     """The same run, falling from 1 to 0.2 in 36 equal steps."""
-    rate = learning_rate(TrainConfig(steps=40, warmup_steps=10, final_lr=0.2, decay="linear"), 1.0)
+    rate = learning_rate(TrainConfig(steps=40, warmup_steps=10, final_lr_ratio=0.2, lr_schedule="linear"), 1.0)
     assert [float(rate(i)) for i in (0, 4, 13, 22, 40)] == pytest.approx([0.2, 1.0, 0.8, 0.6, 0.2])
 
 
@@ -170,7 +170,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_orthogonalises_each_expert_al
     assert labels["embedding"] == "adamw"
     assert muon_labels(params, routers=True) == {**labels, "blocks": {0: {**labels["blocks"][0], "router": "muon"}}}
     optimizer = make_optimizer(
-        TrainConfig(steps=1, optimizer="muon", weight_decay=0.0, clip=1e9, lr=0.1, muon_lr=0.5, eps=1e-12)
+        TrainConfig(steps=1, optimizer="muon", weight_decay=0.0, max_grad_norm=1e9, lr=0.1, muon_lr=0.5, eps=1e-12)
     )
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
     updates = optimizer.update(grads, optimizer.init(params), params)[0]

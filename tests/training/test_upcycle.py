@@ -10,15 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.analysis.accounting import training_flops
-from moe_jax.compatibility import upcycled
-from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError, load_config
+from moe_jax.config import (
+    ConfigError,
+    DataConfig,
+    ExecutionConfig,
+    ModelConfig,
+    RoutingConfig,
+    RunConfig,
+    TrainConfig,
+    UserError,
+    load_config,
+)
+from moe_jax.config.compatibility import upcycled_defaults
 from moe_jax.inference.decode import advance, prefill
-from moe_jax.model.moe import Mode
+from moe_jax.model.costs import training_flops
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
-from moe_jax.training.loop import Session, finish, train
-from moe_jax.training.upcycle import copied
-from tests import saved_run, tiny
+from moe_jax.training.loop import finish, train
+from moe_jax.training.session import Session
+from moe_jax.training.upcycle import copy_dense_params
+from tests.support import saved_run, tiny
 
 
 def twins(**changes: Any) -> tuple[Any, Any, Any, Any]:
@@ -26,7 +37,7 @@ def twins(**changes: Any) -> tuple[Any, Any, Any, Any]:
     dense = tiny.config(dense="active", **changes)
     sparse = dataclasses.replace(dense, dense="none", expert_hidden=dense.dense_hidden)
     (dense_def, dense_params), (sparse_def, fresh) = (tiny.build(c, dtype="float64") for c in (dense, sparse))
-    return dense_def, dense_params, sparse_def, copied(fresh, dense_params)
+    return dense_def, dense_params, sparse_def, copy_dense_params(fresh, dense_params)
 
 
 @pytest.mark.parametrize(
@@ -82,11 +93,22 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str
     folder = tmp_path_factory.mktemp("dense")
     (folder / "text.txt").write_text("<|endoftext|>".join(f"a cat sat on mat {i} with dog {i + 1}" for i in range(60)))
     model = ModelConfig(
-        seq_len=16, layers=1, width=16, heads=2, experts=4, expert_hidden=8, capacity_factor=0.75, dense="active"
+        seq_len=16,
+        layers=1,
+        width=16,
+        heads=2,
+        experts=4,
+        expert_hidden=8,
+        dense="active",
+        routing=RoutingConfig(capacity_factor=0.75),
     )
-    values = {"steps": 6, "batch_size": 4, "log_every": 3, "eval_every": 3, "save_every": 3, "precision": "float32"}
-    data = DataConfig(source=str(folder / "text.txt"), tokenizer="byte")
-    config = RunConfig(out=str(folder / "run"), model=model, data=data, train=TrainConfig(**values))
+    config = RunConfig(
+        out=str(folder / "run"),
+        model=model,
+        data=DataConfig(source=str(folder / "text.txt"), tokenizer="byte"),
+        train=TrainConfig(steps=6, batch_size=4, log_every=3, eval_every=3, save_every=3),
+        execution=ExecutionConfig(compute_dtype="float32"),
+    )
     return config, whole(config)[1]
 
 
@@ -99,7 +121,7 @@ def whole(config: RunConfig) -> tuple[Session, dict[str, Any]]:
 def sparse(dense: RunConfig, out: Path, **train_changes: Any) -> RunConfig:
     saved = load_config(Path(dense.out))
     assert saved is not None
-    config = upcycled(saved, dense.out)
+    config = upcycled_defaults(saved, dense.out)
     return dataclasses.replace(config, out=str(out), train=dataclasses.replace(config.train, **train_changes))
 
 
@@ -110,7 +132,7 @@ def test_a_run_starts_at_the_dense_loss_and_its_experts_part(
     config = sparse(before, tmp_path / "sparse")
     assert (config.model.dense, config.model.expert_hidden) == ("none", 17)  # 2 x 8 + 4 / 3 rounded
     session = Session.open(config, None)
-    assert session.score(session.store.valid.tokens).loss == pytest.approx(result["val_loss"], rel=1e-6)
+    assert session.score(session.data.store.valid.tokens).loss == pytest.approx(result["val_loss"], rel=1e-6)
     train(session)
     experts = np.asarray(session.state.params["blocks"][0]["ffn"]["experts"]["w_in"])
     distance = np.abs(experts[:, None] - experts).max((-1, -2))
@@ -130,7 +152,7 @@ def test_where_it_comes_from_is_written_down_and_kept(dense: tuple[RunConfig, di
     assert config.upcycle == before.out
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7))
     resumed, summary = whole(longer)
-    assert resumed.resumed_from == 6
+    assert resumed.progress.resumed_from == 6
     assert summary["inherited_flops"] == flops[1]
     first, second = json.loads((out / "config.json").read_text())["history"]
     assert (first["upcycled_from"], first["step"]) == (before.out, result["best_step"])
@@ -140,7 +162,7 @@ def test_where_it_comes_from_is_written_down_and_kept(dense: tuple[RunConfig, di
 def test_a_resumed_run_needs_no_dense_run(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
     whole(sparse(dense[0], tmp_path / "sparse"))
     config = dataclasses.replace(load_config(tmp_path / "sparse"), upcycle=str(tmp_path / "gone"))
-    assert Session.open(config, config).resumed_from == 6
+    assert Session.open(config, config).progress.resumed_from == 6
 
 
 def test_another_text_is_refused(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
@@ -157,6 +179,6 @@ def test_settings_of_another_function_are_refused_without_a_command_line(
     dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
     config = sparse(dense[0], tmp_path / "sparse")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, top_k=1))
+    config = dataclasses.replace(config, model=config.model.with_routing(top_k=1))
     with pytest.raises(ConfigError, match="--top-k 1"):
         Session.open(config, None)

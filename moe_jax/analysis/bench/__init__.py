@@ -1,1 +1,0 @@
-"""What the model costs by the clock: the parts of `benchmark.py`."""

@@ -1,0 +1,124 @@
+"""What a notebook does with a trained model.
+
+run = moe_jax.load_run("runs/nano")
+run.generate("Once upon a time")              text
+run.logits("Once upon a time")                [N, V], one row a token
+run.evaluate("some other text")               loss, bits per byte, drops
+run.trace("Once upon a time")                 where every token went, layer by layer
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from moe_jax.config import ConfigError, UserError
+from moe_jax.data.token_store import prepare_token_store, token_stream
+from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.sampling import Sampling
+from moe_jax.inspection.trace import RoutingTrace, routing_trace
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import Params, Transformer, merge
+from moe_jax.runs.load import LoadedRun, open_run
+from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate, make_evaluation_step
+
+
+class Run(LoadedRun):
+    """A trained model: `config`, `tokenizer`, `params`, and methods that use them.
+
+    Every method compiles its program at the first call and keeps it.
+    """
+
+    @property
+    def model(self) -> Transformer:
+        """The Flax module with its trained parameters."""
+        return merge(self.graphdef, self.params)
+
+    def generate(
+        self,
+        prompt: str = "",
+        *,
+        max_tokens: int = 400,
+        seed: int = 0,
+        temperature: float = 0.8,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> str:
+        """The prompt and its continuation, which ends where the model ends the text, or after `max_tokens` tokens.
+
+        The same arguments give the same text. The settings are those of `moe_jax.inference.sampling.Sampling`.
+        """
+        settings = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
+        return prompt + "".join(self.stream(prompt, settings, max_tokens=max_tokens, seed=seed))
+
+    def stream(self, prompt: str, settings: Sampling, *, max_tokens: int = 400, seed: int = 0) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece, as it is drawn."""
+        return self._generator.pieces(prompt, settings, seed=seed, limit=max_tokens)
+
+    def logits(self, text: str) -> np.ndarray:
+        """float32 [N, V]: row i has the logits of the token after token i.
+
+        The N tokens are the separator and the tokens of the text, so row 0 predicts the first token of the text. Raises
+        UserError for a text longer than the context.
+        """
+        tokens = [self.tokenizer.separator_id, *self.tokenizer.encode(text)]
+        seq_len = self.config.model.seq_len
+        if len(tokens) > seq_len:
+            raise UserError(f"the text has {len(tokens)} tokens with its separator, the context {seq_len}; shorten it")
+        padded = np.zeros((1, seq_len), np.int32)
+        padded[0, : len(tokens)] = tokens
+        return np.asarray(self._forward(self.params, padded)[0, : len(tokens)])
+
+    def evaluate(self, text: str | None = None) -> Evaluation:
+        """Loss, bits per byte and drops on a text. Without a text, the run's own validation text is used.
+
+        Raises UserError if the run's own text cannot be found.
+        """
+        if text is None:
+            try:
+                tokens = prepare_token_store(self.config.data, tokenizer=self.tokenizer).valid.tokens
+            except ConfigError as error:
+                raise UserError(f"the run's validation text is not at hand ({error}); give evaluate a text") from None
+        else:
+            tokens = token_stream(iter([text.strip()]), self.tokenizer)
+        return evaluate(
+            self._evaluation,
+            self.params,
+            tokens,
+            seq_len=self.config.model.seq_len,
+            token_bytes=self.tokenizer.token_bytes(),
+        )
+
+    def trace(self, text: str) -> RoutingTrace:
+        """Where every token of a text went: experts, gates, slots and drops, layer by layer."""
+        return routing_trace(self, text)
+
+    @cached_property
+    def _generator(self) -> TextGenerator:
+        return TextGenerator(self.graphdef, self.params, self.tokenizer, self.config.model.seq_len)
+
+    @cached_property
+    def _evaluation(self) -> EvaluationStep:
+        return make_evaluation_step(self.graphdef)
+
+    @cached_property
+    def _forward(self):
+        def forward(params: Params, tokens: jax.Array) -> jax.Array:
+            model = merge(self.graphdef, params)
+            return model.logits(model(tokens, Mode.EVALUATE)[0])
+
+        return jax.jit(forward)
+
+
+def load_run(path: str | Path, step: int | None = None) -> Run:
+    """Open the run in a folder: its best checkpoint, or the checkpoint of a step.
+
+    Raises UserError if the folder holds no run, or if the checkpoint is damaged.
+    """
+    opened = open_run(path, step)
+    return Run(**{f.name: getattr(opened, f.name) for f in dataclasses.fields(opened)})

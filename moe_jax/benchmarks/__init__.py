@@ -1,0 +1,17 @@
+"""What the model costs, measured on this machine: `benchmark.py`.
+
+    suites.py           the suites: moe, decode, pipeline and peers
+    dense_baselines.py  the suite `train`: the training step and its dense baselines
+    request.py          BenchmarkRequest: what a suite is asked for; and the tables that suites print
+    layer.py            one MoE layer and dense layers, by time and by arithmetic
+    step_memory.py      the temporary memory of the training step
+    decoding.py         prefill, cached decoding and uncached forward passes
+    feeding.py          tokenizers and batches
+    saving.py           the time of saving and restoring a checkpoint
+    cost_table.py       parameters and arithmetic, by formula and in the compiled program
+    uniform_routing.py  UniformMoE: routers that load all experts evenly
+    peers.py            our model and Mixtral, timed in turn
+    mixtral.py          Mixtral in PyTorch, in a process of its own
+
+The suite `memory` is `planning.suite`.
+"""

@@ -1,0 +1,137 @@
+"""Our model and Mixtral of Hugging Face transformers, with the same shape, timed in turn.
+
+The sizes are the preset's. The kinds of layers are Mixtral's: RMSNorm, rotary positions, SwiGLU, no biases, no dropout,
+an untied head. Both train with AdamW, gradient clipping and the balance loss. In training our model has a capacity
+and drops what exceeds it, unless the preset's dispatch is dropless. Mixtral has no capacity.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.benchmarks import decoding
+from moe_jax.benchmarks.mixtral import Shape
+from moe_jax.config import ModelConfig, RoutingConfig, RunConfig
+from moe_jax.model.costs import count_parameters, totals
+from moe_jax.system.timing import Measured, Times, alternate
+from moe_jax.training.random_tokens import RandomTokenTrainer
+
+PROMPT = 128
+PAUSE_SECONDS = 0.2
+"""Seconds of pause before each turn. In this time the waiting threads of the other process go to sleep."""
+MIN_TURN_SECONDS = 0.5
+"""Shortest turn in seconds. After the pause the processor was slow for a tenth of a second: one decoded token of our
+model took 17 ms at first, and 9 ms later."""
+
+
+SHARED_MODEL_FIELDS = ("vocab_size", "seq_len", "layers", "width", "heads", "experts", "expert_hidden")
+"""Fields of the preset's model that are kept."""
+SHARED_ROUTING_FIELDS = ("top_k", "capacity_factor", "dispatch", "priority")
+"""Fields of the preset's routing that are kept: how training brings tokens to experts."""
+
+
+def like_mixtral(config: RunConfig) -> RunConfig:
+    """The configuration with the kept fields and Mixtral's kinds of layers.
+
+    Every other field of the model has its default value, which is off. So no extra can be forgotten here.
+    """
+    model = ModelConfig(
+        **{name: getattr(config.model, name) for name in SHARED_MODEL_FIELDS},
+        routing=RoutingConfig(**{name: getattr(config.model.routing, name) for name in SHARED_ROUTING_FIELDS}),
+        norm="rmsnorm",
+        positions="rope",
+        activation="swiglu",
+        bias=False,
+        tied_head=False,
+    )
+    train = dataclasses.replace(config.train, optimizer="adamw", param_dtype="float32")
+    execution = dataclasses.replace(config.execution, remat=False)
+    return dataclasses.replace(config, model=model, train=train, execution=execution)
+
+
+def shape_of(config: RunConfig, batch_size: int) -> Shape:
+    """The shape that the peer must build to be the same model."""
+    model, train = config.model, config.train
+    values = {name: getattr(model, name) for name in Shape._fields if hasattr(model, name)}
+    values |= {name: getattr(train, name) for name in Shape._fields if hasattr(train, name)}
+    values["top_k"] = model.routing.top_k
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    prompt = min(PROMPT, model.seq_len)
+    return Shape(**(values | {"batch_size": batch_size, "prompt": prompt, "threads": threads}))
+
+
+class Peer:
+    """The process that runs Mixtral."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self._process = process
+        self.about: dict[str, Any] = self._answer()
+
+    def _answer(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the peer ended with status {self._process.wait()}")
+        return json.loads(line)
+
+    def run(self, name: str) -> Measured:
+        """Run a candidate once. Returns the seconds that the peer measured."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(name + "\n")
+        self._process.stdin.flush()
+        return Measured(self._answer())
+
+
+@contextmanager
+def peer(shape: Shape) -> Iterator[Peer]:
+    """Start the peer. Its process ends with the `with` block."""
+    command = [
+        sys.executable,
+        "-W",
+        "ignore::FutureWarning",
+        "-m",
+        "moe_jax.benchmarks.mixtral",
+        json.dumps(shape._asdict()),
+    ]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        yield Peer(process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, Any], dict[str, Times]]:
+    """Mixtral's time divided by ours, with the faster of its two implementations of the experts; and all times."""
+    config = like_mixtral(config)
+    shape = shape_of(config, batch_size)
+    trainer = RandomTokenTrainer.of(config, batch_size)
+    # The training step donates its state, so the other candidates read a copy of the parameters.
+    params = jax.tree.map(jnp.copy, trainer.state.params)
+    model = decoding.Model.of(config.model)
+    ours: dict[str, Callable[[], Any]] = {
+        "train": trainer,
+        "forward": decoding.forward_call(model, params, trainer.batch[0, :, :-1]),
+        "prefill": decoding.prefill_call(model, params, shape.prompt),
+        "decode": decoding.DecodeLoop(model, params, 1),
+    }
+    with peer(shape) as other:
+        expected = totals(count_parameters(config.model)).total
+        if other.about["parameters"] != expected:
+            raise AssertionError(f"the peer has {other.about['parameters']} parameters, ours {expected}")
+        theirs = {name: (lambda name=name: other.run(name)) for name in other.about["candidates"]}
+        times = alternate({**ours, **theirs}, rounds, rest=PAUSE_SECONDS, turn=MIN_TURN_SECONDS)
+        versions = other.about["versions"]
+    numbers: dict[str, Any] = {}
+    for name in ours:
+        best = min(t.median for other, t in times.items() if other.startswith(f"{name} "))
+        numbers[f"{name}_ratio"] = best / times[name].median
+    return numbers | {"peer": versions}, times

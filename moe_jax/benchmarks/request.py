@@ -1,0 +1,51 @@
+"""BenchmarkRequest: what a suite of `benchmark.py` is asked for; and the tables that suites print."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax.benchmarks.uniform_routing import UniformMoE
+from moe_jax.config import Dense, RunConfig
+from moe_jax.model.moe.layer import MoE
+from moe_jax.system.timing import Times
+
+
+class BenchmarkRequest(NamedTuple):
+    """What to measure, and how often."""
+
+    config: RunConfig
+    """The configuration to measure. Its vocabulary size must not be 0."""
+    batch_size: int
+    """Sequences of a training step."""
+    rounds: int
+    """How often each candidate runs."""
+    quality: dict[Dense, float] | None = None
+    """Validation bits per byte of the model and of its dense baselines, if a comparison has trained them."""
+    uniform_routing: bool = False
+    """Spread tokens evenly over the experts, and ignore the choices of the routers."""
+
+    @property
+    def moe(self) -> type[MoE]:
+        """The class of the layers with experts."""
+        return UniformMoE if self.uniform_routing else MoE
+
+
+def times_table(title: str, times: dict[str, Times], extra: Callable[[str, Times], str] | None = None) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("candidate")
+    for name in ("median ms", "spread", *([""] if extra else [])):
+        table.add_column(name, justify="right")
+    for name, t in times.items():
+        cells = [f"{t.median * 1e3:,.2f}", f"{t.spread:.0%}", *([extra(name, t)] if extra else [])]
+        table.add_row(name, *cells)
+    return table
+
+
+def print_numbers(console: Console, numbers: dict[str, Any]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, value in numbers.items():
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
+    console.print(table)
+    console.print()

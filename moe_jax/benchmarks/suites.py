@@ -1,0 +1,129 @@
+"""The suites of `benchmark.py`. Each suite measures, prints tables, and returns its numbers."""
+
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from moe_jax.benchmarks import decoding, feeding, layer, peers, saving
+from moe_jax.benchmarks.dense_baselines import train
+from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
+from moe_jax.benchmarks.step_memory import temporary_bytes
+from moe_jax.model.transformer import create, split
+from moe_jax.system import machine
+from moe_jax.system.timing import alternate
+from moe_jax.training.random_tokens import RandomTokenTrainer
+
+
+def moe(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """One MoE layer and the whole training step: compiled arithmetic, time and memory."""
+    model = request.config.model
+    console.print(
+        f"one MoE layer: D {model.width}, F {model.expert_hidden}, E {model.experts}, K {model.routing.top_k}, "
+        f"capacity factor {model.routing.capacity_factor:g}, {layer.BATCH} x {model.seq_len} tokens, float32; "
+        "forward and backward"
+    )
+    numbers, times = layer.benchmark_layer(model, request.rounds, request.moe)
+    console.print(times_table("forward and backward of one layer", times))
+    numbers |= _step_numbers(console, request)
+    print_numbers(console, numbers)
+    return numbers
+
+
+def _step_numbers(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    memory = temporary_bytes(request.config, request.batch_size, request.moe)
+    trainer = RandomTokenTrainer.of(request.config, request.batch_size, moe=request.moe)
+    products = machine.matmuls("float32")
+    candidates = {"training step": trainer, **{name: run for name, (run, _) in products.items()}}
+    times = alternate(candidates, max(3, request.rounds // 2))
+    rate = max(flops / times[name].median for name, (_, flops) in products.items())
+    console.print(
+        times_table(f"the whole training step, {request.batch_size} x {request.config.model.seq_len} tokens", times)
+    )
+    share = trainer.active_flops / times["training step"].median / rate
+    return {"train_step_share_of_matmul_peak": share, **memory}
+
+
+def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """Prefill, cached decoding, and an uncached forward pass of four tokens."""
+    config = request.config
+    _, params = split(create(config.model, jax.random.key(0)))
+    model = decoding.Model.of(config.model, request.moe)
+    read, read_bytes = machine.memory_read_benchmark()
+    loops = {f"decode, batch {b}": decoding.DecodeLoop(model, params, b) for b in (1, 8, 32)}
+    times = alternate(
+        {
+            "memory read": read,
+            **loops,
+            "prefill, 128 tokens": decoding.prefill_call(model, params, 128),
+            "uncached forward, 4 tokens": decoding.uncached_call(model, params),
+        },
+        3 * request.rounds,
+    )
+    bandwidth = read_bytes / times["memory read"].median
+    bound = decoding.active_bytes(config) / bandwidth
+    console.print(times_table("decoding", times))
+    numbers = {
+        "decode_share_of_bandwidth_bound": bound / times["decode, batch 1"].median,
+        **{f"decode_ms_per_token_batch{b}": times[f"decode, batch {b}"].median * 1e3 for b in (1, 8, 32)},
+        "prefill_128_ms": times["prefill, 128 tokens"].median * 1e3,
+        "uncached_4_token_ms": times["uncached forward, 4 tokens"].median * 1e3,
+        "memory_bytes_per_second": bandwidth,
+    }
+    print_numbers(console, numbers)
+    return numbers
+
+
+def pipeline(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """The work around the training step: tokenizing, batches, checkpoints."""
+    texts, size = feeding.stories()
+    tokenizers = feeding.tokenizers()
+    if feeding.GPT2 not in tokenizers:
+        console.print("left out: the tokenizer of GPT-2, because its vocabulary cannot be loaded here")
+    batch = f"a batch of {request.batch_size} x {request.config.model.seq_len}"
+    calls: dict[str, Callable[[], Any]] = {
+        f"tokenizing, {name}": partial(tokenizer.encode_batch, texts) for name, tokenizer in tokenizers.items()
+    }
+    times = alternate({**calls, batch: feeding.batch_call(request.config, request.batch_size)}, request.rounds)
+    speed = {name: size / 1e6 / t.median for name, t in times.items()}
+    tokens = request.batch_size * request.config.model.seq_len
+    console.print(
+        times_table(
+            f"{len(texts):,} stories of {size / 1e6:.1f} MB; and one batch",
+            times,
+            lambda name, t: f"{tokens / t.median:,.0f} tokens/s" if name == batch else f"{speed[name]:,.1f} MB/s",
+        )
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoint = saving.measure(saving.make_state(request.config), Path(folder), max(1, request.rounds // 3))
+    numbers = {
+        f"tokenizing_{name}_MB_per_second".replace(" ", "_"): speed[f"tokenizing, {name}"] for name in tokenizers
+    }
+    numbers |= {"batch_ms": times[batch].median * 1e3, **checkpoint}
+    print_numbers(console, numbers)
+    return numbers
+
+
+def against_peers(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """Our model compared with Mixtral of transformers."""
+    numbers, times = peers.compare(request.config, request.batch_size, request.rounds)
+    console.print(times_table("our model, and Mixtral in PyTorch with its two implementations of experts", times))
+    for name, value in numbers.items():
+        if name.endswith("_ratio"):
+            said = "as fast as Mixtral: ours is SLOWER" if value < 1 else "as fast as Mixtral"
+            console.print(f"{name.removesuffix('_ratio')}: {value:.2f} x {said}")
+    console.print()
+    return numbers
+
+
+SUITES: dict[str, Callable[[Console, BenchmarkRequest], dict[str, Any]]] = {
+    "moe": moe,
+    "train": train,
+    "decode": decode,
+    "pipeline": pipeline,
+    "peers": against_peers,
+}

@@ -1,0 +1,189 @@
+"""The arguments of a command, from a frozen dataclass: argv becomes values, a wrong argument becomes one sentence.
+
+A field is a flag, or a positional argument where its metadata is POSITIONAL. The annotation is the type: int, float,
+str, bool, Literal, `int | None`, `str | None`, `list[str]` (repeated). A bool is a switch with two names, --x and
+--no-x. The string literal below a field is its help (`help.py`).
+
+`read` replaces the parser of argparse, for three reasons. argparse takes the value in `--lr -1e-3` for a flag. It gives
+the value of an unknown flag to a positional argument, and then complains about the value. And its errors are free text,
+which a program cannot use. argparse is used only for the help and to describe the flags to shells.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, dataclass
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin
+
+from moe_jax.config import ConfigError
+from moe_jax.config.errors import FieldError
+from moe_jax.config.flags import flag_of, long_flag
+from moe_jax.config.migrations import RENAMED_FLAGS
+
+Values = dict[tuple[str, str], Any]
+"""(section, name) -> the value that was given."""
+
+_SECTION_NO = re.compile(r"^--([a-z]+\.)no-")
+"""Matches --model.no-bias, which is accepted for --no-model.bias."""
+HINT = "--help lists every flag"
+
+
+POSITIONAL = {"positional": True}
+"""Metadata of a field that is given by its position instead of by a flag."""
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One field of a command."""
+
+    owner: type
+    """The dataclass that has the field."""
+    section: str
+    """Section of the configuration; "" for a command's own fields and those of `RunConfig`."""
+    name: str
+    annotation: Any
+    default: Any
+    """MISSING if a value must be given."""
+    positional: bool = False
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return (self.section, self.name)
+
+    @property
+    def flag(self) -> str:
+        """Its name in errors: the short flag if it has one."""
+        return self.name.upper() if self.positional else flag_of(self.section, self.name)
+
+    @property
+    def flags(self) -> list[str]:
+        """Its names, the short one first."""
+        return list(dict.fromkeys([self.flag, long_flag(self.section, self.name)]))
+
+    @property
+    def off_flags(self) -> list[str]:
+        """The names that turn a switch off: --no-model.bias for --model.bias."""
+        return [f"--no-{flag.removeprefix('--')}" for flag in self.flags] if self.kind is bool else []
+
+    @property
+    def kind(self) -> Any:
+        """The type of one value."""
+        if get_origin(self.annotation) is Literal:
+            return str
+        inner = [a for a in get_args(self.annotation) if a is not NoneType]
+        return inner[0] if inner else self.annotation
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return get_args(self.annotation) if get_origin(self.annotation) is Literal else ()
+
+    @property
+    def repeated(self) -> bool:
+        return get_origin(self.annotation) is list
+
+    def wrong(self, value: object, problem: str) -> FieldError:
+        return FieldError(self.section, self.name, f"{self.flag} {value}", problem)
+
+    def from_text(self, text: str) -> Any:
+        """The value of a typed text. Raises FieldError."""
+        try:
+            return self.checked(self.kind(text))
+        except FieldError:
+            raise
+        except ValueError:
+            raise self.wrong(text, "is not a whole number" if self.kind is int else "is not a number") from None
+
+    def from_toml(self, value: Any) -> Any:
+        """The value of an entry of a settings file. Raises FieldError."""
+        if self.kind is float and type(value) is int:
+            return float(value)
+        if type(value) is not self.kind:
+            names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
+            raise self.wrong(value, f"is not {names[self.kind]}")
+        return self.checked(value)
+
+    def checked(self, value: Any) -> Any:
+        """The value, if it is among the choices. Raises FieldError."""
+        if self.choices and value not in self.choices:
+            raise self.wrong(value, "must be one of " + ", ".join(self.choices))
+        return value
+
+
+def arguments_of(kind: type, section: str = "", start: Any = None) -> Iterator[Argument]:
+    """The fields of a dataclass that hold plain values. Defaults come from the instance `start` if it is given."""
+    for f in dataclasses.fields(kind):
+        default = f.default if f.default_factory is MISSING else f.default_factory()
+        default = default if start is None else getattr(start, f.name)
+        argument = Argument(kind, section, f.name, f.type, default, f.metadata.get("positional", False))
+        if argument.kind in (int, float, str, bool):
+            yield argument
+
+
+def read(arguments: Sequence[Argument], argv: Sequence[str]) -> Values:
+    """The given values. If a flag is given twice, the last value counts. Raises ConfigError."""
+    flags = {flag: a for a in arguments if not a.positional for flag in a.flags}
+    switches = {flag: (a, True) for flag, a in flags.items() if a.kind is bool}
+    switches |= {flag: (a, False) for a in flags.values() for flag in a.off_flags}
+    places = [a for a in arguments if a.positional]
+    found: Values = {}
+    words, before = list(argv), ""
+    while words:
+        word = words.pop(0)
+        typed, equals, text = word.partition("=")
+        flag = _SECTION_NO.sub(r"--no-\1", typed.replace("_", "-"))
+        if not word.startswith("-"):
+            if not places:
+                raise _stray(word, before if before in switches else "")
+            argument = places.pop(0)
+            found[argument.key] = argument.from_text(word)
+        elif flag in switches:
+            if equals:
+                raise _stray(text, flag)
+            argument, found[argument.key] = switches[flag]
+        elif flag in flags:
+            argument = flags[flag]
+            if not equals:
+                if not words or words[0].startswith("--"):
+                    raise ConfigError(f"{argument.flag}: needs a value; {HINT}")
+                text = words.pop(0)
+            value = argument.from_text(text)
+            found[argument.key] = [*found.get(argument.key, []), value] if argument.repeated else value
+        else:
+            if flag in RENAMED_FLAGS and RENAMED_FLAGS[flag] in {*flags, *switches}:
+                raise ConfigError(f"{typed}: is called {RENAMED_FLAGS[flag]} now")
+            known = {name: name for name in switches} | {name: a.flag for name, a in flags.items()}
+            raise ConfigError(f"{typed}: no such flag{perhaps(typed, known)}; {HINT}")
+        before = flag
+    return found
+
+
+def require(arguments: Iterable[Argument], found: Values) -> None:
+    """Raise ConfigError unless every argument without a default is given."""
+    for a in arguments:
+        if a.default is MISSING and a.key not in found:
+            allowed = ", one of " + ", ".join(a.choices) if a.choices else ""
+            raise ConfigError(f"{a.flag}: must be given{allowed}; {HINT}")
+
+
+def perhaps(typed: str, known: Mapping[str, str]) -> str:
+    """A hint with the known names nearest to `typed`: "; perhaps --experts was meant". Empty if no name is near.
+
+    `known` maps each accepted name to the name that the hint shows. A field of another section is near, because the
+    last part of its name is the same.
+    """
+    near = [called for name, called in known.items() if _last_part(name) == _last_part(typed)]
+    near = near or [known[name] for name in difflib.get_close_matches(typed, known, n=3, cutoff=0.75)]
+    near = list(dict.fromkeys(near))[:2]
+    return f"; perhaps {' or '.join(near)} was meant" if near else ""
+
+
+def _last_part(name: str) -> str:
+    return name.removeprefix("--").rpartition(".")[2]
+
+
+def _stray(word: str, switch: str) -> ConfigError:
+    if switch:
+        return ConfigError(f"{switch} {word}: takes no value; it is given, or left out")
+    return ConfigError(f"{word}: belongs to no flag; {HINT}")

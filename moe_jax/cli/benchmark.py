@@ -1,0 +1,154 @@
+"""`benchmark.py` and `moe-jax benchmark`: which suites to run, and where to write their numbers."""
+
+import datetime
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from moe_jax.cli.arguments import POSITIONAL
+from moe_jax.cli.command import Command, check_range
+from moe_jax.config import Dense, PresetName, UserError
+from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.system import environment
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from moe_jax.benchmarks.request import BenchmarkRequest
+
+Suite = Literal["moe", "train", "decode", "pipeline", "memory", "peers", "all"]
+EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
+"""Suite -> the extra that it needs, and what the extra installs."""
+TRAINING = {"moe", "train", "peers"}
+"""Suites that time a training step, in the precision that is chosen for this machine. The other suites compute in
+float32, or plan for cards with a precision of their own."""
+
+
+@dataclass(frozen=True)
+class Benchmark(Command):
+    """Measure what the model costs on this machine, and compare it with other models.
+
+    The candidates run in turn and their medians are compared, so a slow phase of the machine hits all of them. The last
+    line of the output is one JSON object. The same object goes into `benchmarks/`, with machine, versions and commit.
+
+        moe       one MoE layer and dense layers: time and compiled arithmetic
+        train     the training step, its dense baselines, and the matmul rate
+        decode    prefill and cached decoding, and the memory bandwidth
+        pipeline  tokenizing, batches, saving and restoring (in TMPDIR)
+        memory    the settings that fit a 4 GB card (extra gpu-plan)
+        peers     Mixtral of transformers, in PyTorch (extra peers)
+        all       all suites whose extras are installed
+    """
+
+    suite: Suite = field(default="all", metadata=POSITIONAL)
+    """The suite to run."""
+    preset: PresetName = "seed-158m"
+    """The model to measure."""
+    batch_size: int = 8
+    """Sequences of one training step. `memory` uses the preset's own batch."""
+    rounds: int = 9
+    """How often each candidate runs. Some suites run more or fewer rounds, in proportion."""
+    uniform_routing: bool = False
+    """Spread tokens evenly over the experts, and ignore the choices of the routers."""
+    with_quality: str = ""
+    """Folder of `python -m moe_jax compare`. `train` shows its bits per byte beside the costs."""
+    save: bool = True
+    """Write the results into `benchmarks/`. `train` also writes a picture."""
+
+    def execute(self) -> int:
+        check_range("--batch-size", self.batch_size, 1, 4096)
+        check_range("--rounds", self.rounds, 1, 10_000)
+        suites = self._suites()
+        if suites == ["memory"]:
+            # Compiling for a described card needs no card, and must not occupy a real one.
+            os.environ["JAX_PLATFORMS"] = "cpu"
+        environment.prepare_environment()
+        from rich.console import Console
+
+        from moe_jax.benchmarks.request import BenchmarkRequest
+        from moe_jax.model.precision import choose_policy
+        from moe_jax.system import machine
+
+        console = Console(highlight=False)
+        config = with_vocabulary(preset(self.preset))
+        about = machine.describe()
+        console.print(
+            f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"
+        )
+        request = BenchmarkRequest(config, self.batch_size, self.rounds, self._quality(), self.uniform_routing)
+        runners = suite_runners()
+        results = {name: runners[name](console, request) for name in suites}
+        settings: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}
+        if self.uniform_routing:
+            settings["uniform_routing"] = True
+        if not TRAINING.isdisjoint(suites):
+            settings["training_precision"] = choose_policy(config.execution.compute_dtype).compute
+        document = {**settings, **results}
+        if self.save:
+            self._save(document, about)
+        print(json.dumps(document if self.suite == "all" else results[self.suite]))
+        return 0
+
+    def _quality(self) -> dict[Dense, float] | None:
+        """The numbers of `--with-quality`. Raises UserError if the folder has no comparison of the preset."""
+        from moe_jax.benchmarks.dense_baselines import read_quality
+
+        return read_quality(Path(self.with_quality), self.preset) if self.with_quality else None
+
+    def _suites(self) -> list[str]:
+        """The suites to run. `all` leaves out suites whose extra is missing.
+
+        Raises UserError if such a suite is asked for by name.
+        """
+        missing = {suite for suite in EXTRAS if not _can_run(suite)}
+        if self.suite != "all":
+            if self.suite in missing:
+                extra, what = EXTRAS[self.suite]
+                raise UserError(f"{self.suite} needs {what}: uv run --extra {extra} benchmark.py {self.suite}")
+            return [self.suite]
+        for suite in sorted(missing):
+            print(f"left out: {suite}; run it with `uv run --extra {EXTRAS[suite][0]} benchmark.py {suite}`")
+        return [suite for suite in get_args(Suite) if suite != "all" and suite not in missing]
+
+    def _save(self, document: dict[str, Any], about: dict[str, Any]) -> None:
+        now = datetime.datetime.now(datetime.UTC)
+        path = Path("benchmarks") / f"{now:%Y-%m-%d-%H%M}-{self.suite}-{self.preset}.json"
+        path.parent.mkdir(exist_ok=True)
+        extra = f"--extra {EXTRAS[self.suite][0]} " if self.suite in EXTRAS else ""
+        command = f"uv run {extra}benchmark.py {self.suite} --preset {self.preset}"
+        command += f" --batch-size {self.batch_size} --rounds {self.rounds}"
+        command += " --uniform-routing" if self.uniform_routing else ""
+        command += f" --with-quality {self.with_quality}" if self.with_quality else ""
+        record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
+        path.write_text(json.dumps(record, indent=1) + "\n")
+        print(f"results: {path}")
+        if "train" in document:
+            self._draw(document["train"]["models"], path.with_suffix(".png"))
+
+    def _draw(self, models: dict[str, dict[str, float]], path: Path) -> None:
+        from moe_jax.benchmarks.dense_baselines import baselines_figure
+
+        if importlib.util.find_spec("matplotlib") is None:
+            print("no picture: matplotlib is not installed; `uv run --extra plots benchmark.py train` draws one")
+            return
+        baselines_figure(self.preset, models).savefig(path, dpi=150)
+        print(f"picture: {path}")
+
+
+def suite_runners() -> "dict[str, Callable[[Console, BenchmarkRequest], dict[str, Any]]]":
+    """Suite -> the function that runs it. `memory` comes from `planning`, the others from `benchmarks`."""
+    from moe_jax.benchmarks.suites import SUITES
+    from moe_jax.planning.suite import memory
+
+    return {**SUITES, "memory": lambda console, request: memory(console, request.config)}
+
+
+def _can_run(suite: str) -> bool:
+    """Whether the extra of a suite is installed."""
+    if suite == "memory":
+        return environment.has_cuda_plugin()
+    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))

@@ -1,0 +1,91 @@
+"""The base class of all commands, and their list. A command is a frozen dataclass of its arguments, in a file of its
+name.
+
+The arguments are accepted first. Only then does `execute` import what it needs, jax included. It returns the exit
+status.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
+from moe_jax.config import ConfigError, holds_run
+
+COMMANDS = {
+    "train": ("Train", "train a sparse mixture-of-experts language model"),
+    "generate": ("Generate", "continue a text with a trained model"),
+    "evaluate": ("Evaluate", "measure loss, bits per byte and drops of a model on a text"),
+    "inspect": ("Inspect", "write an HTML page that shows where every token went"),
+    "plan": ("Plan", "find the settings of a preset that fit a GPU, without the GPU"),
+    "doctor": ("Doctor", "verify every checkpoint of a run, and repair what can be repaired"),
+    "verify-resume": ("VerifyResume", "show that a killed and resumed run loses nothing"),
+    "certify": ("Certify", "test causality, arithmetic and memory of a model"),
+    "plot": ("Plot", "draw pictures of one run, or of several compared"),
+    "compare": ("Compare", "train a mixture of experts and its dense baselines, over seeds"),
+    "samples": ("Samples", "write texts at fixed prompts, and measure how they vary"),
+    "benchmark": ("Benchmark", "measure what the model costs on this machine"),
+    "completion": ("Completion", "print a script for completion in a shell"),
+}
+"""Name -> (class in the module of that name, one line of help)."""
+
+
+class Group(NamedTuple):
+    """Arguments that help shows together."""
+
+    title: str
+    about: str
+    arguments: list[Argument]
+
+
+class Command(ABC):
+    """A command with its values, of the right types. Subclasses check what the values mean."""
+
+    @classmethod
+    def arguments(cls) -> list[Argument]:
+        """The arguments that the command accepts."""
+        return list(arguments_of(cls))
+
+    @classmethod
+    def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
+        """The arguments as help shows them. Defaults may depend on the rest of the command line."""
+        return [Group("arguments", "", cls.arguments())]
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Self:
+        """The command with the values from argv. Raises ConfigError."""
+        arguments = cls.arguments()
+        found = read(arguments, argv)
+        require(arguments, found)
+        return cls(**{name: value for (_, name), value in found.items()})
+
+    @abstractmethod
+    def execute(self) -> int:
+        """Run the command. Returns the exit status."""
+
+
+def command(name: str) -> type[Command]:
+    """The class of a command. Raises ConfigError for an unknown name."""
+    if name not in COMMANDS:
+        near = perhaps(name, {known: known for known in COMMANDS})
+        raise ConfigError(f"{name}: must be one of {', '.join(COMMANDS)}{near}")
+    module = importlib.import_module("moe_jax.cli." + name.replace("-", "_"))
+    return getattr(module, COMMANDS[name][0])
+
+
+def check_run_folder(run: str, step: int | None = None) -> None:
+    """Raise ConfigError unless the folder holds a run with a complete checkpoint, and one of `step` if it is given."""
+    if not holds_run(Path(run)):
+        raise ConfigError(f"--run {run}: no run with a complete checkpoint there; make one with `uv run train.py`")
+    checkpoints = Path(run) / "checkpoints"
+    if step is not None and (step < 0 or not (checkpoints / f"step_{step:08d}").is_dir()):
+        steps = sorted(int(p.name[5:]) for p in checkpoints.glob("step_*") if p.name[5:].isdigit())
+        raise ConfigError(f"--step {step}: {run} has no such checkpoint; it has {', '.join(map(str, steps))}")
+
+
+def check_range(flag: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{flag} {value}: must be between {low:g} and {high:g}")

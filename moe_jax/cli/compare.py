@@ -1,0 +1,145 @@
+"""`moe-jax compare`."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_jax.cli.command import Command, check_range
+from moe_jax.config import ConfigError, PresetName, RunConfig, UserError
+from moe_jax.config.presets import preset
+from moe_jax.system import environment
+from moe_jax.system.signals import Signals, Stopped
+
+if TYPE_CHECKING:
+    from moe_jax.experiments.comparison import Plan
+    from moe_jax.experiments.comparison_result import ArmResult
+
+
+TABLE_WIDTH = 130
+"""Least width of the printed table, in columns. A narrower table would cut its numbers."""
+
+
+@dataclass(frozen=True)
+class Compare(Command):
+    """Train a preset's mixture of experts and its dense baselines, over seeds.
+
+    One baseline has the same active parameters, the other the same total. Each trains twice: for the same tokens as the
+    mixture, and for the same wall-clock time. The last line of the output is JSON. To go on with a stopped comparison,
+    call it again with the same arguments: finished runs are not trained again.
+    """
+
+    preset: PresetName = "nano"
+    """The settings of the mixture and of its baselines."""
+    data: str = ""
+    """The text, as for `train.py`. Empty: the preset's own."""
+    seeds: int = 3
+    """Runs of each kind. A later call may ask for more."""
+    flops: float = 2e13
+    """Training operations of one run of the mixture, which give its number of steps."""
+    out: str = ""
+    """Folder of the comparison. Empty: runs/compare-PRESET."""
+
+    def execute(self) -> int:
+        out = Path(self.out or f"runs/compare-{self.preset}")
+        asked = self._check(out)
+        environment.prepare_environment()
+        with Signals() as signals:
+            from moe_jax.runs.folder import locked_for_training
+
+            try:
+                with locked_for_training(out):
+                    plan, results = self._train(asked, out, signals)
+            except Stopped as stop:
+                return stop.status
+        return self._report(plan, results, out)
+
+    def _check(self, out: Path) -> RunConfig:
+        """The preset with the data of `--data`. Raises ConfigError."""
+        from moe_jax.data.corpora import check_source
+
+        check_range("--seeds", self.seeds, 1, 1000)
+        check_range("--flops", self.flops, 1, 1e30)
+        config = preset(self.preset)
+        if self.data:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=self.data))
+        check_source(config.data.source)
+        if out.exists() and not out.is_dir():
+            raise ConfigError(f"--out {out}: is a file; name a folder")
+        self._check_same(config, out)
+        return config
+
+    def _asked(self, config: RunConfig) -> dict[str, Any]:
+        return {"data": config.data.source, "flops": self.flops, "config": config.to_dict()}
+
+    def _check_same(self, config: RunConfig, out: Path) -> None:
+        """Raise an error if a different comparison was begun in the folder."""
+        path = out / "plan.json"
+        if not path.exists():
+            return
+        try:
+            there = json.loads(path.read_text(encoding="utf-8"))["asked"]
+            begun = self._asked(RunConfig.from_dict(there["config"])) | {"flops": there["flops"]}
+            changed = [name for name, here in self._asked(config).items() if begun[name] != here]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f"{path}: cannot be read; remove it, or name another --out") from None
+        if changed:
+            flag = {"data": f"--data {config.data.source}", "flops": f"--flops {self.flops:g}"}
+            asked = flag.get(changed[0], f"--preset {self.preset}")
+            raise ConfigError(f"{asked}: the comparison in {out} was begun with other settings; name another --out")
+
+    def _train(self, asked: RunConfig, out: Path, signals: Signals) -> "tuple[Plan, list[ArmResult]]":
+        from moe_jax.experiments import comparison
+        from moe_jax.experiments.comparison_result import collect
+
+        path = out / "plan.json"
+        if not path.exists():
+            print("measuring the step times of the three models in turn ...", flush=True)
+            comparison.Plan.make(asked, self.flops).save(path, self._asked(asked))
+        plan = comparison.Plan.load(path)
+        todo = list(comparison.runs(plan, self.seeds, out))
+        summaries: dict[Any, list[dict[str, Any]]] = {}
+        for number, (arm, seed, config) in enumerate(todo, 1):
+            print(f"\nrun {number} of {len(todo)}: {arm.name}, seed {seed}, {arm.steps:,} steps", flush=True)
+            summaries.setdefault(arm, []).append(comparison.train_run(config, signals))
+        return plan, collect(plan, summaries)
+
+    def _report(self, plan: "Plan", results: "list[ArmResult]", out: Path) -> int:
+        from rich.console import Console
+        from rich.table import Table
+
+        from moe_jax.experiments import comparison_result
+        from moe_jax.experiments.comparison_plots import comparison_figures
+        from moe_jax.plots.figures import save_figures
+        from moe_jax.system.files import write_atomically
+
+        console = Console(highlight=False, width=max(Console().width, TABLE_WIDTH))
+        table = Table(title=f"\n{self.preset}, {self.seeds} seeds", title_justify="left", title_style="bold")
+        for name in comparison_result.HEADINGS:
+            table.add_column(name, justify="left" if name == "model" else "right")
+        for row in comparison_result.rows(results):
+            table.add_row(*row)
+        console.print(table)
+        differences = comparison_result.differences(results)
+        for difference in differences:
+            console.print(difference.verdict, markup=False, soft_wrap=True)
+        result = {
+            "preset": self.preset,
+            "data": plan.base.data.source,
+            "flops": plan.flops,
+            "seeds": self.seeds,
+            "arms": [r.to_json() for r in results],
+            "differences": [d.to_json() for d in differences],
+        }
+        write_atomically(out / "comparison.json", json.dumps(result, indent=1) + "\n")
+        verdicts = "".join(f"- {d.verdict}\n" for d in differences)
+        write_atomically(out / "comparison.md", f"{comparison_result.to_markdown(results)}\n{verdicts}")
+        try:
+            paths = save_figures(comparison_figures(plan, results, out), out)
+        except UserError as error:
+            console.print(f"no pictures: {error}", markup=False, soft_wrap=True)
+        else:
+            console.print(*paths, sep="\n", markup=False, soft_wrap=True)
+        print(json.dumps(result))
+        return 0

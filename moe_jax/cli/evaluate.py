@@ -1,0 +1,53 @@
+"""`moe-jax evaluate`."""
+
+import json
+from dataclasses import dataclass
+
+from moe_jax.cli.command import Command, check_run_folder
+from moe_jax.system import environment
+
+
+@dataclass(frozen=True)
+class Evaluate(Command):
+    """Measure loss, bits per byte and drops of a trained model on a text. The last line of the output is JSON."""
+
+    run: str
+    """Folder of a run."""
+    data: str = ""
+    """A file, which is scored whole; or a folder, of which valid.txt is scored. Empty: the run's validation text."""
+    step: int | None = None
+    """Step of the checkpoint to load. The best one unless given."""
+
+    def execute(self) -> int:
+        check_run_folder(self.run, self.step)
+        from moe_jax.data.corpora import check_source, scored_documents
+
+        if self.data:
+            check_source(self.data)
+        environment.prepare_environment()
+        from moe_jax.data.token_store import prepare_token_store, token_stream
+        from moe_jax.runs.load import open_run
+        from moe_jax.training.evaluate import evaluate, make_evaluation_step
+
+        run = open_run(self.run, self.step)
+        if self.data:
+            tokens = token_stream(scored_documents(self.data), run.tokenizer)
+        else:
+            tokens = prepare_token_store(run.config.data, tokenizer=run.tokenizer).valid.tokens
+        scored = evaluate(
+            make_evaluation_step(run.graphdef),
+            run.params,
+            tokens,
+            seq_len=run.config.model.seq_len,
+            token_bytes=run.tokenizer.token_bytes(),
+        )
+        print(f"{scored.tokens:,} tokens, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")
+        print(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
+        result = {
+            "val_loss": scored.loss,
+            "val_bits_per_byte": scored.bits_per_byte,
+            "val_drop_fraction": scored.drop_fraction,
+            "tokens": scored.tokens,
+        }
+        print(json.dumps(result))
+        return 0

@@ -1,0 +1,149 @@
+"""Help and completion: the arguments of a command, as argparse shows them.
+
+The help of a field is the string literal below it in the source. The source is read only for help, so other starts are
+not slower.
+"""
+
+import argparse
+import ast
+import inspect
+import itertools
+import shutil
+import textwrap
+from collections.abc import Sequence
+from dataclasses import MISSING
+from typing import Any
+
+from moe_jax.cli.arguments import Argument
+from moe_jax.cli.command import COMMANDS, Command, command
+
+WIDEST = 120
+PATHS = {"run", "out", "upcycle", "config", "source", "data", "file", "json", "with_quality", "gpu"}
+"""Fields that name a file or a folder."""
+
+
+def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
+    """The help of one command."""
+    _add_arguments(argparse.ArgumentParser(**_parser_options(kind, prog)), kind, argv).print_help()
+
+
+def print_commands(prog: str) -> None:
+    """All commands, one line each."""
+    print(f"usage: {prog} COMMAND [--flag VALUE ...]\n\ncommands:")
+    for name, (_, line) in COMMANDS.items():
+        print(f"  {name:<14} {line}")
+    print(f"\n`{prog} COMMAND --help` lists the flags of a command.")
+
+
+def whole_parser(prog: str) -> argparse.ArgumentParser:
+    """All commands with all their flags, for shells to complete."""
+    parser = argparse.ArgumentParser(prog)
+    commands = parser.add_subparsers()
+    for name, (_, line) in COMMANDS.items():
+        kind = command(name)
+        _add_arguments(commands.add_parser(name, help=line, description=line), kind, ())
+    return parser
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help whose lines break at spaces only: argparse would break `story-cpu` after its hyphen."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        flags = super()._format_action_invocation(action)
+        lines = textwrap.wrap(flags, self._width - self._current_indent, break_on_hyphens=False)
+        return ("\n" + " " * self._current_indent).join(lines)
+
+
+def _parser_options(kind: type[Command], prog: str) -> dict[str, Any]:
+    width = _width()
+    places = "".join(f" [{a.name.upper()}]" for a in kind.arguments() if a.positional)
+    return {
+        "usage": f"{prog}{places} [--flag VALUE ...]",
+        "description": _filled(inspect.getdoc(kind) or "", width),
+        "formatter_class": lambda prog: _Formatter(prog, 2, 30, width),
+        "allow_abbrev": False,
+        "add_help": False,
+    }
+
+
+def _width() -> int:
+    return min(shutil.get_terminal_size().columns, WIDEST) - 2
+
+
+def _filled(text: str, width: int) -> str:
+    """The text with its paragraphs wrapped to `width`. Indented paragraphs stay as they are."""
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width, break_on_hyphens=False) for p in paragraphs)
+
+
+def _add_arguments(
+    parser: argparse.ArgumentParser, kind: type[Command], argv: Sequence[str]
+) -> argparse.ArgumentParser:
+    docs: dict[type, dict[str, str]] = {}
+    for title, above, arguments in kind.groups(argv):
+        group = parser.add_argument_group(title, textwrap.fill(above, _width() - 2, break_on_hyphens=False) or None)
+        for a in arguments:
+            about = docs.setdefault(a.owner, field_docs(a.owner)).get(a.name, "")
+            options: dict[str, Any] = {"help": f"{about} {_choices_and_default(a)}".strip().replace("%", "%%")}
+            if a.kind is bool:
+                options["action"] = "store_true"
+            else:
+                options |= {"metavar": _metavar(a), "choices": a.choices or None}
+            if a.positional:
+                options["nargs"] = "?"
+            added = group.add_argument(*([a.name] if a.positional else _names(a)), **options)
+            if a.name in PATHS:
+                added.complete = _FILES  # pyright: ignore[reportAttributeAccessIssue], where shtab looks for it
+    return parser
+
+
+_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+"""How each shell completes a path, as `shtab.FILE`."""
+
+
+def _names(a: Argument) -> list[str]:
+    """The flags. Each switch is followed by the flag that turns it off."""
+    if a.kind is not bool:
+        return a.flags
+    return [name for pair in zip(a.flags, a.off_flags, strict=True) for name in pair]
+
+
+def _metavar(a: Argument) -> str:
+    if a.positional:
+        return a.name.upper()
+    if a.choices:
+        return "NAME"
+    return "PATH" if a.name in PATHS else {int: "N", float: "X", str: "TEXT"}[a.kind]
+
+
+def _choices_and_default(a: Argument) -> str:
+    """The choices and the default: "[adamw, muon; default muon]"."""
+    facts = []
+    if a.choices:
+        facts.append(", ".join(a.choices))
+    if a.repeated:
+        facts.append("may be repeated")
+    if a.default is MISSING:
+        facts.append("must be given")
+    elif a.kind is bool:
+        facts.append("default on" if a.default else "default off")
+    elif a.default not in ("", None, []):
+        facts.append(f"default {a.default:g}" if a.kind is float else f"default {a.default}")
+    return f"[{'; '.join(facts)}]" if facts else ""
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """Field -> the string literal below it, on one line, for a dataclass and those that it inherits from."""
+    docs: dict[str, str] = {}
+    for owner in reversed(kind.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
+        statements = body.body if isinstance(body, ast.ClassDef) else []
+        for field, below in itertools.pairwise(statements):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+                match below:
+                    case ast.Expr(value=ast.Constant(value=str(text))):
+                        docs[field.target.id] = " ".join(text.split())
+    return docs

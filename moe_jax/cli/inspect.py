@@ -1,0 +1,54 @@
+"""`moe-jax inspect`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_jax.cli.command import Command, check_run_folder
+from moe_jax.config import ConfigError
+from moe_jax.system import environment
+
+
+@dataclass(frozen=True)
+class Inspect(Command):
+    """Write the routing report: one HTML file that shows where every token of a text went."""
+
+    run: str
+    """Folder of a run."""
+    text: str = ""
+    """The text to route. Empty: the beginning of the run's validation text."""
+    file: str = ""
+    """A file that holds the text, in place of --text."""
+    out: str = ""
+    """The page to write. Empty: RUN/report/routing.html."""
+    json: str = ""
+    """Write the data behind the page to this file as well."""
+    step: int | None = None
+    """Step of the checkpoint to load. The best one unless given."""
+
+    def execute(self) -> int:
+        check_run_folder(self.run, self.step)
+        text = self._text()
+        environment.prepare_environment()
+        from moe_jax.inspection.report import report_path, write_report
+
+        folder = Path(self.run)
+        path = Path(self.out) if self.out else report_path(folder)
+        write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
+        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+        return 0
+
+    def _text(self) -> str:
+        for flag, value in (("--out", self.out), ("--json", self.json)):
+            if value and Path(value).is_dir():
+                raise ConfigError(f"{flag} {value}: is a folder; name a file")
+        if not self.file:
+            return self.text
+        if self.text:
+            raise ConfigError(f"--file {self.file}: --text is given too; give one of them")
+        try:
+            text = Path(self.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--file {self.file}: must be a text in UTF-8 that can be read ({error})") from None
+        if not text:
+            raise ConfigError(f"--file {self.file}: is empty; give a text")
+        return text

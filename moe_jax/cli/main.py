@@ -1,0 +1,81 @@
+"""The start of every program: argv becomes a command, an error becomes one line and an exit status.
+
+The exit status is 2 for a wrong argument, and 1 for any other failure that the user can mend. Each error is one line on
+stderr, without a traceback. Nothing here imports jax before the arguments of the command are accepted.
+"""
+
+import io
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from moe_jax.cli.arguments import HINT
+from moe_jax.cli.command import COMMANDS, Command, command
+from moe_jax.config import ConfigError, UserError
+
+HELP = {"-h", "--help"}
+
+
+def run_command(argv: Sequence[str]) -> int:
+    """`moe-jax COMMAND ...`, and `python -m moe_jax COMMAND ...`."""
+    here = Path(sys.argv[0]).name
+    prog = "python -m moe_jax" if here == "__main__.py" else here
+    if not argv:
+        raise ConfigError(f"COMMAND: must be given, one of {', '.join(COMMANDS)}; --help says what each command does")
+    if argv[0] in HELP:
+        from moe_jax.cli.help import print_commands
+
+        print_commands(prog)
+        return 0
+    if argv[0].startswith("-"):
+        raise ConfigError(f"{argv[0]}: no such flag; a command comes first, one of {', '.join(COMMANDS)}; {HINT}")
+    return run_as(command(argv[0]), argv[1:], f"{prog} {argv[0]}")
+
+
+def run_as(kind: type[Command], argv: Sequence[str], prog: str) -> int:
+    """Run one command. With --help anywhere in argv, only print its help."""
+    if not HELP.isdisjoint(argv):
+        from moe_jax.cli.help import print_help
+
+        print_help(kind, prog, argv)
+        return 0
+    return kind.parse(argv).execute()
+
+
+def console() -> int:
+    """The console script `moe-jax`."""
+    return main(run_command)
+
+
+def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
+    """Run a program on the arguments. An error that the user can mend becomes one line and an exit status."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a text may have characters that the terminal cannot encode
+    try:
+        return program(sys.argv[1:] if argv is None else argv) or 0
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except UserError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted; training goes on from its last checkpoint with --resume", 130)
+    except BrokenPipeError:  # `generate | head`: the reader of the pipe has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; mend this and try again", 1)
+    except RuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _fail(
+            "the device is out of memory; use --execution.remat, a leaner --optimizer, or a smaller --batch-size; "
+            "`uv run --extra gpu-plan python -m moe_jax plan` finds the settings of a preset that fit a card",
+            1,
+        )
+
+
+def _fail(message: str, status: int) -> int:
+    sys.stdout.flush()
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    return status

@@ -1,0 +1,31 @@
+"""`moe-jax plot`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_jax.cli.command import Command, check_run_folder
+from moe_jax.system import environment
+
+
+@dataclass(frozen=True)
+class Plot(Command):
+    """Draw pictures of a run, as PNG and SVG: loss, bits per byte, learning rate, throughput, load of the experts.
+
+    With several runs, each picture compares them.
+    """
+
+    run: list[str]
+    """Folder of a run. Repeat the flag to compare several."""
+    out: str = ""
+    """Folder for the pictures. Empty: RUN/report of the first run."""
+
+    def execute(self) -> int:
+        for run in self.run:
+            check_run_folder(run)
+        environment.prepare_environment()
+        from moe_jax.plots.figures import run_figures, save_figures
+
+        out = Path(self.out) if self.out else Path(self.run[0]) / "report"
+        for path in save_figures(run_figures([Path(run) for run in self.run]), out):
+            print(path)
+        return 0

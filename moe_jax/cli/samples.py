@@ -1,0 +1,75 @@
+"""`moe-jax samples`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_jax.cli.command import Command, check_range, check_run_folder
+from moe_jax.config import ConfigError
+from moe_jax.system import environment
+
+
+@dataclass(frozen=True)
+class Samples(Command):
+    """Write texts at fixed prompts and seeds, as Markdown.
+
+    The command also measures how much the model's texts repeat and vary, and compares them with validation texts of the
+    same lengths. The last line of the output is JSON.
+    """
+
+    run: str
+    """Folder of a run."""
+    out: str = ""
+    """The page to write. Empty: benchmarks/samples/NAME.md, where NAME is the run's folder."""
+    stories: int = 32
+    """Number of texts without a prompt that the model writes for the measures."""
+    temperature: float = 0.8
+    """Sampling temperature of all texts. 1 is the distribution that the model has learned."""
+    max_tokens: int = 400
+    """Longest text, in tokens."""
+    step: int | None = None
+    """Step of the checkpoint to load. The best one unless given."""
+
+    def execute(self) -> int:
+        check_run_folder(self.run, self.step)
+        check_range("--stories", self.stories, 1, 10_000)
+        check_range("--temperature", self.temperature, 0, 100)
+        check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
+        if self.out and Path(self.out).is_dir():
+            raise ConfigError(f"--out {self.out}: is a folder; name a file")
+        environment.prepare_environment()
+        from moe_jax.experiments import samples
+        from moe_jax.inference.generate import TextGenerator
+        from moe_jax.inference.sampling import Sampling
+        from moe_jax.runs.load import open_run
+
+        name = Path(self.run).resolve().name
+        path = Path(self.out) if self.out else Path("benchmarks") / "samples" / f"{name}.md"
+        run = open_run(self.run, self.step)
+        generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+        settings = Sampling(temperature=self.temperature)
+        told = [
+            samples.write_text(generator, "", settings, seed=0, number=number, limit=self.max_tokens)
+            for number in range(self.stories)
+        ]
+        measures = samples.measure(told, samples.validation_stories(run))
+        about = [
+            f"`uv run python -m moe_jax samples --run {self.run} --stories {self.stories} "
+            f"--temperature {self.temperature:g} --max-tokens {self.max_tokens}`",
+            f"checkpoint of step {run.checkpoint.step}, preset {run.config.preset}; each text below is the text that "
+            "`generate` writes for its prompt, seed, temperature and longest length",
+            f"measured: the first {samples.WORDS} words of {self.stories} texts written without a prompt, compared "
+            "with draws of validation texts of the same numbers of words. "
+            "repetition-4 is the share of four-word sequences that occurred earlier in the same text. distinct-n is "
+            "the number of different n-word sequences divided by the number of all n-word sequences of all texts",
+        ]
+        stories = samples.prompted(generator, settings, self.max_tokens)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        page = samples.to_markdown(f"Samples of {name}", about, measures, stories)
+        path.write_text(page, encoding="utf-8")
+        print(page)
+        print(f"{path}: {len(stories)} texts")
+        result = {name: m.to_json() for name, m in measures.items()}
+        settled = {"step": run.checkpoint.step, "stories": self.stories, "temperature": self.temperature}
+        print(json.dumps(settled | result))
+        return 0

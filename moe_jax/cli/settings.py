@@ -1,0 +1,141 @@
+"""The settings of a run. They start from an origin; a file changes them, and then flags change them.
+
+The origin is the preset, the run that is resumed, or the dense run that is upcycled. The settings that name the origin
+are read first. The other settings must fit only the origin that they change.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, Self
+
+from moe_jax.cli.arguments import Argument, Values, arguments_of, read
+from moe_jax.cli.command import Command, Group
+from moe_jax.cli.settings_file import SettingsFile, read_settings
+from moe_jax.config import SECTIONS, ConfigError, RunConfig, load_config
+from moe_jax.config.compatibility import check_resumable, check_upcyclable, load_dense_config, upcycled_defaults
+from moe_jax.config.errors import FieldError
+from moe_jax.config.presets import PRESETS, preset
+from moe_jax.data.corpora import check_source
+
+ORIGIN = {("", "preset"), ("", "out"), ("", "resume"), ("", "upcycle"), ("model", "dense")}
+"""Fields that say where settings start from: the preset, and the fields that give `RunConfig.run_dir`."""
+
+COMMON = (
+    *("--preset", "--data", "--tokenizer", "--out", "--resume"),
+    *("--steps", "--batch-size", "--lr", "--seed", "--precision"),
+)
+"""The usual flags. Help shows them first."""
+
+
+class Settings(NamedTuple):
+    """The settings of a run, and the saved configuration if the run is resumed."""
+
+    config: RunConfig
+    saved: RunConfig | None
+
+
+@dataclass(frozen=True)
+class RunCommand(Command):
+    """A command that takes every setting of a run."""
+
+    settings: Settings
+    config: str | None = None
+    """A TOML file of settings, with a table for each section. Flags override it."""
+
+    @classmethod
+    def arguments(cls) -> list[Argument]:
+        return [*arguments_of(cls), *run_arguments(RunConfig())]
+
+    @classmethod
+    def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
+        """The usual flags, the other short flags, and the rest by section, with the defaults of the preset."""
+        start = _typed_preset(argv)
+        rest = {a.flag: a for a in [*arguments_of(cls), *run_arguments(start)]}
+        common = [rest.pop(flag) for flag in COMMON]
+        short = [rest.pop(flag) for flag in list(rest) if "." not in flag]
+        found = [
+            Group("flags that everybody uses", f"Defaults are those of preset {start.preset}.", common),
+            Group("more flags", "", short),
+        ]
+        for section in SECTIONS:
+            about = (type(start.section(section)).__doc__ or "").partition("\n")[0]
+            found.append(Group(section, about, [a for a in rest.values() if a.section == section]))
+        return found
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Self:
+        found = read(cls.arguments(), argv)
+        own = {a.name: found.pop(a.key) for a in arguments_of(cls) if a.key in found}
+        path = own.get("config")
+        file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig()))
+        return cls(settings=resolve_settings(file, found), **own)
+
+
+def run_arguments(start: RunConfig) -> list[Argument]:
+    """Every field of a run's configuration, with the defaults of `start`."""
+    sections = ((section, start.section(section)) for section in ("", *SECTIONS))
+    return [a for section, owner in sections for a in arguments_of(type(owner), section, owner)]
+
+
+def resolve_settings(file: SettingsFile, flags: Values) -> Settings:
+    """The settings from file and flags. Raises ConfigError if they do not fit each other, the data or the run."""
+    given = file.values | flags
+    origin = {key: value for key, value in given.items() if key in ORIGIN}
+    start = preset(given.get(("", "preset"), RunConfig.preset))
+    asked = override(start, origin)
+    dense = load_dense_config(asked.upcycle) if asked.upcycle else None
+    if dense is not None:
+        start = upcycled_defaults(dense, asked.upcycle)
+        asked = override(start, origin)
+    saved = load_config(Path(asked.run_dir)) if asked.resume else None
+    if saved is not None:
+        # A folder may have been copied or renamed, so its path comes from the command and not from its config.json.
+        start = saved = dataclasses.replace(saved, out=asked.run_dir)
+    try:
+        config = override(start, given)
+        check_source(config.data.source)
+    except ConfigError as error:
+        raise _name_source(error, start, file, flags) from None
+    if saved is not None:
+        check_resumable(saved, config)
+    elif dense is not None:
+        check_upcyclable(dense, config)
+    return Settings(config, saved)
+
+
+def override(start: RunConfig, values: Values) -> RunConfig:
+    """`start` with some values replaced. Raises FieldError if the values do not fit each other."""
+    changes = {section: {n: v for (s, n), v in values.items() if s == section} for section in ("", *SECTIONS)}
+    routing = dataclasses.replace(start.model.routing, **changes["routing"])
+    return dataclasses.replace(
+        start,
+        **changes[""],
+        model=dataclasses.replace(start.model, routing=routing, **changes["model"]),
+        data=dataclasses.replace(start.data, **changes["data"]),
+        train=dataclasses.replace(start.train, **changes["train"]),
+        execution=dataclasses.replace(start.execution, **changes["execution"]),
+    )
+
+
+def _name_source(error: ConfigError, start: RunConfig, file: SettingsFile, flags: Values) -> ConfigError:
+    """The error to show. It names the file if the file has set the wrong field, or if the file is wrong by itself."""
+    from_file = file.values.keys() - flags.keys()
+    if not isinstance(error, FieldError):  # from `check_source`: the text does not exist
+        return ConfigError(f"{file.path}: {error}") if ("data", "source") in from_file else error
+    if error.field in from_file:
+        return file.error(error.field, error.problem)
+    try:
+        override(start, file.values)
+    except ConfigError:
+        return ConfigError(f"{file.path}: {error}")
+    return error
+
+
+def _typed_preset(argv: Sequence[str]) -> RunConfig:
+    """The preset from argv if it exists, else the default preset. Help must work even if other arguments are wrong."""
+    words = [word for arg in argv for word in arg.split("=", 1)]
+    names = [name for flag, name in itertools.pairwise(words) if flag == "--preset"]
+    return preset(names[-1] if names and names[-1] in PRESETS else RunConfig.preset)

@@ -1,0 +1,73 @@
+"""`train.py` and `moe-jax train`: a run from its flags to its report."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from moe_jax.cli.settings import RunCommand
+from moe_jax.config import ConfigError, RunConfig, holds_run
+from moe_jax.system import environment
+from moe_jax.system.signals import Signals, Stopped
+
+
+@dataclass(frozen=True)
+class Train(RunCommand):
+    """Train a sparse mixture-of-experts language model.
+
+    Settings start from a preset, or from the run that is resumed or upcycled. A file changes them (--config), and then
+    flags change them. Every setting has a long flag, --section.name. The usual settings have a short flag too.
+    --no-x turns a switch --x off.
+    """
+
+    dry_run: bool = False
+    """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Self:
+        command = super().parse(argv)
+        check_run(command.settings.config)
+        return command
+
+    def execute(self) -> int:
+        """Prepare, lock the folder, open the session, train, score, report."""
+        config, saved = self.settings
+        notes = environment.prepare_environment(config.execution.deterministic)
+        if self.dry_run:
+            from moe_jax.training.dry_run import print_dry_run
+
+            print_dry_run(config)
+            return 0
+        with Signals() as signals:
+            # jax is imported only now, because the arguments are accepted and the environment is set.
+            from moe_jax.inspection.report import report_run
+            from moe_jax.runs.folder import locked_for_training
+            from moe_jax.training.loop import finish, train
+            from moe_jax.training.run_header import print_result, print_run_header
+            from moe_jax.training.session import Session
+
+            try:
+                with locked_for_training(Path(config.run_dir)):
+                    session = Session.open(config, saved)
+                    print_run_header(session, notes)
+                    train(session, signals)
+                    print_result(session, finish(session))
+                    print(*report_run(session.folder.path), sep="\n")
+            except Stopped as stop:
+                return stop.status
+        return 0
+
+
+def check_run(config: RunConfig) -> None:
+    """Raise ConfigError if a tracker is not installed, or if the folder holds a run and --resume is not given."""
+    for flag, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+        if getattr(config, flag) and importlib.util.find_spec(module) is None:
+            raise ConfigError(
+                f"--{flag}: {module} is not installed; run `uv run --extra {flag} train.py ...`, or give --no-{flag}"
+            )
+    run = Path(config.run_dir)
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"--out {run}: is a file; name a folder")
+    if holds_run(run) and not config.resume:
+        raise ConfigError(f"--out {run}: already holds a run; add --resume to go on with it, or name another folder")

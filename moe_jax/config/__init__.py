@@ -1,0 +1,66 @@
+"""The settings of a run: frozen, validated dataclasses.
+
+The modules of this room import only the standard library, so that a wrong value is reported before jax is imported.
+Every field is a flag, named `--section.field`. The most used flags have a short name too (`flags.SHORT_FLAGS`). A
+wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
+
+    model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
+    data.py        DataConfig           train.py  TrainConfig           execution.py  ExecutionConfig
+    run.py         RunConfig: all of them, to and from `config.json`
+    presets.py     the presets: named settings that a run starts from
+    migrations.py  reads configurations of earlier versions: a renamed field is mapped to its new name here
+    compatibility.py   what a resumed or an upcycled run may change
+    baselines.py   the dense baselines        flags.py, errors.py   names of flags, checks, errors
+
+The alphabet of the project, used in every annotation, einsum and comment:
+
+    B batch    T positions    D model width    H heads    A width of a head    L layers    V vocabulary
+    E experts  K experts per token             C capacity of an expert         F hidden width of an expert
+"""
+
+from moe_jax.config.data import NAMED_CORPORA, DataConfig, TokenizerKind
+from moe_jax.config.errors import ConfigError, UserError
+from moe_jax.config.execution import ComputeDtype, ExecutionConfig
+from moe_jax.config.model import (
+    Activation,
+    Balancing,
+    Dense,
+    Dispatch,
+    ModelConfig,
+    Norm,
+    Positions,
+    Priority,
+    RoutingConfig,
+    capacity,
+)
+from moe_jax.config.run import SECTIONS, PresetName, RunConfig, holds_run, load_config
+from moe_jax.config.train import OptimizerKind, ParamDtype, Schedule, TrainConfig
+
+__all__ = [
+    "NAMED_CORPORA",
+    "SECTIONS",
+    "Activation",
+    "Balancing",
+    "ComputeDtype",
+    "ConfigError",
+    "DataConfig",
+    "Dense",
+    "Dispatch",
+    "ExecutionConfig",
+    "ModelConfig",
+    "Norm",
+    "OptimizerKind",
+    "ParamDtype",
+    "Positions",
+    "PresetName",
+    "Priority",
+    "RoutingConfig",
+    "RunConfig",
+    "Schedule",
+    "TokenizerKind",
+    "TrainConfig",
+    "UserError",
+    "capacity",
+    "holds_run",
+    "load_config",
+]

@@ -1,0 +1,166 @@
+"""The settings of the model: its shape, its routing policy, and the capacity rule (`capacity`)."""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, Literal
+
+from moe_jax.config.flags import check, check_choices, check_range
+
+Norm = Literal["layernorm", "rmsnorm"]
+Positions = Literal["learned", "rope"]
+Activation = Literal["gelu", "swiglu"]
+Dense = Literal["none", "active", "total"]
+Dispatch = Literal["capacity", "blocks"]
+Priority = Literal["token", "leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice"]
+Balancing = Literal["loss", "bias"]
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """How a token finds its experts. No field changes the shape of a parameter, but `balancing` = bias adds a parameter
+    of E entries to each layer."""
+
+    top_k: int = 2
+    """K, experts that a token is sent to."""
+    capacity_factor: float = 1.25
+    """Slots of an expert for one sequence, divided by its fair share T * K / E of the (token, choice) pairs."""
+    dispatch: Dispatch = "capacity"
+    """How training brings tokens to experts. `capacity` gives each expert a fixed number of slots, and drops a (token,
+    choice) pair that finds no free slot. `blocks` drops nothing."""
+    priority: Priority = "token"
+    """Who gets an expert's slots in training. `token`: earlier tokens first, which is causal. Under the `leaky-` rules
+    a later token can take a slot from an earlier one. They are for comparison only."""
+    balancing: Balancing = "loss"
+    """The method that keeps the load of the experts even: an auxiliary `loss`, or a `bias` for each expert. Training
+    adjusts the bias, and it is added only when experts are chosen."""
+    logit_noise: float = 0.0
+    """Standard deviation of the Gaussian noise on router logits in training. 1 / experts is usual, 0 is off."""
+    input_jitter: float = 0.0
+    """In training the router's input is multiplied by uniform numbers from [1 - jitter, 1 + jitter]. 0 is off."""
+    eval_capacity_factor: float = 0.0
+    """Capacity factor in evaluation. With 0, evaluation drops nothing. Generation never drops anything."""
+
+    def __post_init__(self) -> None:
+        s = "routing"
+        check_choices(self, s)
+        for name in ("capacity_factor",):
+            value = getattr(self, name)
+            ok = math.isfinite(value) and value > 0
+            check(ok, s, name, value, "a finite number above 0 (1.25 is usual)")
+        limited = self.priority == "token" or self.dispatch == "capacity"
+        check(limited, s, "priority", self.priority, f"token, since --dispatch {self.dispatch} drops nothing")
+        check_range(self, s, ("logit_noise", "eval_capacity_factor"), 0, 1e6)
+        check_range(self, s, ("input_jitter",), 0, 1)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the model: every setting that decides a parameter's shape or the forward pass."""
+
+    vocab_size: int = 0
+    """V, token ids that the model knows. 0 takes the tokenizer's."""
+    seq_len: int = 256
+    """T, positions of one training sequence, and the longest context."""
+    layers: int = 4
+    """L, transformer blocks, each with attention and an MoE layer."""
+    width: int = 128
+    """D, width of the residual stream."""
+    heads: int = 4
+    """H, attention heads. Must divide the width."""
+    experts: int = 8
+    """E, experts of a layer."""
+    expert_hidden: int = 128
+    """F, hidden width of one expert."""
+    shared_experts: int = 0
+    """Further experts, without routing: every token passes through all of them."""
+    dense: Dense = "none"
+    """A dense baseline instead of the experts: one feed-forward network with as many parameters as the experts and the
+    router, counted as `active` or as `total`. `none` keeps the experts."""
+    activation: Activation = "swiglu"
+    """Nonlinearity of an expert, which has two (gelu) or three (swiglu) matrices."""
+    norm: Norm = "rmsnorm"
+    """Normalisation before attention, experts and head."""
+    positions: Positions = "rope"
+    """Learned absolute positions, or rotary ones."""
+    bias: bool = False
+    """Biases in the attention projections and in LayerNorm. Experts, router and head have none."""
+    qk_norm: bool = False
+    """Normalise the queries and keys of each head, which bounds the attention scores."""
+    tied_head: bool = True
+    """The vocabulary head is the transposed token embedding."""
+    scaled_embedding: bool = False
+    """Multiply embedding rows by the square root of the width, so that the entries of the residual stream start at size
+    1. For an untied head only: with a tied head every token would at first predict itself."""
+    tie_value_output_init: bool = False
+    """Start each attention head as a copier: its output projection is its value projection transposed."""
+    zero_init_residual: bool = False
+    """Start the output projections of attention and experts at zero, so that the residual stream starts as the
+    embedding. The projections of `tie_value_output_init` stay as they are."""
+    dropout: float = 0.0
+    """Share of activations zeroed in training: embedding and each residual branch."""
+    attention_dropout: float = 0.0
+    """Share of attention weights zeroed in training."""
+    routing: RoutingConfig = field(default_factory=RoutingConfig)
+
+    def __post_init__(self) -> None:
+        s = "model"
+        check_choices(self, s)
+        check_range(self, s, ("vocab_size",), 0, 2**24)
+        check_range(self, s, ("seq_len",), 2, 2**20)
+        check_range(self, s, ("layers", "experts"), 1, 4096)
+        check_range(self, s, ("shared_experts",), 0, 4096)
+        check_range(self, s, ("width", "heads", "expert_hidden"), 1, 2**17)
+        check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
+        if self.positions == "rope":
+            allowed = (
+                f"a number that gives an even head width, which RoPE needs; {self.width} / {self.heads} = "
+                f"{self.head_width} is odd"
+            )
+            check(self.head_width % 2 == 0, s, "heads", self.heads, allowed)
+        ok = 1 <= self.routing.top_k <= self.experts
+        check(ok, "routing", "top_k", self.routing.top_k, f"between 1 and --experts {self.experts}")
+        for name in ("dropout", "attention_dropout"):
+            check(0 <= getattr(self, name) < 1, s, name, getattr(self, name), "at least 0 and below 1")
+
+    @property
+    def head_width(self) -> int:
+        """A, width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def capacity(self) -> int:
+        """C, slots of one expert for one training sequence of T tokens: see `capacity`."""
+        return capacity(self.seq_len, self.experts, self.routing.top_k, self.routing.capacity_factor)
+
+    @property
+    def dropless(self) -> bool:
+        """Whether training drops nothing. True for a dense baseline and for dispatch by blocks."""
+        return self.dense != "none" or self.routing.dispatch == "blocks"
+
+    @property
+    def dense_hidden(self) -> int:
+        """Hidden width of the dense baseline's feed-forward network.
+
+        The network has as many parameters as K (`active`) or E (`total`) experts, the shared experts and the router
+        together, to within half the parameters of a hidden unit.
+        """
+        matrices = 3 if self.activation == "swiglu" else 2
+        experts = self.routing.top_k if self.dense == "active" else self.experts
+        return round((experts + self.shared_experts) * self.expert_hidden + self.experts / matrices)
+
+    def with_routing(self, **changes: Any) -> "ModelConfig":
+        """The same shape under another routing policy."""
+        return dataclasses.replace(self, routing=dataclasses.replace(self.routing, **changes))
+
+
+def capacity(tokens: int, experts: int, top_k: int, capacity_factor: float) -> int:
+    """Slots of one expert for a group of `tokens`: min(T, max(1, ceil(cf * T * K / E))).
+
+    The arithmetic is exact. The factor is read as the decimal number that was typed: 1.1 means 11/10. The nearest
+    binary number is slightly larger, and its product can round up to one slot more. An expert never needs more than T
+    slots, because the K choices of a token are distinct.
+    """
+    exact = Fraction(str(capacity_factor)) * tokens * top_k / experts
+    return min(tokens, max(1, math.ceil(exact)))

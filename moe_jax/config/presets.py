@@ -1,0 +1,166 @@
+"""The presets: named settings that a run starts from. `benchmarks/` has the measurements behind each preset."""
+
+import dataclasses
+from collections.abc import Callable
+
+from moe_jax.config.data import DataConfig
+from moe_jax.config.errors import ConfigError
+from moe_jax.config.execution import ExecutionConfig
+from moe_jax.config.model import ModelConfig, RoutingConfig
+from moe_jax.config.run import RunConfig
+from moe_jax.config.train import TrainConfig
+
+
+def _nano() -> RunConfig:
+    return RunConfig(
+        preset="nano",
+        model=ModelConfig(layers=3, tie_value_output_init=True),
+        data=DataConfig(stories=20_000, eval_tokens=16_384),
+        train=TrainConfig(steps=900, optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8),
+    )
+
+
+def _story() -> RunConfig:
+    return RunConfig(
+        preset="story",
+        model=ModelConfig(layers=6, width=192, heads=6, experts=8, expert_hidden=256, tie_value_output_init=True),
+        data=DataConfig(source="tinystories", vocab_size=4096),
+        train=TrainConfig(steps=4000, batch_size=16, lr=2e-3, warmup_steps=100),
+    )
+
+
+def _story_cpu() -> RunConfig:
+    """A preset for two CPU cores and 2.5 million training tokens. `benchmarks/trials.md` lists the trials.
+
+    It has few active parameters, because the budget has few tokens. It has narrow experts, because a Muon step of a
+    narrow matrix is cheap. The number of steps follows from a budget of 2e14 floating-point operations.
+    """
+    return RunConfig(
+        preset="story-cpu",
+        model=ModelConfig(
+            layers=4,
+            width=192,
+            heads=4,
+            seq_len=512,
+            experts=16,
+            expert_hidden=64,
+            tied_head=False,
+            scaled_embedding=True,
+            zero_init_residual=True,
+            qk_norm=True,
+            dropout=0.1,
+            routing=RoutingConfig(top_k=4, dispatch="blocks"),
+        ),
+        data=DataConfig(source="tinystories", vocab_size=2048),
+        train=TrainConfig(
+            steps=4400,
+            batch_size=8,
+            optimizer="muon",
+            muon_lr=0.04,
+            muon_router=True,
+            lr=8e-3,
+            lr_schedule="linear",
+            warmup_steps=20,
+            aux_loss_coef=0.02,
+            eval_every=400,
+            save_every=400,
+        ),
+    )
+
+
+def _story_4gb() -> RunConfig:
+    """The recipe of `story-cpu`, larger, for a 4 GB card and TinyStories: 41 million tokens, as `seed-158m` has.
+
+    The sizes of its arrays add up to about 1.8 GB. This has not been measured on a card yet.
+    """
+    small = _story_cpu()
+    return dataclasses.replace(
+        small,
+        preset="story-4gb",
+        model=dataclasses.replace(
+            small.model, layers=8, width=512, heads=8, experts=16, expert_hidden=256, dropout=0.0
+        ),
+        data=DataConfig(source="tinystories", vocab_size=8192),
+        train=dataclasses.replace(small.train, steps=5000, batch_size=16, eval_every=500, save_every=500),
+        execution=ExecutionConfig(remat=True),
+    )
+
+
+def _seed_158m() -> RunConfig:
+    return RunConfig(
+        preset="seed-158m",
+        model=ModelConfig(
+            layers=6,
+            width=512,
+            heads=8,
+            experts=16,
+            expert_hidden=1024,
+            norm="layernorm",
+            positions="learned",
+            activation="gelu",
+            bias=True,
+            tied_head=False,
+            dropout=0.1,
+            attention_dropout=0.1,
+        ),
+        data=DataConfig(source="tinystories", tokenizer="gpt2", eval_tokens=16_384),
+        train=TrainConfig(
+            steps=5000,
+            batch_size=4,
+            grad_accum=8,
+            lr=3e-4,
+            beta2=0.999,
+            weight_decay=0.01,
+            warmup_steps=100,
+            eval_every=500,
+            save_every=500,
+        ),
+    )
+
+
+def _max_4gb() -> RunConfig:
+    """The largest preset that trains on a 4 GB card. Bytes a parameter: weight 2, gradient 2, optimizer state 0.01."""
+    return RunConfig(
+        preset="max-4gb",
+        model=ModelConfig(layers=8, width=768, heads=12, experts=20, expert_hidden=1024),
+        data=DataConfig(source="tinystories", tokenizer="gpt2", eval_tokens=16_384),
+        train=TrainConfig(
+            steps=5000,
+            batch_size=32,
+            optimizer="adafactor",
+            lr=1e-3,
+            weight_decay=0.01,
+            warmup_steps=100,
+            param_dtype="bfloat16",
+            eval_every=500,
+            save_every=500,
+        ),
+        execution=ExecutionConfig(remat=True),
+    )
+
+
+PRESETS: dict[str, Callable[[], RunConfig]] = {
+    "nano": _nano,
+    "story": _story,
+    "story-cpu": _story_cpu,
+    "story-4gb": _story_4gb,
+    "seed-158m": _seed_158m,
+    "max-4gb": _max_4gb,
+}
+
+
+def preset(name: str) -> RunConfig:
+    """The settings of a preset. Raises ConfigError for an unknown name."""
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name}: must be one of " + ", ".join(PRESETS))
+    return PRESETS[name]()
+
+
+def with_vocabulary(config: RunConfig) -> RunConfig:
+    """The settings with the vocabulary size that the tokenizer will have, without building the tokenizer.
+
+    A `bpe` tokenizer of a small text can end up smaller.
+    """
+    sizes = {"gpt2": 50_257, "byte": 257, "bpe": config.data.vocab_size}
+    size = config.model.vocab_size or sizes[config.data.tokenizer]
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

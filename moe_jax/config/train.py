@@ -1,0 +1,87 @@
+"""How the model is trained: steps, optimizer, learning-rate schedule, losses."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from moe_jax.config.flags import check_choices, check_range
+
+OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
+Schedule = Literal["cosine", "linear"]
+ParamDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the model is trained. `training/optimizers/factory.py` makes the optimizer and the schedule from this."""
+
+    steps: int = 1000
+    """Optimizer steps of the whole run, and the horizon of the learning-rate schedule."""
+    batch_size: int = 16
+    """B, sequences of one micro-batch."""
+    grad_accum: int = 1
+    """Micro-batches whose gradients are averaged into one step."""
+    optimizer: OptimizerKind = "adamw"
+    """AdamW; AdamW with a bfloat16 first moment, or with 8-bit moments; Adafactor; or Muon for the matrices of the
+    blocks and AdamW for the rest."""
+    lr: float = 3e-3
+    """Peak learning rate of AdamW and Adafactor."""
+    muon_lr: float = 0.02
+    """Peak learning rate of Muon."""
+    muon_router: bool = False
+    """Train the routers with Muon too. Large AdamW steps move all experts' columns in the direction that all tokens
+    share: a fifth of the tokens is then dropped in the first steps. Muon moves all columns by about the same amount, in
+    different directions."""
+    lr_schedule: Schedule = "cosine"
+    """How the learning rate falls, from the end of the warm-up to the last step."""
+    final_lr_ratio: float = 0.0
+    """Learning rate of the last step, relative to the peak."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up. At most a tenth of the run is used."""
+    beta1: float = 0.9
+    """Decay of the running mean of gradients (first moment), per step."""
+    beta2: float = 0.95
+    """Decay of the running mean of squared gradients (second moment), per step."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices. Vectors (norms, biases) are not decayed."""
+    max_grad_norm: float = 1.0
+    """Global norm that gradients are clipped to."""
+    aux_loss_coef: float = 0.01
+    """Weight of the balance loss, which is 1 at perfect balance. Unused with `--routing.balancing bias`."""
+    router_bias_lr: float = 1e-3
+    """Amount by which each balance bias changes after a training step, with `--routing.balancing bias`."""
+    z_loss_coef: float = 1e-3
+    """Weight of the router's z-loss."""
+    param_dtype: ParamDtype = "float32"
+    """Dtype in which matrices are stored between steps. bfloat16 halves the memory of matrices and of their gradients.
+    Updated bfloat16 matrices are rounded stochastically: an update smaller than the spacing of bfloat16 still counts on
+    average."""
+    seed: int = 0
+    """Seed of the initial parameters, the order of the data, dropout and samples."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl and of the terminal."""
+    eval_every: int = 200
+    """Steps between evaluations. Each evaluation also writes a sample of text."""
+    save_every: int = 200
+    """Steps between checkpoints. The last step and the best evaluated step are always saved."""
+    skip_spikes: bool = False
+    """Skip a step whose loss is more than six standard deviations above its recent mean. Spikes are logged either
+    way."""
+    patience: int = 0
+    """Stop early after this many evaluations in a row without improvement. 0 never stops early."""
+
+    def __post_init__(self) -> None:
+        s = "train"
+        check_choices(self, s)
+        check_range(self, s, ("steps",), 1, 10**9)
+        check_range(self, s, ("batch_size", "grad_accum"), 1, 2**16)
+        check_range(self, s, ("log_every", "eval_every", "save_every"), 1, 10**9)
+        check_range(self, s, ("warmup_steps", "patience"), 0, 10**9)
+        check_range(self, s, ("seed",), 0, 2**31 - 1)
+        check_range(self, s, ("lr", "muon_lr"), 1e-12, 1e3)
+        check_range(self, s, ("aux_loss_coef", "router_bias_lr", "z_loss_coef", "weight_decay"), 0, 1e3)
+        check_range(self, s, ("final_lr_ratio",), 0, 1)
+        check_range(self, s, ("beta1", "beta2"), 0, 0.999999)
+        check_range(self, s, ("eps",), 1e-30, 1)
+        check_range(self, s, ("max_grad_norm",), 1e-6, 1e9)

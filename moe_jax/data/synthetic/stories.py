@@ -1,0 +1,177 @@
+"""The embedded corpus: short children's stories from a grammar that gives each story an exact probability.
+
+A hero with a trait goes to a place, in some weather and some clothes. There one of ten things happens, and then it is
+time to go home. Details, such as the name of the friend and the colour of the toy, are drawn once and mentioned several
+times. A model that remembers them needs 0 bits for the repetitions and 0 bits for the fixed text. On average no model
+can need fewer bits than the code length of the random choices: the entropy floor.
+"""
+
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from functools import cache
+from typing import Literal
+
+from moe_jax.data.synthetic.grammar import Grammar
+from moe_jax.data.synthetic.vocabulary import SLOTS
+
+VALIDATION_STORIES = 600
+"""How many stories of the validation split are scored."""
+
+RULES = {
+    "start": "<opening> <plot> <closing> <supper>",
+    # Small choices. Each use of such a rule is a new choice.
+    "went": "[walked|ran|skipped|hurried|raced|marched|hopped|danced]",
+    "how": "[kindly|warmly|wisely|brightly|sweetly|eagerly|quickly|firmly]",
+    "said": "[said|called|shouted|laughed|cheered|whispered|chuckled|replied]",
+    "wept": "[cried|sobbed|sighed|wept|moaned|groaned|sniffed|wailed]",
+    "felt": "[felt|was|looked|seemed|became|grew] [very|so|quite|rather|really|truly]",
+    "near": "[near|by|behind|beside]",
+    "sat": "[sat|stood|waited|rested]",
+    "had": "[had|held|brought|carried]",
+    "saw": "[saw|spotted|found|noticed]",
+    "held": "[held|took|lifted|hugged|shook|waved]",
+    "both": "[played|sang|rested|talked|hummed|clapped|jumped|napped]",
+    "now": "[Now|Soon|Then|Later]",
+    "fresh": "[fresh|warm|sweet|salty|crisp|tasty|ripe|creamy|spicy|juicy|crunchy|sticky|sour|tender|frosty|rich]",
+    # The tale.
+    "opening": """
+        [Once upon a time, one|Once upon a|Long ago, one|One] {weather} {time}, {trait.a} {hero.child} named {hero}
+        [put|pulled|tried|had] on {hero.his} {pattern} {clothes} and <went> to the {place}.
+    """,
+    "plot": "<lost>|<share>|<fear>|<gift>|<game>|<rescue>|<skill>|<swap>|<broken>|<find>",
+    "lost": """
+        {hero} [lost|dropped] {look.a} {colour} {toy} there and <felt> {sad}. "Do not be {sad}," <said> {friend} <how>.
+        {friend} [looked|searched|peeked|went] <near> {texture.a} {spot} and <saw> the {colour} {toy}. The
+        two <both> <near> the {spot}, and {hero} <felt> {happy}.
+    """,
+    "share": """
+        {hero} <had> {look.a} {treat}. {friend} <sat> <near> {texture.a} {spot} and <felt> {sad}. "I am hungry,"
+        <wept> {friend}. {hero} [broke|cut|split|tore] the {treat} in two. "Half of my {look} {treat} is for you,
+        {friend}," <said> {hero} <how>. {friend} ate <near> the {spot}, and {hero} <felt> {happy}.
+    """,
+    "fear": """
+        There [was|stood|lay|rose] {texture.a} {scary}, and {hero} <felt> {fright}. "I am too {fright} to go
+        [on|there|near|by]," <wept> {hero}. {friend} <had> {look.a} {colour} {toy}. "[Take|Hold|Keep|Carry] my {toy},
+        and do not be {fright}," <said> {friend} <how>. {hero} <held> the {colour} {toy} and <went> to the
+        {scary}. <now> {hero} <felt> {happy}.
+    """,
+    "gift": """
+        {hero} and {hero.his} {elder} <had> {look.a} {colour} {toy} for {friend}. {friend} <sat> <near>
+        {texture.a} {spot} and <felt> {sad}. "It is my birthday," <wept> {friend}. "This {toy} is from my {elder} and
+        me," <said> {hero} <how>. {friend} <held> the {colour} {toy} <near> the {spot}, and {hero}
+        <felt> {happy}.
+    """,
+    "game": """
+        {friend} <sat> <near> {texture.a} {spot}. "Will you play {game}, {hero}?" <said> {friend}. But {hero}
+        lost and <felt> {sad}. "I do not like {game}," <wept> {hero}. "Do not be {sad}," <said> {friend} <how>. The two
+        <both> and played {game} <near> the {spot}. <now> {hero} won and <felt> {happy}.
+    """,
+    "rescue": """
+        {hero} <saw> {build.a} {animal} <near> {texture.a} {spot}. "{animal.sound}!" said the {animal}, who <felt>
+        {sad}. {hero} gave some {animal.food} to the {build} {animal}. "Do not be {sad}. I know your {animal.home},"
+        <said> {hero} <how>. The {build} {animal} <went> past the {spot} to its {animal.home}, and
+        {hero} <felt> {happy}.
+    """,
+    "skill": """
+        {friend} could {skill} [very|so|quite|really] well. "Teach me to {skill}, {friend}," <said> {hero}.
+        {hero} tried to {skill} <near> {texture.a} {spot}, but fell and <felt> {sad}. "I can not {skill}," <wept>
+        {hero}. "Do not be {sad}," <said> {friend} <how>. <now> {hero} could {skill} <near> the {spot} and
+        <felt> {happy}.
+    """,
+    "swap": """
+        {hero} <had> {look.a} {colour} {toy} and {friend} <had> {hue.a} {prize}. {friend} <held> the {colour} {toy},
+        and {hero} <held> the {hue} {prize}. But {friend} <felt> {sad}. "I [miss|want|need] my {prize}," <wept>
+        {friend}. "Here is your {hue} {prize}," <said> {hero} <how>. {friend} gave back the {colour} {toy}, and
+        {hero} <felt> {happy}.
+    """,
+    "broken": """
+        {hero} <had> {look.a} {colour} {toy} from {hero.his} {elder}. {hero.He} <went> into {texture.a} {spot},
+        the {toy} [broke|bent|cracked], and {hero.he} <felt> {sad}. "I broke the {toy}," {hero.he} told {hero.his}
+        {elder}. "Do not be {sad}," <said> the {elder} <how>. {friend} [mended|fixed|glued] the {colour} {toy}
+        <near> the {spot}, and {hero} <felt> {happy}.
+    """,
+    "find": """
+        {hero} <saw> {look.a} {colour} {toy} <near> {texture.a} {spot}. <now> {hero.he} [met|passed|joined] {friend},
+        who <felt> {sad}. "I [lost|miss|want|need] my {look} {toy}," <wept> {friend}. "Your {colour} {toy} was <near>
+        the {texture} {spot}," <said> {hero} <how>. {friend} <held> the {colour} {toy}, and {hero} <felt>
+        {happy}.
+    """,
+    "closing": "<undress>|<exclaim>|<return>",
+    "undress": """
+        [That night|At home|At bedtime|At last], {hero} [took off|put away|hung up|put down] the {pattern} {clothes}
+        and [dreamed|thought|sang|spoke] of the {place}.
+    """,
+    "exclaim": """
+        "[What|Such] a {weather} {time}!" <said> the {trait} {hero.child} in the {pattern} {clothes}.
+    """,
+    "return": """
+        [Still|Very|So] {happy}, the {trait} {hero.child} <went> home in the {pattern} {clothes}.
+    """,
+    "supper": """
+        For [supper|tea|dinner|lunch], there [came|were] <fresh> {snack}, <fresh> {dish},
+        <fresh> {bite} and <fresh> {treasure}.
+    """,
+}
+
+_GRAMMAR = Grammar(RULES, SLOTS)
+
+
+def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterator[str]:
+    """The first `count` stories of a split. Story i is a function of (seed, split, i) and nothing else.
+
+    The two splits are drawn independently. A story has more than 100 bits of choices, so the probability that any story
+    occurs in both splits is below 2^-60. Removing such a story would make the entropy floor inexact.
+    """
+    for i in range(count):
+        yield _GRAMMAR.sample(random.Random(f"{seed} {split} {i}").random).text
+
+
+FINGERPRINT_STORIES = 64
+"""Stories of each split that `rules_digest` covers, besides the rules."""
+
+
+@cache
+def rules_digest() -> str:
+    """xxh3-128 of the rules, the words, and the first stories of each split.
+
+    The digest identifies the corpus by its content. A changed comment in this folder does not change the digest. A
+    changed rule, word or sampling algorithm does.
+    """
+    import xxhash
+
+    rules = {name: " ".join(rule.split()) for name, rule in RULES.items()}
+    words = {name: list(slot) for name, slot in SLOTS.items()}
+    digest = xxhash.xxh3_128(json.dumps([rules, words], sort_keys=True).encode())
+    for split in ("train", "valid"):
+        for story in generate(0, split, FINGERPRINT_STORIES):
+            digest.update(story.encode())
+    return digest.hexdigest()
+
+
+def fingerprint(seed: int, count: int, rules: str | None = None) -> str:
+    """xxh3-128 of everything that determines the text: the seed, both counts, and the rules (`rules_digest` unless
+    given)."""
+    import xxhash
+
+    text = f"{seed} {count} {VALIDATION_STORIES} {rules or rules_digest()}"
+    return xxhash.xxh3_128_hexdigest(text.encode())
+
+
+def code_length_bits(text: str) -> float:
+    """-log2 of the probability of a story under the grammar, in bits. inf if the grammar cannot write the story.
+
+    The probability is the sum over all derivations of the text. The tests check that a story has exactly one.
+    """
+    probability = math.fsum(2.0**-derivation.bits for derivation in _GRAMMAR.derivations(text))
+    return -math.log2(probability) if probability > 0 else math.inf
+
+
+def entropy_floor_bits_per_byte(stories: Sequence[str]) -> float:
+    """Code length of the stories under the grammar, in bits, divided by their UTF-8 bytes: the best possible score.
+
+    The separators between stories add 0 bits, because the grammar determines where a story ends. inf if the grammar
+    cannot write one of the stories.
+    """
+    return math.fsum(map(code_length_bits, stories)) / sum(len(story.encode()) for story in stories)

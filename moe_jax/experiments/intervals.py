@@ -1,0 +1,42 @@
+"""Means over seeds, with their confidence intervals."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy.special import stdtrit
+
+CONFIDENCE = 0.95
+
+
+class Interval(NamedTuple):
+    """A mean and its confidence interval. The ends are NaN for a single value."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def known(self) -> bool:
+        return math.isfinite(self.low)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"mean": self.mean, "interval": [self.low, self.high] if self.known else None}
+
+    def __str__(self) -> str:
+        return f"{self.mean:.4f}" + (f" [{self.low:.4f}, {self.high:.4f}]" if self.known else "")
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Student's interval for the mean of normally distributed values: mean ± t(n - 1) s / sqrt(n)."""
+    n, mean = len(values), float(np.mean(values))
+    if n < 2:
+        return Interval(mean, math.nan, math.nan)
+    half = float(stdtrit(n - 1, (1 + CONFIDENCE) / 2) * np.std(values, ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half)
+
+
+def apart(a: Interval, b: Interval) -> bool | None:
+    """Whether two intervals do not overlap; None if one of them is unknown."""
+    return (a.high < b.low or b.high < a.low) if a.known and b.known else None

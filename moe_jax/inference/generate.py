@@ -1,0 +1,38 @@
+"""Text generation: a prompt and a seed in, text out."""
+
+from collections.abc import Iterator
+
+from flax import nnx
+
+from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
+from moe_jax.inference.decode import Decoder
+from moe_jax.inference.sampling import Sampling
+from moe_jax.model.transformer import Params
+from moe_jax.system.random_keys import Purpose, purpose_key
+
+
+class TextGenerator:
+    """Generates text with a model and its tokenizer. The same prompt, settings, seed and number give the same text."""
+
+    def __init__(self, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, seq_len: int) -> None:
+        self._params, self._tokenizer = params, tokenizer
+        self._decoder = Decoder(graphdef, seq_len, tokenizer.vocab_size)
+
+    def pieces(self, prompt: str, settings: Sampling, *, seed: int, number: int = 0, limit: int) -> Iterator[str]:
+        """The text after the prompt, one piece for each token, to the end of the text or to `limit` tokens.
+
+        `number` selects one of the texts of a seed.
+        """
+        separator = self._tokenizer.separator_id
+        key = purpose_key(seed, Purpose.SAMPLE, number)
+        text = StreamDecoder(self._tokenizer)
+        for token in self._decoder.stream(
+            self._params,
+            [separator, *self._tokenizer.encode(prompt)],
+            settings=settings,
+            key=key,
+            stop=separator,
+            limit=limit,
+        ):
+            yield text.feed(token)
+        yield text.finish()

@@ -1,0 +1,67 @@
+"""Forward passes that record every decision of the routers, and statistics of the decisions.
+
+The pass is the forward pass of training, with its capacity, but without dropout and router noise. The model is called
+with the static argument `trace`.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import ArrayLike
+
+from moe_jax.config import ModelConfig, UserError
+from moe_jax.model.kernels.cross_entropy import blocked_token_losses
+from moe_jax.model.moe.layer import LayerTrace, Mode
+from moe_jax.model.transformer import Params, merge
+
+type TraceStep = Callable[[Params, ArrayLike], tuple[LayerTrace, jax.Array]]
+type DecisionStep = Callable[[Params, ArrayLike], LayerTrace]
+
+
+def check_routed(config: ModelConfig) -> None:
+    """Raise UserError if the model has no router, or if its experts choose the tokens (expert choice)."""
+    if config.dense != "none":
+        raise UserError(f"--model.dense {config.dense}: a dense baseline has no router to look into; name an MoE run")
+    if config.routing.priority == "leaky-expert-choice":
+        raise UserError(
+            f"--routing.priority {config.routing.priority}: experts choose tokens there; name a run of another priority"
+        )
+
+
+def make_trace_step(graphdef: nnx.GraphDef) -> TraceStep:
+    """The jitted (params, tokens int [B, T+1]) -> (decisions, cross-entropy [B, T] in nats) of the training pass."""
+
+    def step(params: Params, tokens: jax.Array) -> tuple[LayerTrace, jax.Array]:
+        model = merge(graphdef, params)
+        hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, trace=True)
+        targets = tokens[:, 1:].reshape(-1)
+        losses = blocked_token_losses(hidden.reshape(-1, hidden.shape[-1]), model.head_matrix(), targets)
+        assert stats is not None and stats.trace is not None  # noqa: PT018, a dense baseline is refused before
+        return stats.trace, losses.reshape(tokens.shape[0], -1)
+
+    return jax.jit(step)
+
+
+def make_decision_step(graphdef: nnx.GraphDef) -> DecisionStep:
+    """The jitted (params, tokens int [B, T]) -> decisions, without attention weights or vocabulary head."""
+
+    def step(params: Params, tokens: jax.Array) -> LayerTrace:
+        _, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN, trace=True)
+        assert stats is not None and stats.trace is not None  # noqa: PT018, a dense baseline is refused before
+        return stats.trace._replace(attention=None)
+
+    return jax.jit(step)
+
+
+def choice_totals(expert: np.ndarray, experts: int) -> np.ndarray:
+    """int [L, E]: how often each expert was chosen, from the chosen experts [L, ..., K]."""
+    return np.stack([np.bincount(layer.reshape(-1), minlength=experts) for layer in expert])
+
+
+def router_entropy(probs: np.ndarray) -> np.ndarray:
+    """float [L]: mean entropy of the router's softmax [L, ..., E], divided by ln E. 0: always certain; 1: uniform."""
+    nats = -(probs * np.log(np.maximum(probs, np.finfo(np.float32).tiny))).sum(-1)
+    return nats.reshape(len(probs), -1).mean(1) / math.log(max(probs.shape[-1], 2))

@@ -1,0 +1,217 @@
+"""What the routers of a trained model do on its validation text: load, drops, co-activation, flow, specialisation.
+
+The model reads at most CORPUS_TOKENS tokens once, with the dispatch of training and its capacity, if it has one. The
+decisions are counted on the host. Choices are counted before drops, so the counts show what the router prefers. Only
+`dropped_at` counts drops.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import ModelConfig, capacity
+from moe_jax.inference.routing_pass import make_decision_step, router_entropy
+from moe_jax.runs.load import LoadedRun
+
+CORPUS_TOKENS = 16_384
+BATCH_TOKENS = 4_096
+FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
+"""Capacity factors for which drops are computed. The run's own factor is added if the run has a capacity."""
+SIGNIFICANCE = 0.001
+"""A preference is reported if its p-value is below this level after Bonferroni's correction for all tests."""
+LEAST_COUNT = 5
+"""A preference is reported only if the token chose the expert at least this often."""
+POSITION_BINS = 32
+STARVED = 0.1
+"""An expert with less than this share of its fair load is called starved. An expert that no token chose is dead."""
+
+
+@dataclass(frozen=True)
+class CorpusRouting:
+    """Counts over W windows of T tokens, N = W*T tokens in all."""
+
+    config: ModelConfig
+    tokens: int
+    """N."""
+    by_token: np.ndarray
+    """int [L, E, V]: how often each token of the vocabulary chose each expert."""
+    token_counts: np.ndarray
+    """int [V]: occurrences."""
+    by_window: np.ndarray
+    """int [L, W, E]: choices of each expert in each window."""
+    together: np.ndarray
+    """int [L, E, E]: tokens that chose both experts. The diagonal counts the tokens that chose the expert."""
+    flow: np.ndarray
+    """int [L-1, E, E]: entry [l, i, j] counts the tokens whose first choice is i in layer l and j in layer l + 1."""
+    entropy: np.ndarray
+    """float [L]: entropy of the router, 0 to 1; see `router_entropy`."""
+    dropped_at: np.ndarray
+    """float [L, T]: share of the choices at each position that found no slot."""
+
+    @property
+    def load(self) -> np.ndarray:
+        """float [L, E]: share of the choices."""
+        return self.by_window.sum(1) / (self.tokens * self.config.routing.top_k)
+
+    def drop_fraction(self, factor: float) -> np.ndarray:
+        """float [L]: share of these choices that a capacity factor would drop.
+
+        In each window an expert keeps C choices, so the count is exact for the routing as it is. It ignores that other
+        drops in one layer would change the inputs, and so the routing, of later layers.
+        """
+        c = self.config
+        slots = capacity(c.seq_len, c.experts, c.routing.top_k, factor)
+        return np.maximum(self.by_window - slots, 0).sum((1, 2)) / (self.tokens * c.routing.top_k)
+
+
+def corpus_routing(run: LoadedRun, tokens: np.ndarray) -> CorpusRouting:
+    """Route the first CORPUS_TOKENS tokens of a stream in windows of T. A stream below T is repeated to T tokens."""
+    c = run.config.model
+    width = c.seq_len
+    windows = max(min(len(tokens), CORPUS_TOKENS) // width, 1)
+    stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
+    batch = min(max(BATCH_TOKENS // width, 1), windows)
+    step = make_decision_step(run.graphdef)
+    parts: list[dict[str, np.ndarray]] = []
+    for first in range(0, windows, batch):
+        group = stream[first : first + batch]
+        trace = step(run.params, np.resize(group, (batch, width)))
+        parts.append(
+            {name: np.asarray(getattr(trace, name))[:, : len(group)] for name in ("probs", "expert_index", "keep")}
+        )
+    probs, expert, keep = (
+        np.concatenate([p[name] for p in parts], axis=1) for name in ("probs", "expert_index", "keep")
+    )
+    return count_routing(c, stream, probs, expert, keep)
+
+
+def count_routing(
+    config: ModelConfig, stream: np.ndarray, probs: np.ndarray, expert: np.ndarray, keep: np.ndarray
+) -> CorpusRouting:
+    """Count the decisions: stream int [W, T], probs float [L, W, T, E], expert int and keep bool [L, W, T, K]."""
+    layers, experts, vocabulary = len(expert), config.experts, config.vocab_size
+    hits = np.zeros((*expert.shape[:3], experts), bool)
+    np.put_along_axis(hits, expert, True, axis=-1)
+    flat = stream.reshape(-1)
+    by_token = np.zeros((layers, experts, vocabulary), np.int64)
+    together = np.zeros((layers, experts, experts), np.int64)
+    flow = np.zeros((layers - 1, experts, experts), np.int64)
+    for layer in range(layers):
+        chosen = hits[layer].reshape(-1, experts)
+        together[layer] = chosen.T.astype(np.int64) @ chosen
+        for e in range(experts):
+            by_token[layer, e] = np.bincount(flat[chosen[:, e]], minlength=vocabulary)
+        if layer:
+            first = expert[layer - 1 : layer + 1, ..., 0].reshape(2, -1)
+            np.add.at(flow[layer - 1], (first[0], first[1]), 1)
+    return CorpusRouting(
+        config=config,
+        tokens=stream.size,
+        by_token=by_token,
+        token_counts=np.bincount(flat, minlength=vocabulary),
+        by_window=hits.sum(2),
+        together=together,
+        flow=flow,
+        entropy=router_entropy(probs),
+        dropped_at=1 - keep.mean((1, 3)),
+    )
+
+
+def log_likelihood_ratio(both: np.ndarray, row: np.ndarray, column: np.ndarray, total: int) -> np.ndarray:
+    """G^2, the log-likelihood ratio of 2 x 2 tables (Dunning 1993): is a kind of token independent of an expert?
+
+    Of `total` tokens, `row` chose the expert, `column` are of the kind, and `both` are of the kind and chose the
+    expert. G^2 is 0 where the counts are exactly as expected from independence. If kind and expert are independent, G^2
+    is distributed as chi-square with one degree of freedom.
+    """
+    row, column = np.broadcast_arrays(row, column)
+    observed = np.stack([both, row - both, column - both, total - row - column + both]).astype(float)
+    expected = np.stack(
+        [row * column, row * (total - column), (total - row) * column, (total - row) * (total - column)]
+    )
+    expected = expected / total
+    with np.errstate(divide="ignore", invalid="ignore"):
+        terms = np.where(observed > 0, observed * np.log(observed / expected), 0.0)
+    return np.maximum(2 * terms.sum(0), 0.0)
+
+
+def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str, Any]]]:
+    """For each layer and expert, the tokens that choose the expert more often than by chance, strongest first.
+
+    All of them are significant after correction. An entry holds
+    `tokens`: at most `most` of these tokens. Of each: `id`; `here`, how often it chose this expert; `all`, how often it
+    occurs; `times`, `here` divided by the count expected by chance; `g2`, its G^2.
+    `kinds`: how many different tokens prefer the expert.
+    `share`: these tokens' share of all choices of the expert.
+    """
+    totals = np.diagonal(corpus.together, axis1=1, axis2=2)
+    looked_at = corpus.by_token.shape[0] * corpus.by_token.shape[1] * int((corpus.token_counts >= LEAST_COUNT).sum())
+    column = corpus.token_counts
+    found = []
+    for by_expert, sizes in zip(corpus.by_token, totals, strict=True):
+        layer = []
+        for both, size in zip(by_expert, sizes, strict=True):
+            expected = size * column / corpus.tokens
+            strength = log_likelihood_ratio(both, np.asarray(size), column, corpus.tokens)
+            strength = np.where((both > expected) & (both >= LEAST_COUNT), strength, 0.0)
+            preferred = np.flatnonzero([p_value(g) * looked_at < SIGNIFICANCE for g in strength])
+            order = preferred[np.argsort(-strength[preferred], kind="stable")]
+            tokens = [
+                {
+                    "id": int(t),
+                    "here": int(both[t]),
+                    "all": int(column[t]),
+                    "times": round(float(both[t] / expected[t]), 2),
+                    "g2": round(float(strength[t]), 1),
+                }
+                for t in order[:most]
+            ]
+            share = float(both[preferred].sum() / size) if size else 0.0
+            layer.append({"tokens": tokens, "kinds": len(preferred), "share": round(share, 4)})
+        found.append(layer)
+    return found
+
+
+def p_value(g2: float) -> float:
+    """The p-value of G^2: probability of a value at least as large without any preference (chi-square, one degree)."""
+    return math.erfc(math.sqrt(g2 / 2))
+
+
+def dead_experts(corpus: CorpusRouting) -> list[dict[str, Any]]:
+    """The starved and the dead experts: `{"layer", "expert", "load", "dead"}`. `load` is divided by the fair load."""
+    relative = corpus.load * corpus.config.experts
+    return [
+        {"layer": int(layer), "expert": int(e), "load": round(float(relative[layer, e]), 4), "dead": bool(load == 0)}
+        for (layer, e), load in np.ndenumerate(relative)
+        if load < STARVED
+    ]
+
+
+def corpus_data(corpus: CorpusRouting) -> dict[str, Any]:
+    """What the report shows of the counts, ready for JSON.
+
+    `drops` is the share that was really dropped in this pass, by layer. It is 0 in a run without a capacity; the
+    run's capacity factor is then left out of `drops_by_factor`.
+    """
+    own = set() if corpus.config.dropless else {corpus.config.routing.capacity_factor}
+    factors = sorted({*FACTORS, *own})
+    rounded = lambda array: np.round(array, 4).tolist()  # noqa: E731
+    bins = np.array_split(np.arange(corpus.config.seq_len), min(POSITION_BINS, corpus.config.seq_len))
+    return {
+        "tokens": corpus.tokens,
+        "windows": corpus.by_window.shape[1],
+        "load": rounded(corpus.load),
+        "worst_window": corpus.by_window.max(1).tolist(),
+        "entropy": rounded(corpus.entropy),
+        "together": corpus.together.tolist(),
+        "flow": corpus.flow.tolist(),
+        "drops": rounded(corpus.dropped_at.mean(1)),
+        "drops_by_factor": {"factor": factors, "drop": [rounded(corpus.drop_fraction(f)) for f in factors]},
+        "drops_by_position": {
+            "first": [int(b[0]) for b in bins],
+            "drop": rounded(np.stack([corpus.dropped_at[:, b].mean(1) for b in bins], axis=1)),
+        },
+        "dead": dead_experts(corpus),
+    }

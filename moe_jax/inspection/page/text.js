@@ -1,0 +1,268 @@
+// The text, coloured by expert; the panel of the chosen token; all layers at a glance.
+const tokensBox = byId("tokens"), card = byId("card"), barcode = byId("barcode");
+const nodes = [];
+const marks = new Set(data.text.mark); // separators and parts of characters, which are not shown as their own text
+let reachable = 0; // the only token that the Tab key reaches
+const RTL = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/, LETTER = /\p{L}/u;
+
+const direction = (paragraph) => {
+  for (const i of paragraph) {
+    if (marks.has(i)) continue;
+    const letter = data.text.pieces[i].match(LETTER);
+    if (letter) return RTL.test(letter[0]) ? "rtl" : "ltr";
+  }
+  return "ltr";
+};
+
+// A paragraph begins after a line break, at a separator, and after the end of a sentence if it is already long. Short
+// paragraphs matter, because the browser lays out only those in the window (content-visibility).
+const LONG = 120;
+const paragraphs = () => {
+  const found = [[]], { pieces, ids } = data.text;
+  const separator = marks.has(0) ? ids[0] : null;
+  pieces.forEach((piece, i) => {
+    const now = found.at(-1);
+    if (now.length && (ids[i] === separator || now.length >= 2 * LONG || (now.length >= LONG && /[.!?]["”’)]*\s*$/.test(pieces[i - 1]) && /^\s/.test(piece)))) found.push([]);
+    found.at(-1).push(i);
+    if (piece.includes("\n")) found.push([]);
+  });
+  return found.filter((p) => p.length);
+};
+const buildTokens = () => {
+  // The space that begins a token is put before its box, so that lines break between boxes and words stay apart.
+  const boxes = paragraphs().map((p) => el("p", { dir: direction(p) }, p.flatMap((i) => {
+    const [, space, rest] = data.text.pieces[i].match(/^( (?=\S))?(.*)$/s);
+    const node = el("span", { class: "t", role: "button", tabindex: "-1", "data-i": i }, visible(rest).replace(/\n/g, "↵"));
+    nodes[i] = node;
+    node.fixed = marks.has(i) ? " mark" : [...rest].length < 2 ? " slim" : "";
+    return space ? [space, node] : [node];
+  })));
+  tokensBox.append(...boxes);
+  nodes[0].tabIndex = 0;
+};
+
+const surprise = (i) => (i === 0 ? 0 : data.text.loss[i - 1] ?? 0);
+const doubt = (layer, i) => {
+  let bits = 0;
+  for (let e = 0; e < E; e++) { const p = probability(layer, i, e); if (p > 0) bits -= p * Math.log(p); }
+  return E > 1 ? bits / Math.log(E) : 0;
+};
+
+const colourTokens = () => {
+  const layer = state.layer, lit = state.lit, mode = byId("colour").value;
+  tokensBox.classList.toggle("lighting", lit !== null && mode === "expert");
+  tokensBox.classList.toggle("shaded", mode !== "expert");
+  tokensBox.classList.toggle("numbered", byId("numbers").checked);
+  if (lit !== null) tokensBox.style.setProperty("--lit", colourOf(lit));
+  const { expert, keep } = data.routing;
+  const reset = mode === "expert" ? (node) => node.style.length && node.style.removeProperty("--v")
+    : (node, i) => node.style.setProperty("--v", (mode === "doubt" ? doubt(layer, i) : Math.min(surprise(i) / 8, 1)).toFixed(3));
+  for (let i = 0; i < N; i++) {
+    const node = nodes[i], at = i * K;
+    let name = `t a${expert[layer][at]}${node.fixed}`, kept = keep[layer][at];
+    if (!kept) name += " da";
+    if (K > 1) {
+      name += ` b${expert[layer][at + 1]}`;
+      if (!keep[layer][at + 1]) name += " db";
+    }
+    let place = lit === expert[layer][at] ? 0 : -1;
+    for (let k = 1; k < K; k++) {
+      kept += keep[layer][at + k];
+      if (lit === expert[layer][at + k]) place = k;
+    }
+    if (!kept) name += " gone";
+    if (place >= 0) name += place ? " lit second" : " lit";
+        if (node.shown !== name) node.className = node.shown = name;
+    if (node.number !== expert[layer][at]) node.dataset.expert = node.number = expert[layer][at];
+    reset(node, i);
+  }
+  describeText();
+};
+
+const describeText = () => {
+  const keep = data.routing.keep[state.layer];
+  const dropped = keep.length - sum(keep);
+  byId("text-explain").textContent =
+    `${data.text.source}, as layer ${state.layer} (of 0 to ${L - 1}) routes it: each token has the colour and the number of the expert that it chose first. ` +
+    (model.dropless ? "Nothing is dropped here: this run's dispatch has no capacity." :
+      `${dropped ? `${whole(dropped)} of ${whole(keep.length)} choices (${percent(dropped / keep.length)}) found their expert full and were dropped.` : "No choice was dropped."}`);
+};
+
+const drawKey = () => {
+  const sample = (name, text) => el("span", {}, el("span", { class: `t a0 b${Math.min(1, E - 1)} ${name}`, "aria-hidden": "true" }, "word"), text);
+  fill(clear(byId("key")), {}, [
+    sample("", K > 1 ? "fill: first choice; line below: second choice" : "fill: the chosen expert"),
+    model.dropless ? null : sample("da", K > 1 ? "hatched: first choice dropped" : "hatched: dropped"),
+    model.dropless || K < 2 ? null : sample("db", "dotted: second choice dropped"),
+    model.dropless ? null : sample("da db gone", "struck through: all choices dropped, no chosen expert computes the token"),
+  ]);
+};
+
+const ordinal = (n) => {
+  const tail = n % 100 > 10 && n % 100 < 14 ? "th" : { 1: "st", 2: "nd", 3: "rd" }[n % 10] ?? "th";
+  return `${whole(n)}${tail}`;
+};
+
+const choiceItem = (layer, i, k) => {
+  const c = choice(layer, i, k);
+  const place = c.kept
+    ? (model.dropless ? "no capacity, always kept" : `slot ${c.slot + 1} of ${model.capacity}`)
+    : `dropped: it came ${ordinal(c.slot + 1)} in this window, and expert ${c.expert} has ${count(model.capacity, "slot")}`;
+  return el("li", { class: "choice", vars: { "--c": colourOf(c.expert) } },
+    el("b", {}, el("span", {}, `Expert ${c.expert}`), el("span", {}, `gate ${c.gate.toFixed(3)}`)),
+    el("span", { class: c.kept ? "" : "drop" }, place));
+};
+
+const drawCard = () => {
+  const i = state.token, layer = state.layer;
+  clear(card);
+  card.classList.toggle("open", i !== null);
+  if (i === null) {
+    card.append(el("p", { class: "small" }, "Point at a token, or move to it with the arrow keys. This panel then says which experts it chose, how sure the router was, and whether the experts had free slots."));
+    return;
+  }
+  const picked = new Set(range(K).map((k) => choice(layer, i, k).expert));
+  const seen = surprise(i), inWindow = i % model.seq_len;
+  const top = Math.max(...range(E).map((e) => probability(layer, i, e)), 1e-9);
+  fill(card, {}, [
+    el("button", { class: "close", type: "button", "aria-label": "Close", onclick: letGo }, "×"),
+    el("h3", {}, quoted(data.text.pieces[i].trim() || data.text.pieces[i])),
+    el("p", { class: "where" }, `token ${whole(i + 1)} of ${whole(N)}, place ${inWindow + 1} of window ${Math.floor(i / model.seq_len) + 1}` +
+      (i ? `; the model gave it a chance of ${percent(Math.exp(-seen), seen > 4 ? 2 : 0)}` : "")),
+    el("ol", {}, range(K).map((k) => choiceItem(layer, i, k))),
+    el("p", { class: "small" }, `The router's probabilities in layer ${layer}`),
+    el("div", { class: "bars" }, range(E).flatMap((e) => {
+      const p = probability(layer, i, e), name = picked.has(e) ? "picked" : "";
+      return [el("span", { class: name }, `${e}`),
+        el("span", { class: "track" }, el("div", { class: "bar", vars: { "--c": colourOf(e), width: `${100 * p / top}%`, opacity: picked.has(e) ? 1 : 0.45 } })),
+        el("span", { class: name }, p.toFixed(3))];
+    })),
+    el("p", { class: "small" }, "The token's first choice in every layer"),
+    el("div", { class: "path" }, range(L).map((l) => {
+      const c = choice(l, i, 0);
+      return el("button", { type: "button", vars: { "--c": colourOf(c.expert) }, "aria-current": l === layer ? "true" : false,
+        title: `Layer ${l}: expert ${c.expert}`, onclick: () => setLayer(l) }, `${l}: ${c.expert}`);
+    })),
+  ]);
+};
+
+const barcodeRow = Math.max(12, Math.min(26, 160 / L));
+const drawBarcode = () => {
+  const width = Math.max(barcode.clientWidth, 100), scale = devicePixelRatio || 1;
+  barcode.style.height = `${barcodeRow * L}px`;
+  barcode.width = width * scale;
+  barcode.height = barcodeRow * L * scale;
+  const paint = barcode.getContext("2d");
+  paint.scale(scale, scale);
+  const colours = range(E).map(expertColour), step = width / N, { lit } = state;
+  data.routing.expert.forEach((experts, l) => {
+    for (let i = 0; i < N; i++) {
+      let e = experts[i * K], strength = 1;
+      if (lit !== null) {
+        const k = experts.slice(i * K, i * K + K).indexOf(lit);
+        if (k < 0) continue;
+        [e, strength] = [lit, k === 0 ? 1 : 0.45];
+      }
+      paint.globalAlpha = strength;
+      paint.fillStyle = colours[e];
+      paint.fillRect(i * step, l * barcodeRow + 1, Math.max(step, 0.7), barcodeRow - 2);
+    }
+  });
+};
+const markBarcode = () => {
+  const [row, column] = [byId("barcode-layer"), byId("barcode-token")];
+  row.style.height = `${100 / L}%`;
+  row.style.top = `${100 * state.layer / L}%`;
+  column.hidden = state.token === null;
+  column.style.left = `${100 * (state.token ?? 0) / N}%`;
+  column.style.width = `max(3px, ${100 / N}%)`;
+};
+
+const chooseToken = (i, focus = false) => {
+  if (i < 0 || i >= N) return;
+  if (state.token !== null) nodes[state.token].removeAttribute("aria-current");
+  nodes[reachable].tabIndex = -1;
+  nodes[i].tabIndex = 0;
+  reachable = i;
+  nodes[i].setAttribute("aria-current", "true");
+  change("token", i);
+  if (focus) nodes[i].focus();
+};
+const letGo = () => {
+  if (state.token !== null) nodes[state.token].removeAttribute("aria-current");
+  change("token", null);
+  change("lit", null);
+};
+
+// The token one line above or below whose middle is nearest.
+const vertical = (i, sign) => {
+  const from = nodes[i].getBoundingClientRect(), middle = from.left + from.width / 2;
+  let best = i, distance = Infinity, line = null;
+  for (let j = i + sign; j >= 0 && j < N; j += sign) {
+    const box = nodes[j].getBoundingClientRect();
+    if (sign * (box.top - from.top) < from.height / 2) continue;
+    line ??= box.top;
+    if (Math.abs(box.top - line) > from.height / 2) break;
+    const d = Math.abs(box.left + box.width / 2 - middle);
+    if (d < distance) [best, distance] = [j, d];
+  }
+  return best;
+};
+
+const setLayer = (layer) => {
+  const next = Math.max(0, Math.min(L - 1, layer));
+  byId("layer").value = next;
+  byId("layer-name").textContent = `${next} (of 0 to ${L - 1})`;
+  change("layer", next);
+};
+
+const walk = (event) => {
+  const i = Number(event.target.dataset.i);
+  const rtl = event.target.parentElement.dir === "rtl" ? -1 : 1;
+  const moves = { ArrowRight: () => i + rtl, ArrowLeft: () => i - rtl, ArrowDown: () => vertical(i, 1), ArrowUp: () => vertical(i, -1), Home: () => 0, End: () => N - 1 };
+  if (Number.isNaN(i) || !moves[event.key]) return;
+  event.preventDefault();
+  chooseToken(moves[event.key](), true);
+};
+
+const drawLegend = () => fill(clear(byId("legend")), {}, [
+  el("span", {}, "Experts"),
+  range(E).map((e) => el("button", { type: "button", vars: { "--c": colourOf(e), "--on": inkOn(e) }, "aria-pressed": String(state.lit === e), "aria-label": `Expert ${e}`, title: `Light up the tokens of expert ${e} in every layer`,
+    "data-expert": e, onclick: () => change("lit", state.lit === e ? null : e) }, `${e}`)),
+]);
+
+const startText = () => {
+  byId("layer").max = L - 1;
+  byId("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
+  drawLegend();
+  buildTokens();
+  drawKey();
+  listeners.push((what) => {
+    if (what === "layer" || what === "lit") colourTokens();
+    if (what === "lit") for (const b of byId("legend").querySelectorAll("button")) b.setAttribute("aria-pressed", String(Number(b.dataset.expert) === state.lit));
+    if (what === "layer" || what === "token") { drawCard(); markBarcode(); }
+    if (what === "lit") requestAnimationFrame(drawBarcode);
+  });
+  const tokenOf = (event) => event.target.closest(".t[data-i]");
+  tokensBox.addEventListener("pointerover", (event) => { const t = tokenOf(event); if (t && event.pointerType === "mouse") chooseToken(Number(t.dataset.i)); });
+  tokensBox.addEventListener("click", (event) => { const t = tokenOf(event); if (t) chooseToken(Number(t.dataset.i), true); });
+  tokensBox.addEventListener("focusin", (event) => { const t = tokenOf(event); if (t && Number(t.dataset.i) !== state.token) chooseToken(Number(t.dataset.i)); });
+  tokensBox.addEventListener("keydown", walk);
+  byId("colour").addEventListener("change", colourTokens);
+  byId("numbers").addEventListener("change", colourTokens);
+  barcode.addEventListener("click", (event) => {
+    const box = barcode.getBoundingClientRect();
+    setLayer(Math.floor((event.clientY - box.top) / box.height * L));
+    chooseToken(Math.min(N - 1, Math.floor((event.clientX - box.left) / box.width * N)));
+    nodes[state.token].scrollIntoView({ block: "nearest" });
+  });
+  document.addEventListener("keydown", (event) => {
+    if (event.target.matches("select, input[type=text]")) return;
+    if (event.key === "[") setLayer(state.layer - 1);
+    if (event.key === "]") setLayer(state.layer + 1);
+    if (event.key === "Escape") letGo();
+  });
+  window.addEventListener("resize", drawBarcode);
+  setLayer(0);
+  requestAnimationFrame(drawBarcode);
+};

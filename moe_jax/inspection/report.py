@@ -1,0 +1,251 @@
+"""The routing report: one HTML file that shows where every token of a text went, and what the experts are for.
+
+The page is made from `page/` in this package: markup, style and scripts, inlined. It loads nothing and sends nothing.
+Its content security policy allows one style and one script, by their digests, and no network address. The page holds
+all the numbers that it shows as one JSON object (`<script type="application/json" id="routing-data">`):
+
+    schema            1
+    run, model        names, sizes, scores; the shape of the model
+    text              source; pieces (one string a token); ids; mark (places of tokens that are not shown as their own
+                      text); loss (nats of the next token, one number fewer than tokens)
+    routing           expert, gate, slot, keep: for each layer a flat list of N*K; prob: of N*E
+    attention         for each layer, head and token a flat list: steps back, percent, steps back, percent, ...
+    corpus            counts on validation text (see `corpus_routing.corpus_data`), or null without such a text
+    corpus_missing    why there is no validation text; empty if there is one
+    specialisation    for each layer and expert, the tokens that prefer it (see `corpus_routing.specialisation`)
+                      and the kinds of tokens that prefer it (see `token_groups.group_preferences`)
+    training          curves of metrics.jsonl and of the saved traces (see `training_curves`)
+    compiled          the compiled MoE layer (see `compiled_layer`)
+"""
+
+import base64
+import hashlib
+import html
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import ConfigError, UserError
+from moe_jax.data.token_store import prepare_token_store
+from moe_jax.data.tokenizers import token_pieces
+from moe_jax.inference.routing_pass import check_routed
+from moe_jax.inspection.compiled_layer import compiled_layer
+from moe_jax.inspection.corpus_routing import CORPUS_TOKENS, CorpusRouting, corpus_data, corpus_routing, specialisation
+from moe_jax.inspection.token_groups import group_preferences
+from moe_jax.inspection.trace import RoutingTrace, routing_trace, trace_tokens
+from moe_jax.inspection.training_curves import training_curves
+from moe_jax.model.costs import count_parameters, totals
+from moe_jax.plots.figures import run_figures, save_figures
+from moe_jax.runs.load import LoadedRun, open_run
+from moe_jax.system.files import write_atomically
+
+SCHEMA = 1
+DEFAULT_TOKENS = 512
+"""Tokens of validation text that the page shows if no text is given."""
+SCRIPTS = ("base", "charts", "text", "experts", "capacity", "training", "inside", "main")
+ATTENTION_ENTRIES = 200_000
+"""Most attention weights of a page. Each token, head and layer keeps a few of them, fewer in a long text."""
+MOST_PER_TOKEN = 8
+LEAST_PERCENT = 2
+
+
+def report_path(folder: Path) -> Path:
+    """The default path of a run's report."""
+    return folder / "report" / "routing.html"
+
+
+def report_run(folder: Path) -> list[str]:
+    """Write pictures and report of a finished run into its folder `report`. Returns the lines to print.
+
+    They say what was written, or why it was not. A missing report is no failure of the run.
+    """
+    lines = []
+    try:
+        save_figures(run_figures([folder]), folder / "report")
+        lines.append(f"pictures: {folder / 'report'}")
+    except UserError as error:
+        lines.append(f"no pictures: {error}")
+    try:
+        lines.append(f"routing report: {write_report(folder, report_path(folder))}, to open in a browser")
+    except UserError as error:
+        lines.append(f"no routing report: {error}")
+    return lines
+
+
+def write_report(
+    folder: Path, out: Path, *, text: str = "", step: int | None = None, json_out: Path | None = None
+) -> Path:
+    """Write the report of a run on `text`, or without a text on the beginning of its validation text. Returns its path.
+
+    Raises UserError if the folder holds no run or a dense baseline, or if there is no text to show.
+    """
+    run = open_run(folder, step)
+    check_routed(run.config.model)
+    valid, missing = _validation_tokens(run)
+    if text:
+        trace, source = routing_trace(run, text), "The text that was given"
+    elif valid is None:
+        raise UserError(f"--text: must be given, since the validation text cannot be had: {missing}")
+    else:
+        trace, source = trace_tokens(run, np.asarray(valid[:DEFAULT_TOKENS], np.int32)), "Validation text"
+    corpus = None if valid is None else corpus_routing(run, valid)
+    data = report_data(folder, run, trace, source, corpus, missing)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, render(data))
+    if json_out is not None:
+        json_out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(json_out, _json(data) + "\n")
+    return out
+
+
+def _validation_tokens(run: LoadedRun) -> tuple[np.ndarray | None, str]:
+    """The validation stream of the run and an empty text; or None and the reason why there is no stream."""
+    try:
+        valid = prepare_token_store(run.config.data, tokenizer=run.tokenizer, progress=False).valid.tokens
+    except (ConfigError, UserError) as error:
+        return None, f"The run's validation text is not at hand ({error})."
+    return valid[: max(CORPUS_TOKENS, run.config.model.seq_len, DEFAULT_TOKENS)], ""
+
+
+def report_data(
+    folder: Path, run: LoadedRun, trace: RoutingTrace, source: str, corpus: CorpusRouting | None, missing: str
+) -> dict[str, Any]:
+    """Everything that the page shows, ready for JSON."""
+    return {
+        "schema": SCHEMA,
+        "run": _run_data(folder, run),
+        "model": _model_data(trace),
+        "text": {
+            "source": source,
+            "pieces": trace.pieces,
+            "ids": trace.tokens.tolist(),
+            "mark": _marked(run, trace),
+            "loss": _rounded(trace.loss[:-1], 3),
+        },
+        "routing": {
+            "expert": _flat(trace.expert_index),
+            "gate": _flat(np.round(trace.gate.astype(float), 4)),
+            "slot": _flat(trace.slot),
+            "keep": _flat(trace.keep.astype(int)),
+            "prob": _flat(np.round(trace.probs.astype(float), 4)),
+        },
+        "attention": attention_data(trace),
+        "corpus": None if corpus is None else corpus_data(corpus),
+        "corpus_missing": missing,
+        "specialisation": _specialisation_data(run, corpus, trace),
+        "training": training_curves(folder, run),
+        "compiled": compiled_layer(run),
+    }
+
+
+def _run_data(folder: Path, run: LoadedRun) -> dict[str, Any]:
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        summary = {}
+    counts = totals(count_parameters(run.config.model))
+    return {
+        "name": folder.resolve().name,
+        "preset": run.config.preset,
+        "step": run.checkpoint.step,
+        "params_total": counts.total,
+        "params_active": counts.active,
+        "val_bits_per_byte": summary.get("val_bits_per_byte"),
+        "floor": summary.get("entropy_floor_bits_per_byte"),
+    }
+
+
+def _model_data(trace: RoutingTrace) -> dict[str, Any]:
+    config = trace.config
+    names = ("layers", "experts", "seq_len", "heads", "width", "expert_hidden", "dropless")
+    policy = ("top_k", "capacity_factor", "dispatch", "priority")
+    values = {name: getattr(config, name) for name in names}
+    values |= {name: getattr(config.routing, name) for name in policy}
+    return values | {"capacity": trace.capacity}
+
+
+def _marked(run: LoadedRun, trace: RoutingTrace) -> list[int]:
+    """Positions of the tokens that are not shown as their own text: separators and parts of characters."""
+    sizes = run.tokenizer.token_bytes()[trace.tokens]
+    spelled = [len(piece.encode()) != size for piece, size in zip(trace.pieces, sizes, strict=True)]
+    return [int(i) for i in np.flatnonzero(spelled)]
+
+
+def _specialisation_data(
+    run: LoadedRun, corpus: CorpusRouting | None, trace: RoutingTrace
+) -> list[list[dict[str, Any]]]:
+    if corpus is None:
+        empty = {"tokens": [], "kinds": 0, "share": 0.0, "groups": []}
+        return [[empty] * trace.config.experts for _ in range(trace.config.layers)]
+    found = specialisation(corpus)
+    groups = group_preferences(corpus, run.tokenizer, run.config.data.source == "stories")
+    for layer, e in np.ndindex(len(found), trace.config.experts):
+        entry = found[layer][e]
+        entry["groups"] = groups[layer][e]
+        pieces = token_pieces(run.tokenizer, np.array([t["id"] for t in entry["tokens"]], np.int32))
+        entry["tokens"] = [token | {"text": piece} for token, piece in zip(entry["tokens"], pieces, strict=True)]
+    return found
+
+
+def attention_data(trace: RoutingTrace) -> dict[str, Any]:
+    """The largest attention weights of each token and head, in whole percent, and not below LEAST_PERCENT."""
+    heads, layers = trace.config.heads, trace.config.layers
+    shown = sum(window.shape[2] for window in trace.attention)
+    most = max(1, min(MOST_PER_TOKEN, ATTENTION_ENTRIES // (shown * heads * layers)))
+    weights: list[list[list[list[int]]]] = [[[] for _ in range(heads)] for _ in range(layers)]
+    for window in trace.attention:
+        percent = np.rint(100 * window).astype(int)
+        order = np.argsort(-percent, axis=-1, kind="stable")[..., :most]
+        top = np.take_along_axis(percent, order, axis=-1)
+        back = np.arange(window.shape[2])[:, None] - order
+        for layer, head, i in np.ndindex(order.shape[:3]):
+            chosen = top[layer, head, i] >= LEAST_PERCENT
+            pairs = np.stack([back[layer, head, i][chosen], top[layer, head, i][chosen]], axis=1)
+            weights[layer][head].append(pairs.reshape(-1).tolist())
+    return {"heads": heads, "tokens": shown, "weights": weights}
+
+
+def _flat(array: np.ndarray) -> list[list[Any]]:
+    """Each layer as a flat list."""
+    return array.reshape(len(array), -1).tolist()
+
+
+def _rounded(values: np.ndarray, digits: int) -> list[float | None]:
+    return [round(float(v), digits) if np.isfinite(v) else None for v in values]
+
+
+def _json(data: dict[str, Any]) -> str:
+    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+
+
+def render(data: dict[str, Any]) -> str:
+    """The page. In the data `<` is written as a JSON escape, so no text can end the data's element or begin another."""
+    page = resources.files("moe_jax.inspection") / "page"
+    read = lambda name: (page / name).read_text(encoding="utf-8")  # noqa: E731
+    style = read("style.css")
+    script = '"use strict";\n(() => {\n' + "\n".join(read(f"{name}.js") for name in SCRIPTS) + "})();\n"
+    policy = (
+        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    parts = {
+        "policy": policy,
+        "title": html.escape(f"Routing of {data['run']['name']}"),
+        "style": style,
+        "script": script,
+        "data": _json(data).replace("<", "\\u003c"),
+    }
+    before, *rest = read("index.html").split("{{")
+    filled = [before]
+    for piece in rest:
+        name, _, after = piece.partition("}}")
+        filled += [parts[name], after]
+    return "".join(filled)
+
+
+def _digest(content: str) -> str:
+    """The name that a content security policy gives to the content of an inline element."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()

@@ -1,0 +1,140 @@
+"""Where every token of a text went: the routing decisions of the training pass, returned as values.
+
+`routing_trace` runs the forward pass of training, with its capacity, but without dropout and router noise. The model is
+called with the static argument `trace`. A text is cut into windows of T tokens, as in training. The last window is
+padded on the right. The model is causal, so the padding changes nothing before it, and it is cut off again.
+
+In a notebook:
+
+    run = moe_jax.load_run("runs/nano")
+    trace = run.trace("Once upon a time there was a dragon.")
+    trace.expert_index[0]    # [N, K]: the experts that layer 0 chose
+    trace                    # shows the text, coloured by expert
+    trace.figures()          # load of the experts, first choice of each token
+"""
+
+import html
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import ModelConfig, UserError
+from moe_jax.data.tokenizers import token_pieces
+from moe_jax.inference.routing_pass import check_routed, choice_totals, make_trace_step
+from moe_jax.inspection.figures import trace_figures
+from moe_jax.runs.load import LoadedRun
+
+DECISIONS = ("probs", "expert_index", "gate", "slot", "keep")
+"""Fields of a trace with axes [L, N, ...]."""
+WINDOWS = 8
+"""Most windows of one call of the compiled program."""
+LONGEST = 16_384
+"""Most tokens of a traced text. A page with more tokens would open slowly."""
+ATTENTION_TOKENS = 1_024
+"""Attention weights are kept only for windows that begin before this token: each layer and head has T x T of them in
+one window."""
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """The routing of one text of N tokens, on the host. The first token is the separator before the text."""
+
+    config: ModelConfig
+    tokens: np.ndarray
+    """int [N]: token ids."""
+    pieces: list[str]
+    """The text of each token. Bytes that are not a whole character are written in hexadecimal: <F0 9F>."""
+    probs: np.ndarray
+    """float32 [L, N, E]: the router's softmax."""
+    expert_index: np.ndarray
+    """int [L, N, K]: the chosen experts, best first."""
+    gate: np.ndarray
+    """float32 [L, N, K]: the gates of these experts."""
+    slot: np.ndarray
+    """int [L, N, K]: position in the expert's queue of this window, from 0."""
+    keep: np.ndarray
+    """bool [L, N, K]: whether the choice got a slot."""
+    loss: np.ndarray
+    """float32 [N]: cross-entropy of the token *after* this one, in nats; NaN for the last token."""
+    attention: list[np.ndarray]
+    """float32 [L, H, n, n] for each of the first windows (see ATTENTION_TOKENS): axis 2 the query, axis 3 the key."""
+
+    @property
+    def capacity(self) -> int:
+        """C, slots of an expert in one window."""
+        return self.config.capacity
+
+    @property
+    def drop_fraction(self) -> np.ndarray:
+        """float [L]: share of the choices that got no slot."""
+        return 1 - self.keep.mean((1, 2))
+
+    def load(self) -> np.ndarray:
+        """int [L, E]: how often each expert was chosen, before drops."""
+        return choice_totals(self.expert_index, self.config.experts)
+
+    def figures(self) -> dict[str, Any]:
+        """Matplotlib figures by name, which a notebook shows inline. Needs the extra `plots`."""
+        windows = math.ceil(len(self.tokens) / self.config.seq_len)
+        slots = None if self.config.dropless else self.capacity * windows
+        return trace_figures(self.load(), self.drop_fraction, slots, self.expert_index[..., 0])
+
+    def _repr_html_(self) -> str:
+        """The HTML that a notebook shows: for each layer a paragraph, the text coloured by the first choices."""
+        hues = [f"hsl({360 * e // self.config.experts} 70% 50% / .3)" for e in range(self.config.experts)]
+        rows = []
+        for layer, experts in enumerate(self.expert_index[..., 0]):
+            spans = (
+                f'<span title="expert {e}" style="background:{hues[e]}">{html.escape(piece)}</span>'
+                for piece, e in zip(self.pieces, experts, strict=True)
+            )
+            rows.append(f"<p style='white-space:pre-wrap'><b>Layer {layer}</b><br>{''.join(spans)}</p>")
+        return "".join(rows)
+
+
+def routing_trace(run: LoadedRun, text: str) -> RoutingTrace:
+    """The routing of a text by a trained model.
+
+    Raises UserError for a dense baseline, for expert choice, and for a text with more than LONGEST tokens.
+    """
+    check_routed(run.config.model)
+    tokens = np.array([run.tokenizer.separator_id, *run.tokenizer.encode(text)], np.int32)
+    if len(tokens) > LONGEST:
+        raise UserError(f"--text: {len(tokens):,} tokens, at most {LONGEST:,} can be shown; give a part of the text")
+    return trace_tokens(run, tokens)
+
+
+def trace_tokens(run: LoadedRun, tokens: np.ndarray) -> RoutingTrace:
+    """The routing of token ids int [N], N >= 1, cut into windows of T. Raises UserError if a router gives NaN."""
+    step = make_trace_step(run.graphdef)
+    windows = list(_windows(tokens, run.config.model.seq_len))
+    parts: list[dict[str, np.ndarray]] = []
+    attention: list[np.ndarray] = []
+    rows = min(WINDOWS, len(windows))
+    for first in range(0, len(windows), rows):
+        group = windows[first : first + rows]
+        padded = np.stack([w for w, _ in group] + [group[0][0]] * (rows - len(group)))
+        trace, losses = jax.tree.map(np.asarray, step(run.params, jnp.asarray(padded)))
+        for b, (_, n) in enumerate(group):
+            parts.append({name: getattr(trace, name)[:, b, :n] for name in DECISIONS} | {"loss": losses[b, :n]})
+            if (first + b) * run.config.model.seq_len < ATTENTION_TOKENS:
+                attention.append(trace.attention[:, b, :, :n, :n])
+    loss = np.concatenate([p["loss"] for p in parts])
+    loss[-1] = np.nan
+    layered = {k: np.concatenate([p[k] for p in parts], axis=1) for k in DECISIONS}
+    if not np.isfinite(layered["probs"]).all():
+        raise UserError(f"the routers of step {run.checkpoint.step} give NaN; load an earlier checkpoint with --step")
+    pieces = token_pieces(run.tokenizer, tokens)
+    return RoutingTrace(run.config.model, tokens, pieces, loss=loss, attention=attention, **layered)
+
+
+def _windows(tokens: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Each window with the token that follows it, int [T+1], padded with 0; and how many of its T tokens are text."""
+    for first in range(0, len(tokens), seq_len):
+        part = tokens[first : first + seq_len + 1]
+        yield np.pad(part, (0, seq_len + 1 - len(part))), min(len(part), len(tokens) - first, seq_len)

@@ -1,0 +1,136 @@
+"""The cost of a model, by formula: its parameters by group, and its floating-point operations in training."""
+
+from typing import NamedTuple
+
+from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.model.moe.layer import block_rows
+
+
+class Count(NamedTuple):
+    """Parameters of a group."""
+
+    total: int
+    active: int
+    """Parameters that are used for one token."""
+    multiplied: int
+    """Active matrix entries that a token is multiplied with: 2 floating-point operations each forward, 4 backward."""
+
+
+def count_parameters(config: ModelConfig) -> dict[str, Count]:
+    """Parameters by group; the groups sum to the whole model exactly.
+
+    One token uses one row of the embedding, one row of the positions, K of E experts, and all other parameters. A tied
+    head is the same matrix as the embedding: it is counted once, and all of it is active and multiplied.
+    """
+    c = config
+    bias = int(c.bias)
+    norm = c.width * (1 + (bias if c.norm == "layernorm" else 0))
+    attention = 4 * c.width**2
+    attention_bias = bias * 4 * c.width
+    matrices = 3 if c.activation == "swiglu" else 2
+    expert = matrices * c.width * c.expert_hidden
+    vocabulary = c.vocab_size * c.width
+    groups: dict[str, Count] = {}
+    if c.tied_head:
+        groups["embedding, also the head"] = Count(vocabulary, vocabulary, vocabulary)
+    else:
+        groups["embedding"] = Count(vocabulary, c.width, 0)
+        groups["head"] = Count(vocabulary, vocabulary, vocabulary)
+    if c.positions == "learned":
+        groups["positions"] = Count(c.seq_len * c.width, c.width, 0)
+    stored = c.layers * (attention + attention_bias)
+    groups["attention"] = Count(stored, stored, c.layers * attention)
+    if c.dense == "none":
+        router = c.layers * c.width * c.experts
+        bias = c.layers * c.experts * (c.routing.balancing == "bias")
+        groups["routers"] = Count(router + bias, router + bias, router)
+        active = c.layers * c.routing.top_k * expert
+        groups["experts"] = Count(c.layers * c.experts * expert, active, active)
+        if c.shared_experts:
+            shared = c.layers * c.shared_experts * expert
+            groups["shared experts"] = Count(shared, shared, shared)
+    else:
+        dense = c.layers * matrices * c.width * c.dense_hidden
+        groups["dense FFN"] = Count(dense, dense, dense)
+    norms = (2 * c.layers + 1) * norm
+    norms += c.layers * 2 * c.head_width * c.qk_norm
+    groups["norms"] = Count(norms, norms, 0)
+    return groups
+
+
+def totals(groups: dict[str, Count]) -> Count:
+    """The sum of the groups."""
+    total, active, multiplied = (sum(column) for column in zip(*groups.values(), strict=True))
+    return Count(total, active, multiplied)
+
+
+def expert_flops(config: ModelConfig, rows: int) -> int:
+    """Forward floating-point operations of the experts' matrix products on `rows` rows, one token each."""
+    matrices = 3 if config.activation == "swiglu" else 2
+    return 2 * rows * matrices * config.width * config.expert_hidden
+
+
+def router_flops(config: ModelConfig, tokens: int) -> int:
+    """Forward floating-point operations of a router on `tokens` tokens."""
+    return 2 * tokens * config.width * config.experts
+
+
+def bound_flops(config: ModelConfig, batch: int) -> int:
+    """Forward floating-point operations of an MoE layer with all slots filled: E*C rows of each sequence go through an
+    expert, and every token goes through the shared experts and the router."""
+    return _layer_flops(config, batch, batch * config.experts * config.capacity)
+
+
+def layer_flops(config: ModelConfig, batch: int) -> int:
+    """Forward floating-point operations of an MoE layer in training, with the rows of its dispatch."""
+    return _layer_flops(config, batch, multiplied_rows(config, batch))
+
+
+def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
+    tokens = batch * config.seq_len
+    return expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
+
+
+def multiplied_rows(config: ModelConfig, batch: int) -> int:
+    """Rows that the routed experts multiply when a layer trains on `batch` sequences.
+
+    With dispatch by `capacity`, the rows are all slots of all experts, filled or empty. With `blocks`, they are all
+    rows of all blocks, filled or empty.
+    """
+    tokens = batch * config.seq_len
+    if config.routing.dispatch == "blocks":
+        pairs = tokens * config.routing.top_k
+        block = block_rows(pairs, config.experts)
+        return (config.experts + (pairs - 1) // block) * block
+    return batch * config.experts * config.capacity
+
+
+def training_flops(config: RunConfig, steps: int) -> int:
+    """Floating-point operations of training: 6 x active matmul parameters x tokens, plus the matrix products of Muon.
+
+    Matmul parameters are attention, router, K experts, shared experts (or the dense network) and head. Lookups, norms,
+    biases and attention scores are not counted.
+    """
+    train = config.train
+    tokens = steps * train.batch_size * train.grad_accum * config.model.seq_len
+    own = muon_flops(config.model, train.muon_router) if train.optimizer == "muon" else 0
+    return 6 * totals(count_parameters(config.model)).multiplied * tokens + own * steps
+
+
+NEWTON_SCHULZ_STEPS = 5
+
+
+def muon_flops(config: ModelConfig, routers: bool = False) -> int:
+    """Floating-point operations of the matrix products in one Muon step.
+
+    For a matrix X of m rows and n >= m columns, each Newton-Schulz iteration computes S = X X^T, then S S, then a
+    product of an m x m matrix with X: 4 m^2 n + 2 m^3 operations.
+    """
+    width, hidden = config.width, config.expert_hidden if config.dense == "none" else config.dense_hidden
+    experts = config.experts if config.dense == "none" else 1
+    matrices = 3 if config.activation == "swiglu" else 2
+    shapes = [(width, 3 * width), (width, width), *[(width, hidden)] * (experts * matrices)]
+    shapes += [(width, config.shared_experts * hidden)] * matrices * (config.shared_experts > 0)
+    shapes += [(width, config.experts)] * (routers and config.dense == "none")
+    once = sum(4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in shapes)
+    return config.layers * NEWTON_SCHULZ_STEPS * once

@@ -1,0 +1,312 @@
+"""Bringing tokens to experts and back.
+
+A dispatch is an object with three methods. `plan` decides the row of each (token, choice) pair. `apply` copies the
+tokens into their rows, runs the experts, and sums the results for each token. `trace` returns the place of each pair in
+its expert's queue.
+
+    Capacity   every expert has C slots for each sequence; pairs beyond them are dropped. Training.
+    Blocks     rows sorted by expert and cut into blocks of R rows, one expert a block; drops nothing. Dropless
+               training, evaluation and prefill, at about the active arithmetic.
+    PerToken   each pair is a group of its own and reads its expert's weights only; drops nothing. Decoding.
+
+All three use two functions over rows `[G, B, R, D]`, that is G groups of R rows for each sequence. `dispatch` copies
+tokens into rows, and `combine` sums rows back into tokens. The batch stays an axis of its own, so a batch that is split
+over devices needs no communication here. Both functions are linear maps, and each is the adjoint of the other, up to
+the gates. So their gradients are gathers too. There is no scatter-add, hence the gradients have the same bits each
+time, and no array has the shape `[T, E, C]`.
+
+`reference.py` has two slow dispatches, which the tests compare these with. `variants.py` has the priorities that leak.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.queues import choice_counts, queue_positions
+from moe_jax.model.moe.router import Routing
+
+
+class Plan(NamedTuple):
+    """The row of each pair, and the pair of each row. A sequence has T*K pairs in token-major order."""
+
+    pair: Int[Array, "G B R"]
+    """The pair t*K + k in each row; T*K where the row is empty."""
+    row: Int[Array, "B T K"]
+    """The row g*R + r of each pair; G*R where the pair was dropped."""
+    keep: Bool[Array, "B T K"]
+    """Whether the pair has a row."""
+
+
+class QueuedPairs(NamedTuple):
+    """The place of each pair in its expert's queue, for a trace."""
+
+    position: Int[Array, "B T K"]
+    """Place in the queue, from 0."""
+    keep: Bool[Array, "B T K"]
+    """Whether the pair was served."""
+
+
+@runtime_checkable
+class Dispatch(Protocol):
+    """How the (token, choice) pairs of a batch reach their experts."""
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        """The gated sum of the chosen experts' outputs, and the share of each sequence's pairs that was dropped."""
+        ...
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        """The place of each pair in its expert's queue, and whether the pair was served."""
+        ...
+
+
+# Capacity
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """Every expert has `slots` slots for each sequence, given out in token-major order. Later pairs are dropped."""
+
+    slots: int
+    """C, see `moe_jax.config.capacity`."""
+
+    def plan(self, routing: Routing) -> Plan:
+        """The kept pair at place p in the queue of expert e sits in row e*C + p."""
+        position, keep = self.trace(routing)
+        row = self.requested_pairs(routing).expert_index * self.slots + position
+        return _plan(row, keep, routing.logits.shape[-1], self.slots)
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        plan, routing = self.plan(routing), self.requested_pairs(routing)
+        with jax.named_scope("dispatch"):
+            rows = dispatch(x, plan)
+        with jax.named_scope("experts"):
+            groups, batch, slots, width = rows.shape
+            rows = experts(rows.reshape(groups, batch * slots, width)).reshape(rows.shape)
+        with jax.named_scope("combine"):
+            return combine(rows, routing.gate, plan), self.drop_fraction(plan.keep)
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        position = queue_positions(routing.expert_index, routing.valid, routing.logits.shape[-1])
+        return QueuedPairs(position, (position < self.slots) & routing.valid[..., None])
+
+    def requested_pairs(self, routing: Routing) -> Routing:
+        """The pairs that ask for a slot: the chosen pairs. (`LeakyCapacity` overrides this for expert choice.)"""
+        return routing
+
+    def drop_fraction(self, keep: Bool[Array, "B T *K"]) -> Float[Array, " B"]:
+        """Share of each sequence's pairs without a slot. Counted, so it is exactly 0 if none is dropped."""
+        return (~keep).reshape(len(keep), -1).mean(1, dtype=jnp.float32)
+
+
+# Dropless
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Every pair of the batch gets a row. Rows form blocks of `rows` rows, and each block belongs to one expert.
+
+    The whole batch is treated as one sequence of N = B*T tokens. Block e, for e < E, is the first block of expert e.
+    The further blocks follow, sorted by expert: an expert with n > 0 pairs has ceil(n / rows) - 1 further blocks. An
+    expert has a further block only if its earlier blocks are full, so (pairs - 1) // rows further blocks always
+    suffice. Unused blocks are empty and belong to the last expert.
+    """
+
+    rows: int
+    """R, rows of a block."""
+    in_place: bool = False
+    """True: multiply with each expert's matrices in place, in a loop over the used blocks. This works only without a
+    gradient, because the number of passes of the loop is not known when the program is compiled. False: each block gets
+    a copy of its expert's matrices."""
+
+    def plan(self, routing: Routing) -> tuple[Plan, Int[Array, " G"], Int[Array, ""]]:
+        """The plan over the whole batch as one sequence, the expert of each block, and the number of used blocks. The
+        used blocks come first."""
+        experts = routing.logits.shape[-1]
+        flat = routing._replace(
+            expert_index=routing.expert_index.reshape(1, -1, routing.expert_index.shape[-1]),
+            valid=routing.valid.reshape(1, -1),
+        )
+        pairs = flat.expert_index.size
+        more = (pairs - 1) // self.rows
+        counts = choice_counts(flat.expert_index, flat.valid, experts).sum((0, 1))
+        further = (-(-counts // self.rows) - 1).clip(0)
+        ends = experts + jnp.cumsum(further)
+        position = queue_positions(flat.expert_index, flat.valid, experts)
+        nth, place = position // self.rows, position % self.rows
+        block = jnp.where(nth == 0, flat.expert_index, (ends - further)[flat.expert_index] + nth - 1)
+        rest = jnp.searchsorted(ends, experts + jnp.arange(more), side="right").clip(0, experts - 1)
+        keep = jnp.broadcast_to(flat.valid[..., None], block.shape)
+        plan = _plan(block * self.rows + place, keep, experts + more, self.rows)
+        return plan, jnp.concatenate([jnp.arange(experts), rest]), ends[-1]
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        plan, group_expert, used = self.plan(routing)
+        with jax.named_scope("dispatch"):
+            rows = dispatch(x.reshape(1, -1, x.shape[-1]), plan)[:, 0]
+        with jax.named_scope("experts"):
+            if self.in_place:
+                rows = experts.apply_blocks(rows, group_expert, used)
+            else:
+                rows = experts(rows, group_expert)
+        return _combine_dropless(rows, routing, plan, x)
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        return _unlimited(routing)
+
+
+@dataclass(frozen=True)
+class PerToken:
+    """One group of one row for each pair, so that only the weights of the chosen experts are read. For few tokens."""
+
+    def plan(self, routing: Routing) -> Plan:
+        """The plan over the whole batch as one sequence."""
+        top_k = routing.expert_index.shape[-1]
+        pairs = routing.expert_index.size
+        row = jnp.arange(pairs).reshape(1, -1, top_k)
+        keep = jnp.broadcast_to(routing.valid.reshape(1, -1, 1), row.shape)
+        return _plan(row, keep, pairs, 1)
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        plan = self.plan(routing)
+        with jax.named_scope("dispatch"):
+            rows = dispatch(x.reshape(1, -1, x.shape[-1]), plan)[:, 0]
+        with jax.named_scope("experts"):
+            rows = experts.apply_per_token(rows[:, 0], routing.expert_index.reshape(-1))[:, None]
+        return _combine_dropless(rows, routing, plan, x)
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        return _unlimited(routing)
+
+
+def _combine_dropless(rows: Array, routing: Routing, plan: Plan, x: Array) -> tuple[Array, Array]:
+    """Combine over the whole batch as one sequence. A pair is dropped only if its token is invalid."""
+    with jax.named_scope("combine"):
+        y = combine(rows[:, None], routing.gate.reshape(plan.row.shape), plan)
+    return y.reshape(x.shape), (~plan.keep).reshape(len(x), -1).mean(1, dtype=jnp.float32)
+
+
+def _unlimited(routing: Routing) -> QueuedPairs:
+    position = queue_positions(routing.expert_index, routing.valid, routing.logits.shape[-1])
+    return QueuedPairs(position, jnp.broadcast_to(routing.valid[..., None], position.shape))
+
+
+# The two functions `dispatch` and `combine`
+
+
+def _plan(row: Array, keep: Array, groups: int, rows: int) -> Plan:
+    """The plan, given the row of each kept pair. The pair of each row is computed by one scatter of integers, whose
+    targets are distinct."""
+    row = jnp.where(keep, row, groups * rows).astype(jnp.int32)
+    batch, pairs = len(row), row[0].size
+
+    def invert(row: Array) -> Array:
+        empty = jnp.full(groups * rows, pairs, jnp.int32)
+        return empty.at[row].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop", unique_indices=True)
+
+    pair = jax.vmap(invert)(row.reshape(batch, -1))
+    return Plan(pair.reshape(batch, groups, rows).swapaxes(0, 1), row, keep)
+
+
+_TOKENS = jax.lax.GatherDimensionNumbers(
+    offset_dims=(3,),
+    collapsed_slice_dims=(1,),
+    start_index_map=(1,),
+    operand_batching_dims=(0,),
+    start_indices_batching_dims=(1,),
+)
+"""Gather from x [B, T, D] at indices [G, B, R, 1]. The batch is an axis of both."""
+_ROWS = jax.lax.GatherDimensionNumbers(
+    offset_dims=(2,),
+    collapsed_slice_dims=(0, 2),
+    start_index_map=(0, 2),
+    operand_batching_dims=(1,),
+    start_indices_batching_dims=(0,),
+)
+"""Gather from rows [G, B, R, D] at indices [B, T, 2]. The batch is an axis of both."""
+
+
+def _gather(x: Array, index: Array, axes: jax.lax.GatherDimensionNumbers) -> Array:
+    """Vectors along the last axis of x. Zeros if the index is out of range."""
+    sizes = (1,) * (x.ndim - 1) + x.shape[-1:]
+    mode = jax.lax.GatherScatterMode.FILL_OR_DROP
+    return jax.lax.gather(x, index, axes, sizes, mode=mode, fill_value=0)
+
+
+def _tokens_at(x: Float[Array, "B T D"], token: Int[Array, "G B R"]) -> Float[Array, "G B R D"]:
+    """x[b, token[g, b, r]]. An empty row has the index T and gets zeros."""
+    return _gather(x, token[..., None], _TOKENS)
+
+
+def _rows_at(rows: Float[Array, "G B R D"], row: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """rows[g, b, r] for the row g*R + r of each token. A dropped pair has the index G*R and gets zeros."""
+    return _gather(rows, jnp.stack([row // rows.shape[2], row % rows.shape[2]], axis=-1), _ROWS)
+
+
+def _sum_of_choices(rows: Float[Array, "G B R D"], plan: Plan, gate: Array | None) -> Float[Array, "B T D"]:
+    """sum_k gate[b, t, k] * (the row of pair b, t, k), in the order of k. If `gate` is None, the sum without gates."""
+    terms = [_rows_at(rows, plan.row[..., k]) for k in range(plan.row.shape[-1])]
+    if gate is not None:
+        # The pairs of an invalid token are dropped, and their gates are NaN (`router.route`). `_rows_at` gives 0 for a
+        # dropped pair, but NaN * 0 is NaN. So the gate of a dropped pair is replaced by 0.
+        gate = jnp.where(plan.keep, gate, 0).astype(rows.dtype)
+        terms = [term * gate[..., k, None] for k, term in enumerate(terms)]
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
+
+
+@jax.custom_vjp
+def dispatch(x: Float[Array, "B T D"], plan: Plan) -> Float[Array, "G B R D"]:
+    """Copy each token into the rows of its kept choices. Empty rows are zero."""
+    return _tokens_at(x, plan.pair // plan.row.shape[-1])
+
+
+def _dispatch_forward(x: Array, plan: Plan) -> tuple[Array, Plan]:
+    return dispatch(x, plan), plan
+
+
+def _dispatch_backward(plan: Plan, d_rows: Array) -> tuple[Array, None]:
+    # The adjoint of copying: the gradient of a token is the sum of the gradients of its kept rows.
+    return _sum_of_choices(d_rows, plan, None), None
+
+
+dispatch.defvjp(_dispatch_forward, _dispatch_backward)
+
+
+@jax.custom_vjp
+def combine(rows: Float[Array, "G B R D"], gate: Float[Array, "B T K"], plan: Plan) -> Float[Array, "B T D"]:
+    """y[b, t] = sum_k gate[b, t, k] * (the row of pair b, t, k), in the order of k. A dropped pair contributes 0."""
+    return _sum_of_choices(rows, plan, gate)
+
+
+def _combine_forward(rows: Array, gate: Array, plan: Plan) -> tuple[Array, tuple[Array, Array, Plan]]:
+    return combine(rows, gate, plan), (rows, gate, plan)
+
+
+def _combine_backward(residuals: tuple[Array, Array, Plan], d_y: Array) -> tuple[Array, Array, None]:
+    rows, gate, plan = residuals
+    top_k = plan.row.shape[-1]
+    pairs = gate.reshape(len(gate), -1, 1)
+    gate_of_row = _tokens_at(pairs, plan.pair).astype(rows.dtype)
+    d_rows = _tokens_at(d_y, plan.pair // top_k) * gate_of_row
+    wide = jnp.promote_types(gate.dtype, rows.dtype)
+    d_gate = [
+        jnp.sum(_rows_at(rows, plan.row[..., k]) * d_y, axis=-1, dtype=wide).astype(gate.dtype) for k in range(top_k)
+    ]
+    return d_rows, jnp.stack(d_gate, axis=-1), None
+
+
+combine.defvjp(_combine_forward, _combine_backward)

@@ -1,0 +1,89 @@
+"""The experts: feed-forward networks without biases, applied to groups of rows."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from moe_jax.config import Activation
+from moe_jax.model.kernels.grouped_matmul import grouped_matmul
+from moe_jax.model.kernels.matmul import vector_matmul
+from moe_jax.model.layers import matrix_init
+
+
+class Experts(nnx.Module):
+    """E feed-forward networks side by side.
+
+    gelu:   gelu(x w_in) w_out, in the tanh form (Hendrycks and Gimpel 2016, section 2)
+    swiglu: (silu(x w_gate) * (x w_in)) w_out (Shazeer 2020, equation 6)
+
+    Parameters: w_in, w_gate (swiglu) `[E, D, F]`, w_out `[E, F, D]`.
+    """
+
+    def __init__(
+        self, experts: int, width: int, hidden: int, activation: Activation, out_scale: float, rngs: nnx.Rngs
+    ) -> None:
+        self.activation = activation
+        self.w_in = nnx.Param(matrix_init(rngs, (experts, width, hidden)))
+        if activation == "swiglu":
+            self.w_gate = nnx.Param(matrix_init(rngs, (experts, width, hidden)))
+        self.w_out = nnx.Param(matrix_init(rngs, (experts, hidden, width), scale=out_scale))
+
+    def __call__(
+        self, rows: Float[Array, "G R D"], group_expert: Int[Array, " G"] | None = None
+    ) -> Float[Array, "G R D"]:
+        """The network of expert `group_expert[g]` on the rows of each group g. Without `group_expert`, of expert g."""
+
+        # Everything after the first products is recomputed in the backward pass. Otherwise autodiff keeps the
+        # activation and several intermediate results, each as large as the hidden rows. They would be most of the
+        # memory that a layer keeps.
+        @jax.checkpoint
+        def rest(hidden: list[Array], w_out: Array) -> Array:
+            return grouped_matmul(self._activate(hidden), w_out, group_expert)
+
+        return rest([grouped_matmul(rows, w[...], group_expert) for w in self._input_matrices()], self.w_out[...])
+
+    def apply_blocks(
+        self, rows: Float[Array, "G R D"], group_expert: Int[Array, " G"], used: Int[Array, ""]
+    ) -> Float[Array, "G R D"]:
+        """The same for the groups of `dispatch.Blocks`, without copies of weights and without a gradient.
+
+        The first E groups are one batched product with the matrices of all experts in place. The other used groups, E
+        to `used` - 1, follow one after another. Groups from `used` on give zeros.
+        """
+        experts = len(self.w_in[...])
+        y = self(rows[:experts])
+        if len(rows) == experts:
+            return y
+
+        def add_block(g: Array, y: Array) -> Array:
+            return y.at[g].set(self.apply_single_expert(rows[g], group_expert[g]))
+
+        return jax.lax.fori_loop(experts, used, add_block, jnp.concatenate([y, jnp.zeros_like(rows[experts:])]))
+
+    def apply_per_token(self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"]) -> Float[Array, "G D"]:
+        """The same for groups of one row, one after another.
+
+        Decoding is bound by reading weights. Gathering them first would write and read them once more, so each group
+        multiplies with its expert's matrices in place.
+        """
+        return jax.lax.map(lambda group: self.apply_single_expert(*group), (rows, group_expert))
+
+    def apply_single_expert(self, x: Float[Array, "*R D"], expert: Int[Array, ""]) -> Float[Array, "*R D"]:
+        """The network of one expert. Not for training: its gradient would be as large as all experts together."""
+
+        def matmul(x: Array, param: nnx.Param) -> Array:
+            if x.ndim == 1:
+                return vector_matmul(x, param[...], expert)
+            return x @ jax.lax.dynamic_index_in_dim(param[...], expert, keepdims=False).astype(x.dtype)
+
+        return matmul(self._activate([matmul(x, w) for w in self._input_matrices()]), self.w_out)
+
+    def _input_matrices(self) -> list[nnx.Param]:
+        return [self.w_in, self.w_gate] if self.activation == "swiglu" else [self.w_in]
+
+    def _activate(self, hidden: list[Array]) -> Array:
+        """The input of the last product, from the first products."""
+        if self.activation == "swiglu":
+            return jax.nn.silu(hidden[1]) * hidden[0]
+        return jax.nn.gelu(hidden[0], approximate=True)

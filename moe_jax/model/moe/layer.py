@@ -1,0 +1,194 @@
+"""The mixture-of-experts layer, and the dense network that it is compared with.
+
+The path of a token through the layer: `router.py` chooses its experts, `dispatch.py` brings it to the experts and back,
+`experts.py` computes.
+"""
+
+import math
+from enum import Enum
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from moe_jax.config import Activation, RoutingConfig, capacity
+from moe_jax.model.layers import matrix_init
+from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
+from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, PerToken
+from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.router import Routing, route, router_logits
+from moe_jax.model.moe.variants import LeakyCapacity, jittered, noisy
+
+BLOCK_ROWS = 128
+"""Most rows of a block in training. A product with 128 rows is already fast."""
+INFERENCE_BLOCK_FACTOR = 1.5
+"""Rows of a block outside training / an expert's fair share of the pairs. At 1.5 few experts need a second block."""
+
+
+class Mode(Enum):
+    """The purpose of a forward pass. It decides the dispatch (`MoE.dispatch_for`)."""
+
+    TRAIN = "train"
+    """Training. Dispatch, capacity and priority are those of `RoutingConfig`."""
+    EVALUATE = "evaluate"
+    """Evaluation. Drops nothing, unless `eval_capacity_factor` sets a capacity."""
+    GENERATE = "generate"
+    """Reading a prompt and appending tokens to it. Never drops anything."""
+
+
+class LayerTrace(NamedTuple):
+    """Every routing decision of one layer. For a model, the arrays have a leading axis L."""
+
+    probs: Float[Array, "B T E"]
+    expert_index: Int[Array, "B T K"]
+    """The chosen experts, best first."""
+    gate: Float[Array, "B T K"]
+    slot: Int[Array, "B T K"]
+    """The place of each choice in its expert's queue, from 0. With a capacity, a valid token's choice is kept if its
+    place is below the capacity."""
+    keep: Bool[Array, "B T K"]
+    attention: Float[Array, "B H T T"] | None = None
+    """Attention weights of the block. The last axis is the key position, the axis before it the query position."""
+
+
+class RouterStats(NamedTuple):
+    """The routing statistics of a layer. For a model, the arrays have a leading axis L."""
+
+    balance_loss: Float[Array, ""]
+    z_loss: Float[Array, ""]
+    drop_fraction: Float[Array, " B"]
+    """Share of a sequence's (token, choice) pairs that found no slot. Under expert choice, share of its tokens that no
+    expert took."""
+    load: Float[Array, " E"]
+    """Share of the pairs that chose each expert, before drops."""
+    trace: LayerTrace | None = None
+    """Only in a traced pass."""
+
+
+class MoE(nnx.Module):
+    """A mixture-of-experts layer: router, dispatch, experts, combine.
+
+    Parameters: router `[D, E]`, and the parameters of `Experts`. With `balancing` = bias also balance_bias `[E]`, which
+    has no gradient. With S shared experts also one network of S*F hidden units (Dai et al. 2024, "DeepSeekMoE", section
+    3.2).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        experts: int,
+        routing: RoutingConfig | None = None,
+        *,
+        activation: Activation = "swiglu",
+        shared_experts: int = 0,
+        out_scale: float = 1.0,
+        rngs: nnx.Rngs,
+    ) -> None:
+        """A layer for inputs `[B, T, width]`, usable in any Flax model.
+
+        `hidden` is the width of one expert, `experts` their number, `routing` the policy (top 2 at capacity factor
+        1.25 unless given). `out_scale` multiplies the initial output projections. With 1 / sqrt(2 x layers), the
+        variance of the residual stream does not grow with the number of layers.
+
+        Raises ValueError where `routing.top_k` is below 1 or above the number of experts.
+        """
+        self.routing = routing or RoutingConfig()
+        if not 1 <= self.routing.top_k <= experts:
+            raise ValueError(f"top_k {self.routing.top_k}: must be between 1 and the number of experts, {experts}")
+        self.router = nnx.Param(matrix_init(rngs, (width, experts), scale=0.1))
+        self.experts = Experts(experts, width, hidden, activation, out_scale, rngs)
+        if self.routing.balancing == "bias":
+            self.balance_bias = nnx.Param(jnp.zeros(experts))
+        self.has_shared = shared_experts > 0
+        if self.has_shared:
+            self.shared = Experts(1, width, shared_experts * hidden, activation, out_scale, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        mode: Mode = Mode.TRAIN,
+        key: Key[Array, ""] | None = None,
+        trace: bool = False,
+    ) -> tuple[Float[Array, "B T D"], RouterStats]:
+        """The layer's output and its statistics. Add `RouterStats.balance_loss` and `z_loss`, weighted, to your loss.
+
+        A key turns on the router's noise and jitter. `trace`, a static argument, adds every decision to the statistics.
+        """
+        with jax.named_scope("router"):
+            routing = self.route(x, key)
+        dispatch = self.dispatch_for(mode, *x.shape[:2])
+        y, dropped = dispatch.apply(x, routing, self.experts)
+        if self.has_shared:
+            with jax.named_scope("shared"):
+                y = y + self.shared(x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
+        y = jnp.where(routing.valid[..., None], y, jnp.nan)  # an invalid token gives NaN, so that the error is seen
+        stats = RouterStats(balance_loss(routing), z_loss(routing), dropped, expert_load(routing).mean(0))
+        if trace:
+            position, keep = dispatch.trace(routing)
+            decisions = LayerTrace(routing.probs, routing.expert_index, routing.gate, position, keep)
+            stats = stats._replace(trace=decisions)
+        return y, stats
+
+    def route(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Routing:
+        """The routing decisions: each token chooses K experts."""
+        policy = self.routing
+        if key is not None and policy.input_jitter > 0:
+            x = jittered(x, jax.random.fold_in(key, 0), policy.input_jitter)
+        logits = router_logits(x, self.router[...])
+        if key is not None and policy.logit_noise > 0:
+            logits = noisy(logits, jax.random.fold_in(key, 1), policy.logit_noise)
+        bias = jax.lax.stop_gradient(self.balance_bias[...]) if policy.balancing == "bias" else None
+        return route(logits, policy.top_k, bias)
+
+    def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
+        """The dispatch of a pass over `batch` sequences of `tokens` tokens each.
+
+        A pass with few (token, choice) pairs is bound by reading weights. If there are at most E pairs, each pair reads
+        the weights of its own expert (`PerToken`). If there are more, most experts are chosen by some pair, and the
+        weights of each expert are read once for all its pairs (`Blocks`).
+        """
+        policy, experts = self.routing, self.router.shape[-1]
+        pairs = batch * tokens * policy.top_k
+        if mode is Mode.TRAIN:
+            if policy.dispatch == "blocks":
+                return Blocks(block_rows(pairs, experts))
+            slots = capacity(tokens, experts, policy.top_k, policy.capacity_factor)
+            return Capacity(slots) if policy.priority == "token" else LeakyCapacity(slots, policy.priority)
+        if mode is Mode.EVALUATE and policy.eval_capacity_factor > 0:
+            return Capacity(capacity(tokens, experts, policy.top_k, policy.eval_capacity_factor))
+        if pairs <= experts:
+            return PerToken()
+        return Blocks(inference_block_rows(pairs, experts), in_place=True)
+
+
+def block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block in training: an expert's fair share of the pairs, rounded up to a power of 2. At least 8, at most
+    BLOCK_ROWS and `pairs`.
+
+    The last block of an expert is half empty on average. So with few pairs, blocks of 128 rows would be mostly padding.
+    """
+    fair = 2 ** math.ceil(math.log2(pairs / experts)) if pairs > experts else 1
+    return min(max(fair, 8), BLOCK_ROWS, pairs)
+
+
+def inference_block_rows(pairs: int, experts: int) -> int:
+    """Rows of a block outside training: INFERENCE_ROOM times an expert's fair share of the pairs, rounded up to a
+    multiple of 8, and at most `pairs`. The first blocks of all experts are one batched product."""
+    return min(8 * math.ceil(INFERENCE_BLOCK_FACTOR * pairs / experts / 8), pairs)
+
+
+class DenseFFN(nnx.Module):
+    """The dense baseline of an MoE layer: one feed-forward network that every token passes through."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation, out_scale: float, rngs: nnx.Rngs) -> None:
+        self.experts = Experts(1, width, hidden, activation, out_scale, rngs)
+
+    def __call__(
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
+    ) -> tuple[Float[Array, "B T D"], None]:
+        del mode, key, trace  # every token goes through the same network in training, evaluation and decoding
+        with jax.named_scope("experts"):
+            return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None

@@ -1,0 +1,6 @@
+"""Pictures of runs: `python -m moe_jax plot` (extra `plots`).
+
+    figures.py  curves of one run or of several, and the load of the experts
+
+The figures of a trace are `inspection.figures`.
+"""

@@ -1,0 +1,145 @@
+"""`moe-jax verify-resume`: compare a short run that is killed and resumed with one that never stops, bit for bit.
+
+The runs are real processes, and one is killed by a signal that cannot be caught (SIGKILL). They have the model and the
+settings of the command line. Only the number of steps, the evaluations and the corpus are reduced, so that the test
+takes about a minute. `training/session.py` explains why a resumed run is bit-identical.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from moe_jax.config import SECTIONS, RunConfig, UserError
+from moe_jax.config.flags import flag_of
+from moe_jax.runs.checkpoint import CheckpointStore
+
+PACKAGE = Path(__file__).parents[1]
+STEPS = 12
+SAVE_EVERY = 4
+STORIES = 2000
+TIMES = frozenset({"tokens_per_second", "wall_seconds"})
+"""Fields of metrics.jsonl that are times. They differ between any two runs, so they are not compared."""
+
+
+def verify_resume(config: RunConfig) -> int:
+    """Run the comparison and print it. Returns 0 if every bit is equal, else 1. Raises UserError if a run fails."""
+    flags = short_flags(config)
+    with _terminable(), tempfile.TemporaryDirectory(prefix="moe-jax-verify-") as scratch:
+        whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
+        print(f"{STEPS} steps without a stop ...", flush=True)
+        _finish([*flags, "--out", str(whole)], whole)
+        # The record of a saved step is written before its checkpoint. One step later the checkpoint is there.
+        after = random.randrange(SAVE_EVERY + 1, STEPS)
+        print(f"the same steps, killed after step {after} or soon after ...", flush=True)
+        _kill_after([*flags, "--out", str(killed)], killed / "metrics.jsonl", after)
+        print("resumed ...", flush=True)
+        _finish([*flags, "--out", str(killed), "--resume"], killed)
+        resumed_from = json.loads((killed / "summary.json").read_text())["resumed_from"]
+        there, here = fingerprint(whole), fingerprint(killed)
+    print(f"{'':10} {'never stopped':32}   killed, resumed from step {resumed_from}")
+    for name in there | here:
+        one, other = there.get(name, "not there"), here.get(name, "not there")
+        print(f"{name:10} {one:32} {'=' if one == other else '≠'} {other}")
+    passed = there == here
+    print("PASS: every bit is equal" if passed else "FAIL: they differ; on a GPU, try --deterministic")
+    return 0 if passed else 1
+
+
+def short_flags(config: RunConfig) -> list[str]:
+    """The flags of a short run with this configuration: all fields, with fewer steps and a smaller corpus.
+
+    A vocabulary size of 0 means the tokenizer's size. It is left out, because a saved run holds the tokenizer's size
+    instead, and a resume with 0 would be refused.
+    """
+    c = dataclasses.replace
+    short = c(
+        config,
+        resume=False,
+        upcycle="",  # an upcycled run needs the dense run's whole text, and the test does not depend on initial values
+        tensorboard=False,
+        wandb=False,
+        data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
+        train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
+    )
+    flags = []
+    for section in ("", *SECTIONS):
+        values = short.section(section)
+        for f in dataclasses.fields(values):
+            value, flag = getattr(values, f.name), flag_of(section, f.name)
+            if isinstance(value, bool):
+                flags.append(flag if value else f"--no-{flag.removeprefix('--')}")
+            elif not dataclasses.is_dataclass(value) and f.name != "out" and (f.name != "vocab_size" or value):
+                flags.append(f"{flag}={value}")
+    return flags
+
+
+def fingerprint(run: Path) -> dict[str, str]:
+    """Digests of the state of a run's newest checkpoint, of its metrics and of its samples."""
+    newest = CheckpointStore(run).newest()
+    if newest is None:
+        raise UserError(f"{run}: no good checkpoint; nothing to compare")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    timeless: list[dict[str, Any]] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+    return {
+        f"step {newest.step}": newest.manifest["state"],
+        "metrics": xxhash.xxh3_128(json.dumps(timeless).encode()).hexdigest(),
+        "samples": xxhash.xxh3_128((run / "samples.txt").read_bytes()).hexdigest(),
+    }
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Within this context, SIGTERM and Ctrl-C raise an exception, so that the scratch folder is removed and no child
+    process is left running. Ctrl-C needs a handler too, because a shell makes a background program ignore it."""
+    before = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number)),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _started(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A training process, killed at the end of the context. It imports the same package as this process."""
+    command = [sys.executable, "-m", "moe_jax", "train", *flags]
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _finish(flags: list[str], run: Path) -> None:
+    with _started(flags) as process:
+        output, _ = process.communicate()
+    if process.returncode != 0:
+        raise UserError(f"{run.name}: the run ended with status {process.returncode}: {output.strip()[-300:]}")
+
+
+def _kill_after(flags: list[str], metrics: Path, step: int) -> None:
+    """Start a run, and kill it (SIGKILL) once it has logged a step."""
+    with _started(flags) as process:
+        while process.poll() is None:
+            if metrics.exists() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
+                break
+            time.sleep(0.005)

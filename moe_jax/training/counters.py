@@ -1,0 +1,78 @@
+"""The state of the training loop on the host: counters for evaluations, skipped steps and starved experts.
+
+They are saved as JSON with each checkpoint, so that a resumed run makes the same decisions as an uninterrupted run.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from moe_jax.runs.manifest import CheckpointCorrupted
+
+STARVED_SHARE = 0.05
+"""An expert is starved in a step if it gets less than this share of its fair share 1 / E of the (token, choice) pairs.
+"""
+STARVED_STEPS = 100
+"""After this many starved steps in a row, the run prints a warning."""
+
+
+@dataclass
+class RunCounters:
+    """Counters of one run."""
+
+    best: float | None = None
+    """Lowest validation loss so far, in nats per token; None before the first evaluation."""
+    without_improvement: int = 0
+    """Evaluations since the best one."""
+    evaluated: int = 0
+    """Last step that was evaluated."""
+    skipped_in_a_row: int = 0
+    """Number of latest steps in a row whose loss or gradient was not finite."""
+    starved: list[list[int]] = field(default_factory=list)
+    """[L, E]: steps in a row at which the expert was starved."""
+
+    def add_evaluation(self, step: int, loss: float) -> bool:
+        """Count an evaluation; returns whether it is the best so far."""
+        improved = loss < (math.inf if self.best is None else self.best)
+        self.best = loss if improved else self.best
+        self.without_improvement = 0 if improved else self.without_improvement + 1
+        self.evaluated = step
+        return improved
+
+    def add_load(self, load: np.ndarray) -> list[tuple[int, int]]:
+        """Count a step's load float [L, E], shares that sum to 1 in each layer.
+
+        Returns the (layer, expert) pairs that have now been starved for exactly STARVED_STEPS steps in a row.
+        """
+        if not load.size:
+            return []
+        before = np.asarray(self.starved, np.int64) if self.starved else np.zeros(load.shape, np.int64)
+        steps = np.where(load < STARVED_SHARE / load.shape[1], before + 1, 0)
+        self.starved = steps.tolist()
+        return [(int(layer), int(expert)) for layer, expert in np.argwhere(steps == STARVED_STEPS)]
+
+    def starved_now(self) -> list[list[int]]:
+        """[layer, expert] of every expert that has been starved for at least STARVED_STEPS steps in a row."""
+        return np.argwhere(np.asarray(self.starved) >= STARVED_STEPS).tolist() if self.starved else []
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Any) -> "RunCounters":
+        """The inverse of `to_json`. Raises CheckpointCorrupted if the names or types of the values are wrong."""
+        kinds = {
+            "best": float | None,
+            "without_improvement": int,
+            "evaluated": int,
+            "skipped_in_a_row": int,
+            "starved": list,
+        }
+        if not isinstance(values, dict) or set(values) != set(kinds):
+            raise CheckpointCorrupted("its progress is not what this program saves")
+        if not all(isinstance(values[name], kind) for name, kind in kinds.items()):
+            raise CheckpointCorrupted("its progress is not what this program saves")
+        return cls(**values)

@@ -1,0 +1,137 @@
+"""`train --dry-run`: the settings of a run, and its expected memory and time. Writes nothing and reads no data."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax.config import SECTIONS, RunConfig
+from moe_jax.config.flags import flag_of
+from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.model.precision import Policy, choose_policy
+from moe_jax.model.transformer import abstract_model
+from moe_jax.system import timing
+from moe_jax.training.optimizers.factory import make_optimizer, state_bytes
+
+LOWEST, HIGHEST = 0.3, 0.6
+"""A training step is expected to reach a share of the matmul rate between these two."""
+MIB = 2**20
+
+
+def print_dry_run(config: RunConfig) -> None:
+    """Print the differences from the preset, all settings, the parameters, the memory and the time."""
+    console = Console(highlight=False)
+    policy = choose_policy(config.execution.compute_dtype)
+    console.print(f"[bold]dry run[/bold] of {config.run_dir}: nothing is trained, nothing is written\n")
+    changes = _changes_table(config)
+    if changes.row_count:
+        console.print(f"[bold]settings that differ from preset {config.preset}[/bold]")
+        console.print(changes, "")
+    else:
+        console.print(f"no setting differs from preset {config.preset}\n")
+    console.print("[bold]all settings[/bold]")
+    console.print(_settings_table(config), "")
+    sized = with_vocabulary(config)
+    console.print("[bold]parameters[/bold]")
+    console.print(_parameters_table(sized), "")
+    table = Table.grid(padding=(0, 2))
+    for name, text in (
+        ("precision", str(policy)),
+        ("memory", _memory(sized, policy)),
+        ("work", _work(sized)),
+        ("time", _time(sized, policy)),
+    ):
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _changes_table(config: RunConfig) -> Table:
+    table = Table.grid(padding=(0, 2))
+    start = preset(config.preset)
+    for section in ("", *SECTIONS):
+        for name, value in _plain_fields(config.section(section)):
+            before = getattr(start.section(section), name)
+            if value != before:
+                table.add_row(f"  {flag_of(section, name)} {_said(value)}", f"(preset {_said(before)})")
+    return table
+
+
+def _settings_table(config: RunConfig) -> Table:
+    table = Table.grid(padding=(0, 2))
+    for section in SECTIONS:
+        values = _plain_fields(config.section(section))
+        table.add_row(f"  {section}", ", ".join(f"{name} {_said(value)}" for name, value in values))
+    return table
+
+
+def _plain_fields(owner: Any) -> list[tuple[str, Any]]:
+    """(name, value) of the fields that are not sections themselves."""
+    values = ((f.name, getattr(owner, f.name)) for f in dataclasses.fields(owner))
+    return [(name, value) for name, value in values if not dataclasses.is_dataclass(value)]
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
+
+
+def _parameters_table(config: RunConfig) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for name in ("all", "active for a token"):
+        table.add_column(name, justify="right")
+    groups = count_parameters(config.model)
+    for name, count in {**groups, "total": totals(groups)}.items():
+        table.add_row(f"  {name}", f"{count.total:,}", f"{count.active:,}")
+    return table
+
+
+def _memory(config: RunConfig, policy: Policy) -> str:
+    train = config.train
+    _, shapes = abstract_model(config.model, policy.compute, train.param_dtype)
+    leaves = jax.tree.leaves(shapes)
+    weights = sum(math.prod(p.shape) * p.dtype.itemsize for p in leaves) / MIB
+    state = state_bytes(make_optimizer(train), shapes) * sum(math.prod(p.shape) for p in leaves) / MIB
+    accumulated = " (a second copy while they accumulate)" if train.grad_accum > 1 else ""
+    return (
+        f"weights {weights:,.0f} MiB, gradients {weights:,.0f} MiB{accumulated}, state of {train.optimizer} "
+        f"{state:,.0f} MiB: {2 * weights + state:,.0f} MiB in total, without activations, which grow with the batch; "
+        "`moe-jax plan` computes the memory of the whole step for a card"
+    )
+
+
+def _work(config: RunConfig) -> str:
+    train, length = config.train, config.model.seq_len
+    tokens = train.steps * train.batch_size * train.grad_accum * length
+    accumulated = f" x {train.grad_accum} accumulated" if train.grad_accum > 1 else ""
+    return (
+        f"{train.steps:,} steps of {train.batch_size}{accumulated} sequences of {length:,} = {tokens:,} tokens; "
+        f"{training_flops(config, train.steps):.2e} floating-point operations"
+    )
+
+
+def _time(config: RunConfig, policy: Policy) -> str:
+    flops, rate = training_flops(config, config.train.steps), timing.matmul_rate(policy.compute)
+    fastest, slowest = duration(flops / (HIGHEST * rate)), duration(flops / (LOWEST * rate))
+    return (
+        f"{fastest} to {slowest}, if training reaches {100 * LOWEST:.0f} to {100 * HIGHEST:.0f} % of "
+        f"{rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; "
+        "compiling, evaluations and checkpoints come on top"
+    )
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds < 1:
+        return "under a second"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    for limit, size, unit in ((100 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"

@@ -1,0 +1,82 @@
+"""Where training writes its numbers: always to metrics.jsonl, and to TensorBoard and Weights & Biases on request."""
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import RunConfig
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl, and copies their numbers to TensorBoard and Weights & Biases if they are on."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self._file = path.open("a", encoding="utf-8")
+        self._tensorboard = _tensorboard(path.parent) if config.tensorboard else None
+        self._wandb = _wandb(path.parent, config) if config.wandb else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one line, and flush it, so that a killed run keeps its records."""
+        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+        if self._tensorboard is not None:
+            for name, value in numbers.items():
+                self._tensorboard.add_scalar(f"{record['split']}/{name}", value, record["step"])
+            for layer, load in enumerate(record.get("load", [])):
+                add_load(self._tensorboard, f"load/layer_{layer}", load, record["step"])
+        if self._wandb is not None:
+            self._wandb.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+
+    def sync(self) -> None:
+        """Wait until all records are on the disk. After a power loss, no checkpoint is then newer than its records."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def add_load(writer: Any, name: str, load: list[float], step: int) -> None:
+    """Write the load of a layer's experts as a histogram. The bar from e to e + 1 is the share of expert e."""
+    experts = range(len(load))
+    writer.add_histogram_raw(
+        tag=name,
+        min=0.0,
+        max=float(len(load)),
+        num=sum(load),
+        sum=sum((e + 0.5) * share for e, share in zip(experts, load, strict=True)),
+        sum_squares=sum((e + 0.5) ** 2 * share for e, share in zip(experts, load, strict=True)),
+        bucket_limits=[float(e + 1) for e in experts],
+        bucket_counts=load,
+        global_step=step,
+    )
+
+
+def _finite(value: Any) -> Any:
+    """The value, with None in place of numbers that are not finite, because JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _tensorboard(folder: Path) -> Any:
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]  # the command line has looked for it
+
+    return SummaryWriter(str(folder / "tensorboard"))
+
+
+def _wandb(folder: Path, config: RunConfig) -> Any:
+    import wandb  # pyright: ignore[reportMissingImports]  # the command line has looked for it
+
+    # One id for each folder, so that a resumed run continues its curves.
+    name = f"{folder.name}-{folder.stat().st_ino}"
+    return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=dataclasses.asdict(config))

@@ -1,0 +1,57 @@
+"""Find the arrays that are not finite, and keep the batch and their names for a diagnosis."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from moe_jax.config import TrainConfig
+from moe_jax.runs.checkpoint import named_leaves
+from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.training.state import TrainState
+from moe_jax.training.step import gradients
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves])
+
+
+def nonfinite_leaves(tree: Any) -> list[str]:
+    """Names of the leaves that hold a NaN or an infinity, in the order of the tree."""
+    leaves = {n: x for n, x in named_leaves(tree).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    if not leaves:
+        return []
+    return [
+        name for name, finite in zip(leaves, np.asarray(_all_finite(list(leaves.values()))), strict=True) if not finite
+    ]
+
+
+def diagnose(
+    run: Path, graphdef: nnx.GraphDef, config: TrainConfig, state: TrainState, batch: np.ndarray, step: int
+) -> tuple[Path, str]:
+    """Write the batch of a bad step as .npy, and the names of the arrays that are not finite as JSON, into `faults/`.
+
+    Returns the path of the JSON file, and the name of the first array that is not finite: a parameter, else an array of
+    the optimizer's state, else a gradient. Gradients are recomputed if all parameters are finite.
+    """
+    bad = {"params": nonfinite_leaves(state.params), "optimizer": nonfinite_leaves(state.optimizer), "gradients": []}
+    if not bad["params"]:
+        key = purpose_key(config.seed, Purpose.DROPOUT, jnp.int32(step - 1))
+        gradient = jax.jit(lambda p, b: gradients(graphdef, p, b, key, state.loss_scale.scale, config))
+        bad["gradients"] = nonfinite_leaves(gradient(state.params, batch)[0])
+    first = next(
+        (f"{kind}.{names[0]}" for kind, names in bad.items() if names), "none of parameters, optimizer and gradients"
+    )
+    folder = run / "faults"
+    folder.mkdir(exist_ok=True)
+    np.save(folder / f"step_{step:08d}.npy", batch, allow_pickle=False)
+    path = folder / f"step_{step:08d}.json"
+    document = {"step": step, "first": first, "not_finite": bad, "skipped": int(state.skipped)}
+    document |= {"batch": f"step_{step:08d}.npy", "loss_scale": float(state.loss_scale.scale)}
+    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return path, first

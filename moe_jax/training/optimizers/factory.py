@@ -1,0 +1,119 @@
+"""Makes the optimizer of a run, with its learning-rate schedule: linear warm-up, then a cosine or linear decay.
+
+Bytes of optimizer state for each parameter (a float32 weight takes 4 bytes more, and its gradient another 4):
+
+    adamw        8       both moments in float32
+    adamw-bf16   6       first moment in bfloat16
+    adamw-8bit   2.06    both moments in 8-bit codes: `adam8bit`
+    adafactor    0.01    no first moment, the second by rows and columns: `adafactor`
+    muon         4 to 8  one momentum for the matrices of the blocks, AdamW on the rest
+"""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax import contrib
+
+from moe_jax.config import TrainConfig
+from moe_jax.model.transformer import Params
+from moe_jax.training.optimizers.adafactor import scale_by_adafactor
+from moe_jax.training.optimizers.adam import scale_by_adam, skippable
+from moe_jax.training.optimizers.adam8bit import scale_by_adam8bit
+
+
+def warmup_steps(config: TrainConfig) -> int:
+    """Steps of the warm-up: `config.warmup_steps`, but at most a tenth of the run."""
+    return min(config.warmup_steps, config.steps // 10)
+
+
+def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
+    """Linear warm-up from peak / (warmup + 1) to the peak, then a cosine (Loshchilov and Hutter 2017, equation 5) or a
+    straight line that reaches `final_lr_ratio * peak` at the last step."""
+    warmup = warmup_steps(config)
+    falling = max(config.steps - warmup, 1)
+    if config.lr_schedule == "linear":
+        decay = optax.linear_schedule(peak, config.final_lr_ratio * peak, falling)
+    else:
+        decay = optax.cosine_decay_schedule(peak, falling, alpha=config.final_lr_ratio)
+    return optax.join_schedules(
+        [
+            optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1)),
+            decay,
+        ],
+        [warmup],
+    )
+
+
+def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of the configuration. It expects gradients that are already clipped.
+
+    Weight decay applies to matrices, not to vectors (norm scales, biases). `update(..., taken=False)` changes no bit of
+    the optimizer's state. The caller must then not add the updates to the parameters.
+    """
+    if config.optimizer == "muon":
+        labels = partial(muon_labels, routers=config.muon_router)
+        return optax.partition({"muon": _muon(config), "adamw": _decayed(_adam(config), config)}, labels)
+    if config.optimizer == "adafactor":
+        return _decayed(skippable(scale_by_adafactor()), config)
+    if config.optimizer == "adamw-8bit":
+        rule = scale_by_adam8bit(config.beta1, config.beta2, config.eps, config.seed)
+        return _decayed(skippable(rule), config)
+    return _decayed(_adam(config), config)
+
+
+def _adam(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    narrow = jnp.bfloat16 if config.optimizer == "adamw-bf16" else None
+    return scale_by_adam(config.beta1, config.beta2, config.eps, narrow)
+
+
+def _decayed(rule: optax.GradientTransformationExtraArgs, config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """An update rule plus decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2). Both are multiplied by the
+    learning rate."""
+    return optax.chain(
+        rule,
+        optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
+        skippable(optax.scale_by_learning_rate(learning_rate(config, config.lr))),
+    )
+
+
+def _muon(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+    """Muon (Jordan et al. 2024): the momentum of each matrix, made nearly orthogonal by five Newton-Schulz steps.
+
+    A stack of experts `[E, D, F]` is treated as E matrices. If it were orthogonalised as one matrix, the experts would
+    share one spectrum.
+    """
+
+    def axes(params: Any) -> Any:
+        return jax.tree.map(lambda p: contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
+
+    return optax.chain(
+        skippable(contrib.scale_by_muon(weight_dimension_numbers=axes)),
+        optax.add_decayed_weights(config.weight_decay),
+        skippable(optax.scale_by_learning_rate(learning_rate(config, config.muon_lr))),
+    )
+
+
+def muon_labels(params: Params, routers: bool = False) -> Params:
+    """ "muon" for the matrices of attention and experts, and with `routers` for the routers. "adamw" for the rest.
+
+    Embedding and head are tables with one vector for each token, and these vectors get separate gradients. A router is
+    a table with one column for each expert.
+    """
+
+    def label(path: tuple[jax.tree_util.KeyEntry, ...], leaf: jax.Array) -> str:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        matrix = leaf.ndim >= 2 and name.startswith("blocks.") and (routers or not name.endswith(".router"))
+        return "muon" if matrix else "adamw"
+
+    return jax.tree_util.tree_map_with_path(label, params)
+
+
+def state_bytes(optimizer: optax.GradientTransformation, params: Params) -> float:
+    """Bytes of optimizer state for each parameter. The state is made for float32 parameters, also if parameters are
+    stored in bfloat16."""
+    state = jax.eval_shape(optimizer.init, jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params))
+    parameters = sum(p.size for p in jax.tree.leaves(params))
+    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state)) / parameters

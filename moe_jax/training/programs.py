@@ -1,0 +1,94 @@
+"""All programs that a run executes on a device. Sessions, plans, certificates and benchmarks get them from here.
+
+The programs are built from a configuration and a device. The device may also be a description of a GPU that this
+machine does not have. A program is built when it is first used, and compiled when it is first called.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from moe_jax.config import RunConfig
+from moe_jax.inference.decode import Decoder
+from moe_jax.model.kernels import cross_entropy
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.precision import Policy, choose_policy
+from moe_jax.model.transformer import Params, abstract_model
+from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
+from moe_jax.training.loss import training_loss
+from moe_jax.training.optimizers.factory import make_optimizer
+from moe_jax.training.state import TrainState, initial_params, initial_state
+from moe_jax.training.step import Step, make_step
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The programs of one configuration, whose vocabulary size is known."""
+
+    config: RunConfig
+    policy: Policy
+    graphdef: nnx.GraphDef
+    param_shapes: Params
+    """Shapes and dtypes of the parameters, as they are stored."""
+    optimizer: optax.GradientTransformationExtraArgs
+    loss: cross_entropy.Implementation
+
+    @classmethod
+    def of(
+        cls,
+        config: RunConfig,
+        device: Any = None,
+        moe: type[MoE] = MoE,
+        loss: cross_entropy.Implementation = "blocked",
+    ) -> "Programs":
+        """The programs for a device, or for a description of one (`planning.device_memory.Target`). Unless given, for
+        the first device of this machine.
+
+        For comparisons, `moe` replaces the MoE layer, and `loss` chooses the implementation of the cross-entropy.
+        """
+        policy = choose_policy(config.execution.compute_dtype, device)
+        graphdef, shapes = abstract_model(
+            config.model, policy.compute, config.train.param_dtype, config.execution.remat, moe
+        )
+        return cls(config, policy, graphdef, shapes, make_optimizer(config.train), loss)
+
+    @cached_property
+    def state_shapes(self) -> TrainState:
+        """Shapes and dtypes of the whole training state."""
+        return jax.eval_shape(self.state, self.param_shapes)
+
+    def initial_params(self) -> Params:
+        """Random parameters, from the seed of the configuration."""
+        return initial_params(self.config, purpose_key(self.config.train.seed, Purpose.INITIAL_PARAMETERS))
+
+    def state(self, params: Params) -> TrainState:
+        """The state of training before the first step."""
+        return initial_state(params, self.optimizer, self.policy.loss_scaling)
+
+    @cached_property
+    def step(self) -> Step:
+        """(state, batch int32 [M, B, T+1]) -> (state, report). The new state reuses the memory of the given state."""
+        loss = partial(training_loss, implementation=self.loss)
+        return make_step(self.graphdef, self.optimizer, self.config.train, self.policy.loss_scaling, loss=loss)
+
+    @cached_property
+    def evaluation(self) -> EvaluationStep:
+        """One batch of evaluation windows; see `evaluate.make_evaluation_step`."""
+        return make_evaluation_step(self.graphdef)
+
+    def decoder(self, vocab_size: int | None = None) -> Decoder:
+        """Prefill and decoding of one sequence. Only the first `vocab_size` tokens are drawn (all unless given)."""
+        model = self.config.model
+        return Decoder(self.graphdef, model.seq_len, vocab_size or model.vocab_size)
+
+    def compiled_step(self, batch_size: int, micro_batches: int = 1) -> Any:
+        """The step, compiled for micro-batches of `batch_size` sequences, but not run."""
+        shape = (micro_batches, batch_size, self.config.model.seq_len + 1)
+        lower = self.step.lower  # pyright: ignore[reportFunctionMemberAccess]
+        return lower(self.state_shapes, jax.ShapeDtypeStruct(shape, jnp.int32)).compile()

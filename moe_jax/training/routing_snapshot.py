@@ -1,0 +1,50 @@
+"""Record the routing of the same validation tokens at each evaluation. The report shows how the experts develop.
+
+`runs/snapshots.py` describes the fields of a snapshot, and reads them.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from moe_jax.config import ModelConfig, UserError
+from moe_jax.inference.routing_pass import check_routed, choice_totals, make_decision_step, router_entropy
+from moe_jax.model.transformer import Params
+
+TRACED_TOKENS = 2_048
+SHOWN_TOKENS = 512
+
+type Tracer = Callable[[Params], dict[str, Any]]
+
+
+def make_tracer(config: ModelConfig, graphdef: nnx.GraphDef, tokens: np.ndarray) -> Tracer | None:
+    """A function of the parameters that routes the first tokens of a stream and returns a snapshot.
+
+    It routes whole windows of T tokens, up to TRACED_TOKENS tokens (at least one window), with the dispatch of
+    training, in one jitted call. None for a model without routers, or with expert choice.
+    """
+    try:
+        check_routed(config)
+    except UserError:
+        return None
+    width = config.seq_len
+    windows = max(min(len(tokens), TRACED_TOKENS) // width, 1)
+    stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
+    step = make_decision_step(graphdef)
+
+    def trace(params: Params) -> dict[str, Any]:
+        decisions = step(params, stream)
+        probs, expert, keep = (np.asarray(getattr(decisions, name)) for name in ("probs", "expert_index", "keep"))
+        choices = expert.reshape(len(expert), -1)
+        shown = stream.reshape(-1)[:SHOWN_TOKENS]
+        return {
+            "tokens": shown.tolist(),
+            "expert": choices[:, : len(shown) * config.routing.top_k].tolist(),
+            "load": np.round(choice_totals(expert, config.experts) / choices.shape[1], 4).tolist(),
+            "entropy": np.round(router_entropy(probs), 4).tolist(),
+            "drop": np.round(1 - keep.mean((1, 2, 3)), 4).tolist(),
+        }
+
+    return trace

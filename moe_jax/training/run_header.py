@@ -1,0 +1,101 @@
+"""The text that `train.py` prints before training (the run on one page) and after training (the result)."""
+
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax.config import ModelConfig, TrainConfig
+from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.training.optimizers.factory import state_bytes, warmup_steps
+from moe_jax.training.session import Session
+
+
+def print_run_header(session: Session, notes: list[str]) -> None:
+    """Print the notes, and the data, model, precision, memory and plan of the run."""
+    config, store, baselines = session.config, session.data.store, session.data.baselines
+    muon = config.train.optimizer == "muon"
+    console = Console(highlight=False)
+    for note in (*notes, *session.notes):
+        console.print(note, markup=False, soft_wrap=True)
+    rows = {
+        "run": f"{session.folder.path} (preset {config.preset})",
+        "data": f"{store.source}: {store.train.documents:,} documents, {len(store.train.tokens):,} tokens; "
+        f"{store.valid.documents:,} for validation",
+        "tokenizer": f"{store.tokenizer.kind}, {store.tokenizer.vocab_size:,} entries, "
+        f"{store.valid.bytes / (len(store.valid.tokens) - 1):.2f} bytes a token",
+        "model": _model_line(config.model),
+        "parameters": _parameter_line(config.model),
+        "precision": str(session.programs.policy),
+        "memory": _memory_line(session),
+        "plan": _plan_line(config.train, session.data.tokens_per_step, len(store.train.tokens)),
+        "arithmetic": f"{training_flops(config, config.train.steps):.2e} floating-point operations: "
+        "6 x active matmul parameters x tokens" + (", and Muon's own products" if muon else ""),
+    }
+    if baselines:
+        rows["to compare"] = (
+            f"{baselines.entropy_floor:.4f} bits/byte is the entropy of the validation stories (the best possible); "
+            f"{baselines.trigram:.4f} is a word-trigram model"
+        )
+    table = Table.grid(padding=(0, 2))
+    for name, text in rows.items():
+        table.add_row(name, text)
+    console.print(table)
+
+
+def _model_line(m: ModelConfig) -> str:
+    if m.dense == "none":
+        ffn = (
+            f"{m.experts} {m.activation} experts of {m.expert_hidden}, top-{m.routing.top_k}, capacity factor "
+            f"{m.routing.capacity_factor:g} = {m.capacity} of {m.seq_len} tokens an expert"
+        )
+    else:
+        ffn = f"dense baseline with the {m.dense} parameters: {m.activation} of {m.dense_hidden}"
+    return f"{m.layers} layers of width {m.width}, {m.heads} heads, context {m.seq_len}; {ffn}"
+
+
+def _parameter_line(m: ModelConfig) -> str:
+    groups = count_parameters(m)
+    total = totals(groups)
+    parts = ", ".join(f"{name} {count.total:,}" for name, count in groups.items())
+    return f"{total.total:,} in all, {total.active:,} active for a token ({total.active / total.total:.0%}): {parts}"
+
+
+def _memory_line(session: Session) -> str:
+    params = jax.tree.leaves(session.state.params)
+    weights = sum(p.size * p.dtype.itemsize for p in params) / sum(p.size for p in params)
+    state = state_bytes(session.programs.optimizer, session.state.params)
+    kind = session.config.train.optimizer
+    return f"{weights:.2f} bytes a parameter, as many for its gradient, and {state:.2f} for the state of {kind}"
+
+
+def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:
+    accumulated = f" x {t.grad_accum} accumulated" if t.grad_accum > 1 else ""
+    shape = "a cosine" if t.lr_schedule == "cosine" else "a straight line"
+    rate = f"{t.lr:g}" if t.optimizer != "muon" else f"{t.muon_lr:g} (AdamW part {t.lr:g})"
+    return (
+        f"{t.steps:,} steps of {t.batch_size}{accumulated} sequences = {tokens_per_step:,} tokens a step, "
+        f"{t.steps * tokens_per_step / corpus:.2f} epochs; {t.optimizer}, learning rate {rate} after "
+        f"{warmup_steps(t)} steps of warm-up, then {shape} to {t.final_lr_ratio:.0%} of that"
+    )
+
+
+def print_result(session: Session, result: dict[str, Any]) -> None:
+    """Print the result of a run: its score, its folder, and the command that generates text."""
+    console = Console(highlight=False)
+    floor = result["entropy_floor_bits_per_byte"]
+    compared = ""
+    if floor is not None:
+        compared = (
+            f", {result['val_bits_per_byte'] / floor:.3f} x the floor of {floor:.4f} "
+            f"(trigram {result['trigram_bits_per_byte'] / floor:.2f} x)"
+        )
+    lines = [
+        f"best checkpoint: step {result['best_step']}, validation loss {result['val_loss']:.4f} nats/token, "
+        f"{result['val_bits_per_byte']:.4f} bits/byte{compared}",
+        f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s; everything is in {session.folder.path}",
+        f'next: uv run python -m moe_jax generate --run {session.folder.path} --prompt "Once upon a time"',
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)

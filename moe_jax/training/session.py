@@ -1,0 +1,273 @@
+"""A session is one process that works on one run: its data, its programs, its progress, and the state of training.
+
+`Session.open` starts a run, or restores the newest good checkpoint of a run.
+
+A resumed run is bit-identical to an uninterrupted run, because a step is a function of saved values only. A checkpoint
+holds the whole `TrainState` and the `RunCounters`. A batch is a function of (seed, step): `data/batches.py`. A random
+key is made of (seed, purpose, step): `system/random_keys.py`. Records after the checkpoint are removed at a resume. (On
+a GPU the programs must be deterministic too: `--deterministic`.)
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
+from moe_jax.config.flags import flag_of
+from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
+from moe_jax.data.batches import train_batch, validation_subset
+from moe_jax.data.token_store import TokenStore, prepare_token_store
+from moe_jax.data.tokenizers import load_tokenizer
+from moe_jax.inference.decode import Decoder
+from moe_jax.inference.sampling import Sampling
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
+from moe_jax.runs.folder import RunFolder
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.training.counters import RunCounters
+from moe_jax.training.evaluate import Evaluation, evaluate
+from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
+from moe_jax.training.programs import Programs
+from moe_jax.training.routing_snapshot import Tracer, make_tracer
+from moe_jax.training.state import TrainState
+from moe_jax.training.upcycle import UpcycleSource
+
+SAMPLE_TOKENS = 200
+"""Longest sample of text at an evaluation."""
+
+
+@dataclass(frozen=True)
+class SessionData:
+    """The tokens of a run, and the batches that are cut from them."""
+
+    config: RunConfig
+    store: TokenStore
+    baselines: CorpusBaselines | None
+    """Reference values for a loss on the embedded corpus. None for any other text."""
+
+    @property
+    def tokens_per_step(self) -> int:
+        train = self.config.train
+        return train.batch_size * train.grad_accum * self.config.model.seq_len
+
+    def batch(self, step: int) -> np.ndarray:
+        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps."""
+        c = self.config.train
+        rows = train_batch(
+            self.store.train.tokens,
+            seed=c.seed,
+            step=step,
+            batch_size=c.batch_size * c.grad_accum,
+            seq_len=self.config.model.seq_len,
+        )
+        return rows.reshape(c.grad_accum, c.batch_size, -1)
+
+    def subset(self) -> np.ndarray:
+        """The fixed part of the validation stream that is scored during training."""
+        separator = self.store.tokenizer.separator_id
+        return validation_subset(self.store.valid.tokens, separator, self.config.data.eval_tokens)
+
+
+@dataclass
+class SessionProgress:
+    """The progress of the run, in this process and in all earlier ones."""
+
+    counters: RunCounters
+    begin: float
+    """`time.monotonic()` at the start of this process's work."""
+    resumed_from: int | None = None
+    saved_step: int = 0
+    """Step of the newest checkpoint; 0 before the first."""
+    elapsed_before: float = 0.0
+    """Seconds of the run before this process."""
+    origin: dict[str, Any] | None = None
+    """For an upcycled run, `UpcycleSource.origin`. Else None."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run, summed over all its processes."""
+        return self.elapsed_before + time.monotonic() - self.begin
+
+    @classmethod
+    def restored(cls, checkpoint: Checkpoint, begin: float) -> "SessionProgress":
+        """The progress that was saved with a checkpoint."""
+        context = checkpoint.manifest["context"]
+        return cls(
+            RunCounters.from_json(context["progress"]),
+            begin,
+            resumed_from=checkpoint.step,
+            saved_step=checkpoint.step,
+            elapsed_before=checkpoint.elapsed,
+            origin=context.get("origin"),
+        )
+
+
+@dataclass
+class Session:
+    """One process working on one run."""
+
+    config: RunConfig
+    folder: RunFolder
+    checkpoints: CheckpointStore
+    data: SessionData
+    programs: Programs
+    progress: SessionProgress
+    state: TrainState
+    decoder: Decoder
+    tracer: Tracer | None
+    """Routes the beginning of the validation text; None for a model without routers."""
+    notes: list[str] = field(default_factory=list)
+    """Lines to print about how the session was opened."""
+
+    @classmethod
+    def open(cls, config: RunConfig, saved: RunConfig | None) -> "Session":
+        """Prepare data and model. With a `saved` configuration, restore the newest good checkpoint of the run.
+
+        Raises UserError if the data cannot be read or if a checkpoint does not fit.
+        """
+        begin = time.monotonic()
+        folder = RunFolder(Path(config.run_dir))
+        source = UpcycleSource.open(config) if saved is None else None
+        tokenizer = load_tokenizer(folder.tokenizer) if saved is not None else source and source.tokenizer
+        store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
+        config = dataclasses.replace(config, model=_with_vocabulary(config.model, store))
+        programs = Programs.of(config)
+        opened = cls(
+            config=config,
+            folder=folder,
+            checkpoints=CheckpointStore(folder.path),
+            data=SessionData(config, store, corpus_baselines(config.data, store)),
+            programs=programs,
+            progress=SessionProgress(RunCounters(), begin),
+            state=programs.state_shapes,
+            decoder=programs.decoder(store.tokenizer.vocab_size),
+            tracer=make_tracer(config.model, programs.graphdef, store.valid.tokens),
+        )
+        if saved is not None:
+            opened._restore(saved)
+        else:
+            opened._start(source)
+        return opened
+
+    def _start(self, source: UpcycleSource | None) -> None:
+        """Begin a new run: initial parameters, and the first files of the folder."""
+        if holds_run(self.folder.path):
+            raise UserError(f"--out {self.folder.path}: another process has made a run there; add --resume to go on")
+        params = self.programs.initial_params()
+        if source is not None:
+            params = source.params(params, self.data.store)
+            self.progress.origin = source.origin(self.config.upcycle)
+            self.notes.append(f"upcycled from step {source.checkpoint.step} of {self.config.upcycle}")
+        self.state = self.programs.state(params)
+        origin = self.progress.origin
+        self.folder.start(self.config, self.data.store.tokenizer, [origin] if origin else [])
+
+    def _restore(self, saved: RunConfig) -> None:
+        """Restore the newest good checkpoint, and remove what was logged after it."""
+        restored = self.checkpoints.restore_newest(
+            self.programs.state_shapes, lambda c: check_same_data_and_model(c, self.config, self.data.store)
+        )
+        if restored is None:
+            raise UserError(f"{self.folder.path}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
+        newest, self.state = restored
+        self.progress = SessionProgress.restored(newest, self.progress.begin)
+        self.folder.truncate_logs_after(newest.step, self.progress.counters.evaluated)
+        changes = self.folder.record_resume(saved, self.config, newest.step)
+        self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
+
+    def score(self, tokens: np.ndarray, params: Any = None) -> Evaluation:
+        """Evaluate `params` on a token stream, or the present parameters if `params` is None."""
+        return evaluate(
+            self.programs.evaluation,
+            self.state.params if params is None else params,
+            tokens,
+            seq_len=self.config.model.seq_len,
+            token_bytes=self.data.store.tokenizer.token_bytes(),
+        )
+
+    def sample(self, step: int) -> str:
+        """A text that the present parameters generate without a prompt."""
+        tokenizer = self.data.store.tokenizer
+        tokens = self.decoder.stream(
+            self.state.params,
+            [tokenizer.separator_id],
+            settings=Sampling(),
+            key=purpose_key(self.config.train.seed, Purpose.SAMPLE, step),
+            stop=tokenizer.separator_id,
+            limit=SAMPLE_TOKENS,
+        )
+        return tokenizer.decode(list(tokens))
+
+    def diagnose(self, step: int) -> tuple[Path, str]:
+        """Write the batch and the names of the arrays that are not finite, for a bad step: see `nonfinite.diagnose`."""
+        return diagnose(
+            self.folder.path, self.programs.graphdef, self.config.train, self.state, self.data.batch(step - 1), step
+        )
+
+    def save(self, step: int, val_loss: float | None) -> None:
+        """Write a checkpoint.
+
+        Raises UserError if the state is not finite. Such a checkpoint would be the newest, and hide the last good one.
+        """
+        bad = nonfinite_leaves(self.state)
+        if bad:
+            path, _ = self.diagnose(step)
+            raise UserError(
+                f"step {step}: {bad[0]} is not finite, so it is not saved ({path}); "
+                "lower --lr, and go on from the last checkpoint with --resume"
+            )
+        context = {
+            "data": self.data.store.digest,
+            "tokenizer": self.data.store.tokenizer.digest,
+            "config": dataclasses.replace(self.config, resume=False).to_dict(),
+            "progress": self.progress.counters.to_json(),
+            "origin": self.progress.origin,
+        }
+        self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.progress.elapsed, context=context)
+        self.progress.saved_step = step
+
+
+def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: TokenStore) -> None:
+    """Check that a checkpoint belongs to this data and this model.
+
+    Raises UserError if it does not. Raises CheckpointCorrupted if its manifest does not say; the caller then tries an
+    older checkpoint.
+    """
+    context = checkpoint.manifest["context"]
+    saved = context.get("config")
+    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "data" not in context:
+        raise CheckpointCorrupted("its manifest does not say what it belongs to")
+    RunCounters.from_json(context.get("progress"))
+    origin = context.get("origin")
+    if origin is not None and not (isinstance(origin, dict) and isinstance(origin.get("training_flops"), int)):
+        raise CheckpointCorrupted("its manifest does not say what it was upcycled from")
+    if not store.is_text_of(context["data"]):
+        raise UserError(
+            f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "
+            "resume with that text, or start a new run with another --out"
+        )
+    usual, present = RunConfig().to_dict(), config.to_dict()
+    for section in ("model", "routing"):
+        for name, here in present[section].items():
+            # A setting that is newer than the checkpoint: the checkpoint has its default value.
+            there = saved.get(section, {}).get(name, usual[section][name])
+            if there != here:
+                raise UserError(
+                    f"{flag_of(section, name)} {here}: {checkpoint.path} was saved with {there}; "
+                    "give it that value in config.json, or start a new run with another --out"
+                )
+
+
+def _with_vocabulary(model: ModelConfig, store: TokenStore) -> ModelConfig:
+    """The model, with the tokenizer's vocabulary size unless the model has a larger one. Raises UserError if the
+    model's vocabulary is smaller than the tokenizer's."""
+    size = store.tokenizer.vocab_size
+    if 0 < model.vocab_size < size:
+        raise UserError(
+            f"--model.vocab-size {model.vocab_size}: the tokenizer has {size} entries; give at least that, or 0"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size or size)

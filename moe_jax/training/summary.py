@@ -1,0 +1,52 @@
+"""The content of summary.json. Other programs read these keys.
+
+`loop.train` writes the file at each evaluation, and `loop.finish` at the end.
+"""
+
+from typing import Any
+
+import jax
+
+from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.runs.metrics import last_train_record
+from moe_jax.training.evaluate import Evaluation
+from moe_jax.training.session import Session
+
+
+def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: bool) -> dict[str, Any]:
+    """The summary of a run.
+
+    At the end of the run (`val_whole_stream` is true) `best_step` and the `val_*` keys describe the best checkpoint, on
+    the whole validation stream. During training they describe the newest evaluation, on the fixed subset.
+    """
+    config, progress, baselines = session.config, session.progress, session.data.baselines
+    last = last_train_record(session.folder.metrics)
+    counts = totals(count_parameters(config.model))
+    steps = int(session.state.step)
+    device = jax.devices()[0]
+    return {
+        "preset": config.preset,
+        "steps": steps,
+        "tokens_seen": steps * session.data.tokens_per_step,
+        "train_loss": last.get("loss"),
+        "val_loss": scored.loss,
+        "val_bits_per_byte": scored.bits_per_byte,
+        "val_bytes_per_token": scored.bytes / scored.tokens,
+        "val_tokens": scored.tokens,
+        "val_whole_stream": whole_stream,
+        "best_step": best_step,
+        "entropy_floor_bits_per_byte": baselines.entropy_floor if baselines else None,
+        "trigram_bits_per_byte": baselines.trigram if baselines else None,
+        "params_total": counts.total,
+        "params_active": counts.active,
+        "training_flops": training_flops(config, steps),
+        "inherited_flops": progress.origin["training_flops"] if progress.origin else 0,
+        "train_drop_fraction": last.get("drop_fraction"),
+        "val_drop_fraction": scored.drop_fraction,
+        "balance_loss": last.get("balance_loss"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "wall_seconds": progress.elapsed,
+        "device": f"{device.platform}: {device.device_kind}",
+        "precision": session.programs.policy.compute,
+        "resumed_from": progress.resumed_from,
+    }

@@ -1,0 +1,206 @@
+"""Configuration: the capacity formula as a table, and errors that name the flag, the value and what is allowed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.config import (
+    SECTIONS,
+    ConfigError,
+    DataConfig,
+    ExecutionConfig,
+    ModelConfig,
+    RoutingConfig,
+    RunConfig,
+    TrainConfig,
+    UserError,
+    capacity,
+    load_config,
+)
+from moe_jax.config.errors import FieldError
+from moe_jax.config.flags import SHORT_FLAGS, flag_of, long_flag
+from moe_jax.config.presets import PRESETS, preset
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "factor", "slots", "why"),
+    [
+        (256, 8, 2, 1.0, 64, "256 * 2 / 8"),
+        (256, 8, 2, 1.25, 80, "64 * 5/4"),
+        (256, 16, 2, 1.1, 36, "32 * 1.1 = 35.2, rounded up"),
+        (1000, 10, 1, 1.1, 110, "exactly 110; in binary 1.1 is above 11/10, which gave 111"),
+        (7680, 8, 1, 4.05, 3888, "exactly 3888; in float32 it is 3889"),
+        (100, 3, 1, 1.0, 34, "33.3, rounded up"),
+        (256, 8, 2, 0.5, 32, "a factor below 1 drops even at balance"),
+        (256, 8, 2, 1e-9, 1, "never 0"),
+        (1, 8, 2, 1.0, 1, "a single token: 0.25, rounded up"),
+        (2, 64, 1, 1.0, 1, "fewer tokens than experts"),
+        (3, 2, 1, 8.0, 3, "12, but an expert can be chosen by 3 tokens only"),
+        (8, 4, 4, 1.0, 8, "K = E: every expert serves every token"),
+        (8, 4, 4, 0.5, 4, "K = E, and half the slots"),
+        (8, 1, 1, 1.0, 8, "E = 1"),
+        (8, 1, 1, 2.0, 8, "E = 1, capped at T"),
+        (8, 1, 1, 0.3, 3, "2.4, rounded up"),
+    ],
+)
+def test_capacity(tokens: int, experts: int, top_k: int, factor: float, slots: int, why: str) -> None:
+    assert capacity(tokens, experts, top_k, factor) == slots, why
+    routing = RoutingConfig(top_k=top_k, capacity_factor=factor)
+    model = ModelConfig(seq_len=max(tokens, 2), experts=experts, routing=routing)
+    assert model.capacity == capacity(max(tokens, 2), experts, top_k, factor)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "flag", "allowed"),
+    [
+        (ModelConfig, {"routing": RoutingConfig(top_k=9)}, "--top-k 9", "between 1 and --experts 8"),
+        (ModelConfig, {"routing": RoutingConfig(top_k=0)}, "--top-k 0", "between 1 and --experts 8"),
+        (ModelConfig, {"heads": 3}, "--model.heads 3", "a divisor of --model.width 128"),
+        (ModelConfig, {"width": 12, "heads": 4}, "--model.heads 4", "even"),
+        (RoutingConfig, {"capacity_factor": 0.0}, "--capacity-factor 0.0", "a finite number above 0"),
+        (RoutingConfig, {"capacity_factor": float("inf")}, "--capacity-factor inf", "a finite number above 0"),
+        (RoutingConfig, {"capacity_factor": float("nan")}, "--capacity-factor nan", "a finite number above 0"),
+        (ModelConfig, {"dropout": 1.0}, "--model.dropout 1.0", "at least 0 and below 1"),
+        (ModelConfig, {"attention_dropout": 1.0}, "--model.attention-dropout 1.0", "at least 0 and below 1"),
+        (ModelConfig, {"dropout": float("nan")}, "--model.dropout nan", "at least 0 and below 1"),
+        (ModelConfig, {"seq_len": 1}, "--seq-len 1", "between 2 and"),
+        (ModelConfig, {"experts": 0, "routing": RoutingConfig(top_k=0)}, "--experts 0", "between 1 and 4096"),
+        (ModelConfig, {"norm": "batchnorm"}, "--model.norm batchnorm", "one of layernorm, rmsnorm"),
+        (
+            RoutingConfig,
+            {"dispatch": "blocks", "priority": "leaky-expert-choice"},
+            "--routing.priority leaky-expert-choice",
+            "token, since --dispatch blocks drops nothing",
+        ),
+        (RoutingConfig, {"dispatch": "magic"}, "--dispatch magic", "one of capacity, blocks"),
+        (TrainConfig, {"steps": -1}, "--steps -1", "between 1 and"),
+        (TrainConfig, {"lr": 0.0}, "--lr 0.0", "between 1e-12 and 1000"),
+        (TrainConfig, {"lr": float("nan")}, "--lr nan", "between 1e-12 and 1000"),
+        (TrainConfig, {"batch_size": 0}, "--batch-size 0", "between 1 and"),
+        (TrainConfig, {"final_lr_ratio": 2.0}, "--train.final-lr-ratio 2.0", "between 0 and 1"),
+        (TrainConfig, {"beta2": 1.0}, "--train.beta2 1.0", "between 0 and"),
+        (ExecutionConfig, {"compute_dtype": "float8"}, "--precision float8", "one of auto, float32, bfloat16, float16"),
+        (DataConfig, {"source": " "}, "--data ' '", "a corpus name or a path"),
+        (DataConfig, {"vocab_size": 10}, "--data.vocab-size 10", "between 257 and"),
+        (RunConfig, {"preset": "huge"}, "--preset huge", "one of " + ", ".join(PRESETS)),
+    ],
+)
+def test_errors_name_flag_value_and_what_is_allowed(
+    kind: type, values: dict[str, Any], flag: str, allowed: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        kind(**values)
+    text = str(error.value)
+    assert text.startswith(f"{flag}: must be ")
+    assert allowed in text
+    assert "\n" not in text
+
+
+def test_learned_positions_allow_odd_heads() -> None:
+    assert ModelConfig(width=12, heads=4, positions="learned").head_width == 3
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_survive_json(name: str) -> None:
+    config = preset(name)
+    assert config.preset == name
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_every_field_survives_json() -> None:
+    """Every field of every section has another value than by default."""
+    routing = RoutingConfig(3, 0.75, "capacity", "leaky-batch-priority", "bias", 0.5, 0.25, 2.0)
+    config = RunConfig(
+        preset="story",
+        out="somewhere",
+        resume=True,
+        upcycle="elsewhere",
+        tensorboard=True,
+        wandb=True,
+        model=ModelConfig(
+            *(7, 6, 5, 12, 3, 9, 24, 2, "active", "gelu", "layernorm", "learned"),
+            *(True, True, False, True, True, True, 0.25, 0.5),
+            routing=routing,
+        ),
+        data=DataConfig("wikitext", "byte", 300, 5, 6, 7),
+        train=TrainConfig(
+            *(8, 2, 3, "muon", 0.5, 0.25, True, "linear", 0.1, 9, 0.8, 0.9, 1e-6, 0.2, 2.0, 0.02, 0.002, 0.003),
+            *("bfloat16", 11, 12, 13, 14, True, 4),
+        ),
+        execution=ExecutionConfig("bfloat16", True, True),
+    )
+    for section in ("", *SECTIONS):
+        there, default = config.section(section), RunConfig().section(section)
+        same = [f.name for f in dataclasses.fields(there) if getattr(there, f.name) == getattr(default, f.name)]
+        assert same == ["dispatch"] * (section == "routing")  # what drops nothing has no priority
+    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_presets_schemas_and_fields_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--preset huge"):
+        preset("huge")
+    values = preset("nano").to_dict()
+    with pytest.raises(UserError, match="schema version 99"):
+        RunConfig.from_dict(values | {"schema_version": 99})
+    with pytest.raises(UserError, match="'colour'"):
+        RunConfig.from_dict(values | {"model": values["model"] | {"colour": 1}})
+    with pytest.raises(ConfigError, match="--top-k 99"):
+        RunConfig.from_dict(values | {"routing": values["routing"] | {"top_k": 99}})
+
+
+def test_flags() -> None:
+    assert flag_of("train", "batch_size") == "--batch-size"
+    assert flag_of("model", "expert_hidden") == "--model.expert-hidden"
+    assert flag_of("", "out") == "--out"
+    assert flag_of("routing", "top_k") == "--top-k"
+    assert long_flag("routing", "top_k") == "--routing.top-k"
+
+
+def test_an_error_of_a_field_knows_the_field() -> None:
+    """So that a settings file can name its own key."""
+    with pytest.raises(FieldError) as error:
+        TrainConfig(batch_size=0)
+    assert error.value.field == ("train", "batch_size")
+    assert str(error.value) == f"--batch-size 0: {error.value.problem}"
+
+
+@pytest.mark.parametrize("long", SHORT_FLAGS.values())
+def test_a_short_name_stands_for_a_field(long: str) -> None:
+    section, _, name = long.removeprefix("--").partition(".")
+    assert hasattr(RunConfig().section(section), name.replace("-", "_"))
+
+
+def test_run_folder_of_baselines() -> None:
+    config = preset("nano")
+    assert config.run_dir == "runs/nano"
+    dense = dataclasses.replace(config, model=dataclasses.replace(config.model, dense="active"))
+    assert dense.run_dir == "runs/nano-dense-active"
+    assert dataclasses.replace(dense, out="x").run_dir == "x"
+
+
+def test_a_folder_holds_a_run_once_it_has_a_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(preset("nano").to_dict()))
+    (tmp_path / "checkpoints" / "tmp_00000005_99").mkdir(parents=True)
+    assert load_config(tmp_path) is None
+    (tmp_path / "checkpoints" / "step_00000005").mkdir()
+    assert load_config(tmp_path) == preset("nano")
+    for text in ("{", "[]", '{"schema_version": 1, "model": 3}'):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=r"config\.json"):
+            load_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json"):
+        load_config(tmp_path)
+
+
+def test_config_imports_the_standard_library_only() -> None:
+    code = "import sys, moe_jax.config; print(*{m.partition('.')[0] for m in sys.modules} - sys.stdlib_module_names)"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert set(done.stdout.split()).isdisjoint({"numpy", "jax", "jaxlib", "flax", "shtab", "rich", "platformdirs"})
+    assert "moe_jax" in done.stdout

@@ -1,0 +1,180 @@
+"""The embedded corpus: exact probabilities, a floor far below a trigram model, clean English."""
+
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from itertools import islice
+
+import pytest
+
+from moe_jax.data.synthetic.grammar import Derivation, Grammar, Word
+from moe_jax.data.synthetic.stories import (
+    RULES,
+    VALIDATION_STORIES,
+    code_length_bits,
+    entropy_floor_bits_per_byte,
+    generate,
+)
+from moe_jax.data.synthetic.trigram import trigram_bits_per_byte
+from moe_jax.data.synthetic.vocabulary import SLOTS
+
+GRAMMAR = Grammar(RULES, SLOTS)
+CHILDREN = (*SLOTS["hero"], *SLOTS["friend"])
+
+
+@pytest.fixture(scope="module")
+def train() -> list[str]:
+    return list(generate(0, "train", 5000))
+
+
+@pytest.fixture(scope="module")
+def valid() -> list[str]:
+    return list(generate(0, "valid", VALIDATION_STORIES))
+
+
+def sampled(count: int) -> list[Derivation]:
+    """Derivations of the tale, each from a seed of its own."""
+    return [GRAMMAR.sample(random.Random(i).random) for i in range(count)]
+
+
+# Exact probabilities.
+
+
+def test_the_text_determines_its_derivation():
+    for derivation in sampled(1000):
+        assert list(GRAMMAR.derivations(derivation.text)) == [derivation]
+        assert code_length_bits(derivation.text) == pytest.approx(derivation.bits, abs=1e-9)
+
+
+def test_probabilities_of_a_small_tale_sum_to_one():
+    """The tale's own rules with all plots and closings, every other choice cut to its first option and every
+    list to a few words: each story that is left is another text, and all probabilities sum to 1."""
+    small = Grammar({name: _first_options(name, rule) for name, rule in RULES.items()}, _short_lists(SLOTS))
+    found = list(small.derivations())
+    assert len(found) > 1000
+    assert len({d.text for d in found}) == len(found)
+    assert math.fsum(2**-d.bits for d in found) == pytest.approx(1, abs=1e-9)
+    for derivation in islice(found, 0, None, 50):
+        assert list(small.derivations(derivation.text)) == [derivation]
+
+
+def _first_options(name: str, rule: str) -> str:
+    return rule if name in ("plot", "closing") else re.sub(r"\[([^\[\]|]*)\|[^\[\]]*\]", r"\1", rule)
+
+
+def _short_lists(slots: Mapping[str, Sequence[Word]]) -> dict[str, Sequence[Word]]:
+    """Lists that several slots share keep a word for each, some others keep two, the rest one."""
+    sharing = {id(words): sum(other is words for other in slots.values()) for words in slots.values()}
+    longer = {id(slots[name]): 2 for name in ("hero", "friend")}
+    short = {id(words): tuple(words[: max(sharing[id(words)], longer.get(id(words), 1))]) for words in slots.values()}
+    return {name: short[id(words)] for name, words in slots.items()}
+
+
+def test_a_text_that_forgets_itself_is_impossible(valid: list[str]):
+    """With another name in the last mention of the hero there is no derivation, though each word is known."""
+    names = [word[""] for word in CHILDREN]
+    for story in valid[:100]:
+        hero = re.findall(r"named (\w+)", story)[0]
+        head, _, tail = story.rpartition(hero)
+        other = next(name for name in names if name not in story)
+        assert math.isfinite(code_length_bits(story))
+        assert code_length_bits(head + other + tail) == math.inf
+
+
+@pytest.mark.parametrize("change", [str.lower, lambda s: s[:-1], lambda s: s + " ", lambda s: " " + s, lambda s: ""])
+def test_a_text_of_no_grammar_is_impossible(change, valid: list[str]):
+    assert code_length_bits(change(valid[0])) == math.inf
+
+
+def test_the_floor_is_all_bits_over_all_bytes(valid: list[str]):
+    a, b = valid[:2]
+    expected = (code_length_bits(a) + code_length_bits(b)) / (len(a.encode()) + len(b.encode()))
+    assert entropy_floor_bits_per_byte([a, b]) == pytest.approx(expected)
+    assert entropy_floor_bits_per_byte([a, "No such story."]) == math.inf
+
+
+def test_a_trigram_model_stays_far_above_the_floor(train: list[str], valid: list[str]):
+    assert trigram_bits_per_byte(train, valid) > 1.5 * entropy_floor_bits_per_byte(valid)
+
+
+# Generation.
+
+
+def test_a_story_depends_on_seed_split_and_index_only():
+    ten = list(generate(3, "train", 10))
+    assert list(generate(3, "train", 4)) == ten[:4]
+    for others in (generate(4, "train", 10), generate(3, "valid", 10)):
+        assert not set(ten) & set(others)
+
+
+def test_stories_are_the_same_in_another_process():
+    """In particular, they don't depend on the hash seed of the process."""
+    code = "from moe_jax.data.synthetic.stories import generate; print(*generate(5, 'valid', 3), sep='\\n')"
+    env = {**os.environ, "PYTHONHASHSEED": "12345"}
+    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines() == list(generate(5, "valid", 3))
+
+
+def test_all_stories_differ_within_and_across_splits(train: list[str], valid: list[str]):
+    assert len(set(train) | set(valid)) == len(train) + len(valid)
+
+
+# English.
+
+
+def test_length_and_vocabulary(train: list[str]):
+    tokens = [re.findall(r"\w+|[^\w\s]", story) for story in train]
+    assert min(map(len, tokens)) >= 60
+    assert max(map(len, tokens)) <= 160  # two stories overlap in a context of 256
+    assert 250 <= len({word.lower() for story in tokens for word in story if word.isalpha()}) <= 600
+
+
+def test_every_word_of_every_list_and_every_plot_occurs(train: list[str]):
+    text = " ".join(train)
+    words = set(re.findall(r"\w+", text))
+    missing = [word[""] for slot in SLOTS.values() for word in slot if word[""] not in words]
+    assert not missing
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        r"\ba (?=[aeiou]|honest)",
+        r"\ban (?![aeiou]|honest)",
+        r"  |^ | $| [,.!?]",
+        r"[.!?] [a-z]",
+        r"[{}<>\[\]|]",
+        r"[^A-Za-z ,.!?\"]",
+        r"\b(\w+) \1\b",
+    ],
+)
+def test_no_slip_of_the_pen(wrong: str, train: list[str]):
+    """Articles, spaces, capitals, brackets of the notation, odd characters, a word twice."""
+    assert not [story for story in train if re.search(wrong, story)]
+
+
+def test_sentences_begin_and_end_and_quotes_close(train: list[str]):
+    for story in train:
+        assert story[0].isupper()
+        assert story[-1] in ".!"
+        quotes = [i for i, c in enumerate(story) if c == '"']
+        assert len(quotes) % 2 == 0
+        for start, end in zip(quotes[::2], quotes[1::2], strict=True):
+            assert story[start + 1].isupper()
+            assert story[end - 1] in ",.!?"
+
+
+def test_pronouns_agree_with_the_children(train: list[str]):
+    """A girl is called a girl and puts on her coat; and where all children are girls, nobody is a he."""
+    forms = {word[""]: word for word in CHILDREN}
+    for story in train:
+        kind, hero, his = re.findall(r"(girl|boy) named (\w+) \w+ on (her|his)", story)[0]
+        assert (kind, his) == (forms[hero]["child"], forms[hero]["his"])
+        words = set(re.findall(r"\w+", story))
+        genders = {forms[word]["he"] for word in words & set(forms)}
+        assert ("she" in genders) or not words & {"she", "She", "her", "girl"}
+        assert ("he" in genders) or not words & {"he", "He", "him", "his", "boy"}

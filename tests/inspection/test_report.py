@@ -1,0 +1,300 @@
+"""The report: what is counted, what is called a preference, and that the page holds it and cannot be broken."""
+
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import UserError
+from moe_jax.inspection import compiled_layer, corpus_routing
+from moe_jax.inspection.corpus_routing import corpus_data, count_routing, log_likelihood_ratio
+from moe_jax.inspection.report import _digest, attention_data, render, report_run, write_report
+from moe_jax.inspection.trace import routing_trace
+from moe_jax.runs.load import open_run
+from moe_jax.runs.metrics import load_entropy
+from tests.support import saved_run, tiny
+
+HOSTILE = (
+    "</script><script>window.ran = 1</script><!-- <img src=x onerror='window.ran = 1'> &amp; \u2028 \u202e {{style}}"
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_run.save_run(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture(scope="module")
+def written(folder: Path) -> tuple[str, dict]:
+    """The page of a hostile text, and its data by --json."""
+    out = folder / "report" / "page.html"
+    write_report(folder, out, text=HOSTILE, json_out=folder / "data.json")
+    return out.read_text(encoding="utf-8"), json.loads((folder / "data.json").read_text(encoding="utf-8"))
+
+
+def data_in(page: str) -> dict:
+    """The JSON block, found as a browser does: up to the first end tag of a script."""
+    begin = page.index('<script type="application/json" id="routing-data">')
+    return json.loads(page[page.index(">", begin) + 1 : page.index("</script", begin)])
+
+
+def test_the_page_holds_the_data_and_the_trace(folder: Path, written: tuple[str, dict]) -> None:
+    page, data = written
+    assert data_in(page) == data
+    trace = routing_trace(open_run(folder), HOSTILE)
+    text = b"".join(
+        bytes.fromhex(p[1:-1]) if i in data["text"]["mark"] else p.encode()
+        for i, p in enumerate(data["text"]["pieces"])
+        if i
+    )
+    assert text.decode() == HOSTILE
+    for name, values in (("expert", trace.expert_index), ("slot", trace.slot), ("keep", trace.keep)):
+        np.testing.assert_array_equal(np.array(data["routing"][name]), values.reshape(2, -1))
+    for name, values in (("gate", trace.gate), ("prob", trace.probs)):
+        np.testing.assert_allclose(np.array(data["routing"][name]), values.reshape(2, -1), atol=0.00006)
+    assert data["model"]["capacity"] == 8
+    assert data["run"] == {
+        "name": "run",
+        "preset": "nano",
+        "step": 40,
+        "val_bits_per_byte": 1.5,
+        "floor": 0.5,
+        **{k: data["run"][k] for k in ("params_total", "params_active")},
+    }
+
+
+def test_no_text_can_become_markup(written: tuple[str, dict]) -> None:
+    """One data block, one script, one style, each closed by us; nothing that loads; and a policy of digests."""
+    page, _ = written
+    assert page.count("<script") == page.count("</script") == 2
+    assert page.count("<style") == page.count("</style") == 1
+    assert "window.ran = 1</script" not in page
+    assert "<img" not in page
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert "https://" not in page
+    style = page[page.index("<style>") + len("<style>") : page.index("</style>")]
+    script = page[page.rindex("<script>") + len("<script>") : page.rindex("</script>")]
+    policy = page[page.index("default-src 'none'") :].partition('"')[0]
+    assert f"style-src '{_digest(style)}'" in policy
+    assert f"script-src '{_digest(script)}'" in policy
+    assert "unsafe" not in policy
+
+
+def test_g2_by_hand() -> None:
+    """30 of 100 tokens that went to the expert are of a kind that is 50 of 1,000. Cells 30, 70, 20, 880 against the
+    expected 5, 95, 45, 855; independent cells give 0; no preference can be less."""
+    cells = [(30, 5.0), (70, 95.0), (20, 45.0), (880, 855.0)]
+    expected = 2 * sum(o * math.log(o / e) for o, e in cells)
+    found = log_likelihood_ratio(np.array([30, 5, 0]), np.array([100, 100, 10]), np.array([50, 50, 10]), 1000)
+    assert found[0] == pytest.approx(expected)
+    assert found[1] == pytest.approx(0, abs=1e-9)
+    # 10 tokens of the kind, none of the expert's 10: cells 0, 10, 10, 980.
+    assert found[2] == pytest.approx(2 * (2 * 10 * math.log(10 / 9.9) + 980 * math.log(980 / 980.1)))
+
+
+def planted(experts: int = 4, windows: int = 40, width: int = 32) -> corpus_routing.CorpusRouting:
+    """Random choices of two experts, but kind 5 always chooses expert 2 first; expert 3 is chosen by nothing."""
+    rng = np.random.default_rng(0)
+    stream = rng.integers(0, 10, (windows, width))
+    first = rng.integers(0, 3, (1, windows, width))
+    first[0][stream == 5] = 2
+    second = (first + rng.integers(1, 3, first.shape)) % 3
+    expert = np.stack([first, second], axis=-1)
+    probs = np.full((1, windows, width, experts), 1 / experts, np.float32)
+    config = tiny.config(vocab_size=10, seq_len=width, layers=1, experts=experts, top_k=2, capacity_factor=1.0)
+    return count_routing(config, stream, probs, expert, np.ones(expert.shape, bool))
+
+
+def test_a_planted_preference_is_the_only_one_found() -> None:
+    corpus = planted()
+    found = corpus_routing.specialisation(corpus)
+    (entry,) = found[0][2]["tokens"]
+    assert entry["id"] == 5
+    assert entry["here"] == entry["all"] == corpus.token_counts[5] == corpus.by_token[0, 2, 5]
+    assert entry["times"] == pytest.approx(1280 / corpus.together[0, 2, 2], abs=0.01)
+    assert entry["g2"] > 20
+    assert [len(e["tokens"]) for e in found[0]] == [0, 0, 1, 0]
+
+
+def test_counts_of_the_planted_corpus() -> None:
+    corpus = planted()
+    data = corpus_data(corpus)
+    assert data["dead"] == [{"layer": 0, "expert": 3, "load": 0.0, "dead": True}]
+    assert sum(data["load"][0]) == pytest.approx(1, abs=1e-3)
+    assert data["entropy"] == [1.0]
+    together = np.array(data["together"][0])
+    np.testing.assert_array_equal(together, together.T)
+    assert np.triu(together, 1).sum() == corpus.tokens  # two choices make one pair a token
+    assert np.diag(together).sum() == 2 * corpus.tokens
+    by_factor = dict(zip(*data["drops_by_factor"].values(), strict=True))
+    # 64 pairs a window for three experts of 16 slots each: at least a quarter is dropped.
+    assert 0.25 <= by_factor[1.0][0] < 0.5
+    assert by_factor[4.0] == [0.0]
+
+
+def test_the_flow_follows_each_token() -> None:
+    """Three tokens, first choices 0 0 1 in a layer and 2 1 1 in the next."""
+    expert = np.array([[[[0], [0], [1]]], [[[2], [1], [1]]]])
+    config = tiny.config(vocab_size=4, seq_len=3, experts=3, top_k=1)
+    probs = np.full((2, 1, 3, 3), 1 / 3, np.float32)
+    corpus = count_routing(config, np.array([[0, 1, 2]]), probs, expert, np.ones(expert.shape, bool))
+    np.testing.assert_array_equal(corpus.flow, [[[0, 1, 1], [0, 1, 0], [0, 0, 0]]])
+
+
+def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
+    run = open_run(folder)
+    corpus = corpus_routing.corpus_routing(run, np.random.default_rng(1).integers(0, 257, 5000))
+    assert corpus.tokens == 5000 // 16 * 16
+    np.testing.assert_allclose(corpus.dropped_at.mean(1), corpus.drop_fraction(1.0), rtol=1e-9)
+    assert (corpus.drop_fraction(1.0) > 0.02).all()
+    assert (corpus.dropped_at[:, : 8 // 2] == 0).all()  # 8 slots: the first tokens always find one
+    assert (corpus.drop_fraction(4.0) == 0).all()
+    np.testing.assert_allclose(corpus_data(corpus)["drops"], corpus.drop_fraction(1.0), atol=0.00006)
+
+
+@pytest.mark.parametrize("factor", [0.6, 1.0])
+@pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
+def test_the_drops_of_a_run_are_those_of_its_dispatch(dispatch: str, factor: float, tmp_path: Path) -> None:
+    """A capacity factor that would drop is no word about a run without a capacity: neither drops nor a mark of its own
+    among the factors."""
+    run = open_run(saved_run.save_run(tmp_path, dispatch=dispatch, capacity_factor=factor))
+    corpus = corpus_routing.corpus_routing(run, np.random.default_rng(1).integers(0, 257, 1000))
+    data = corpus_data(corpus)
+    assert (corpus.drop_fraction(factor) > 0.02).all()
+    assert (np.array(data["drops"]) > 0).all() == (dispatch == "capacity")
+    assert (np.array(data["drops"]) == 0).all() == (dispatch != "capacity")
+    assert (0.6 in data["drops_by_factor"]["factor"]) == (dispatch == "capacity" and factor == 0.6)
+
+
+def test_evenness_of_a_load() -> None:
+    assert load_entropy(np.array([0.25] * 4)) == 1
+    assert load_entropy(np.array([1.0, 0, 0, 0])) == 0
+    assert load_entropy(np.array([0.5, 0.5, 0, 0])) == 0.5
+
+
+def test_the_curves_show_a_collapse(written: tuple[str, dict]) -> None:
+    training = written[1]["training"]
+    assert training["step"] == [10, 20, 30, 40]
+    assert training["loss"] == [4, 3, 2, 1]
+    assert training["spread"] == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert training["val"] == {"step": [40], "loss": [1.2], "bits_per_byte": [1.5]}
+    assert training["traces"]["step"] == [20, 40]
+
+
+def test_attention_keeps_the_largest_weights(folder: Path) -> None:
+    trace = routing_trace(open_run(folder), "a cat")
+    data = attention_data(trace)
+    (window,) = trace.attention
+    for layer, head, i in np.ndindex(window.shape[:3]):
+        flat = data["weights"][layer][head][i]
+        expected = {i - j: round(100 * float(window[layer, head, i, j])) for j in range(i + 1)}
+        shown = dict(zip(flat[::2], flat[1::2], strict=True))
+        assert shown.items() <= expected.items()
+        assert all(p < 2 for back, p in expected.items() if back not in shown)
+
+
+def test_without_its_text_the_run_is_shown_on_a_given_one(folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    alone = tmp_path / "run"
+    shutil.copytree(folder, alone)
+    document = json.loads((alone / "config.json").read_text())
+    document["data"]["source"] = str(tmp_path / "gone.txt")
+    (alone / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match="--text"):
+        write_report(alone, tmp_path / "page.html")
+    data = data_in(write_report(alone, tmp_path / "page.html", text="a cat").read_text(encoding="utf-8"))
+    assert data["corpus"] is None
+    assert "gone.txt" in data["corpus_missing"]
+
+
+def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
+    lines = report_run(folder)
+    assert lines == [
+        f"pictures: {folder / 'report'}",
+        f"routing report: {folder / 'report' / 'routing.html'}, to open in a browser",
+    ]
+    names = {p.name for p in (folder / "report").iterdir()}
+    assert {"loss.png", "loss.svg", "load.png", "evenness.svg", "routing.html"} <= names
+
+
+def test_a_dense_baseline_gets_pictures_and_a_reason(tmp_path: Path) -> None:
+    baseline = saved_run.save_run(tmp_path, dense="active")
+    lines = report_run(baseline)
+    assert lines[0].startswith("pictures: ")
+    assert "dense baseline" in lines[1]
+
+
+def test_a_page_is_made_of_its_data_alone(written: tuple[str, dict]) -> None:
+    page, data = written
+    assert render(data) == page
+    other = data | {"run": data["run"] | {"name": "<b>{{data}}"}}
+    assert "&lt;b&gt;{{data}}" in render(other)
+    assert data_in(render(other)) == other
+    # A token that is markup, as a tokenizer of whole words might have one.
+    hostile = render(data | {"text": data["text"] | {"pieces": [HOSTILE]}})
+    assert hostile.count("<script") == hostile.count("</script") == 2
+
+
+def test_a_damaged_layer_of_metrics_is_left_out(folder: Path, tmp_path: Path) -> None:
+    from moe_jax.runs.metrics import read_metrics
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\nnull\n{"split": "train"}\n{"step": 2, "spl')
+    assert read_metrics(tmp_path) == {"train": [{"step": 1, "split": "train"}, {"split": "train"}], "val": []}
+    assert dataclasses.is_dataclass(open_run(folder))
+
+
+def test_the_compiled_layer_does_the_work_of_its_slots(written: tuple[str, dict]) -> None:
+    """By capacity: 4 experts x 8 slots x 3 matrices of 8 x 6; a router of 8 x 4 on 16 tokens; 2 operations each."""
+    compiled = written[1]["compiled"]
+    assert compiled["expert_flops"] == compiled["bound"] == 2 * 4 * 8 * 3 * 8 * 6
+    assert compiled["dense"] == 2 * compiled["bound"]
+    assert compiled["total"] == compiled["bound"] + 2 * 16 * 8 * 4
+    assert sum(d["flops"] for d in compiled["dots"]) == compiled["total"]
+    assert [d["source"] for d in compiled["dots"]][-1] == "router/btd,de->bte/dot_general"
+    assert compiled["instructions"]["dot"] == compiled["primitives"]["dot_general"] == len(compiled["dots"]) == 4
+    assert compiled["primitives"]["top_k"] == 1
+
+
+def test_without_a_capacity_the_layer_is_held_against_its_active_rows(tmp_path: Path) -> None:
+    """16 tokens of 2 choices are 32 rows, not the 4 x 12 that the capacity factor would give. `blocks` pads them to 4
+    blocks of 8, one an expert, and 3 more."""
+    run = open_run(saved_run.save_run(tmp_path, dispatch="blocks", capacity_factor=1.5, shared_experts=1))
+    compiled = compiled_layer.compiled_layer(run)
+    row = 2 * 3 * 8 * 6
+    assert compiled["bound"] == 32 * row
+    assert compiled["expert_flops"] == 7 * 8 * row
+    assert compiled["dense"] == 64 * row
+
+
+def test_operations_inside_of_loops_and_conditions_are_counted() -> None:
+    def program(x):
+        x, _ = jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)
+        return jax.lax.cond(x > 0, jnp.cos, lambda y: jnp.cos(y) * 2, x)
+
+    counts = Counter(compiled_layer.primitives(jax.make_jaxpr(program)(1.0)))
+    assert (counts["sin"], counts["cos"], counts["mul"]) == (1, 2, 1)
+
+
+def test_a_page_to_be_sent_says_nothing_of_the_machine(folder: Path, written: tuple[str, dict]) -> None:
+    page, data = written
+    assert "dot_general" in data["compiled"]["hlo"]
+    for private in (str(Path(corpus_routing.__file__).parent), str(folder.parent), "site-packages", "source_file"):
+        assert private not in page
+
+
+def test_a_program_that_cannot_be_counted_is_still_listed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(text: str) -> None:
+        raise ValueError(text)
+
+    monkeypatch.setattr(compiled_layer, "read_program", refuse)
+    compiled = compiled_layer.compiled_layer(open_run(folder))
+    assert compiled["dots"] == []
+    assert compiled["bound"] > 0
+    assert "dot_general" in compiled["hlo"]

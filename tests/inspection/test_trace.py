@@ -1,0 +1,168 @@
+"""The trace: the training step's own decisions, the same ones that a forward pass over a text gives."""
+
+import dataclasses
+import functools
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import TrainConfig, UserError
+from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
+from moe_jax.inference.routing_pass import check_routed, make_trace_step
+from moe_jax.inspection.trace import token_pieces, trace_tokens
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.reference import AllExpertsMoE
+from moe_jax.model.precision import Policy
+from moe_jax.model.transformer import abstract_model
+from moe_jax.runs.load import LoadedRun
+from moe_jax.training.optimizers.factory import make_optimizer
+from moe_jax.training.state import initial_state
+from moe_jax.training.step import make_step
+from tests.support import tiny
+
+CONFIG = TrainConfig(steps=10, lr=1e-2, warmup_steps=0)
+MODEL = tiny.config()
+
+
+def after_a_step(trace: bool, batch: np.ndarray):
+    graphdef, params = tiny.build(MODEL)
+    step = make_step(graphdef, make_optimizer(CONFIG), CONFIG, False, trace=trace)
+    return step(initial_state(jax.tree.map(jnp.array, params), make_optimizer(CONFIG), False), batch)
+
+
+@functools.cache
+def opened() -> LoadedRun:
+    """A run as `load_run` gives one, as far as a trace needs it. The checkpoint and the rest are not looked at."""
+    from moe_jax.config import RunConfig
+
+    graphdef, params = tiny.build(MODEL)
+    policy = Policy("float32", "as the parameters are")
+    return LoadedRun(RunConfig(model=MODEL), byte_tokenizer(), None, policy, graphdef, params)  # pyright: ignore[reportArgumentType]
+
+
+def byte_tokenizer() -> Tokenizer:
+    from moe_jax.config import DataConfig
+
+    return train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_a_traced_step_is_the_untraced_step(micro_batches: int) -> None:
+    """Parameters and metrics to the last bit; and the trace says what the metrics say."""
+    batch = tiny.tokens(micro_batches, 2, tiny.T + 1, seed=5)
+    state, report = after_a_step(False, batch)
+    traced_state, traced = after_a_step(True, batch)
+    assert report.metrics.trace is None
+    tiny.assert_same_bits(traced_state, state)
+    tiny.assert_same_bits(traced.metrics._replace(trace=None), report.metrics)
+    trace = traced.metrics.trace
+    assert trace.expert_index.shape == (micro_batches, MODEL.layers, 2, tiny.T, MODEL.routing.top_k)
+    chosen = np.stack([(np.asarray(trace.expert_index) == e).mean((0, 2, 3, 4)) for e in range(MODEL.experts)], axis=1)
+    np.testing.assert_allclose(chosen, report.metrics.load, rtol=1e-6)
+    dropped = 1 - np.asarray(trace.keep).mean()
+    assert dropped == pytest.approx(float(report.metrics.drop_fraction), rel=1e-6)
+    assert dropped > 0.1
+
+
+def test_the_forward_pass_decides_as_the_step_does() -> None:
+    batch = tiny.tokens(1, 2, tiny.T + 1, seed=6)
+    graphdef, params = tiny.build(MODEL)
+    of_step = after_a_step(True, batch)[1].metrics.trace
+    alone, _ = make_trace_step(graphdef)(params, batch[0])
+    for name in ("expert_index", "slot", "keep"):
+        np.testing.assert_array_equal(getattr(of_step, name)[0], getattr(alone, name), err_msg=name)
+    for name in ("probs", "gate", "attention"):
+        np.testing.assert_allclose(getattr(of_step, name)[0], getattr(alone, name), atol=1e-6, err_msg=name)
+
+
+def test_slots_and_drops_by_a_loop_over_the_text() -> None:
+    """Tokens in order, their choices best first, take slots while there are some; each window starts anew."""
+    trace = trace_tokens(opened(), tiny.tokens(2 * tiny.T + 3, seed=7))
+    assert trace.capacity == 2  # ceil(0.5 * 8 * 2 / 4)
+    for layer in range(MODEL.layers):
+        for i in range(len(trace.tokens)):
+            if i % tiny.T == 0:
+                queue = [0] * MODEL.experts
+            for k, e in enumerate(trace.expert_index[layer, i]):
+                assert trace.slot[layer, i, k] == queue[e]
+                assert trace.keep[layer, i, k] == (queue[e] < trace.capacity)
+                queue[e] += 1
+        best = np.argsort(-trace.probs[layer], axis=-1)[:, : MODEL.routing.top_k]
+        np.testing.assert_array_equal(trace.expert_index[layer], best)
+    np.testing.assert_allclose(trace.gate.sum(-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(trace.probs.sum(-1), 1, rtol=1e-6)
+    assert (trace.load().sum(1) == len(trace.tokens) * MODEL.routing.top_k).all()
+
+
+def test_a_longer_text_changes_nothing_before_it_and_padding_does_not_show() -> None:
+    tokens = tiny.tokens(tiny.T, seed=8)
+    whole = trace_tokens(opened(), tokens)
+    for length in (1, 5):
+        part = trace_tokens(opened(), tokens[:length])
+        assert part.probs.shape == (MODEL.layers, length, MODEL.experts)
+        for name in ("probs", "expert_index", "gate", "slot", "keep"):
+            np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[:, :length], err_msg=name)
+        assert np.isnan(part.loss[-1])
+        np.testing.assert_array_equal(part.loss[:-1], whole.loss[: length - 1])
+        (attention,) = part.attention
+        np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-6)
+
+
+def test_attention_looks_back_only() -> None:
+    (window,) = trace_tokens(opened(), tiny.tokens(tiny.T, seed=9)).attention
+    assert (window[..., ~np.tri(tiny.T, dtype=bool)] == 0).all()
+    assert (window[..., np.tri(tiny.T, dtype=bool)] > 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dispatch", "moe"), [("blocks", MoE), ("capacity", AllExpertsMoE)], ids=["blocks", "all experts"]
+)
+def test_a_dropless_dispatch_keeps_all(dispatch: str, moe: type[MoE]) -> None:
+    graphdef, _ = abstract_model(MODEL.with_routing(dispatch=dispatch), moe=moe)
+    trace, _ = make_trace_step(graphdef)(tiny.build(MODEL)[1], tiny.tokens(1, tiny.T + 1))
+    assert np.asarray(trace.keep).all()
+
+
+def test_a_dense_baseline_is_refused() -> None:
+    with pytest.raises(UserError, match="dense baseline"):
+        check_routed(dataclasses.replace(MODEL, dense="active"))
+    with pytest.raises(UserError, match="experts choose tokens"):
+        check_routed(MODEL.with_routing(priority="leaky-expert-choice"))
+
+
+@pytest.mark.parametrize("priority", ["leaky-choice-major", "leaky-batch-priority"])
+def test_the_drops_of_another_priority_are_those_that_happened(priority: str) -> None:
+    graphdef, params = tiny.build(MODEL.with_routing(priority=priority))
+    trace, _ = make_trace_step(graphdef)(params, tiny.tokens(1, tiny.T + 1))
+    keep, slot, expert = (np.asarray(getattr(trace, name))[:, 0] for name in ("keep", "slot", "expert_index"))
+    for layer in range(MODEL.layers):
+        for e in range(MODEL.experts):
+            queue = slot[layer][expert[layer] == e]
+            assert sorted(queue) == list(range(len(queue)))
+            assert keep[layer][expert[layer] == e].sum() == min(len(queue), 2)
+    assert not keep.all()
+
+
+def test_parts_of_characters_are_spelled_in_bytes() -> None:
+    tokenizer = byte_tokenizer()
+    assert token_pieces(tokenizer, np.array(tokenizer.encode("aé<"))) == ["a", "<C3>", "<A9>", "<"]
+    assert token_pieces(tokenizer, np.array([tokenizer.separator_id])) == ["<|endoftext|>"]
+
+
+def test_what_a_notebook_shows_is_escaped() -> None:
+    trace = dataclasses.replace(trace_tokens(opened(), tiny.tokens(2)), pieces=["<script>", "&"])
+    shown = trace._repr_html_()
+    assert "<script>" not in shown
+    assert "&lt;script&gt;" in shown
+    assert shown.count("&amp;") == MODEL.layers
+
+
+def test_a_broken_router_is_named_and_not_drawn() -> None:
+    run = opened()
+    broken = jax.tree.map(lambda x: x * jnp.nan, run.params)
+    run = dataclasses.replace(run, params=broken, checkpoint=SimpleNamespace(step=7))  # pyright: ignore[reportArgumentType]
+    with pytest.raises(UserError, match="step 7 give NaN"):
+        trace_tokens(run, tiny.tokens(3))

@@ -1,0 +1,80 @@
+"""Cross-entropy by blocks of tokens equals all logits at once, with gradients, and never holds all logits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.model.kernels import cross_entropy
+from moe_jax.model.kernels.cross_entropy import blocked_token_losses, mean_cross_entropy, token_losses
+from moe_jax.system.hlo import read_program
+from tests.support import kernel_checks, tiny
+
+TOKENS, WIDTH, VOCABULARY = 30, 6, 17
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for 5 tokens a block: 30 tokens are 6 blocks."""
+    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 5 * VOCABULARY * 4)
+
+
+def operands(dtype: str = "float64") -> tuple[jax.Array, jax.Array, jax.Array]:
+    rng = np.random.default_rng(0)
+    hidden, head = rng.normal(size=(TOKENS, WIDTH)), rng.normal(size=(WIDTH, VOCABULARY))
+    return jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), jnp.asarray(rng.integers(0, VOCABULARY, TOKENS))
+
+
+def with_gradients(implementation: str, hidden, head, targets, cotangent):
+    loss, pull = jax.vjp(lambda h, w: mean_cross_entropy(h, w, targets, implementation), hidden, head)
+    return loss, *pull(cotangent)
+
+
+def test_both_forms_against_loops() -> None:
+    kernel_checks.check_cross_entropy()
+
+
+def test_the_fewest_blocks_that_fit(small_blocks: None) -> None:
+    assert cross_entropy._blocks(30, VOCABULARY) == 6
+    assert cross_entropy._blocks(5, VOCABULARY) == 1
+    assert cross_entropy._blocks(7, VOCABULARY) == 7  # a prime number of tokens: one at a time
+    assert cross_entropy._blocks(8, 10 * VOCABULARY) == 8  # not even one token fits
+
+
+def test_blocked_is_the_reference(small_blocks: None, float64: None) -> None:
+    cotangent = jnp.asarray(-2.3)
+    ours, expected = (
+        jax.jit(with_gradients, static_argnums=0)(name, *operands(), cotangent) for name in ("blocked", "reference")
+    )
+    for name, one, other in zip(("loss", "d_hidden", "d_head"), ours, expected, strict=True):
+        assert tiny.relative_error(one, other) < 1e-14, name
+
+
+def test_without_a_gradient_the_loss_is_the_same(small_blocks: None, float64: None) -> None:
+    hidden, head, targets = operands()
+    expected = token_losses(hidden @ head, targets)
+    np.testing.assert_allclose(jax.jit(mean_cross_entropy)(hidden, head, targets), expected.mean(), rtol=1e-14)
+    np.testing.assert_allclose(jax.jit(blocked_token_losses)(hidden, head, targets), expected, rtol=1e-13)
+
+
+def test_narrow_activations_keep_a_wide_loss_and_the_dtypes_of_their_gradients(small_blocks: None) -> None:
+    hidden, head, targets = operands("float32")
+    loss, d_hidden, d_head = with_gradients("blocked", hidden.astype(jnp.bfloat16), head, targets, jnp.float32(1))
+    assert (loss.dtype, d_hidden.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    exact = with_gradients("reference", hidden, head, targets, jnp.float32(1))
+    for one, other in zip((loss, d_hidden, d_head), exact, strict=True):
+        error = np.linalg.norm(np.asarray(one, np.float32) - other) / np.linalg.norm(other)
+        assert error < 4 * 2**-8
+
+
+def test_no_buffer_holds_all_logits(small_blocks: None) -> None:
+    """Of the compiled program of loss and gradients: no array has N x V entries. The reference has one."""
+    arguments = (*operands("float32"), jnp.float32(1))
+
+    def largest(implementation: str) -> int:
+        compiled = jax.jit(with_gradients, static_argnums=0).lower(implementation, *arguments).compile()
+        program = read_program(compiled.as_text())
+        return max(buffer.elements for buffer in program.largest(1000))
+
+    assert largest("reference") >= TOKENS * VOCABULARY
+    assert largest("blocked") < TOKENS * VOCABULARY

@@ -1,0 +1,84 @@
+"""The matrix product with a gradient of its own, against NumPy in float64, and how it lies in memory."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moe_jax.model.kernels.matmul import matmul, transpose_contiguous, vector_matmul
+
+SHAPES = {"plain": ((37, 12), (12, 20)), "a group each": ((3, 37, 12), (3, 12, 20))}
+
+
+def drawn(shapes: tuple[tuple[int, ...], ...], dtype: type) -> list[np.ndarray]:
+    """Arrays whose entries `dtype` holds exactly, in float64."""
+    rng = np.random.default_rng(0)
+    return [rng.normal(size=shape).astype(dtype).astype(np.float64) for shape in shapes]
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-6), (ml_dtypes.bfloat16, 2**-8)])
+def test_matmul_and_gradients_against_numpy(kind: str, dtype: type, rounding: float) -> None:
+    """`rounding` is of what has the dtype of x; the weights stay float32, and so does the sum of their gradient."""
+    x, weights = drawn(SHAPES[kind], dtype)
+    y, pull = jax.vjp(matmul, jnp.asarray(x, dtype), jnp.asarray(weights, jnp.float32))
+    (cotangent,) = drawn((y.shape,), dtype)
+    d_x, d_weights = pull(jnp.asarray(cotangent, dtype))
+    assert (y.dtype, d_x.dtype, d_weights.dtype) == (dtype, dtype, np.float32)
+    size = np.sqrt(x.shape[-1])
+    np.testing.assert_allclose(np.asarray(y, float), x @ weights, rtol=rounding, atol=4 * size * rounding)
+    expected = cotangent @ weights.swapaxes(-1, -2)
+    np.testing.assert_allclose(np.asarray(d_x, float), expected, rtol=rounding, atol=4 * size * rounding)
+    np.testing.assert_allclose(d_weights, x.swapaxes(-1, -2) @ cotangent, rtol=1e-5, atol=1e-5)
+
+
+def test_float64_weights_get_a_float64_gradient(float64: None) -> None:
+    x, weights = drawn(SHAPES["plain"], np.float64)
+    y, pull = jax.vjp(matmul, jnp.asarray(x), jnp.asarray(weights))
+    cotangent = np.random.default_rng(1).normal(size=y.shape)
+    np.testing.assert_allclose(pull(jnp.asarray(cotangent))[1], x.T @ cotangent, atol=1e-13)
+
+
+@pytest.mark.parametrize("width", [48, 21])
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-6), (ml_dtypes.bfloat16, 2**-8)])
+def test_vector_matmul_against_numpy(width: int, dtype: type, rounding: float) -> None:
+    """A width that `TERMS` divides, and one that it does not."""
+    x, weights = drawn(((width,), (5, width, 20)), dtype)
+    y = jax.jit(vector_matmul)(jnp.asarray(x, dtype), jnp.asarray(weights, jnp.float32), jnp.int32(3))
+    assert y.dtype == dtype
+    np.testing.assert_allclose(np.asarray(y, float), x @ weights[3], rtol=rounding, atol=4 * np.sqrt(width) * rounding)
+
+
+def test_vector_matmul_writes_no_matrix() -> None:
+    """In the compiled program of a CPU there is a temporary of a sixteenth of the expert's matrix, not the matrix."""
+    x, weights, expert = jnp.zeros(512), jnp.zeros((4, 512, 256)), jnp.int32(3)
+    compiled = jax.jit(vector_matmul).trace(x, weights, expert).lower(lowering_platforms=("cpu",)).compile()
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    assert memory.temp_size_in_bytes <= weights[0].nbytes / 16 + 4096
+
+
+def test_transpose_contiguous() -> None:
+    x = np.arange(24.0).reshape(2, 3, 4)
+    np.testing.assert_array_equal(jax.jit(transpose_contiguous)(x), x.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_left_operands_are_summed_along_the_axis_that_is_contiguous(kind: str) -> None:
+    """Of all three products, in bfloat16, in the compiled program of a CPU: what its library multiplies fast."""
+    x, weights = (jnp.zeros(shape, jnp.bfloat16) for shape in SHAPES[kind])
+
+    def all_three(x: jax.Array, weights: jax.Array, d_y: jax.Array) -> tuple[jax.Array, ...]:
+        y, pull = jax.vjp(matmul, x, weights)
+        return y, *pull(d_y)
+
+    text = jax.jit(all_three).trace(x, weights, x @ weights).lower(lowering_platforms=("cpu",)).compile().as_text()
+    assert text is not None
+    layouts = dict(re.findall(r"%?([\w.\-]+) = \w+\[[\d,]*\]\{([\d,]+)", text))
+    dots = re.findall(r" dot\((?:\w+\[[\d,]*\]\S* )?%?([\w.\-]+),.*lhs_contracting_dims=\{(\d+)\}", text)
+    assert len(dots) == 3
+    for operand, summed in dots:
+        assert layouts[operand].split(",")[0] == summed, operand

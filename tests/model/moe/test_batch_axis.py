@@ -1,0 +1,145 @@
+"""The batch is an axis of its own: a sequence's plan and rows are those it has alone, and a batch that is split over
+devices needs no communication."""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_jax.model.moe import dispatch as d
+from moe_jax.model.moe.functional import layer_function, with_gradients
+from moe_jax.model.moe.router import Routing, route
+from moe_jax.model.moe.variants import LeakyCapacity
+from tests.support import tiny
+
+B, T, E, K, C, WIDTH = 3, 7, 4, 2, 3, 5
+FORMS = {
+    "token": d.Capacity(C),
+    **{name: LeakyCapacity(C, name) for name in ("leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice")},
+}
+
+
+@functools.lru_cache
+def compiled(form: str, batch: int):
+    """(logits, x, cotangents of rows and y) -> plan, queue, rows, y and every gradient, for so many sequences."""
+    capacity = FORMS[form]
+    del batch  # one entry of the cache, and one program, for each size
+
+    def run(logits, x, d_rows, d_y):
+        routing = route(logits, K)
+        plan, gate = capacity.plan(routing), capacity.requested_pairs(routing).gate
+        rows, pull_rows = jax.vjp(lambda x: d.dispatch(x, plan), x)
+        y, pull_y = jax.vjp(lambda rows, gate: d.combine(rows, gate, plan), rows, gate)
+        d_x, (d_rows_of_y, d_gate) = pull_rows(d_rows)[0], pull_y(d_y)
+        leading = (plan.row, plan.keep, *capacity.trace(routing), y, d_x, d_gate)
+        return (plan.pair, rows, d_rows_of_y), leading
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(max_examples=25)
+@given(seed=st.integers(0, 2**32 - 1), broken=st.booleans(), crowded=st.booleans())
+def test_a_batch_is_its_sequences_one_by_one(form: str, seed: int, broken: bool, crowded: bool) -> None:
+    """To the last bit: plan, queue, rows, output and gradients. With a NaN in one sequence, and with drops."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(size=(B, T, E)).astype(np.float32)
+    if crowded:
+        logits[..., 1] += 3
+    if broken:
+        logits[1, 2, 0] = np.nan
+    groups = E
+    x, d_y = rng.normal(size=(2, B, T, WIDTH)).astype(np.float32)
+    d_rows = rng.normal(size=(groups, B, C, WIDTH)).astype(np.float32)
+    second, first = compiled(form, B)(logits, x, d_rows, d_y)
+    assert second[0].shape == (groups, B, C)
+    for b in range(B):
+        one = slice(b, b + 1)
+        alone_second, alone_first = compiled(form, 1)(logits[one], x[one], d_rows[:, one], d_y[one])
+        for whole, alone in [
+            *zip((np.asarray(a)[:, one] for a in second), alone_second, strict=True),
+            *zip((np.asarray(a)[one] for a in first), alone_first, strict=True),
+        ]:
+            np.testing.assert_array_equal(whole, alone)
+
+
+def test_permuting_sequences_permutes_the_plan() -> None:
+    """Worked by hand: two sequences of two tokens, two experts with one slot each.
+
+    In the first both tokens want A, so token 1 is dropped. In the second token 0 wants B and token 1 wants A.
+    """
+    logits = jnp.array([[[1.0, 0.0], [1.0, 0.0]], [[0.0, 1.0], [1.0, 0.0]]])
+    plan = d.Capacity(1).plan(route(logits, 1))
+    # pair[expert][sequence]: A holds pair 0 of the first sequence and pair 1 of the second; B holds none and pair 0.
+    assert plan.pair.tolist() == [[[0], [1]], [[2], [0]]]
+    assert plan.row.tolist() == [[[0], [2]], [[1], [0]]]
+    assert plan.keep.tolist() == [[[True], [False]], [[True], [True]]]
+    swapped = d.Capacity(1).plan(route(logits[::-1], 1))
+    tiny.assert_same_bits(swapped, d.Plan(plan.pair[:, ::-1], plan.row[::-1], plan.keep[::-1]))
+
+
+def test_blocks_and_single_rows_take_the_whole_batch_as_one_sequence() -> None:
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, E)), jnp.float32)
+    routing = route(logits, K)
+    flat: Routing = jax.tree.map(lambda x: x.reshape(1, 6, *x.shape[2:]), routing)
+    tiny.assert_same_bits(d.Blocks(4).plan(routing), d.Blocks(4).plan(flat))
+    tiny.assert_same_bits(d.PerToken().plan(routing), d.PerToken().plan(flat))
+
+
+def test_a_layer_drops_and_serves_each_sequence_as_if_it_were_alone(float64: None) -> None:
+    """The whole layer under drops, with the experts: outputs, and the sum of the sequences' gradients."""
+    function, params = layer_function(tiny.config(layers=1))
+    rng = np.random.default_rng(2)
+    params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params)
+    x, cotangent = jnp.asarray(rng.normal(size=(2, 3, tiny.T, 8)))
+    run = jax.jit(with_gradients(function))
+    y, (d_params, d_x) = run(params, x, cotangent)
+    alone = [run(params, x[b : b + 1], cotangent[b : b + 1]) for b in range(3)]
+    np.testing.assert_allclose(y, np.concatenate([a[0] for a in alone]), atol=1e-12)
+    np.testing.assert_allclose(d_x, np.concatenate([a[1][1] for a in alone]), atol=1e-11)
+    total = jax.tree.map(lambda *leaves: sum(leaves), *(a[1][0] for a in alone))
+    assert max(tiny.gradient_errors(d_params, total).values()) < 1e-12
+
+
+@pytest.fixture(scope="module")
+def sharded() -> dict:
+    """What `sharded_batch.py` finds on four virtual devices. Where there are not four it fails, and so do the tests."""
+    root = Path(__file__).parents[3]
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(root),
+    }
+    command = [sys.executable, "-m", "tests.model.moe.sharded_batch"]
+    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found.pop("devices") == 4
+    return found
+
+
+@pytest.mark.parametrize("form", ["capacity", *[name for name in FORMS if name != "token"]])
+def test_a_batch_over_four_devices_needs_no_communication(form: str, sharded: dict) -> None:
+    """Dispatch, combine and their gradients, 8 sequences on 4 devices: no collective, and 2 sequences a device in every
+    result. Outputs and gradients of x have the bits of one device; a gate's gradient is a sum over the width, in an
+    order that the compiler chooses."""
+    found = sharded[form]
+    assert found["collectives"] == []
+    assert found["shards"] == [2]
+    assert found["errors"][:2] == [0, 0]
+    assert found["errors"][2] < 1e-6
+
+
+def test_collectives_would_be_seen(sharded: dict) -> None:
+    """A mean over the batch, and tokens of one sequence moved to the next, communicate."""
+    assert sharded["a mean over the batch"]["collectives"] == ["all-reduce"]
+    assert sharded["the batch in one row"]["collectives"] != []

@@ -1,0 +1,262 @@
+"""The MoE layer: every way to bring tokens to experts is one function, with one gradient."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import ModelConfig, capacity
+from moe_jax.model.moe import dispatch as d
+from moe_jax.model.moe.layer import Mode, MoE, block_rows, inference_block_rows
+from moe_jax.model.moe.reference import AllExpertsMoE, OneHotMoE
+from moe_jax.model.moe.router import route
+from moe_jax.model.transformer import create, merge
+from tests.support import checks, oracles, tiny
+
+B, T, D, E = 2, tiny.T, 4, 4
+
+
+def layer_config(
+    activation: str = "swiglu", top_k: int = 2, factor: float = 0.5, dispatch: str = "capacity"
+) -> ModelConfig:
+    return tiny.config(
+        layers=1,
+        width=D,
+        expert_hidden=3,
+        activation=activation,
+        top_k=top_k,
+        capacity_factor=factor,
+        dispatch=dispatch,
+    )
+
+
+def values() -> tuple[jax.Array, jax.Array]:
+    """An input, and a cotangent of the output."""
+    rng = np.random.default_rng(7)
+    return jnp.asarray(rng.normal(size=(B, T, D))), jnp.asarray(rng.normal(size=(B, T, D)))
+
+
+def ffn_params(config: ModelConfig) -> dict[str, Any]:
+    return tiny.build(config, dtype="float64")[1]["blocks"][0]["ffn"]
+
+
+def forward_and_gradients(function, params: dict[str, Any]) -> tuple[jax.Array, dict[str, Any]]:
+    """y, and the gradient of <y, cotangent> with respect to x, the router and every expert's weights."""
+    x, cotangent = values()
+
+    @jax.jit
+    def run(x, params):
+        y, pull = jax.vjp(function, x, params)
+        d_x, d_params = pull(cotangent)
+        return y, {"x": d_x, **d_params}
+
+    return run(x, params)
+
+
+def forward(function, params: dict[str, Any]) -> jax.Array:
+    """y alone, for the forms that have no gradient."""
+    return jax.jit(function)(values()[0], params)
+
+
+def of_layer(config: ModelConfig, mode: Mode = Mode.TRAIN, moe: type[MoE] = MoE):
+    graphdef, params = tiny.build(config, dtype="float64", moe=moe)
+
+    def function(x, ffn):
+        block = {**params["blocks"][0], "ffn": ffn}
+        return merge(graphdef, {**params, "blocks": {0: block}}).blocks[0].ffn(x, mode)[0]
+
+    return function
+
+
+def plain(config: ModelConfig, params: dict[str, Any]):
+    """All experts on all tokens, in plain jnp, with choices and drops of the NumPy loops."""
+    x, _ = values()
+    top_k = config.routing.top_k
+    slots = capacity(T, E, top_k, config.routing.capacity_factor)
+    weight = np.zeros((B, T, E))
+    chosen = np.zeros((B, T, E))
+    for b in range(B):
+        choices = [oracles.choose(z, top_k) for z in np.asarray(x)[b] @ np.asarray(params["router"])]
+        for t, places in enumerate(oracles.assign(choices, slots)):
+            for e, place in zip(choices[t], places, strict=True):
+                chosen[b, t, e] = 1
+                weight[b, t, e] = place is not None
+
+    def function(x, ffn):
+        w = ffn["experts"]
+        p = jnp.exp(x @ ffn["router"])
+        total = p.sum(-1, keepdims=True) if top_k == 1 else (p * chosen).sum(-1, keepdims=True)
+        hidden = jnp.einsum("btd,edf->btef", x, w["w_in"])
+        if config.activation == "swiglu":
+            gate = jnp.einsum("btd,edf->btef", x, w["w_gate"])
+            hidden = gate / (1 + jnp.exp(-gate)) * hidden
+        else:
+            cubic = np.sqrt(2 / np.pi) * (hidden + 0.044715 * hidden**3)
+            hidden = 0.5 * hidden * (1 + jnp.tanh(cubic))
+        return jnp.einsum("bte,btef,efd->btd", p / total * weight, hidden, w["w_out"])
+
+    return function, weight.sum() / chosen.sum()
+
+
+def assert_equal_functions(one, other) -> None:
+    assert tiny.relative_error(one[0], other[0]) < 1e-13
+    errors = tiny.gradient_errors(one[1], other[1])
+    assert max(errors.values()) < 1e-12, errors
+
+
+@pytest.mark.parametrize(("activation", "top_k"), [("swiglu", 2), ("gelu", 1)])
+def test_slots_and_one_hot_masks_are_the_plain_form_under_drops(activation: str, top_k: int, float64: None) -> None:
+    config = layer_config(activation, top_k)
+    params = ffn_params(config)
+    function, kept = plain(config, params)
+    assert 0.2 < kept <= 0.5
+    expected = forward_and_gradients(function, params)
+    assert_equal_functions(forward_and_gradients(of_layer(config), params), expected)
+    assert_equal_functions(forward_and_gradients(of_layer(config, moe=OneHotMoE), params), expected)
+
+
+def test_all_forms_are_one_function_without_drops(float64: None) -> None:
+    config = layer_config(factor=float(E))
+    params = ffn_params(config)
+    function, kept = plain(config, params)
+    assert kept == 1
+    expected = forward_and_gradients(function, params)
+    for moe in (MoE, AllExpertsMoE, OneHotMoE):
+        assert_equal_functions(forward_and_gradients(of_layer(config, moe=moe), params), expected)
+    for mode in (Mode.EVALUATE, Mode.GENERATE):
+        assert tiny.relative_error(forward(of_layer(config, mode), params), expected[0]) < 1e-13
+
+
+def test_decoding_reads_chosen_experts_one_after_another(float64: None) -> None:
+    """Of a batch whose pairs are no more than the experts; `test_all_forms...` has more, and takes blocks."""
+    config = layer_config(factor=float(E))
+    params = ffn_params(config)
+    token = values()[0][:, 3:4]
+    layer = create(config, jax.random.key(0)).blocks[0].ffn
+    assert layer.dispatch_for(Mode.GENERATE, *token.shape[:2]) == d.PerToken()
+    alone = jax.jit(of_layer(config, Mode.GENERATE))(token, params)
+    whole = plain(config, params)[0](values()[0], params)[:, 3:4]
+    assert tiny.relative_error(alone, whole) < 1e-13
+
+
+def test_many_blocks_are_one_function_too(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With blocks of 3 rows each expert has several, the last of them partly empty. Evaluation takes the first ones
+    side by side, and the others in turn."""
+    monkeypatch.setattr("moe_jax.model.moe.layer.BLOCK_ROWS", 3)
+    monkeypatch.setattr("moe_jax.model.moe.layer.inference_block_rows", lambda pairs, experts: 3)
+    config = layer_config(dispatch="blocks")
+    layer = create(config, jax.random.key(0)).blocks[0].ffn
+    assert layer.dispatch_for(Mode.TRAIN, B, T) == d.Blocks(3)
+    assert layer.dispatch_for(Mode.EVALUATE, B, T) == d.Blocks(3, in_place=True)
+    params = ffn_params(config)
+    dropless = plain(layer_config(factor=float(E)), params)[0]
+    expected = forward_and_gradients(dropless, params)
+    assert_equal_functions(forward_and_gradients(of_layer(config), params), expected)
+    assert tiny.relative_error(forward(of_layer(config, Mode.EVALUATE), params), expected[0]) < 1e-13
+
+
+def test_blocks_are_about_the_fair_share_of_an_expert() -> None:
+    """128 tokens to 2 of 16 experts: 16 pairs each. The next power of two, from 8 to 128, or all."""
+    assert [block_rows(pairs, 16) for pairs in (256, 258, 4096, 40)] == [16, 32, 128, 8]
+    assert block_rows(4, 16) == 4
+
+
+def test_blocks_of_evaluation_have_room_for_half_as_much_again() -> None:
+    assert [inference_block_rows(pairs, 16) for pairs in (256, 258, 4096, 40, 4)] == [24, 32, 384, 8, 4]
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_float32_layer_with_drops_against_loops(activation: str, top_k: int) -> None:
+    checks.check_layer_with_drops(activation, top_k)
+
+
+def test_permuting_experts_permutes_nothing_else(float64: None) -> None:
+    config = layer_config()
+    params = ffn_params(config)
+    order = jnp.array([2, 0, 3, 1])
+    permuted = {
+        "router": params["router"][:, order],
+        "experts": {name: w[order] for name, w in params["experts"].items()},
+    }
+    y, gradients = forward_and_gradients(of_layer(config), params)
+    y_permuted, gradients_permuted = forward_and_gradients(of_layer(config), permuted)
+    np.testing.assert_allclose(y_permuted, y, atol=1e-13)
+    np.testing.assert_allclose(gradients_permuted["x"], gradients["x"], atol=1e-12)
+    np.testing.assert_allclose(gradients_permuted["router"], gradients["router"][:, order], atol=1e-12)
+    for name, gradient in gradients["experts"].items():
+        np.testing.assert_allclose(gradients_permuted["experts"][name], gradient[order], atol=1e-12)
+
+
+# Plans with drops: token 1's second choice, both of token 2's and the invalid token 3's have no row.
+
+
+@functools.lru_cache
+def plans() -> list[d.Plan]:
+    logits = np.full((1, 4, 3), 0.0, np.float32)
+    logits[0, :3] = [[5, 4, 0], [4, 0, 5], [0, 5, 4]]  # experts A B | C A | B C, one slot each: the worked case
+    logits[0, 3, 0] = np.nan
+    routing = route(jnp.asarray(logits), 2)
+    return [d.Capacity(1).plan(routing), d.Blocks(2).plan(routing)[0], d.PerToken().plan(routing)]
+
+
+@pytest.mark.parametrize("which", range(3), ids=["capacity", "blocks", "per-token"])
+def test_the_two_verbs_have_the_gradients_of_plain_indexing(which: int, float64: None) -> None:
+    plan = plans()[which]
+    rng = np.random.default_rng(which)
+    x, gate = jnp.asarray(rng.normal(size=(1, 4, 5))), jnp.asarray(rng.normal(size=(1, 4, 2)))
+    rows = jnp.asarray(rng.normal(size=(*plan.pair.shape, 5)))
+    d_rows, d_y = jnp.asarray(rng.normal(size=rows.shape)), jnp.asarray(rng.normal(size=x.shape))
+    keep, pair, row = np.asarray(plan.keep[0]), np.asarray(plan.pair[:, 0]), np.asarray(plan.row[0])
+    filled = pair < 8
+
+    def plain_dispatch(x):
+        return jnp.where(filled[..., None], x[0, np.where(filled, pair // 2, 0)], 0)[:, None]
+
+    def plain_combine(rows, gate):
+        taken = rows.reshape(-1, 5)[np.where(keep, row, 0)]
+        return (jnp.where(keep, gate[0], 0)[..., None] * taken).sum(1)[None]
+
+    np.testing.assert_array_equal(d.dispatch(x, plan), plain_dispatch(x))
+    np.testing.assert_allclose(d.combine(rows, gate, plan), plain_combine(rows, gate), atol=1e-14)
+    ours, plain_ = (jax.vjp(f, x)[1](d_rows)[0] for f in (lambda x: d.dispatch(x, plan), plain_dispatch))
+    np.testing.assert_allclose(ours, plain_, atol=1e-14)
+    pulls = (jax.vjp(f, rows, gate)[1](d_y) for f in (lambda r, g: d.combine(r, g, plan), plain_combine))
+    (d_rows_ours, d_gate_ours), (d_rows_plain, d_gate_plain) = pulls
+    np.testing.assert_allclose(d_rows_ours, d_rows_plain, atol=1e-14)
+    np.testing.assert_allclose(d_gate_ours, d_gate_plain, atol=1e-14)
+    # <dispatch(x), r> = <x, dispatch^T(r)>: the two maps are adjoint exactly as written.
+    np.testing.assert_allclose((d.dispatch(x, plan) * d_rows).sum(), (x * ours).sum(), rtol=1e-13)
+
+
+def test_dropped_pairs_give_and_get_exactly_nothing() -> None:
+    plan = plans()[0]
+    rng = np.random.default_rng(0)
+    x, rows = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 4, 5), (3, 1, 1, 5)))
+    gate = jnp.asarray(np.where(plan.keep, 0.5, np.nan), jnp.float32)  # whatever a dropped gate holds
+    y, pull = jax.vjp(lambda r, g: d.combine(r, g, plan), rows, gate)
+    assert (np.asarray(y[0, 2:]) == 0).all()
+    assert np.isfinite(y).all()
+    d_rows, d_gate = pull(jnp.ones_like(y))
+    assert (np.asarray(d_gate)[~np.asarray(plan.keep)] == 0).all()
+    assert np.isfinite(d_rows).all()
+    d_x = jax.vjp(lambda x: d.dispatch(x, plan), x)[1](jnp.ones_like(rows))[0]
+    # Token 0 fills two rows, token 1 one, tokens 2 and 3 none.
+    assert d_x[0, :, 0].tolist() == [2, 1, 0, 0]
+
+
+def test_experts_start_distinct_and_with_the_named_variance() -> None:
+    config = tiny.config(layers=2, width=64, expert_hidden=32, heads=4)
+    model = create(config, jax.random.key(0))
+    matrices = []
+    for block in model.blocks:
+        experts = block.ffn.experts
+        for param, fan_in, scale in ((experts.w_in, 64, 1), (experts.w_gate, 64, 1), (experts.w_out, 32, 0.5)):
+            w = np.asarray(param[...])
+            # 8,192 numbers: the standard deviation is known to 1 / sqrt(2 * 8192) = 0.8 %.
+            np.testing.assert_allclose(w.std(), scale / np.sqrt(fan_in), rtol=0.04)
+            matrices += [w[e].tobytes() for e in range(4)]
+    assert len(set(matrices)) == 2 * 3 * 4

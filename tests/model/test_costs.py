@@ -1,0 +1,128 @@
+"""Parameters by group against the model itself, and the arithmetic of the published size."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+from flax import nnx
+
+from moe_jax.config import ModelConfig, RunConfig, TrainConfig
+from moe_jax.config.presets import preset
+from moe_jax.model.costs import (
+    Count,
+    count_parameters,
+    expert_flops,
+    multiplied_rows,
+    muon_flops,
+    totals,
+    training_flops,
+)
+from moe_jax.model.moe.functional import layer_function
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.reference import AllExpertsMoE, OneHotMoE
+from moe_jax.model.transformer import create, split
+from moe_jax.system.hlo import read_program
+from tests.support import tiny
+
+
+def stored(config: ModelConfig) -> int:
+    """Numbers that the model holds, by the shapes of its arrays."""
+    _, shapes = split(nnx.eval_shape(lambda: create(config, jax.random.key(0))))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"norm": "layernorm", "bias": True, "tied_head": False, "positions": "learned", "activation": "gelu"},
+        {"norm": "rmsnorm", "bias": True, "layers": 3},
+        {"norm": "layernorm", "bias": False},
+        {"dense": "active", "tied_head": False},
+        {"dense": "total", "activation": "gelu"},
+        {"experts": 1, "top_k": 1, "layers": 1},
+        {"qk_norm": True},
+    ],
+    ids=str,
+)
+def test_groups_sum_to_the_model(changes: dict) -> None:
+    config = tiny.config(**changes)
+    assert totals(count_parameters(config)).total == stored(config)
+
+
+def test_the_published_size() -> None:
+    """158,623,744, and of those one token touches, by hand (width 512, six layers):
+
+    embedding row 512, position row 512, head 512 * 50257 = 25,731,584
+    attention 6 * (512 * 1536 + 1536 + 512 * 512 + 512) = 6,303,744
+    routers 6 * 512 * 16 = 49,152; experts 6 * 2 of 16 * 2 * 512 * 1024 = 12,582,912
+    norms 13 * 2 * 512 = 13,312
+    """
+    config = dataclasses.replace(preset("seed-158m").model, vocab_size=50_257)
+    groups = count_parameters(config)
+    assert stored(config) == totals(groups).total == 158_623_744
+    assert groups["embedding"] == Count(25_731_584, 512, 0)
+    assert groups["head"] == Count(25_731_584, 25_731_584, 25_731_584)
+    assert groups["positions"] == Count(131_072, 512, 0)
+    assert groups["attention"] == Count(6_303_744, 6_303_744, 6_303_744 - 6 * 2048)
+    assert groups["routers"].total == 49_152
+    assert groups["experts"] == Count(100_663_296, 12_582_912, 12_582_912)
+    assert groups["norms"].active == 13_312
+    assert totals(groups).active == 1024 + 25_731_584 + 6_303_744 + 49_152 + 12_582_912 + 13_312
+    multiplied = 25_731_584 + 6_291_456 + 49_152 + 12_582_912
+    run = dataclasses.replace(preset("seed-158m"), model=config)
+    # 4 sequences of 256 tokens in each of 8 micro-batches; 2 operations forward and 4 backward for each entry.
+    assert training_flops(run, 3) == 6 * multiplied * 3 * 4 * 8 * 256
+
+
+@pytest.mark.parametrize("name", ["capacity", "blocks", "one-hot", "all experts"])
+def test_rows_that_each_dispatch_multiplies(name: str) -> None:
+    """Of 3 sequences of 64 tokens with 2 of 4 experts each, 384 pairs, by hand.
+
+    capacity, one-hot: 16 slots of 4 experts in 3 sequences. blocks: of 128 rows, 4 first ones and 383 // 128 more. all
+    experts: 192 tokens, 4 times. The program's products of experts have 2 operations a row and entry of three 8 x 6
+    matrices; the products of the masks, which only one-hot has, do not count as the experts'.
+    """
+    rows = {"capacity": 192, "one-hot": 192, "blocks": 6 * 128, "all experts": 768}[name]
+    config = tiny.config(seq_len=64, experts=4, dispatch="blocks" if name == "blocks" else "capacity")
+    moe = {"one-hot": OneHotMoE, "all experts": AllExpertsMoE}.get(name, MoE)
+    if name != "all experts":  # the formula knows the two dispatches of a configuration, and one-hot has their rows
+        assert multiplied_rows(config, 3) == rows
+    layer, params = layer_function(config, moe)
+    program = jax.jit(layer).lower(params, jax.numpy.zeros((3, 64, 8))).compile().as_text()
+    assert read_program(program).flops_of("experts") == 2 * rows * 3 * 8 * 6 == expert_flops(config, rows)
+
+
+def test_muon_adds_its_matrix_products() -> None:
+    """Of one layer of width 8 with two experts of hidden width 6 and two matrices each, by hand.
+
+    qkv 8 x 24: 4 * 64 * 24 + 2 * 512 = 7,168; out 8 x 8: 4 * 64 * 8 + 1,024 = 3,072; four experts' matrices of
+    6 x 8: 4 * 36 * 8 + 2 * 216 = 1,584 each; the router 8 x 2, if Muon takes it: 4 * 4 * 8 + 2 * 8 = 144. Five
+    iterations.
+    """
+    model = tiny.config(layers=1, experts=2, activation="gelu")
+    assert muon_flops(model) == 5 * (7_168 + 3_072 + 4 * 1_584)
+    assert muon_flops(model, routers=True) == muon_flops(model) + 5 * 144
+    run = RunConfig(model=model, train=TrainConfig(batch_size=2))
+    with_muon = dataclasses.replace(run, train=dataclasses.replace(run.train, optimizer="muon"))
+    assert training_flops(with_muon, 7) - training_flops(run, 7) == 7 * muon_flops(model)
+
+
+def test_a_tied_head_is_stored_once_and_multiplied() -> None:
+    groups = count_parameters(tiny.config())
+    assert groups["embedding, also the head"] == Count(13 * 8, 13 * 8, 13 * 8)
+    assert "head" not in groups
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("name", ["nano", "story", "story-cpu", "seed-158m"])
+def test_dense_baselines_match_to_half_a_hidden_unit_a_layer(name: str, activation: str) -> None:
+    sparse = dataclasses.replace(preset(name).model, vocab_size=1024, activation=activation)
+    unit = (3 if activation == "swiglu" else 2) * sparse.width * sparse.layers
+    for kind in ("active", "total"):
+        baseline = totals(count_parameters(dataclasses.replace(sparse, dense=kind)))
+        ours = totals(count_parameters(sparse))
+        assert abs(getattr(baseline, kind) - getattr(ours, kind)) <= unit / 2
+        # Of a dense model everything but the embedding's other rows is active.
+        assert abs(baseline.multiplied - (ours.multiplied if kind == "active" else baseline.multiplied)) <= unit / 2

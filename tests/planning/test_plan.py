@@ -1,0 +1,189 @@
+"""The verdicts on the 4 GB cards, by compiling the real training step for them; and the parts of a plan without that.
+
+The compiled ones carry the marker `plan` and need the extra `gpu-plan`: `uv run --extra gpu-plan pytest -m plan`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.cli.main import main, run_command
+from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.model.precision import choose_policy
+from moe_jax.planning import device_memory, search
+from moe_jax.planning.device_memory import Bound, Memory, Target, load_target
+from moe_jax.system import environment
+
+FOUR_GB = ["rtx3050-4gb", "quadro-t1000-4gb"]
+HAS_COMPILER = environment.has_cuda_plugin() and importlib.util.find_spec("nvidia") is not None
+compiled = [
+    pytest.mark.plan,
+    pytest.mark.skipif(not HAS_COMPILER, reason="needs JAX's CUDA plugin and ptxas: uv run --extra gpu-plan pytest"),
+    pytest.mark.timeout(1800),
+]
+
+
+def plan(name: str, gpu: str, **train: Any) -> search.Row:
+    """The training step of a preset, with remat, and `train` in place of its own settings."""
+    config = with_vocabulary(preset(name))
+    changed = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, **train), execution=ExecutionConfig(remat=True)
+    )
+    return search.plan_step(changed, load_target(gpu))
+
+
+WHOLE = {"batch_size": 32, "grad_accum": 1}
+"""seed-158m's 32 sequences of 256 tokens in one micro-batch."""
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=compiled) for gpu in FOUR_GB])
+def test_seed_158m_trains_on_a_4_gb_card_as_adamw_would(gpu: str) -> None:
+    row = plan("seed-158m", gpu, **WHOLE, optimizer="adamw-bf16")
+    assert row.precision == {"rtx3050-4gb": "bfloat16", "quadro-t1000-4gb": "float16"}[gpu]
+    assert not any(m.warned for m in row.step.back_ends.values())
+    assert row.step.total <= 2402
+    assert row.fits
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=compiled) for gpu in FOUR_GB])
+def test_the_leanest_setting_of_seed_158m_takes_half_of_that(gpu: str) -> None:
+    row = plan("seed-158m", gpu, **WHOLE, optimizer="adafactor")
+    assert row.step.total <= 1250
+    assert row.fits
+
+
+@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=compiled) for gpu in FOUR_GB])
+def test_max_4gb_trains_on_a_4_gb_card(gpu: str) -> None:
+    row = plan("max-4gb", gpu)
+    assert sum(p.size for p in jax.tree.leaves(search.Programs.of(row.config, load_target(gpu)).param_shapes)) > 4e8
+    assert row.step.total <= 2402
+    assert row.fits
+
+
+@pytest.mark.parametrize("path", sorted(device_memory.GPU_TARGETS.glob("*.txtpb")), ids=lambda p: p.stem)
+def test_every_target_says_what_it_is_and_where_that_comes_from(path: Path) -> None:
+    target = load_target(path.stem)
+    gigabytes = int(path.stem.rpartition("-")[2].removesuffix("gb"))
+    assert 0.9 * gigabytes * 2**30 < target.memory <= gigabytes * 2**30, "what a card reports, not what is on its box"
+    assert 7 < float(target.compute_capability) < 13
+    assert "Source: " in target.text
+    reason = str(choose_policy("auto", target))
+    assert reason.startswith("bfloat16" if float(target.compute_capability) >= 8 else "float16")
+    assert target.device_kind in reason
+
+
+def test_the_budget_of_the_4_gb_cards_by_hand() -> None:
+    """3,951,369,912 bytes are 3,768.3 MiB; 75 % of that is 2,826.2, and 85 % of that 2,402.3."""
+    assert [load_target(gpu).budget for gpu in FOUR_GB] == pytest.approx([2402.3] * 2, abs=0.05)
+
+
+def memory(total: float, warned: bool = False) -> Memory:
+    return Memory(arguments=total - 30, outputs=10, temporary=20, warned=warned)
+
+
+def test_the_larger_back_end_decides_and_a_warning_forbids() -> None:
+    target = load_target("rtx3050-4gb")
+    assert Bound({"triton": memory(2000), "cublas": memory(2402)}).fits(target)
+    assert Bound({"triton": memory(2000), "cublas": memory(2402)}).total == 2402
+    assert not Bound({"triton": memory(2403), "cublas": memory(2000)}).fits(target)
+    assert not Bound({"triton": memory(2000, warned=True), "cublas": memory(2000)}).fits(target)
+
+
+def test_candidates_keep_the_batch_and_go_from_fast_to_lean() -> None:
+    train = TrainConfig(batch_size=2, grad_accum=3, optimizer="adamw-bf16")
+    tried = list(search.candidates(RunConfig(train=train), every_optimizer=False))
+    assert all(c.train.batch_size * c.train.grad_accum == 6 for c in tried)
+    assert [(c.train.optimizer, c.execution.remat, c.train.batch_size) for c in tried] == [
+        *((kind, remat, 6) for kind in ("adamw-bf16", "adamw-8bit", "adafactor") for remat in (False, True)),
+        ("adafactor", True, 3),
+    ]
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
+    """A compiler that says 100 MiB for every program between steps, and for a step 600 MiB a byte of state."""
+    steps: list[TrainConfig] = []
+
+    def step(config: RunConfig, target: Target) -> search.Row:
+        steps.append(config.train)
+        state = {"adamw": 8, "adamw-bf16": 6, "adamw-8bit": 2, "adafactor": 0}[config.train.optimizer]
+        taken = Bound({"cublas": memory(600 * state + (2000 if not config.execution.remat else 100))})
+        return search.Row(config, "float16", state, 4, taken, taken.fits(target))
+
+    monkeypatch.setattr(search, "plan_step", step)
+    monkeypatch.setattr(search, "plan_inference", lambda config, target: {"evaluation": 100.0})
+    monkeypatch.setattr(environment, "prepare_environment", list)
+    return steps
+
+
+def test_the_command_stops_at_the_first_setting_that_fits(
+    pretended: list[TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """8 and 6 bytes of state are too many; 2 x 600 + 100 = 1,300 MiB with remat fits."""
+    assert main(run_command, ["plan", "--gpu", "quadro-t1000-4gb"]) == 0
+    assert len(pretended) == 6
+    lines = capsys.readouterr().out.splitlines()
+    assert "--batch-size 32 --grad-accum 1 --optimizer adamw-8bit --execution.remat" in lines[-2]
+    result = json.loads(lines[-1])
+    assert (result["total_mib"], result["fits"], result["micro_batch"]) == (1300.0, True, 32)
+    assert (result["optimizer"], result["remat"], result["gpu"]) == ("adamw-8bit", True, "quadro-t1000-4gb")
+
+
+def test_the_command_fails_where_nothing_fits(
+    pretended: list[TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "small.txtpb"
+    small.write_text(load_target("rtx3050-4gb").text.replace("3951369912", "99999999"))
+    assert main(run_command, ["plan", "--gpu", str(small)]) == 1
+    assert len(pretended) == 2 * 4 + 5, "four optimizers with and without remat, then 16, 8, 4, 2 and 1 sequences"
+    assert '"fits": false' in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_an_unknown_card_is_answered_with_those_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(run_command, ["plan", "--gpu", "rtx9090"]) == 2
+    said = capsys.readouterr().err
+    assert "--gpu rtx9090" in said
+    assert all(gpu in said for gpu in FOUR_GB)
+
+
+def test_verifying_needs_a_card(pretended: list[TrainConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(run_command, ["plan", "--verify"]) == 1
+    assert "no NVIDIA GPU" in capsys.readouterr().err
+    assert pretended == []
+
+
+def test_a_program_that_was_compiled_for_the_cpu_is_no_plan() -> None:
+    lowered = jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((3,), jnp.float32))
+    with pytest.raises(AssertionError, match="for the CPU"):
+        device_memory._compile(lowered, {})
+
+
+def test_what_was_planned_is_looked_up_and_a_damaged_note_of_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    compiles: list[dict[str, bool]] = []
+
+    def compile_once(lowered: Any, options: dict[str, bool]) -> Memory:
+        compiles.append(options)
+        return memory(100 + len(compiles))
+
+    monkeypatch.setattr(device_memory, "_compile", compile_once)
+    target = load_target("rtx3050-4gb")
+    lowered = jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((3,), jnp.float32))
+    other = jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((4,), jnp.float32))
+    assert [device_memory._measured(target, lowered, {}).total for _ in range(2)] == [101, 101]
+    assert device_memory._measured(target, lowered, {"x": True}).total == 102
+    assert device_memory._measured(load_target("rtx3060-12gb"), lowered, {}).total == 103
+    assert device_memory._measured(target, other, {}).total == 104
+    for note in (tmp_path / "plans").iterdir():
+        os.truncate(note, 7)
+    assert device_memory._measured(target, lowered, {}).total == 105

@@ -1,0 +1,86 @@
+"""Pictures of runs: what is drawn are the numbers of metrics.jsonl."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from moe_jax.cli.plot import Plot
+from moe_jax.config import UserError
+from moe_jax.inspection.trace import routing_trace
+from moe_jax.plots.figures import run_figures, save_figures
+from moe_jax.runs.load import open_run
+from tests.support import saved_run
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_run.save_run(tmp_path_factory.mktemp("plots"))
+
+
+def lines(figure) -> list[tuple[str, list[float], list[float]]]:
+    return [(str(x.get_label()), list(x.get_xdata()), list(x.get_ydata())) for x in figure.axes[0].get_lines()]
+
+
+def test_curves_are_the_records(folder: Path) -> None:
+    figures = run_figures([folder])
+    assert lines(figures["loss"]) == [
+        ("run, training", [10, 20, 30, 40], [4, 3, 2, 1]),
+        ("run, validation", [40], [1.2]),
+    ]
+    (bits, floor) = lines(figures["bits_per_byte"])
+    assert bits == ("run", [40], [1.5])
+    assert floor[0] == "entropy of the validation text, 0.5000"
+    assert floor[2] == [0.5, 0.5]
+    # Even in layer 0; in layer 1 from step 30 on one expert takes all.
+    assert lines(figures["evenness"]) == [("run", [10, 20, 30, 40], [1, 1, 0.5, 0.5])]
+    images = [axes.get_images()[0].get_array() for axes in figures["load"].axes[:2]]
+    np.testing.assert_allclose(images[0], np.ones((4, 4)))
+    np.testing.assert_allclose(images[1][0], [1, 1, 4, 4])  # times the fair share
+
+
+def test_two_runs_share_the_axes_and_have_names(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(folder / "metrics.jsonl", other)
+    figures = run_figures([folder, other])
+    assert [name for name, _, _ in lines(figures["learning_rate"])] == ["run", "other"]
+    assert "load" not in figures
+
+
+def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
+    first, second = (save_figures(run_figures([folder]), tmp_path / name) for name in ("a", "b"))
+    assert {p.suffix for p in first} == {".png", ".svg"}
+    for one, other in zip(first, second, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
+
+
+def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
+        run_figures([tmp_path])
+
+
+def test_the_command_writes_into_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert Plot(run=[str(folder)]).execute() == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert str(folder / "report" / "loss.svg") in printed
+    assert all(Path(line).is_file() for line in printed)
+
+
+def test_a_trace_in_a_notebook(folder: Path) -> None:
+    trace = routing_trace(open_run(folder), "a cat and a dragon")
+    assert trace.figures().keys() == {"load", "tokens"}
+    bars = [bar.get_height() for bar in trace.figures()["load"].axes[1].patches]
+    assert bars == trace.load()[1].tolist()
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
+def test_a_trace_has_a_line_of_slots_where_there_are_slots(dispatch: str, tmp_path: Path) -> None:
+    trace = routing_trace(open_run(saved_run.save_run(tmp_path, dispatch=dispatch)), "a cat and a dragon")
+    first, second = trace.figures()["load"].axes
+    limited = dispatch == "capacity"
+    assert [list(line.get_ydata()) for line in second.get_lines()] == limited * [[16, 16]]  # 2 windows of 8 slots
+    assert ("slots" in first.get_ylabel()) == limited

@@ -1,0 +1,134 @@
+"""Checks of dispatch and kernels, which must catch the bugs of `tests/support/planted_kernels.py`."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.model.kernels import cross_entropy
+from moe_jax.model.kernels.causal_attention import _dropout_masks, causal_attention
+from moe_jax.model.kernels.grouped_matmul import grouped_matmul
+from moe_jax.model.moe.dispatch import Blocks
+from moe_jax.model.moe.functional import build_layer, layer_function, with_gradients
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.reference import OneHotMoE
+from tests.support import oracles, tiny
+
+
+def check_dispatch_gradients() -> None:
+    """Under drops, in float64: every gradient of the layer equals jax's own through one-hot masks and einsums."""
+    config = tiny.config(layers=1)
+    rng = np.random.default_rng(4)
+    with jax.enable_x64(True):
+        forms = {cls: layer_function(config, cls) for cls in (MoE, OneHotMoE)}
+        params = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), forms[MoE][1])
+        x, cotangent = jnp.asarray(rng.normal(size=(2, 3, tiny.T, config.width)))
+        (y, ours), (expected, plain) = (
+            jax.jit(with_gradients(forward))(params, x, cotangent) for forward, _ in forms.values()
+        )
+        assert tiny.relative_error(y, expected) < 1e-13
+        errors = tiny.gradient_errors(ours, plain)
+        assert max(errors.values()) < 1e-12, errors
+
+
+def check_blocks() -> None:
+    """Blocks of 3 rows, several for each expert, with copied weights and in place, against NumPy loops."""
+    config = tiny.config(layers=1)
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(2, tiny.T, config.width))
+    with jax.enable_x64(True):
+        layer = build_layer(config)
+        experts = layer.experts
+        for param in (layer.router, experts.w_in, experts.w_gate, experts.w_out):
+            param[...] = jnp.asarray(rng.normal(size=param.shape))
+        weights = [np.asarray(param[...]) for param in (layer.router, experts.w_in, experts.w_out, experts.w_gate)]
+        expected, dropped = oracles.moe(x, *weights, top_k=2, capacity=tiny.T)
+        assert dropped == 0
+        routing = layer.route(jnp.asarray(x))
+        counts = np.bincount(np.asarray(routing.expert_index).ravel(), minlength=4)
+        assert (counts > 6).sum() >= 2, "fewer than two experts have three blocks, so the case is too easy"
+        for in_place in (False, True):
+            y, drop_fraction = jax.jit(Blocks(3, in_place).apply)(jnp.asarray(x), routing, experts)
+            assert tiny.relative_error(y, expected) < 1e-13
+            assert (np.asarray(drop_fraction) == 0).all()
+
+
+def check_grouped_matmul() -> None:
+    """Both implementations against NumPy loops: the product, and both gradients, with indices and without."""
+    rng = np.random.default_rng(6)
+    weights = rng.normal(size=(4, 5, 3))
+    for chosen in (None, [2, 0, 2, 3, 2, 0]):
+        groups = 4 if chosen is None else len(chosen)
+        rows, cotangent = rng.normal(size=(groups, 7, 5)), rng.normal(size=(groups, 7, 3))
+        experts = range(4) if chosen is None else chosen
+        product = np.stack([rows[g] @ weights[e] for g, e in enumerate(experts)])
+        d_rows = np.stack([cotangent[g] @ weights[e].T for g, e in enumerate(experts)])
+        d_weights = np.zeros_like(weights)
+        for g, e in enumerate(experts):
+            d_weights[e] += rows[g].T @ cotangent[g]
+        with jax.enable_x64(True):
+            index = None if chosen is None else jnp.asarray(chosen)
+            for implementation in ("batched", "reference"):
+                multiply = functools.partial(grouped_matmul, group_expert=index, implementation=implementation)
+                y, pull = jax.vjp(multiply, jnp.asarray(rows), jnp.asarray(weights))
+                for ours, expected in zip(
+                    (y, *pull(jnp.asarray(cotangent))), (product, d_rows, d_weights), strict=True
+                ):
+                    assert np.abs(np.asarray(ours) - expected).max() < 1e-12, implementation
+
+
+def check_causal_attention(length: int = 150, dropout: float = 0.3) -> None:
+    """Attention by blocks, with hand-written gradients, equals attention with all scores at once, differentiated by
+    jax. All in float64."""
+    rng = np.random.default_rng(length)
+    with jax.enable_x64(True):
+        operands = [jnp.asarray(rng.normal(size=(2, 2, length, 4))) for _ in range(3)]
+        cotangent = jnp.asarray(rng.normal(size=(2, 2, length, 4)))
+
+        def run(implementation: str, *args: jax.Array) -> tuple[jax.Array, ...]:
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+                return causal_attention(q, k, v, dropout, jax.random.key(3), implementation)
+
+            out, pull = jax.vjp(attend, *args)
+            return out, *pull(cotangent)
+
+        ours, expected = (jax.jit(run, static_argnums=0)(name, *operands) for name in ("blocked", "reference"))
+        for name, one, other in zip(("out", "d_query", "d_key", "d_value"), ours, expected, strict=True):
+            assert tiny.relative_error(one, other) < 1e-12, name
+
+
+def check_dropout_masks() -> None:
+    """Three blocks of queries have independent masks: two of them disagree in 2 x 1/4 x 3/4 of their entries."""
+    masks = [np.asarray(mask).ravel() for mask in _dropout_masks((2, 2, 300, 4), 0.25, jax.random.key(0))]
+    assert len(masks) == 3
+    for one, other in ((masks[0], masks[1]), (masks[1], masks[2]), (masks[0], masks[2])):
+        count = min(one.size, other.size)
+        share = (one[:count] != other[:count]).mean()
+        assert abs(share - 0.375) < 5 * np.sqrt(0.375 * 0.625 / count)
+
+
+def check_cross_entropy() -> None:
+    """The mean over 12 tokens, in 4 blocks and in one; and its gradients, from d z = (softmax - onehot) / N."""
+    rng = np.random.default_rng(8)
+    hidden, head, targets = rng.normal(size=(12, 5)), rng.normal(size=(5, 13)), rng.integers(0, 13, 12)
+    d_z = np.stack([oracles.softmax(h @ head) for h in hidden])
+    d_z[np.arange(12), targets] -= 1
+    expected = (
+        np.mean(oracles.cross_entropy(hidden, head, targets)),
+        1.7 * d_z @ head.T / 12,
+        1.7 * hidden.T @ d_z / 12,
+    )
+    with jax.enable_x64(True):
+        operands = (jnp.asarray(hidden), jnp.asarray(head))
+        for implementation, block_bytes in (("blocked", 3 * 13 * 4), ("blocked", 2**20), ("reference", 2**20)):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(cross_entropy, "LOGITS_BYTES", block_bytes)
+                assert cross_entropy._blocks(12, 13) == (4 if block_bytes < 2**20 else 1)
+                mean = functools.partial(
+                    cross_entropy.mean_cross_entropy, targets=jnp.asarray(targets), implementation=implementation
+                )
+                loss, pull = jax.vjp(mean, *operands)
+                for ours, exact in zip((loss, *pull(jnp.asarray(1.7))), expected, strict=True):
+                    assert np.abs(np.asarray(ours) - exact).max() < 1e-13, implementation

@@ -1,0 +1,141 @@
+"""Slow NumPy loops that compute what the model must compute. They share no code with moe_jax.
+
+Everything is float64. Shapes: B sequences, T tokens, D width, E experts, K choices, C slots, F hidden width.
+"""
+
+import math
+
+import numpy as np
+
+
+def softmax(z: np.ndarray) -> np.ndarray:
+    e = np.exp(z - z.max())
+    return e / e.sum()
+
+
+def logsumexp(z: np.ndarray) -> float:
+    top = z.max()
+    return float(top + math.log(np.exp(z - top).sum()))
+
+
+def choose(logits: np.ndarray, top_k: int) -> list[int]:
+    """The K experts of one token, best first. Of equal logits the lower index comes first."""
+    return sorted(range(len(logits)), key=lambda e: (-logits[e], e))[:top_k]
+
+
+def gates(logits: np.ndarray, chosen: list[int]) -> list[float]:
+    """For one choice p itself; for more choices p renormalised over them, in a form that cannot underflow to 0 / 0."""
+    if len(chosen) == 1:
+        return [float(softmax(logits)[chosen[0]])]
+    return list(softmax(np.array([logits[e] for e in chosen])))
+
+
+def assign(chosen: list[list[int] | None], capacity: int) -> list[list[int | None]]:
+    """The slot of each choice of each token of one sequence; None if it is dropped. A token that is None is invalid.
+
+    The order is token-major: earlier tokens first, and the choices of one token in their order.
+    """
+    used: dict[int, int] = {}
+    slots: list[list[int | None]] = []
+    for choices in chosen:
+        mine: list[int | None] = []
+        for e in choices or []:
+            taken = used.get(e, 0)
+            mine.append(taken if taken < capacity else None)
+            used[e] = taken + 1
+        slots.append(mine)
+    return slots
+
+
+def expert(x: np.ndarray, w_in: np.ndarray, w_out: np.ndarray, w_gate: np.ndarray | None) -> np.ndarray:
+    """One token through one expert: swiglu if there is a gate matrix, else gelu in its tanh form."""
+    h = x @ w_in
+    if w_gate is not None:
+        g = x @ w_gate
+        h = g / (1 + np.exp(-g)) * h
+    else:
+        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    return h @ w_out
+
+
+def moe(
+    x: np.ndarray,
+    router: np.ndarray,
+    w_in: np.ndarray,
+    w_out: np.ndarray,
+    w_gate: np.ndarray | None,
+    top_k: int,
+    capacity: int,
+) -> tuple[np.ndarray, int]:
+    """An MoE layer on [B, T, D]: its output, and how many (token, choice) pairs were dropped."""
+    y, dropped = np.zeros_like(x), 0
+    for b in range(x.shape[0]):
+        logits = [x[b, t] @ router for t in range(x.shape[1])]
+        chosen = [choose(z, top_k) for z in logits]
+        for t, slots in enumerate(assign(chosen, capacity)):
+            for e, g, slot in zip(chosen[t], gates(logits[t], chosen[t]), slots, strict=True):
+                if slot is None:
+                    dropped += 1
+                else:
+                    y[b, t] += g * expert(x[b, t], w_in[e], w_out[e], None if w_gate is None else w_gate[e])
+    return y, dropped
+
+
+def balance_loss(logits: np.ndarray, top_k: int) -> float:
+    """The mean over the sequences of E * sum_e f_e P_e, for logits [B, T, E]."""
+    batch, tokens, experts = logits.shape
+    losses = []
+    for b in range(batch):
+        load, prob = np.zeros(experts), np.zeros(experts)
+        for t in range(tokens):
+            for e in choose(logits[b, t], top_k):
+                load[e] += 1
+            prob += softmax(logits[b, t])
+        losses.append(experts * sum(load[e] / (tokens * top_k) * prob[e] / tokens for e in range(experts)))
+    return float(np.mean(losses))
+
+
+def z_loss(logits: np.ndarray) -> float:
+    return float(np.mean([logsumexp(z) ** 2 for z in logits.reshape(-1, logits.shape[-1])]))
+
+
+def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """Causal attention on [B, H, T, A], one query at a time."""
+    out = np.zeros_like(query)
+    for b, h, t in np.ndindex(query.shape[:3]):
+        scores = np.array([query[b, h, t] @ key[b, h, s] / math.sqrt(query.shape[-1]) for s in range(t + 1)])
+        for s, weight in enumerate(softmax(scores)):
+            out[b, h, t] += weight * value[b, h, s]
+    return out
+
+
+def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    return (x - x.mean()) / math.sqrt(x.var() + 1e-5) * scale + bias
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    return x / math.sqrt(sum(v * v for v in x) / len(x) + 1e-6) * scale
+
+
+def rotate(x: np.ndarray, position: int) -> np.ndarray:
+    """RoPE for one head [A]: the pair (i, i + A/2), a complex number, is rotated by position * 10000^(-2i/A)."""
+    half = len(x) // 2
+    turned = [complex(x[i], x[i + half]) * np.exp(1j * position * 10_000 ** (-2 * i / len(x))) for i in range(half)]
+    return np.array([z.real for z in turned] + [z.imag for z in turned])
+
+
+def cross_entropy(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray) -> list[float]:
+    """The cross-entropy of each target, in nats."""
+    return [logsumexp(h @ head) - float((h @ head)[t]) for h, t in zip(hidden, targets, strict=True)]
+
+
+def adamw(
+    p: np.ndarray, grads: list[np.ndarray], rates: list[float], beta1: float, beta2: float, eps: float, decay: float
+) -> np.ndarray:
+    """Parameters after AdamW steps (Loshchilov and Hutter 2019, algorithm 2; the decay is multiplied by the rate)."""
+    m, v = np.zeros_like(p), np.zeros_like(p)
+    for t, (g, rate) in enumerate(zip(grads, rates, strict=True), start=1):
+        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
+        step = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
+        p = p - rate * (step + decay * p)
+    return p

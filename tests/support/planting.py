@@ -1,0 +1,55 @@
+"""Planting a bug into moe_jax: one edit of the source of a function.
+
+The text to replace must occur exactly once. So a bug whose place has changed raises an error, and is not silently left
+out.
+"""
+
+import ast
+import importlib
+import inspect
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import pytest
+
+
+@dataclass(frozen=True)
+class Bug:
+    """Replace `old` by `new` in a function, named `moe_jax.module:function` or `moe_jax.module:Class.method`."""
+
+    name: str
+    where: str
+    old: str
+    new: str
+    check: Callable[[], None]
+
+    def plant(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        module_name, _, qualified = self.where.partition(":")
+        module = importlib.import_module(module_name)
+        owner: Any = module
+        *path, name = qualified.split(".")
+        for part in path:
+            owner = getattr(owner, part)
+        original = getattr(owner, name)
+        source = textwrap.dedent(inspect.getsource(original))
+        assert source.count(self.old) == 1, f"{self.name}: {self.where} has {source.count(self.old)} x {self.old!r}"
+        tree = ast.parse(source.replace(self.old, self.new))
+        namespace: dict[str, Any] = dict(vars(module))
+        # The edited function has the globals of its module, so that other patches affect it too.
+        exec(compile(tree, f"<planted: {self.name}>", "exec"), vars(module), namespace)
+        edited = namespace[name]
+        if path:
+            monkeypatch.setattr(owner, name, edited)
+            return
+        for other in [m for key, m in sys.modules.items() if key.startswith(("moe_jax", "tests."))]:
+            for attribute, value in list(vars(other).items()):
+                if value is original:
+                    monkeypatch.setattr(other, attribute, edited)
+        for differentiable in [value for value in vars(module).values() if isinstance(value, jax.custom_vjp)]:
+            for rule in ("fwd", "bwd"):  # jax keeps its own references to the gradient functions
+                if getattr(differentiable, rule) is original:
+                    monkeypatch.setattr(differentiable, rule, edited)

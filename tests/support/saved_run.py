@@ -1,0 +1,83 @@
+"""Runs for tests: a tiny saved run, made without training (random parameters, invented metrics); and quick training."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.data.token_store import prepare_token_store
+from moe_jax.runs.checkpoint import CheckpointStore
+from moe_jax.runs.folder import RunFolder
+from moe_jax.training.optimizers.factory import make_optimizer
+from moe_jax.training.routing_snapshot import make_tracer
+from moe_jax.training.session import Session
+from moe_jax.training.state import initial_state
+from tests.support import tiny
+
+STEP = 40
+STORY = "Once upon a time a dragon met a cat. The cat said hello to the dragon, and they ate a cake.\n"
+
+
+@contextmanager
+def quick_training(cache: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Within this block, whole runs lose little time outside training, and `cache` holds their data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MOE_JAX_CACHE", str(cache))
+        patch.setattr("moe_jax.training.session.SAMPLE_TOKENS", 24)
+        patch.setattr("moe_jax.training.step_logger.matmul_rate", lambda dtype: 1e9)  # only for the share of peak
+        yield patch
+
+
+def replace_step(session: Session, step: Any) -> None:
+    """Replace the training step of a session."""
+    vars(session.programs)["step"] = step  # a frozen dataclass refuses an assignment
+
+
+def replace_batch(session: Session, batch: Any) -> None:
+    """Replace `batch(step)` of a session."""
+    vars(session.data)["batch"] = batch
+
+
+def save_run(folder: Path, **model_changes: object) -> Path:
+    """Save a run with the byte tokenizer, T = 16, two layers, four experts, and its text. Returns its folder."""
+    text = folder / "text.txt"
+    text.write_text("<|endoftext|>".join(f"{STORY}{i}" for i in range(60)))
+    model = tiny.config(**({"vocab_size": 257, "seq_len": 16, "capacity_factor": 1.0} | model_changes))
+    train = TrainConfig(steps=STEP)
+    execution = ExecutionConfig(compute_dtype="float32")
+    data = DataConfig(source=str(text), tokenizer="byte")
+    config = RunConfig(out=str(folder / "run"), model=model, data=data, train=train, execution=execution)
+    store = prepare_token_store(data, progress=False, cache=folder / "cache")
+    run = RunFolder(folder / "run")
+    run.start(config, store.tokenizer, [])
+    graphdef, params = tiny.build(model)
+    state = initial_state(params, make_optimizer(train), loss_scaling=False)
+    state = dataclasses.replace(state, step=np.int32(STEP))
+    context = {"data": store.digest, "tokenizer": store.tokenizer.digest}
+    CheckpointStore(run.path).save(state, STEP, val_loss=1.0, elapsed=1.0, context=context)
+    run.metrics.write_text("".join(json.dumps(r) + "\n" for r in metrics(model.layers, model.experts)))
+    tracer = make_tracer(model, graphdef, store.valid.tokens)
+    if tracer is not None:
+        for step, seed in ((STEP // 2, 1), (STEP, 0)):
+            run.add_trace(step, tracer(tiny.build(model, seed)[1]))
+    run.write_summary({"val_bits_per_byte": 1.5, "entropy_floor_bits_per_byte": 0.5})
+    return run.path
+
+
+def metrics(layers: int, experts: int) -> list[dict]:
+    """Records of a run: the load is even in layer 0; in the other layers all tokens go to expert 0 from step 30 on."""
+    even = [1 / experts] * experts
+    collapsed = [1.0] + [0.0] * (experts - 1)
+    records = []
+    for step in range(10, STEP + 1, 10):
+        load = [even] + [collapsed if step >= 30 else even] * (layers - 1)
+        values = {"loss": 5 - step / 10, "balance_loss": 1.0, "drop_fraction": 0.1, "lr": 1e-3, "load": load}
+        records.append({"step": step, "split": "train", "tokens_per_second": 100.0, **values})
+    records.append({"step": STEP, "split": "val", "loss": 1.2, "bits_per_byte": 1.5})
+    return records

@@ -1,0 +1,189 @@
+"""Files that are whole or absent, and locks between processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_jax.system import files
+from moe_jax.system.files import cache_dir, draft_of, locked, write_atomically
+from tests.support import system_checks
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(("content", "expected"), [("größer\n", "größer\n".encode()), (b"\xff\x00", b"\xff\x00")])
+def test_text_and_bytes_replace_what_was_there(content: str | bytes, expected: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for _ in range(2):
+        write_atomically(path, content)
+        assert path.read_bytes() == expected
+    write_atomically(path, "")
+    assert path.read_bytes() == b""
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_write_that_fails_leaves_the_old_content_and_no_draft() -> None:
+    system_checks.check_atomic_write()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("else")])
+@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
+def test_whatever_interrupts_a_write(where: str, error: BaseException, tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+
+    def fail(*_: object) -> None:
+        assert draft_of(path).exists(), "written beside the file, and not into it"
+        assert path.read_text() == "old"
+        raise error
+
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(type(error)):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_content_that_is_no_text_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "\udce9")
+    assert (path.read_text(), names(tmp_path)) == ("old", ["file"])
+
+
+def test_a_new_file_in_a_folder_that_is_missing_is_an_os_error(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "missing" / "file", "new")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_only_a_durable_write_waits_for_the_disk(durable: bool, tmp_path: Path, monkeypatch) -> None:
+    """The content is on the disk before it has its name: after a loss of power no name has half a file."""
+    calls = []
+    sync, replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), sync(file)))
+    monkeypatch.setattr(Path, "replace", lambda path, target: (calls.append("rename"), replace(path, target))[1])
+    write_atomically(tmp_path / "file", "content", durable=durable)
+    assert calls == (["fsync", "rename"] if durable else ["rename"])
+
+
+def test_drafts_of_two_processes_have_two_names(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "file"
+    mine = draft_of(path)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert draft_of(path) != mine
+    assert mine.parent == path.parent, "a rename works within one file system only"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from moe_jax.system.files import locked
+with locked(Path(sys.argv[1]), wait=False) as file:
+    print("held" if file is not None else "no locks here", flush=True)
+    sys.stdin.readline()
+"""
+WAITER = """
+import sys
+from pathlib import Path
+from moe_jax.system.files import locked
+print("asking", flush=True)
+with locked(Path(sys.argv[1]), wait=True):
+    print("held", flush=True)
+"""
+needs_locks = pytest.mark.skipif(files.fcntl is None, reason="the system has no flock")
+
+
+def start(program: str, lock: Path) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    return subprocess.Popen(
+        [sys.executable, "-c", program, str(lock)],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+@needs_locks
+def test_another_process_is_refused_or_waits(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    with start(HOLDER, lock) as holder:
+        assert said(holder) == "held"
+        with pytest.raises(BlockingIOError), locked(lock, wait=False):
+            pass
+        with start(WAITER, lock) as waiter:
+            assert said(waiter) == "asking"
+            time.sleep(0.3)
+            assert waiter.poll() is None, "it did not wait"
+            holder.communicate("\n")
+            assert said(waiter) == "held"
+        assert waiter.returncode == 0
+    with locked(lock, wait=False) as file:
+        assert file is not None
+
+
+@needs_locks
+def test_a_process_that_is_killed_gives_its_lock_back(tmp_path: Path) -> None:
+    with start(HOLDER, tmp_path / "lock") as holder:
+        assert said(holder) == "held"
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+    with locked(tmp_path / "lock", wait=False) as file:
+        assert file is not None
+
+
+@needs_locks
+def test_the_holder_may_leave_a_note(tmp_path: Path) -> None:
+    """What is in the file is not cut off by whoever opens it next."""
+    with locked(tmp_path / "lock", wait=False) as file:
+        assert file is not None
+        file.write("process 7")
+    with locked(tmp_path / "lock", wait=False):
+        assert (tmp_path / "lock").read_text() == "process 7"
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_without_locks_nobody_waits(wait: bool, tmp_path: Path, monkeypatch) -> None:
+    """On a system without flock, and on a file system that refuses it."""
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "fcntl", None)
+        with locked(tmp_path / "lock", wait=wait) as one, locked(tmp_path / "lock", wait=wait) as other:
+            assert (one, other) == (None, None)
+    if files.fcntl is None:
+        return
+
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    with locked(tmp_path / "lock", wait=wait) as file:
+        assert file is None
+
+
+def test_the_cache_folder(monkeypatch) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", "/somewhere/else")
+    assert cache_dir() == Path("/somewhere/else")
+    monkeypatch.delenv("MOE_JAX_CACHE")
+    assert cache_dir().name == "moe-jax"
+
+
+def test_files_are_the_standard_library_alone() -> None:
+    """A wrong flag is answered before anything is loaded, and locks are taken before that."""
+    code = "import sys; import moe_jax.system.files; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"jax", "numpy", "flax", "rich", "platformdirs"} & set(loaded)

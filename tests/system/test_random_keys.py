@@ -1,0 +1,37 @@
+"""Every key is fold_in(fold_in(key(seed), purpose), step), and purposes keep their numbers."""
+
+import itertools
+
+import jax
+
+from moe_jax.system.random_keys import Purpose, purpose_key
+from tests.support import system_checks
+
+
+def test_purposes_keep_their_numbers() -> None:
+    """A run that was saved by an earlier version goes on with the same random numbers."""
+    assert {purpose.name: purpose.value for purpose in Purpose} == {
+        "INITIAL_PARAMETERS": 0,
+        "DROPOUT": 1,
+        "SAMPLE": 2,
+        "ROUND_MOMENTS": 3,
+        "ROUND_WEIGHTS": 4,
+    }
+
+
+def test_keys_are_folded_from_seed_purpose_and_step() -> None:
+    system_checks.check_keys()
+
+
+def test_no_two_uses_share_a_key() -> None:
+    uses = itertools.product((0, 1, 2), Purpose, (None, 0, 1, 2, 3))
+    keys = {system_checks.bits(purpose_key(*use)).tobytes() for use in uses}
+    assert len(keys) == 3 * len(Purpose) * 5
+
+
+def test_a_traced_step_gives_the_key_of_that_step() -> None:
+    traced = jax.jit(lambda step: purpose_key(5, Purpose.DROPOUT, step))
+    for step in (0, 3, 2**31 - 1):
+        expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 1), step)
+        assert (system_checks.bits(traced(step)) == system_checks.bits(expected)).all()
+    assert traced._cache_size() == 1

@@ -1,0 +1,219 @@
+"""What a notebook does with a trained model: `moe_jax.load_run`, and the methods of `Run`."""
+
+import dataclasses
+import inspect
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.api import Run
+from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig, UserError
+from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.sampling import Sampling
+from moe_jax.inspection.trace import routing_trace
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import merge
+from moe_jax.training.loop import finish, train
+from moe_jax.training.session import Session
+from tests.support import saved_run, tiny
+
+T = 32
+PROMPT = "the cat sat"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Folder and summary of a run of 60 steps on small sentences, with drops in training."""
+    folder = tmp_path_factory.mktemp("api")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "dog", "ran", "sat", "on", "a", "mat", "and", "then", "it", "was", "happy"]
+    (folder / "text.txt").write_text("<|endoftext|>".join(" ".join(rng.choice(words, 12)) + "." for _ in range(80)))
+    config = RunConfig(
+        out=str(folder / "run"),
+        model=tiny.config(seq_len=T, layers=2, width=16, vocab_size=0, expert_hidden=16, capacity_factor=0.75),
+        data=DataConfig(source=str(folder / "text.txt"), tokenizer="byte", eval_tokens=200),
+        train=TrainConfig(steps=60, batch_size=8, lr=2e-2, warmup_steps=5, eval_every=30, save_every=30),
+        execution=ExecutionConfig(compute_dtype="float32"),
+    )
+    session = Session.open(config, None)
+    train(session)
+    return session.folder.path, finish(session)
+
+
+@pytest.fixture(scope="module")
+def run(trained: tuple[Path, dict[str, Any]]) -> Run:
+    return moe_jax.load_run(trained[0])
+
+
+def generator(run: Run) -> TextGenerator:
+    return TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+
+
+def test_it_opens_the_best_checkpoint_or_the_one_of_a_step(trained: tuple[Path, dict[str, Any]], run: Run) -> None:
+    folder, summary = trained
+    assert isinstance(run, moe_jax.Run)
+    assert run.checkpoint.step == summary["best_step"] == 60
+    earlier = moe_jax.load_run(str(folder), step=30)
+    assert earlier.checkpoint.step == 30
+    assert earlier.evaluate().loss > run.evaluate().loss
+
+
+SETTINGS = [
+    {},
+    {"temperature": 0.7, "seed": 3, "top_k": 5, "max_tokens": 20},
+    {"temperature": 1.5, "top_p": 0.7, "seed": 2, "max_tokens": 20},
+    {"temperature": 1.5, "min_p": 0.2, "max_tokens": 20},
+    {"temperature": 1.0, "repetition_penalty": 1.8, "seed": 1, "max_tokens": 50},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_generate_is_the_text_generator(settings: dict[str, Any], run: Run) -> None:
+    """Each setting is given by its name. Some texts are longer than the context of 32 tokens."""
+    sampling = Sampling(**{k: v for k, v in settings.items() if k in Sampling._fields})
+    seed, limit = settings.get("seed", 0), settings.get("max_tokens", 400)
+    told = "".join(generator(run).pieces(PROMPT, sampling, seed=seed, limit=limit))
+    assert run.generate(PROMPT, **settings) == PROMPT + told
+    assert "".join(run.stream(PROMPT, sampling, seed=seed, max_tokens=limit)) == told
+    assert run.generate(PROMPT, **settings) == PROMPT + told, "the same arguments give the same text"
+    if settings:
+        assert run.generate(PROMPT, max_tokens=limit) != PROMPT + told, (
+            "the settings change nothing, so the case tests nothing"
+        )
+
+
+def test_the_defaults_are_those_of_sampling() -> None:
+    given = {name: p.default for name, p in inspect.signature(Run.generate).parameters.items()}
+    assert {name: given[name] for name in Sampling._fields} == Sampling()._asdict()
+
+
+def test_logits_are_those_of_an_uncached_pass_row_by_row(run: Run) -> None:
+    """Row i is the last row of a pass over the first i + 1 tokens alone, without padding."""
+    tokens = [run.tokenizer.separator_id, *run.tokenizer.encode("a cat")]
+    logits = run.logits("a cat")
+    assert (logits.shape, logits.dtype) == ((len(tokens), run.config.model.vocab_size), np.float32)
+
+    @jax.jit
+    def forward(params: Any, tokens: jax.Array) -> jax.Array:
+        model = merge(run.graphdef, params)
+        return model.logits(model(tokens, Mode.EVALUATE)[0])
+
+    for i in range(len(tokens)):
+        alone = forward(run.params, jnp.asarray([tokens[: i + 1]]))
+        np.testing.assert_allclose(logits[i], alone[0, -1], atol=2e-5)
+    assert len({row.tobytes() for row in logits}) == len(tokens)
+    assert run._forward._cache_size() == 1
+    run.logits(PROMPT)
+    assert run._forward._cache_size() == 1
+
+
+def test_logits_predict_what_is_generated_at_temperature_0(run: Run) -> None:
+    """At temperature 0 the cached decoder takes the token with the largest logit of the row before it."""
+    told = run.generate("t", temperature=0, max_tokens=T - 2)
+    tokens, logits = run.tokenizer.encode(told), run.logits(told)
+    continuation = tokens[1:]
+    assert len(set(continuation)) >= 3
+    for i, token in enumerate(continuation, start=1):
+        best = np.sort(logits[i])[-2:]
+        assert best[1] - best[0] > 1e-3, "the two largest logits are too close to compare"
+        assert int(logits[i].argmax()) == token, i
+
+
+def test_the_empty_text_has_the_row_after_the_separator(run: Run) -> None:
+    (row,) = run.logits("")
+    np.testing.assert_allclose(row, run.logits("a")[0], atol=2e-5)
+
+
+def test_evaluate_on_the_runs_own_text_gives_the_summarys_numbers(
+    trained: tuple[Path, dict[str, Any]], run: Run
+) -> None:
+    scored, summary = run.evaluate(), trained[1]
+    assert scored.loss == summary["val_loss"]
+    assert scored.bits_per_byte == summary["val_bits_per_byte"]
+    assert (scored.tokens, scored.drop_fraction) == (summary["val_tokens"], summary["val_drop_fraction"])
+    assert scored.bytes / scored.tokens == summary["val_bytes_per_token"]
+    assert json.loads((trained[0] / "summary.json").read_text()) == summary
+
+
+def test_evaluate_on_a_text_is_the_mean_of_its_logits(run: Run) -> None:
+    """The text has 12 tokens and 12 bytes; the separator at its end is predicted too. Spaces around it are removed."""
+    text = "the dog sat."
+    targets = [*run.tokenizer.encode(text), run.tokenizer.separator_id]
+    z = run.logits(text).astype(np.float64)
+    nats = np.log(np.exp(z).sum(1)) - z[np.arange(len(targets)), targets]
+    scored = run.evaluate(f"  {text}\n")
+    assert (scored.tokens, scored.bytes, scored.drop_fraction) == (13, 12, 0)
+    assert scored.loss == pytest.approx(nats.mean(), rel=1e-5)
+    assert scored.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / 12, rel=1e-5)
+
+
+def test_trace_is_the_routing_trace(run: Run) -> None:
+    text = PROMPT * 4  # two windows
+    ours, theirs = run.trace(text), routing_trace(run, text)
+    for f in dataclasses.fields(ours):
+        one, other = getattr(ours, f.name), getattr(theirs, f.name)
+        if isinstance(one, np.ndarray):
+            np.testing.assert_array_equal(one, other, err_msg=f.name)
+    assert (ours.pieces, ours.config) == (theirs.pieces, run.config.model)
+    assert "".join(ours.pieces[1:]) == text
+    assert ours.drop_fraction.max() > 0
+
+
+def one_line(error: BaseException) -> str:
+    text = str(error)
+    assert "\n" not in text
+    assert "Traceback" not in text
+    return text
+
+
+def test_errors_are_one_line_that_says_what_to_do(
+    trained: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="no run with a complete checkpoint there; make one") as caught:
+        moe_jax.load_run(tmp_path)
+    one_line(caught.value)
+    with pytest.raises(UserError, match=r"--step 7: .* it has 30, 60") as caught:
+        moe_jax.load_run(trained[0], step=7)
+    one_line(caught.value)
+    fits = "a" * (T - 1)
+    assert run.logits(fits).shape[0] == T
+    with pytest.raises(UserError, match=f"{T + 1} tokens with its separator, the context {T}; shorten it") as caught:
+        run.logits(fits + "a")
+    one_line(caught.value)
+    with pytest.raises(UserError, match="at most 16,384 can be shown") as caught:
+        run.trace("a" * 16_384)
+    one_line(caught.value)
+
+
+def test_a_run_whose_text_is_gone_says_so_and_scores_another(trained: tuple[Path, dict[str, Any]]) -> None:
+    run = moe_jax.load_run(trained[0])
+    gone = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, source="no/such/text.txt"))
+    moved = dataclasses.replace(run, config=gone)
+    with pytest.raises(
+        UserError, match=r"validation text is not at hand .*no/such/text\.txt.*give evaluate a text"
+    ) as caught:
+        moved.evaluate()
+    one_line(caught.value)
+    assert math.isfinite(moved.evaluate("a cat").loss)
+
+
+def test_a_dense_baseline_has_nothing_to_trace(tmp_path: Path) -> None:
+    dense = moe_jax.load_run(saved_run.save_run(tmp_path, dense="active"))
+    with pytest.raises(UserError, match="dense baseline") as caught:
+        dense.trace("a cat")
+    one_line(caught.value)
+    assert dense.logits("a cat").shape == (6, 257)

@@ -1,0 +1,109 @@
+"""What the loop counts, by hand: evaluations without improvement, starved experts, loss spikes."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import TrainConfig
+from moe_jax.model.transformer import create, split
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.training.counters import STARVED_STEPS, RunCounters
+from moe_jax.training.optimizers.factory import make_optimizer
+from moe_jax.training.state import SPIKE_AFTER, LossTrack, initial_state, next_track
+from moe_jax.training.step import make_step
+from tests.support import tiny
+
+
+def test_evaluations_without_improvement() -> None:
+    progress = RunCounters()
+    assert [progress.add_evaluation(step, loss) for step, loss in enumerate([3.0, 2.0, 2.0, float("nan"), 1.0], 1)] == [
+        *(True, True, False, False, True)
+    ]
+    assert (progress.best, progress.without_improvement, progress.evaluated) == (1.0, 0, 5)
+
+
+def test_an_expert_is_starved_after_a_hundred_steps_in_a_row() -> None:
+    """Of four experts the third of layer 1 gets 1 % of the pairs, where 25 % is fair; one fair step begins anew."""
+    progress = RunCounters()
+    fair, starving = np.full((2, 4), 0.25), np.array([[0.25] * 4, [0.49, 0.25, 0.01, 0.25]])
+    for _ in range(STARVED_STEPS - 1):
+        assert progress.add_load(starving) == []
+    assert progress.add_load(fair) == []
+    said = [progress.add_load(starving) for _ in range(STARVED_STEPS + 5)]
+    assert said == [[]] * (STARVED_STEPS - 1) + [[(1, 2)]] + [[]] * 5  # said once
+    assert progress.starved_now() == [[1, 2]]
+    assert progress.add_load(fair) == []
+    assert progress.starved_now() == []
+
+
+def test_a_dense_model_starves_nobody() -> None:
+    progress = RunCounters()
+    assert progress.add_load(np.zeros((0, 0))) == []
+    assert progress.starved_now() == []
+
+
+def starved_after_training(aux_loss_coef: float) -> list[list[int]]:
+    """Eight experts, one choice, random tokens, a learning rate 30 times the usual one, 130 steps."""
+    graphdef, params = split(create(tiny.config(layers=1, experts=8, top_k=1), jax.random.key(0)))
+    config = TrainConfig(steps=130, lr=0.1, aux_loss_coef=aux_loss_coef)
+    optimizer = make_optimizer(config)
+    step = make_step(graphdef, optimizer, config, loss_scaling=False)
+    state, progress = initial_state(params, optimizer, loss_scaling=False), RunCounters()
+    for i in range(config.steps):
+        state, report = step(state, tiny.tokens(1, 16, tiny.T + 1, seed=i))
+        progress.add_load(np.asarray(report.metrics.load))
+    return progress.starved_now()
+
+
+def test_a_collapsed_router_is_seen_and_the_usual_balance_loss_prevents_it() -> None:
+    assert len(starved_after_training(aux_loss_coef=0.0)) > 0
+    assert starved_after_training(aux_loss_coef=TrainConfig().aux_loss_coef) == []
+
+
+def test_through_json() -> None:
+    progress = RunCounters(best=0.1 + 0.2, without_improvement=2, evaluated=40, starved=[[0, 3], [99, 100]])
+    assert RunCounters.from_json(json.loads(json.dumps(progress.to_json()))) == progress
+    for values in (None, {}, progress.to_json() | {"more": 1}, progress.to_json() | {"evaluated": "40"}):
+        with pytest.raises(CheckpointCorrupted, match="progress"):
+            RunCounters.from_json(values)
+
+
+def test_the_track_by_hand() -> None:
+    """The mean and the variance of the first losses are the plain ones; the limit is 6 standard deviations above."""
+    track = LossTrack(jnp.zeros(()), jnp.zeros(()), jnp.int32(0))
+    losses = np.random.default_rng(0).normal(3, 0.5, SPIKE_AFTER).astype(np.float32)
+    for i, loss in enumerate(losses):
+        assert float(track.limit()) == np.inf, i
+        track = next_track(track, jnp.float32(loss), jnp.bool_(True))
+    np.testing.assert_allclose([float(track.mean), float(track.variance)], [losses.mean(), losses.var()], rtol=1e-4)
+    assert float(track.limit()) == pytest.approx(losses.mean() + 6 * losses.std(), rel=1e-4)
+    tiny.assert_same_bits(next_track(track, jnp.float32(np.nan), jnp.bool_(False)), track)
+
+
+def test_a_loss_that_stays_high_becomes_the_usual_one() -> None:
+    track = LossTrack(jnp.float32(1), jnp.float32(0.01), jnp.int32(1000))
+    assert float(track.limit()) < 2.0
+    for _ in range(300):
+        track = next_track(track, jnp.float32(2), jnp.bool_(True))
+    assert float(track.limit()) > 2.0
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_spike_is_seen_and_skipped_where_asked(skip: bool) -> None:
+    """A loss of about ln 13 where 0.1 was usual."""
+    config = TrainConfig(steps=10, skip_spikes=skip)
+    graphdef, params = tiny.build(tiny.config(layers=1, width=16, capacity_factor=2.0))
+    optimizer = make_optimizer(config)
+    state = initial_state(jax.tree.map(jnp.array, params), optimizer, False)
+    usual = LossTrack(jnp.float32(0.1), jnp.float32(0.01), jnp.int32(SPIKE_AFTER))
+    state = dataclasses.replace(state, loss_track=usual)
+    before = jax.tree.map(np.array, (state.params, state.optimizer))
+    state, report = make_step(graphdef, optimizer, config, False)(state, tiny.tokens(1, 2, tiny.T + 1, seed=3))
+    assert (bool(report.finite), bool(report.spike), int(state.skipped), int(state.step)) == (True, True, int(skip), 1)
+    after = jax.tree.map(np.array, (state.params, state.optimizer))
+    same = all(a.tobytes() == b.tobytes() for a, b in zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True))
+    assert same == skip

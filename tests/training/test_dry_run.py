@@ -1,0 +1,86 @@
+"""`train --dry-run`: what a run would cost, by hand, and nothing written."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli.train import Train
+from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.system import timing
+from moe_jax.training.dry_run import duration
+
+
+@pytest.fixture
+def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Of seed-158m with other steps and another learning rate, on a machine of 1e12 operations a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    typed = "--preset seed-158m --steps 100 --lr 1e-3 --precision float32 --model.no-bias --dry-run"
+    assert Train.parse(typed.split()).execute() == 0
+    assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_what_differs_from_the_preset_stands_first(printed: str) -> None:
+    for line in ("--steps 100 (preset 5000)", "--lr 0.001 (preset 0.0003)", "--model.bias off (preset on)"):
+        assert line in printed
+        assert printed.index(line) < printed.index("warmup_steps 100")
+
+
+def test_parameters_memory_and_time(printed: str) -> None:
+    """AdamW in float32: 4 bytes a weight, as many a gradient, twice as many of state; 4 x 8 x 256 tokens a step."""
+    asked = Train.parse(["--preset", "seed-158m", "--no-model.bias", "--steps", "100"]).settings.config
+    config = with_vocabulary(asked)
+    groups = count_parameters(config.model)
+    total = totals(groups)
+    for name, count in groups.items():
+        assert f"{name} {count.total:,} {count.active:,}" in printed
+    assert f"total {total.total:,} {total.active:,}" in printed
+    mib = total.total * 4 / 2**20
+    for words in (
+        f"weights {mib:,.0f} MiB, gradients {mib:,.0f} MiB",
+        f"state of adamw {2 * mib:,.0f} MiB: {4 * mib:,.0f} MiB",
+    ):
+        assert words in printed
+    assert "without activations" in printed
+    assert "819,200 tokens" in printed
+    flops = training_flops(config, 100)
+    assert f"{flops:.2e} floating-point operations" in printed
+    assert f"{duration(flops / 6e11)} to {duration(flops / 3e11)}" in printed
+    assert "30 to 60 % of 1,000 GFLOP/s" in printed
+
+
+def test_half_the_memory_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte-level model without biases or rope: nearly all parameters are matrices."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    found = []
+    for kind in ("float32", "bfloat16"):
+        assert Train.parse(["--preset", "story", "--train.param-dtype", kind, "--dry-run"]).execute() == 0
+        words = capsys.readouterr().out.split()
+        found.append(float(words[words.index("weights") + 1].replace(",", "")))
+    assert found[1] == pytest.approx(found[0] / 2, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.2, "under a second"), (40, "40 s"), (200, "3.3 min"), (7200, "2.0 h"), (200_000, "2.3 days")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_dry_run_of_nothing_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    assert Train.parse(["--dry-run"]).execute() == 0
+    assert "no setting differs from preset nano" in " ".join(capsys.readouterr().out.split())
+    assert preset("nano").run_dir == "runs/nano"
+    assert not (tmp_path / "runs").exists()

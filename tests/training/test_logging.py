@@ -1,0 +1,76 @@
+"""The load of the experts in TensorBoard, a histogram whose bars are the experts; metrics.jsonl read from its end;
+the average loss on the terminal."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from moe_jax.runs.metrics import last_train_record
+from moe_jax.training.logging import add_load
+from moe_jax.training.terminal import Terminal
+
+
+class Writer:
+    def __init__(self) -> None:
+        self.written: dict = {}
+
+    def add_histogram_raw(self, **values: object) -> None:
+        self.written = values
+
+
+def test_each_expert_is_a_bar() -> None:
+    """Shares 1/2, 1/4, 1/4: bars end at 1, 2 and 3, and the mean lies at 0.5/2 + 1.5/4 + 2.5/4 = 1.25."""
+    writer = Writer()
+    add_load(writer, "load/layer_0", [0.5, 0.25, 0.25], 7)
+    assert writer.written["bucket_limits"] == [1.0, 2.0, 3.0]
+    assert writer.written["bucket_counts"] == [0.5, 0.25, 0.25]
+    assert writer.written["sum"] == pytest.approx(1.25)
+    assert (writer.written["tag"], writer.written["global_step"]) == ("load/layer_0", 7)
+
+
+def test_a_real_writer_takes_it(tmp_path: Path) -> None:
+    tensorboard = pytest.importorskip("tensorboardX", reason="the extra `tensorboard` is not installed")
+    with tensorboard.SummaryWriter(str(tmp_path)) as writer:
+        add_load(writer, "load/layer_0", [0.5, 0.25, 0.25], 7)
+    assert any(path.stat().st_size > 0 for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("after", [0, 1, 7, 8, 9, 500])
+def test_the_newest_record_of_training_wherever_it_stands(
+    after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `after` records of validation behind it, read in pieces that cut records anywhere."""
+    records = [{"step": step, "split": "train"} for step in range(3)]
+    records += [{"step": step, "split": "val"} for step in range(after)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for piece in (1, 30, 31, 32, 33, 300, 2**15):
+        monkeypatch.setattr("moe_jax.runs.metrics._TAIL_BYTES", piece)
+        assert last_train_record(tmp_path / "metrics.jsonl") == {"step": 2, "split": "train"}
+
+
+def test_no_record_of_training(tmp_path: Path) -> None:
+    assert last_train_record(tmp_path / "absent") == {}
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "val"}\n' * 3)
+    assert last_train_record(tmp_path / "metrics.jsonl") == {}
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert last_train_record(tmp_path / "metrics.jsonl") == {}
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ([2.0, math.nan, 2.0], ["2.000", "2.000", "2.000"]),
+        ([math.nan, 2.0, 3.0], ["nan", "2.000", "2.200"]),
+    ],
+)
+def test_a_loss_that_is_not_a_number_does_not_stay(
+    losses: list[float], shown: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = Terminal(3, 0)
+    for step, loss in enumerate(losses, start=1):
+        terminal.step({"step": step, "loss": loss, "tokens_per_second": 1.0, "drop_fraction": 0.0}, 1.0, 0.0)
+    terminal.close()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    assert [line.split("loss ")[1].split(" ")[0] for line in lines] == shown

@@ -1,0 +1,144 @@
+"""A resumed run may be computed in another way, and must stay the same model on the same text."""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import numpy as np
+import pytest
+
+from moe_jax.config import (
+    ConfigError,
+    DataConfig,
+    ExecutionConfig,
+    ModelConfig,
+    RoutingConfig,
+    RunConfig,
+    TrainConfig,
+    load_config,
+)
+from moe_jax.config.compatibility import check_resumable
+from moe_jax.config.flags import flag_of
+from moe_jax.config.presets import preset
+from moe_jax.training.loop import finish, train
+from moe_jax.training.session import Session
+from tests.support import saved_run, tiny
+
+SAVED = dataclasses.replace(preset("nano"), out="runs/held")
+SECTIONS: dict[str, Any] = {
+    "model": ModelConfig,
+    "routing": RoutingConfig,
+    "data": DataConfig,
+    "train": TrainConfig,
+    "execution": ExecutionConfig,
+}
+FIELDS = [
+    (section, f.name) for section, owner in SECTIONS.items() for f in dataclasses.fields(owner) if f.name != "routing"
+]
+OTHER = {"heads": 2, "tokenizer": "byte", "source": "tinystories", "warmup_steps": 3, "dropout": 0.5, "eval_tokens": 99}
+OTHER |= {"attention_dropout": 0.5, "beta1": 0.5, "beta2": 0.5, "input_jitter": 0.5}
+"""Of the fields that take no neighbouring value."""
+
+
+def other(section: str, name: str) -> Any:
+    """A value that the field may have too."""
+    value = getattr(SAVED.section(section), name)
+    if name in OTHER:
+        return OTHER[name]
+    kind = next(f.type for f in dataclasses.fields(SECTIONS[section]) if f.name == name)
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != value)
+    return not value if isinstance(value, bool) else value * 2 or 1
+
+
+def changed(section: str, name: str, value: Any) -> RunConfig:
+    """The saved settings with one field changed."""
+    if section == "routing":
+        return dataclasses.replace(SAVED, model=SAVED.model.with_routing(**{name: value}))
+    return dataclasses.replace(SAVED, **{section: dataclasses.replace(SAVED.section(section), **{name: value})})
+
+
+MAY_CHANGE = {("data", "source"), ("data", "eval_tokens")}
+"""The text itself is compared by its digest."""
+MAY_CHANGE |= {("execution", f.name) for f in dataclasses.fields(ExecutionConfig)}
+MAY_CHANGE |= {("train", f.name) for f in dataclasses.fields(TrainConfig)} - {
+    ("train", "optimizer"),
+    ("train", "param_dtype"),
+}
+
+
+@pytest.mark.parametrize(("section", "name"), FIELDS, ids=lambda x: x)
+def test_which_settings_may_change_at_a_resume(section: str, name: str) -> None:
+    """Execution and the course of training may. Model, routing, data, optimizer and stored dtype may not; the error is
+    one line with the flag, both values, and what to do."""
+    value = other(section, name)
+    config = changed(section, name, value)
+    assert config != SAVED
+    if (section, name) in MAY_CHANGE:
+        check_resumable(SAVED, config)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_resumable(SAVED, config)
+    there = getattr(SAVED.section(section), name)
+    assert str(caught.value) == (
+        f"{flag_of(section, name)} {value}: the run in runs/held has {there}; "
+        "leave the flag out to resume it, or start a new run with another --out"
+    )
+
+
+def test_preset_and_origin_stay() -> None:
+    for change, flag in (({"preset": "story"}, "--preset story"), ({"upcycle": "runs/dense"}, "--upcycle runs/dense")):
+        with pytest.raises(ConfigError, match=flag):
+            check_resumable(SAVED, dataclasses.replace(SAVED, **change))
+
+
+# Whole runs
+
+
+@pytest.fixture(autouse=True)
+def quick(tmp_path: Path) -> Iterator[None]:
+    with saved_run.quick_training(tmp_path / "cache"):
+        yield
+
+
+def run(folder: Path, steps: int, **execution: Any) -> Session:
+    """Train to a step, from the newest checkpoint where there is one."""
+    (folder / "text.txt").write_text("<|endoftext|>".join(f"a cat sat on mat {i}" for i in range(60)))
+    config = RunConfig(
+        out=str(folder / "run"),
+        model=tiny.config(layers=1, width=16, vocab_size=257),
+        data=DataConfig(source=str(folder / "text.txt"), tokenizer="byte", eval_tokens=64),
+        train=TrainConfig(steps=steps, batch_size=2, warmup_steps=0, log_every=1, eval_every=2, save_every=2),
+        execution=ExecutionConfig(**({"compute_dtype": "float32"} | execution)),
+    )
+    saved = load_config(folder / "run")
+    if saved is not None:
+        check_resumable(saved, config)
+    session = Session.open(config, saved)
+    train(session)
+    return session
+
+
+@pytest.mark.parametrize(
+    ("execution", "rounding"), [({"remat": True}, 1e-5), ({"compute_dtype": "bfloat16"}, 2**-6)], ids=["remat", "dtype"]
+)
+def test_a_run_goes_on_in_another_execution(execution: dict[str, Any], rounding: float, tmp_path: Path) -> None:
+    """Four steps, then two more, beside two more in the first execution: the same losses to the rounding of the
+    arithmetic, and the change stands in config.json."""
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, 4)
+    there, here = run(tmp_path / "one", 6), run(tmp_path / "other", 6, **execution)
+    assert here.progress.resumed_from == 4
+    ((field, value),) = execution.items()
+    assert getattr(here.config.execution, field) == value
+    assert f"execution.{field} {getattr(there.config.execution, field)} -> {value}" in here.notes[0]
+    lines = [(tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines() for name in ("one", "other")]
+    losses = [[r["loss"] for r in map(json.loads, found) if r["step"] > 4] for found in lines]
+    assert len(losses[0]) == 3  # two steps and the last evaluation
+    np.testing.assert_allclose(losses[1], losses[0], rtol=rounding)
+    (entry,) = json.loads((tmp_path / "other" / "run" / "config.json").read_text())["history"]
+    assert entry["changed"][f"execution.{field}"] == [getattr(there.config.execution, field), value]
+    assert finish(here)["precision"] == here.config.execution.compute_dtype
