@@ -3,13 +3,13 @@
 check: format lint types test  ## what a change must pass before it is committed
 
 format:
-	uv run ruff format .
+	uv run --group lint ruff format .
 
 lint:
-	uv run ruff check .
+	uv run --group lint ruff check .
 
 types:
-	uv run basedpyright
+	uv run --group types --extra plots --extra lessons basedpyright
 
 test:
-	uv run pytest
+	uv run --extra plots pytest
