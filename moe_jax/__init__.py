@@ -1,7 +1,9 @@
 """A sparse mixture-of-experts language model in JAX.
 
-run = moe_jax.load_run("runs/nano")          a trained model: generate, logits, evaluate, trace
-layer = moe_jax.MoE(64, 128, experts=8, rngs=nnx.Rngs(0))     the layer, for a Flax model of your own
+    run = moe_jax.load_run("runs/nano")          a trained model: generate, logits, evaluate, trace
+    layer = moe_jax.MoE(64, 128, experts=8, rngs=nnx.Rngs(0))     the layer, for a Flax model of your own
+
+The programs are `train.py`, `benchmark.py` and `python -m moe_jax COMMAND`.
 """
 
 from typing import TYPE_CHECKING, Any

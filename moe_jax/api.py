@@ -1,10 +1,12 @@
 """What a notebook does with a trained model.
 
-run = moe_jax.load_run("runs/nano")
-run.generate("Once upon a time")              text
-run.logits("Once upon a time")                [N, V], one row a token
-run.evaluate("some other text")               loss, bits per byte, drops
-run.trace("Once upon a time")                 where every token went, layer by layer
+    run = moe_jax.load_run("runs/nano")
+    run.generate("Once upon a time")              text
+    run.logits("Once upon a time")                [N, V], one row a token
+    run.evaluate("some other text")               loss, bits per byte, drops
+    run.trace("Once upon a time")                 where every token went, layer by layer
+
+`Run` is above all rooms, because it uses several of them.
 """
 
 import dataclasses

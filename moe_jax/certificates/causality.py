@@ -15,8 +15,7 @@ from flax import nnx
 
 from moe_jax.certificates.certificate import Certificate
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.model.moe.functional import build_layer
-from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.reference import OneHotMoE
 from moe_jax.model.transformer import Params, abstract_model, merge
 
@@ -95,7 +94,7 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator
     before, other = rng.normal(size=(2, BATCH, config.seq_len, config.width)).astype(np.float32)
     for name, variant in VARIANTS.items():
         model = dataclasses.replace(tight, **variant.shape).with_routing(**variant.routing)
-        layer = build_layer(model, variant.moe, seed=1)
+        layer = build_layer(model, nnx.Rngs(params=jax.random.key(1)), variant.moe)
         if ffn is not None:
             nnx.update(layer, nnx.State({"router": ffn["router"], "experts": ffn["experts"]}))
         graphdef, state = nnx.split(layer)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
-from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats
+from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
 from moe_jax.model.precision import at_least_float32, to_param_dtype
 
 type Params = dict[str, Any]
@@ -34,16 +34,7 @@ class Block(nnx.Module):
         self.attention = Attention(config, out_scale, rngs)
         self.ffn_norm = Normalisation(config.norm, config.width, config.bias)
         if config.dense == "none":
-            self.ffn = moe(
-                config.width,
-                config.expert_hidden,
-                config.experts,
-                config.routing,
-                activation=config.activation,
-                shared_experts=config.shared_experts,
-                out_scale=out_scale,
-                rngs=rngs,
-            )
+            self.ffn = build_layer(config, rngs, moe, out_scale)
         else:
             self.ffn = DenseFFN(config.width, config.dense_hidden, config.activation, out_scale, rngs)
 

@@ -27,6 +27,7 @@ def _from_version_2(old: dict[str, Any]) -> dict[str, Any]:
     """Version 2 identified the embedded stories by a digest of the program's source text.
 
     A changed comment changed this digest. It is replaced by the fingerprint of the stories that version 2 generated.
+    The rules of the stories did not change while version 2 was written, so these rules are the right ones.
     """
     context = dict(old["context"])
     config = context.get("config")

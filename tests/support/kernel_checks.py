@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.causal_attention import _dropout_masks, causal_attention
@@ -39,7 +40,7 @@ def check_blocks() -> None:
     rng = np.random.default_rng(5)
     x = rng.normal(size=(2, tiny.T, config.width))
     with jax.enable_x64(True):
-        layer = build_layer(config)
+        layer = build_layer(config, nnx.Rngs(params=jax.random.key(0)))
         experts = layer.experts
         for param in (layer.router, experts.w_in, experts.w_gate, experts.w_out):
             param[...] = jnp.asarray(rng.normal(size=param.shape))

@@ -7,33 +7,24 @@ import jax
 from flax import nnx
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.moe.layer import Mode, MoE, build_layer
 
 type LayerFunction = Callable[[dict[str, Any], jax.Array], jax.Array]
 """(parameters, x [B, T, D]) -> y [B, T, D], in training mode."""
 
 
-def build_layer(config: ModelConfig, moe: type[MoE] = MoE, seed: int = 0) -> MoE:
-    """The MoE layer of a model with this configuration, with initial parameters."""
-    return moe(
-        config.width,
-        config.expert_hidden,
-        config.experts,
-        config.routing,
-        activation=config.activation,
-        shared_experts=config.shared_experts,
-        rngs=nnx.Rngs(params=jax.random.key(seed)),
-    )
-
-
 def layer_function(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunction, dict[str, Any]]:
     """The layer as a function, and its initial parameters."""
-    return _function(build_layer(config, moe))
+    return _function(_initial_layer(config, moe))
 
 
 def layer_shapes(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunction, dict[str, Any]]:
     """The layer as a function, and the shapes of its parameters. Allocates nothing."""
-    return _function(nnx.eval_shape(lambda: build_layer(config, moe)))
+    return _function(nnx.eval_shape(lambda: _initial_layer(config, moe)))
+
+
+def _initial_layer(config: ModelConfig, moe: type[MoE]) -> MoE:
+    return build_layer(config, nnx.Rngs(params=jax.random.key(0)), moe)
 
 
 def _function(layer: MoE) -> tuple[LayerFunction, dict[str, Any]]:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.config import Activation, RoutingConfig, capacity
+from moe_jax.config import Activation, ModelConfig, RoutingConfig, capacity
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, PerToken
@@ -162,6 +162,20 @@ class MoE(nnx.Module):
         if pairs <= experts:
             return PerToken()
         return Blocks(inference_block_rows(pairs, experts), in_place=True)
+
+
+def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_scale: float = 1.0) -> MoE:
+    """An MoE layer of a model's shape and routing policy, with initial parameters."""
+    return moe(
+        config.width,
+        config.expert_hidden,
+        config.experts,
+        config.routing,
+        activation=config.activation,
+        shared_experts=config.shared_experts,
+        out_scale=out_scale,
+        rngs=rngs,
+    )
 
 
 def block_rows(pairs: int, experts: int) -> int:
