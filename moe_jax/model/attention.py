@@ -12,7 +12,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.model.kernels.causal_attention import attention_weights, causal_attention, masked_softmax
 from moe_jax.model.kernels.matmul import matmul
 from moe_jax.model.layers import Normalisation, apply_rope, matrix_init
-from moe_jax.model.precision import at_least_float32
+from moe_jax.model.precision import at_least_float32, dot_precision
 
 
 class KeyValue(NamedTuple):
@@ -101,8 +101,8 @@ class Attention(nnx.Module):
         # Without the barrier the compiler writes the new place twice, once for the products and once for the result,
         # and copies the whole cache.
         cache = KeyValue(*jax.lax.optimization_barrier(written))
-        wide = at_least_float32(x.dtype)
-        scores = jnp.einsum("bqha,bhas->bhqs", query, cache.key, preferred_element_type=wide)
+        wide, precision = at_least_float32(x.dtype), dot_precision(x.dtype)
+        scores = jnp.einsum("bqha,bhas->bhqs", query, cache.key, precision=precision, preferred_element_type=wide)
         visible = jnp.arange(cache.key.shape[-1])[None, :] <= index
         weights = masked_softmax(scores / math.sqrt(query.shape[-1]), visible).astype(x.dtype)
-        return self._output(jnp.einsum("bhqs,bhas->bqha", weights, cache.value)), cache
+        return self._output(jnp.einsum("bhqs,bhas->bqha", weights, cache.value, precision=precision)), cache

@@ -1,11 +1,11 @@
 """The precision policy: which dtype computes and stores what, and why.
 
 `choose_policy` decides the compute precision, from `ExecutionConfig.compute_dtype` and the device. The compute
-precision is the dtype of activations and matrix products; weights are cast to it before they are multiplied. Norm
-statistics, softmax, router and loss are computed in at least float32 (`at_least_float32`), whatever the policy is.
-Parameters are stored in float32. With `TrainConfig.param_dtype` bfloat16, matrices are stored in bfloat16
-(`to_param_dtype`). Their updates are then computed in float32, and the sums are rounded stochastically
-(`stochastic_round`).
+precision is the dtype of activations and matrix products; weights are cast to it before they are multiplied. A
+product in float32 is never rounded to TF32 (`dot_precision`). Norm statistics, softmax, router and loss are computed in
+at least float32 (`at_least_float32`), whatever the policy is. Parameters are stored in float32. With
+`TrainConfig.param_dtype` bfloat16, matrices are stored in bfloat16 (`to_param_dtype`). Their updates are then computed
+in float32, and the sums are rounded stochastically (`stochastic_round`).
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,16 @@ class Policy:
 def at_least_float32(dtype: DTypeLike) -> jnp.dtype:
     """float32, or float64 where `dtype` is: the precision of statistics, softmax, router and loss."""
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def dot_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
+    """The precision of a matrix product whose operands have this dtype: HIGHEST from float32 on.
+
+    At JAX's default precision, a GPU of compute capability 8.0 or more rounds float32 operands to TF32, which keeps 10
+    bits of the fraction instead of 23. Narrower operands are not rounded, so they need no choice (None). A CPU computes
+    the same bits either way.
+    """
+    return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
 def choose_policy(kind: ComputeDtype, device: Any = None) -> Policy:

@@ -17,7 +17,7 @@ from moe_jax.config import ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
 from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
-from moe_jax.model.precision import at_least_float32, to_param_dtype
+from moe_jax.model.precision import at_least_float32, dot_precision, to_param_dtype
 
 type Params = dict[str, Any]
 
@@ -150,7 +150,8 @@ class Transformer(nnx.Module):
         """Logits in at least float32. The factors have the compute dtype; products are summed in at least float32."""
         with jax.named_scope("head"):
             head = self.head_matrix().astype(hidden.dtype)
-            return jnp.matmul(hidden, head, preferred_element_type=at_least_float32(hidden.dtype))
+            wide = at_least_float32(hidden.dtype)
+            return jnp.matmul(hidden, head, precision=dot_precision(hidden.dtype), preferred_element_type=wide)
 
     def decode(
         self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, ""]

@@ -133,9 +133,17 @@ def bound(target: Target, program: Any, *arguments: Any) -> Bound:
 
     Raises UserError if JAX's CUDA plugin or ptxas is not installed.
     """
-    lowered = program.lower(*_on(_device(target), arguments))
+    lowered = lower_for(target, program, *arguments)
     names = ["triton", "cublas"] if float(target.compute_capability) >= 8.0 else ["cublas"]
     return Bound({name: _measured(target, lowered, BACK_ENDS[name]) for name in names})
+
+
+def lower_for(target: Target, program: Any, *arguments: Any) -> Any:
+    """A jitted program, lowered for the target (`jax.stages.Lowered`). It can be compiled here, but not run.
+
+    Raises UserError if JAX's CUDA plugin is not installed.
+    """
+    return program.lower(*_on(_device(target), arguments))
 
 
 def _device(target: Target) -> SingleDeviceSharding:

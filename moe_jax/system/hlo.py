@@ -4,6 +4,9 @@ A formula gives the expected cost of a layer. The optimised HLO gives the real c
 `read_program` follows the calls from the entry computation. It counts a fusion, a call and each branch of a conditional
 once, and the body of a loop as often as the loop runs. So a product in a loop of 12 passes counts 12 times, and a
 product that the compiler removed does not count.
+
+A product is the HLO instruction `dot`, or a call of a GPU library (`__cublas$gemm`, `__cublas$lt$matmul`). An
+instruction that may hold products in another form is an error: its operations would be missing from the count.
 """
 
 import math
@@ -19,13 +22,16 @@ _OPCODE = re.compile(r"^(?:\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(([^)]*)\)")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_MANY = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"?known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
+_LIBRARY_PRODUCT = re.compile(r"__cublas\$(gemm|lt\$matmul\S*)|__onednn\$matmul\S*")
+_UNCOUNTED = re.compile(r"cublas|cudnn|onednn|gemm|matmul|ragged|conv", re.IGNORECASE)
+"""Names of custom calls that may multiply matrices."""
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _SMALL_CALLS = {"to_apply", "called_computations"}  # scalar functions of reduce, sort, scatter: no products
 
 
 @dataclass(frozen=True)
 class Dot:
-    """A matrix product of the compiled program."""
+    """A matrix product of the compiled program: an instruction `dot`, or a call of a library."""
 
     op_name: str
     """The traced operation that it came from: "jit(step)/.../experts/dot_general"."""
@@ -33,6 +39,10 @@ class Dot:
     right: tuple[int, ...]
     out: tuple[int, ...]
     dtype: str
+    operand_dtype: str
+    precision: str
+    """The precision that its operands ask for: "highest", or "default". At the default precision a GPU of compute
+    capability 8.0 or more rounds float32 operands to TF32."""
     flops: int
     """Floating-point operations of one execution: 2 x elements of the result x contracted elements."""
     runs: int
@@ -98,9 +108,6 @@ class _Instruction:
 class _Computation:
     instructions: dict[str, _Instruction] = field(default_factory=dict)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.instructions[name].arrays[0][1]
-
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
     computations: dict[str, _Computation] = {}
@@ -139,24 +146,38 @@ def _calls(instruction: _Instruction) -> Iterator[tuple[str, int]]:
         yield name, trips
 
 
-def _dimensions(text: str, name: str) -> list[int]:
-    found = re.search(rf"\b{name}=\{{([\d,]*)\}}", text)
-    return [int(n) for n in found[1].split(",") if n] if found else []
+def _is_product(instruction: _Instruction) -> bool:
+    """Whether an instruction is one matrix product. Raises ValueError if it may have products that nobody counts."""
+    if instruction.opcode == "dot":
+        return True
+    target = re.search(r'custom_call_target="([^"]*)"', instruction.text)
+    name = target[1] if instruction.opcode == "custom-call" and target else ""
+    if _LIBRARY_PRODUCT.fullmatch(name):
+        return True
+    if instruction.opcode in ("convolution", "ragged-dot") or _UNCOUNTED.search(name):
+        raise ValueError(f"operations of this instruction cannot be counted: {instruction.text[:200]}")
+    return False
 
 
 def _dot(instruction: _Instruction, computation: _Computation, runs: int) -> Dot:
-    left, right = (computation.shape(name) for name in instruction.operands[:2])
+    (operand_dtype, left), (_, right) = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
     dtype, out = instruction.arrays[0]
-    contracted = math.prod(left[i] for i in _dimensions(instruction.text, "lhs_contracting_dims"))
-    name = _OP_NAME.search(instruction.text)
-    return Dot(name[1] if name else "", left, right, out, dtype, 2 * math.prod(out) * contracted, runs)
+    text = instruction.text
+    # `lhs_contracting_dims={2}` of a dot, `"lhs_contracting_dimensions":["2"]` of a library's call.
+    found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', text)
+    axes = [int(n) for n in re.findall(r"\d+", found[1])] if found else []
+    asked = re.search(r'operand_precision"?[=:][{\[]"?(\w+)', text)
+    precision = asked[1].lower() if asked else "default"
+    name = _OP_NAME.search(text)
+    flops = 2 * math.prod(out) * math.prod(left[i] for i in axes)
+    return Dot(name[1] if name else "", left, right, out, dtype, operand_dtype, precision, flops, runs)
 
 
 def read_program(text: str | None) -> Program:
     """The products and buffers of optimised HLO, as `compiled.as_text()` prints it.
 
-    Raises ValueError if there is no text, or if the program has a loop whose number of passes the compiler does not
-    know.
+    Raises ValueError if there is no text, if the program has a loop whose number of passes the compiler does not know,
+    or if it has products that cannot be counted.
     """
     if text is None:
         raise ValueError("this backend does not show its optimised program")
@@ -177,7 +198,7 @@ def read_program(text: str | None) -> Program:
     dots, buffers = [], []
     for name, times in runs.items():
         for instruction in computations[name].instructions.values():
-            if instruction.opcode == "dot":
+            if _is_product(instruction):
                 dots.append(_dot(instruction, computations[name], times))
             if name not in fused:
                 source = _OP_NAME.search(instruction.text)

@@ -4,7 +4,6 @@ The compiled ones carry the marker `plan` and need the extra `gpu-plan`: `uv run
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -21,14 +20,9 @@ from moe_jax.model.precision import choose_policy
 from moe_jax.planning import device_memory, search
 from moe_jax.planning.device_memory import Bound, Memory, Target, load_target
 from moe_jax.system import environment
+from tests.support.programs import compiled_for_gpu
 
 FOUR_GB = ["rtx3050-4gb", "quadro-t1000-4gb"]
-HAS_COMPILER = environment.has_cuda_plugin() and importlib.util.find_spec("nvidia") is not None
-compiled = [
-    pytest.mark.plan,
-    pytest.mark.skipif(not HAS_COMPILER, reason="needs JAX's CUDA plugin and ptxas: uv run --extra gpu-plan pytest"),
-    pytest.mark.timeout(1800),
-]
 
 
 def plan(name: str, gpu: str, **train: Any) -> search.Row:
@@ -44,7 +38,8 @@ WHOLE = {"batch_size": 32, "grad_accum": 1}
 """seed-158m's 32 sequences of 256 tokens in one micro-batch."""
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=compiled) for gpu in FOUR_GB])
+@pytest.mark.parametrize("gpu", FOUR_GB)
+@compiled_for_gpu
 def test_seed_158m_trains_on_a_4_gb_card_as_adamw_would(gpu: str) -> None:
     row = plan("seed-158m", gpu, **WHOLE, optimizer="adamw-bf16")
     assert row.precision == {"rtx3050-4gb": "bfloat16", "quadro-t1000-4gb": "float16"}[gpu]
@@ -53,14 +48,16 @@ def test_seed_158m_trains_on_a_4_gb_card_as_adamw_would(gpu: str) -> None:
     assert row.fits
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=compiled) for gpu in FOUR_GB])
+@pytest.mark.parametrize("gpu", FOUR_GB)
+@compiled_for_gpu
 def test_the_leanest_setting_of_seed_158m_takes_half_of_that(gpu: str) -> None:
     row = plan("seed-158m", gpu, **WHOLE, optimizer="adafactor")
     assert row.step.total <= 1250
     assert row.fits
 
 
-@pytest.mark.parametrize("gpu", [pytest.param(gpu, marks=compiled) for gpu in FOUR_GB])
+@pytest.mark.parametrize("gpu", FOUR_GB)
+@compiled_for_gpu
 def test_max_4gb_trains_on_a_4_gb_card(gpu: str) -> None:
     row = plan("max-4gb", gpu)
     assert sum(p.size for p in jax.tree.leaves(search.Programs.of(row.config, load_target(gpu)).param_shapes)) > 4e8

@@ -1,6 +1,7 @@
 """Checks of dispatch and kernels, which must catch the bugs of `tests/support/planted_kernels.py`."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -57,13 +58,16 @@ def check_blocks() -> None:
 
 
 def check_grouped_matmul() -> None:
-    """Both implementations against NumPy loops: the product, and both gradients, with indices and without."""
+    """Both implementations against NumPy loops: the product, and both gradients, without further groups and with them.
+
+    A group of 7 rows takes a copy of its 5 x 3 matrix. A group of 1 row has fewer numbers than the matrix, so the
+    further groups are multiplied in turn.
+    """
     rng = np.random.default_rng(6)
     weights = rng.normal(size=(4, 5, 3))
-    for chosen in (None, [2, 0, 2, 3, 2, 0]):
-        groups = 4 if chosen is None else len(chosen)
-        rows, cotangent = rng.normal(size=(groups, 7, 5)), rng.normal(size=(groups, 7, 3))
-        experts = range(4) if chosen is None else chosen
+    for chosen, count in itertools.product((None, [2, 0, 2, 3, 2, 0]), (7, 1)):
+        experts = [0, 1, 2, 3, *(chosen or [])]
+        rows, cotangent = rng.normal(size=(len(experts), count, 5)), rng.normal(size=(len(experts), count, 3))
         product = np.stack([rows[g] @ weights[e] for g, e in enumerate(experts)])
         d_rows = np.stack([cotangent[g] @ weights[e].T for g, e in enumerate(experts)])
         d_weights = np.zeros_like(weights)
@@ -71,8 +75,8 @@ def check_grouped_matmul() -> None:
             d_weights[e] += rows[g].T @ cotangent[g]
         with jax.enable_x64(True):
             index = None if chosen is None else jnp.asarray(chosen)
-            for implementation in ("batched", "reference"):
-                multiply = functools.partial(grouped_matmul, group_expert=index, implementation=implementation)
+            for implementation in ("blocked", "reference"):
+                multiply = functools.partial(grouped_matmul, further_expert=index, implementation=implementation)
                 y, pull = jax.vjp(multiply, jnp.asarray(rows), jnp.asarray(weights))
                 for ours, expected in zip(
                     (y, *pull(jnp.asarray(cotangent))), (product, d_rows, d_weights), strict=True

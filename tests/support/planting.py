@@ -42,6 +42,8 @@ class Bug:
         # The edited function has the globals of its module, so that other patches affect it too.
         exec(compile(tree, f"<planted: {self.name}>", "exec"), vars(module), namespace)
         edited = namespace[name]
+        if isinstance(original, jax.custom_vjp):
+            edited.defvjp(original.fwd, original.bwd)
         if path:
             monkeypatch.setattr(owner, name, edited)
             return

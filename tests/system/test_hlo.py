@@ -1,10 +1,18 @@
 """The reader of optimised HLO, on programs whose products can be counted by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from moe_jax.config import TrainConfig
+from moe_jax.config.presets import preset
+from moe_jax.model.costs import layer_flops
+from moe_jax.planning.device_memory import BACK_ENDS, load_target, lower_for
 from moe_jax.system.hlo import Program, read_program, scopes
+from moe_jax.training.programs import Programs
+from tests.support.programs import compiled_for_gpu
 
 
 def compiled(function, *shapes: tuple[int, ...]) -> Program:
@@ -70,6 +78,57 @@ def test_what_nobody_uses_is_not_there() -> None:
         return x @ w
 
     assert compiled(half, (32, 32), (32, 32)).flops == 2 * 32**3
+
+
+LIBRARY_CALL = """HloModule jit_f
+ENTRY %main (a: f32[6,40,24], b: f32[6,24,56]) -> f32[6,40,56] {
+  %a = f32[6,40,24]{2,1,0} parameter(0)
+  %b = f32[6,24,56]{2,1,0} parameter(1)
+  %call = (f32[6,40,56]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="TARGET", \
+metadata={op_name="jit(f)/experts/dot_general"}, backend_config={"gemm_backend_config":{"alpha_real":1,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]},"precision_config":{"operand_precision":["HIGHEST",\
+"HIGHEST"],"algorithm":"ALG_UNSET"},"epilogue":"DEFAULT"}}
+  ROOT %y = f32[6,40,56]{2,1,0} get-tuple-element(%call), index=0
+}
+"""
+
+
+@pytest.mark.parametrize("target", ["__cublas$gemm", "__cublas$lt$matmul"])
+def test_a_product_of_a_gpu_library(target: str) -> None:
+    program = read_program(LIBRARY_CALL.replace("TARGET", target))
+    (dot,) = program.dots
+    assert (dot.left, dot.right, dot.out) == ((6, 40, 24), (6, 24, 56), (6, 40, 56))
+    assert (dot.dtype, dot.operand_dtype, dot.precision) == ("f32", "f32", "highest")
+    assert program.flops == program.flops_of("experts") == 2 * 6 * 40 * 24 * 56
+
+
+@pytest.mark.parametrize("target", ["__cudnn$fmhaSoftmax", "__cublas$future", "__onednn$convolution"])
+def test_a_call_that_cannot_be_counted_is_refused(target: str) -> None:
+    with pytest.raises(ValueError, match="cannot be counted"):
+        read_program(LIBRARY_CALL.replace("TARGET", target))
+
+
+def test_a_call_without_products_counts_nothing() -> None:
+    assert read_program(LIBRARY_CALL.replace("TARGET", "cu_threefry2x32")).dots == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "back_end"), [("rtx3050-4gb", "triton"), ("rtx3050-4gb", "cublas"), ("quadro-t1000-4gb", "cublas")]
+)
+@compiled_for_gpu
+def test_a_gpu_program_has_the_operations_of_the_cpu_program(gpu: str, back_end: str) -> None:
+    """The training step, in the part of the expert layers, and in all."""
+    config = dataclasses.replace(preset("nano"), train=TrainConfig(optimizer="adamw"))
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=512))
+    programs = Programs.of(config, target := load_target(gpu))
+    batch = jax.ShapeDtypeStruct((1, 8, config.model.seq_len + 1), jnp.int32)
+    lowered = lower_for(target, programs.step, programs.state_shapes, batch)
+    program = read_program(lowered.compile(compiler_options=dict(BACK_ENDS[back_end])).as_text())
+    ours = read_program(Programs.of(config).compiled_step(8).as_text())
+    assert program.flops == ours.flops > 0
+    layer = ("router", "dispatch", "experts", "combine")
+    assert program.flops_of(*layer) == ours.flops_of(*layer) == 3 * config.model.layers * layer_flops(config.model, 8)
 
 
 def test_a_loop_of_unknown_length_is_refused() -> None:

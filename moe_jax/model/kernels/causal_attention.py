@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax.model.kernels.matmul import transpose_contiguous
 from moe_jax.model.layers import keep_mask
-from moe_jax.model.precision import at_least_float32
+from moe_jax.model.precision import at_least_float32, dot_precision
 
 Implementation = Literal["blocked", "reference"]
 
@@ -39,7 +39,7 @@ def causal_attention(
         if masks is not None:
             whole = [jnp.pad(m, ((0, 0), (0, 0), (0, 0), (0, query.shape[2] - m.shape[3]))) for m in masks]
             weights = jnp.where(jnp.concatenate(whole, axis=2), weights / (1 - dropout), 0).astype(query.dtype)
-        return jnp.einsum("bhqs,bhsa->bhqa", weights, value)
+        return _einsum("bhqs,bhsa->bhqa", weights, value)
     return _attend_by_blocks(query, key, value, masks, 1 - dropout)
 
 
@@ -47,10 +47,15 @@ def attention_weights(
     query: Float[Array, "B H Q A"], key: Float[Array, "B H S A"], first: int = 0
 ) -> Float[Array, "B H Q S"]:
     """The attention weights of queries that start at position `first`, in at least float32, without dropout."""
-    scores = jnp.einsum("bhqd,bhsd->bhqs", query, key, preferred_element_type=at_least_float32(query.dtype))
+    scores = _einsum("bhqd,bhsd->bhqs", query, key, at_least_float32(query.dtype))
     places = jnp.arange(key.shape[2])
     visible = places[first:, None] >= places[None, :]
     return masked_softmax(scores / math.sqrt(query.shape[-1]), visible)
+
+
+def _einsum(axes: str, left: Array, right: Array, out: jnp.dtype | None = None) -> Array:
+    """A product of two operands of one dtype, in that dtype unless `out` is given."""
+    return jnp.einsum(axes, left, right, precision=dot_precision(left.dtype), preferred_element_type=out)
 
 
 def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "Q S"]) -> Float[Array, "B H Q S"]:
@@ -102,7 +107,7 @@ def _forward(query: Array, key: Array, value: Array, masks: list[Array] | None, 
         # With the barrier, the backward pass keeps only the weights, not the scores too.
         p = jax.lax.optimization_barrier(p)
         w = p if masks is None else jnp.where(masks[i], p / keep, 0).astype(p.dtype)
-        outputs.append(jnp.einsum("bhqs,bhsd->bhqd", w, value[:, :, :end]))
+        outputs.append(_einsum("bhqs,bhsd->bhqd", w, value[:, :, :end]))
         weights.append(p)
     out = jnp.concatenate(outputs, axis=2)
     return out, (query, key, value, masks, keep, out, weights)
@@ -120,13 +125,13 @@ def _backward(residuals, d_out: Array):
     for i, ((first, end), p) in enumerate(zip(query_blocks(query.shape[2]), weights, strict=True)):
         d_o, q = d_out[:, :, first:end], query[:, :, first:end]
         w = p if masks is None else jnp.where(masks[i], p / keep, 0).astype(p.dtype)
-        d_value_t = d_value_t.at[..., :end].add(transpose_contiguous(d_o) @ w)
-        d_p = jnp.einsum("bhqd,bhsd->bhqs", d_o, value[:, :, :end], preferred_element_type=wide)
+        d_value_t = d_value_t.at[..., :end].add(_einsum("bhdq,bhqs->bhds", transpose_contiguous(d_o), w))
+        d_p = _einsum("bhqd,bhsd->bhqs", d_o, value[:, :, :end], wide)
         if masks is not None:
             d_p = jnp.where(masks[i], d_p / keep, 0)
         d_s = (p * (d_p - row_sum[:, :, first:end]) / math.sqrt(query.shape[-1])).astype(query.dtype)
-        d_query.append(jnp.einsum("bhqs,bhsd->bhqd", d_s, key[:, :, :end]))
-        d_key_t = d_key_t.at[..., :end].add(transpose_contiguous(q) @ d_s)
+        d_query.append(_einsum("bhqs,bhsd->bhqd", d_s, key[:, :, :end]))
+        d_key_t = d_key_t.at[..., :end].add(_einsum("bhdq,bhqs->bhds", transpose_contiguous(q), d_s))
     d_key, d_value = (x.swapaxes(2, 3).astype(key.dtype) for x in (d_key_t, d_value_t))
     return jnp.concatenate(d_query, axis=2), d_key, d_value, None, None
 

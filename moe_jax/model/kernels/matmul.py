@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.precision import at_least_float32
+from moe_jax.model.precision import at_least_float32, dot_precision
 
 TERMS = 16
 """Rows of a matrix that one pass of `vector_matmul` adds up."""
@@ -42,7 +42,7 @@ def matmul(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"]) -> Float[
 
         d_x = d_y weights^T        d_weights = x^T d_y
     """
-    return jnp.matmul(x, weights.astype(x.dtype))
+    return jnp.matmul(x, weights.astype(x.dtype), precision=dot_precision(x.dtype))
 
 
 def _forward(x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -51,14 +51,16 @@ def _forward(x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
     x, weights = residuals
-    d_x = jnp.einsum("...nf,...df->...nd", d_y, weights.astype(x.dtype))
+    precision = dot_precision(x.dtype)
+    d_x = jnp.einsum("...nf,...df->...nd", d_y, weights.astype(x.dtype), precision=precision)
 
     def summed_wide(x: Array, d_y: Array) -> Array:
         wide = at_least_float32(x.dtype)
-        return jnp.matmul(transpose_contiguous(x), d_y, preferred_element_type=wide).astype(weights.dtype)
+        x_t = transpose_contiguous(x)
+        return jnp.matmul(x_t, d_y, precision=precision, preferred_element_type=wide).astype(weights.dtype)
 
     def summed_as_it_is(x: Array, d_y: Array) -> Array:
-        return jnp.matmul(x.swapaxes(-1, -2), d_y).astype(weights.dtype)
+        return jnp.matmul(x.swapaxes(-1, -2), d_y, precision=precision).astype(weights.dtype)
 
     return d_x, jax.lax.platform_dependent(x, d_y, cpu=summed_wide, default=summed_as_it_is)
 

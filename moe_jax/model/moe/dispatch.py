@@ -123,12 +123,12 @@ class Blocks:
     """R, rows of a block."""
     in_place: bool = False
     """True: multiply with each expert's matrices in place, in a loop over the used blocks. This works only without a
-    gradient, because the number of passes of the loop is not known when the program is compiled. False: each block gets
-    a copy of its expert's matrices."""
+    gradient, because the number of passes of the loop is not known when the program is compiled. False: all blocks are
+    multiplied, used or not (`kernels/grouped_matmul.py`)."""
 
-    def plan(self, routing: Routing) -> tuple[Plan, Int[Array, " G"], Int[Array, ""]]:
-        """The plan over the whole batch as one sequence, the expert of each block, and the number of used blocks. The
-        used blocks come first."""
+    def plan(self, routing: Routing) -> tuple[Plan, Int[Array, " further"], Int[Array, ""]]:
+        """The plan over the whole batch as one sequence, the expert of each further block, and the number of used
+        blocks, which come first."""
         experts = routing.logits.shape[-1]
         flat = routing._replace(
             expert_index=routing.expert_index.reshape(1, -1, routing.expert_index.shape[-1]),
@@ -142,22 +142,22 @@ class Blocks:
         position = queue_positions(flat.expert_index, flat.valid, experts)
         nth, place = position // self.rows, position % self.rows
         block = jnp.where(nth == 0, flat.expert_index, (ends - further)[flat.expert_index] + nth - 1)
-        rest = jnp.searchsorted(ends, experts + jnp.arange(more), side="right").clip(0, experts - 1)
+        further_expert = jnp.searchsorted(ends, experts + jnp.arange(more), side="right").clip(0, experts - 1)
         keep = jnp.broadcast_to(flat.valid[..., None], block.shape)
         plan = _plan(block * self.rows + place, keep, experts + more, self.rows)
-        return plan, jnp.concatenate([jnp.arange(experts), rest]), ends[-1]
+        return plan, further_expert, ends[-1]
 
     def apply(
         self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        plan, group_expert, used = self.plan(routing)
+        plan, further_expert, used = self.plan(routing)
         with jax.named_scope("dispatch"):
             rows = dispatch(x.reshape(1, -1, x.shape[-1]), plan)[:, 0]
         with jax.named_scope("experts"):
             if self.in_place:
-                rows = experts.apply_blocks(rows, group_expert, used)
+                rows = experts.apply_blocks(rows, further_expert, used)
             else:
-                rows = experts(rows, group_expert)
+                rows = experts(rows, further_expert)
         return _combine_dropless(rows, routing, plan, x)
 
     def trace(self, routing: Routing) -> QueuedPairs:

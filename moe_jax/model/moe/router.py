@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.model.precision import at_least_float32
+from moe_jax.model.precision import at_least_float32, dot_precision
 
 
 class Routing(NamedTuple):
@@ -34,9 +34,10 @@ class Routing(NamedTuple):
 
 
 def router_logits(x: Float[Array, "B T D"], kernel: Float[Array, "D E"]) -> Float[Array, "B T E"]:
-    """x W in at least float32: in bfloat16 the top K of near-equal logits would be noise (Fedus et al. 2021, 2.4)."""
+    """x W in at least float32, and never in TF32: with fewer bits the top K of near-equal logits would be noise (Fedus
+    et al. 2021, section 2.4)."""
     dtype = at_least_float32(jnp.promote_types(x.dtype, kernel.dtype))
-    return jnp.einsum("btd,de->bte", x.astype(dtype), kernel.astype(dtype))
+    return jnp.einsum("btd,de->bte", x.astype(dtype), kernel.astype(dtype), precision=dot_precision(dtype))
 
 
 def route(logits: Float[Array, "B T E"], top_k: int, bias: Float[Array, " E"] | None = None) -> Routing:
@@ -51,7 +52,9 @@ def route(logits: Float[Array, "B T E"], top_k: int, bias: Float[Array, " E"] | 
     changes the choice but not the gates (Wang et al. 2024, "Auxiliary-loss-free load balancing", equation 3).
     """
     probs = jax.nn.softmax(logits, axis=-1)
-    _, expert = jax.lax.top_k(jax.lax.stop_gradient(logits if bias is None else probs + bias), top_k)
+    score = jax.lax.stop_gradient(logits if bias is None else probs + bias)
+    # `top_k` orders -0.0 below 0.0. They are equal, so the lower index must be chosen.
+    _, expert = jax.lax.top_k(jnp.where(score == 0, 0, score), top_k)
     # One-hot sums instead of indexing. The gradient of indexing is a scatter-add, slow and in no fixed order on a GPU.
     chosen = jax.nn.one_hot(expert, logits.shape[-1], dtype=bool)
     picked = jnp.where(chosen, logits[:, :, None, :], 0).sum(-1)

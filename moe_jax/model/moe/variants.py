@@ -12,7 +12,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import Priority
 from moe_jax.model.moe.dispatch import Capacity, QueuedPairs
-from moe_jax.model.moe.queues import queue_positions
 from moe_jax.model.moe.router import Routing
 from moe_jax.model.precision import at_least_float32
 
@@ -37,7 +36,8 @@ class LeakyCapacity(Capacity):
     """Every expert has `slots` slots. Under these rules a later token can take a slot from an earlier token.
 
     leaky-choice-major      all first choices, then all second choices (Lepikhin et al. 2020, algorithm 1)
-    leaky-batch-priority    tokens by their largest probability, not by position (Riquelme et al. 2021, section 4)
+    leaky-batch-priority    as leaky-choice-major, but tokens by their largest probability, not by position (Riquelme et
+                            al. 2021, section 4)
     leaky-expert-choice     each expert takes the C tokens that like it most (Zhou et al. 2022, section 3.2)
     """
 
@@ -63,20 +63,27 @@ def leaky_queue_positions(routing: Routing, priority: Priority) -> Int[Array, "B
     """The place of each pair in its expert's queue, from 0, by a rule that leaks (see `LeakyCapacity`)."""
     experts = routing.logits.shape[-1]
     if priority == "leaky-choice-major":
-        hits = jax.nn.one_hot(routing.expert_index, experts, dtype=jnp.int32) * routing.valid[..., None, None]
-        batch, tokens, top_k, _ = hits.shape
-        queue = hits.swapaxes(1, 2).reshape(batch, top_k * tokens, experts)
-        before = (jnp.cumsum(queue, axis=1) - queue).reshape(batch, top_k, tokens, experts).swapaxes(1, 2)
-        return jnp.take_along_axis(before, routing.expert_index[..., None], axis=-1)[..., 0]
+        return _choice_major_positions(routing.expert_index, routing.valid, experts)
     # The other two rules sort tokens by a score, the best first. An invalid token comes last.
     if priority == "leaky-batch-priority":
         order = _ranking(jnp.where(routing.valid, routing.probs.max(-1), -1))
         sorted_experts = jnp.take_along_axis(routing.expert_index, order[..., None], axis=1)
         sorted_valid = jnp.take_along_axis(routing.valid, order, axis=1)
-        position = queue_positions(sorted_experts, sorted_valid, experts)
+        position = _choice_major_positions(sorted_experts, sorted_valid, experts)
         return jnp.take_along_axis(position, jnp.argsort(order, axis=1)[..., None], axis=1)
     score = jnp.where(routing.valid[..., None], routing.probs, -1)
     return jnp.argsort(_ranking(score), axis=1)
+
+
+def _choice_major_positions(
+    expert: Int[Array, "B T K"], valid: Bool[Array, "B T"], experts: int
+) -> Int[Array, "B T K"]:
+    """The place of each pair in its expert's queue, where all first choices come before all second choices."""
+    hits = jax.nn.one_hot(expert, experts, dtype=jnp.int32) * valid[..., None, None]
+    batch, tokens, top_k, _ = hits.shape
+    queue = hits.swapaxes(1, 2).reshape(batch, top_k * tokens, experts)
+    before = (jnp.cumsum(queue, axis=1) - queue).reshape(batch, top_k, tokens, experts).swapaxes(1, 2)
+    return jnp.take_along_axis(before, expert[..., None], axis=-1)[..., 0]
 
 
 def _ranking(score: Array) -> Array:

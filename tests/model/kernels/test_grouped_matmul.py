@@ -1,4 +1,4 @@
-"""Each group of rows times its expert's matrix: the batched form, the reference, and NumPy."""
+"""Each group of rows times its expert's matrix: the forms by copies and in turn, the reference, and NumPy."""
 
 import functools
 
@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
-from tests.support import kernel_checks, tiny
+from tests.support import kernel_checks, programs, tiny
+
+COPIES, IN_TURN = 3, 1
+"""Rows of a group for which a 5 x 2 matrix is copied (10 <= 3 * 7), and for which it is not (10 > 1 * 7)."""
 
 
 def test_both_forms_against_loops() -> None:
@@ -18,9 +21,9 @@ def test_both_forms_against_loops() -> None:
 
 
 @functools.lru_cache
-def compiled(implementation: str, indexed: bool):
-    def run(rows, weights, group_expert, cotangent):
-        index = group_expert if indexed else None
+def compiled(implementation: str, further: bool):
+    def run(rows, weights, further_expert, cotangent):
+        index = further_expert if further else None
         y, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, index, implementation), rows, weights)
         return y, *pull(cotangent)
 
@@ -28,43 +31,60 @@ def compiled(implementation: str, indexed: bool):
 
 
 @given(
-    indexed=st.booleans(),
-    group_expert=st.lists(st.integers(0, 3), min_size=4, max_size=4),
+    count=st.sampled_from([COPIES, IN_TURN]),
+    further_expert=st.none() | st.lists(st.integers(0, 3), min_size=5, max_size=5),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_batched_is_the_reference(indexed: bool, group_expert: list[int], seed: int) -> None:
-    """Any experts for the groups: all one, none of some, in any order. An unused expert's gradient is exactly 0."""
+def test_blocked_is_the_reference(count: int, further_expert: list[int] | None, seed: int) -> None:
+    """Any experts for the further groups: all one, none of some, in any order."""
     rng = np.random.default_rng(seed)
+    groups = 4 + len(further_expert or [])
     operands = (
-        rng.normal(size=(4, 3, 5)),
+        rng.normal(size=(groups, count, 5)),
         rng.normal(size=(4, 5, 2)),
-        np.array(group_expert),
-        rng.normal(size=(4, 3, 2)),
+        np.array(further_expert or [], int),
+        rng.normal(size=(groups, count, 2)),
     )
     with jax.enable_x64(True):
-        ours, expected = (compiled(name, indexed)(*operands) for name in ("batched", "reference"))
+        ours, expected = (compiled(name, further_expert is not None)(*operands) for name in ("blocked", "reference"))
     for one, other in zip(ours, expected, strict=True):
         assert tiny.relative_error(one, other) < 1e-14
-    if indexed:
-        unused = sorted({0, 1, 2, 3} - set(group_expert))
-        assert (np.asarray(ours[2])[unused] == 0).all()
 
 
-@pytest.mark.parametrize("implementation", ["batched", "reference"])
-@pytest.mark.parametrize("group_expert", [None, [0], [0, 0]], ids=str)
-def test_one_expert_for_all_groups(implementation: str, group_expert: list[int] | None) -> None:
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+@pytest.mark.parametrize("count", [COPIES, IN_TURN])
+@pytest.mark.parametrize("further_expert", [None, [0], [0, 0]], ids=str)
+def test_one_expert_for_all_groups(implementation: str, count: int, further_expert: list[int] | None) -> None:
     rng = np.random.default_rng(0)
     weights = rng.normal(size=(1, 5, 2)).astype(np.float32)
-    rows = rng.normal(size=(len(group_expert or [0]), 3, 5)).astype(np.float32)
-    index = None if group_expert is None else jnp.asarray(group_expert)
+    rows = rng.normal(size=(1 + len(further_expert or []), count, 5)).astype(np.float32)
+    index = None if further_expert is None else jnp.asarray(further_expert)
     y = grouped_matmul(jnp.asarray(rows), jnp.asarray(weights), index, implementation)
     np.testing.assert_allclose(y, rows @ weights[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["batched", "reference"])
-def test_the_product_has_the_dtype_of_the_rows(implementation: str) -> None:
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+@pytest.mark.parametrize("count", [COPIES, IN_TURN])
+def test_the_product_has_the_dtype_of_the_rows(implementation: str, count: int) -> None:
     """bfloat16 rows, float32 weights: a bfloat16 product, and a float32 gradient for the weights."""
-    rows, weights = jnp.ones((3, 2, 4), jnp.bfloat16), jnp.ones((3, 4, 2), jnp.float32)
-    y, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, None, implementation), rows, weights)
+    rows, weights = jnp.ones((4, count, 5), jnp.bfloat16), jnp.ones((3, 5, 2), jnp.float32)
+    y, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, jnp.array([1]), implementation), rows, weights)
     d_rows, d_weights = pull(y)
     assert (y.dtype, d_rows.dtype, d_weights.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.parametrize("count", [COPIES, IN_TURN])
+def test_the_gradient_of_matrices_has_a_fixed_order(count: int) -> None:
+    """No scatter-add of floats: on a GPU its order, and so its rounding, changes from run to run."""
+
+    def indexed(rows, weights, further_expert):
+        return rows @ jnp.concatenate([weights, weights[further_expert]])
+
+    shapes = [((6, count, 5), "float32"), ((4, 5, 2), "float32"), ((2,), "int32"), ((6, count, 2), "float32")]
+    arguments = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]
+    for multiply, expected in ((grouped_matmul, 0), (indexed, 1)):
+
+        def run(rows, weights, further_expert, cotangent, multiply=multiply):
+            return jax.vjp(lambda r, w: multiply(r, w, further_expert), rows, weights)[1](cotangent)
+
+        assert len(programs.scatter_adds_of_floats(jax.jit(run).lower(*arguments).as_text())) == expected

@@ -10,11 +10,13 @@ import pytest
 
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.model.moe import dispatch as d
+from moe_jax.model.moe.functional import layer_function, with_gradients
 from moe_jax.model.moe.layer import Mode, MoE, block_rows, inference_block_rows
 from moe_jax.model.moe.reference import AllExpertsMoE, OneHotMoE
 from moe_jax.model.moe.router import route
 from moe_jax.model.transformer import create, merge
 from tests.support import checks, oracles, tiny
+from tests.support.programs import scatter_adds_of_floats
 
 B, T, D, E = 2, tiny.T, 4, 4
 
@@ -246,6 +248,17 @@ def test_dropped_pairs_give_and_get_exactly_nothing() -> None:
     d_x = jax.vjp(lambda x: d.dispatch(x, plan), x)[1](jnp.ones_like(rows))[0]
     # Token 0 fills two rows, token 1 one, tokens 2 and 3 none.
     assert d_x[0, :, 0].tolist() == [2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
+@pytest.mark.parametrize("block", [1, 128])
+def test_no_gradient_of_the_layer_is_a_scatter_add(dispatch: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Floats are added in a fixed order, so a GPU computes the same bits each time. Blocks of one row are multiplied in
+    turn, larger blocks by copies of the matrices."""
+    monkeypatch.setattr("moe_jax.model.moe.layer.BLOCK_ROWS", block)
+    layer, params = layer_function(layer_config(dispatch=dispatch))
+    x = jax.ShapeDtypeStruct((B, T, D), jnp.float32)
+    assert scatter_adds_of_floats(jax.jit(with_gradients(layer)).lower(params, x, x).as_text()) == []
 
 
 def test_experts_start_distinct_and_with_the_named_variance() -> None:

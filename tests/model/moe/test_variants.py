@@ -37,8 +37,8 @@ def kept_by_loops(z: np.ndarray, priority: str) -> set[tuple[int, int]]:
         return {(t, e) for e in range(E) for t in sorted(range(T), key=lambda t: (-p[t, e], t))[:C]}
     tokens = sorted(range(T), key=lambda t: (-p[t].max(), t)) if priority == "leaky-batch-priority" else range(T)
     queue = [(t, e) for t in tokens for e in oracles.choose(z[t], K)]
-    if priority == "leaky-choice-major":
-        queue = [(t, oracles.choose(z[t], K)[k]) for k in range(K) for t in range(T)]
+    if priority != "token":
+        queue = [(t, oracles.choose(z[t], K)[k]) for k in range(K) for t in tokens]
     used, kept = dict.fromkeys(range(E), 0), set()
     for t, e in queue:
         if used[e] < C:
@@ -72,6 +72,24 @@ def test_priorities_against_loops(priority) -> None:
             assert np.asarray(to_slots)[b].sum(0).max() <= 1, "two pairs in one slot"
             differs |= expected != kept_by_loops(z[b], "token")
     assert differs == (priority != "token")
+
+
+def test_batch_priority_by_hand() -> None:
+    """Four tokens, three experts with one slot each. The largest probabilities rank the tokens 1, 3, 0, 2.
+
+        token   logits        choices   by its rank
+        0       (2, 1, 0)     0, 1      third: 0 was taken by token 1
+        1       (5, 1, 0)     0, 1      first: takes 0
+        2       (0, 1, 1.5)   2, 1      fourth: takes 2, which nobody has as first choice
+        3       (1, 3, 0)     1, 0      second: takes 1
+
+    Then come the second choices, in the same order of tokens. They ask for the experts 1, 0, 1, 1, whose slots are
+    taken. If both choices of a token came together, token 1 would take 0 and 1, and token 3 nothing.
+    """
+    z = jnp.array([[[2, 1, 0], [5, 1, 0], [0, 1, 1.5], [1, 3, 0]]], jnp.float32)
+    plan = LeakyCapacity(1, "leaky-batch-priority").plan(route(z, 2))
+    assert plan.keep.tolist() == [[[False, False], [True, False], [True, False], [True, False]]]
+    assert np.asarray(plan.pair).reshape(-1).tolist() == [1 * 2, 3 * 2, 2 * 2]
 
 
 @pytest.mark.parametrize("priority", ["token", *LEAKY])

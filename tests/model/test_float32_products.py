@@ -1,0 +1,83 @@
+"""Products of float32 numbers are float32 on a GPU too: never TF32, which keeps 10 bits of the fraction.
+
+A CPU has no TF32. So the tests read the precision that each product asks for, from the program before it is compiled;
+the last test reads it from the program compiled for a GPU.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.model.moe.router import route, router_logits
+from moe_jax.model.precision import dot_precision
+from moe_jax.planning.device_memory import BACK_ENDS, load_target, lower_for
+from moe_jax.system.hlo import read_program
+from moe_jax.training.programs import Programs
+from tests.support import tiny
+from tests.support.programs import compiled_for_gpu, products
+
+
+def test_dot_precision() -> None:
+    assert [dot_precision(t) for t in ("float64", "float32")] == [jax.lax.Precision.HIGHEST] * 2
+    assert [dot_precision(t) for t in ("bfloat16", "float16")] == [None, None]
+
+
+def run_config(compute_dtype: str, dispatch: str = "capacity") -> RunConfig:
+    model = tiny.config(dispatch=dispatch, shared_experts=1, dropout=0.1)
+    return RunConfig(
+        model=model,
+        data=DataConfig(),
+        train=TrainConfig(steps=10, optimizer="adamw"),
+        execution=ExecutionConfig(compute_dtype=compute_dtype),
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_router_and_its_gradients(dtype: str) -> None:
+    """x W, and the gradients for x and W."""
+
+    def loss(x, kernel):
+        return route(router_logits(x, kernel), 2).gate[..., 0].sum()
+
+    gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    text = gradients.lower(jnp.ones((1, 8, 4), dtype), jnp.ones((4, 4))).as_text()
+    assert products(text) == [("f32", "HIGHEST")] * 3
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_every_program_of_a_run(compute_dtype: str, dispatch: str) -> None:
+    """In a bfloat16 run only the routers multiply float32 numbers: forward, and two gradients, in each layer."""
+    programs = Programs.of(run_config(compute_dtype, dispatch))
+    params, decoder = programs.param_shapes, programs.decoder()
+    tokens, length = jax.ShapeDtypeStruct((1, tiny.T), "int32"), jax.ShapeDtypeStruct((), "int32")
+    batch = jax.ShapeDtypeStruct((1, 2, tiny.T + 1), "int32")
+    state = jax.eval_shape(decoder.prefill, params, tokens, length)
+    starts, weights = jax.ShapeDtypeStruct((1,), "int32"), jax.ShapeDtypeStruct((1, tiny.T), "float32")
+    lowered = {
+        "step": programs.step.lower(programs.state_shapes, batch),
+        "evaluation": programs.evaluation.lower(params, tokens, tokens, starts, weights),
+        "prefill": decoder.prefill.lower(params, tokens, length),
+        "decoding": decoder.advance.lower(params, state, jax.ShapeDtypeStruct((1,), "int32")),
+    }
+    for name, program in lowered.items():
+        found = products(program.as_text())
+        wide = [precision for dtype, precision in found if dtype == "f32"]
+        assert set(wide) == {"HIGHEST"}, name
+        if compute_dtype == "bfloat16":
+            assert len(wide) == 2 * (3 if name == "step" else 1), name
+            assert len(found) > len(wide)
+
+
+@pytest.mark.parametrize("back_end", BACK_ENDS)
+@compiled_for_gpu
+def test_the_program_compiled_for_a_gpu(back_end: str) -> None:
+    """An RTX 3050, which has TF32: no product of float32 numbers is left at the default precision."""
+    programs = Programs.of(run_config("float32"), target := load_target("rtx3050-4gb"))
+    batch = jax.ShapeDtypeStruct((1, 2, tiny.T + 1), "int32")
+    lowered = lower_for(target, programs.step, programs.state_shapes, batch)
+    program = lowered.compile(compiler_options=dict(BACK_ENDS[back_end]))
+    dots = read_program(program.as_text()).dots
+    assert len(dots) > 20
+    assert {(dot.operand_dtype, dot.precision) for dot in dots} == {("f32", "highest")}
