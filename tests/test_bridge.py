@@ -22,6 +22,7 @@ from moe_jax.model import transformer
 from moe_jax.model.layers import keep_mask
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.reference import OneHotMoE
+from moe_jax.system.random_keys import fold_each, sequence_keys, split_each
 from moe_jax.training.loss import Metrics, training_loss
 
 SMALL = {"vocab_size": 19, "seq_len": 12, "layers": 2, "width": 8, "heads": 2, "experts": 4, "expert_hidden": 6}
@@ -113,14 +114,14 @@ def to_foundation_config(config: ModelConfig) -> by_hand.ModelConfig:
 def same_masks(config: ModelConfig, key: jax.Array, batch: int) -> dict:
     """The dropout masks that the real model draws from a key. `foundation` takes them as arguments."""
     rate = config.dropout
-    stream = (batch, config.seq_len, config.width)
-    weights = (batch, config.heads, config.seq_len, config.seq_len)
-    embedding, *layers = jax.random.split(key, config.layers + 1)
+    stream = (config.seq_len, config.width)
+    weights = (config.heads, config.seq_len, config.seq_len)
+    embedding, *layers = split_each(sequence_keys(key, batch), config.layers + 1)
 
     def block(layer: jax.Array) -> dict:
-        for_weights, for_attention, for_moe = jax.random.split(layer, 3)
+        for_weights, for_attention, for_moe = split_each(layer, 3)
         return {
-            "weights": keep_mask(jax.random.fold_in(for_weights, 0), rate, weights),
+            "weights": keep_mask(fold_each(for_weights, 0), rate, weights),
             "attention": keep_mask(for_attention, rate, stream),
             "moe": keep_mask(for_moe, rate, stream),
         }

@@ -4,11 +4,11 @@ import inspect
 
 import pytest
 
-from tests.support import checks, kernel_checks, system_checks
+from tests.support import checks, kernel_checks, system_checks, training_checks
 
 CHECKS = [
     check
-    for module in (checks, kernel_checks, system_checks)
+    for module in (checks, kernel_checks, system_checks, training_checks)
     for name, check in inspect.getmembers(module, inspect.isfunction)
     if name.startswith("check_")
 ]

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.support import planted, planted_kernels
+from tests.support import planted, planted_kernels, planted_training
 from tests.support.planting import Bug
 
-BUGS = [*planted.BUGS, *planted_kernels.BUGS]
+BUGS = [*planted.BUGS, *planted_kernels.BUGS, *planted_training.BUGS]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

@@ -32,7 +32,8 @@ class TrainConfig:
     share: a fifth of the tokens is then dropped in the first steps. Muon moves all columns by about the same amount, in
     different directions."""
     lr_schedule: Schedule = "cosine"
-    """How the learning rate falls, from the end of the warm-up to the last step."""
+    """How the learning rate falls, from the end of the warm-up to the last step. It follows the steps of the run: a
+    skipped step does not hold it back."""
     final_lr_ratio: float = 0.0
     """Learning rate of the last step, relative to the peak."""
     warmup_steps: int = 50

@@ -1,4 +1,4 @@
-"""Two reference values for a loss on the embedded corpus: the entropy floor, and the score of a trigram model."""
+"""Reference values for a loss on the embedded corpus: the entropy floor, and the scores of two n-gram models."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,18 +10,21 @@ from moe_jax.system.files import write_atomically
 
 @dataclass(frozen=True)
 class CorpusBaselines:
-    """Two scores on the validation stories, in bits per UTF-8 byte."""
+    """Scores on the validation stories, in bits per UTF-8 byte."""
 
     entropy_floor: float
     """Exact code length of the stories under the grammar that wrote them. On average no model can score lower."""
     trigram: float
     """Score of a word-trigram model of the training text, which sees the two previous words."""
+    kneser_ney_5gram: float
+    """Score of a modified Kneser-Ney model of the training text, which sees the four previous words."""
 
 
 def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | None:
-    """Both scores for the embedded corpus, cached in `references.json` beside its tokens. None for any other text."""
+    """The scores for the embedded corpus, cached in `references.json` beside its tokens. None for any other text."""
     if data.source != "stories":
         return None
+    from moe_jax.data.synthetic.kneser_ney import kneser_ney_bits_per_byte
     from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
     from moe_jax.data.synthetic.trigram import trigram_bits_per_byte
 
@@ -30,7 +33,11 @@ def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | N
         return CorpusBaselines(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         valid = list(generate(data.stories_seed, "valid", VALIDATION_STORIES))
-        train = generate(data.stories_seed, "train", data.stories)
-        found = CorpusBaselines(entropy_floor_bits_per_byte(valid), trigram_bits_per_byte(train, valid))
+        train = list(generate(data.stories_seed, "train", data.stories))
+        found = CorpusBaselines(
+            entropy_floor_bits_per_byte(valid),
+            trigram_bits_per_byte(train, valid),
+            kneser_ney_bits_per_byte(train, valid),
+        )
         write_atomically(path, json.dumps(asdict(found)))
         return found

@@ -27,7 +27,7 @@ def comparison_figures(plan: Plan, results: Sequence[ArmResult], out: Path) -> d
     return {"comparison": _final_results(results), "curves": _training_curves(plan, seeds, out)}
 
 
-def _panels(height: float) -> tuple[Any, dict[Basis, Any]]:
+def _panels(height: float, stream: str) -> tuple[Any, dict[Basis, Any]]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, height), layout="constrained")
@@ -36,12 +36,12 @@ def _panels(height: float) -> tuple[Any, dict[Basis, Any]]:
         axes.set_title(PANELS[basis], loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    panels["tokens"].set_ylabel("validation bits per byte")
+    panels["tokens"].set_ylabel(f"bits per byte of the {stream}")
     return figure, panels
 
 
 def _final_results(results: Sequence[ArmResult]) -> Any:
-    figure, panels = _panels(4)
+    figure, panels = _panels(4, "whole validation stream")
     for basis, axes in panels.items():
         shown = [r for r in results if r.arm.dense == "none" or r.arm.basis == basis]
         for x, result in enumerate(shown):
@@ -55,7 +55,7 @@ def _final_results(results: Sequence[ArmResult]) -> Any:
 
 
 def _training_curves(plan: Plan, seeds: int, out: Path) -> Any:
-    figure, panels = _panels(4)
+    figure, panels = _panels(4, "validation subset")
     for arm, seed, config in runs(plan, seeds, out):
         records = read_metrics(Path(config.run_dir))["val"]
         steps, bits = [r["step"] for r in records], [r["bits_per_byte"] for r in records]

@@ -76,12 +76,15 @@ class Attention(nnx.Module):
         return y.reshape(*mixed.shape[:2], -1)
 
     def __call__(
-        self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None
+        self, x: Float[Array, "B T D"], keys: Key[Array, " B"] | None = None
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """The output at all positions, and their keys and values: the cache after a prefill."""
-        query, keys, values = (z.swapaxes(1, 2) for z in self._project(x, jnp.arange(x.shape[1])))
-        mixed = causal_attention(query, keys, values, self.config.attention_dropout, key)
-        return self._output(mixed.swapaxes(1, 2)), KeyValue(keys.swapaxes(2, 3), values.swapaxes(2, 3))
+        """The output at all positions, and their keys and values: the cache after a prefill.
+
+        Random `keys`, one for each sequence, turn on the dropout of attention weights.
+        """
+        query, key, value = (z.swapaxes(1, 2) for z in self._project(x, jnp.arange(x.shape[1])))
+        mixed = causal_attention(query, key, value, self.config.attention_dropout, keys)
+        return self._output(mixed.swapaxes(1, 2)), KeyValue(key.swapaxes(2, 3), value.swapaxes(2, 3))
 
     def weights(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
         """Only the attention weights, without dropout, for a trace. The training pass never holds all of them."""

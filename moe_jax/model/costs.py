@@ -130,7 +130,8 @@ def muon_flops(config: ModelConfig, routers: bool = False) -> int:
     experts = config.experts if config.dense == "none" else 1
     matrices = 3 if config.activation == "swiglu" else 2
     shapes = [(width, 3 * width), (width, width), *[(width, hidden)] * (experts * matrices)]
-    shapes += [(width, config.shared_experts * hidden)] * matrices * (config.shared_experts > 0)
+    if config.dense == "none" and config.shared_experts:  # the hidden width of a dense baseline includes them
+        shapes += [(width, config.shared_experts * hidden)] * matrices
     shapes += [(width, config.experts)] * (routers and config.dense == "none")
     once = sum(4 * min(s) ** 2 * max(s) + 2 * min(s) ** 3 for s in shapes)
     return config.layers * NEWTON_SCHULZ_STEPS * once

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import Norm
 from moe_jax.model.precision import at_least_float32
+from moe_jax.system.random_keys import draw_each
 
 
 def matrix_init(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
@@ -95,20 +96,21 @@ def apply_rope(x: Float[Array, "B T H A"], positions: Int[Array, " T"]) -> Float
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def dropout(x: Float[Array, "..."], rate: float, key: Key[Array, ""] | None) -> Float[Array, "..."]:
-    """Zero each entry with probability `rate`, and scale the others by 1 / (1 - rate). Without a key, or at 0: x."""
-    if key is None or rate == 0:
+def dropout(x: Float[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None) -> Float[Array, "B ..."]:
+    """Zero each entry with probability `rate`, and scale the others by 1 / (1 - rate). Without keys, or at 0: x."""
+    if keys is None or rate == 0:
         return x
-    return jnp.where(keep_mask(key, rate, x.shape), x / (1 - rate), 0)
+    return jnp.where(keep_mask(keys, rate, x.shape[1:]), x / (1 - rate), 0)
 
 
-def keep_mask(key: Key[Array, ""], rate: float, shape: tuple[int, ...]) -> Bool[Array, "..."]:
-    """False with probability `rate`, rounded to a multiple of 1 / 65,536.
+def keep_mask(keys: Key[Array, " B"], rate: float, shape: tuple[int, ...]) -> Bool[Array, "B ..."]:
+    """False with probability `rate`, rounded to a multiple of 1 / 65,536. `shape` is the shape of one sequence's mask.
 
     One draw of 32 random bits serves two entries, because generating random bits took a fifth of the time of a training
     step of `seed-158m` on a CPU. With the barrier, the backward pass keeps the mask instead of the random bits.
     """
     count = math.prod(shape)
-    words = jax.random.bits(key, ((count + 1) // 2,), jnp.uint32)
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[:count].reshape(shape)
+    words = draw_each(lambda key: jax.random.bits(key, ((count + 1) // 2,), jnp.uint32), keys)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(len(keys), -1)[:, :count]
+    halves = halves.reshape(len(keys), *shape)
     return jax.lax.optimization_barrier(halves >= min(round(rate * 2**16), 2**16 - 1))

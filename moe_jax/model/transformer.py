@@ -18,6 +18,7 @@ from moe_jax.model.attention import Attention, KeyValue
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
 from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
 from moe_jax.model.precision import at_least_float32, dot_precision, to_param_dtype
+from moe_jax.system.random_keys import fold_each, sequence_keys, split_each
 
 type Params = dict[str, Any]
 
@@ -42,7 +43,7 @@ class Block(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         mode: Mode,
-        key: Key[Array, ""] | None,
+        keys: Key[Array, " B"] | None,
         remat: bool = False,
         trace: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, KeyValue]:
@@ -51,19 +52,17 @@ class Block(nnx.Module):
         With `remat` the backward pass recomputes the two halves of a block (attention, experts) one after the other. So
         only the activations of one half exist at a time. In return, the residual stream between the halves is kept.
         """
-        keys = (None,) * 3 if key is None else jax.random.split(key, 3)
+        for_weights, for_attention, for_ffn = (None,) * 3 if keys is None else split_each(keys, 3)
 
         def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:
             with jax.named_scope("attention"):
-                y, kv = block.attention(block.attention_norm(x), keys[0])
-            return x + dropout(y, block.dropout, keys[1]), kv
+                y, kv = block.attention(block.attention_norm(x), for_weights)
+            return x + dropout(y, block.dropout, for_attention), kv
 
         def feed(block: Block, x: Array) -> tuple[Array, RouterStats | None]:
             with jax.named_scope("ffn"):
-                y, stats = block.ffn(
-                    block.ffn_norm(x), mode, None if key is None else jax.random.fold_in(key, 3), trace
-                )
-            return x + dropout(y, block.dropout, keys[2]), stats
+                y, stats = block.ffn(block.ffn_norm(x), mode, None if keys is None else fold_each(keys, 3), trace)
+            return x + dropout(y, block.dropout, for_ffn), stats
 
         between, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
         after, stats = (jax.checkpoint(feed) if remat else feed)(self, between)
@@ -118,25 +117,26 @@ class Transformer(nnx.Module):
         return x.astype(self.compute)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
+        self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, "..."] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], RouterStats | None, list[KeyValue]]:
         """The normalised hidden states of all positions (for `logits`), the routers' statistics with a leading axis L
         (None for a dense baseline), and the keys and values of each layer.
 
-        A key turns on dropout and the router's noise and jitter. `trace`, a static argument, adds every decision of the
-        routers to their statistics. Without `trace` the compiled program contains no tracing.
+        A key, or one key for each sequence, turns on dropout and the router's noise and jitter. `trace`, a static
+        argument, adds every decision of the routers to their statistics. Without `trace` the compiled program contains
+        no tracing.
         """
         keys = [None] * (len(self.blocks) + 1)
         config, routing = self.config, self.config.routing
         random = max(config.dropout, config.attention_dropout, routing.logit_noise, routing.input_jitter) > 0
         if key is not None and random:
-            keys = list(jax.random.split(key, len(self.blocks) + 1))
+            keys = split_each(sequence_keys(key, len(tokens)), len(self.blocks) + 1)
         x = self._embed(tokens, jnp.arange(tokens.shape[1]))
         x = dropout(x, config.dropout, keys[0])
         stats: list[RouterStats | None] = []
         cache: list[KeyValue] = []
-        for block, block_key in zip(self.blocks, keys[1:], strict=True):
-            x, layer_stats, kv = block(x, mode, block_key, remat=self.remat and mode is Mode.TRAIN, trace=trace)
+        for block, block_keys in zip(self.blocks, keys[1:], strict=True):
+            x, layer_stats, kv = block(x, mode, block_keys, remat=self.remat and mode is Mode.TRAIN, trace=trace)
             stats.append(layer_stats)
             cache.append(kv)
         stacked = None if stats[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)

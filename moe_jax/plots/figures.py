@@ -130,7 +130,11 @@ def _curves(
         for split in splits:
             steps, values = run.series(split, name)
             drawn += len(steps)
-            named = run.name if len(splits) == 1 else f"{run.name}, {'training' if split == 'train' else 'validation'}"
+            named = (
+                run.name
+                if len(splits) == 1
+                else f"{run.name}, {'training' if split == 'train' else 'validation subset'}"
+            )
             style = {"marker": "o", "markersize": 4, "linestyle": "--"} if split == "val" else {"linewidth": 1.4}
             axes.plot(steps, values, color=COLOURS[i % len(COLOURS)], label=named, **style)
     axes.set_xlim(left=0)
@@ -157,14 +161,14 @@ def _with_floor(figure: Any, runs: Sequence[_Metrics], unit: str) -> Any:
     if figure is not None and floors:
         (axes,) = figure.axes
         for floor in sorted(floors):
-            axes.axhline(floor, color="0.3", linestyle=":", label=f"entropy of the validation text, {floor:.4f}")
+            axes.axhline(floor, color="0.3", linestyle=":", label=f"entropy of the whole validation text, {floor:.4f}")
         axes.legend(frameon=False)
     return figure
 
 
 def _bits(runs: Sequence[_Metrics]) -> Any:
-    """Bits per byte of the validation text, with a line at the text's entropy if that is known."""
-    title = "Bits per byte of the validation text"
+    """Bits per byte of the fixed validation subset, with a line at the whole text's entropy if that is known."""
+    title = "Bits per byte of the validation subset"
     figure = _curves(runs, "bits_per_byte", "bits per byte", title, splits=("val",), floor=0)
     return _with_floor(figure, runs, "bits per byte")
 

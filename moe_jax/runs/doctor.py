@@ -41,7 +41,7 @@ def examine(run: Path, repair: bool) -> list[Finding]:
             findings.append(Finding(f"{path.name}/{WEIGHTS}", "repaired", "written anew from the arrays"))
         if isinstance(found, Checkpoint) and cause is None:
             good.append(found)
-            loss = "not evaluated" if found.val_loss is None else f"validation loss {found.val_loss:.4f}"
+            loss = "not evaluated" if found.val_loss is None else f"loss {found.val_loss:.4f} on the validation subset"
             size = sum(size for size, _ in found.manifest["files"].values()) / 1e6
             findings.append(Finding(path.name, "good", f"{loss}, {size:,.1f} MB"))
         else:

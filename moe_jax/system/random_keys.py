@@ -1,11 +1,14 @@
-"""Random keys. Every key is made of the seed, a purpose, and a step.
+"""Random keys. Every key is made of the seed, a purpose, and a step; a training step makes one key for each sequence.
 
-So no two purposes share a key, and a resumed run draws the same numbers as an uninterrupted run.
+So no two purposes share a key, and a resumed run draws the same numbers as an uninterrupted run. A sequence's numbers
+depend on its place in the step's whole batch, and not on how the batch is cut into micro-batches.
 """
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Int, Key
 
 
@@ -27,3 +30,28 @@ def purpose_key(seed: int, purpose: Purpose, step: int | Int[Array, ""] | None =
     """The key of a purpose, at a step if the purpose draws at every step."""
     key = jax.random.fold_in(jax.random.key(seed), int(purpose))
     return key if step is None else jax.random.fold_in(key, step)
+
+
+def sequence_keys(key: Key[Array, "..."], count: int, first: int | Int[Array, ""] = 0) -> Key[Array, " B"]:
+    """One key for each of the `count` sequences `first`, `first` + 1, ... of a batch: fold_in(key, sequence).
+
+    An array of keys, one for each sequence, is returned as it is.
+    """
+    if key.ndim == 1:
+        return key
+    return jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(first + jnp.arange(count))
+
+
+def fold_each(keys: Key[Array, " B"], number: int) -> Key[Array, " B"]:
+    """fold_in(key, number) of each key."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
+
+
+def split_each(keys: Key[Array, " B"], count: int) -> list[Key[Array, " B"]]:
+    """`count` new keys of each key."""
+    return list(jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys))
+
+
+def draw_each(draw: Callable[[Key[Array, ""]], Array], keys: Key[Array, " B"]) -> Array:
+    """The draws of all sequences, `[B, ...]`. `draw` makes the draw of one sequence from its key."""
+    return jax.vmap(draw)(keys)

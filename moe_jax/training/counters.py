@@ -33,6 +33,27 @@ class RunCounters:
     """Number of latest steps in a row whose loss or gradient was not finite."""
     starved: list[list[int]] = field(default_factory=list)
     """[L, E]: steps in a row at which the expert was starved."""
+    drop_steps: int = 0
+    """Steps whose drops are counted: all finite steps. An earlier version did not count them: of its steps only those
+    that are logged in metrics.jsonl are counted."""
+    drop_sum: float = 0.0
+    """Sum of the drop fractions of these steps."""
+    worst_drop: float | None = None
+    """Largest drop fraction of these steps; None before the first."""
+    last_drop: float | None = None
+    """Drop fraction of the newest of these steps; None before the first."""
+
+    @property
+    def mean_drop(self) -> float | None:
+        """Mean drop fraction of the counted steps; None before the first."""
+        return self.drop_sum / self.drop_steps if self.drop_steps else None
+
+    def add_drops(self, fraction: float) -> None:
+        """Count the drops of a step: the share of (token, choice) pairs without a slot, mean over layers."""
+        self.drop_steps += 1
+        self.drop_sum += fraction
+        self.worst_drop = max(fraction, fraction if self.worst_drop is None else self.worst_drop)
+        self.last_drop = fraction
 
     def add_evaluation(self, step: int, loss: float) -> bool:
         """Count an evaluation; returns whether it is the best so far."""
@@ -71,6 +92,11 @@ class RunCounters:
             "skipped_in_a_row": int,
             "starved": list,
         }
+        drops = {"drop_steps": int, "drop_sum": float, "worst_drop": float | None, "last_drop": float | None}
+        # A checkpoint of an earlier version has no counts of drops.
+        if isinstance(values, dict) and not set(values) & set(drops):
+            values = values | {name: getattr(cls(), name) for name in drops}
+        kinds |= drops
         if not isinstance(values, dict) or set(values) != set(kinds):
             raise CheckpointCorrupted("its progress is not what this program saves")
         if not all(isinstance(values[name], kind) for name, kind in kinds.items()):

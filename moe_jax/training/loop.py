@@ -90,12 +90,16 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
         session.folder.add_trace(step, trace)
     record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
     record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens}
+    record |= {"stream": session.data.stream_of(scored)}
     log.write(record | {"wall_seconds": session.progress.elapsed})
     baselines = session.data.baselines
     floor = f" (floor {baselines.entropy_floor:.3f})" if baselines else ""
-    terminal.say(f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{floor}")
+    terminal.say(
+        f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{floor}, on "
+        + session.data.describe_stream(scored)
+    )
     terminal.say("  " + " ".join(sample.split())[:400])
-    session.folder.write_summary(summary(session, scored, step, whole_stream=False))
+    session.folder.write_summary(summary(session, scored, step, scored.loss, whole_stream=False))
     return scored.loss
 
 
@@ -108,6 +112,6 @@ def finish(session: Session) -> dict[str, Any]:
     if best.step != int(session.state.step):
         params = restore(best, {"params": params})["params"]
     scored = session.score(session.data.store.valid.tokens, params)
-    result = summary(session, scored, best.step, whole_stream=True)
+    result = summary(session, scored, best.step, best.val_loss, whole_stream=True)
     session.folder.write_summary(result)
     return result

@@ -44,20 +44,24 @@ def auxiliary(
 def training_loss(
     model: Transformer,
     tokens: Int[Array, "B T_plus_1"],
-    key: Key[Array, ""] | None,
+    key: Key[Array, "..."] | None,
     config: TrainConfig,
     trace: bool = False,
     implementation: Implementation = "blocked",
+    loss_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss to minimise (mean cross-entropy plus the weighted auxiliary losses), and the metrics.
 
-    A key turns on dropout and router noise. `trace`, a static argument, adds the routers' decisions to the metrics.
-    `implementation` chooses how the cross-entropy is computed.
+    A key, or one key for each sequence, turns on dropout and router noise. `trace`, a static argument, adds the
+    routers' decisions to the metrics. `implementation` chooses how the cross-entropy is computed.
+
+    `loss_scale` is the factor by which the caller multiplies the loss (see `mean_cross_entropy`). The loss that is
+    returned is not multiplied.
     """
     hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, key, trace)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     with jax.named_scope("head"):
-        loss = mean_cross_entropy(hidden, model.head_matrix(), tokens[:, 1:].reshape(-1), implementation)
+        loss = mean_cross_entropy(hidden, model.head_matrix(), tokens[:, 1:].reshape(-1), implementation, loss_scale)
     aux_loss_coef = config.aux_loss_coef if model.config.routing.balancing == "loss" else 0.0
     extra, reported = auxiliary(stats, aux_loss_coef, config.z_loss_coef, loss.dtype)
     return loss + extra, Metrics(loss, *reported, trace=None if stats is None else stats.trace)

@@ -36,7 +36,8 @@ def print_run_header(session: Session, notes: list[str]) -> None:
     if baselines:
         rows["to compare"] = (
             f"{baselines.entropy_floor:.4f} bits/byte is the entropy of the validation stories (the best possible); "
-            f"{baselines.trigram:.4f} is a word-trigram model"
+            f"{baselines.kneser_ney_5gram:.4f} is a modified Kneser-Ney model of five words, {baselines.trigram:.4f} a "
+            "word-trigram model"
         )
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
@@ -89,12 +90,20 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
     if floor is not None:
         compared = (
             f", {result['val_bits_per_byte'] / floor:.3f} x the floor of {floor:.4f} "
-            f"(trigram {result['trigram_bits_per_byte'] / floor:.2f} x)"
+            f"(5-gram {result['kneser_ney_5gram_bits_per_byte'] / floor:.2f} x, "
+            f"trigram {result['trigram_bits_per_byte'] / floor:.2f} x)"
         )
+    drops = result["train_drop_fraction"]
+    dropped = ""
+    if drops:
+        worst, last = result["train_drop_fraction_worst"], result["train_drop_fraction_last"]
+        dropped = f"; dropped in training {drops:.1%} (mean of the steps), {worst:.1%} (worst), {last:.1%} (last)"
     lines = [
         f"best checkpoint: step {result['best_step']}, validation loss {result['val_loss']:.4f} nats/token, "
-        f"{result['val_bits_per_byte']:.4f} bits/byte{compared}",
-        f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s; everything is in {session.folder.path}",
+        f"{result['val_bits_per_byte']:.4f} bits/byte{compared}, on the whole validation stream, "
+        f"{result['val_tokens']:,} tokens",
+        f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in "
+        f"{session.folder.path}",
         f'next: uv run python -m moe_jax generate --run {session.folder.path} --prompt "Once upon a time"',
     ]
     for line in lines:

@@ -27,6 +27,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.metrics import read_metrics
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.evaluate import Evaluation, evaluate
@@ -70,6 +71,16 @@ class SessionData:
         """The fixed part of the validation stream that is scored during training."""
         separator = self.store.tokenizer.separator_id
         return validation_subset(self.store.valid.tokens, separator, self.config.data.eval_tokens)
+
+    def stream_of(self, scored: Evaluation) -> str:
+        """The name of the stream of a score: "whole", or "subset" if it is a part of the validation stream."""
+        return "whole" if scored.tokens == len(self.store.valid.tokens) - 1 else "subset"
+
+    def describe_stream(self, scored: Evaluation) -> str:
+        """The stream of a score, in words for a reader. Losses of different streams cannot be compared."""
+        if self.stream_of(scored) == "whole":
+            return f"the whole validation stream, {scored.tokens:,} tokens"
+        return f"the first {scored.tokens:,} of {len(self.store.valid.tokens) - 1:,} validation tokens"
 
 
 @dataclass
@@ -176,6 +187,10 @@ class Session:
         newest, self.state = restored
         self.progress = SessionProgress.restored(newest, self.progress.begin)
         self.folder.truncate_logs_after(newest.step, self.progress.counters.evaluated)
+        if not self.progress.counters.drop_steps:  # a checkpoint of an earlier version: only the logged steps are known
+            for record in read_metrics(self.folder.path)["train"]:
+                if not record.get("skipped") and isinstance(record.get("drop_fraction"), float):
+                    self.progress.counters.add_drops(record["drop_fraction"])
         changes = self.folder.record_resume(saved, self.config, newest.step)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 

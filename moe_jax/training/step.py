@@ -13,9 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.config import TrainConfig
 from moe_jax.model.moe.balance import adjusted_bias
 from moe_jax.model.precision import at_least_float32, stochastic_round
-from moe_jax.model.transformer import Params, Transformer, merge
-from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.model.transformer import Params, merge
+from moe_jax.system.random_keys import Purpose, purpose_key, sequence_keys
 from moe_jax.training.loss import Metrics, training_loss
+from moe_jax.training.optimizers.factory import learning_rate
 from moe_jax.training.state import LossScale, TrainState, next_scale, next_track
 
 
@@ -29,11 +30,14 @@ class StepReport(NamedTuple):
     """Whether the loss and the gradient norm were finite. If not, the step was skipped."""
     spike: Bool[Array, ""]
     """Whether the loss was far above its recent mean (`LossTrack.limit`)."""
+    lr: Float[Array, ""]
+    """The learning rate of this step (of AdamW, where Muon trains the matrices)."""
 
 
 type Step = Callable[[TrainState, ArrayLike], tuple[TrainState, StepReport]]
-type Loss = Callable[[Transformer, Array, Array, TrainConfig, bool], tuple[Array, Metrics]]
-"""(model, tokens [B, T+1], key, config, trace) -> (the loss to minimise, metrics), as `training_loss`."""
+type Loss = Callable[..., tuple[Array, Metrics]]
+"""(model, tokens [B, T+1], keys [B], config, trace, loss_scale=...) -> (the loss to minimise, metrics), as
+`training_loss`."""
 
 
 def gradients(
@@ -48,14 +52,17 @@ def gradients(
 ) -> tuple[Params, Metrics]:
     """The mean gradient over M micro-batches of B sequences, in at least float32, and the mean metrics.
 
-    Every loss, also the auxiliary ones, is a mean over sequences. So the accumulated gradient equals the gradient of
-    the whole batch. A scan sums the micro-batches in order, and holds the gradients of one micro-batch beside the
-    running sum. The traces are stacked along a first axis M.
+    Every loss, also the auxiliary ones, is a mean over sequences, and sequence i of the whole batch draws its dropout
+    and router noise with the key fold_in(key, i). So the accumulated gradient equals the gradient of the
+    whole batch. A scan sums the micro-batches in order, and holds the gradients of one micro-batch beside the running
+    sum. The traces are stacked along a first axis M.
     """
 
     def micro(tokens: Array, index: Array) -> tuple[Params, Metrics]:
+        keys = sequence_keys(key, len(tokens), first=index * len(tokens))
+
         def scaled_loss(p: Params) -> tuple[Array, Metrics]:
-            value, metrics = loss(merge(graphdef, p), tokens, jax.random.fold_in(key, index), config, trace)
+            value, metrics = loss(merge(graphdef, p), tokens, keys, config, trace, loss_scale=scale)
             return value if scale is None else value * scale.astype(value.dtype), metrics
 
         return jax.grad(scaled_loss, has_aux=True)(params)
@@ -133,6 +140,8 @@ def make_step(
     `trace`, a static argument, adds every decision of the routers to the metrics. `loss` computes the loss to minimise.
     """
 
+    schedule = learning_rate(config, config.lr)
+
     def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
         key = purpose_key(config.seed, Purpose.DROPOUT, state.step)
         scale: LossScale = state.loss_scale
@@ -147,7 +156,7 @@ def make_step(
         clip = clip_factor(norm, config.max_grad_norm)
         clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
         wide = jax.tree.map(_wide, state.params)
-        updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=taken)
+        updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=taken, step=state.step)
         params = apply_updates(state.params, updates, purpose_key(config.seed, Purpose.ROUND_WEIGHTS, state.step))
         params = with_adjusted_biases(params, metrics.load, config.router_bias_lr)
         new = TrainState(
@@ -160,6 +169,6 @@ def make_step(
             loss_track=next_track(state.loss_track, metrics.loss, finite),
             skipped=state.skipped + ~taken,
         )
-        return new, StepReport(metrics, norm, finite, spike)
+        return new, StepReport(metrics, norm, finite, spike, jnp.asarray(schedule(state.step)))
 
     return jax.jit(step, donate_argnums=0)

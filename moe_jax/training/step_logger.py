@@ -10,7 +10,6 @@ from moe_jax.model.costs import training_flops
 from moe_jax.system.timing import matmul_rate
 from moe_jax.training.counters import STARVED_STEPS
 from moe_jax.training.logging import MetricsLog
-from moe_jax.training.optimizers.factory import learning_rate
 from moe_jax.training.session import Session
 from moe_jax.training.step import StepReport
 from moe_jax.training.terminal import Terminal
@@ -28,7 +27,6 @@ class StepLogger:
     def __init__(self, session: Session, log: MetricsLog, terminal: Terminal) -> None:
         self._session, self._log, self._terminal = session, log, terminal
         self._pending: tuple[int, StepReport] | None = None
-        self._schedule = learning_rate(session.config.train, session.config.train.lr)
         self._mark, self._mark_step = time.monotonic(), int(session.state.step)
         self._peak = matmul_rate(session.programs.policy.compute)
         self._is_first = True
@@ -53,6 +51,8 @@ class StepLogger:
         finite, spike = bool(report.finite), bool(report.spike)
         counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
         starved = counters.add_load(np.asarray(report.metrics.load)) if finite else []
+        if finite:
+            counters.add_drops(float(report.metrics.drop_fraction))
         for layer, expert in starved:
             self._terminal.say(
                 f"step {step} | expert {expert} of layer {layer} got almost no tokens for {STARVED_STEPS} steps; "
@@ -87,7 +87,7 @@ class StepLogger:
             "skipped": not finite or (spike and session.config.train.skip_spikes),
             "spike": spike,
             "starved": session.progress.counters.starved_now(),
-            "lr": float(np.asarray(self._schedule(step - 1))),
+            "lr": float(report.lr),
             "tokens_seen": step * session.data.tokens_per_step,
             "tokens_per_second": rate,
             "wall_seconds": session.progress.elapsed,

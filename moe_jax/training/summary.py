@@ -13,14 +13,22 @@ from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.session import Session
 
 
-def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: bool) -> dict[str, Any]:
+def summary(
+    session: Session, scored: Evaluation, best_step: int, training_val_loss: float | None, whole_stream: bool
+) -> dict[str, Any]:
     """The summary of a run.
 
     At the end of the run (`val_whole_stream` is true) `best_step` and the `val_*` keys describe the best checkpoint, on
-    the whole validation stream. During training they describe the newest evaluation, on the fixed subset.
+    the whole validation stream. During training they describe the newest evaluation, on the fixed subset. `val_stream`
+    names the stream of the `val_*` keys. `val_loss_in_training` is the same checkpoint's loss as it was scored during
+    training, on the fixed subset; null if it was not.
+
+    `train_drop_fraction` is the mean over the `train_drop_steps` counted training steps, `train_drop_fraction_worst`
+    the largest of them, and `train_drop_fraction_last` the newest.
     """
     config, progress, baselines = session.config, session.progress, session.data.baselines
     last = last_train_record(session.folder.metrics)
+    counters = progress.counters
     counts = totals(count_parameters(config.model))
     steps = int(session.state.step)
     device = jax.devices()[0]
@@ -34,14 +42,20 @@ def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: 
         "val_bytes_per_token": scored.bytes / scored.tokens,
         "val_tokens": scored.tokens,
         "val_whole_stream": whole_stream,
+        "val_stream": session.data.stream_of(scored),
+        "val_loss_in_training": training_val_loss,
         "best_step": best_step,
         "entropy_floor_bits_per_byte": baselines.entropy_floor if baselines else None,
         "trigram_bits_per_byte": baselines.trigram if baselines else None,
+        "kneser_ney_5gram_bits_per_byte": baselines.kneser_ney_5gram if baselines else None,
         "params_total": counts.total,
         "params_active": counts.active,
         "training_flops": training_flops(config, steps),
         "inherited_flops": progress.origin["training_flops"] if progress.origin else 0,
-        "train_drop_fraction": last.get("drop_fraction"),
+        "train_drop_fraction": counters.mean_drop,
+        "train_drop_fraction_worst": counters.worst_drop,
+        "train_drop_fraction_last": counters.last_drop,
+        "train_drop_steps": counters.drop_steps,
         "val_drop_fraction": scored.drop_fraction,
         "balance_loss": last.get("balance_loss"),
         "tokens_per_second": last.get("tokens_per_second"),

@@ -29,8 +29,12 @@ class Terminal:
             self._task = self._bar.add_task("compiling the training step", total=steps, completed=first)
             self._bar.start()
 
-    def step(self, record: dict[str, Any], bytes_per_token: float, share_of_peak: float) -> None:
-        """Show a record of the training split: on the bar, or as a line."""
+    def step(self, record: dict[str, Any], bytes_per_token: float, share_of_rate: float) -> None:
+        """Show a record of the training split: on the bar, or as a line.
+
+        `share_of_rate` is the arithmetic per second, relative to the rate of one matrix product measured at the start.
+        It is no share of a peak: on a machine with other work, the measured rate may be below what training reaches.
+        """
         loss = record["loss"]
         if not math.isfinite(self._average):  # no earlier loss was finite
             self._average = loss
@@ -41,7 +45,7 @@ class Terminal:
         left = (self._steps - done) * (time.monotonic() - self._begin) / max(done - self._first, 1)
         text = (
             f"loss {self._average:.3f} | {bits:.3f} bits/byte | {record['tokens_per_second']:,.0f} tokens/s | "
-            f"{share_of_peak:.0%} of peak | {record['drop_fraction']:.1%} dropped | {_duration(left)} left"
+            f"{share_of_rate:.0%} of matmul rate | {record['drop_fraction']:.1%} dropped | {_duration(left)} left"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)

@@ -61,7 +61,7 @@ def test_attention_gradient(length: int, dropped: bool, implementation: str, mon
     monkeypatch.setattr(kernel, "_dropout_masks", lambda *_: masks)
 
     def attend(q, k, v):
-        return causal_attention(q, k, v, 0.3, jax.random.key(0), implementation)
+        return causal_attention(q, k, v, 0.3, jax.random.split(jax.random.key(0), 2), implementation)
 
     @jax.jit
     def both(*args):
@@ -75,12 +75,12 @@ def test_attention_gradient(length: int, dropped: bool, implementation: str, mon
 
 
 def test_masks_fit_the_blocks_and_keep_the_share_asked_for() -> None:
-    masks = kernel._dropout_masks((8, 4, 11, 3), 0.25, jax.random.key(0))
+    masks = kernel._dropout_masks((8, 4, 11, 3), 0.25, jax.random.split(jax.random.key(0), 8))
     assert [m.shape for m in masks] == [(8, 4, 4, 4), (8, 4, 4, 8), (8, 4, 3, 11)]
     share = np.concatenate([np.asarray(m).ravel() for m in masks])
     assert abs(share.mean() - 0.75) < 5 * np.sqrt(0.25 * 0.75 / share.size)
     assert kernel._dropout_masks((8, 4, 11, 3), 0.25, None) is None
-    assert kernel._dropout_masks((8, 4, 11, 3), 0.0, jax.random.key(0)) is None
+    assert kernel._dropout_masks((8, 4, 11, 3), 0.0, jax.random.split(jax.random.key(0), 8)) is None
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

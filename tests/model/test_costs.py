@@ -22,7 +22,9 @@ from moe_jax.model.moe.functional import layer_function
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.reference import AllExpertsMoE, OneHotMoE
 from moe_jax.model.transformer import create, split
+from moe_jax.runs.checkpoint import named_leaves
 from moe_jax.system.hlo import read_program
+from moe_jax.training.optimizers.factory import muon_labels
 from tests.support import tiny
 
 
@@ -30,6 +32,16 @@ def stored(config: ModelConfig) -> int:
     """Numbers that the model holds, by the shapes of its arrays."""
     _, shapes = split(nnx.eval_shape(lambda: create(config, jax.random.key(0))))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+OPTIONS = [
+    {"shared_experts": 2},
+    {"shared_experts": 1, "activation": "gelu", "tied_head": False},
+    {"shared_experts": 2, "dense": "active"},
+    {"shared_experts": 2, "dense": "total"},
+    {"balancing": "bias", "positions": "learned", "bias": True},
+]
+"""Options that no preset uses."""
 
 
 @pytest.mark.parametrize(
@@ -43,6 +55,7 @@ def stored(config: ModelConfig) -> int:
         {"dense": "total", "activation": "gelu"},
         {"experts": 1, "top_k": 1, "layers": 1},
         {"qk_norm": True},
+        *OPTIONS,
     ],
     ids=str,
 )
@@ -126,3 +139,42 @@ def test_dense_baselines_match_to_half_a_hidden_unit_a_layer(name: str, activati
         assert abs(getattr(baseline, kind) - getattr(ours, kind)) <= unit / 2
         # Of a dense model everything but the embedding's other rows is active.
         assert abs(baseline.multiplied - (ours.multiplied if kind == "active" else baseline.multiplied)) <= unit / 2
+
+
+def arrays(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the model's arrays by name."""
+    _, shapes = split(nnx.eval_shape(lambda: create(config, jax.random.key(0))))
+    return {name: leaf.shape for name, leaf in named_leaves(shapes).items()}
+
+
+@pytest.mark.parametrize("changes", OPTIONS, ids=str)
+def test_active_and_multiplied_parameters_of_every_option(changes: dict) -> None:
+    """Counted from the arrays. A token uses one row of embedding and positions, K of E experts, and all else. It is
+    multiplied with each of these that is a matrix, but for the tables."""
+    config = tiny.config(**changes)
+    active = multiplied = 0.0
+    for name, shape in arrays(config).items():
+        size = math.prod(shape)
+        if name == "position" or (name == "embedding" and not config.tied_head):
+            used, matrix = size / shape[0], 0
+        elif ".ffn.experts." in name and config.dense == "none":
+            used = matrix = size * config.routing.top_k / config.experts
+        else:
+            used, matrix = size, size if len(shape) > 1 else 0
+        active, multiplied = active + used, multiplied + matrix
+    found = totals(count_parameters(config))
+    assert (found.active, found.multiplied) == (active, multiplied)
+
+
+@pytest.mark.parametrize("routers", [False, True])
+@pytest.mark.parametrize("changes", [{}, *OPTIONS], ids=str)
+def test_muon_multiplies_the_matrices_that_it_trains_once(changes: dict, routers: bool) -> None:
+    """Counted from the arrays that the optimizer gives to Muon: 4 m^2 n + 2 m^3 for each matrix and iteration."""
+    config = tiny.config(**changes)
+    labels = named_leaves(muon_labels(split(nnx.eval_shape(lambda: create(config, jax.random.key(0))))[1], routers))
+    expected = 0
+    for name, shape in arrays(config).items():
+        if labels[name] == "muon":
+            m, n = sorted(shape[-2:])
+            expected += 5 * math.prod(shape[:-2]) * (4 * m * m * n + 2 * m**3)
+    assert muon_flops(config, routers) == expected

@@ -75,18 +75,22 @@ def test_rotated_products_depend_on_the_distance_only(float64: None) -> None:
 def test_dropout_off() -> None:
     x = jnp.ones(3)
     assert dropout(x, 0.5, None) is x
-    assert dropout(x, 0.0, jax.random.key(0)) is x
+    assert dropout(x, 0.0, jax.random.split(jax.random.key(0), 3)) is x
+
+
+def one_key(seed: int) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), 1)
 
 
 def test_masks_drop_the_named_share_each_entry_by_itself() -> None:
     """90,001 entries, an odd number: a share of 0.3 is known to 0.15 %. The two halves of a word are unrelated."""
-    mask = np.asarray(keep_mask(jax.random.key(0), 0.3, (90_001,)))
+    mask = np.asarray(keep_mask(one_key(0), 0.3, (90_001,)))[0]
     assert abs(mask.mean() - 0.7) < 5 * np.sqrt(0.7 * 0.3 / 90_001)
     pairs = mask[:90_000].reshape(-1, 2)
     assert abs(pairs.all(1).mean() - 0.49) < 5 * np.sqrt(0.49 * 0.51 / 45_000)
-    assert keep_mask(jax.random.key(0), 0.999999, (90_001,)).sum() < 20
-    assert keep_mask(jax.random.key(0), 0.3, (3, 5)).shape == (3, 5)
-    assert (mask != np.asarray(keep_mask(jax.random.key(1), 0.3, (90_001,)))).any()
+    assert keep_mask(one_key(0), 0.999999, (90_001,)).sum() < 20
+    assert keep_mask(one_key(0), 0.3, (3, 5)).shape == (1, 3, 5)
+    assert (mask != np.asarray(keep_mask(one_key(1), 0.3, (90_001,)))[0]).any()
 
 
 def test_looking_up_has_the_gradient_of_indexing(float64: None) -> None:

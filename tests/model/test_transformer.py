@@ -123,10 +123,12 @@ def test_rematerialised_gradients_have_the_same_bits() -> None:
 @pytest.mark.parametrize("kind", ["dropout", "attention_dropout"])
 def test_dropout_changes_with_its_key_only(kind: str) -> None:
     graphdef, params = tiny.build(tiny.config(layers=1, **{kind: 0.25}))
-    run = jax.jit(lambda key: merge(graphdef, params)(jnp.asarray(tiny.tokens(2, tiny.T)), Mode.TRAIN, key)[0])
+    tokens = jnp.asarray(tiny.tokens(1, tiny.T)).repeat(2, axis=0)
+    run = jax.jit(lambda key: merge(graphdef, params)(tokens, Mode.TRAIN, key)[0])
     one, again, other = (np.asarray(run(jax.random.key(seed))) for seed in (0, 0, 1))
     assert (one == again).all()
     assert (one != other).any()
+    assert (one[0] != one[1]).any()  # two sequences of the same tokens draw different masks
 
 
 def test_bfloat16_stays_near_float32() -> None:

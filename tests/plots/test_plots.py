@@ -29,11 +29,11 @@ def test_curves_are_the_records(folder: Path) -> None:
     figures = run_figures([folder])
     assert lines(figures["loss"]) == [
         ("run, training", [10, 20, 30, 40], [4, 3, 2, 1]),
-        ("run, validation", [40], [1.2]),
+        ("run, validation subset", [40], [1.2]),
     ]
     (bits, floor) = lines(figures["bits_per_byte"])
     assert bits == ("run", [40], [1.5])
-    assert floor[0] == "entropy of the validation text, 0.5000"
+    assert floor[0] == "entropy of the whole validation text, 0.5000"
     assert floor[2] == [0.5, 0.5]
     # Even in layer 0; in layer 1 from step 30 on one expert takes all.
     assert lines(figures["evenness"]) == [("run", [10, 20, 30, 40], [1, 1, 0.5, 0.5])]

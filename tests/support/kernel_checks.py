@@ -94,7 +94,7 @@ def check_causal_attention(length: int = 150, dropout: float = 0.3) -> None:
 
         def run(implementation: str, *args: jax.Array) -> tuple[jax.Array, ...]:
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                return causal_attention(q, k, v, dropout, jax.random.key(3), implementation)
+                return causal_attention(q, k, v, dropout, jax.random.split(jax.random.key(3), 2), implementation)
 
             out, pull = jax.vjp(attend, *args)
             return out, *pull(cotangent)
@@ -106,7 +106,10 @@ def check_causal_attention(length: int = 150, dropout: float = 0.3) -> None:
 
 def check_dropout_masks() -> None:
     """Three blocks of queries have independent masks: two of them disagree in 2 x 1/4 x 3/4 of their entries."""
-    masks = [np.asarray(mask).ravel() for mask in _dropout_masks((2, 2, 300, 4), 0.25, jax.random.key(0))]
+    masks = [
+        np.asarray(mask).ravel()
+        for mask in _dropout_masks((2, 2, 300, 4), 0.25, jax.random.split(jax.random.key(0), 2))
+    ]
     assert len(masks) == 3
     for one, other in ((masks[0], masks[1]), (masks[1], masks[2]), (masks[0], masks[2])):
         count = min(one.size, other.size)
@@ -116,24 +119,38 @@ def check_dropout_masks() -> None:
 
 def check_cross_entropy() -> None:
     """The mean over 12 tokens, in 4 blocks and in one; and its gradients, from d z = (softmax - onehot) / N."""
+    _check_cross_entropy(12, ((3, (4, 3)), (2**12, (1, 12))))
+
+
+def check_cross_entropy_of_a_prime() -> None:
+    """Of 11 tokens, in 3 blocks of 4. The last block has a row of padding, which counts nowhere."""
+    _check_cross_entropy(11, ((4, (3, 4)),))
+
+
+def _check_cross_entropy(tokens: int, cases: tuple[tuple[int, tuple[int, int]], ...]) -> None:
+    """`cases` are (most tokens of a block, the expected number and size of the blocks)."""
     rng = np.random.default_rng(8)
-    hidden, head, targets = rng.normal(size=(12, 5)), rng.normal(size=(5, 13)), rng.integers(0, 13, 12)
+    hidden, head, targets = rng.normal(size=(tokens, 5)), rng.normal(size=(5, 13)), rng.integers(0, 13, tokens)
+    nats = oracles.cross_entropy(hidden, head, targets)
     d_z = np.stack([oracles.softmax(h @ head) for h in hidden])
-    d_z[np.arange(12), targets] -= 1
+    d_z[np.arange(tokens), targets] -= 1
     expected = (
-        np.mean(oracles.cross_entropy(hidden, head, targets)),
-        1.7 * d_z @ head.T / 12,
-        1.7 * hidden.T @ d_z / 12,
+        np.mean(nats),
+        1.7 * d_z @ head.T / tokens,
+        1.7 * hidden.T @ d_z / tokens,
     )
     with jax.enable_x64(True):
         operands = (jnp.asarray(hidden), jnp.asarray(head))
-        for implementation, block_bytes in (("blocked", 3 * 13 * 4), ("blocked", 2**20), ("reference", 2**20)):
+        for implementation, (most, blocks) in [*(("blocked", case) for case in cases), ("reference", cases[0])]:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cross_entropy, "LOGITS_BYTES", block_bytes)
-                assert cross_entropy._blocks(12, 13) == (4 if block_bytes < 2**20 else 1)
+                patch.setattr(cross_entropy, "LOGITS_BYTES", most * 13 * 4)
+                assert cross_entropy._blocks(tokens, 13) == blocks
                 mean = functools.partial(
                     cross_entropy.mean_cross_entropy, targets=jnp.asarray(targets), implementation=implementation
                 )
                 loss, pull = jax.vjp(mean, *operands)
                 for ours, exact in zip((loss, *pull(jnp.asarray(1.7))), expected, strict=True):
                     assert np.abs(np.asarray(ours) - exact).max() < 1e-13, implementation
+                losses = cross_entropy.blocked_token_losses(*operands, jnp.asarray(targets))
+                assert losses.shape == (tokens,)
+                assert np.abs(np.asarray(losses) - nats).max() < 1e-12

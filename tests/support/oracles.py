@@ -139,3 +139,23 @@ def adamw(
         step = m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps)
         p = p - rate * (step + decay * p)
     return p
+
+
+def muon(gradients: np.ndarray, decay: float = 0.95) -> np.ndarray:
+    """Muon's direction for one matrix after the gradients [N, rows, columns] (Jordan et al. 2024), in float64.
+
+    m <- decay m + (1 - decay) g, both corrected for the zero that m starts from; Nesterov's look ahead, decay m + (1 -
+    decay) g; then five times X <- a X + (b S + c S S) X with S = X X^T. The matrix is transposed if it is tall.
+    """
+    m = np.zeros(gradients.shape[1:])
+    for g in gradients:
+        m = decay * m + (1 - decay) * g
+    n = len(gradients)
+    x = decay * m / (1 - decay ** (n + 1)) + (1 - decay) * gradients[-1] / (1 - decay**n)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (np.linalg.norm(x) + 1e-8)
+    for _ in range(5):
+        s = x @ x.T
+        x = 3.4445 * x + (-4.7750 * s + 2.0315 * s @ s) @ x
+    return x.T if tall else x

@@ -105,8 +105,8 @@ BUGS = [
     Bug(
         "all blocks of queries have one dropout key",
         "moe_jax.model.kernels.causal_attention:_dropout_masks",
-        "jax.random.fold_in(key, first)",
-        "key",
+        "fold_each(keys, first)",
+        "keys",
         kernel_checks.check_dropout_masks,
     ),
     Bug(
@@ -136,6 +136,13 @@ BUGS = [
         "d_head = d_head + jnp.matmul(",
         "d_head = jnp.matmul(",
         kernel_checks.check_cross_entropy,
+    ),
+    Bug(
+        "a row of padding counts in the loss",
+        "moe_jax.model.kernels.cross_entropy:_cross_entropy",
+        "(losses * real).sum()",
+        "losses.sum()",
+        kernel_checks.check_cross_entropy_of_a_prime,
     ),
     Bug(
         "all purposes share one key",

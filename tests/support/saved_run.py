@@ -30,7 +30,7 @@ def quick_training(cache: Path) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_JAX_CACHE", str(cache))
         patch.setattr("moe_jax.training.session.SAMPLE_TOKENS", 24)
-        patch.setattr("moe_jax.training.step_logger.matmul_rate", lambda dtype: 1e9)  # only for the share of peak
+        patch.setattr("moe_jax.training.step_logger.matmul_rate", lambda dtype: 1e9)  # only for the matmul rate
         yield patch
 
 

@@ -72,6 +72,29 @@ def test_through_json() -> None:
             RunCounters.from_json(values)
 
 
+def test_drops_are_counted_and_come_back_exactly() -> None:
+    """Fractions that no float32 sum would keep: the mean, the worst and the last, before and after a resume."""
+    whole, half = RunCounters(), RunCounters()
+    fractions = [0.1, 0.5, 1 / 3, 0.2]
+    for n, fraction in enumerate(fractions):
+        whole.add_drops(fraction)
+        half.add_drops(fraction)
+        if n == 1:
+            half = RunCounters.from_json(json.loads(json.dumps(half.to_json())))
+    assert half == whole
+    assert (whole.mean_drop, whole.worst_drop, whole.last_drop) == (sum(fractions) / 4, 0.5, 0.2)
+
+
+def test_the_progress_of_an_earlier_version_has_no_drops() -> None:
+    old = RunCounters(best=1.0, evaluated=4).to_json()
+    for name in ("drop_steps", "drop_sum", "worst_drop", "last_drop"):
+        del old[name]
+    assert RunCounters.from_json(old) == RunCounters(best=1.0, evaluated=4)
+    with pytest.raises(CheckpointCorrupted, match="progress"):
+        RunCounters.from_json(old | {"drop_steps": 3})
+    assert RunCounters().mean_drop is None
+
+
 def test_the_track_by_hand() -> None:
     """The mean and the variance of the first losses are the plain ones; the limit is 6 standard deviations above."""
     track = LossTrack(jnp.zeros(()), jnp.zeros(()), jnp.int32(0))

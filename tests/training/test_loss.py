@@ -28,7 +28,7 @@ def plain(hidden, head, targets):
 @pytest.mark.parametrize("blocks", [1, 3, 12])
 def test_mean_cross_entropy_and_its_gradient(blocks: int, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", N // blocks * V * 4)
-    assert cross_entropy._blocks(N, V) == blocks
+    assert cross_entropy._blocks(N, V) == (blocks, N // blocks)
     hidden, head, targets = operands()
     nats = oracles.cross_entropy(np.asarray(hidden), np.asarray(head), np.asarray(targets))
     # The loss is multiplied by 3 afterwards, so that a gradient that ignores its cotangent shows.
@@ -54,13 +54,55 @@ def test_far_logits_do_not_overflow() -> None:
         (8, 1, "8 * 2**20 logits of 4 bytes are 32 MiB, which is allowed"),
         (12, 2, "48 MiB: two blocks of 24"),
         (10, 2, "40 MiB: two blocks of 20"),
-        (17, 17, "68 MiB, and 17 is prime"),
+        (17, 3, "68 MiB, and 17 is prime: three blocks of 6 with one row of padding"),
+        (257, 33, "1028 MiB, and 257 is prime: 33 blocks of 8"),
         (9, 3, "36 MiB: 2 does not divide 9"),
     ],
 )
 def test_blocks_are_the_fewest_equal_ones_that_fit(tokens: int, blocks: int, why: str) -> None:
-    assert cross_entropy._blocks(tokens, 2**20) == blocks, why
+    assert cross_entropy._blocks(tokens, 2**20)[0] == blocks, why
 
 
 def test_a_single_token_may_be_larger_than_the_limit() -> None:
-    assert cross_entropy._blocks(4, 2**24) == 4
+    assert cross_entropy._blocks(4, 2**24) == (4, 1)
+
+
+def zero_columns(dtype: str, scale: float) -> float:
+    """The share of the head's columns whose gradient is exactly 0, for 64 tokens with logits of deviation 16."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.normal(size=(64, 256)), dtype)
+    head = jnp.asarray(rng.normal(size=(256, 1000)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 1000, 64))
+    factor = jnp.float32(scale)
+
+    def scaled(head):
+        return factor * cross_entropy.mean_cross_entropy(hidden, head, targets, loss_scale=factor)
+
+    gradient = np.asarray(jax.jit(jax.grad(scaled))(head))
+    assert np.isfinite(gradient).all()
+    return float((gradient == 0).all(0).mean())
+
+
+def test_the_loss_scale_reaches_the_gradient_of_the_logits_before_float16() -> None:
+    """Peaked logits: many probabilities are below 6e-8, the smallest float16. Rounded unscaled, their columns get no
+    gradient at any scale. Scaled first, a larger scale saves more of them, and bfloat16 has the range without a scale.
+    """
+    shares = [zero_columns("float16", 2.0**power) for power in (0, 10, 15, 20)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.4
+    assert shares[3] < 0.02
+    assert zero_columns("bfloat16", 1.0) == 0
+
+
+def test_the_scale_changes_no_bit_in_float32() -> None:
+    """A power of two multiplies every gradient exactly."""
+    hidden, head, targets = operands()
+
+    def gradients(scale: float) -> tuple[jax.Array, jax.Array]:
+        def scaled(h, w):
+            return scale * cross_entropy.mean_cross_entropy(h, w, targets, loss_scale=jnp.float32(scale))
+
+        return jax.jit(jax.grad(scaled, (0, 1)))(hidden, head)
+
+    for one, other in zip(gradients(1.0), gradients(2.0**15), strict=True):
+        assert (np.asarray(one) * 2.0**15 == np.asarray(other)).all()

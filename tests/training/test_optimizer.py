@@ -1,13 +1,14 @@
 """Optimizers that keep less: what their state loses, and that nothing else changes."""
 
 import dataclasses
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from optax import contrib
 
 from moe_jax.config import OptimizerKind, TrainConfig
 from moe_jax.system.hlo import read_program
@@ -114,8 +115,8 @@ def test_adafactor_factors_each_expert_alone() -> None:
 
 
 def test_bytes_of_state_by_hand() -> None:
-    """Of a stack of 4 experts of 64 x 128 (32,768 entries). Each rule counts its steps, and the schedule too: 8
-    bytes. 8 bits: 2 bytes an entry and 2 scales of 4 bytes a block of 128. Adafactor: 4 x (64 + 128) numbers."""
+    """Of a stack of 4 experts of 64 x 128 (32,768 entries). Each rule counts its steps: 4 bytes. 8
+    bits: 2 bytes an entry and 2 scales of 4 bytes a block of 128. Adafactor: 4 x (64 + 128) numbers."""
     params = {"blocks": {"w": jax.ShapeDtypeStruct((4, 64, 128), jnp.float32)}}
     entries = 4 * 64 * 128
     expected = {
@@ -126,7 +127,7 @@ def test_bytes_of_state_by_hand() -> None:
     }
     for kind, size in expected.items():
         optimizer = make_optimizer(TrainConfig(optimizer=kind))  # pyright: ignore[reportArgumentType]
-        assert state_bytes(optimizer, params) == pytest.approx(size + 8 / entries, abs=1e-6), kind
+        assert state_bytes(optimizer, params) == pytest.approx(size + 4 / entries, abs=1e-6), kind
 
 
 @pytest.mark.parametrize("kind", ["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"])
@@ -137,7 +138,7 @@ def test_each_optimizer_decays_matrices_only_and_follows_the_schedule(kind: str)
     zero = jax.tree.map(jnp.zeros_like, params)
     for decay in (0.5, 0.0):
         rule = make_optimizer(dataclasses.replace(config, weight_decay=decay))
-        updates = rule.update(zero, rule.init(params), params)[0]
+        updates = rule.update(zero, rule.init(params), params, step=0)[0]
         rate = 0.3 if kind == "muon" else 0.1
         np.testing.assert_allclose(updates["blocks"]["w"], -rate * decay * 2, atol=1e-6)
         np.testing.assert_allclose(updates["embedding"], -0.1 * decay * 2, atol=1e-6)
@@ -162,7 +163,7 @@ def test_a_step_that_is_not_taken_leaves_every_bit_of_the_state(kind: str) -> No
     rng = np.random.default_rng(0)
     params = {"blocks": {0: {"w": jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)}}, "norm": jnp.ones(8)}
     optimizer = make_optimizer(config)
-    update = jax.jit(lambda g, s, taken: optimizer.update(g, s, params, taken=taken))
+    update = jax.jit(lambda g, s, taken: optimizer.update(g, s, params, step=0, taken=taken))
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
     _, state = update(grads, optimizer.init(params), True)
     bad = jax.tree.map(lambda g: g * jnp.nan, grads)
@@ -213,3 +214,28 @@ def test_adafactor_beside_optax(shape: tuple[int, ...], same: bool) -> None:
             steps[i], states[i] = rule.update(grads, states[i], params)
     error = tiny.relative_error(steps[0]["w"], steps[1]["w"])
     assert error < 1e-6 if same else error > 0.1
+
+
+def test_muon_is_that_of_optax_but_for_the_factor_of_wide_matrices() -> None:
+    """optax also multiplies the step of a matrix [in, out] by sqrt(max(1, out / in)). Nothing else differs."""
+    shapes = {"qkv": (16, 48), "tall": (48, 16), "square": (16, 16), "experts": (3, 8, 24)}
+    config = TrainConfig(steps=9, warmup_steps=0, optimizer="muon", muon_lr=1.0, final_lr_ratio=1.0, weight_decay=0.25)
+
+    def axes(params: Any) -> Any:
+        return jax.tree.map(lambda p: contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
+
+    rng = np.random.default_rng(0)
+    params = {"blocks": {0: {name: jnp.asarray(rng.normal(size=s), jnp.float32) for name, s in shapes.items()}}}
+    ours = make_optimizer(config)
+    theirs = contrib.muon(1.0, weight_decay=0.25, muon_weight_dimension_numbers=axes)
+    one, other = ours.init(params), theirs.init(params)
+    for n in range(3):
+        grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params)
+        steps, one = ours.update(grads, one, params, step=n)
+        expected, other = theirs.update(grads, other, params)
+        for name, shape in shapes.items():
+            decay = -0.25 * params["blocks"][0][name]
+            factor = max(1, shape[-1] / shape[-2]) ** 0.5
+            np.testing.assert_allclose(
+                (steps["blocks"][0][name] - decay) * factor, expected["blocks"][0][name] - decay, atol=1e-5
+            )

@@ -132,9 +132,10 @@ def test_float16_gradients_are_near_those_of_float32() -> None:
 
 
 def test_the_schedule_by_hand() -> None:
-    """Warm-up of 4 from a fifth of the peak in fifths; then 36 steps of cosine: a half way at the 18th of them."""
-    rate = learning_rate(TrainConfig(steps=40, warmup_steps=10, final_lr_ratio=0.2), 1.0)
-    assert warmup_steps(TrainConfig(steps=40, warmup_steps=10)) == 4
+    """Of 41 steps: a warm-up of 4 from a fifth of the peak in fifths; then 36 steps of cosine: half way at the 18th.
+    The last step, which follows 40 others, has the final rate."""
+    rate = learning_rate(TrainConfig(steps=41, warmup_steps=10, final_lr_ratio=0.2), 1.0)
+    assert warmup_steps(TrainConfig(steps=41, warmup_steps=10)) == 4
     assert [float(rate(i)) for i in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert float(rate(4 + 18)) == pytest.approx(0.6)
     assert float(rate(4 + 12)) == pytest.approx(0.2 + 0.8 * 0.75)  # (1 + cos 60) / 2
@@ -145,8 +146,18 @@ def test_the_schedule_by_hand() -> None:
 
 def test_a_straight_line_by_hand() -> None:
     """The same run, falling from 1 to 0.2 in 36 equal steps."""
-    rate = learning_rate(TrainConfig(steps=40, warmup_steps=10, final_lr_ratio=0.2, lr_schedule="linear"), 1.0)
+    rate = learning_rate(TrainConfig(steps=41, warmup_steps=10, final_lr_ratio=0.2, lr_schedule="linear"), 1.0)
     assert [float(rate(i)) for i in (0, 4, 13, 22, 40)] == pytest.approx([0.2, 1.0, 0.8, 0.6, 0.2])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [2, 3, 30, 41])
+def test_the_last_step_has_the_final_rate_and_no_other_step(steps: int, schedule: str) -> None:
+    config = TrainConfig(steps=steps, warmup_steps=3, final_lr_ratio=0.25, lr_schedule=schedule)  # pyright: ignore[reportArgumentType]
+    rates = [float(learning_rate(config, 2.0)(n)) for n in range(steps)]
+    assert rates[-1] == pytest.approx(0.5, rel=1e-6)
+    assert min(rates[warmup_steps(config) : -1]) > 0.5
+    assert max(rates) == 2
 
 
 def test_a_run_too_short_for_warm_up_starts_at_the_peak() -> None:
@@ -173,7 +184,7 @@ def test_muon_takes_the_matrices_of_the_blocks_and_orthogonalises_each_expert_al
         TrainConfig(steps=1, optimizer="muon", weight_decay=0.0, max_grad_norm=1e9, lr=0.1, muon_lr=0.5, eps=1e-12)
     )
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
-    updates = optimizer.update(grads, optimizer.init(params), params)[0]
+    updates = optimizer.update(grads, optimizer.init(params), params, step=0)[0]
     # AdamW's first step is the sign of the gradient.
     for moved, gradient in (
         (updates["embedding"], grads["embedding"]),

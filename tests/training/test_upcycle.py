@@ -26,6 +26,7 @@ from moe_jax.inference.decode import advance, prefill
 from moe_jax.model.costs import training_flops
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
+from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from moe_jax.training.upcycle import copy_dense_params
@@ -109,7 +110,19 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str
         train=TrainConfig(steps=6, batch_size=4, log_every=3, eval_every=3, save_every=3),
         execution=ExecutionConfig(compute_dtype="float32"),
     )
-    return config, whole(config)[1]
+    session = Session.open(config, None)
+    score, losses = session.score, iter([1.0, 2.0])
+
+    def best_at_step_3(*args: Any) -> Evaluation:
+        """The second evaluation, at the last step, seems worse. So the best checkpoint is not the last."""
+        scored = score(*args)
+        return scored if len(args) == 2 else dataclasses.replace(scored, loss=next(losses))
+
+    session.score = best_at_step_3
+    train(session)
+    result = finish(session)
+    assert result["best_step"] == 3
+    return config, result
 
 
 def whole(config: RunConfig) -> tuple[Session, dict[str, Any]]:

@@ -13,12 +13,12 @@ const whenStepped = (options) => lineChart({ x: "step", from: 0, ...options });
 const drawCurves = (t, add) => {
   const one = (name, colour, y) => ({ name, colour, x: t.step, y });
   const losses = [one("training", "var(--accent)", t.loss)];
-  if (t.val.step.length) losses.push({ name: "validation", colour: "var(--warn)", dash: "5 3", x: t.val.step, y: t.val.loss });
+  if (t.val.step.length) losses.push({ name: "validation subset", colour: "var(--warn)", dash: "5 3", x: t.val.step, y: t.val.loss });
   add("Loss", "Nats for each predicted token.", whenStepped({ series: losses }), key(losses));
   if (t.val.bits_per_byte.length > 1) {
     const { floor } = data.run;
-    add("Bits per byte", `Bits per byte of the validation text${floor === null ? "" : ". No model can be below the entropy of the text"}.`,
-      whenStepped({ series: [{ name: "validation", colour: "var(--accent)", x: t.val.step, y: t.val.bits_per_byte }], marks: floor === null ? [] : [{ y: floor, text: `entropy of the text: ${floor.toFixed(3)}`, below: true }] }));
+    add("Bits per byte", `Bits per byte of the fixed validation subset that is scored during training${floor === null ? "" : ". On the whole validation text no model can be below its entropy"}.`,
+      whenStepped({ series: [{ name: "validation subset", colour: "var(--accent)", x: t.val.step, y: t.val.bits_per_byte }], marks: floor === null ? [] : [{ y: floor, text: `entropy of the whole text: ${floor.toFixed(3)}`, below: true }] }));
   }
   const balance = t.balance_loss.filter((v) => v !== null);
   add("Balance loss", "1 is perfect balance.", whenStepped({ series: [one("balance loss", "var(--accent)", t.balance_loss)], bottom: Math.min(1, ...balance), marks: [{ y: 1, text: "balanced" }] }));

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Key
 from moe_jax.model.kernels.matmul import transpose_contiguous
 from moe_jax.model.layers import keep_mask
 from moe_jax.model.precision import at_least_float32, dot_precision
+from moe_jax.system.random_keys import fold_each
 
 Implementation = Literal["blocked", "reference"]
 
@@ -23,17 +24,18 @@ def causal_attention(
     key: Float[Array, "B H T A"],
     value: Float[Array, "B H T A"],
     dropout: float = 0.0,
-    dropout_key: Key[Array, ""] | None = None,
+    dropout_keys: Key[Array, " B"] | None = None,
     implementation: Implementation = "blocked",
 ) -> Float[Array, "B H T A"]:
     """softmax(q k^T / sqrt(A)) v, where each query attends to its own and earlier positions.
 
-    `dropout` is the share of attention weights that are set to 0. Without a `dropout_key` nothing is set to 0.
+    `dropout` is the share of attention weights that are set to 0. `dropout_keys` are one key for each sequence; without
+    them nothing is set to 0.
 
     blocked     one block of queries after another, with gradients written by hand
     reference   all scores at once, differentiated by jax; the tests compare `blocked` with it
     """
-    masks = _dropout_masks(query.shape, dropout, dropout_key)
+    masks = _dropout_masks(query.shape, dropout, dropout_keys)
     if implementation == "reference":
         weights = attention_weights(query, key).astype(query.dtype)
         if masks is not None:
@@ -68,14 +70,13 @@ def query_blocks(positions: int) -> list[tuple[int, int]]:
     return [(first, min(first + QUERY_BLOCK, positions)) for first in range(0, positions, QUERY_BLOCK)]
 
 
-def _dropout_masks(shape: tuple[int, ...], rate: float, key: Key[Array, ""] | None) -> list[Array] | None:
+def _dropout_masks(shape: tuple[int, ...], rate: float, keys: Key[Array, " B"] | None) -> list[Array] | None:
     """Which attention weights are kept, for each block of queries of `[B, H, T, A]`. None drops nothing."""
-    if key is None or rate == 0:
+    if keys is None or rate == 0:
         return None
-    batch, heads, positions, _ = shape
+    _, heads, positions, _ = shape
     return [
-        keep_mask(jax.random.fold_in(key, first), rate, (batch, heads, end - first, end))
-        for first, end in query_blocks(positions)
+        keep_mask(fold_each(keys, first), rate, (heads, end - first, end)) for first, end in query_blocks(positions)
     ]
 
 

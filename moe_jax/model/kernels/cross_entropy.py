@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import transpose_contiguous
-from moe_jax.model.precision import at_least_float32
+from moe_jax.model.precision import at_least_float32, dot_precision
 
 Implementation = Literal["blocked", "reference"]
 
@@ -26,13 +26,13 @@ def blocked_token_losses(
 ) -> Float[Array, " N"]:
     """`token_losses(hidden @ head, targets)`, a block of tokens at a time. For evaluation: it has no gradient."""
     weight = head.astype(hidden.dtype)
-    wide = at_least_float32(hidden.dtype)
 
     def block(inputs: tuple[Array, Array]) -> Array:
-        return token_losses(jnp.matmul(inputs[0], weight, preferred_element_type=wide), inputs[1])
+        return token_losses(_logits(inputs[0], weight), inputs[1])
 
-    n = _blocks(hidden.shape[0], head.shape[1])
-    return jax.lax.map(block, (hidden.reshape(n, -1, hidden.shape[1]), targets.reshape(n, -1))).reshape(-1)
+    blocks, rows = _blocks(hidden.shape[0], head.shape[1])
+    losses = jax.lax.map(block, (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows)))
+    return losses.reshape(-1)[: hidden.shape[0]]
 
 
 def mean_cross_entropy(
@@ -40,28 +40,52 @@ def mean_cross_entropy(
     head: Float[Array, "D V"],
     targets: Int[Array, " N"],
     implementation: Implementation = "blocked",
+    loss_scale: Float[Array, ""] | None = None,
 ) -> Float[Array, ""]:
     """Mean of `token_losses(hidden @ head, targets)`.
+
+    `loss_scale` is the factor by which the caller multiplies the loss that this function returns. The function does not
+    multiply the loss itself. It needs the factor for its gradients in float16 (see `_blocked_mean`).
 
     blocked     one block of tokens after another, with gradients written by hand
     reference   all logits at once, differentiated by jax; the tests compare `blocked` with it
     """
     if implementation == "reference":
-        wide = at_least_float32(hidden.dtype)
-        logits = jnp.matmul(hidden, head.astype(hidden.dtype), preferred_element_type=wide)
-        return token_losses(logits, targets).mean()
-    return _blocked_mean(hidden, head, targets)
+        return token_losses(_logits(hidden, head.astype(hidden.dtype)), targets).mean()
+    return _blocked_mean(hidden, head, targets, loss_scale)
 
 
-def _blocks(tokens: int, vocabulary: int) -> int:
-    """The number of equal blocks of tokens: the smallest number whose blocks have at most LOGITS_BYTES of logits."""
-    fits = (n for n in range(1, tokens + 1) if tokens % n == 0 and tokens // n * vocabulary * 4 <= LOGITS_BYTES)
-    return next(fits, tokens)
+def _logits(hidden: Float[Array, "N D"], weight: Float[Array, "D V"]) -> Float[Array, "N V"]:
+    """hidden @ weight in at least float32, for operands of one dtype."""
+    wide = at_least_float32(hidden.dtype)
+    return jnp.matmul(hidden, weight, precision=dot_precision(hidden.dtype), preferred_element_type=wide)
+
+
+def _blocks(tokens: int, vocabulary: int) -> tuple[int, int]:
+    """(number of blocks, tokens of a block): the fewest blocks with at most LOGITS_BYTES of logits, of equal size.
+
+    Equal blocks without padding are taken if they are at most twice as many as needed. Else (a prime number of tokens
+    would give blocks of one token) the last block is padded.
+    """
+    most = max(LOGITS_BYTES // (4 * vocabulary), 1)
+    needed = -(-tokens // most)
+    for blocks in range(needed, min(2 * needed, tokens) + 1):
+        if tokens % blocks == 0:
+            return blocks, tokens // blocks
+    rows = -(-tokens // needed)
+    return -(-tokens // rows), rows
+
+
+def _in_blocks(x: Array, blocks: int, rows: int) -> Array:
+    """x `[N, ...]` as `[blocks, rows, ...]`, with zeros at the end of the last block."""
+    padding = blocks * rows - x.shape[0]
+    x = jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1))) if padding else x
+    return x.reshape(blocks, rows, *x.shape[1:])
 
 
 @jax.custom_vjp
 def _blocked_mean(
-    hidden: Float[Array, "N D"], head: Float[Array, "D V"], targets: Int[Array, " N"]
+    hidden: Float[Array, "N D"], head: Float[Array, "D V"], targets: Int[Array, " N"], loss_scale: Array | None
 ) -> Float[Array, ""]:
     """With L = mean_n(logsumexp(z_n) - z_n[target]) and z = hidden head:
 
@@ -70,44 +94,60 @@ def _blocked_mean(
     The loss is a scalar, so the forward pass knows d_hidden and d_head up to one factor: the incoming gradient of the
     loss, divided by N. The forward pass computes them block by block, while it has the logits z of the block. The
     backward pass only multiplies by the factor. No logits are kept.
+
+    With a loss scale s, the incoming gradient will be s, and the forward pass multiplies softmax - onehot by s / N in
+    float32, before it is rounded to float16. Rounded first, a probability below 6e-8 / 2 would become 0, and no scale
+    could bring it back. The backward pass then multiplies by (incoming gradient / s), which is 1.
     """
-    return _cross_entropy(hidden, head, targets, with_gradients=False)[0]
+    return _cross_entropy(hidden, head, targets, loss_scale, with_gradients=False)[0]
 
 
-def _cross_entropy(hidden: Array, head: Array, targets: Array, with_gradients: bool) -> tuple[Array, Array, Array]:
+def _cross_entropy(
+    hidden: Array, head: Array, targets: Array, loss_scale: Array | None, with_gradients: bool
+) -> tuple[Array, Array, Array]:
     count, vocabulary = hidden.shape[0], head.shape[1]
     wide = at_least_float32(hidden.dtype)
     weight = head.astype(hidden.dtype)
+    blocks, rows = _blocks(count, vocabulary)
+    # The weight of each token, only if there is padding: 1, or 0 for a row of padding. The gradients need no weight: a
+    # row of padding is zero, so it adds nothing to d_head, and its own gradient is cut off.
+    real = None if blocks * rows == count else _in_blocks(jnp.ones(count, wide), blocks, rows)
 
-    def block(d_head: Array, inputs: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-        h, target = inputs
-        z = jnp.matmul(h, weight, preferred_element_type=wide)
-        loss = token_losses(z, target).sum()
+    def block(d_head: Array, inputs: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
+        h, target, real = inputs
+        z = _logits(h, weight)
+        losses = token_losses(z, target)
+        loss = losses.sum() if real is None else (losses * real).sum()
         if not with_gradients:
             return d_head, (loss, jnp.zeros((0, h.shape[1]), h.dtype))
-        d_z = (jax.nn.softmax(z, axis=-1) - jax.nn.one_hot(target, vocabulary, dtype=wide)).astype(h.dtype)
-        d_head = d_head + jnp.matmul(transpose_contiguous(h), d_z, preferred_element_type=wide)
-        return d_head, (loss, jnp.einsum("nv,dv->nd", d_z, weight))
+        d_z = jax.nn.softmax(z, axis=-1) - jax.nn.one_hot(target, vocabulary, dtype=wide)
+        d_z = d_z if loss_scale is None else d_z * (loss_scale.astype(wide) / count)
+        d_z = d_z.astype(h.dtype)
+        precision = dot_precision(h.dtype)
+        d_head = d_head + jnp.matmul(transpose_contiguous(h), d_z, precision=precision, preferred_element_type=wide)
+        return d_head, (loss, jnp.einsum("nv,dv->nd", d_z, weight, precision=precision))
 
-    n = _blocks(count, vocabulary)
     d_head = jnp.zeros(head.shape if with_gradients else (), wide)
-    inputs = (hidden.reshape(n, count // n, -1), targets.reshape(n, -1))
-    if n == 1:
-        d_head, (losses, d_hidden) = block(d_head, (inputs[0][0], inputs[1][0]))
+    inputs = (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows), real)
+    if blocks == 1:
+        d_head, (losses, d_hidden) = block(d_head, jax.tree.map(lambda x: x[0], inputs))
     else:
         d_head, (losses, d_hidden) = jax.lax.scan(block, d_head, inputs)
-    return losses.sum() / count, d_hidden.reshape(-1, hidden.shape[1]), d_head
+    return losses.sum() / count, d_hidden.reshape(-1, hidden.shape[1])[:count], d_head
 
 
-def _forward(hidden: Array, head: Array, targets: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    loss, d_hidden, d_head = _cross_entropy(hidden, head, targets, with_gradients=True)
-    return loss, (d_hidden, d_head.astype(head.dtype), jnp.asarray(1 / hidden.shape[0], loss.dtype))
+def _forward(
+    hidden: Array, head: Array, targets: Array, loss_scale: Array | None
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    loss, d_hidden, d_head = _cross_entropy(hidden, head, targets, loss_scale, with_gradients=True)
+    share = jnp.asarray(1 / hidden.shape[0], loss.dtype) if loss_scale is None else 1 / loss_scale.astype(loss.dtype)
+    return loss, (d_hidden, d_head.astype(head.dtype), share)
 
 
-def _backward(residuals: tuple[Array, Array, Array], d_loss: Array) -> tuple[Array, Array, None]:
+def _backward(residuals: tuple[Array, Array, Array], d_loss: Array) -> tuple[Array, Array, None, None]:
     d_hidden, d_head, share = residuals
     scale = d_loss * share
-    return (d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None)
+    return (d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None)
 
 
 _blocked_mean.defvjp(_forward, _backward)

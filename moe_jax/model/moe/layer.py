@@ -20,6 +20,7 @@ from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, PerToken
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.router import Routing, route, router_logits
 from moe_jax.model.moe.variants import LeakyCapacity, jittered, noisy
+from moe_jax.system.random_keys import fold_each, sequence_keys
 
 BLOCK_ROWS = 128
 """Most rows of a block in training. A product with 128 rows is already fast."""
@@ -110,12 +111,13 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         mode: Mode = Mode.TRAIN,
-        key: Key[Array, ""] | None = None,
+        key: Key[Array, "..."] | None = None,
         trace: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """The layer's output and its statistics. Add `RouterStats.balance_loss` and `z_loss`, weighted, to your loss.
 
-        A key turns on the router's noise and jitter. `trace`, a static argument, adds every decision to the statistics.
+        A key, or one key for each sequence, turns on the router's noise and jitter. `trace`, a static argument, adds
+        every decision to the statistics.
         """
         with jax.named_scope("router"):
             routing = self.route(x, key)
@@ -132,14 +134,15 @@ class MoE(nnx.Module):
             stats = stats._replace(trace=decisions)
         return y, stats
 
-    def route(self, x: Float[Array, "B T D"], key: Key[Array, ""] | None = None) -> Routing:
+    def route(self, x: Float[Array, "B T D"], key: Key[Array, "..."] | None = None) -> Routing:
         """The routing decisions: each token chooses K experts."""
         policy = self.routing
-        if key is not None and policy.input_jitter > 0:
-            x = jittered(x, jax.random.fold_in(key, 0), policy.input_jitter)
+        keys = None if key is None else sequence_keys(key, len(x))
+        if keys is not None and policy.input_jitter > 0:
+            x = jittered(x, fold_each(keys, 0), policy.input_jitter)
         logits = router_logits(x, self.router[...])
-        if key is not None and policy.logit_noise > 0:
-            logits = noisy(logits, jax.random.fold_in(key, 1), policy.logit_noise)
+        if keys is not None and policy.logit_noise > 0:
+            logits = noisy(logits, fold_each(keys, 1), policy.logit_noise)
         bias = jax.lax.stop_gradient(self.balance_bias[...]) if policy.balancing == "bias" else None
         return route(logits, policy.top_k, bias)
 
@@ -201,7 +204,7 @@ class DenseFFN(nnx.Module):
         self.experts = Experts(1, width, hidden, activation, out_scale, rngs)
 
     def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, ""] | None = None, trace: bool = False
+        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, "..."] | None = None, trace: bool = False
     ) -> tuple[Float[Array, "B T D"], None]:
         del mode, key, trace  # every token goes through the same network in training, evaluation and decoding
         with jax.named_scope("experts"):

@@ -1,7 +1,7 @@
 """Routing variants that are off by default: noise, jitter, and priorities that leak the future.
 
-Noise and jitter act in training only. The `leaky-` priorities exist to be compared with the token-major priority, and
-to test that the causality certificate finds them.
+Noise and jitter act in training only, and each sequence draws with a key of its own. The `leaky-` priorities exist to
+be compared with the token-major priority, and to test that the causality certificate finds them.
 """
 
 from dataclasses import dataclass
@@ -14,21 +14,22 @@ from moe_jax.config import Priority
 from moe_jax.model.moe.dispatch import Capacity, QueuedPairs
 from moe_jax.model.moe.router import Routing
 from moe_jax.model.precision import at_least_float32
+from moe_jax.system.random_keys import draw_each
 
 
-def jittered(x: Float[Array, "B T D"], key: Key[Array, ""], amount: float) -> Float[Array, "B T D"]:
+def jittered(x: Float[Array, "B T D"], keys: Key[Array, " B"], amount: float) -> Float[Array, "B T D"]:
     """The router's input times uniform numbers from [1 - amount, 1 + amount] (Fedus et al. 2021, appendix C).
 
     Computed in at least float32, because bfloat16 has only four numbers between 0.99 and 1.01.
     """
     x = x.astype(at_least_float32(x.dtype))
-    return x * jax.random.uniform(key, x.shape, x.dtype, 1 - amount, 1 + amount)
+    return x * draw_each(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, 1 - amount, 1 + amount), keys)
 
 
-def noisy(logits: Float[Array, "B T E"], key: Key[Array, ""], deviation: float) -> Float[Array, "B T E"]:
+def noisy(logits: Float[Array, "B T E"], keys: Key[Array, " B"], deviation: float) -> Float[Array, "B T E"]:
     """Noisy top K: Gaussian noise on the logits (Shazeer et al. 2017, equation 4, with the constant deviation of
     Riquelme et al. 2021, section 2.1)."""
-    return logits + deviation * jax.random.normal(key, logits.shape, logits.dtype)
+    return logits + deviation * draw_each(lambda key: jax.random.normal(key, logits.shape[1:], logits.dtype), keys)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Int
 from optax import contrib
 
 from moe_jax.config import TrainConfig
@@ -30,10 +31,13 @@ def warmup_steps(config: TrainConfig) -> int:
 
 
 def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
-    """Linear warm-up from peak / (warmup + 1) to the peak, then a cosine (Loshchilov and Hutter 2017, equation 5) or a
-    straight line that reaches `final_lr_ratio * peak` at the last step."""
+    """The learning rate of the run's step that follows `n` earlier steps, as a function of n. Skipped steps count.
+
+    Linear warm-up from peak / (warmup + 1) to the peak, then a cosine (Loshchilov and Hutter 2017, equation 5) or a
+    straight line. The first step after the warm-up has the peak, the last step (n = steps - 1) `final_lr_ratio * peak`.
+    """
     warmup = warmup_steps(config)
-    falling = max(config.steps - warmup, 1)
+    falling = max(config.steps - 1 - warmup, 1)
     if config.lr_schedule == "linear":
         decay = optax.linear_schedule(peak, config.final_lr_ratio * peak, falling)
     else:
@@ -50,8 +54,10 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
 def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the configuration. It expects gradients that are already clipped.
 
-    Weight decay applies to matrices, not to vectors (norm scales, biases). `update(..., taken=False)` changes no bit of
-    the optimizer's state. The caller must then not add the updates to the parameters.
+    `update(..., step=n, taken=...)` takes the run's clock n, the number of earlier steps, skipped ones included. The
+    optimizer has no clock of its own for the learning rate. Weight decay applies to matrices, not to vectors (norm
+    scales, biases). `taken=False` changes no bit of the optimizer's state. The caller must then not add the updates to
+    the parameters.
     """
     if config.optimizer == "muon":
         labels = partial(muon_labels, routers=config.muon_router)
@@ -62,6 +68,26 @@ def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs
         rule = scale_by_adam8bit(config.beta1, config.beta2, config.eps, config.seed)
         return _decayed(skippable(rule), config)
     return _decayed(_adam(config), config)
+
+
+def scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
+    """-schedule(step) x the update. It keeps no count of steps: a count in the optimizer's state would stand still in a
+    skipped step, and the rate would fall behind the run's clock."""
+
+    def init(params: Any) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, step: int | Int[Array, ""] | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        del params
+        if step is None:
+            raise TypeError("update(..., step=n) is missing: the learning rate follows the run's step")
+        rate = -jnp.asarray(schedule(step))
+        return jax.tree.map(lambda u: rate.astype(u.dtype) * u, updates), state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _adam(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
@@ -75,7 +101,7 @@ def _decayed(rule: optax.GradientTransformationExtraArgs, config: TrainConfig) -
     return optax.chain(
         rule,
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
-        skippable(optax.scale_by_learning_rate(learning_rate(config, config.lr))),
+        scale_by_rate(learning_rate(config, config.lr)),
     )
 
 
@@ -84,6 +110,10 @@ def _muon(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
 
     A stack of experts `[E, D, F]` is treated as E matrices. If it were orthogonalised as one matrix, the experts would
     share one spectrum.
+
+    `optax.contrib.muon` also multiplies the step of a matrix `[in, out]` by sqrt(max(1, out / in)): 1.732 for the
+    `[D, 3D]` matrix of queries, keys and values. This Muon does not. All its matrices move by about `muon_lr` in
+    spectral norm, and the presets are tuned for that.
     """
 
     def axes(params: Any) -> Any:
@@ -92,7 +122,7 @@ def _muon(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     return optax.chain(
         skippable(contrib.scale_by_muon(weight_dimension_numbers=axes)),
         optax.add_decayed_weights(config.weight_decay),
-        skippable(optax.scale_by_learning_rate(learning_rate(config, config.muon_lr))),
+        scale_by_rate(learning_rate(config, config.muon_lr)),
     )
 
 

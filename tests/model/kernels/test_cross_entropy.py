@@ -35,10 +35,10 @@ def test_both_forms_against_loops() -> None:
 
 
 def test_the_fewest_blocks_that_fit(small_blocks: None) -> None:
-    assert cross_entropy._blocks(30, VOCABULARY) == 6
-    assert cross_entropy._blocks(5, VOCABULARY) == 1
-    assert cross_entropy._blocks(7, VOCABULARY) == 7  # a prime number of tokens: one at a time
-    assert cross_entropy._blocks(8, 10 * VOCABULARY) == 8  # not even one token fits
+    assert cross_entropy._blocks(30, VOCABULARY) == (6, 5)
+    assert cross_entropy._blocks(5, VOCABULARY) == (1, 5)
+    assert cross_entropy._blocks(7, VOCABULARY) == (2, 4)  # a prime number of tokens: the last block is padded
+    assert cross_entropy._blocks(8, 10 * VOCABULARY) == (8, 1)  # not even one token fits
 
 
 def test_blocked_is_the_reference(small_blocks: None, float64: None) -> None:

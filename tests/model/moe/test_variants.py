@@ -21,6 +21,8 @@ from tests.support import oracles, tiny
 B, T, E, K, C = 2, 7, 4, 2, 2
 LEAKY = ("leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice")
 
+ONE_KEY = jax.random.split(jax.random.key(0), 1)
+
 
 def logits(seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(B, T, E)).astype(np.float32)
@@ -137,16 +139,16 @@ def test_leaky_training_evaluates_causally(priority) -> None:
 
 def test_noise_and_jitter_have_the_named_size(float64: None) -> None:
     z = jnp.zeros((1, 400, 50))
-    noise = np.asarray(noisy(z, jax.random.key(0), 0.3))
+    noise = np.asarray(noisy(z, ONE_KEY, 0.3))
     np.testing.assert_allclose(noise.std(), 0.3, rtol=0.03)  # 20,000 numbers: known to half a percent
-    factor = np.asarray(jittered(jnp.ones((1, 400, 50)), jax.random.key(0), 0.2))
+    factor = np.asarray(jittered(jnp.ones((1, 400, 50)), ONE_KEY, 0.2))
     assert factor.min() < 0.801
     assert factor.max() > 1.199
     assert (np.abs(factor - 1) <= 0.2).all()
 
 
 def test_a_small_jitter_is_not_lost_in_bfloat16() -> None:
-    factor = np.asarray(jittered(jnp.ones((1, 400, 50), jnp.bfloat16), jax.random.key(0), 0.01))
+    factor = np.asarray(jittered(jnp.ones((1, 400, 50), jnp.bfloat16), ONE_KEY, 0.01))
     assert factor.dtype == np.float32
     assert len(np.unique(factor)) > 10_000
     assert abs(factor.mean() - 1) < 5 * 0.01 / np.sqrt(3 * factor.size)
