@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 
 from moe_jax.config import ConfigError, UserError
-from moe_jax.data.token_store import prepare_token_store, token_stream
+from moe_jax.data.token_store import token_stream
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inspection.trace import RoutingTrace, routing_trace
@@ -79,13 +80,15 @@ class Run(LoadedRun):
     def evaluate(self, text: str | None = None) -> Evaluation:
         """Loss, bits per byte and drops on a text. Without a text, the run's own validation text is used.
 
-        Raises UserError if the run's own text cannot be found.
+        Raises UserError if the run's own text cannot be found. Warns if it has changed since the run was trained.
         """
         if text is None:
             try:
-                tokens = prepare_token_store(self.config.data, tokenizer=self.tokenizer).valid.tokens
+                tokens, changed = self.validation_text()
             except ConfigError as error:
                 raise UserError(f"the run's validation text is not at hand ({error}); give evaluate a text") from None
+            if changed:
+                warnings.warn(changed, stacklevel=2)
         else:
             tokens = token_stream(iter([text.strip()]), self.tokenizer)
         return evaluate(

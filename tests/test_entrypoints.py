@@ -102,7 +102,7 @@ def test_the_weights_are_safetensors(trained: Path) -> None:
     from safetensors.numpy import load_file
 
     import moe_jax
-    from moe_jax.runs.checkpoint import named_leaves
+    from moe_jax.runs.arrays import named_leaves
 
     run = moe_jax.load_run(trained)
     weights, params = load_file(run.checkpoint.path / "weights.safetensors"), named_leaves(run.params)

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parent.parent
 
 # The rooms, from the lowest floor up. A module may import its own room and the rooms of lower floors (earlier lines).
 FLOORS = (
-    ("config",),
     ("system",),
+    ("config",),
     ("data", "model"),
     ("inference", "runs"),
     ("training",),

@@ -21,7 +21,8 @@ import orbax.checkpoint as ocp
 
 from moe_jax.config import RunConfig
 from moe_jax.runs import manifest
-from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, named_leaves, restore
+from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.training.programs import Programs
 
 

@@ -2,6 +2,7 @@
 
 import datetime
 import importlib.util
+import io
 import json
 import os
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from moe_jax.cli.command import Command, check_range
 from moe_jax.config import Dense, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
+from moe_jax.system.files import write_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -117,14 +119,13 @@ class Benchmark(Command):
     def _save(self, document: dict[str, Any], about: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC)
         path = Path("benchmarks") / f"{now:%Y-%m-%d-%H%M}-{self.suite}-{self.preset}.json"
-        path.parent.mkdir(exist_ok=True)
         extra = f"--extra {EXTRAS[self.suite][0]} " if self.suite in EXTRAS else ""
         command = f"uv run {extra}benchmark.py {self.suite} --preset {self.preset}"
         command += f" --batch-size {self.batch_size} --rounds {self.rounds}"
         command += " --uniform-routing" if self.uniform_routing else ""
         command += f" --with-quality {self.with_quality}" if self.with_quality else ""
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
-        path.write_text(json.dumps(record, indent=1) + "\n")
+        write_output(path, json.dumps(record, indent=1) + "\n")
         print(f"results: {path}")
         if "train" in document:
             self._draw(document["train"]["models"], path.with_suffix(".png"))
@@ -135,7 +136,9 @@ class Benchmark(Command):
         if importlib.util.find_spec("matplotlib") is None:
             print("no picture: matplotlib is not installed; `uv run --extra plots benchmark.py train` draws one")
             return
-        baselines_figure(self.preset, models).savefig(path, dpi=150)
+        picture = io.BytesIO()
+        baselines_figure(self.preset, models).savefig(picture, format="png", dpi=150)
+        write_output(path, picture.getvalue())
         print(f"picture: {path}")
 
 

@@ -13,6 +13,8 @@ from typing import NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
 from moe_jax.config import ConfigError, holds_run
+from moe_jax.system.folders import Folder
+from moe_jax.system.step_names import step_number
 
 COMMANDS = {
     "train": ("Train", "train a sparse mixture-of-experts language model"),
@@ -79,9 +81,10 @@ def check_run_folder(run: str, step: int | None = None) -> None:
     """Raise ConfigError unless the folder holds a run with a complete checkpoint, and one of `step` if it is given."""
     if not holds_run(Path(run)):
         raise ConfigError(f"--run {run}: no run with a complete checkpoint there; make one with `uv run train.py`")
-    checkpoints = Path(run) / "checkpoints"
-    if step is not None and (step < 0 or not (checkpoints / f"step_{step:08d}").is_dir()):
-        steps = sorted(int(p.name[5:]) for p in checkpoints.glob("step_*") if p.name[5:].isdigit())
+    if step is None:
+        return
+    steps = sorted(s for name in Folder(Path(run)).names("checkpoints") if (s := step_number(name)) is not None)
+    if step not in steps:
         raise ConfigError(f"--step {step}: {run} has no such checkpoint; it has {', '.join(map(str, steps))}")
 
 

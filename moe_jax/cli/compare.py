@@ -113,6 +113,7 @@ class Compare(Command):
         from moe_jax.experiments.comparison_plots import comparison_figures
         from moe_jax.plots.figures import save_figures
         from moe_jax.system.files import write_atomically
+        from moe_jax.system.folders import Folder
 
         console = Console(highlight=False, width=max(Console().width, TABLE_WIDTH))
         table = Table(title=f"\n{self.preset}, {self.seeds} seeds", title_justify="left", title_style="bold")
@@ -136,7 +137,7 @@ class Compare(Command):
         verdicts = "".join(f"- {d.verdict}\n" for d in differences)
         write_atomically(out / "comparison.md", f"{comparison_result.to_markdown(results)}\n{verdicts}")
         try:
-            paths = save_figures(comparison_figures(plan, results, out), out)
+            paths = save_figures(comparison_figures(plan, results, out), Folder(out))
         except UserError as error:
             console.print(f"no pictures: {error}", markup=False, soft_wrap=True)
         else:

@@ -1,5 +1,6 @@
 """`moe-jax doctor`."""
 
+import collections
 import contextlib
 import os
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from pathlib import Path
 from moe_jax.cli.command import Command
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
+from moe_jax.system.folders import Folder
 
 
 @dataclass(frozen=True)
@@ -22,19 +24,20 @@ class Doctor(Command):
     def execute(self) -> int:
         """0 if nothing is damaged, or if all damage was repaired."""
         folder = Path(self.run)
-        if not (folder / "checkpoints").is_dir():
+        if Folder(folder).status("checkpoints") is None:
             raise ConfigError(f"--run {self.run}: is not the folder of a run; it has no folder `checkpoints`")
         environment.prepare_environment()
-        from moe_jax.runs.doctor import examine
+        from moe_jax.runs.doctor import ILL, examine
         from moe_jax.runs.folder import locked_for_training
 
         writable = self.repair or os.access(folder, os.W_OK)
-        with locked_for_training(folder) if writable else contextlib.nullcontext():
-            findings = examine(folder, self.repair)
+        with locked_for_training(folder) if writable else contextlib.nullcontext() as lock:
+            findings = examine(folder, self.repair, lock)
         width = max(len(f.what) for f in findings)
         for finding in findings:
             print(f"{finding.what:<{width}}  {finding.state:<8}  {finding.detail}".rstrip())
-        ill = sum(f.state == "damaged" for f in findings)
+        ill = collections.Counter(f.state for f in findings if f.state in ILL)
         if ill:
-            print(f"{ill} damaged" + ("" if self.repair else "; --repair repairs what can be repaired"))
+            said = ", ".join(f"{count} {state}" for state, count in ill.items())
+            print(said + ("" if self.repair else "; --repair repairs what can be repaired"))
         return 1 if ill else 0

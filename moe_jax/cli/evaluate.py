@@ -1,6 +1,7 @@
 """`moe-jax evaluate`."""
 
 import json
+import sys
 from dataclasses import dataclass
 
 from moe_jax.cli.command import Command, check_run_folder
@@ -25,15 +26,17 @@ class Evaluate(Command):
         if self.data:
             check_source(self.data)
         environment.prepare_environment()
-        from moe_jax.data.token_store import prepare_token_store, token_stream
+        from moe_jax.data.token_store import token_stream
         from moe_jax.runs.load import open_run
         from moe_jax.training.evaluate import evaluate, make_evaluation_step
 
         run = open_run(self.run, self.step)
         if self.data:
-            tokens = token_stream(scored_documents(self.data), run.tokenizer)
+            tokens, changed = token_stream(scored_documents(self.data), run.tokenizer), ""
         else:
-            tokens = prepare_token_store(run.config.data, tokenizer=run.tokenizer).valid.tokens
+            tokens, changed = run.validation_text()
+        if changed:
+            print(f"warning: {changed}", file=sys.stderr)
         scored = evaluate(
             make_evaluation_step(run.graphdef),
             run.params,
@@ -48,6 +51,7 @@ class Evaluate(Command):
             "val_bits_per_byte": scored.bits_per_byte,
             "val_drop_fraction": scored.drop_fraction,
             "tokens": scored.tokens,
+            "text_has_changed": None if self.data else bool(changed),
         }
         print(json.dumps(result))
         return 0

@@ -34,7 +34,7 @@ class Inspect(Command):
         folder = Path(self.run)
         path = Path(self.out) if self.out else report_path(folder)
         write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
-        print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+        print(f"{path}: the routing report; open it in a browser")
         return 0
 
     def _text(self) -> str:

@@ -24,8 +24,14 @@ class Plot(Command):
             check_run_folder(run)
         environment.prepare_environment()
         from moe_jax.plots.figures import run_figures, save_figures
+        from moe_jax.system.folders import Folder
 
-        out = Path(self.out) if self.out else Path(self.run[0]) / "report"
-        for path in save_figures(run_figures([Path(run) for run in self.run]), out):
+        figures = run_figures([Path(run) for run in self.run])
+        if self.out:
+            Path(self.out).mkdir(parents=True, exist_ok=True)
+            out = Folder(Path(self.out))
+        else:
+            out = Folder(Path(self.run[0])).inner("report")
+        for path in save_figures(figures, out):
             print(path)
         return 0

@@ -1,6 +1,7 @@
 """`moe-jax samples`."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ class Samples(Command):
         from moe_jax.inference.generate import TextGenerator
         from moe_jax.inference.sampling import Sampling
         from moe_jax.runs.load import open_run
+        from moe_jax.system.files import write_output
 
         name = Path(self.run).resolve().name
         path = Path(self.out) if self.out else Path("benchmarks") / "samples" / f"{name}.md"
@@ -52,7 +54,10 @@ class Samples(Command):
             samples.write_text(generator, "", settings, seed=0, number=number, limit=self.max_tokens)
             for number in range(self.stories)
         ]
-        measures = samples.measure(told, samples.validation_stories(run))
+        valid, changed = run.validation_text()
+        if changed:
+            print(f"warning: {changed}", file=sys.stderr)
+        measures = samples.measure(told, samples.validation_stories(run, valid))
         about = [
             f"`uv run python -m moe_jax samples --run {self.run} --stories {self.stories} "
             f"--temperature {self.temperature:g} --max-tokens {self.max_tokens}`",
@@ -63,10 +68,10 @@ class Samples(Command):
             "repetition-4 is the share of four-word sequences that occurred earlier in the same text. distinct-n is "
             "the number of different n-word sequences divided by the number of all n-word sequences of all texts",
         ]
+        about += [f"the validation text: {changed}"] if changed else []
         stories = samples.prompted(generator, settings, self.max_tokens)
-        path.parent.mkdir(parents=True, exist_ok=True)
         page = samples.to_markdown(f"Samples of {name}", about, measures, stories)
-        path.write_text(page, encoding="utf-8")
+        write_output(path, page)
         print(page)
         print(f"{path}: {len(stories)} texts")
         result = {name: m.to_json() for name, m in measures.items()}

@@ -48,12 +48,12 @@ class Train(RunCommand):
             from moe_jax.training.session import Session
 
             try:
-                with locked_for_training(Path(config.run_dir)):
-                    session = Session.open(config, saved)
+                with locked_for_training(Path(config.run_dir)) as lock:
+                    session = Session.open(config, saved, lock)
                     print_run_header(session, notes)
                     train(session, signals)
                     print_result(session, finish(session))
-                    print(*report_run(session.folder.path), sep="\n")
+                    print(*report_run(session.folder.files), sep="\n")
             except Stopped as stop:
                 return stop.status
         return 0

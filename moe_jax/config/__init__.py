@@ -1,6 +1,7 @@
 """The settings of a run: frozen, validated dataclasses.
 
-The modules of this room import only the standard library, so that a wrong value is reported before jax is imported.
+The modules of this room import only the standard library, and `system/folders.py`, which does so too. So a wrong value
+is reported before jax is imported.
 Every field is a flag, named `--section.field`. The most used flags have a short name too (`flags.SHORT_FLAGS`). A
 wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 

@@ -1,7 +1,7 @@
 """One run: what `train.py` is told, and what `config.json` holds."""
 
 import dataclasses
-import json
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,8 @@ from moe_jax.config.flags import check_choices
 from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.train import TrainConfig
+from moe_jax.system.folders import Folder
+from moe_jax.system.step_names import checkpoint_step
 
 PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
 
@@ -64,15 +66,23 @@ class RunConfig:
         return {"schema_version": SCHEMA_VERSION, **values}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+    def from_dict(cls, values: Any) -> "RunConfig":
         """The inverse of `to_dict`, for every schema version that `migrate_config` knows.
 
-        Top-level keys that are not fields (`versions`, `history`) are ignored. Raises UserError for an unknown schema
-        version or an unknown field of a section, ConfigError for a wrong value.
+        Top-level keys that are not fields (`run_id`, `versions`, `history`) are ignored. Raises ConfigError for a value
+        that is not allowed. Raises UserError for everything else: values of another type, an unknown schema version,
+        an unknown field of a section.
         """
-        values = migrate_config(values)
+        if not isinstance(values, dict):
+            raise UserError(f"config.json: is {_short(values)}, must be an object; {_CHANGED}")
+        try:
+            values = migrate_config(values)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"config.json: no configuration of an earlier version ({error!r:.100})") from None
         routing = _section(RoutingConfig, "routing", values)
-        top = {f.name for f in dataclasses.fields(cls)} - set(SECTIONS)
+        top = {f.name: f.type for f in dataclasses.fields(cls) if f.name not in SECTIONS}
+        for name in top.keys() & values.keys():
+            _check_type(name, values[name], top[name])
         return cls(
             **{k: v for k, v in values.items() if k in top},
             model=_section(ModelConfig, "model", values, routing=routing),
@@ -88,11 +98,37 @@ SECTIONS = ("model", "routing", "data", "train", "execution")
 
 def _section(kind: type, name: str, values: dict[str, Any], **given: Any) -> Any:
     found = values.get(name, {})
-    known = {f.name for f in dataclasses.fields(kind)} - set(given)
-    unknown = sorted(set(found) - known)
+    if not isinstance(found, dict):
+        raise UserError(f"config.json: {name} is {_short(found)}, must be an object; {_CHANGED}")
+    types = {f.name: f.type for f in dataclasses.fields(kind) if f.name not in given}
+    unknown = sorted(set(found) - set(types))
     if unknown:
         raise UserError(f"config.json: {name} has the unknown field {unknown[0]!r}; another version wrote it")
+    for field_name, value in found.items():
+        _check_type(f"{name}.{field_name}", value, types[field_name])
     return kind(**found, **given)
+
+
+_CHANGED = "the file was changed; `python -m moe_jax doctor --repair` takes it from a checkpoint"
+_MAX_INTEGER = 2**63
+"""No field may have a larger number. Python's own integers have no limit, and arithmetic with floats then fails."""
+_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
+    int: ((int,), "an integer"),
+    float: ((int, float), "a number"),
+    bool: ((bool,), "true or false"),
+}
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    """Raise UserError unless a value of config.json has the type of its field: `batch_size: 4.0` is refused."""
+    kinds, allowed = _KINDS.get(kind, ((str,), "a text"))
+    ok = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
+    if not ok or (isinstance(value, int) and abs(value) >= _MAX_INTEGER):
+        raise UserError(f"config.json: {name} is {_short(value)}, must be {allowed}; {_CHANGED}")
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]
 
 
 def load_config(run: Path) -> RunConfig | None:
@@ -100,17 +136,28 @@ def load_config(run: Path) -> RunConfig | None:
     if not holds_run(run):
         return None
     try:
-        return RunConfig.from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+        return RunConfig.from_dict(Folder(run).read_json("config.json"))
     except ConfigError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{run / 'config.json'} cannot be read ({error}); "
-            f"`python -m moe_jax doctor --run {run} --repair` takes it from a checkpoint"
-        ) from error
+    except OSError as error:
+        raise UserError(f"{run / 'config.json'} cannot be read ({error.strerror}){_repair(run, error)}") from error
+    except ValueError as error:
+        raise UserError(f"{run / 'config.json'} cannot be read ({error}){_repair(run)}") from error
+
+
+def _repair(run: Path, error: OSError | None = None) -> str:
+    """What to do about a config.json that cannot be read. A file that the system refuses to read may well be whole."""
+    if error is not None and not isinstance(error, FileNotFoundError):
+        return "; mend that and try again"
+    return f"; `python -m moe_jax doctor --run {run} --repair` takes it from a checkpoint"
 
 
 def holds_run(run: Path) -> bool:
     """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete, so names
-    suffice."""
-    return any(p.is_dir() for p in run.glob("checkpoints/step_" + "[0-9]" * 8 + "*"))
+    suffice. Raises UserError if the folder cannot be read: it may hold a run then."""
+    folder = Folder(run)
+    try:
+        steps = [name for name in folder.names("checkpoints") if checkpoint_step(name) is not None]
+        return any((found := folder.status(f"checkpoints/{n}")) and not stat.S_ISREG(found.st_mode) for n in steps)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that and try again") from None

@@ -1,6 +1,7 @@
 """Reference values for a loss on the embedded corpus: the entropy floor, and the scores of two n-gram models."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from moe_jax.config import DataConfig
@@ -39,5 +40,6 @@ def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | N
             trigram_bits_per_byte(train, valid),
             kneser_ney_bits_per_byte(train, valid),
         )
-        write_atomically(path, json.dumps(asdict(found)))
+        with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
+            write_atomically(path, json.dumps(asdict(found)))
         return found

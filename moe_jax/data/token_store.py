@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -170,6 +171,9 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, fingerprint: str, cache:
 def _open_or_build(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
     key = _digest([FORMAT, fingerprint, tokenizer.digest])
     folder = cache / key
+    if folder.exists():  # before the lock is asked for: a whole cache may lie in a folder that cannot be written
+        with suppress(UserError):
+            return open_store(folder)
     with locked(cache / f"{key}.lock", wait=True) as lock:
         if folder.exists():
             try:

@@ -23,6 +23,7 @@ from moe_jax.config import DataConfig, UserError
 from moe_jax.data.corpora import Corpus
 from moe_jax.data.text_files import SEPARATOR
 from moe_jax.system.files import write_atomically
+from moe_jax.system.folders import Folder
 
 TRAINING_BYTES = 50_000_000
 _LONGEST_ENTRY = 256  # most bytes of a BPE entry; without it, 40 merges in a hostile file could make an entry of 1 TiB
@@ -110,10 +111,12 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote. Raises UserError if the file is missing or damaged."""
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
+        values = Folder(Path(path).parent).read_json(Path(path).name)
+    except FileNotFoundError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
-    except (ValueError, RecursionError):
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that and try again") from None
+    except ValueError:
         raise UserError(f"{path}: not JSON, so it is damaged; take the file from the run again") from None
     try:
         return Tokenizer.from_dict(values)

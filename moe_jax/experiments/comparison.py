@@ -26,6 +26,7 @@ from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.model.costs import training_flops
 from moe_jax.runs.folder import locked_for_training
+from moe_jax.runs.summary import read_summary
 from moe_jax.system import machine
 from moe_jax.system.files import write_atomically
 from moe_jax.system.signals import Signals
@@ -132,8 +133,8 @@ def train_run(config: RunConfig, signals: Signals) -> dict[str, Any]:
     done = finished(folder, config.train.steps)
     if done is not None:
         return done
-    with locked_for_training(folder):
-        session = Session.open(config, load_config(folder))
+    with locked_for_training(folder) as lock:
+        session = Session.open(config, load_config(folder), lock)
         train(session, signals)
         result = finish(session)
     jax.clear_caches()  # the next run compiles its own programs
@@ -142,8 +143,13 @@ def train_run(config: RunConfig, signals: Signals) -> dict[str, Any]:
 
 def finished(folder: Path, steps: int) -> dict[str, Any] | None:
     """The summary of a run that reached its last step and was scored on the whole validation stream, else None."""
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return summary if summary["val_whole_stream"] and summary["steps"] == steps else None
+    summary = read_summary(folder)
+    whole = summary.get("val_whole_stream") is True and summary.get("steps") == steps
+    return summary if whole and all(summary.get(name) is not None for name in _NEEDED) else None
+
+
+_NEEDED = (
+    *("val_bits_per_byte", "val_drop_fraction", "wall_seconds", "tokens_seen"),
+    *("training_flops", "params_total", "params_active"),
+)
+"""What the result of a comparison takes from the summary of a run."""

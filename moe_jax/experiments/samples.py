@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.data.token_store import prepare_token_store
 from moe_jax.experiments.text_statistics import Words, distinct, matched_draws, repetition, words
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
@@ -78,9 +77,8 @@ def measure(told: list[str], stories: Iterator[str]) -> dict[str, Measure]:
     return {name: Measure(of(texts), tuple(of(draw) for draw in draws)) for name, of in MEASURES.items()}
 
 
-def validation_stories(run: LoadedRun) -> Iterator[str]:
-    """The run's own validation texts, in order."""
-    tokens = prepare_token_store(run.config.data, tokenizer=run.tokenizer).valid.tokens
+def validation_stories(run: LoadedRun, tokens: np.ndarray) -> Iterator[str]:
+    """The texts in a stream of validation tokens, in order."""
     ends = np.flatnonzero(tokens == run.tokenizer.separator_id)
     for first, end in pairwise(ends):
         yield run.tokenizer.decode(tokens[first + 1 : end].tolist())

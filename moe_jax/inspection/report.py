@@ -22,6 +22,7 @@ import base64
 import hashlib
 import html
 import json
+import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,6 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ConfigError, UserError
-from moe_jax.data.token_store import prepare_token_store
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inference.routing_pass import check_routed
 from moe_jax.inspection.compiled_layer import compiled_layer
@@ -40,9 +40,13 @@ from moe_jax.inspection.training_curves import training_curves
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.plots.figures import run_figures, save_figures
 from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.system.files import write_atomically
+from moe_jax.runs.summary import read_summary
+from moe_jax.system.files import write_output
+from moe_jax.system.folders import Folder
 
 SCHEMA = 1
+REPORT, PAGE = "report", "routing.html"
+"""The folder of a run's report, and the page in it."""
 DEFAULT_TOKENS = 512
 """Tokens of validation text that the page shows if no text is given."""
 SCRIPTS = ("base", "charts", "text", "experts", "capacity", "training", "inside", "main")
@@ -54,23 +58,24 @@ LEAST_PERCENT = 2
 
 def report_path(folder: Path) -> Path:
     """The default path of a run's report."""
-    return folder / "report" / "routing.html"
+    return folder / REPORT / PAGE
 
 
-def report_run(folder: Path) -> list[str]:
+def report_run(run: Folder) -> list[str]:
     """Write pictures and report of a finished run into its folder `report`. Returns the lines to print.
 
     They say what was written, or why it was not. A missing report is no failure of the run.
     """
     lines = []
     try:
-        save_figures(run_figures([folder]), folder / "report")
-        lines.append(f"pictures: {folder / 'report'}")
-    except UserError as error:
+        out = run.inner(REPORT)
+        save_figures(run_figures([run.path]), out)
+        lines.append(f"pictures: {out.path}")
+    except (UserError, OSError) as error:
         lines.append(f"no pictures: {error}")
     try:
-        lines.append(f"routing report: {write_report(folder, report_path(folder))}, to open in a browser")
-    except UserError as error:
+        lines.append(f"routing report: {write_report(run.path, report_path(run.path))}, to open in a browser")
+    except (UserError, OSError) as error:
         lines.append(f"no routing report: {error}")
     return lines
 
@@ -85,29 +90,33 @@ def write_report(
     run = open_run(folder, step)
     check_routed(run.config.model)
     valid, missing = _validation_tokens(run)
+    if missing and valid is not None:
+        print(f"warning: {missing}", file=sys.stderr)
     if text:
         trace, source = routing_trace(run, text), "The text that was given"
     elif valid is None:
         raise UserError(f"--text: must be given, since the validation text cannot be had: {missing}")
     else:
         trace, source = trace_tokens(run, np.asarray(valid[:DEFAULT_TOKENS], np.int32)), "Validation text"
+        source += ", changed since the run was trained" if missing else ""
     corpus = None if valid is None else corpus_routing(run, valid)
     data = report_data(folder, run, trace, source, corpus, missing)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, render(data))
+    if out == report_path(folder):  # in the run's folder, where no link is followed
+        Folder(folder).inner(REPORT).write(PAGE, render(data))
+    else:
+        write_output(out, render(data))
     if json_out is not None:
-        json_out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(json_out, _json(data) + "\n")
+        write_output(json_out, _json(data) + "\n")
     return out
 
 
 def _validation_tokens(run: LoadedRun) -> tuple[np.ndarray | None, str]:
-    """The validation stream of the run and an empty text; or None and the reason why there is no stream."""
+    """The validation stream of the run, or None; and why there is none, or that the text has changed."""
     try:
-        valid = prepare_token_store(run.config.data, tokenizer=run.tokenizer, progress=False).valid.tokens
+        valid, changed = run.validation_text(progress=False)
     except (ConfigError, UserError) as error:
         return None, f"The run's validation text is not at hand ({error})."
-    return valid[: max(CORPUS_TOKENS, run.config.model.seq_len, DEFAULT_TOKENS)], ""
+    return valid[: max(CORPUS_TOKENS, run.config.model.seq_len, DEFAULT_TOKENS)], changed
 
 
 def report_data(
@@ -142,10 +151,7 @@ def report_data(
 
 
 def _run_data(folder: Path, run: LoadedRun) -> dict[str, Any]:
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        summary = {}
+    summary = read_summary(folder)
     counts = totals(count_parameters(run.config.model))
     return {
         "name": folder.resolve().name,

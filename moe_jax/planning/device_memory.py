@@ -169,8 +169,9 @@ def _measured(target: Target, lowered: Any, options: dict[str, bool]) -> Memory:
     with contextlib.suppress(OSError, ValueError, TypeError):
         return Memory(**json.loads(path.read_text()))
     memory = _compile(lowered, options)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(asdict(memory)), durable=False)
+    with contextlib.suppress(OSError):  # a cache that cannot be written: it is compiled again the next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(asdict(memory)), durable=False)
     return memory
 
 

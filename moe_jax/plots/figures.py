@@ -4,6 +4,7 @@ The figures are of the class `Figure`, without a window and without global state
 and a program without a display can save them.
 """
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,8 @@ import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.runs.metrics import load_entropy, read_metrics
+from moe_jax.runs.summary import read_summary
+from moe_jax.system.folders import Folder
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc6fa3", "#e69f00", "#56b4e9", "#7a4fa3", "#737373")
 """Colours that colour-blind readers can distinguish (after Okabe and Ito)."""
@@ -49,18 +52,18 @@ def run_figures(folders: Sequence[Path]) -> dict[str, Any]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def save_figures(figures: dict[str, Any], out: Path) -> list[Path]:
-    """Write every figure as PNG and SVG. Returns the paths."""
+def save_figures(figures: dict[str, Any], out: Folder) -> list[Path]:
+    """Write every figure as PNG and SVG into a folder that is there. Returns the paths."""
     import matplotlib as mpl
 
-    out.mkdir(parents=True, exist_ok=True)
     paths = []
     with mpl.rc_context({"svg.hashsalt": "moe-jax"}):  # so that the same picture gives the same file
         for name, figure in figures.items():
             for kind in FORMATS:
-                path = out / f"{name}.{kind}"
-                figure.savefig(path, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-                paths.append(path)
+                picture, metadata = io.BytesIO(), {"Date": None} if kind == "svg" else None
+                figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
+                out.write(f"{name}.{kind}", picture.getvalue())
+                paths.append(out.path / f"{name}.{kind}")
     return paths
 
 
@@ -72,7 +75,7 @@ class _Metrics:
         self.records = read_metrics(folder)
         if not self.records["train"]:
             raise UserError(f"--run {folder}: no metrics.jsonl with training records there; name the folder of a run")
-        self.summary = _json_or_empty(folder / "summary.json")
+        self.summary = read_summary(folder)
 
     def series(self, split: str, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of the records that have the value."""
@@ -91,15 +94,6 @@ class _Metrics:
         """Steps, and float [steps, L, E]; empty for a dense baseline."""
         records = [r for r in self.records["train"] if r.get("load")]
         return [r["step"] for r in records], np.array([r["load"] for r in records])
-
-
-def _json_or_empty(path: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Any, Any]:

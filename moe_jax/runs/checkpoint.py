@@ -1,6 +1,6 @@
 """Checkpoints: arrays saved by orbax, and a manifest with their digests. They are verified before they are used.
 
-    checkpoints/step_00000100/arrays/               orbax: one flat dict, leaf name -> array
+    checkpoints/step_00000100/arrays/               orbax: one flat dict, leaf name -> array (`arrays.py`)
     checkpoints/step_00000100/weights.safetensors   the parameters alone, for other programs
     checkpoints/step_00000100/manifest.json         see `manifest.py`
 
@@ -15,14 +15,12 @@ Arrays are saved by name, not by structure. An array named `params.blocks.0.ffn.
 that wrote it.
 """
 
-import contextlib
 import ctypes
 import errno
-import logging
 import math
 import os
-import re
 import shutil
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -31,18 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
-import orbax.checkpoint as ocp
-from safetensors.numpy import save_file
 
 from moe_jax.config import UserError
 from moe_jax.runs import manifest
-from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.arrays import PARAMS, named_leaves, read_arrays, write_arrays, write_weights
+from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
 from moe_jax.runs.migrations import MANIFEST_VERSION
+from moe_jax.system.folders import Folder
 from moe_jax.system.machine import versions
+from moe_jax.system.step_names import REPLACED, checkpoint_step, step_name, step_number
 
-WEIGHTS = "weights.safetensors"
-_PARAMS = "params."
+FOLDER = "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -58,25 +55,24 @@ class Checkpoint:
     manifest: dict[str, Any]
 
 
-type Entry = tuple[Path, Checkpoint | CheckpointCorrupted]
-"""A checkpoint's folder, and either the checkpoint or the error in its manifest."""
+type Entry = tuple[Path, Checkpoint | CheckpointCorrupted | CheckpointUnreadable]
+"""A checkpoint's folder, and either the checkpoint or why there is none."""
 type Entries = list[Entry]
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Leaves by their dotted path: {"params.blocks.0.ffn.router": array, ...}."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 class CheckpointStore:
     """The checkpoints of one run. Keeps the newest two and the best (lowest validation loss).
 
-    `say` is called with a message for every checkpoint that is skipped. It prints to stderr unless given.
+    `say` is called with a message for every checkpoint that is skipped. It prints to stderr unless given. `guard` is
+    called before each change of the folder: see `Folder`. Only damaged checkpoints are skipped. One that the system
+    refuses to read raises CheckpointUnreadable, since an older one in its place would lose good work.
     """
 
-    def __init__(self, run: Path, say: Callable[[str], None] | None = None) -> None:
-        self.folder = run / "checkpoints"
+    def __init__(
+        self, run: Path, say: Callable[[str], None] | None = None, guard: Callable[[], None] | None = None
+    ) -> None:
+        self.folder = run / FOLDER
+        self._files = Folder(run, guard) if guard else Folder(run)
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
 
     def save(self, state: Any, step: int, *, val_loss: float | None, elapsed: float, context: dict[str, Any]) -> Path:
@@ -86,15 +82,17 @@ class CheckpointStore:
         is full, if the folder cannot be written, or if a file reads back with another digest. The earlier checkpoints
         are then kept.
         """
-        final = self.folder / f"step_{step:08d}"
+        final = self.folder / step_name(step)
         draft = self.folder / f"tmp_{step:08d}_{os.getpid()}"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self._files.guard()
+            self._files.path.mkdir(parents=True, exist_ok=True)
+            self._files.make(FOLDER)
             self.remove_interrupted_saves()
             leaves = named_leaves(state)
             _check_room(self.folder, leaves)
             draft.mkdir()
-            _write_arrays(draft, leaves)
+            write_arrays(draft, leaves)
             write_weights(draft, leaves)
             known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
             document = {"version": MANIFEST_VERSION, "step": step, "val_loss": known, "elapsed": elapsed}
@@ -118,20 +116,25 @@ class CheckpointStore:
 
     def list(self) -> list[Checkpoint]:
         """Checkpoints whose manifest is undamaged, oldest first. Their other files are not verified."""
-        return [found for _, found in self.list_all() if isinstance(found, Checkpoint)]
+        return [found for _, found in _readable(self.list_all()) if isinstance(found, Checkpoint)]
 
     def list_all(self) -> Entries:
-        """Every checkpoint, oldest first. Includes checkpoints whose manifest is damaged."""
+        """Every checkpoint, oldest first. Includes checkpoints whose manifest is damaged or cannot be read."""
+        names = self._files.names(FOLDER)
+        # If a step was saved twice, the older folder (.replaced) counts only while the newer folder is missing.
+        names = [n for n in names if not n.endswith(REPLACED) or n.removesuffix(REPLACED) not in names]
+        steps = {n: step for n in names if (step := checkpoint_step(n)) is not None}
         found: Entries = []
-        for path in sorted(self.folder.glob("step_*")):
-            # If a step was saved twice, the older folder (.replaced) counts only while the newer folder is missing.
-            replaced = path.name.endswith(".replaced") and not path.with_suffix("").exists()
-            if (re.fullmatch(r"step_\d{8,}", path.name) or replaced) and path.is_dir():
-                try:
-                    m = manifest.read(path)
-                    found.append((path, Checkpoint(path, m["step"], m["val_loss"], m["elapsed"], m)))
-                except CheckpointCorrupted as error:
-                    found.append((path, error))
+        for name in sorted(steps, key=steps.__getitem__):
+            path = self.folder / name
+            status = self._files.status(f"{FOLDER}/{name}")
+            if status is None or stat.S_ISREG(status.st_mode):
+                continue
+            try:
+                m = manifest.read(path)
+                found.append((path, Checkpoint(path, m["step"], m["val_loss"], m["elapsed"], m)))
+            except (CheckpointCorrupted, CheckpointUnreadable) as error:
+                found.append((path, error))
         return found
 
     def newest(self) -> Checkpoint | None:
@@ -144,23 +147,24 @@ class CheckpointStore:
         Newer checkpoints, which are damaged, are renamed by `mark_damaged`. `check` raises if an undamaged checkpoint
         belongs to another run.
         """
-        for checkpoint in self._good(reversed(self.list_all())):
+        entries = self.list_all()
+        for checkpoint in self._good(reversed(entries)):
             try:
                 check(checkpoint)
                 state = _restore_verified(checkpoint, target)
             except CheckpointCorrupted as error:
                 self.say(f"{checkpoint.path}: skipped, {error}")
                 continue
-            for path, _ in self.list_all():
-                if path.name > checkpoint.path.name:
-                    self.mark_damaged(path)
+            newer = [path for path, _ in entries].index(checkpoint.path) + 1
+            for path, _ in entries[newer:]:
+                self.mark_damaged(path)
             return checkpoint, state
         return None
 
     def best(self) -> Checkpoint | None:
         """The good checkpoint with the lowest validation loss. If no good one was evaluated, the newest good one."""
         entries = self.list_all()
-        whole = [(found.val_loss, path, found) for path, found in entries if isinstance(found, Checkpoint)]
+        whole = [(found.val_loss, path, found) for path, found in _readable(entries) if isinstance(found, Checkpoint)]
         evaluated = [entry for entry in whole if entry[0] is not None]
         ranked: Entries = [(path, found) for _, path, found in sorted(evaluated, key=lambda e: (e[0], e[2].step))]
         ranked += [entry for entry in reversed(entries) if entry not in ranked]
@@ -177,26 +181,32 @@ class CheckpointStore:
 
     def remove_interrupted_saves(self) -> tuple[Path, ...]:
         """Remove the files of interrupted saves, and return their paths. Restore a .replaced folder that is needed."""
-        removed = [*self.folder.glob("tmp_*")]
-        for path in self.folder.glob("step_*.replaced"):
-            whole = path.with_suffix("")
-            if whole.exists():
-                removed.append(path)
-            else:
-                path.rename(whole)
-        for path in removed:
-            shutil.rmtree(path)
-        return tuple(removed)
+        names = self._files.names(FOLDER)
+        removed = [*self.interrupted_saves()]
+        for name in names:
+            whole = name.removesuffix(REPLACED)
+            if whole != name and step_number(whole) is not None:
+                if whole in names:
+                    removed.append(name)
+                else:
+                    self._files.rename(f"{FOLDER}/{name}", whole)
+        for name in removed:
+            self._files.remove_tree(f"{FOLDER}/{name}")
+        return tuple(self.folder / name for name in removed)
+
+    def interrupted_saves(self) -> tuple[str, ...]:
+        """Names of the folders that interrupted saves have left."""
+        return tuple(name for name in self._files.names(FOLDER) if name.startswith("tmp_"))
 
     def mark_damaged(self, path: Path) -> Path:
-        """Rename a damaged checkpoint to damaged_*: no program uses it then. Replaces an older folder of that name."""
-        aside = self.folder / path.name.replace("step_", "damaged_").removesuffix(".replaced")
-        if aside.exists():
-            shutil.rmtree(aside)
-        return path.rename(aside)
+        """Rename a damaged checkpoint to damaged_*: no program uses it then. An older folder of that name is kept."""
+        taken = self._files.names(FOLDER)
+        plain = path.name.replace("step_", "damaged_").removesuffix(REPLACED)
+        free = next(name for n in range(len(taken) + 1) if (name := f"{plain}.{n + 1}" if n else plain) not in taken)
+        return self._files.rename(f"{FOLDER}/{path.name}", free)
 
     def _good(self, entries: Iterable[Entry]) -> Iterator[Checkpoint]:
-        for path, found in entries:
+        for path, found in _readable(entries):
             damage = verify(found) if isinstance(found, Checkpoint) else str(found)
             if isinstance(found, Checkpoint) and damage is None:
                 yield found
@@ -204,13 +214,13 @@ class CheckpointStore:
                 self.say(f"{path}: skipped, {damage}")
 
     def _publish(self, draft: Path, final: Path) -> None:
-        replaced = final.with_name(final.name + ".replaced")
-        if final.exists():  # the same step again, after a resume from an earlier one
-            final.rename(replaced)
-        draft.rename(final)
+        replaced = final.name + REPLACED
+        if self._files.status(f"{FOLDER}/{final.name}"):  # the same step again, after a resume from an earlier one
+            self._files.rename(f"{FOLDER}/{final.name}", replaced)
+        self._files.rename(f"{FOLDER}/{draft.name}", final.name)
         _sync_path(self.folder)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        if self._files.status(f"{FOLDER}/{replaced}"):
+            self._files.remove_tree(f"{FOLDER}/{replaced}")
 
     def _remove_old(self, newest: Path) -> None:
         """Read back the newest checkpoint, then remove all but the newest two and the best."""
@@ -220,13 +230,21 @@ class CheckpointStore:
                 f"{newest}: {damage} between writing and reading it back; the earlier checkpoints are kept: "
                 "look after the disk, then go on with --resume"
             )
-        checkpoints = self.list()
+        checkpoints = [found for _, found in self.list_all() if isinstance(found, Checkpoint)]
         evaluated = [(c.val_loss, c.step) for c in checkpoints if c.val_loss is not None]
         kept = {min(evaluated)[1]} if evaluated else set()
         kept |= {c.step for c in checkpoints[-2:]}
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
-                shutil.rmtree(checkpoint.path)
+                self._files.remove_tree(f"{FOLDER}/{checkpoint.path.name}")
+
+
+def _readable(entries: Iterable[Entry]) -> Iterator[tuple[Path, Checkpoint | CheckpointCorrupted]]:
+    """The entries. Raises the error of the first one that the system refuses to read."""
+    for path, found in entries:
+        if isinstance(found, CheckpointUnreadable):
+            raise found
+        yield path, found
 
 
 def restore(checkpoint: Checkpoint, target: Any) -> Any:
@@ -265,43 +283,13 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
     return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in names])
 
 
-def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.Array]:
-    """Read the `wanted` leaves, and compare each with its digest. Raises CheckpointCorrupted if one is damaged."""
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    item = {n: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=sharding) for n, leaf in wanted.items()}
-    try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(
-                (path / "arrays").resolve(),
-                args=ocp.args.PyTreeRestore(
-                    item=item,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-                    partial_restore=True,
-                ),
-            )
-    except (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
-        # If files contradict each other, orbax and tensorstore raise many kinds of errors.
-        raise CheckpointCorrupted(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})") from error
-    described = manifest.describe_leaves(arrays)["leaves"]
-    for name, leaf in wanted.items():
-        if described[name][2] != leaf.digest:
-            raise CheckpointCorrupted(f"{name} is not the array that was saved")
-    return arrays
-
-
-def _write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
-    # Without compression: trained weights hardly compress, and zstd took most of the time of a save.
-    with _without_traces(), ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
-        checkpointer.save((folder / "arrays").resolve(), leaves)
-
-
 def _check_room(folder: Path, leaves: dict[str, Any]) -> None:
     """Raise OSError if the disk has too little room for the arrays.
 
     This is checked before anything is written, because after a failed write orbax's other threads continue for a while
     and log errors.
     """
-    needed = sum(x.nbytes * (2 if name.startswith(_PARAMS) else 1) for name, x in leaves.items())
+    needed = sum(x.nbytes * (2 if name.startswith(PARAMS) else 1) for name, x in leaves.items())
     if shutil.disk_usage(folder).free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
@@ -325,23 +313,6 @@ def _give_memory_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
             trim(0)
-
-
-@contextlib.contextmanager
-def _without_traces() -> Iterator[None]:
-    """Silence orbax's threads, which log a traceback for every error. The one line of our UserError is enough."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
-
-
-def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
-    weights = {n.removeprefix(_PARAMS): np.asarray(x) for n, x in leaves.items() if n.startswith(_PARAMS)}
-    save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, folder / WEIGHTS)
 
 
 def _sync(folder: Path) -> None:

@@ -1,18 +1,19 @@
 """Check the folder of a run: read every array of every checkpoint, and repair what can be repaired."""
 
-import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_jax.config import RunConfig, UserError
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.data.tokenizers import load_tokenizer
-from moe_jax.runs import manifest
-from moe_jax.runs.checkpoint import WEIGHTS, Checkpoint, CheckpointStore, read_arrays, verify, write_weights
-from moe_jax.runs.folder import RunFolder
-from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.system.files import write_atomically
+from moe_jax.runs import manifest, metrics
+from moe_jax.runs.arrays import WEIGHTS, read_arrays, write_weights
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, verify
+from moe_jax.runs.folder import RunFolder, RunLock
+from moe_jax.runs.identity import check_same_run, checkpoint_run_id, new_run_id, read_run_id, saved_config
+from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
+from moe_jax.system.folders import Folder
 
 
 @dataclass(frozen=True)
@@ -21,21 +22,32 @@ class Finding:
 
     what: str
     state: str
-    """"good", "damaged", or "repaired"."""
+    """"good", "repaired", or one of ILL."""
     detail: str = ""
 
 
-def examine(run: Path, repair: bool) -> list[Finding]:
+ILL = ("damaged", "unreadable", "foreign")
+"""States that are not good. Unreadable: the system refuses to read it, so nothing is known about it. Foreign: a
+checkpoint of another run. Neither is ever changed."""
+
+
+def examine(run: Path, repair: bool, lock: RunLock | None = None) -> list[Finding]:
     """Check everything in the folder of a run. With `repair`, repair what can be repaired.
 
     A file is rewritten only from an undamaged copy of its content. A damaged checkpoint is renamed only if there is a
-    good checkpoint too. Raises UserError if the folder cannot be written.
+    good checkpoint too. Raises UserError if the folder cannot be written, or if the folder's lock is not `lock` any
+    more.
     """
-    store = CheckpointStore(run, say=lambda _: None)
+    folder = RunFolder(run, lock.check) if lock else RunFolder(run)
+    store = CheckpointStore(run, say=lambda _: None, guard=folder.guard)
     findings, good = [], []
     damaged: list[tuple[Path, str]] = []
     for path, found in store.list_all():
-        cause = _damage(found)
+        try:
+            cause = _damage(found)
+        except CheckpointUnreadable as error:
+            findings.append(Finding(path.name, "unreadable", str(error)))
+            continue
         if isinstance(found, Checkpoint) and cause is not None and repair and _rebuild_weights(found):
             cause = _damage(found)
             findings.append(Finding(f"{path.name}/{WEIGHTS}", "repaired", "written anew from the arrays"))
@@ -43,7 +55,8 @@ def examine(run: Path, repair: bool) -> list[Finding]:
             good.append(found)
             loss = "not evaluated" if found.val_loss is None else f"loss {found.val_loss:.4f} on the validation subset"
             size = sum(size for size, _ in found.manifest["files"].values()) / 1e6
-            findings.append(Finding(path.name, "good", f"{loss}, {size:,.1f} MB"))
+            foreign = _foreign(folder.files, good[0], found)
+            findings.append(Finding(path.name, "foreign" if foreign else "good", foreign or f"{loss}, {size:,.1f} MB"))
         else:
             damaged.append((path, cause or ""))
     for path, cause in damaged:
@@ -51,18 +64,35 @@ def examine(run: Path, repair: bool) -> list[Finding]:
             findings.append(Finding(path.name, "repaired", f"{cause}: now called {store.mark_damaged(path).name}"))
         else:
             findings.append(Finding(path.name, "damaged", cause))
-    left = [p.name for p in store.folder.glob("tmp_*")]
+    left = store.interrupted_saves()
     if left:
         if repair:
             store.remove_interrupted_saves()
         state = "repaired" if repair else "damaged"
         findings.append(Finding(", ".join(left), state, "left by a save that was interrupted"))
-    newest = good[-1] if good else None
-    return [*findings, _config(run, newest, repair), _tokenizer(run, newest, repair), _metrics(run, repair)]
+    newest = next((c for c in reversed(good) if not _foreign(folder.files, good[0], c)), None)
+    checks = {"config.json": _config, folder.tokenizer.name: _tokenizer, metrics.NAME: _metrics}
+    for name, check in checks.items():
+        try:
+            findings.append(check(folder, newest, repair))
+        except OSError as error:
+            findings.append(Finding(name, "unreadable", error.strerror or str(error)))
+    return findings
 
 
-def _damage(found: Checkpoint | CheckpointCorrupted) -> str | None:
-    """The first damage in a checkpoint, its arrays included. None if it is undamaged."""
+def _foreign(run: Folder, oldest: Checkpoint, checkpoint: Checkpoint) -> str | None:
+    """Why a checkpoint does not belong to the folder's run. None if it does."""
+    try:
+        check_same_run(run, [checkpoint] if read_run_id(run) else [oldest, checkpoint])
+    except (UserError, OSError) as error:
+        return str(error) if isinstance(error, UserError) else None
+    return None
+
+
+def _damage(found: Checkpoint | CheckpointCorrupted | CheckpointUnreadable) -> str | None:
+    """The first damage in a checkpoint, its arrays included. None if it is undamaged. Raises CheckpointUnreadable."""
+    if isinstance(found, CheckpointUnreadable):
+        raise found
     if isinstance(found, CheckpointCorrupted):
         return str(found)
     cause = verify(found)
@@ -90,66 +120,58 @@ def _rebuild_weights(checkpoint: Checkpoint) -> bool:
     return verify(checkpoint) is None
 
 
-def _config(run: Path, newest: Checkpoint | None, repair: bool) -> Finding:
-    path = run / "config.json"
+def _config(run: RunFolder, newest: Checkpoint | None, repair: bool) -> Finding:
+    name = "config.json"
     try:
-        RunConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        return Finding(path.name, "good")
-    except (OSError, ValueError, TypeError, AttributeError, UserError) as error:
-        saved = _saved_config(newest)
-        if newest is None or saved is None:
-            return Finding(path.name, "damaged", str(error))
-        if not repair:
-            return Finding(path.name, "damaged", f"{error}; a good checkpoint holds a copy: --repair")
-        document = saved | {"versions": newest.manifest["versions"], "history": []}
-        write_atomically(path, json.dumps(document, indent=2) + "\n")
-        return Finding(path.name, "repaired", f"copied from {newest.path.name}; the history of resumes is lost")
+        RunConfig.from_dict(run.files.read_json(name))
+        return Finding(name, "good")
+    except (FileNotFoundError, ValueError, UserError) as error:
+        cause = error.strerror if isinstance(error, OSError) else str(error)
+    saved = _saved_config(newest)
+    if newest is None or saved is None:
+        return Finding(name, "damaged", cause or "")
+    if not repair:
+        return Finding(name, "damaged", f"{cause}; a good checkpoint holds a copy: --repair")
+    run.write_config(saved, [], checkpoint_run_id(newest) or new_run_id())
+    return Finding(name, "repaired", f"copied from {newest.path.name}; the history of resumes is lost")
 
 
-def _saved_config(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
+def _saved_config(checkpoint: Checkpoint | None) -> RunConfig | None:
     """The configuration that a checkpoint holds, if it can be read."""
-    saved: Any = checkpoint.manifest["context"].get("config") if checkpoint else None
     try:
-        RunConfig.from_dict(saved)
-    except (ValueError, TypeError, AttributeError, UserError):
+        return saved_config(checkpoint) if checkpoint else None
+    except CheckpointCorrupted:
         return None
-    return saved
 
 
-def _tokenizer(run: Path, newest: Checkpoint | None, repair: bool) -> Finding:
-    path = RunFolder(run).tokenizer
+def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> Finding:
+    name = run.tokenizer.name
     expected = newest.manifest["context"].get("tokenizer") if newest else None
+    with suppress(FileNotFoundError):
+        run.files.read(name)  # raises OSError if it is there and cannot be read
     try:
-        found = load_tokenizer(path)
+        found = load_tokenizer(run.tokenizer)
         if expected in (None, found.digest):
-            return Finding(path.name, "good")
+            return Finding(name, "good")
         cause = "not the one that the checkpoints were trained with"
     except UserError as error:
         cause = str(error)
     saved = _saved_config(newest)
     if repair and saved is not None:
-        anew = prepare_token_store(RunConfig.from_dict(saved).data).tokenizer
+        anew = prepare_token_store(saved.data).tokenizer
         if anew.digest == expected:
-            anew.save(path)
-            return Finding(path.name, "repaired", "made again from the data, and equal to the original")
+            run.save_tokenizer(anew)
+            return Finding(name, "repaired", "made again from the data, and equal to the original")
         cause += "; a tokenizer made again from the data differs too"
-    return Finding(path.name, "damaged", cause)
+    return Finding(name, "damaged", cause)
 
 
-def _metrics(run: Path, repair: bool) -> Finding:
-    path = RunFolder(run).metrics
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    whole = [line for line in lines if _is_record(line)]
-    if len(whole) == len(lines):
-        return Finding(path.name, "good", f"{len(lines):,} records")
+def _metrics(run: RunFolder, newest: Checkpoint | None, repair: bool) -> Finding:
+    found = list(metrics.record_lines(run.files))
+    whole = [line.rstrip(b"\r\n") for line, record in found if record is not None]
+    if len(whole) == len(found):
+        return Finding(metrics.NAME, "good", f"{len(found):,} records")
     if repair:
-        write_atomically(path, "".join(line + "\n" for line in whole))
-    cut = f"{len(lines) - len(whole)} of {len(lines):,} lines are not records"
-    return Finding(path.name, "repaired" if repair else "damaged", cut)
-
-
-def _is_record(line: str) -> bool:
-    try:
-        return {"step", "split"} <= set(json.loads(line))
-    except (ValueError, TypeError, RecursionError):
-        return False
+        run.files.write(metrics.NAME, b"".join(line + b"\n" for line in whole))
+    cut = f"{len(found) - len(whole)} of {len(found):,} lines are not records"
+    return Finding(metrics.NAME, "repaired" if repair else "damaged", cut)

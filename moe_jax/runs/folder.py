@@ -1,6 +1,6 @@
 """The folder of a run: its lock, its paths, and the files that training writes.
 
-config.json            the resolved configuration, package versions, and the changes at each resume
+config.json            the resolved configuration, the run's id, package versions, and the changes at each resume
 tokenizer.json
 metrics.jsonl          one record a line                                (read by `metrics.py`)
 summary.json           written by `training/loop.py`, at each evaluation and at the end
@@ -9,37 +9,81 @@ traces/                the routing of the same tokens at each evaluation (read b
 checkpoints/           see `checkpoint.py`
 faults/                a batch and the names of arrays that were not finite (written by `training/nonfinite.py`)
 tensorboard/, wandb/   with --tensorboard, --wandb
+.lock                  held by the process that trains: its process id, and the run's id
+
+No link in the folder is followed (`system/folders.py`). Before each change, the lock that this process holds must still
+be the lock of the folder: see `RunLock`.
 """
 
 import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from moe_jax.config import SECTIONS, RunConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.system.files import locked, write_atomically
+from moe_jax.runs import metrics, snapshots, summary
+from moe_jax.runs.identity import new_run_id
+from moe_jax.system.files import locked
+from moe_jax.system.folders import Folder, unguarded
 from moe_jax.system.machine import versions
+from moe_jax.system.step_names import step_name
+
+LOCK = ".lock"
+_MAX_LOCK_BYTES = 4096
+_MAX_SAMPLES_BYTES = 2**31
+
+
+class RunLock:
+    """The lock that this process holds on a run's folder.
+
+    The folder may be removed and made anew while this process still trains, and then another process may train there.
+    The file that this process has locked is then not the file `.lock` of the folder any more.
+    """
+
+    def __init__(self, run: Path, file: BinaryIO | None) -> None:
+        self._folder, self._file = Folder(run), file
+        self._identity = self._present()
+
+    def _present(self) -> tuple[int, int] | None:
+        """What tells the folder's lock from any other file, even one of the same name."""
+        status = os.fstat(self._file.fileno()) if self._file and not hasattr(self, "_identity") else None
+        status = status or self._folder.status(LOCK)
+        return None if status is None else (status.st_dev, status.st_ino)
+
+    def check(self) -> None:
+        """Raise UserError if the folder's lock is not the one that this process holds."""
+        if self._present() != self._identity:
+            raise UserError(
+                f"--out {self._folder.path}: the folder was removed or made anew while this process used it, so "
+                "nothing more is written there; start again with another --out"
+            )
+
+    def note(self, run_id: str) -> None:
+        """Write who holds the lock: the id of this process, and the id of the run."""
+        if self._file is not None:
+            self._file.truncate(0)
+            self._file.write(f"{os.getpid()}\n{run_id}\n".encode())
+            self._file.flush()
 
 
 @contextmanager
-def locked_for_training(run: Path) -> Iterator[None]:
+def locked_for_training(run: Path) -> Iterator[RunLock]:
     """Hold the lock of a run's folder. Raises UserError if another process is training in the folder."""
     run.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(run / ".lock", wait=False) as lock:
-            if lock is not None:
-                lock.truncate(0)
-                lock.write(f"{os.getpid()}\n")
-                lock.flush()
-            yield
+        with locked(run / LOCK, wait=False) as file:
+            lock = RunLock(run, file)
+            lock.check()
+            lock.note("")
+            yield lock
     except BlockingIOError:
-        holder = (run / ".lock").read_text(encoding="utf-8").strip()
+        holder = Folder(run).read(LOCK, _MAX_LOCK_BYTES).partition(b"\n")[0].decode("ascii", "replace")[:20]
         raise UserError(
             f"--out {run}: process {holder} is training there; wait for it, or name another folder"
         ) from None
@@ -50,10 +94,17 @@ class RunFolder:
     """Paths and files of one run (the list is above)."""
 
     path: Path
+    guard: Callable[[], None] = unguarded
+    """Called before each change: `RunLock.check` of the lock that is held."""
+
+    @property
+    def files(self) -> Folder:
+        """The folder's files. None of them is reached through a link."""
+        return Folder(self.path, self.guard)
 
     @property
     def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
+        return self.path / metrics.NAME
 
     @property
     def samples(self) -> Path:
@@ -66,69 +117,85 @@ class RunFolder:
     @property
     def traces(self) -> Path:
         """The folder of the routing snapshots, one for each evaluation."""
-        return self.path / "traces"
+        return self.path / snapshots.FOLDER
 
-    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]]) -> None:
+    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]]) -> str:
         """Write the tokenizer and config.json of a new run. `history` says what an upcycled run started from.
 
-        Files of an earlier start that never reached a checkpoint are removed.
+        Files of an earlier start that never reached a checkpoint are removed. Returns the id of the new run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for old in (self.metrics, self.samples, self.path / "summary.json", *self.traces.glob("step_*.json")):
-            old.unlink(missing_ok=True)
-        tokenizer.save(self.tokenizer)
-        self._write_config(config, history)
+        earlier = snapshots.snapshot_steps(self.files).values()
+        for name in (metrics.NAME, self.samples.name, summary.NAME, *earlier):
+            self.files.remove(name)
+        self.save_tokenizer(tokenizer)
+        run_id = new_run_id()
+        self.write_config(config, history, run_id)
+        return run_id
 
-    def record_resume(self, saved: RunConfig, config: RunConfig, step: int) -> list[str]:
-        """Add to the history in config.json the settings that changed since the run was started or last resumed.
+    def save_tokenizer(self, tokenizer: Tokenizer) -> None:
+        self.files.write(self.tokenizer.name, json.dumps(tokenizer.to_dict()))
 
-        Returns the changes as text, such as "train.steps 200 -> 400".
+    def record_resume(self, saved: RunConfig, config: RunConfig, step: int, run_id: str) -> list[str]:
+        """Add to the history in config.json the settings that changed since the checkpoint that is resumed.
+
+        `saved` is the configuration that the checkpoint holds, and not config.json: so a change by hand in config.json
+        is recorded too. Returns the changes as text, such as "train.steps 200 -> 400".
         """
         changes = {
-            f"{section}.{f.name}": [getattr(c.section(section), f.name) for c in (saved, config)]
-            for section in SECTIONS
+            f"{section}.{f.name}".lstrip("."): [getattr(c.section(section), f.name) for c in (saved, config)]
+            for section in ("", *SECTIONS)
             for f in dataclasses.fields(config.section(section))
-            if f.name not in SECTIONS
+            if f.name not in (*SECTIONS, *_NO_SETTINGS)
             and getattr(saved.section(section), f.name) != getattr(config.section(section), f.name)
         }
-        history = json.loads((self.path / "config.json").read_text()).get("history", [])
+        document = self.files.read_json("config.json")
+        history = document.get("history")
         entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
-        self._write_config(config, [*history, entry])
+        self.write_config(config, [*(history if isinstance(history, list) else []), entry], run_id)
         return [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
-    def _write_config(self, config: RunConfig, history: list[dict[str, Any]]) -> None:
+    def write_config(self, config: RunConfig, history: list[dict[str, Any]], run_id: str) -> None:
+        """Write config.json."""
         # `resume` says how the program was called, not what the run is.
         values = dataclasses.replace(config, resume=False).to_dict()
-        document = values | {"versions": versions(), "history": history}
-        write_atomically(self.path / "config.json", json.dumps(document, indent=2) + "\n")
+        document = values | {"run_id": run_id, "versions": versions(), "history": history}
+        self.files.write("config.json", json.dumps(document, indent=2) + "\n")
 
     def truncate_logs_after(self, step: int, evaluated: int) -> None:
         """Remove what was logged after a checkpoint: training records after `step`, evaluations after `evaluated`.
 
-        The resumed run logs these again. `evaluated` is the last step that was evaluated before the checkpoint.
+        The resumed run logs these again. `evaluated` is the last step that was evaluated before the checkpoint. Lines
+        that are no records are removed too.
         """
-        if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if _is_before(line, {"train": step, "val": evaluated})]
-            write_atomically(self.metrics, "".join(line + "\n" for line in kept))
-        if self.samples.exists():
-            write_atomically(self.samples, _samples_until(self.samples.read_bytes(), evaluated))
-        for trace in self.traces.glob("step_*.json"):
-            if int(trace.stem.removeprefix("step_")) > evaluated:
-                trace.unlink()
+        last = {"train": step, "val": evaluated}
+        if self.files.status(metrics.NAME):
+            lines = metrics.record_lines(self.files)
+            kept = [line.rstrip(b"\r\n") for line, r in lines if r is not None and r["step"] <= last[r["split"]]]
+            self.files.write(metrics.NAME, b"".join(line + b"\n" for line in kept))
+        if self.files.status(self.samples.name):
+            samples = self.files.read(self.samples.name, _MAX_SAMPLES_BYTES)
+            self.files.write(self.samples.name, _samples_until(samples, evaluated))
+        for number, name in snapshots.snapshot_steps(self.files).items():
+            if number > evaluated:
+                self.files.remove(name)
 
     def add_sample(self, step: int, text: str) -> None:
         # Written as bytes, so that the text keeps its line ends. A line that looks like a header gets a space in front.
         sample = re.sub(r"^(?==== step \d)", " ", text.strip(), flags=re.MULTILINE)
-        with self.samples.open("ab") as file:
+        with self.files.append(self.samples.name) as file:
             file.write(f"=== step {step}\n{sample}\n\n".encode())
 
     def add_trace(self, step: int, trace: dict[str, Any]) -> None:
-        self.traces.mkdir(exist_ok=True)
-        write_atomically(self.traces / f"step_{step:08}.json", json.dumps({"step": step} | trace) + "\n")
+        self.files.make(snapshots.FOLDER)
+        self.files.write(f"{snapshots.FOLDER}/{step_name(step)}.json", json.dumps({"step": step} | trace) + "\n")
 
-    def write_summary(self, summary: dict[str, Any]) -> None:
-        write_atomically(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+    def write_summary(self, values: dict[str, Any]) -> None:
+        self.files.write(summary.NAME, json.dumps(values, indent=2) + "\n")
+
+
+_NO_SETTINGS = ("out", "resume")
+"""Fields that say where a run lies and how it was called."""
 
 
 def _samples_until(samples: bytes, evaluated: int) -> bytes:
@@ -137,16 +204,7 @@ def _samples_until(samples: bytes, evaluated: int) -> bytes:
     A sample that a crash cut short, perhaps within a character, belongs to a later step. If the crash cut its header,
     no header matches, so everything after the last empty line is removed.
     """
-    headers = re.finditer(rb"^=== step (\d+)\n", samples, re.MULTILINE)
+    headers = re.finditer(rb"^=== step (\d{1,18})\n", samples, re.MULTILINE)
     end = next((header.start() for header in headers if int(header[1]) > evaluated), len(samples))
     whole, blank, _ = samples[:end].rpartition(b"\n\n")
     return whole + blank
-
-
-def _is_before(line: str, last: dict[str, int]) -> bool:
-    """Whether a line of metrics.jsonl belongs to a step up to `last` of its split. False for a line cut by a crash."""
-    try:
-        record = json.loads(line)
-        return record["step"] <= last[record["split"]]
-    except (ValueError, KeyError, TypeError):
-        return False

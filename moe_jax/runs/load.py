@@ -2,14 +2,28 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 from flax import nnx
 
 from moe_jax.config import RunConfig, UserError, load_config
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.data.token_store import prepare_token_store
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
+from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.system.folders import Folder
+
+
+class ValidationText(NamedTuple):
+    """The validation text that a run's configuration names."""
+
+    tokens: np.ndarray
+    warning: str
+    """Not empty if the text has changed since the run was trained: then one line that says so."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +39,25 @@ class LoadedRun:
     """The model's static definition: `moe_jax.model.transformer.merge(graphdef, params)` is the model."""
     params: Params
 
+    def validation_text(self, progress: bool = True) -> ValidationText:
+        """The run's validation text, and whether it is still the text of the run. Raises ConfigError or UserError if
+        it cannot be read."""
+        store = prepare_token_store(self.config.data, tokenizer=self.tokenizer, progress=progress)
+        trained = self.checkpoint.manifest["context"].get("data")
+        if trained is None or store.is_text_of(trained):
+            return ValidationText(store.valid.tokens, "")
+        warning = (
+            f"--data {store.source}: has changed since the run was trained; the numbers are those of another text, "
+            "and the model may have been trained on parts of it"
+        )
+        return ValidationText(store.valid.tokens, warning)
+
 
 def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
     """Open the run in a folder: its best checkpoint, or the checkpoint of a step.
 
-    Raises UserError where the folder holds no run, or the checkpoint is damaged.
+    Raises UserError where the folder holds no run, or the checkpoint is damaged or belongs to another run, model or
+    tokenizer.
     """
     path = Path(path)
     config = load_config(path)
@@ -39,7 +67,13 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
     checkpoint = store.best() if step is None else store.at(step)
     if checkpoint is None:
         raise UserError(f"--run {path}: every checkpoint is damaged; `python -m moe_jax doctor --run {path}` says how")
+    check_same_run(Folder(path), [checkpoint])
+    tokenizer = load_run_tokenizer(path, checkpoint)
+    try:
+        check_same_model(checkpoint, config)
+    except CheckpointCorrupted as error:
+        raise CheckpointCorrupted(f"{checkpoint.path}: {error}; `python -m moe_jax doctor` checks the others") from None
     policy = choose_policy(config.execution.compute_dtype)
     graphdef, shapes = abstract_model(config.model, policy.compute, config.train.param_dtype, config.execution.remat)
     params = restore(checkpoint, {"params": shapes})["params"]
-    return LoadedRun(config, load_tokenizer(path / "tokenizer.json"), checkpoint, policy, graphdef, params)
+    return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, params)

@@ -15,7 +15,6 @@ is opened only if it was found in the folder itself, and nothing is unpickled.
 import json
 import math
 import os
-import re
 import stat
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,8 @@ import xxhash
 
 from moe_jax.config import UserError
 from moe_jax.runs.migrations import KNOWN_VERSIONS, migrate_manifest
+from moe_jax.system.folders import Folder, UnsafeFile
+from moe_jax.system.step_names import checkpoint_step
 
 NAME = "manifest.json"
 MAX_MANIFEST_BYTES = 16 * 2**20
@@ -40,7 +41,19 @@ _CHUNK = 2**20
 
 
 class CheckpointCorrupted(UserError):
-    """A damaged checkpoint. The text names the damage in a few words."""
+    """A damaged checkpoint: what was read is wrong, or is not there. The text names the damage in a few words."""
+
+
+class CheckpointUnreadable(UserError):
+    """A checkpoint that the system refuses to read: permissions, a network file system, a broken disk.
+
+    It may well be whole. So it is never passed over for an older one, renamed or removed.
+    """
+
+    @classmethod
+    def because(cls, path: Path, error: OSError) -> "CheckpointUnreadable":
+        where = error.filename or path
+        return cls(f"{where}: cannot be read ({error.strerror or error}); nothing was changed; mend that and try again")
 
 
 @dataclass(frozen=True)
@@ -97,19 +110,21 @@ def render(document: Mapping[str, Any]) -> str:
 def read(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint's folder, in the present version.
 
-    Raises CheckpointCorrupted if it is missing or changed, of an unknown version, or describes too many bytes.
+    Raises CheckpointCorrupted if it is missing or changed, of an unknown version, or describes too many bytes. Raises
+    CheckpointUnreadable if the system refuses to read it.
     """
-    path = folder / NAME
     try:
-        status = path.lstat()
+        status = (folder / NAME).lstat()
         if folder.is_symlink() or not stat.S_ISREG(status.st_mode):
             raise CheckpointCorrupted("its folder or its manifest is a link")
         if status.st_size > MAX_MANIFEST_BYTES:
             raise CheckpointCorrupted(f"its manifest has {status.st_size:,} bytes")
-        text = path.read_bytes().decode()
+        text = Folder(folder).read(NAME, MAX_MANIFEST_BYTES).decode()
         document = json.loads(text)
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError, UnsafeFile) as error:
         raise CheckpointCorrupted(f"its manifest cannot be read ({error.strerror})") from None
+    except OSError as error:
+        raise CheckpointUnreadable.because(folder / NAME, error) from None
     except (ValueError, RecursionError):
         raise CheckpointCorrupted("its manifest was changed") from None
     if isinstance(document, dict) and document.get("version") not in (*KNOWN_VERSIONS, None):
@@ -127,10 +142,11 @@ def _check_structure(document: dict[str, Any], name: str) -> None:
     kinds: dict[str, Any] = {"version": int, "step": int, "val_loss": number | None, "elapsed": number, "state": str}
     kinds |= {"files": dict, "leaves": dict, "context": dict, "versions": dict}
     for key, kind in kinds.items():
-        if not isinstance(document.get(key), kind):
+        value = document.get(key)
+        if not isinstance(value, kind) or isinstance(value, bool) or not _is_usual(value):
             raise CheckpointCorrupted(f"its manifest has no usable {key!r}")
-    found = re.match(r"step_(\d+)", name)
-    if found and int(found[1]) != document["step"]:
+    step = checkpoint_step(name)
+    if step is not None and step != document["step"]:
         raise CheckpointCorrupted(f"it is a copy of step {document['step']}")
     files, leaves = document["files"].values(), document["leaves"].items()
     if not all(isinstance(f, list) and [type(x) for x in f] == [int, str] for f in files):
@@ -141,6 +157,11 @@ def _check_structure(document: dict[str, Any], name: str) -> None:
     size = sum(math.prod(shape) * np.dtype(dtype).itemsize for _, (shape, dtype, _) in leaves)
     if max(size, sum(f[0] for f in files)) > MAX_ARRAY_BYTES:
         raise CheckpointCorrupted(f"its manifest describes more than {MAX_ARRAY_BYTES:,} bytes")
+
+
+def _is_usual(value: Any) -> bool:
+    """Whether a number can be computed with and shown. Integers of JSON have no limit, and floats may be NaN."""
+    return not isinstance(value, int | float) or -(2**63) < value < 2**63
 
 
 def _is_leaf(entry: Any) -> bool:
@@ -158,7 +179,8 @@ def leaves_of(document: Mapping[str, Any]) -> dict[str, Leaf]:
 def verify_files(folder: Path, document: Mapping[str, Any]) -> str | None:
     """The first damage in the files of a checkpoint, in a few words. None if all files are undamaged.
 
-    All sizes are compared before the first file is read. Files that the manifest does not name are ignored.
+    All sizes are compared before the first file is read. Files that the manifest does not name are ignored. Raises
+    CheckpointUnreadable if the system refuses to read a file: that is no damage.
     """
     expected: dict[str, list[Any]] = document["files"]
     try:
@@ -178,8 +200,10 @@ def verify_files(folder: Path, document: Mapping[str, Any]) -> str | None:
                 return f"{name} was changed"
     except CheckpointCorrupted as error:
         return str(error)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return f"{Path(error.filename or folder).name} is missing"
     except OSError as error:
-        return f"unreadable ({error.strerror})"
+        raise CheckpointUnreadable.because(folder, error) from None
     return None
 
 

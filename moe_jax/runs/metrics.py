@@ -1,50 +1,100 @@
-"""Read metrics.jsonl: one record a line, each with a `step` and a `split` ("train" or "val")."""
+"""Read metrics.jsonl: one record a line, each with a `step` and a `split` ("train" or "val").
+
+A crash, a disk or an editor may have left anything in a line. A line that is not a record is left out everywhere, so
+that it never stops a run.
+"""
 
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from moe_jax.system.folders import Folder
+
+NAME = "metrics.jsonl"
+MAX_LINE_BYTES = 2**24
+"""Longest line that is taken for a record. With 4,096 experts in 64 layers a record has 2 MB."""
 _TAIL_BYTES = 2**15
+_MOST_TAIL_BYTES = 2**27
+_NUMBERS = (
+    *("loss", "balance_loss", "z_loss", "drop_fraction", "grad_norm", "lr", "bits_per_byte"),
+    *("tokens", "tokens_seen", "tokens_per_second", "wall_seconds"),
+)
+"""Fields of a record that are a number, or null for a number that was not finite."""
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """The record in a line; None for a line that is none."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(record, dict) or record.get("split") not in ("train", "val"):
+        return None
+    step = record.get("step")
+    whole = type(step) is int and 0 <= step < 2**53
+    whole = whole and all(_is_number(record[name]) for name in _NUMBERS if name in record)
+    return record if whole and _is_load(record.get("load", [])) else None
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (type(value) in (int, float) and abs(value) < 2**1000) or value != value
+
+
+def _is_load(load: Any) -> bool:
+    """Whether a value is a list [L][E] of numbers."""
+    if not isinstance(load, list) or not all(isinstance(layer, list) for layer in load):
+        return False
+    return len({len(layer) for layer in load}) <= 1 and all(type(x) in (int, float) for layer in load for x in layer)
+
+
+def record_lines(folder: Folder) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Every line of a run's metrics.jsonl as it is, and its record or None. Nothing if there is no file.
+
+    Raises OSError if the file cannot be read, or is no plain file.
+    """
+    try:
+        file = folder.open(NAME)
+    except FileNotFoundError:
+        return
+    with file:
+        while line := file.readline(MAX_LINE_BYTES):
+            yield line, parse_record(line)
 
 
 def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of a run's metrics.jsonl by split. A line that a crash cut short is left out."""
+    """The records of a run's metrics.jsonl by split. Raises OSError if the file is there and cannot be read."""
     found: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
-    try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return found
-    for line in lines:
-        try:
-            record = json.loads(line)
+    for _, record in record_lines(Folder(folder)):
+        if record is not None:
             found[record["split"]].append(record)
-        except (ValueError, KeyError, TypeError):
-            continue
     return found
 
 
-def last_train_record(metrics: Path) -> dict[str, Any]:
-    """The newest record of the training split in a metrics.jsonl. Empty if there is none.
+def last_train_record(folder: Folder) -> dict[str, Any]:
+    """The newest record of the training split in a run's metrics.jsonl. Empty if there is none.
 
     Reads the file from its end, so that time and memory do not grow with the length of the run.
     """
-    if not metrics.exists():
+    try:
+        file = folder.open(NAME)
+    except FileNotFoundError:
         return {}
-    with metrics.open("rb") as file:
+    with file:
         size = file.seek(0, os.SEEK_END)
         tail = min(_TAIL_BYTES, size)
         while True:
             file.seek(size - tail)
             lines = file.read(tail).splitlines()
             for line in reversed(lines if tail == size else lines[1:]):  # the first may be cut
-                record = json.loads(line)
-                if record["split"] == "train":
+                record = parse_record(line)
+                if record is not None and record["split"] == "train":
                     return record
-            if tail == size:
+            if tail == size or tail > _MOST_TAIL_BYTES:
                 return {}
             tail = min(4 * tail, size)
 

@@ -22,7 +22,10 @@ _FORGOTTEN = 3600.0
 
 
 class VerifiedCache(CacheInterface):
-    """One file an entry: SHA-256 of the value, then the value."""
+    """One file an entry: SHA-256 of key and value, then the value.
+
+    Earlier versions left the key out. Their entries count as damaged, and the programs are compiled once more.
+    """
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
@@ -42,15 +45,21 @@ class VerifiedCache(CacheInterface):
         except FileNotFoundError:
             return None
         digest, value = content[:_DIGEST], content[_DIGEST:]
-        if hashlib.sha256(value).digest() == digest:
+        if _digest(key, value) == digest:
             return value
-        self._file(key).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # in a folder that cannot be written, the entry stays
+            self._file(key).unlink()
         return None
 
     def put(self, key: str, value: bytes) -> None:
         """Store a value. If two processes compile the same program, the later one replaces the file of the earlier."""
         # If the write fails, jax warns and continues without the entry.
-        write_atomically(self._file(key), hashlib.sha256(value).digest() + value, durable=False)
+        write_atomically(self._file(key), _digest(key, value) + value, durable=False)
+
+
+def _digest(key: str, value: bytes) -> bytes:
+    """SHA-256 of an entry with its key: so a program that has another program's name is not taken for it."""
+    return hashlib.sha256(len(key).to_bytes(8) + key.encode() + value).digest()
 
 
 def install() -> None:

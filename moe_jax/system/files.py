@@ -1,13 +1,18 @@
-"""Atomic writes, file locks that the system releases when their process ends, and the folder of the caches.
+"""Atomic writes, output of commands, file locks that the system releases when their process ends, and the folder of
+the caches.
 
 Standard library only, so that every module may use it.
 """
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
+
+from moe_jax.system.folders import Folder
 
 try:
     import fcntl
@@ -25,38 +30,54 @@ def cache_dir() -> Path:
     return platformdirs.user_cache_path("moe-jax")
 
 
-def draft_of(path: Path) -> Path:
-    """The temporary name under which this process writes a file, before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.draft")
-
-
 def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
-    """Replace a file by a rename: a reader sees the old content or the new one, never a part.
+    """Replace a plain file by a rename: see `Folder.write`. Raises UnsafeFile if something else has the name."""
+    Folder(path.parent).write(path.name, content, durable)
 
-    With `durable` this holds after a power loss too. An error or an interrupt leaves no draft behind.
+
+def write_output(path: Path, content: str | bytes) -> None:
+    """Write a file that the user has named. Makes the folders above it.
+
+    A plain file is replaced by a rename. A rename would also replace a device, a pipe or a link by a file. So these are
+    written through, as a shell does it. Raises OSError if nobody reads from a pipe, and for block devices and sockets.
     """
-    draft = draft_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with draft.open("wb") as file:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    if stat.S_ISREG(mode):
+        write_atomically(path, content)
+        return
+    try:
+        if stat.S_ISBLK(path.stat().st_mode):
+            raise OSError(errno.EINVAL, "is a disk; name a file", str(path))
+    except FileNotFoundError:
+        pass  # a link to a file that is not there yet
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        os.set_blocking(
+            descriptor, True
+        )  # not waiting was for the opening: a pipe without a reader would wait for ever
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException:
-        draft.unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.EPIPE):
+            raise OSError(errno.EIO, "nobody reads from it; start its reader, or name a file", str(path)) from None
+        error.filename = str(path)
         raise
 
 
 @contextmanager
-def locked(path: Path, wait: bool) -> Iterator[TextIO | None]:
+def locked(path: Path, wait: bool) -> Iterator[BinaryIO | None]:
     """Hold the lock of a file. Creates the file if it is missing. The system releases the lock when the process ends.
 
     Yields the open file, so that the holder can write its process id into it. Yields None if the operating system or
     the file system has no locks; then no process is kept out. Raises BlockingIOError if another process holds the lock
-    and `wait` is false.
+    and `wait` is false, and UnsafeFile if a link or no plain file has the name.
     """
-    with path.open("a+", encoding="utf-8") as file:
+    with Folder(path.parent).lock_file(path.name) as file:
         held = fcntl is not None
         if fcntl is not None:
             try:

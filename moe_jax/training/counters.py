@@ -85,20 +85,25 @@ class RunCounters:
     @classmethod
     def from_json(cls, values: Any) -> "RunCounters":
         """The inverse of `to_json`. Raises CheckpointCorrupted if the names or types of the values are wrong."""
-        kinds = {
-            "best": float | None,
-            "without_improvement": int,
-            "evaluated": int,
-            "skipped_in_a_row": int,
-            "starved": list,
-        }
-        drops = {"drop_steps": int, "drop_sum": float, "worst_drop": float | None, "last_drop": float | None}
+        new = ("drop_steps", "drop_sum", "worst_drop", "last_drop")
         # A checkpoint of an earlier version has no counts of drops.
-        if isinstance(values, dict) and not set(values) & set(drops):
-            values = values | {name: getattr(cls(), name) for name in drops}
-        kinds |= drops
-        if not isinstance(values, dict) or set(values) != set(kinds):
-            raise CheckpointCorrupted("its progress is not what this program saves")
-        if not all(isinstance(values[name], kind) for name, kind in kinds.items()):
+        if isinstance(values, dict) and not set(values) & set(new):
+            values = values | {name: getattr(cls(), name) for name in new}
+        counts = ("without_improvement", "evaluated", "skipped_in_a_row", "drop_steps")
+        usual = isinstance(values, dict) and values.keys() == cls().to_json().keys()
+        usual = usual and all(_is_count(values[name]) for name in counts) and _is_table(values["starved"])
+        usual = usual and isinstance(values["drop_sum"], float)
+        if not usual or not all(isinstance(values[name], float | None) for name in ("best", "worst_drop", "last_drop")):
             raise CheckpointCorrupted("its progress is not what this program saves")
         return cls(**values)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_table(value: Any) -> bool:
+    """Whether a value is a list of equally long lists of counts."""
+    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
+        return False
+    return len({len(row) for row in value}) <= 1 and all(_is_count(x) for row in value for x in row)

@@ -4,23 +4,26 @@ import dataclasses
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 from moe_jax.config import RunConfig
+from moe_jax.runs import metrics
+from moe_jax.system.folders import Folder
 
 
 class MetricsLog:
     """Appends records to metrics.jsonl, and copies their numbers to TensorBoard and Weights & Biases if they are on."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
-        self._file = path.open("a", encoding="utf-8")
-        self._tensorboard = _tensorboard(path.parent) if config.tensorboard else None
-        self._wandb = _wandb(path.parent, config) if config.wandb else None
+    def __init__(self, run: Folder, config: RunConfig) -> None:
+        self._guard = run.guard
+        self._file = run.append(metrics.NAME)
+        self._tensorboard = _tensorboard(run) if config.tensorboard else None
+        self._wandb = _wandb(run, config) if config.wandb else None
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._guard()
+        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
         self._file.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard is not None:
@@ -68,15 +71,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _tensorboard(folder: Path) -> Any:
+def _tensorboard(run: Folder) -> Any:
     from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]  # the command line has looked for it
 
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(run.make("tensorboard")))
 
 
-def _wandb(folder: Path, config: RunConfig) -> Any:
+def _wandb(run: Folder, config: RunConfig) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]  # the command line has looked for it
 
+    run.make("wandb")
+    folder = run.path
     # One id for each folder, so that a resumed run continues its curves.
     name = f"{folder.name}-{folder.stat().st_ino}"
     return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=dataclasses.asdict(config))

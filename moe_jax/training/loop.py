@@ -9,6 +9,7 @@ from typing import Any
 
 from moe_jax.config import UserError
 from moe_jax.runs.checkpoint import restore
+from moe_jax.runs.identity import check_same_run
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.logging import MetricsLog
 from moe_jax.training.session import Session
@@ -25,7 +26,7 @@ def train(session: Session, signals: Signals | None = None) -> None:
     config, signals = session.config.train, signals or Signals()
     step = session.progress.saved_step
     terminal = Terminal(config.steps, step)
-    log = MetricsLog(session.folder.metrics, session.config)
+    log = MetricsLog(session.folder.files, session.config)
     step_logger = StepLogger(session, log, terminal)
     if step >= config.steps:
         terminal.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
@@ -105,6 +106,8 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
 
 def finish(session: Session) -> dict[str, Any]:
     """Score the best checkpoint on the whole validation stream, and write the summary of the run."""
+    session.folder.guard()
+    check_same_run(session.folder.files, session.checkpoints.list())
     best = session.checkpoints.best()
     if best is None:
         raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; look after the disk")

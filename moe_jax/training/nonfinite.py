@@ -1,5 +1,6 @@
 """Find the arrays that are not finite, and keep the batch and their names for a diagnosis."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import TrainConfig
-from moe_jax.runs.checkpoint import named_leaves
+from moe_jax.runs.arrays import named_leaves
+from moe_jax.system.folders import Folder
 from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.system.step_names import step_name
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import gradients
 
@@ -32,7 +35,7 @@ def nonfinite_leaves(tree: Any) -> list[str]:
 
 
 def diagnose(
-    run: Path, graphdef: nnx.GraphDef, config: TrainConfig, state: TrainState, batch: np.ndarray, step: int
+    run: Folder, graphdef: nnx.GraphDef, config: TrainConfig, state: TrainState, batch: np.ndarray, step: int
 ) -> tuple[Path, str]:
     """Write the batch of a bad step as .npy, and the names of the arrays that are not finite as JSON, into `faults/`.
 
@@ -47,11 +50,11 @@ def diagnose(
     first = next(
         (f"{kind}.{names[0]}" for kind, names in bad.items() if names), "none of parameters, optimizer and gradients"
     )
-    folder = run / "faults"
-    folder.mkdir(exist_ok=True)
-    np.save(folder / f"step_{step:08d}.npy", batch, allow_pickle=False)
-    path = folder / f"step_{step:08d}.json"
+    name, array = f"faults/{step_name(step)}", io.BytesIO()
+    np.save(array, batch, allow_pickle=False)
+    run.make("faults")
+    run.write(f"{name}.npy", array.getvalue())
     document = {"step": step, "first": first, "not_finite": bad, "skipped": int(state.skipped)}
-    document |= {"batch": f"step_{step:08d}.npy", "loss_scale": float(state.loss_scale.scale)}
-    path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return path, first
+    document |= {"batch": f"{step_name(step)}.npy", "loss_scale": float(state.loss_scale.scale)}
+    run.write(f"{name}.json", json.dumps(document, indent=1) + "\n")
+    return run.path / f"{name}.json", first

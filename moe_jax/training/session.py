@@ -17,15 +17,14 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
-from moe_jax.config.flags import flag_of
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import train_batch, validation_subset
 from moe_jax.data.token_store import TokenStore, prepare_token_store
-from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
-from moe_jax.runs.folder import RunFolder
+from moe_jax.runs.folder import RunFolder, RunLock
+from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer, new_run_id, saved_config
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -131,37 +130,48 @@ class Session:
     decoder: Decoder
     tracer: Tracer | None
     """Routes the beginning of the validation text; None for a model without routers."""
+    run_id: str = ""
+    """The id of the run, which its checkpoints hold (`runs/identity.py`)."""
     notes: list[str] = field(default_factory=list)
     """Lines to print about how the session was opened."""
 
     @classmethod
-    def open(cls, config: RunConfig, saved: RunConfig | None) -> "Session":
+    def open(cls, config: RunConfig, saved: RunConfig | None, lock: RunLock | None = None) -> "Session":
         """Prepare data and model. With a `saved` configuration, restore the newest good checkpoint of the run.
 
-        Raises UserError if the data cannot be read or if a checkpoint does not fit.
+        With a `lock`, nothing is changed in the folder once the lock is not the folder's own any more. Raises UserError
+        if the data cannot be read or if a checkpoint does not fit.
         """
         begin = time.monotonic()
-        folder = RunFolder(Path(config.run_dir))
+        folder = RunFolder(Path(config.run_dir), lock.check) if lock else RunFolder(Path(config.run_dir))
+        checkpoints = CheckpointStore(folder.path, guard=folder.guard)
         source = UpcycleSource.open(config) if saved is None else None
-        tokenizer = load_tokenizer(folder.tokenizer) if saved is not None else source and source.tokenizer
+        run_id, tokenizer = "", source and source.tokenizer
+        if saved is not None:
+            found = checkpoints.list()
+            run_id = check_same_run(folder.files, found) or new_run_id()
+            tokenizer = load_run_tokenizer(folder.path, found[-1] if found else None)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         config = dataclasses.replace(config, model=_with_vocabulary(config.model, store))
         programs = Programs.of(config)
         opened = cls(
             config=config,
             folder=folder,
-            checkpoints=CheckpointStore(folder.path),
+            checkpoints=checkpoints,
             data=SessionData(config, store, corpus_baselines(config.data, store)),
             programs=programs,
             progress=SessionProgress(RunCounters(), begin),
             state=programs.state_shapes,
             decoder=programs.decoder(store.tokenizer.vocab_size),
             tracer=make_tracer(config.model, programs.graphdef, store.valid.tokens),
+            run_id=run_id,
         )
         if saved is not None:
-            opened._restore(saved)
+            opened._restore()
         else:
             opened._start(source)
+        if lock:
+            lock.note(opened.run_id)
         return opened
 
     def _start(self, source: UpcycleSource | None) -> None:
@@ -175,9 +185,9 @@ class Session:
             self.notes.append(f"upcycled from step {source.checkpoint.step} of {self.config.upcycle}")
         self.state = self.programs.state(params)
         origin = self.progress.origin
-        self.folder.start(self.config, self.data.store.tokenizer, [origin] if origin else [])
+        self.run_id = self.folder.start(self.config, self.data.store.tokenizer, [origin] if origin else [])
 
-    def _restore(self, saved: RunConfig) -> None:
+    def _restore(self) -> None:
         """Restore the newest good checkpoint, and remove what was logged after it."""
         restored = self.checkpoints.restore_newest(
             self.programs.state_shapes, lambda c: check_same_data_and_model(c, self.config, self.data.store)
@@ -191,7 +201,7 @@ class Session:
             for record in read_metrics(self.folder.path)["train"]:
                 if not record.get("skipped") and isinstance(record.get("drop_fraction"), float):
                     self.progress.counters.add_drops(record["drop_fraction"])
-        changes = self.folder.record_resume(saved, self.config, newest.step)
+        changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 
     def score(self, tokens: np.ndarray, params: Any = None) -> Evaluation:
@@ -220,7 +230,7 @@ class Session:
     def diagnose(self, step: int) -> tuple[Path, str]:
         """Write the batch and the names of the arrays that are not finite, for a bad step: see `nonfinite.diagnose`."""
         return diagnose(
-            self.folder.path, self.programs.graphdef, self.config.train, self.state, self.data.batch(step - 1), step
+            self.folder.files, self.programs.graphdef, self.config.train, self.state, self.data.batch(step - 1), step
         )
 
     def save(self, step: int, val_loss: float | None) -> None:
@@ -241,6 +251,7 @@ class Session:
             "config": dataclasses.replace(self.config, resume=False).to_dict(),
             "progress": self.progress.counters.to_json(),
             "origin": self.progress.origin,
+            "run_id": self.run_id,
         }
         self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.progress.elapsed, context=context)
         self.progress.saved_step = step
@@ -253,28 +264,19 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
     older checkpoint.
     """
     context = checkpoint.manifest["context"]
-    saved = context.get("config")
-    if not isinstance(saved, dict) or not isinstance(saved.get("model"), dict) or "data" not in context:
+    if "data" not in context:
         raise CheckpointCorrupted("its manifest does not say what it belongs to")
     RunCounters.from_json(context.get("progress"))
     origin = context.get("origin")
-    if origin is not None and not (isinstance(origin, dict) and isinstance(origin.get("training_flops"), int)):
+    flops = origin.get("training_flops") if isinstance(origin, dict) else None
+    if origin is not None and not (type(flops) is int and 0 <= flops < 2**200):
         raise CheckpointCorrupted("its manifest does not say what it was upcycled from")
     if not store.is_text_of(context["data"]):
         raise UserError(
             f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "
             "resume with that text, or start a new run with another --out"
         )
-    usual, present = RunConfig().to_dict(), config.to_dict()
-    for section in ("model", "routing"):
-        for name, here in present[section].items():
-            # A setting that is newer than the checkpoint: the checkpoint has its default value.
-            there = saved.get(section, {}).get(name, usual[section][name])
-            if there != here:
-                raise UserError(
-                    f"{flag_of(section, name)} {here}: {checkpoint.path} was saved with {there}; "
-                    "give it that value in config.json, or start a new run with another --out"
-                )
+    check_same_model(checkpoint, config)
 
 
 def _with_vocabulary(model: ModelConfig, store: TokenStore) -> ModelConfig:

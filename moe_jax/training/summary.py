@@ -27,7 +27,7 @@ def summary(
     the largest of them, and `train_drop_fraction_last` the newest.
     """
     config, progress, baselines = session.config, session.progress, session.data.baselines
-    last = last_train_record(session.folder.metrics)
+    last = last_train_record(session.folder.files)
     counters = progress.counters
     counts = totals(count_parameters(config.model))
     steps = int(session.state.step)

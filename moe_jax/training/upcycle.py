@@ -20,11 +20,13 @@ import jax.numpy as jnp
 from moe_jax.config import RunConfig, UserError
 from moe_jax.config.compatibility import check_upcyclable, load_dense_config
 from moe_jax.data.token_store import TokenStore
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.costs import training_flops
 from moe_jax.model.transformer import Params, abstract_model
-from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, named_leaves, restore
-from moe_jax.runs.folder import RunFolder
+from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
+from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer
+from moe_jax.system.folders import Folder
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,9 @@ class UpcycleSource:
         checkpoint = CheckpointStore(folder).best()
         if checkpoint is None:
             raise UserError(f"--upcycle {folder}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
-        return cls(dense, checkpoint, load_tokenizer(RunFolder(folder).tokenizer))
+        check_same_run(Folder(folder), [checkpoint])
+        check_same_model(checkpoint, dense)
+        return cls(dense, checkpoint, load_run_tokenizer(folder, checkpoint))
 
     def params(self, fresh: Params, store: TokenStore) -> Params:
         """The initial parameters of the new run (see `copied`). Raises UserError if the new run has another text."""

@@ -176,10 +176,15 @@ def test_runs_are_ordinary_and_share_what_is_the_same(text: Path, tmp_path: Path
 def test_a_run_is_finished_once_it_is_scored_whole(tmp_path: Path) -> None:
     """Not by the summary of its last evaluation, which is of the fixed part, nor by that of fewer steps."""
     assert comparison.finished(tmp_path, 4) is None
+    whole = {"val_whole_stream": True, "steps": 4} | dict.fromkeys(comparison._NEEDED, 1.5)
     for summary, done in (
-        ({"val_whole_stream": False, "steps": 4}, False),
-        ({"val_whole_stream": True, "steps": 3}, False),
-        ({"val_whole_stream": True, "steps": 4}, True),
+        (whole | {"val_whole_stream": False}, False),
+        (whole | {"steps": 3}, False),
+        (whole, True),
+        ({}, False),
+        ([], False),
+        ({"val_whole_stream": True, "steps": 4}, False),
+        (whole | {"val_bits_per_byte": "low"}, False),
     ):
         (tmp_path / "summary.json").write_text(json.dumps(summary))
         assert comparison.finished(tmp_path, 4) == (summary if done else None)
@@ -237,8 +242,8 @@ def test_a_comparison_goes_on_reports_and_repeats_nothing(
     plan, first = (out / "plan.json").read_text(), (out / "moe-3-steps-seed-0" / "metrics.jsonl").read_text()
     original = Session.open.__func__
 
-    def record(cls: Any, config: RunConfig, saved: RunConfig | None) -> Any:
-        session = original(cls, config, saved)
+    def record(cls: Any, config: RunConfig, saved: RunConfig | None, *lock: Any) -> Any:
+        session = original(cls, config, saved, *lock)
         opened.append((Path(config.out).name, session.progress.resumed_from))
         return session
 

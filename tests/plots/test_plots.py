@@ -13,6 +13,7 @@ from moe_jax.config import UserError
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.plots.figures import run_figures, save_figures
 from moe_jax.runs.load import open_run
+from moe_jax.system.folders import Folder
 from tests.support import saved_run
 
 
@@ -52,7 +53,7 @@ def test_two_runs_share_the_axes_and_have_names(folder: Path, tmp_path: Path) ->
 
 
 def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
-    first, second = (save_figures(run_figures([folder]), tmp_path / name) for name in ("a", "b"))
+    first, second = (save_figures(run_figures([folder]), Folder(tmp_path).inner(name)) for name in ("a", "b"))
     assert {p.suffix for p in first} == {".png", ".svg"}
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config import RunConfig, UserError, load_config
-from moe_jax.runs.checkpoint import CheckpointStore, read_arrays
+from moe_jax.runs.arrays import read_arrays
+from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.manifest import leaves_of
 from moe_jax.system.random_keys import Purpose
 from moe_jax.training import loop, nonfinite

@@ -16,12 +16,18 @@ import jax
 import pytest
 
 from moe_jax.config import UserError, holds_run
-from moe_jax.runs import checkpoint, manifest
-from moe_jax.runs.checkpoint import WEIGHTS, CheckpointStore, verify
+from moe_jax.runs import arrays, checkpoint, manifest
+from moe_jax.runs.arrays import WEIGHTS
+from moe_jax.runs.checkpoint import CheckpointStore, verify
+from moe_jax.system import folders
 from tests.reliability import runs, states
 from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.reliability
+
+
+TRACED = (arrays, checkpoint, folders, manifest, shutil)
+"""Modules whose lines a kill may hit."""
 
 
 class Snapshots:
@@ -34,7 +40,7 @@ class Snapshots:
         self._last: Any = None
 
     def _look(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if frame.f_code.co_filename not in (checkpoint.__file__, manifest.__file__, shutil.__file__):
+        if frame.f_code.co_filename not in {m.__file__ for m in TRACED}:
             return None
         if event == "line":
             self.lines.add((frame.f_code.co_filename, frame.f_lineno))
@@ -83,7 +89,7 @@ def test_killed_at_every_line_of_a_save(again: bool, tmp_path: Path, record_prop
         assert not any(p.name.endswith(".replaced") for p in (snapshot / "checkpoints").iterdir())
 
 
-STAGES = ["_write_arrays", "write_weights", "_sync", "_publish", "_sync_path", "_remove_old"]
+STAGES = ["write_arrays", "write_weights", "_sync", "_publish", "_sync_path", "_remove_old"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -13,7 +13,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from moe_jax.config import UserError
-from moe_jax.runs.checkpoint import CheckpointStore, named_leaves, restore, verify
+from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.checkpoint import CheckpointStore, restore, verify
 from tests.support import tiny
 
 

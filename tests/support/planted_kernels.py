@@ -160,16 +160,16 @@ BUGS = [
     ),
     Bug(
         "a file is written in place",
-        "moe_jax.system.files:write_atomically",
-        "draft = draft_of(path)",
-        "draft = path",
+        "moe_jax.system.folders:Folder.write",
+        "draft = str(draft_of(Path(last)))",
+        "draft = last",
         system_checks.check_atomic_write,
     ),
     Bug(
         "a failed write leaves its draft",
-        "moe_jax.system.files:write_atomically",
-        "draft.unlink(missing_ok=True)",
-        "pass",
+        "moe_jax.system.folders:Folder.write",
+        "os.unlink(draft, dir_fd=parent)\n",
+        "pass\n",
         system_checks.check_atomic_write,
     ),
     Bug(

@@ -55,11 +55,11 @@ def save_run(folder: Path, **model_changes: object) -> Path:
     config = RunConfig(out=str(folder / "run"), model=model, data=data, train=train, execution=execution)
     store = prepare_token_store(data, progress=False, cache=folder / "cache")
     run = RunFolder(folder / "run")
-    run.start(config, store.tokenizer, [])
+    run_id = run.start(config, store.tokenizer, [])
     graphdef, params = tiny.build(model)
     state = initial_state(params, make_optimizer(train), loss_scaling=False)
     state = dataclasses.replace(state, step=np.int32(STEP))
-    context = {"data": store.digest, "tokenizer": store.tokenizer.digest}
+    context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict(), "run_id": run_id}
     CheckpointStore(run.path).save(state, STEP, val_loss=1.0, elapsed=1.0, context=context)
     run.metrics.write_text("".join(json.dumps(r) + "\n" for r in metrics(model.layers, model.experts)))
     tracer = make_tracer(model, graphdef, store.valid.tokens)

@@ -39,10 +39,10 @@ def bits(key: jax.Array) -> np.ndarray:
 def check_atomic_write() -> None:
     """If the disk is full, at the write or at the rename, the old content stays and no draft is left."""
 
-    def full(*_: object) -> None:
+    def full(*_: object, **where: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for function in ("os.fsync", "pathlib.Path.replace"):
+    for function in ("os.fsync", "os.replace"):
         with folder() as where, pytest.MonkeyPatch.context() as patch:
             path = where / "state.json"
             write_atomically(path, "old")

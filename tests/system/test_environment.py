@@ -1,6 +1,8 @@
 """What is settled before jax starts: the share of a small card, and a cache of programs that survives being killed."""
 
+import hashlib
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,7 +13,7 @@ import pytest
 
 from moe_jax.system import environment
 from moe_jax.system.compile_cache import VerifiedCache
-from moe_jax.system.files import draft_of
+from moe_jax.system.folders import draft_of
 
 
 @pytest.mark.parametrize(
@@ -73,14 +75,27 @@ def test_a_damaged_entry_is_removed_and_can_be_written_again(tmp_path: Path) -> 
     assert cache.get("another") is None
 
 
+def test_a_program_with_the_name_of_another_is_not_taken(tmp_path: Path) -> None:
+    """Nor an entry of an earlier version, whose digest does not hold the name: the program is compiled once more."""
+    cache = VerifiedCache(str(tmp_path))
+    cache.put("one", b"the program of one")
+    shutil.copy(tmp_path / "one.program", tmp_path / "other.program")
+    assert cache.get("other") is None
+    assert cache.get("one") == b"the program of one"
+    earlier = b"an entry of an earlier version"
+    (tmp_path / "earlier.program").write_bytes(hashlib.sha256(earlier).digest() + earlier)
+    assert cache.get("earlier") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["one.program"]
+
+
 def test_an_entry_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = VerifiedCache(str(tmp_path))
 
-    def die(self: Path, target: Path) -> None:
+    def die(*_: object, **where: object) -> None:
         assert cache.get("key") is None, "written, but not yet under its name"
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "replace", die)
+    monkeypatch.setattr(os, "replace", die)
     with pytest.raises(OSError, match="No space"):
         cache.put("key", b"value")
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.runs.metrics import last_train_record
+from moe_jax.system.folders import Folder
 from moe_jax.training.logging import add_load
 from moe_jax.training.terminal import Terminal
 
@@ -47,15 +48,15 @@ def test_the_newest_record_of_training_wherever_it_stands(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     for piece in (1, 30, 31, 32, 33, 300, 2**15):
         monkeypatch.setattr("moe_jax.runs.metrics._TAIL_BYTES", piece)
-        assert last_train_record(tmp_path / "metrics.jsonl") == {"step": 2, "split": "train"}
+        assert last_train_record(Folder(tmp_path)) == {"step": 2, "split": "train"}
 
 
 def test_no_record_of_training(tmp_path: Path) -> None:
-    assert last_train_record(tmp_path / "absent") == {}
+    assert last_train_record(Folder(tmp_path / "absent")) == {}
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "val"}\n' * 3)
-    assert last_train_record(tmp_path / "metrics.jsonl") == {}
+    assert last_train_record(Folder(tmp_path)) == {}
     (tmp_path / "metrics.jsonl").write_text("")
-    assert last_train_record(tmp_path / "metrics.jsonl") == {}
+    assert last_train_record(Folder(tmp_path)) == {}
 
 
 @pytest.mark.parametrize(

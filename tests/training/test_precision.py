@@ -12,7 +12,7 @@ import pytest
 from moe_jax.config import TrainConfig
 from moe_jax.model import hardware
 from moe_jax.model.precision import choose_policy, stochastic_round, to_param_dtype
-from moe_jax.runs.checkpoint import named_leaves
+from moe_jax.runs.arrays import named_leaves
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import GROWTH_STEPS, LossScale, TrainState, initial_state, next_scale
 from moe_jax.training.step import make_step

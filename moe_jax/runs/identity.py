@@ -1,0 +1,100 @@
+"""What a checkpoint belongs to: its run, its model, its tokenizer.
+
+A run has an id, drawn at its start. config.json, the manifest of each checkpoint (`context.run_id`) and the lock hold
+it. A checkpoint that was copied from another run has another id. Runs of earlier versions have no id.
+"""
+
+import re
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config.flags import flag_of
+from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.runs.checkpoint import Checkpoint
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.system.folders import Folder
+
+
+def new_run_id() -> str:
+    """A random id. It decides nothing else about the run."""
+    return secrets.token_hex(8)
+
+
+def read_run_id(run: Folder) -> str | None:
+    """The run's id in config.json. None if there is no usable one there."""
+    try:
+        return _usable(run.read_json("config.json").get("run_id"))
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+
+
+def _usable(run_id: Any) -> str | None:
+    return run_id if isinstance(run_id, str) and re.fullmatch("[0-9a-f]{16}", run_id) else None
+
+
+def checkpoint_run_id(checkpoint: Checkpoint) -> str | None:
+    """The id of the run that saved a checkpoint. None if an earlier version saved it."""
+    return _usable(checkpoint.manifest["context"].get("run_id"))
+
+
+def check_same_run(run: Folder, checkpoints: Iterable[Checkpoint]) -> str | None:
+    """The id of the folder's run, or None if it has none.
+
+    `checkpoints` are oldest first. Raises UserError if one of them belongs to another run. Without an id in
+    config.json, the oldest checkpoint says which run it is.
+    """
+    found = [(checkpoint, checkpoint_run_id(checkpoint)) for checkpoint in checkpoints]
+    written = read_run_id(run)
+    expected = written or (found[0][1] if found else None)
+    allowed = {expected, None} if written else {expected}  # a run of an earlier version gets its id at a resume
+    for checkpoint, run_id in found:
+        if run_id not in allowed:
+            raise UserError(
+                f"{checkpoint.path}: was saved by another run ({run_id or 'without an id'}) than the run of this "
+                f"folder ({expected or 'without an id'}); move it out of the folder"
+            )
+    return expected
+
+
+def saved_config(checkpoint: Checkpoint) -> RunConfig:
+    """The configuration that a checkpoint was saved with. Raises CheckpointCorrupted if its manifest holds none."""
+    try:
+        return RunConfig.from_dict(checkpoint.manifest["context"].get("config"))
+    except (UserError, ConfigError):
+        raise CheckpointCorrupted("its manifest does not say what it belongs to") from None
+
+
+def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
+    """Check that a checkpoint belongs to the model of a configuration, before anything of the model's size is built.
+
+    Raises UserError if it does not, and CheckpointCorrupted if its manifest does not say, or contradicts itself.
+    """
+    there, here = saved_config(checkpoint).to_dict(), config.to_dict()
+    for section in ("model", "routing"):
+        for name, value in here[section].items():
+            if there[section][name] != value:
+                raise UserError(
+                    f"{flag_of(section, name)} {value}: {checkpoint.path} was saved with {there[section][name]}; "
+                    "give it that value in config.json, or start a new run with another --out"
+                )
+    leaves = checkpoint.manifest["leaves"]
+    layers = {name.split(".")[2] for name in leaves if name.startswith("params.blocks.")}
+    embedding = leaves.get("params.embedding", [None])[0]
+    if len(layers) != config.model.layers or embedding != [config.model.vocab_size, config.model.width]:
+        raise CheckpointCorrupted("its arrays are not those of the model that its manifest names")
+
+
+def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None) -> Tokenizer:
+    """The tokenizer of a run. Raises UserError if it cannot be read, or is not the one that the checkpoint names."""
+    path = run / "tokenizer.json"
+    tokenizer = load_tokenizer(path)
+    expected = checkpoint.manifest["context"].get("tokenizer") if checkpoint else None
+    if expected not in (None, tokenizer.digest):
+        raise UserError(
+            f"{path}: is not the tokenizer that the run was trained with; put that file back, or try "
+            f"`python -m moe_jax doctor --run {run} --repair`"
+        )
+    return tokenizer

@@ -1,0 +1,222 @@
+"""Outputs go where they are told, and no link in a run's folder is followed."""
+
+import os
+import shutil
+import stat
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.cli.inspect import Inspect
+from moe_jax.cli.samples import Samples
+from moe_jax.config import UserError, load_config
+from moe_jax.runs.checkpoint import CheckpointStore
+from moe_jax.runs.doctor import examine
+from moe_jax.runs.folder import RunFolder, locked_for_training
+from moe_jax.runs.metrics import read_metrics
+from moe_jax.system import environment, files
+from tests.reliability import states
+from tests.support import saved_run
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_run.save_run(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved run."""
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+# What the user names
+
+
+def test_an_output_is_written_through_a_link_and_into_a_device(tmp_path: Path) -> None:
+    """A rename would put a file in the place of both."""
+    (tmp_path / "target").write_text("old, and longer than the new one")
+    (tmp_path / "link").symlink_to("target")
+    files.write_output(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "target").read_text() == "new"
+    (tmp_path / "null").symlink_to(os.devnull)
+    files.write_output(tmp_path / "null", "new")
+    files.write_output(Path(os.devnull), "new")
+    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
+
+
+def test_an_output_goes_through_a_pipe(tmp_path: Path) -> None:
+    pipe, got, big = tmp_path / "pipe", bytearray(), b"x" * 2**20
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="nobody reads from it"):
+        files.write_output(pipe, "new")
+    holder = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # a reader is there before the writer
+    writer = threading.Thread(target=files.write_output, args=(pipe, big))
+    writer.start()
+    while writer.is_alive() or len(got) < len(big):
+        time.sleep(0.001)
+        with suppress(BlockingIOError):
+            got += os.read(holder, 2**16)
+    os.close(holder)
+    assert got == big
+    assert stat.S_ISFIFO(pipe.lstat().st_mode)
+
+
+@pytest.mark.parametrize("command", ["inspect", "inspect --json", "samples"])
+def test_commands_leave_a_device_a_device(command: str, run: Path, tmp_path: Path, monkeypatch) -> None:
+    """A link to /dev/null stands for the device: as root, a rename would replace /dev/null itself."""
+    monkeypatch.setattr(environment, "prepare_environment", lambda *_: [])
+    monkeypatch.setattr("moe_jax.inspection.report.report_data", lambda *_: {})
+    monkeypatch.setattr("moe_jax.inspection.report.render", lambda _: "page")
+    monkeypatch.setattr("moe_jax.inspection.report.corpus_routing", lambda *_: None)
+    monkeypatch.setattr("moe_jax.experiments.samples.write_text", lambda *_, **__: "a b c")
+    null, page = tmp_path / "null", tmp_path / "page"
+    null.symlink_to(os.devnull)
+    text = "Once upon"
+    if command == "samples":
+        assert Samples(run=str(run), out=str(null), stories=1).execute() == 0
+    elif command == "inspect":
+        assert Inspect(run=str(run), text=text, out=str(null)).execute() == 0
+    else:
+        assert Inspect(run=str(run), text=text, out=str(page), json=str(null)).execute() == 0
+    assert null.is_symlink()
+
+
+# What lies in the folder of a run
+
+
+def outside(tmp_path: Path) -> Path:
+    """A folder with files of somebody else."""
+    there = tmp_path / "outside"
+    there.mkdir()
+    for name in ("file", "step_00000099.json", "loss.png", "routing.html"):
+        (there / name).write_text("theirs\n")
+    return there
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+WRITES: dict[str, Callable[[Path], Any]] = {
+    ".lock": lambda run: locked_for_training(run).__enter__(),
+    "metrics.jsonl": lambda run: RunFolder(run).truncate_logs_after(0, 0),
+    "samples.txt": lambda run: RunFolder(run).add_sample(1, "text"),
+    "summary.json": lambda run: RunFolder(run).write_summary({}),
+    "tokenizer.json": lambda run: RunFolder(run).start(load_config(run), _tokenizer(run), []),
+    "config.json": lambda run: load_config(run),
+}
+
+
+def _tokenizer(run: Path) -> Any:
+    from moe_jax.data.tokenizers import load_tokenizer
+
+    return load_tokenizer(run / "tokenizer.json")
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_linked_file_is_neither_written_nor_read(name: str, run: Path, tmp_path: Path) -> None:
+    there = outside(tmp_path)
+    before = content(there)
+    (run / name).unlink(missing_ok=True)
+    (run / name).symlink_to(there / "file")
+    with pytest.raises((OSError, UserError), match="is a link"):
+        WRITES[name](run)
+    assert content(there) == before
+
+
+def test_a_linked_folder_is_neither_written_nor_emptied(run: Path, tmp_path: Path) -> None:
+    """`traces -> DIR` and a resume deleted files of DIR."""
+    there = outside(tmp_path)
+    before = content(there)
+    for name in ("traces", "report", "faults", "checkpoints"):
+        if (run / name).exists():
+            shutil.rmtree(run / name)
+        (run / name).symlink_to(there)
+    folder = RunFolder(run)
+    for change in (
+        lambda: folder.truncate_logs_after(0, 0),
+        lambda: folder.add_trace(99, {}),
+        lambda: states.save(CheckpointStore(run), 1),
+        lambda: CheckpointStore(run).remove_interrupted_saves(),
+        lambda: load_config(run),
+        lambda: examine(run, repair=True),
+    ):
+        with pytest.raises((OSError, UserError), match="is a link"):
+            change()
+    assert content(there) == before
+
+
+def test_the_report_of_a_run_does_not_leave_its_folder(run: Path, tmp_path: Path) -> None:
+    from moe_jax.inspection.report import report_run
+    from moe_jax.system.folders import Folder
+
+    there = outside(tmp_path)
+    before = content(there)
+    shutil.rmtree(run / "report", ignore_errors=True)
+    (run / "report").symlink_to(there)
+    assert all("is a link" in line for line in report_run(Folder(run)))
+    assert content(there) == before
+
+
+def test_the_folder_itself_may_be_a_link(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(run)
+    link = tmp_path / "link"
+    assert load_config(link) is not None
+    RunFolder(link).add_sample(1, "text")
+    assert read_metrics(link) == read_metrics(run)
+    with locked_for_training(link):
+        pass
+
+
+def test_a_draft_put_there_as_a_link_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "theirs").write_text("theirs")
+    draft = tmp_path / f".file.{os.getpid()}.draft"
+    draft.symlink_to("theirs")
+    files.write_atomically(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new"
+    assert (tmp_path / "theirs").read_text() == "theirs"
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "far too long"])
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "metrics.jsonl", "summary.json", ".lock"])
+def test_what_is_no_plain_file_is_refused_at_once(name: str, kind: str, run: Path) -> None:
+    """A pipe without a writer would be waited for, an endless file would fill the memory."""
+    if name in ("metrics.jsonl", ".lock") and kind == "far too long":
+        pytest.skip("a long run has a long log, and the lock is not read")
+    path = run / name
+    path.unlink(missing_ok=True)
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        try:
+            os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
+        except PermissionError:
+            pytest.skip("needs the right to make a device")
+    else:
+        with path.open("wb") as file:
+            file.truncate(2**40)
+    reads = {
+        "config.json": lambda: load_config(run),
+        "tokenizer.json": lambda: _tokenizer(run),
+        "metrics.jsonl": lambda: read_metrics(run),
+        "summary.json": lambda: _summary(run),
+        ".lock": lambda: locked_for_training(run).__enter__(),
+    }
+    with pytest.raises((OSError, UserError), match=r"is no plain file|bytes, and at most"):
+        reads[name]()
+
+
+def _summary(run: Path) -> Any:
+    from moe_jax.runs.summary import read_summary
+
+    return read_summary(run)

@@ -1,0 +1,302 @@
+"""Odd and hostile files in a run's folder: each is left out, or refused in one line before anything large is made."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from moe_jax.config import ConfigError, UserError, load_config
+from moe_jax.inspection.report import write_report
+from moe_jax.plots.figures import _Metrics
+from moe_jax.runs import manifest
+from moe_jax.runs.checkpoint import CheckpointStore, restore
+from moe_jax.runs.doctor import examine
+from moe_jax.runs.folder import RunFolder
+from moe_jax.runs.load import open_run
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.metrics import read_metrics
+from moe_jax.runs.snapshots import read_snapshots
+from moe_jax.training.counters import RunCounters
+from moe_jax.training.session import check_same_data_and_model
+from tests.reliability import states
+from tests.reliability.test_hostile import reseal
+from tests.support import saved_run
+
+pytestmark = pytest.mark.reliability
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved_run.save_run(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    """A copy of the saved run."""
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def one_line(error: BaseException) -> None:
+    assert "\n" not in str(error)
+    assert len(str(error)) < 500
+
+
+# metrics.jsonl, samples.txt, traces, summary.json
+
+
+ODD_LINES = {
+    "a byte that is no UTF-8": b'{"step": 5, "split": "tr\xffain"}',
+    "a zero byte": b"\0\0\0\0",
+    "deeply nested": b"[" * 200_000,
+    "a deeply nested value": b'{"step": 5, "split": "train", "loss": ' + b"[" * 200_000,
+    "a list": b'["step", "split"]',
+    "no step": b'{"split": "train"}',
+    "a step that is a text": b'{"step": "5", "split": "train"}',
+    "a step that is null": b'{"step": null, "split": "val"}',
+    "a step of 400 digits": b'{"step": 1' + b"0" * 400 + b', "split": "train"}',
+    "a step of 5,000 digits": b'{"step": 1' + b"0" * 5000 + b', "split": "train"}',
+    "another split": b'{"step": 5, "split": ["train"]}',
+    "a loss that is a text": b'{"step": 5, "split": "train", "loss": "low"}',
+    "a loss of 400 digits": b'{"step": 5, "split": "train", "loss": 1' + b"0" * 400 + b"}",
+    "a ragged load": b'{"step": 5, "split": "train", "load": [[1, 2], [3]]}',
+    "a load of texts": b'{"step": 5, "split": "train", "load": [["a"]]}',
+}
+
+
+@pytest.mark.parametrize("odd", ODD_LINES)
+def test_an_odd_line_of_metrics_stops_nothing(odd: str, run: Path) -> None:
+    path = run / "metrics.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([*lines[:2], ODD_LINES[odd], *lines[2:], ODD_LINES[odd]]) + b"\n")
+    whole = [json.loads(line) for line in lines]
+    assert read_metrics(run) == {s: [r for r in whole if r["split"] == s] for s in ("train", "val")}
+    assert {f.what: f.state for f in examine(run, repair=False)}["metrics.jsonl"] == "damaged"
+    RunFolder(run).truncate_logs_after(30, 30)
+    assert path.read_bytes().splitlines() == [line for line in lines if json.loads(line)["step"] <= 30]
+    path.write_bytes(b"\n".join([*lines, ODD_LINES[odd]]))
+    assert _last_train_record(run)["step"] == saved_run.STEP
+    assert {f.what: f.state for f in examine(run, repair=True)}["metrics.jsonl"] == "repaired"
+    assert path.read_bytes().splitlines() == lines
+
+
+def _last_train_record(run: Path) -> dict[str, Any]:
+    from moe_jax.runs.metrics import last_train_record
+    from moe_jax.system.folders import Folder
+
+    return last_train_record(Folder(run))
+
+
+def test_stray_files_in_traces_are_left_alone(run: Path) -> None:
+    names = {p.name for p in (run / "traces").iterdir()}
+    stray = {"step_.json", "step_new.json", "step_00000001.json~", "step_00000030 (copy).json", "step_²²²²²²²².json"}
+    for name in stray:
+        (run / "traces" / name).write_text("[]")
+    RunFolder(run).truncate_logs_after(0, 0)
+    assert {p.name for p in (run / "traces").iterdir()} == stray
+    assert names.isdisjoint(stray)
+
+
+ODD_TRACES: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "deeply nested": lambda _: None,
+    "a list": lambda _: [],
+    "a step that is a text": lambda t: t | {"step": "30"},
+    "another step": lambda t: t | {"step": 31},
+    "tokens that are texts": lambda t: t | {"tokens": ["a"]},
+    "a token of 400 digits": lambda t: t | {"tokens": [10**400] * len(t["tokens"])},
+    "negative tokens": lambda t: t | {"tokens": [-1] * len(t["tokens"])},
+    "a ragged load": lambda t: t | {"load": [[1.0], [1.0, 2.0]]},
+    "fewer layers": lambda t: t | {"expert": t["expert"][:1]},
+    "entropy null": lambda t: t | {"entropy": None},
+}
+
+
+@pytest.mark.parametrize("odd", ODD_TRACES)
+def test_an_odd_trace_is_left_out(odd: str, run: Path) -> None:
+    trace = json.loads((run / "traces" / "step_00000020.json").read_text())
+    document = ODD_TRACES[odd](trace | {"step": 30})
+    (run / "traces" / "step_00000030.json").write_text("[" * 200_000 if document is None else json.dumps(document))
+    assert [t["step"] for t in read_snapshots(run)] == [20, 40]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '"text"', "[" * 200_000, "{", '{"val_bits_per_byte": "low"}', "\xff"])
+def test_an_odd_summary_is_as_none(text: str, run: Path, tmp_path: Path, monkeypatch) -> None:
+    (run / "summary.json").write_text(text, encoding="latin-1")
+    assert _Metrics(run).floor("nats per token") is None
+    monkeypatch.setattr("moe_jax.inspection.report.compiled_layer", lambda *_: None)
+    monkeypatch.setattr("moe_jax.inspection.report.corpus_routing", lambda *_: None)
+    write_report(run, tmp_path / "page.html", text="Once")
+
+
+# config.json
+
+
+ODD_CONFIGS: dict[str, Any] = {
+    "200,000 brackets": "[" * 200_000,
+    "200,000 braces": '{"a":' * 200_000,
+    "a list": "[]",
+    "no UTF-8": "\xff",
+    "batch_size 4.0": ("train", "batch_size", 4.0),
+    "batch_size true": ("train", "batch_size", True),
+    "batch_size null": ("train", "batch_size", None),
+    "a list of steps": ("train", "steps", [1]),
+    "seq_len of 400 digits": ("model", "seq_len", 10**400),
+    "lr of 400 digits": ("train", "lr", 10**400),
+    "lr a text": ("train", "lr", "high"),
+    "capacity_factor a text": ("routing", "capacity_factor", "1"),
+    "remat 1": ("execution", "remat", 1),
+    "source a number": ("data", "source", 3),
+    "preset a list": (None, "preset", []),
+    "train a list": (None, "train", []),
+    "train null": (None, "train", None),
+    "schema_version a list": (None, "schema_version", []),
+    "schema_version a dict": (None, "schema_version", {}),
+    "schema 1, model a text": (None, "schema_version", 1),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_CONFIGS)
+def test_an_odd_config_is_refused_and_repaired(odd: str, run: Path) -> None:
+    path, change = run / "config.json", ODD_CONFIGS[odd]
+    expected = load_config(run)
+    if isinstance(change, str):
+        path.write_text(change, encoding="latin-1")
+    else:
+        section, name, value = change
+        document = json.loads(path.read_text())
+        (document[section] if section else document)[name] = value
+        if odd.startswith("schema 1"):
+            document["model"] = "text"
+        path.write_text(json.dumps(document))
+    for opening in (load_config, open_run):
+        with pytest.raises((UserError, ConfigError), match=r"config\.json|--") as caught:
+            opening(run)
+        one_line(caught.value)
+    assert {f.what: f.state for f in examine(run, repair=False)}["config.json"] == "damaged"
+    assert {f.what: f.state for f in examine(run, repair=True)}["config.json"] == "repaired"
+    assert load_config(run) == expected
+
+
+@pytest.mark.parametrize(("section", "name", "value"), [("model", "layers", 4096), ("model", "seq_len", 2**20)])
+def test_the_shapes_of_the_settings_are_compared_before_a_model_is_built(
+    section: str, name: str, value: int, run: Path, monkeypatch
+) -> None:
+    """A model of 4,096 layers takes minutes to describe, and a context of 2^20 tokens takes any amount of memory."""
+
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("a model was built")
+
+    monkeypatch.setattr("moe_jax.runs.load.abstract_model", build)
+    document = json.loads((run / "config.json").read_text())
+    document[section][name] = value
+    (run / "config.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=f"{name.replace('_', '-')} {value}: .* was saved with") as caught:
+        open_run(run)
+    one_line(caught.value)
+    # The manifest says so too, with a right digest, and its arrays contradict it.
+    reseal(run / "checkpoints" / "step_00000040", lambda m: m["context"]["config"][section].update({name: value}))
+    if name == "layers":
+        with pytest.raises(UserError, match="are not those of the model") as caught:
+            open_run(run)
+        one_line(caught.value)
+
+
+# Manifests and arrays
+
+
+def _context(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda m: m["context"].update(changes)
+
+
+ODD_MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "elapsed of 400 digits": lambda m: m.update(elapsed=10**400),
+    "elapsed true": lambda m: m.update(elapsed=True),
+    "loss of 400 digits": lambda m: m.update(val_loss=10**400),
+    "loss NaN": lambda m: m.update(val_loss=float("nan")),
+    "loss infinite": lambda m: m.update(val_loss=float("inf")),
+    "step true": lambda m: m.update(step=True),
+    "version 3.0": lambda m: m.update(version=3.0),
+    "version a list": lambda m: m.update(version=[]),
+    "a file of 400 digits": lambda m: m["files"].update({"a": [10**400, "0"]}),
+    "a file of negative size": lambda m: m["files"].update({"a": [-1, "0"]}),
+    "leaves a list": lambda m: m.update(leaves=[]),
+    "a leaf a text": lambda m: m["leaves"].update(step="x"),
+    "a dimension of 400 digits": lambda m: m["leaves"].update(step=[[10**400], "int32", "0"]),
+    "a dtype a list": lambda m: m["leaves"].update(step=[[], ["int32"], "0"]),
+    "config null": _context(config=None),
+    "config deep": _context(config={"model": {"layers": 10**400}}),
+    "config a text": _context(config="x"),
+    "routing a list": lambda m: m["context"]["config"].update(routing=[]),
+    "data null": _context(data={}),
+    "progress null": _context(progress=None),
+    "progress of texts": _context(progress=RunCounters().to_json() | {"starved": ["a"]}),
+    "progress of 400 digits": _context(progress=RunCounters().to_json() | {"starved": [[10**400]]}),
+    "progress true": _context(progress=RunCounters().to_json() | {"evaluated": True}),
+    "best of 400 digits": _context(progress=RunCounters().to_json() | {"best": 10**400}),
+    "evaluated of 400 digits": _context(progress=RunCounters().to_json() | {"evaluated": 10**400}),
+    "origin a list": _context(origin=[]),
+    "origin of 400 digits": _context(origin={"training_flops": 10**400}),
+    "run_id a list": _context(run_id=[]),
+    "tokenizer a list": _context(tokenizer=[]),
+}
+
+
+@pytest.mark.parametrize("odd", ODD_MANIFESTS)
+def test_an_odd_manifest_with_a_right_digest(odd: str, run: Path) -> None:
+    """It is refused in one line, or means what it says. Nothing raises any other error."""
+    folder = run / "checkpoints" / "step_00000040"
+    reseal(folder, _context(progress=RunCounters().to_json(), origin=None))
+    reseal(folder, ODD_MANIFESTS[odd])
+    said: list[str] = []
+    config = load_config(run)
+    store = CheckpointStore(run, say=said.append)
+    for use in (
+        lambda: open_run(run),
+        lambda: open_run(run, 40),
+        lambda: [check_same_data_and_model(c, config, _Text()) for c in store.list()],
+        lambda: store.best(),
+        lambda: [f.detail for f in examine(run, repair=False)],
+    ):
+        try:
+            use()
+        except (UserError, ConfigError) as error:
+            one_line(error)
+    assert all("\n" not in line for line in said)
+    if odd.startswith(("progress", "evaluated", "best", "origin")):
+        with pytest.raises(CheckpointCorrupted):
+            check_same_data_and_model(store.list()[0], config, _Text())
+
+
+class _Text:
+    """A store that is the text of everything."""
+
+    def is_text_of(self, saved: Any) -> bool:
+        return True
+
+
+def test_the_chunks_of_an_array_are_bounded_by_the_manifest(tmp_path: Path) -> None:
+    """119 kB on the disk with a chunk of [2e8, 4] took 4.1 GB. Here a chunk of [2**20, 5] would take 42 MB."""
+    import tensorstore
+
+    store = CheckpointStore(tmp_path)
+    folder = states.save(store, 1)
+    name, leaf = next((n, v) for n, v in manifest.read(folder)["leaves"].items() if n.endswith("blocks.0.router"))
+    path = folder / "arrays"
+    where = {"driver": "ocdbt", "base": f"file://{path}/"}
+    text = json.loads(tensorstore.KvStore.open(where).result().read(f"{name}/.zarray").result().value)
+    chunks = [2**20, leaf[0][1]]
+    rest = {"shape": leaf[0], "chunks": chunks, "dtype": text["dtype"], "compressor": {"id": "zstd", "level": 1}}
+    array = tensorstore.open(
+        {"driver": "zarr", "kvstore": where | {"path": f"{name}/"}, "metadata": rest, "create": True},
+        delete_existing=True,
+    ).result()
+    wanted = states.state(1)["params"]["blocks"][0]["router"]
+    array.write(jax.device_get(wanted)).result()
+    reseal(folder)
+    (found,) = store.list()
+    with pytest.raises(UserError, match=r"blocks\.0\.router is stored with another shape than its manifest gives it"):
+        restore(found, jax.eval_shape(lambda: states.state(1)))
