@@ -38,6 +38,8 @@ class Shape(NamedTuple):
     weight_decay: float
     max_grad_norm: float
     threads: int
+    training_precision: str
+    """Dtype of the products in a training step: `float32` or `bfloat16`. Parameters and moments are float32."""
 
 
 def build(shape: Shape) -> Any:
@@ -84,9 +86,12 @@ def candidates(shape: Shape, model: Any) -> dict[str, Callable[[], Any]]:
     with torch.inference_mode():
         model(tokens(1, half), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
+    narrow = torch.autocast("cpu", torch.bfloat16, enabled=shape.training_precision == "bfloat16")
+
     def train() -> Any:
         model.train()
-        loss = model(batch, labels=batch, use_cache=False, output_router_logits=True).loss
+        with narrow:
+            loss = model(batch, labels=batch, use_cache=False, output_router_logits=True).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), shape.max_grad_norm)
         optimizer.step()

@@ -1,8 +1,11 @@
 """Our model and Mixtral of Hugging Face transformers, with the same shape, timed in turn.
 
 The sizes are the preset's. The kinds of layers are Mixtral's: RMSNorm, rotary positions, SwiGLU, no biases, no dropout,
-an untied head. Both train with AdamW, gradient clipping and the balance loss. In training our model has a capacity
-and drops what exceeds it, unless the preset's dispatch is dropless. Mixtral has no capacity.
+an untied head. Both train with AdamW, gradient clipping and the balance loss, in the same precision. Where our products
+are bfloat16, Mixtral's are so by PyTorch's autocast. Everything outside of training is float32 on both sides.
+
+In training our model has a capacity and drops what exceeds it, unless the preset's dispatch is dropless. Mixtral has no
+capacity.
 """
 
 import dataclasses
@@ -19,8 +22,9 @@ import jax.numpy as jnp
 
 from moe_jax.benchmarks import decoding
 from moe_jax.benchmarks.mixtral import Shape
-from moe_jax.config import ModelConfig, RoutingConfig, RunConfig
+from moe_jax.config import ModelConfig, RoutingConfig, RunConfig, UserError
 from moe_jax.model.costs import count_parameters, totals
+from moe_jax.model.precision import choose_policy
 from moe_jax.system.timing import Measured, Times, alternate
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
@@ -65,7 +69,11 @@ def shape_of(config: RunConfig, batch_size: int) -> Shape:
     values["top_k"] = model.routing.top_k
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     prompt = min(PROMPT, model.seq_len)
-    return Shape(**(values | {"batch_size": batch_size, "prompt": prompt, "threads": threads}))
+    policy = choose_policy(config.execution.compute_dtype)
+    if policy.loss_scaling:
+        raise UserError("this device trains in float16, the peer in float32 or bfloat16: set JAX_PLATFORMS=cpu")
+    others = {"batch_size": batch_size, "prompt": prompt, "threads": threads, "training_precision": policy.compute}
+    return Shape(**(values | others))
 
 
 class Peer:

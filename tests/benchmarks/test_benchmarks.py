@@ -214,6 +214,18 @@ def test_the_shape_that_both_sides_build() -> None:
         assert sum(p.numel() for p in model.parameters()) == by_hand
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_sides_train_in_the_same_precision(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "choose_policy", lambda kind: precision.choose_policy(dtype))
+    assert peers.shape_of(peers.like_mixtral(config()), 3).training_precision == dtype
+
+
+def test_a_precision_that_the_peer_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "choose_policy", lambda kind: precision.choose_policy("float16"))
+    with pytest.raises(UserError, match="this device trains in float16"):
+        peers.shape_of(peers.like_mixtral(config()), 3)
+
+
 EVERYTHING = {
     "norm": "layernorm",
     "positions": "learned",
