@@ -5,6 +5,7 @@ Prints a row per check and exits 1 where one fails. `--json` ends with one JSON 
 
 import argparse
 import json
+import math
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -36,8 +37,13 @@ def main(argv: list[str] | None = None) -> int:
         f"(allowed {FINITE_DIFFERENCE_TOLERANCE:.0e})"
     )
     if arguments.json:
-        print(json.dumps(summary))
+        print(json.dumps({k: _or_null(v) for k, v in summary.items()}, allow_nan=False))
     return 1 if summary["failed"] else 0
+
+
+def _or_null(value: object) -> object:
+    """The value, or None for a number that is not finite: JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def row(outcome: Outcome) -> str:

@@ -25,6 +25,7 @@ from moe_jax.benchmarks.mixtral import Shape
 from moe_jax.config import ModelConfig, RoutingConfig, RunConfig, UserError
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.precision import choose_policy
+from moe_jax.system.json_text import json_text
 from moe_jax.system.timing import Measured, Times, alternate
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
@@ -107,7 +108,7 @@ def peer(shape: Shape) -> Iterator[Peer]:
         "ignore::FutureWarning",
         "-m",
         "moe_jax.benchmarks.mixtral",
-        json.dumps(shape._asdict()),
+        json_text(shape._asdict()),
     ]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     try:

@@ -30,6 +30,10 @@ _SECTION_NO = re.compile(r"^--([a-z]+\.)no-")
 HINT = "--help lists every flag"
 
 
+PATHS = {"run", "out", "upcycle", "config", "source", "data", "file", "json", "with_quality", "gpu"}
+"""Fields that name a file or a folder."""
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+"""Most bytes of a file's name and of a path, on every usual file system."""
 POSITIONAL = {"positional": True}
 """Metadata of a field that is given by its position instead of by a flag."""
 
@@ -105,10 +109,29 @@ class Argument:
         return self.checked(value)
 
     def checked(self, value: Any) -> Any:
-        """The value, if it is among the choices. Raises FieldError."""
+        """The value, if it is among the choices, or if it can be a text or a path. Raises FieldError."""
+        if self.kind is str and not self.choices:
+            self._check_text(value)
         if self.choices and value not in self.choices:
             raise self.wrong(value, "must be one of " + ", ".join(self.choices))
         return value
+
+    def _check_text(self, text: str) -> None:
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # Python stands in surrogates for bytes that are not UTF-8
+            raise self.wrong(
+                text.encode("ascii", "backslashreplace").decode(), "is not UTF-8; give it in UTF-8"
+            ) from None
+        if "\0" in text:
+            raise self.wrong(repr(text), "holds a zero byte; leave it out")
+        if self.name in PATHS:
+            for kind, size, most in (
+                ("name", max(len(name.encode()) for name in text.split("/")), LONGEST_NAME),
+                ("path", len(text.encode()), LONGEST_PATH),
+            ):
+                if size > most:
+                    raise self.wrong(f"{text[:46]}...", f"has a {kind} of {size} bytes; file systems take {most}")
 
 
 def arguments_of(kind: type, section: str = "", start: Any = None) -> Iterator[Argument]:

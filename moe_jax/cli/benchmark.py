@@ -3,12 +3,11 @@
 import datetime
 import importlib.util
 import io
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from moe_jax.cli.arguments import POSITIONAL
 from moe_jax.cli.command import Command, check_range
@@ -16,6 +15,7 @@ from moe_jax.config import Dense, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
 from moe_jax.system.files import write_output
+from moe_jax.system.json_text import json_text
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,6 +46,8 @@ class Benchmark(Command):
         all       all suites whose extras are installed
     """
 
+    interrupted: ClassVar[str] = "no results were written"
+
     suite: Suite = field(default="all", metadata=POSITIONAL)
     """The suite to run."""
     preset: PresetName = "seed-158m"
@@ -69,13 +71,12 @@ class Benchmark(Command):
             # Compiling for a described card needs no card, and must not occupy a real one.
             os.environ["JAX_PLATFORMS"] = "cpu"
         environment.prepare_environment()
-        from rich.console import Console
-
         from moe_jax.benchmarks.request import BenchmarkRequest
         from moe_jax.model.precision import choose_policy
         from moe_jax.system import machine
+        from moe_jax.system.rich_console import Console
 
-        console = Console(highlight=False)
+        console = Console()
         config = with_vocabulary(preset(self.preset))
         about = machine.describe()
         console.print(
@@ -92,7 +93,7 @@ class Benchmark(Command):
         document = {**settings, **results}
         if self.save:
             self._save(document, about)
-        print(json.dumps(document if self.suite == "all" else results[self.suite]))
+        print(json_text(document if self.suite == "all" else results[self.suite]))
         return 0
 
     def _quality(self) -> dict[Dense, float] | None:
@@ -125,7 +126,7 @@ class Benchmark(Command):
         command += " --uniform-routing" if self.uniform_routing else ""
         command += f" --with-quality {self.with_quality}" if self.with_quality else ""
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
-        write_output(path, json.dumps(record, indent=1) + "\n")
+        write_output(path, json_text(record, indent=1) + "\n")
         print(f"results: {path}")
         if "train" in document:
             self._draw(document["train"]["models"], path.with_suffix(".png"))

@@ -1,12 +1,13 @@
 """`moe-jax certify`."""
 
-import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 from moe_jax.cli.command import Command, check_range, check_run_folder
 from moe_jax.config import PresetName
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
+from moe_jax.system.json_text import json_text
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class Certify(Command):
 
     The last line of the output is JSON. The exit status is 1 if a certificate fails.
     """
+
+    interrupted: ClassVar[str] = "the remaining certificates were not tested"
 
     preset: PresetName = "nano"
     """The model to test, with its initial parameters."""
@@ -28,10 +31,9 @@ class Certify(Command):
         if self.run:
             check_run_folder(self.run)
         environment.prepare_environment()
-        from rich.console import Console
-
         from moe_jax.certificates.certify import certify, initial_params
         from moe_jax.runs.load import open_run
+        from moe_jax.system.rich_console import Console
 
         if self.run:
             opened = open_run(self.run)
@@ -39,7 +41,7 @@ class Certify(Command):
         else:
             config = with_vocabulary(preset(self.preset))
             params = initial_params(config)
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(soft_wrap=True)
         what = f"run {self.run}" if self.run else f"preset {self.preset}, initial parameters"
         console.print(f"[bold]certificates[/bold] of {what}\n")
         found = []
@@ -51,5 +53,5 @@ class Certify(Command):
             console.print(f"      asked: {certificate.asked}", style="dim", markup=False)
         failed = [c.name for c in found if not c.passed]
         console.print(f"\n{len(found)} certificates, {len(failed)} failed\n")
-        print(json.dumps({"certificates": len(found), "failed": failed, "results": [c._asdict() for c in found]}))
+        print(json_text({"certificates": len(found), "failed": failed, "results": [c._asdict() for c in found]}))
         return 1 if failed else 0

@@ -9,7 +9,7 @@ import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
 from moe_jax.config import ConfigError, holds_run
@@ -44,6 +44,10 @@ class Group(NamedTuple):
 
 class Command(ABC):
     """A command with its values, of the right types. Subclasses check what the values mean."""
+
+    interrupted: ClassVar[str] = "nothing was written"
+
+    """What Ctrl-C leaves of the command's work. Printed after "interrupted; "."""
 
     @classmethod
     def arguments(cls) -> list[Argument]:

@@ -4,12 +4,15 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_jax.cli.command import Command, check_range
+from moe_jax.cli.memory import check_memory
+from moe_jax.cli.outputs import check_out_folder
 from moe_jax.config import ConfigError, PresetName, RunConfig, UserError
 from moe_jax.config.presets import preset
-from moe_jax.system import environment
+from moe_jax.system import environment, streams
+from moe_jax.system.json_text import json_text
 from moe_jax.system.signals import Signals, Stopped
 
 if TYPE_CHECKING:
@@ -30,6 +33,8 @@ class Compare(Command):
     call it again with the same arguments: finished runs are not trained again.
     """
 
+    interrupted: ClassVar[str] = "the same command goes on with the comparison"
+
     preset: PresetName = "nano"
     """The settings of the mixture and of its baselines."""
     data: str = ""
@@ -44,7 +49,9 @@ class Compare(Command):
     def execute(self) -> int:
         out = Path(self.out or f"runs/compare-{self.preset}")
         asked = self._check(out)
+        check_memory(asked)
         environment.prepare_environment()
+        streams.outlive_output()
         with Signals() as signals:
             from moe_jax.runs.folder import locked_for_training
 
@@ -65,8 +72,7 @@ class Compare(Command):
         if self.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=self.data))
         check_source(config.data.source)
-        if out.exists() and not out.is_dir():
-            raise ConfigError(f"--out {out}: is a file; name a folder")
+        check_out_folder("--out", out)
         self._check_same(config, out)
         return config
 
@@ -106,7 +112,6 @@ class Compare(Command):
         return plan, collect(plan, summaries)
 
     def _report(self, plan: "Plan", results: "list[ArmResult]", out: Path) -> int:
-        from rich.console import Console
         from rich.table import Table
 
         from moe_jax.experiments import comparison_result
@@ -114,8 +119,9 @@ class Compare(Command):
         from moe_jax.plots.figures import save_figures
         from moe_jax.system.files import write_atomically
         from moe_jax.system.folders import Folder
+        from moe_jax.system.rich_console import Console
 
-        console = Console(highlight=False, width=max(Console().width, TABLE_WIDTH))
+        console = Console(width=max(Console().width, TABLE_WIDTH))
         table = Table(title=f"\n{self.preset}, {self.seeds} seeds", title_justify="left", title_style="bold")
         for name in comparison_result.HEADINGS:
             table.add_column(name, justify="left" if name == "model" else "right")
@@ -133,7 +139,7 @@ class Compare(Command):
             "arms": [r.to_json() for r in results],
             "differences": [d.to_json() for d in differences],
         }
-        write_atomically(out / "comparison.json", json.dumps(result, indent=1) + "\n")
+        write_atomically(out / "comparison.json", json_text(result, indent=1) + "\n")
         verdicts = "".join(f"- {d.verdict}\n" for d in differences)
         write_atomically(out / "comparison.md", f"{comparison_result.to_markdown(results)}\n{verdicts}")
         try:
@@ -142,5 +148,5 @@ class Compare(Command):
             console.print(f"no pictures: {error}", markup=False, soft_wrap=True)
         else:
             console.print(*paths, sep="\n", markup=False, soft_wrap=True)
-        print(json.dumps(result))
+        print(json_text(result))
         return 0

@@ -5,6 +5,7 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from moe_jax.cli.command import Command
 from moe_jax.config import ConfigError
@@ -15,6 +16,8 @@ from moe_jax.system.folders import Folder
 @dataclass(frozen=True)
 class Doctor(Command):
     """Verify every checkpoint of a run, each array included."""
+
+    interrupted: ClassVar[str] = "the checkpoints were not all verified; run it again"
 
     run: str
     """Folder of a run."""

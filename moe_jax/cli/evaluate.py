@@ -1,16 +1,19 @@
 """`moe-jax evaluate`."""
 
-import json
 import sys
 from dataclasses import dataclass
+from typing import ClassVar
 
 from moe_jax.cli.command import Command, check_run_folder
 from moe_jax.system import environment
+from moe_jax.system.json_text import json_text
 
 
 @dataclass(frozen=True)
 class Evaluate(Command):
     """Measure loss, bits per byte and drops of a trained model on a text. The last line of the output is JSON."""
+
+    interrupted: ClassVar[str] = "the text was not scored to its end; no result"
 
     run: str
     """Folder of a run."""
@@ -53,5 +56,5 @@ class Evaluate(Command):
             "tokens": scored.tokens,
             "text_has_changed": None if self.data else bool(changed),
         }
-        print(json.dumps(result))
+        print(json_text(result))
         return 0

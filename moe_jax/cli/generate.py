@@ -1,6 +1,7 @@
 """`moe-jax generate`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from moe_jax.cli.command import Command, check_range, check_run_folder
 from moe_jax.system import environment
@@ -9,6 +10,8 @@ from moe_jax.system import environment
 @dataclass(frozen=True)
 class Generate(Command):
     """Continue a text with a trained model."""
+
+    interrupted: ClassVar[str] = "the text ends here; the same --seed writes it again"
 
     run: str
     """Folder of a run."""

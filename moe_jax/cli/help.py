@@ -14,12 +14,10 @@ from collections.abc import Sequence
 from dataclasses import MISSING
 from typing import Any
 
-from moe_jax.cli.arguments import Argument
+from moe_jax.cli.arguments import PATHS, Argument
 from moe_jax.cli.command import COMMANDS, Command, command
 
 WIDEST = 120
-PATHS = {"run", "out", "upcycle", "config", "source", "data", "file", "json", "with_quality", "gpu"}
-"""Fields that name a file or a folder."""
 
 
 def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from moe_jax.cli.command import Command, check_run_folder
+from moe_jax.cli.outputs import check_out_file
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 
@@ -11,6 +13,8 @@ from moe_jax.system import environment
 @dataclass(frozen=True)
 class Inspect(Command):
     """Write the routing report: one HTML file that shows where every token of a text went."""
+
+    interrupted: ClassVar[str] = "the page was not written"
 
     run: str
     """Folder of a run."""
@@ -39,8 +43,8 @@ class Inspect(Command):
 
     def _text(self) -> str:
         for flag, value in (("--out", self.out), ("--json", self.json)):
-            if value and Path(value).is_dir():
-                raise ConfigError(f"{flag} {value}: is a folder; name a file")
+            if value:
+                check_out_file(flag, value)
         if not self.file:
             return self.text
         if self.text:

@@ -4,17 +4,20 @@ The exit status is 2 for a wrong argument, and 1 for any other failure that the 
 stderr, without a traceback. Nothing here imports jax before the arguments of the command are accepted.
 """
 
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from moe_jax.cli.arguments import HINT
 from moe_jax.cli.command import COMMANDS, Command, command
 from moe_jax.config import ConfigError, UserError
+from moe_jax.system import streams
 
 HELP = {"-h", "--help"}
+INTERRUPTED = 130
+"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -40,7 +43,14 @@ def run_as(kind: type[Command], argv: Sequence[str], prog: str) -> int:
 
         print_help(kind, prog, argv)
         return 0
-    return kind.parse(argv).execute()
+    try:
+        return kind.parse(argv).execute()
+    except KeyboardInterrupt:
+        raise Interrupted(kind.interrupted) from None
+
+
+class Interrupted(Exception):
+    """Ctrl-C has ended a command. The text says what that means for its work."""
 
 
 def console() -> int:
@@ -50,32 +60,47 @@ def console() -> int:
 
 def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a program on the arguments. An error that the user can mend becomes one line and an exit status."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a text may have characters that the terminal cannot encode
+    streams.settle()
     try:
-        return program(sys.argv[1:] if argv is None else argv) or 0
+        status = program(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()  # an error of the last write must be found here, and not while Python shuts down
+        return status
     except ConfigError as error:
         return _fail(str(error), 2)
     except UserError as error:
         return _fail(str(error), 1)
+    except Interrupted as error:
+        return _fail(f"interrupted; {error}", INTERRUPTED)
     except KeyboardInterrupt:
-        return _fail("interrupted; training goes on from its last checkpoint with --resume", 130)
-    except BrokenPipeError:  # `generate | head`: the reader of the pipe has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _fail("interrupted", INTERRUPTED)
+    except streams.OutputLost as error:
+        if error.reader_left:  # `generate | head`
+            return 0
+        return _fail(f"standard output cannot be written ({error}); mend that and try again", 1)
     except OSError as error:
         return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; mend this and try again", 1)
     except RuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        message = _of_jax(str(error))
+        if message is None:
             raise
-        return _fail(
+        return _fail(message, 1)
+
+
+def _of_jax(error: str) -> str | None:
+    """What the user can do about an error of jax. None if the error is a defect of this program."""
+    if "RESOURCE_EXHAUSTED" in error:
+        return (
             "the device is out of memory; use --execution.remat, a leaner --optimizer, or a smaller --batch-size; "
-            "`uv run --extra gpu-plan python -m moe_jax plan` finds the settings of a preset that fit a card",
-            1,
+            "`uv run --extra gpu-plan python -m moe_jax plan` finds the settings of a preset that fit a card"
         )
+    if "nable to initialize backend" in error or "nknown backend" in error:
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        return f"JAX_PLATFORMS={platforms}: JAX cannot start this platform; unset the variable, or set it to cpu"
+    return None
 
 
 def _fail(message: str, status: int) -> int:
-    sys.stdout.flush()
+    with suppress(streams.OutputLost):
+        sys.stdout.flush()
     print("error: " + " ".join(message.split()), file=sys.stderr)
     return status

@@ -1,15 +1,15 @@
 """`moe-jax plan`."""
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command
 from moe_jax.config import ConfigError, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
+from moe_jax.system.json_text import json_text
 
 if TYPE_CHECKING:
     from moe_jax.planning.device_memory import Target
@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 TARGETS = Path(__file__).parents[1] / "planning" / "targets"
 """Folder of the GPU descriptions that come with the package."""
 
+LONGEST_DESCRIPTION = 1 << 20
+"""Bytes. The descriptions that come with the package have about 2,000."""
+
 
 @dataclass(frozen=True)
 class Plan(Command):
@@ -26,6 +29,8 @@ class Plan(Command):
 
     The last line of the output is JSON. The exit status is 0 if a setting fits, and 1 if none fits.
     """
+
+    interrupted: ClassVar[str] = "the search stopped early; it starts quickly again, because its results are kept"
 
     preset: PresetName = "seed-158m"
     """The settings to plan for."""
@@ -66,6 +71,13 @@ class Plan(Command):
         names = sorted(p.stem for p in TARGETS.glob("*.txtpb"))
         if self.gpu not in names and not Path(self.gpu).is_file():
             raise ConfigError(f"--gpu {self.gpu}: must be one of {', '.join(names)}, or a file that describes a GPU")
+        if self.gpu not in names:
+            with open(self.gpu, "rb") as file:
+                start = file.read(LONGEST_DESCRIPTION + 1)
+            if len(start) > LONGEST_DESCRIPTION or b"\0" in start or b"device_memory_size" not in start:
+                raise ConfigError(
+                    f"--gpu {self.gpu}: does not describe a GPU; the files in {TARGETS} show how one does"
+                )
 
     def _report(self, rows: "list[Row]", target: "Target") -> int:
         from moe_jax.planning import search
@@ -93,7 +105,7 @@ class Plan(Command):
                 f"measured peak {peak:,.0f} MiB, "
                 f"{peak / planned - 1:+.1%} against the {planned:,.0f} MiB planned for the step"
             )
-        print(json.dumps(result))
+        print(json_text(result))
         return 0 if verdict.fits else 1
 
 

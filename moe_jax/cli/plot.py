@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from moe_jax.cli.command import Command, check_run_folder
+from moe_jax.cli.outputs import check_out_folder
 from moe_jax.system import environment
 
 
@@ -14,6 +16,8 @@ class Plot(Command):
     With several runs, each picture compares them.
     """
 
+    interrupted: ClassVar[str] = "some pictures were not drawn; run it again"
+
     run: list[str]
     """Folder of a run. Repeat the flag to compare several."""
     out: str = ""
@@ -22,6 +26,8 @@ class Plot(Command):
     def execute(self) -> int:
         for run in self.run:
             check_run_folder(run)
+        if self.out:
+            check_out_folder("--out", self.out)
         environment.prepare_environment()
         from moe_jax.plots.figures import run_figures, save_figures
         from moe_jax.system.folders import Folder

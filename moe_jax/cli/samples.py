@@ -1,13 +1,14 @@
 """`moe-jax samples`."""
 
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from moe_jax.cli.command import Command, check_range, check_run_folder
-from moe_jax.config import ConfigError
+from moe_jax.cli.outputs import check_out_file
 from moe_jax.system import environment
+from moe_jax.system.json_text import json_text
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Samples(Command):
     The command also measures how much the model's texts repeat and vary, and compares them with validation texts of the
     same lengths. The last line of the output is JSON.
     """
+
+    interrupted: ClassVar[str] = "the page was not written"
 
     run: str
     """Folder of a run."""
@@ -36,8 +39,8 @@ class Samples(Command):
         check_range("--stories", self.stories, 1, 10_000)
         check_range("--temperature", self.temperature, 0, 100)
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
-        if self.out and Path(self.out).is_dir():
-            raise ConfigError(f"--out {self.out}: is a folder; name a file")
+        if self.out:
+            check_out_file("--out", self.out)
         environment.prepare_environment()
         from moe_jax.experiments import samples
         from moe_jax.inference.generate import TextGenerator
@@ -76,5 +79,5 @@ class Samples(Command):
         print(f"{path}: {len(stories)} texts")
         result = {name: m.to_json() for name, m in measures.items()}
         settled = {"step": run.checkpoint.step, "stories": self.stories, "temperature": self.temperature}
-        print(json.dumps(settled | result))
+        print(json_text(settled | result))
         return 0

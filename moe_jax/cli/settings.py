@@ -15,7 +15,13 @@ from moe_jax.cli.arguments import Argument, Values, arguments_of, read
 from moe_jax.cli.command import Command, Group
 from moe_jax.cli.settings_file import SettingsFile, read_settings
 from moe_jax.config import SECTIONS, ConfigError, RunConfig, load_config
-from moe_jax.config.compatibility import check_resumable, check_upcyclable, load_dense_config, upcycled_defaults
+from moe_jax.config.compatibility import (
+    check_resumable,
+    check_upcyclable,
+    check_vocabulary,
+    load_dense_config,
+    upcycled_defaults,
+)
 from moe_jax.config.errors import FieldError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.corpora import check_source
@@ -97,6 +103,8 @@ def resolve_settings(file: SettingsFile, flags: Values) -> Settings:
     try:
         config = override(start, given)
         check_source(config.data.source)
+        if saved is None and dense is None:
+            check_vocabulary(config)
     except ConfigError as error:
         raise _name_source(error, start, file, flags) from None
     if saved is not None:

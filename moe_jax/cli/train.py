@@ -1,14 +1,17 @@
 """`train.py` and `moe-jax train`: a run from its flags to its report."""
 
+import difflib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Self
 
+from moe_jax.cli.memory import check_memory
+from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.settings import RunCommand
 from moe_jax.config import ConfigError, RunConfig, holds_run
-from moe_jax.system import environment
+from moe_jax.system import environment, streams
 from moe_jax.system.signals import Signals, Stopped
 
 
@@ -20,6 +23,8 @@ class Train(RunCommand):
     flags change them. Every setting has a long flag, --section.name. The usual settings have a short flag too.
     --no-x turns a switch --x off.
     """
+
+    interrupted: ClassVar[str] = "training goes on from its last checkpoint with --resume"
 
     dry_run: bool = False
     """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""
@@ -33,12 +38,17 @@ class Train(RunCommand):
     def execute(self) -> int:
         """Prepare, lock the folder, open the session, train, score, report."""
         config, saved = self.settings
+        if not self.dry_run:
+            check_memory(config)
         notes = environment.prepare_environment(config.execution.deterministic)
+        if config.resume and saved is None:
+            print(new_run_note(Path(config.run_dir)), flush=True)
         if self.dry_run:
             from moe_jax.training.dry_run import print_dry_run
 
             print_dry_run(config)
             return 0
+        streams.outlive_output()
         with Signals() as signals:
             # jax is imported only now, because the arguments are accepted and the environment is set.
             from moe_jax.inspection.report import report_run
@@ -67,7 +77,24 @@ def check_run(config: RunConfig) -> None:
                 f"--{flag}: {module} is not installed; run `uv run --extra {flag} train.py ...`, or give --no-{flag}"
             )
     run = Path(config.run_dir)
-    if run.exists() and not run.is_dir():
-        raise ConfigError(f"--out {run}: is a file; name a folder")
+    check_out_folder("--out", run)
     if holds_run(run) and not config.resume:
         raise ConfigError(f"--out {run}: already holds a run; add --resume to go on with it, or name another folder")
+
+
+def new_run_note(run: Path) -> str:
+    """What to say if --resume finds no run in the folder. Names runs nearby: the folder may be mistyped."""
+    beside = _folders(run.parent)
+    if not beside:  # the mistake may be in the parent's name
+        beside = [p / run.name for p in _folders(run.parent.parent)]
+    names = {str(p): p for p in beside if holds_run(p)}
+    near = difflib.get_close_matches(str(run), names, n=2, cutoff=0.75)
+    hint = f"; perhaps {' or '.join(near)} was meant" if near else ""
+    return f"--resume: {run} holds no run yet, so a new one starts there{hint}"
+
+
+def _folders(parent: Path) -> list[Path]:
+    try:
+        return [p for p in parent.iterdir() if p.is_dir()]
+    except OSError:
+        return []

@@ -1,7 +1,9 @@
 """`moe-jax verify-resume`."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from moe_jax.cli.memory import check_memory
 from moe_jax.cli.settings import RunCommand
 from moe_jax.system import environment
 
@@ -14,8 +16,11 @@ class VerifyResume(RunCommand):
     Both runs are in a temporary folder. The exit status is 1 if a bit differs.
     """
 
+    interrupted: ClassVar[str] = "nothing was shown; its temporary runs are removed"
+
     def execute(self) -> int:
         config = self.settings.config
+        check_memory(config)
         environment.prepare_environment(config.execution.deterministic)
         from moe_jax.runs.verify_resume import verify_resume
 

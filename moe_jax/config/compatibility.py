@@ -7,8 +7,9 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from moe_jax.config.errors import ConfigError, UserError
+from moe_jax.config.errors import ConfigError, FieldError, UserError
 from moe_jax.config.flags import flag_of
+from moe_jax.config.presets import largest_vocabulary
 from moe_jax.config.run import RunConfig, load_config
 
 _DATA_MAY_CHANGE = {"eval_tokens", "source"}
@@ -29,6 +30,20 @@ def check_resumable(saved: RunConfig, config: RunConfig) -> None:
     fixed += [*_fields(config, "model"), *_fields(config, "routing"), *_data_fields(config)]
     hint = "leave the flag out to resume it, or start a new run with another --out"
     _check_same(saved, config, fixed, f"the run in {config.run_dir}", hint)
+
+
+def check_vocabulary(config: RunConfig) -> None:
+    """Raise ConfigError if the model of a new run may have fewer entries than its tokenizer."""
+    given, entries = config.model.vocab_size, largest_vocabulary(config.data)
+    if 0 < given < entries:
+        kind = config.data.tokenizer
+        known = "may have" if kind == "bpe" else "has"
+        raise FieldError(
+            "model",
+            "vocab_size",
+            f"{flag_of('model', 'vocab_size')} {given}",
+            f"the {kind} tokenizer {known} {entries:,} entries; give at least that, or 0",
+        )
 
 
 def load_dense_config(folder: str) -> RunConfig:

@@ -156,11 +156,15 @@ def preset(name: str) -> RunConfig:
     return PRESETS[name]()
 
 
+def largest_vocabulary(data: DataConfig) -> int:
+    """Most entries of the tokenizer, the separator included. A `bpe` tokenizer of a small text has fewer."""
+    return {"gpt2": 50_257, "byte": 257, "bpe": data.vocab_size}[data.tokenizer]
+
+
 def with_vocabulary(config: RunConfig) -> RunConfig:
     """The settings with the vocabulary size that the tokenizer will have, without building the tokenizer.
 
     A `bpe` tokenizer of a small text can end up smaller.
     """
-    sizes = {"gpt2": 50_257, "byte": 257, "bpe": config.data.vocab_size}
-    size = config.model.vocab_size or sizes[config.data.tokenizer]
+    size = config.model.vocab_size or largest_vocabulary(config.data)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from moe_jax.config import DataConfig
 from moe_jax.data.token_store import TokenStore
 from moe_jax.system.files import write_atomically
+from moe_jax.system.json_text import json_text
 
 
 @dataclass(frozen=True)
@@ -41,5 +42,5 @@ def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | N
             kneser_ney_bits_per_byte(train, valid),
         )
         with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
-            write_atomically(path, json.dumps(asdict(found)))
+            write_atomically(path, json_text(asdict(found)))
         return found

@@ -17,7 +17,7 @@ from typing import Protocol, runtime_checkable
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig
 from moe_jax.data.hub import HUB
-from moe_jax.data.text_files import FileCorpus, Span, SplitName, read_documents
+from moe_jax.data.text_files import FileCorpus, Span, SplitName, other_kind, read_documents
 
 
 @runtime_checkable
@@ -37,6 +37,13 @@ class Corpus(Protocol):
         """Hex digest of everything that determines the text. Equal fingerprints mean equal documents."""
         ...
 
+    def reading(self) -> "Corpus":
+        """The same corpus for one pass. Its fingerprint is that of the text that this pass has read.
+
+        A file may be edited while it is read. Then this fingerprint differs from the one that was taken before.
+        """
+        ...
+
     def size(self, split: SplitName) -> int | None:
         """Bytes of the split's source, for a progress bar. None if unknown."""
         ...
@@ -52,9 +59,16 @@ def check_source(source: str) -> None:
         missing = [name for name in ("train.txt", "valid.txt") if not (path / name).is_file()]
         if missing:
             raise ConfigError(f"--data {source}: the folder must hold train.txt and valid.txt; no {missing[0]} in it")
+        files = [path / "train.txt", path / "valid.txt"]
     elif not path.is_file():
         names = ", ".join(NAMED_CORPORA)
         raise ConfigError(f"--data {source}: must be an existing file or folder, or one of {names}")
+    else:
+        files = [path]
+    for file in files:
+        problem = other_kind(file)
+        if problem is not None:
+            raise ConfigError(f"--data {file}: {problem}")
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -98,6 +112,9 @@ class EmbeddedCorpus:
         from moe_jax.data.synthetic import stories
 
         return stories.fingerprint(self.seed, self.count)
+
+    def reading(self) -> "EmbeddedCorpus":
+        return self
 
     def size(self, split: SplitName) -> int | None:
         return None

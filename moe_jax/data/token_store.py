@@ -21,7 +21,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from errno import EDQUOT, ENOSPC
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,7 +32,8 @@ from moe_jax.data.corpora import Corpus, open_corpus
 from moe_jax.data.text_files import SplitName
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from moe_jax.system.console import Report, byte_progress
-from moe_jax.system.files import cache_dir, locked
+from moe_jax.system.files import cache_dir, disk_cause, locked
+from moe_jax.system.json_text import json_text
 
 FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
 _BATCH_BYTES = 1 << 20  # text encoded at a time
@@ -99,12 +99,13 @@ def prepare_token_store(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if tokenizer is None:
-            tokenizer = _cached_tokenizer(data, corpus, fingerprint, cache)
+            tokenizer = _cached_tokenizer(data, corpus, fingerprint, cache, progress)
         store = _open_or_build(corpus, fingerprint, tokenizer, cache, progress)
     except OSError as error:
-        full = error.errno in (ENOSPC, EDQUOT)
-        cause = "the disk is full; free space there" if full else f"cannot be written ({error.strerror}); mend that"
-        raise UserError(f"token cache {cache}: {cause}, or set MOE_JAX_CACHE to another folder") from None
+        raise UserError(
+            f"token cache {cache}: cannot be written ({disk_cause(error)}); mend that, or set MOE_JAX_CACHE to another "
+            "folder"
+        ) from None
     if seq_len is not None:
         _check_length(store, seq_len)
     return store
@@ -154,7 +155,7 @@ def _check_length(store: TokenStore, seq_len: int) -> None:
         raise UserError(f"--data {store.source}: {valid} validation tokens, 2 are needed; give a longer text")
 
 
-def _cached_tokenizer(data: DataConfig, corpus: Corpus, fingerprint: str, cache: Path) -> Tokenizer:
+def _cached_tokenizer(data: DataConfig, corpus: Corpus, fingerprint: str, cache: Path, progress: bool) -> Tokenizer:
     if data.tokenizer != "bpe":
         return train_tokenizer(data, corpus)
     folder = cache / "tokenizers"
@@ -162,7 +163,9 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, fingerprint: str, cache:
     try:
         return load_tokenizer(path)
     except UserError:  # none yet, or a damaged one
-        tokenizer = train_tokenizer(data, corpus)
+        reading = corpus.reading()
+        tokenizer = train_tokenizer(data, reading, progress)
+        _check_unchanged(reading, fingerprint)
         folder.mkdir(exist_ok=True)
         tokenizer.save(path)
         return tokenizer
@@ -199,10 +202,11 @@ def _open_or_build(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache
 
 
 def _build(folder: Path, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, progress: bool) -> None:
-    splits = {}
+    splits, reading = {}, corpus.reading()
     for name in _SPLITS:
         with byte_progress(f"tokenizing {name}", "documents", corpus.size(name), progress) as report:
-            splits[name] = _write_split(folder / f"{name}.bin", corpus.documents(name), tokenizer, report)
+            splits[name] = _write_split(folder / f"{name}.bin", reading.documents(name), tokenizer, report)
+    _check_unchanged(reading, fingerprint)
     tokenizer.save(folder / "tokenizer.json")
     manifest = {
         "format": FORMAT,
@@ -213,8 +217,14 @@ def _build(folder: Path, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer,
         "splits": splits,
     }
     with (folder / "manifest.json").open("wb") as file:
-        file.write(json.dumps(manifest, indent=2).encode())
+        file.write(json_text(manifest, indent=2).encode())
         _to_disk(file)
+
+
+def _check_unchanged(reading: Corpus, fingerprint: str) -> None:
+    """Raise UserError if the text that was read is not the text of the fingerprint, under which the result is kept."""
+    if reading.fingerprint() != fingerprint:
+        raise UserError(f"--data {reading.name}: the text was changed while it was read; start again")
 
 
 def _to_disk(file: BinaryIO) -> None:

@@ -12,6 +12,7 @@ holds no vocabulary, since tiktoken has it.
 
 import codecs
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,15 @@ import xxhash
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data.corpora import Corpus
 from moe_jax.data.text_files import SEPARATOR
+from moe_jax.system.console import Report, byte_progress
 from moe_jax.system.files import write_atomically
 from moe_jax.system.folders import Folder
+from moe_jax.system.json_text import json_text
 
 TRAINING_BYTES = 50_000_000
 _LONGEST_ENTRY = 256  # most bytes of a BPE entry; without it, 40 merges in a hostile file could make an entry of 1 TiB
+_LONGEST_WORD = 512
+"""Bytes of a word that a `bpe` tokenizer learns from. Words of ordinary text are far shorter."""
 _MOST_MERGES = 1 << 20
 
 EncodeBatch = Callable[[list[str]], list[Any]]
@@ -105,7 +110,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON. The file is whole or absent, never half written."""
-        write_atomically(Path(path), json.dumps(self.to_dict()))
+        write_atomically(Path(path), json_text(self.to_dict()))
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -124,7 +129,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: {error}") from None
 
 
-def train_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
+def train_tokenizer(data: DataConfig, corpus: Corpus, progress: bool = False) -> Tokenizer:
     """The tokenizer that `data` asks for.
 
     A `bpe` tokenizer is trained on the first 50 MB of the corpus' training text. Equal text gives an equal tokenizer.
@@ -134,7 +139,12 @@ def train_tokenizer(data: DataConfig, corpus: Corpus) -> Tokenizer:
         return _gpt2()
     if data.tokenizer == "byte":
         return _byte()
-    return _bpe(_learn_merges(_limited(corpus.documents("train")), data.vocab_size))
+    size = corpus.size("train")
+    total = None if size is None else min(size, TRAINING_BYTES)
+    if progress:
+        print(f"learning a tokenizer of {data.vocab_size:,} entries ...", file=sys.stderr, flush=True)
+    with byte_progress("learning the tokenizer", "documents", total, progress) as report:
+        return _bpe(_learn_merges(_limited(corpus.documents("train"), report), data.vocab_size))
 
 
 class StreamDecoder:
@@ -204,7 +214,14 @@ def _learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[int]]:
     import tokenizers
 
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
-    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # Learning takes time quadratic in the length of a word. So a longer word, such as a genome, counts as several.
+    pieces = tokenizers.Regex(f".{{{_LONGEST_WORD}}}")
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
+            tokenizers.pre_tokenizers.Split(pieces, behavior="isolated"),
+        ]
+    )
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,
@@ -248,11 +265,12 @@ def _bpe(merges: Any) -> Tokenizer:
     return Tokenizer({"kind": "bpe", "merges": merges}, entries, encoding.encode_ordinary_batch)
 
 
-def _limited(documents: Iterator[str]) -> Iterator[str]:
+def _limited(documents: Iterator[str], report: Report) -> Iterator[str]:
     """The first documents, until they have at least TRAINING_BYTES bytes together."""
-    left = TRAINING_BYTES
-    for document in documents:
+    size = 0
+    for count, document in enumerate(documents, 1):
         yield document
-        left -= len(document.encode())
-        if left <= 0:
+        size += len(document.encode())
+        report(count, size)
+        if size >= TRAINING_BYTES:
             return

@@ -29,6 +29,7 @@ from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.summary import read_summary
 from moe_jax.system import machine
 from moe_jax.system.files import write_atomically
+from moe_jax.system.json_text import json_text
 from moe_jax.system.signals import Signals
 from moe_jax.system.timing import alternate
 from moe_jax.training.loop import finish, train
@@ -112,7 +113,7 @@ class Plan:
             "steps": {arm.name: arm.steps for arm in self.arms()},
             "machine": machine.describe(),
         }
-        write_atomically(path, json.dumps(document, indent=1) + "\n")
+        write_atomically(path, json_text(document, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Plan":

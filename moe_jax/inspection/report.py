@@ -21,7 +21,6 @@ all the numbers that it shows as one JSON object (`<script type="application/jso
 import base64
 import hashlib
 import html
-import json
 import sys
 from importlib import resources
 from pathlib import Path
@@ -43,6 +42,7 @@ from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.runs.summary import read_summary
 from moe_jax.system.files import write_output
 from moe_jax.system.folders import Folder
+from moe_jax.system.json_text import json_text
 
 SCHEMA = 1
 REPORT, PAGE = "report", "routing.html"
@@ -225,7 +225,7 @@ def _rounded(values: np.ndarray, digits: int) -> list[float | None]:
 
 
 def _json(data: dict[str, Any]) -> str:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return json_text(data, ensure_ascii=False, separators=(",", ":"))
 
 
 def render(data: dict[str, Any]) -> str:

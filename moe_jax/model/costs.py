@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.model.moe.layer import block_rows
 
 
 class Count(NamedTuple):
@@ -99,6 +98,8 @@ def multiplied_rows(config: ModelConfig, batch: int) -> int:
     """
     tokens = batch * config.seq_len
     if config.routing.dispatch == "blocks":
+        from moe_jax.model.moe.layer import block_rows  # imports jax, which the other formulas do without
+
         pairs = tokens * config.routing.top_k
         block = block_rows(pairs, config.experts)
         return (config.experts + (pairs - 1) // block) * block

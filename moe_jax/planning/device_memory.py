@@ -23,6 +23,7 @@ from jax.sharding import SingleDeviceSharding
 from moe_jax.config import UserError
 from moe_jax.system.environment import has_cuda_plugin
 from moe_jax.system.files import cache_dir, write_atomically
+from moe_jax.system.json_text import json_text
 
 GPU_TARGETS = Path(__file__).parent / "targets"
 """Folder with one description file for each GPU."""
@@ -86,7 +87,10 @@ def load_target(name: str) -> Target:
     """The target of this name that comes with the package, or else the target in the file of this path."""
     ours = GPU_TARGETS / f"{name}.txtpb"
     path = ours if ours.is_file() else Path(name)
-    return Target(path.stem, path.read_text(encoding="utf-8"))
+    try:
+        return Target(path.stem, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"--gpu {name}: is not UTF-8; the files in {GPU_TARGETS} show how a GPU is described") from None
 
 
 def target_of_device(device: Any) -> Target:
@@ -154,7 +158,11 @@ def _device(target: Target) -> SingleDeviceSharding:
     from jax.experimental import topologies
 
     # One host, one process, one device.
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target.text)
+    try:
+        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target.text)
+    except (RuntimeError, ValueError) as error:
+        cause = str(error).partition("\n")[0]
+        raise UserError(f"--gpu {target.name}: XLA cannot read this description ({cause}); correct it") from None
     return SingleDeviceSharding(topology.devices[0])
 
 
@@ -171,7 +179,7 @@ def _measured(target: Target, lowered: Any, options: dict[str, bool]) -> Memory:
     memory = _compile(lowered, options)
     with contextlib.suppress(OSError):  # a cache that cannot be written: it is compiled again the next time
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(asdict(memory)), durable=False)
+        write_atomically(path, json_text(asdict(memory)), durable=False)
     return memory
 
 

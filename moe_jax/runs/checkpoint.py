@@ -35,6 +35,7 @@ from moe_jax.runs import manifest
 from moe_jax.runs.arrays import PARAMS, named_leaves, read_arrays, write_arrays, write_weights
 from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
 from moe_jax.runs.migrations import MANIFEST_VERSION
+from moe_jax.system.files import disk_cause
 from moe_jax.system.folders import Folder
 from moe_jax.system.machine import versions
 from moe_jax.system.step_names import REPLACED, checkpoint_step, step_name, step_number
@@ -103,7 +104,7 @@ class CheckpointStore:
             self._publish(draft, final)
         except Exception as error:
             _remove_draft(draft)
-            cause = _disk_cause(error)
+            cause = disk_cause(error)
             if cause is None:
                 raise
             raise UserError(
@@ -328,16 +329,3 @@ def _sync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-def _disk_cause(error: Exception) -> str | None:
-    """The cause of an error of the file system, or None for another error. For tensorstore and safetensors, it is found
-    in the text of the error."""
-    if isinstance(error, OSError) and error.errno is not None:
-        return "the disk is full" if error.errno in _FULL else error.strerror or str(error)
-    if any(os.strerror(number) in str(error) for number in _FULL):
-        return "the disk is full"
-    return str(error) if isinstance(error, OSError) else None

@@ -16,7 +16,6 @@ be the lock of the folder: see `RunLock`.
 """
 
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -31,6 +30,7 @@ from moe_jax.runs import metrics, snapshots, summary
 from moe_jax.runs.identity import new_run_id
 from moe_jax.system.files import locked
 from moe_jax.system.folders import Folder, unguarded
+from moe_jax.system.json_text import json_text
 from moe_jax.system.machine import versions
 from moe_jax.system.step_names import step_name
 
@@ -134,7 +134,7 @@ class RunFolder:
         return run_id
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
-        self.files.write(self.tokenizer.name, json.dumps(tokenizer.to_dict()))
+        self.files.write(self.tokenizer.name, json_text(tokenizer.to_dict()))
 
     def record_resume(self, saved: RunConfig, config: RunConfig, step: int, run_id: str) -> list[str]:
         """Add to the history in config.json the settings that changed since the checkpoint that is resumed.
@@ -160,7 +160,7 @@ class RunFolder:
         # `resume` says how the program was called, not what the run is.
         values = dataclasses.replace(config, resume=False).to_dict()
         document = values | {"run_id": run_id, "versions": versions(), "history": history}
-        self.files.write("config.json", json.dumps(document, indent=2) + "\n")
+        self.files.write("config.json", json_text(document, indent=2) + "\n")
 
     def truncate_logs_after(self, step: int, evaluated: int) -> None:
         """Remove what was logged after a checkpoint: training records after `step`, evaluations after `evaluated`.
@@ -188,10 +188,10 @@ class RunFolder:
 
     def add_trace(self, step: int, trace: dict[str, Any]) -> None:
         self.files.make(snapshots.FOLDER)
-        self.files.write(f"{snapshots.FOLDER}/{step_name(step)}.json", json.dumps({"step": step} | trace) + "\n")
+        self.files.write(f"{snapshots.FOLDER}/{step_name(step)}.json", json_text({"step": step} | trace) + "\n")
 
     def write_summary(self, values: dict[str, Any]) -> None:
-        self.files.write(summary.NAME, json.dumps(values, indent=2) + "\n")
+        self.files.write(summary.NAME, json_text(values, indent=2) + "\n")
 
 
 _NO_SETTINGS = ("out", "resume")

@@ -28,7 +28,8 @@ def byte_progress(what: str, items: str, total: int | None, shown: bool = True) 
 @contextmanager
 def _bar(what: str, items: str, total: int | None) -> Iterator[Report]:
     from rich import progress
-    from rich.console import Console
+
+    from moe_jax.system.rich_console import Console
 
     columns = (
         progress.TextColumn("{task.description}"),

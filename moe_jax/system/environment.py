@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from moe_jax.system.files import cache_dir
+from moe_jax.system.limits import check_limits
 
 SMALL_CARD_MIB = 8500
 """A card with at most this memory is small. On a larger card, JAX's default share of 75 % leaves enough for JAX and for
@@ -36,12 +37,18 @@ def has_cuda_plugin() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
 
 
+def runs_on_cpu() -> bool:
+    """Whether jax computes, or will compute, on the CPU: as JAX_PLATFORMS says, else where there is no usable card."""
+    return os.environ.get("JAX_PLATFORMS", "" if has_nvidia_card() and has_cuda_plugin() else "cpu") == "cpu"
+
+
 def prepare_environment(deterministic: bool = False) -> list[str]:
     """Set the environment for jax. Returns notes to print. May restart the program, on a CPU.
 
     With `deterministic`, XLA uses no GPU program whose result differs in its bits from run to run, such as atomic
     additions, or kernels that are chosen by timing them.
     """
+    check_limits()
     notes: list[str] = []
     if deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
@@ -51,10 +58,10 @@ def prepare_environment(deterministic: bool = False) -> list[str]:
                 "this machine has an NVIDIA card, but JAX's CUDA plugin is not installed: `uv run --extra cuda12 ...` "
                 "uses the card"
             )
-        if not (has_nvidia_card() and has_cuda_plugin()):
+        if runs_on_cpu():
             os.environ["JAX_PLATFORMS"] = "cpu"  # a plugin without a card prints a traceback at import
-    if os.environ.get("JAX_PLATFORMS") == "cpu":
-        _restart_with_malloc_settings()
+    if runs_on_cpu():
+        notes += _restart_with_malloc_settings()
     else:
         notes += _set_memory_fraction()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
@@ -96,18 +103,51 @@ def memory_share(total: float, free: float) -> float:
     return math.floor(100 * min(max((free - CUDA_MIB) / total, 0.1), 0.9)) / 100
 
 
-def _restart_with_malloc_settings() -> None:
+def _restart_with_malloc_settings() -> list[str]:
     """Restart the program with glibc settings under which the allocator keeps freed memory. Only where there is glibc.
 
     XLA's CPU client allocates the temporary buffers of a program at each call. By default glibc gets them from the
     kernel and returns them, so in every training step the kernel maps and zeroes all their pages again: a third of the
     time of a step of preset nano. All threads share one heap (`arena_max=1`), because orbax starts new threads at each
     save. With a heap for each thread, nano held 110 MB more, the amount grew with every save, and a step was 8 %
-    slower. glibc reads these settings only when a process starts, so the process is restarted.
+    slower. glibc reads these settings only when a process starts, so the process replaces itself (execv), with the same
+    process id. MOE_JAX_RESTART=0 refuses that. A program that a debugger, a profiler or a launcher has started is left
+    alone, because the restart would lose it. Returns a note for a program that goes on without the settings.
     """
-    if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ or not sys.orig_argv[0]:
-        return
+    if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
+        return []
+    if os.environ.get("MOE_JAX_RESTART") == "0" or is_traced() or not is_plain_start(sys.orig_argv):
+        return [f"without a restart for glibc's allocator, steps may be slower; GLIBC_TUNABLES={_TUNABLES} sets it"]
     os.environ["GLIBC_TUNABLES"] = _TUNABLES
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+    raise AssertionError("a process that has replaced itself does not go on")
+
+
+def is_traced() -> bool:
+    """Whether a debugger, a profiler or a measurement of coverage watches this process."""
+    tools = any(sys.monitoring.get_tool(number) is not None for number in range(6))
+    return tools or sys.gettrace() is not None or sys.getprofile() is not None
+
+
+PROGRAMS = {"train.py", "benchmark.py", "moe-jax", "moe_jax"}
+"""The programs that may restart themselves: scripts by their name, and the package by `-m`."""
+
+
+def is_plain_start(command: list[str]) -> bool:
+    """Whether a command line is Python, options of Python, and then one of our programs.
+
+    Not plain are `python -m pdb train.py`, `coverage run train.py` and `python launcher.py train.py`.
+    """
+    words = iter(command[1:])
+    for word in words:
+        if word == "-m":
+            return next(words, "") in PROGRAMS
+        if word in ("-X", "-W"):
+            next(words, "")
+        elif word.startswith("-c") or word in ("-", "-i"):
+            return False
+        elif not word.startswith("-"):
+            return Path(word).name in PROGRAMS
+    return False

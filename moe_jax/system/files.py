@@ -30,6 +30,24 @@ def cache_dir() -> Path:
     return platformdirs.user_cache_path("moe-jax")
 
 
+def disk_cause(error: Exception) -> str | None:
+    """The cause of an error of the file system, or None for another error. For tensorstore and safetensors, it is found
+    in the text of the error."""
+    for cause, numbers in _CAUSES.items():
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in numbers:
+                return cause
+        elif any(os.strerror(number) in str(error) for number in numbers):
+            return cause
+    return (error.strerror or str(error)) if isinstance(error, OSError) else None
+
+
+_CAUSES = {
+    "the disk is full": (errno.ENOSPC, errno.EDQUOT),
+    "a file is larger than `ulimit -f` allows": (errno.EFBIG,),
+}
+
+
 def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
     """Replace a plain file by a rename: see `Folder.write`. Raises UnsafeFile if something else has the name."""
     Folder(path.parent).write(path.name, content, durable)

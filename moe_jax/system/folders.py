@@ -13,6 +13,7 @@ Standard library only.
 import errno
 import json
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -117,8 +118,6 @@ class Folder:
                 if not stat.S_ISREG(mode):
                     _refuse(self.path / name, mode)
             draft = str(draft_of(Path(last)))
-            with suppress(FileNotFoundError):
-                os.unlink(draft, dir_fd=parent)  # left by a process with the same id, or put there as a link
             descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _OPEN, 0o666, dir_fd=parent)
             try:
                 with os.fdopen(descriptor, "wb") as file:
@@ -216,5 +215,8 @@ class Folder:
 
 
 def draft_of(path: Path) -> Path:
-    """The temporary name under which this process writes a file, before it is renamed to `path`."""
-    return path.with_name(f".{path.name}.{os.getpid()}.draft")
+    """A new temporary name, under which a file is written before it is renamed to `path`. No two calls give the same.
+
+    A process id is not enough: threads share it, and containers that share a folder each have a process 1.
+    """
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.draft")

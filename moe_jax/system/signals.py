@@ -1,4 +1,8 @@
-"""What happens at Ctrl-C (SIGINT) and SIGTERM: the first signal saves and stops the run, a second ends it at once.
+"""What happens at a signal that asks to stop: the first one saves and stops the run.
+
+These signals are Ctrl-C (SIGINT), SIGTERM, a closed terminal (SIGHUP), a scheduler's warnings (SIGUSR1, SIGUSR2), the
+end of the processor time (SIGXCPU) and an alarm (SIGALRM). A second SIGINT or SIGTERM ends the run at once. The others
+may come again and again without harm. A signal that was ignored at the start stays ignored, such as SIGHUP under nohup.
 
 `Signals` notes that a signal came. `training.loop.evaluate_and_save_if_due` reads that after each step, saves a
 checkpoint and raises `Stopped`.
@@ -22,10 +26,14 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
-HANDLED = (signal.SIGTERM, signal.SIGINT)
+INSISTENT = (signal.SIGTERM, signal.SIGINT)
+"""Signals of a person. The second one means: leave at once."""
+_OTHERS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
+HANDLED = (*INSISTENT, *(getattr(signal, name) for name in _OTHERS if hasattr(signal, name)))  # Windows has few
 DUPLICATE_SIGNAL_SECONDS = 0.5
 """A shell and `uv run` may both forward one Ctrl-C. A signal within this time after the first counts as the same one.
 """
+_SAY_SECONDS = 1.0
 
 
 class Stopped(Exception):
@@ -45,11 +53,16 @@ class Signals:
         self.unsaved = False
         """Whether the process holds steps that are in no checkpoint. If not, the first signal ends it at once."""
         self._raises = False
+        self._said = False
 
     def __enter__(self) -> Self:
         self._listen, self._wake = socket.socketpair()
         self._wake.setblocking(False)
-        self._before: dict[int, Any] = {number: signal.signal(number, self._handle) for number in HANDLED}
+        self._before: dict[int, Any] = {
+            number: signal.signal(number, self._handle)
+            for number in HANDLED
+            if number in INSISTENT or signal.getsignal(number) != signal.SIG_IGN
+        }
         self._fd_before = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
         threading.Thread(target=self._watch, daemon=True).start()
         return self
@@ -80,23 +93,42 @@ class Signals:
             raise Stopped(number)
 
     def _watch(self) -> None:
-        first: float | None = None
+        first: float | None = None  # when a person asked first
         with self._listen as listen:
             while data := listen.recv(1):
-                if data[0] not in HANDLED:
+                number = data[0]
+                if number not in self._before:
                     continue
-                now = time.monotonic()
-                if first is not None and now - first < DUPLICATE_SIGNAL_SECONDS:
+                if not self.unsaved:
+                    _leave(number)
+                if number in INSISTENT:
+                    now = time.monotonic()
+                    if first is not None and now - first < DUPLICATE_SIGNAL_SECONDS:
+                        continue
+                    if first is not None:
+                        _leave(number)
+                    first = now
+                elif self._said:
                     continue
-                if first is not None or not self.unsaved:
-                    _leave(data[0])
-                first, self.stop_signal = now, data[0]
-                name = signal.Signals(data[0]).name
-                print(f"{name}: stopping after this step is saved; send it again to leave at once", file=sys.stderr)
+                self.stop_signal = self.stop_signal or number
+                self._said = True
+                again = "send it again to leave" if number in INSISTENT else "SIGTERM leaves"
+                _say(f"{signal.Signals(number).name}: stopping after this step is saved; {again} at once")
 
 
 def _leave(number: int) -> None:
-    print(f"left at {signal.Signals(number).name}; go on from the newest checkpoint with --resume", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _say(f"left at {signal.Signals(number).name}; go on from the newest checkpoint with --resume")
     os._exit(128 + number)
+
+
+def _say(text: str) -> None:
+    """Print a line on stderr, and flush stdout. Wait a moment at most: the reader of a pipe may have stopped."""
+
+    def say() -> None:
+        print(text, file=sys.stderr, flush=True)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+    printing = threading.Thread(target=say, daemon=True)
+    printing.start()
+    printing.join(_SAY_SECONDS)

@@ -5,7 +5,6 @@ import math
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from moe_jax.config import SECTIONS, RunConfig
@@ -15,6 +14,7 @@ from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.transformer import abstract_model
 from moe_jax.system import timing
+from moe_jax.system.rich_console import Console
 from moe_jax.training.optimizers.factory import make_optimizer, state_bytes
 
 LOWEST, HIGHEST = 0.3, 0.6
@@ -24,7 +24,7 @@ MIB = 2**20
 
 def print_dry_run(config: RunConfig) -> None:
     """Print the differences from the preset, all settings, the parameters, the memory and the time."""
-    console = Console(highlight=False)
+    console = Console()
     policy = choose_policy(config.execution.compute_dtype)
     console.print(f"[bold]dry run[/bold] of {config.run_dir}: nothing is trained, nothing is written\n")
     changes = _changes_table(config)

@@ -1,14 +1,13 @@
 """Where training writes its numbers: always to metrics.jsonl, and to TensorBoard and Weights & Biases on request."""
 
 import dataclasses
-import json
-import math
 import os
 from typing import Any
 
 from moe_jax.config import RunConfig
 from moe_jax.runs import metrics
 from moe_jax.system.folders import Folder
+from moe_jax.system.json_text import json_text
 
 
 class MetricsLog:
@@ -23,7 +22,7 @@ class MetricsLog:
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
         self._guard()
-        self._file.write(json.dumps(_finite(record)).encode() + b"\n")
+        self._file.write(json_text(record).encode() + b"\n")
         self._file.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
         if self._tensorboard is not None:
@@ -60,15 +59,6 @@ def add_load(writer: Any, name: str, load: list[float], step: int) -> None:
         bucket_counts=load,
         global_step=step,
     )
-
-
-def _finite(value: Any) -> Any:
-    """The value, with None in place of numbers that are not finite, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tensorboard(run: Folder) -> Any:

@@ -1,7 +1,6 @@
 """Find the arrays that are not finite, and keep the batch and their names for a diagnosis."""
 
 import io
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from flax import nnx
 from moe_jax.config import TrainConfig
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.system.folders import Folder
+from moe_jax.system.json_text import json_text
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.system.step_names import step_name
 from moe_jax.training.state import TrainState
@@ -56,5 +56,5 @@ def diagnose(
     run.write(f"{name}.npy", array.getvalue())
     document = {"step": step, "first": first, "not_finite": bad, "skipped": int(state.skipped)}
     document |= {"batch": f"{step_name(step)}.npy", "loss_scale": float(state.loss_scale.scale)}
-    run.write(f"{name}.json", json.dumps(document, indent=1) + "\n")
+    run.write(f"{name}.json", json_text(document, indent=1) + "\n")
     return run.path / f"{name}.json", first

@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax
-from rich.console import Console
 from rich.table import Table
 
 from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.model.step_memory import least_step_bytes
+from moe_jax.system.rich_console import Console
 from moe_jax.training.optimizers.factory import state_bytes, warmup_steps
 from moe_jax.training.session import Session
 
@@ -16,7 +17,7 @@ def print_run_header(session: Session, notes: list[str]) -> None:
     """Print the notes, and the data, model, precision, memory and plan of the run."""
     config, store, baselines = session.config, session.data.store, session.data.baselines
     muon = config.train.optimizer == "muon"
-    console = Console(highlight=False)
+    console = Console()
     for note in (*notes, *session.notes):
         console.print(note, markup=False, soft_wrap=True)
     rows = {
@@ -68,7 +69,11 @@ def _memory_line(session: Session) -> str:
     weights = sum(p.size * p.dtype.itemsize for p in params) / sum(p.size for p in params)
     state = state_bytes(session.programs.optimizer, session.state.params)
     kind = session.config.train.optimizer
-    return f"{weights:.2f} bytes a parameter, as many for its gradient, and {state:.2f} for the state of {kind}"
+    least = least_step_bytes(session.config) / 2**20
+    return (
+        f"at least {least:,.0f} MiB in a training step; {weights:.2f} bytes a parameter, as many for its gradient, and "
+        f"{state:.2f} for the state of {kind}"
+    )
 
 
 def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:
@@ -84,7 +89,7 @@ def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:
 
 def print_result(session: Session, result: dict[str, Any]) -> None:
     """Print the result of a run: its score, its folder, and the command that generates text."""
-    console = Console(highlight=False)
+    console = Console()
     floor = result["entropy_floor_bits_per_byte"]
     compared = ""
     if floor is not None:

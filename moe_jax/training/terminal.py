@@ -1,12 +1,12 @@
 """The progress of a run on the terminal: a bar where there is one, plain lines elsewhere."""
 
 import math
-import sys
 import time
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
+
+from moe_jax.system.rich_console import Console
 
 SMOOTHING = 0.8
 """Decay per logged step of the running mean of the loss on the terminal. The files hold the unsmoothed loss."""
@@ -16,7 +16,7 @@ class Terminal:
     """The progress of a run: a bar on a terminal, plain lines elsewhere."""
 
     def __init__(self, steps: int, first: int) -> None:
-        self.console = Console(file=sys.stdout, highlight=False)
+        self.console = Console()
         self._steps, self._average, self._begin, self._first = steps, math.nan, time.monotonic(), first
         self._bar = None
         if self.console.is_terminal:

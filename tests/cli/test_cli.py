@@ -91,6 +91,8 @@ BAD_COMMANDS = [
     (["completion"], ["SHELL", "bash", "zsh", "tcsh"]),
     (["completion", "fish"], ["SHELL fish", "bash"]),
     (["plan", "--gpu", "abacus"], ["--gpu abacus", "rtx3050-4gb"]),
+    (["plan", "--gpu", "/bin/ls"], ["--gpu /bin/ls", "does not describe a GPU"]),
+    (["plan", "--gpu", "held/config.json"], ["--gpu held/config.json", "does not describe a GPU"]),
     (["generate", "--run", "held", "--step", "0.5"], ["--step 0.5", "is not a whole number"]),
     (["generate"], ["--run", "must be given"]),
     (["generate", "--run", "no/such/run"], ["--run", "no/such/run"]),

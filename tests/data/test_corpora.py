@@ -1,5 +1,6 @@
 """Corpora: what is a document, what validates, and how bad sources are answered."""
 
+import gzip
 import subprocess
 import sys
 import tracemalloc
@@ -241,3 +242,39 @@ def test_the_embedded_corpus_generates_its_splits():
     prints = [open_corpus(DataConfig(stories=n, stories_seed=seed)).fingerprint() for n, seed in settings]
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.txt", gzip.compress(b"text"), "gzip"),
+        ("a.zip", b"PK\x03\x04rest", "zip archive"),
+        ("a.parquet", b"PAR1rest", "Parquet"),
+        ("a.txt", "text".encode("utf-16"), "UTF-16"),
+        ("a.jsonl", b' {"text": "a story"}\n', "JSON"),
+        ("a.json", b"[1, 2]", "JSON"),
+        ("a.txt", b"%PDF-1.7", "pdftotext"),
+    ],
+)
+def test_files_of_other_kinds_are_said_for_what_they_are(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"--data {path}: .*{said}"):
+        check_source(str(path))
+    for other in ("train.txt", "valid.txt"):
+        (tmp_path / other).write_bytes(b"text")
+    if name.endswith(".txt"):
+        path.rename(tmp_path / "valid.txt")
+        with pytest.raises(ConfigError, match=f"--data {tmp_path}/valid.txt: .*{said}"):
+            check_source(str(tmp_path))
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    documents = [f"story {i}" for i in range(40)]
+    text = "<|endoftext|>".join(documents).encode()
+    (tmp_path / "plain.txt").write_bytes(text)
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + text)
+    for split in ("train", "valid"):
+        assert documents_of(str(tmp_path / "marked.txt"), split) == documents_of(str(tmp_path / "plain.txt"), split)
+    (tmp_path / "braces.txt").write_bytes(b'{"this": "is a text by its name"}')
+    check_source(str(tmp_path / "braces.txt"))

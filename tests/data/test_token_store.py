@@ -231,7 +231,12 @@ def test_a_build_that_stops_leaves_nothing(data, cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("code", "words"), [(errno.ENOSPC, "the disk is full; free space"), (errno.EROFS, "cannot be written")]
+    ("code", "words"),
+    [
+        (errno.ENOSPC, "cannot be written .the disk is full"),
+        (errno.EFBIG, "cannot be written .a file is larger than `ulimit -f` allows"),
+        (errno.EROFS, "cannot be written .Read-only"),
+    ],
 )
 def test_a_disk_that_takes_no_more_is_said_in_one_line(code, words, data, cache, monkeypatch):
     def fail(_):
@@ -247,6 +252,31 @@ def test_a_cache_that_is_a_file_is_said_in_one_line(data, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="MOE_JAX_CACHE"):
         prepare_token_store(data, cache=tmp_path / "file", progress=False)
+
+
+@pytest.mark.parametrize("step", ["_write_split", "train_tokenizer"])
+def test_a_text_edited_while_it_is_read_is_not_kept(step, tmp_path, cache, monkeypatch):
+    """Edited before it is read and restored after: what was made of it is not the text that its digest names."""
+    source = write_folder(tmp_path / "text", ["the fox and the fox and the fox"], ["the hen and the hen"])
+    file, true = tmp_path / "text" / "train.txt", getattr(token_store, step)
+    data = DataConfig(source=source, tokenizer="bpe", vocab_size=270)
+    expected = prepare_token_store(data, cache=tmp_path / "other", progress=False)
+
+    def while_edited(*arguments, **options):
+        whole = file.read_text()
+        file.write_text(whole.replace("fox", "cat"))
+        try:
+            return true(*arguments, **options)
+        finally:
+            file.write_text(whole)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(token_store, step, while_edited)
+        with pytest.raises(UserError, match="the text was changed while it was read; start again"):
+            prepare_token_store(data, cache=cache, progress=False)
+    assert leftovers(cache) == []
+    store = prepare_token_store(data, cache=cache, progress=False)
+    assert (store.digest, store.tokenizer.digest) == (expected.digest, expected.tokenizer.digest)
 
 
 def test_a_text_shorter_than_a_context_is_refused(data, cache):
@@ -278,6 +308,14 @@ def test_progress_is_lines_without_a_terminal_and_nothing_where_it_is_not_wanted
     shutil.rmtree(cache)
     prepare_token_store(data, cache=cache, progress=False)
     assert capsys.readouterr() == ("", "")
+
+
+def test_learning_a_tokenizer_shows_progress(tmp_path, cache, capsys):
+    source = write_folder(tmp_path / "text")
+    prepare_token_store(DataConfig(source=source, tokenizer="bpe", vocab_size=300), cache=cache)
+    begun, learned, *_ = capsys.readouterr().err.splitlines()
+    assert begun == "learning a tokenizer of 300 entries ..."
+    assert "learning the tokenizer: 3 documents" in learned
 
 
 def test_progress_is_a_bar_on_a_terminal(data, cache, monkeypatch):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import tokenizers
+from moe_jax.data.synthetic import stories
 from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
 
@@ -267,3 +268,17 @@ def test_a_stream_is_the_text_piece_by_piece(tokenizer, data):
     ids = data.draw(st.lists(st.integers(0, tokenizer.vocab_size - 1), max_size=30))
     decoder = StreamDecoder(tokenizer)
     assert "".join([*map(decoder.feed, ids), decoder.finish()]) == tokenizer.decode(ids)
+
+
+def test_a_long_word_is_learned_in_pieces() -> None:
+    """A genome has no spaces. Learning takes time quadratic in the length of a word, so a word counts as several."""
+    genome = "".join(np.random.default_rng(0).choice(list("ACGT"), 10_000))
+    pieces = [genome[i : i + 512] for i in range(0, len(genome), 512)]
+    assert tokenizers._learn_merges([genome], 400) == tokenizers._learn_merges(pieces, 400)
+
+
+def test_ordinary_text_is_learned_as_if_words_had_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = list(stories.generate(0, "train", 300))
+    bounded = tokenizers._learn_merges(texts, 500)
+    monkeypatch.setattr(tokenizers, "_LONGEST_WORD", 50_000)
+    assert tokenizers._learn_merges(texts, 500) == bounded

@@ -171,11 +171,12 @@ def quota(size: int) -> Iterator[None]:
 
 
 def refused(save: Callable[[], object]) -> bool:
-    """Whether a save ended with the one line about a full disk; any other error is a failure of the test."""
+    """Whether a save ended with the one line about a full disk or a quota; any other error is a failure of the test."""
     try:
         save()
     except UserError as error:
-        if "the disk is full" in str(error) and "\n" not in str(error):
+        causes = ("the disk is full", "a file is larger than `ulimit -f` allows")
+        if any(cause in str(error) for cause in causes) and "\n" not in str(error):
             return True
         raise
     return False

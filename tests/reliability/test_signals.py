@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT at any moment: a good checkpoint of the step in hand, the right status, the same bits after."""
+"""Signals that ask to stop, at any moment: a good checkpoint of the step in hand, the right status, the same bits."""
 
 import json
 import random
@@ -54,6 +54,42 @@ def test_the_first_signal_saves_the_step(
     assert f"stopped at step {newest(out)}, which is saved" in printed
     figure(record_property, "signals answered with a checkpoint of the step in hand", 1)
     figure(record_property, "signals answered after more than 10 s", int(seconds > 10))
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM])
+def test_signals_of_schedulers_and_terminals_save_the_step(
+    number: int, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+) -> None:
+    """They may come again and again, as SIGXCPU does every second: only SIGINT and SIGTERM leave without saving."""
+    out = tmp_path / "run"
+    monkeypatch.setenv("SLOW_SAVE_SECONDS", "2")
+    program = "tests/reliability/slow_save.py"
+    process = runs.start(runs.flags(text, out, steps=STEPS, eval_every=STEPS), cache, program)
+    wait_for_step(process, out, 6)
+    process.send_signal(number)
+    time.sleep(0.7)
+    process.send_signal(number)
+    printed, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, err
+    assert f"{signal.Signals(number).name}: stopping after this step is saved; SIGTERM leaves at once" in err
+    assert newest(out) == logged(out) >= 6
+    assert f"stopped at step {newest(out)}, which is saved" in printed
+    figure(record_property, "signals answered with a checkpoint of the step in hand", 1)
+
+
+def test_a_hangup_that_was_ignored_stays_ignored(text: Path, cache: Path, tmp_path: Path) -> None:
+    """As with `nohup`: training goes on after the terminal is closed."""
+    out = tmp_path / "run"
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a process inherits it
+    try:
+        process = runs.start(runs.flags(text, out, steps=40, eval_every=40, save_every=40), cache)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for_step(process, out, 3)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert logged(out) == 40
 
 
 @pytest.mark.slow

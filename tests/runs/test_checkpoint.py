@@ -152,6 +152,8 @@ def test_another_shape_or_name_is_refused_by_name(target: dict, name: str, store
     [
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
         (ValueError("RESOURCE_EXHAUSTED: write: No space left on device [OS error 28: ENOSPC]"), "the disk is full"),
+        (OSError(errno.EFBIG, "File too large"), "a file is larger than `ulimit -f` allows"),
+        (ValueError("UNKNOWN: write: File too large [OS error 27: EFBIG]"), "a file is larger than `ulimit -f` allows"),
         (PermissionError(errno.EACCES, "Permission denied"), "Permission denied"),
     ],
 )

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def test_whatever_interrupts_a_write(where: str, error: BaseException, tmp_path:
     write_atomically(path, "old")
 
     def fail(*_: object, **where: object) -> None:
-        assert draft_of(path).exists(), "written beside the file, and not into it"
+        assert len(names(tmp_path)) == 2, "written beside the file, and not into it"
         assert path.read_text() == "old"
         raise error
 
@@ -77,12 +78,28 @@ def test_only_a_durable_write_waits_for_the_disk(durable: bool, tmp_path: Path, 
     assert calls == (["fsync", "rename"] if durable else ["rename"])
 
 
-def test_drafts_of_two_processes_have_two_names(tmp_path: Path, monkeypatch) -> None:
+def test_drafts_have_names_of_their_own(tmp_path: Path, monkeypatch) -> None:
+    """Two threads have one process id. So have the processes of two containers that share a cache."""
     path = tmp_path / "file"
-    mine = draft_of(path)
-    monkeypatch.setattr(os, "getpid", lambda: -1)
-    assert draft_of(path) != mine
-    assert mine.parent == path.parent, "a rename works within one file system only"
+    monkeypatch.setattr(os, "getpid", lambda: 1)
+    drafts = {draft_of(path) for _ in range(100)}
+    assert len(drafts) == 100
+    assert {draft.parent for draft in drafts} == {tmp_path}, "a rename works within one file system only"
+
+
+def test_writes_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
+    """One of them wins. With one name for all drafts, a rename finds the draft of another write gone."""
+    path = tmp_path / "file"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda i: write_atomically(path, f"{i} " * 1000), range(400)))
+    assert len(set(path.read_text().split())) == 1
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127])
+def test_the_longest_name_can_be_written(name: str, tmp_path: Path) -> None:
+    write_atomically(tmp_path / name, "content")
+    assert names(tmp_path) == [name]
 
 
 HOLDER = """

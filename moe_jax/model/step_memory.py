@@ -1,0 +1,26 @@
+"""The least memory that a training step needs, by formula. It needs no jax, so it is known before anything starts."""
+
+from moe_jax.config import OptimizerKind, RunConfig
+from moe_jax.config.presets import with_vocabulary
+from moe_jax.model.costs import count_parameters, totals
+
+_STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-8bit": 2, "adafactor": 0, "muon": 4}
+"""Least bytes of optimizer state for each parameter. `optimizers.factory.state_bytes` counts the real arrays."""
+
+
+def least_step_bytes(config: RunConfig) -> int:
+    """Bytes that are in memory at once in a training step, whatever the compiler does.
+
+    Parameters, gradients and optimizer state; the residual stream of each layer; and the attention weights of each
+    layer, which the backward pass keeps: batch x heads x T^2 / 2. With remat, those of one layer.
+    """
+    config = with_vocabulary(config)
+    model, train = config.model, config.train
+    weight = 2 if train.param_dtype == "bfloat16" else 4
+    number = 4 if config.execution.compute_dtype == "float32" else 2
+    parameters = totals(count_parameters(model)).total * (2 * weight + _STATE_BYTES[train.optimizer])
+    tokens = train.batch_size * model.seq_len
+    residual = model.layers * tokens * model.width * number
+    layers = 1 if config.execution.remat else model.layers
+    attention = layers * tokens * model.heads * model.seq_len // 2 * number
+    return int(parameters + residual + attention)

@@ -1,0 +1,44 @@
+"""The start of every program: what becomes of errors and interrupts."""
+
+import sys
+from collections.abc import Sequence
+
+import pytest
+
+from moe_jax.cli import main
+from moe_jax.cli.command import COMMANDS, command
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_interrupt_speaks_of_its_command(name: str, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(cls: type, argv: Sequence[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command(name), "parse", classmethod(interrupted))
+    assert main.main(main.run_command, [name]) == 130
+    said = capsys.readouterr().err
+    assert said == f"error: interrupted; {command(name).interrupted}\n"
+    assert ("--resume" in said) == (name == "train")
+
+
+@pytest.mark.parametrize("error", ["Unable to initialize backend 'nonsense'", "Unknown backend nonsense"])
+def test_a_platform_that_does_not_exist(error: str, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("JAX_PLATFORMS", "nonsense")
+
+    def program(argv: Sequence[str]) -> int:
+        raise RuntimeError(error)
+
+    assert main.main(program, []) == 1
+    assert capsys.readouterr().err == (
+        "error: JAX_PLATFORMS=nonsense: JAX cannot start this platform; unset the variable, or set it to cpu\n"
+    )
+
+
+def test_a_defect_keeps_its_traceback(monkeypatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["moe-jax"])
+
+    def program(argv: Sequence[str]) -> int:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        main.main(program, [])

@@ -1,0 +1,132 @@
+"""Names of files and folders that cannot be: refused with status 2, by the name of the flag, before anything else."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.cli.arguments import PATHS, arguments_of
+from moe_jax.cli.command import COMMANDS, command
+from moe_jax.cli.main import main, run_command
+from moe_jax.cli.train import Train, new_run_note
+from moe_jax.config import ConfigError
+from tests.cli.test_cli import make_held
+
+LONG = "x" * 300
+FLAGS = {
+    f"{name} {a.flag}": (name, a.flag)
+    for name in COMMANDS
+    for a in command(name).arguments()
+    if a.kind is str and not a.positional and not a.choices
+}
+
+
+def refused(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line that refuses these arguments."""
+    assert main(run_command, argv) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    return err
+
+
+def required(name: str) -> list[str]:
+    """Arguments that the command must have."""
+    return ["--run", "held"] if any(a.name == "run" for a in arguments_of(command(name))) else []
+
+
+@pytest.mark.parametrize("case", [case for case, (name, flag) in FLAGS.items()])
+def test_a_text_that_is_not_utf_8_is_refused(case: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """As Python hands it over: `--out $'x\\xff'`. It can be in no JSON file, so not in config.json."""
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path)
+    name, flag = FLAGS[case]
+    line = refused([name, *required(name), flag, os.fsdecode(b"x\xff")], capsys)
+    assert line == f"error: {flag} x\\udcff: is not UTF-8; give it in UTF-8\n"
+
+
+@pytest.mark.parametrize("case", [c for c, (name, flag) in FLAGS.items() if flag.strip("-").replace("-", "_") in PATHS])
+def test_a_name_that_is_too_long_names_its_flag(case: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path)
+    name, flag = FLAGS[case]
+    line = refused([name, *required(name), flag, f"there/{LONG}"], capsys)
+    assert line == f"error: {flag} there/{'x' * 40}...: has a name of 300 bytes; file systems take 255\n"
+
+
+def test_a_settings_file_is_read_by_the_same_rules(tmp_path: Path) -> None:
+    for value, problem in ((LONG, "has a name of 300 bytes"), ("a\x00b", "holds a zero byte")):
+        (tmp_path / "my.toml").write_text(f"out = {json.dumps(value)}\n")
+        with pytest.raises(ConfigError, match=problem):
+            Train.parse(["--config", str(tmp_path / "my.toml")])
+
+
+WRITTEN = [
+    (["train"], "--out", "folder"),
+    (["compare"], "--out", "folder"),
+    (["plot", "--run", "held"], "--out", "folder"),
+    (["samples", "--run", "held"], "--out", "file"),
+    (["inspect", "--run", "held"], "--out", "file"),
+    (["inspect", "--run", "held"], "--json", "file"),
+]
+
+
+@pytest.mark.parametrize(("start", "flag", "kind"), WRITTEN, ids=lambda x: " ".join(x) if isinstance(x, list) else x)
+def test_an_output_that_cannot_be_written(start: list[str], flag: str, kind: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path)
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "nowhere").symlink_to("missing")
+    (tmp_path / "closed").mkdir()
+    true = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and true(path, mode))  # root may
+    wrong = {
+        "taken/deep/below": "taken is a file",
+        "closed/deep/below": "closed cannot be written",
+        "nowhere": "is a link to something that does not exist",
+        "nowhere/below": "nowhere is a link to something that does not exist",
+    }
+    wrong |= {"taken": "is a file; name a folder"} if kind == "folder" else {"held": "is a folder; name a file"}
+    for path, problem in wrong.items():
+        assert f"{flag} {path}: {problem}" in refused([*start, flag, path], capsys)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["closed", "held", "nowhere", "taken"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "entries"),
+    [
+        (["--tokenizer", "gpt2", "--model.vocab-size", "50256"], "50,257"),
+        (["--tokenizer", "byte", "--model.vocab-size", "256"], "257"),
+        (["--data.vocab-size", "2000", "--model.vocab-size", "1999"], "2,000"),
+    ],
+)
+def test_a_vocabulary_below_the_tokenizers(arguments: list[str], entries: str) -> None:
+    size = arguments[-1]
+    with pytest.raises(ConfigError, match=f"--model.vocab-size {size}: .* {entries} entries"):
+        Train.parse(arguments)
+    Train.parse([*arguments[:-1], str(int(size) + 1)])
+
+
+def test_a_run_of_a_small_text_may_be_resumed(tmp_path: Path, monkeypatch) -> None:
+    """Its tokenizer has fewer entries than were asked for, and its config.json says how many."""
+    monkeypatch.chdir(tmp_path)
+    make_held(tmp_path, vocab_size=400)
+    assert Train.parse(["--out", "held", "--resume"]).settings.config.model.vocab_size == 400
+
+
+@pytest.mark.parametrize(
+    ("typed", "near"),
+    [("runs/stroy", ["runs/story", "runs/story-2"]), ("run/story", ["runs/story"]), ("runs/zebra", []), ("else", [])],
+)
+def test_a_mistyped_run_is_said_to_be_new(typed: str, near: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("story", "story-2", "wiki"):
+        make_held(tmp_path / "runs" / name)
+        (tmp_path / "runs" / name / "held").rename(tmp_path / "moved")
+        (tmp_path / "runs" / name).rmdir()
+        (tmp_path / "moved").rename(tmp_path / "runs" / name)
+    expected: Any = f"--resume: {typed} holds no run yet, so a new one starts there"
+    expected += f"; perhaps {' or '.join(near)} was meant" if near else ""
+    assert new_run_note(Path(typed)) == expected
