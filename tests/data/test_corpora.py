@@ -255,6 +255,7 @@ def test_the_embedded_corpus_generates_its_splits():
         ("a.json", b"[1, 2]", "JSON"),
         ("a.txt", b"%PDF-1.7", "pdftotext"),
     ],
+    ids=["gzip", "zip", "parquet", "utf-16", "jsonl", "json", "pdf"],
 )
 def test_files_of_other_kinds_are_said_for_what_they_are(name: str, content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / name
