@@ -32,4 +32,4 @@ def _check_writable(flag: str, path: Path, folder: Path) -> None:
     if not os.path.isdir(folder):
         raise ConfigError(f"{flag} {path}: {here}is a file; name another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: {here}cannot be written; change its permissions, or name another folder")
+        raise ConfigError(f"{flag} {path}: {here}cannot be written (no permission, or read-only); name another folder")
