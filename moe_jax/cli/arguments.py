@@ -18,9 +18,9 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from moe_jax.config import ConfigError
-from moe_jax.config.errors import FieldError
 from moe_jax.config.flags import flag_of, long_flag
 from moe_jax.config.migrations import RENAMED_FLAGS
+from moe_jax.system.errors import FieldError
 
 Values = dict[tuple[str, str], Any]
 """(section, name) -> the value that was given."""

@@ -22,9 +22,9 @@ from moe_jax.config.compatibility import (
     load_dense_config,
     upcycled_defaults,
 )
-from moe_jax.config.errors import FieldError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.corpora import check_source
+from moe_jax.system.errors import FieldError
 
 ORIGIN = {("", "preset"), ("", "out"), ("", "resume"), ("", "upcycle"), ("model", "dense")}
 """Fields that say where settings start from: the preset, and the fields that give `RunConfig.run_dir`."""

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.cli.arguments import Argument, Values, perhaps
 from moe_jax.config import SECTIONS, ConfigError
-from moe_jax.config.errors import FieldError
+from moe_jax.system.errors import FieldError
 
 
 class SettingsFile(NamedTuple):

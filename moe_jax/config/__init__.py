@@ -1,8 +1,7 @@
 """The settings of a run: frozen, validated dataclasses.
 
-The modules of this room import only the standard library, and `system/folders.py`, which does so too. So a wrong value
-is reported before jax is imported.
-Every field is a flag, named `--section.field`. The most used flags have a short name too (`flags.SHORT_FLAGS`). A
+The modules of this room import only the standard library, and modules of `system` that do so too. So a wrong value is
+reported before jax is imported. Every field is a flag, named `--section.field`. The most used flags have a short name too (`flags.SHORT_FLAGS`). A
 wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
@@ -11,7 +10,7 @@ wrong value raises `ConfigError`, whose text names the flag, the value and what 
     presets.py     the presets: named settings that a run starts from
     migrations.py  reads configurations of earlier versions: a renamed field is mapped to its new name here
     compatibility.py   what a resumed or an upcycled run may change
-    baselines.py   the dense baselines        flags.py, errors.py   names of flags, checks, errors
+    baselines.py   the dense baselines        flags.py  names of flags, checks
 
 The alphabet of the project, used in every annotation, einsum and comment:
 
@@ -20,7 +19,6 @@ The alphabet of the project, used in every annotation, einsum and comment:
 """
 
 from moe_jax.config.data import NAMED_CORPORA, DataConfig, TokenizerKind
-from moe_jax.config.errors import ConfigError, UserError
 from moe_jax.config.execution import ComputeDtype, ExecutionConfig
 from moe_jax.config.model import (
     Activation,
@@ -36,6 +34,7 @@ from moe_jax.config.model import (
 )
 from moe_jax.config.run import SECTIONS, PresetName, RunConfig, holds_run, load_config
 from moe_jax.config.train import OptimizerKind, ParamDtype, Schedule, TrainConfig
+from moe_jax.system.errors import ConfigError, UserError
 
 __all__ = [
     "NAMED_CORPORA",

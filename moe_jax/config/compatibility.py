@@ -7,10 +7,10 @@ import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 
-from moe_jax.config.errors import ConfigError, FieldError, UserError
 from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import largest_vocabulary
 from moe_jax.config.run import RunConfig, load_config
+from moe_jax.system.errors import ConfigError, FieldError, UserError
 
 _DATA_MAY_CHANGE = {"eval_tokens", "source"}
 """Fields of `data` that may change. The text itself is compared by its digest, once it is read."""

@@ -8,7 +8,7 @@ import dataclasses
 import math
 from typing import Literal, get_args, get_origin
 
-from moe_jax.config.errors import FieldError
+from moe_jax.system.errors import FieldError
 
 SHORT_FLAGS = {
     "--data": "--data.source",

@@ -7,8 +7,8 @@ raise SCHEMA_VERSION and add to `_STEPS` a function from the previous version. N
 from collections.abc import Callable
 from typing import Any
 
-from moe_jax.config.errors import UserError
 from moe_jax.config.flags import flag_of, long_flag
+from moe_jax.system.errors import UserError
 
 SCHEMA_VERSION = 2
 

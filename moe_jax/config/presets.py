@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Callable
 
 from moe_jax.config.data import DataConfig
-from moe_jax.config.errors import ConfigError
 from moe_jax.config.execution import ExecutionConfig
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.run import RunConfig
 from moe_jax.config.train import TrainConfig
+from moe_jax.system.errors import ConfigError
 
 
 def _nano() -> RunConfig:

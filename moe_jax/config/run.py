@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_jax.config.data import DataConfig
-from moe_jax.config.errors import ConfigError, UserError
 from moe_jax.config.execution import ExecutionConfig
 from moe_jax.config.flags import check_choices
 from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.train import TrainConfig
+from moe_jax.system.errors import ConfigError, UserError
 from moe_jax.system.folders import Folder
 from moe_jax.system.step_names import checkpoint_step
 

@@ -79,7 +79,7 @@ class Folder:
         """The content of a plain file. Raises UnsafeFile for anything else, and for more than `limit` bytes."""
         with self.open(name) as file:
             size = os.fstat(file.fileno()).st_size
-            content = file.read(limit + 1) if size <= limit else b""
+            content = file.read(size + 1) if size <= limit else b""  # Python reserves memory for all that is asked for
             if max(size, len(content)) > limit:
                 problem = f"has {size:,} bytes, and at most {limit:,} are read; put the right file there"
                 raise UnsafeFile(errno.EFBIG, problem, str(self.path / name))

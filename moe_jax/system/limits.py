@@ -4,7 +4,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from moe_jax.config import UserError
+from moe_jax.system.errors import UserError
 
 try:
     import resource

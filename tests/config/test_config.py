@@ -22,9 +22,9 @@ from moe_jax.config import (
     capacity,
     load_config,
 )
-from moe_jax.config.errors import FieldError
 from moe_jax.config.flags import SHORT_FLAGS, flag_of, long_flag
 from moe_jax.config.presets import PRESETS, preset
+from moe_jax.system.errors import FieldError
 
 
 @pytest.mark.parametrize(
