@@ -1,8 +1,8 @@
 """The settings of a run: frozen, validated dataclasses.
 
 The modules of this room import only the standard library, and modules of `system` that do so too. So a wrong value is
-reported before jax is imported. Every field is a flag, named `--section.field`. The most used flags have a short name too (`flags.SHORT_FLAGS`). A
-wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
+reported before jax is imported. Every field is a flag, named `--section.field`. The most used flags have a short name
+too (`flags.SHORT_FLAGS`). A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
     data.py        DataConfig           train.py  TrainConfig           execution.py  ExecutionConfig
