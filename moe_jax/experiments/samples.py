@@ -70,11 +70,12 @@ def prompted(generator: TextGenerator, settings: Sampling, limit: int) -> list[t
 def measure(told: list[str], stories: Iterator[str]) -> dict[str, Measure]:
     """Every measure of the first WORDS words of the model's texts, and of at most DRAWS draws of validation texts.
 
-    The texts of a draw are cut to the lengths of the model's texts.
+    The texts of a draw are cut to the lengths of the model's texts. A draw without n-grams has no share.
     """
     texts: list[Words] = [words(text)[:WORDS] for text in told]
     draws = matched_draws(texts, (words(story) for story in islice(stories, POOL)), DRAWS)
-    return {name: Measure(of(texts), tuple(of(draw) for draw in draws)) for name, of in MEASURES.items()}
+    shares = {name: (of(texts), [of(draw) for draw in draws]) for name, of in MEASURES.items()}
+    return {name: Measure(own, tuple(filter(math.isfinite, drawn))) for name, (own, drawn) in shares.items()}
 
 
 def validation_stories(run: LoadedRun, tokens: np.ndarray) -> Iterator[str]:

@@ -62,8 +62,9 @@ def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.A
                     partial_restore=True,
                 ),
             )
-    except (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
-        # If files contradict each other, orbax and tensorstore raise many kinds of errors.
+    except (
+        Exception
+    ) as error:  # if files contradict each other, orbax raises errors of any class, `Exception` itself too
         raise _read_error(path, error) from error
     described = manifest.describe_leaves(arrays)["leaves"]
     for name, leaf in wanted.items():
@@ -91,7 +92,7 @@ def _check_stored(folder: Path, wanted: dict[str, manifest.Leaf]) -> None:
                 raise CheckpointCorrupted(f"{name[:80]} is stored with another shape than its manifest gives it")
     except CheckpointCorrupted:
         raise
-    except (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError) as error:
+    except Exception as error:
         raise _read_error(folder, error) from error
 
 
@@ -113,8 +114,10 @@ def _item_bytes(name: Any) -> int:
 def _read_error(path: Path, error: Exception) -> CheckpointCorrupted | CheckpointUnreadable:
     """The error for the user: whether the system refused to read, or what was read is wrong.
 
-    Tensorstore puts the number of a system error into its text.
+    Raises the error itself if memory ran out. Tensorstore puts the number of a system error into its text.
     """
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+        raise error  # too little memory is no damage
     found = re.search(r"OS error (\d+)", str(error))
     number = error.errno if isinstance(error, OSError) else int(found[1]) if found else None
     if number not in (None, errno.ENOENT, errno.ENOTDIR, errno.EINVAL, errno.EFBIG, errno.EISDIR, errno.ELOOP):

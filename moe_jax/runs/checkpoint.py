@@ -20,7 +20,6 @@ import errno
 import math
 import os
 import shutil
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -128,9 +127,6 @@ class CheckpointStore:
         found: Entries = []
         for name in sorted(steps, key=steps.__getitem__):
             path = self.folder / name
-            status = self._files.status(f"{FOLDER}/{name}")
-            if status is None or stat.S_ISREG(status.st_mode):
-                continue
             try:
                 m = manifest.read(path)
                 found.append((path, Checkpoint(path, m["step"], m["val_loss"], m["elapsed"], m)))
@@ -163,11 +159,15 @@ class CheckpointStore:
         return None
 
     def best(self) -> Checkpoint | None:
-        """The good checkpoint with the lowest validation loss. If no good one was evaluated, the newest good one."""
+        """The good checkpoint with the lowest validation loss. If no good one was evaluated, the newest good one.
+
+        Checkpoints with a damaged manifest are reported to `say` first. Their loss is unknown, so each may be the best.
+        """
         entries = self.list_all()
         whole = [(found.val_loss, path, found) for path, found in _readable(entries) if isinstance(found, Checkpoint)]
         evaluated = [entry for entry in whole if entry[0] is not None]
-        ranked: Entries = [(path, found) for _, path, found in sorted(evaluated, key=lambda e: (e[0], e[2].step))]
+        ranked: Entries = [entry for entry in entries if isinstance(entry[1], CheckpointCorrupted)]
+        ranked += [(path, found) for _, path, found in sorted(evaluated, key=lambda e: (e[0], e[2].step))]
         ranked += [entry for entry in reversed(entries) if entry not in ranked]
         return next(self._good(ranked), None)
 

@@ -1,5 +1,6 @@
 """A trained model, opened from the folder of its run."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
-from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer
+from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer, saved_config
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.folders import Folder
 
@@ -73,7 +74,14 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
         check_same_model(checkpoint, config)
     except CheckpointCorrupted as error:
         raise CheckpointCorrupted(f"{checkpoint.path}: {error}; `python -m moe_jax doctor` checks the others") from None
-    policy = choose_policy(config.execution.compute_dtype)
+    asked, trained = config.execution.compute_dtype, saved_config(checkpoint).execution.compute_dtype
+    if asked != trained:
+        print(
+            f"warning: {path / 'config.json'}: execution.compute_dtype is {asked}, and the checkpoint of step "
+            f"{checkpoint.step} was trained with {trained}; the numbers may differ in their rounding",
+            file=sys.stderr,
+        )
+    policy = choose_policy(asked)
     graphdef, shapes = abstract_model(config.model, policy.compute, config.train.param_dtype, config.execution.remat)
     params = restore(checkpoint, {"params": shapes})["params"]
     return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, params)

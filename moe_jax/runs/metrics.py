@@ -4,7 +4,6 @@ A crash, a disk or an editor may have left anything in a line. A line that is no
 that it never stops a run.
 """
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,11 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.system.folders import Folder
+from moe_jax.system.folders import Folder, parse_json
 
 NAME = "metrics.jsonl"
 MAX_LINE_BYTES = 2**24
 """Longest line that is taken for a record. With 4,096 experts in 64 layers a record has 2 MB."""
+_MAX_BYTES = 2**31
+"""Longest metrics.jsonl that is read whole. A longer one takes minutes, and can be made without any room on a disk."""
 _TAIL_BYTES = 2**15
 _MOST_TAIL_BYTES = 2**27
 _NUMBERS = (
@@ -30,8 +31,8 @@ _NUMBERS = (
 def parse_record(line: bytes) -> dict[str, Any] | None:
     """The record in a line; None for a line that is none."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
+        record = parse_json(line)
+    except ValueError:
         return None
     if not isinstance(record, dict) or record.get("split") not in ("train", "val"):
         return None
@@ -42,23 +43,27 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return value is None or (type(value) in (int, float) and abs(value) < 2**1000) or value != value
+    return value is None or _is_finite(value)
 
 
 def _is_load(load: Any) -> bool:
     """Whether a value is a list [L][E] of numbers."""
     if not isinstance(load, list) or not all(isinstance(layer, list) for layer in load):
         return False
-    return len({len(layer) for layer in load}) <= 1 and all(type(x) in (int, float) for layer in load for x in layer)
+    return len({len(layer) for layer in load}) <= 1 and all(_is_finite(x) for layer in load for x in layer)
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < 2**1000
 
 
 def record_lines(folder: Folder) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
     """Every line of a run's metrics.jsonl as it is, and its record or None. Nothing if there is no file.
 
-    Raises OSError if the file cannot be read, or is no plain file.
+    Raises OSError if the file cannot be read, is no plain file, or has more than _MAX_BYTES bytes.
     """
     try:
-        file = folder.open(NAME)
+        file = folder.open(NAME, _MAX_BYTES)
     except FileNotFoundError:
         return
     with file:
@@ -67,12 +72,24 @@ def record_lines(folder: Folder) -> Iterator[tuple[bytes, dict[str, Any] | None]
 
 
 def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """The records of a run's metrics.jsonl by split. Raises OSError if the file is there and cannot be read."""
+    """The records of a run's metrics.jsonl by split. Raises OSError if the file is there and cannot be read.
+
+    All loads have the shape of the newest one: readers put them into one array. From another record, perhaps of another
+    run, the load is left out.
+    """
     found: dict[str, list[dict[str, Any]]] = {"train": [], "val": []}
     for _, record in record_lines(Folder(folder)):
         if record is not None:
             found[record["split"]].append(record)
+    loads = [record for record in found["train"] if record.get("load")]
+    for record in loads:
+        if not all(record["load"]) or _shape(record["load"]) != _shape(loads[-1]["load"]):
+            del record["load"]
     return found
+
+
+def _shape(load: list[list[float]]) -> tuple[int, int]:
+    return len(load), len(load[0])
 
 
 def last_train_record(folder: Folder) -> dict[str, Any]:

@@ -41,7 +41,8 @@ def read_snapshots(folder: Path) -> list[dict[str, Any]]:
         ids = (arrays["tokens"], arrays["expert"])
         usual = all(i.dtype.kind == "i" and i.size and 0 <= i.min() <= i.max() < 2**24 for i in ids)
         usual = usual and all(
-            arrays[key].ndim == rank and arrays[key].dtype.kind in "if" for key, rank in _RANKS.items()
+            arrays[key].ndim == rank and arrays[key].dtype.kind in "if" and np.isfinite(arrays[key]).all()
+            for key, rank in _RANKS.items()
         )
         if usual and trace.get("step") == step:
             found.append(({key: a.shape for key, a in arrays.items()}, {key: trace[key] for key in ("step", *_RANKS)}))

@@ -77,24 +77,29 @@ class Folder:
 
     def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """The content of a plain file. Raises UnsafeFile for anything else, and for more than `limit` bytes."""
-        with self.open(name) as file:
-            size = os.fstat(file.fileno()).st_size
-            content = file.read(size + 1) if size <= limit else b""  # Python reserves memory for all that is asked for
-            if max(size, len(content)) > limit:
-                problem = f"has {size:,} bytes, and at most {limit:,} are read; put the right file there"
-                raise UnsafeFile(errno.EFBIG, problem, str(self.path / name))
+        with self.open(name, limit) as file:
+            # One byte more than there is: asked for more, Python would reserve memory for all of it.
+            content = file.read(os.fstat(file.fileno()).st_size + 1)
+            if len(content) > limit:
+                self._too_long(name, len(content), limit)
             return content
 
     def read_json(self, name: str, limit: int = MAX_JSON_BYTES) -> Any:
-        """The value in a JSON file. Raises ValueError if the text is not JSON or is nested too deeply."""
-        try:
-            return json.loads(self.read(name, limit))
-        except RecursionError:
-            raise ValueError("nested too deeply") from None
+        """The value in a JSON file: see `parse_json`."""
+        return parse_json(self.read(name, limit))
 
-    def open(self, name: str) -> BinaryIO:
-        """A plain file, for reading."""
-        return os.fdopen(self._descriptor(name, os.O_RDONLY), "rb")
+    def open(self, name: str, limit: int | None = None) -> BinaryIO:
+        """A plain file, for reading. Raises UnsafeFile if it has more than `limit` bytes."""
+        file = os.fdopen(self._descriptor(name, os.O_RDONLY), "rb")
+        size = os.fstat(file.fileno()).st_size
+        if limit is not None and size > limit:
+            file.close()
+            self._too_long(name, size, limit)
+        return file
+
+    def _too_long(self, name: str, size: int, limit: int) -> NoReturn:
+        problem = f"has {size:,} bytes, and at most {limit:,} are read; put the right file there"
+        raise UnsafeFile(errno.EFBIG, problem, str(self.path / name))
 
     def append(self, name: str) -> BinaryIO:
         """A plain file, for writing at its end. Made if it is missing."""
@@ -212,6 +217,17 @@ class Folder:
         finally:
             for descriptor in opened:
                 os.close(descriptor)
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text. NaN and Infinity, which are no JSON, become None: as such this program writes them.
+
+    Raises ValueError if the text is not JSON or is nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def draft_of(path: Path) -> Path:

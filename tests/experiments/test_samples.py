@@ -88,3 +88,12 @@ def test_a_text_that_is_too_short_is_said_to_be() -> None:
     measured = samples.measure(["a b c d e"], iter(["a b"]))
     assert measured["distinct_1"].to_json() == {"model": 1, "text_mean": None, "text_range": None, "draws": 0}
     assert "too short to say" in samples.to_markdown("x", [], measured, [])
+
+
+def test_a_text_shorter_than_an_n_gram_gives_no_nan() -> None:
+    """The JSON line held NaN, which is no JSON: the draws are as short as the text."""
+    measured = samples.measure(["two words"], iter(["one two three four"] * 3))
+    values = {name: m.to_json() for name, m in measured.items()}
+    json.dumps(values, allow_nan=False)
+    assert values["distinct_3"] == {"model": None, "text_mean": None, "text_range": None, "draws": 0}
+    assert "too short to say" in samples.to_markdown("t", [], measured, [])

@@ -195,3 +195,26 @@ def test_the_best_one_falls_back_too(tmp_path: Path) -> None:
             restore(best, {"params": states.state()["params"]})
     assert store.best() is None
     assert any("step_00000001: skipped, weights.safetensors is missing" in line for line in said)
+
+
+def test_a_best_checkpoint_without_a_manifest_is_said_to_be_skipped(tmp_path: Path) -> None:
+    """Its loss is unknown, so it may have been the best: another one was taken without a word."""
+    said: list[str] = []
+    store = CheckpointStore(tmp_path, say=said.append)
+    for step, loss in ((1, 2.0), (2, 1.0)):
+        states.save(store, step, loss)
+    (store.folder / "step_00000002" / "manifest.json").unlink()
+    assert store.best().step == 1
+    assert len(said) == 1
+    assert "step_00000002: skipped, its manifest cannot be read" in said[0]
+
+
+def test_a_file_with_the_name_of_a_checkpoint_is_said_to_be_skipped(tmp_path: Path) -> None:
+    said: list[str] = []
+    store = CheckpointStore(tmp_path, say=said.append)
+    for step in (1, 2):
+        states.save(store, step, 3.0 - step)
+    shutil.rmtree(store.folder / "step_00000002")
+    (store.folder / "step_00000002").write_text("a file")
+    assert store.best().step == store.newest().step == 1
+    assert ["step_00000002: skipped" in line for line in said] == [True, True]

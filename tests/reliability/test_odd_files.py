@@ -1,6 +1,7 @@
 """Odd and hostile files in a run's folder: each is left out, or refused in one line before anything large is made."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from moe_jax.config import ConfigError, UserError, load_config
 from moe_jax.inspection.report import write_report
+from moe_jax.inspection.training_curves import training_curves
 from moe_jax.plots.figures import _Metrics
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore, restore
@@ -65,6 +67,7 @@ ODD_LINES = {
     "a loss of 400 digits": b'{"step": 5, "split": "train", "loss": 1' + b"0" * 400 + b"}",
     "a ragged load": b'{"step": 5, "split": "train", "load": [[1, 2], [3]]}',
     "a load of texts": b'{"step": 5, "split": "train", "load": [["a"]]}',
+    "a load of 400 digits": b'{"step": 5, "split": "train", "load": [[1' + b"0" * 400 + b"]]}",
 }
 
 
@@ -82,6 +85,46 @@ def test_an_odd_line_of_metrics_stops_nothing(odd: str, run: Path) -> None:
     assert _last_train_record(run)["step"] == saved_run.STEP
     assert {f.what: f.state for f in examine(run, repair=True)}["metrics.jsonl"] == "repaired"
     assert path.read_bytes().splitlines() == lines
+
+
+@pytest.mark.parametrize("load", [[[1.0]], [[0.5, 0.5]], [[0.25] * 4] * 3, []])
+def test_a_load_of_another_shape_is_left_out(load: list[Any], run: Path) -> None:
+    """From another run: pictures and report put the loads of all records into one array."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | {"load": load}), *lines[2:]]) + "\n")
+    found = read_metrics(run)["train"]
+    assert [bool(r.get("load")) for r in found] == [True, False, True, True]
+    assert _Metrics(run).loads[1].shape[0] == 3
+    training_curves(run, open_run(run))
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_not_finite_do_not_reach_the_page(value: str, run: Path) -> None:
+    """JSON has no NaN: a browser refused the whole page."""
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(f'{{"step": 41, "split": "train", "loss": {value}, "load": [[1, 0, 0, 0], [0, 0, 0, 1]]}}\n')
+        file.write(f'{{"step": 42, "split": "train", "loss": 1, "load": [[1, 0, 0, {value}], [0, 0, 0, 1]]}}\n')
+    trace = (run / "traces" / "step_00000020.json").read_text()
+    odd = trace.replace('"step": 20', '"step": 30').replace('"entropy": [', f'"entropy": [{value}, ', 1)
+    odd = re.sub(r'("entropy": \[.*?), [^,]*\]', r"\1]", odd, count=1)  # as many values as before
+    assert odd.count(value) == 1
+    (run / "traces" / "step_00000030.json").write_text(odd)
+    curves = training_curves(run, open_run(run))
+    json.dumps(curves, allow_nan=False)
+    assert curves["traces"]["step"] == [20, 40]
+
+
+def test_endless_metrics_are_refused_at_once(run: Path) -> None:
+    """A file of 8 GiB that takes no room on the disk: each command read it for a minute."""
+    with (run / "metrics.jsonl").open("ab") as file:
+        file.truncate(2**33)
+    for read in (read_metrics, lambda run: RunFolder(run).truncate_logs_after(30, 30)):
+        with pytest.raises(OSError, match="8,589,934,592 bytes, and at most") as refused:
+            read(run)
+        one_line(refused.value)
+    assert {f.what: f.state for f in examine(run, repair=True)}["metrics.jsonl"] == "unreadable"
+    assert _last_train_record(run) == {}
 
 
 def _last_train_record(run: Path) -> dict[str, Any]:
@@ -300,3 +343,19 @@ def test_the_chunks_of_an_array_are_bounded_by_the_manifest(tmp_path: Path) -> N
     (found,) = store.list()
     with pytest.raises(UserError, match=r"blocks\.0\.router is stored with another shape than its manifest gives it"):
         restore(found, jax.eval_shape(lambda: states.state(1)))
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", None])
+def test_another_precision_than_the_checkpoints_is_said(precision: str | None, run: Path, capsys) -> None:
+    """config.json without the field means "auto": on some machines other numbers came out, without a word."""
+    open_run(run)
+    assert capsys.readouterr().err == ""
+    document = json.loads((run / "config.json").read_text())
+    document["execution"] |= {"compute_dtype": precision}
+    if precision is None:
+        del document["execution"]["compute_dtype"]
+    (run / "config.json").write_text(json.dumps(document))
+    open_run(run)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert f"is {precision or 'auto'}, and the checkpoint of step 40 was trained with float32" in line
