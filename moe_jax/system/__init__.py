@@ -1,13 +1,15 @@
 """Services that the other rooms use.
 
-environment.py, limits.py      what is settled before jax starts
-signals.py, streams.py         how a program ends, and what it prints on
-errors.py                      the errors that a user can mend
-folders.py, files.py           files read and written without following links, in one step, under a lock
-step_names.py, json_text.py    names of steps; JSON
-console.py, rich_console.py    notes, progress and tables
-compile_cache.py               compiled programs that are kept on disk
-random_keys.py                 random keys by purpose
-hlo.py                         compiled programs, read
-machine.py, timing.py          the machine, and times
+    environment.py, limits.py      what is settled before jax starts
+    signals.py, streams.py         how a program ends, and what it prints on
+    errors.py                      the errors that a user can mend
+    folders.py, files.py           files read and written without following links, in one step, under a lock
+    step_names.py, json_text.py    names of steps; JSON
+    console.py, rich_console.py    notes, progress and tables
+    compile_cache.py               compiled programs that are kept on disk
+    random_keys.py                 random keys by purpose
+    hlo.py                         compiled programs, read
+    machine.py, timing.py          the machine, and times
+
+What runs before jax imports only the standard library.
 """
