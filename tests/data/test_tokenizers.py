@@ -202,6 +202,7 @@ DOUBLING = [[97, 97], *([i, i] for i in range(256, 300))]
         ),
         {"kind": "bpe", "merges": [[97, 98], [97, 98]]},
         {"kind": "bpe", "merges": DOUBLING},  # the last entry would have 2 ** 45 bytes
+        {"kind": "bpe", "merges": [*DOUBLING[:8], [263, 97]]},  # 257 bytes
     ],
     ids=lambda definition: str(definition)[:40],
 )
@@ -210,6 +211,12 @@ def test_a_bad_file_is_a_user_error_of_one_line(definition, tmp_path):
     path.write_text(json.dumps(signed(definition)))
     with pytest.raises(UserError, match=re.escape(str(path)) + r": tokenizer: .*; .+\Z"):
         load_tokenizer(path)
+
+
+def test_the_longest_entry(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(signed({"kind": "bpe", "merges": DOUBLING[:8]})))
+    assert load_tokenizer(path).encode("a" * 256) == [263]
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])

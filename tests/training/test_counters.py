@@ -72,6 +72,13 @@ def test_through_json() -> None:
             RunCounters.from_json(values)
 
 
+@pytest.mark.parametrize("starved", [None, "ab", {}, 3, [1, 2], [[1], "a"], [[1, 2], [3]], [[1.0]], [[-1]], [[True]]])
+def test_a_table_that_is_none_is_refused(starved: object) -> None:
+    """The counts of starved experts are a list of equally long lists of whole numbers."""
+    with pytest.raises(CheckpointCorrupted, match="progress"):
+        RunCounters.from_json(RunCounters().to_json() | {"starved": starved})
+
+
 def test_drops_are_counted_and_come_back_exactly() -> None:
     """Fractions that no float32 sum would keep: the mean, the worst and the last, before and after a resume."""
     whole, half = RunCounters(), RunCounters()
