@@ -10,7 +10,7 @@ from typing import ClassVar, Self
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.settings import RunCommand
-from moe_jax.config import ConfigError, RunConfig, holds_run
+from moe_jax.config import ConfigError, RunConfig, UserError, holds_run
 from moe_jax.system import environment, streams
 from moe_jax.system.signals import Signals, Stopped
 
@@ -87,10 +87,16 @@ def new_run_note(run: Path) -> str:
     beside = _folders(run.parent)
     if not beside:  # the mistake may be in the parent's name
         beside = [p / run.name for p in _folders(run.parent.parent)]
-    names = {str(p): p for p in beside if holds_run(p)}
-    near = difflib.get_close_matches(str(run), names, n=2, cutoff=0.75)
+    near = difflib.get_close_matches(str(run), [str(p) for p in beside if _holds_readable_run(p)], n=2, cutoff=0.75)
     hint = f"; perhaps {' or '.join(near)} was meant" if near else ""
     return f"--resume: {run} holds no run yet, so a new one starts there{hint}"
+
+
+def _holds_readable_run(run: Path) -> bool:
+    try:
+        return holds_run(run)
+    except UserError:  # it cannot be read, and nobody asked for it
+        return False
 
 
 def _folders(parent: Path) -> list[Path]:

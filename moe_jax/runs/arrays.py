@@ -7,10 +7,12 @@ memory.
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -52,8 +54,9 @@ def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.A
     _check_stored(path / ARRAYS, wanted)
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     item = {n: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=sharding) for n, leaf in wanted.items()}
+    _ignore_late_reads()
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with without_traces(), ocp.PyTreeCheckpointer() as checkpointer:
             arrays = checkpointer.restore(
                 (path / ARRAYS).resolve(),
                 args=ocp.args.PyTreeRestore(
@@ -62,9 +65,7 @@ def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.A
                     partial_restore=True,
                 ),
             )
-    except (
-        Exception
-    ) as error:  # if files contradict each other, orbax raises errors of any class, `Exception` itself too
+    except Exception as error:  # of any class, if files contradict each other: orbax raises `Exception` itself too
         raise _read_error(path, error) from error
     described = manifest.describe_leaves(arrays)["leaves"]
     for name, leaf in wanted.items():
@@ -125,16 +126,34 @@ def _read_error(path: Path, error: Exception) -> CheckpointCorrupted | Checkpoin
     return CheckpointCorrupted(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})")
 
 
+@functools.cache
+def _ignore_late_reads() -> None:
+    """Silence threads of tensorstore that finish after orbax gave up and closed its event loop.
+
+    There is no caller left that could catch their error, so Python would print a traceback.
+    """
+    usual = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":
+            usual(unraisable)
+
+    sys.unraisablehook = hook
+
+
 @contextlib.contextmanager
 def without_traces() -> Iterator[None]:
-    """Silence orbax's threads, which log a traceback for every error. The one line of our UserError is enough."""
-    log = logging.getLogger("absl")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
+    """Silence orbax's threads, and the event loop in which they run: both log a traceback for every error. The one line
+    of our UserError is enough."""
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def write_weights(folder: Path, leaves: dict[str, Any]) -> None:

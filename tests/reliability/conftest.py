@@ -1,11 +1,18 @@
 """Shared by the battery: a text, a cache of prepared data, and the run that nobody interrupts."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.reliability import runs
+
+# A program inherits ignored signals, and `nohup pytest` ignores SIGHUP. Handlers are not inherited: the runs that the
+# tests start get the default.
+for _number in (getattr(signal, name, None) for name in ("SIGHUP", "SIGINT")):
+    if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -62,7 +62,7 @@ def test_a_run_on_a_read_only_disk(whole: tuple[Path, dict[str, Any]], cache: Pa
         more = runs.complete(["--out", str(disk / "run"), "--resume", "--steps", "14"], cache)
     assert looked.returncode == 0, looked.stdout + looked.stderr
     assert told.returncode == 0, told.stderr
-    assert more.returncode == 1
+    assert more.returncode == 2
     assert len(more.stderr.splitlines()) == 1, more.stderr
     assert "Read-only file system" in more.stderr
 

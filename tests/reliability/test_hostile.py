@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ import pytest
 from moe_jax.config import UserError
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore, restore
-from tests.reliability import states
+from tests.reliability import runs, states
 from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.reliability
@@ -141,6 +142,12 @@ def missing_chunk(folder: Path) -> None:
     reseal(folder)
 
 
+def odd_metadata(folder: Path) -> None:
+    """Orbax gives up at once, while it still reads other arrays."""
+    next(folder.rglob("array_metadatas/process_0")).write_bytes(b"\xef\xbb\xbf{}")
+    reseal(folder)
+
+
 _ARRAY = {"value_type": "jax.Array", "skip_deserialize": False}
 
 
@@ -163,7 +170,8 @@ def empty_version(folder: Path) -> None:
 
 MADE = [
     deep, huge, many, pickles, parent_names, absolute_names, linked_file, linked_folder, linked_checkpoint, pipe,
-    shapes, negative, objects, stored_shapes, missing_chunk, not_json, text_for_progress, no_version, empty_version,
+    shapes, negative, objects, stored_shapes, missing_chunk, odd_metadata, not_json, text_for_progress, no_version,
+    empty_version,
 ]  # fmt: skip
 
 
@@ -198,6 +206,23 @@ def run(tmp_path: Path) -> Iterator[Path]:
 
 def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def test_a_read_that_fails_prints_no_traceback(tmp_path: Path, cache: Path) -> None:
+    """Threads of orbax and tensorstore fail after the error that is caught, and print what nobody catches."""
+    for step in range(1, 6):
+        odd_metadata(states.save(CheckpointStore(tmp_path), step))
+    program = """
+import sys, jax
+from pathlib import Path
+from moe_jax.runs.checkpoint import CheckpointStore
+from tests.reliability import runs, states
+print(CheckpointStore(Path(sys.argv[1])).restore_newest(jax.eval_shape(states.state), lambda _: None))
+"""
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, env=runs.environment(cache))
+    assert "Traceback" not in ended.stderr, ended.stderr
+    assert ended.stdout.count("skipped, its arrays cannot be read") + ended.stderr.count("skipped, its arrays") == 5
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
