@@ -210,19 +210,20 @@ def resident() -> int:
 
 def test_a_read_that_fails_prints_no_traceback(tmp_path: Path, cache: Path) -> None:
     """Threads of orbax and tensorstore fail after the error that is caught, and print what nobody catches."""
-    for step in range(1, 6):
+    for step in (1, 2):
         odd_metadata(states.save(CheckpointStore(tmp_path), step))
     program = """
 import sys, jax
 from pathlib import Path
 from moe_jax.runs.checkpoint import CheckpointStore
 from tests.reliability import runs, states
-print(CheckpointStore(Path(sys.argv[1])).restore_newest(jax.eval_shape(states.state), lambda _: None))
+for _ in range(4):
+    CheckpointStore(Path(sys.argv[1])).restore_newest(jax.eval_shape(states.state), lambda _: None)
 """
     command = [sys.executable, "-c", program, str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=runs.ROOT, env=runs.environment(cache))
     assert "Traceback" not in ended.stderr, ended.stderr
-    assert ended.stdout.count("skipped, its arrays cannot be read") + ended.stderr.count("skipped, its arrays") == 5
+    assert ended.stderr.count("skipped, its arrays cannot be read") == 8
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory in use from /proc")
