@@ -66,6 +66,7 @@ def test_the_page_holds_the_data_and_the_trace(folder: Path, written: tuple[str,
         "step": 40,
         "val_bits_per_byte": 1.5,
         "floor": 0.5,
+        "val_stream": "whole",
         **{k: data["run"][k] for k in ("params_total", "params_active")},
     }
 
