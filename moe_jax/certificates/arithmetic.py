@@ -92,10 +92,10 @@ def step_arithmetic(config: RunConfig, batch_size: int) -> Iterator[Certificate]
         f"{experts / 1e9:.2f} GFLOP, {ratio:.3f} x {what_bounds}; {_times(dense.flops_of(*_LAYER), experts)}",
         f"1 to {GRADIENT_BOUND} x the bound",
     )
-    multiplied = count_parameters(model)
-    head = multiplied["embedding, also the head" if model.tied_head else "head"].multiplied
+    groups = count_parameters(model)
+    head = groups["embedding, also the head" if model.tied_head else "head"].multiplied
     needed = {
-        "attention": 6 * multiplied["attention"].multiplied * tokens,
+        "attention": 6 * groups["attention"].multiplied * tokens,
         "ffn": 3 * model.layers * bound,
         "head": 6 * head * tokens,
     }

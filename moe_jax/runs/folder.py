@@ -48,17 +48,11 @@ class RunLock:
 
     def __init__(self, run: Path, file: BinaryIO | None) -> None:
         self._folder, self._file = Folder(run), file
-        self._identity = self._present()
-
-    def _present(self) -> tuple[int, int] | None:
-        """What tells the folder's lock from any other file, even one of the same name."""
-        status = os.fstat(self._file.fileno()) if self._file and not hasattr(self, "_identity") else None
-        status = status or self._folder.status(LOCK)
-        return None if status is None else (status.st_dev, status.st_ino)
+        self._identity = _identity(os.fstat(file.fileno()) if file else self._folder.status(LOCK))
 
     def check(self) -> None:
         """Raise UserError if the folder's lock is not the one that this process holds."""
-        if self._present() != self._identity:
+        if _identity(self._folder.status(LOCK)) != self._identity:
             raise UserError(
                 f"--out {self._folder.path}: the folder was removed or made anew while this process used it, so "
                 "nothing more is written there; start again with another --out"
@@ -70,6 +64,11 @@ class RunLock:
             self._file.truncate(0)
             self._file.write(f"{os.getpid()}\n{run_id}\n".encode())
             self._file.flush()
+
+
+def _identity(status: os.stat_result | None) -> tuple[int, int] | None:
+    """What tells a file from any other, even from one of the same name."""
+    return None if status is None else (status.st_dev, status.st_ino)
 
 
 @contextmanager

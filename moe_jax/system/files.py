@@ -75,9 +75,7 @@ def write_output(path: Path, content: str | bytes) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
         descriptor = os.open(path, flags, 0o666)
-        os.set_blocking(
-            descriptor, True
-        )  # not waiting was for the opening: a pipe without a reader would wait for ever
+        os.set_blocking(descriptor, True)  # only the opening may not wait: a pipe without a reader never opens
         with os.fdopen(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:

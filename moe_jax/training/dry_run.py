@@ -12,6 +12,7 @@ from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.precision import Policy, choose_policy
+from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.model.transformer import abstract_model
 from moe_jax.system import timing
 from moe_jax.system.rich_console import Console
@@ -100,8 +101,8 @@ def _memory(config: RunConfig, policy: Policy) -> str:
     accumulated = " (a second copy while they accumulate)" if train.grad_accum > 1 else ""
     return (
         f"weights {weights:,.0f} MiB, gradients {weights:,.0f} MiB{accumulated}, state of {train.optimizer} "
-        f"{state:,.0f} MiB: {2 * weights + state:,.0f} MiB in total, without activations, which grow with the batch; "
-        "`moe-jax plan` computes the memory of the whole step for a card"
+        f"{state:,.0f} MiB: {2 * weights + state:,.0f} MiB in total; with activations a training step needs at least "
+        f"{least_step_bytes(config) / MIB:,.0f} MiB; `moe-jax plan` computes the memory of the whole step for a card"
     )
 
 

@@ -1,5 +1,6 @@
 """Shared by the battery: a text, a cache of prepared data, and the run that nobody interrupts."""
 
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.reliability import runs
+from tests.support import saved_run
 
 # A program inherits ignored signals, and `nohup pytest` ignores SIGHUP. Handlers are not inherited: the runs that the
 # tests start get the default.
@@ -25,6 +27,19 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "stories.txt"
     runs.write_text(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was never trained. Nobody may change it."""
+    return saved_run.save_run(tmp_path_factory.mktemp("saved"))
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
 
 
 @pytest.fixture(scope="session")

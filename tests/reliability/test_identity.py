@@ -26,18 +26,6 @@ from tests.support import saved_run
 pytestmark = pytest.mark.reliability
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_run.save_run(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def run(saved: Path, tmp_path: Path) -> Path:
-    """A copy of a run that was never trained."""
-    shutil.copytree(saved, tmp_path / "run")
-    return tmp_path / "run"
-
-
 @pytest.fixture
 def trained(
     whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

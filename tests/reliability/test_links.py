@@ -21,21 +21,8 @@ from moe_jax.runs.folder import RunFolder, locked_for_training
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.system import environment, files
 from tests.reliability import states
-from tests.support import saved_run
 
 pytestmark = pytest.mark.reliability
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_run.save_run(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def run(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the saved run."""
-    shutil.copytree(saved, tmp_path / "run")
-    return tmp_path / "run"
 
 
 # What the user names

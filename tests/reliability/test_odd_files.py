@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,18 +28,6 @@ from tests.reliability.test_hostile import reseal
 from tests.support import saved_run
 
 pytestmark = pytest.mark.reliability
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_run.save_run(tmp_path_factory.mktemp("saved"))
-
-
-@pytest.fixture
-def run(saved: Path, tmp_path: Path) -> Path:
-    """A copy of the saved run."""
-    shutil.copytree(saved, tmp_path / "run")
-    return tmp_path / "run"
 
 
 def one_line(error: BaseException) -> None:
