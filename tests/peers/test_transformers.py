@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from moe_jax.benchmarks import mixtral as mixtral_program
-from moe_jax.config import ModelConfig
+from moe_jax.benchmarks.peers import like_mixtral, shape_of
+from moe_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.inference.decode import Decoder
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.moe.layer import Mode
@@ -180,30 +181,12 @@ def test_gradients(name: str) -> None:
 
 def test_the_benchmark_trains_mixtral_in_the_named_precision() -> None:
     """The first loss of `benchmark.py peers`: bfloat16 differs from float32 by its rounding."""
-    shape = mixtral_program.Shape(
-        vocab_size=V,
-        seq_len=T,
-        layers=2,
-        width=16,
-        heads=2,
-        experts=4,
-        top_k=2,
-        expert_hidden=12,
-        batch_size=2,
-        prompt=8,
-        aux_loss_coef=0.01,
-        lr=1e-3,
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.1,
-        max_grad_norm=1.0,
-        threads=1,
-        training_precision="float32",
-    )
+    ours = RunConfig(model=config(**LLAMA), data=DataConfig(), train=TrainConfig(steps=10))
+    shape = shape_of(like_mixtral(ours), batch_size=2)
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        ours = shape._replace(training_precision=dtype)
-        losses[dtype] = float(mixtral_program.candidates(ours, mixtral_program.build(ours))["train"]().detach())
+        asked = shape._replace(training_precision=dtype)
+        losses[dtype] = float(mixtral_program.candidates(asked, mixtral_program.build(asked))["train"]().detach())
     assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 0.01 * losses["float32"]
 
 

@@ -33,8 +33,8 @@ def test_what_differs_from_the_preset_stands_first(printed: str) -> None:
 def test_parameters_memory_and_time(printed: str) -> None:
     """AdamW in float32: 4 bytes a weight, as many a gradient, twice as many of state; 4 x 8 x 256 tokens a step.
 
-    Activations, by hand, of 6 layers and 4 sequences of 256 in float32: the residual stream of width 512 is 12 MiB, half
-    of the attention weights of 8 heads 24 MiB.
+    Activations of 6 layers and 4 sequences of 256 in float32, by hand: the residual stream of width 512 takes 12 MiB,
+    half of the attention weights of 8 heads take 24 MiB.
     """
     asked = Train.parse(["--preset", "seed-158m", "--no-model.bias", "--steps", "100"]).settings.config
     config = with_vocabulary(asked)
