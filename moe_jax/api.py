@@ -84,7 +84,8 @@ class Run(LoadedRun):
         """
         if text is None:
             try:
-                tokens, changed = self.validation_text()
+                store, changed = self.validation_text()
+                tokens = store.valid.tokens
             except ConfigError as error:
                 raise UserError(f"the run's validation text is not at hand ({error}); give evaluate a text") from None
             if changed:

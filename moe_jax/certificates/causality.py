@@ -108,7 +108,7 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator
         leaky = model.routing.priority != "token"
         drops = found.dropped > 0 or model.routing.dispatch == "blocks"
         asked = "leaks: earlier outputs must change, 0 of the other row" if leaky else _expected(model)
-        yield Certificate(f"causality: {name}", found.causal(leaky) and drops, str(found), asked)
+        yield Certificate(f"causality: {name}", found.causal(leaky) and drops, str(found), asked, leaky)
 
 
 def model_causality(config: RunConfig, params: Params) -> Certificate:
@@ -127,7 +127,7 @@ def model_causality(config: RunConfig, params: Params) -> Certificate:
     leaky = model.routing.priority != "token"
     drops = found.dropped > 0 or model.dropless
     asked = "leaks, as configured: earlier outputs must change, 0 of the other row" if leaky else _expected(model)
-    return Certificate("causality: the whole model", found.causal(leaky) and drops, str(found), asked)
+    return Certificate("causality: the whole model", found.causal(leaky) and drops, str(found), asked, leaky)
 
 
 def _expected(model: ModelConfig) -> str:

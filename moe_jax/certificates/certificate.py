@@ -10,3 +10,5 @@ class Certificate(NamedTuple):
     passed: bool
     found: str
     asked: str
+    must_leak: bool = False
+    """The claim is about a rule that lets the future in. The test passes if it catches the leak."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from moe_jax.cli.arguments import POSITIONAL
 from moe_jax.cli.command import Command, check_range
+from moe_jax.cli.result import print_json
 from moe_jax.config import Dense, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
@@ -60,8 +61,11 @@ class Benchmark(Command):
     """Spread tokens evenly over the experts, and ignore the choices of the routers."""
     with_quality: str = ""
     """Folder of `python -m moe_jax compare`. `train` shows its bits per byte beside the costs."""
-    save: bool = True
-    """Write the results into `benchmarks/`. `train` also writes a picture."""
+    record: bool = False
+    """Write the results into `benchmarks/`, where the project keeps its records, and not into `runs/bench`. `train`
+    also writes a picture."""
+    json: bool = False
+    """Print the results as JSON too."""
 
     def execute(self) -> int:
         check_range("--batch-size", self.batch_size, 1, 4096)
@@ -91,9 +95,8 @@ class Benchmark(Command):
         if not TRAINING.isdisjoint(suites):
             settings["training_precision"] = choose_policy(config.execution.compute_dtype).compute
         document = {**settings, **results}
-        if self.save:
-            self._save(document, about)
-        print(json_text(document if self.suite == "all" else results[self.suite]))
+        self._save(document, about)
+        print_json(document if self.suite == "all" else results[self.suite], self.json)
         return 0
 
     def _quality(self) -> dict[Dense, float] | None:
@@ -119,7 +122,8 @@ class Benchmark(Command):
 
     def _save(self, document: dict[str, Any], about: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC)
-        path = Path("benchmarks") / f"{now:%Y-%m-%d-%H%M}-{self.suite}-{self.preset}.json"
+        folder = Path("benchmarks") if self.record else Path("runs") / "bench"
+        path = folder / f"{now:%Y-%m-%d-%H%M}-{self.suite}-{self.preset}.json"
         extra = f"--extra {EXTRAS[self.suite][0]} " if self.suite in EXTRAS else ""
         command = f"uv run {extra}benchmark.py {self.suite} --preset {self.preset}"
         command += f" --batch-size {self.batch_size} --rounds {self.rounds}"

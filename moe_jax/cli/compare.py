@@ -9,19 +9,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from moe_jax.cli.command import Command, check_range
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
+from moe_jax.cli.result import print_json
 from moe_jax.config import ConfigError, PresetName, RunConfig, UserError
 from moe_jax.config.presets import preset
 from moe_jax.system import environment, streams
 from moe_jax.system.json_text import json_text
 from moe_jax.system.signals import Signals, Stopped
+from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
     from moe_jax.experiments.comparison import Plan
     from moe_jax.experiments.comparison_result import ArmResult
-
-
-TABLE_WIDTH = 130
-"""Least width of the printed table, in columns. A narrower table would cut its numbers."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +27,9 @@ class Compare(Command):
     """Train a preset's mixture of experts and its dense baselines, over seeds.
 
     One baseline has the same active parameters, the other the same total. Each trains twice: for the same tokens as the
-    mixture, and for the same wall-clock time. The last line of the output is JSON. To go on with a stopped comparison,
-    call it again with the same arguments: finished runs are not trained again.
+    mixture, and for the same wall-clock time. To go on with a stopped comparison, call it
+    again with the same arguments: finished runs are not trained again. The last line of the output is JSON if it is
+    asked for, or if the output is a file or a pipe.
     """
 
     interrupted: ClassVar[str] = "the same command goes on with the comparison"
@@ -45,6 +44,8 @@ class Compare(Command):
     """Training operations of one run of the mixture, which give its number of steps."""
     out: str = ""
     """Folder of the comparison. Empty: runs/compare-PRESET."""
+    json: bool = False
+    """Print the result as JSON too."""
 
     def execute(self) -> int:
         out = Path(self.out or f"runs/compare-{self.preset}")
@@ -112,8 +113,6 @@ class Compare(Command):
         return plan, collect(plan, summaries)
 
     def _report(self, plan: "Plan", results: "list[ArmResult]", out: Path) -> int:
-        from rich.table import Table
-
         from moe_jax.experiments import comparison_result
         from moe_jax.experiments.comparison_plots import comparison_figures
         from moe_jax.plots.figures import save_figures
@@ -121,16 +120,16 @@ class Compare(Command):
         from moe_jax.system.folders import Folder
         from moe_jax.system.rich_console import Console
 
-        console = Console(width=max(Console().width, TABLE_WIDTH))
-        table = Table(title=f"\n{self.preset}, {self.seeds} seeds", title_justify="left", title_style="bold")
-        for name in comparison_result.HEADINGS:
-            table.add_column(name, justify="left" if name == "model" else "right")
-        for row in comparison_result.rows(results):
-            table.add_row(*row)
-        console.print(table)
+        console = Console()
+        console.print(f"\n[bold]{self.preset}, {self.seeds} seeds[/bold]")
+        # At 80 columns nine numbers do not stand side by side: each model has its numbers below its name.
+        for name, *cells in comparison_result.rows(results):
+            console.print(f"\n[bold]{name}[/bold]")
+            facts = zip(comparison_result.HEADINGS[1:], cells, strict=True)
+            console.print("  " + "; ".join(f"{heading} {cell}" for heading, cell in facts if cell), markup=False)
+        console.print()
         differences = comparison_result.differences(results)
-        for difference in differences:
-            console.print(difference.verdict, markup=False, soft_wrap=True)
+        say(*(difference.verdict for difference in differences))
         result = {
             "preset": self.preset,
             "data": plan.base.data.source,
@@ -145,8 +144,8 @@ class Compare(Command):
         try:
             paths = save_figures(comparison_figures(plan, results, out), Folder(out))
         except UserError as error:
-            console.print(f"no pictures: {error}", markup=False, soft_wrap=True)
+            say(f"no pictures: {error}")
         else:
-            console.print(*paths, sep="\n", markup=False, soft_wrap=True)
-        print(json_text(result))
+            say(*paths)
+        print_json(result, self.json)
         return 0

@@ -10,7 +10,9 @@ from typing import ClassVar
 from moe_jax.cli.command import Command
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
+from moe_jax.system.console import working
 from moe_jax.system.folders import Folder
+from moe_jax.system.terminal_text import say
 
 
 @dataclass(frozen=True)
@@ -29,18 +31,19 @@ class Doctor(Command):
         folder = Path(self.run)
         if Folder(folder).status("checkpoints") is None:
             raise ConfigError(f"--run {self.run}: is not the folder of a run; it has no folder `checkpoints`")
-        environment.prepare_environment()
-        from moe_jax.runs.doctor import ILL, examine
-        from moe_jax.runs.folder import locked_for_training
+        with working(f"reading every checkpoint of {folder}"):
+            environment.prepare_environment()
+            from moe_jax.runs.doctor import ILL, examine
+            from moe_jax.runs.folder import locked_for_training
 
-        writable = self.repair or os.access(folder, os.W_OK)
-        with locked_for_training(folder) if writable else contextlib.nullcontext() as lock:
-            findings = examine(folder, self.repair, lock)
+            writable = self.repair or os.access(folder, os.W_OK)
+            with locked_for_training(folder) if writable else contextlib.nullcontext() as lock:
+                findings = examine(folder, self.repair, lock)
         width = max(len(f.what) for f in findings)
         for finding in findings:
-            print(f"{finding.what:<{width}}  {finding.state:<8}  {finding.detail}".rstrip())
+            say(f"{finding.what:<{width}}  {finding.state:<8}  {finding.detail}".rstrip())
         ill = collections.Counter(f.state for f in findings if f.state in ILL)
         if ill:
             said = ", ".join(f"{count} {state}" for state, count in ill.items())
-            print(said + ("" if self.repair else "; --repair repairs what can be repaired"))
+            say(said + ("" if self.repair else "; --repair repairs what can be repaired"))
         return 1 if ill else 0

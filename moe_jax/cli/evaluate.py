@@ -1,26 +1,41 @@
 """`moe-jax evaluate`."""
 
+import dataclasses
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command, check_run_folder
+from moe_jax.cli.result import print_json, print_next
+from moe_jax.config import ConfigError, UserError
 from moe_jax.system import environment
-from moe_jax.system.json_text import json_text
+from moe_jax.system.console import step_progress, working
+from moe_jax.system.terminal_text import say
+
+if TYPE_CHECKING:
+    from moe_jax.config import DataConfig
+    from moe_jax.data.baselines import CorpusBaselines
 
 
 @dataclass(frozen=True)
 class Evaluate(Command):
-    """Measure loss, bits per byte and drops of a trained model on a text. The last line of the output is JSON."""
+    """Measure loss, bits per byte and drops of a trained model on a text, beside n-gram models of its training text.
+
+    The last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
+    """
 
     interrupted: ClassVar[str] = "the text was not scored to its end; no result"
 
     run: str
     """Folder of a run."""
     data: str = ""
-    """A file, which is scored whole; or a folder, of which valid.txt is scored. Empty: the run's validation text."""
+    """A file, which is scored whole; or a folder or corpus, of which the validation part is scored. Empty: the run's
+    validation text."""
     step: int | None = None
     """Step of the checkpoint to load. The best one unless given."""
+    json: bool = False
+    """Print the result as JSON too."""
 
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
@@ -28,16 +43,20 @@ class Evaluate(Command):
 
         if self.data:
             check_source(self.data)
-        environment.prepare_environment()
-        from moe_jax.data.token_store import token_stream
-        from moe_jax.runs.load import open_run
-        from moe_jax.training.evaluate import evaluate, make_evaluation_step
+        with working(f"loading {self.run}"):
+            environment.prepare_environment()
+            from moe_jax.data.baselines import corpus_baselines
+            from moe_jax.data.token_store import token_stream
+            from moe_jax.runs.load import open_run
+            from moe_jax.training.evaluate import evaluate, make_evaluation_step
 
-        run = open_run(self.run, self.step)
+            run = open_run(self.run, self.step)
         if self.data:
             tokens, changed = token_stream(scored_documents(self.data), run.tokenizer), ""
+            baselines = _baselines_of(run.config.data, scored_documents(self.data))
         else:
-            tokens, changed = run.validation_text()
+            store, changed = run.validation_text()
+            tokens, baselines = store.valid.tokens, corpus_baselines(run.config.data, store)
         if changed:
             print(f"warning: {changed}", file=sys.stderr)
         scored = evaluate(
@@ -46,15 +65,31 @@ class Evaluate(Command):
             tokens,
             seq_len=run.config.model.seq_len,
             token_bytes=run.tokenizer.token_bytes(),
+            progress=lambda batches: step_progress("scoring", batches),
         )
-        print(f"{scored.tokens:,} tokens, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")
-        print(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
+        say(f"{scored.tokens:,} tokens, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")
+        say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
+        if baselines:
+            say(f"to compare: {baselines.describe()}")
+        print_next(f"uv run python -m moe_jax inspect --run {self.run}")
         result = {
             "val_loss": scored.loss,
             "val_bits_per_byte": scored.bits_per_byte,
             "val_drop_fraction": scored.drop_fraction,
             "tokens": scored.tokens,
             "text_has_changed": None if self.data else bool(changed),
+            "baselines_bits_per_byte": dataclasses.asdict(baselines) if baselines else None,
         }
-        print(json_text(result))
+        print_json(result, self.json)
         return 0
+
+
+def _baselines_of(trained: "DataConfig", documents: Iterator[str]) -> "CorpusBaselines | None":
+    """The scores of n-gram models of the run's training text on other documents. None if that text is not here."""
+    from moe_jax.data.baselines import VALID_BYTES, first_documents, ngram_baselines, training_documents
+
+    try:
+        with working("scoring n-gram models of the training text, to compare with"):
+            return ngram_baselines(training_documents(trained), first_documents(documents, VALID_BYTES))
+    except (ConfigError, UserError):  # it has moved, or needs a network
+        return None

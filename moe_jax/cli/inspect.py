@@ -8,6 +8,8 @@ from moe_jax.cli.command import Command, check_run_folder
 from moe_jax.cli.outputs import check_out_file
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
+from moe_jax.system.console import working
+from moe_jax.system.terminal_text import say
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,14 @@ class Inspect(Command):
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
         text = self._text()
-        environment.prepare_environment()
-        from moe_jax.inspection.report import report_path, write_report
+        with working(f"routing a text through {self.run}"):
+            environment.prepare_environment()
+            from moe_jax.inspection.report import report_path, write_report
 
-        folder = Path(self.run)
-        path = Path(self.out) if self.out else report_path(folder)
-        write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
-        print(f"{path}: the routing report; open it in a browser")
+            folder = Path(self.run)
+            path = Path(self.out) if self.out else report_path(folder)
+            write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
+        say(f"{path}: the routing report; open it in a browser")
         return 0
 
     def _text(self) -> str:

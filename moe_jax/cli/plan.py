@@ -1,15 +1,18 @@
 """`moe-jax plan`."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command
+from moe_jax.cli.result import print_json
 from moe_jax.config import ConfigError, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
-from moe_jax.system.json_text import json_text
+from moe_jax.system.console import working
+from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
     from moe_jax.planning.device_memory import Target
@@ -19,15 +22,22 @@ if TYPE_CHECKING:
 TARGETS = Path(__file__).parents[1] / "planning" / "targets"
 """Folder of the GPU descriptions that come with the package."""
 
+SHARE_OF_MACHINE = 0.75
+"""Share of this machine's memory that a plan may use, unless --memory says how much."""
+
 LONGEST_DESCRIPTION = 1 << 20
 """Bytes. The descriptions that come with the package have about 2,000."""
 
 
 @dataclass(frozen=True)
 class Plan(Command):
-    """Find the settings of a preset that fit a GPU. The GPU need not be in this machine.
+    """Find settings that fit: those of a preset for a GPU, or those for a text and the memory of this machine.
 
-    The last line of the output is JSON. The exit status is 0 if a setting fits, and 1 if none fits.
+    The GPU need not be in this machine. With --data or --memory, the answer is the command line that trains on the text
+    here: the preset, the number of steps, and what saves memory if that is needed.
+
+    The exit status is 0 if a setting fits, and 1 if none fits. The last line of the output is JSON if it is asked for,
+    or if the output is a file or a pipe.
     """
 
     interrupted: ClassVar[str] = "the search stopped early; it starts quickly again, because its results are kept"
@@ -38,10 +48,19 @@ class Plan(Command):
     """Name of a described GPU (a wrong name lists all names), or a file that describes one."""
     every_optimizer: bool = False
     """Compile each optimizer, instead of stopping at the first setting that fits."""
+    data: str = ""
+    """Your text, as for `train.py`. Finds the preset and the steps for it, on this machine."""
+    memory: str = ""
+    """Memory that training may take on this machine, such as 8GB or 900MB. With --data; unless given, three quarters of
+    the memory that is there."""
+    json: bool = False
+    """Print the result as JSON too."""
     verify: bool = False
     """Plan for the GPU in this machine, train two steps on it, and compare its peak memory with the plan."""
 
     def execute(self) -> int:
+        if self.data or self.memory:
+            return self._plan_for_text()
         if not self.verify:
             self._check_target()
             # Compiling for a described card needs no card, and must not occupy a real one.
@@ -56,7 +75,7 @@ class Plan(Command):
         target = (
             device_memory.target_of_device(jax.devices()[0]) if self.verify else device_memory.load_target(self.gpu)
         )
-        print(
+        say(
             f"{self.preset} on {target.device_kind} (compute capability {target.compute_capability}, "
             f"{target.memory / device_memory.MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
         )
@@ -84,10 +103,10 @@ class Plan(Command):
 
         verdict = search.verdict(rows, target)
         train = verdict.row.config.train
-        print("\nbetween steps, the optimizer state included:", end=" ")
-        print(", ".join(f"{name} {mib:,.0f} MiB" for name, mib in verdict.between.items()))
+        between = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in verdict.between.items())
+        say(f"\nbetween steps, the optimizer state included: {between}")
         if verdict.fits:
-            print(
+            say(
                 "this setting fits, by XLA's buffer plan: "
                 f"uv run train.py --preset {self.preset} --batch-size {train.batch_size} "
                 f"--grad-accum {train.grad_accum} --optimizer {train.optimizer}"
@@ -95,18 +114,66 @@ class Plan(Command):
                 * verdict.row.config.execution.remat
             )
         else:
-            print("no setting fits: try a smaller --seq-len, fewer or smaller experts, or another card")
+            say("no setting fits: try a smaller --seq-len, fewer or smaller experts, or another card")
         result = verdict.summary(target)
         if self.verify:
             result["peak_mib"] = peak = search.measured_peak(verdict.row.config)
             planned = verdict.row.step.total
             result["peak_over_plan"] = peak / planned
-            print(
+            say(
                 f"measured peak {peak:,.0f} MiB, "
                 f"{peak / planned - 1:+.1%} against the {planned:,.0f} MiB planned for the step"
             )
-        print(json_text(result))
+        print_json(result, self.json)
         return 0 if verdict.fits else 1
+
+    def _plan_for_text(self) -> int:
+        """The command line for a text and for the memory of this machine."""
+        from moe_jax.data.corpora import check_source
+        from moe_jax.system.limits import machine_memory
+
+        source = self.data or "stories"
+        check_source(source)
+        given = memory_bytes(self.memory) if self.memory else SHARE_OF_MACHINE * (machine_memory() or 8e9)
+        most = given / 2**20
+        with working("starting JAX"):
+            environment.prepare_environment()
+            from moe_jax.planning import own_text
+
+            plans = own_text.search(source, most)
+        found = None
+        while found is None or not found.fits:
+            with working("compiling a training step, to see its memory"):
+                following = next(plans, None)
+            if following is None:
+                break
+            found = following
+            train = found.config.train
+            print(
+                f"{found.config.preset:<10} {train.batch_size:>3} sequences x {train.grad_accum:<3} "
+                f"{'remat' if found.config.execution.remat else '     '} {found.step_mib:>8,.0f} MiB  "
+                f"{'fits' if found.fits else 'too much'}"
+            )
+        assert found is not None  # there is at least one candidate
+        if found.fits:
+            say(f"a training step takes {found.step_mib:,.0f} of {most:,.0f} MiB on this machine; train with")
+            print(found.command())  # unbroken, to be copied
+        else:
+            say(f"nothing fits {most:,.0f} MiB: try a smaller --seq-len or --model.width")
+        train = found.config.train
+        result = {"preset": found.config.preset, "steps": train.steps, "micro_batch": train.batch_size}
+        result |= {"grad_accum": train.grad_accum, "remat": found.config.execution.remat, "fits": found.fits}
+        result |= {"total_mib": round(found.step_mib, 1), "budget_mib": round(most, 1), "command": found.command()}
+        print_json(result, self.json)
+        return 0 if found.fits else 1
+
+
+def memory_bytes(text: str) -> float:
+    """Bytes of a size such as 8GB, 7.5GiB or 900MB. Raises ConfigError."""
+    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ConfigError(f"--memory {text}: must be a size such as 8GB or 900MB")
+    return float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1)
 
 
 _COLUMNS = "{:<10} {:>6} {:>6} {:>11} {:>9} {:>6} {:>9} {:>8}  {}"

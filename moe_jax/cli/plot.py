@@ -7,6 +7,8 @@ from typing import ClassVar
 from moe_jax.cli.command import Command, check_run_folder
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.system import environment
+from moe_jax.system.console import working
+from moe_jax.system.terminal_text import say
 
 
 @dataclass(frozen=True)
@@ -28,16 +30,17 @@ class Plot(Command):
             check_run_folder(run)
         if self.out:
             check_out_folder("--out", self.out)
-        environment.prepare_environment()
-        from moe_jax.plots.figures import run_figures, save_figures
-        from moe_jax.system.folders import Folder
+        with working("drawing the pictures"):
+            environment.prepare_environment()
+            from moe_jax.plots.figures import run_figures, save_figures
+            from moe_jax.system.folders import Folder
 
-        figures = run_figures([Path(run) for run in self.run])
-        if self.out:
-            Path(self.out).mkdir(parents=True, exist_ok=True)
-            out = Folder(Path(self.out))
-        else:
-            out = Folder(Path(self.run[0])).inner("report")
-        for path in save_figures(figures, out):
-            print(path)
+            figures = run_figures([Path(run) for run in self.run])
+            if self.out:
+                Path(self.out).mkdir(parents=True, exist_ok=True)
+                out = Folder(Path(self.out))
+            else:
+                out = Folder(Path(self.run[0])).inner("report")
+            paths = save_figures(figures, out)
+        say(*paths)
         return 0

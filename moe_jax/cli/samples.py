@@ -7,8 +7,10 @@ from typing import ClassVar
 
 from moe_jax.cli.command import Command, check_range, check_run_folder
 from moe_jax.cli.outputs import check_out_file
+from moe_jax.cli.result import print_json
 from moe_jax.system import environment
-from moe_jax.system.json_text import json_text
+from moe_jax.system.console import step_progress, working
+from moe_jax.system.terminal_text import say
 
 
 @dataclass(frozen=True)
@@ -16,7 +18,7 @@ class Samples(Command):
     """Write texts at fixed prompts and seeds, as Markdown.
 
     The command also measures how much the model's texts repeat and vary, and compares them with validation texts of the
-    same lengths. The last line of the output is JSON.
+    same lengths. The last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
     """
 
     interrupted: ClassVar[str] = "the page was not written"
@@ -33,6 +35,8 @@ class Samples(Command):
     """Longest text, in tokens."""
     step: int | None = None
     """Step of the checkpoint to load. The best one unless given."""
+    json: bool = False
+    """Print the measures as JSON too."""
 
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
@@ -41,26 +45,28 @@ class Samples(Command):
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
         if self.out:
             check_out_file("--out", self.out)
-        environment.prepare_environment()
-        from moe_jax.experiments import samples
-        from moe_jax.inference.generate import TextGenerator
-        from moe_jax.inference.sampling import Sampling
-        from moe_jax.runs.load import open_run
-        from moe_jax.system.files import write_output
+        with working(f"loading {self.run}"):
+            environment.prepare_environment()
+            from moe_jax.experiments import samples
+            from moe_jax.inference.generate import TextGenerator
+            from moe_jax.inference.sampling import Sampling
+            from moe_jax.runs.load import open_run
+            from moe_jax.system.files import write_output
 
+            run = open_run(self.run, self.step)
+            generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+            generator.compile()
         name = Path(self.run).resolve().name
         path = Path(self.out) if self.out else Path("benchmarks") / "samples" / f"{name}.md"
-        run = open_run(self.run, self.step)
-        generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
-        settings = Sampling(temperature=self.temperature)
-        told = [
-            samples.write_text(generator, "", settings, seed=0, number=number, limit=self.max_tokens)
-            for number in range(self.stories)
-        ]
-        valid, changed = run.validation_text()
+        settings, told = Sampling(temperature=self.temperature), []
+        with step_progress("writing texts", self.stories) as advance:
+            for number in range(self.stories):
+                told.append(samples.write_text(generator, "", settings, seed=0, number=number, limit=self.max_tokens))
+                advance()
+        store, changed = run.validation_text()
         if changed:
             print(f"warning: {changed}", file=sys.stderr)
-        measures = samples.measure(told, samples.validation_stories(run, valid))
+        measures = samples.measure(told, samples.validation_stories(run, store.valid.tokens))
         about = [
             f"`uv run python -m moe_jax samples --run {self.run} --stories {self.stories} "
             f"--temperature {self.temperature:g} --max-tokens {self.max_tokens}`",
@@ -75,9 +81,9 @@ class Samples(Command):
         stories = samples.prompted(generator, settings, self.max_tokens)
         page = samples.to_markdown(f"Samples of {name}", about, measures, stories)
         write_output(path, page)
-        print(page)
-        print(f"{path}: {len(stories)} texts")
+        say(page)
+        say(f"{path}: {len(stories)} texts")
         result = {name: m.to_json() for name, m in measures.items()}
         settled = {"step": run.checkpoint.step, "stories": self.stories, "temperature": self.temperature}
-        print(json_text(settled | result))
+        print_json(settled | result, self.json)
         return 0

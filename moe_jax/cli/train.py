@@ -13,6 +13,7 @@ from moe_jax.cli.settings import RunCommand
 from moe_jax.config import ConfigError, RunConfig, UserError, holds_run
 from moe_jax.system import environment, streams
 from moe_jax.system.signals import Signals, Stopped
+from moe_jax.system.terminal_text import say
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Train(RunCommand):
             check_memory(config)
         notes = environment.prepare_environment(config.execution.deterministic)
         if config.resume and saved is None:
-            print(new_run_note(Path(config.run_dir)), flush=True)
+            say(new_run_note(Path(config.run_dir)))
         if self.dry_run:
             from moe_jax.training.dry_run import print_dry_run
 
@@ -63,7 +64,7 @@ class Train(RunCommand):
                     print_run_header(session, notes)
                     train(session, signals)
                     print_result(session, finish(session))
-                    print(*report_run(session.folder.files), sep="\n")
+                    say(*report_run(session.folder.files))
             except Stopped as stop:
                 return stop.status
         return 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from moe_jax.config.data import DataConfig
 from moe_jax.config.execution import ExecutionConfig
 from moe_jax.config.model import ModelConfig, RoutingConfig
-from moe_jax.config.run import RunConfig
+from moe_jax.config.run import PresetName, RunConfig
 from moe_jax.config.train import TrainConfig
 from moe_jax.system.errors import ConfigError
 
@@ -147,6 +147,30 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
     "seed-158m": _seed_158m,
     "max-4gb": _max_4gb,
 }
+
+
+PURPOSES = {
+    "nano": "the first run: minutes on a CPU, any short text",
+    "story-cpu": "the best for an hour of two CPU cores and 3 to 100 MB of text",
+    "story": "AdamW and a usual shape, for a GPU or a long evening of a CPU",
+    "story-4gb": "the recipe of story-cpu, larger, for a 4 GB card",
+    "seed-158m": "158,623,744 parameters and GPT-2's vocabulary, for a 4 GB card",
+    "max-4gb": "the largest that trains on a 4 GB card",
+}
+"""What each preset is for."""
+
+FIRST_BYTES = {"story-cpu": 3_000_000, "story-4gb": 200_000_000}
+"""Bytes of text from which a larger preset than `nano` is suggested. `story-cpu` was tuned on 9.4 MB of TinyStories;
+the bounds themselves are a choice, not a measurement."""
+
+
+def preset_for_text(size: int | None) -> PresetName:
+    """The preset for a text of `size` bytes on a CPU or a small card; for one of unknown size, a large one."""
+    found: PresetName = "nano"
+    for name, first in FIRST_BYTES.items():
+        if size is None or size >= first:
+            found = name
+    return found
 
 
 def preset(name: str) -> RunConfig:

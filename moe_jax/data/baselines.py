@@ -1,46 +1,89 @@
-"""Reference values for a loss on the embedded corpus: the entropy floor, and the scores of two n-gram models."""
+"""Reference values for a loss: the scores of n-gram models, and the entropy floor of the embedded corpus."""
 
 import json
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
 from moe_jax.config import DataConfig
+from moe_jax.data.corpora import open_corpus
 from moe_jax.data.token_store import TokenStore
+from moe_jax.system.console import working
 from moe_jax.system.files import write_atomically
 from moe_jax.system.json_text import json_text
+
+TRAIN_BYTES, VALID_BYTES = 10_000_000, 1_000_000
+"""The n-gram models count and score the beginning of a longer text only, to stay within seconds and 600 MB."""
+ORDERS = (1, 3, 5)
 
 
 @dataclass(frozen=True)
 class CorpusBaselines:
-    """Scores on the validation stories, in bits per UTF-8 byte."""
+    """Scores on the validation text, in bits per UTF-8 byte. Each n-gram model has counted the training text, and
+    predicts words (`ngrams.py`)."""
 
-    entropy_floor: float
-    """Exact code length of the stories under the grammar that wrote them. On average no model can score lower."""
+    unigram: float
+    """The score of a model that knows how often each word occurs, and nothing else."""
     trigram: float
-    """Score of a word-trigram model of the training text, which sees the two previous words."""
+    """The score of a model that sees the two words before."""
     kneser_ney_5gram: float
-    """Score of a modified Kneser-Ney model of the training text, which sees the four previous words."""
+    """The score of a model that sees the four words before."""
+    entropy_floor: float | None = None
+    """Exact code length of the embedded stories under the grammar that wrote them. On average no model scores lower.
+    None for any other text."""
+
+    def describe(self) -> str:
+        """The scores in one sentence."""
+        ngrams = (
+            f"from how often words occur {self.unigram:.4f} bits/byte, from two words before {self.trigram:.4f}, from "
+            f"four words {self.kneser_ney_5gram:.4f} (n-gram models of the training text)"
+        )
+        return ngrams if self.entropy_floor is None else f"the best possible is {self.entropy_floor:.4f}; {ngrams}"
 
 
-def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | None:
-    """The scores for the embedded corpus, cached in `references.json` beside its tokens. None for any other text."""
-    if data.source != "stories":
-        return None
-    from moe_jax.data.synthetic.kneser_ney import kneser_ney_bits_per_byte
-    from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
-    from moe_jax.data.synthetic.trigram import trigram_bits_per_byte
+def ngram_baselines(train: Iterable[str], valid: Iterable[str]) -> CorpusBaselines:
+    """The scores of the n-gram models of some training documents on some validation documents."""
+    from moe_jax.data.ngrams import ngram_bits_per_byte
 
+    return CorpusBaselines(*ngram_bits_per_byte(train, list(valid), ORDERS))
+
+
+def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines:
+    """The scores for a corpus, cached in `references.json` beside its tokens."""
     path = store.folder / "references.json"
     try:
         return CorpusBaselines(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        valid = list(generate(data.stories_seed, "valid", VALIDATION_STORIES))
-        train = list(generate(data.stories_seed, "train", data.stories))
-        found = CorpusBaselines(
-            entropy_floor_bits_per_byte(valid),
-            trigram_bits_per_byte(train, valid),
-            kneser_ney_bits_per_byte(train, valid),
-        )
+        with working("scoring n-gram models of the text, to compare with"):
+            found = _embedded(data) if data.source == "stories" else _of_any_text(data)
         with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
             write_atomically(path, json_text(asdict(found)))
         return found
+
+
+def first_documents(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
+    """The documents, until they have `most_bytes` together. The first is given out whatever its size."""
+    size = 0
+    for document in documents:
+        size += len(document.encode())
+        if size > most_bytes and size > len(document.encode()):
+            return
+        yield document
+
+
+def training_documents(data: DataConfig) -> Iterator[str]:
+    """The training documents that the n-gram models count. Raises the errors of `open_corpus`."""
+    return first_documents(open_corpus(data).documents("train"), TRAIN_BYTES)
+
+
+def _embedded(data: DataConfig) -> CorpusBaselines:
+    from moe_jax.data.ngrams import ngram_bits_per_byte
+    from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
+
+    valid = list(generate(data.stories_seed, "valid", VALIDATION_STORIES))
+    train = generate(data.stories_seed, "train", data.stories)
+    return CorpusBaselines(*ngram_bits_per_byte(train, valid, ORDERS), entropy_floor_bits_per_byte(valid))
+
+
+def _of_any_text(data: DataConfig) -> CorpusBaselines:
+    return ngram_baselines(training_documents(data), first_documents(open_corpus(data).documents("valid"), VALID_BYTES))

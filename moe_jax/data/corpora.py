@@ -2,7 +2,7 @@
 
 A corpus has two splits, `train` and `valid`. Documents are stripped and not empty, and are never all in memory. The
 sources are the embedded stories (`synthetic/`), three public data sets (`hub.py`), and the user's own files
-(`text_files.py`, which has the rules for files).
+(`file_corpus.py`).
 
 To add a corpus: a data set of the Hugging Face hub needs an entry in `hub.HUB`; any other source needs a class with the
 methods of `Corpus` and a branch in `open_corpus`. Both need a name in `config.NAMED_CORPORA`.
@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig
+from moe_jax.data.file_corpus import FileCorpus, source_files
 from moe_jax.data.hub import HUB
-from moe_jax.data.text_files import FileCorpus, Span, SplitName, other_kind, read_documents
+from moe_jax.data.text_files import SplitName
 
 
 @runtime_checkable
@@ -55,26 +56,16 @@ def check_source(source: str) -> None:
     if source in NAMED_CORPORA:
         return
     path = Path(source)
-    if path.is_dir():
-        missing = [name for name in ("train.txt", "valid.txt") if not (path / name).is_file()]
-        if missing:
-            raise ConfigError(f"--data {source}: the folder must hold train.txt and valid.txt; no {missing[0]} in it")
-        files = [path / "train.txt", path / "valid.txt"]
-    elif not path.is_file():
+    if not path.is_dir() and not path.is_file():
         names = ", ".join(NAMED_CORPORA)
         raise ConfigError(f"--data {source}: must be an existing file or folder, or one of {names}")
-    else:
-        files = [path]
-    for file in files:
-        problem = other_kind(file)
-        if problem is not None:
-            raise ConfigError(f"--data {file}: {problem}")
+    source_files(path)
 
 
 def open_corpus(data: DataConfig) -> Corpus:
-    """The corpus that `data.source` names. A single file is read once here; other sources are not read yet.
+    """The corpus that `data.source` names. Files without a validation file are read once here, to split them.
 
-    Raises ConfigError where the source does not exist, UserError where a file cannot be read as UTF-8.
+    Raises ConfigError where the source does not exist, UserError where a file cannot be read.
     """
     check_source(data.source)
     if data.source == "stories":
@@ -90,7 +81,7 @@ def scored_documents(source: str) -> Iterator[str]:
     check_source(source)
     path = Path(source)
     if source not in NAMED_CORPORA and path.is_file():
-        return read_documents(Span.of(path), source)
+        return FileCorpus.whole(path).documents("valid")
     return open_corpus(DataConfig(source=source)).documents("valid")
 
 

@@ -5,14 +5,8 @@
   else at a line end, else at a space. Each part is a document. So memory stays bounded, at the cost of one separator
   per MiB.
 - A byte order mark of UTF-8 is skipped. Files of other kinds, such as gzip or UTF-16, are refused by their first bytes.
-- A folder holds `train.txt` and `valid.txt`.
-- A single file is split: the last 5 % of its documents, and at least one, are the validation split. A file with a
-  single document is cut, by the rule above, between 90 and 95 % of its bytes; the part after the cut is the validation
-  split.
 """
 
-from array import array
-from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +32,6 @@ _KINDS = {
     b"\xfe\xff": "is in UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
 }
 """How a file begins that is no text in UTF-8 -> what it is, and what to do."""
-_JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
 SplitName = Literal["train", "valid"]
 
 _SEPARATOR = SEPARATOR.encode()
@@ -62,74 +55,6 @@ class Span:
         return cls(path, len(BYTE_ORDER_MARK) if marked else 0, path.stat().st_size)
 
 
-@dataclass(frozen=True)
-class FileCorpus:
-    """Text files as a `corpora.Corpus`."""
-
-    name: str
-    spans: dict[str, Span]
-
-    @classmethod
-    def open(cls, name: str) -> "FileCorpus":
-        """The corpus of a folder or a file. A single file is read once, to find where its validation part begins."""
-        path = Path(name)
-        if path.is_dir():
-            return cls(name, {"train": Span.of(path / "train.txt"), "valid": Span.of(path / "valid.txt")})
-        whole = Span.of(path)
-        cut = max(whole.start, validation_start(path))
-        return cls(name, {"train": Span(path, whole.start, cut), "valid": Span(path, cut, whole.stop)})
-
-    def documents(self, split: SplitName) -> Iterator[str]:
-        return self.reading().documents(split)
-
-    def fingerprint(self) -> str:
-        """xxh3-128 of the bytes of both splits and of their offsets in the file. The path is not included."""
-        return self.reading().fingerprint()
-
-    def reading(self) -> "FileReading":
-        return FileReading(self)
-
-    def size(self, split: SplitName) -> int | None:
-        return self.spans[split].stop - self.spans[split].start
-
-
-class FileReading:
-    """One pass over a `FileCorpus`, which digests the bytes as it reads them. Each split can be read once, in order."""
-
-    def __init__(self, corpus: FileCorpus) -> None:
-        import xxhash
-
-        self.name, self._corpus, self._digest = corpus.name, corpus, xxhash.xxh3_128()
-        self._unread = {split: self._read(span) for split, span in corpus.spans.items()}
-
-    def _read(self, span: Span) -> Iterator[bytes]:
-        self._digest.update(f"{span.start}-{span.stop};".encode())
-        for chunk in _read_chunks(span):
-            self._digest.update(chunk)
-            yield chunk
-
-    def documents(self, split: SplitName) -> Iterator[str]:
-        for earlier, chunks in self._unread.items():
-            if earlier == split:
-                span = self._corpus.spans[split]
-                found = (document for _, document in _documents(span, chunks))
-                yield from refuse_empty(found, f"{span.path} ({split})")
-                return
-            deque(chunks, maxlen=0)
-
-    def fingerprint(self) -> str:
-        """`FileCorpus.fingerprint` of what was read. Reads what is left."""
-        for chunks in self._unread.values():
-            deque(chunks, maxlen=0)
-        return self._digest.hexdigest()
-
-    def reading(self) -> "FileReading":
-        return self
-
-    def size(self, split: SplitName) -> int | None:
-        return self._corpus.size(split)
-
-
 def other_kind(path: Path) -> str | None:
     """What a file is that is not plain text in UTF-8, and what to do about it. None if it looks like text."""
     try:
@@ -140,15 +65,9 @@ def other_kind(path: Path) -> str | None:
     for mark, problem in _KINDS.items():
         if start.startswith(mark):
             return problem
-    if path.name.lower().endswith(_JSON_ENDINGS) and start.lstrip()[:1] in (b"{", b"["):
-        return f"holds JSON, not plain text; write its texts into a file, separated by {SEPARATOR}"
+    if path.suffix.lower() == ".json" and start.lstrip()[:1] in (b"{", b"["):
+        return "holds JSON, not plain text; write one object a line with a key `text` into a file that ends in .jsonl"
     return None
-
-
-def read_documents(span: Span, what: str) -> Iterator[str]:
-    """The documents of a span, stripped and not empty. Raises UserError if there is no document, or if the bytes are
-    not UTF-8."""
-    return refuse_empty((document for _, document in _documents(span, _read_chunks(span))), what)
 
 
 def refuse_empty(documents: Iterable[str], what: str) -> Iterator[str]:
@@ -171,24 +90,17 @@ def cut_long(text: bytes) -> Iterator[bytes]:
     yield text
 
 
-def validation_start(path: Path) -> int:
-    """The offset at which the validation part of a single file begins."""
-    span = Span.of(path)
-    starts, end = array("q"), -1  # offsets of the documents; the parts of a long document count as one
-    for offset, piece in _read_pieces(span, _read_chunks(span)):
-        if offset != end and piece.strip():
-            starts.append(offset)
-        end = offset + len(piece)
-    if len(starts) >= 2:
-        return starts[-max(1, len(starts) // 20)]
+def last_part_start(span: Span) -> int:
+    """Where the last 5 to 10 % of a span's bytes begin, at a boundary of the text."""
     twentieth = span.stop // 20
     window = min(max(twentieth, 64), span.stop - twentieth, _CHUNK)
     start = span.stop - twentieth - window
-    text = b"".join(_read_chunks(Span(path, start, start + window + 1)))
-    return start + _last_boundary(text, 0, window)
+    text = b"".join(read_chunks(Span(span.path, start, start + window + 1)))
+    return max(span.start, start + _last_boundary(text, 0, window))
 
 
-def _read_chunks(span: Span) -> Iterator[bytes]:
+def read_chunks(span: Span) -> Iterator[bytes]:
+    """The bytes of a span, up to 1 MiB at a time. Raises UserError if the file cannot be read."""
     try:
         with span.path.open("rb") as file:
             file.seek(span.start)
@@ -217,8 +129,17 @@ def _read_pieces(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, byt
     yield offset, rest
 
 
-def _documents(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, str]]:
-    """(offset of the piece that holds it, document), for every piece of the span's chunks that is not blank."""
+def document_starts(span: Span) -> Iterator[int]:
+    """The offset of each document. The parts of a long document count as one."""
+    end = -1
+    for offset, piece in _read_pieces(span, read_chunks(span)):
+        if offset != end and piece.strip():
+            yield offset
+        end = offset + len(piece)
+
+
+def text_documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
+    """Every piece of the span's chunks that is not blank, stripped. Raises UserError if the bytes are not UTF-8."""
     for offset, piece in _read_pieces(span, chunks):
         try:
             document = piece.decode().strip()
@@ -226,7 +147,7 @@ def _documents(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, str]]
             where = f"{span.path}: not UTF-8 at byte {offset + error.start} ({error.reason})"
             raise UserError(f"{where}; convert the file to UTF-8") from None
         if document:
-            yield offset, document
+            yield document
 
 
 def _last_boundary(text: bytes, low: int, high: int) -> int:

@@ -18,6 +18,11 @@ class TextGenerator:
         self._params, self._tokenizer = params, tokenizer
         self._decoder = Decoder(graphdef, seq_len, tokenizer.vocab_size)
 
+    def compile(self) -> None:
+        """Compile all programs now, so that the first text does not wait for them."""
+        for _ in self.pieces("", Sampling(), seed=0, limit=2):
+            pass
+
     def pieces(self, prompt: str, settings: Sampling, *, seed: int, number: int = 0, limit: int) -> Iterator[str]:
         """The text after the prompt, one piece for each token, to the end of the text or to `limit` tokens.
 

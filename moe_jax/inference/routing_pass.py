@@ -1,7 +1,7 @@
 """Forward passes that record every decision of the routers, and statistics of the decisions.
 
-The pass is the forward pass of training, with its capacity, but without dropout and router noise. The model is called
-with the static argument `trace`.
+Unless another mode is asked for, the pass is the forward pass of training, with its capacity, but without dropout and
+router noise. The model is called with the static argument `trace`.
 """
 
 import math
@@ -45,11 +45,14 @@ def make_trace_step(graphdef: nnx.GraphDef) -> TraceStep:
     return jax.jit(step)
 
 
-def make_decision_step(graphdef: nnx.GraphDef) -> DecisionStep:
-    """The jitted (params, tokens int [B, T]) -> decisions, without attention weights or vocabulary head."""
+def make_decision_step(graphdef: nnx.GraphDef, mode: Mode = Mode.TRAIN) -> DecisionStep:
+    """The jitted (params, tokens int [B, T]) -> decisions, without attention weights or vocabulary head.
+
+    `mode` says of which pass: with the capacity of training, or as in generation, which drops nothing.
+    """
 
     def step(params: Params, tokens: jax.Array) -> LayerTrace:
-        _, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN, trace=True)
+        _, stats, _ = merge(graphdef, params)(tokens, mode, trace=True)
         assert stats is not None and stats.trace is not None  # noqa: PT018, a dense baseline is refused before
         return stats.trace._replace(attention=None)
 

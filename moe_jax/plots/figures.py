@@ -20,6 +20,7 @@ from moe_jax.system.folders import Folder
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc6fa3", "#e69f00", "#56b4e9", "#7a4fa3", "#737373")
 """Colours that colour-blind readers can distinguish (after Okabe and Ito)."""
 FORMATS = ("png", "svg")
+OVERVIEW_COLUMNS = 2
 
 
 def check_installed() -> None:
@@ -53,10 +54,14 @@ def run_figures(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def save_figures(figures: dict[str, Any], out: Folder) -> list[Path]:
-    """Write every figure as PNG and SVG into a folder that is there. Returns the paths."""
+    """Write every figure as PNG and SVG into a folder that is there, and overview.png with all of them.
+
+    Returns the paths, the overview first.
+    """
     import matplotlib as mpl
 
-    paths = []
+    out.write("overview.png", _overview(list(figures.values())))
+    paths = [out.path / "overview.png"]
     with mpl.rc_context({"svg.hashsalt": "moe-jax"}):  # so that the same picture gives the same file
         for name, figure in figures.items():
             for kind in FORMATS:
@@ -65,6 +70,35 @@ def save_figures(figures: dict[str, Any], out: Folder) -> list[Path]:
                 out.write(f"{name}.{kind}", picture.getvalue())
                 paths.append(out.path / f"{name}.{kind}")
     return paths
+
+
+def _overview(figures: Sequence[Any]) -> bytes:
+    """All figures on one page, side by side in pairs, as a PNG. A figure keeps its proportions."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pictures = []
+    for figure in figures:
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        pictures.append(np.asarray(canvas.buffer_rgba()))
+    rows = [pictures[i : i + OVERVIEW_COLUMNS] for i in range(0, len(pictures), OVERVIEW_COLUMNS)]
+    heights = [max(picture.shape[0] / picture.shape[1] for picture in row) for row in rows]
+    width = OVERVIEW_COLUMNS * 7
+    page = Figure(figsize=(width, sum(heights) * 7))
+    top = 1.0
+    for row, height in zip(rows, heights, strict=True):
+        share = height / sum(heights)
+        for column, picture in enumerate(row):
+            place = (column / OVERVIEW_COLUMNS, top - share, 1 / OVERVIEW_COLUMNS, share)
+            axes = page.add_axes(place)
+            axes.imshow(picture, interpolation="lanczos")
+            axes.set_anchor("NW")
+            axes.axis("off")
+        top -= share
+    saved = io.BytesIO()
+    page.savefig(saved, format="png", dpi=100)
+    return saved.getvalue()
 
 
 class _Metrics:
@@ -161,9 +195,17 @@ def _with_floor(figure: Any, runs: Sequence[_Metrics], unit: str) -> Any:
 
 
 def _bits(runs: Sequence[_Metrics]) -> Any:
-    """Bits per byte of the fixed validation subset, with a line at the whole text's entropy if that is known."""
+    """Bits per byte of the fixed validation subset, with lines at the n-gram baseline of the whole text and at its
+    entropy, if they are known."""
     title = "Bits per byte of the validation subset"
     figure = _curves(runs, "bits_per_byte", "bits per byte", title, splits=("val",), floor=0)
+    scores = {score for run in runs if (score := run.summary.get("kneser_ney_5gram_bits_per_byte")) is not None}
+    if figure is not None and scores:
+        (axes,) = figure.axes
+        for score in sorted(scores):
+            axes.axhline(score, color="0.6", linestyle="-.", label=f"5-gram model of the training text, {score:.4f}")
+        axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], *scores))
+        axes.legend(frameon=False)
     return _with_floor(figure, runs, "bits per byte")
 
 

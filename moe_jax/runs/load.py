@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from flax import nnx
 
 from moe_jax.config import RunConfig, UserError, load_config
-from moe_jax.data.token_store import prepare_token_store
+from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.transformer import Params, abstract_model
@@ -20,9 +19,9 @@ from moe_jax.system.folders import Folder
 
 
 class ValidationText(NamedTuple):
-    """The validation text that a run's configuration names."""
+    """The text that a run's configuration names; `store.valid.tokens` is the validation stream."""
 
-    tokens: np.ndarray
+    store: TokenStore
     warning: str
     """Not empty if the text has changed since the run was trained: then one line that says so."""
 
@@ -46,12 +45,12 @@ class LoadedRun:
         store = prepare_token_store(self.config.data, tokenizer=self.tokenizer, progress=progress)
         trained = self.checkpoint.manifest["context"].get("data")
         if trained is None or store.is_text_of(trained):
-            return ValidationText(store.valid.tokens, "")
+            return ValidationText(store, "")
         warning = (
             f"--data {store.source}: has changed since the run was trained; the numbers are those of another text, "
             "and the model may have been trained on parts of it"
         )
-        return ValidationText(store.valid.tokens, warning)
+        return ValidationText(store, warning)
 
 
 def open_run(path: str | Path, step: int | None = None) -> LoadedRun:

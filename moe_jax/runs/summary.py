@@ -6,7 +6,7 @@ from typing import Any
 from moe_jax.system.folders import Folder
 
 NAME = "summary.json"
-_TEXTS = ("preset", "device", "precision")
+_TEXTS = ("preset", "device", "precision", "opening")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar on a terminal, otherwise a line every PLAIN_SECONDS."""
+"""Progress on stderr: a bar or a spinner on a terminal, otherwise a line every PLAIN_SECONDS, or nothing."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +10,43 @@ PLAIN_SECONDS = 10
 
 Report = Callable[[int, int], None]
 """Called with the items and the bytes done so far."""
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show a spinner and what is done, while it is done. Nothing if stderr is not a terminal.
+
+    The work must not print.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    from moe_jax.system.rich_console import Console
+
+    with Console(stderr=True).status(what):
+        yield
+
+
+@contextmanager
+def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show how many of `total` steps are done: a bar on a terminal, nothing elsewhere. Call the result after each."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich import progress
+
+    from moe_jax.system.rich_console import Console
+
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
 
 
 @contextmanager

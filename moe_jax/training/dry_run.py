@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from rich.table import Table
@@ -116,12 +116,41 @@ def _work(config: RunConfig) -> str:
     )
 
 
-def _time(config: RunConfig, policy: Policy) -> str:
+class PresetCosts(NamedTuple):
+    """What a preset costs on this machine."""
+
+    parameters: int
+    active: int
+    """Parameters that one token uses."""
+    tokens: int
+    """Tokens that training reads."""
+    least_bytes: int
+    """Memory of a training step, at least."""
+    fastest: float
+    slowest: float
+    """Seconds of training, between which the time is expected."""
+
+
+def preset_costs(name: str) -> PresetCosts:
+    """The costs of a preset. Measures the speed of a matrix product once a process."""
+    config = with_vocabulary(preset(name))
+    train, counts = config.train, totals(count_parameters(config.model))
+    tokens = train.steps * train.batch_size * train.grad_accum * config.model.seq_len
+    _, *times = _times(config, choose_policy(config.execution.compute_dtype))
+    return PresetCosts(counts.total, counts.active, tokens, least_step_bytes(config), *times)
+
+
+def _times(config: RunConfig, policy: Policy) -> tuple[float, float, float]:
+    """The matmul rate of this machine in operations a second, and the shortest and longest expected time in seconds."""
     flops, rate = training_flops(config, config.train.steps), timing.matmul_rate(policy.compute)
-    fastest, slowest = duration(flops / (HIGHEST * rate)), duration(flops / (LOWEST * rate))
+    return rate, flops / (HIGHEST * rate), flops / (LOWEST * rate)
+
+
+def _time(config: RunConfig, policy: Policy) -> str:
+    rate, fastest, slowest = _times(config, policy)
     return (
-        f"{fastest} to {slowest}, if training reaches {100 * LOWEST:.0f} to {100 * HIGHEST:.0f} % of "
-        f"{rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; "
+        f"{duration(fastest)} to {duration(slowest)}, if training reaches {100 * LOWEST:.0f} to {100 * HIGHEST:.0f} % "
+        f"of {rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; "
         "compiling, evaluations and checkpoints come on top"
     )
 

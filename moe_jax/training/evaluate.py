@@ -3,6 +3,7 @@ Nothing is dropped, unless `eval_capacity_factor` sets a capacity."""
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import jax
@@ -58,11 +59,26 @@ def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
 
 
 def evaluate(
-    step: EvaluationStep, params: Params, tokens: np.ndarray, *, seq_len: int, token_bytes: np.ndarray
+    step: EvaluationStep,
+    params: Params,
+    tokens: np.ndarray,
+    *,
+    seq_len: int,
+    token_bytes: np.ndarray,
+    progress: Callable[[int], AbstractContextManager[Callable[[], None]]] | None = None,
 ) -> Evaluation:
-    """Score a stream `separator, document, separator, ..., separator`, window by window (`evaluation_windows`)."""
+    """Score a stream `separator, document, separator, ..., separator`, window by window (`evaluation_windows`).
+
+    `progress` gets the number of batches, and gives what to call after each (`system.console.step_progress`).
+    """
     batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS))
-    results = [step(params, batch.inputs, batch.targets, batch.start, batch.weights) for batch in batches]
+    results = []
+    with progress(len(batches)) if progress else nullcontext() as advance:
+        for batch in batches:
+            results.append(step(params, batch.inputs, batch.targets, batch.start, batch.weights))
+            if advance:
+                jax.block_until_ready(results[-1])
+                advance()
     nats = math.fsum(float(n) for n, _ in results)
     size = text_bytes(tokens, token_bytes)
     count = len(tokens) - 1

@@ -93,10 +93,10 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
     record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens}
     record |= {"stream": session.data.stream_of(scored)}
     log.write(record | {"wall_seconds": session.progress.elapsed})
-    baselines = session.data.baselines
-    floor = f" (floor {baselines.entropy_floor:.3f})" if baselines else ""
+    floor = session.data.baselines.entropy_floor
+    best = "" if floor is None else f" (floor {floor:.3f})"
     terminal.say(
-        f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{floor}, on "
+        f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
         + session.data.describe_stream(scored)
     )
     terminal.say("  " + " ".join(sample.split())[:400])

@@ -1,29 +1,31 @@
 """The text that `train.py` prints before training (the run on one page) and after training (the result)."""
 
+import shlex
 from typing import Any
 
 import jax
 from rich.table import Table
 
 from moe_jax.config import ModelConfig, TrainConfig
+from moe_jax.data.token_store import Split
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.system.rich_console import Console
+from moe_jax.system.terminal_text import say
+from moe_jax.training.advice import advice
 from moe_jax.training.optimizers.factory import state_bytes, warmup_steps
 from moe_jax.training.session import Session
 
 
 def print_run_header(session: Session, notes: list[str]) -> None:
     """Print the notes, and the data, model, precision, memory and plan of the run."""
-    config, store, baselines = session.config, session.data.store, session.data.baselines
+    config, store = session.config, session.data.store
     muon = config.train.optimizer == "muon"
     console = Console()
-    for note in (*notes, *session.notes):
-        console.print(note, markup=False, soft_wrap=True)
+    say(*notes, *session.notes)
     rows = {
         "run": f"{session.folder.path} (preset {config.preset})",
-        "data": f"{store.source}: {store.train.documents:,} documents, {len(store.train.tokens):,} tokens; "
-        f"{store.valid.documents:,} for validation",
+        "data": f"{store.source}: {_split_line(store.train)} to train on; {_split_line(store.valid)} to validate",
         "tokenizer": f"{store.tokenizer.kind}, {store.tokenizer.vocab_size:,} entries, "
         f"{store.valid.bytes / (len(store.valid.tokens) - 1):.2f} bytes a token",
         "model": _model_line(config.model),
@@ -34,16 +36,18 @@ def print_run_header(session: Session, notes: list[str]) -> None:
         "arithmetic": f"{training_flops(config, config.train.steps):.2e} floating-point operations: "
         "6 x active matmul parameters x tokens" + (", and Muon's own products" if muon else ""),
     }
-    if baselines:
-        rows["to compare"] = (
-            f"{baselines.entropy_floor:.4f} bits/byte is the entropy of the validation stories (the best possible); "
-            f"{baselines.kneser_ney_5gram:.4f} is a modified Kneser-Ney model of five words, {baselines.trigram:.4f} a "
-            "word-trigram model"
-        )
+    rows["to compare"] = session.data.baselines.describe()
+    if said := advice(config, store):
+        rows["advice"] = "\n".join(said)
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
         table.add_row(name, text)
     console.print(table)
+
+
+def _split_line(split: Split) -> str:
+    documents = f"{split.documents:,} document{'s' * (split.documents != 1)}"
+    return f"{documents} ({split.bytes / 1e6:.1f} MB, {len(split.tokens):,} tokens)"
 
 
 def _model_line(m: ModelConfig) -> str:
@@ -89,15 +93,16 @@ def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:
 
 def print_result(session: Session, result: dict[str, Any]) -> None:
     """Print the result of a run: its score, its folder, and the command that generates text."""
-    console = Console()
-    floor = result["entropy_floor_bits_per_byte"]
-    compared = ""
-    if floor is not None:
+    floor, names = result["entropy_floor_bits_per_byte"], ("unigram", "trigram", "kneser_ney_5gram")
+    unigram, trigram, five = (result[f"{name}_bits_per_byte"] for name in names)
+    if floor is None:
+        compared = f" (word unigram {unigram:.4f}, trigram {trigram:.4f}, 5-gram {five:.4f})"
+    else:
         compared = (
             f", {result['val_bits_per_byte'] / floor:.3f} x the floor of {floor:.4f} "
-            f"(5-gram {result['kneser_ney_5gram_bits_per_byte'] / floor:.2f} x, "
-            f"trigram {result['trigram_bits_per_byte'] / floor:.2f} x)"
+            f"(5-gram {five / floor:.2f} x, trigram {trigram / floor:.2f} x)"
         )
+    prompt = shlex.quote(result["opening"])
     drops = result["train_drop_fraction"]
     dropped = ""
     if drops:
@@ -109,7 +114,6 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
         f"{result['val_tokens']:,} tokens",
         f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in "
         f"{session.folder.path}",
-        f'next: uv run python -m moe_jax generate --run {session.folder.path} --prompt "Once upon a time"',
     ]
-    for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+    say(*lines)
+    print(f"next: uv run python -m moe_jax generate --run {shlex.quote(str(session.folder.path))} --prompt {prompt}")

@@ -19,6 +19,7 @@ import numpy as np
 from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import train_batch, validation_subset
+from moe_jax.data.opening import opening_words
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
@@ -46,8 +47,8 @@ class SessionData:
 
     config: RunConfig
     store: TokenStore
-    baselines: CorpusBaselines | None
-    """Reference values for a loss on the embedded corpus. None for any other text."""
+    baselines: CorpusBaselines
+    """Scores of simple models on the validation text, to compare with."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -65,6 +66,11 @@ class SessionData:
             seq_len=self.config.model.seq_len,
         )
         return rows.reshape(c.grad_accum, c.batch_size, -1)
+
+    @property
+    def opening(self) -> str:
+        """The first words of the validation text. Samples begin with them."""
+        return opening_words(self.store.tokenizer, self.store.valid.tokens)
 
     def subset(self) -> np.ndarray:
         """The fixed part of the validation stream that is scored during training."""
@@ -215,17 +221,18 @@ class Session:
         )
 
     def sample(self, step: int) -> str:
-        """A text that the present parameters generate without a prompt."""
+        """A text that begins with the first words of the validation text, and that the present parameters go on."""
         tokenizer = self.data.store.tokenizer
+        prompt = tokenizer.encode(self.data.opening)
         tokens = self.decoder.stream(
             self.state.params,
-            [tokenizer.separator_id],
+            [tokenizer.separator_id, *prompt],
             settings=Sampling(),
             key=purpose_key(self.config.train.seed, Purpose.SAMPLE, step),
             stop=tokenizer.separator_id,
             limit=SAMPLE_TOKENS,
         )
-        return tokenizer.decode(list(tokens))
+        return tokenizer.decode([*prompt, *tokens])
 
     def diagnose(self, step: int) -> tuple[Path, str]:
         """Write the batch and the names of the arrays that are not finite, for a bad step: see `nonfinite.diagnose`."""

@@ -24,7 +24,7 @@ def summary(
     training, on the fixed subset; null if it was not.
 
     `train_drop_fraction` is the mean over the `train_drop_steps` counted training steps, `train_drop_fraction_worst`
-    the largest of them, and `train_drop_fraction_last` the newest.
+    the largest of them, and `train_drop_fraction_last` the newest. `opening` is the first words of the validation text.
     """
     config, progress, baselines = session.config, session.progress, session.data.baselines
     last = last_train_record(session.folder.files)
@@ -45,9 +45,11 @@ def summary(
         "val_stream": session.data.stream_of(scored),
         "val_loss_in_training": training_val_loss,
         "best_step": best_step,
-        "entropy_floor_bits_per_byte": baselines.entropy_floor if baselines else None,
-        "trigram_bits_per_byte": baselines.trigram if baselines else None,
-        "kneser_ney_5gram_bits_per_byte": baselines.kneser_ney_5gram if baselines else None,
+        "entropy_floor_bits_per_byte": baselines.entropy_floor,
+        "unigram_bits_per_byte": baselines.unigram,
+        "trigram_bits_per_byte": baselines.trigram,
+        "kneser_ney_5gram_bits_per_byte": baselines.kneser_ney_5gram,
+        "opening": session.data.opening,
         "params_total": counts.total,
         "params_active": counts.active,
         "training_flops": training_flops(config, steps),

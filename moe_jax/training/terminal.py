@@ -54,7 +54,7 @@ class Terminal:
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -68,4 +68,4 @@ def test_all_commands_have_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert main.main(main.run_command, argv) == 0
         out = capsys.readouterr().out
         assert all(f"  {name:<14} {line}\n" in out for name, (_, line) in COMMANDS.items())
-        assert all(len(line) <= 90 for line in out.splitlines())
+        assert all(len(line) <= 80 for line in out.splitlines())

@@ -141,8 +141,8 @@ def test_bad_sources_are_answered_with_the_flag_and_the_choice(tmp_path):
         check_source(name)
     with pytest.raises(ConfigError, match=r"^--data tinystory: .*stories, tinystories, wikitext, pg19$"):
         check_source("tinystory")
-    (tmp_path / "train.txt").write_text("Story.")
-    with pytest.raises(ConfigError, match=r"no valid\.txt"):
+    (tmp_path / "valid.txt").write_text("Story.")
+    with pytest.raises(ConfigError, match=r"valid\.txt is there, but no train\.txt"):
         check_source(str(tmp_path))
     with pytest.raises(ConfigError, match="existing file or folder"):
         open_corpus(DataConfig(source=str(tmp_path / "missing")))
@@ -251,7 +251,7 @@ def test_the_embedded_corpus_generates_its_splits():
         ("a.zip", b"PK\x03\x04rest", "zip archive"),
         ("a.parquet", b"PAR1rest", "Parquet"),
         ("a.txt", "text".encode("utf-16"), "UTF-16"),
-        ("a.jsonl", b' {"text": "a story"}\n', "JSON"),
+        ("a.jsonl", b"[1, 2]", "each line must be an object"),
         ("a.json", b"[1, 2]", "JSON"),
         ("a.txt", b"%PDF-1.7", "pdftotext"),
     ],

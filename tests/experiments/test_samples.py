@@ -57,7 +57,7 @@ def test_stories_of_one_seed_differ_by_their_number(folder: Path) -> None:
 def test_the_text_is_the_runs_validation_text(folder: Path) -> None:
     """Of 60 stories the last 5 % validate."""
     run = open_run(folder)
-    stories = list(samples.validation_stories(run, run.validation_text().tokens))
+    stories = list(samples.validation_stories(run, run.validation_text().store.valid.tokens))
     assert stories == [f"{saved_run.STORY}{i}" for i in (57, 58, 59)]
 
 

@@ -12,6 +12,8 @@ RESULT: dict[str, Any] = {
     "entropy_floor_bits_per_byte": 0.5,
     "kneser_ney_5gram_bits_per_byte": 0.625,
     "trigram_bits_per_byte": 0.75,
+    "unigram_bits_per_byte": 1.25,
+    "opening": "it's a day",
     "val_bits_per_byte": 0.6,
     "train_drop_fraction": 0.125,
     "train_drop_fraction_worst": 0.25,
@@ -40,10 +42,10 @@ def test_the_result_in_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "67,890 tokens in 12 s; dropped in training 12.5% (mean of the steps), 25.0% (worst), 6.2% (last); "
         "everything is in runs/x"
     )
-    assert "--run runs/x " in following
+    assert following == "next: uv run python -m moe_jax generate --run runs/x --prompt 'it'\"'\"'s a day'"
 
 
 def test_without_a_floor_and_without_drops(capsys: pytest.CaptureFixture[str]) -> None:
     score, cost, _ = said(RESULT | {"entropy_floor_bits_per_byte": None, "train_drop_fraction": 0.0}, capsys)
-    assert "0.6000 bits/byte, on the whole" in score
+    assert "0.6000 bits/byte (word unigram 1.2500, trigram 0.7500, 5-gram 0.6250), on the whole" in score
     assert cost == "67,890 tokens in 12 s; everything is in runs/x"

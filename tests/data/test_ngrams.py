@@ -1,14 +1,16 @@
 """Modified Kneser-Ney against loops over dictionaries, and by its properties."""
 
+import math
 from collections import Counter, defaultdict
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from moe_jax.data.synthetic import kneser_ney
-from moe_jax.data.synthetic.kneser_ney import kneser_ney_bits_per_byte, kneser_ney_probabilities
+from moe_jax.data import ngrams
+from moe_jax.data.ngrams import END, ngram_bits_per_byte, ngram_probabilities, spelling_probability, words_of
 from moe_jax.data.synthetic.stories import generate
-from moe_jax.data.synthetic.trigram import END, spelling_probability, trigram_bits_per_byte, words_of
 
 TRAIN = [*generate(3, "train", 30)]
 VALID = [*generate(3, "valid", 4), "Zyx wept."]
@@ -60,7 +62,7 @@ def test_every_probability_is_that_of_the_loops(order: int) -> None:
     for story in VALID:
         words = [*[END] * (order - 1), *words_of(story), END]
         expected += [loops.probability(tuple(words[i : i + order])) for i in range(len(words) - order + 1)]
-    np.testing.assert_allclose(kneser_ney_probabilities(TRAIN, VALID, order), expected, rtol=1e-12)
+    np.testing.assert_allclose(ngram_probabilities(TRAIN, VALID, order), expected, rtol=1e-12)
 
 
 def test_the_probabilities_of_all_words_sum_to_one() -> None:
@@ -77,7 +79,7 @@ def test_the_probabilities_of_all_words_sum_to_one() -> None:
 def test_many_words_are_packed_without_overflow() -> None:
     """Five words of a vocabulary of 10 million do not fit into 63 bits."""
     rows = np.array([[9_999_999] * 5, [9_999_998] * 5, [9_999_999] * 5, [0, 0, 0, 0, 1]])
-    packed = kneser_ney._packed(rows, 10**7)
+    packed = ngrams._packed(rows, 10**7)
     assert packed[0] == packed[2]
     assert len(set(packed.tolist())) == 3
 
@@ -86,10 +88,46 @@ def test_no_word_has_probability_zero() -> None:
     """ "a" has one follower, three times. Few n-grams occur three times and many four times, so that the formula of the
     third discount is negative. Without a discount, "b" would have probability 0 after "a"."""
     stories = ["a w"] * 3 + [f"b {second}" for second in "wxyz" for _ in range(4)]
-    assert (kneser_ney_probabilities(stories, ["a b", "b a", "q"], 2) > 0).all()
+    assert (ngram_probabilities(stories, ["a b", "b a", "q"], 2) > 0).all()
 
 
-def test_it_is_a_stronger_baseline_than_the_trigram() -> None:
+def test_the_scores_of_all_orders_are_those_of_each() -> None:
+    scores = ngram_bits_per_byte(TRAIN, VALID, (1, 3, 5))
+    size = sum(len(text.encode()) for text in VALID)
+    for order, score in zip((1, 3, 5), scores, strict=True):
+        assert score == pytest.approx(-np.log2(ngram_probabilities(TRAIN, VALID, order)).sum() / size)
+
+
+def test_more_words_before_are_a_stronger_baseline() -> None:
     train, valid = list(generate(0, "train", 600)), list(generate(0, "valid", 60))
-    trigram, five = trigram_bits_per_byte(train, valid), kneser_ney_bits_per_byte(train, valid)
-    assert five < trigram
+    one, three, five = ngram_bits_per_byte(train, valid, (1, 3, 5))
+    assert five < three < 0.7 * one
+
+
+def test_a_score_worked_by_hand() -> None:
+    """Words "a" 2, "b" 1, end 3 (of 6). Counts 1, 2, 3 occur once each, 4 never: Y = 1/3, D1 = 1/3, D2 = 1, D3 = 3.
+
+    P("a") = (2 - 1 + (1/3 + 1 + 3) / 257^2) / 6 and P(end) = (3 - 3 + (1/3 + 1 + 3) / 257) / 6.
+    """
+    share = (1 / 3 + 1 + 3) / 6
+    a, end = 1 / 6 + share * 257.0**-2, share / 257
+    (score,) = ngram_bits_per_byte(["a", "a", "b"], ["a"], (1,))
+    assert score == pytest.approx(-math.log2(a * end))
+
+
+@given(st.text())
+def test_words_joined_are_the_text(text: str) -> None:
+    assert "".join(words_of(text)) == text
+
+
+def test_words_keep_the_space_before_them() -> None:
+    expected = ['"', "Oh", ",", " my", " ", " cat", "!", '"', " said", " Tom", "."]
+    assert words_of('"Oh, my  cat!" said Tom.') == expected
+
+
+def test_spelling_sums_to_one_over_all_byte_strings() -> None:
+    """256^n strings of n bytes: the sum up to n is 1 - (256/257)^(n+1), which goes to 1."""
+    for n in range(4):
+        total = math.fsum(256**k * spelling_probability("x" * k) for k in range(n + 1))
+        assert total == pytest.approx(1 - (256 / 257) ** (n + 1))
+    assert spelling_probability("é") == spelling_probability("xx")

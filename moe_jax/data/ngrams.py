@@ -1,57 +1,84 @@
-"""Modified Kneser-Ney over words: the strongest n-gram baseline for the embedded corpus.
+"""N-gram models over words, as baselines: what can be predicted from the few words before.
 
-Interpolated modified Kneser-Ney (Chen and Goodman 1998, section 3). With h the n - 1 words before w, h' all of them but
-the first, and c the count of an n-gram,
+Each is an interpolated modified Kneser-Ney model (Chen and Goodman 1998, section 3). With h the n - 1 words before w,
+h' all of them but the first, and c the count of an n-gram,
 
     P(w | h) = (max(c(h w) - D(c(h w)), 0) + (D1 N1(h) + D2 N2(h) + D3 N3(h)) P(w | h')) / c(h)
 
 c is the number of occurrences for the longest n-grams. For the shorter ones it is the number of different words that
 stand before them. c(h) is the sum of c(h w) over w. N1, N2 and N3 count the words w with c(h w) = 1, = 2 and >= 3; the
-discounts D1, D2, D3 belong to the same counts, and each length has its own. Below the single words stands the
-probability of spelling a word. Words, the end of a story, and a context that was never seen are as in `trigram.py`.
+discounts D1, D2, D3 belong to the same counts, and each length has its own. After a context that was never seen, P is
+that of the line below. Below the single words stands the probability S(w) of spelling a word: each of its bytes, and
+its end, has probability 1/257. So S sums to 1 over all byte strings, and a word that was never seen has a probability.
+
+A word is a run of letters with the space before it, or any other single character. So the words of a text, joined, are
+the text, byte for byte. The empty word ends a document.
 
 The counts are arrays, not dictionaries, so that five words of 20,000 stories take about two seconds.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from moe_jax.data.synthetic.trigram import END, spelling_probability, words_of
+END = ""
+"""The word that ends a document. It also stands before the first word, as context."""
 
-ORDER = 5
-
-
-def kneser_ney_bits_per_byte(train_stories: Iterable[str], valid_stories: Sequence[str], order: int = ORDER) -> float:
-    """Code length of the validation stories and their ends under a model of the training stories, in bits, divided by
-    the UTF-8 bytes of the validation stories."""
-    probabilities = kneser_ney_probabilities(train_stories, valid_stories, order)
-    return float(-np.log2(probabilities).sum()) / sum(len(story.encode()) for story in valid_stories)
+_WORD = re.compile(r" ?[^\W\d_]+|.", re.DOTALL)
 
 
-def kneser_ney_probabilities(train_stories: Iterable[str], valid_stories: Iterable[str], order: int) -> np.ndarray:
-    """float64 [words of the validation stories, ends included]: the probability of each word after those before it."""
-    number: dict[str, int] = {END: 0}
-    seen, asked = (_ngrams(stories, order, number) for stories in (train_stories, valid_stories))
+def words_of(text: str) -> list[str]:
+    """The words of a text. Joined, they give the text."""
+    return _WORD.findall(text)
+
+
+def spelling_probability(word: str) -> float:
+    """S(w), which sums to 1 over all byte strings: uniform over 256 bytes and the end of the word."""
+    return 257.0 ** -(len(word.encode()) + 1)
+
+
+def ngram_bits_per_byte(train: Iterable[str], valid: Sequence[str], orders: Sequence[int]) -> list[float]:
+    """One score for each order n of a model that sees the n - 1 words before: the code length of the validation
+    documents and their ends under a model of the training documents, in bits, divided by the UTF-8 bytes of the
+    validation documents."""
+    longest, number = max(orders), {END: 0}
+    seen, asked = (_ngrams(documents, longest, number) for documents in (train, valid))
     spelling = np.array([spelling_probability(word) for word in number])
-    rows, counts = _distinct(seen, len(number))
+    size = sum(len(document.encode()) for document in valid)
+    found = (_probabilities(seen[:, -n:], asked[:, -n:], spelling) for n in orders)
+    return [float(-np.log2(p).sum()) / size for p in found]
+
+
+def ngram_probabilities(train: Iterable[str], valid: Iterable[str], order: int) -> np.ndarray:
+    """float64 [words of the validation documents, ends included]: the probability of each word after those before."""
+    number: dict[str, int] = {END: 0}
+    seen, asked = (_ngrams(documents, order, number) for documents in (train, valid))
+    return _probabilities(seen, asked, np.array([spelling_probability(word) for word in number]))
+
+
+def _probabilities(seen: np.ndarray, asked: np.ndarray, spelling: np.ndarray) -> np.ndarray:
+    """float64 [Q]: the probability of the last word of each n-gram of `asked` int64 [Q, n], by the model that has
+    counted the n-grams `seen` int64 [N, n]. `spelling` float64 [W] is S of each word."""
+    words = len(spelling)
+    rows, counts = _distinct(seen, words)
     levels = [(rows, counts)]
     while rows.shape[1] > 1:
-        rows, counts = _distinct(rows[:, 1:], len(number))  # each different word before it counts once
+        rows, counts = _distinct(rows[:, 1:], words)  # each different word before it counts once
         levels.append((rows, counts))
     p = spelling[asked[:, -1]]
     for rows, counts in reversed(levels):
-        p = _interpolate(rows, counts, asked[:, -rows.shape[1] :], p, len(number))
+        p = _interpolate(rows, counts, asked[:, -rows.shape[1] :], p, words)
     return p
 
 
-def _ngrams(stories: Iterable[str], order: int, number: dict[str, int]) -> np.ndarray:
-    """int64 [N, order]: every word with the words before it, as numbers. New words are added to `number`. A story
+def _ngrams(documents: Iterable[str], order: int, number: dict[str, int]) -> np.ndarray:
+    """int64 [N, order]: every word with the words before it, as numbers. New words are added to `number`. A document
     begins after `order` - 1 ends, and ends with an end."""
     ids: list[int] = []
     is_word: list[bool] = []
-    for story in stories:
-        words = [number.setdefault(word, len(number)) for word in words_of(story)]
+    for document in documents:
+        words = [number.setdefault(word, len(number)) for word in words_of(document)]
         ids += [0] * (order - 1) + words + [0]
         is_word += [False] * (order - 1) + [True] * (len(words) + 1)
     if not ids:

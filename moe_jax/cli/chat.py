@@ -1,0 +1,121 @@
+"""`moe-jax chat`."""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from moe_jax.cli.sampling import SamplingCommand
+from moe_jax.config import UserError
+from moe_jax.system import environment
+from moe_jax.system.console import working
+from moe_jax.system.terminal_text import say, stream_text
+
+if TYPE_CHECKING:
+    from moe_jax.inference.chat import Chat as Conversation
+    from moe_jax.inference.token_experts import TokenExperts
+
+COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan", "bright_red", "bright_green")
+COLOURS += ("dark_orange", "bright_blue", "bright_magenta", "bright_cyan", "grey62", "gold3", "plum3", "spring_green3")
+"""Colours of the experts, by number. More experts share them."""
+
+
+@dataclass(frozen=True)
+class Chat(SamplingCommand):
+    """Give a trained model the beginnings of texts, and read how it goes on. The model is loaded and compiled once.
+
+    A line is a beginning; the model continues it, word by word. A line such as /temp 0.5 changes a setting, and /help
+    lists them. Ctrl-C ends the present text, Ctrl-D leaves. If the input is a file or a pipe, each of its lines is
+    answered in turn, without colours and without a word more.
+    """
+
+    interrupted: ClassVar[str] = "the conversation is over"
+
+    def execute(self) -> int:
+        self.check()
+        with working(f"loading {self.run}"):
+            environment.prepare_environment()
+            from moe_jax.inference import chat
+            from moe_jax.inference.generate import TextGenerator
+            from moe_jax.inference.token_experts import TokenExperts
+            from moe_jax.runs.load import open_run
+
+            run = open_run(self.run, self.step)
+            generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+            generator.compile()
+        routed = run.config.model.dense == "none" and run.config.model.routing.priority != "leaky-expert-choice"
+        experts = TokenExperts(run.graphdef, run.params, run.tokenizer, run.config.model) if routed else None
+        talk = chat.Chat(
+            generator,
+            self.sampling(),
+            seed=self.seed,
+            limit=self.max_tokens,
+            layers=run.config.model.layers if routed else 0,
+        )
+        person = sys.stdin.isatty() and sys.stdout.isatty()
+        if person:
+            self._greet(run.checkpoint.step)
+        while not talk.ended:
+            try:
+                line = input("\n> " if person else "")
+            except EOFError:
+                break
+            _answer(talk, experts, line)
+        return 0
+
+    def _greet(self, step: int) -> None:
+        import readline  # noqa: F401, gives `input` a history and the arrow keys
+
+        from moe_jax.runs.summary import read_summary
+
+        opening = read_summary(Path(self.run)).get("opening")
+        say(f"{self.run}, step {step}. Type how a text begins; /help lists the settings, Ctrl-D leaves.")
+        if opening:
+            say(f"try: {opening}")
+
+
+def _answer(talk: "Conversation", experts: "TokenExperts | None", line: str) -> None:
+    """Answer one line: obey it, or continue it."""
+    try:
+        if line.strip() == "/again":
+            line = talk.last
+        elif line.startswith("/") and not line.startswith("//"):
+            said = talk.command(line)
+            if said:
+                say(said)
+            return
+        prompt = line.removeprefix("/") if line.startswith("//") else line
+        try:
+            stream_text(prompt, talk.reply(prompt))
+        except KeyboardInterrupt:
+            print("(ended by Ctrl-C)")
+        if talk.layer is not None and experts is not None:
+            _show_experts(experts, talk.last_text, talk.layer)
+    except UserError as error:
+        say(error)
+
+
+def _show_experts(experts: "TokenExperts", text: str, layer: int) -> None:
+    """Print a text with each token in the colour of its first expert, and how many tokens each expert has.
+
+    Without colours, the number of the expert stands behind each token.
+    """
+    from collections import Counter
+
+    from rich.text import Text
+
+    from moe_jax.system.rich_console import Console
+
+    pieces = experts.of(text)
+    first = [int(piece.experts[layer, 0]) for piece in pieces]
+    console, shown = Console(), Text()
+    coloured = console.color_system is not None
+    for piece, expert in zip(pieces, first, strict=True):
+        shown.append(piece.text, COLOURS[expert % len(COLOURS)])
+        if not coloured:
+            shown.append(f"[{expert}]")
+    legend = Text(f"\nlayer {layer}: ")
+    for expert, count in Counter(first).most_common():
+        legend.append(f"expert {expert}", COLOURS[expert % len(COLOURS)])
+        legend.append(f" {count / len(first):.0%}  ")
+    console.print(shown, legend, sep="\n", soft_wrap=not console.is_terminal)

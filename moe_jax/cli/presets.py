@@ -1,0 +1,55 @@
+"""`moe-jax presets`."""
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from moe_jax.cli.command import Command
+from moe_jax.cli.result import print_json, print_next
+from moe_jax.system import environment
+from moe_jax.system.console import working
+from moe_jax.system.terminal_text import say
+
+
+@dataclass(frozen=True)
+class Presets(Command):
+    """Print what each preset is for, and what it costs on this machine.
+
+    Parameters, tokens and memory are counted. Memory is the least that a training step needs. The time is expected from
+    the speed of one matrix product, measured now.
+    """
+
+    interrupted: ClassVar[str] = "nothing was written"
+
+    json: bool = False
+    """Print the table as JSON too."""
+
+    def execute(self) -> int:
+        with working("measuring the speed of a matrix product"):
+            environment.prepare_environment()
+            from rich.table import Table
+
+            from moe_jax.config.presets import PRESETS, PURPOSES
+            from moe_jax.system.rich_console import Console
+            from moe_jax.training.dry_run import duration, preset_costs
+
+            costs = {name: preset_costs(name) for name in PRESETS}
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("preset", "parameters", "active", "tokens", "memory", "time here"):
+            table.add_column(name, justify="left" if name == "preset" else "right", no_wrap=True)
+        for name, cost in costs.items():
+            table.add_row(
+                name,
+                f"{cost.parameters / 1e6:.1f} M",
+                f"{cost.active / 1e6:.1f} M",
+                f"{cost.tokens / 1e6:.1f} M",
+                f"{cost.least_bytes / 2**20:,.0f} MiB",
+                f"{duration(cost.fastest)} to {duration(cost.slowest)}",
+            )
+        console = Console()
+        console.print(table, "")
+        say(*(f"{name:<10} {purpose}" for name, purpose in PURPOSES.items()))
+        print_next(f"uv run train.py --preset nano --out {shlex.quote(str(Path('runs') / 'mine'))} --dry-run")
+        print_json({name: cost._asdict() for name, cost in costs.items()}, self.json)
+        return 0

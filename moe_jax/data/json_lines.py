@@ -1,0 +1,91 @@
+"""Documents read from JSON lines: one object a line, whose key `text` holds a document.
+
+A text longer than 1 MiB is cut into several documents, as in a text file (`text_files.py`). Blank lines are skipped.
+Rows with `messages` are conversations, and are refused: a model of plain text would learn the names of their roles.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from moe_jax.config import UserError
+from moe_jax.data.text_files import Span, cut_long, read_chunks
+
+ENDINGS = (".jsonl", ".ndjson")
+"""Files of these names hold JSON lines."""
+LONGEST_LINE = 1 << 26
+"""Bytes. A longer line is refused, because it would be held in memory."""
+
+
+def holds_json_lines(path: Path) -> bool:
+    return path.suffix.lower() in ENDINGS
+
+
+def line_starts(span: Span) -> Iterator[int]:
+    """The offset of each line that is not blank."""
+    return (offset for offset, line in _lines(span, read_chunks(span)) if line.strip())
+
+
+def json_documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
+    """The texts of the rows in a span's chunks, stripped and not empty. Raises UserError for a row without a text."""
+    for offset, line in _lines(span, chunks):
+        if not line.strip():
+            continue
+        for part in cut_long(_text_of(line, f"{span.path}: the line at byte {offset}").encode()):
+            if document := part.decode().strip():
+                yield document
+
+
+def first_row_problem(path: Path) -> str | None:
+    """What is wrong with the first row of a file, in one line. None if it has a text."""
+    try:
+        offset, line = next((found for found in _first_lines(path) if found[1].strip()), (0, b""))
+        if line:
+            _text_of(line, f"the line at byte {offset}")
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _first_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    span = Span.of(path)
+    return _lines(span, read_chunks(span))
+
+
+def _text_of(line: bytes, where: str) -> str:
+    """The text of a row. Raises UserError."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON ({error}); each line must be an object with a key `text`") from None
+    if not isinstance(row, dict):
+        raise UserError(f"{where} is {json.dumps(row)[:40]}; each line must be an object with a key `text`")
+    text = row.get("text")
+    if isinstance(text, str):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError(
+                f"{where} holds half a surrogate pair (\\ud800 to \\udfff); write whole characters"
+            ) from None
+        return text
+    if "messages" in row:
+        raise UserError(f"{where} holds `messages`, a conversation; only rows with `text` can be trained on")
+    names = ", ".join(list(row)[:5]) or "none"
+    raise UserError(f"{where} has no key `text` that holds a text (its keys: {names}); rename the key of the text")
+
+
+def _lines(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(offset in the file, bytes) of each line of a span's chunks, without line ends."""
+    rest, offset = [], span.start
+    for chunk in chunks:
+        first, *others = chunk.split(b"\n")
+        rest.append(first)
+        for following in others:
+            line = b"".join(rest)
+            yield offset, line
+            offset += len(line) + 1
+            rest = [following]
+        if sum(map(len, rest)) > LONGEST_LINE:
+            raise UserError(f"{span.path}: the line at byte {offset} is longer than {LONGEST_LINE >> 20} MiB; cut it")
+    yield offset, b"".join(rest)

@@ -1,0 +1,113 @@
+"""A conversation with a trained model: a beginning of a text in, its continuation out, and settings in between."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from moe_jax.config import UserError
+from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.sampling import Sampling
+from moe_jax.system.files import write_output
+
+HELP = """\
+  /temp X       temperature: 0 takes the likeliest token, 1 is the distribution learned
+  /seed N       start the random draws anew, from this seed
+  /tokens N     longest continuation, in tokens
+  /again        continue the last beginning once more, with other random draws
+  /experts [N]  show each token in the colour of its expert, of layer N; off again without N
+  /save FILE    write the conversation to a file
+  /help         this list
+  /quit         leave; Ctrl-D does too
+  //...         a text that begins with a slash"""
+
+
+class Chat:
+    """Settings and history. `reply` continues a text; `command` obeys a line that begins with a slash."""
+
+    def __init__(self, generator: TextGenerator, settings: Sampling, *, seed: int, limit: int, layers: int) -> None:
+        """`layers` is the number of layers with routers; 0 for a dense model."""
+        self._generator, self.settings, self.seed, self.limit = generator, settings, seed, limit
+        self._layers = layers
+        self.layer: int | None = None
+        """The layer whose experts are shown. None: none are."""
+        self.ended = False
+        self._number = 0
+        self._told: list[str] = []
+        self.last = ""
+        """The last beginning."""
+
+    def reply(self, prompt: str) -> Iterator[str]:
+        """The continuation of a beginning, one piece for each token. Each reply has random draws of its own."""
+        self.last, text = prompt, prompt
+        number, self._number = self._number, self._number + 1
+        try:
+            for piece in self._generator.pieces(prompt, self.settings, seed=self.seed, number=number, limit=self.limit):
+                text += piece
+                yield piece
+        finally:  # also after Ctrl-C
+            self._told.append(text)
+
+    @property
+    def last_text(self) -> str:
+        """The last beginning with its continuation."""
+        return self._told[-1] if self._told else ""
+
+    def command(self, line: str) -> str:
+        """Obey a line such as "/temp 0.5". Returns what to say. Raises UserError for a wrong line."""
+        name, _, value = line.removeprefix("/").strip().partition(" ")
+        commands: dict[str, Callable[[str], str]] = {
+            "temp": self._temperature,
+            "seed": self._seed,
+            "tokens": self._tokens,
+            "experts": self._experts,
+            "save": self._save,
+            "help": lambda _: HELP,
+            "quit": self._quit,
+        }
+        if name not in commands:
+            raise UserError(f"/{name}: no such command; /help lists them")
+        return commands[name](value.strip())
+
+    def _temperature(self, value: str) -> str:
+        self.settings = self.settings._replace(temperature=_number("/temp", value, float, 0, 100))
+        return f"temperature {self.settings.temperature:g}"
+
+    def _seed(self, value: str) -> str:
+        self.seed, self._number = _number("/seed", value, int, 0, 2**31 - 1), 0
+        return f"seed {self.seed}"
+
+    def _tokens(self, value: str) -> str:
+        self.limit = _number("/tokens", value, int, 1, 1_000_000)
+        return f"at most {self.limit} tokens"
+
+    def _experts(self, value: str) -> str:
+        if not self._layers:
+            raise UserError("/experts: this model is dense, it has no experts; train one with a router")
+        if not value and self.layer is not None:
+            self.layer = None
+            return "experts are not shown"
+        self.layer = _number("/experts", value or str(self._layers - 1), int, 0, self._layers - 1)
+        return f"each token in the colour of its first expert, layer {self.layer} of 0 to {self._layers - 1}"
+
+    def _save(self, value: str) -> str:
+        if not value:
+            raise UserError("/save: needs the name of a file")
+        try:
+            write_output(Path(value), "\n\n".join(self._told) + "\n")
+        except OSError as error:
+            raise UserError(f"/save {value}: cannot be written ({error.strerror}); name another file") from None
+        return f"{len(self._told)} texts in {json.dumps(value, ensure_ascii=False)}"
+
+    def _quit(self, _: str) -> str:
+        self.ended = True
+        return ""
+
+
+def _number[T: (int, float)](name: str, value: str, kind: Callable[[str], T], low: float, high: float) -> T:
+    try:
+        number = kind(value)
+    except ValueError:
+        number = None
+    if number is None or not low <= number <= high:
+        raise UserError(f"{name} {value}: must be a number between {low:g} and {high:g}")
+    return number

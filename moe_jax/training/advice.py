@@ -1,0 +1,51 @@
+"""What to say before training where settings and text do not fit each other."""
+
+from moe_jax.config import RunConfig
+from moe_jax.config.presets import PRESETS, preset, with_vocabulary
+from moe_jax.data.token_store import TokenStore
+from moe_jax.model.costs import count_parameters, totals
+
+USEFUL_PASSES = 4
+"""Reading a text up to four times is nearly as good as new text. More passes are worth less and less, and about 16 are
+the end (Muennighoff et al. 2023, "Scaling data-constrained language models", section 5)."""
+TOKENS_PER_PARAMETER = 20
+"""Tokens for each active parameter at which a larger model pays (Hoffmann et al. 2022, "Training compute-optimal large
+language models", table 3)."""
+
+
+def advice(config: RunConfig, store: TokenStore) -> list[str]:
+    """Sentences about the steps and the preset, for the size of the text. Empty if both fit."""
+    train = config.train
+    step = train.batch_size * train.grad_accum * config.model.seq_len
+    tokens, size = len(store.train.tokens), store.train.bytes
+    passes = train.steps * step / tokens
+    said = []
+    if passes > USEFUL_PASSES:
+        fewer = max(1, round(USEFUL_PASSES * tokens / step))
+        said.append(
+            f"{train.steps:,} steps read this text {passes:.0f} times; what a model learns after about "
+            f"{USEFUL_PASSES} passes is mostly the text by heart. --steps {fewer} reads it {USEFUL_PASSES} times; "
+            "--train.patience 3 stops when validation stops improving"
+        )
+    parameters = totals(count_parameters(config.model))
+    if parameters.total > size and config.preset != "nano":
+        said.append(
+            f"the model has {parameters.total / 1e6:.1f} M parameters and the text {size / 1e6:.1f} MB: it can learn "
+            "the text by heart; --preset nano is the smallest"
+        )
+    if passes < 1 and tokens > TOKENS_PER_PARAMETER * parameters.active and (larger := _larger(config)):
+        said.append(
+            f"{train.steps:,} steps read {passes:.0%} of this text; it is long enough for --preset {larger}, or for "
+            f"--steps {round(tokens / step):,}"
+        )
+    return said
+
+
+def _larger(config: RunConfig) -> str | None:
+    """The smallest preset with twice the active parameters. None if there is none, or if the settings are no preset."""
+    if config.preset not in PRESETS:
+        return None
+    here = totals(count_parameters(config.model)).active
+    active = {name: totals(count_parameters(with_vocabulary(preset(name)).model)).active for name in PRESETS}
+    above = {name: count for name, count in active.items() if count >= 2 * here}
+    return min(above, key=lambda name: above[name]) if above else None

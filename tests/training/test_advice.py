@@ -1,0 +1,55 @@
+"""What is said before training where settings and text do not fit."""
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_jax.config import RunConfig
+from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.training import advice as module
+from moe_jax.training.advice import advice
+
+
+def said(name: str, tokens: int, size: int, **train: int) -> list[str]:
+    config = with_vocabulary(preset(name))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
+    split = SimpleNamespace(tokens=np.zeros(tokens, np.uint16), bytes=size)
+    store: Any = SimpleNamespace(train=split)
+    return advice(config, store)
+
+
+def test_a_text_that_fits_needs_no_advice() -> None:
+    """Of nano, 900 steps of 2,048 tokens: 1.84 M tokens, read 3.9 times."""
+    assert said("nano", 475_000, 1_500_000) == []
+
+
+def test_a_short_text_is_read_too_often() -> None:
+    (line,) = said("nano", 400_000, 1_600_000)
+    assert line.startswith("900 steps read this text 5 times")
+    assert "--steps 781 reads it 4 times" in line  # 4 x 400,000 / 2,048
+
+
+def test_a_model_larger_than_its_text() -> None:
+    """story-cpu has 3.7 M parameters; two steps read nothing twice."""
+    (line,) = said("story-cpu", 400_000, 1_000_000, steps=2)
+    assert "3.7 M parameters and the text 1.0 MB" in line
+    assert "--preset nano" in line
+    assert said("nano", 400_000, 1_000_000, steps=2) == []  # it is the smallest already
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(12_000_000, False), (13_000_000, True)])
+def test_a_text_for_a_larger_preset(tokens: int, told: bool) -> None:
+    """nano has 626,560 active parameters: 20 tokens for each are 12.5 M."""
+    lines = said("nano", tokens, 4 * tokens)
+    assert bool(lines) == told
+    if told:
+        assert "--preset story-cpu" in lines[0]
+
+
+def test_settings_without_a_larger_preset() -> None:
+    config = RunConfig()
+    assert module._larger(with_vocabulary(preset("max-4gb"))) is None
+    assert module._larger(with_vocabulary(config)) == "story-cpu"
