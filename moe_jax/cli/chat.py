@@ -114,6 +114,8 @@ def _show_experts(experts: "TokenExperts", text: str, layer: int) -> None:
         shown.append(piece.text, COLOURS[expert % len(COLOURS)])
         if not coloured:
             shown.append(f"[{expert}]")
+    if len("".join(piece.text for piece in pieces)) < len(text):
+        shown.append(f"\n(the last {len(pieces)} tokens, as many as the context has)")
     legend = Text(f"\nlayer {layer}: ")
     for expert, count in Counter(first).most_common():
         legend.append(f"expert {expert}", COLOURS[expert % len(COLOURS)])

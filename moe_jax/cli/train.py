@@ -12,6 +12,7 @@ from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.settings import RunCommand
 from moe_jax.config import ConfigError, RunConfig, UserError, holds_run
 from moe_jax.system import environment, streams
+from moe_jax.system.console import working
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal_text import say
 
@@ -52,11 +53,12 @@ class Train(RunCommand):
         streams.outlive_output()
         with Signals() as signals:
             # jax is imported only now, because the arguments are accepted and the environment is set.
-            from moe_jax.inspection.report import report_run
-            from moe_jax.runs.folder import locked_for_training
-            from moe_jax.training.loop import finish, train
-            from moe_jax.training.run_header import print_result, print_run_header
-            from moe_jax.training.session import Session
+            with working("starting JAX"):
+                from moe_jax.inspection.report import report_run
+                from moe_jax.runs.folder import locked_for_training
+                from moe_jax.training.loop import finish, train
+                from moe_jax.training.run_header import print_result, print_run_header
+                from moe_jax.training.session import Session
 
             try:
                 with locked_for_training(Path(config.run_dir)) as lock:

@@ -139,7 +139,7 @@ def _max_4gb() -> RunConfig:
     )
 
 
-PRESETS: dict[str, Callable[[], RunConfig]] = {
+PRESETS: dict[PresetName, Callable[[], RunConfig]] = {
     "nano": _nano,
     "story": _story,
     "story-cpu": _story_cpu,
@@ -149,7 +149,7 @@ PRESETS: dict[str, Callable[[], RunConfig]] = {
 }
 
 
-PURPOSES = {
+PURPOSES: dict[PresetName, str] = {
     "nano": "the first run: minutes on a CPU, any short text",
     "story-cpu": "the best for an hour of two CPU cores and 3 to 100 MB of text",
     "story": "AdamW and a usual shape, for a GPU or a long evening of a CPU",
@@ -159,7 +159,7 @@ PURPOSES = {
 }
 """What each preset is for."""
 
-FIRST_BYTES = {"story-cpu": 3_000_000, "story-4gb": 200_000_000}
+FIRST_BYTES: dict[PresetName, int] = {"story-cpu": 3_000_000, "story-4gb": 200_000_000}
 """Bytes of text from which a larger preset than `nano` is suggested. `story-cpu` was tuned on 9.4 MB of TinyStories;
 the bounds themselves are a choice, not a measurement."""
 
@@ -175,9 +175,10 @@ def preset_for_text(size: int | None) -> PresetName:
 
 def preset(name: str) -> RunConfig:
     """The settings of a preset. Raises ConfigError for an unknown name."""
-    if name not in PRESETS:
-        raise ConfigError(f"--preset {name}: must be one of " + ", ".join(PRESETS))
-    return PRESETS[name]()
+    for known, settings in PRESETS.items():
+        if name == known:
+            return settings()
+    raise ConfigError(f"--preset {name}: must be one of " + ", ".join(PRESETS))
 
 
 def largest_vocabulary(data: DataConfig) -> int:

@@ -82,7 +82,8 @@ def _embedded(data: DataConfig) -> CorpusBaselines:
 
     valid = list(generate(data.stories_seed, "valid", VALIDATION_STORIES))
     train = generate(data.stories_seed, "train", data.stories)
-    return CorpusBaselines(*ngram_bits_per_byte(train, valid, ORDERS), entropy_floor_bits_per_byte(valid))
+    scores = ngram_bits_per_byte(train, valid, ORDERS)
+    return CorpusBaselines(*scores, entropy_floor=entropy_floor_bits_per_byte(valid))
 
 
 def _of_any_text(data: DataConfig) -> CorpusBaselines:

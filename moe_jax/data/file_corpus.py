@@ -43,7 +43,7 @@ def source_files(path: Path) -> dict[SplitName, list[Path]]:
     if path.is_file():
         found: dict[SplitName, list[Path]] = {"train": [path], "valid": []}
     elif path.is_dir():
-        named = {split: [p for e in _ENDINGS if (p := path / f"{split}{e}").is_file()][:1] for split in _SPLITS}
+        named: dict[SplitName, list[Path]] = {split: _named(path, split) for split in _SPLITS}
         if named["valid"] and not named["train"]:
             raise ConfigError(f"--data {path}: {named['valid'][0].name} is there, but no train.txt or train.jsonl")
         found = named if named["train"] else {"train": _all_files(path), "valid": []}
@@ -54,6 +54,11 @@ def source_files(path: Path) -> dict[SplitName, list[Path]]:
         if problem is not None:
             raise ConfigError(f"--data {file}: {problem}")
     return found
+
+
+def _named(folder: Path, split: SplitName) -> list[Path]:
+    """The file of a folder that is named after a split, if there is one."""
+    return [path for ending in _ENDINGS if (path := folder / f"{split}{ending}").is_file()][:1]
 
 
 def _all_files(folder: Path) -> list[Path]:

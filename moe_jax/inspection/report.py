@@ -113,10 +113,10 @@ def write_report(
 def _validation_tokens(run: LoadedRun) -> tuple[np.ndarray | None, str]:
     """The validation stream of the run, or None; and why there is none, or that the text has changed."""
     try:
-        valid, changed = run.validation_text(progress=False)
+        store, changed = run.validation_text(progress=False)
     except (ConfigError, UserError) as error:
         return None, f"The run's validation text is not at hand ({error})."
-    return valid[: max(CORPUS_TOKENS, run.config.model.seq_len, DEFAULT_TOKENS)], changed
+    return store.valid.tokens[: max(CORPUS_TOKENS, run.config.model.seq_len, DEFAULT_TOKENS)], changed
 
 
 def report_data(

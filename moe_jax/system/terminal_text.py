@@ -4,8 +4,9 @@ import itertools
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable
+
+from moe_jax.system.streams import escape_controls
 
 _WORDS = re.compile(r"\n|[^\S\n]+|\S+")
 
@@ -17,9 +18,8 @@ def say(*lines: object) -> None:
         return
     width = shutil.get_terminal_size().columns
     for line in "\n".join(map(str, lines)).split("\n"):
-        indent = line[: len(line) - len(line.lstrip())]
-        words = {"subsequent_indent": indent, "break_long_words": False, "break_on_hyphens": False}
-        print(textwrap.fill(line, width, **words), flush=True)
+        wrap = WordWrap(width, indent=line[: len(line) - len(line.lstrip())])
+        print(wrap.feed(line) + wrap.finish(), flush=True)
 
 
 def stream_text(start: str, pieces: Iterable[str]) -> None:
@@ -38,8 +38,10 @@ class WordWrap:
     A word longer than a line stays whole; the terminal breaks it.
     """
 
-    def __init__(self, width: int) -> None:
-        self._width, self._column, self._space, self._word = width, 0, "", ""
+    def __init__(self, width: int, indent: str = "") -> None:
+        """`indent` begins each line after a break."""
+        self._width, self._indent = width, indent
+        self._column, self._space, self._word = 0, "", ""
 
     def feed(self, piece: str) -> str:
         """The text that can be shown after one more piece."""
@@ -58,8 +60,6 @@ class WordWrap:
         return self._place(last) if last else ""
 
     def _place(self, part: str) -> str:
-        from rich.cells import cell_len
-
         if part == "\n":
             self._column, self._space = 0, ""
             return "\n"
@@ -67,9 +67,16 @@ class WordWrap:
             self._space += part
             return ""
         space, self._space = self._space, ""
-        size = cell_len(part)
-        if self._column and self._column + cell_len(space) + size > self._width:
-            self._column = size
-            return "\n" + part
-        self._column += cell_len(space) + size
+        size = _columns(part)
+        if self._column and self._column + _columns(space) + size > self._width:
+            self._column = _columns(self._indent) + size
+            return "\n" + self._indent + part
+        self._column += _columns(space) + size
         return space + part
+
+
+def _columns(text: str) -> int:
+    """The columns that a text takes on a terminal at most: control characters are shown as \\x1b (`streams.py`)."""
+    from rich.cells import cell_len
+
+    return cell_len(escape_controls(text).replace("\t", " " * 8))

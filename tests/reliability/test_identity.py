@@ -115,7 +115,7 @@ def test_another_validation_text_is_said(saved: Path, tmp_path: Path, capsys, mo
     opened = open_run(run)
     found = opened.validation_text(progress=False)
     assert "has changed since the run was trained" in found.warning
-    assert len(list(samples.validation_stories(opened, found.tokens))) > 0
+    assert len(list(samples.validation_stories(opened, found.store.valid.tokens))) > 0
     with pytest.warns(UserWarning, match="has changed since the run was trained"):
         moe_jax.load_run(run).evaluate()
     write_report(run, tmp_path / "page.html", text="Once")

@@ -1,7 +1,6 @@
 """Standard output and standard error that are closed, full, or read by nobody: training goes on, statuses stay."""
 
 import os
-import pty
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from moe_jax.cli.command import COMMANDS
-from tests.reliability import runs
+from tests.reliability import runs, terminal
 from tests.reliability.figures import Record, figure
 
 pytestmark = [
@@ -114,20 +113,8 @@ def test_control_bytes_do_not_reach_a_terminal(whole: tuple[Path, dict[str, Any]
     """An early model writes any byte. On a terminal they are shown as \\x1b; in a pipe they stay."""
     prompt = "a\x1b]0;title\x07\tb\x9bc\n"
     command = [sys.executable, "-m", "moe_jax", "generate", "--run", str(whole[0]), "--prompt", prompt]
-    ours, theirs = pty.openpty()
-    process = subprocess.Popen(command, cwd=cache, env=runs.environment(cache), stdout=theirs, stderr=theirs)
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            piece = os.read(ours, 1 << 16)
-        except OSError:  # Linux says so where the other side is closed
-            break
-        if not piece:
-            break
-        shown += piece
-    os.close(ours)
-    assert process.wait() == 0
+    status, shown = terminal.show(command, cache, stderr=False)
+    assert status == 0
     assert b"a\\x1b]0;title\\x07\tb\\x9bc\r\n" in shown
     text = shown.decode().replace("\r\n", "\n")
     assert [c for c in text if c not in "\n\t" and (ord(c) < 32 or 127 <= ord(c) < 160)] == []

@@ -21,6 +21,8 @@ def wrapped(pieces: list[str], width: int) -> str:
         (["a  b"], "a  b"),
         (["inseparable word"], "inseparable\nword"),
         (["日本 語語"], "日本\n語語"),  # two columns each
+        (["\x1b\x1b a"], "\x1b\x1b\na"),  # shown as \\x1b, four columns each
+        (["a\tb"], "a\nb"),
         ([""], ""),
     ],
 )
@@ -35,6 +37,11 @@ def test_nothing_is_lost_and_no_line_is_wide(pieces: list[str], width: int) -> N
     assert shown.split() == text.split()
     assert all(len(line) <= width or len(line.split()) == 1 for line in shown.split("\n"))
     assert wrapped([text], width) == shown
+
+
+def test_an_indent_stays() -> None:
+    wrap = WordWrap(8, indent="  ")
+    assert wrap.feed("  one two three") + wrap.finish() == "  one\n  two\n  three"
 
 
 def test_a_word_is_shown_once_its_end_is_known() -> None:
