@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     jax.config.update("jax_enable_x64", True)
 
-    print(f"{'operation':<18} {'input':<42} {'| autodiff':>10} {'| differences':>13}")
+    print(f"{'operation: input':<47} {'autodiff':>9} {'differences':>12}")
     outcomes = []
     # Compiling takes most of the time, and does not hold Python's lock.
     with ThreadPoolExecutor(2) as pool:
@@ -31,9 +31,9 @@ def main(argv: list[str] | None = None) -> int:
             outcomes.append(outcome)
     summary = summarise(outcomes)
     print(
-        f"\n{summary['checks']} checks, {len(summary['failed'])} failed; largest relative error "
-        f"{summary['max_rel_error_autodiff']:.1e} against autodiff (allowed {AUTODIFF_TOLERANCE:.0e}), "
-        f"{summary['max_rel_error_finite_difference']:.1e} against finite differences "
+        f"\n{summary['checks']} checks, {len(summary['failed'])} failed; largest relative error\n"
+        f"  {summary['max_rel_error_autodiff']:.1e} against autodiff (allowed {AUTODIFF_TOLERANCE:.0e})\n"
+        f"  {summary['max_rel_error_finite_difference']:.1e} against finite differences "
         f"(allowed {FINITE_DIFFERENCE_TOLERANCE:.0e})"
     )
     if arguments.json:
@@ -50,7 +50,7 @@ def row(outcome: Outcome) -> str:
     """One line of the table."""
     finite = "at a tie" if outcome.finite_difference is None else f"{outcome.finite_difference:.1e}"
     verdict = "ok" if outcome.passed else "FAILED"
-    return f"{outcome.operation:<18} {outcome.case:<42} {outcome.autodiff:>10.1e} {finite:>13}  {verdict}"
+    return f"{f'{outcome.operation}: {outcome.case}':<47} {outcome.autodiff:>9.1e} {finite:>12}  {verdict}"
 
 
 def summarise(outcomes: list[Outcome]) -> dict:

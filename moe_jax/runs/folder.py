@@ -19,7 +19,7 @@ import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,19 +73,37 @@ def _identity(status: os.stat_result | None) -> tuple[int, int] | None:
 
 @contextmanager
 def locked_for_training(run: Path) -> Iterator[RunLock]:
-    """Hold the lock of a run's folder. Raises UserError if another process is training in the folder."""
+    """Hold the lock of a run's folder. Raises UserError if another process is training in the folder.
+
+    If the folder holds nothing but the lock at the end, as after a start that failed, the lock is removed, and the
+    folder too if it was made here.
+    """
+    made = not run.exists()
     run.mkdir(parents=True, exist_ok=True)
     try:
         with locked(run / LOCK, wait=False) as file:
             lock = RunLock(run, file)
             lock.check()
             lock.note("")
-            yield lock
+            try:
+                yield lock
+            finally:
+                _remove_empty(run, lock, made)
     except BlockingIOError:
         holder = Folder(run).read(LOCK, _MAX_LOCK_BYTES).partition(b"\n")[0].decode("ascii", "replace")[:20]
         raise UserError(
             f"--out {run}: process {holder} is training there; wait for it, or name another folder"
         ) from None
+
+
+def _remove_empty(run: Path, lock: RunLock, made: bool) -> None:
+    """Remove the lock that is held, if it is alone in its folder. With `made`, remove the folder too."""
+    with suppress(OSError, UserError):
+        lock.check()
+        if os.listdir(run) == [LOCK]:
+            os.unlink(run / LOCK)
+            if made:
+                run.rmdir()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.config import UserError
-from moe_jax.runs.folder import LOCK, RunLock
+from moe_jax.runs.folder import LOCK, RunLock, locked_for_training
 
 
 @pytest.fixture
@@ -43,3 +43,29 @@ def test_where_files_cannot_be_locked_the_folder_is_known_all_the_same(run: Path
     (run / LOCK).touch()
     with pytest.raises(UserError, match="removed or made anew"):
         lock.check()
+
+
+@pytest.mark.parametrize("there", [False, True], ids=["made here", "there before"])
+def test_a_start_that_failed_leaves_nothing(tmp_path: Path, there: bool) -> None:
+    run = tmp_path / "run"
+    if there:
+        run.mkdir()
+    with pytest.raises(ValueError, match="the text is too short"), locked_for_training(run):
+        raise ValueError("the text is too short")
+    assert run.exists() == there
+    assert not (run / ".lock").exists()
+
+
+def test_a_run_keeps_its_lock(tmp_path: Path) -> None:
+    with locked_for_training(tmp_path):
+        (tmp_path / "config.json").write_text("{}")
+    assert (tmp_path / ".lock").exists()
+
+
+def test_a_lock_of_another_process_stays(tmp_path: Path) -> None:
+    """The folder was removed and made anew by another process, whose lock is alone in it so far."""
+    run = tmp_path / "run"
+    with locked_for_training(run):
+        (run / ".lock").unlink()
+        (run / ".lock").write_text("1234\n")
+    assert (run / ".lock").read_text() == "1234\n"
