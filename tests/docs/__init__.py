@@ -1,0 +1,1 @@
+"""README.md and docs/: links, sentences, and every line of code."""

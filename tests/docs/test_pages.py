@@ -1,0 +1,60 @@
+"""Each link of README and docs resolves; sentences are short; code fits 80 columns; each command is accepted."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli.command import command
+from moe_jax.cli.train import Train
+from tests.docs.pages import COMMAND_LINES, PAGES, ROOT, blocks, links, sentences, words_of
+
+IDS = [page.name for page in PAGES]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_link_resolves(page: Path) -> None:
+    for target in links(page):
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), target
+        assert file.is_relative_to(ROOT)
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_sentences_are_short(page: Path) -> None:
+    """No sentence over 45 words, 25 on average."""
+    counts = {sentence: len(sentence.split()) for sentence in sentences(page)}
+    assert [sentence for sentence, words in counts.items() if words > 45] == []
+    assert sum(counts.values()) <= 25 * len(counts)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_code_fits_80_columns(page: Path) -> None:
+    assert [line for block in blocks(page) for line in block.code.splitlines() if len(line) > 80] == []
+
+
+def test_the_front_page_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 140
+    assert next(i for i, line in enumerate(lines) if "<img" in line) < 12  # the picture comes first
+
+
+@pytest.mark.parametrize("line", COMMAND_LINES)
+def test_every_command_line_is_accepted(
+    line: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the parser, with the files in place that the page speaks of."""
+    words = words_of(line)
+    monkeypatch.chdir(tmp_path if words[0] == "train.py" and not COMMAND_LINES[line] else workplace)
+    if words[0] == "train.py":
+        Train.parse(words[1:])
+    elif words[:3] == ["python", "-m", "moe_jax"]:
+        command(words[3]).parse(words[4:])
+    elif words[0] == "benchmark.py":
+        command("benchmark").parse(words[1:])
+    else:
+        assert words == ["pytest"] or words[:3] == ["python", "-m", "foundation"]
