@@ -45,6 +45,7 @@ NEAREST = {
     "model.attention": ["tests/model/test_attention.py", "tests/inference/test_decode.py"],
     "model.moe.queues": ["tests/model/moe/test_router.py", "tests/model/moe/test_layer.py"],
     "model.moe.functional": ["tests/model/moe/test_layer.py"],
+    "model.moe.switchable": ["tests/inspection/test_ablation.py"],
     "model.hardware": ["tests/training/test_precision.py"],
     "runs": ["tests/runs"],
     "runs.folder": RUNS,
@@ -60,6 +61,7 @@ NEAREST = {
     "training.summary": RUNS,
     "data": ["tests/data"],
     "inference.routing_pass": ["tests/training/test_routing_snapshot.py"],
+    "inference.switched": ["tests/inspection/test_ablation.py"],
     "inference": ["tests/inference", "tests/test_api.py"],
 }
 """Module or room -> tests that reach it without importing it by name, or that test it best."""

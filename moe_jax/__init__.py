@@ -1,6 +1,6 @@
 """A sparse mixture-of-experts language model in JAX.
 
-    run = moe_jax.load_run("runs/nano")          a trained model: generate, logits, evaluate, trace
+    run = moe_jax.load_run("runs/nano")          a trained model: generate, logits, evaluate, trace, switch_off
     layer = moe_jax.MoE(64, 128, experts=8, rngs=nnx.Rngs(0))     the layer, for a Flax model of your own
 
 The programs are `train.py`, `benchmark.py` and `python -m moe_jax COMMAND`.

@@ -5,23 +5,31 @@
     run.logits("Once upon a time")                [N, V], one row a token
     run.evaluate("some other text")               loss, bits per byte, drops
     run.trace("Once upon a time")                 where every token went, layer by layer
+    run.switch_off(0, 3)                          the same run, but layer 0 cannot choose expert 3
+    run.force(0, 3)                               the same run, but layer 0 must choose expert 3
+    run.ablation("Once upon a time")              what is lost without each expert, one at a time
 
 `Run` is above all rooms, because it uses several of them.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from moe_jax.config import ConfigError, UserError
 from moe_jax.data.token_store import token_stream
+from moe_jax.inference.decode import Decoder
 from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.routing_pass import TraceStep, make_trace_step
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inspection.ablation import Ablation, ablation, switched_off, with_more_off
 from moe_jax.inspection.trace import RoutingTrace, routing_trace
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, Transformer, merge
@@ -29,10 +37,43 @@ from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate, make_evaluation_step
 
 
+@dataclass(frozen=True)
+class Programs:
+    """The jitted programs of one model definition. They take the parameters as an argument, so all runs of the same
+    definition share them: a program that is compiled for one expert switched off serves every other."""
+
+    graphdef: nnx.GraphDef
+    seq_len: int
+    vocab_size: int
+
+    @cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.graphdef, self.seq_len, self.vocab_size)
+
+    @cached_property
+    def evaluation(self) -> EvaluationStep:
+        return make_evaluation_step(self.graphdef)
+
+    @cached_property
+    def trace(self) -> TraceStep:
+        return make_trace_step(self.graphdef)
+
+    @cached_property
+    def logits(self) -> Callable[[Params, np.ndarray], jax.Array]:
+        def forward(params: Params, tokens: jax.Array) -> jax.Array:
+            model = merge(self.graphdef, params)
+            return model.logits(model(tokens, Mode.EVALUATE)[0])
+
+        return jax.jit(forward)
+
+
+shared_programs = lru_cache(maxsize=16)(Programs)
+
+
 class Run(LoadedRun):
     """A trained model: `config`, `tokenizer`, `params`, and methods that use them.
 
-    Every method compiles its program at the first call and keeps it.
+    Every method compiles its program at the first call. Runs of the same shape share their programs.
     """
 
     @property
@@ -75,7 +116,7 @@ class Run(LoadedRun):
             raise UserError(f"the text has {len(tokens)} tokens with its separator, the context {seq_len}; shorten it")
         padded = np.zeros((1, seq_len), np.int32)
         padded[0, : len(tokens)] = tokens
-        return np.asarray(self._forward(self.params, padded)[0, : len(tokens)])
+        return np.asarray(self._programs.logits(self.params, padded)[0, : len(tokens)])
 
     def evaluate(self, text: str | None = None) -> Evaluation:
         """Loss, bits per byte and drops on a text. Without a text, the run's own validation text is used.
@@ -93,7 +134,7 @@ class Run(LoadedRun):
         else:
             tokens = token_stream(iter([text.strip()]), self.tokenizer)
         return evaluate(
-            self._evaluation,
+            self._programs.evaluation,
             self.params,
             tokens,
             seq_len=self.config.model.seq_len,
@@ -102,23 +143,37 @@ class Run(LoadedRun):
 
     def trace(self, text: str) -> RoutingTrace:
         """Where every token of a text went: experts, gates, slots and drops, layer by layer."""
-        return routing_trace(self, text)
+        return routing_trace(self, text, self._programs.trace)
+
+    def ablation(self, text: str) -> Ablation:
+        """Losses and stories without each expert, one at a time: what each of them is good for.
+
+        Raises UserError where there is no other expert that could take its place.
+        """
+        return ablation(self, np.array([self.tokenizer.separator_id, *self.tokenizer.encode(text)], np.int32))
+
+    def switch_off(self, layer: int, *experts: int) -> "Run":
+        """The same run, but the router of a layer cannot choose these experts. It decides as if they did not exist:
+        the next-best experts take their place, and the gates are renormalised. Nothing is trained again.
+
+        Raises UserError where the model has no such layer or expert, and where no expert would be left.
+        """
+        return dataclasses.replace(self, **switched_off(self, with_more_off(self, layer, experts)))
+
+    def force(self, layer: int, expert: int) -> "Run":
+        """The same run, but every token of a layer goes to this expert alone, with the gate 1."""
+        others = [e for e in range(self.config.model.experts) if e != expert]
+        with_more_off(self, layer, [expert])  # raises an error where there is no such expert
+        return self.switch_off(layer, *others)
+
+    @property
+    def _programs(self) -> Programs:
+        return shared_programs(self.graphdef, self.config.model.seq_len, self.tokenizer.vocab_size)
 
     @cached_property
     def _generator(self) -> TextGenerator:
-        return TextGenerator(self.graphdef, self.params, self.tokenizer, self.config.model.seq_len)
-
-    @cached_property
-    def _evaluation(self) -> EvaluationStep:
-        return make_evaluation_step(self.graphdef)
-
-    @cached_property
-    def _forward(self):
-        def forward(params: Params, tokens: jax.Array) -> jax.Array:
-            model = merge(self.graphdef, params)
-            return model.logits(model(tokens, Mode.EVALUATE)[0])
-
-        return jax.jit(forward)
+        seq_len = self.config.model.seq_len
+        return TextGenerator(self.graphdef, self.params, self.tokenizer, seq_len, self._programs.decoder)
 
 
 def load_run(path: str | Path, step: int | None = None) -> Run:

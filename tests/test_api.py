@@ -116,9 +116,9 @@ def test_logits_are_those_of_an_uncached_pass_row_by_row(run: Run) -> None:
         alone = forward(run.params, jnp.asarray([tokens[: i + 1]]))
         np.testing.assert_allclose(logits[i], alone[0, -1], atol=2e-5)
     assert len({row.tobytes() for row in logits}) == len(tokens)
-    assert run._forward._cache_size() == 1
+    assert run._programs.logits._cache_size() == 1
     run.logits(PROMPT)
-    assert run._forward._cache_size() == 1
+    assert run._programs.logits._cache_size() == 1
 
 
 def test_logits_predict_what_is_generated_at_temperature_0(run: Run) -> None:
@@ -173,6 +173,53 @@ def test_trace_is_the_routing_trace(run: Run) -> None:
     assert ours.drop_fraction.max() > 0
 
 
+def test_an_expert_that_is_off_is_not_chosen_and_one_program_serves_all(run: Run) -> None:
+    """The losses are those of the logits of the switched run; the story with all experts is that of `generate`."""
+    found, programs = run.ablation(PROMPT), set()
+    targets = run.tokenizer.encode(PROMPT)
+    for layer, e in ((0, 1), (1, 3)):
+        quiet = run.switch_off(layer, e)
+        trace = quiet.trace(PROMPT)
+        assert e not in trace.expert_index[layer]
+        assert e in trace.expert_index[1 - layer]
+        np.testing.assert_allclose(trace.gate.sum(-1), 1, rtol=1e-5)
+        z = quiet.logits(PROMPT)[:-1].astype(np.float64)
+        nats = np.log(np.exp(z).sum(1)) - z[np.arange(len(targets)), targets]
+        np.testing.assert_allclose(found.without[layer, e], nats, atol=1e-4)
+        programs.add(id(quiet._programs))
+    assert len(programs) == 1
+    assert quiet._programs.logits._cache_size() == quiet._programs.trace._cache_size() == 1
+    assert (
+        found.story
+        == run.generate(found.prompt, max_tokens=len(run.tokenizer.encode(found.story)))[len(found.prompt) :]
+    )
+    assert run.trace(PROMPT).expert_index.max() == 3, "the run itself is as before"
+
+
+def test_switches_add_up_and_one_expert_can_be_forced(run: Run) -> None:
+    both = run.switch_off(0, 1).switch_off(1, 0, 2)
+    chosen = [set(layer.reshape(-1).tolist()) for layer in both.trace(PROMPT).expert_index]
+    assert (chosen[0] & {1}, chosen[1]) == (set(), {1, 3})
+    forced = run.force(1, 2).trace(PROMPT)
+    assert (forced.expert_index[1, :, 0] == 2).all()
+    np.testing.assert_array_equal(forced.gate[1], np.tile([1.0, 0.0], (len(forced.tokens), 1)))
+    one, other = both.force(1, 3).logits(PROMPT), run.switch_off(0, 1).force(1, 3).logits(PROMPT)
+    np.testing.assert_array_equal(one, other)
+    assert np.abs(one - run.logits(PROMPT)).max() > 0.01
+
+
+def test_a_switch_that_cannot_be_is_refused_in_one_line(run: Run) -> None:
+    for switch, message in (
+        (lambda: run.switch_off(2, 0), r"layer 2: must be between 0 and 1"),
+        (lambda: run.switch_off(0, -1), r"expert -1: must be between 0 and 3"),
+        (lambda: run.force(0, 4), r"expert 4: must be between 0 and 3"),
+        (lambda: run.switch_off(1, 0, 1, 2, 3), r"layer 1: all its experts are switched off; leave one"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            switch()
+        one_line(caught.value)
+
+
 def one_line(error: BaseException) -> str:
     text = str(error)
     assert "\n" not in text
@@ -216,4 +263,7 @@ def test_a_dense_baseline_has_nothing_to_trace(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="dense baseline") as caught:
         dense.trace("a cat")
     one_line(caught.value)
+    for switch in (lambda: dense.switch_off(0, 0), lambda: dense.force(0, 0), lambda: dense.ablation("a cat")):
+        with pytest.raises(UserError, match="dense baseline"):
+            switch()
     assert dense.logits("a cat").shape == (6, 257)

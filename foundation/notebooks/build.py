@@ -1,4 +1,5 @@
-"""`python foundation/notebooks/build.py [--check]`: builds and executes the notebooks beside this file.
+"""`python foundation/notebooks/build.py [--check] [NAME...]`: builds and executes the notebooks beside this file, and
+those of `notebooks/`, which look into a trained model (foundation itself imports nothing of it).
 
 The percent-format .py files are the source. Each is executed in a fresh kernel and written as .ipynb with
 its outputs. `--check` executes all and writes nothing; it exits 1 where a built notebook's source differs
@@ -19,7 +20,7 @@ ROOT = HERE.parents[1]
 
 def sources() -> list[Path]:
     """The chapters in order: they start with their number."""
-    return sorted(HERE.glob("[0-9]*.py"))
+    return sorted([*HERE.glob("[0-9]*.py"), *(ROOT / "notebooks").glob("[0-9]*.py")], key=lambda path: path.name)
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
@@ -30,7 +31,7 @@ def execute(source: Path) -> nbformat.NotebookNode:
         kernelspec={"name": "python3", "display_name": "Python 3", "language": "python"}
     )
     NotebookClient(
-        notebook, timeout=120, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(ROOT)}}
+        notebook, timeout=1200, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(ROOT)}}
     ).execute()
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index}"  # random otherwise, and every build would differ
@@ -50,9 +51,10 @@ def main(argv: list[str] | None = None) -> int:
     """Builds or checks every chapter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="only chapters whose name begins so, as 07")
     arguments = parser.parse_args(argv)
     stale = []
-    for source in sources():
+    for source in (s for s in sources() if s.name.startswith(tuple(arguments.names) or "")):
         print(source.name, flush=True)
         notebook = execute(source)
         if arguments.check:

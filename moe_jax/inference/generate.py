@@ -14,9 +14,17 @@ from moe_jax.system.random_keys import Purpose, purpose_key
 class TextGenerator:
     """Generates text with a model and its tokenizer. The same prompt, settings, seed and number give the same text."""
 
-    def __init__(self, graphdef: nnx.GraphDef, params: Params, tokenizer: Tokenizer, seq_len: int) -> None:
+    def __init__(
+        self,
+        graphdef: nnx.GraphDef,
+        params: Params,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        decoder: Decoder | None = None,
+    ) -> None:
+        """`decoder` may be given to share the compiled programs of another generator of the same definition."""
         self._params, self._tokenizer = params, tokenizer
-        self._decoder = Decoder(graphdef, seq_len, tokenizer.vocab_size)
+        self._decoder = decoder or Decoder(graphdef, seq_len, tokenizer.vocab_size)
 
     def compile(self) -> None:
         """Compile all programs now, so that the first text does not wait for them."""

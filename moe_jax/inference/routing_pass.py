@@ -6,18 +6,37 @@ router noise. The model is called with the static argument `trace`.
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig, UserError
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import LayerTrace, Mode
 from moe_jax.model.transformer import Params, merge
 
-type TraceStep = Callable[[Params, ArrayLike], tuple[LayerTrace, jax.Array]]
+NEXT = 5
+"""The likeliest next tokens that a trace keeps."""
+_ROWS = 128
+"""Rows of logits that exist at once while these tokens are found."""
+
+
+class TracedPass(NamedTuple):
+    """What a traced pass over B windows of T tokens returns."""
+
+    decisions: LayerTrace
+    loss: Float[Array, "B T"]
+    """Cross-entropy of the token after each token, in nats."""
+    next_token: Int[Array, "B T N"]
+    """The likeliest next tokens, best first: NEXT of them, or all V."""
+    next_prob: Float[Array, "B T N"]
+
+
+type TraceStep = Callable[[Params, ArrayLike], TracedPass]
 type DecisionStep = Callable[[Params, ArrayLike], LayerTrace]
 
 
@@ -32,15 +51,20 @@ def check_routed(config: ModelConfig) -> None:
 
 
 def make_trace_step(graphdef: nnx.GraphDef) -> TraceStep:
-    """The jitted (params, tokens int [B, T+1]) -> (decisions, cross-entropy [B, T] in nats) of the training pass."""
+    """The jitted (params, tokens int [B, T+1]) -> decisions, losses and likeliest next tokens of the training pass."""
 
-    def step(params: Params, tokens: jax.Array) -> tuple[LayerTrace, jax.Array]:
+    def step(params: Params, tokens: jax.Array) -> TracedPass:
         model = merge(graphdef, params)
         hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, trace=True)
-        targets = tokens[:, 1:].reshape(-1)
-        losses = blocked_token_losses(hidden.reshape(-1, hidden.shape[-1]), model.head_matrix(), targets)
+        flat, targets = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+        losses = blocked_token_losses(flat, model.head_matrix(), targets)
+        most = min(NEXT, model.config.vocab_size)
+        prob, likeliest = jax.lax.map(
+            lambda row: jax.lax.top_k(jax.nn.softmax(model.logits(row)), most), flat, batch_size=_ROWS
+        )
         assert stats is not None and stats.trace is not None  # noqa: PT018, a dense baseline is refused before
-        return stats.trace, losses.reshape(tokens.shape[0], -1)
+        cut = lambda rows: rows.reshape(*hidden.shape[:2], *rows.shape[1:])  # noqa: E731
+        return TracedPass(stats.trace, cut(losses), cut(likeliest), cut(prob))
 
     return jax.jit(step)
 

@@ -2,6 +2,7 @@
 
     report.py           the report: one HTML file, its data and its assembly
     trace.py            RoutingTrace: the routing of every token of one text
+    ablation.py         experts switched off, one at a time: what each of them is good for
     corpus_routing.py   counts of the routing on validation text, and the tokens that each expert prefers
     token_groups.py     kinds of tokens, and the kinds that each expert prefers
     training_curves.py  the curves of a run, and the routing saved at each evaluation

@@ -7,8 +7,11 @@ all the numbers that it shows as one JSON object (`<script type="application/jso
     schema            1
     run, model        names, sizes, scores; the shape of the model
     text              source; pieces (one string a token); ids; mark (places of tokens that are not shown as their own
-                      text); loss (nats of the next token, one number fewer than tokens)
+                      text); loss (nats of the next token, one number fewer than tokens); next (the likeliest next
+                      tokens: see `next_data`)
     routing           expert, gate, slot, keep: for each layer a flat list of N*K; prob: of N*E
+    ablation          loss and story without each expert (see `ablation.ablation_data`), or null
+    ablation_missing  why there is no ablation; empty if there is one
     attention         for each layer, head and token a flat list: steps back, percent, steps back, percent, ...
     corpus            counts on validation text (see `corpus_routing.corpus_data`), or null without such a text
     corpus_missing    why there is no validation text; empty if there is one
@@ -31,6 +34,7 @@ import numpy as np
 from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inference.routing_pass import check_routed
+from moe_jax.inspection.ablation import ablation, ablation_data
 from moe_jax.inspection.compiled_layer import compiled_layer
 from moe_jax.inspection.corpus_routing import CORPUS_TOKENS, CorpusRouting, corpus_data, corpus_routing, specialisation
 from moe_jax.inspection.token_groups import group_preferences
@@ -49,7 +53,7 @@ REPORT, PAGE = "report", "routing.html"
 """The folder of a run's report, and the page in it."""
 DEFAULT_TOKENS = 512
 """Tokens of validation text that the page shows if no text is given."""
-SCRIPTS = ("base", "charts", "text", "experts", "capacity", "training", "inside", "main")
+SCRIPTS = ("base", "charts", "text", "experts", "ablation", "capacity", "training", "inside", "main")
 ATTENTION_ENTRIES = 200_000
 """Most attention weights of a page. Each token, head and layer keeps a few of them, fewer in a long text."""
 MOST_PER_TOKEN = 8
@@ -133,6 +137,7 @@ def report_data(
             "ids": trace.tokens.tolist(),
             "mark": _marked(run, trace),
             "loss": _rounded(trace.loss[:-1], 3),
+            "next": next_data(run, trace),
         },
         "routing": {
             "expert": _flat(trace.expert_index),
@@ -141,6 +146,7 @@ def report_data(
             "keep": _flat(trace.keep.astype(int)),
             "prob": _flat(np.round(trace.probs.astype(float), 4)),
         },
+        **_ablation(run, trace),
         "attention": attention_data(trace),
         "corpus": None if corpus is None else corpus_data(corpus),
         "corpus_missing": missing,
@@ -148,6 +154,13 @@ def report_data(
         "training": training_curves(folder, run),
         "compiled": compiled_layer(run),
     }
+
+
+def _ablation(run: LoadedRun, trace: RoutingTrace) -> dict[str, Any]:
+    try:
+        return {"ablation": ablation_data(ablation(run, trace.tokens)), "ablation_missing": ""}
+    except UserError as error:
+        return {"ablation": None, "ablation_missing": str(error)}
 
 
 def _run_data(folder: Path, run: LoadedRun) -> dict[str, Any]:
@@ -195,6 +208,21 @@ def _specialisation_data(
         pieces = token_pieces(run.tokenizer, np.array([t["id"] for t in entry["tokens"]], np.int32))
         entry["tokens"] = [token | {"text": piece} for token, piece in zip(entry["tokens"], pieces, strict=True)]
     return found
+
+
+def next_data(run: LoadedRun, trace: RoutingTrace) -> dict[str, Any]:
+    """The `width` likeliest tokens after each token but the last, as flat lists: `index` into the texts `words`, and
+    `permille`. The index is -1 for an entry of the model's vocabulary that the tokenizer does not use."""
+    tokens = trace.next_token[:-1]
+    known = np.where(tokens < run.tokenizer.vocab_size, tokens, -1)
+    ids, index = np.unique(known, return_inverse=True)
+    unused = int((ids < 0).sum())
+    return {
+        "width": tokens.shape[1],
+        "words": token_pieces(run.tokenizer, ids[unused:].astype(np.int32)),
+        "index": (index.reshape(-1) - unused).tolist(),
+        "permille": np.rint(1000 * trace.next_prob[:-1].astype(float)).astype(int).reshape(-1).tolist(),
+    }
 
 
 def attention_data(trace: RoutingTrace) -> dict[str, Any]:

@@ -141,7 +141,8 @@ def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer, stories: bool
     An entry holds `name`; `here`, the group's share of the expert's choices; `all`, the group's share of the text;
     `reach`, the share of the group's occurrences that choose the expert; `times`, `here` / `all`; `g2`, which counts
     occurrences, so it only orders the groups and tests none; `examples`, the group's tokens that choose the expert most
-    often.
+    often, of those that choose it more often than an average token does; and `tokens`, the same with their counts:
+    `text`; `here`, how often it chose this expert; `all`, how often it occurs.
     """
     ids = np.flatnonzero(corpus.token_counts)
     groups = token_groups(tokenizer, ids, stories)
@@ -160,13 +161,18 @@ def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer, stories: bool
             if here < max(LEAST_SHARE * size, LEAST_TIMES * size * column / corpus.tokens, 1):
                 continue
             if preferred[name][layer, expert]:
-                best = sorted(tokens, key=lambda t: -by_token[t])[:EXAMPLES]
-                examples = token_pieces(tokenizer, np.array([t for t in best if by_token[t]], np.int32))
+                bears_out = [t for t in tokens if by_token[t] * corpus.tokens > size * corpus.token_counts[t]]
+                best = np.array(sorted(bears_out, key=lambda t: -by_token[t])[:EXAMPLES], np.int32)
+                examples = token_pieces(tokenizer, best)
+                counts_of = zip(examples, by_token[best].tolist(), corpus.token_counts[best].tolist(), strict=True)
+                listed = [{"text": text, "here": n, "all": total} for text, n, total in counts_of]
                 shares = {"here": here / size, "all": column / corpus.tokens, "reach": here / column}
                 rounded = {
                     k: round(float(v), 4) for k, v in (shares | {"times": shares["here"] / shares["all"]}).items()
                 }
-                found.append({"name": name, **rounded, "g2": round(float(g2), 1), "examples": examples})
+                found.append(
+                    {"name": name, **rounded, "g2": round(float(g2), 1), "examples": examples, "tokens": listed}
+                )
         return sorted(found, key=lambda group: -group["g2"])[:MOST_GROUPS]
 
     layers, experts = corpus.by_token.shape[:2]

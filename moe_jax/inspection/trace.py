@@ -25,12 +25,14 @@ import numpy as np
 
 from moe_jax.config import ModelConfig, UserError
 from moe_jax.data.tokenizers import token_pieces
-from moe_jax.inference.routing_pass import check_routed, choice_totals, make_trace_step
+from moe_jax.inference.routing_pass import TraceStep, check_routed, choice_totals, make_trace_step
 from moe_jax.inspection.figures import trace_figures
 from moe_jax.runs.load import LoadedRun
 
 DECISIONS = ("probs", "expert_index", "gate", "slot", "keep")
 """Fields of a trace with axes [L, N, ...]."""
+PREDICTIONS = ("loss", "next_token", "next_prob")
+"""Fields of a trace with axes [N, ...]."""
 WINDOWS = 8
 """Most windows of one call of the compiled program."""
 LONGEST = 16_384
@@ -61,6 +63,10 @@ class RoutingTrace:
     """bool [L, N, K]: whether the choice got a slot."""
     loss: np.ndarray
     """float32 [N]: cross-entropy of the token *after* this one, in nats; NaN for the last token."""
+    next_token: np.ndarray
+    """int [N, n]: the n = 5 likeliest tokens after each token, best first."""
+    next_prob: np.ndarray
+    """float32 [N, n]: their probabilities."""
     attention: list[np.ndarray]
     """float32 [L, H, n, n] for each of the first windows (see ATTENTION_TOKENS): axis 2 the query, axis 3 the key."""
 
@@ -84,6 +90,9 @@ class RoutingTrace:
         slots = None if self.config.dropless else self.capacity * windows
         return trace_figures(self.load(), self.drop_fraction, slots, self.expert_index[..., 0])
 
+    def __repr__(self) -> str:
+        return f"RoutingTrace({len(self.tokens)} tokens, {len(self.probs)} layers, {self.config.experts} experts)"
+
     def _repr_html_(self) -> str:
         """The HTML that a notebook shows: for each layer a paragraph, the text coloured by the first choices."""
         hues = [f"hsl({360 * e // self.config.experts} 70% 50% / .3)" for e in range(self.config.experts)]
@@ -97,8 +106,8 @@ class RoutingTrace:
         return "".join(rows)
 
 
-def routing_trace(run: LoadedRun, text: str) -> RoutingTrace:
-    """The routing of a text by a trained model.
+def routing_trace(run: LoadedRun, text: str, step: TraceStep | None = None) -> RoutingTrace:
+    """The routing of a text by a trained model. `step` may be given to use a compiled program again.
 
     Raises UserError for a dense baseline, for expert choice, and for a text with more than LONGEST tokens.
     """
@@ -106,34 +115,36 @@ def routing_trace(run: LoadedRun, text: str) -> RoutingTrace:
     tokens = np.array([run.tokenizer.separator_id, *run.tokenizer.encode(text)], np.int32)
     if len(tokens) > LONGEST:
         raise UserError(f"--text: {len(tokens):,} tokens, at most {LONGEST:,} can be shown; give a part of the text")
-    return trace_tokens(run, tokens)
+    return trace_tokens(run, tokens, step)
 
 
-def trace_tokens(run: LoadedRun, tokens: np.ndarray) -> RoutingTrace:
+def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TraceStep | None = None) -> RoutingTrace:
     """The routing of token ids int [N], N >= 1, cut into windows of T. Raises UserError if a router gives NaN."""
-    step = make_trace_step(run.graphdef)
-    windows = list(_windows(tokens, run.config.model.seq_len))
+    step = step or make_trace_step(run.graphdef)
+    cut = list(windows(tokens, run.config.model.seq_len))
     parts: list[dict[str, np.ndarray]] = []
     attention: list[np.ndarray] = []
-    rows = min(WINDOWS, len(windows))
-    for first in range(0, len(windows), rows):
-        group = windows[first : first + rows]
-        padded = np.stack([w for w, _ in group] + [group[0][0]] * (rows - len(group)))
-        trace, losses = jax.tree.map(np.asarray, step(run.params, jnp.asarray(padded)))
+    size = min(WINDOWS, len(cut))
+    for first in range(0, len(cut), size):
+        group = cut[first : first + size]
+        padded = np.stack([w for w, _ in group] + [group[0][0]] * (size - len(group)))
+        passed = jax.tree.map(np.asarray, step(run.params, jnp.asarray(padded)))
+        trace = passed.decisions
         for b, (_, n) in enumerate(group):
-            parts.append({name: getattr(trace, name)[:, b, :n] for name in DECISIONS} | {"loss": losses[b, :n]})
+            rows = {name: getattr(passed, name)[b, :n] for name in PREDICTIONS}
+            parts.append({name: getattr(trace, name)[:, b, :n] for name in DECISIONS} | rows)
             if (first + b) * run.config.model.seq_len < ATTENTION_TOKENS:
                 attention.append(trace.attention[:, b, :, :n, :n])
-    loss = np.concatenate([p["loss"] for p in parts])
-    loss[-1] = np.nan
+    predictions = {k: np.concatenate([p[k] for p in parts]) for k in PREDICTIONS}
+    predictions["loss"][-1] = np.nan
     layered = {k: np.concatenate([p[k] for p in parts], axis=1) for k in DECISIONS}
     if not np.isfinite(layered["probs"]).all():
         raise UserError(f"the routers of step {run.checkpoint.step} give NaN; load an earlier checkpoint with --step")
     pieces = token_pieces(run.tokenizer, tokens)
-    return RoutingTrace(run.config.model, tokens, pieces, loss=loss, attention=attention, **layered)
+    return RoutingTrace(run.config.model, tokens, pieces, attention=attention, **predictions, **layered)
 
 
-def _windows(tokens: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, int]]:
+def windows(tokens: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, int]]:
     """Each window with the token that follows it, int [T+1], padded with 0; and how many of its T tokens are text."""
     for first in range(0, len(tokens), seq_len):
         part = tokens[first : first + seq_len + 1]

@@ -43,9 +43,10 @@ class Opened:
         )
 
     def draw_everything(self) -> None:
-        for name in ("experts", "flow", "capacity", "training", "attention", "heads", "compiled"):
+        for name in ("experts", "ablation", "flow", "capacity", "training", "attention", "heads", "compiled"):
             self.page.locator(f"#{name}").scroll_into_view_if_needed()
             self.page.wait_for_timeout(50)
+        self.page.locator("#compiled > details").evaluate("(details) => { details.open = true; }")
 
 
 def page_data(path: Path) -> str:

@@ -12,7 +12,7 @@ def test_what_experts_prefer_is_named_with_counts(opened: Opened) -> None:
     cards = opened.page.locator(".specialist")
     assert cards.count() == E
     for e, entry in enumerate(opened.data["specialisation"][0]):
-        named = cards.nth(e).locator("li").evaluate_all("(items) => items.map((li) => li.dataset.token)")
+        named = cards.nth(e).locator(".strongest li").evaluate_all("(items) => items.map((li) => li.dataset.token)")
         assert named == [t["text"] for t in entry["tokens"]]
     first = next(e for e, entry in enumerate(opened.data["specialisation"][0]) if entry["tokens"])
     token = opened.data["specialisation"][0][first]["tokens"][0]
@@ -49,13 +49,14 @@ def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any,
             "times": 5.0,
             "g2": g2,
             "examples": [f" {name}"],
+            "tokens": [{"text": f" {name}", "here": 5, "all": 8}],
         }
         data["specialisation"][layer][e]["groups"] = [group]
     path = tmp_path / "page.html"
     path.write_text(render(data), encoding="utf-8")
     opened = Opened(browser, path)
     opened.draw_everything()
-    first = opened.page.locator("#experts p").first
+    first = opened.page.locator("header .verdict p").first
     assert first.get_attribute("id") == "specialists-said"
     said = first.inner_text().replace("\u00a0", " ")
     dragons = "expert 3 of layer 1 in dragons (“dragons”; 63 % of them choose it)"
@@ -65,7 +66,9 @@ def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any,
     opened.page.locator("#layer").fill("1")
     opened.page.locator("#specialists").scroll_into_view_if_needed()
     opened.page.locator("#experts-explain", has_text="in layer 1").wait_for()
-    assert opened.page.locator(".specialist .groups b").all_inner_texts() == ["cats", "dragons"]
+    assert opened.page.locator(".specialist .kind b").all_inner_texts() == ["cats:", "dragons:"]
+    chips = opened.page.locator(".specialist .kind li").all_inner_texts()
+    assert [chip.replace("\u00a0", " ") for chip in chips] == ["␣cats 63 %", "␣dragons 63 %"]
     opened.page.close()
 
 

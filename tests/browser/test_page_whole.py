@@ -35,6 +35,9 @@ def test_nothing_is_loaded_nothing_fails_nothing_overflows(
         "#flow-figure svg",
         "#slots svg",
         "#factors svg",
+        "#off-grid .cell",
+        "#off-tokens .o",
+        "#off-stories .story",
         "#training-figures svg",
         "#training-figures canvas",
         "#heads canvas",
@@ -83,6 +86,7 @@ def test_all_text_stands_out_from_its_ground(browser: Any, written: Path, tmp_pa
         data["routing"]["expert"][layer] = [(i // K + 7 * (i % K)) % 20 for i in range(n * K)]
         data["routing"]["prob"][layer] = [0.05] * (20 * n)
     assert count == E
+    data["ablation"] = None
     data["training"] |= {"step": [], "traces": {"step": []}}
     path = tmp_path / "page.html"
     path.write_text(render(data), encoding="utf-8")
@@ -103,9 +107,20 @@ def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
     opened = Opened(browser, written)
     opened.page.emulate_media(media="print")
     opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    assert not opened.page.locator("#controls").is_visible()
-    for name in ("#load svg", "#flow-figure svg", "#slots svg", "#training-figures svg", "#dots"):
+    for name in ("#controls", "#counts", "#compiled-figure pre"):  # what a reader of paper cannot use
+        assert not opened.page.locator(name).first.is_visible(), name
+    for name in (
+        "#load svg",
+        "#flow-figure svg",
+        "#slots svg",
+        "#training-figures svg",
+        "#off-stories .story",
+        "#dots",
+    ):
         assert opened.page.locator(name).first.is_visible(), name
+    for heading in ("h2", "h3", "figcaption", ".explain"):  # no heading is left at the foot of a page
+        after = "(nodes) => nodes.map((n) => getComputedStyle(n).breakAfter)"
+        assert set(opened.page.locator(f"main {heading}").evaluate_all(after)) == {"avoid"}, heading
     box = opened.page.locator("#tokens").evaluate("(box) => [box.scrollHeight, box.clientHeight]")
     assert box[0] <= box[1] + 1
     opened.page.close()
@@ -140,6 +155,54 @@ def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
         assert "Needed: the active rows" in costs
     assert opened.said == []
     opened.page.close()
+
+
+def test_the_compiled_program_is_folded_and_the_bar_stays(opened: Opened) -> None:
+    """The bar names the section that is read, and what a link of it leads to begins below the bar."""
+    opened.page.locator("#compiled").scroll_into_view_if_needed()
+    opened.page.locator("#dots").wait_for(state="attached")
+    assert not opened.page.locator("#dots").is_visible()
+    opened.page.locator("#compiled summary").first.click()
+    assert opened.page.locator("#dots").is_visible()
+    for name in ("experts", "ablation", "training"):
+        opened.page.locator(f'.tabs a[href="#{name}"]').click()
+        opened.page.locator(f'.tabs a[href="#{name}"][aria-current]').wait_for()
+        opened.page.wait_for_timeout(700)  # the scrolling is smooth
+        bar, heading = (opened.page.locator(x).bounding_box() for x in ("#bar", f"#{name}-title"))
+        assert bar["y"] == 0
+        assert heading["y"] >= bar["height"]
+    assert opened.page.locator(".tabs a[aria-current]").count() == 1
+
+
+def test_a_group_is_one_tab_stop(opened: Opened) -> None:
+    """Of each group one item takes the focus by Tab; arrow keys move among the others."""
+    opened.draw_everything()
+    stops = lambda name: opened.page.locator(f'{name}[tabindex="0"]').count()  # noqa: E731
+    groups = ("#legend button", "#off-grid .cell", "#off-tokens .o", "#tokens .t", "#load .expert-bar", "#flow .node")
+    for name in groups:
+        assert stops(name) == 1, name
+        assert opened.page.locator(name).count() > 3
+    cards = opened.page.locator(".specialist")
+    with_chips = [n for n in range(cards.count()) if cards.nth(n).locator("li").count()]
+    assert with_chips
+    for n in with_chips:
+        assert cards.nth(n).locator('li[tabindex="0"]').count() == 1
+    legend = opened.page.locator("#legend button")
+    legend.first.focus()
+    for key, at in (("ArrowRight", 1), ("End", E - 1), ("ArrowRight", E - 1), ("ArrowLeft", E - 2), ("Home", 0)):
+        opened.page.keyboard.press(key)
+        assert opened.page.evaluate("document.activeElement.dataset.expert") == str(at)
+        assert stops("#legend button") == 1
+
+
+def test_indecision_is_explained_in_experts(opened: Opened) -> None:
+    """An entropy of h, as a share of ln E, is that of an even choice among E^h experts."""
+    mean = sum(opened.data["corpus"]["entropy"]) / LAYERS
+    facts = opened.page.locator("#facts").inner_text().replace("\u00a0", " ")
+    assert f"{mean:.2f} is like an even choice among {E**mean:.1f} of {E}" in facts
+    opened.page.locator("#own").scroll_into_view_if_needed()
+    command = opened.page.locator("#own-command").inner_text()
+    assert command == 'uv run python -m moe_jax inspect --run runs/run --text "A small dragon lost its hat."'
 
 
 def test_the_glossary_holds_for_one_choice_and_for_balance_by_bias(opened: Opened) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import UserError
+from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import compiled_layer, corpus_routing
 from moe_jax.inspection.corpus_routing import corpus_data, count_routing, log_likelihood_ratio
-from moe_jax.inspection.report import _digest, attention_data, render, report_run, write_report
+from moe_jax.inspection.report import _digest, attention_data, next_data, render, report_run, write_report
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.runs.load import open_run
 from moe_jax.runs.metrics import load_entropy
@@ -69,6 +70,27 @@ def test_the_page_holds_the_data_and_the_trace(folder: Path, written: tuple[str,
         "val_stream": "whole",
         **{k: data["run"][k] for k in ("params_total", "params_active")},
     }
+
+
+def test_the_page_holds_the_next_tokens_and_the_ablation(folder: Path, written: tuple[str, dict]) -> None:
+    data, run = written[1], open_run(folder)
+    trace = routing_trace(run, HOSTILE)
+    following = data["text"]["next"]
+    words = [following["words"][n] for n in following["index"]]
+    assert words == token_pieces(run.tokenizer, trace.next_token[:-1].reshape(-1))
+    np.testing.assert_allclose(np.array(following["permille"]) / 1000, trace.next_prob[:-1].reshape(-1), atol=0.00051)
+    ablation, n = data["ablation"], len(data["text"]["ids"])
+    assert (ablation["layers"], data["ablation_missing"]) == ([0, 1], "")
+    assert np.array(ablation["change"]).shape == (2, 4, n - 1)
+    assert len(ablation["loss"]) == n - 1
+    assert [len(stories) for stories in ablation["stories"]] == [4, 4]
+
+
+def test_entries_that_the_tokenizer_does_not_use_have_no_text(folder: Path) -> None:
+    run = open_run(folder)
+    trace = dataclasses.replace(routing_trace(run, "ab"), next_token=np.array([[97, 300], [98, 97], [0, 0]]))
+    following = next_data(run, trace)
+    assert (following["words"], following["index"]) == (["a", "b"], [0, -1, 1, 0])
 
 
 def test_no_text_can_become_markup(written: tuple[str, dict]) -> None:
@@ -213,6 +235,7 @@ def test_without_its_text_the_run_is_shown_on_a_given_one(folder: Path, tmp_path
         write_report(alone, tmp_path / "page.html")
     data = data_in(write_report(alone, tmp_path / "page.html", text="a cat").read_text(encoding="utf-8"))
     assert data["corpus"] is None
+    assert data["ablation"]["prompt"] == "a cat"
     assert "gone.txt" in data["corpus_missing"]
 
 

@@ -13,10 +13,10 @@ from moe_jax.config import TrainConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 from moe_jax.inference.routing_pass import check_routed, make_trace_step
 from moe_jax.inspection.trace import token_pieces, trace_tokens
-from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.reference import AllExpertsMoE
 from moe_jax.model.precision import Policy
-from moe_jax.model.transformer import abstract_model
+from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import initial_state
@@ -71,7 +71,7 @@ def test_the_forward_pass_decides_as_the_step_does() -> None:
     batch = tiny.tokens(1, 2, tiny.T + 1, seed=6)
     graphdef, params = tiny.build(MODEL)
     of_step = after_a_step(True, batch)[1].metrics.trace
-    alone, _ = make_trace_step(graphdef)(params, batch[0])
+    alone = make_trace_step(graphdef)(params, batch[0]).decisions
     for name in ("expert_index", "slot", "keep"):
         np.testing.assert_array_equal(getattr(of_step, name)[0], getattr(alone, name), err_msg=name)
     for name in ("probs", "gate", "attention"):
@@ -122,7 +122,7 @@ def test_attention_looks_back_only() -> None:
 )
 def test_a_dropless_dispatch_keeps_all(dispatch: str, moe: type[MoE]) -> None:
     graphdef, _ = abstract_model(MODEL.with_routing(dispatch=dispatch), moe=moe)
-    trace, _ = make_trace_step(graphdef)(tiny.build(MODEL)[1], tiny.tokens(1, tiny.T + 1))
+    trace = make_trace_step(graphdef)(tiny.build(MODEL)[1], tiny.tokens(1, tiny.T + 1)).decisions
     assert np.asarray(trace.keep).all()
 
 
@@ -136,7 +136,7 @@ def test_a_dense_baseline_is_refused() -> None:
 @pytest.mark.parametrize("priority", ["leaky-choice-major", "leaky-batch-priority"])
 def test_the_drops_of_another_priority_are_those_that_happened(priority: str) -> None:
     graphdef, params = tiny.build(MODEL.with_routing(priority=priority))
-    trace, _ = make_trace_step(graphdef)(params, tiny.tokens(1, tiny.T + 1))
+    trace = make_trace_step(graphdef)(params, tiny.tokens(1, tiny.T + 1)).decisions
     keep, slot, expert = (np.asarray(getattr(trace, name))[:, 0] for name in ("keep", "slot", "expert_index"))
     for layer in range(MODEL.layers):
         for e in range(MODEL.experts):
@@ -158,6 +158,24 @@ def test_what_a_notebook_shows_is_escaped() -> None:
     assert "<script>" not in shown
     assert "&lt;script&gt;" in shown
     assert shown.count("&amp;") == MODEL.layers
+
+
+def test_the_likeliest_next_tokens_are_those_of_the_logits() -> None:
+    """In two windows; the loss is that of the same logits."""
+    run, tokens = opened(), tiny.tokens(tiny.T + 3, seed=11)
+    trace = trace_tokens(run, tokens)
+    model = merge(run.graphdef, run.params)
+    for first in (0, tiny.T):
+        window = jnp.asarray(np.pad(tokens[first : first + tiny.T], (0, max(0, first + tiny.T - len(tokens)))))
+        logits = np.asarray(model.logits(model(window[None], Mode.TRAIN)[0])[0], np.float64)
+        probs = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+        for i in range(first, min(first + tiny.T, len(tokens))):
+            p = probs[i - first]
+            assert trace.next_token[i].tolist() == np.argsort(-p)[:5].tolist()
+            np.testing.assert_allclose(trace.next_prob[i], np.sort(p)[::-1][:5], rtol=1e-5)
+            if i < len(tokens) - 1:
+                assert trace.loss[i] == pytest.approx(-np.log(p[tokens[i + 1]]), rel=1e-4)
+    assert repr(trace) == "RoutingTrace(11 tokens, 2 layers, 4 experts)"
 
 
 def test_a_broken_router_is_named_and_not_drawn() -> None:

@@ -66,7 +66,7 @@ def captured(out: IO[bytes], err: IO[bytes]) -> Iterator[None]:
 def keep_programs() -> None:
     """Let commands of the same settings share their jitted functions. A new one would be traced and lowered anew."""
     from moe_jax.inference import generate, routing_pass
-    from moe_jax.inspection import corpus_routing, report, trace
+    from moe_jax.inspection import ablation, corpus_routing, report, trace
     from moe_jax.training import evaluate, programs, routing_snapshot, session, step_logger
 
     evaluate.make_evaluation_step = programs.make_evaluation_step = functools.cache(evaluate.make_evaluation_step)
@@ -74,6 +74,8 @@ def keep_programs() -> None:
     decision = functools.cache(routing_pass.make_decision_step)
     corpus_routing.make_decision_step = routing_snapshot.make_decision_step = decision
     trace.make_trace_step = functools.cache(routing_pass.make_trace_step)
+    ablation.make_switched_losses = functools.cache(ablation.make_switched_losses)
+    ablation.SwitchedWriter = functools.cache(ablation.SwitchedWriter)
     steps: dict[Any, Any] = {}
     make_step, compiled_layer = programs.make_step, report.compiled_layer
 

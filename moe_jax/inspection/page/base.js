@@ -61,15 +61,16 @@ const choice = (layer, token, k) => {
 };
 const probability = (layer, token, e) => data.routing.prob[layer][token * E + e];
 
-// The state, and the listeners that are called when it changes: `what` is "layer", "token", "lit" or "theme". A section
+// The state, and the listeners that are called when it changes: `what` is "layer", "token", "lit", "off" or "theme". A section
 // is drawn when it first comes near the window. If the state that it shows changes, it is drawn again as soon as it is
 // near. It waits until the text is on the screen, and several changes in a row are drawn once, so a slider stays fast.
-const state = { layer: 0, token: null, lit: null };
+const state = { layer: 0, token: null, lit: null, off: null };
 const listeners = [];
 const change = (what, value) => {
   state[what] = value;
   for (const listener of listeners) listener(what);
 };
+const sections = [];
 const section = (id, draw, shows = [], redraw = draw) => {
   let next = draw, near = false, due = false;
   const soon = () => {
@@ -78,6 +79,7 @@ const section = (id, draw, shows = [], redraw = draw) => {
     requestAnimationFrame(() => setTimeout(() => { due = false; now(); }));
   };
   const now = () => { const task = next; next = null; task?.(); };
+  sections.push({ node: byId(id), now });
   listeners.push((what) => { if (shows.includes(what)) { next ??= redraw; soon(); } });
   new IntersectionObserver((entries) => {
     near = entries.at(-1).isIntersecting;
@@ -100,7 +102,53 @@ const tipped = (text) => ({
   onpointermove: (event) => showTip(event, text), onpointerleave: hideTip,
   onfocus: (event) => showTip(event, text), onblur: hideTip,
 });
+// One tab stop for a group: arrow keys, Home and End move the focus among the items that `selector` finds. `across` and
+// `down` say by how many items the arrow keys move.
+const roving = (group, selector, { across = 1, down = 1 } = {}) => {
+  const items = () => [...group.querySelectorAll(selector)];
+  const pick = (chosen) => items().forEach((item) => item.setAttribute("tabindex", item === chosen ? "0" : "-1"));
+  const first = items();
+  if (first.length) pick(first.find((item) => item.getAttribute("aria-pressed") === "true") ?? first[0]);
+  if (group.roving) return;
+  group.roving = true;
+  group.addEventListener("focusin", (event) => { const item = event.target.closest(selector); if (item) pick(item); });
+  group.addEventListener("keydown", (event) => {
+    const all = items(), at = all.indexOf(event.target.closest(selector));
+    const rtl = event.target.parentElement.dir === "rtl" ? -1 : 1;
+    const to = { ArrowRight: at + rtl * across, ArrowLeft: at - rtl * across, ArrowDown: at + down, ArrowUp: at - down, Home: 0, End: all.length - 1 }[event.key];
+    if (at < 0 || to === undefined) return;
+    event.preventDefault();
+    all[to]?.focus();
+  });
+};
 const caption = (title, note) => el("figcaption", {}, title, note ? el("small", {}, note) : null);
+
+// The bar at the top stays in view, so what is scrolled to has to stop below it. It names the section that is read.
+const bar = byId("bar");
+new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`)).observe(bar);
+const links = new Map([...bar.querySelectorAll(".tabs a")].map((a) => [a.hash.slice(1), a]));
+const mark = (id) => links.forEach((link, name) => {
+  if (name !== id) { link.removeAttribute("aria-current"); return; }
+  link.setAttribute("aria-current", "true");
+  link.parentElement.scrollTo({ left: link.offsetLeft - 80 });
+});
+const atEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 2;
+const reading = new IntersectionObserver((entries) => {
+  const entry = entries.find((e) => e.isIntersecting);
+  if (entry && !atEnd()) mark(entry.target.id);
+}, { rootMargin: "-35% 0px -64% 0px" });
+for (const id of links.keys()) reading.observe(byId(id));
+addEventListener("scroll", () => { if (atEnd()) mark("own"); }, { passive: true });
+// What a link of the page leads to must not move while it is scrolled to, so all that is above it is drawn first.
+document.addEventListener("click", (event) => {
+  const hash = event.target.closest("a[href^='#']")?.hash, to = hash && byId(hash.slice(1));
+  if (!to) return;
+  for (const { node, now } of sections) if (node === to || node.compareDocumentPosition(to) & Node.DOCUMENT_POSITION_FOLLOWING) now();
+});
+// On paper all is unfolded, but for long tables and listings, which are left out (details without the class `unfold`).
+let folded = [];
+window.addEventListener("beforeprint", () => { folded = [...document.querySelectorAll("details.unfold:not([open])")]; for (const d of folded) d.open = true; });
+window.addEventListener("afterprint", () => { for (const d of folded) d.open = false; });
 
 byId("theme").addEventListener("click", () => {
   const root = document.documentElement;

@@ -28,23 +28,28 @@ const drawVerdict = () => {
   parts.push(most > E / K * 0.7 && E > K ? "The router has collapsed onto a few experts." : most > 2 ? "The load is uneven." : "The load is well spread.");
   const box = clear(byId("verdict"));
   box.classList.toggle("bad", dead.length > 0 || most > 2);
-  box.append(el("p", { id: "specialists-said" }, specialists()), el("p", {}, parts.join(" ")));
+  box.append(el("p", {}, parts.join(" ")));
 };
 
 const lightUp = (e) => {
   change("lit", e);
   byId("text").scrollIntoView();
 };
+const chip = (t, tip) => el("li", { tabindex: "0", "data-token": t.text, ...tipped(tip) }, quoted(t.text), el("small", {}, ` ${percent(t.here / t.all, 0)}`));
 const specialistCard = (e) => {
   const found = data.specialisation[state.layer][e];
-  const words = found.tokens.map((t) => el("li", { tabindex: "0", "data-token": t.text,
-    ...tipped(`${quoted(t.text)}: ${whole(t.here)} of its ${whole(t.all)} occurrences chose this expert, ${t.times} times what chance would give (G² ${t.g2}, p < 0.001 after correction)`) },
-    quoted(t.text), el("small", {}, ` ${percent(t.here / t.all, 0)}`)));
-  return el("article", { class: "specialist", vars: { "--c": colourOf(e) } },
+  const counted = (t) => `${quoted(t.text)}: ${whole(t.here)} of its ${whole(t.all)} occurrences chose this expert`;
+  const kinds = found.groups.map((g) => el("div", { class: "kind" }, el("p", {}, el("b", {}, `${g.name}:`), ` ${percent(g.here, 0)} of its choices, ${percent(g.all, 0)} of the text`),
+    el("ul", { class: "words" }, g.tokens.map((t) => chip(t, counted(t))))));
+  const named = new Set(found.groups.flatMap((g) => g.tokens.map((t) => t.text)));
+  const words = found.tokens.filter((t) => !named.has(t.text)).map((t) => chip(t, `${counted(t)}, ${t.times} times what chance would give (G² ${t.g2}, p < 0.001 after correction)`));
+  const article = el("article", { class: "specialist", vars: { "--c": colourOf(e) } },
     el("h4", {}, el("button", { type: "button", title: `Light up the tokens of expert ${e} in the text`, onclick: () => lightUp(e) }, `Expert ${e}`), el("small", {}, `load ${percent(corpus.load[state.layer][e])}`)),
-    el("ul", { class: "groups" }, found.groups.map((g) => el("li", {}, el("b", {}, g.name), ` ${percent(g.here, 0)} of its choices, ${percent(g.all, 0)} of the text`))),
-    el("p", {}, found.kinds ? `${count(found.kinds, "token")} of the vocabulary ${found.kinds === 1 ? "prefers" : "prefer"} it, ${percent(found.share, 0)} of its choices. The strongest:` : corpus.load[state.layer][e] ? "No token prefers it beyond chance." : "Dead: no token chose it."),
-    el("ul", { class: "words" }, words));
+    kinds,
+    el("p", {}, found.kinds ? `${count(found.kinds, "token")} of the vocabulary ${found.kinds === 1 ? "prefers" : "prefer"} it, ${percent(found.share, 0)} of its choices. ${words.length ? `The strongest${kinds.length ? " besides these" : ""}:` : ""}` : corpus.load[state.layer][e] ? "No token prefers it beyond chance." : "Dead: no token chose it."),
+    words.length ? el("ul", { class: "words strongest" }, words) : null);
+  roving(article, "li");
+  return article;
 };
 
 const drawCounts = () => {
@@ -59,7 +64,7 @@ const drawCounts = () => {
 const drawExperts = () => {
   const layer = state.layer;
   byId("experts-explain").textContent =
-    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. A token is listed under an expert if it chooses that expert more often than by chance, strongest first (log-likelihood ratio G², p < 0.001 after correction for all pairs tested). The percentage is the share of the token's occurrences that choose the expert: by chance it would be ${percent(K / E, 0)}. A kind of token is named in bold if its tokens, each different token counted once, choose the expert more often than randomly shuffled kinds do (p ≤ 0.01 for all kinds and experts of the model together). Point at a token for its counts; ␣ is a space.`;
+    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. Each card names the kinds of token that prefer the expert, with examples, and then the single tokens that prefer it, strongest first. The percentage says how often the token chose the expert: by chance it would be ${percent(K / E, 0)}. ␣ is a space.`;
   fill(clear(byId("specialists")), {}, range(E).map(specialistCard));
   drawCounts();
   const fair = 1 / E, line = model.capacity / (model.seq_len * K);
@@ -69,10 +74,10 @@ const drawExperts = () => {
       say: (e, v) => `Expert ${e}: ${percent(v, 2)} of the choices, ${(v / fair).toFixed(2)} times its fair share` }),
   ]);
   fill(clear(byId("entropy")), {}, [
-    caption("How undecided the router is, and what it drops", "Entropy of the router's probabilities, divided by the largest possible: 0 is certain, 1 means that all experts are equally likely."),
-    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Layer"), ["entropy", "dropped", "busiest expert"].map((h) => el("th", { class: "num", scope: "col" }, h)))),
+    caption("How undecided the router is, and what it drops", "Entropy of the router's probabilities, divided by the largest possible: 0 is certain, 1 means that all experts are equally likely. The last column says it in experts: as undecided as an even choice among so many."),
+    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Layer"), ["entropy", "dropped", "busiest expert", "in experts"].map((h) => el("th", { class: "num", scope: "col" }, h)))),
       el("tbody", {}, range(L).map((l) => el("tr", { class: l === layer ? "shown" : null }, el("td", {}, `${l}`), el("td", { class: "num" }, corpus.entropy[l].toFixed(3)),
-        el("td", { class: "num" }, percent(corpus.drops[l], 2)), el("td", { class: "num" }, `${corpus.load[l].indexOf(Math.max(...corpus.load[l]))} (${(Math.max(...corpus.load[l]) / fair).toFixed(2)} × fair)`)))))),
+        el("td", { class: "num" }, percent(corpus.drops[l], 2)), el("td", { class: "num" }, `${corpus.load[l].indexOf(Math.max(...corpus.load[l]))} (${(Math.max(...corpus.load[l]) / fair).toFixed(2)} × fair)`), el("td", { class: "num" }, alike(corpus.entropy[l]))))))),
   ]);
   drawTogether(layer);
 };
@@ -138,6 +143,7 @@ const drawFlow = () => {
       if (h > 10) root.append(svg("text", { x: x(l) + bar / 2, y: tops[l][e] + h / 2 + 4, "text-anchor": "middle", "pointer-events": "none", class: "on-node", vars: { "--on": inkOn(e) } }, `${e}`));
     });
   });
+  roving(root, ".node", { across: E });
   fill(box, {}, [caption("Paths of first choices", `${count(total, "token")} of validation text. A band has the colour of the expert that it comes from.`), el("div", { class: "scroll" }, root)]);
 };
 
@@ -145,10 +151,12 @@ const without = (id) => fill(clear(byId(id)), {}, [el("p", { class: "small" }, d
 const startExperts = () => {
   if (!corpus) {
     byId("experts-explain").textContent = data.corpus_missing;
-    for (const id of ["load", "entropy", "together", "verdict", "counts"]) byId(id).remove();
+    for (const id of ["load", "entropy", "together", "verdict", "counts", "tested"]) byId(id).remove();
     without("flow-figure");
     return;
   }
+  byId("found").prepend(el("p", { id: "specialists-said" }, specialists()));
+  byId("experts-tested").textContent = "A single token is listed if it chooses the expert more often than by chance: log-likelihood ratio G², p < 0.001 after correction for all pairs tested. A kind of token is named if its tokens, each different token counted once, choose the expert more often than randomly shuffled kinds do: p ≤ 0.01 for all kinds and experts of the model together. Its examples are its most frequent tokens of those that choose the expert more often than by chance. Point at a token for its counts.";
   section("experts", () => { drawVerdict(); drawExperts(); }, ["layer"], drawExperts);
   section("flow", drawFlow);
 };

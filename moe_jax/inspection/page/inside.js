@@ -79,11 +79,12 @@ const drawHeader = () => {
   byId("run-name").textContent = `· ${r.name}, step ${whole(r.step)}`;
   byId("lead").textContent = `A language model of ${L} layers reads a text. In each layer a router sends every token to ${K} of ${E} experts. This page shows each of these decisions: which expert got which token, ${model.dropless ? "" : "what found no room, "}and which tokens each expert prefers.`;
   const fact = (name, value, note) => el("div", {}, el("dt", {}, name), el("dd", {}, value, el("small", {}, note)));
+  const undecided = corpus ? sum(corpus.entropy) / L : 0;
   fill(byId("facts"), {}, [
     fact("Text", count(N, "token"), `${data.text.source.toLowerCase()}; ${count(L * K * N, "decision")}`),
     fact("Model", `${(r.params_total / 1e6).toFixed(1)} M`, `parameters; ${(r.params_active / 1e6).toFixed(1)} M of them are used for one token`),
     r.val_bits_per_byte === null ? null : fact("Bits per byte", r.val_bits_per_byte.toFixed(3), `on the ${r.val_stream === "subset" ? "validation subset" : "whole validation text"}${r.floor === null ? "" : `; ${r.floor.toFixed(3)} is the entropy of the whole text`}`),
     model.dropless ? fact("Dropped", "none", "this dispatch has no capacity") : fact("Dropped here", percent(dropped / all), `of all choices, in all layers; ${model.capacity} slots for each expert and window`),
-    corpus ? fact("Router entropy", (sum(corpus.entropy) / L).toFixed(2), "0 is certain, 1 is undecided between all experts") : null,
+    corpus ? fact("Router's indecision", undecided.toFixed(2), `0 is certain, 1 finds all experts alike; ${undecided.toFixed(2)} is like an even choice among ${alike(undecided)} of ${E}`) : null,
   ]);
 };

@@ -48,6 +48,11 @@ const doubt = (layer, i) => {
   return E > 1 ? bits / Math.log(E) : 0;
 };
 
+const SURPRISED = 8; // nats: the strongest shade
+const shadeOf = { doubt: (value) => value, surprise: (nats) => Math.min(nats / SURPRISED, 1) };
+// An indecision of h is that of an even choice among E^h experts.
+const alike = (h) => (E ** h).toFixed(1);
+
 const colourTokens = () => {
   const layer = state.layer, lit = state.lit, mode = byId("colour").value;
   tokensBox.classList.toggle("lighting", lit !== null && mode === "expert");
@@ -56,7 +61,7 @@ const colourTokens = () => {
   if (lit !== null) tokensBox.style.setProperty("--lit", colourOf(lit));
   const { expert, keep } = data.routing;
   const reset = mode === "expert" ? (node) => node.style.length && node.style.removeProperty("--v")
-    : (node, i) => node.style.setProperty("--v", (mode === "doubt" ? doubt(layer, i) : Math.min(surprise(i) / 8, 1)).toFixed(3));
+    : (node, i) => node.style.setProperty("--v", shadeOf[mode](mode === "doubt" ? doubt(layer, i) : surprise(i)).toFixed(3));
   for (let i = 0; i < N; i++) {
     const node = nodes[i], at = i * K;
     let name = `t a${expert[layer][at]}${node.fixed}`, kept = keep[layer][at];
@@ -72,7 +77,7 @@ const colourTokens = () => {
     }
     if (!kept) name += " gone";
     if (place >= 0) name += place ? " lit second" : " lit";
-        if (node.shown !== name) node.className = node.shown = name;
+    if (node.shown !== name) node.className = node.shown = name;
     if (node.number !== expert[layer][at]) node.dataset.expert = node.number = expert[layer][at];
     reset(node, i);
   }
@@ -80,17 +85,27 @@ const colourTokens = () => {
 };
 
 const describeText = () => {
-  const keep = data.routing.keep[state.layer];
+  const keep = data.routing.keep[state.layer], mode = byId("colour").value;
   const dropped = keep.length - sum(keep);
-  byId("text-explain").textContent =
-    `${data.text.source}, as layer ${state.layer} (of 0 to ${L - 1}) routes it: each token has the colour and the number of the expert that it chose first. ` +
+  byId("text-explain").textContent = mode === "surprise"
+    ? `${data.text.source}: the stronger the shade, the less the model expected the token. This does not depend on the layer.`
+    : mode === "doubt" ? `${data.text.source}, layer ${state.layer} (of 0 to ${L - 1}): the stronger the shade, the less certain the router was which expert to choose.`
+    : `${data.text.source}, as layer ${state.layer} (of 0 to ${L - 1}) routes it: each token has the colour and the number of the expert that it chose first. ` +
     (model.dropless ? "Nothing is dropped here: this run's dispatch has no capacity." :
       `${dropped ? `${whole(dropped)} of ${whole(keep.length)} choices (${percent(dropped / keep.length)}) found their expert full and were dropped.` : "No choice was dropped."}`);
+  drawKey(mode);
 };
 
-const drawKey = () => {
+// The legend says what the colours mean now.
+const drawKey = (mode) => {
   const sample = (name, text) => el("span", {}, el("span", { class: `t a0 b${Math.min(1, E - 1)} ${name}`, "aria-hidden": "true" }, "word"), text);
-  fill(clear(byId("key")), {}, [
+  const shades = (values, name, note) => heatScale(values, (v) => ({ "--v": shadeOf[mode](v), "--c": "var(--accent)" }), name, note);
+  const chances = [1, 0.5, 0.1, 0.01, Math.exp(-SURPRISED)];
+  fill(clear(byId("key")), {}, mode === "surprise" ? [
+    shades(chances.map((p) => -Math.log(p)), (nats) => (nats < SURPRISED ? percent(Math.exp(-nats), 0) : `${percent(Math.exp(-nats), 2)} or less`), "the chance that the model gave to the token"),
+  ] : mode === "doubt" ? [
+    shades([0, 0.25, 0.5, 0.75, 1], (v) => `${v}`, `0: certain of one expert. 1: all ${E} experts alike. 0.5: like an even choice among ${alike(0.5)} of them.`),
+  ] : [
     sample("", K > 1 ? "fill: first choice; line below: second choice" : "fill: the chosen expert"),
     model.dropless ? null : sample("da", K > 1 ? "hatched: first choice dropped" : "hatched: dropped"),
     model.dropless || K < 2 ? null : sample("db", "dotted: second choice dropped"),
@@ -113,6 +128,18 @@ const choiceItem = (layer, i, k) => {
     el("span", { class: c.kept ? "" : "drop" }, place));
 };
 
+// The likeliest tokens after token i. The one that follows in the text is marked.
+const nextTokens = (i) => {
+  if (i === N - 1) return [];
+  const { words, index, permille, width } = data.text.next, at = range(width).map((n) => i * width + n).filter((n) => index[n] >= 0);
+  const found = at.map((n) => [words[index[n]], permille[n] / 1000]), real = data.text.pieces[i + 1];
+  return [el("p", { class: "small" }, `The ${found.length} likeliest next tokens${found.some(([word]) => word === real) ? "; the text goes on with the bold one" : ""}`),
+    el("div", { class: "bars next" }, found.flatMap(([word, p]) => {
+      const name = word === real ? "picked" : "";
+      return [el("span", { class: name }, quoted(word)), el("span", { class: "track" }, el("div", { class: "bar", vars: { "--c": "var(--accent)", width: `${100 * p}%`, opacity: name ? 1 : 0.45 } })), el("span", { class: name }, percent(p))];
+    }))];
+};
+
 const drawCard = () => {
   const i = state.token, layer = state.layer;
   clear(card);
@@ -130,13 +157,14 @@ const drawCard = () => {
     el("p", { class: "where" }, `token ${whole(i + 1)} of ${whole(N)}, place ${inWindow + 1} of window ${Math.floor(i / model.seq_len) + 1}` +
       (i ? `; the model gave it a chance of ${percent(Math.exp(-seen), seen > 4 ? 2 : 0)}` : "")),
     el("ol", {}, range(K).map((k) => choiceItem(layer, i, k))),
-    el("p", { class: "small" }, `The router's probabilities in layer ${layer}`),
+    el("p", { class: "small" }, `The router's probabilities in layer ${layer} (indecision ${doubt(layer, i).toFixed(2)})`),
     el("div", { class: "bars" }, range(E).flatMap((e) => {
       const p = probability(layer, i, e), name = picked.has(e) ? "picked" : "";
       return [el("span", { class: name }, `${e}`),
         el("span", { class: "track" }, el("div", { class: "bar", vars: { "--c": colourOf(e), width: `${100 * p / top}%`, opacity: picked.has(e) ? 1 : 0.45 } })),
         el("span", { class: name }, p.toFixed(3))];
     })),
+    nextTokens(i),
     el("p", { class: "small" }, "The token's first choice in every layer"),
     el("div", { class: "path" }, range(L).map((l) => {
       const c = choice(l, i, 0);
@@ -144,6 +172,7 @@ const drawCard = () => {
         title: `Layer ${l}: expert ${c.expert}`, onclick: () => setLayer(l) }, `${l}: ${c.expert}`);
     })),
   ]);
+  roving(card.querySelector(".path"), "button");
 };
 
 const barcodeRow = Math.max(12, Math.min(26, 160 / L));
@@ -231,12 +260,13 @@ const drawLegend = () => fill(clear(byId("legend")), {}, [
     "data-expert": e, onclick: () => change("lit", state.lit === e ? null : e) }, `${e}`)),
 ]);
 
+
 const startText = () => {
   byId("layer").max = L - 1;
   byId("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
   drawLegend();
+  roving(byId("legend"), "button");
   buildTokens();
-  drawKey();
   listeners.push((what) => {
     if (what === "layer" || what === "lit") colourTokens();
     if (what === "lit") for (const b of byId("legend").querySelectorAll("button")) b.setAttribute("aria-pressed", String(Number(b.dataset.expert) === state.lit));

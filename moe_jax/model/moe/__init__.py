@@ -7,6 +7,7 @@
     experts.py     the feed-forward networks
     balance.py     the auxiliary losses and the balance bias
     variants.py    noise, jitter, and the priorities that leak the future
+    switchable.py  a layer whose experts can be switched off while its program runs
     functional.py  a layer as a plain function of its parameters
     reference.py   two slow dispatches, which the tests compare the fast ones with
 

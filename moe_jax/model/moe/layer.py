@@ -143,8 +143,12 @@ class MoE(nnx.Module):
         logits = router_logits(x, self.router[...])
         if keys is not None and policy.logit_noise > 0:
             logits = noisy(logits, fold_each(keys, 1), policy.logit_noise)
-        bias = jax.lax.stop_gradient(self.balance_bias[...]) if policy.balancing == "bias" else None
-        return route(logits, policy.top_k, bias)
+        return self.choose(logits)
+
+    def choose(self, logits: Float[Array, "B T E"]) -> Routing:
+        """The K experts of each token, by its logits and, where the experts are balanced by a bias, by the bias."""
+        bias = jax.lax.stop_gradient(self.balance_bias[...]) if self.routing.balancing == "bias" else None
+        return route(logits, self.routing.top_k, bias)
 
     def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
         """The dispatch of a pass over `batch` sequences of `tokens` tokens each.

@@ -40,7 +40,7 @@ def router_logits(x: Float[Array, "B T D"], kernel: Float[Array, "D E"]) -> Floa
     return jnp.einsum("btd,de->bte", x.astype(dtype), kernel.astype(dtype), precision=dot_precision(dtype))
 
 
-def route(logits: Float[Array, "B T E"], top_k: int, bias: Float[Array, " E"] | None = None) -> Routing:
+def route(logits: Float[Array, "B T E"], top_k: int, bias: Float[Array, "... E"] | None = None) -> Routing:
     """Choose `top_k` experts for each token, by logit. (By probability, very different logits could underflow to equal
     zeros.)
 
@@ -50,6 +50,9 @@ def route(logits: Float[Array, "B T E"], top_k: int, bias: Float[Array, " E"] | 
 
     With a `bias`, the K experts with the largest p + bias are chosen. The gates still come from the logits, so the bias
     changes the choice but not the gates (Wang et al. 2024, "Auxiliary-loss-free load balancing", equation 3).
+
+    An expert whose logit is -inf has the probability 0. It is chosen only by a token that has fewer than K others, and
+    then its gate is 0.
     """
     probs = jax.nn.softmax(logits, axis=-1)
     score = jax.lax.stop_gradient(logits if bias is None else probs + bias)

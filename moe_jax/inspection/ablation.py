@@ -1,0 +1,222 @@
+"""What each expert is good for: the loss of a text, and the text that the model writes, with that expert switched off.
+
+An expert that is switched off cannot be chosen. The router decides as if the expert did not exist: the next-best expert
+takes its place, and the gates are renormalised (`moe_jax.model.moe.switchable`). Nothing is trained again. Nothing is
+dropped, so no token changes because another one found a slot free.
+
+One expert of one layer is off at a time. All of them are rows of a few batches, so two compiled programs serve all
+experts: one for the losses and one for the stories.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config import ModelConfig, UserError
+from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
+from moe_jax.inference.routing_pass import check_routed
+from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.switched import SwitchedWriter, make_switched_losses, switchable_graphdef
+from moe_jax.inspection.trace import windows
+from moe_jax.model.costs import count_parameters, totals
+from moe_jax.model.moe.switchable import SWITCHES, with_switches
+from moe_jax.runs.load import LoadedRun
+from moe_jax.system.random_keys import Purpose, purpose_key
+
+TEXT_TOKENS = 512
+"""Tokens of the text whose losses are computed, rounded down to whole windows of T tokens, but at least one window."""
+BATCH_TOKENS = 4_096
+STORY_ROWS = 64
+"""Most stories of one call of the compiled program, which bounds the memory of their keys and values."""
+STORY_TOKENS = 96
+PROMPT_WORDS, PROMPT_TOKENS = 6, 32
+SETTINGS, SEED = Sampling(temperature=0.8), 0
+MOST_FLOPS = 6e12
+"""Forward operations that a report may spend on this, about half a minute of two CPU cores. A model that needs more for
+all its layers gets fewer layers, evenly spaced."""
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Losses and stories before and after, for A layers of a model, and each of their E experts."""
+
+    layers: list[int]
+    """The A layers whose experts were switched off, one expert at a time."""
+    loss: np.ndarray
+    """float32 [n-1]: cross-entropy of tokens 1 to n-1 in nats, with all experts."""
+    without: np.ndarray
+    """float32 [A, E, n-1]: the same without the expert."""
+    prompt: str
+    story: str
+    """What the model writes after the prompt."""
+    stories: list[list[str]]
+    """[A][E]: the same without the expert, drawn with the same random numbers."""
+
+    @property
+    def change(self) -> np.ndarray:
+        """float32 [A, E, n-1]: loss without the expert - loss with it, in nats. Above 0 the expert helped."""
+        return self.without - self.loss
+
+
+def ablation(run: LoadedRun, tokens: np.ndarray) -> Ablation:
+    """Switch off the experts one at a time, on a text of token ids int [N].
+
+    Raises UserError where there is no other expert, or no token to predict.
+    """
+    config = run.config.model
+    check_routed(config)
+    if config.experts < 2:
+        raise UserError("The layers of this model have one expert each, so none can take its place.")
+    tokens = tokens[: max(TEXT_TOKENS // config.seq_len, 1) * config.seq_len]
+    if len(tokens) < 2:
+        raise UserError("The text has no token that could be predicted.")
+    layers = affordable_layers(config, len(tokens))
+    off = one_off_at_a_time(config.layers, config.experts, layers) | switches_of(run)[:, None]
+    losses = switched_losses(run, tokens, off)
+    if not np.isfinite(losses).all():
+        raise UserError("The model gives NaN or infinity without one of its experts.")
+    prompt = prompt_of(run.tokenizer, tokens, config.seq_len)
+    stories = switched_stories(run, prompt, off)
+    count = config.experts
+    return Ablation(
+        layers=layers,
+        loss=losses[0],
+        without=losses[1:].reshape(len(layers), count, -1),
+        prompt=prompt,
+        story=stories[0],
+        stories=[stories[1 + a * count :][:count] for a in range(len(layers))],
+    )
+
+
+def affordable_layers(config: ModelConfig, tokens: int) -> list[int]:
+    """All layers, or as many as MOST_FLOPS pays for, evenly spaced; at least one."""
+    one_pass = 2 * totals(count_parameters(config)).multiplied * (tokens + PROMPT_TOKENS + STORY_TOKENS)
+    most = int(MOST_FLOPS / (one_pass * config.experts))
+    count = min(max(most, 1), config.layers)
+    return sorted({round(layer) for layer in np.linspace(0, config.layers - 1, count)})
+
+
+def one_off_at_a_time(count: int, experts: int, layers: list[int]) -> np.ndarray:
+    """bool [L, 1 + A*E, E]: switches of L layers. In row 0 all are on. In row 1 + a*E + e expert e of layers[a] is
+    off."""
+    off = np.zeros((count, 1 + len(layers) * experts, experts), bool)
+    for a, layer in enumerate(layers):
+        rows = slice(1 + a * experts, 1 + (a + 1) * experts)
+        off[layer, rows] = np.eye(experts, dtype=bool)
+    return off
+
+
+def switched_losses(run: LoadedRun, tokens: np.ndarray, off: np.ndarray) -> np.ndarray:
+    """float32 [R, N-1]: cross-entropy of tokens 1 to N-1 of a text int [N], under each row of switches bool [L, R, E].
+
+    The text is cut into windows of T tokens, as in a trace.
+    """
+    step = make_switched_losses(switchable_graphdef(run.config, run.policy.compute))
+    width = min(run.config.model.seq_len, len(tokens))
+    parts = []
+    for window, n in windows(tokens, width):
+        size = min(max(BATCH_TOKENS // width, 1), off.shape[1])
+        rows = [
+            np.asarray(step(run.params, group, np.broadcast_to(window, (size, width + 1))))[:kept, :n]
+            for group, kept in _groups(off, size)
+        ]
+        parts.append(np.concatenate(rows))
+    return np.concatenate(parts, axis=1)[:, :-1]
+
+
+def switched_stories(run: LoadedRun, prompt: str, off: np.ndarray) -> list[str]:
+    """What the model writes after a prompt, under each row of switches bool [L, R, E]. With all experts on, it is what
+    `generate` writes with SETTINGS and SEED, at most STORY_TOKENS tokens of it and no more than the context holds."""
+    tokenizer, separator = run.tokenizer, run.tokenizer.separator_id
+    start = np.array([separator, *tokenizer.encode(prompt)], np.int32)
+    limit = min(STORY_TOKENS, run.config.model.seq_len - len(start))
+    writer = SwitchedWriter(switchable_graphdef(run.config, run.policy.compute), tokenizer.vocab_size, limit)
+    key = purpose_key(SEED, Purpose.SAMPLE, 0)
+    found: list[str] = []
+    for group, kept in _groups(off, min(STORY_ROWS, off.shape[1])):
+        rows = writer.tokens(run.params, group, start, SETTINGS, key)[:kept]
+        found += [_decoded(tokenizer, row.tolist()) for row in rows]
+    return found
+
+
+def _groups(off: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
+    """Groups of `size` rows of switches, the last one filled up; and how many of its rows count."""
+    for first in range(0, off.shape[1], size):
+        group = off[:, first : first + size]
+        filled = np.pad(group, ((0, 0), (0, size - group.shape[1]), (0, 0)))
+        yield filled, group.shape[1]
+
+
+def _decoded(tokenizer: Tokenizer, tokens: list[int]) -> str:
+    """The text of the tokens before the first separator."""
+    end = tokens.index(tokenizer.separator_id) if tokenizer.separator_id in tokens else len(tokens)
+    text = StreamDecoder(tokenizer)
+    return "".join([*map(text.feed, tokens[:end]), text.finish()])
+
+
+def prompt_of(tokenizer: Tokenizer, tokens: np.ndarray, seq_len: int) -> str:
+    """The first words of a text: at most PROMPT_WORDS, and no more tokens than PROMPT_TOKENS and half a context."""
+    most = min(PROMPT_TOKENS, seq_len // 2) - 1
+    ids = tokens.tolist()
+    ids = ids[1:] if ids[0] == tokenizer.separator_id else ids
+    ids = ids[: ids.index(tokenizer.separator_id)] if tokenizer.separator_id in ids else ids
+    begin = tokenizer.decode_bytes(ids[: 4 * PROMPT_TOKENS]).decode(errors="ignore")
+    words = begin.split(" ")[:PROMPT_WORDS]
+    while words and len(tokenizer.encode(" ".join(words).rstrip())) > most:
+        words.pop()
+    return " ".join(words).rstrip()
+
+
+def ablation_data(found: Ablation) -> dict[str, Any]:
+    """What the report shows, ready for JSON. Losses and changes are whole numbers, in hundredths of a nat."""
+    hundredths = lambda nats: np.rint(100 * nats.astype(float)).astype(int).tolist()  # noqa: E731
+    return {
+        "layers": found.layers,
+        "loss": hundredths(found.loss),
+        "change": hundredths(found.change),
+        "mean": np.round(found.change.astype(float).mean(-1), 4).tolist(),
+        "prompt": found.prompt,
+        "story": found.story,
+        "stories": found.stories,
+        "temperature": SETTINGS.temperature,
+        "seed": SEED,
+    }
+
+
+def switched_off(run: LoadedRun, off: np.ndarray) -> dict[str, Any]:
+    """The fields of a run that change where experts are switched off, by bool [L, E]: `graphdef` and `params`.
+
+    Raises UserError for a model without routers, and where a layer would have no expert left.
+    """
+    check_routed(run.config.model)
+    for layer in np.flatnonzero(off.all(1)):
+        raise UserError(f"layer {layer}: all its experts are switched off; leave one")
+    return {
+        "graphdef": switchable_graphdef(run.config, run.policy.compute),
+        "params": with_switches(run.params, jnp.asarray(off)[:, None]),
+    }
+
+
+def switches_of(run: LoadedRun) -> np.ndarray:
+    """bool [L, E]: the experts of a run that are off."""
+    config = run.config.model
+    layers = [run.params["blocks"][n]["ffn"].get(SWITCHES) for n in range(config.layers)]
+    return np.array([np.zeros(config.experts, bool) if off is None else np.asarray(off)[0] for off in layers])
+
+
+def with_more_off(run: LoadedRun, layer: int, experts: Sequence[int]) -> np.ndarray:
+    """bool [L, E]: the switches of a run, with these experts of a layer off too.
+
+    Raises UserError for a layer or an expert that the model does not have.
+    """
+    config = run.config.model
+    check_routed(config)
+    for name, value, count in (("layer", layer, config.layers), *(("expert", e, config.experts) for e in experts)):
+        if not 0 <= value < count:
+            raise UserError(f"{name} {value}: must be between 0 and {count - 1}")
+    off = switches_of(run)
+    off[layer, list(experts)] = True
+    return off

@@ -1,0 +1,153 @@
+"""Switching an expert off, in a real browser: the grid, the text, the worst tokens, and the two stories."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.opened import LAYERS, E, Opened, page_data
+
+
+@pytest.fixture
+def ablated(browser: Any, written: Path, tmp_path: Path) -> Any:
+    """The report, but what expert 2 of layer 1 is good for is planted: one token, and the second word of the story."""
+    from moe_jax.inspection.report import render
+
+    data = json.loads(page_data(written))
+    found = data["ablation"]
+    for layer in range(LAYERS):
+        found["change"][layer] = [[0] * len(found["loss"]) for _ in range(E)]
+        found["stories"][layer] = [found["story"]] * E
+    found |= {"mean": [[0.0] * E for _ in range(LAYERS)], "story": "red hat", "prompt": "a "}
+    found["stories"] = [["red hat"] * E for _ in range(LAYERS)]
+    found["stories"][1][2] = "red shoe, blue hat"
+    found["loss"][20], found["change"][1][2][20], found["change"][1][2][40] = 69, 161, -50
+    found["mean"][1][2] = 0.25
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path)
+    opened.draw_everything()
+    yield opened
+    opened.page.close()
+
+
+def text(opened: Opened, name: str) -> str:
+    return opened.page.locator(name).inner_text().replace("\u00a0", " ")
+
+
+def press(opened: Opened, layer: int, expert: int) -> None:
+    opened.page.locator(f'.cell[data-layer="{layer}"][data-expert="{expert}"]').click()
+    opened.page.locator("#off-title", has_text=f"Layer {layer} without expert {expert}").wait_for()
+
+
+def test_the_page_begins_with_the_expert_that_is_missed_most(ablated: Opened) -> None:
+    said, data = text(ablated, "#off-said"), ablated.data["ablation"]
+    mean = sum(data["loss"]) / 100 / len(data["loss"])
+    rise = f"The text misses expert 2 of layer 1 most: without it the loss rises by {25 / mean:.1f} %."
+    assert rise in said
+    assert "whose chance falls from 50 % to 10 %" in said
+    assert f"Of the {LAYERS * E} experts, 1 change" in said
+    assert rise in text(ablated, "#found")
+    assert text(ablated, "#off-title") == "Layer 1 without expert 2"
+    assert ablated.page.locator('.cell[aria-pressed="true"]').inner_text() == "+0.250"
+
+
+def test_the_text_is_shaded_where_the_loss_changes(ablated: Opened) -> None:
+    nodes = ablated.page.locator("#off-tokens .o")
+    grounds = nodes.evaluate_all("(nodes) => nodes.map((n) => getComputedStyle(n).backgroundColor)")
+    plain = max(set(grounds), key=grounds.count)
+    assert [i for i, ground in enumerate(grounds) if ground != plain] == [21, 41]
+    assert grounds[21] != grounds[41]
+    nodes.nth(21).hover()
+    assert "chance 50 % → 10 %\nloss +1.61 nats" in text(ablated, "#tip")
+    worst = ablated.page.locator("#off-worst li")
+    assert worst.count() == 1
+    assert "50 %→10 %" in worst.inner_text().replace("\u00a0", " ").replace("\n", "")
+    facts = text(ablated, "#off-facts")
+    assert "1 token\nby more than 0.1 nats, of" in facts
+
+
+def test_the_stories_stand_side_by_side_with_the_first_difference(ablated: Opened) -> None:
+    stories = ablated.page.locator("#off-stories .story")
+    assert [s.replace("\u00a0", " ") for s in stories.all_inner_texts()] == ["a red hat", "a red shoe, blue hat"]
+    assert stories.locator(".same").all_inner_texts() == ["red ", "red "]
+    assert ablated.page.locator("[data-first-difference]").count() == 2
+    boxes = [stories.nth(n).bounding_box() for n in range(2)]
+    assert boxes[0]["y"] == boxes[1]["y"]
+    press(ablated, 1, 3)
+    assert ablated.page.locator("[data-first-difference]").count() == 0
+    assert "the same, word for word" in text(ablated, "#off-stories")
+
+
+def test_cells_arrows_and_the_slider_choose_the_expert(ablated: Opened) -> None:
+    press(ablated, 0, 1)
+    assert ablated.page.locator("#layer").input_value() == "0"
+    ablated.page.locator('.cell[aria-pressed="true"]').focus()
+    for key, at in (("ArrowDown", ("1", "1")), ("ArrowRight", ("1", "2")), ("ArrowUp", ("0", "2"))):
+        ablated.page.keyboard.press(key)
+        focus = "[document.activeElement.dataset.layer, document.activeElement.dataset.expert]"
+        assert tuple(ablated.page.evaluate(focus)) == at
+    ablated.page.keyboard.press("Enter")
+    ablated.page.locator("#off-title", has_text="Layer 0 without expert 2").wait_for()
+    ablated.page.locator("#layer").fill("1")
+    ablated.page.locator("#ablation").scroll_into_view_if_needed()
+    ablated.page.locator("#off-title", has_text="Layer 1 without expert 2").wait_for()
+    assert ablated.page.locator('.cell[aria-pressed="true"]').count() == 1
+    assert ablated.said == []
+
+
+def test_the_numbers_are_those_of_the_data(opened: Opened) -> None:
+    """The page as `inspect` wrote it, of random parameters."""
+    opened.draw_everything()
+    data = opened.data["ablation"]
+    for layer in range(LAYERS):
+        for e in range(E):
+            shown = opened.page.locator(f'.cell[data-layer="{layer}"][data-expert="{e}"]').inner_text()
+            assert float(shown.replace("−", "-")) == pytest.approx(data["mean"][layer][e], abs=0.00051)
+    press(opened, 1, 0)
+    change = data["change"][1][0]
+    worst = sorted((i for i in range(len(change)) if change[i] > 5), key=lambda i: -change[i])[:6]
+    falls = [s.replace("\u00a0", " ") for s in opened.page.locator("#off-worst .fall b").all_inner_texts()]
+    assert len(falls) == len(worst)
+    for fall, i in zip(falls, worst, strict=True):
+        expected = 100 * math.exp(-(data["loss"][i] + change[i]) / 100)
+        assert float(fall.removesuffix(" %")) == pytest.approx(expected, abs=0.51 if expected >= 9.95 else 0.051)
+    assert opened.said == []
+
+
+def test_the_chosen_cell_is_in_view_on_a_narrow_screen(browser: Any, written: Path, tmp_path: Path) -> None:
+    """Of sixteen experts the last one is missed most."""
+    from moe_jax.inspection.report import render
+
+    data = json.loads(page_data(written))
+    n, found = len(data["text"]["pieces"]), data["ablation"]
+    data["model"]["experts"], data["corpus"] = 16, None
+    for layer in range(LAYERS):
+        data["routing"]["prob"][layer] = [1 / 16] * (16 * n)
+        found["change"][layer] = [[0] * len(found["loss"]) for _ in range(16)]
+        found["mean"][layer] = [0.0] * 15 + [0.1]
+        found["stories"][layer] = [found["story"]] * 16
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path, viewport={"width": 420, "height": 800})
+    opened.page.locator("#ablation").scroll_into_view_if_needed()
+    opened.page.locator("#off-grid .cell").first.wait_for(state="attached")
+    cell = opened.page.locator('.cell[aria-pressed="true"]').bounding_box()
+    assert 0 < cell["x"] < cell["x"] + cell["width"] < 420
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == 420
+    opened.page.close()
+
+
+def test_without_an_ablation_the_reason_is_said(browser: Any, written: Path, tmp_path: Path) -> None:
+    from moe_jax.inspection.report import render
+
+    data = json.loads(page_data(written)) | {"ablation": None, "ablation_missing": "There is one expert."}
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path)
+    opened.draw_everything()
+    assert text(opened, "#ablation") == "Switch an expert off\n\nThere is one expert."
+    assert opened.said == []
+    opened.page.close()

@@ -1,0 +1,214 @@
+"""Experts switched off: an oracle that deletes the expert, one program for all, stories one at a time."""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import DataConfig, RunConfig, UserError
+from moe_jax.data.tokenizers import train_tokenizer
+from moe_jax.inference.decode import Decoder
+from moe_jax.inference.switched import switchable_graphdef
+from moe_jax.inspection import ablation as ablations
+from moe_jax.inspection.ablation import (
+    Ablation,
+    ablation,
+    ablation_data,
+    affordable_layers,
+    one_off_at_a_time,
+    prompt_of,
+    switched_losses,
+    switched_off,
+)
+from moe_jax.model.precision import Policy
+from moe_jax.model.transformer import merge
+from moe_jax.runs.load import LoadedRun
+from moe_jax.system.random_keys import Purpose, purpose_key
+from tests.support import oracles, tiny
+
+T = 16
+TEXT = "a cat met a dragon and they ran home"
+
+
+@functools.cache
+def opened(**changes: Any) -> LoadedRun:
+    """A run as far as an ablation needs it: random parameters, and a text of bytes."""
+    model = tiny.config(**({"vocab_size": 257, "seq_len": T} | changes))
+    graphdef, params = tiny.build(model)
+    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+    policy = Policy("float32", "as the parameters are")
+    return LoadedRun(RunConfig(model=model), tokenizer, None, policy, graphdef, params)  # pyright: ignore[reportArgumentType]
+
+
+def tokens(run: LoadedRun, text: str = TEXT) -> np.ndarray:
+    return np.array([run.tokenizer.separator_id, *run.tokenizer.encode(text)], np.int32)
+
+
+@functools.cache
+def ablated() -> tuple[Ablation, int]:
+    """The ablation of `opened()` and TEXT, and how many loss programs were compiled. Nine rows of switches go in
+    batches of four, so the last batch is filled up."""
+    steps, made = [], ablations.make_switched_losses
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablations, "make_switched_losses", lambda graphdef: steps.append(made(graphdef)) or steps[-1])
+        patch.setattr(ablations, "BATCH_TOKENS", 4 * T)
+        patch.setattr(ablations, "STORY_ROWS", 4)
+        found = ablation(opened(), tokens(opened()))
+    return found, sum(step._cache_size() for step in steps)
+
+
+def without(array: Any, e: int | None, axis: int = 0) -> np.ndarray:
+    array = np.asarray(array, np.float64)
+    return array if e is None else np.delete(array, e, axis)
+
+
+def layer_oracle(x: np.ndarray, ffn: dict[str, Any], e: int | None, top_k: int) -> np.ndarray:
+    """A layer from whose parameters expert e is deleted, one token at a time; nothing is dropped."""
+    w = {name: without(ffn["experts"][name], e) for name in ffn["experts"]}
+    router, bias = without(ffn["router"], e, 1), without(ffn.get("balance_bias", np.zeros(64)), None)
+    bias = without(bias[: router.shape[1] + (e is not None)], e)
+    rows = []
+    for token in x:
+        logits = token @ router
+        score = oracles.softmax(logits) + bias if "balance_bias" in ffn else logits
+        chosen = oracles.choose(score, min(top_k, len(logits)))
+        gates = oracles.gates(logits, chosen)
+        outputs = [oracles.expert(token, w["w_in"][c], w["w_out"][c], w["w_gate"][c]) for c in chosen]
+        rows.append(sum(g * y for g, y in zip(gates, outputs, strict=True)))
+    return np.stack(rows)
+
+
+def loss_oracle(run: LoadedRun, ids: np.ndarray, layer: int, e: int | None) -> list[float]:
+    """Window by window, the loss of each token after the first. Only the expert layers are the oracle's own."""
+    model, config = merge(run.graphdef, run.params), run.config.model
+    losses: list[float] = []
+    for first in range(0, len(ids), config.seq_len):
+        window = ids[first : first + config.seq_len]
+        x = model._embed(jnp.asarray(window)[None], jnp.arange(len(window)))
+        for n, block in enumerate(model.blocks):
+            x = x + block.attention(block.attention_norm(x))[0]
+            off = e if n == layer else None
+            ffn = run.params["blocks"][n]["ffn"]
+            y = layer_oracle(np.asarray(block.ffn_norm(x)[0], np.float64), ffn, off, config.routing.top_k)
+            x = x + jnp.asarray(y[None], jnp.float32)
+        hidden = np.asarray(model.norm(x)[0], np.float64)
+        head = np.asarray(model.head_matrix(), np.float64)
+        targets = ids[first + 1 : first + 1 + len(window)]
+        losses += oracles.cross_entropy(hidden[: len(targets)], head, targets)
+    return losses
+
+
+def test_the_model_decides_as_if_the_expert_did_not_exist() -> None:
+    """Held against a model from which the expert is deleted, for every expert of every layer, in three windows."""
+    run, (found, programs) = opened(), ablated()
+    np.testing.assert_allclose(found.loss, loss_oracle(run, tokens(run), 0, None), atol=2e-4)
+    for layer, e in np.ndindex(2, 4):
+        np.testing.assert_allclose(found.without[layer, e], loss_oracle(run, tokens(run), layer, e), atol=2e-4)
+    np.testing.assert_array_equal(found.change, found.without - found.loss)
+    assert np.abs(found.change).max(-1).min() > 0.03
+    assert programs == 1
+
+
+def test_stories_are_those_of_the_decoder_one_at_a_time() -> None:
+    """One text after another, with the decoder and the random numbers of `generate`."""
+    run, (found, _) = opened(), ablated()
+    assert found.prompt == "a cat"
+    prompt = [run.tokenizer.separator_id, *run.tokenizer.encode(found.prompt)]
+    key, limit = purpose_key(ablations.SEED, Purpose.SAMPLE, 0), T - len(prompt)
+    decoder = Decoder(switchable_graphdef(run.config, "float32"), T, run.tokenizer.vocab_size)
+
+    def told(off: np.ndarray) -> str:
+        params, stop = switched_off(run, off)["params"], run.tokenizer.separator_id
+        drawn = decoder.stream(params, prompt, settings=ablations.SETTINGS, key=key, stop=stop, limit=limit)
+        return run.tokenizer.decode_bytes(list(drawn)).decode(errors="replace")
+
+    assert found.story == told(np.zeros((2, 4), bool))
+    for layer, e in np.ndindex(2, 4):
+        off = np.zeros((2, 4), bool)
+        off[layer, e] = True
+        assert found.stories[layer][e] == told(off)
+    assert any(story != found.story for stories in found.stories for story in stories)
+
+
+KINDS = [
+    {"top_k": 1},
+    {"experts": 2, "priority": "leaky-choice-major", "eval_capacity_factor": 0.5},
+    {"balancing": "bias"},
+]
+
+
+@pytest.mark.parametrize("changes", KINDS, ids=["K = 1", "K = E, and capacities", "bias"])
+def test_other_routers_decide_so_too(changes: dict[str, Any]) -> None:
+    """With one choice, with no other expert left, with capacities that must not matter here, and with a bias."""
+    run = opened(layers=1, **changes)
+    ids = tokens(run)
+    assert 2 * T < len(ids) < 3 * T
+    config = run.config.model
+    losses = switched_losses(run, ids, one_off_at_a_time(config.layers, config.experts, list(range(config.layers))))
+    np.testing.assert_allclose(losses[0], loss_oracle(run, ids, 0, None), atol=2e-4)
+    for row, (layer, e) in enumerate(np.ndindex(config.layers, config.experts), start=1):
+        np.testing.assert_allclose(losses[row], loss_oracle(run, ids, layer, e), atol=2e-4)
+    assert np.abs(losses[1:] - losses[0]).max() > 0.03
+
+
+def test_the_prompt_is_whole_words_of_the_first_text() -> None:
+    tokenizer = opened().tokenizer
+    ids = lambda text: np.array(tokenizer.encode(text))  # noqa: E731
+    separator = [tokenizer.separator_id]
+    assert prompt_of(tokenizer, ids("one two three four five six seven"), 256) == "one two three four five six"
+    assert prompt_of(tokenizer, np.concatenate([separator, ids("one two"), separator, ids("three")]), 256) == "one two"
+    assert prompt_of(tokenizer, ids("one two three"), 20) == "one two"
+    assert prompt_of(tokenizer, ids("onetwothree four"), 12) == ""
+    assert prompt_of(tokenizer, np.array(separator), 12) == ""
+
+
+def test_a_large_model_gets_fewer_layers_evenly_spaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config(layers=9)
+    assert affordable_layers(config, 512) == list(range(9))
+    one = affordable_cost(config)
+    monkeypatch.setattr(ablations, "MOST_FLOPS", 3.5 * one)
+    assert affordable_layers(config, 512) == [0, 4, 8]
+    monkeypatch.setattr(ablations, "MOST_FLOPS", 1.0)
+    assert affordable_layers(config, 512) == [0]
+    off = one_off_at_a_time(3, 2, [0, 2])
+    assert off.shape == (3, 5, 2)
+    assert [tuple(where.tolist()) for where in np.argwhere(off)] == [(0, 1, 0), (0, 2, 1), (2, 3, 0), (2, 4, 1)]
+
+
+def affordable_cost(config: Any) -> float:
+    """Forward operations of all experts of one layer, by the formula of the README's parameter counts."""
+    from moe_jax.model.costs import count_parameters, totals
+
+    tokens = 512 + ablations.PROMPT_TOKENS + ablations.STORY_TOKENS
+    return 2 * totals(count_parameters(config)).multiplied * tokens * config.experts
+
+
+def test_the_page_gets_hundredths_of_a_nat() -> None:
+    found, _ = ablated()
+    data = ablation_data(found)
+    np.testing.assert_allclose(np.array(data["change"]) / 100, found.change, atol=0.0051)
+    np.testing.assert_allclose(np.array(data["loss"]) / 100, found.loss, atol=0.0051)
+    np.testing.assert_allclose(data["mean"], found.change.mean(-1), atol=0.0001)
+    assert all(isinstance(c, int) for c in data["change"][0][0])
+
+
+def test_what_cannot_be_ablated_says_why() -> None:
+    with pytest.raises(UserError, match="one expert each"):
+        ablation(opened(experts=1, top_k=1), tokens(opened()))
+    with pytest.raises(UserError, match="no token that could be predicted"):
+        ablation(opened(), tokens(opened(), ""))
+
+
+def test_a_long_text_is_cut_to_whole_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablations, "TEXT_TOKENS", 2 * T + 5)
+    monkeypatch.setattr(ablations, "switched_losses", lambda _, ids, off: np.zeros((off.shape[1], len(ids) - 1)))
+    monkeypatch.setattr(ablations, "switched_stories", lambda *_: [""] * 9)
+    assert ablation(opened(), tokens(opened())).loss.shape == (2 * T - 1,)
+
+
+def test_a_model_that_gives_nan_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablations, "switched_losses", lambda *_: np.full((9, 3), np.nan))
+    with pytest.raises(UserError, match="NaN"):
+        ablation(opened(), tokens(opened()))
