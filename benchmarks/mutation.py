@@ -1,10 +1,11 @@
 """Mutation testing: does the fast suite notice a small change of the code?
 
     uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl            a sample, 30 mutants a room
+    uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl --rooms data runs --seed 7 --number 20
     uv run --with cosmic-ray benchmarks/mutation.py --out again.jsonl --again mutants.jsonl    not killed: once more
 
-The mutants of five rooms are thousands, too many for two cores. So this program draws a sample with a fixed seed, the
-same number in each room (`mutants.py`).
+The mutants of these rooms are thousands, too many for two cores. So this program draws a sample with a fixed seed, the
+same number in each room (`mutants.py`). What a room draws depends on the seed and the room alone.
 
 The tests of a mutant are the nearest ones: the test file with the module's name, the checks of planted bugs, the test
 files of the room that import the module, and the files of NEAREST. Tests that name the changed function run first. The
@@ -33,13 +34,16 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mutants import ROOT, Mutant, draw, mutate
 
-ROOMS = ("model", "training", "inference", "data", "runs")
+ANALYSIS = ("inspection", "certificates", "planning", "plots", "experiments", "benchmarks")
+"""Command rooms that measure, judge or show. The table sums them up in one more line."""
+ROOMS = ("model", "training", "inference", "data", "runs", *ANALYSIS)
 RUNS = ["tests/training/test_run.py", "tests/training/test_records.py"]
 NEAREST = {
     "model.attention": ["tests/model/test_attention.py", "tests/inference/test_decode.py"],
@@ -48,24 +52,27 @@ NEAREST = {
     "model.moe.switchable": ["tests/inspection/test_ablation.py"],
     "model.hardware": ["tests/training/test_precision.py"],
     "runs": ["tests/runs"],
-    "runs.folder": RUNS,
-    "runs.identity": RUNS,
-    "runs.load": RUNS,
-    "runs.metrics": RUNS,
     "runs.snapshots": ["tests/training/test_routing_snapshot.py"],
-    "runs.summary": RUNS,
-    "runs.verify_resume": ["tests/cli/test_cli.py"],
+    **{f"training.{module}": RUNS for module in ("logging", "loop", "session", "step_logger", "terminal")},
     "training.nonfinite": ["tests/training/test_step.py"],
     "training.optimizers": ["tests/training/test_optimizer.py", "tests/training/test_step.py"],
     "training.run_header": RUNS,
     "training.summary": RUNS,
     "data": ["tests/data"],
+    **{room: [f"tests/{room}"] for room in ANALYSIS},
+    "inspection.trace": ["tests/plots", "tests/test_api.py"],
+    "inspection.figures": ["tests/plots"],
+    "inspection.training_curves": ["tests/training/test_routing_snapshot.py"],
+    "planning": ["tests/planning", "tests/benchmarks/test_benchmarks.py"],
+    "experiments.comparison_plots": ["tests/experiments/test_comparison.py"],
+    "benchmarks.saving": ["tests/benchmarks/test_benchmarks.py"],
     "inference.routing_pass": ["tests/training/test_routing_snapshot.py"],
     "inference.switched": ["tests/inspection/test_ablation.py"],
     "inference": ["tests/inference", "tests/test_api.py"],
 }
 """Module or room -> tests that reach it without importing it by name, or that test it best."""
-CHECKS = {room: ["tests/test_checks.py"] for room in ("model", "training", "inference")}
+CHECKS = {room: ["tests/test_records.py"] for room in ROOMS}
+CHECKS |= {room: ["tests/test_checks.py", "tests/test_records.py"] for room in ("model", "training", "inference")}
 BROAD = ["tests/test_bridge.py", *RUNS]
 LEFT_OUT = ("tests/reliability", "tests/peers", "tests/browser", "tests/support", "tests/foundation")
 """Tests outside the fast suite, tests of pages, and helpers."""
@@ -208,13 +215,14 @@ def preload(cache: str) -> None:
 
 def table(mutants: list[Mutant]) -> Iterator[str]:
     """For each room: mutants drawn, killed, their share and its 95 % interval."""
-    for room in (*ROOMS, "all"):
-        drawn = [m for m in mutants if room in (m.room, "all")]
+    groups = {**{room: (room,) for room in ROOMS}, "analysis": ANALYSIS, "all": ROOMS}
+    for room, members in groups.items():
+        drawn = [m for m in mutants if m.room in members]
         if drawn:
             killed = sum(m.outcome == "killed" for m in drawn)
             low, high = wilson(killed, len(drawn))
             share = f"{killed / len(drawn):.0%} ({low:.0%} to {high:.0%})"
-            yield f"{room:10} {len(drawn):4} drawn, {killed:4} killed: {share}"
+            yield f"{room:12} {len(drawn):4} drawn, {killed:4} killed: {share}"
 
 
 def main() -> None:
@@ -222,6 +230,8 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="gets a line of JSON for each mutant")
     parser.add_argument("--number", type=int, default=30, help="mutants a room")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=ROOMS)
+    parser.add_argument("--processes", type=int, default=2, help="mutants at a time")
     parser.add_argument("--again", type=Path, help="an older OUT: run what it has not killed")
     parser.add_argument("--wide", action="store_true", help="also the tests of other rooms that import the module")
     parser.add_argument("--limit", type=float, default=600, help="seconds a mutant may take")
@@ -230,14 +240,15 @@ def main() -> None:
         lines = args.again.read_text(encoding="utf-8").splitlines()
         mutants = [m for m in (Mutant(**json.loads(line)) for line in lines) if m.outcome != "killed"]
     else:
-        samples = {room: draw(room, args.number, args.seed) for room in ROOMS}
+        samples = {room: draw(room, args.number, args.seed) for room in args.rooms}
         print(*(f"{room}: {len(drawn)} of {number} places" for room, (drawn, number) in samples.items()), sep="\n")
         drawn = [sample for sample, _ in samples.values()]
-        mutants = [mutant for turn in zip(*drawn, strict=True) for mutant in turn]  # a run cut short is a sample too
+        # Room by room in turn, so that a run cut short is a sample too.
+        mutants = [mutant for turn in zip_longest(*drawn) for mutant in turn if mutant is not None]
     ended: list[Mutant] = []
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder, args.out.open("a", encoding="utf-8") as out:
         preload(f"{folder}/compiled")
-        slots = [Slot(Path(folder, str(number)), args.limit) for number in range(2)]
+        slots = [Slot(Path(folder, str(number)), args.limit) for number in range(args.processes)]
         for done in run([(mutant, tests_of(mutant.module, args.wide)) for mutant in mutants], slots):
             ended.append(done)
             out.write(json.dumps(asdict(done)) + "\n")

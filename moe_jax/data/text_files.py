@@ -96,7 +96,7 @@ def last_part_start(span: Span) -> int:
     window = min(max(twentieth, 64), span.stop - twentieth, _CHUNK)
     start = span.stop - twentieth - window
     text = b"".join(read_chunks(Span(span.path, start, start + window + 1)))
-    return max(span.start, start + _last_boundary(text, 0, window))
+    return start + _last_boundary(text, 0, window)
 
 
 def read_chunks(span: Span) -> Iterator[bytes]:

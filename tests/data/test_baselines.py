@@ -9,9 +9,12 @@ from moe_jax.config import DataConfig
 from moe_jax.data import baselines
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines, first_documents, ngram_baselines
 from moe_jax.data.ngrams import ngram_bits_per_byte
+from moe_jax.data.synthetic import stories
 from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
-from moe_jax.data.token_store import prepare_token_store
+from moe_jax.data.token_store import TokenStore, prepare_token_store
 
+STORIES = DataConfig(source="stories", tokenizer="byte", stories=40, stories_seed=3)
+NAME = "references.json"
 TRAIN, VALID = ["the cat sat. the dog sat.", "the cat ran."] * 5, ["the cat sat.", "the dog ran."]
 
 
@@ -55,3 +58,29 @@ def test_a_long_text_is_counted_and_scored_in_its_beginning(tmp_path: Path, monk
 def test_the_first_documents_are_cut_by_bytes(most: int, kept: int) -> None:
     documents = ["aa", "é", "b"]  # 2, 2 and 1 bytes
     assert list(first_documents(documents, most)) == documents[:kept]
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenStore:
+    monkeypatch.setattr(stories, "VALIDATION_STORIES", 5)
+    return prepare_token_store(STORIES, cache=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"entropy_floor": 1, "other": 2}'])
+def test_a_damaged_copy_is_replaced(text: str, store: TokenStore) -> None:
+    first = corpus_baselines(STORIES, store)
+    whole = (store.folder / NAME).read_text()
+    (store.folder / NAME).write_text(text)
+    assert corpus_baselines(STORIES, store) == first
+    assert (store.folder / NAME).read_text() == whole
+
+
+def test_a_cache_that_cannot_be_written_is_no_failure(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("read-only")
+
+    first = corpus_baselines(STORIES, store)
+    (store.folder / NAME).unlink()
+    monkeypatch.setattr(baselines, "write_atomically", refuse)
+    assert corpus_baselines(STORIES, store) == first
+    assert not (store.folder / NAME).exists()

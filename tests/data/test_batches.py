@@ -75,6 +75,35 @@ def test_mix_is_splitmix64():
     assert [hex(x) for x in batches._mix(states).tolist()] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
 
 
+def scattered(number: int) -> int:
+    """SplitMix64 in Python's integers."""
+    number = (number + 0x9E3779B97F4A7C15) % 2**64
+    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
+    return number ^ number >> 31
+
+
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (7, 0), (2**31 - 1, 12)])
+def test_the_windows_of_an_epoch_never_change(seed: int, epoch: int) -> None:
+    """A run that an earlier version began gets the batches that it would have had there."""
+    windows, ring = 100, 1003
+    key = scattered(seed) + epoch
+    base = scattered((key + 2**63) % 2**64)
+    offset, order = batches._epoch(seed, epoch, windows, ring)
+    assert offset == scattered(key) % ring
+    assert order.tolist() == sorted(range(windows), key=lambda window: scattered((base + window) % 2**64))
+
+
+def test_a_step_takes_the_next_windows_of_its_epoch() -> None:
+    """3 windows in an epoch and 2 rows a step: step 1 ends the first epoch and begins the second."""
+    stream, seq_len = np.arange(13, dtype=np.uint16), 4
+    (offset, order), (next_offset, next_order) = (batches._epoch(0, epoch, 3, 12) for epoch in (0, 1))
+    starts = [offset + 4 * order[0], offset + 4 * order[1], offset + 4 * order[2], next_offset + 4 * next_order[0]]
+    rows = [train_batch(stream, seed=0, step=step, batch_size=2, seq_len=seq_len) for step in (0, 1)]
+    expected = [[(start + i) % 12 for i in range(5)] for start in starts]
+    assert np.concatenate(rows).tolist() == expected
+
+
 @settings(deadline=None)
 @given(step=st.integers(0, 10**12), seed=seeds)
 def test_a_batch_depends_on_seed_and_step_alone(step, seed):
@@ -179,3 +208,27 @@ def test_text_bytes(monkeypatch):
     assert text_bytes(tokens, token_bytes) == 7 * 30_000
     with pytest.raises(UserError, match="token id 3 is outside the vocabulary of 3"):
         text_bytes(np.array([0, 3], dtype=np.uint16), token_bytes)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 1), (5, 2)])
+def test_the_shortest_windows_are_evaluated(shape: tuple[int, int]) -> None:
+    """T = 2 scores one position a row."""
+    tokens, batch_size = shape
+    counted = [
+        int(target)
+        for batch in evaluation_windows(np.arange(tokens), seq_len=2, batch_size=batch_size)
+        for target in batch.targets[batch.weights > 0]
+    ]
+    assert counted == list(range(1, tokens))
+
+
+def test_a_stream_of_one_token_predicts_nothing() -> None:
+    assert list(evaluation_windows(np.arange(1), seq_len=4, batch_size=2)) == []
+
+
+def test_the_last_id_is_in_the_vocabulary() -> None:
+    token_bytes = np.array([1, 3, 0], dtype=np.int32)
+    assert text_bytes(np.array([2, 1], np.uint16), token_bytes) == 3
+    assert text_bytes(np.array([], np.uint16), token_bytes) == 0
+    many = np.full(3, 2**31 - 1, dtype=np.int32)
+    assert text_bytes(np.array([0, 1, 2], np.uint16), many) == 3 * (2**31 - 1)

@@ -34,8 +34,10 @@ class Loops:
                 found[ngram[:-1]].append(count)
             self.followers.append(found)
 
+        self.repeated = [Counter(level.values()) for level in self.levels]
+
     def discount(self, level: int, count: int) -> float:
-        n = Counter(self.levels[level].values())
+        n = self.repeated[level]
         k = min(count, 3)
         y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.5
         found = k - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0
@@ -131,3 +133,34 @@ def test_spelling_sums_to_one_over_all_byte_strings() -> None:
         total = math.fsum(256**k * spelling_probability("x" * k) for k in range(n + 1))
         assert total == pytest.approx(1 - (256 / 257) ** (n + 1))
     assert spelling_probability("é") == spelling_probability("xx")
+
+
+def test_the_discounts_by_hand() -> None:
+    """Counts 1, 1, 1, 1, 2, 2, 3, 4: Y = 4 / (4 + 2 x 2) = 1/2; D1 = 1 - 2 x 1/2 x 2/4 = 1/2; D2 = 2 - 3 x 1/2 x 1/2
+    = 5/4; D3 = 3 - 4 x 1/2 x 1/1 = 1. With a second 4, D3 would be -1, so it is Y."""
+    counts = [1, 1, 1, 1, 2, 2, 3, 4]
+    np.testing.assert_allclose(ngrams._discounts(np.array(counts)), [0.5, 1.25, 1])
+    np.testing.assert_allclose(ngrams._discounts(np.array([*counts, 4, 4, 9])), [0.5, 1.25, 0.5])
+    np.testing.assert_allclose(ngrams._discounts(np.array([2, 2])), [0.5, 2, 0.5])  # no count of 1: Y = 1/2
+    np.testing.assert_allclose(ngrams._discounts(np.array([], int)), [0.5, 0.5, 0.5])
+
+
+def test_without_training_text_words_are_spelled() -> None:
+    found = ngram_probabilities([], ["a bc"], 3)
+    np.testing.assert_allclose(found, [257.0**-2, 257.0**-4, 257.0**-1], rtol=1e-12)
+
+
+def test_numbers_of_rows_stay_exact_up_to_the_last_bit() -> None:
+    """With W words, a key below 2^63 / W - 1 can take one more column."""
+    words = 2**31
+    rows = np.array([[words - 1, words - 1, words - 1], [words - 1, words - 1, words - 2], [0, 0, 0], [0, 0, 1]])
+    packed = ngrams._packed(rows, words)
+    assert len(set(packed.tolist())) == 4
+    assert (packed >= 0).all()
+    assert ngrams._packed(np.zeros((0, 3), int), 5).tolist() == []
+    assert ngrams._packed(np.array([[1, 2], [0, 4]]), 5).tolist() == [7, 4]
+
+
+def test_different_rows_come_with_their_numbers() -> None:
+    rows, counts = ngrams._distinct(np.array([[1, 0], [0, 1], [1, 0], [1, 0]]), 2)
+    assert {tuple(row): int(n) for row, n in zip(rows, counts, strict=True)} == {(1, 0): 3, (0, 1): 1}

@@ -1,5 +1,6 @@
 """Tokenizers: lossless, the same ids for the same text, and no harm from a bad file."""
 
+import errno
 import json
 import os
 import re
@@ -15,7 +16,8 @@ from moe_jax.config import DataConfig, UserError
 from moe_jax.data import tokenizers
 from moe_jax.data.synthetic import stories
 from moe_jax.data.text_files import SEPARATOR
-from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer, train_tokenizer
+from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer, token_pieces, train_tokenizer
+from moe_jax.system.folders import Folder
 
 TALES = [
     f"The {a} cat saw the {b} dog and they played all day.\n"
@@ -246,9 +248,10 @@ def test_no_network_for_gpt2_says_what_to_do(monkeypatch):
 
 
 @both
-@pytest.mark.parametrize("beyond", [0, 5, -(10**6)])
+@pytest.mark.parametrize("beyond", [0, 5, -(10**6), None])
 def test_an_unknown_id_is_a_user_error(tokenizer, beyond):
-    unknown = tokenizer.vocab_size + beyond
+    unknown = -1 if beyond is None else tokenizer.vocab_size + beyond
+    tokenizer.decode([0, tokenizer.vocab_size - 1])
     with pytest.raises(UserError, match=f"token id {unknown} is outside the vocabulary of {tokenizer.vocab_size}"):
         tokenizer.decode([97, unknown])
 
@@ -289,3 +292,90 @@ def test_ordinary_text_is_learned_as_if_words_had_no_bound(monkeypatch: pytest.M
     bounded = tokenizers._learn_merges(texts, 500)
     monkeypatch.setattr(tokenizers, "_LONGEST_WORD", 50_000)
     assert tokenizers._learn_merges(texts, 500) == bounded
+
+
+def test_a_pair_is_learned_if_it_stands_twice() -> None:
+    assert trained(300, ["xy"]).vocab_size == 257
+    assert trained(300, ["xy xy"]).encode("xy") == [256]
+
+
+def test_what_is_learned_can_be_loaded_again() -> None:
+    """A word of one letter would give entries of 512 bytes, and a file with such an entry is refused."""
+    tokenizer = trained(300, ["a" * 512] * 3)
+    assert 128 <= tokenizer.token_bytes().max() <= 256
+    assert Tokenizer.from_dict(tokenizer.to_dict()).digest == tokenizer.digest
+
+
+def test_a_list_of_merges_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before any of them is looked at."""
+    merges = [[97, 97], [98, 98], [99, 99]]
+    monkeypatch.setattr(tokenizers, "_MOST_MERGES", 3)
+    assert Tokenizer.from_dict(signed({"kind": "bpe", "merges": merges})).vocab_size == 260
+    monkeypatch.setattr(tokenizers, "_MOST_MERGES", 2)
+    with pytest.raises(UserError, match="`merges` is not a list of pairs"):
+        Tokenizer.from_dict(signed({"kind": "bpe", "merges": merges}))
+
+
+def test_the_merge_that_is_wrong_is_named() -> None:
+    for merges, number in (([[97, 97], [256, 257]], 1), ([[97, 97], [98, 98], [97, 97]], 2), ([[0, 256]], 0)):
+        with pytest.raises(UserError, match=f"merge {number} does not join two earlier ids to a new entry"):
+            Tokenizer.from_dict(signed({"kind": "bpe", "merges": merges}))
+    assert Tokenizer.from_dict(signed({"kind": "bpe", "merges": [[0, 255], [256, 0]]})).token_bytes()[-2] == 3
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(errno.ENOENT, "No such file"), "cannot be read .No such file.; give the folder of a run"),
+        (PermissionError(errno.EACCES, "Permission denied"), "cannot be read .Permission denied.; mend that"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_why(error, said, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(Folder, "read", refuse)
+    with pytest.raises(UserError, match=f"^{tmp_path}/tokenizer.json: {said}"):
+        load_tokenizer(tmp_path / "tokenizer.json")
+
+
+def test_pieces_show_bytes_that_are_no_character() -> None:
+    ids = np.array([*BYTE.encode("aé"), BYTE.separator_id])
+    assert token_pieces(BYTE, ids) == ["a", "<C3>", "<A9>", SEPARATOR]
+    pair = Tokenizer.from_dict(signed({"kind": "bpe", "merges": [[0xC3, 0xA9], [0xF0, 0x9F]]}))
+    assert token_pieces(pair, np.array([256, 257])) == ["é", "<F0 9F>"]
+
+
+def test_reading_stops_at_the_first_document_that_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted in bytes. Each document is reported after it was learned from."""
+    told: list[tuple[int, int]] = []
+    for most, count in ((5, 2), (6, 2), (7, 3), (100, 4)):
+        monkeypatch.setattr(tokenizers, "TRAINING_BYTES", most)
+        told.clear()
+        found = list(tokenizers._limited(iter(["日", "aaa", "bbb", "c"]), lambda *seen: told.append(seen)))
+        assert len(found) == count
+        assert told == [(1, 3), (2, 6), (3, 9), (4, 10)][:count]
+    assert list(tokenizers._limited(iter([]), print)) == []
+
+
+def test_the_bounds_of_learning() -> None:
+    assert (tokenizers.TRAINING_BYTES, tokenizers._LONGEST_ENTRY, tokenizers._LONGEST_WORD) == (50_000_000, 256, 512)
+    assert tokenizers._MOST_MERGES == 2**20
+
+
+def test_a_gpt2_file_holds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With an invented vocabulary of four entries and the separator."""
+
+    class Encoding:
+        eot_token = 4
+        encode_ordinary_batch = staticmethod(lambda texts: [[0, 3] for _ in texts])
+
+        def decode_single_token_bytes(self, i: int) -> bytes:
+            return bytes([97 + i]) * (i + 1)
+
+    monkeypatch.setattr("tiktoken.get_encoding", lambda name: {"gpt2": Encoding()}[name])
+    tokenizer = train_tokenizer(DataConfig(tokenizer="gpt2"), Tales([]))
+    assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.encode("x")) == (5, 4, [0, 3])
+    assert tokenizer.token_bytes().tolist() == [1, 2, 3, 4, 0]
+    assert tokenizer.to_dict() == {"kind": "gpt2", "vocab_size": 5, "digest": tokenizer.digest}
+    assert tokenizer.decode([1, 4]) == f"bb{SEPARATOR}"

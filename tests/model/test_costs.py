@@ -11,10 +11,13 @@ from moe_jax.config import ModelConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset
 from moe_jax.model.costs import (
     Count,
+    bound_flops,
     count_parameters,
     expert_flops,
+    layer_flops,
     multiplied_rows,
     muon_flops,
+    router_flops,
     totals,
     training_flops,
 )
@@ -178,3 +181,17 @@ def test_muon_multiplies_the_matrices_that_it_trains_once(changes: dict, routers
             m, n = sorted(shape[-2:])
             expected += 5 * math.prod(shape[:-2]) * (4 * m * m * n + 2 * m**3)
     assert muon_flops(config, routers) == expected
+
+
+@pytest.mark.parametrize(("activation", "matrices"), [("swiglu", 3), ("gelu", 2)])
+def test_the_operations_of_a_layer_by_hand(activation: str, matrices: int) -> None:
+    """D 8, F 6, E 4, T 8, two slots an expert: 3 sequences have 24 tokens and fill 24 rows. Blocks have more rows."""
+    config = tiny.config(activation=activation)
+    row = 2 * matrices * 8 * 6
+    assert expert_flops(config, 5) == 5 * row
+    assert router_flops(config, 5) == 2 * 5 * 8 * 4
+    assert bound_flops(config, 3) == layer_flops(config, 3) == 24 * row + 2 * 24 * 8 * 4
+    shared = tiny.config(activation=activation, shared_experts=2)
+    assert bound_flops(shared, 3) == (24 + 2 * 24) * row + 2 * 24 * 8 * 4
+    blocks = config.with_routing(dispatch="blocks")
+    assert layer_flops(blocks, 3) == multiplied_rows(blocks, 3) * row + 2 * 24 * 8 * 4

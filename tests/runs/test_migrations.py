@@ -1,5 +1,6 @@
 """A run of an earlier version: commit d25d821 made it, with config schema 1 and manifests of version 2."""
 
+import copy
 import dataclasses
 import json
 import shutil
@@ -14,12 +15,13 @@ import pytest
 import moe_jax
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.config.migrations import migrate_config
+from moe_jax.data.synthetic import stories
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.model.transformer import abstract_model
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
-from moe_jax.runs.migrations import MANIFEST_VERSION
+from moe_jax.runs.migrations import KNOWN_VERSIONS, MANIFEST_VERSION, RULES_OF_VERSION_2, migrate_manifest
 from moe_jax.training import upcycle
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
@@ -282,3 +284,58 @@ def test_the_doctor_writes_a_present_configuration_from_an_old_checkpoint(harm: 
     assert document["schema_version"] == 2
     assert load_config(run) == expected
     np.testing.assert_array_equal(moe_jax.load_run(run).logits("a"), moe_jax.load_run(OLD).logits("a"))
+
+
+# Manifests, without a run
+
+
+def version_2(**data: Any) -> dict[str, Any]:
+    config = {"schema_version": 1, "data": {"source": "stories", "stories_seed": 3, "stories": 70} | data}
+    return {"version": 2, "step": 1, "context": {"data": "old", "run": "kept", "config": config}}
+
+
+def test_the_stories_of_version_2_are_known_by_their_fingerprint() -> None:
+    old = version_2()
+    given = copy.deepcopy(old)
+    new = migrate_manifest(old)
+    assert old == given, "what was given was changed"
+    assert (new["version"], new["step"], new["context"]["run"]) == (3, 1, "kept")
+    assert new["context"]["data"] == f"fingerprint:{stories.fingerprint(3, 70, RULES_OF_VERSION_2)}"
+    assert new["context"]["config"] == migrate_config(given["context"]["config"])
+    assert migrate_manifest(new) == new
+
+
+def test_numbers_that_version_2_did_not_write_count_as_0() -> None:
+    old = version_2()
+    old["context"]["config"]["data"] = {"source": "stories"}
+    expected = f"fingerprint:{stories.fingerprint(0, 0, RULES_OF_VERSION_2)}"
+    assert migrate_manifest(old)["context"]["data"] == expected
+
+
+def test_other_texts_keep_the_digest_of_their_tokens() -> None:
+    assert migrate_manifest(version_2(source="book.txt"))["context"]["data"] == "old"
+    for config in (None, 7, {}, {"data": 7}, {"data": {}}):
+        old = {"version": 2, "context": {"data": "old", "config": config}}
+        assert migrate_manifest(old)["context"] == {"data": "old", "config": config}
+    assert migrate_manifest({"version": 3, "context": {}})["context"] == {}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        7,
+        [],
+        {"schema_version": 9},
+        {"schema_version": 1, "model": 7},
+        {"schema_version": 1, "model": {"ngrams": 2}},
+    ],
+    ids=str,
+)
+def test_a_configuration_that_cannot_be_converted_stays(config: Any) -> None:
+    context = {"config": config, "other": 1}
+    assert migrate_manifest({"version": 3, "context": context})["context"] == context
+
+
+def test_which_versions_are_known() -> None:
+    assert (MANIFEST_VERSION, tuple(KNOWN_VERSIONS)) == (3, (2, 3))

@@ -73,7 +73,11 @@ def test_half_the_memory_in_bfloat16(
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.2, "under a second"), (40, "40 s"), (200, "3.3 min"), (7200, "2.0 h"), (200_000, "2.3 days")],
+    [
+        *((0.2, "under a second"), (0.99, "under a second"), (1, "1 s"), (40, "40 s"), (99.4, "99 s")),
+        *((100, "1.7 min"), (200, "3.3 min"), (5999, "100.0 min"), (6000, "1.7 h"), (7200, "2.0 h")),
+        *((172_799, "48.0 h"), (172_800, "2.0 days"), (200_000, "2.3 days")),
+    ],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text

@@ -1,15 +1,22 @@
-"""The load of the experts in TensorBoard, a histogram whose bars are the experts; metrics.jsonl read from its end;
-the average loss on the terminal."""
+"""Records in metrics.jsonl and in other loggers; metrics.jsonl read from its end; the average loss on the terminal.
+
+The load of the experts in TensorBoard is a histogram whose bars are the experts.
+"""
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from moe_jax.config import RunConfig, UserError
 from moe_jax.runs.metrics import last_train_record
 from moe_jax.system.folders import Folder
-from moe_jax.training.logging import add_load
+from moe_jax.training import logging
+from moe_jax.training.logging import MetricsLog, add_load
 from moe_jax.training.terminal import Terminal
 
 
@@ -29,6 +36,79 @@ def test_each_expert_is_a_bar() -> None:
     assert writer.written["bucket_counts"] == [0.5, 0.25, 0.25]
     assert writer.written["sum"] == pytest.approx(1.25)
     assert (writer.written["tag"], writer.written["global_step"]) == ("load/layer_0", 7)
+
+
+def log_of(folder: Path, **loggers: bool) -> MetricsLog:
+    return MetricsLog(Folder(folder), RunConfig(**loggers))
+
+
+RECORD = {"step": 7, "split": "train", "loss": 1.5, "skipped": False, "starved": [], "load": [[0.5, 0.5], [1.0, 0.0]]}
+
+
+def test_a_record_is_one_line_at_once(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("earlier\n")
+    log = log_of(tmp_path)
+    log.write(RECORD | {"loss": math.nan})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert (lines[0], json.loads(lines[1])) == ("earlier", RECORD | {"loss": None})
+    log.sync()
+    log.close()
+
+
+def test_nothing_is_logged_once_the_folder_is_another_processs(tmp_path: Path) -> None:
+    allowed = [True]
+
+    def guard() -> None:
+        if not allowed[0]:
+            raise UserError("not any more")
+
+    log = MetricsLog(Folder(tmp_path, guard), RunConfig())
+    allowed[0] = False
+    with pytest.raises(UserError, match="not any more"):
+        log.write(RECORD)
+    log.close()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_numbers_go_to_the_other_loggers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All numbers but the step, under the name of their split."""
+    told: list[Any] = []
+    writer = SimpleNamespace(
+        add_scalar=lambda *given: told.append(given),
+        add_histogram_raw=lambda **given: told.append((given["tag"], given["global_step"])),
+        close=lambda: told.append("tensorboard closed"),
+    )
+    run = SimpleNamespace(
+        log=lambda *given, step: told.append((*given, step)), finish=lambda: told.append("wandb ended")
+    )
+    monkeypatch.setattr(logging, "_tensorboard", lambda _: writer)
+    monkeypatch.setattr(logging, "_wandb", lambda *_: run)
+    log = log_of(tmp_path, tensorboard=True, wandb=True)
+    log.write(RECORD)
+    log.close()
+    assert told == [
+        ("train/loss", 1.5, 7),
+        ("train/skipped", False, 7),
+        ("load/layer_0", 7),
+        ("load/layer_1", 7),
+        ({"train/loss": 1.5, "train/skipped": False}, 7),
+        "tensorboard closed",
+        "wandb ended",
+    ]
+
+
+def test_a_resumed_run_continues_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The id is the folder's: it is the same in another process, and another in another folder."""
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: asked.append(given)))
+    for name in ("a", "a", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        log_of(tmp_path / name, wandb=True)._file.close()
+    ids = [given["id"] for given in asked]
+    assert ids[0] == ids[1] != ids[2]
+    assert ids[0].startswith("a-")
+    assert (asked[0]["project"], asked[0]["resume"], asked[0]["dir"]) == ("moe-jax", "allow", str(tmp_path / "a"))
+    assert (tmp_path / "a" / "wandb").is_dir()
 
 
 def test_a_real_writer_takes_it(tmp_path: Path) -> None:

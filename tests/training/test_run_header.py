@@ -1,12 +1,16 @@
-"""The lines at the end of a run, with numbers that can be divided by hand."""
+"""The lines before and after training, with numbers that can be divided by hand."""
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from moe_jax.training.run_header import print_result
+from moe_jax.config import TrainConfig
+from moe_jax.model.costs import count_parameters, totals
+from moe_jax.training.run_header import _model_line, _parameter_line, _plan_line, print_result
+from tests.support import tiny
 
 RESULT: dict[str, Any] = {
     "entropy_floor_bits_per_byte": 0.5,
@@ -49,3 +53,40 @@ def test_without_a_floor_and_without_drops(capsys: pytest.CaptureFixture[str]) -
     score, cost, _ = said(RESULT | {"entropy_floor_bits_per_byte": None, "train_drop_fraction": 0.0}, capsys)
     assert "0.6000 bits/byte (word unigram 1.2500, trigram 0.7500, 5-gram 0.6250), on the whole" in score
     assert cost == "67,890 tokens in 12 s; everything is in runs/x"
+
+
+# The lines before training
+
+
+def test_the_plan_of_a_run() -> None:
+    """50 steps of 600 tokens in a corpus of 20,000 are one and a half epochs."""
+    train = TrainConfig(steps=50, batch_size=3, lr=0.25, final_lr_ratio=0.1, warmup_steps=2)
+    assert _plan_line(train, 600, 20_000) == (
+        "50 steps of 3 sequences = 600 tokens a step, 1.50 epochs; adamw, learning rate 0.25 after 2 steps of warm-up, "
+        "then a cosine to 10% of that"
+    )
+    muon = dataclasses.replace(train, optimizer="muon", muon_lr=0.5, grad_accum=2, lr_schedule="linear")
+    line = _plan_line(muon, 600, 20_000)
+    assert "50 steps of 3 x 2 accumulated sequences" in line
+    assert "muon, learning rate 0.5 (AdamW part 0.25) after" in line
+    assert line.endswith("then a straight line to 10% of that")
+
+
+def test_the_model_in_one_line() -> None:
+    model = tiny.config()
+    assert _model_line(model) == (
+        "2 layers of width 8, 2 heads, context 8; 4 swiglu experts of 6, top-2, capacity factor 0.5 = 2 of 8 tokens an "
+        "expert"
+    )
+    dense = dataclasses.replace(model, dense="active")
+    assert _model_line(dense).endswith(f"; dense baseline with the active parameters: swiglu of {dense.dense_hidden}")
+
+
+def test_the_parameters_in_one_line() -> None:
+    model = tiny.config()
+    groups = count_parameters(model)
+    whole = totals(groups)
+    line = _parameter_line(model)
+    share = whole.active / whole.total
+    assert line.startswith(f"{whole.total:,} in all, {whole.active:,} active for a token ({share:.0%}): ")
+    assert line.endswith(", ".join(f"{name} {count.total:,}" for name, count in groups.items()))

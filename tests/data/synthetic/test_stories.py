@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from itertools import islice
 
 import pytest
+import xxhash
 
 from moe_jax.data.ngrams import ngram_bits_per_byte
 from moe_jax.data.synthetic.grammar import Derivation, Grammar, Word
@@ -18,9 +19,12 @@ from moe_jax.data.synthetic.stories import (
     VALIDATION_STORIES,
     code_length_bits,
     entropy_floor_bits_per_byte,
+    fingerprint,
     generate,
+    rules_digest,
 )
 from moe_jax.data.synthetic.vocabulary import SLOTS
+from moe_jax.runs.migrations import RULES_OF_VERSION_2
 
 GRAMMAR = Grammar(RULES, SLOTS)
 CHILDREN = (*SLOTS["hero"], *SLOTS["friend"])
@@ -179,3 +183,17 @@ def test_pronouns_agree_with_the_children(train: list[str]):
         genders = {forms[word]["he"] for word in words & set(forms)}
         assert ("she" in genders) or not words & {"she", "She", "her", "girl"}
         assert ("he" in genders) or not words & {"he", "He", "him", "his", "boy"}
+
+
+def test_the_corpus_is_the_one_of_earlier_runs() -> None:
+    """Caches and saved runs know it by these digests. Change them only together with the stories."""
+    assert VALIDATION_STORIES == 600
+    assert rules_digest() == RULES_OF_VERSION_2
+    assert fingerprint(0, 100) == xxhash.xxh3_128_hexdigest(f"0 100 600 {RULES_OF_VERSION_2}".encode())
+    assert fingerprint(3, 7, "other") == xxhash.xxh3_128_hexdigest(b"3 7 600 other")
+
+
+def test_the_first_story_follows_from_its_name() -> None:
+    expected = GRAMMAR.sample(random.Random("5 valid 1").random).text
+    assert list(generate(5, "valid", 2))[1] == expected
+    assert list(generate(5, "valid", 0)) == []

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
+from moe_jax.system.hlo import read_program
 from tests.support import kernel_checks, programs, tiny
 
 COPIES, IN_TURN = 3, 1
@@ -88,3 +89,17 @@ def test_the_gradient_of_matrices_has_a_fixed_order(count: int) -> None:
             return jax.vjp(lambda r, w: multiply(r, w, further_expert), rows, weights)[1](cotangent)
 
         assert len(programs.scatter_adds_of_floats(jax.jit(run).lower(*arguments).as_text())) == expected
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+def test_a_product_is_found_by_its_name_in_the_compiled_program(experts: int) -> None:
+    """Also that of a single expert, which the compiler would turn into another product without a name."""
+
+    def run(rows, weights):
+        with jax.named_scope("ffn"):
+            return grouped_matmul(rows, weights).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((experts, 64, 32), (experts, 32, 48))]
+    for function, products in ((run, 1), (jax.grad(run, (0, 1)), 2)):
+        program = read_program(jax.jit(function).lower(*shapes).compile().as_text())
+        assert program.flops_of("ffn") == program.flops == products * experts * 2 * 64 * 32 * 48

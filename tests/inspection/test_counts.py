@@ -1,0 +1,341 @@
+"""The numbers of the report, worked by hand: thresholds, limits, what is thinned out and what is left out."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_jax.inspection import compiled_layer, corpus_routing, figures, report, trace, training_curves
+from moe_jax.inspection.compiled_layer import shortened, without_sources
+from moe_jax.inspection.corpus_routing import CorpusRouting, corpus_data, dead_experts, p_value, specialisation
+from moe_jax.inspection.trace import RoutingTrace
+from tests.inspection.test_trace import opened
+from tests.support import tiny
+
+
+def corpus(by_token: Any, by_window: Any, counts: Any, dropped_at: Any = None, **changes: Any) -> CorpusRouting:
+    """One layer. `by_token` [E][V], `by_window` [W][E], `counts` [V]."""
+    by_token, by_window, counts = np.array([by_token]), np.array([by_window]), np.array(counts)
+    experts, tokens = by_token.shape[1], int(counts.sum())
+    values = {"vocab_size": len(counts), "layers": 1, "experts": experts, "top_k": 1, "seq_len": 4}
+    return CorpusRouting(
+        config=tiny.config(**(values | changes)),
+        tokens=tokens,
+        by_token=by_token,
+        token_counts=counts,
+        by_window=by_window,
+        together=np.array([np.diag(by_token[0].sum(-1))]),
+        flow=np.zeros((0, experts, experts), int),
+        entropy=np.ones(1),
+        dropped_at=np.zeros((1, 4)) if dropped_at is None else np.array([dropped_at]),
+    )
+
+
+# The corpus
+
+
+def test_p_values_of_chi_square() -> None:
+    """With one degree of freedom: 3.841 is 5 %, 6.635 is 1 %, and 10.828 is 0.1 %."""
+    for g2, p in ((0, 1), (3.841, 0.05), (6.635, 0.01), (10.828, 0.001)):
+        assert p_value(g2) == pytest.approx(p, rel=1e-3)
+
+
+def test_starved_and_dead_experts() -> None:
+    """Loads of 0, 2, 3 and 95 % of four experts are 0, 0.08, 0.12 and 3.8 of the fair load."""
+    found = corpus([[0], [2], [3], [95]], [[0, 2, 3, 95]], [100])
+    assert dead_experts(found) == [
+        {"layer": 0, "expert": 0, "load": 0.0, "dead": True},
+        {"layer": 0, "expert": 1, "load": 0.08, "dead": False},
+    ]
+    exactly = corpus([[10], [90]], [[10, 190]], [200])
+    assert [e["expert"] for e in dead_experts(exactly)] == []  # 0.1 of the fair load is not less than 0.1
+
+
+def test_drops_of_a_factor_by_window() -> None:
+    """Windows of 4 tokens and two experts. Factor 0.5: one slot; 2.0: four."""
+    found = corpus([[5], [3]], [[4, 0], [1, 3]], [8])
+    assert [float(found.drop_fraction(f)[0]) for f in (0.5, 1.0, 1.5, 2.0)] == [5 / 8, 3 / 8, 1 / 8, 0]
+    assert found.load.tolist() == [[5 / 8, 3 / 8]]
+
+
+def test_positions_are_put_into_bins(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = corpus([[5], [3]], [[4, 0], [1, 3]], [8], dropped_at=[0.0, 0.5, 0.5, 1.0])
+    data = corpus_data(found)
+    assert data["drops_by_position"] == {"first": [0, 1, 2, 3], "drop": [[0.0, 0.5, 0.5, 1.0]]}
+    monkeypatch.setattr(corpus_routing, "POSITION_BINS", 2)
+    assert corpus_data(found)["drops_by_position"] == {"first": [0, 2], "drop": [[0.25, 0.75]]}
+    assert (data["tokens"], data["windows"], data["worst_window"], data["drops"]) == (8, 2, [[4, 3]], [0.5])
+
+
+def test_the_runs_own_factor_is_among_the_factors() -> None:
+    own = corpus([[5], [3]], [[4, 0], [1, 3]], [8], capacity_factor=1.1)
+    assert corpus_data(own)["drops_by_factor"]["factor"] == sorted([*corpus_routing.FACTORS, 1.1])
+    dropless = corpus([[5], [3]], [[4, 0], [1, 3]], [8], capacity_factor=1.1, dispatch="blocks")
+    assert corpus_data(dropless)["drops_by_factor"]["factor"] == sorted(corpus_routing.FACTORS)
+
+
+def test_preferences_are_ordered_bounded_and_summed() -> None:
+    """Tokens 0, 1 and 2 choose expert 0 whenever they occur, and token 3 never does."""
+    counts = [40, 60, 50, 150]
+    found = corpus([[40, 60, 50, 0], [0, 0, 0, 150]], [[150, 150]], counts)
+    first, second = specialisation(found)[0]
+    assert [t["id"] for t in first["tokens"]] == [1, 2, 0], "the strongest first"
+    assert (first["kinds"], first["share"], second["kinds"], second["share"]) == (3, 1.0, 1, 1.0)
+    assert first["tokens"][0] == {"id": 1, "here": 60, "all": 60, "times": 2.0, "g2": first["tokens"][0]["g2"]}
+    both = corpus_routing.log_likelihood_ratio(np.array([60]), np.array([150]), np.array([60]), 300)
+    assert first["tokens"][0]["g2"] == round(float(both[0]), 1)
+    few = specialisation(found, most=2)[0][0]
+    assert ([t["id"] for t in few["tokens"]], few["kinds"]) == ([1, 2], 3)
+
+
+@pytest.mark.parametrize(("times", "kinds"), [(4, 0), (5, 1)])
+def test_a_preference_needs_five_choices(times: int, kinds: int) -> None:
+    """However unlikely they are by chance."""
+    found = corpus([[times, 0], [0, 100_000]], [[times, 100_000]], [times, 100_000])
+    assert specialisation(found)[0][0]["kinds"] == kinds
+
+
+def test_an_expert_that_nothing_chose_prefers_nothing() -> None:
+    assert specialisation(corpus([[0], [50]], [[0, 50]], [50]))[0][0] == {"tokens": [], "kinds": 0, "share": 0.0}
+
+
+def test_preferences_are_corrected_for_the_number_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts and two tokens that occur often enough are four tests; a rare third token is none."""
+    asked: list[float] = []
+    monkeypatch.setattr(corpus_routing, "p_value", lambda g2: asked.append(g2) or 0.000_25)
+    found = corpus([[30, 0, 1], [0, 30, 1]], [[31, 31]], [30, 30, 2])
+    assert sum(e["kinds"] for e in specialisation(found)[0]) == 0  # 4 x 0.00025 is not below 0.001
+    monkeypatch.setattr(corpus_routing, "p_value", lambda g2: 0.000_249 if g2 else 1.0)
+    assert [e["kinds"] for e in specialisation(found)[0]] == [1, 1]
+
+
+@pytest.mark.parametrize(("length", "windows"), [(3, 1), (8, 1), (15, 1), (16, 2), (200, 8)])
+def test_a_stream_is_cut_into_windows(length: int, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """T 8. A shorter stream is repeated, a rest is left out, and at most 64 tokens are read, two windows at a time."""
+    monkeypatch.setattr(corpus_routing, "CORPUS_TOKENS", 64)
+    monkeypatch.setattr(corpus_routing, "BATCH_TOKENS", 16)
+    seen: list[np.ndarray] = []
+
+    def step(_: Any, rows: np.ndarray) -> Any:
+        seen.append(rows)
+        shape = (2, *rows.shape)
+        return SimpleNamespace(
+            probs=np.full((*shape, 4), 0.25), expert_index=np.zeros((*shape, 2), int), keep=np.ones((*shape, 2), bool)
+        )
+
+    monkeypatch.setattr(corpus_routing, "make_decision_step", lambda _: step)
+    tokens = np.arange(length) % tiny.V
+    found = corpus_routing.corpus_routing(opened(), tokens)
+    assert (found.tokens, found.by_window.shape[1]) == (8 * windows, windows)
+    assert {rows.shape for rows in seen} == {(min(2, windows), 8)}
+    expected = np.resize(tokens, 8 * windows)
+    np.testing.assert_array_equal(found.token_counts, np.bincount(expected, minlength=tiny.V))
+
+
+# The trace
+
+
+def traced(tokens: int, **changes: Any) -> RoutingTrace:
+    """Two layers of two experts, one choice a token, T 4."""
+    config = tiny.config(experts=2, top_k=1, seq_len=4, **changes)
+    shape = (2, tokens)
+    index = np.zeros((*shape, 1), int)
+    index[1, 0] = 1
+    keep = np.ones((*shape, 1), bool)
+    keep[0, 0] = False
+    probs = np.full((*shape, 2), 0.5, np.float32)
+    ids = np.arange(tokens)
+    pieces = [f"p{i}" for i in ids]
+    loss = np.array([*[0.123456] * (tokens - 1), np.nan], np.float32)
+    return RoutingTrace(config, ids, pieces, probs, index, probs[..., :1], index, keep, loss, [])
+
+
+def test_drops_and_loads_of_a_trace() -> None:
+    found = traced(8)
+    assert found.drop_fraction.tolist() == [1 / 8, 0]
+    assert found.load().tolist() == [[8, 0], [7, 1]]
+    shown = found._repr_html_()
+    assert shown.count("Layer ") == 2
+    assert shown.count('title="expert 1" style="background:hsl(180 70% 50% / .3)">p0<') == 1
+    assert shown.count("hsl(0 70% 50% / .3)") == 15
+
+
+@pytest.mark.parametrize(("tokens", "windows"), [(4, 1), (5, 2), (8, 2)])
+def test_the_slots_of_a_trace_are_those_of_its_windows(
+    tokens: int, windows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(trace, "trace_figures", lambda *given: asked.append(given) or {})
+    found = traced(tokens)
+    found.figures()
+    traced(tokens, dispatch="blocks").figures()
+    assert [given[2] for given in asked] == [found.capacity * windows, None]
+    np.testing.assert_array_equal(asked[0][3], found.expert_index[..., 0])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "windows"),
+    [
+        ([1, 2], [([1, 2, 0, 0, 0], 2)]),
+        ([1, 2, 3, 4], [([1, 2, 3, 4, 0], 4)]),
+        ([1, 2, 3, 4, 5], [([1, 2, 3, 4, 5], 4), ([5, 0, 0, 0, 0], 1)]),
+    ],
+)
+def test_windows_hold_the_token_that_follows(tokens: list[int], windows: list[Any]) -> None:
+    found = [(w.tolist(), n) for w, n in trace._windows(np.array(tokens), 4)]
+    assert found == windows
+
+
+def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "LONGEST", 4)
+    seen: list[list[int]] = []
+    monkeypatch.setattr(trace, "trace_tokens", lambda _, ids: seen.append(ids.tolist()) or traced(len(ids)))
+    trace.routing_trace(opened(), "abc")
+    assert seen == [[256, 97, 98, 99]]
+    with pytest.raises(trace.UserError, match="--text: 5 tokens, at most 4 can be shown"):
+        trace.routing_trace(opened(), "abcd")
+
+
+def test_attention_is_kept_for_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows a call. The third begins at token 16, which is not before it."""
+    monkeypatch.setattr(trace, "WINDOWS", 2)
+    tokens = tiny.tokens(3 * tiny.T + 2, seed=3)
+    for most, kept in ((16, 2), (17, 3)):
+        monkeypatch.setattr(trace, "ATTENTION_TOKENS", most)
+        assert len(trace.trace_tokens(opened(), tokens).attention) == kept
+
+
+def test_panels_of_a_trace_are_in_rows_of_three() -> None:
+    pytest.importorskip("matplotlib")
+    load = np.arange(8).reshape(4, 2)
+    found = figures.trace_figures(load, np.array([0, 0.25, 0.5, 1]), 5, np.array([[0, 1], [1, 1], [0, 0], [1, 0]]))
+    axes = found["load"].axes
+    assert (len(axes), [a.get_visible() for a in axes]) == (6, [True] * 4 + [False] * 2)
+    assert [a.get_title("left") for a in axes[:4]] == [
+        *("layer 0: 0.0% dropped", "layer 1: 25.0% dropped", "layer 2: 50.0% dropped", "layer 3: 100.0% dropped")
+    ]
+    assert [[bar.get_height() for bar in a.patches] for a in axes[:4]] == load.tolist()
+    assert [list(line.get_ydata()) for line in axes[0].get_lines()] == [[5, 5]]
+    assert axes[0].get_ylabel() == "choices (dashed: slots)"
+    (image,) = found["tokens"].axes[0].get_images()
+    assert (image.norm.vmin, image.norm.vmax, image.get_cmap().N) == (-0.5, 1.5, 2)
+    one = figures._load(load[:2], np.zeros(2), None)
+    assert (len(one.axes), one.axes[0].get_ylabel(), one.axes[0].get_lines()[:]) == (2, "choices", [])
+
+
+# The report
+
+
+def test_numbers_of_the_page() -> None:
+    assert report._rounded(np.array([0.12345, np.nan, np.inf, 2]), 3) == [0.123, None, None, 2.0]
+    assert report._flat(np.arange(8).reshape(2, 2, 2)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    data = report._model_data(traced(4))
+    assert (data["layers"], data["experts"], data["top_k"], data["capacity"]) == (2, 2, 1, traced(4).capacity)
+
+
+def test_tokens_that_are_not_shown_as_themselves_are_marked() -> None:
+    tokens, pieces = np.array([256, 97, 0xC3, 0xA9]), ["<|endoftext|>", "a", "<C3>", "<A9>"]
+    assert report._marked(opened(), dataclasses.replace(traced(4), tokens=tokens, pieces=pieces)) == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("summary", "stream"),
+    [
+        ({}, "whole"),
+        ({"val_whole_stream": False}, "subset"),
+        ({"val_whole_stream": True}, "whole"),
+        ({"val_stream": "subset", "val_whole_stream": True}, "subset"),
+    ],
+)
+def test_the_stream_of_the_score_is_said(
+    summary: dict[str, Any], stream: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    step: Any = SimpleNamespace(step=7)
+    run = dataclasses.replace(opened(), checkpoint=step)
+    monkeypatch.setattr(report, "read_summary", lambda _: summary)
+    found = report._run_data(tmp_path, run)
+    assert (found["val_stream"], found["step"], found["name"]) == (stream, 7, tmp_path.name)
+    assert found["params_total"] > found["params_active"]
+
+
+def attention(window: np.ndarray) -> Any:
+    config = tiny.config(layers=window.shape[0], heads=window.shape[1])
+    return report.attention_data(dataclasses.replace(traced(4), config=config, attention=[window]))
+
+
+def test_attention_weights_by_hand() -> None:
+    """Of token 3: 50, 30, 19 and 1 percent of the tokens 0 to 3. A weight below 2 % is left out."""
+    window = np.zeros((1, 1, 4, 4))
+    window[0, 0] = [[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.02, 0.019, 0.961, 0], [0.5, 0.3, 0.19, 0.01]]
+    found = attention(window)
+    assert (found["heads"], found["tokens"]) == (1, 4)
+    assert found["weights"] == [[[[0, 100], [1, 50, 0, 50], [0, 96, 2, 2, 1, 2], [3, 50, 2, 30, 1, 19]]]]
+
+
+def test_a_long_text_keeps_fewer_weights_but_always_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    window = np.full((1, 2, 4, 4), 0.25)
+    for entries, each in ((7, 1), (15, 1), (16, 2), (32, 4)):
+        monkeypatch.setattr(report, "ATTENTION_ENTRIES", entries)
+        assert {len(token) // 2 for head in attention(window)["weights"][0] for token in head} == {each}
+    monkeypatch.setattr(report, "ATTENTION_ENTRIES", 10**6)
+    monkeypatch.setattr(report, "MOST_PER_TOKEN", 3)
+    assert len(attention(window)["weights"][0][0][0]) == 6
+
+
+def test_curves_are_thinned_and_keep_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [{"step": s, "split": "train", "loss": s / 10, "load": [[0.5, 0.5], [1, 0]]} for s in range(1, 11)]
+    lines.append({"step": 11, "split": "train"})  # of a step without a load
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(training_curves, "MOST_POINTS", 4)
+    found = training_curves.training_curves(tmp_path, opened())
+    assert found["step"] == [1, 4, 7, 10]
+    assert found["loss"] == [0.1, 0.4, 0.7, 1.0]
+    assert found["spread"] == [[1] * 4, [0] * 4]
+    assert found["balance_loss"] == [None] * 4
+    assert found["traces"] == {"step": []}
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert training_curves.training_curves(tmp_path, opened())["spread"] == []
+
+
+def test_saved_traces_are_compared_with_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two choices a token: every second entry is a first choice. Of two tokens one is sent elsewhere, and then none."""
+    experts = {10: [0, 9, 1, 9], 20: [0, 8, 2, 8], 30: [0, 7, 2, 7]}
+    saved = [
+        {"step": s, "tokens": [97, 98], "expert": [e], "entropy": [s / 100], "drop": [0.5]} for s, e in experts.items()
+    ]
+    monkeypatch.setattr(training_curves, "read_snapshots", lambda _: saved)
+    found = training_curves._traces(tmp_path, opened())
+    assert (found["step"], found["same"]) == ([10, 20, 30], [[None, 0.5, 1.0]])
+    assert (found["entropy"], found["drop"]) == ([[0.1, 0.2, 0.3]], [[0.5] * 3])
+    assert found["shown"] == {"pieces": ["a", "b"], "step": [10, 20, 30], "first": [[[0, 1]], [[0, 2]], [[0, 2]]]}
+    monkeypatch.setattr(training_curves, "MOST_TRACES", 2)
+    assert training_curves._traces(tmp_path, opened())["shown"]["step"] == [10, 30]
+
+
+# The compiled layer
+
+
+def test_a_listing_is_cut_at_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled_layer, "LISTING", 10)
+    assert shortened("abcd\nefghi") == "abcd\nefghi"
+    assert shortened("abcd\nefghij") == "abcd\n... and 1 characters more"
+
+
+def test_sources_are_taken_out_of_a_listing() -> None:
+    about = '{op_type="add" op_name="jit/add" source_line=7}'
+    text = f'FileNames\n1 "/home/me/a.py"\n\nx = f32[] add(a, b), metadata={about}\n'
+    assert without_sources(text) == 'x = f32[] add(a, b)  op_name="jit/add"\n'
+
+
+def test_names_are_counted_most_first_and_then_by_name() -> None:
+    assert list(compiled_layer._most_common(iter("bacab")).items()) == [("a", 2), ("b", 2), ("c", 1)]
+    assert compiled_layer._shape((2, 3)) == "[2, 3]"
+
+
+def test_evenness_is_at_most_one() -> None:
+    assert math.isclose(float(training_curves.load_entropy(np.ones(7))), 1)

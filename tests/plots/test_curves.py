@@ -1,0 +1,174 @@
+"""What a picture shows of the records: which curves, lines, limits and names. No picture is written."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from moe_jax.config import UserError
+from moe_jax.plots import figures
+from moe_jax.plots.figures import COLOURS, _Metrics, load_figure, run_figures
+
+
+def run(folder: Path, name: str, *, summary: dict[str, Any] | None = None, **values: Any) -> Path:
+    """A run with two training records and one of validation. `values` are added to each training record."""
+    path = folder / name
+    path.mkdir()
+    records = [{"step": step, "split": "train", "loss": 3.0 - step} | values for step in (1, 2)]
+    records.append({"step": 2, "split": "val", "loss": 0.5, "bits_per_byte": 0.25})
+    (path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (path / "summary.json").write_text(json.dumps(summary or {}))
+    return path
+
+
+MOE = {"lr": 0.1, "tokens_per_second": 5000, "balance_loss": 1.2, "drop_fraction": 0.5, "load": [[0.5, 0.5]] * 3}
+
+
+def labels(figure: Any) -> list[str]:
+    return [str(line.get_label()) for line in figure.axes[0].get_lines()]
+
+
+def legend(figure: Any) -> list[str] | None:
+    found = figure.axes[0].get_legend()
+    return None if found is None else [text.get_text() for text in found.get_texts()]
+
+
+def test_a_figure_without_data_is_left_out(tmp_path: Path) -> None:
+    assert set(run_figures([run(tmp_path, "dense")])) == {"loss", "bits_per_byte"}
+    everything = {"loss", "bits_per_byte", "learning_rate", "throughput", "balance", "drops", "evenness", "load"}
+    assert set(run_figures([run(tmp_path, "moe", **MOE)])) == everything
+    assert set(run_figures([tmp_path / "moe", tmp_path / "dense"])) == everything - {"load"}
+
+
+def test_one_run_is_the_title_and_several_are_the_legend(tmp_path: Path) -> None:
+    a, b = run(tmp_path, "a", **MOE), run(tmp_path, "b", **MOE)
+    one, two = run_figures([a]), run_figures([a, b])
+    titles = {name: figure.axes[0].get_title("left") for name, figure in one.items() if name != "load"}
+    assert titles["loss"] == "Loss: a"
+    assert titles["evenness"] == "Evenness of the load: a"
+    assert two["loss"].axes[0].get_title("left") == "Loss"
+    assert legend(one["loss"]) == ["a, training", "a, validation subset"]
+    for name in ("learning_rate", "throughput", "balance", "drops", "evenness", "bits_per_byte"):
+        assert legend(one[name]) is None, name
+        assert legend(two[name]) == ["a", "b"], name
+    assert [line.get_color() for line in two["drops"].axes[0].get_lines()] == list(COLOURS[:2])
+    assert [line.get_color() for line in two["evenness"].axes[0].get_lines()] == list(COLOURS[:2])
+
+
+def test_colours_begin_again_after_the_last(tmp_path: Path) -> None:
+    runs = [run(tmp_path, f"r{i}", **MOE) for i in range(len(COLOURS) + 1)]
+    for name in ("drops", "evenness"):
+        lines = run_figures(runs)[name].axes[0].get_lines()
+        assert [line.get_color() for line in lines] == [*COLOURS, COLOURS[0]]
+
+
+def test_a_run_without_experts_keeps_its_colour_in_the_evenness(tmp_path: Path) -> None:
+    runs = [run(tmp_path, "dense"), run(tmp_path, "moe", **MOE)]
+    (line,) = run_figures(runs)["evenness"].axes[0].get_lines()
+    assert (line.get_label(), line.get_color(), list(line.get_ydata())) == ("moe", COLOURS[1], [1, 1])
+
+
+def test_training_is_a_solid_line_and_validation_a_dashed_one(tmp_path: Path) -> None:
+    train, val = run_figures([run(tmp_path, "a")])["loss"].axes[0].get_lines()
+    assert (train.get_linestyle(), val.get_linestyle(), val.get_marker()) == ("-", "--", "o")
+    assert (list(train.get_ydata()), list(val.get_ydata())) == ([2, 1], [0.5])
+
+
+def test_axes_begin_at_zero_where_zero_means_something(tmp_path: Path) -> None:
+    found = run_figures([run(tmp_path, "a", **MOE)])
+    for name in ("loss", "bits_per_byte", "learning_rate", "throughput", "balance", "drops", "evenness"):
+        assert found[name].axes[0].get_xlim()[0] == 0, name
+    bottoms = {name: found[name].axes[0].get_ylim()[0] for name in found if name != "load"}
+    assert [name for name, bottom in bottoms.items() if bottom == 0] == [
+        *("bits_per_byte", "throughput", "drops", "evenness")
+    ]
+    assert found["evenness"].axes[0].get_ylim()[1] > 1
+
+
+def test_shares_are_in_percent_and_rates_in_thousands(tmp_path: Path) -> None:
+    found = run_figures([run(tmp_path, "a", **MOE)])
+    assert found["drops"].axes[0].yaxis.get_major_formatter()(0.25, 0) == "25%"
+    assert found["throughput"].axes[0].yaxis.get_major_formatter()(5000, 0) == "5,000"
+    assert found["balance"].axes[0].get_lines()[-1].get_ydata() == [1, 1]
+    assert len(found["learning_rate"].axes[0].get_lines()) == 1
+
+
+def test_the_floor_in_both_units(tmp_path: Path) -> None:
+    """0.5 bits a byte and 2 bytes a token are ln 2 nats a token."""
+    summary = {"entropy_floor_bits_per_byte": 0.5, "val_bytes_per_token": 2.0}
+    found = run_figures([run(tmp_path, "a", summary=summary)])
+    assert labels(found["loss"])[-1] == f"entropy of the whole validation text, {math.log(2):.4f}"
+    assert legend(found["bits_per_byte"]) == ["a", "entropy of the whole validation text, 0.5000"]
+    metrics = _Metrics(tmp_path / "a")
+    assert metrics.floor("bits per byte") == 0.5
+    assert metrics.floor("nats per token") == pytest.approx(math.log(2))
+    other = _Metrics(run(tmp_path, "b", summary={"entropy_floor_bits_per_byte": 0.5}))
+    assert (other.floor("bits per byte"), other.floor("nats per token")) == (0.5, None)
+    none = _Metrics(run(tmp_path, "c", summary={"val_bytes_per_token": 2.0}))
+    assert (none.floor("bits per byte"), none.floor("nats per token")) == (None, None)
+
+
+def test_each_floor_is_one_line(tmp_path: Path) -> None:
+    runs = [
+        run(tmp_path, n, summary={"entropy_floor_bits_per_byte": f}) for n, f in (("a", 0.5), ("b", 0.4), ("c", 0.5))
+    ]
+    lines = run_figures(runs)["bits_per_byte"].axes[0].get_lines()[3:]
+    assert [list(line.get_ydata()) for line in lines] == [[0.4, 0.4], [0.5, 0.5]]
+
+
+def test_values_that_are_null_are_left_out(tmp_path: Path) -> None:
+    path = run(tmp_path, "a")
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "split": "train", "loss": null}\n{"step": 4, "split": "train", "loss": 0}\n')
+    assert _Metrics(path).series("train", "loss") == ([1, 2, 4], [2, 1, 0])
+
+
+def test_a_run_without_training_records_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "val", "loss": 1}\n')
+    with pytest.raises(UserError, match=rf"^--run {tmp_path}: no metrics\.jsonl with training records there"):
+        run_figures([tmp_path])
+
+
+def test_the_load_has_a_panel_for_each_layer() -> None:
+    """Three experts: a third is the fair share, at which the colour is white."""
+    values = np.array([[[0.5, 0.5, 0], [1, 0, 0]], [[0.25, 0.25, 0.5], [0, 1, 0]]])
+    figure = load_figure(([10, 30], values))
+    first, second, bar = figure.axes
+    for layer, axes in enumerate((first, second)):
+        (image,) = axes.get_images()
+        np.testing.assert_allclose(image.get_array(), 3 * values[:, layer].T)
+        assert (image.norm.vmin, image.norm.vmax) == (0, 2)
+        assert image.get_extent() == [10, 30, 2.5, -0.5]
+        assert axes.get_ylabel() == f"layer {layer}"
+    entropy = -(2 * 0.25 * math.log(0.25) + 0.5 * math.log(0.5)) / math.log(3)
+    assert first.get_title("right") == f"evenness at the end {entropy:.3f}"
+    assert second.get_title("right") == "evenness at the end 0.000"
+    assert (first.get_xlabel(), second.get_xlabel()) == ("", "step")
+    assert bar.get_ylabel() == "times the fair share"
+    assert figure.get_size_inches().tolist() == [8, pytest.approx(1.2 + 1.5 * 2)]
+
+
+def test_a_single_record_of_the_load_has_a_width() -> None:
+    figure = load_figure(([7], np.ones((1, 1, 2)) / 2))
+    assert figure.axes[0].get_images()[0].get_extent() == [7, 8, 1.5, -0.5]
+    assert load_figure(([], np.array([]))) is None
+
+
+def test_without_matplotlib_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import builtins
+
+    true = builtins.__import__
+
+    def refuse(name: str, *rest: Any, **options: Any) -> Any:
+        if name.partition(".")[0] == "matplotlib":
+            raise ImportError(name)
+        return true(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=r"matplotlib is missing; run `uv run --extra plots"):
+        figures.check_installed()

@@ -1,0 +1,29 @@
+"""Records do not change: a dataclass is frozen, so that a configuration, a checkpoint or a result can be passed on."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+
+import moe_jax
+
+MUTABLE = {
+    "system.hlo._Computation",
+    "system.hlo._Instruction",
+    "training.counters.RunCounters",
+    "training.random_tokens.RandomTokenTrainer",
+    "training.session.Session",
+    "training.session.SessionProgress",
+}
+"""These hold the state of something that goes on."""
+
+
+def test_every_record_is_frozen() -> None:
+    found = set()
+    for module in pkgutil.walk_packages(moe_jax.__path__, "moe_jax."):
+        if module.name != "moe_jax.__main__":  # importing it runs the program
+            for value in vars(importlib.import_module(module.name)).values():
+                own = inspect.isclass(value) and value.__module__ == module.name
+                if own and dataclasses.is_dataclass(value) and not value.__dataclass_params__.frozen:  # pyright: ignore
+                    found.add(f"{module.name}.{value.__name__}".removeprefix("moe_jax."))
+    assert found == MUTABLE

@@ -1,0 +1,123 @@
+"""When a run evaluates, saves, stops and ends. Nothing is trained: the session is a stand-in."""
+
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_jax.config import TrainConfig
+from moe_jax.system.signals import Signals, Stopped
+from moe_jax.training import loop
+from moe_jax.training.counters import RunCounters
+
+
+class Pause:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class Run:
+    """A run of 10 steps that evaluates at every 4th and saves at every 3rd. `events` says what it did, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, loss: float = 1.0, **train: Any) -> None:
+        self.events: list[Any] = []
+        self.counters = RunCounters(best=2.0)
+        self.signals = Signals()
+        progress = SimpleNamespace(counters=self.counters, saved_step=0)
+        config = TrainConfig(**({"steps": 10, "eval_every": 4, "save_every": 3} | train))
+        self.session: Any = SimpleNamespace(
+            config=SimpleNamespace(train=config),
+            progress=progress,
+            folder=SimpleNamespace(path=Path("runs/x")),
+            save=lambda step, val_loss: self.events.append(("saved", val_loss)),
+        )
+        self.loss, self.stop_within = loss, False
+        monkeypatch.setattr(loop, "_evaluate_and_sample", self.evaluate)
+
+    def evaluate(self, *_: Any) -> float:
+        self.events.append("evaluated")
+        if self.stop_within:
+            self.signals.stop_signal = signal.SIGTERM
+            raise Stopped(signal.SIGTERM)
+        return self.loss
+
+    def after(self, step: int) -> bool:
+        logger: Any = SimpleNamespace(flush=lambda: self.events.append("flushed"), paused=Pause)
+        log: Any = SimpleNamespace(sync=lambda: self.events.append("synced"))
+        shown: Any = SimpleNamespace(say=self.events.append)
+        return loop.evaluate_and_save_if_due(self.session, step, logger, self.signals, log, shown)
+
+
+@pytest.mark.parametrize(
+    ("step", "evaluates", "saves"),
+    [
+        *((0, False, False), (1, False, False), (3, False, True), (4, True, False), (6, False, True)),
+        *((8, True, False), (9, False, True), (10, True, True), (12, True, True)),
+    ],
+)
+def test_what_is_due_after_a_step(step: int, evaluates: bool, saves: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An evaluation without improvement is not saved by itself. The last step is evaluated and saved in any case."""
+    run = Run(monkeypatch, loss=2.0)
+    assert run.after(step) == (step >= 10)
+    assert ("evaluated" in run.events) == evaluates
+    assert (("saved", 2.0 if evaluates else None) in run.events) == saves
+
+
+def test_an_improvement_is_saved_at_once_with_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, loss=1.5)
+    run.after(4)
+    assert run.events == ["flushed", "evaluated", "flushed", "synced", ("saved", 1.5)]
+    assert (run.counters.best, run.counters.evaluated, run.signals.unsaved) == (1.5, 4, False)
+
+
+def test_a_step_that_was_evaluated_or_saved_is_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As at a resume from the checkpoint of this step."""
+    run = Run(monkeypatch, loss=2.0)
+    run.counters.evaluated, run.session.progress.saved_step = 12, 12
+    assert not run.after(12) or run.events == []
+    run = Run(monkeypatch, loss=2.0, steps=100)
+    run.session.progress.saved_step = 12
+    run.after(12)
+    assert run.events == ["flushed", "evaluated"]
+    run = Run(monkeypatch, loss=1.0, steps=100)
+    run.session.progress.saved_step = 12
+    run.after(12)
+    assert ("saved", 1.0) in run.events, "an evaluation that was made up and is the best"
+
+
+@pytest.mark.parametrize(("patience", "bad", "ends"), [(0, 99, False), (3, 1, False), (3, 2, True)])
+def test_patience(patience: int, bad: int, ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`bad` evaluations without improvement came before this one, which is none either."""
+    run = Run(monkeypatch, loss=2.0, patience=patience)
+    run.counters.without_improvement = bad
+    assert run.after(4) == ends
+    assert (("saved", 2.0) in run.events) == ends
+    assert ("stopped early at step 4: 3 evaluations without improvement" in run.events) == ends
+
+
+def test_the_last_step_does_not_stop_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch, loss=2.0, patience=1)
+    assert run.after(10)
+    assert not any("stopped" in str(event) for event in run.events)
+
+
+def test_a_signal_saves_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    run.signals.stop_signal = signal.SIGINT
+    with pytest.raises(Stopped) as stopped:
+        run.after(1)
+    assert stopped.value.status == 128 + signal.SIGINT
+    assert run.events[-2:] == [("saved", None), "stopped at step 1, which is saved; go on with --resume"]
+
+
+def test_a_signal_within_an_evaluation_saves_without_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resumed run makes the evaluation up."""
+    run = Run(monkeypatch)
+    run.stop_within = True
+    with pytest.raises(Stopped):
+        run.after(4)
+    assert ("saved", None) in run.events
+    assert (run.counters.evaluated, run.counters.best) == (0, 2.0)

@@ -1,0 +1,205 @@
+"""What a step's report becomes: a record, a line, warnings; and when. Nothing is trained: the session is a stand-in."""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_jax.config import RunConfig, TrainConfig, UserError
+from moe_jax.model.costs import training_flops
+from moe_jax.training import step_logger, terminal
+from moe_jax.training.counters import STARVED_STEPS, RunCounters
+from moe_jax.training.step_logger import StepLogger
+from moe_jax.training.terminal import Terminal
+from tests.support import tiny
+
+LOAD = [[0.25] * 4] * 2
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, in a list of one."""
+    now = [0.0]
+    for module in (step_logger, terminal):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(step_logger, "matmul_rate", lambda dtype: 1e6)
+    return now
+
+
+class Seen:
+    """A logger of a run that begins at step 0, with what it wrote, showed and said."""
+
+    def __init__(self, **train: Any) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.lines: list[tuple[float, float]] = []
+        self.said: list[str] = []
+        self.counters = RunCounters()
+        config = RunConfig(model=tiny.config(), train=TrainConfig(**({"steps": 10, "log_every": 3} | train)))
+        self.session: Any = SimpleNamespace(
+            config=config,
+            state=SimpleNamespace(step=0),
+            programs=SimpleNamespace(policy=SimpleNamespace(compute="float32")),
+            progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5),
+            data=SimpleNamespace(
+                tokens_per_step=100, store=SimpleNamespace(train=SimpleNamespace(bytes=300, tokens=range(101)))
+            ),
+            diagnose=lambda step: (f"faults/step_{step}", "params.embedding"),
+        )
+        log: Any = SimpleNamespace(write=self.records.append)
+        shown: Any = SimpleNamespace(
+            say=self.said.append, step=lambda _, bytes, share: self.lines.append((bytes, share))
+        )
+        self.logger = StepLogger(self.session, log, shown)
+
+    def add(self, step: int, finite: bool = True, spike: bool = False, load: Any = LOAD, drops: float = 0.5) -> None:
+        metrics = SimpleNamespace(
+            loss=2.0, balance_loss=1.5, z_loss=0.25, drop_fraction=drops, load=np.array(load, np.float32)
+        )
+        report: Any = SimpleNamespace(finite=finite, spike=spike, metrics=metrics, grad_norm=3.0, lr=0.125)
+        self.logger.add(step, report)
+
+
+def test_a_record_of_a_step(clock: list[float]) -> None:
+    """3 steps of 100 tokens in 2 s. 300 bytes follow the first of 101 tokens."""
+    seen = Seen()
+    for step in (1, 2, 3):
+        seen.add(step)
+    assert seen.records == [], "one step late"
+    clock[0] = 2.0
+    seen.logger.flush()
+    assert seen.records == [
+        {
+            "step": 3,
+            "split": "train",
+            "loss": 2.0,
+            "balance_loss": 1.5,
+            "z_loss": 0.25,
+            "drop_fraction": 0.5,
+            "grad_norm": 3.0,
+            "skipped": False,
+            "spike": False,
+            "starved": [],
+            "lr": 0.125,
+            "tokens_seen": 300,
+            "tokens_per_second": 150.0,
+            "wall_seconds": 7.5,
+            "load": LOAD,
+        }
+    ]
+    flops = training_flops(seen.session.config, 1) / 100
+    assert seen.lines == [(3.0, pytest.approx(flops * 150 / 1e6))]
+    seen.logger.flush()
+    assert len(seen.records) == 1
+
+
+def test_which_steps_are_written(clock: list[float]) -> None:
+    """Every third, the last, and those at which something happened."""
+    seen = Seen()
+    for step in range(1, 11):
+        seen.add(step, finite=step != 4, spike=step == 8)
+    seen.logger.flush()
+    assert [record["step"] for record in seen.records] == [3, 4, 6, 8, 9, 10]
+    assert (seen.counters.drop_steps, seen.counters.drop_sum) == (9, 4.5), "all finite steps"
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_spike_is_said_and_counts_as_skipped_only_if_it_was(skip: bool, clock: list[float]) -> None:
+    seen = Seen(skip_spikes=skip)
+    seen.add(1, spike=True)
+    seen.logger.flush()
+    what = "the step was skipped" if skip else "--train.skip-spikes would have skipped the step"
+    assert seen.said[-1] == f"step 1 | loss spike: 2.000; {what}"
+    assert (seen.records[0]["skipped"], seen.records[0]["spike"]) == (skip, True)
+
+
+def test_the_first_step_is_said_once(clock: list[float]) -> None:
+    seen = Seen()
+    for step in (1, 2):
+        seen.add(step)
+    seen.logger.flush()
+    assert seen.said == ["first step done 2.5 s after the start, data and compilation included"]
+
+
+def test_a_starved_expert_is_said_when_it_has_starved_long_enough(clock: list[float]) -> None:
+    seen = Seen(steps=1000, log_every=1000)
+    for step in range(1, STARVED_STEPS + 2):
+        seen.add(step, load=[[0.5, 0.5, 0, 0.0], [0.25] * 4])
+    seen.logger.flush()
+    assert [line.partition(" got")[0] for line in seen.said[1:]] == [
+        f"step {STARVED_STEPS} | expert {expert} of layer 0" for expert in (2, 3)
+    ]
+    assert [record["step"] for record in seen.records] == [STARVED_STEPS]
+    assert seen.records[0]["starved"] == [[0, 2], [0, 3]]
+
+
+def test_steps_that_stay_bad_end_the_run(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_logger, "MAX_SKIPPED_IN_A_ROW", 3)
+    seen = Seen()
+    for step, finite in ((1, False), (2, False), (3, True), (4, False), (5, False), (6, False)):
+        seen.add(step, finite=finite)
+    assert seen.counters.skipped_in_a_row == 2
+    said = r"^step 6: 3 steps in a row .*, first in params\.embedding \(faults/step_6\); lower --lr"
+    with pytest.raises(UserError, match=said):
+        seen.logger.flush()
+    assert all(record["skipped"] for record in seen.records if record["step"] != 3)
+
+
+def test_a_pause_does_not_count(clock: list[float]) -> None:
+    seen = Seen(log_every=1)
+    clock[0] = 1.0
+    with seen.logger.paused():
+        clock[0] = 5.0
+    clock[0] = 6.0
+    seen.add(1)
+    seen.logger.flush()
+    assert seen.records[0]["tokens_per_second"] == 100 / 2
+    clock[0] = 10.0
+    seen.add(2)
+    seen.logger.flush()
+    assert seen.records[1]["tokens_per_second"] == 100 / 4
+
+
+def test_a_run_that_goes_on_counts_from_its_step(clock: list[float]) -> None:
+    seen = Seen(log_every=1)
+    seen.session.state.step = 6
+    logger = StepLogger(seen.session, seen.logger._log, seen.logger._terminal)
+    clock[0] = 2.0
+    seen.logger = logger
+    seen.add(7)
+    logger.flush()
+    assert (seen.records[0]["tokens_seen"], seen.records[0]["tokens_per_second"]) == (700, 50)
+
+
+# The terminal
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (36_061, "10:01:01")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert terminal._duration(seconds) == shown
+
+
+def test_a_line_of_a_step(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """ln 2 nats a token of 2 bytes are half a bit a byte. After 2 of 10 steps in 4 s, 8 are left, of 2 s each; a run
+    that went on at step 1 takes 4 s for one."""
+    record = {"step": 2, "loss": math.log(2), "tokens_per_second": 1234.0, "drop_fraction": 0.125}
+    for first, left in ((0, "0:16"), (1, "0:32")):
+        clock[0] = 0
+        shown = Terminal(10, first)
+        clock[0] = 4
+        shown.step(record, 2.0, 0.5)
+        shown.close()
+        numbers = "loss 0.693 | 0.500 bits/byte | 1,234 tokens/s | 50% of matmul rate | 12.5% dropped"
+        assert capsys.readouterr().out.splitlines() == [f"step  2/10 | {numbers} | {left} left"]
+
+
+def test_the_loss_on_the_terminal_is_a_running_mean(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    shown = Terminal(3, 0)
+    for step, loss in ((1, 1.0), (2, 2.0)):
+        shown.step({"step": step, "loss": loss, "tokens_per_second": 1.0, "drop_fraction": 0}, 1.0, 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("loss ")[1][:5] for line in lines] == ["1.000", "1.200"]
