@@ -21,7 +21,7 @@ FLOORS = (
     ("inference", "runs"),
     ("training",),
     ("plots",),
-    ("benchmarks", "certificates", "experiments", "inspection", "planning"),
+    ("benchmarks", "certificates", "experiments", "inspection", "interop", "planning"),
     ("api",),
     ("cli",),
     ("__main__",),

@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": ("Inspect", "write an HTML page that shows where every token went"),
     "presets": ("Presets", "print what each preset is for, and what it costs here"),
     "plan": ("Plan", "find settings that fit a GPU, or a text and a memory"),
+    "export": ("Export", "write a model for transformers, llama.cpp or ollama"),
     "doctor": ("Doctor", "verify every checkpoint of a run, and mend what can be"),
     "verify-resume": ("VerifyResume", "show that a killed and resumed run loses nothing"),
     "certify": ("Certify", "test causality, arithmetic and memory of a model"),

@@ -53,13 +53,20 @@ class LoadedRun:
         return ValidationText(store, warning)
 
 
-def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
-    """Open the run in a folder: its best checkpoint, or the checkpoint of a step.
+class FoundCheckpoint(NamedTuple):
+    """A checkpoint that belongs to its run, and what must be known to use it."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+
+
+def find_checkpoint(path: Path, step: int | None = None) -> FoundCheckpoint:
+    """The best checkpoint of a run, or the checkpoint of a step. No array is read.
 
     Raises UserError where the folder holds no run, or the checkpoint is damaged or belongs to another run, model or
     tokenizer.
     """
-    path = Path(path)
     config = load_config(path)
     if config is None:
         raise UserError(f"--run {path}: no run with a complete checkpoint there; make one with `uv run train.py`")
@@ -73,6 +80,14 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
         check_same_model(checkpoint, config)
     except CheckpointCorrupted as error:
         raise CheckpointCorrupted(f"{checkpoint.path}: {error}; `python -m moe_jax doctor` checks the others") from None
+    return FoundCheckpoint(config, tokenizer, checkpoint)
+
+
+def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
+    """Open the run in a folder: its best checkpoint, or the checkpoint of a step. Raises the errors of
+    `find_checkpoint`."""
+    path = Path(path)
+    config, tokenizer, checkpoint = find_checkpoint(path, step)
     asked, trained = config.execution.compute_dtype, saved_config(checkpoint).execution.compute_dtype
     if asked != trained:
         print(

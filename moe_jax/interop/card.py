@@ -1,0 +1,62 @@
+"""What a person reads beside an exported model: the model card, and ollama's Modelfile."""
+
+from typing import Any
+
+from moe_jax.interop.source import ExportSource
+from moe_jax.model.costs import count_parameters, totals
+from moe_jax.system.json_text import json_text
+
+MODELFILE = 'FROM ./model.gguf\nTEMPLATE "{{ .Prompt }}"\n'
+"""For `ollama create NAME -f Modelfile`. The template adds nothing: the model goes on with the prompt."""
+
+
+def model_card(source: ExportSource, name: str, command: str, files: list[str]) -> str:
+    """The model card, in Markdown, from the run's own summary. What the summary does not say is left out."""
+    config, summary = source.config, source.summary
+    counts, model = totals(count_parameters(config.model)), config.model
+    facts: dict[str, Any] = {
+        "parameters": f"{counts.total:,}, of which {counts.active:,} are active for a token",
+        "shape": f"{model.layers} layers of width {model.width}, {model.heads} heads, context {model.seq_len}",
+        "experts": f"{model.experts} of {model.expert_hidden}, top-{model.routing.top_k}"
+        if model.dense == "none"
+        else f"none: a dense feed-forward network of {model.dense_hidden}",
+        "tokenizer": f"{source.tokenizer.kind}, {source.tokenizer.vocab_size:,} entries; a text begins and ends with "
+        "`<|endoftext|>`",
+        "trained on": config.data.source,
+        "training": _training(summary),
+        "score": _score(summary),
+        "routing": _routing(summary),
+        "checkpoint": f"step {source.checkpoint.step}",
+        "exported by": f"`{command}`",
+    }
+    table = "".join(f"| {what} | {fact} |\n" for what, fact in facts.items() if fact)
+    tags = json_text(["moe-jax", "mixture-of-experts"] if model.dense == "none" else ["moe-jax"])
+    return (
+        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: {tags}\n---\n\n"
+        f"# {name}\n\nA small language model trained with moe-jax. It goes on with a text; it does not follow "
+        f"instructions.\n\n| what | value |\n|---|---|\n{table}\n"
+        f"Generation and evaluation drop no token, here and there. Files: {', '.join(f'`{f}`' for f in files)}.\n"
+    )
+
+
+def _training(summary: dict[str, Any]) -> str:
+    tokens, steps, flops = (summary.get(k) for k in ("tokens_seen", "steps", "training_flops"))
+    if tokens is None or steps is None:
+        return ""
+    return f"{tokens:,} tokens in {steps:,} steps" + (f", {flops:.2e} floating-point operations" if flops else "")
+
+
+def _score(summary: dict[str, Any]) -> str:
+    bits = summary.get("val_bits_per_byte")
+    if bits is None:
+        return ""
+    stream = "the whole validation text" if summary.get("val_whole_stream") else "a part of the validation text"
+    floor = summary.get("entropy_floor_bits_per_byte")
+    return f"{bits:.4f} bits per byte on {stream}" + (f"; no model can be below {floor:.4f}" if floor else "")
+
+
+def _routing(summary: dict[str, Any]) -> str:
+    balance, drops = summary.get("balance_loss"), summary.get("train_drop_fraction")
+    if balance is None or drops is None:
+        return ""
+    return f"balance loss {balance:.3f} at the end (1 is even), {drops:.1%} of the choices dropped in training"

@@ -1,0 +1,147 @@
+"""Export of a run into a folder for other programs. The folder is whole or absent."""
+
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from moe_jax.config import UserError
+from moe_jax.interop import gguf, huggingface
+from moe_jax.interop.architectures import Architecture, architecture_of
+from moe_jax.interop.card import MODELFILE, model_card
+from moe_jax.interop.source import ExportSource
+from moe_jax.interop.tokenizers import tokenizer_config, tokenizer_json
+from moe_jax.system.files import disk_cause
+from moe_jax.system.json_text import json_text
+
+Target = Literal["hf", "gguf", "both", "safetensors"]
+Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]
+
+SHARD_BYTES = 5 * 10**9
+"""A larger model is written as several files with an index."""
+LAYOUT = """\
+# The layout of model.safetensors
+
+| name | shape | what |
+|---|---|---|
+| embedding | [V, D] | rows of tokens |
+| position | [T, D] | learned positions, where there are any |
+| blocks.N.attention_norm, ffn_norm: scale, bias | [D] | LayerNorm (eps 1e-5) or RMSNorm (eps 1e-6), before each half |
+| blocks.N.attention.qkv, qkv_bias | [D, 3D], [3D] | x @ qkv is (q, k, v), each of (head, entry) |
+| blocks.N.attention.out, out_bias | [D, D], [D] | output projection |
+| blocks.N.attention.query_norm, key_norm: scale | [A] | RMSNorm of each head, before the rotation |
+| blocks.N.ffn.router | [D, E] | scores of the experts; the best K, softmax over these K |
+| blocks.N.ffn.balance_bias | [E] | added when experts are chosen, and only then |
+| blocks.N.ffn.experts.w_in, w_gate | [E, D, F] | gelu(x w_in) in the tanh form, or silu(x w_gate) * (x w_in) |
+| blocks.N.ffn.experts.w_out | [E, F, D] | output of an expert |
+| blocks.N.ffn.shared | [1, D, F'], [1, F', D] | experts without routing |
+| norm: scale, bias | [D] | before the head |
+| head | [D, V] | where it is not the embedding |
+
+Rotary positions have base 10000 and rotate the pairs (i, i + A/2) of a head. `settings.json` has the sizes.
+"""
+
+
+def check_exportable(source: ExportSource, to: Target, dtype: Dtype) -> Architecture | None:
+    """The architecture of an export; None for plain safetensors. Raises UserError if the model does not fit."""
+    if to == "safetensors":
+        return None
+    architecture = architecture_of(source.config.model)
+    if to in ("gguf", "both"):
+        if architecture.gguf is None:
+            raise UserError(f"--to {to}: {architecture.gguf_problem}")
+        gguf.check_installed()
+    return architecture
+
+
+def export(source: ExportSource, to: Target, dtype: Dtype, out: Path, command: str) -> list[Path]:
+    """Write the model, its tokenizer and its card into the new folder `out`. Returns the paths of the files.
+
+    Raises UserError where the model does not fit the target, or the disk is full; nothing is left then.
+    """
+    architecture = check_exportable(source, to, dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
+    try:
+        draft.mkdir()
+        if architecture is None:
+            _write_plain(draft, source, dtype)
+        else:
+            _write_for(draft, source, architecture, to, dtype, out.name)
+        files = sorted(p.name for p in draft.iterdir())
+        (draft / "README.md").write_text(model_card(source, out.name, command, files), encoding="utf-8")
+        if out.exists():
+            out.rmdir()  # it is empty: the command has checked
+        draft.rename(out)
+    except Exception as error:
+        cause = disk_cause(error)
+        if cause is None:
+            raise
+        raise UserError(f"--out {out}: cannot be written ({cause}); nothing was exported") from None
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return sorted(out.iterdir())
+
+
+def _write_for(
+    folder: Path, source: ExportSource, architecture: Architecture, to: Target, dtype: Dtype, name: str
+) -> None:
+    context = source.config.model.seq_len
+    if to in ("hf", "both"):
+        _write_shards(folder, huggingface.tensors(source, architecture), dtype)
+        _write_json(folder / "config.json", huggingface.config_json(source, architecture, dtype))
+        separator = source.tokenizer.separator_id
+        generation = {"bos_token_id": separator, "eos_token_id": separator, "do_sample": True, "temperature": 0.8}
+        _write_json(folder / "generation_config.json", generation | {"max_length": context})
+        _write_json(folder / "tokenizer.json", tokenizer_json(source.tokenizer))
+        _write_json(folder / "tokenizer_config.json", tokenizer_config(context))
+    if to in ("gguf", "both"):
+        gguf.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
+        (folder / "Modelfile").write_text(MODELFILE)
+
+
+def _write_plain(folder: Path, source: ExportSource, dtype: Dtype) -> None:
+    _write_shards(folder, ((name, source.array(name)) for name in source.weights), dtype)
+    (folder / "LAYOUT.md").write_text(LAYOUT, encoding="utf-8")
+    _write_json(folder / "settings.json", source.config.to_dict())
+    _write_json(folder / "tokenizer.json", tokenizer_json(source.tokenizer))
+    _write_json(folder / "tokenizer_config.json", tokenizer_config(source.config.model.seq_len))
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype) -> None:
+    """Write model.safetensors, or several files with an index if the model has more than SHARD_BYTES."""
+    from safetensors.numpy import save_file
+
+    metadata, names, total = {"format": "pt"}, {}, 0
+    shards: list[list[str]] = []
+    for number, shard in enumerate(_shards(tensors, dtype)):
+        save_file(shard, folder / f"{number}.part", metadata)
+        shards.append(list(shard))
+        total += sum(array.nbytes for array in shard.values())
+    for number, inside in enumerate(shards):
+        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
+        (folder / f"{number}.part").rename(folder / name)
+        names |= dict.fromkeys(inside, name)
+    if len(shards) > 1:
+        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
+
+
+def _shards(tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype) -> Iterator[dict[str, np.ndarray]]:
+    import ml_dtypes
+
+    kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
+    shard: dict[str, np.ndarray] = {}
+    for name, array in tensors:
+        array = np.ascontiguousarray(array, kind)
+        if shard and sum(a.nbytes for a in shard.values()) + array.nbytes > SHARD_BYTES:
+            yield shard
+            shard = {}
+        shard[name] = array
+    yield shard

@@ -1,0 +1,57 @@
+"""A verified checkpoint as arrays on the host, without a device and without a compilation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import RunConfig, UserError
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.runs import manifest
+from moe_jax.runs.arrays import WEIGHTS
+from moe_jax.runs.checkpoint import Checkpoint
+from moe_jax.runs.load import find_checkpoint
+from moe_jax.runs.summary import read_summary
+
+
+@dataclass(frozen=True)
+class ExportSource:
+    """What an export is made of."""
+
+    config: RunConfig
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    weights: Mapping[str, np.ndarray]
+    """Name in `weights.safetensors` -> array, memory-mapped, in the dtype of training."""
+    summary: dict[str, Any]
+
+    def block(self, layer: int, name: str) -> np.ndarray:
+        """float32: a weight of a block, such as "attention.qkv"."""
+        return self.array(f"blocks.{layer}.{name}")
+
+    def array(self, name: str) -> np.ndarray:
+        """float32: a weight by its name."""
+        return np.asarray(self.weights[name], np.float32)
+
+
+def open_source(run: Path, step: int | None = None) -> ExportSource:
+    """The best checkpoint of a run, or that of a step. Every file of it is compared with its digest.
+
+    Raises the errors of `find_checkpoint`, and UserError if a file is damaged.
+    """
+    config, tokenizer, checkpoint = find_checkpoint(run, step)
+    damage = manifest.verify_files(checkpoint.path, checkpoint.manifest)
+    if damage:
+        raise UserError(f"{checkpoint.path}: {damage}; `python -m moe_jax doctor --run {run}` checks the others")
+    return ExportSource(config, tokenizer, checkpoint, _weights(checkpoint.path / WEIGHTS), read_summary(run))
+
+
+def _weights(path: Path) -> dict[str, np.ndarray]:
+    import ml_dtypes  # noqa: F401, teaches numpy bfloat16
+    from safetensors.numpy import load_file
+
+    if not path.is_file():
+        raise UserError(f"{path}: is missing; `python -m moe_jax doctor --repair` writes it again")
+    return load_file(path)

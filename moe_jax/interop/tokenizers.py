@@ -1,0 +1,105 @@
+"""The tokenizer of a run in the forms that transformers and llama.cpp read.
+
+The three kinds are byte-level BPEs: `byte` is one without merges. Ids stay the same. One thing differs: transformers
+and llama.cpp read `<|endoftext|>` inside a text as the separator, our tokenizer never does.
+"""
+
+import itertools
+from typing import Any
+
+from moe_jax.data.text_files import SEPARATOR
+from moe_jax.data.tokenizers import Tokenizer
+
+GPT2_PATTERN = "gpt-2"
+"""llama.cpp's name for the rule that cuts text into words."""
+
+
+def byte_alphabet() -> dict[int, str]:
+    """Byte -> the character that stands for it in GPT-2's vocabulary files (Radford et al. 2019, encoder.py).
+
+    Bytes that are printable in Latin-1 stand for themselves, the others for characters from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+_ALPHABET = byte_alphabet()
+
+
+def spell(entry: bytes) -> str:
+    """Bytes in GPT-2's alphabet."""
+    return "".join(_ALPHABET[byte] for byte in entry)
+
+
+def spelled(tokenizer: Tokenizer) -> list[str]:
+    """The entry of each id in GPT-2's alphabet, the separator last."""
+    return [*(spell(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size - 1)), SEPARATOR]
+
+
+def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
+    """The pairs that the tokenizer merges, in GPT-2's alphabet, the first learned first."""
+    definition = tokenizer.to_dict()
+    words = spelled(tokenizer)
+    if definition["kind"] == "byte":
+        return []
+    if definition["kind"] == "bpe":
+        return [(words[left], words[right]) for left, right in definition["merges"]]
+    ranks = {word: i for i, word in enumerate(words[:-1])}
+    return [_last_pair(word, ranks) for word in words[:-1] if len(word) > 1]
+
+
+def _last_pair(word: str, ranks: dict[str, int]) -> tuple[str, str]:
+    """The two parts that a BPE joins last to make an entry: what merging by lower ranks leaves of it."""
+    parts = list(word)
+    while len(parts) > 2:
+        ranked = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
+        _, i = min(found for found in ranked if found[0] < ranks[word])
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of tokenizer.json, for the library `tokenizers`. A text gets the separator before it."""
+    words, separator = spelled(tokenizer), tokenizer.separator_id
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    special = {"id": separator, "content": SEPARATOR, "special": True, "normalized": False}
+    token = {"SpecialToken": {"id": SEPARATOR, "type_id": 0}}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [special | {"single_word": False, "lstrip": False, "rstrip": False}],
+        "normalizer": None,
+        "pre_tokenizer": byte_level,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [token, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [token, {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {SEPARATOR: {"id": SEPARATOR, "ids": [separator], "tokens": [SEPARATOR]}},
+        },
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {word: i for i, word in enumerate(words)},
+            "merges": [f"{left} {right}" for left, right in merges(tokenizer)],
+        },
+    }
+
+
+def tokenizer_config(context: int) -> dict[str, Any]:
+    """The content of tokenizer_config.json."""
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SEPARATOR,
+        "eos_token": SEPARATOR,
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }

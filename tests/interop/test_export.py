@@ -1,0 +1,185 @@
+"""What an export writes, what it refuses in one line, and that a failure leaves nothing."""
+
+import dataclasses
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import moe_jax.interop.export as module
+from moe_jax.cli import main
+from moe_jax.config import UserError
+from moe_jax.config.presets import PRESETS, preset
+from moe_jax.interop.architectures import architecture_of
+from moe_jax.interop.export import export
+from moe_jax.interop.source import open_source
+from tests.interop.saved import save
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("run"), layers=1)
+
+
+def command(*arguments: str) -> int:
+    return main.main(main.run_command, ["export", *arguments])
+
+
+ARCHITECTURES = {
+    "nano": "mixtral",
+    "story": "mixtral",
+    "story-cpu": "qwen3_moe",
+    "story-4gb": "qwen3_moe",
+    "seed-158m": "--model.positions learned: no class of transformers holds this model",
+    "max-4gb": "mixtral",
+}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_has_a_class_or_a_reason(name: str) -> None:
+    model = preset(name).model
+    expected = ARCHITECTURES[name]
+    if expected.startswith("--"):
+        with pytest.raises(UserError) as failure:
+            architecture_of(model)
+        assert str(failure.value).startswith(expected)
+    else:
+        assert architecture_of(model).model_type == expected
+
+
+@pytest.mark.parametrize(
+    ("changes", "routing", "option"),
+    [
+        ({"bias": True}, {}, "--model.bias"),
+        ({"norm": "layernorm"}, {}, "--model.norm layernorm"),
+        ({"activation": "gelu"}, {}, "--model.activation gelu"),
+        ({"positions": "learned"}, {}, "--model.positions learned"),
+        ({"qk_norm": True}, {"balancing": "bias"}, "--model.qk-norm"),
+        ({"qk_norm": True, "shared_experts": 1}, {}, "--model.qk-norm"),
+        ({}, {"top_k": 1}, "--routing.top-k 1"),
+        ({"shared_experts": 1}, {"top_k": 1}, "--routing.top-k 1"),
+        ({"scaled_embedding": True, "qk_norm": True}, {}, "--model.scaled-embedding"),
+        ({"dense": "active", "scaled_embedding": True}, {}, "--model.scaled-embedding"),
+        ({"dense": "active", "norm": "layernorm"}, {}, "--model.norm layernorm, --model.positions rope"),
+    ],
+)
+def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dict, option: str) -> None:
+    model = dataclasses.replace(preset("nano").model, **changes).with_routing(**routing)
+    with pytest.raises(UserError) as failure:
+        architecture_of(model)
+    assert str(failure.value).startswith(option)
+    assert "`--to safetensors`" in str(failure.value)
+
+
+def test_top_1_is_held_by_transformers_and_not_by_llama_cpp() -> None:
+    model = dataclasses.replace(preset("nano").model, qk_norm=True).with_routing(top_k=1)
+    architecture = architecture_of(model)
+    assert architecture.model_type == "qwen3_moe"
+    assert architecture.gguf is None
+    assert architecture.gguf_problem.startswith("--routing.top-k 1")
+
+
+def test_a_folder_for_transformers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command("--run", str(run), "--out", str(tmp_path / "out")) == 0
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    assert names == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert "AutoModelForCausalLM.from_pretrained" in capsys.readouterr().out
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["rms_norm_eps"], config["rope_theta"], config["head_dim"]) == (1e-6, 10_000.0, 16)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_plain_safetensors_have_our_names_and_values(run: Path, tmp_path: Path) -> None:
+    assert command("--run", str(run), "--out", str(tmp_path / "out"), "--to", "safetensors") == 0
+    found, source = load_file(tmp_path / "out" / "model.safetensors"), open_source(run)
+    assert found.keys() == source.weights.keys()
+    for name, array in found.items():
+        np.testing.assert_array_equal(array, source.weights[name])
+    layout = (tmp_path / "out" / "LAYOUT.md").read_text()
+    assert all(name.split(".")[-1] in layout for name in found)
+
+
+def test_a_large_model_is_written_in_shards(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    export(open_source(run), "hf", "float32", tmp_path / "one", "")
+    monkeypatch.setattr(module, "SHARD_BYTES", 100_000)
+    export(open_source(run), "hf", "float32", tmp_path / "many", "")
+    whole = load_file(tmp_path / "one" / "model.safetensors")
+    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
+    shards = {name: load_file(tmp_path / "many" / name) for name in set(index["weight_map"].values())}
+    assert len(shards) > 2
+    assert index["metadata"]["total_size"] == sum(a.nbytes for a in whole.values())
+    assert index["weight_map"].keys() == whole.keys()
+    for name, file in index["weight_map"].items():
+        np.testing.assert_array_equal(shards[file][name], whole[name])
+    assert all(name.endswith(f"-of-{len(shards):05}.safetensors") for name in shards)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_weights_are_the_rounded_ones(dtype: str, run: Path, tmp_path: Path) -> None:
+    import ml_dtypes
+
+    export(open_source(run), "hf", dtype, tmp_path / "out", "")  # pyright: ignore[reportArgumentType]
+    export(open_source(run), "hf", "float32", tmp_path / "wide", "")
+    wide, narrow = (load_file(tmp_path / name / "model.safetensors") for name in ("wide", "out"))
+    kind = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}[dtype]
+    for name, array in wide.items():
+        np.testing.assert_array_equal(narrow[name], array.astype(kind))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+# Faults
+
+
+def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "model_card", full)  # the last thing that is written
+    with pytest.raises(UserError, match=r"the disk is full\); nothing was exported"):
+        export(open_source(run), "hf", "float32", tmp_path / "deep" / "out", "")
+    assert list((tmp_path / "deep").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_is_not_exported(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = save(tmp_path, layers=1)
+    (file,) = (run / "checkpoints").glob(f"*/{name}")
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    assert command("--run", str(run), "--out", str(tmp_path / "out")) == 1
+    *skipped, error = capsys.readouterr().err.splitlines()
+    assert len(skipped) == 1
+    assert error.startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["--dtype", "q8_0"], 2, "--dtype q8_0: for --to gguf only"),
+        (["--to", "onnx"], 2, "--to onnx: must be one of"),
+        (["--step", "7"], 2, "--step 7: "),
+        (["--out", "FULL"], 2, "is not empty; name a new folder"),
+    ],
+)
+def test_wrong_arguments(
+    arguments: list[str], status: int, said: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    arguments = [str(tmp_path / "full") if a == "FULL" else a for a in arguments]
+    assert command("--run", str(run), "--out", str(tmp_path / "out"), *arguments) == status
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
