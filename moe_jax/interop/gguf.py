@@ -11,14 +11,14 @@ from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture
 from moe_jax.interop.huggingface import RMS_EPS, THETA
 from moe_jax.interop.layers import attention, embedding, experts
 from moe_jax.interop.source import ExportSource
-from moe_jax.interop.tokenizers import GPT2_PATTERN, merges, spell, spelled
+from moe_jax.interop.tokenizers import GPT2_PATTERN, merges, spelled
 
 GgufType = Literal["float32", "bfloat16", "float16", "q8_0"]
 
 INTERLEAVED = ("llama", "granitemoe", "ernie4_5-moe")
 """Architectures that rotate the pairs (2i, 2i + 1) of a head."""
-NO_MERGE = (spell(b"\0"), spell(b"\0"))
-"""llama.cpp refuses a vocabulary without merges. The result of this one is no entry, so it is spelled byte by byte."""
+NO_MERGE = ("\u0200", "\u0200")
+"""llama.cpp refuses a vocabulary without merges. These characters spell no byte, so this merge never happens."""
 NORMAL, CONTROL = 1, 3
 """Kinds of tokens in GGUF."""
 

@@ -101,7 +101,7 @@ def test_the_validation_text_is_the_runs_or_the_change_is_said(copied: Path, tmp
     run = open_run(copied)
     store = prepare_token_store(run.config.data, progress=False)
     found = run.validation_text(progress=False)
-    np.testing.assert_array_equal(found.tokens, store.valid.tokens)
+    np.testing.assert_array_equal(found.store.valid.tokens, store.valid.tokens)
     assert found.warning == ""
     other = tmp_path / "other.txt"
     other.write_text("<|endoftext|>".join(f"Another story, number {i}." for i in range(60)))
@@ -109,7 +109,7 @@ def test_the_validation_text_is_the_runs_or_the_change_is_said(copied: Path, tmp
     opened = open_run(copied)
     found = opened.validation_text(progress=False)
     assert found.warning.startswith(f"--data {other}: has changed since the run was trained; ")
-    assert opened.tokenizer.decode(found.tokens).count("Another story") == 3
+    assert opened.tokenizer.decode(found.store.valid.tokens).count("Another story") == 3
     edit_manifest(copied, data=None)  # of a version that did not say
     assert open_run(copied).validation_text(progress=False).warning == ""
 
