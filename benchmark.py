@@ -12,7 +12,11 @@ The last line of the output is one JSON object; the same goes into `benchmarks/`
 `moe_jax/cli/benchmark.py` runs the suites.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` listens, Ctrl-C ends the program without a traceback
 
 from moe_jax.cli.benchmark import Benchmark
 from moe_jax.cli.main import main, run_as

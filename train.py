@@ -10,7 +10,11 @@ Every field of the configuration is a flag (`--help`). The README lists the file
 `Train.execute` in `moe_jax/cli/train.py` does the run, from its flags to its report.
 """
 
+import signal
 import sys
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` listens, Ctrl-C ends the program without a traceback
 
 from moe_jax.cli.main import main, run_as
 from moe_jax.cli.train import Train

@@ -14,7 +14,7 @@ from moe_jax.cli.command import Command, check_range
 from moe_jax.cli.result import print_json
 from moe_jax.config import Dense, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.system import environment
+from moe_jax.system import environment, streams
 from moe_jax.system.files import write_output
 from moe_jax.system.json_text import json_text
 
@@ -75,6 +75,7 @@ class Benchmark(Command):
             # Compiling for a described card needs no card, and must not occupy a real one.
             os.environ["JAX_PLATFORMS"] = "cpu"
         environment.prepare_environment()
+        streams.outlive_output()  # the results go into a file as well
         from moe_jax.benchmarks.request import BenchmarkRequest
         from moe_jax.model.precision import choose_policy
         from moe_jax.system import machine

@@ -51,9 +51,9 @@ class Compare(Command):
         out = Path(self.out or f"runs/compare-{self.preset}")
         asked = self._check(out)
         check_memory(asked)
-        environment.prepare_environment()
         streams.outlive_output()
         with Signals() as signals:
+            environment.prepare_environment()
             from moe_jax.runs.folder import locked_for_training
 
             try:

@@ -14,8 +14,11 @@ from moe_jax.cli.arguments import HINT
 from moe_jax.cli.command import COMMANDS, Command, command
 from moe_jax.config import ConfigError, UserError
 from moe_jax.system import streams
+from moe_jax.system.interrupts import interruptible
 
 HELP = {"-h", "--help"}
+LONGEST_WORD = 400
+"""Characters of a word that an error shows whole, such as a value or a path."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
@@ -59,10 +62,18 @@ def console() -> int:
 
 
 def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a program on the arguments. An error that the user can mend becomes one line and an exit status."""
+    """Run a program on the arguments: those of this process, unless given. An error that the user can mend becomes one
+    line and an exit status."""
+    if argv is None:
+        with interruptible():
+            return _main(program, sys.argv[1:])
+    return _main(program, argv)
+
+
+def _main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
     streams.settle()
     try:
-        status = program(sys.argv[1:] if argv is None else argv) or 0
+        status = program(argv) or 0
         sys.stdout.flush()  # an error of the last write must be found here, and not while Python shuts down
         return status
     except ConfigError as error:
@@ -102,5 +113,10 @@ def _of_jax(error: str) -> str | None:
 def _fail(message: str, status: int) -> int:
     with suppress(streams.OutputLost):
         sys.stdout.flush()
-    print("error: " + " ".join(message.split()), file=sys.stderr)
+    print("error: " + " ".join(map(_shortened, message.split())), file=sys.stderr)
     return status
+
+
+def _shortened(word: str) -> str:
+    """A word as an error shows it: the beginning and the end of a very long one."""
+    return word if len(word) <= LONGEST_WORD else f"{word[:150]}...{word[-100:]}"

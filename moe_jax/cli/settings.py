@@ -29,6 +29,8 @@ from moe_jax.system.errors import FieldError
 ORIGIN = {("", "preset"), ("", "out"), ("", "resume"), ("", "upcycle"), ("model", "dense")}
 """Fields that say where settings start from: the preset, and the fields that give `RunConfig.run_dir`."""
 
+VOCABULARY = ("model", "vocab_size")
+
 COMMON = (
     *("--preset", "--data", "--tokenizer", "--out", "--resume"),
     *("--steps", "--batch-size", "--lr", "--seed", "--precision"),
@@ -100,6 +102,8 @@ def resolve_settings(file: SettingsFile, flags: Values) -> Settings:
     if saved is not None:
         # A folder may have been copied or renamed, so its path comes from the command and not from its config.json.
         start = saved = dataclasses.replace(saved, out=asked.run_dir)
+    if start.model.vocab_size and given.get(VOCABULARY) == 0:
+        del given[VOCABULARY]  # 0 stands for the tokenizer's size, which the origin has by now
     try:
         config = override(start, given)
         check_source(config.data.source)

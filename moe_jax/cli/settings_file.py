@@ -18,6 +18,9 @@ from moe_jax.cli.arguments import Argument, Values, perhaps
 from moe_jax.config import SECTIONS, ConfigError
 from moe_jax.system.errors import FieldError
 
+LARGEST = 2**63 - 1
+"""Largest whole number of TOML. Python reads larger ones too, which then cannot be made floats, or be printed."""
+
 
 class SettingsFile(NamedTuple):
     """The values that a file sets. They are empty without a file."""
@@ -35,6 +38,8 @@ def read_settings(path: str, arguments: Iterable[Argument]) -> SettingsFile:
     by_key = {a.key: a for a in arguments}
     values: Values = {}
     for (section, name), value in _entries(path, _load(path)):
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{path}: {_key(section, name)}: a whole number of more than 64 bits; give a smaller one")
         argument = by_key.get((section, name))
         if argument is None:
             raise ConfigError(f"{path}: {_key(section, name)}: no such setting{_near(section, name, by_key)}")

@@ -40,18 +40,14 @@ class Train(RunCommand):
     def execute(self) -> int:
         """Prepare, lock the folder, open the session, train, score, report."""
         config, saved = self.settings
-        if not self.dry_run:
-            check_memory(config)
-        notes = environment.prepare_environment(config.execution.deterministic)
-        if config.resume and saved is None:
-            say(new_run_note(Path(config.run_dir)))
         if self.dry_run:
-            from moe_jax.training.dry_run import print_dry_run
-
-            print_dry_run(config)
-            return 0
+            return self._print_dry_run()
+        check_memory(config)
         streams.outlive_output()
         with Signals() as signals:
+            notes = environment.prepare_environment(config.execution.deterministic)
+            if config.resume and saved is None:
+                say(new_run_note(Path(config.run_dir)))
             # jax is imported only now, because the arguments are accepted and the environment is set.
             with working("starting JAX"):
                 from moe_jax.inspection.report import report_run
@@ -69,6 +65,16 @@ class Train(RunCommand):
                     say(*report_run(session.folder.files))
             except Stopped as stop:
                 return stop.status
+        return 0
+
+    def _print_dry_run(self) -> int:
+        config, saved = self.settings
+        environment.prepare_environment(config.execution.deterministic)
+        if config.resume and saved is None:
+            say(new_run_note(Path(config.run_dir)))
+        from moe_jax.training.dry_run import print_dry_run
+
+        print_dry_run(config)
         return 0
 
 

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError
 from moe_jax.config.flags import flag_of
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.runs.checkpoint import Checkpoint
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.folders import Folder
 
@@ -59,6 +59,16 @@ def check_same_run(run: Folder, checkpoints: Iterable[Checkpoint]) -> str | None
     return expected
 
 
+def best_of_run(run: Path) -> Checkpoint | None:
+    """The best good checkpoint in a run's folder, or None if none is good.
+
+    Raises UserError if any checkpoint there belongs to another run: it may have taken the place of the best one.
+    """
+    store = CheckpointStore(run)
+    check_same_run(Folder(run), store.list())
+    return store.best()
+
+
 def saved_config(checkpoint: Checkpoint) -> RunConfig:
     """The configuration that a checkpoint was saved with. Raises CheckpointCorrupted if its manifest holds none."""
     try:
@@ -87,8 +97,9 @@ def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
         raise CheckpointCorrupted("its arrays are not those of the model that its manifest names")
 
 
-def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None) -> Tokenizer:
-    """The tokenizer of a run. Raises UserError if it cannot be read, or is not the one that the checkpoint names."""
+def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None, model: ModelConfig) -> Tokenizer:
+    """The tokenizer of a run. Raises UserError if it cannot be read, is not the one that the checkpoint names, or has
+    token ids that the model does not know."""
     path = run / "tokenizer.json"
     tokenizer = load_tokenizer(path)
     expected = checkpoint.manifest["context"].get("tokenizer") if checkpoint else None
@@ -96,5 +107,10 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None) -> Tokenizer:
         raise UserError(
             f"{path}: is not the tokenizer that the run was trained with; put that file back, or try "
             f"`python -m moe_jax doctor --run {run} --repair`"
+        )
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{path}: has {tokenizer.vocab_size} entries, and the model of the run knows {model.vocab_size}; put the "
+            "tokenizer of the run back"
         )
     return tokenizer

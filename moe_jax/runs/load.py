@@ -13,7 +13,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
-from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer, saved_config
+from moe_jax.runs.identity import best_of_run, check_same_model, check_same_run, load_run_tokenizer, saved_config
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.folders import Folder
 
@@ -70,12 +70,11 @@ def find_checkpoint(path: Path, step: int | None = None) -> FoundCheckpoint:
     config = load_config(path)
     if config is None:
         raise UserError(f"--run {path}: no run with a complete checkpoint there; make one with `uv run train.py`")
-    store = CheckpointStore(path)
-    checkpoint = store.best() if step is None else store.at(step)
+    checkpoint = best_of_run(path) if step is None else CheckpointStore(path).at(step)
     if checkpoint is None:
         raise UserError(f"--run {path}: every checkpoint is damaged; `python -m moe_jax doctor --run {path}` says how")
     check_same_run(Folder(path), [checkpoint])
-    tokenizer = load_run_tokenizer(path, checkpoint)
+    tokenizer = load_run_tokenizer(path, checkpoint, config.model)
     try:
         check_same_model(checkpoint, config)
     except CheckpointCorrupted as error:

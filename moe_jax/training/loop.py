@@ -9,7 +9,7 @@ from typing import Any
 
 from moe_jax.config import UserError
 from moe_jax.runs.checkpoint import restore
-from moe_jax.runs.identity import check_same_run
+from moe_jax.runs.identity import best_of_run
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.logging import MetricsLog
 from moe_jax.training.session import Session
@@ -107,8 +107,7 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
 def finish(session: Session) -> dict[str, Any]:
     """Score the best checkpoint on the whole validation stream, and write the summary of the run."""
     session.folder.guard()
-    check_same_run(session.folder.files, session.checkpoints.list())
-    best = session.checkpoints.best()
+    best = best_of_run(session.folder.path)
     if best is None:
         raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; look after the disk")
     params = session.state.params

@@ -156,7 +156,7 @@ class Session:
         if saved is not None:
             found = checkpoints.list()
             run_id = check_same_run(folder.files, found) or new_run_id()
-            tokenizer = load_run_tokenizer(folder.path, found[-1] if found else None)
+            tokenizer = load_run_tokenizer(folder.path, found[-1] if found else None, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         config = dataclasses.replace(config, model=_with_vocabulary(config.model, store))
         programs = Programs.of(config)

@@ -24,9 +24,8 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.costs import training_flops
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
-from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer
-from moe_jax.system.folders import Folder
+from moe_jax.runs.checkpoint import Checkpoint, restore
+from moe_jax.runs.identity import best_of_run, check_same_model, load_run_tokenizer
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,11 @@ class UpcycleSource:
             return None
         dense, folder = load_dense_config(config.upcycle), Path(config.upcycle)
         check_upcyclable(dense, config)
-        checkpoint = CheckpointStore(folder).best()
+        checkpoint = best_of_run(folder)
         if checkpoint is None:
             raise UserError(f"--upcycle {folder}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
-        check_same_run(Folder(folder), [checkpoint])
         check_same_model(checkpoint, dense)
-        return cls(dense, checkpoint, load_run_tokenizer(folder, checkpoint))
+        return cls(dense, checkpoint, load_run_tokenizer(folder, checkpoint, dense.model))
 
     def params(self, fresh: Params, store: TokenStore) -> Params:
         """The initial parameters of the new run (see `copied`). Raises UserError if the new run has another text."""

@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.cli import main
 from moe_jax.cli.command import COMMANDS, command
+from moe_jax.cli.train import Train
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -42,3 +43,13 @@ def test_a_defect_keeps_its_traceback(monkeypatch) -> None:
 
     with pytest.raises(RuntimeError, match="something else"):
         main.main(program, [])
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "9" * 4000, "x" * 5000])
+def test_a_long_value_is_shortened(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its beginning and its end are shown."""
+    assert main.main(lambda argv: main.run_as(Train, argv, "train.py"), [f"--train.warmup-steps={value}"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: --train.warmup-steps {value[:150]}")
+    assert f"{value[-50:]}: " in said or f"{value[-50:]} is not" in said
+    assert len(said) < 500

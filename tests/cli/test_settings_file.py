@@ -145,3 +145,12 @@ def test_a_configuration_is_a_settings_file_but_for_its_schema(tmp_path: Path) -
             lines += [f"[{section}]", *(f"{key} = {json.dumps(value)}" for key, value in fields.items())]
     (tmp_path / "my.toml").write_text("\n".join(lines))
     assert settings("--config", "my.toml").config == preset("seed-158m")
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400, "-1" + "0" * 400, "0x1" + "0" * 6000])
+@pytest.mark.parametrize("name", ["lr", "steps"])
+def test_a_number_of_more_than_64_bits_is_refused(name: str, number: str) -> None:
+    """Python's integers have no limit. As a float it overflows, and one of 4300 digits cannot be printed."""
+    Path("large.toml").write_text(f"[train]\n{name} = {number}\n")
+    with pytest.raises(ConfigError, match=rf"^large.toml: \[train\] {name}: a whole number of more than 64 bits"):
+        settings("--config", "large.toml")

@@ -48,17 +48,25 @@ OWN_COPY = ("doctor --repair", "train --resume")
 class Worker:
     """A process that runs command lines (`command_worker.py`). Started anew if it dies, or takes too long."""
 
-    def __init__(self, cache: Path) -> None:
-        self._cache, self._process = cache, None
+    def __init__(
+        self,
+        cache: Path,
+        module: str = "tests.reliability.command_worker",
+        folder: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> None:
+        """`module` answers lines of JSON. It works in `folder`, with more variables of the environment."""
+        self._module, self._folder, self._process = module, folder or cache, None
+        self._values = runs.environment(cache) | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        self._values |= environment or {}
 
-    def run(self, argv: list[str]) -> dict[str, Any]:
-        """The answer; its key `died` says why there is none."""
+    def run(self, request: Any) -> dict[str, Any]:
+        """The answer to a request. Its key `died` says why there is none."""
         if self._process is None:
-            values = runs.environment(self._cache) | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-            command = [sys.executable, "-m", "tests.reliability.command_worker"]
+            command = [sys.executable, "-m", self._module]
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-            self._process = subprocess.Popen(command, env=values, cwd=self._cache, **pipes)
-        self._process.stdin.write(json.dumps(argv) + "\n")
+            self._process = subprocess.Popen(command, env=self._values, cwd=self._folder, **pipes)
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         ready = select.select([self._process.stdout], [], [], 10 * MAX_SECONDS)[0]
         line = self._process.stdout.readline() if ready else ""

@@ -23,6 +23,8 @@ from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.reliability
 NANO = preset("nano")
+HUGE = "9" * 400
+"""Too large for a float."""
 ANY_NUMBER = {"routing.capacity_factor"}  # every positive number means something
 
 
@@ -118,6 +120,8 @@ def hammer(name: str, examples: int, server: Server, record: Record) -> None:
         refused(server, [f"{flag}={value}"], flag)
 
     check()
+    if CASES[name] is int:
+        refused(server, [f"{flag}={HUGE}"], flag)
     figure(record, "bad flags refused with status 2 before jax", len(asked))
 
 
@@ -188,6 +192,8 @@ def hammer_command(case: str, examples: int, server: Server, run: Path, record: 
         refused(server, [*argv, *given_run, f"{flag}={value}"], flag)
 
     check()
+    if "integers" in repr(values):
+        refused(server, [*argv, *given_run, f"{flag}={HUGE}"], flag)
     figure(record, "bad flags refused with status 2 before jax", len(asked))
 
 

@@ -86,6 +86,17 @@ def test_another_tokenizer_is_blamed_by_name(opening: str, run: Path) -> None:
     assert "--data" not in str(caught.value)
 
 
+@pytest.mark.parametrize("opening", OPENINGS)
+def test_a_tokenizer_with_more_entries_than_the_model_is_refused(opening: str, run: Path) -> None:
+    """Its digest was made right everywhere."""
+    another_tokenizer(run)
+    digest = json.loads((run / "tokenizer.json").read_text())["digest"]
+    for path in (run / "checkpoints").iterdir():
+        reseal(path, lambda m: m["context"].update(tokenizer=digest))
+    with pytest.raises(UserError, match=r"has 260 entries, and the model of the run knows 257"):
+        OPENINGS[opening](run)
+
+
 def test_another_tokenizer_of_a_dense_run_is_blamed(tmp_path: Path) -> None:
     dense = saved_run.save_run(tmp_path, dense="active")
     another_tokenizer(dense)
@@ -154,6 +165,23 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(place: str, trained: tup
         open_run(run, int(foreign.name[5:]))
     assert {f.what: f.state for f in examine(run, repair=True)}[foreign.name] == "foreign"
     assert {p: p.read_bytes() for p in states.files(run)} == before
+
+
+def test_the_best_checkpoint_is_not_chosen_beside_one_of_another_run(trained: tuple[Path, RunConfig]) -> None:
+    """The copied checkpoint has taken the place of the best one. Without a word the second best would be opened."""
+    run, config = trained
+    foreign = open_run(run).checkpoint.path
+    for path in set((run / "checkpoints").iterdir()) - {foreign}:
+        reseal(path, lambda m: m.update(val_loss=9.0))
+    reseal(foreign, lambda m: (m["context"].update(run_id="0123456789abcdef"), m.update(val_loss=1e3)))
+    with pytest.raises(UserError, match=f"{foreign.name}: was saved by another run"):
+        open_run(run)
+    model = dataclasses.replace(config.model, dense="active")
+    edit(run, model__dense="active")
+    started = dataclasses.replace(config, model=dataclasses.replace(model, dense="none"), upcycle=str(run))
+    expert = dataclasses.replace(started.model, expert_hidden=model.dense_hidden)
+    with pytest.raises(UserError, match=f"{foreign.name}: was saved by another run"):
+        UpcycleSource.open(dataclasses.replace(started, model=expert))
 
 
 def test_a_run_of_an_earlier_version_has_no_id_and_gets_one(trained: tuple[Path, RunConfig]) -> None:

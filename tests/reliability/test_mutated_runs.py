@@ -1,6 +1,6 @@
 """Random damage to the folder of a run: every command refuses it in one line, says what is wrong, or is right.
 
-`MOE_JAX_MUTATION=seed/number` repeats one mutation.
+`MOE_JAX_MUTATION=seed/number` repeats one mutation. `seed/first-last` runs a part of the long form.
 """
 
 import os
@@ -12,6 +12,7 @@ import pytest
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
 from tests.reliability.mutated_run import Battery, Worker
+from tests.reliability.parts import cases
 
 pytestmark = [
     pytest.mark.reliability,
@@ -31,7 +32,7 @@ def battery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Battery]:
     worker.close()
 
 
-def mutate(battery: Battery, numbers: range, record: Record, seed: int = SEED) -> None:
+def mutate(battery: Battery, seed: int, numbers: range, record: Record) -> None:
     wrong = [fault for number in numbers for fault in battery.check(seed, number)]
     counts = battery.counts
     figure(record, "mutations of a run's folder", len(numbers))
@@ -42,12 +43,10 @@ def mutate(battery: Battery, numbers: range, record: Record, seed: int = SEED) -
 
 
 def test_mutations(battery: Battery, record_property: Record) -> None:
-    one = os.environ.get("MOE_JAX_MUTATION")
-    seed, number = map(int, one.split("/")) if one else (SEED, 0)
-    mutate(battery, range(number, number + 1) if one else range(FEW), record_property, seed)
+    mutate(battery, *cases("MOE_JAX_MUTATION", SEED, FEW), record_property)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(4 * 3600)
 def test_many_mutations(battery: Battery, record_property: Record) -> None:
-    mutate(battery, range(MANY), record_property, SEED + 1)
+    mutate(battery, *cases("MOE_JAX_MUTATION", SEED + 1, MANY), record_property)
