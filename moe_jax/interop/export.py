@@ -9,7 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from moe_jax.config import UserError
-from moe_jax.interop import gguf, huggingface
+from moe_jax.interop import gguf_file, huggingface
 from moe_jax.interop.architectures import Architecture, architecture_of
 from moe_jax.interop.card import MODELFILE, model_card
 from moe_jax.interop.source import ExportSource
@@ -53,7 +53,7 @@ def check_exportable(source: ExportSource, to: Target, dtype: Dtype) -> Architec
     if to in ("gguf", "both"):
         if architecture.gguf is None:
             raise UserError(f"--to {to}: {architecture.gguf_problem}")
-        gguf.check_installed()
+        gguf_file.check_installed()
     return architecture
 
 
@@ -99,7 +99,7 @@ def _write_for(
         _write_json(folder / "tokenizer.json", tokenizer_json(source.tokenizer))
         _write_json(folder / "tokenizer_config.json", tokenizer_config(context))
     if to in ("gguf", "both"):
-        gguf.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
+        gguf_file.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
         (folder / "Modelfile").write_text(MODELFILE)
 
 

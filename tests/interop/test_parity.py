@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.interop import gguf
+from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
@@ -72,7 +72,7 @@ def test_llama_cpp_gives_our_logits(run: tuple[str, Path], tmp_path: Path) -> No
     if architecture_of(source.config.model).gguf is None:
         pytest.skip(f"{name} is not held by llama.cpp")
     pytest.importorskip("gguf", reason="gguf is not installed: --extra gguf")
-    gguf.write_gguf(tmp_path / "model.gguf", source, architecture_of(source.config.model), "test", "float32")
+    gguf_file.write_gguf(tmp_path / "model.gguf", source, architecture_of(source.config.model), "test", "float32")
     tokens, expected = ours(folder)
     opened = LlamaCpp(tmp_path / "model.gguf", 64)
     assert opened.ids(TEXT) == tokens

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from moe_jax.config import DataConfig
 from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
-from moe_jax.interop import gguf
+from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.source import open_source
 from moe_jax.interop.tokenizers import merges, spelled, tokenizer_json
@@ -94,7 +94,7 @@ def llama(run: Path) -> LlamaCpp:
     def build() -> LlamaCpp:
         pytest.importorskip("gguf", reason="gguf is not installed: --extra gguf")
         source, path = open_source(run), run / "model.gguf"
-        gguf.write_gguf(path, source, architecture_of(source.config.model), "test", "float32")
+        gguf_file.write_gguf(path, source, architecture_of(source.config.model), "test", "float32")
         return LlamaCpp(path, 64)
 
     return _once("llama", run, build)
