@@ -9,7 +9,7 @@ lint:
 	uv run --group lint ruff check .
 
 types:
-	uv run --group types --extra plots --extra lessons basedpyright
+	uv run --group types --extra plots --extra lessons --extra gguf basedpyright
 
 test:
 	uv run --extra plots pytest

@@ -1,6 +1,7 @@
 """A saved run whose every weight matters: all parameters are random, none is a one or a zero."""
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ STORY = "Once upon a time a dragon met a cat. The cat said hello to the dragon, 
 SHAPE = {"layers": 2, "width": 64, "heads": 4, "seq_len": 64, "experts": 8, "expert_hidden": 32}
 
 
+def scale(shape: tuple[int, ...]) -> float:
+    """Standard deviation of what is added to a parameter: a part of its own, so that logits stay of size 1."""
+    return 0.1 if len(shape) == 1 else 0.3 / math.sqrt(min(shape[-2:]))
+
+
 def save(folder: Path, tokenizer: str = "byte", model: ModelConfig | None = None, **changes: Any) -> Path:
     """Save a run. `changes` of SHAPE, or a whole `model` without a vocabulary. Returns its folder."""
     text = folder / "text.txt"
@@ -32,7 +38,7 @@ def save(folder: Path, tokenizer: str = "byte", model: ModelConfig | None = None
     config = RunConfig(out=str(folder / "run"), model=model, data=data, execution=execution)
     _, params = split(create(model, jax.random.key(0)))
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+    params = jax.tree.map(lambda p: p + scale(p.shape) * rng.normal(size=p.shape).astype(np.float32), params)
     state = initial_state(params, make_optimizer(TrainConfig()), loss_scaling=False)
     run = RunFolder(folder / "run")
     run_id = run.start(config, store.tokenizer, [])

@@ -1,5 +1,6 @@
 """The same logits here, in transformers and in llama.cpp, for every architecture of the table."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax.config.presets import preset
 from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from tests.interop.llama_cpp import LlamaCpp
 from tests.interop.saved import save
+from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.interop
 
@@ -39,11 +42,18 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "tied_head": False,
     },
 }
+PRESETS = ("nano", "story", "story-cpu")
+"""Their whole shape, with a small vocabulary and a shorter context."""
 
 
-@pytest.fixture(params=CONFIGURATIONS, scope="module")
+@pytest.fixture(params=[*CONFIGURATIONS, *PRESETS, *(f"{name}, dense" for name in PRESETS)], scope="module")
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    return request.param, save(tmp_path_factory.mktemp("run"), **CONFIGURATIONS[request.param])
+    name, folder = request.param, tmp_path_factory.mktemp("run")
+    preset_name, _, dense = name.partition(", ")
+    if preset_name not in PRESETS:
+        return name, save(folder, **CONFIGURATIONS[name])
+    model = dataclasses.replace(preset(preset_name).model, seq_len=64, dense="active" if dense else "none")
+    return name, save(folder, model=model)
 
 
 def ours(run: Path) -> tuple[list[int], np.ndarray]:
@@ -51,22 +61,36 @@ def ours(run: Path) -> tuple[list[int], np.ndarray]:
     return [opened.tokenizer.separator_id, *opened.tokenizer.encode(TEXT)], opened.logits(TEXT)
 
 
-def test_transformers_gives_our_logits(run: tuple[str, Path], tmp_path: Path) -> None:
+def compare(found: np.ndarray, expected: np.ndarray, record: Record, what: str) -> None:
+    """The logits agree, and so does the likeliest token everywhere. The difference is printed at the end."""
+    difference = float(np.abs(found - expected).max())
+    figure(record, f"largest difference of a logit: {what}", float(f"{difference:.1e}"))
+    assert difference <= TOLERANCE
+    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_each_configuration_has_the_class_of_its_name(name: str) -> None:
+    changes = dict(CONFIGURATIONS[name])
+    routing = {key: changes.pop(key) for key in ("top_k", "balancing") if key in changes}
+    model = dataclasses.replace(preset("nano").model, **changes).with_routing(**routing)
+    assert architecture_of(model).model_type == name.partition(",")[0]
+
+
+def test_transformers_gives_our_logits(run: tuple[str, Path], tmp_path: Path, record_property: Record) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: --extra peers")
     transformers = pytest.importorskip("transformers")
     name, folder = run
     source = open_source(folder)
-    assert architecture_of(source.config.model).model_type == name.partition(",")[0]
     export(source, "hf", "float32", tmp_path / "hf", "")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     tokens, expected = ours(folder)
     with torch.no_grad():
         found = model(torch.tensor([tokens])).logits[0].numpy()
-    assert np.abs(found - expected).max() <= TOLERANCE
-    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+    compare(found, expected, record_property, f"{name}, transformers")
 
 
-def test_llama_cpp_gives_our_logits(run: tuple[str, Path], tmp_path: Path) -> None:
+def test_llama_cpp_gives_our_logits(run: tuple[str, Path], tmp_path: Path, record_property: Record) -> None:
     name, folder = run
     source = open_source(folder)
     if architecture_of(source.config.model).gguf is None:
@@ -76,6 +100,4 @@ def test_llama_cpp_gives_our_logits(run: tuple[str, Path], tmp_path: Path) -> No
     tokens, expected = ours(folder)
     opened = LlamaCpp(tmp_path / "model.gguf", 64)
     assert opened.ids(TEXT) == tokens
-    found = opened.logits(tokens)
-    assert np.abs(found - expected).max() <= TOLERANCE
-    np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+    compare(opened.logits(tokens), expected, record_property, f"{name}, llama.cpp")
