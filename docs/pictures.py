@@ -1,6 +1,7 @@
 """Make the pictures of README and docs from a real run: `uv run --group browser --extra plots docs/pictures.py`.
 
-    docs/images/report-light.png, report-dark.png    the routing report at 1280 pixels
+    docs/images/text-light.png, text-dark.png        the routing report: the text, at 1280 pixels
+    docs/images/off-light.png, off-dark.png          the routing report: an expert switched off
     docs/images/overview.png                         the curves of the run
     docs/report-nano.html                            the routing report itself
 
@@ -15,7 +16,12 @@ from pathlib import Path
 from playwright.sync_api import sync_playwright
 
 HERE = Path(__file__).parent
-WIDTH, HEIGHT = 1280, 800
+WIDTH = 1280
+SECTIONS = {"text": 720, "ablation": 1120}
+"""Section of the page -> pixels of it that the picture shows."""
+PRESSED = {"text": "#tokens .t >> nth=22", "ablation": "#off-grid [data-layer='0'][data-expert='5']"}
+"""What is pressed in each section: a token, and the expert that is switched off."""
+NAMES = {"text": "text", "ablation": "off"}
 
 
 def main() -> None:
@@ -35,10 +41,14 @@ def main() -> None:
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         for scheme in ("light", "dark"):
-            page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
+            page = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme=scheme)
             page.goto((report / "routing.html").resolve().as_uri())
-            page.wait_for_timeout(500)
-            page.screenshot(path=images / f"report-{scheme}.png")
+            for section, height in SECTIONS.items():
+                page.set_viewport_size({"width": WIDTH, "height": height})
+                page.click(f"#bar a[href='#{section}']")  # a link draws all that is above its section
+                page.click(PRESSED[section])
+                page.wait_for_timeout(1000)
+                page.screenshot(path=images / f"{NAMES[section]}-{scheme}.png")
         browser.close()
 
 

@@ -54,6 +54,8 @@ def test_every_command_line_is_accepted(
         Train.parse(words[1:])
     elif words[:3] == ["python", "-m", "moe_jax"]:
         command(words[3]).parse(words[4:])
+    elif words[0] == "moe-jax":
+        command(words[1]).parse(words[2:])
     elif words[0] == "benchmark.py":
         command("benchmark").parse(words[1:])
     else:
