@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 WIDTH = 1280
 SECTIONS = {"text": 720, "ablation": 1120}
 """Section of the page -> pixels of it that the picture shows."""
-PRESSED = {"text": "#tokens .t >> nth=22", "ablation": "#off-grid [data-layer='0'][data-expert='5']"}
+PRESSED = {"text": "#tokens .t:has-text('Kate') >> nth=0", "ablation": "#off-grid [data-layer='0'][data-expert='5']"}
 """What is pressed in each section: a token, and the expert that is switched off."""
 NAMES = {"text": "text", "ablation": "off"}
 
@@ -48,6 +48,10 @@ def main() -> None:
                 page.click(f"#bar a[href='#{section}']")  # a link draws all that is above its section
                 page.click(PRESSED[section])
                 page.wait_for_timeout(1000)
+                page.evaluate(
+                    f"scrollBy(0, document.getElementById('{section}-title').getBoundingClientRect().top - 110)"
+                )
+                page.wait_for_timeout(300)
                 page.screenshot(path=images / f"{NAMES[section]}-{scheme}.png")
         browser.close()
 
