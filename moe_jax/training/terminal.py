@@ -22,7 +22,7 @@ class Terminal:
         if self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.completed}/{task.total}"),
-                BarColumn(bar_width=20),
+                BarColumn(bar_width=14),
                 TextColumn("{task.description}"),
                 console=self.console,
             )
@@ -44,8 +44,8 @@ class Terminal:
         done = record["step"]
         left = (self._steps - done) * (time.monotonic() - self._begin) / max(done - self._first, 1)
         text = (
-            f"loss {self._average:.3f} | {bits:.3f} bits/byte | {record['tokens_per_second']:,.0f} tokens/s | "
-            f"{share_of_rate:.0%} of matmul rate | {record['drop_fraction']:.1%} dropped | {_duration(left)} left"
+            f"{_duration(left)} left | {bits:.3f} bits/byte | {record['tokens_per_second']:,.0f} tokens/s | "
+            f"loss {self._average:.3f} | {record['drop_fraction']:.1%} dropped | {share_of_rate:.0%} of matmul rate"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=text)

@@ -17,11 +17,15 @@ _CODES = re.compile(rb"\x1b\[[0-9;?]*[A-Za-z]")
 """Colours and movements of the cursor."""
 
 
-def show(command: Sequence[str], cache: Path, typed: Sequence[str] = (), stderr: bool = True) -> tuple[int, bytes]:
-    """Exit status, and all bytes that reached the terminal. A line of `typed` is typed at each prompt `> `."""
+def show(
+    command: Sequence[str], cache: Path, typed: Sequence[str] = (), stderr: bool = True, **values: str
+) -> tuple[int, bytes]:
+    """Exit status, and all bytes that reached the terminal. A line of `typed` is typed at each prompt `> `.
+
+    `values` are added to the environment."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, COLUMNS, 0, 0))
-    environment = runs.environment(cache) | {"TERM": "xterm-256color"}
+    environment = runs.environment(cache) | {"TERM": "xterm-256color"} | values
     for name in ("COLUMNS", "LINES", "NO_COLOR", "CI"):
         environment.pop(name, None)
     process = subprocess.Popen(

@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from moe_jax.cli.command import COMMANDS
 from tests.reliability import runs, terminal
 from tests.reliability.figures import Record, figure
+from tests.reliability.test_every_stream import PROGRAM
 
 pytestmark = pytest.mark.reliability
 
@@ -20,6 +21,7 @@ ARGUMENTS = {
     "inspect": [],
     "doctor": [],
     "plot": [],
+    "export": ["--out", "exported"],
     "samples": ["--stories", "2", "--max-tokens", "30", "--out", "page.md"],
 }
 """Commands that open a run, with what they need beside it."""
@@ -30,6 +32,7 @@ FIRST_SIGN = {
     "doctor": "reading every checkpoint",
     "plot": "drawing",
     "samples": "loading",
+    "export": "exporting",
     "certify": "loading",
     "presets": "measuring",
     "plan": "starting JAX",
@@ -98,6 +101,24 @@ def test_a_command_without_a_run(name: str, arguments: list[str], cache: Path, r
     status, shown = terminal.show([sys.executable, "-m", "moe_jax", name, *arguments], cache)
     assert status == 0
     check("" if arguments == ["--help"] else name, shown)
+    figure(record_property, "commands on a terminal of 80 columns", 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("benchmark", ["moe", "--rounds", "1", "--batch-size", "1"]),
+        pytest.param("compare", ["--seeds", "1", "--flops", "1", "--out", "out"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_command_that_measures(
+    name: str, arguments: list[str], text: Path, cache: Path, tmp_path: Path, record_property: Record
+) -> None:
+    """On tiny models in place of the presets."""
+    command = [sys.executable, str(runs.ROOT / PROGRAM), name, *arguments]
+    status, shown = terminal.show(command, cache, MOE_JAX_TINY_TEXT=str(text), HOME=str(tmp_path))
+    assert status == 0
+    check(name, shown)
     figure(record_property, "commands on a terminal of 80 columns", 1)
 
 

@@ -193,8 +193,8 @@ def test_a_line_of_a_step(clock: list[float], capsys: pytest.CaptureFixture[str]
         clock[0] = 4
         shown.step(record, 2.0, 0.5)
         shown.close()
-        numbers = "loss 0.693 | 0.500 bits/byte | 1,234 tokens/s | 50% of matmul rate | 12.5% dropped"
-        assert capsys.readouterr().out.splitlines() == [f"step  2/10 | {numbers} | {left} left"]
+        numbers = "0.500 bits/byte | 1,234 tokens/s | loss 0.693 | 12.5% dropped | 50% of matmul rate"
+        assert capsys.readouterr().out.splitlines() == [f"step  2/10 | {left} left | {numbers}"]
 
 
 def test_the_loss_on_the_terminal_is_a_running_mean(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
