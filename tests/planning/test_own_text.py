@@ -1,0 +1,103 @@
+"""The command line for a text and a memory. The memory of a step is invented here; `tests/reliability` compiles one."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli.plan import memory_bytes
+from moe_jax.cli.train import Train
+from moe_jax.config import ConfigError, UserError
+from moe_jax.config.presets import preset, preset_for_text
+from moe_jax.planning import own_text
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        (1, "nano"),
+        (2_999_999, "nano"),
+        (3_000_000, "story-cpu"),
+        (199_999_999, "story-cpu"),
+        (2e8, "story-4gb"),
+        (None, "story-4gb"),
+    ],
+)
+def test_the_text_decides_the_preset(size: int | None, name: str) -> None:
+    assert preset_for_text(size) == name
+
+
+def test_steps_read_the_text_four_times_at_most() -> None:
+    """nano reads 2,048 tokens a step. 1.536 MB are 512,000 tokens of 3 bytes: 1,000 steps are four passes."""
+    assert own_text.with_steps(preset("nano"), 1_536_000).train.steps == 900
+    assert own_text.with_steps(preset("nano"), 768_000).train.steps == 500
+    assert own_text.with_steps(preset("nano"), 1).train.steps == 1
+    assert own_text.with_steps(preset("nano"), None).train.steps == 900
+
+
+def plans(text: Path, monkeypatch: pytest.MonkeyPatch, most: float, needed: dict[tuple[str, bool, int], float]) -> list:
+    """The plans, where a step of (preset, remat, micro-batch) needs some MiB; 1,000 unless given."""
+
+    def invented(config):
+        return needed.get((config.preset, config.execution.remat, config.train.batch_size), 1000.0)
+
+    monkeypatch.setattr(own_text, "step_mib", invented)
+    return list(own_text.search(str(text), most))
+
+
+def test_the_first_that_fits_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twentieth of the 4 MB is held out: 1.27 M tokens, four times, 4,096 a step."""
+    text = tmp_path / "my book.txt"
+    text.write_text("a " * 2_000_000)
+    tried = plans(text, monkeypatch, 500, {("story-cpu", True, 2): 400})
+    assert [(p.config.preset, p.config.execution.remat, p.config.train.batch_size, p.fits) for p in tried] == [
+        ("story-cpu", False, 8, False),
+        ("story-cpu", True, 8, False),
+        ("story-cpu", True, 4, False),
+        ("story-cpu", True, 2, True),
+    ]
+    command = tried[-1].command()
+    assert command == (
+        f"uv run train.py --preset story-cpu --data {shlex.quote(str(text))} --steps 1237 --batch-size 2 "
+        "--grad-accum 4 --execution.remat"
+    )
+    monkeypatch.chdir(tmp_path)
+    config = Train.parse(shlex.split(command)[3:]).settings.config
+    assert (config.train, config.execution) == (tried[-1].config.train, tried[-1].config.execution)
+
+
+def test_a_smaller_preset_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("a " * 2_000_000)
+    tried = plans(text, monkeypatch, 500, {("nano", False, 8): 400})
+    assert list(dict.fromkeys(p.config.preset for p in tried)) == ["story-cpu", "story", "nano"]
+    assert tried[-1].fits
+    assert not any(p.fits for p in plans(text, monkeypatch, 10, {}))
+
+
+def test_a_tiny_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("too short")
+    with pytest.raises(UserError, match="are too little to train on"):
+        next(own_text.search(str(tmp_path / "a.txt"), 1e9))
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GB", 8e9),
+        ("8gb", 8e9),
+        ("8G", 8e9),
+        ("7.5GiB", 7.5 * 2**30),
+        ("900MB", 9e8),
+        (" 1TB ", 1e12),
+        ("512KiB", 2**19),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, size: float) -> None:
+    assert memory_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "0GB", "-1GB", "8 GB", "8PB", "1e9B", "nan", ""])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be a size such as 8GB"):
+        memory_bytes(text)
