@@ -152,7 +152,8 @@ def traced(tokens: int, **changes: Any) -> RoutingTrace:
     ids = np.arange(tokens)
     pieces = [f"p{i}" for i in ids]
     loss = np.array([*[0.123456] * (tokens - 1), np.nan], np.float32)
-    return RoutingTrace(config, ids, pieces, probs, index, probs[..., :1], index, keep, loss, [])
+    likeliest, chances = np.zeros((tokens, 2), int), np.full((tokens, 2), 0.5, np.float32)
+    return RoutingTrace(config, ids, pieces, probs, index, probs[..., :1], index, keep, loss, likeliest, chances, [])
 
 
 def test_drops_and_loads_of_a_trace() -> None:
@@ -187,14 +188,14 @@ def test_the_slots_of_a_trace_are_those_of_its_windows(
     ],
 )
 def test_windows_hold_the_token_that_follows(tokens: list[int], windows: list[Any]) -> None:
-    found = [(w.tolist(), n) for w, n in trace._windows(np.array(tokens), 4)]
+    found = [(w.tolist(), n) for w, n in trace.windows(np.array(tokens), 4)]
     assert found == windows
 
 
 def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "LONGEST", 4)
     seen: list[list[int]] = []
-    monkeypatch.setattr(trace, "trace_tokens", lambda _, ids: seen.append(ids.tolist()) or traced(len(ids)))
+    monkeypatch.setattr(trace, "trace_tokens", lambda _, ids, step: seen.append(ids.tolist()) or traced(len(ids)))
     trace.routing_trace(opened(), "abc")
     assert seen == [[256, 97, 98, 99]]
     with pytest.raises(trace.UserError, match="--text: 5 tokens, at most 4 can be shown"):
