@@ -20,6 +20,7 @@ NOT_RUN = {
     "benchmark.py": "takes minutes; tests/benchmarks runs each suite on a tiny model",
     "moe_jax compare": "takes an hour; tests/experiments runs it on a tiny model",
     "verify-resume": "takes a minute; tests/reliability/test_verify_resume.py runs it",
+    "--run runs/book": "opens the run that the line above it trains; the same command is run on runs/nano",
     "--resume": "resumes the real run; tests/reliability/test_resume.py resumes tiny ones",
     "--upcycle": "trains for minutes; tests/training/test_upcycle.py does it on a tiny model",
 }
