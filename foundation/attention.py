@@ -10,8 +10,9 @@ The mask needs no line of its own: a masked score has P = 0, and d_S has the fac
 reaches the future. A bias of the keys shifts a whole row of S by one constant, which softmax ignores: its
 gradient is 0.
 
-Multi-head: one fused projection x -> (q | k | v), a split into H heads, the above, the heads side by side
-again, and an output projection.
+Multi-head: one fused projection x -> (q | k | v), a split into heads, the above, the heads side by side
+again, and an output projection. Fewer key heads than heads, and normalised queries and keys, are in
+grouped_heads.py.
 
 Source: Vaswani et al. 2017, section 3.2.1, equation 1, and section 3.2.2.
 """
@@ -23,8 +24,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from foundation.dropout import dropout_backward, dropout_forward
+from foundation.grouped_heads import (
+    normalise_heads_backward,
+    normalise_heads_forward,
+    share_heads_backward,
+    share_heads_forward,
+)
 from foundation.linear import linear_backward, linear_forward
-from foundation.positions import rope_backward, rope_forward
+from foundation.norms import RMSNORM_EPS
+from foundation.positions import ROPE_BASE, rope_backward, rope_forward
 from foundation.softmax import softmax_backward, softmax_forward
 
 Heads = Float[Array, "*rows T A"]
@@ -95,10 +103,12 @@ def join_heads(x: Float[Array, "B H T A"]) -> Float[Array, "B T D"]:
 
 
 class MultiHeadCache(NamedTuple):
-    """The caches of the steps in order; `rope` is None without rotation."""
+    """The caches of the steps in order; `norms` (of q and k) and `rope` are None without them."""
 
     qkv: tuple
+    norms: tuple[tuple, tuple] | None
     rope: tuple | None
+    shared: tuple
     attention: AttentionCache
     out: tuple
 
@@ -110,21 +120,35 @@ def multi_head_forward(
     rotary: bool = False,
     keep: Bool[Array, "B H T T"] | None = None,
     rate: float = 0.0,
+    base: float = ROPE_BASE,
+    eps: float = RMSNORM_EPS,
 ) -> tuple[Float[Array, "B T D"], MultiHeadCache]:
     """Causal multi-head self-attention.
 
-    params: {"qkv": {"kernel" [D, 3D], "bias"? [3D]}, "out": {"kernel" [D, D], "bias"? [D]}}; the columns of
-    qkv are all of q, then k, then v, each by head. `rotary` turns q and k by RoPE.
+    params: {"qkv": {"kernel" [D, (H + 2 KV) A], "bias"?}, "out": {"kernel" [H A, D], "bias"? [D]}, "query_norm"?:
+    {"scale"}, "key_norm"?: {"scale"}}; the columns of qkv are all of q, then k, then v, each by head. The
+    width of a head A and the number of key heads KV follow from the shapes; the scales are [A], or [H A] and
+    [KV A]. `rotary` turns q and k by RoPE.
     """
     qkv, qkv_cache = linear_forward(x, params["qkv"]["kernel"], params["qkv"].get("bias"))
-    q, k, v = (split_heads(part, heads) for part in jnp.split(qkv, 3, axis=-1))
-    rope_cache = None
+    queries = params["out"]["kernel"].shape[0]  # H A
+    keys = (qkv.shape[-1] - queries) // 2  # KV A
+    q, k, v = jnp.split(qkv, (queries, queries + keys), axis=-1)
+    norm_caches = rope_cache = None
+    if "query_norm" in params:
+        q, query_cache = normalise_heads_forward(q, params["query_norm"]["scale"], eps)
+        k, key_cache = normalise_heads_forward(k, params["key_norm"]["scale"], eps)
+        norm_caches = (query_cache, key_cache)
+    q = split_heads(q, heads)
+    k, v = (split_heads(part, keys // q.shape[-1]) for part in (k, v))
     if rotary:
-        q, rope_cache = rope_forward(q)
-        k, _ = rope_forward(k)  # the same angles
+        q, rope_cache = rope_forward(q, base)
+        k, _ = rope_forward(k, base)  # the same angles
+    k, shared_cache = share_heads_forward(k, heads)
+    v, _ = share_heads_forward(v, heads)
     o, attention_cache = attention_forward(q, k, v, causal_mask(x.shape[1]), keep, rate)
     y, out_cache = linear_forward(join_heads(o), params["out"]["kernel"], params["out"].get("bias"))
-    return y, MultiHeadCache(qkv_cache, rope_cache, attention_cache, out_cache)
+    return y, MultiHeadCache(qkv_cache, norm_caches, rope_cache, shared_cache, attention_cache, out_cache)
 
 
 def multi_head_backward(d_y: Float[Array, "B T D"], cache: MultiHeadCache) -> tuple[Float[Array, "B T D"], dict]:
@@ -132,11 +156,18 @@ def multi_head_backward(d_y: Float[Array, "B T D"], cache: MultiHeadCache) -> tu
     heads = cache.attention.q.shape[1]
     d_joined, d_out_kernel, d_out_bias = linear_backward(d_y, cache.out)
     d_q, d_k, d_v = attention_backward(split_heads(d_joined, heads), cache.attention)
+    d_k, d_v = share_heads_backward(d_k, cache.shared), share_heads_backward(d_v, cache.shared)
     if cache.rope is not None:
         d_q, d_k = rope_backward(d_q, cache.rope), rope_backward(d_k, cache.rope)
-    d_qkv = jnp.concatenate([join_heads(part) for part in (d_q, d_k, d_v)], axis=-1)
+    d_parts = [join_heads(part) for part in (d_q, d_k, d_v)]
+    d_scales = {}
+    if cache.norms is not None:
+        for n, name in enumerate(("query_norm", "key_norm")):
+            d_parts[n], d_scale = normalise_heads_backward(d_parts[n], cache.norms[n])
+            d_scales[name] = {"scale": d_scale}
+    d_qkv = jnp.concatenate(d_parts, axis=-1)
     d_x, d_qkv_kernel, d_qkv_bias = linear_backward(d_qkv, cache.qkv)
-    d_params = {"qkv": {"kernel": d_qkv_kernel}, "out": {"kernel": d_out_kernel}}
+    d_params = {"qkv": {"kernel": d_qkv_kernel}, "out": {"kernel": d_out_kernel}, **d_scales}
     if d_qkv_bias is not None:
         d_params["qkv"]["bias"] = d_qkv_bias
     if d_out_bias is not None:

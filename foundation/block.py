@@ -17,7 +17,15 @@ from jaxtyping import Array, Float
 from foundation.attention import MultiHeadCache, multi_head_backward, multi_head_forward
 from foundation.dropout import dropout_backward, dropout_forward
 from foundation.moe import MoECache, MoEOutput, Scalar, moe_backward, moe_forward
-from foundation.norms import layernorm_backward, layernorm_forward, rmsnorm_backward, rmsnorm_forward
+from foundation.norms import (
+    LAYERNORM_EPS,
+    RMSNORM_EPS,
+    layernorm_backward,
+    layernorm_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+)
+from foundation.positions import ROPE_BASE
 
 Stream = Float[Array, "B T D"]
 
@@ -25,7 +33,8 @@ Stream = Float[Array, "B T D"]
 @dataclass(frozen=True)
 class ModelConfig:
     """What the shapes of the parameters do not say. The rest (layers, experts, biases, SwiGLU, learned
-    positions, tied head) follows from which parameters there are."""
+    positions, tied head, key heads, width of a head, normalised queries) follows from which parameters there
+    are."""
 
     heads: int = 2
     """H, attention heads."""
@@ -35,8 +44,14 @@ class ModelConfig:
     """Slots of an expert over its fair share."""
     norm: Literal["layernorm", "rmsnorm"] = "rmsnorm"
     """Which normalisation: with a scale alone the parameters do not tell."""
+    norm_eps: float | None = None
+    """Added to the variance or mean square; None is LayerNorm's 1e-5 and RMSNorm's 1e-6."""
     rotary: bool = True
     """RoPE in every attention layer."""
+    rope_base: float = ROPE_BASE
+    """Base of the rotation's frequencies."""
+    renormalise_gates: bool = True
+    """Divide the gates of a token by their sum."""
     dropout: float = 0.0
     """Rate of all dropouts; used where masks are given."""
     balance_coef: float = 0.01
@@ -56,11 +71,11 @@ class BlockCache(NamedTuple):
     drop2: tuple
 
 
-def norm_forward(x: Stream, params: dict, kind: str) -> tuple[Stream, tuple]:
+def norm_forward(x: Stream, params: dict, kind: str, eps: float | None = None) -> tuple[Stream, tuple]:
     """LayerNorm or RMSNorm with params {"scale" [D], "bias"? [D]}."""
     if kind == "rmsnorm":
-        return rmsnorm_forward(x, params["scale"])
-    return layernorm_forward(x, params["scale"], params.get("bias"))
+        return rmsnorm_forward(x, params["scale"], eps or RMSNORM_EPS)
+    return layernorm_forward(x, params["scale"], params.get("bias"), eps or LAYERNORM_EPS)
 
 
 def norm_backward(d_y: Stream, cache: tuple, kind: str) -> tuple[Stream, dict]:
@@ -83,15 +98,22 @@ def block_forward(
     dropout.
     """
     masks = masks or {}
-    n1, norm1_cache = norm_forward(x, params["norm1"], config.norm)
+    n1, norm1_cache = norm_forward(x, params["norm1"], config.norm, config.norm_eps)
     attended, attention_cache = multi_head_forward(
-        n1, params["attention"], config.heads, config.rotary, masks.get("weights"), config.dropout
+        n1,
+        params["attention"],
+        config.heads,
+        config.rotary,
+        masks.get("weights"),
+        config.dropout,
+        config.rope_base,
+        config.norm_eps or RMSNORM_EPS,
     )
     branch1, drop1_cache = dropout_forward(attended, masks.get("attention"), config.dropout)
     a = x + branch1
 
-    n2, norm2_cache = norm_forward(a, params["norm2"], config.norm)
-    mixed, moe_cache = moe_forward(n2, params["moe"], config.top_k, config.capacity_factor)
+    n2, norm2_cache = norm_forward(a, params["norm2"], config.norm, config.norm_eps)
+    mixed, moe_cache = moe_forward(n2, params["moe"], config.top_k, config.capacity_factor, config.renormalise_gates)
     branch2, drop2_cache = dropout_forward(mixed.y, masks.get("moe"), config.dropout)
     cache = BlockCache(norm1_cache, attention_cache, drop1_cache, norm2_cache, moe_cache, drop2_cache)
     return mixed._replace(y=a + branch2), cache

@@ -128,7 +128,7 @@ class MoECache(NamedTuple):
 
 
 def moe_forward(
-    x: Float[Array, "B T D"], params: dict, top_k: int, capacity_factor: float
+    x: Float[Array, "B T D"], params: dict, top_k: int, capacity_factor: float, renormalise: bool = True
 ) -> tuple[MoEOutput, MoECache]:
     """Router, dispatch, experts, combine. Each sequence is a group of its own.
 
@@ -138,7 +138,7 @@ def moe_forward(
     experts_total = params["router"].shape[-1]
     places = capacity(x.shape[1], experts_total, top_k, capacity_factor)
     routing: Routing
-    routing, router_cache = router_forward(x, params["router"], top_k)
+    routing, router_cache = router_forward(x, params["router"], top_k, renormalise)
     slot, keep = assign_slots(routing.experts, experts_total, places)
     u, dispatch_cache = dispatch_forward(x, slot, experts_total, places)
     swiglu = "w_gate" in params

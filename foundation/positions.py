@@ -42,24 +42,24 @@ def learned_positions_backward(
     return d_y, d_table.at[: d_y.shape[1]].set(jnp.sum(d_y, axis=0))
 
 
-def rope_angles(positions: int, width: int, dtype: jnp.dtype) -> Float[Array, "T pairs"]:
+def rope_angles(positions: int, width: int, dtype: jnp.dtype, base: float = ROPE_BASE) -> Float[Array, "T pairs"]:
     """angle_ti = t base^(-2i/A), for the pairs i = 0 ... A/2 - 1.
 
     Raises ValueError where the width is odd: coordinates are rotated in pairs.
     """
     if width % 2:
         raise ValueError(f"head width {width}: RoPE rotates pairs, so it must be even")
-    frequencies = ROPE_BASE ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
+    frequencies = base ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
     return jnp.arange(positions, dtype=dtype)[:, None] * frequencies
 
 
-def rope_forward(x: Float[Array, "*rows T A"]) -> tuple[Float[Array, "*rows T A"], tuple]:
+def rope_forward(x: Float[Array, "*rows T A"], base: float = ROPE_BASE) -> tuple[Float[Array, "*rows T A"], tuple]:
     """Rotates the pair (x_i, x_(i + A/2)) at position t by angle_ti:
 
     y_i         = x_i cos - x_(i + A/2) sin
     y_(i + A/2) = x_i sin + x_(i + A/2) cos
     """
-    angles = rope_angles(x.shape[-2], x.shape[-1], x.dtype)
+    angles = rope_angles(x.shape[-2], x.shape[-1], x.dtype, base)
     return _rotate(x, angles), (angles,)
 
 

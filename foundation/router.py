@@ -7,12 +7,18 @@ Forward, for one token with stream x:
     S = the K largest logits    a choice: piecewise constant, so its derivative is 0 wherever it exists
     g = p_S / sum(p_S)          gates; for K = 1 this would be the constant 1, so there the gate is p itself
 
+Some models leave out the division for every K (OLMoE): then g = p_S, and the gates sum to less than 1.
+
 Backward through the gates. Since p_S / sum(p_S) = softmax(z_S), the softmax over the chosen logits alone,
 
     K > 1:  d_z_S = g (d_g - <g, d_g>),  and d_z = 0 outside S
     K = 1:  d_z   = p_s d_g (onehot(s) - p), which does reach the other logits
 
-So with K > 1 the task tells an expert that was not chosen nothing: neither its weights nor its router
+and gates that are not divided are K entries of p, so the softmax's own rule takes their gradients at once:
+
+    g = p_S:  d_z = p (d_p - <p, d_p>),  with d_p = d_g at the chosen experts and 0 elsewhere
+
+So with K > 1 and the division the task tells an expert that was not chosen nothing: neither its weights nor its router
 column get a gradient from that token. An expert that is never chosen would stay so for ever. Hence the
 balance loss,
 
@@ -65,8 +71,11 @@ class RouterCache(NamedTuple):
     log_total: Array
 
 
-def router_forward(x: Float[Array, "B T D"], kernel: Float[Array, "D E"], top_k: int) -> tuple[Routing, RouterCache]:
-    """Routes each token to `top_k` experts, by logit; ties go to the lower index.
+def router_forward(
+    x: Float[Array, "B T D"], kernel: Float[Array, "D E"], top_k: int, renormalise: bool = True
+) -> tuple[Routing, RouterCache]:
+    """Routes each token to `top_k` experts, by logit; ties go to the lower index. Without `renormalise` the
+    gates are entries of p for every K.
 
     Raises ValueError where `top_k` is not between 1 and E.
     """
@@ -76,7 +85,7 @@ def router_forward(x: Float[Array, "B T D"], kernel: Float[Array, "D E"], top_k:
     logits, linear_cache = linear_forward(x, kernel)
     p, softmax_cache = softmax_forward(logits)
     chosen_logits, experts = lax.top_k(logits, top_k)  # [B, T, K], largest first
-    if top_k == 1:
+    if top_k == 1 or not renormalise:
         gates, gate_cache = jnp.take_along_axis(p, experts, axis=-1), ()
     else:
         gates, gate_cache = softmax_forward(chosen_logits)
@@ -93,15 +102,16 @@ def router_backward(
     d_gates: Float[Array, "B T K"], d_balance: Scalar, d_z: Scalar, cache: RouterCache
 ) -> tuple[Float[Array, "B T D"], Float[Array, "D E"]]:
     """(d_x, d_kernel): the gradients of gates, balance loss and z-loss meet at the logits, and add there."""
-    batch, tokens, top_k = d_gates.shape
+    batch, tokens, _ = d_gates.shape
     experts_total = cache.share.shape[-1]
     onehot = cache.experts[..., None] == jnp.arange(experts_total)  # [B, T, K, E]
 
     d_p = d_balance * experts_total * cache.share[:, None, :] / (batch * tokens)  # [B, 1, E], f held constant
-    if top_k == 1:  # the gate is one entry of p
+    renormalised = len(cache.gates) > 0
+    if not renormalised:  # the gates are entries of p
         d_p = d_p + jnp.sum(onehot * d_gates[..., None], axis=2)
     d_logits = softmax_backward(jnp.broadcast_to(d_p, (batch, tokens, experts_total)), cache.softmax)
-    if top_k > 1:  # the gates are a softmax of the chosen logits: scatter its gradient to where they came from
+    if renormalised:  # the gates are a softmax of the chosen logits: scatter its gradient to where they came from
         d_chosen = softmax_backward(d_gates, cache.gates)
         d_logits = d_logits + jnp.sum(onehot * d_chosen[..., None], axis=2)
 

@@ -82,7 +82,7 @@ def model_forward(
         zs.append(output.z)
         drops.append(output.dropped)
 
-    x, norm_cache = norm_forward(x, params["norm"], config.norm)
+    x, norm_cache = norm_forward(x, params["norm"], config.norm, config.norm_eps)
     tied = "head" not in params
     if tied:
         logits, head_cache = tied_head_forward(x, params["embedding"])
@@ -161,7 +161,8 @@ def loss_and_gradient(
 
 
 class ModelSize(NamedTuple):
-    """The shapes of a model that `init_params` makes. `longest` 0 makes no learned position table."""
+    """The shapes of a model that `init_params` makes. `longest` 0 makes no learned position table; `kv_heads` 0
+    makes as many key heads as heads, `head_width` 0 heads of width D / H; `qk_norm` is none, head or full."""
 
     vocabulary: int
     width: int
@@ -172,6 +173,9 @@ class ModelSize(NamedTuple):
     swiglu: bool = True
     bias: bool = False
     tied: bool = True
+    kv_heads: int = 0
+    head_width: int = 0
+    qk_norm: str = "none"
 
 
 def init_params(key: Array, size: ModelSize, config: ModelConfig, std: float = 0.02) -> dict:
@@ -188,13 +192,7 @@ def init_params(key: Array, size: ModelSize, config: ModelConfig, std: float = 0
     params["blocks"] = []
     for layer_key in jax.random.split(key, size.layers):
         qkv_key, out_key, router_key, gate_key, in_key, expert_out_key = jax.random.split(layer_key, 6)
-        attention = {
-            "qkv": {"kernel": normal(qkv_key, (width, 3 * width), std)},
-            "out": {"kernel": residual_scaled(out_key, (width, width), size.layers, std)},
-        }
-        if size.bias:
-            attention["qkv"]["bias"] = jnp.zeros(3 * width)
-            attention["out"]["bias"] = jnp.zeros(width)
+        attention = _attention_params(qkv_key, out_key, size, config.heads, std)
         moe = {
             "router": normal(router_key, (width, experts), std),
             "w_in": normal(in_key, (experts, width, hidden), std),
@@ -204,6 +202,22 @@ def init_params(key: Array, size: ModelSize, config: ModelConfig, std: float = 0
             moe["w_gate"] = normal(gate_key, (experts, width, hidden), std)
         norms = [_norm_params(width, size.bias and config.norm == "layernorm") for _ in range(2)]
         params["blocks"].append({"norm1": norms[0], "attention": attention, "norm2": norms[1], "moe": moe})
+    return params
+
+
+def _attention_params(qkv_key: Array, out_key: Array, size: ModelSize, heads: int, std: float) -> dict:
+    head_width = size.head_width or size.width // heads
+    queries, keys = heads * head_width, (size.kv_heads or heads) * head_width
+    params: dict = {
+        "qkv": {"kernel": normal(qkv_key, (size.width, queries + 2 * keys), std)},
+        "out": {"kernel": residual_scaled(out_key, (queries, size.width), size.layers, std)},
+    }
+    if size.bias:
+        params["qkv"]["bias"] = jnp.zeros(queries + 2 * keys)
+        params["out"]["bias"] = jnp.zeros(size.width)
+    if size.qk_norm != "none":
+        widths = (queries, keys) if size.qk_norm == "full" else (head_width, head_width)
+        params["query_norm"], params["key_norm"] = (_norm_params(width, bias=False) for width in widths)
     return params
 
 

@@ -37,6 +37,13 @@ CASES: dict[str, dict[str, Any]] = {
     "K = E, dropless": {"top_k": 4, "capacity_factor": 1.0},
     "blocks, dropless": {"dispatch": "blocks", "capacity_factor": 2.0},
     "one-hot dispatch": {},
+    "grouped keys, all heads normalised, plain gates": {
+        "heads": 4, "kv_heads": 2, "head_size": 6, "qk_norm": "full", "norm_eps": 1e-2, "rope_theta": 50.0,
+        "renormalise_gates": False, "top_k": 3, "layers": 1,
+    },
+    "one key head, each head normalised": {
+        "kv_heads": 1, "qk_norm": "head", "norm": "layernorm", "bias": True, "layers": 1,
+    },
     "dropout": {"dropout": 0.25, "attention_dropout": 0.25, "positions": "learned"},
 }  # fmt: skip
 LAYERS = {"one-hot dispatch": OneHotMoE}
@@ -86,6 +93,7 @@ def to_foundation(params: dict) -> dict:
         for name in ("qkv", "out"):
             if f"{name}_bias" in b["attention"]:
                 attention[name]["bias"] = b["attention"][f"{name}_bias"]
+        attention |= {name: b["attention"][name] for name in ("query_norm", "key_norm") if name in b["attention"]}
         moe = {"router": b["ffn"]["router"], **b["ffn"]["experts"]}
         return {"norm1": b["attention_norm"], "attention": attention, "norm2": b["ffn_norm"], "moe": moe}
 
@@ -104,7 +112,10 @@ def to_foundation_config(config: ModelConfig) -> by_hand.ModelConfig:
         top_k=config.routing.top_k,
         capacity_factor=config.routing.capacity_factor,
         norm=config.norm,
+        norm_eps=config.norm_eps or None,
         rotary=config.positions == "rope",
+        rope_base=config.rope_theta,
+        renormalise_gates=config.routing.renormalise_gates,
         dropout=config.dropout,
         balance_coef=TRAIN.aux_loss_coef,
         z_coef=TRAIN.z_loss_coef,

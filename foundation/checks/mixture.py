@@ -15,6 +15,8 @@ def router_checks() -> Iterator[Check]:
     """Gates and both losses at once, for every kind of K; and ties, against autodiff only."""
     for case, width, experts_total, top_k, shape in (
         ("top 2 of 4", 5, 4, 2, (2, 6)),
+        ("top 2 of 4, gates not divided", 5, 4, 2, (2, 6)),
+        ("K = E, gates not divided", 5, 3, 3, (2, 4)),
         ("top 1 of 4", 5, 4, 1, (2, 6)),
         ("K = E", 5, 3, 3, (2, 4)),
         ("one expert", 3, 1, 1, (1, 4)),
@@ -25,7 +27,8 @@ def router_checks() -> Iterator[Check]:
             return draws.normal(*s, w), draws.normal(w, e)
 
         inputs, margin = clear_choice(f"router/{case}", draw, lambda x, kernel, k=top_k: choice_margin(x, kernel, k))
-        yield Check("router", case, _router_outputs(top_k), _router_gradients, inputs, margin)
+        outputs = _router_outputs(top_k, not case.endswith("not divided"))
+        yield Check("router", case, outputs, _router_gradients, inputs, margin)
     # Columns 1 and 2 are one and the same: every token that wants either has a tie.
     draws = Draws("router/tied columns")
     kernel = draws.normal(4, 3)
@@ -35,9 +38,9 @@ def router_checks() -> Iterator[Check]:
         yield Check("router", case, _router_outputs(top_k), _router_gradients, inputs, 0.0, at_tie=True)
 
 
-def _router_outputs(top_k: int) -> Callable:
+def _router_outputs(top_k: int, renormalise: bool = True) -> Callable:
     def forward(x: jax.Array, kernel: jax.Array) -> tuple[Any, Any]:
-        routing, cache = router.router_forward(x, kernel, top_k)
+        routing, cache = router.router_forward(x, kernel, top_k, renormalise)
         return (routing.gates, routing.balance, routing.z), cache
 
     return forward

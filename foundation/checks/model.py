@@ -60,6 +60,10 @@ MODEL_CASES: dict[str, tuple[ModelConfig, dict]] = {
         {"tied": False},
     ),
     "dropout": (ModelConfig(dropout=0.25), {"layers": 1}),
+    "grouped keys, one norm, plain gates": (
+        ModelConfig(heads=4, norm_eps=0.1, rope_base=50.0, renormalise_gates=False),
+        {"layers": 1, "kv_heads": 2, "head_width": 2, "qk_norm": "full"},
+    ),
     "one layer, one expert": (ModelConfig(top_k=1, rotary=False), {"layers": 1, "experts": 1}),
 }
 

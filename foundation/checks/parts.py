@@ -4,7 +4,18 @@ from collections.abc import Iterator
 
 import jax.numpy as jnp
 
-from foundation import activations, attention, dropout, embedding, linear, losses, norms, positions, softmax
+from foundation import (
+    activations,
+    attention,
+    dropout,
+    embedding,
+    grouped_heads,
+    linear,
+    losses,
+    norms,
+    positions,
+    softmax,
+)
 from foundation.checks.inputs import Draws, filled_with
 from foundation.parity import Check
 
@@ -116,6 +127,18 @@ def embedding_and_position_checks() -> Iterator[Check]:
         yield Check("rope", case, positions.rope_forward, positions.rope_backward, (draws.normal(*shape),))
 
 
+def grouped_head_checks() -> Iterator[Check]:
+    """Key heads that a group reads; rows of one head, and one row of all heads."""
+    draws = Draws("grouped heads")
+    for case, shared, heads in (("groups of two", 2, 4), ("one for all", 1, 3), ("one each", 2, 2)):
+        forward = filled_with(grouped_heads.share_heads_forward, heads)
+        yield Check("share_heads", case, forward, grouped_heads.share_heads_backward, (draws.normal(2, shared, 3, 4),))
+    for case, length, std in (("each head", 4, 1.0), ("all heads together", 8, 1.0), ("squares near eps", 8, 3e-3)):
+        inputs = (draws.normal(2, 3, 8, std=std), draws.normal(length))
+        forward, backward = grouped_heads.normalise_heads_forward, grouped_heads.normalise_heads_backward
+        yield Check("normalise_heads", case, forward, backward, inputs)
+
+
 def attention_checks() -> Iterator[Check]:
     """One head under masks, and multi-head attention with every option."""
     draws = Draws("attention")
@@ -162,6 +185,27 @@ def attention_checks() -> Iterator[Check]:
     forward = filled_with(attention.multi_head_forward, 2, False, draws.keep(2, 2, 3, 3), 0.25)
     inputs = (draws.normal(2, 3, 8), attention_params(draws, 8, bias=True))
     yield Check("multi_head", "dropout of the weights", forward, attention.multi_head_backward, inputs)
+
+    for case, heads, shared, head_width, lengths, base in (
+        ("grouped keys", 4, 2, 2, None, 10_000.0),
+        ("one key head, normalised heads, base 7", 2, 1, 6, (6, 6), 7.0),
+        ("grouped keys, normalised together", 4, 2, 4, (16, 8), 10_000.0),
+    ):
+        params = grouped_params(draws, 8, heads * head_width, shared * head_width, lengths)
+        forward = filled_with(attention.multi_head_forward, heads, True, None, 0.0, base)
+        yield Check("multi_head", case, forward, attention.multi_head_backward, (draws.normal(2, 4, 8), params))
+
+
+def grouped_params(draws: Draws, width: int, queries: int, keys: int, lengths: tuple[int, int] | None) -> dict:
+    """One attention layer with `keys` columns of keys, and with scales of these lengths if there are any."""
+    params: dict = {
+        "qkv": {"kernel": draws.normal(width, queries + 2 * keys, std=0.5)},
+        "out": {"kernel": draws.normal(queries, width, std=0.5)},
+    }
+    if lengths is not None:
+        for name, length in zip(("query_norm", "key_norm"), lengths, strict=True):
+            params[name] = {"scale": 1.0 + draws.normal(length, std=0.3)}
+    return params
 
 
 def attention_params(draws: Draws, width: int, bias: bool) -> dict:

@@ -3,7 +3,15 @@
 from typing import NamedTuple
 
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.model.costs import Count, count_parameters, expert_flops, layer_flops, router_flops, totals
+from moe_jax.model.costs import (
+    Count,
+    attention_shapes,
+    count_parameters,
+    expert_flops,
+    layer_flops,
+    router_flops,
+    totals,
+)
 from moe_jax.model.kernels.causal_attention import query_blocks
 from moe_jax.model.moe.layer import MoE
 from moe_jax.system.hlo import read_program
@@ -33,19 +41,20 @@ class CostTable(NamedTuple):
 def formula(config: ModelConfig, batch_size: int) -> dict[str, float]:
     """Forward and backward operations of one token in a batch of sequences of T, by group.
 
-    Attention: four projections of D x D, and six products (two forward, four backward) of each query with keys or
+    Attention: the projections, and six products (two forward, four backward) of each query with keys or
     values. Queries are computed in blocks; all queries of a block read the keys up to the end of the block.
     Experts: the rows that the dispatch multiplies, filled or not.
     """
     c = config
     seen = sum((end - first) * end for first, end in query_blocks(c.seq_len)) / c.seq_len
-    scores = 6 * 2 * c.width * seen
+    scores = 6 * 2 * c.heads * c.head_width * seen
+    projections = sum(rows * columns for rows, columns in attention_shapes(c))
     if c.dense == "none":
         ffn = 3 * layer_flops(c, batch_size) / (batch_size * c.seq_len)
     else:
         ffn = 6 * totals({"ffn": count_parameters(c)["dense FFN"]}).multiplied / c.layers
     return {
-        "attention": c.layers * (6 * 4 * c.width**2 + scores),
+        "attention": c.layers * (6 * projections + scores),
         "experts and router": c.layers * ffn,
         "head": 6.0 * c.width * c.vocab_size,
     }

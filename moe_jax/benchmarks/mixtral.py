@@ -25,6 +25,8 @@ class Shape(NamedTuple):
     layers: int
     width: int
     heads: int
+    key_value_heads: int
+    head_width: int
     experts: int
     top_k: int
     expert_hidden: int
@@ -54,7 +56,8 @@ def build(shape: Shape) -> Any:
         intermediate_size=shape.expert_hidden,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
-        num_key_value_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        head_dim=shape.head_width,
         max_position_embeddings=shape.seq_len,
         num_local_experts=shape.experts,
         num_experts_per_tok=shape.top_k,

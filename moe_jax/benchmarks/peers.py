@@ -37,7 +37,9 @@ MIN_TURN_SECONDS = 0.5
 model took 17 ms at first, and 9 ms later."""
 
 
-SHARED_MODEL_FIELDS = ("vocab_size", "seq_len", "layers", "width", "heads", "experts", "expert_hidden")
+SHARED_MODEL_FIELDS = (
+    *("vocab_size", "seq_len", "layers", "width", "heads", "kv_heads", "head_size", "experts", "expert_hidden"),
+)
 """Fields of the preset's model that are kept."""
 SHARED_ROUTING_FIELDS = ("top_k", "capacity_factor", "dispatch", "priority")
 """Fields of the preset's routing that are kept: how training brings tokens to experts."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from moe_jax.config import ConfigError
 from moe_jax.config.flags import flag_of, long_flag
-from moe_jax.config.migrations import RENAMED_FLAGS
+from moe_jax.config.migrations import FORMER_SWITCHES, RENAMED_FLAGS
 from moe_jax.system.errors import FieldError
 
 Values = dict[tuple[str, str], Any]
@@ -103,7 +103,7 @@ class Argument:
         """The value of an entry of a settings file. Raises FieldError."""
         if self.kind is float and type(value) is int:
             return float(value)
-        if type(value) is not self.kind:
+        if type(value) is not self.kind and not self.choices:
             names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
             raise self.wrong(value, f"is not {names[self.kind]}")
         return self.checked(value)
@@ -169,17 +169,26 @@ def read(arguments: Sequence[Argument], argv: Sequence[str]) -> Values:
             argument = flags[flag]
             if not equals:
                 if not words or words[0].startswith("--"):
+                    _refuse_former_switch(typed, argument.flag, flags)
                     raise ConfigError(f"{argument.flag}: needs a value; {HINT}")
                 text = words.pop(0)
             value = argument.from_text(text)
             found[argument.key] = [*found.get(argument.key, []), value] if argument.repeated else value
         else:
+            _refuse_former_switch(typed, flag, flags)
             if flag in RENAMED_FLAGS and RENAMED_FLAGS[flag] in {*flags, *switches}:
                 raise ConfigError(f"{typed}: is called {RENAMED_FLAGS[flag]} now")
             known = {name: name for name in switches} | {name: a.flag for name, a in flags.items()}
             raise ConfigError(f"{typed}: no such flag{perhaps(typed, known)}; {HINT}")
         before = flag
     return found
+
+
+def _refuse_former_switch(typed: str, flag: str, flags: Mapping[str, Argument]) -> None:
+    """Raise ConfigError if the flag was a switch in an earlier version, and this command knows what it became."""
+    now = FORMER_SWITCHES.get(flag)
+    if now is not None and now.split()[0] in flags:
+        raise ConfigError(f"{typed}: is no switch any more; type {now}")
 
 
 def require(arguments: Iterable[Argument], found: Values) -> None:

@@ -15,6 +15,7 @@ too (`flags.SHORT_FLAGS`). A wrong value raises `ConfigError`, whose text names 
 The alphabet of the project, used in every annotation, einsum and comment:
 
     B batch    T positions    D model width    H heads    A width of a head    L layers    V vocabulary
+    KV heads of the keys and values
     E experts  K experts per token             C capacity of an expert         F hidden width of an expert
 """
 
@@ -29,6 +30,7 @@ from moe_jax.config.model import (
     Norm,
     Positions,
     Priority,
+    QKNorm,
     RoutingConfig,
     capacity,
 )
@@ -54,6 +56,7 @@ __all__ = [
     "Positions",
     "PresetName",
     "Priority",
+    "QKNorm",
     "RoutingConfig",
     "RunConfig",
     "Schedule",

@@ -72,7 +72,8 @@ def check_upcyclable(dense: RunConfig, config: RunConfig) -> None:
 
     Each expert starts as a copy of the dense feed-forward network. The gates of the K chosen experts sum to 1, so K
     equal copies give the output of the dense network. K = 1 is refused: its gate is the probability, which is less than
-    1. K = E is refused: every expert would see every token, so the copies would see the same tokens.
+    1. Without `renormalise_gates` every gate is a probability, so that is refused too. K = E is refused: every expert
+    would see every token, so the copies would see the same tokens.
     """
     model, hidden = config.model, dense.model.dense_hidden
     where = f"the dense run in {config.upcycle}"
@@ -87,6 +88,11 @@ def check_upcyclable(dense: RunConfig, config: RunConfig) -> None:
         raise ConfigError(
             f"--top-k {model.routing.top_k}: with --upcycle it must be at least 2, so that the gates sum to 1, and "
             f"below --experts {model.experts}, so that the copies see different tokens"
+        )
+    if not model.routing.renormalise_gates:
+        raise ConfigError(
+            "--routing.renormalise-gates False: with --upcycle it must be on, so that the gates sum to 1; "
+            "leave --routing.no-renormalise-gates out"
         )
     if model.shared_experts:
         raise ConfigError(

@@ -1,7 +1,7 @@
 """Convert a configuration of an earlier version to the present one. Standard library only.
 
 `config.json` and the manifest of a checkpoint both hold a configuration with its `schema_version`. To rename a field,
-raise SCHEMA_VERSION and add to `_STEPS` a function from the previous version. No other module knows an old name.
+raise SCHEMA_VERSION and add to `_MIGRATIONS` a function from the previous version. No other module knows an old name.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from typing import Any
 from moe_jax.config.flags import flag_of, long_flag
 from moe_jax.system.errors import UserError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 def migrate_config(values: dict[str, Any]) -> dict[str, Any]:
@@ -53,6 +53,16 @@ def _from_version_1(old: dict[str, Any]) -> dict[str, Any]:
     return new | {"routing": routing, "execution": execution, "schema_version": 2}
 
 
+def _from_version_2(old: dict[str, Any]) -> dict[str, Any]:
+    """In version 2 `qk_norm` was true or false. True normalised each head by itself."""
+    new, model = old | {"schema_version": 3}, old.get("model")
+    if isinstance(model, dict) and isinstance(model.get("qk_norm"), bool):
+        new["model"] = model | {"qk_norm": _QK_NORM_2[model["qk_norm"]]}
+    return new
+
+
+_QK_NORM_2 = {True: "head", False: "none"}
+
 _ROUTING_1 = {
     "top_k": "top_k",
     "capacity_factor": "capacity_factor",
@@ -90,11 +100,20 @@ RENAMED_FLAGS = {
 }
 """Flag of an earlier version -> its present name, for whoever types the old one."""
 
+FORMER_SWITCHES = {
+    flag_of("model", "qk_norm"): f"{flag_of('model', 'qk_norm')} {_QK_NORM_2[True]}",
+    "--no-" + flag_of("model", "qk_norm").removeprefix("--"): f"{flag_of('model', 'qk_norm')} {_QK_NORM_2[False]}",
+}
+"""Switch of an earlier version, which takes a value now -> what to type for it."""
+
 
 def _pop_renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """Remove the old names from `values`, and return their values under the new names."""
     return {new: values.pop(old) for old, new in names.items() if old in values}
 
 
-_MIGRATIONS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_version_1}
+_MIGRATIONS: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    1: _from_version_1,
+    2: _from_version_2,
+}
 """Version -> the function that converts a configuration of this version to the next version."""

@@ -10,6 +10,7 @@ from moe_jax.config.flags import check, check_choices, check_range
 
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]
+QKNorm = Literal["none", "head", "full"]
 Activation = Literal["gelu", "swiglu"]
 Dense = Literal["none", "active", "total"]
 Dispatch = Literal["capacity", "blocks"]
@@ -39,6 +40,9 @@ class RoutingConfig:
     """Standard deviation of the Gaussian noise on router logits in training. 1 / experts is usual, 0 is off."""
     input_jitter: float = 0.0
     """In training the router's input is multiplied by uniform numbers from [1 - jitter, 1 + jitter]. 0 is off."""
+    renormalise_gates: bool = True
+    """Divide the gates of a token by their sum over its K experts, so that they sum to 1. Without it a gate is the
+    softmax probability of its expert among all experts (OLMoE). For K = 1 the gate is the probability in both cases."""
     eval_capacity_factor: float = 0.0
     """Capacity factor in evaluation. With 0, evaluation drops nothing. Generation never drops anything."""
 
@@ -68,7 +72,12 @@ class ModelConfig:
     width: int = 128
     """D, width of the residual stream."""
     heads: int = 4
-    """H, attention heads. Must divide the width."""
+    """H, attention heads. Must divide the width, unless `head_size` is given."""
+    kv_heads: int = 0
+    """KV, heads of the keys and values. Each serves a group of H / KV attention heads (grouped-query attention). With 0
+    each attention head has its own."""
+    head_size: int = 0
+    """A, width of an attention head. 0 is width / heads."""
     experts: int = 8
     """E, experts of a layer."""
     expert_hidden: int = 128
@@ -82,12 +91,17 @@ class ModelConfig:
     """Nonlinearity of an expert, which has two (gelu) or three (swiglu) matrices."""
     norm: Norm = "rmsnorm"
     """Normalisation before attention, experts and head."""
+    norm_eps: float = 0.0
+    """Added to the mean square (or the variance) in every normalisation. 0 is 1e-6 for rmsnorm, 1e-5 for layernorm."""
     positions: Positions = "rope"
     """Learned absolute positions, or rotary ones."""
+    rope_theta: float = 10_000.0
+    """Base of the rotary positions. A larger base rotates more slowly, for longer contexts."""
     bias: bool = False
     """Biases in the attention projections and in LayerNorm. Experts, router and head have none."""
-    qk_norm: bool = False
-    """Normalise the queries and keys of each head, which bounds the attention scores."""
+    qk_norm: QKNorm = "none"
+    """Normalise queries and keys (RMSNorm), which bounds the attention scores. `head` normalises each head by itself,
+    `full` all heads together (OLMoE)."""
     tied_head: bool = True
     """The vocabulary head is the transposed token embedding."""
     scaled_embedding: bool = False
@@ -112,22 +126,49 @@ class ModelConfig:
         check_range(self, s, ("layers", "experts"), 1, 4096)
         check_range(self, s, ("shared_experts",), 0, 4096)
         check_range(self, s, ("width", "heads", "expert_hidden"), 1, 2**17)
-        check(self.width % self.heads == 0, s, "heads", self.heads, f"a divisor of --model.width {self.width}")
-        if self.positions == "rope":
-            allowed = (
-                f"a number that gives an even head width, which RoPE needs; {self.width} / {self.heads} = "
-                f"{self.head_width} is odd"
-            )
-            check(self.head_width % 2 == 0, s, "heads", self.heads, allowed)
+        self._check_heads()
+        check_range(self, s, ("rope_theta",), 1, 1e9)
+        ok = self.positions == "rope" or self.rope_theta == 10_000
+        check(ok, s, "rope_theta", self.rope_theta, "left out, since --model.positions learned rotates nothing")
+        ok = self.norm_eps == 0 or 1e-12 <= self.norm_eps <= 1
+        check(ok, s, "norm_eps", self.norm_eps, "0, or between 1e-12 and 1")
         ok = 1 <= self.routing.top_k <= self.experts
         check(ok, "routing", "top_k", self.routing.top_k, f"between 1 and --experts {self.experts}")
         for name in ("dropout", "attention_dropout"):
             check(0 <= getattr(self, name) < 1, s, name, getattr(self, name), "at least 0 and below 1")
 
+    def _check_heads(self) -> None:
+        """Check heads, their width, and the heads of keys and values, against each other."""
+        s = "model"
+        check_range(self, s, ("kv_heads", "head_size"), 0, 2**17)
+        if not self.head_size:
+            allowed = f"a divisor of --model.width {self.width}, unless --model.head-size is given"
+            check(self.width % self.heads == 0, s, "heads", self.heads, allowed)
+        if self.positions == "rope":
+            allowed = "a number that gives an even head width, which RoPE needs; "
+            allowed += f"{self.width} / {self.heads} = {self.head_width} is odd"
+            check(self.head_size > 0 or self.head_width % 2 == 0, s, "heads", self.heads, allowed)
+            check(self.head_width % 2 == 0, s, "head_size", self.head_size, "even, which RoPE needs")
+        allowed = f"0, or a divisor of --model.heads {self.heads}"
+        check(self.heads % self.key_value_heads == 0, s, "kv_heads", self.kv_heads, allowed)
+        if self.tie_value_output_init:
+            why = ", since --model.tie-value-output-init copies each head's value matrix; to turn that off, give "
+            why += "--model.no-tie-value-output-init"
+            one_each = self.key_value_heads == self.heads
+            check(one_each, s, "kv_heads", self.kv_heads, f"0 or --model.heads {self.heads}{why}")
+            square = self.heads * self.head_width == self.width
+            allowed = f"--model.width / --model.heads = {self.width} / {self.heads}, or 0{why}"
+            check(square, s, "head_size", self.head_size, allowed)
+
     @property
     def head_width(self) -> int:
         """A, width of one attention head."""
-        return self.width // self.heads
+        return self.head_size or self.width // self.heads
+
+    @property
+    def key_value_heads(self) -> int:
+        """KV, heads of the keys and values."""
+        return self.kv_heads or self.heads
 
     @property
     def capacity(self) -> int:

@@ -47,7 +47,7 @@ def _story_cpu() -> RunConfig:
             tied_head=False,
             scaled_embedding=True,
             zero_init_residual=True,
-            qk_norm=True,
+            qk_norm="head",
             dropout=0.1,
             routing=RoutingConfig(top_k=4, dispatch="blocks"),
         ),

@@ -23,16 +23,19 @@ class KeyValue(NamedTuple):
     decoding time of a batch of 32 on a CPU.
     """
 
-    key: Float[Array, "B H A S"]
-    value: Float[Array, "B H A S"]
+    key: Float[Array, "B KV A S"]
+    value: Float[Array, "B KV A S"]
 
 
 class Attention(nnx.Module):
     """Projections around `causal_attention`.
 
-    Parameters: qkv `[D, 3D]` as (q | k | v), each (H, A); out `[D, D]`; with `bias` one bias for each; with `qk_norm`
-    the scales `[A]` of query_norm and key_norm. These two RMSNorms are applied to each head before the rotation
-    (Dehghani et al. 2023, section 2.1, use LayerNorm).
+    Parameters: qkv `[D, (H + 2 KV) A]` as (q | k | v), q by (H, A), k and v by (KV, A); out `[H A, D]`; with `bias` one
+    bias for each. Attention head h reads key and value head h // (H / KV) (Ainslie et al. 2023, section 2.2).
+
+    With `qk_norm` also the scales of query_norm and key_norm, two RMSNorms before the rotation. `head` normalises each
+    head, with scales `[A]` (Dehghani et al. 2023, section 2.1, use LayerNorm). `full` normalises all heads together,
+    with scales `[H A]` and `[KV A]` (Muennighoff et al. 2024, "OLMoE", section 4.2).
 
     With `tie_value_output_init` each head starts as a *copier*: W_O = W_V^T. It then adds to the residual stream a
     projection of the tokens that it attends to. With a tied vocabulary head, this raises the logits of these tokens. At
@@ -44,34 +47,53 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.config = config
-        width = config.width
-        self.qkv = nnx.Param(matrix_init(rngs, (width, 3 * width)))
+        width, head_width = config.width, config.head_width
+        queries, keys = config.heads * head_width, config.key_value_heads * head_width
+        self.qkv = nnx.Param(matrix_init(rngs, (width, queries + 2 * keys)))
         if config.tie_value_output_init:
             self.out = nnx.Param(self.qkv[...][:, 2 * width :].T)
         else:
-            self.out = nnx.Param(matrix_init(rngs, (width, width), out_scale))
+            self.out = nnx.Param(matrix_init(rngs, (queries, width), out_scale))
         if config.bias:
-            self.qkv_bias = nnx.Param(jnp.zeros(3 * width))
+            self.qkv_bias = nnx.Param(jnp.zeros(queries + 2 * keys))
             self.out_bias = nnx.Param(jnp.zeros(width))
-        if config.qk_norm:
-            self.query_norm = Normalisation("rmsnorm", config.head_width, bias=False)
-            self.key_norm = Normalisation("rmsnorm", config.head_width, bias=False)
+        if config.qk_norm != "none":
+            widths = (queries, keys) if config.qk_norm == "full" else (head_width, head_width)
+            self.query_norm, self.key_norm = (
+                Normalisation("rmsnorm", width, bias=False, eps=config.norm_eps) for width in widths
+            )
 
-    def _project(self, x: Float[Array, "B T D"], positions: Int[Array, " T"]) -> tuple[Float[Array, "B T H A"], ...]:
+    def _project(
+        self, x: Float[Array, "B T D"], positions: Int[Array, " T"]
+    ) -> tuple[Float[Array, "B T H A"], Float[Array, "B T KV A"], Float[Array, "B T KV A"]]:
         """Queries, keys and values."""
         qkv = matmul(x.reshape(-1, x.shape[-1]), self.qkv[...])
         if self.config.bias:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
-        qkv = qkv.reshape(*x.shape[:2], 3, self.config.heads, self.config.head_width)
-        query, key, value = qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
-        if self.config.qk_norm:
+        query, key, value = self._split(qkv, *x.shape[:2])
+        if self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
+        elif self.config.qk_norm == "full":
+            joined = (z.reshape(*z.shape[:2], -1) for z in (query, key))
+            normalised = (norm(z) for norm, z in zip((self.query_norm, self.key_norm), joined, strict=True))
+            query, key = (z.reshape(*z.shape[:2], -1, self.config.head_width) for z in normalised)
         if self.config.positions == "rope":
-            query, key = apply_rope(query, positions), apply_rope(key, positions)
+            query, key = (apply_rope(z, positions, self.config.rope_theta) for z in (query, key))
         return query, key, value
 
+    def _split(
+        self, qkv: Float[Array, "N _"], batch: int, tokens: int
+    ) -> tuple[Float[Array, "B T H A"], Float[Array, "B T KV A"], Float[Array, "B T KV A"]]:
+        """The heads of the queries, the keys and the values."""
+        queries, keys, width = self.config.heads, self.config.key_value_heads, self.config.head_width
+        if queries == keys:  # an axis of three; the presets' compiled programs, and so their numbers, have this form
+            parts = qkv.reshape(batch, tokens, 3, queries, width)
+            return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
+        heads = qkv.reshape(batch, tokens, queries + 2 * keys, width)
+        return heads[:, :, :queries], heads[:, :, queries : queries + keys], heads[:, :, queries + keys :]
+
     def _output(self, mixed: Float[Array, "B T H A"]) -> Float[Array, "B T D"]:
-        y = matmul(mixed.reshape(-1, self.config.width), self.out[...])
+        y = matmul(mixed.reshape(-1, self.config.heads * self.config.head_width), self.out[...])
         y = y + self.out_bias[...].astype(y.dtype) if self.config.bias else y
         return y.reshape(*mixed.shape[:2], -1)
 
@@ -105,7 +127,10 @@ class Attention(nnx.Module):
         # and copies the whole cache.
         cache = KeyValue(*jax.lax.optimization_barrier(written))
         wide, precision = at_least_float32(x.dtype), dot_precision(x.dtype)
-        scores = jnp.einsum("bqha,bhas->bhqs", query, cache.key, precision=precision, preferred_element_type=wide)
+        # The queries of a group are rows of one product with their key head: [B, 1, H, A] -> [B, KV, H / KV, A].
+        groups = query.reshape(len(x), self.config.key_value_heads, -1, query.shape[-1])
+        scores = jnp.einsum("bkga,bkas->bkgs", groups, cache.key, precision=precision, preferred_element_type=wide)
         visible = jnp.arange(cache.key.shape[-1])[None, :] <= index
         weights = masked_softmax(scores / math.sqrt(query.shape[-1]), visible).astype(x.dtype)
-        return self._output(jnp.einsum("bhqs,bhas->bqha", weights, cache.value, precision=precision)), cache
+        mixed = jnp.einsum("bkgs,bkas->bkga", weights, cache.value, precision=precision)
+        return self._output(mixed.reshape(query.shape)), cache

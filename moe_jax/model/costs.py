@@ -24,8 +24,8 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
     c = config
     bias = int(c.bias)
     norm = c.width * (1 + (bias if c.norm == "layernorm" else 0))
-    attention = 4 * c.width**2
-    attention_bias = bias * 4 * c.width
+    attention = sum(rows * columns for rows, columns in attention_shapes(c))
+    attention_bias = bias * sum(columns for _, columns in attention_shapes(c))
     matrices = 3 if c.activation == "swiglu" else 2
     expert = matrices * c.width * c.expert_hidden
     vocabulary = c.vocab_size * c.width
@@ -52,9 +52,19 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
         dense = c.layers * matrices * c.width * c.dense_hidden
         groups["dense FFN"] = Count(dense, dense, dense)
     norms = (2 * c.layers + 1) * norm
-    norms += c.layers * 2 * c.head_width * c.qk_norm
+    normalised = {"none": 0, "head": 2, "full": c.heads + c.key_value_heads}[c.qk_norm]
+    norms += c.layers * normalised * c.head_width
     groups["norms"] = Count(norms, norms, 0)
     return groups
+
+
+def attention_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """The shapes of the two matrices of an attention layer: qkv and out."""
+    c = config
+    return [
+        (c.width, (c.heads + 2 * c.key_value_heads) * c.head_width),
+        (c.heads * c.head_width, c.width),
+    ]
 
 
 def totals(groups: dict[str, Count]) -> Count:
@@ -130,7 +140,7 @@ def muon_flops(config: ModelConfig, routers: bool = False) -> int:
     width, hidden = config.width, config.expert_hidden if config.dense == "none" else config.dense_hidden
     experts = config.experts if config.dense == "none" else 1
     matrices = 3 if config.activation == "swiglu" else 2
-    shapes = [(width, 3 * width), (width, width), *[(width, hidden)] * (experts * matrices)]
+    shapes = [*attention_shapes(config), *[(width, hidden)] * (experts * matrices)]
     if config.dense == "none" and config.shared_experts:  # the hidden width of a dense baseline includes them
         shapes += [(width, config.shared_experts * hidden)] * matrices
     shapes += [(width, config.experts)] * (routers and config.dense == "none")

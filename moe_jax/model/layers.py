@@ -28,16 +28,18 @@ def embedding_init(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."
 
 
 class Normalisation(nnx.Module):
-    """LayerNorm (Ba et al. 2016, equation 4; eps 1e-5) or RMSNorm (Zhang and Sennrich 2019, equation 4; eps 1e-6).
+    """LayerNorm (Ba et al. 2016, equation 4) or RMSNorm (Zhang and Sennrich 2019, equation 4).
 
+    `eps` is added to the variance or to the mean square; 0 stands for 1e-5 with LayerNorm and 1e-6 with RMSNorm.
     Statistics in at least float32. Parameters: scale `[D]`, and for LayerNorm with `bias` also bias `[D]`.
 
     The backward pass recomputes the values between input and output. Without recomputation, autodiff would keep two
     more arrays of that size, in at least float32. A block keeps input and output in any case.
     """
 
-    def __init__(self, kind: Norm, width: int, bias: bool) -> None:
+    def __init__(self, kind: Norm, width: int, bias: bool, eps: float = 0.0) -> None:
         self.kind = kind
+        self.eps = eps or (1e-5 if kind == "layernorm" else 1e-6)
         self.scale = nnx.Param(jnp.ones(width))
         if kind == "layernorm" and bias:
             self.bias = nnx.Param(jnp.zeros(width))
@@ -50,8 +52,7 @@ class Normalisation(nnx.Module):
         wide = x.astype(at_least_float32(x.dtype))
         if self.kind == "layernorm":
             wide = wide - wide.mean(-1, keepdims=True)
-        eps = 1e-5 if self.kind == "layernorm" else 1e-6
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + self.eps)
         wide = wide * scale
         if bias is not None:
             wide = wide + bias
@@ -81,15 +82,17 @@ def _look_up_backward(residuals: tuple[Array, Array], d_rows: Array) -> tuple[Ar
 embedding_lookup.defvjp(_look_up_forward, _look_up_backward)
 
 
-def apply_rope(x: Float[Array, "B T H A"], positions: Int[Array, " T"]) -> Float[Array, "B T H A"]:
-    """Rotary position embedding (Su et al. 2021, section 3.2), base 10000, pairs (i, i + A/2).
+def apply_rope(
+    x: Float[Array, "B T H A"], positions: Int[Array, " T"], theta: float = 10_000.0
+) -> Float[Array, "B T H A"]:
+    """Rotary position embedding (Su et al. 2021, section 3.2), base `theta`, pairs (i, i + A/2).
 
-    Pair i of a head is rotated by the angle position * 10000^(-2i/A), so that the positions of q and k enter q . k only
+    Pair i of a head is rotated by the angle position * theta^(-2i/A), so that the positions of q and k enter q . k only
     through their distance.
     """
     half = x.shape[-1] // 2
     dtype = at_least_float32(x.dtype)
-    frequency = 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)
+    frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
     angle = positions.astype(dtype)[:, None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half].astype(dtype), x[..., half:].astype(dtype)

@@ -31,9 +31,9 @@ class Block(nnx.Module):
         # of a single unscaled branch.
         out_scale = 0.0 if config.zero_init_residual else 1 / math.sqrt(2 * config.layers)
         self.dropout = config.dropout
-        self.attention_norm = Normalisation(config.norm, config.width, config.bias)
+        self.attention_norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         self.attention = Attention(config, out_scale, rngs)
-        self.ffn_norm = Normalisation(config.norm, config.width, config.bias)
+        self.ffn_norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         if config.dense == "none":
             self.ffn = build_layer(config, rngs, moe, out_scale)
         else:
@@ -104,7 +104,7 @@ class Transformer(nnx.Module):
         if config.positions == "learned":
             self.position = nnx.Param(embedding_init(rngs, (config.seq_len, config.width)))
         self.blocks = nnx.List([Block(config, rngs, moe) for _ in range(config.layers)])
-        self.norm = Normalisation(config.norm, config.width, config.bias)
+        self.norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
 

@@ -58,7 +58,8 @@ def _model_line(m: ModelConfig) -> str:
         )
     else:
         ffn = f"dense baseline with the {m.dense} parameters: {m.activation} of {m.dense_hidden}"
-    return f"{m.layers} layers of width {m.width}, {m.heads} heads, context {m.seq_len}; {ffn}"
+    keys = "" if m.key_value_heads == m.heads else f" on {m.key_value_heads} key heads"
+    return f"{m.layers} layers of width {m.width}, {m.heads} heads{keys}, context {m.seq_len}; {ffn}"
 
 
 def _parameter_line(m: ModelConfig) -> str:

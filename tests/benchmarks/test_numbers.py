@@ -194,6 +194,8 @@ def test_the_formulas_by_hand() -> None:
     found = cost_table.formula(config().model, 2)
     assert found["attention"] == 2 * (6 * 4 * 16**2 + 6 * 2 * 16 * 16)
     assert found["head"] == 6 * 16 * 60
+    grouped = cost_table.formula(config(heads=4, kv_heads=2, head_size=6).model, 2)  # qkv 16 x 48, out 24 x 16
+    assert grouped["attention"] == 2 * (6 * (16 * 48 + 24 * 16) + 6 * 2 * 24 * 16)
     dense = cost_table.formula(config(dense="active").model, 2)
     assert dense["experts and router"] == 2 * 6 * 3 * 16 * 49  # an FFN as wide as two experts, and one for the router
 

@@ -55,6 +55,9 @@ def test_capacity(tokens: int, experts: int, top_k: int, factor: float, slots: i
     assert model.capacity == capacity(max(tokens, 2), experts, top_k, factor)
 
 
+TIED = {"tie_value_output_init": True}
+
+
 @pytest.mark.parametrize(
     ("kind", "values", "flag", "allowed"),
     [
@@ -62,6 +65,16 @@ def test_capacity(tokens: int, experts: int, top_k: int, factor: float, slots: i
         (ModelConfig, {"routing": RoutingConfig(top_k=0)}, "--top-k 0", "between 1 and --experts 8"),
         (ModelConfig, {"heads": 3}, "--model.heads 3", "a divisor of --model.width 128"),
         (ModelConfig, {"width": 12, "heads": 4}, "--model.heads 4", "even"),
+        (ModelConfig, {"head_size": 7}, "--model.head-size 7", "even, which RoPE needs"),
+        (ModelConfig, {"kv_heads": 3}, "--model.kv-heads 3", "0, or a divisor of --model.heads 4"),
+        (ModelConfig, {"kv_heads": 8}, "--model.kv-heads 8", "0, or a divisor of --model.heads 4"),
+        (ModelConfig, {"kv_heads": 2, **TIED}, "--model.kv-heads 2", "0 or --model.heads 4, since --model.tie-value-"),
+        (ModelConfig, {"head_size": 16, **TIED}, "--model.head-size 16", "--model.width / --model.heads = 128 / 4"),
+        (ModelConfig, {"rope_theta": 0.5}, "--model.rope-theta 0.5", "between 1 and 1e+09"),
+        (ModelConfig, {"rope_theta": 1e6, "positions": "learned"}, "--model.rope-theta 1000000.0", "left out"),
+        (ModelConfig, {"norm_eps": 1e-13}, "--model.norm-eps 1e-13", "0, or between 1e-12 and 1"),
+        (ModelConfig, {"norm_eps": float("nan")}, "--model.norm-eps nan", "0, or between 1e-12 and 1"),
+        (ModelConfig, {"qk_norm": True}, "--model.qk-norm True", "one of none, head, full"),
         (RoutingConfig, {"capacity_factor": 0.0}, "--capacity-factor 0.0", "a finite number above 0"),
         (RoutingConfig, {"capacity_factor": float("inf")}, "--capacity-factor inf", "a finite number above 0"),
         (RoutingConfig, {"capacity_factor": float("nan")}, "--capacity-factor nan", "a finite number above 0"),
@@ -105,6 +118,15 @@ def test_learned_positions_allow_odd_heads() -> None:
     assert ModelConfig(width=12, heads=4, positions="learned").head_width == 3
 
 
+def test_heads_need_not_divide_the_width() -> None:
+    """Nine heads of width 64 on three key heads, of a stream that 9 does not divide."""
+    model = ModelConfig(width=580, heads=9, kv_heads=3, head_size=64)
+    assert (model.head_width, model.key_value_heads) == (64, 3)
+    assert (ModelConfig().head_width, ModelConfig().key_value_heads) == (32, 4)
+    tied = ModelConfig(kv_heads=4, head_size=32, **TIED)  # the defaults, spelled out
+    assert (tied.head_width, tied.key_value_heads) == (32, 4)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_survive_json(name: str) -> None:
     config = preset(name)
@@ -114,7 +136,7 @@ def test_presets_survive_json(name: str) -> None:
 
 def test_every_field_survives_json() -> None:
     """Every field of every section has another value than by default."""
-    routing = RoutingConfig(3, 0.75, "capacity", "leaky-batch-priority", "bias", 0.5, 0.25, 2.0)
+    routing = RoutingConfig(3, 0.75, "capacity", "leaky-batch-priority", "bias", 0.5, 0.25, False, 2.0)
     config = RunConfig(
         preset="story",
         out="somewhere",
@@ -123,8 +145,8 @@ def test_every_field_survives_json() -> None:
         tensorboard=True,
         wandb=True,
         model=ModelConfig(
-            *(7, 6, 5, 12, 3, 9, 24, 2, "active", "gelu", "layernorm", "learned"),
-            *(True, True, False, True, True, True, 0.25, 0.5),
+            *(7, 6, 5, 12, 3, 3, 4, 9, 24, 2, "active", "gelu", "layernorm", 0.5, "learned", 10_000.0),
+            *(True, "full", False, True, True, True, 0.25, 0.5),
             routing=routing,
         ),
         data=DataConfig("wikitext", "byte", 300, 5, 6, 7),
@@ -137,7 +159,8 @@ def test_every_field_survives_json() -> None:
     for section in ("", *SECTIONS):
         there, default = config.section(section), RunConfig().section(section)
         same = [f.name for f in dataclasses.fields(there) if getattr(there, f.name) == getattr(default, f.name)]
-        assert same == ["dispatch"] * (section == "routing")  # what drops nothing has no priority
+        # What drops nothing has no priority, and learned positions have no base of a rotation.
+        assert same == {"routing": ["dispatch"], "model": ["rope_theta"]}.get(section, [])
     assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 

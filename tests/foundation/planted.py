@@ -127,6 +127,27 @@ BUGS = [
         "multi_head",
     ),
     Bug(
+        "grouped heads: the gradients of a group averaged",
+        "grouped_heads.share_heads_backward",
+        "jnp.sum(",
+        "jnp.mean(",
+        "share_heads",
+    ),
+    Bug(
+        "grouped heads: neighbours read different key heads",
+        "grouped_heads.share_heads_forward",
+        "jnp.repeat(x, heads // shared, axis=1)",
+        "jnp.tile(x, (1, heads // shared, 1, 1))",
+        "test:test_shared_key_heads_are_equal_columns",
+    ),
+    Bug(
+        "router: plain gates get no gradient",
+        "router.router_backward",
+        "if not renormalised:",
+        "if False:",
+        "router",
+    ),
+    Bug(
         "router: gate gradient dropped",
         "router.router_backward",
         "d_chosen = softmax_backward(d_gates, cache.gates)",

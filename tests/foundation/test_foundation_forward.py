@@ -17,6 +17,7 @@ from foundation import (
     dropout,
     embedding,
     experts,
+    grouped_heads,
     initializers,
     losses,
     moe,
@@ -105,6 +106,41 @@ def test_rope_turns_the_first_pair_by_one_radian_a_position_anticlockwise() -> N
     y = positions.rope_forward(x)[0]
     expected = [[np.cos(t), np.cos(t / 100), np.sin(t), np.sin(t / 100)] for t in range(3)]
     np.testing.assert_allclose(y, expected, **TIGHT)
+
+
+def test_rope_with_another_base() -> None:
+    """Of width 4 and base 100 the second pair turns by a tenth of a radian a position."""
+    y = positions.rope_forward(jnp.tile(jnp.array([1.0, 1.0, 0.0, 0.0]), (3, 1)), 100.0)[0]
+    expected = [[np.cos(t), np.cos(t / 10), np.sin(t), np.sin(t / 10)] for t in range(3)]
+    np.testing.assert_allclose(y, expected, **TIGHT)
+
+
+def test_shared_key_heads_are_equal_columns() -> None:
+    """Four heads on two key heads: as if neighbours had the same columns of keys and values."""
+    q, k, v = normal(20, 8, 12), normal(21, 8, 6), normal(22, 8, 6)
+    x, out = normal(23, 2, 5, 8), {"kernel": normal(24, 12, 8)}
+    own = [jnp.repeat(part.reshape(8, 2, 3), 2, axis=1).reshape(8, 12) for part in (k, v)]
+    shared = {"qkv": {"kernel": jnp.concatenate([q, k, v], axis=1)}, "out": out}
+    copied = {"qkv": {"kernel": jnp.concatenate([q, *own], axis=1)}, "out": out}
+    ours, theirs = (attention.multi_head_forward(x, params, 4)[0] for params in (shared, copied))
+    np.testing.assert_allclose(ours, theirs, **TIGHT)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_normalised_queries_have_a_mean_square_of_one(together: bool) -> None:
+    """With scales of 1: each head by itself, or all heads together, and then not each."""
+    x = normal(25, 2, 3, 8) * jnp.array([1.0] * 4 + [5.0] * 4)
+    y, _ = grouped_heads.normalise_heads_forward(x, jnp.ones(8 if together else 4), 0.0)
+    of_heads = np.square(np.asarray(y)).reshape(2, 3, 2, 4).mean(-1)
+    np.testing.assert_allclose(of_heads.mean(-1), np.ones((2, 3)), **TIGHT)
+    assert (np.abs(of_heads - 1).max() < 1e-9) == (not together)
+
+
+def test_gates_that_are_not_divided_are_probabilities() -> None:
+    x, kernel = normal(26, 2, 5, 4), normal(27, 4, 6)
+    p = jnp.sort(jax.nn.softmax(x @ kernel, axis=-1), axis=-1)[..., ::-1]
+    gates = router.router_forward(x, kernel, 3, renormalise=False)[0].gates
+    np.testing.assert_allclose(gates, p[..., :3], **TIGHT)
 
 
 def test_multi_head_attention_equals_flax() -> None:

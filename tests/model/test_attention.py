@@ -1,6 +1,7 @@
 """Attention against NumPy loops, its hand-written gradient against jax.grad of the plain form, in float64."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ def short_blocks(monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
     monkeypatch.setattr(kernel, "QUERY_BLOCK", BLOCK)
 
 
-def operands(length: int) -> list[jax.Array]:
-    """Query, key, value, and a cotangent: [B, H, T, A]."""
+def operands(length: int, heads: int = 2, key_heads: int = 2) -> list[jax.Array]:
+    """Query, key, value, and a cotangent: [B, H, T, A], of key and value [B, KV, T, A]."""
     rng = np.random.default_rng(length)
-    return [jnp.asarray(rng.normal(size=(2, 2, length, 3))) for _ in range(4)]
+    return [jnp.asarray(rng.normal(size=(2, n, length, 3))) for n in (heads, key_heads, key_heads, heads)]
 
 
 def plain(query, key, value, mask, keep):
+    key, value = (jnp.repeat(z, query.shape[1] // z.shape[1], axis=1) for z in (key, value))
     scores = jnp.einsum("bhqd,bhsd->bhqs", query, key) / np.sqrt(3)
     visible = np.tril(np.ones(scores.shape[-2:], bool))
     e = jnp.where(visible, jnp.exp(scores), 0)
@@ -47,13 +49,34 @@ def test_attention_against_loops(length: int) -> None:
         np.testing.assert_allclose(jax.jit(attend)(query, key, value), expected, atol=1e-13, err_msg=implementation)
 
 
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_heads_share_key_heads_against_loops(key_heads: int) -> None:
+    query, key, value, _ = operands(11, 4, key_heads)
+    expected = oracles.attention(*map(np.asarray, (query, key, value)))
+    for implementation in ("blocked", "reference"):
+        attend = functools.partial(causal_attention, implementation=implementation)
+        np.testing.assert_allclose(jax.jit(attend)(query, key, value), expected, atol=1e-13, err_msg=implementation)
+
+
+def test_no_key_is_copied_for_its_group() -> None:
+    """Eight heads, one key head, blocks of 4 queries: the keys that a block reads, 8 or 12 of them, occur for one head,
+    and never for eight."""
+    query, key = jnp.zeros((1, 8, 16, 2)), jnp.zeros((1, 1, 16, 2))
+    jaxpr = str(jax.make_jaxpr(lambda q, k, v: jax.vjp(causal_attention, q, k, v)[1](q))(query, key, key))
+    for keys in (8, 12):
+        assert f"f64[1,1,{keys},2]" in jaxpr
+        assert f"f64[1,8,{keys},2]" not in jaxpr
+
+
 @pytest.mark.parametrize("implementation", ["blocked", "reference"])
 @pytest.mark.parametrize("dropped", [False, True])
-@pytest.mark.parametrize("length", [1, 4, 11])
-def test_attention_gradient(length: int, dropped: bool, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both forms against the plain one, under the same mask of kept weights."""
-    query, key, value, cotangent = operands(length)
-    mask = np.random.default_rng(3).random((2, 2, length, length)) < 0.7 if dropped else None
+@pytest.mark.parametrize(("length", "heads"), [(1, 2), (4, 2), (11, 2), (11, 4)])
+def test_attention_gradient(
+    length: int, heads: int, dropped: bool, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both forms against the plain one, under the same mask of kept weights. Four heads share two key heads."""
+    query, key, value, cotangent = operands(length, heads)
+    mask = np.random.default_rng(3).random((2, heads, length, length)) < 0.7 if dropped else None
     masks = None
     if mask is not None:
         ends = [(a, min(a + BLOCK, length)) for a in range(0, length, BLOCK)]
@@ -83,20 +106,39 @@ def test_masks_fit_the_blocks_and_keep_the_share_asked_for() -> None:
     assert kernel._dropout_masks((8, 4, 11, 3), 0.0, jax.random.split(jax.random.key(0), 8)) is None
 
 
-@pytest.mark.parametrize("qk_norm", [False, True])
-def test_the_layer_projects_normalises_rotates_and_attends(qk_norm: bool) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": "head"},
+        {"qk_norm": "full", "heads": 4, "kv_heads": 2, "head_size": 6, "rope_theta": 50.0, "norm_eps": 0.5},
+        {"qk_norm": "head", "heads": 4, "kv_heads": 1, "norm_eps": 0.5},
+    ],
+    ids=str,
+)
+def test_the_layer_projects_normalises_rotates_and_attends(changes: dict[str, Any]) -> None:
     """The module against loops: projections with biases, heads, their norms, rotary positions, output."""
-    config = tiny.config(layers=1, bias=True, norm="layernorm", qk_norm=qk_norm)
+    config = tiny.config(layers=1, bias=True, norm="layernorm", **changes)
+    heads, key_heads = config.heads, changes.get("kv_heads") or config.heads
+    width, eps = changes.get("head_size", 8 // heads), changes.get("norm_eps", 1e-6)
     graphdef, params = tiny.build(config, dtype="float64")
     p = jax.tree.map(np.asarray, params["blocks"][0]["attention"])
     x = np.random.default_rng(0).normal(size=(2, 5, 8))
-    qkv = (x @ p["qkv"] + p["qkv_bias"]).reshape(2, 5, 3, 2, 4)
-    query, key, value = (qkv[:, :, i].swapaxes(1, 2).copy() for i in range(3))
+    qkv = x @ p["qkv"] + p["qkv_bias"]
+    parts = [qkv[..., : heads * width], *np.split(qkv[..., heads * width :], 2, axis=-1)]
+    if changes.get("qk_norm") == "full":
+        for part, name in zip(parts, ("query_norm", "key_norm"), strict=False):
+            for b, t in np.ndindex(2, 5):
+                part[b, t] = oracles.rms_norm(part[b, t], p[name]["scale"], eps)
+    query, key, value = (part.reshape(2, 5, -1, width).swapaxes(1, 2).copy() for part in parts)
+    assert (query.shape[1], key.shape[1], value.shape[1]) == (heads, key_heads, key_heads)
     for z, name in ((query, "query_norm"), (key, "key_norm")):
         for b, h, t in np.ndindex(z.shape[:3]):
-            row = oracles.rms_norm(z[b, h, t], p[name]["scale"]) if qk_norm else z[b, h, t]
-            z[b, h, t] = oracles.rotate(row, t)
-    mixed = oracles.attention(query, key, value).swapaxes(1, 2).reshape(2, 5, 8)
+            row = z[b, h, t]
+            if changes.get("qk_norm") == "head":
+                row = oracles.rms_norm(row, p[name]["scale"], eps)
+            z[b, h, t] = oracles.rotate(row, t, changes.get("rope_theta", 10_000))
+    mixed = oracles.attention(query, key, value).swapaxes(1, 2).reshape(2, 5, heads * width)
     y, cache = jax.jit(lambda x: merge(graphdef, params).blocks[0].attention(x))(jnp.asarray(x))
     np.testing.assert_allclose(y, mixed @ p["out"] + p["out_bias"], atol=1e-12)
     np.testing.assert_allclose(cache.key, key.swapaxes(2, 3), atol=1e-13)

@@ -43,6 +43,8 @@ OPTIONS = [
     {"shared_experts": 2, "dense": "active"},
     {"shared_experts": 2, "dense": "total"},
     {"balancing": "bias", "positions": "learned", "bias": True},
+    {"heads": 4, "kv_heads": 2, "head_size": 6, "qk_norm": "full", "bias": True},
+    {"heads": 4, "kv_heads": 1, "qk_norm": "head"},
 ]
 """Options that no preset uses."""
 
@@ -57,7 +59,7 @@ OPTIONS = [
         {"dense": "active", "tied_head": False},
         {"dense": "total", "activation": "gelu"},
         {"experts": 1, "top_k": 1, "layers": 1},
-        {"qk_norm": True},
+        {"qk_norm": "head"},
         *OPTIONS,
     ],
     ids=str,

@@ -1,5 +1,7 @@
 """Norms, rotary positions, dropout and the precision policy."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,14 @@ def test_norms_against_loops(float64: None) -> None:
     np.testing.assert_allclose(normalisation("rmsnorm", scale, None)(jnp.asarray(x)), expected, atol=1e-12)
 
 
+@pytest.mark.parametrize(("kind", "oracle"), [("layernorm", oracles.layer_norm), ("rmsnorm", oracles.rms_norm)])
+def test_norms_with_another_eps(kind: str, oracle: Any, float64: None) -> None:
+    x = np.random.default_rng(1).normal(size=(3, 6)) * 0.1
+    scale = [np.ones(6), np.zeros(6)][: 1 + (kind == "layernorm")]
+    expected = [oracle(row, *scale, eps=0.25) for row in x]
+    np.testing.assert_allclose(Normalisation(kind, 6, False, 0.25)(jnp.asarray(x)), expected, atol=1e-13)
+
+
 def test_rmsnorm_has_no_bias() -> None:
     assert not hasattr(Normalisation("rmsnorm", 4, True), "bias")
 
@@ -57,6 +67,8 @@ def test_rotation_against_complex_numbers(float64: None) -> None:
     for b, t, h in np.ndindex(2, 3, 2):
         np.testing.assert_allclose(turned[b, t, h], oracles.rotate(x[b, t, h], int(positions[t])), atol=1e-12)
     np.testing.assert_array_equal(turned[:, 0], x[:, 0])  # position 0 is not turned
+    slower = apply_rope(jnp.asarray(x), jnp.asarray(positions), 1e6)
+    np.testing.assert_allclose(slower[1, 2, 0], oracles.rotate(x[1, 2, 0], 300, 1e6), atol=1e-12)
 
 
 def test_rotated_products_depend_on_the_distance_only(float64: None) -> None:

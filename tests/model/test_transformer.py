@@ -1,6 +1,7 @@
 """The whole model: causal under drops, rows independent, and one function however it is run."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +28,10 @@ def runner(config, compute: str | None = None, moe: type[MoE] = MoE):
         (OneHotMoE, {"top_k": 1, "capacity_factor": 0.7, "positions": "learned", "activation": "gelu"}),
         (MoE, {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "tied_head": False}),
         (MoE, {"dense": "active"}),
-        (MoE, {"qk_norm": True, "scaled_embedding": True, "tied_head": False}),
+        (MoE, {"qk_norm": "head", "scaled_embedding": True, "tied_head": False}),
+        (MoE, {"heads": 4, "kv_heads": 2, "head_size": 6, "qk_norm": "full", "renormalise_gates": False}),
     ],
-    ids=["one-hot", "K=E", "dense", "normalised"],
+    ids=["one-hot", "K=E", "dense", "normalised", "grouped"],
 )
 def test_other_models_are_causal_too(moe: type[MoE], changes: dict) -> None:
     run = runner(tiny.config(**changes), moe=moe)
@@ -76,7 +78,60 @@ def test_cached_decoding_of_a_dense_baseline() -> None:
 
 
 def test_cached_decoding_with_normalised_heads_and_a_scaled_embedding() -> None:
-    checks.check_cached_decoding(qk_norm=True, scaled_embedding=True, tied_head=False)
+    checks.check_cached_decoding(qk_norm="head", scaled_embedding=True, tied_head=False)
+
+
+def test_cached_decoding_of_grouped_heads() -> None:
+    checks.check_cached_decoding_of_grouped_heads()
+
+
+def test_the_cache_holds_the_key_heads_only() -> None:
+    graphdef, params = tiny.build(tiny.config(heads=4, kv_heads=1, head_size=6))
+    cache = jax.eval_shape(lambda p, t: merge(graphdef, p)(t, Mode.GENERATE)[2], params, tiny.tokens(3, tiny.T))
+    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(3, 1, 6, tiny.T)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "spelled_out"),
+    [
+        ({}, {"kv_heads": 2, "head_size": 4, "norm_eps": 1e-6, "rope_theta": 10_000}),
+        ({"norm": "layernorm", "qk_norm": "none"}, {"kv_heads": 2, "head_size": 4, "norm_eps": 1e-5}),
+        ({"top_k": 1}, {"renormalise_gates": False}),
+    ],
+    ids=str,
+)
+def test_the_defaults_spelled_out_are_the_same_program(changes: dict, spelled_out: dict) -> None:
+    """The gradient of the training loss, as text."""
+    tokens = jnp.asarray(tiny.tokens(1, tiny.T + 1))
+
+    def program(config) -> str:
+        graphdef, params = tiny.build(config)
+        loss = lambda p: training_loss(merge(graphdef, p), tokens, None, TrainConfig())[0]  # noqa: E731
+        return jax.jit(jax.grad(loss)).lower(params).as_text()
+
+    config = tiny.config(layers=1, **changes)
+    assert program(tiny.config(layers=1, **changes, **spelled_out)) == program(config)
+    assert program(tiny.config(layers=1, **changes, norm_eps=1e-3)) != program(config)
+
+
+@pytest.mark.parametrize("qk_norm", ["none", "head"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_each_matrix_draws_its_own_key_in_a_fixed_order(tied: bool, qk_norm: str) -> None:
+    """Key n of a model is fold_in(key, n): embedding 0, qkv 1, then out, unless it is a copy, and router. A change of
+    this order would change the numbers of every preset."""
+    config = tiny.config(layers=1, tie_value_output_init=tied, qk_norm=qk_norm)
+    params = split(create(config, jax.random.key(3)))[1]
+
+    def drawn(n: int, *shape: int) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(jax.random.key(3), n), shape)
+
+    block = params["blocks"][0]
+    np.testing.assert_array_equal(params["embedding"], drawn(0, 13, 8) / math.sqrt(8))
+    qkv = drawn(1, 8, 24) * (1 / math.sqrt(8))
+    np.testing.assert_array_equal(block["attention"]["qkv"], qkv)
+    out = qkv[:, 16:].T if tied else drawn(2, 8, 8) * (1 / math.sqrt(2) / math.sqrt(8))
+    np.testing.assert_array_equal(block["attention"]["out"], out)
+    np.testing.assert_array_equal(block["ffn"]["router"], drawn(3 - tied, 8, 4) * (0.1 / math.sqrt(8)))
 
 
 def test_residual_branches_that_start_at_zero_pass_the_scaled_embedding_through() -> None:

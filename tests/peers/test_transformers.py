@@ -93,7 +93,7 @@ def gpt2() -> Any:
 
 PEERS = {
     "mixtral": Peer(config(**LLAMA), mixtral, weights.llama_like),
-    "qwen3-moe": Peer(config(**LLAMA, qk_norm=True), qwen3_moe, weights.llama_like),
+    "qwen3-moe": Peer(config(**LLAMA, qk_norm="head"), qwen3_moe, weights.llama_like),
     "gpt2": Peer(DENSE, gpt2, weights.gpt2),
 }
 

@@ -4,11 +4,12 @@
 """
 
 import copy
+import dataclasses
 from typing import Any
 
 import pytest
 
-from moe_jax.config import RunConfig
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.migrations import migrate_config
 from tests.runs.test_migrations import old_config
 
@@ -38,7 +39,7 @@ TABLE: dict[tuple[str, str], tuple[Any, str, str, Any]] = {
     ("model", "copying_heads"): (False, "model", "tie_value_output_init", False),
     ("model", "scaled_embedding"): (True, "model", "scaled_embedding", True),
     ("model", "quiet_branches"): (True, "model", "zero_init_residual", True),
-    ("model", "qk_norm"): (True, "model", "qk_norm", True),
+    ("model", "qk_norm"): (True, "model", "qk_norm", "head"),
     ("model", "dropout"): (0.25, "model", "dropout", 0.25),
     ("model", "attention_dropout"): (0.25, "model", "attention_dropout", 0.25),
     ("model", "dispatch"): ("blocks", "routing", "dispatch", "blocks"),
@@ -83,6 +84,10 @@ TABLE: dict[tuple[str, str], tuple[Any, str, str, Any]] = {
     ("train", "skip_spikes"): (True, "train", "skip_spikes", True),
     ("train", "patience"): (16, "train", "patience", 16),
 }
+NEW = {("model", name) for name in ("kv_heads", "head_size", "norm_eps", "rope_theta")} | {
+    ("routing", "renormalise_gates")
+}
+"""Fields that version 1 did not have. Their defaults are what version 1 computed."""
 GONE = {("", "verify_resume"), ("model", "ngrams"), ("model", "ngram_rows")}
 
 
@@ -99,7 +104,7 @@ def test_the_table_holds_every_old_field_and_reaches_every_new_one() -> None:
     new = RunConfig().to_dict()
     fields = {("", name) for name in new if not isinstance(new[name], dict)} - {("", "schema_version")}
     fields |= {(section, name) for section in new if isinstance(new[section], dict) for name in new[section]}
-    assert {(section, name) for _, section, name, _ in TABLE.values()} == fields
+    assert {(section, name) for _, section, name, _ in TABLE.values()} | NEW == fields
 
 
 @pytest.mark.parametrize("field", TABLE, ids=lambda field: ".".join(field).lstrip("."))
@@ -133,3 +138,32 @@ def test_a_new_configuration_is_not_migrated_twice() -> None:
     present = RunConfig().to_dict()
     assert migrate_config(present) == present
     assert migrate_config(migrate_config(old_config())) == migrate_config(old_config())
+
+
+@pytest.mark.parametrize(("old", "new"), [(True, "head"), (False, "none")])
+def test_normalised_queries_of_version_2(old: bool, new: str) -> None:
+    """Version 2 has every present name, but for what is new. True normalised each head."""
+    document = RunConfig().to_dict() | {"schema_version": 2}
+    document["model"] = {name: value for name, value in document["model"].items() if ("model", name) not in NEW}
+    document["routing"] = {n: value for n, value in document["routing"].items() if ("routing", n) not in NEW}
+    document["model"]["qk_norm"] = old
+    given = copy.deepcopy(document)
+    found = RunConfig.from_dict(document)
+    assert document == given, "what was given was changed"
+    expected = RunConfig()
+    assert found == dataclasses.replace(expected, model=dataclasses.replace(expected.model, qk_norm=new))
+
+
+@pytest.mark.parametrize("odd", [1, 0, None, [], "both"], ids=str)
+def test_odd_values_of_version_2_are_refused_by_name(odd: Any) -> None:
+    """1 is no true: version 2 never wrote it."""
+    document = {"schema_version": 2, "model": {"qk_norm": odd}}
+    with pytest.raises((UserError, ConfigError), match=r"qk.norm") as error:
+        RunConfig.from_dict(document)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("model", [None, "text", 3, [1]], ids=str)
+def test_a_model_that_is_no_object_is_named(model: Any) -> None:
+    with pytest.raises(UserError, match=r"model is .* must be an object"):
+        RunConfig.from_dict({"schema_version": 2, "model": model})

@@ -14,7 +14,7 @@ import pytest
 
 import moe_jax
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
-from moe_jax.config.migrations import migrate_config
+from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.data.synthetic import stories
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.model.transformer import abstract_model
@@ -96,11 +96,11 @@ def test_an_old_run_is_resumed_and_becomes_a_new_one(run: Path) -> None:
     train(session)
     assert finish(session)["steps"] == 8
     document = json.loads((run / "config.json").read_text())
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == SCHEMA_VERSION == 3
     assert RunConfig.from_dict(document) == session.config
     assert [entry["resumed_at_step"] for entry in document["history"]] == [6]
     written = manifest_of(run)
-    assert (written["version"], written["step"], written["context"]["config"]["schema_version"]) == (3, 8, 2)
+    assert (written["version"], written["step"], written["context"]["config"]["schema_version"]) == (3, 8, 3)
     assert written["version"] == MANIFEST_VERSION
     assert [c.step for c in CheckpointStore(run).list()] == [6, 8]
     # From here on it is resumed as any run: by the digest of its tokens.
@@ -225,11 +225,11 @@ def test_n_grams_are_refused(run: Path) -> None:
     one_line(caught.value)
 
 
-@pytest.mark.parametrize("version", [0, 3, "1", None])
+@pytest.mark.parametrize("version", [0, 4, "1", None])
 def test_an_unknown_schema_is_refused(version: Any, run: Path) -> None:
     document = old_config() | {"schema_version": version}
     (run / "config.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=rf"schema version {version}, this program reads 1 to 2") as caught:
+    with pytest.raises(UserError, match=rf"schema version {version}, this program reads 1 to 3") as caught:
         load_config(run)
     one_line(caught.value)
 
@@ -281,7 +281,7 @@ def test_the_doctor_writes_a_present_configuration_from_an_old_checkpoint(harm: 
     path.unlink() if harm == "gone" else path.write_text('{"schema_version": 1, "mod')
     assert {f.what: f.state for f in examine(run, repair=True)}["config.json"] == "repaired"
     document = json.loads(path.read_text())
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == SCHEMA_VERSION
     assert load_config(run) == expected
     np.testing.assert_array_equal(moe_jax.load_run(run).logits("a"), moe_jax.load_run(OLD).logits("a"))
 

@@ -111,8 +111,10 @@ def check_capacity() -> None:
 
 
 @functools.lru_cache
-def _layer(activation: str, top_k: int) -> tuple[np.ndarray, dict[str, np.ndarray], MoE]:
-    config = tiny.config(layers=1, activation=activation, top_k=top_k, width=4, expert_hidden=3)
+def _layer(activation: str, top_k: int, renormalise: bool) -> tuple[np.ndarray, dict[str, np.ndarray], MoE]:
+    config = tiny.config(
+        layers=1, activation=activation, top_k=top_k, width=4, expert_hidden=3, renormalise_gates=renormalise
+    )
     graphdef, params = tiny.build(config)
     layer = merge(graphdef, params).blocks[0].ffn
     weights = {"router": layer.router[...], **params["blocks"][0]["ffn"]["experts"]}
@@ -120,9 +122,14 @@ def _layer(activation: str, top_k: int) -> tuple[np.ndarray, dict[str, np.ndarra
     return x, {k: np.asarray(v, np.float64) for k, v in weights.items()}, layer
 
 
-def check_layer_with_drops(activation: str = "swiglu", top_k: int = 2) -> None:
+def check_layer_with_plain_gates() -> None:
+    """The gates are entries of the full softmax, so their sum over the K experts is less than 1."""
+    check_layer_with_drops(renormalise=False)
+
+
+def check_layer_with_drops(activation: str = "swiglu", top_k: int = 2, renormalise: bool = True) -> None:
     """A layer with a capacity, under drops, against NumPy loops: the output, and the number of drops exactly."""
-    x, weights, layer = _layer(activation, top_k)
+    x, weights, layer = _layer(activation, top_k, renormalise)
     slots = capacity(tiny.T, 4, top_k, 0.5)
     y, stats = jax.jit(lambda x: layer(x, Mode.TRAIN))(x)
     expected, dropped = oracles.moe(
@@ -133,6 +140,7 @@ def check_layer_with_drops(activation: str = "swiglu", top_k: int = 2) -> None:
         weights.get("w_gate"),
         top_k,
         slots,
+        renormalise,
     )
     pairs = 2 * tiny.T * top_k
     assert pairs / 2 <= dropped < pairs
@@ -214,6 +222,11 @@ def check_cached_decoding(**changes: Any) -> None:
         np.testing.assert_allclose(state.logits, expected[:, t], atol=1e-5 * float(np.abs(expected).max()))
         if t + 1 < tiny.T:
             state = step(params, state, tokens[:, t + 1])
+
+
+def check_cached_decoding_of_grouped_heads() -> None:
+    """Four heads of width 6 (not 8 / 4) that share two key heads."""
+    check_cached_decoding(heads=4, kv_heads=2, head_size=6, qk_norm="full", rope_theta=50.0, renormalise_gates=False)
 
 
 def check_dropout_is_scaled() -> None:

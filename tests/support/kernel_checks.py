@@ -84,13 +84,18 @@ def check_grouped_matmul() -> None:
                     assert np.abs(np.asarray(ours) - expected).max() < 1e-12, implementation
 
 
-def check_causal_attention(length: int = 150, dropout: float = 0.3) -> None:
+def check_grouped_heads() -> None:
+    """Four heads that share two key heads: the gradients of keys and values are sums over a group."""
+    check_causal_attention(heads=4)
+
+
+def check_causal_attention(length: int = 150, dropout: float = 0.3, heads: int = 2) -> None:
     """Attention by blocks, with hand-written gradients, equals attention with all scores at once, differentiated by
-    jax. All in float64."""
+    jax. All in float64, with two key heads."""
     rng = np.random.default_rng(length)
     with jax.enable_x64(True):
-        operands = [jnp.asarray(rng.normal(size=(2, 2, length, 4))) for _ in range(3)]
-        cotangent = jnp.asarray(rng.normal(size=(2, 2, length, 4)))
+        operands = [jnp.asarray(rng.normal(size=(2, n, length, 4))) for n in (heads, 2, 2)]
+        cotangent = jnp.asarray(rng.normal(size=(2, heads, length, 4)))
 
         def run(implementation: str, *args: jax.Array) -> tuple[jax.Array, ...]:
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -23,10 +23,11 @@ def choose(logits: np.ndarray, top_k: int) -> list[int]:
     return sorted(range(len(logits)), key=lambda e: (-logits[e], e))[:top_k]
 
 
-def gates(logits: np.ndarray, chosen: list[int]) -> list[float]:
-    """For one choice p itself; for more choices p renormalised over them, in a form that cannot underflow to 0 / 0."""
-    if len(chosen) == 1:
-        return [float(softmax(logits)[chosen[0]])]
+def gates(logits: np.ndarray, chosen: list[int], renormalise: bool = True) -> list[float]:
+    """For one choice p itself; for more choices p renormalised over them, in a form that cannot underflow to 0 / 0.
+    Without `renormalise`, p itself for any number of choices."""
+    if len(chosen) == 1 or not renormalise:
+        return [float(softmax(logits)[e]) for e in chosen]
     return list(softmax(np.array([logits[e] for e in chosen])))
 
 
@@ -66,6 +67,7 @@ def moe(
     w_gate: np.ndarray | None,
     top_k: int,
     capacity: int,
+    renormalise: bool = True,
 ) -> tuple[np.ndarray, int]:
     """An MoE layer on [B, T, D]: its output, and how many (token, choice) pairs were dropped."""
     y, dropped = np.zeros_like(x), 0
@@ -73,7 +75,7 @@ def moe(
         logits = [x[b, t] @ router for t in range(x.shape[1])]
         chosen = [choose(z, top_k) for z in logits]
         for t, slots in enumerate(assign(chosen, capacity)):
-            for e, g, slot in zip(chosen[t], gates(logits[t], chosen[t]), slots, strict=True):
+            for e, g, slot in zip(chosen[t], gates(logits[t], chosen[t], renormalise), slots, strict=True):
                 if slot is None:
                     dropped += 1
                 else:
@@ -100,27 +102,30 @@ def z_loss(logits: np.ndarray) -> float:
 
 
 def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Causal attention on [B, H, T, A], one query at a time."""
+    """Causal attention on [B, H, T, A], one query at a time. Keys and values are [B, KV, T, A]: neighbouring heads
+    share a key head."""
     out = np.zeros_like(query)
+    group = query.shape[1] // key.shape[1]
     for b, h, t in np.ndindex(query.shape[:3]):
-        scores = np.array([query[b, h, t] @ key[b, h, s] / math.sqrt(query.shape[-1]) for s in range(t + 1)])
+        shared = h // group
+        scores = np.array([query[b, h, t] @ key[b, shared, s] / math.sqrt(query.shape[-1]) for s in range(t + 1)])
         for s, weight in enumerate(softmax(scores)):
-            out[b, h, t] += weight * value[b, h, s]
+            out[b, h, t] += weight * value[b, shared, s]
     return out
 
 
-def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray) -> np.ndarray:
-    return (x - x.mean()) / math.sqrt(x.var() + 1e-5) * scale + bias
+def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float = 1e-5) -> np.ndarray:
+    return (x - x.mean()) / math.sqrt(x.var() + eps) * scale + bias
 
 
-def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    return x / math.sqrt(sum(v * v for v in x) / len(x) + 1e-6) * scale
+def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float = 1e-6) -> np.ndarray:
+    return x / math.sqrt(sum(v * v for v in x) / len(x) + eps) * scale
 
 
-def rotate(x: np.ndarray, position: int) -> np.ndarray:
-    """RoPE for one head [A]: the pair (i, i + A/2), a complex number, is rotated by position * 10000^(-2i/A)."""
+def rotate(x: np.ndarray, position: int, theta: float = 10_000) -> np.ndarray:
+    """RoPE for one head [A]: the pair (i, i + A/2), a complex number, is rotated by position * theta^(-2i/A)."""
     half = len(x) // 2
-    turned = [complex(x[i], x[i + half]) * np.exp(1j * position * 10_000 ** (-2 * i / len(x))) for i in range(half)]
+    turned = [complex(x[i], x[i + half]) * np.exp(1j * position * theta ** (-2 * i / len(x))) for i in range(half)]
     return np.array([z.real for z in turned] + [z.imag for z in turned])
 
 

@@ -5,6 +5,13 @@ from tests.support.planting import Bug
 
 BUGS = [
     Bug(
+        "a key head's gradient comes from one head of its group",
+        "moe_jax.model.kernels.causal_attention:_backward",
+        "d_s = _by_group(d_s, key)",
+        "d_s = _by_group(d_s.at[:, 1:].set(0), key)",
+        kernel_checks.check_grouped_heads,
+    ),
+    Bug(
         "a token's gradient comes from another sequence",
         "moe_jax.model.moe.dispatch:_dispatch_backward",
         "_sum_of_choices(d_rows, ",

@@ -148,7 +148,7 @@ class MoE(nnx.Module):
     def choose(self, logits: Float[Array, "B T E"]) -> Routing:
         """The K experts of each token, by its logits and, where the experts are balanced by a bias, by the bias."""
         bias = jax.lax.stop_gradient(self.balance_bias[...]) if self.routing.balancing == "bias" else None
-        return route(logits, self.routing.top_k, bias)
+        return route(logits, self.routing.top_k, bias, self.routing.renormalise_gates)
 
     def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
         """The dispatch of a pass over `batch` sequences of `tokens` tokens each.

@@ -2,7 +2,7 @@
 
 Pure functions of arrays. B sequences of T tokens, E experts, K choices of a token. p = softmax(logits), the top K by
 logit, gates renormalised over the K chosen (Shazeer et al. 2017, section 2.1; Fedus et al. 2021, section 2.1 for K =
-1).
+1) unless the policy's `renormalise_gates` is off.
 
 A token whose logits hold a NaN or +inf is *invalid*. It takes no slot, and its gates and its output are NaN.
 
@@ -27,7 +27,7 @@ class Routing(NamedTuple):
     expert_index: Int[Array, "B T K"]
     """The chosen experts, best first. Of equal logits the lower index is chosen."""
     gate: Float[Array, "B T K"]
-    """The weights of the chosen experts: probabilities, renormalised over the K chosen experts; for K = 1 the
+    """The weights of the chosen experts: probabilities, renormalised over the K chosen experts (`route`); for K = 1 the
     probability itself. NaN for an invalid token, whose choices are all dropped."""
     valid: Bool[Array, "B T"]
     """False for an invalid token, whose probabilities hold a NaN."""
@@ -40,13 +40,18 @@ def router_logits(x: Float[Array, "B T D"], kernel: Float[Array, "D E"]) -> Floa
     return jnp.einsum("btd,de->bte", x.astype(dtype), kernel.astype(dtype), precision=dot_precision(dtype))
 
 
-def route(logits: Float[Array, "B T E"], top_k: int, bias: Float[Array, "... E"] | None = None) -> Routing:
+def route(
+    logits: Float[Array, "B T E"],
+    top_k: int,
+    bias: Float[Array, "... E"] | None = None,
+    renormalise: bool = True,
+) -> Routing:
     """Choose `top_k` experts for each token, by logit. (By probability, very different logits could underflow to equal
     zeros.)
 
     The gates are the softmax over the K chosen logits. That equals p renormalised over the K chosen, and cannot divide
     0 by 0. For K = 1 this softmax would be the constant 1, and the router would get no gradient; so the gate is p
-    itself (Switch).
+    itself (Switch). Without `renormalise` the gates are p for every K (Muennighoff et al. 2024, "OLMoE", section 2).
 
     With a `bias`, the K experts with the largest p + bias are chosen. The gates still come from the logits, so the bias
     changes the choice but not the gates (Wang et al. 2024, "Auxiliary-loss-free load balancing", equation 3).
@@ -61,7 +66,10 @@ def route(logits: Float[Array, "B T E"], top_k: int, bias: Float[Array, "... E"]
     # One-hot sums instead of indexing. The gradient of indexing is a scatter-add, slow and in no fixed order on a GPU.
     chosen = jax.nn.one_hot(expert, logits.shape[-1], dtype=bool)
     picked = jnp.where(chosen, logits[:, :, None, :], 0).sum(-1)
-    gate = jnp.where(chosen, probs[:, :, None, :], 0).sum(-1) if top_k == 1 else jax.nn.softmax(picked, axis=-1)
+    if renormalise and top_k > 1:
+        gate = jax.nn.softmax(picked, axis=-1)
+    else:
+        gate = jnp.where(chosen, probs[:, :, None, :], 0).sum(-1)
     valid = ~jnp.isnan(probs).any(-1)
     gate = jnp.where(valid[..., None], gate, jnp.nan)
     return Routing(logits, probs, expert, gate, valid)

@@ -2,7 +2,8 @@
 
 An expert that is switched off cannot be chosen. The router decides as if the expert did not exist: its logit is -inf,
 so it has the probability 0, the next-best expert takes its place, and the gates are renormalised over the K experts
-that are chosen instead. Where fewer than K experts are left, the gates of those that are left add up to 1.
+that are chosen instead. Where fewer than K experts are left, the gates of those that are left add up to 1. Without
+`renormalise_gates` a gate is the probability among the experts that are left.
 
 The switches are an argument of the program, beside the parameters. So one compiled program serves every choice of
 experts. Each sequence of a batch has switches of its own, so one call can answer "and without expert 3?" for many
@@ -38,7 +39,7 @@ class SwitchableMoE(MoE):
         bias = None
         if self.routing.balancing == "bias":  # a bias could lift an expert of probability 0 above the others
             bias = jnp.where(off, -jnp.inf, self.balance_bias[...])
-        return route(jnp.where(off, -jnp.inf, logits), self.routing.top_k, bias)
+        return route(jnp.where(off, -jnp.inf, logits), self.routing.top_k, bias, self.routing.renormalise_gates)
 
 
 def with_switches(params: Params, off: Bool[Array, "L B E"]) -> Params:

@@ -196,15 +196,25 @@ def test_the_router_is_float64_where_parameters_are(float64: None) -> None:
     assert logits.dtype == route(logits, 1).gate.dtype == "float64"
 
 
+def test_plain_gates_are_the_probabilities_of_the_chosen() -> None:
+    """Logits ln 6, ln 3, ln 1: p = .6, .3, .1. Divided by their sum the first two are 2/3 and 1/3."""
+    logits = jnp.log(jnp.array([[[6.0, 3.0, 1.0]]]))
+    np.testing.assert_allclose(route(logits, 2, renormalise=False).gate, [[[0.6, 0.3]]], rtol=1e-6)
+    np.testing.assert_allclose(route(logits, 2).gate, [[[2 / 3, 1 / 3]]], rtol=1e-6)
+    for renormalise in (False, True):
+        np.testing.assert_allclose(route(logits, 1, renormalise=renormalise).gate, [[[0.6]]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("renormalise", [True, False])
 @pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_route_gradient(top_k: int, float64: None) -> None:
+def test_route_gradient(top_k: int, renormalise: bool, float64: None) -> None:
     """Of the gates and of the full softmax at once, against central differences; margins keep the choice."""
     rng = np.random.default_rng(top_k)
     logits = np.stack([rng.permutation([0.1, 0.9, -0.7, 1.6]) for _ in range(3)])[None]
     of_gate, of_probs = rng.normal(size=(1, 3, top_k)), rng.normal(size=(1, 3, 4))
 
     def scalar(z):
-        routing = route(z, top_k)
+        routing = route(z, top_k, renormalise=renormalise)
         return (routing.gate * of_gate).sum() + (routing.probs * of_probs).sum()
 
     gradient = jax.grad(scalar)(jnp.asarray(logits))
