@@ -59,7 +59,7 @@ def _text_of(line: bytes, where: str) -> str:
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON ({error}); each line must be an object with a key `text`") from None
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {json.dumps(row)[:40]}; each line must be an object with a key `text`")
+        raise UserError(f"{where} is {repr(row)[:40]}; each line must be an object with a key `text`")
     text = row.get("text")
     if isinstance(text, str):
         try:

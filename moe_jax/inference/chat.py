@@ -1,6 +1,5 @@
 """A conversation with a trained model: a beginning of a text in, its continuation out, and settings in between."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -96,7 +95,7 @@ class Chat:
             write_output(Path(value), "\n\n".join(self._told) + "\n")
         except OSError as error:
             raise UserError(f"/save {value}: cannot be written ({error.strerror}); name another file") from None
-        return f"{len(self._told)} texts in {json.dumps(value, ensure_ascii=False)}"
+        return f"{len(self._told)} texts in {value}"
 
     def _quit(self, _: str) -> str:
         self.ended = True

@@ -6,6 +6,7 @@ The table is `architecture_of`. Each class computes what our model computes, to 
     qwen3_moe   the same with normalised queries and keys; K = 1 too         Qwen3MoeForCausalLM      qwen3moe
     ernie4_5_moe  balance by bias, shared experts                            Ernie4_5_MoeForCausalLM  ernie4_5-moe
     granitemoe  a tied embedding that is scaled                              GraniteMoeForCausalLM    granitemoe
+    olmoe       queries and keys normalised over all heads                   OlmoeForCausalLM         olmoe
     llama       a dense baseline                                             LlamaForCausalLM         llama
     qwen3       a dense baseline with normalised queries and keys            Qwen3ForCausalLM         qwen3
     gpt2        a dense baseline with learned positions, LayerNorm, GELU     GPT2LMHeadModel          none
@@ -33,6 +34,13 @@ QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3moe")
 QWEN3_MOE_TOP_1 = QWEN3_MOE._replace(
     gguf=None, gguf_problem="--routing.top-k 1: llama.cpp's qwen3moe divides the gate by itself, ours does not"
 )
+QWEN3_MOE_PLAIN = QWEN3_MOE._replace(
+    gguf=None, gguf_problem="--routing.no-renormalise-gates: llama.cpp's qwen3moe always renormalises the gates"
+)
+OLMOE = Architecture("olmoe", "OlmoeForCausalLM", "olmoe")
+OLMOE_RENORMALISED = OLMOE._replace(
+    gguf=None, gguf_problem="--routing.renormalise-gates: llama.cpp's olmoe never renormalises the gates"
+)
 ERNIE = Architecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "ernie4_5-moe")
 GRANITE = Architecture("granitemoe", "GraniteMoeForCausalLM", "granitemoe")
 LLAMA = Architecture("llama", "LlamaForCausalLM", "llama")
@@ -49,29 +57,42 @@ def architecture_of(config: ModelConfig) -> Architecture:
     if config.dense != "none":
         if config.scaled_embedding and config.tied_head:
             raise _unheld("--model.scaled-embedding", "no dense class scales a tied embedding")
-        return QWEN3 if config.qk_norm else LLAMA
+        if config.qk_norm == "full":
+            raise _unheld("--model.qk-norm full", "no dense class with norms before each half has it")
+        return QWEN3 if config.qk_norm == "head" else LLAMA
     return _with_experts(config)
 
 
 def _with_experts(config: ModelConfig) -> Architecture:
-    shared = config.routing.balancing == "bias" or config.shared_experts > 0
+    routing = config.routing
+    shared, single = routing.balancing == "bias" or config.shared_experts > 0, routing.top_k == 1
+    plain = not routing.renormalise_gates and not single
+    own_width = config.head_width * config.heads != config.width
     if config.scaled_embedding and config.tied_head:
-        if config.qk_norm or shared or config.routing.top_k == 1:
+        if config.qk_norm != "none" or shared or single or plain or own_width:
             raise _unheld("--model.scaled-embedding", "with a tied head, no class has the other options too")
         return GRANITE
+    if config.qk_norm == "full":
+        if shared:
+            raise _unheld("--model.qk-norm full", "no class has it beside balance by bias or shared experts")
+        if own_width:
+            raise _unheld("--model.head-size", "the class that normalises over all heads has width / heads")
+        return OLMOE if plain or single else OLMOE_RENORMALISED
     if shared:
-        if config.qk_norm:
+        if config.qk_norm == "head":
             raise _unheld("--model.qk-norm", "no class has it beside balance by bias or shared experts")
-        if config.routing.top_k == 1:
-            raise _unheld(
-                "--routing.top-k 1", "the class with shared experts divides the gate by itself, ours does not"
-            )
+        if single or plain:
+            option = "--routing.top-k 1" if single else "--routing.no-renormalise-gates"
+            raise _unheld(option, "the class with shared experts always renormalises the gates, ours does not")
+        if own_width:
+            raise _unheld("--model.head-size", "the class with shared experts has width / heads")
         return ERNIE
-    if config.routing.top_k == 1:
-        if not config.qk_norm:
-            raise _unheld("--routing.top-k 1", "the class that keeps the gate of one expert needs --model.qk-norm")
-        return QWEN3_MOE_TOP_1
-    return QWEN3_MOE if config.qk_norm else MIXTRAL
+    if single or plain:
+        if config.qk_norm == "none":
+            option = "--routing.top-k 1" if single else "--routing.no-renormalise-gates"
+            raise _unheld(option, "the classes that keep the gates need --model.qk-norm head or full")
+        return QWEN3_MOE_TOP_1 if single else QWEN3_MOE_PLAIN
+    return QWEN3_MOE if config.qk_norm == "head" else MIXTRAL
 
 
 def _gpt2(config: ModelConfig) -> Architecture:
@@ -80,11 +101,13 @@ def _gpt2(config: ModelConfig) -> Architecture:
         option = next((o for o, value in blamed.items() if o.endswith(value)), "--model.activation gelu")
         raise _unheld(option, "no class has it together with experts")
     whole = (config.norm, config.positions, config.activation, config.bias, config.qk_norm, config.scaled_embedding)
-    if whole != ("layernorm", "learned", "gelu", True, False, False):
+    if whole != ("layernorm", "learned", "gelu", True, "none", False):
         raise _unheld(
             f"--model.norm {config.norm}, --model.positions {config.positions}, --model.activation {config.activation}",
             "GPT-2 is layernorm, learned and gelu with --model.bias; Llama is rmsnorm, rope and swiglu",
         )
+    if config.key_value_heads != config.heads or config.head_width * config.heads != config.width:
+        raise _unheld("--model.kv-heads, --model.head-size", "GPT-2 has one key head for each head, of width / heads")
     return GPT2
 
 

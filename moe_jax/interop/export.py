@@ -29,10 +29,10 @@ LAYOUT = """\
 |---|---|---|
 | embedding | [V, D] | rows of tokens |
 | position | [T, D] | learned positions, where there are any |
-| blocks.N.attention_norm, ffn_norm: scale, bias | [D] | LayerNorm (eps 1e-5) or RMSNorm (eps 1e-6), before each half |
-| blocks.N.attention.qkv, qkv_bias | [D, 3D], [3D] | x @ qkv is (q, k, v), each of (head, entry) |
-| blocks.N.attention.out, out_bias | [D, D], [D] | output projection |
-| blocks.N.attention.query_norm, key_norm: scale | [A] | RMSNorm of each head, before the rotation |
+| blocks.N.attention_norm, ffn_norm: scale, bias | [D] | LayerNorm or RMSNorm before each half |
+| blocks.N.attention.qkv, qkv_bias | [D, (H + 2 KV) A] | x @ qkv is (q, k, v), each of (head, entry) |
+| blocks.N.attention.out, out_bias | [H A, D], [D] | output projection |
+| blocks.N.attention.query_norm, key_norm: scale | [A], or all heads | RMSNorm before the rotation |
 | blocks.N.ffn.router | [D, E] | scores of the experts; the best K, softmax over these K |
 | blocks.N.ffn.balance_bias | [E] | added when experts are chosen, and only then |
 | blocks.N.ffn.experts.w_in, w_gate | [E, D, F] | gelu(x w_in) in the tanh form, or silu(x w_gate) * (x w_in) |
@@ -41,7 +41,8 @@ LAYOUT = """\
 | norm: scale, bias | [D] | before the head |
 | head | [D, V] | where it is not the embedding |
 
-Rotary positions have base 10000 and rotate the pairs (i, i + A/2) of a head. `settings.json` has the sizes.
+Rotary positions rotate the pairs (i, i + A/2) of a head. `settings.json` has the sizes, the base `rope_theta`, and
+`norm_eps`, where 0 stands for 1e-6 with RMSNorm and 1e-5 with LayerNorm.
 """
 
 

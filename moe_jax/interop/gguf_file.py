@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture
-from moe_jax.interop.huggingface import RMS_EPS, THETA
+from moe_jax.interop.huggingface import norm_eps
 from moe_jax.interop.layers import attention, embedding, experts
 from moe_jax.interop.source import ExportSource
 from moe_jax.interop.tokenizers import GPT2_PATTERN, merges, spelled
@@ -70,12 +70,12 @@ def _write_shape(writer: Any, source: ExportSource, architecture: Architecture, 
     writer.add_embedding_length(model.width)
     writer.add_block_count(model.layers)
     writer.add_head_count(model.heads)
-    writer.add_head_count_kv(model.heads)
+    writer.add_head_count_kv(model.key_value_heads)
     writer.add_key_length(model.head_width)
     writer.add_value_length(model.head_width)
     writer.add_rope_dimension_count(model.head_width)
-    writer.add_rope_freq_base(THETA)
-    writer.add_layer_norm_rms_eps(RMS_EPS)
+    writer.add_rope_freq_base(model.rope_theta)
+    writer.add_layer_norm_rms_eps(norm_eps(model))
     writer.add_vocab_size(model.vocab_size)
     if model.dense != "none":
         writer.add_feed_forward_length(model.dense_hidden)
@@ -123,7 +123,7 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
         found = attention(source, layer, interleaved=architecture.gguf in INTERLEAVED)
         for name, weight in zip(("q", "k", "v", "output"), found, strict=True):
             yield f"{at}.attn_{name}.weight", weight
-        if model.qk_norm:
+        if model.qk_norm != "none":
             yield f"{at}.attn_q_norm.weight", source.block(layer, "attention.query_norm.scale")
             yield f"{at}.attn_k_norm.weight", source.block(layer, "attention.key_norm.scale")
         networks = experts(source, layer)

@@ -16,8 +16,10 @@ from moe_jax.interop.source import ExportSource
 type Tensors = Iterator[tuple[str, np.ndarray]]
 """(name, float32 array), one at a time, so that the model is never in memory twice."""
 
-THETA, RMS_EPS, LAYER_NORM_EPS = 10_000.0, 1e-6, 1e-5
-"""Our literals (`model/layers.py`). The defaults of the classes are others."""
+
+def norm_eps(model: ModelConfig) -> float:
+    """What is added in a normalisation (`model/layers.py`). The defaults of the classes are others."""
+    return model.norm_eps or (1e-5 if model.norm == "layernorm" else 1e-6)
 
 
 def config_json(source: ExportSource, architecture: Architecture, dtype: str) -> dict[str, Any]:
@@ -44,7 +46,7 @@ def _gpt2_config(model: ModelConfig) -> dict[str, Any]:
         "n_head": model.heads,
         "n_inner": model.dense_hidden,
         "activation_function": "gelu_new",
-        "layer_norm_epsilon": LAYER_NORM_EPS,
+        "layer_norm_epsilon": norm_eps(model),
     }
 
 
@@ -53,13 +55,13 @@ def _llama_config(model: ModelConfig, architecture: Architecture) -> dict[str, A
         "hidden_size": model.width,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
-        "num_key_value_heads": model.heads,
+        "num_key_value_heads": model.key_value_heads,
         "head_dim": model.head_width,
         "hidden_act": "silu",
         "max_position_embeddings": model.seq_len,
-        "rms_norm_eps": RMS_EPS,
-        "rope_theta": THETA,
-        "rope_parameters": {"rope_type": "default", "rope_theta": THETA},
+        "rms_norm_eps": norm_eps(model),
+        "rope_theta": model.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
         "attention_bias": False,
         "intermediate_size": model.expert_hidden if model.dense == "none" else model.dense_hidden,
         "use_cache": True,
@@ -95,7 +97,7 @@ def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, 
         "num_experts": model.experts,
         "num_experts_per_tok": top_k,
         "moe_intermediate_size": model.expert_hidden,
-        "norm_topk_prob": top_k > 1,
+        "norm_topk_prob": top_k > 1 and model.routing.renormalise_gates,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
@@ -114,7 +116,7 @@ def tensors(source: ExportSource, architecture: Architecture) -> Tensors:
         found = attention(source, layer, interleaved=architecture == ERNIE)
         for name, weight in zip("qkvo", found, strict=True):
             yield f"{at}.self_attn.{name}_proj.weight", weight
-        if source.config.model.qk_norm:
+        if source.config.model.qk_norm != "none":
             yield f"{at}.self_attn.q_norm.weight", source.block(layer, "attention.query_norm.scale")
             yield f"{at}.self_attn.k_norm.weight", source.block(layer, "attention.key_norm.scale")
         yield from _ffn(source, architecture, layer, at)

@@ -8,7 +8,7 @@ from moe_jax.interop.source import ExportSource
 
 
 class AttentionWeights(NamedTuple):
-    """float32 [D, D] each, out x in. The rows of query, key and value are (head, entry)."""
+    """float32, out x in: query [H A, D], key and value [KV A, D], out [D, H A]. Rows are (head, entry)."""
 
     query: np.ndarray
     key: np.ndarray
@@ -27,9 +27,11 @@ class ExpertWeights(NamedTuple):
 def attention(source: ExportSource, layer: int, interleaved: bool = False) -> AttentionWeights:
     """The projections of a layer. `interleaved`: the class rotates the pairs (2i, 2i + 1) of a head, ours (i, i + A/2);
     the rows of query and key change places, so that the same pairs are rotated."""
-    query, key, value = np.split(source.block(layer, "attention.qkv").T, 3)
+    model = source.config.model
+    queries, keys = model.heads * model.head_width, model.key_value_heads * model.head_width
+    query, key, value = np.split(source.block(layer, "attention.qkv").T, [queries, queries + keys])
     if interleaved:
-        query, key = (_interleave(rows, source.config.model.heads) for rows in (query, key))
+        query, key = _interleave(query, model.heads), _interleave(key, model.key_value_heads)
     return AttentionWeights(query, key, value, np.ascontiguousarray(source.block(layer, "attention.out").T))
 
 

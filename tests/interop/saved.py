@@ -31,7 +31,7 @@ def save(folder: Path, tokenizer: str = "byte", model: ModelConfig | None = None
     text.write_text("<|endoftext|>".join(f"{STORY}{i}" for i in range(60)))
     data = DataConfig(source=str(text), tokenizer=tokenizer, vocab_size=300)  # pyright: ignore[reportArgumentType]
     store = prepare_token_store(data, progress=False, cache=folder / "cache")
-    routing = {name: changes.pop(name) for name in ("top_k", "balancing") if name in changes}
+    routing = {name: changes.pop(name) for name in ("top_k", "balancing", "renormalise_gates") if name in changes}
     model = model or ModelConfig(**(SHAPE | changes)).with_routing(**routing)  # pyright: ignore[reportArgumentType]
     model = dataclasses.replace(model, vocab_size=model.vocab_size or store.tokenizer.vocab_size)
     execution = ExecutionConfig(compute_dtype="float32")

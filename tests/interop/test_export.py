@@ -58,17 +58,24 @@ def test_each_preset_has_a_class_or_a_reason(name: str) -> None:
         ({"norm": "layernorm"}, {}, "--model.norm layernorm"),
         ({"activation": "gelu"}, {}, "--model.activation gelu"),
         ({"positions": "learned"}, {}, "--model.positions learned"),
-        ({"qk_norm": True}, {"balancing": "bias"}, "--model.qk-norm"),
-        ({"qk_norm": True, "shared_experts": 1}, {}, "--model.qk-norm"),
+        ({"qk_norm": "head"}, {"balancing": "bias"}, "--model.qk-norm"),
+        ({"qk_norm": "head", "shared_experts": 1}, {}, "--model.qk-norm"),
+        ({"qk_norm": "full"}, {"balancing": "bias"}, "--model.qk-norm full"),
+        ({"qk_norm": "full", "head_size": 8}, {}, "--model.head-size"),
+        ({"qk_norm": "full", "dense": "active"}, {}, "--model.qk-norm full"),
+        ({"shared_experts": 1, "head_size": 8}, {}, "--model.head-size"),
+        ({"shared_experts": 1}, {"renormalise_gates": False}, "--routing.no-renormalise-gates"),
+        ({}, {"renormalise_gates": False}, "--routing.no-renormalise-gates"),
         ({}, {"top_k": 1}, "--routing.top-k 1"),
         ({"shared_experts": 1}, {"top_k": 1}, "--routing.top-k 1"),
-        ({"scaled_embedding": True, "qk_norm": True}, {}, "--model.scaled-embedding"),
+        ({"scaled_embedding": True, "qk_norm": "head"}, {}, "--model.scaled-embedding"),
         ({"dense": "active", "scaled_embedding": True}, {}, "--model.scaled-embedding"),
         ({"dense": "active", "norm": "layernorm"}, {}, "--model.norm layernorm, --model.positions rope"),
     ],
 )
 def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dict, option: str) -> None:
-    model = dataclasses.replace(preset("nano").model, **changes).with_routing(**routing)
+    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False)
+    model = dataclasses.replace(start, **changes).with_routing(**routing)
     with pytest.raises(UserError) as failure:
         architecture_of(model)
     assert str(failure.value).startswith(option)
@@ -76,7 +83,7 @@ def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dic
 
 
 def test_top_1_is_held_by_transformers_and_not_by_llama_cpp() -> None:
-    model = dataclasses.replace(preset("nano").model, qk_norm=True).with_routing(top_k=1)
+    model = dataclasses.replace(preset("nano").model, qk_norm="head").with_routing(top_k=1)
     architecture = architecture_of(model)
     assert architecture.model_type == "qwen3_moe"
     assert architecture.gguf is None

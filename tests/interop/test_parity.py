@@ -25,14 +25,28 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "mixtral, untied, top 3": {"tied_head": False, "top_k": 3},
     "mixtral, scaled and untied": {"tied_head": False, "scaled_embedding": True},
-    "qwen3_moe": {"qk_norm": True, "tied_head": False, "scaled_embedding": True, "top_k": 4},
-    "qwen3_moe, top 1": {"qk_norm": True, "top_k": 1},
+    "qwen3_moe": {"qk_norm": "head", "tied_head": False, "scaled_embedding": True, "top_k": 4},
+    "qwen3_moe, top 1": {"qk_norm": "head", "top_k": 1},
+    "qwen3_moe, plain gates": {"qk_norm": "head", "renormalise_gates": False},
+    "qwen3_moe, grouped heads": {
+        "qk_norm": "head",
+        "kv_heads": 1,
+        "head_size": 32,
+        "rope_theta": 1e6,
+        "norm_eps": 1e-5,
+    },
+    "mixtral, grouped heads": {"kv_heads": 2, "head_size": 8, "rope_theta": 1e5, "norm_eps": 1e-5},
+    "olmoe": {"qk_norm": "full", "renormalise_gates": False, "norm_eps": 1e-5, "tied_head": False},
+    "olmoe, grouped heads": {"qk_norm": "full", "kv_heads": 2},
+    "ernie4_5_moe, grouped heads": {"balancing": "bias", "kv_heads": 2},
+    "granitemoe, grouped heads": {"scaled_embedding": True, "kv_heads": 2},
     "ernie4_5_moe, bias": {"balancing": "bias"},
     "ernie4_5_moe, shared": {"shared_experts": 2},
     "ernie4_5_moe, both": {"balancing": "bias", "shared_experts": 1},
     "granitemoe": {"scaled_embedding": True},
     "llama": {"dense": "active"},
-    "qwen3": {"dense": "total", "qk_norm": True, "tied_head": False},
+    "llama, grouped heads": {"dense": "active", "kv_heads": 2, "head_size": 32, "rope_theta": 5e5},
+    "qwen3": {"dense": "total", "qk_norm": "head", "tied_head": False},
     "gpt2": {
         "dense": "active",
         "norm": "layernorm",
@@ -42,6 +56,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         "tied_head": False,
     },
 }
+ROUTING = ("top_k", "balancing", "renormalise_gates")
 PRESETS = ("nano", "story", "story-cpu")
 """Their whole shape, with a small vocabulary and a shorter context."""
 
@@ -72,8 +87,9 @@ def compare(found: np.ndarray, expected: np.ndarray, record: Record, what: str) 
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_each_configuration_has_the_class_of_its_name(name: str) -> None:
     changes = dict(CONFIGURATIONS[name])
-    routing = {key: changes.pop(key) for key in ("top_k", "balancing") if key in changes}
-    model = dataclasses.replace(preset("nano").model, **changes).with_routing(**routing)
+    routing = {key: changes.pop(key) for key in ROUTING if key in changes}
+    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False)
+    model = dataclasses.replace(start, **changes).with_routing(**routing)
     assert architecture_of(model).model_type == name.partition(",")[0]
 
 

@@ -161,10 +161,10 @@ def test_arrays_of_another_model_are_refused(changes: dict[str, Any]) -> None:
 
 
 def test_the_tokenizer_must_be_the_one_that_the_checkpoint_names(tmp_path: Path) -> None:
-    definition = {"kind": "byte"}
+    definition, model = {"kind": "byte"}, tiny.config(vocab_size=257)
     byte = Tokenizer(definition, [bytes([i]) for i in range(256)], list)
     byte.save(tmp_path / "tokenizer.json")
     for known in (None, checkpoint(), checkpoint(tokenizer=byte.digest)):
-        assert load_run_tokenizer(tmp_path, known).digest == byte.digest
+        assert load_run_tokenizer(tmp_path, known, model).digest == byte.digest
     with pytest.raises(UserError, match=rf"tokenizer\.json: is not the tokenizer .* doctor --run {tmp_path} --repair"):
-        load_run_tokenizer(tmp_path, checkpoint(tokenizer="another"))
+        load_run_tokenizer(tmp_path, checkpoint(tokenizer="another"), model)
