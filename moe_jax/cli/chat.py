@@ -69,7 +69,7 @@ class Chat(SamplingCommand):
         from moe_jax.runs.summary import read_summary
 
         opening = read_summary(Path(self.run)).get("opening")
-        say(f"{self.run}, step {step}. Type how a text begins; /help lists the settings, Ctrl-D leaves.")
+        say(f"{self.run}, step {step}. Type how a text begins; /help lists the commands, Ctrl-D leaves.")
         if opening:
             say(f"try: {opening}")
 

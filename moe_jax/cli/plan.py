@@ -81,7 +81,12 @@ class Plan(Command):
         )
         _print_header()
         rows = []
-        for row in search.search(with_vocabulary(preset(self.preset)), target, self.every_optimizer):
+        found = search.search(with_vocabulary(preset(self.preset)), target, self.every_optimizer)
+        while True:
+            with working("compiling a training step for the card, a minute or more"):
+                row = next(found, None)
+            if row is None:
+                break
             rows.append(row)
             _print_row(row)
         return self._report(rows, target)

@@ -36,7 +36,7 @@ class Presets(Command):
 
             costs = {name: preset_costs(name) for name in PRESETS}
         table = Table(box=None, padding=(0, 2, 0, 0))
-        for name in ("preset", "parameters", "active", "tokens", "memory", "time here"):
+        for name in ("preset", "parameters", "active", "tokens", "memory from", "time here"):
             table.add_column(name, justify="left" if name == "preset" else "right", no_wrap=True)
         for name, cost in costs.items():
             table.add_row(

@@ -56,6 +56,7 @@ class Chat:
         name, _, value = line.removeprefix("/").strip().partition(" ")
         commands: dict[str, Callable[[str], str]] = {
             "temp": self._temperature,
+            "temperature": self._temperature,
             "seed": self._seed,
             "tokens": self._tokens,
             "experts": self._experts,

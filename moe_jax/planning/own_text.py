@@ -33,6 +33,7 @@ class TextPlan(NamedTuple):
         """The command line that trains with these settings."""
         config, start = self.config, preset(self.config.preset)
         words = ["uv run train.py", f"--preset {config.preset}", f"--data {shlex.quote(config.data.source)}"]
+        words.append(f"--out {shlex.quote('runs/' + Path(config.data.source).stem)}")
         for name, flag in (("steps", "--steps"), ("batch_size", "--batch-size"), ("grad_accum", "--grad-accum")):
             if getattr(config.train, name) != getattr(start.train, name):
                 words.append(f"{flag} {getattr(config.train, name)}")

@@ -116,5 +116,7 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
         f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in "
         f"{session.folder.path}",
     ]
+    if result["val_bits_per_byte"] > unigram:
+        lines.append("this is worse than counting words (the unigram): train longer, with --resume and more --steps")
     say(*lines)
     print(f"next: uv run python -m moe_jax generate --run {shlex.quote(str(session.folder.path))} --prompt {prompt}")

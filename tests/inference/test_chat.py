@@ -79,7 +79,7 @@ def test_a_dense_model_has_no_experts() -> None:
         ("/save", "/save: needs the name of a file"),
         ("/save /proc/nowhere/x", "/save /proc/nowhere/x: cannot be written"),
         ("/", "/: no such command"),
-        ("/temperature 1", "/temperature: no such command; /help lists them"),
+        ("/warmth 1", "/warmth: no such command; /help lists them"),
     ],
 )
 def test_a_wrong_line_is_answered_and_changes_nothing(chat: Chat, line: str, said: str) -> None:

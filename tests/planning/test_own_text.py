@@ -58,8 +58,8 @@ def test_the_first_that_fits_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     command = tried[-1].command()
     assert command == (
-        f"uv run train.py --preset story-cpu --data {shlex.quote(str(text))} --steps 1237 --batch-size 2 "
-        "--grad-accum 4 --execution.remat"
+        f"uv run train.py --preset story-cpu --data {shlex.quote(str(text))} --out 'runs/my book' "
+        "--steps 1237 --batch-size 2 --grad-accum 4 --execution.remat"
     )
     monkeypatch.chdir(tmp_path)
     config = Train.parse(shlex.split(command)[3:]).settings.config

@@ -70,7 +70,7 @@ def test_chat_answers_and_leaves(whole: tuple[Path, dict], cache: Path, record_p
     assert status == 0
     check("chat", shown)
     text = "\n".join(terminal.lines(shown))
-    for said in ("/help lists the settings", "try: ", "layer 0 of 0 to 0", "temperature 0.5", "no such command"):
+    for said in ("/help lists the commands", "try: ", "layer 0 of 0 to 0", "temperature 0.5", "no such command"):
         assert said in text
     assert text.count("the dog") == 2  # typed and continued; the colours show the last tokens only
     assert "(the last 15 tokens" in text

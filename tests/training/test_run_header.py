@@ -90,3 +90,9 @@ def test_the_parameters_in_one_line() -> None:
     share = whole.active / whole.total
     assert line.startswith(f"{whole.total:,} in all, {whole.active:,} active for a token ({share:.0%}): ")
     assert line.endswith(", ".join(f"{name} {count.total:,}" for name, count in groups.items()))
+
+
+def test_a_model_that_is_worse_than_counting_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(RESULT | {"val_bits_per_byte": 1.26, "entropy_floor_bits_per_byte": None}, capsys)
+    assert lines[2].startswith("this is worse than counting words")
+    assert not any("worse" in line for line in said(RESULT | {"val_bits_per_byte": 1.25}, capsys))
