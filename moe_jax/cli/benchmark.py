@@ -130,6 +130,7 @@ class Benchmark(Command):
         command += f" --batch-size {self.batch_size} --rounds {self.rounds}"
         command += " --uniform-routing" if self.uniform_routing else ""
         command += f" --with-quality {self.with_quality}" if self.with_quality else ""
+        command += " --record" if self.record else ""
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
         write_output(path, json_text(record, indent=1) + "\n")
         print(f"results: {path}")
