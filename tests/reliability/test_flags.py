@@ -183,6 +183,8 @@ def hammer_command(case: str, examples: int, server: Server, run: Path, record: 
     given_run = (
         ["--run", str(run)] if any(name.startswith(f"{case.split()[0]} --run") for name in COMMAND_CASES) else []
     )
+    if argv[-1] == "export" and flag != "--out":
+        given_run += ["--out", "exported"]
     asked = []
 
     @settings(max_examples=examples)

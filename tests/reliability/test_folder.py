@@ -92,6 +92,8 @@ OTHER: dict[str, Any] = {
     "seq_len": 32,
     "width": 32,
     "heads": 1,
+    "kv_heads": 2,
+    "head_size": 8,
     "experts": 8,
     "top_k": 1,
     "dropout": 0.0,
