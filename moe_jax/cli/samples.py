@@ -47,6 +47,7 @@ class Samples(Command):
             check_out_file("--out", self.out)
         with working(f"loading {self.run}"):
             environment.prepare_environment()
+            from moe_jax.data.token_store import stored_documents
             from moe_jax.experiments import samples
             from moe_jax.inference.generate import TextGenerator
             from moe_jax.inference.sampling import Sampling
@@ -66,7 +67,7 @@ class Samples(Command):
         store, changed = run.validation_text()
         if changed:
             print(f"warning: {changed}", file=sys.stderr)
-        measures = samples.measure(told, samples.validation_stories(run, store.valid.tokens))
+        measures = samples.measure(told, stored_documents(store.valid.tokens, run.tokenizer))
         about = [
             f"`uv run python -m moe_jax samples --run {self.run} --stories {self.stories} "
             f"--temperature {self.temperature:g} --max-tokens {self.max_tokens}`",

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
-from moe_jax.data.token_store import TokenStore
+from moe_jax.data.token_store import TokenStore, stored_documents
 from moe_jax.system.console import working
 from moe_jax.system.files import write_atomically
 from moe_jax.system.json_text import json_text
@@ -35,8 +35,8 @@ class CorpusBaselines:
     def describe(self) -> str:
         """The scores in one sentence."""
         ngrams = (
-            f"from how often words occur {self.unigram:.4f} bits/byte, from two words before {self.trigram:.4f}, from "
-            f"four words {self.kneser_ney_5gram:.4f} (n-gram models of the training text)"
+            f"n-gram models of the training text score {self.unigram:.4f} bits/byte by counting words, "
+            f"{self.trigram:.4f} with two words before, {self.kneser_ney_5gram:.4f} with four"
         )
         return ngrams if self.entropy_floor is None else f"the best possible is {self.entropy_floor:.4f}; {ngrams}"
 
@@ -55,7 +55,7 @@ def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines:
         return CorpusBaselines(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
         with working("scoring n-gram models of the text, to compare with"):
-            found = _embedded(data) if data.source == "stories" else _of_any_text(data)
+            found = _embedded(data) if data.source == "stories" else _of_any_text(store)
         with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
             write_atomically(path, json_text(asdict(found)))
         return found
@@ -86,5 +86,10 @@ def _embedded(data: DataConfig) -> CorpusBaselines:
     return CorpusBaselines(*scores, entropy_floor=entropy_floor_bits_per_byte(valid))
 
 
-def _of_any_text(data: DataConfig) -> CorpusBaselines:
-    return ngram_baselines(training_documents(data), first_documents(open_corpus(data).documents("valid"), VALID_BYTES))
+def _of_any_text(store: TokenStore) -> CorpusBaselines:
+    """From the stored tokens: the source may need a network, and may have been edited."""
+    train, valid = (
+        first_documents(stored_documents(split.tokens[: 2 * most], store.tokenizer), most)  # a token has a byte or more
+        for split, most in ((store.train, TRAIN_BYTES), (store.valid, VALID_BYTES))
+    )
+    return ngram_baselines(train, valid)

@@ -14,6 +14,7 @@ second process waits for the first and uses its store, and a build removes the t
 Opening a store reads all its files once and compares their digests. A damaged store is built again.
 """
 
+import itertools
 import json
 import os
 import secrets
@@ -262,6 +263,13 @@ def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], int]]:
             batch, size = [], 0
     if batch:
         yield batch, size
+
+
+def stored_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
+    """The documents of a stream `separator, document, separator, ..., separator`, in order."""
+    ends = np.flatnonzero(tokens == tokenizer.separator_id)
+    for first, end in itertools.pairwise(ends):
+        yield tokenizer.decode(tokens[first + 1 : end].tolist())
 
 
 def token_stream(documents: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:

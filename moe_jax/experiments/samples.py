@@ -8,7 +8,7 @@ chance.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,6 @@ import numpy as np
 from moe_jax.experiments.text_statistics import Words, distinct, matched_draws, repetition, words
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
-from moe_jax.runs.load import LoadedRun
 
 PROMPTS = (
     "Once upon a time, there was a little",
@@ -76,13 +75,6 @@ def measure(told: list[str], stories: Iterator[str]) -> dict[str, Measure]:
     draws = matched_draws(texts, (words(story) for story in islice(stories, POOL)), DRAWS)
     shares = {name: (of(texts), [of(draw) for draw in draws]) for name, of in MEASURES.items()}
     return {name: Measure(own, tuple(filter(math.isfinite, drawn))) for name, (own, drawn) in shares.items()}
-
-
-def validation_stories(run: LoadedRun, tokens: np.ndarray) -> Iterator[str]:
-    """The texts in a stream of validation tokens, in order."""
-    ends = np.flatnonzero(tokens == run.tokenizer.separator_id)
-    for first, end in pairwise(ends):
-        yield run.tokenizer.decode(tokens[first + 1 : end].tolist())
 
 
 def to_markdown(title: str, about: list[str], measures: dict[str, Measure], stories: list[tuple[str, int, str]]) -> str:

@@ -84,3 +84,13 @@ def test_a_cache_that_cannot_be_written_is_no_failure(store: TokenStore, monkeyp
     monkeypatch.setattr(baselines, "write_atomically", refuse)
     assert corpus_baselines(STORIES, store) == first
     assert not (store.folder / NAME).exists()
+
+
+def test_a_stored_text_needs_its_source_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of the hub whose tokens are there is scored without a network."""
+    (tmp_path / "train.txt").write_text("<|endoftext|>".join(TRAIN))
+    (tmp_path / "valid.txt").write_text("<|endoftext|>".join(VALID))
+    data = DataConfig(source=str(tmp_path), tokenizer="bpe", vocab_size=270)
+    store = prepare_token_store(data, cache=tmp_path / "cache", progress=False)
+    monkeypatch.setattr(baselines, "open_corpus", lambda _: pytest.fail("the source was opened"))
+    assert corpus_baselines(data, store) == CorpusBaselines(*ngram_bits_per_byte(TRAIN, VALID, (1, 3, 5)))

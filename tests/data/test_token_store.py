@@ -16,8 +16,8 @@ import pytest
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import token_store
 from moe_jax.data.text_files import SEPARATOR
-from moe_jax.data.token_store import open_store, prepare_token_store
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.token_store import open_store, prepare_token_store, stored_documents, token_stream
+from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 from moe_jax.system import files
 
 TRAIN = ["Once upon a time there was a fox.", "The fox was old.\nIt ate.", "Grün 😀"]
@@ -352,3 +352,12 @@ def test_tinystories(cache, monkeypatch):
     assert (store.train.documents, store.valid.documents) == (11_146, 399)
     assert len(store.valid.tokens) == 76_627 + 400
     assert store.valid.bytes + 399 * len(f"\n{SEPARATOR}\n") == 325_383
+
+
+def test_the_documents_of_a_stream_are_given_back() -> None:
+    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+    documents = ["One.", "é 日本", "Three"]
+    stream = token_stream(iter(documents), tokenizer)
+    assert list(stored_documents(stream, tokenizer)) == documents
+    assert list(stored_documents(stream[:-1], tokenizer)) == documents[:2]  # the last one is cut
+    assert list(stored_documents(stream[:0], tokenizer)) == []

@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.cli.generate import Generate
 from moe_jax.cli.samples import Samples
+from moe_jax.data.token_store import stored_documents
 from moe_jax.experiments import samples
 from moe_jax.experiments.text_statistics import words
 from moe_jax.inference.generate import TextGenerator
@@ -57,7 +58,7 @@ def test_stories_of_one_seed_differ_by_their_number(folder: Path) -> None:
 def test_the_text_is_the_runs_validation_text(folder: Path) -> None:
     """Of 60 stories the last 5 % validate."""
     run = open_run(folder)
-    stories = list(samples.validation_stories(run, run.validation_text().store.valid.tokens))
+    stories = list(stored_documents(run.validation_text().store.valid.tokens, run.tokenizer))
     assert stories == [f"{saved_run.STORY}{i}" for i in (57, 58, 59)]
 
 

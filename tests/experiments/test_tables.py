@@ -3,7 +3,6 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -200,13 +199,6 @@ def test_at_most_twenty_draws_of_the_first_texts(monkeypatch: pytest.MonkeyPatch
 
 def test_a_draw_of_nothing_is_never_made() -> None:
     assert matched_draws(["a"], ["b", "c"], 0) == []
-
-
-def test_the_texts_of_a_stream_of_tokens() -> None:
-    tokenizer = SimpleNamespace(separator_id=9, decode=lambda ids: ids)
-    run: Any = SimpleNamespace(tokenizer=tokenizer)
-    assert list(samples.validation_stories(run, np.array([9, 1, 2, 9, 3, 9]))) == [[1, 2], [3]]
-    assert list(samples.validation_stories(run, np.array([1, 9, 2]))) == []
 
 
 def test_a_page_of_samples() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 import moe_jax
 from moe_jax.config import RunConfig, UserError, load_config
+from moe_jax.data.token_store import stored_documents
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.experiments import samples
 from moe_jax.inspection.report import write_report
 from moe_jax.runs import manifest
 from moe_jax.runs.doctor import examine
@@ -126,7 +126,7 @@ def test_another_validation_text_is_said(saved: Path, tmp_path: Path, capsys, mo
     opened = open_run(run)
     found = opened.validation_text(progress=False)
     assert "has changed since the run was trained" in found.warning
-    assert len(list(samples.validation_stories(opened, found.store.valid.tokens))) > 0
+    assert len(list(stored_documents(found.store.valid.tokens, opened.tokenizer))) > 0
     with pytest.warns(UserWarning, match="has changed since the run was trained"):
         moe_jax.load_run(run).evaluate()
     write_report(run, tmp_path / "page.html", text="Once")
