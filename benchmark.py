@@ -8,7 +8,8 @@
     uv run --extra peers benchmark.py peers        Mixtral of Hugging Face transformers, in PyTorch
     uv run benchmark.py           all suites whose extras are installed
 
-The last line of the output is one JSON object; the same goes into `benchmarks/`, with machine, versions and commit.
+The results go into `runs/bench` (with `--record` into `benchmarks/`), beside machine, versions and commit. In a pipe, or
+with `--json`, the last line of the output is one JSON object.
 `moe_jax/cli/benchmark.py` runs the suites.
 """
 

@@ -5,15 +5,20 @@
     arguments.py      argv becomes values; a wrong argument becomes one sentence
     settings.py       the settings of a run: preset, file, flags
     settings_file.py  `--config FILE.toml`
+    sampling.py       how text is drawn, for `generate` and `chat`
+    memory.py outputs.py   settings and outputs that cannot be are refused first
+    result.py         the end of an output: the next command, JSON
     help.py           help, and completion in shells
 
-    train.py          train a run                       certify.py     test claims about a model
-    generate.py       write texts                       plot.py        draw pictures of runs
-    evaluate.py       score a text                      compare.py     train a model and its dense baselines
-    inspect.py        write the routing report          samples.py     write and measure texts
-    plan.py           settings that fit a GPU           benchmark.py   measure the costs
-    doctor.py         verify and repair checkpoints     completion.py  print a completion script
-    verify_resume.py  kill, resume and compare a run
+    train.py          train a run                       verify_resume.py  kill, resume and compare a run
+    generate.py       write a text                      certify.py        test claims about a model
+    chat.py           text after text                   plot.py           draw pictures of runs
+    evaluate.py       score a text                      compare.py        train a model and its dense baselines
+    inspect.py        write the routing report          samples.py        write and measure texts
+    presets.py        what each preset costs            benchmark.py      measure the costs
+    plan.py           settings that fit a GPU, a text   completion.py     print a completion script
+    export.py         a model for other programs
+    doctor.py         verify and repair checkpoints
 
 No file here imports jax before the arguments are accepted.
 """

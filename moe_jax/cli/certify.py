@@ -40,8 +40,8 @@ class Certify(Command):
         if self.run:
             check_run_folder(self.run)
         what = f"run {self.run}" if self.run else f"preset {self.preset}, initial parameters"
+        environment.prepare_environment()
         with working(f"loading {what}"):
-            environment.prepare_environment()
             from moe_jax.certificates.certify import certify, initial_params
             from moe_jax.runs.load import open_run
             from moe_jax.system.rich_console import Console
@@ -63,13 +63,13 @@ class Certify(Command):
             found.append(certificate)
             if not certificate.must_leak:
                 _print(console, certificate)
-        console.print("\n[bold]known leaks[/bold] that the tests above must catch, or they would be blind\n")
-        for certificate in found:
-            if certificate.must_leak:
-                _print(console, certificate)
+        leaks = [c for c in found if c.must_leak]
+        if leaks:
+            console.print("\n[bold]known leaks[/bold] that the tests above must catch, or they would be blind\n")
+        for certificate in leaks:
+            _print(console, certificate)
         failed = [c.name for c in found if not c.passed]
-        leaks = sum(c.must_leak for c in found)
-        console.print(f"\n{len(found) - leaks} claims and {leaks} known leaks, {len(failed)} failed")
+        console.print(f"\n{len(found) - len(leaks)} claims and {len(leaks)} known leaks, {len(failed)} failed")
         print_json(
             {"certificates": len(found), "failed": failed, "results": [c._asdict() for c in found]},
             self.json,

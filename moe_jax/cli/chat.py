@@ -1,6 +1,7 @@
 """`moe-jax chat`."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
@@ -33,8 +34,8 @@ class Chat(SamplingCommand):
 
     def execute(self) -> int:
         self.check()
+        environment.prepare_environment()
         with working(f"loading {self.run}"):
-            environment.prepare_environment()
             from moe_jax.inference import chat
             from moe_jax.inference.generate import TextGenerator
             from moe_jax.inference.token_experts import TokenExperts
@@ -43,14 +44,16 @@ class Chat(SamplingCommand):
             run = open_run(self.run, self.step)
             generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
             generator.compile()
-        routed = run.config.model.dense == "none" and run.config.model.routing.priority != "leaky-expert-choice"
-        experts = TokenExperts(run.graphdef, run.params, run.tokenizer, run.config.model) if routed else None
+        try:
+            experts = TokenExperts(run.graphdef, run.params, run.tokenizer, run.config.model)
+        except UserError:  # there is no router to look into
+            experts = None
         talk = chat.Chat(
             generator,
             self.sampling(),
             seed=self.seed,
             limit=self.max_tokens,
-            layers=run.config.model.layers if routed else 0,
+            layers=run.config.model.layers if experts else 0,
         )
         person = sys.stdin.isatty() and sys.stdout.isatty()
         if person:
@@ -100,8 +103,6 @@ def _show_experts(experts: "TokenExperts", text: str, layer: int) -> None:
 
     Without colours, the number of the expert stands behind each token.
     """
-    from collections import Counter
-
     from rich.text import Text
 
     from moe_jax.system.rich_console import Console

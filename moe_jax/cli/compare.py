@@ -27,9 +27,9 @@ class Compare(Command):
     """Train a preset's mixture of experts and its dense baselines, over seeds.
 
     One baseline has the same active parameters, the other the same total. Each trains twice: for the same tokens as the
-    mixture, and for the same wall-clock time. To go on with a stopped comparison, call it
-    again with the same arguments: finished runs are not trained again. The last line of the output is JSON if it is
-    asked for, or if the output is a file or a pipe.
+    mixture, and for the same wall-clock time. To go on with a stopped comparison, call it again with the same
+    arguments: finished runs are not trained again. The last line of the output is JSON if it is asked for, or if the
+    output is a file or a pipe.
     """
 
     interrupted: ClassVar[str] = "the same command goes on with the comparison"

@@ -31,8 +31,8 @@ class Doctor(Command):
         folder = Path(self.run)
         if Folder(folder).status("checkpoints") is None:
             raise ConfigError(f"--run {self.run}: is not the folder of a run; it has no folder `checkpoints`")
+        environment.prepare_environment()
         with working(f"reading every checkpoint of {folder}"):
-            environment.prepare_environment()
             from moe_jax.runs.doctor import ILL, examine
             from moe_jax.runs.folder import locked_for_training
 

@@ -43,8 +43,8 @@ class Evaluate(Command):
 
         if self.data:
             check_source(self.data)
+        environment.prepare_environment()
         with working(f"loading {self.run}"):
-            environment.prepare_environment()
             from moe_jax.data.baselines import corpus_baselines
             from moe_jax.data.token_store import token_stream
             from moe_jax.runs.load import open_run

@@ -7,11 +7,9 @@ from typing import ClassVar, Literal
 
 from moe_jax.cli.command import Command, check_run_folder
 from moe_jax.cli.outputs import check_out_folder
-from moe_jax.cli.result import print_next
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.console import working
-from moe_jax.system.terminal_text import say
 
 
 @dataclass(frozen=True)
@@ -43,8 +41,8 @@ class Export(Command):
             raise ConfigError(f"--out {out}: is not empty; name a new folder")
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ConfigError(f"--dtype q8_0: for --to gguf only, and --to is {self.to}; use bfloat16")
+        environment.prepare_environment()
         with working(f"exporting {self.run}"):
-            environment.prepare_environment()
             from moe_jax.interop.export import export
             from moe_jax.interop.source import open_source
 
@@ -54,7 +52,7 @@ class Export(Command):
         for file in files:
             print(f"{file.stat().st_size / 1e6:9.2f} MB  {file}")
         if self.to in ("gguf", "both"):
-            print_next(f"ollama create {out.name} -f {shlex.quote(str(out / 'Modelfile'))}")
+            print(f"next: ollama create {out.name} -f {shlex.quote(str(out / 'Modelfile'))}")
         elif self.to == "hf":
-            say("next: transformers.AutoModelForCausalLM.from_pretrained(" + repr(str(out)) + ")")
+            print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
         return 0

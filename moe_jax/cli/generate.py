@@ -24,8 +24,8 @@ class Generate(SamplingCommand):
     def execute(self) -> int:
         self.check()
         check_range("--num-stories", self.num_stories, 1, 10_000)
+        environment.prepare_environment()
         with working(f"loading {self.run}"):
-            environment.prepare_environment()
             from moe_jax.inference.generate import TextGenerator
             from moe_jax.runs.load import open_run
 

@@ -34,8 +34,8 @@ class Inspect(Command):
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
         text = self._text()
+        environment.prepare_environment()
         with working(f"routing a text through {self.run}"):
-            environment.prepare_environment()
             from moe_jax.inspection.report import report_path, write_report
 
             folder = Path(self.run)

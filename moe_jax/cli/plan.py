@@ -51,8 +51,8 @@ class Plan(Command):
     data: str = ""
     """Your text, as for `train.py`. Finds the preset and the steps for it, on this machine."""
     memory: str = ""
-    """Memory that training may take on this machine, such as 8GB or 900MB. With --data; unless given, three quarters of
-    the memory that is there."""
+    """Memory that training on this machine may take, such as 8GB or 900MB. Three quarters of the machine's memory if
+    only --data is given."""
     json: bool = False
     """Print the result as JSON too."""
     verify: bool = False
@@ -111,8 +111,8 @@ class Plan(Command):
         between = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in verdict.between.items())
         say(f"\nbetween steps, the optimizer state included: {between}")
         if verdict.fits:
-            say(
-                "this setting fits, by XLA's buffer plan: "
+            say("this setting fits, by XLA's buffer plan; train with")
+            print(  # unbroken, to be copied
                 f"uv run train.py --preset {self.preset} --batch-size {train.batch_size} "
                 f"--grad-accum {train.grad_accum} --optimizer {train.optimizer}"
                 + " --execution.remat"
@@ -141,8 +141,8 @@ class Plan(Command):
         check_source(source)
         given = memory_bytes(self.memory) if self.memory else SHARE_OF_MACHINE * (machine_memory() or 8e9)
         most = given / 2**20
+        environment.prepare_environment()
         with working("starting JAX"):
-            environment.prepare_environment()
             from moe_jax.planning import own_text
 
             plans = own_text.search(source, most)

@@ -30,8 +30,8 @@ class Plot(Command):
             check_run_folder(run)
         if self.out:
             check_out_folder("--out", self.out)
+        environment.prepare_environment()
         with working("drawing the pictures"):
-            environment.prepare_environment()
             from moe_jax.plots.figures import run_figures, save_figures
             from moe_jax.system.folders import Folder
 

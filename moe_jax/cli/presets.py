@@ -1,8 +1,6 @@
 """`moe-jax presets`."""
 
-import shlex
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
 
 from moe_jax.cli.command import Command
@@ -26,8 +24,8 @@ class Presets(Command):
     """Print the table as JSON too."""
 
     def execute(self) -> int:
+        environment.prepare_environment()
         with working("measuring the speed of a matrix product"):
-            environment.prepare_environment()
             from rich.table import Table
 
             from moe_jax.config.presets import PRESETS, PURPOSES
@@ -50,6 +48,6 @@ class Presets(Command):
         console = Console()
         console.print(table, "")
         say(*(f"{name:<10} {purpose}" for name, purpose in PURPOSES.items()))
-        print_next(f"uv run train.py --preset nano --out {shlex.quote(str(Path('runs') / 'mine'))} --dry-run")
+        print_next("uv run train.py --preset nano --dry-run")
         print_json({name: cost._asdict() for name, cost in costs.items()}, self.json)
         return 0

@@ -45,8 +45,8 @@ class Samples(Command):
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
         if self.out:
             check_out_file("--out", self.out)
+        environment.prepare_environment()
         with working(f"loading {self.run}"):
-            environment.prepare_environment()
             from moe_jax.data.token_store import stored_documents
             from moe_jax.experiments import samples
             from moe_jax.inference.generate import TextGenerator

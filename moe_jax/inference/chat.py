@@ -82,7 +82,7 @@ class Chat:
 
     def _experts(self, value: str) -> str:
         if not self._layers:
-            raise UserError("/experts: this model is dense, it has no experts; train one with a router")
+            raise UserError("/experts: this model has no router that chooses experts for a token")
         if not value and self.layer is not None:
             self.layer = None
             return "experts are not shown"

@@ -1,7 +1,7 @@
 """The preset and the settings for a text and for the memory of this machine: `plan --data TEXT --memory SIZE`.
 
 The text decides the preset and the steps. The training step is then compiled for this machine's processor, and XLA says
-how much memory it takes. If that is too much, settings are changed in the order of `search.py`, and at the end the
+how much memory it takes. If that is too much, remat is tried, then ever smaller micro-batches, and at the end a smaller
 preset.
 """
 
@@ -15,6 +15,7 @@ from moe_jax.config import DataConfig, PresetName, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset, preset_for_text, with_vocabulary
 from moe_jax.data.corpora import open_corpus
 from moe_jax.planning.device_memory import MIB
+from moe_jax.system.environment import runs_on_cpu
 from moe_jax.training.advice import USEFUL_PASSES
 from moe_jax.training.programs import Programs
 
@@ -60,7 +61,7 @@ def with_steps(config: RunConfig, size: int | None) -> RunConfig:
 def candidates(source: str, size: int | None) -> Iterator[RunConfig]:
     """Settings for a text: those of its preset, with ever less memory, and then those of smaller presets."""
     names: list[PresetName] = list(PRESETS)
-    first = preset_for_text(size)
+    first = "nano" if source == "stories" else preset_for_text(size, runs_on_cpu())
     for name in reversed(names[: names.index(first) + 1]):
         start = preset(name)
         start = with_steps(dataclasses.replace(start, data=dataclasses.replace(start.data, source=source)), size)

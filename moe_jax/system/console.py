@@ -16,7 +16,8 @@ Report = Callable[[int, int], None]
 def working(what: str) -> Iterator[None]:
     """Show a spinner and what is done, while it is done. Nothing if stderr is not a terminal.
 
-    The work must not print.
+    The work must not print, and must not replace the process (`environment.prepare_environment`): a terminal keeps its
+    hidden cursor then.
     """
     if not sys.stderr.isatty():
         yield

@@ -23,8 +23,8 @@ def advice(config: RunConfig, store: TokenStore) -> list[str]:
     if passes > USEFUL_PASSES:
         fewer = max(1, round(USEFUL_PASSES * tokens / step))
         said.append(
-            f"{train.steps:,} steps read this text {passes:.0f} times; what a model learns after about "
-            f"{USEFUL_PASSES} passes is mostly the text by heart. --steps {fewer} reads it {USEFUL_PASSES} times; "
+            f"{train.steps:,} steps read this text {passes:.0f} times; passes after the first "
+            f"{USEFUL_PASSES} teach less and less. --steps {fewer} reads it {USEFUL_PASSES} times; "
             "--train.patience 3 stops when validation stops improving"
         )
     parameters = totals(count_parameters(config.model))

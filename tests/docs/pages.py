@@ -65,6 +65,6 @@ COMMAND_LINES = {line: block.needs for page in PAGES for block in blocks(page) f
 def words_of(line: str) -> list[str]:
     """The words of a command line, after `uv run` and its extras."""
     words = shlex.split(line)[2:]
-    while words[0] == "--extra":
+    while words[0] in ("--extra", "--group"):
         words = words[2:]
     return words

@@ -15,7 +15,7 @@ NOT_RUN = {
     "--extra gpu-plan": "needs the extra gpu-plan; tests/planning runs it",
     "--extra gguf": "needs the package gguf; tests/interop runs it",
     "--extra peers": "needs PyTorch; tests/peers runs it",
-    "uv run pytest": "is what runs this",
+    "pytest": "is what runs this",
     "python -m foundation": "takes minutes; tests/foundation runs the same checks",
     "benchmark.py": "takes minutes; tests/benchmarks runs each suite on a tiny model",
     "moe_jax compare": "takes an hour; tests/experiments runs it on a tiny model",

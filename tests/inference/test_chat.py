@@ -63,7 +63,7 @@ def test_experts_are_shown_of_a_layer_and_off_again(chat: Chat) -> None:
 
 
 def test_a_dense_model_has_no_experts() -> None:
-    with pytest.raises(UserError, match="this model is dense"):
+    with pytest.raises(UserError, match="has no router"):
         Chat(Echo(), Sampling(), seed=0, limit=1, layers=0).command("/experts")
 
 

@@ -24,7 +24,8 @@ from moe_jax.planning import own_text
     ],
 )
 def test_the_text_decides_the_preset(size: int | None, name: str) -> None:
-    assert preset_for_text(size) == name
+    assert preset_for_text(size, on_cpu=False) == name
+    assert preset_for_text(size, on_cpu=True) == name.replace("story-4gb", "story-cpu")
 
 
 def test_steps_read_the_text_four_times_at_most() -> None:
@@ -101,3 +102,7 @@ def test_sizes_as_people_write_them(text: str, size: float) -> None:
 def test_other_sizes_are_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="must be a size such as 8GB"):
         memory_bytes(text)
+
+
+def test_the_embedded_stories_are_for_the_smallest_preset() -> None:
+    assert next(own_text.candidates("stories", None)) == preset("nano")
