@@ -8,8 +8,8 @@
     uv run --extra peers benchmark.py peers        Mixtral of Hugging Face transformers, in PyTorch
     uv run benchmark.py           all suites whose extras are installed
 
-The results go into `runs/bench` (with `--record` into `benchmarks/`), beside machine, versions and commit. In a pipe, or
-with `--json`, the last line of the output is one JSON object.
+The results go into `runs/bench` (with `--record` into `benchmarks/`), beside machine, versions and commit. In a pipe,
+or with `--json`, the last line of the output is one JSON object.
 `moe_jax/cli/benchmark.py` runs the suites.
 """
 

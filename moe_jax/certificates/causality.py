@@ -59,7 +59,10 @@ class PerturbationResult(NamedTuple):
     """Largest share of (token, choice) pairs that got no slot, over the layers."""
 
     def __str__(self) -> str:
-        return f"{self.earlier} earlier outputs changed, {self.other_row} of the other row, {self.dropped:.0%} dropped"
+        return (
+            f"{self.earlier} earlier outputs and {self.other_row} of the other sequence changed, "
+            f"{self.dropped:.0%} of the choices dropped"
+        )
 
     def causal(self, leaky: bool) -> bool:
         """Whether the layer behaves as expected: a causal layer changes no earlier output, a leaky one changes some."""
@@ -107,7 +110,7 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator
         found = count_changes(jax.jit(run), before, other)
         leaky = model.routing.priority != "token"
         drops = found.dropped > 0 or model.routing.dispatch == "blocks"
-        asked = "leaks: earlier outputs must change, 0 of the other row" if leaky else _expected(model)
+        asked = "leaks: earlier outputs change, and none of the other sequence" if leaky else _expected(model)
         yield Certificate(f"causality: {name}", found.causal(leaky) and drops, str(found), asked, leaky)
 
 
@@ -126,9 +129,15 @@ def model_causality(config: RunConfig, params: Params) -> Certificate:
     found = count_changes(run, before, other)
     leaky = model.routing.priority != "token"
     drops = found.dropped > 0 or model.dropless
-    asked = "leaks, as configured: earlier outputs must change, 0 of the other row" if leaky else _expected(model)
+    asked = (
+        "leaks, as configured: earlier outputs change, and none of the other sequence" if leaky else _expected(model)
+    )
     return Certificate("causality: the whole model", found.causal(leaky) and drops, str(found), asked, leaky)
 
 
 def _expected(model: ModelConfig) -> str:
-    return "0 and 0 changed; nothing is dropped" if model.dropless else "0 and 0 changed, while pairs are dropped"
+    return (
+        "none of them changes; nothing is dropped"
+        if model.dropless
+        else "none of them changes, while choices are dropped"
+    )

@@ -50,7 +50,7 @@ class Export(Command):
             source = open_source(Path(self.run), self.step)
             files = export(source, self.to, self.dtype, out, command)
         for file in files:
-            print(f"{file.stat().st_size / 1e6:9.2f} MB  {file}")
+            print(f"{file.stat().st_size / 1e3:12,.1f} kB  {file}")
         if self.to in ("gguf", "both"):
             print(f"next: ollama create {out.name} -f {shlex.quote(str(out / 'Modelfile'))}")
         elif self.to == "hf":

@@ -34,7 +34,9 @@ MODEL = tiny.config()
 def test_what_is_causal_and_what_leaks(earlier: int, other_row: int, later: int, causal: bool, leaky: bool) -> None:
     found = PerturbationResult(earlier, other_row, later, 0.5)
     assert (found.causal(leaky=False), found.causal(leaky=True)) == (causal, leaky)
-    assert str(found) == f"{earlier} earlier outputs changed, {other_row} of the other row, 50% dropped"
+    assert str(found) == (
+        f"{earlier} earlier outputs and {other_row} of the other sequence changed, 50% of the choices dropped"
+    )
 
 
 BEFORE, OTHER = np.zeros((2, 8), int), np.ones((2, 8), int)
@@ -70,7 +72,7 @@ def test_a_short_text_is_changed_at_each_position_once() -> None:
 
 
 def test_what_is_asked_of_a_model() -> None:
-    assert "while pairs are dropped" in causality._expected(MODEL)
+    assert "while choices are dropped" in causality._expected(MODEL)
     assert "nothing is dropped" in causality._expected(MODEL.with_routing(dispatch="blocks"))
 
 
