@@ -75,10 +75,10 @@ def _identity(status: os.stat_result | None) -> tuple[int, int] | None:
 def locked_for_training(run: Path) -> Iterator[RunLock]:
     """Hold the lock of a run's folder. Raises UserError if another process is training in the folder.
 
-    If the folder holds nothing but the lock at the end, as after a start that failed, the lock is removed, and the
-    folder too if it was made here.
+    If the folder holds nothing but the lock at the end, as after a start that failed, the lock is removed, and so are
+    the folders that were made here.
     """
-    made = not run.exists()
+    made = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
     try:
         with locked(run / LOCK, wait=False) as file:
@@ -96,14 +96,14 @@ def locked_for_training(run: Path) -> Iterator[RunLock]:
         ) from None
 
 
-def _remove_empty(run: Path, lock: RunLock, made: bool) -> None:
-    """Remove the lock that is held, if it is alone in its folder. With `made`, remove the folder too."""
+def _remove_empty(run: Path, lock: RunLock, made: list[Path]) -> None:
+    """Remove the lock that is held, if it is alone in its folder, and the folders that were made for it."""
     with suppress(OSError, UserError):
         lock.check()
         if os.listdir(run) == [LOCK]:
             os.unlink(run / LOCK)
-            if made:
-                run.rmdir()
+            for folder in made:  # from the inner one to the outer one
+                folder.rmdir()
 
 
 @dataclass(frozen=True)

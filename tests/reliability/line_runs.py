@@ -107,8 +107,7 @@ class LineWorker:
         if answer["status"] == 0 and run is None:
             return "help or dry run", [] if tree(self.work) == before else ["a line that does not train wrote a file"]
         if answer["status"] == 2 or run is None:
-            left = {name for name in tree(self.work) if name not in before and not name.endswith("/.lock")}
-            left -= {name for name in left if answer["status"] == 1 and (self.work / name).is_dir()}
+            left = {name for name in tree(self.work) if name not in before}
             return "refused", [f"status {answer['status']}, and {sorted(left)} was written"] if left else []
         return self._resume(line, run, answer)
 

@@ -270,12 +270,13 @@ def test_where_files_cannot_be_locked_the_folder_is_known_all_the_same(run: Path
 
 @pytest.mark.parametrize("there", [False, True], ids=["made here", "there before"])
 def test_a_start_that_failed_leaves_nothing(tmp_path: Path, there: bool) -> None:
-    run = tmp_path / "run"
+    run = tmp_path / "runs" / "run"
     if there:
-        run.mkdir()
+        run.mkdir(parents=True)
     with pytest.raises(ValueError, match="the text is too short"), locked_for_training(run):
         raise ValueError("the text is too short")
     assert run.exists() == there
+    assert (tmp_path / "runs").exists() == there
     assert not (run / ".lock").exists()
 
 
