@@ -38,8 +38,12 @@ FIELDS = [
     (section, f.name) for section, owner in SECTIONS.items() for f in dataclasses.fields(owner) if f.name != "routing"
 ]
 OTHER = {"heads": 2, "tokenizer": "byte", "source": "tinystories", "warmup_steps": 3, "dropout": 0.5, "eval_tokens": 99}
-OTHER |= {"attention_dropout": 0.5, "beta1": 0.5, "beta2": 0.5, "input_jitter": 0.5}
+OTHER |= {"attention_dropout": 0.5, "beta1": 0.5, "beta2": 0.5, "input_jitter": 0.5, "head_size": 64}
 """Of the fields that take no neighbouring value."""
+UNTIED = {"tie_value_output_init": False}
+ALSO: dict[tuple[str, str], dict[str, Any]] = {("model", "kv_heads"): UNTIED, ("model", "head_size"): UNTIED}
+"""What must change with a field, since the new value forbids what `SAVED` has there. The field itself comes first in
+the order of the settings, so it is the one that is named."""
 
 
 def other(section: str, name: str) -> Any:
@@ -57,7 +61,8 @@ def changed(section: str, name: str, value: Any) -> RunConfig:
     """The saved settings with one field changed."""
     if section == "routing":
         return dataclasses.replace(SAVED, model=SAVED.model.with_routing(**{name: value}))
-    return dataclasses.replace(SAVED, **{section: dataclasses.replace(SAVED.section(section), **{name: value})})
+    also = ALSO.get((section, name), {})
+    return dataclasses.replace(SAVED, **{section: dataclasses.replace(SAVED.section(section), **also, **{name: value})})
 
 
 MAY_CHANGE = {("data", "source"), ("data", "eval_tokens")}
