@@ -1,11 +1,12 @@
 .PHONY: check format lint types test
 
-check: format lint types test  ## what a change must pass before it is committed
+check: lint types test  ## what a change must pass before it is committed
 
 format:
 	uv run --group lint ruff format .
 
 lint:
+	uv run --group lint ruff format --check .
 	uv run --group lint ruff check .
 
 types:

@@ -130,7 +130,7 @@ def test_bytes_of_state_by_hand() -> None:
         assert state_bytes(optimizer, params) == pytest.approx(size + 4 / entries, abs=1e-6), kind
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"])
+@pytest.mark.parametrize("kind", get_args(OptimizerKind))
 def test_each_optimizer_decays_matrices_only_and_follows_the_schedule(kind: str) -> None:
     """Without a gradient only decay is left: -lr * decay * w, where Muon's matrices have a rate of their own."""
     config = TrainConfig(optimizer=kind, steps=10, warmup_steps=0, lr=0.1, muon_lr=0.3, weight_decay=0.5)  # pyright: ignore[reportArgumentType]

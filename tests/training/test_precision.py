@@ -3,13 +3,14 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import TrainConfig
+from moe_jax.config import OptimizerKind, TrainConfig
 from moe_jax.model import hardware
 from moe_jax.model.precision import choose_policy, stochastic_round, to_param_dtype
 from moe_jax.runs.arrays import named_leaves
@@ -18,7 +19,7 @@ from moe_jax.training.state import GROWTH_STEPS, LossScale, TrainState, initial_
 from moe_jax.training.step import make_step
 from tests.support import tiny
 
-OPTIMIZERS = ["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
+OPTIMIZERS = get_args(OptimizerKind)
 
 
 def configuration(kind: str, **changes: object) -> TrainConfig:

@@ -64,7 +64,7 @@ const drawCounts = () => {
 const drawExperts = () => {
   const layer = state.layer;
   byId("experts-explain").textContent =
-    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. Each card names the kinds of token that prefer the expert, with examples, and then the single tokens that prefer it, strongest first. The percentage says how often the token chose the expert: by chance it would be ${percent(K / E, 0)}. ␣ is a space.`;
+    `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. Each card names the kinds of token that prefer the expert, with examples, and then the single tokens that prefer it, strongest first. The percentage says how often the token chose the expert. A token chooses ${K} of ${E} experts, so by chance it would be ${percent(K / E, 0)}. ␣ is a space.`;
   fill(clear(byId("specialists")), {}, range(E).map(specialistCard));
   drawCounts();
   const fair = 1 / E, line = model.capacity / (model.seq_len * K);
