@@ -12,7 +12,7 @@ from moe_jax.model.costs import (
     router_flops,
     totals,
 )
-from moe_jax.model.kernels.causal_attention import query_blocks
+from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, computed_scores
 from moe_jax.model.moe.layer import MoE
 from moe_jax.system.hlo import read_program
 from moe_jax.training.programs import Programs
@@ -46,8 +46,8 @@ def formula(config: ModelConfig, batch_size: int) -> dict[str, float]:
     Experts: the rows that the dispatch multiplies, filled or not.
     """
     c = config
-    seen = sum((end - first) * end for first, end in query_blocks(c.seq_len)) / c.seq_len
-    scores = 6 * 2 * c.heads * c.head_width * seen
+    products = 6 if c.seq_len <= LONGEST_KEPT else 7  # the scores of a long sequence are computed twice
+    scores = products * 2 * c.heads * c.head_width * computed_scores(c.seq_len) / c.seq_len
     projections = sum(rows * columns for rows, columns in attention_shapes(c))
     if c.dense == "none":
         ffn = 3 * layer_flops(c, batch_size) / (batch_size * c.seq_len)

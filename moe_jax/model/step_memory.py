@@ -3,6 +3,7 @@
 from moe_jax.config import OptimizerKind, RunConfig
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.model.costs import count_parameters, totals
+from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, kept_scores
 
 _STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-8bit": 2, "adafactor": 0, "muon": 4}
 """Least bytes of optimizer state for each parameter. `optimizers.factory.state_bytes` counts the real arrays."""
@@ -11,8 +12,9 @@ _STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-
 def least_step_bytes(config: RunConfig) -> int:
     """Bytes that are in memory at once in a training step, whatever the compiler does.
 
-    Parameters, gradients and optimizer state; the residual stream of each layer; and the attention weights of each
-    layer, which the backward pass keeps: batch x heads x T^2 / 2. With remat, those of one layer.
+    Parameters, gradients and optimizer state; the residual stream of each layer; and the attention weights. Up to 1,024
+    positions the backward pass keeps those of each layer, or with remat those of one layer: batch x heads x T^2 / 2.
+    For longer sequences it computes them again, a block at a time: batch x heads x 128 x T.
     """
     config = with_vocabulary(config)
     model, train = config.model, config.train
@@ -21,6 +23,6 @@ def least_step_bytes(config: RunConfig) -> int:
     parameters = totals(count_parameters(model)).total * (2 * weight + _STATE_BYTES[train.optimizer])
     tokens = train.batch_size * model.seq_len
     residual = model.layers * tokens * model.width * number
-    layers = 1 if config.execution.remat else model.layers
-    attention = layers * tokens * model.heads * model.seq_len // 2 * number
+    layers = 1 if config.execution.remat or model.seq_len > LONGEST_KEPT else model.layers
+    attention = layers * train.batch_size * model.heads * kept_scores(model.seq_len) * number
     return int(parameters + residual + attention)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.model.kernels import causal_attention as kernel
+from moe_jax.model.kernels import query_blocks
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import create, merge
@@ -20,7 +21,7 @@ LENGTHS = [1, 3, 4, 11]  # shorter than a block, one block, several of which the
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
-    monkeypatch.setattr(kernel, "QUERY_BLOCK", BLOCK)
+    monkeypatch.setattr(query_blocks, "QUERY_BLOCK", BLOCK)
 
 
 def operands(length: int, heads: int = 2, key_heads: int = 2) -> list[jax.Array]:
@@ -44,7 +45,7 @@ def plain(query, key, value, mask, keep):
 def test_attention_against_loops(length: int) -> None:
     query, key, value, _ = operands(length)
     expected = oracles.attention(*map(np.asarray, (query, key, value)))
-    for implementation in ("blocked", "reference"):
+    for implementation in ("blocked", "recomputed", "reference"):
         attend = functools.partial(causal_attention, implementation=implementation)
         np.testing.assert_allclose(jax.jit(attend)(query, key, value), expected, atol=1e-13, err_msg=implementation)
 
@@ -53,7 +54,7 @@ def test_attention_against_loops(length: int) -> None:
 def test_heads_share_key_heads_against_loops(key_heads: int) -> None:
     query, key, value, _ = operands(11, 4, key_heads)
     expected = oracles.attention(*map(np.asarray, (query, key, value)))
-    for implementation in ("blocked", "reference"):
+    for implementation in ("blocked", "recomputed", "reference"):
         attend = functools.partial(causal_attention, implementation=implementation)
         np.testing.assert_allclose(jax.jit(attend)(query, key, value), expected, atol=1e-13, err_msg=implementation)
 
@@ -68,23 +69,29 @@ def test_no_key_is_copied_for_its_group() -> None:
         assert f"f64[1,8,{keys},2]" not in jaxpr
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+@pytest.mark.parametrize("implementation", ["blocked", "recomputed", "reference"])
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize(("length", "heads"), [(1, 2), (4, 2), (11, 2), (11, 4)])
 def test_attention_gradient(
     length: int, heads: int, dropped: bool, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both forms against the plain one, under the same mask of kept weights. Four heads share two key heads."""
+    """All forms against the plain one, under the same mask of kept weights. Four heads share two key heads. Of two
+    spans, the first one has two blocks at T = 11."""
     query, key, value, cotangent = operands(length, heads)
     mask = np.random.default_rng(3).random((2, heads, length, length)) < 0.7 if dropped else None
-    masks = None
-    if mask is not None:
-        ends = [(a, min(a + BLOCK, length)) for a in range(0, length, BLOCK)]
-        masks = [jnp.asarray(mask[:, :, a:b, :b]) for a, b in ends]
-    monkeypatch.setattr(kernel, "_dropout_masks", lambda *_: masks)
+    keys = None if mask is None else jax.random.split(jax.random.key(0), 2)
+    monkeypatch.setattr(query_blocks, "SPANS", 2)
+
+    def given(query: Any, rate: float, keys: Any, first: Any, end: int) -> jax.Array:
+        """The mask's rows of a block; a whole block where the first row is traced."""
+        rows = end - first if isinstance(first, int) else BLOCK
+        filled = jnp.pad(jnp.asarray(mask), ((0, 0), (0, 0), (0, BLOCK), (0, 0)))
+        return jax.lax.dynamic_slice_in_dim(filled, first, rows, axis=2)[..., :end]
+
+    monkeypatch.setattr(kernel, "_dropout_mask", given)
 
     def attend(q, k, v):
-        return causal_attention(q, k, v, 0.3, jax.random.split(jax.random.key(0), 2), implementation)
+        return causal_attention(q, k, v, 0.3, keys, implementation)
 
     @jax.jit
     def both(*args):
@@ -98,12 +105,11 @@ def test_attention_gradient(
 
 
 def test_masks_fit_the_blocks_and_keep_the_share_asked_for() -> None:
-    masks = kernel._dropout_masks((8, 4, 11, 3), 0.25, jax.random.split(jax.random.key(0), 8))
+    query, keys = jnp.zeros((8, 4, 11, 3)), jax.random.split(jax.random.key(0), 8)
+    masks = [kernel._dropout_mask(query, 0.25, keys, *block) for block in query_blocks.query_blocks(11)]
     assert [m.shape for m in masks] == [(8, 4, 4, 4), (8, 4, 4, 8), (8, 4, 3, 11)]
     share = np.concatenate([np.asarray(m).ravel() for m in masks])
     assert abs(share.mean() - 0.75) < 5 * np.sqrt(0.25 * 0.75 / share.size)
-    assert kernel._dropout_masks((8, 4, 11, 3), 0.25, None) is None
-    assert kernel._dropout_masks((8, 4, 11, 3), 0.0, jax.random.split(jax.random.key(0), 8)) is None
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.model.kernels import causal_attention as attention_kernel
 from moe_jax.model.kernels import cross_entropy
-from moe_jax.model.kernels.causal_attention import _dropout_masks, causal_attention
+from moe_jax.model.kernels import query_blocks as cut
+from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.moe.dispatch import Blocks
 from moe_jax.model.moe.functional import build_layer, layer_function, with_gradients
@@ -109,11 +112,43 @@ def check_causal_attention(length: int = 150, dropout: float = 0.3, heads: int =
             assert tiny.relative_error(one, other) < 1e-12, name
 
 
+def check_long_attention(length: int = 700, dropout: float = 0.3, heads: int = 4) -> None:
+    """Attention whose weights are computed twice, in float64, with two key heads. Two spans of three blocks each, the
+    last one filled up.
+
+    Without dropout it is that with all scores at once. With dropout, whose masks depend on the spans, the gradients
+    written by hand are those that jax takes of the same forward pass.
+    """
+    rng = np.random.default_rng(length)
+    with pytest.MonkeyPatch.context() as patch, jax.enable_x64(True):
+        patch.setattr(cut, "SPANS", 2)
+        operands = [jnp.asarray(rng.normal(size=(2, n, length, 4))) for n in (heads, 2, 2)]
+        cotangent = jnp.asarray(rng.normal(size=(2, heads, length, 4)))
+        keys = jax.random.split(jax.random.key(3), 2)
+
+        def run(attend: Callable[..., jax.Array], *args: jax.Array) -> tuple[jax.Array, ...]:
+            out, pull = jax.vjp(attend, *args)
+            return out, *pull(cotangent)
+
+        def plain(implementation: str) -> Callable[..., jax.Array]:
+            return functools.partial(causal_attention, implementation=implementation)
+
+        pairs = [(plain("recomputed"), plain("reference"))]
+        if dropout:
+            by_hand = functools.partial(plain("recomputed"), dropout=dropout, dropout_keys=keys)
+            pairs.append((by_hand, lambda q, k, v: attention_kernel._forward_again(dropout, q, k, v, keys)[0]))
+        for pair in pairs:
+            ours, expected = (jax.jit(functools.partial(run, attend))(*operands) for attend in pair)
+            for name, one, other in zip(("out", "d_query", "d_key", "d_value"), ours, expected, strict=True):
+                assert tiny.relative_error(one, other) < 1e-12, name
+
+
 def check_dropout_masks() -> None:
     """Three blocks of queries have independent masks: two of them disagree in 2 x 1/4 x 3/4 of their entries."""
+    query, keys = jnp.zeros((2, 2, 300, 4)), jax.random.split(jax.random.key(0), 2)
     masks = [
-        np.asarray(mask).ravel()
-        for mask in _dropout_masks((2, 2, 300, 4), 0.25, jax.random.split(jax.random.key(0), 2))
+        np.asarray(attention_kernel._dropout_mask(query, 0.25, keys, first, end)).ravel()
+        for first, end in cut.query_blocks(300)
     ]
     assert len(masks) == 3
     for one, other in ((masks[0], masks[1]), (masks[1], masks[2]), (masks[0], masks[2])):

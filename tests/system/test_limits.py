@@ -56,7 +56,7 @@ def small(monkeypatch) -> None:
 def test_a_step_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"--seq-len 1048576, .* at least [\d,.]+ GiB, and this machine has 16.0 GiB"):
-        Train.parse(["--seq-len", "1048576"]).execute()
+        Train.parse(["--seq-len", "1048576", "--batch-size", "16"]).execute()
     monkeypatch.setattr("moe_jax.cli.memory.address_space", lambda: 3 * 2**30)
     with pytest.raises(UserError, match=r"ulimit -v 3145728 allows 3\.0 GiB"):
         Train.parse(["--preset", "seed-158m"]).execute()
