@@ -34,6 +34,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.reliability import figures
+from tests.support.programs import QUICK_COMPILER
 
 # jax compiles a program at the first use of a shape, so the time of a single example means nothing.
 settings.register_profile("moe-jax", deadline=None, suppress_health_check=[HealthCheck.too_slow], derandomize=True)
@@ -45,6 +46,13 @@ def float64() -> Iterator[None]:
     """jax computes in float64 within the test."""
     with jax.enable_x64(True):
         yield
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Most of the fast suite's time is compiling, so it compiles without LLVM's optimisations. The marked suites compile
+    as users do. `XLA_FLAGS= uv run pytest` makes the fast suite do so too."""
+    if "not reliability" in config.option.markexpr:
+        os.environ.setdefault("XLA_FLAGS", QUICK_COMPILER)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

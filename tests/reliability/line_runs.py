@@ -14,13 +14,12 @@ from moe_jax.runs.verify_resume import TIMES
 from tests.reliability import random_lines, runs
 from tests.reliability.mutated_run import Worker
 from tests.reliability.random_lines import Line, Places
+from tests.support.programs import QUICK_COMPILER
 
 POOL = 2
 LINES_A_PROCESS = 40
 """A process keeps every program that it has compiled, so it is replaced after some lines."""
 MAX_LINE = 700
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-"""Compiling takes most of the time of a tiny run. The compared runs have the same compiler, whatever its level."""
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "HTTPS_PROXY": "http://127.0.0.1:9"}
 """No line waits for a network. A line that needs one is refused."""
 
@@ -78,7 +77,7 @@ class LineWorker:
     def __init__(self, folder: Path, number: int) -> None:
         self.work, self.kept = folder / f"work{number}", folder / f"kept{number}"
         self.work.mkdir()
-        environment = {"XLA_FLAGS": FAST, **OFFLINE}
+        environment = {"XLA_FLAGS": QUICK_COMPILER, **OFFLINE}
         self._worker = Worker(folder / "cache", "tests.reliability.line_worker", self.work, environment)
         self._lines = 0
 

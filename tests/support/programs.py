@@ -8,6 +8,10 @@ import pytest
 
 from moe_jax.system import environment
 
+QUICK_COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+"""XLA_FLAGS that make compiling about twice as fast, and the programs slower. Compared programs must share them: they
+may change the last bits of a float."""
+
 _HAS_COMPILER = environment.has_cuda_plugin() and importlib.util.find_spec("nvidia") is not None
 _NEEDED = "needs JAX's CUDA plugin and ptxas: uv run --extra gpu-plan pytest -m plan"
 
