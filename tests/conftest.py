@@ -49,8 +49,8 @@ def float64() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most of the fast suite's time is compiling, so it compiles without LLVM's optimisations. The marked suites compile
-    as users do. `XLA_FLAGS= uv run pytest` makes the fast suite do so too."""
+    """Most of the fast suite's time is compiling, so it compiles without LLVM's optimisations. The marked suites
+    compile as users do. With `XLA_FLAGS= uv run pytest` the fast suite does so too."""
     if "not reliability" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", QUICK_COMPILER)
 
