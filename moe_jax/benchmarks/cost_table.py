@@ -42,11 +42,12 @@ def formula(config: ModelConfig, batch_size: int) -> dict[str, float]:
     """Forward and backward operations of one token in a batch of sequences of T, by group.
 
     Attention: the projections, and six products (two forward, four backward) of each query with keys or
-    values. Queries are computed in blocks; all queries of a block read the keys up to the end of the block.
+    values; seven for a long sequence, whose scores are computed twice. Queries are computed in blocks; all queries of
+    a block, or of a span of a long sequence, read the keys up to its end.
     Experts: the rows that the dispatch multiplies, filled or not.
     """
     c = config
-    products = 6 if c.seq_len <= LONGEST_KEPT else 7  # the scores of a long sequence are computed twice
+    products = 6 if c.seq_len <= LONGEST_KEPT else 7
     scores = products * 2 * c.heads * c.head_width * computed_scores(c.seq_len) / c.seq_len
     projections = sum(rows * columns for rows, columns in attention_shapes(c))
     if c.dense == "none":

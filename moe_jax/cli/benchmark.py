@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
     from moe_jax.benchmarks.request import BenchmarkRequest
 
-Suite = Literal["moe", "train", "decode", "pipeline", "memory", "peers", "all"]
+Suite = Literal["moe", "train", "decode", "pipeline", "memory", "peers", "scaling", "all"]
 EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
 """Suite -> the extra that it needs, and what the extra installs."""
-TRAINING = {"moe", "train", "peers"}
+TRAINING = {"moe", "train", "peers", "scaling"}
 """Suites that time a training step, in the precision that is chosen for this machine. The other suites compute in
 float32, or plan for cards with a precision of their own."""
 
@@ -44,7 +44,8 @@ class Benchmark(Command):
         pipeline  tokenizing, batches, saving and restoring (in TMPDIR)
         memory    the settings that fit a 4 GB card (extra gpu-plan)
         peers     Mixtral of transformers, in PyTorch (extra peers)
-        all       all suites whose extras are installed
+        scaling   the training step with one size doubled at a time
+        all       all suites whose extras are installed, without `scaling`
     """
 
     interrupted: ClassVar[str] = "no results were written"
@@ -63,7 +64,7 @@ class Benchmark(Command):
     """Folder of `python -m moe_jax compare`. `train` shows its bits per byte beside the costs."""
     record: bool = False
     """Write the results into `benchmarks/`, where the project keeps its records, and not into `runs/bench`. `train`
-    also writes a picture."""
+    and `scaling` also write a picture."""
     json: bool = False
     """Print the results as JSON too."""
 
@@ -119,7 +120,7 @@ class Benchmark(Command):
             return [self.suite]
         for suite in sorted(missing):
             print(f"left out: {suite}; run it with `uv run --extra {EXTRAS[suite][0]} benchmark.py {suite}`")
-        return [suite for suite in get_args(Suite) if suite != "all" and suite not in missing]
+        return [suite for suite in get_args(Suite) if suite not in {"all", "scaling", *missing}]
 
     def _save(self, document: dict[str, Any], about: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC)
@@ -135,16 +136,22 @@ class Benchmark(Command):
         write_output(path, json_text(record, indent=1) + "\n")
         print(f"results: {path}")
         if "train" in document:
-            self._draw(document["train"]["models"], path.with_suffix(".png"))
+            from moe_jax.benchmarks.dense_baselines import baselines_figure
 
-    def _draw(self, models: dict[str, dict[str, float]], path: Path) -> None:
-        from moe_jax.benchmarks.dense_baselines import baselines_figure
+            self._draw(lambda: baselines_figure(self.preset, document["train"]["models"]), path.with_suffix(".png"))
+        if "scaling" in document:
+            from moe_jax.benchmarks.scaling import scaling_figure
 
+            self._draw(lambda: scaling_figure(self.preset, document["scaling"]), path.with_suffix(".png"))
+
+    def _draw(self, figure: Callable[[], Any], path: Path) -> None:
         if importlib.util.find_spec("matplotlib") is None:
-            print("no picture: matplotlib is not installed; `uv run --extra plots benchmark.py train` draws one")
+            print(
+                f"no picture: matplotlib is not installed; `uv run --extra plots benchmark.py {self.suite}` draws one"
+            )
             return
         picture = io.BytesIO()
-        baselines_figure(self.preset, models).savefig(picture, format="png", dpi=150)
+        figure().savefig(picture, format="png", dpi=150)
         write_output(path, picture.getvalue())
         print(f"picture: {path}")
 

@@ -1,0 +1,188 @@
+"""`benchmark.py scaling`: one size of the model doubled at a time. How fast do time, arithmetic and memory grow?
+
+A quantity that grows as size^a has the exponent a: the slope of the line through log(quantity) against log(size), by
+least squares. 0 is no growth, 1 is twice as much for twice the size. Each measured exponent stands beside a bound: the
+exponent of the step's arithmetic for time, and of the bytes that a step surely holds for memory.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from moe_jax.benchmarks import cost_table
+from moe_jax.benchmarks.request import BenchmarkRequest
+from moe_jax.config import RunConfig
+from moe_jax.model.costs import muon_flops
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.step_memory import least_step_bytes
+from moe_jax.plots.figures import COLOURS
+from moe_jax.system.timing import alternate
+from moe_jax.training.programs import Programs
+from moe_jax.training.random_tokens import RandomTokenTrainer
+
+POINTS = 3
+"""Sizes of an axis: the preset's own, twice, four times."""
+
+
+class Axis(NamedTuple):
+    """A size that is doubled."""
+
+    letter: str
+    meaning: str
+    size: Callable[[RunConfig], int]
+    grown: Callable[[RunConfig, int], RunConfig]
+    """The configuration with the size multiplied by a factor."""
+
+
+def _model(name: str) -> Callable[[RunConfig, int], RunConfig]:
+    def grown(config: RunConfig, factor: int) -> RunConfig:
+        value = getattr(config.model, name) * factor
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, **{name: value}))
+
+    return grown
+
+
+def _batch(config: RunConfig, factor: int) -> RunConfig:
+    train = dataclasses.replace(config.train, batch_size=config.train.batch_size * factor)
+    return dataclasses.replace(config, train=train)
+
+
+def _length(config: RunConfig, factor: int) -> RunConfig:
+    """Longer sequences, and fewer of them: the tokens of a step stay."""
+    longer = _model("seq_len")(config, factor)
+    train = dataclasses.replace(longer.train, batch_size=longer.train.batch_size // factor)
+    return dataclasses.replace(longer, train=train)
+
+
+def _choices(config: RunConfig, factor: int) -> RunConfig:
+    return dataclasses.replace(config, model=config.model.with_routing(top_k=config.model.routing.top_k * factor))
+
+
+AXES = (
+    Axis("T", "positions of a sequence, as many tokens", lambda c: c.model.seq_len, _length),
+    Axis("E", "experts", lambda c: c.model.experts, _model("experts")),
+    Axis("K", "experts of a token", lambda c: c.model.routing.top_k, _choices),
+    Axis("D", "width", lambda c: c.model.width, _model("width")),
+    Axis("L", "layers", lambda c: c.model.layers, _model("layers")),
+    Axis("B", "sequences of a step", lambda c: c.train.batch_size, _batch),
+    Axis("V", "vocabulary", lambda c: c.model.vocab_size, _model("vocab_size")),
+)
+
+
+class Point(NamedTuple):
+    """A step at one size."""
+
+    size: int
+    seconds: float
+    flops: float
+    """Arithmetic of the step by formula: `cost_table.formula`, and the products of Muon."""
+    memory: int
+    """Bytes of arguments, results and temporary arrays of the compiled step."""
+    least_memory: int
+
+
+def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The slope of log(value) against log(size), by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(values), 1)[0])
+
+
+def points(base: RunConfig, axis: Axis, rounds: int, moe: type[MoE] = MoE) -> list[Point]:
+    """The steps of an axis, timed in turn. Sizes that the configuration cannot have are left out."""
+    configs = []
+    for n in range(POINTS):
+        factor = 2**n
+        if axis.letter == "T" and base.train.batch_size % factor:
+            break
+        if axis.letter == "K" and base.model.routing.top_k * factor > base.model.experts:
+            break
+        configs.append(axis.grown(base, factor))
+    trainers = {str(axis.size(c)): RandomTokenTrainer.of(c, c.train.batch_size, moe=moe) for c in configs}
+    times = alternate(trainers, rounds)
+    del trainers
+    return [
+        Point(
+            axis.size(c),
+            times[str(axis.size(c))].median,
+            _flops(c),
+            _memory(c, moe),
+            least_step_bytes(c),
+        )
+        for c in configs
+    ]
+
+
+def _flops(config: RunConfig) -> float:
+    tokens = config.train.batch_size * config.model.seq_len
+    own = muon_flops(config.model, config.train.muon_router) if config.train.optimizer == "muon" else 0
+    return own + tokens * sum(cost_table.formula(config.model, config.train.batch_size).values())
+
+
+def _memory(config: RunConfig, moe: type[MoE]) -> int:
+    analysis = Programs.of(config, moe=moe).compiled_step(config.train.batch_size).memory_analysis()
+    reused = analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + analysis.output_size_in_bytes + analysis.temp_size_in_bytes - reused
+
+
+def growth(found: list[Point]) -> dict[str, float]:
+    """The exponents of an axis: time and memory, each beside its bound."""
+    sizes = [p.size for p in found]
+    return {
+        "time": exponent(sizes, [p.seconds for p in found]),
+        "time_bound": exponent(sizes, [p.flops for p in found]),
+        "memory": exponent(sizes, [p.memory for p in found]),
+        "memory_bound": exponent(sizes, [p.least_memory for p in found]),
+    }
+
+
+def scaling(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """Every axis, a table of exponents, and the points behind them."""
+    train = dataclasses.replace(request.config.train, batch_size=request.batch_size, grad_accum=1)
+    base = dataclasses.replace(request.config, train=train)
+    table = Table(title="exponents: 0 is no growth, 1 is twice for twice", title_justify="left", title_style="bold")
+    for name in ("twice as many", "sizes", "time", "bound", "memory", "bound"):
+        table.add_column(name, justify="left" if name in ("twice as many", "sizes") else "right")
+    numbers: dict[str, Any] = {}
+    for axis in AXES:
+        found = points(base, axis, request.rounds, request.moe)
+        if len(found) < 2:
+            console.print(f"left out: {axis.letter}, {axis.meaning}: the preset has no larger size")
+            continue
+        slopes = growth(found)
+        numbers[axis.letter] = {**slopes, "points": [p._asdict() for p in found]}
+        sizes = ", ".join(str(p.size) for p in found)
+        table.add_row(f"{axis.letter}: {axis.meaning}", sizes, *(f"{value:.2f}" for value in slopes.values()))
+    console.print(table)
+    return numbers
+
+
+def scaling_figure(preset: str, numbers: dict[str, Any]) -> Any:
+    """A matplotlib figure: time of a step against the factor of each size, both axes logarithmic, with the bound."""
+    from matplotlib.figure import Figure
+
+    meanings = {axis.letter: axis.meaning for axis in AXES}
+    columns = 4
+    rows = -(-len(numbers) // columns)
+    figure = Figure(figsize=(3 * columns, 2.7 * rows), layout="constrained")
+    figure.suptitle(f"{preset}: a training step, one size doubled at a time", x=0.01, ha="left", fontweight="bold")
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axes, (letter, found) in zip(panels, numbers.items(), strict=False):
+        sizes = [p["size"] for p in found["points"]]
+        seconds = np.array([p["seconds"] for p in found["points"]])
+        flops = np.array([p["flops"] for p in found["points"]])
+        axes.loglog(sizes, seconds / seconds[0], "o-", color=COLOURS[0], label=f"time, exponent {found['time']:.2f}")
+        label = f"arithmetic, {found['time_bound']:.2f}"
+        axes.loglog(sizes, flops / flops[0], "--", color=COLOURS[1], label=label)
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.set_yticks([1, 2, 4], ["1x", "2x", "4x"])
+        axes.minorticks_off()
+        axes.set_ylim(0.8, 5)
+        axes.set_title(f"{letter}: {meanings[letter]}", loc="left", fontsize=9)
+        axes.legend(fontsize=7, frameon=False, loc="upper left")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(numbers) :]:
+        axes.set_axis_off()
+    return figure
