@@ -42,7 +42,7 @@ def sequence_keys(key: Key[Array, "..."], count: int, first: int | Int[Array, ""
     return jax.vmap(lambda sequence: jax.random.fold_in(key, sequence))(first + jnp.arange(count))
 
 
-def fold_each(keys: Key[Array, " B"], number: int) -> Key[Array, " B"]:
+def fold_each(keys: Key[Array, " B"], number: int | Int[Array, ""]) -> Key[Array, " B"]:
     """fold_in(key, number) of each key."""
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
