@@ -1,7 +1,8 @@
 """The settings of a run. They start from an origin; a file changes them, and then flags change them.
 
-The origin is the preset, the run that is resumed, or the dense run that is upcycled. The settings that name the origin
-are read first. The other settings must fit only the origin that they change.
+The origin is the preset, the run that is resumed, the dense run or model that is upcycled, or the model that is
+imported. The settings that name the origin are read first. The other settings must fit only the origin that they
+change.
 """
 
 import dataclasses
@@ -15,18 +16,13 @@ from moe_jax.cli.arguments import Argument, Values, arguments_of, read
 from moe_jax.cli.command import Command, Group
 from moe_jax.cli.settings_file import SettingsFile, read_settings
 from moe_jax.config import SECTIONS, ConfigError, RunConfig, load_config
-from moe_jax.config.compatibility import (
-    check_resumable,
-    check_upcyclable,
-    check_vocabulary,
-    load_dense_config,
-    upcycled_defaults,
-)
+from moe_jax.config.compatibility import check_resumable, check_vocabulary
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.corpora import check_source
+from moe_jax.interop.starting_point import starting_point
 from moe_jax.system.errors import FieldError
 
-ORIGIN = {("", "preset"), ("", "out"), ("", "resume"), ("", "upcycle"), ("model", "dense")}
+ORIGIN = {("", "preset"), ("", "out"), ("", "resume"), ("", "upcycle"), ("", "init_from"), ("model", "dense")}
 """Fields that say where settings start from: the preset, and the fields that give `RunConfig.run_dir`."""
 
 VOCABULARY = ("model", "vocab_size")
@@ -94,11 +90,14 @@ def resolve_settings(file: SettingsFile, flags: Values) -> Settings:
     origin = {key: value for key, value in given.items() if key in ORIGIN}
     start = preset(given.get(("", "preset"), RunConfig.preset))
     asked = override(start, origin)
-    dense = load_dense_config(asked.upcycle) if asked.upcycle else None
-    if dense is not None:
-        start = upcycled_defaults(dense, asked.upcycle)
+    # The weights of an import are in the checkpoints of its run, so a resume does not look for their folder.
+    saved = load_config(Path(asked.run_dir)) if asked.resume and (asked.init_from or asked.out) else None
+    source = starting_point(asked) if saved is None else None
+    if source is not None:
+        start = source.defaults
         asked = override(start, origin)
-    saved = load_config(Path(asked.run_dir)) if asked.resume else None
+    if saved is None and asked.resume:
+        saved = load_config(Path(asked.run_dir))
     if saved is not None:
         # A folder may have been copied or renamed, so its path comes from the command and not from its config.json.
         start = saved = dataclasses.replace(saved, out=asked.run_dir)
@@ -107,14 +106,14 @@ def resolve_settings(file: SettingsFile, flags: Values) -> Settings:
     try:
         config = override(start, given)
         check_source(config.data.source)
-        if saved is None and dense is None:
+        if saved is None and source is None:
             check_vocabulary(config)
     except ConfigError as error:
         raise _name_source(error, start, file, flags) from None
     if saved is not None:
         check_resumable(saved, config)
-    elif dense is not None:
-        check_upcyclable(dense, config)
+    elif source is not None:
+        source.check(config)
     return Settings(config, saved)
 
 

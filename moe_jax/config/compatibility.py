@@ -1,4 +1,5 @@
-"""Checks that new settings fit an existing run: a run that is resumed, or a dense run that is upcycled.
+"""Checks that new settings fit what they start from: a run that is resumed, a dense run or model that is upcycled, or a
+model that is imported.
 
 This module imports only the standard library, so that a wrong flag is reported before jax is imported.
 """
@@ -6,14 +7,21 @@ This module imports only the standard library, so that a wrong flag is reported 
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from moe_jax.config.flags import flag_of
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.presets import largest_vocabulary
 from moe_jax.config.run import RunConfig, load_config
 from moe_jax.system.errors import ConfigError, FieldError, UserError
 
 _DATA_MAY_CHANGE = {"eval_tokens", "source"}
 """Fields of `data` that may change. The text itself is compared by its digest, once it is read."""
+
+_IMPORTED_ROUTING = ("top_k", "renormalise_gates", "balancing")
+"""Fields of the routing that decide what an imported model computes, or which parameters it has."""
+IMPORTED_LR = 1e-4
+"""Peak learning rate of a run that starts from a public model. The presets' rates are for a start from noise."""
 
 _EXPERTS = {"dense", "experts", "expert_hidden", "shared_experts", "routing"}
 """Fields of the model that concern experts only. An upcycled run may choose them freely."""
@@ -26,7 +34,7 @@ def check_resumable(saved: RunConfig, config: RunConfig) -> None:
 
     `ExecutionConfig`, which says how the model is computed, may change.
     """
-    fixed = [("", "preset"), ("", "upcycle"), ("train", "optimizer"), ("train", "param_dtype")]
+    fixed = [("", "preset"), ("", "upcycle"), ("", "init_from"), ("train", "optimizer"), ("train", "param_dtype")]
     fixed += [*_fields(config, "model"), *_fields(config, "routing"), *_data_fields(config)]
     hint = "leave the flag out to resume it, or start a new run with another --out"
     _check_same(saved, config, fixed, f"the run in {config.run_dir}", hint)
@@ -68,15 +76,36 @@ def upcycled_defaults(dense: RunConfig, folder: str) -> RunConfig:
 
 
 def check_upcyclable(dense: RunConfig, config: RunConfig) -> None:
-    """Raise ConfigError unless the copied experts start as the dense network and can become different.
+    """Raise ConfigError unless the copied experts start as the dense network and can become different, and everything
+    else is as in the dense run."""
+    where = f"the dense run in {config.upcycle}"
+    _check_copies(dense.model.dense_hidden, config, where)
+    fixed = [("", "preset"), *_upcycled_fields(config), *_data_fields(config)]
+    _check_same(dense, config, fixed, where, _SAME_FUNCTION)
+
+
+def check_upcyclable_model(dense: ModelConfig, config: RunConfig) -> None:
+    """The same for a dense model that was imported. `dense.seq_len` is the longest context that it reads."""
+    where = f"the dense model in {config.upcycle}"
+    _check_copies(dense.dense_hidden, config, where)
+    _check_length(dense, config, where)
+    fixed = [field for field in _upcycled_fields(config) if field != ("model", "seq_len")]
+    start = dataclasses.replace(config, model=dense, data=dataclasses.replace(config.data, tokenizer="hf"))
+    _check_same(start, config, [("data", "tokenizer"), *fixed], where, _SAME_FUNCTION)
+
+
+_SAME_FUNCTION = "leave the flag out: an upcycled run starts with the function that the dense run has learned"
+
+
+def _check_copies(hidden: int, config: RunConfig, where: str) -> None:
+    """Raise ConfigError unless the experts can be copies of a dense network with `hidden` units.
 
     Each expert starts as a copy of the dense feed-forward network. The gates of the K chosen experts sum to 1, so K
     equal copies give the output of the dense network. K = 1 is refused: its gate is the probability, which is less than
     1. Without `renormalise_gates` every gate is a probability, so that is refused too. K = E is refused: every expert
     would see every token, so the copies would see the same tokens.
     """
-    model, hidden = config.model, dense.model.dense_hidden
-    where = f"the dense run in {config.upcycle}"
+    model = config.model
     if model.dense != "none":
         raise ConfigError(f"--model.dense {model.dense}: --upcycle gives a dense run experts; leave one of them out")
     if model.expert_hidden != hidden:
@@ -99,9 +128,61 @@ def check_upcyclable(dense: RunConfig, config: RunConfig) -> None:
             f"--model.shared-experts {model.shared_experts}: a shared expert would add to the output of {where}; "
             "with --upcycle it must be 0"
         )
-    fixed = [(s, name) for s, name in _fields(config, "model") if name not in _EXPERTS | _TRAINING_ONLY]
-    hint = "leave the flag out: an upcycled run starts with the function that the dense run has learned"
-    _check_same(dense, config, [("", "preset"), *fixed, *_data_fields(config)], where, hint)
+
+
+def _upcycled_fields(config: RunConfig) -> list[tuple[str, str]]:
+    return [(s, name) for s, name in _fields(config, "model") if name not in _EXPERTS | _TRAINING_ONLY]
+
+
+def imported_defaults(start: RunConfig, model: ModelConfig, folder: str) -> RunConfig:
+    """The settings that a run of an imported model starts from: the model of the folder, the rest of `start`.
+
+    The context is that of `start`, and at most what the model reads. The optimizer is AdamW with a low learning rate:
+    the rates of the presets would destroy what the model has learned.
+    """
+    model = dataclasses.replace(model, seq_len=min(start.model.seq_len, model.seq_len))
+    return dataclasses.replace(start, init_from=folder, **_gentle(start), model=model)
+
+
+def upcycled_model_defaults(start: RunConfig, dense: ModelConfig, folder: str) -> RunConfig:
+    """The settings that a run starts from that upcycles a dense model of a folder: its shape, with the experts of
+    `start`, each as wide as the dense network."""
+    experts = {"experts": start.model.experts, "routing": start.model.routing, "expert_hidden": dense.dense_hidden}
+    length = min(start.model.seq_len, dense.seq_len)
+    model = dataclasses.replace(dense, dense="none", seq_len=length, **experts)
+    return dataclasses.replace(start, upcycle=folder, **_gentle(start), model=model)
+
+
+def _gentle(start: RunConfig) -> dict[str, Any]:
+    return {
+        "data": dataclasses.replace(start.data, tokenizer="hf"),
+        "train": dataclasses.replace(start.train, optimizer="adamw", lr=IMPORTED_LR),
+    }
+
+
+def check_imported(model: ModelConfig, config: RunConfig) -> None:
+    """Raise ConfigError unless the settings are those of a model that is imported, where they must be.
+
+    `model.seq_len` is the longest context that the model reads. How it is trained is free.
+    """
+    where = f"the model in {config.init_from}"
+    _check_length(model, config, where)
+    free = {"seq_len", "dropout", "attention_dropout"}
+    fixed = [("data", "tokenizer"), *((s, name) for s, name in _fields(config, "model") if name not in free)]
+    start = dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, tokenizer="hf"))
+    hint = "leave the flag out: the folder gives the shape of the model, and its tokenizer"
+    if model.dense == "none":
+        fixed += [("routing", name) for name in _IMPORTED_ROUTING]
+    else:
+        hint += "; to give a dense model experts, use --upcycle"
+    _check_same(start, config, fixed, where, hint)
+
+
+def _check_length(model: ModelConfig, config: RunConfig, where: str) -> None:
+    if config.model.seq_len > model.seq_len:
+        raise ConfigError(
+            f"--seq-len {config.model.seq_len}: {where} reads {model.seq_len} positions at most; give that or less"
+        )
 
 
 def _fields(config: RunConfig, section: str) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from moe_jax.config.flags import check, check_choices, check_range
 
-TokenizerKind = Literal["gpt2", "bpe", "byte"]
+TokenizerKind = Literal["gpt2", "bpe", "byte", "hf"]
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
@@ -20,7 +20,8 @@ class DataConfig:
     source: str = "stories"
     """`stories` (embedded), `tinystories`, `wikitext`, `pg19`, or a file or folder of your own."""
     tokenizer: TokenizerKind = "bpe"
-    """`gpt2`, `bpe` (byte-level, trained on the training text), or `byte`."""
+    """`gpt2`, `bpe` (byte-level, trained on the training text), `byte`, or `hf`: that of the Hugging Face folder in
+    --init-from or --upcycle."""
     vocab_size: int = 1024
     """Entries of a `bpe` tokenizer, the 256 bytes and the separator included."""
     stories: int = 60_000

@@ -185,8 +185,11 @@ def preset(name: str) -> RunConfig:
 
 
 def largest_vocabulary(data: DataConfig) -> int:
-    """Most entries of the tokenizer, the separator included. A `bpe` tokenizer of a small text has fewer."""
-    return {"gpt2": 50_257, "byte": 257, "bpe": data.vocab_size}[data.tokenizer]
+    """Most entries of the tokenizer, the separator included. A `bpe` tokenizer of a small text has fewer.
+
+    The model of a run with a `hf` tokenizer knows its own size, so nothing is known of the tokenizer here.
+    """
+    return {"gpt2": 50_257, "byte": 257, "bpe": data.vocab_size, "hf": 1}[data.tokenizer]
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from moe_jax.config.data import DataConfig
 from moe_jax.config.execution import ExecutionConfig
-from moe_jax.config.flags import check_choices
+from moe_jax.config.flags import check, check_choices
 from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.train import TrainConfig
@@ -30,8 +30,11 @@ class RunConfig:
     resume: bool = False
     """Continue from the newest good checkpoint in the folder of the run."""
     upcycle: str = ""
-    """Folder of a trained dense run. Every expert starts as a copy of its feed-forward network, so the new model starts
-    with the function that the dense run has learned."""
+    """Folder of a trained dense run, or of a dense Hugging Face model. Every expert starts as a copy of the dense
+    feed-forward network, so the new model starts with the function that the dense one has learned."""
+    init_from: str = ""
+    """Folder of a Hugging Face model (config.json, model.safetensors, tokenizer.json). The run starts from its weights,
+    with its shape and its tokenizer."""
     tensorboard: bool = False
     """Write TensorBoard event files as well (extra `tensorboard`)."""
     wandb: bool = False
@@ -43,11 +46,20 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_choices(self, "")
+        if self.init_from and self.upcycle:
+            raise ConfigError(
+                f"--init-from {self.init_from}: --upcycle {self.upcycle} says too what the run starts from; give one"
+            )
+        comes_with_it = self.data.tokenizer != "hf" or bool(self.init_from or self.upcycle)
+        check(comes_with_it, "data", "tokenizer", "hf", "gpt2, bpe or byte, unless --init-from or --upcycle is given")
 
     @property
     def run_dir(self) -> str:
-        """The folder of the run: --out, else runs/PRESET with a suffix for a dense baseline or an upcycled run."""
-        if self.model.dense != "none":
+        """The folder of the run: --out, else runs/PRESET with a suffix for an imported model, a dense baseline or an
+        upcycled run."""
+        if self.init_from:
+            suffix = "-imported"
+        elif self.model.dense != "none":
             suffix = f"-dense-{self.model.dense}"
         else:
             suffix = "-upcycled" if self.upcycle else ""

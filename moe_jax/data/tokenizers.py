@@ -1,13 +1,15 @@
-"""Text to token ids and back: GPT-2's vocabulary, a byte-level BPE trained on the corpus, or plain bytes.
+"""Text to token ids and back: GPT-2's vocabulary, a byte-level BPE trained on the corpus, plain bytes, or the tokenizer
+of a Hugging Face folder.
 
-All three are lossless: every entry of the vocabulary is a string of bytes. The entries of the ids of a text, joined,
-are the UTF-8 bytes of the text. One more id, the separator, stands between documents. The separator has no text:
-encoding never produces it (the characters `<|endoftext|>` inside a document are ordinary text), and `token_bytes`
+The first three are lossless: every entry of the vocabulary is a string of bytes. The entries of the ids of a text,
+joined, are the UTF-8 bytes of the text. One more id, the separator, stands between documents. The separator has no
+text: encoding never produces it (the characters `<|endoftext|>` inside a document are ordinary text), and `token_bytes`
 counts it as 0 bytes. Decoding shows it as `<|endoftext|>`, so that samples can be split into documents.
 
 A tokenizer is saved as JSON, and checked completely when it is loaded. A `bpe` file holds a list of merges. Ids 0 to
 255 are the bytes; merge (a, b) appends an entry, the bytes of entry a followed by the bytes of entry b. A `gpt2` file
-holds no vocabulary, since tiktoken has it.
+holds no vocabulary, since tiktoken has it. An `hf` file holds the text of the folder's tokenizer.json, unchanged:
+`hf_tokenizers.py` says how it is read, and what is not lossless in it.
 """
 
 import codecs
@@ -21,6 +23,7 @@ import numpy as np
 import xxhash
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data import hf_tokenizers
 from moe_jax.data.corpora import Corpus
 from moe_jax.data.text_files import SEPARATOR
 from moe_jax.system.console import Report, byte_progress
@@ -38,24 +41,33 @@ EncodeBatch = Callable[[list[str]], list[Any]]
 
 
 class Tokenizer:
-    """A vocabulary with its encoder. Made by `train_tokenizer`, `load_tokenizer` or `Tokenizer.from_dict`."""
+    """A vocabulary with its encoder. Made by `train_tokenizer`, `load_tokenizer`, `imported_tokenizer` or
+    `Tokenizer.from_dict`."""
 
     kind: str
-    """`gpt2`, `bpe` or `byte`."""
+    """`gpt2`, `bpe`, `byte` or `hf`."""
     vocab_size: int
     """V, the separator included. A small corpus can give a `bpe` fewer entries than were asked for."""
     separator_id: int
-    """The last id, V - 1."""
+    """The last id, V - 1. The id of an `hf` tokenizer lies anywhere."""
     digest: str
     """xxh3-128 of the tokenizer's definition. Equal digests mean equal ids for every text."""
 
-    def __init__(self, definition: dict[str, Any], entries: list[bytes], encode_batch: EncodeBatch) -> None:
+    def __init__(
+        self,
+        definition: dict[str, Any],
+        entries: list[bytes],
+        encode_batch: EncodeBatch,
+        separator_id: int | None = None,
+    ) -> None:
+        """`separator_id` is among the ids of the `entries`. Without it, the separator is one more id after them."""
         self.kind = definition["kind"]
-        self.vocab_size = len(entries) + 1
-        self.separator_id = len(entries)
+        self._entries = entries if separator_id is not None else [*entries, b""]
+        self.vocab_size = len(self._entries)
+        self.separator_id = len(entries) if separator_id is None else separator_id
         self.digest = _digest(definition)
         self._definition = definition
-        self._entries = [*entries, SEPARATOR.encode()]
+        self._entries[self.separator_id] = SEPARATOR.encode()
         self._encode_batch = encode_batch
 
     def encode(self, text: str) -> list[int]:
@@ -85,7 +97,9 @@ class Tokenizer:
 
     def token_bytes(self) -> np.ndarray:
         """int32 [V]: bytes of text that each id stands for, 0 for the separator."""
-        return np.array([*map(len, self._entries[:-1]), 0], dtype=np.int32)
+        sizes = np.array([*map(len, self._entries)], dtype=np.int32)
+        sizes[self.separator_id] = 0
+        return sizes
 
     def to_dict(self) -> dict[str, Any]:
         """The tokenizer as a dict ready for JSON. `from_dict` makes an equal tokenizer from this dict."""
@@ -106,7 +120,9 @@ class Tokenizer:
             return _gpt2()
         if kind == "bpe":
             return _bpe(definition.get("merges"))
-        raise UserError(f"tokenizer: unknown kind {kind!r}; known are gpt2, bpe and byte")
+        if kind == "hf":
+            return _hf(definition)
+        raise UserError(f"tokenizer: unknown kind {kind!r}; known are gpt2, bpe, byte and hf")
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON. The file is whole or absent, never half written."""
@@ -133,8 +149,10 @@ def train_tokenizer(data: DataConfig, corpus: Corpus, progress: bool = False) ->
     """The tokenizer that `data` asks for.
 
     A `bpe` tokenizer is trained on the first 50 MB of the corpus' training text. Equal text gives an equal tokenizer.
-    Raises UserError if GPT-2's vocabulary cannot be downloaded.
+    Raises UserError if GPT-2's vocabulary cannot be downloaded, and for `hf`, which is not trained.
     """
+    if data.tokenizer == "hf":
+        raise UserError("--tokenizer hf: it comes with the folder of a model, and cannot be made from a text")
     if data.tokenizer == "gpt2":
         return _gpt2()
     if data.tokenizer == "byte":
@@ -174,6 +192,27 @@ def token_pieces(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
             return f"<{raw.hex(' ').upper()}>"
 
     return [piece(int(t)) for t in tokens]
+
+
+def imported_tokenizer(file: str, settings: str, separator_id: int | None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, from the texts of its tokenizer.json and tokenizer_config.json.
+
+    `separator_id` is the token that ends a text. Without it, tokenizer_config.json names the token. Raises UserError if
+    the tokenizer is of a kind that is not known here.
+    """
+    if separator_id is None:
+        separator_id = hf_tokenizers.end_of_text(file, settings)
+    return _hf({"kind": "hf", "file": file, "settings": settings, "separator": separator_id})
+
+
+def _hf(definition: dict[str, Any]) -> Tokenizer:
+    file, settings, separator = (definition.get(name) for name in ("file", "settings", "separator"))
+    if not isinstance(file, str) or not isinstance(settings, str) or type(separator) is not int:
+        raise UserError("tokenizer: `file`, `settings` or `separator` is missing; take the file from the run again")
+    entries = hf_tokenizers.entries(file)
+    if not 0 <= separator < len(entries):
+        raise UserError(f"tokenizer.json: has {len(entries)} ids, and the token that ends a text is {separator}")
+    return Tokenizer(definition, entries, hf_tokenizers.encoder(file, separator), separator)
 
 
 def _digest(definition: dict[str, Any]) -> str:

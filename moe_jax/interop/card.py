@@ -21,7 +21,7 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
         if model.dense == "none"
         else f"none: a dense feed-forward network of {model.dense_hidden}",
         "tokenizer": f"{source.tokenizer.kind}, {source.tokenizer.vocab_size:,} entries; a text begins and ends with "
-        "`<|endoftext|>`",
+        + ("`<|endoftext|>`" if source.tokenizer.kind != "hf" else f"token {source.tokenizer.separator_id}"),
         "trained on": config.data.source,
         "training": _training(summary),
         "score": _score(summary),

@@ -13,7 +13,7 @@ from moe_jax.interop import gguf_file, huggingface
 from moe_jax.interop.architectures import Architecture, architecture_of
 from moe_jax.interop.card import MODELFILE, model_card
 from moe_jax.interop.source import ExportSource
-from moe_jax.interop.tokenizers import tokenizer_config, tokenizer_json
+from moe_jax.interop.tokenizers import tokenizer_files
 from moe_jax.system.files import disk_cause
 from moe_jax.system.json_text import json_text
 
@@ -97,8 +97,7 @@ def _write_for(
         separator = source.tokenizer.separator_id
         generation = {"bos_token_id": separator, "eos_token_id": separator, "do_sample": True, "temperature": 0.8}
         _write_json(folder / "generation_config.json", generation | {"max_length": context})
-        _write_json(folder / "tokenizer.json", tokenizer_json(source.tokenizer))
-        _write_json(folder / "tokenizer_config.json", tokenizer_config(context))
+        _write_tokenizer(folder, source)
     if to in ("gguf", "both"):
         gguf_file.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
         (folder / "Modelfile").write_text(MODELFILE)
@@ -108,8 +107,12 @@ def _write_plain(folder: Path, source: ExportSource, dtype: Dtype) -> None:
     _write_shards(folder, ((name, source.array(name)) for name in source.weights), dtype)
     (folder / "LAYOUT.md").write_text(LAYOUT, encoding="utf-8")
     _write_json(folder / "settings.json", source.config.to_dict())
-    _write_json(folder / "tokenizer.json", tokenizer_json(source.tokenizer))
-    _write_json(folder / "tokenizer_config.json", tokenizer_config(source.config.model.seq_len))
+    _write_tokenizer(folder, source)
+
+
+def _write_tokenizer(folder: Path, source: ExportSource) -> None:
+    for name, content in tokenizer_files(source.tokenizer, source.config.model.seq_len).items():
+        (folder / name).write_bytes(content.encode())
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

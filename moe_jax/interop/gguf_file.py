@@ -8,19 +8,15 @@ import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture
+from moe_jax.interop.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
 from moe_jax.interop.huggingface import norm_eps
 from moe_jax.interop.layers import attention, embedding, experts
 from moe_jax.interop.source import ExportSource
-from moe_jax.interop.tokenizers import GPT2_PATTERN, merges, spelled
 
 GgufType = Literal["float32", "bfloat16", "float16", "q8_0"]
 
 INTERLEAVED = ("llama", "granitemoe", "ernie4_5-moe")
 """Architectures that rotate the pairs (2i, 2i + 1) of a head."""
-NO_MERGE = ("\u0200", "\u0200")
-"""llama.cpp refuses a vocabulary without merges. These characters spell no byte, so this merge never happens."""
-NORMAL, CONTROL = 1, 3
-"""Kinds of tokens in GGUF."""
 
 
 def check_installed() -> None:
@@ -41,9 +37,10 @@ def write_gguf(path: Path, source: ExportSource, architecture: Architecture, nam
     import gguf
 
     assert architecture.gguf is not None  # `architecture_of` and its caller refuse the others
+    vocabulary = gguf_vocabulary(source.tokenizer, source.config.model.vocab_size)
     writer = gguf.GGUFWriter(path, architecture.gguf)
     _write_shape(writer, source, architecture, name)
-    _write_tokenizer(writer, source)
+    _write_tokenizer(writer, vocabulary, source.tokenizer.separator_id)
     for tensor, weight in tensors(source, architecture):
         kind = _kind(tensor, weight, dtype)
         writer.add_tensor(tensor, gguf.quants.quantize(np.ascontiguousarray(weight), kind), raw_dtype=kind)
@@ -97,16 +94,12 @@ def _write_shape(writer: Any, source: ExportSource, architecture: Architecture, 
         writer.add_logit_scale(1.0)
 
 
-def _write_tokenizer(writer: Any, source: ExportSource) -> None:
-    tokenizer, size = source.tokenizer, source.config.model.vocab_size
-    words = spelled(tokenizer)
-    separator = len(words) - 1
-    unused = [f"<|unused_{i}|>" for i in range(size - len(words))]  # a model may have more rows than the tokenizer
+def _write_tokenizer(writer: Any, vocabulary: GgufVocabulary, separator: int) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(GPT2_PATTERN)
-    writer.add_token_list([*words, *unused])
-    writer.add_token_types([NORMAL] * separator + [CONTROL] * (1 + len(unused)))
-    writer.add_token_merges([f"{left} {right}" for left, right in merges(tokenizer) or [NO_MERGE]])
+    writer.add_tokenizer_pre(vocabulary.rule)
+    writer.add_token_list(vocabulary.words)
+    writer.add_token_types(vocabulary.kinds)
+    writer.add_token_merges(vocabulary.merges)
     writer.add_bos_token_id(separator)
     writer.add_eos_token_id(separator)
     writer.add_add_bos_token(True)

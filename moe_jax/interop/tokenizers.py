@@ -1,28 +1,17 @@
 """The tokenizer of a run in the forms that transformers and llama.cpp read.
 
-The three kinds are byte-level BPEs: `byte` is one without merges. Ids stay the same. One thing differs: transformers
-and llama.cpp read `<|endoftext|>` inside a text as the separator, our tokenizer never does.
+Our three kinds are byte-level BPEs: `byte` is one without merges. Ids stay the same. One thing differs: transformers
+and llama.cpp read `<|endoftext|>` inside a text as the separator, our tokenizer never does. An imported tokenizer is
+written back unchanged.
 """
 
 import itertools
 from typing import Any
 
+from moe_jax.data.hf_tokenizers import byte_alphabet
 from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.tokenizers import Tokenizer
-
-GPT2_PATTERN = "gpt-2"
-"""llama.cpp's name for the rule that cuts text into words."""
-
-
-def byte_alphabet() -> dict[int, str]:
-    """Byte -> the character that stands for it in GPT-2's vocabulary files (Radford et al. 2019, encoder.py).
-
-    Bytes that are printable in Latin-1 stand for themselves, the others for characters from U+0100 on.
-    """
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
-
+from moe_jax.system.json_text import json_text
 
 _ALPHABET = byte_alphabet()
 
@@ -57,6 +46,16 @@ def _last_pair(word: str, ranks: dict[str, int]) -> tuple[str, str]:
         _, i = min(found for found in ranked if found[0] < ranks[word])
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
+
+
+def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
+    """Name -> content of the files of a tokenizer. Those of an imported one are the files that it came with."""
+    definition = tokenizer.to_dict()
+    if definition["kind"] == "hf":
+        files = {"tokenizer.json": definition["file"], "tokenizer_config.json": definition["settings"]}
+        return {name: content for name, content in files.items() if content}
+    made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context)}
+    return {name: json_text(content, indent=2) + "\n" for name, content in made.items()}
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> Findi
     except UserError as error:
         cause = str(error)
     saved = _saved_config(newest)
-    if repair and saved is not None:
+    if repair and saved is not None and saved.data.tokenizer != "hf":  # that one cannot be made from the data
         anew = prepare_token_store(saved.data).tokenizer
         if anew.digest == expected:
             run.save_tokenizer(anew)

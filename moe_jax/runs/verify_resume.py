@@ -67,7 +67,9 @@ def short_flags(config: RunConfig) -> list[str]:
     short = c(
         config,
         resume=False,
-        upcycle="",  # an upcycled run needs the dense run's whole text, and the test does not depend on initial values
+        # An upcycled run needs the dense run's whole text, and the test does not depend on initial values. An imported
+        # tokenizer comes with its folder.
+        upcycle=config.upcycle if config.data.tokenizer == "hf" else "",
         tensorboard=False,
         wandb=False,
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),

@@ -31,6 +31,7 @@ from moe_jax.runs.metrics import read_metrics
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.evaluate import Evaluation, evaluate
+from moe_jax.training.imported import ImportSource
 from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
 from moe_jax.training.routing_snapshot import Tracer, make_tracer
@@ -101,7 +102,7 @@ class SessionProgress:
     elapsed_before: float = 0.0
     """Seconds of the run before this process."""
     origin: dict[str, Any] | None = None
-    """For an upcycled run, `UpcycleSource.origin`. Else None."""
+    """`Start.origin` of a run that was upcycled or imported. Else None."""
 
     @property
     def elapsed(self) -> float:
@@ -151,7 +152,7 @@ class Session:
         begin = time.monotonic()
         folder = RunFolder(Path(config.run_dir), lock.check) if lock else RunFolder(Path(config.run_dir))
         checkpoints = CheckpointStore(folder.path, guard=folder.guard)
-        source = UpcycleSource.open(config) if saved is None else None
+        source = (ImportSource.open(config) or UpcycleSource.open(config)) if saved is None else None
         run_id, tokenizer = "", source and source.tokenizer
         if saved is not None:
             found = checkpoints.list()
@@ -180,15 +181,15 @@ class Session:
             lock.note(opened.run_id)
         return opened
 
-    def _start(self, source: UpcycleSource | None) -> None:
+    def _start(self, source: ImportSource | UpcycleSource | None) -> None:
         """Begin a new run: initial parameters, and the first files of the folder."""
         if holds_run(self.folder.path):
             raise UserError(f"--out {self.folder.path}: another process has made a run there; add --resume to go on")
-        params = self.programs.initial_params()
-        if source is not None:
-            params = source.params(params, self.data.store)
-            self.progress.origin = source.origin(self.config.upcycle)
-            self.notes.append(f"upcycled from step {source.checkpoint.step} of {self.config.upcycle}")
+        if source is None:
+            params = self.programs.initial_params()
+        else:
+            params, self.progress.origin, note = source.start(self.programs, self.data.store)
+            self.notes.append(note)
         self.state = self.programs.state(params)
         origin = self.progress.origin
         self.run_id = self.folder.start(self.config, self.data.store.tokenizer, [origin] if origin else [])
@@ -276,8 +277,10 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
     RunCounters.from_json(context.get("progress"))
     origin = context.get("origin")
     flops = origin.get("training_flops") if isinstance(origin, dict) else None
-    if origin is not None and not (type(flops) is int and 0 <= flops < 2**200):
-        raise CheckpointCorrupted("its manifest does not say what it was upcycled from")
+    known = isinstance(origin, dict) and "training_flops" in origin
+    known = known and (flops is None or (type(flops) is int and 0 <= flops < 2**200))
+    if origin is not None and not known:
+        raise CheckpointCorrupted("its manifest does not say what it started from")
     if not store.is_text_of(context["data"]):
         raise UserError(
             f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "

@@ -26,6 +26,8 @@ from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, restore
 from moe_jax.runs.identity import best_of_run, check_same_model, load_run_tokenizer
+from moe_jax.training.imported import Start
+from moe_jax.training.programs import Programs
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class UpcycleSource:
             raise UserError(f"--upcycle {folder}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
         check_same_model(checkpoint, dense)
         return cls(dense, checkpoint, load_run_tokenizer(folder, checkpoint, dense.model))
+
+    def start(self, programs: Programs, store: TokenStore) -> Start:
+        """The initial parameters of the new run. Raises UserError if the new run has another text."""
+        folder = self.checkpoint.path.parents[1]
+        params = self.params(programs.initial_params(), store)
+        return Start(params, self.origin(str(folder)), f"upcycled from step {self.checkpoint.step} of {folder}")
 
     def params(self, fresh: Params, store: TokenStore) -> Params:
         """The initial parameters of the new run (see `copied`). Raises UserError if the new run has another text."""

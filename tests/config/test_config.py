@@ -160,8 +160,18 @@ def test_every_field_survives_json() -> None:
         there, default = config.section(section), RunConfig().section(section)
         same = [f.name for f in dataclasses.fields(there) if getattr(there, f.name) == getattr(default, f.name)]
         # What drops nothing has no priority, and learned positions have no base of a rotation.
-        assert same == {"routing": ["dispatch"], "model": ["rope_theta"]}.get(section, [])
-    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+        # A run starts from one thing only.
+        assert same == {"": ["init_from"], "routing": ["dispatch"], "model": ["rope_theta"]}.get(section, [])
+    imported = dataclasses.replace(config, upcycle="", init_from="elsewhere")
+    for written in (config, imported):
+        assert RunConfig.from_dict(json.loads(json.dumps(written.to_dict()))) == written
+
+
+def test_a_run_starts_from_one_thing_and_an_imported_tokenizer_from_a_folder() -> None:
+    with pytest.raises(ConfigError, match=r"^--init-from a: --upcycle b says too what the run starts from; give one$"):
+        RunConfig(init_from="a", upcycle="b")
+    with pytest.raises(ConfigError, match=r"^--tokenizer hf: must be gpt2, bpe or byte, unless --init-from"):
+        RunConfig(data=DataConfig(tokenizer="hf"))
 
 
 def test_unknown_presets_schemas_and_fields_are_refused() -> None:

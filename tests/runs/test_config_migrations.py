@@ -85,7 +85,8 @@ TABLE: dict[tuple[str, str], tuple[Any, str, str, Any]] = {
     ("train", "patience"): (16, "train", "patience", 16),
 }
 NEW = {("model", name) for name in ("kv_heads", "head_size", "norm_eps", "rope_theta")} | {
-    ("routing", "renormalise_gates")
+    ("routing", "renormalise_gates"),
+    ("", "init_from"),
 }
 """Fields that version 1 did not have. Their defaults are what version 1 computed."""
 GONE = {("", "verify_resume"), ("model", "ngrams"), ("model", "ngram_rows")}

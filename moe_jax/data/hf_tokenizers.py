@@ -1,0 +1,188 @@
+"""The tokenizer.json of a Hugging Face folder: its vocabulary as bytes, and its encoder.
+
+Two kinds are known, both BPEs:
+
+    byte-level      the bytes of a text are spelled with 256 printable characters (GPT-2, Llama 3, Qwen, OLMoE, SmolLM)
+    with spaces as "▁"   characters, and single bytes where there is none (Llama 2, Mistral, Mixtral)
+
+The library `tokenizers` encodes. Added tokens that are special, such as `<|im_start|>`, are ordinary text inside a
+document, as our separator is. What is not lossless: a byte-level tokenizer may bring a text into Unicode's form NFC
+first. One of the other kind puts a space before a document.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from moe_jax.config import UserError
+
+MOST_IDS = 1 << 20
+"""Ids that a tokenizer may have. The largest public ones have 262,144."""
+_SPACE = "\u2581"
+_LOSSLESS = ("Split", "Digits", "ByteLevel", "Punctuation")
+"""Parts that cut a text and lose no character, as long as the cut pieces are kept."""
+
+
+def byte_alphabet() -> dict[int, str]:
+    """Byte -> the character that stands for it in GPT-2's vocabulary files (Radford et al. 2019, encoder.py).
+
+    Bytes that are printable in Latin-1 stand for themselves, the others for characters from U+0100 on.
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def entries(file: str) -> list[bytes]:
+    """The bytes of each id of a tokenizer.json. An id without an entry has none.
+
+    Raises UserError if the file is no tokenizer, or one of another kind.
+    """
+    values = parse(file)
+    model = values["model"]
+    spell = _byte_level if _check_kind(values) else _with_spaces
+    found: dict[int, bytes] = {}
+    for word, i in model["vocab"].items():
+        found[_id(i)] = spell(word)
+    for token in values.get("added_tokens") or []:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise _unknown("added_tokens", token)
+        found[_id(token.get("id"))] = token["content"].encode(errors="replace")
+    if not found:
+        raise UserError("tokenizer.json: model.vocab is empty; download the file again")
+    return [found.get(i, b"") for i in range(max(found) + 1)]
+
+
+def encoder(file: str, separator: int) -> Callable[[list[str]], list[list[int]]]:
+    """Texts to lists of ids. Raises UserError if the library refuses the file; the encoder raises it for a text that
+    would give the separator, which only ends texts."""
+    import tokenizers
+
+    try:
+        library = tokenizers.Tokenizer.from_str(file)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library raises `Exception`, and panics as a BaseException
+        raise UserError(f"tokenizer.json: cannot be read ({' '.join(str(error).split())[:120]})") from None
+    library.no_truncation()
+    library.no_padding()
+    library.encode_special_tokens = True  # else `<|endoftext|>` inside a document would end it
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        found = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
+        for text, ids in zip(texts, found, strict=True):
+            if separator in ids:
+                raise UserError(
+                    f"tokenizer.json: reads a part of the text {text[:40]!r} as token {separator}, which ends texts; "
+                    "take that part out of the text"
+                )
+        return found
+
+    return encode_batch
+
+
+def end_of_text(file: str, settings: str) -> int:
+    """The id of the token that tokenizer_config.json names as `eos_token`. Raises UserError if there is none."""
+    try:
+        named = json.loads(settings).get("eos_token")
+    except (ValueError, AttributeError, RecursionError):
+        named = None
+    content = named.get("content") if isinstance(named, dict) else named
+    values = parse(file)
+    ids = {t.get("content"): t.get("id") for t in values.get("added_tokens") or [] if isinstance(t, dict)}
+    found = (values["model"]["vocab"] | ids).get(content) if isinstance(content, str) else None
+    if found is None:
+        raise UserError(
+            "config.json: has no eos_token_id, and tokenizer_config.json no eos_token; name the token that ends a text"
+        )
+    return _id(found)
+
+
+def parse(file: str) -> dict[str, Any]:
+    """The content of a tokenizer.json: an object with the vocabulary of a BPE. Raises UserError for anything else."""
+    try:
+        values = json.loads(file)
+    except (ValueError, RecursionError):
+        raise UserError("tokenizer.json: is not JSON; download the file again") from None
+    model = values.get("model") if isinstance(values, dict) else None
+    if not isinstance(model, dict):
+        raise UserError("tokenizer.json: has no model; download the file again")
+    if model.get("type", "BPE") != "BPE":
+        raise _unknown("model.type", model["type"], "BPE")
+    if not isinstance(model.get("vocab"), dict) or not isinstance(values.get("added_tokens") or [], list):
+        raise UserError("tokenizer.json: model.vocab or added_tokens is of the wrong type; download the file again")
+    if model.get("dropout"):
+        raise _unknown("model.dropout", model["dropout"], "null")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise _unknown(f"model.{name}", model[name], "null")
+    return values
+
+
+def _check_kind(values: dict[str, Any]) -> bool:
+    """Whether a tokenizer is byte-level; else it has spaces as "▁". Raises UserError if it is neither."""
+    cuts, changes = _parts(values, "pre_tokenizer", "pretokenizers"), _parts(values, "normalizer", "normalizers")
+    if any(cut.get("type") == "ByteLevel" for cut in cuts):
+        for cut in cuts:
+            kept = cut.get("behavior") != "Removed" and not cut.get("add_prefix_space")
+            if cut.get("type") not in _LOSSLESS or not kept:
+                raise _unknown("pre_tokenizer", cut, "one that keeps every character")
+        for change in changes:
+            if change.get("type") != "NFC":
+                raise _unknown("normalizer", change, "null or NFC")
+        return True
+    if not values["model"].get("byte_fallback"):
+        raise _unknown("pre_tokenizer", values.get("pre_tokenizer"), "ByteLevel, or model.byte_fallback true")
+    known = ({"type": "Prepend", "prepend": _SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
+    for change in changes:
+        if change not in known:
+            raise _unknown("normalizer", change, "one that writes spaces as U+2581")
+    for cut in cuts:
+        if cut.get("type") != "Metaspace" or cut.get("replacement") != _SPACE:
+            raise _unknown("pre_tokenizer", cut, "Metaspace")
+    if known[1] not in changes and not cuts:
+        raise _unknown("normalizer", values.get("normalizer"), "one that writes spaces as U+2581")
+    return False
+
+
+def _parts(values: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
+    """The parts of a normalizer or a pre-tokenizer, those of sequences in their order."""
+    found = values.get(name)
+    parts = found.get(inner) if isinstance(found, dict) and found.get("type") == "Sequence" else found
+    parts = [] if parts is None else parts if isinstance(parts, list) else [parts]
+    for part in parts:
+        if not isinstance(part, dict):
+            raise _unknown(name, part)
+    return parts
+
+
+def _byte_level(word: str) -> bytes:
+    """The bytes of a word in GPT-2's alphabet. A special token may have other characters, and stands for itself."""
+    try:
+        return bytes([_BYTES[character] for character in word])
+    except KeyError:
+        return word.encode(errors="replace")
+
+
+def _with_spaces(word: str) -> bytes:
+    if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):
+        try:
+            return bytes([int(word[3:5], 16)])
+        except ValueError:
+            pass
+    return word.replace(_SPACE, " ").encode(errors="replace")
+
+
+_BYTES = {character: byte for byte, character in byte_alphabet().items()}
+
+
+def _id(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < MOST_IDS:
+        raise UserError(f"tokenizer.json: a token has the id {str(value)[:40]}, must be from 0 to {MOST_IDS - 1:,}")
+    return value
+
+
+def _unknown(name: str, value: Any, allowed: str = "of a known form") -> UserError:
+    text = json.dumps(value, ensure_ascii=True)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return UserError(f"tokenizer.json: {name} is {text}, must be {allowed}; no other kind can be imported")

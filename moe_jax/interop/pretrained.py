@@ -1,0 +1,156 @@
+"""A model in a Hugging Face folder, opened: its shape, its tokenizer, and its weights as our parameters.
+
+    found = Pretrained.open(Path("folder"), "--init-from")
+    found.shape.model       the ModelConfig, with the longest context as `seq_len`
+    found.tokenizer
+    found.params(shapes)    the parameters, in the dtypes of `shapes`
+
+Everything about the files is checked by `open`: names, shapes and sizes of all tensors. `params` then reads one tensor
+after another. In host memory are the parameters that are done, and one parameter in the making.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import xxhash
+
+from moe_jax.config import UserError
+from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
+from moe_jax.interop.architectures import MIXTRAL
+from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_shape
+from moe_jax.interop.tensor_table import EMBEDDING, FUSED, HEAD, Piece, Table, expected, table
+from moe_jax.interop.weight_files import Tensor, WeightFiles
+from moe_jax.model.transformer import Params
+from moe_jax.system.folders import MAX_JSON_BYTES
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+_CHUNK = 1 << 20
+"""Entries that are looked at or compared at a time."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model in a folder, checked but not read."""
+
+    shape: PretrainedShape
+    tokenizer: Tokenizer
+    weights: WeightFiles
+
+    @classmethod
+    def open(cls, folder: Path, flag: str) -> "Pretrained":
+        """Open the folder that a flag names. Raises the errors of `read_shape`, and UserError if the tokenizer or the
+        weights cannot be read, or do not fit config.json."""
+        shape = read_shape(folder, flag)
+        tokenizer = _tokenizer(folder, shape)
+        opened = cls(shape, tokenizer, WeightFiles.open(folder))
+        opened.weights.check(expected(opened._table()), {HEAD} if shape.model.tied_head else set())
+        return opened
+
+    def params(self, shapes: Params, fresh: Params | None = None) -> tuple[Params, str]:
+        """The parameters, and a digest of all that was read of the folder.
+
+        `shapes` are those of the model (`abstract_model`). With `fresh`, a model with experts is made of a dense one:
+        every expert is a copy of the dense network, and the leaves of `fresh`, by their dotted names, stay as they are.
+        Raises UserError if a value is not finite.
+        """
+        pieces = self._table(copies=fresh is not None)
+        digests: dict[str, str] = {}
+        # One buffer for all parameters in the making. Fresh ones would leave holes in the memory of the process.
+        scratch = np.empty(max(_bytes(leaf) for leaf in jax.tree.leaves(shapes)), np.uint8)
+
+        def fill(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> Any:
+            name = jax.tree_util.keystr(path, simple=True, separator=".")
+            if fresh is not None and name in fresh:
+                return fresh[name]
+            return self._parameter(leaf, pieces.pop(name), scratch, digests)
+
+        filled = jax.tree_util.tree_map_with_path(fill, shapes)
+        assert not pieces, f"the model has no place for {sorted(pieces)}"
+        if self.shape.model.tied_head and HEAD in self.weights.tensors:
+            self._check_tied()
+        parts = [self.shape.text.hex(), self.tokenizer.digest, sorted(digests.items())]
+        return filled, xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+
+    def _table(self, copies: bool = False) -> Table:
+        mixtral = self.shape.architecture == MIXTRAL
+        return table(self.shape.model, mixtral, FUSED in self.weights.tensors, copies)
+
+    def _parameter(
+        self, leaf: jax.ShapeDtypeStruct, pieces: list[Piece], scratch: np.ndarray, digests: dict[str, str]
+    ) -> jax.Array:
+        made = scratch[: _bytes(leaf)].view(leaf.dtype).reshape(leaf.shape)
+        for piece in pieces:
+            source = self.weights.tensors[piece.tensor].map()
+            if piece.tensor not in digests:
+                digests[piece.tensor] = xxhash.xxh3_128_hexdigest(source.view(np.uint8))
+            part = source[piece.part]
+            target = made[piece.place]
+            with np.errstate(over="ignore"):  # a value that is too large for the dtype is named below
+                target[...] = part.swapaxes(-1, -2) if piece.transposed else part
+            if not _finite(target):
+                raise UserError(
+                    f"{self.weights.folder}: tensor {piece.tensor} has NaN or infinite values in {leaf.dtype}; "
+                    "download it again"
+                )
+        # Copied: the buffer is used again, and the device must own what a training step gives back to it.
+        return jax.block_until_ready(jax.device_put(made, may_alias=False))
+
+    def _check_tied(self) -> None:
+        """Raise UserError if the folder holds a head that is not its embedding, although config.json ties them."""
+        one, other = (self.weights.tensors[name] for name in (EMBEDDING, HEAD))
+        if one.shape != other.shape or not _same(one, other):
+            raise UserError(
+                f"{self.weights.folder}: tensor {HEAD} is not the embedding, and config.json says "
+                "tie_word_embeddings; set that to false if the tensor is right"
+            )
+
+
+def _tokenizer(folder: Path, shape: PretrainedShape) -> Tokenizer:
+    """The tokenizer of a folder, whose ids the model must know."""
+    try:
+        file = read_file(folder, TOKENIZER, MAX_JSON_BYTES // 2).decode()
+    except FileNotFoundError:
+        raise UserError(f"{folder}: has no {TOKENIZER}; open its tokenizer in transformers and save it again") from None
+    except OSError as error:
+        raise UserError(f"{folder / TOKENIZER}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{folder / TOKENIZER}: is not UTF-8; download the file again") from None
+    try:
+        settings = read_file(folder, TOKENIZER_CONFIG, 1 << 22).decode()
+    except (OSError, UnicodeDecodeError):
+        settings = ""
+    try:
+        tokenizer = imported_tokenizer(file, settings, shape.separator)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
+    if tokenizer.vocab_size > shape.model.vocab_size:
+        raise UserError(
+            f"{folder}: {TOKENIZER} has {tokenizer.vocab_size:,} ids, and config.json says vocab_size "
+            f"{shape.model.vocab_size:,}; take both from the same folder"
+        )
+    return tokenizer
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return leaf.size * leaf.dtype.itemsize
+
+
+def _blocks(array: np.ndarray) -> range:
+    """The first rows of blocks of about _CHUNK entries."""
+    rows = max(1, _CHUNK // max(1, array[:1].size))
+    return range(0, len(array), rows)
+
+
+def _finite(array: np.ndarray) -> bool:
+    step = _blocks(array).step
+    return all(bool(np.isfinite(array[i : i + step]).all()) for i in _blocks(array))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    a, b = one.map(), other.map()
+    step = _blocks(a).step
+    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in _blocks(a))

@@ -1,0 +1,331 @@
+"""The shape of a model in a Hugging Face folder, from its config.json. Standard library only: no weight is read.
+
+A field of config.json either gives the shape, or must have the one value that our model computes, or changes nothing in
+a forward pass. Any other field is refused by name, because it may change what the model computes.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, UserError
+from moe_jax.interop.architectures import LLAMA, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, Architecture
+from moe_jax.system.folders import Folder, UnsafeFile, parse_json
+
+CONFIG = "config.json"
+_MAX_CONFIG_BYTES = 2**22
+_LARGEST = 2**24
+"""Largest size that is taken. `ModelConfig` has narrower bounds of its own."""
+
+
+class PretrainedShape(NamedTuple):
+    """What config.json says."""
+
+    folder: Path
+    architecture: Architecture
+    model: ModelConfig
+    """`seq_len` is the longest context that the model reads."""
+    separator: int | None
+    """`eos_token_id`: the token that ends a text."""
+    text: bytes
+    """The content of config.json."""
+
+
+class _Layout(NamedTuple):
+    """A class of transformers: where its fields are, and what a missing field means."""
+
+    architecture: Architecture
+    eps: float
+    theta: float = 10_000.0
+    kv_heads: int | None = None
+    """None: as many as attention heads."""
+    head_dim: int | None = None
+    """None: width / heads."""
+    experts: str = ""
+    """The field with the number of experts. Empty: a dense model."""
+    hidden: str = "intermediate_size"
+    top_k: int = 0
+    renormalise: bool | None = None
+    """What a missing `norm_topk_prob` means; None: the class has no such field, and always renormalises."""
+
+
+LAYOUTS = {
+    layout.architecture.model_type: layout
+    for layout in (
+        _Layout(LLAMA, 1e-6),
+        _Layout(QWEN3, 1e-6, kv_heads=32, head_dim=128),
+        _Layout(MIXTRAL, 1e-5, 1e6, kv_heads=8, experts="num_local_experts", top_k=2),
+        _Layout(QWEN3_MOE, 1e-6, kv_heads=4, experts="num_experts", hidden="moe_intermediate_size", top_k=8)._replace(
+            renormalise=False
+        ),
+        _Layout(OLMOE, 1e-5, experts="num_experts", top_k=8, renormalise=False),
+    )
+}
+"""`model_type` -> its layout. The defaults are those of the classes in transformers."""
+
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "qkv_bias": (False, None),
+    "use_bias": (False, None),
+    "clip_qkv": (None,),
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+    "rope_interleaved": (False, None),
+    "partial_rotary_factor": (1, None),
+    "quantization_config": (None,),
+    "is_encoder_decoder": (False, None),
+    "auto_map": (None,),
+    "embedding_multiplier": (1, None),
+    "attention_multiplier": (None,),
+    "residual_multiplier": (1, None),
+    "logits_scaling": (1, None),
+    "scoring_func": ("softmax", None),
+}
+"""Field -> the values with which the model computes what ours does."""
+
+SHAPE = {
+    *("model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size", "num_local_experts"),
+    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "rms_norm_eps", "tie_word_embeddings"),
+    *("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "eos_token_id"),
+    *("sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
+}
+"""Fields that give the shape. A class ignores those that it does not have."""
+
+HARMLESS = {
+    *("bos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
+    *("dtype", "torch_dtype", "use_cache", "initializer_range", "transformers_version", "pretraining_tp"),
+    *("attention_dropout", "hidden_dropout", "dropout", "router_aux_loss_coef", "router_jitter_noise"),
+    *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
+    *("is_llama_config", "chunk_size_feed_forward", "problem_type", "task_specific_params", "generation_config"),
+    *("transformers.js_config", "use_return_dict", "num_labels", "attn_implementation", "unsloth_fixed"),
+    *("max_length", "do_sample", "temperature", "top_p"),
+}
+"""Fields that change nothing in a forward pass without dropout."""
+
+
+def holds_pretrained(folder: Path) -> bool:
+    """Whether a folder holds the config.json of a model for transformers, which a folder of a run does not."""
+    try:
+        values = parse_json(read_file(folder, CONFIG, _MAX_CONFIG_BYTES))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "model_type" in values
+
+
+def read_shape(folder: Path, flag: str) -> PretrainedShape:
+    """The shape of the model in a folder. Raises ConfigError where there is no such folder, and UserError where its
+    config.json cannot be read or is of a model that ours cannot hold."""
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{flag} {folder}: is no folder; name one with config.json, model.safetensors, tokenizer.json"
+        )
+    try:
+        text = read_file(folder, CONFIG, _MAX_CONFIG_BYTES)
+        values = parse_json(text)
+    except FileNotFoundError:
+        raise ConfigError(f"{flag} {folder}: has no config.json; name the folder of a Hugging Face model") from None
+    except OSError as error:
+        raise UserError(f"{folder / CONFIG}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: is not JSON ({str(error)[:80]}); download the file again") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{folder / CONFIG}: is not a JSON object; download the file again")
+    if "schema_version" in values and "model_type" not in values:
+        raise ConfigError(
+            f"{flag} {folder}: is a run of moe-jax; go on with --resume, or name the folder of a Hugging Face model"
+        )
+    try:
+        return _Reader(values).shape(folder, text)
+    except ConfigError as error:  # of ModelConfig, by the flag of the field
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    except _Unheld as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+
+
+def read_file(folder: Path, name: str, limit: int | None = None) -> bytes:
+    """A plain file of a folder. The caches of Hugging Face hold links to plain files, so a link is followed.
+
+    Raises OSError, also for a file that is not plain (a device, a pipe), or has more than `limit` bytes.
+    """
+    with open_file(folder, name, limit) as file:
+        return file.read()
+
+
+def open_file(folder: Path, name: str, limit: int | None = None):
+    """A plain file of a folder, open for reading. Raises the errors of `read_file`."""
+    try:
+        path = (folder / name).resolve(strict=True)
+    except RuntimeError as error:  # links in a circle
+        raise UnsafeFile(40, str(error), str(folder / name)) from None
+    return Folder(path.parent).open(path.name, limit)
+
+
+class _Unheld(Exception):
+    """A field, with its value, that our model cannot have."""
+
+
+class _Reader:
+    """The fields of config.json, read with their types."""
+
+    def __init__(self, values: dict[str, Any]) -> None:
+        self._values = values
+
+    def shape(self, folder: Path, text: bytes) -> PretrainedShape:
+        layout = self._layout()
+        self._check_fields()
+        heads = self._size("num_attention_heads")
+        width = self._size("hidden_size")
+        head_dim = self._size("head_dim", layout.head_dim or width // heads or None)
+        if layout.architecture == OLMOE and head_dim * heads != width:
+            raise self._unheld("head_dim", f"hidden_size / num_attention_heads = {width} / {heads}")
+        model = ModelConfig(
+            vocab_size=self._size("vocab_size"),
+            seq_len=self._context(),
+            layers=self._size("num_hidden_layers"),
+            width=width,
+            heads=heads,
+            kv_heads=self._own(self._size("num_key_value_heads", layout.kv_heads or heads), heads),
+            head_size=self._own(head_dim, width / heads),
+            norm_eps=self._number("rms_norm_eps", layout.eps, 1e-12, 1),
+            rope_theta=self._theta(layout),
+            qk_norm={QWEN3: "head", QWEN3_MOE: "head", OLMOE: "full"}.get(layout.architecture, "none"),
+            tied_head=self._switch("tie_word_embeddings", False),
+            **self._network(layout),
+        )
+        return PretrainedShape(folder, layout.architecture, model, self._separator(), text)
+
+    def _layout(self) -> _Layout:
+        kind = self._values.get("model_type")
+        if not isinstance(kind, str) or kind not in LAYOUTS:
+            raise self._unheld("model_type", "one of " + ", ".join(LAYOUTS))
+        layout = LAYOUTS[kind]
+        named = self._values.get("architectures")
+        if named not in (None, [], [layout.architecture.class_name]):
+            raise self._unheld("architectures", f'["{layout.architecture.class_name}"]')
+        return layout
+
+    def _network(self, layout: _Layout) -> dict[str, Any]:
+        """The fields of the feed-forward network: experts, or one dense network of exactly `intermediate_size`."""
+        hidden = self._size(layout.hidden)
+        if not layout.experts:
+            # One expert: then the dense network has its width. See `ModelConfig.dense_hidden`.
+            return {"dense": "active", "experts": 1, "expert_hidden": hidden, "routing": RoutingConfig(top_k=1)}
+        # transformers 5 writes `num_local_experts` for classes that had `num_experts`.
+        names = [n for n in ("num_experts", "num_local_experts") if self._values.get(n) is not None]
+        if len({self._values[n] for n in names if type(self._values[n]) is int}) > 1:
+            raise self._unheld(names[0], f"{names[1]} too")
+        experts = self._size(names[0] if names else layout.experts)
+        top_k = self._size("num_experts_per_tok", layout.top_k)
+        renormalise = True if layout.renormalise is None else self._switch("norm_topk_prob", layout.renormalise)
+        if top_k == 1 and renormalise:
+            field = "num_experts_per_tok" if layout.renormalise is None else "norm_topk_prob"
+            raise self._unheld(field, "such that the gate of a single expert is its probability")
+        # Models of this kind are trained without drops. `blocks` drops nothing.
+        routing = RoutingConfig(top_k=top_k, dispatch="blocks", renormalise_gates=renormalise)
+        return {"experts": experts, "expert_hidden": hidden, "routing": routing}
+
+    def _context(self) -> int:
+        """The longest context: `max_position_embeddings`, or the window of attention if that is shorter."""
+        longest, window = self._size("max_position_embeddings"), self._values.get("sliding_window")
+        kinds = self._values.get("layer_types")
+        known = ("full_attention", "sliding_attention")
+        if kinds is not None and not (isinstance(kinds, list) and all(kind in known for kind in kinds)):
+            raise self._unheld("layer_types", "a list of full_attention")
+        slides = self._switch("use_sliding_window", True) or (kinds is not None and known[1] in kinds)
+        if window is None or not slides:
+            return longest
+        # A window of W positions is no window at all for a context of at most W.
+        return min(longest, self._size("sliding_window"))
+
+    def _theta(self, layout: _Layout) -> float:
+        """The base of the rotation. transformers 4 has it in `rope_theta`, 5 in `rope_parameters`."""
+        theta = self._values.get("rope_theta")
+        for field in ("rope_scaling", "rope_parameters"):
+            rope = self._values.get(field)
+            if rope is None:
+                continue
+            if not isinstance(rope, dict):
+                raise self._unheld(field, "an object")
+            usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": None}
+            for name, value in rope.items():
+                if name not in usual or value not in (usual[name], None, *([value] if name == "rope_theta" else [])):
+                    raise _Unheld(
+                        f"{field}.{name} is {_short(value)}: our rotation has a base and nothing else; "
+                        "a model with a scaled rotation cannot be imported"
+                    )
+            inner = rope.get("rope_theta")
+            if inner is not None and theta not in (None, inner):
+                raise _Unheld(f"rope_theta is {_short(theta)}, and {field}.rope_theta {_short(inner)}; make them equal")
+            theta = theta if inner is None else inner
+        self._values = self._values | {"rope_theta": theta}
+        return self._number("rope_theta", layout.theta, 1, 1e9)
+
+    def _separator(self) -> int | None:
+        found = self._values.get("eos_token_id")
+        if isinstance(found, list) and found:
+            found = found[0]
+        if found is not None and not (type(found) is int and 0 <= found < _LARGEST):
+            raise self._unheld("eos_token_id", "a token id, or a list of token ids")
+        return found
+
+    def _check_fields(self) -> None:
+        for name, value in self._values.items():
+            if name in SHAPE or name in HARMLESS or name.startswith("_"):
+                continue
+            if name in FIXED:
+                if not any(value == allowed and type(value) is type(allowed) for allowed in _typed(FIXED[name])):
+                    raise self._unheld(name, " or ".join(json.dumps(v) for v in FIXED[name][:1]))
+            elif value not in (None, False, "") and value != [] and value != {} and not isinstance(value, str):
+                raise _Unheld(
+                    f"{_short(name)} is {_short(value)}: an unknown field, which may change what the model computes; "
+                    "if it does not, remove it from a copy of the file"
+                )
+
+    def _size(self, name: str, default: int | None = None) -> int:
+        value = self._values.get(name)
+        if value is None and default is not None:
+            return default
+        if type(value) is not int or not 1 <= value < _LARGEST:
+            raise self._unheld(name, f"a whole number from 1 to {_LARGEST:,}")
+        return value
+
+    def _number(self, name: str, default: float, low: float, high: float) -> float:
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise self._unheld(name, f"a number from {low:g} to {high:g}")
+        return float(value)
+
+    def _switch(self, name: str, default: bool) -> bool:
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self._unheld(name, "true or false")
+        return value
+
+    @staticmethod
+    def _own(value: int, usual: float) -> int:
+        """0, which stands for the usual value, or another value."""
+        return 0 if value == usual else value
+
+    def _unheld(self, name: str, allowed: str) -> _Unheld:
+        return _Unheld(f"{name} is {_short(self._values.get(name))}, and must be {allowed} to be imported")
+
+
+def _typed(values: Iterable[Any]) -> Iterable[Any]:
+    """The values, and each whole number as a float too."""
+    for value in values:
+        yield value
+        if type(value) is int:
+            yield float(value)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."

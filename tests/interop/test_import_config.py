@@ -1,0 +1,175 @@
+"""What a config.json or a tokenizer.json says that our model cannot hold is refused by name. Without torch."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.config import ConfigError
+from moe_jax.interop.pretrained import Pretrained
+from tests.interop.made import llama, read, refused
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return llama(tmp_path / "hf")
+
+
+# config.json
+
+
+CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown class": ({"model_type": "deepseek_v3"}, 'model_type is "deepseek_v3", and must be one of llama, qwen3'),
+    "a class that is no text": ({"model_type": ["llama"]}, 'model_type is ["llama"], and must be one of'),
+    "another head": ({"architectures": ["LlamaForSequenceClassification"]}, 'must be ["LlamaForCausalLM"]'),
+    "a scaled rotation": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
+        'rope_scaling.rope_type is "llama3": our rotation has a base and nothing else',
+    ),
+    "a scaled rotation of version 5": (
+        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
+        'rope_parameters.rope_type is "yarn"',
+    ),
+    "a factor without a kind": ({"rope_scaling": {"factor": 2.0}}, "rope_scaling.factor is 2.0"),
+    "rotations by layer": ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is {}"),
+    "a rotated part": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and must be 1"),
+    "two bases": (
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+        "rope_theta is 10000.0, and rope_parameters.rope_theta 1000000.0; make them equal",
+    ),
+    "an activation": ({"hidden_act": "gelu"}, 'hidden_act is "gelu", and must be "silu"'),
+    "attention biases": ({"attention_bias": True}, "attention_bias is true, and must be false"),
+    "network biases": ({"mlp_bias": True}, "mlp_bias is true, and must be false"),
+    "clipped queries": ({"clip_qkv": 8.0}, "clip_qkv is 8.0, and must be null"),
+    "dense layers between": ({"mlp_only_layers": [0]}, "mlp_only_layers is [0], and must be []"),
+    "every other layer": ({"decoder_sparse_step": 2}, "decoder_sparse_step is 2, and must be 1"),
+    "quantized": ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}, and must be null'),
+    "code of its own": ({"auto_map": {"AutoModel": "x.py"}}, "auto_map is "),
+    "interleaved": ({"rope_interleaved": True}, "rope_interleaved is true, and must be false"),
+    "an unknown number": ({"mystery_factor": 3}, '"mystery_factor" is 3: an unknown field'),
+    "an unknown switch": ({"use_mystery": True}, '"use_mystery" is true: an unknown field'),
+    "layers of an unknown kind": ({"layer_types": ["chunked_attention"] * 2}, "layer_types is "),
+    "sizes of the wrong type": ({"hidden_size": "32"}, 'hidden_size is "32", and must be a whole number'),
+    "a size that is true": ({"num_hidden_layers": True}, "num_hidden_layers is true, and must be a whole number"),
+    "a huge size": ({"vocab_size": 10**30}, "vocab_size is 1000"),
+    "more layers than there can be": ({"num_hidden_layers": 5000}, "--model.layers 5000: must be between"),
+    "an odd head": ({"head_dim": 7}, "--model.head-size 7: must be even"),
+    "a negative eps": ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, and must be a number"),
+    "an endless base": ({"rope_theta": 1e999}, "rope_theta is Infinity"),
+    "groups that do not divide": ({"num_key_value_heads": 3}, "--model.kv-heads 3: must be 0, or a divisor"),
+    "no width": ({"hidden_size": None}, "hidden_size is null, and must be a whole number"),
+    "an end of text beyond": ({"eos_token_id": 9999}, "the token that ends a text is 9999"),
+    "an end of text that is a text": ({"eos_token_id": "</s>"}, 'eos_token_id is "</s>", and must be a token id'),
+    "a small vocabulary": ({"vocab_size": 100}, "tokenizer.json has 257 ids, and config.json says vocab_size 100"),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_what_our_model_cannot_hold_is_named(name: str, folder: Path) -> None:
+    changes, said = CONFIGS[name]
+    config = json.loads((folder / "config.json").read_text())
+    text = json.dumps(config | changes).replace("Infinity", "1e999")
+    (folder / "config.json").write_text(text)
+    refused(folder, said)
+
+
+def test_fields_that_change_nothing_are_accepted(folder: Path) -> None:
+    """Those of SmolLM2-135M, and some that other programs add."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"is_llama_config": True, "rope_interleaved": False, "pretraining_tp": 1, "rope_scaling": None}
+    config |= {"initializer_range": 0.0416, "torch_dtype": "bfloat16", "transformers_version": "4.40.1"}
+    config |= {"unsloth_version": "2024.9", "_name_or_path": "x", "use_cache": True, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps(config))
+    read(folder)
+
+
+def test_a_window_shorter_than_the_context_bounds_the_context(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for changes, longest in (
+        ({"sliding_window": 24}, 24),
+        ({"sliding_window": 24, "use_sliding_window": False}, 64),
+        ({"sliding_window": 24, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}, 64),
+        ({"sliding_window": 9, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, 9),
+    ):
+        (folder / "config.json").write_text(json.dumps(config | changes))
+        assert Pretrained.open(folder, "--init-from").shape.model.seq_len == longest
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model_type": NaN}'])
+def test_a_config_that_is_none(content: bytes, folder: Path) -> None:
+    (folder / "config.json").write_bytes(content)
+    refused(folder, "config.json: ")
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    refused(tmp_path / "no", "is no folder", ConfigError)
+    (tmp_path / "empty").mkdir()
+    refused(tmp_path / "empty", "has no config.json", ConfigError)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text('{"schema_version": 3}')
+    refused(tmp_path / "run", "is a run of moe-jax", ConfigError)
+
+
+# Tokenizers
+
+
+def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    values = json.loads((folder / "tokenizer.json").read_text())
+    change(values)
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+
+
+TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "Unigram": (lambda t: t["model"].update(type="Unigram"), 'model.type is "Unigram", must be BPE'),
+    "WordPiece": (lambda t: t["model"].update(type="WordPiece"), 'model.type is "WordPiece", must be BPE'),
+    "no model": (lambda t: t.pop("model"), "has no model"),
+    "no vocabulary": (lambda t: t["model"].update(vocab=[]), "model.vocab or added_tokens is of the wrong type"),
+    "random": (lambda t: t["model"].update(dropout=0.1), "model.dropout is 0.1, must be null"),
+    "lower case": (lambda t: t.update(normalizer={"type": "Lowercase"}), 'normalizer is {"type": "Lowercase"}'),
+    "another cut": (
+        lambda t: t.update(pre_tokenizer={"type": "Whitespace"}),
+        "must be ByteLevel, or model.byte_fallback",
+    ),
+    "a cut that removes": (
+        lambda t: t.update(
+            pre_tokenizer={
+                "type": "Sequence",
+                "pretokenizers": [
+                    {"type": "Split", "pattern": {"String": "a"}, "behavior": "Removed", "invert": False},
+                    t["pre_tokenizer"],
+                ],
+            }
+        ),
+        "must be one that keeps every character",
+    ),
+    "a prefix": (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "must be one that keeps every character"),
+    "a huge id": (lambda t: t["model"]["vocab"].update(a=2**40), "a token has the id 1099511627776"),
+    "an id of true": (lambda t: t["model"]["vocab"].update(a=True), "a token has the id True"),
+    "a list of no tokens": (lambda t: t.update(added_tokens=[3]), "added_tokens is 3"),
+    "merges of nothing": (lambda t: t["model"].update(merges=["zzz yyy"]), "tokenizer.json: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_unknown_kinds_of_tokenizers(name: str, folder: Path) -> None:
+    change, said = TOKENIZERS[name]
+    edit_tokenizer(folder, change)
+    refused(folder, said)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"model": {"vocab": {}}}'])
+def test_a_tokenizer_that_is_none(content: bytes, folder: Path) -> None:
+    (folder / "tokenizer.json").write_bytes(content)
+    refused(folder, "tokenizer.json")
+
+
+def test_a_folder_without_a_tokenizer_or_an_end_of_text(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": None}))
+    assert Pretrained.open(folder, "--init-from").tokenizer.separator_id == 256  # by tokenizer_config.json
+    (folder / "tokenizer_config.json").unlink()
+    refused(folder, "has no eos_token_id, and tokenizer_config.json no eos_token")
+    (folder / "tokenizer.json").unlink()
+    refused(folder, "has no tokenizer.json")

@@ -1,0 +1,299 @@
+"""What is wrong with a folder is said in one line, before anything of the model's size is built, and nothing is
+written. The files are made by hand, without torch."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from moe_jax.config import UserError
+from moe_jax.interop.pretrained import Pretrained
+from moe_jax.interop.weight_files import WeightFiles
+from moe_jax.model.transformer import abstract_model
+from tests.interop.made import llama, read, refused, text_file
+from tests.reliability import runs
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return llama(tmp_path / "hf")
+
+
+def test_a_whole_folder_is_read(folder: Path) -> None:
+    params, digest = read(folder)
+    tensors = load_file(folder / "model.safetensors")
+    np.testing.assert_array_equal(params["embedding"], tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(params["blocks"][1]["attention"]["qkv"][:, :32], tensors[Q].T)
+    assert len(digest) == 32
+    changed = dict(tensors)
+    changed[Q] = tensors[Q] + 1
+    save_file(changed, folder / "model.safetensors")
+    assert read(folder)[1] != digest
+
+
+# Tensors
+
+
+NAN, INF = np.full((32, 32), np.nan, np.float32), np.zeros((32, 32), np.float32)
+INF[31, 31] = -np.inf
+TENSORS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "missing": (lambda t: t.pop(Q), f"has no tensor {Q}"),
+    "surplus": (lambda t: t.update({"model.extra.weight": NAN}), "has the tensor model.extra.weight"),
+    "renamed": (lambda t: t.update({"q": t.pop(Q)}), f"has no tensor {Q}"),
+    "a bias": (
+        lambda t: t.update({Q.replace("weight", "bias"): np.zeros(32, np.float32)}),
+        "q_proj.bias, which a model of its config.json has not",
+    ),
+    "wrong shape": (lambda t: t.update({Q: np.zeros((16, 32), np.float32)}), f"{Q} has shape [16, 32], and config"),
+    "wrong rank": (lambda t: t.update({Q: np.zeros(1024, np.float32)}), f"{Q} has shape [1024]"),
+    "wrong dtype": (lambda t: t.update({Q: np.zeros((32, 32), np.int32)}), f"{Q} has dtype I32, must be one of F32"),
+    "wide dtype": (lambda t: t.update({Q: np.zeros((32, 32))}), f"{Q} has dtype F64, must be one of F32, F16, BF16"),
+    "not a number": (lambda t: t.update({Q: NAN}), f"{Q} has NaN or infinite values"),
+    "infinite": (lambda t: t.update({Q: INF}), f"{Q} has NaN or infinite values"),
+    "odd name": (lambda t: t.update({"a\n\x1b[2J" + "x" * 500: NAN}), "has the tensor a\\x0a"),
+    "another head": (
+        lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"] + 1}),
+        "lm_head.weight is not the embedding, and config.json says tie_word_embeddings",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_wrong_tensors_are_named(name: str, folder: Path) -> None:
+    change, said = TENSORS[name]
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    refused(folder, said if name != "odd name" else "has the tensor a")
+
+
+def test_what_changes_nothing_is_accepted(folder: Path) -> None:
+    """A head equal to the embedding that it is tied to, and the frequencies of old files."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    save_file(tensors, folder / "model.safetensors")
+    assert "head" not in read(folder)[0]
+
+
+def test_values_too_large_for_the_training_dtype_are_named(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[Q][0, 0] = np.finfo(np.float32).max
+    save_file(tensors, folder / "model.safetensors")
+    opened = Pretrained.open(folder, "--init-from")
+    with pytest.raises(UserError, match=f"{Q} has NaN or infinite values in bfloat16"):
+        opened.params(abstract_model(opened.shape.model, param_dtype="bfloat16")[1])
+
+
+# Headers
+
+
+def header_of(folder: Path) -> tuple[dict[str, Any], bytes]:
+    content = (folder / "model.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]), content[8 + length :]
+
+
+def write(folder: Path, header: bytes, data: bytes, length: int | None = None) -> None:
+    length = len(header) if length is None else length
+    (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + data)
+
+
+HEADERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "a list": (lambda h: [h], "its header is not a JSON object"),
+    "a tensor that is a number": (lambda h: {**h, Q: 3}, "has no usable dtype, shape and data_offsets"),
+    "a shape that is a text": (lambda h: {**h, Q: {**h[Q], "shape": "32, 32"}}, "has no usable dtype, shape"),
+    "a shape of floats": (lambda h: {**h, Q: {**h[Q], "shape": [32.0, 32]}}, "has no usable dtype, shape"),
+    "a shape of booleans": (lambda h: {**h, Q: {**h[Q], "shape": [True, 1024]}}, "has no usable dtype, shape"),
+    "a negative shape": (lambda h: {**h, Q: {**h[Q], "shape": [-32, -32]}}, "has no usable dtype, shape"),
+    "a shape without end": (lambda h: {**h, Q: {**h[Q], "shape": [1] * 10_000}}, "has no usable dtype, shape"),
+    "a huge shape": (lambda h: {**h, Q: {**h[Q], "shape": [2**61, 8]}}, "of shape [2305843009213693952, 8] has 4,096"),
+    "offsets of one number": (lambda h: {**h, Q: {**h[Q], "data_offsets": [0]}}, "has no usable dtype, shape"),
+    "offsets backwards": (
+        lambda h: {**h, Q: {**h[Q], "data_offsets": h[Q]["data_offsets"][::-1]}},
+        "has -4,096 bytes",
+    ),
+    "an unknown dtype": (lambda h: {**h, Q: {**h[Q], "dtype": "F8_E4M3\n"}}, "has the unknown dtype F8_E4M3"),
+    "no dtype": (lambda h: {**h, Q: {k: v for k, v in h[Q].items() if k != "dtype"}}, "has no usable dtype"),
+    "an overlap": (
+        lambda h: {**h, Q: {**h[Q], "data_offsets": [n - 4 for n in h[Q]["data_offsets"]]}},
+        "does not begin where the one before it ends",
+    ),
+    "the same place twice": (
+        lambda h: {**h, "again": h[Q]},
+        "does not begin where the one before it ends",
+    ),
+    "a gap": (lambda h: {k: v for k, v in h.items() if k != Q}, "does not begin where the one before it ends"),
+    "a place after the file": (
+        lambda h: {**h, "late": {"dtype": "F32", "shape": [1], "data_offsets": [10**15, 10**15 + 4]}},
+        "ends after the file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_hostile_headers(name: str, folder: Path) -> None:
+    change, said = HEADERS[name]
+    header, data = header_of(folder)
+    write(folder, json.dumps(change(header)).encode(), data)
+    refused(folder, said)
+
+
+def test_hostile_header_lengths(folder: Path) -> None:
+    header, data = header_of(folder)
+    text = json.dumps(header).encode()
+    for length in (2**63, 2**64 - 1, len(text) + len(data) + 1):
+        write(folder, text, data, length)
+        refused(folder, "its header ends after the file")
+    for content, said in (
+        (b"", "its header ends after the file"),
+        (b"\0\0\0", "its header ends after the file"),
+        (bytes(8), "its header is not JSON"),
+    ):
+        (folder / "model.safetensors").write_bytes(content)
+        refused(folder, said)
+
+
+def test_headers_that_are_no_json(folder: Path) -> None:
+    header, data = header_of(folder)
+    twice = json.dumps(header)[:-1] + f', "{Q}": {json.dumps(header[Q])}}}'
+    for text in (b"{" * 200_000, b"[" * 200_000, b"{nonsense}", b"\xff\xfe{}", twice.encode()):
+        write(folder, text, data)
+        refused(folder, "its header is not JSON")
+
+
+@pytest.mark.parametrize("cut", [1, 4096, 50_000])
+def test_a_truncated_file(cut: int, folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-cut])
+    refused(folder, "ends after the file")
+
+
+def test_bytes_after_the_last_tensor(folder: Path) -> None:
+    with (folder / "model.safetensors").open("ab") as file:
+        file.write(b"\0" * 5)
+    refused(folder, "has 5 bytes after its last tensor")
+
+
+# Folders and shards
+
+
+def shard(folder: Path) -> dict[str, str]:
+    """Cut the weights into two files with an index. Returns its `weight_map`."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:7], "model-00002-of-00002.safetensors": names[7:]}
+    for file, inside in parts.items():
+        save_file({name: tensors[name] for name in inside}, folder / file)
+    places = {name: file for file, inside in parts.items() for name in inside}
+    index(folder, places)
+    return places
+
+
+def index(folder: Path, places: Any) -> None:
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+
+
+def test_shards_are_read_as_one_file(folder: Path) -> None:
+    whole = read(folder)
+    shard(folder)
+    params, digest = read(folder)
+    np.testing.assert_array_equal(params["embedding"], whole[0]["embedding"])
+    assert digest == whole[1]
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        *("../model.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", "", "sub/x.safetensors", "\0"),
+        *(".hidden.safetensors", "pytorch_model.bin", "C:\\x.safetensors", "x" * 5000 + ".safetensors"),
+    ],
+)
+def test_an_index_names_only_files_of_its_folder(file: str, folder: Path) -> None:
+    (folder.parent / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    places = shard(folder)
+    index(folder, places | {Q: file})
+    refused(folder, "which is no name of a .safetensors file")
+
+
+def test_shards_and_index_agree(folder: Path) -> None:
+    places = shard(folder)
+    one, two = sorted(set(places.values()))
+    index(folder, places | {"model.more": one})
+    refused(folder, "has no tensor model.more, which model.safetensors.index.json places there")
+    index(folder, places | {Q: one if places[Q] == two else two})
+    refused(folder, "which model.safetensors.index.json does not place there")
+    for odd in (None, [], {"a": 1}, "text"):
+        index(folder, odd)
+        refused(folder, "has no `weight_map` of names to files")
+    (folder / "model.safetensors.index.json").write_text("{")
+    refused(folder, "is not JSON")
+    index(folder, places)
+    (folder / two).unlink()
+    refused(folder, f"{two}: is missing, and model.safetensors.index.json names it")
+
+
+def test_nothing_is_unpickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    refused(folder, "has no model.safetensors; download it")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch touched'\ntR.")
+    refused(folder, "has its weights in pytorch_model.bin, and only model.safetensors is read, because it cannot run")
+    assert not Path("touched").exists()
+
+
+def test_links_lead_to_plain_files_only(folder: Path, tmp_path: Path) -> None:
+    """The cache of the hub holds links to plain files."""
+    (folder / "model.safetensors").rename(tmp_path / "blob")
+    (folder / "model.safetensors").symlink_to("../blob")
+    read(folder)
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    refused(folder, "cannot be read")
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("/dev/zero")
+    refused(folder, "cannot be read")
+    (folder / "config.json").unlink()
+    (folder / "config.json").symlink_to("config.json")
+    refused(folder, "cannot be read")
+
+
+# The whole program
+
+
+def test_a_fault_is_one_line_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
+    """With a NaN in the last tensor: everything is accepted before it is seen."""
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][3] = np.nan
+    save_file(tensors, folder / "model.safetensors")
+    words = ["--init-from", "hf", "--data", str(text_file(tmp_path)), "--out", "deep/run", "--seq-len", "64"]
+    done = subprocess.run(
+        [sys.executable, str(runs.ROOT / "train.py"), *words],
+        cwd=tmp_path,
+        env=runs.environment(tmp_path / "cache"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: hf: tensor model.norm.weight has NaN or infinite values")
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "hf", "text.txt"]
+
+
+def test_files_are_opened_once(folder: Path) -> None:
+    """The tensors that are read are those whose header was checked, even if the file is replaced between."""
+    weights = WeightFiles.open(folder)
+    before = weights.tensors[Q].map().copy()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(b"")
+    np.testing.assert_array_equal(weights.tensors[Q].map(), before)

@@ -1,0 +1,214 @@
+"""What is typed beside --init-from and --upcycle: the folder gives the shape, and how it is trained is free."""
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.cli.train import Train
+from moe_jax.config import ConfigError, RunConfig, UserError, load_config
+from moe_jax.config.compatibility import IMPORTED_LR
+from moe_jax.interop.export import export
+from moe_jax.interop.source import open_source
+from moe_jax.runs import verify_resume
+from moe_jax.runs.doctor import examine
+from moe_jax.training.loop import finish, train
+from moe_jax.training.session import Session
+from tests.cli.test_cli import ROOT, assert_refused, run_without_jax
+from tests.interop.made import EXPERTS, llama, text_file
+from tests.support.saved_run import quick_training
+
+MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, **EXPERTS}
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the model `hf` and text.txt, which is the present one."""
+    llama(tmp_path / "hf")
+    text_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def parsed(*argv: str) -> RunConfig:
+    return Train.parse(argv).settings.config
+
+
+def test_the_shape_is_the_folders_and_the_training_the_presets(place: Path) -> None:
+    config = parsed("--init-from", "hf", "--preset", "story", "--data", "text.txt", "--steps", "7")
+    model = config.model
+    assert (model.vocab_size, model.width, model.layers, model.heads, model.kv_heads) == (260, 32, 2, 4, 2)
+    assert (model.dense, model.dense_hidden, model.tied_head, model.seq_len) == ("active", 48, True, 64)
+    assert (config.train.steps, config.train.optimizer, config.train.lr) == (7, "adamw", IMPORTED_LR)
+    assert config.train.batch_size == 16
+    assert (config.data.tokenizer, config.run_dir) == ("hf", "runs/story-imported")
+    assert parsed("--init-from", "hf", "--optimizer", "muon", "--lr", "1", "--seq-len", "9").model.seq_len == 9
+
+
+def test_experts_go_in_without_drops(place: Path) -> None:
+    values = json.loads((place / "hf" / "config.json").read_text())
+    (place / "hf" / "config.json").write_text(json.dumps(values | MIXTRAL))
+    model = parsed("--init-from", "hf").model
+    assert (model.experts, model.routing.top_k, model.expert_hidden, model.dropless) == (4, 2, 48, True)
+    asked = ("--dispatch", "capacity", "--capacity-factor", "2", "--model.dropout", "0.1")
+    assert parsed("--init-from", "hf", *asked).model.capacity == 64
+    for flags, said in (
+        (["--top-k", "1"], "--top-k 1: the model in hf has 2; leave the flag out"),
+        (["--routing.no-renormalise-gates"], "--routing.renormalise-gates False: the model in hf has True"),
+        (["--routing.balancing", "bias"], "--routing.balancing bias: the model in hf has loss"),
+        (["--experts", "8"], "--experts 8: the model in hf has 4"),
+        (["--model.shared-experts", "1"], "--model.shared-experts 1: the model in hf has 0"),
+    ):
+        with pytest.raises(ConfigError) as failure:
+            parsed("--init-from", "hf", *flags)
+        assert str(failure.value).startswith(said)
+    with pytest.raises(ConfigError, match=r"--upcycle hf: has experts already; start from it with --init-from"):
+        parsed("--upcycle", "hf")
+
+
+@pytest.mark.parametrize(
+    ("flags", "names"),
+    [
+        (["--model.width", "64"], ["--model.width 64", "has 32"]),
+        (["--model.layers", "3"], ["--model.layers 3", "has 2"]),
+        (["--model.vocab-size", "300"], ["--model.vocab-size 300", "has 260"]),
+        (["--model.rope-theta", "1e6"], ["--model.rope-theta 1e+06".replace("1e+06", "1000000.0"), "has 10000.0"]),
+        (["--model.norm-eps", "1e-5"], ["--model.norm-eps 1e-05", "has 1e-06"]),
+        (["--model.no-tied-head"], ["--model.tied-head False", "has True"]),
+        (["--model.dense", "none"], ["--model.dense none", "has active", "use --upcycle"]),
+        (["--experts", "4"], ["--experts 4", "has 1", "use --upcycle"]),
+        (["--model.zero-init-residual"], ["--model.zero-init-residual True", "has False"]),
+        (["--seq-len", "65"], ["--seq-len 65", "reads 64 positions at most"]),
+        (["--tokenizer", "bpe"], ["--tokenizer bpe", "has hf"]),
+        (["--upcycle", "hf"], ["--init-from hf", "--upcycle hf", "give one"]),
+        (["--init-from", "nowhere"], ["--init-from nowhere", "is no folder"]),
+        (["--init-from", ".."], ["--init-from ..", "has no config.json"]),
+    ],
+    ids=lambda x: " ".join(x)[:30],
+)
+def test_flags_that_contradict_the_folder(place: Path, flags: list[str], names: list[str]) -> None:
+    with pytest.raises(ConfigError) as failure:
+        parsed("--init-from", "hf", *flags)
+    assert all(name in str(failure.value) for name in names), failure.value
+    assert "\n" not in str(failure.value)
+
+
+def test_a_contradiction_is_said_before_jax_is_imported(place: Path) -> None:
+    before = time.monotonic()
+    result = run_without_jax(place, [str(ROOT / "train.py"), "--init-from", "hf", "--model.width", "64"])
+    assert_refused(result, ["--model.width 64", "has 32"])
+    assert time.monotonic() - before < 30  # under a second on a quiet machine; no test asserts a time
+    assert sorted(p.name for p in place.iterdir()) == ["hf", "poison", "text.txt"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--top-k", "1"], "--top-k 1: with --upcycle it must be at least 2"),
+        (["--model.expert-hidden", "9"], "--model.expert-hidden 9: every expert becomes a copy of the network of the"),
+        (["--model.width", "64"], "--model.width 64: the dense model in hf has 32"),
+        (["--seq-len", "65"], "--seq-len 65: the dense model in hf reads 64 positions at most"),
+        (["--tokenizer", "byte"], "--tokenizer byte: the dense model in hf has hf"),
+        (["--model.dense", "active"], "--model.dense active: --upcycle gives a dense run experts"),
+    ],
+)
+def test_what_a_dense_model_cannot_be_upcycled_to(place: Path, flags: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as failure:
+        parsed("--upcycle", "hf", *flags)
+    assert str(failure.value).startswith(said)
+
+
+def test_an_upcycled_model_has_the_experts_of_the_preset(place: Path) -> None:
+    model = parsed("--upcycle", "hf", "--seq-len", "32").model
+    assert (model.dense, model.experts, model.routing.top_k, model.expert_hidden) == ("none", 8, 2, 48)
+    assert (model.seq_len, model.kv_heads) == (32, 2)
+    with pytest.raises(ConfigError, match=r"--upcycle nowhere: no run with a complete checkpoint there"):
+        parsed("--upcycle", "nowhere")
+
+
+# Runs
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory):
+    """A folder with `hf`, text.txt, and the run `run` of four steps."""
+    place = tmp_path_factory.mktemp("place")
+    with quick_training(tmp_path_factory.mktemp("cache")):
+        llama(place / "hf")
+        words = ["--init-from", str(place / "hf"), "--data", str(text_file(place)), "--out", str(place / "run")]
+        words += ["--steps", "4", "--batch-size", "2", "--train.eval-every", "2", "--train.save-every", "2"]
+        session = Session.open(parsed(*words, "--seq-len", "32", "--precision", "float32"), None)
+        first = np.asarray(session.state.params["embedding"]).copy()
+        train(session)
+        result = finish(session)
+        assert np.abs(np.asarray(session.state.params["embedding"]) - first).max() > 0
+        yield place, result
+
+
+def test_a_run_says_where_it_comes_from(imported: tuple[Path, dict]) -> None:
+    place, result = imported
+    document = json.loads((place / "run" / "config.json").read_text())
+    assert document["init_from"] == str(place / "hf")
+    (origin,) = document["history"]
+    assert (origin["initialised_from"], origin["model_type"]) == (str(place / "hf"), "llama")
+    assert len(origin["digest"]) == 32
+    assert result["inherited_flops"] is None
+
+
+def test_a_resume_needs_no_folder_and_takes_no_other(imported: tuple[Path, dict], tmp_path: Path) -> None:
+    place, _ = imported
+    run, folder = tmp_path / "run", str(place / "hf")
+    shutil.copytree(place / "run", run)
+    (place / "hf").rename(place / "gone")
+    try:
+        for given in ([], ["--init-from", folder]):
+            config, saved = Train.parse(["--out", str(run), "--resume", "--steps", "6", *given]).settings
+            assert saved is not None
+            assert config.init_from == folder
+        session = Session.open(config, saved)
+        train(session)
+        assert finish(session)["resumed_from"] == 4
+        assert session.progress.origin is not None
+        with pytest.raises(ConfigError, match=r"--init-from other: the run in .* has .*hf; leave the flag out"):
+            Train.parse(["--out", str(run), "--resume", "--init-from", "other"])
+        with pytest.raises(ConfigError, match=r"--upcycle other"):
+            Train.parse(["--out", str(run), "--resume", "--upcycle", "other"])
+    finally:
+        (place / "gone").rename(place / "hf")
+
+
+def test_the_library_and_an_export_take_the_run(imported: tuple[Path, dict], tmp_path: Path) -> None:
+    place, _ = imported
+    run = moe_jax.load_run(place / "run")
+    assert run.tokenizer.kind == "hf"
+    assert run.generate("Once", max_tokens=5).startswith("Once")
+    export(open_source(place / "run"), "hf", "float32", tmp_path / "out", "")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (place / "hf" / "tokenizer.json").read_bytes()
+    again = parsed("--init-from", str(tmp_path / "out"))
+    saved = load_config(place / "run")
+    assert saved is not None
+    assert again.model == dataclasses.replace(saved.model, seq_len=32)
+
+
+def test_another_tokenizer_is_blamed_and_not_made_anew(imported: tuple[Path, dict], tmp_path: Path) -> None:
+    place, _ = imported
+    shutil.copytree(place / "run", tmp_path / "run")
+    path = tmp_path / "run" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"separator": 256', '"separator": 255'))
+    with pytest.raises(UserError, match="its digest does not match"):
+        moe_jax.load_run(tmp_path / "run")
+    (finding,) = [f for f in examine(tmp_path / "run", repair=True) if f.what == "tokenizer.json"]
+    assert finding.state == "damaged"
+
+
+def test_a_short_run_for_the_test_of_resuming_names_the_folder(place: Path) -> None:
+    for flag in ("--init-from", "--upcycle"):
+        config = parsed(flag, "hf", "--seq-len", "32")
+        found = parsed(*verify_resume.short_flags(config), "--out", "x")
+        assert (found.init_from, found.upcycle) == (config.init_from, config.upcycle)
+        assert found.model == config.model
