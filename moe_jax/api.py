@@ -119,26 +119,28 @@ class Run(LoadedRun):
         return np.asarray(self._programs.logits(self.params, padded)[0, : len(tokens)])
 
     def evaluate(self, text: str | None = None) -> Evaluation:
-        """Loss, bits per byte and drops on a text. Without a text, the run's own validation text is used.
+        """Loss, bits per byte and drops on a text. Without a text, the run's own validation text is used; of
+        conversations, the answers.
 
         Raises UserError if the run's own text cannot be found. Warns if it has changed since the run was trained.
         """
         if text is None:
             try:
                 store, changed = self.validation_text()
-                tokens = store.valid.tokens
+                stream = store.valid.stream
             except ConfigError as error:
                 raise UserError(f"the run's validation text is not at hand ({error}); give evaluate a text") from None
             if changed:
                 warnings.warn(changed, stacklevel=2)
         else:
-            tokens = token_stream(iter([text.strip()]), self.tokenizer)
+            stream = token_stream(iter([text.strip()]), self.tokenizer)
         return evaluate(
             self._programs.evaluation,
             self.params,
-            tokens,
+            stream.tokens,
             seq_len=self.config.model.seq_len,
             token_bytes=self.tokenizer.token_bytes(),
+            answers=stream.answers,
         )
 
     def trace(self, text: str) -> RoutingTrace:

@@ -25,9 +25,10 @@ COLOURS += ("dark_orange", "bright_blue", "bright_magenta", "bright_cyan", "grey
 class Chat(SamplingCommand):
     """Give a trained model the beginnings of texts, and read how it goes on. The model is loaded and compiled once.
 
-    A line is a beginning; the model continues it, word by word. A line such as /temp 0.5 changes a setting, and /help
-    lists them. Ctrl-C ends the present text, Ctrl-D leaves. If the input is a file or a pipe, each of its lines is
-    answered in turn, without colours and without a word more.
+    A line is a beginning; the model continues it, word by word. For a run that is tuned on conversations (`sft`) a line
+    is a question; the model answers, and remembers what was said before. A line such as /temp 0.5 changes a setting,
+    and /help lists them. Ctrl-C ends the present text, Ctrl-D leaves. If the input is a file or a pipe, each of its
+    lines is answered in turn, without colours and without a word more.
     """
 
     interrupted: ClassVar[str] = "the conversation is over"
@@ -48,16 +49,16 @@ class Chat(SamplingCommand):
             experts = TokenExperts(run.graphdef, run.params, run.tokenizer, run.config.model)
         except UserError:  # there is no router to look into
             experts = None
-        talk = chat.Chat(
-            generator,
-            self.sampling(),
-            seed=self.seed,
-            limit=self.max_tokens,
-            layers=run.config.model.layers if experts else 0,
-        )
+        layers = run.config.model.layers if experts else 0
+        given = {"seed": self.seed, "limit": self.max_tokens, "layers": layers}
+        if run.config.data.format == "chat":
+            context = run.config.model.seq_len
+            talk = chat.RoleChat(generator, self.sampling(), **given, tokenizer=run.tokenizer, context=context)
+        else:
+            talk = chat.Chat(generator, self.sampling(), **given)
         person = sys.stdin.isatty() and sys.stdout.isatty()
         if person:
-            self._greet(run.checkpoint.step)
+            self._greet(run.checkpoint.step, tuned=run.config.data.format == "chat")
         while not talk.ended:
             try:
                 line = input("\n> " if person else "")
@@ -66,13 +67,14 @@ class Chat(SamplingCommand):
             _answer(talk, experts, line)
         return 0
 
-    def _greet(self, step: int) -> None:
+    def _greet(self, step: int, tuned: bool) -> None:
         import readline  # noqa: F401, gives `input` a history and the arrow keys
 
         from moe_jax.runs.summary import read_summary
 
         opening = read_summary(Path(self.run)).get("opening")
-        say(f"{self.run}, step {step}. Type how a text begins; /help lists the commands, Ctrl-D leaves.")
+        what = "Ask" if tuned else "Type how a text begins"
+        say(f"{self.run}, step {step}. {what}; /help lists the commands, Ctrl-D leaves.")
         if opening:
             say(f"try: {opening}")
 
@@ -81,7 +83,7 @@ def _answer(talk: "Conversation", experts: "TokenExperts | None", line: str) -> 
     """Answer one line: obey it, or continue it."""
     try:
         if line.strip() == "/again":
-            line = talk.last
+            line = talk.again()
         elif line.startswith("/") and not line.startswith("//"):
             said = talk.command(line)
             if said:
@@ -89,17 +91,18 @@ def _answer(talk: "Conversation", experts: "TokenExperts | None", line: str) -> 
             return
         prompt = line.removeprefix("/") if line.startswith("//") else line
         try:
-            stream_text(prompt, talk.reply(prompt))
+            stream_text("" if talk.last_tokens is not None else prompt, talk.reply(prompt))
         except KeyboardInterrupt:
             print("(ended by Ctrl-C)")
         if talk.layer is not None and experts is not None:
-            _show_experts(experts, talk.last_text, talk.layer)
+            _show_experts(experts, talk, talk.layer)
     except UserError as error:
         say(error)
 
 
-def _show_experts(experts: "TokenExperts", text: str, layer: int) -> None:
-    """Print a text with each token in the colour of its first expert, and how many tokens each expert has.
+def _show_experts(experts: "TokenExperts", talk: "Conversation", layer: int) -> None:
+    """Print the last text (of a tuned model, the whole conversation), each token in the colour of its first expert, and
+    how many tokens each expert has.
 
     Without colours, the number of the expert stands behind each token.
     """
@@ -107,7 +110,8 @@ def _show_experts(experts: "TokenExperts", text: str, layer: int) -> None:
 
     from moe_jax.system.rich_console import Console
 
-    pieces = experts.of(text)
+    tokens = talk.last_tokens
+    pieces = experts.of(talk.last_text) if tokens is None else experts.of_tokens(tokens)
     first = [int(piece.experts[layer, 0]) for piece in pieces]
     console, shown = Console(), Text()
     coloured = console.color_system is not None
@@ -115,7 +119,9 @@ def _show_experts(experts: "TokenExperts", text: str, layer: int) -> None:
         shown.append(piece.text, COLOURS[expert % len(COLOURS)])
         if not coloured:
             shown.append(f"[{expert}]")
-    if len("".join(piece.text for piece in pieces)) < len(text):
+    whole = len(talk.last_text) if tokens is None else len(tokens)
+    shown_of_it = len("".join(piece.text for piece in pieces)) if tokens is None else len(pieces)
+    if shown_of_it < whole:
         shown.append(f"\n(the last {len(pieces)} tokens, as many as the context has)")
     legend = Text(f"\nlayer {layer}: ")
     for expert, count in Counter(first).most_common():

@@ -18,6 +18,8 @@ from moe_jax.system.step_names import step_number
 
 COMMANDS = {
     "train": ("Train", "train a sparse mixture-of-experts language model"),
+    "sft": ("Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
+    "merge": ("Merge", "write a run with adapters as an ordinary run"),
     "generate": ("Generate", "continue a text with a trained model"),
     "chat": ("Chat", "talk with a trained model: a beginning in, its continuation out"),
     "evaluate": ("Evaluate", "measure loss, bits per byte and drops of a model on a text"),

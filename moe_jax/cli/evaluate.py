@@ -4,6 +4,7 @@ import dataclasses
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command, check_run_folder
@@ -14,13 +15,15 @@ from moe_jax.system.console import step_progress, working
 from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
-    from moe_jax.config import DataConfig
+    from moe_jax.config import DataConfig, DataFormat
     from moe_jax.data.baselines import CorpusBaselines
 
 
 @dataclass(frozen=True)
 class Evaluate(Command):
     """Measure loss, bits per byte and drops of a trained model on a text, beside n-gram models of its training text.
+
+    Of conversations, only the assistant's answers are scored. A tuned run takes them (rows with `messages`) as --data.
 
     The last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
     """
@@ -41,8 +44,10 @@ class Evaluate(Command):
         check_run_folder(self.run, self.step)
         from moe_jax.data.corpora import check_source, scored_documents
 
+        form: DataFormat = "text"
         if self.data:
-            check_source(self.data)
+            form = _form_of(self.run, self.data)
+            check_source(self.data, form)
         environment.prepare_environment()
         with working(f"loading {self.run}"):
             from moe_jax.data.baselines import corpus_baselines
@@ -52,22 +57,26 @@ class Evaluate(Command):
 
             run = open_run(self.run, self.step)
         if self.data:
-            tokens, changed = token_stream(scored_documents(self.data), run.tokenizer), ""
-            baselines = _baselines_of(run.config.data, scored_documents(self.data))
+            stream, changed = token_stream(scored_documents(self.data, form), run.tokenizer), ""
+            baselines = None
+            if run.config.data.format == form == "text":
+                baselines = _baselines_of(run.config.data, scored_documents(self.data))
         else:
             store, changed = run.validation_text()
-            tokens, baselines = store.valid.tokens, corpus_baselines(run.config.data, store)
+            stream, baselines = store.valid.stream, corpus_baselines(run.config.data, store)
         if changed:
             print(f"warning: {changed}", file=sys.stderr)
         scored = evaluate(
             make_evaluation_step(run.graphdef),
             run.params,
-            tokens,
+            stream.tokens,
             seq_len=run.config.model.seq_len,
             token_bytes=run.tokenizer.token_bytes(),
+            answers=stream.answers,
             progress=lambda batches: step_progress("scoring", batches),
         )
-        say(f"{scored.tokens:,} tokens, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")
+        what = "tokens" if stream.answers is None else "tokens of answers (no other token counts)"
+        say(f"{scored.tokens:,} {what}, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")
         say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
         if baselines:
             say(f"to compare: {baselines.describe()}")
@@ -77,11 +86,22 @@ class Evaluate(Command):
             "val_bits_per_byte": scored.bits_per_byte,
             "val_drop_fraction": scored.drop_fraction,
             "tokens": scored.tokens,
+            "scored": "all tokens" if stream.answers is None else "answers",
             "text_has_changed": None if self.data else bool(changed),
             "baselines_bits_per_byte": dataclasses.asdict(baselines) if baselines else None,
         }
         print_json(result, self.json)
         return 0
+
+
+def _form_of(run: str, data: str) -> "DataFormat":
+    """How a file is read: a tuned run reads JSON lines of conversations as such. Everything else is text."""
+    from moe_jax.config import load_config
+    from moe_jax.data.chat_rows import holds_chats
+
+    config = load_config(Path(run))
+    tuned = config is not None and config.data.format == "chat"
+    return "chat" if tuned and holds_chats(Path(data)) else "text"
 
 
 def _baselines_of(trained: "DataConfig", documents: Iterator[str]) -> "CorpusBaselines | None":

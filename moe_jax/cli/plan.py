@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_jax.cli.command import Command
+from moe_jax.cli.command import Command, check_range
 from moe_jax.cli.result import print_json
 from moe_jax.config import ConfigError, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
@@ -46,6 +46,8 @@ class Plan(Command):
     """The settings to plan for."""
     gpu: str = "rtx3050-4gb"
     """Name of a described GPU (a wrong name lists all names), or a file that describes one."""
+    lora: int = 0
+    """Plan a fine-tuning by adapters of this rank (`sft --lora`), instead of training. 0 trains all weights."""
     every_optimizer: bool = False
     """Compile each optimizer, instead of stopping at the first setting that fits."""
     data: str = ""
@@ -59,7 +61,10 @@ class Plan(Command):
     """Plan for the GPU in this machine, train two steps on it, and compare its peak memory with the plan."""
 
     def execute(self) -> int:
+        check_range("--lora", self.lora, 0, 4096)
         if self.data or self.memory:
+            if self.lora:
+                raise ConfigError("--lora: plans for a GPU; leave --data and --memory out")
             return self._plan_for_text()
         if not self.verify:
             self._check_target()
@@ -81,7 +86,9 @@ class Plan(Command):
         )
         _print_header()
         rows = []
-        found = search.search(with_vocabulary(preset(self.preset)), target, self.every_optimizer)
+        config = with_vocabulary(preset(self.preset))
+        config = search.with_adapters(config, self.lora) if self.lora else config
+        found = search.search(config, target, self.every_optimizer)
         while True:
             with working("compiling a training step for the card, a minute or more"):
                 row = next(found, None)
@@ -112,8 +119,11 @@ class Plan(Command):
         say(f"\nbetween steps, the optimizer state included: {between}")
         if verdict.fits:
             say("this setting fits, by XLA's buffer plan; train with")
+            start = f"uv run train.py --preset {self.preset}"
+            if self.lora:
+                start = f"uv run python -m moe_jax sft --run RUN --data CHATS.jsonl --out NEW --lora {self.lora}"
             print(  # unbroken, to be copied
-                f"uv run train.py --preset {self.preset} --batch-size {train.batch_size} "
+                f"{start} --batch-size {train.batch_size} "
                 f"--grad-accum {train.grad_accum} --optimizer {train.optimizer}"
                 + " --execution.remat"
                 * verdict.row.config.execution.remat

@@ -1,8 +1,8 @@
 """The settings of a run. They start from an origin; a file changes them, and then flags change them.
 
-The origin is the preset, the run that is resumed, the dense run or model that is upcycled, or the model that is
-imported. The settings that name the origin are read first. The other settings must fit only the origin that they
-change.
+The origin is the preset, the run that is resumed, the dense run or model that is upcycled, the model that is imported,
+or the run that is fine-tuned. The settings that name the origin are read first. The other settings must fit only the
+origin that they change.
 """
 
 import dataclasses
@@ -10,19 +10,19 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, Values, arguments_of, read
 from moe_jax.cli.command import Command, Group
 from moe_jax.cli.settings_file import SettingsFile, read_settings
 from moe_jax.config import SECTIONS, ConfigError, RunConfig, load_config
-from moe_jax.config.compatibility import check_resumable, check_vocabulary
+from moe_jax.config.compatibility import check_resumable, check_tuning, check_vocabulary
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.corpora import check_source
 from moe_jax.interop.starting_point import starting_point
 from moe_jax.system.errors import FieldError
 
-ORIGIN = {("", "preset"), ("", "out"), ("", "resume"), ("", "upcycle"), ("", "init_from"), ("model", "dense")}
+ORIGIN = {("", name) for name in ("preset", "out", "resume", "upcycle", "init_from", "base")} | {("model", "dense")}
 """Fields that say where settings start from: the preset, and the fields that give `RunConfig.run_dir`."""
 
 VOCABULARY = ("model", "vocab_size")
@@ -75,7 +75,17 @@ class RunCommand(Command):
         own = {a.name: found.pop(a.key) for a in arguments_of(cls) if a.key in found}
         path = own.get("config")
         file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig()))
+        cls.settle(own, found, file.values)
         return cls(settings=resolve_settings(file, found), **own)
+
+    @classmethod
+    def settle(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+        """Turn the command's own arguments into settings: add to `flags`."""
+
+
+def _tuning(given: Values) -> tuple[bool, bool]:
+    """Whether the settings are for fine-tuning, and whether with adapters."""
+    return given.get(("data", "format")) == "chat", bool(given.get(("train", "lora_rank")))
 
 
 def run_arguments(start: RunConfig) -> list[Argument]:
@@ -92,7 +102,7 @@ def resolve_settings(file: SettingsFile, flags: Values) -> Settings:
     asked = override(start, origin)
     # The weights of an import are in the checkpoints of its run, so a resume does not look for their folder.
     saved = load_config(Path(asked.run_dir)) if asked.resume and (asked.init_from or asked.out) else None
-    source = starting_point(asked) if saved is None else None
+    source = starting_point(asked, *_tuning(given)) if saved is None else None
     if source is not None:
         start = source.defaults
         asked = override(start, origin)
@@ -105,7 +115,8 @@ def resolve_settings(file: SettingsFile, flags: Values) -> Settings:
         del given[VOCABULARY]  # 0 stands for the tokenizer's size, which the origin has by now
     try:
         config = override(start, given)
-        check_source(config.data.source)
+        check_tuning(config)
+        check_source(config.data.source, config.data.format)
         if saved is None and source is None:
             check_vocabulary(config)
     except ConfigError as error:

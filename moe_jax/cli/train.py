@@ -80,7 +80,7 @@ class Train(RunCommand):
 
 def check_run(config: RunConfig) -> None:
     """Raise ConfigError if a tracker is not installed, or if the folder holds a run and --resume is not given."""
-    for flag, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb")):
+    for flag, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")):
         if getattr(config, flag) and importlib.util.find_spec(module) is None:
             raise ConfigError(
                 f"--{flag}: {module} is not installed; run `uv run --extra {flag} train.py ...`, or give --no-{flag}"

@@ -19,7 +19,7 @@ The alphabet of the project, used in every annotation, einsum and comment:
     E experts  K experts per token             C capacity of an expert         F hidden width of an expert
 """
 
-from moe_jax.config.data import NAMED_CORPORA, DataConfig, TokenizerKind
+from moe_jax.config.data import NAMED_CORPORA, DataConfig, DataFormat, Role, TokenizerKind
 from moe_jax.config.execution import ComputeDtype, ExecutionConfig
 from moe_jax.config.model import (
     Activation,
@@ -46,6 +46,7 @@ __all__ = [
     "ComputeDtype",
     "ConfigError",
     "DataConfig",
+    "DataFormat",
     "Dense",
     "Dispatch",
     "ExecutionConfig",
@@ -57,6 +58,7 @@ __all__ = [
     "PresetName",
     "Priority",
     "QKNorm",
+    "Role",
     "RoutingConfig",
     "RunConfig",
     "Schedule",

@@ -29,12 +29,20 @@ _TRAINING_ONLY = {"dropout", "attention_dropout", "tie_value_output_init", "zero
 """Fields of the model that change nothing in a forward pass of given weights without dropout."""
 
 
+_ROUTING_MAY_CHANGE = {"capacity_factor", "dispatch", "logit_noise", "input_jitter", "eval_capacity_factor"}
+"""Fields of the routing that change neither which experts a token chooses without noise, nor its gates."""
+
+TUNING_LR = 1e-3
+TUNING_LR_ADAPTERS = 3e-3
+
+
 def check_resumable(saved: RunConfig, config: RunConfig) -> None:
     """Raise ConfigError if model, routing, tokenizer, data or optimizer differ from the saved run.
 
     `ExecutionConfig`, which says how the model is computed, may change.
     """
-    fixed = [("", "preset"), ("", "upcycle"), ("", "init_from"), ("train", "optimizer"), ("train", "param_dtype")]
+    fixed = [("", name) for name in ("preset", "upcycle", "init_from", "base")]
+    fixed += [("train", name) for name in ("optimizer", "param_dtype", "lora_rank", "lora_alpha", "train_router")]
     fixed += [*_fields(config, "model"), *_fields(config, "routing"), *_data_fields(config)]
     hint = "leave the flag out to resume it, or start a new run with another --out"
     _check_same(saved, config, fixed, f"the run in {config.run_dir}", hint)
@@ -183,6 +191,83 @@ def _check_length(model: ModelConfig, config: RunConfig, where: str) -> None:
         raise ConfigError(
             f"--seq-len {config.model.seq_len}: {where} reads {model.seq_len} positions at most; give that or less"
         )
+
+
+def load_base_config(folder: str) -> RunConfig:
+    """The settings of the run that `sft --run` names. Raises ConfigError where there is none."""
+    try:
+        base = load_config(Path(folder))
+    except UserError as error:
+        raise ConfigError(f"--run {folder}: {error}") from None
+    if base is None:
+        raise ConfigError(f"--run {folder}: no run with a complete checkpoint there; make one with `uv run train.py`")
+    return base
+
+
+def tuned_defaults(base: RunConfig, folder: str, lora: bool) -> RunConfig:
+    """The settings that a fine-tuning of `base` starts from: its model, its tokenizer, and a short, careful training."""
+    tracked = {"tensorboard": False, "wandb": False, "trackio": False}
+    fresh = dataclasses.replace(base, base=folder, init_from="", upcycle="", out="", resume=False, **tracked)
+    return for_conversations(fresh, lora)
+
+
+def for_conversations(start: RunConfig, lora: bool) -> RunConfig:
+    """The settings with the data and the training of a fine-tuning.
+
+    The learning rates were chosen on preset nano. Adapters start at zero, and take a larger one.
+    """
+    train = dataclasses.replace(
+        start.train,
+        steps=600,
+        optimizer="adamw",
+        muon_router=False,
+        lr=TUNING_LR_ADAPTERS if lora else TUNING_LR,
+        lr_schedule="linear",
+        warmup_steps=20,
+        weight_decay=0.0,
+        eval_every=100,
+        save_every=100,
+        patience=0,
+        lora_rank=0,
+        lora_alpha=0.0,
+        train_router=False,
+    )
+    return dataclasses.replace(start, train=train, data=dataclasses.replace(start.data, format="chat"))
+
+
+def check_tunable(base: RunConfig, config: RunConfig) -> None:
+    """Raise ConfigError unless the tuned model has the parameters and the forward pass of the base model."""
+    fixed = [(s, name) for s, name in _fields(config, "model") if name not in _TRAINING_ONLY]
+    fixed += [(s, name) for s, name in _fields(config, "routing") if name not in _ROUTING_MAY_CHANGE]
+    fixed += [("data", "tokenizer"), ("data", "vocab_size")]
+    hint = "leave the flag out: a tuned run keeps the model and the tokenizer"
+    _check_same(base, config, [("", "preset"), *fixed], f"the run in {config.base}", hint)
+
+
+def check_tuning(config: RunConfig) -> None:
+    """Raise ConfigError if settings for fine-tuning do not fit each other, or are given without a model to tune."""
+    if config.base and (config.upcycle or config.init_from):
+        flag = "--upcycle" if config.upcycle else "--init-from"
+        raise ConfigError(f"{flag} {config.upcycle or config.init_from}: not with sft --run; do one after the other")
+    if config.base and config.data.format != "chat":
+        raise ConfigError(f"--data.format {config.data.format}: a run is fine-tuned on conversations; leave it out")
+    if not config.base and not (config.init_from and config.data.format == "chat"):
+        for section, name, plain in (("data", "format", "text"), ("train", "lora_rank", 0)):
+            value = getattr(config.section(section), name)
+            if value != plain:
+                raise ConfigError(
+                    f"{flag_of(section, name)} {value}: is for fine-tuning; use `python -m moe_jax sft --run RUN`"
+                )
+        return
+    if config.train.train_router and config.model.routing.balancing == "bias":
+        raise ConfigError(
+            "--train-router: not with --routing.balancing bias, whose biases belong to the routers as they are; "
+            "leave it out"
+        )
+    if config.train.lora_rank and config.train.optimizer == "muon":
+        raise ConfigError("--optimizer muon: is for whole matrices; with --lora leave it out, or take adamw")
+    if config.train.train_router and config.model.dense != "none":
+        raise ConfigError("--train-router: this model is dense and has no router; leave it out")
 
 
 def _fields(config: RunConfig, section: str) -> list[tuple[str, str]]:

@@ -9,6 +9,9 @@ from typing import Literal
 from moe_jax.config.flags import check, check_choices, check_range
 
 TokenizerKind = Literal["gpt2", "bpe", "byte", "hf"]
+DataFormat = Literal["text", "chat"]
+Role = Literal["system", "user", "assistant"]
+"""Who speaks in a conversation."""
 
 NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
@@ -31,6 +34,9 @@ class DataConfig:
     eval_tokens: int = 65_536
     """Most tokens of the validation stream that are scored during training, always the same ones. At the end of a run
     the whole stream is scored."""
+    format: DataFormat = "text"
+    """What the files hold: `text`, or with the command `sft` conversations (`chat`), of which only the
+    assistant's answers are learned and scored."""
 
     def __post_init__(self) -> None:
         s = "data"

@@ -35,10 +35,15 @@ class RunConfig:
     init_from: str = ""
     """Folder of a Hugging Face model (config.json, model.safetensors, tokenizer.json). The run starts from its weights,
     with its shape and its tokenizer."""
+    base: str = ""
+    """Folder of the trained run that is fine-tuned: `sft --run`. The new run starts with its weights and
+    its tokenizer."""
     tensorboard: bool = False
     """Write TensorBoard event files as well (extra `tensorboard`)."""
     wandb: bool = False
     """Log to Weights & Biases as well (extra `wandb`)."""
+    trackio: bool = False
+    """Log to trackio as well, on this machine and without an account (extra `trackio`)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -55,14 +60,15 @@ class RunConfig:
 
     @property
     def run_dir(self) -> str:
-        """The folder of the run: --out, else runs/PRESET with a suffix for an imported model, a dense baseline or an
-        upcycled run."""
+        """The folder of the run: --out, else runs/PRESET with a suffix for an imported model, a dense baseline, an
+        upcycled or a tuned run."""
         if self.init_from:
             suffix = "-imported"
         elif self.model.dense != "none":
             suffix = f"-dense-{self.model.dense}"
         else:
             suffix = "-upcycled" if self.upcycle else ""
+        suffix += "-tuned" if self.base else ""
         return self.out or f"runs/{self.preset}{suffix}"
 
     def section(self, name: str) -> Any:

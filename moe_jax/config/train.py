@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_jax.config.flags import check_choices, check_range
+from moe_jax.config.flags import check, check_choices, check_range
 
 OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
 Schedule = Literal["cosine", "linear"]
@@ -71,6 +71,13 @@ class TrainConfig:
     way."""
     patience: int = 0
     """Stop early after this many evaluations in a row without improvement. 0 never stops early."""
+    lora_rank: int = 0
+    """Fine-tuning by low-rank adapters (LoRA): their rank on the attention matrices. Each expert's matrices get
+    adapters of rank / top-k, at least 1. The weights of the model stay as they are. 0 trains all weights."""
+    lora_alpha: float = 0.0
+    """Adapters add (alpha / rank) A B to a matrix. 0 is twice the rank."""
+    train_router: bool = False
+    """With adapters, train the routers too. Without it every expert keeps its tokens, as far as it can."""
 
     def __post_init__(self) -> None:
         s = "train"
@@ -80,9 +87,29 @@ class TrainConfig:
         check_range(self, s, ("log_every", "eval_every", "save_every"), 1, 10**9)
         check_range(self, s, ("warmup_steps", "patience"), 0, 10**9)
         check_range(self, s, ("seed",), 0, 2**31 - 1)
+        check_range(self, s, ("lora_rank",), 0, 4096)
+        check_range(self, s, ("lora_alpha",), 0, 1e6)
+        self._check_lora()
         check_range(self, s, ("lr", "muon_lr"), 1e-12, 1e3)
         check_range(self, s, ("aux_loss_coef", "router_bias_lr", "z_loss_coef", "weight_decay"), 0, 1e3)
         check_range(self, s, ("final_lr_ratio",), 0, 1)
         check_range(self, s, ("beta1", "beta2"), 0, 0.999999)
         check_range(self, s, ("eps",), 1e-30, 1)
         check_range(self, s, ("max_grad_norm",), 1e-6, 1e9)
+
+    def _check_lora(self) -> None:
+        s, adapted = "train", self.lora_rank > 0
+        allowed = "left out; it is for --lora only"
+        check(adapted or self.lora_alpha == 0, s, "lora_alpha", self.lora_alpha, allowed)
+        check(
+            adapted or not self.train_router,
+            s,
+            "train_router",
+            self.train_router,
+            "left out; without --lora the routers are trained",
+        )
+
+    @property
+    def lora_scale(self) -> float:
+        """alpha / rank, the factor of A B."""
+        return (self.lora_alpha or 2 * self.lora_rank) / self.lora_rank

@@ -48,8 +48,10 @@ def ngram_baselines(train: Iterable[str], valid: Iterable[str]) -> CorpusBaselin
     return CorpusBaselines(*ngram_bits_per_byte(train, list(valid), ORDERS))
 
 
-def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines:
-    """The scores for a corpus, cached in `references.json` beside its tokens."""
+def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | None:
+    """The scores for a corpus, cached in `references.json` beside its tokens. None for conversations."""
+    if store.valid.answers is not None:
+        return None
     path = store.folder / "references.json"
     try:
         return CorpusBaselines(**json.loads(path.read_text()))

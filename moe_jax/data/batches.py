@@ -6,6 +6,9 @@ window and the order of the windows change with the epoch. P % T tokens are left
 Offset and order are hashes of (seed, epoch). So a batch is a function of the token stream, the seed and the step alone.
 A run that is resumed at step n gets the same batches as an uninterrupted run.
 
+Conversations. A batch has weights beside its tokens (`MaskedBatch`): only answers count. A batch is still a function of
+the stream, the seed and the step.
+
 Evaluation. Every token after the first is predicted exactly once. Windows of T tokens advance by T // 2 positions, and
 a window counts only the tokens that no earlier window has counted. So a token has at least T / 2 tokens of context, or
 all earlier tokens if there are fewer. A row scores only S = ceil(T / 2) positions, because the vocabulary head is most
@@ -16,6 +19,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,21 +36,44 @@ def windows_per_epoch(tokens: int, seq_len: int) -> int:
     return windows
 
 
+class MaskedBatch(NamedTuple):
+    """A batch of which only some targets count."""
+
+    tokens: np.ndarray
+    """int32 [M, B, T + 1]: M micro-batches."""
+    weights: np.ndarray
+    """float32 [M, B, T], the weight of each target in the loss of its micro-batch. 0 where a target does not count. The
+    others are M / (all targets of the step that count). So the mean of the M losses is the mean over these targets,
+    however they are spread over the micro-batches. All are 0 if no target counts."""
+
+    @classmethod
+    def of(cls, tokens: np.ndarray, counted: np.ndarray) -> "MaskedBatch":
+        """The batch of tokens [M, B, T + 1], of whose targets those count that are true in `counted` [M, B, T]."""
+        count = int(counted.sum())
+        share = np.float32(len(tokens) / count if count else 0)
+        return cls(tokens, counted.astype(np.float32) * share)
+
+
 def train_batch(tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
     """int32 [B, T + 1]. The first T tokens of a row are its inputs, and the last T tokens are its targets.
 
     Steps count from 0, through all epochs. For gradient accumulation, a caller asks for all rows of the step at once
     and reshapes them. Raises ValueError if `tokens` [N] has fewer than T + 1 tokens.
     """
-    windows = windows_per_epoch(len(tokens), seq_len)
-    ring = len(tokens) - 1
+    positions = train_positions(len(tokens), seed=seed, step=step, batch_size=batch_size, seq_len=seq_len)
+    return tokens[positions].astype(np.int32)
+
+
+def train_positions(count: int, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
+    """int64 [B, T + 1]: where in a stream of `count` tokens the tokens of a batch are."""
+    windows = windows_per_epoch(count, seq_len)
+    ring = count - 1
     starts = np.empty(batch_size, dtype=np.int64)
     for row in range(batch_size):
         epoch, turn = divmod(step * batch_size + row, windows)
         offset, order = _epoch(seed, epoch, windows, ring)
         starts[row] = offset + int(order[turn]) * seq_len
-    positions = (starts[:, None] + np.arange(seq_len + 1)) % ring
-    return tokens[positions].astype(np.int32)
+    return (starts[:, None] + np.arange(seq_len + 1)) % ring
 
 
 @lru_cache(maxsize=4)
@@ -85,23 +112,31 @@ class EvaluationBatch:
     """float32 [B, S]: 1 where the target counts, else 0. All 0 in rows that only fill up the last batch."""
 
 
-def evaluation_windows(tokens: np.ndarray, *, seq_len: int, batch_size: int) -> Iterator[EvaluationBatch]:
-    """Batches that predict each of tokens[1:] exactly once. All have the same shapes, so one program serves all."""
+def evaluation_windows(
+    tokens: np.ndarray, *, seq_len: int, batch_size: int, answers: np.ndarray | None = None
+) -> Iterator[EvaluationBatch]:
+    """Batches that predict each of tokens[1:] exactly once. All have the same shapes, so one program serves all.
+
+    With `answers`, bool [N], only the tokens that are true there count. Rows in which none counts are left out.
+    """
     scored = math.ceil(seq_len / 2)
     rows = list(_evaluation_rows(len(tokens) - 1, seq_len, scored))
-    for first in range(0, len(rows), batch_size):
+    if answers is not None:
+        rows = [row for row in rows if answers[row.counted[0] + 1 : row.counted[1] + 1].any()]
+    for done in range(0, len(rows), batch_size):
         inputs = np.zeros((batch_size, seq_len), np.int32)
         targets = np.zeros((batch_size, scored), np.int32)
         start = np.zeros(batch_size, np.int32)
         weights = np.zeros((batch_size, scored), np.float32)
-        for b, row in enumerate(rows[first : first + batch_size]):
+        for b, row in enumerate(rows[done : done + batch_size]):
             begin = row.window + row.start
             text = tokens[row.window : min(row.window + seq_len, len(tokens) - 1)]
             following = tokens[begin + 1 : begin + 1 + scored]
             inputs[b, : len(text)] = text
             targets[b, : len(following)] = following
             start[b] = row.start
-            weights[b, row.counted[0] - begin : row.counted[1] - begin] = 1
+            first, last = row.counted
+            weights[b, first - begin : last - begin] = 1 if answers is None else answers[first + 1 : last + 1]
         yield EvaluationBatch(inputs, targets, start, weights)
 
 

@@ -13,9 +13,9 @@ Importing this module imports only the standard library, so that `check_source` 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
-from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig
+from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, DataFormat
 from moe_jax.data.file_corpus import FileCorpus, source_files
 from moe_jax.data.hub import HUB
 from moe_jax.data.text_files import SplitName
@@ -50,12 +50,17 @@ class Corpus(Protocol):
         ...
 
 
-def check_source(source: str) -> None:
+def check_source(source: str, form: DataFormat = "text") -> None:
     """Raise ConfigError unless `source` is the name of a corpus or the path of a file or folder. A name wins over a
-    path."""
+    path. Conversations are always in files."""
+    path = Path(source)
+    if form == "chat":
+        if not path.is_dir() and not path.is_file():
+            raise ConfigError(f"--data {source}: must be an existing file or folder of conversations, in JSON lines")
+        source_files(path, form)
+        return
     if source in NAMED_CORPORA:
         return
-    path = Path(source)
     if not path.is_dir() and not path.is_file():
         names = ", ".join(NAMED_CORPORA)
         raise ConfigError(f"--data {source}: must be an existing file or folder, or one of {names}")
@@ -67,22 +72,24 @@ def open_corpus(data: DataConfig) -> Corpus:
 
     Raises ConfigError where the source does not exist, UserError where a file cannot be read.
     """
-    check_source(data.source)
+    check_source(data.source, data.format)
+    if data.format == "chat":
+        return FileCorpus.open(data.source, data.format)
     if data.source == "stories":
         return EmbeddedCorpus(data.stories_seed, data.stories)
     return HUB[data.source] if data.source in HUB else FileCorpus.open(data.source)
 
 
-def scored_documents(source: str) -> Iterator[str]:
+def scored_documents(source: str, form: DataFormat = "text") -> Iterator[Any]:
     """The documents that an evaluation of `source` scores: all documents of a single file, else the validation split.
 
     Raises the errors of `open_corpus`.
     """
-    check_source(source)
+    check_source(source, form)
     path = Path(source)
-    if source not in NAMED_CORPORA and path.is_file():
-        return FileCorpus.whole(path).documents("valid")
-    return open_corpus(DataConfig(source=source)).documents("valid")
+    if path.is_file() and (form == "chat" or source not in NAMED_CORPORA):
+        return FileCorpus.whole(path, form).documents("valid")
+    return open_corpus(DataConfig(source=source, format=form)).documents("valid")
 
 
 @dataclass(frozen=True)

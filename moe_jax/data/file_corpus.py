@@ -7,7 +7,8 @@
 - Any other folder has all its `.txt` and `.jsonl` files, those of inner folders included, in the order of their paths.
   They are split as if they were one file.
 
-Text files and JSON lines have their rules in `text_files.py` and `json_lines.py`.
+Text files and JSON lines have their rules in `text_files.py` and `json_lines.py`. With the format `chat`, all files are
+JSON lines that hold conversations (`chats.py`).
 """
 
 from array import array
@@ -15,8 +16,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import ConfigError, DataFormat, UserError
+from moe_jax.data.chat_rows import conversations, first_chat_problem
 from moe_jax.data.json_lines import ENDINGS, first_row_problem, holds_json_lines, json_documents, line_starts
 from moe_jax.data.text_files import (
     Span,
@@ -29,43 +32,59 @@ from moe_jax.data.text_files import (
     text_documents,
 )
 
-_ENDINGS = (".txt", *ENDINGS)
 _SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
 
 type Spans = tuple[Span, ...]
 
 
-def source_files(path: Path) -> dict[SplitName, list[Path]]:
+def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[Path]]:
     """The files of a source. Its split "valid" is empty if it must be taken from the training files.
 
-    Raises ConfigError if there is no file, or if one is not text.
+    Raises ConfigError if there is no file, or if one is not of the format `form`.
     """
     if path.is_file():
         found: dict[SplitName, list[Path]] = {"train": [path], "valid": []}
     elif path.is_dir():
-        named: dict[SplitName, list[Path]] = {split: _named(path, split) for split in _SPLITS}
+        named: dict[SplitName, list[Path]] = {split: _named(path, split, form) for split in _SPLITS}
         if named["valid"] and not named["train"]:
-            raise ConfigError(f"--data {path}: {named['valid'][0].name} is there, but no train.txt or train.jsonl")
-        found = named if named["train"] else {"train": _all_files(path), "valid": []}
+            raise ConfigError(f"--data {path}: {named['valid'][0].name} is there, but no {_names('train', form)}")
+        found = named if named["train"] else {"train": _all_files(path, form), "valid": []}
     else:
         raise ConfigError(f"--data {path}: does not exist; name a file or a folder")
     for file in (*found["train"], *found["valid"]):
-        problem = other_kind(file) or (first_row_problem(file) if holds_json_lines(file) else None)
+        problem = _first_problem(file, form)
         if problem is not None:
             raise ConfigError(f"--data {file}: {problem}")
     return found
 
 
-def _named(folder: Path, split: SplitName) -> list[Path]:
+def _first_problem(file: Path, form: DataFormat) -> str | None:
+    """What is wrong with the beginning of a file."""
+    if form == "chat":
+        if not holds_json_lines(file):
+            return "must be JSON lines, in a file that ends in .jsonl, to hold conversations"
+        return other_kind(file) or first_chat_problem(file)
+    return other_kind(file) or (first_row_problem(file) if holds_json_lines(file) else None)
+
+
+def _endings(form: DataFormat) -> tuple[str, ...]:
+    return ENDINGS if form == "chat" else (".txt", *ENDINGS)
+
+
+def _names(split: str, form: DataFormat) -> str:
+    return " or ".join(f"{split}{ending}" for ending in _endings(form)[:-1])
+
+
+def _named(folder: Path, split: SplitName, form: DataFormat) -> list[Path]:
     """The file of a folder that is named after a split, if there is one."""
-    return [path for ending in _ENDINGS if (path := folder / f"{split}{ending}").is_file()][:1]
+    return [path for ending in _endings(form) if (path := folder / f"{split}{ending}").is_file()][:1]
 
 
-def _all_files(folder: Path) -> list[Path]:
+def _all_files(folder: Path, form: DataFormat) -> list[Path]:
     inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    files = sorted(p for p in inside if p.suffix.lower() in _ENDINGS and p.is_file())
+    files = sorted(p for p in inside if p.suffix.lower() in _endings(form) and p.is_file())
     if not files:
-        raise ConfigError(f"--data {folder}: must hold .txt or .jsonl files; there is none in it")
+        raise ConfigError(f"--data {folder}: must hold {' or '.join(_endings(form)[:-1])} files; there is none in it")
     return files
 
 
@@ -75,25 +94,27 @@ class FileCorpus:
 
     name: str
     spans: dict[SplitName, Spans]
+    form: DataFormat = "text"
+    """Documents are texts, or conversations."""
 
     @classmethod
-    def open(cls, name: str) -> "FileCorpus":
+    def open(cls, name: str, form: DataFormat = "text") -> "FileCorpus":
         """The corpus of a file or folder. Training files without a validation file are read once, to split them.
 
         Raises ConfigError, and UserError if a file cannot be read or has too little text to be split.
         """
-        files = source_files(Path(name))
+        files = source_files(Path(name), form)
         train, valid = (tuple(Span.of(p) for p in files[split]) for split in _SPLITS)
         if not valid:
             train, valid = _split(train)
-        return cls(name, {"train": train, "valid": valid})
+        return cls(name, {"train": train, "valid": valid}, form)
 
     @classmethod
-    def whole(cls, path: Path) -> "FileCorpus":
+    def whole(cls, path: Path, form: DataFormat = "text") -> "FileCorpus":
         """A file that is scored whole: all of it is the validation split."""
-        return cls(str(path), {"train": (), "valid": (Span.of(path),)})
+        return cls(str(path), {"train": (), "valid": (Span.of(path),)}, form)
 
-    def documents(self, split: SplitName) -> Iterator[str]:
+    def documents(self, split: SplitName) -> Iterator[Any]:
         return self.reading().documents(split)
 
     def fingerprint(self) -> str:
@@ -121,6 +142,7 @@ class FileReading:
             self._digest.update(f"{len(spans)} files;".encode())
         for span in spans:
             kind = "lines;" if holds_json_lines(span.path) else ""
+            kind = "chats;" if self._corpus.form == "chat" else kind
             self._digest.update(f"{span.start}-{span.stop};{kind}".encode())
             chunks = self._digested(span)
             yield span, chunks
@@ -131,10 +153,10 @@ class FileReading:
             self._digest.update(chunk)
             yield chunk
 
-    def documents(self, split: SplitName) -> Iterator[str]:
+    def documents(self, split: SplitName) -> Iterator[Any]:
         for earlier, files in self._unread.items():
             if earlier == split:
-                found = (document for span, chunks in files for document in _documents(span, chunks))
+                found = (document for span, chunks in files for document in self._documents(span, chunks))
                 where = self._corpus.spans[split]
                 yield from refuse_empty(found, f"{where[0].path if len(where) == 1 else self.name} ({split})")
                 return
@@ -152,9 +174,10 @@ class FileReading:
     def size(self, split: SplitName) -> int | None:
         return self._corpus.size(split)
 
-
-def _documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
-    return (json_documents if holds_json_lines(span.path) else text_documents)(span, chunks)
+    def _documents(self, span: Span, chunks: Iterable[bytes]) -> Iterator[Any]:
+        if self._corpus.form == "chat":
+            return conversations(span, chunks)
+        return (json_documents if holds_json_lines(span.path) else text_documents)(span, chunks)
 
 
 def _split(spans: Spans) -> tuple[Spans, Spans]:

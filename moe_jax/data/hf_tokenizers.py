@@ -98,6 +98,18 @@ def end_of_text(file: str, settings: str) -> int:
     return _id(found)
 
 
+def spelling(file: str, i: int) -> str:
+    """The word of an id as the file spells it. Raises UserError if the id has none."""
+    values = parse(file)
+    for token in values.get("added_tokens") or []:
+        if isinstance(token, dict) and token.get("id") == i:
+            return str(token.get("content"))
+    for word, there in values["model"]["vocab"].items():
+        if there == i:
+            return word
+    raise UserError(f"tokenizer.json: has no entry for the id {i}")
+
+
 def parse(file: str) -> dict[str, Any]:
     """The content of a tokenizer.json: an object with the vocabulary of a BPE. Raises UserError for anything else."""
     try:

@@ -2,6 +2,7 @@
 
 A text longer than 1 MiB is cut into several documents, as in a text file (`text_files.py`). Blank lines are skipped.
 Rows with `messages` are conversations, and are refused: a model of plain text would learn the names of their roles.
+The command `sft` reads them (`chats.py`).
 """
 
 import json
@@ -23,12 +24,12 @@ def holds_json_lines(path: Path) -> bool:
 
 def line_starts(span: Span) -> Iterator[int]:
     """The offset of each line that is not blank."""
-    return (offset for offset, line in _lines(span, read_chunks(span)) if line.strip())
+    return (offset for offset, line in lines_of(span, read_chunks(span)) if line.strip())
 
 
 def json_documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
     """The texts of the rows in a span's chunks, stripped and not empty. Raises UserError for a row without a text."""
-    for offset, line in _lines(span, chunks):
+    for offset, line in lines_of(span, chunks):
         if not line.strip():
             continue
         for part in cut_long(_text_of(line, f"{span.path}: the line at byte {offset}").encode()):
@@ -39,7 +40,7 @@ def json_documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
 def first_row_problem(path: Path) -> str | None:
     """What is wrong with the first row of a file, in one line. None if it has a text."""
     try:
-        offset, line = next((found for found in _first_lines(path) if found[1].strip()), (0, b""))
+        offset, line = next((found for found in first_lines(path) if found[1].strip()), (0, b""))
         if line:
             _text_of(line, f"the line at byte {offset}")
     except UserError as error:
@@ -47,9 +48,10 @@ def first_row_problem(path: Path) -> str | None:
     return None
 
 
-def _first_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+def first_lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(offset, bytes) of the lines of a file, from the first."""
     span = Span.of(path)
-    return _lines(span, read_chunks(span))
+    return lines_of(span, read_chunks(span))
 
 
 def _text_of(line: bytes, where: str) -> str:
@@ -70,12 +72,15 @@ def _text_of(line: bytes, where: str) -> str:
             ) from None
         return text
     if "messages" in row:
-        raise UserError(f"{where} holds `messages`, a conversation; only rows with `text` can be trained on")
+        raise UserError(
+            f"{where} holds `messages`, a conversation; `python -m moe_jax sft` learns from those, training needs rows "
+            "with `text`"
+        )
     names = ", ".join(list(row)[:5]) or "none"
     raise UserError(f"{where} has no key `text` that holds a text (its keys: {names}); rename the key of the text")
 
 
-def _lines(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+def lines_of(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
     """(offset in the file, bytes) of each line of a span's chunks, without line ends."""
     rest, offset = [], span.start
     for chunk in chunks:

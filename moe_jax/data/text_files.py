@@ -70,7 +70,7 @@ def other_kind(path: Path) -> str | None:
     return None
 
 
-def refuse_empty(documents: Iterable[str], what: str) -> Iterator[str]:
+def refuse_empty[D](documents: Iterable[D], what: str) -> Iterator[D]:
     """The same documents. Raises UserError after the last one if there was none."""
     empty = True
     for document in documents:

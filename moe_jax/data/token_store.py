@@ -4,6 +4,7 @@
                                       uint16 where the vocabulary has at most 65,536 entries, else uint32
     CACHE/KEY/tokenizer.json
     CACHE/KEY/manifest.json           source, digests of text and tokenizer, counts, digest of each file
+    CACHE/KEY/train.mask, valid.mask  of conversations only: a byte for each token, 1 if it is learned and scored
     CACHE/tokenizers/KEY.json         trained tokenizers, so that an interrupted build does not train again
 
 CACHE is `system.files.cache_dir`. KEY is a digest of the text and the tokenizer, so a changed input gets a new store.
@@ -14,21 +15,24 @@ second process waits for the first and uses its store, and a build removes the t
 Opening a store reads all its files once and compares their digests. A damaged store is built again.
 """
 
+import dataclasses
 import itertools
 import json
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import xxhash
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data.chat_rows import text_size
+from moe_jax.data.chats import encode_chats
 from moe_jax.data.corpora import Corpus, open_corpus
 from moe_jax.data.text_files import SplitName
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
@@ -53,6 +57,25 @@ class Split:
     """UTF-8 bytes of the stripped documents."""
     digest: str
     """xxh3-128 of the file."""
+    answers: np.ndarray | None = None
+    """bool [N], memory-mapped: the tokens that are learned and scored. None if all of them are."""
+    answer_tokens: int = 0
+    answer_bytes: int = 0
+    """UTF-8 bytes of the tokens in `answers`."""
+
+    @property
+    def stream(self) -> "Stream":
+        return Stream(self.tokens, self.answers)
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted and scored."""
+        return len(self.tokens) - 1 if self.answers is None else self.answer_tokens
+
+    @property
+    def target_bytes(self) -> int:
+        """UTF-8 bytes of these tokens."""
+        return self.bytes if self.answers is None else self.answer_bytes
 
 
 @dataclass(frozen=True)
@@ -127,14 +150,26 @@ def open_store(folder: Path) -> TokenStore:
 
 
 def _open_split(path: Path, counts: dict[str, Any], tokenizer: Tokenizer) -> Split:
+    _check_digest(path, counts["digest"])
+    tokens = np.memmap(path, dtype=_dtype(tokenizer), mode="r")
+    split = Split(tokens, counts["stories"], counts["bytes"], counts["digest"])
+    if "answers" not in counts:
+        return split
+    found, mask = counts["answers"], path.with_suffix(".mask")
+    _check_digest(mask, found["digest"])
+    answers = np.memmap(mask, dtype=np.bool_, mode="r")
+    if len(answers) != len(tokens):
+        raise UserError(f"{mask}: has {len(answers)} entries for {len(tokens)} tokens; prepare the data again")
+    return dataclasses.replace(split, answers=answers, answer_tokens=found["tokens"], answer_bytes=found["bytes"])
+
+
+def _check_digest(path: Path, expected: str) -> None:
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while chunk := file.read(_READ_BYTES):
             digest.update(chunk)
-    if digest.hexdigest() != counts["digest"]:
+    if digest.hexdigest() != expected:
         raise UserError(f"{path}: damaged, its digest does not match; prepare the data again")
-    tokens = np.memmap(path, dtype=_dtype(tokenizer), mode="r")
-    return Split(tokens, counts["stories"], counts["bytes"], counts["digest"])
 
 
 def _dtype(tokenizer: Tokenizer) -> np.dtype:
@@ -232,32 +267,77 @@ def _to_disk(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _write_split(path: Path, documents: Iterator[str], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
-    """Encode the documents into a file. Returns the split's entry in the manifest."""
-    dtype, separator = _dtype(tokenizer), tokenizer.separator_id
-    digest = xxhash.xxh3_128()
-    count = size = tokens = 0
-    with path.open("wb") as file:
-        ends = stream = np.array([separator], dtype)
-        for batch, batch_bytes in _batches(documents):
-            count, size = count + len(batch), size + batch_bytes
-            ids = [part for encoded in tokenizer.encode_batch(batch) for part in (np.asarray(encoded, dtype), ends)]
-            stream = np.concatenate([stream, *ids])
-            file.write(stream.data)
-            digest.update(stream.data)
-            tokens += len(stream)
-            stream = stream[:0]
+class _Written:
+    """A file that is written and digested at once."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, xxhash.xxh3_128()
+
+    def write(self, array: np.ndarray) -> None:
+        self._file.write(array.data)
+        self._digest.update(array.data)
+
+    def finish(self) -> str:
+        """Bring the file to the disk. Returns its digest."""
+        _to_disk(self._file)
+        return self._digest.hexdigest()
+
+
+def _write_split(path: Path, documents: Iterator[Any], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
+    """Encode the documents into a file, and the mask of conversations into another. Returns the split's entry in the
+    manifest."""
+    count = size = tokens = learned = learned_bytes = 0
+    lengths, answers = tokenizer.token_bytes(), None
+    with ExitStack() as files:
+        stream = _Written(files.enter_context(path.open("wb")))
+        for part in _stream_parts(documents, tokenizer):
+            count, size, tokens = count + part.documents, size + part.bytes, tokens + len(part.tokens)
+            stream.write(part.tokens)
+            if part.answers is not None:
+                answers = answers or _Written(files.enter_context(path.with_suffix(".mask").open("wb")))
+                answers.write(part.answers)
+                learned += int(part.answers.sum())
+                learned_bytes += int(lengths[part.tokens[part.answers]].sum(dtype=np.int64))
             report(count, size)
-        _to_disk(file)
-    return {"tokens": tokens, "stories": count, "bytes": size, "digest": digest.hexdigest()}
+        entry = {"tokens": tokens, "stories": count, "bytes": size, "digest": stream.finish()}
+        if answers is not None:
+            entry["answers"] = {"tokens": learned, "bytes": learned_bytes, "digest": answers.finish()}
+    return entry
 
 
-def _batches(documents: Iterator[str]) -> Iterator[tuple[list[str], int]]:
+class _Part(NamedTuple):
+    """A part of a stream, about 1 MiB of text."""
+
+    tokens: np.ndarray
+    answers: np.ndarray | None
+    documents: int
+    bytes: int
+
+
+def _stream_parts(documents: Iterator[Any], tokenizer: Tokenizer) -> Iterator[_Part]:
+    """The stream `separator, document, separator, ..., separator`, part by part. Documents are texts or conversations,
+    not both."""
+    dtype = _dtype(tokenizer)
+    end, unlearned = np.array([tokenizer.separator_id], dtype), np.zeros(1, bool)
+    tokens, answers = [end], [unlearned]
+    for batch, size in _batches(documents):
+        chats = not isinstance(batch[0], str)
+        if chats:
+            for encoded in encode_chats(tokenizer, batch):
+                tokens += [encoded.tokens.astype(dtype), end]
+                answers += [encoded.answers, unlearned]
+        else:
+            tokens += [part for ids in tokenizer.encode_batch(batch) for part in (np.asarray(ids, dtype), end)]
+        yield _Part(np.concatenate(tokens), np.concatenate(answers) if chats else None, len(batch), size)
+        tokens, answers = [end[:0]], [unlearned[:0]]
+
+
+def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
     """(documents, their bytes), about 1 MiB at a time."""
     batch, size = [], 0
     for document in documents:
         batch.append(document)
-        size += len(document.encode())
+        size += len(document.encode()) if isinstance(document, str) else text_size(document)
         if size >= _BATCH_BYTES:
             yield batch, size
             batch, size = [], 0
@@ -272,10 +352,18 @@ def stored_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
         yield tokenizer.decode(tokens[first + 1 : end].tolist())
 
 
-def token_stream(documents: Iterator[str], tokenizer: Tokenizer) -> np.ndarray:
-    """`separator, document, separator, ..., separator` in memory, for a text that is scored once and not stored."""
-    ends = np.array([tokenizer.separator_id], _dtype(tokenizer))
-    parts = [ends]
-    for batch, _ in _batches(documents):
-        parts += [part for ids in tokenizer.encode_batch(batch) for part in (np.asarray(ids, ends.dtype), ends)]
-    return np.concatenate(parts)
+class Stream(NamedTuple):
+    """Tokens that are scored, `separator, document, separator, ..., separator`."""
+
+    tokens: np.ndarray
+    answers: np.ndarray | None = None
+    """bool [N]: the tokens that count. None if all of them do."""
+
+
+def token_stream(documents: Iterator[Any], tokenizer: Tokenizer) -> Stream:
+    """The stream of texts or conversations in memory, for what is scored once and not stored."""
+    parts = list(_stream_parts(documents, tokenizer))
+    if not parts:
+        return Stream(np.array([tokenizer.separator_id], _dtype(tokenizer)))
+    answers = [part.answers for part in parts if part.answers is not None]
+    return Stream(np.concatenate([part.tokens for part in parts]), np.concatenate(answers) if answers else None)

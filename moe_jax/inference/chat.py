@@ -1,9 +1,15 @@
-"""A conversation with a trained model: a beginning of a text in, its continuation out, and settings in between."""
+"""A conversation with a trained model: a beginning of a text in, its continuation out, and settings in between.
+
+With a tuned run (`RoleChat`), a question in and an answer out.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_jax.config import UserError
+from moe_jax.data.chat_rows import ANSWERING, Message
+from moe_jax.data.chats import answer_prompt, encode_chats
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.system.files import write_output
@@ -18,6 +24,16 @@ HELP = """\
   /help         this list
   /quit         leave; Ctrl-D does too
   //...         a text that begins with a slash"""
+
+
+ROLE_HELP = (
+    HELP.replace("longest continuation", "longest answer").replace(
+        "continue the last beginning once more", "answer the last question once more"
+    )
+    + """
+  /new          start a new conversation: the model forgets this one
+  /system TEXT  start a new conversation with a message of the system"""
+)
 
 
 class Chat:
@@ -46,6 +62,15 @@ class Chat:
         finally:  # also after Ctrl-C
             self._told.append(text)
 
+    def again(self) -> str:
+        """The last beginning, to be continued once more."""
+        return self.last
+
+    @property
+    def last_tokens(self) -> list[int] | None:
+        """What is shown of the last text in tokens, if that is not the tokens of `last_text`."""
+        return None
+
     @property
     def last_text(self) -> str:
         """The last beginning with its continuation."""
@@ -54,7 +79,13 @@ class Chat:
     def command(self, line: str) -> str:
         """Obey a line such as "/temp 0.5". Returns what to say. Raises UserError for a wrong line."""
         name, _, value = line.removeprefix("/").strip().partition(" ")
-        commands: dict[str, Callable[[str], str]] = {
+        commands = self._commands()
+        if name not in commands:
+            raise UserError(f"/{name}: no such command; /help lists them")
+        return commands[name](value.strip())
+
+    def _commands(self) -> dict[str, Callable[[str], str]]:
+        return {
             "temp": self._temperature,
             "temperature": self._temperature,
             "seed": self._seed,
@@ -64,9 +95,6 @@ class Chat:
             "help": lambda _: HELP,
             "quit": self._quit,
         }
-        if name not in commands:
-            raise UserError(f"/{name}: no such command; /help lists them")
-        return commands[name](value.strip())
 
     def _temperature(self, value: str) -> str:
         self.settings = self.settings._replace(temperature=_number("/temp", value, float, 0, 100))
@@ -101,6 +129,84 @@ class Chat:
     def _quit(self, _: str) -> str:
         self.ended = True
         return ""
+
+
+class RoleChat(Chat):
+    """A conversation with a tuned model, in its role format (`data/chats.py`). The model sees the earlier turns that
+    fit into its context. It ends its answer with the separator."""
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        settings: Sampling,
+        *,
+        seed: int,
+        limit: int,
+        layers: int,
+        tokenizer: Tokenizer,
+        context: int,
+    ) -> None:
+        """`context` is the model's T."""
+        super().__init__(generator, settings, seed=seed, limit=limit, layers=layers)
+        self._tokenizer, self._context = tokenizer, context
+        self.turns: list[Message] = []
+        """The conversation so far."""
+
+    def reply(self, prompt: str) -> Iterator[str]:
+        """The answer to a question, one piece for each token."""
+        question = Message("user", prompt.strip())
+        if not question.content:
+            raise UserError("an empty line asks nothing; /help lists the commands")
+        tokens = self._fitting([*self.turns, question])
+        self.last, answer = prompt, ""
+        number, self._number = self._number, self._number + 1
+        try:
+            for piece in self._generator.continuation(
+                tokens, self.settings, seed=self.seed, number=number, limit=self.limit
+            ):
+                answer += piece
+                yield piece
+        finally:  # also after Ctrl-C
+            self.turns += [question, Message(ANSWERING, answer.strip())]
+            self._told.append(f"user: {question.content}\nassistant: {answer.strip()}")
+
+    def _fitting(self, turns: list[Message]) -> list[int]:
+        """The prompt of a conversation. The oldest turns are left out while there is no room for an answer; what the
+        system has said stays."""
+        room = min(self.limit, self._context // 4)
+        turns = list(turns)
+        while len(tokens := answer_prompt(self._tokenizer, turns)) + room > self._context:
+            oldest = next((n for n, turn in enumerate(turns[:-1]) if turn.role != "system"), None)
+            if oldest is None:
+                raise UserError(
+                    f"the question has {len(tokens)} tokens with its roles, and the context {self._context}, of which "
+                    f"{room} are for the answer; shorten it"
+                )
+            del turns[oldest]
+        return tokens
+
+    def again(self) -> str:
+        """The last question, to be answered once more: the model forgets its answer."""
+        del self.turns[-2:]
+        return self.last
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """The whole conversation, in tokens."""
+        return encode_chats(self._tokenizer, [tuple(self.turns)])[0].tokens.tolist() if self.turns else []
+
+    def _commands(self) -> dict[str, Callable[[str], str]]:
+        return super()._commands() | {"help": lambda _: ROLE_HELP, "new": self._new, "system": self._system}
+
+    def _new(self, _: str) -> str:
+        self.turns = []
+        return "a new conversation"
+
+    def _system(self, value: str) -> str:
+        if not value:
+            raise UserError("/system: needs a text, such as /system Answer in one word.")
+        self.turns = [Message("system", value)]
+        return "a new conversation, which begins with this"
 
 
 def _number[T: (int, float)](name: str, value: str, kind: Callable[[str], T], low: float, high: float) -> T:

@@ -1,6 +1,6 @@
 """Text generation: a prompt and a seed in, text out."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from flax import nnx
 
@@ -36,15 +36,21 @@ class TextGenerator:
 
         `number` selects one of the texts of a seed.
         """
-        separator = self._tokenizer.separator_id
+        prompt_ids = [self._tokenizer.separator_id, *self._tokenizer.encode(prompt)]
+        return self.continuation(prompt_ids, settings, seed=seed, number=number, limit=limit)
+
+    def continuation(
+        self, prompt: Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
+    ) -> Iterator[str]:
+        """The same for a prompt of tokens, whose first one is the separator."""
         key = purpose_key(seed, Purpose.SAMPLE, number)
         text = StreamDecoder(self._tokenizer)
         for token in self._decoder.stream(
             self._params,
-            [separator, *self._tokenizer.encode(prompt)],
+            prompt,
             settings=settings,
             key=key,
-            stop=separator,
+            stop=self._tokenizer.separator_id,
             limit=limit,
         ):
             yield text.feed(token)

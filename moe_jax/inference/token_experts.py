@@ -33,7 +33,11 @@ class TokenExperts:
 
     def of(self, text: str) -> list[RoutedPiece]:
         """The pieces of a text. Of a text longer than the context, only the last T - 1 tokens are routed."""
-        ids = self._tokenizer.encode(text)[-(self._seq_len - 1) :]
+        return self.of_tokens(self._tokenizer.encode(text))
+
+    def of_tokens(self, ids: list[int]) -> list[RoutedPiece]:
+        """The same for a text in tokens, without the separator before it."""
+        ids = ids[-(self._seq_len - 1) :]
         tokens = np.zeros((1, self._seq_len), np.int32)
         tokens[0, : len(ids) + 1] = [self._tokenizer.separator_id, *ids]
         chosen = np.asarray(self._step(self._params, tokens).expert_index)[:, 0]  # [L, T, K]

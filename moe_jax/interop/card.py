@@ -33,10 +33,19 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
     tags = json_text(["moe-jax", "mixture-of-experts"] if model.dense == "none" else ["moe-jax"])
     return (
         f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: {tags}\n---\n\n"
-        f"# {name}\n\nA small language model trained with moe-jax. It goes on with a text; it does not follow "
-        f"instructions.\n\n| what | value |\n|---|---|\n{table}\n"
+        f"# {name}\n\nA small language model trained with moe-jax. {_use(source)}\n\n| what | value |\n|---|---|\n"
+        f"{table}\n"
         f"Generation and evaluation drop no token, here and there. Files: {', '.join(f'`{f}`' for f in files)}.\n"
     )
+
+
+def _use(source: ExportSource) -> str:
+    if source.tuned:
+        return (
+            "It is fine-tuned on conversations: it answers a user, in the format of its chat template. Its loss is "
+            "measured on the answers only."
+        )
+    return "It goes on with a text; it does not follow instructions."
 
 
 def _training(summary: dict[str, Any]) -> str:

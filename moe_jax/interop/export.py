@@ -12,8 +12,9 @@ from moe_jax.config import UserError
 from moe_jax.interop import gguf_file, huggingface
 from moe_jax.interop.architectures import Architecture, architecture_of
 from moe_jax.interop.card import MODELFILE, model_card
+from moe_jax.interop.chat_template import ollama
 from moe_jax.interop.source import ExportSource
-from moe_jax.interop.tokenizers import tokenizer_files
+from moe_jax.interop.tokenizers import separator_text, tokenizer_files
 from moe_jax.system.files import disk_cause
 from moe_jax.system.json_text import json_text
 
@@ -100,7 +101,7 @@ def _write_for(
         _write_tokenizer(folder, source)
     if to in ("gguf", "both"):
         gguf_file.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
-        (folder / "Modelfile").write_text(MODELFILE)
+        (folder / "Modelfile").write_text(ollama(separator_text(source.tokenizer)) if source.tuned else MODELFILE)
 
 
 def _write_plain(folder: Path, source: ExportSource, dtype: Dtype) -> None:
@@ -111,7 +112,8 @@ def _write_plain(folder: Path, source: ExportSource, dtype: Dtype) -> None:
 
 
 def _write_tokenizer(folder: Path, source: ExportSource) -> None:
-    for name, content in tokenizer_files(source.tokenizer, source.config.model.seq_len).items():
+    files = tokenizer_files(source.tokenizer, source.config.model.seq_len, source.tuned)
+    for name, content in files.items():
         (folder / name).write_bytes(content.encode())
 
 

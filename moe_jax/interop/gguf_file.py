@@ -8,10 +8,12 @@ import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture
+from moe_jax.interop.chat_template import jinja
 from moe_jax.interop.gguf_vocabulary import GgufVocabulary, gguf_vocabulary
 from moe_jax.interop.huggingface import norm_eps
 from moe_jax.interop.layers import attention, embedding, experts
 from moe_jax.interop.source import ExportSource
+from moe_jax.interop.tokenizers import separator_text
 
 GgufType = Literal["float32", "bfloat16", "float16", "q8_0"]
 
@@ -41,6 +43,8 @@ def write_gguf(path: Path, source: ExportSource, architecture: Architecture, nam
     writer = gguf.GGUFWriter(path, architecture.gguf)
     _write_shape(writer, source, architecture, name)
     _write_tokenizer(writer, vocabulary, source.tokenizer.separator_id)
+    if source.tuned:
+        writer.add_chat_template(jinja(separator_text(source.tokenizer)))
     for tensor, weight in tensors(source, architecture):
         kind = _kind(tensor, weight, dtype)
         writer.add_tensor(tensor, gguf.quants.quantize(np.ascontiguousarray(weight), kind), raw_dtype=kind)

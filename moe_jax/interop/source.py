@@ -9,8 +9,9 @@ import numpy as np
 
 from moe_jax.config import RunConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.model.low_rank import LoraShape, merge_named
 from moe_jax.runs import manifest
-from moe_jax.runs.arrays import WEIGHTS
+from moe_jax.runs.arrays import ADAPTERS, WEIGHTS
 from moe_jax.runs.checkpoint import Checkpoint
 from moe_jax.runs.load import find_checkpoint
 from moe_jax.runs.summary import read_summary
@@ -24,8 +25,13 @@ class ExportSource:
     tokenizer: Tokenizer
     checkpoint: Checkpoint
     weights: Mapping[str, np.ndarray]
-    """Name in `weights.safetensors` -> array, memory-mapped, in the dtype of training."""
+    """Name in `weights.safetensors` -> array, in the dtype of training. Adapters are merged into the weights."""
     summary: dict[str, Any]
+
+    @property
+    def tuned(self) -> bool:
+        """Whether the model is fine-tuned on conversations."""
+        return self.config.data.format == "chat"
 
     def block(self, layer: int, name: str) -> np.ndarray:
         """float32: a weight of a block, such as "attention.qkv"."""
@@ -45,13 +51,17 @@ def open_source(run: Path, step: int | None = None) -> ExportSource:
     damage = manifest.verify_files(checkpoint.path, checkpoint.manifest)
     if damage:
         raise UserError(f"{checkpoint.path}: {damage}; `python -m moe_jax doctor --run {run}` checks the others")
-    return ExportSource(config, tokenizer, checkpoint, _weights(checkpoint.path / WEIGHTS), read_summary(run))
+    return ExportSource(config, tokenizer, checkpoint, _weights(checkpoint.path / WEIGHTS, config), read_summary(run))
 
 
-def _weights(path: Path) -> dict[str, np.ndarray]:
+def _weights(path: Path, config: RunConfig) -> dict[str, np.ndarray]:
     import ml_dtypes  # noqa: F401, teaches numpy bfloat16
     from safetensors.numpy import load_file
 
     if not path.is_file():
         raise UserError(f"{path}: is missing; `python -m moe_jax doctor --repair` writes it again")
-    return load_file(path)
+    found, lora = load_file(path), LoraShape.of(config.train)
+    if lora is None:
+        return found
+    adapters = {name.removeprefix(ADAPTERS): found.pop(name) for name in list(found) if name.startswith(ADAPTERS)}
+    return merge_named(found, adapters, lora.scale, np.matmul)

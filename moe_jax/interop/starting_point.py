@@ -1,4 +1,4 @@
-"""What the settings of a run start from, with --init-from or --upcycle. Standard library only."""
+"""What the settings of a run start from, with --init-from, --upcycle, or `sft --run`. Standard library only."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,10 +8,14 @@ from typing import NamedTuple
 from moe_jax.config import ConfigError, RunConfig, holds_run
 from moe_jax.config.compatibility import (
     check_imported,
+    check_tunable,
     check_upcyclable,
     check_upcyclable_model,
+    for_conversations,
     imported_defaults,
+    load_base_config,
     load_dense_config,
+    tuned_defaults,
     upcycled_defaults,
     upcycled_model_defaults,
 )
@@ -28,14 +32,20 @@ class StartingPoint(NamedTuple):
     """Of a Hugging Face model. None for a run."""
 
 
-def starting_point(asked: RunConfig) -> StartingPoint | None:
-    """What --init-from or --upcycle names; None if neither is given. A folder is told by its content.
+def starting_point(asked: RunConfig, chat: bool = False, lora: bool = False) -> StartingPoint | None:
+    """What --init-from, --upcycle or `sft --run` names; None if none is given. A folder is told by its content. With
+    `chat` the defaults are those of fine-tuning, with `lora` those of adapters.
 
     Raises ConfigError where the folder is not there, and UserError where its model cannot be held.
     """
+    if asked.base:
+        base = load_base_config(asked.base)
+        return StartingPoint(tuned_defaults(base, asked.base, lora), partial(check_tunable, base), None)
     if asked.init_from:
         shape = read_shape(Path(asked.init_from), "--init-from")
         defaults = imported_defaults(asked, shape.model, asked.init_from)
+        if chat:
+            defaults = for_conversations(defaults, lora)
         return StartingPoint(defaults, partial(check_imported, shape.model), shape)
     if not asked.upcycle:
         return None

@@ -6,11 +6,13 @@ written back unchanged.
 """
 
 import itertools
+import json
 from typing import Any
 
-from moe_jax.data.hf_tokenizers import byte_alphabet
+from moe_jax.data.hf_tokenizers import byte_alphabet, spelling
 from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.interop.chat_template import jinja
 from moe_jax.system.json_text import json_text
 
 _ALPHABET = byte_alphabet()
@@ -48,14 +50,29 @@ def _last_pair(word: str, ranks: dict[str, int]) -> tuple[str, str]:
     return parts[0], parts[1]
 
 
-def tokenizer_files(tokenizer: Tokenizer, context: int) -> dict[str, str]:
-    """Name -> content of the files of a tokenizer. Those of an imported one are the files that it came with."""
+def tokenizer_files(tokenizer: Tokenizer, context: int, chat: bool = False) -> dict[str, str]:
+    """Name -> content of the files of a tokenizer. Those of an imported one are the files that it came with. With
+    `chat`, for a model that is tuned on conversations, the settings have our chat template."""
     definition = tokenizer.to_dict()
     if definition["kind"] == "hf":
-        files = {"tokenizer.json": definition["file"], "tokenizer_config.json": definition["settings"]}
+        settings = definition["settings"]
+        if chat:
+            settings = (
+                json_text(json.loads(settings or "{}") | {"chat_template": jinja(separator_text(tokenizer))}, indent=2)
+                + "\n"
+            )
+        files = {"tokenizer.json": definition["file"], "tokenizer_config.json": settings}
         return {name: content for name, content in files.items() if content}
-    made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context)}
+    made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context, chat)}
     return {name: json_text(content, indent=2) + "\n" for name, content in made.items()}
+
+
+def separator_text(tokenizer: Tokenizer) -> str:
+    """The separator as other programs write it: `<|endoftext|>`, or the token of an imported tokenizer."""
+    definition = tokenizer.to_dict()
+    if definition["kind"] != "hf":
+        return SEPARATOR
+    return spelling(definition["file"], tokenizer.separator_id)
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -93,12 +110,13 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(context: int) -> dict[str, Any]:
-    """The content of tokenizer_config.json."""
+def tokenizer_config(context: int, chat: bool = False) -> dict[str, Any]:
+    """The content of tokenizer_config.json. A model that is tuned on conversations has a chat template."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": SEPARATOR,
         "eos_token": SEPARATOR,
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
+        **({"chat_template": jinja(SEPARATOR)} if chat else {}),
     }

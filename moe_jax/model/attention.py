@@ -12,6 +12,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.model.kernels.causal_attention import attention_weights, causal_attention, masked_softmax
 from moe_jax.model.kernels.matmul import matmul
 from moe_jax.model.layers import Normalisation, apply_rope, matrix_init
+from moe_jax.model.low_rank import LowRank
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 
@@ -45,6 +46,10 @@ class Attention(nnx.Module):
     identity in trained models, and start from there.)
     """
 
+    qkv_lora: LowRank | None = None
+    out_lora: LowRank | None = None
+    """Adapters of the two matrices, in training only (`low_rank.py`)."""
+
     def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
         self.config = config
         width, head_width = config.width, config.head_width
@@ -67,7 +72,9 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T D"], positions: Int[Array, " T"]
     ) -> tuple[Float[Array, "B T H A"], Float[Array, "B T KV A"], Float[Array, "B T KV A"]]:
         """Queries, keys and values."""
-        qkv = matmul(x.reshape(-1, x.shape[-1]), self.qkv[...])
+        rows = x.reshape(-1, x.shape[-1])
+        qkv = matmul(rows, self.qkv[...])
+        qkv = qkv if self.qkv_lora is None else qkv + self.qkv_lora(rows)
         if self.config.bias:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
         query, key, value = self._split(qkv, *x.shape[:2])
@@ -93,7 +100,9 @@ class Attention(nnx.Module):
         return heads[:, :, :queries], heads[:, :, queries : queries + keys], heads[:, :, queries + keys :]
 
     def _output(self, mixed: Float[Array, "B T H A"]) -> Float[Array, "B T D"]:
-        y = matmul(mixed.reshape(-1, self.config.heads * self.config.head_width), self.out[...])
+        rows = mixed.reshape(-1, self.config.heads * self.config.head_width)
+        y = matmul(rows, self.out[...])
+        y = y if self.out_lora is None else y + self.out_lora(rows)
         y = y + self.out_bias[...].astype(y.dtype) if self.config.bias else y
         return y.reshape(*mixed.shape[:2], -1)
 

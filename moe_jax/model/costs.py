@@ -58,6 +58,29 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
     return groups
 
 
+def adapter_parameters(config: RunConfig) -> Count:
+    """Parameters of the low-rank adapters (`model/low_rank.py`); zeros if there are none.
+
+    A matrix of D rows and F columns has R (D + F). Those of the K chosen experts are active.
+    """
+    model, rank = config.model, config.train.lora_rank
+    if not rank:
+        return Count(0, 0, 0)
+    matrices = 3 if model.activation == "swiglu" else 2
+    routed = model.dense == "none"
+    attention = sum(rank * (rows + columns) for rows, columns in attention_shapes(model))
+    hidden = model.expert_hidden if routed else model.dense_hidden
+    expert_rank = max(1, rank // model.routing.top_k) if routed else rank
+    expert = matrices * expert_rank * (model.width + hidden)
+    shared = 0
+    if routed and model.shared_experts:
+        shared = matrices * rank * (model.width + model.shared_experts * hidden)
+    router = model.width * model.experts * config.train.train_router
+    total = attention + (model.experts if routed else 1) * expert + shared + router
+    active = attention + (model.routing.top_k if routed else 1) * expert + shared + router
+    return Count(model.layers * total, model.layers * active, model.layers * active)
+
+
 def attention_shapes(config: ModelConfig) -> list[tuple[int, int]]:
     """The shapes of the two matrices of an attention layer: qkv and out."""
     c = config
@@ -120,10 +143,14 @@ def training_flops(config: RunConfig, steps: int) -> int:
     """Floating-point operations of training: 6 x active matmul parameters x tokens, plus the matrix products of Muon.
 
     Matmul parameters are attention, router, K experts, shared experts (or the dense network) and head. Lookups, norms,
-    biases and attention scores are not counted.
+    biases and attention scores are not counted. With adapters, the model's own matrices have no gradient: 4 operations
+    for each of their entries, and 6 for those of the adapters.
     """
     train = config.train
     tokens = steps * train.batch_size * train.grad_accum * config.model.seq_len
+    if train.lora_rank:
+        whole, added = totals(count_parameters(config.model)).multiplied, adapter_parameters(config).multiplied
+        return (4 * whole + 6 * added) * tokens
     own = muon_flops(config.model, train.muon_router) if train.optimizer == "muon" else 0
     return 6 * totals(count_parameters(config.model)).multiplied * tokens + own * steps
 

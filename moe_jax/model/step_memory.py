@@ -2,7 +2,7 @@
 
 from moe_jax.config import OptimizerKind, RunConfig
 from moe_jax.config.presets import with_vocabulary
-from moe_jax.model.costs import count_parameters, totals
+from moe_jax.model.costs import adapter_parameters, count_parameters, totals
 from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, kept_scores
 
 _STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-8bit": 2, "adafactor": 0, "muon": 4}
@@ -12,15 +12,20 @@ _STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-
 def least_step_bytes(config: RunConfig) -> int:
     """Bytes that are in memory at once in a training step, whatever the compiler does.
 
-    Parameters, gradients and optimizer state; the residual stream of each layer; and the attention weights. Up to 1,024
-    positions the backward pass keeps those of each layer, or with remat those of one layer: batch x heads x T^2 / 2.
-    For longer sequences it computes them again, a block at a time: batch x heads x 128 x T.
+    Parameters, and gradients and optimizer state of what is trained; the residual stream of each layer; and the
+    attention weights. Up to 1,024 positions the backward pass keeps those of each layer, or with remat those of one
+    layer: batch x heads x T^2 / 2. For longer sequences it computes them again, a block at a time: batch x heads x
+    128 x T.
     """
     config = with_vocabulary(config)
     model, train = config.model, config.train
     weight = 2 if train.param_dtype == "bfloat16" else 4
     number = 4 if config.execution.compute_dtype == "float32" else 2
-    parameters = totals(count_parameters(model)).total * (2 * weight + _STATE_BYTES[train.optimizer])
+    whole, state = totals(count_parameters(model)).total, _STATE_BYTES[train.optimizer]
+    if train.lora_rank:  # the model's own weights have neither gradient nor state; adapters are float32
+        parameters = whole * weight + adapter_parameters(config).total * (2 * 4 + state)
+    else:
+        parameters = whole * (2 * weight + state)
     tokens = train.batch_size * model.seq_len
     residual = model.layers * tokens * model.width * number
     layers = 1 if config.execution.remat or model.seq_len > LONGEST_KEPT else model.layers

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
+from moe_jax.model.low_rank import Adapters, LoraShape, adapters_in, add_adapters
 from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
 from moe_jax.model.precision import at_least_float32, dot_precision, to_param_dtype
 from moe_jax.system.random_keys import fold_each, sequence_keys, split_each
@@ -200,3 +201,17 @@ def abstract_model(
     model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe))
     graphdef, shapes = split(model)
     return graphdef, jax.eval_shape(lambda params: to_param_dtype(params, param_dtype), shapes)
+
+
+def abstract_adapted(
+    config: ModelConfig, lora: LoraShape, compute: str = "float32", remat: bool = False, moe: type[MoE] = MoE
+) -> tuple[nnx.GraphDef, Adapters]:
+    """The static definition of a model with adapters, and the shapes of the adapters. Allocates nothing."""
+
+    def make() -> Transformer:
+        model = create(config, jax.random.key(0), jnp.dtype(compute), remat, moe)
+        add_adapters(model, lora)
+        return model
+
+    graphdef, shapes = split(nnx.eval_shape(make))
+    return graphdef, adapters_in(shapes)

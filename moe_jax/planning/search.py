@@ -5,7 +5,7 @@ decoding. The precision is the one that a run would choose for the card.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,6 @@ from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.transformer import Params
 from moe_jax.planning.device_memory import MIB, Bound, Target, bound
 from moe_jax.training.evaluate import EVALUATION_ROWS
-from moe_jax.training.optimizers.factory import state_bytes
 from moe_jax.training.programs import Programs
 from moe_jax.training.state import initial_params
 
@@ -71,13 +70,12 @@ def candidates(config: RunConfig, every_optimizer: bool) -> Iterator[RunConfig]:
 def plan_step(config: RunConfig, target: Target) -> Row:
     """Compile the training step of a configuration for the target."""
     programs = Programs.of(config, target)
-    train = config.train
-    tokens = jax.ShapeDtypeStruct((train.grad_accum, train.batch_size, config.model.seq_len + 1), jnp.int32)
-    step = bound(target, programs.step, programs.state_shapes, tokens)
+    batch = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
+    step = bound(target, programs.step, programs.state_shapes, batch)
     return Row(
         config,
         programs.policy.compute,
-        state_bytes(programs.optimizer, programs.param_shapes),
+        _size(programs.state_shapes.optimizer) * MIB / totals(count_parameters(config.model)).total,
         _size(programs.param_shapes) * MIB / totals(count_parameters(config.model)).total,
         step,
         step.fits(target),
@@ -120,6 +118,7 @@ class Verdict(NamedTuple):
             "grad_accum": train.grad_accum,
             "remat": self.row.config.execution.remat,
             "optimizer": train.optimizer,
+            "lora_rank": train.lora_rank,
         }
 
 
@@ -132,10 +131,14 @@ def verdict(rows: list[Row], target: Target) -> Verdict:
 
 
 def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:
-    """MiB of each program that runs between training steps, including the optimizer state, which stays in memory."""
+    """MiB of each program that runs between training steps, including what stays in memory: the optimizer state and,
+    while it works on the merged weights, the weights with their adapters."""
     programs = Programs.of(config, target)
     params, seq_len = programs.param_shapes, config.model.seq_len
-    waiting = _size(programs.state_shapes.optimizer)
+    state_shapes = programs.state_shapes
+    waiting = _size(state_shapes.optimizer)
+    if state_shapes.adapters is not None:
+        waiting += _size(state_shapes.params) + _size(state_shapes.adapters)
     e = next(evaluation_windows(np.zeros(2, np.int32), seq_len=seq_len, batch_size=EVALUATION_ROWS))
     decoder = programs.decoder()
     prompt = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
@@ -150,12 +153,30 @@ def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:
     return {name: b.total + waiting for name, b in found.items()}
 
 
+def with_adapters(config: RunConfig, rank: int) -> RunConfig:
+    """The settings of a fine-tuning by adapters of this model: AdamW for the adapters, on conversations."""
+    train = dataclasses.replace(config.train, lora_rank=rank, optimizer="adamw", muon_router=False)
+    return dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, format="chat"))
+
+
+def largest_that_fits(configs: Iterable[RunConfig], target: Target) -> Verdict | None:
+    """The plan of the largest model of which a setting fits the target. None if none fits. The largest is tried first,
+    and nothing smaller is compiled."""
+    by_size = sorted(configs, key=lambda c: totals(count_parameters(c.model)).total, reverse=True)
+    for config in by_size:
+        found = verdict(list(search(config, target)), target)
+        if found.fits:
+            return found
+    return None
+
+
 def measured_peak(config: RunConfig) -> float:
     """Peak memory of the first device in MiB, until the end of the second training step."""
     device = jax.devices()[0]
     programs = Programs.of(config, device)
     state = programs.state(initial_params(config, jax.random.key(config.train.seed)))
-    tokens = np.zeros((config.train.grad_accum, config.train.batch_size, config.model.seq_len + 1), np.int32)
+    shapes = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
+    tokens = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
     for _ in range(2):
         state, _ = programs.step(state, tokens)
     jax.block_until_ready(state)

@@ -29,7 +29,7 @@ from moe_jax.system.folders import Folder
 
 WEIGHTS = "weights.safetensors"
 ARRAYS = "arrays"
-PARAMS = "params."
+PARAMS, ADAPTERS = "params.", "adapters."
 _MAX_METADATA_BYTES = 2**16
 """Largest zarr metadata of one array. Orbax writes 150 bytes."""
 
@@ -157,8 +157,11 @@ def without_traces() -> Iterator[None]:
 
 
 def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
-    """Write the parameters as safetensors. The file gets the permissions that the umask gives to any new file."""
-    weights = {n.removeprefix(PARAMS): np.asarray(x) for n, x in leaves.items() if n.startswith(PARAMS)}
+    """Write the parameters as safetensors; adapters too, with `adapters.` before their names.
+
+    The file gets the permissions that the umask gives to any new file.
+    """
+    weights = {n.removeprefix(PARAMS): np.asarray(x) for n, x in leaves.items() if n.startswith((PARAMS, ADAPTERS))}
     path = folder / WEIGHTS
     with path.open("xb") as file:
         usual = os.fstat(file.fileno()).st_mode & 0o777

@@ -157,6 +157,8 @@ def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> Findi
     except UserError as error:
         cause = str(error)
     saved = _saved_config(newest)
+    if repair and saved is not None and saved.base:
+        return _tokenizer_of_base(run, saved.base, expected, cause)
     if repair and saved is not None and saved.data.tokenizer != "hf":  # that one cannot be made from the data
         anew = prepare_token_store(saved.data).tokenizer
         if anew.digest == expected:
@@ -164,6 +166,19 @@ def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> Findi
             return Finding(name, "repaired", "made again from the data, and equal to the original")
         cause += "; a tokenizer made again from the data differs too"
     return Finding(name, "damaged", cause)
+
+
+def _tokenizer_of_base(run: RunFolder, base: str, expected: str | None, cause: str) -> Finding:
+    """Take the tokenizer of a tuned run from the run that it was tuned from."""
+    name = run.tokenizer.name
+    try:
+        there = load_tokenizer(Path(base) / name)
+    except UserError as error:
+        return Finding(name, "damaged", f"{cause}; the run that it was tuned from has none either ({error})")
+    if there.digest != expected:
+        return Finding(name, "damaged", f"{cause}; that of {base} differs too")
+    run.save_tokenizer(there)
+    return Finding(name, "repaired", f"copied from {base}, where the run was tuned from")
 
 
 def _metrics(run: RunFolder, newest: Checkpoint | None, repair: bool) -> Finding:

@@ -10,12 +10,25 @@ from flax import nnx
 from moe_jax.config import RunConfig, UserError, load_config
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.model.low_rank import LoraShape, merged
 from moe_jax.model.precision import Policy, choose_policy
-from moe_jax.model.transformer import Params, abstract_model
+from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.identity import best_of_run, check_same_model, check_same_run, load_run_tokenizer, saved_config
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.folders import Folder
+
+
+def restore_weights(checkpoint: Checkpoint, config: RunConfig, shapes: Params) -> Params:
+    """The parameters of a checkpoint, with the shapes of the plain model. Adapters are merged into them.
+
+    Raises the errors of `restore`.
+    """
+    lora = LoraShape.of(config.train)
+    if lora is None:
+        return restore(checkpoint, {"params": shapes})["params"]
+    found = restore(checkpoint, {"params": shapes, "adapters": abstract_adapted(config.model, lora)[1]})
+    return merged(found["params"], found["adapters"], lora.scale)
 
 
 class ValidationText(NamedTuple):
@@ -38,6 +51,7 @@ class LoadedRun:
     graphdef: nnx.GraphDef
     """The model's static definition: `moe_jax.model.transformer.merge(graphdef, params)` is the model."""
     params: Params
+    """Adapters of the run, if it has any, are merged into them."""
 
     def validation_text(self, progress: bool = True) -> ValidationText:
         """The run's validation text, and whether it is still the text of the run. Raises ConfigError or UserError if
@@ -96,5 +110,5 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
         )
     policy = choose_policy(asked)
     graphdef, shapes = abstract_model(config.model, policy.compute, config.train.param_dtype, config.execution.remat)
-    params = restore(checkpoint, {"params": shapes})["params"]
+    params = restore_weights(checkpoint, config, shapes)
     return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, params)

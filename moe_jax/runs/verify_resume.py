@@ -72,6 +72,7 @@ def short_flags(config: RunConfig) -> list[str]:
         upcycle=config.upcycle if config.data.tokenizer == "hf" else "",
         tensorboard=False,
         wandb=False,
+        trackio=False,
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
         train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
     )

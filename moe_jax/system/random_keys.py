@@ -24,6 +24,8 @@ class Purpose(IntEnum):
     """Stochastic rounding of 8-bit moments."""
     ROUND_WEIGHTS = 4
     """Stochastic rounding of bfloat16 parameters."""
+    ADAPTERS = 5
+    """Initial values of low-rank adapters."""
 
 
 def purpose_key(seed: int, purpose: Purpose, step: int | Int[Array, ""] | None = None) -> Key[Array, ""]:

@@ -27,6 +27,8 @@ def advice(config: RunConfig, store: TokenStore) -> list[str]:
             f"{USEFUL_PASSES} teach less and less. --steps {fewer} reads it {USEFUL_PASSES} times; "
             "--train.patience 3 stops when validation stops improving"
         )
+    if config.base:  # it has learned from another text before
+        return said
     parameters = totals(count_parameters(config.model))
     if parameters.total > size and config.preset != "nano":
         said.append(

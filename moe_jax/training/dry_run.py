@@ -10,10 +10,11 @@ from rich.table import Table
 from moe_jax.config import SECTIONS, RunConfig
 from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
+from moe_jax.model.low_rank import LoraShape
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.step_memory import least_step_bytes
-from moe_jax.model.transformer import abstract_model
+from moe_jax.model.transformer import abstract_adapted, abstract_model
 from moe_jax.system import timing
 from moe_jax.system.rich_console import Console
 from moe_jax.training.optimizers.factory import make_optimizer, state_bytes
@@ -99,11 +100,26 @@ def _memory(config: RunConfig, policy: Policy) -> str:
     weights = sum(math.prod(p.shape) * p.dtype.itemsize for p in leaves) / MIB
     state = state_bytes(make_optimizer(train), shapes) * sum(math.prod(p.shape) for p in leaves) / MIB
     accumulated = " (a second copy while they accumulate)" if train.grad_accum > 1 else ""
+    if train.lora_rank:
+        adapters = adapter_parameters(config).total
+        state = state_bytes(make_optimizer(train), abstract_adapters(config)) * adapters / MIB
+        return (
+            f"weights {weights:,.0f} MiB; adapters {4 * adapters / MIB:,.1f} MiB, their gradients as much"
+            f"{accumulated}, state of {train.optimizer} {state:,.1f} MiB; with activations a training step needs at "
+            f"least {least_step_bytes(config) / MIB:,.0f} MiB; `moe-jax plan --lora RANK` computes it for a card"
+        )
     return (
         f"weights {weights:,.0f} MiB, gradients {weights:,.0f} MiB{accumulated}, state of {train.optimizer} "
         f"{state:,.0f} MiB: {2 * weights + state:,.0f} MiB in total; with activations a training step needs at least "
         f"{least_step_bytes(config) / MIB:,.0f} MiB; `moe-jax plan` computes the memory of the whole step for a card"
     )
+
+
+def abstract_adapters(config: RunConfig) -> Any:
+    """The shapes of the adapters of a configuration that has some."""
+    lora = LoraShape.of(config.train)
+    assert lora is not None
+    return abstract_adapted(config.model, lora)[1]
 
 
 def _work(config: RunConfig) -> str:

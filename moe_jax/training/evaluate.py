@@ -33,8 +33,9 @@ class Evaluation:
     drop_fraction: float
     """Share of (token, choice) pairs without a slot, mean over the scored rows. 0 without an evaluation capacity."""
     tokens: int
-    """Predicted tokens."""
+    """Predicted tokens. Of conversations, those of the answers only."""
     bytes: int
+    """UTF-8 bytes of the documents. Of conversations, those of the answers only."""
 
 
 type EvaluationStep = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[Array, Array]]
@@ -65,13 +66,16 @@ def evaluate(
     *,
     seq_len: int,
     token_bytes: np.ndarray,
+    answers: np.ndarray | None = None,
     progress: Callable[[int], AbstractContextManager[Callable[[], None]]] | None = None,
 ) -> Evaluation:
     """Score a stream `separator, document, separator, ..., separator`, window by window (`evaluation_windows`).
 
+    With `answers`, bool [N], only the tokens that are true there are scored. The loss is 0 if there is none.
+
     `progress` gets the number of batches, and gives what to call after each (`system.console.step_progress`).
     """
-    batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS))
+    batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS, answers=answers))
     results = []
     with progress(len(batches)) if progress else nullcontext() as advance:
         for batch in batches:
@@ -80,8 +84,8 @@ def evaluate(
                 jax.block_until_ready(results[-1])
                 advance()
     nats = math.fsum(float(n) for n, _ in results)
-    size = text_bytes(tokens, token_bytes)
-    count = len(tokens) - 1
+    size = text_bytes(tokens if answers is None else tokens[answers], token_bytes)
+    count = len(tokens) - 1 if answers is None else int(answers[1:].sum())
     rows = sum(int(batch.weights.any(1).sum()) for batch in batches)
-    dropped = math.fsum(float(d) for _, d in results) / rows
-    return Evaluation(nats / count, nats / math.log(2) / size, dropped, count, size)
+    dropped = math.fsum(float(d) for _, d in results) / max(rows, 1)
+    return Evaluation(nats / max(count, 1), nats / math.log(2) / max(size, 1), dropped, count, size)

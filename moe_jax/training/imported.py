@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,23 +16,12 @@ from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.starting_point import starting_point
-from moe_jax.model.transformer import Params
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.programs import Programs
+from moe_jax.training.start import Start
 
 ROUTER_SCALE = 0.1
 """Standard deviation of a new router's logits for an input of norm sqrt(D), as in `model/moe/layer.py`."""
-
-
-class Start(NamedTuple):
-    """What a run starts with that does not start from noise."""
-
-    params: Params
-    origin: dict[str, Any]
-    """The record of it in config.json and in the checkpoints. `training_flops` is what it took to train, None if that
-    is not known."""
-    note: str
-    """One line for the user."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,27 @@
-"""Where training writes its numbers: always to metrics.jsonl, and to TensorBoard and Weights & Biases on request."""
+"""Where training writes its numbers: always to metrics.jsonl, and to the trackers that are on."""
 
 import dataclasses
 import os
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from moe_jax.config import RunConfig
+from moe_jax.config import SECTIONS, RunConfig
 from moe_jax.runs import metrics
 from moe_jax.system.folders import Folder
 from moe_jax.system.json_text import json_text
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl, and copies their numbers to TensorBoard and Weights & Biases if they are on."""
+    """Appends records to metrics.jsonl, and copies their numbers to the trackers that are on."""
 
     def __init__(self, run: Folder, config: RunConfig) -> None:
         self._guard = run.guard
         self._file = run.append(metrics.NAME)
         self._tensorboard = _tensorboard(run) if config.tensorboard else None
-        self._wandb = _wandb(run, config) if config.wandb else None
+        self._trackers = [
+            start(run, config) for on, start in ((config.wandb, _wandb), (config.trackio, _trackio)) if on
+        ]
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
@@ -30,8 +34,8 @@ class MetricsLog:
                 self._tensorboard.add_scalar(f"{record['split']}/{name}", value, record["step"])
             for layer, load in enumerate(record.get("load", [])):
                 add_load(self._tensorboard, f"load/layer_{layer}", load, record["step"])
-        if self._wandb is not None:
-            self._wandb.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+        for tracker in self._trackers:
+            tracker.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
 
     def sync(self) -> None:
         """Wait until all records are on the disk. After a power loss, no checkpoint is then newer than its records."""
@@ -41,8 +45,8 @@ class MetricsLog:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for tracker in self._trackers:
+            tracker.finish()
 
 
 def add_load(writer: Any, name: str, load: list[float], step: int) -> None:
@@ -72,6 +76,28 @@ def _wandb(run: Folder, config: RunConfig) -> Any:
 
     run.make("wandb")
     folder = run.path
-    # One id for each folder, so that a resumed run continues its curves.
-    name = f"{folder.name}-{folder.stat().st_ino}"
+    name = _name(folder)
     return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=dataclasses.asdict(config))
+
+
+def _trackio(run: Folder, config: RunConfig) -> Any:
+    """A run in trackio's own database on this machine: its folder is TRACKIO_DIR, or else in the user's cache."""
+    import trackio  # pyright: ignore[reportMissingImports]  # the command line has looked for it
+
+    settings = dict(_settings(config))
+    return trackio.init(project="moe-jax", name=_name(run.path), resume="allow", config=settings, embed=False)
+
+
+def _settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """(section.name, value) of every setting."""
+    for section in ("", *SECTIONS):
+        owner = config.section(section)
+        for f in dataclasses.fields(owner):
+            value = getattr(owner, f.name)
+            if not dataclasses.is_dataclass(value):
+                yield f"{section}.{f.name}".lstrip("."), value
+
+
+def _name(folder: Path) -> str:
+    """One name for each folder, so that a resumed run continues its curves."""
+    return f"{folder.name}-{folder.stat().st_ino}"

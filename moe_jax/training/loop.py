@@ -8,8 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 from moe_jax.config import UserError
-from moe_jax.runs.checkpoint import restore
 from moe_jax.runs.identity import best_of_run
+from moe_jax.runs.load import restore_weights
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.logging import MetricsLog
 from moe_jax.training.session import Session
@@ -85,7 +85,7 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
     with signals.interruptible():
         scored = session.score(session.data.subset())
         sample = session.sample(step)
-        trace = session.tracer(session.state.params) if session.tracer else None
+        trace = session.tracer(session.params) if session.tracer else None
     session.folder.add_sample(step, sample)
     if trace is not None:
         session.folder.add_trace(step, trace)
@@ -93,7 +93,7 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
     record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens}
     record |= {"stream": session.data.stream_of(scored)}
     log.write(record | {"wall_seconds": session.progress.elapsed})
-    floor = session.data.baselines.entropy_floor
+    floor = session.data.baselines and session.data.baselines.entropy_floor
     best = "" if floor is None else f" (floor {floor:.3f})"
     terminal.say(
         f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
@@ -110,10 +110,10 @@ def finish(session: Session) -> dict[str, Any]:
     best = best_of_run(session.folder.path)
     if best is None:
         raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; look after the disk")
-    params = session.state.params
+    params = session.params
     if best.step != int(session.state.step):
-        params = restore(best, {"params": params})["params"]
-    scored = session.score(session.data.store.valid.tokens, params)
+        params = restore_weights(best, session.config, session.programs.param_shapes)
+    scored = session.score(session.data.whole(), params)
     result = summary(session, scored, best.step, best.val_loss, whole_stream=True)
     session.folder.write_summary(result)
     return result

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import TrainConfig
+from moe_jax.data.batches import MaskedBatch
 from moe_jax.model.kernels.cross_entropy import Implementation, mean_cross_entropy
 from moe_jax.model.moe.layer import LayerTrace, Mode, RouterStats
 from moe_jax.model.transformer import Transformer
@@ -16,13 +17,15 @@ class Metrics(NamedTuple):
     """The metrics of a training step. `loss` never includes the auxiliary losses."""
 
     loss: Float[Array, ""]
-    """Mean cross-entropy, nats per predicted token."""
+    """Mean cross-entropy, nats per predicted token. Of conversations, nats per token of the answers; 0 without any."""
     balance_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     drop_fraction: Float[Array, ""]
     load: Float[Array, "L E"]
     trace: LayerTrace | None = None
     """Every decision of the routers, with leading axes M (micro-batches) and L. None unless the step is traced."""
+    answers: Float[Array, ""] | None = None
+    """Tokens of the answers in a micro-batch (the mean over the micro-batches of a step). None for plain text."""
 
 
 def auxiliary(
@@ -43,7 +46,7 @@ def auxiliary(
 
 def training_loss(
     model: Transformer,
-    tokens: Int[Array, "B T_plus_1"],
+    tokens: Int[Array, "B T_plus_1"] | MaskedBatch,
     key: Key[Array, "..."] | None,
     config: TrainConfig,
     trace: bool = False,
@@ -57,11 +60,19 @@ def training_loss(
 
     `loss_scale` is the factor by which the caller multiplies the loss (see `mean_cross_entropy`). The loss that is
     returned is not multiplied.
+
+    With a `MaskedBatch` (here tokens `[B, T+1]` and weights `[B, T]`) the cross-entropy is the weighted sum.
     """
+    weights = answers = None
+    if isinstance(tokens, MaskedBatch):
+        tokens, weights = jnp.asarray(tokens.tokens), jnp.asarray(tokens.weights).reshape(-1)
+        answers = (weights > 0).sum().astype(weights.dtype)
     hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, key, trace)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     with jax.named_scope("head"):
-        loss = mean_cross_entropy(hidden, model.head_matrix(), tokens[:, 1:].reshape(-1), implementation, loss_scale)
+        targets = tokens[:, 1:].reshape(-1)
+        loss = mean_cross_entropy(hidden, model.head_matrix(), targets, implementation, loss_scale, weights)
     aux_loss_coef = config.aux_loss_coef if model.config.routing.balancing == "loss" else 0.0
     extra, reported = auxiliary(stats, aux_loss_coef, config.z_loss_coef, loss.dtype)
-    return loss + extra, Metrics(loss, *reported, trace=None if stats is None else stats.trace)
+    trace_of = None if stats is None else stats.trace
+    return loss + extra, Metrics(loss, *reported, trace=trace_of, answers=answers)

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import TrainConfig
+from moe_jax.data.batches import MaskedBatch
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.system.folders import Folder
 from moe_jax.system.json_text import json_text
@@ -35,23 +36,36 @@ def nonfinite_leaves(tree: Any) -> list[str]:
 
 
 def diagnose(
-    run: Folder, graphdef: nnx.GraphDef, config: TrainConfig, state: TrainState, batch: np.ndarray, step: int
+    run: Folder,
+    graphdef: nnx.GraphDef,
+    config: TrainConfig,
+    state: TrainState,
+    batch: np.ndarray | MaskedBatch,
+    step: int,
 ) -> tuple[Path, str]:
     """Write the batch of a bad step as .npy, and the names of the arrays that are not finite as JSON, into `faults/`.
+
+    Of a batch of conversations only the tokens are written, not the weights.
 
     Returns the path of the JSON file, and the name of the first array that is not finite: a parameter, else an array of
     the optimizer's state, else a gradient. Gradients are recomputed if all parameters are finite.
     """
-    bad = {"params": nonfinite_leaves(state.params), "optimizer": nonfinite_leaves(state.optimizer), "gradients": []}
+    bad = {
+        "params": nonfinite_leaves(state.params) + nonfinite_leaves(state.adapters),
+        "optimizer": nonfinite_leaves(state.optimizer),
+        "gradients": [],
+    }
     if not bad["params"]:
         key = purpose_key(config.seed, Purpose.DROPOUT, jnp.int32(step - 1))
-        gradient = jax.jit(lambda p, b: gradients(graphdef, p, b, key, state.loss_scale.scale, config))
-        bad["gradients"] = nonfinite_leaves(gradient(state.params, batch)[0])
+        scale = state.loss_scale.scale
+        gradient = jax.jit(lambda p, frozen, b: gradients(graphdef, p, b, key, scale, config, frozen=frozen))
+        bad["gradients"] = nonfinite_leaves(gradient(state.trained, state.frozen, batch)[0])
     first = next(
         (f"{kind}.{names[0]}" for kind, names in bad.items() if names), "none of parameters, optimizer and gradients"
     )
     name, array = f"faults/{step_name(step)}", io.BytesIO()
-    np.save(array, batch, allow_pickle=False)
+    tokens = batch.tokens if isinstance(batch, MaskedBatch) else batch
+    np.save(array, tokens, allow_pickle=False)
     run.make("faults")
     run.write(f"{name}.npy", array.getvalue())
     document = {"step": step, "first": first, "not_finite": bad, "skipped": int(state.skipped)}

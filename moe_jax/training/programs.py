@@ -14,11 +14,13 @@ import optax
 from flax import nnx
 
 from moe_jax.config import RunConfig
+from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.decode import Decoder
 from moe_jax.model.kernels import cross_entropy
+from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Policy, choose_policy
-from moe_jax.model.transformer import Params, abstract_model
+from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
 from moe_jax.training.loss import training_loss
@@ -38,6 +40,11 @@ class Programs:
     """Shapes and dtypes of the parameters, as they are stored."""
     optimizer: optax.GradientTransformationExtraArgs
     loss: cross_entropy.Implementation
+    lora: LoraShape | None
+    """The size of the adapters, if only adapters are trained."""
+    training_graphdef: nnx.GraphDef
+    """The definition of the model that is trained: with adapters, if there are any."""
+    adapter_shapes: Adapters | None
 
     @classmethod
     def of(
@@ -56,7 +63,10 @@ class Programs:
         graphdef, shapes = abstract_model(
             config.model, policy.compute, config.train.param_dtype, config.execution.remat, moe
         )
-        return cls(config, policy, graphdef, shapes, make_optimizer(config.train), loss)
+        lora, training, adapters = LoraShape.of(config.train), graphdef, None
+        if lora is not None:
+            training, adapters = abstract_adapted(config.model, lora, policy.compute, config.execution.remat, moe)
+        return cls(config, policy, graphdef, shapes, make_optimizer(config.train), loss, lora, training, adapters)
 
     @cached_property
     def state_shapes(self) -> TrainState:
@@ -69,13 +79,22 @@ class Programs:
 
     def state(self, params: Params) -> TrainState:
         """The state of training before the first step."""
-        return initial_state(params, self.optimizer, self.policy.loss_scaling)
+        adapters = None
+        if self.adapter_shapes is not None:
+            adapters = initial_adapters(self.adapter_shapes, purpose_key(self.config.train.seed, Purpose.ADAPTERS))
+        return initial_state(params, self.optimizer, self.policy.loss_scaling, adapters)
+
+    def weights(self, state: TrainState) -> Params:
+        """The parameters of the plain model, for evaluation and decoding: adapters are merged into them."""
+        if state.adapters is None or self.lora is None:
+            return state.params
+        return merged(state.params, state.adapters, self.lora.scale)
 
     @cached_property
     def step(self) -> Step:
         """(state, batch int32 [M, B, T+1]) -> (state, report). The new state reuses the memory of the given state."""
         loss = partial(training_loss, implementation=self.loss)
-        return make_step(self.graphdef, self.optimizer, self.config.train, self.policy.loss_scaling, loss=loss)
+        return make_step(self.training_graphdef, self.optimizer, self.config.train, self.policy.loss_scaling, loss=loss)
 
     @cached_property
     def evaluation(self) -> EvaluationStep:
@@ -89,6 +108,13 @@ class Programs:
 
     def compiled_step(self, batch_size: int, micro_batches: int = 1) -> Any:
         """The step, compiled for micro-batches of `batch_size` sequences, but not run."""
-        shape = (micro_batches, batch_size, self.config.model.seq_len + 1)
         lower = self.step.lower  # pyright: ignore[reportFunctionMemberAccess]
-        return lower(self.state_shapes, jax.ShapeDtypeStruct(shape, jnp.int32)).compile()
+        return lower(self.state_shapes, self.batch_shapes(batch_size, micro_batches)).compile()
+
+    def batch_shapes(self, batch_size: int, micro_batches: int = 1) -> Any:
+        """The shapes of a batch of the step: tokens, and weights if the data are conversations."""
+        rows, length = (micro_batches, batch_size), self.config.model.seq_len
+        tokens = jax.ShapeDtypeStruct((*rows, length + 1), jnp.int32)
+        if self.config.data.format == "text":
+            return tokens
+        return MaskedBatch(tokens, jax.ShapeDtypeStruct((*rows, length), jnp.float32))  # pyright: ignore[reportArgumentType]

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from moe_jax.config import ModelConfig, TrainConfig
+from moe_jax.config import ModelConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import Split
-from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
 from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.system.rich_console import Console
 from moe_jax.system.terminal_text import say
@@ -27,16 +27,22 @@ def print_run_header(session: Session, notes: list[str]) -> None:
         "run": f"{session.folder.path} (preset {config.preset})",
         "data": f"{store.source}: {_split_line(store.train)} to train on; {_split_line(store.valid)} to validate",
         "tokenizer": f"{store.tokenizer.kind}, {store.tokenizer.vocab_size:,} entries, "
-        f"{store.valid.bytes / (len(store.valid.tokens) - 1):.2f} bytes a token",
+        f"{store.valid.target_bytes / store.valid.targets:.2f} bytes a token",
         "model": _model_line(config.model),
         "parameters": _parameter_line(config.model),
+        **({"adapters": _adapter_line(config)} if config.train.lora_rank else {}),
         "precision": str(session.programs.policy),
         "memory": _memory_line(session),
         "plan": _plan_line(config.train, session.data.tokens_per_step, len(store.train.tokens)),
         "arithmetic": f"{training_flops(config, config.train.steps):.2e} floating-point operations: "
-        "6 x active matmul parameters x tokens" + (", and Muon's own products" if muon else ""),
+        + ("4 x active matmul parameters x tokens, and 6 x those of the adapters" if config.train.lora_rank else "")
+        + ("" if config.train.lora_rank else "6 x active matmul parameters x tokens")
+        + (", and Muon's own products" if muon else ""),
     }
-    rows["to compare"] = session.data.baselines.describe()
+    if session.data.baselines:
+        rows["to compare"] = session.data.baselines.describe()
+    if store.valid.answers is not None:
+        rows["loss"] = f"on the answers only, {store.train.targets:,} of the training tokens"
     if said := advice(config, store):
         rows["advice"] = "\n".join(said)
     table = Table.grid(padding=(0, 2))
@@ -69,12 +75,28 @@ def _parameter_line(m: ModelConfig) -> str:
     return f"{total.total:,} in all, {total.active:,} active for a token ({total.active / total.total:.0%}): {parts}"
 
 
+def _adapter_line(config: RunConfig) -> str:
+    train, model = config.train, config.model
+    count, whole = adapter_parameters(config).total, totals(count_parameters(model)).total
+    experts = f", {max(1, train.lora_rank // model.routing.top_k)} on each expert" if model.dense == "none" else ""
+    routers = "trained" if train.train_router else "not trained"
+    return (
+        f"{count:,} parameters ({count / whole:.1%} of the model), the only ones that are trained: rank "
+        f"{train.lora_rank} on attention{experts}, times {train.lora_scale:g}; routers {routers}"
+    )
+
+
 def _memory_line(session: Session) -> str:
     params = jax.tree.leaves(session.state.params)
     weights = sum(p.size * p.dtype.itemsize for p in params) / sum(p.size for p in params)
-    state = state_bytes(session.programs.optimizer, session.state.params)
+    state = state_bytes(session.programs.optimizer, session.state.trained)
     kind = session.config.train.optimizer
     least = least_step_bytes(session.config) / 2**20
+    if session.state.adapters is not None:
+        return (
+            f"at least {least:,.0f} MiB in a training step; {weights:.2f} bytes a parameter. Only the adapters have a "
+            f"gradient, 4 bytes for each of their parameters, and {state:.2f} for the state of {kind}"
+        )
     return (
         f"at least {least:,.0f} MiB in a training step; {weights:.2f} bytes a parameter, as many for its gradient, and "
         f"{state:.2f} for the state of {kind}"
@@ -96,7 +118,9 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
     """Print the result of a run: its score, its folder, and the command that generates text."""
     floor, names = result["entropy_floor_bits_per_byte"], ("unigram", "trigram", "kneser_ney_5gram")
     unigram, trigram, five = (result[f"{name}_bits_per_byte"] for name in names)
-    if floor is None:
+    if unigram is None:
+        compared = ", on the answers only"
+    elif floor is None:
         compared = f" (word unigram {unigram:.4f}, trigram {trigram:.4f}, 5-gram {five:.4f})"
     else:
         compared = (
@@ -116,7 +140,8 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
         f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in "
         f"{session.folder.path}",
     ]
-    if result["val_bits_per_byte"] > unigram:
+    if unigram is not None and result["val_bits_per_byte"] > unigram:
         lines.append("this is worse than counting words (the unigram): train longer, with --resume and more --steps")
     say(*lines)
-    print(f"next: uv run python -m moe_jax generate --run {shlex.quote(str(session.folder.path))} --prompt {prompt}")
+    command, rest = ("generate", f" --prompt {prompt}") if unigram is not None else ("chat", "")
+    print(f"next: uv run python -m moe_jax {command} --run {shlex.quote(str(session.folder.path))}{rest}")

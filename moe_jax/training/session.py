@@ -18,11 +18,14 @@ import numpy as np
 
 from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
-from moe_jax.data.batches import train_batch, validation_subset
+from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
+from moe_jax.data.chat_rows import Message
+from moe_jax.data.chats import answer_prompt, first_question
 from moe_jax.data.opening import opening_words
-from moe_jax.data.token_store import TokenStore, prepare_token_store
+from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
+from moe_jax.model.transformer import Params
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
 from moe_jax.runs.folder import RunFolder, RunLock
 from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer, new_run_id, saved_config
@@ -35,6 +38,8 @@ from moe_jax.training.imported import ImportSource
 from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
 from moe_jax.training.routing_snapshot import Tracer, make_tracer
+from moe_jax.training.sft import TuningSource
+from moe_jax.training.start import Source
 from moe_jax.training.state import TrainState
 from moe_jax.training.upcycle import UpcycleSource
 
@@ -48,45 +53,62 @@ class SessionData:
 
     config: RunConfig
     store: TokenStore
-    baselines: CorpusBaselines
-    """Scores of simple models on the validation text, to compare with."""
+    baselines: CorpusBaselines | None
+    """Scores of simple models on the validation text, to compare with. None for conversations: only answers are scored,
+    and the simple models would have to be scored on them too."""
 
     @property
     def tokens_per_step(self) -> int:
         train = self.config.train
         return train.batch_size * train.grad_accum * self.config.model.seq_len
 
-    def batch(self, step: int) -> np.ndarray:
-        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps."""
-        c = self.config.train
-        rows = train_batch(
-            self.store.train.tokens,
-            seed=c.seed,
-            step=step,
-            batch_size=c.batch_size * c.grad_accum,
-            seq_len=self.config.model.seq_len,
+    def batch(self, step: int) -> np.ndarray | MaskedBatch:
+        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with
+        weights."""
+        c, split = self.config.train, self.store.train
+        rows = c.batch_size * c.grad_accum
+        where = train_positions(
+            len(split.tokens), seed=c.seed, step=step, batch_size=rows, seq_len=self.config.model.seq_len
         )
-        return rows.reshape(c.grad_accum, c.batch_size, -1)
+        where = where.reshape(c.grad_accum, c.batch_size, -1)
+        tokens = split.tokens[where].astype(np.int32)
+        return tokens if split.answers is None else MaskedBatch.of(tokens, split.answers[where[..., 1:]])
 
     @property
     def opening(self) -> str:
-        """The first words of the validation text. Samples begin with them."""
+        """The first words of the validation text, or its first question. Samples begin with them."""
+        if self.store.valid.answers is not None:
+            return first_question(self.store.tokenizer, self.store.valid.tokens)
         return opening_words(self.store.tokenizer, self.store.valid.tokens)
 
-    def subset(self) -> np.ndarray:
+    def sample_prompt(self) -> list[int]:
+        """The tokens that a sample goes on with."""
+        tokenizer = self.store.tokenizer
+        if self.store.valid.answers is not None:
+            return answer_prompt(tokenizer, [Message("user", self.opening)] if self.opening else [])
+        return [tokenizer.separator_id, *tokenizer.encode(self.opening)]
+
+    def whole(self) -> Stream:
+        """The validation stream."""
+        return self.store.valid.stream
+
+    def subset(self) -> Stream:
         """The fixed part of the validation stream that is scored during training."""
-        separator = self.store.tokenizer.separator_id
-        return validation_subset(self.store.valid.tokens, separator, self.config.data.eval_tokens)
+        whole, separator = self.whole(), self.store.tokenizer.separator_id
+        tokens = validation_subset(whole.tokens, separator, self.config.data.eval_tokens)
+        return Stream(tokens, None if whole.answers is None else whole.answers[: len(tokens)])
 
     def stream_of(self, scored: Evaluation) -> str:
         """The name of the stream of a score: "whole", or "subset" if it is a part of the validation stream."""
-        return "whole" if scored.tokens == len(self.store.valid.tokens) - 1 else "subset"
+        return "whole" if scored.tokens == self.store.valid.targets else "subset"
 
     def describe_stream(self, scored: Evaluation) -> str:
         """The stream of a score, in words for a reader. Losses of different streams cannot be compared."""
+        split = self.store.valid
+        what = "tokens" if split.answers is None else "answer tokens"
         if self.stream_of(scored) == "whole":
-            return f"the whole validation stream, {scored.tokens:,} tokens"
-        return f"the first {scored.tokens:,} of {len(self.store.valid.tokens) - 1:,} validation tokens"
+            return f"the whole validation stream, {scored.tokens:,} {what}"
+        return f"the first {scored.tokens:,} of {split.targets:,} validation {what}"
 
 
 @dataclass
@@ -102,7 +124,7 @@ class SessionProgress:
     elapsed_before: float = 0.0
     """Seconds of the run before this process."""
     origin: dict[str, Any] | None = None
-    """`Start.origin` of a run that was upcycled or imported. Else None."""
+    """`Start.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
 
     @property
     def elapsed(self) -> float:
@@ -152,7 +174,7 @@ class Session:
         begin = time.monotonic()
         folder = RunFolder(Path(config.run_dir), lock.check) if lock else RunFolder(Path(config.run_dir))
         checkpoints = CheckpointStore(folder.path, guard=folder.guard)
-        source = (ImportSource.open(config) or UpcycleSource.open(config)) if saved is None else None
+        source = source_of(config) if saved is None else None
         run_id, tokenizer = "", source and source.tokenizer
         if saved is not None:
             found = checkpoints.list()
@@ -181,7 +203,7 @@ class Session:
             lock.note(opened.run_id)
         return opened
 
-    def _start(self, source: ImportSource | UpcycleSource | None) -> None:
+    def _start(self, source: Source | None) -> None:
         """Begin a new run: initial parameters, and the first files of the folder."""
         if holds_run(self.folder.path):
             raise UserError(f"--out {self.folder.path}: another process has made a run there; add --resume to go on")
@@ -211,34 +233,46 @@ class Session:
         changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 
-    def score(self, tokens: np.ndarray, params: Any = None) -> Evaluation:
-        """Evaluate `params` on a token stream, or the present parameters if `params` is None."""
+    @property
+    def params(self) -> Params:
+        """The present parameters of the plain model. With adapters they are a copy of all weights."""
+        return self.programs.weights(self.state)
+
+    def score(self, stream: Stream, params: Any = None) -> Evaluation:
+        """Evaluate `params` on a stream, or the present parameters if `params` is None."""
         return evaluate(
             self.programs.evaluation,
-            self.state.params if params is None else params,
-            tokens,
+            self.params if params is None else params,
+            stream.tokens,
             seq_len=self.config.model.seq_len,
             token_bytes=self.data.store.tokenizer.token_bytes(),
+            answers=stream.answers,
         )
 
     def sample(self, step: int) -> str:
-        """A text that begins with the first words of the validation text, and that the present parameters go on."""
+        """A text that begins with the first words of the validation text, and that the present parameters go on. Of
+        conversations, the first question and an answer."""
         tokenizer = self.data.store.tokenizer
-        prompt = tokenizer.encode(self.data.opening)
+        prompt = self.data.sample_prompt()
         tokens = self.decoder.stream(
-            self.state.params,
-            [tokenizer.separator_id, *prompt],
+            self.params,
+            prompt,
             settings=Sampling(),
             key=purpose_key(self.config.train.seed, Purpose.SAMPLE, step),
             stop=tokenizer.separator_id,
             limit=SAMPLE_TOKENS,
         )
-        return tokenizer.decode([*prompt, *tokens])
+        return tokenizer.decode([*prompt[1:], *tokens])
 
     def diagnose(self, step: int) -> tuple[Path, str]:
         """Write the batch and the names of the arrays that are not finite, for a bad step: see `nonfinite.diagnose`."""
         return diagnose(
-            self.folder.files, self.programs.graphdef, self.config.train, self.state, self.data.batch(step - 1), step
+            self.folder.files,
+            self.programs.training_graphdef,
+            self.config.train,
+            self.state,
+            self.data.batch(step - 1),
+            step,
         )
 
     def save(self, step: int, val_loss: float | None) -> None:
@@ -263,6 +297,11 @@ class Session:
         }
         self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.progress.elapsed, context=context)
         self.progress.saved_step = step
+
+
+def source_of(config: RunConfig) -> Source | None:
+    """What a new run starts from. None for a run that starts from random parameters."""
+    return TuningSource.open(config) or ImportSource.open(config) or UpcycleSource.open(config)
 
 
 def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: TokenStore) -> None:

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import RunConfig
+from moe_jax.model.low_rank import Adapters
 from moe_jax.model.precision import at_least_float32, to_param_dtype
 from moe_jax.model.transformer import Params, create, split
 
@@ -60,6 +61,18 @@ class TrainState:
     skipped: Int[Array, ""]
     """Number of skipped steps. A skipped step changes no bit of parameters and optimizer: its loss or gradient was not
     finite, or its loss was a spike and `skip_spikes` is on."""
+    adapters: Adapters | None = None
+    """Low-rank adapters (`model/low_rank.py`). If there are any, only they are trained, and the parameters stay."""
+
+    @property
+    def trained(self) -> Params:
+        """What a step changes: the adapters, or else the parameters."""
+        return self.params if self.adapters is None else self.adapters
+
+    @property
+    def frozen(self) -> Params | None:
+        """The parameters, if they stay as they are."""
+        return None if self.adapters is None else self.params
 
 
 def initial_params(config: RunConfig, key: Key[Array, ""]) -> Params:
@@ -73,15 +86,20 @@ def initial_params(config: RunConfig, key: Key[Array, ""]) -> Params:
     return make(key) if config.train.param_dtype == "float32" else jax.jit(make)(key)
 
 
-def initial_state(params: Params, optimizer: optax.GradientTransformation, loss_scaling: bool) -> TrainState:
+def initial_state(
+    params: Params, optimizer: optax.GradientTransformation, loss_scaling: bool, adapters: Adapters | None = None
+) -> TrainState:
+    """The state before the first step. The optimizer has a state for what is trained: the adapters if there are any."""
+    trained = params if adapters is None else adapters
     scale = INITIAL_SCALE if loss_scaling else 1.0
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        optimizer=optimizer.init(jax.tree.map(lambda p: p.astype(at_least_float32(p.dtype)), params)),
+        optimizer=optimizer.init(jax.tree.map(lambda p: p.astype(at_least_float32(p.dtype)), trained)),
         loss_scale=LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),
         loss_track=LossTrack(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)),
         skipped=jnp.zeros((), jnp.int32),
+        adapters=adapters,
     )
 
 

@@ -11,6 +11,8 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import TrainConfig
+from moe_jax.data.batches import MaskedBatch
+from moe_jax.model.low_rank import adapted
 from moe_jax.model.moe.balance import adjusted_bias
 from moe_jax.model.precision import at_least_float32, stochastic_round
 from moe_jax.model.transformer import Params, merge
@@ -34,7 +36,9 @@ class StepReport(NamedTuple):
     """The learning rate of this step (of AdamW, where Muon trains the matrices)."""
 
 
-type Step = Callable[[TrainState, ArrayLike], tuple[TrainState, StepReport]]
+type Batch = ArrayLike | MaskedBatch
+"""int32 [M, B, T+1], or with the weight of each target."""
+type Step = Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
 type Loss = Callable[..., tuple[Array, Metrics]]
 """(model, tokens [B, T+1], keys [B], config, trace, loss_scale=...) -> (the loss to minimise, metrics), as
 `training_loss`."""
@@ -43,12 +47,13 @@ type Loss = Callable[..., tuple[Array, Metrics]]
 def gradients(
     graphdef: nnx.GraphDef,
     params: Params,
-    batch: Int[Array, "M B T_plus_1"],
+    batch: Int[Array, "M B T_plus_1"] | MaskedBatch,
     key: Key[Array, ""],
     scale: Float[Array, ""] | None,
     config: TrainConfig,
     trace: bool = False,
     loss: Loss = training_loss,
+    frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
     """The mean gradient over M micro-batches of B sequences, in at least float32, and the mean metrics.
 
@@ -56,29 +61,34 @@ def gradients(
     and router noise with the key fold_in(key, i). So the accumulated gradient equals the gradient of the
     whole batch. A scan sums the micro-batches in order, and holds the gradients of one micro-batch beside the running
     sum. The traces are stacked along a first axis M.
+
+    With `frozen`, the parameters of the model, `params` are its adapters, and the gradient is theirs.
     """
 
-    def micro(tokens: Array, index: Array) -> tuple[Params, Metrics]:
-        keys = sequence_keys(key, len(tokens), first=index * len(tokens))
+    def micro(tokens: Any, index: Array) -> tuple[Params, Metrics]:
+        rows = len(jax.tree.leaves(tokens)[0])
+        keys = sequence_keys(key, rows, first=index * rows)
 
         def scaled_loss(p: Params) -> tuple[Array, Metrics]:
-            value, metrics = loss(merge(graphdef, p), tokens, keys, config, trace, loss_scale=scale)
+            model = merge(graphdef, p if frozen is None else adapted(frozen, p))
+            value, metrics = loss(model, tokens, keys, config, trace, loss_scale=scale)
             return value if scale is None else value * scale.astype(value.dtype), metrics
 
         return jax.grad(scaled_loss, has_aux=True)(params)
 
-    count = batch.shape[0]
+    count = len(jax.tree.leaves(batch)[0])
+    first = jax.tree.map(lambda x: x[0], batch)
     if count == 1:
-        grads, metrics = micro(batch[0], jnp.int32(0))
+        grads, metrics = micro(first, jnp.int32(0))
         traces = jax.tree.map(lambda x: x[None], metrics.trace)
         metrics = metrics._replace(trace=None)
     else:
 
-        def accumulate(total: tuple[Params, Metrics], x: tuple[Array, Array]) -> tuple[tuple[Params, Metrics], Any]:
+        def accumulate(total: tuple[Params, Metrics], x: tuple[Any, Array]) -> tuple[tuple[Params, Metrics], Any]:
             grads, metrics = micro(*x)
             return jax.tree.map(jnp.add, total, (grads, metrics._replace(trace=None))), metrics.trace
 
-        shapes, of_metrics = jax.eval_shape(micro, batch[0], jnp.int32(0))
+        shapes, of_metrics = jax.eval_shape(micro, first, jnp.int32(0))
         shapes = (shapes, of_metrics._replace(trace=None))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), shapes)
         (grads, metrics), traces = jax.lax.scan(accumulate, zero, (batch, jnp.arange(count)))
@@ -122,6 +132,11 @@ def with_adjusted_biases(params: Params, load: Float[Array, "L E"], rate: float)
     return {**params, "blocks": blocks}
 
 
+def _is_known(metrics: Metrics, finite: Bool[Array, ""]) -> Bool[Array, ""]:
+    """Whether the loss is a number, and the loss of any token. A window of a long question has no answer in it."""
+    return finite if metrics.answers is None else finite & (metrics.answers > 0)
+
+
 def make_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformationExtraArgs,
@@ -138,15 +153,18 @@ def make_step(
     in the same way.
 
     `trace`, a static argument, adds every decision of the routers to the metrics. `loss` computes the loss to minimise.
+
+    If the state has adapters, `graphdef` is that of the adapted model. Then only the adapters change.
     """
 
     schedule = learning_rate(config, config.lr)
 
-    def step(state: TrainState, batch: Array) -> tuple[TrainState, StepReport]:
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, StepReport]:
         key = purpose_key(config.seed, Purpose.DROPOUT, state.step)
         scale: LossScale = state.loss_scale
         factor = scale.scale if loss_scaling else None
-        grads, metrics = gradients(graphdef, state.params, batch, key, factor, config, trace, loss)
+        trained = state.trained
+        grads, metrics = gradients(graphdef, trained, batch, key, factor, config, trace, loss, state.frozen)
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())
@@ -155,18 +173,21 @@ def make_step(
         # copy of all gradients.
         clip = clip_factor(norm, config.max_grad_norm)
         clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
-        wide = jax.tree.map(_wide, state.params)
+        wide = jax.tree.map(_wide, trained)
         updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=taken, step=state.step)
-        params = apply_updates(state.params, updates, purpose_key(config.seed, Purpose.ROUND_WEIGHTS, state.step))
-        params = with_adjusted_biases(params, metrics.load, config.router_bias_lr)
+        moved = apply_updates(trained, updates, purpose_key(config.seed, Purpose.ROUND_WEIGHTS, state.step))
+        if state.adapters is None:
+            moved = with_adjusted_biases(moved, metrics.load, config.router_bias_lr)
+        # Selected entry by entry, so that the new parameters reuse the memory of the old ones. With `lax.cond` both
+        # would exist at once.
+        moved = jax.tree.map(lambda new, old: jnp.where(taken, new, old), moved, trained)
         new = TrainState(
             step=state.step + 1,
-            # Selected entry by entry, so that the new parameters reuse the memory of the old ones. With `lax.cond` both
-            # would exist at once.
-            params=jax.tree.map(lambda new, old: jnp.where(taken, new, old), params, state.params),
+            params=moved if state.adapters is None else state.params,
+            adapters=None if state.adapters is None else moved,
             optimizer=optimizer_state,
             loss_scale=next_scale(scale, finite) if loss_scaling else scale,
-            loss_track=next_track(state.loss_track, metrics.loss, finite),
+            loss_track=next_track(state.loss_track, metrics.loss, _is_known(metrics, finite)),
             skipped=state.skipped + ~taken,
         )
         return new, StepReport(metrics, norm, finite, spike, jnp.asarray(schedule(state.step)))

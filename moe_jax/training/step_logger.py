@@ -93,10 +93,12 @@ class StepLogger:
             "wall_seconds": session.progress.elapsed,
             "load": [[round(float(x), 4) for x in layer] for layer in np.asarray(metrics.load)],
         }
+        if metrics.answers is not None:
+            record["answer_tokens"] = round(float(metrics.answers) * session.config.train.grad_accum)
         self._log.write(record)
         share = training_flops(session.config, 1) / session.data.tokens_per_step * rate / self._peak
         train = session.data.store.train
-        self._terminal.step(record, train.bytes / max(len(train.tokens) - 1, 1), share)
+        self._terminal.step(record, train.target_bytes / max(train.targets, 1), share)
 
     def paused(self) -> "StepLogger":
         """A context manager. The time spent in it does not count in `tokens_per_second`."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
 from moe_jax.runs.metrics import last_train_record
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.session import Session
@@ -26,7 +26,7 @@ def summary(
     `train_drop_fraction` is the mean over the `train_drop_steps` counted training steps, `train_drop_fraction_worst`
     the largest of them, and `train_drop_fraction_last` the newest. `opening` is the first words of the validation text.
     """
-    config, progress, baselines = session.config, session.progress, session.data.baselines
+    config, progress, compared = session.config, session.progress, session.data.baselines
     last = last_train_record(session.folder.files)
     counters = progress.counters
     counts = totals(count_parameters(config.model))
@@ -45,13 +45,15 @@ def summary(
         "val_stream": session.data.stream_of(scored),
         "val_loss_in_training": training_val_loss,
         "best_step": best_step,
-        "entropy_floor_bits_per_byte": baselines.entropy_floor,
-        "unigram_bits_per_byte": baselines.unigram,
-        "trigram_bits_per_byte": baselines.trigram,
-        "kneser_ney_5gram_bits_per_byte": baselines.kneser_ney_5gram,
+        "val_scored": "all tokens" if session.data.store.valid.answers is None else "answers",
+        "entropy_floor_bits_per_byte": compared and compared.entropy_floor,
+        "unigram_bits_per_byte": compared and compared.unigram,
+        "trigram_bits_per_byte": compared and compared.trigram,
+        "kneser_ney_5gram_bits_per_byte": compared and compared.kneser_ney_5gram,
         "opening": session.data.opening,
         "params_total": counts.total,
         "params_active": counts.active,
+        "params_trained": adapter_parameters(config).total or counts.total,
         "training_flops": training_flops(config, steps),
         "inherited_flops": progress.origin["training_flops"] if progress.origin else 0,
         "train_drop_fraction": counters.mean_drop,

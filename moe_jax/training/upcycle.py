@@ -24,16 +24,18 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.costs import training_flops
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.runs.checkpoint import Checkpoint, restore
+from moe_jax.runs.checkpoint import Checkpoint
 from moe_jax.runs.identity import best_of_run, check_same_model, load_run_tokenizer
-from moe_jax.training.imported import Start
+from moe_jax.runs.load import restore_weights
 from moe_jax.training.programs import Programs
+from moe_jax.training.start import Start
 
 
 @dataclass(frozen=True)
 class UpcycleSource:
     """The dense run that a new run starts from, at its best checkpoint."""
 
+    folder: str
     config: RunConfig
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -50,15 +52,14 @@ class UpcycleSource:
         if checkpoint is None:
             raise UserError(f"--upcycle {folder}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
         check_same_model(checkpoint, dense)
-        return cls(dense, checkpoint, load_run_tokenizer(folder, checkpoint, dense.model))
+        return cls(config.upcycle, dense, checkpoint, load_run_tokenizer(folder, checkpoint, dense.model))
 
     def start(self, programs: Programs, store: TokenStore) -> Start:
         """The initial parameters of the new run. Raises UserError if the new run has another text."""
-        folder = self.checkpoint.path.parents[1]
-        params = self.params(programs.initial_params(), store)
-        return Start(params, self.origin(str(folder)), f"upcycled from step {self.checkpoint.step} of {folder}")
+        note = f"upcycled from step {self.checkpoint.step} of {self.folder}"
+        return Start(self.params(programs, store), self.origin(), note)
 
-    def params(self, fresh: Params, store: TokenStore) -> Params:
+    def params(self, programs: Programs, store: TokenStore) -> Params:
         """The initial parameters of the new run (see `copied`). Raises UserError if the new run has another text."""
         if not store.is_text_of(self.checkpoint.manifest["context"].get("data")):
             raise UserError(
@@ -66,13 +67,14 @@ class UpcycleSource:
                 "whose validation text must stay unseen; leave the flag out, or name that text"
             )
         _, shapes = abstract_model(self.config.model, param_dtype=self.config.train.param_dtype)
-        return copy_dense_params(fresh, restore(self.checkpoint, {"params": shapes})["params"])
+        fresh = programs.initial_params()
+        return copy_dense_params(fresh, restore_weights(self.checkpoint, self.config, shapes))
 
-    def origin(self, folder: str) -> dict[str, Any]:
+    def origin(self) -> dict[str, Any]:
         """The record of the dense run that the new run saves. `training_flops` are the floating-point operations of the
         dense run up to its checkpoint."""
         return {
-            "upcycled_from": folder,
+            "upcycled_from": self.folder,
             "step": self.checkpoint.step,
             "val_loss": self.checkpoint.val_loss,
             "state": self.checkpoint.manifest["state"],

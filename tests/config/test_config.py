@@ -144,15 +144,17 @@ def test_every_field_survives_json() -> None:
         upcycle="elsewhere",
         tensorboard=True,
         wandb=True,
+        trackio=True,
+        base="there",
         model=ModelConfig(
             *(7, 6, 5, 12, 3, 3, 4, 9, 24, 2, "active", "gelu", "layernorm", 0.5, "learned", 10_000.0),
             *(True, "full", False, True, True, True, 0.25, 0.5),
             routing=routing,
         ),
-        data=DataConfig("wikitext", "byte", 300, 5, 6, 7),
+        data=DataConfig("wikitext", "byte", 300, 5, 6, 7, "chat"),
         train=TrainConfig(
             *(8, 2, 3, "muon", 0.5, 0.25, True, "linear", 0.1, 9, 0.8, 0.9, 1e-6, 0.2, 2.0, 0.02, 0.002, 0.003),
-            *("bfloat16", 11, 12, 13, 14, True, 4),
+            *("bfloat16", 11, 12, 13, 14, True, 4, 15, 16.0, True),
         ),
         execution=ExecutionConfig("bfloat16", True, True),
     )

@@ -131,10 +131,11 @@ def test_a_stream_in_memory_is_the_stored_one(
 ) -> None:
     monkeypatch.setattr(token_store, "_BATCH_BYTES", batch)
     store = prepare(data, cache)
-    stream = token_stream(iter(DOCUMENTS), BYTE)
+    stream, answers = token_stream(iter(DOCUMENTS), BYTE)
+    assert answers is None
     assert stream.dtype == store.train.tokens.dtype == np.uint16
     np.testing.assert_array_equal(stream, store.train.tokens)
-    assert token_stream(iter([]), BYTE).tolist() == [256]
+    assert token_stream(iter([]), BYTE).tokens.tolist() == [256]
 
 
 # When it is written again

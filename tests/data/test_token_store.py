@@ -357,7 +357,7 @@ def test_tinystories(cache, monkeypatch):
 def test_the_documents_of_a_stream_are_given_back() -> None:
     tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
     documents = ["One.", "é 日本", "Three"]
-    stream = token_stream(iter(documents), tokenizer)
+    stream = token_stream(iter(documents), tokenizer).tokens
     assert list(stored_documents(stream, tokenizer)) == documents
     assert list(stored_documents(stream[:-1], tokenizer)) == documents[:2]  # the last one is cut
     assert list(stored_documents(stream[:0], tokenizer)) == []

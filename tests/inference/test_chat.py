@@ -1,12 +1,15 @@
 """A conversation: the settings that a person changes, and what a reply depends on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
-from moe_jax.config import UserError
-from moe_jax.inference.chat import HELP, Chat
+from moe_jax.config import DataConfig, UserError
+from moe_jax.data.chat_rows import Message
+from moe_jax.data.chats import answer_prompt, encode_chats
+from moe_jax.data.tokenizers import train_tokenizer
+from moe_jax.inference.chat import HELP, Chat, RoleChat
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 
@@ -96,3 +99,74 @@ def test_help_names_every_command_and_quit_ends(chat: Chat) -> None:
     assert not chat.ended
     chat.command("/quit")
     assert chat.ended
+
+
+# With a tuned model
+
+
+class Answers(Echo):
+    """Answers "one", "two", ..., and notes the prompts."""
+
+    def __init__(self) -> None:
+        self.prompts: list[list[int]] = []
+
+    def continuation(
+        self, prompt: Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
+    ) -> Iterator[str]:
+        self.prompts.append(list(prompt))
+        yield ["one", "two", "three", "four"][len(self.prompts) - 1]
+        yield " "
+
+
+BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+
+
+def conversation(context: int = 400) -> tuple[RoleChat, Answers]:
+    answers = Answers()
+    return RoleChat(answers, Sampling(), seed=7, limit=40, layers=3, tokenizer=BYTE, context=context), answers
+
+
+def ask(chat: RoleChat, question: str) -> str:
+    return "".join(chat.reply(question))
+
+
+def turns(*contents: str) -> list[Message]:
+    return [Message(("user", "assistant")[i % 2], content) for i, content in enumerate(contents)]  # pyright: ignore[reportArgumentType]
+
+
+def test_it_remembers_what_was_said() -> None:
+    chat, answers = conversation()
+    assert [ask(chat, " a\n"), ask(chat, "b")] == ["one ", "two "]
+    assert chat.turns == turns("a", "one", "b", "two")
+    assert answers.prompts == [answer_prompt(BYTE, turns("a")), answer_prompt(BYTE, turns("a", "one", "b"))]
+    assert chat.last_text == "user: b\nassistant: two"
+    assert chat.last_tokens == encode_chats(BYTE, [tuple(chat.turns)])[0].tokens.tolist()
+
+
+def test_again_forgets_the_answer_and_new_forgets_everything() -> None:
+    chat, answers = conversation()
+    ask(chat, "a")
+    assert ask(chat, chat.again()) == "two "
+    assert chat.turns == turns("a", "two")
+    chat.command("/system Be kind.")
+    assert chat.turns == [Message("system", "Be kind.")]
+    chat.command("/new")
+    assert (chat.turns, len(answers.prompts)) == ([], 2)
+    assert "/new" in chat.command("/help")
+    with pytest.raises(UserError, match="asks nothing"):
+        ask(chat, "  ")
+    assert chat.turns == []
+
+
+def test_the_oldest_turns_make_room_and_the_system_stays() -> None:
+    """Every turn of a letter takes 7 or 12 tokens; a quarter of the context is kept for the answer."""
+    chat, answers = conversation(context=80)
+    chat.command("/system S")
+    for question in "abcd":
+        ask(chat, question)
+    assert len(chat.turns) == 9
+    system = Message("system", "S")
+    assert answers.prompts[3] == answer_prompt(BYTE, [system, *turns("c", "three", "d")][-4:])
+    assert all(len(prompt) + 20 <= 80 for prompt in answers.prompts)
+    with pytest.raises(UserError, match=r"the question has \d+ tokens with its roles, and the context 80, of which 20"):
+        ask(chat, "x" * 60)

@@ -98,4 +98,4 @@ def test_the_card_tells_of_the_run(trained: Path) -> None:
     assert f"{summary['val_bits_per_byte']:.4f} bits per byte" in card
     assert f"{summary['params_total']:,}, of which {summary['params_active']:,} are active" in card
     assert math.isfinite(summary["val_loss"])
-    assert len(token_stream(iter(["a"]), open_source(trained / "run").tokenizer)) == 3
+    assert len(token_stream(iter(["a"]), open_source(trained / "run").tokenizer).tokens) == 3

@@ -17,13 +17,13 @@ from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.data.synthetic import stories
 from moe_jax.data.token_store import prepare_token_store
-from moe_jax.model.transformer import abstract_model
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.migrations import KNOWN_VERSIONS, MANIFEST_VERSION, RULES_OF_VERSION_2, migrate_manifest
 from moe_jax.training import upcycle
 from moe_jax.training.loop import finish, train
+from moe_jax.training.programs import Programs
 from moe_jax.training.session import Session
 from tests.support import saved_run
 
@@ -135,12 +135,12 @@ def test_an_old_dense_run_is_known_to_be_of_its_text(tmp_path: Path, monkeypatch
     assert checkpoint is not None
     monkeypatch.setattr(upcycle, "copy_dense_params", lambda fresh, dense: dense)
     store = prepare_token_store(config.data, progress=False)
-    source = upcycle.UpcycleSource(config, checkpoint, store.tokenizer)
-    shapes = abstract_model(config.model)[1]
-    assert jax.tree.structure(source.params(shapes, store)) == jax.tree.structure(shapes)
+    source = upcycle.UpcycleSource("", config, checkpoint, store.tokenizer)
+    programs = Programs.of(config)
+    assert jax.tree.structure(source.params(programs, store)) == jax.tree.structure(programs.param_shapes)
     other = prepare_token_store(dataclasses.replace(config.data, stories_seed=1), progress=False)
     with pytest.raises(UserError, match="not the text"):
-        source.params(shapes, other)
+        source.params(programs, other)
 
 
 # Its manifest

@@ -155,3 +155,19 @@ def test_a_loss_that_is_not_a_number_does_not_stay(
     terminal.close()
     lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
     assert [line.split("loss ")[1].split(" ")[0] for line in lines] == shown
+
+
+def test_trackio_is_started_like_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a page of its own (`embed`), by the name of the folder, so that a resumed run continues its curves."""
+    asked: list[dict[str, Any]] = []
+    told: list[Any] = []
+    run = SimpleNamespace(log=lambda *given, step: told.append((*given, step)), finish=lambda: told.append("ended"))
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **given: asked.append(given) or run))
+    log = log_of(tmp_path, trackio=True)
+    log.write(RECORD)
+    log.close()
+    assert told == [({"train/loss": 1.5, "train/skipped": False}, 7), "ended"]
+    [given] = asked
+    assert (given["project"], given["resume"], given["embed"]) == ("moe-jax", "allow", False)
+    assert given["name"].startswith(f"{tmp_path.name}-")
+    assert (given["config"]["train.steps"], given["config"]["trackio"]) == (RunConfig().train.steps, True)

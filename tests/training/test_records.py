@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
+from moe_jax.data.token_store import Stream
 from moe_jax.runs.checkpoint import restore
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.loop import finish, train
@@ -96,11 +97,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         patch.setattr("moe_jax.training.terminal.Terminal.say", lambda _, text: lines.append(text))
         score = session.score
 
-        def told(tokens: np.ndarray) -> Evaluation:
+        def told(stream: Stream) -> Evaluation:
             """The true score, with a loss that is lowest at step BEST."""
             step = int(session.state.step)
             seen.losses[step] = abs(step - BEST) + 1.5
-            return dataclasses.replace(score(tokens), loss=seen.losses[step])
+            return dataclasses.replace(score(stream), loss=seen.losses[step])
 
         session.score = told
         train(session)
@@ -135,7 +136,7 @@ def test_the_best_checkpoint_is_scored_at_the_end(run: Watched) -> None:
     assert best is not None
     assert (run.result["best_step"], best.step, best.val_loss) == (BEST, BEST, 1.5)
     params = restore(best, {"params": session.state.params})["params"]
-    stream = session.data.store.valid.tokens
+    stream = session.data.whole()
     assert run.result["val_loss"] == session.score(stream, params).loss != session.score(stream).loss
 
 
@@ -147,7 +148,7 @@ def test_the_last_step_is_evaluated(run: Watched) -> None:
 def test_each_loss_names_its_stream(run: Watched) -> None:
     """During training the fixed subset; at the end the whole validation stream, and beside it the loss of the same
     checkpoint on the subset."""
-    whole, part = len(run.session.data.store.valid.tokens) - 1, len(run.session.data.subset()) - 1
+    whole, part = len(run.session.data.store.valid.tokens) - 1, len(run.session.data.subset().tokens) - 1
     assert part < whole
     assert {(record["stream"], record["tokens"]) for record in run.records("val")} == {("subset", part)}
     assert f"on the first {part} of {whole} validation tokens" in run.shown.replace(",", "")

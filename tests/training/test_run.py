@@ -188,7 +188,7 @@ def test_the_best_checkpoint_is_scored_and_opened(uninterrupted: tuple[Session, 
     assert opened.config == session.config
     assert opened.tokenizer.digest == session.data.store.tokenizer.digest
     assert opened.checkpoint.step == result["best_step"]
-    assert session.score(session.data.store.valid.tokens, opened.params).loss == result["val_loss"]
+    assert session.score(session.data.whole(), opened.params).loss == result["val_loss"]
 
 
 def copy_of(session: Session, out: Path) -> RunConfig:

@@ -43,7 +43,7 @@ class Seen:
             programs=SimpleNamespace(policy=SimpleNamespace(compute="float32")),
             progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5),
             data=SimpleNamespace(
-                tokens_per_step=100, store=SimpleNamespace(train=SimpleNamespace(bytes=300, tokens=range(101)))
+                tokens_per_step=100, store=SimpleNamespace(train=SimpleNamespace(target_bytes=300, targets=100))
             ),
             diagnose=lambda step: (f"faults/step_{step}", "params.embedding"),
         )
@@ -55,7 +55,7 @@ class Seen:
 
     def add(self, step: int, finite: bool = True, spike: bool = False, load: Any = LOAD, drops: float = 0.5) -> None:
         metrics = SimpleNamespace(
-            loss=2.0, balance_loss=1.5, z_loss=0.25, drop_fraction=drops, load=np.array(load, np.float32)
+            answers=None, loss=2.0, balance_loss=1.5, z_loss=0.25, drop_fraction=drops, load=np.array(load, np.float32)
         )
         report: Any = SimpleNamespace(finite=finite, spike=spike, metrics=metrics, grad_norm=3.0, lr=0.125)
         self.logger.add(step, report)

@@ -145,7 +145,7 @@ def test_a_run_starts_at_the_dense_loss_and_its_experts_part(
     config = sparse(before, tmp_path / "sparse")
     assert (config.model.dense, config.model.expert_hidden) == ("none", 17)  # 2 x 8 + 4 / 3 rounded
     session = Session.open(config, None)
-    assert session.score(session.data.store.valid.tokens).loss == pytest.approx(result["val_loss"], rel=1e-6)
+    assert session.score(session.data.whole()).loss == pytest.approx(result["val_loss"], rel=1e-6)
     train(session)
     experts = np.asarray(session.state.params["blocks"][0]["ffn"]["experts"]["w_in"])
     distance = np.abs(experts[:, None] - experts).max((-1, -2))

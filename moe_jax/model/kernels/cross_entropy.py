@@ -41,8 +41,10 @@ def mean_cross_entropy(
     targets: Int[Array, " N"],
     implementation: Implementation = "blocked",
     loss_scale: Float[Array, ""] | None = None,
+    weights: Float[Array, " N"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean of `token_losses(hidden @ head, targets)`.
+    """Mean of `token_losses(hidden @ head, targets)`. With `weights`, the sum of the losses times their weights: a
+    token of weight 0 changes no bit of the result, and its gradients are exactly 0.
 
     `loss_scale` is the factor by which the caller multiplies the loss that this function returns. The function does not
     multiply the loss itself. It needs the factor for its gradients in float16 (see `_blocked_mean`).
@@ -51,8 +53,9 @@ def mean_cross_entropy(
     reference   all logits at once, differentiated by jax; the tests compare `blocked` with it
     """
     if implementation == "reference":
-        return token_losses(_logits(hidden, head.astype(hidden.dtype)), targets).mean()
-    return _blocked_mean(hidden, head, targets, loss_scale)
+        losses = token_losses(_logits(hidden, head.astype(hidden.dtype)), targets)
+        return losses.mean() if weights is None else (losses * weights.astype(losses.dtype)).sum()
+    return _blocked_mean(hidden, head, targets, loss_scale, weights)
 
 
 def _logits(hidden: Float[Array, "N D"], weight: Float[Array, "D V"]) -> Float[Array, "N V"]:
@@ -85,7 +88,11 @@ def _in_blocks(x: Array, blocks: int, rows: int) -> Array:
 
 @jax.custom_vjp
 def _blocked_mean(
-    hidden: Float[Array, "N D"], head: Float[Array, "D V"], targets: Int[Array, " N"], loss_scale: Array | None
+    hidden: Float[Array, "N D"],
+    head: Float[Array, "D V"],
+    targets: Int[Array, " N"],
+    loss_scale: Array | None,
+    weights: Array | None,
 ) -> Float[Array, ""]:
     """With L = mean_n(logsumexp(z_n) - z_n[target]) and z = hidden head:
 
@@ -98,12 +105,19 @@ def _blocked_mean(
     With a loss scale s, the incoming gradient will be s, and the forward pass multiplies softmax - onehot by s / N in
     float32, before it is rounded to float16. Rounded first, a probability below 6e-8 / 2 would become 0, and no scale
     could bring it back. The backward pass then multiplies by (incoming gradient / s), which is 1.
+
+    With weights w, the weight w_n takes the place of 1 / N.
     """
-    return _cross_entropy(hidden, head, targets, loss_scale, with_gradients=False)[0]
+    return _cross_entropy(hidden, head, targets, loss_scale, weights, with_gradients=False)[0]
 
 
 def _cross_entropy(
-    hidden: Array, head: Array, targets: Array, loss_scale: Array | None, with_gradients: bool
+    hidden: Array,
+    head: Array,
+    targets: Array,
+    loss_scale: Array | None,
+    weights: Array | None,
+    with_gradients: bool,
 ) -> tuple[Array, Array, Array]:
     count, vocabulary = hidden.shape[0], head.shape[1]
     wide = at_least_float32(hidden.dtype)
@@ -112,6 +126,8 @@ def _cross_entropy(
     # The weight of each token, only if there is padding: 1, or 0 for a row of padding. The gradients need no weight: a
     # row of padding is zero, so it adds nothing to d_head, and its own gradient is cut off.
     real = None if blocks * rows == count else _in_blocks(jnp.ones(count, wide), blocks, rows)
+    if weights is not None:
+        real = _in_blocks(weights.astype(wide), blocks, rows)
 
     def block(d_head: Array, inputs: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
         h, target, real = inputs
@@ -121,7 +137,10 @@ def _cross_entropy(
         if not with_gradients:
             return d_head, (loss, jnp.zeros((0, h.shape[1]), h.dtype))
         d_z = jax.nn.softmax(z, axis=-1) - jax.nn.one_hot(target, vocabulary, dtype=wide)
-        d_z = d_z if loss_scale is None else d_z * (loss_scale.astype(wide) / count)
+        if weights is not None and real is not None:
+            d_z = d_z * (real if loss_scale is None else real * loss_scale.astype(wide))[:, None]
+        elif loss_scale is not None:
+            d_z = d_z * (loss_scale.astype(wide) / count)
         d_z = d_z.astype(h.dtype)
         precision = dot_precision(h.dtype)
         d_head = d_head + jnp.matmul(transpose_contiguous(h), d_z, precision=precision, preferred_element_type=wide)
@@ -133,21 +152,23 @@ def _cross_entropy(
         d_head, (losses, d_hidden) = block(d_head, jax.tree.map(lambda x: x[0], inputs))
     else:
         d_head, (losses, d_hidden) = jax.lax.scan(block, d_head, inputs)
-    return losses.sum() / count, d_hidden.reshape(-1, hidden.shape[1])[:count], d_head
+    total = losses.sum() if weights is not None else losses.sum() / count
+    return total, d_hidden.reshape(-1, hidden.shape[1])[:count], d_head
 
 
 def _forward(
-    hidden: Array, head: Array, targets: Array, loss_scale: Array | None
+    hidden: Array, head: Array, targets: Array, loss_scale: Array | None, weights: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    loss, d_hidden, d_head = _cross_entropy(hidden, head, targets, loss_scale, with_gradients=True)
-    share = jnp.asarray(1 / hidden.shape[0], loss.dtype) if loss_scale is None else 1 / loss_scale.astype(loss.dtype)
+    loss, d_hidden, d_head = _cross_entropy(hidden, head, targets, loss_scale, weights, with_gradients=True)
+    plain = 1 / hidden.shape[0] if weights is None else 1.0
+    share = jnp.asarray(plain, loss.dtype) if loss_scale is None else 1 / loss_scale.astype(loss.dtype)
     return loss, (d_hidden, d_head.astype(head.dtype), share)
 
 
-def _backward(residuals: tuple[Array, Array, Array], d_loss: Array) -> tuple[Array, Array, None, None]:
+def _backward(residuals: tuple[Array, Array, Array], d_loss: Array) -> tuple[Array, Array, None, None, None]:
     d_hidden, d_head, share = residuals
     scale = d_loss * share
-    return (d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None)
+    return (d_hidden * scale.astype(d_hidden.dtype), d_head * scale.astype(d_head.dtype), None, None, None)
 
 
 _blocked_mean.defvjp(_forward, _backward)

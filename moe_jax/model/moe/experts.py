@@ -9,6 +9,7 @@ from moe_jax.config import Activation
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import vector_matmul
 from moe_jax.model.layers import matrix_init
+from moe_jax.model.low_rank import LowRank
 from moe_jax.model.precision import dot_precision
 
 
@@ -21,6 +22,11 @@ class Experts(nnx.Module):
 
     Parameters: w_in, w_gate (swiglu) `[E, D, F]`, w_out `[E, F, D]`.
     """
+
+    w_in_lora: LowRank | None = None
+    w_gate_lora: LowRank | None = None
+    w_out_lora: LowRank | None = None
+    """Adapters of the matrices, in training only (`low_rank.py`): `apply_per_token` and `apply_blocks` know none."""
 
     def __init__(
         self, experts: int, width: int, hidden: int, activation: Activation, out_scale: float, rngs: nnx.Rngs
@@ -41,10 +47,15 @@ class Experts(nnx.Module):
         # activation and several intermediate results, each as large as the hidden rows. They would be most of the
         # memory that a layer keeps.
         @jax.checkpoint
-        def rest(hidden: list[Array], w_out: Array) -> Array:
-            return grouped_matmul(self._activate(hidden), w_out, further_expert)
+        def rest(hidden: list[Array], w_out: Array, adapter: LowRank | None) -> Array:
+            inner = self._activate(hidden)
+            return _add(grouped_matmul(inner, w_out, further_expert), adapter, inner, further_expert)
 
-        return rest([grouped_matmul(rows, w[...], further_expert) for w in self._input_matrices()], self.w_out[...])
+        hidden = [
+            _add(grouped_matmul(rows, w[...], further_expert), adapter, rows, further_expert)
+            for w, adapter in zip(self._input_matrices(), (self.w_in_lora, self.w_gate_lora), strict=False)
+        ]
+        return rest(hidden, self.w_out[...], self.w_out_lora)
 
     def apply_blocks(
         self, rows: Float[Array, "G R D"], further_expert: Int[Array, " further"], used: Int[Array, ""]
@@ -75,6 +86,8 @@ class Experts(nnx.Module):
     def apply_single_expert(self, x: Float[Array, "*R D"], expert: Int[Array, ""]) -> Float[Array, "*R D"]:
         """The network of one expert. Not for training: its gradient would be as large as all experts together."""
 
+        assert self.w_in_lora is None, "adapters are for training; merge them"
+
         def matmul(x: Array, param: nnx.Param) -> Array:
             if x.ndim == 1:
                 return vector_matmul(x, param[...], expert)
@@ -91,3 +104,8 @@ class Experts(nnx.Module):
         if self.activation == "swiglu":
             return jax.nn.silu(hidden[1]) * hidden[0]
         return jax.nn.gelu(hidden[0], approximate=True)
+
+
+def _add(y: Array, adapter: LowRank | None, rows: Array, further_expert: Array | None) -> Array:
+    """A product, with what its matrix's adapter adds to it."""
+    return y if adapter is None else y + adapter.grouped(rows, further_expert)

@@ -76,6 +76,9 @@ class MoE(nnx.Module):
     3.2).
     """
 
+    router_delta: nnx.Param | None = None
+    """What adapters add to the router, in training only (`model/low_rank.py`)."""
+
     def __init__(
         self,
         width: int,
@@ -140,7 +143,8 @@ class MoE(nnx.Module):
         keys = None if key is None else sequence_keys(key, len(x))
         if keys is not None and policy.input_jitter > 0:
             x = jittered(x, fold_each(keys, 0), policy.input_jitter)
-        logits = router_logits(x, self.router[...])
+        matrix = self.router[...]
+        logits = router_logits(x, matrix if self.router_delta is None else matrix + self.router_delta[...])
         if keys is not None and policy.logit_noise > 0:
             logits = noisy(logits, fold_each(keys, 1), policy.logit_noise)
         return self.choose(logits)

@@ -1,0 +1,41 @@
+"""`moe-jax sft`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from moe_jax.cli.arguments import Values
+from moe_jax.cli.train import Train
+from moe_jax.config import ConfigError
+
+RUN, INIT_FROM, FORMAT, SOURCE = ("", "base"), ("", "init_from"), ("data", "format"), ("data", "source")
+
+
+@dataclass(frozen=True)
+class Sft(Train):
+    """Fine-tune a trained run, or an imported model, on conversations: rows of `{"messages": [{"role": "user", "content": "..."}, ...]}`.
+
+    Only the assistant's answers are learned. With --lora RANK small adapters are trained, and the model's own weights
+    stay as they are. The result is a run like any other; `chat --run` talks with it. Settings start from those of the
+    run, with a short training at a low learning rate.
+    """
+
+    run: str = ""
+    """Folder of the run to fine-tune: its best checkpoint is the start."""
+
+    @classmethod
+    def settle(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+        """Turn --run into the settings that fine-tuning needs. A run that is resumed has them already."""
+        run = own.get("run")
+        if run:
+            flags[RUN] = run
+        given = file | flags
+        if run or given.get(INIT_FROM):
+            flags[FORMAT] = "chat"
+        if given.get(("", "resume")):
+            return
+        if not run and not given.get(INIT_FROM):
+            raise ConfigError(
+                "--run: must be given, the folder of the run to fine-tune, or --init-from with a Hugging Face folder"
+            )
+        if SOURCE not in given:
+            raise ConfigError("--data: must be given, a file of conversations (.jsonl); --help lists every flag")

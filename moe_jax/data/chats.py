@@ -1,0 +1,70 @@
+"""Conversations in tokens. Every turn is its role, a line end, its content, and the separator:
+
+    separator   user\\n  question  separator   assistant\\n  answer  separator   separator   user\\n ...
+
+The separator before a turn says that the next word is a role, and the separator behind it ends the turn. A
+conversation has one more separator behind it, as every document has. Encoding never produces the separator
+(`tokenizers.py`), so no content can end its turn or begin another: the characters `<|endoftext|>` and the word
+"assistant" inside a content are ordinary text.
+
+Only the tokens of the assistant's contents, and the separators that end them, are learned and scored (`answers`).
+"""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.config import Role
+from moe_jax.data.chat_rows import ANSWERING, ROLES, Conversation, Message
+from moe_jax.data.tokenizers import Tokenizer
+
+LOOKED_AT = 4096
+"""Tokens in which the first question is looked for."""
+
+
+class EncodedChat(NamedTuple):
+    """A conversation in tokens, without the separators around it."""
+
+    tokens: np.ndarray
+    """int [N]. The last one is the separator that ends the last turn."""
+    answers: np.ndarray
+    """bool [N]: the tokens that are learned."""
+
+
+def encode_chats(tokenizer: Tokenizer, chats: Sequence[Conversation]) -> list[EncodedChat]:
+    """The conversations in tokens."""
+    contents = iter(tokenizer.encode_batch([message.content for chat in chats for message in chat]))
+    heads = {role: role_tokens(tokenizer, role) for role in ROLES}
+    return [_encoded([(m.role, heads[m.role], next(contents)) for m in chat], tokenizer.separator_id) for chat in chats]
+
+
+def _encoded(turns: list[tuple[Role, list[int], Any]], separator: int) -> EncodedChat:
+    tokens, answers = [], []
+    for role, head, content in turns:
+        tokens += [np.asarray(head, np.int64), np.asarray(content, np.int64), np.array([separator])]
+        answers += [np.zeros(len(head), bool), np.full(len(content) + 1, role == ANSWERING)]
+    return EncodedChat(np.concatenate(tokens), np.concatenate(answers))
+
+
+def role_tokens(tokenizer: Tokenizer, role: Role) -> list[int]:
+    """How a turn begins: its role and a line end."""
+    return tokenizer.encode(f"{role}\n")
+
+
+def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
+    """The tokens after which the model writes the assistant's next content: separator, all turns, "assistant\\n"."""
+    said = encode_chats(tokenizer, [tuple(chat)])[0].tokens.tolist() if chat else []
+    return [tokenizer.separator_id, *said, *role_tokens(tokenizer, ANSWERING)]
+
+
+def first_question(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """The first user's content in a stream of conversations; "" if its first LOOKED_AT tokens hold none."""
+    head = np.asarray(tokens[:LOOKED_AT])
+    ends = np.flatnonzero(head == tokenizer.separator_id)
+    for first, end in itertools.pairwise(ends):
+        role, _, content = tokenizer.decode(head[first + 1 : end].tolist()).partition("\n")
+        if role == "user":
+            return content
+    return ""

@@ -1,0 +1,63 @@
+"""A run with adapters becomes an ordinary run: its weights are W + s A B, and it has no adapters.
+
+The new run goes on where the old one was: its step, its progress, its records. Its optimizer starts anew, because it is
+for all weights now.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from moe_jax.config import UserError
+from moe_jax.runs import metrics, summary
+from moe_jax.runs.checkpoint import CheckpointStore, restore
+from moe_jax.runs.folder import RunFolder, locked_for_training
+from moe_jax.runs.load import open_run
+from moe_jax.system.folders import Folder
+from moe_jax.training.counters import RunCounters
+from moe_jax.training.programs import Programs
+from moe_jax.training.state import TrainState
+
+_KEPT = ("step", "loss_scale", "loss_track", "skipped")
+"""Fields of the state that the new run takes over."""
+_MOST_BYTES = 2**31
+
+
+def merge(run: Path, out: Path, step: int | None = None) -> Path:
+    """Write the best checkpoint of `run`, or that of a step, as a new run without adapters. Returns the path of the new
+    checkpoint.
+
+    Raises UserError if the run has no adapters, or cannot be read.
+    """
+    loaded = open_run(run, step)
+    if not loaded.config.train.lora_rank:
+        raise UserError(f"--run {run}: has no adapters, so it is an ordinary run already; copy its folder")
+    train = dataclasses.replace(loaded.config.train, lora_rank=0, lora_alpha=0.0, train_router=False)
+    config = dataclasses.replace(loaded.config, out=str(out), resume=False, train=train)
+    checkpoint, programs = loaded.checkpoint, Programs.of(config)
+    state = programs.state(loaded.params)
+    kept = {name: getattr(state, name) for name in _KEPT}
+    state = dataclasses.replace(state, **restore(checkpoint, kept))
+    with locked_for_training(out) as lock:
+        folder = RunFolder(out, lock.check)
+        source = {"merged_from": str(run), "step": checkpoint.step, "state": checkpoint.manifest["state"]}
+        run_id = folder.start(config, loaded.tokenizer, [source])
+        _copy_records(Folder(run), folder)
+        context = checkpoint.manifest["context"]
+        evaluated = RunCounters.from_json(context.get("progress")).evaluated
+        folder.truncate_logs_after(checkpoint.step, evaluated)
+        context = context | {"config": config.to_dict(), "run_id": run_id}
+        return _save(folder, state, checkpoint.step, checkpoint.val_loss, checkpoint.elapsed, context)
+
+
+def _save(
+    folder: RunFolder, state: TrainState, step: int, val_loss: float | None, elapsed: float, context: dict
+) -> Path:
+    store = CheckpointStore(folder.path, guard=folder.guard)
+    return store.save(state, step, val_loss=val_loss, elapsed=elapsed, context=context)
+
+
+def _copy_records(there: Folder, here: RunFolder) -> None:
+    """Copy what was logged: the model is the same, and so are its scores."""
+    for name in (metrics.NAME, here.samples.name, summary.NAME):
+        if there.status(name):
+            here.files.write(name, there.read(name, _MOST_BYTES))

@@ -1,0 +1,56 @@
+"""Fine-tuning: a run that starts with the weights and the tokenizer of a trained run, and learns conversations.
+
+The model stays as it is; the data, the loss (`loss.py`: answers only) and the length of the training change. The
+optimizer's state and the learning-rate schedule start anew. `config.compatibility.check_tunable` checks the settings.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_jax.config import RunConfig
+from moe_jax.data.token_store import TokenStore
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.model.costs import training_flops
+from moe_jax.runs.load import LoadedRun, open_run
+from moe_jax.training.programs import Programs
+from moe_jax.training.start import Start
+
+
+@dataclass(frozen=True)
+class TuningSource:
+    """The run that is fine-tuned, at its best checkpoint. Adapters that it has are merged into its weights."""
+
+    folder: str
+    run: LoadedRun
+
+    @classmethod
+    def open(cls, config: RunConfig) -> "TuningSource | None":
+        """The run that `config.base` names, or None if it names none. Raises UserError if it cannot be used."""
+        return cls(config.base, open_run(Path(config.base))) if config.base else None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.run.tokenizer
+
+    def start(self, programs: Programs, store: TokenStore) -> Start:
+        """The parameters of the run, in the dtypes that the new run stores."""
+        del store
+        params = jax.tree.map(lambda shape, p: p.astype(shape.dtype), programs.param_shapes, self.run.params)
+        return Start(params, self.origin(), f"fine-tunes step {self.run.checkpoint.step} of {self.folder}")
+
+    def origin(self) -> dict[str, Any]:
+        """The record of the run that the new run saves. `training_flops` are the floating-point operations up to its
+        checkpoint, those that it started from included."""
+        checkpoint = self.run.checkpoint
+        earlier = checkpoint.manifest["context"].get("origin")
+        inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
+        return {
+            "tuned_from": self.folder,
+            "step": checkpoint.step,
+            "val_loss": checkpoint.val_loss,
+            "state": checkpoint.manifest["state"],
+            "training_flops": training_flops(self.run.config, checkpoint.step) + inherited,
+        }

@@ -1,0 +1,32 @@
+"""What a run starts with that does not start from noise: the seam of `imported.py`, `sft.py` and `upcycle.py`."""
+
+from typing import Any, NamedTuple, Protocol
+
+from moe_jax.data.token_store import TokenStore
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.model.transformer import Params
+from moe_jax.training.programs import Programs
+
+
+class Start(NamedTuple):
+    """What a run starts with that does not start from noise."""
+
+    params: Params
+    origin: dict[str, Any]
+    """The record of it in config.json and in the checkpoints. `training_flops` is what it took to train, None if that
+    is not known."""
+    note: str
+    """One line for the user."""
+
+
+class Source(Protocol):
+    """A run or a model that another run starts from, opened and checked."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The new run keeps it: the rows of the embedding belong to its ids."""
+        ...
+
+    def start(self, programs: Programs, store: TokenStore) -> Start:
+        """Read the weights. Raises UserError if they or the text cannot be used."""
+        ...

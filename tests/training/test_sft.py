@@ -1,0 +1,285 @@
+"""Fine-tuning: only answers count, exactly; and a tuned run is a run like any other."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.cli.sft import Sft
+from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError, load_config
+from moe_jax.data.batches import MaskedBatch
+from moe_jax.model.kernels import cross_entropy
+from moe_jax.model.kernels.cross_entropy import mean_cross_entropy, token_losses
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import merge
+from moe_jax.runs.doctor import examine
+from moe_jax.runs.load import open_run
+from moe_jax.training.evaluate import evaluate, make_evaluation_step
+from moe_jax.training.loop import finish, train
+from moe_jax.training.loss import training_loss
+from moe_jax.training.session import Session
+from moe_jax.training.step import gradients
+from tests.support import saved_run, tiny, tuning
+
+CONFIG = TrainConfig(steps=10)
+
+# The loss
+
+
+@pytest.fixture(params=["blocked", "several blocks", "reference"])
+def weighted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The weighted cross-entropy, in each form."""
+    if request.param == "several blocks":
+        monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 4 * tiny.V * 3)
+    kind = "reference" if request.param == "reference" else "blocked"
+    return lambda h, head, targets, w, scale=None: mean_cross_entropy(h, head, targets, kind, scale, w)
+
+
+def products(n: int = 11) -> tuple[Any, ...]:
+    rng = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((n, 8), (8, tiny.V)))
+    return hidden, head, jnp.asarray(rng.integers(0, tiny.V, n)), jnp.asarray(rng.random(n) < 0.4, jnp.float32) / 3
+
+
+def test_masked_targets_change_no_bit(weighted: Any) -> None:
+    """The loss and both gradients are the same to the last bit when the targets that do not count are others, and the
+    gradient of their rows is exactly 0."""
+    hidden, head, targets, weights = products()
+    other = jnp.where(weights > 0, targets, (targets + 5) % tiny.V)
+    both = [jax.value_and_grad(weighted, argnums=(0, 1))(hidden, head, t, weights) for t in (targets, other)]
+    tiny.assert_same_bits(*both)
+    d_hidden = np.asarray(both[0][1][0])
+    assert (d_hidden[np.asarray(weights) == 0] == 0).all()
+    assert (np.abs(d_hidden[np.asarray(weights) > 0]).max(1) > 0).all()
+
+
+def test_the_gradient_of_masked_logits_is_exactly_zero() -> None:
+    """With the identity as head the hidden rows are the logits."""
+    _, _, targets, weights = products()
+    logits = jnp.asarray(np.random.default_rng(1).normal(size=(11, tiny.V)), jnp.float32)
+    gradient = np.asarray(jax.grad(lambda z: mean_cross_entropy(z, jnp.eye(tiny.V), targets, weights=weights))(logits))
+    assert (gradient[np.asarray(weights) == 0] == 0).all()
+    expected = (jax.nn.softmax(logits) - jax.nn.one_hot(targets, tiny.V)) * weights[:, None]
+    assert tiny.relative_error(gradient, expected) < 1e-6
+
+
+def test_the_weighted_sum_and_its_gradients(weighted: Any) -> None:
+    """Against jax's own gradient of the plain formula; a loss scale changes neither."""
+    hidden, head, targets, weights = products()
+
+    def plain(h: jax.Array, w: jax.Array) -> jax.Array:
+        return (token_losses(jnp.matmul(h, w, precision="highest"), targets) * weights).sum()
+
+    expected = jax.value_and_grad(plain, argnums=(0, 1))(hidden, head)
+    for scale in (None, jnp.float32(64)):
+        factor = jnp.float32(1) if scale is None else scale
+        scaled = functools.partial(_scaled, weighted, targets, weights, scale, factor)
+        value, grads = jax.value_and_grad(scaled, (0, 1))(hidden, head)
+        assert tiny.relative_error(value / factor, expected[0]) < 1e-6
+        for one, other in zip(grads, expected[1], strict=True):
+            assert tiny.relative_error(one / factor, other) < 1e-5
+
+
+def _scaled(loss: Any, targets: Any, weights: Any, scale: Any, factor: Any, hidden: Any, head: Any) -> jax.Array:
+    return loss(hidden, head, targets, weights, scale) * factor
+
+
+@functools.lru_cache
+def built() -> tuple[Any, Any]:
+    return tiny.build(tiny.config(layers=1, width=16, capacity_factor=2.0))
+
+
+def counted(m: int, b: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random((m, b, tiny.T)) < 0.3
+
+
+def masked(m: int, b: int, seed: int = 3) -> MaskedBatch:
+    return MaskedBatch.of(tiny.tokens(m, b, tiny.T + 1, seed=seed), counted(m, b))
+
+
+@functools.lru_cache
+def gradient_of() -> Any:
+    graphdef = built()[0]
+    return jax.jit(lambda params, batch: gradients(graphdef, params, batch, jax.random.key(0), None, CONFIG))
+
+
+def test_accumulated_is_the_whole_batch() -> None:
+    """Four sequences at once, and as 2 x 2 with another number of answers in each half: the same loss and gradient. A
+    mean of the two halves' means would weigh their answers differently."""
+    whole = MaskedBatch.of(tiny.tokens(1, 4, tiny.T + 1), counted(2, 2).reshape(1, 4, -1))
+    halves = MaskedBatch.of(whole.tokens.reshape(2, 2, -1), counted(2, 2))
+    assert len({int(x) for x in counted(2, 2).sum((1, 2))}) == 2
+    (one, first), (other, second) = (gradient_of()(built()[1], batch) for batch in (whole, halves))
+    assert tiny.relative_error(first.loss, second.loss) < 1e-6
+    assert int(first.answers) == int(second.answers * 2) == counted(2, 2).sum()
+    assert max(tiny.gradient_errors(one, other).values()) < 1e-5
+
+
+def test_the_loss_is_the_mean_over_answers_one_row_at_a_time() -> None:
+    """Packed rows, scored together, against the sum of the rows' own token losses: a plain loop."""
+    batch = masked(1, 4)
+    graphdef, params = built()
+    _, metrics = gradient_of()(params, batch)
+    model, total, count = merge(graphdef, params), 0.0, 0
+    for tokens, weights in zip(batch.tokens[0], batch.weights[0], strict=True):
+        logits = model.logits(model(jnp.asarray(tokens[None, :-1]), Mode.TRAIN)[0])[0]
+        losses = np.asarray(token_losses(logits, jnp.asarray(tokens[1:])))
+        total, count = total + losses[weights > 0].sum(), count + (weights > 0).sum()
+    assert float(metrics.loss) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_conversation_at_the_beginning_of_a_window_scores_as_by_itself() -> None:
+    """Packed with others behind it, or alone: earlier tokens see nothing of later ones, and keep their slots."""
+    graphdef, params = built()
+    alone, packed = tiny.tokens(2, tiny.T + 1)
+    packed[:6] = alone[:6]
+    weights = np.zeros((1, tiny.T), np.float32)
+    weights[0, 2:5] = 1 / 3
+    loss = jax.jit(lambda b: training_loss(merge(graphdef, params), b, None, CONFIG)[1].loss)
+    one, other = (loss(MaskedBatch(row[None], weights)) for row in (alone, packed))
+    assert float(one) == pytest.approx(float(other), rel=1e-6)
+
+
+def test_a_batch_without_answers_has_loss_zero() -> None:
+    batch = MaskedBatch.of(tiny.tokens(1, 4, tiny.T + 1), counted(1, 4) & False)
+    grads, metrics = gradient_of()(built()[1], batch)
+    assert (float(metrics.loss), float(metrics.answers)) == (0, 0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
+    assert (np.asarray(grads["norm"]["scale"]) == 0).all(), "the norm before the head has no other loss"
+
+
+def test_evaluation_of_answers() -> None:
+    """Against token losses of the windows' own logits: with all tokens marked it is the plain evaluation."""
+    graphdef, params = built()
+    tokens, step = tiny.tokens(60), make_evaluation_step(graphdef)
+    score = functools.partial(evaluate, step, params, tokens, seq_len=tiny.T, token_bytes=np.ones(tiny.V, np.int64))
+    plain, everything = score(), score(answers=np.ones(60, bool))
+    assert everything.loss == pytest.approx(plain.loss, rel=1e-9)
+    half = np.arange(60) % 2 == 0
+    parts = [score(answers=mask) for mask in (half, ~half)]
+    assert sum(p.loss * p.tokens for p in parts) == pytest.approx(plain.loss * plain.tokens, rel=1e-6)
+    assert parts[0].bits_per_byte == pytest.approx(parts[0].loss / np.log(2) * parts[0].tokens / half.sum(), rel=1e-9)
+    none = score(answers=np.zeros(60, bool))
+    assert (none.loss, none.tokens, none.bits_per_byte, none.drop_fraction) == (0, 0, 0, 0)
+
+
+# Whole runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuning.base_run(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tuning.write_conversations(tmp_path_factory.mktemp("data") / "chats.jsonl")
+
+
+def run_of(config: RunConfig, saved: RunConfig | None = None) -> tuple[Session, dict[str, Any]]:
+    session = Session.open(config, saved)
+    train(session)
+    return session, finish(session)
+
+
+@pytest.fixture(scope="module")
+def tuned(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, Any]]:
+    return run_of(tuning.settings(base, data, tmp_path_factory.mktemp("tuned") / "run"))
+
+
+def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base: Path) -> None:
+    session, result = tuned
+    start = open_run(base)
+    first = session.score(session.data.whole(), start.params)
+    assert result["val_loss"] < first.loss
+    assert (result["val_scored"], result["val_stream"], result["val_tokens"]) == ("answers", "whole", first.tokens)
+    assert first.tokens == session.data.store.valid.targets
+    assert result["unigram_bits_per_byte"] is None
+    assert session.config.model == start.config.model
+    assert session.progress.origin is not None
+    assert session.progress.origin["tuned_from"] == str(base)
+    samples = session.folder.samples.read_text()
+    assert "assistant\n" in samples
+    records = [json.loads(line) for line in session.folder.metrics.read_text().splitlines()]
+    assert all(r["answer_tokens"] > 0 for r in records if r["split"] == "train")
+    assert {f.state for f in examine(session.folder.path, repair=False)} == {"good"}
+    assert load_config(session.folder.path) == dataclasses.replace(session.config, resume=False)
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora", "4"), ("--lora", "2", "--train-router", "--grad-accum", "2")])
+def test_resumed_is_uninterrupted_by_bits(flags: tuple[str, ...], base: Path, data: Path, tmp_path: Path) -> None:
+    whole, _ = run_of(tuning.settings(base, data, tmp_path / "whole", *flags))
+    part = tuning.settings(base, data, tmp_path / "part", *flags)
+    session = Session.open(part, None)
+    save = session.save
+
+    def save_and_die(step: int, val_loss: float | None) -> None:
+        save(step, val_loss)
+        raise KeyboardInterrupt
+
+    session.save = save_and_die
+    with pytest.raises(KeyboardInterrupt):
+        train(session)
+    saved = load_config(tmp_path / "part")
+    assert saved is not None
+    shutil.move(base, f"{base}.away")  # a resumed run does not need its base
+    try:
+        resumed, _ = run_of(dataclasses.replace(saved, resume=True), saved)
+    finally:
+        shutil.move(f"{base}.away", base)
+    assert resumed.progress.resumed_from == 3
+    tiny.assert_same_bits(resumed.state, whole.state)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "{data}"], "--run: must be given"),
+        (["--run", "{base}"], "--data: must be given"),
+        (["--run", "{data}", "--data", "{data}"], "no run with a complete checkpoint there"),
+        (["--run", "{base}", "--data", "{base}/config.json"], "must be JSON lines"),
+        (["--run", "{base}", "--data", "{data}", "--model.width", "16"], "--model.width 16: the run in"),
+        (["--run", "{base}", "--data", "{data}", "--train-router"], "--train-router True: must be left out"),
+        (["--run", "{base}", "--data", "{data}", "--lora", "-1"], "--lora -1: must be between"),
+        (
+            ["--run", "{base}", "--data", "{data}", "--lora", "2", "--optimizer", "muon"],
+            "--optimizer muon: is for whole",
+        ),
+        (["--run", "{base}", "--data", "{data}", "--tokenizer", "gpt2"], "--tokenizer gpt2: the run in"),
+    ],
+)
+def test_wrong_settings_are_refused(flags: list[str], said: str, base: Path, data: Path, tmp_path: Path) -> None:
+    given = [flag.format(base=base, data=data) for flag in flags]
+    with pytest.raises(ConfigError) as caught:
+        Sft.parse([*given, "--out", str(tmp_path / "new")])
+    assert said in str(caught.value)
+    assert not (tmp_path / "new").exists()
+
+
+def test_train_refuses_what_is_for_tuning(data: Path, tmp_path: Path) -> None:
+    from moe_jax.cli.train import Train
+
+    for flags in (["--lora", "2"], ["--data.format", "chat", "--data", str(data)]):
+        with pytest.raises(ConfigError, match="is for fine-tuning; use `python -m moe_jax sft"):
+            Train.parse([*flags, "--out", str(tmp_path / "new")])
+
+
+def test_too_few_conversations_are_refused(base: Path, tmp_path: Path) -> None:
+    data = tuning.write_conversations(tmp_path / "few.jsonl", rows=2)
+    config = tuning.settings(base, data, tmp_path / "new")
+    with pytest.raises(UserError, match="training tokens, and a context of --seq-len 32 needs 33"):
+        Session.open(config, None)
