@@ -12,11 +12,12 @@ RUN, INIT_FROM, FORMAT, SOURCE = ("", "base"), ("", "init_from"), ("data", "form
 
 @dataclass(frozen=True)
 class Sft(Train):
-    """Fine-tune a trained run, or an imported model, on conversations: rows of `{"messages": [{"role": "user", "content": "..."}, ...]}`.
+    """Fine-tune a trained run, or an imported model, on conversations.
 
-    Only the assistant's answers are learned. With --lora RANK small adapters are trained, and the model's own weights
-    stay as they are. The result is a run like any other; `chat --run` talks with it. Settings start from those of the
-    run, with a short training at a low learning rate.
+    A conversation is a row of `{"messages": [{"role": "user", "content": "..."}, ...]}`. Only the assistant's answers
+    are learned. With --lora RANK small adapters are trained, and the model's own weights stay as they are. The result
+    is a run like any other; `chat --run` talks with it. Settings start from those of the run or model, with a short
+    training at a low learning rate.
     """
 
     run: str = ""

@@ -205,7 +205,7 @@ def load_base_config(folder: str) -> RunConfig:
 
 
 def tuned_defaults(base: RunConfig, folder: str, lora: bool) -> RunConfig:
-    """The settings that a fine-tuning of `base` starts from: its model, its tokenizer, and a short, careful training."""
+    """The settings that a fine-tuning of `base` starts from: its model, its tokenizer, and a short training."""
     tracked = {"tensorboard": False, "wandb": False, "trackio": False}
     fresh = dataclasses.replace(base, base=folder, init_from="", upcycle="", out="", resume=False, **tracked)
     return for_conversations(fresh, lora)

@@ -67,7 +67,7 @@ def _imported(file: str, size: int) -> GgufVocabulary:
 
 
 def _rule(cut: Any) -> str:
-    parts = cut.get("pretokenizers") if isinstance(cut, dict) and cut.get("type") == "Sequence" else [cut]
+    parts = cut.get("pretokenizers", []) if isinstance(cut, dict) and cut.get("type") == "Sequence" else [cut]
     compared = [
         {k: v for k, v in part.items() if k not in ("trim_offsets", "add_prefix_space")}
         for part in parts

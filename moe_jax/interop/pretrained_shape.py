@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, UserError
+from moe_jax.config.model import QKNorm
 from moe_jax.interop.architectures import LLAMA, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, Architecture
 from moe_jax.system.folders import Folder, UnsafeFile, parse_json
 
 CONFIG = "config.json"
+QK_NORMS: dict[Architecture, QKNorm] = {QWEN3: "head", QWEN3_MOE: "head", OLMOE: "full"}
+"""Of the classes that normalise queries and keys."""
 _MAX_CONFIG_BYTES = 2**22
 _LARGEST = 2**24
 """Largest size that is taken. `ModelConfig` has narrower bounds of its own."""
@@ -192,7 +195,7 @@ class _Reader:
             head_size=self._own(head_dim, width / heads),
             norm_eps=self._number("rms_norm_eps", layout.eps, 1e-12, 1),
             rope_theta=self._theta(layout),
-            qk_norm={QWEN3: "head", QWEN3_MOE: "head", OLMOE: "full"}.get(layout.architecture, "none"),
+            qk_norm=QK_NORMS.get(layout.architecture, "none"),
             tied_head=self._switch("tie_word_embeddings", False),
             **self._network(layout),
         )

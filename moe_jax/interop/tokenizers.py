@@ -57,10 +57,8 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, chat: bool = False) -> d
     if definition["kind"] == "hf":
         settings = definition["settings"]
         if chat:
-            settings = (
-                json_text(json.loads(settings or "{}") | {"chat_template": jinja(separator_text(tokenizer))}, indent=2)
-                + "\n"
-            )
+            values = json.loads(settings or "{}") | {"chat_template": jinja(separator_text(tokenizer))}
+            settings = json_text(values, indent=2) + "\n"
         files = {"tokenizer.json": definition["file"], "tokenizer_config.json": settings}
         return {name: content for name, content in files.items() if content}
     made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context, chat)}

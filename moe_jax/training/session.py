@@ -175,7 +175,7 @@ class Session:
         folder = RunFolder(Path(config.run_dir), lock.check) if lock else RunFolder(Path(config.run_dir))
         checkpoints = CheckpointStore(folder.path, guard=folder.guard)
         source = source_of(config) if saved is None else None
-        run_id, tokenizer = "", source and source.tokenizer
+        run_id, tokenizer = "", source.tokenizer if source else None
         if saved is not None:
             found = checkpoints.list()
             run_id = check_same_run(folder.files, found) or new_run_id()
