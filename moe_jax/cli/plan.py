@@ -1,5 +1,6 @@
 """`moe-jax plan`."""
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
@@ -8,8 +9,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command, check_range
 from moe_jax.cli.result import print_json
-from moe_jax.config import ConfigError, PresetName, UserError
+from moe_jax.config import ConfigError, PresetName, RunConfig, UserError
 from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.interop.starting_point import starting_point
 from moe_jax.system import environment
 from moe_jax.system.console import working
 from moe_jax.system.terminal_text import say
@@ -48,6 +50,10 @@ class Plan(Command):
     """Name of a described GPU (a wrong name lists all names), or a file that describes one."""
     lora: int = 0
     """Plan a fine-tuning by adapters of this rank (`sft --lora`), instead of training. 0 trains all weights."""
+    init_from: str = ""
+    """Folder of a Hugging Face model, as for `train.py`. Its shape takes the place of the preset's."""
+    upcycle: str = ""
+    """Folder of a dense run or of a dense Hugging Face model, as for `train.py`."""
     every_optimizer: bool = False
     """Compile each optimizer, instead of stopping at the first setting that fits."""
     data: str = ""
@@ -62,10 +68,11 @@ class Plan(Command):
 
     def execute(self) -> int:
         check_range("--lora", self.lora, 0, 4096)
+        config = self._settings()
         if self.data or self.memory:
             if self.lora:
                 raise ConfigError("--lora: plans for a GPU; leave --data and --memory out")
-            return self._plan_for_text()
+            return self._plan_for_text(config if self.init_from or self.upcycle else None)
         if not self.verify:
             self._check_target()
             # Compiling for a described card needs no card, and must not occupy a real one.
@@ -80,13 +87,14 @@ class Plan(Command):
         target = (
             device_memory.target_of_device(jax.devices()[0]) if self.verify else device_memory.load_target(self.gpu)
         )
+        name = self.init_from or (f"{self.upcycle}, upcycled," if self.upcycle else self.preset)
         say(
-            f"{self.preset} on {target.device_kind} (compute capability {target.compute_capability}, "
+            f"{name} on {target.device_kind} (compute capability {target.compute_capability}, "
             f"{target.memory / device_memory.MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
         )
         _print_header()
         rows = []
-        config = with_vocabulary(preset(self.preset))
+        config = with_vocabulary(config)
         config = search.with_adapters(config, self.lora) if self.lora else config
         found = search.search(config, target, self.every_optimizer)
         while True:
@@ -97,6 +105,12 @@ class Plan(Command):
             rows.append(row)
             _print_row(row)
         return self._report(rows, target)
+
+    def _settings(self) -> RunConfig:
+        """The settings of the preset, or those that a run of the folder would start from."""
+        config = dataclasses.replace(preset(self.preset), init_from=self.init_from, upcycle=self.upcycle)
+        source = starting_point(config)
+        return config if source is None else source.defaults
 
     def _check_target(self) -> None:
         names = sorted(p.stem for p in TARGETS.glob("*.txtpb"))
@@ -111,7 +125,7 @@ class Plan(Command):
                 )
 
     def _report(self, rows: "list[Row]", target: "Target") -> int:
-        from moe_jax.planning import search
+        from moe_jax.planning import own_text, search
 
         verdict = search.verdict(rows, target)
         train = verdict.row.config.train
@@ -119,9 +133,11 @@ class Plan(Command):
         say(f"\nbetween steps, the optimizer state included: {between}")
         if verdict.fits:
             say("this setting fits, by XLA's buffer plan; train with")
-            start = f"uv run train.py --preset {self.preset}"
+            origin = "".join(f"{flag} " for flag in own_text.origin_flags(verdict.row.config))
+            start = f"uv run train.py {origin}--preset {verdict.row.config.preset}"
             if self.lora:
-                start = f"uv run python -m moe_jax sft --run RUN --data CHATS.jsonl --out NEW --lora {self.lora}"
+                tuned = origin.rstrip() or "--run RUN"
+                start = f"uv run python -m moe_jax sft {tuned} --data CHATS.jsonl --out NEW --lora {self.lora}"
             print(  # unbroken, to be copied
                 f"{start} --batch-size {train.batch_size} "
                 f"--grad-accum {train.grad_accum} --optimizer {train.optimizer}"
@@ -142,7 +158,7 @@ class Plan(Command):
         print_json(result, self.json)
         return 0 if verdict.fits else 1
 
-    def _plan_for_text(self) -> int:
+    def _plan_for_text(self, imported: RunConfig | None) -> int:
         """The command line for a text and for the memory of this machine."""
         from moe_jax.data.corpora import check_source
         from moe_jax.system.limits import machine_memory
@@ -155,7 +171,7 @@ class Plan(Command):
         with working("starting JAX"):
             from moe_jax.planning import own_text
 
-            plans = own_text.search(source, most)
+            plans = own_text.search(source, most, imported)
         found = None
         while found is None or not found.fits:
             with working("compiling a training step, to see its memory"):

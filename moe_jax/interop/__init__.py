@@ -1,12 +1,18 @@
-"""Models for other programs: `python -m moe_jax export`.
+"""Models for other programs, and from them: `python -m moe_jax export`, `train.py --init-from` and `--upcycle`.
 
     architectures.py  which class of transformers, and which architecture of llama.cpp, holds which configuration
     source.py         a verified checkpoint as arrays on the host
     huggingface.py    config.json and model.safetensors, for transformers
     gguf_file.py      one GGUF file, for llama.cpp and ollama (extra `gguf`)
-    tokenizers.py     the tokenizer in the form of each
+    tokenizers.py     the tokenizer in the form of each; gguf_vocabulary.py, as GGUF holds it
     card.py           the model card and ollama's Modelfile
     export.py         all of it, into a folder that is whole or absent
 
-Nothing here imports torch, and nothing is compiled.
+    starting_point.py    the settings that a run of an imported model starts from
+    pretrained_shape.py  config.json of a Hugging Face folder -> ModelConfig, or a refusal by name
+    weight_files.py      the headers of its safetensors files, checked before any tensor is read
+    tensor_table.py      which tensor is which part of our parameters
+    pretrained.py        the folder, opened: shape, tokenizer, parameters
+
+Nothing here imports torch, and nothing is compiled. This room lies below `training`, which starts runs from imports.
 """

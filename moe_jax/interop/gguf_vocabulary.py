@@ -70,7 +70,7 @@ def _rule(cut: Any) -> str:
     parts = cut.get("pretokenizers", []) if isinstance(cut, dict) and cut.get("type") == "Sequence" else [cut]
     compared = [
         {k: v for k, v in part.items() if k not in ("trim_offsets", "add_prefix_space")}
-        for part in parts
+        for part in parts or []
         if isinstance(part, dict)
     ]
     # A file of an old version leaves `use_regex` out, which is true then.

@@ -60,7 +60,7 @@ class Pretrained:
         pieces = self._table(copies=fresh is not None)
         digests: dict[str, str] = {}
         # One buffer for all parameters in the making. Fresh ones would leave holes in the memory of the process.
-        scratch = np.empty(max(_bytes(leaf) for leaf in jax.tree.leaves(shapes)), np.uint8)
+        scratch = _buffer(max(_bytes(leaf) for leaf in jax.tree.leaves(shapes)))
 
         def fill(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> Any:
             name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -96,8 +96,10 @@ class Pretrained:
                     f"{self.weights.folder}: tensor {piece.tensor} has NaN or infinite values in {leaf.dtype}; "
                     "download it again"
                 )
-        # Copied: the buffer is used again, and the device must own what a training step gives back to it.
-        return jax.block_until_ready(jax.device_put(made, may_alias=False))
+        array = jax.block_until_ready(jax.device_put(made))
+        if array.unsafe_buffer_pointer() == made.ctypes.data:  # not copied, and the buffer is used again
+            array = jax.block_until_ready(jax.device_put(made.copy()))
+        return array
 
     def _check_tied(self) -> None:
         """Raise UserError if the folder holds a head that is not its embedding, although config.json ties them."""
@@ -133,6 +135,13 @@ def _tokenizer(folder: Path, shape: PretrainedShape) -> Tokenizer:
             f"{shape.model.vocab_size:,}; take both from the same folder"
         )
     return tokenizer
+
+
+def _buffer(size: int) -> np.ndarray:
+    """Memory that jax copies on a CPU too. It would use a buffer in place that begins at a multiple of 64 bytes, and
+    `may_alias=False` does not prevent that (jax 0.12)."""
+    memory = np.empty(size + 128, np.uint8)
+    return memory[(32 - memory.ctypes.data) % 64 :]
 
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:

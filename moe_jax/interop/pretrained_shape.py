@@ -9,14 +9,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, UserError
-from moe_jax.config.model import QKNorm
+from moe_jax.config import ConfigError, ModelConfig, QKNorm, RoutingConfig, UserError
 from moe_jax.interop.architectures import LLAMA, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, Architecture
 from moe_jax.system.folders import Folder, UnsafeFile, parse_json
 
 CONFIG = "config.json"
-QK_NORMS: dict[Architecture, QKNorm] = {QWEN3: "head", QWEN3_MOE: "head", OLMOE: "full"}
-"""Of the classes that normalise queries and keys."""
 _MAX_CONFIG_BYTES = 2**22
 _LARGEST = 2**24
 """Largest size that is taken. `ModelConfig` has narrower bounds of its own."""
@@ -45,6 +42,7 @@ class _Layout(NamedTuple):
     """None: as many as attention heads."""
     head_dim: int | None = None
     """None: width / heads."""
+    qk_norm: QKNorm = "none"
     experts: str = ""
     """The field with the number of experts. Empty: a dense model."""
     hidden: str = "intermediate_size"
@@ -57,12 +55,12 @@ LAYOUTS = {
     layout.architecture.model_type: layout
     for layout in (
         _Layout(LLAMA, 1e-6),
-        _Layout(QWEN3, 1e-6, kv_heads=32, head_dim=128),
+        _Layout(QWEN3, 1e-6, kv_heads=32, head_dim=128, qk_norm="head"),
         _Layout(MIXTRAL, 1e-5, 1e6, kv_heads=8, experts="num_local_experts", top_k=2),
-        _Layout(QWEN3_MOE, 1e-6, kv_heads=4, experts="num_experts", hidden="moe_intermediate_size", top_k=8)._replace(
-            renormalise=False
-        ),
-        _Layout(OLMOE, 1e-5, experts="num_experts", top_k=8, renormalise=False),
+        _Layout(
+            QWEN3_MOE, 1e-6, kv_heads=4, qk_norm="head", experts="num_experts", top_k=8, renormalise=False
+        )._replace(hidden="moe_intermediate_size"),
+        _Layout(OLMOE, 1e-5, qk_norm="full", experts="num_experts", top_k=8, renormalise=False),
     )
 }
 """`model_type` -> its layout. The defaults are those of the classes in transformers."""
@@ -195,7 +193,7 @@ class _Reader:
             head_size=self._own(head_dim, width / heads),
             norm_eps=self._number("rms_norm_eps", layout.eps, 1e-12, 1),
             rope_theta=self._theta(layout),
-            qk_norm=QK_NORMS.get(layout.architecture, "none"),
+            qk_norm=layout.qk_norm,
             tied_head=self._switch("tie_word_embeddings", False),
             **self._network(layout),
         )

@@ -33,7 +33,8 @@ class TextPlan(NamedTuple):
     def command(self) -> str:
         """The command line that trains with these settings."""
         config, start = self.config, preset(self.config.preset)
-        words = ["uv run train.py", f"--preset {config.preset}", f"--data {shlex.quote(config.data.source)}"]
+        words = ["uv run train.py", *origin_flags(config), f"--preset {config.preset}"]
+        words.append(f"--data {shlex.quote(config.data.source)}")
         words.append(f"--out {shlex.quote('runs/' + Path(config.data.source).stem)}")
         for name, flag in (("steps", "--steps"), ("batch_size", "--batch-size"), ("grad_accum", "--grad-accum")):
             if getattr(config.train, name) != getattr(start.train, name):
@@ -41,6 +42,12 @@ class TextPlan(NamedTuple):
         if config.execution.remat and not start.execution.remat:
             words.append("--execution.remat")
         return " ".join(words)
+
+
+def origin_flags(config: RunConfig) -> list[str]:
+    """The flags that say which model a run starts from. None for a start from noise."""
+    given = {"--init-from": config.init_from, "--upcycle": config.upcycle}
+    return [f"{flag} {shlex.quote(folder)}" for flag, folder in given.items() if folder]
 
 
 def text_bytes(source: str) -> int | None:
@@ -58,12 +65,13 @@ def with_steps(config: RunConfig, size: int | None) -> RunConfig:
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=min(config.train.steps, most)))
 
 
-def candidates(source: str, size: int | None) -> Iterator[RunConfig]:
-    """Settings for a text: those of its preset, with ever less memory, and then those of smaller presets."""
+def candidates(source: str, size: int | None, imported: RunConfig | None = None) -> Iterator[RunConfig]:
+    """Settings for a text: those of its preset, with ever less memory, and then those of smaller presets. For an
+    `imported` model only its own settings, with ever less memory."""
     names: list[PresetName] = list(PRESETS)
     first = "nano" if source == "stories" else preset_for_text(size, runs_on_cpu())
-    for name in reversed(names[: names.index(first) + 1]):
-        start = preset(name)
+    presets = [preset(name) for name in reversed(names[: names.index(first) + 1])]
+    for start in presets if imported is None else [imported]:
         start = with_steps(dataclasses.replace(start, data=dataclasses.replace(start.data, source=source)), size)
         yield start
         yield dataclasses.replace(start, execution=dataclasses.replace(start.execution, remat=True))
@@ -83,12 +91,12 @@ def step_mib(config: RunConfig) -> float:
     return (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / MIB
 
 
-def search(source: str, most_mib: float) -> Iterator[TextPlan]:
+def search(source: str, most_mib: float, imported: RunConfig | None = None) -> Iterator[TextPlan]:
     """The candidates with their memory, to the first that fits. Raises the errors of `open_corpus`."""
     size = text_bytes(source)
     if size is not None and size < BYTES_PER_TOKEN * preset("nano").model.seq_len:
         raise UserError(f"--data {Path(source)}: {size} bytes are too little to train on; give a longer text")
-    for config in candidates(source, size):
+    for config in candidates(source, size, imported):
         needed = step_mib(config)
         yield TextPlan(config, needed, needed <= most_mib)
         if needed <= most_mib:
