@@ -85,8 +85,8 @@ TABLE: dict[tuple[str, str], tuple[Any, str, str, Any]] = {
     ("train", "patience"): (16, "train", "patience", 16),
 }
 NEW = {("model", name) for name in ("kv_heads", "head_size", "norm_eps", "rope_theta")} | {
-    ("routing", "renormalise_gates"),
-    ("", "init_from"),
+    *(("routing", "renormalise_gates"), ("data", "format"), ("", "init_from"), ("", "base"), ("", "trackio")),
+    *(("train", name) for name in ("lora_rank", "lora_alpha", "train_router")),
 }
 """Fields that version 1 did not have. Their defaults are what version 1 computed."""
 GONE = {("", "verify_resume"), ("model", "ngrams"), ("model", "ngram_rows")}

@@ -13,9 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.cli.evaluate import Evaluate
 from moe_jax.cli.sft import Sft
 from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError, load_config
 from moe_jax.data.batches import MaskedBatch
+from moe_jax.inference.chat import RoleChat
+from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.sampling import Sampling
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy, token_losses
 from moe_jax.model.moe.layer import Mode
@@ -24,9 +28,9 @@ from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.loop import finish, train
-from moe_jax.training.loss import training_loss
+from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.session import Session
-from moe_jax.training.step import gradients
+from moe_jax.training.step import _is_known, gradients
 from tests.support import saved_run, tiny, tuning
 
 CONFIG = TrainConfig(steps=10)
@@ -156,6 +160,13 @@ def test_a_batch_without_answers_has_loss_zero() -> None:
     assert (np.asarray(grads["norm"]["scale"]) == 0).all(), "the norm before the head has no other loss"
 
 
+def test_a_batch_without_answers_is_no_news_of_the_loss() -> None:
+    """Its loss of 0 must not lower the mean that tells spikes."""
+    known = [bool(_is_known(Metrics(*[jnp.zeros(())] * 5, answers=jnp.float32(n)), jnp.bool_(True))) for n in (0, 3)]
+    assert known == [False, True]
+    assert _is_known(Metrics(*[jnp.zeros(())] * 5), jnp.bool_(True))
+
+
 def test_evaluation_of_answers() -> None:
     """Against token losses of the windows' own logits: with all tokens marked it is the plain evaluation."""
     graphdef, params = built()
@@ -283,3 +294,39 @@ def test_too_few_conversations_are_refused(base: Path, tmp_path: Path) -> None:
     config = tuning.settings(base, data, tmp_path / "new")
     with pytest.raises(UserError, match="training tokens, and a context of --seq-len 32 needs 33"):
         Session.open(config, None)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("flags", [(), ("--lora", "16", "--lr", "2e-2")], ids=["whole", "lora"])
+def test_it_learns_to_answer(flags: tuple[str, ...], data: Path, tmp_path: Path) -> None:
+    """The exact answers to four questions: none before, all after. Asked as `chat` asks, each in a new conversation."""
+    wide = tuning.base_run(tmp_path / "base", width=32, expert_hidden=32)
+
+    def right(run: Path) -> int:
+        opened = open_run(run)
+        generator = TextGenerator(opened.graphdef, opened.params, opened.tokenizer, opened.config.model.seq_len)
+        given = {"seed": 0, "limit": 8, "layers": 0, "tokenizer": opened.tokenizer, "context": 32}
+        said = {}
+        for question in tuning.ANSWERS:
+            said[question] = "".join(RoleChat(generator, Sampling(0.0), **given).reply(question))
+        return sum(said[question] == answer for question, answer in tuning.ANSWERS.items())
+
+    assert right(wide) == 0
+    lr = () if flags else ("--lr", "1e-2")
+    steps = ("--steps", "200", "--eval-every", "100", "--save-every", "100", "--batch-size", "8")
+    run_of(tuning.settings(wide, data, tmp_path / "run", *steps, *lr, *flags))
+    assert right(tmp_path / "run") == len(tuning.ANSWERS)
+
+
+def test_evaluate_scores_the_answers_of_a_file(tuned: Any, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a tuned run. A plain run refuses conversations, and a tuned run still scores a plain text."""
+    run = str(tuned[0].folder.path)
+    found = []
+    for given in ((), ("--data", str(data)), ("--data", str(data.parent / "plain.txt"))):
+        (data.parent / "plain.txt").write_text("A plain text.")
+        assert Evaluate.parse(["--run", run, "--json", *given]).execute() == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert [f["scored"] for f in found] == ["answers", "answers", "all tokens"]
+    assert found[0]["val_loss"] == tuned[1]["val_loss"]
+    answers = sum(len(tuning.ANSWERS[name]) + 1 for name in [*tuning.ANSWERS] * 15)
+    assert [f["tokens"] for f in found] == [tuned[1]["val_tokens"], answers, len("A plain text.") + 1]
