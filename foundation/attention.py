@@ -7,8 +7,9 @@ One head:  S = q k^T / sqrt(A),  P = softmax(S) under the mask,  o = P v.  Read 
     S = q k^T / sqrt(A)  d_q = d_S k / sqrt(A)    d_k = d_S^T q / sqrt(A)
 
 The mask needs no line of its own: a masked score has P = 0, and d_S has the factor P. So no gradient
-reaches the future. A bias of the keys shifts a whole row of S by one constant, which softmax ignores: its
-gradient is 0.
+reaches the future. A bias of the keys shifts a whole row of S by one constant, <q_t, b>, which softmax ignores: its
+gradient is 0. That holds only without rotary positions. RoPE turns the bias at position s by R_s, so the shift
+<R_t q_t, R_s b> differs along the row, and the bias has a gradient like any other parameter.
 
 Multi-head: one fused projection x -> (q | k | v), a split into heads, the above, the heads side by side
 again, and an output projection. Fewer key heads than heads, and normalised queries and keys, are in
@@ -52,11 +53,11 @@ class AttentionCache(NamedTuple):
 def attention_forward(
     q: Heads,
     k: Float[Array, "*rows S A"],
-    v: Float[Array, "*rows S A"],
+    v: Float[Array, "*rows S W"],
     mask: Bool[Array, "..."] | None = None,
     keep: Bool[Array, "*rows T S"] | None = None,
     rate: float = 0.0,
-) -> tuple[Heads, AttentionCache]:
+) -> tuple[Float[Array, "*rows T W"], AttentionCache]:
     """o = dropout(softmax(q k^T / sqrt(A))) v, over any leading axes.
 
     `mask` broadcasts to [*rows, T, S], True where position t may look at s; a row that sees nothing gives 0.
@@ -69,8 +70,8 @@ def attention_forward(
 
 
 def attention_backward(
-    d_o: Heads, cache: AttentionCache
-) -> tuple[Heads, Float[Array, "*rows S A"], Float[Array, "*rows S A"]]:
+    d_o: Float[Array, "*rows T W"], cache: AttentionCache
+) -> tuple[Heads, Float[Array, "*rows S A"], Float[Array, "*rows S W"]]:
     """(d_q, d_k, d_v). The last line reads S = q k^T / sqrt(A) twice: both factors get their gradient from
     d_S."""
     d_kept = d_o @ jnp.swapaxes(cache.v, -1, -2)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -17,12 +18,12 @@ from foundation.attention import attention_forward, causal_mask, multi_head_forw
 from foundation.softmax import softmax_forward
 
 WORDS = ("the", "cat", "saw", "the", "dog", "run")
-# Three features by hand: article, animal, verb.
-FEATURES = jnp.array(
+# Three features by hand: article, animal, verb. Of NumPy, so that float64 does not depend on when jax is told of it.
+FEATURES = np.array(
     [[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0], [0.0, 1.0, 0.2], [0.0, 0.0, 1.0]]
 )
 # What each feature asks for: an article asks for animals, an animal for verbs, a verb for animals.
-ASKS = jnp.array([[0.0, 3.0, 0.0], [0.0, 0.0, 3.0], [0.0, 3.0, 0.0]])
+ASKS = np.array([[0.0, 3.0, 0.0], [0.0, 0.0, 3.0], [0.0, 3.0, 0.0]])
 
 HEADS, WIDTH = 2, 6
 TOLERANCE = 1e-12
@@ -31,8 +32,8 @@ TOLERANCE = 1e-12
 def one_head(causal: bool) -> tuple[Float[Array, "T T"], Float[Array, "T A"]]:
     """(weights, output) of one head on the sentence: q = FEATURES ASKS, k = v = FEATURES."""
     mask = causal_mask(len(WORDS)) if causal else None
-    q = FEATURES @ ASKS
-    output, cache = attention_forward(q, FEATURES, FEATURES, mask)
+    q, kv = jnp.asarray(FEATURES @ ASKS), jnp.asarray(FEATURES)
+    output, cache = attention_forward(q, kv, kv, mask)
     return cache.kept, output
 
 
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     print("1. One score. 'saw' (word 2) asks for animals; 'cat' (word 1) is one.")
     print(f"   q(saw) = {q[2].tolist()}, k(cat) = {FEATURES[1].tolist()}")
     print(f"   score = <q, k> / sqrt(3) = {q[2] @ FEATURES[1]:.0f} / 1.73 = {q[2] @ FEATURES[1] / 3**0.5:.3f}\n")
-    row, _ = softmax_forward(q[2] @ FEATURES.T / 3**0.5)
+    row, _ = softmax_forward(jnp.asarray(q[2] @ FEATURES.T / 3**0.5))
     print("2. One row: the softmax of all scores of 'saw'.")
     print("   " + ", ".join(f"{word} {weight:.2f}" for word, weight in zip(WORDS, row.tolist(), strict=True)) + "\n")
     print("3. All rows at once.")

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from foundation.activations import sigmoid_backward, sigmoid_forward, tanh_backward, tanh_forward
@@ -27,8 +28,8 @@ from foundation.losses import mse_backward, mse_forward
 from foundation.optimizers import momentum_init, momentum_update
 from foundation.parity import Check, run
 
-INPUTS = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
-TARGETS = jnp.array([[0.0], [1.0], [1.0], [0.0]])
+INPUTS = np.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+TARGETS = np.array([[0.0], [1.0], [1.0], [0.0]])
 HIDDEN = 4
 STEPS = 400
 LEARNING_RATE = 0.5
@@ -68,8 +69,8 @@ def net_backward(d_y: Float[Array, "B 1"], cache: tuple) -> dict[str, Array]:
 
 def loss_forward(params: dict[str, Array]) -> tuple[Scalar, tuple]:
     """Mean squared error over the four points."""
-    y, net_cache = net_forward(params, INPUTS.astype(params["w1"].dtype))
-    loss, loss_cache = mse_forward(y, TARGETS.astype(y.dtype))
+    y, net_cache = net_forward(params, jnp.asarray(INPUTS, params["w1"].dtype))
+    loss, loss_cache = mse_forward(y, jnp.asarray(TARGETS, y.dtype))
     return loss, (net_cache, loss_cache)
 
 
@@ -113,7 +114,7 @@ def train(backward: Callable[[Any, tuple], dict[str, Array]] = loss_backward, se
 
 def correct(params: dict[str, Array]) -> int:
     """How many of the four points are on the right side of 1/2."""
-    y, _ = net_forward(params, INPUTS)
+    y, _ = net_forward(params, jnp.asarray(INPUTS, params["w1"].dtype))
     return int(jnp.sum((y > 0.5) == (TARGETS > 0.5)))
 
 

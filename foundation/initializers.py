@@ -7,7 +7,10 @@ twentieth power, so it has to be about 1:
     LeCun    Var = 1 / fan_in                keeps the forward signal (linear, tanh near 0)
     Xavier   Var = 2 / (fan_in + fan_out)    the compromise between the two directions
     He       Var = 2 / fan_in                makes up for ReLU, which removes half of the second moment
-    residual Var = std^2 / (2L)              the 2L branches of a stream add up to variance std^2
+    residual Var = std^2 / (2L)              the 2L branches of a stream add up to what one would without the 1 / (2L)
+
+For the last: a branch adds h W, whose variance is fan_in E[h^2] Var(W). The 2L branches together add fan_in E[h^2]
+std^2, whatever L is. It is not std^2: with std = 0.02, fan_in = 128 and E[h^2] = 1 it is 128 times that, 0.05.
 
 Sources: LeCun et al. 1998 ("Efficient BackProp"), equation 16; Glorot and Bengio 2010, equations 12 and 16;
 He et al. 2015, equation 10; Radford et al. 2019, section 2.3 (1/sqrt(N) at residual layers).

@@ -19,7 +19,8 @@ away, and what is read from it is 0. Forward and backward then are the same two 
 gather.
 
 Slots are given token by token, a token's choices in order, so a later token can't take an earlier one's
-slot: the layer is causal even where it drops.
+slot: at a fixed number T of tokens the layer is causal even where it drops. T itself is no secret, though. The
+capacity grows with T, so a sequence that is cut short has fewer slots, and an earlier token may lose its own.
 
 Sources: Lepikhin et al. 2020, section 2.2 and algorithm 1 (capacity, dispatch, combine); Fedus, Zoph and
 Shazeer 2021, equation 3 (capacity factor).

@@ -26,8 +26,13 @@ balance loss,
                                       P_e = mean probability of e in that sequence
 
 which is 1 at perfect balance. f counts choices, so it is a constant to the derivative; all the gradient
-goes through P:  dL/dp_te = E f_e / T, the same for each token, pushing hardest on the expert that gets
-most. And the z-loss,
+goes through P:  dL/dp_te = E f_e / T, the same for each token, and proportional to how popular e is. The logits get
+it through the softmax,
+
+    dL/dz_te = p_te (E / T) (f_e - sum_j p_tj f_j)
+
+so there the push has a factor p_te: a popular expert that this token gives no probability to is not pushed at all.
+And the z-loss,
 
     L_z = mean over tokens of logsumexp(z)^2,    dL/dz = 2 logsumexp(z) p / tokens
 

@@ -200,6 +200,6 @@ tell("The dense twin", twin)
 # ## Where to go on
 # - `python -m moe_jax inspect --run runs/nano --text "your words"` makes a page of
 #   all this, for any text: colours, slots, and every expert switched off.
-# - `foundation/notebooks/` derives each gradient by hand: chapter 7 is the router.
+# - `foundation/notebooks/` derives each gradient by hand: chapter 8 is the router.
 # - Try: switch off two experts of a layer (`run.switch_off(0, 1, 2)`). Force only the
 #   last layer. Trace a sentence that no story would hold.

@@ -1,14 +1,15 @@
-"""Every notebook executes and is built from its source. Every exercise accepts a right answer and no wrong one."""
+"""Every notebook executes, is built from its source, and has its prose, its exercises and its picture."""
 
 import dataclasses
 import json
-import math
+import re
 import sys
 from pathlib import Path
 
 import pytest
 
-from foundation import exercises
+from foundation.chapters import CHAPTERS, Chapter
+from foundation.lessons.questions import EXERCISES
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "foundation/notebooks"
@@ -80,32 +81,45 @@ def test_ten_minutes_fit_a_narrow_cell() -> None:
     assert "/tmp" not in json.dumps([cell.get("outputs", []) for cell in stored["cells"]])
 
 
-def test_there_is_a_path_of_eight_and_each_ends_with_exercises() -> None:
-    assert len(SOURCES) >= 8
-    for chapter, source in enumerate(SOURCES, start=1):
+def markdown_words(source: Path) -> int:
+    """Words of prose: without formulas and code."""
+    cells = [cell for cell in source.read_text().split("# %%") if cell.startswith(" [markdown]")]
+    prose = " ".join(
+        re.sub(r"```.*?```|\\$\\$.*?\\$\\$|\\$[^$]*\\$|`[^`]*`", "", cell, flags=re.DOTALL) for cell in cells
+    )
+    return len(re.findall(r"[A-Za-z']{2,}", prose.replace("[markdown]", "")))
+
+
+@pytest.mark.parametrize(
+    ("source", "chapter"), list(zip(SOURCES, CHAPTERS, strict=True)), ids=lambda x: getattr(x, "stem", "")
+)
+def test_a_chapter_has_prose_exercises_and_cells_of_mathematics(source: Path, chapter: Chapter) -> None:
+    text = source.read_text()
+    assert source.stem == chapter.stem
+    assert markdown_words(source) >= 600
+    assert max(map(len, text.splitlines())) <= 88
+    assert "matplotlib" not in text  # plotting is in foundation/lessons
+    assert "from foundation" in text
+    own = [number for number in EXERCISES if number.startswith(f"{chapter.number}.")]
+    assert len(own) >= 3
+    for number in EXERCISES:
+        assert (f'check("{number}", None)' in text) == (number in own), number
+
+
+def test_the_front_door_lists_the_chapters() -> None:
+    rows = [line for line in (ROOT / "foundation/README.md").read_text().splitlines() if "](notebooks/" in line]
+    assert len(rows) == len(CHAPTERS)
+    for row, c in zip(rows, CHAPTERS, strict=True):
+        link = f"[{c.stem}](notebooks/{c.stem}.ipynb)"
+        assert row == f"| {c.number} | {c.question} | {c.minutes} | {c.needs} | {link} |"
+        assert (NOTEBOOKS / f"{c.stem}.ipynb").exists()
+
+
+def test_the_stored_notebooks_are_built_from_their_sources() -> None:
+    """Without executing them: each code cell of the stored notebook is in its source."""
+    for source in SOURCES:
+        stored = json.loads(source.with_suffix(".ipynb").read_text())
         text = source.read_text()
-        assert "from foundation" in text
-        assert {n for n in exercises.EXERCISES if n.startswith(f"{chapter}.")}, source.name
-        for number in exercises.EXERCISES:
-            assert (f'check("{number}"' in text) == number.startswith(f"{chapter}."), (source.name, number)
-
-
-@pytest.mark.parametrize("number", exercises.EXERCISES)
-def test_exercise_takes_its_solution_and_no_other(number: str, capsys: pytest.CaptureFixture[str]) -> None:
-    right = exercises.solution(number)
-    assert exercises.check(number, right) is True
-    wrong = (lambda *arrays: 1.01 * right(*arrays)) if callable(right) else right * 1.5 + 1.0
-    assert exercises.check(number, wrong) is False
-    assert exercises.check(number, None) is None
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].endswith("right.")
-    assert "Hint" in said[1]
-    assert said[2].endswith("not tried yet.")
-
-
-def test_a_number_is_judged_relatively() -> None:
-    judge = exercises.number(2.0**-20)
-    assert judge(2.0**-20)
-    assert not judge(2.0**-19)
-    assert not judge(0.0)
-    assert not judge(math.nan)
+        for cell in stored["cells"]:
+            if cell["cell_type"] == "code":
+                assert "".join(cell["source"]) in text, source.name

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 
 from foundation.activations import ACTIVATIONS
+from foundation.checks.dense import dense_checks
 from foundation.checks.mixture import expert_checks, moe_checks, router_checks
 from foundation.checks.model import block_checks, model_checks
 from foundation.checks.parts import (
@@ -24,6 +25,7 @@ GROUPS: dict[Callable[[], Iterator[Check]], tuple[str, ...]] = {
     embedding_and_position_checks: ("embedding", "tied_head", "learned_positions", "rope"),
     grouped_head_checks: ("share_heads", "normalise_heads"),
     attention_checks: ("attention", "multi_head"),
+    dense_checks: ("feed_forward", "dense_block", "dense_model"),
     router_checks: ("router",),
     expert_checks: ("gelu_experts", "swiglu_experts"),
     moe_checks: ("dispatch", "combine", "moe"),

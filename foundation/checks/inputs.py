@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from foundation import router
-from foundation.parity import MARGIN
+from foundation.parity import COMPILER_OPTIONS, MARGIN
 
 
 class Draws:
@@ -48,7 +48,7 @@ def router_margin(cache: router.RouterCache, top_k: int) -> jax.Array:
 
 def clear_choice(name: str, draw: Callable[[Draws], tuple], margin_of: Callable[..., jax.Array]) -> tuple[tuple, float]:
     """The first draw whose top-K choices are all clear of a change by twice the required margin."""
-    compiled = jax.jit(margin_of)
+    compiled = jax.jit(margin_of, compiler_options=COMPILER_OPTIONS)
     for attempt in range(100):
         inputs = draw(Draws(name, attempt))
         margin = float(compiled(*inputs))

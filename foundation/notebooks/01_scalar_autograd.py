@@ -1,55 +1,113 @@
 # %% [markdown]
 # # 1. Reverse-mode differentiation, one number at a time
 #
-# Every value in a computation remembers the values that it came from, and for each the *local* derivative. If $y$ is
-# computed from $a_1, \dots, a_n$, the chain rule for the final result $L$ says
-#
-# $$\frac{\partial L}{\partial a_i} \mathrel{+}= \frac{\partial y}{\partial a_i}\,\frac{\partial L}{\partial y}$$
-#
-# with a *plus*: a value that is used twice influences $L$ in two ways. One sweep from the end to the start gives the
-# derivative in every input. That sweep is all of back-propagation; the other chapters only do it with arrays.
+# A model with a million parameters needs a million derivatives, one for each. Computing
+# them one by one would take a million runs of the model. There is a way to get all of
+# them in one sweep that costs about as much as two runs. It was found in 1970, and it
+# is the reason why neural networks can be trained. In this chapter we build it for
+# single numbers, in forty lines.
 #
 # The code is `foundation/scalar_autograd.py`.
+#
+# ## A computation is a graph
+# Take $L = \tanh(w_1 x_1 + w_2 x_2 + b)$. A computer does not see a formula. It does
+# one small step after another: a product, another product, a sum, a sum, a tanh. We
+# write each number as a box, and draw an arrow from each operand to its result. This is
+# the **graph** of the computation. A box that an arrow leaves is a **parent** of the
+# box where the arrow ends.
+#
+# At each step something is known at once: how the result changes if *one operand alone*
+# changes a little. This is the **local derivative** of the arrow. There are only a few
+# kinds:
+#
+# | step | local derivative with respect to $a$ |
+# |---|---|
+# | $a + b$ | 1 |
+# | $a \cdot b$ | $b$ |
+# | $a^n$ | $n a^{n-1}$ |
+# | $e^a$ | $e^a$, the result itself |
+# | $\ln a$ | $1/a$ |
+# | $\tanh a$ | $1 - \tanh^2 a$ |
+#
+# Each is a plain number, because $a$ and $b$ are known when the step runs. A `Value`
+# keeps three things: its number, its parents, and the local derivative for each parent.
 
 # %%
 import jax
-import matplotlib.pyplot as plt
 
 from foundation.exercises import ask, check
-from foundation.scalar_autograd import Value, draw, topological_order
+from foundation.lessons import pictures
+from foundation.scalar_autograd import Value, topological_order
 
 jax.config.update("jax_enable_x64", True)
 
 # %% [markdown]
+# ## The chain rule, along paths
+# We want $\partial L / \partial a$ for every box $a$: by how much does the end change,
+# if this box changes by one unit (a very small one)? Follow the change. It travels
+# along the arrows, and on each arrow it is multiplied by the local derivative. If there
+# are several paths to the end, it travels along all of them, and what arrives is the
+# sum:
+#
+# $$\frac{\partial L}{\partial a} = \sum_{\text{paths from } a \text{ to } L}\;
+# \prod_{\text{arrows of the path}} \text{local derivative}$$
+#
+# There can be very many paths. But they share arrows, and one need not walk any arrow
+# twice. Let $y_1, y_2, \dots$ be the boxes that $a$ has arrows to. Every path from $a$
+# begins with one of these arrows. So
+#
+# $$\frac{\partial L}{\partial a} = \sum_{j} \frac{\partial y_j}{\partial a}\,
+# \frac{\partial L}{\partial y_j}.$$
+#
+# If the derivatives of all $y_j$ are known, that of $a$ is a sum of a few products. So
+# begin at the end, where $\partial L / \partial L = 1$, and go *backward*. This is why
+# it is called **reverse mode**, or back-propagation. The number that a box holds in the
+# backward sweep, $\partial L / \partial a$, is its **gradient**. In the code each box
+# hands its gradient to its parents:
+#
+# ```
+# parent.grad += local derivative * child.grad
+# ```
+#
 # ## A neuron
-# $y = \tanh(w_1 x_1 + w_2 x_2 + b)$. Each box shows value and gradient; each edge its local derivative. Multiply along
-# a path from the right, add where paths meet: that is the number in the box.
+# Below, each box shows its value and its gradient, and each arrow its local derivative.
+# Check one by hand: from the right, multiply along the path to $w_2$. The tanh has the
+# local derivative $1 - y^2$, the sums have 1, and the product has $x_2 = -1$.
 
 # %%
 x1, x2 = Value(2.0, "x1"), Value(-1.0, "x2")
 w1, w2, b = Value(0.5, "w1"), Value(1.5, "w2"), Value(0.8, "b")
 y = (w1 * x1 + w2 * x2 + b).tanh()
 y.backward()
-figure, axes = plt.subplots(figsize=(11, 5))
-draw(y, axes)
-plt.show()
+pictures.graph(y)
+assert w2.grad == (1 - y.data**2) * x2.data
 
 # %% [markdown]
 # ## Used twice
-# In $z = a \cdot b + a$ the value $a$ has two children. Setting its gradient instead of adding to it would keep only
-# one of them.
+# In $z = a \cdot b + a$ the box $a$ has two arrows, one into the product and one into
+# the sum. There are two paths, so there are two contributions: $b$ through the product,
+# and 1 directly. With $b = -2$ they add up to $-1$.
+#
+# The `+=` in the line above is all that this takes. With `=` in its place the second
+# contribution would replace the first. The model would still run, and it would learn
+# something, but not what it should. Every later chapter has a place where a value is
+# used twice: a bias in every row of a batch, a table at every position, a stream in a
+# block and around it. Each time the gradients add.
 
 # %%
 a, b = Value(3.0, "a"), Value(-2.0, "b")
 z = a * b + a
 z.backward()
-figure, axes = plt.subplots(figsize=(7.5, 3.4))
-draw(z, axes)
-plt.show()
+pictures.graph(z, 7.5, 3.4)
+assert a.grad == b.data + 1.0
 
 # %% [markdown]
-# ## Against the framework
-# The same expression in JAX, which differentiates it automatically.
+# ## Why the order matters
+# A box may pass its gradient on only when it has *received all of it*. If $a$ passed on
+# what came from the sum, before the product's part arrived, the rest would be lost. So
+# the boxes must be visited in an order in which every box comes after all boxes that it
+# has arrows to. Read from the end, this is called a **topological order**: operands
+# before results. `topological_order` finds one, and `backward` walks it in reverse:
 
 
 # %%
@@ -57,28 +115,59 @@ def expression(a, b, exp=lambda v: v.exp(), tanh=lambda v: v.tanh()):
     return tanh(a * b + 1.0) / (exp(a) + b**2)
 
 
+order = topological_order(expression(Value(0.7), Value(-1.3)))
+print([value.operation or f"{value.data:g}" for value in order])
+
+# %% [markdown]
+# ## Against the framework, and against a small step
+# The same expression in JAX, which differentiates it automatically, and with the
+# two-point difference of chapter 0. All three agree. JAX does what we did, only with
+# arrays in the boxes.
+
+# %%
 a, b = Value(0.7), Value(-1.3)
 expression(a, b).backward()
-by_jax = jax.grad(lambda a, b: expression(a, b, jax.numpy.exp, jax.numpy.tanh), argnums=(0, 1))(0.7, -1.3)
-print(f"d/da: ours {a.grad:.15f}, jax {by_jax[0]:.15f}")
+
+
+def in_jax(a, b):
+    return expression(a, b, jax.numpy.exp, jax.numpy.tanh)
+
+
+by_jax = jax.grad(in_jax, argnums=(0, 1))(0.7, -1.3)
+h = 1e-5
+step = (in_jax(0.7 + h, -1.3) - in_jax(0.7 - h, -1.3)) / (2 * h)
+print(f"d/da: ours {a.grad:.15f}, jax {by_jax[0]:.15f}, by a step {step:.9f}")
 print(f"d/db: ours {b.grad:.15f}, jax {by_jax[1]:.15f}")
 assert abs(a.grad - by_jax[0]) < 1e-14
 assert abs(b.grad - by_jax[1]) < 1e-14
 
 # %% [markdown]
-# ## Why the order matters
-# A value may pass its gradient on only once it has all of it. `topological_order` puts every value after its operands;
-# backward takes it in reverse.
-
-# %%
-print([value.operation or f"{value.data:g}" for value in topological_order(expression(Value(0.7), Value(-1.3)))])
-
-# %% [markdown]
+# ## What it costs
+# The sweep walks every arrow once, as the forward computation did. So all derivatives
+# together cost about as much as one more forward pass, whether there are two inputs or
+# a million. This is true for *one* output. With many outputs there would be a sweep for
+# each, and it might be cheaper to go forward, from each input. A loss is one number,
+# and a model has many parameters: reverse mode is the right way round.
+#
+# There is a price. The local derivatives need the numbers of the forward pass, so these
+# have to be kept until the sweep comes by. For a large model that is most of the
+# memory. In the next chapters each operation says what it keeps: its **cache**.
+#
+# ## From numbers to arrays
+# A matrix product of two 1,000 x 1,000 matrices has a billion products in it. As single
+# boxes this would be hopeless. But its backward pass is a known formula, two matrix
+# products. So from here on a box holds a whole array, a step is a whole operation, and
+# the local derivative is the vector-Jacobian product of chapter 0. Nothing else
+# changes.
+#
 # ## Exercises
-# Put your answer in place of `None`. `solution("1.1")` from `foundation.exercises` shows one.
+# Put your answer in place of `None`. `solution("1.1")` from `foundation.exercises`
+# shows one.
 
 # %%
 ask("1.1")
 check("1.1", None)
 ask("1.2")
 check("1.2", None)
+ask("1.3")
+check("1.3", None)

@@ -1,58 +1,120 @@
 # %% [markdown]
 # # 3. Activations and initialisation: what twenty layers do to a signal
 #
-# An elementwise $y = f(x)$ has a diagonal Jacobian: $d_x = d_y \, f'(x)$. The formulas are in
-# `foundation/activations.py`. One affine layer with independent inputs multiplies a variance by
+# Two affine layers in a row are one affine layer: $(xW_1)W_2 = x(W_1 W_2)$. To gain
+# anything from depth, something that is not affine must stand between them: an
+# **activation** function, applied to each number by itself. In this chapter we derive
+# the slopes of six of them. Then we ask what a stack of twenty layers does to the size
+# of a signal, and of a gradient. The answer decides with which random numbers a net
+# must start.
 #
-# $$\text{fan}_{in} \operatorname{Var}(W) \;\text{ forward}, \qquad
-# \text{fan}_{out} \operatorname{Var}(W) \;\text{ backward},$$
+# The code is `foundation/activations.py` and `foundation/initializers.py`.
 #
-# and twenty layers raise that factor to the twentieth power (`foundation/initializers.py`).
+# ## An elementwise function has a diagonal Jacobian
+# Let $y_i = f(x_i)$ for every entry. Then $y_i$ depends on $x_i$ alone, so the Jacobian
+# has $f'(x_i)$ on its diagonal and 0 everywhere else. The vector-Jacobian product is a
+# product entry by entry:
+#
+# $$d_x = d_y \odot f'(x)$$
+#
+# What differs is from *what* $f'$ is computed most cheaply. This decides what the cache
+# has to hold.
+#
+# **tanh.** The quotient rule on $\tanh = \sinh/\cosh$ gives $(\cosh^2 -
+# \sinh^2)/\cosh^2 = 1 - \tanh^2$. So $f' = 1 - y^2$, from the *output* alone. The input
+# may be forgotten.
+#
+# **sigmoid.** $y = 1/(1 + e^{-x})$. By the chain rule $y' = e^{-x}/(1 + e^{-x})^2$. One
+# factor is $y$. The other is $e^{-x}/(1+e^{-x}) = 1 - y$. So $f' = y(1-y)$, again from
+# the output.
+#
+# **ReLU.** $y = \max(x, 0)$: slope 1 where $x > 0$, and 0 where $x < 0$. At $x = 0$
+# there is a kink, and no derivative. We take 0 there, as everybody does.
+#
+# **SiLU.** $y = x\,s$ with $s = \sigma(x)$. Product rule, with $s' = s(1-s)$: $f' = s +
+# x\,s(1-s) = s\,(1 + x(1-s))$.
+#
+# **GELU, exact.** $y = x\,\Phi(x)$, where $\Phi$ is the probability that a standard
+# normal number is below $x$. Its derivative is the normal density $\phi(x) = e^{-x^2/2}
+# / \sqrt{2\pi}$. Product rule: $f' = \Phi(x) + x\,\phi(x)$.
+#
+# **GELU, as it is used**, replaces $\Phi$ by $(1+\tanh u)/2$ with $u = \sqrt{2/\pi}\,(x
+# + 0.044715\,x^3)$. With $t = \tanh u$, the product and chain rules give $f' = (1+t)/2
+# + \frac{x}{2}(1-t^2)\,u'$, and $u' = \sqrt{2/\pi}\,(1 + 3 \cdot 0.044715\,x^2)$.
+# Forgetting the 3 is a bug that is hard to see in a curve, and that the check sees at
+# once.
 
 # %%
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 
 from foundation.activations import ACTIVATIONS
 from foundation.exercises import ask, check
 from foundation.initializers import INITIALIZERS, predicted_variance
+from foundation.lessons import pictures
 from foundation.linear import linear_backward, linear_forward
 
 jax.config.update("jax_enable_x64", True)
 
-# %% [markdown]
-# ## The functions and their derivatives, by hand and by `jax.grad`
-
-# %%
 x = jnp.linspace(-4.0, 4.0, 400)
-figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), layout="constrained", sharex=True)
-for ax, (name, (forward, backward)) in zip(axes.flat, ACTIVATIONS.items(), strict=True):
+shown = {}
+for name, (forward, backward) in ACTIVATIONS.items():
     y, cache = forward(x)
     slope = backward(jnp.ones_like(x), cache)
     by_jax = jax.vmap(jax.grad(lambda v, f=forward: f(v)[0]))(x)
     assert jnp.max(jnp.abs(slope - by_jax)) < 1e-14
-    ax.plot(x, y, label="f")
-    ax.plot(x, slope, label="f', by hand")
-    ax.plot(x[::16], by_jax[::16], "k.", ms=3, label="f', jax.grad")
-    ax.set_title(name)
-    ax.grid(alpha=0.25)
-axes[0, 0].legend(frameon=False, fontsize=9)
-plt.show()
+    shown[name] = (y, slope, by_jax)
+pictures.slopes(x, shown)
 
 # %% [markdown]
-# ## Variance predicted and measured
+# Look at the red lines. tanh and sigmoid are flat on both sides: far from 0 their
+# slope vanishes, and a gradient that passes there dies. The slope of the sigmoid is
+# never above 1/4, so twenty of them in a row leave at most $4^{-20} = 10^{-12}$ of a
+# gradient. ReLU passes a gradient whole or not at all. GELU and SiLU are smooth
+# versions of it.
+#
+# ## The variance of a signal
+# Now the affine layer. Let the $x_i$ be independent with mean 0 and mean square $q$,
+# and let the $W_{io}$ be independent with mean 0 and variance $v$. One output is $y_o =
+# \sum_i x_i W_{io}$, a sum of $I$ terms. What is its mean square?
+#
+# 1. Squaring the sum gives squares and mixed terms: $y_o^2 = \sum_{i,j} x_i x_j W_{io}
+#    W_{jo}$.
+# 2. A mixed term, $i \ne j$, has mean $E[x_i x_j]\,E[W_{io}]\,E[W_{jo}] = 0$.
+# 3. A square has mean $E[x_i^2]\,E[W_{io}^2] = q\,v$, and there are $I$ of them.
+#
+# So a layer multiplies the mean square by $I \cdot v$. $I$ is called **fan-in**: how
+# many inputs an output collects. Backward, $d_x = d_y W^\top$ is the same sum with the
+# roles exchanged: an input collects from $O$ outputs, the **fan-out**. So the mean
+# square of a gradient is multiplied by
+#
+# $$\text{fan-in} \cdot v \;\text{ forward}, \qquad \text{fan-out} \cdot v
+# \;\text{ backward}.$$
+#
+# Twenty layers raise this factor to the twentieth power. A factor of 0.5 leaves a
+# millionth; a factor of 2 makes a million. It has to be 1, or very nearly. Each way to
+# choose $v$ has the name of its author:
+#
+# | name | variance | reason |
+# |---|---|---|
+# | LeCun | 1 / fan-in | keeps the forward signal, if the activation does |
+# | Xavier | 2 / (fan-in + fan-out) | a compromise between both directions |
+# | He | 2 / fan-in | ReLU halves the mean square; the 2 makes up for it |
+#
+# What the random generator gives agrees with what is promised:
 
 # %%
 shape = (400, 300)
 for name, initializer in INITIALIZERS.items():
     measured = jnp.var(initializer(jax.random.key(0), shape))
-    print(f"{name:<8} predicted {predicted_variance(name, shape):.6f}   measured {measured:.6f}")
+    promised = predicted_variance(name, shape)
+    print(f"{name:<8} predicted {promised:.6f}   measured {measured:.6f}")
 
 # %% [markdown]
 # ## Twenty layers
-# Left the mean square of the signal after each layer, right that of the gradient on its way back, both by the
-# hand-derived passes. Too small a start and both vanish; He's factor 2 makes up for the half that ReLU removes.
+# Left is the mean square of the signal after each layer. Right is that of the gradient
+# on its way back, computed by the hand-derived passes: read it from right to left. The
+# scale is logarithmic, so a constant factor per layer is a straight line.
 
 # %%
 LAYERS, WIDTH = 20, 128
@@ -64,46 +126,56 @@ def through(initializer, activation):
     h = jax.random.normal(key, (64, WIDTH))
     signal, caches = [jnp.mean(h**2)], []
     for k in jax.random.split(key, LAYERS):
-        z, linear_cache = linear_forward(h, INITIALIZERS[initializer](k, (WIDTH, WIDTH)))
-        h, cache = forward(z)
-        caches.append((linear_cache, cache))
+        z, affine = linear_forward(h, INITIALIZERS[initializer](k, (WIDTH, WIDTH)))
+        h, elementwise = forward(z)
+        caches.append((affine, elementwise))
         signal.append(jnp.mean(h**2))
     d_h = jax.random.normal(key, h.shape)
     gradient = [jnp.mean(d_h**2)]
-    for linear_cache, cache in reversed(caches):
-        d_h, _, _ = linear_backward(backward(d_h, cache), linear_cache)
+    for affine, elementwise in reversed(caches):
+        d_h, _, _ = linear_backward(backward(d_h, elementwise), affine)
         gradient.append(jnp.mean(d_h**2))
     return jnp.array(signal), jnp.array(gradient[::-1])
 
 
-figure, (left, right) = plt.subplots(1, 2, figsize=(11.5, 4.2), layout="constrained", sharey=True)
-for initializer, activation in (
-    ("he", "relu"),
-    ("lecun", "relu"),
-    ("normal", "relu"),
-    ("xavier", "tanh"),
-    ("he", "gelu"),
-):
-    signal, gradient = through(initializer, activation)
-    label = f"{initializer}, {activation}"
-    left.semilogy(signal, "o-", ms=3, label=label)
-    right.semilogy(gradient, "o-", ms=3, label=label)
-left.set(xlabel="layer", ylabel="mean square", title="signal, forward", xticks=range(0, 21, 5))
-right.set(xlabel="layer", title="gradient, backward", xticks=range(0, 21, 5))
-left.legend(frameon=False, fontsize=9)
-plt.show()
+pairs = [("he", "relu"), ("lecun", "relu"), ("normal", "relu")]
+pairs += [("xavier", "tanh"), ("he", "gelu")]
+both = {f"{start}, {function}": through(start, function) for start, function in pairs}
+pictures.curves(
+    {
+        "signal, forward": {label: found[0] for label, found in both.items()},
+        "gradient, backward": {label: found[1] for label, found in both.items()},
+    },
+    xlabel="layer",
+    ylabel="mean square",
+    log=True,
+    markers=True,
+)
 
 # %%
-signal, _ = through("he", "relu")
-print(f"He and ReLU keep the signal within a factor {max(signal.max() / signal[0], signal[0] / signal.min()):.1f}")
-signal, _ = through("normal", "relu")
-print(f"std 0.02 and ReLU leave {signal[-1]:.1e} of it")
+signal, _ = both["he, relu"]
+worst = max(signal.max() / signal[0], signal[0] / signal.min())
+print(f"He and ReLU keep the signal within a factor {worst:.1f}")
+print(f"std 0.02 and ReLU leave {both['normal, relu'][0][-1]:.1e} of it")
+assert both["lecun, relu"][0][-1] < 1e-4
 
 # %% [markdown]
+# ## What a residual stream changes
+# A transformer *adds* each branch to a stream instead of replacing it (chapter 7). Then
+# nothing vanishes, but the stream grows: each of the $2L$ branches adds its own
+# variance. A branch that ends in $hW$ adds fan-in $\cdot E[h^2] \cdot \text{Var}(W)$.
+# GPT-2 divides the variance of these last matrices by $2L$. So all branches together
+# add as much as one of them would have added alone, fan-in $\cdot E[h^2] \cdot
+# \text{std}^2$, whatever the depth. (Not $\text{std}^2$: the fan-in stays. A test in
+# `tests/foundation` measures it.)
+#
 # ## Exercises
+# In the terminal: `python -m foundation derive gelu`.
 
 # %%
 ask("3.1")
 check("3.1", None)
 ask("3.2")
 check("3.2", None)
+ask("3.3")
+check("3.3", None)

@@ -1,79 +1,142 @@
 # %% [markdown]
 # # 5. Attention
 #
-# $$S = \frac{q k^\top}{\sqrt{A}}, \qquad P = \operatorname{softmax}(S), \qquad o = P v$$
+# In the parts so far every position is on its own. Attention is the step in which
+# positions read from each other. It has three inputs and two matrix products with a
+# softmax between them. If you followed chapters 2 and 4, its backward pass holds no
+# surprise: five lines, from the last to the first. Two questions remain. Why does the
+# mask, which hides the future, need no line of its own? And why is there a square root?
 #
-# and backward, from the last line to the first,
+# The code is `foundation/attention.py`. `python -m foundation.attention_mechanism`
+# walks through one sentence, number by number.
 #
-# $$d_P = d_o v^\top,\quad d_v = P^\top d_o,\quad d_S = P \odot (d_P - \langle P, d_P\rangle_{row}),\quad
-# d_q = \frac{d_S\, k}{\sqrt{A}},\quad d_k = \frac{d_S^\top q}{\sqrt{A}}.$$
+# ## Queries, keys, values
+# Each position $t$ makes three vectors of A numbers from what it knows. Its **query**
+# $q_t$ says what it is looking for. Its **key** $k_t$ says what it has to offer. Its
+# **value** $v_t$ is what it hands out. Position $t$ compares its query with the key of
+# every position $s$ by an inner product, makes weights of the results by a softmax, and
+# collects the values with these weights:
 #
-# The code is `foundation/attention.py`; the lesson with a sentence is `foundation/attention_mechanism.py`.
+# $$S_{ts} = \frac{\langle q_t, k_s\rangle}{\sqrt A}, \qquad
+# P_{t\cdot} = \operatorname{softmax}(S_{t\cdot}), \qquad
+# o_t = \sum_s P_{ts}\, v_s$$
+#
+# As matrices: $S = qk^\top/\sqrt A$, $\;P = \operatorname{softmax}(S)$ row by row, $\;o
+# = Pv$. $S$ is called the **scores**. In a model that predicts the next token, position
+# $t$ must not look at $s > t$. So these scores are set to $-\infty$ before the softmax,
+# which makes their weight $e^{-\infty} = 0$. This is the **causal mask**.
+#
+# Here are vectors chosen by hand: articles and verbs look for animals, animals for
+# verbs.
 
 # %%
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 
 from foundation import attention_mechanism as lesson
-from foundation.attention import attention_backward, attention_forward, causal_mask
+from foundation.attention import (
+    attention_backward,
+    attention_forward,
+    causal_mask,
+    multi_head_backward,
+    multi_head_forward,
+)
 from foundation.exercises import ask, check
+from foundation.lessons import pictures
+from foundation.parity import max_relative_error
 from foundation.softmax import softmax_backward
 
 jax.config.update("jax_enable_x64", True)
 
-# %% [markdown]
-# ## Which word looks where
-# Vectors by hand: articles and verbs ask for animals, animals ask for verbs. The mask removes the future, and each
-# row still sums to 1.
-
-# %%
-figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
-for ax, causal in zip(axes, (False, True), strict=True):
-    weights, _ = lesson.one_head(causal)
-    ax.imshow(weights, cmap="Blues", vmin=0, vmax=1)
-    ax.set_xticks(range(6), lesson.WORDS)
-    ax.set_yticks(range(6), lesson.WORDS)
-    ax.set(title="causal" if causal else "no mask", xlabel="looked at", ylabel="looking")
-    for t in range(6):
-        for s in range(6):
-            if weights[t, s] > 0.005:
-                colour = "white" if weights[t, s] > 0.6 else "#223"
-                ax.text(s, t, f"{weights[t, s]:.2f}", ha="center", va="center", fontsize=8, color=colour)
-figure.colorbar(axes[0].images[0], ax=axes, shrink=0.85)
-plt.show()
+pictures.heatmaps(
+    {
+        "no mask": lesson.one_head(causal=False)[0],
+        "causal": lesson.one_head(causal=True)[0],
+    },
+    xlabel="looked at",
+    ylabel="looking",
+    columns=lesson.WORDS,
+    rows=lesson.WORDS,
+    diverging=False,
+)
 
 # %% [markdown]
-# ## Where a gradient can go
-# Ask for the gradient of one output position, $t = 2$. The mask had no line in the backward pass, and needed none: a
-# masked score has $P = 0$, and $d_S$ has the factor $P$.
+# ## The backward pass, in five steps
+# We know $d_o$. Go through the three lines from the end.
+#
+# **Step 1: $o = Pv$ is a matrix product**, and chapter 2 has its rule. Each factor gets
+# the cotangent times the other factor, transposed:
+#
+# $$d_P = d_o\, v^\top, \qquad d_v = P^\top d_o$$
+#
+# Read the second as a sentence: value $s$ was read by position $t$ with weight
+# $P_{ts}$, so it collects $P_{ts}\, (d_o)_t$ over all $t$.
+#
+# **Step 2: $P = \operatorname{softmax}(S)$**, row by row, is chapter 4:
+#
+# $$d_S = P \odot (d_P - \langle P, d_P\rangle_{\text{row}})$$
+#
+# **Step 3: $S = q k^\top / \sqrt A$** is a product again, with a constant in front.
+# Write one entry: $S_{ts} = \frac{1}{\sqrt A} \sum_a q_{ta} k_{sa}$. The entry $q_{ta}$
+# is in $S_{ts}$ for every $s$, with the factor $k_{sa} / \sqrt A$. So
+#
+# $$d_q = \frac{d_S\, k}{\sqrt A}$$
+#
+# **Step 4**: $k_{sa}$ is in $S_{ts}$ for every $t$, with the factor $q_{ta} / \sqrt A$.
+# The sum now runs over the *first* index of $d_S$, so it is transposed:
+#
+# $$d_k = \frac{d_S^\top q}{\sqrt A}$$
+#
+# **Step 5: the mask.** There is no step 5. A masked score has $P_{ts} = 0$, exactly.
+# And $d_S$ has the factor $P$. So $(d_S)_{ts} = 0$, exactly, and nothing flows to a key
+# of the future. $d_v = P^\top d_o$ has the same factor. The zero of the forward pass
+# protects the backward pass.
+#
+# To see it, ask for the gradient of one output position, $t = 2$. Its cotangent is
+# random (chapter 0 says why not ones); the cotangents of all other positions are 0.
 
 # %%
 q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
 _, cache = attention_forward(q, k, v, causal_mask(6))
-d_o = jnp.zeros((6, 4)).at[2].set(1.0)
-d_q, d_k, d_v = attention_backward(d_o, cache)
-by_jax = jax.grad(lambda q, k, v: jnp.sum(d_o * attention_forward(q, k, v, causal_mask(6))[0]), argnums=(0, 1, 2))(
-    q, k, v
-)
-for name, ours, theirs in zip("qkv", (d_q, d_k, d_v), by_jax, strict=True):
-    print(f"d_{name}: largest difference from jax.grad {jnp.max(jnp.abs(ours - theirs)):.1e}")
+d_o = jnp.zeros((6, 4)).at[2].set(jax.random.normal(jax.random.key(3), (4,)))
+by_hand = attention_backward(d_o, cache)
 
-figure, axes = plt.subplots(1, 3, figsize=(10, 3.6), layout="constrained", sharey=True)
-bound = max(float(jnp.max(jnp.abs(g))) for g in (d_q, d_k, d_v))
-for ax, name, grad in zip(axes, ("d_q", "d_k", "d_v"), (d_q, d_k, d_v), strict=True):
-    ax.imshow(grad, cmap="RdBu_r", vmin=-bound, vmax=bound)
-    ax.set(title=name, xlabel="coordinate", xticks=range(4))
-axes[0].set_ylabel("position")
-figure.colorbar(axes[0].images[0], ax=axes, shrink=0.85)
-plt.show()
-assert (d_k[3:] == 0.0).all()
-assert (d_v[3:] == 0.0).all()
+
+def scalar(q, k, v):
+    return jnp.vdot(d_o, attention_forward(q, k, v, causal_mask(6))[0])
+
+
+by_jax = jax.grad(scalar, argnums=(0, 1, 2))(q, k, v)
+print(f"relative error {max_relative_error(by_hand, by_jax):.1e}")
+assert max_relative_error(by_hand, by_jax) < 1e-12
+pictures.heatmaps(
+    dict(zip(("d_q", "d_k", "d_v"), by_hand, strict=True)),
+    xlabel="coordinate",
+    ylabel="position",
+    numbers=".3f",
+)
+assert (by_hand[1][3:] == 0.0).all()
+assert (by_hand[2][3:] == 0.0).all()
 
 # %% [markdown]
+# Only the query of position 2 gets a gradient, because only it asked. Keys and values
+# of positions 0, 1 and 2 do, because they were looked at. Positions 3 to 5 are the
+# future.
+#
 # ## Why the square root
-# Independent coordinates of variance 1 give $\langle q, k\rangle$ a variance of $A$. Without $1/\sqrt{A}$ the softmax
-# saturates as heads get wider, and a saturated softmax passes next to no gradient.
+# Let the coordinates of $q$ and $k$ be independent, with mean 0 and variance 1. Then
+# $\langle q, k\rangle$ is a sum of A products, each of variance 1. So it has variance
+# A, and a typical size of $\sqrt A$. For A = 64 typical scores would be 8 apart, and
+# $e^8 = 2981$: one weight is nearly 1, and the others are nearly 0. The softmax is
+# **saturated**. In that case $d_S = P \odot (d_P - \langle P, d_P\rangle)$ is tiny
+# almost everywhere. Where $P$ is nearly 0, the first factor is. Where $P$ is nearly 1,
+# $d_P$ is nearly equal to its own average, so the second factor is. Dividing by $\sqrt
+# A$ keeps the scores at variance 1, for every width.
+#
+# The picture shows the *median* size of an entry of $d_S$. Without the root it falls
+# from $6 \cdot 10^{-2}$ at A = 2 to about $10^{-12}$ at A = 256. (A mean square would
+# hide this. It falls only from 0.21 to 0.13, because it is made by the few rows in
+# which two scores happen to be close.)
 
 # %%
 widths = [2, 4, 8, 16, 32, 64, 128, 256]
@@ -83,19 +146,60 @@ for width in widths:
     v, d_o = (jax.random.normal(jax.random.key(i), (32, 16, 8)) for i in (5, 6))
     for label, factor in (("with 1/√A", 1.0), ("without", width**0.5)):
         _, cache = attention_forward(factor * q, k, v)
-        d_scores = softmax_backward(d_o @ jnp.swapaxes(v, -1, -2), cache.softmax)
-        sizes[label].append(float(jnp.sqrt(jnp.mean(d_scores**2))))
-figure, ax = plt.subplots(figsize=(6.5, 3.6), layout="constrained")
-for label, values in sizes.items():
-    ax.semilogx(widths, values, "o-", base=2, label=label)
-ax.set(xlabel="width of a head, A", ylabel="root mean square of d_S", ylim=(0, None))
-ax.legend(frameon=False)
-ax.grid(alpha=0.25, which="both")
-plt.show()
+        d_S = softmax_backward(d_o @ jnp.swapaxes(v, -1, -2), cache.softmax)
+        sizes[label].append(float(jnp.median(jnp.abs(d_S))))
+pictures.curves(
+    {"the gradient of the scores": {n: (widths, s) for n, s in sizes.items()}},
+    xlabel="width of a head, A",
+    ylabel="median of |d_S|",
+    log=True,
+    log_x=2,
+    markers=True,
+)
+print(f"without the root: {sizes['without'][0]:.0e} -> {sizes['without'][-1]:.0e}")
+assert sizes["without"][-1] < 1e-8
+
+# %% [markdown]
+# ## Many heads
+# One head has one pattern of weights. A model uses H of them side by side, each of
+# width A = D / H, with queries, keys and values of its own. One affine map makes all of
+# them at once: [D] to [3 D], split into $q$, $k$, $v$, and each of these split into
+# heads. After attention the heads are put side by side again, and a last affine map
+# mixes them.
+#
+# Backward, every step has its adjoint. Putting side by side is a permutation of
+# entries, and its adjoint is the split. Splitting $x$ into parts has the adjoint "put
+# the parts together". The affine maps are chapter 2. Newer models share keys and
+# values: several query heads read *one* key head. Sharing is copying, and the adjoint
+# of copying is a sum, so the key head gets the sum of its group's gradients
+# (`foundation/grouped_heads.py`).
+#
+# ## A bias that nothing depends on, unless keys turn
+# A small puzzle to end with. Let the keys have a bias: $k_s = x_s W_k + b$. It adds
+# $\langle q_t, b\rangle / \sqrt A$ to every score of row $t$: the same number for all
+# $s$. The softmax ignores a constant, so *the gradient of a key bias is 0*. (Rounding
+# leaves $10^{-15}$.) But if positions enter as rotations, as in the next chapter, then
+# key $s$ is turned by an angle that depends on $s$, and its bias with it. The shift is
+# no longer constant along the row, and the bias matters like any other parameter:
+
+# %%
+params = {
+    "qkv": {
+        "kernel": jax.random.normal(jax.random.key(0), (8, 24)),
+        "bias": jax.random.normal(jax.random.key(1), (24,)),
+    },
+    "out": {"kernel": jax.random.normal(jax.random.key(2), (8, 8))},
+}
+x, d_y = (jax.random.normal(jax.random.key(i), (2, 5, 8)) for i in (3, 4))
+for rotary in (False, True):
+    _, cache = multi_head_forward(x, params, 2, rotary)
+    _, d_params = multi_head_backward(d_y, cache)
+    largest = jnp.max(jnp.abs(d_params["qkv"]["bias"][8:16]))
+    print(f"rotated keys: {rotary!s:<5}  largest gradient of the bias {largest:.1e}")
 
 # %% [markdown]
 # ## Against Flax
-# The same weights in `flax.nnx.MultiHeadAttention`:
+# The same weights in `flax.nnx.MultiHeadAttention` give the same output:
 
 # %%
 difference = lesson.difference_from_flax(jax.random.key(0))
@@ -104,9 +208,13 @@ assert difference < 1e-12
 
 # %% [markdown]
 # ## Exercises
+# In the terminal: `python -m foundation derive attention`. Then break a line of
+# `attention_backward`, and run `python -m foundation attention`.
 
 # %%
 ask("5.1")
 check("5.1", None)
 ask("5.2")
 check("5.2", None)
+ask("5.3")
+check("5.3", None)

@@ -1,106 +1,209 @@
 # %% [markdown]
 # # 6. Normalisation and positions
 #
-# With $n = x\,r$, $r = (\operatorname{mean}(x^2) + \epsilon)^{-1/2}$ and $d_n = \text{scale} \odot d_y$, RMSNorm has
+# Two parts are missing before we can build a transformer. **Normalisation** brings
+# every row to a standard size, so that the layers above need not care how large the
+# stream has become. **Positions** tell attention where a token stands. Both have a
+# backward pass with a picture behind it. A normalisation takes a direction out of the
+# gradient. A rotation turns the gradient back.
 #
-# $$d_x = r\,\bigl(d_n - n \operatorname{mean}(d_n \odot n)\bigr).$$
+# The code is `foundation/norms.py`, `foundation/positions.py` and
+# `foundation/embedding.py`.
 #
-# LayerNorm subtracts the mean first, and that projection is applied to the gradient once more:
+# ## RMSNorm
+# Take one row $x$ of D numbers. Its mean square is $m = \frac1D \sum_j x_j^2$. RMSNorm
+# divides the row by the root of it, and multiplies each coordinate by a learned scale:
 #
-# $$d_x = r\,\bigl(d_n - \operatorname{mean}(d_n) - n \operatorname{mean}(d_n \odot n)\bigr).$$
+# $$r = (m + \epsilon)^{-1/2}, \qquad n = x\,r, \qquad y = \text{scale} \odot n$$
 #
-# Code: `foundation/norms.py`, `foundation/positions.py`.
+# The tiny $\epsilon$ only prevents a division by 0. **Step by step, backward:**
+#
+# 1. $y = \text{scale} \odot n$ is elementwise: $d_n = \text{scale} \odot d_y$. Each
+#    scale is used in every row, so $d_{\text{scale}}$ is the sum of $d_y \odot n$ over
+#    all rows.
+# 2. $n_j = x_j r$ is a product, and $r$ depends on *every* $x_i$. So $x_i$ acts in two
+#    ways: through its own $n_i$, with the factor $r$, and through $r$, which is in all
+#    $n_j$.
+# 3. How does $r$ change? $\partial m / \partial x_i = 2 x_i / D$, and $\partial r /
+#    \partial m = -\frac12 (m + \epsilon)^{-3/2} = -\frac12 r^3$. Together $\partial r /
+#    \partial x_i = -r^3 x_i / D$.
+# 4. Sum both ways:
+#    $(d_x)_i = r\,(d_n)_i + \sum_j (d_n)_j\, x_j \cdot (-r^3 x_i / D)$.
+# 5. Put $x = n / r$ in. Of the three factors $r$ in the second term two cancel:
+#
+# $$d_x = r\,\bigl(d_n - n \cdot \operatorname{mean}(d_n \odot n)\bigr)$$
+#
+# Read it: take the part along $n$ out of the gradient, then divide by the size of the
+# row.
+#
+# ## LayerNorm
+# LayerNorm subtracts the mean of the row first: $c = x - \operatorname{mean}(x)$, then
+# it normalises $c$ as above, and it may add a bias at the end. Subtracting the mean is
+# a linear map, the **projection** $M = I - \frac1D \mathbf{1}\mathbf{1}^\top$. Its
+# matrix is symmetric, so it is its own adjoint. The gradient therefore goes through
+# RMSNorm's rule, and then has *its* mean subtracted. The mean of $n$ is 0, so only the
+# first term has one:
+#
+# $$d_x = r\,\bigl(d_n - \operatorname{mean}(d_n) - n \cdot
+# \operatorname{mean}(d_n \odot n)\bigr)$$
+#
+# The three terms are three planted bugs in `foundation/challenges/bugs.py`: leave any
+# of them out, and the check fails.
 
 # %%
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 from flax import nnx
 
 from foundation.exercises import ask, check
-from foundation.norms import layernorm_backward, layernorm_forward, rmsnorm_backward, rmsnorm_forward
+from foundation.lessons import pictures
+from foundation.norms import (
+    layernorm_backward,
+    layernorm_forward,
+    rmsnorm_backward,
+    rmsnorm_forward,
+)
 from foundation.positions import rope_angles, rope_backward, rope_forward
 
 jax.config.update("jax_enable_x64", True)
 
 # %% [markdown]
 # ## What the gradient loses
-# A normalised row can't change its length, and under LayerNorm not its mean. So the gradient is orthogonal to the row,
-# and to the constant direction. Leave a term out and it is not.
+# There is a reason for the lost terms that needs no calculus. Multiply $x$ by 1.01: $n$
+# stays the same (but for $\epsilon$). So moving $x$ along itself does not change the
+# loss, and the gradient has no part along $x$. Under LayerNorm a constant added to the
+# whole row changes nothing either. So the gradient has no part along $(1, \dots, 1)$.
+#
+# The picture holds 200 random rows. For each it shows the **cosine** between the
+# gradient and a direction; 0 means a right angle. Both rules are at 0 where they must
+# be. The naive one, which treats mean and size of the row as constants, is anywhere.
 
 # %%
 x, d_y = (jax.random.normal(jax.random.key(i), (200, 16)) for i in range(2))
 ones = jnp.ones(16)
 _, cache = layernorm_forward(x, ones, jnp.zeros(16))
-d_ln, _, _ = layernorm_backward(d_y, cache)
+d_layernorm, _, _ = layernorm_backward(d_y, cache)
 _, cache = rmsnorm_forward(x, ones)
-d_rms, _ = rmsnorm_backward(d_y, cache)
-naive = d_y / jnp.std(x, axis=-1, keepdims=True)  # "the statistics are constants"
+d_rmsnorm, _ = rmsnorm_backward(d_y, cache)
+naive = d_y / jnp.std(x, axis=-1, keepdims=True)
 
 
 def cosine(a, b):
-    return jnp.sum(a * b, -1) / jnp.linalg.norm(a, axis=-1) / jnp.linalg.norm(b, axis=-1)
+    lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
+    return jnp.sum(a * b, -1) / lengths
 
 
-figure, axes = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained", sharey=True)
-bins = jnp.linspace(-0.8, 0.8, 41)
-for ax, direction, title in (
-    (axes[0], x, "with the row x"),
-    (axes[1], jnp.ones_like(x), "with the constant direction"),
-):
-    for grad, label in ((naive, "statistics as constants"), (d_rms, "RMSNorm"), (d_ln, "LayerNorm")):
-        ax.hist(cosine(grad, direction), bins=bins, alpha=0.6, label=label)
-    ax.set(title="cosine of d_x " + title, xlabel="cosine", yscale="log")
-axes[0].legend(frameon=False, fontsize=9)
-axes[0].set_ylabel("rows")
-plt.show()
+def against(rows, constant):
+    return {
+        "statistics as constants": cosine(naive, rows),
+        constant[0]: cosine(constant[1], rows),
+    }
+
+
+pictures.histograms(
+    {
+        "with the row": against(x, ("RMSNorm", d_rmsnorm)),
+        "with (1, ..., 1)": against(jnp.ones_like(x), ("LayerNorm", d_layernorm)),
+    },
+    xlabel="cosine of d_x",
+    ylabel="rows",
+)
+assert jnp.max(jnp.abs(cosine(d_rmsnorm, x))) < 1e-5
+assert jnp.max(jnp.abs(cosine(d_layernorm, jnp.ones_like(x)))) < 1e-12
 
 # %% [markdown]
-# ## Against Flax
+# Flax has a LayerNorm of its own. Its gradient, by autodiff, is ours:
 
 # %%
 layer = nnx.LayerNorm(
-    16, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float64, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
+    16,
+    epsilon=1e-5,
+    use_fast_variance=False,
+    dtype=jnp.float64,
+    param_dtype=jnp.float64,
+    rngs=nnx.Rngs(0),
 )
 by_jax = jax.grad(lambda x: jnp.sum(d_y * layer(x)))(x)
-print(f"d_x of LayerNorm: largest difference from jax.grad of Flax's layer {jnp.max(jnp.abs(d_ln - by_jax)):.1e}")
-assert jnp.max(jnp.abs(d_ln - by_jax)) < 1e-12
+error = jnp.max(jnp.abs(d_layernorm - by_jax))
+print(f"largest difference from jax.grad of Flax's layer {error:.1e}")
+assert error < 1e-12
 
 # %% [markdown]
+# ## Embedding: a look-up is a matrix product
+# A token is a number; the model needs a vector. The **embedding** is a table with a row
+# of D numbers for each token, and the look-up reads rows. It can be written as a
+# product with a onehot matrix, so its backward pass is that matrix transposed: *add*
+# each position's gradient to the row that it read. A token that occurs three times
+# collects three gradients, and one that does not occur gets exactly 0. The bug to avoid
+# is `.set` in place of `.add`: then the last occurrence wins.
+#
+# ## Why positions are needed
+# Shuffle the tokens before position $t$: attention collects the same values with the
+# same weights. So it cannot tell "dog bites man" from "man bites dog". Something must
+# depend on the place. The simple way is a second table, with a row for each position,
+# added to the embedding. Its backward pass is a sum over the batch, because every
+# sequence uses the same rows.
+#
 # ## RoPE: positions as rotations
-# Pair $i$ of a head turns by $t \cdot 10000^{-2i/A}$ at position $t$. Rotations keep lengths, and
-# $\langle R_s q, R_t k\rangle$ depends on $t - s$ alone: the score matrix of one query vector and one key vector, put
-# at all positions, is constant along diagonals.
+# The way that most models use now is **rotary position embedding**, RoPE. Cut a query
+# or key of width A into A/2 pairs. Take pair $i$ at position $t$ as a point in the
+# plane, and turn it by the angle $t \cdot 10000^{-2i/A}$:
+#
+# $$\begin{pmatrix} y_1 \\ y_2 \end{pmatrix} =
+# \begin{pmatrix} \cos\theta & -\sin\theta \\
+# \sin\theta & \cos\theta \end{pmatrix} \begin{pmatrix} x_1 \\ x_2 \end{pmatrix}$$
+#
+# The first pair turns by one radian a position, the last very slowly. What is gained?
+# Turning by $s$ and turning back by $t$ is turning by $s - t$. So
+#
+# $$\langle R_s q, R_t k\rangle = \langle q, R_s^\top R_t k\rangle
+# = \langle q, R_{t-s} k\rangle,$$
+#
+# and a score depends on the *distance* of two positions, not on where they are. Put one
+# query vector and one key vector at all positions: their scores are constant along the
+# diagonals.
 
 # %%
 A, T = 16, 48
-q, k = (jnp.broadcast_to(jax.random.normal(jax.random.key(i), (A,)), (T, A)) for i in (4, 5))
+q, k = (
+    jnp.broadcast_to(jax.random.normal(jax.random.key(i), (A,)), (T, A)) for i in (4, 5)
+)
 scores = rope_forward(q)[0] @ rope_forward(k)[0].T
-figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
-image = left.imshow(scores, cmap="RdBu_r")
-left.set(title="scores: constant along diagonals", xlabel="position of the key", ylabel="position of the query")
-figure.colorbar(image, ax=left, shrink=0.85)
+for distance in range(1 - T, T):
+    diagonal = jnp.diagonal(scores, distance)
+    assert jnp.max(jnp.abs(diagonal - diagonal[0])) < 1e-12
+pictures.heatmaps(
+    {"scores: constant along diagonals": scores[:16, :16]},
+    xlabel="position of the key",
+    ylabel="position of the query",
+    numbers="",
+)
 angles = rope_angles(T, A, jnp.dtype("float64"))
-for pair in range(A // 2):
-    right.plot(jnp.cos(angles[:, pair]), label=f"pair {pair}", color=plt.cm.viridis(pair / 8))
-right.set(title="cosine of each pair's angle", xlabel="position")
-right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-plt.show()
+cosines = {f"pair {i}": jnp.cos(angles[:, i]) for i in (0, 1, 2, 4)}
+pictures.curves({"cosine of each pair's angle": cosines}, xlabel="position")
 
 # %% [markdown]
-# The adjoint of a rotation is its inverse: backward turns the gradient back.
+# **Backward.** A rotation is linear, so $d_x = R^\top d_y$. The transpose of a rotation
+# is the rotation by the opposite angle. So the backward pass turns the gradient *back*,
+# with the same code and a minus sign. No length changes on the way, forward or
+# backward. A bug that turns it the same way twice leaves every length right, and every
+# direction wrong: a loss curve would hardly show it.
 
 # %%
 x = jax.random.normal(jax.random.key(6), (T, A))
 y, cache = rope_forward(x)
-print(f"rotated and rotated back: {jnp.max(jnp.abs(rope_backward(y, cache) - x)):.1e} from where it was")
-assert jnp.max(jnp.abs(rope_backward(y, cache) - x)) < 1e-14
+error = jnp.max(jnp.abs(rope_backward(y, cache) - x))
+print(f"turned and turned back: {error:.1e} from where it was")
+assert error < 1e-14
 
 # %% [markdown]
 # ## Exercises
+# In the terminal: `python -m foundation derive layernorm` is the classic. Then `rope`.
 
 # %%
 ask("6.1")
 check("6.1", None)
 ask("6.2")
 check("6.2", None)
+ask("6.3")
+check("6.3", None)

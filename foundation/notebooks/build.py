@@ -1,9 +1,11 @@
-"""`python foundation/notebooks/build.py [--check] [NAME...]`: builds and executes the notebooks beside this file, and
-those of `notebooks/`, which look into a trained model (foundation itself imports nothing of it).
+"""`python foundation/notebooks/build.py [--check] [NAME...]`: builds the notebooks.
 
-The percent-format .py files are the source. Each is executed in a fresh kernel and written as .ipynb with
-its outputs. `--check` executes all and writes nothing; it exits 1 where a built notebook's source differs
-from its .py file.
+These are the notebooks beside this file, and those of `notebooks/`, which look into a
+trained model (foundation itself imports nothing of it).
+
+The percent-format .py files are the source. Each is executed in a fresh kernel and
+written as .ipynb with its outputs. `--check` executes all and writes nothing; it exits
+1 where a built notebook's source differs from its .py file.
 """
 
 import argparse
@@ -20,18 +22,27 @@ ROOT = HERE.parents[1]
 
 def sources() -> list[Path]:
     """The chapters in order: they start with their number."""
-    return sorted([*HERE.glob("[0-9]*.py"), *(ROOT / "notebooks").glob("[0-9]*.py")], key=lambda path: path.name)
+    return sorted(
+        [*HERE.glob("[0-9]*.py"), *(ROOT / "notebooks").glob("[0-9]*.py")],
+        key=lambda path: path.name,
+    )
 
 
 def execute(source: Path) -> nbformat.NotebookNode:
-    """The notebook of a source, executed from the root of the repository. Raises CellExecutionError where a
-    cell does."""
+    """The notebook of a source, executed from the root of the repository.
+
+    Raises CellExecutionError where a cell does.
+    """
     notebook = jupytext.read(source)
     notebook.metadata = nbformat.NotebookNode(
         kernelspec={"name": "python3", "display_name": "Python 3", "language": "python"}
     )
     NotebookClient(
-        notebook, timeout=1200, kernel_name="python3", record_timing=False, resources={"metadata": {"path": str(ROOT)}}
+        notebook,
+        timeout=1200,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(ROOT)}},
     ).execute()
     for index, cell in enumerate(notebook.cells):
         cell.id = f"cell-{index}"  # random otherwise, and every build would differ
@@ -43,7 +54,10 @@ def differs(source: Path) -> bool:
     built = source.with_suffix(".ipynb")
     if not built.exists():
         return True
-    cells = [[(c.cell_type, c.source) for c in book.cells] for book in (jupytext.read(source), nbformat.read(built, 4))]
+    cells = [
+        [(c.cell_type, c.source) for c in book.cells]
+        for book in (jupytext.read(source), nbformat.read(built, 4))
+    ]
     return cells[0] != cells[1]
 
 
@@ -51,10 +65,17 @@ def main(argv: list[str] | None = None) -> int:
     """Builds or checks every chapter."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="only chapters whose name begins so, as 07")
+    parser.add_argument(
+        "names",
+        nargs="*",
+        metavar="NAME",
+        help="only chapters whose name begins so, as 07",
+    )
     arguments = parser.parse_args(argv)
     stale = []
-    for source in (s for s in sources() if s.name.startswith(tuple(arguments.names) or "")):
+    for source in (
+        s for s in sources() if s.name.startswith(tuple(arguments.names) or "")
+    ):
         print(source.name, flush=True)
         notebook = execute(source)
         if arguments.check:
@@ -62,7 +83,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             nbformat.write(notebook, source.with_suffix(".ipynb"))
     if stale:
-        print("built from another source, run this without --check: " + ", ".join(stale))
+        print(
+            "built from another source, run this without --check: " + ", ".join(stale)
+        )
     return 1 if stale else 0
 
 

@@ -31,8 +31,8 @@ class RoutingConfig:
     """How training brings tokens to experts. `capacity` gives each expert a fixed number of slots, and drops a (token,
     choice) pair that finds no free slot. `blocks` drops nothing."""
     priority: Priority = "token"
-    """Who gets an expert's slots in training. `token`: earlier tokens first, which is causal. Under the `leaky-` rules
-    a later token can take a slot from an earlier one. They are for comparison only."""
+    """Who gets an expert's slots in training. `token`: earlier tokens first, which is causal at a fixed T. Under the
+    `leaky-` rules a later token can take a slot from an earlier one. They are for comparison only."""
     balancing: Balancing = "loss"
     """The method that keeps the load of the experts even: an auxiliary `loss`, or a `bias` for each expert. Training
     adjusts the bias, and it is added only when experts are chosen."""

@@ -5,11 +5,10 @@ import json
 import jax.numpy as jnp
 import pytest
 
-from foundation import __main__ as table
-from foundation import checks, parity
+from foundation import checks, parity, table
+from foundation.__main__ import main
+from foundation.chapters import CHAPTERS, OPERATIONS, selected
 from foundation.parity import Check, Outcome
-
-OPERATIONS = [operation for group in checks.GROUPS.values() for operation in group]
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -28,6 +27,7 @@ def test_the_catalogue_is_whole() -> None:
     assert len(names) >= 60
     assert len(set(names)) == len(names)
     assert {check.operation for check in catalogue} == set(OPERATIONS)
+    assert sorted(OPERATIONS) == sorted(operation for group in checks.GROUPS.values() for operation in group)
     assert sum(check.at_tie for check in catalogue) <= 3  # only ties are excused from finite differences
 
 
@@ -77,14 +77,54 @@ def test_the_table_reports_and_exits_by_what_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0)])
-    assert table.main(["--json"]) == 0
+    assert main(["--json"]) == 0
     good = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert good["checks"] == 1
     assert good["failed"] == []
     assert set(good) == {"checks", "failed", "max_rel_error_autodiff", "max_rel_error_finite_difference"}
 
     monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0), square(1.0, 2.0)])
-    assert table.main(["--json"]) == 1
+    assert main(["--json"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out
     assert json.loads(out.splitlines()[-1])["failed"] == ["square/test"]
+
+
+def test_a_selection_is_by_operation_or_by_chapter() -> None:
+    assert selected(["softmax", "linear", "softmax"]) == ("softmax", "linear")
+    assert selected(["4"]) == selected(["04"]) == selected(["04_softmax_and_cross_entropy.ipynb"])
+    assert selected([]) == ()
+    assert len({chapter.number for chapter in CHAPTERS}) == len(CHAPTERS) == 10
+
+
+def test_a_selection_runs_alone_and_the_whole_says_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(table, "checks_of", lambda operation: [square(1.0, 1.0)])
+    assert main(["softmax"]) == 0
+    assert "minute" not in capsys.readouterr().out
+    monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0)])
+    assert main([]) == 0
+    assert "about a minute" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [("atention", "attention"), ("layer-norm", "layernorm"), ("multihead", "multi_head"), ("norm", "rmsnorm"),
+     ("05_atention", "05_attention"), ("zzzzzz", "give an operation"), ("1", "chapter without rows"), ("99", "9")],
+)  # fmt: skip
+def test_an_unknown_name_is_answered_with_the_near_ones(
+    name: str, near: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([name]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.count("\n") == 1
+    assert near in said.err
+
+
+def test_the_number_of_entries_need_not_fill_the_batches() -> None:
+    for size in (1, 127, 128, 129, 300):
+        x = jnp.linspace(1.0, 2.0, size)
+        (slopes,) = parity.finite_differences(lambda x: jnp.sum(x**3), (x,))
+        assert parity.max_relative_error(slopes, 3.0 * x**2) < 1e-9

@@ -1,8 +1,9 @@
 """The queue of each expert: the order in which its (token, choice) pairs get its slots.
 
 The order is *token-major*: earlier tokens first, then the choices of a token in order. No token can take a slot from an
-earlier one, so the layer is causal. `dispatch.Capacity` keeps a pair whose place is below the capacity. The keep mask
-is an array of its own: a choice whose gate underflows to 0 still holds its slot.
+earlier one, so the layer is causal at a fixed T (the capacity depends on T). `dispatch.Capacity` keeps a pair whose
+place is below the capacity. The keep mask is an array of its own: a choice whose gate underflows to 0 still holds its
+slot.
 
 `variants.py` has the orders that leak the future.
 """

@@ -3,8 +3,15 @@
 A bug is a replacement in the source of one function. Most break a gradient, and must fail a parity check of
 the operation named. Those that change the forward pass along with the backward one agree with autodiff, so
 they must fail a test of the forward pass instead: it is named with `test:`.
+
+The tests plant each of them. `python -m foundation hunt` plants one that the table shows.
 """
 
+import importlib
+import inspect
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 
@@ -17,6 +24,35 @@ class Bug(NamedTuple):
     old: str
     new: str
     caught_by: str
+
+    @property
+    def seen_in_the_table(self) -> bool:
+        """Whether a row of the table fails, and not only a test of the forward pass."""
+        return not self.caught_by.startswith("test:")
+
+
+@contextmanager
+def planted(bug: Bug) -> Iterator[None]:
+    """The bug's function with its source replaced.
+
+    Its code object is exchanged, so every module that has imported the function runs the bug. The old text
+    must occur exactly once, so that a bug can't go stale when the source changes.
+    """
+    module_name, function_name = bug.place.split(".")
+    module = importlib.import_module(f"foundation.{module_name}")
+    function = inspect.unwrap(getattr(module, function_name))  # within the wrappers of jaxtyping
+    source = textwrap.dedent(inspect.getsource(function))
+    if source.count(bug.old) != 1:
+        raise ValueError(f"{bug.old!r} occurs {source.count(bug.old)} times in {bug.place}")
+    changed = source.replace(bug.old, bug.new)
+    scope: dict = dict(vars(module))
+    exec(compile(changed[changed.index("def ") :], bug.place, "exec"), scope)  # without decorators
+    original = function.__code__
+    function.__code__ = scope[function_name].__code__
+    try:
+        yield
+    finally:
+        function.__code__ = original
 
 
 BUGS = [
@@ -249,6 +285,48 @@ BUGS = [
         'grads["embedding"] + d_table_head',
         'grads["embedding"]',
         "model",
+    ),
+    Bug(
+        "feed-forward: silu treated as a constant gate",
+        "feed_forward.feed_forward_backward",
+        "d_a = silu_backward(d_h * u, silu_cache)",
+        "d_a = d_h * u",
+        "feed_forward",
+    ),
+    Bug(
+        "feed-forward: only one way back to x",
+        "feed_forward.feed_forward_backward",
+        "d_x_gate + d_x_in",
+        "d_x_in",
+        "feed_forward",
+    ),
+    Bug(
+        "dense block: the network's residual path forgotten",
+        "dense_transformer.dense_block_backward",
+        "d_y + d_a_branch",
+        "d_a_branch",
+        "dense_block",
+    ),
+    Bug(
+        "dense block: attention's residual path counted twice",
+        "dense_transformer.dense_block_backward",
+        "d_a + d_x_branch",
+        "d_a + d_y + d_x_branch",
+        "dense_block",
+    ),
+    Bug(
+        "dense model: the table's look-up forgotten",
+        "dense_transformer.dense_model_backward",
+        "d_table_head + embedding_backward(d_x, embedding_cache)",
+        "d_table_head",
+        "dense_model",
+    ),
+    Bug(
+        "dense model: blocks' gradients in the order in which they come back",
+        "dense_transformer.dense_model_backward",
+        "d_blocks[::-1]",
+        "d_blocks",
+        "dense_model",
     ),
     Bug("adam: no bias correction", "optimizers.adam_update", "1.0 - beta2**step", "1.0", "test:test_adam"),
     Bug(

@@ -1,0 +1,242 @@
+"""What can be derived: for each operation its two functions, and hints, the last of which is nearly the answer.
+
+The standard library alone, so that a wrong name is answered at once.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Challenge:
+    """One backward pass to derive."""
+
+    module: str
+    """File of foundation that holds both functions."""
+    name: str
+    """NAME_forward is given, NAME_backward is to be written."""
+    hints: tuple[str, ...]
+    spread: bool = False
+    """Several outputs: the checks hold their cotangents in one tuple, and the function takes them one by one."""
+
+    @property
+    def forward(self) -> str:
+        """Name of the function that is given."""
+        return f"{self.name}_forward"
+
+    @property
+    def backward(self) -> str:
+        """Name of the function to write."""
+        return f"{self.name}_backward"
+
+
+def _elementwise(name: str, *hints: str) -> Challenge:
+    first = "y_i depends on x_i alone, so d_x = d_y times the slope, entry by entry."
+    return Challenge("activations", name, (first, *hints))
+
+
+CHALLENGES: dict[str, Challenge] = {
+    "tanh": _elementwise("tanh", "tanh = sinh / cosh. The quotient rule gives 1 - tanh^2.", "d_y (1 - y^2)."),
+    "sigmoid": _elementwise("sigmoid", "Write y = 1 / (1 + e^-x) and look for y (1 - y).", "d_y y (1 - y)."),
+    "relu": _elementwise("relu", "The slope is 1 or 0, and the cache says where.", "jnp.where(positive, d_y, 0.0)."),
+    "gelu_exact": _elementwise(
+        "gelu_exact",
+        "A product of two functions of x, so two terms: Phi(x), and x times Phi'(x).",
+        "Phi' is the normal density, exp(-x^2 / 2) / sqrt(2 pi).",
+    ),
+    "gelu": _elementwise(
+        "gelu",
+        "A product of x and (1 + t) / 2, so two terms. t = tanh(u), and u is a cubic in x.",
+        "(1 + t) / 2 + x / 2 (1 - t^2) u', with u' = sqrt(2 / pi) (1 + 3 * 0.044715 x^2).",
+    ),
+    "silu": _elementwise("silu", "A product of x and s, so two terms; s' = s (1 - s).", "d_y s (1 + x (1 - s))."),
+    "linear": Challenge(
+        "linear",
+        "linear",
+        (
+            "Write one entry: y_ro = sum_i x_ri W_io + b_o. Which entries of y does W_io enter?",
+            "d_x = d_y W^T and d_W = x^T d_y: the shapes leave no other choice. Flatten leading axes to rows first.",
+            "d_b is the sum of d_y over all rows, and None without a bias. Nothing is divided by the number of rows.",
+        ),
+    ),
+    "dropout": Challenge(
+        "dropout",
+        "dropout",
+        (
+            "For a given mask y is linear in x, entry by entry. What is each entry multiplied by?",
+            "1 / (1 - rate) where kept, 0 elsewhere; and 1 where there is no mask (keep is None).",
+            "jnp.where(keep, d_y / (1 - rate), 0.0).",
+        ),
+    ),
+    "softmax": Challenge(
+        "softmax",
+        "softmax",
+        (
+            "Differentiate the quotient: dp_i / dz_j = p_i ([i = j] - p_j).",
+            "Sum over i with d_p_i in front. Two terms come out, and the second is one number for the whole row.",
+            "p (d_p - sum(p d_p)), the sum over the last axis, kept as an axis.",
+        ),
+    ),
+    "logsumexp": Challenge(
+        "softmax",
+        "logsumexp",
+        (
+            "l = log S with S = sum_j exp(z_j): the chain rule through log, then through the sum.",
+            "dl / dz_i = exp(z_i) / S, and that is in the cache.",
+            "d_l has one axis fewer than p: d_l[..., None] * p.",
+        ),
+    ),
+    "mse": Challenge(
+        "losses",
+        "mse",
+        (
+            "The mean of n squares: each has slope 2 error, and the mean has 1 / n.",
+            "The error is prediction - target, so the target gets the same with the other sign.",
+            "(d_loss 2 error / n, and its negative).",
+        ),
+    ),
+    "cross_entropy": Challenge(
+        "losses",
+        "cross_entropy",
+        (
+            "L = logsumexp(z) - z_target. The first part has gradient p, the second one entry.",
+            "p - onehot(target), times d_loss / count, and exactly 0 where a position is not counted.",
+            "d_row = jnp.where(counted, d_loss / count, 0.0); logsumexp_backward(d_row, ...) gives the p.",
+        ),
+    ),
+    "layernorm": Challenge(
+        "norms",
+        "layernorm",
+        (
+            "y = n scale + bias, row by row. So d_n = d_y scale, and d_scale sums d_y n over the rows.",
+            "rstd is a function of every x_j of the row, and so is the mean: two terms leave the gradient.",
+            "d_x = rstd (d_n - mean(d_n) - n mean(d_n n)). d_bias is the sum of d_y over rows, None without bias.",
+        ),
+    ),
+    "rmsnorm": Challenge(
+        "norms",
+        "rmsnorm",
+        (
+            "y = n scale. So d_n = d_y scale, and d_scale sums d_y n over the rows.",
+            "r = (mean(x^2) + eps)^(-1/2) has dr/dx_j = -r^3 x_j / D. Where does r occur in n?",
+            "d_x = r (d_n - n mean(d_n n)).",
+        ),
+    ),
+    "embedding": Challenge(
+        "embedding",
+        "embedding",
+        (
+            "Row v of the table is copied to every position whose token is v. What is copied collects a sum.",
+            "Start from zeros of the table's shape, and add each position's gradient to the row it read.",
+            "zeros.at[tokens].add(d_x): with .set the last one would win.",
+        ),
+    ),
+    "tied_head": Challenge(
+        "embedding",
+        "tied_head",
+        (
+            "logits = x W^T. Write one entry: logit_rv = sum_d x_rd W_vd.",
+            "d_x = d_logits W. d_W has the shape [V, D]; which product of d_logits and x has it?",
+            "Flatten leading axes to rows; d_W = d_logits^T x.",
+        ),
+    ),
+    "learned_positions": Challenge(
+        "positions",
+        "learned_positions",
+        (
+            "A sum passes its gradient on to both terms. But one row of the table serves every sequence of the batch.",
+            "The table's used rows get d_y summed over the batch; the rows that were not used get 0.",
+            "zeros.at[:T].set(sum of d_y over axis 0), zeros of shape [longest, D].",
+        ),
+    ),
+    "rope": Challenge(
+        "positions",
+        "rope",
+        (
+            "Each pair is multiplied by a rotation matrix. d_x = R^T d_y. What is the transpose of a rotation?",
+            "The rotation by the angle with the other sign.",
+            "first cos + second sin, and second cos - first sin, for the halves of d_y.",
+        ),
+    ),
+    "share_heads": Challenge(
+        "grouped_heads",
+        "share_heads",
+        (
+            "Each key head was copied to the heads of its group. The adjoint of copying is a sum.",
+            "Heads of one group are neighbours: [B, H, T, A] is [B, KV, H / KV, T, A].",
+            "Reshape so, and sum over axis 2.",
+        ),
+    ),
+    "normalise_heads": Challenge(
+        "grouped_heads",
+        "normalise_heads",
+        (
+            "A reshape, and RMSNorm on rows of the scale's length. The cache is RMSNorm's.",
+            "Bring d_y into the shape of n, use RMSNorm's rule, and bring d_x back.",
+            "d_scale sums over every axis but the last.",
+        ),
+    ),
+    "attention": Challenge(
+        "attention",
+        "attention",
+        (
+            "From the end: o = kept v gives d_kept = d_o v^T and d_v = kept^T d_o.",
+            "Then dropout backward, then softmax backward. softmax_backward and dropout_backward are given.",
+            "S = q k^T / sqrt(A): d_q = d_S k / sqrt(A), d_k = d_S^T q / sqrt(A). The mask needs no line.",
+        ),
+    ),
+    "feed_forward": Challenge(
+        "feed_forward",
+        "feed_forward",
+        (
+            "Four steps backwards. linear_backward and silu_backward are given.",
+            "h = opened u: opened gets d_h u (then silu backward), u gets d_h opened.",
+            "x went into two products, so d_x is the sum of what comes back through both.",
+        ),
+    ),
+    "router": Challenge(
+        "router",
+        "router",
+        (
+            "Three gradients meet at the logits and add there: gates, balance loss, z-loss. Then linear_backward.",
+            "Gates, K > 1: softmax_backward on the chosen logits, scattered to their places. K = 1: d_p at the chosen.",
+            "Balance: d_p = d_balance E f / (B T), then softmax_backward. z: d_z 2 log_total / (B T), logsumexp.",
+        ),
+        spread=True,
+    ),
+    "gelu_experts": Challenge(
+        "experts",
+        "gelu_experts",
+        (
+            "One expert is x W_in, gelu, h W_out: the affine layer's rule twice. e is on both sides of each einsum.",
+            'd_hidden = einsum("becd,efd->becf", d_y, w_out), then gelu_backward.',
+            "A weight's gradient sums over b and c, all slots of its expert.",
+        ),
+    ),
+    "swiglu_experts": Challenge(
+        "experts",
+        "swiglu_experts",
+        (
+            "hidden = opened u, a product: opened gets d_hidden u, and u gets d_hidden opened.",
+            "opened = silu(x W_gate), so silu_backward(d_hidden u, its cache).",
+            "x is used twice: d_x is a sum of two einsums.",
+        ),
+    ),
+    "dispatch": Challenge(
+        "moe",
+        "dispatch",
+        (
+            "Forward, each kept token was copied into its slots. What is copied collects a sum.",
+            "_read_slots(d_u, slot) gives what lies in each choice's slot, and 0 for a dropped choice.",
+            "Sum it over the K choices, axis 2.",
+        ),
+    ),
+    "combine": Challenge(
+        "moe",
+        "combine",
+        (
+            "y_t = sum_k g_tk h_slot(t,k): a product, so each factor gets d_y times the other.",
+            "d_gates is the inner product of d_y and picked, over D. picked is 0 where dropped.",
+            "d_h: scatter gates d_y into [B, E C + 1, D] along slot, and throw the last slot, nowhere, away.",
+        ),
+    ),
+}

@@ -1,0 +1,156 @@
+"""`python -m foundation check OPERATION [--hint]`: runs the real cases against your derivation.
+
+OPERATION is a name, or the path of the file that `derive` wrote. Prints the first wrong entry, its index, the ratio,
+and what such a ratio usually means; exits 1 until it is right.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from foundation.challenges.catalogue import Challenge
+from foundation.challenges.derive import find, parser_of
+from foundation.challenges.folder import read_score, write_score
+
+
+class Unusable(Exception):
+    """The learner's file or function cannot be used. The message says why."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0 where it is right, 1 where it is not, 2 for an unknown operation."""
+    parser = parser_of("check", __doc__)
+    parser.add_argument("operation", help="as layernorm, or derivations/layernorm.py")
+    parser.add_argument("--hint", action="store_true", help="the next hint")
+    arguments = parser.parse_args(argv)
+    given = Path(arguments.operation)
+    path, operation = (given, given.stem) if given.suffix == ".py" else (None, arguments.operation)
+    challenge = find(operation)
+    if challenge is None:
+        return 2
+    folder = path.parent if path else arguments.folder
+    if arguments.hint:
+        return _next_hint(operation, challenge, folder)
+    try:
+        right = _judge(operation, challenge, load(path or folder / f"{operation}.py", operation, challenge.backward))
+    except Unusable as problem:
+        print(problem)
+        right = False
+    if right:
+        score = read_score(folder)
+        score["derived"] = [*dict.fromkeys([*map(str, score["derived"]), operation])]
+        write_score(folder, score)
+        print(f"\n{operation}: right in every case. Derived so far: {len(score['derived'])}")
+        return 0
+    print(f"\nThe next hint: python -m foundation check {arguments.operation} --hint")
+    return 1
+
+
+def _next_hint(operation: str, challenge: Challenge, folder: Path) -> int:
+    score = read_score(folder)
+    shown = score["hints"].get(operation, 0)
+    shown = min(shown if isinstance(shown, int) and shown >= 0 else 0, len(challenge.hints) - 1)
+    print(f"Hint {shown + 1} of {len(challenge.hints)} for {operation}: {challenge.hints[shown]}")
+    score["hints"][operation] = shown + 1
+    write_score(folder, score)
+    return 0
+
+
+def load(path: Path, operation: str, name: str) -> Callable[..., Any]:
+    """The learner's function. Raises Unusable."""
+    try:
+        source = path.read_text(encoding="utf-8")
+    except OSError as error:
+        advice = f"write it with: python -m foundation derive {operation}"
+        raise Unusable(f"{path}: cannot be read ({error.strerror}); {advice}") from None
+    except UnicodeDecodeError:
+        raise Unusable(f"{path}: not UTF-8; save it in UTF-8") from None
+    scope: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    try:
+        exec(compile(source, str(path), "exec"), scope)
+    except (Exception, SystemExit) as error:
+        raise Unusable(f"{path}{_line(error, path)}: {what(error)}") from None
+    if not callable(scope.get(name)):
+        raise Unusable(f"{path}: has no function {name}; that is the name which is checked")
+    return scope[name]
+
+
+def what(error: BaseException) -> str:
+    """The error's type and the first line of its message."""
+    from foundation.exercises import first_line
+
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def _line(error: BaseException, path: Path) -> str:
+    """The line of the learner's file that an error came from."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f", line {error.lineno}"
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _judge(operation: str, challenge: Challenge, backward: Callable[..., Any]) -> bool:
+    """Runs every case; stops at the first wrong one. Raises Unusable where the function stops."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from foundation import parity
+    from foundation.challenges.diagnosis import Named, examine
+    from foundation.challenges.reference import Reference
+    from foundation.checks import checks_of
+
+    reference = Reference.of(challenge)
+    names = reference.inputs(operation)
+    for check in checks_of(operation):
+        out, cache = check.forward(*check.inputs)
+        d_out = parity.random_like(jax.random.key(0), out)
+        try:
+            answer = backward(*d_out, cache) if challenge.spread else backward(d_out, cache)
+        except (Exception, SystemExit) as error:
+            path = Path(backward.__code__.co_filename) if hasattr(backward, "__code__") else Path()
+            raise Unusable(f"{operation}: {check.case}\n  {path}{_line(error, path)}: {what(error)}") from None
+        if answer is None:
+            raise Unusable(f"{operation}: {check.case}\n  not tried yet: {challenge.backward} returns None")
+        right = parity.gradient_by_autodiff(check, d_out)
+        several = isinstance(answer, tuple) or (isinstance(answer, list) and len(names) > 1)
+        answers = answer if several else (answer,)
+        if len(answers) != len(names):
+            asked = ", ".join(f"d_{name}" for name in names)
+            raise Unusable(
+                f"{operation}: {check.case}\n  {len(answers)} results, and {len(names)} are asked for: {asked}"
+            )
+        known = _known(names, check.inputs, d_out, cache)
+        results = [Named(f"d_{n}", _array(r)) for n, r in zip(names, right, strict=True) if r is not None]
+        for name, ours, wanted in zip(names, answers, right, strict=True):
+            others = [result for result in results if result.name != f"d_{name}"]
+            finding = examine(f"d_{name}", ours, wanted, known, others)
+            if finding.wrong:
+                print(f"{operation}: {check.case}\n  {finding.wrong}\n  {finding.meaning}")
+                return False
+        print(f"{operation}: {check.case:<40} ok", flush=True)
+    return True
+
+
+def _array(value: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(value)
+
+
+def _known(names: list[str], inputs: tuple, d_out: Any, cache: Any) -> list[Any]:
+    """The arrays that may explain a mistake: inputs, cotangents, and what the cache holds."""
+    import jax
+
+    from foundation.challenges.diagnosis import Named
+
+    found = [Named(name, _array(value)) for name, value in zip(names, inputs, strict=True) if value is not None]
+    found += [Named("the cotangent", _array(leaf)) for leaf in jax.tree.leaves(d_out)]
+    leaves = [leaf for leaf in jax.tree.leaves(cache) if hasattr(leaf, "dtype") and leaf.dtype.kind == "f"]
+    return found + [Named(f"an array of the cache of shape {list(leaf.shape)}", _array(leaf)) for leaf in leaves]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,107 @@
+"""`python -m foundation derive OPERATION`: writes a file in which you derive one backward pass.
+
+Without OPERATION it lists what can be derived. The file holds the forward pass and an empty function. Then
+
+    python -m foundation check OPERATION          runs the real cases against it
+    python -m foundation check OPERATION --hint   gives the next hint
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from foundation.challenges.catalogue import CHALLENGES, Challenge
+from foundation.challenges.folder import FOLDER
+from foundation.chapters import CHAPTERS, unknown
+
+
+def find(name: str) -> Challenge | None:
+    """The challenge of this name. Where there is none, prints the near names on one line."""
+    if name not in CHALLENGES:
+        print(unknown("operation", name, list(CHALLENGES), f"one of {', '.join(CHALLENGES)}"), file=sys.stderr)
+    return CHALLENGES.get(name)
+
+
+def parser_of(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """What `derive` and `check` have in common."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m foundation {command}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", type=Path, default=FOLDER, help=f"your folder (default {FOLDER})")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 2 for an unknown operation, 1 where the file cannot be written."""
+    parser = parser_of("derive", __doc__)
+    parser.add_argument("operation", nargs="?", help="as layernorm")
+    arguments = parser.parse_args(argv)
+    if arguments.operation is None:
+        print(listing())
+        return 0
+    challenge = find(arguments.operation)
+    if challenge is None:
+        return 2
+    path = arguments.folder / f"{arguments.operation}.py"
+    if path.exists():
+        print(f"{path}: is there already, and stays as it is; check it with {_check(arguments.operation)}")
+        return 0
+    try:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(stub(arguments.operation, challenge), encoding="utf-8")
+    except OSError as error:
+        print(f"{path}: cannot be written ({error.strerror}); give another --folder", file=sys.stderr)
+        return 1
+    print(f"{path}: fill in `{challenge.backward}`, then {_check(arguments.operation)}")
+    return 0
+
+
+def _check(operation: str) -> str:
+    return f"python -m foundation check {operation}"
+
+
+def listing() -> str:
+    """What can be derived, by chapter."""
+    lines = ["What you can derive, easiest first in each chapter:", ""]
+    for chapter in CHAPTERS:
+        names = [operation for operation in chapter.operations if operation in CHALLENGES]
+        if names:
+            lines.append(f"  {chapter.number}  {', '.join(names)}")
+    return "\n".join([*lines, "", "python -m foundation derive softmax"])
+
+
+def stub(operation: str, challenge: Challenge) -> str:
+    """The text of the learner's file."""
+    import inspect
+    import textwrap
+
+    from foundation.challenges.reference import Reference
+
+    reference = Reference.of(challenge)
+    forward = textwrap.indent(inspect.getsource(reference.forward).rstrip(), "# ", lambda line: True)
+    results = ", ".join(f"d_{name}" for name in reference.inputs(operation))
+    answer = f"({results})" if "," in results else results
+    arguments = ", ".join(inspect.signature(reference.backward).parameters)
+    lines = [
+        f'"""Derive the backward pass of {operation}.',
+        "",
+        f"    {_check(operation)}          what is wrong with it, if anything",
+        f"    {_check(operation)} --hint   the next hint",
+        "",
+        "Each d_... is the derivative of the loss with respect to ...; each result has the shape of its input.",
+        f"No need to look into foundation/{challenge.module}.py, which holds the derivation and an answer.",
+        '"""',
+        "",
+        *reference.imports(),
+        "",
+        "# The forward pass, as it is in foundation:",
+        "#",
+        *(line.rstrip() for line in forward.splitlines()),
+        "",
+        "",
+        f"def {challenge.backward}({arguments}):",
+        *(f"    {line}" for line in reference.unpacking(operation)),
+        f"    return None  # {answer}",
+        "",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,191 @@
+"""`python -m foundation hunt`: a bug is planted in one function of foundation. Find it from the table.
+
+    python -m foundation hunt                            plants one, and prints the table with it
+    python -m foundation hunt --look OPERATION           the first wrong entry of each result, in the cases that fail
+    python -m foundation hunt --answer FUNCTION          your answer, as softmax_backward
+    python -m foundation hunt --give-up                  says which it was
+
+No file is changed: the bug lives in the process that prints the table. Only its name is kept, scrambled, in the score
+file of your folder, with the hunts that you have won.
+"""
+
+import argparse
+import base64
+import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from foundation.challenges.bugs import BUGS, Bug, planted
+from foundation.challenges.derive import parser_of
+from foundation.challenges.folder import read_score, write_score
+from foundation.chapters import OPERATIONS, unknown
+
+LEFT_OUT = ("multi_head", "moe", "block", "dense_block", "dense_model", "model")
+"""Made of the other operations, and slow to compile. They are in the table only where the bug is in their own code."""
+HUNTED = [bug for bug in BUGS if bug.seen_in_the_table]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 0, 1 for a wrong answer or no hunt, 2 for an unknown name."""
+    parser = parser_of("hunt", __doc__)
+    parser.add_argument("--seed", type=int, help="which bug; without it any")
+    parser.add_argument("--look", metavar="OPERATION", help="what is wrong in the cases of an operation")
+    parser.add_argument("--answer", metavar="FUNCTION", help="where you think the bug is")
+    parser.add_argument("--give-up", action="store_true", help="end the hunt")
+    arguments = parser.parse_args(argv)
+    score = read_score(arguments.folder)
+    bug = _hunted(score)
+    if arguments.answer is None and arguments.look is None and not arguments.give_up:
+        return _begin(arguments.folder, score, arguments.seed, bug)
+    if bug is None:
+        print("no bug is planted; begin with: python -m foundation hunt", file=sys.stderr)
+        return 1
+    if arguments.look is not None:
+        return _look(arguments.look, bug)
+    if arguments.give_up:
+        print(f"It was: {bug.name}\n  in {bug.place}: `{bug.old}` had become `{bug.new}`")
+        return _end(arguments.folder, score, found=False)
+    return _answer(arguments, score, bug)
+
+
+def scrambled(bug: Bug) -> str:
+    """The bug's name, so that a glance at the score file does not give it away."""
+    return base64.b64encode(bug.name.encode()[::-1]).decode()
+
+
+def _hunted(score: dict[str, Any]) -> Bug | None:
+    return next((bug for bug in HUNTED if scrambled(bug) == score["hunt"].get("planted")), None)
+
+
+def _begin(folder: Path, score: dict[str, Any], seed: int | None, bug: Bug | None) -> int:
+    """Plants a bug and prints the table. A hunt that is on goes on."""
+    if bug is None or seed is not None:
+        bug = random.Random(seed).choice(HUNTED)
+        score["hunt"] |= {"planted": scrambled(bug), "tries": 0}
+        write_score(folder, score)
+        print("A bug has been planted. Which function is it in?\n")
+    else:
+        print("The same bug is still planted.\n")
+    rows = _table(bug)
+    print(f"\n{rows} rows. Look closer: python -m foundation hunt --look OPERATION")
+    print("Answer: python -m foundation hunt --answer FUNCTION, as softmax_backward")
+    return 0
+
+
+def _table(bug: Bug) -> int:
+    """Prints the rows with the bug planted, gradients by hand against autodiff; returns how many there are."""
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from foundation.checks import checks_of
+
+    own = bug.caught_by
+    operations = [name for name in OPERATIONS if name not in LEFT_OUT or name == own]
+    with planted(bug):
+        checks = list(chain.from_iterable(map(checks_of, operations)))
+        print(f"{'operation: input':<47} {'autodiff':>9}", flush=True)
+        with ThreadPoolExecutor(2) as pool:
+            for check, error in zip(checks, pool.map(_error, checks), strict=True):
+                shown = f"{error:9.1e}" if isinstance(error, float) else f"{error:>9}"
+                verdict = "ok" if isinstance(error, float) and error <= 1e-10 else "FAILED"
+                print(f"{f'{check.operation}: {check.case}':<47} {shown}  {verdict}", flush=True)
+    return len(checks)
+
+
+def _gradients(check: Any) -> tuple[tuple, tuple]:
+    """(by hand, by autodiff)."""
+    import jax
+
+    from foundation import parity
+
+    out, cache = check.forward(*check.inputs)
+    d_out = parity.random_like(jax.random.key(0), out)
+    by_hand = check.backward(d_out, cache)
+    return by_hand if isinstance(by_hand, tuple) else (by_hand,), parity.gradient_by_autodiff(check, d_out)
+
+
+def _error(check: Any) -> float | str:
+    from foundation import parity
+
+    try:
+        return parity.max_relative_error(*_gradients(check))
+    except (ValueError, TypeError):
+        return "shape"
+
+
+def _look(operation: str, bug: Bug) -> int:
+    """Prints what is wrong in the cases of one operation that fail."""
+    if operation not in OPERATIONS:
+        print(unknown("operation", operation, list(OPERATIONS), "one of the table"), file=sys.stderr)
+        return 2
+    import jax
+
+    jax.config.update("jax_enable_x64", True)
+    from foundation.challenges.diagnosis import Named, examine
+    from foundation.checks import checks_of
+
+    with planted(bug):
+        for check in checks_of(operation):
+            try:
+                by_hand, right = _gradients(check)
+            except (ValueError, TypeError) as error:
+                print(f"{check.operation}: {check.case}\n  the backward pass stops: {type(error).__name__}")
+                continue
+            known = [Named(jax.tree_util.keystr(p), _array(leaf)) for p, leaf in _leaves(check.inputs)]
+            findings = [
+                examine("d" + jax.tree_util.keystr(path), ours, wanted, known)
+                for (path, wanted), (_, ours) in zip(_leaves(right), _leaves(by_hand), strict=False)
+            ]
+            wrong = [finding for finding in findings if finding.wrong]
+            print(f"{check.operation}: {check.case:<40} {'' if wrong else 'ok'}")
+            for finding in wrong:
+                print(f"  {finding.wrong}\n    {finding.meaning}")
+    return 0
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    import jax
+
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def _array(value: Any) -> Any:
+    import numpy as np
+
+    return np.asarray(value)
+
+
+def _answer(arguments: argparse.Namespace, score: dict[str, Any], bug: Bug) -> int:
+    """Judges an answer: a function, with its module or without."""
+    places = {bug.place for bug in BUGS}
+    given = arguments.answer.removeprefix("foundation.").removesuffix("()")
+    named = [place for place in places if given in (place, place.partition(".")[2])]
+    if not named:
+        functions = sorted(place.partition(".")[2] for place in places)
+        print(unknown("function", arguments.answer, functions, "the name of a function"), file=sys.stderr)
+        return 2
+    score["hunt"]["tries"] = 1 + (score["hunt"].get("tries") if isinstance(score["hunt"].get("tries"), int) else 0)
+    if bug.place in named:
+        print(f"Found, at try {score['hunt']['tries']}: {bug.name}")
+        print(f"  in {bug.place}: `{bug.old}` had become `{bug.new}`")
+        return _end(arguments.folder, score, found=True)
+    write_score(arguments.folder, score)
+    print(f"Not in {named[0]}. A function that others use fails their rows too:")
+    print("look for the smallest operation that fails.")
+    return 1
+
+
+def _end(folder: Path, score: dict[str, Any], found: bool) -> int:
+    hunt = score["hunt"]
+    key = "found" if found else "given_up"
+    hunt[key] = 1 + (hunt.get(key) if isinstance(hunt.get(key), int) else 0)
+    hunt.pop("planted", None)
+    hunt["tries"] = 0
+    write_score(folder, score)
+    print(
+        f"\nScore: {hunt.get('found', 0)} found, {hunt.get('given_up', 0)} given up. Another: python -m foundation hunt"
+    )
+    return 0

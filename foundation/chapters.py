@@ -1,0 +1,123 @@
+"""The chapters in order, and which operations of the table belong to each. The standard library alone, so that a
+wrong name is answered at once."""
+
+import difflib
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """One notebook."""
+
+    stem: str
+    """Name of its file, which begins with its number."""
+    question: str
+    minutes: int
+    """To read it, run it and try its exercises."""
+    needs: str
+    """What a reader should know before."""
+    operations: tuple[str, ...] = ()
+    """Its rows of the table of `python -m foundation`."""
+
+    @property
+    def number(self) -> str:
+        """As it is typed: 7."""
+        return str(int(self.stem.partition("_")[0]))
+
+
+CHAPTERS = (
+    Chapter("00_shapes_and_gradients", "What is a gradient of arrays, and how is one checked?", 20, "a derivative"),
+    Chapter("01_scalar_autograd", "How can one sweep give the derivative in every input?", 20, "0"),
+    Chapter(
+        "02_backpropagation_xor",
+        "Which products give a layer's gradients, and where does the mean's division belong?",
+        25,
+        "0, 1",
+        ("linear", "mse"),
+    ),
+    Chapter(
+        "03_activations_and_initialisation",
+        "What do twenty layers do to a signal, and to its gradient?",
+        25,
+        "2",
+        ("tanh", "sigmoid", "relu", "gelu_exact", "gelu", "silu"),
+    ),
+    Chapter(
+        "04_softmax_and_cross_entropy",
+        "Why is the gradient of a language model's loss p - onehot?",
+        25,
+        "2",
+        ("softmax", "logsumexp", "cross_entropy"),
+    ),
+    Chapter(
+        "05_attention",
+        "How does a gradient get through attention, and why does the mask need no line?",
+        35,
+        "4",
+        ("dropout", "attention", "multi_head", "share_heads"),
+    ),
+    Chapter(
+        "06_normalisation_and_positions",
+        "What does a normalisation take out of a gradient, and what undoes a rotation?",
+        30,
+        "2",
+        ("layernorm", "rmsnorm", "normalise_heads", "embedding", "tied_head", "learned_positions", "rope"),
+    ),
+    Chapter(
+        "07_a_transformer_that_writes",
+        "Can the gradients so far train a model that writes?",
+        30,
+        "3 to 6",
+        ("feed_forward", "dense_block", "dense_model"),
+    ),
+    Chapter(
+        "08_router_and_its_gradient",
+        "What does a router learn from, if its choice has no gradient?",
+        40,
+        "4, 7",
+        ("router", "gelu_experts", "swiglu_experts", "dispatch", "combine", "moe"),
+    ),
+    Chapter(
+        "09_the_whole_model_by_hand",
+        "Is the gradient of a whole mixture-of-experts model only bookkeeping?",
+        30,
+        "7, 8",
+        ("block", "model"),
+    ),
+)
+OPERATIONS = tuple(operation for chapter in CHAPTERS for operation in chapter.operations)
+
+
+class UnknownName(Exception):
+    """A name that nobody knows. The message is one line, with the near names."""
+
+
+def selected(names: list[str]) -> tuple[str, ...]:
+    """The operations of the names, each an operation, or a chapter by its number or its notebook.
+
+    Raises UnknownName.
+    """
+    chapters = {key: chapter for chapter in CHAPTERS for key in (chapter.number, chapter.stem[:2], chapter.stem)}
+    found: list[str] = []
+    for name in names:
+        stem = name.removesuffix(".ipynb").removesuffix(".py")
+        if name in OPERATIONS:
+            found.append(name)
+        elif stem not in chapters:
+            known = f"an operation, or a chapter from 0 to {CHAPTERS[-1].number}"
+            raise UnknownName(unknown("name", name, [*OPERATIONS, *chapters], known))
+        elif not chapters[stem].operations:
+            with_rows = ", ".join(chapter.number for chapter in CHAPTERS if chapter.operations)
+            raise UnknownName(f"{name}: chapter without rows in the table; its notebook checks it. Rows: {with_rows}")
+        else:
+            found.extend(chapters[stem].operations)
+    return tuple(dict.fromkeys(found))
+
+
+def unknown(kind: str, name: str, known: list[str], allowed: str) -> str:
+    """One line about an unknown name: the near names, or else what is allowed."""
+    simple = {candidate.replace("_", ""): candidate for candidate in known}
+    near = difflib.get_close_matches(name.lower().replace("_", "").replace("-", ""), simple, n=3, cutoff=0.5)
+    near += [key for key in simple if len(name) > 2 and name.lower() in key and key not in near][:3]
+    advice = "near it: " + ", ".join(simple[key] for key in near) if near else f"give {allowed}"
+    return f"{kind} {name}: unknown; {advice}"

@@ -1,0 +1,204 @@
+"""The pictures of the notebooks, so that their cells show mathematics."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import ArrayLike
+
+from foundation.scalar_autograd import Value, draw
+
+COLOURS = ("#1f5fa8", "#c8553d", "#3f7d4e", "#8a5aa8", "#b07d2b", "#51607a")
+Curve = ArrayLike | tuple[ArrayLike, ArrayLike]
+
+
+def heatmaps(
+    panels: Mapping[str, ArrayLike],
+    xlabel: str = "",
+    ylabel: str = "",
+    columns: Sequence[str] | None = None,
+    rows: Sequence[str] | None = None,
+    numbers: str = ".2f",
+    diverging: bool = True,
+    bold: Mapping[str, ArrayLike] | None = None,
+    height: float = 3.6,
+) -> None:
+    """Matrices side by side on one scale of colours, with their numbers; exact zeros are written as 0.
+
+    `numbers` is a format, or empty for none. `bold` marks entries of a panel.
+    """
+    arrays = {title: np.asarray(matrix) for title, matrix in panels.items()}
+    bound = max(float(np.max(np.abs(a))) for a in arrays.values()) or 1.0
+    figure, axes = plt.subplots(1, len(arrays), figsize=(min(11.0, 3.6 * len(arrays) + 1), height), squeeze=False)
+    figure.set_layout_engine("constrained")
+    image = None
+    for ax, (title, matrix) in zip(axes[0], arrays.items(), strict=True):
+        low, cmap = (-bound, "RdBu_r") if diverging else (0.0, "Blues")
+        image = ax.imshow(matrix, cmap=cmap, vmin=low, vmax=bound, aspect="auto")
+        ax.set(title=title, xlabel=xlabel)
+        ax.set_xticks(range(matrix.shape[1]), columns if columns else [str(i) for i in range(matrix.shape[1])])
+        ax.set_yticks(range(matrix.shape[0]), rows if rows else [str(i) for i in range(matrix.shape[0])])
+        if numbers:
+            _write_numbers(ax, matrix, numbers, bound, None if bold is None else np.asarray(bold[title]))
+    axes[0][0].set_ylabel(ylabel)
+    if image is not None:
+        figure.colorbar(image, ax=axes[0].tolist(), shrink=0.85)
+    plt.show()
+
+
+def _write_numbers(ax: Any, matrix: np.ndarray, form: str, bound: float, bold: np.ndarray | None) -> None:
+    for (i, j), value in np.ndenumerate(matrix):
+        weight = "bold" if bold is not None and bold[i, j] else "normal"
+        colour = "white" if abs(value) > 0.6 * bound else "#223"
+        text = f"{value:{form}}" if value else "0"
+        ax.text(j, i, text, ha="center", va="center", fontsize=8.5, color=colour, fontweight=weight)
+
+
+def curves(
+    panels: Mapping[str, Mapping[str, Curve]],
+    xlabel: str = "",
+    ylabel: str = "",
+    log: bool | Sequence[bool] = False,
+    markers: bool = False,
+    level: float | None = None,
+    log_x: int = 0,
+) -> None:
+    """Panels side by side. A curve is its heights, or (places, heights). `level` is drawn dashed, `log_x` is a base."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(min(11.0, 5.6 * len(panels) + 1), 3.9), squeeze=False)
+    figure.set_layout_engine("constrained")
+    logs = [log] * len(panels) if isinstance(log, bool) else list(log)
+    for ax, (title, lines), is_log in zip(axes[0], panels.items(), logs, strict=True):
+        for colour, (label, curve) in zip(COLOURS * 3, lines.items(), strict=False):
+            x, y = curve if isinstance(curve, tuple) else (np.arange(len(np.asarray(curve))), curve)
+            ax.plot(x, y, "o-" if markers else "-", ms=4, color=colour, label=label)
+        if is_log:
+            ax.set_yscale("log")
+        if log_x:
+            ax.set_xscale("log", base=log_x)
+        if level is not None:
+            ax.axhline(level, color="grey", ls="--", lw=1)
+        ax.set(title=title, xlabel=xlabel)
+        ax.grid(alpha=0.25)
+        if any(lines):
+            ax.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+        if not log_x:
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes[0][0].set_ylabel(ylabel)
+    plt.show()
+
+
+def graph(result: Value, width: float = 11.0, height: float = 5.0) -> None:
+    """The graph of a `Value`, with the numbers of both passes."""
+    _, ax = plt.subplots(figsize=(width, height))
+    draw(result, ax)
+    plt.show()
+
+
+def slopes(x: ArrayLike, functions: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> None:
+    """For each function its values, its slope by hand as a line, and its slope by autodiff as dots."""
+    places = np.asarray(x)
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), sharex=True)
+    figure.set_layout_engine("constrained")
+    for ax, (name, (y, by_hand, by_jax)) in zip(axes.flat, functions.items(), strict=True):
+        ax.plot(places, y, label="f", color=COLOURS[0])
+        ax.plot(places, by_hand, label="f', by hand", color=COLOURS[1])
+        ax.plot(places[::16], np.asarray(by_jax)[::16], "k.", ms=4, label="f', jax.grad")
+        ax.set_title(name)
+        ax.grid(alpha=0.25)
+    axes[0, 0].legend(frameon=False, fontsize=9)
+    plt.show()
+
+
+def plane(values: ArrayLike, points: Sequence[tuple[float, float, float]], title: str) -> None:
+    """A net's output over a square, and the points that it learned: (x, y, target)."""
+    figure, ax = plt.subplots(figsize=(5.4, 4.2), layout="constrained")
+    image = ax.imshow(np.asarray(values), extent=(-0.5, 1.5, -0.5, 1.5), cmap="RdBu_r", vmin=0, vmax=1)
+    for x, y, target in points:
+        ax.plot(x, y, "o", ms=11, mfc=COLOURS[1] if target else COLOURS[0], mec="white", mew=1.8)
+    ax.set(xlabel="first input", ylabel="second input", title=title)
+    figure.colorbar(image, ax=ax, label="output")
+    plt.show()
+
+
+def points(places: ArrayLike, labels: Sequence[str], red: Sequence[bool], xlabel: str, ylabel: str, title: str) -> None:
+    """Labelled points of two colours."""
+    _, ax = plt.subplots(figsize=(5.2, 4), layout="constrained")
+    for (x, y), label, is_red in zip(np.asarray(places), labels, red, strict=True):
+        ax.plot(x, y, "o", ms=12, color=COLOURS[1] if is_red else COLOURS[0])
+        ax.annotate(label, (x, y), textcoords="offset points", xytext=(8, 6))
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.margins(0.3)
+    plt.show()
+
+
+def histograms(panels: Mapping[str, Mapping[str, ArrayLike]], xlabel: str, ylabel: str) -> None:
+    """Histograms over [-1, 1], side by side."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 3.7), sharey=True, squeeze=False)
+    figure.set_layout_engine("constrained")
+    for ax, (title, groups) in zip(axes[0], panels.items(), strict=True):
+        for colour, (label, values) in zip(COLOURS, groups.items(), strict=False):
+            ax.hist(np.asarray(values), bins=np.linspace(-1, 1, 41), alpha=0.6, label=label, color=colour)
+        ax.set(title=title, xlabel=xlabel, yscale="log")
+        ax.legend(frameon=False, fontsize=9)
+    axes[0][0].set_ylabel(ylabel)
+    plt.show()
+
+
+def balance(losses: ArrayLike, shares: ArrayLike) -> None:
+    """The balance loss over the steps, and each expert's share of the choices as a band."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9))
+    figure.set_layout_engine("constrained")
+    left.plot(np.asarray(losses), color=COLOURS[0])
+    left.axhline(1.0, color="grey", ls="--", lw=1)
+    left.set(xlabel="step", ylabel="balance loss", title="1 is perfect balance")
+    bands = np.asarray(shares).T
+    steps = bands.shape[1]
+    right.stackplot(range(steps), bands, colors=plt.colormaps["viridis"](np.linspace(0, 1, len(bands))))
+    right.set(xlabel="step", ylabel="share of the choices", title="each band one expert")
+    right.set(xlim=(0, steps - 1), ylim=(0, 1))
+    plt.show()
+
+
+def sizes(names: Sequence[str], values: Sequence[float], title: str) -> None:
+    """A bar for each parameter: red for routers, blue for experts, green for the rest."""
+    _, ax = plt.subplots(figsize=(9, 6.6), layout="constrained")
+    colours = [COLOURS[1] if "router" in n else COLOURS[0] if "w_" in n else COLOURS[2] for n in names]
+    ax.barh(list(names), list(values), color=colours)
+    ax.invert_yaxis()
+    ax.set(xscale="log", xlabel="root mean square of the gradient", title=title)
+    ax.tick_params(axis="y", labelsize=8)
+    plt.show()
+
+
+def twice(by_hand: Sequence[float], automatic: Sequence[float], ylabel: str) -> None:
+    """Two loss curves on top of each other, and below them their difference."""
+    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5.4), sharex=True, height_ratios=[2, 1])
+    figure.set_layout_engine("constrained")
+    top.plot(by_hand, lw=6, color="#9cc3ee", label="gradient by hand")
+    top.plot(automatic, lw=1.4, color="#12355b", label="gradient by autodiff")
+    top.set_ylabel(ylabel)
+    top.legend(frameon=False)
+    difference = [max(abs(a - b), 1e-17) for a, b in zip(by_hand, automatic, strict=True)]
+    bottom.semilogy(difference, color=COLOURS[1])
+    bottom.set(xlabel="step", ylabel="difference (nats)", ylim=(1e-17, 1e-8))
+    plt.show()
+
+
+def changes(panels: Mapping[str, tuple[ArrayLike, Sequence[int]]], ylabel: str) -> None:
+    """How far each logit moves (columns: its position) in several experiments (rows); white where not one bit moves."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.9), squeeze=False)
+    figure.set_layout_engine("constrained")
+    image = None
+    for ax, (title, (moved, rows)) in zip(axes[0], panels.items(), strict=True):
+        shown = np.asarray(moved)
+        shown = np.where(shown == 0.0, np.nan, np.log10(np.where(shown == 0.0, 1.0, shown)))
+        image = ax.imshow(shown, aspect="auto", cmap="viridis", vmin=-4, vmax=1, interpolation="none")
+        ticks = range(0, len(rows), max(1, len(rows) // 8))
+        ax.set_yticks(list(ticks), [str(rows[i]) for i in ticks])
+        ax.set(title=title, xlabel="position of the logits")
+    axes[0][0].set_ylabel(ylabel)
+    if image is not None:
+        figure.colorbar(image, ax=axes[0].tolist(), label="log10 of the largest change")
+    plt.show()

@@ -1,0 +1,245 @@
+# %% [markdown]
+# # 8. The router and its gradient
+#
+# In a **mixture of experts** the network of a block is replaced by E small networks,
+# the **experts**. A **router** sends each token to K of them; the others do nothing for
+# it. So the model has many parameters and uses few of them for a token. But the router
+# *chooses*, and a choice has no derivative. What does it learn from, then? This chapter
+# derives every line of its backward pass, and the answers are three: from the gates,
+# from a balance loss, and from a third loss that keeps it calm.
+#
+# The code is `foundation/router.py`, `foundation/experts.py` and `foundation/moe.py`.
+#
+# ## Forward
+# For one token with stream $x$, [D], and a router matrix $W$, [D, E]:
+#
+# $$z = xW, \qquad p = \operatorname{softmax}(z), \qquad
+# S = \text{the K largest of } z$$
+#
+# $z$ are the logits, $p$ the probabilities, and $S$ the **chosen** experts. The layer's
+# answer is the sum of the chosen experts' answers, each times its **gate**:
+#
+# $$y = \sum_{e \in S} g_e\, h_e, \qquad g_e = \frac{p_e}{\sum_{j \in S} p_j}
+# \;\;(K > 1), \qquad g_e = p_e \;\;(K = 1).$$
+#
+# For K > 1 the gates are made to add up to 1. For K = 1 that would make the gate the
+# constant 1, and the router would get no gradient at all; so there the gate is $p_e$.
+#
+# ## Step 1: through the combination
+# $y$ is a sum of products. Each factor gets the cotangent times the other:
+#
+# $$d_{g_e} = \langle d_y, h_e\rangle, \qquad d_{h_e} = g_e\, d_y$$
+#
+# The first is the heart of the matter. The gate of expert $e$ should grow if the
+# expert's answer $h_e$ points *against* the gradient $d_y$, where the loss falls.
+#
+# ## Step 2: the choice
+# $S$ is piecewise constant: a small change of $z$ leaves it as it is. So its derivative
+# is 0 wherever it exists, and we treat $S$ as given. (At a tie, where two logits are
+# equal, it does not exist.)
+#
+# ## Step 3: through the gates, K > 1
+# Write the gates with the exponentials of the softmax. The sum $\sum_j e^{z_j}$ over
+# *all* experts cancels:
+#
+# $$g_e = \frac{p_e}{\sum_{j\in S} p_j} = \frac{e^{z_e}}{\sum_{j \in S} e^{z_j}}
+# = \operatorname{softmax}(z_S)_e$$
+#
+# The gates are a softmax over the chosen logits alone. Chapter 4 has its rule:
+#
+# $$\boxed{\;d_{z_e} = g_e\,\Bigl(d_{g_e} - \sum_{j\in S} g_j\, d_{g_j}\Bigr)
+# \text{ for } e \in S, \qquad d_{z_e} = 0 \text{ for } e \notin S\;}$$
+#
+# An expert that was not chosen gets nothing: not in its weights, and not in its router
+# column. And the entries of the chosen add up to 0. With K = 2 they are opposite. The
+# router learns only "a little more of this one and less of that one".
+#
+# ## Step 4: through the gate, K = 1
+# Here $g = p_s$ with $S = \{s\}$, an entry of the whole softmax. Row $s$ of its
+# Jacobian is $p_s([s = e] - p_e)$, so
+#
+# $$\boxed{\;d_{z_e} = d_g\, p_s\,([e = s] - p_e) \text{ for every } e\;}$$
+#
+# Now the others do get a gradient, because they are in the denominator of $p_s$.
+#
+# ## Step 5: to the weights
+# $z = xW$ is chapter 2: $d_W = x^\top d_z$ and $d_x = d_z W^\top$. Since $x$ also went
+# into the experts, its whole gradient is a sum of both.
+#
+# Below, three tokens and six experts. The token $t$ reads row $t$ of $W$, so the
+# gradient of $W$ *is* the gradient of the logits. Bold entries are the chosen experts.
+
+# %%
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from foundation.exercises import ask, check
+from foundation.lessons import pictures
+from foundation.moe import assign_slots, moe_backward, moe_forward
+from foundation.optimizers import sgd_update
+from foundation.router import choice_share, router_backward, router_forward
+
+jax.config.update("jax_enable_x64", True)
+
+E, T = 6, 3
+x = jnp.eye(T)[None]
+W = jax.random.normal(jax.random.key(3), (T, E))
+zero = jnp.zeros(())
+gradients, chosen = {}, {}
+for K in (2, 1):
+    routing, cache = router_forward(x, W, K)
+    d_g = jax.random.normal(jax.random.key(4), routing.gates.shape)
+    _, d_z = router_backward(d_g, zero, zero, cache)
+
+    def scalar(W, K=K, d_g=d_g):
+        return jnp.vdot(d_g, router_forward(x, W, K)[0].gates)
+
+    assert jnp.max(jnp.abs(d_z - jax.grad(scalar)(W))) < 1e-14
+    title = f"top {K}: gradient of the logits"
+    gradients[title] = d_z
+    chosen[title] = (routing.experts[0, :, :, None] == jnp.arange(E)).any(1)
+pictures.heatmaps(
+    gradients,
+    xlabel="expert",
+    ylabel="token",
+    bold=chosen,
+    numbers=".3f",
+    height=2.9,
+)
+
+# %% [markdown]
+# The boxed formulas by themselves, for token 0, without the code of `router.py`:
+
+# %%
+z = W[0]
+K = 2
+routing, cache = router_forward(x, W, K)
+d_g = jax.random.normal(jax.random.key(4), routing.gates.shape)
+S, g, d = routing.experts[0, 0], routing.gates[0, 0], d_g[0, 0]
+d_z = jnp.zeros(E).at[S].set(g * (d - jnp.sum(g * d)))
+print("step 3:     ", jnp.round(d_z, 4))
+print("router.py:  ", jnp.round(router_backward(d_g, zero, zero, cache)[1][0], 4))
+assert jnp.max(jnp.abs(d_z - router_backward(d_g, zero, zero, cache)[1][0])) < 1e-15
+
+# %% [markdown]
+# ## Dropped choices
+# To run fast, each expert has a fixed number of **slots** for a sequence, its capacity
+# $C$. Slots are given token by token. A choice that finds its expert full is
+# **dropped**: it adds nothing to $y$. Then $h$ is 0 for it, so step 1 gives $d_g =
+# \langle d_y, 0 \rangle = 0$, exactly. The token lives on in the residual stream alone.
+#
+# Four tokens want expert 0, which has two slots:
+
+# %%
+tokens = jnp.ones((1, 4, 2))
+slot, keep = assign_slots(jnp.zeros((1, 4, 1), int), experts_total=2, places=2)
+print("kept:     ", keep[0, :, 0].tolist())
+params = {
+    "router": jnp.array([[4.0, 0.0], [0.0, 0.0]]),
+    "w_in": jax.random.normal(jax.random.key(0), (2, 2, 3)),
+    "w_out": jax.random.normal(jax.random.key(1), (2, 3, 2)),
+}
+output, cache = moe_forward(tokens, params, top_k=1, capacity_factor=1.0)
+d_y = jax.random.normal(jax.random.key(2), tokens.shape)
+d_x, _ = moe_backward(d_y, zero, zero, cache)
+print("outputs:  ", *(f"{v:7.3f}" for v in output.y[0, :, 0]))
+print("gradients:", *(f"{v:7.3f}" for v in d_x[0, :, 0]))
+print(f"{100 * output.dropped:.0f} % dropped")
+assert (d_x[0, 2:] == 0.0).all()
+
+# %% [markdown]
+# ## Step 6: the balance loss
+# By step 3 an expert that is never chosen gets no gradient, so it stays as it is, and
+# is never chosen. Training would end with two busy experts and six dead ones. The
+# **balance loss** pulls against this. For one sequence of T tokens,
+#
+# $$L_b = E \sum_e f_e P_e, \qquad f_e = \text{share of the choices that went to } e,
+# \qquad P_e = \frac1T \sum_t p_{te}.$$
+#
+# It is 1 at perfect balance, where all $f_e = P_e = 1/E$. Now its gradient:
+#
+# 1. $f$ counts choices. It is piecewise constant, so it has no derivative.
+# 2. $P_e$ contains $p_{te}$ with the factor $1/T$. So $\partial L_b / \partial p_{te} =
+#    E f_e / T$: *in the probabilities*, the push away from an expert is proportional to
+#    how popular it is, and the same for every token.
+# 3. The logits get it through the softmax, $d_z = p \odot (d_p - \langle p,
+#    d_p\rangle)$:
+#
+# $$\boxed{\;\frac{\partial L_b}{\partial z_{te}} = \frac{E}{T}\; p_{te}\,
+# \Bigl(f_e - \sum_j p_{tj} f_j\Bigr)\;}$$
+#
+# *In the logits* there is a factor $p_{te}$. A popular expert to which this token gives
+# no probability is hardly pushed. And the reference is not the fair share 1/E, but the
+# average popularity under the token's own probabilities.
+#
+# ## Step 7: the z-loss
+# The third loss keeps logits small, where float numbers are fine-grained: $L_z =
+# \frac1T \sum_t \ell_t^2$ with $\ell_t = \operatorname{logsumexp}(z_t)$. Chain rule,
+# and chapter 4 for the inner derivative $p$:
+#
+# $$\boxed{\;\frac{\partial L_z}{\partial z_{te}} = \frac{2\,\ell_t}{T}\; p_{te}\;}$$
+#
+# Gates, balance and z-loss all end in the same logits. They are three uses of $z$, so
+# their gradients add. With this, `router_backward` is complete. The formulas against
+# autodiff:
+
+# %%
+x = jax.random.normal(jax.random.key(5), (1, 8, 4))
+W = jax.random.normal(jax.random.key(6), (4, E))
+routing, _ = router_forward(x, W, 2)
+z = (x @ W)[0]
+p, f = jax.nn.softmax(z), choice_share(routing.experts, E, z.dtype)[0]
+balance = E / 8 * p * (f - (p @ f)[:, None])
+calm = 2 * jax.nn.logsumexp(z, axis=-1)[:, None] / 8 * p
+for name, formula in {"balance": balance, "z": calm}.items():
+    by_jax = jax.grad(lambda W, n=name: getattr(router_forward(x, W, 2)[0], n))(W)
+    error = jnp.max(jnp.abs(x[0].T @ formula - by_jax))
+    print(f"{name + ' loss:':<13} {error:.1e} from jax.grad")
+    assert error < 1e-14
+
+# %% [markdown]
+# ## Descending on the balance loss
+# A router that starts with a lean, and no task: gradient descent on the balance loss
+# and a little z-loss, by the formulas above. Each band on the right is one expert's
+# share of the choices.
+
+# %%
+E, T, D = 8, 64, 16
+x = jax.random.normal(jax.random.key(5), (4, T, D)).at[..., 0].set(1.0)
+lean = jnp.linspace(4.0, -4.0, E)
+W = 0.3 * jax.random.normal(jax.random.key(6), (D, E)).at[0].set(lean)
+
+
+@jax.jit
+def descend(W):
+    routing, cache = router_forward(x, W, 2)
+    no_task = jnp.zeros_like(routing.gates)
+    _, d_W = router_backward(no_task, jnp.ones(()), jnp.full((), 1e-3), cache)
+    share = choice_share(routing.experts, E, W.dtype).mean(axis=0)
+    return sgd_update(d_W, W, 0.5), (routing.balance, share)
+
+
+balances, shares = [], []
+for _ in range(150):
+    W, (now, share) = descend(W)
+    balances.append(float(now))
+    shares.append(np.asarray(share))
+pictures.balance(balances, shares)
+print(f"balance loss {balances[0]:.3f} -> {balances[-1]:.3f}")
+assert balances[-1] < balances[0]
+
+# %% [markdown]
+# ## Exercises
+# In the terminal: `python -m foundation derive router` asks for steps 3 to 7 in one
+# function. Then `dispatch` and `combine`, which move tokens to experts and back.
+
+# %%
+ask("8.1")
+check("8.1", None)
+ask("8.2")
+check("8.2", None)
+ask("8.3")
+check("8.3", None)
+ask("8.4")
+check("8.4", None)

@@ -1,0 +1,67 @@
+"""The table of `python -m foundation`: a row per check, each gradient by hand against autodiff and differences."""
+
+import json
+import math
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+
+import jax
+
+from foundation.checks import all_checks, checks_of
+from foundation.parity import AUTODIFF_TOLERANCE, FINITE_DIFFERENCE_TOLERANCE, Check, Outcome, run
+
+WHOLE = "about a minute on two free cores, most of it compiling"
+"""How long the whole table takes."""
+
+
+def show(operations: tuple[str, ...], as_json: bool) -> int:
+    """Runs the checks of these operations, or all without any, prints the table, returns the exit status."""
+    jax.config.update("jax_enable_x64", True)
+    if not operations:
+        print(f"The whole table takes {WHOLE}. A part of it: python -m foundation softmax attention\n")
+    checks: Iterable[Check] = chain.from_iterable(map(checks_of, operations)) if operations else all_checks()
+    print(f"{'operation: input':<47} {'autodiff':>9} {'differences':>12}", flush=True)
+    outcomes = []
+    # Compiling takes most of the time, and does not hold Python's lock.
+    with ThreadPoolExecutor(2) as pool:
+        for outcome in pool.map(run, checks):
+            print(row(outcome), flush=True)
+            outcomes.append(outcome)
+    summary = summarise(outcomes)
+    print(
+        f"\n{summary['checks']} checks, {len(summary['failed'])} failed; largest relative error\n"
+        f"  {summary['max_rel_error_autodiff']:.1e} against autodiff (allowed {AUTODIFF_TOLERANCE:.0e})\n"
+        f"  {summary['max_rel_error_finite_difference']:.1e} against finite differences "
+        f"(allowed {FINITE_DIFFERENCE_TOLERANCE:.0e})"
+    )
+    if as_json:
+        print(json.dumps({k: _or_null(v) for k, v in summary.items()}, allow_nan=False))
+    return 1 if summary["failed"] else 0
+
+
+def _or_null(value: object) -> object:
+    """The value, or None for a number that is not finite: JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def row(outcome: Outcome) -> str:
+    """One line of the table."""
+    finite = "at a tie" if outcome.finite_difference is None else f"{outcome.finite_difference:.1e}"
+    verdict = "ok" if outcome.passed else "FAILED"
+    return f"{f'{outcome.operation}: {outcome.case}':<47} {outcome.autodiff:>9.1e} {finite:>12}  {verdict}"
+
+
+def summarise(outcomes: list[Outcome]) -> dict:
+    """What `--json` prints. A NaN is reported as infinity would be: JSON has neither, so as null."""
+    finite = [o.finite_difference for o in outcomes if o.finite_difference is not None]
+    return {
+        "checks": len(outcomes),
+        "failed": [f"{o.operation}/{o.case}" for o in outcomes if not o.passed],
+        "max_rel_error_autodiff": _largest([o.autodiff for o in outcomes]),
+        "max_rel_error_finite_difference": _largest(finite),
+    }
+
+
+def _largest(errors: list[float]) -> float:
+    return max(errors, key=lambda e: float("inf") if e != e else e)

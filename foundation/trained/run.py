@@ -1,0 +1,177 @@
+"""`python -m foundation run FOLDER`: a trained run of the real model, computed by the hand-derived code alone.
+
+Reads FOLDER/config.json, tokenizer.json, summary.json and the weights.safetensors of its best checkpoint. Nothing of
+moe_jax is imported. It computes the validation loss in float64 beside the one in summary.json (1e-6 is allowed, where
+the run computed in float32), and writes the text that `python -m moe_jax generate --run FOLDER --temperature 0` writes.
+
+The validation tokens come from the cache that train.py made on this machine, found by the digest in the checkpoint's
+manifest. `--text FILE` scores a text of yours instead, documents separated by <|endoftext|>.
+"""
+
+import argparse
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from foundation.block import ModelConfig
+from foundation.losses import IGNORE, cross_entropy_forward
+from foundation.trained.problem import Problem
+from foundation.trained.tokens import Vocabulary, read_vocabulary
+from foundation.trained.validation import mean_loss, stored_stream, text_stream
+from foundation.trained.weights import config_of, parameters_of, read_safetensors
+from foundation.transformer import model_forward
+from foundation.writing import write
+
+ALLOWED = 1e-6
+"""Difference from the run's own loss, which was summed in float32."""
+ALLOWED_NARROW = 0.02
+"""The same, where the run multiplied numbers of 8 or 11 bits of mantissa."""
+
+
+class Trained(NamedTuple):
+    """A run, ready to compute."""
+
+    params: dict
+    config: ModelConfig
+    vocabulary: Vocabulary
+    window: int
+    step: int
+    trained_on: object
+    """Digest of its token store."""
+    summary: dict[str, Any]
+
+
+def open_run(folder: Path, step: int | None = None) -> Trained:
+    """The run at its best checkpoint, or at a step. Raises Problem, in one line."""
+    settings, summary = _json(folder / "config.json"), _json(folder / "summary.json")
+    checkpoint = _checkpoint(folder, summary.get("best_step") if step is None else step)
+    try:
+        model, routing = settings["model"], settings["model"].get("routing") or settings["routing"]
+        config = config_of(model, routing)
+        params = parameters_of(read_safetensors(checkpoint / "weights.safetensors"), model)
+        trained_on = _json(checkpoint / "manifest.json")["context"].get("data")
+        vocabulary = read_vocabulary(folder / "tokenizer.json")
+        return Trained(params, config, vocabulary, model["seq_len"], int(checkpoint.name[5:]), trained_on, summary)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise Problem(f"{folder}: config.json or a manifest is damaged ({error}); take it from the run again") from None
+
+
+def _checkpoint(folder: Path, step: object) -> Path:
+    """The checkpoint's folder; the newest one where no step is known."""
+    there = sorted((folder / "checkpoints").glob("step_" + "[0-9]" * 8))
+    found = [path for path in there if step is None or path.name == f"step_{step:0>8}"]
+    if not found:
+        names = ", ".join(path.name for path in there) or "none"
+        raise Problem(f"{folder}: no checkpoint of step {step}; there are: {names}")
+    return found[-1]
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Problem(f"{path}: cannot be read ({error.strerror}); train a run with `uv run train.py`") from None
+    except ValueError:
+        raise Problem(f"{path}: no JSON, so it is damaged; take it from the run again") from None
+    if not isinstance(found, dict):
+        raise Problem(f"{path}: no JSON object, so it is damaged; take it from the run again")
+    return found
+
+
+def validation_loss(run: Trained, stream: np.ndarray) -> float:
+    """Nats per predicted token of a stream."""
+
+    @jax.jit
+    def total(inputs: Array, targets: Array) -> Float[Array, ""]:
+        output, _ = model_forward(run.params, inputs, run.config)
+        mean, _ = cross_entropy_forward(output.logits, targets)
+        return mean * jnp.sum(targets != IGNORE)
+
+    def tell(done: int, of: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\r{done} of {of} windows", end="\n" if done == of else "", file=sys.stderr, flush=True)
+
+    if stream.max() >= run.vocabulary.size:
+        raise Problem(f"the tokens reach {stream.max()}, the vocabulary {run.vocabulary.size}; they are of another run")
+    return mean_loss(total, stream, run.window, run.params["embedding"].shape[0], tell)
+
+
+def story(run: Trained, prompt: str, limit: int) -> str:
+    """What the model writes after the prompt, always the likeliest token."""
+
+    @partial(jax.jit, static_argnums=1)
+    def next_logits(tokens: Array, vocabulary: int, count: Array) -> Array:
+        output, _ = model_forward(run.params, tokens, run.config)
+        return output.logits[0, count - 1, :vocabulary]
+
+    start = [run.vocabulary.separator, *run.vocabulary.encode(prompt)]
+
+    def logits(tokens: Array, count: int) -> Array:
+        return next_logits(tokens, run.vocabulary.size, jnp.asarray(count))
+
+    written = write(logits, start, run.window, limit, stop=run.vocabulary.separator)
+    return run.vocabulary.decode(list(written))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status 1 where the losses differ or the run cannot be read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m foundation run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="a run's folder, as runs/nano")
+    parser.add_argument("--prompt", default="", help="how the text begins (default: nothing)")
+    parser.add_argument("--max-tokens", type=int, default=400, help="longest text, in tokens (default 400)")
+    parser.add_argument("--text", type=Path, help="score this file and not the validation text of the run")
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the best)")
+    parser.add_argument("--json", action="store_true", help="end with JSON on a terminal too")
+    arguments = parser.parse_args(argv)
+    if arguments.max_tokens < 1:
+        parser.error(f"--max-tokens {arguments.max_tokens}: must be at least 1")
+    jax.config.update("jax_enable_x64", True)
+    try:
+        return report(arguments)
+    except Problem as problem:
+        print(problem, file=sys.stderr)
+        return 1
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Computes, prints, and returns the exit status."""
+    run = open_run(arguments.folder, arguments.step)
+    own_text = arguments.text is not None
+    stream = (
+        text_stream(arguments.text, run.vocabulary) if own_text else stored_stream(arguments.folder, run.trained_on)
+    )
+    print(f"{arguments.folder}, step {run.step}: {_count(run.params):,} parameters, float64, by the hand-derived code")
+    loss = validation_loss(run, stream)
+    print(f"\nloss of {len(stream) - 1:,} tokens       {loss:.10f} nats per token")
+    comparable = not own_text and run.summary.get("val_whole_stream") and run.step == run.summary.get("best_step")
+    theirs = run.summary.get("val_loss") if comparable else None
+    difference, right = None, True
+    if theirs is None:
+        print("summary.json has no loss of this text at this step to compare with")
+    else:
+        precision = run.summary.get("precision", "float32")
+        allowed = ALLOWED if precision == "float32" else ALLOWED_NARROW
+        difference = abs(loss - theirs)
+        right = difference <= allowed
+        verdict = "the same" if right else "NOT the same"
+        print(f"the run's own, in {precision:<10} {theirs:.10f}")
+        print(f"difference                   {difference:.1e} (allowed {allowed:.0e}): {verdict}")
+    text = story(run, arguments.prompt, arguments.max_tokens)
+    print(f"\n{arguments.prompt}{text}")
+    if arguments.json or not sys.stdout.isatty():
+        found = {"val_loss": loss, "difference": difference, "tokens": len(stream) - 1, "step": run.step, "text": text}
+        print(json.dumps(found))
+    return 0 if right else 1
+
+
+def _count(params: dict) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,0 +1,117 @@
+"""`weights.safetensors`, read by hand, and its names turned into those of `transformer.py`.
+
+The file is simple: eight bytes, the length n of a header; n bytes of JSON, for each name its type, its shape, and where
+its numbers begin and end; then all the numbers.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from foundation.block import ModelConfig
+from foundation.trained.problem import Problem
+
+_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_LONGEST_HEADER = 1 << 26
+
+
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Every array of the file, in float64.
+
+    Raises Problem where the file is missing or is no whole safetensors file.
+    """
+    try:
+        raw = path.read_bytes()
+        length = int.from_bytes(raw[:8], "little")
+        if not 2 <= length <= min(_LONGEST_HEADER, len(raw) - 8):
+            raise ValueError("no header")
+        header = json.loads(raw[8 : 8 + length])
+        numbers = raw[8 + length :]
+        return {name: _array(numbers, entry) for name, entry in header.items() if name != "__metadata__"}
+    except OSError as error:
+        raise Problem(f"{path}: cannot be read ({error.strerror}); give the folder of a finished run") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Problem(f"{path}: damaged ({error}); take it from the run again") from None
+
+
+def _array(numbers: bytes, entry: dict[str, Any]) -> np.ndarray:
+    begin, end = entry["data_offsets"]
+    piece = numbers[begin:end]
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        flat = (np.frombuffer(piece, "<u2").astype(np.uint32) << 16).view(np.float32)
+    else:
+        flat = np.frombuffer(piece, _TYPES[entry["dtype"]])
+    return flat.astype(np.float64).reshape(entry["shape"])
+
+
+def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
+    """What the shapes of the parameters do not say, from `config.json`. Evaluation drops nothing, so each expert has a
+    slot for every token: a capacity factor of E / K.
+
+    Raises Problem for what this package has not derived.
+    """
+    if model.get("shared_experts") and model.get("dense", "none") == "none":
+        raise Problem("the run has shared experts, which foundation has not derived; train one without")
+    if routing.get("balancing", "loss") != "loss":
+        raise Problem(
+            "the run balances by a bias, which foundation has not derived; train with --routing.balancing loss"
+        )
+    if routing.get("eval_capacity_factor", 0.0) > 0:
+        raise Problem("the run drops tokens in evaluation, which is not the loss of all tokens; choose another run")
+    dense = model.get("dense", "none") != "none"
+    experts, top_k = (1, 1) if dense else (model["experts"], routing["top_k"])
+    return ModelConfig(
+        heads=model["heads"],
+        top_k=top_k,
+        capacity_factor=float(experts),
+        norm=model["norm"],
+        norm_eps=model.get("norm_eps") or None,
+        rotary=model["positions"] == "rope",
+        rope_base=model.get("rope_theta", 10_000.0),
+        renormalise_gates=routing.get("renormalise_gates", True),
+    )
+
+
+def parameters_of(arrays: dict[str, np.ndarray], model: dict[str, Any]) -> dict:
+    """The arrays as the tree that `transformer.model_forward` takes.
+
+    A dense network is one expert that every token goes to: the softmax over one logit is 1. An embedding that is scaled
+    by sqrt(D) is a table that is.
+    """
+    tree: dict = {}
+    for name, array in arrays.items():
+        *path, leaf = name.split(".")
+        at = tree
+        for part in path:
+            at = at.setdefault(part, {})
+        at[leaf] = jnp.asarray(array)
+    try:
+        scale = model["width"] ** 0.5 if model.get("scaled_embedding") else 1.0
+        params = {"embedding": tree["embedding"] * scale, "norm": tree["norm"]}
+        params["blocks"] = [_block(tree["blocks"][str(i)]) for i in range(model["layers"])]
+        if "position" in tree:
+            params["positions"] = tree["position"]
+        if not model["tied_head"]:
+            params["head"] = tree["head"]
+        elif scale != 1.0:
+            params["head"] = tree["embedding"].T  # the table without the scale
+    except KeyError as error:
+        raise Problem(f"the weights have no {error}, which config.json asks for; take both from one run") from None
+    return params
+
+
+def _block(block: dict) -> dict:
+    attention: dict = {name: {"kernel": block["attention"][name]} for name in ("qkv", "out")}
+    for name in ("qkv", "out"):
+        if f"{name}_bias" in block["attention"]:
+            attention[name]["bias"] = block["attention"][f"{name}_bias"]
+    attention |= {name: block["attention"][name] for name in ("query_norm", "key_norm") if name in block["attention"]}
+    ffn = block["ffn"]
+    if "router" in ffn:
+        moe = {"router": ffn["router"], **ffn["experts"]}
+    else:
+        moe = {"router": jnp.zeros((ffn["experts"]["w_in"].shape[1], 1)), **ffn["experts"]}
+    return {"norm1": block["attention_norm"], "attention": attention, "norm2": block["ffn_norm"], "moe": moe}

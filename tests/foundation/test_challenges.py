@@ -1,0 +1,170 @@
+"""A right derivation passes, and a wrong one is told what is wrong with it, whatever it is."""
+
+import ast
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foundation.__main__ import main
+from foundation.challenges.catalogue import CHALLENGES
+from foundation.challenges.diagnosis import Named, examine
+from foundation.chapters import OPERATIONS
+
+QUICK = {"softmax", "layernorm"}
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.reliability) for name in CHALLENGES]
+
+
+def run(folder: Path, *arguments: str) -> int:
+    return main([*arguments, "--folder", str(folder)])
+
+
+@pytest.mark.parametrize("operation", ALL)
+def test_a_stub_is_not_tried_yet_and_the_real_function_is_right(
+    operation: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, "derive", operation) == 0
+    path, challenge = tmp_path / f"{operation}.py", CHALLENGES[operation]
+    stub = path.read_text()
+    assert run(tmp_path, "check", operation) == 1
+    assert "not tried yet" in capsys.readouterr().out
+    body = ast.unparse(next(n for n in ast.parse(stub).body if isinstance(n, ast.FunctionDef)))
+    assert body.count("\n") <= 2  # the signature, the cache, and no answer
+    assert len(challenge.hints) == 3
+
+    path.write_text(f"{stub}\n\nfrom foundation.{challenge.module} import {challenge.backward}\n")
+    assert run(tmp_path, "check", operation) == 0
+    assert "right in every case. Derived so far: 1" in capsys.readouterr().out
+    assert main(["check", str(path)]) == 0  # by its path, too
+
+
+def test_every_challenge_is_an_operation_of_the_table() -> None:
+    assert set(CHALLENGES) <= set(OPERATIONS)
+
+
+def test_a_file_that_is_there_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "linear.py").write_text("my work")
+    assert run(tmp_path, "derive", "linear") == 0
+    assert (tmp_path / "linear.py").read_text() == "my work"
+    assert "stays as it is" in capsys.readouterr().out
+
+
+WRONG = {
+    "def softmax_backward(d_p, cache):\n    return 'text'": "of type str",
+    "def softmax_backward(d_p, cache):\n    return object()": "of type object",
+    "def softmax_backward(d_p, cache):\n    return d_p, d_p": "2 results, and 1 are asked for: d_logits",
+    "def softmax_backward(d_p, cache):\n    return d_p.T": "transposed",
+    "def softmax_backward(d_p, cache):\n    return 3.0": "has shape [], and its input has [4, 6]",
+    "def softmax_backward(d_p, cache):\n    return [[1], [2, 3]]": "of type list",
+    "def softmax_backward(d_p, cache):\n    return {}": "of type dict",
+    "def softmax_backward(d_p, cache):\n    return 1j * d_p": "an array of numbers",
+    "def softmax_backward(d_p, cache):\n    return d_p * float('nan')": "not a finite number",
+    "def softmax_backward(d_p, cache):\n    return d_p @ d_p": "line 2: TypeError",
+    "def softmax_backward(d_p):\n    return d_p": "TypeError",
+    "def softmax_backward(d_p, cache):\n    exit()": "SystemExit",
+    "def softmax_backward(d_p, cache):\n    return softmax_backward(d_p, cache)": "RecursionError",
+    "def softmax_backward(d_p, cache):\n    (p,) = cache\n    return p * d_p": "a term is missing",
+    "softmax_backward = 7": "has no function softmax_backward",
+    "": "has no function softmax_backward",
+    "def softmax_backward(d_p, cache:": "line 1: SyntaxError",
+    "import nothing_of_this_name": "ModuleNotFoundError",
+    "exit(3)": "SystemExit",
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_answer_of_any_kind_is_told_what_is_wrong(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "softmax.py").write_text(text)
+    assert run(tmp_path, "check", "softmax") == 1
+    out, err = capsys.readouterr()
+    assert WRONG[text] in out
+    assert "--hint" in out.splitlines()[-1]
+    assert "Traceback" not in out + err
+
+
+def test_files_that_cannot_be_read_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "check", "softmax") == 1
+    assert "python -m foundation derive softmax" in capsys.readouterr().out
+    (tmp_path / "softmax.py").write_bytes(b"\xff\xfe\x00")
+    assert run(tmp_path, "check", "softmax") == 1
+    (tmp_path / "score.json").write_text("[1, 2")
+    assert run(tmp_path, "check", "softmax", "--hint") == 0
+    (tmp_path / "file").write_text("")
+    assert run(tmp_path / "file", "derive", "softmax") == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_hints_come_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(4):
+        assert run(tmp_path, "check", "layernorm", "--hint") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(" for ")[0] for line in said] == ["Hint 1 of 3", "Hint 2 of 3", "Hint 3 of 3", "Hint 3 of 3"]
+
+
+@pytest.mark.parametrize("command", ["derive", "check"])
+def test_an_unknown_operation_is_answered_with_the_near_ones(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tmp_path, command, "layernrom") == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert "layernorm" in err
+
+
+random = np.random.default_rng(0)
+RIGHT, INPUT, SCALE = random.normal(size=(4, 5)), random.normal(size=(4, 5)), random.normal(size=5)
+KNOWN = [Named("x", INPUT), Named("scale", SCALE), Named("wide", np.zeros((3, 4, 7)))]
+
+
+@pytest.mark.parametrize(
+    ("ours", "meaning"),
+    [
+        (2.0 * RIGHT, "a forgotten 1/2"),
+        (0.5 * RIGHT, "a forgotten factor 2"),
+        (-RIGHT, "a sign is wrong"),
+        (RIGHT / 4, "a mean where a sum belongs, divided by 4, axis 0 of x"),
+        (RIGHT * 5, "a sum where a mean belongs, not divided by 5, axis 1 of x"),
+        (RIGHT / 12, "divided by 12, the rows of wide"),
+        (RIGHT * 7**0.5, "a forgotten 1/sqrt of 7, axis 2 of wide"),
+        (1.7 * RIGHT, "a constant factor is wrong"),
+        (0.0 * RIGHT, "this way back is missing"),
+        (RIGHT / SCALE, "multiply by scale"),
+        (RIGHT * SCALE, "scale is multiplied in once too often"),
+        (RIGHT - RIGHT.mean(-1, keepdims=True), "the same along each row"),
+        (RIGHT - INPUT * random.normal(size=(4, 1)), "in each row it is x times one number"),
+        (np.where(np.arange(4)[:, None] == 2, 0.0, RIGHT), "a contribution is lost"),
+        (RIGHT + np.eye(4, 5), "80 % of the entries are right"),
+        (INPUT * INPUT, "no simple pattern"),
+        (INPUT + 1.0, "another order"),
+        (np.full((4, 5), np.inf), "not a finite number"),
+        (RIGHT.T, "transposed"),
+        (RIGHT.astype(np.float32), "keep the type of the input"),
+        (np.stack([RIGHT, RIGHT]), "an axis too many"),
+        (RIGHT.reshape(2, 10), "in another shape"),
+        ("text", "an array of numbers"),
+    ],
+)
+def test_what_a_wrong_array_usually_means(ours: object, meaning: str) -> None:
+    finding = examine("d_x", ours, RIGHT, KNOWN, [Named("d_other", INPUT + 1.0)])
+    assert meaning in finding.meaning
+    assert finding.wrong.startswith("d_x")
+
+
+def test_the_first_wrong_entry_has_its_index_and_its_ratio() -> None:
+    ours = RIGHT.copy()
+    ours[2, 3] *= 1.5
+    wrong = examine("d_x", ours, RIGHT, KNOWN).wrong
+    assert wrong.startswith("d_x[2, 3]: yours ")
+    assert "ratio 1.5 (1 of 20 entries are off)" in wrong
+
+
+def test_a_square_matrix_and_a_leak() -> None:
+    square = RIGHT[:, :4]
+    assert "transposed" in examine("d_w", square.T, square, KNOWN).meaning
+    sparse = np.where(np.arange(4)[:, None] == 1, 0.0, RIGHT)
+    assert "leaks" in examine("d_x", RIGHT, sparse, KNOWN).meaning
+    assert examine("d_b", None, None, KNOWN).wrong == ""
+    assert examine("d_b", 1.0, None, KNOWN).wrong != ""
+    assert examine("d_x", RIGHT * (1 + 1e-13), RIGHT, KNOWN).wrong == ""

@@ -1,0 +1,65 @@
+"""A planted bug shows in the table, and is found by the name of its function."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from foundation.__main__ import main
+from foundation.challenges import hunt
+from foundation.challenges.bugs import BUGS
+
+SOFTMAX = next(bug for bug in BUGS if bug.place == "softmax.softmax_backward")
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bug, and a table of two operations."""
+    monkeypatch.setattr(hunt, "HUNTED", [SOFTMAX])
+    monkeypatch.setattr(hunt, "OPERATIONS", ("mse", "softmax"))
+
+
+@pytest.mark.usefixtures("short")
+def test_a_hunt_from_the_table_to_the_score(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(*arguments: str) -> tuple[int, str]:
+        status = main(["hunt", "--folder", str(tmp_path), *arguments])
+        said = capsys.readouterr()
+        return status, said.out + said.err
+
+    assert run("--answer", "mse_backward") == (1, "no bug is planted; begin with: python -m foundation hunt\n")
+    status, said = run("--seed", "1")
+    rows = {line.split(":")[0] for line in said.splitlines() if line.endswith("FAILED")}
+    assert (status, rows) == (0, {"softmax"})
+    assert any(line.startswith("mse") and line.endswith("ok") for line in said.splitlines())
+    kept = (tmp_path / "score.json").read_text()
+    assert "softmax" not in kept.lower()
+    status, said = run("--look", "softmax")
+    assert status == 0
+    assert "a term is missing" in said or "no simple pattern" in said
+    assert run("--answer", "mse_backward")[0] == 1
+    assert run("--answer", "softmx_backwrd")[0] == 2
+    assert run("--look", "softmx") == (2, "operation softmx: unknown; near it: softmax\n")
+    status, said = run("--answer", "softmax_backward")
+    assert status == 0
+    assert "Found, at try 2: softmax" in said
+    assert "1 found, 0 given up" in said
+    assert json.loads((tmp_path / "score.json").read_text())["hunt"]["found"] == 1
+
+
+@pytest.mark.usefixtures("short")
+def test_after_a_hunt_the_gradients_are_right_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["hunt", "--folder", str(tmp_path)]) == 0
+    assert main(["hunt", "--folder", str(tmp_path), "--give-up"]) == 0
+    assert f"in {SOFTMAX.place}" in capsys.readouterr().out
+    assert main(["softmax"]) == 0
+
+
+def test_a_score_file_of_another_kind_is_no_hunt(tmp_path: Path) -> None:
+    for text in ("", "[]", '{"hunt": 3}', '{"hunt": {"planted": 5, "tries": "x"}}'):
+        (tmp_path / "score.json").write_text(text)
+        assert main(["hunt", "--folder", str(tmp_path), "--give-up"]) == 1
+
+
+def test_only_bugs_that_the_table_shows_are_hunted() -> None:
+    assert len(hunt.HUNTED) > 30
+    assert not [bug for bug in hunt.HUNTED if bug.caught_by not in hunt.OPERATIONS]
