@@ -1,0 +1,90 @@
+"""An imported model is fine-tuned: `sft --init-from`, with all weights and with adapters."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe_jax.cli.sft import Sft
+from moe_jax.config import ConfigError
+from moe_jax.interop.export import export
+from moe_jax.interop.pretrained import Pretrained
+from moe_jax.interop.source import open_source
+from moe_jax.model.costs import adapter_parameters
+from moe_jax.runs.load import open_run
+from moe_jax.training.loop import finish, train
+from moe_jax.training.session import Session
+from tests.interop.made import llama
+from tests.support import saved_run, tiny, tuning
+
+SEPARATOR = "</s>"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with chats.jsonl and with the model `hf`, whose tokenizer ends a text with `</s>`."""
+    folder = tmp_path_factory.mktemp("place")
+    llama(folder / "hf")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        path = folder / "hf" / name
+        path.write_text(path.read_text().replace("<|endoftext|>", SEPARATOR))
+    tuning.write_conversations(folder / "chats.jsonl")
+    return folder
+
+
+def tune(place: Path, out: str, *flags: str) -> tuple[Session, dict[str, Any]]:
+    argv = ["--init-from", str(place / "hf"), "--data", str(place / "chats.jsonl"), "--out", str(place / out)]
+    argv += ["--steps", "4", "--batch-size", "2", "--seq-len", "32", "--eval-every", "2", "--save-every", "2"]
+    session = Session.open(Sft.parse([*argv, *flags]).settings.config, None)
+    train(session)
+    return session, finish(session)
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora", "2")], ids=["whole", "lora"])
+def test_an_imported_model_is_tuned_and_exported(flags: tuple[str, ...], place: Path, tmp_path: Path) -> None:
+    """It starts with the imported weights, which adapters leave as they are; and its export has a template that ends
+    turns as its tokenizer does."""
+    session, result = tune(place, "whole" + "".join(flags), *flags)
+    imported, _ = Pretrained.open(place / "hf", "--init-from").params(session.programs.param_shapes, None)
+    start = session.score(session.data.whole(), imported)
+    assert result["val_scored"] == "answers"
+    assert result["val_loss"] < start.loss
+    if flags:
+        tiny.assert_same_bits(session.state.params, imported)
+        assert result["params_trained"] == adapter_parameters(session.config).total
+    assert open_run(session.folder.path).tokenizer.digest == session.data.store.tokenizer.digest
+    export(open_source(session.folder.path), "hf", "float32", tmp_path / "out", "export")
+    template = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["chat_template"]
+    assert template.count(f"'{SEPARATOR}'") == 3
+    assert "<|endoftext|>" not in template
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (place / "hf" / "tokenizer.json").read_bytes()
+
+
+def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
+    """In transformers, whose text for the template is cut into tokens by the imported tokenizer."""
+    transformers = pytest.importorskip("transformers", reason="needs transformers: uv run --extra peers")
+    from moe_jax.data.chat_rows import Message
+    from moe_jax.data.chats import answer_prompt
+
+    session, _ = tune(place, "ids")
+    export(open_source(session.folder.path), "hf", "float32", tmp_path / "out", "export")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    messages = [{"role": "user", "content": f"Who ate {SEPARATOR}the cake?"}]
+    ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    harmless = Message("user", "Who ate </ s>the cake?")
+    assert ids == answer_prompt(session.data.store.tokenizer, [harmless])
+
+
+def test_one_origin_at_a_time(place: Path) -> None:
+    argv = ["--run", str(place / "none"), "--init-from", str(place / "hf"), "--data", str(place / "chats.jsonl")]
+    with pytest.raises(ConfigError, match="--run"):
+        Sft.parse(argv)
+    assert not (place / "none").exists()
