@@ -3,6 +3,7 @@
 No traceback, the right status, and the work is done where a file is the point of it.
 """
 
+import functools
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from moe_jax.cli.command import COMMANDS
 from moe_jax.system.environment import has_cuda_plugin
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
+from tests.support import tuning
 
 pytestmark = [
     pytest.mark.reliability,
@@ -25,6 +27,25 @@ PROGRAM = "tests/reliability/tiny_presets.py"
 KINDS = ("closed", "full", "pipe")
 BROKEN = [*((kind, "") for kind in KINDS), *(("", kind) for kind in KINDS), *((kind, kind) for kind in KINDS)]
 """(standard output, standard error): what is wrong with it, "" where nothing is."""
+
+
+def chats(text: Path) -> Path:
+    """Conversations, beside the text."""
+    path = text.with_name("chats.jsonl")
+    return path if path.exists() else tuning.write_conversations(path)
+
+
+@functools.cache
+def adapted(run: Path, text: Path) -> Path:
+    """A run with adapters, which `merge` adds to its weights."""
+    out = text.with_name("adapted")
+    command = [sys.executable, "-m", "moe_jax", *tuned(run, text), "--lora", "1", "--out", str(out)]
+    subprocess.run(command, env=runs.environment(text.parent), cwd=text.parent, check=True, capture_output=True)
+    return out
+
+
+def tuned(run: Path, text: Path) -> list[str]:
+    return ["sft", "--run", str(run), "--data", str(chats(text)), "--steps", "2", "--batch-size", "2"]
 
 
 class Case(NamedTuple):
@@ -44,6 +65,8 @@ class Case(NamedTuple):
 
 CASES = {
     "train": Case(lambda run, text: runs.flags(text, Path("out")), "out/report/*.html", outlives=True),
+    "sft": Case(lambda run, text: [*tuned(run, text)[1:], "--out", "out"], "out/report/*.html", outlives=True),
+    "merge": Case(lambda run, text: ["--run", str(adapted(run, text)), "--out", "out"], "out/config.json"),
     "generate": Case(lambda run, text: ["--run", str(run), "--max-tokens", "5"]),
     "evaluate": Case(lambda run, text: ["--run", str(run)]),
     "inspect": Case(lambda run, text: ["--run", str(run), "--out", "page.html"], "page.html"),
