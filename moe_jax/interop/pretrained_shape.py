@@ -7,7 +7,7 @@ a forward pass. Any other field is refused by name, because it may change what t
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from moe_jax.config import ConfigError, ModelConfig, QKNorm, RoutingConfig, UserError
 from moe_jax.interop.architectures import LLAMA, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, Architecture
@@ -126,12 +126,12 @@ def read_shape(folder: Path, flag: str) -> PretrainedShape:
         )
     try:
         text = read_file(folder, CONFIG, _MAX_CONFIG_BYTES)
-        values = parse_json(text)
+        values = json.loads(text, parse_constant=_no_number)
     except FileNotFoundError:
         raise ConfigError(f"{flag} {folder}: has no config.json; name the folder of a Hugging Face model") from None
     except OSError as error:
         raise UserError(f"{folder / CONFIG}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{folder / CONFIG}: is not JSON ({str(error)[:80]}); download the file again") from None
     if not isinstance(values, dict):
         raise UserError(f"{folder / CONFIG}: is not a JSON object; download the file again")
@@ -156,13 +156,18 @@ def read_file(folder: Path, name: str, limit: int | None = None) -> bytes:
         return file.read()
 
 
-def open_file(folder: Path, name: str, limit: int | None = None):
+def open_file(folder: Path, name: str, limit: int | None = None) -> BinaryIO:
     """A plain file of a folder, open for reading. Raises the errors of `read_file`."""
     try:
         path = (folder / name).resolve(strict=True)
     except RuntimeError as error:  # links in a circle
         raise UnsafeFile(40, str(error), str(folder / name)) from None
     return Folder(path.parent).open(path.name, limit)
+
+
+def _no_number(name: str) -> None:
+    """NaN and Infinity are no JSON, and no value of a field that a model could have."""
+    raise ValueError(f"{name} is no number")
 
 
 class _Unheld(Exception):

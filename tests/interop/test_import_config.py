@@ -97,7 +97,9 @@ def test_a_window_shorter_than_the_context_bounds_the_context(folder: Path) -> N
         assert Pretrained.open(folder, "--init-from").shape.model.seq_len == longest
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model_type": NaN}'])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model_type": "llama", "rms_norm_eps": NaN}']
+)
 def test_a_config_that_is_none(content: bytes, folder: Path) -> None:
     (folder / "config.json").write_bytes(content)
     refused(folder, "config.json: ")

@@ -39,7 +39,7 @@ SIZES: dict[Key, tuple[Any, ...]] = {
 LARGE = ("seed", "stories_seed", "patience", "warmup_steps", "log_every", "eval_every", "save_every")
 """Whole numbers that may be large without more work."""
 SHARES = {"tensorboard": 0.01, "wandb": 0.01, "trackio": 0.01, "dry_run": 0.03, "resume": 0.1, "preset": 0.3}
-SHARES |= dict.fromkeys(("upcycle", "base", "format", "lora_rank", "lora_alpha", "train_router"), 0.0)  # other commands
+SHARES |= dict.fromkeys(("upcycle", "init_from", "base", "format", "lora_rank", "lora_alpha", "train_router"), 0.0)
 """How often a flag is given, where it is not GIVEN."""
 BLOCK = 4
 """So many lines in a row have the same model, text and precision: most programs are then compiled once for all."""
