@@ -42,7 +42,7 @@ def check_resumable(saved: RunConfig, config: RunConfig) -> None:
     `ExecutionConfig`, which says how the model is computed, may change.
     """
     fixed = [("", name) for name in ("preset", "upcycle", "init_from", "base")]
-    fixed += [("train", name) for name in ("optimizer", "param_dtype", "lora_rank", "lora_alpha", "train_router")]
+    fixed += [("train", name) for name in ("optimizer", "param_dtype", "lora_alpha", "train_router", "lora_rank")]
     fixed += [*_fields(config, "model"), *_fields(config, "routing"), *_data_fields(config)]
     hint = "leave the flag out to resume it, or start a new run with another --out"
     _check_same(saved, config, fixed, f"the run in {config.run_dir}", hint)

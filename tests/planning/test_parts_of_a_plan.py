@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import RunConfig, TrainConfig, UserError
+from moe_jax.model.costs import adapter_parameters, count_parameters, totals
 from moe_jax.planning import device_memory, search
 from moe_jax.planning.device_memory import MIB, Bound, Memory, Target, load_target
 from tests.support import tiny
@@ -217,6 +218,7 @@ def test_what_runs_between_the_steps_must_fit_too(between: dict[str, float]) -> 
         "grad_accum": 2,
         "remat": False,
         "optimizer": "adamw",
+        "lora_rank": 0,
     }
 
 
@@ -267,6 +269,36 @@ def test_between_the_steps_the_optimizers_state_stays(bounds: list[Any]) -> None
     assert evaluation[1].shape[1] == CONFIG.model.seq_len
     assert (prefill[1].shape, prefill[2].shape) == ((1, 8), ())
     assert decoding[2].shape == (1,)
+
+
+def test_adapters_are_planned_with_their_state_and_a_masked_batch(bounds: list[Any]) -> None:
+    """The optimizer has two numbers for each adapter. Between the steps the merged weights are beside the others."""
+    config = search.with_adapters(CONFIG, 4)
+    found = search.plan_step(config, target())
+    adapters, whole = adapter_parameters(config).total, totals(count_parameters(config.model)).total
+    assert found.state_bytes == pytest.approx(8 * adapters / whole, rel=0.01)
+    ((state, batch),) = bounds
+    assert sum(x.size for x in jax.tree.leaves(state.adapters)) == adapters
+    assert (batch.tokens.shape, batch.weights.shape) == ((2, 4, 9), (2, 4, 8))
+    waiting = (4 * whole + 4 * adapters + 8 * adapters) / MIB
+    for total in search.plan_inference(config, target()).values():
+        assert total - 100 == pytest.approx(waiting, rel=0.01)
+
+
+def test_the_largest_model_that_fits(monkeypatch: pytest.MonkeyPatch, between: dict[str, float]) -> None:
+    """The largest is tried first, and nothing smaller than the first that fits is compiled."""
+    asked: list[int] = []
+
+    def plan(config: RunConfig, _: Target) -> search.Row:
+        asked.append(config.model.layers)
+        return row(300, config.model.layers <= 3, config)
+
+    monkeypatch.setattr(search, "plan_step", plan)
+    sizes = [dataclasses.replace(CONFIG, model=tiny.config(layers=n)) for n in (1, 5, 3, 2)]
+    found = search.largest_that_fits(sizes, target())
+    assert found is not None
+    assert (found.row.config.model.layers, set(asked)) == (3, {5, 3})
+    assert search.largest_that_fits(sizes[1:2], target()) is None
 
 
 def test_sizes_are_in_mebibytes() -> None:

@@ -42,6 +42,7 @@ OTHER |= {"attention_dropout": 0.5, "beta1": 0.5, "beta2": 0.5, "input_jitter": 
 """Of the fields that take no neighbouring value."""
 UNTIED = {"tie_value_output_init": False}
 ALSO: dict[tuple[str, str], dict[str, Any]] = {("model", "kv_heads"): UNTIED, ("model", "head_size"): UNTIED}
+ALSO |= {("train", name): {"lora_rank": 4} for name in ("lora_alpha", "train_router")}
 """What must change with a field, since the new value forbids what `SAVED` has there. The field itself comes first in
 the order of the settings, so it is the one that is named."""
 
@@ -69,8 +70,7 @@ MAY_CHANGE = {("data", "source"), ("data", "eval_tokens")}
 """The text itself is compared by its digest."""
 MAY_CHANGE |= {("execution", f.name) for f in dataclasses.fields(ExecutionConfig)}
 MAY_CHANGE |= {("train", f.name) for f in dataclasses.fields(TrainConfig)} - {
-    ("train", "optimizer"),
-    ("train", "param_dtype"),
+    ("train", name) for name in ("optimizer", "param_dtype", "lora_rank", "lora_alpha", "train_router")
 }
 
 
@@ -94,7 +94,9 @@ def test_which_settings_may_change_at_a_resume(section: str, name: str) -> None:
 
 
 def test_preset_and_origin_stay() -> None:
-    for change, flag in (({"preset": "story"}, "--preset story"), ({"upcycle": "runs/dense"}, "--upcycle runs/dense")):
+    changes = {"--preset story": {"preset": "story"}}
+    changes |= {f"--{name} runs/other": {name: "runs/other"} for name in ("upcycle", "base")}
+    for flag, change in changes.items():
         with pytest.raises(ConfigError, match=flag):
             check_resumable(SAVED, dataclasses.replace(SAVED, **change))
 
