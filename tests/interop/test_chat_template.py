@@ -45,6 +45,15 @@ def test_only_tuned_runs_have_a_template(exported: tuple[Tokenizer, Path], tmp_p
     assert "does not follow" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_llama_cpp_finds_the_template_in_the_file(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    source = tuned_source(tmp_path, "byte")
+    export(source, "gguf", "float32", tmp_path / "out", "export")
+    field = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields["tokenizer.chat_template"]
+    assert bytes(field.parts[-1]).decode() == JINJA
+    assert (tmp_path / "out" / "Modelfile").read_text() == OLLAMA
+
+
 def test_ollama_is_told_the_format() -> None:
     for separator in ("<|endoftext|>", "</s>"):
         found = ollama(separator)
