@@ -89,7 +89,7 @@ def test_evaluation_ends_with_json(trained: Path, place: Path) -> None:
     own = runs.complete(["evaluate", "--run", str(trained)], place, runs.COMMANDS)
     assert own.returncode == 0, own.stderr
     scored, summary = last_line(own.stdout), json.loads((trained / "summary.json").read_text())
-    keys = "val_loss val_bits_per_byte val_drop_fraction tokens text_has_changed baselines_bits_per_byte"
+    keys = "val_loss val_bits_per_byte val_drop_fraction tokens scored text_has_changed baselines_bits_per_byte"
     assert set(scored) == set(keys.split())
     assert set(scored["baselines_bits_per_byte"]) == {"unigram", "trigram", "kneser_ney_5gram", "entropy_floor"}
     assert scored["text_has_changed"] is False

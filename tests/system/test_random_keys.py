@@ -16,6 +16,7 @@ def test_purposes_keep_their_numbers() -> None:
         "SAMPLE": 2,
         "ROUND_MOMENTS": 3,
         "ROUND_WEIGHTS": 4,
+        "ADAPTERS": 5,
     }
 
 

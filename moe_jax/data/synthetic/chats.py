@@ -5,13 +5,13 @@ answer is right or wrong.
 """
 
 import itertools
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from moe_jax.data.synthetic.stories import generate
+from moe_jax.system.json_text import json_text
 
 type Split = Literal["train", "valid"]
 
@@ -40,6 +40,6 @@ def chats(seed: int, split: Split, count: int) -> Iterator[dict[str, Any]]:
 
 def write_chats(path: str | Path, count: int = 4000, seed: int = 0, split: Split = "train") -> int:
     """Write `count` conversations into a file of JSON lines. Returns their number."""
-    rows = [json.dumps(row) for row in chats(seed, split, count)]
+    rows = [json_text(row) for row in chats(seed, split, count)]
     Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
     return len(rows)
