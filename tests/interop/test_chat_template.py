@@ -50,8 +50,8 @@ def test_llama_cpp_finds_the_template_in_the_file(tmp_path: Path) -> None:
     source = tuned_source(tmp_path, "byte")
     export(source, "gguf", "float32", tmp_path / "out", "export")
     field = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields["tokenizer.chat_template"]
-    assert bytes(field.parts[-1]).decode() == JINJA
-    assert (tmp_path / "out" / "Modelfile").read_text() == OLLAMA
+    assert bytes(field.parts[-1]).decode() == jinja("<|endoftext|>")
+    assert (tmp_path / "out" / "Modelfile").read_text() == ollama("<|endoftext|>")
 
 
 def test_ollama_is_told_the_format() -> None:
