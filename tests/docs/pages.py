@@ -67,4 +67,4 @@ def words_of(line: str) -> list[str]:
     words = shlex.split(line)[2:]
     while words[0] in ("--extra", "--group"):
         words = words[2:]
-    return words
+    return ["python", "-m", "moe_jax", *words[1:]] if words[0] == "moe-jax" else words
