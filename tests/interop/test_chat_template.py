@@ -63,9 +63,8 @@ def test_ollama_is_told_the_format() -> None:
 
 
 def theirs(out: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(out)
+    transformers = pytest.importorskip("transformers", reason="needs transformers: uv run --extra peers")
+    return transformers.AutoTokenizer.from_pretrained(out)
 
 
 def ids(tokenizer: Any, chat: list[Message], prompt: bool) -> list[int]:
