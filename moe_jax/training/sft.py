@@ -43,7 +43,7 @@ class TuningSource:
 
     def origin(self) -> dict[str, Any]:
         """The record of the run that the new run saves. `training_flops` are the floating-point operations up to its
-        checkpoint, those that it started from included."""
+        checkpoint, those that it started from included; None where those are not known, as of an imported model."""
         checkpoint = self.run.checkpoint
         earlier = checkpoint.manifest["context"].get("origin")
         inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
@@ -52,5 +52,7 @@ class TuningSource:
             "step": checkpoint.step,
             "val_loss": checkpoint.val_loss,
             "state": checkpoint.manifest["state"],
-            "training_flops": training_flops(self.run.config, checkpoint.step) + inherited,
+            "training_flops": None
+            if inherited is None
+            else training_flops(self.run.config, checkpoint.step) + inherited,
         }
