@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import DataConfig, RunConfig, UserError
-from moe_jax.data.batches import train_batch
+from moe_jax.data.batches import train_positions
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 
@@ -41,4 +41,9 @@ def batch_call(config: RunConfig, batch_size: int) -> Callable[[], Any]:
     """Each call makes the next batch of a training run. The order of the windows is new in each epoch."""
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, STREAM).astype(np.uint16)
     steps = itertools.count()
-    return lambda: train_batch(tokens, seed=0, step=next(steps), batch_size=batch_size, seq_len=config.model.seq_len)
+
+    def call() -> np.ndarray:
+        where = train_positions(STREAM, seed=0, step=next(steps), batch_size=batch_size, seq_len=config.model.seq_len)
+        return tokens[where].astype(np.int32)
+
+    return call

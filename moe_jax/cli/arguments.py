@@ -30,20 +30,8 @@ _SECTION_NO = re.compile(r"^--([a-z]+\.)no-")
 HINT = "--help lists every flag"
 
 
-PATHS = {
-    "run",
-    "out",
-    "upcycle",
-    "init_from",
-    "base",
-    "config",
-    "source",
-    "data",
-    "file",
-    "json",
-    "with_quality",
-    "gpu",
-}
+PATHS = {"run", "out", "upcycle", "init_from", "base", "config", "source", "data", "file", "json", "gpu"}
+PATHS |= {"with_quality"}
 """Fields that name a file or a folder."""
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Most bytes of a file's name and of a path, on every usual file system."""

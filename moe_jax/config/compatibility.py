@@ -32,8 +32,9 @@ _TRAINING_ONLY = {"dropout", "attention_dropout", "tie_value_output_init", "zero
 _ROUTING_MAY_CHANGE = {"capacity_factor", "dispatch", "logit_noise", "input_jitter", "eval_capacity_factor"}
 """Fields of the routing that change neither which experts a token chooses without noise, nor its gates."""
 
-TUNING_LR = 1e-3
-TUNING_LR_ADAPTERS = 3e-3
+TUNING_LR, TUNING_LR_ADAPTERS = 1e-3, 3e-3
+"""Peak learning rates of a fine-tuning of a run, chosen on preset nano. Adapters start at zero, and take a larger one.
+A public model is fine-tuned at IMPORTED_LR."""
 
 
 def check_resumable(saved: RunConfig, config: RunConfig) -> None:
@@ -208,20 +209,17 @@ def tuned_defaults(base: RunConfig, folder: str, lora: bool) -> RunConfig:
     """The settings that a fine-tuning of `base` starts from: its model, its tokenizer, and a short training."""
     tracked = {"tensorboard": False, "wandb": False, "trackio": False}
     fresh = dataclasses.replace(base, base=folder, init_from="", upcycle="", out="", resume=False, **tracked)
-    return for_conversations(fresh, lora)
+    return for_conversations(fresh, TUNING_LR_ADAPTERS if lora else TUNING_LR)
 
 
-def for_conversations(start: RunConfig, lora: bool) -> RunConfig:
-    """The settings with the data and the training of a fine-tuning.
-
-    The learning rates were chosen on preset nano. Adapters start at zero, and take a larger one.
-    """
+def for_conversations(start: RunConfig, lr: float) -> RunConfig:
+    """The settings with the data and the training of a fine-tuning, at a peak learning rate."""
     train = dataclasses.replace(
         start.train,
         steps=600,
         optimizer="adamw",
         muon_router=False,
-        lr=TUNING_LR_ADAPTERS if lora else TUNING_LR,
+        lr=lr,
         lr_schedule="linear",
         warmup_steps=20,
         weight_decay=0.0,

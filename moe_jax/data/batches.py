@@ -54,18 +54,13 @@ class MaskedBatch(NamedTuple):
         return cls(tokens, counted.astype(np.float32) * share)
 
 
-def train_batch(tokens: np.ndarray, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
-    """int32 [B, T + 1]. The first T tokens of a row are its inputs, and the last T tokens are its targets.
+def train_positions(count: int, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
+    """int64 [B, T + 1]: where in a stream of `count` tokens the tokens of a batch are. The first T of a row are its
+    inputs, and the last T its targets.
 
     Steps count from 0, through all epochs. For gradient accumulation, a caller asks for all rows of the step at once
-    and reshapes them. Raises ValueError if `tokens` [N] has fewer than T + 1 tokens.
+    and reshapes them. Raises ValueError if the stream has fewer than T + 1 tokens.
     """
-    positions = train_positions(len(tokens), seed=seed, step=step, batch_size=batch_size, seq_len=seq_len)
-    return tokens[positions].astype(np.int32)
-
-
-def train_positions(count: int, *, seed: int, step: int, batch_size: int, seq_len: int) -> np.ndarray:
-    """int64 [B, T + 1]: where in a stream of `count` tokens the tokens of a batch are."""
     windows = windows_per_epoch(count, seq_len)
     ring = count - 1
     starts = np.empty(batch_size, dtype=np.int64)

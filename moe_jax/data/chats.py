@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.config import Role
+from moe_jax.config import Role, UserError
 from moe_jax.data.chat_rows import ANSWERING, ROLES, Conversation, Message
 from moe_jax.data.tokenizers import Tokenizer
 
@@ -34,17 +34,26 @@ class EncodedChat(NamedTuple):
 
 
 def encode_chats(tokenizer: Tokenizer, chats: Sequence[Conversation]) -> list[EncodedChat]:
-    """The conversations in tokens."""
-    contents = iter(tokenizer.encode_batch([message.content for chat in chats for message in chat]))
+    """The conversations in tokens. A turn is cut into tokens as one text, as a chat template writes it elsewhere.
+
+    Raises UserError if the tokenizer joins the line end after a role with the content behind it.
+    """
+    turns = iter(tokenizer.encode_batch([f"{message.role}\n{message.content}" for chat in chats for message in chat]))
     heads = {role: role_tokens(tokenizer, role) for role in ROLES}
-    return [_encoded([(m.role, heads[m.role], next(contents)) for m in chat], tokenizer.separator_id) for chat in chats]
+    return [_encoded([(m, heads[m.role], next(turns)) for m in chat], tokenizer.separator_id) for chat in chats]
 
 
-def _encoded(turns: list[tuple[Role, list[int], Any]], separator: int) -> EncodedChat:
+def _encoded(turns: list[tuple[Message, list[int], Any]], separator: int) -> EncodedChat:
     tokens, answers = [], []
-    for role, head, content in turns:
-        tokens += [np.asarray(head, np.int64), np.asarray(content, np.int64), np.array([separator])]
-        answers += [np.zeros(len(head), bool), np.full(len(content) + 1, role == ANSWERING)]
+    for message, head, ids in turns:
+        turn = np.array([*ids, separator], np.int64)
+        if turn[: len(head)].tolist() != head:
+            raise UserError(
+                f"the tokenizer joins the line end after {message.role!r} with the text {message.content[:40]!r}, so "
+                "the answer has no beginning of its own; change how that text begins"
+            )
+        tokens.append(turn)
+        answers.append(np.repeat([False, message.role == ANSWERING], [len(head), len(turn) - len(head)]))
     return EncodedChat(np.concatenate(tokens), np.concatenate(answers))
 
 

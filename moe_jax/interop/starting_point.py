@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from moe_jax.config import ConfigError, RunConfig, holds_run
 from moe_jax.config.compatibility import (
+    IMPORTED_LR,
     check_imported,
     check_tunable,
     check_upcyclable,
@@ -45,7 +46,7 @@ def starting_point(asked: RunConfig, chat: bool = False, lora: bool = False) -> 
         shape = read_shape(Path(asked.init_from), "--init-from")
         defaults = imported_defaults(asked, shape.model, asked.init_from)
         if chat:
-            defaults = for_conversations(defaults, lora)
+            defaults = for_conversations(defaults, IMPORTED_LR)
         return StartingPoint(defaults, partial(check_imported, shape.model), shape)
     if not asked.upcycle:
         return None

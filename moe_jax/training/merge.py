@@ -15,7 +15,6 @@ from moe_jax.runs.load import open_run
 from moe_jax.system.folders import Folder
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.programs import Programs
-from moe_jax.training.state import TrainState
 
 _KEPT = ("step", "loss_scale", "loss_track", "skipped")
 """Fields of the state that the new run takes over."""
@@ -46,14 +45,9 @@ def merge(run: Path, out: Path, step: int | None = None) -> Path:
         evaluated = RunCounters.from_json(context.get("progress")).evaluated
         folder.truncate_logs_after(checkpoint.step, evaluated)
         context = context | {"config": config.to_dict(), "run_id": run_id}
-        return _save(folder, state, checkpoint.step, checkpoint.val_loss, checkpoint.elapsed, context)
-
-
-def _save(
-    folder: RunFolder, state: TrainState, step: int, val_loss: float | None, elapsed: float, context: dict
-) -> Path:
-    store = CheckpointStore(folder.path, guard=folder.guard)
-    return store.save(state, step, val_loss=val_loss, elapsed=elapsed, context=context)
+        store = CheckpointStore(out, guard=folder.guard)
+        scored, seconds = checkpoint.val_loss, checkpoint.elapsed
+        return store.save(state, checkpoint.step, val_loss=scored, elapsed=seconds, context=context)
 
 
 def _copy_records(there: Folder, here: RunFolder) -> None:

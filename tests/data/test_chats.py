@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.config import ConfigError, DataConfig, UserError
-from moe_jax.data.batches import MaskedBatch, evaluation_windows, train_batch, train_positions
+from moe_jax.data.batches import MaskedBatch, evaluation_windows
 from moe_jax.data.chat_rows import Message
 from moe_jax.data.chats import answer_prompt, encode_chats, first_question
 from moe_jax.data.corpora import check_source, open_corpus
@@ -157,12 +157,6 @@ def test_the_weights_of_a_batch() -> None:
     np.testing.assert_array_equal(found.weights, counted * np.float32(2 / 4))
     assert found.weights.dtype == np.float32
     assert not MaskedBatch.of(np.zeros((2, 3, 5), np.int32), counted & False).weights.any()
-
-
-def test_positions_are_those_of_the_batch() -> None:
-    stream = np.random.default_rng(0).integers(0, 99, 77)
-    where = train_positions(77, seed=3, step=5, batch_size=4, seq_len=8)
-    np.testing.assert_array_equal(stream[where], train_batch(stream, seed=3, step=5, batch_size=4, seq_len=8))
 
 
 def test_evaluation_counts_each_answer_once() -> None:

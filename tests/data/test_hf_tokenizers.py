@@ -13,6 +13,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data.chat_rows import Message
+from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.hf_tokenizers import byte_alphabet
 from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.token_store import open_store, prepare_token_store, stored_documents
@@ -150,3 +152,17 @@ def test_the_alphabet_is_gpt2s() -> None:
     alphabet = byte_alphabet()
     assert (alphabet[ord("A")], alphabet[ord(" ")], alphabet[ord("\n")]) == ("A", "Ġ", "Ċ")
     assert len(set(alphabet.values())) == 256
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=100)
+@given(content=TEXTS.map(str.strip).filter(bool))
+@example(content="Hello")
+def test_a_turn_is_cut_as_one_text(kind: str, content: str) -> None:
+    """As a chat template writes it elsewhere: the role, a line end, the content. The content is what is learned."""
+    tokenizer = opened(kind)
+    found = encode_chats(tokenizer, [(Message("assistant", content),)])[0]
+    assert found.tokens.tolist() == [*tokenizer.encode(f"assistant\n{content}"), tokenizer.separator_id]
+    head = tokenizer.encode("assistant\n")
+    assert found.tokens[: len(head)].tolist() == head == answer_prompt(tokenizer, [])[1:]
+    assert np.flatnonzero(~found.answers).tolist() == list(range(len(head)))

@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.cli.sft import Sft
 from moe_jax.config import ConfigError
+from moe_jax.config.compatibility import IMPORTED_LR
 from moe_jax.interop.export import export
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
@@ -57,6 +58,7 @@ def test_an_imported_model_is_tuned_and_exported(flags: tuple[str, ...], place: 
     start = session.score(session.data.whole(), imported)
     assert result["val_scored"] == "answers"
     assert result["val_loss"] < start.loss
+    assert (session.config.train.lr, session.config.train.optimizer) == (IMPORTED_LR, "adamw")
     if flags:
         tiny.assert_same_bits(session.state.params, imported)
         assert result["params_trained"] == adapter_parameters(session.config).total
