@@ -1,11 +1,12 @@
 """`benchmark.py scaling`: one size of the model doubled at a time. How fast do time, arithmetic and memory grow?
 
 A quantity that grows as size^a has the exponent a: the slope of the line through log(quantity) against log(size), by
-least squares. 0 is no growth, 1 is twice as much for twice the size. Each measured exponent stands beside a bound: the
-exponent of the step's arithmetic for time, and of the bytes that a step surely holds for memory.
+least squares. 0 is no growth, 1 is twice as much for twice the size. Each measured exponent stands beside that of a
+formula: time beside the step's arithmetic, and memory beside the least bytes that a step holds.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def _choices(config: RunConfig, factor: int) -> RunConfig:
 
 
 AXES = (
-    Axis("T", "positions of a sequence, as many tokens", lambda c: c.model.seq_len, _length),
+    Axis("T", "positions, as many tokens", lambda c: c.model.seq_len, _length),
     Axis("E", "experts", lambda c: c.model.experts, _model("experts")),
     Axis("K", "experts of a token", lambda c: c.model.routing.top_k, _choices),
     Axis("D", "width", lambda c: c.model.width, _model("width")),
@@ -128,7 +129,7 @@ def _memory(config: RunConfig, moe: type[MoE]) -> int:
 
 
 def growth(found: list[Point]) -> dict[str, float]:
-    """The exponents of an axis: time and memory, each beside its bound."""
+    """The exponents of an axis: time and memory, each beside that of its formula."""
     sizes = [p.size for p in found]
     return {
         "time": exponent(sizes, [p.seconds for p in found]),
@@ -143,7 +144,7 @@ def scaling(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     train = dataclasses.replace(request.config.train, batch_size=request.batch_size, grad_accum=1)
     base = dataclasses.replace(request.config, train=train)
     table = Table(title="exponents: 0 is no growth, 1 is twice for twice", title_justify="left", title_style="bold")
-    for name in ("twice as many", "sizes", "time", "bound", "memory", "bound"):
+    for name in ("twice as many", "sizes", "time", "arithmetic", "memory", "at least"):
         table.add_column(name, justify="left" if name in ("twice as many", "sizes") else "right")
     numbers: dict[str, Any] = {}
     for axis in AXES:
@@ -154,13 +155,15 @@ def scaling(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
         slopes = growth(found)
         numbers[axis.letter] = {**slopes, "points": [p._asdict() for p in found]}
         sizes = ", ".join(str(p.size) for p in found)
-        table.add_row(f"{axis.letter}: {axis.meaning}", sizes, *(f"{value:.2f}" for value in slopes.values()))
+        cells = (f"{round(value, 2) + 0.0:.2f}" for value in slopes.values())
+        table.add_row(f"{axis.letter}: {axis.meaning}", sizes, *cells)
     console.print(table)
     return numbers
 
 
 def scaling_figure(preset: str, numbers: dict[str, Any]) -> Any:
-    """A matplotlib figure: time of a step against the factor of each size, both axes logarithmic, with the bound."""
+    """A matplotlib figure: the time of a step over that of the smallest, against each size, beside its arithmetic. All
+    axes are logarithmic, and all panels have one height."""
     from matplotlib.figure import Figure
 
     meanings = {axis.letter: axis.meaning for axis in AXES}
@@ -168,6 +171,11 @@ def scaling_figure(preset: str, numbers: dict[str, Any]) -> Any:
     rows = -(-len(numbers) // columns)
     figure = Figure(figsize=(3 * columns, 2.7 * rows), layout="constrained")
     figure.suptitle(f"{preset}: a training step, one size doubled at a time", x=0.01, ha="left", fontweight="bold")
+    grown = [
+        p[name] / f["points"][0][name] for f in numbers.values() for p in f["points"] for name in ("seconds", "flops")
+    ]
+    most = max(grown)
+    ticks = [2**n for n in range(math.ceil(math.log2(1.3 * most)))]
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, (letter, found) in zip(panels, numbers.items(), strict=False):
         sizes = [p["size"] for p in found["points"]]
@@ -177,9 +185,9 @@ def scaling_figure(preset: str, numbers: dict[str, Any]) -> Any:
         label = f"arithmetic, {found['time_bound']:.2f}"
         axes.loglog(sizes, flops / flops[0], "--", color=COLOURS[1], label=label)
         axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.set_yticks([1, 2, 4], ["1x", "2x", "4x"])
+        axes.set_yticks(ticks, [f"{tick}x" for tick in ticks])
         axes.minorticks_off()
-        axes.set_ylim(0.8, 5)
+        axes.set_ylim(0.8, 1.3 * most)
         axes.set_title(f"{letter}: {meanings[letter]}", loc="left", fontsize=9)
         axes.legend(fontsize=7, frameon=False, loc="upper left")
         axes.spines[["top", "right"]].set_visible(False)
