@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_jax.cli.sft import Sft
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, RunConfig
 from moe_jax.config.compatibility import IMPORTED_LR
 from moe_jax.interop.export import export
 from moe_jax.interop.pretrained import Pretrained
@@ -17,6 +17,7 @@ from moe_jax.model.costs import adapter_parameters
 from moe_jax.runs.load import open_run
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
+from moe_jax.training.sft import TuningSource
 from tests.interop.made import llama
 from tests.support import saved_run, tiny, tuning
 
@@ -83,6 +84,14 @@ def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     harmless = Message("user", "Who ate </ s>the cake?")
     assert ids == answer_prompt(session.data.store.tokenizer, [harmless])
+
+
+def test_a_tuned_import_is_tuned_once_more(place: Path) -> None:
+    """What the public model took to train is not known, and stays so."""
+    session, _ = tune(place, "first")
+    source = TuningSource.open(RunConfig(base=str(session.folder.path)))
+    assert source is not None
+    assert source.origin()["training_flops"] is None
 
 
 def test_one_origin_at_a_time(place: Path) -> None:

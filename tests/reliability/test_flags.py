@@ -102,7 +102,7 @@ def refused(server: Server, argv: list[str], flag: str) -> None:
 
 
 def test_there_is_a_case_for_every_flag_that_can_be_wrong() -> None:
-    """Free of wrong values is the folder's name. `base` has none here: it is the `--run` of `sft`."""
+    """Two flags have no case. Any text can name the folder of a run (`out`). `base` is the `--run` of `sft`."""
     assert set(fields()) - set(CASES) == {"out", "base"}
     assert len(CASES) > 50
     assert {long.removeprefix("--").replace("-", "_") for long in SHORT_FLAGS.values()} <= set(CASES)

@@ -47,10 +47,11 @@ def causal_attention(
     `dropout` is the share of attention weights that are set to 0. `dropout_keys` are one key for each sequence; without
     them nothing is set to 0.
 
-    blocked     one block of queries after another; the weights are kept for the backward pass. Up to `LONGEST_KEPT`
-                positions, unless another is asked for
-    recomputed  the same in a loop; the weights are computed once more. Beyond
+    blocked     one block of queries after another; the weights are kept for the backward pass
+    recomputed  the same in a loop; the backward pass computes the weights once more
     reference   all scores at once, differentiated by jax; the tests compare the others with it
+
+    Unless one is asked for, sequences of up to `LONGEST_KEPT` positions take `blocked`, longer ones `recomputed`.
     """
     positions = query.shape[2]
     implementation = implementation or ("blocked" if positions <= cut.LONGEST_KEPT else "recomputed")
