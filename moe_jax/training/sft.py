@@ -47,12 +47,11 @@ class TuningSource:
         checkpoint = self.run.checkpoint
         earlier = checkpoint.manifest["context"].get("origin")
         inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
+        own = training_flops(self.run.config, checkpoint.step)
         return {
             "tuned_from": self.folder,
             "step": checkpoint.step,
             "val_loss": checkpoint.val_loss,
             "state": checkpoint.manifest["state"],
-            "training_flops": None
-            if inherited is None
-            else training_flops(self.run.config, checkpoint.step) + inherited,
+            "training_flops": None if inherited is None else own + inherited,
         }
