@@ -13,10 +13,9 @@ import jax
 from moe_jax.config import RunConfig
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.model.costs import training_flops
 from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.training.programs import Programs
-from moe_jax.training.start import Start
+from moe_jax.training.start import Start, flops_until
 
 
 @dataclass(frozen=True)
@@ -42,16 +41,12 @@ class TuningSource:
         return Start(params, self.origin(), f"fine-tunes step {self.run.checkpoint.step} of {self.folder}")
 
     def origin(self) -> dict[str, Any]:
-        """The record of the run that the new run saves. `training_flops` are the floating-point operations up to its
-        checkpoint, those that it started from included; None where those are not known, as of an imported model."""
+        """The record of the run that the new run saves."""
         checkpoint = self.run.checkpoint
-        earlier = checkpoint.manifest["context"].get("origin")
-        inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
-        own = training_flops(self.run.config, checkpoint.step)
         return {
             "tuned_from": self.folder,
             "step": checkpoint.step,
             "val_loss": checkpoint.val_loss,
             "state": checkpoint.manifest["state"],
-            "training_flops": None if inherited is None else own + inherited,
+            "training_flops": flops_until(checkpoint, self.run.config),
         }

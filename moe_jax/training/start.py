@@ -2,9 +2,12 @@
 
 from typing import Any, NamedTuple, Protocol
 
+from moe_jax.config import RunConfig
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.model.costs import training_flops
 from moe_jax.model.transformer import Params
+from moe_jax.runs.checkpoint import Checkpoint
 from moe_jax.training.programs import Programs
 
 
@@ -17,6 +20,14 @@ class Start(NamedTuple):
     is not known."""
     note: str
     """One line for the user."""
+
+
+def flops_until(checkpoint: Checkpoint, config: RunConfig) -> int | None:
+    """Floating-point operations of training up to a checkpoint of a run, those that the run started from included. None
+    where these are not known, as of an imported model."""
+    earlier = checkpoint.manifest["context"].get("origin")
+    inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
+    return None if inherited is None else inherited + training_flops(config, checkpoint.step)
 
 
 class Source(Protocol):

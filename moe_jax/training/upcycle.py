@@ -21,14 +21,13 @@ from moe_jax.config import RunConfig, UserError
 from moe_jax.config.compatibility import check_upcyclable, load_dense_config
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.model.costs import training_flops
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint
 from moe_jax.runs.identity import best_of_run, check_same_model, load_run_tokenizer
 from moe_jax.runs.load import restore_weights
 from moe_jax.training.programs import Programs
-from moe_jax.training.start import Start
+from moe_jax.training.start import Start, flops_until
 
 
 @dataclass(frozen=True)
@@ -71,14 +70,13 @@ class UpcycleSource:
         return copy_dense_params(fresh, restore_weights(self.checkpoint, self.config, shapes))
 
     def origin(self) -> dict[str, Any]:
-        """The record of the dense run that the new run saves. `training_flops` are the floating-point operations of the
-        dense run up to its checkpoint."""
+        """The record of the dense run that the new run saves."""
         return {
             "upcycled_from": self.folder,
             "step": self.checkpoint.step,
             "val_loss": self.checkpoint.val_loss,
             "state": self.checkpoint.manifest["state"],
-            "training_flops": training_flops(self.config, self.checkpoint.step),
+            "training_flops": flops_until(self.checkpoint, self.config),
         }
 
 
