@@ -16,6 +16,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _OPEN = _NO_LINK | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | 
 _OPEN_FOLDER = os.O_RDONLY | _NO_LINK | getattr(os, "O_DIRECTORY", 0) | getattr(os, "O_CLOEXEC", 0)
 MAX_JSON_BYTES = 2**26
 """Largest JSON document that is read. The largest that a run has is a tokenizer, of a few MiB."""
+writing = threading.Lock()
+"""Held while a draft is there: a thread that ends the process takes it first, and so leaves no draft behind."""
 _KINDS = {
     stat.S_IFLNK: "is a link, and links are not followed here; put the file or folder itself there",
     stat.S_IFDIR: "is a folder where a file belongs; remove it",
@@ -117,7 +120,7 @@ class Folder:
         """
         self.guard()
         data = content.encode() if isinstance(content, str) else content
-        with self._above(name) as (parent, last):
+        with writing, self._above(name) as (parent, last):
             with suppress(FileNotFoundError):
                 mode = os.stat(last, dir_fd=parent, follow_symlinks=False).st_mode
                 if not stat.S_ISREG(mode):

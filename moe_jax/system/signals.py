@@ -26,6 +26,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
+from moe_jax.system.folders import writing
+
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Signals of a person. The second one means: leave at once."""
 _OTHERS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
@@ -34,6 +36,8 @@ DUPLICATE_SIGNAL_SECONDS = 0.5
 """A shell and `uv run` may both forward one Ctrl-C. A signal within this time after the first counts as the same one.
 """
 _SAY_SECONDS = 1.0
+_WRITE_SECONDS = 2.0
+"""How long leaving waits for the file that is being written. Longer, and the disk no longer answers."""
 
 
 class Stopped(Exception):
@@ -118,6 +122,7 @@ class Signals:
 
 def _leave(number: int) -> None:
     _say(f"left at {signal.Signals(number).name}; go on from the newest checkpoint with --resume")
+    writing.acquire(timeout=_WRITE_SECONDS)
     os._exit(128 + number)
 
 

@@ -84,8 +84,8 @@ def poison_gradients(monkeypatch: pytest.MonkeyPatch, config: RunConfig, first: 
     """The gradient of the router holds a NaN at the steps from `first` to `last`, and the loss is as it was."""
     true = step_module.gradients
 
-    def poisoned(graphdef: Any, params: Any, batch: Any, key: Any, *rest: Any) -> Any:
-        grads, metrics = true(graphdef, params, batch, key, *rest)
+    def poisoned(graphdef: Any, params: Any, batch: Any, key: Any, *rest: Any, **named: Any) -> Any:
+        grads, metrics = true(graphdef, params, batch, key, *rest, **named)
         # Only its key tells a step which one it is.
         keys = [
             step_module.purpose_key(config.train.seed, Purpose.DROPOUT, jnp.int32(i - 1))

@@ -96,6 +96,31 @@ def test_writes_at_once_do_not_disturb_each_other(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file"]
 
 
+SIGNALLED_WHILE_IT_WRITES = """
+import os, signal, sys, time
+from pathlib import Path
+from moe_jax.system import files, signals
+replace = os.replace
+def slow(*names, **where):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.5)
+    replace(*names, **where)
+os.replace = slow
+with signals.Signals():
+    files.write_atomically(Path(sys.argv[1]), "content")
+    time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="ends itself by SIGTERM")
+def test_a_signal_that_ends_the_process_lets_a_write_end(tmp_path: Path) -> None:
+    """The process is gone within the time that a write may take, and the draft has been renamed."""
+    command = [sys.executable, "-c", SIGNALLED_WHILE_IT_WRITES, str(tmp_path / "file")]
+    finished = subprocess.run(command, check=False, timeout=50, capture_output=True)
+    assert finished.returncode == 128 + signal.SIGTERM, finished.stderr
+    assert names(tmp_path) == ["file"]
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "ü" * 127])
 def test_the_longest_name_can_be_written(name: str, tmp_path: Path) -> None:
     write_atomically(tmp_path / name, "content")
