@@ -4,7 +4,7 @@ The commands run through `moe_jax.cli.main`. Two things are made cheaper, and no
 of equal settings are built once (`keep_programs`), and pictures are drawn small.
 
 A line of stdin is a JSON object: `argv`, which begins with `train.py` or with a command of `moe-jax`. The answer is a
-line of JSON: the status, what was printed, the exception that escaped, seconds, and bytes of memory.
+line of JSON: the status, what was printed, the exception that escaped, seconds of processor time, and bytes of memory.
 """
 
 import functools
@@ -127,13 +127,13 @@ def run(argv: list[str]) -> dict[str, Any]:
     RUNNING[0] = argv[0]
     status, escaped = None, ""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        cleared, before, begin = clear_peak(), memory("VmRSS"), time.monotonic()
+        cleared, before, begin = clear_peak(), memory("VmRSS"), time.process_time()
         with captured(out, err):
             try:
                 status = main.main(program, argv)
             except BaseException:
                 escaped = traceback.format_exc()
-        seconds, peak = time.monotonic() - begin, memory("VmHWM")
+        seconds, peak = time.process_time() - begin, memory("VmHWM")
         texts = []
         for file in (out, err):
             file.seek(0)

@@ -17,6 +17,7 @@ from tests.reliability.run_mutations import Case, Mutation
 
 STEPS, MORE_STEPS = 6, 8
 MAX_SECONDS = 30
+"""Of processor time, which other work on the machine does not change. Ten times as long on the clock is a fault too."""
 MAX_BYTES = 256 * 2**20
 """Memory above that of the same command on the whole run."""
 MAX_LINE = 700
