@@ -135,14 +135,16 @@ class Plan(Command):
             say("this setting fits, by XLA's buffer plan; train with")
             origin = "".join(f"{flag} " for flag in own_text.origin_flags(verdict.row.config))
             start = f"uv run train.py {origin}--preset {verdict.row.config.preset}"
+            lean = ""
             if self.lora:
+                lean = " --train.param-dtype bfloat16" * (train.param_dtype == "bfloat16")
                 tuned = origin.rstrip() or "--run RUN"
                 start = f"uv run python -m moe_jax sft {tuned} --data CHATS.jsonl --out NEW --lora {self.lora}"
             print(  # unbroken, to be copied
                 f"{start} --batch-size {train.batch_size} "
                 f"--grad-accum {train.grad_accum} --optimizer {train.optimizer}"
-                + " --execution.remat"
-                * verdict.row.config.execution.remat
+                + " --execution.remat" * verdict.row.config.execution.remat
+                + lean
             )
         else:
             say("no setting fits: try a smaller --seq-len, fewer or smaller experts, or another card")

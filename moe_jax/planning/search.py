@@ -5,14 +5,14 @@ decoding. The precision is the one that a run would choose for the card.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import OptimizerKind, RunConfig
+from moe_jax.config import OptimizerKind, ParamDtype, RunConfig, TrainConfig
 from moe_jax.data.batches import evaluation_windows
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.transformer import Params
@@ -42,29 +42,47 @@ class Row(NamedTuple):
 def candidates(config: RunConfig, every_optimizer: bool) -> Iterator[RunConfig]:
     """Settings with the same batch for each step, from the fastest to the one with the least memory.
 
-    Remat is tried before a leaner optimizer, because it costs time but no quality. Accumulation comes last. It holds a
-    second copy of all gradients, so it helps only if the activations are larger than that.
+    Remat is tried before a leaner optimizer, because it costs time but no quality. With adapters the optimizer's state
+    is small, and frozen weights in bfloat16 are tried instead. Accumulation comes last. It holds a second copy of all
+    gradients, so it helps only if the activations are larger than that.
     """
-    train = config.train
-    whole = train.batch_size * train.grad_accum
-    leaner = (
-        OPTIMIZERS_BY_STATE[OPTIMIZERS_BY_STATE.index(train.optimizer) + 1 :]
-        if train.optimizer in OPTIMIZERS_BY_STATE
-        else OPTIMIZERS_BY_STATE
-    )
-    kinds = (train.optimizer, *(k for k in OPTIMIZERS_BY_STATE if k != train.optimizer)) if every_optimizer else None
-
-    def changed(remat: bool, **changes: Any) -> RunConfig:
-        execution = dataclasses.replace(config.execution, remat=remat)
-        return dataclasses.replace(config, train=dataclasses.replace(train, **changes), execution=execution)
-
-    for kind in kinds or (train.optimizer, *leaner):
+    variants = _leaner_weights(config.train) if config.train.lora_rank else _optimizers(config.train, every_optimizer)
+    for train in variants:
         for remat in (True,) if config.execution.remat else (False, True):
-            yield changed(remat, optimizer=kind, batch_size=whole, grad_accum=1)
+            yield _changed(config, train, remat)
+    whole = config.train.batch_size * config.train.grad_accum
+    last = (
+        variants[-1] if config.train.lora_rank else dataclasses.replace(config.train, optimizer=OPTIMIZERS_BY_STATE[-1])
+    )
     micro = whole
     while micro % 2 == 0:
         micro //= 2
-        yield changed(True, optimizer=OPTIMIZERS_BY_STATE[-1], batch_size=micro, grad_accum=whole // micro)
+        yield _changed(config, dataclasses.replace(last, batch_size=micro, grad_accum=whole // micro), remat=True)
+
+
+def _optimizers(train: TrainConfig, every_optimizer: bool) -> list[TrainConfig]:
+    """The whole batch at once, with the optimizer of the settings, then with leaner ones, or with every other one."""
+    kinds = OPTIMIZERS_BY_STATE
+    if train.optimizer in kinds and not every_optimizer:
+        kinds = kinds[kinds.index(train.optimizer) :]
+    order = (train.optimizer, *(kind for kind in kinds if kind != train.optimizer))
+    return [dataclasses.replace(_at_once(train), optimizer=kind) for kind in order]
+
+
+def _leaner_weights(train: TrainConfig) -> list[TrainConfig]:
+    """The whole batch at once, with the frozen weights in the dtype of the settings, then in bfloat16."""
+    dtypes: tuple[ParamDtype, ...] = (
+        (train.param_dtype, "bfloat16") if train.param_dtype == "float32" else ("bfloat16",)
+    )
+    return [dataclasses.replace(_at_once(train), param_dtype=dtype) for dtype in dtypes]
+
+
+def _at_once(train: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(train, batch_size=train.batch_size * train.grad_accum, grad_accum=1)
+
+
+def _changed(config: RunConfig, train: TrainConfig, remat: bool) -> RunConfig:
+    return dataclasses.replace(config, train=train, execution=dataclasses.replace(config.execution, remat=remat))
 
 
 def plan_step(config: RunConfig, target: Target) -> Row:
@@ -119,6 +137,7 @@ class Verdict(NamedTuple):
             "remat": self.row.config.execution.remat,
             "optimizer": train.optimizer,
             "lora_rank": train.lora_rank,
+            "param_dtype": train.param_dtype,
         }
 
 
@@ -157,17 +176,6 @@ def with_adapters(config: RunConfig, rank: int) -> RunConfig:
     """The settings of a fine-tuning by adapters of this model: AdamW for the adapters, on conversations."""
     train = dataclasses.replace(config.train, lora_rank=rank, optimizer="adamw", muon_router=False)
     return dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, format="chat"))
-
-
-def largest_that_fits(configs: Iterable[RunConfig], target: Target) -> Verdict | None:
-    """The plan of the largest model of which a setting fits the target. None if none fits. The largest is tried first,
-    and nothing smaller is compiled."""
-    by_size = sorted(configs, key=lambda c: totals(count_parameters(c.model)).total, reverse=True)
-    for config in by_size:
-        found = verdict(list(search(config, target)), target)
-        if found.fits:
-            return found
-    return None
 
 
 def measured_peak(config: RunConfig) -> float:

@@ -1,6 +1,10 @@
-"""llama.cpp, through the package `llama-cpp-py-sync`: logits of all positions, greedy text, ids of a text."""
+"""llama.cpp: logits of all positions, greedy text and ids of a text through the package `llama-cpp-py-sync`. Its server
+comes from `xllamacpp`, and applies chat templates."""
 
+import json
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,3 +52,25 @@ class LlamaCpp:
         for _ in range(count):
             tokens.append(int(self.logits(tokens)[-1].argmax()))
         return tokens[start:]
+
+
+class LlamaServer:
+    """llama.cpp's server with a GGUF file. It listens on this machine, until the object is deleted."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        package = pytest.importorskip("xllamacpp", reason="llama.cpp's server is not installed: --group interop")
+        settings = package.CommonParams()
+        settings.model.path, settings.n_ctx, settings.use_jinja = str(path), context, True
+        settings.cpuparams.n_threads = 2
+        self._server = package.Server(settings)
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        address = self._server.listening_address + path
+        request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.load(answer)
+
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """The ids that an answer to a conversation begins from: by the template of the file, the separator first."""
+        text = self._post("/apply-template", {"messages": messages})["prompt"]
+        return self._post("/tokenize", {"content": text, "add_special": True, "parse_special": True})["tokens"]

@@ -219,6 +219,7 @@ def test_what_runs_between_the_steps_must_fit_too(between: dict[str, float]) -> 
         "remat": False,
         "optimizer": "adamw",
         "lora_rank": 0,
+        "param_dtype": "float32",
     }
 
 
@@ -285,20 +286,22 @@ def test_adapters_are_planned_with_their_state_and_a_masked_batch(bounds: list[A
         assert total - 100 == pytest.approx(waiting, rel=0.01)
 
 
-def test_the_largest_model_that_fits(monkeypatch: pytest.MonkeyPatch, between: dict[str, float]) -> None:
-    """The largest is tried first, and nothing smaller than the first that fits is compiled."""
-    asked: list[int] = []
-
-    def plan(config: RunConfig, _: Target) -> search.Row:
-        asked.append(config.model.layers)
-        return row(300, config.model.layers <= 3, config)
-
-    monkeypatch.setattr(search, "plan_step", plan)
-    sizes = [dataclasses.replace(CONFIG, model=tiny.config(layers=n)) for n in (1, 5, 3, 2)]
-    found = search.largest_that_fits(sizes, target())
-    assert found is not None
-    assert (found.row.config.model.layers, set(asked)) == (3, {5, 3})
-    assert search.largest_that_fits(sizes[1:2], target()) is None
+def test_with_adapters_the_frozen_weights_become_leaner(bounds: list[Any]) -> None:
+    """Not the optimizer. Accumulation is last, and a rank beside bfloat16 weights has nothing to try twice."""
+    config = search.with_adapters(CONFIG, 4)
+    tried = [
+        (c.train.param_dtype, c.execution.remat, c.train.batch_size, c.train.grad_accum, c.train.optimizer)
+        for c in search.candidates(config, every_optimizer=False)
+    ]
+    whole = CONFIG.train.batch_size * CONFIG.train.grad_accum
+    first = [(dtype, remat, whole, 1, "adamw") for dtype in ("float32", "bfloat16") for remat in (False, True)]
+    assert tried[:4] == first
+    assert {(dtype, remat, kind) for dtype, remat, _, _, kind in tried[4:]} == {("bfloat16", True, "adamw")}
+    assert [(micro, accum) for _, _, micro, accum, _ in tried[4:]] == [
+        (whole // 2**n, 2**n) for n in range(1, len(tried) - 3)
+    ]
+    lean = dataclasses.replace(config, train=dataclasses.replace(config.train, param_dtype="bfloat16"))
+    assert len(list(search.candidates(lean, every_optimizer=False))) == len(tried) - 2
 
 
 def test_sizes_are_in_mebibytes() -> None:

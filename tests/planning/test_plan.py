@@ -134,6 +134,24 @@ def test_the_command_stops_at_the_first_setting_that_fits(
     assert (result["optimizer"], result["remat"], result["gpu"]) == ("adamw-8bit", True, "quadro-t1000-4gb")
 
 
+def test_adapters_are_planned_beside_frozen_weights_in_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, pretended: list[TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The printed command repeats what the plan took: here 500 MiB a byte of a weight, so bfloat16 without remat."""
+
+    def step(config: RunConfig, target: Target) -> search.Row:
+        width = 2 if config.train.param_dtype == "bfloat16" else 4
+        taken = Bound({"cublas": memory(500 * width + 1000)})
+        return search.Row(config, "bfloat16", 0, width, taken, taken.fits(target))
+
+    monkeypatch.setattr(search, "plan_step", step)
+    assert main(run_command, ["plan", "--preset", "seed-158m", "--lora", "16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2].startswith("uv run python -m moe_jax sft --run RUN --data CHATS.jsonl --out NEW --lora 16 ")
+    assert lines[-2].endswith("--optimizer adamw --train.param-dtype bfloat16")
+    assert json.loads(lines[-1])["param_dtype"] == "bfloat16"
+
+
 def test_the_command_fails_where_nothing_fits(
     pretended: list[TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
