@@ -1,4 +1,4 @@
-.PHONY: check format lint types test
+.PHONY: check format lint types test book
 
 check: lint types test  ## what a change must pass before it is committed
 
@@ -14,3 +14,6 @@ types:
 
 test:
 	uv run --extra plots pytest
+
+book:  ## all pages, notebooks and docstrings as one book, in book/build/html
+	uv run --group book python -m book.build

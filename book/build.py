@@ -1,0 +1,98 @@
+"""`make book`: one book of the notebooks, the pages of docs/, the bug museum, and the reference of both packages.
+
+The pages are copied to book/build/source with the paths that they have here, so their links hold. Sphinx writes
+book/build/html, and a warning is an error. At the end every link within the book is followed.
+"""
+
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from book import museum
+
+ROOT = Path(__file__).resolve().parents[1]
+BUILD = ROOT / "book" / "build"
+PAGES = (
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "CITATION.cff",
+    "README.md",
+    "benchmarks/*.md",
+    "benchmarks/*.png",
+    "docs/*.md",
+    "docs/*.html",
+    "docs/images/*",
+    "foundation/README.md",
+    "foundation/notebooks/*.ipynb",
+    "notebooks/*.ipynb",
+)
+
+
+def assemble(source: Path) -> None:
+    """Copy the pages into an empty folder, and write those that are made: the museum and the front page."""
+    shutil.rmtree(source, ignore_errors=True)
+    for pattern in PAGES:
+        for path in sorted(ROOT.glob(pattern)):
+            target = source / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+    shutil.copyfile(ROOT / "book" / "index.md", source / "index.md")
+    (source / "museum.md").write_text(museum.page(), encoding="utf-8")
+
+
+class _Links(HTMLParser):
+    """What a page links to or loads, and the anchors that it has."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("id", "name") and value:
+                self.anchors.add(value)
+            elif name in ("href", "src") and value:
+                self.links.append(value)
+
+
+def broken_links(html: Path) -> list[str]:
+    """Links between the book's pages whose file or anchor is not there."""
+    written = [path for path in sorted(html.rglob("*.html")) if "_static" not in path.parts]  # the theme's templates
+    pages = {path.resolve(): _Links(path) for path in written}
+    found = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            target = (path.parent / unquote(parts.path)).resolve() if parts.path else path
+            fragment = unquote(parts.fragment)
+            missing_anchor = target in pages and fragment and fragment not in pages[target].anchors
+            if not target.exists() or missing_anchor:
+                found.append(f"{path.relative_to(html)}: {link}")
+    return found
+
+
+def main() -> int:
+    """Build the book. Returns 0 if there was no warning and every link leads somewhere."""
+    source, html = BUILD / "source", BUILD / "html"
+    assemble(source)
+    options = ["-b", "html", "-c", str(ROOT / "book"), "-W", "--keep-going", "-q", "-d", str(BUILD / "doctrees")]
+    status = subprocess.call([sys.executable, "-m", "sphinx", *options, str(source), str(html)])
+    shutil.copytree(source / "docs" / "images", html / "docs" / "images", dirs_exist_ok=True)  # README's <picture>
+    broken = broken_links(html)
+    for link in broken:
+        print(f"leads nowhere: {link}")
+    if status or broken:
+        return 1
+    print(f"the book: {html / 'index.html'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,50 @@
+"""The book: every planted bug has its place in the museum, and links that lead nowhere are found.
+
+`make book` itself is run by `.ci/run`.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from book import museum
+from book.build import PAGES, ROOT, broken_links
+from foundation.challenges.bugs import BUGS
+
+
+def test_every_bug_is_shown_with_its_change_and_what_catches_it() -> None:
+    exhibits = museum.page().split("\n### ")[1:]
+    assert len(exhibits) == len(BUGS)
+    for bug in BUGS:
+        title = bug.name.partition(": ")[2] or bug.name
+        (shown,) = [text for text in exhibits if text[1:].startswith(f"{title[1:]}\n") and f"`{bug.place}`" in text]
+        removed = [line[2:] for line in shown.splitlines() if line.startswith("- ")]
+        added = [line[2:] for line in shown.splitlines() if line.startswith("+ ")]
+        assert set(removed) <= set(bug.old.splitlines()), bug.name
+        assert set(added) <= set(bug.new.splitlines()), bug.name
+        assert removed or added, bug.name
+        assert bug.caught_by.removeprefix("test:") in shown
+
+
+def test_public_sightings_are_of_bugs_that_are_planted() -> None:
+    assert set(museum.SIGHTINGS) <= {bug.name for bug in BUGS}
+    page = museum.page()
+    for issue, story in museum.SIGHTINGS.values():
+        repository, _, number = issue.partition("#")
+        assert repository.count("/") == 1
+        assert number.isdigit()
+        assert page.count(f"[{issue}](https://github.com/{repository}/issues/{number}): {story}") == 1
+
+
+@pytest.mark.parametrize("pattern", PAGES)
+def test_every_pattern_finds_pages(pattern: str) -> None:
+    assert list(ROOT.glob(pattern))
+
+
+def test_a_link_without_a_page_and_an_anchor_without_a_place_are_found(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text('<p id="here"></p><a href="b/c.html#there"></a><a href="https://x.org/no"></a>')
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.html").write_text(
+        '<p id="there"><a href="../a.html#here"></a><a href="#gone"></a><img src="no.png"><a href="../a.html#no"></a>'
+    )
+    assert broken_links(tmp_path) == ["b/c.html: #gone", "b/c.html: no.png", "b/c.html: ../a.html#no"]
