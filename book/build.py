@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from book import museum
+from book import museum, one_token
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "book" / "build"
@@ -32,7 +32,7 @@ PAGES = (
 
 
 def assemble(source: Path) -> None:
-    """Copy the pages into an empty folder, and write those that are made: the museum and the front page."""
+    """Copy the pages into an empty folder, and write those that are made."""
     shutil.rmtree(source, ignore_errors=True)
     for pattern in PAGES:
         for path in sorted(ROOT.glob(pattern)):
@@ -41,6 +41,7 @@ def assemble(source: Path) -> None:
             shutil.copyfile(path, target)
     shutil.copyfile(ROOT / "book" / "index.md", source / "index.md")
     (source / "museum.md").write_text(museum.page(), encoding="utf-8")
+    (source / "one_token.md").write_text(one_token.page(), encoding="utf-8")
 
 
 class _Links(HTMLParser):

@@ -1,0 +1,86 @@
+"""The numbers of the page "one token, forward and back": against jax.grad, and a reason wherever one is exactly 0."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from book import one_token
+
+pytestmark = pytest.mark.usefixtures("x64")
+STATES = [(3, 2, 0.5, 0.0), (6, 2, 0.5, 0.5), (4, 1, 0.5, 0.0), (1, 1, 2.0, 0.5), (0, 2, 1.0, 0.0)]
+"""Token, choices, capacity factor, weight of the balance loss. Kept and dropped choices are among them."""
+GRADIENTS = ("d_gate", "d_logit", "d_balance", "d_answer", "d_weights")
+
+
+@pytest.fixture(scope="module")
+def x64() -> Iterator[None]:
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def given(x64: None) -> one_token.Example:
+    return one_token.example()
+
+
+@pytest.fixture(scope="module", params=STATES, ids=str)
+def case(
+    given: one_token.Example, request: pytest.FixtureRequest
+) -> tuple[tuple[int, int, float, float], dict[str, Any]]:
+    return request.param, one_token.state(given, *request.param)
+
+
+def column(found: dict[str, Any], name: str) -> np.ndarray:
+    return np.array([row[name] for row in found["rows"]])
+
+
+def test_gradients_are_those_of_jax(
+    given: one_token.Example, case: tuple[tuple[int, int, float, float], dict[str, Any]]
+) -> None:
+    (token, top_k, room, balance), found = case
+    grads = jax.grad(one_token.loss)(given.params, given, token, top_k, room, balance)
+    np.testing.assert_allclose(
+        column(found, "d_router"), np.linalg.norm(grads["router"], axis=0), rtol=1e-5, atol=1e-14
+    )
+    weights = np.sqrt((grads["w_in"] ** 2).sum((1, 2)) + (grads["w_out"] ** 2).sum((1, 2)))
+    np.testing.assert_allclose(column(found, "d_weights"), weights, rtol=1e-5, atol=1e-14)
+    # Without the balance loss only this token reaches the router: the matrix's gradient is x times that of the logits.
+    plain = jax.grad(one_token.loss)(given.params, given, token, top_k, room, 0.0)["router"]
+    x = given.x[0, token]
+    np.testing.assert_allclose(column(found, "d_logit"), x @ plain / (x @ x), rtol=1e-5, atol=1e-12)
+    assert found["loss"] == pytest.approx(float(one_token.loss(given.params, given, token, top_k, room, 0.0)))
+
+
+def test_the_gradient_of_logits_adds_up_to_zero(case: tuple[tuple[int, int, float, float], dict[str, Any]]) -> None:
+    """A constant added to all logits changes no probability."""
+    _, found = case
+    assert abs(column(found, "d_logit").sum()) < 1e-4
+    assert abs(column(found, "d_balance").sum()) < 1e-4
+
+
+def test_there_is_a_reason_wherever_a_gradient_is_exactly_zero_and_nowhere_else(
+    case: tuple[tuple[int, int, float, float], dict[str, Any]],
+) -> None:
+    for row in case[1]["rows"]:
+        assert {name for name in GRADIENTS if row[name] == 0} == set(row["why"]), row
+
+
+def test_the_states_show_each_fate(given: one_token.Example) -> None:
+    fates = {row["fate"] for state in STATES for row in one_token.state(given, *state)["rows"]}
+    assert fates == {"kept", "no room", "not chosen"}
+
+
+def test_the_second_of_two_equal_words_is_the_one_without_room(given: one_token.Example) -> None:
+    """Both have the same logits. Places are given in order."""
+    assert one_token.WORDS[0] == one_token.WORDS[3]
+    first, second = (one_token.state(given, token, 2, 0.5, 0.0)["rows"] for token in (0, 3))
+    assert [row["logit"] for row in first] == [row["logit"] for row in second]
+    assert [row["fate"] for row in first].count("kept") > [row["fate"] for row in second].count("kept")
+
+
+def test_numbers_are_rounded_and_zeros_stay() -> None:
+    assert one_token._numbers(jnp.array([0.0, 1 / 3, 1e-9])) == [0.0, 0.333333, 1e-9]
