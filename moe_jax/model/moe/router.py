@@ -1,8 +1,8 @@
 """The router: which experts a token goes to, and with which gates.
 
 Pure functions of arrays. B sequences of T tokens, E experts, K choices of a token. p = softmax(logits), the top K by
-logit, gates renormalised over the K chosen (Shazeer et al. 2017, section 2.1; Fedus et al. 2021, section 2.1 for K =
-1) unless the policy's `renormalise_gates` is off.
+logit, gates renormalised over the K chosen (Shazeer et al. 2017, section 2.1; for K = 1 Fedus et al. 2021, section
+2.1) unless the policy's `renormalise_gates` is off.
 
 A token whose logits hold a NaN or +inf is *invalid*. It takes no slot, and its gates and its output are NaN.
 
