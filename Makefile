@@ -10,10 +10,10 @@ lint:
 	uv run --group lint ruff check .
 
 types:
-	uv run --group types --extra plots --extra lessons --extra gguf basedpyright
+	uv run --group types --extra plots --extra lessons --extra gguf --extra serve basedpyright
 
 test:
-	uv run --extra plots pytest
+	uv run --extra plots --extra serve pytest
 
 book:  ## all pages, notebooks and docstrings as one book, in book/build/html
 	uv run --group book python -m book.build

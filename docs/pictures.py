@@ -1,7 +1,12 @@
-"""Make the pictures of README and docs from a real run: `uv run --group browser --extra plots docs/pictures.py`.
+"""Make the pictures of README and docs from a real run.
+
+    uv run --group browser --extra plots --extra serve docs/pictures.py
+
+It writes
 
     docs/images/text-light.png, text-dark.png        the routing report: the text, at 1280 pixels
     docs/images/off-light.png, off-dark.png          the routing report: an expert switched off
+    docs/images/serve-light.png, serve-dark.png      the page of `serve`, after going on from another token
     docs/images/overview.png                         the curves of the run
     docs/report-nano.html                            the routing report itself
 
@@ -9,11 +14,17 @@ Needs a trained run (`uv run train.py`) and Debian's `chromium`, or another Chro
 """
 
 import argparse
+import re
 import shutil
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
-from playwright.sync_api import sync_playwright
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
 
 HERE = Path(__file__).parent
 WIDTH = 1280
@@ -22,6 +33,9 @@ SECTIONS = {"text": 720, "ablation": 1120}
 PRESSED = {"text": "#tokens .t:has-text('Kate') >> nth=0", "ablation": "#off-grid [data-layer='0'][data-expert='5']"}
 """What is pressed in each section: a token, and the expert that is switched off."""
 NAMES = {"text": "text", "ablation": "off"}
+SERVED = {"width": 1040, "height": 1010}
+SERVED_COLOURS = 255
+"""Colours of the pictures of the server's page: few, so that the files are small."""
 
 
 def main() -> None:
@@ -40,20 +54,61 @@ def main() -> None:
     shutil.copy(report / "overview.png", images / "overview.png")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        for scheme in ("light", "dark"):
-            page = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme=scheme)
-            page.goto((report / "routing.html").resolve().as_uri())
-            for section, height in SECTIONS.items():
-                page.set_viewport_size({"width": WIDTH, "height": height})
-                page.click(f"#bar a[href='#{section}']")  # a link draws all that is above its section
-                page.click(PRESSED[section])
-                page.wait_for_timeout(1000)
-                page.evaluate(
-                    f"scrollBy(0, document.getElementById('{section}-title').getBoundingClientRect().top - 110)"
-                )
-                page.wait_for_timeout(300)
-                page.screenshot(path=images / f"{NAMES[section]}-{scheme}.png")
+        with served(report.parent) as url:
+            for scheme in ("light", "dark"):
+                report_pictures(browser, report / "routing.html", scheme, images)
+                served_picture(browser, url, scheme, images / f"serve-{scheme}.png")
         browser.close()
+
+
+def report_pictures(browser: Browser, report: Path, scheme: Literal["light", "dark"], images: Path) -> None:
+    """Pictures of sections of the routing report."""
+    page = browser.new_page(viewport={"width": WIDTH, "height": 800}, color_scheme=scheme)
+    page.goto(report.resolve().as_uri())
+    for section, height in SECTIONS.items():
+        page.set_viewport_size({"width": WIDTH, "height": height})
+        page.click(f"#bar a[href='#{section}']")  # a link draws all that is above its section
+        page.click(PRESSED[section])
+        page.wait_for_timeout(1000)
+        page.evaluate(f"scrollBy(0, document.getElementById('{section}-title').getBoundingClientRect().top - 110)")
+        page.wait_for_timeout(300)
+        page.screenshot(path=images / f"{NAMES[section]}-{scheme}.png")
+
+
+@contextmanager
+def served(run: Path) -> Iterator[str]:
+    """The address of a server of the run."""
+    command = [sys.executable, "-m", "moe_jax", "serve", "--run", str(run), "--port", "0"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert server.stdout is not None
+    try:
+        ready = next(filter(None, (re.match(r"ready: (\S+)", line) for line in server.stdout)), None)
+        if ready is None:
+            sys.exit("error: the server did not start; try `uv run --extra serve python -m moe_jax serve`")
+        yield ready[1]
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def served_picture(browser: Browser, url: str, scheme: Literal["light", "dark"], out: Path) -> None:
+    """The server's page: a text is written, and goes on from another token."""
+    page = browser.new_page(viewport=SERVED, color_scheme=scheme, reduced_motion="reduce")
+    page.goto(url)
+    page.click("#suggested button")
+    written(page)
+    page.click("#tokens .t >> nth=15")
+    page.click("#card button.other")
+    written(page)
+    page.mouse.move(0, 0)
+    page.screenshot(path=out)
+    Image.open(out).convert("RGB").quantize(SERVED_COLOURS).save(out, optimize=True)
+
+
+def written(page: Page) -> None:
+    """Waits for the end of the text."""
+    page.locator("#write", has_text="Stop").wait_for()
+    page.locator("#write", has_text="Write").wait_for()
 
 
 if __name__ == "__main__":

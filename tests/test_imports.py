@@ -15,13 +15,13 @@ ROOT = Path(__file__).parent.parent
 
 # The rooms, from the lowest floor up. A module may import its own room and the rooms of lower floors (earlier lines).
 FLOORS = (
-    ("system",),
+    ("pages", "system"),
     ("config",),
     ("data", "model"),
     ("inference", "runs"),
     ("interop",),
     ("training",),
-    ("plots",),
+    ("plots", "serving"),
     ("benchmarks", "certificates", "experiments", "inspection", "planning"),
     ("api",),
     ("cli",),

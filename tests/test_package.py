@@ -47,3 +47,9 @@ def test_the_wheel_trains_and_tells_and_inspects(program: Path, tmp_path: Path) 
     told = run(program, "generate", "--run", "run", "--prompt", "Once", "--max-tokens", "5", cwd=tmp_path, **cache)
     assert told.startswith("Once")
     assert (tmp_path / "run" / "report" / "routing.html").stat().st_size > 10_000
+
+
+def test_the_wheel_has_the_page_of_the_server(program: Path) -> None:
+    """Every file that it is joined from, those that it shares with the report included."""
+    code = "from moe_jax.serving.page import document; print(len(document().html))"
+    assert int(run(program.parent / "python", "-c", code, cwd=program.parent)) > 40_000

@@ -6,6 +6,7 @@
     layer.py            one MoE layer and dense layers, by time and by arithmetic
     step_memory.py      the temporary memory of the training step
     decoding.py         prefill, cached decoding and uncached forward passes
+    serving.py          the engine of `serve`: many texts at once, and a late one
     feeding.py          tokenizers and batches
     saving.py           the time of saving and restoring a checkpoint
     cost_table.py       parameters and arithmetic, by formula and in the compiled program

@@ -13,6 +13,7 @@ from moe_jax.benchmarks import decoding, feeding, layer, peers, saving
 from moe_jax.benchmarks.dense_baselines import train
 from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
 from moe_jax.benchmarks.scaling import scaling
+from moe_jax.benchmarks.serving import serve
 from moe_jax.benchmarks.step_memory import temporary_bytes
 from moe_jax.model.transformer import create, split
 from moe_jax.system import machine
@@ -128,4 +129,5 @@ SUITES: dict[str, Callable[[Console, BenchmarkRequest], dict[str, Any]]] = {
     "pipeline": pipeline,
     "peers": against_peers,
     "scaling": scaling,
+    "serve": serve,
 }

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from moe_jax.benchmarks.request import BenchmarkRequest
 
-Suite = Literal["moe", "train", "decode", "pipeline", "memory", "peers", "scaling", "all"]
+Suite = Literal["moe", "train", "decode", "pipeline", "memory", "peers", "scaling", "serve", "all"]
 EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
 """Suite -> the extra that it needs, and what the extra installs."""
 TRAINING = {"moe", "train", "peers", "scaling"}
@@ -45,6 +45,7 @@ class Benchmark(Command):
         memory    the settings that fit a 4 GB card (extra gpu-plan)
         peers     Mixtral of transformers, in PyTorch (extra peers)
         scaling   the training step with one size doubled at a time
+        serve     16 texts at once beside one, and the wait of a late one
         all       all suites whose extras are installed, without `scaling`
     """
 

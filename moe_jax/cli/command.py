@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": ("Merge", "write a run with adapters as an ordinary run"),
     "generate": ("Generate", "continue a text with a trained model"),
     "chat": ("Chat", "talk with a trained model: a beginning in, its continuation out"),
+    "serve": ("Serve", "serve a trained model: OpenAI's API, and a page"),
     "evaluate": ("Evaluate", "measure loss, bits per byte and drops of a model on a text"),
     "inspect": ("Inspect", "write an HTML page that shows where every token went"),
     "presets": ("Presets", "print what each preset is for, and what it costs here"),

@@ -176,6 +176,11 @@ class StreamDecoder:
         """The characters that this id completes: none, one or several."""
         return self._decoder.decode(self._tokenizer.decode_bytes([token]))
 
+    @property
+    def incomplete(self) -> bool:
+        """Whether the last character waits for more bytes."""
+        return bool(self._decoder.getstate()[0])
+
     def finish(self) -> str:
         """The rest of the text, to be called at the end: U+FFFD if the last character is incomplete, else ""."""
         return self._decoder.decode(b"", final=True)

@@ -103,6 +103,6 @@ def prefill(graphdef: nnx.GraphDef, params: Params, tokens: Int[Array, "B T"], l
 
 def advance(graphdef: nnx.GraphDef, params: Params, state: DecodeState, token: Int[Array, " B"]) -> DecodeState:
     """Append one token to each row: add its keys and values to the cache, and compute the logits after it."""
-    logits, cache = merge(graphdef, params).decode(token, state.cache, state.position)
+    logits, _, cache = merge(graphdef, params).decode(token, state.cache, state.position)
     seen = state.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
     return DecodeState(logits, cache, state.position + 1, seen)

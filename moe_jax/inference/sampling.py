@@ -1,5 +1,6 @@
 """From logits to the next token: repetition penalty, temperature, top-k, top-p and min-p, then one draw."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -28,21 +29,32 @@ def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[
 
     Each filter is computed from the distribution after temperature, independently of the others. A token must pass all
     of them. The likeliest token passes every filter. Temperature 0 leaves only the likeliest token.
+
+    The filters need the tokens in order, and a large vocabulary takes milliseconds to sort. So they are computed only
+    if one of them is on.
     """
     penalised = jnp.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
     logits = jnp.where(seen, penalised, logits)
     greedy = jnp.asarray(settings.temperature) <= 0
     logits = logits / jnp.where(greedy, 1.0, settings.temperature)
+    best = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)  # of equals the lower id
+    filtered = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
+    allowed = jax.lax.cond(
+        filtered & ~greedy, partial(_allowed, settings), lambda logits: jnp.full(logits.shape, ~greedy), logits
+    )
+    return jnp.where(allowed | best, logits, -jnp.inf)
+
+
+def _allowed(settings: Sampling, logits: Float[Array, "B V"]) -> Bool[Array, "B V"]:
+    """The tokens that pass all filters."""
     order = jnp.argsort(-logits, axis=-1, stable=True)
     rank = jnp.argsort(order, axis=-1)  # 0 for the likeliest; of equals the lower id
     probs = jax.nn.softmax(logits, axis=-1)
     descending = jnp.take_along_axis(probs, order, axis=-1)
     mass_before = jnp.take_along_axis(jnp.cumsum(descending, axis=-1) - descending, rank, axis=-1)
-    top_k = jnp.where(greedy, 1, settings.top_k)
-    allowed = (top_k <= 0) | (rank < top_k)
+    allowed = (settings.top_k <= 0) | (rank < settings.top_k)
     allowed &= (mass_before < settings.top_p) | (settings.top_p >= 1)
-    allowed &= probs >= settings.min_p * descending[:, :1]
-    return jnp.where(allowed | (rank == 0), logits, -jnp.inf)
+    return allowed & (probs >= settings.min_p * descending[:, :1])
 
 
 def sample(

@@ -1,7 +1,8 @@
 """The routing report: one HTML file that shows where every token of a text went, and what the experts are for.
 
-The page is made from `page/` in this package: markup, style and scripts, inlined. It loads nothing and sends nothing.
-Its content security policy allows one style and one script, by their digests, and no network address. The page holds
+The page is made from `page/` in this package and from `moe_jax/pages/parts/`: markup, style and scripts, inlined. It
+loads nothing and sends nothing. Its content security policy allows one style and one script, by their digests, and no
+network address. The page holds
 all the numbers that it shows as one JSON object (`<script type="application/json" id="routing-data">`):
 
     schema            1
@@ -21,11 +22,8 @@ all the numbers that it shows as one JSON object (`<script type="application/jso
     compiled          the compiled MoE layer (see `compiled_layer`)
 """
 
-import base64
-import hashlib
 import html
 import sys
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +39,7 @@ from moe_jax.inspection.token_groups import group_preferences
 from moe_jax.inspection.trace import RoutingTrace, routing_trace, trace_tokens
 from moe_jax.inspection.training_curves import training_curves
 from moe_jax.model.costs import count_parameters, totals
+from moe_jax.pages.assembly import filled, page_file, page_script, page_style, security_policy
 from moe_jax.plots.figures import run_figures, save_figures
 from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.runs.summary import read_summary
@@ -258,29 +257,12 @@ def _json(data: dict[str, Any]) -> str:
 
 def render(data: dict[str, Any]) -> str:
     """The page. In the data `<` is written as a JSON escape, so no text can end the data's element or begin another."""
-    page = resources.files("moe_jax.inspection") / "page"
-    read = lambda name: (page / name).read_text(encoding="utf-8")  # noqa: E731
-    style = read("style.css")
-    script = '"use strict";\n(() => {\n' + "\n".join(read(f"{name}.js") for name in SCRIPTS) + "})();\n"
-    policy = (
-        f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    style, script = page_style("moe_jax.inspection"), page_script("moe_jax.inspection", SCRIPTS)
     parts = {
-        "policy": policy,
+        "policy": security_policy(style, script),
         "title": html.escape(f"Routing of {data['run']['name']}"),
         "style": style,
         "script": script,
         "data": _json(data).replace("<", "\\u003c"),
     }
-    before, *rest = read("index.html").split("{{")
-    filled = [before]
-    for piece in rest:
-        name, _, after = piece.partition("}}")
-        filled += [parts[name], after]
-    return "".join(filled)
-
-
-def _digest(content: str) -> str:
-    """The name that a content security policy gives to the content of an inline element."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+    return filled(page_file("moe_jax.inspection", "page/index.html"), parts)

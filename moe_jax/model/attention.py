@@ -69,7 +69,7 @@ class Attention(nnx.Module):
             )
 
     def _project(
-        self, x: Float[Array, "B T D"], positions: Int[Array, " T"]
+        self, x: Float[Array, "B T D"], positions: Int[Array, "*B T"]
     ) -> tuple[Float[Array, "B T H A"], Float[Array, "B T KV A"], Float[Array, "B T KV A"]]:
         """Queries, keys and values."""
         rows = x.reshape(-1, x.shape[-1])
@@ -123,15 +123,12 @@ class Attention(nnx.Module):
         return attention_weights(query.swapaxes(1, 2), key.swapaxes(1, 2))
 
     def decode(
-        self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, ""]
+        self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, "*B"]
     ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
         """The output for the token at position `index`, and the new cache. The token attends to the cached positions
-        before it and to itself."""
-        query, *new = self._project(x, index[None])
-        written = [
-            jax.lax.dynamic_update_slice_in_dim(old, now.transpose(0, 2, 3, 1), index, axis=3)
-            for old, now in zip(cache, new, strict=True)
-        ]
+        before it and to itself. `index` is one position for all sequences, or one for each."""
+        query, *new = self._project(x, index[..., None])
+        written = [_write(old, now.transpose(0, 2, 3, 1), index) for old, now in zip(cache, new, strict=True)]
         # Without the barrier the compiler writes the new place twice, once for the products and once for the result,
         # and copies the whole cache.
         cache = KeyValue(*jax.lax.optimization_barrier(written))
@@ -139,7 +136,19 @@ class Attention(nnx.Module):
         # The queries of a group are rows of one product with their key head: [B, 1, H, A] -> [B, KV, H / KV, A].
         groups = query.reshape(len(x), self.config.key_value_heads, -1, query.shape[-1])
         scores = jnp.einsum("bkga,bkas->bkgs", groups, cache.key, precision=precision, preferred_element_type=wide)
-        visible = jnp.arange(cache.key.shape[-1])[None, :] <= index
+        visible = jnp.arange(cache.key.shape[-1])[None, :] <= index.reshape(*index.shape, *[1] * 3 * index.ndim)
         weights = masked_softmax(scores / math.sqrt(query.shape[-1]), visible).astype(x.dtype)
         mixed = jnp.einsum("bkgs,bkas->bkga", weights, cache.value, precision=precision)
         return self._output(mixed.reshape(query.shape)), cache
+
+
+def _write(cache: Float[Array, "B KV A S"], new: Float[Array, "B KV A 1"], index: Int[Array, "*B"]) -> Array:
+    """The cache with the new place of each sequence at its position."""
+    if index.ndim == 0:
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=3)
+
+    def write_row(row: Array, cache: Array) -> Array:
+        place = jax.lax.dynamic_slice_in_dim(new, row, 1)
+        return jax.lax.dynamic_update_slice(cache, place, (row, 0, 0, index[row]))
+
+    return jax.lax.fori_loop(0, len(cache), write_row, cache)

@@ -83,9 +83,11 @@ embedding_lookup.defvjp(_look_up_forward, _look_up_backward)
 
 
 def apply_rope(
-    x: Float[Array, "B T H A"], positions: Int[Array, " T"], theta: float = 10_000.0
+    x: Float[Array, "B T H A"], positions: Int[Array, "*B T"], theta: float = 10_000.0
 ) -> Float[Array, "B T H A"]:
     """Rotary position embedding (Su et al. 2021, section 3.2), base `theta`, pairs (i, i + A/2).
+
+    `positions` are those of all sequences, `[T]`, or each sequence has its own, `[B, T]`.
 
     Pair i of a head is rotated by the angle position * theta^(-2i/A), so that the positions of q and k enter q . k only
     through their distance.
@@ -93,7 +95,7 @@ def apply_rope(
     half = x.shape[-1] // 2
     dtype = at_least_float32(x.dtype)
     frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
-    angle = positions.astype(dtype)[:, None, None] * frequency
+    angle = positions.astype(dtype)[..., None, None] * frequency
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     a, b = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

@@ -73,13 +73,17 @@ class Block(nnx.Module):
         return after, stats, kv
 
     def decode(
-        self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, ""]
-    ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
-        """The output for one token of each sequence, at position `index`, and the cache that includes this token."""
+        self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, "*B"], trace: bool = False
+    ) -> tuple[Float[Array, "B 1 D"], RouterStats | None, KeyValue]:
+        """The output for one token of each sequence, the router's statistics, and the cache that includes this token.
+
+        `index` is one position for all sequences. Or it is one for each: they are then independent texts, and none
+        changes the bits of another (`Mode.SERVE`).
+        """
         y, cache = self.attention.decode(self.attention_norm(x), cache, index)
         x = x + y
-        y, _ = self.ffn(self.ffn_norm(x), Mode.GENERATE)
-        return x + y, cache
+        y, stats = self.ffn(self.ffn_norm(x), Mode.SERVE if index.ndim else Mode.GENERATE, trace=trace)
+        return x + y, stats, cache
 
 
 class Transformer(nnx.Module):
@@ -109,7 +113,7 @@ class Transformer(nnx.Module):
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
 
-    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, " T"]) -> Float[Array, "B T D"]:
+    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "*B T"]) -> Float[Array, "B T D"]:
         x = embedding_lookup(self.embedding[...], tokens)
         if self.config.scaled_embedding:  # Vaswani et al. 2017, section 3.4
             x = x * math.sqrt(self.config.width)
@@ -140,8 +144,7 @@ class Transformer(nnx.Module):
             x, layer_stats, kv = block(x, mode, block_keys, remat=self.remat and mode is Mode.TRAIN, trace=trace)
             stats.append(layer_stats)
             cache.append(kv)
-        stacked = None if stats[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
-        return self.norm(x), stacked, cache
+        return self.norm(x), _stacked(stats), cache
 
     def head_matrix(self) -> Float[Array, "D V"]:
         """The vocabulary head, which is the transposed embedding where they are tied."""
@@ -155,15 +158,23 @@ class Transformer(nnx.Module):
             return jnp.matmul(hidden, head, precision=dot_precision(hidden.dtype), preferred_element_type=wide)
 
     def decode(
-        self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, ""]
-    ) -> tuple[Float[Array, "B V"], list[KeyValue]]:
-        """Logits after the token at position `index`, and the cache that includes this token."""
-        x = self._embed(token[:, None], index[None])
+        self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, "*B"], trace: bool = False
+    ) -> tuple[Float[Array, "B V"], RouterStats | None, list[KeyValue]]:
+        """Logits after the token at position `index`, the routers' statistics as in a whole pass, and the cache that
+        includes this token. `index` is one position for all sequences, or one for each (see `Block.decode`)."""
+        x = self._embed(token[:, None], index[..., None])
+        stats: list[RouterStats | None] = []
         new: list[KeyValue] = []
         for block, kv in zip(self.blocks, cache, strict=True):
-            x, kv = block.decode(x, kv, index)
+            x, layer_stats, kv = block.decode(x, kv, index, trace)
+            stats.append(layer_stats)
             new.append(kv)
-        return self.logits(self.norm(x)[:, 0]), new
+        return self.logits(self.norm(x)[:, 0]), _stacked(stats), new
+
+
+def _stacked(stats: list[RouterStats | None]) -> RouterStats | None:
+    """The statistics of all layers, with a leading axis L. None for a dense baseline."""
+    return None if stats[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
 
 
 def create(

@@ -61,7 +61,7 @@ def prepare_environment(deterministic: bool = False) -> list[str]:
         if runs_on_cpu():
             os.environ["JAX_PLATFORMS"] = "cpu"  # a plugin without a card prints a traceback at import
     if runs_on_cpu():
-        notes += _restart_with_malloc_settings()
+        notes += restart_with_malloc_settings()
     else:
         notes += _set_memory_fraction()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
@@ -103,7 +103,7 @@ def memory_share(total: float, free: float) -> float:
     return math.floor(100 * min(max((free - CUDA_MIB) / total, 0.1), 0.9)) / 100
 
 
-def _restart_with_malloc_settings() -> list[str]:
+def restart_with_malloc_settings() -> list[str]:
     """Restart the program with glibc settings under which the allocator keeps freed memory. Only where there is glibc.
 
     XLA's CPU client allocates the temporary buffers of a program at each call. By default glibc gets them from the

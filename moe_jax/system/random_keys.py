@@ -28,7 +28,10 @@ class Purpose(IntEnum):
     """Initial values of low-rank adapters."""
 
 
-def purpose_key(seed: int, purpose: Purpose, step: int | Int[Array, ""] | None = None) -> Key[Array, ""]:
+type Number = int | Int[Array, ""]
+
+
+def purpose_key(seed: Number, purpose: Purpose, step: Number | None = None) -> Key[Array, ""]:
     """The key of a purpose, at a step if the purpose draws at every step."""
     key = jax.random.fold_in(jax.random.key(seed), int(purpose))
     return key if step is None else jax.random.fold_in(key, step)

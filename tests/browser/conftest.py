@@ -1,4 +1,4 @@
-"""One report and one browser for the tests of the page.
+"""One browser, one report, and stand-in servers for the tests of the pages.
 
 They need Debian's `chromium` (or another Chromium on the PATH); without one they are skipped.
 """
@@ -12,7 +12,9 @@ import pytest
 
 from moe_jax.inspection.report import write_report
 from tests.browser.opened import HOSTILE, WRITING, Opened
+from tests.browser.served import Served
 from tests.support import saved_run
+from tests.support.stand_in_server import StandIn, stand_in
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -39,3 +41,17 @@ def opened(browser: Any, written: Path) -> Iterator[Opened]:
     opened = Opened(browser, written)
     yield opened
     opened.page.close()
+
+
+@pytest.fixture
+def says() -> Iterator[StandIn]:
+    """A server without a model."""
+    with stand_in() as server:
+        yield server
+
+
+@pytest.fixture
+def served(browser: Any, says: StandIn) -> Iterator[Served]:
+    served = Served(browser, says).ready()
+    yield served
+    served.page.close()

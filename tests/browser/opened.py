@@ -9,22 +9,16 @@ WRITING = "A dragon \u05e9\u05dc\u05d5\u05dd \U0001f409 \u202eevil\u202c\n"
 E, K, LAYERS = 4, 2, 2
 
 
-class Opened:
+class Watched:
     """A page, with everything that it said and asked for."""
 
-    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
+    def __init__(self, browser: Any, **options: Any) -> None:
         self.page = browser.new_page(**({"viewport": {"width": 1280, "height": 900}} | options))
         self.said: list[str] = []
         self.asked: list[str] = []
         self.page.on("console", lambda message: self.said.append(message.text))
         self.page.on("pageerror", lambda error: self.said.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
-        self.page.goto(path.as_uri())
-        self.data = json.loads(self.page.locator("#routing-data").text_content())
-        self.page.locator("#card > *").first.wait_for(state="attached")
-
-    def expert(self, layer: int, token: int, k: int = 0) -> int:
-        return self.data["routing"]["expert"][layer][token * K + k]
 
     def tokens(self) -> list[dict[str, str]]:
         """What each token looks like: its computed colours and classes."""
@@ -41,6 +35,19 @@ class Opened:
             document.body.append(probe); const it = getComputedStyle(probe).color; probe.remove(); return it; }""",
             css,
         )
+
+
+class Opened(Watched):
+    """A report."""
+
+    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
+        super().__init__(browser, **options)
+        self.page.goto(path.as_uri())
+        self.data = json.loads(self.page.locator("#routing-data").text_content())
+        self.page.locator("#card > *").first.wait_for(state="attached")
+
+    def expert(self, layer: int, token: int, k: int = 0) -> int:
+        return self.data["routing"]["expert"][layer][token * K + k]
 
     def draw_everything(self) -> None:
         for name in ("experts", "ablation", "flow", "capacity", "training", "attention", "heads", "compiled"):

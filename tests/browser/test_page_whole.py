@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from moe_jax.inspection.report import write_report
+from tests.browser.contrast import CONTRAST
 from tests.browser.opened import LAYERS, E, K, Opened, page_data
 from tests.support import saved_run
 
@@ -45,33 +46,6 @@ def test_nothing_is_loaded_nothing_fails_nothing_overflows(
     ):
         assert opened.page.locator(figure).count() > 0, figure
     opened.page.close()
-
-
-CONTRAST = """() => {
-    const linear = (c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
-    const luminance = ([r, g, b]) => 0.2126 * linear(r / 255) + 0.7152 * linear(g / 255) + 0.0722 * linear(b / 255);
-    const numbers = (css) => {
-        const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-        pen.fillStyle = css; pen.fillRect(0, 0, 1, 1);
-        const [r, g, b, a] = pen.getImageData(0, 0, 1, 1).data;
-        return [r, g, b, a / 255];
-    };
-    const behind = (node) => {
-        if (!node) return [255, 255, 255];
-        const [r, g, b, a] = numbers(getComputedStyle(node).backgroundColor);
-        if (a === 1) return [r, g, b];
-        const under = behind(node.parentElement);
-        return [r, g, b].map((c, i) => c * a + under[i] * (1 - a));
-    };
-    const found = [];
-    for (const node of document.querySelectorAll('main *, header *, nav *, .controls *, footer *')) {
-        if (node.closest('svg') || ![...node.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
-        const [a, b] = [luminance(numbers(getComputedStyle(node).color)), luminance(behind(node))];
-        const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-        if (ratio < 4.5) found.push([node.tagName, node.className, node.textContent.slice(0, 20), ratio]);
-    }
-    return found;
-}"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -15,8 +15,9 @@ from moe_jax.config import UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import compiled_layer, corpus_routing
 from moe_jax.inspection.corpus_routing import corpus_data, count_routing, log_likelihood_ratio
-from moe_jax.inspection.report import _digest, attention_data, next_data, render, report_run, write_report
+from moe_jax.inspection.report import attention_data, next_data, render, report_run, write_report
 from moe_jax.inspection.trace import routing_trace
+from moe_jax.pages.assembly import digest
 from moe_jax.runs.load import open_run
 from moe_jax.runs.metrics import load_entropy
 from moe_jax.system.folders import Folder
@@ -105,8 +106,8 @@ def test_no_text_can_become_markup(written: tuple[str, dict]) -> None:
     style = page[page.index("<style>") + len("<style>") : page.index("</style>")]
     script = page[page.rindex("<script>") + len("<script>") : page.rindex("</script>")]
     policy = page[page.index("default-src 'none'") :].partition('"')[0]
-    assert f"style-src '{_digest(style)}'" in policy
-    assert f"script-src '{_digest(script)}'" in policy
+    assert f"style-src '{digest(style)}'" in policy
+    assert f"script-src '{digest(script)}'" in policy
     assert "unsafe" not in policy
 
 

@@ -127,5 +127,5 @@ def test_a_restart_can_be_refused(refused: str, monkeypatch) -> None:
     if refused == "variable":
         monkeypatch.setenv("MOE_JAX_RESTART", "0")
     monkeypatch.setattr("os.execv", lambda *_: pytest.fail("restarted"))
-    (note,) = environment._restart_with_malloc_settings()
+    (note,) = environment.restart_with_malloc_settings()
     assert "GLIBC_TUNABLES=glibc.malloc" in note

@@ -66,8 +66,6 @@ const layerSeries = (x, rows) => rows.map((y, l) => ({ name: `layer ${l}`, colou
 const scale = (low, high, colour = "var(--accent)", middle = null) => el("p", { class: "scale small" }, el("span", {}, low),
   el("span", { class: "ramp", vars: { "--c": colour }, "aria-hidden": "true" }), middle ? el("span", {}, middle) : null, el("span", {}, high));
 
-// The legend of shaded tokens: a swatch for each of some values, each with its number. `vars(v)` gives the shade.
-const heatScale = (values, vars, name, note) => el("p", { class: "heat small" }, el("span", { class: "swatches" }, values.map((v) => el("span", { class: "o", vars: vars(v) }, name(v)))), el("span", {}, note));
 
 // A grid of cells. values[row][column] has full colour at `top`; null means no value. `say(row, column)` gives the tip.
 const heatMap = ({ values, top, colour, say, label, axis }) => {

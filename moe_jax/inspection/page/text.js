@@ -3,39 +3,25 @@ const tokensBox = byId("tokens"), card = byId("card"), barcode = byId("barcode")
 const nodes = [];
 const marks = new Set(data.text.mark); // separators and parts of characters, which are not shown as their own text
 let reachable = 0; // the only token that the Tab key reaches
-const RTL = /[\u0590-\u08ff\ufb1d-\ufdff\ufe70-\ufeff]/, LETTER = /\p{L}/u;
 
-const direction = (paragraph) => {
-  for (const i of paragraph) {
-    if (marks.has(i)) continue;
-    const letter = data.text.pieces[i].match(LETTER);
-    if (letter) return RTL.test(letter[0]) ? "rtl" : "ltr";
-  }
-  return "ltr";
-};
+const direction = (paragraph) => directionOf(paragraph.filter((i) => !marks.has(i)).map((i) => data.text.pieces[i]));
 
-// A paragraph begins after a line break, at a separator, and after the end of a sentence if it is already long. Short
-// paragraphs matter, because the browser lays out only those in the window (content-visibility).
-const LONG = 120;
 const paragraphs = () => {
   const found = [[]], { pieces, ids } = data.text;
   const separator = marks.has(0) ? ids[0] : null;
   pieces.forEach((piece, i) => {
     const now = found.at(-1);
-    if (now.length && (ids[i] === separator || now.length >= 2 * LONG || (now.length >= LONG && /[.!?]["”’)]*\s*$/.test(pieces[i - 1]) && /^\s/.test(piece)))) found.push([]);
+    if (now.length && (ids[i] === separator || endsParagraph(now.length, pieces[i - 1], piece))) found.push([]);
     found.at(-1).push(i);
-    if (piece.includes("\n")) found.push([]);
   });
   return found.filter((p) => p.length);
 };
 const buildTokens = () => {
-  // The space that begins a token is put before its box, so that lines break between boxes and words stay apart.
   const boxes = paragraphs().map((p) => el("p", { dir: direction(p) }, p.flatMap((i) => {
-    const [, space, rest] = data.text.pieces[i].match(/^( (?=\S))?(.*)$/s);
-    const node = el("span", { class: "t", role: "button", tabindex: "-1", "data-i": i }, visible(rest).replace(/\n/g, "↵"));
-    nodes[i] = node;
-    node.fixed = marks.has(i) ? " mark" : [...rest].length < 2 ? " slim" : "";
-    return space ? [space, node] : [node];
+    const parts = tokenChip(data.text.pieces[i], i);
+    nodes[i] = parts.at(-1);
+    nodes[i].fixed = marks.has(i) ? " mark" : parts.at(-1).slim ? " slim" : "";
+    return parts;
   })));
   tokensBox.append(...boxes);
   nodes[0].tabIndex = 0;
@@ -48,8 +34,7 @@ const doubt = (layer, i) => {
   return E > 1 ? bits / Math.log(E) : 0;
 };
 
-const SURPRISED = 8; // nats: the strongest shade
-const shadeOf = { doubt: (value) => value, surprise: (nats) => Math.min(nats / SURPRISED, 1) };
+const shadeOf = { doubt: (value) => value, surprise: surpriseShade };
 // An indecision of h is that of an even choice among E^h experts.
 const alike = (h) => (E ** h).toFixed(1);
 
@@ -100,9 +85,8 @@ const describeText = () => {
 const drawKey = (mode) => {
   const sample = (name, text) => el("span", {}, el("span", { class: `t a0 b${Math.min(1, E - 1)} ${name}`, "aria-hidden": "true" }, "word"), text);
   const shades = (values, name, note) => heatScale(values, (v) => ({ "--v": shadeOf[mode](v), "--c": "var(--accent)" }), name, note);
-  const chances = [1, 0.5, 0.1, 0.01, Math.exp(-SURPRISED)];
   fill(clear(byId("key")), {}, mode === "surprise" ? [
-    shades(chances.map((p) => -Math.log(p)), (nats) => (nats < SURPRISED ? percent(Math.exp(-nats), 0) : `${percent(Math.exp(-nats), 2)} or less`), "the chance that the model gave to the token"),
+    surpriseScale("the chance that the model gave to the token"),
   ] : mode === "doubt" ? [
     shades([0, 0.25, 0.5, 0.75, 1], (v) => `${v}`, `0: certain of one expert. 1: all ${E} experts alike. 0.5: like an even choice among ${alike(0.5)} of them.`),
   ] : [
@@ -223,21 +207,6 @@ const letGo = () => {
   change("lit", null);
 };
 
-// The token one line above or below whose middle is nearest.
-const vertical = (i, sign) => {
-  const from = nodes[i].getBoundingClientRect(), middle = from.left + from.width / 2;
-  let best = i, distance = Infinity, line = null;
-  for (let j = i + sign; j >= 0 && j < N; j += sign) {
-    const box = nodes[j].getBoundingClientRect();
-    if (sign * (box.top - from.top) < from.height / 2) continue;
-    line ??= box.top;
-    if (Math.abs(box.top - line) > from.height / 2) break;
-    const d = Math.abs(box.left + box.width / 2 - middle);
-    if (d < distance) [best, distance] = [j, d];
-  }
-  return best;
-};
-
 const setLayer = (layer) => {
   const next = Math.max(0, Math.min(L - 1, layer));
   byId("layer").value = next;
@@ -248,7 +217,7 @@ const setLayer = (layer) => {
 const walk = (event) => {
   const i = Number(event.target.dataset.i);
   const rtl = event.target.parentElement.dir === "rtl" ? -1 : 1;
-  const moves = { ArrowRight: () => i + rtl, ArrowLeft: () => i - rtl, ArrowDown: () => vertical(i, 1), ArrowUp: () => vertical(i, -1), Home: () => 0, End: () => N - 1 };
+  const moves = { ArrowRight: () => i + rtl, ArrowLeft: () => i - rtl, ArrowDown: () => vertical(nodes, i, 1), ArrowUp: () => vertical(nodes, i, -1), Home: () => 0, End: () => N - 1 };
   if (Number.isNaN(i) || !moves[event.key]) return;
   event.preventDefault();
   chooseToken(moves[event.key](), true);

@@ -89,8 +89,9 @@ def _einsum(axes: str, left: Array, right: Array, out: jnp.dtype | None = None) 
     return jnp.einsum(axes, left, right, precision=dot_precision(left.dtype), preferred_element_type=out)
 
 
-def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "#Q S"]) -> Float[Array, "B H Q S"]:
-    """Softmax over the visible places. The others get exactly 0. One row of `visible` serves all queries."""
+def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "*#BH #Q S"]) -> Float[Array, "B H Q S"]:
+    """Softmax over the visible places. The others get exactly 0. One row of `visible` serves all queries. With two more
+    axes, each sequence has visible places of its own."""
     return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
 
 

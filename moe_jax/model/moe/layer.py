@@ -37,6 +37,9 @@ class Mode(Enum):
     """Evaluation. Drops nothing, unless `eval_capacity_factor` sets a capacity."""
     GENERATE = "generate"
     """Reading a prompt and appending tokens to it. Never drops anything."""
+    SERVE = "serve"
+    """Appending one token to each of several independent texts. Never drops anything, and no text changes the bits of
+    another."""
 
 
 class LayerTrace(NamedTuple):
@@ -172,6 +175,10 @@ class MoE(nnx.Module):
             return Capacity(capacity(tokens, experts, policy.top_k, policy.eval_capacity_factor))
         if pairs <= experts:
             return PerToken()
+        if mode is Mode.SERVE and tokens == 1:
+            # An expert has at most one pair of each text. So a block of B rows holds all its pairs, and no pair is ever
+            # in a further block, whose product is another program with other roundings.
+            return Blocks(batch, in_place=True)
         return Blocks(inference_block_rows(pairs, experts), in_place=True)
 
 

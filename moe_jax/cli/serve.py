@@ -1,0 +1,84 @@
+"""`moe-jax serve`."""
+
+import importlib.util
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+from moe_jax.cli.command import Command, check_range, check_run_folder
+from moe_jax.config import ConfigError, UserError
+from moe_jax.system import environment
+from moe_jax.system.terminal_text import say
+
+
+@dataclass(frozen=True)
+class Serve(Command):
+    """Serve a trained model: OpenAI's API for programs, and a page that shows which experts write each token.
+
+    Several texts are written at once, one in each slot; others wait. The same request with the same seed gives the same
+    text, whatever else is being written. Ctrl-C or SIGTERM ends the server.
+    """
+
+    interrupted: ClassVar[str] = "the server had not started"
+
+    run: str
+    """Folder of a run."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Another machine can ask only if this is not 127.0.0.1; then --api-key must be given."""
+    port: int = 8000
+    """Port to listen on. 0 takes a free one."""
+    slots: int = 4
+    """Texts that are written at once. More slots are faster for many texts, and slower for one."""
+    api_key: str = ""
+    """Key that requests must send. None unless given."""
+    allow_origin: list[str] = field(default_factory=list)
+    """Another site whose pages may ask, such as https://example.org."""
+    step: int | None = None
+    """Step of the checkpoint to load. The best one unless given."""
+
+    def check(self) -> None:
+        """Raise ConfigError for a value that cannot be."""
+        check_run_folder(self.run, self.step)
+        check_range("--port", self.port, 0, 65535)
+        check_range("--slots", self.slots, 1, 256)
+        if not self.api_key.isascii() or " " in self.api_key:
+            raise ConfigError("--api-key: must be ASCII characters without a space, since it is sent in a header")
+        from moe_jax.serving.sockets import is_loopback
+
+        if not self.api_key and not is_loopback(self.host):
+            raise ConfigError(f"--host {self.host}: other machines can reach it; give an --api-key, too")
+        for origin in self.allow_origin:
+            parts = urlsplit(origin)
+            if parts.scheme not in ("http", "https") or origin != f"{parts.scheme}://{parts.netloc}":
+                raise ConfigError(f"--allow-origin {origin}: must be like https://example.org, without a path")
+
+    def execute(self) -> int:
+        self.check()
+        if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
+            raise UserError("serve needs the packages starlette and uvicorn; install them with `uv sync --extra serve`")
+        if environment.runs_on_cpu():
+            environment.restart_with_malloc_settings()  # before anything is printed
+        from moe_jax.serving.sockets import bind, url
+
+        sock = bind(self.host, self.port)
+        say(f"loading {self.run}, {self.slots} slots; the server will be at {url(sock)}")
+        environment.prepare_environment()
+        from moe_jax.inference.slots import SlotDecoder
+        from moe_jax.runs.load import open_run
+        from moe_jax.serving.access import Rules
+        from moe_jax.serving.app import Server
+        from moe_jax.serving.engine import Engine
+        from moe_jax.serving.limits import MAX_QUEUE
+        from moe_jax.serving.model_card import ModelCard
+        from moe_jax.serving.server import Loop, serve
+
+        run, loop = open_run(self.run, self.step), Loop()
+        card = ModelCard(run, Path(self.run).resolve().name, self.slots, Path(self.run))
+        decoder = SlotDecoder(run.graphdef, run.config.model.seq_len, run.tokenizer.vocab_size, self.slots)
+        engine = Engine(decoder, run.params, run.tokenizer, queue=MAX_QUEUE, deliver=loop.deliver)
+        engine.compile()
+        server = Server(engine, card, Rules(self.host, self.api_key, self.allow_origin))
+        serve(server, loop, sock, ready=lambda: say(f"ready: {url(sock)} (Ctrl-C ends it)"))
+        say("stopped")
+        return 0

@@ -1,0 +1,54 @@
+"""Join the files of a page into one document that loads nothing.
+
+The style and the script stand inside the document. Its content security policy allows these two by their digests and
+no other, so text that slipped into the markup could not run.
+"""
+
+import base64
+import hashlib
+from collections.abc import Iterable, Mapping
+from importlib import resources
+
+SHARED_STYLE = "shared.css"
+SHARED_SCRIPTS = ("build", "colours", "chips")
+
+
+def page_file(package: str, name: str) -> str:
+    """The text of a file in a folder of a package, such as `moe_jax.inspection` and `page/index.html`."""
+    return (resources.files(package) / name).read_text(encoding="utf-8")
+
+
+def page_style(package: str) -> str:
+    """The shared style, then `page/style.css` of the package, whose rules win."""
+    return page_file("moe_jax.pages", f"parts/{SHARED_STYLE}") + page_file(package, "page/style.css")
+
+
+def page_script(package: str, names: Iterable[str]) -> str:
+    """One strict script in a scope of its own: the shared scripts, then `page/NAME.js` of the package in this order."""
+    shared = [page_file("moe_jax.pages", f"parts/{name}.js") for name in SHARED_SCRIPTS]
+    own = [page_file(package, f"page/{name}.js") for name in names]
+    return '"use strict";\n(() => {\n' + "\n".join([*shared, *own]) + "})();\n"
+
+
+def security_policy(style: str, script: str, *more: str) -> str:
+    """The content security policy of a document with this inline style and script: nothing else, and no network.
+
+    `more` are further directives, such as `connect-src 'self'`.
+    """
+    directives = ("default-src 'none'", f"style-src '{digest(style)}'", f"script-src '{digest(script)}'")
+    return "; ".join((*directives, "img-src data:", "base-uri 'none'", "form-action 'none'", *more))
+
+
+def digest(content: str) -> str:
+    """The name that a content security policy gives to the content of an inline element."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+
+
+def filled(markup: str, parts: Mapping[str, str]) -> str:
+    """The markup with each `{{name}}` replaced by `parts[name]`. What is put in is not searched again."""
+    before, *rest = markup.split("{{")
+    found = [before]
+    for piece in rest:
+        name, _, after = piece.partition("}}")
+        found += [parts[name], after]
+    return "".join(found)

@@ -1,0 +1,344 @@
+"""The engine: one thread owns the device, and writes up to S texts at once.
+
+Texts wait in a queue. Between two steps the thread frees the slots of texts that nobody waits for, and reads the prompt
+of at most one waiting text, so that the others go on. A step draws one token for every text. A text that ends leaves
+its slot at once.
+"""
+
+import itertools
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
+from moe_jax.inference.decode import DecodeState
+from moe_jax.inference.prompt_pass import ReadPrompt
+from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.slots import Drawn, SlotDecoder, Writing
+from moe_jax.model.transformer import Params
+from moe_jax.serving.pieces import TextPieces
+from moe_jax.serving.texts import Event, FinishReason, Listener, Piece, TextRequest
+
+type Deliver = Callable[[Sequence[tuple[Listener, Event]]], None]
+
+
+class QueueFull(Exception):
+    """As many texts wait as may."""
+
+
+class Stopping(Exception):
+    """The engine takes no more texts."""
+
+
+@dataclass
+class Counts:
+    """What the engine has done since its start."""
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    texts: int = 0
+    """Texts that ended by themselves."""
+    cancelled: int = 0
+    failures: int = 0
+    """Errors of the program."""
+    step_seconds: float = 0.0
+    read_seconds: float = 0.0
+    """Seconds spent on prompts."""
+
+
+class _Waiting(NamedTuple):
+    request: TextRequest
+    listener: Listener
+
+
+@dataclass
+class _Row:
+    """A text in a slot."""
+
+    request: TextRequest
+    listener: Listener
+    context: list[int]
+    """The tokens in the cache."""
+    pieces: TextPieces
+    prompt: list[Piece]
+    """For the first event; empty after it."""
+    drawn: int = 0
+
+
+class Engine:
+    """Writes texts with a model. `submit` and `stop` may be called from any thread.
+
+    The text of a request depends on its prompt, settings, seed and number, and on the number of slots. It does not
+    depend on what else is being written.
+    """
+
+    def __init__(
+        self,
+        decoder: SlotDecoder,
+        params: Params,
+        tokenizer: Tokenizer,
+        *,
+        queue: int,
+        deliver: Deliver | None = None,
+    ) -> None:
+        """`queue` is the most texts that may wait. `deliver` is called on the engine's thread with the events of each
+        step; without it the listeners are called there."""
+        self.slots, self.counts = decoder.slots, Counts()
+        self._decoder, self._params, self._tokenizer, self._queue = decoder, params, tokenizer, queue
+        self._state = decoder.empty(params)
+        self._rows: list[_Row | None] = [None] * self.slots
+        self._waiting: deque[_Waiting] = deque()
+        self._news: list[tuple[Listener, Event]] = []
+        self._last_read: tuple[tuple[int, ...], DecodeState] | None = None
+        self._deliver = deliver or (lambda news: [listener(event) for listener, event in news])
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def compile(self) -> None:
+        """Compile the programs now, so that no text waits for them. Before `start`."""
+        self._admit(_Waiting(TextRequest([0], Sampling(), 0, 0, 2, echo=True, routing=True), lambda event: None))
+        self._step()
+        for length in self._decoder.prompt_lengths:
+            self._state = self._decoder.refill(self._state, 0, self._read([0] * length))
+        self._rows = [None for _ in self._rows]
+        self._news, self.counts = [], Counts()
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, requests: Sequence[TextRequest], listeners: Sequence[Listener]) -> None:
+        """Write texts. A listener is called with each event of its text. Raises QueueFull if not all of them can wait,
+        and Stopping."""
+        with self._changed:
+            if self._stopping:
+                raise Stopping
+            if len(self._waiting) + len(requests) > self._queue + self.free:
+                raise QueueFull
+            self._waiting.extend(map(_Waiting, requests, listeners))
+            self._changed.notify()
+
+    def cancel(self, requests: Sequence[TextRequest]) -> None:
+        """Free the slots of texts before the next token. They get no more events."""
+        with self._changed:
+            for request in requests:
+                request.cancelled = True
+            self._changed.notify()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """End all texts with the reason `stopped`, and the thread after its present step."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            self._thread.join(timeout)
+
+    @property
+    def running(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def busy(self) -> int:
+        """Slots with a text."""
+        return sum(row is not None for row in self._rows)
+
+    @property
+    def free(self) -> int:
+        return self.slots - self.busy
+
+    @property
+    def queued(self) -> int:
+        """Texts that wait for a slot."""
+        return len(self._waiting)
+
+    # On the engine's thread
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stopping or self._waiting or self.busy)
+                if self._stopping:
+                    break
+            try:
+                self._turn()
+            except Exception:
+                traceback.print_exc(file=sys.stderr)
+                self.counts.failures += 1
+                self._end_all("failed")
+                self._last_read = None
+                self._state = self._decoder.empty(self._params)  # the former arrays were given to the failed program
+            self._send()
+        self._news += [(waiting.listener, Event([], "stopped")) for waiting in self._waiting]
+        self._waiting.clear()
+        self._end_all("stopped")
+        self._send()
+
+    def _turn(self) -> None:
+        """Free, admit, step."""
+        for slot, row in enumerate(self._rows):
+            if row is not None and row.request.cancelled:
+                self.counts.cancelled += 1
+                self._rows[slot] = None
+        waiting = self._next()
+        if waiting is not None:
+            try:
+                self._admit(waiting)
+            except Exception:
+                self._news.append((waiting.listener, Event([], "failed")))
+                raise
+            self._send()
+        if self.busy:
+            self._step()
+
+    def _next(self) -> _Waiting | None:
+        """The text that gets a slot now."""
+        with self._changed:
+            while self._waiting:
+                if self._waiting[0].request.cancelled:
+                    self._waiting.popleft()
+                    self.counts.cancelled += 1
+                elif self.free:
+                    return self._waiting.popleft()
+                else:
+                    break
+        return None
+
+    def _admit(self, waiting: _Waiting) -> None:
+        """Read a prompt, and put its text into a free slot."""
+        request, begin = waiting.request, time.perf_counter()
+        prompt = self._prompt_pieces(request) if request.echo else []
+        self.counts.prompt_tokens += len(request.prompt)
+        if request.limit == 0:
+            self.counts.texts += 1
+            self._news.append((waiting.listener, Event([], "length", prompt)))
+            return
+        slot = self._rows.index(None)
+        context = request.prompt[-self._decoder.seq_len :]
+        # The separator begins a prompt and also ends a text. It gets no repetition penalty, or texts would not end.
+        seen = [token for token in request.prompt if token != self._tokenizer.separator_id]
+        writing = Writing(request.settings, request.seed, request.number, request.logprobs)
+        self._state = self._decoder.place(self._state, slot, self._read(context), seen, writing)
+        pieces = TextPieces(self._tokenizer, request.stop)
+        self._rows[slot] = _Row(request, waiting.listener, list(context), pieces, prompt)
+        jax.block_until_ready(self._state.position)
+        self.counts.read_seconds += time.perf_counter() - begin
+
+    def _read(self, context: list[int]) -> DecodeState:
+        """The state after a prompt. Several texts of one prompt, one after another, read it once."""
+        key = tuple(context)
+        if self._last_read is None or self._last_read[0] != key:
+            self._last_read = (key, self._decoder.read(self._params, context))
+        return self._last_read[1]
+
+    def _prompt_pieces(self, request: TextRequest) -> list[Piece]:
+        read = self._decoder.look(self._params, request.prompt)
+        texts = StreamDecoder(self._tokenizer)
+        pieces = [
+            self._piece(read, n, token, request)._replace(text=texts.feed(token))
+            for n, token in enumerate(request.prompt)
+        ]
+        pieces[0] = pieces[0]._replace(logprob=None, likeliest=[])
+        if request.prompt[0] == self._tokenizer.separator_id:  # it has no text before a text
+            pieces[0] = pieces[0]._replace(text="")
+        return pieces
+
+    def _step(self) -> None:
+        """One more token for every text."""
+        begin = time.perf_counter()
+        active = np.array([row is not None for row in self._rows])
+        self._state, drawn = self._decoder.step(self._params, self._state, active)
+        drawn = jax.tree.map(np.asarray, drawn)
+        self.counts.steps += 1
+        self.counts.step_seconds += time.perf_counter() - begin
+        for slot, row in enumerate(self._rows):
+            if row is not None:
+                self._add(slot, row, drawn)
+
+    def _add(self, slot: int, row: _Row, drawn: Drawn) -> None:
+        """Give a text its next token, or end it."""
+        token = int(drawn.token[slot])
+        if token == self._tokenizer.separator_id:
+            self._tell(row, row.pieces.finish(), "stop")
+            self._rows[slot] = None
+            return
+        row.drawn += 1
+        self.counts.generated_tokens += 1
+        piece = self._piece(drawn, slot, token, row.request)
+        row.context.append(token)
+        if len(row.context) > self._decoder.seq_len:
+            piece = self._refill(slot, row, piece)
+        pieces = row.pieces.feed(piece)
+        if row.pieces.stopped or row.drawn == row.request.limit:
+            self._tell(row, pieces + row.pieces.finish(), "stop" if row.pieces.stopped else "length")
+            self._rows[slot] = None
+        elif pieces or row.prompt:
+            self._tell(row, pieces)
+
+    def _refill(self, slot: int, row: _Row, piece: Piece) -> Piece:
+        """The context is full: its later half becomes a new prompt. Returns the piece with the experts that have now
+        read its token; the step had no place for it."""
+        row.context = row.context[-(self._decoder.seq_len // 2) :]
+        if row.drawn < row.request.limit:
+            self._state = self._decoder.refill(self._state, slot, self._read(row.context))
+        if not row.request.routing:
+            return piece
+        there = self._piece(
+            self._decoder.look(self._params, row.context), len(row.context) - 1, piece.token, row.request
+        )
+        return piece._replace(experts=there.experts, gates=there.gates)
+
+    def _piece(self, found: Drawn | ReadPrompt, row: int, token: int, request: TextRequest) -> Piece:
+        """Token `row` of a prompt, or the token drawn for slot `row`. Its text is not known yet."""
+        logprob, likeliest = None, []
+        if request.logprobs:
+            logprob = float(found.logprob[row])
+            best = found.likeliest_logprob[row].tolist()
+            likeliest = list(zip(found.likeliest[row].tolist(), best, strict=True))
+        if not request.routing or found.expert is None or found.gate is None:
+            return Piece(token, "", logprob, likeliest, None, None)
+        return Piece(token, "", logprob, likeliest, found.expert[:, row].tolist(), found.gate[:, row].tolist())
+
+    def _tell(self, row: _Row, pieces: list[Piece], finish: FinishReason | None = None) -> None:
+        self._news.append((row.listener, Event(pieces, finish, row.prompt)))
+        row.prompt = []
+        self.counts.texts += finish in ("stop", "length")
+
+    def _end_all(self, reason: FinishReason) -> None:
+        for row in filter(None, self._rows):
+            self._tell(row, row.pieces.finish(), reason)
+        self._rows = [None for _ in self._rows]
+
+    def _send(self) -> None:
+        news, self._news = self._news, []
+        if news:
+            self._deliver(news)
+
+
+def in_parallel(engine: Engine, requests: Sequence[TextRequest]) -> list[list[Event]]:
+    """The events of texts that are submitted at once. Waits until all have ended."""
+    events: list[list[Event]] = [[] for _ in requests]
+    left = itertools.count(len(requests) - 1, -1)
+    done = threading.Event()
+
+    def listener(n: int) -> Listener:
+        def listen(event: Event) -> None:
+            events[n].append(event)
+            if event.finish is not None and next(left) == 0:
+                done.set()
+
+        return listen
+
+    engine.submit(requests, [listener(n) for n in range(len(requests))])
+    done.wait()
+    return events

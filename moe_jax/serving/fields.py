@@ -1,0 +1,133 @@
+"""The fields of a request, read and checked. A wrong one is answered with what is allowed."""
+
+import json
+import math
+import secrets
+from typing import Any
+
+from moe_jax.inference.prompt_pass import MOST_ALTERNATIVES
+from moe_jax.inference.sampling import Sampling
+from moe_jax.serving import limits
+from moe_jax.serving.limits import ApiError
+
+SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
+COMMON = SAMPLING | {"model", "stream", "stream_options", "max_tokens", "seed", "stop", "n", "user"}
+COMMON |= {"return_token_ids", "routed_experts"}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "best_of": (None, 1),
+    "suffix": (None, ""),
+    "frequency_penalty": (None, 0),
+    "presence_penalty": (None, 0),
+    "logit_bias": (None, {}),
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+}
+"""Fields of OpenAI's that this server does not have, and the values that ask for nothing."""
+
+
+class Fields:
+    """The body of a request: a JSON object. Its methods raise ApiError for a value that cannot be."""
+
+    def __init__(self, body: bytes, known: set[str]) -> None:
+        """Raises ApiError for a body that is not a JSON object, and for a field that is not known."""
+        try:
+            values = json.loads(body)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"the body is not JSON ({error})") from None
+        if not isinstance(values, dict):
+            raise ApiError(400, "the body must be a JSON object")
+        for name, value in values.items():
+            if name in _NEUTRAL and name not in known:
+                if value not in _NEUTRAL[name]:
+                    raise ApiError(400, f"{name}: this server does not have it; leave it out", name, "unsupported")
+            elif name not in known:
+                raise ApiError(400, f"{_short(name)}: no such field; known are {', '.join(sorted(known))}", name[:80])
+        self._values = values
+
+    def value(self, name: str) -> Any:
+        """The value as it was given; None if it was not."""
+        return self._values.get(name)
+
+    def whole(self, name: str, default: int, low: int, high: int) -> int:
+        """A whole number between `low` and `high`."""
+        value = self._given(name, default)
+        if type(value) is float and value.is_integer():
+            value = int(value)
+        if type(value) is not int or not low <= value <= high:
+            raise self._wrong(name, value, f"must be a whole number between {low:,} and {high:,}")
+        return value
+
+    def number(self, name: str, default: float, low: float, high: float) -> float:
+        """A number between `low` and `high`."""
+        value = self._given(name, default)
+        if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
+            raise self._wrong(name, value, f"must be a number between {low:g} and {high:g}")
+        return float(value)
+
+    def switch(self, name: str) -> bool:
+        """True or false; false if it was not given."""
+        value = self._given(name, False)
+        if type(value) is not bool:
+            raise self._wrong(name, value, "must be true or false")
+        return value
+
+    def sampling(self) -> Sampling:
+        """How to draw. OpenAI's defaults: temperature 1, no filter."""
+        return Sampling(
+            temperature=self.number("temperature", 1.0, 0, 100),
+            top_k=max(self.whole("top_k", 0, -1, 2**24), 0),  # other servers have -1 for off
+            top_p=self.number("top_p", 1.0, 1e-6, 1),
+            min_p=self.number("min_p", 0.0, 0, 1),
+            repetition_penalty=self.number("repetition_penalty", 1.0, 1e-3, 1e3),
+        )
+
+    def seed(self) -> int:
+        """The seed; a random one if it was not given."""
+        return self.whole("seed", secrets.randbelow(2**31), 0, 2**31 - 1)
+
+    def stops(self) -> list[str]:
+        """The strings that end a text."""
+        value = self._given("stop", [])
+        stops = [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+            raise self._wrong("stop", value, "must be a text that is not empty, or a list of such texts")
+        if len(stops) > limits.MAX_STOPS:
+            raise self._wrong("stop", f"{len(stops)} texts", f"may be at most {limits.MAX_STOPS}")
+        longest = max(map(len, stops), default=0)
+        if longest > limits.MAX_STOP_CHARACTERS:
+            problem = f"may have at most {limits.MAX_STOP_CHARACTERS}"
+            raise self._wrong("stop", f"a text of {longest} characters", problem)
+        return stops
+
+    def alternatives(self, name: str) -> int | None:
+        """How many of the likeliest tokens are reported; None if log-probabilities were not asked for."""
+        if self.value(name) in (None, False):
+            return None
+        return self.whole(name, 0, 0, MOST_ALTERNATIVES)
+
+    def check_model(self, name: str) -> None:
+        """Raise ApiError if another model is asked for."""
+        asked = self._given("model", name)
+        if asked != name:
+            raise ApiError(404, f"model {_short(asked)}: this server has {name!r}", "model", "model_not_found")
+
+    def include_usage(self) -> bool:
+        """Whether the last event of a stream counts the tokens."""
+        value = self._given("stream_options", {})
+        if not isinstance(value, dict) or not set(value) <= {"include_usage", "include_obfuscation"}:
+            raise self._wrong("stream_options", value, 'must be {"include_usage": true or false}')
+        return value.get("include_usage") is True
+
+    def _given(self, name: str, default: Any) -> Any:
+        value = self._values.get(name)
+        return default if value is None else value
+
+    def _wrong(self, name: str, value: Any, problem: str) -> ApiError:
+        shown = value if isinstance(value, str) and " " in value else _short(value)
+        return ApiError(400, f"{name} {shown}: {problem}", name)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,96 @@
+// The beginning: the model is asked for, or the saved text is shown.
+const facts = () => [
+  layersShown() ? `${count(layersShown(), "layer")} with ${count(model.experts, "expert")}, ${model.experts_per_token} for each token` : `${count(model.layers, "layer")} without experts`,
+  model.context ? `reads ${count(model.context, "token")}` : "",
+  model.val_bits_per_byte ? `${model.val_bits_per_byte.toFixed(3)} bits per byte` : "",
+].filter(Boolean).join(" · ");
+
+const startModel = () => {
+  addColours(model.experts);
+  document.title = `Routing of ${model.id}`;
+  byId("model-name").textContent = `${model.id} · ${facts()}`;
+  const more = live ? ", and go on from there" : "";
+  if (layersShown()) byId("lead").textContent = `Each token has the colour of the expert that it chooses first. Point at a token to see what else it might have been${more}.`;
+  else {
+    byId("title").textContent = "Watch every token and its chances";
+    byId("lead").textContent = `This model has no experts: each token is shaded by its probability. Point at a token to see what else it might have been${more}.`;
+    for (const node of document.querySelectorAll("[data-routed]")) node.hidden = true;
+  }
+  byId("foot").textContent = live ? "One file. It asks only the server that it came from." : `One file, no network. Saved on ${saved.at}; temperature ${saved.settings.temperature}, seed ${saved.settings.seed}.`;
+  startText();
+  startLoads();
+  if (layersShown()) setLayer(0);
+  startGlance();
+  dressAll();
+  drawCard();
+};
+
+let connected = false;
+const connect = async () => {
+  try {
+    const { data: [entry] } = await (await request("v1/models")).json();
+    model = { ...model, id: entry.id, ...entry.moe_jax };
+  } catch (error) {
+    say(error instanceof Trouble ? error.message : GONE);
+    show("key-row", error.needsKey === true);
+    return false;
+  }
+  connected = true;
+  say("");
+  show("key-row", false);
+  startModel();
+  byId("length").max = model.max_tokens;
+  if (model.chat) startChat();
+  fill(byId("suggested"), {}, model.prompts.map((text) => el("button", { type: "button", title: text, onclick: () => {
+    byId("prompt").value = text;
+    submit();
+  } }, quoted(text))));
+  drawButtons();
+  return true;
+};
+const startChat = () => {
+  document.body.classList.add("chat");
+  byId("prompt-label").textContent = "Your message";
+  byId("prompt").placeholder = "Ask for a story";
+  byId("enter-does").textContent = "sends";
+  document.querySelector(".glance").before(byId("composer"));
+};
+
+const submit = async () => {
+  if (running) { running.abort(); return; }
+  if (!connected && !await connect()) return;
+  await allShown();
+  const text = byId("prompt").value;
+  if (model.chat && !text.trim()) { byId("prompt").focus(); return; }
+  await (model.chat ? send(text) : writeNew(text));
+};
+const quietly = (action) => async () => {
+  if (running) return;
+  await allShown();
+  byId("write").focus();
+  await action();
+};
+
+startTheme();
+// The bar stays at the top of the window, so what is scrolled to has to stop below it.
+new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${byId("bar").offsetHeight}px`)).observe(byId("bar"));
+if (live) {
+  byId("composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
+  byId("prompt").addEventListener("keydown", (event) => {
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || running) return;
+    event.preventDefault();
+    submit();
+  });
+  byId("again").addEventListener("click", quietly(again));
+  byId("go-on").addEventListener("click", quietly(goOn));
+  byId("fresh").addEventListener("click", quietly(startOver));
+  byId("temperature").addEventListener("input", drawButtons);
+  byId("save").addEventListener("click", save);
+  const useKey = () => {
+    sessionStorage.setItem(KEY, byId("key").value);
+    if (connected) submit(); else connect();
+  };
+  byId("use-key").addEventListener("click", useKey);
+  byId("key").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); useKey(); } });
+  connect();
+} else openSaved();

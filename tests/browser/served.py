@@ -1,0 +1,67 @@
+"""The server's page opened in a real browser, beside a stand-in server."""
+
+from typing import Any
+
+from tests.browser.opened import Watched
+from tests.support.stand_in_server import StandIn, experts_of
+
+
+class Served(Watched):
+    """A page of the server, with everything that it said and asked for."""
+
+    def __init__(self, browser: Any, says: StandIn, **options: Any) -> None:
+        super().__init__(browser, **options)
+        self.says = says
+        self.page.goto(says.url)
+
+    def ready(self) -> "Served":
+        """Waits until the page knows the model."""
+        self.page.locator("#model-name", has_text="dragons").wait_for(state="attached")
+        return self
+
+    def write(self, beginning: str = "Once upon a time", length: int = 9) -> "Served":
+        """Writes a text, and waits for its end."""
+        self.page.locator("#length").fill(str(length))
+        self.page.locator("#prompt").fill(beginning)
+        self.page.locator("#write").click()
+        return self.finished()
+
+    def finished(self) -> "Served":
+        self.page.locator("#tokens:not(.writing)").wait_for()
+        self.page.locator("#status", has_text="Finished").wait_for(state="attached")
+        return self
+
+    def press(self, button: str) -> "Served":
+        """Presses a button that writes, and waits for the end of the text."""
+        self.page.locator("#status").evaluate("(node) => { node.textContent = ''; }")
+        self.page.locator(button).click()
+        return self.finished()
+
+    def pieces(self) -> list[str]:
+        return self.page.locator("#tokens .t").all_inner_texts()
+
+    def ids(self) -> list[int]:
+        """The ids of all chips, from what they show."""
+        return [self.says.id_of(piece) for piece in self.shown_pieces()]
+
+    def shown_pieces(self) -> list[str]:
+        """The chips with the space before them, as the stand-in's vocabulary has them."""
+        return self.page.locator("#tokens .t").evaluate_all(
+            "(nodes) => nodes.map((t) => (t.previousSibling?.nodeType === 3 ? ' ' : '') + t.textContent)"
+        )
+
+    def assert_coloured(self, layer: int, ids: list[int | None]) -> None:
+        """Fill and line of every chip are those of its first and second choice; None: its experts are not known."""
+        tint = float(self.page.evaluate("getComputedStyle(document.documentElement).getPropertyValue('--tint')")[:-1])
+        tokens = self.tokens()
+        assert len(tokens) == len(ids)
+        for i, (token, chip) in enumerate(zip(ids, tokens, strict=True)):
+            if token is None:
+                assert chip["fill"] == "rgba(0, 0, 0, 0)", i
+                continue
+            first, second = experts_of(token)[layer]
+            fill = self.colour(f"var(--e{first})").replace("rgb(", "rgba(").replace(")", f", {tint / 100:g})")
+            assert (chip["fill"], chip["line"]) == (fill, self.colour(f"var(--e{second})")), (i, chip)
+
+    def card(self) -> str:
+        return self.page.locator("#card").inner_text()

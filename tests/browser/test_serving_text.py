@@ -1,0 +1,231 @@
+"""The server's page in a real browser: what streams in, how it is coloured, what a card says, and going on from it."""
+
+import re
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from tests.browser.served import Served
+from tests.support.stand_in_server import LAYERS, MODEL, E, K, StandIn, experts_of, gates_of, logprob_of, probability
+
+READ = ["Once", " upon", " a", " time"]
+WRITTEN = [" there", " was", " a", " dragon", ".", " It", " had", " 7", " hats"]
+HOSTILE = [
+    "</script><b>x",
+    "<img src=x onerror=window.ran=1>",
+    "\u202eevil",
+    "\x07",
+    "<F0 9F>",
+    " שלום",
+    "&amp;",
+    "{{style}}",
+    "\n",
+]
+
+
+def share(text: str) -> int:
+    return int(re.sub(r"\D", "", text))
+
+
+def test_tokens_stream_in_with_the_colours_of_the_experts_that_were_sent(served: Served) -> None:
+    """In every layer, by the slider and by the keys; the expert of the last token is not known yet."""
+    served.write()
+    assert served.shown_pieces() == READ + WRITTEN
+    ids: list[int | None] = [*served.ids()[:-1], None]
+    served.assert_coloured(0, ids)
+    served.page.locator("#layer").fill("2")
+    served.assert_coloured(2, ids)
+    served.page.locator("#layer").press("[")
+    served.assert_coloured(1, ids)
+    given = served.page.locator("#tokens .t.given").count()
+    assert given == len(READ)
+    path, body = served.says.asked[-1]
+    assert path == "/v1/completions"
+    assert {k: body[k] for k in ("prompt", "stream", "echo", "return_token_ids", "routed_experts", "max_tokens")} == {
+        "prompt": "Once upon a time",
+        "stream": True,
+        "echo": True,
+        "return_token_ids": True,
+        "routed_experts": True,
+        "max_tokens": 9,
+    }
+    assert served.said == []
+    assert {url.split("/v1")[0].rstrip("/") + "/" for url in served.asked} == {served.says.url}
+
+
+def test_the_bars_hold_the_shares_of_the_choices(served: Served) -> None:
+    """Counted here once more: every choice of every token whose experts are known, K each."""
+    served.write(length=40)
+    ids = served.ids()[:-1]
+    for layer in range(LAYERS):
+        served.page.locator("#layer").fill(str(layer))
+        counts = Counter(e for token in ids for e in experts_of(token)[layer])
+        bars = served.page.locator("#loads button")
+        assert bars.count() == E
+        for e in range(E):
+            exact = counts[e] / (K * len(ids))
+            assert abs(share(bars.nth(e).locator(".share").inner_text()) - 100 * exact) <= 0.51
+            name = bars.nth(e).get_attribute("aria-label")
+            assert name.startswith(f"Expert {e}, ")
+            assert "the even share is 13" in name  # 100 / 8 = 12.5
+            top = max(2 / E, max(counts.values()) / (K * len(ids)))
+            shown = float(bars.nth(e).evaluate("(n) => n.style.getPropertyValue('--share')")[:-1])
+            assert shown == pytest.approx(100 * exact / top)
+    even = float(served.page.locator("#loads").evaluate("(n) => n.style.getPropertyValue('--even')")[:-1])
+    assert even == pytest.approx(100 / E / top)
+
+
+def test_an_expert_lights_up_its_tokens(served: Served) -> None:
+    served.write()
+    ids = served.ids()[:-1]
+    e = experts_of(ids[0])[0][0]
+    served.page.locator("#loads button").nth(e).click()
+    lit = served.page.locator("#tokens .t").evaluate_all("(all) => all.map((t) => t.classList.contains('lit'))")
+    assert lit == [*(e in experts_of(token)[0] for token in ids), False]
+    assert served.page.locator('#loads button[aria-pressed="true"]').count() == 1
+
+
+@pytest.mark.parametrize("reach", ["hover", "focus", "click"])
+def test_a_card_says_experts_gates_probability_and_the_likeliest_others(served: Served, reach: str) -> None:
+    served.write()
+    ids = served.ids()
+    beside = next(i for i in range(len(READ), len(ids) - 1) if ids[i] % 5 == 0)  # not among its five likeliest
+    among = next(i for i in range(len(READ), len(ids) - 1) if ids[i] % 5)
+    for i in (0, among, beside):
+        getattr(served.page.locator(f'#tokens .t[data-i="{i}"]'), reach)()
+        shown, token = served.card(), ids[i]
+        assert f"token {i + 1} of {len(ids)}, {'given to' if i < len(READ) else 'written by'} the model" in shown
+        assert f"probability {probability(logprob_of(token))}" in shown
+        others = served.says.others_of(token)
+        expected = [(other, p) for other, p in others] + ([(token, logprob_of(token))] if i == beside else [])
+        rows = served.page.locator("#card .other")
+        assert rows.count() == len(expected)
+        for row, (other, p) in zip(rows.all(), expected, strict=True):
+            word, chance = row.locator(".word").inner_text(), row.locator(".number").inner_text()
+            assert (word.replace("␣", " "), chance) == (served.says.vocabulary[other], probability(p))
+            assert ("own" in row.get_attribute("class")) == (other == token)
+            assert (row.evaluate("(n) => n.tagName") == "BUTTON") == (other != token)
+        for layer in range(LAYERS):
+            row = served.page.locator("#card .layers button").nth(layer)
+            pairs = zip(experts_of(token)[layer], gates_of(token)[layer], strict=True)
+            said = "; ".join(f"expert {e}, gate {gate:.3f}" for e, gate in pairs)
+            assert row.get_attribute("aria-label") == f"Layer {layer}: {said}"
+            assert row.locator(".dot").all_inner_texts() == [str(e) for e in experts_of(token)[layer]]
+
+
+def test_the_card_of_the_last_token_does_not_invent_experts(served: Served) -> None:
+    served.write()
+    served.page.locator("#tokens .t").last.click()
+    assert "Its experts are not known yet" in served.card()
+
+
+def test_a_press_holds_the_card_while_the_pointer_passes_other_tokens(served: Served) -> None:
+    served.write()
+    served.page.locator('.t[data-i="4"]').click()
+    served.page.locator('.t[data-i="6"]').hover()
+    assert served.page.locator("#card h3").inner_text() == "there"
+    served.page.keyboard.press("Escape")
+    served.page.locator('.t[data-i="7"]').hover()
+    assert served.page.locator("#card h3").inner_text() == "dragon"
+
+
+def test_going_on_from_another_token_sends_the_ids_up_to_it_and_keeps_the_former_text(served: Served) -> None:
+    served.write()
+    ids, before = served.ids(), served.shown_pieces()
+    served.page.locator('.t[data-i="7"]').click()
+    served.press("#card button.other[data-id='4'] >> nth=0")
+    (_, first), (path, body) = served.says.asked
+    assert (path, body["prompt"]) == ("/v1/completions", [0, *ids[:7], 4])
+    assert body["seed"] == first["seed"]
+    assert served.shown_pieces() == [*before[:7], " kite", *WRITTEN]
+    served.assert_coloured(0, [*served.ids()[:-1], None])
+    assert served.page.evaluate("document.activeElement.dataset.i") == "7"
+    assert served.page.locator("#former li").count() == 1
+    former = served.page.locator("#former button")
+    assert "Back to the former text" in former.inner_text()
+    assert "13 tokens" in former.inner_text()
+    former.click()
+    served.page.locator("#status", has_text="The former text is back").wait_for(state="attached")
+    assert served.shown_pieces() == before
+    served.assert_coloured(0, [*ids[:-1], None])
+    assert "17 tokens" in former.inner_text()  # the other one can be had back, too
+
+
+def test_again_with_the_next_seed_keeps_what_was_given(served: Served) -> None:
+    served.page.locator("#seed").fill("41")
+    served.write()
+    ids = served.ids()
+    served.press("#again")
+    assert served.says.asked[-1][1]["seed"] == 42
+    assert served.says.asked[-1][1]["prompt"] == [0, *ids[: len(READ)]]
+    assert served.shown_pieces() == READ + WRITTEN
+    served.page.locator("#temperature").fill("0")
+    assert not served.page.locator("#again").is_visible()  # every seed gives the same text
+
+
+def test_going_on_from_the_end_learns_the_experts_of_the_last_token(served: Served) -> None:
+    served.write()
+    ids = served.ids()
+    served.press("#go-on")
+    assert served.says.asked[-1][1]["prompt"] == [0, *ids]
+    assert served.shown_pieces() == READ + WRITTEN + WRITTEN
+    served.assert_coloured(0, [*served.ids()[:-1], None])
+    counted = sum(Counter(e for token in served.ids()[:-1] for e in experts_of(token)[0]).values())
+    assert counted == K * (len(READ) + 2 * len(WRITTEN) - 1)
+
+
+def test_a_text_longer_than_the_context_goes_on_without_an_echo(browser: Any, says: StandIn) -> None:
+    """A server echoes no more than the context."""
+    says.model = MODEL | {"context": 8}
+    served = Served(browser, says).ready().write(length=5)
+    served.press("#go-on")
+    assert [body["echo"] for _, body in says.asked] == [True, False]
+    assert served.shown_pieces() == READ + WRITTEN[:5] + WRITTEN[:5]
+    served.page.close()
+
+
+def test_stop_ends_the_request_and_keeps_what_was_written(served: Served) -> None:
+    served.says.pause = 0.05
+    served.page.locator("#length").fill("4000")
+    served.page.locator("#prompt").fill("Once")
+    served.page.locator("#write").click()
+    served.page.locator('.t[data-i="5"]').wait_for()
+    assert served.page.locator("#write").inner_text() == "Stop"
+    served.page.locator("#write").click()
+    served.finished()
+    assert served.says.aborted.wait(10)
+    count = len(served.pieces())
+    assert 6 <= count < 200
+    served.page.wait_for_timeout(300)
+    assert len(served.pieces()) == count
+    assert "you stopped it" in served.page.locator("#status").text_content()
+    served.says.pause = 0
+    served.press("#go-on >> visible=true")
+    assert len(served.pieces()) == count + 4000
+
+
+def test_no_text_becomes_markup(served: Served) -> None:
+    served.says.writes = HOSTILE
+    served.says.vocabulary[1] = "<i>other</i>"
+    served.write("</textarea><b>hi</b>\u202e", length=len(HOSTILE))
+    shown = "".join(served.shown_pieces())
+    assert shown.startswith("</textarea><b>hi</b>⟨202E⟩")
+    assert "</script><b>x<img src=x onerror=window.ran=1>⟨202E⟩evil⟨0007⟩<F0 9F> שלום&amp;{{style}}" in shown
+    served.page.locator("#tokens .t").first.click()
+    assert "<i>other</i>" in served.card()
+    assert served.page.locator("#tokens b, #tokens img, #card i, script:not(body > script)").count() == 0
+    assert served.page.evaluate("window.ran") is None
+    marks = served.page.locator("#tokens .t.mark").all_inner_texts()
+    assert marks == ["<F0 9F>"]
+    assert served.said == []
+
+
+def test_colours_by_probability(served: Served) -> None:
+    """The shade is the surprise in nats, full at 8."""
+    served.write()
+    served.page.locator("#colour").select_option("surprise")
+    shades = served.page.locator("#tokens .t").evaluate_all("(all) => all.map((t) => t.style.getPropertyValue('--v'))")
+    expected = [min(-logprob_of(token) / 8, 1) for token in served.ids()]
+    assert [float(shade) for shade in shades] == pytest.approx(expected, abs=0.0006)
+    assert "the probability that the model gave" in served.page.locator("#legend").inner_text()

@@ -1,0 +1,216 @@
+"""The server's page as a whole: keyboard, contrast, phone width, motion, long texts, conversations, failures."""
+
+from typing import Any
+
+import pytest
+
+from tests.browser.contrast import CONTRAST
+from tests.browser.served import Served
+from tests.support.stand_in_server import MODEL, E, StandIn
+
+WRITTEN = [" there", " was", " a", " dragon", ".", " It", " had", " 7", " hats"]
+
+
+PARTS = """() => {
+    window.parts = []; // chips that were added, of each task of the page
+    new MutationObserver((all) => {
+        window.parts.push(all.flatMap((m) => [...m.addedNodes]).filter((n) => n.classList?.contains('t')).length);
+    }).observe(document.getElementById('tokens'), { childList: true, subtree: true });
+}"""
+
+
+def focused(page: Any) -> str:
+    """The element with the focus: its id, or the number of a chip, or its class."""
+    return page.evaluate("(({id, dataset, className}) => id || dataset.i || className)(document.activeElement)")
+
+
+def test_the_keyboard_reaches_everything_in_the_order_of_the_page(served: Served) -> None:
+    """A group is one stop. Arrow keys move within it, Enter goes from a token to its card, Escape comes back."""
+    page = served.page
+    page.locator("#prompt").focus()
+    page.keyboard.type("Once")
+    page.locator("#length").fill("9")
+    page.locator("#prompt").press("Control+Enter")
+    served.finished()
+    page.locator("#prompt").focus()
+    order = []
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        order.append(focused(page))
+    suggested = [""] * len(MODEL["prompts"])
+    own = ["write", "again", "go-on", "temperature", "length", "seed", "layer", "", "colour", "numbers", "save"]
+    assert order == [*suggested, *own]
+    page.keyboard.press("Tab")
+    assert focused(page) == "0"
+    for key, at in (("ArrowRight", "1"), ("End", "9"), ("ArrowRight", "9"), ("ArrowLeft", "8"), ("Home", "0")):
+        page.keyboard.press(key)
+        assert focused(page) == at, key
+    page.keyboard.press("ArrowRight")
+    page.keyboard.press("Enter")
+    assert focused(page) == "other"
+    page.keyboard.press("Escape")
+    assert focused(page) == "1"
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#card h3").inner_text() == "was"
+    assert page.locator('#tokens [tabindex="0"]').count() == page.locator('#loads [tabindex="0"]').count() == 1
+
+
+def test_every_control_has_a_name(served: Served) -> None:
+    served.write()
+    served.page.locator('.t[data-i="6"]').click()
+    snapshot = served.page.locator("body").aria_snapshot()
+    for name in (
+        'textbox "A beginning"',
+        'button "Write"',
+        'spinbutton "Temperature"',
+        'spinbutton "Length"',
+        'spinbutton "Seed"',
+        'slider "Layer"',
+        'combobox "Colour by"',
+        'checkbox "expert numbers"',
+        'group "The text, token by token"',
+        'complementary "The chosen token"',
+        'button "Save as routing.html"',
+    ):
+        assert name in snapshot, name
+    nameless = served.page.locator("button, input, select, textarea").evaluate_all(
+        "(all) => all.filter((n) => !(n.ariaLabel || n.labels?.length || n.textContent.trim())).map((n) => n.outerHTML)"
+    )
+    assert nameless == []
+    assert served.page.locator("[aria-live]").evaluate_all("(all) => all.map((n) => [n.id, n.ariaLive])") == [
+        ["status", "polite"]
+    ]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_stands_out_from_its_ground(browser: Any, says: StandIn, scheme: str) -> None:
+    """WCAG 2.2 AA, 4.5 to 1: empty, with a text, a card, an expert lit, a former text, and an error; 20 experts."""
+    says.model = MODEL | {"experts": 20}
+    served = Served(browser, says, color_scheme=scheme, reduced_motion="reduce").ready()
+    assert served.page.evaluate(CONTRAST) == []
+    served.page.locator("#key-row").evaluate("(row) => { row.hidden = false; }")
+    served.write(length=60)
+    served.page.locator('.t[data-i="12"]').click()
+    served.press("#card button.other >> nth=0")
+    assert served.page.evaluate(CONTRAST) == []
+    for e in (0, 3, 5, 7, 15):
+        served.page.locator("#loads button").nth(e).click()
+        assert served.page.evaluate(CONTRAST) == []
+    served.page.locator("#colour").select_option("surprise")
+    says.refuse = (503, "the queue is full")
+    served.page.locator("#write").click()
+    served.page.locator("#error").wait_for()
+    assert served.page.evaluate(CONTRAST) == []
+    served.page.locator("#theme").click()
+    assert served.page.evaluate(CONTRAST) == []
+    served.page.close()
+
+
+@pytest.mark.parametrize("width", [420, 320, 1280])
+def test_nothing_is_wider_than_the_window(browser: Any, says: StandIn, width: int) -> None:
+    """With a word without end, a card, and a former text."""
+    says.writes = [" a", " W" + "o" * 90 + "rd", " kite", "."]
+    served = Served(browser, says, viewport={"width": width, "height": 850}).ready()
+    assert served.page.evaluate("document.documentElement.scrollWidth") == width
+    served.write(length=30)
+    served.page.locator('.t[data-i="5"]').evaluate("(chip) => chip.click()")
+    assert served.page.evaluate("document.documentElement.scrollWidth") == width
+    served.page.locator("#card button.other").first.click()
+    served.finished()
+    assert served.page.evaluate("document.documentElement.scrollWidth") == width
+    text = served.page.locator("#tokens").evaluate("(box) => [box.scrollWidth, box.clientWidth]")
+    assert text[0] <= text[1] + 1
+    served.page.close()
+
+
+def test_a_token_that_is_chosen_stays_above_its_card_on_a_phone(browser: Any, says: StandIn) -> None:
+    """The card covers the lower half of the window."""
+    served = Served(browser, says, viewport={"width": 420, "height": 850}, reduced_motion="reduce").ready()
+    served.write(length=120)
+    for i in (3, 60, 100):
+        chip = served.page.locator(f'.t[data-i="{i}"]')
+        chip.evaluate("(chip) => chip.click()")
+        token, card, bar = (x.bounding_box() for x in (chip, *map(served.page.locator, ("#card", "#bar"))))
+        assert bar["y"] + bar["height"] <= token["y"] < token["y"] + token["height"] <= card["y"], i
+    served.page.close()
+
+
+def test_nothing_moves_for_readers_who_asked_for_that(browser: Any, says: StandIn) -> None:
+    served = Served(browser, says, reduced_motion="reduce").ready()
+    says.pause = 0.05
+    served.page.locator("#write").click()
+    served.page.locator("#tokens.writing .t").first.wait_for()
+    moving = "() => document.getAnimations().length"
+    assert served.page.evaluate(moving) == 0
+    assert served.page.locator("#loads .fill").first.evaluate("(n) => getComputedStyle(n).transitionDuration") == "0s"
+    served.page.close()
+
+
+def test_two_thousand_tokens_come_in_many_small_parts(served: Served) -> None:
+    """Even if all come in one event. Cards are made when they are wanted, and paragraphs out of sight are not drawn."""
+    served.says.burst = 2000
+    served.page.evaluate(PARTS)
+    served.write(length=2000)
+    parts = served.page.evaluate("window.parts")
+    assert sum(parts) == len(served.pieces()) == 2004
+    assert max(parts) <= 64
+    assert served.page.locator("#card .other").count() == 0
+    drawn = "(all) => all.map((p) => [p.childElementCount, getComputedStyle(p).contentVisibility])"
+    paragraphs = served.page.locator("#tokens p").evaluate_all(drawn)
+    assert max(size for size, _ in paragraphs) <= 240
+    assert {kind for _, kind in paragraphs} == {"auto"}
+
+
+def test_a_conversation(browser: Any, says: StandIn) -> None:
+    """Messages go out as they were said and written; an answer can be gone on from; a new one begins empty."""
+    says.model = MODEL | {"chat": True}
+    served = Served(browser, says).ready().write("Tell me of <b>dragons</b>")
+    answer = "".join(WRITTEN)
+    assert says.asked[-1][0] == "/v1/chat/completions"
+    assert says.asked[-1][1]["messages"] == [{"role": "user", "content": "Tell me of <b>dragons</b>"}]
+    assert served.page.locator(".said").all_inner_texts() == ["Tell me of <b>dragons</b>"]
+    ids = [says.id_of(piece) for piece in WRITTEN]
+    served.assert_coloured(0, [*ids[:-1], None])
+    served.write("And then?")
+    assert says.asked[-1][1]["messages"][1:] == [
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "And then?"},
+    ]
+    served.page.locator('.t[data-i="2"]').click()  # in the first answer
+    served.press("#card button.other[data-id='4'] >> nth=0")
+    assert says.asked[-1][0] == "/v1/completions"
+    assert says.asked[-1][1]["prompt"] == [0, says.id_of("[user]Tell me of <b>dragons</b>"), *ids[:2], 4]
+    assert served.page.locator(".said").count() == 1
+    assert served.page.locator(".turn.assistant").inner_text().split("\n")[-1].startswith("there was kite there was a")
+    served.page.locator("#fresh").click()
+    assert served.page.locator("#tokens > *").count() == 0
+    served.page.locator("#former button").first.click()
+    served.page.locator(".said", has_text="dragons").wait_for()
+    served.page.close()
+
+
+def test_a_model_without_experts_is_shaded_by_probability(browser: Any, says: StandIn) -> None:
+    says.model = MODEL | {"experts": 0, "expert_layers": [], "experts_per_token": 0}
+    served = Served(browser, says).ready().write()
+    assert says.asked[-1][1]["routed_experts"] is False
+    for name in ("#layer", "#loads", "#colour", "#barcode"):
+        assert not served.page.locator(name).is_visible(), name
+    assert served.page.locator("#tokens.shaded").count() == 1
+    assert served.said == []
+    served.page.close()
+    assert E == 8  # the case above would have shown bars
+
+
+def test_the_newest_token_stays_in_sight_until_the_reader_scrolls_up(served: Served) -> None:
+    served.write(length=600)
+    box = served.page.locator("#tokens")
+    below = "(box) => box.scrollHeight - box.clientHeight - box.scrollTop"
+    assert box.evaluate(below) < 40
+    served.says.pause = 0.01
+    served.page.locator("#length").fill("100")
+    served.page.locator("#go-on").click()
+    served.page.locator("#tokens.writing").wait_for()
+    box.evaluate("(box) => { box.scrollTop = 0; }")
+    served.finished()
+    assert box.evaluate("(box) => box.scrollTop") == 0
+    assert box.evaluate(below) > 40

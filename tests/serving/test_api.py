@@ -1,0 +1,294 @@
+"""The API over HTTP: completions as `generate` writes them, their fields, and answers to what cannot be."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+
+from moe_jax.data.chat_rows import Message
+from moe_jax.data.chats import answer_prompt
+from moe_jax.inference.sampling import Sampling
+from moe_jax.serving import limits
+from moe_jax.serving.texts import TextRequest
+from tests.serving import made
+from tests.serving.site import KEY, Site, site
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "summary.json").write_text('{"opening": "Once upon", "val_bits_per_byte": 1.5}')
+    with site(folder) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site(tmp_path_factory.mktemp("run"), tuned=True) as running:
+        yield running
+
+
+def told(seed: int, number: int = 0, limit: int = 12, prompt: list[int] | None = None, **settings: Any) -> str:
+    sampling = Sampling(**({"temperature": 1.0} | settings))
+    return made.generated(TextRequest(prompt or made.PROMPT, sampling, seed, number, limit))
+
+
+def test_a_completion_is_the_text_of_generate(api: Site) -> None:
+    answer = api.complete(model="tiny", prompt="One", seed=5, max_tokens=12, n=3, top_k=30).json
+    assert [choice["text"] for choice in answer["choices"]] == [told(5, n, top_k=30) for n in range(3)]
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+    assert (answer["object"], answer["model"], answer["seed"]) == ("text_completion", "tiny", 5)
+    drawn = answer["usage"]["completion_tokens"]
+    assert answer["usage"] == {"prompt_tokens": 4, "completion_tokens": drawn, "total_tokens": 4 + drawn}
+
+
+def test_a_stream_is_the_same_text_in_pieces(api: Site) -> None:
+    answer = api.complete(prompt="One", seed=5, max_tokens=12, n=2, stream=True, stream_options={"include_usage": True})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *events, last = answer.events
+    for n in range(2):
+        choices = [event["choices"][0] for event in events if event["choices"][0]["index"] == n]
+        assert "".join(choice["text"] for choice in choices) == told(5, n)
+        assert [choice["finish_reason"] for choice in choices[:-1]] == [None] * (len(choices) - 1)
+        assert choices[-1]["finish_reason"] in ("stop", "length")
+    assert (last["choices"], last["usage"]["prompt_tokens"]) == ([], 4)
+    assert len({event["id"] for event in answer.events}) == 1
+
+
+def test_without_a_seed_texts_differ_and_the_seed_is_said(api: Site) -> None:
+    answers = [api.complete(prompt="One", max_tokens=12).json for _ in range(3)]
+    assert len({answer["seed"] for answer in answers}) == 3
+    assert all(answer["choices"][0]["text"] == told(answer["seed"]) for answer in answers)
+
+
+def test_several_prompts_and_prompts_of_tokens(api: Site) -> None:
+    ids = [made.SEPARATOR, *b"Two"]
+    answer = api.complete(prompt=["One", "Two"], seed=5, n=2, max_tokens=8).json
+    texts = [told(5, n, 8, p) for p in (made.PROMPT, ids) for n in range(2)]
+    assert [choice["text"] for choice in answer["choices"]] == texts
+    assert api.complete(prompt=ids, seed=5, max_tokens=8).json["choices"][0]["text"] == texts[2]
+    assert api.complete(prompt=[ids], seed=5, max_tokens=8).json["choices"][0]["text"] == texts[2]
+
+
+def test_probabilities_tokens_and_experts_line_up(api: Site) -> None:
+    fields = {"prompt": "One", "seed": 5, "max_tokens": 12, "logprobs": 3, "echo": True, "routed_experts": True}
+    answer = api.complete(**fields, return_token_ids=True)
+    (choice,) = answer.json["choices"]
+    found = choice["logprobs"]
+    assert choice["text"] == "One" + told(5)
+    assert choice["prompt_token_ids"] == made.PROMPT == choice["token_ids"][:4]
+    count = len(choice["token_ids"])
+    assert {len(found[name]) for name in found} == {count}
+    assert len(choice["routed_experts"]) == len(choice["gates"]) == count
+    assert all(len(layers) == 2 and all(len(pair) == 2 for pair in layers) for layers in choice["routed_experts"])
+    assert found["token_logprobs"][0] is None
+    for n in range(1, count):
+        assert list(found["top_logprobs"][n].values()) == sorted(found["top_logprobs"][n].values(), reverse=True)
+        assert len(found["top_token_ids"][n]) == 3
+        if choice["token_ids"][n] in found["top_token_ids"][n]:
+            place = found["top_token_ids"][n].index(choice["token_ids"][n])
+            value = list(found["top_logprobs"][n].values())[place]
+            assert found["token_logprobs"][n] == pytest.approx(value, abs=1e-4)
+    streamed = [event["choices"][0] for event in api.complete(**fields, return_token_ids=True, stream=True).events]
+    for name in ("token_ids", "routed_experts", "gates"):
+        assert [x for part in streamed for x in part[name]] == choice[name]
+    for name in found:
+        assert [x for part in streamed for x in part["logprobs"][name]] == found[name]
+    assert [part.get("prompt_token_ids") for part in streamed] == [made.PROMPT, *[None] * (len(streamed) - 1)]
+
+
+def test_a_prompt_can_be_scored_without_writing(api: Site) -> None:
+    (choice,) = api.complete(prompt=made.PROMPT, max_tokens=0, echo=True, logprobs=1).json["choices"]
+    assert (choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("length", 4)
+
+
+def test_a_text_goes_on_from_another_token(api: Site) -> None:
+    """What the page does: the tokens so far, with another last one, as a new prompt."""
+    first = api.complete(prompt="One", seed=5, max_tokens=6, return_token_ids=True).json["choices"][0]
+    tokens = [*first["prompt_token_ids"], *first["token_ids"][:3], 66]
+    assert api.complete(prompt=tokens, seed=1, max_tokens=9).json["choices"][0]["text"] == told(1, 0, 9, tokens)
+
+
+def test_stop_strings(api: Site) -> None:
+    text = told(5, limit=30)
+    answer = api.complete(prompt="One", seed=5, max_tokens=30, stop=["nowhere", text[4:6]]).json["choices"][0]
+    assert (answer["text"], answer["finish_reason"]) == (text[: text.index(text[4:6])], "stop")
+
+
+def test_models_health_metrics_and_the_page(api: Site) -> None:
+    (card,) = api.ask("/v1/models").json["data"]
+    about = card.pop("moe_jax")
+    assert (card["id"], card["object"]) == ("tiny", "model")
+    assert about["prompts"] == ["Once upon"]
+    assert (about["expert_layers"], about["experts"], about["experts_per_token"]) == ([0, 1], 4, 2)
+    assert (about["context"], about["vocab_size"], about["chat"], about["slots"]) == (32, 257, False, 3)
+    assert about["val_bits_per_byte"] == 1.5
+    assert api.ask("/v1/models/tiny").json["id"] == "tiny"
+    assert api.ask("/health").json == {"status": "ok", "slots": 3, "busy": 0, "queued": 0}
+    metrics = api.ask("/metrics").text
+    values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
+    assert float(values["moe_jax_generated_tokens_total"]) == api.engine.counts.generated_tokens > 0
+    assert float(values['moe_jax_http_requests_total{path="/health",status="200"}']) >= 1
+    page = api.ask("/")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+
+
+WRONG: list[tuple[dict[str, Any], int, str]] = [
+    ({}, 400, "prompt: must be a text, a list of token ids"),
+    ({"prompt": []}, 400, "prompt: must be"),
+    ({"prompt": [1, "a"]}, 400, "prompt: must be"),
+    ({"prompt": [300]}, 400, "token 300 is outside the vocabulary of 257"),
+    ({"prompt": "\ud800"}, 400, "not UTF-8"),
+    ({"prompt": ["a"] * 129}, 400, "at most 128"),
+    ({"prompt": "a" * 70_000}, 400, "at most 65,536"),
+    ({"prompt": "a" * 32, "echo": True}, 400, "has 33 tokens, and with echo at most the context, 32"),
+    ({"prompt": "a", "n": 129}, 400, "n 129: must be a whole number between 1 and 128"),
+    ({"prompt": ["a"] * 65, "n": 2}, 400, "n 2: with 65 prompts it makes 130 texts; at most 128"),
+    ({"prompt": "a", "max_tokens": 4097}, 400, "between 0 and 4,096"),
+    ({"prompt": "a", "max_tokens": True}, 400, "between 0 and 4,096"),
+    ({"prompt": "a", "max_tokens": 1e999}, 400, "max_tokens inf"),
+    ({"prompt": "a", "temperature": "hot"}, 400, "temperature 'hot': must be a number between 0 and 100"),
+    ({"prompt": "a", "temperature": float("nan")}, 400, "temperature nan"),
+    ({"prompt": "a", "top_p": 0}, 400, "top_p 0"),
+    ({"prompt": "a", "min_p": 2}, 400, "between 0 and 1"),
+    ({"prompt": "a", "top_k": 1.5}, 400, "top_k 1.5"),
+    ({"prompt": "a", "seed": -1}, 400, "seed -1"),
+    ({"prompt": "a", "logprobs": 6}, 400, "logprobs 6: must be a whole number between 0 and 5"),
+    ({"prompt": "a", "stop": ["a"] * 5}, 400, "may be at most 4"),
+    ({"prompt": "a", "stop": "a" * 201}, 400, "a text of 201 characters: may have at most 200"),
+    ({"prompt": "a", "stop": [""]}, 400, "not empty"),
+    ({"prompt": "a", "stream": "yes"}, 400, "must be true or false"),
+    ({"prompt": "a", "stream_options": 3}, 400, "include_usage"),
+    ({"prompt": "a", "model": "gpt-4"}, 404, "this server has 'tiny'"),
+    ({"prompt": "a", "frequency_penalty": 0.5}, 400, "does not have it"),
+    ({"prompt": "a", "temprature": 1}, 400, "'temprature': no such field"),
+    ({"prompt": "a", "n": 9}, 429, "9 more texts cannot wait"),
+]
+
+
+@pytest.mark.parametrize(("fields", "status", "problem"), WRONG, ids=[problem for *_, problem in WRONG])
+def test_what_cannot_be_is_answered_with_what_can(api: Site, fields: dict[str, Any], status: int, problem: str) -> None:
+    answer = api.complete(**fields)
+    assert (answer.status, problem in answer.problem) == (status, True), answer.text
+    assert api.ask("/health").json["busy"] == 0
+
+
+def test_neutral_values_of_fields_that_are_not_there_ask_for_nothing(api: Site) -> None:
+    neutral = {"best_of": 1, "suffix": None, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
+    neutral |= {"user": "me", "top_k": -1, "stop": None, "logprobs": None, "max_tokens": None}
+    assert api.complete(prompt="One", seed=5, **neutral).json["choices"][0]["text"] == told(5, limit=16)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_a_body_that_is_no_object(api: Site, body: bytes) -> None:
+    assert api.ask("/v1/completions", body).status == 400
+
+
+def test_a_body_that_is_too_large(api: Site) -> None:
+    answer = api.ask("/v1/completions", b" " * (limits.MAX_BODY_BYTES + 1))
+    assert (answer.status, answer.problem) == (413, "the body has more than 1,048,576 bytes, the most that is allowed")
+
+
+def test_paths_and_methods_that_are_not_there(api: Site) -> None:
+    assert api.ask("/v1/embeddings", {}).status == 404
+    assert api.ask("/v1/completions").status == 405
+    assert "docs/serving.md" in api.ask("/nowhere").problem
+
+
+def test_chat_needs_a_tuned_run(api: Site) -> None:
+    answer = api.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": "hi"}]})
+    assert (answer.status, answer.json["error"]["code"]) == (400, "not_tuned")
+
+
+def test_a_tuned_run_answers_in_its_role_format(tuned: Site) -> None:
+    prompt = [made.SEPARATOR, *b"user\nhi", made.SEPARATOR, *b"assistant\n"]
+    fields = {"messages": [{"role": "user", "content": " hi "}], "seed": 5, "max_tokens": 9}
+    fields |= {"logprobs": True, "top_logprobs": 2, "return_token_ids": True, "routed_experts": True}
+    whole = tuned.ask("/v1/chat/completions", fields).json
+    (choice,) = whole["choices"]
+    assert choice["message"] == {"role": "assistant", "content": told(5, 0, 9, prompt)}
+    assert (whole["object"], choice["prompt_token_ids"]) == ("chat.completion", prompt)
+    entries = choice["logprobs"]["content"]
+    assert [entry["token_id"] for entry in entries] == choice["token_ids"]
+    assert [bytes(entry["bytes"]) for entry in entries] == [bytes([token]) for token in choice["token_ids"]]
+    assert {len(entry["top_logprobs"]) for entry in entries} == {2}
+    parts = tuned.ask("/v1/chat/completions", fields | {"stream": True}).events
+    choices = [part["choices"][0] for part in parts]
+    assert "".join(part["delta"].get("content", "") for part in choices) == choice["message"]["content"]
+    assert [part["delta"].get("role") for part in choices] == ["assistant", *[None] * (len(choices) - 1)]
+    assert [x for part in choices for x in part["routed_experts"]] == choice["routed_experts"]
+    assert (parts[0]["object"], choices[-1]["finish_reason"]) == ("chat.completion.chunk", choice["finish_reason"])
+
+
+def test_contents_in_parts_and_turns_before(tuned: Site) -> None:
+    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
+    answer = tuned.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}], "seed": 5}).json
+    prompt = [made.SEPARATOR, *b"user\nhi", made.SEPARATOR, *b"assistant\n"]
+    assert answer["choices"][0]["message"]["content"] == told(5, 0, 400, prompt)
+
+
+def test_a_conversation_that_is_longer_than_the_context(tuned: Site) -> None:
+    messages = [{"role": "user", "content": "a" * 15}]
+    assert len(answer_prompt(made.run().tokenizer, [Message("user", "a" * 15)])) == made.T
+    answer = tuned.ask("/v1/chat/completions", {"messages": messages})
+    assert (answer.status, answer.json["error"]["code"]) == (400, "context_length_exceeded")
+    assert "32 tokens with their roles, and the context 32" in answer.problem
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({}, "messages: must be a list"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0]: its role must be one of"),
+        ({"messages": [{"role": "user", "content": " "}]}, "not empty"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be a text"),
+        ({"messages": [{"role": "user", "content": "a"}] * 1001}, "at most 1000"),
+        ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 6, "logprobs": True}, "between 0 and 5"),
+    ],
+)
+def test_messages_that_cannot_be(tuned: Site, fields: dict[str, Any], problem: str) -> None:
+    answer = tuned.ask("/v1/chat/completions", fields)
+    assert (answer.status, problem in answer.problem) == (400, True), answer.text
+
+
+# Who may ask
+
+
+def test_other_hosts_and_other_sites_are_refused(api: Site) -> None:
+    own = f"http://127.0.0.1:{api.port}"
+    for headers in ({}, {"Host": "localhost:1"}, {"Host": "[::1]:80"}, {"Origin": own}):
+        assert api.ask("/v1/models", headers=headers).status == 200, headers
+    for name in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", ""):
+        assert api.ask("/v1/models", headers={"Host": name}).json["error"]["code"] == "host", name
+    for origin in ("null", "http://evil.example", f"http://localhost:{api.port + 1}", own + ".evil.example"):
+        answer = api.ask("/v1/completions", {"prompt": "a"}, {"Origin": origin})
+        assert (answer.status, answer.json["error"]["code"]) == (403, "origin"), origin
+
+
+def test_a_key_and_an_allowed_site(tmp_path) -> None:
+    other = "https://friend.example"
+    with site(tmp_path, key=KEY, origins=[other]) as locked:
+        assert locked.ask("/health").status == locked.ask("/").status == 200
+        for value in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer é"):
+            assert locked.ask("/v1/models", headers={"Authorization": value}).status == 401, value
+        right = {"Authorization": f"Bearer {KEY}"}
+        assert locked.ask("/metrics").status == 401
+        assert locked.ask("/v1/models", headers=right).status == 200
+        answer = locked.ask("/v1/models", headers=right | {"Origin": other})
+        assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, other)
+        asked = {"Origin": other, "Access-Control-Request-Method": "POST"}
+        asked |= {"Access-Control-Request-Headers": "authorization"}
+        assert locked.ask("/v1/completions", headers=asked, method="OPTIONS").status == 200
+        assert locked.ask("/v1/models", headers=right | {"Origin": "https://foe.example"}).status == 403
+
+
+def test_every_event_is_json_whatever_the_text(api: Site) -> None:
+    """Line ends and control characters of a text stay inside their event."""
+    fields = {"prompt": [made.SEPARATOR, 13, 10], "temperature": 50, "max_tokens": 60, "stream": True, "n": 2}
+    answer = api.complete(**fields)
+    text = "".join(event["choices"][0]["text"] for event in answer.events)
+    assert any(ord(c) < 32 or ord(c) > 126 for c in text)

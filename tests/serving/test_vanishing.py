@@ -1,0 +1,87 @@
+"""Clients that go, that close their side, or that no longer read free their slots at once. And the server's end."""
+
+import json
+import socket
+import struct
+import time
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("starlette", reason="needs the extra `serve`")
+pytest.importorskip("uvicorn", reason="needs the extra `serve`")
+
+from moe_jax.serving import limits, server
+from tests.serving import made
+from tests.serving.site import Site, site
+from tests.serving.test_engine import until
+
+ENDLESS = {"prompt": made.PROMPT, "temperature": 0, "max_tokens": 4000}
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    with site(tmp_path_factory.mktemp("run")) as running:
+        yield running
+
+
+def reset(sock: socket.socket) -> None:
+    """Close without a farewell: the other side gets RST."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+@pytest.mark.parametrize("leave", [socket.socket.close, reset, lambda sock: sock.shutdown(socket.SHUT_WR)])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_goes_frees_its_slot(api: Site, leave, stream: bool) -> None:
+    sockets = [api.open(**ENDLESS, stream=stream) for _ in range(made.SLOTS + 1)]
+    until(lambda: (api.engine.busy, api.engine.queued) == (made.SLOTS, 1))
+    if stream:
+        assert sockets[0].recv(12) == b"HTTP/1.1 200"
+    for sock in sockets:
+        leave(sock)
+    until(lambda: (api.engine.busy, api.engine.queued) == (0, 0))
+    for sock in sockets:
+        sock.close()
+
+
+def test_a_client_that_does_not_read_loses_its_stream(api: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers are small, and each event has many alternatives. The others go on."""
+    monkeypatch.setattr(limits, "STALLED_SECONDS", 0.2)
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sock.connect(("127.0.0.1", api.port))
+    fields = {**ENDLESS, "n": 3, "logprobs": 5, "routed_experts": True, "stream": True, "max_tokens": 4096}
+    body = json.dumps(fields).encode()
+    sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    before = api.engine.counts.cancelled
+    until(lambda: api.engine.busy == made.SLOTS)
+    until(lambda: api.engine.busy == 0, 60)
+    assert api.engine.counts.cancelled == before + made.SLOTS
+    sock.close()
+
+
+def test_a_body_that_does_not_arrive_takes_no_slot(api: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    with socket.create_connection(("127.0.0.1", api.port), timeout=30) as sock:
+        sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
+        assert sock.recv(12) == b"HTTP/1.1 408"
+        assert api.engine.busy == 0
+
+
+def test_stopping_ends_streams_with_a_last_event(tmp_path) -> None:
+    with site(tmp_path) as api:
+        streams = [api.open(**ENDLESS, stream=True), api.open(**ENDLESS, stream=False)]
+        until(lambda: api.engine.busy == 2)
+        stalled = api.open(**ENDLESS, stream=True)  # never reads
+        until(lambda: api.engine.busy == 3)
+        begin = time.monotonic()
+        api.stop()
+        told = [b"".join(iter(lambda s=s: s.recv(1 << 16), b"")).decode() for s in streams]
+        until(lambda: not api.engine.running)
+        assert time.monotonic() - begin < server.CONNECTION_SECONDS + server.ENGINE_SECONDS + 5
+        lines = [line for line in told[0].replace("\r\n", "\n").split("\n") if line.startswith("data: ")]
+        assert lines[-1] == "data: [DONE]"
+        assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "stopping"
+        assert told[1].startswith("HTTP/1.1 503")
+        stalled.close()
