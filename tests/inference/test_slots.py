@@ -14,7 +14,8 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.prompt_pass import make_prompt_pass
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import SlotDecoder, Slots, Writing
-from moe_jax.model.moe.layer import Mode
+from moe_jax.model.attention import KeyValue
+from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import merge
 from moe_jax.system.random_keys import Purpose, purpose_key
 from tests.support import tiny
@@ -211,18 +212,22 @@ def test_tokens_of_a_padded_vocabulary_are_never_drawn_nor_counted() -> None:
     assert set(tokens) == set(range(4))
 
 
-def test_an_expert_has_room_for_a_pair_of_every_text() -> None:
-    """With 16 texts that all choose one expert, a block of an expert's fair share would be full. The further block is
-    another program, so a text would have other bits beside texts that choose as it does."""
-    graphdef, params = tiny.build(tiny.config())
+def test_an_expert_has_room_for_a_pair_of_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one choice, an expert's fair share of 16 texts is a block of 8 rows. If all texts choose one expert, half of
+    them would be in a further block. That is another program, so a text could have other bits in such a company."""
+    config = tiny.config(top_k=1, layers=1)
+    graphdef, params = tiny.build(config)
+    cache = [KeyValue(*(jnp.zeros((16, 2, 4, tiny.T)) for _ in range(2)))]
+    decode = jax.jit(lambda tokens: merge(graphdef, params).decode(tokens, cache, jnp.zeros(16, int), trace=True)[:2])
+    modes, chosen = set(), MoE.dispatch_for
+    monkeypatch.setattr(MoE, "dispatch_for", lambda self, mode, *n: modes.add(mode) or chosen(self, mode, *n))
+    mixed = jnp.arange(16) % tiny.V
+    for token in range(tiny.V):
+        alike, stats = decode(jnp.full(16, token))
+        assert len(np.unique(stats.trace.expert_index)) == 1
+        assert {row.tobytes() for row in np.asarray(alike)} == {np.asarray(decode(mixed)[0])[token].tobytes()}
+    assert modes == {Mode.SERVE}
     layer = merge(graphdef, params).blocks[0].ffn
-    run = jax.jit(lambda x: layer(x, Mode.SERVE)[0])
-    rng = np.random.default_rng(0)
-    one = rng.normal(size=(1, 1, 8)).astype(np.float32)
-    same, mixed = np.repeat(one, 16, axis=0), rng.normal(size=(16, 1, 8)).astype(np.float32)
-    mixed[3] = one[0]
-    assert {row.tobytes() for row in np.asarray(run(same))} == {np.asarray(run(mixed))[3].tobytes()}
-    routing = layer.route(jnp.asarray(same))
     dispatch = layer.dispatch_for(Mode.SERVE, 16, 1)
-    _, _, used = dispatch.plan(routing)
+    _, _, used = dispatch.plan(layer.route(jnp.ones((16, 1, 8))))
     assert used == 4, "no further block is used"

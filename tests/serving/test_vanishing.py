@@ -38,9 +38,11 @@ def test_a_client_that_goes_frees_its_slot(api: Site, leave, stream: bool) -> No
     until(lambda: (api.engine.busy, api.engine.queued) == (made.SLOTS, 1))
     if stream:
         assert sockets[0].recv(12) == b"HTTP/1.1 200"
+    before = api.engine.counts.cancelled
     for sock in sockets:
         leave(sock)
     until(lambda: (api.engine.busy, api.engine.queued) == (0, 0))
+    assert api.engine.counts.cancelled == before + made.SLOTS + 1, "none of them was written to its end"
     for sock in sockets:
         sock.close()
 
