@@ -18,6 +18,8 @@ class Chapter:
     """What a reader should know before."""
     operations: tuple[str, ...] = ()
     """Its rows of the table of `python -m foundation`."""
+    production: tuple[str, ...] = ()
+    """Files of `moe_jax` whose mathematics it derives. Each names the chapter, and the notebook names each."""
 
     @property
     def number(self) -> str:
@@ -83,6 +85,62 @@ CHAPTERS = (
         30,
         "7, 8",
         ("block", "model"),
+    ),
+    Chapter(
+        "10_where_a_step_comes_from",
+        "Steepest, in which norm?",
+        30,
+        "2, 4",
+        ("dual_norm", "steepest_step", "orthogonalize", "divergence", "rank_one_fit", "adafactor", "adam", "muon"),
+        ("training/optimizers/adafactor.py", "training/optimizers/adam.py", "training/optimizers/factory.py"),
+    ),
+    Chapter(
+        "11_flash_attention_both_ways",
+        "Must the matrix of attention weights exist?",
+        30,
+        "5",
+        ("merge_parts", "merged_output", "flash_attention"),
+        ("model/kernels/causal_attention.py",),
+    ),
+    Chapter(
+        "12_what_may_be_cached",
+        "When is an output a function of the text before it?",
+        30,
+        "5, 6, 9",
+        ("decode", "kept_choices", "leaks"),
+        ("inference/decode.py", "certificates/causality.py", "model/moe/queues.py", "model/moe/variants.py"),
+    ),
+    Chapter(
+        "13_mean_of_means",
+        "Are n micro-batches one batch?",
+        25,
+        "4, 8",
+        ("accumulated_loss", "accumulated_value", "grouped_balance", "balance_gap"),
+        ("training/step.py", "data/batches.py", "model/moe/balance.py"),
+    ),
+    Chapter(
+        "14_upcycling",
+        "What does a router learn from identical experts?",
+        25,
+        "8",
+        ("upcycled", "upcycled_gradient"),
+        ("training/upcycle.py",),
+    ),
+    Chapter(
+        "15_sampling_and_speculative_decoding",
+        "Can a small model guess for a large one and change nothing?",
+        25,
+        "4",
+        ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
+        ("inference/sampling.py",),
+    ),
+    Chapter(
+        "16_balancing_four_ways",
+        "Four ways to keep experts busy: which has a gradient?",
+        25,
+        "8, 12",
+        ("importance_loss", "biased_choice", "balance_loss_of", "balanced_by_bias"),
+        ("model/moe/balance.py", "model/moe/router.py"),
     ),
 )
 OPERATIONS = tuple(operation for chapter in CHAPTERS for operation in chapter.operations)

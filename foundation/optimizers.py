@@ -2,6 +2,7 @@
 
 Each is `NAME_init(params) -> state` and `NAME_update(grads, state, params, ...) -> (params, state)`, on any
 tree of arrays, and equal to its optax counterpart step by step (`tests/foundation/test_foundation_optimizers.py`).
+Chapter 10 asks where these steps come from: `steepest.py`. Adafactor is in `adafactor.py`.
 
 Sources: momentum: Sutskever et al. 2013, equations 1 and 2. Adam: Kingma and Ba 2015, algorithm 1. AdamW:
 Loshchilov and Hutter 2019, algorithm 2. Muon: Jordan et al. 2024 ("Muon: an optimizer for hidden layers in

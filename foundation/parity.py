@@ -36,6 +36,7 @@ from jax.flatten_util import ravel_pytree
 
 AUTODIFF_TOLERANCE = 1e-10
 FINITE_DIFFERENCE_TOLERANCE = 1e-6
+ORACLE_TOLERANCE = 1e-10
 
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Each check is compiled, run once, and thrown away. So most of its time is compiling, and fast code is no gain."""
@@ -78,27 +79,53 @@ class Check:
         return f"{self.operation}/{self.case}"
 
 
-class Outcome(NamedTuple):
-    """Relative errors of a hand-derived gradient; `finite_difference` is None where it was left out."""
+@dataclass(frozen=True)
+class OracleCheck:
+    """A function without a gradient to derive, at one input, beside an answer that is found in another way."""
 
     operation: str
     case: str
-    autodiff: float
+    function: Callable[..., Any]
+    """(*inputs, *constants) -> an array or a tree of arrays."""
+    oracle: Callable[..., Any]
+    """The same arguments: enumeration, a closed form, a decomposition, or the whole computed at once."""
+    inputs: tuple
+    constants: tuple = ()
+    """Arguments after the inputs that are no arrays: a number of steps, the name of a rule."""
+
+    @property
+    def name(self) -> str:
+        """operation/case."""
+        return f"{self.operation}/{self.case}"
+
+
+type AnyCheck = Check | OracleCheck
+
+
+class Outcome(NamedTuple):
+    """Relative errors of a check; None where a comparison was left out."""
+
+    operation: str
+    case: str
+    autodiff: float | None
     finite_difference: float | None
+    oracle: float | None = None
 
     @property
     def passed(self) -> bool:
-        """Both errors within tolerance. Written so that NaN fails."""
-        finite = self.finite_difference
-        return self.autodiff <= AUTODIFF_TOLERANCE and (finite is None or finite <= FINITE_DIFFERENCE_TOLERANCE)
+        """Every error within tolerance. Written so that NaN fails."""
+        allowed = (AUTODIFF_TOLERANCE, FINITE_DIFFERENCE_TOLERANCE, ORACLE_TOLERANCE)
+        return all(error is None or error <= most for error, most in zip(self[2:], allowed, strict=True))
 
 
-def run(check: Check, seed: int = 0) -> Outcome:
-    """Computes the gradient three ways and compares.
+def run(check: AnyCheck, seed: int = 0) -> Outcome:
+    """Computes the gradient three ways and compares; or the answer twice, where the check has an oracle.
 
-    Raises ValueError where the inputs are not float64 or are too near a kink for the step: then the
+    Raises ValueError where the inputs of a gradient are not float64 or are too near a kink for the step: then the
     comparison would mean nothing.
     """
+    if isinstance(check, OracleCheck):
+        return Outcome(check.operation, check.case, None, None, max_relative_error(*both_answers(check)))
     if any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(check.inputs)):
         raise ValueError(f"{check.name}: inputs must be float64; set jax_enable_x64 before making them")
     if not check.at_tie and not check.margin > MARGIN:
@@ -123,6 +150,18 @@ def run(check: Check, seed: int = 0) -> Outcome:
     by_hand, by_autodiff, by_differences = three_ways(check.inputs, d_out)
     finite = None if by_differences is None else max_relative_error(by_hand, by_differences)
     return Outcome(check.operation, check.case, max_relative_error(by_hand, by_autodiff), finite)
+
+
+def both_answers(check: OracleCheck) -> tuple[Any, Any]:
+    """(the function's answer, the oracle's), as trees of float64 arrays. The oracle may be NumPy."""
+
+    @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    def function(inputs: tuple) -> Any:
+        return check.function(*inputs, *check.constants)
+
+    answers = function(check.inputs), check.oracle(*check.inputs, *check.constants)
+    ours, right = (jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), answer) for answer in answers)
+    return ours, right
 
 
 def gradient_by_autodiff(check: Check, d_out: Any) -> tuple:

@@ -63,6 +63,11 @@ def rope_forward(x: Float[Array, "*rows T A"], base: float = ROPE_BASE) -> tuple
     return _rotate(x, angles), (angles,)
 
 
+def rope_at(x: Float[Array, "*rows T A"], first: int, base: float = ROPE_BASE) -> Float[Array, "*rows T A"]:
+    """The same for rows whose positions are first, first + 1, ...: what decoding needs."""
+    return _rotate(x, rope_angles(first + x.shape[-2], x.shape[-1], x.dtype, base)[first:])
+
+
 def rope_backward(d_y: Float[Array, "*rows T A"], cache: tuple) -> Float[Array, "*rows T A"]:
     """d_x = R^T d_y: the rotation by the negative angle."""
     (angles,) = cache

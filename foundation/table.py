@@ -1,4 +1,7 @@
-"""The table of `python -m foundation`: a row per check, each gradient by hand against autodiff and differences."""
+"""The table of `python -m foundation`: a row per check, each gradient by hand against autodiff and differences.
+
+What has no gradient is held against an oracle: an answer that is found in another way.
+"""
 
 import json
 import math
@@ -9,9 +12,16 @@ from itertools import chain
 import jax
 
 from foundation.checks import all_checks, checks_of
-from foundation.parity import AUTODIFF_TOLERANCE, FINITE_DIFFERENCE_TOLERANCE, Check, Outcome, run
+from foundation.parity import (
+    AUTODIFF_TOLERANCE,
+    FINITE_DIFFERENCE_TOLERANCE,
+    ORACLE_TOLERANCE,
+    AnyCheck,
+    Outcome,
+    run,
+)
 
-WHOLE = "about a minute on two free cores, most of it compiling"
+WHOLE = "about a minute and a half on two free cores, most of it compiling"
 """How long the whole table takes."""
 
 
@@ -20,8 +30,8 @@ def show(operations: tuple[str, ...], as_json: bool) -> int:
     jax.config.update("jax_enable_x64", True)
     if not operations:
         print(f"The whole table takes {WHOLE}. A part of it: python -m foundation softmax attention\n")
-    checks: Iterable[Check] = chain.from_iterable(map(checks_of, operations)) if operations else all_checks()
-    print(f"{'operation: input':<47} {'autodiff':>9} {'differences':>12}", flush=True)
+    checks: Iterable[AnyCheck] = chain.from_iterable(map(checks_of, operations)) if operations else all_checks()
+    print(f"{'operation: input':<47} {'autodiff':>9} {'differences':>12} {'oracle':>9}", flush=True)
     outcomes = []
     # Compiling takes most of the time, and does not hold Python's lock.
     with ThreadPoolExecutor(2) as pool:
@@ -29,12 +39,14 @@ def show(operations: tuple[str, ...], as_json: bool) -> int:
             print(row(outcome), flush=True)
             outcomes.append(outcome)
     summary = summarise(outcomes)
-    print(
-        f"\n{summary['checks']} checks, {len(summary['failed'])} failed; largest relative error\n"
-        f"  {summary['max_rel_error_autodiff']:.1e} against autodiff (allowed {AUTODIFF_TOLERANCE:.0e})\n"
-        f"  {summary['max_rel_error_finite_difference']:.1e} against finite differences "
-        f"(allowed {FINITE_DIFFERENCE_TOLERANCE:.0e})"
-    )
+    print(f"\n{summary['checks']} checks, {len(summary['failed'])} failed; largest relative error")
+    for key, against, allowed in (
+        ("max_rel_error_autodiff", "autodiff", AUTODIFF_TOLERANCE),
+        ("max_rel_error_finite_difference", "finite differences", FINITE_DIFFERENCE_TOLERANCE),
+        ("max_rel_error_oracle", "an oracle", ORACLE_TOLERANCE),
+    ):
+        if summary[key] is not None:
+            print(f"  {summary[key]:.1e} against {against} (allowed {allowed:.0e})")
     if as_json:
         print(json.dumps({k: _or_null(v) for k, v in summary.items()}, allow_nan=False))
     return 1 if summary["failed"] else 0
@@ -47,21 +59,28 @@ def _or_null(value: object) -> object:
 
 def row(outcome: Outcome) -> str:
     """One line of the table."""
-    finite = "at a tie" if outcome.finite_difference is None else f"{outcome.finite_difference:.1e}"
+    gradient = outcome.oracle is None
+    autodiff = "" if outcome.autodiff is None else f"{outcome.autodiff:.1e}"
+    finite = (
+        ("at a tie" if gradient else "") if outcome.finite_difference is None else f"{outcome.finite_difference:.1e}"
+    )
+    oracle = "" if outcome.oracle is None else f"{outcome.oracle:.1e}"
     verdict = "ok" if outcome.passed else "FAILED"
-    return f"{f'{outcome.operation}: {outcome.case}':<47} {outcome.autodiff:>9.1e} {finite:>12}  {verdict}"
+    return f"{f'{outcome.operation}: {outcome.case}':<47} {autodiff:>9} {finite:>12} {oracle:>9}  {verdict}"
 
 
 def summarise(outcomes: list[Outcome]) -> dict:
-    """What `--json` prints. A NaN is reported as infinity would be: JSON has neither, so as null."""
-    finite = [o.finite_difference for o in outcomes if o.finite_difference is not None]
+    """What `--json` prints. A NaN is reported as infinity would be: JSON has neither, so as null. Null also stands for
+    a comparison that no check of the selection makes."""
     return {
         "checks": len(outcomes),
         "failed": [f"{o.operation}/{o.case}" for o in outcomes if not o.passed],
         "max_rel_error_autodiff": _largest([o.autodiff for o in outcomes]),
-        "max_rel_error_finite_difference": _largest(finite),
+        "max_rel_error_finite_difference": _largest([o.finite_difference for o in outcomes]),
+        "max_rel_error_oracle": _largest([o.oracle for o in outcomes]),
     }
 
 
-def _largest(errors: list[float]) -> float:
-    return max(errors, key=lambda e: float("inf") if e != e else e)
+def _largest(errors: list[float | None]) -> float | None:
+    found = [error for error in errors if error is not None]
+    return max(found, key=lambda e: float("inf") if e != e else e) if found else None

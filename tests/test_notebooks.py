@@ -84,9 +84,7 @@ def test_ten_minutes_fit_a_narrow_cell() -> None:
 def markdown_words(source: Path) -> int:
     """Words of prose: without formulas and code."""
     cells = [cell for cell in source.read_text().split("# %%") if cell.startswith(" [markdown]")]
-    prose = " ".join(
-        re.sub(r"```.*?```|\\$\\$.*?\\$\\$|\\$[^$]*\\$|`[^`]*`", "", cell, flags=re.DOTALL) for cell in cells
-    )
+    prose = " ".join(re.sub(r"```.*?```|\$\$.*?\$\$|\$[^$]*\$|`[^`]*`", "", cell, flags=re.DOTALL) for cell in cells)
     return len(re.findall(r"[A-Za-z']{2,}", prose.replace("[markdown]", "")))
 
 
@@ -104,6 +102,16 @@ def test_a_chapter_has_prose_exercises_and_cells_of_mathematics(source: Path, ch
     assert len(own) >= 3
     for number in EXERCISES:
         assert (f'check("{number}", None)' in text) == (number in own), number
+
+
+@pytest.mark.parametrize("chapter", [c for c in CHAPTERS if int(c.number) >= 10], ids=lambda chapter: chapter.stem)
+def test_a_chapter_and_the_production_code_that_it_proves_name_each_other(chapter: Chapter) -> None:
+    notebook = (NOTEBOOKS / f"{chapter.stem}.py").read_text()
+    assert chapter.production
+    for file in chapter.production:
+        named = re.sub(r"\s+", " ", (ROOT / "moe_jax" / file).read_text())
+        assert f"hapter {chapter.number} of `foundation`" in named, file
+        assert f"`moe_jax/{file}`" in notebook, file
 
 
 def test_the_front_door_lists_the_chapters() -> None:

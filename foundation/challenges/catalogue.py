@@ -1,32 +1,10 @@
-"""What can be derived: for each operation its two functions, and hints, the last of which is nearly the answer.
+"""What can be derived: for each operation its functions, and hints, the last of which is nearly the answer.
 
 The standard library alone, so that a wrong name is answered at once.
 """
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Challenge:
-    """One backward pass to derive."""
-
-    module: str
-    """File of foundation that holds both functions."""
-    name: str
-    """NAME_forward is given, NAME_backward is to be written."""
-    hints: tuple[str, ...]
-    spread: bool = False
-    """Several outputs: the checks hold their cotangents in one tuple, and the function takes them one by one."""
-
-    @property
-    def forward(self) -> str:
-        """Name of the function that is given."""
-        return f"{self.name}_forward"
-
-    @property
-    def backward(self) -> str:
-        """Name of the function to write."""
-        return f"{self.name}_backward"
+from foundation.challenges.catalogue_of_training import TRAINING_CHALLENGES
+from foundation.challenges.challenge import Challenge
 
 
 def _elementwise(name: str, *hints: str) -> Challenge:
@@ -239,4 +217,5 @@ CHALLENGES: dict[str, Challenge] = {
             "d_h: scatter gates d_y into [B, E C + 1, D] along slot, and throw the last slot, nowhere, away.",
         ),
     ),
+    **TRAINING_CHALLENGES,
 }

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from foundation.challenges.catalogue import Challenge
+from foundation.challenges.challenge import Challenge
 from foundation.challenges.derive import find, parser_of
 from foundation.challenges.folder import read_score, write_score
 
@@ -92,46 +92,58 @@ def _line(error: BaseException, path: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _judge(operation: str, challenge: Challenge, backward: Callable[..., Any]) -> bool:
+def _judge(operation: str, challenge: Challenge, answer_of: Callable[..., Any]) -> bool:
     """Runs every case; stops at the first wrong one. Raises Unusable where the function stops."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    from foundation import parity
     from foundation.challenges.diagnosis import Named, examine
     from foundation.challenges.reference import Reference
     from foundation.checks import checks_of
 
-    reference = Reference.of(challenge)
-    names = reference.inputs(operation)
+    inputs = Reference.of(challenge).inputs(operation)
+    names = list(challenge.results) or [f"d_{name}" for name in inputs]
     for check in checks_of(operation):
-        out, cache = check.forward(*check.inputs)
-        d_out = parity.random_like(jax.random.key(0), out)
+        arguments, right, known = _case(check, challenge, inputs)
         try:
-            answer = backward(*d_out, cache) if challenge.spread else backward(d_out, cache)
+            answer = answer_of(*arguments)
         except (Exception, SystemExit) as error:
-            path = Path(backward.__code__.co_filename) if hasattr(backward, "__code__") else Path()
+            path = Path(answer_of.__code__.co_filename) if hasattr(answer_of, "__code__") else Path()
             raise Unusable(f"{operation}: {check.case}\n  {path}{_line(error, path)}: {what(error)}") from None
         if answer is None:
             raise Unusable(f"{operation}: {check.case}\n  not tried yet: {challenge.backward} returns None")
-        right = parity.gradient_by_autodiff(check, d_out)
         several = isinstance(answer, tuple) or (isinstance(answer, list) and len(names) > 1)
         answers = answer if several else (answer,)
         if len(answers) != len(names):
-            asked = ", ".join(f"d_{name}" for name in names)
+            asked = ", ".join(names)
             raise Unusable(
                 f"{operation}: {check.case}\n  {len(answers)} results, and {len(names)} are asked for: {asked}"
             )
-        known = _known(names, check.inputs, d_out, cache)
-        results = [Named(f"d_{n}", _array(r)) for n, r in zip(names, right, strict=True) if r is not None]
+        results = [Named(n, _array(r)) for n, r in zip(names, right, strict=True) if r is not None]
         for name, ours, wanted in zip(names, answers, right, strict=True):
-            others = [result for result in results if result.name != f"d_{name}"]
-            finding = examine(f"d_{name}", ours, wanted, known, others)
+            others = [result for result in results if result.name != name]
+            finding = examine(name, ours, wanted, known, others)
             if finding.wrong:
                 print(f"{operation}: {check.case}\n  {finding.wrong}\n  {finding.meaning}")
                 return False
         print(f"{operation}: {check.case:<40} ok", flush=True)
     return True
+
+
+def _case(check: Any, challenge: Challenge, names: list[str]) -> tuple[tuple, tuple, list[Any]]:
+    """(arguments of the learner's function, right results, arrays that may explain a mistake) of one check."""
+    import jax
+
+    from foundation import parity
+
+    if isinstance(check, parity.OracleCheck):
+        arguments = (*check.inputs, *check.constants)
+        _, right = parity.both_answers(check)
+        return arguments, right if isinstance(right, tuple) else (right,), _known(names, check.inputs, (), ())
+    out, cache = check.forward(*check.inputs)
+    d_out = parity.random_like(jax.random.key(0), out)
+    arguments = (*d_out, cache) if challenge.spread else (d_out, cache)
+    return arguments, parity.gradient_by_autodiff(check, d_out), _known(names, check.inputs, d_out, cache)
 
 
 def _array(value: Any) -> Any:

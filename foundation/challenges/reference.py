@@ -7,8 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from foundation.challenges.catalogue import Challenge
+from foundation.challenges.challenge import Challenge
 from foundation.checks import checks_of
+from foundation.parity import OracleCheck
 
 GIVES_AWAY = {"_rotate"}
 """Helpers whose name in the stub would be the answer."""
@@ -16,26 +17,29 @@ GIVES_AWAY = {"_rotate"}
 
 @dataclass(frozen=True)
 class Reference:
-    """Both functions of one operation, and the module that they are in."""
+    """Both functions of one operation, and the module that they are in. A function with a task has no other."""
 
     module: Any
-    forward: Callable[..., Any]
+    forward: Callable[..., Any] | None
     backward: Callable[..., Any]
 
     @classmethod
     def of(cls, challenge: Challenge) -> "Reference":
         """Found by name."""
         module = importlib.import_module(f"foundation.{challenge.module}")
-        return cls(module, *(inspect.unwrap(getattr(module, n)) for n in (challenge.forward, challenge.backward)))
+        backward = inspect.unwrap(getattr(module, challenge.backward))
+        return cls(module, None if challenge.task else inspect.unwrap(getattr(module, challenge.forward)), backward)
 
     def inputs(self, operation: str) -> list[str]:
         """Names of what is differentiated: the first parameters of the forward pass."""
         count = len(next(checks_of(operation)).inputs)
-        return list(inspect.signature(self.forward).parameters)[:count]
+        return list(inspect.signature(self.forward or self.backward).parameters)[:count]
 
     def unpacking(self, operation: str) -> list[str]:
         """The lines of the backward pass that take the cache apart, or the names of its parts: they are given."""
         check = next(checks_of(operation))
+        if isinstance(check, OracleCheck):
+            return []
         _, cache = check.forward(*check.inputs)
         if hasattr(cache, "_fields"):
             return [f"# the cache: {', '.join(f'cache.{name}' for name in cache._fields)}"]

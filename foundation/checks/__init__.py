@@ -3,7 +3,10 @@
 from collections.abc import Callable, Iterator
 
 from foundation.activations import ACTIVATIONS
+from foundation.checks.balance import balancing_checks
+from foundation.checks.batches import batch_checks, upcycling_checks
 from foundation.checks.dense import dense_checks
+from foundation.checks.drawing import sampling_checks
 from foundation.checks.mixture import expert_checks, moe_checks, router_checks
 from foundation.checks.model import block_checks, model_checks
 from foundation.checks.parts import (
@@ -15,9 +18,11 @@ from foundation.checks.parts import (
     norm_checks,
     softmax_and_loss_checks,
 )
-from foundation.parity import Check
+from foundation.checks.tiles import cache_checks, tile_checks
+from foundation.checks.training import step_checks
+from foundation.parity import AnyCheck
 
-GROUPS: dict[Callable[[], Iterator[Check]], tuple[str, ...]] = {
+GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     activation_checks: tuple(ACTIVATIONS),
     linear_checks: ("linear", "dropout"),
     softmax_and_loss_checks: ("softmax", "logsumexp", "mse", "cross_entropy"),
@@ -31,17 +36,33 @@ GROUPS: dict[Callable[[], Iterator[Check]], tuple[str, ...]] = {
     moe_checks: ("dispatch", "combine", "moe"),
     block_checks: ("block",),
     model_checks: ("model",),
+    step_checks: (
+        "dual_norm",
+        "steepest_step",
+        "orthogonalize",
+        "divergence",
+        "rank_one_fit",
+        "adafactor",
+        "adam",
+        "muon",
+    ),
+    tile_checks: ("merge_parts", "merged_output", "flash_attention"),
+    cache_checks: ("decode", "kept_choices", "leaks"),
+    batch_checks: ("accumulated_loss", "accumulated_value", "grouped_balance", "balance_gap"),
+    upcycling_checks: ("upcycled", "upcycled_gradient"),
+    balancing_checks: ("importance_loss", "biased_choice", "balance_loss_of", "balanced_by_bias"),
+    sampling_checks: ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
 }
 """Each group of checks, with the operations that it makes checks of."""
 
 
-def all_checks() -> Iterator[Check]:
+def all_checks() -> Iterator[AnyCheck]:
     """The whole catalogue."""
     for group in GROUPS:
         yield from group()
 
 
-def checks_of(operation: str) -> Iterator[Check]:
+def checks_of(operation: str) -> Iterator[AnyCheck]:
     """The checks of one operation, made one at a time. Raises KeyError where there are none."""
     for group, operations in GROUPS.items():
         if operation in operations:

@@ -202,3 +202,80 @@ def changes(panels: Mapping[str, tuple[ArrayLike, Sequence[int]]], ylabel: str) 
     if image is not None:
         figure.colorbar(image, ax=axes[0].tolist(), label="log10 of the largest change")
     plt.show()
+
+
+def panels_of_curves(panels: Mapping[str, tuple[Mapping[str, Curve], str, str, bool]], dashed: str = "") -> None:
+    """As `curves`, but each panel has its own (lines, label below, label beside, logarithmic or not).
+
+    A line whose name begins with `dashed` is dashed, has the colour of the line with the same place, and no label.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(min(11.0, 5.6 * len(panels) + 1), 3.9), squeeze=False)
+    figure.set_layout_engine("constrained")
+    for ax, (title, (lines, xlabel, ylabel, log)) in zip(axes[0], panels.items(), strict=True):
+        drawn = [(name, line, bool(dashed) and name.startswith(dashed)) for name, line in lines.items()]
+        for style in (False, True):
+            chosen = [(name, line) for name, line, is_dashed in drawn if is_dashed == style]
+            for colour, (name, line) in zip(COLOURS * 3, chosen, strict=False):
+                x, y = line if isinstance(line, tuple) else (np.arange(len(np.asarray(line))), line)
+                ax.plot(x, y, "--" if style else "o-", ms=3, lw=1.4, color=colour, label="_" if style else name)
+        if log:
+            ax.set_yscale("log")
+            ax.set_xscale("log", base=2)
+        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+        ax.grid(alpha=0.25)
+        ax.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+    plt.show()
+
+
+def triangles(
+    columns: Mapping[str, tuple[ArrayLike, ArrayLike]], rows: tuple[tuple[str, str], tuple[str, str]]
+) -> None:
+    """Two squares for each column: which output (across) moves in which experiment (down).
+
+    `rows` holds (title, label) of the upper and the lower squares. Blue is allowed: the output comes at the changed
+    place or after it. Red is a leak. In the lower squares, the outputs that were cut away are grey.
+    """
+    figure, axes = plt.subplots(2, len(columns), figsize=(11, 4.9), squeeze=False)
+    figure.set_layout_engine("constrained")
+    for column, (name, pair) in enumerate(columns.items()):
+        for row, moved in enumerate(map(np.asarray, pair)):
+            ax, size = axes[row, column], len(moved)
+            down, across = np.indices(moved.shape)
+            earlier = across < down if row == 0 else across <= down
+            colours = np.full((*moved.shape, 3), 1.0)
+            colours[moved & ~earlier] = (0.62, 0.77, 0.93)
+            colours[moved & earlier] = (0.78, 0.33, 0.24)
+            if row == 1:
+                colours[~earlier] = 0.88
+            ax.imshow(colours)
+            ax.set_xticks(np.arange(size))
+            ax.set_yticks(np.arange(size), [str(i + row) for i in range(size)])
+            ax.set_xticks(np.arange(size + 1) - 0.5, minor=True)
+            ax.set_yticks(np.arange(size + 1) - 0.5, minor=True)
+            ax.grid(which="minor", color="#999", lw=0.6)
+            ax.tick_params(which="both", length=0)
+            title, label = rows[row]
+            ax.set_title(f"{name}: {title}", fontsize=9)
+            if column == 0:
+                ax.set_ylabel(label)
+            if row == 1:
+                ax.set_xlabel("output")
+    plt.show()
+
+
+def stacked(panels: Mapping[str, Mapping[str, ArrayLike]], outline: Mapping[str, ArrayLike], xlabel: str) -> None:
+    """For each panel bars that stand on each other, and over them the panel's outline as a line of steps."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.9), sharey=True, squeeze=False)
+    figure.set_layout_engine("constrained")
+    for ax, (title, parts) in zip(axes[0], panels.items(), strict=True):
+        bottom = np.zeros(len(np.asarray(next(iter(parts.values())))))
+        for colour, (name, heights) in zip(COLOURS, parts.items(), strict=False):
+            ax.bar(range(len(bottom)), np.asarray(heights), 0.7, bottom=bottom, color=colour, alpha=0.75, label=name)
+            bottom = bottom + np.asarray(heights)
+        line = np.asarray(outline[title])
+        ax.step(np.arange(len(line) + 1) - 0.5, [*line, line[-1]], where="post", color="#223", lw=1.4, label="draft, q")
+        ax.set(title=title, xlabel=xlabel)
+        ax.set_xticks(range(len(bottom)))
+        ax.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+    axes[0][0].set_ylabel("probability")
+    plt.show()

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from foundation.exercises import Exercise, function, number
+from foundation.lessons.questions_of_training import TRAINING_EXERCISES
 
 
 def _jacobian_transposed(matrix: jax.Array, d_y: jax.Array) -> jax.Array:
@@ -287,4 +288,5 @@ EXERCISES: dict[str, Exercise] = {
         "The row was used three times. What is used several times collects the sum.",
         _row_gradient,
     ),
+    **TRAINING_EXERCISES,
 }

@@ -44,7 +44,7 @@ class MaskedBatch(NamedTuple):
     weights: np.ndarray
     """float32 [M, B, T], the weight of each target in the loss of its micro-batch. 0 where a target does not count. The
     others are M / (all targets of the step that count). So the mean of the M losses is the mean over these targets,
-    however they are spread over the micro-batches. All are 0 if no target counts."""
+    however they are spread over the micro-batches (chapter 13 of `foundation`). All are 0 if no target counts."""
 
     @classmethod
     def of(cls, tokens: np.ndarray, counted: np.ndarray) -> "MaskedBatch":

@@ -1,4 +1,7 @@
-"""Prefill, cached decoding and sampling, one compiled program each, and the stream of tokens that they generate."""
+"""Prefill, cached decoding and sampling, one compiled program each, and the stream of tokens that they generate.
+
+Chapter 12 of `foundation` derives what the cache may hold, and why generation drops no token.
+"""
 
 from collections.abc import Iterator, Sequence
 from functools import partial

@@ -1,4 +1,7 @@
-"""From logits to the next token: repetition penalty, temperature, top-k, top-p and min-p, then one draw."""
+"""From logits to the next token: repetition penalty, temperature, top-k, top-p and min-p, then one draw.
+
+Chapter 15 of `foundation` derives the filters, and a test compares the distributions.
+"""
 
 from functools import partial
 from typing import NamedTuple

@@ -1,4 +1,7 @@
-"""The training step: (state, batch) -> (state, metrics), one compiled program."""
+"""The training step: (state, batch) -> (state, metrics), one compiled program.
+
+Chapter 13 of `foundation` derives when the accumulated gradient of micro-batches is the gradient of the whole batch.
+"""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -3,6 +3,7 @@
 Every expert starts as a copy of the dense feed-forward network. The router starts at random. All other parameters are
 copied. The gates of a token's K experts sum to 1. So at step 0 the model computes the same function as the dense model,
 as long as nothing is dropped. The copies become different because the router sends them different tokens.
+Until they are, the task gives the router no gradient, if K > 1 and nothing is dropped: chapter 14 of `foundation`.
 `config.compatibility.check_upcyclable` checks the settings that this needs. The optimizer's state and the learning-rate
 schedule start anew.
 

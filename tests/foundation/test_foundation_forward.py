@@ -14,9 +14,11 @@ from flax import nnx
 from foundation import (
     activations,
     attention,
+    balancing,
     dropout,
     embedding,
     experts,
+    flash_attention,
     grouped_heads,
     initializers,
     losses,
@@ -34,6 +36,17 @@ TIGHT = {"rtol": 1e-12, "atol": 1e-12}
 
 def normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.float64)
+
+
+@pytest.mark.parametrize("tile", [1, 3, 5, 12])
+def test_attention_in_tiles_equals_attention_at_once(tile: int) -> None:
+    q, k, v = (normal(60 + i, 2, 7, 3) for i in range(3))
+    keep = jax.random.bernoulli(jax.random.key(63), 0.75, (2, 7, 7))
+    for causal, mask in ((True, attention.causal_mask(7)), (False, None)):
+        whole, _ = attention.attention_forward(q, k, v, mask, keep, 0.25)
+        tiled, cache = flash_attention.flash_attention_forward(q, k, v, keep, 0.25, causal, tile)
+        np.testing.assert_allclose(tiled, whole, **TIGHT)
+        assert max(x.size for x in cache[:3] + cache[7:]) <= q.size  # of what is kept, only the given mask is [T, T]
 
 
 def test_activations_equal_jax_nn() -> None:
@@ -325,3 +338,10 @@ def test_initializers_have_the_variance_that_they_predict(name: str) -> None:
 def test_residual_scaling_divides_by_the_root_of_twice_the_layers() -> None:
     kernel = initializers.residual_scaled(jax.random.key(0), (400, 300), layers=8)
     np.testing.assert_allclose(jnp.std(kernel), 0.02 / 4.0, rtol=0.01)
+
+
+def test_the_balance_loss_sees_the_choices() -> None:
+    """Every token leans to expert 0 a little: probabilities are nearly equal, choices are not."""
+    leaning = jnp.tile(jnp.array([0.26, 0.25, 0.25, 0.24]), (5, 1))
+    assert float(balancing.balance_loss_of(leaning, 1)) == pytest.approx(4 * 0.26)
+    assert float(balancing.importance_loss_forward(leaning)[0]) < 1e-3

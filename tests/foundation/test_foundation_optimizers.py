@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from foundation import optimizers
+from foundation import adafactor, optimizers
 
 SHAPES = {"tall": (6, 3), "wide": (3, 7)}
 STEPS = 6
@@ -20,7 +20,9 @@ def draws(seed: int) -> dict[str, jax.Array]:
     return {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, SHAPES.items(), strict=True)}
 
 
-def assert_same_path(update: Callable, init: Callable, reference: optax.GradientTransformation) -> None:
+def assert_same_path(
+    update: Callable, init: Callable, reference: optax.GradientTransformation, tolerance: float = 1e-11
+) -> None:
     ours = theirs = draws(0)
     state: Any = init(ours)
     their_state = reference.init(theirs)
@@ -28,7 +30,7 @@ def assert_same_path(update: Callable, init: Callable, reference: optax.Gradient
         ours, state = update(draws(1 + step), state, ours)
         updates, their_state = reference.update(draws(1 + step), their_state, theirs)
         theirs = optax.apply_updates(theirs, updates)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-11), ours, theirs)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance), ours, theirs)
 
 
 def test_sgd() -> None:
@@ -57,6 +59,22 @@ def test_muon() -> None:
         return optimizers.muon_update(g, s, w, 0.1, weight_decay=0.2)
 
     assert_same_path(update, optimizers.muon_init, optax.contrib.muon(0.1, weight_decay=0.2))
+
+
+def test_adafactor() -> None:
+    """optax computes the decay in float32, so seven digits agree. Its `adafactor` also scales by the size of the
+    parameter; here are its parts without that."""
+    reference = optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=1, decay_rate=0.8, epsilon=1e-30),
+        optax.clip_by_block_rms(1.0),
+        optax.scale(-0.1),
+    )
+
+    def update(g: Any, s: Any, w: Any) -> Any:
+        moved = {name: adafactor.adafactor_update(g[name], s[name], w[name], 0.1) for name in w}
+        return tuple({name: moved[name][i] for name in w} for i in (0, 1))
+
+    assert_same_path(update, lambda w: {name: adafactor.adafactor_init(w[name]) for name in w}, reference, 1e-7)
 
 
 def test_newton_schulz_keeps_the_vectors_and_evens_out_the_values() -> None:

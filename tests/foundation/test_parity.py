@@ -8,13 +8,18 @@ import pytest
 from foundation import checks, parity, table
 from foundation.__main__ import main
 from foundation.chapters import CHAPTERS, OPERATIONS, selected
-from foundation.parity import Check, Outcome
+from foundation.parity import Check, OracleCheck, Outcome
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_by_hand_equals_autodiff_and_finite_differences(operation: str) -> None:
     for check in checks.checks_of(operation):
         outcome = parity.run(check)
+        if isinstance(check, parity.OracleCheck):
+            assert outcome.oracle is not None
+            assert outcome.oracle <= 1e-10, check.case
+            continue
+        assert outcome.autodiff is not None
         assert outcome.autodiff <= 1e-10, check.case
         if not check.at_tie:
             assert outcome.finite_difference is not None
@@ -28,7 +33,9 @@ def test_the_catalogue_is_whole() -> None:
     assert len(set(names)) == len(names)
     assert {check.operation for check in catalogue} == set(OPERATIONS)
     assert sorted(OPERATIONS) == sorted(operation for group in checks.GROUPS.values() for operation in group)
-    assert sum(check.at_tie for check in catalogue) <= 3  # only ties are excused from finite differences
+    assert (
+        sum(getattr(check, "at_tie", False) for check in catalogue) <= 3
+    )  # only ties are excused from finite differences
 
 
 def square(scale: float, d_scale: float) -> Check:
@@ -42,6 +49,17 @@ def test_a_gradient_that_is_off_by_a_millionth_fails_both_ways() -> None:
     assert not wrong.passed
     assert wrong.autodiff == pytest.approx(2e-6, rel=1e-3)
     assert wrong.finite_difference == pytest.approx(2e-6, rel=1e-3)
+
+
+def test_an_answer_that_is_off_fails_against_its_oracle(capsys: pytest.CaptureFixture[str]) -> None:
+    def check(factor: float) -> OracleCheck:
+        return OracleCheck("power", "test", lambda x, n: factor * x**n, lambda x, n: x * x, (jnp.arange(4.0),), (2,))
+
+    assert parity.run(check(1.0)) == Outcome("power", "test", None, None, 0.0)
+    off = parity.run(check(1.0 + 1e-9))
+    assert not off.passed
+    assert table.row(off).endswith("1.0e-09  FAILED")
+    assert table.summarise([off])["failed"] == ["power/test"]
 
 
 def test_nan_fails() -> None:
@@ -81,7 +99,9 @@ def test_the_table_reports_and_exits_by_what_fails(
     good = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert good["checks"] == 1
     assert good["failed"] == []
-    assert set(good) == {"checks", "failed", "max_rel_error_autodiff", "max_rel_error_finite_difference"}
+    errors = {f"max_rel_error_{kind}" for kind in ("autodiff", "finite_difference", "oracle")}
+    assert set(good) == {"checks", "failed"} | errors
+    assert good["max_rel_error_oracle"] is None  # no check of this selection has an oracle
 
     monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0), square(1.0, 2.0)])
     assert main(["--json"]) == 1
@@ -94,7 +114,7 @@ def test_a_selection_is_by_operation_or_by_chapter() -> None:
     assert selected(["softmax", "linear", "softmax"]) == ("softmax", "linear")
     assert selected(["4"]) == selected(["04"]) == selected(["04_softmax_and_cross_entropy.ipynb"])
     assert selected([]) == ()
-    assert len({chapter.number for chapter in CHAPTERS}) == len(CHAPTERS) == 10
+    assert len({chapter.number for chapter in CHAPTERS}) == len(CHAPTERS) == 17
 
 
 def test_a_selection_runs_alone_and_the_whole_says_how_long_it_takes(

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from foundation import parity
-from foundation.challenges.bugs import BUGS, Bug, planted
+from foundation.challenges.bugs import BUGS
+from foundation.challenges.planting import Bug, planted
 from foundation.checks import checks_of
 from tests.foundation import test_foundation_forward, test_foundation_optimizers
 

@@ -12,6 +12,8 @@ The gradients are written by hand for three reasons. The row sum is taken over d
 [T, T]. And W^T d_o is computed as (d_o^T W)^T, which transposes two small arrays instead of a large one. Together this
 is about twice as fast on a CPU. And where T is large, P is computed once more in the backward pass instead of being
 kept (Dao et al. 2022, "FlashAttention", section 3.1, here by whole rows of P), so memory grows with T, not with T^2.
+
+Chapter 11 of `foundation` derives this, the row sum under dropout included, and a test compares the gradients.
 """
 
 import math

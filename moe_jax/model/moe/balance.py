@@ -1,5 +1,5 @@
 """Losses that keep a router balanced and its logits small, the load of its experts, and the balance bias. Pure
-functions of arrays."""
+functions of arrays. Chapter 16 of `foundation` compares four ways of balancing."""
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ def balance_loss(routing: Routing) -> Float[Array, ""]:
 
     f counts choices and has no gradient. The gradient comes from P, the mean probability of each expert. The loss is 1
     at perfect balance for every K, and E / K where all tokens choose the same K experts with certainty.
+    Taken within each sequence, it is the same for micro-batches and for the whole batch (chapter 13 of `foundation`).
     """
     share = jax.lax.stop_gradient(expert_load(routing))
     mean_prob = routing.probs.mean(1)

@@ -7,6 +7,8 @@ Bytes of optimizer state for each parameter (a float32 weight takes 4 bytes more
     adamw-8bit   2.06    both moments in 8-bit codes: `adam8bit`
     adafactor    0.01    no first moment, the second by rows and columns: `adafactor`
     muon         4 to 8  one momentum for the matrices of the blocks, AdamW on the rest
+
+Chapter 10 of `foundation` derives the steps of AdamW, Adafactor and Muon, and a test compares them.
 """
 
 from functools import partial

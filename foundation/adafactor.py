@@ -1,0 +1,92 @@
+"""Adafactor: Adam's second moment in R + C numbers instead of R C.
+
+Adam divides each entry of a gradient by the root of a running mean of its square, v, [R, C]. That is as much memory as
+the parameters. Adafactor keeps two vectors, and uses r c^T in place of v. Which two? Measure the distance of two
+positive matrices by the divergence
+
+    D(v, w) = sum_ij  v_ij log(v_ij / w_ij) - v_ij + w_ij
+
+which is 0 for w = v and positive otherwise, because t - 1 - log t >= 0 for t = w / v. With w = r c^T:
+
+    dD/dr_i = sum_j (c_j - v_ij / r_i) = sum_j c_j - (sum_j v_ij) / r_i
+    dD/dc_j = sum_i (r_i - v_ij / c_j) = sum_i r_i - (sum_i v_ij) / c_j
+
+Both are 0 where r_i = (row sum of v) / sum(c) and c_j = (column sum of v) / sum(r). So
+
+    w_ij = (row sum i) (column sum j) / (sum of all)
+
+A squared distance would need a singular value decomposition. This one needs sums alone. And sums are linear in v, so
+they can be averaged over the steps: the factors of the running mean are the running means of the factors.
+
+Source: Shazeer and Stern 2018, section 3 (the divergence and its minimum) and algorithms 4 and 5; section 6 (clipping),
+section 7.2 (the decay 1 - t^-0.8).
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+DECAY = 0.8
+TINY = 1e-30
+LARGEST_STEP = 1.0
+
+Matrix = Float[Array, "R C"]
+
+
+def divergence_forward(
+    row: Float[Array, " R"], column: Float[Array, " C"], square: Matrix
+) -> tuple[Float[Array, ""], tuple]:
+    """D(square, row column^T), for positive entries."""
+    fit = row[:, None] * column
+    return jnp.sum(square * jnp.log(square / fit) - square + fit), (row, column, square)
+
+
+def divergence_backward(d_out: Float[Array, ""], cache: tuple) -> tuple[Float[Array, " R"], Float[Array, " C"]]:
+    """(d_row, d_column)."""
+    row, column, square = cache
+    d_row = jnp.sum(column) - jnp.sum(square, axis=1) / row
+    d_column = jnp.sum(row) - jnp.sum(square, axis=0) / column
+    return d_out * d_row, d_out * d_column
+
+
+def rank_one_fit(square: Matrix) -> Matrix:
+    """The matrix row column^T that is nearest to `square` in divergence."""
+    return jnp.sum(square, axis=1, keepdims=True) * jnp.sum(square, axis=0, keepdims=True) / jnp.sum(square)
+
+
+class AdafactorState(NamedTuple):
+    """Steps taken, and the running means of the squared gradient's row means and column means."""
+
+    step: Array
+    row: Float[Array, " R"]
+    column: Float[Array, " C"]
+
+
+def adafactor_init(matrix: Matrix) -> AdafactorState:
+    """Means of zero. The first decay is 1 - 1^-0.8 = 0, so there is no start to correct for."""
+    return AdafactorState(jnp.zeros((), int), jnp.zeros_like(matrix[:, 0]), jnp.zeros_like(matrix[0]))
+
+
+def adafactor_update(grad: Matrix, state: AdafactorState, matrix: Matrix, lr: float) -> tuple[Matrix, AdafactorState]:
+    """w <- w - lr u / max(1, rms(u)), with u = g / sqrt(r c^T / mean(r)).
+
+    With means instead of sums, row x column / mean(row) is the same fit as above. There is no first moment, so a
+    gradient that is suddenly large makes a large u: the root mean square of a step is clipped at 1.
+    """
+    step = state.step + 1
+    keep = 1.0 - jnp.asarray(step, grad.dtype) ** -DECAY
+    square = grad**2 + TINY
+    row = keep * state.row + (1.0 - keep) * jnp.mean(square, axis=1)
+    column = keep * state.column + (1.0 - keep) * jnp.mean(square, axis=0)
+    direction = grad / jnp.sqrt(row[:, None] * column / jnp.mean(row))
+    size = jnp.sqrt(jnp.mean(direction**2))
+    return matrix - lr * direction / jnp.maximum(1.0, size / LARGEST_STEP), AdafactorState(step, row, column)
+
+
+def adafactor_path(grads: Float[Array, "S R C"], matrix: Matrix, lr: float) -> Matrix:
+    """The matrix after one step for each of the S gradients."""
+    state = adafactor_init(matrix)
+    for grad in grads:
+        matrix, state = adafactor_update(grad, state, matrix, lr)
+    return matrix

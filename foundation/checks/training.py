@@ -1,0 +1,154 @@
+"""Checks of chapters 10 and 13: where a step comes from, and batches in parts."""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from foundation import adafactor, optimizers, steepest
+from foundation.checks.inputs import Draws, filled_with
+from foundation.parity import AnyCheck, Check, OracleCheck
+
+
+def step_checks() -> Iterator[AnyCheck]:
+    """Dual norms three ways; steepest steps against enumeration; each optimizer against its whole history at once."""
+    for size, case, shape in (
+        ("euclidean", "wide", (3, 5)),
+        ("entries", "wide", (3, 5)),
+        ("spectral", "wide", (3, 5)),
+        ("spectral", "square", (3, 3)),
+    ):
+        gradient = Draws(f"dual_norm/{size}/{case}").normal(*shape)
+        margin = float(jnp.min(jnp.abs(gradient))) if size == "entries" else float("inf")
+        forward = filled_with(steepest.dual_norm_forward, size)
+        yield Check("dual_norm", f"{size}, {case}", forward, steepest.dual_norm_backward, (gradient,), margin)
+    gradient = Draws("steepest_step").normal(2, 2)
+    for size, oracle in (("entries", best_corner), ("spectral", best_turn)):
+        yield OracleCheck("steepest_step", size, steepest.steepest_step, oracle, (gradient,), (size,))
+    for case, shape in (("tall", (6, 3)), ("wide", (3, 7)), ("one column", (4, 1))):
+        matrix = Draws(f"orthogonalize/{case}").normal(*shape)
+        yield OracleCheck("orthogonalize", case, optimizers.orthogonalize, by_singular_values, (matrix,))
+    yield from adafactor_checks()
+    draws = Draws("optimizer paths")
+    grads, start = draws.normal(5, 3, 4), draws.normal(3, 4)
+    for case, decay in (("Adam", 0.0), ("AdamW", 0.3)):
+        yield OracleCheck("adam", case, adam_path, adam_from_history, (grads, start), (decay,))
+    for case, shape in (("wide", (3, 4)), ("tall", (4, 3))):
+        inputs = (grads.reshape(5, *shape), start.reshape(shape))
+        yield OracleCheck("muon", case, muon_path, muon_from_history, inputs)
+
+
+def adafactor_checks() -> Iterator[AnyCheck]:
+    """The divergence three ways, its minimum by alternating minimisation, and the steps from the whole history."""
+    for case, shape in (("wide", (3, 5)), ("one row", (1, 4))):
+        draws = Draws(f"divergence/{case}")
+        square, row, column = (0.1 + draws.normal(*s) ** 2 for s in (shape, shape[:1], shape[1:]))
+        forward = filled_with(adafactor.divergence_forward, square)
+        yield Check("divergence", case, forward, adafactor.divergence_backward, (row, column))
+        yield OracleCheck("rank_one_fit", case, adafactor.rank_one_fit, alternating_fit, (square,))
+    row, column = (0.1 + draws.normal(n) ** 2 for n in (3, 4))
+    product = (row[:, None] * column,)
+    yield OracleCheck("rank_one_fit", "rank 1 already", adafactor.rank_one_fit, lambda square: square, product)
+    draws = Draws("adafactor")
+    grads = draws.normal(5, 3, 4) * jnp.array([1.0, 0.2, 3.0, 0.1, 2.0])[:, None, None]
+    for case, inputs in (("five steps", grads), ("a row without gradient", grads.at[:, 1].set(0.0))):
+        arguments = (inputs, draws.normal(3, 4))
+        yield OracleCheck("adafactor", case, adafactor.adafactor_path, adafactor_from_history, arguments, (0.1,))
+
+
+def best_corner(gradient: Any, size: str) -> np.ndarray:
+    """The corner of the cube of steps with the smallest <g, d>: a linear function is smallest at a corner."""
+    corners = [np.reshape(c, np.shape(gradient)) for c in itertools.product((-1.0, 1.0), repeat=np.size(gradient))]
+    return min(corners, key=lambda corner: float(np.vdot(np.asarray(gradient), corner)))
+
+
+def best_turn(gradient: Any, size: str) -> np.ndarray:
+    """The best rotation or reflection of the plane: the corners, so to speak, of the steps of spectral norm 1.
+
+    <g, turn by t> = a cos t + b sin t, which is smallest at the angle of (-a, -b).
+    """
+    g = np.asarray(gradient)
+
+    def turn(a: float, b: float, mirrored: bool) -> np.ndarray:
+        cos, sin = -np.array([a, b]) / np.hypot(a, b)
+        return np.array([[cos, sin], [sin, -cos]]) if mirrored else np.array([[cos, -sin], [sin, cos]])
+
+    found = [
+        turn(g[0, 0] + g[1, 1], g[1, 0] - g[0, 1], mirrored=False),
+        turn(g[0, 0] - g[1, 1], g[1, 0] + g[0, 1], mirrored=True),
+    ]
+    return min(found, key=lambda step: float(np.vdot(g, step)))
+
+
+def by_singular_values(matrix: Any) -> np.ndarray:
+    """U p(s) V^T, where p is the quintic of Newton-Schulz, five times, on numbers."""
+    u, s, vt = np.linalg.svd(np.asarray(matrix), full_matrices=False)
+    s = s / (np.sqrt(np.sum(s**2)) + 1e-8)
+    a, b, c = optimizers.NEWTON_SCHULZ
+    for _ in range(optimizers.NEWTON_SCHULZ_STEPS):
+        s = a * s + b * s**3 + c * s**5
+    return (u * s) @ vt
+
+
+def alternating_fit(square: Any) -> np.ndarray:
+    """From a random start, each factor in turn set to where its own gradient is 0, until nothing moves."""
+    v = np.asarray(square)
+    column = np.random.default_rng(0).uniform(0.5, 2.0, v.shape[1])
+    row = v.sum(axis=1)
+    for _ in range(5):
+        row = v.sum(axis=1) / column.sum()
+        column = v.sum(axis=0) / row.sum()
+    return row[:, None] * column
+
+
+def adam_path(grads: jax.Array, start: jax.Array, decay: float) -> jax.Array:
+    """The parameter after a step for each gradient."""
+    state, params = optimizers.adam_init(start), start
+    for grad in grads:
+        params, state = optimizers.adam_update(grad, state, params, 0.1, 0.9, 0.95, weight_decay=decay)
+    return params
+
+
+def adam_from_history(grads: Any, start: Any, decay: float) -> np.ndarray:
+    """The same from weighted means over the whole history, with weights that are divided by their sum."""
+    g, w = np.asarray(grads), np.asarray(start)
+    for t in range(1, len(g) + 1):
+        mean, square = (
+            np.average(g[:t] ** power, axis=0, weights=beta ** np.arange(t)[::-1])
+            for power, beta in ((1, 0.9), (2, 0.95))
+        )
+        w = (1.0 - 0.1 * decay) * w - 0.1 * mean / (np.sqrt(square) + 1e-8)
+    return w
+
+
+def muon_path(grads: jax.Array, start: jax.Array) -> jax.Array:
+    """The matrix after a step for each gradient."""
+    state, params = optimizers.muon_init(start), start
+    for grad in grads:
+        params, state = optimizers.muon_update(grad, state, params, 0.1, weight_decay=0.2)
+    return params
+
+
+def muon_from_history(grads: Any, start: Any) -> np.ndarray:
+    """The same from the whole history and singular values."""
+    g, w, beta = np.asarray(grads), np.asarray(start), 0.95
+    for t in range(1, len(g) + 1):
+        summed = np.tensordot((1.0 - beta) * beta ** np.arange(t)[::-1], g[:t], axes=1)
+        ahead = beta * summed / (1.0 - beta ** (t + 1)) + (1.0 - beta) * g[t - 1] / (1.0 - beta**t)
+        scale = np.sqrt(max(1.0, w.shape[1] / w.shape[0]))
+        w = w - 0.1 * (scale * by_singular_values(ahead) + 0.2 * w)
+    return w
+
+
+def adafactor_from_history(grads: Any, start: Any, lr: float) -> np.ndarray:
+    """The same with the whole second moment kept at each step, and its fit computed by rows and columns at the end."""
+    g, w = np.asarray(grads), np.asarray(start)
+    second = np.zeros_like(w)
+    for t in range(1, len(g) + 1):
+        second = second + (g[t - 1] ** 2 + adafactor.TINY - second) * t**-0.8
+        step = g[t - 1] / np.sqrt(np.outer(second.sum(1), second.sum(0)) / second.sum())
+        w = w - lr * step / max(1.0, np.sqrt(np.mean(step**2)))
+    return w

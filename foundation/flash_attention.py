@@ -1,0 +1,134 @@
+"""Attention in tiles of keys, forward and backward, without the matrix of weights.
+
+Attention needs softmax(S) v for a row of scores S, and a softmax needs the whole row: its largest entry, and its sum.
+In tiles the row is seen piece by piece. Of each piece of keys keep three things for each query,
+
+    m = max_s S_s        l = sum_s e^(S_s - m)        o = sum_s e^(S_s - m) v_s
+
+so that o / l is the answer for that piece alone. Two pieces are merged by bringing both to the larger m:
+
+    m = max(m1, m2)      l = l1 e^(m1 - m) + l2 e^(m2 - m)      o = o1 e^(m1 - m) + o2 e^(m2 - m)
+
+This is associative, and (-inf, 0, 0) is its zero. So any number of tiles can be merged in any order. What must be kept
+for the backward pass is o / l and L = m + log l, the logsumexp of the row: with it P_s = e^(S_s - L), computed again,
+tile by tile. The gradients of attention.py are
+
+    d_v = W^T d_o        d_P = (d_o v^T) keep / (1 - rate)        d_S = P (d_P - rowsum(d_P P))
+
+where W = P keep / (1 - rate) are the weights after dropout. The row sum looks as if it needed the whole row too. But
+
+    rowsum(d_P P)_t = sum_s W_ts <d_o_t, v_s> = <d_o_t, sum_s W_ts v_s> = <d_o_t, o_t>
+
+so it is known before the first tile, dropout or not. Note that l sums *undropped* weights, and o dropped ones.
+
+Sources: Milakov and Gimelshein 2018, section 3 (the running softmax); Dao et al. 2022, section 3.1 and appendix B.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from foundation.dropout import dropout_backward, dropout_forward
+
+Rows = Float[Array, "*rows T"]
+Heads = Float[Array, "*rows T A"]
+
+
+class FlashCache(NamedTuple):
+    """The inputs, the output, and the logsumexp of each row. No array of [T, T] but the dropout mask, which would be
+    drawn again in a program that saves memory."""
+
+    q: Array
+    k: Array
+    v: Array
+    keep: Array | None
+    rate: float
+    causal: bool
+    tile: int
+    o: Array
+    logsumexp: Array
+
+
+def merge_parts(
+    m1: Rows, l1: Rows, o1: Float[Array, "*rows T W"], m2: Rows, l2: Rows, o2: Float[Array, "*rows T W"]
+) -> tuple[Rows, Rows, Float[Array, "*rows T W"]]:
+    """(m, l, o) of two pieces of keys together. A piece in which nothing is seen has m = -inf, l = 0 and o = 0."""
+    m = jnp.maximum(m1, m2)
+    shift = jnp.where(jnp.isfinite(m), m, 0.0)  # -inf - (-inf) is NaN
+    old, new = jnp.exp(m1 - shift), jnp.exp(m2 - shift)
+    return m, old * l1 + new * l2, old[..., None] * o1 + new[..., None] * o2
+
+
+def part_of_tile(
+    scores: Float[Array, "*rows T S"], v: Float[Array, "*rows S W"], keep: Bool[Array, "*rows T S"] | None, rate: float
+) -> tuple[Rows, Rows, Float[Array, "*rows T W"]]:
+    """(m, l, o) of one tile. Dropout acts on what is mixed, not on what is summed."""
+    m = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.where(jnp.isfinite(m), m, 0.0)[..., None])
+    kept, _ = dropout_forward(weights, keep, rate)
+    return m, jnp.sum(weights, axis=-1), kept @ v
+
+
+def tile_scores(q: Heads, k: Float[Array, "*rows S A"], first: int, causal: bool) -> Float[Array, "*rows T S"]:
+    """S = q k^T / sqrt(A) for keys that begin at position `first`; -inf where a key is in the future."""
+    scores = q @ jnp.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])
+    if not causal:
+        return scores
+    later = first + jnp.arange(k.shape[-2]) > jnp.arange(q.shape[-2])[:, None]
+    return jnp.where(later, -jnp.inf, scores)
+
+
+def flash_attention_forward(
+    q: Heads,
+    k: Heads,
+    v: Heads,
+    keep: Bool[Array, "*rows T T"] | None,
+    rate: float,
+    causal: bool,
+    tile: int,
+) -> tuple[Heads, FlashCache]:
+    """dropout(softmax(q k^T / sqrt(A))) v, in tiles of `tile` keys. No array is larger than T x max(tile, A)."""
+    m = jnp.full(q.shape[:-1], -jnp.inf, q.dtype)
+    total, o = jnp.zeros_like(m), jnp.zeros_like(v)
+    for first in range(0, k.shape[-2], tile):
+        here = slice(first, first + tile)
+        scores = tile_scores(q, k[..., here, :], first, causal)
+        part = part_of_tile(scores, v[..., here, :], None if keep is None else keep[..., here], rate)
+        m, total, o = merge_parts(m, total, o, *part)
+    o = o / total[..., None]
+    return o, FlashCache(q, k, v, keep, rate, causal, tile, o, m + jnp.log(total))
+
+
+def flash_attention_backward(d_o: Heads, cache: FlashCache) -> tuple[Heads, Heads, Heads]:
+    """(d_q, d_k, d_v). Each tile's weights are computed again from the logsumexp. d_q collects from all tiles; d_k and
+    d_v of a tile are complete when the tile is done."""
+    q, k, v = cache.q, cache.k, cache.v
+    row_sum = jnp.sum(d_o * cache.o, axis=-1, keepdims=True)
+    d_q, d_k, d_v = jnp.zeros_like(q), [], []
+    for first in range(0, k.shape[-2], cache.tile):
+        here = slice(first, first + cache.tile)
+        k_tile, v_tile = k[..., here, :], v[..., here, :]
+        keep = None if cache.keep is None else cache.keep[..., here]
+        p = jnp.exp(tile_scores(q, k_tile, first, cache.causal) - cache.logsumexp[..., None])
+        kept, dropout = dropout_forward(p, keep, cache.rate)
+        d_p = dropout_backward(d_o @ jnp.swapaxes(v_tile, -1, -2), dropout)
+        d_scores = p * (d_p - row_sum) / math.sqrt(q.shape[-1])
+        d_q = d_q + d_scores @ k_tile
+        d_k.append(jnp.swapaxes(d_scores, -1, -2) @ q)
+        d_v.append(jnp.swapaxes(kept, -1, -2) @ d_o)
+    return d_q, jnp.concatenate(d_k, axis=-2), jnp.concatenate(d_v, axis=-2)
+
+
+def merged_output(
+    scores: Float[Array, "T S"], v: Float[Array, "S W"], pieces: tuple[tuple[int, ...], ...]
+) -> Float[Array, "T W"]:
+    """softmax(scores) v from pieces of the keys, each a tuple of places, merged in the given order."""
+    m = jnp.full(scores.shape[:1], -jnp.inf, scores.dtype)
+    part = (m, jnp.zeros_like(m), jnp.zeros((scores.shape[0], v.shape[1]), v.dtype))
+    for piece in pieces:
+        places = jnp.array(piece)
+        part = merge_parts(*part, *part_of_tile(scores[:, places], v[places], None, 0.0))
+    _, total, o = part
+    return o / total[:, None]

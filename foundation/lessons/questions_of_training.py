@@ -1,0 +1,237 @@
+"""The questions of chapters 10 and later."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from foundation.exercises import Exercise, function, number
+
+
+def _one_coordinate(g: jax.Array) -> jax.Array:
+    largest = jnp.abs(g) == jnp.max(jnp.abs(g))
+    return jnp.where(largest, -jnp.sign(g), 0.0)
+
+
+def _fit_of_squares(g: jax.Array) -> jax.Array:
+    v = g**2
+    return v.sum(1, keepdims=True) * v.sum(0, keepdims=True) / v.sum()
+
+
+def _merged_answers(a: jax.Array, la: jax.Array, b: jax.Array, lb: jax.Array) -> jax.Array:
+    share = 1.0 / (1.0 + jnp.exp(lb - la))[:, None]
+    return share * a + (1.0 - share) * b
+
+
+def _row_sum(d_o: jax.Array, o: jax.Array) -> jax.Array:
+    return jnp.sum(d_o * o, axis=-1)
+
+
+def _newest_output(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    weights = jnp.exp(k @ q / math.sqrt(q.shape[-1]))
+    return weights @ v / jnp.sum(weights)
+
+
+def _loss_of_batch(means: jax.Array, counts: jax.Array) -> jax.Array:
+    return jnp.sum(means * counts) / jnp.sum(counts)
+
+
+def _balance_difference(f: jax.Array, p: jax.Array) -> jax.Array:
+    return f.shape[-1] * jnp.sum(jnp.mean(f * p, axis=0) - jnp.mean(f, axis=0) * jnp.mean(p, axis=0))
+
+
+def _volume(z: jax.Array, c: jax.Array) -> jax.Array:
+    p = jnp.exp(z) / jnp.sum(jnp.exp(z))
+    return c * jnp.max(p) * ((p == jnp.max(p)) - p)
+
+
+def _parted(z: jax.Array, h: jax.Array, d_y: jax.Array) -> jax.Array:
+    g = jnp.exp(z) / jnp.sum(jnp.exp(z))
+    d_g = h @ d_y
+    return g * (d_g - g @ d_g)
+
+
+def _softmax(z: jax.Array) -> jax.Array:
+    return jnp.exp(z) / jnp.sum(jnp.exp(z))
+
+
+def _acceptance(u: jax.Array, v: jax.Array) -> jax.Array:
+    return jnp.sum(jnp.minimum(_softmax(u), _softmax(v)))
+
+
+def _residual(u: jax.Array, v: jax.Array) -> jax.Array:
+    left = jnp.maximum(_softmax(u) - _softmax(v), 0.0)
+    return left / jnp.sum(left)
+
+
+def _importance(i: jax.Array) -> jax.Array:
+    total, squares = jnp.sum(i), jnp.sum(i**2)
+    return 2.0 * len(i) * (i / total**2 - squares / total**3)
+
+
+TRAINING_EXERCISES: dict[str, Exercise] = {
+    "10.1": Exercise(
+        "Adam, learning rate 0.01, the very first step. The gradient of a weight is -250. By how much does the weight "
+        "change?",
+        number(0.01),
+        "After one step the corrected mean of g is g, and that of g^2 is g^2. What is g / sqrt(g^2)?",
+        0.01,
+    ),
+    "10.2": Exercise(
+        "Another size of a step: the *sum* of the magnitudes of its entries. Write a function of g, [6], that gives "
+        "the steepest step of size 1.",
+        function(_one_coordinate, (6,)),
+        "All of the sum is best spent where |g| is largest, and nothing elsewhere.",
+        _one_coordinate,
+    ),
+    "10.3": Exercise(
+        "Write a function of a gradient g, [3, 4], that gives Adafactor's fit of the squares of its entries.",
+        function(_fit_of_squares, (3, 4)),
+        "Square first. Then (row sum) (column sum) / (sum of all).",
+        _fit_of_squares,
+    ),
+    "10.4": Exercise(
+        "A matrix of 1024 x 4096. Adam keeps 8,388,608 numbers for it. How many does Adafactor keep?",
+        number(5120.0, 1e-9),
+        "One for each row and one for each column, and no first moment.",
+        5120.0,
+    ),
+    "11.1": Exercise(
+        "A query has seen scores with the largest m = 2 and l = 3. The next key has the score 5. What is l now?",
+        number(1.0 + 3.0 * math.exp(-3.0)),
+        "The new m is 5. The old sum shrinks by e^(2 - 5), and the new key adds e^0.",
+        1.0 + 3.0 * math.exp(-3.0),
+    ),
+    "11.2": Exercise(
+        "Two pieces of keys have given the answers a and b, [4, 3], each as if it were alone, and the logsumexp of "
+        "their scores, la and lb, [4]. Write a function of (a, la, b, lb) that gives the answer for both together.",
+        function(_merged_answers, (4, 3), (4,), (4, 3), (4,)),
+        "Each piece counts with the weight e^(its logsumexp), divided by the sum of both weights.",
+        _merged_answers,
+    ),
+    "11.3": Exercise(
+        "W = P keep / (1 - rate) are the weights after dropout, and o = W v. Write a function of (d_o, o), both "
+        "[5, 3], that gives the row sum of d_P P, [5].",
+        function(_row_sum, (5, 3), (5, 3)),
+        "rowsum(d_P P) = rowsum(d_W W), and d_W = d_o v^T. Move the sum over keys inwards.",
+        _row_sum,
+    ),
+    "12.1": Exercise(
+        "A model of 6 layers and 8 heads of width 64, in float32 (4 bytes). How many bytes of keys and values does "
+        "the cache hold for each position?",
+        number(24_576.0, 1e-9),
+        "Two arrays, of 6 x 8 x 64 numbers each.",
+        24_576.0,
+    ),
+    "12.2": Exercise(
+        'K = 2, E = 16, capacity factor 1.25, rule "token". A text of 100 tokens grows, token by token. At which '
+        "length does the capacity of an expert change for the first time?",
+        number(103.0, 1e-9),
+        "ceil(1.25 * 100 * 2 / 16) = 16. It stays 16 until 1.25 * T * 2 / 16 is above 16. Most steps change nothing. "
+        "This is why such a fault is found late.",
+        103.0,
+    ),
+    "12.3": Exercise(
+        "A cache of one head holds keys k, [N, A], and values v, [N, A], of all positions so far. Write a function of "
+        "(q, k, v), with q [A] the query of the newest position, that gives its output, [A].",
+        function(_newest_output, (4,), (6, 4), (6, 4)),
+        "Scores k q / sqrt(A), a softmax over the N positions, and the mixture of the values. No mask is needed.",
+        _newest_output,
+    ),
+    "13.1": Exercise(
+        "Two micro-batches: 10 tokens with a mean loss of 2 nats, and 90 tokens with a mean loss of 1. By how much is "
+        "the mean of the two means above the loss of the batch?",
+        number(0.4),
+        "(10 * 2 + 90 * 1) / 100, and (2 + 1) / 2.",
+        0.4,
+    ),
+    "13.2": Exercise(
+        "Write a function of (means, counts), both [M], that gives the loss of the batch: its mean over tokens.",
+        function(_loss_of_batch, (4,), (4,)),
+        "A mean times its count is a sum. Add up the sums, and divide once.",
+        _loss_of_batch,
+    ),
+    "13.3": Exercise(
+        "f and P, both [B, E], hold the shares and the mean probabilities of each sequence. Write a function of (f, P) "
+        "that gives the balance loss by sequence minus the balance loss by batch.",
+        function(_balance_difference, (5, 3), (5, 3)),
+        "E times the sum over e of: the mean of f P, minus the mean of f times the mean of P.",
+        _balance_difference,
+    ),
+    "13.4": Exercise(
+        "Two micro-batches have gradients of length 3 and 4, at a right angle. Their mean, clipped at 1, has length 1. "
+        "How long is the mean if each is clipped at 1 before?",
+        number(math.sqrt(0.5)),
+        "Each becomes a vector of length 1; half the diagonal of a unit square. It also points elsewhere.",
+        math.sqrt(0.5),
+    ),
+    "14.1": Exercise(
+        "E copies of a network, K = 2, nothing dropped, gates that add up to 1. The dense network's weights would get "
+        "the gradient G. The gradients of the E copies, added up, are how many times G?",
+        number(1.0, 1e-9),
+        "A token gives expert e its gate times what it would give the dense network. What do the gates add up to?",
+        1.0,
+    ),
+    "14.2": Exercise(
+        "K = 1, identical experts. c = <d_y, h> is the same for whatever expert is chosen. Write the gradient of the "
+        "logits of one token as a function of (z, c), with z [5].",
+        function(_volume, (5,), ()),
+        "The gate is p_s, with s the largest. c p_s ([s = e] - p_e).",
+        _volume,
+    ),
+    "14.3": Exercise(
+        "Later the experts have parted: the K chosen ones answer h, [3, 4], with gates g = softmax(z), z [3]. Write a "
+        "function of (z, h, d_y), d_y [4], that gives the gradient of z.",
+        function(_parted, (3,), (3, 4), (4,)),
+        "d_g = h d_y, one number for each expert. Then the softmax's rule. If all rows of h were equal, it would be 0.",
+        _parted,
+    ),
+    "15.1": Exercise(
+        "Probabilities 0.5, 0.3, 0.15, 0.05, and top-p = 0.7. After the filter, what is the probability of the first "
+        "token?",
+        number(0.625),
+        "0.5 does not reach 0.7; 0.5 + 0.3 does. Two tokens stay.",
+        0.625,
+    ),
+    "15.2": Exercise(
+        "p = softmax(u) is the law of the large model, q = softmax(v) that of the draft. Write a function of (u, v), "
+        "both [6], that gives the probability that a proposal is accepted.",
+        function(_acceptance, (6,), (6,)),
+        "The sum over x of q_x min(1, p_x / q_x), which is min(p_x, q_x).",
+        _acceptance,
+    ),
+    "15.3": Exercise(
+        "A proposal is accepted with probability 0.8, and a round proposes 4. How many tokens does a round give, on "
+        "average?",
+        number(3.3616),
+        "1 + a + a^2 + a^3 + a^4.",
+        3.3616,
+    ),
+    "15.4": Exercise(
+        "Write a function of (u, v), as in 15.2, that gives the residual law from which a rejected token is replaced.",
+        function(_residual, (6,), (6,)),
+        "The part of p that is above q, divided by its sum.",
+        _residual,
+    ),
+    "16.1": Exercise(
+        "E = 8, K = 2, perfect balance. A program takes f as choices per token (it adds up to K). What does its "
+        "balance loss give?",
+        number(2.0),
+        "f_e = K / E and P_e = 1 / E, for each of the E experts; E times the sum of f P.",
+        2.0,
+    ),
+    "16.2": Exercise(
+        "Write a function of I, [5], that gives the gradient of the importance loss E Q / S^2 - 1 in I. S is the sum "
+        "of I, and Q the sum of its squares.",
+        function(_importance, (5,)),
+        "The quotient rule: 2 E I / S^2 - 2 E Q / S^3.",
+        _importance,
+    ),
+    "16.3": Exercise(
+        "Two experts, K = 1, and every token gives p = (0.52, 0.48). The bias begins at 0, and its rate is 0.005. "
+        "After how many steps does the choice change for the first time?",
+        number(5.0, 1e-9),
+        "Each step moves the two apart by 2 rate = 0.01. The gap is 0.04; at an exact tie the first expert is taken.",
+        5.0,
+    ),
+}

@@ -1,0 +1,273 @@
+# %% [markdown]
+# # 10. Where a step comes from
+#
+# The chapters so far end with a gradient. Training needs a *step*. Gradient descent
+# takes the gradient itself, times a small number. Adam divides it, entry by entry.
+# Adafactor divides by something cheaper. Muon throws away the singular values. Are
+# these tricks that happen to work? This chapter derives all of them from one question:
+# **which step is the steepest?** The answer depends on what we call the *size* of a
+# step, and each of these optimizers has its own idea of size.
+#
+# The code is `foundation/steepest.py`, `foundation/adafactor.py` and
+# `foundation/optimizers.py`. The project trains with the same steps, in
+# `moe_jax/training/optimizers/adam.py`, `moe_jax/training/optimizers/adafactor.py` and
+# `moe_jax/training/optimizers/factory.py` (Muon). A test holds them against this
+# chapter (`tests/foundation/test_against_production.py`).
+#
+# ## Step 1: the question
+# Let $g$ be the gradient of a weight matrix, and $d$ a step. To first order, the loss
+# changes by the inner product $\langle g, d\rangle = \sum_{ij} g_{ij} d_{ij}$. We can
+# make that as negative as we like with a huge step. So fix its size, and ask for
+#
+# $$\min_d\; \langle g, d\rangle \quad\text{where}\quad \lVert d \rVert \le 1.$$
+#
+# A **norm** $\lVert\cdot\rVert$ is a measure of size: it is positive, grows in
+# proportion when $d$ is scaled, and obeys the triangle inequality. There are many. The
+# largest value that $\langle g, d \rangle$ can reach under this condition is called
+# the **dual norm** of the gradient, $\lVert g\rVert_*$.
+#
+# ## Step 2: three norms
+# **The root of the sum of squares.** The inequality of Cauchy and Schwarz says $\langle
+# g, d\rangle \ge -\lVert g\rVert\,\lVert d\rVert$, and $d = -g/\lVert g\rVert$ reaches
+# it. This is **gradient descent**.
+#
+# **The largest entry.** Each entry of $d$ is free in $[-1, 1]$, whatever the others do.
+# So each takes the end that helps: $d_{ij} = -\operatorname{sign}(g_{ij})$. All entries
+# move by the same amount. This is **sign descent**.
+#
+# **The largest singular value.** A matrix can be written $g = U S V^\top$, with
+# orthonormal columns in $U$ and $V$ and the singular values $s_i \ge 0$ on the diagonal
+# of $S$. The largest one of a matrix $d$, its **spectral norm**, says by how much $d$
+# can stretch a vector at most. Now
+#
+# $$\langle g, d\rangle = \operatorname{tr}(V S U^\top d)
+# = \operatorname{tr}(S\, R) = \sum_i s_i R_{ii}, \qquad R = U^\top d V.$$
+#
+# No entry of $R$ is larger than the spectral norm of $d$, so none is below $-1$. The
+# best would be $R_{ii} = -1$ for every $i$. And $d = -UV^\top$ reaches that:
+#
+# $$\boxed{\;d = -\,U V^\top\;}$$
+#
+# All singular values of the step are 1. Directions in which the gradient is weak move
+# as far as those in which it is strong.
+#
+# ## Step 3: a gradient of a gradient's size
+# There is a neat way to check all three. Let $d(g)$ be the step that *maximises*
+# $\langle g, d\rangle$. For any other gradient $h$, the step $d(g)$ is allowed but
+# maybe not the best, so $\lVert h\rVert_* \ge \langle h, d(g)\rangle$, and for $h = g$
+# both are equal. So the difference, as a function of $h$, has its minimum at $h = g$.
+# Its derivative is 0 there:
+#
+# $$\frac{\partial \lVert g\rVert_*}{\partial g} = d(g)$$
+#
+# *The gradient of the dual norm is the steepest step*, up to its sign. So the rows
+# `dual_norm` of the table are checked three ways, like every other gradient here. For
+# the spectral norm, $\lVert g\rVert_* = \sum_i s_i$.
+
+# %%
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from foundation import adafactor, optimizers, steepest
+from foundation.exercises import ask, check
+from foundation.lessons import pictures
+
+jax.config.update("jax_enable_x64", True)
+
+g = jax.random.normal(jax.random.key(0), (3, 5))
+print(
+    f"{'size of a step':<16} {'dual norm':>9} {'fall':>9}  singular values of the step"
+)
+for size in steepest.NORMS:
+    length, _ = steepest.dual_norm_forward(g, size)
+    step = steepest.steepest_step(g, size)
+    values = jnp.linalg.svd(step, compute_uv=False)
+    fall = jnp.vdot(g, step)
+    print(f"{size:<16} {length:9.4f} {fall:9.4f} ", np.round(values, 3))
+    assert abs(length + fall) < 1e-12
+
+# %% [markdown]
+# ## Step 4: Adam is sign descent with a memory
+# Adam keeps a running mean $m$ of the gradients, and $v$ of their squares, and steps by
+# $-m/\sqrt v$. Suppose the gradient of a weight is the same in every step. Then $m = g$
+# and $v = g^2$, and the step is $-g/|g| = -\operatorname{sign}(g)$: the steepest step
+# in the largest-entry norm. Suppose instead that the gradient is pure noise with mean
+# 0. Then $m$ is near 0 and $v$ is not, so the step is small. So $m / \sqrt v$ is the
+# sign, times a factor between 0 and 1 that says how far the sign can be trusted.
+#
+# Two details. Both means start at 0, so after $t$ steps a constant $g$ gives only
+# $(1-\beta^t)\, g$. Adam divides by $1-\beta^t$. This is called **bias correction**.
+# And **AdamW** shrinks the weights by a term of its own, $-\eta\lambda w$, *outside* of
+# the division. A penalty $\lambda w^2/2$ in the loss would be inside: it would be
+# divided by $\sqrt v$ too, so weights with large gradients would be decayed less.
+
+# %%
+weights = jnp.zeros(4)
+steady = jnp.array([3.0, -0.001, 0.0, 250.0])
+state = optimizers.adam_init(weights)
+for _ in range(3):
+    weights, state = optimizers.adam_update(steady, state, weights, lr=0.1)
+print("three steps with constant gradients:", np.round(weights, 6))
+
+noise = jax.random.normal(jax.random.key(1), (400, 4))
+weights, state = jnp.zeros(4), optimizers.adam_init(weights)
+sizes = []
+for row in noise:
+    before = weights
+    weights, state = optimizers.adam_update(row, state, weights, lr=0.1)
+    sizes.append(float(jnp.mean(jnp.abs(weights - before))) / 0.1)
+print(f"mean step with pure noise: {np.mean(sizes[100:]):.2f} of the learning rate")
+assert np.mean(sizes[100:]) < 0.4
+
+# %% [markdown]
+# ## Step 5: Adafactor, or which two vectors
+# $v$ is as large as the weights. **Adafactor** keeps one number for each row and one
+# for each column, and uses the product $w_{ij} = r_i c_j$ in place of $v_{ij}$. A
+# matrix of this form is said to have **rank 1**. Which $r$ and $c$? The nearest ones,
+# but again it matters how distance is measured. All entries are positive, so take the
+# **divergence**
+#
+# $$D(v, w) = \sum_{ij} v_{ij} \log\frac{v_{ij}}{w_{ij}} - v_{ij} + w_{ij}.$$
+#
+# Each term is $v\,(t - 1 - \log t)$ with $t = w/v$, which is 0 at $t = 1$ and positive
+# elsewhere. So $D$ is a distance of a kind. It compares *ratios*: being wrong by a
+# factor of 2 costs something for a small entry, too. That is what we want, because we
+# are about to divide by $\sqrt w$. Now differentiate, with $w_{ij} = r_i c_j$:
+#
+# $$\frac{\partial D}{\partial r_i} = \sum_j \Bigl(c_j - \frac{v_{ij}}{r_i}\Bigr),
+# \qquad
+# \frac{\partial D}{\partial c_j} = \sum_i \Bigl(r_i - \frac{v_{ij}}{c_j}\Bigr).$$
+#
+# Set both to 0: $r_i = (\text{row sum } i)/\sum c$ and $c_j = (\text{column sum }
+# j)/\sum r$. Multiply. Since $\sum r \sum c$ is the sum of all $v$,
+#
+# $$\boxed{\;w_{ij} = \frac{(\text{row sum } i)\,(\text{column sum } j)}
+# {\text{sum of all}}\;}$$
+#
+# No iteration, no decomposition. And sums of running means are running means of sums,
+# so the two vectors can be kept *instead* of $v$, and nothing is lost on the way.
+
+# %%
+v = jax.random.normal(jax.random.key(2), (4, 6)) ** 2 + 0.05
+fit = adafactor.rank_one_fit(v)
+row, column = fit.sum(1) / jnp.sqrt(fit.sum()), fit.sum(0) / jnp.sqrt(fit.sum())
+value, cache = adafactor.divergence_forward(row, column, v)
+d_row, d_column = adafactor.divergence_backward(jnp.ones(()), cache)
+largest = max(jnp.max(jnp.abs(d_row)), jnp.max(jnp.abs(d_column)))
+print(f"divergence {value:.4f}; largest gradient at the fit {largest:.1e}")
+assert largest < 1e-12
+for i in range(3):
+    other = row * jnp.exp(0.1 * jax.random.normal(jax.random.key(i), row.shape))
+    farther, _ = adafactor.divergence_forward(other, column, v)
+    print(f"  rows moved by about 10 %: {farther:.4f}")
+    assert farther > value
+
+# %% [markdown]
+# ## Step 6: Muon, without a decomposition
+# The steepest step in the spectral norm needs $UV^\top$, and a singular value
+# decomposition is slow on the machines that train models. **Newton-Schulz** gets there
+# with matrix products alone. Take a polynomial with odd powers only,
+#
+# $$X \leftarrow a X + b\,(XX^\top) X + c\,(XX^\top)^2 X.$$
+#
+# Put $X = U S V^\top$ in. Since $XX^\top = U S^2 U^\top$, every term is
+# $U(\cdot)V^\top$:
+#
+# $$X \leftarrow U\,(aS + bS^3 + cS^5)\,V^\top.$$
+#
+# The vectors stay. Each singular value is changed *by itself*, $s \leftarrow as + bs^3
+# + cs^5$. We only need numbers $a, b, c$ for which repeating this takes every $s$ in
+# $(0, 1]$ near 1. First divide by the root of the sum of squares of all entries: it is
+# at least the largest singular value, so all of them start in $(0, 1]$.
+#
+# **Muon** takes $a = 3.4445$, $b = -4.7750$, $c = 2.0315$, and five steps. The slope at
+# 0 is $a$, so a small value grows by 3.4 in each step, and by almost 500 in five. The
+# price is seen on the left of the picture: values do not converge to 1, but wander
+# between 0.7 and 1.2. For a step that is enough. On the right are the singular values
+# of one matrix. They span a factor of 100 at the start.
+
+# %%
+a, b, c = optimizers.NEWTON_SCHULZ
+s = jnp.linspace(0.0, 1.0, 400)
+mapped = {"before": (s, s)}
+for steps in range(1, 6):
+    previous = mapped[list(mapped)[-1]][1]
+    after = a * previous + b * previous**3 + c * previous**5
+    mapped[f"{steps} step{'s' if steps > 1 else ''}"] = (s, after)
+for name in ("2 steps", "4 steps"):
+    mapped.pop(name)
+
+U, V = (
+    jnp.linalg.qr(jax.random.normal(jax.random.key(i), (12, 12)))[0] for i in (3, 4)
+)
+matrix = (U * jnp.logspace(0, -2, 12)) @ V.T
+tracks = jnp.stack(
+    [
+        jnp.linalg.svd(optimizers.orthogonalize(matrix, steps=n), compute_uv=False)
+        for n in range(6)
+    ]
+)
+one_matrix = {f"number {i + 1}": tracks[:, i] for i in (0, 3, 6, 9, 10, 11)}
+pictures.curves(
+    {
+        "what becomes of a singular value s": mapped,
+        "six of twelve values of a matrix, after n steps": one_matrix,
+    },
+    xlabel="s, in (0, 1] (left); steps (right)",
+    ylabel="singular value",
+    level=1.0,
+)
+ends = jnp.linalg.svd(optimizers.orthogonalize(matrix), compute_uv=False)
+starts = jnp.linalg.svd(matrix, compute_uv=False)
+print(f"largest / smallest: {starts[0] / starts[-1]:.0f} -> {ends[0] / ends[-1]:.1f}")
+assert ends[0] / ends[-1] < 3.0
+
+# %% [markdown]
+# ## What the norms are good for
+# Which size is the right one? A weight matrix is there to be multiplied with a vector.
+# If $\lVert d\rVert_{\text{spectral}} \le \eta$, then no input of length 1 sees its
+# output change by more than $\eta$, whatever the shape of the matrix. That is a promise
+# about the *function* that the layer computes. The other two sizes promise nothing of
+# the kind. The cell below takes one gradient, scales each of the three steps so that
+# the loss falls equally to first order, and measures the largest change of an output.
+# The spectral step is the gentlest, by construction.
+#
+# An embedding table is another matter: a token reads one row, and rows are not mixed.
+# So Muon leaves tables, and vectors such as biases, to Adam.
+
+# %%
+strong = jax.random.normal(jax.random.key(4), (32, 1)) @ jnp.ones((1, 32))
+g = strong + jax.random.normal(jax.random.key(5), (32, 32))
+print("largest change of an output, for the same fall of the loss:")
+changes = {}
+for size in steepest.NORMS:
+    step = steepest.steepest_step(g, size)
+    step = step / -jnp.vdot(g, step)
+    changes[size] = float(jnp.linalg.norm(step, ord=2))
+    print(f"  {size:<10} {changes[size]:.5f}")
+assert min(changes, key=lambda size: changes[size]) == "spectral"
+
+# %% [markdown]
+# ## Checked against what?
+# A step has no gradient to compare with. So the table holds it against an **oracle**:
+# an answer that was found in another way. `steepest_step` is compared with the best of
+# all corners of a cube, and with the best turn of the plane. `rank_one_fit` is compared
+# with an iteration from a random start. `orthogonalize` is compared with a singular
+# value decomposition whose values went through the polynomial as plain numbers. Adam,
+# Muon and Adafactor are compared with formulas that look at the whole history of
+# gradients at once. And a test holds all of them against optax, step by step.
+#
+# ## Exercises
+# In the terminal: `python -m foundation derive divergence`, then `rank_one_fit`,
+# `steepest_step` and `orthogonalize`.
+
+# %%
+ask("10.1")
+check("10.1", None)
+ask("10.2")
+check("10.2", None)
+ask("10.3")
+check("10.3", None)
+ask("10.4")
+check("10.4", None)

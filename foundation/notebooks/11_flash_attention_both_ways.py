@@ -1,0 +1,205 @@
+# %% [markdown]
+# # 11. Flash attention, both ways
+#
+# Attention over T positions makes a T x T matrix of weights for each head. For T = 4096
+# these are 16.8 million numbers, for one head of one layer of one text, and chapter 5
+# keeps them for the backward pass. Yet the inputs and the output have only T rows of A
+# numbers. **Must the matrix exist?** This chapter shows that it need not. It is cut
+# into **tiles**, small groups of keys; each tile is computed, used, and forgotten,
+# forward and backward. The result is the same to the last digits. This is the idea of
+# **FlashAttention**.
+#
+# The code is `foundation/flash_attention.py`. The project's own attention is
+# `moe_jax/model/kernels/causal_attention.py`. Its form `recomputed` uses the backward
+# pass of steps 4 and 5 below. It works with whole rows of weights, for one block of
+# queries after another, so it does not need the merge of steps 1 to 3. A test holds its
+# gradients against the ones derived here, dropout included.
+#
+# ## Step 1: what one tile can say
+# Take one query. Its scores are $S_1, \dots, S_T$, and its answer is
+#
+# $$o = \frac{\sum_s e^{S_s} v_s}{\sum_s e^{S_s}}.$$
+#
+# Both sums can be collected tile by tile. But $e^{S}$ overflows: a float32 ends at
+# $e^{88}$. The usual cure is to subtract the largest score $m$ of the row, which
+# cancels in the fraction. But the largest score of the *row* is not known before the
+# last tile. So each tile subtracts its own. For a set of keys, keep three things:
+#
+# $$m = \max_s S_s, \qquad l = \sum_s e^{S_s - m}, \qquad
+# \tilde o = \sum_s e^{S_s - m}\, v_s.$$
+#
+# $\tilde o / l$ is the answer as if there were no other keys.
+#
+# ## Step 2: the merge
+# Two sets of keys, $(m_1, l_1, \tilde o_1)$ and $(m_2, l_2, \tilde o_2)$. The larger of
+# $m_1$ and $m_2$ is the $m$ of both. And $l_1$ was a sum of $e^{S - m_1}$. To make it a
+# sum of $e^{S - m}$, multiply by $e^{m_1 - m}$:
+#
+# $$\boxed{\;m = \max(m_1, m_2), \quad
+# l = e^{m_1 - m} l_1 + e^{m_2 - m} l_2, \quad
+# \tilde o = e^{m_1 - m} \tilde o_1 + e^{m_2 - m} \tilde o_2\;}$$
+#
+# Both factors are at most 1, and one of them *is* 1. So nothing overflows. The planted
+# bug for this step forgets the factor of the old $\tilde o$. It is a nasty one: as long
+# as the first tile holds the largest score, the factor is 1 and nobody notices.
+#
+# ## Step 3: any tiles, any order
+# The merge is **associative** and **commutative**: the result for a set of keys does
+# not depend on how it was cut, or in which order the pieces came. It must be so, since
+# $m$, $l$ and $\tilde o$ are functions of the *set*. And a tile in which this query
+# sees nothing, because all its keys are in the future, is $(-\infty, 0, 0)$: it changes
+# nothing. Start from there, merge tile after tile, and divide once, at the end.
+
+# %%
+import jax
+import jax.numpy as jnp
+
+from foundation.attention import attention_backward, attention_forward, causal_mask
+from foundation.exercises import ask, check
+from foundation.flash_attention import (
+    flash_attention_backward,
+    flash_attention_forward,
+    merge_parts,
+    merged_output,
+    part_of_tile,
+)
+from foundation.lessons import pictures
+from foundation.parity import max_relative_error
+
+jax.config.update("jax_enable_x64", True)
+
+scores = 3.0 * jax.random.normal(jax.random.key(0), (1, 24))
+v = jax.random.normal(jax.random.key(1), (24, 3))
+whole = jax.nn.softmax(scores) @ v
+part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
+print("tile      m        l      answer so far")
+for first in range(0, 24, 6):
+    here = slice(first, first + 6)
+    part = merge_parts(*part, *part_of_tile(scores[:, here], v[here], None, 0.0))
+    m, total, o = part
+    answer = jnp.round((o / total[:, None])[0], 4)
+    print(f"{first // 6:4} {m[0]:8.3f} {total[0]:8.3f}     ", answer)
+print("softmax of the whole row:  ", jnp.round(whole[0], 4))
+assert max_relative_error(part[2] / part[1], whole) < 1e-14
+
+keys = [int(i) for i in jax.random.permutation(jax.random.key(2), 24)]
+shuffled = (tuple(keys[:1]), tuple(keys[1:15]), tuple(keys[15:]))
+error = max_relative_error(merged_output(scores, v, shuffled), whole)
+print(f"keys shuffled, in tiles of 1, 14 and 9: off by {error:.1e}")
+assert error < 1e-14
+
+# %% [markdown]
+# ## Step 4: backward, the weights once more
+# Chapter 5 has the rules. With $W$ for the weights after dropout, and $\odot$ entry by
+# entry,
+#
+# $$d_v = W^\top d_o, \qquad d_P = (d_o v^\top) \odot \frac{\text{keep}}{1 - r}, \qquad
+# d_S = P \odot (d_P - \operatorname{rowsum}(d_P \odot P)).$$
+#
+# All of them need $P$, which we refused to keep. But a single number per row is enough
+# to compute it again. The **logsumexp** of the row is $L = \log\sum_s e^{S_s} = m +
+# \log l$, known at the end of the forward pass. Then
+#
+# $$P_s = e^{S_s - L},$$
+#
+# for any tile, at any time, without its neighbours. So the forward pass keeps $q$, $k$,
+# $v$, $o$ and $L$. The backward pass computes the scores a second time. That is one
+# more matrix product in exchange for the memory. On machines that multiply much faster
+# than they read memory, it can even save time.
+#
+# ## Step 5: the row sum
+# One thing still looks at the whole row: $\operatorname{rowsum}(d_P \odot P)$. It is
+# needed before the first tile can be finished, and it seems to need the last one. Put
+# the definitions in. Dropout multiplies by the same factor in $d_P = d_W \odot
+# \frac{\text{keep}}{1-r}$ and in $W = P \odot \frac{\text{keep}}{1-r}$, so it does not
+# matter to which of the two we give it:
+#
+# $$\sum_s (d_P)_{ts} P_{ts} = \sum_s (d_W)_{ts} W_{ts}
+# = \sum_s \langle (d_o)_t, v_s\rangle\, W_{ts}
+# = \Bigl\langle (d_o)_t, \sum_s W_{ts} v_s\Bigr\rangle$$
+#
+# and the last sum is the output:
+#
+# $$\boxed{\;\operatorname{rowsum}(d_P \odot P)_t = \langle (d_o)_t, o_t\rangle\;}$$
+#
+# It costs T A products, and it is known before the loop begins. Under dropout it holds
+# with the *dropped* output $o$. A planted bug takes undropped weights here.
+#
+# In the loop, a tile's $d_k$ and $d_v$ are complete when the tile is done, because no
+# other tile has its keys. $d_q$ collects from all tiles:
+#
+# $$d_q \mathrel{+}= \frac{d_S\, k_{\text{tile}}}{\sqrt A}, \qquad
+# d_k = \frac{d_S^\top q}{\sqrt A}, \qquad d_v = W^\top d_o.$$
+
+# %%
+T, A, RATE = 12, 4, 0.25
+q, k, v, d_o = (jax.random.normal(jax.random.key(i), (2, T, A)) for i in range(4))
+keep = jax.random.bernoulli(jax.random.key(4), 1 - RATE, (2, T, T))
+o, cache = attention_forward(q, k, v, causal_mask(T), keep, RATE)
+at_once = attention_backward(d_o, cache)
+print("relative difference from attention at once, causal, with dropout:")
+for tile in (1, 3, 5, 12):
+    tiled, flash = flash_attention_forward(q, k, v, keep, RATE, True, tile)
+    forward = max_relative_error(tiled, o)
+    backward = max_relative_error(flash_attention_backward(d_o, flash), at_once)
+    print(f"  tiles of {tile:2}: output {forward:.1e}, gradients {backward:.1e}")
+    assert max(forward, backward) < 1e-13
+
+(p,) = cache.softmax
+d_p = jnp.where(keep, d_o @ jnp.swapaxes(v, -1, -2) / (1 - RATE), 0.0)
+left, right = jnp.sum(d_p * p, -1), jnp.sum(d_o * o, -1)
+print(f"step 5: both sides differ by {max_relative_error(left, right):.1e}")
+assert max_relative_error(left, right) < 1e-13
+
+# %% [markdown]
+# ## What it looks like, and what it saves
+# Left: the answer of one query after each tile, three coordinates. The dashed lines are
+# the answer of the whole row. The estimate may jump when a tile brings a new largest
+# score, because then everything before shrinks by $e^{m_1 - m}$. It is exact at the
+# last tile and means nothing before.
+#
+# Right: numbers that are kept for the backward pass, for one head of width 64. The
+# matrix grows with $T^2$, and the rest grows with T. At T = 4096 the ratio is about 17.
+# Without tiles the inputs and the output are kept as well, so that line is the sum.
+
+# %%
+long = 4.0 * jax.random.normal(jax.random.key(9), (1, 48))
+values = jax.random.normal(jax.random.key(10), (48, 3))
+part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
+path = []
+for first in range(0, 48, 3):
+    here = slice(first, first + 3)
+    part = merge_parts(*part, *part_of_tile(long[:, here], values[here], None, 0.0))
+    path.append(part[2][0] / part[1][0])
+exact = jax.nn.softmax(long) @ values
+lines: dict = {f"coordinate {i}": jnp.array(path)[:, i] for i in range(3)}
+for i in range(3):
+    lines[f"whole row, {i}"] = ([0, 15], [exact[0, i]] * 2)
+lengths = [2**n for n in range(6, 15)]
+kept = {
+    "at once: P, q, k, v and o": (lengths, [t * t + 4 * 64 * t for t in lengths]),
+    "tiles: q, k, v, o and L": (lengths, [(4 * 64 + 1) * t for t in lengths]),
+}
+pictures.panels_of_curves(
+    {
+        "the answer after each tile of 3 keys": (lines, "tile", "answer so far", False),
+        "numbers kept for the backward pass": (kept, "T", "numbers", True),
+    },
+    dashed="whole row",
+)
+ratio = kept["at once: P, q, k, v and o"][1][6] / kept["tiles: q, k, v, o and L"][1][6]
+print(f"at T = {lengths[6]}: {ratio:.0f} times as many")
+assert max_relative_error(path[-1], exact[0]) < 1e-13
+
+# %% [markdown]
+# ## Exercises
+# In the terminal: `python -m foundation derive merge_parts` asks for step 2, and
+# `derive flash_attention` for the loop of steps 4 and 5.
+
+# %%
+ask("11.1")
+check("11.1", None)
+ask("11.2")
+check("11.2", None)
+ask("11.3")
+check("11.3", None)

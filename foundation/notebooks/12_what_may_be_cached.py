@@ -1,0 +1,196 @@
+# %% [markdown]
+# # 12. What may be cached?
+#
+# A language model writes one token, appends it, and looks at the longer text again.
+# Done simply, the hundredth token costs a pass over a hundred tokens, of which 99 were
+# computed before. Everybody therefore keeps, or **caches**, what was computed. But a
+# number may be kept only if it will not change. **When is an output a function of the
+# text before it, and of nothing else?** For attention the answer is easy. For a mixture
+# of experts it has surprised many people: a layer can be perfectly causal in training
+# and still give other answers from a cache.
+#
+# The code is `foundation/caching.py`. The project writes with
+# `moe_jax/inference/decode.py`. Its queues are `moe_jax/model/moe/queues.py` and
+# `moe_jax/model/moe/variants.py`, and `moe_jax/certificates/causality.py` tests a
+# trained model.
+#
+# ## Step 1: two tests, not one
+# A layer takes a text of T tokens and gives T outputs. Output $t$ is a **function of
+# the prefix** if it depends on tokens $0, \dots, t$ only. There are two ways to break
+# this, and they need two tests:
+#
+# - **Content.** Change a token *after* $t$. Does output $t$ move?
+# - **Length.** *Cut off* the tokens after $t$. Does output $t$ move?
+#
+# Training needs the first. If a later token could reach an earlier output, the answer
+# would be in the question. But in training all texts have one length, so the second is
+# never tried. Writing needs both, because the text grows.
+#
+# ## Step 2: attention
+# Under the causal mask, output $t$ is
+#
+# $$o_t = \sum_{s \le t} P_{ts} v_s, \qquad
+# P_{ts} = \frac{e^{\langle q_t, k_s\rangle / \sqrt A}}
+# {\sum_{r \le t} e^{\langle q_t, k_r\rangle/\sqrt A}}.$$
+#
+# No $s > t$ occurs, and no T. Both tests pass. So layer after layer, the stream at $t$
+# is a function of the prefix. The key $k_s$ and the value $v_s$ are computed from the
+# stream at $s$. They never change, and every later query reads them: keep them. The
+# query $q_t$ is read once, at its own step: do not keep it. The **key-value cache** is
+# just that, two arrays for each layer.
+#
+# ## Step 3: positions
+# With rotary positions (chapter 6) the key at position $s$ is turned by an angle
+# proportional to $s$. The position of a token does not change when the text grows, so
+# the *turned* key can be kept. But the program now has to know the position of the new
+# token, and this is a favourite place for a mistake. Suppose it is one too high. Scores
+# depend on the *difference* of two positions:
+#
+# $$\langle R_t q, R_s k\rangle = \langle q, R_{s - t} k\rangle.$$
+#
+# So if *all* positions are one too high, nothing changes at all. If the prompt was read
+# at once with the right positions, and only the new tokens are one off, then new
+# queries see the prompt from one step too far away. The text is a little worse, and no
+# error is raised. The cell below measures both.
+
+# %%
+import jax
+import jax.numpy as jnp
+
+from foundation import caching
+from foundation.attention import multi_head_forward
+from foundation.exercises import ask, check
+from foundation.lessons import pictures
+
+jax.config.update("jax_enable_x64", True)
+
+T, D, H, PROMPT = 10, 16, 2, 4
+x = jax.random.normal(jax.random.key(0), (1, T, D))
+params = {
+    "qkv": {"kernel": jax.random.normal(jax.random.key(1), (D, 3 * D)) / 4},
+    "out": {"kernel": jax.random.normal(jax.random.key(2), (D, D)) / 4},
+}
+whole, _ = multi_head_forward(x, params, H, rotary=True)
+error = float(jnp.max(jnp.abs(caching.decode(x, params, H, PROMPT) - whole)))
+print(f"cached against at once: {error:.1e}")
+assert error < 1e-13
+
+_, cache = caching.prefill(x[:, :PROMPT], params, H, T + 1)
+wrong, _ = caching.decode_step(x[:, PROMPT : PROMPT + 1], params, H, cache, PROMPT)
+print(
+    f"first new output, right: {jnp.max(jnp.abs(wrong[0, 0] - whole[0, PROMPT])):.1e}"
+)
+
+q, k, v = caching.projected(x[:, PROMPT : PROMPT + 1], params, H, PROMPT + 1)
+k, v = (
+    jnp.concatenate([kept[:, :, :PROMPT], new], axis=2)
+    for kept, new in ((cache.k, k), (cache.v, v))
+)
+scores = jnp.einsum("bhqa,bhsa->bhqs", q, k) / (D // H) ** 0.5
+mixed = jnp.einsum("bhqs,bhsa->bqha", jax.nn.softmax(scores), v).reshape(1, 1, D)
+one_off = mixed @ params["out"]["kernel"] - whole[:, PROMPT : PROMPT + 1]
+print(f"first new output, one position too high: {jnp.max(jnp.abs(one_off)):.1e}")
+assert jnp.max(jnp.abs(one_off)) > 1e-3
+
+q, k, v = caching.projected(x, params, H, 1)
+scores = jnp.einsum("bhqa,bhsa->bhqs", q, k) / (D // H) ** 0.5
+scores = jnp.where(jnp.tril(jnp.ones((T, T), bool)), scores, -jnp.inf)
+mixed = jnp.einsum("bhqs,bhsa->bqha", jax.nn.softmax(scores), v).reshape(1, T, D)
+all_off = jnp.max(jnp.abs(mixed @ params["out"]["kernel"] - whole))
+print(f"all outputs, all positions one too high: {all_off:.1e}")
+assert all_off < 1e-13
+
+# %% [markdown]
+# ## Step 4: slots of experts
+# In a mixture of experts, tokens meet in a second place. Each expert has $C$ slots, and
+# the tokens that want it stand in a **queue**. The first $C$ get a slot, the others are
+# dropped (chapter 8). Whether token $t$ is served is then a question about its queue:
+#
+# $$\text{token } t \text{ keeps its slot} \iff
+# \#\{s : s \text{ wants it and is before } t\} < C.$$
+#
+# This one line decides everything. The left side is a function of the prefix if both
+# parts of the right side are.
+#
+# **The set of tokens before $t$** must contain no later token, for any text. If the
+# queue is in the order of positions, it contains none. If the queue looks at anything
+# else *first*, a later token can be before an earlier one: it only has to be better by
+# that measure.
+#
+# **The capacity $C$** must not depend on the tokens after $t$. The usual one does: $C =
+# \lceil c\,TK/E\rceil$ contains the length T. Cut the text, and $C$ shrinks. A token
+# that had the last slot has none.
+#
+# Six rules are in use, or could be:
+#
+# - **none**: no limit. Nothing is dropped.
+# - **token**: by position, $C$ from T. Training with `--dispatch capacity` uses it.
+# - **token, growing**: by position. Token $t$ compares with the capacity of the tokens
+#   so far.
+# - **choice**: all first choices before all second choices, then by position.
+# - **batch**: as "choice", but surer tokens first. It keeps what matters most, and is
+#   popular for images, which have no future.
+# - **expert**: each expert takes the $C$ tokens that like it most. Perfect balance.
+#
+# The prediction is in the two lines above. "token" passes the test of content and fails
+# the test of length. "choice", "batch" and "expert" fail both. Only "none" and "token,
+# growing" may be cached.
+#
+# ## Step 5: all texts
+# A test with one text can show a leak. It cannot show that there is none. So let us
+# take *all* texts: four tokens, each of one of six kinds, makes 1,296 texts. For each
+# pair of texts that differ in one token, and for each cut, compare which experts each
+# token keeps.
+#
+# The squares below show the result for three experts, K = 2 and a capacity factor of
+# 3/4. Above: a changed token (down) and the outputs that can move (across). Blue cells
+# are on the diagonal and to the right, where a change *may* act. A red cell is an
+# earlier output that moves because of a later token. Below: a cut, and the outputs
+# among the remaining ones that move. Here every coloured cell is a leak.
+
+# %%
+kinds = jnp.array(
+    [[5, 3, 2], [2, 7, 1], [1, 2, 6], [6, 1, 2], [3, 5, 2], [2, 3, 5]], float
+)
+kinds = kinds / 10
+squares = {
+    rule: caching.reach(kinds, 4, 2, 0.75, rule)
+    for rule in ("none", "token", "token, growing", "batch", "expert")
+}
+pictures.triangles(
+    squares, (("content", "changed token"), ("length", "tokens that are kept"))
+)
+print(f"{'rule':<16} content   length")
+for rule in caching.RULES:
+    verdict = [
+        "leaks" if v else "passes" for v in caching.leaks(kinds, 4, 2, 0.75, rule)
+    ]
+    print(f"{rule:<16} {verdict[0]:<9} {verdict[1]}")
+assert not caching.leaks(kinds, 4, 2, 0.75, "token, growing").any()
+
+# %% [markdown]
+# ## What follows for a program
+# Training with the rule "token" is honest: no answer is in the question. But a model
+# trained so must not be *written with* so. Between one step and the next, the capacity
+# grows, and a token that was dropped before may be served now. Its key and value in the
+# cache are then those of another computation. There are two ways out. Either drop
+# nothing when writing, which is the rule "none": each token computes its K experts, and
+# the result is a function of the token's own stream. This project does that, in
+# evaluation and in writing. Or train with a capacity that grows with the position, and
+# keep the counts in the cache. The first is simpler.
+#
+# There is a price. The model that writes is not quite the model that was trained, since
+# that one dropped some choices. So the loss is measured without drops as well, and
+# training reports how much it drops.
+#
+# ## Exercises
+# In the terminal: `python -m foundation derive kept_choices` asks for all six rules,
+# and `derive decode` for the loop.
+
+# %%
+ask("12.1")
+check("12.1", None)
+ask("12.2")
+check("12.2", None)
+ask("12.3")
+check("12.3", None)

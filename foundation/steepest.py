@@ -1,0 +1,51 @@
+"""Which step is steepest: it depends on how long a step is said to be.
+
+To first order a step d changes the loss by <g, d>, with g the gradient. Among all steps of size 1, the steepest makes
+this as small as it gets. "Size" is a norm, and each norm has an answer of its own:
+
+    size of d                       steepest d       <g, d> is then minus
+    root of the sum of squares      -g / |g|         |g|             (gradient descent)
+    largest entry                   -sign(g)         sum |g|         (Adam, where gradients do not change)
+    largest singular value          -U V^T           sum of the singular values of g = U S V^T         (Muon)
+
+The last column is the dual norm of g,  |g|* = max { <g, d> : size of d <= 1 }.  Let d(g) be the step that attains the
+maximum. Then the gradient of the dual norm *is* d(g): for another gradient h, |h|* >= <h, d(g)>, with equality at
+h = g. So |h|* - <h, d(g)> has its minimum 0 at h = g, and its gradient there, grad |g|* - d(g), is 0.
+
+The third row in detail. <g, d> = tr(S U^T d V). With R = U^T d V this is sum_i s_i R_ii, and no entry of R is larger
+than the largest singular value of d, which is at most 1. So R_ii = 1 for all i is the best there is, and d = U V^T
+attains it: all singular values of the step are 1.
+
+Sources: Bernstein and Newhouse 2024 ("Old optimizer, new norm"), propositions 1 to 3; Kingma and Ba 2015, section 2.1.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+NORMS = ("euclidean", "entries", "spectral")
+"""Sizes of a step: the root of the sum of squares, the largest entry, the largest singular value."""
+
+
+def dual_norm_forward(gradient: Float[Array, "I O"], size: str) -> tuple[Float[Array, ""], tuple]:
+    """(the dual norm of the gradient, the step of size 1 that attains it). Raises ValueError for an unknown size."""
+    if size == "euclidean":
+        length = jnp.sqrt(jnp.sum(gradient**2))
+        return length, (gradient / length,)
+    if size == "entries":
+        return jnp.sum(jnp.abs(gradient)), (jnp.sign(gradient),)
+    if size == "spectral":
+        u, s, vt = jnp.linalg.svd(gradient, full_matrices=False)
+        return jnp.sum(s), (u @ vt,)
+    raise ValueError(f"size {size}: unknown; give one of {', '.join(NORMS)}")
+
+
+def dual_norm_backward(d_length: Float[Array, ""], cache: tuple) -> Float[Array, "I O"]:
+    """The gradient of the dual norm is the step that attains it."""
+    (attains,) = cache
+    return d_length * attains
+
+
+def steepest_step(gradient: Float[Array, "I O"], size: str) -> Float[Array, "I O"]:
+    """The step of size 1 along which the loss falls fastest."""
+    _, (attains,) = dual_norm_forward(gradient, size)
+    return -attains

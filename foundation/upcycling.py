@@ -1,0 +1,64 @@
+"""Upcycling: a mixture of experts that starts as copies of one trained network.
+
+Every expert is a copy of a dense feed-forward network h, and the router starts at random. If the gates of a token's K
+experts add up to 1 and none is dropped, y = sum_e g_e h(x) = h(x): the function is the dense one. What does the router
+learn from? Its gates get d_g_e = <d_y, h_e> (chapter 8). All h_e are equal, so all d_g_e are, and
+
+    d_z_S = g (d_g - <g, d_g>) = g (c - c sum(g)) = 0            K > 1, gates divided, no drops
+
+The softmax's Jacobian removes constants. The router gets *exactly nothing* from the task. Three things change that:
+
+    K = 1               g = p_s:           d_z = p_s c (onehot(s) - p)
+    gates not divided   g = p_S:           d_z = p (d_p - <p, d_p>), with d_p = c on S and 0 elsewhere
+    a dropped choice    its h_e is 0:      d_g is c on what is kept and 0 on what is dropped, no constant
+
+In the first two y is not h(x) but h(x) times a number below 1, and the router learns to raise that number. In the third
+it learns to avoid full experts. None of these says which expert is *better*, for none is.
+
+The experts do learn from the start. Expert e collects g_e times the gradient of each token that came to it, so the
+copies part, and as soon as they have, d_g is no constant any more:
+
+    d_g_e - <g, d_g> = <d_y, h_e - sum_j g_j h_j>
+
+to first order in proportion to how far they have parted. Copying has the adjoint "sum", so the experts' gradients add
+up to the dense network's where nothing is dropped and gates add up to 1.
+
+Source: Komatsuzaki et al. 2023, section 3; the vanishing gradient: derived here.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from foundation.moe import moe_backward, moe_forward
+
+Network = dict[str, Float[Array, "..."]]
+
+
+def copy_experts_forward(dense: Network, experts: int) -> tuple[Network, tuple]:
+    """{"w_gate" [E, D, F], "w_in" [E, D, F], "w_out" [E, F, D]}: each matrix of the dense network, E times."""
+    return {name: jnp.repeat(matrix[None], experts, axis=0) for name, matrix in dense.items()}, ()
+
+
+def copy_experts_backward(d_copies: Network, cache: tuple) -> Network:
+    """What is copied collects the sum."""
+    return {name: jnp.sum(d_matrices, axis=0) for name, d_matrices in d_copies.items()}
+
+
+def upcycled_forward(
+    x: Float[Array, "B T D"], dense: Network, router: Float[Array, "D E"], top_k: int, factor: float
+) -> tuple[Float[Array, "B T D"], tuple]:
+    """The layer at step 0: E copies of a dense network behind a router."""
+    copies, copied = copy_experts_forward(dense, router.shape[-1])
+    output, cache = moe_forward(x, {"router": router, **copies}, top_k, factor)
+    return output.y, (cache, copied)
+
+
+def upcycled_backward(
+    d_y: Float[Array, "B T D"], cache: tuple
+) -> tuple[Float[Array, "B T D"], Network, Float[Array, "D E"]]:
+    """(d_x, d_dense, d_router)."""
+    layer, copied = cache
+    zero = jnp.zeros((), d_y.dtype)
+    d_x, d_params = moe_backward(d_y, zero, zero, layer)
+    d_router = d_params.pop("router")
+    return d_x, copy_experts_backward(d_params, copied), d_router
