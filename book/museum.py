@@ -2,20 +2,33 @@
 
 import difflib
 
-from foundation.challenges.bugs import BUGS, Bug
+from foundation.challenges.bugs import BUGS
+from foundation.challenges.planting import Bug
 
 SIGHTINGS: dict[str, tuple[str, str]] = {
-    "cross-entropy: mean over ignored positions too": (
+    "micro-batches: a mean of means": (
         "meta-pytorch/torchtune#1875",
-        "The loss was divided by a count that was not the count of the targets in the whole step.",
+        "Each micro-batch was divided by its own count of targets, and the results were averaged.",
+    ),
+    "decoding: rotary position one off": (
+        "lucidrains/rotary-embedding-torch#11",
+        "A cache of positions left the offset out of its key: every later call got the positions of the first.",
+    ),
+    "draft: judged as if every token were its surest": (
+        "jaymody/speculative-sampling#3",
+        "The draft's token was its likeliest one, and was judged as if it had been drawn.",
+    ),
+    "balance: f is not divided by K": (
+        "huggingface/transformers#43775",
+        "The shares of K choices were not divided by K, so they added up to K.",
+    ),
+    "balance: a loss that ignores the routing": (
+        "mindspore-ai/hyper-parallel#752",
+        "Two arrays of different shapes were multiplied, and the loss was almost a constant.",
     ),
     "layernorm: mean term missing": (
         "tenstorrent/tt-metal#53204",
         "The same term, subtracted twice. The loss still fell.",
-    ),
-    "positions: table gradient from the first sequence only": (
-        "lucidrains/rotary-embedding-torch#11",
-        "A cache of positions whose key left the offset out: every later call got the first one's positions.",
     ),
     "attention: no causal mask": (
         "keras-team/keras#23038",
@@ -36,10 +49,6 @@ SIGHTINGS: dict[str, tuple[str, str]] = {
     "router: gates not renormalised": (
         "pytorch/torchtitan#1448",
         "A model whose gates add up to 1 was run with gates that do not.",
-    ),
-    "router: balance loss is K at balance": (
-        "huggingface/transformers#43775",
-        "The shares of K choices were not divided by K, so they added up to K.",
     ),
     "model: auxiliary losses not averaged over layers": (
         "huggingface/transformers#28255",
