@@ -1,6 +1,7 @@
 """The catalogue of checks passes, and the check itself can fail."""
 
 import json
+from collections.abc import Iterator
 
 import jax.numpy as jnp
 import pytest
@@ -148,3 +149,19 @@ def test_the_number_of_entries_need_not_fill_the_batches() -> None:
         x = jnp.linspace(1.0, 2.0, size)
         (slopes,) = parity.finite_differences(lambda x: jnp.sum(x**3), (x,))
         assert parity.max_relative_error(slopes, 3.0 * x**2) < 1e-9
+
+
+def test_rows_come_in_order_and_before_all_inputs_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A learner sees the first row at once, not after the inputs of two hundred checks."""
+    made: list[int] = []
+
+    def checks() -> Iterator[int]:
+        for number in range(12):
+            made.append(number)
+            yield number
+
+    monkeypatch.setattr(table, "run", lambda number: 10 * number)
+    outcomes = table._in_order(checks())
+    assert next(outcomes) == 0
+    assert len(made) == 4
+    assert list(outcomes) == [10 * number for number in range(1, 12)]
