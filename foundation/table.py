@@ -32,7 +32,7 @@ def show(operations: tuple[str, ...], as_json: bool) -> int:
     """Runs the checks of these operations, or all without any, prints the table, returns the exit status."""
     jax.config.update("jax_enable_x64", True)
     if not operations:
-        print(f"The whole table takes {WHOLE}. A part of it: python -m foundation softmax attention\n")
+        print(f"The whole table takes {WHOLE}. A part of it: uv run python -m foundation softmax attention\n")
     checks: Iterable[AnyCheck] = chain.from_iterable(map(checks_of, operations)) if operations else all_checks()
     print(f"{'operation: input':<47} {'autodiff':>9} {'differences':>12} {'oracle':>9}", flush=True)
     outcomes = []

@@ -35,7 +35,8 @@ def trained(name, *settings):
     if not (RUNS / name / "summary.json").exists():
         out = ["--out", str(RUNS / name)]
         command = [sys.executable, "train.py", "--preset", "nano", *out, *settings]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        print(f"training {RUNS / name}: about five minutes on two free CPU cores")
+        subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
     return moe_jax.load_run(RUNS / name)
 
 

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
         write_score(folder, score)
         print(f"\n{operation}: right in every case. Derived so far: {len(score['derived'])}")
         return 0
-    print(f"\nThe next hint: python -m foundation check {arguments.operation} --hint")
+    print(f"\nThe next hint: uv run python -m foundation check {arguments.operation} --hint")
     return 1
 
 
@@ -63,7 +63,7 @@ def load(path: Path, operation: str, name: str) -> Callable[..., Any]:
     try:
         source = path.read_text(encoding="utf-8")
     except OSError as error:
-        advice = f"write it with: python -m foundation derive {operation}"
+        advice = f"write it with: uv run python -m foundation derive {operation}"
         raise Unusable(f"{path}: cannot be read ({error.strerror}); {advice}") from None
     except UnicodeDecodeError:
         raise Unusable(f"{path}: not UTF-8; save it in UTF-8") from None

@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check(operation: str) -> str:
-    return f"python -m foundation check {operation}"
+    return f"uv run python -m foundation check {operation}"
 
 
 def listing() -> str:
@@ -69,7 +69,7 @@ def listing() -> str:
         names = [operation for operation in chapter.operations if operation in CHALLENGES]
         if names:
             lines.append(f"  {chapter.number}  {', '.join(names)}")
-    return "\n".join([*lines, "", "python -m foundation derive softmax"])
+    return "\n".join([*lines, "", "uv run python -m foundation derive softmax"])
 
 
 def stub(operation: str, challenge: Challenge) -> str:
@@ -92,7 +92,8 @@ def stub(operation: str, challenge: Challenge) -> str:
         f"    {_check(operation)}          what is wrong with it, if anything",
         f"    {_check(operation)} --hint   the next hint",
         "",
-        "Each d_... is the derivative of the loss with respect to ...; each result has the shape of its input.",
+        "Each d_... is the derivative of the loss with respect to ...; each result has the shape of its input, and is",
+        "None where the forward pass had no such input.",
         f"No need to look into foundation/{challenge.module}.py, which holds the derivation and an answer.",
         '"""',
         "",

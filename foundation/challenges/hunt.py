@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.answer is None and arguments.look is None and not arguments.give_up:
         return _begin(arguments.folder, score, arguments.seed, bug)
     if bug is None:
-        print("no bug is planted; begin with: python -m foundation hunt", file=sys.stderr)
+        print("no bug is planted; begin with: uv run python -m foundation hunt", file=sys.stderr)
         return 1
     if arguments.look is not None:
         return _look(arguments.look, bug)
@@ -81,8 +81,8 @@ def _begin(folder: Path, score: dict[str, Any], seed: int | None, bug: Bug | Non
     else:
         print("The same bug is still planted.\n")
     rows = _table(bug)
-    print(f"\n{rows} rows. Look closer: python -m foundation hunt --look OPERATION")
-    print("Answer: python -m foundation hunt --answer FUNCTION, as softmax_backward")
+    print(f"\n{rows} rows. Look closer: uv run python -m foundation hunt --look OPERATION")
+    print("Answer with a function: uv run python -m foundation hunt --answer softmax_backward")
     return 0
 
 
@@ -205,6 +205,7 @@ def _end(folder: Path, score: dict[str, Any], found: bool) -> int:
     hunt["tries"] = 0
     write_score(folder, score)
     print(
-        f"\nScore: {hunt.get('found', 0)} found, {hunt.get('given_up', 0)} given up. Another: python -m foundation hunt"
+        f"\nScore: {hunt.get('found', 0)} found, {hunt.get('given_up', 0)} given up. "
+        "Another: uv run python -m foundation hunt"
     )
     return 0

@@ -56,7 +56,9 @@ class Serve(Command):
     def execute(self) -> int:
         self.check()
         if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
-            raise UserError("serve needs the packages starlette and uvicorn; install them with `uv sync --extra serve`")
+            raise UserError(
+                "serve needs the packages starlette and uvicorn: `uv run --extra serve python -m moe_jax serve ...`"
+            )
         if environment.runs_on_cpu():
             environment.restart_with_malloc_settings()  # before anything is printed
         from moe_jax.serving.sockets import bind, url

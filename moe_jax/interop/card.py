@@ -52,7 +52,8 @@ def _training(summary: dict[str, Any]) -> str:
     tokens, steps, flops = (summary.get(k) for k in ("tokens_seen", "steps", "training_flops"))
     if tokens is None or steps is None:
         return ""
-    return f"{tokens:,} tokens in {steps:,} steps" + (f", {flops:.2e} floating-point operations" if flops else "")
+    work = f", {flops:.2e} floating-point operations" if flops else ""
+    return f'a run of {steps:,} steps and {tokens:,} tokens{work}; the row "checkpoint" says how far these weights are'
 
 
 def _score(summary: dict[str, Any]) -> str:

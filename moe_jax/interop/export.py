@@ -15,6 +15,7 @@ from moe_jax.interop.card import MODELFILE, model_card
 from moe_jax.interop.chat_template import ollama
 from moe_jax.interop.source import ExportSource
 from moe_jax.interop.tokenizers import separator_text, tokenizer_files
+from moe_jax.runs.safetensors_file import write_safetensors
 from moe_jax.system.files import disk_cause
 from moe_jax.system.json_text import json_text
 
@@ -123,12 +124,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype) -> None:
     """Write model.safetensors, or several files with an index if the model has more than SHARD_BYTES."""
-    from safetensors.numpy import save_file
-
     metadata, names, total = {"format": "pt"}, {}, 0
     shards: list[list[str]] = []
     for number, shard in enumerate(_shards(tensors, dtype)):
-        save_file(shard, folder / f"{number}.part", metadata)
+        write_safetensors(folder / f"{number}.part", shard, metadata)
         shards.append(list(shard))
         total += sum(array.nbytes for array in shard.values())
     for number, inside in enumerate(shards):

@@ -13,9 +13,10 @@ def least_step_bytes(config: RunConfig) -> int:
     """Bytes that are in memory at once in a training step, whatever the compiler does.
 
     Parameters, and gradients and optimizer state of what is trained; the residual stream of each layer; and the
-    attention weights. Up to 1,024 positions the backward pass keeps those of each layer, or with remat those of one
-    layer: batch x heads x T^2 / 2. For longer sequences it computes them again, a block at a time: batch x heads x
-    128 x T.
+    attention weights. All gradients are there at once, because clipping needs the norm of all before the first update.
+    The compiler may keep them in the precision of the products that they come from. Up to 1,024 positions the backward
+    pass keeps the attention weights of each layer, or with remat those of one layer: batch x heads x T^2 / 2. For
+    longer sequences it computes them again, a block at a time: batch x heads x 128 x T.
     """
     config = with_vocabulary(config)
     model, train = config.model, config.train
@@ -23,9 +24,9 @@ def least_step_bytes(config: RunConfig) -> int:
     number = 4 if config.execution.compute_dtype == "float32" else 2
     whole, state = totals(count_parameters(model)).total, _STATE_BYTES[train.optimizer]
     if train.lora_rank:  # the model's own weights have neither gradient nor state; adapters are float32
-        parameters = whole * weight + adapter_parameters(config).total * (2 * 4 + state)
+        parameters = whole * weight + adapter_parameters(config).total * (4 + number + state)
     else:
-        parameters = whole * (2 * weight + state)
+        parameters = whole * (weight + min(weight, number) + state)
     tokens = train.batch_size * model.seq_len
     residual = model.layers * tokens * model.width * number
     layers = 1 if config.execution.remat or model.seq_len > LONGEST_KEPT else model.layers

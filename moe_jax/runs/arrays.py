@@ -21,10 +21,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
-from safetensors.numpy import save_file
 
 from moe_jax.runs import manifest
 from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
+from moe_jax.runs.safetensors_file import write_safetensors
 from moe_jax.system.folders import Folder
 
 WEIGHTS = "weights.safetensors"
@@ -157,13 +157,6 @@ def without_traces() -> Iterator[None]:
 
 
 def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
-    """Write the parameters as safetensors; adapters too, with `adapters.` before their names.
-
-    The file gets the permissions that the umask gives to any new file.
-    """
+    """Write the parameters as safetensors; adapters too, with `adapters.` before their names."""
     weights = {n.removeprefix(PARAMS): np.asarray(x) for n, x in leaves.items() if n.startswith((PARAMS, ADAPTERS))}
-    path = folder / WEIGHTS
-    with path.open("xb") as file:
-        usual = os.fstat(file.fileno()).st_mode & 0o777
-    save_file({name: np.ascontiguousarray(x) for name, x in weights.items()}, path)
-    path.chmod(usual)  # safetensors makes a file that only its owner may read
+    write_safetensors(folder / WEIGHTS, {name: np.ascontiguousarray(x) for name, x in weights.items()})

@@ -21,11 +21,16 @@ def advice(config: RunConfig, store: TokenStore) -> list[str]:
     passes = train.steps * step / tokens
     said = []
     if passes > USEFUL_PASSES:
-        fewer = max(1, round(USEFUL_PASSES * tokens / step))
+        fewer = round(USEFUL_PASSES * tokens / step)
+        if fewer:
+            cure = f"--steps {fewer} reads it {fewer * step / tokens:.0f} times"
+        else:
+            cure = f"one step reads it {step / tokens:.0f} times: give a smaller --batch-size, or more text"
+        if train.steps > 3 * train.eval_every:
+            cure += "; --train.patience 3 stops when validation stops improving"
         said.append(
             f"{train.steps:,} steps read this text {passes:.0f} times; passes after the first "
-            f"{USEFUL_PASSES} teach less and less. --steps {fewer} reads it {USEFUL_PASSES} times; "
-            "--train.patience 3 stops when validation stops improving"
+            f"{USEFUL_PASSES} teach less and less. {cure}"
         )
     if config.base:  # it has learned from another text before
         return said

@@ -26,7 +26,7 @@ def test_a_hunt_from_the_table_to_the_score(tmp_path: Path, capsys: pytest.Captu
         said = capsys.readouterr()
         return status, said.out + said.err
 
-    assert run("--answer", "mse_backward") == (1, "no bug is planted; begin with: python -m foundation hunt\n")
+    assert run("--answer", "mse_backward") == (1, "no bug is planted; begin with: uv run python -m foundation hunt\n")
     status, said = run("--seed", "1")
     rows = {line.split(":")[0] for line in said.splitlines() if line.endswith("FAILED")}
     assert (status, rows) == (0, {"softmax"})

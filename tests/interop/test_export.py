@@ -3,6 +3,8 @@
 import dataclasses
 import errno
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,39 @@ def test_each_preset_has_a_class_or_a_reason(name: str) -> None:
         assert str(failure.value).startswith(expected)
     else:
         assert architecture_of(model).model_type == expected
+
+
+HELD = {
+    *("vocab_size", "seq_len", "layers", "width", "heads", "kv_heads", "head_size", "experts", "expert_hidden"),
+    *("shared_experts", "dense", "activation", "norm", "norm_eps", "positions", "rope_theta", "bias", "qk_norm"),
+    *("tied_head", "scaled_embedding", "routing", "top_k", "balancing", "renormalise_gates"),
+}
+"""Settings that change what a model computes: an export writes each, or refuses it."""
+ONLY_TRAINING = {
+    *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
+    *("capacity_factor", "dispatch", "priority", "logit_noise", "input_jitter", "eval_capacity_factor"),
+}
+"""Settings of the start, of random numbers, and of dropping: an exported model drops nothing, and its card says so."""
+
+
+def test_every_setting_of_a_model_is_known_to_the_export() -> None:
+    """A new one that changes the forward pass would be left out without a word, and the export would compute another
+    function. Write or refuse it in `interop/architectures.py`, then name it above."""
+    model = preset("nano").model
+    names = {field.name for part in (model, model.routing) for field in dataclasses.fields(part)}
+    assert names == HELD | ONLY_TRAINING
+
+
+@pytest.mark.skipif(not hasattr(os, "umask"), reason="no umask here")
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_all_files_get_the_permissions_of_the_umask(umask: int, run: Path, tmp_path: Path) -> None:
+    """safetensors makes files that only their owner may read."""
+    before = os.umask(umask)
+    try:
+        export(open_source(run), "hf", "float32", tmp_path / "out", "export")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize(

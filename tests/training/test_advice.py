@@ -32,6 +32,20 @@ def test_a_short_text_is_read_too_often() -> None:
     assert "--steps 781 reads it 4 times" in line  # 4 x 400,000 / 2,048
 
 
+def test_one_step_may_read_a_text_too_often() -> None:
+    """A step of nano has 2,048 tokens."""
+    (line,) = said("nano", 200, 800, steps=20)
+    assert "one step reads it 10 times: give a smaller --batch-size, or more text" in line
+    assert "--steps" not in line
+
+
+def test_patience_is_named_where_it_can_act() -> None:
+    """Three evaluations without improvement need four."""
+    for steps, named in ((900, False), (901, True)):
+        (line,) = said("nano", 400_000, 1_600_000, steps=steps, eval_every=300)
+        assert ("--train.patience 3" in line) == named
+
+
 def test_a_model_larger_than_its_text() -> None:
     """story-cpu has 3.7 M parameters; two steps read nothing twice."""
     (line,) = said("story-cpu", 400_000, 1_000_000, steps=2)

@@ -151,7 +151,9 @@ def test_costs_by_hand() -> None:
     whole = totals(count_parameters(model)).multiplied
     assert training_flops(lora, 3) == (4 * whole + 6 * (attention + 2 * expert)) * 3 * 2 * tiny.T
     total = totals(count_parameters(model)).total
-    assert least_step_bytes(plain) - least_step_bytes(lora) == total * 12 - count.total * 16
+    assert least_step_bytes(plain) - least_step_bytes(lora) == total * (2 + 8) - count.total * (
+        4 + 2 + 8
+    )  # gradients may be narrow
 
 
 # Whole runs
