@@ -1,6 +1,6 @@
 .PHONY: check format lint types test book
 
-check: lint types test  ## what a change must pass before it is committed
+check: lint types test  ## for each commit; .ci/run is for each merge
 
 format:
 	uv run --group lint ruff format .
