@@ -46,7 +46,7 @@ class Benchmark(Command):
         peers     Mixtral of transformers, in PyTorch (extra peers)
         scaling   the training step with one size doubled at a time
         serve     16 texts at once beside one, and the wait of a late one
-        all       all suites whose extras are installed, without `scaling`
+        all       all suites whose extras are installed, without `scaling` and `serve`
     """
 
     interrupted: ClassVar[str] = "no results were written"
@@ -121,7 +121,7 @@ class Benchmark(Command):
             return [self.suite]
         for suite in sorted(missing):
             print(f"left out: {suite}; run it with `uv run --extra {EXTRAS[suite][0]} benchmark.py {suite}`")
-        return [suite for suite in get_args(Suite) if suite not in {"all", "scaling", *missing}]
+        return [suite for suite in get_args(Suite) if suite not in {"all", "scaling", "serve", *missing}]
 
     def _save(self, document: dict[str, Any], about: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC)

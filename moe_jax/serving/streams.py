@@ -2,7 +2,6 @@
 its slots."""
 
 import asyncio
-import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from moe_jax.serving.answers import Answer
 from moe_jax.serving.engine import Engine, QueueFull, Stopping
 from moe_jax.serving.limits import ApiError
 from moe_jax.serving.texts import Event
+from moe_jax.system.json_text import json_text
 
 _LOST = {"stopped": (503, "the server is stopping", "stopping"), "failed": (500, "the program failed", "failed")}
 
@@ -110,12 +110,12 @@ async def _send_in_time(send: Send, data: bytes) -> None:
 
 
 def _sse(value: Any) -> bytes:
-    return b"data: " + json.dumps(value, allow_nan=False).encode() + b"\n\n"
+    return b"data: " + json_text(value).encode() + b"\n\n"
 
 
 async def send_json(send: Send, value: Any, status: int = 200) -> None:
     """Answer with a JSON object."""
-    body = json.dumps(value, allow_nan=False).encode()
+    body = json_text(value).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if status == 429:
         headers.append((b"retry-after", b"1"))

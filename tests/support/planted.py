@@ -163,8 +163,8 @@ BUGS = [
     Bug(
         "rotary positions one off in decoding",
         "moe_jax.model.attention:Attention.decode",
-        "self._project(x, index[None])",
-        "self._project(x, index[None] + 1)",
+        "self._project(x, index[..., None])",
+        "self._project(x, index[..., None] + 1)",
         checks.check_cached_decoding,
     ),
     Bug(
@@ -197,21 +197,21 @@ BUGS = [
     ),
     Bug(
         "top-p leaves out the token that reaches p",
-        "moe_jax.inference.sampling:adjusted_logits",
+        "moe_jax.inference.sampling:_allowed",
         "jnp.cumsum(descending, axis=-1) - descending, rank",
         "jnp.cumsum(descending, axis=-1), rank",
         checks.check_filters,
     ),
     Bug(
         "filters act before the temperature",
-        "moe_jax.inference.sampling:adjusted_logits",
+        "moe_jax.inference.sampling:_allowed",
         "probs = jax.nn.softmax(logits, axis=-1)",
-        "probs = jax.nn.softmax(logits * jnp.where(greedy, 1.0, settings.temperature), axis=-1)",
+        "probs = jax.nn.softmax(logits * settings.temperature, axis=-1)",
         checks.check_filters,
     ),
     Bug(
         "min-p of all rows is that of the first",
-        "moe_jax.inference.sampling:adjusted_logits",
+        "moe_jax.inference.sampling:_allowed",
         "descending[:, :1]",
         "descending[:1, :1]",
         checks.check_each_row_has_its_own_filters,
@@ -225,7 +225,7 @@ BUGS = [
     ),
     Bug(
         "all rows have the ranks of the first",
-        "moe_jax.inference.sampling:adjusted_logits",
+        "moe_jax.inference.sampling:_allowed",
         "jnp.argsort(order, axis=-1)",
         "jnp.argsort(order[:1], axis=-1) + 0 * order",
         checks.check_each_row_has_its_own_filters,
