@@ -36,6 +36,16 @@ def test_public_sightings_are_of_bugs_that_are_planted() -> None:
         assert page.count(f"[{issue}](https://github.com/{repository}/issues/{number}): {story}") == 1
 
 
+def test_every_page_has_its_place_in_the_contents() -> None:
+    """Sphinx warns of a page that has none, and a warning is an error; here it is said within a second."""
+    lines = set((ROOT / "book" / "index.md").read_text(encoding="utf-8").splitlines())
+    for pattern in PAGES:
+        for path in ROOT.glob(pattern):
+            name = path.relative_to(ROOT).with_suffix("")
+            if path.suffix in (".md", ".ipynb"):
+                assert any(name.match(line) for line in lines if line), f"book/index.md lacks {name}"
+
+
 @pytest.mark.parametrize("pattern", PAGES)
 def test_every_pattern_finds_pages(pattern: str) -> None:
     assert list(ROOT.glob(pattern))
