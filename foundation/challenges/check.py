@@ -119,8 +119,9 @@ def _judge(operation: str, challenge: Challenge, answer_of: Callable[..., Any]) 
             raise Unusable(
                 f"{operation}: {check.case}\n  {len(answers)} results, and {len(names)} are asked for: {asked}"
             )
-        results = [Named(n, _array(r)) for n, r in zip(names, right, strict=True) if r is not None]
-        for name, ours, wanted in zip(names, answers, right, strict=True):
+        parts = [part for named in zip(names, answers, right, strict=True) for part in _parts(*named)]
+        results = [Named(name, _array(wanted)) for name, _, wanted in parts if wanted is not None]
+        for name, ours, wanted in parts:
             others = [result for result in results if result.name != name]
             finding = examine(name, ours, wanted, known, others)
             if finding.wrong:
@@ -128,6 +129,17 @@ def _judge(operation: str, challenge: Challenge, answer_of: Callable[..., Any]) 
                 return False
         print(f"{operation}: {check.case:<40} ok", flush=True)
     return True
+
+
+def _parts(name: str, ours: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
+    """A result as arrays: one, or those of a dict by their names. Raises Unusable where a dict is asked for and it is
+    something else."""
+    if not isinstance(wanted, dict):
+        return [(name, ours, wanted)]
+    if not isinstance(ours, dict) or ours.keys() != wanted.keys():
+        given = f"a dict of {', '.join(map(str, ours))}" if isinstance(ours, dict) else f"of type {type(ours).__name__}"
+        raise Unusable(f"{name} is {given}, and a dict of {', '.join(wanted)} is asked for")
+    return [(f"{name}[{key!r}]", ours[key], wanted[key]) for key in wanted]
 
 
 def _case(check: Any, challenge: Challenge, names: list[str]) -> tuple[tuple, tuple, list[Any]]:

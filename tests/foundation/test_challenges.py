@@ -8,6 +8,7 @@ import pytest
 
 from foundation.__main__ import main
 from foundation.challenges.catalogue import CHALLENGES
+from foundation.challenges.check import Unusable, _parts
 from foundation.challenges.diagnosis import Named, examine
 from foundation.chapters import OPERATIONS
 
@@ -168,3 +169,13 @@ def test_a_square_matrix_and_a_leak() -> None:
     assert examine("d_b", None, None, KNOWN).wrong == ""
     assert examine("d_b", 1.0, None, KNOWN).wrong != ""
     assert examine("d_x", RIGHT * (1 + 1e-13), RIGHT, KNOWN).wrong == ""
+
+
+def test_a_result_of_several_named_arrays_is_judged_array_by_array() -> None:
+    wanted = {"w_in": [1.0], "w_out": [2.0]}
+    ours = {"w_out": [3.0], "w_in": [1.0]}
+    assert _parts("d_dense", ours, wanted) == [("d_dense['w_in']", [1.0], [1.0]), ("d_dense['w_out']", [3.0], [2.0])]
+    assert _parts("d_x", [1.0], [2.0]) == [("d_x", [1.0], [2.0])]
+    for answer, given in (([1.0], "of type list"), ({"w_in": [1.0]}, "a dict of w_in")):
+        with pytest.raises(Unusable, match=f"^d_dense is {given}, and a dict of w_in, w_out is asked for$"):
+            _parts("d_dense", answer, wanted)
