@@ -46,7 +46,7 @@ class Benchmark(Command):
         peers     Mixtral of transformers, in PyTorch (extra peers)
         scaling   the training step with one size doubled at a time
         serve     16 texts at once beside one, and the wait of a late one
-        all       all suites whose extras are installed, without `scaling` and `serve`
+        all       the suites above whose extras are installed, but for the last two
     """
 
     interrupted: ClassVar[str] = "no results were written"
