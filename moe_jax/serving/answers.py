@@ -1,6 +1,5 @@
 """Answers: the texts of one HTTP request, as OpenAI's clients read them."""
 
-import math
 import secrets
 import time
 from abc import ABC, abstractmethod
@@ -115,16 +114,11 @@ class Answer(ABC):
         """The text of each token by itself."""
         return token_pieces(self.tokenizer, np.asarray(tokens, np.int64))
 
-    def likeliest(self, piece: Piece) -> list[tuple[int, str, float | None]]:
+    def likeliest(self, piece: Piece) -> list[tuple[int, str, float]]:
         """The likeliest tokens at a piece's place, as many as were asked for: id, text, log-probability."""
         found = piece.likeliest[: self.alternatives]
         names = self.names([token for token, _ in found])
-        return [(token, name, finite(value)) for (token, value), name in zip(found, names, strict=True)]
-
-
-def finite(value: float | None) -> float | None:
-    """The number, or None for one that JSON does not have."""
-    return value if value is not None and math.isfinite(value) else None
+        return [(token, name, value) for (token, value), name in zip(found, names, strict=True)]
 
 
 def checked_prompt(tokens: list[int], tokenizer: Tokenizer, param: str) -> list[int]:

@@ -46,10 +46,10 @@ class Server:
         ]
         paths = frozenset(route.path for route in routes)
         middleware = [Middleware(Access, rules=rules, answers=self._answers, paths=paths)]
-        if rules.origins:
+        if rules.origins:  # outermost, so that the pages of these sites can read refusals, too
             cors = {"allow_origins": rules.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
-            middleware.append(Middleware(CORSMiddleware, **cors))
-        errors: dict[Any, Any] = {HTTPException: _http_error, ApiError: _api_error, Exception: _failure}
+            middleware.insert(0, Middleware(CORSMiddleware, **cors))
+        errors: dict[Any, Any] = {HTTPException: _http_error, Exception: _failure}
         self.app = Starlette(routes=routes, middleware=middleware, exception_handlers=errors)
 
     async def page(self, request: Request) -> Response:
@@ -88,12 +88,6 @@ class Server:
 
     async def metrics(self, request: Request) -> Response:
         return Response(metrics_text(self.engine, self._answers), headers={"content-type": CONTENT_TYPE})
-
-
-async def _api_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    headers = {"retry-after": "1"} if error.status == 429 else None
-    return JSONResponse(error.body(), status_code=error.status, headers=headers)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:

@@ -7,7 +7,7 @@ from moe_jax.data.chat_rows import ANSWERING, ROLES, Message
 from moe_jax.data.chats import answer_prompt
 from moe_jax.inference.prompt_pass import MOST_ALTERNATIVES
 from moe_jax.serving import limits
-from moe_jax.serving.answers import Answer, checked_prompt, finite
+from moe_jax.serving.answers import Answer, checked_prompt
 from moe_jax.serving.fields import COMMON, Fields
 from moe_jax.serving.limits import ApiError
 from moe_jax.serving.model_card import ModelCard
@@ -55,7 +55,7 @@ class ChatCompletion(Answer):
     def _logprob(self, piece: Piece) -> dict[str, Any]:
         top = [self._entry(token, name, value) for token, name, value in self.likeliest(piece)]
         (name,) = self.names([piece.token])
-        return self._entry(piece.token, name, finite(piece.logprob)) | {"top_logprobs": top}
+        return self._entry(piece.token, name, piece.logprob) | {"top_logprobs": top}
 
     def _entry(self, token: int, name: str, value: float | None) -> dict[str, Any]:
         raw = list(self.tokenizer.decode_bytes([token]))

@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe_jax.serving import limits
-from moe_jax.serving.answers import Answer, checked_prompt, encoded, finite
+from moe_jax.serving.answers import Answer, checked_prompt, encoded
 from moe_jax.serving.fields import COMMON, Fields
 from moe_jax.serving.limits import ApiError
 from moe_jax.serving.model_card import ModelCard
@@ -54,7 +54,7 @@ class Completion(Answer):
         for piece in pieces:
             offsets.append(offset)
             offset += len(piece.text)
-            best: dict[str, float | None] = {}
+            best: dict[str, float] = {}
             found = self.likeliest(piece)
             for token, name, value in found:
                 best[f"{name}<{token}>" if name in best else name] = value  # two tokens may have the same text
@@ -62,7 +62,7 @@ class Completion(Answer):
             top_ids.append([token for token, _, _ in found])
         return {
             "tokens": self.names([piece.token for piece in pieces]),
-            "token_logprobs": [finite(piece.logprob) for piece in pieces],
+            "token_logprobs": [piece.logprob for piece in pieces],
             "top_logprobs": tops,
             "top_token_ids": top_ids,
             "text_offset": offsets,

@@ -280,6 +280,10 @@ def test_a_key_and_an_allowed_site(tmp_path) -> None:
         assert locked.ask("/v1/models", headers=right).status == 200
         answer = locked.ask("/v1/models", headers=right | {"Origin": other})
         assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, other)
+        # A page of that site can read why it was refused: by the key, and by the program.
+        for path, headers, status in (("/v1/models", {}, 401), ("/v1/models/nobody", right, 404)):
+            refused = locked.ask(path, headers=headers | {"Origin": other})
+            assert (refused.status, refused.headers["access-control-allow-origin"]) == (status, other)
         asked = {"Origin": other, "Access-Control-Request-Method": "POST"}
         asked |= {"Access-Control-Request-Headers": "authorization"}
         assert locked.ask("/v1/completions", headers=asked, method="OPTIONS").status == 200
