@@ -3,6 +3,7 @@ const barcode = byId("barcode");
 const drawBarcode = () => {
   const rows = layersShown(), n = tokens.length;
   if (!rows) return;
+  barcode.closest(".glance").hidden = !n;
   const side = Math.max(12, Math.min(26, 160 / rows)), width = Math.max(barcode.clientWidth, 100), scale = devicePixelRatio || 1;
   barcode.style.height = `${side * rows}px`;
   barcode.width = width * scale;
