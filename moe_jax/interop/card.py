@@ -3,7 +3,7 @@
 from typing import Any
 
 from moe_jax.interop.source import ExportSource
-from moe_jax.model.costs import count_parameters, totals
+from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.system.json_text import json_text
 
 MODELFILE = 'FROM ./model.gguf\nTEMPLATE "{{ .Prompt }}"\n'
@@ -23,7 +23,7 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
         "tokenizer": f"{source.tokenizer.kind}, {source.tokenizer.vocab_size:,} entries; a text begins and ends with "
         + ("`<|endoftext|>`" if source.tokenizer.kind != "hf" else f"token {source.tokenizer.separator_id}"),
         "trained on": config.data.source,
-        "training": _training(summary),
+        "training": _training(source),
         "score": _score(summary),
         "routing": _routing(summary),
         "checkpoint": f"step {source.checkpoint.step}",
@@ -48,12 +48,11 @@ def _use(source: ExportSource) -> str:
     return "It goes on with a text; it does not follow instructions."
 
 
-def _training(summary: dict[str, Any]) -> str:
-    tokens, steps, flops = (summary.get(k) for k in ("tokens_seen", "steps", "training_flops"))
-    if tokens is None or steps is None:
-        return ""
-    work = f", {flops:.2e} floating-point operations" if flops else ""
-    return f'a run of {steps:,} steps and {tokens:,} tokens{work}; the row "checkpoint" says how far these weights are'
+def _training(source: ExportSource) -> str:
+    """Of this run, up to the exported checkpoint, which may be an earlier one than the last."""
+    config, steps = source.config, source.checkpoint.step
+    tokens = steps * config.train.batch_size * config.train.grad_accum * config.model.seq_len
+    return f"{tokens:,} tokens in {steps:,} steps, {training_flops(config, steps):.2e} floating-point operations"
 
 
 def _score(summary: dict[str, Any]) -> str:

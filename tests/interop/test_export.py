@@ -74,6 +74,17 @@ def test_every_setting_of_a_model_is_known_to_the_export() -> None:
     assert names == HELD | ONLY_TRAINING
 
 
+def test_the_card_counts_what_the_exported_weights_have_read(run: Path) -> None:
+    """Of the checkpoint, and not of the whole run, which may have gone on."""
+    source = open_source(run)
+    train = dataclasses.replace(source.config.train, batch_size=3, grad_accum=2)
+    config = dataclasses.replace(source.config, train=train)
+    checkpoint = dataclasses.replace(source.checkpoint, step=20)
+    source = dataclasses.replace(source, config=config, checkpoint=checkpoint)
+    tokens = 20 * 3 * 2 * config.model.seq_len
+    assert f"| training | {tokens:,} tokens in 20 steps, " in module.model_card(source, "name", "command", [])
+
+
 @pytest.mark.skipif(not hasattr(os, "umask"), reason="no umask here")
 @pytest.mark.parametrize("umask", [0o022, 0o077])
 def test_all_files_get_the_permissions_of_the_umask(umask: int, run: Path, tmp_path: Path) -> None:
