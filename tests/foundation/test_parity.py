@@ -151,6 +151,12 @@ def test_the_number_of_entries_need_not_fill_the_batches() -> None:
         assert parity.max_relative_error(slopes, 3.0 * x**2) < 1e-9
 
 
+def test_an_outcome_without_a_comparison_does_not_pass() -> None:
+    assert not Outcome("power", "test", None, None).passed
+    assert not Outcome("power", "test", None, None, float("nan")).passed
+    assert Outcome("power", "test", None, None, 0.0).passed
+
+
 def test_rows_come_in_order_and_before_all_inputs_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     """A learner sees the first row at once, not after the inputs of two hundred checks."""
     made: list[int] = []
