@@ -32,7 +32,7 @@ SIGHTINGS: dict[str, tuple[str, str]] = {
     ),
     "attention: no causal mask": (
         "keras-team/keras#23038",
-        "The mask was left out whenever dropout was on. The loss fell, because the targets could be seen.",
+        "Where the fast path was off, as with dropout, the mask was left out: later tokens could be seen.",
     ),
     "grouped heads: neighbours read different key heads": (
         "onnx/onnx#7274",
@@ -52,7 +52,7 @@ SIGHTINGS: dict[str, tuple[str, str]] = {
     ),
     "model: auxiliary losses not averaged over layers": (
         "huggingface/transformers#28255",
-        "The routers of all layers were pooled before the product: two layers, unbalanced the opposite way, cancelled.",
+        "The routers of all layers were pooled before the product. Two opposite imbalances could cancel.",
     ),
     "model: tied table without the head's share": (
         "paiml/entrenar#314",

@@ -172,7 +172,7 @@ One layer with four experts reads seven words. Pick a word. The first table foll
 expert a logit, the largest are chosen, and an expert answers if it has room. The second table follows the gradient of
 this word's loss back, from right to left.
 
-Wherever a gradient is exactly 0, the page says why. These zeros are what a mixture of experts has to live with:
-[chapter 8](foundation/notebooks/08_router_and_its_gradient.ipynb) derives them. All numbers come from the hand-derived
-code in `foundation/`.
+Wherever a gradient is exactly 0, the page says why. [Chapter
+8](foundation/notebooks/08_router_and_its_gradient.ipynb) derives these zeros: they decide what a router can learn. All
+numbers come from the hand-derived code in `foundation/`.
 """

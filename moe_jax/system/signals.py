@@ -37,7 +37,7 @@ DUPLICATE_SIGNAL_SECONDS = 0.5
 """
 _SAY_SECONDS = 1.0
 _WRITE_SECONDS = 2.0
-"""How long leaving waits for the file that is being written. Longer, and the disk no longer answers."""
+"""How long leaving waits for the file that is being written. A disk that takes longer does not answer any more."""
 
 
 class Stopped(Exception):
