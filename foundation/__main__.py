@@ -1,13 +1,18 @@
-"""`python -m foundation`: the table of all gradients, a part of it, and the challenges.
+"""The table of all gradients, a part of it, and the challenges.
 
-    python -m foundation [NAME ...] [--json]     each gradient by hand, by autodiff and by finite differences
-    python -m foundation derive OPERATION        writes a file in which you derive one backward pass
-    python -m foundation check OPERATION         says what is wrong with it; with --hint, what to try next
-    python -m foundation hunt                    plants a bug in the gradients, for you to find
-    python -m foundation run FOLDER              a trained model, by the hand-derived code alone
+    python -m foundation [NAME ...]         the table: each gradient by hand,
+                                            by autodiff and by differences
+    python -m foundation derive OPERATION   write a file in which you derive
+                                            one backward pass
+    python -m foundation check OPERATION    what is wrong with it; with --hint,
+                                            what to try next
+    python -m foundation hunt               plant a bug in the gradients, for
+                                            you to find
+    python -m foundation run FOLDER         a trained model, by the
+                                            hand-derived code alone
 
-NAME is an operation (softmax, attention, ...) or a chapter (5). The table exits 1 where a check fails, and 2 for a
-name that it does not know. `--json` ends it with one JSON object on the last line.
+NAME is an operation (softmax, attention) or the number of a chapter. The table
+exits 1 where a check fails, and 2 for a name that it does not know.
 """
 
 import argparse

@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -244,6 +245,13 @@ def test_errors_are_one_line_that_says_what_to_do(
     with pytest.raises(UserError, match="at most 16,384 can be shown") as caught:
         run.trace("a" * 16_384)
     one_line(caught.value)
+
+
+def test_a_run_is_shown_in_one_line(trained: tuple[Path, dict[str, Any]], run: Run) -> None:
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    assert re.fullmatch(
+        rf"<Run \S+, step 60: \d layers of width \d+, \d experts, {parameters:,} parameters>", repr(run)
+    )
 
 
 def test_a_run_whose_text_is_gone_says_so_and_scores_another(trained: tuple[Path, dict[str, Any]]) -> None:

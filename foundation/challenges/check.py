@@ -1,7 +1,8 @@
-"""`python -m foundation check OPERATION [--hint]`: runs the real cases against your derivation.
+"""Runs the real cases against your derivation.
 
-OPERATION is a name, or the path of the file that `derive` wrote. Prints the first wrong entry, its index, the ratio,
-and what such a ratio usually means; exits 1 until it is right.
+OPERATION is a name, or the path of the file that `derive` wrote. Prints the
+first wrong entry, its index, the ratio, and what such a ratio usually means.
+Exits 1 until the derivation is right.
 """
 
 import sys

@@ -1,6 +1,7 @@
-"""`python -m foundation derive OPERATION`: writes a file in which you derive one backward pass.
+"""Writes a file in which you derive one backward pass.
 
-Without OPERATION it lists what can be derived. The file holds the forward pass and an empty function. Then
+The file holds the forward pass and an empty function. Without OPERATION, the
+command lists what can be derived. When you have written the function:
 
     python -m foundation check OPERATION          runs the real cases against it
     python -m foundation check OPERATION --hint   gives the next hint

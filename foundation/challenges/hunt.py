@@ -1,12 +1,16 @@
-"""`python -m foundation hunt`: a bug is planted in one function of foundation. Find it from the table.
+"""A bug is planted in one function of foundation. Find it from the table.
 
-    python -m foundation hunt                            plants one, and prints the table with it
-    python -m foundation hunt --look OPERATION           the first wrong entry of each result, in the cases that fail
-    python -m foundation hunt --answer FUNCTION          your answer, as softmax_backward
-    python -m foundation hunt --give-up                  says which it was
+    python -m foundation hunt                     plants a bug, and prints the
+                                                  table with it
+    python -m foundation hunt --look OPERATION    the first wrong entry of each
+                                                  result, in the failing cases
+    python -m foundation hunt --answer FUNCTION   your answer, such as
+                                                  softmax_backward
+    python -m foundation hunt --give-up           says which it was
 
-No file is changed: the bug lives in the process that prints the table. Only its name is kept, scrambled, in the score
-file of your folder, with the hunts that you have won.
+No file is changed: the bug lives in the process that prints the table. Only its
+name is kept, scrambled, in the score file of your folder, with the hunts that
+you have won.
 """
 
 import argparse

@@ -1,11 +1,14 @@
-"""`python -m foundation run FOLDER`: a trained run of the real model, computed by the hand-derived code alone.
+"""A trained run of the real model, computed by the hand-derived code alone.
 
-Reads FOLDER/config.json, tokenizer.json, summary.json and the weights.safetensors of its best checkpoint. Nothing of
-moe_jax is imported. It computes the validation loss in float64 beside the one in summary.json (1e-6 is allowed, where
-the run computed in float32), and writes the text that `python -m moe_jax generate --run FOLDER --temperature 0` writes.
+Reads config.json, tokenizer.json, summary.json and the weights.safetensors of
+the best checkpoint. Nothing of moe_jax is imported. Computes the validation
+loss in float64, beside the loss in summary.json; they may differ by 1e-6 where
+the run computed in float32. Then writes the same text as
+`python -m moe_jax generate --run FOLDER --temperature 0`.
 
-The validation tokens come from the cache that train.py made on this machine, found by the digest in the checkpoint's
-manifest. `--text FILE` scores a text of yours instead, documents separated by <|endoftext|>.
+The validation tokens come from the cache that train.py made on this machine.
+They are found by the digest in the checkpoint's manifest. `--text FILE` scores
+a text of yours instead, with documents separated by <|endoftext|>.
 """
 
 import argparse

@@ -13,6 +13,7 @@ from typing import ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
 from moe_jax.config import ConfigError, holds_run
+from moe_jax.config.near_runs import missing_run
 from moe_jax.system.folders import Folder
 from moe_jax.system.step_names import step_number
 
@@ -90,7 +91,7 @@ def command(name: str) -> type[Command]:
 def check_run_folder(run: str, step: int | None = None) -> None:
     """Raise ConfigError unless the folder holds a run with a complete checkpoint, and one of `step` if it is given."""
     if not holds_run(Path(run)):
-        raise ConfigError(f"--run {run}: no run with a complete checkpoint there; make one with `uv run train.py`")
+        raise ConfigError(missing_run("--run", run))
     if step is None:
         return
     steps = sorted(s for name in Folder(Path(run)).names("checkpoints") if (s := step_number(name)) is not None)

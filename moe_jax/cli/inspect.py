@@ -25,7 +25,7 @@ class Inspect(Command):
     file: str = ""
     """A file that holds the text, in place of --text."""
     out: str = ""
-    """The page to write. Empty: RUN/report/routing.html."""
+    """The page to write. Empty: RUN/report/routing.html, or routing-of-a-text.html beside it with --text or --file."""
     json: str = ""
     """Write the data behind the page to this file as well."""
     step: int | None = None
@@ -39,7 +39,7 @@ class Inspect(Command):
             from moe_jax.inspection.report import report_path, write_report
 
             folder = Path(self.run)
-            path = Path(self.out) if self.out else report_path(folder)
+            path = Path(self.out) if self.out else report_path(folder, of_a_text=bool(text))
             write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
         say(f"{path}: the routing report; open it in a browser")
         return 0

@@ -1,6 +1,5 @@
 """`train.py` and `moe-jax train`: a run from its flags to its report."""
 
-import difflib
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +9,8 @@ from typing import ClassVar, Self
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.settings import RunCommand
-from moe_jax.config import ConfigError, RunConfig, UserError, holds_run
+from moe_jax.config import ConfigError, RunConfig, holds_run
+from moe_jax.config.near_runs import perhaps_another
 from moe_jax.system import environment, streams
 from moe_jax.system.console import working
 from moe_jax.system.signals import Signals, Stopped
@@ -83,7 +83,7 @@ def check_run(config: RunConfig) -> None:
     for flag, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")):
         if getattr(config, flag) and importlib.util.find_spec(module) is None:
             raise ConfigError(
-                f"--{flag}: {module} is not installed; run `uv run --extra {flag} train.py ...`, or give --no-{flag}"
+                f"--{flag}: {module} is not installed; call it by `uv run --extra {flag} train.py`, or give --no-{flag}"
             )
     run = Path(config.run_dir)
     check_out_folder("--out", run)
@@ -93,23 +93,4 @@ def check_run(config: RunConfig) -> None:
 
 def new_run_note(run: Path) -> str:
     """What to say if --resume finds no run in the folder. Names runs nearby: the folder may be mistyped."""
-    beside = _folders(run.parent)
-    if not beside:  # the mistake may be in the parent's name
-        beside = [p / run.name for p in _folders(run.parent.parent)]
-    near = difflib.get_close_matches(str(run), [str(p) for p in beside if _holds_readable_run(p)], n=2, cutoff=0.75)
-    hint = f"; perhaps {' or '.join(near)} was meant" if near else ""
-    return f"--resume: {run} holds no run yet, so a new one starts there{hint}"
-
-
-def _holds_readable_run(run: Path) -> bool:
-    try:
-        return holds_run(run)
-    except UserError:  # it cannot be read, and nobody asked for it
-        return False
-
-
-def _folders(parent: Path) -> list[Path]:
-    try:
-        return [p for p in parent.iterdir() if p.is_dir()]
-    except OSError:
-        return []
+    return f"--resume: {run} holds no run yet, so a new one starts there{perhaps_another(run)}"

@@ -10,6 +10,7 @@ too (`flags.SHORT_FLAGS`). A wrong value raises `ConfigError`, whose text names 
     presets.py     the presets: named settings that a run starts from
     migrations.py  reads configurations of earlier versions: a renamed field is mapped to its new name here
     compatibility.py   what a resumed or an upcycled run may change
+    near_runs.py   names the runs near a folder that holds none
     baselines.py   the dense baselines        flags.py  names of flags, checks
 
 The alphabet of the project, used in every annotation, einsum and comment:

@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_jax.config.flags import flag_of
 from moe_jax.config.model import ModelConfig
+from moe_jax.config.near_runs import missing_run
 from moe_jax.config.presets import largest_vocabulary
 from moe_jax.config.run import RunConfig, load_config
 from moe_jax.system.errors import ConfigError, FieldError, UserError
@@ -70,9 +71,7 @@ def load_dense_config(folder: str) -> RunConfig:
     except UserError as error:
         raise ConfigError(f"--upcycle {folder}: {error}") from None
     if dense is None:
-        raise ConfigError(
-            f"--upcycle {folder}: no run with a complete checkpoint there; make one with --model.dense active"
-        )
+        raise ConfigError(missing_run("--upcycle", folder, "make one with --model.dense active"))
     if dense.model.dense == "none":
         raise ConfigError(f"--upcycle {folder}: has experts already; name a run made with --model.dense active")
     return dense
@@ -201,7 +200,7 @@ def load_base_config(folder: str) -> RunConfig:
     except UserError as error:
         raise ConfigError(f"--run {folder}: {error}") from None
     if base is None:
-        raise ConfigError(f"--run {folder}: no run with a complete checkpoint there; make one with `uv run train.py`")
+        raise ConfigError(missing_run("--run", folder))
     return base
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from moe_jax.config import Role, UserError
-from moe_jax.data.json_lines import ENDINGS, first_lines, holds_json_lines, lines_of
+from moe_jax.data.json_lines import ENDINGS, first_lines, holds_json_lines, how_to_convert, lines_of
 from moe_jax.data.text_files import Span
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -66,9 +66,11 @@ def _read(line: bytes) -> tuple[str, Conversation]:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return f" is not JSON ({error}); each line must be an object with a key `messages`", ()
+        problem = f" is not JSON ({error}); each line must be an object with a key `messages`"
+        return problem + how_to_convert(line), ()
     if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
-        return f" has no list `messages` ({_short(row)}); each line must be an object with that key", ()
+        problem = f" has no list `messages` ({_short(row)}); each line must be an object with that key"
+        return problem + (how_to_convert(line) if isinstance(row, list) else ""), ()
     if not row["messages"]:
         return " has no message; remove the row", ()
     found: list[Message] = []

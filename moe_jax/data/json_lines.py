@@ -48,6 +48,14 @@ def first_row_problem(path: Path) -> str | None:
     return None
 
 
+def how_to_convert(line: bytes) -> str:
+    """The program that makes JSON lines of a file whose first line opens an array, or an object of several lines."""
+    opening = line.strip()[:1]
+    if opening not in (b"[", b"{"):
+        return ""
+    return f" (`jq -c {"'.[]'" if opening == b'[' else '.'} FILE > NEW.jsonl` converts a file)"
+
+
 def first_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     """(offset, bytes) of the lines of a file, from the first."""
     span = Span.of(path)
@@ -59,9 +67,11 @@ def _text_of(line: bytes, where: str) -> str:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON ({error}); each line must be an object with a key `text`") from None
+        problem = f"{where} is not JSON ({error}); each line must be an object with a key `text`"
+        raise UserError(problem + how_to_convert(line)) from None
     if not isinstance(row, dict):
-        raise UserError(f"{where} is {repr(row)[:40]}; each line must be an object with a key `text`")
+        problem = f"{where} is {repr(row)[:40]}; each line must be an object with a key `text`"
+        raise UserError(problem + how_to_convert(line))
     text = row.get("text")
     if isinstance(text, str):
         try:

@@ -32,6 +32,8 @@ _KINDS = {
     b"\xfe\xff": "is in UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
 }
 """How a file begins that is no text in UTF-8 -> what it is, and what to do."""
+OFFICE = (".docx", ".doc", ".odt", ".rtf", ".epub", ".pptx", ".xlsx")
+"""Files that hold text, but not plain text."""
 SplitName = Literal["train", "valid"]
 
 _SEPARATOR = SEPARATOR.encode()
@@ -62,11 +64,16 @@ def other_kind(path: Path) -> str | None:
             start = file.read(64)
     except OSError as error:
         return f"cannot be read ({error.strerror}); check its permissions"
+    if path.suffix.lower() in OFFICE and start.startswith((b"PK", b"\xd0\xcf\x11\xe0", b"{\\rtf")):
+        return "is a document of an office program; save it there as plain text in UTF-8"
     for mark, problem in _KINDS.items():
         if start.startswith(mark):
             return problem
     if path.suffix.lower() == ".json" and start.lstrip()[:1] in (b"{", b"["):
-        return "holds JSON, not plain text; write one object a line with a key `text` into a file that ends in .jsonl"
+        return (
+            "holds JSON, not plain text; write one object a line with a key `text` into a file that ends in .jsonl "
+            f"(an array of objects: `jq -c '.[]' {path.name} > {path.stem}.jsonl`)"
+        )
     return None
 
 

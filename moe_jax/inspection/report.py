@@ -48,7 +48,7 @@ from moe_jax.system.folders import Folder
 from moe_jax.system.json_text import json_text
 
 SCHEMA = 1
-REPORT, PAGE = "report", "routing.html"
+REPORT, PAGE, TEXT_PAGE = "report", "routing.html", "routing-of-a-text.html"
 """The folder of a run's report, and the page in it."""
 DEFAULT_TOKENS = 512
 """Tokens of validation text that the page shows if no text is given."""
@@ -59,9 +59,9 @@ MOST_PER_TOKEN = 8
 LEAST_PERCENT = 2
 
 
-def report_path(folder: Path) -> Path:
-    """The default path of a run's report."""
-    return folder / REPORT / PAGE
+def report_path(folder: Path, of_a_text: bool = False) -> Path:
+    """The default path of a run's report. A report on a text of the user's does not replace the run's own."""
+    return folder / REPORT / (TEXT_PAGE if of_a_text else PAGE)
 
 
 def report_run(run: Folder) -> list[str]:
@@ -104,8 +104,8 @@ def write_report(
         source += ", changed since the run was trained" if missing else ""
     corpus = None if valid is None else corpus_routing(run, valid)
     data = report_data(folder, run, trace, source, corpus, missing)
-    if out == report_path(folder):  # in the run's folder, where no link is followed
-        Folder(folder).inner(REPORT).write(PAGE, render(data))
+    if out in (report_path(folder), report_path(folder, of_a_text=True)):  # the run's own: no link is followed
+        Folder(folder).inner(REPORT).write(out.name, render(data))
     else:
         write_output(out, render(data))
     if json_out is not None:

@@ -28,7 +28,7 @@ def check_installed() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("plots: matplotlib is missing; run `uv run --extra plots python -m moe_jax plot ...`") from None
+        raise UserError("plots: matplotlib is missing; add `--extra plots` after `uv run`") from None
 
 
 def run_figures(folders: Sequence[Path]) -> dict[str, Any]:

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from flax import nnx
 
 from moe_jax.config import RunConfig, UserError, load_config
+from moe_jax.config.near_runs import missing_run
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.low_rank import LoraShape, merged
@@ -39,7 +41,7 @@ class ValidationText(NamedTuple):
     """Not empty if the text has changed since the run was trained: then one line that says so."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadedRun:
     """A trained model, with its configuration, tokenizer and precision."""
 
@@ -52,6 +54,13 @@ class LoadedRun:
     """The model's static definition: `moe_jax.model.transformer.merge(graphdef, params)` is the model."""
     params: Params
     """Adapters of the run, if it has any, are merged into them."""
+
+    def __repr__(self) -> str:
+        """One line for a notebook: the settings and the arrays are its fields."""
+        model, size = self.config.model, sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        experts = f"{model.experts} experts" if model.dense == "none" else f"dense {model.dense}"
+        shape = f"{model.layers} layers of width {model.width}, {experts}, {size:,} parameters"
+        return f"<{type(self).__name__} {self.config.run_dir}, step {self.checkpoint.step}: {shape}>"
 
     def validation_text(self, progress: bool = True) -> ValidationText:
         """The run's validation text, and whether it is still the text of the run. Raises ConfigError or UserError if
@@ -83,7 +92,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> FoundCheckpoint:
     """
     config = load_config(path)
     if config is None:
-        raise UserError(f"--run {path}: no run with a complete checkpoint there; make one with `uv run train.py`")
+        raise UserError(missing_run("--run", path))
     checkpoint = best_of_run(path) if step is None else CheckpointStore(path).at(step)
     if checkpoint is None:
         raise UserError(f"--run {path}: every checkpoint is damaged; `python -m moe_jax doctor --run {path}` says how")

@@ -13,6 +13,7 @@ from moe_jax.cli.command import COMMANDS, command
 from moe_jax.cli.main import main, run_command
 from moe_jax.cli.train import Train, new_run_note
 from moe_jax.config import ConfigError
+from moe_jax.config.near_runs import missing_run
 from tests.cli.test_cli import make_held
 
 LONG = "x" * 300
@@ -133,3 +134,6 @@ def test_a_mistyped_run_is_said_to_be_new(typed: str, near: list[str], tmp_path:
     expected: Any = f"--resume: {typed} holds no run yet, so a new one starts there"
     expected += f"; perhaps {' or '.join(near)} was meant" if near else ""
     assert new_run_note(Path(typed)) == expected
+    there = expected.partition(";")[2] or " runs there: runs/story, runs/story-2, runs/wiki" * typed.startswith("runs")
+    named = f"--run {typed}: no run with a complete checkpoint there{';' * bool(there)}{there}; make one with `make`"
+    assert missing_run("--run", typed, "make one with `make`") == named

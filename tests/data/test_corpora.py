@@ -252,10 +252,13 @@ def test_the_embedded_corpus_generates_its_splits():
         ("a.parquet", b"PAR1rest", "Parquet"),
         ("a.txt", "text".encode("utf-16"), "UTF-16"),
         ("a.jsonl", b"[1, 2]", "each line must be an object"),
+        ("a.jsonl", b'[\n{"text": "a"}]', r"jq -c '\.\[\]' FILE"),
+        ("a.jsonl", b'{\n"text": "a"}', r"jq -c \. FILE"),
+        ("a.docx", b"PK\x03\x04rest", "save it there as plain text"),
         ("a.json", b"[1, 2]", "JSON"),
         ("a.txt", b"%PDF-1.7", "pdftotext"),
     ],
-    ids=["gzip", "zip", "parquet", "utf-16", "jsonl", "json", "pdf"],
+    ids=["gzip", "zip", "parquet", "utf-16", "jsonl", "array", "object", "docx", "json", "pdf"],
 )
 def test_files_of_other_kinds_are_said_for_what_they_are(name: str, content: bytes, said: str, tmp_path: Path) -> None:
     path = tmp_path / name

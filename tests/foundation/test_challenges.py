@@ -179,3 +179,15 @@ def test_a_result_of_several_named_arrays_is_judged_array_by_array() -> None:
     for answer, given in (([1.0], "of type list"), ({"w_in": [1.0]}, "a dict of w_in")):
         with pytest.raises(Unusable, match=f"^d_dense is {given}, and a dict of w_in, w_out is asked for$"):
             _parts("d_dense", answer, wanted)
+
+
+@pytest.mark.parametrize("command", [[], ["derive"], ["check"], ["hunt"], ["run"]], ids=" ".join)
+def test_help_fits_80_columns(
+    command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main([*command, "--help"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 8
+    assert max(map(len, lines)) <= 80

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.cli.inspect import Inspect
 from moe_jax.config import UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import compiled_layer, corpus_routing
@@ -324,3 +326,14 @@ def test_a_program_that_cannot_be_counted_is_still_listed(folder: Path, monkeypa
     assert compiled["dots"] == []
     assert compiled["bound"] > 0
     assert "dot_general" in compiled["hlo"]
+
+
+def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(folder, run)
+    own = run / "report" / "routing.html"
+    own.parent.mkdir(exist_ok=True)
+    own.write_text("the run's own")
+    assert Inspect(run=str(run), text="a cat").execute() == 0
+    assert own.read_text() == "the run's own"
+    assert data_in((run / "report" / "routing-of-a-text.html").read_text(encoding="utf-8"))["text"]["pieces"]
