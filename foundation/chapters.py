@@ -142,6 +142,14 @@ CHAPTERS = (
         ("importance_loss", "biased_choice", "balance_loss_of", "balanced_by_bias"),
         ("model/moe/balance.py", "model/moe/router.py"),
     ),
+    Chapter(
+        "17_eight_bits_of_mantissa",
+        "Why can a small step vanish?",
+        25,
+        "2, 10",
+        ("nearest_bits", "drawn_bits", "mean_of_draws", "running_sum", "to_float16", "through_scale"),
+        ("model/precision.py", "training/state.py"),
+    ),
 )
 OPERATIONS = tuple(operation for chapter in CHAPTERS for operation in chapter.operations)
 

@@ -1,7 +1,8 @@
 """Bugs to plant in `foundation`, one at a time, each with the check that must catch it."""
 
+from foundation.challenges.bugs_of_systems import BUGS_OF_SYSTEMS
 from foundation.challenges.bugs_of_the_model import BUGS_OF_THE_MODEL
 from foundation.challenges.bugs_of_training import BUGS_OF_TRAINING
 
-BUGS = [*BUGS_OF_THE_MODEL, *BUGS_OF_TRAINING]
+BUGS = [*BUGS_OF_THE_MODEL, *BUGS_OF_TRAINING, *BUGS_OF_SYSTEMS]
 """All of them, by chapter."""

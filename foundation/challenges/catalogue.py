@@ -3,6 +3,7 @@
 The standard library alone, so that a wrong name is answered at once.
 """
 
+from foundation.challenges.catalogue_of_systems import SYSTEM_CHALLENGES
 from foundation.challenges.catalogue_of_training import TRAINING_CHALLENGES
 from foundation.challenges.challenge import Challenge
 
@@ -218,4 +219,5 @@ CHALLENGES: dict[str, Challenge] = {
         ),
     ),
     **TRAINING_CHALLENGES,
+    **SYSTEM_CHALLENGES,
 }

@@ -9,6 +9,7 @@ from foundation.checks.dense import dense_checks
 from foundation.checks.drawing import sampling_checks
 from foundation.checks.mixture import expert_checks, moe_checks, router_checks
 from foundation.checks.model import block_checks, model_checks
+from foundation.checks.numbers import rounding_checks
 from foundation.checks.parts import (
     activation_checks,
     attention_checks,
@@ -52,6 +53,7 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     upcycling_checks: ("upcycled", "upcycled_gradient"),
     balancing_checks: ("importance_loss", "biased_choice", "balance_loss_of", "balanced_by_bias"),
     sampling_checks: ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
+    rounding_checks: ("nearest_bits", "drawn_bits", "mean_of_draws", "running_sum", "to_float16", "through_scale"),
 }
 """Each group of checks, with the operations that it makes checks of."""
 

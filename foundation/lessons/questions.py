@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from foundation.exercises import Exercise, function, number
+from foundation.lessons.questions_of_systems import SYSTEM_EXERCISES
 from foundation.lessons.questions_of_training import TRAINING_EXERCISES
 
 
@@ -289,4 +290,5 @@ EXERCISES: dict[str, Exercise] = {
         _row_gradient,
     ),
     **TRAINING_EXERCISES,
+    **SYSTEM_EXERCISES,
 }

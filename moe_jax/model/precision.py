@@ -84,7 +84,8 @@ def to_param_dtype(params: Any, dtype: ParamDtype) -> Any:
 
 
 def stochastic_round(x: Float32[Array, "..."], key: Key[Array, ""]) -> BFloat16[Array, "..."]:
-    """Round x to one of the two nearest bfloat16 numbers, at random, with mean x (Gupta et al. 2015, section 3).
+    """Round x to one of the two nearest bfloat16 numbers, at random, with mean x (Gupta et al. 2015, section 3; derived
+    in chapter 17 of `foundation`).
 
     bfloat16 is float32 without its last 16 bits. 16 random bits are added to these last 16 bits, which are then cut
     off. The sum carries into the upper bits with the wanted probability. x must be finite.

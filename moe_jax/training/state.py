@@ -26,7 +26,8 @@ SPIKE_SIGMAS = 6.0
 @dataclass(frozen=True)
 class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018, section 3.2). The scale doubles after 2,000 finite steps in a
-    row, and halves after a step that is not finite. It is constantly 1 unless the compute precision is float16."""
+    row, and halves after a step that is not finite. It is constantly 1 unless the compute precision is float16. A power
+    of two cancels exactly: chapter 17 of `foundation`."""
 
     scale: Float[Array, ""]
     good_steps: Int[Array, ""]

@@ -9,7 +9,17 @@ import optax
 import pytest
 from flax import nnx
 
-from foundation import adafactor, balancing, caching, flash_attention, micro_batches, moe, optimizers, sampling
+from foundation import (
+    adafactor,
+    balancing,
+    caching,
+    flash_attention,
+    micro_batches,
+    moe,
+    optimizers,
+    rounding,
+    sampling,
+)
 from foundation.losses import IGNORE
 from foundation.parity import max_relative_error
 from moe_jax.config import ModelConfig, TrainConfig
@@ -22,6 +32,7 @@ from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.queues import queue_positions
 from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.moe.variants import leaky_queue_positions, with_all_experts
+from moe_jax.model.precision import stochastic_round
 from moe_jax.system.random_keys import sequence_keys
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor
 from moe_jax.training.optimizers.factory import make_optimizer
@@ -172,3 +183,12 @@ def test_production_balances_by_the_same_bias(top_k: int) -> None:
     np.testing.assert_allclose(
         balancing.bias_step(bias, fraction, 0.01), adjusted_bias(bias, fraction, 0.01), rtol=1e-12
     )
+
+
+def test_production_rounds_by_the_same_carry() -> None:
+    """The same 16 random bits give the same bfloat16, of both signs and of all magnitudes."""
+    key = jax.random.key(26)
+    x = (normal(27, 4096) * 10.0 ** jnp.linspace(-30.0, 30.0, 4096)).astype(jnp.float32)
+    draw = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    theirs = jax.lax.bitcast_convert_type(stochastic_round(x, key), jnp.uint16)
+    np.testing.assert_array_equal(rounding.drawn_bits(rounding.bits_of(x), draw), theirs)

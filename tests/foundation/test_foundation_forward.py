@@ -25,6 +25,7 @@ from foundation import (
     moe,
     norms,
     positions,
+    rounding,
     router,
     softmax,
     transformer,
@@ -345,3 +346,15 @@ def test_the_balance_loss_sees_the_choices() -> None:
     leaning = jnp.tile(jnp.array([0.26, 0.25, 0.25, 0.24]), (5, 1))
     assert float(balancing.balance_loss_of(leaning, 1)) == pytest.approx(4 * 0.26)
     assert float(balancing.importance_loss_forward(leaning)[0]) < 1e-3
+
+
+def test_a_float16_ends_at_65504() -> None:
+    x = jnp.asarray([65504.0, 65519.9, 65520.0, -1e9])
+    np.testing.assert_array_equal(rounding.to_float16(x), [65504.0, 65504.0, np.inf, -np.inf])
+
+
+def test_only_a_power_of_two_cancels() -> None:
+    gradient = jnp.linspace(1.1e-3, 1.9e-3, 50)
+    powers = [rounding.through_scale(gradient, jnp.array(2.0**k)) for k in (0, 7, 20)]
+    assert all(np.array_equal(powers[0], other) for other in powers[1:])
+    assert not np.array_equal(powers[0], rounding.through_scale(gradient, jnp.array(1000.0)))

@@ -1,0 +1,42 @@
+"""The questions of chapters 17 and later."""
+
+import jax
+import jax.numpy as jnp
+
+from foundation.exercises import Exercise, function, number
+
+
+def _up(x: jax.Array, s: jax.Array) -> jax.Array:
+    return x / jnp.abs(s) - jnp.floor(x / jnp.abs(s))
+
+
+SYSTEM_EXERCISES: dict[str, Exercise] = {
+    "17.1": Exercise(
+        "A weight of 1.0 is stored in bfloat16 and rounded to nearest. It gets 1,000 steps of 0.003 upwards. Where is "
+        "it in the end?",
+        number(1.0, 1e-9),
+        "Between 1 and 2 the spacing is 2^-7 = 0.0078. Is 0.003 at least half of it?",
+        1.0,
+    ),
+    "17.2": Exercise(
+        "The same weight and the same steps, each rounded by a draw. Where is it on average? (Where the weight has "
+        "passed 2, the spacing is twice as large. Does that matter for the average?)",
+        number(4.0, 1e-9),
+        "The mean of each rounding is exact, whatever the spacing: 1 + 1000 * 0.003.",
+        4.0,
+    ),
+    "17.3": Exercise(
+        "Numbers lie |s| apart, at the multiples of |s|. Write a function of (x, s), x [6] and s a number, that gives "
+        "for each x the probability that a draw rounds it up.",
+        function(_up, (6,), ()),
+        "The distance from the neighbour below, in units of the spacing: q - floor(q), with q = x / |s|.",
+        _up,
+    ),
+    "17.4": Exercise(
+        "A gradient of 2^-26 becomes 0 in float16. What is the smallest k for which the scale 2^k keeps all of its 11 "
+        "bits?",
+        number(12.0, 1e-9),
+        "The smallest float16 with 11 bits is 2^-14.",
+        12.0,
+    ),
+}
