@@ -150,6 +150,14 @@ CHAPTERS = (
         ("nearest_bits", "drawn_bits", "mean_of_draws", "running_sum", "to_float16", "through_scale"),
         ("model/precision.py", "training/state.py"),
     ),
+    Chapter(
+        "18_weights_of_few_bits",
+        "How few bits does a weight need, and which way should it be rounded?",
+        30,
+        "2, 8, 17",
+        ("quantize", "coded_product", "output_error", "moved_by_one", "without", "gptq"),
+        ("model/quantize.py",),
+    ),
 )
 OPERATIONS = tuple(operation for chapter in CHAPTERS for operation in chapter.operations)
 

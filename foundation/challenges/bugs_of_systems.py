@@ -1,4 +1,4 @@
-"""Bugs of chapters 17 and later: numbers of few bits."""
+"""Bugs of chapters 17 and later: numbers and weights of few bits."""
 
 from foundation.challenges.planting import Bug
 
@@ -69,5 +69,78 @@ BUGS_OF_SYSTEMS = [
         "to_float16(gradient * scale) / scale",
         "to_float16(gradient)",
         "through_scale",
+    ),
+    Bug(
+        "codes: one for the whole matrix",
+        "small_weights.quantize",
+        "jnp.max(jnp.abs(blocks), axis=1)",
+        "jnp.max(jnp.abs(blocks)) + 0.0 * jnp.max(blocks, axis=1)",
+        "quantize",
+    ),
+    Bug("codes: cut off, not rounded", "small_weights.quantize", "jnp.round(blocks", "jnp.trunc(blocks", "quantize"),
+    Bug(
+        "codes: a group of zeros divides by zero",
+        "small_weights.quantize",
+        "jnp.where(scale == 0.0, 1.0, scale)",
+        "scale",
+        "quantize",
+    ),
+    Bug(
+        "codes: the scale is left out of the way back",
+        "small_weights.coded_product_backward",
+        "(d_y * scale) @",
+        "d_y @",
+        "coded_product",
+    ),
+    Bug(
+        "codes: the scale's gradient has the scale in it",
+        "small_weights.coded_product_backward",
+        "jnp.sum(d_y * unscaled",
+        "jnp.sum(d_y * scale * unscaled",
+        "coded_product",
+    ),
+    Bug(
+        "output error: that of the weights",
+        "small_weights.output_error_backward",
+        "x.T @ error",
+        "x.T @ error / jnp.sum(x**2)",
+        "output_error",
+    ),
+    Bug(
+        "output error: half of the square",
+        "small_weights.output_error_backward",
+        "d_loss * 2.0",
+        "d_loss",
+        "output_error",
+    ),
+    Bug(
+        "one weight: a row that is not divided",
+        "small_weights.moved_by_one",
+        "error * inverse[:, k] / inverse[k, k]",
+        "error * inverse[:, k]",
+        "moved_by_one",
+    ),
+    Bug(
+        "one weight: the others move against it",
+        "small_weights.moved_by_one",
+        "error * inverse[:, k]",
+        "-error * inverse[:, k]",
+        "moved_by_one",
+    ),
+    Bug(
+        "without: a row is set to zero, and no more",
+        "small_weights.without",
+        "inverse - jnp.outer(inverse[:, k], inverse[k, :]) / inverse[k, k]",
+        "inverse.at[k].set(0.0).at[:, k].set(0.0)",
+        "without",
+    ),
+    Bug("without: not divided by the pivot", "small_weights.without", " / inverse[k, k]", "", "without"),
+    Bug("gptq: rounded to nearest", "small_weights.gptq", "v = v + jnp.outer", "v = v + 0.0 * jnp.outer", "gptq"),
+    Bug(
+        "gptq: fixed weights stay in the problem",
+        "small_weights.gptq",
+        "inverse = without(inverse, k)",
+        "inverse = inverse",
+        "gptq",
     ),
 ]

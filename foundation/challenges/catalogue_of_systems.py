@@ -27,4 +27,25 @@ SYSTEM_CHALLENGES: dict[str, Challenge] = {
         "jnp.float16.",
         results=("rounded",),
     ),
+    "coded_product": Challenge(
+        "small_weights",
+        "coded_product",
+        (
+            "y_o = s_o u_o with u = x @ codes. Both x and the scales have a gradient; codes have none.",
+            "d_u = d_y * scale, so d_x = d_u @ codes.T.",
+            "d_scale_o is the sum over tokens of d_y_to u_to: u is in the cache.",
+        ),
+    ),
+    "moved_by_one": Challenge(
+        "small_weights",
+        "moved_by_one",
+        (
+            "Minimise d^T H d where d_k = error. With a multiplier: 2 H d = mu e_k.",
+            "d is in proportion to column k of the inverse. d_k = error gives the factor.",
+            "(error * inverse[:, k] / inverse[k, k], error**2 / inverse[k, k])",
+        ),
+        task="Weight k of an output is off by `error`. inverse is H^-1, [D, D]. The change d, [D], of all weights with "
+        "d_k = error that makes L = d^T H d least, and this L.",
+        results=("d", "L"),
+    ),
 }

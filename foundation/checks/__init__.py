@@ -19,6 +19,7 @@ from foundation.checks.parts import (
     norm_checks,
     softmax_and_loss_checks,
 )
+from foundation.checks.small import small_weight_checks
 from foundation.checks.tiles import cache_checks, tile_checks
 from foundation.checks.training import step_checks
 from foundation.parity import AnyCheck
@@ -54,6 +55,7 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     balancing_checks: ("importance_loss", "biased_choice", "balance_loss_of", "balanced_by_bias"),
     sampling_checks: ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
     rounding_checks: ("nearest_bits", "drawn_bits", "mean_of_draws", "running_sum", "to_float16", "through_scale"),
+    small_weight_checks: ("quantize", "coded_product", "output_error", "moved_by_one", "without", "gptq"),
 }
 """Each group of checks, with the operations that it makes checks of."""
 

@@ -10,6 +10,10 @@ def _up(x: jax.Array, s: jax.Array) -> jax.Array:
     return x / jnp.abs(s) - jnp.floor(x / jnp.abs(s))
 
 
+def _scaled(x: jax.Array, q: jax.Array, s: jax.Array) -> jax.Array:
+    return x @ q * s
+
+
 SYSTEM_EXERCISES: dict[str, Exercise] = {
     "17.1": Exercise(
         "A weight of 1.0 is stored in bfloat16 and rounded to nearest. It gets 1,000 steps of 0.003 upwards. Where is "
@@ -38,5 +42,32 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         number(12.0, 1e-9),
         "The smallest float16 with 11 bits is 2^-14.",
         12.0,
+    ),
+    "18.1": Exercise(
+        "A matrix of 1024 x 1024 weights in 4 bits, with a scale of 16 bits for every 32. How many bits is that a "
+        "weight?",
+        number(4.5, 1e-9),
+        "16 bits are shared by 32 weights.",
+        4.5,
+    ),
+    "18.2": Exercise(
+        "Write a function of (x, q, s), x [5, 4], q [4, 3], s [3], that gives x times the matrix with the columns "
+        "s_o q[:, o].",
+        function(_scaled, (5, 4), (4, 3), (3,)),
+        "The scale does not depend on the input, so it can be multiplied last.",
+        _scaled,
+    ),
+    "18.3": Exercise(
+        "Two inputs are always equal: x_0 = x_1. Weight 0 is rounded up by 0.3. By how much should weight 1 move?",
+        number(-0.3, 1e-9),
+        "Only w_0 + w_1 can be seen in the output.",
+        -0.3,
+    ),
+    "18.4": Exercise(
+        "H is the identity times 2. What does it cost, in L, that a weight is off by 0.5, after the others have moved "
+        "as well as they can?",
+        number(0.5, 1e-9),
+        "e^2 / H^-1[k, k]. The inputs have nothing in common, so no other weight can help.",
+        0.5,
     ),
 }

@@ -1,0 +1,186 @@
+# %% [markdown]
+# # 18. Weights of few bits
+#
+# To write one token, a model reads every weight that the token uses, and multiplies
+# each by one number. The arithmetic is trivial. The reading takes the time. A weight of
+# 8 bits is read four times as fast as one of 32. **How few bits does a weight need, and
+# which way should it be rounded?** The second question has a surprising answer: often
+# not to the nearest.
+#
+# The code is `foundation/small_weights.py`. The project stores such weights in
+# `moe_jax/model/quantize.py`.
+#
+# ## Step 1: codes and scales
+# Store a weight as a whole number, its **code** $q$, times a **scale** $s$:
+#
+# $$w \approx s\,q, \qquad q \in \{-m, \dots, m\}, \qquad s = \frac{\max |w|}{m}.$$
+#
+# With 8 bits $m = 127$, with 4 bits $m = 7$. The largest weight gets the code $\pm m$,
+# so nothing is cut off. Rounding to the nearest code is wrong by at most $s/2$.
+#
+# How many weights share a scale? If it is the whole matrix, its one largest entry makes
+# all others coarse. If each **output** has its own scale, an output suffers from its
+# own large weights only. With 4 bits that is still too coarse, so each **group** of 32
+# inputs of an output gets one. A scale of 16 bits for 32 weights costs half a bit each.
+#
+# ## Step 2: the product
+# The scale of an output is the same for all inputs, so it leaves the sum:
+#
+# $$y_o = \sum_d x_d\, s_o q_{do} = s_o \sum_d x_d\, q_{do}. \qquad
+# \boxed{\;d_x = (d_y \odot s)\,q^\top, \quad d_{s_o} = \sum_t d_{y,to}\,(xq)_{to}\;}$$
+#
+# The product reads the codes, and multiplies by the scale once for each output. Codes
+# are whole numbers and have no gradient.
+
+# %%
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from foundation.exercises import ask, check
+from foundation.lessons import pictures
+from foundation.small_weights import (
+    gptq,
+    inverse_of_inputs,
+    moved_by_one,
+    output_error_forward,
+    quantize,
+)
+
+jax.config.update("jax_enable_x64", True)
+
+w = jax.random.normal(jax.random.key(0), (256, 64)).at[7, 3].set(40.0)
+for bits, most in ((8, 127), (4, 7)):
+    for name, group in (("one for each output", 256), ("one for 32 weights", 32)):
+        codes, scale = quantize(w, most, group)
+        stored = codes * jnp.repeat(scale, group, axis=0)
+        error = jnp.sqrt(jnp.mean((stored - w) ** 2, axis=0))
+        print(
+            f"{bits} bits, {name:<19}: typical error {jnp.median(error):.4f}, "
+            f"of the output with the large weight {error[3]:.4f}"
+        )
+assert error[3] < 4.0 * jnp.median(error)
+
+# %% [markdown]
+# One weight of 40 among weights of about 1 spoils its output, and with a scale for 32
+# weights only its group.
+#
+# ## Step 3: what should be small?
+# Nobody looks at weights. What counts is what comes out. Let $X$, [T, D], be inputs
+# that the layer really gets, $w$ the weights of one output and $v$ the stored ones.
+# With $H = X^\top X / T$,
+#
+# $$L = \frac1T\,|X(v-w)|^2 = (v-w)^\top H\,(v-w), \qquad \frac{\partial L}{\partial v}
+# = 2H(v-w).$$
+#
+# If two inputs are nearly equal, their weights matter only through their sum. Round one
+# up, and you should round the other down. Rounding to nearest knows nothing of this.
+#
+# ## Step 4: one weight
+# Suppose weight $k$ is stored, and is off by $e$. The others are still free. How should
+# they move? Minimise $d^\top H d$ over all changes $d$ with $d_k = e$. With a
+# multiplier $\mu$ for the condition, the derivative is $2Hd - \mu\,\mathbf e_k = 0$. So
+# $d$ is in proportion to column $k$ of $H^{-1}$, and the condition gives the factor:
+#
+# $$\boxed{\;d = \frac{e}{(H^{-1})_{kk}}\,H^{-1}_{:,k}, \qquad L =
+# \frac{e^2}{(H^{-1})_{kk}}\;}$$
+#
+# This rule is from 1993, for weights that are *removed*. Rounding is the same with
+# another $e$.
+#
+# ## Step 5: one after the other
+# Round the weights in turn, and after each let the free ones move. A weight that is
+# stored leaves the problem. What is left has the matrix $H$ without row and column $k$.
+# Its inverse need not be computed anew. One step of Gaussian elimination gives it:
+#
+# $$H^{-1} - \frac{H^{-1}_{:,k}\,H^{-1}_{k,:}}{(H^{-1})_{kk}}.$$
+#
+# This is **GPTQ**. It is greedy: it never takes back a code. Is it good? With 8 weights
+# and two choices for each, up or down, there are 256 ways to round. We can try them
+# all.
+
+
+# %%
+def all_ways(w, scale, x):
+    """The least output error of the 2^D ways to round each weight up or down."""
+    down = np.floor(np.asarray(w / scale))
+    ways = np.array(list(itertools.product((0, 1), repeat=len(down))))
+    errors = np.asarray(x) @ ((down + ways) * scale - np.asarray(w)).T
+    return np.min(np.mean(errors**2, axis=0))
+
+
+costs = {"to nearest": [], "GPTQ": [], "best of 256": []}
+for seed in range(40):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    common = jax.random.normal(keys[0], (200, 1))
+    x = common + 0.5 * jax.random.normal(keys[1], (200, 8))
+    w = jax.random.normal(keys[2], (8, 1))
+    codes, scale = quantize(w, 7, 8)
+    better = gptq(w, inverse_of_inputs(x, 0.0), scale[0], 7)
+    for name, code in (("to nearest", codes), ("GPTQ", better)):
+        costs[name].append(float(output_error_forward(code * scale, w, x)[0]))
+    costs["best of 256"].append(all_ways(w[:, 0], float(scale[0, 0]), x))
+order = np.argsort(costs["to nearest"])
+pictures.curves(
+    {
+        "40 outputs, 4 bits, 8 inputs": {
+            n: np.asarray(c)[order] for n, c in costs.items()
+        }
+    },
+    xlabel="output, by its error to nearest",
+    ylabel="error of what comes out, L",
+)
+means = {name: np.mean(cost) for name, cost in costs.items()}
+print({name: round(float(mean), 4) for name, mean in means.items()})
+assert means["best of 256"] < means["GPTQ"] < means["to nearest"]
+
+# %% [markdown]
+# The inputs have much in common here, as they do in a trained network. So errors can
+# cancel, and the nearest code is seldom the best one. GPTQ gets most of what there is
+# to get, at the price of one pass.
+#
+# ## Step 6: an expert sees few tokens
+# $H$ is made of $T$ tokens, so its rank is at most $T$. A layer that every token passes
+# has enough of them. An **expert** gets only its share. An expert that has seen fewer
+# tokens than it has inputs has no $H^{-1}$ at all. In some directions no token says
+# anything, and there the rule divides by zero. The cure is to add a small multiple of
+# the identity to $H$. It says: where the tokens do not care, stay where you are.
+
+# %%
+x = jax.random.normal(jax.random.key(1), (5, 8))
+print("rank of H for 5 tokens and 8 inputs:", jnp.linalg.matrix_rank(x.T @ x))
+inverse = inverse_of_inputs(x, 0.01)
+d, cost = moved_by_one(inverse, 0, jnp.array(0.1))
+print(f"with damping: the others move by at most {jnp.max(jnp.abs(d[1:])):.3f},")
+print(f"and the outputs by {jnp.sqrt(jnp.mean((x @ d) ** 2)):.4f}")
+print(f"without help they would move by {0.1 * jnp.sqrt(jnp.mean(x[:, 0] ** 2)):.4f}")
+assert jnp.all(jnp.isfinite(d))
+
+# %% [markdown]
+# ## How these are checked
+# The product and the output error have gradients, and are held against autodiff and
+# differences. Codes are held against a search of all codes. The rule for one weight is
+# held against the conditions of Lagrange, solved as one linear system. GPTQ is held
+# against a new least-squares problem after every single rounding.
+#
+# ## The answer
+# 8 bits are enough with one scale for each output. 4 bits need a scale for each group.
+# And a weight should be rounded so that the *outputs* stay, which is often not to the
+# nearest code. What a weight does wrong, the weights beside it can put right, as far as
+# their inputs have something in common.
+#
+# ## Exercises
+# In the terminal: `python -m foundation derive coded_product`, then `derive
+# moved_by_one`.
+
+# %%
+ask("18.1")
+check("18.1", None)
+ask("18.2")
+check("18.2", None)
+ask("18.3")
+check("18.3", None)
+ask("18.4")
+check("18.4", None)
