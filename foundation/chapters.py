@@ -158,6 +158,22 @@ CHAPTERS = (
         ("quantize", "coded_product", "output_error", "moved_by_one", "without", "gptq"),
         ("model/quantize.py",),
     ),
+    Chapter(
+        "19_collectives_and_their_adjoints",
+        "What does a gradient do on its way back through many devices?",
+        25,
+        "8, 13",
+        (
+            "copy_to_all",
+            "all_reduce",
+            "all_gather",
+            "reduce_scatter",
+            "all_to_all",
+            "ring_all_reduce",
+            "expert_parallel",
+        ),
+        ("parallel/experts.py",),
+    ),
 )
 OPERATIONS = tuple(operation for chapter in CHAPTERS for operation in chapter.operations)
 

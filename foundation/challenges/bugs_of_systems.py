@@ -1,4 +1,4 @@
-"""Bugs of chapters 17 and later: numbers and weights of few bits."""
+"""Bugs of chapters 17 and later: numbers and weights of few bits, and many devices."""
 
 from foundation.challenges.planting import Bug
 
@@ -142,5 +142,103 @@ BUGS_OF_SYSTEMS = [
         "inverse = without(inverse, k)",
         "inverse = inverse",
         "gptq",
+    ),
+    Bug(
+        "copy to all: the mean, not the sum",
+        "collectives.copy_to_all_backward",
+        "jnp.sum(d_y",
+        "jnp.mean(d_y",
+        "copy_to_all",
+    ),
+    Bug(
+        "copy to all: the first rank's gradient",
+        "collectives.copy_to_all_backward",
+        "jnp.sum(d_y, axis=0)",
+        "d_y[0]",
+        "copy_to_all",
+    ),
+    Bug(
+        "all_reduce: the way back is a copy",
+        "collectives.all_reduce_backward",
+        "all_reduce_forward(d_y)[0]",
+        "d_y",
+        "all_reduce",
+    ),
+    Bug(
+        "all_reduce: R times too large",
+        "collectives.all_reduce_backward",
+        "all_reduce_forward(d_y)[0]",
+        "len(d_y) * all_reduce_forward(d_y)[0]",
+        "all_reduce",
+    ),
+    Bug(
+        "all_gather: each rank takes its own part back",
+        "collectives.all_gather_backward",
+        "reduce_scatter_forward(d_y)[0]",
+        "jnp.stack([d_y[r].reshape(len(d_y), -1)[r] for r in range(len(d_y))])",
+        "all_gather",
+    ),
+    Bug(
+        "all_gather: parts in the reverse order",
+        "collectives.all_gather_forward",
+        "x.reshape(-1)",
+        "x[::-1].reshape(-1)",
+        "all_gather",
+    ),
+    Bug(
+        "reduce_scatter: only the own part has a gradient",
+        "collectives.reduce_scatter_backward",
+        "all_gather_forward(d_y)[0]",
+        "all_gather_forward(d_y)[0] * jnp.repeat(jnp.eye(len(d_y)), d_y.shape[1], axis=1)",
+        "reduce_scatter",
+    ),
+    Bug(
+        "reduce_scatter: columns in place of parts",
+        "collectives.reduce_scatter_forward",
+        "reshape(ranks, -1)",
+        "reshape(-1, ranks).T",
+        "reduce_scatter",
+    ),
+    Bug(
+        "all_to_all: the way back does nothing",
+        "collectives.all_to_all_backward",
+        "all_to_all_forward(d_y)[0]",
+        "d_y",
+        "all_to_all",
+    ),
+    Bug(
+        "all_to_all: the ranks in reverse",
+        "collectives.all_to_all_forward",
+        "jnp.swapaxes(x, 0, 1)",
+        "jnp.swapaxes(x, 0, 1)[::-1]",
+        "all_to_all",
+    ),
+    Bug(
+        "ring: a part too early",
+        "collectives.ring_all_reduce",
+        "(me - 1 - step) % ranks",
+        "(me - step) % ranks",
+        "ring_all_reduce",
+    ),
+    Bug(
+        "ring: whole parts are added again",
+        "collectives.ring_all_reduce",
+        "parts[me, place] if step < ranks - 1 else 0.0",
+        "parts[me, place]",
+        "ring_all_reduce",
+    ),
+    Bug(
+        "expert parallel: gradients stay at home",
+        "collectives.expert_parallel_backward",
+        "d_answers = all_to_all_backward(d_results, None)",
+        "d_answers = d_results",
+        "expert_parallel",
+    ),
+    Bug(
+        "expert parallel: a token without a slot keeps its input",
+        "collectives.expert_parallel_forward",
+        'jnp.einsum("rtec,recd->rtd", at, results)',
+        '(jnp.einsum("rtec,recd->rtd", at, results) + x * (1 - at.sum((2, 3)))[..., None])',
+        "expert_parallel",
     ),
 ]

@@ -48,4 +48,22 @@ SYSTEM_CHALLENGES: dict[str, Challenge] = {
         "d_k = error that makes L = d^T H d least, and this L.",
         results=("d", "L"),
     ),
+    "all_gather": Challenge(
+        "collectives",
+        "all_gather",
+        (
+            "Part s of every rank's output came from rank s. How many copies of x_s are there?",
+            "d_x_s is the sum over ranks r of part s of d_y_r. Split the last axis of d_y into parts first.",
+            "jnp.sum(d_y, axis=0).reshape(len(d_y), -1), which is a reduce_scatter.",
+        ),
+    ),
+    "expert_parallel": Challenge(
+        "collectives",
+        "expert_parallel",
+        (
+            "Walk the forward pass backwards: combine, all_to_all, expert, all_to_all, dispatch.",
+            "d_results = place^T (gate d_y), swap the first two axes, and the experts have d_answers.",
+            "d_weights = rows^T d_answers, where the expert is. d_answers W^T, swapped again, are d_rows at home.",
+        ),
+    ),
 }

@@ -6,6 +6,7 @@ from foundation.activations import ACTIVATIONS
 from foundation.checks.balance import balancing_checks
 from foundation.checks.batches import batch_checks, upcycling_checks
 from foundation.checks.dense import dense_checks
+from foundation.checks.devices import collective_checks
 from foundation.checks.drawing import sampling_checks
 from foundation.checks.mixture import expert_checks, moe_checks, router_checks
 from foundation.checks.model import block_checks, model_checks
@@ -56,6 +57,15 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     sampling_checks: ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
     rounding_checks: ("nearest_bits", "drawn_bits", "mean_of_draws", "running_sum", "to_float16", "through_scale"),
     small_weight_checks: ("quantize", "coded_product", "output_error", "moved_by_one", "without", "gptq"),
+    collective_checks: (
+        "copy_to_all",
+        "all_reduce",
+        "all_gather",
+        "reduce_scatter",
+        "all_to_all",
+        "ring_all_reduce",
+        "expert_parallel",
+    ),
 }
 """Each group of checks, with the operations that it makes checks of."""
 

@@ -14,6 +14,10 @@ def _scaled(x: jax.Array, q: jax.Array, s: jax.Array) -> jax.Array:
     return x @ q * s
 
 
+def _gathered_back(d_y: jax.Array) -> jax.Array:
+    return jnp.sum(d_y, axis=0).reshape(len(d_y), -1)
+
+
 SYSTEM_EXERCISES: dict[str, Exercise] = {
     "17.1": Exercise(
         "A weight of 1.0 is stored in bfloat16 and rounded to nearest. It gets 1,000 steps of 0.003 upwards. Where is "
@@ -69,5 +73,31 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         number(0.5, 1e-9),
         "e^2 / H^-1[k, k]. The inputs have nothing in common, so no other weight can help.",
         0.5,
+    ),
+    "19.1": Exercise(
+        "8 ranks add up their losses with an all_reduce, and each starts its backward pass from the sum with d_L = 1. "
+        "By which factor are the gradients too large?",
+        number(8.0, 1e-9),
+        "What is differentiated is the sum of the ranks' losses, and they are all equal.",
+        8.0,
+    ),
+    "19.2": Exercise(
+        "Write a function of d_y, [4, 8], that gives the gradient of x, [4, 2], for an all_gather over 4 ranks.",
+        function(_gathered_back, (4, 8)),
+        "Sum over the ranks, then give part s to rank s.",
+        _gathered_back,
+    ),
+    "19.3": Exercise(
+        "An array of 100 MB is added up over 16 ranks by a ring. How many MB does each rank send?",
+        number(187.5, 1e-9),
+        "2 (R - 1) messages of 1/R of the array.",
+        187.5,
+    ),
+    "19.4": Exercise(
+        "16 ranks, 1,000 tokens on each, K = 2 choices, width 512 in 2 bytes, loads even. How many bytes does a rank "
+        "send to other ranks in the first all_to_all?",
+        number(1_920_000.0, 1e-9),
+        "1,000 * 2 rows of 1,024 bytes, of which 15/16 leave.",
+        1_920_000.0,
     ),
 }

@@ -1,0 +1,146 @@
+"""Collectives and their adjoints: what a gradient does on its way back through many devices.
+
+Here a device is an index. An array [R, ...] holds what each of R devices has, so a collective is a function of ordinary
+arrays, and its adjoint is found as always. Every collective is linear: with the matrix A its adjoint has A^T. Entry
+(output of rank r, input of rank s) becomes (input of rank s, output of rank r). Who sent, receives.
+
+    forward                                          backward
+    copy_to_all     y_r = x                          d_x = sum_r d_y_r                 a sum
+    all_reduce      y_r = sum_s x_s                  d_x_s = sum_r d_y_r               all_reduce
+    all_gather      y_r = (x_0, ..., x_(R-1))        d_x_s = sum_r part s of d_y_r     reduce_scatter
+    reduce_scatter  y_r = sum_s part r of x_s        d_x_s = (d_y_0, ..., d_y_(R-1))   all_gather
+    all_to_all      part s of y_r = part r of x_s    the same with r and s exchanged   all_to_all
+
+**The factor R.** After an all_reduce every rank has the same sum, and computes the same loss L from it. There is one
+loss, not R. A program that lets each rank start its backward pass with d_L = 1 differentiates the sum of R equal
+losses, and every gradient is R times too large. An optimizer that divides by the gradient's size hides this, and
+clipping shows it.
+
+**Data parallelism** is copy_to_all: all ranks use the same weights on their own tokens, so the gradients are added up.
+
+**Expert parallelism** is two all_to_alls. Rank e has expert e. Each rank sorts its rows by expert, [E, C, D], and part
+e goes to rank e. The expert works on the rows of all ranks at once, and the results go back the same way. In the
+backward pass the gradients of the results travel to the experts, and those of the rows travel home. The gradient of an
+expert's weights is whole where the expert is: nothing has to be added up.
+
+**What is sent.** A ring adds up in 2 (R - 1) steps. In each, every rank sends 1/R of the array to the next rank. So a
+rank sends 2 (R - 1) / R times the array, which hardly depends on R. An all_to_all sends (R - 1) / R.
+
+Sources: Patarasuk and Yuan 2009, section 3 (the ring); Lepikhin et al. 2020, section 3.2 (all_to_all around experts);
+the factor in the field: jax #3970.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def copy_to_all_forward(x: Float[Array, "..."], ranks: int) -> tuple[Float[Array, "R ..."], None]:
+    """Every rank gets x."""
+    return jnp.broadcast_to(x, (ranks, *x.shape)), None
+
+
+def copy_to_all_backward(d_y: Float[Array, "R ..."], cache: None) -> Float[Array, "..."]:
+    """x was used on every rank: its gradients are added up."""
+    return jnp.sum(d_y, axis=0)
+
+
+def all_reduce_forward(x: Float[Array, "R N"]) -> tuple[Float[Array, "R N"], None]:
+    """Every rank gets the sum over ranks."""
+    return jnp.broadcast_to(jnp.sum(x, axis=0), x.shape), None
+
+
+def all_reduce_backward(d_y: Float[Array, "R N"], cache: None) -> Float[Array, "R N"]:
+    """x_s went into the output of every rank."""
+    return all_reduce_forward(d_y)[0]
+
+
+def all_gather_forward(x: Float[Array, "R N"]) -> tuple[Float[Array, "R RN"], None]:
+    """Every rank gets the parts of all ranks, in the order of the ranks."""
+    return jnp.broadcast_to(x.reshape(-1), (len(x), x.size)), None
+
+
+def all_gather_backward(d_y: Float[Array, "R RN"], cache: None) -> Float[Array, "R N"]:
+    """Part s of every rank's gradient goes to rank s, and is added up there."""
+    return reduce_scatter_forward(d_y)[0]
+
+
+def reduce_scatter_forward(x: Float[Array, "R RN"]) -> tuple[Float[Array, "R N"], None]:
+    """Rank r gets the sum over ranks of their part r."""
+    ranks = len(x)
+    return jnp.sum(x, axis=0).reshape(ranks, -1), None
+
+
+def reduce_scatter_backward(d_y: Float[Array, "R N"], cache: None) -> Float[Array, "R RN"]:
+    """Part r of every x_s went to rank r: every rank gets the gradients of all ranks."""
+    return all_gather_forward(d_y)[0]
+
+
+def all_to_all_forward(x: Float[Array, "R R ..."]) -> tuple[Float[Array, "R R ..."], None]:
+    """Rank r gives its part s to rank s, which keeps it as its part r."""
+    return jnp.swapaxes(x, 0, 1), None
+
+
+def all_to_all_backward(d_y: Float[Array, "R R ..."], cache: None) -> Float[Array, "R R ..."]:
+    """Each gradient goes back to the rank from which its part came."""
+    return all_to_all_forward(d_y)[0]
+
+
+def ring_all_reduce(x: Float[Array, "R RN"]) -> tuple[Float[Array, "R RN"], int]:
+    """(the sum on every rank, numbers that each rank has sent), with messages to the next rank alone.
+
+    In the first R - 1 steps a part grows by one rank's share with each message. Then rank r has the whole part r + 1.
+    In the last R - 1 steps the whole parts go round.
+    """
+    ranks, sent = len(x), 0
+    parts = x.reshape(ranks, ranks, -1)
+    me = jnp.arange(ranks)
+    for step in range(2 * (ranks - 1)):
+        part = (me - step) % ranks  # of the message that rank `me` sends
+        arriving = jnp.roll(parts[me, part], 1, axis=0)
+        place = (me - 1 - step) % ranks
+        have = parts[me, place] if step < ranks - 1 else 0.0
+        parts = parts.at[me, place].set(have + arriving)
+        sent += arriving[0].size
+    return parts.reshape(x.shape), sent
+
+
+class ExpertParallelCache(NamedTuple):
+    """What the way back needs: where each token's row is, its gate, the rows at the experts and the results at home."""
+
+    place: Array
+    gate: Array
+    weights: Array
+    rows: Array
+    results: Array
+
+
+def expert_parallel_forward(
+    x: Float[Array, "R T D"],
+    gate: Float[Array, "R T"],
+    weights: Float[Array, "R D D"],
+    place: Bool[Array, "R T R C"],
+) -> tuple[Float[Array, "R T D"], ExpertParallelCache]:
+    """Each token's gate times the answer of its expert, W_e x. Rank e has expert e.
+
+    place[r, t, e, c]: token t of rank r has slot c of the C that expert e keeps for rank r. A token without a slot
+    gets 0.
+    """
+    at = place.astype(x.dtype)
+    rows, _ = all_to_all_forward(jnp.einsum("rtec,rtd->recd", at, x))  # at the experts: [E, R, C, D]
+    answers = jnp.einsum("ercd,edf->ercf", rows, weights)
+    results, _ = all_to_all_forward(answers)  # at home: [R, E, C, D]
+    y = gate[..., None] * jnp.einsum("rtec,recd->rtd", at, results)
+    return y, ExpertParallelCache(at, gate, weights, rows, results)
+
+
+def expert_parallel_backward(d_y: Float[Array, "R T D"], cache: ExpertParallelCache) -> tuple[Array, Array, Array]:
+    """(d_x, d_gate, d_weights): two all_to_alls again. No sum over ranks is sent."""
+    at, gate, weights, rows, results = cache
+    d_gate = jnp.einsum("rtd,rtec,recd->rt", d_y, at, results)
+    d_results = jnp.einsum("rtec,rtd->recd", at, gate[..., None] * d_y)
+    d_answers = all_to_all_backward(d_results, None)  # at the experts
+    d_weights = jnp.einsum("ercd,ercf->edf", rows, d_answers)
+    d_rows = all_to_all_backward(jnp.einsum("ercf,edf->ercd", d_answers, weights), None)  # at home
+    return jnp.einsum("rtec,recd->rtd", at, d_rows), d_gate, d_weights

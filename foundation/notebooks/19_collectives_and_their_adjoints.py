@@ -1,0 +1,219 @@
+# %% [markdown]
+# # 19. Collectives and their adjoints
+#
+# A model that does not fit one device is spread over several. Its devices then have to
+# talk in the middle of the forward pass. So the *backward* pass has to talk as well.
+# **What does a gradient do on its way back through many devices?** The answer needs no
+# new mathematics, only the eyes to see that a message is a matrix.
+#
+# The code is `foundation/collectives.py`. The project does this in
+# `moe_jax/parallel/experts.py`.
+#
+# ## Step 1: a device is an index
+# Call the devices **ranks**, $r = 0, \dots, R-1$. Write $x_r$ for what rank $r$ has,
+# and put all of it into one array with the rank as its first axis. Then a
+# **collective**, an exchange in which all ranks take part, is a function from one array
+# to another. And it only copies and adds. So it is *linear*: $y = A x$ for some matrix
+# of zeros and ones, whose entry $A_{(r,i),(s,j)}$ is 1 if number $j$ of rank $s$ goes
+# into number $i$ of rank $r$.
+#
+# The gradient of a linear map is its transpose: $d_x = A^\top d_y$. Transposing
+# exchanges the two ends of every wire. **Who sent, receives. Who copied, adds up.**
+#
+# ## Step 2: the five that everybody uses
+# Read each from its wires:
+#
+# | forward | what it does | backward |
+# |---|---|---|
+# | copy to all | one array to every rank | sum |
+# | all-reduce | the sum, to every rank | all-reduce |
+# | all-gather | all parts, to every rank | reduce-scatter |
+# | reduce-scatter | the sum of part $r$, to rank $r$ | all-gather |
+# | all-to-all | part $s$ of rank $r$ becomes part $r$ of rank $s$ | all-to-all |
+#
+# The third and the fourth are each other's transpose. The last one only permutes, and a
+# permutation of this kind is its own inverse and its own transpose.
+
+# %%
+import os
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from foundation.collectives import (
+    all_gather_forward,
+    all_reduce_forward,
+    all_to_all_forward,
+    expert_parallel_backward,
+    expert_parallel_forward,
+    reduce_scatter_forward,
+    ring_all_reduce,
+)
+from foundation.exercises import ask, check
+from foundation.lessons import pictures
+
+jax.config.update("jax_enable_x64", True)
+
+
+def matrix_of(collective, *shape):
+    """The matrix of a linear map, column by column: what it makes of each unit."""
+    size = int(np.prod(shape))
+    units = jnp.eye(size).reshape(size, *shape)
+    return np.stack([np.asarray(collective(u)[0]).ravel() for u in units], axis=1)
+
+
+gather = matrix_of(all_gather_forward, 3, 1)
+scatter = matrix_of(reduce_scatter_forward, 3, 3)
+reduce = matrix_of(all_reduce_forward, 3, 1)
+exchange = matrix_of(all_to_all_forward, 3, 3, 1)
+pictures.heatmaps(
+    {"all-gather": gather, "reduce-scatter": scatter, "all-to-all": exchange},
+    xlabel="number of the input, rank by rank",
+    ylabel="number of the output",
+    numbers="",
+    diverging=False,
+)
+assert np.array_equal(gather.T, scatter)
+assert np.array_equal(reduce.T, reduce)
+assert np.array_equal(exchange.T, exchange)
+print("3 ranks: the transpose of all-gather is reduce-scatter, entry by entry")
+
+# %% [markdown]
+# ## Step 3: the factor R
+# After an all-reduce, every rank has the same sum. Each can compute the same loss $L$
+# from it. There is *one* loss, though it stands in $R$ places. But a program on each
+# rank does not know that. If each starts its backward pass with $d_L = 1$, what is
+# differentiated is $L + L + \dots + L$, and every gradient is $R$ times too large.
+#
+# This is easy to miss. Adam divides a gradient by its size, so the factor is gone after
+# the first steps. Only clipping, weight decay and a plain gradient step show it. The
+# cure is to say which of the $R$ equal numbers counts, or to give each rank $d_L =
+# 1/R$.
+#
+# ## Step 4: how a sum is made
+# Nobody can talk to everybody at once. On a **ring**, each rank talks only to the next.
+# Cut the array into $R$ parts. In each step every rank passes on one part, and adds
+# what arrives to its own. After $R-1$ steps each rank has one whole part. In $R-1$ more
+# steps, the whole parts go round. Every rank has sent
+#
+# $$2\,\frac{R-1}{R}$$
+#
+# times the array: nearly twice, for 2 ranks or for 2,000.
+
+# %%
+for ranks in (2, 4, 8):
+    x = jax.random.normal(jax.random.key(ranks), (ranks, 840))
+    total, sent = ring_all_reduce(x)
+    np.testing.assert_allclose(total, all_reduce_forward(x)[0], atol=1e-12)
+    print(f"{ranks} ranks: each sends {sent / 840:.3f} times the array")
+
+# %% [markdown]
+# ## Step 5: a mixture of experts
+# Give each rank one expert. A token on rank $r$ that chooses expert $e$ must travel to
+# rank $e$, and the answer must travel back. Each rank sorts its tokens by expert into
+# rows, [E, C, D], with $C$ **slots** for each expert. An all-to-all sends part $e$ to
+# rank $e$. There the expert works on the rows of all ranks at once. A second all-to-all
+# takes the answers home.
+#
+# Now walk back. The gradient of the answers takes the first all-to-all to the experts,
+# and there it meets the rows that are still there:
+#
+# $$\boxed{\;d_{W_e} = \sum_{\text{rows at } e} \text{row}^\top\, d_{\text{answer}}\;}$$
+#
+# This is the whole gradient of $W_e$. The tokens of *all* ranks came to it, so nothing
+# has to be added up over ranks. A weight that every rank has a copy of is different:
+# there the gradients of all ranks must be summed. This is why a mixture of experts can
+# grow with the number of devices. Its largest part needs no all-reduce.
+#
+# The same on eight simulated devices, with the real exchange. `shard_map` runs one
+# function on each device, with that device's part of the arrays.
+
+# %%
+R, T, D = 8, 6, 4
+keys = jax.random.split(jax.random.key(0), 4)
+x, d_y = jax.random.normal(keys[0], (2, R, T, D))
+gate = jax.nn.sigmoid(jax.random.normal(keys[1], (R, T)))
+W = jax.random.normal(keys[2], (R, D, D))
+expert = jax.random.randint(keys[3], (R, T), 0, R)
+slot = jnp.sum(
+    (expert[:, :, None] == expert[:, None, :]) & jnp.tri(T, k=-1, dtype=bool), axis=2
+)
+place = (expert[..., None] == jnp.arange(R))[..., None] & (
+    slot[..., None, None] == jnp.arange(T)
+)
+
+mesh = jax.make_mesh((R,), ("rank",), axis_types=(jax.sharding.AxisType.Auto,))
+print(len(mesh.devices), "devices")
+
+
+def on_one_device(x, gate, W, place, d_y):
+    """What each device does. Its own arrays have a first axis of length 1."""
+    at = place[0].astype(x.dtype)
+
+    def exchange(rows):  # [R, C, D]: part e to rank e
+        return jax.lax.all_to_all(rows, "rank", 0, 0, tiled=True)
+
+    rows = exchange(jnp.einsum("tec,td->ecd", at, x[0]))
+    results = exchange(rows @ W[0])
+    y = gate[0][:, None] * jnp.einsum("tec,ecd->td", at, results)
+    d_answers = exchange(jnp.einsum("tec,td->ecd", at, gate[0][:, None] * d_y[0]))
+    d_W = jnp.einsum("rcd,rcf->df", rows, d_answers)
+    d_x = jnp.einsum("tec,ecd->td", at, exchange(d_answers @ W[0].T))
+    return y[None], d_x[None], d_W[None]
+
+
+spread = jax.jit(
+    jax.shard_map(on_one_device, mesh=mesh, in_specs=P("rank"), out_specs=P("rank"))
+)
+y, d_x, d_W = spread(x, gate, W, place, d_y)
+ours, cache = expert_parallel_forward(x, gate, W, place)
+d_x_ours, _, d_W_ours = expert_parallel_backward(d_y, cache)
+for name, theirs, own in (
+    ("y", y, ours),
+    ("d_x", d_x, d_x_ours),
+    ("d_W", d_W, d_W_ours),
+):
+    difference = float(jnp.max(jnp.abs(theirs - own)))
+    print(f"{name:<4} eight devices against an array axis: {difference:.1e}")
+    assert difference < 1e-12
+compiled = spread.lower(x, gate, W, place, d_y).compile().as_text()
+print(
+    "all-to-alls:",
+    compiled.count(" all-to-all("),
+    "all-reduces:",
+    compiled.count(" all-reduce("),
+)
+assert " all-reduce(" not in compiled
+
+# %% [markdown]
+# The compiled program says the same as the derivation. It has all-to-alls, two on the
+# way there and two on the way back, and not one all-reduce.
+#
+# ## How these are checked
+# Each adjoint is held against autodiff and differences, as ever, because with ranks as
+# an axis nothing is special. Each forward pass is held against a list of messages:
+# every number is sent by itself, and added up where it arrives. Experts on many ranks
+# are held against experts on one.
+#
+# ## The answer
+# A gradient goes back along the same wires. Where the forward pass copied, the backward
+# pass adds; where it added, it copies; and where it exchanged, it exchanges. Count
+# every loss once.
+#
+# ## Exercises
+# In the terminal: `python -m foundation derive all_gather`, then `derive
+# expert_parallel`.
+
+# %%
+ask("19.1")
+check("19.1", None)
+ask("19.2")
+check("19.2", None)
+ask("19.3")
+check("19.3", None)
+ask("19.4")
+check("19.4", None)
