@@ -174,6 +174,14 @@ CHAPTERS = (
         ),
         ("parallel/experts.py",),
     ),
+    Chapter(
+        "20_byte_pairs",
+        "Which pieces should a text be cut into?",
+        25,
+        "7",
+        ("pair_counts", "replaced", "learn", "encode", "spelled"),
+        ("data/tokenizers.py",),
+    ),
 )
 OPERATIONS = tuple(operation for chapter in CHAPTERS for operation in chapter.operations)
 

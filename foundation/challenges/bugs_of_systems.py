@@ -1,4 +1,4 @@
-"""Bugs of chapters 17 and later: numbers and weights of few bits, and many devices."""
+"""Bugs of chapters 17 and later: numbers and weights of few bits, many devices, byte pairs."""
 
 from foundation.challenges.planting import Bug
 
@@ -240,5 +240,63 @@ BUGS_OF_SYSTEMS = [
         'jnp.einsum("rtec,recd->rtd", at, results)',
         '(jnp.einsum("rtec,recd->rtd", at, results) + x * (1 - at.sum((2, 3)))[..., None])',
         "expert_parallel",
+    ),
+    Bug("pairs: each word counts once", "byte_pairs.pair_counts", "+= times", "+= 1", "pair_counts"),
+    Bug(
+        "pairs: an overlapping pair counts once",
+        "byte_pairs.pair_counts",
+        "for pair in pairwise(word):",
+        "for pair in set(pairwise(word)):",
+        "pair_counts",
+    ),
+    Bug(
+        "pairs: replaced from right to left",
+        "byte_pairs.replaced",
+        "return tuple(out)",
+        "return tuple(out) if pair[0] != pair[1] else tuple(reversed(out))",
+        "replaced",
+    ),
+    Bug(
+        "pairs: only the first is replaced",
+        "byte_pairs.replaced",
+        "word[place : place + 2] == pair",
+        "word[place : place + 2] == pair and number not in out",
+        "replaced",
+    ),
+    Bug(
+        "learn: of equal pairs the last",
+        "byte_pairs.learn",
+        "(-counts[pair], pair)",
+        "(-counts[pair], -pair[0], -pair[1])",
+        "learn",
+    ),
+    Bug(
+        "learn: the longest pieces, not the most frequent",
+        "byte_pairs.learn",
+        "(-counts[pair], pair)",
+        "(-max(pair), -counts[pair], pair)",
+        "learn",
+    ),
+    Bug("encode: what was learned last comes first", "byte_pairs.encode", "min(present)", "max(present)", "encode"),
+    Bug(
+        "encode: from left to right, whatever was learned first",
+        "byte_pairs.encode",
+        "min(present)",
+        "present[0]",
+        "encode",
+    ),
+    Bug(
+        "spelled: right before left",
+        "byte_pairs.spelled",
+        "strings[left] + strings[right]",
+        "strings[right] + strings[left]",
+        "spelled",
+    ),
+    Bug(
+        "spelled: a pair without its second half",
+        "byte_pairs.spelled",
+        "strings[left] + strings[right]",
+        "strings[left]",
+        "spelled",
     ),
 ]

@@ -20,6 +20,7 @@ from foundation.checks.parts import (
     norm_checks,
     softmax_and_loss_checks,
 )
+from foundation.checks.pieces import byte_pair_checks
 from foundation.checks.small import small_weight_checks
 from foundation.checks.tiles import cache_checks, tile_checks
 from foundation.checks.training import step_checks
@@ -66,6 +67,7 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
         "ring_all_reduce",
         "expert_parallel",
     ),
+    byte_pair_checks: ("pair_counts", "replaced", "learn", "encode", "spelled"),
 }
 """Each group of checks, with the operations that it makes checks of."""
 

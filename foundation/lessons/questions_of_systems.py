@@ -1,5 +1,7 @@
 """The questions of chapters 17 and later."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -16,6 +18,11 @@ def _scaled(x: jax.Array, q: jax.Array, s: jax.Array) -> jax.Array:
 
 def _gathered_back(d_y: jax.Array) -> jax.Array:
     return jnp.sum(d_y, axis=0).reshape(len(d_y), -1)
+
+
+def _unigram_bits(counts: jax.Array, lengths: jax.Array) -> jax.Array:
+    n = jnp.abs(counts)
+    return -jnp.sum(n * jnp.log2(n / jnp.sum(n))) / jnp.sum(n * jnp.abs(lengths))
 
 
 SYSTEM_EXERCISES: dict[str, Exercise] = {
@@ -99,5 +106,24 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         number(1_920_000.0, 1e-9),
         "1,000 * 2 rows of 1,024 bytes, of which 15/16 leave.",
         1_920_000.0,
+    ),
+    "20.1": Exercise(
+        'Which is the most frequent pair of neighbours in "banana bandana"? Give how often it occurs.',
+        number(4.0, 1e-9),
+        "Count each place: b-an-an-a and b-an-d-an-a.",
+        4.0,
+    ),
+    "20.2": Exercise(
+        "A model has a loss of 2.8 nats a token, and a token has 4 bytes on average. How many bits per byte is that?",
+        number(2.8 / 4 / math.log(2.0)),
+        "A nat is 1 / ln 2 bits.",
+        2.8 / 4 / math.log(2.0),
+    ),
+    "20.3": Exercise(
+        "Write a function of (counts, lengths), both [6]: how often each token occurs, and how many bytes it has. It "
+        "gives the bits per byte of a model that knows the frequencies and nothing else. (Of the absolute values.)",
+        function(_unigram_bits, (6,), (6,)),
+        "The sum of -count log2(count / total), divided by the sum of count * length.",
+        _unigram_bits,
     ),
 }

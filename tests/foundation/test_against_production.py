@@ -1,5 +1,6 @@
 """What the chapters from 10 on derive is what `moe_jax` computes: the same numbers from both."""
 
+from collections import Counter
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ from flax import nnx
 from foundation import (
     adafactor,
     balancing,
+    byte_pairs,
     caching,
     flash_attention,
     micro_batches,
@@ -24,6 +26,7 @@ from foundation.losses import IGNORE
 from foundation.parity import max_relative_error
 from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.data.batches import MaskedBatch
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.sampling import Sampling, adjusted_logits
 from moe_jax.model.kernels import causal_attention
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
@@ -192,3 +195,14 @@ def test_production_rounds_by_the_same_carry() -> None:
     draw = jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
     theirs = jax.lax.bitcast_convert_type(stochastic_round(x, key), jnp.uint16)
     np.testing.assert_array_equal(rounding.drawn_bits(rounding.bits_of(x), draw), theirs)
+
+
+def test_production_cuts_a_word_into_the_same_pieces() -> None:
+    """A tokenizer of the pairs that chapter 20 learns, applied by the library that production uses."""
+    text = "the king and the queen of the north sing in the morning and in the evening"
+    words = Counter(tuple(f" {word}".encode()) for word in text.split())
+    pairs = byte_pairs.learn(words, 60)
+    tokenizer = Tokenizer.from_dict({"kind": "bpe", "merges": [list(pair) for pair in pairs]})
+    for word in (*text.split(), "kingfisher", "thinking", "xylophone"):
+        ids = tokenizer.encode(f" {word}")
+        assert tuple(int(i) for i in ids) == byte_pairs.encode(f" {word}".encode(), pairs)
