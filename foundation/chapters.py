@@ -182,6 +182,13 @@ CHAPTERS = (
         ("pair_counts", "replaced", "learn", "encode", "spelled"),
         ("data/tokenizers.py",),
     ),
+    Chapter(
+        "21_rewards_and_preferences",
+        "Which KL does the KL term descend?",
+        35,
+        "4, 15",
+        ("text_log_probs", "expected_reward", "group_baseline", "kl", "reverse_kl", "dpo", "clipped"),
+    ),
 )
 OPERATIONS = tuple(operation for chapter in CHAPTERS for operation in chapter.operations)
 

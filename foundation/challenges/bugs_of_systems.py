@@ -1,4 +1,4 @@
-"""Bugs of chapters 17 and later: numbers and weights of few bits, many devices, byte pairs."""
+"""Bugs of chapters 17 and later: numbers and weights of few bits, many devices, byte pairs, rewards."""
 
 from foundation.challenges.planting import Bug
 
@@ -298,5 +298,98 @@ BUGS_OF_SYSTEMS = [
         "strings[left] + strings[right]",
         "strings[left]",
         "spelled",
+    ),
+    Bug(
+        "score: p is left out",
+        "preferences.text_log_probs_backward",
+        "chosen - jnp.exp(log_p) * jnp.sum(chosen, axis=1, keepdims=True)",
+        "chosen",
+        "text_log_probs",
+    ),
+    Bug(
+        "score: p once for each row, not once for each visit",
+        "preferences.text_log_probs_backward",
+        "jnp.sum(chosen, axis=1, keepdims=True)",
+        "jnp.sign(jnp.sum(chosen, axis=1, keepdims=True))",
+        "text_log_probs",
+    ),
+    Bug(
+        "reward: texts are not weighed by their probability",
+        "preferences.expected_reward_backward",
+        "jnp.exp(log_pi) * (reward",
+        "(reward",
+        "expected_reward",
+    ),
+    Bug(
+        "reward: the baseline is differentiated too",
+        "preferences.expected_reward_backward",
+        "(reward - value)",
+        "(reward - 2.0 * value + jnp.exp(log_pi))",
+        "expected_reward",
+    ),
+    Bug(
+        "group: advantages are divided by their spread",
+        "preferences.group_baseline_backward",
+        "probability * advantage / group",
+        "probability * advantage / group / (1e-6 + jnp.std(advantage, axis=1, keepdims=True))",
+        "group_baseline",
+    ),
+    Bug(
+        "group: the baseline leaves the text itself out, and the length is not mended",
+        "preferences.group_baseline_backward",
+        "probability * advantage / group",
+        "probability * advantage / (group - 1 + 1e-9)",
+        "group_baseline",
+    ),
+    Bug("kl: k1 as a loss", "preferences.kl_backward_by_k2", "(log_pi - log_ref)", "1.0", "kl"),
+    Bug(
+        "kl: k3 where the forward KL is meant",
+        "preferences.kl_backward_by_k2",
+        "(log_pi - log_ref)",
+        "(1.0 - jnp.exp(log_ref - log_pi))",
+        "kl",
+    ),
+    Bug(
+        "reverse kl: rho upside down",
+        "preferences.reverse_kl_backward_by_k3",
+        "jnp.exp(log_ref - log_pi)",
+        "jnp.exp(log_pi - log_ref)",
+        "reverse_kl",
+    ),
+    Bug(
+        "reverse kl: k2 where k3 is meant",
+        "preferences.reverse_kl_backward_by_k3",
+        "(1.0 - jnp.exp(log_ref - log_pi))",
+        "(log_pi - log_ref)",
+        "reverse_kl",
+    ),
+    Bug("dpo: both texts are made likelier", "preferences.dpo_backward", "-d_chosen\n", "d_chosen\n", "dpo"),
+    Bug(
+        "dpo: the weight of a pair that is judged rightly",
+        "preferences.dpo_backward",
+        "jnp.exp(margin)",
+        "jnp.exp(-margin)",
+        "dpo",
+    ),
+    Bug(
+        "dpo: without the reference",
+        "preferences.dpo_forward",
+        "(chosen - reference[0]) - (rejected - reference[1])",
+        "chosen - rejected",
+        "test:test_dpo_is_at_rest_where_rewards_tilt_the_reference",
+    ),
+    Bug(
+        "clip: the clipped branch has a gradient",
+        "preferences.clipped_backward",
+        "jnp.where(plain <= clipped, plain, 0.0)",
+        "plain",
+        "clipped",
+    ),
+    Bug(
+        "clip: nothing moves at the start",
+        "preferences.clipped_backward",
+        "plain <= clipped",
+        "plain < clipped",
+        "clipped",
     ),
 ]

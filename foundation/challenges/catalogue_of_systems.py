@@ -66,4 +66,21 @@ SYSTEM_CHALLENGES: dict[str, Challenge] = {
             "d_weights = rows^T d_answers, where the expert is. d_answers W^T, swapped again, are d_rows at home.",
         ),
     ),
+    "expected_reward": Challenge(
+        "preferences",
+        "expected_reward",
+        (
+            "dJ/d log pi(y) = pi(y) r(y): J is a sum of exp(log pi) r.",
+            "A baseline changes nothing in the end, because sum_y pi(y) d log pi(y) = 0.",
+            "text_log_probs_backward(d_value * exp(log_pi) * (reward - value), cache of text_log_probs).",
+        ),
+    ),
+    "dpo": Challenge(
+        "preferences",
+        "dpo",
+        (
+            "L = log(1 + exp(-m)), so dL/dm = -sigmoid(-m) = -1 / (1 + exp(m)).",
+            "dm/d chosen = beta and dm/d rejected = -beta. The loss is a mean over pairs.",
+        ),
+    ),
 }

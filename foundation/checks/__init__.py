@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from foundation.activations import ACTIVATIONS
 from foundation.checks.balance import balancing_checks
 from foundation.checks.batches import batch_checks, upcycling_checks
+from foundation.checks.choices import preference_checks
 from foundation.checks.dense import dense_checks
 from foundation.checks.devices import collective_checks
 from foundation.checks.drawing import sampling_checks
@@ -68,6 +69,15 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
         "expert_parallel",
     ),
     byte_pair_checks: ("pair_counts", "replaced", "learn", "encode", "spelled"),
+    preference_checks: (
+        "text_log_probs",
+        "expected_reward",
+        "group_baseline",
+        "kl",
+        "reverse_kl",
+        "dpo",
+        "clipped",
+    ),
 }
 """Each group of checks, with the operations that it makes checks of."""
 

@@ -25,6 +25,15 @@ def _unigram_bits(counts: jax.Array, lengths: jax.Array) -> jax.Array:
     return -jnp.sum(n * jnp.log2(n / jnp.sum(n))) / jnp.sum(n * jnp.abs(lengths))
 
 
+def _reward_gradient(z: jax.Array, r: jax.Array) -> jax.Array:
+    p = jax.nn.softmax(z)
+    return p * (r - jnp.sum(p * r))
+
+
+def _reverse_kl_gradient(z: jax.Array, q: jax.Array) -> jax.Array:
+    return jax.nn.softmax(z) - jax.nn.softmax(q)
+
+
 SYSTEM_EXERCISES: dict[str, Exercise] = {
     "17.1": Exercise(
         "A weight of 1.0 is stored in bfloat16 and rounded to nearest. It gets 1,000 steps of 0.003 upwards. Where is "
@@ -125,5 +134,31 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         function(_unigram_bits, (6,), (6,)),
         "The sum of -count log2(count / total), divided by the sum of count * length.",
         _unigram_bits,
+    ),
+    "21.1": Exercise(
+        "A group has 4 texts, and its mean reward is the baseline. The expected gradient is how many times dJ?",
+        number(0.75, 1e-9),
+        "One of the four rewards in the baseline is the text's own.",
+        0.75,
+    ),
+    "21.2": Exercise(
+        "Three texts with probabilities p = softmax(z). Write a function of (z, r), both [3], that gives the gradient "
+        "of the expected reward in z.",
+        function(_reward_gradient, (3,), (3,)),
+        "p (r - J), with J = sum of p r.",
+        _reward_gradient,
+    ),
+    "21.3": Exercise(
+        "Write a function of (z, q), both [3], with pi = softmax(z) and ref = softmax(q). It gives the gradient in z "
+        "of KL(ref || pi).",
+        function(_reverse_kl_gradient, (3,), (3,)),
+        "-sum over y of ref(y) (onehot_y - pi) = pi - ref.",
+        _reverse_kl_gradient,
+    ),
+    "21.4": Exercise(
+        "eps = 0.2. A text with a negative advantage has rho = 1.5. Does it still get a gradient? (1: yes, 0: no.)",
+        number(1.0, 1e-9),
+        "min(1.5 A, 1.2 A) with A below 0 is 1.5 A, the plain branch.",
+        1.0,
     ),
 }

@@ -25,6 +25,7 @@ from foundation import (
     moe,
     norms,
     positions,
+    preferences,
     rounding,
     router,
     softmax,
@@ -358,3 +359,33 @@ def test_only_a_power_of_two_cancels() -> None:
     powers = [rounding.through_scale(gradient, jnp.array(2.0**k)) for k in (0, 7, 20)]
     assert all(np.array_equal(powers[0], other) for other in powers[1:])
     assert not np.array_equal(powers[0], rounding.through_scale(gradient, jnp.array(1000.0)))
+
+
+def test_dpo_is_at_rest_where_rewards_tilt_the_reference() -> None:
+    """Over all pairs, each as often as it is preferred, the loss is stationary at pi = ref exp(r / beta) / Z."""
+    beta, count = 0.4, 5
+    reward, log_ref = jax.random.normal(jax.random.key(0), (2, count), jnp.float64)
+    log_pi = jax.nn.log_softmax(log_ref + reward / beta)
+    w, loser = jnp.indices((count, count)).reshape(2, -1)
+    preferred = jax.nn.sigmoid(reward[w] - reward[loser])
+    total = jnp.zeros(count)
+    for at in range(count * count):
+        pair = w[at : at + 1], loser[at : at + 1]
+        reference = jnp.stack([log_ref[pair[0]], log_ref[pair[1]]])
+        _, cache = preferences.dpo_forward(log_pi[pair[0]], log_pi[pair[1]], reference, beta)
+        d_chosen, d_rejected = preferences.dpo_backward(preferred[at], cache)
+        total = total.at[pair[0]].add(d_chosen).at[pair[1]].add(d_rejected)
+    np.testing.assert_allclose(total, 0.0, atol=1e-14)
+
+
+def test_k1_as_a_loss_pulls_nowhere_and_all_three_estimators_have_their_means() -> None:
+    texts = preferences.all_texts(3, 2)
+    logits, reference = jax.random.normal(jax.random.key(1), (2, 4, 3), jnp.float64)
+    log_pi, cache = preferences.text_log_probs_forward(logits, texts)
+    log_ref, _ = preferences.text_log_probs_forward(reference, texts)
+    pi, rho = jnp.exp(log_pi), jnp.exp(log_ref - log_pi)
+    np.testing.assert_allclose(preferences.text_log_probs_backward(pi, cache), 0.0, atol=1e-15)
+    kl, _ = preferences.kl_forward(logits, reference, texts)
+    np.testing.assert_allclose(jnp.sum(pi * -jnp.log(rho)), kl, **TIGHT)
+    np.testing.assert_allclose(jnp.sum(pi * (rho - 1.0 - jnp.log(rho))), kl, **TIGHT)
+    assert abs(float(jnp.sum(pi * jnp.log(rho) ** 2 / 2)) - float(kl)) > 0.01 * float(kl)

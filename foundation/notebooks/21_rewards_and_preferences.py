@@ -1,0 +1,236 @@
+# %% [markdown]
+# # 21. Rewards and preferences
+#
+# After training on text, a model can be trained on *judgements*: this answer is good,
+# that one is better than the other. The formulas look familiar and the code is short.
+# Then it turns out that two programs with the same "KL term" do different things, and
+# that a third one's term does nothing. **Which KL does the KL term descend?** To find
+# out, this chapter takes away what makes the subject hard, chance. All texts are
+# listed, and every expectation is a sum.
+#
+# The code is `foundation/preferences.py`. The project does not train with rewards. This
+# chapter is here because its mathematics is chapter 4 again, and because hardly anybody
+# checks it.
+#
+# ## Step 1: a policy
+# A model that writes is called a **policy**, $\pi$. It gives each text $y$ a
+# probability. Here it has 3 tokens and texts of 2, so 9 texts. The derivative of $\log
+# \pi(y)$ in the logits is called the **score** of the text, $s(y)$. Chapter 4 gives it,
+# a softmax at a time: $\partial \log p_v / \partial z = \text{onehot}_v - p$.
+#
+# Everything below rests on one fact. Probabilities add up to 1, so
+#
+# $$\sum_y \pi(y)\,s(y) = \sum_y \frac{\partial \pi(y)}{\partial z} = \frac{\partial\,
+# 1}{\partial z} = 0.$$
+#
+# ## Step 2: rewards
+# Each text has a **reward** $r(y)$. The policy should make $J = \sum_y \pi(y)\,r(y)$
+# large. Since $\partial \pi = \pi\, s$,
+#
+# $$\boxed{\;\frac{\partial J}{\partial z} = \sum_y \pi(y)\,(r(y) - b)\,s(y)\;}$$
+#
+# for *every* number $b$, by the fact above. In practice a few texts are drawn from
+# $\pi$, and the sum is a mean over them. A good **baseline** $b$ makes this mean less
+# noisy, and leaves its expectation alone.
+
+# %%
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from foundation.exercises import ask, check
+from foundation.lessons import pictures
+from foundation.preferences import (
+    all_texts,
+    expected_reward_backward,
+    expected_reward_forward,
+    group_baseline_backward,
+    group_baseline_forward,
+    kl_backward_by_k2,
+    kl_forward,
+    reverse_kl_backward_by_k3,
+    reverse_kl_forward,
+    text_log_probs_backward,
+    text_log_probs_forward,
+)
+
+jax.config.update("jax_enable_x64", True)
+
+texts = all_texts(3, 2)
+keys = jax.random.split(jax.random.key(0), 3)
+logits = jax.random.normal(keys[0], (4, 3))
+reference = jax.random.normal(keys[1], (4, 3))
+reward = jax.random.normal(keys[2], (9,))
+one = jnp.ones(())
+
+log_pi, texts_cache = text_log_probs_forward(logits, texts)
+print("the probabilities of the nine texts:", np.round(jnp.exp(log_pi), 3))
+zero = text_log_probs_backward(jnp.exp(log_pi), texts_cache)
+print(f"sum of pi times score: at most {jnp.max(jnp.abs(zero)):.0e}")
+assert jnp.max(jnp.abs(zero)) < 1e-15
+
+# %% [markdown]
+# ## Step 3: a group as its own baseline
+# Where does $b$ come from? A popular method, GRPO, draws a **group** of $G$ texts and
+# takes the mean of their rewards. But each text's own reward is in this mean. So $b$ is
+# *not* a constant, and the argument above does not apply. What is the expected
+# gradient?
+#
+# Split the mean. The rewards of the other $G-1$ texts do not depend on text $i$, so
+# they are a constant to it, and contribute nothing. Its own reward, divided by $G$,
+# stays:
+#
+# $$\mathbb E\Bigl[\frac1G \sum_i (r_i - \bar r)\,s_i\Bigr] = \Bigl(1 - \frac1G\Bigr)
+# \frac{\partial J}{\partial z}.$$
+#
+# The direction is right, and the step is a little short. That is harmless. GRPO also
+# divides by the group's standard deviation. This is *not* harmless: it changes the
+# direction. Groups whose rewards are nearly equal get the largest weights.
+
+# %%
+_, cache = expected_reward_forward(logits, reward, texts)
+exact = expected_reward_backward(one, cache)
+for group in (2, 3):
+    _, cache = group_baseline_forward(logits, reward, texts, group)
+    ours = group_baseline_backward(one, cache)
+    print(
+        f"groups of {group}: {float(jnp.sum(ours * exact) / jnp.sum(exact**2)):.6f} dJ"
+    )
+    assert jnp.allclose(ours, (1 - 1 / group) * exact, atol=1e-14)
+
+groups = all_texts(9, 3)
+drawn = reward[groups]
+spread = jnp.std(drawn, axis=1, keepdims=True)
+weight = jnp.exp(jnp.sum(log_pi[groups], axis=1, keepdims=True))
+scaled = weight * (drawn - drawn.mean(1, keepdims=True)) / (spread + 1e-6) / 3
+divided = text_log_probs_backward(jnp.zeros(9).at[groups].add(scaled), texts_cache)
+cosine = jnp.sum(divided * exact) / jnp.linalg.norm(divided) / jnp.linalg.norm(exact)
+print(f"divided by the spread: cosine to dJ {cosine:.4f}")
+assert cosine < 0.9999
+
+# %% [markdown]
+# ## Step 4: which KL?
+# A policy that only chases rewards forgets how to write. So it is kept near a
+# **reference** by the **Kullback-Leibler divergence**,
+#
+# $$\mathrm{KL}(\pi\,\|\,\text{ref}) = \sum_y \pi(y) \log\frac{\pi(y)}{\text{ref}(y)}.$$
+#
+# From samples of $\pi$, with $\rho = \text{ref}(y)/\pi(y)$, three estimators are used:
+#
+# $$k_1 = -\log\rho, \qquad k_2 = \tfrac12 (\log\rho)^2, \qquad k_3 = \rho - 1 -
+# \log\rho.$$
+#
+# As **numbers**, $k_1$ and $k_3$ have the right mean, and $k_3$ is never negative. So
+# $k_3$ looks best, and it is what many programs use as a **loss**. But a loss is not
+# used as a number. It is *differentiated*, and the samples, once drawn, are held fixed.
+# That is another expectation. With $\partial \log\rho = -s$:
+#
+# | loss | its gradient at one text | expected over $\pi$ | so it descends |
+# |---|---|---|---|
+# | $k_1$ | $s$ | $0$ | nothing |
+# | $k_2$ | $-\log\rho\; s$ | $-\sum \pi \log\rho\; s$ | KL(π‖ref) |
+# | $k_3$ | $(1-\rho)\, s$ | $-\sum \text{ref}\; s$ | KL(ref‖π) |
+#
+# The second line is the gradient of the KL that was meant. (Differentiate it: the term
+# from the logarithm is $\sum \pi s = 0$.) The third is the gradient of the *other* KL,
+# with the two exchanged. And the first one is zero, on average. Its samples are noise.
+
+# %%
+BETA, STEPS, RATE = 0.5, 400, 0.5
+
+
+@jax.jit
+def gradients(z):
+    """dJ, and the expected gradient of each estimator as a loss."""
+    _, cache = expected_reward_forward(z, reward, texts)
+    log_pi, texts_cache = text_log_probs_forward(z, texts)
+    kl, kl_cache = kl_forward(z, reference, texts)
+    _, reverse_cache = reverse_kl_forward(z, reference, texts)
+    terms = {
+        "k1": text_log_probs_backward(jnp.exp(log_pi), texts_cache),
+        "k2": kl_backward_by_k2(one, kl_cache),
+        "k3": reverse_kl_backward_by_k3(one, reverse_cache),
+    }
+    return expected_reward_backward(one, cache), terms, kl
+
+
+log_ref, _ = text_log_probs_forward(reference, texts)
+best = jax.nn.log_softmax(log_ref + reward / BETA)
+paths, ends = {}, {}
+for name in ("k1", "k2", "k3"):
+    z, path = reference, []
+    for _ in range(STEPS):
+        d_reward, terms, kl = gradients(z)
+        path.append(float(kl))
+        z = z + RATE * (d_reward - BETA * terms[name])
+    paths[f"with {name}"] = path
+    ends[name] = text_log_probs_forward(z, texts)[0]
+level = float(jnp.sum(jnp.exp(best) * (best - log_ref)))
+pictures.curves(
+    {"how far the policy goes from the reference": paths},
+    xlabel="step",
+    ylabel="KL(pi || ref)",
+    level=level,
+)
+for name, log_pi in ends.items():
+    value = jnp.sum(jnp.exp(log_pi) * (reward - BETA * (log_pi - log_ref)))
+    print(f"{name}: reward - beta KL = {value:.4f}")
+value = jnp.sum(jnp.exp(best) * (reward - BETA * (best - log_ref)))
+print(f"best: reward - beta KL = {value:.4f}")
+
+# %% [markdown]
+# The dashed line is the exact answer, from the next step. With $k_2$ the policy goes to
+# it. With $k_3$ it comes to rest somewhere else, and is held back too much. With $k_1$
+# nothing holds it, and it goes on to the single best text.
+#
+# ## Step 5: from preferences to a loss
+# Often there are no rewards, only pairs: text $w$ was preferred to text $l$. Suppose
+# this happens with the probability $\sigma(r_w - r_l)$, $\sigma(x) = 1/(1+e^{-x})$. And
+# suppose we want the policy that maximises $\mathbb E\,r - \beta\,
+# \mathrm{KL}(\pi\|\text{ref})$. With a multiplier for $\sum\pi = 1$ it is
+#
+# $$\pi(y) = \frac{\text{ref}(y)\,e^{r(y)/\beta}}{Z}, \qquad\text{so}\qquad r(y) =
+# \beta\log\frac{\pi(y)}{\text{ref}(y)} + \beta\log Z.$$
+#
+# Put this $r$ into the probability of the preference. $Z$ is the same for both texts
+# and cancels. A loss on the policy alone is left, **DPO**:
+#
+# $$m = \beta\Bigl[\log\frac{\pi(w)}{\text{ref}(w)} - \log\frac{\pi(l)}{\text{ref}(l)}
+# \Bigr], \qquad L = -\log\sigma(m), \qquad \boxed{\;\frac{\partial L}{\partial
+# \log\pi(w)} = -\beta\,\sigma(-m)\;}$$
+#
+# and the negative for $l$. A pair that is already judged rightly, by far, gets nothing.
+# That the loss is at rest exactly where rewards tilt the reference is a test of this
+# chapter, over all pairs.
+#
+# ## Step 6: a clip
+# To use samples more than once, PPO weighs each by $\rho = \pi/\pi_{old}$ and maximises
+# $\min(\rho A,\ \operatorname{clip}(\rho, 1-\epsilon, 1+\epsilon)\,A)$. The clip has no
+# gradient. When is it the smaller one? Only where $\rho$ has moved in the direction
+# that $A$ asks for, by more than $\epsilon$. A text that moved the *wrong* way always
+# keeps its gradient. At the first step $\rho = 1$, nothing is clipped, and the gradient
+# is the one of step 2.
+#
+# ## How these are checked
+# Each gradient is an expectation over all texts, written as a sum, and is held against
+# autodiff of the exact value. For the group, all $9^3$ groups are listed. For the KL
+# terms the table compares the estimator's expected gradient with the derivative of a
+# KL, and it is this comparison that says which.
+#
+# ## The answer
+# $k_2$ descends the KL that everybody writes down, $k_3$ the reverse one, and $k_1$
+# none. An estimator that is right as a number can be wrong as a loss. Before a formula
+# is trusted with samples, list everything once, and add it up.
+#
+# ## Exercises
+# In the terminal: `python -m foundation derive expected_reward`, then `derive dpo`.
+
+# %%
+ask("21.1")
+check("21.1", None)
+ask("21.2")
+check("21.2", None)
+ask("21.3")
+check("21.3", None)
+ask("21.4")
+check("21.4", None)
