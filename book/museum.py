@@ -62,6 +62,18 @@ SIGHTINGS: dict[str, tuple[str, str]] = {
         "keras-team/keras#19051",
         "AdamW inherited Adam's path for decay, and so became Adam with a penalty in the loss.",
     ),
+    "all_reduce: R times too large": (
+        "jax-ml/jax#3970",
+        "The loss was summed over devices before it was differentiated: every gradient came out times their number.",
+    ),
+    "kl: k1 as a loss": (
+        "NVIDIA-NeMo/RL#2506",
+        "The sampled divergence was differentiated without the score of the samples: nothing is left, on average.",
+    ),
+    "kl: k3 where the forward KL is meant": (
+        "verl-project/verl#2953",
+        "An estimator with the right mean was used as a loss, where its gradient is that of another divergence.",
+    ),
 }
 """Name of a planted bug -> a public issue in which it, or its nearest kin, was found, and what happened there."""
 
