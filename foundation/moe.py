@@ -22,8 +22,11 @@ Slots are given token by token, a token's choices in order, so a later token can
 slot: at a fixed number T of tokens the layer is causal even where it drops. T itself is no secret, though. The
 capacity grows with T, so a sequence that is cut short has fewer slots, and an earlier token may lose its own.
 
+A **shared expert** sees every token and has no gate: y_t = sum_k g_tk h_slot(t,k) + shared(x_t). It is one expert
+whose slots are the tokens themselves, so x has a third way back.
+
 Sources: Lepikhin et al. 2020, section 2.2 and algorithm 1 (capacity, dispatch, combine); Fedus, Zoph and
-Shazeer 2021, equation 3 (capacity factor).
+Shazeer 2021, equation 3 (capacity factor); Dai et al. 2024, section 3.2 (shared experts).
 """
 
 import math
@@ -117,24 +120,46 @@ class MoEOutput(NamedTuple):
     dropped: Array
 
 
+class ExpertsCache(NamedTuple):
+    """The cache of SwiGLU experts, or of GELU experts: `swiglu` says which it is."""
+
+    saved: tuple
+    swiglu: bool
+
+
 class MoECache(NamedTuple):
-    """The caches of the four steps. SwiGLU's expert cache is longer than GELU's; `swiglu` says which it
-    is."""
+    """The caches of the four steps, and of the shared expert where there is one."""
 
     router: RouterCache
     dispatch: tuple
-    experts: tuple
+    experts: ExpertsCache
     combine: tuple
-    swiglu: bool
+    shared: ExpertsCache | None
+
+
+def experts_forward(u: Float[Array, "B E C D"], params: dict) -> tuple[Float[Array, "B E C D"], ExpertsCache]:
+    """Each expert on its own rows: SwiGLU where there is a "w_gate", else GELU."""
+    if "w_gate" in params:
+        h, saved = swiglu_experts_forward(u, params["w_gate"], params["w_in"], params["w_out"])
+        return h, ExpertsCache(saved, swiglu=True)
+    h, saved = gelu_experts_forward(u, params["w_in"], params["w_out"])
+    return h, ExpertsCache(saved, swiglu=False)
+
+
+def experts_backward(d_h: Float[Array, "B E C D"], cache: ExpertsCache) -> tuple[Float[Array, "B E C D"], dict]:
+    """(d_u, d_params)."""
+    names = ("w_gate", "w_in", "w_out") if cache.swiglu else ("w_in", "w_out")
+    d_u, *gradients = (swiglu_experts_backward if cache.swiglu else gelu_experts_backward)(d_h, cache.saved)
+    return d_u, dict(zip(names, gradients, strict=True))
 
 
 def moe_forward(
     x: Float[Array, "B T D"], params: dict, top_k: int, capacity_factor: float, renormalise: bool = True
 ) -> tuple[MoEOutput, MoECache]:
-    """Router, dispatch, experts, combine. Each sequence is a group of its own.
+    """Router, dispatch, experts, combine, and the shared expert. Each sequence is a group of its own.
 
     params: {"router" [D, E], "w_in" [E, D, F], "w_out" [E, F, D]} for GELU, and "w_gate" [E, D, F] for
-    SwiGLU.
+    SwiGLU. With a shared expert also "shared", its matrices as of one expert: [1, D, S] and [1, S, D].
     """
     experts_total = params["router"].shape[-1]
     places = capacity(x.shape[1], experts_total, top_k, capacity_factor)
@@ -142,28 +167,27 @@ def moe_forward(
     routing, router_cache = router_forward(x, params["router"], top_k, renormalise)
     slot, keep = assign_slots(routing.experts, experts_total, places)
     u, dispatch_cache = dispatch_forward(x, slot, experts_total, places)
-    swiglu = "w_gate" in params
-    if swiglu:
-        h, expert_cache = swiglu_experts_forward(u, params["w_gate"], params["w_in"], params["w_out"])
-    else:
-        h, expert_cache = gelu_experts_forward(u, params["w_in"], params["w_out"])
+    h, expert_cache = experts_forward(u, params)
     y, combine_cache = combine_forward(h, routing.gates, slot)
+    shared_cache = None
+    if "shared" in params:
+        shared, shared_cache = experts_forward(x[:, None], params["shared"])
+        y = y + shared[:, 0]
     output = MoEOutput(y, routing.balance, routing.z, 1.0 - jnp.mean(keep.astype(x.dtype)))
-    return output, MoECache(router_cache, dispatch_cache, expert_cache, combine_cache, swiglu)
+    return output, MoECache(router_cache, dispatch_cache, expert_cache, combine_cache, shared_cache)
 
 
 def moe_backward(
     d_y: Float[Array, "B T D"], d_balance: Scalar, d_z: Scalar, cache: MoECache
 ) -> tuple[Float[Array, "B T D"], dict]:
-    """(d_x, d_params). x is used twice, by the router and by the experts: its gradient is the sum of both
-    ways."""
+    """(d_x, d_params). x is used by the router, by the experts and by the shared expert: its gradient is the sum of
+    all ways."""
     d_h, d_gates = combine_backward(d_y, cache.combine)
-    if cache.swiglu:
-        d_u, d_gate, d_in, d_out = swiglu_experts_backward(d_h, cache.experts)
-        d_experts = {"w_gate": d_gate, "w_in": d_in, "w_out": d_out}
-    else:
-        d_u, d_in, d_out = gelu_experts_backward(d_h, cache.experts)
-        d_experts = {"w_in": d_in, "w_out": d_out}
+    d_u, d_params = experts_backward(d_h, cache.experts)
     d_x_experts = dispatch_backward(d_u, cache.dispatch)
-    d_x_router, d_router = router_backward(d_gates, d_balance, d_z, cache.router)
-    return d_x_experts + d_x_router, {"router": d_router, **d_experts}
+    d_x_router, d_params["router"] = router_backward(d_gates, d_balance, d_z, cache.router)
+    d_x = d_x_experts + d_x_router
+    if cache.shared is not None:
+        d_x_shared, d_params["shared"] = experts_backward(d_y[:, None], cache.shared)
+        d_x = d_x + d_x_shared[:, 0]
+    return d_x, d_params

@@ -6,6 +6,8 @@ The two packages share no line of code. Here the parameters of moe_jax get the n
 """
 
 import dataclasses
+import itertools
+import random
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -45,12 +47,29 @@ CASES: dict[str, dict[str, Any]] = {
         "kv_heads": 1, "qk_norm": "head", "norm": "layernorm", "bias": True, "layers": 1,
     },
     "dropout": {"dropout": 0.25, "attention_dropout": 0.25, "positions": "learned"},
+    "shared experts": {"shared_experts": 2, "layers": 1},
 }  # fmt: skip
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "norm": ({"norm": "rmsnorm"}, {"norm": "layernorm"}),
+    "positions": ({"positions": "rope"}, {"positions": "learned"}),
+    "activation": ({"activation": "swiglu"}, {"activation": "gelu"}),
+    "bias": ({"bias": False}, {"bias": True}),
+    "head": ({"tied_head": True}, {"tied_head": False}, {"tied_head": False, "scaled_embedding": True}),
+    "key heads": ({"kv_heads": 0}, {"kv_heads": 1}),
+    "normalised queries": ({"qk_norm": "none"}, {"qk_norm": "head"}, {"qk_norm": "full"}),
+    "choices": ({"top_k": 1}, {"top_k": 2}, {"top_k": 4}),
+    "gates": ({"renormalise_gates": True}, {"renormalise_gates": False}),
+    "shared experts": ({"shared_experts": 0}, {"shared_experts": 2}),
+    "dispatch": (
+        {"dispatch": "capacity"},
+        {"dispatch": "capacity", "roomy": True},
+        {"dispatch": "blocks", "roomy": True},
+    ),
+    "dropout": ({}, {"dropout": 0.25, "attention_dropout": 0.25}),
+}
+"""What the presets choose between. `covering` combines them."""
 LAYERS = {"one-hot dispatch": OneHotMoE}
 """The class of the MoE layer, where it is not `MoE`."""
-DROPLESS = {case for case in CASES if case.endswith("dropless")}
-"""With K = E at factor 1, or with factor E / K, an expert has as many slots as the sequence has tokens. The same holds
-in `foundation`."""
 TRAIN = TrainConfig(aux_loss_coef=0.3, z_loss_coef=0.1)  # large, so that an error in the auxiliary losses shows
 
 
@@ -61,6 +80,32 @@ def dtype(request: pytest.FixtureRequest) -> Iterator[str]:
     jax.config.update("jax_enable_x64", request.param == "float64")
     yield request.param
     jax.config.update("jax_enable_x64", before)
+
+
+def covering(count: int) -> dict[str, dict[str, Any]]:
+    """`count` configurations of one layer, in which every two values of two different options meet at least once."""
+    draws = random.Random(0)
+    places = [(name, i) for name, values in OPTIONS.items() for i in range(len(values))]
+    missing = {pair for pair in itertools.combinations(places, 2) if pair[0][0] != pair[1][0]}
+    rows: dict[str, dict[str, Any]] = {}
+    while len(rows) < count:
+        tries = [tuple((name, draws.randrange(len(values))) for name, values in OPTIONS.items()) for _ in range(60)]
+        best = max(tries, key=lambda row: len(missing & set(itertools.combinations(row, 2))))
+        missing -= set(itertools.combinations(best, 2))
+        row = {"layers": 1} | {key: value for name, i in best for key, value in OPTIONS[name][i].items()}
+        if row.pop("roomy", False):
+            row["capacity_factor"] = SMALL["experts"] / row["top_k"]
+        rows[f"covering {len(rows)}, dropless" if "capacity_factor" in row else f"covering {len(rows)}"] = row
+    assert not missing, f"{len(missing)} pairs of options never meet; ask for more configurations"
+    return rows
+
+
+FIRST = list(CASES)
+COVERING = covering(40)
+CASES |= COVERING
+DROPLESS = {case for case in CASES if case.endswith("dropless")}
+"""With K = E at factor 1, or with factor E / K, an expert has as many slots as the sequence has tokens. The same holds
+in `foundation`."""
 
 
 def model_config(case: str) -> ModelConfig:
@@ -79,9 +124,9 @@ def real_model(case: str, dtype: str) -> tuple[Any, dict]:
         model_config(case), jax.random.key(0), compute=jnp.dtype(dtype), moe=LAYERS.get(case, MoE)
     )
     graphdef, params = transformer.split(model)
-    random = np.random.default_rng(0)
+    noise = np.random.default_rng(0)
     return graphdef, jax.tree.map(
-        lambda leaf: jnp.asarray(np.asarray(leaf) + 0.4 * random.standard_normal(leaf.shape), dtype), params
+        lambda leaf: jnp.asarray(np.asarray(leaf) + 0.4 * noise.standard_normal(leaf.shape), dtype), params
     )
 
 
@@ -95,6 +140,7 @@ def to_foundation(params: dict) -> dict:
                 attention[name]["bias"] = b["attention"][f"{name}_bias"]
         attention |= {name: b["attention"][name] for name in ("query_norm", "key_norm") if name in b["attention"]}
         moe = {"router": b["ffn"]["router"], **b["ffn"]["experts"]}
+        moe |= {"shared": b["ffn"]["shared"]} if "shared" in b["ffn"] else {}
         return {"norm1": b["attention_norm"], "attention": attention, "norm2": b["ffn_norm"], "moe": moe}
 
     renamed = {"embedding": params["embedding"], "norm": params["norm"]}
@@ -153,18 +199,35 @@ def both(case: str, dtype: str) -> tuple[tuple[jax.Array, dict], tuple[jax.Array
     (real_loss, metrics), real_grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     masks = None if key is None else same_masks(config, key, batch=3)
     hand_config = to_foundation_config(config)
-    ours = jax.jit(lambda p: by_hand.loss_and_gradient(p, tokens[:, :-1], tokens[:, 1:], hand_config, masks))
-    return (real_loss, to_foundation(real_grads)), ours(to_foundation(params)), metrics
+    scale = config.width**0.5 if config.scaled_embedding else 1.0  # of a table, and so of its gradient
+
+    def ours(params: dict) -> tuple[jax.Array, dict]:
+        table = {"embedding": scale * params["embedding"]}
+        value, grads = by_hand.loss_and_gradient(params | table, tokens[:, :-1], tokens[:, 1:], hand_config, masks)
+        return value, grads | {"embedding": scale * grads["embedding"]}
+
+    return (real_loss, to_foundation(real_grads)), jax.jit(ours)(to_foundation(params)), metrics
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_hand_derived_gradient_equals_the_real_one_in_every_parameter(case: str, dtype: str) -> None:
+def compare(case: str, dtype: str) -> None:
     (real_loss, real_grads), (our_loss, our_grads), metrics = both(case, dtype)
     tolerance = {"float64": 1e-10, "float32": 1e-4}[dtype]
     assert {leaf.dtype.name for leaf in jax.tree.leaves((real_grads, our_grads))} == {dtype}
     assert (metrics.drop_fraction > 0.05) == (case not in DROPLESS)
     assert abs(real_loss - our_loss) <= tolerance * abs(real_loss)
     assert max_relative_error(our_grads, real_grads) <= tolerance
+
+
+@pytest.mark.parametrize("case", FIRST)
+def test_hand_derived_gradient_equals_the_real_one_in_every_parameter(case: str, dtype: str) -> None:
+    compare(case, dtype)
+
+
+@pytest.mark.reliability
+@pytest.mark.parametrize("dtype", ["float64"], indirect=True)
+@pytest.mark.parametrize("case", COVERING)
+def test_every_two_options_of_the_presets_together(case: str, dtype: str) -> None:
+    compare(case, dtype)
 
 
 def test_the_bridge_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -222,6 +222,14 @@ BUGS_OF_THE_MODEL = [
         "combine",
     ),
     Bug("moe: only the experts' share of d_x", "moe.moe_backward", "d_x_experts + d_x_router", "d_x_experts", "moe"),
+    Bug("moe: x has no way back through the shared expert", "moe.moe_backward", "d_x + d_x_shared[:, 0]", "d_x", "moe"),
+    Bug(
+        "moe: the shared expert stands in a slot's gate",
+        "moe.moe_backward",
+        "experts_backward(d_y[:, None], cache.shared)",
+        "experts_backward(d_y[:, None] * jnp.sum(d_gates, -1)[:, None, :, None], cache.shared)",
+        "moe",
+    ),
     Bug("block: residual path forgotten", "block.block_backward", "d_y + d_a_branch", "d_a_branch", "block"),
     Bug(
         "model: auxiliary losses not averaged over layers", "transformer.model_backward", "d_z / layers", "d_z", "model"

@@ -99,6 +99,17 @@ def moe_checks() -> Iterator[Check]:
         inputs, margin = clear_choice(f"moe/{case}", draw, lambda x, p, k=top_k: choice_margin(x, p["router"], k))
         yield Check("moe", case, _moe_outputs(top_k, factor), _moe_gradients, inputs, margin)
 
+    for case, gated in (("shared expert, SwiGLU", True), ("shared expert, GELU, drops", False)):
+
+        def draw_shared(draws: Draws, gated: bool = gated) -> tuple:
+            params = moe_params(draws, 4, 4, 3, gated)
+            shared = moe_params(draws, 4, 1, 5, gated)
+            del shared["router"]
+            return draws.normal(2, 6, 4), {**params, "shared": shared}
+
+        inputs, margin = clear_choice(f"moe/{case}", draw_shared, lambda x, p: choice_margin(x, p["router"], 2))
+        yield Check("moe", case, _moe_outputs(2, 4.0 if gated else 0.6), _moe_gradients, inputs, margin)
+
     # All tokens lie on one side of expert 0's column: it is everybody's first choice, and its places run out.
     draws = Draws("moe/everything to one expert")
     params = moe_params(draws, 4, 4, 3, gated=True)

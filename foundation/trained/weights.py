@@ -53,8 +53,6 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
 
     Raises Problem for what this package has not derived.
     """
-    if model.get("shared_experts") and model.get("dense", "none") == "none":
-        raise Problem("the run has shared experts, which foundation has not derived; train one without")
     if routing.get("balancing", "loss") != "loss":
         raise Problem(
             "the run balances by a bias, which foundation has not derived; train with --routing.balancing loss"
@@ -114,4 +112,5 @@ def _block(block: dict) -> dict:
         moe = {"router": ffn["router"], **ffn["experts"]}
     else:
         moe = {"router": jnp.zeros((ffn["experts"]["w_in"].shape[1], 1)), **ffn["experts"]}
+    moe |= {"shared": ffn["shared"]} if "shared" in ffn else {}
     return {"norm1": block["attention_norm"], "attention": attention, "norm2": block["ffn_norm"], "moe": moe}
