@@ -13,6 +13,8 @@ WORDS = 4
 LONGEST = 48
 """Characters."""
 _TOKENS = 256  # looked at; a byte tokenizer needs up to four for a character
+_SEARCHED, _DOCUMENTS = 1 << 16, 50
+"""Tokens and documents in which different openings are looked for."""
 _FIRST_WORDS = re.compile(rf"\S+(?:[ \t]+\S+){{0,{WORDS - 1}}}")
 
 
@@ -25,3 +27,12 @@ def opening_words(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     text = tokenizer.decode(document.tolist()).lstrip().rstrip("\ufffd")  # the last character may be cut
     found = _FIRST_WORDS.match(text.partition("\n")[0])
     return found[0][:LONGEST] if found else ""
+
+
+def openings(tokenizer: Tokenizer, tokens: np.ndarray, most: int) -> list[str]:
+    """The opening words of the first documents of such a stream, each once, at most `most` of them."""
+    starts = np.flatnonzero(np.asarray(tokens[:_SEARCHED]) == tokenizer.separator_id)[:_DOCUMENTS]
+    found: dict[str, None] = {}
+    for start in starts:
+        found.setdefault(opening_words(tokenizer, tokens[start:]))
+    return [words for words in found if words][:most]

@@ -24,4 +24,6 @@ def read_summary(folder: Path) -> dict[str, Any]:
 def _is_usual(name: str, value: Any) -> bool:
     if name in _TEXTS:
         return isinstance(value, str)
+    if name == "openings":
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
     return value is None or isinstance(value, bool) or (isinstance(value, int | float) and abs(value) < 2**1000)

@@ -46,7 +46,7 @@ class ModelCard:
         """The entry of /v1/models."""
         model = self.run.config.model
         summary = read_summary(self.folder)
-        opening = summary.get("opening")
+        opening = summary.get("opening")  # earlier runs have only one
         about = {
             "layers": model.layers,
             "expert_layers": self.expert_layers,
@@ -55,7 +55,7 @@ class ModelCard:
             "context": self.context,
             "vocab_size": self.run.tokenizer.vocab_size,
             "chat": self.tuned,
-            "prompts": [opening] if opening else [],
+            "prompts": summary.get("openings") or ([opening] if opening else []),
             "val_bits_per_byte": summary.get("val_bits_per_byte"),
             "slots": self.slots,
             "max_tokens": limits.MAX_TOKENS,

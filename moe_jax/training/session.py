@@ -21,7 +21,7 @@ from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.chat_rows import Message
 from moe_jax.data.chats import answer_prompt, first_question
-from moe_jax.data.opening import opening_words
+from moe_jax.data.opening import opening_words, openings
 from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
@@ -80,6 +80,13 @@ class SessionData:
         if self.store.valid.answers is not None:
             return first_question(self.store.tokenizer, self.store.valid.tokens)
         return opening_words(self.store.tokenizer, self.store.valid.tokens)
+
+    @property
+    def openings(self) -> list[str]:
+        """A few openings of different documents of the validation text, the first one first; or its first question."""
+        if self.store.valid.answers is not None:
+            return [self.opening] if self.opening else []
+        return openings(self.store.tokenizer, self.store.valid.tokens, most=3)
 
     def sample_prompt(self) -> list[int]:
         """The tokens that a sample goes on with."""

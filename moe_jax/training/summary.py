@@ -24,7 +24,8 @@ def summary(
     training, on the fixed subset; null if it was not.
 
     `train_drop_fraction` is the mean over the `train_drop_steps` counted training steps, `train_drop_fraction_worst`
-    the largest of them, and `train_drop_fraction_last` the newest. `opening` is the first words of the validation text.
+    the largest of them, and `train_drop_fraction_last` the newest. `opening` is the first words of the validation text,
+    and `openings` those of three of its documents.
     """
     config, progress, compared = session.config, session.progress, session.data.baselines
     last = last_train_record(session.folder.files)
@@ -51,6 +52,7 @@ def summary(
         "trigram_bits_per_byte": compared and compared.trigram,
         "kneser_ney_5gram_bits_per_byte": compared and compared.kneser_ney_5gram,
         "opening": session.data.opening,
+        "openings": session.data.openings,
         "params_total": counts.total,
         "params_active": counts.active,
         "params_trained": adapter_parameters(config).total or counts.total,

@@ -20,7 +20,7 @@ from tests.serving.site import KEY, Site, site
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     folder = tmp_path_factory.mktemp("run")
-    (folder / "summary.json").write_text('{"opening": "Once upon", "val_bits_per_byte": 1.5}')
+    (folder / "summary.json").write_text('{"openings": ["Once upon", "One day", "In a"], "val_bits_per_byte": 1.5}')
     with site(folder) as running:
         yield running
 
@@ -119,10 +119,11 @@ def test_stop_strings(api: Site) -> None:
 
 
 def test_models_health_metrics_and_the_page(api: Site) -> None:
+    api.complete(prompt="One", max_tokens=2)
     (card,) = api.ask("/v1/models").json["data"]
     about = card.pop("moe_jax")
     assert (card["id"], card["object"]) == ("tiny", "model")
-    assert about["prompts"] == ["Once upon"]
+    assert about["prompts"] == ["Once upon", "One day", "In a"]
     assert (about["expert_layers"], about["experts"], about["experts_per_token"]) == ([0, 1], 4, 2)
     assert (about["context"], about["vocab_size"], about["chat"], about["slots"]) == (32, 257, False, 3)
     assert about["val_bits_per_byte"] == 1.5
