@@ -19,7 +19,7 @@ p = 1 / (n_1 n_2 ...), and its code length is -log2(p) bits.
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 Word = Mapping[str, str]
@@ -48,12 +48,22 @@ Node = str | Slot | Options
 Template = tuple[Node, ...]
 
 
+class Mention(NamedTuple):
+    """A place of a text where a slot's word stands: the characters [start, end)."""
+
+    slot: Slot
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True)
 class Derivation:
     """A text, and the choices that wrote it, in order: (index, number of options)."""
 
     text: str
     choices: tuple[tuple[int, int], ...]
+    mentions: tuple[Mention, ...] = field(default=(), compare=False)
+    """In order. Known of a text that was sampled."""
 
     @property
     def bits(self) -> float:
@@ -84,7 +94,9 @@ class Grammar:
         """One text. `random` returns uniform numbers in [0, 1)."""
         pieces: list[str] = []
         choices: list[tuple[int, int]] = []
+        mentions: list[Mention] = []
         memory: Memory = {}
+        written = 0
         todo: list[Node] = list(reversed(self.template))
         while todo:
             node = todo.pop()
@@ -102,7 +114,10 @@ class Grammar:
                     choices.append((index, len(words)))
                     memory[node.name] = words[index]
                 pieces.append(memory[node.name][node.form])
-        return Derivation("".join(pieces), tuple(choices))
+                mentions.append(Mention(node, written, written + len(pieces[-1])))
+            if not isinstance(node, Options):
+                written += len(pieces[-1])
+        return Derivation("".join(pieces), tuple(choices), tuple(mentions))
 
     def derivations(self, text: str | None = None) -> Iterator[Derivation]:
         """Every derivation of the grammar or, with `text`, every derivation of this text. There is none if the grammar

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Literal
 
-from moe_jax.data.synthetic.grammar import Grammar
+from moe_jax.data.synthetic.grammar import Derivation, Grammar
 from moe_jax.data.synthetic.vocabulary import SLOTS
 
 VALIDATION_STORIES = 600
@@ -125,7 +125,12 @@ def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterato
     occurs in both splits is below 2^-60. Removing such a story would make the entropy floor inexact.
     """
     for i in range(count):
-        yield _GRAMMAR.sample(random.Random(f"{seed} {split} {i}").random).text
+        yield sample(seed, split, i).text
+
+
+def sample(seed: int, split: Literal["train", "valid"], i: int) -> Derivation:
+    """Story i of a split, with its choices and its mentions."""
+    return _GRAMMAR.sample(random.Random(f"{seed} {split} {i}").random)
 
 
 FINGERPRINT_STORIES = 64
