@@ -1,6 +1,7 @@
 """Checks of chapter 19: collectives and their adjoints."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -40,7 +41,7 @@ def collective_checks() -> Iterator[AnyCheck]:
             "expert_parallel",
             f"{name}, on one rank",
             lambda *a, f=forward: f(*a)[0],
-            lambda *a, p=place: on_one_rank(*a, p),
+            partial(on_one_rank, place=place),
             inputs,
         )
 

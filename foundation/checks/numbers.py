@@ -29,7 +29,7 @@ def rounding_checks() -> Iterator[AnyCheck]:
     edges = jnp.asarray([0x3F7F8000, 0x3F7F8000, 0xBF7FFFFF, 0xBF7FFFFF, 0x3F800000], jnp.uint32)
     at = jnp.asarray([0x7FFF, 0x8000, 0, 1, 0xFFFF], jnp.uint32)
     yield OracleCheck("drawn_bits", "the exponent changes", rounding.drawn_bits, by_distance, (edges, at))
-    x = jnp.asarray(np.float32([1.0, 1.0005, -2.9, 0.99999, 3e-8, 12345.678])).astype(jnp.float64)
+    x = jnp.asarray(np.array([1.0, 1.0005, -2.9, 0.99999, 3e-8, 12345.678], np.float32)).astype(jnp.float64)
     yield OracleCheck("mean_of_draws", "all 65,536", rounding.mean_of_draws, lambda x: x, (x,))
     yield OracleCheck(
         "running_sum", "of ones", rounding.running_sum, lambda x: np.minimum(np.cumsum(x), 256), (jnp.ones(300),)

@@ -59,7 +59,7 @@ def searched(w: Any, most: int, group: int) -> tuple[np.ndarray, np.ndarray]:
     return codes, scales
 
 
-def by_multiplier(inverse: Any, k: Any, error: Any) -> tuple[np.ndarray, float]:
+def by_multiplier(inverse: Any, k: Any, error: Any) -> tuple[np.ndarray, np.ndarray]:
     """The conditions of Lagrange as one linear system in d and the multiplier."""
     h = np.linalg.inv(np.asarray(inverse))
     size, k, error = len(h), int(k), float(error)

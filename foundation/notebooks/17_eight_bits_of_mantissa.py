@@ -85,7 +85,7 @@ for x in (1.0, 1.003, 1.0039, 1.00391, 1.5):
 # 65,536 draws, so we can take them all.
 
 # %%
-x = jnp.asarray(np.float32([1.003, 0.99999, -2.9, 3e-8])).astype(jnp.float64)
+x = jnp.asarray(np.array([1.003, 0.99999, -2.9, 3e-8], np.float32)).astype(jnp.float64)
 print("mean over all draws minus x:", mean_of_draws(x) - x)
 assert np.array_equal(mean_of_draws(x), x)
 

@@ -180,7 +180,7 @@ for name, theirs, own in (
     difference = float(jnp.max(jnp.abs(theirs - own)))
     print(f"{name:<4} eight devices against an array axis: {difference:.1e}")
     assert difference < 1e-12
-compiled = spread.lower(x, gate, W, place, d_y).compile().as_text()
+compiled = spread.lower(x, gate, W, place, d_y).compile().as_text() or ""
 print(
     "all-to-alls:",
     compiled.count(" all-to-all("),

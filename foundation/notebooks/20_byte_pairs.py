@@ -65,7 +65,8 @@ for i, pair in enumerate(pairs[:10]):
 
 def cut(text, pairs):
     """A text, cut into its pieces."""
-    numbers = [n for word in text.split() for n in encode(f" {word}".encode(), pairs)]
+    words = (encode(f" {word}".encode(), pairs) for word in text.split())
+    numbers = tuple(number for word in words for number in word)
     return numbers, "|".join(spelled((n,), pairs).decode() for n in numbers)
 
 

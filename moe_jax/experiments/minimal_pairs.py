@@ -12,6 +12,7 @@ from itertools import batched
 import jax
 import numpy as np
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import UserError
@@ -40,7 +41,7 @@ class Accuracy:
     """None if the training text is not at hand."""
 
 
-type ScoreStep = Callable[[Params, Int[Array, "B T"], Int[Array, "B T"]], Float[Array, "B T"]]
+type ScoreStep = Callable[[Params, Int[ArrayLike, "B T"], Int[ArrayLike, "B T"]], Float[Array, "B T"]]
 
 
 def make_score_step(graphdef: nnx.GraphDef) -> ScoreStep:
