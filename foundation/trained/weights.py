@@ -15,6 +15,8 @@ from foundation.block import ModelConfig
 from foundation.trained.problem import Problem
 
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
+_CODES = ("I8", "U8")
+"""Types of the codes of `moe-jax quantize`, which this package does not read."""
 _LONGEST_HEADER = 1 << 26
 
 
@@ -30,6 +32,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
             raise ValueError("no header")
         header = json.loads(raw[8 : 8 + length])
         numbers = raw[8 + length :]
+        if any(entry.get("dtype") in _CODES for entry in header.values()):
+            raise Problem(f"{path}: has quantised weights; name the run that they were made of")
         return {name: _array(numbers, entry) for name, entry in header.items() if name != "__metadata__"}
     except OSError as error:
         raise Problem(f"{path}: cannot be read ({error.strerror}); give the folder of a finished run") from None

@@ -15,6 +15,7 @@ from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_ta
 from moe_jax.benchmarks.scaling import scaling
 from moe_jax.benchmarks.serving import serve
 from moe_jax.benchmarks.step_memory import temporary_bytes
+from moe_jax.benchmarks.weights import compare_weights
 from moe_jax.model.transformer import create, split
 from moe_jax.system import machine
 from moe_jax.system.timing import alternate
@@ -51,7 +52,7 @@ def _step_numbers(console: Console, request: BenchmarkRequest) -> dict[str, Any]
 
 
 def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
-    """Prefill, cached decoding, and an uncached forward pass of four tokens."""
+    """Prefill, cached decoding, an uncached forward pass of four tokens, and decoding with small weights."""
     config = request.config
     _, params = split(create(config.model, jax.random.key(0)))
     model = decoding.Model.of(config.model, request.moe)
@@ -77,7 +78,7 @@ def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
         "memory_bytes_per_second": bandwidth,
     }
     print_numbers(console, numbers)
-    return numbers
+    return numbers | compare_weights(console, request, params)
 
 
 def pipeline(console: Console, request: BenchmarkRequest) -> dict[str, Any]:

@@ -21,6 +21,7 @@ COMMANDS = {
     "train": ("Train", "train a sparse mixture-of-experts language model"),
     "sft": ("Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
     "merge": ("Merge", "write a run with adapters as an ordinary run"),
+    "quantize": ("Quantize", "write a run with 8 or 4 bits a weight"),
     "generate": ("Generate", "continue a text with a trained model"),
     "chat": ("Chat", "talk with a trained model: a beginning in, its continuation out"),
     "serve": ("Serve", "serve a trained model: OpenAI's API, and a page"),

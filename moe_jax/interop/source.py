@@ -13,6 +13,7 @@ from moe_jax.model.low_rank import LoraShape, merge_named
 from moe_jax.runs import manifest
 from moe_jax.runs.arrays import ADAPTERS, WEIGHTS
 from moe_jax.runs.checkpoint import Checkpoint
+from moe_jax.runs.identity import check_full_weights
 from moe_jax.runs.load import find_checkpoint
 from moe_jax.runs.summary import read_summary
 
@@ -48,6 +49,7 @@ def open_source(run: Path, step: int | None = None) -> ExportSource:
     Raises the errors of `find_checkpoint`, and UserError if a file is damaged.
     """
     config, tokenizer, checkpoint = find_checkpoint(run, step)
+    check_full_weights("--run", run, checkpoint)
     damage = manifest.verify_files(checkpoint.path, checkpoint.manifest)
     if damage:
         raise UserError(f"{checkpoint.path}: {damage}; `python -m moe_jax doctor --run {run}` checks the others")

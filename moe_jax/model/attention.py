@@ -123,27 +123,34 @@ class Attention(nnx.Module):
         return attention_weights(query.swapaxes(1, 2), key.swapaxes(1, 2))
 
     def decode(
-        self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, "*B"]
-    ) -> tuple[Float[Array, "B 1 D"], KeyValue]:
-        """The output for the token at position `index`, and the new cache. The token attends to the cached positions
-        before it and to itself. `index` is one position for all sequences, or one for each."""
-        query, *new = self._project(x, index[..., None])
+        self, x: Float[Array, "B N D"], cache: KeyValue, index: Int[Array, "*B"]
+    ) -> tuple[Float[Array, "B N D"], KeyValue]:
+        """The output for N tokens from position `index` on, and the new cache. A token attends to the positions before
+        it and to itself. `index` is one position for all sequences, or one for each. index + N must not exceed S."""
+        positions = index[..., None] + jnp.arange(x.shape[1])
+        query, *new = self._project(x, positions)
         written = [_write(old, now.transpose(0, 2, 3, 1), index) for old, now in zip(cache, new, strict=True)]
         # Without the barrier the compiler writes the new place twice, once for the products and once for the result,
         # and copies the whole cache.
         cache = KeyValue(*jax.lax.optimization_barrier(written))
         wide, precision = at_least_float32(x.dtype), dot_precision(x.dtype)
-        # The queries of a group are rows of one product with their key head: [B, 1, H, A] -> [B, KV, H / KV, A].
-        groups = query.reshape(len(x), self.config.key_value_heads, -1, query.shape[-1])
-        scores = jnp.einsum("bkga,bkas->bkgs", groups, cache.key, precision=precision, preferred_element_type=wide)
-        visible = jnp.arange(cache.key.shape[-1])[None, :] <= index.reshape(*index.shape, *[1] * 3 * index.ndim)
-        weights = masked_softmax(scores / math.sqrt(query.shape[-1]), visible).astype(x.dtype)
-        mixed = jnp.einsum("bkgs,bkas->bkga", weights, cache.value, precision=precision)
+        # The queries of a group, of all N tokens, are rows of one product with their key head:
+        # [B, N, H, A] -> [B, KV, H / KV, N, A] -> [B, KV, H / KV * N, A].
+        batch, tokens, heads, width = query.shape
+        shared = heads // self.config.key_value_heads
+        groups = query.reshape(batch, tokens, -1, shared, width).transpose(0, 2, 3, 1, 4)
+        rows = groups.reshape(batch, -1, shared * tokens, width)
+        scores = jnp.einsum("bkra,bkas->bkrs", rows, cache.key, precision=precision, preferred_element_type=wide)
+        visible = jnp.arange(cache.key.shape[-1]) <= jnp.tile(positions, shared)[..., None]
+        visible = visible.reshape(*index.shape, *[1] * index.ndim, *visible.shape[-2:])
+        weights = masked_softmax(scores / math.sqrt(width), visible).astype(x.dtype)
+        mixed = jnp.einsum("bkrs,bkas->bkra", weights, cache.value, precision=precision)
+        mixed = mixed.reshape(groups.shape).transpose(0, 3, 1, 2, 4)
         return self._output(mixed.reshape(query.shape)), cache
 
 
-def _write(cache: Float[Array, "B KV A S"], new: Float[Array, "B KV A 1"], index: Int[Array, "*B"]) -> Array:
-    """The cache with the new place of each sequence at its position."""
+def _write(cache: Float[Array, "B KV A S"], new: Float[Array, "B KV A N"], index: Int[Array, "*B"]) -> Array:
+    """The cache with the new places of each sequence from its position on."""
     if index.ndim == 0:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=3)
 

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
 from moe_jax.model.low_rank import Adapters, LoraShape, adapters_in, add_adapters
 from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
@@ -73,9 +74,9 @@ class Block(nnx.Module):
         return after, stats, kv
 
     def decode(
-        self, x: Float[Array, "B 1 D"], cache: KeyValue, index: Int[Array, "*B"], trace: bool = False
-    ) -> tuple[Float[Array, "B 1 D"], RouterStats | None, KeyValue]:
-        """The output for one token of each sequence, the router's statistics, and the cache that includes this token.
+        self, x: Float[Array, "B N D"], cache: KeyValue, index: Int[Array, "*B"], trace: bool = False
+    ) -> tuple[Float[Array, "B N D"], RouterStats | None, KeyValue]:
+        """The output for N tokens of each sequence, the router's statistics, and the cache that includes these tokens.
 
         `index` is one position for all sequences. Or it is one for each: they are then independent texts, and none
         changes the bits of another (`Mode.SERVE`).
@@ -146,15 +147,21 @@ class Transformer(nnx.Module):
             cache.append(kv)
         return self.norm(x), _stacked(stats), cache
 
-    def head_matrix(self) -> Float[Array, "D V"]:
+    def head_matrix(self) -> Float[Array, "D V"] | QuantizedMatrix:
         """The vocabulary head, which is the transposed embedding where they are tied."""
-        return self.embedding[...].T if self.config.tied_head else self.head[...]
+        if not self.config.tied_head:
+            return self.head[...]
+        table = self.embedding[...]
+        return table if isinstance(table, QuantizedMatrix) else table.T  # a quantised table is transposed already
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Logits in at least float32. The factors have the compute dtype; products are summed in at least float32."""
         with jax.named_scope("head"):
-            head = self.head_matrix().astype(hidden.dtype)
-            wide = at_least_float32(hidden.dtype)
+            head, wide = self.head_matrix(), at_least_float32(hidden.dtype)
+            if isinstance(head, QuantizedMatrix):
+                rows = quantized_matmul(hidden.reshape(-1, hidden.shape[-1]), head, wide)
+                return rows.reshape(*hidden.shape[:-1], -1)
+            head = head.astype(hidden.dtype)
             return jnp.matmul(hidden, head, precision=dot_precision(hidden.dtype), preferred_element_type=wide)
 
     def decode(
@@ -162,14 +169,22 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B V"], RouterStats | None, list[KeyValue]]:
         """Logits after the token at position `index`, the routers' statistics as in a whole pass, and the cache that
         includes this token. `index` is one position for all sequences, or one for each (see `Block.decode`)."""
-        x = self._embed(token[:, None], index[..., None])
+        hidden, stats, cache = self.extend(token[:, None], cache, index, trace)
+        return self.logits(hidden[:, 0]), stats, cache
+
+    def extend(
+        self, tokens: Int[Array, "B N"], cache: list[KeyValue], index: Int[Array, "*B"], trace: bool = False
+    ) -> tuple[Float[Array, "B N D"], RouterStats | None, list[KeyValue]]:
+        """Append N tokens to each sequence, from position `index` on: the normalised hidden states (for `logits`), the
+        routers' statistics, and the cache that includes these tokens. index + N must not exceed the cache's places."""
+        x = self._embed(tokens, index[..., None] + jnp.arange(tokens.shape[1]))
         stats: list[RouterStats | None] = []
         new: list[KeyValue] = []
         for block, kv in zip(self.blocks, cache, strict=True):
             x, layer_stats, kv = block.decode(x, kv, index, trace)
             stats.append(layer_stats)
             new.append(kv)
-        return self.logits(self.norm(x)[:, 0]), _stacked(stats), new
+        return self.norm(x), _stacked(stats), new
 
 
 def _stacked(stats: list[RouterStats | None]) -> RouterStats | None:

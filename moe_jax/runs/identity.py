@@ -13,6 +13,8 @@ from typing import Any
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError
 from moe_jax.config.flags import flag_of
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.model.quantize import WEIGHTS, Weights
+from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.folders import Folder
@@ -90,11 +92,39 @@ def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
                     f"{flag_of(section, name)} {value}: {checkpoint.path} was saved with {there[section][name]}; "
                     "give it that value in config.json, or start a new run with another --out"
                 )
-    leaves = checkpoint.manifest["leaves"]
+    leaves = manifest.leaves_of(checkpoint.manifest)
     layers = {name.split(".")[2] for name in leaves if name.startswith("params.blocks.")}
-    embedding = leaves.get("params.embedding", [None])[0]
-    if len(layers) != config.model.layers or embedding != [config.model.vocab_size, config.model.width]:
+    if len(layers) != config.model.layers or _embedding_shape(leaves) != (config.model.vocab_size, config.model.width):
         raise CheckpointCorrupted("its arrays are not those of the model that its manifest names")
+
+
+def _embedding_shape(leaves: dict[str, manifest.Leaf]) -> tuple[int, ...] | None:
+    """(V, D). A quantised embedding is saved as `[D, V]`, in int4 with two codes a byte."""
+    if plain := leaves.get("params.embedding"):
+        return plain.shape
+    codes = leaves.get("params.embedding.codes")
+    if codes is None or len(codes.shape) != 2:
+        return None
+    return codes.shape[1], codes.shape[0] * (1 if codes.dtype == "int8" else 2)
+
+
+def saved_weights(checkpoint: Checkpoint) -> Weights | None:
+    """The form of the weights if `quantize` made the checkpoint, else None. Raises CheckpointCorrupted for a form that
+    this program does not know."""
+    made = checkpoint.manifest["context"].get("quantized")
+    if made is None:
+        return None
+    for weights in WEIGHTS:
+        if isinstance(made, dict) and made.get("weights") == weights:
+            return weights
+    raise CheckpointCorrupted("its manifest names a form of weights that this program does not know")
+
+
+def check_full_weights(flag: str, path: Path, checkpoint: Checkpoint) -> None:
+    """Raise UserError if `quantize` made the checkpoint: it has no weights that can be trained or exported."""
+    if weights := saved_weights(checkpoint):
+        source = checkpoint.manifest["context"]["quantized"].get("made_from")
+        raise UserError(f"{flag} {path}: its weights are {weights}; name the run that they were made of, {source}")
 
 
 def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None, model: ModelConfig) -> Tokenizer:

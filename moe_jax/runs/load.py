@@ -14,18 +14,29 @@ from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.low_rank import LoraShape, merged
 from moe_jax.model.precision import Policy, choose_policy
+from moe_jax.model.quantize import quantized_shapes
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
-from moe_jax.runs.identity import best_of_run, check_same_model, check_same_run, load_run_tokenizer, saved_config
+from moe_jax.runs.identity import (
+    best_of_run,
+    check_same_model,
+    check_same_run,
+    load_run_tokenizer,
+    saved_config,
+    saved_weights,
+)
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.folders import Folder
 
 
 def restore_weights(checkpoint: Checkpoint, config: RunConfig, shapes: Params) -> Params:
-    """The parameters of a checkpoint, with the shapes of the plain model. Adapters are merged into them.
+    """The parameters of a checkpoint, with the shapes of the plain model. Adapters are merged into them. Of a
+    checkpoint that `quantize` made, the matrices are `QuantizedMatrix`.
 
     Raises the errors of `restore`.
     """
+    if weights := saved_weights(checkpoint):
+        return restore(checkpoint, {"params": quantized_shapes(shapes, weights)})["params"]
     lora = LoraShape.of(config.train)
     if lora is None:
         return restore(checkpoint, {"params": shapes})["params"]

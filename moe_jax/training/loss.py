@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.model.kernels.cross_entropy import Implementation, mean_cross_entropy
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.moe.layer import LayerTrace, Mode, RouterStats
 from moe_jax.model.transformer import Transformer
 
@@ -71,7 +72,9 @@ def training_loss(
     hidden = hidden.reshape(-1, hidden.shape[-1])
     with jax.named_scope("head"):
         targets = tokens[:, 1:].reshape(-1)
-        loss = mean_cross_entropy(hidden, model.head_matrix(), targets, implementation, loss_scale, weights)
+        head = model.head_matrix()
+        assert not isinstance(head, QuantizedMatrix), "quantised weights are not trained"
+        loss = mean_cross_entropy(hidden, head, targets, implementation, loss_scale, weights)
     aux_loss_coef = config.aux_loss_coef if model.config.routing.balancing == "loss" else 0.0
     extra, reported = auxiliary(stats, aux_loss_coef, config.z_loss_coef, loss.dtype)
     trace_of = None if stats is None else stats.trace

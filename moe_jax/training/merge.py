@@ -40,7 +40,7 @@ def merge(run: Path, out: Path, step: int | None = None) -> Path:
         folder = RunFolder(out, lock.check)
         source = {"merged_from": str(run), "step": checkpoint.step, "state": checkpoint.manifest["state"]}
         run_id = folder.start(config, loaded.tokenizer, [source])
-        _copy_records(Folder(run), folder)
+        copy_records(Folder(run), folder)
         context = checkpoint.manifest["context"]
         evaluated = RunCounters.from_json(context.get("progress")).evaluated
         folder.truncate_logs_after(checkpoint.step, evaluated)
@@ -50,7 +50,7 @@ def merge(run: Path, out: Path, step: int | None = None) -> Path:
         return store.save(state, checkpoint.step, val_loss=scored, elapsed=seconds, context=context)
 
 
-def _copy_records(there: Folder, here: RunFolder) -> None:
+def copy_records(there: Folder, here: RunFolder) -> None:
     """Copy what was logged: the model is the same, and so are its scores."""
     for name in (metrics.NAME, here.samples.name, summary.NAME):
         if there.status(name):

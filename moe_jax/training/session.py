@@ -28,7 +28,14 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
 from moe_jax.runs.folder import RunFolder, RunLock
-from moe_jax.runs.identity import check_same_model, check_same_run, load_run_tokenizer, new_run_id, saved_config
+from moe_jax.runs.identity import (
+    check_full_weights,
+    check_same_model,
+    check_same_run,
+    load_run_tokenizer,
+    new_run_id,
+    saved_config,
+)
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -317,6 +324,7 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
     Raises UserError if it does not. Raises CheckpointCorrupted if its manifest does not say; the caller then tries an
     older checkpoint.
     """
+    check_full_weights("--out", Path(config.run_dir), checkpoint)
     context = checkpoint.manifest["context"]
     if "data" not in context:
         raise CheckpointCorrupted("its manifest does not say what it belongs to")

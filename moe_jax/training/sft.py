@@ -13,6 +13,7 @@ import jax
 from moe_jax.config import RunConfig
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.runs.identity import check_full_weights
 from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start, flops_until
@@ -28,7 +29,11 @@ class TuningSource:
     @classmethod
     def open(cls, config: RunConfig) -> "TuningSource | None":
         """The run that `config.base` names, or None if it names none. Raises UserError if it cannot be used."""
-        return cls(config.base, open_run(Path(config.base))) if config.base else None
+        if not config.base:
+            return None
+        run = open_run(Path(config.base))
+        check_full_weights("--run", Path(config.base), run.checkpoint)
+        return cls(config.base, run)
 
     @property
     def tokenizer(self) -> Tokenizer:

@@ -25,7 +25,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint
-from moe_jax.runs.identity import best_of_run, check_same_model, load_run_tokenizer
+from moe_jax.runs.identity import best_of_run, check_full_weights, check_same_model, load_run_tokenizer
 from moe_jax.runs.load import restore_weights
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start, flops_until
@@ -51,6 +51,7 @@ class UpcycleSource:
         checkpoint = best_of_run(folder)
         if checkpoint is None:
             raise UserError(f"--upcycle {folder}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
+        check_full_weights("--upcycle", folder, checkpoint)
         check_same_model(checkpoint, dense)
         return cls(config.upcycle, dense, checkpoint, load_run_tokenizer(folder, checkpoint, dense.model))
 

@@ -86,7 +86,9 @@ def test_the_decode_suite(console: Console, monkeypatch: pytest.MonkeyPatch) -> 
     seconds = {"memory read": 4.0, "decode, batch 1": 8.0, "decode, batch 8": 9.0, "decode, batch 32": 10.0}
     seconds |= {"prefill, 128 tokens": 11.0, "uncached forward, 4 tokens": 12.0}
     turns = pretend(monkeypatch, suites, seconds)
+    monkeypatch.setattr(suites, "compare_weights", lambda *_: {"weights": {}})
     assert suites.decode(console, BenchmarkRequest(config(), 2, 5)) == {
+        "weights": {},
         "decode_share_of_bandwidth_bound": 0.25,
         "decode_ms_per_token_batch1": 8000,
         "decode_ms_per_token_batch8": 9000,

@@ -68,6 +68,7 @@ CASES = {
     "train": Case(lambda run, text: runs.flags(text, Path("out")), "out/report/*.html", outlives=True),
     "sft": Case(lambda run, text: [*tuned(run, text)[1:], "--out", "out"], "out/report/*.html", outlives=True),
     "merge": Case(lambda run, text: ["--run", str(adapted(run, text)), "--out", "out"], "out/config.json"),
+    "quantize": Case(lambda run, text: ["--run", str(run), "--to", "int4", "--out", "out"], "out/config.json"),
     "generate": Case(lambda run, text: ["--run", str(run), "--max-tokens", "5"]),
     "evaluate": Case(lambda run, text: ["--run", str(run)]),
     "inspect": Case(lambda run, text: ["--run", str(run), "--out", "page.html"], "page.html"),

@@ -185,6 +185,8 @@ def hammer_command(case: str, examples: int, server: Server, run: Path, record: 
     )
     if argv[-1] in ("export", "merge") and flag != "--out":
         given_run += ["--out", "exported"]
+    if argv[-1] == "quantize" and flag != "--to":
+        given_run += ["--to", "int8"]
     if argv[-1] == "sft" and flag != "--data":
         given_run += ["--data", "chats.jsonl"]
     asked = []

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import transpose_contiguous
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 Implementation = Literal["blocked", "reference"]
@@ -22,7 +23,7 @@ def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Flo
 
 
 def blocked_token_losses(
-    hidden: Float[Array, "N D"], head: Float[Array, "D V"], targets: Int[Array, " N"]
+    hidden: Float[Array, "N D"], head: Float[Array, "D V"] | QuantizedMatrix, targets: Int[Array, " N"]
 ) -> Float[Array, " N"]:
     """`token_losses(hidden @ head, targets)`, a block of tokens at a time. For evaluation: it has no gradient."""
     weight = head.astype(hidden.dtype)

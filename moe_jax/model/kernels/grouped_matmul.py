@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import matmul, transpose_contiguous
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 Implementation = Literal["blocked", "reference"]
@@ -29,7 +30,7 @@ Implementation = Literal["blocked", "reference"]
 
 def grouped_matmul(
     rows: Float[Array, "G R D"],
-    weights: Float[Array, "E D F"],
+    weights: Float[Array, "E D F"] | QuantizedMatrix,
     further_expert: Int[Array, " further"] | None = None,
     implementation: Implementation = "blocked",
 ) -> Float[Array, "G R F"]:
@@ -39,6 +40,10 @@ def grouped_matmul(
     blocked     the first E groups as one batched product, the others by copies or in turn (see the module)
     reference   one group after another, differentiated by jax; the tests compare `blocked` with it
     """
+    if isinstance(weights, QuantizedMatrix):
+        if further_expert is None or len(further_expert) == 0:
+            return matmul(rows, weights)
+        weights = weights.astype(rows.dtype)
     experts, width, hidden = weights.shape
     if implementation == "reference":
         further = [] if further_expert is None else list(further_expert)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from moe_jax.config import Activation
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import vector_matmul
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.low_rank import LowRank
 from moe_jax.model.precision import dot_precision
@@ -47,7 +48,7 @@ class Experts(nnx.Module):
         # activation and several intermediate results, each as large as the hidden rows. They would be most of the
         # memory that a layer keeps.
         @jax.checkpoint
-        def rest(hidden: list[Array], w_out: Array, adapter: LowRank | None) -> Array:
+        def rest(hidden: list[Array], w_out: Array | QuantizedMatrix, adapter: LowRank | None) -> Array:
             inner = self._activate(hidden)
             return _add(grouped_matmul(inner, w_out, further_expert), adapter, inner, further_expert)
 
@@ -65,7 +66,7 @@ class Experts(nnx.Module):
         The first E groups are one batched product with the matrices of all experts in place. The other used groups, E
         to `used` - 1, follow one after another. Groups from `used` on give zeros.
         """
-        experts = len(self.w_in[...])
+        experts = self.w_in[...].shape[0]
         y = self(rows[:experts])
         if len(rows) == experts:
             return y
@@ -91,8 +92,8 @@ class Experts(nnx.Module):
         def matmul(x: Array, param: nnx.Param) -> Array:
             if x.ndim == 1:
                 return vector_matmul(x, param[...], expert)
-            matrix = jax.lax.dynamic_index_in_dim(param[...], expert, keepdims=False).astype(x.dtype)
-            return jnp.matmul(x, matrix, precision=dot_precision(x.dtype))
+            chosen = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), param[...])
+            return jnp.matmul(x, chosen.astype(x.dtype), precision=dot_precision(x.dtype))
 
         return matmul(self._activate([matmul(x, w) for w in self._input_matrices()]), self.w_out)
 

@@ -1,0 +1,90 @@
+"""llama.cpp beside our decoding: the same model as a GGUF file, read by the package `llama-cpp-py-sync`."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import RunConfig, UserError
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.interop.architectures import architecture_of
+from moe_jax.interop.gguf_file import GgufType, write_gguf
+from moe_jax.interop.source import ExportSource
+from moe_jax.model.transformer import Params
+from moe_jax.runs.arrays import named_leaves
+
+PACKAGES = {"llama_cpp_py_sync": "llama-cpp-py-sync", "gguf": "gguf"}
+"""Module -> the package that has it."""
+THREADS = 2
+_FLOAT32 = 0
+"""`ggml_type` of the cache of keys and values, as ours."""
+
+
+def why_not(config: RunConfig) -> str:
+    """Why llama.cpp cannot be measured here; empty if it can."""
+    missing = [package for module, package in PACKAGES.items() if not importlib.util.find_spec(module)]
+    if missing:
+        return f"{' and '.join(missing)} not installed (`uv run --group interop --extra gguf benchmark.py decode`)"
+    return architecture_problem(config)
+
+
+def architecture_problem(config: RunConfig) -> str:
+    """Why llama.cpp does not have the model's architecture; empty if it does."""
+    try:
+        return architecture_of(config.model).gguf_problem
+    except UserError as error:
+        return str(error)
+
+
+def write_model(path: Path, config: RunConfig, params: Params, tokenizer: Tokenizer, dtype: GgufType) -> None:
+    """The model as a GGUF file, with matrices of this type."""
+    weights = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
+    nowhere: Any = None  # there is no checkpoint
+    source = ExportSource(config, tokenizer, nowhere, weights, {})
+    write_gguf(path, source, architecture_of(config.model), "benchmark", dtype)
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, with a context of `context` tokens."""
+
+    def __init__(self, path: Path, context: int) -> None:
+        package = importlib.import_module("llama_cpp_py_sync")
+        cache = {"n_ctx": context, "n_batch": context, "type_k": _FLOAT32, "type_v": _FLOAT32}
+        self._llama = package.Llama(str(path), n_threads=THREADS, verbose=False, **cache)
+        self._lib = self._llama._lib  # the package's own functions sample and convert to text as well
+        self._context = self._llama._ctx
+        self._lib.llama_set_embeddings(self._context, False)  # else it computes the logits after every token
+        self._memory = self._lib.llama_get_memory(self._context)
+
+    def prompt(self, tokens: Sequence[int]) -> Callable[[], None]:
+        """A call that reads a prompt into the empty cache, and computes the logits after it."""
+
+        def read() -> None:
+            self._lib.llama_memory_clear(self._memory, True)
+            self._decode(tokens, 0)
+
+        return read
+
+    def token(self, position: int) -> Callable[[], None]:
+        """A call that reads one token at this position, after a prompt, and computes the logits after it."""
+        self.prompt([1] * position)()
+
+        def read() -> None:
+            self._lib.llama_memory_seq_rm(self._memory, 0, position, -1)
+            self._decode([1], position)
+
+        return read
+
+    def _decode(self, tokens: Sequence[int], position: int) -> None:
+        batch = self._lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position + i
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i == len(tokens) - 1
+        status = self._lib.llama_decode(self._context, batch)
+        self._lib.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")

@@ -1,0 +1,186 @@
+"""Matrices of 8 or 4 bits a weight, and their products with activations in float32 or bfloat16.
+
+    int8    a weight is code * scale, with a code from -127 to 127 and one float32 scale for each output
+    int4    a weight is code * scale, with a code from -7 to 7 and one bfloat16 scale for each output and 32 inputs
+
+Decoding is bound by reading weights, so a product of few rows must read each code once, and nothing else of that size.
+XLA's own products on a CPU do not: they write the converted matrix to memory first. `_few_rows` is a sum of 32 products
+that XLA compiles to one loop, which converts the codes in registers. The 32 terms go into eight partial sums, because a
+sum in one chain waits for the result of each addition before the next. `benchmarks/trials.md` has the other forms.
+
+A product of many rows is bound by arithmetic. There the matrix is converted first, and one matrix is converted at a
+time: the copy of one expert fits the cache.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import EllipsisType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Int8, UInt8
+
+from moe_jax.model.precision import at_least_float32, dot_precision
+
+GROUP = 32
+"""Inputs that share a scale in int4, and terms of one loop of `_few_rows`."""
+FEW_ROWS = 8
+"""Most rows of a product that reads the codes in place. With more, the matrix is converted first."""
+BLOCK = 4096
+"""Columns that are converted at once: a vocabulary head does not fit the cache."""
+_CHAINS = 8
+_OFFSET = 8
+"""Codes of 4 bits are stored as 1 to 15: what is added to them."""
+
+
+def group_size(inputs: int) -> int:
+    """Inputs of a group: 32, or their largest divisor that divides `inputs` too."""
+    return math.gcd(inputs, GROUP)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantizedMatrix:
+    """Codes and scales of a matrix `[*E, D, F]`: D inputs, F outputs, perhaps E experts.
+
+    It stands in a parameter in place of an array: `param[...]`, `shape` and `astype` are as an array's.
+    """
+
+    codes: Any
+    """int8 `[*E, D, F]`: the codes. Or uint8 `[*E, D / 2, F]`: two codes of 4 bits, each plus 8. Of a group of R
+    inputs, byte i holds input i in its lower half and input i + R / 2 in its upper half."""
+    scale: Any
+    """float32 `[*E, 1, F]`, or bfloat16 `[*E, D / R, F]`. (jax also puts shapes in
+    place of the arrays.)"""
+
+    @property
+    def bits(self) -> int:
+        return 8 if self.codes.dtype == jnp.int8 else 4
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *experts, rows, outputs = self.codes.shape
+        return (*experts, rows * 8 // self.bits, outputs)
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    def __getitem__(self, index: EllipsisType) -> "QuantizedMatrix":
+        assert index is ..., "a quantised matrix is read whole"
+        return self
+
+    def astype(self, dtype: DTypeLike) -> Float[Array, "*E D F"]:
+        """The matrix that the codes stand for, in `dtype`. It is computed in at least float32."""
+        wide = at_least_float32(dtype)
+        values = _integers(self).astype(wide) * self.scale.astype(wide)[..., :, None, :]
+        return values.reshape(self.shape).astype(dtype)
+
+    def columns(self, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+        """The weights of some outputs in float32: rows of an embedding, which is kept as `[D, V]`."""
+        chosen = QuantizedMatrix(self.codes[:, ids.reshape(-1)], self.scale[:, ids.reshape(-1)])
+        return chosen.astype(jnp.float32).T.reshape(*ids.shape, -1)
+
+
+def _integers(matrix: QuantizedMatrix) -> Int8[Array, "*E groups R F"]:
+    """The codes of each group, as signed integers."""
+    *experts, groups, outputs = matrix.scale.shape
+    codes = matrix.codes.reshape(*experts, groups, -1, outputs)
+    if matrix.bits == 8:
+        return codes
+    halves = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
+    return halves.astype(jnp.int8) - _OFFSET
+
+
+def packed(codes: Int8[Array, "*E groups R F"]) -> UInt8[Array, "*E groups half_R F"]:
+    """Codes from -7 to 7, two in a byte. R must be even."""
+    lower, upper = jnp.split((codes + _OFFSET).astype(jnp.uint8), 2, axis=-2)
+    return lower | (upper << 4)
+
+
+def quantized_matmul(
+    x: Float[Array, "*G N D"], matrix: QuantizedMatrix, dtype: DTypeLike | None = None
+) -> Float[Array, "*G N F"]:
+    """x @ matrix for each group G. The result has `dtype`, or that of x; sums are made in at least float32."""
+    if x.ndim == 3 and len(x) == 1:
+        return quantized_matmul(x[0], jax.tree.map(lambda part: part[0], matrix), dtype)[None]
+    if x.ndim == 3:
+        return jax.lax.map(lambda pair: quantized_matmul(*pair, dtype=dtype), (x, matrix))
+
+    def in_place(x: Array, matrix: QuantizedMatrix) -> Array:
+        return _few_rows(x, matrix, None).astype(dtype or x.dtype)
+
+    def converted(x: Array, matrix: QuantizedMatrix) -> Array:
+        product = partial(jnp.matmul, precision=dot_precision(x.dtype))
+        return product(x, matrix.astype(x.dtype), preferred_element_type=dtype or x.dtype)
+
+    if len(x) <= FEW_ROWS:
+        return jax.lax.platform_dependent(x, matrix, cpu=in_place, default=converted)
+    if matrix.shape[-1] <= BLOCK:
+        return converted(x, matrix)
+    return jax.lax.platform_dependent(x, matrix, cpu=partial(_by_columns, converted), default=converted)
+
+
+def _by_columns(product: Callable[[Array, QuantizedMatrix], Array], x: Array, matrix: QuantizedMatrix) -> Array:
+    """product(x, matrix), BLOCK columns at a time. The last block overlaps the one before it."""
+    outputs = matrix.shape[-1]
+
+    def add_block(n: Array, y: Array) -> Array:
+        start = jnp.minimum(n * BLOCK, outputs - BLOCK)
+        block = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=1), matrix)
+        return jax.lax.dynamic_update_slice_in_dim(y, product(x, block), start, axis=1)
+
+    y = jax.eval_shape(product, x, matrix)
+    return jax.lax.fori_loop(0, -(-outputs // BLOCK), add_block, jnp.zeros(y.shape, y.dtype))
+
+
+def quantized_vector_matmul(
+    x: Float[Array, " D"], matrices: QuantizedMatrix, expert: Int[Array, ""]
+) -> Float[Array, " F"]:
+    """x @ matrices[expert] in the dtype of x. The codes that the index chooses are copied, but never converted whole.
+
+    The copy reads them in memory order. That is faster than 32 streams from memory: a product of 512 x 1024 took 67 us
+    with the copy and 79 us without.
+    """
+    return _few_rows(x[None], matrices, expert)[0].astype(x.dtype)
+
+
+def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix, expert: Int[Array, ""] | None) -> Float[Array, "N F"]:
+    """x @ matrix, or x @ matrix[expert], in at least float32.
+
+    One loop computes, for each group of R inputs, the sum of its R terms. A second loop adds the groups. Without the
+    barrier XLA would make them one loop, which is not vectorised.
+    """
+    inputs, wide = matrix.shape[-2], at_least_float32(x.dtype)
+    size = group_size(inputs)
+    rows = x.astype(wide).reshape(len(x), inputs // size, size, 1)
+    if expert is not None:
+        matrix = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, expert, keepdims=False), matrix)
+    scale = matrix.scale.astype(wide)
+    codes = matrix.codes.reshape(inputs // size, -1, matrix.codes.shape[-1])
+    if matrix.bits == 8:
+        parts = _sum_in_chains([rows[:, :, i] * codes[:, i].astype(wide) for i in range(size)])
+        return _sum_of_groups(parts) * scale
+    terms, half = [], size // 2
+    for i in range(half):
+        both = codes[:, i].astype(jnp.int32)
+        terms.append(rows[:, :, i] * (both & 15).astype(wide))
+        # 16 times the upper code. The factor goes to x, where it is exact and costs nothing.
+        terms.append(rows[:, :, i + half] / 16 * (both & 240).astype(wide))
+    return _sum_of_groups((_sum_in_chains(terms) - _OFFSET * rows.sum(2)) * scale)
+
+
+def _sum_in_chains(terms: list[Array]) -> Array:
+    """The sum of the terms: at most `_CHAINS` partial sums, and then their sum."""
+    chains = [sum(terms[i + _CHAINS :: _CHAINS], start=term) for i, term in enumerate(terms[:_CHAINS])]
+    return sum(chains[1:], start=chains[0])
+
+
+def _sum_of_groups(parts: Float[Array, "N groups F"]) -> Float[Array, "N F"]:
+    """The sum over the groups, by additions: XLA does not vectorise a reduction of this axis."""
+    parts = jax.lax.optimization_barrier(parts)
+    return sum((parts[:, group] for group in range(1, parts.shape[1])), start=parts[:, 0])

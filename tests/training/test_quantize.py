@@ -1,0 +1,147 @@
+"""`quantize`: a new run that every reading command opens, its scores, and the commands that refuse it."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import moe_jax
+from foundation.trained.problem import Problem
+from foundation.trained.weights import read_safetensors
+from moe_jax.cli.quantize import Quantize
+from moe_jax.config import ConfigError, RunConfig, UserError, load_config
+from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.slots import SlotDecoder
+from moe_jax.interop.source import open_source
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
+from moe_jax.runs.checkpoint import CheckpointStore
+from moe_jax.runs.doctor import examine
+from moe_jax.runs.identity import saved_weights
+from moe_jax.runs.load import open_run
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.summary import read_summary
+from moe_jax.serving.engine import Engine, in_parallel
+from moe_jax.serving.texts import TextRequest
+from moe_jax.training.session import Session
+from moe_jax.training.sft import TuningSource
+from moe_jax.training.upcycle import UpcycleSource
+from tests.serving import made as serving
+from tests.support import saved_run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("quantize")
+    with saved_run.quick_training(folder / "cache"):
+        yield saved_run.save_run(folder, layers=1)
+
+
+@pytest.fixture(scope="module")
+def made(run: Path) -> Path:
+    """The run with int4 weights, in the folder that the command chooses."""
+    assert Quantize.parse(["--run", str(run), "--to", "int4"]).execute() == 0
+    return run.with_name("run-int4")
+
+
+def test_the_result_says_what_the_rounding_changed(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "small"
+    assert Quantize.parse(["--run", str(run), "--to", "int8", "--out", str(out)]).execute() == 0
+    said = capsys.readouterr().out.splitlines()
+    result = json.loads(said[-1])
+    assert result["bytes_after"] < 0.5 * result["bytes_before"]
+    before, after = moe_jax.load_run(run), moe_jax.load_run(out)
+    assert result["val_loss_before"] == before.evaluate().loss
+    assert result["val_loss_after"] == after.evaluate().loss == read_summary(out)["val_loss"]
+    assert result["val_loss_after"] != result["val_loss_before"]
+    assert f"bits per byte: {result['val_bits_per_byte_before']:.4f} before" in "\n".join(said)
+    assert f"chat --run {out}" in said[-2]
+
+
+def test_a_quantised_run_opens_like_any_other(run: Path, made: Path) -> None:
+    there, here = moe_jax.load_run(run), moe_jax.load_run(made)
+    assert isinstance(here.params["blocks"][0]["attention"]["qkv"], QuantizedMatrix)
+    assert {f.state for f in examine(made, repair=False)} == {"good"}
+    assert here.generate("Once", max_tokens=5, temperature=0).startswith("Once")
+    assert here.trace("the cat").probs.shape == there.trace("the cat").probs.shape
+    assert here.checkpoint.manifest["context"]["run_id"] != there.checkpoint.manifest["context"]["run_id"]
+    assert load_config(made) is not None
+
+
+def test_a_quantised_run_is_served(made: Path) -> None:
+    """Two texts at once, each with the text of `generate`."""
+    run = moe_jax.load_run(made)
+    separator = run.tokenizer.separator_id
+    request = TextRequest([separator, *b"One"], Sampling(temperature=0.0), 0, 0, 5)
+    engine = Engine(SlotDecoder(run.graphdef, run.config.model.seq_len, 257, 2), run.params, run.tokenizer, queue=5)
+    engine.start()
+    both = in_parallel(engine, [request, request])
+    engine.stop()
+    written = [serving.text(events) for events in both]
+    assert written == [run.generate("One", max_tokens=5, temperature=0).removeprefix("One")] * 2
+
+
+def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Path) -> None:
+    config = load_config(made)
+    assert config is not None
+    says = "its weights are int4; name the run that they were made of"
+    with pytest.raises(UserError, match=f"--run .*{says}"):
+        open_source(made)
+    with pytest.raises(UserError, match=f"--run .*{says}"):
+        TuningSource.open(RunConfig(base=str(made)))
+    with pytest.raises(UserError, match=f"--run .*{says}"):
+        Quantize.parse(["--run", str(made), "--to", "int8", "--out", str(tmp_path / "x")]).execute()
+    with pytest.raises(UserError, match=f"--out .*{says}"):
+        Session.open(config, config)
+    with pytest.raises(Problem, match="has quantised weights; name the run that they were made of"):
+        read_safetensors(open_run(made).checkpoint.path / "weights.safetensors")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_dense_run_that_is_quantised_cannot_be_upcycled(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense = saved_run.save_run(tmp_path, dense="active", dropout=0.0)
+    config = load_config(dense)
+    assert config is not None
+    checkpoint = CheckpointStore(dense).list()[0]
+    checkpoint.manifest["context"]["quantized"] = {"weights": "int8", "made_from": "there"}
+    monkeypatch.setattr("moe_jax.training.upcycle.best_of_run", lambda folder: checkpoint)
+    model = dataclasses.replace(config.model, dense="none", expert_hidden=config.model.dense_hidden)
+    with pytest.raises(UserError, match=r"--upcycle .*its weights are int8; name the run .*, there"):
+        UpcycleSource.open(dataclasses.replace(config, upcycle=str(dense), model=model))
+
+
+def test_wrong_values(run: Path, made: Path) -> None:
+    with pytest.raises(ConfigError, match="is not empty; name a new folder"):
+        Quantize.parse(["--run", str(run), "--to", "int4", "--out", str(made)]).execute()
+    with pytest.raises(ConfigError, match="--to int2"):
+        Quantize.parse(["--run", str(run), "--to", "int2"])
+
+
+def test_without_the_text_the_run_is_made_and_not_scored(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["source"] = str(tmp_path / "gone.txt")
+    (copy / "config.json").write_text(json.dumps(config))
+    assert Quantize.parse(["--run", str(copy), "--to", "int8"]).execute() == 0
+    said = capsys.readouterr().out
+    assert "not scored: " in said
+    assert set(json.loads(said.splitlines()[-1])) == {"bytes_before", "bytes_after"}
+    assert open_run(tmp_path / "copy-int8").checkpoint.step == saved_run.STEP
+
+
+@pytest.mark.parametrize("found", [{"weights": "int3"}, "int8", []])
+def test_a_form_of_weights_that_is_not_known_is_damage(made: Path, found: Any) -> None:
+    checkpoint = CheckpointStore(made).list()[0]
+    checkpoint.manifest["context"]["quantized"] = found
+    with pytest.raises(CheckpointCorrupted, match="form of weights"):
+        saved_weights(checkpoint)
