@@ -50,9 +50,13 @@ def float64() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Most of the fast suite's time is compiling, so it compiles without LLVM's optimisations. The marked suites
-    compile as users do. With `XLA_FLAGS= uv run pytest` the fast suite does so too."""
+    compile as users do, except for `parallel`, which compiles many programs. With `XLA_FLAGS= uv run pytest` the fast
+    suite does so too."""
     if "not reliability" in config.option.markexpr:
         os.environ.setdefault("XLA_FLAGS", QUICK_COMPILER)
+    given = os.environ.get("XLA_FLAGS", "")
+    if config.option.markexpr == "parallel" and QUICK_COMPILER not in given:
+        os.environ["XLA_FLAGS"] = f"{given} {QUICK_COMPILER}"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,6 +18,7 @@ FLOORS = (
     ("pages", "system"),
     ("config",),
     ("data", "model"),
+    ("parallel",),
     ("inference", "runs"),
     ("interop",),
     ("training",),

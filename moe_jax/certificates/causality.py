@@ -72,19 +72,19 @@ class PerturbationResult(NamedTuple):
 
 
 def count_changes(run: Callable[[Any], tuple[Any, Any]], before: np.ndarray, other: np.ndarray) -> PerturbationResult:
-    """Compare `run(before)` with runs in which one position of one row is taken from `other`.
+    """Compare `run(before)` with runs in which one position of the first or of the last row is taken from `other`.
 
-    `run` returns outputs [2, T, ...] and the share of pairs dropped.
+    `run` returns outputs [B, T, ...] and the share of pairs dropped.
     """
-    tokens = before.shape[1]
+    rows, tokens = before.shape[:2]
     y, dropped = (np.asarray(a) for a in run(before))
     counts = np.zeros(3, int)
     for t in sorted({tokens // 4, tokens // 2, 3 * tokens // 4, tokens - 1}):
-        for row in range(2):
+        for row in (0, rows - 1):
             after = before.copy()
             after[row, t] = other[row, t]
-            changed = (np.asarray(run(after)[0]) != y).reshape(2, tokens, -1).any(-1)
-            counts += changed[row, :t].sum(), changed[1 - row].sum(), changed[row, t:].sum()
+            changed = (np.asarray(run(after)[0]) != y).reshape(rows, tokens, -1).any(-1)
+            counts += changed[row, :t].sum(), np.delete(changed, row, 0).sum(), changed[row, t:].sum()
     return PerturbationResult(int(counts[0]), int(counts[1]), int(counts[2]), float(dropped.max()))
 
 
@@ -93,12 +93,11 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator
 
     Every variant except `blocks` has a capacity, even if the model trains without one.
     """
-    factor = config.routing.capacity_factor * CAPACITY_SCALE
-    tight = config.with_routing(capacity_factor=factor, dispatch="capacity", priority="token")
+    limited = tight(config).with_routing(dispatch="capacity", priority="token")
     rng = np.random.default_rng(0)
     before, other = rng.normal(size=(2, BATCH, config.seq_len, config.width)).astype(np.float32)
     for name, variant in VARIANTS.items():
-        model = dataclasses.replace(tight, **variant.shape).with_routing(**variant.routing)
+        model = dataclasses.replace(limited, **variant.shape).with_routing(**variant.routing)
         layer = build_layer(model, nnx.Rngs(params=jax.random.key(1)), variant.moe)
         if ffn is not None:
             nnx.update(layer, nnx.State({"router": ffn["router"], "experts": ffn["experts"]}))
@@ -118,7 +117,7 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator
 
 def model_causality(config: RunConfig, params: Params) -> Certificate:
     """Test the whole model in training mode, without dropout, with its capacity factor times CAPACITY_SCALE."""
-    model = config.model.with_routing(capacity_factor=config.model.routing.capacity_factor * CAPACITY_SCALE)
+    model = tight(config.model)
     graphdef, _ = abstract_model(model)
 
     @jax.jit
@@ -126,15 +125,28 @@ def model_causality(config: RunConfig, params: Params) -> Certificate:
         hidden, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN)
         return hidden, jnp.zeros(()) if stats is None else stats.drop_fraction
 
+    return tokens_causality("causality: the whole model", model, run, BATCH)
+
+
+def tight(model: ModelConfig) -> ModelConfig:
+    """The model with its capacity factor times CAPACITY_SCALE."""
+    return model.with_routing(capacity_factor=model.routing.capacity_factor * CAPACITY_SCALE)
+
+
+def tokens_causality(
+    name: str, model: ModelConfig, run: Callable[[Any], tuple[Any, Any]], sequences: int
+) -> Certificate:
+    """Test `run(tokens [B, T])`, which returns hidden states [B, T, D] and the share of pairs dropped, on random tokens
+    of B = `sequences` sequences."""
     rng = np.random.default_rng(0)
-    before, other = rng.integers(0, model.vocab_size, (2, BATCH, model.seq_len)).astype(np.int32)
+    before, other = rng.integers(0, model.vocab_size, (2, sequences, model.seq_len)).astype(np.int32)
     found = count_changes(run, before, other)
     leaky = model.routing.priority != "token"
     drops = found.dropped > 0 or model.dropless
     asked = (
         "leaks, as configured: earlier outputs change, and none of the other sequence" if leaky else _expected(model)
     )
-    return Certificate("causality: the whole model", found.causal(leaky) and drops, str(found), asked, leaky)
+    return Certificate(name, found.causal(leaky) and drops, str(found), asked, leaky)
 
 
 def _expected(model: ModelConfig) -> str:

@@ -1,11 +1,12 @@
 """`moe-jax certify`."""
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command, check_range, check_run_folder
 from moe_jax.cli.result import print_json
-from moe_jax.config import PresetName
+from moe_jax.config import MeshShape, PresetName
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
 from moe_jax.system.console import working
@@ -31,7 +32,10 @@ class Certify(Command):
     run: str = ""
     """Folder of a run. Its model and its trained parameters are tested instead."""
     batch_size: int = 2
-    """Sequences of the training step that is compiled and run."""
+    """Sequences of the training step that is compiled and run. On a mesh, those of each device."""
+    mesh: str = ""
+    """Test the training step of several devices too, such as data=2,expert=4: what each computes, and what they send
+    each other."""
     json: bool = False
     """Print the results as JSON too."""
 
@@ -40,9 +44,12 @@ class Certify(Command):
         if self.run:
             check_run_folder(self.run)
         what = f"run {self.run}" if self.run else f"preset {self.preset}, initial parameters"
+        MeshShape.parse(self.mesh)
         environment.prepare_environment()
         with working(f"loading {what}"):
             from moe_jax.certificates.certify import certify, initial_params
+            from moe_jax.certificates.on_mesh import certify_mesh, meshed
+            from moe_jax.parallel.mesh import mesh_of
             from moe_jax.runs.load import open_run
             from moe_jax.system.rich_console import Console
 
@@ -52,9 +59,12 @@ class Certify(Command):
             else:
                 config = with_vocabulary(preset(self.preset))
                 params = initial_params(config)
-        console = Console()
+        remaining = certify(config, params, self.batch_size)
+        if (mesh := mesh_of(self.mesh)) is not None:
+            on_mesh = certify_mesh(meshed(config, self.mesh, self.batch_size), params, mesh)
+            remaining = itertools.chain(remaining, on_mesh)
+        console, found = Console(), []
         console.print(f"[bold]certificates[/bold] of {what}\n")
-        found, remaining = [], certify(config, params, self.batch_size)
         while True:
             with working("testing the next claim" if found else "testing the first claim"):
                 certificate = next(remaining, None)

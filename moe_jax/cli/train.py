@@ -51,11 +51,13 @@ class Train(RunCommand):
             # jax is imported only now, because the arguments are accepted and the environment is set.
             with working("starting JAX"):
                 from moe_jax.inspection.report import report_run
+                from moe_jax.parallel.mesh import mesh_of
                 from moe_jax.runs.folder import locked_for_training
                 from moe_jax.training.loop import finish, train
                 from moe_jax.training.run_header import print_result, print_run_header
                 from moe_jax.training.session import Session
 
+            mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
             try:
                 with locked_for_training(Path(config.run_dir)) as lock:
                     session = Session.open(config, saved, lock)

@@ -9,6 +9,7 @@ too (`flags.SHORT_FLAGS`). A wrong value raises `ConfigError`, whose text names 
     run.py         RunConfig: all of them, to and from `config.json`
     presets.py     the presets: named settings that a run starts from
     migrations.py  reads configurations of earlier versions: a renamed field is mapped to its new name here
+    mesh.py        MeshShape: the devices that train together
     compatibility.py   what a resumed or an upcycled run may change
     near_runs.py   names the runs near a folder that holds none
     baselines.py   the dense baselines        flags.py  names of flags, checks
@@ -22,6 +23,7 @@ The alphabet of the project, used in every annotation, einsum and comment:
 
 from moe_jax.config.data import NAMED_CORPORA, DataConfig, DataFormat, Role, TokenizerKind
 from moe_jax.config.execution import ComputeDtype, ExecutionConfig
+from moe_jax.config.mesh import MeshShape
 from moe_jax.config.model import (
     Activation,
     Balancing,
@@ -51,6 +53,7 @@ __all__ = [
     "Dense",
     "Dispatch",
     "ExecutionConfig",
+    "MeshShape",
     "ModelConfig",
     "Norm",
     "OptimizerKind",

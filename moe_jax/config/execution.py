@@ -18,6 +18,9 @@ class ExecutionConfig:
     """Recompute each block in the backward pass instead of keeping its activations: less memory, more time."""
     deterministic: bool = False
     """On a GPU, use only programs that give the same bits each time, at some cost in speed. A CPU always does."""
+    mesh: str = ""
+    """Devices that train together, as AXIS=SIZE,...: `data` divides the batch, `fsdp` also the matrices, `expert` also
+    the experts. The sizes multiply to the number of devices. Without it, one device."""
 
     def __post_init__(self) -> None:
         check_choices(self, "execution")

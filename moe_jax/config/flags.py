@@ -25,6 +25,7 @@ SHORT_FLAGS = {
     "--save-every": "--train.save-every",
     "--precision": "--execution.compute-dtype",
     "--deterministic": "--execution.deterministic",
+    "--mesh": "--execution.mesh",
     "--seq-len": "--model.seq-len",
     "--experts": "--model.experts",
     "--top-k": "--routing.top-k",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from moe_jax.config.data import DataConfig
 from moe_jax.config.execution import ExecutionConfig
 from moe_jax.config.flags import check, check_choices
+from moe_jax.config.mesh import check_mesh
 from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.train import TrainConfig
@@ -56,6 +57,7 @@ class RunConfig:
                 f"--init-from {self.init_from}: --upcycle {self.upcycle} says too what the run starts from; give one"
             )
         comes_with_it = self.data.tokenizer != "hf" or bool(self.init_from or self.upcycle)
+        check_mesh(self.execution.mesh, self.model, self.train)
         check(comes_with_it, "data", "tokenizer", "hf", "gpt2, bpe or byte, unless --init-from or --upcycle is given")
 
     @property

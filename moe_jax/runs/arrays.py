@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +46,18 @@ def write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
         checkpointer.save((folder / ARRAYS).resolve(), leaves)
 
 
-def read_arrays(path: Path, wanted: dict[str, manifest.Leaf]) -> dict[str, jax.Array]:
-    """Read the `wanted` leaves, and compare each with its digest.
+def read_arrays(
+    path: Path, wanted: dict[str, manifest.Leaf], shardings: Mapping[str, jax.sharding.Sharding | None] | None = None
+) -> dict[str, jax.Array]:
+    """Read the `wanted` leaves, and compare each with its digest. A leaf is laid out by its sharding, on the first
+    device unless given.
 
     Raises CheckpointCorrupted if one is damaged, and CheckpointUnreadable if the system refuses to read one.
     """
     _check_stored(path / ARRAYS, wanted)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    item = {n: jax.ShapeDtypeStruct(leaf.shape, np.dtype(leaf.dtype), sharding=sharding) for n, leaf in wanted.items()}
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = {name: (shardings or {}).get(name) or first for name in wanted}
+    item = {n: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=places[n]) for n, x in wanted.items()}
     _ignore_late_reads()
     try:
         with without_traces(), ocp.PyTreeCheckpointer() as checkpointer:

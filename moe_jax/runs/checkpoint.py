@@ -251,7 +251,9 @@ def _readable(entries: Iterable[Entry]) -> Iterator[tuple[Path, Checkpoint | Che
 def restore(checkpoint: Checkpoint, target: Any) -> Any:
     """The saved values in the structure of `target` (arrays, or `jax.eval_shape` of them).
 
-    Only the leaves of `target` are read, so parameters can be read without the optimizer's state. Raises
+    Only the leaves of `target` are read, so parameters can be read without the optimizer's state. Each array is laid
+    out as its leaf of `target`, whatever the mesh of the run that saved it; on the first device if that has no
+    sharding. Raises
     CheckpointCorrupted if a file or an array is damaged, and UserError if a leaf is missing or has another shape or
     dtype.
     """
@@ -280,7 +282,8 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
                 f"{checkpoint.path}: {name} is {described} and {list(here[0])} {here[1]} in this configuration; "
                 "use the configuration that the run was started with"
             )
-    arrays = read_arrays(checkpoint.path, {name: saved[name] for name in names})
+    places = {name: getattr(leaf, "sharding", None) for name, (_, leaf) in zip(names, leaves, strict=True)}
+    arrays = read_arrays(checkpoint.path, {name: saved[name] for name in names}, places)
     return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in names])
 
 

@@ -97,24 +97,32 @@ def scopes(op_name: str) -> set[str]:
 
 
 @dataclass
-class _Instruction:
+class Instruction:
+    """One line of HLO."""
+
     opcode: str
     arrays: list[tuple[str, tuple[int, ...]]]
+    """Dtype and shape of each array of the result."""
     operands: list[str]
     text: str
 
 
 @dataclass
-class _Computation:
-    instructions: dict[str, _Instruction] = field(default_factory=dict)
+class Computation:
+    """The instructions of one computation, by name."""
+
+    instructions: dict[str, Instruction] = field(default_factory=dict)
 
 
-def _parse(text: str) -> tuple[dict[str, _Computation], str]:
-    computations: dict[str, _Computation] = {}
+def parse(text: str | None) -> tuple[dict[str, Computation], str]:
+    """The computations of optimised HLO by name, and the name of the entry. Raises ValueError if there is no text."""
+    if text is None:
+        raise ValueError("this backend does not show its optimised program")
+    computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            current = computations.setdefault(header[2], _Computation())
+            current = computations.setdefault(header[2], Computation())
             entry = header[2] if header[1] else entry
         elif line.startswith("}"):
             current = None
@@ -125,28 +133,40 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
             head = found[2][: opcode.start(1)]
             arrays = [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(head)]
             operands = re.findall(r"%([\w.\-]+)", opcode[2])
-            current.instructions[found[1]] = _Instruction(opcode[1], arrays or [("", ())], operands, found[2])
+            current.instructions[found[1]] = Instruction(opcode[1], arrays or [("", ())], operands, found[2])
     return computations, entry
 
 
-def _calls(instruction: _Instruction) -> Iterator[tuple[str, int]]:
-    """The computations that an instruction calls, each with the number of its executions."""
-    trips = 1
-    if instruction.opcode == "while":
-        known = _TRIPS.search(instruction.text)
-        if known is None:
-            raise ValueError(f"the number of passes of a loop is unknown: {instruction.text[:200]}")
-        trips = int(known[1])
+def trips(loop: Instruction) -> int | None:
+    """How often a loop runs its body. None if the compiler does not know."""
+    known = _TRIPS.search(loop.text)
+    return int(known[1]) if known else None
+
+
+def called(instruction: Instruction) -> Iterator[str]:
+    """The computations that an instruction calls, without the scalar functions of a reduction."""
     found = _CALLED.findall(instruction.text)
     for kind, names in _CALLED_MANY.findall(instruction.text):
         found += [(kind, name.strip().lstrip("%")) for name in names.split(",")]
     for kind, name in found:
         if kind in _SMALL_CALLS and instruction.opcode not in ("call", "async-start", "custom-call"):
             continue
-        yield name, trips
+        yield name
 
 
-def _is_product(instruction: _Instruction) -> bool:
+def _calls(instruction: Instruction) -> Iterator[tuple[str, int]]:
+    """The computations that an instruction calls, each with the number of its executions."""
+    times = 1
+    if instruction.opcode == "while":
+        known = trips(instruction)
+        if known is None:
+            raise ValueError(f"the number of passes of a loop is unknown: {instruction.text[:200]}")
+        times = known
+    for name in called(instruction):
+        yield name, times
+
+
+def _is_product(instruction: Instruction) -> bool:
     """Whether an instruction is one matrix product. Raises ValueError if it may have products that nobody counts."""
     if instruction.opcode == "dot":
         return True
@@ -159,7 +179,7 @@ def _is_product(instruction: _Instruction) -> bool:
     return False
 
 
-def _dot(instruction: _Instruction, computation: _Computation, runs: int) -> Dot:
+def _dot(instruction: Instruction, computation: Computation, runs: int) -> Dot:
     (operand_dtype, left), (_, right) = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
     dtype, out = instruction.arrays[0]
     text = instruction.text
@@ -179,20 +199,18 @@ def read_program(text: str | None) -> Program:
     Raises ValueError if there is no text, if the program has a loop whose number of passes the compiler does not know,
     or if it has products that cannot be counted.
     """
-    if text is None:
-        raise ValueError("this backend does not show its optimised program")
-    computations, entry = _parse(text)
+    computations, entry = parse(text)
     runs: Counter[str] = Counter()
     fused: set[str] = set()
 
     def visit(name: str, times: int) -> None:
         runs[name] += times
         for instruction in computations[name].instructions.values():
-            for called, trips in _calls(instruction):
-                if called in computations:
+            for target, passes in _calls(instruction):
+                if target in computations:
                     if instruction.opcode == "fusion":
-                        fused.add(called)
-                    visit(called, times * trips)
+                        fused.add(target)
+                    visit(target, times * passes)
 
     visit(entry, 1)
     dots, buffers = [], []

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
@@ -21,10 +22,13 @@ from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
+from moe_jax.parallel.experts import ExpertParallelMoE
+from moe_jax.parallel.layout import Layout
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
 from moe_jax.training.loss import training_loss
-from moe_jax.training.optimizers.factory import make_optimizer
+from moe_jax.training.on_mesh import make_mesh_evaluation, mesh_programs
+from moe_jax.training.optimizers.factory import make_optimizer, needs_whole_matrices
 from moe_jax.training.state import TrainState, initial_params, initial_state
 from moe_jax.training.step import Step, make_step
 
@@ -45,6 +49,8 @@ class Programs:
     training_graphdef: nnx.GraphDef
     """The definition of the model that is trained: with adapters, if there are any."""
     adapter_shapes: Adapters | None
+    layout: Layout | None = None
+    """Where arrays lie on the mesh of several devices. None on one device."""
 
     @classmethod
     def of(
@@ -53,9 +59,10 @@ class Programs:
         device: Any = None,
         moe: type[MoE] = MoE,
         loss: cross_entropy.Implementation = "blocked",
+        mesh: Mesh | None = None,
     ) -> "Programs":
         """The programs for a device, or for a description of one (`planning.device_memory.Target`). Unless given, for
-        the first device of this machine.
+        the first device of this machine. With a `mesh`, step and evaluation are for all its devices together.
 
         For comparisons, `moe` replaces the MoE layer, and `loss` chooses the implementation of the cross-entropy.
         """
@@ -66,12 +73,28 @@ class Programs:
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
         if lora is not None:
             training, adapters = abstract_adapted(config.model, lora, policy.compute, config.execution.remat, moe)
-        return cls(config, policy, graphdef, shapes, make_optimizer(config.train), loss, lora, training, adapters)
+        layout = None
+        if mesh is not None:
+            layout = Layout.of(mesh, shapes, needs_whole_matrices(shapes, config.train))
+            if mesh.shape["expert"] > 1:
+                exchanging = ExpertParallelMoE if moe is MoE else moe
+                training, _ = abstract_model(
+                    config.model, policy.compute, config.train.param_dtype, config.execution.remat, exchanging
+                )
+        optimizer = make_optimizer(config.train) if layout is None else make_optimizer(config.train, layout.hold)
+        return cls(config, policy, graphdef, shapes, optimizer, loss, lora, training, adapters, layout)
 
     @cached_property
     def state_shapes(self) -> TrainState:
-        """Shapes and dtypes of the whole training state."""
-        return jax.eval_shape(self.state, self.param_shapes)
+        """Shapes and dtypes of the whole training state, and on a mesh where its arrays lie."""
+        shapes = jax.eval_shape(self._initial_state, self.param_shapes)
+        if self.layout is None:
+            return shapes
+        return jax.tree.map(
+            lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+            shapes,
+            self.layout.state(shapes),
+        )
 
     def initial_params(self) -> Params:
         """Random parameters, from the seed of the configuration."""
@@ -79,6 +102,10 @@ class Programs:
 
     def state(self, params: Params) -> TrainState:
         """The state of training before the first step."""
+        state = self._initial_state(params)
+        return state if self.layout is None else jax.device_put(state, self.layout.state(state))
+
+    def _initial_state(self, params: Params) -> TrainState:
         adapters = None
         if self.adapter_shapes is not None:
             adapters = initial_adapters(self.adapter_shapes, purpose_key(self.config.train.seed, Purpose.ADAPTERS))
@@ -90,15 +117,25 @@ class Programs:
             return state.params
         return merged(state.params, state.adapters, self.lora.scale)
 
+    def on_one_device[T](self, tree: T) -> T:
+        """The same arrays, whole on the first device of the mesh. Without a mesh they are there already."""
+        return tree if self.layout is None else jax.device_put(tree, self.layout.mesh.devices.flat[0])
+
     @cached_property
     def step(self) -> Step:
         """(state, batch int32 [M, B, T+1]) -> (state, report). The new state reuses the memory of the given state."""
         loss = partial(training_loss, implementation=self.loss)
-        return make_step(self.training_graphdef, self.optimizer, self.config.train, self.policy.loss_scaling, loss=loss)
+        train, scaling = self.config.train, self.policy.loss_scaling
+        if self.layout is None:
+            return make_step(self.training_graphdef, self.optimizer, train, scaling, loss=loss)
+        mesh = mesh_programs(self.layout, self.state_shapes)
+        return make_step(self.training_graphdef, self.optimizer, train, scaling, loss=loss, mesh=mesh)
 
     @cached_property
     def evaluation(self) -> EvaluationStep:
         """One batch of evaluation windows; see `evaluate.make_evaluation_step`."""
+        if self.layout is not None:
+            return make_mesh_evaluation(self.layout, self.graphdef, self.param_shapes)
         return make_evaluation_step(self.graphdef)
 
     def decoder(self, vocab_size: int | None = None) -> Decoder:

@@ -1,12 +1,13 @@
 """The text that `train.py` prints before training (the run on one page) and after training (the result)."""
 
+import math
 import shlex
 from typing import Any
 
 import jax
 from rich.table import Table
 
-from moe_jax.config import ModelConfig, RunConfig, TrainConfig
+from moe_jax.config import MeshShape, ModelConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import Split
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
 from moe_jax.model.step_memory import least_step_bytes
@@ -33,6 +34,7 @@ def print_run_header(session: Session, notes: list[str]) -> None:
         **({"adapters": _adapter_line(config)} if config.train.lora_rank else {}),
         "precision": str(session.programs.policy),
         "memory": _memory_line(session),
+        **({"mesh": _mesh_line(session)} if session.programs.layout else {}),
         "plan": _plan_line(config.train, session.data.tokens_per_step, len(store.train.tokens)),
         "arithmetic": f"{training_flops(config, config.train.steps):.2e} floating-point operations: "
         + ("4 x active matmul parameters x tokens, and 6 x those of the adapters" if config.train.lora_rank else "")
@@ -100,6 +102,19 @@ def _memory_line(session: Session) -> str:
     return (
         f"at least {least:,.0f} MiB in a training step; {weights:.2f} bytes a parameter, as many for its gradient, and "
         f"{state:.2f} for the state of {kind}"
+    )
+
+
+def _mesh_line(session: Session) -> str:
+    """The devices that train together, and what each of them keeps between steps."""
+    shape = MeshShape.parse(session.config.execution.mesh)
+    leaves = jax.tree.leaves((session.state.params, session.state.optimizer))
+    here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / 2**20
+    whole = sum(x.size * x.dtype.itemsize for x in leaves) / 2**20
+    sequences = session.config.train.batch_size // shape.devices
+    return (
+        f"{shape.devices} devices, {shape}: {sequences} sequence{'s' * (sequences != 1)} of a micro-batch on each, and "
+        f"{here:,.1f} of {whole:,.1f} MiB of parameters and optimizer state"
     )
 
 

@@ -26,6 +26,7 @@ from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
+from moe_jax.parallel.mesh import mesh_of
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
 from moe_jax.runs.folder import RunFolder, RunLock
 from moe_jax.runs.identity import (
@@ -196,7 +197,7 @@ class Session:
             tokenizer = load_run_tokenizer(folder.path, found[-1] if found else None, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         config = dataclasses.replace(config, model=_with_vocabulary(config.model, store))
-        programs = Programs.of(config)
+        programs = Programs.of(config, mesh=mesh_of(config.execution.mesh))
         opened = cls(
             config=config,
             folder=folder,
@@ -249,14 +250,15 @@ class Session:
 
     @property
     def params(self) -> Params:
-        """The present parameters of the plain model. With adapters they are a copy of all weights."""
-        return self.programs.weights(self.state)
+        """The present parameters of the plain model. With adapters they are a copy of all weights. On a mesh they are a
+        copy on the first device, which makes samples and routing snapshots."""
+        return self.programs.on_one_device(self.programs.weights(self.state))
 
     def score(self, stream: Stream, params: Any = None) -> Evaluation:
         """Evaluate `params` on a stream, or the present parameters if `params` is None."""
         return evaluate(
             self.programs.evaluation,
-            self.params if params is None else params,
+            self.programs.weights(self.state) if params is None else params,
             stream.tokens,
             seq_len=self.config.model.seq_len,
             token_bytes=self.data.store.tokenizer.token_bytes(),
@@ -282,9 +284,9 @@ class Session:
         """Write the batch and the names of the arrays that are not finite, for a bad step: see `nonfinite.diagnose`."""
         return diagnose(
             self.folder.files,
-            self.programs.training_graphdef,
+            self.programs.training_graphdef if self.programs.layout is None else self.programs.graphdef,
             self.config.train,
-            self.state,
+            self.programs.on_one_device(self.state),
             self.data.batch(step - 1),
             step,
         )

@@ -25,6 +25,17 @@ from moe_jax.training.optimizers.factory import learning_rate
 from moe_jax.training.state import LossScale, TrainState, next_scale, next_track
 
 
+class MeshPrograms(NamedTuple):
+    """What a step on several devices has in place of a step on one (`training/on_mesh.py`)."""
+
+    gradients: Callable[..., tuple[Params, Metrics]]
+    """In place of `gradients`, with the same arguments."""
+    state: Any
+    """The shardings of a `TrainState`."""
+    batch: Any
+    """The sharding of a batch."""
+
+
 class StepReport(NamedTuple):
     """The report of a step. The host reads it one step late, so that the device does not wait for the host."""
 
@@ -57,6 +68,7 @@ def gradients(
     trace: bool = False,
     loss: Loss = training_loss,
     frozen: Params | None = None,
+    blocks: Int[Array, " M"] | None = None,
 ) -> tuple[Params, Metrics]:
     """The mean gradient over M micro-batches of B sequences, in at least float32, and the mean metrics.
 
@@ -66,6 +78,9 @@ def gradients(
     sum. The traces are stacked along a first axis M.
 
     With `frozen`, the parameters of the model, `params` are its adapters, and the gradient is theirs.
+
+    `blocks` are the places of the micro-batches in the whole batch, in units of B sequences: 0 to M - 1 unless given. A
+    device of a mesh, which has some of the sequences only, gives them.
     """
 
     def micro(tokens: Any, index: Array) -> tuple[Params, Metrics]:
@@ -82,7 +97,7 @@ def gradients(
     count = len(jax.tree.leaves(batch)[0])
     first = jax.tree.map(lambda x: x[0], batch)
     if count == 1:
-        grads, metrics = micro(first, jnp.int32(0))
+        grads, metrics = micro(first, jnp.int32(0) if blocks is None else blocks[0])
         traces = jax.tree.map(lambda x: x[None], metrics.trace)
         metrics = metrics._replace(trace=None)
     else:
@@ -94,7 +109,9 @@ def gradients(
         shapes, of_metrics = jax.eval_shape(micro, first, jnp.int32(0))
         shapes = (shapes, of_metrics._replace(trace=None))
         zero = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), shapes)
-        (grads, metrics), traces = jax.lax.scan(accumulate, zero, (batch, jnp.arange(count)))
+        (grads, metrics), traces = jax.lax.scan(
+            accumulate, zero, (batch, jnp.arange(count) if blocks is None else blocks)
+        )
     divisor = count if scale is None else count * scale
     grads = jax.tree.map(lambda g: _wide(g) / divisor, grads)
     return grads, jax.tree.map(lambda m: m / count, metrics)._replace(trace=traces)
@@ -147,6 +164,7 @@ def make_step(
     loss_scaling: bool,
     trace: bool = False,
     loss: Loss = training_loss,
+    mesh: MeshPrograms | None = None,
 ) -> Step:
     """The jitted step. It reuses the memory of the state that it is given. A batch is int32 `[M, B, T+1]`: M
     micro-batches.
@@ -158,16 +176,19 @@ def make_step(
     `trace`, a static argument, adds every decision of the routers to the metrics. `loss` computes the loss to minimise.
 
     If the state has adapters, `graphdef` is that of the adapted model. Then only the adapters change.
+
+    With a `mesh`, its devices take the step together, and the state lies on them.
     """
 
     schedule = learning_rate(config, config.lr)
+    compute_gradients = gradients if mesh is None else mesh.gradients
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, StepReport]:
         key = purpose_key(config.seed, Purpose.DROPOUT, state.step)
         scale: LossScale = state.loss_scale
         factor = scale.scale if loss_scaling else None
         trained = state.trained
-        grads, metrics = gradients(graphdef, trained, batch, key, factor, config, trace, loss, state.frozen)
+        grads, metrics = compute_gradients(graphdef, trained, batch, key, factor, config, trace, loss, state.frozen)
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())
@@ -195,4 +216,12 @@ def make_step(
         )
         return new, StepReport(metrics, norm, finite, spike, jnp.asarray(schedule(state.step)))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, **_places(mesh))
+
+
+def _places(mesh: MeshPrograms | None) -> dict[str, Any]:
+    """Where the arguments and results of a step lie, for `jax.jit`."""
+    if mesh is None:
+        return {}
+    # Without `out_shardings` the compiler would choose where the new state lies, and the next step would compile anew.
+    return {"in_shardings": (mesh.state, mesh.batch), "out_shardings": (mesh.state, None)}

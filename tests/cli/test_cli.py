@@ -82,6 +82,9 @@ BAD_TRAIN = [
     (["--model.qk-norm", "both"], ["--model.qk-norm both", "one of none, head, full"]),
     (["--model.kv-heads", "2"], ["--model.kv-heads 2", "--model.no-tie-value-output-init"]),
     (["--model.head-size", "16"], ["--model.head-size 16", "--model.no-tie-value-output-init"]),
+    (["--mesh", "tensor=2"], ["--mesh tensor=2", "data, fsdp and expert"]),
+    (["--mesh", "data=3"], ["--mesh data=3", "divide --batch-size"]),
+    (["--mesh", "expert=2", "--dispatch", "blocks"], ["--mesh expert=2", "--dispatch blocks"]),
     (["--train.clip", "2"], ["--train.clip", "is called --train.max-grad-norm now"]),
     (["--train.remat"], ["--train.remat", "is called --execution.remat now"]),
     (["--upcycle", "no/such/run"], ["--upcycle no/such/run", "--model.dense active"]),
@@ -116,6 +119,7 @@ BAD_COMMANDS = [
     (["certify", "--run", "no/such/run"], ["--run", "no/such/run"]),
     (["certify", "--preset", "giant"], ["--preset", "giant"]),
     (["certify", "--batch-size", "0"], ["--batch-size", "0"]),
+    (["certify", "--mesh", "data=0"], ["--mesh data=0", "data=2,expert=4"]),
     (["samples", "--run", "no/such/run"], ["--run", "no/such/run"]),
     (["samples", "--run", "held", "--stories", "0"], ["--stories", "0"]),
     (["samples", "--run", "held", "--out", "held"], ["--out held", "folder"]),
@@ -271,7 +275,7 @@ def test_short_names() -> None:
         if "lora" in long or "router" in long:  # need a run to tune: tests/training/test_sft.py
             continue
         value = {"--data": "stories", "--tokenizer": "byte", "--optimizer": "adamw"}.get(short)
-        value = value or {"--precision": "float32", "--dispatch": "blocks"}.get(short, "2")
+        value = value or {"--precision": "float32", "--dispatch": "blocks", "--mesh": "data=2"}.get(short, "2")
         if short == "--deterministic":
             assert _settings([short]) == _settings([long]) != _settings([])
             assert _settings(["--no-deterministic"]) == _settings(["--execution.no-deterministic"]) == _settings([])

@@ -38,7 +38,7 @@ FIELDS = [
     (section, f.name) for section, owner in SECTIONS.items() for f in dataclasses.fields(owner) if f.name != "routing"
 ]
 OTHER = {"heads": 2, "tokenizer": "byte", "source": "tinystories", "warmup_steps": 3, "dropout": 0.5, "eval_tokens": 99}
-OTHER |= {"attention_dropout": 0.5, "beta1": 0.5, "beta2": 0.5, "input_jitter": 0.5, "head_size": 64}
+OTHER |= {"mesh": "data=2", "attention_dropout": 0.5, "beta1": 0.5, "beta2": 0.5, "input_jitter": 0.5, "head_size": 64}
 """Of the fields that take no neighbouring value."""
 UNTIED = {"tie_value_output_init": False}
 ALSO: dict[tuple[str, str], dict[str, Any]] = {("model", "kv_heads"): UNTIED, ("model", "head_size"): UNTIED}

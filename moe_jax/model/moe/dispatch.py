@@ -18,6 +18,7 @@ time, and no array has the shape `[T, E, C]`.
 `reference.py` has two slow dispatches, which the tests compare these with. `variants.py` has the priorities that leak.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -82,8 +83,10 @@ class Capacity:
         return _plan(row, keep, routing.logits.shape[-1], self.slots)
 
     def apply(
-        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Callable[[Array], Array]
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        """See `Dispatch`. `experts` may be any function of rows [E, B*C, D], such as one that sends them to other
+        devices (`moe_jax.parallel.experts`)."""
         plan, routing = self.plan(routing), self.requested_pairs(routing)
         with jax.named_scope("dispatch"):
             rows = dispatch(x, plan)

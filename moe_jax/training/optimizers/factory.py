@@ -11,6 +11,7 @@ Bytes of optimizer state for each parameter (a float32 weight takes 4 bytes more
 Chapter 10 of `foundation` derives the steps of AdamW, Adafactor and Muon, and a test compares them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -53,23 +54,39 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
     )
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+type Hold = Callable[[Any], Any]
+
+
+def make_optimizer(config: TrainConfig, hold: Hold = lambda updates: updates) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the configuration. It expects gradients that are already clipped.
 
     `update(..., step=n, taken=...)` takes the run's clock n, the number of earlier steps, skipped ones included. The
     optimizer has no clock of its own for the learning rate. Weight decay applies to matrices, not to vectors (norm
     scales, biases). `taken=False` changes no bit of the optimizer's state. The caller must then not add the updates to
     the parameters.
+
+    `hold` says where the updates lie on a mesh (`parallel.layout.Layout.hold`). It acts before the decay, which adds
+    parameters: these lie elsewhere, and the compiler would take their layout for the whole rule.
     """
     if config.optimizer == "muon":
         labels = partial(muon_labels, routers=config.muon_router)
-        return optax.partition({"muon": _muon(config), "adamw": _decayed(_adam(config), config)}, labels)
+        return optax.partition({"muon": _muon(config, hold), "adamw": _decayed(_adam(config), config, hold)}, labels)
     if config.optimizer == "adafactor":
-        return _decayed(skippable(scale_by_adafactor()), config)
+        return _decayed(skippable(scale_by_adafactor()), config, hold)
     if config.optimizer == "adamw-8bit":
         rule = scale_by_adam8bit(config.beta1, config.beta2, config.eps, config.seed)
-        return _decayed(skippable(rule), config)
-    return _decayed(_adam(config), config)
+        return _decayed(skippable(rule), config, hold)
+    return _decayed(_adam(config), config, hold)
+
+
+def _held(rule: optax.GradientTransformationExtraArgs, hold: Hold) -> optax.GradientTransformationExtraArgs:
+    """The same update rule, with `hold` applied to its updates."""
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = rule.update(updates, state, params, **extra)
+        return hold(updates), state
+
+    return optax.GradientTransformationExtraArgs(rule.init, update)
 
 
 def scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -97,17 +114,19 @@ def _adam(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
     return scale_by_adam(config.beta1, config.beta2, config.eps, narrow)
 
 
-def _decayed(rule: optax.GradientTransformationExtraArgs, config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+def _decayed(
+    rule: optax.GradientTransformationExtraArgs, config: TrainConfig, hold: Hold
+) -> optax.GradientTransformationExtraArgs:
     """An update rule plus decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2). Both are multiplied by the
     learning rate."""
     return optax.chain(
-        rule,
+        _held(rule, hold),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
         scale_by_rate(learning_rate(config, config.lr)),
     )
 
 
-def _muon(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
+def _muon(config: TrainConfig, hold: Hold) -> optax.GradientTransformationExtraArgs:
     """Muon (Jordan et al. 2024): the momentum of each matrix, made nearly orthogonal by five Newton-Schulz steps.
 
     A stack of experts `[E, D, F]` is treated as E matrices. If it were orthogonalised as one matrix, the experts would
@@ -122,7 +141,7 @@ def _muon(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
         return jax.tree.map(lambda p: contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
 
     return optax.chain(
-        skippable(contrib.scale_by_muon(weight_dimension_numbers=axes)),
+        _held(skippable(contrib.scale_by_muon(weight_dimension_numbers=axes)), hold),
         optax.add_decayed_weights(config.weight_decay),
         scale_by_rate(learning_rate(config, config.muon_lr)),
     )
@@ -141,6 +160,15 @@ def muon_labels(params: Params, routers: bool = False) -> Params:
         return "muon" if matrix else "adamw"
 
     return jax.tree_util.tree_map_with_path(label, params)
+
+
+def needs_whole_matrices(params: Params, config: TrainConfig) -> Any:
+    """A tree like `params`: true where the update of a matrix needs all its rows and columns on one device. Muon
+    multiplies whole matrices, and the blocks of `adam8bit` run across rows. Adafactor's means are small enough to be
+    summed over devices."""
+    if config.optimizer == "muon":
+        return jax.tree.map(lambda label: label == "muon", muon_labels(params, config.muon_router))
+    return jax.tree.map(lambda _: config.optimizer == "adamw-8bit", params)
 
 
 def state_bytes(optimizer: optax.GradientTransformation, params: Params) -> float:

@@ -1,0 +1,146 @@
+"""Certificates of a training step on a mesh: causality, the arithmetic of a device, and what devices send each other.
+
+The bytes of each kind of collective are compared with what the algorithm must move:
+
+    all-to-all                   4 E b C D numbers for each layer and micro-batch: there and back, forward and backward;
+                                 b is the number of a device's sequences. 6 times with remat. Nothing without an expert
+                                 axis.
+    all-gather                   each matrix that is cut over fsdp, once a step
+    all-reduce, reduce-scatter   each gradient in float32 once a step, however many micro-batches there are; and the
+                                 metrics. Of Adafactor also the means over an axis that is cut.
+
+So a program that sends tokens in another way, or gradients more often, fails. The plain step that GSPMD divides by
+itself fails every one of these claims (`tests/parallel/test_certificates.py`).
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+
+import jax
+from jax.sharding import Mesh
+
+from moe_jax.certificates.causality import tight, tokens_causality
+from moe_jax.certificates.certificate import Certificate
+from moe_jax.config import MeshShape, RunConfig
+from moe_jax.model.transformer import Params
+from moe_jax.parallel.collectives import Collective, bytes_by_kind, read_collectives
+from moe_jax.parallel.layout import Layout, leaf_name
+from moe_jax.parallel.mesh import AXES
+from moe_jax.system.hlo import Program, read_program
+from moe_jax.training.on_mesh import make_mesh_forward
+from moe_jax.training.programs import Programs
+
+SLACK = 1.02
+"""Most operations and bytes / the ideal."""
+SCALARS = 256
+"""Bytes for sums of single numbers, such as the global norm of the gradient."""
+PARTS = ("attention", "ffn", "head")
+"""Named scopes of the model, whose products are divided over the devices."""
+REDUCTIONS = ("all-reduce", "reduce-scatter")
+
+
+def meshed(config: RunConfig, mesh: str, batch_size: int) -> RunConfig:
+    """The configuration with a mesh, with two micro-batches of `batch_size` sequences for each device.
+
+    Raises ConfigError if the model cannot be divided over the mesh.
+    """
+    train = dataclasses.replace(config.train, batch_size=batch_size * MeshShape.parse(mesh).devices, grad_accum=2)
+    return dataclasses.replace(config, train=train, execution=dataclasses.replace(config.execution, mesh=mesh))
+
+
+def certify_mesh(config: RunConfig, params: Params, mesh: Mesh) -> Iterator[Certificate]:
+    """Yield the certificates of the training step of `config` on a mesh. `config.train.batch_size` sequences are one
+    micro-batch. `config.model.vocab_size` must not be 0."""
+    if config.model.dense == "none":
+        yield mesh_causality(config, params, mesh)
+    programs = Programs.of(config, mesh=mesh)
+    assert programs.layout is not None
+    train = config.train
+    text = programs.compiled_step(train.batch_size, train.grad_accum).as_text()
+    one = read_program(Programs.of(config).compiled_step(train.batch_size, train.grad_accum).as_text())
+    yield divided_arithmetic(one, read_program(text), mesh.size)
+    yield from certify_collectives(read_collectives(text), ideal_bytes(config, programs.param_shapes, programs.layout))
+
+
+def mesh_causality(config: RunConfig, params: Params, mesh: Mesh) -> Certificate:
+    """The causality of the whole model in training mode on the mesh, with one sequence on each device."""
+    model = tight(config.model)
+    programs = Programs.of(dataclasses.replace(config, model=model), mesh=mesh)
+    layout = programs.layout
+    assert layout is not None
+    placed = jax.device_put(params, layout.shardings(params, layout.params))
+    forward = make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes)
+    name = "mesh: causality of the whole model"
+    return tokens_causality(name, model, lambda tokens: forward(placed, tokens)[:2], mesh.size)
+
+
+def divided_arithmetic(one: Program, many: Program, devices: int) -> Certificate:
+    """Each device does its share of the products of the model. `one` is the program of one device."""
+    ratios = {part: devices * many.flops_of(part) / max(one.flops_of(part), 1) for part in PARTS}
+    return Certificate(
+        "mesh: products of a device",
+        all(0 < ratio <= SLACK for ratio in ratios.values()),
+        ", ".join(f"{part} {ratio:.3f}" for part, ratio in ratios.items()) + f" x 1/{devices} of one device",
+        f"above 0 and at most {SLACK} x 1/{devices}, in every part",
+    )
+
+
+def ideal_bytes(config: RunConfig, params: Params, layout: Layout) -> dict[str, int]:
+    """Bytes on a device that one step must move, by kind of collective; reductions under the name "all-reduce".
+
+    `params` are the parameters or their shapes.
+    """
+    model, train, mesh = config.model, config.train, layout.mesh
+    found = {"all-to-all": 0, "all-gather": 0, "all-reduce": 0}
+    if mesh.shape["expert"] > 1:
+        sequences = train.batch_size // layout.devices * train.grad_accum
+        times = 6 if config.execution.remat else 4  # the backward pass then repeats the forward pass
+        numbers = times * model.layers * model.experts * sequences * model.capacity * model.width
+        found["all-to-all"] = numbers * jax.numpy.dtype(Programs.of(config).policy.compute).itemsize
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        name = leaf_name(path)
+        cut, update = layout.params[name], layout.updates[name]
+        local = p.size // math.prod(mesh.shape[a] for a in cut if a == "expert")
+        if "fsdp" in cut:
+            found["all-gather"] += local * p.dtype.itemsize
+        if "fsdp" in update:
+            found["all-reduce"] += 4 * local
+            local //= mesh.shape["fsdp"]
+            if train.optimizer == "adafactor":
+                found["all-reduce"] += 4 * (local // p.shape[-1] + local // p.shape[-2])
+        if any(mesh.shape[axis] > 1 and axis not in update for axis in AXES):
+            found["all-reduce"] += 4 * local
+    load = model.layers * model.experts if model.dense == "none" else 0
+    found["all-reduce"] += 4 * (load + 4)
+    return found
+
+
+def certify_collectives(collectives: list[Collective], ideal: dict[str, int]) -> Iterator[Certificate]:
+    """The collectives of a step, compared with `ideal_bytes`."""
+    found = bytes_by_kind(collectives)
+    sent, needed = found.get("all-to-all", 0), ideal["all-to-all"]
+    yield Certificate(
+        "mesh: tokens travel to their experts",
+        sent == needed,
+        f"{sent:,} bytes of all-to-all a step and device",
+        f"exactly {needed:,}: 4 E b C D numbers for each layer and micro-batch, or none without an expert axis",
+    )
+    gathered, needed = found.get("all-gather", 0), ideal["all-gather"]
+    moved = found.get("collective-permute", 0)
+    yield Certificate(
+        "mesh: only parameters are gathered",
+        gathered == needed and moved == 0,
+        f"{gathered:,} bytes of all-gather, {moved:,} of collective-permute",
+        f"exactly {needed:,}, each matrix that is cut over fsdp once; no collective-permute",
+    )
+    reductions = [c for c in collectives if c.kind in REDUCTIONS]
+    reduced, needed = sum(c.total for c in reductions), ideal["all-reduce"]
+    narrow = [c for c in reductions if any(dtype != "f32" and dtype != "f64" for dtype, _ in c.operands)]
+    looped = [c for c in reductions if c.loops]
+    yield Certificate(
+        "mesh: gradients are summed once a step",
+        needed <= reduced <= SLACK * needed + SCALARS and not narrow and not looped,
+        f"{reduced:,} bytes in {len(reductions)} reductions, {len(looped)} in a loop, {len(narrow)} below float32",
+        f"{needed:,} to {SLACK} x as many, all in float32 and outside of loops",
+    )

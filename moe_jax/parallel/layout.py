@@ -1,0 +1,183 @@
+"""Where every array of a run lies on the mesh.
+
+One table gives the logical axes of each matrix, by its name, and one gives the mesh axis of each logical axis. An array
+that is not in the table (norms, biases, routers, counters) is whole on every device.
+
+Everything that the optimizer keeps for a parameter lies as its updates do:
+
+    moments and momentum        as the update
+    row and column (Adafactor)  as the update, less the axis over which they are means
+    codes and scale (8 bits)    blocks of the flattened array: as the update's first axis, if the blocks of each device
+                                are whole; else whole on every device
+
+An update lies as its parameter. Two optimizers need more of a matrix than fsdp leaves on a device: Muon multiplies
+whole matrices, and the 8-bit blocks run across rows. Their updates and their state are not cut over fsdp.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from moe_jax.parallel.mesh import AXES
+
+LOGICAL_AXES: dict[str, tuple[str, ...]] = {
+    "embedding": ("vocabulary", "width"),
+    "position": ("position", "width"),
+    "head": ("width", "vocabulary"),
+    "attention.qkv": ("width", "heads"),
+    "attention.out": ("heads", "width"),
+    "experts.w_in": ("expert", "width", "hidden"),
+    "experts.w_gate": ("expert", "width", "hidden"),
+    "experts.w_out": ("expert", "hidden", "width"),
+    "shared.w_in": ("shared", "width", "hidden"),
+    "shared.w_gate": ("shared", "width", "hidden"),
+    "shared.w_out": ("shared", "hidden", "width"),
+}
+"""End of a parameter's name -> its logical axes."""
+MESH_AXES = {"width": "fsdp", "expert": "expert"}
+"""Logical axis -> the mesh axis that it is cut over. The other logical axes are not cut."""
+
+type Specs = dict[str, PartitionSpec]
+"""Name of a parameter -> the mesh axis of each of its axes."""
+
+
+def leaf_name(path: jax.tree_util.KeyPath) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def parameter_spec(name: str, mesh: Mesh) -> PartitionSpec:
+    """Where the parameter of this name lies. A mesh axis of one device cuts nothing, so it is left out."""
+    end = ".".join(name.split(".")[-2:])
+    axes = [MESH_AXES.get(axis) for axis in LOGICAL_AXES.get(end, ())]
+    return PartitionSpec(*(axis if axis and mesh.shape[axis] > 1 else None for axis in axes))
+
+
+def without_fsdp(spec: PartitionSpec) -> PartitionSpec:
+    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the arrays of one configuration lie."""
+
+    mesh: Mesh
+    params: Specs
+    updates: Specs
+    """Where gradients, updates and the optimizer's state lie."""
+
+    @classmethod
+    def of(cls, mesh: Mesh, params: Any, whole_matrices: Any) -> "Layout":
+        """The layout of the parameters `params` (arrays or shapes). `whole_matrices` has the same structure, and is
+        true where the optimizer needs whole matrices."""
+        names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+        specs = {name: parameter_spec(name, mesh) for name in names}
+        whole = dict(zip(names, jax.tree.leaves(whole_matrices), strict=True))
+        return cls(mesh, specs, {n: without_fsdp(spec) if whole[n] else spec for n, spec in specs.items()})
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size
+
+    @property
+    def batch(self) -> PartitionSpec:
+        """[M, B, ...]: the sequences of each micro-batch are divided over all devices."""
+        return PartitionSpec(None, AXES)
+
+    def tree(self, params: Any, specs: Specs) -> Any:
+        """The specs of parameters as a tree like `params`."""
+        return jax.tree_util.tree_map_with_path(lambda path, _: specs[leaf_name(path)], params)
+
+    def sharding(self, spec: PartitionSpec) -> NamedSharding:
+        return NamedSharding(self.mesh, spec)
+
+    def shardings(self, params: Any, specs: Specs) -> Any:
+        """The same as `tree`, as shardings of this mesh."""
+        return jax.tree_util.tree_map_with_path(lambda path, _: self.sharding(specs[leaf_name(path)]), params)
+
+    def state(self, state: Any) -> Any:
+        """The shardings of a `TrainState` (arrays or shapes)."""
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: self.sharding(self.state_spec(leaf_name(path), leaf.shape)), state
+        )
+
+    def state_spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """Where the leaf of a training state lies: "params.NAME", or "optimizer. ... .NAME[.FIELD]"."""
+        if name.startswith("params."):
+            return self.params[name.removeprefix("params.")]
+        parameter, field = self._parameter_in(name)
+        if parameter is None:
+            return PartitionSpec()
+        spec = self.updates[parameter]
+        if field == "":
+            return spec
+        if not any(spec):
+            return PartitionSpec()
+        if field in ("row", "column"):
+            return PartitionSpec(*(spec[:-1] if field == "row" else (*spec[:-2], spec[-1])))
+        if field in ("codes", "scale"):
+            even = spec[0] is not None and shape[0] % self.mesh.shape[spec[0]] == 0
+            return PartitionSpec(spec[0]) if even else PartitionSpec()
+        raise ValueError(f"{name}: the layout does not know what {field!r} of {parameter} is; add it to state_spec")
+
+    def _parameter_in(self, name: str) -> tuple[str | None, str]:
+        """The parameter whose name is in the name of a state's leaf, and what follows it. The longest one, if several
+        are: `blocks.0.ffn_norm.scale` and not `norm.scale`."""
+        found = [p for p in self.updates if f".{p}." in f".{name}."]
+        longest = max(found, key=len, default=None)
+        return longest, "" if longest is None else f".{name}.".rpartition(f".{longest}.")[2].rstrip(".")
+
+    def hold(self, updates: Any) -> Any:
+        """The updates of some or all parameters, made to lie as `updates` says. For use inside `jax.jit`."""
+
+        def constrain(name: str, x: Array) -> Array:
+            return jax.lax.with_sharding_constraint(x, self.sharding(self.updates[name]))
+
+        return _map_named(constrain, updates)
+
+    # The following run inside `shard_map`: arrays are the parts of one device.
+
+    def gathered(self, params: Any, axes: tuple[str, ...] = ("fsdp",)) -> Any:
+        """The parameters, whole along the mesh axes `axes`."""
+
+        def gather(name: str, x: Array) -> Array:
+            for dimension, axis in enumerate(self.params[name]):
+                if axis in axes:
+                    x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
+            return x
+
+        return _map_named(gather, params)
+
+    def mean_gradients(self, grads: Any) -> Any:
+        """The mean over all devices of gradients that are whole along fsdp, cut as `updates`.
+
+        The gradient of an expert's matrix is already the sum over the devices that sent it tokens: the all-to-alls'
+        own gradients have brought it there. So it is not summed over the axis `expert` again.
+        """
+
+        def scatter(name: str, grad: Array) -> Array:
+            for dimension, axis in enumerate(self.updates[name]):
+                if axis == "fsdp":
+                    grad = jax.lax.psum_scatter(grad, axis, scatter_dimension=dimension, tiled=True)
+            return grad
+
+        grads = _map_named(scatter, grads)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(grads)
+        # One sum for all arrays of the same axes, so that there are as few collectives as possible.
+        groups: dict[tuple[str, ...], list[int]] = {}
+        for number, (path, _) in enumerate(leaves):
+            cut = self.updates[leaf_name(path)]
+            groups.setdefault(tuple(a for a in AXES if a not in cut and self.mesh.shape[a] > 1), []).append(number)
+        summed = [leaf for _, leaf in leaves]
+        for axes, members in groups.items():
+            if axes:
+                for number, total in zip(members, jax.lax.psum([summed[n] for n in members], axes), strict=True):
+                    summed[number] = total
+        return tree.unflatten([total / self.devices for total in summed])
+
+
+def _map_named(function: Callable[[str, Array], Array], params: Mapping[Any, Any]) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, x: function(leaf_name(path), x), params)

@@ -1,0 +1,139 @@
+"""The gradient and the evaluation on a mesh: `shard_map` around the functions of one device.
+
+Each device has b = B / devices sequences of each micro-batch. It computes the loss and the gradient of its own
+sequences, as one device would. The gradients are summed once a step, in at least float32, whatever the number of
+micro-batches. Sequence i of the whole batch draws its dropout with the same key on every mesh (`gradients`).
+
+At the start of a step each device gathers the matrices that are cut over fsdp. So during the gradient it holds whole
+matrices, but only its own experts. Parameters and the optimizer's state stay cut.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import PartitionSpec
+from jax.typing import ArrayLike
+from jaxtyping import Array
+
+from moe_jax.config import TrainConfig
+from moe_jax.data.batches import MaskedBatch
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import Params, merge
+from moe_jax.parallel.layout import Layout
+from moe_jax.parallel.mesh import AXES
+from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
+from moe_jax.training.loss import Metrics
+from moe_jax.training.step import Loss, MeshPrograms, gradients
+
+REPLICATED = PartitionSpec()
+
+
+def mesh_programs(layout: Layout, state: Any) -> MeshPrograms:
+    """What `make_step` needs for a mesh. `state` has arrays or shapes."""
+    return MeshPrograms(
+        gradients=partial(mesh_gradients, layout),
+        state=layout.state(state),
+        batch=layout.sharding(layout.batch),
+    )
+
+
+def mesh_gradients(
+    layout: Layout,
+    graphdef: nnx.GraphDef,
+    params: Params,
+    batch: Any,
+    key: Array,
+    scale: Array | None,
+    config: TrainConfig,
+    trace: bool,
+    loss: Loss,
+    frozen: Params | None = None,
+) -> tuple[Params, Metrics]:
+    """`step.gradients` on the mesh: the mean gradient over the whole batch, laid out as `layout.updates`, and the mean
+    metrics, which every device has.
+
+    Raises ValueError for a traced step and for adapters, which run on one device.
+    """
+    if trace or frozen is not None:
+        raise ValueError("traces and adapters are for one device; leave the mesh out")
+
+    def on_device(params: Params, batch: Any, key: Array, scale: Array | None) -> tuple[Params, Metrics]:
+        if isinstance(batch, MaskedBatch):
+            # The weights of all devices sum to 1, and here the mean over the devices is taken.
+            batch = batch._replace(weights=batch.weights * layout.devices)
+        micro_batches = len(jax.tree.leaves(batch)[0])
+        blocks = jnp.arange(micro_batches) * layout.devices + jax.lax.axis_index(AXES)
+        whole = layout.gathered(params)
+        grads, metrics = gradients(graphdef, whole, batch, key, scale, config, loss=loss, blocks=blocks)
+        mean: Metrics = jax.lax.pmean(metrics, AXES)
+        if mean.answers is not None:
+            mean = mean._replace(answers=mean.answers * layout.devices)
+        return layout.mean_gradients(grads), mean
+
+    specs = layout.tree(params, layout.params)
+    return jax.shard_map(
+        on_device,
+        mesh=layout.mesh,
+        in_specs=(specs, layout.batch, REPLICATED, REPLICATED),
+        out_specs=(layout.tree(params, layout.updates), REPLICATED),
+        check_vma=False,  # every device computes its own loss; what is summed, and where, is written above
+    )(params, batch, key, scale)
+
+
+def make_mesh_forward(
+    layout: Layout, graphdef: nnx.GraphDef, params: Params
+) -> Callable[[Params, Array], tuple[Array, Array, Array]]:
+    """The jitted (params, tokens int32 [B, T]) -> (hidden states [B, T, D], drop fractions [L, B], load [L, E]) of a
+    training pass without dropout. For tests and certificates. `graphdef` is the model that is trained on the mesh, one
+    with experts. B is a multiple of the number of devices."""
+
+    def on_device(params: Params, tokens: Array) -> tuple[Array, Array, Array]:
+        hidden, stats, _ = merge(graphdef, layout.gathered(params))(tokens, Mode.TRAIN)
+        assert stats is not None
+        return hidden, stats.drop_fraction, jax.lax.pmean(stats.load, AXES)
+
+    return jax.jit(
+        jax.shard_map(
+            on_device,
+            mesh=layout.mesh,
+            in_specs=(layout.tree(params, layout.params), PartitionSpec(AXES)),
+            out_specs=(PartitionSpec(AXES), PartitionSpec(None, AXES), REPLICATED),
+            check_vma=False,
+        )
+    )
+
+
+def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef, params: Params) -> EvaluationStep:
+    """`evaluate.make_evaluation_step` on the mesh: each device scores some of the rows, with all weights gathered.
+
+    `graphdef` is the model of one device. Parameters may lie anywhere. A batch is filled up with rows that do not
+    count, so that every device has as many.
+    """
+    local, rows = make_evaluation_step(graphdef), PartitionSpec(AXES)
+
+    def on_device(params: Params, *batch: Array) -> tuple[Array, Array]:
+        return jax.lax.psum(local(layout.gathered(params, ("fsdp", "expert")), *batch), AXES)
+
+    places = layout.shardings(params, layout.params)
+    step = jax.jit(
+        jax.shard_map(
+            on_device,
+            mesh=layout.mesh,
+            in_specs=(layout.tree(params, layout.params), rows, rows, rows, rows),
+            out_specs=REPLICATED,
+            check_vma=False,
+        )
+    )
+
+    def evaluation(params: Params, *batch: ArrayLike) -> tuple[Array, Array]:
+        arrays = [np.asarray(x) for x in batch]
+        missing = -len(arrays[0]) % layout.devices
+        filled = [np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in arrays]
+        return step(jax.device_put(params, places), *filled)
+
+    return evaluation

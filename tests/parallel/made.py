@@ -1,0 +1,49 @@
+"""The model, the meshes and the programs of the tests on eight devices. Programs are shared: they compile slowly."""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.parallel.mesh import mesh_of
+from moe_jax.training.programs import Programs
+from tests.support import tiny
+
+DEVICES = 8
+MESHES = ("data=8", "expert=8", "data=2,expert=4", "fsdp=2,expert=4", "fsdp=8")
+T, B, V = 32, 16, 64
+
+
+def config(mesh: str = "", optimizer: str = "adamw", **changes: Any) -> RunConfig:
+    """A small run whose experts drop choices. `changes` are fields of the model, its routing or the training."""
+    train = {"batch_size": B, "steps": 20, "lr": 1e-3, "muon_lr": 3e-3, "warmup_steps": 2, "optimizer": optimizer}
+    train |= {name: changes.pop(name) for name in ("grad_accum", "seed", "param_dtype") if name in changes}
+    execution = {name: changes.pop(name) for name in ("remat",) if name in changes}
+    model = {"vocab_size": V, "seq_len": T, "layers": 1, "width": 32, "heads": 4, "experts": 8, "expert_hidden": 32}
+    model |= {"dropout": 0.1, "capacity_factor": 0.75} | changes
+    return RunConfig(
+        model=tiny.config(**model),
+        train=TrainConfig(**train),  # pyright: ignore[reportArgumentType]
+        execution=ExecutionConfig(compute_dtype="float32", mesh=mesh, **execution),
+    )
+
+
+@functools.lru_cache
+def programs(mesh: str = "", optimizer: str = "adamw", **changes: Any) -> Programs:
+    """The programs on a mesh of all eight devices, or on one device."""
+    return Programs.of(config(mesh, optimizer, **changes), mesh=mesh_of(mesh))
+
+
+def batch(step: int, micro_batches: int = 1, length: int = T) -> np.ndarray:
+    return tiny.tokens(micro_batches, B, length + 1, seed=step, vocabulary=V)
+
+
+def train(programs: Programs, steps: int, first: int = 0, state: Any = None) -> tuple[Any, list[float]]:
+    """The state after some steps, and their losses. Starts from the initial parameters unless given a state."""
+    state = programs.state(programs.initial_params()) if state is None else state
+    losses = []
+    for step in range(first, first + steps):
+        state, report = programs.step(state, batch(step, programs.config.train.grad_accum))
+        losses.append(float(report.metrics.loss))
+    return state, losses

@@ -1,0 +1,93 @@
+"""The reader of collectives, on programs that are written by hand."""
+
+import pytest
+
+from moe_jax.parallel.collectives import bytes_by_kind, read_collectives
+
+HEADER = "HloModule jit_step, is_scheduled=true, num_partitions=4\n"
+
+LOOPED = (
+    HEADER
+    + """
+%body (state: (s32[], f32[4,6])) -> (s32[], f32[4,6]) {
+  %state = (s32[], f32[4,6]{1,0}) parameter(0)
+  %x = f32[4,6]{1,0} get-tuple-element(%state), index=1
+  %swapped = f32[4,6]{1,0} all-to-all(%x), replica_groups={{0,2},{1,3}}, dimensions={0}, metadata={op_name="jit(f)/a"}
+  ROOT %next = (s32[], f32[4,6]{1,0}) tuple(%n, %swapped)
+}
+
+ENTRY %main (a: bf16[3], b: f32[2,5]) -> f32[2,5] {
+  %a = bf16[3]{0} parameter(0)
+  %b = f32[2,5]{1,0} parameter(1)
+  %start = (bf16[3]{0}, bf16[12]{0}) all-gather-start(%a), replica_groups=[1,4]<=[4], dimensions={0}
+  %done = bf16[12]{0} all-gather-done(%start)
+  %both = (f32[2,5]{1,0}, bf16[3]{0}) all-reduce(%b, %a), replica_groups={}, to_apply=%add
+  %part = f32[1,5]{1,0} reduce-scatter(%b), replica_groups=mesh['x'=2,'y'=2] {'x'}, dimensions={0}, to_apply=%add
+  %shifted = f32[2,5]{1,0} collective-permute(%b), source_target_pairs={{0,1},{1,0}}
+  %loop = (s32[], f32[4,6]{1,0}) while(%init), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = f32[2,5]{1,0} copy(%b)
+}
+"""
+)
+
+
+def test_every_kind_with_its_bytes_groups_and_loops() -> None:
+    gather, reduce, scatter, permute, exchange = read_collectives(LOOPED)
+    assert (gather.kind, gather.bytes, gather.groups) == ("all-gather", 3 * 2 * 4, ((0, 1, 2, 3),))
+    assert (reduce.kind, reduce.bytes, reduce.groups) == ("all-reduce", 2 * 5 * 4 + 3 * 2, ((0, 1, 2, 3),))
+    assert reduce.operands == (("f32", (2, 5)), ("bf16", (3,)))
+    assert (scatter.kind, scatter.bytes, scatter.groups) == ("reduce-scatter", 40, ((0, 2), (1, 3)))
+    assert (permute.kind, permute.groups, permute.wire) == ("collective-permute", ((0, 1), (1, 0)), 40)
+    assert (exchange.kind, exchange.groups, exchange.op_name) == ("all-to-all", ((0, 2), (1, 3)), "jit(f)/a")
+    assert (exchange.loops, exchange.runs, exchange.bytes, exchange.total) == ((3,), 3, 96, 288)
+    assert bytes_by_kind([gather, exchange, exchange]) == {"all-gather": 24, "all-to-all": 576}
+
+
+def test_what_a_ring_sends() -> None:
+    """A ring of n devices sends (n - 1) / n of the array, and an all-reduce sends it twice."""
+    gather, reduce, scatter, _, exchange = read_collectives(LOOPED)
+    assert gather.wire == 24 * 3 / 4
+    assert reduce.wire == 2 * 46 * 3 / 4
+    assert scatter.wire == 40 / 2
+    assert exchange.wire == 3 * 96 / 2
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("{{0, 1, 2, 3}}", ((0, 1, 2, 3),)),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("[4,2]<=[2,2,2]T(0,2,1)", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("mesh['data'=2,'fsdp'=1,'expert'=2] {'expert'}", ((0, 1), (2, 3))),
+        ("mesh['data'=2,'fsdp'=1,'expert'=2] {'data'}", ((0, 2), (1, 3))),
+        ("mesh['data'=2,'fsdp'=1,'expert'=2] {'data','expert'}", ((0, 1, 2, 3),)),
+    ],
+)
+def test_groups_in_every_form(written: str, groups: tuple) -> None:
+    (found,) = read_collectives(one(f"replica_groups={written}, to_apply=%add"))
+    assert found.groups == groups
+
+
+def one(attributes: str) -> str:
+    return (
+        f"{HEADER}ENTRY %main (a: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} parameter(0)\n"
+        f"  ROOT %r = f32[4]{{0}} all-reduce(%a), {attributes}\n}}\n"
+    )
+
+
+@pytest.mark.parametrize("written", ["replica_groups=@named", "channel_id=1", "replica_groups=mesh['a'=4] {'a':(1)2}"])
+def test_groups_in_an_unknown_form_are_an_error(written: str) -> None:
+    with pytest.raises(ValueError, match="unknown form"):
+        read_collectives(one(written))
+
+
+def test_a_collective_in_a_loop_of_unknown_length_is_an_error() -> None:
+    with pytest.raises(ValueError, match="loop of unknown length"):
+        read_collectives(LOOPED.replace("known_trip_count", "unknown"))
+
+
+def test_a_loop_of_unknown_length_without_collectives_is_read() -> None:
+    text = LOOPED.replace("known_trip_count", "unknown").replace("all-to-all(", "negate(")
+    assert [c.kind for c in read_collectives(text)][-1] == "collective-permute"

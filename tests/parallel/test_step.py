@@ -1,0 +1,125 @@
+"""A step on eight devices is the step of one device: the same bits where no sum is reordered, and close losses."""
+
+import math
+from typing import get_args
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.config import OptimizerKind
+from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.data.batches import MaskedBatch
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import merge
+from moe_jax.parallel.mesh import mesh_of
+from moe_jax.training.on_mesh import make_mesh_forward
+from moe_jax.training.programs import Programs
+from tests.parallel import made
+from tests.parallel.made import MESHES
+from tests.support import tiny
+
+pytestmark = pytest.mark.parallel
+
+CLOSE = 5e-6
+"""Largest difference of two losses in nats, over 20 steps. Sums over devices are made in another order."""
+
+
+WIDE = {"seq_len": 64, "width": 64, "layers": 2}
+"""A shape whose products have the same bits for 2 sequences as for 16. Products of fewer rows and columns take another
+routine of the CPU's library, so their last bits differ on one device too. T * K is a power of 2, so that a load is an
+exact number, and its mean over devices is the same in any order."""
+
+
+@pytest.fixture(scope="module")
+def whole() -> tuple[np.ndarray, ...]:
+    """Hidden states, drop fractions and load of one device, in a training pass."""
+    programs = made.programs(**WIDE)
+
+    @jax.jit
+    def forward(params, tokens):
+        hidden, stats, _ = merge(programs.graphdef, params)(tokens, Mode.TRAIN)
+        return hidden, stats.drop_fraction, stats.load
+
+    return tuple(np.asarray(x) for x in forward(programs.initial_params(), made.batch(0, length=64)[0][:, :-1]))
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_hidden_states_drops_and_load_have_the_bits_of_one_device(mesh: str, whole: tuple[np.ndarray, ...]) -> None:
+    """Number 1 of the strict list, while choices are dropped."""
+    assert whole[1].max() > 0.2
+    programs = made.programs(mesh, **WIDE)
+    assert programs.layout is not None
+    forward = make_mesh_forward(programs.layout, programs.training_graphdef, programs.param_shapes)
+    params = jax.device_put(
+        programs.initial_params(), programs.layout.shardings(programs.param_shapes, programs.layout.params)
+    )
+    tiny.assert_same_bits(forward(params, made.batch(0, length=64)[0][:, :-1]), whole)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "optimizer", "micro_batches"),
+    [
+        *((mesh, "adamw", 2) for mesh in MESHES),
+        *(("fsdp=2,expert=4", kind, 1) for kind in get_args(OptimizerKind) if kind != "adamw"),
+    ],
+)
+def test_twenty_losses_are_those_of_one_device(mesh: str, optimizer: str, micro_batches: int) -> None:
+    """Number 3 of the strict list: every optimizer, with dropout, and accumulated. The step is compiled once."""
+    programs = made.programs(mesh, optimizer, grad_accum=micro_batches)
+    _, losses = made.train(programs, 20)
+    _, expected = made.train(made.programs("", optimizer, grad_accum=micro_batches), 20)
+    assert np.abs(np.array(losses) - expected).max() <= CLOSE
+    assert expected[0] - expected[-1] > 0.1
+    assert programs.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_blocks_on_a_mesh() -> None:
+    _, losses = made.train(made.programs("data=2,fsdp=4", dispatch="blocks"), 5)
+    _, expected = made.train(made.programs(dispatch="blocks"), 5)
+    assert np.abs(np.array(losses) - expected).max() <= CLOSE
+
+
+def test_the_same_mesh_gives_the_same_bits_twice() -> None:
+    """Number 6 of the strict list: every leaf of the state after 5 steps."""
+    programs = made.programs("fsdp=2,expert=4", grad_accum=2)
+    first, losses = made.train(programs, 5)
+    again, repeated = made.train(programs, 5)
+    tiny.assert_same_bits(jax.device_get(first), jax.device_get(again))
+    assert losses == repeated
+
+
+def test_parameters_and_state_are_cut() -> None:
+    """With fsdp=8 a device holds at most 1.05 / 8 of the parameters and of AdamW's moments, the norms included."""
+    found = with_vocabulary(preset("seed-158m"))
+    state = Programs.of(found, mesh=mesh_of("fsdp=8")).state_shapes
+    leaves = jax.tree.leaves((state.params, state.optimizer))
+    here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+    assert here <= 1.05 / 8 * sum(x.size * x.dtype.itemsize for x in leaves)
+
+
+def test_answers_of_conversations_count_alike() -> None:
+    """Weights of targets sum over all devices: some devices have no answer at all."""
+    tokens = made.batch(0)
+    counted = np.zeros(tokens[..., 1:].shape, bool)
+    counted[:, :5, 3:17] = True
+    found = []
+    for mesh in ("", "fsdp=2,expert=4"):
+        programs = made.programs(mesh)
+        _, report = programs.step(programs.state(programs.initial_params()), MaskedBatch.of(tokens, counted))
+        found.append((float(report.metrics.loss), float(report.grad_norm)))
+        assert float(report.metrics.answers) == counted.sum()
+    np.testing.assert_allclose(found[0], found[1], rtol=2e-6)
+
+
+def test_evaluation_scores_alike() -> None:
+    """The rows of the last batch do not fill the devices, and nothing is dropped."""
+    params = made.programs().initial_params()
+    rows = tiny.tokens(13, made.T + 1, seed=3, vocabulary=made.V)
+    start = np.full(13, made.T // 2, np.int32)
+    weights = np.ones((13, made.T // 2), np.float32)
+    batch = (rows[:, :-1], rows[:, made.T // 2 + 1 :], start, weights)
+    expected = made.programs().evaluation(params, *batch)
+    found = made.programs("fsdp=2,expert=4").evaluation(params, *batch)
+    np.testing.assert_allclose(np.asarray(found[0]), np.asarray(expected[0]), rtol=1e-6)
+    assert float(found[1]) == float(expected[1]) == 0
