@@ -11,8 +11,6 @@ MUTABLE = {
     "serving.engine.Counts",
     "serving.engine._Row",
     "serving.texts.TextRequest",
-    "system.hlo.Computation",
-    "system.hlo.Instruction",
     "training.counters.RunCounters",
     "training.random_tokens.RandomTokenTrainer",
     "training.session.Session",

@@ -17,8 +17,8 @@ from moe_jax.system.console import working
 from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
-    from moe_jax.planning.device_memory import Target
     from moe_jax.planning.search import Row
+    from moe_jax.planning.target import Target
 
 
 TARGETS = Path(__file__).parents[1] / "planning" / "targets"
@@ -80,17 +80,16 @@ class Plan(Command):
         environment.prepare_environment()
         import jax
 
-        from moe_jax.planning import device_memory, search
+        from moe_jax.planning import search
+        from moe_jax.planning import target as targets
 
         if self.verify and jax.devices()[0].platform != "gpu":
             raise UserError("--verify: no NVIDIA GPU is visible to JAX; leave it out to plan without one")
-        target = (
-            device_memory.target_of_device(jax.devices()[0]) if self.verify else device_memory.load_target(self.gpu)
-        )
+        target = targets.target_of_device(jax.devices()[0]) if self.verify else targets.load_target(self.gpu)
         name = self.init_from or (f"{self.upcycle}, upcycled," if self.upcycle else self.preset)
         say(
             f"{name} on {target.device_kind} (compute capability {target.compute_capability}, "
-            f"{target.memory / device_memory.MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
+            f"{target.memory / targets.MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
         )
         _print_header()
         rows = []
@@ -125,12 +124,14 @@ class Plan(Command):
                 )
 
     def _report(self, rows: "list[Row]", target: "Target") -> int:
-        from moe_jax.planning import own_text, search
+        from moe_jax.planning import own_text, roofline, search
 
         verdict = search.verdict(rows, target)
         train = verdict.row.config.train
         between = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in verdict.between.items())
         say(f"\nbetween steps, the optimizer state included: {between}")
+        if prediction := verdict.row.step.prediction:
+            say(roofline.in_words(prediction, verdict.row.tokens, train.steps))
         if verdict.fits:
             say("this setting fits, by XLA's buffer plan; train with")
             origin = "".join(f"{flag} " for flag in own_text.origin_flags(verdict.row.config))

@@ -119,7 +119,8 @@ def _seed_158m() -> RunConfig:
 
 
 def _max_4gb() -> RunConfig:
-    """The largest preset that trains on a 4 GB card. Bytes a parameter: weight 2, gradient 2, optimizer state 0.01."""
+    """The largest preset that trains on a 4 GB card with tensor cores. Without them a card computes in float32, and
+    this does not fit. Bytes a parameter: weight 2, gradient 2, optimizer state 0.01."""
     return RunConfig(
         preset="max-4gb",
         model=ModelConfig(layers=8, width=768, heads=12, experts=20, expert_hidden=1024),

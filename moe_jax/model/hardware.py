@@ -1,9 +1,50 @@
-"""Whether this processor multiplies fast in bfloat16."""
+"""What the choice of a precision needs to know about a device: a card's matrix units, and a processor's."""
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CPU_INFO = Path("/proc/cpuinfo")
+_TURING_WITHOUT_TENSOR_CORES = re.compile(
+    r"\bGTX 16\d\d\b|\bT(400|500|550|600|1000|1200|2000)\b|\bMX(450|550)\b|\bCMP 30HX\b", re.IGNORECASE
+)
+"""Cards with the chips TU116 and TU117. They report compute capability 7.5 as all Turing cards do."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """A device that programs are compiled for. It may be the description of a card that this machine does not have."""
+
+    platform: str
+    """As `jax.Device.platform` says it: cpu, gpu, tpu."""
+    name: str
+    """As `jax.Device.device_kind` says it."""
+    capability: float | None
+    """Compute capability of an NVIDIA card, such as 8.6. None for anything else."""
+
+    @classmethod
+    def of(cls, device: Any) -> "Card":
+        """The card that a `jax.Device` or a `planning.target.Target` stands for."""
+        capability = str(getattr(device, "compute_capability", "") or "")
+        return cls(device.platform, str(device.device_kind), float(capability) if capability else None)
+
+    @property
+    def tensor_cores(self) -> bool:
+        """Whether an NVIDIA card has units for products of bfloat16 or float16 matrices.
+
+        They came with compute capability 7.0. Turing's small chips report 7.5 and have none; there cuBLAS imitates
+        them, and float16 is many times slower than float32 (issues 1675 and 849 of LeelaChessZero/lc0: a GTX 1650
+        reached 535 positions a second in float16 and 2,303 in float32).
+        """
+        if self.capability is None or self.capability < 7.0:
+            return False
+        return not _TURING_WITHOUT_TENSOR_CORES.search(self.name)
+
+    @property
+    def bfloat16_units(self) -> bool:
+        """Whether an NVIDIA card multiplies bfloat16 in units of its own: from compute capability 8.0 (Ampere) on."""
+        return self.tensor_cores and self.capability is not None and self.capability >= 8.0
 
 
 def cpu_bfloat16_units() -> str:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float32, Key
 
 from moe_jax.config import ComputeDtype, ParamDtype
-from moe_jax.model.hardware import cpu_bfloat16_units
+from moe_jax.model.hardware import Card, cpu_bfloat16_units
 
 
 @dataclass(frozen=True)
@@ -55,27 +55,26 @@ def dot_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
 def choose_policy(kind: ComputeDtype, device: Any = None) -> Policy:
     """The policy for a precision. `auto` chooses it from the device (the first device unless given).
 
-    GPUs have bfloat16 matrix units from compute capability 8.0 (Ampere) on. Turing (7.5) has float16 units only, and
-    XLA computes bfloat16 there in float32. Some CPUs have bfloat16 units (`cpu_bfloat16_units`). A step of `seed-158m`
-    took 1.74 s in bfloat16 and 3.10 s in float32 on a CPU with AMX, and 1.54 s and 2.02 s on a CPU with AVX-512 BF16.
-    Other CPUs compute bfloat16 in float32.
+    A GPU computes in the narrowest dtype that its matrix units take (`Card`): bfloat16 from compute capability 8.0 on,
+    float16 on older cards with tensor cores, float32 on cards without. Some CPUs have bfloat16 units
+    (`cpu_bfloat16_units`). A step of `seed-158m` took 1.74 s in bfloat16 and 3.10 s in float32 on a CPU with AMX, and
+    1.54 s and 2.02 s on a CPU with AVX-512 BF16. Other CPUs compute bfloat16 in float32.
     """
     if kind != "auto":
         return Policy(kind, "asked for with --precision")
-    device = device or jax.devices()[0]
-    if device.platform == "cpu":
+    card = Card.of(device or jax.devices()[0])
+    if card.platform == "cpu":
         if units := cpu_bfloat16_units():
             return Policy("bfloat16", f"a CPU with bfloat16 matrix units, {units}")
         return Policy("float32", "a CPU without fast bfloat16 matrix units")
-    capability = str(getattr(device, "compute_capability", ""))
-    if not capability:
-        return Policy("bfloat16", f"{device.device_kind}: an accelerator other than CUDA")
-    if float(capability) >= 8.0:
-        return Policy("bfloat16", f"{device.device_kind}: compute capability {capability} has bfloat16 units")
-    return Policy(
-        "float16",
-        f"{device.device_kind}: compute capability {capability} has no bfloat16 units; dynamic loss scaling is on",
-    )
+    if card.capability is None:
+        return Policy("bfloat16", f"{card.name}: an accelerator other than CUDA")
+    if card.bfloat16_units:
+        return Policy("bfloat16", f"{card.name}: compute capability {card.capability} has bfloat16 units")
+    if card.tensor_cores:
+        why = f"compute capability {card.capability} has no bfloat16 units; dynamic loss scaling is on"
+        return Policy("float16", f"{card.name}: {why}")
+    return Policy("float32", f"{card.name}: has no tensor cores, so float16 would be slower")
 
 
 def to_param_dtype(params: Any, dtype: ParamDtype) -> Any:

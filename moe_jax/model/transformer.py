@@ -114,12 +114,14 @@ class Transformer(nnx.Module):
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
 
-    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "*B T"]) -> Float[Array, "B T D"]:
+    def _embed(self, tokens: Int[Array, "B T"], positions: Int[Array, "*B T"] | None = None) -> Float[Array, "B T D"]:
+        """The input of the first block. Unless `positions` are given, a sequence starts at position 0."""
         x = embedding_lookup(self.embedding[...], tokens)
         if self.config.scaled_embedding:  # Vaswani et al. 2017, section 3.4
             x = x * math.sqrt(self.config.width)
         if self.config.positions == "learned":
-            x = x + self.position[...][positions]
+            # A slice, because its gradient is a plain sum. The gradient of indexing is a scatter-add.
+            x = x + (self.position[: tokens.shape[1]] if positions is None else self.position[...][positions])
         return x.astype(self.compute)
 
     def __call__(
@@ -137,7 +139,7 @@ class Transformer(nnx.Module):
         random = max(config.dropout, config.attention_dropout, routing.logit_noise, routing.input_jitter) > 0
         if key is not None and random:
             keys = split_each(sequence_keys(key, len(tokens)), len(self.blocks) + 1)
-        x = self._embed(tokens, jnp.arange(tokens.shape[1]))
+        x = self._embed(tokens)
         x = dropout(x, config.dropout, keys[0])
         stats: list[RouterStats | None] = []
         cache: list[KeyValue] = []

@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from moe_jax.system.hlo import Computation, Instruction, called, parse, trips
+from moe_jax.system.hlo_text import Computation, Instruction, called, parse, trips
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 
@@ -29,7 +29,6 @@ _RANGE = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))
 _MESH = re.compile(r"replica_groups=mesh\[((?:'\w+'=\d+,?)+)\] \{((?:'\w+',?)*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{([\d{}, ]*)\}")
 _PARTITIONS = re.compile(r"^HloModule.*?num_partitions=(\d+)", re.MULTILINE)
-_OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 type Groups = tuple[tuple[int, ...], ...]
 type Arrays = tuple[tuple[str, tuple[int, ...]], ...]
@@ -90,7 +89,7 @@ def read_collectives(text: str | None) -> list[Collective]:
             if kind in get_args(Kind):
                 found.append(_collective(kind, instruction, computations[name], everyone, loops))
             inner = (*loops, trips(instruction)) if instruction.opcode == "while" else loops
-            for target in called(instruction):
+            for _, target in called(instruction):
                 if target in computations:
                     visit(target, inner)
 
@@ -105,9 +104,8 @@ def _collective(
     if len(known) != len(loops):
         raise ValueError(f"a collective is inside a loop of unknown length: {instruction.text[:200]}")
     operands = tuple(a for name in instruction.operands for a in computation.instructions[name].arrays)
-    source = _OP_NAME.search(instruction.text)
     groups = _groups(instruction.text, everyone)
-    return Collective(kind, source[1] if source else "", operands, groups, known)  # pyright: ignore[reportArgumentType]
+    return Collective(kind, instruction.op_name, operands, groups, known)  # pyright: ignore[reportArgumentType]
 
 
 def _groups(text: str, everyone: int) -> Groups:

@@ -1,8 +1,9 @@
-"""Device memory of a compiled program on an NVIDIA GPU that need not be there.
+"""Device memory and predicted time of a compiled program on an NVIDIA GPU that need not be there.
 
 XLA can compile for a GPU from a description (`targets/*.txtpb`). This needs no card, no driver and no CUDA library,
 only JAX's CUDA plugin and ptxas (extra `gpu-plan`). The compiled program cannot run here, but it says how much memory
-each of its buffers takes, which is decided at compile time. `Target.budget` says which memory this leaves out.
+each of its buffers takes, which is decided at compile time. `Target.budget` says which memory this leaves out. From the
+kernels of the compiled program `roofline.py` predicts its time.
 """
 
 import contextlib
@@ -10,95 +11,26 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import UserError
+from moe_jax.planning.roofline import Prediction, Rates, predict
+from moe_jax.planning.target import MIB, Target
 from moe_jax.system.environment import has_cuda_plugin
 from moe_jax.system.files import cache_dir, write_atomically
+from moe_jax.system.hlo_kernels import read_kernels
 from moe_jax.system.json_text import json_text
 
-GPU_TARGETS = Path(__file__).parent / "targets"
-"""Folder with one description file for each GPU."""
-MIB = 2**20
-PREALLOCATED = 0.75
-"""Share of a card's memory that JAX takes at start by default (XLA_PYTHON_CLIENT_MEM_FRACTION). A program gets no more.
-`system.environment` may choose another share for a small card; plans do not count on it."""
-MARGIN = 0.85
-"""Share of JAX's memory that a plan may use. The rest is for memory that XLA's buffer plan leaves out."""
 BACK_ENDS: dict[str, dict[str, bool]] = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """The back ends for matrix products, with their compiler options. On a card of compute capability 8.0 or more XLA times
 both back ends when it compiles, and may mix them. A plan compiles each back end alone. Older cards have cuBLAS only."""
 _OVER_BUDGET = "Can't reduce memory use below"
-
-
-@dataclass(frozen=True)
-class Target:
-    """A GPU as XLA's compiler sees it."""
-
-    name: str
-    text: str
-    """Text form of stream_executor.GpuTargetConfigProto."""
-
-    def _field(self, name: str) -> str:
-        """The number or the quoted text of a field."""
-        found = re.search(rf'\b{name}: *(?:"([^"]*)"|([0-9.]+))', self.text)
-        if found is None:
-            raise UserError(f"target {self.name}: its description has no {name}")
-        return found[1] or found[2]
-
-    @property
-    def memory(self) -> int:
-        """Bytes that the card reports."""
-        return int(self._field("device_memory_size"))
-
-    @property
-    def compute_capability(self) -> str:
-        return f"{self._field('major')}.{self._field('minor')}"
-
-    @property
-    def device_kind(self) -> str:
-        return self._field("device_description_str")
-
-    @property
-    def platform(self) -> str:
-        """The same as `jax.Device.platform`, so that `choose_policy` accepts a target in place of a device."""
-        return "gpu"
-
-    @property
-    def budget(self) -> float:
-        """MiB that a plan may use: 85 % of JAX's share, which is 75 % of the card's memory.
-
-        The other 15 % are for memory outside XLA's buffers, which is not measured here: loaded kernels, handles and
-        workspaces of libraries, scratch memory of autotuning, and fragmentation. The CUDA context and a display use the
-        25 % of the card that JAX does not take.
-        """
-        return MARGIN * PREALLOCATED * self.memory / MIB
-
-
-def load_target(name: str) -> Target:
-    """The target of this name that comes with the package, or else the target in the file of this path."""
-    ours = GPU_TARGETS / f"{name}.txtpb"
-    path = ours if ours.is_file() else Path(name)
-    try:
-        return Target(path.stem, path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"--gpu {name}: is not UTF-8; the files in {GPU_TARGETS} show how a GPU is described") from None
-
-
-def target_of_device(device: Any) -> Target:
-    """The target for a card in this machine, read from its driver."""
-    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage], there is no public API for it
-
-    name = str(device.device_kind)
-    return Target(name, str(_jax.get_topology_for_devices([device]).target_config))
 
 
 @dataclass(frozen=True)
@@ -111,6 +43,8 @@ class Memory:
     temporary: float
     warned: bool
     """XLA warned that it could not bring the program below its own memory limit."""
+    prediction: Prediction | None = None
+    """The predicted time. None if the program has a loop whose number of passes the compiler does not know."""
 
     @property
     def total(self) -> float:
@@ -127,6 +61,12 @@ class Bound:
     def total(self) -> float:
         """MiB."""
         return max(m.total for m in self.back_ends.values())
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """Of the slower back end. None if it has none."""
+        found = [m.prediction for m in self.back_ends.values() if m.prediction is not None]
+        return max(found, key=lambda p: p.milliseconds, default=None)
 
     def fits(self, target: Target) -> bool:
         return self.total <= target.budget and not any(m.warned for m in self.back_ends.values())
@@ -172,18 +112,22 @@ def _on(sharding: SingleDeviceSharding, tree: Any) -> Any:
 
 def _measured(target: Target, lowered: Any, options: dict[str, bool]) -> Memory:
     """Compile; or read the result of an earlier process for the same program, target, options and compiler version."""
-    text = "\0".join([lowered.as_text(), target.text, repr(options), importlib.metadata.version("jaxlib")])
+    rates = Rates.of(target)
+    parts = [lowered.as_text(), target.text, repr(options), repr(rates), importlib.metadata.version("jaxlib")]
+    text = "\0".join(parts)
     path = cache_dir() / "plans" / (hashlib.sha256(text.encode()).hexdigest() + ".json")
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Memory(**json.loads(path.read_text()))
-    memory = _compile(lowered, options)
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(path.read_text())
+        prediction = kept.pop("prediction")
+        return Memory(**kept, prediction=prediction and Prediction(**prediction))
+    memory = _compile(lowered, options, rates)
     with contextlib.suppress(OSError):  # a cache that cannot be written: it is compiled again the next time
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json_text(asdict(memory)), durable=False)
     return memory
 
 
-def _compile(lowered: Any, options: dict[str, bool]) -> Memory:
+def _compile(lowered: Any, options: dict[str, bool], rates: Rates) -> Memory:
     try:
         with _stderr() as said:
             compiled = lowered.compile(compiler_options=dict(options))
@@ -194,14 +138,19 @@ def _compile(lowered: Any, options: dict[str, bool]) -> Memory:
             ) from error
         raise
     # If an argument had no sharding, XLA would silently compile for the CPU. Only GPU programs name operation queues.
-    if "operation_queue_id" not in compiled.as_text():
+    text = compiled.as_text()
+    if "operation_queue_id" not in text:
         raise AssertionError("compiled for the CPU, not for the target")
+    prediction = None
+    with contextlib.suppress(ValueError):  # a loop of unknown length, as evaluation and prefill have
+        prediction = predict(read_kernels(text), rates)
     m = compiled.memory_analysis()
     return Memory(
         m.argument_size_in_bytes / MIB,
         (m.output_size_in_bytes - m.alias_size_in_bytes) / MIB,
         m.temp_size_in_bytes / MIB,
         _OVER_BUDGET in "".join(said),
+        prediction,
     )
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from moe_jax.config import DataConfig, PresetName, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset, preset_for_text, with_vocabulary
 from moe_jax.data.corpora import open_corpus
-from moe_jax.planning.device_memory import MIB
+from moe_jax.planning.target import MIB
 from moe_jax.system.environment import runs_on_cpu
 from moe_jax.training.advice import USEFUL_PASSES
 from moe_jax.training.programs import Programs

@@ -16,7 +16,9 @@ from moe_jax.config import OptimizerKind, ParamDtype, RunConfig, TrainConfig
 from moe_jax.data.batches import evaluation_windows
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.transformer import Params
-from moe_jax.planning.device_memory import MIB, Bound, Target, bound
+from moe_jax.planning import roofline
+from moe_jax.planning.device_memory import Bound, bound
+from moe_jax.planning.target import MIB, Target
 from moe_jax.training.evaluate import EVALUATION_ROWS
 from moe_jax.training.programs import Programs
 from moe_jax.training.state import initial_params
@@ -27,7 +29,7 @@ fits."""
 
 
 class Row(NamedTuple):
-    """One setting, and the memory of its training step."""
+    """One setting, and the memory and the predicted time of its training step."""
 
     config: RunConfig
     precision: str
@@ -37,6 +39,11 @@ class Row(NamedTuple):
     """Bytes of weights for each parameter."""
     step: Bound
     fits: bool
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a training step."""
+        return self.config.train.batch_size * self.config.train.grad_accum * self.config.model.seq_len
 
 
 def candidates(config: RunConfig, every_optimizer: bool) -> Iterator[RunConfig]:
@@ -138,6 +145,8 @@ class Verdict(NamedTuple):
             "optimizer": train.optimizer,
             "lora_rank": train.lora_rank,
             "param_dtype": train.param_dtype,
+            "compute_dtype": self.row.precision,
+            **roofline.summary(self.row.step.prediction, self.row.tokens),
         }
 
 

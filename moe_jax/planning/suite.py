@@ -7,7 +7,7 @@ from rich.table import Table
 
 from moe_jax.config import RunConfig
 from moe_jax.planning import search
-from moe_jax.planning.device_memory import load_target
+from moe_jax.planning.target import load_target
 
 TARGETS = ("rtx3050-4gb", "quadro-t1000-4gb", "rtx3060-12gb")
 """Cards that `benchmark.py memory` plans for."""

@@ -8,7 +8,7 @@
     console.py, rich_console.py    notes, progress and tables
     compile_cache.py               compiled programs that are kept on disk
     random_keys.py                 random keys by purpose
-    hlo.py                         compiled programs, read
+    hlo.py, hlo_kernels.py         compiled programs, read: products and buffers; kernels of a GPU and their traffic
     machine.py, timing.py          the machine, and times
 
 What runs before jax imports only the standard library.

@@ -61,8 +61,8 @@ class Programs:
         loss: cross_entropy.Implementation = "blocked",
         mesh: Mesh | None = None,
     ) -> "Programs":
-        """The programs for a device, or for a description of one (`planning.device_memory.Target`). Unless given, for
-        the first device of this machine. With a `mesh`, step and evaluation are for all its devices together.
+        """The programs for a device, or for a description of one (`planning.target.Target`). Unless given, for the
+        first device of this machine. With a `mesh`, step and evaluation are for all its devices together.
 
         For comparisons, `moe` replaces the MoE layer, and `loss` chooses the implementation of the cross-entropy.
         """

@@ -193,18 +193,19 @@ def make_step(
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())
         taken = finite & ~spike if config.skip_spikes else finite
-        # One factor clips all gradients. It is applied where a gradient is used, so that the compiler needs no clipped
-        # copy of all gradients.
-        clip = clip_factor(norm, config.max_grad_norm)
-        clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
-        wide = jax.tree.map(_wide, trained)
-        updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=taken, step=state.step)
-        moved = apply_updates(trained, updates, purpose_key(config.seed, Purpose.ROUND_WEIGHTS, state.step))
-        if state.adapters is None:
-            moved = with_adjusted_biases(moved, metrics.load, config.router_bias_lr)
-        # Selected entry by entry, so that the new parameters reuse the memory of the old ones. With `lax.cond` both
-        # would exist at once.
-        moved = jax.tree.map(lambda new, old: jnp.where(taken, new, old), moved, trained)
+        with jax.named_scope("optimizer"):
+            # One factor clips all gradients. It is applied where a gradient is used, so that the compiler needs no
+            # clipped copy of all gradients.
+            clip = clip_factor(norm, config.max_grad_norm)
+            clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
+            wide = jax.tree.map(_wide, trained)
+            updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=taken, step=state.step)
+            moved = apply_updates(trained, updates, purpose_key(config.seed, Purpose.ROUND_WEIGHTS, state.step))
+            if state.adapters is None:
+                moved = with_adjusted_biases(moved, metrics.load, config.router_bias_lr)
+            # Selected entry by entry, so that the new parameters reuse the memory of the old ones. With `lax.cond`
+            # both would exist at once.
+            moved = jax.tree.map(lambda new, old: jnp.where(taken, new, old), moved, trained)
         new = TrainState(
             step=state.step + 1,
             params=moved if state.adapters is None else state.params,

@@ -33,7 +33,8 @@ from moe_jax.model.costs import bound_flops, count_parameters, expert_flops, tot
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.planning import search, suite
-from moe_jax.planning.device_memory import Bound, Memory, Target
+from moe_jax.planning.device_memory import Bound, Memory
+from moe_jax.planning.target import Target
 from moe_jax.system import environment, machine
 from moe_jax.system.timing import Measured, Times, alternate, with_reused_output
 from tests.support import tiny

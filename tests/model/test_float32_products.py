@@ -11,7 +11,8 @@ import pytest
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.model.moe.router import route, router_logits
 from moe_jax.model.precision import dot_precision
-from moe_jax.planning.device_memory import BACK_ENDS, load_target, lower_for
+from moe_jax.planning.device_memory import BACK_ENDS, lower_for
+from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import read_program
 from moe_jax.training.programs import Programs
 from tests.support import tiny

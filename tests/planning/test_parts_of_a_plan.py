@@ -14,15 +14,19 @@ import pytest
 from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals
 from moe_jax.planning import device_memory, search
-from moe_jax.planning.device_memory import MIB, Bound, Memory, Target, load_target
+from moe_jax.planning.device_memory import Bound, Memory
+from moe_jax.planning.roofline import Rates
+from moe_jax.planning.target import MIB, Target, load_target
 from tests.support import tiny
 
+RATES = Rates(1e11, 1e12, 2e12, 4e12)
 CONFIG = RunConfig(model=tiny.config(), train=TrainConfig(batch_size=4, grad_accum=2, optimizer="adamw"))
 
 
 def target(capability: str = "8.6", memory: int = 2**30) -> Target:
     major, minor = capability.split(".")
     text = f"gpu {{ device_memory_size: {memory} cuda {{ major: {major} minor: {minor} }} }}"
+    text += " core_count: 10 fpus_per_core: 100 clock_rate_ghz: 1.5 memory_bandwidth: 100000000000"
     return Target("card", f'{text}\ndevice_description_str: "A card 1"')
 
 
@@ -98,15 +102,15 @@ def compiled(text: str, said: str = "") -> Any:
 
 def test_memory_is_read_from_the_compiled_program(capfd: pytest.CaptureFixture[str]) -> None:
     """Outputs that take the memory of a donated argument do not count."""
-    found = device_memory._compile(compiled("operation_queue_id"), {})
+    found = device_memory._compile(compiled("operation_queue_id"), {}, RATES)
     assert found == Memory(8, 2, 1, warned=False)
-    warned = device_memory._compile(compiled("operation_queue_id", "W Can't reduce memory use below 7"), {})
+    warned = device_memory._compile(compiled("operation_queue_id", "W Can't reduce memory use below 7"), {}, RATES)
     assert warned == Memory(8, 2, 1, warned=True)
     assert capfd.readouterr().err == "", "what the compiler says is collected, and not shown"
     os.write(2, b"afterwards")
     assert capfd.readouterr().err == "afterwards"
     with pytest.raises(AssertionError, match="compiled for the CPU"):
-        device_memory._compile(compiled("other"), {})
+        device_memory._compile(compiled("other"), {}, RATES)
 
 
 @pytest.mark.parametrize("cause", ["No PTX compilation provider", "libdevice not found at"])
@@ -118,9 +122,9 @@ def test_missing_ptxas_is_named(cause: str) -> None:
         return SimpleNamespace(compile=compile_)
 
     with pytest.raises(UserError, match="planning needs ptxas"):
-        device_memory._compile(refuse(f"INTERNAL: {cause} here"), {})
+        device_memory._compile(refuse(f"INTERNAL: {cause} here"), {}, RATES)
     with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
-        device_memory._compile(refuse("another"), {})
+        device_memory._compile(refuse("another"), {}, RATES)
 
 
 def test_without_the_plugin_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +224,11 @@ def test_what_runs_between_the_steps_must_fit_too(between: dict[str, float]) -> 
         "optimizer": "adamw",
         "lora_rank": 0,
         "param_dtype": "float32",
+        "compute_dtype": "bfloat16",
+        "kernels": None,
+        "traffic_gb": None,
+        "predicted_step_ms": None,
+        "predicted_tokens_per_second": None,
     }
 
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from moe_jax.model.kernels import causal_attention as attention_kernel
 from moe_jax.model.kernels import cross_entropy
+from moe_jax.model.kernels import grouped_matmul as grouped
 from moe_jax.model.kernels import query_blocks as cut
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
@@ -87,6 +88,24 @@ def check_grouped_matmul() -> None:
                     assert np.abs(np.asarray(ours) - expected).max() < 1e-12, implementation
 
 
+def check_gathered_matmul() -> None:
+    """The form of a GPU for groups that a CPU multiplies in turn, against loops: product and gradients."""
+    rng = np.random.default_rng(2)
+    further = [3, 3, 0, 1, 3]
+    experts = [0, 1, 2, 3, *further]
+    rows, weights, d_y = rng.normal(size=(9, 3, 5)), rng.normal(size=(4, 5, 2)), rng.normal(size=(9, 3, 2))
+    d_weights = np.zeros_like(weights)
+    for g, e in enumerate(experts):
+        d_weights[e] += rows[g].T @ d_y[g]
+    product = np.stack([rows[g] @ weights[e] for g, e in enumerate(experts)])
+    d_rows = np.stack([d_y[g] @ weights[e].T for g, e in enumerate(experts)])
+    with jax.enable_x64(True):
+        operands = [jnp.asarray(x) for x in (rows, weights, np.array(further))]
+        found = (grouped._gathered(*operands), *grouped._gathered_backward(*operands, jnp.asarray(d_y)))
+    for ours, expected in zip(found, (product, d_rows, d_weights), strict=True):
+        assert np.abs(np.asarray(ours) - expected).max() < 1e-12
+
+
 def check_grouped_heads() -> None:
     """Four heads that share two key heads: the gradients of keys and values are sums over a group."""
     check_causal_attention(heads=4)
@@ -158,7 +177,8 @@ def check_dropout_masks() -> None:
 
 
 def check_cross_entropy() -> None:
-    """The mean over 12 tokens, in 4 blocks and in one; and its gradients, from d z = (softmax - onehot) / N."""
+    """The mean over 12 tokens, in 4 blocks and in one; and its gradients, from d z = (softmax - onehot) / N. In 4
+    blocks also in the form of a GPU, with 13 columns filled up to 16."""
     _check_cross_entropy(12, ((3, (4, 3)), (2**12, (1, 12))))
 
 
@@ -181,10 +201,13 @@ def _check_cross_entropy(tokens: int, cases: tuple[tuple[int, tuple[int, int]], 
     )
     with jax.enable_x64(True):
         operands = (jnp.asarray(hidden), jnp.asarray(head))
-        for implementation, (most, blocks) in [*(("blocked", case) for case in cases), ("reference", cases[0])]:
+        on_cpu = [("blocked", 1, case) for case in cases]
+        for implementation, columns, (most, blocks) in [*on_cpu, ("blocked", 8, cases[0]), ("reference", 1, cases[0])]:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(cross_entropy, "LOGITS_BYTES", most * 13 * 4)
-                assert cross_entropy._blocks(tokens, 13) == blocks
+                padded = 13 + -13 % columns
+                form = cross_entropy.Form(most * padded * 4, columns, from_logsumexp=columns > 1)
+                patch.setattr(cross_entropy, "cpu_form", lambda form=form: form)
+                assert cross_entropy._blocks(tokens, padded, form) == blocks
                 mean = functools.partial(
                     cross_entropy.mean_cross_entropy, targets=jnp.asarray(targets), implementation=implementation
                 )

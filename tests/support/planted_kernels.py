@@ -42,8 +42,8 @@ BUGS = [
     Bug(
         "further blocks belong to the next expert",
         "moe_jax.model.moe.dispatch:Blocks.plan",
-        'side="right").clip(0, experts - 1)',
-        'side="right").clip(0, experts - 1)[::-1]',
+        "further_expert.clip(0, experts - 1)",
+        "further_expert.clip(0, experts - 1)[::-1]",
         kernel_checks.check_blocks,
     ),
     Bug(
@@ -83,17 +83,31 @@ BUGS = [
     ),
     Bug(
         "products in turn take the first expert",
-        "moe_jax.model.kernels.grouped_matmul:_in_turn",
+        "moe_jax.model.kernels.grouped_matmul:_turns",
         "weights[further_expert[g - experts]]",
         "weights[0 * further_expert[g - experts]]",
         kernel_checks.check_grouped_matmul,
     ),
     Bug(
         "the gradient of products in turn leaves out the first groups",
-        "moe_jax.model.kernels.grouped_matmul:_in_turn_backward",
+        "moe_jax.model.kernels.grouped_matmul:_turns_backward",
         "add_group, (d_rows, d_weights)",
         "add_group, (d_rows, 0 * d_weights)",
         kernel_checks.check_grouped_matmul,
+    ),
+    Bug(
+        "copies for a GPU leave out the further groups' experts",
+        "moe_jax.model.kernels.grouped_matmul:_narrow_copies",
+        "narrow[further_expert]",
+        "narrow[0 * further_expert]",
+        kernel_checks.check_gathered_matmul,
+    ),
+    Bug(
+        "the sum over groups on a GPU leaves out the further groups",
+        "moe_jax.model.kernels.grouped_matmul:_sum_of_groups",
+        "further_expert])[None]",
+        "further_expert + experts])[None]",
+        kernel_checks.check_gathered_matmul,
     ),
     Bug(
         "attention dropout of the reference not scaled",
@@ -170,6 +184,20 @@ BUGS = [
         "moe_jax.model.kernels.cross_entropy:_cross_entropy",
         "d_head = d_head + jnp.matmul(",
         "d_head = jnp.matmul(",
+        kernel_checks.check_cross_entropy,
+    ),
+    Bug(
+        "the columns that fill up the head take part in the softmax",
+        "moe_jax.model.kernels.cross_entropy:_logits",
+        "z, -jnp.inf)",
+        "z, 0.0)",
+        kernel_checks.check_cross_entropy,
+    ),
+    Bug(
+        "the GPU's softmax subtracts the largest logit only",
+        "moe_jax.model.kernels.cross_entropy:_softmax",
+        "jax.nn.logsumexp(z, axis=-1, keepdims=True)",
+        "jnp.max(z, axis=-1, keepdims=True)",
         kernel_checks.check_cross_entropy,
     ),
     Bug(

@@ -9,7 +9,8 @@ import pytest
 from moe_jax.config import TrainConfig
 from moe_jax.config.presets import preset
 from moe_jax.model.costs import layer_flops
-from moe_jax.planning.device_memory import BACK_ENDS, load_target, lower_for
+from moe_jax.planning.device_memory import BACK_ENDS, lower_for
+from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import Program, read_program, scopes
 from moe_jax.training.programs import Programs
 from tests.support.programs import compiled_for_gpu

@@ -28,7 +28,7 @@ def plain(hidden, head, targets):
 @pytest.mark.parametrize("blocks", [1, 3, 12])
 def test_mean_cross_entropy_and_its_gradient(blocks: int, float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", N // blocks * V * 4)
-    assert cross_entropy._blocks(N, V) == (blocks, N // blocks)
+    assert cross_entropy._blocks(N, V, cross_entropy.cpu_form()) == (blocks, N // blocks)
     hidden, head, targets = operands()
     nats = oracles.cross_entropy(np.asarray(hidden), np.asarray(head), np.asarray(targets))
     # The loss is multiplied by 3 afterwards, so that a gradient that ignores its cotangent shows.
@@ -60,11 +60,11 @@ def test_far_logits_do_not_overflow() -> None:
     ],
 )
 def test_blocks_are_the_fewest_equal_ones_that_fit(tokens: int, blocks: int, why: str) -> None:
-    assert cross_entropy._blocks(tokens, 2**20)[0] == blocks, why
+    assert cross_entropy._blocks(tokens, 2**20, cross_entropy.cpu_form())[0] == blocks, why
 
 
 def test_a_single_token_may_be_larger_than_the_limit() -> None:
-    assert cross_entropy._blocks(4, 2**24) == (4, 1)
+    assert cross_entropy._blocks(4, 2**24, cross_entropy.cpu_form()) == (4, 1)
 
 
 def zero_columns(dtype: str, scale: float) -> float:

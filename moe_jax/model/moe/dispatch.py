@@ -145,7 +145,8 @@ class Blocks:
         position = queue_positions(flat.expert_index, flat.valid, experts)
         nth, place = position // self.rows, position % self.rows
         block = jnp.where(nth == 0, flat.expert_index, (ends - further)[flat.expert_index] + nth - 1)
-        further_expert = jnp.searchsorted(ends, experts + jnp.arange(more), side="right").clip(0, experts - 1)
+        further_expert = jnp.searchsorted(ends, experts + jnp.arange(more), side="right", method="compare_all")
+        further_expert = further_expert.clip(0, experts - 1)
         keep = jnp.broadcast_to(flat.valid[..., None], block.shape)
         plan = _plan(block * self.rows + place, keep, experts + more, self.rows)
         return plan, further_expert, ends[-1]

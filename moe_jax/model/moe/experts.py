@@ -11,7 +11,7 @@ from moe_jax.model.kernels.matmul import vector_matmul
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.low_rank import LowRank
-from moe_jax.model.precision import dot_precision
+from moe_jax.model.precision import at_least_float32, dot_precision
 
 
 class Experts(nnx.Module):
@@ -77,12 +77,28 @@ class Experts(nnx.Module):
         return jax.lax.fori_loop(experts, used, add_block, jnp.concatenate([y, jnp.zeros_like(rows[experts:])]))
 
     def apply_per_token(self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"]) -> Float[Array, "G D"]:
-        """The same for groups of one row, one after another.
+        """The same for groups of one row.
 
-        Decoding is bound by reading weights. Gathering them first would write and read them once more, so each group
-        multiplies with its expert's matrices in place.
+        Decoding is bound by reading weights. Gathering them first would write and read them once more. So on a CPU one
+        group after another multiplies with its expert's matrices in place. On a GPU, where each turn would be several
+        launches, all groups multiply at once (`_rows_at_once`).
         """
-        return jax.lax.map(lambda group: self.apply_single_expert(*group), (rows, group_expert))
+
+        def in_turn(rows: Array, group_expert: Array) -> Array:
+            return jax.lax.map(lambda group: self.apply_single_expert(*group), (rows, group_expert))
+
+        return jax.lax.platform_dependent(rows, group_expert, cpu=in_turn, default=self._rows_at_once)
+
+    def _rows_at_once(self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"]) -> Float[Array, "G D"]:
+        """Each product is one multiplication and one sum, so that XLA fuses the gather of the matrices into them and
+        writes no copy. Summed in at least float32."""
+        wide = at_least_float32(rows.dtype)
+
+        def matmul(x: Array, param: nnx.Param) -> Array:
+            matrices = param[...][group_expert].astype(x.dtype)
+            return (x.astype(wide)[:, :, None] * matrices.astype(wide)).sum(1).astype(x.dtype)
+
+        return matmul(self._activate([matmul(rows, w) for w in self._input_matrices()]), self.w_out)
 
     def apply_single_expert(self, x: Float[Array, "*R D"], expert: Int[Array, ""]) -> Float[Array, "*R D"]:
         """The network of one expert. Not for training: its gradient would be as large as all experts together."""

@@ -35,10 +35,18 @@ def test_both_forms_against_loops() -> None:
 
 
 def test_the_fewest_blocks_that_fit(small_blocks: None) -> None:
-    assert cross_entropy._blocks(30, VOCABULARY) == (6, 5)
-    assert cross_entropy._blocks(5, VOCABULARY) == (1, 5)
-    assert cross_entropy._blocks(7, VOCABULARY) == (2, 4)  # a prime number of tokens: the last block is padded
-    assert cross_entropy._blocks(8, 10 * VOCABULARY) == (8, 1)  # not even one token fits
+    form = cross_entropy.cpu_form()
+    assert cross_entropy._blocks(30, VOCABULARY, form) == (6, 5)
+    assert cross_entropy._blocks(5, VOCABULARY, form) == (1, 5)
+    assert cross_entropy._blocks(7, VOCABULARY, form) == (2, 4)  # a prime number of tokens: the last block is padded
+    assert cross_entropy._blocks(8, 10 * VOCABULARY, form) == (8, 1)  # not even one token fits
+
+
+def test_the_blocks_of_a_gpu_for_gpt_2s_vocabulary() -> None:
+    """50,257 columns are filled up to 393 x 128 = 50,304. 2^27 bytes are 667 tokens; 8,192 tokens are 16 times 512."""
+    form = cross_entropy.gpu_form()
+    assert cross_entropy._padded_head(jnp.zeros((1, 50257)), jnp.dtype("bfloat16"), form).shape == (1, 50304)
+    assert cross_entropy._blocks(8192, 50304, form) == (16, 512)
 
 
 def test_blocked_is_the_reference(small_blocks: None, float64: None) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_jax.model.kernels import grouped_matmul as grouped
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.system.hlo import read_program
 from tests.support import kernel_checks, programs, tiny
@@ -50,6 +51,17 @@ def test_blocked_is_the_reference(count: int, further_expert: list[int] | None, 
         ours, expected = (compiled(name, further_expert is not None)(*operands) for name in ("blocked", "reference"))
     for one, other in zip(ours, expected, strict=True):
         assert tiny.relative_error(one, other) < 1e-14
+
+
+def test_the_form_of_a_gpu_against_loops() -> None:
+    kernel_checks.check_gathered_matmul()
+
+
+def test_the_gradients_of_all_groups_of_an_expert_are_added() -> None:
+    """Groups 0 to 2 belong to the experts 0 to 2; groups 3 and 4 to expert 1. So 1 + 3 + 4 = 8 for expert 1."""
+    d_copies = jnp.arange(5, dtype=jnp.bfloat16)[:, None, None]
+    total = grouped._sum_of_groups(d_copies, jnp.array([1, 1]), 3)
+    assert (total.ravel().tolist(), total.dtype) == ([0, 8, 2], jnp.float32)
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "reference"])

@@ -144,6 +144,15 @@ def test_decoding_reads_chosen_experts_one_after_another(float64: None) -> None:
     assert tiny.relative_error(alone, whole) < 1e-13
 
 
+def test_pairs_at_once_as_on_a_gpu_are_pairs_in_turn(float64: None) -> None:
+    """Three pairs, two of them of one expert."""
+    layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
+    rows = jnp.asarray(np.random.default_rng(3).normal(size=(3, layer.router.shape[0])))
+    expert = jnp.array([1, 0, 1])
+    in_turn = jnp.stack([layer.experts.apply_single_expert(row, e) for row, e in zip(rows, expert, strict=True)])
+    assert tiny.relative_error(layer.experts._rows_at_once(rows, expert), in_turn) < 1e-14
+
+
 def test_many_blocks_are_one_function_too(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """With blocks of 3 rows each expert has several, the last of them partly empty. Evaluation takes the first ones
     side by side, and the others in turn."""

@@ -1,0 +1,83 @@
+"""Descriptions of NVIDIA GPUs (`targets/*.txtpb`), as XLA's compiler reads them."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe_jax.config import UserError
+
+GPU_TARGETS = Path(__file__).parent / "targets"
+"""Folder with one description file for each GPU."""
+MIB = 2**20
+PREALLOCATED = 0.75
+"""Share of a card's memory that JAX takes at start by default (XLA_PYTHON_CLIENT_MEM_FRACTION). A program gets no more.
+`system.environment` may choose another share for a small card; plans do not count on it."""
+MARGIN = 0.85
+"""Share of JAX's memory that a plan may use. The rest is for memory that XLA's buffer plan leaves out."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """A GPU as XLA's compiler sees it."""
+
+    name: str
+    text: str
+    """Text form of stream_executor.GpuTargetConfigProto."""
+
+    def _field(self, name: str) -> str:
+        """The number or the quoted text of a field."""
+        found = re.search(rf'\b{name}: *(?:"([^"]*)"|([0-9.]+))', self.text)
+        if found is None:
+            raise UserError(f"target {self.name}: its description has no {name}")
+        return found[1] or found[2]
+
+    def number(self, name: str) -> float:
+        """The number in a field, such as `core_count`."""
+        return float(self._field(name))
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the card reports."""
+        return int(self._field("device_memory_size"))
+
+    @property
+    def compute_capability(self) -> str:
+        return f"{self._field('major')}.{self._field('minor')}"
+
+    @property
+    def device_kind(self) -> str:
+        return self._field("device_description_str")
+
+    @property
+    def platform(self) -> str:
+        """The same as `jax.Device.platform`, so that `hardware.Card.of` accepts a target in place of a device."""
+        return "gpu"
+
+    @property
+    def budget(self) -> float:
+        """MiB that a plan may use: 85 % of JAX's share, which is 75 % of the card's memory.
+
+        The other 15 % are for memory outside XLA's buffers, which is not measured here: loaded kernels, handles and
+        workspaces of libraries, scratch memory of autotuning, and fragmentation. The CUDA context and a display use the
+        25 % of the card that JAX does not take.
+        """
+        return MARGIN * PREALLOCATED * self.memory / MIB
+
+
+def load_target(name: str) -> Target:
+    """The target of this name that comes with the package, or else the target in the file of this path."""
+    ours = GPU_TARGETS / f"{name}.txtpb"
+    path = ours if ours.is_file() else Path(name)
+    try:
+        return Target(path.stem, path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"--gpu {name}: is not UTF-8; the files in {GPU_TARGETS} show how a GPU is described") from None
+
+
+def target_of_device(device: Any) -> Target:
+    """The target for a card in this machine, read from its driver."""
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage], there is no public API for it
+
+    name = str(device.device_kind)
+    return Target(name, str(_jax.get_topology_for_devices([device]).target_config))
