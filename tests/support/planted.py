@@ -70,8 +70,8 @@ BUGS = [
     Bug(
         "decoding gives neighbouring heads different key heads",
         "moe_jax.model.attention:Attention.decode",
-        "groups = query.reshape(len(x), self.config.key_value_heads, -1, query.shape[-1])",
-        """groups = query.reshape(len(x), -1, self.config.key_value_heads, query.shape[-1]).swapaxes(1, 2)""",
+        "query.reshape(batch, tokens, -1, shared, width).transpose(0, 2, 3, 1, 4)",
+        "query.reshape(batch, tokens, shared, -1, width).transpose(0, 3, 2, 1, 4)",
         checks.check_cached_decoding_of_grouped_heads,
     ),
     Bug(
@@ -163,15 +163,15 @@ BUGS = [
     Bug(
         "rotary positions one off in decoding",
         "moe_jax.model.attention:Attention.decode",
-        "self._project(x, index[..., None])",
-        "self._project(x, index[..., None] + 1)",
+        "self._project(x, positions)",
+        "self._project(x, positions + 1)",
         checks.check_cached_decoding,
     ),
     Bug(
         "a decoded token does not see itself",
         "moe_jax.model.attention:Attention.decode",
-        "<= index",
-        "< index",
+        "<= jnp.tile(",
+        "< jnp.tile(",
         checks.check_cached_decoding,
     ),
     Bug(
