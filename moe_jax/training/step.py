@@ -179,7 +179,6 @@ def make_step(
 
     With a `mesh`, its devices take the step together, and the state lies on them.
     """
-
     schedule = learning_rate(config, config.lr)
     compute_gradients = gradients if mesh is None else mesh.gradients
 
