@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax.benchmarks import cost_table, decoding, dense_baselines, feeding, layer, mixtral, peers, suites
+from moe_jax.benchmarks import cost_table, decoding, dense_baselines, feeding, layer, mixtral, peers, suites, weights
 from moe_jax.benchmarks.request import BenchmarkRequest
 from moe_jax.benchmarks.uniform_routing import UniformMoE
 from moe_jax.cli import benchmark
@@ -299,6 +299,8 @@ def numbers_in(found: dict) -> list[float]:
 @pytest.mark.parametrize("part", KEYS)
 def test_parts_print_tables_and_give_their_numbers(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feeding, "CORPUS", DataConfig(source="stories", vocab_size=300, stories=20))
+    monkeypatch.setattr(weights, "FORMS", ("float32",))  # each form is a program to compile
+    monkeypatch.setattr(weights, "beside_llama_cpp", lambda *_: {})
     printed = io.StringIO()
     quality = {"none": 0.9, "active": 1.0, "total": 0.8}
     numbers = suites.SUITES[part](Console(file=printed, width=120), BenchmarkRequest(config(), 2, 1, quality))
