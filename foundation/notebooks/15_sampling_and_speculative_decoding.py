@@ -11,7 +11,8 @@
 #
 # The code is `foundation/sampling.py`. The project draws its tokens in
 # `moe_jax/inference/sampling.py`, with the filters of step 1; a test compares the two
-# laws. Speculative decoding is **not built there yet**. This chapter comes first.
+# laws. It guesses in `moe_jax/inference/speculative.py`, from what the text has said
+# before.
 #
 # ## Step 1: which law?
 # The logits $z$ become probabilities by a softmax. Before it they are divided by a

@@ -4,9 +4,9 @@ The guess is a prompt lookup: the last tokens of the text are looked for earlier
 guessed to follow again. So the draft needs no second model, and its distribution q is a point mass.
 
 Algorithm 1 of the paper accepts a guess x with probability min(1, p(x) / q(x)) = p(x). After a rejection it draws from
-max(0, p - q), normalised: that is p without x. The same holds if y is drawn from p, x is accepted where y = x, and y is
-the next token otherwise. This module does that. Token n is drawn with the same random numbers as without speculation,
-so a seed gives the same text, up to the rounding of the logits.
+max(0, p - q), normalised: that is p without x (chapter 15 of `foundation`). The same holds if y is drawn from p, x is
+accepted where y = x, and y is the next token otherwise. This module does that. Token n is drawn with the same random
+numbers as without speculation, so a seed gives the same text, up to the rounding of the logits.
 
 One pass over the last token and K guesses gives the logits after each of them. The keys and values of rejected guesses
 stay in the cache behind the position. They are masked there, and the next pass writes over them. The experts drop

@@ -21,6 +21,7 @@ from foundation import (
     optimizers,
     rounding,
     sampling,
+    small_weights,
 )
 from foundation.losses import IGNORE
 from foundation.parity import max_relative_error
@@ -36,6 +37,7 @@ from moe_jax.model.moe.queues import queue_positions
 from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.moe.variants import leaky_queue_positions, with_all_experts
 from moe_jax.model.precision import stochastic_round
+from moe_jax.model.quantize import quantize
 from moe_jax.system.random_keys import sequence_keys
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor
 from moe_jax.training.optimizers.factory import make_optimizer
@@ -206,3 +208,13 @@ def test_production_cuts_a_word_into_the_same_pieces() -> None:
     for word in (*text.split(), "kingfisher", "thinking", "xylophone"):
         ids = tokenizer.encode(f" {word}")
         assert tuple(int(i) for i in ids) == byte_pairs.encode(f" {word}".encode(), pairs)
+
+
+def test_production_stores_the_same_codes_of_8_bits() -> None:
+    """Of an expert's stack of matrices too. In 4 bits production rounds the scale to bfloat16 first."""
+    w = normal(28, 3, 64, 5).at[1, :, 2].set(0.0)
+    stored = quantize({"w_in": w.astype(jnp.float32)}, "int8")["w_in"]
+    for expert in range(3):
+        codes, scale = small_weights.quantize(w[expert].astype(jnp.float32), 127, 64)
+        np.testing.assert_array_equal(codes, stored.codes[expert])
+        np.testing.assert_allclose(scale, stored.scale[expert], rtol=1e-7)
