@@ -42,7 +42,7 @@ class Plan(Command):
     or if the output is a file or a pipe.
     """
 
-    interrupted: ClassVar[str] = "the search stopped early; it starts quickly again, because its results are kept"
+    interrupted: ClassVar[str] = "the search stopped early; nothing of it is kept"
 
     preset: PresetName = "seed-158m"
     """The settings to plan for."""
@@ -91,7 +91,6 @@ class Plan(Command):
             f"{name} on {target.device_kind} (compute capability {target.compute_capability}, "
             f"{target.memory / targets.MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
         )
-        _print_header()
         rows = []
         config = with_vocabulary(config)
         config = search.with_adapters(config, self.lora) if self.lora else config
@@ -101,6 +100,8 @@ class Plan(Command):
                 row = next(found, None)
             if row is None:
                 break
+            if not rows:
+                _print_header()
             rows.append(row)
             _print_row(row)
         return self._report(rows, target)
