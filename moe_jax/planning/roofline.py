@@ -17,6 +17,7 @@ from moe_jax.model.hardware import Card
 from moe_jax.planning.target import Target
 from moe_jax.system.hlo import Dot
 from moe_jax.system.hlo_kernels import Kernel
+from moe_jax.training.dry_run import duration
 
 BANDWIDTH_SHARE = 0.8
 """Share of the stated memory bandwidth that a kernel reaches. Assumed."""
@@ -127,14 +128,14 @@ def summary(prediction: Prediction | None, tokens: int) -> dict[str, Any]:
 
 def in_words(prediction: Prediction, tokens: int, steps: int) -> str:
     """A prediction of a training step of `tokens` tokens, and of a run of `steps` steps, in three lines."""
-    rate, hours = 1e3 * tokens / prediction.milliseconds, steps * prediction.milliseconds / 3.6e6
+    rate, whole = 1e3 * tokens / prediction.milliseconds, duration(steps * prediction.milliseconds / 1e3)
     parts = ", ".join(
         f"{name} {time:,.0f} ms ({prediction.traffic_by_part[name]:.1f} GB)"
         for name, time in sorted(prediction.milliseconds_by_part.items(), key=lambda item: -item[1])
     )
     return (
         f"predicted, nothing measured: {prediction.milliseconds:,.0f} ms a step, {rate:,.0f} tokens/s, "
-        f"{hours:,.1f} hours for {steps:,} steps\n"
+        f"{whole} for {steps:,} steps\n"
         f"{prediction.kernels:,} kernels, {prediction.traffic_gb:.1f} GB read and written: {parts}\n"
         f"(roofline: {BANDWIDTH_SHARE:.0%} of the bandwidth, {MATMUL_SHARE:.0%} of the matrix peak, "
         f"{LAUNCH_SECONDS * 1e6} microseconds a kernel; expect 30 % either way)"

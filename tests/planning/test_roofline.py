@@ -92,7 +92,7 @@ def test_the_multiply_adds_of_a_clock(capability: str, name: str, tf32: int, nar
 def test_a_prediction_in_words_and_as_json() -> None:
     found = Prediction(1500, 40.0, 500.0, {"experts": 7.0}, {"experts": 500.0})
     said = roofline.in_words(found, 8192, 3600)
-    assert "predicted, nothing measured: 500 ms a step, 16,384 tokens/s, 0.5 hours for 3,600 steps" in said
+    assert "predicted, nothing measured: 500 ms a step, 16,384 tokens/s, 30.0 min for 3,600 steps" in said
     assert "1,500 kernels, 40.0 GB read and written: experts 500 ms (7.0 GB)" in said
     assert roofline.summary(found, 8192) == {
         "kernels": 1500,
