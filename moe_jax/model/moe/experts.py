@@ -95,7 +95,7 @@ class Experts(nnx.Module):
         wide = at_least_float32(rows.dtype)
 
         def matmul(x: Array, param: nnx.Param) -> Array:
-            matrices = param[...][group_expert].astype(x.dtype)
+            matrices = jax.tree.map(lambda w: w[group_expert], param[...]).astype(x.dtype)
             return (x.astype(wide)[:, :, None] * matrices.astype(wide)).sum(1).astype(x.dtype)
 
         return matmul(self._activate([matmul(rows, w) for w in self._input_matrices()]), self.w_out)
