@@ -62,7 +62,7 @@ def blocked_token_losses(
 ) -> Float[Array, " N"]:
     """`token_losses(hidden @ head, targets)`, a block of tokens at a time. For evaluation: it has no gradient."""
 
-    def losses_in(form: Form, hidden: Array, head: Array, targets: Array) -> Array:
+    def losses_in(form: Form, hidden: Array, head: Array | QuantizedMatrix, targets: Array) -> Array:
         weight = _padded_head(head, hidden.dtype, form)
 
         def block(inputs: tuple[Array, Array]) -> Array:
@@ -105,7 +105,7 @@ def mean_cross_entropy(
     return _blocked_mean(hidden, head, targets, loss_scale, weights)
 
 
-def _padded_head(head: Float[Array, "D V"], dtype: jnp.dtype, form: Form) -> Float[Array, "D _"]:
+def _padded_head(head: Float[Array, "D V"] | QuantizedMatrix, dtype: jnp.dtype, form: Form) -> Float[Array, "D _"]:
     """The head in the dtype of the product, with zeros up to a multiple of `form.columns`."""
     missing = -head.shape[1] % form.columns
     return jnp.pad(head.astype(dtype), ((0, 0), (0, missing))) if missing else head.astype(dtype)
