@@ -22,7 +22,7 @@ from foundation.parity import (
     run,
 )
 
-WHOLE = "about a minute and a half on two free cores, most of it compiling"
+WHOLE = "about two minutes on two free cores, most of it compiling"
 """How long the whole table takes."""
 _AHEAD = 4
 """Checks that are under way at once: two threads, and two in waiting."""
