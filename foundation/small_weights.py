@@ -35,7 +35,7 @@ Sources: Hassibi and Stork 1993, section 2; Frantar et al. 2023, equations 2 and
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def quantize(w: Float[Array, "D O"], most: int, group: int) -> tuple[Float[Array, "D O"], Float[Array, "G O"]]:
@@ -86,7 +86,7 @@ def inverse_of_inputs(x: Float[Array, "T D"], damping: float) -> Float[Array, "D
     return jnp.linalg.inv(h + damping * jnp.mean(jnp.diag(h)) * jnp.eye(len(h)))
 
 
-def moved_by_one(inverse: Float[Array, "D D"], k: int, error: Float[Array, ""]) -> tuple[Array, Array]:
+def moved_by_one(inverse: Float[Array, "D D"], k: int | Int[Array, ""], error: Float[Array, ""]) -> tuple[Array, Array]:
     """(d, L): the best change of all weights of one output where weight k is wrong by `error`, and what it costs."""
     return error * inverse[:, k] / inverse[k, k], error**2 / inverse[k, k]
 

@@ -66,7 +66,7 @@ def by_multiplier(inverse: Any, k: Any, error: Any) -> tuple[np.ndarray, np.ndar
     unit = np.eye(size)[k]
     system = np.block([[2.0 * h, -unit[:, None]], [unit[None], np.zeros((1, 1))]])
     d = np.linalg.solve(system, np.append(np.zeros(size), error))[:size]
-    return d, d @ h @ d
+    return d, np.asarray(d @ h @ d)
 
 
 def inverted_anew(inverse: Any, k: int) -> np.ndarray:

@@ -14,21 +14,20 @@ def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run
     """The message for a flag whose folder holds no run. Names the runs with a similar name, else those beside it."""
     run = Path(run)
     hint = perhaps_another(run)
-    if not hint and (beside := [p for p in _neighbours(run) if _holds_readable_run(p)]):
+    if not hint and (beside := [p for p in _folders(run.parent) if _holds_readable_run(p)]):
         hint = f"; runs there: {', '.join(map(str, sorted(beside)[:MOST_NAMED]))}{', ...' * (len(beside) > MOST_NAMED)}"
     return f"{flag} {run}: no run with a complete checkpoint there{hint}; {remedy}"
 
 
 def perhaps_another(run: Path) -> str:
     """A hint with the two runs nearest in name: "; perhaps runs/nano was meant". Empty if no name is near."""
-    near = difflib.get_close_matches(str(run), map(str, _neighbours(run)), n=2 * MOST_NAMED, cutoff=0.75)
-    near = [name for name in near if _holds_readable_run(Path(name))][:2]
+    # Only the last names are compared. Whole paths are alike by what they begin with.
+    beside = _folders(run.parent)
+    called = {p.name: p for p in beside} or {p.name: p / run.name for p in _folders(run.parent.parent)}
+    typed = run.name if beside else run.parent.name
+    near = [called[name] for name in difflib.get_close_matches(typed, called, n=2 * MOST_NAMED, cutoff=0.65)]
+    near = [str(found) for found in near if _holds_readable_run(found)][:2]
     return f"; perhaps {' or '.join(near)} was meant" if near else ""
-
-
-def _neighbours(run: Path) -> list[Path]:
-    """The folders beside `run`; or, if its parent is missing, the folders that could be meant in other parents."""
-    return _folders(run.parent) or [p / run.name for p in _folders(run.parent.parent)]
 
 
 def _holds_readable_run(run: Path) -> bool:

@@ -170,5 +170,5 @@ def test_without_matplotlib_the_command_is_named(monkeypatch: pytest.MonkeyPatch
         return true(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"matplotlib is missing; run `uv run --extra plots"):
+    with pytest.raises(UserError, match=r"matplotlib is missing; add `--extra plots` after `uv run`"):
         figures.check_installed()

@@ -85,7 +85,14 @@ TABLE: dict[tuple[str, str], tuple[Any, str, str, Any]] = {
     ("train", "patience"): (16, "train", "patience", 16),
 }
 NEW = {("model", name) for name in ("kv_heads", "head_size", "norm_eps", "rope_theta")} | {
-    *(("routing", "renormalise_gates"), ("data", "format"), ("", "init_from"), ("", "base"), ("", "trackio")),
+    *(
+        ("routing", "renormalise_gates"),
+        ("data", "format"),
+        ("", "init_from"),
+        ("", "base"),
+        ("", "trackio"),
+        ("execution", "mesh"),
+    ),
     *(("train", name) for name in ("lora_rank", "lora_alpha", "train_router")),
 }
 """Fields that version 1 did not have. Their defaults are what version 1 computed."""
