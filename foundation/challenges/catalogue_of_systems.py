@@ -81,6 +81,7 @@ SYSTEM_CHALLENGES: dict[str, Challenge] = {
         (
             "L = log(1 + exp(-m)), so dL/dm = -sigmoid(-m) = -1 / (1 + exp(m)).",
             "dm/d chosen = beta and dm/d rejected = -beta. The loss is a mean over pairs.",
+            "d_chosen = -d_loss * beta / (1 + exp(margin)) / (number of pairs), and d_rejected its negative.",
         ),
     ),
 }
