@@ -103,6 +103,8 @@ def covering(count: int) -> dict[str, dict[str, Any]]:
 FIRST = list(CASES)
 COVERING = covering(40)
 CASES |= COVERING
+SHORT, LONG = list(COVERING)[:12], list(COVERING)[12:]
+"""The first rows have most of the pairs. The others are the long form."""
 DROPLESS = {case for case in CASES if case.endswith("dropless")}
 """With K = E at factor 1, or with factor E / K, an expert has as many slots as the sequence has tokens. The same holds
 in `foundation`."""
@@ -225,7 +227,7 @@ def test_hand_derived_gradient_equals_the_real_one_in_every_parameter(case: str,
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("dtype", ["float64"], indirect=True)
-@pytest.mark.parametrize("case", COVERING)
+@pytest.mark.parametrize("case", [*SHORT, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)])
 def test_every_two_options_of_the_presets_together(case: str, dtype: str) -> None:
     compare(case, dtype)
 
