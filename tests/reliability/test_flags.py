@@ -59,7 +59,8 @@ def bad_values(name: str, kind: Any) -> st.SearchStrategy[str]:
         return number | WORDS | (large if name not in ANY_NUMBER else st.nothing())
     if kind is bool:
         return WORDS
-    return {"data.source": st.just(""), "upcycle": WORDS, "init_from": WORDS}.get(name, st.nothing())
+    words = {"data.source": st.just(""), "upcycle": WORDS, "init_from": WORDS, "execution.mesh": WORDS}
+    return words.get(name, st.nothing())
 
 
 CASES = {name: kind for name, kind in fields().items() if not bad_values(name, kind).is_empty}
