@@ -49,11 +49,11 @@ def first_row_problem(path: Path) -> str | None:
 
 
 def how_to_convert(line: bytes) -> str:
-    """The program that makes JSON lines of a file whose first line opens an array, or an object of several lines."""
-    opening = line.strip()[:1]
-    if opening not in (b"[", b"{"):
-        return ""
-    return f" (`jq -c {"'.[]'" if opening == b'[' else '.'} FILE > NEW.jsonl` converts a file)"
+    """The program that makes JSON lines of a file whose line opens an array, or an object of several lines. Empty for
+    another line."""
+    if line.startswith(b"["):
+        return " (`jq -c '.[]' FILE > NEW.jsonl` converts a file that holds one array)"
+    return " (`jq -c . FILE > NEW.jsonl` writes each object on one line)" if line.strip() == b"{" else ""
 
 
 def first_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -65,9 +65,10 @@ class Decoder:
         context = list(prompt)[-self.seq_len :]
         # The separator begins a prompt and also ends a text. It gets no repetition penalty, or texts would not end.
         state = self._start(params, context, [token for token in prompt if token != stop])
-        for n in range(limit):
+        n = 0
+        while n < limit:
             token = self.draw(state.logits, settings, state.seen, jax.random.fold_in(key, n))
-            chosen = int(token[0])
+            chosen, n = int(token[0]), n + 1
             if chosen == stop:
                 return
             yield chosen
@@ -76,8 +77,27 @@ class Decoder:
                 context = context[-(self.seq_len // 2) :]
                 seen = state.seen.at[0, chosen].set(True)
                 state = self._start(params, context, ())._replace(seen=seen)
-            else:
-                state = self.advance(params, state, token)
+                continue
+            state, further = self._append(params, state, context, settings, key, n)
+            for chosen in further[: limit - n]:
+                if chosen == stop:
+                    return
+                yield chosen
+                context.append(chosen)
+                n += 1
+
+    def _append(
+        self,
+        params: Params,
+        state: DecodeState,
+        context: Sequence[int],
+        settings: Sampling,
+        key: Key[Array, ""],
+        number: int,
+    ) -> tuple[DecodeState, Sequence[int]]:
+        """Append the last token of the context to the state. Returns the state, and the tokens that are known to
+        follow: none here. The next token is drawn with fold_in(key, number)."""
+        return self.advance(params, state, np.array(context[-1:], np.int32)), ()
 
     def _start(self, params: Params, context: Sequence[int], seen: Sequence[int]) -> DecodeState:
         tokens = np.zeros((1, self.seq_len), np.int32)

@@ -13,7 +13,7 @@ stay in the cache behind the position. They are masked there, and the next pass 
 nothing in generation (`Mode.GENERATE`), so a rejected guess takes no slot from a token of the text.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -85,47 +85,25 @@ class SpeculativeDecoder(Decoder):
         self.verify(params, state, tokens, np.int32(0), Sampling(), jax.random.key(0), np.int32(0))
         self.tally = Tally()
 
-    def stream(
+    def _append(
         self,
         params: Params,
-        prompt: Sequence[int],
-        *,
+        state: DecodeState,
+        context: Sequence[int],
         settings: Sampling,
         key: Key[Array, ""],
-        stop: int,
-        limit: int,
-    ) -> Iterator[int]:
-        """The tokens of `Decoder.stream`."""
-        context = list(prompt)[-self.seq_len :]
-        state = self._start(params, context, [token for token in prompt if token != stop])
-        n = 0
-        while n < limit:
-            token = self.draw(state.logits, settings, state.seen, jax.random.fold_in(key, n))
-            chosen, n = int(token[0]), n + 1
-            if chosen == stop:
-                return
-            yield chosen
-            context.append(chosen)
-            if len(context) > self.seq_len:
-                context = context[-(self.seq_len // 2) :]
-                seen = state.seen.at[0, chosen].set(True)
-                state = self._start(params, context, ())._replace(seen=seen)
-                continue
-            self.tally.passes += 1
-            draft = lookup_draft(context, self.guesses)
-            if not draft or len(context) + self.guesses > self.seq_len:  # no place for all keys and values
-                state = self.advance(params, state, token)
-                continue
-            tokens = np.array([[chosen, *draft, *[0] * (self.guesses - len(draft))]], np.int32)
-            state, accepted = self.verify(params, state, tokens, np.int32(len(draft)), settings, key, np.int32(n))
-            self.tally.guessed += len(draft)
-            self.tally.accepted += int(accepted)
-            for guess in draft[: min(int(accepted), limit - n)]:
-                if guess == stop:
-                    return
-                yield guess
-                context.append(guess)
-                n += 1
+        number: int,
+    ) -> tuple[DecodeState, Sequence[int]]:
+        """The same, with the accepted guesses as further tokens."""
+        self.tally.passes += 1
+        draft = lookup_draft(context, self.guesses)
+        if not draft or len(context) + self.guesses > self.seq_len:  # no place for all keys and values
+            return super()._append(params, state, context, settings, key, number)
+        tokens = np.array([[context[-1], *draft, *[0] * (self.guesses - len(draft))]], np.int32)
+        state, accepted = self.verify(params, state, tokens, np.int32(len(draft)), settings, key, np.int32(number))
+        self.tally.guessed += len(draft)
+        self.tally.accepted += int(accepted)
+        return state, draft[: int(accepted)]
 
 
 def verify(

@@ -54,8 +54,8 @@ class QuantizedMatrix:
     """int8 `[*E, D, F]`: the codes. Or uint8 `[*E, D / 2, F]`: two codes of 4 bits, each plus 8. Of a group of R
     inputs, byte i holds input i in its lower half and input i + R / 2 in its upper half."""
     scale: Any
-    """float32 `[*E, 1, F]`, or bfloat16 `[*E, D / R, F]`. (jax also puts shapes in
-    place of the arrays.)"""
+    """float32 `[*E, 1, F]`, or bfloat16 `[*E, D / R, F]`. While jax traces, both fields may hold shapes instead of
+    arrays."""
 
     @property
     def bits(self) -> int:
