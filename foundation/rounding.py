@@ -10,9 +10,9 @@ is exactly a half, take the even neighbour. Adding 0x7FFF, and the last bit of t
 of this by one carry. A weight w with spacing s does not move for a step smaller than s / 2: any step below w / 512 is
 lost, however often it is taken.
 
-**By a draw.** Instead, add a random number that is uniform in {0, ..., 2^16 - 1}, and cut. The sum carries for `lower`
-of the 2^16 draws, so x goes up with the probability lower / 2^16. This is its distance from the lower neighbour in
-units of the spacing. With f this fraction,
+**By a draw.** Instead, add a random number that is uniform in {0, ..., 2^16 - 1}, and cut. Let `lower` be the number
+in the lower half. The sum carries for `lower` of the 2^16 draws, so x goes up with the probability lower / 2^16. This
+is its distance from the lower neighbour in units of the spacing. With f this fraction,
 
     E[rounded x] = (1 - f) down + f (down + s) = down + f s = x
 

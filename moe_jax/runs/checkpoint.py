@@ -251,11 +251,12 @@ def _readable(entries: Iterable[Entry]) -> Iterator[tuple[Path, Checkpoint | Che
 def restore(checkpoint: Checkpoint, target: Any) -> Any:
     """The saved values in the structure of `target` (arrays, or `jax.eval_shape` of them).
 
-    Only the leaves of `target` are read, so parameters can be read without the optimizer's state. Each array is laid
-    out as its leaf of `target`, whatever the mesh of the run that saved it; on the first device if that has no
-    sharding. Raises
-    CheckpointCorrupted if a file or an array is damaged, and UserError if a leaf is missing or has another shape or
-    dtype.
+    Only the leaves of `target` are read, so parameters can be read without the optimizer's state. An array lies where
+    its leaf of `target` lies, whatever the mesh of the run that saved it. A leaf without a sharding lies on the first
+    device.
+
+    Raises CheckpointCorrupted if a file or an array is damaged, and UserError if a leaf is missing or has another shape
+    or dtype.
     """
     damage = verify(checkpoint)
     if damage is not None:
