@@ -129,6 +129,7 @@ def test_a_mistyped_run_is_said_to_be_new(typed: str, near: list[str], tmp_path:
         (tmp_path / "runs" / name / "held").rename(tmp_path / "moved")
         (tmp_path / "runs" / name).rmdir()
         (tmp_path / "moved").rename(tmp_path / "runs" / name)
+    (tmp_path / "runs" / "stroys").mkdir()  # the nearest name, and no run
     (tmp_path / "runs" / "storz").mkdir()  # a folder beside it that nobody can read
     (tmp_path / "runs" / "storz" / "checkpoints").symlink_to(tmp_path)
     expected: Any = f"--resume: {typed} holds no run yet, so a new one starts there"
