@@ -135,7 +135,10 @@ class Evaluate(Command):
             beside = "" if row.ngram is None else f"{row.ngram:.1%}"
             rows.add_row(row.row, f"{row.pairs:,}", f"{row.model:.1%}", beside)
         Console().print(rows, "")
-        say(f"checkpoint of step {run.checkpoint.step}; guessing is right in 50 %; 100 pairs are uncertain by 10 %")
+        say(
+            f"checkpoint of step {run.checkpoint.step}; guessing is right in 50 %",
+            "of 100 pairs, 10 % either way may be chance",
+        )
         if run.config.data.source != "stories":
             say("the run was trained on another text than the embedded stories")
         print_json({"pairs": [dataclasses.asdict(row) for row in found]}, self.json)
