@@ -3,8 +3,8 @@
 Training. The stream of N tokens begins and ends with a separator, so its ends are joined into a ring of P = N - 1
 positions. An epoch cuts the ring into P // T windows of T tokens and visits each window once. The offset of the first
 window and the order of the windows change with the epoch. P % T tokens are left out; they differ from epoch to epoch.
-Offset and order are hashes of (seed, epoch). So a batch is a function of the token stream, the seed and the step alone.
-A run that is resumed at step n gets the same batches as an uninterrupted run.
+Offset and order are functions of (seed, epoch) (`window_order.py`). So a batch is a function of the token stream, the
+seed and the step alone. A run that is resumed at step n gets the same batches as an uninterrupted run.
 
 Conversations. A batch has weights beside its tokens (`MaskedBatch`): only answers count. A batch is still a function of
 the stream, the seed and the step.
@@ -18,12 +18,12 @@ of the cost. In the first window all T positions count, so the first window appe
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from moe_jax.config import UserError
+from moe_jax.data.window_order import mix, visited
 
 _COUNT_CHUNK = 1 << 22
 
@@ -63,33 +63,19 @@ def train_positions(count: int, *, seed: int, step: int, batch_size: int, seq_le
     """
     windows = windows_per_epoch(count, seq_len)
     ring = count - 1
+    epochs, turns = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), windows)
     starts = np.empty(batch_size, dtype=np.int64)
-    for row in range(batch_size):
-        epoch, turn = divmod(step * batch_size + row, windows)
-        offset, order = _epoch(seed, epoch, windows, ring)
-        starts[row] = offset + int(order[turn]) * seq_len
+    for epoch in np.unique(epochs):
+        offset, key = _epoch(seed, int(epoch), ring)
+        rows = epochs == epoch
+        starts[rows] = offset + visited(key, turns[rows], windows) * seq_len
     return (starts[:, None] + np.arange(seq_len + 1)) % ring
 
 
-@lru_cache(maxsize=4)
-def _epoch(seed: int, epoch: int, windows: int, ring: int) -> tuple[int, np.ndarray]:
-    """The offset of an epoch's first window, and the order in which the epoch visits its windows, int [windows].
-
-    Windows are sorted by a hash of their number, which has no collisions. numpy's random generators, which may change
-    with its version, are not used.
-    """
-    key = _mix(np.array([seed], np.uint64)) + np.uint64(epoch)
-    offset = int(_mix(key)[0] % np.uint64(ring))
-    order = np.argsort(_mix(_mix(key + np.uint64(1 << 63)) + np.arange(windows, dtype=np.uint64)))
-    return offset, order
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function (Steele, Lea and Flood 2014): a bijection of uint64 that scatters neighbours."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+def _epoch(seed: int, epoch: int, ring: int) -> tuple[int, np.ndarray]:
+    """The offset of an epoch's first window, and the key of the order of its windows, uint64 [1]."""
+    key = mix(np.array([seed], np.uint64)) + np.uint64(epoch)
+    return int(mix(key)[0] % np.uint64(ring)), mix(key + np.uint64(1 << 63))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import UserError
-from moe_jax.data import batches
+from moe_jax.data import batches, window_order
 from moe_jax.data.batches import (
     evaluation_windows,
     text_bytes,
@@ -16,6 +16,8 @@ from moe_jax.data.batches import (
     validation_subset,
     windows_per_epoch,
 )
+from moe_jax.data.window_order import visited
+from tests.support.splitmix import scattered
 
 
 def train_batch(stream: np.ndarray, **where: int) -> np.ndarray:
@@ -68,42 +70,23 @@ def test_epochs_and_seeds_differ_in_order_and_offset():
     assert len({tuple(np.diff(starts) % 1000) for starts in (first, second, other)}) == 3  # offsets do not count here
 
 
-def test_the_order_is_a_shuffle():
-    """In a random order an element moves by a third of the length on average."""
-    _, order = batches._epoch(5, 0, 10_000, 100_000)
-    assert sorted(order) == list(range(10_000))
-    assert np.abs(order - np.arange(10_000)).mean() / 10_000 == pytest.approx(1 / 3, abs=0.01)
-
-
-def test_mix_is_splitmix64():
-    """The first outputs of the published generator, seeded with 0."""
-    states = np.array([0, 0x9E3779B97F4A7C15], dtype=np.uint64)
-    assert [hex(x) for x in batches._mix(states).tolist()] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
-
-
-def scattered(number: int) -> int:
-    """SplitMix64 in Python's integers."""
-    number = (number + 0x9E3779B97F4A7C15) % 2**64
-    number = (number ^ number >> 30) * 0xBF58476D1CE4E5B9 % 2**64
-    number = (number ^ number >> 27) * 0x94D049BB133111EB % 2**64
-    return number ^ number >> 31
-
-
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (7, 0), (2**31 - 1, 12)])
 def test_the_windows_of_an_epoch_never_change(seed: int, epoch: int) -> None:
     """A run that an earlier version began gets the batches that it would have had there."""
     windows, ring = 100, 1003
     key = scattered(seed) + epoch
     base = scattered((key + 2**63) % 2**64)
-    offset, order = batches._epoch(seed, epoch, windows, ring)
+    offset, order_key = batches._epoch(seed, epoch, ring)
     assert offset == scattered(key) % ring
+    order = visited(order_key, np.arange(windows), windows)
     assert order.tolist() == sorted(range(windows), key=lambda window: scattered((base + window) % 2**64))
 
 
 def test_a_step_takes_the_next_windows_of_its_epoch() -> None:
     """3 windows in an epoch and 2 rows a step: step 1 ends the first epoch and begins the second."""
     stream, seq_len = np.arange(13, dtype=np.uint16), 4
-    (offset, order), (next_offset, next_order) = (batches._epoch(0, epoch, 3, 12) for epoch in (0, 1))
+    (offset, key), (next_offset, next_key) = (batches._epoch(0, epoch, 12) for epoch in (0, 1))
+    order, next_order = (visited(k, np.arange(3), 3) for k in (key, next_key))
     starts = [offset + 4 * order[0], offset + 4 * order[1], offset + 4 * order[2], next_offset + 4 * next_order[0]]
     rows = [train_batch(stream, seed=0, step=step, batch_size=2, seq_len=seq_len) for step in (0, 1)]
     expected = [[(start + i) % 12 for i in range(5)] for start in starts]
@@ -117,7 +100,7 @@ def test_a_batch_depends_on_seed_and_step_alone(step, seed):
     stream = np.arange(500, dtype=np.uint16)
     whole = train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7)
     halves = [train_batch(stream, seed=seed, step=2 * step + i, batch_size=4, seq_len=7) for i in (1, 0)]
-    batches._epoch.cache_clear()
+    window_order._table.cache_clear()
     np.testing.assert_array_equal(whole, np.concatenate(halves[::-1]))
     np.testing.assert_array_equal(whole, train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7))
     assert whole.dtype == np.int32
