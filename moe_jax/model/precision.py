@@ -58,7 +58,7 @@ def choose_policy(kind: ComputeDtype, device: Any = None) -> Policy:
     A GPU computes in the narrowest dtype that its matrix units take (`Card`): bfloat16 from compute capability 8.0 on,
     float16 on older cards with tensor cores, float32 on cards without. Some CPUs have bfloat16 units
     (`cpu_bfloat16_units`). A step of `seed-158m` took 1.74 s in bfloat16 and 3.10 s in float32 on a CPU with AMX, and
-    1.54 s and 2.02 s on a CPU with AVX-512 BF16. Other CPUs compute bfloat16 in float32.
+    1.54 s and 2.02 s on a Zen 5 with AVX-512 BF16. Other CPUs compute bfloat16 in float32.
     """
     if kind != "auto":
         return Policy(kind, "asked for with --precision")

@@ -125,8 +125,8 @@ def test_bfloat16_weights_learn_from_steps_smaller_than_their_spacing() -> None:
     [
         ("cpu", None, ("GenuineIntel", 6, "fpu avx512_bf16"), "float32", "without fast bfloat16 matrix units"),
         ("cpu", None, ("GenuineIntel", 6, "fpu amx_bf16 avx512_bf16"), "bfloat16", "matrix units, AMX"),
-        ("cpu", None, ("AuthenticAMD", 25, "fpu avx512_bf16"), "float32", "without fast bfloat16 matrix units"),
-        ("cpu", None, ("AuthenticAMD", 26, "fpu avx512_bf16"), "bfloat16", "matrix units, AVX-512 BF16"),
+        ("cpu", None, ("AuthenticAMD", 25, "fpu avx512_bf16"), "bfloat16", "matrix units, AVX-512 BF16"),
+        ("cpu", None, ("AuthenticAMD", 25, "fpu avx2"), "float32", "without fast bfloat16 matrix units"),
         ("cpu", None, ("AuthenticAMD", 26, "fpu avx512f"), "float32", "without fast bfloat16 matrix units"),
         ("gpu", "7.5", ("GenuineIntel", 6, "amx_bf16"), "float16", "no bfloat16 units"),
         ("gpu", "8.0", ("", 0, ""), "bfloat16", "has bfloat16 units"),
