@@ -2,13 +2,13 @@
 
 import dataclasses
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command, check_range
 from moe_jax.cli.result import print_json
+from moe_jax.cli.text_plan import Given, plan_for_text
 from moe_jax.config import ConfigError, PresetName, RunConfig, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.interop.starting_point import starting_point
@@ -17,15 +17,13 @@ from moe_jax.system.console import working
 from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
+    from moe_jax.planning.own_text import TextPlan
     from moe_jax.planning.search import Row
     from moe_jax.planning.target import Target
 
 
 TARGETS = Path(__file__).parents[1] / "planning" / "targets"
 """Folder of the GPU descriptions that come with the package."""
-
-SHARE_OF_MACHINE = 0.75
-"""Share of this machine's memory that a plan may use, unless --memory says how much."""
 
 LONGEST_DESCRIPTION = 1 << 20
 """Bytes. The descriptions that come with the package have about 2,000."""
@@ -61,6 +59,10 @@ class Plan(Command):
     memory: str = ""
     """Memory that training on this machine may take, such as 8GB or 900MB. Three quarters of the machine's memory if
     only --data is given."""
+    minutes: float = 0.0
+    """Time that training on your text may take. 0 is as long as it takes."""
+    gflops: float = 0.0
+    """With --minutes, the speed of one matrix product on this machine, in 10^9 operations a second. 0 measures it."""
     json: bool = False
     """Print the result as JSON too."""
     verify: bool = False
@@ -69,6 +71,9 @@ class Plan(Command):
     def execute(self) -> int:
         check_range("--lora", self.lora, 0, 4096)
         config = self._settings()
+        self._given().check()
+        if self.minutes and not self.data:
+            raise ConfigError(f"--minutes {self.minutes:g}: plans for a text; give --data too")
         if self.data or self.memory:
             if self.lora:
                 raise ConfigError("--lora: plans for a GPU; leave --data and --memory out")
@@ -163,52 +168,44 @@ class Plan(Command):
         return 0 if verdict.fits else 1
 
     def _plan_for_text(self, imported: RunConfig | None) -> int:
-        """The command line for a text and for the memory of this machine."""
+        """The command line for a text, the memory of this machine, and a time."""
         from moe_jax.data.corpora import check_source
-        from moe_jax.system.limits import machine_memory
 
         source = self.data or "stories"
         check_source(source)
-        given = memory_bytes(self.memory) if self.memory else SHARE_OF_MACHINE * (machine_memory() or 8e9)
-        most = given / 2**20
         environment.prepare_environment()
-        with working("starting JAX"):
-            from moe_jax.planning import own_text
-
-            plans = own_text.search(source, most, imported)
-        found = None
-        while found is None or not found.fits:
-            with working("compiling a training step, to see its memory"):
-                following = next(plans, None)
-            if following is None:
-                break
-            found = following
-            train = found.config.train
-            print(
-                f"{found.config.preset:<10} {train.batch_size:>3} sequences x {train.grad_accum:<3} "
-                f"{'remat' if found.config.execution.remat else '     '} {found.step_mib:>8,.0f} MiB  "
-                f"{'fits' if found.fits else 'too much'}"
-            )
-        assert found is not None  # there is at least one candidate
+        plans = plan_for_text(source, self._given(), imported or RunConfig(), imported)
+        for tried in plans.tried:
+            _print_tried(tried)
+        found, most = plans.last, plans.limits.mib
         if found.fits:
-            say(f"a training step takes {found.step_mib:,.0f} of {most:,.0f} MiB on this machine; train with")
+            say("", *plans.reasons, "train with")
             print(found.command())  # unbroken, to be copied
         else:
             say(f"nothing fits {most:,.0f} MiB: try a smaller --seq-len or --model.width")
         train = found.config.train
         result = {"preset": found.config.preset, "steps": train.steps, "micro_batch": train.batch_size}
         result |= {"grad_accum": train.grad_accum, "remat": found.config.execution.remat, "fits": found.fits}
-        result |= {"total_mib": round(found.step_mib, 1), "budget_mib": round(most, 1), "command": found.command()}
+        needed = None if found.step_mib is None else round(found.step_mib, 1)
+        result |= {"total_mib": needed, "budget_mib": round(most, 1), "command": found.command()}
+        result |= {"reasons": plans.reasons}
         print_json(result, self.json)
         return 0 if found.fits else 1
 
+    def _given(self) -> Given:
+        return Given(self.memory, self.minutes, self.gflops)
 
-def memory_bytes(text: str) -> float:
-    """Bytes of a size such as 8GB, 7.5GiB or 900MB. Raises ConfigError."""
-    found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([KMGT])(i?)B?", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
-        raise ConfigError(f"--memory {text}: must be a size such as 8GB or 900MB")
-    return float(found[1]) * (1024 if found[3] else 1000) ** ("KMGT".index(found[2].upper()) + 1)
+
+def _print_tried(tried: "TextPlan") -> None:
+    train = tried.config.train
+    if tried.step_mib is None:
+        print(f"{tried.config.preset:<10} passed over: too little time")
+        return
+    print(
+        f"{tried.config.preset:<10} {train.batch_size:>3} sequences x {train.grad_accum:<3} "
+        f"{'remat' if tried.config.execution.remat else '     '} {tried.step_mib:>8,.0f} MiB  "
+        f"{'fits' if tried.fits else 'too much'}"
+    )
 
 
 _COLUMNS = "{:<10} {:>6} {:>6} {:>11} {:>9} {:>6} {:>9} {:>8}  {}"

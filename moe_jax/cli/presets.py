@@ -30,7 +30,8 @@ class Presets(Command):
 
             from moe_jax.config.presets import PRESETS, PURPOSES
             from moe_jax.system.rich_console import Console
-            from moe_jax.training.dry_run import duration, preset_costs
+            from moe_jax.training.dry_run import preset_costs
+            from moe_jax.training.expected_time import duration
 
             costs = {name: preset_costs(name) for name in PRESETS}
         table = Table(box=None, padding=(0, 2, 0, 0))

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, Values, arguments_of, read
 from moe_jax.cli.command import Command, Group
@@ -25,7 +25,7 @@ from moe_jax.system.errors import FieldError
 ORIGIN = {("", name) for name in ("preset", "out", "resume", "upcycle", "init_from", "base")} | {("model", "dense")}
 """Fields that say where settings start from: the preset, and the fields that give `RunConfig.run_dir`."""
 
-VOCABULARY = ("model", "vocab_size")
+PRESET, OUT, VOCABULARY = ("", "preset"), ("", "out"), ("model", "vocab_size")
 
 COMMON = (
     *("--preset", "--data", "--tokenizer", "--out", "--resume"),
@@ -41,9 +41,16 @@ class Settings(NamedTuple):
     saved: RunConfig | None
 
 
+AUTO = "auto"
+"""The value of --preset with which the preset and its steps are chosen for the text (`planning/own_text.py`)."""
+
+
 @dataclass(frozen=True)
 class RunCommand(Command):
     """A command that takes every setting of a run."""
+
+    takes_auto: ClassVar[bool] = False
+    """Whether --preset auto is allowed."""
 
     settings: Settings
     config: str | None = None
@@ -51,13 +58,13 @@ class RunCommand(Command):
 
     @classmethod
     def arguments(cls) -> list[Argument]:
-        return [*arguments_of(cls), *run_arguments(RunConfig())]
+        return [*arguments_of(cls), *run_arguments(RunConfig(), cls.takes_auto)]
 
     @classmethod
     def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
         """The usual flags, the other short flags, and the rest by section, with the defaults of the preset."""
         start = _typed_preset(argv)
-        rest = {a.flag: a for a in [*arguments_of(cls), *run_arguments(start)]}
+        rest = {a.flag: a for a in [*arguments_of(cls), *run_arguments(start, cls.takes_auto)]}
         common = [rest.pop(flag) for flag in COMMON]
         short = [rest.pop(flag) for flag in list(rest) if "." not in flag]
         found = [
@@ -74,9 +81,14 @@ class RunCommand(Command):
         found = read(cls.arguments(), argv)
         own = {a.name: found.pop(a.key) for a in arguments_of(cls) if a.key in found}
         path = own.get("config")
-        file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig()))
+        file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig(), cls.takes_auto))
         cls.settle(own, found, file.values)
-        return cls(settings=resolve_settings(file, found), **own)
+        return cls(settings=cls.resolve(own, file, found), **own)
+
+    @classmethod
+    def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
+        """The settings. May add to the command's own values."""
+        return resolve_settings(file, flags)
 
     @classmethod
     def settle(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
@@ -88,17 +100,22 @@ def _tuning(given: Values) -> tuple[bool, bool]:
     return given.get(("data", "format")) == "chat", bool(given.get(("train", "lora_rank")))
 
 
-def run_arguments(start: RunConfig) -> list[Argument]:
+def run_arguments(start: RunConfig, takes_auto: bool = False) -> list[Argument]:
     """Every field of a run's configuration, with the defaults of `start`."""
     sections = ((section, start.section(section)) for section in ("", *SECTIONS))
-    return [a for section, owner in sections for a in arguments_of(type(owner), section, owner)]
+    found = [a for section, owner in sections for a in arguments_of(type(owner), section, owner)]
+    names = Literal[(*PRESETS, AUTO)]
+    return [dataclasses.replace(a, annotation=names) if takes_auto and a.key == PRESET else a for a in found]
 
 
-def resolve_settings(file: SettingsFile, flags: Values) -> Settings:
-    """The settings from file and flags. Raises ConfigError if they do not fit each other, the data or the run."""
-    given = file.values | flags
+def resolve_settings(file: SettingsFile, flags: Values, planned: Values | None = None) -> Settings:
+    """The settings from file and flags. Raises ConfigError if they do not fit each other, the data or the run.
+
+    `planned` values stand for defaults of the preset.
+    """
+    given = (planned or {}) | file.values | flags
     origin = {key: value for key, value in given.items() if key in ORIGIN}
-    start = preset(given.get(("", "preset"), RunConfig.preset))
+    start = preset(given.get(PRESET, RunConfig.preset))
     asked = override(start, origin)
     # The weights of an import are in the checkpoints of its run, so a resume does not look for their folder.
     saved = load_config(Path(asked.run_dir)) if asked.resume and (asked.init_from or asked.out) else None

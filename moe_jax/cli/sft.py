@@ -4,14 +4,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_jax.cli.arguments import Values
-from moe_jax.cli.train import Train
+from moe_jax.cli.train import TrainingCommand
 from moe_jax.config import ConfigError
 
 RUN, INIT_FROM, FORMAT, SOURCE = ("", "base"), ("", "init_from"), ("data", "format"), ("data", "source")
 
 
 @dataclass(frozen=True)
-class Sft(Train):
+class Sft(TrainingCommand):
     """Fine-tune a trained run, or an imported model, on conversations.
 
     A conversation is a row of `{"messages": [{"role": "user", "content": "..."}, ...]}`. Only the assistant's answers

@@ -1,14 +1,19 @@
 """`train.py` and `moe-jax train`: a run from its flags to its report."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
+from moe_jax.cli.arguments import Values
+from moe_jax.cli.auto_preset import AutoPreset
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
-from moe_jax.cli.settings import RunCommand
+from moe_jax.cli.settings import RunCommand, Settings, resolve_settings
+from moe_jax.cli.settings_file import SettingsFile
+from moe_jax.cli.text_plan import Given
 from moe_jax.config import ConfigError, RunConfig, holds_run
 from moe_jax.config.near_runs import perhaps_another
 from moe_jax.system import environment, streams
@@ -18,13 +23,8 @@ from moe_jax.system.terminal_text import say
 
 
 @dataclass(frozen=True)
-class Train(RunCommand):
-    """Train a sparse mixture-of-experts language model.
-
-    Settings start from a preset, or from the run that is resumed or upcycled. A file changes them (--config), and then
-    flags change them. Every setting has a long flag, --section.name. The usual settings have a short flag too.
-    --no-x turns a switch --x off.
-    """
+class TrainingCommand(RunCommand):
+    """A command that trains: `train` and `sft`."""
 
     interrupted: ClassVar[str] = "training goes on from its last checkpoint with --resume"
 
@@ -78,6 +78,42 @@ class Train(RunCommand):
 
         print_dry_run(config)
         return 0
+
+
+@dataclass(frozen=True)
+class Train(TrainingCommand):
+    """Train a sparse mixture-of-experts language model.
+
+    Settings start from a preset, or from the run that is resumed or upcycled. A file changes them (--config), and then
+    flags change them. Every setting has a long flag, --section.name. The usual settings have a short flag too.
+    --no-x turns a switch --x off. With --preset auto, the largest preset that fits your text, the memory and --minutes
+    is chosen, and the reasons are printed.
+    """
+
+    takes_auto: ClassVar[bool] = True
+
+    minutes: float = 0.0
+    """With --preset auto, time that training may take. 0 is as long as it takes."""
+    memory: str = ""
+    """With --preset auto, memory that training may take, such as 8GB. Three quarters of the machine's unless given."""
+    gflops: float = 0.0
+    """With --minutes, the speed of one matrix product on this machine, in 10^9 operations a second. 0 measures it."""
+    auto: AutoPreset | None = None
+
+    @classmethod
+    def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
+        """The settings; with --preset auto those that stand in until the preset is chosen."""
+        given = Given(own.get("memory", ""), own.get("minutes", 0.0), own.get("gflops", 0.0))
+        own["auto"] = auto = AutoPreset.of(file, flags, given)
+        return resolve_settings(file, flags) if auto is None else auto.stand_in()
+
+    def execute(self) -> int:
+        """Choose the preset if that is asked for; then train."""
+        if self.auto is None:
+            return super().execute()
+        for note in environment.prepare_environment(self.settings.config.execution.deterministic):
+            say(note)
+        return dataclasses.replace(self, settings=self.auto.choose(), auto=None).execute()
 
 
 def check_run(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 from moe_jax.config.data import DataConfig
 from moe_jax.config.execution import ExecutionConfig
@@ -175,6 +176,11 @@ def preset_for_text(size: int | None, on_cpu: bool) -> PresetName:
         if (size is None or size >= first) and not (on_cpu and name == "story-4gb"):
             found = name
     return found
+
+
+def folder_for_text(source: str) -> str:
+    """The folder of a run whose preset is chosen for a text, unless --out names one."""
+    return "runs/" + Path(source).stem
 
 
 def preset(name: str) -> RunConfig:

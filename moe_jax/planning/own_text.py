@@ -1,41 +1,71 @@
-"""The preset and the settings for a text and for the memory of this machine: `plan --data TEXT --memory SIZE`.
+"""The preset and the settings for a text, the memory of this machine and a time: `plan --data` and `--preset auto`.
 
-The text decides the preset and the steps. The training step is then compiled for this machine's processor, and XLA says
-how much memory it takes. If that is too much, remat is tried, then ever smaller micro-batches, and at the end a smaller
-preset.
+The text decides the largest preset. A preset is passed over if the time is too short for it. The training step is then
+compiled for this machine's processor, and XLA says how much memory it takes. If that is too much, remat is tried, then
+ever smaller micro-batches, and at the end a smaller preset.
 """
 
 import dataclasses
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from moe_jax.config import DataConfig, PresetName, RunConfig, UserError
-from moe_jax.config.presets import PRESETS, preset, preset_for_text, with_vocabulary
+from moe_jax.config.presets import PRESETS, folder_for_text, preset, preset_for_text, with_vocabulary
 from moe_jax.data.corpora import open_corpus
+from moe_jax.model.costs import count_parameters, totals
 from moe_jax.planning.target import MIB
 from moe_jax.system.environment import runs_on_cpu
+from moe_jax.system.errors import FieldError
 from moe_jax.training.advice import USEFUL_PASSES
+from moe_jax.training.expected_time import duration, steps_within
 from moe_jax.training.programs import Programs
 
 BYTES_PER_TOKEN = 3.0
 """Of a `bpe` tokenizer of 1,024 to 4,096 entries. English prose has 2.3 to 3.7, measured on plays and on stories."""
+LEAST_TOKENS_PER_PARAMETER = 0.5
+"""Tokens for each active parameter, below which the time is too short for a preset."""
+
+type Change = Callable[[RunConfig], RunConfig]
+
+
+class Limits(NamedTuple):
+    """What training may take on this machine."""
+
+    mib: float
+    """Memory of a training step, in MiB."""
+    seconds: float | None = None
+    """Time of all training steps. None: as long as they take."""
+    rate: float = 0.0
+    """Floating-point operations a second of one matrix product on this machine. Read only if `seconds` is given."""
+
+    def steps(self, config: RunConfig) -> int:
+        """Most steps that are expected to end in time."""
+        if self.seconds is None:
+            return config.train.steps
+        return steps_within(with_vocabulary(config), self.rate, self.seconds)
 
 
 class TextPlan(NamedTuple):
     """Settings for a text, and the memory of their training step."""
 
     config: RunConfig
-    step_mib: float
-    fits: bool
+    step_mib: float | None
+    """None if the settings were passed over for another reason, without compiling them."""
+    problem: str
+    """Why the settings are passed over, in a sentence. Empty if they fit."""
+
+    @property
+    def fits(self) -> bool:
+        return not self.problem
 
     def command(self) -> str:
         """The command line that trains with these settings."""
         config, start = self.config, preset(self.config.preset)
         words = ["uv run train.py", *origin_flags(config), f"--preset {config.preset}"]
         words.append(f"--data {shlex.quote(config.data.source)}")
-        words.append(f"--out {shlex.quote('runs/' + Path(config.data.source).stem)}")
+        words.append(f"--out {shlex.quote(folder_for_text(config.data.source))}")
         for name, flag in (("steps", "--steps"), ("batch_size", "--batch-size"), ("grad_accum", "--grad-accum")):
             if getattr(config.train, name) != getattr(start.train, name):
                 words.append(f"{flag} {getattr(config.train, name)}")
@@ -55,32 +85,41 @@ def text_bytes(source: str) -> int | None:
     return open_corpus(DataConfig(source=source)).size("train")
 
 
-def with_steps(config: RunConfig, size: int | None) -> RunConfig:
-    """The settings, with no more steps than read a text of `size` bytes USEFUL_PASSES times."""
-    if size is None:
-        return config
-    tokens = size / BYTES_PER_TOKEN
-    a_step = config.train.batch_size * config.train.grad_accum * config.model.seq_len
-    most = max(1, round(USEFUL_PASSES * tokens / a_step))
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=min(config.train.steps, most)))
+def step_tokens(config: RunConfig) -> int:
+    """Tokens that a training step reads."""
+    return config.train.batch_size * config.train.grad_accum * config.model.seq_len
 
 
-def candidates(source: str, size: int | None, imported: RunConfig | None = None) -> Iterator[RunConfig]:
-    """Settings for a text: those of its preset, with ever less memory, and then those of smaller presets. For an
-    `imported` model only its own settings, with ever less memory."""
+def useful_steps(config: RunConfig, size: int) -> int:
+    """Steps that read a text of `size` bytes USEFUL_PASSES times; at least 1."""
+    return max(1, round(USEFUL_PASSES * size / BYTES_PER_TOKEN / step_tokens(config)))
+
+
+def with_steps(config: RunConfig, size: int | None, limits: Limits) -> RunConfig:
+    """The settings, with no more steps than `useful_steps` of a text of `size` bytes, and than the time allows."""
+    steps = min(config.train.steps, limits.steps(config))
+    if size is not None:
+        steps = min(steps, useful_steps(config, size))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def presets_for(source: str, size: int | None) -> list[RunConfig]:
+    """The presets that a text is large enough for, the largest first."""
     names: list[PresetName] = list(PRESETS)
     first = "nano" if source == "stories" else preset_for_text(size, runs_on_cpu())
-    presets = [preset(name) for name in reversed(names[: names.index(first) + 1])]
-    for start in presets if imported is None else [imported]:
-        start = with_steps(dataclasses.replace(start, data=dataclasses.replace(start.data, source=source)), size)
-        yield start
-        yield dataclasses.replace(start, execution=dataclasses.replace(start.execution, remat=True))
-        batch, accumulated = start.train.batch_size, start.train.grad_accum
-        while batch % 2 == 0:
-            batch, accumulated = batch // 2, accumulated * 2
-            train = dataclasses.replace(start.train, batch_size=batch, grad_accum=accumulated)
-            execution = dataclasses.replace(start.execution, remat=True)
-            yield dataclasses.replace(start, train=train, execution=execution)
+    return [preset(name) for name in reversed(names[: names.index(first) + 1])]
+
+
+def candidates(start: RunConfig) -> Iterator[RunConfig]:
+    """The settings themselves, and then the same training with ever less memory."""
+    yield start
+    yield dataclasses.replace(start, execution=dataclasses.replace(start.execution, remat=True))
+    batch, accumulated = start.train.batch_size, start.train.grad_accum
+    while batch % 2 == 0:
+        batch, accumulated = batch // 2, accumulated * 2
+        train = dataclasses.replace(start.train, batch_size=batch, grad_accum=accumulated)
+        execution = dataclasses.replace(start.execution, remat=True)
+        yield dataclasses.replace(start, train=train, execution=execution)
 
 
 def step_mib(config: RunConfig) -> float:
@@ -91,13 +130,58 @@ def step_mib(config: RunConfig) -> float:
     return (memory.argument_size_in_bytes + outputs + memory.temp_size_in_bytes) / MIB
 
 
-def search(source: str, most_mib: float, imported: RunConfig | None = None) -> Iterator[TextPlan]:
-    """The candidates with their memory, to the first that fits. Raises the errors of `open_corpus`."""
+def search(
+    source: str, limits: Limits, imported: RunConfig | None = None, change: Change = lambda config: config
+) -> Iterator[TextPlan]:
+    """The settings that are tried, to the first that fit: those of the text's preset, then those of smaller presets. Of
+    an `imported` model only its own.
+
+    `change` makes the changes that the user has asked for. Settings that it would undo are not tried. Raises the errors
+    of `open_corpus`; UserError for a text that is too short; FieldError if the changes fit no preset.
+    """
     size = text_bytes(source)
     if size is not None and size < BYTES_PER_TOKEN * preset("nano").model.seq_len:
         raise UserError(f"--data {Path(source)}: {size} bytes are too little to train on; give a longer text")
-    for config in candidates(source, size, imported):
-        needed = step_mib(config)
-        yield TextPlan(config, needed, needed <= most_mib)
-        if needed <= most_mib:
-            return
+    starts = list(changed(presets_for(source, size) if imported is None else [imported], change))
+    for start in starts:
+        start = dataclasses.replace(start, data=dataclasses.replace(start.data, source=source))
+        start = change(with_steps(start, size, limits))
+        if start.preset != starts[-1].preset and (problem := too_short(start, limits)):
+            yield TextPlan(start, None, problem)
+            continue
+        for config in candidates(start):
+            if change(config) != config:
+                continue
+            needed = step_mib(config)
+            problem = "" if needed <= limits.mib else f"a step takes {needed:,.0f} of {limits.mib:,.0f} MiB"
+            yield TextPlan(config, needed, problem)
+            if not problem:
+                return
+
+
+def changed(starts: list[RunConfig], change: Change) -> Iterator[RunConfig]:
+    """The presets with the user's changes, where they can be made. Raises FieldError if they fit no preset."""
+    refused = None
+    found = False
+    for start in starts:
+        try:
+            yield change(start)
+            found = True
+        except FieldError as error:
+            refused = error
+    if not found and refused is not None:
+        raise refused
+
+
+def too_short(config: RunConfig, limits: Limits) -> str:
+    """Why the time is too short for a preset, in a sentence. Empty if it is long enough."""
+    if limits.seconds is None or config.train.steps < limits.steps(config):
+        return ""
+    tokens = config.train.steps * step_tokens(config)
+    active = totals(count_parameters(with_vocabulary(config).model)).active
+    if tokens >= LEAST_TOKENS_PER_PARAMETER * active:
+        return ""
+    return (
+        f"in {duration(limits.seconds)} it would read {tokens / 1e6:.2f} M tokens, fewer than "
+        f"{LEAST_TOKENS_PER_PARAMETER:g} for each of its {active / 1e6:.1f} M active parameters"
+    )

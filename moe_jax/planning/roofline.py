@@ -17,7 +17,7 @@ from moe_jax.model.hardware import Card
 from moe_jax.planning.target import Target
 from moe_jax.system.hlo import Dot
 from moe_jax.system.hlo_kernels import Kernel
-from moe_jax.training.dry_run import duration
+from moe_jax.training.expected_time import duration
 
 BANDWIDTH_SHARE = 0.8
 """Share of the stated memory bandwidth that a kernel reaches. Assumed."""

@@ -17,10 +17,9 @@ from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.model.transformer import abstract_adapted, abstract_model
 from moe_jax.system import timing
 from moe_jax.system.rich_console import Console
+from moe_jax.training.expected_time import HIGHEST, LOWEST, ExpectedTime
 from moe_jax.training.optimizers.factory import make_optimizer, state_bytes
 
-LOWEST, HIGHEST = 0.3, 0.6
-"""A training step is expected to reach a share of the matmul rate between these two."""
 MIB = 2**20
 
 
@@ -148,36 +147,18 @@ class PresetCosts(NamedTuple):
 
 
 def preset_costs(name: str) -> PresetCosts:
-    """The costs of a preset. Measures the speed of a matrix product once a process."""
+    """The costs of a preset. Measures the speed of a matrix product."""
     config = with_vocabulary(preset(name))
     train, counts = config.train, totals(count_parameters(config.model))
     tokens = train.steps * train.batch_size * train.grad_accum * config.model.seq_len
-    _, *times = _times(config, choose_policy(config.execution.compute_dtype))
-    return PresetCosts(counts.total, counts.active, tokens, least_step_bytes(config), *times)
-
-
-def _times(config: RunConfig, policy: Policy) -> tuple[float, float, float]:
-    """The matmul rate of this machine in operations a second, and the shortest and longest expected time in seconds."""
-    flops, rate = training_flops(config, config.train.steps), timing.matmul_rate(policy.compute)
-    return rate, flops / (HIGHEST * rate), flops / (LOWEST * rate)
+    rate = timing.matmul_rate(choose_policy(config.execution.compute_dtype).compute)
+    return PresetCosts(counts.total, counts.active, tokens, least_step_bytes(config), *ExpectedTime.of(config, rate))
 
 
 def _time(config: RunConfig, policy: Policy) -> str:
-    rate, fastest, slowest = _times(config, policy)
+    rate = timing.matmul_rate(policy.compute)
     return (
-        f"{duration(fastest)} to {duration(slowest)}, if training reaches {100 * LOWEST:.0f} to {100 * HIGHEST:.0f} % "
+        f"{ExpectedTime.of(config, rate)}, if training reaches {100 * LOWEST:.0f} to {100 * HIGHEST:.0f} % "
         f"of {rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; "
         "compiling, evaluations and checkpoints come on top"
     )
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that a person would use."""
-    if seconds < 1:
-        return "under a second"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    for limit, size, unit in ((100 * 60, 60, "min"), (48 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86400:.1f} days"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.plan import memory_bytes
+from moe_jax.cli.text_plan import memory_bytes
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError, UserError
 from moe_jax.config.presets import preset, preset_for_text

@@ -8,7 +8,7 @@ from moe_jax.cli.train import Train
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.system import timing
-from moe_jax.training.dry_run import duration
+from moe_jax.training.expected_time import duration
 
 
 @pytest.fixture

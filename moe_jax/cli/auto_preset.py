@@ -1,0 +1,86 @@
+"""`train.py --preset auto`: the preset and the number of steps are chosen for the text, the memory and the time.
+
+The arguments are accepted first, with a preset that stands in for the one that is chosen later. Choosing needs jax. The
+run is then a run like any other: its config.json holds the name and the settings of a plain preset.
+"""
+
+from typing import NamedTuple
+
+from moe_jax.cli.arguments import Values
+from moe_jax.cli.settings import AUTO, OUT, PRESET, Settings, override, resolve_settings
+from moe_jax.cli.settings_file import SettingsFile
+from moe_jax.cli.text_plan import Given, plan_for_text
+from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config.flags import flag_of
+from moe_jax.config.presets import PRESETS, folder_for_text
+from moe_jax.system.terminal_text import say
+
+SOURCE = ("data", "source")
+OTHER_STARTS = ("resume", "upcycle", "init_from")
+"""Fields with which a run does not start from a preset's own shape."""
+
+
+class AutoPreset(NamedTuple):
+    """What the user has asked for beside --preset auto, until the preset is chosen."""
+
+    file: SettingsFile
+    flags: Values
+    given: Given
+
+    @classmethod
+    def of(cls, file: SettingsFile, flags: Values, given: Given) -> "AutoPreset | None":
+        """None if another preset is asked for. Raises ConfigError if the flags do not fit each other."""
+        asked = file.values | flags
+        if asked.get(PRESET) != AUTO:
+            for name, value in given._asdict().items():
+                if value:
+                    raise ConfigError(f"--{name} {value}: is for --preset auto")
+            return None
+        for name in OTHER_STARTS:
+            if asked.get(("", name)):
+                raise ConfigError(f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}")
+        given.check()
+        return cls(SettingsFile(file.path, _without_preset(file.values)), _without_preset(flags), given)
+
+    @property
+    def asked(self) -> Values:
+        """The user's changes to a preset."""
+        return self.file.values | self.flags
+
+    @property
+    def source(self) -> str:
+        return self.asked.get(SOURCE, "stories")
+
+    def stand_in(self) -> Settings:
+        """The settings with the first preset that they fit. Raises ConfigError if they fit none."""
+        refused = None
+        for name in PRESETS:
+            try:
+                return self._resolve({PRESET: name})
+            except ConfigError as error:
+                refused = refused or error
+        assert refused is not None  # there is a preset
+        raise refused
+
+    def choose(self) -> Settings:
+        """Choose, and print the choice with its reasons. Raises UserError if nothing fits the memory."""
+        start = self.stand_in().config
+        plans = plan_for_text(self.source, self.given, start, change=self._change)
+        config = plans.last.config
+        if not plans.last.fits:
+            raise UserError(f"--preset auto: nothing fits; {config.preset}: {plans.last.problem}; give more --memory")
+        say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *plans.reasons, "")
+        train = ("steps", "batch_size", "grad_accum")
+        planned: Values = {("train", name): getattr(config.train, name) for name in train}
+        return self._resolve({PRESET: config.preset, ("execution", "remat"): config.execution.remat, **planned})
+
+    def _change(self, config: RunConfig) -> RunConfig:
+        return override(config, {key: value for key, value in self.asked.items() if key != OUT})
+
+    def _resolve(self, planned: Values) -> Settings:
+        begin: Values = {OUT: folder_for_text(self.source), SOURCE: self.source}
+        return resolve_settings(self.file, self.flags, begin | planned)
+
+
+def _without_preset(values: Values) -> Values:
+    return {key: value for key, value in values.items() if key != PRESET}
