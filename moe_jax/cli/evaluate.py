@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_jax.cli.command import Command, check_run_folder
+from moe_jax.cli.command import Command, check_range, check_run_folder
 from moe_jax.cli.result import print_json, print_next
 from moe_jax.config import ConfigError, UserError
 from moe_jax.system import environment
@@ -23,6 +23,11 @@ if TYPE_CHECKING:
 
 PAIRS = 1_000
 """Minimal pairs that are scored. A row of n of them is uncertain by about 1 / sqrt(n), in 19 of 20 cases."""
+
+
+COPIES_TOKENS = 400
+"""Longest text that is written to be searched for copies, in tokens."""
+MOST_TEXTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,9 @@ class Evaluate(Command):
     validation text."""
     pairs: bool = False
     """Score minimal pairs instead: texts of the embedded corpus beside the same texts with one wrong word."""
+    copies: int = 0
+    """Let the model write this many texts instead, and find the longest passages that they share with its training
+    text."""
     step: int | None = None
     """Step of the checkpoint to load. The best one unless given."""
     json: bool = False
@@ -50,8 +58,16 @@ class Evaluate(Command):
 
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
+        check_range("--copies", self.copies, 0, MOST_TEXTS)
+        for flag, given in (("--pairs", self.pairs), ("--copies", self.copies)):
+            if given and self.data:
+                raise ConfigError(f"{flag}: has texts of its own; leave --data out")
+        if self.pairs and self.copies:
+            raise ConfigError("--copies: has a result of its own; leave --pairs out")
         if self.pairs:
             return self._minimal_pairs()
+        if self.copies:
+            return self._copies()
         from moe_jax.data.corpora import check_source, scored_documents
 
         form: DataFormat = "text"
@@ -105,8 +121,6 @@ class Evaluate(Command):
 
     def _minimal_pairs(self) -> int:
         """Which of two texts is the likelier one, by kind of word and by distance."""
-        if self.data:
-            raise ConfigError("--pairs: has texts of its own; leave --data out")
         environment.prepare_environment()
         with working(f"loading {self.run}"):
             from rich.table import Table
@@ -142,6 +156,47 @@ class Evaluate(Command):
         if run.config.data.source != "stories":
             say("the run was trained on another text than the embedded stories")
         print_json({"pairs": [dataclasses.asdict(row) for row in found]}, self.json)
+        return 0
+
+    def _copies(self) -> int:
+        """The longest passages of the training text in texts of the model."""
+        environment.prepare_environment()
+        with working(f"loading {self.run}"):
+            from moe_jax.data.token_store import stored_documents
+            from moe_jax.experiments import copies
+            from moe_jax.experiments.samples import write_text
+            from moe_jax.inference.generate import TextGenerator
+            from moe_jax.inference.sampling import Sampling
+            from moe_jax.runs.load import open_run
+
+            run = open_run(self.run, self.step)
+            if run.config.data.format == "chat":
+                raise ConfigError(
+                    f"--copies: {self.run} was trained on conversations; name the run that it was tuned from"
+                )
+            generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+            generator.compile()
+        store, changed = run.validation_text()
+        if changed:
+            print(f"warning: {changed}", file=sys.stderr)
+        texts = []
+        with step_progress("writing texts", self.copies) as advance:
+            for number in range(self.copies):
+                text = write_text(generator, "", Sampling(), seed=0, number=number, limit=COPIES_TOKENS)
+                texts.append(run.tokenizer.encode(text))
+                advance()
+        documents = (run.tokenizer.encode(text) for text in stored_documents(store.valid.tokens, run.tokenizer))
+        pieces = copies.pieces_of(documents, [len(text) for text in texts])
+        with working("searching the training text"):
+            own, beside = copies.measure(texts, pieces, store.train.tokens, run.tokenizer)
+        say(own.describe("texts of the model"))
+        if beside is not None:
+            say(beside.describe("pieces of the validation text, cut to the same lengths"))
+        say(f"the longest passage of the model: {own.passage!r}", f"checkpoint of step {run.checkpoint.step}")
+        if len(store.train.tokens) > copies.MOST_TOKENS:
+            say(f"only the first {copies.MOST_TOKENS:,} of {len(store.train.tokens):,} training tokens were searched")
+        result = {"model": own.to_json(), "validation": None if beside is None else beside.to_json()}
+        print_json({"copies": result}, self.json)
         return 0
 
 

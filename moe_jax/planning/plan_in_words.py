@@ -31,13 +31,13 @@ def reasons(plan: TextPlan, passed_over: Sequence[TextPlan], size: int | None, l
 
 
 def warning(size: int) -> Iterator[str]:
-    """A sentence with numbers, if a text of `size` bytes is too small for every preset."""
+    """A sentence with numbers, if a text of `size` bytes is too small for any preset."""
     smallest = preset("nano")
     steps, most = useful_steps(smallest, size), smallest.train.steps
     if steps < most:
         enough = most * step_tokens(smallest) * BYTES_PER_TOKEN / USEFUL_PASSES
         yield (
-            f"warning: the text is too small for every preset. Its {size / 1e6:.2f} MB, read {USEFUL_PASSES} times, are "
+            f"warning: the text is too small for any preset. Its {size / 1e6:.2f} MB, read {USEFUL_PASSES} times, are "
             f"{steps:,} steps, and nano, the smallest preset, has {most:,}. About {enough / 1e6:.1f} MB would be enough"
         )
 

@@ -1,5 +1,6 @@
 """The command line for a text and a memory. The memory of a step is invented here; `tests/reliability` compiles one."""
 
+import dataclasses
 import shlex
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 
 from moe_jax.cli.text_plan import memory_bytes
 from moe_jax.cli.train import Train
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.presets import preset, preset_for_text
 from moe_jax.planning import own_text
+from moe_jax.planning.own_text import Limits, TextPlan
 
 
 @pytest.mark.parametrize(
@@ -30,27 +32,31 @@ def test_the_text_decides_the_preset(size: int | None, name: str) -> None:
 
 def test_steps_read_the_text_four_times_at_most() -> None:
     """nano reads 2,048 tokens a step. 1.536 MB are 512,000 tokens of 3 bytes: 1,000 steps are four passes."""
-    assert own_text.with_steps(preset("nano"), 1_536_000).train.steps == 900
-    assert own_text.with_steps(preset("nano"), 768_000).train.steps == 500
-    assert own_text.with_steps(preset("nano"), 1).train.steps == 1
-    assert own_text.with_steps(preset("nano"), None).train.steps == 900
+    for size, steps in ((1_536_000, 900), (768_000, 500), (1, 1), (None, 900)):
+        assert own_text.with_steps(preset("nano"), size, Limits(1e9)).train.steps == steps
 
 
-def plans(text: Path, monkeypatch: pytest.MonkeyPatch, most: float, needed: dict[tuple[str, bool, int], float]) -> list:
+def plans(
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limits: Limits,
+    needed: dict[tuple[str, bool, int], float],
+    change: own_text.Change = lambda config: config,
+) -> list[TextPlan]:
     """The plans, where a step of (preset, remat, micro-batch) needs some MiB; 1,000 unless given."""
 
     def invented(config):
         return needed.get((config.preset, config.execution.remat, config.train.batch_size), 1000.0)
 
     monkeypatch.setattr(own_text, "step_mib", invented)
-    return list(own_text.search(str(text), most))
+    return list(own_text.search(str(text), limits, change=change))
 
 
 def test_the_first_that_fits_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A twentieth of the 4 MB is held out: 1.27 M tokens, four times, 4,096 a step."""
     text = tmp_path / "my book.txt"
     text.write_text("a " * 2_000_000)
-    tried = plans(text, monkeypatch, 500, {("story-cpu", True, 2): 400})
+    tried = plans(text, monkeypatch, Limits(500), {("story-cpu", True, 2): 400})
     assert [(p.config.preset, p.config.execution.remat, p.config.train.batch_size, p.fits) for p in tried] == [
         ("story-cpu", False, 8, False),
         ("story-cpu", True, 8, False),
@@ -70,16 +76,62 @@ def test_the_first_that_fits_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_smaller_preset_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "book.txt"
     text.write_text("a " * 2_000_000)
-    tried = plans(text, monkeypatch, 500, {("nano", False, 8): 400})
+    tried = plans(text, monkeypatch, Limits(500), {("nano", False, 8): 400})
     assert list(dict.fromkeys(p.config.preset for p in tried)) == ["story-cpu", "story", "nano"]
     assert tried[-1].fits
-    assert not any(p.fits for p in plans(text, monkeypatch, 10, {}))
+    assert not any(p.fits for p in plans(text, monkeypatch, Limits(10), {}))
+
+
+def test_a_preset_for_which_the_time_is_too_short_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of story-cpu is 4.53e10 operations: at 0.3 x 1e11 a second, 39 end in 60 s. They read 0.16 M tokens.
+
+    In 10 minutes 397 end, and read 1.63 M tokens, more than half of the 1.59 M active parameters."""
+    text = tmp_path / "book.txt"
+    text.write_text("a " * 2_000_000)
+    tried = plans(text, monkeypatch, Limits(2000, 60, 1e11), {})
+    assert [(p.config.preset, p.config.train.steps, p.step_mib) for p in tried[:1]] == [("story-cpu", 39, None)]
+    assert tried[0].problem == (
+        "in 60 s it would read 0.16 M tokens, fewer than 0.5 for each of its 1.6 M active parameters"
+    )
+    assert [(p.config.preset, p.fits) for p in tried] == [("story-cpu", False), ("story", False), ("nano", True)]
+    (only,) = plans(text, monkeypatch, Limits(2000, 600, 1e11), {})
+    assert (only.config.preset, only.config.train.steps) == ("story-cpu", 397)
+
+
+def test_the_smallest_preset_is_taken_however_short_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("a " * 10_000)
+    (only,) = plans(text, monkeypatch, Limits(2000, 1e-3, 1e9), {})
+    assert (only.config.preset, only.config.train.steps, only.fits) == ("nano", 1, True)
+
+
+def test_what_the_user_has_set_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is not divided, and a preset that the change does not fit is left out: 128 is no multiple of 6."""
+
+    def change(config: RunConfig) -> RunConfig:
+        model = dataclasses.replace(config.model, heads=6)
+        return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, batch_size=4))
+
+    text = tmp_path / "book.txt"
+    text.write_text("a " * 2_000_000)
+    tried = plans(text, monkeypatch, Limits(500), {}, change)
+    assert [(p.config.preset, p.config.execution.remat, p.config.train.batch_size) for p in tried] == [
+        ("story-cpu", False, 4),
+        ("story-cpu", True, 4),
+        ("story", False, 4),
+        ("story", True, 4),
+    ]
+    text.write_text("a " * 100_000)
+    with pytest.raises(ConfigError, match=r"--model\.heads 6: must be a divisor of --model\.width 128"):
+        plans(text, monkeypatch, Limits(500), {}, change)
 
 
 def test_a_tiny_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("too short")
     with pytest.raises(UserError, match="are too little to train on"):
-        next(own_text.search(str(tmp_path / "a.txt"), 1e9))
+        next(own_text.search(str(tmp_path / "a.txt"), Limits(1e9)))
 
 
 @pytest.mark.parametrize(
@@ -105,4 +157,4 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 def test_the_embedded_stories_are_for_the_smallest_preset() -> None:
-    assert next(own_text.candidates("stories", None)) == preset("nano")
+    assert own_text.presets_for("stories", None) == [preset("nano")]
