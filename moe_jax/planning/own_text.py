@@ -25,7 +25,7 @@ from moe_jax.training.programs import Programs
 BYTES_PER_TOKEN = 3.0
 """Of a `bpe` tokenizer of 1,024 to 4,096 entries. English prose has 2.3 to 3.7, measured on plays and on stories."""
 LEAST_TOKENS_PER_PARAMETER = 0.5
-"""Tokens for each active parameter, below which the time is too short for a preset."""
+"""Tokens for each active parameter, below which the time is too short for a preset. A choice, not a measurement."""
 
 type Change = Callable[[RunConfig], RunConfig]
 
