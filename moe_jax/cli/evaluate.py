@@ -66,8 +66,10 @@ class Evaluate(Command):
             raise ConfigError("--copies: has a result of its own; leave --pairs out")
         if self.pairs:
             return self._minimal_pairs()
-        if self.copies:
-            return self._copies()
+        return self._copies() if self.copies else self._score_text()
+
+    def _score_text(self) -> int:
+        """Loss, bits per byte and drops on a text."""
         from moe_jax.data.corpora import check_source, scored_documents
 
         form: DataFormat = "text"
