@@ -15,8 +15,8 @@ import numpy as np
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.experiments.suffix_automaton import longest_copies
 
-MOST_TOKENS = 5_000_000
-"""Only the first tokens of a longer training text are searched, to stay within about ten seconds."""
+MOST_TOKENS = 20_000_000
+"""Only the first tokens of a longer training text are searched, to stay within about fifteen seconds."""
 _PART = 1 << 16
 
 
@@ -43,7 +43,7 @@ class Copies:
         """One sentence; `of` says what the texts are."""
         return (
             f"{self.texts:,} {of}, {self.tokens:,} tokens: the longest passage that the training text has too is of "
-            f"{self.longest:,} tokens ({self.words:,} words). The median of the texts is {self.median:g} tokens"
+            f"{self.longest:,} tokens ({self.words:,} words). The median over the texts is {self.median:g} tokens"
         )
 
     def to_json(self) -> dict[str, Any]:
