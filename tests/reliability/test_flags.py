@@ -47,7 +47,7 @@ WORDS = st.text(st.characters(codec="ascii", categories=["L"]), min_size=1, max_
 def bad_values(name: str, kind: Any) -> st.SearchStrategy[str]:
     """Values that the field cannot have, as typed."""
     if get_origin(kind) is Literal:
-        return WORDS.filter(lambda word: word not in get_args(kind))
+        return WORDS.filter(lambda word: word not in (*get_args(kind), "auto"))  # --preset auto is chosen later
     if kind is int:
         number = st.integers(max_value=-1) | st.integers(min_value=2**33)
         if name == "data.stories_seed":
