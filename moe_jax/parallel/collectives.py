@@ -14,13 +14,14 @@ the operands.
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import Literal, get_args
 
 import numpy as np
 
-from moe_jax.system.hlo_text import Computation, Instruction, called, parse, trips
+from moe_jax.system.hlo_text import Computation, Instruction, called, parse
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 
@@ -88,7 +89,7 @@ def read_collectives(text: str | None) -> list[Collective]:
             kind = instruction.opcode.removesuffix("-start")
             if kind in get_args(Kind):
                 found.append(_collective(kind, instruction, computations[name], everyone, loops))
-            inner = (*loops, trips(instruction)) if instruction.opcode == "while" else loops
+            inner = (*loops, instruction.trip_count) if instruction.opcode == "while" else loops
             for _, target in called(instruction):
                 if target in computations:
                     visit(target, inner)
@@ -115,15 +116,32 @@ def _groups(text: str, everyone: int) -> Groups:
         return _tuples(devices.transpose(order).reshape(shape or ()))
     if found := _MESH.search(text):
         axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        inside = [list(axes).index(name) for name in re.findall(r"\w+", found[2])]
-        outside = [axis for axis in range(len(axes)) if axis not in inside]
-        devices = np.arange(math.prod(axes.values())).reshape(*axes.values()).transpose(*outside, *inside)
-        return _tuples(devices.reshape(-1, math.prod(devices.shape[len(outside) :])))
+        return groups_along(axes, re.findall(r"\w+", found[2]))
     if found := _PAIRS.search(text) or _LISTS.search(text):
         if not found[1]:
             return (tuple(range(everyone)),)
         return tuple(tuple(int(n) for n in part.split(",")) for part in re.findall(r"\{([\d, ]+)\}", found[1]))
     raise ValueError(f"the groups of this collective are written in an unknown form: {text[:200]}")
+
+
+def groups_along(mesh: Mapping[str, int], axes: Sequence[str]) -> Groups:
+    """The groups of devices along the axes `axes` of a mesh, whose axes have the sizes `mesh`."""
+    inside = [list(mesh).index(name) for name in axes]
+    outside = [axis for axis in range(len(mesh)) if axis not in inside]
+    devices = np.arange(math.prod(mesh.values())).reshape(*mesh.values()).transpose(*outside, *inside)
+    return _tuples(devices.reshape(-1, math.prod(devices.shape[len(outside) :])))
+
+
+def on_other_mesh(collective: Collective, old: Mapping[str, int], new: Mapping[str, int]) -> Collective:
+    """The same collective in the same program for a mesh with other sizes: along the same axes.
+
+    Raises ValueError if its groups do not lie along axes of the mesh `old`.
+    """
+    for count in range(1, len(old) + 1):
+        for axes in combinations(old, count):
+            if {frozenset(group) for group in collective.groups} == {frozenset(g) for g in groups_along(old, axes)}:
+                return replace(collective, groups=groups_along(new, axes))
+    raise ValueError(f"the groups of this {collective.kind} do not lie along axes of the mesh {dict(old)}")
 
 
 def _tuples(groups: np.ndarray) -> Groups:

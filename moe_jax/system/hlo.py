@@ -5,8 +5,9 @@ A formula gives the expected cost of a layer. The optimised HLO gives the real c
 once, and the body of a loop as often as the loop runs. So a product in a loop of 12 passes counts 12 times, and a
 product that the compiler removed does not count.
 
-A product is the HLO instruction `dot`, or a call of a GPU library (`__cublas$gemm`, `__cublas$lt$matmul`). An
-instruction that may hold products in another form is an error: its operations would be missing from the count.
+A product is the HLO instruction `dot`, a call of a GPU library (`__cublas$gemm`, `__cublas$lt$matmul`), or a
+`convolution`, as which a TPU's compiler writes every product. An instruction that may hold products in another form is
+an error: its operations would be missing from the count.
 """
 
 import math
@@ -23,7 +24,7 @@ _UNCOUNTED = re.compile(r"cublas|cudnn|onednn|gemm|matmul|ragged|conv", re.IGNOR
 
 @dataclass(frozen=True)
 class Dot:
-    """A matrix product of the compiled program: an instruction `dot`, or a call of a library."""
+    """A matrix product of the compiled program: an instruction `dot` or `convolution`, or a call of a library."""
 
     op_name: str
     """The traced operation that it came from: "jit(step)/.../experts/dot_general"."""
@@ -36,7 +37,8 @@ class Dot:
     """The precision that its operands ask for: "highest", or "default". At the default precision a GPU of compute
     capability 8.0 or more rounds float32 operands to TF32."""
     flops: int
-    """Floating-point operations of one execution: 2 x elements of the result x contracted elements."""
+    """Floating-point operations of one execution: 2 x elements of the result x contracted elements. 0 for
+    integers."""
     runs: int
     """Executions in one call of the program."""
 
@@ -96,7 +98,9 @@ def product(instruction: Instruction, computation: Computation, runs: int) -> Do
     name = instruction.custom_call
     if instruction.opcode == "dot" or _LIBRARY_PRODUCT.fullmatch(name):
         return _dot(instruction, computation, runs)
-    if instruction.opcode in ("convolution", "ragged-dot") or _UNCOUNTED.search(name):
+    if instruction.opcode == "convolution":
+        return _convolution(instruction, computation, runs)
+    if instruction.opcode == "ragged-dot" or _UNCOUNTED.search(name):
         raise ValueError(f"operations of this instruction cannot be counted: {instruction.text[:200]}")
     return None
 
@@ -112,6 +116,52 @@ def _dot(instruction: Instruction, computation: Computation, runs: int) -> Dot:
     precision = asked[1].lower() if asked else "default"
     flops = 2 * math.prod(out) * math.prod(left[i] for i in axes)
     return Dot(instruction.op_name, left, right, out, dtype, operand_dtype, precision, flops, runs)
+
+
+def _convolution(instruction: Instruction, computation: Computation, runs: int) -> Dot:
+    """The multiplications of a convolution, without those of padding and of the zeros that dilation inserts.
+
+    A TPU's compiler writes a batched product as a convolution over the batch, dilated so that each entry of the batch
+    meets its own matrix only. So the zeros are most of the window, and they do not count.
+    """
+    (operand_dtype, left), (_, right) = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
+    dtype, out = instruction.arrays[0]
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
+    if labels is None:
+        raise ValueError(f"a convolution names no dimensions: {instruction.text[:200]}")
+    of_left, of_right, of_out = labels.groups()
+    sizes = dict(zip(of_out, out, strict=True))
+    taps = 1
+    for number, label in enumerate(sorted(label for label in of_out if label.isdigit())):
+        taps *= _taps(left[of_left.index(label)], right[of_right.index(label)], sizes[label], instruction.text, number)
+    pairs = sizes["b"] * sizes["f"] * right[of_right.index("i")] * taps
+    asked = re.search(r"operand_precision=\{(\w+)", instruction.text)
+    flops = 0 if dtype[0] in "su" else 2 * pairs
+    precision = asked[1] if asked else "default"
+    return Dot(instruction.op_name, left, right, out, dtype, operand_dtype, precision, flops, runs)
+
+
+def _taps(size: int, window: int, out: int, text: str, number: int) -> int:
+    """Pairs of an entry of the result and an entry of the window that meet an entry of the operand, in one dimension.
+
+    `size` are the entries of the operand, and `number` is the place of the dimension in the attribute `window`.
+    """
+    stride, dilation, spread = (
+        int(_window(text, name, number, "1")) for name in ("stride", "lhs_dilate", "rhs_dilate")
+    )
+    before = int(_window(text, "pad", number, "0_0").split("_")[0])
+    last = (size - 1) * dilation
+    found = 0
+    for tap in range(window):
+        places = range(tap * spread - before, tap * spread - before + out * stride, stride)
+        found += sum(0 <= place <= last and place % dilation == 0 for place in places)
+    return found
+
+
+def _window(text: str, name: str, number: int, default: str) -> str:
+    """One number of the attribute `window`, such as the 3 in `window={size=4x2 stride=3x1}`."""
+    found = re.search(rf"window=\{{[^}}]*\b{name}=([\w\-]+)", text)
+    return re.split("x", found[1])[number] if found else default
 
 
 def read_program(text: str | None) -> Program:

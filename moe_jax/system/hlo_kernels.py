@@ -12,6 +12,8 @@ The traffic of a kernel is what it must read and write at least, each operand on
     the result of a scatter                                   the updates, read and written
     any other operand or result                               all of it
 
+On a TPU, arrays in the memory of the chip itself take no traffic. A copy into it or out of it counts once.
+
 So it is a lower limit. Caches may save some of it, a kernel that reads an operand twice takes more, and an update that
 XLA cannot do in place copies the whole array.
 """
@@ -48,6 +50,8 @@ class Kernel:
     dots: tuple[Dot, ...]
     """Its matrix products. Their `runs` are those of the kernel."""
     runs: int
+    beside: bool = False
+    """Started now and waited for later. Other kernels run in between."""
 
     @property
     def traffic(self) -> int:
@@ -115,9 +119,19 @@ def _kernel(
         written = _size_of_product(instruction) if found[0] else _bytes_written(alone, "root")
         if opcode != instruction.opcode:  # its result also names its operands
             written = read
+        if instruction.opcode in ("copy-start", "slice-start"):
+            read, written = _moved(instruction)
         op_name, opcodes = instruction.op_name, frozenset({opcode})
     dots = tuple(dot for dot in found if dot is not None)
-    return Kernel(op_name, opcode, opcodes, read, written, dots, runs)
+    return Kernel(op_name, opcode, opcodes, read, written, dots, runs, beside=opcode != instruction.opcode)
+
+
+def _moved(start: Instruction) -> tuple[int, int]:
+    """Bytes that a `copy-start` or a `slice-start` reads from the main memory, and writes to it."""
+    size = array_bytes(*start.arrays[1])
+    first, second = start.in_memory[:2]
+    source, target = (first, second) if start.opcode == "slice-start" else (second, first)
+    return size * source, size * target
 
 
 def _with_nested(
@@ -132,12 +146,17 @@ def _with_nested(
 
 
 def _size(instruction: Instruction) -> int:
-    return sum(array_bytes(*array) for array in instruction.arrays)
+    """Bytes of the result in the main memory."""
+    there = zip(instruction.arrays, instruction.in_memory, strict=True)
+    return sum(array_bytes(*array) for array, main in there if main)
 
 
 def _size_of_product(instruction: Instruction) -> int:
     """Bytes of the result of a product, without a library's workspace."""
-    return sum(array_bytes(*array) for i, array in enumerate(instruction.arrays) if i == 0 or array[0] != _WORKSPACE)
+    there = zip(instruction.arrays, instruction.in_memory, strict=True)
+    return sum(
+        array_bytes(*array) for i, (array, main) in enumerate(there) if main and (i == 0 or array[0] != _WORKSPACE)
+    )
 
 
 def _elements(instruction: Instruction) -> int:

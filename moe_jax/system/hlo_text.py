@@ -1,13 +1,19 @@
-"""The text of optimised HLO, as `compiled.as_text()` prints it: computations, and the instructions of each."""
+"""The text of optimised HLO, as `compiled.as_text()` prints it: computations, and the instructions of each.
+
+On a CPU or a GPU, XLA writes how often a loop runs (`known_trip_count`). On a TPU it does not. There the count is found
+in the loop itself: it starts at a constant, adds 1 in each pass, and is compared with another constant.
+"""
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\]")
-_OPCODE = re.compile(r"^(?:\((?:[^()]|\([^()]*\))*\)|\S+) ([\w\-]+)\(([^)]*)\)")
+_LAYOUT = re.compile(_ARRAY.pattern + r"(\{[^}]*\})?")
+# A TPU's tuples have brackets within brackets: ((f32[8]{0:T(8)}), f32[8]{0:T(8)S(1)}, s32[]{:S(2)}).
+_OPCODE = re.compile(r"^(?:\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|\S+) ([\w\-]+)\(([^)]*)\)")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_MANY = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"?known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
@@ -25,6 +31,16 @@ class Instruction:
     operands: list[str]
     """Names of instructions of the same computation."""
     text: str
+    trip_count: int | None = None
+    """How often a loop runs its body. None if it is not known, and for anything else than a loop."""
+
+    @property
+    def in_memory(self) -> list[bool]:
+        """For each array of the result, whether it lies in the device's main memory. A TPU's layouts name other ones:
+        S(1) is on the chip."""
+        opcode = _OPCODE.match(self.text)
+        layouts = _LAYOUT.findall(self.text[: opcode.start(1)]) if opcode else []
+        return ["S(" not in layout for *_, layout in layouts] or [True]
 
     @property
     def op_name(self) -> str:
@@ -66,6 +82,10 @@ def parse(text: str | None) -> tuple[dict[str, Computation], str]:
             root = found[2] if found[1] else root
             if instruction := _instruction(found[3]):
                 instructions[found[2]] = instruction
+    for computation in computations.values():
+        for key, loop in computation.instructions.items():
+            if loop.opcode == "while":
+                computation.instructions[key] = replace(loop, trip_count=_trips(loop, computation, computations))
     return computations, entry
 
 
@@ -73,16 +93,55 @@ def _instruction(text: str) -> Instruction | None:
     opcode = _OPCODE.match(text)
     if opcode is None:
         return None
-    arrays = [
-        (kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in _ARRAY.findall(text[: opcode.start(1)])
-    ]
+    arrays = [_array(kind, dims) for kind, dims in _ARRAY.findall(text[: opcode.start(1)])]
     return Instruction(opcode[1], arrays or [("", ())], re.findall(r"%([\w.\-]+)", opcode[2]), text)
 
 
-def trips(loop: Instruction) -> int | None:
-    """How often a loop runs its body. None if the compiler does not know."""
-    known = _TRIPS.search(loop.text)
-    return int(known[1]) if known else None
+def _array(kind: str, dims: str) -> tuple[str, tuple[int, ...]]:
+    return kind, tuple(int(n) for n in dims.split(",") if n)
+
+
+def _trips(loop: Instruction, outside: Computation, computations: dict[str, Computation]) -> int | None:
+    """How often a loop runs: as the compiler says, else as its counter does."""
+    if known := _TRIPS.search(loop.text):
+        return int(known[1])
+    parts = dict(called(loop))
+    condition, body = (computations.get(parts.get(role, "")) for role in ("condition", "body"))
+    start = outside.instructions.get(loop.operands[0]) if loop.operands else None
+    if condition is None or body is None or start is None or start.opcode != "tuple":
+        return None
+    test = condition.instructions.get(condition.root)
+    if test is None or test.opcode != "compare" or "direction=LT" not in test.text:
+        return None
+    place, end = _counter(condition, test.operands[0]), _constant(condition, test.operands[1])
+    if place is None or end is None or place >= len(start.operands):
+        return None
+    first, following = _constant(outside, start.operands[place]), body.instructions[body.root]
+    step = body.instructions.get(following.operands[place]) if following.opcode == "tuple" else None
+    if first is None or step is None or step.opcode != "add":
+        return None
+    by_one = _counter(body, step.operands[0]) == place and _constant(body, step.operands[1]) == 1
+    return max(end - first, 0) if by_one else None
+
+
+def _through_copies(computation: Computation, name: str) -> Instruction | None:
+    found = computation.instructions.get(name)
+    while found is not None and found.opcode in ("copy", "bitcast"):
+        found = computation.instructions.get(found.operands[0])
+    return found
+
+
+def _counter(computation: Computation, name: str) -> int | None:
+    """The place in the loop's state that an instruction reads, or None."""
+    found = _through_copies(computation, name)
+    index = re.search(r"index=(\d+)", found.text) if found and found.opcode == "get-tuple-element" else None
+    return int(index[1]) if index else None
+
+
+def _constant(computation: Computation, name: str) -> int | None:
+    found = _through_copies(computation, name)
+    value = re.search(r"constant\((-?\d+)\)", found.text) if found and found.opcode == "constant" else None
+    return int(value[1]) if value else None
 
 
 def called(instruction: Instruction) -> Iterator[tuple[str, str]]:
@@ -102,7 +161,7 @@ def calls(instruction: Instruction) -> Iterator[tuple[str, str, int]]:
 
     Raises ValueError for a loop whose number of passes the compiler does not know.
     """
-    passes = trips(instruction) if instruction.opcode == "while" else 1
+    passes = instruction.trip_count if instruction.opcode == "while" else 1
     if passes is None:
         raise ValueError(f"the number of passes of a loop is unknown: {instruction.text[:200]}")
     for role, name in called(instruction):

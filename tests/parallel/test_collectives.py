@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.parallel.collectives import bytes_by_kind, read_collectives
+from moe_jax.parallel.collectives import Collective, bytes_by_kind, groups_along, on_other_mesh, read_collectives
 
 HEADER = "HloModule jit_step, is_scheduled=true, num_partitions=4\n"
 
@@ -91,3 +91,77 @@ def test_a_collective_in_a_loop_of_unknown_length_is_an_error() -> None:
 def test_a_loop_of_unknown_length_without_collectives_is_read() -> None:
     text = LOOPED.replace("known_trip_count", "unknown").replace("all-to-all(", "negate(")
     assert [c.kind for c in read_collectives(text)][-1] == "collective-permute"
+
+
+GPU = (
+    HEADER
+    + """
+ENTRY %main (a: bf16[8,3], b: f32[4]) -> bf16[8,3] {
+  %a = bf16[8,3]{1,0} parameter(0)
+  %b = f32[4]{0} parameter(1)
+  %s1 = ((bf16[8,3]{1,0}), bf16[8,3]{1,0}) all-to-all-start(%a), replica_groups=mesh['x'=1,'y'=4] {'y'}, dimensions={0}
+  %d1 = bf16[8,3]{1,0} all-to-all-done(%s1)
+  %s2 = ((f32[4]{0}), f32[1]{0}) reduce-scatter-start(%b), replica_groups=[1,4]<=[4], dimensions={0}, to_apply=%add
+  %d2 = f32[1]{0} reduce-scatter-done(%s2)
+  %s3 = f32[4]{0} all-reduce-start(%b), replica_groups={{0,1,2,3}}, to_apply=%add
+  ROOT %d3 = f32[4]{0} all-reduce-done(%s3)
+}
+"""
+)
+TPU = (
+    HEADER
+    + """
+ENTRY %main (a: bf16[4,2,40,8], b: f32[50,8]) -> f32[] {
+  %a = bf16[4,2,40,8]{3,2,1,0:T(8,128)(2,1)S(1)} parameter(0)
+  %b = f32[50,8]{1,0:T(8,128)} parameter(1)
+  %n = f32[]{:T(128)} constant(0)
+  %e = bf16[4,2,40,8]{3,2,0,1:T(8,128)(2,1)S(1)} all-to-all(%a), channel_id=1, replica_groups=mesh['d'=1,'e'=4] {'e'}, \
+dimensions={1}, metadata={op_name="jit(step)/experts/all_to_all"}, backend_config={"barrier_config":{"id":"-1"}}
+  %r = (f32[50,8]{1,0:T(8,128)}, f32[]{:T(128)}) all-reduce(%b, /*index=1*/%n), \
+replica_groups={{0,1,2,3}}, to_apply=%add
+  %s = ((f32[50,8]{1,0:T(8,128)}), f32[200,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) all-gather-start(%b), \
+replica_groups=[1,4]<=[4], dimensions={0}
+  %g = f32[200,8]{1,0:T(8,128)S(1)} all-gather-done(%s)
+  ROOT %out = f32[]{:T(128)} get-tuple-element(%r), index=1
+}
+"""
+)
+
+
+def test_started_collectives_of_a_gpu_count_once() -> None:
+    """The result of a `-start` names its operands too: 24 numbers of bfloat16 are 48 bytes, and not 96."""
+    assert [(c.kind, c.bytes, c.groups) for c in read_collectives(GPU)] == [
+        ("all-to-all", 48, ((0, 1, 2, 3),)),
+        ("reduce-scatter", 16, ((0, 1, 2, 3),)),
+        ("all-reduce", 16, ((0, 1, 2, 3),)),
+    ]
+
+
+def test_collectives_of_a_tpu_with_tiles_and_memories_in_the_layout() -> None:
+    """4 x 2 x 40 x 8 numbers of bfloat16; 50 x 8 + 1 of float32; four devices gather 50 x 8 of float32."""
+    found = read_collectives(TPU)
+    assert [(c.kind, c.bytes) for c in found] == [("all-to-all", 5120), ("all-reduce", 1604), ("all-gather", 6400)]
+    assert found[0].op_name == "jit(step)/experts/all_to_all"
+    assert {c.groups for c in found} == {((0, 1, 2, 3),)}
+
+
+@pytest.mark.parametrize(
+    ("axes", "smaller", "larger"),
+    [
+        (("data",), ((0, 2), (1, 3)), ((0, 2, 4, 6), (1, 3, 5, 7))),
+        (("expert",), ((0, 1), (2, 3)), ((0, 1), (2, 3), (4, 5), (6, 7))),
+        (("data", "expert"), ((0, 1, 2, 3),), ((0, 1, 2, 3, 4, 5, 6, 7),)),
+    ],
+)
+def test_the_same_program_on_a_larger_mesh(axes: tuple[str, ...], smaller: tuple, larger: tuple) -> None:
+    old, new = {"data": 2, "expert": 2}, {"data": 4, "expert": 2}
+    assert groups_along(old, axes) == smaller
+    found = Collective("all-reduce", "", (("f32", (5,)),), smaller, ())
+    assert on_other_mesh(found, old, new).groups == larger
+    assert on_other_mesh(found, old, new).bytes == 20
+
+
+def test_groups_that_lie_along_no_axis_are_an_error() -> None:
+    crossed = Collective("all-reduce", "", (("f32", (5,)),), ((0, 3), (1, 2)), ())
+    with pytest.raises(ValueError, match="do not lie along axes"):
+        on_other_mesh(crossed, {"data": 2, "expert": 2}, {"data": 4, "expert": 2})

@@ -218,3 +218,35 @@ def test_a_text_that_is_no_program_is_refused() -> None:
     for text in (None, "HloModule m"):
         with pytest.raises(ValueError, match=r"does not show|no entry computation"):
             read_kernels(text)
+
+
+TPU = """HloModule jit_f
+%fused (p0: f32[4,8], p1: f32[4,8]) -> bf16[4,8] {
+  %p0 = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %p1 = f32[4,8]{1,0:T(8,128)} parameter(1)
+  %s = f32[4,8]{1,0:T(8,128)} add(%p0, %p1)
+  ROOT %c = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} convert(%s)
+}
+ENTRY %main (a: f32[4,8], b: f32[16,8]) -> f32[4,8] {
+  %a = f32[4,8]{1,0:T(8,128)} parameter(0)
+  %b = f32[16,8]{1,0:T(8,128)} parameter(1)
+  %part = ((f32[16,8]{1,0:T(8,128)}), f32[4,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%b), slice={[0:4], [0:8]}
+  %near = f32[4,8]{1,0:T(8,128)S(1)} slice-done(%part)
+  %f = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %near), kind=kLoop, calls=%fused
+  %out = (bf16[4,8]{1,0:T(8,128)}, bf16[4,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%f)
+  %back = bf16[4,8]{1,0:T(8,128)} copy-done(%out)
+  ROOT %y = f32[4,8]{1,0:T(8,128)} convert(%back)
+}
+"""
+
+
+def test_arrays_on_the_chip_of_a_tpu_take_no_traffic() -> None:
+    """32 numbers each: 128 bytes of float32, 64 of bfloat16. The slice is read, the fusion reads `a` only, its result
+    is copied out, and the last one reads that and writes float32."""
+    found = [(k.opcode, k.beside, *traffic(k)) for k in read_kernels(TPU)]
+    assert found == [
+        ("slice", True, 128, 0),
+        ("fusion", False, 128, 0),
+        ("copy", True, 0, 64),
+        ("convert", False, 64, 128),
+    ]
