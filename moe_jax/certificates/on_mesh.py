@@ -1,32 +1,23 @@
 """Certificates of a training step on a mesh: causality, the arithmetic of a device, and what devices send each other.
 
-The bytes of each kind of collective are compared with what the algorithm must move:
-
-    all-to-all                   4 E b C D numbers for each layer and micro-batch: there and back, forward and backward;
-                                 b is the number of a device's sequences. 6 times with remat. Nothing without an expert
-                                 axis.
-    all-gather                   each matrix that is cut over fsdp, once a step
-    all-reduce, reduce-scatter   each gradient in float32 once a step, however many micro-batches there are; and the
-                                 metrics. Of Adafactor also the means over an axis that is cut.
-
-So a program that sends tokens in another way, or gradients more often, fails. The plain step that GSPMD divides by
-itself fails every one of these claims (`tests/parallel/test_certificates.py`).
+The bytes of each kind of collective are compared with what the algorithm must move (`parallel/ideal.py`). So a program
+that sends tokens in another way, or gradients more often, fails. The plain step that GSPMD divides by itself fails
+every one of these claims (`tests/parallel/test_certificates.py`).
 """
 
 import dataclasses
-import math
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.certificates.causality import tight, tokens_causality
 from moe_jax.certificates.certificate import Certificate
-from moe_jax.config import MeshShape, RunConfig
+from moe_jax.config import RunConfig
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.collectives import Collective, bytes_by_kind, read_collectives
-from moe_jax.parallel.layout import Layout, leaf_name
-from moe_jax.parallel.mesh import AXES
+from moe_jax.parallel.ideal import ideal_bytes
 from moe_jax.system.hlo import Program, read_program
 from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
@@ -40,15 +31,6 @@ PARTS = ("attention", "ffn", "head")
 REDUCTIONS = ("all-reduce", "reduce-scatter")
 
 
-def meshed(config: RunConfig, mesh: str, batch_size: int) -> RunConfig:
-    """The configuration with a mesh, with two micro-batches of `batch_size` sequences for each device.
-
-    Raises ConfigError if the model cannot be divided over the mesh.
-    """
-    train = dataclasses.replace(config.train, batch_size=batch_size * MeshShape.parse(mesh).devices, grad_accum=2)
-    return dataclasses.replace(config, train=train, execution=dataclasses.replace(config.execution, mesh=mesh))
-
-
 def certify_mesh(config: RunConfig, params: Params, mesh: Mesh) -> Iterator[Certificate]:
     """Yield the certificates of the training step of `config` on a mesh. `config.train.batch_size` sequences are one
     micro-batch. `config.model.vocab_size` must not be 0."""
@@ -60,7 +42,8 @@ def certify_mesh(config: RunConfig, params: Params, mesh: Mesh) -> Iterator[Cert
     text = programs.compiled_step(train.batch_size, train.grad_accum).as_text()
     one = read_program(Programs.of(config).compiled_step(train.batch_size, train.grad_accum).as_text())
     yield divided_arithmetic(one, read_program(text), mesh.size)
-    yield from certify_collectives(read_collectives(text), ideal_bytes(config, programs.param_shapes, programs.layout))
+    ideal = ideal_bytes(config, programs.param_shapes, programs.layout, jnp.dtype(programs.policy.compute).itemsize)
+    yield from certify_collectives(read_collectives(text), ideal)
 
 
 def mesh_causality(config: RunConfig, params: Params, mesh: Mesh) -> Certificate:
@@ -84,36 +67,6 @@ def divided_arithmetic(one: Program, many: Program, devices: int) -> Certificate
         ", ".join(f"{part} {ratio:.3f}" for part, ratio in ratios.items()) + f" x 1/{devices} of one device",
         f"above 0 and at most {SLACK} x 1/{devices}, in every part",
     )
-
-
-def ideal_bytes(config: RunConfig, params: Params, layout: Layout) -> dict[str, int]:
-    """Bytes on a device that one step must move, by kind of collective; reductions under the name "all-reduce".
-
-    `params` are the parameters or their shapes.
-    """
-    model, train, mesh = config.model, config.train, layout.mesh
-    found = {"all-to-all": 0, "all-gather": 0, "all-reduce": 0}
-    if mesh.shape["expert"] > 1:
-        sequences = train.batch_size // layout.devices * train.grad_accum
-        times = 6 if config.execution.remat else 4  # the backward pass then repeats the forward pass
-        numbers = times * model.layers * model.experts * sequences * model.capacity * model.width
-        found["all-to-all"] = numbers * jax.numpy.dtype(Programs.of(config).policy.compute).itemsize
-    for path, p in jax.tree_util.tree_leaves_with_path(params):
-        name = leaf_name(path)
-        cut, update = layout.params[name], layout.updates[name]
-        local = p.size // math.prod(mesh.shape[a] for a in cut if a == "expert")
-        if "fsdp" in cut:
-            found["all-gather"] += local * p.dtype.itemsize
-        if "fsdp" in update:
-            found["all-reduce"] += 4 * local
-            local //= mesh.shape["fsdp"]
-            if train.optimizer == "adafactor":
-                found["all-reduce"] += 4 * (local // p.shape[-1] + local // p.shape[-2])
-        if any(mesh.shape[axis] > 1 and axis not in update for axis in AXES):
-            found["all-reduce"] += 4 * local
-    load = model.layers * model.experts if model.dense == "none" else 0
-    found["all-reduce"] += 4 * (load + 4)
-    return found
 
 
 def certify_collectives(collectives: list[Collective], ideal: dict[str, int]) -> Iterator[Certificate]:

@@ -48,7 +48,7 @@ class Certify(Command):
         environment.prepare_environment()
         with working(f"loading {what}"):
             from moe_jax.certificates.certify import certify, initial_params
-            from moe_jax.certificates.on_mesh import certify_mesh, meshed
+            from moe_jax.certificates.on_mesh import certify_mesh
             from moe_jax.parallel.mesh import mesh_of
             from moe_jax.runs.load import open_run
             from moe_jax.system.rich_console import Console
@@ -61,7 +61,7 @@ class Certify(Command):
                 params = initial_params(config)
         remaining = certify(config, params, self.batch_size)
         if (mesh := mesh_of(self.mesh)) is not None:
-            on_mesh = certify_mesh(meshed(config, self.mesh, self.batch_size), params, mesh)
+            on_mesh = certify_mesh(config.on_mesh(self.mesh, self.batch_size, micro_batches=2), params, mesh)
             remaining = itertools.chain(remaining, on_mesh)
         console, found = Console(), []
         console.print(f"[bold]certificates[/bold] of {what}\n")

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from moe_jax.config.data import DataConfig
 from moe_jax.config.execution import ExecutionConfig
 from moe_jax.config.flags import check, check_choices
-from moe_jax.config.mesh import check_mesh
+from moe_jax.config.mesh import MeshShape, check_mesh
 from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.train import TrainConfig
@@ -72,6 +72,15 @@ class RunConfig:
             suffix = "-upcycled" if self.upcycle else ""
         suffix += "-tuned" if self.base else ""
         return self.out or f"runs/{self.preset}{suffix}"
+
+    def on_mesh(self, mesh: str, sequences: int, micro_batches: int = 1) -> "RunConfig":
+        """The same run on a mesh, with `sequences` sequences of each micro-batch on each device.
+
+        Raises ConfigError if the model cannot be divided over the mesh.
+        """
+        batch = sequences * MeshShape.parse(mesh).devices
+        train = dataclasses.replace(self.train, batch_size=batch, grad_accum=micro_batches)
+        return dataclasses.replace(self, train=train, execution=dataclasses.replace(self.execution, mesh=mesh))
 
     def section(self, name: str) -> Any:
         """The dataclass that holds a section's fields: "" is the run itself, "routing" lies within the model."""

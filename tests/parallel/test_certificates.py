@@ -14,10 +14,10 @@ from moe_jax.certificates.on_mesh import (
     certify_collectives,
     certify_mesh,
     divided_arithmetic,
-    ideal_bytes,
 )
 from moe_jax.parallel import experts
 from moe_jax.parallel.collectives import read_collectives
+from moe_jax.parallel.ideal import ideal_bytes
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.mesh import AXES, mesh_of
 from moe_jax.system.hlo import read_program
@@ -78,7 +78,7 @@ def test_the_plain_step_divided_by_the_compiler_fails(axes: str, passed: list[st
     shapes = (programs.state_shapes, programs.batch_shapes(made.B, 2))
     text, one = divided.lower(*shapes).compile().as_text(), plain.lower(*shapes).compile().as_text()  # pyright: ignore
     certificates = [divided_arithmetic(read_program(one), read_program(text), mesh.size)]
-    certificates += certify_collectives(read_collectives(text), ideal_bytes(config, programs.param_shapes, layout))
+    certificates += certify_collectives(read_collectives(text), ideal_bytes(config, programs.param_shapes, layout, 4))
     assert [c.name.removeprefix("mesh: ") for c in certificates if c.passed] == passed
 
 
@@ -129,6 +129,6 @@ def test_a_sum_in_every_micro_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> 
     programs = Programs.of(config, mesh=mesh)
     assert programs.layout is not None
     collectives = read_collectives(programs.compiled_step(made.B, 2).as_text())
-    found = failed(certify_collectives(collectives, ideal_bytes(config, programs.param_shapes, programs.layout)))
+    found = failed(certify_collectives(collectives, ideal_bytes(config, programs.param_shapes, programs.layout, 4)))
     assert len(found) == 1
     assert "in a loop" in found[0]
