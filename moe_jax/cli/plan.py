@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command, check_range
+from moe_jax.cli.plan_devices import DeviceRequest
 from moe_jax.cli.result import print_json
 from moe_jax.cli.text_plan import Given, plan_for_text
-from moe_jax.config import ConfigError, PresetName, RunConfig, UserError
-from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config.presets import PLAN_ONLY, PlanPreset, preset, with_vocabulary
 from moe_jax.interop.starting_point import starting_point
 from moe_jax.system import environment
 from moe_jax.system.console import working
@@ -42,10 +43,20 @@ class Plan(Command):
 
     interrupted: ClassVar[str] = "the search stopped early; nothing of it is kept"
 
-    preset: PresetName = "seed-158m"
-    """The settings to plan for."""
+    preset: PlanPreset = "seed-158m"
+    """The settings to plan for. `pod-1b`, with 1.31 billion parameters, is for --mesh and --scaling only."""
     gpu: str = "rtx3050-4gb"
     """Name of a described GPU (a wrong name lists all names), or a file that describes one."""
+    tpu: str = ""
+    """Plan for a slice of TPU chips instead: v5e-1, -4, -8, -16, -32, -64, -128 or -256. With --mesh or --scaling."""
+    mesh: str = ""
+    """Plan for several devices, such as data=2,expert=4: memory, what they send, and the time of a step."""
+    scaling: bool = False
+    """Plan for 1, 2, 4, ... devices, up to 16 cards or the slice of --tpu, and print a table."""
+    sequences: int = 0
+    """Sequences on each device, with --mesh or --scaling. 0 takes those of a step of the preset."""
+    out: str = ""
+    """Folder for the picture of --scaling, in light and dark (extra `plots`). Empty: no picture."""
     lora: int = 0
     """Plan a fine-tuning by adapters of this rank (`sft --lora`), instead of training. 0 trains all weights."""
     init_from: str = ""
@@ -70,6 +81,11 @@ class Plan(Command):
 
     def execute(self) -> int:
         check_range("--lora", self.lora, 0, 4096)
+        if self.mesh or self.scaling:
+            return self._many_devices().execute()
+        for flag, value in (("--tpu", self.tpu), ("--sequences", self.sequences), ("--out", self.out)):
+            if value:
+                raise ConfigError(f"{flag} {value}: is for plans of several devices; add --mesh or --scaling")
         config = self._settings()
         self._given().check()
         if self.minutes and not self.data:
@@ -111,8 +127,24 @@ class Plan(Command):
             _print_row(row)
         return self._report(rows, target)
 
+    def _many_devices(self) -> DeviceRequest:
+        """Raises ConfigError for a flag that plans of several devices do not take."""
+        given = {"--lora": self.lora, "--init-from": self.init_from, "--upcycle": self.upcycle, "--data": self.data}
+        given |= {"--memory": self.memory, "--verify": self.verify, "--every-optimizer": self.every_optimizer}
+        if self.tpu and self.gpu != type(self).gpu:
+            raise ConfigError(f"--gpu {self.gpu}: --tpu {self.tpu} names the devices too; give one")
+        for flag, value in given.items():
+            if value:
+                shown = "" if value is True else f" {value}"
+                raise ConfigError(f"{flag}{shown}: is for plans of one device; leave it out with --mesh and --scaling")
+        return DeviceRequest(
+            self.preset, self.gpu, self.tpu, self.mesh, self.scaling, self.sequences, self.out, self.json
+        )
+
     def _settings(self) -> RunConfig:
         """The settings of the preset, or those that a run of the folder would start from."""
+        if self.preset in PLAN_ONLY:
+            raise ConfigError(f"--preset {self.preset}: is for plans of several devices; add --mesh or --scaling")
         config = dataclasses.replace(preset(self.preset), init_from=self.init_from, upcycle=self.upcycle)
         source = starting_point(config)
         return config if source is None else source.defaults

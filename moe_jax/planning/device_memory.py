@@ -30,6 +30,9 @@ from moe_jax.system.json_text import json_text
 BACK_ENDS: dict[str, dict[str, bool]] = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """The back ends for matrix products, with their compiler options. On a card of compute capability 8.0 or more XLA times
 both back ends when it compiles, and may mix them. A plan compiles each back end alone. Older cards have cuBLAS only."""
+MISSING_PTXAS = ("No PTX compilation provider", "libdevice not found")
+"""What XLA's error says if ptxas is missing."""
+NO_PTXAS = "planning needs ptxas: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
 _OVER_BUDGET = "Can't reduce memory use below"
 
 
@@ -87,23 +90,27 @@ def lower_for(target: Target, program: Any, *arguments: Any) -> Any:
 
     Raises UserError if JAX's CUDA plugin is not installed.
     """
-    return program.lower(*_on(_device(target), arguments))
+    return program.lower(*_on(SingleDeviceSharding(gpu_devices(target)[0]), arguments))
 
 
-def _device(target: Target) -> SingleDeviceSharding:
+def gpu_devices(target: Target, topology: str = "1x1x1") -> list[Any]:
+    """Descriptions of cards, for XLA's compiler. `topology` has the numbers of slices, of hosts in a slice, and of
+    cards in a host.
+
+    Raises UserError if JAX's CUDA plugin is not installed, or if XLA cannot read the target.
+    """
     if not has_cuda_plugin():
         raise UserError(
             "planning needs JAX's CUDA plugin: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
         )
     from jax.experimental import topologies
 
-    # One host, one process, one device.
     try:
-        topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=target.text)
+        found = topologies.get_topology_desc(platform="cuda", topology=topology, target_config=target.text)
     except (RuntimeError, ValueError) as error:
         cause = str(error).partition("\n")[0]
         raise UserError(f"--gpu {target.name}: XLA cannot read this description ({cause}); correct it") from None
-    return SingleDeviceSharding(topology.devices[0])
+    return list(found.devices)
 
 
 def _on(sharding: SingleDeviceSharding, tree: Any) -> Any:
@@ -129,13 +136,11 @@ def _measured(target: Target, lowered: Any, options: dict[str, bool]) -> Memory:
 
 def _compile(lowered: Any, options: dict[str, bool], rates: Rates) -> Memory:
     try:
-        with _stderr() as said:
+        with collected_stderr() as said:
             compiled = lowered.compile(compiler_options=dict(options))
     except jax.errors.JaxRuntimeError as error:
-        if "No PTX compilation provider" in str(error) or "libdevice not found" in str(error):
-            raise UserError(
-                "planning needs ptxas: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
-            ) from error
+        if any(cause in str(error) for cause in MISSING_PTXAS):
+            raise UserError(NO_PTXAS) from error
         raise
     # If an argument had no sharding, XLA would silently compile for the CPU. Only GPU programs name operation queues.
     text = compiled.as_text()
@@ -155,7 +160,7 @@ def _compile(lowered: Any, options: dict[str, bool], rates: Rates) -> Memory:
 
 
 @contextlib.contextmanager
-def _stderr() -> Iterator[list[str]]:
+def collected_stderr() -> Iterator[list[str]]:
     """Collect what C++ code writes to the stderr of the process. XLA warns only there, mostly harmlessly."""
     said: list[str] = []
     with tempfile.TemporaryFile("w+", errors="replace") as file:

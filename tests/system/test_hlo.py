@@ -148,9 +148,11 @@ def test_a_product_that_a_tpu_writes_as_a_convolution(
     left: str, right: str, out: str, attributes: str, multiplications: int
 ) -> None:
     program = read_program(
-        f"HloModule jit_f\nENTRY %main (a: {left}, b: {right}) -> {out} {{\n  %a = {left}{{1,0:T(8,128)}} parameter(0)\n"
-        f"  %b = {right}{{1,0:T(8,128)}} parameter(1)\n  ROOT %c = {out}{{1,0:T(8,128)S(1)}} convolution(%a, %b), "
-        f'{attributes}, operand_precision={{highest,highest}}, metadata={{op_name="jit(f)/head/dot"}}\n}}\n'
+        f"HloModule jit_f\nENTRY %main (a: {left}, b: {right}) -> {out} {{\n"
+        f"  %a = {left}{{1,0:T(8,128)}} parameter(0)\n"
+        f"  %b = {right}{{1,0:T(8,128)}} parameter(1)\n"
+        f"  ROOT %c = {out}{{1,0:T(8,128)S(1)}} convolution(%a, %b), {attributes}, "
+        'operand_precision={highest,highest}, metadata={op_name="jit(f)/head/dot"}\n}\n'
     )
     assert program.flops == program.flops_of("head") == 2 * multiplications
     assert program.dots[0].precision == "highest"

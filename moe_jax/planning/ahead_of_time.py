@@ -1,0 +1,152 @@
+"""The training step of a preset, compiled for many devices that need not be there.
+
+XLA compiles one program, which every device runs. So all sizes are those of one device. What an earlier process
+compiled is looked up by its lowered program, the devices and the versions of the compilers.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.sharding import SingleDeviceSharding
+
+from moe_jax.config import RunConfig, UserError
+from moe_jax.parallel.mesh import mesh_of
+from moe_jax.planning.device_memory import MISSING_PTXAS, NO_PTXAS, collected_stderr, gpu_devices
+from moe_jax.planning.interconnect import GPU_LINKS, Hosts, Place, Torus
+from moe_jax.planning.roofline import Rates
+from moe_jax.planning.target import Target
+from moe_jax.planning.tpu import Slice
+from moe_jax.system.files import cache_dir, write_atomically
+from moe_jax.system.json_text import json_text
+from moe_jax.training.programs import Programs
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    # Machine code of a GPU's kernels is not used here, so it need not be fast. The optimised HLO and the memory are
+    # decided before, and stay the same.
+    "gpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
+    "tpu": {},
+}
+_TOO_LARGE = re.compile(r"Used ([0-9.]+)([KMGT]) of ([0-9.]+)([KMGT]) hbm")
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Equal devices that a plan is made for."""
+
+    chip: Target | Slice
+    count: int
+    rates: Rates
+    links: Hosts | Torus
+    memory: float
+    """Bytes of a device."""
+    usable: float
+    """Bytes of a device that a program may use."""
+
+    @classmethod
+    def gpus(cls, target: Target, count: int) -> "Devices":
+        """The caller has checked them (`interconnect.check_gpus`)."""
+        links = GPU_LINKS[target.name]
+        return cls(target, count, Rates.of(target), links, target.memory, target.budget * 2**20)
+
+    @classmethod
+    def tpus(cls, slice_: Slice) -> "Devices":
+        return cls(slice_, slice_.chips, slice_.rates, slice_.links, slice_.memory, slice_.usable)
+
+    @property
+    def name(self) -> str:
+        return self.chip.name if isinstance(self.chip, Slice) else f"{self.count} x {self.chip.name}"
+
+    def described(self) -> list[Any]:
+        """One description for each device, for XLA's compiler. Raises UserError if the compiler is not installed."""
+        if isinstance(self.chip, Slice):
+            return self.chip.devices()
+        assert isinstance(self.links, Hosts)
+        hosts = -(-self.count // self.links.per_host)
+        return gpu_devices(self.chip, f"1x{hosts}x{self.count // hosts}")
+
+    def places(self, described: list[Any]) -> list[Place]:
+        if isinstance(self.links, Hosts):
+            return [self.links.place(index) for index in range(self.count)]
+        return [tuple(device.coords[:2]) for device in described]
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What a plan needs of a compiled step. Bytes of one device."""
+
+    arguments: int
+    outputs: int
+    """Outputs that do not take the memory of a donated argument."""
+    temporary: int
+    text: str
+    """The optimised HLO. "" if the compiler refused the program, because it takes more memory than the device has."""
+    seconds: float
+    """Processor time of the compilation."""
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs + self.temporary
+
+
+def programs_for(config: RunConfig, devices: Devices, described: list[Any]) -> Programs:
+    """The programs of a configuration on its mesh of described devices, or on the one device.
+
+    Raises ConfigError if the mesh has another number of places than there are devices.
+    """
+    return Programs.of(config, devices.chip, mesh=mesh_of(config.execution.mesh, described))
+
+
+def compile_step(programs: Programs, devices: Devices, described: list[Any]) -> Compiled:
+    """Compile the training step for the devices, or look it up."""
+    state, batch = programs.state_shapes, programs.batch_shapes(programs.config.train.batch_size)
+    if programs.layout is None:
+        place = SingleDeviceSharding(described[0])
+        state, batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), (state, batch))
+    lowered = programs.step.lower(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    platform = devices.chip.platform
+    compiler = "libtpu" if platform == "tpu" else "jaxlib"
+    what = devices.name if isinstance(devices.chip, Slice) else f"{devices.count} {devices.chip.text}"
+    versions = [importlib.metadata.version(name) for name in ("jaxlib", compiler)]
+    parts = [lowered.as_text(), what, repr(OPTIONS[platform]), *versions]
+    path = cache_dir() / "plans" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + "-many.json")
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        kept = json.loads(path.read_text())
+        return Compiled(**kept | {"text": gzip.decompress(base64.b64decode(kept["text"])).decode()})
+    found = _compile(lowered, platform)
+    with contextlib.suppress(OSError):  # a cache that cannot be written: it is compiled again the next time
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = base64.b64encode(gzip.compress(found.text.encode())).decode()
+        write_atomically(path, json_text(dataclasses.asdict(found) | {"text": text}), durable=False)
+    return found
+
+
+def _compile(lowered: Any, platform: str) -> Compiled:
+    start = time.process_time()
+    try:
+        with collected_stderr():
+            compiled = lowered.compile(compiler_options=OPTIONS[platform])
+    except jax.errors.JaxRuntimeError as error:
+        if any(cause in str(error) for cause in MISSING_PTXAS):
+            raise UserError(NO_PTXAS) from error
+        if too_large := _TOO_LARGE.search(str(error)):
+            used = float(too_large[1]) * 1024 ** ("KMGT".index(too_large[2]) + 1)
+            return Compiled(0, 0, round(used), "", time.process_time() - start)
+        raise
+    m = compiled.memory_analysis()
+    return Compiled(
+        m.argument_size_in_bytes,
+        m.output_size_in_bytes - m.alias_size_in_bytes,
+        m.temp_size_in_bytes,
+        compiled.as_text(),
+        time.process_time() - start,
+    )

@@ -1,0 +1,358 @@
+"""Plans for many devices: times by hand, rows, tables, bad input; and two that are compiled (marker `plan`).
+
+The compiled ones need the extras `gpu-plan` and `tpu-plan`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from moe_jax.cli.main import main, run_command
+from moe_jax.config import ConfigError, RunConfig, TrainConfig
+from moe_jax.config.presets import plan_preset, with_vocabulary
+from moe_jax.model.costs import count_parameters, totals
+from moe_jax.parallel.collectives import Collective
+from moe_jax.planning import ahead_of_time, many_devices
+from moe_jax.planning.ahead_of_time import Compiled, Devices
+from moe_jax.planning.interconnect import GPU_LINKS, ICI_V5E, Hosts, Torus, check_gpus, slice_chips
+from moe_jax.planning.many_devices import DevicePlan, Step, derived_plan, read_plan, scaling, scaling_mesh
+from moe_jax.planning.roofline import Rates
+from moe_jax.planning.target import load_target
+from moe_jax.planning.tpu import Slice
+from moe_jax.system import environment
+from tests.support import tiny
+from tests.support.programs import compiled_for_gpu
+
+MIB = 2**20
+HOSTS = Hosts("bus", card=8e9, per_host=4, network_name="net", network=1e9, source="here")
+TORUS = Torus("links", link=1e9, wraps=4, source="here")
+"""A dimension of 4 chips is a ring here."""
+GRID = [(x, y) for y in range(4) for x in range(4)]
+ALL_16 = (tuple(range(16)),)
+
+
+def collective(kind: Any, groups: tuple, size: int = 800_000, loops: tuple = ()) -> Collective:
+    """`size` numbers of one byte on each device."""
+    return Collective(kind, "", (("s8", (size,)),), groups, loops)
+
+
+# Links
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "microseconds"),
+    [
+        # Four cards of a host at 8 GB/s each, 80 % reached: a ring sends 3/4 of 800 kB, an all-reduce twice.
+        ("all-to-all", ((0, 1, 2, 3),), 600e3 / 6.4e3),
+        ("reduce-scatter", ((0, 1, 2, 3),), 600e3 / 6.4e3),
+        ("all-reduce", ((0, 1, 2, 3),), 1200e3 / 6.4e3),
+        # Two hosts of four: each of four cards sends half of its 800 kB to the other host, at 1 GB/s together.
+        ("all-to-all", (tuple(range(8)),), 1600e3 / 0.8e3),
+        # A host sends half of 800 kB, and in an all-reduce twice.
+        ("reduce-scatter", (tuple(range(8)),), 400e3 / 0.8e3),
+        ("all-reduce", (tuple(range(8)),), 800e3 / 0.8e3),
+        # Four groups of two cards, one on each host: they share the network.
+        ("all-reduce", ((0, 4), (1, 5), (2, 6), (3, 7)), 4 * 800e3 / 0.8e3),
+    ],
+)
+def test_time_of_a_collective_between_cards(kind: Any, groups: tuple, microseconds: float) -> None:
+    places = [HOSTS.place(device) for device in range(8)]
+    assert HOSTS.seconds(collective(kind, groups), places) == pytest.approx(1e-6 * microseconds)
+    assert HOSTS.seconds(collective(kind, groups, loops=(3,)), places) == pytest.approx(3e-6 * microseconds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "microseconds"),
+    [
+        # The whole 4 x 4 torus: two rings of two directions leave each chip, 4 GB/s, of which 80 % is reached.
+        ("all-reduce", ALL_16, 2 * 750e3 / 3.2e3),
+        ("reduce-scatter", ALL_16, 750e3 / 3.2e3),
+        # A row of 4 chips is a ring: 2 GB/s.
+        ("all-reduce", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 600e3 / 1.6e3),
+        # Two neighbours have one link.
+        ("all-reduce", tuple((2 * i, 2 * i + 1) for i in range(8)), 2 * 400e3 / 0.8e3),
+        # Across the middle of 4 x 4 go 4 rings with 2 links each; 8 chips send half of 800 kB to the other side.
+        ("all-to-all", ALL_16, 8 * 400e3 / (8 * 0.8e3)),
+        # A row: two links across its middle, and two chips send half of their bytes.
+        ("all-to-all", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 400e3 / (2 * 0.8e3)),
+        # A line of two rows of two chips: 2 links cross the middle.
+        ("all-to-all", ((0, 1, 4, 5), (2, 3, 6, 7)), 2 * 400e3 / (2 * 0.8e3)),
+        ("all-reduce", ((0,), (1,)), 0.0),
+    ],
+)
+def test_time_of_a_collective_on_a_torus(kind: Any, groups: tuple, microseconds: float) -> None:
+    assert TORUS.seconds(collective(kind, groups), GRID) == pytest.approx(1e-6 * microseconds)
+
+
+def test_groups_that_interleave_share_the_links_of_their_box() -> None:
+    """Devices 0, 4, 8 and 12 are a column. Two columns that are mixed have a box of 2 x 4, and each has half of it."""
+    column = TORUS.seconds(collective("all-reduce", ((0, 4, 8, 12),)), GRID)
+    mixed = TORUS.seconds(collective("all-reduce", ((0, 5, 8, 13), (1, 4, 9, 12))), GRID)
+    assert column == pytest.approx(2 * 600e3 / 1.6e9)
+    # Two columns of four: rings of 2 GB/s and lines of 1 GB/s, 3 GB/s, of which a group has half.
+    assert mixed == pytest.approx(2 * 600e3 / (0.8 * 1.5e9))
+
+
+def test_the_stated_links() -> None:
+    assert GPU_LINKS["rtx3060-12gb"].card == pytest.approx(16 * 16e9 * 128 / 130 / 8, rel=1e-3)
+    assert (2 * GPU_LINKS["h100-80gb"].card, GPU_LINKS["h100-80gb"].network) == (900e9, 8 * 400e9 / 8)
+    assert 4 * ICI_V5E.link == 1600e9 / 8
+
+
+# The predicted step of a toy program
+
+TOY = """HloModule jit_step, num_partitions=2
+ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  %y = bf16[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %z = bf16[64,16]{1,0} copy(%y)
+  ROOT %sum = bf16[64,16]{1,0} all-reduce(%z), replica_groups={{0,1}}, to_apply=%add
+}
+"""
+
+
+def devices(count: int, **changes: Any) -> Devices:
+    rates = Rates(bytes=1e9, float32=1e9, tf32=1e9, narrow=1e10, launch=1e-6)
+    found = Devices(load_target("rtx3060-12gb"), count, rates, HOSTS, 100 * MIB, 80 * MIB)
+    return dataclasses.replace(found, **changes)
+
+
+def step(count: int, text: str = TOY, mesh: str = "data=2", temporary: int = 3 * MIB) -> Step:
+    compiled = Compiled(20 * MIB, MIB, temporary, text, 7.0)
+    ideal = {"all-to-all": 0, "all-gather": 0, "all-reduce": 2048}
+    return Step(devices(count), mesh, compiled, ideal, [HOSTS.place(i) for i in range(count)])
+
+
+def test_the_row_of_a_toy_program_by_hand() -> None:
+    """The product reads 4,096 + 1,024 bytes and writes 2,048: 7.168 microseconds at 1 GB/s, more than its 65,536
+    operations at 10 GFLOP/s take (6.5536). The copy moves 4,096 bytes. Each takes 1 microsecond to start. The
+    all-reduce of two cards sends 2,048 bytes at 6.4 GB/s."""
+    plan = read_plan(step(2))
+    assert plan.flops == 2 * 64 * 32 * 16
+    assert plan.sent == {"all-to-all": 0, "all-gather": 0, "all-reduce": 2048}
+    assert plan.arithmetic_ms == pytest.approx(1e-3 * (7.168 + 1 + 4.096 + 1))
+    assert plan.collectives_ms == pytest.approx(1e-3 * 0.32)
+    assert plan.step_ms == pytest.approx(1e-3 * 13.584)
+    assert (plan.arguments_mib, plan.temporary_mib, plan.total_mib, plan.fits) == (20, 3, 24, True)
+
+
+def test_copies_beside_the_arithmetic_take_time_only_if_the_memory_is_busy() -> None:
+    started = TOY.replace("%z = bf16[64,16]{1,0} copy(%y)", "%c = (bf16[64,16]{1,0}, bf16[64,16]{1,0}) copy-start(%y)")
+    text = started.replace("  ROOT %sum", "  %z = bf16[64,16]{1,0} copy-done(%c)\n  ROOT %sum")
+    plan = read_plan(step(2, text))
+    # All traffic is 11.264 microseconds, more than the product with its start, 8.168.
+    assert plan.arithmetic_ms == pytest.approx(1e-3 * 11.264)
+
+
+def test_a_step_that_takes_more_than_the_device_has_does_not_fit() -> None:
+    assert read_plan(step(2, temporary=59 * MIB)).fits
+    assert not read_plan(step(2, temporary=59 * MIB + 1)).fits
+    refused = read_plan(step(2, text=""))
+    assert (refused.fits, refused.flops, refused.sent, refused.step_ms) == (False, None, None, None)
+
+
+def row(count: int, arithmetic: float | None, collectives: float | None, fits: bool = True) -> DevicePlan:
+    sent = {"all-to-all": 3 * MIB, "all-gather": 0, "all-reduce": MIB}
+    mesh = f"data={count}"
+    return DevicePlan(
+        f"{count} x card", count, mesh, 10, 5, 15, 100, fits, 10**9, sent, sent, arithmetic, collectives, 6.0, count
+    )
+
+
+def test_efficiency_is_the_time_of_one_device_over_the_time_of_many() -> None:
+    assert row(8, 30, 10).efficiency(row(1, 32, 0)) == pytest.approx(0.8)
+    assert row(8, 30, 10).efficiency(row(1, None, None, fits=False)) is None
+
+
+# Rows that share a program
+
+
+def test_meshes_of_a_scaling_table() -> None:
+    config = plan_preset("seed-158m")
+    assert [scaling_mesh(config, n) for n in (1, 8, 16, 256)] == [
+        "data=1,expert=1",
+        "data=1,expert=8",
+        "data=1,expert=16",
+        "data=16,expert=16",
+    ]
+    dense = dataclasses.replace(config, model=dataclasses.replace(config.model, dense="active"))
+    assert scaling_mesh(dense, 8) == "data=8,expert=1"
+
+
+def meshed(count: int, text: str = TOY, temporary: int = 3 * MIB) -> Step:
+    """A step whose reduction is over all devices of a mesh with data = count."""
+    groups = "{{" + ",".join(map(str, range(count))) + "}}"
+    return step(count, text.replace("{{0,1}}", groups), f"data={count}", temporary)
+
+
+def test_a_row_between_two_of_the_same_program_is_read_from_the_larger() -> None:
+    plan = derived_plan(meshed(2), meshed(8), devices(4))
+    assert plan is not None
+    assert (plan.devices, plan.mesh, plan.program_of, plan.compile_seconds) == (4, "data=4,expert=1", 8, 0)
+    assert plan.collectives_ms == pytest.approx(1e3 * 2 * 2048 * 3 / 4 / 6.4e9), "a ring of 4 in one host"
+
+
+@pytest.mark.parametrize(
+    ("text", "temporary"),
+    [
+        (TOY, 4 * MIB),
+        (TOY.replace("bf16[64,32]", "bf16[64,48]").replace("bf16[32,16]", "bf16[48,16]"), 3 * MIB),
+        ("", 3 * MIB),
+        (TOY.replace("all-reduce(%z)", "all-to-all(%z)"), 3 * MIB),
+    ],
+)
+def test_programs_that_differ_give_no_row(text: str, temporary: int) -> None:
+    assert derived_plan(meshed(2), meshed(8, text, temporary), devices(4)) is None
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of devices whose step would have been compiled. Each compiles to the toy program."""
+    counts: list[int] = []
+
+    def compiled_for(config: RunConfig, mesh: str, asked: Devices, sequences: int) -> Step:
+        counts.append(asked.count)
+        return dataclasses.replace(meshed(asked.count), devices=devices(asked.count, chip=asked.chip), mesh=mesh)
+
+    monkeypatch.setattr(many_devices, "compiled_for", compiled_for)
+    monkeypatch.setattr(environment, "prepare_environment", list)
+    chips = [SimpleNamespace(coords=(i % 16, i // 16, 0)) for i in range(256)]
+    monkeypatch.setattr(Devices, "described", lambda self: chips[: self.count])
+    return counts
+
+
+def test_a_table_compiles_each_program_once(pretended: list[int]) -> None:
+    """32 and 256 chips differ in the size of `data` only, so 64 and 128 need no compilation."""
+    rows = list(scaling(plan_preset("seed-158m"), Slice(256), 8))
+    assert [r.devices for r in rows] == [1, 4, 8, 16, 32, 64, 128, 256]
+    assert pretended == [1, 4, 8, 16, 32, 256]
+    assert [r.program_of for r in rows] == [1, 4, 8, 16, 32, 256, 256, 256]
+
+
+# The command
+
+
+def test_a_plan_of_one_mesh(pretended: list[int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(run_command, ["plan", "--mesh", "data=2", "--gpu", "rtx3060-12gb", "--json"]) == 0
+    said = capsys.readouterr().out
+    assert pretended == [2, 1]
+    assert "total 24 of 100: fits" in said
+    assert "predicted, nothing measured" in said
+    assert "no such device was used and nothing was measured" in said
+    result = json.loads(said.splitlines()[-1])
+    assert (result["total_mib"], result["memory_mib"], result["fits"]) == (24, 100, True)
+    assert result["sent_bytes"] == result["ideal_bytes"] == {"all-to-all": 0, "all-gather": 0, "all-reduce": 2048}
+    assert result["predicted_step_ms"] == pytest.approx(0.0136, abs=1e-3)
+
+
+def test_a_table_and_its_picture(pretended: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "pictures"
+    assert main(run_command, ["plan", "--scaling", "--gpu", "h100-80gb", "--out", str(out), "--json"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:7]] == ["1", "2", "4", "8", "16"]
+    assert "weak scaling" in "\n".join(lines)
+    result = json.loads(lines[-1])
+    assert [r["devices"] for r in result["rows"]] == [1, 2, 4, 8, 16]
+    assert result["rows"][0]["efficiency"] == 1
+    for scheme in ("light", "dark"):
+        assert "</svg>" in (out / f"seed-158m-h100-80gb-{scheme}.svg").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--mesh", "data=4", "--tpu", "v5e-8"], "--mesh data=4: has 4 places, and v5e-8 has 8 chips"),
+        (["--mesh", "data=2", "--tpu", "v5e-2"], "--tpu v5e-2: must be one of v5e-1, v5e-4"),
+        (["--mesh", "expert=3", "--gpu", "rtx3060-12gb"], "--mesh expert=3: must be an expert axis that divides"),
+        (["--mesh", "fsdp=16", "--gpu", "h100-80gb", "--preset", "max-4gb", "--lora", "4"], "--lora 4: is for plans"),
+        (["--mesh", "data=2,expert=9", "--gpu", "h100-80gb"], "--mesh data=2,expert=9: has 18 places"),
+        (["--mesh", "data=6", "--gpu", "rtx3060-12gb"], "in hosts of 4"),
+        (["--mesh", "data=2"], "--gpu rtx3050-4gb: the links between several such cards are not known"),
+        (["--mesh", "data=2", "--scaling", "--gpu", "h100-80gb"], "--mesh, --scaling: give one"),
+        (["--mesh", "data=8", "--gpu", "h100-80gb", "--tpu", "v5e-8"], "--tpu v5e-8 names the devices too"),
+        (["--mesh", "data=8", "--gpu", "h100-80gb", "--out", "x"], "--out x: is for the picture of --scaling"),
+        (["--mesh", "data=8", "--gpu", "h100-80gb", "--sequences", "-1"], "--sequences -1: must be between"),
+        (["--mesh", "data=x", "--gpu", "h100-80gb"], "--mesh data=x"),
+        (["--tpu", "v5e-8"], "--tpu v5e-8: is for plans of several devices; add --mesh or --scaling"),
+        (["--preset", "pod-1b"], "--preset pod-1b: is for plans of several devices; add --mesh or --scaling"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], said: str, pretended: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(run_command, ["plan", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == 1
+    assert pretended == []
+
+
+def test_without_libtpu_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Exception, match=r"planning for TPUs needs libtpu: .*--extra tpu-plan"):
+        Slice(4).devices()
+
+
+def test_names_of_slices_and_cards() -> None:
+    assert (slice_chips("v5e-256"), slice_chips("v5e-8", "data=2,expert=4")) == (256, 8)
+    for mesh in ("data=3", "data=4", "expert=8", "data=2,expert=8"):
+        check_gpus("rtx3060-12gb", mesh)
+    with pytest.raises(ConfigError, match="has 5 places"):
+        check_gpus("rtx3060-12gb", "data=5")
+
+
+def test_pod_1b_is_planned_for_only(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its parameters by hand: 16 experts of three 1,024 x 2,048 matrices, a router, four 1,024 x 1,024 matrices of
+    attention and two norms in each of 12 layers; a tied embedding of 50,257 rows, and a last norm."""
+    layer = 16 * 3 * 1024 * 2048 + 1024 * 16 + 4 * 1024**2 + 2 * 1024
+    total = 12 * layer + 50257 * 1024 + 1024
+    assert totals(count_parameters(with_vocabulary(plan_preset("pod-1b")).model)).total == total
+    assert main(run_command, ["train", "--preset", "pod-1b"]) == 2
+    assert "--preset pod-1b: must be one of nano" in capsys.readouterr().err
+
+
+# Compiled
+
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+TINY = RunConfig(model=tiny.config(), train=TrainConfig(optimizer="adamw"))
+"""Compiled with two sequences on each device."""
+
+
+def check_compiled(asked: Devices, expert: int) -> DevicePlan:
+    """The bytes of the program are the ideal ones, and one device has the same operations as a device of many."""
+    plan = read_plan(many_devices.compiled_for(TINY, f"expert={expert}", asked, 2))
+    model = TINY.model
+    assert plan.sent is not None
+    assert plan.sent["all-to-all"] == 4 * model.layers * model.experts * 2 * model.capacity * model.width * 2
+    assert plan.sent["all-gather"] == 0
+    assert plan.ideal["all-reduce"] <= plan.sent["all-reduce"] <= plan.ideal["all-reduce"] + 256
+    assert plan.fits
+    assert plan.step_ms is not None
+    assert plan.step_ms > 0
+    return plan
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: uv run --extra tpu-plan --extra gpu-plan pytest -m plan")
+@pytest.mark.timeout(1800)
+def test_a_slice_of_four_chips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    plan = check_compiled(Devices.tpus(Slice(4)), 4)
+    monkeypatch.setattr(ahead_of_time, "_compile", lambda *_: pytest.fail("looked up, and not compiled again"))
+    assert check_compiled(Devices.tpus(Slice(4)), 4) == plan
+
+
+@compiled_for_gpu
+def test_two_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    plan = check_compiled(Devices.gpus(load_target("rtx3060-12gb"), 2), 2)
+    one = read_plan(many_devices.compiled_for(TINY, "data=1", Devices.gpus(load_target("rtx3060-12gb"), 1), 2))
+    assert plan.flops == one.flops
