@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from moe_jax.planning.target import Target
     from moe_jax.planning.tpu import Slice
 
-COLUMNS = "{:>7}  {:<20} {:>9} {:>9} {:>10} {:>11} {:>8} {:>10}"
-"""Columns of the scaling table."""
+COLUMNS = "{:>7} {:<18} {:>8} {:>6} {:>8} {:>7} {:>8} {:>10}"
+"""Columns of the scaling table, 80 characters at most."""
 _MIB = 2**20
 
 
@@ -100,7 +100,8 @@ class DeviceRequest:
         else:
             say(f"efficiency against one device: {efficiency:.1%}, with the same sequences on each device")
         say(assumptions(devices))
-        result = {"preset": self.preset, "devices_name": plan.name, "sequences_per_device": sequences}
+        result: dict[str, Any] = {"preset": self.preset, "chip": chip_name(self.tpu, self.gpu)}
+        result["sequences_per_device"] = sequences
         print_json(result | many.in_json(plan, base), self.json)
         return 0 if plan.fits else 1
 
@@ -114,9 +115,7 @@ class DeviceRequest:
         rows = many.scaling(config, chip, sequences)
         plans: list[DevicePlan] = []
         base = None
-        print(
-            COLUMNS.format("devices", "mesh", "MiB", "sent MiB", "arithmetic", "collectives", "step ms", "efficiency")
-        )
+        print(COLUMNS.format("devices", "mesh", "MiB", "sent", "compute", "links", "step ms", "efficiency"))
         for plan in self._shown(rows, len(many.counts_for(chip))):
             base = base or (plan if plan.fits else None)
             plans.append(plan)
@@ -171,11 +170,10 @@ def details(plan: "DevicePlan") -> list[str]:
 
 def table_row(plan: "DevicePlan", base: "DevicePlan | None") -> str:
     """A row of the scaling table. A star: the program of another row."""
-    mesh = ", ".join(part for part in str(MeshShape.parse(plan.mesh)).split(" x "))
     efficiency = plan.efficiency(base) if base else None
     return COLUMNS.format(
         f"{plan.devices}{'*' * (plan.program_of != plan.devices)}",
-        mesh,
+        str(MeshShape.parse(plan.mesh)),
         f"{plan.total_mib:,.0f}{'' if plan.fits else ' !'}",
         "" if plan.sent is None else f"{sum(plan.sent.values()) / _MIB:,.0f}",
         "" if plan.arithmetic_ms is None else f"{plan.arithmetic_ms:,.1f}",
@@ -189,7 +187,7 @@ def notes(plans: "list[DevicePlan]", base: "DevicePlan | None") -> list[str]:
     """What the table means."""
     lines = [
         f"\nweak scaling: the same sequences on each device. MiB: memory of one device, of {plans[0].memory_mib:,.0f}. "
-        "sent: bytes of one device's collectives in a step. arithmetic, collectives: ms of a step.",
+        "sent: MiB in the collectives of one device in a step. compute, links: ms of arithmetic and of collectives.",
     ]
     if any(not plan.fits for plan in plans):
         lines.append("!: does not fit")

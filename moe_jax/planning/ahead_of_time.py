@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import importlib.metadata
 import json
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -89,7 +90,8 @@ class Compiled:
     """Outputs that do not take the memory of a donated argument."""
     temporary: int
     text: str
-    """The optimised HLO. "" if the compiler refused the program, because it takes more memory than the device has."""
+    """The optimised HLO. "" if the compiler refused the program, because it takes more memory than the device has. Then
+    its outputs count as temporary."""
     seconds: float
     """Processor time of the compilation."""
 
@@ -122,7 +124,7 @@ def compile_step(programs: Programs, devices: Devices, described: list[Any]) -> 
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(path.read_text())
         return Compiled(**kept | {"text": gzip.decompress(base64.b64decode(kept["text"])).decode()})
-    found = _compile(lowered, platform)
+    found = _compile(lowered, platform, sum(map(_bytes_on_device, jax.tree.leaves((state, batch)))))
     with contextlib.suppress(OSError):  # a cache that cannot be written: it is compiled again the next time
         path.parent.mkdir(parents=True, exist_ok=True)
         text = base64.b64encode(gzip.compress(found.text.encode())).decode()
@@ -130,7 +132,17 @@ def compile_step(programs: Programs, devices: Devices, described: list[Any]) -> 
     return found
 
 
-def _compile(lowered: Any, platform: str) -> Compiled:
+def _bytes_on_device(leaf: Any) -> int:
+    """Bytes of an argument on one device. The batch of a mesh, which has no layout yet, is too small to matter."""
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
+_WRITTEN_FOR = {"gpu": "operation_queue_id", "tpu": ":T("}
+"""What only programs for this platform have. Without a place for its arguments XLA would compile for the CPU."""
+
+
+def _compile(lowered: Any, platform: str, arguments: int) -> Compiled:
     start = time.process_time()
     try:
         with collected_stderr():
@@ -140,13 +152,16 @@ def _compile(lowered: Any, platform: str) -> Compiled:
             raise UserError(NO_PTXAS) from error
         if too_large := _TOO_LARGE.search(str(error)):
             used = float(too_large[1]) * 1024 ** ("KMGT".index(too_large[2]) + 1)
-            return Compiled(0, 0, round(used), "", time.process_time() - start)
+            return Compiled(arguments, 0, round(used) - arguments, "", time.process_time() - start)
         raise
+    text = compiled.as_text()
+    if _WRITTEN_FOR[platform] not in text:
+        raise AssertionError(f"compiled for another device, not for a {platform}")
     m = compiled.memory_analysis()
     return Compiled(
         m.argument_size_in_bytes,
         m.output_size_in_bytes - m.alias_size_in_bytes,
         m.temp_size_in_bytes,
-        compiled.as_text(),
+        text,
         time.process_time() - start,
     )

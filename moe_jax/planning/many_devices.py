@@ -20,7 +20,7 @@ from moe_jax.config import MeshShape, RunConfig
 from moe_jax.parallel.collectives import Collective, Kind, bytes_by_kind, on_other_mesh, read_collectives
 from moe_jax.parallel.ideal import ideal_bytes
 from moe_jax.planning.ahead_of_time import Compiled, Devices, compile_step, programs_for
-from moe_jax.planning.interconnect import GPU_COUNTS, V5E_SLICES, Place
+from moe_jax.planning.interconnect import GPU_COUNTS, V5E_SLICES, Hosts, Place
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import MIB, Target
 from moe_jax.planning.tpu import Slice
@@ -154,10 +154,14 @@ def read_plan(step: Step) -> DevicePlan:
     )
 
 
-def scaling_mesh(config: RunConfig, count: int) -> str:
-    """The mesh of a scaling table: as many devices along `expert` as divide the experts, the rest along `data`."""
-    expert = math.gcd(count, config.model.experts) if config.model.dense == "none" else 1
-    return f"data={count // expert},expert={expert}"
+def scaling_mesh(config: RunConfig, devices: Devices) -> str:
+    """The mesh of a scaling table: as many devices along `expert` as divide the experts, the rest along `data`.
+
+    The experts of a layer lie within one host of GPUs, because tokens travel to them four times a layer.
+    """
+    near = min(devices.count, devices.links.per_host) if isinstance(devices.links, Hosts) else devices.count
+    expert = math.gcd(near, config.model.experts) if config.model.dense == "none" else 1
+    return f"data={devices.count // expert},expert={expert}"
 
 
 def counts_for(chip: Target | Slice) -> list[int]:
@@ -176,26 +180,29 @@ def scaling(config: RunConfig, chip: Target | Slice, sequences: int) -> Iterator
     smallest and the largest are compiled. If their programs agree, the rows between them are read from the largest.
     """
 
-    def compiled(count: int) -> Step:
-        return compiled_for(config, scaling_mesh(config, count), devices_like(chip, count), sequences)
-
     counts = counts_for(chip)
+    devices = {count: devices_like(chip, count) for count in counts}
+    meshes = {count: scaling_mesh(config, devices[count]) for count in counts}
     steps: dict[int, Step] = {}
+
+    def compiled(count: int) -> Step:
+        return compiled_for(config, meshes[count], devices[count], sequences)
+
     for count in counts:
-        alike = [n for n in counts if _local(config, n) == _local(config, count)]
+        alike = [n for n in counts if _local(meshes[n]) == _local(meshes[count])]
         first, last = alike[0], alike[-1]
         if first < count < last:
             steps[last] = steps.get(last) or compiled(last)
-            if derived := derived_plan(steps[first], steps[last], devices_like(chip, count)):
+            if derived := derived_plan(steps[first], steps[last], devices[count]):
                 yield derived
                 continue
         steps[count] = steps.get(count) or compiled(count)
         yield read_plan(steps[count])
 
 
-def _local(config: RunConfig, count: int) -> tuple[bool, int]:
+def _local(mesh: str) -> tuple[bool, int]:
     """What decides the program of one device: whether there is a data axis, and the size of the expert axis."""
-    shape = MeshShape.parse(scaling_mesh(config, count))
+    shape = MeshShape.parse(mesh)
     return shape.data > 1, shape.expert
 
 

@@ -10,17 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import pytest
 
 from moe_jax.cli.main import main, run_command
-from moe_jax.config import ConfigError, RunConfig, TrainConfig
+from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError
 from moe_jax.config.presets import plan_preset, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.parallel.collectives import Collective
 from moe_jax.planning import ahead_of_time, many_devices
 from moe_jax.planning.ahead_of_time import Compiled, Devices
 from moe_jax.planning.interconnect import GPU_LINKS, ICI_V5E, Hosts, Torus, check_gpus, slice_chips
-from moe_jax.planning.many_devices import DevicePlan, Step, derived_plan, read_plan, scaling, scaling_mesh
+from moe_jax.planning.many_devices import DevicePlan, Step, derived_plan, devices_like, read_plan, scaling, scaling_mesh
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import load_target
 from moe_jax.planning.tpu import Slice
@@ -173,16 +174,20 @@ def test_efficiency_is_the_time_of_one_device_over_the_time_of_many() -> None:
 # Rows that share a program
 
 
-def test_meshes_of_a_scaling_table() -> None:
+@pytest.mark.parametrize(
+    ("chip", "meshes"),
+    [
+        (Slice(256), {1: "data=1,expert=1", 8: "data=1,expert=8", 16: "data=1,expert=16", 256: "data=16,expert=16"}),
+        (load_target("rtx3060-12gb"), {2: "data=1,expert=2", 4: "data=1,expert=4", 16: "data=4,expert=4"}),
+        (load_target("h100-80gb"), {8: "data=1,expert=8", 16: "data=2,expert=8"}),
+    ],
+)
+def test_meshes_of_a_scaling_table(chip: Any, meshes: dict[int, str]) -> None:
+    """`seed-158m` has 16 experts. Four RTX 3060 or eight H100 are in a host."""
     config = plan_preset("seed-158m")
-    assert [scaling_mesh(config, n) for n in (1, 8, 16, 256)] == [
-        "data=1,expert=1",
-        "data=1,expert=8",
-        "data=1,expert=16",
-        "data=16,expert=16",
-    ]
+    assert {n: scaling_mesh(config, devices_like(chip, n)) for n in meshes} == meshes
     dense = dataclasses.replace(config, model=dataclasses.replace(config.model, dense="active"))
-    assert scaling_mesh(dense, 8) == "data=8,expert=1"
+    assert scaling_mesh(dense, devices_like(chip, 8)) == "data=8,expert=1"
 
 
 def meshed(count: int, text: str = TOY, temporary: int = 3 * MIB) -> Step:
@@ -296,8 +301,40 @@ def test_bad_input_is_one_line_and_status_2(
 
 def test_without_libtpu_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(Exception, match=r"planning for TPUs needs libtpu: .*--extra tpu-plan"):
+    with pytest.raises(UserError, match=r"planning for TPUs needs libtpu: .*--extra tpu-plan"):
         Slice(4).devices()
+
+
+def compiled_step(found: Any, platform: str = "tpu") -> Compiled:
+    """The outcome of a compilation that returns `found`, or raises it."""
+
+    def compile_(compiler_options: Any) -> Any:
+        if isinstance(found, Exception):
+            raise found
+        return SimpleNamespace(as_text=lambda: found, memory_analysis=lambda: sizes)
+
+    sizes = SimpleNamespace(
+        argument_size_in_bytes=8, output_size_in_bytes=6, alias_size_in_bytes=4, temp_size_in_bytes=1
+    )
+    return ahead_of_time._compile(SimpleNamespace(compile=compile_), platform, 2 * MIB)
+
+
+def test_memory_of_a_compiled_step() -> None:
+    """Outputs that take the memory of a donated argument do not count."""
+    found = compiled_step("f32[8]{0:T(8,128)}")
+    assert (found.arguments, found.outputs, found.temporary, found.total) == (8, 2, 1, 11)
+    with pytest.raises(AssertionError, match="compiled for another device"):
+        compiled_step("f32[8]{0}")
+
+
+def test_a_step_that_the_compiler_refuses_has_its_memory_and_no_program() -> None:
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded by 768M."
+    found = compiled_step(jax.errors.JaxRuntimeError(said))
+    assert (found.arguments, found.total, found.text) == (2 * MIB, 16.5 * 2**30, "")
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
+        compiled_step(jax.errors.JaxRuntimeError("another"))
+    with pytest.raises(UserError, match="planning needs ptxas"):
+        compiled_step(jax.errors.JaxRuntimeError("libdevice not found at"), "gpu")
 
 
 def test_names_of_slices_and_cards() -> None:
