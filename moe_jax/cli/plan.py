@@ -37,6 +37,9 @@ class Plan(Command):
     The GPU need not be in this machine. With --data or --memory, the answer is the command line that trains on the text
     here: the preset, the number of steps, and what saves memory if that is needed.
 
+    With --mesh or --scaling, the training step is compiled for many GPUs or TPUs: the memory of a device, what devices
+    send each other, and the predicted time. No device need be there either.
+
     The exit status is 0 if a setting fits, and 1 if none fits. The last line of the output is JSON if it is asked for,
     or if the output is a file or a pipe.
     """
