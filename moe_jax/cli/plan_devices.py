@@ -95,7 +95,8 @@ class DeviceRequest:
                 base = many.read_plan(many.compiled_for(config, "data=1", one, sequences))
         efficiency = plan.efficiency(base)
         if efficiency is None or not base.fits:
-            say("efficiency against one device: not known, because one device cannot hold this step")
+            why = "its time is not known" if base.fits else "one device cannot hold this step"
+            say(f"efficiency against one device: not known, because {why}")
             base = None
         else:
             say(f"efficiency against one device: {efficiency:.1%}, with the same sequences on each device")
@@ -150,21 +151,25 @@ def details(plan: "DevicePlan") -> list[str]:
     shape = MeshShape.parse(plan.mesh)
     verdict = "fits" if plan.fits else "does not fit"
     lines = [f"\n{plan.name}, mesh {shape}: all numbers are of one device"]
-    if plan.flops is None or plan.sent is None:
+    if plan.refused:
         lines.append(f"memory: the compiler refuses {plan.total_mib:,.0f} MiB of {plan.memory_mib:,.0f}: does not fit")
         return lines
-    lines += [
+    lines.append(
         f"memory: arguments {plan.arguments_mib:,.0f} MiB, temporary {plan.temporary_mib:,.0f}, total "
-        f"{plan.total_mib:,.0f} of {plan.memory_mib:,.0f}: {verdict}",
-        f"matrix products: {plan.flops / 1e9:,.0f} GFLOP a step",
-    ]
-    for kind, size in plan.sent.items():
+        f"{plan.total_mib:,.0f} of {plan.memory_mib:,.0f}: {verdict}"
+    )
+    if plan.flops is not None:
+        lines.append(f"matrix products: {plan.flops / 1e9:,.0f} GFLOP a step")
+    for kind, size in (plan.sent or {}).items():
         if size or plan.needed(kind):
             lines.append(f"{kind}: {size / _MIB:,.2f} MiB a step, ideal {plan.needed(kind) / _MIB:,.2f}")
-    lines.append(
-        f"predicted, nothing measured: {plan.arithmetic_ms:,.1f} ms arithmetic and memory + {plan.collectives_ms:,.1f} "
-        f"ms collectives = {plan.step_ms:,.1f} ms a step"
-    )
+    if plan.step_ms is None:
+        lines.append("time: not known, because the program has a loop of unknown length")
+    else:
+        lines.append(
+            f"predicted, nothing measured: {plan.arithmetic_ms:,.1f} ms arithmetic and memory + "
+            f"{plan.collectives_ms:,.1f} ms collectives = {plan.step_ms:,.1f} ms a step"
+        )
     return lines
 
 

@@ -148,7 +148,7 @@ def _pod_1b() -> RunConfig:
     Its field `preset` means nothing: no run starts from it.
     """
     return RunConfig(
-        model=ModelConfig(layers=12, width=1024, heads=16, seq_len=1024, experts=16, expert_hidden=2048),
+        model=ModelConfig(layers=8, width=1280, heads=20, seq_len=1024, experts=16, expert_hidden=2432),
         data=DataConfig(source="tinystories", tokenizer="gpt2"),
         train=TrainConfig(batch_size=8, lr=3e-4, weight_decay=0.1, warmup_steps=2000),
         execution=ExecutionConfig(remat=True),

@@ -8,6 +8,7 @@ Scaling is weak: each device has the same sequences, however many devices there 
 takes the same time on every number of devices, and efficiency is the time of one device over the time of many.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
@@ -43,10 +44,12 @@ class DevicePlan:
     total_mib: float
     memory_mib: float
     fits: bool
+    refused: bool
+    """The compiler refused the program, because it takes more memory than the device has. So it has no text to read."""
     flops: int | None
-    """Operations of matrix products. This and what follows is None if the compiler refused the program."""
+    """Operations of matrix products. None if they cannot be counted, as in a loop of unknown length."""
     sent: dict[str, int] | None
-    """Bytes by kind of collective, as the program has them."""
+    """Bytes by kind of collective, as the program has them. None if they cannot be counted."""
     ideal: dict[str, int]
     """Bytes by kind of collective that the algorithm must move. Reductions have the name "all-reduce"."""
     arithmetic_ms: float | None
@@ -128,13 +131,15 @@ def compiled_for(config: RunConfig, mesh: str, devices: Devices, sequences: int)
 def read_plan(step: Step) -> DevicePlan:
     """The row of a compiled step."""
     compiled, devices = step.compiled, step.devices
-    flops = sent = arithmetic = collectives = None
-    if compiled.text:
-        flops = read_program(compiled.text).flops
-        found = step.collectives()
-        sent = by_kind(bytes_by_kind(found))
-        arithmetic = 1e3 * arithmetic_seconds(read_kernels(compiled.text), devices.rates)
-        collectives = 1e3 * collective_seconds(found, devices, step.places)
+    refused, flops, sent, arithmetic, collectives = not compiled.text, None, None, None, None
+    if not refused:
+        with contextlib.suppress(ValueError):
+            flops = read_program(compiled.text).flops
+            arithmetic = 1e3 * arithmetic_seconds(read_kernels(compiled.text), devices.rates)
+        with contextlib.suppress(ValueError):
+            found = step.collectives()
+            sent = by_kind(bytes_by_kind(found))
+            collectives = 1e3 * collective_seconds(found, devices, step.places)
     return DevicePlan(
         name=devices.name,
         devices=devices.count,
@@ -143,7 +148,8 @@ def read_plan(step: Step) -> DevicePlan:
         temporary_mib=compiled.temporary / MIB,
         total_mib=compiled.total / MIB,
         memory_mib=devices.memory / MIB,
-        fits=compiled.total <= devices.usable and bool(compiled.text),
+        fits=compiled.total <= devices.usable and not refused,
+        refused=refused,
         flops=flops,
         sent=sent,
         ideal=step.ideal,
@@ -157,10 +163,11 @@ def read_plan(step: Step) -> DevicePlan:
 def scaling_mesh(config: RunConfig, devices: Devices) -> str:
     """The mesh of a scaling table: as many devices along `expert` as divide the experts, the rest along `data`.
 
-    The experts of a layer lie within one host of GPUs, because tokens travel to them four times a layer.
+    The experts of a layer lie within one host of GPUs, because tokens travel to them four times a layer. Without a
+    dispatch by capacity there is no axis `expert`.
     """
     near = min(devices.count, devices.links.per_host) if isinstance(devices.links, Hosts) else devices.count
-    expert = math.gcd(near, config.model.experts) if config.model.dense == "none" else 1
+    expert = math.gcd(near, config.model.experts) if not config.model.dropless else 1
     return f"data={devices.count // expert},expert={expert}"
 
 
@@ -211,7 +218,12 @@ def derived_plan(smaller: Step, larger: Step, devices: Devices) -> DevicePlan | 
     equal operations and bytes, and memory within 1 %."""
     low, high = read_plan(smaller), read_plan(larger)
     same = (low.flops, low.sent, low.arguments_mib) == (high.flops, high.sent, high.arguments_mib)
-    if high.sent is None or not same or not math.isclose(low.total_mib, high.total_mib, rel_tol=0.01):
+    if (
+        high.sent is None
+        or high.flops is None
+        or not same
+        or not math.isclose(low.total_mib, high.total_mib, rel_tol=0.01)
+    ):
         return None
     old, shape = (MeshShape.parse(mesh) for mesh in (larger.mesh, smaller.mesh))
     new = shape._replace(data=devices.count // shape.expert)

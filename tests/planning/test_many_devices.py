@@ -97,6 +97,9 @@ def test_groups_that_interleave_share_the_links_of_their_box() -> None:
     assert column == pytest.approx(2 * 600e3 / 1.6e9)
     # Two columns of four: rings of 2 GB/s and lines of 1 GB/s, 3 GB/s, of which a group has half.
     assert mixed == pytest.approx(2 * 600e3 / (0.8 * 1.5e9))
+    # Four links cross the middle of the box, whichever way it is cut, and a group has half of them.
+    exchange = TORUS.seconds(collective("all-to-all", ((0, 5, 8, 13), (1, 4, 9, 12))), GRID)
+    assert exchange == pytest.approx(2 * 400e3 / (4 * 0.8e9 / 2))
 
 
 def test_the_stated_links() -> None:
@@ -155,14 +158,36 @@ def test_a_step_that_takes_more_than_the_device_has_does_not_fit() -> None:
     assert read_plan(step(2, temporary=59 * MIB)).fits
     assert not read_plan(step(2, temporary=59 * MIB + 1)).fits
     refused = read_plan(step(2, text=""))
-    assert (refused.fits, refused.flops, refused.sent, refused.step_ms) == (False, None, None, None)
+    assert (refused.fits, refused.refused, refused.flops, refused.sent) == (False, True, None, None)
+    assert refused.step_ms is None
+
+
+def test_a_program_that_cannot_be_counted_still_has_its_memory() -> None:
+    plan = read_plan(step(2, TOY.replace(" dot(%a, %b)", " ragged-dot(%a, %b)")))
+    assert (plan.total_mib, plan.fits, plan.refused, plan.flops, plan.step_ms) == (24, True, False, None, None)
+    assert plan.sent is not None
 
 
 def row(count: int, arithmetic: float | None, collectives: float | None, fits: bool = True) -> DevicePlan:
     sent = {"all-to-all": 3 * MIB, "all-gather": 0, "all-reduce": MIB}
     mesh = f"data={count}"
     return DevicePlan(
-        f"{count} x card", count, mesh, 10, 5, 15, 100, fits, 10**9, sent, sent, arithmetic, collectives, 6.0, count
+        f"{count} x card",
+        count,
+        mesh,
+        10,
+        5,
+        15,
+        100,
+        fits,
+        not fits,
+        10**9,
+        sent,
+        sent,
+        arithmetic,
+        collectives,
+        6.0,
+        count,
     )
 
 
@@ -346,10 +371,10 @@ def test_names_of_slices_and_cards() -> None:
 
 
 def test_pod_1b_is_planned_for_only(capsys: pytest.CaptureFixture[str]) -> None:
-    """Its parameters by hand: 16 experts of three 1,024 x 2,048 matrices, a router, four 1,024 x 1,024 matrices of
-    attention and two norms in each of 12 layers; a tied embedding of 50,257 rows, and a last norm."""
-    layer = 16 * 3 * 1024 * 2048 + 1024 * 16 + 4 * 1024**2 + 2 * 1024
-    total = 12 * layer + 50257 * 1024 + 1024
+    """Its parameters by hand: 16 experts of three 1,280 x 2,432 matrices, a router, four 1,280 x 1,280 matrices of
+    attention and two norms in each of 8 layers; a tied embedding of 50,257 rows, and a last norm."""
+    layer = 16 * 3 * 1280 * 2432 + 1280 * 16 + 4 * 1280**2 + 2 * 1280
+    total = 8 * layer + 50257 * 1280 + 1280
     assert totals(count_parameters(with_vocabulary(plan_preset("pod-1b")).model)).total == total
     assert main(run_command, ["train", "--preset", "pod-1b"]) == 2
     assert "--preset pod-1b: must be one of nano" in capsys.readouterr().err
