@@ -28,7 +28,7 @@ def save_scaling(rows: Sequence[Row], out: Folder, name: str, title: str) -> lis
     paths = []
     for scheme, colours in SCHEMES.items():
         text = colours["text"]
-        style = {"text.color": text, "axes.labelcolor": text, "xtick.color": text, "ytick.color": text}
+        style: dict[Any, Any] = {"text.color": text, "axes.labelcolor": text, "xtick.color": text, "ytick.color": text}
         style |= {"axes.edgecolor": text, "grid.color": colours["grid"], "svg.hashsalt": "moe-jax"}
         style |= {key: value for key, value in colours.items() if "." in key}
         picture = io.BytesIO()
