@@ -37,7 +37,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "gpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
     "tpu": {},
 }
-_TOO_LARGE = re.compile(r"Used ([0-9.]+)([KMGT]) of ([0-9.]+)([KMGT]) hbm")
+_TOO_LARGE = re.compile(r"\(([0-9.]+)([KMGT])\) exceeds available HBM")
+"""What libtpu says of a program that takes more memory than a chip has, with its memory."""
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,12 @@ import jax
 import pytest
 
 from moe_jax.cli.main import main, run_command
-from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError
+from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.config.presets import plan_preset, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals
-from moe_jax.parallel.collectives import Collective
 from moe_jax.planning import ahead_of_time, many_devices
 from moe_jax.planning.ahead_of_time import Compiled, Devices
-from moe_jax.planning.interconnect import GPU_LINKS, ICI_V5E, Hosts, Torus, check_gpus, slice_chips
+from moe_jax.planning.interconnect import Hosts
 from moe_jax.planning.many_devices import DevicePlan, Step, derived_plan, devices_like, read_plan, scaling, scaling_mesh
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import load_target
@@ -31,81 +30,6 @@ from tests.support.programs import compiled_for_gpu
 
 MIB = 2**20
 HOSTS = Hosts("bus", card=8e9, per_host=4, network_name="net", network=1e9, source="here")
-TORUS = Torus("links", link=1e9, wraps=4, source="here")
-"""A dimension of 4 chips is a ring here."""
-GRID = [(x, y) for y in range(4) for x in range(4)]
-ALL_16 = (tuple(range(16)),)
-
-
-def collective(kind: Any, groups: tuple, size: int = 800_000, loops: tuple = ()) -> Collective:
-    """`size` numbers of one byte on each device."""
-    return Collective(kind, "", (("s8", (size,)),), groups, loops)
-
-
-# Links
-
-
-@pytest.mark.parametrize(
-    ("kind", "groups", "microseconds"),
-    [
-        # Four cards of a host at 8 GB/s each, 80 % reached: a ring sends 3/4 of 800 kB, an all-reduce twice.
-        ("all-to-all", ((0, 1, 2, 3),), 600e3 / 6.4e3),
-        ("reduce-scatter", ((0, 1, 2, 3),), 600e3 / 6.4e3),
-        ("all-reduce", ((0, 1, 2, 3),), 1200e3 / 6.4e3),
-        # Two hosts of four: each of four cards sends half of its 800 kB to the other host, at 1 GB/s together.
-        ("all-to-all", (tuple(range(8)),), 1600e3 / 0.8e3),
-        # A host sends half of 800 kB, and in an all-reduce twice.
-        ("reduce-scatter", (tuple(range(8)),), 400e3 / 0.8e3),
-        ("all-reduce", (tuple(range(8)),), 800e3 / 0.8e3),
-        # Four groups of two cards, one on each host: they share the network.
-        ("all-reduce", ((0, 4), (1, 5), (2, 6), (3, 7)), 4 * 800e3 / 0.8e3),
-    ],
-)
-def test_time_of_a_collective_between_cards(kind: Any, groups: tuple, microseconds: float) -> None:
-    places = [HOSTS.place(device) for device in range(8)]
-    assert HOSTS.seconds(collective(kind, groups), places) == pytest.approx(1e-6 * microseconds)
-    assert HOSTS.seconds(collective(kind, groups, loops=(3,)), places) == pytest.approx(3e-6 * microseconds)
-
-
-@pytest.mark.parametrize(
-    ("kind", "groups", "microseconds"),
-    [
-        # The whole 4 x 4 torus: two rings of two directions leave each chip, 4 GB/s, of which 80 % is reached.
-        ("all-reduce", ALL_16, 2 * 750e3 / 3.2e3),
-        ("reduce-scatter", ALL_16, 750e3 / 3.2e3),
-        # A row of 4 chips is a ring: 2 GB/s.
-        ("all-reduce", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 600e3 / 1.6e3),
-        # Two neighbours have one link.
-        ("all-reduce", tuple((2 * i, 2 * i + 1) for i in range(8)), 2 * 400e3 / 0.8e3),
-        # Across the middle of 4 x 4 go 4 rings with 2 links each; 8 chips send half of 800 kB to the other side.
-        ("all-to-all", ALL_16, 8 * 400e3 / (8 * 0.8e3)),
-        # A row: two links across its middle, and two chips send half of their bytes.
-        ("all-to-all", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 400e3 / (2 * 0.8e3)),
-        # A line of two rows of two chips: 2 links cross the middle.
-        ("all-to-all", ((0, 1, 4, 5), (2, 3, 6, 7)), 2 * 400e3 / (2 * 0.8e3)),
-        ("all-reduce", ((0,), (1,)), 0.0),
-    ],
-)
-def test_time_of_a_collective_on_a_torus(kind: Any, groups: tuple, microseconds: float) -> None:
-    assert TORUS.seconds(collective(kind, groups), GRID) == pytest.approx(1e-6 * microseconds)
-
-
-def test_groups_that_interleave_share_the_links_of_their_box() -> None:
-    """Devices 0, 4, 8 and 12 are a column. Two columns that are mixed have a box of 2 x 4, and each has half of it."""
-    column = TORUS.seconds(collective("all-reduce", ((0, 4, 8, 12),)), GRID)
-    mixed = TORUS.seconds(collective("all-reduce", ((0, 5, 8, 13), (1, 4, 9, 12))), GRID)
-    assert column == pytest.approx(2 * 600e3 / 1.6e9)
-    # Two columns of four: rings of 2 GB/s and lines of 1 GB/s, 3 GB/s, of which a group has half.
-    assert mixed == pytest.approx(2 * 600e3 / (0.8 * 1.5e9))
-    # Four links cross the middle of the box, whichever way it is cut, and a group has half of them.
-    exchange = TORUS.seconds(collective("all-to-all", ((0, 5, 8, 13), (1, 4, 9, 12))), GRID)
-    assert exchange == pytest.approx(2 * 400e3 / (4 * 0.8e9 / 2))
-
-
-def test_the_stated_links() -> None:
-    assert GPU_LINKS["rtx3060-12gb"].card == pytest.approx(16 * 16e9 * 128 / 130 / 8, rel=1e-3)
-    assert (2 * GPU_LINKS["h100-80gb"].card, GPU_LINKS["h100-80gb"].network) == (900e9, 8 * 400e9 / 8)
-    assert 4 * ICI_V5E.link == 1600e9 / 8
 
 
 # The predicted step of a toy program
@@ -353,21 +277,16 @@ def test_memory_of_a_compiled_step() -> None:
 
 
 def test_a_step_that_the_compiler_refuses_has_its_memory_and_no_program() -> None:
-    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm. Exceeded by 768M."
+    said = (
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (16.50G) exceeds available HBM (15.75G). HLO module: jit_step."
+    )
     found = compiled_step(jax.errors.JaxRuntimeError(said))
     assert (found.arguments, found.total, found.text) == (2 * MIB, 16.5 * 2**30, "")
     with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
         compiled_step(jax.errors.JaxRuntimeError("another"))
     with pytest.raises(UserError, match="planning needs ptxas"):
         compiled_step(jax.errors.JaxRuntimeError("libdevice not found at"), "gpu")
-
-
-def test_names_of_slices_and_cards() -> None:
-    assert (slice_chips("v5e-256"), slice_chips("v5e-8", "data=2,expert=4")) == (256, 8)
-    for mesh in ("data=3", "data=4", "expert=8", "data=2,expert=8"):
-        check_gpus("rtx3060-12gb", mesh)
-    with pytest.raises(ConfigError, match="has 5 places"):
-        check_gpus("rtx3060-12gb", "data=5")
 
 
 def test_pod_1b_is_planned_for_only(capsys: pytest.CaptureFixture[str]) -> None:
