@@ -134,6 +134,7 @@ class Plan(Command):
         """Raises ConfigError for a flag that plans of several devices do not take."""
         given = {"--lora": self.lora, "--init-from": self.init_from, "--upcycle": self.upcycle, "--data": self.data}
         given |= {"--memory": self.memory, "--verify": self.verify, "--every-optimizer": self.every_optimizer}
+        given |= {"--minutes": self.minutes, "--gflops": self.gflops}
         if self.tpu and self.gpu != type(self).gpu:
             raise ConfigError(f"--gpu {self.gpu}: --tpu {self.tpu} names the devices too; give one")
         for flag, value in given.items():
