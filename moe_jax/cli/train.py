@@ -14,8 +14,9 @@ from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.settings import RunCommand, Settings, resolve_settings
 from moe_jax.cli.settings_file import SettingsFile
 from moe_jax.cli.text_plan import Given
-from moe_jax.config import ConfigError, RunConfig, holds_run
+from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
 from moe_jax.config.near_runs import perhaps_another
+from moe_jax.config.processes import ProcessGroup
 from moe_jax.system import environment, streams
 from moe_jax.system.console import working
 from moe_jax.system.signals import Signals, Stopped
@@ -30,12 +31,33 @@ class TrainingCommand(RunCommand):
 
     dry_run: bool = False
     """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""
+    num_processes: int | None = None
+    """Processes that train this run together, each started by this command with its own --process-id. Needs --mesh."""
+    process_id: int | None = None
+    """The number of this process, from 0. Process 0 writes the files of the run."""
+    coordinator_address: str = ""
+    """HOST:PORT at which process 0 listens and the others call it. The same for all processes."""
+    cluster: bool = False
+    """Let jax find the three above: under SLURM, Kubernetes or Open MPI, or on a TPU pod."""
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
         command = super().parse(argv)
         check_run(command.settings.config)
+        command.check_group()
         return command
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The processes that train together. None for this process alone."""
+        return ProcessGroup.of(self.num_processes, self.process_id, self.coordinator_address, self.cluster)
+
+    def check_group(self) -> None:
+        """Raise ConfigError if the flags name no possible group of processes, or if they need --mesh."""
+        mesh = self.settings.config.execution.mesh
+        if self.group is not None and MeshShape.parse(mesh).devices == 1:
+            flag = "--cluster" if self.cluster else f"--num-processes {self.num_processes}"
+            raise ConfigError(f"{flag}: needs --mesh, whose product is the number of all devices of all processes")
 
     def execute(self) -> int:
         """Prepare, lock the folder, open the session, train, score, report."""
@@ -44,29 +66,30 @@ class TrainingCommand(RunCommand):
             return self._print_dry_run()
         check_memory(config)
         streams.outlive_output()
-        with Signals() as signals:
+        if self.group is not None:
+            environment.silence_libraries()
+        with Signals(together=self.group is not None) as signals:
             notes = environment.prepare_environment(config.execution.deterministic)
             if config.resume and saved is None:
                 say(new_run_note(Path(config.run_dir)))
             # jax is imported only now, because the arguments are accepted and the environment is set.
             with working("starting JAX"):
-                from moe_jax.inspection.report import report_run
                 from moe_jax.parallel.mesh import mesh_of
+                from moe_jax.parallel.processes import first, joined
                 from moe_jax.runs.folder import locked_for_training
-                from moe_jax.training.loop import finish, train
-                from moe_jax.training.run_header import print_result, print_run_header
+                from moe_jax.training.agreement import check_same_program
                 from moe_jax.training.session import Session
 
-            mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
-            try:
-                with locked_for_training(Path(config.run_dir)) as lock:
-                    session = Session.open(config, saved, lock)
-                    print_run_header(session, notes)
-                    train(session, signals)
-                    print_result(session, finish(session))
-                    say(*report_run(session.folder.files))
-            except Stopped as stop:
-                return stop.status
+            with joined(self.group):
+                if self.group is not None:
+                    streams.keep_apart(quiet=not first())
+                check_same_program(config, saved)
+                mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
+                try:
+                    with locked_for_training(Path(config.run_dir)) as lock:
+                        _train_and_report(Session.open(config, saved, lock), signals, notes)
+                except Stopped as stop:
+                    return stop.status
         return 0
 
     def _print_dry_run(self) -> int:
@@ -111,9 +134,25 @@ class Train(TrainingCommand):
         """Choose the preset if that is asked for; then train."""
         if self.auto is None:
             return super().execute()
+        if self.group is not None:
+            raise ConfigError("--preset auto: chooses for one process; name the preset that all processes train")
         for note in environment.prepare_environment(self.settings.config.execution.deterministic):
             say(note)
         return dataclasses.replace(self, settings=self.auto.choose(), auto=None).execute()
+
+
+def _train_and_report(session: Any, signals: Signals, notes: list[str]) -> None:
+    from moe_jax.inspection.report import report_run
+    from moe_jax.parallel.processes import first
+    from moe_jax.training.loop import finish, train
+    from moe_jax.training.run_header import print_result, print_run_header
+
+    print_run_header(session, notes)
+    train(session, signals)
+    result = finish(session)
+    if first():
+        print_result(session, result)
+        say(*report_run(session.folder.files))
 
 
 def check_run(config: RunConfig) -> None:

@@ -22,6 +22,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from moe_jax.parallel.global_arrays import whole
+from moe_jax.parallel.processes import first, several
 from moe_jax.runs import manifest
 from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
 from moe_jax.runs.safetensors_file import write_safetensors
@@ -41,9 +43,21 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 
 def write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
-    # Without compression: trained weights hardly compress, and zstd took most of the time of a save.
-    with without_traces(), ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
+    """Write all arrays. Of several processes, all call this, and each writes its own parts."""
+    with without_traces(), _checkpointer() as checkpointer:
         checkpointer.save((folder / ARRAYS).resolve(), leaves)
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # Without compression: trained weights hardly compress, and zstd took most of the time of a save.
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
+    if not several():
+        return ocp.Checkpointer(handler)
+    # If orbax is told which processes there are, they wait for each other without their devices.
+    everyone = {*range(jax.process_count())}
+    options = ocp.options.MultiprocessingOptions(active_processes=everyone)
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
+    return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
 def read_arrays(
@@ -55,12 +69,12 @@ def read_arrays(
     Raises CheckpointCorrupted if one is damaged, and CheckpointUnreadable if the system refuses to read one.
     """
     _check_stored(path / ARRAYS, wanted)
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    places = {name: (shardings or {}).get(name) or first for name in wanted}
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = {name: (shardings or {}).get(name) or here for name in wanted}
     item = {n: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=places[n]) for n, x in wanted.items()}
     _ignore_late_reads()
     try:
-        with without_traces(), ocp.PyTreeCheckpointer() as checkpointer:
+        with without_traces(), _checkpointer() as checkpointer:
             arrays = checkpointer.restore(
                 (path / ARRAYS).resolve(),
                 args=ocp.args.PyTreeRestore(
@@ -161,6 +175,10 @@ def without_traces() -> Iterator[None]:
 
 
 def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
-    """Write the parameters as safetensors; adapters too, with `adapters.` before their names."""
-    weights = {n.removeprefix(PARAMS): np.asarray(x) for n, x in leaves.items() if n.startswith((PARAMS, ADAPTERS))}
+    """Write the parameters as safetensors; adapters too, with `adapters.` before their names. Of several processes,
+    all must call this, and the first one writes."""
+    chosen = [(n.removeprefix(PARAMS), x) for n, x in sorted(leaves.items()) if n.startswith((PARAMS, ADAPTERS))]
+    weights = {name: values for name, x in chosen if (values := whole(x)) is not None and first()}
+    if not first():
+        return
     write_safetensors(folder / WEIGHTS, {name: np.ascontiguousarray(x) for name, x in weights.items()})

@@ -30,12 +30,13 @@ from typing import Any
 import jax
 
 from moe_jax.config import UserError
+from moe_jax.parallel.processes import barrier, first
 from moe_jax.runs import manifest
 from moe_jax.runs.arrays import PARAMS, named_leaves, read_arrays, write_arrays, write_weights
 from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
 from moe_jax.runs.migrations import MANIFEST_VERSION
 from moe_jax.system.files import disk_cause
-from moe_jax.system.folders import Folder
+from moe_jax.system.folders import Folder, Unwritten, unguarded
 from moe_jax.system.machine import versions
 from moe_jax.system.step_names import REPLACED, checkpoint_step, step_name, step_number
 
@@ -72,7 +73,7 @@ class CheckpointStore:
         self, run: Path, say: Callable[[str], None] | None = None, guard: Callable[[], None] | None = None
     ) -> None:
         self.folder = run / FOLDER
-        self._files = Folder(run, guard) if guard else Folder(run)
+        self._files = Folder(run, guard or unguarded) if first() else Unwritten(run)
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
 
     def save(self, state: Any, step: int, *, val_loss: float | None, elapsed: float, context: dict[str, Any]) -> Path:
@@ -81,28 +82,32 @@ class CheckpointStore:
         `context` is JSON that a resumed run needs, or that its settings are compared with. Raises UserError if the disk
         is full, if the folder cannot be written, or if a file reads back with another digest. The earlier checkpoints
         are then kept.
+
+        Of several processes, all call this. Each writes its own parts of the arrays, and the first one the rest. An
+        error of one ends the others (`parallel.processes.joined`), so no manifest is written then.
         """
         final = self.folder / step_name(step)
-        draft = self.folder / f"tmp_{step:08d}_{os.getpid()}"
+        draft = self.folder / f"tmp_{step:08d}"
+        leaves = named_leaves(state)
         try:
-            self._files.guard()
-            self._files.path.mkdir(parents=True, exist_ok=True)
-            self._files.make(FOLDER)
-            self.remove_interrupted_saves()
-            leaves = named_leaves(state)
-            _check_room(self.folder, leaves)
-            draft.mkdir()
+            if first():
+                self._make_draft(draft, leaves)
+            barrier()
             write_arrays(draft, leaves)
             write_weights(draft, leaves)
-            known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-            document = {"version": MANIFEST_VERSION, "step": step, "val_loss": known, "elapsed": elapsed}
-            document |= {"files": manifest.describe_files(draft), **manifest.describe_leaves(leaves)}
-            document |= {"context": context, "versions": versions()}
-            (draft / manifest.NAME).write_text(manifest.render(document), encoding="utf-8", newline="\n")
-            _sync(draft)
-            self._publish(draft, final)
+            described = manifest.describe_leaves(leaves)
+            barrier()  # all files but the manifest are there
+            if first():
+                known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+                document = {"version": MANIFEST_VERSION, "step": step, "val_loss": known, "elapsed": elapsed}
+                document |= {"files": manifest.describe_files(draft), **described}
+                document |= {"context": context, "versions": versions()}
+                (draft / manifest.NAME).write_text(manifest.render(document), encoding="utf-8", newline="\n")
+                _sync(draft)
+                self._publish(draft, final)
         except Exception as error:
-            _remove_draft(draft)
+            if first():
+                _remove_draft(draft)
             cause = disk_cause(error)
             if cause is None:
                 raise
@@ -110,9 +115,19 @@ class CheckpointStore:
                 f"{final}: the checkpoint could not be saved ({cause}); the earlier checkpoints are complete: "
                 "mend that and go on with --resume"
             ) from error
-        self._remove_old(final)
+        if first():
+            self._remove_old(final)
+        barrier()
         _give_memory_back()
         return final
+
+    def _make_draft(self, draft: Path, leaves: dict[str, Any]) -> None:
+        self._files.guard()
+        self._files.path.mkdir(parents=True, exist_ok=True)
+        self._files.make(FOLDER)
+        self.remove_interrupted_saves()
+        _check_room(self.folder, leaves)
+        draft.mkdir()
 
     def list(self) -> list[Checkpoint]:
         """Checkpoints whose manifest is undamaged, oldest first. Their other files are not verified."""
@@ -152,6 +167,7 @@ class CheckpointStore:
             except CheckpointCorrupted as error:
                 self.say(f"{checkpoint.path}: skipped, {error}")
                 continue
+            barrier()  # before a folder gets another name
             newer = [path for path, _ in entries].index(checkpoint.path) + 1
             for path, _ in entries[newer:]:
                 self.mark_damaged(path)

@@ -18,6 +18,7 @@ be the lock of the folder: see `RunLock`.
 import dataclasses
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,16 +27,19 @@ from typing import Any, BinaryIO
 
 from moe_jax.config import SECTIONS, RunConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.parallel.processes import exchange, first
 from moe_jax.runs import metrics, snapshots, summary
 from moe_jax.runs.identity import new_run_id
 from moe_jax.system.files import locked
-from moe_jax.system.folders import Folder, unguarded
+from moe_jax.system.folders import Folder, Unwritten, unguarded
 from moe_jax.system.json_text import json_text
 from moe_jax.system.machine import versions
 from moe_jax.system.step_names import step_name
 
 LOCK = ".lock"
 _MAX_LOCK_BYTES = 4096
+_SHARED_SECONDS = 30.0
+"""How long a network file system may take to show a new file to another machine."""
 _MAX_SAMPLES_BYTES = 2**31
 
 
@@ -72,12 +76,19 @@ def _identity(status: os.stat_result | None) -> tuple[int, int] | None:
 
 
 @contextmanager
-def locked_for_training(run: Path) -> Iterator[RunLock]:
+def locked_for_training(run: Path) -> Iterator[RunLock | None]:
     """Hold the lock of a run's folder. Raises UserError if another process is training in the folder.
 
     If the folder holds nothing but the lock at the end, as after a start that failed, the lock is removed, and so are
     the folders that were made here.
+
+    Of several processes that train together, the first one holds the lock. The others get None, and UserError if they
+    do not see its file.
     """
+    if not first():
+        _check_shared(run, exchange("")[0])
+        yield None
+        return
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -86,6 +97,7 @@ def locked_for_training(run: Path) -> Iterator[RunLock]:
             lock.check()
             lock.note("")
             try:
+                exchange(_lock_text(run))
                 yield lock
             finally:
                 _remove_empty(run, lock, made)
@@ -94,6 +106,25 @@ def locked_for_training(run: Path) -> Iterator[RunLock]:
         raise UserError(
             f"--out {run}: process {holder} is training there; wait for it, or name another folder"
         ) from None
+
+
+def _lock_text(run: Path) -> str:
+    return Folder(run).read(LOCK, _MAX_LOCK_BYTES).decode("ascii", "replace")
+
+
+def _check_shared(run: Path, expected: str) -> None:
+    """Raise UserError unless the folder's lock has this text, soon."""
+    deadline = time.monotonic() + _SHARED_SECONDS
+    while True:
+        with suppress(FileNotFoundError, NotADirectoryError):
+            if _lock_text(run) == expected:
+                return
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"--out {run}: does not hold the files that process 0 writes there; all processes need one folder, on "
+                "a file system that they share"
+            )
+        time.sleep(0.1)
 
 
 def _remove_empty(run: Path, lock: RunLock, made: list[Path]) -> None:
@@ -116,8 +147,8 @@ class RunFolder:
 
     @property
     def files(self) -> Folder:
-        """The folder's files. None of them is reached through a link."""
-        return Folder(self.path, self.guard)
+        """The folder's files. None of them is reached through a link. Only the first of several processes writes."""
+        return Folder(self.path, self.guard) if first() else Unwritten(self.path)
 
     @property
     def metrics(self) -> Path:

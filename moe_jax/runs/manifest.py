@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 
 from moe_jax.config import UserError
+from moe_jax.parallel.global_arrays import is_here, whole
 from moe_jax.runs.migrations import KNOWN_VERSIONS, migrate_manifest
 from moe_jax.system.folders import Folder, UnsafeFile
 from moe_jax.system.step_names import checkpoint_step
@@ -88,7 +89,10 @@ def _digests[T](digest: Callable[[T], str], things: Iterable[T]) -> list[str]:
 def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's keys `leaves` and `state`. `state` is one digest of all leaves: equal digests mean equal bits."""
     entries = sorted(leaves.items())
-    digests = _digests(array_digest, (x for _, x in entries))
+    if all(is_here(x) for _, x in entries):
+        digests = _digests(array_digest, (x for _, x in entries))
+    else:  # gathered from several processes, one at a time
+        digests = [array_digest(whole(x)) for _, x in entries]
     described = {n: [list(x.shape), str(x.dtype), d] for (n, x), d in zip(entries, digests, strict=True)}
     state = xxhash.xxh3_128(json.dumps(described).encode()).hexdigest()
     return {"leaves": described, "state": state}

@@ -42,6 +42,11 @@ def runs_on_cpu() -> bool:
     return os.environ.get("JAX_PLATFORMS", "" if has_nvidia_card() and has_cuda_plugin() else "cpu") == "cpu"
 
 
+def silence_libraries() -> None:
+    """Keep XLA's warnings off stderr, unless the user has asked for them: every start of several processes has one."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
 def prepare_environment(deterministic: bool = False) -> list[str]:
     """Set the environment for jax. Returns notes to print. May restart the program, on a CPU.
 

@@ -222,6 +222,28 @@ class Folder:
                 os.close(descriptor)
 
 
+class Unwritten(Folder):
+    """A folder that another process writes. It is read as any folder, and every change is left to that process."""
+
+    def append(self, name: str) -> BinaryIO:
+        return open(os.devnull, "ab")
+
+    def write(self, name: str, content: str | bytes, durable: bool = True) -> None: ...
+
+    def remove(self, name: str) -> None: ...
+
+    def make(self, name: str) -> Path:
+        return self.path / name
+
+    def inner(self, name: str) -> "Folder":
+        return Unwritten(self.path / name)
+
+    def remove_tree(self, name: str) -> None: ...
+
+    def rename(self, old: str, new: str) -> Path:
+        return (self.path / old).with_name(new)
+
+
 def parse_json(text: bytes) -> Any:
     """The value of a JSON text. NaN and Infinity, which are no JSON, become None: as such this program writes them.
 

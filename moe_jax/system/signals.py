@@ -49,9 +49,13 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Notes whether a signal asked to stop. A context manager: after it, the earlier signal handlers apply again."""
+    """Notes whether a signal asked to stop. A context manager: after it, the earlier signal handlers apply again.
 
-    def __init__(self) -> None:
+    With `together`, other processes must stop at the same step. So the first signal never ends or interrupts anything.
+    """
+
+    def __init__(self, together: bool = False) -> None:
+        self._together = together
         self.stop_signal: int | None = None
         """Number of the signal that came; None before one came."""
         self.unsaved = False
@@ -82,6 +86,9 @@ class Signals:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Within this context a signal raises Stopped. For work that writes nothing and can be repeated."""
+        if self._together:
+            yield
+            return
         if self.stop_signal is not None:
             raise Stopped(self.stop_signal)
         self._raises = True
@@ -103,7 +110,7 @@ class Signals:
                 number = data[0]
                 if number not in self._before:
                     continue
-                if not self.unsaved:
+                if not (self.unsaved or self._together):
                     _leave(number)
                 if number in INSISTENT:
                     now = time.monotonic()

@@ -59,7 +59,7 @@ class _Descriptor(io.FileIO):
         first, self._failed = not self._failed, True
         if first and not self.outlived:
             raise OutputLost(error)
-        if first and self.fileno() == 1:
+        if first and self.fileno() != 2:
             print(f"standard output cannot be written ({error.strerror}); the work goes on without it", file=sys.stderr)
 
 
@@ -124,6 +124,18 @@ def settle() -> None:
     if sys.stderr is sys.__stderr__:
         _flush(sys.stderr)
         sys.stderr = _Stream(sys.__stderr__, _Descriptor(2, outlived=True), "backslashreplace")
+
+
+def keep_apart(quiet: bool) -> None:
+    """Discard what libraries print on standard output by themselves, as gloo does. `quiet` discards what this program
+    prints there too. Nothing changes where tests and notebooks have replaced the stream."""
+    if not isinstance(sys.stdout, _Stream):
+        return
+    _flush(sys.stdout)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    own = nowhere if quiet else os.dup(1)
+    os.dup2(nowhere, 1)
+    sys.stdout = _Stream(sys.stdout, _Descriptor(own, outlived=True), "replace")
 
 
 def _flush(stream: TextIO | None) -> None:

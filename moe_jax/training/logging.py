@@ -7,20 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import SECTIONS, RunConfig
+from moe_jax.parallel.processes import first
 from moe_jax.runs import metrics
 from moe_jax.system.folders import Folder
 from moe_jax.system.json_text import json_text
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl, and copies their numbers to the trackers that are on."""
+    """Appends records to metrics.jsonl, and copies their numbers to the trackers that are on. Only the first of several
+    processes does so."""
 
     def __init__(self, run: Folder, config: RunConfig) -> None:
         self._guard = run.guard
         self._file = run.append(metrics.NAME)
-        self._tensorboard = _tensorboard(run) if config.tensorboard else None
+        self._tensorboard = _tensorboard(run) if config.tensorboard and first() else None
         self._trackers = [
-            start(run, config) for on, start in ((config.wandb, _wandb), (config.trackio, _trackio)) if on
+            start(run, config) for on, start in ((config.wandb, _wandb), (config.trackio, _trackio)) if on and first()
         ]
 
     def write(self, record: dict[str, Any]) -> None:
@@ -39,7 +41,8 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Wait until all records are on the disk. After a power loss, no checkpoint is then newer than its records."""
-        os.fsync(self._file.fileno())
+        if first():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()

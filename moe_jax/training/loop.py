@@ -5,12 +5,16 @@ summary.json. After a signal (Ctrl-C), `evaluate_and_save_if_due` saves a checkp
 """
 
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from moe_jax.config import UserError
+from moe_jax.model.transformer import Params
+from moe_jax.parallel.processes import Together, first
 from moe_jax.runs.identity import best_of_run
 from moe_jax.runs.load import restore_weights
 from moe_jax.system.signals import Signals, Stopped
+from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.logging import MetricsLog
 from moe_jax.training.session import Session
 from moe_jax.training.step_logger import StepLogger
@@ -27,15 +31,18 @@ def train(session: Session, signals: Signals | None = None) -> None:
     step = session.progress.saved_step
     terminal = Terminal(config.steps, step)
     log = MetricsLog(session.folder.files, session.config)
-    step_logger = StepLogger(session, log, terminal)
+    step_logger, together = StepLogger(session, log, terminal), Together()
     if step >= config.steps:
         terminal.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
     try:
-        while not evaluate_and_save_if_due(session, step, step_logger, signals, log, terminal):
-            session.state, report = session.programs.step(session.state, session.data.batch(step))
+        while True:
+            batch = together.attempt(partial(session.batch, step))
+            if evaluate_and_save_if_due(session, step, step_logger, signals, log, terminal, together):
+                break
+            session.state, report = session.programs.step(session.state, batch)
             step += 1
             signals.unsaved = True
-            step_logger.add(step, report)
+            together.attempt(partial(step_logger.add, step, report))
     finally:
         signals.unsaved = False
         terminal.close()
@@ -43,9 +50,17 @@ def train(session: Session, signals: Signals | None = None) -> None:
 
 
 def evaluate_and_save_if_due(
-    session: Session, step: int, step_logger: StepLogger, signals: Signals, log: MetricsLog, terminal: Terminal
+    session: Session,
+    step: int,
+    step_logger: StepLogger,
+    signals: Signals,
+    log: MetricsLog,
+    terminal: Terminal,
+    together: Together,
 ) -> bool:
     """After `step` steps: evaluate if an evaluation is due, and save if a checkpoint is due or a signal asked to stop.
+
+    With several processes, an error of one of them stops all like a signal, and is raised once the step is saved.
 
     Returns whether training is at its end. A resumed run calls this before its first step. So if a signal has prevented
     an evaluation, the resumed run makes it up.
@@ -55,37 +70,61 @@ def evaluate_and_save_if_due(
     due = step > 0 and (step % config.eval_every == 0 or last) and counters.evaluated < step
     val_loss, improved = None, False
     if due:
-        step_logger.flush()
+        together.attempt(step_logger.flush)
         with step_logger.paused(), suppress(Stopped):  # at a signal: save now, and evaluate after the resume
-            val_loss = _evaluate_and_sample(session, step, log, terminal, signals)
+            val_loss = _evaluate_and_sample(session, step, log, terminal, signals, together)
             improved = counters.add_evaluation(step, val_loss)
     enough = bool(config.patience) and counters.without_improvement >= config.patience
-    asked = signals.stop_signal
+    asked = together.asked(signals.stop_signal)
     save_due = step % config.save_every == 0 or last or enough or asked
     if improved or (step > session.progress.saved_step and save_due):
-        step_logger.flush()
+        together.attempt(step_logger.flush)
         with step_logger.paused():
-            log.sync()
+            together.attempt(log.sync)
             session.save(step, val_loss)
             signals.unsaved = False
-        asked = signals.stop_signal  # a signal during the save counts too, even at the last step
+        asked = together.asked(signals.stop_signal)  # a signal during the save counts too, even at the last step
     if asked is not None:
-        terminal.say(f"stopped at step {step}, which is saved; go on with --resume")
+        together.raise_error(asked)
+        what = (
+            f"stopped at step {step}, which is saved; go on with --resume" if step else "stopped before the first step"
+        )
+        terminal.say(what)
         raise Stopped(asked)
     if enough and not last:
         terminal.say(f"stopped early at step {step}: {config.patience} evaluations without improvement")
     return last or enough
 
 
-def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal: Terminal, signals: Signals) -> float:
+def _evaluate_and_sample(
+    session: Session, step: int, log: MetricsLog, terminal: Terminal, signals: Signals, together: Together
+) -> float:
     """Evaluate, write a sample, a routing snapshot, a record and summary.json, and return the validation loss.
 
     Raises Stopped at a signal, before anything is written.
     """
     with signals.interruptible():
         scored = session.score(session.data.subset())
-        sample = session.sample(step)
-        trace = session.tracer(session.params) if session.tracer else None
+        params = session.params
+        shown = together.attempt(lambda: _sample_and_trace(session, step, params)) if first() else None
+    if shown is not None:
+        together.attempt(partial(_write_evaluation, session, step, scored, *shown, log, terminal))
+    return scored.loss
+
+
+def _sample_and_trace(session: Session, step: int, params: Params) -> tuple[str, dict[str, Any] | None]:
+    return session.sample(step, params), session.tracer(params) if session.tracer else None
+
+
+def _write_evaluation(
+    session: Session,
+    step: int,
+    scored: Evaluation,
+    sample: str,
+    trace: dict[str, Any] | None,
+    log: MetricsLog,
+    terminal: Terminal,
+) -> None:
     session.folder.add_sample(step, sample)
     if trace is not None:
         session.folder.add_trace(step, trace)
@@ -101,7 +140,6 @@ def _evaluate_and_sample(session: Session, step: int, log: MetricsLog, terminal:
     )
     terminal.say("  " + " ".join(sample.split())[:400])
     session.folder.write_summary(summary(session, scored, step, scored.loss, whole_stream=False))
-    return scored.loss
 
 
 def finish(session: Session) -> dict[str, Any]:
@@ -110,9 +148,9 @@ def finish(session: Session) -> dict[str, Any]:
     best = best_of_run(session.folder.path)
     if best is None:
         raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; look after the disk")
-    params = session.params
+    params = None
     if best.step != int(session.state.step):
-        params = restore_weights(best, session.config, session.programs.param_shapes)
+        params = restore_weights(best, session.config, session.programs.state_shapes.params)
     scored = session.score(session.data.whole(), params)
     result = summary(session, scored, best.step, best.val_loss, whole_stream=True)
     session.folder.write_summary(result)

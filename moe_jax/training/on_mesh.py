@@ -24,6 +24,7 @@ from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
+from moe_jax.parallel.global_arrays import placed
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.mesh import AXES
 from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
@@ -134,6 +135,8 @@ def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef, params: Params)
         arrays = [np.asarray(x) for x in batch]
         missing = -len(arrays[0]) % layout.devices
         filled = [np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in arrays]
+        if layout.mesh.is_multi_process:
+            return step(jax.tree.map(placed, params, places), *(placed(x, layout.sharding(rows)) for x in filled))
         return step(jax.device_put(params, places), *filled)
 
     return evaluation

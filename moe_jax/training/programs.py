@@ -23,6 +23,7 @@ from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.experts import ExpertParallelMoE
+from moe_jax.parallel.global_arrays import placed, whole_here
 from moe_jax.parallel.layout import Layout
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
@@ -103,7 +104,7 @@ class Programs:
     def state(self, params: Params) -> TrainState:
         """The state of training before the first step."""
         state = self._initial_state(params)
-        return state if self.layout is None else jax.device_put(state, self.layout.state(state))
+        return state if self.layout is None else jax.tree.map(placed, state, self.layout.state(state))
 
     def _initial_state(self, params: Params) -> TrainState:
         adapters = None
@@ -118,8 +119,11 @@ class Programs:
         return merged(state.params, state.adapters, self.lora.scale)
 
     def on_one_device[T](self, tree: T) -> T:
-        """The same arrays, whole on the first device of the mesh. Without a mesh they are there already."""
-        return tree if self.layout is None else jax.device_put(tree, self.layout.mesh.devices.flat[0])
+        """The same arrays, whole on the first device of this process. Without a mesh they are there already. With
+        several processes, all must call this."""
+        if self.layout is None or not self.layout.mesh.is_multi_process:
+            return tree if self.layout is None else jax.device_put(tree, self.layout.mesh.devices.flat[0])
+        return jax.tree.map(whole_here, tree)
 
     @cached_property
     def step(self) -> Step:

@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Sharding
 
 from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
@@ -26,6 +28,7 @@ from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
+from moe_jax.parallel.global_arrays import made, placed
 from moe_jax.parallel.mesh import mesh_of
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
 from moe_jax.runs.folder import RunFolder, RunLock
@@ -40,6 +43,7 @@ from moe_jax.runs.identity import (
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.training.agreement import check_same_data
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.evaluate import Evaluation, evaluate
 from moe_jax.training.imported import ImportSource
@@ -70,17 +74,25 @@ class SessionData:
         train = self.config.train
         return train.batch_size * train.grad_accum * self.config.model.seq_len
 
-    def batch(self, step: int) -> np.ndarray | MaskedBatch:
-        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with
-        weights."""
+    def batch(self, step: int, sharding: Sharding | None = None) -> np.ndarray | jax.Array | MaskedBatch:
+        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with weights.
+
+        A `sharding` over several processes lays the batch out. Each process then reads the rows of its own devices, and
+        the whole batch is the same for any number of processes.
+        """
         c, split = self.config.train, self.store.train
         rows = c.batch_size * c.grad_accum
         where = train_positions(
             len(split.tokens), seed=c.seed, step=step, batch_size=rows, seq_len=self.config.model.seq_len
         )
         where = where.reshape(c.grad_accum, c.batch_size, -1)
+        if sharding is not None and split.answers is None:
+            return made(where.shape, sharding, lambda index: split.tokens[where[index]].astype(np.int32))
         tokens = split.tokens[where].astype(np.int32)
-        return tokens if split.answers is None else MaskedBatch.of(tokens, split.answers[where[..., 1:]])
+        if split.answers is None:
+            return tokens
+        batch = MaskedBatch.of(tokens, split.answers[where[..., 1:]])
+        return batch if sharding is None else jax.tree.map(lambda x: placed(x, sharding), batch)
 
     @property
     def opening(self) -> str:
@@ -198,6 +210,7 @@ class Session:
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         config = dataclasses.replace(config, model=_with_vocabulary(config.model, store))
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh))
+        check_same_data(config, store, programs.policy)
         opened = cls(
             config=config,
             folder=folder,
@@ -248,10 +261,18 @@ class Session:
         changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 
+    def batch(self, step: int) -> Any:
+        """The batch of the step that follows `step` earlier steps, as `programs.step` takes it."""
+        layout = self.programs.layout
+        if layout is None or not layout.mesh.is_multi_process:
+            return self.data.batch(step)
+        return self.data.batch(step, layout.sharding(layout.batch))
+
     @property
     def params(self) -> Params:
         """The present parameters of the plain model. With adapters they are a copy of all weights. On a mesh they are a
-        copy on the first device, which makes samples and routing snapshots."""
+        copy on the first device of this process, which makes samples and routing snapshots. With several processes, all
+        must ask for them."""
         return self.programs.on_one_device(self.programs.weights(self.state))
 
     def score(self, stream: Stream, params: Any = None) -> Evaluation:
@@ -265,13 +286,13 @@ class Session:
             answers=stream.answers,
         )
 
-    def sample(self, step: int) -> str:
+    def sample(self, step: int, params: Params) -> str:
         """A text that begins with the first words of the validation text, and that the present parameters go on. Of
         conversations, the first question and an answer."""
         tokenizer = self.data.store.tokenizer
         prompt = self.data.sample_prompt()
         tokens = self.decoder.stream(
-            self.params,
+            params,
             prompt,
             settings=Sampling(),
             key=purpose_key(self.config.train.seed, Purpose.SAMPLE, step),

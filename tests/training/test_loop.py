@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from moe_jax.config import TrainConfig
+from moe_jax.parallel.processes import Together
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training import loop
 from moe_jax.training.counters import RunCounters
@@ -48,7 +49,7 @@ class Run:
         logger: Any = SimpleNamespace(flush=lambda: self.events.append("flushed"), paused=Pause)
         log: Any = SimpleNamespace(sync=lambda: self.events.append("synced"))
         shown: Any = SimpleNamespace(say=self.events.append)
-        return loop.evaluate_and_save_if_due(self.session, step, logger, self.signals, log, shown)
+        return loop.evaluate_and_save_if_due(self.session, step, logger, self.signals, log, shown, Together())
 
 
 @pytest.mark.parametrize(
