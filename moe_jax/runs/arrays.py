@@ -44,18 +44,16 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
     """Write all arrays. Of several processes, all call this, and each writes its own parts."""
-    with without_traces(), _checkpointer() as checkpointer:
+    with without_traces(), _checkpointer({*range(jax.process_count())}) as checkpointer:
         checkpointer.save((folder / ARRAYS).resolve(), leaves)
 
 
-def _checkpointer() -> ocp.Checkpointer:
+def _checkpointer(processes: set[int]) -> ocp.Checkpointer:
+    """A checkpointer for which these processes wait for each other: all to write, each alone to read."""
+    options = ocp.options.MultiprocessingOptions()
+    if several():  # orbax waits by a program on the devices unless it is told which processes there are
+        options = ocp.options.MultiprocessingOptions(primary_host=min(processes), active_processes=processes)
     # Without compression: trained weights hardly compress, and zstd took most of the time of a save.
-    handler = ocp.PyTreeCheckpointHandler(use_compression=False)
-    if not several():
-        return ocp.Checkpointer(handler)
-    # If orbax is told which processes there are, they wait for each other without their devices.
-    everyone = {*range(jax.process_count())}
-    options = ocp.options.MultiprocessingOptions(active_processes=everyone)
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
@@ -74,7 +72,7 @@ def read_arrays(
     item = {n: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=places[n]) for n, x in wanted.items()}
     _ignore_late_reads()
     try:
-        with without_traces(), _checkpointer() as checkpointer:
+        with without_traces(), _checkpointer({jax.process_index()}) as checkpointer:
             arrays = checkpointer.restore(
                 (path / ARRAYS).resolve(),
                 args=ocp.args.PyTreeRestore(
