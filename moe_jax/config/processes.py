@@ -37,8 +37,8 @@ class ProcessGroup:
         if count == 1:
             return None
         if index is None or not 0 <= index < count:
-            given = "must be given" if index is None else f"{index}: must be"
-            raise ConfigError(f"--process-id {given}, between 0 and {count - 1} for --num-processes {count}".strip())
+            given = "--process-id: must be given," if index is None else f"--process-id {index}: must be"
+            raise ConfigError(f"{given} between 0 and {count - 1} for --num-processes {count}")
         host, _, port = coordinator.rpartition(":")
         if not host or not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) < 2**16):
             raise ConfigError(

@@ -108,7 +108,7 @@ def _connect(group: ProcessGroup) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
-    except (RuntimeError, ValueError, TypeError) as error:
+    except (RuntimeError, ValueError) as error:
         cause = " ".join(str(error).split())[:200]
         named = f"--coordinator-address {group.coordinator}" if group.coordinator else "--cluster"
         raise UserError(

@@ -1,0 +1,269 @@
+"""Two processes train one run as one process does, stop together, and lose nothing when one of them dies."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from moe_jax.cli.main import main, run_as
+from moe_jax.cli.train import Train
+from moe_jax.config import load_config
+from moe_jax.parallel.mesh import mesh_of
+from moe_jax.parallel.processes import HEARTBEAT_SECONDS
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.metrics import read_metrics
+from moe_jax.training.programs import Programs
+from tests.parallel.pairs import MESH, SETTINGS, Ended, ended, free_port, pair, start
+from tests.support import saved_run
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("processes")
+    (folder / "text.txt").write_text("<|endoftext|>".join(f"{saved_run.STORY}{i}" for i in range(80)))
+    with saved_run.quick_training(folder / "cache") as patch:
+        patch.setattr("moe_jax.inspection.report.report_run", lambda files: ["no report"])
+        patch.setattr("moe_jax.training.session.SAMPLE_TOKENS", 8)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Ended:
+    """A whole run of two processes, in the folder `two`."""
+    return ended(pair(folder, "two"))
+
+
+def one(folder: Path, out: str, *flags: str) -> int:
+    """The same by one process with eight devices."""
+    argv = [*SETTINGS, "--data", str(folder / "text.txt"), "--out", str(folder / out), *flags]
+    return main(lambda given: run_as(Train, given, "train.py"), argv)
+
+
+def newest(folder: Path, out: str) -> Checkpoint:
+    found = CheckpointStore(folder / out).newest()
+    assert found is not None
+    return found
+
+
+def records(folder: Path, out: str) -> list[tuple[int, float]]:
+    return [(record["step"], record["loss"]) for record in read_metrics(folder / out)["train"]]
+
+
+def state_shapes(folder: Path, mesh: str) -> Any:
+    config = load_config(folder / "two")
+    assert config is not None
+    return Programs.of(config, mesh=mesh_of(mesh)).state_shapes
+
+
+def test_two_processes_as_one(folder: Path, two: Ended) -> None:
+    """Number 8 of the strict list: the losses of 20 steps are those of one process with the same mesh. Process 0 alone
+    prints, and no file is written twice."""
+    assert two.status == (0, 0), two.errors
+    assert one(folder, "one", "--mesh", MESH) == 0
+    steps, losses = zip(*records(folder, "two"), strict=True)
+    assert steps == tuple(range(1, 21))
+    np.testing.assert_allclose(losses, [loss for _, loss in records(folder, "one")], atol=5e-6, rtol=0)
+    assert two.out[1] == ""
+    assert "best checkpoint: step" in two.out[0]
+    assert "[Gloo]" not in two.out[0]
+    assert [*two.lines(0), *two.lines(1)] == []
+    names = [{p.name for p in (folder / out).iterdir()} for out in ("two", "one")]
+    assert names[0] == names[1]
+
+
+def test_saved_by_two_and_restored_by_one(folder: Path, two: Ended, tmp_path: Path) -> None:
+    """Every process has written parts. One process restores them on eight devices and on one, and saves the same
+    digests."""
+    assert two.status == (0, 0)
+    checkpoint = newest(folder, "two")
+    assert {p.name for p in (checkpoint.path / "arrays").glob("ocdbt.*")} == {"ocdbt.process_0", "ocdbt.process_1"}
+    for mesh in ("data=8", ""):
+        state = restore(checkpoint, state_shapes(folder, mesh))
+        again = CheckpointStore(tmp_path / (mesh or "one"))
+        again.save(state, checkpoint.step, val_loss=None, elapsed=1.0, context={})
+        found = again.newest()
+        assert found is not None
+        assert found.manifest["leaves"] == checkpoint.manifest["leaves"]
+        assert (found.path / "weights.safetensors").read_bytes() == (
+            checkpoint.path / "weights.safetensors"
+        ).read_bytes()
+
+
+def test_a_flipped_bit_in_the_part_of_the_other_process_is_found(folder: Path, two: Ended, tmp_path: Path) -> None:
+    assert two.status == (0, 0)
+    checkpoint = newest(folder, "two")
+    copy = tmp_path / "checkpoints" / checkpoint.path.name
+    shutil.copytree(checkpoint.path, copy)
+    part = max((copy / "arrays" / "ocdbt.process_1").rglob("d/*"), key=lambda p: p.stat().st_size)
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(CheckpointCorrupted, match=r"ocdbt\.process_1"):
+        restore(CheckpointStore(tmp_path).at(checkpoint.step), state_shapes(folder, "data=8"))
+
+
+def test_a_run_moves_from_two_processes_to_one_and_back(folder: Path, two: Ended) -> None:
+    """SIGTERM to process 1 saves one step in both. One process goes on, then two again: every step is there once, with
+    the losses of the uninterrupted run."""
+    assert two.status == (0, 0)
+    processes = pair(folder, "moved")
+    wait_for_step(folder / "moved", 5, processes)
+    processes[1].send_signal(signal.SIGTERM)
+    stopped = ended(processes)
+    assert stopped.status == (128 + signal.SIGTERM, 128 + signal.SIGTERM), stopped.errors
+    saved = newest(folder, "moved").step
+    assert f"stopped at step {saved}, which is saved" in stopped.out[0]
+    assert saved == records(folder, "moved")[-1][0]
+    stop = threading.Thread(target=stop_after, args=(folder / "moved", saved + 4))
+    stop.start()
+    assert one(folder, "moved", "--mesh", MESH, "--resume") == 128 + signal.SIGTERM
+    stop.join()
+    assert saved < newest(folder, "moved").step < 20
+    again = ended(pair(folder, "moved", "--resume"))
+    assert again.status == (0, 0), again.errors
+    np.testing.assert_allclose(records(folder, "moved"), records(folder, "two"), atol=5e-6, rtol=0)
+
+
+def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen[str]] = ()) -> None:
+    """Wait until the run has logged a step."""
+    path = run / "metrics.jsonl"
+    while not path.exists() or path.read_text().count('"train"') < step:
+        assert all(process.poll() is None for process in processes), [p.communicate() for p in processes]
+        time.sleep(0.05)
+
+
+def stop_after(run: Path, step: int) -> None:
+    wait_for_step(run, step)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_run_goes_on(folder: Path, two: Ended, victim: int) -> None:
+    """Number 9 of the strict list, short form."""
+    assert two.status == (0, 0)
+    killed_and_resumed(folder, f"killed{victim}", victim, random.Random(victim).randrange(1, 20))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(60 * 60 * 6)
+@pytest.mark.parametrize("seed", range(100))
+def test_a_hundred_kills(folder: Path, two: Ended, seed: int) -> None:
+    assert two.status == (0, 0)
+    draw = random.Random(1000 + seed)
+    killed_and_resumed(folder, f"kill{seed}", draw.randrange(2), draw.randrange(0, 20), draw.uniform(0, 1))
+
+
+def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: float = 0.0) -> None:
+    """kill -9 of one process some time after a step. The other one ends by itself, in time, and says why if jax lets
+    it. Resumed by both, every array of the last state is that of the uninterrupted run."""
+    processes = pair(folder, out)
+    wait_for_step(folder / out, step, processes)
+    time.sleep(wait)
+    processes[victim].kill()
+    killed = time.monotonic()
+    try:
+        processes[1 - victim].wait(timeout=HEARTBEAT_SECONDS + 5)
+    finally:
+        seconds = time.monotonic() - killed
+        found = ended(processes)
+    print(f"process {victim} killed after step {step}: the other ended after {seconds:.1f} s with", found.status)
+    if found.status[1 - victim] != 0:  # it may have finished before
+        assert found.status[1 - victim] in ((1,) if victim else (1, -signal.SIGABRT)), found.errors
+        if found.status[1 - victim] == 1:
+            assert f"error: process {victim} has died; start all processes again" in found.errors[1 - victim]
+    resumed = ended(pair(folder, out, "--resume"))
+    assert resumed.status == (0, 0), resumed.errors
+    assert newest(folder, out).manifest["leaves"] == newest(folder, "two").manifest["leaves"]
+    assert records(folder, out) == records(folder, "two")
+    shutil.rmtree(folder / out)
+
+
+def test_an_error_of_one_process_stops_both_at_a_saved_step(folder: Path, two: Ended) -> None:
+    """Process 1 cannot read its batch after 6 steps."""
+    assert two.status == (0, 0)
+    port = free_port()
+    fault = {"MOE_JAX_TEST_FAULT": "6"}
+    found = ended(
+        [start(folder, "fault", 0, port), start(folder, "fault", 1, port, env=fault)],
+    )
+    assert found.status == (1, 1), found.errors
+    assert found.lines(1) == ["error: tokens.bin: Input/output error; mend this and try again"]
+    assert found.lines(0) == ["error: process 1 has stopped: [Errno 5] Input/output error: 'tokens.bin'"]
+    assert newest(folder, "fault").step == 6
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "data", "expected"),
+    [
+        (("--lr", "2e-3"), {}, "", "--lr: 0.002 in process 1, and 0.001 in process 0; "),
+        ((), {"MOE_JAX_TEST_CODE": "other"}, "", "code of moe_jax: other in process 1, and "),
+        ((), {}, "other.txt", "--data "),
+    ],
+    ids=["settings", "code", "data"],
+)
+def test_processes_that_differ_are_refused(
+    folder: Path, flags: tuple[str, ...], env: dict[str, str], data: str, expected: str
+) -> None:
+    """Both end with status 2 and the same line, and nothing is left of the run."""
+    if data:  # each process finds its own text under the same name
+        (folder / "own").mkdir()
+        (folder / "own" / "text.txt").write_text("<|endoftext|>".join(f"{saved_run.STORY}{-i}" for i in range(80)))
+    port = free_port()
+    processes = [start(folder, "refused", 0, port, "--data", "text.txt")]
+    processes.append(start(folder, "refused", 1, port, "--data", "text.txt", *flags, env=env, cwd=data and "own"))
+    found = ended(processes)
+    assert found.status == (2, 2), found.errors
+    assert found.lines(0) == found.lines(1)
+    assert len(found.lines(0)) == 1
+    assert found.lines(0)[0].startswith(f"error: {expected}")
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        (0, "--num-processes 2: not all of them have called 127.0.0.1:{} within 2 s"),
+        (1, "--coordinator-address 127.0.0.1:{}: process 0 did not answer within 2 s"),
+    ],
+)
+def test_nobody_answers(folder: Path, index: int, line: str) -> None:
+    """One line and status 1, once the time for answers is over."""
+    port = free_port()
+    process = start(folder, "alone", index, port, env={"MOE_JAX_TEST_ANSWER": "2"})
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert errors.startswith(f"error: {line.format(port)}")
+    assert len(errors.splitlines()) == 1
+    assert not (folder / "alone").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--mesh data=8 --num-processes 2 --coordinator-address h:1", "--process-id: must be given, between 0 and 1"),
+        (
+            "--mesh data=8 --num-processes 2 --process-id 2 --coordinator-address h:1",
+            "--process-id 2: must be between 0",
+        ),
+        ("--mesh data=8 --num-processes 2 --process-id 0", "--coordinator-address : must be HOST:PORT of process 0"),
+        ("--mesh data=8 --process-id 0", "--process-id: needs --num-processes"),
+        ("--mesh data=8 --cluster --num-processes 2", "--cluster: the cluster says the number of processes"),
+        ("--num-processes 2 --process-id 0 --coordinator-address h:1", "--num-processes 2: needs --mesh"),
+    ],
+)
+def test_flags_that_name_no_group(flags: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--out", str(tmp_path / "run"), *flags.split()]
+    assert main(lambda given: run_as(Train, given, "train.py"), argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
