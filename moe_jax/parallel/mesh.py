@@ -14,7 +14,7 @@ AXES = MeshShape._fields
 
 
 def mesh_of(text: str, devices: Sequence[Any] | None = None) -> Mesh | None:
-    """The mesh that `--mesh` names, on all devices of this process unless `devices` are given.
+    """The mesh that `--mesh` names, on all devices of all processes unless `devices` are given.
 
     None for a mesh of one device: the run then uses the programs for one device. Raises ConfigError unless the mesh has
     as many places as there are devices.

@@ -74,7 +74,7 @@ class CheckpointStore:
     ) -> None:
         self.folder = run / FOLDER
         self._files = Folder(run, guard or unguarded) if first() else Unwritten(run)
-        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True) if first() else None)
 
     def save(self, state: Any, step: int, *, val_loss: float | None, elapsed: float, context: dict[str, Any]) -> Path:
         """Write a checkpoint, read its files back, and remove the checkpoints that are no longer kept.

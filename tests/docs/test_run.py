@@ -20,6 +20,7 @@ NOT_RUN = {
     "python -m foundation": "takes minutes; tests/foundation runs the same checks",
     "moe_jax serve": "does not end by itself; tests/reliability/test_serve.py runs it",
     "certify --mesh": "needs eight devices; tests/parallel tests the same claims",
+    "--num-processes": "needs a second process; tests/parallel/test_processes.py runs two",
     "--pairs": "needs a context that holds a story; tests/experiments/test_minimal_pairs.py tests it",
     "benchmark.py": "takes minutes; tests/benchmarks runs each suite on a tiny model",
     "moe_jax compare": "takes an hour; tests/experiments runs it on a tiny model",
