@@ -39,6 +39,7 @@ def train(session: Session, signals: Signals | None = None) -> None:
             batch = together.attempt(partial(session.batch, step))
             if evaluate_and_save_if_due(session, step, step_logger, signals, log, terminal, together):
                 break
+            assert batch is not None  # an error of `attempt` has been raised
             session.state, report = session.programs.step(session.state, batch)
             step += 1
             signals.unsaved = True

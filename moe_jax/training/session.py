@@ -74,25 +74,30 @@ class SessionData:
         train = self.config.train
         return train.batch_size * train.grad_accum * self.config.model.seq_len
 
-    def batch(self, step: int, sharding: Sharding | None = None) -> np.ndarray | jax.Array | MaskedBatch:
-        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with weights.
+    def batch(self, step: int) -> np.ndarray | MaskedBatch:
+        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with
+        weights."""
+        split, where = self.store.train, self._positions(step)
+        tokens = split.tokens[where].astype(np.int32)
+        return tokens if split.answers is None else MaskedBatch.of(tokens, split.answers[where[..., 1:]])
 
-        A `sharding` over several processes lays the batch out. Each process then reads the rows of its own devices, and
-        the whole batch is the same for any number of processes.
-        """
+    def placed_batch(self, step: int, sharding: Sharding) -> Any:
+        """The same batch on the devices of several processes. Each process reads the rows of its own devices. (Of
+        conversations it reads all, because a weight depends on the answers in the whole batch.)"""
+        split = self.store.train
+        if split.answers is not None:
+            return jax.tree.map(lambda x: placed(x, sharding), self.batch(step))
+        where = self._positions(step)
+        return made(where.shape, sharding, lambda index: split.tokens[where[index]].astype(np.int32))
+
+    def _positions(self, step: int) -> np.ndarray:
+        """int64 [M, B, T+1]: where the tokens of a batch are in the training stream."""
         c, split = self.config.train, self.store.train
         rows = c.batch_size * c.grad_accum
         where = train_positions(
             len(split.tokens), seed=c.seed, step=step, batch_size=rows, seq_len=self.config.model.seq_len
         )
-        where = where.reshape(c.grad_accum, c.batch_size, -1)
-        if sharding is not None and split.answers is None:
-            return made(where.shape, sharding, lambda index: split.tokens[where[index]].astype(np.int32))
-        tokens = split.tokens[where].astype(np.int32)
-        if split.answers is None:
-            return tokens
-        batch = MaskedBatch.of(tokens, split.answers[where[..., 1:]])
-        return batch if sharding is None else jax.tree.map(lambda x: placed(x, sharding), batch)
+        return where.reshape(c.grad_accum, c.batch_size, -1)
 
     @property
     def opening(self) -> str:
@@ -266,7 +271,7 @@ class Session:
         layout = self.programs.layout
         if layout is None or not layout.mesh.is_multi_process:
             return self.data.batch(step)
-        return self.data.batch(step, layout.sharding(layout.batch))
+        return self.data.placed_batch(step, layout.sharding(layout.batch))
 
     @property
     def params(self) -> Params:
