@@ -50,10 +50,11 @@ def write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
 
 def _checkpointer(processes: set[int]) -> ocp.Checkpointer:
     """A checkpointer for which these processes wait for each other: all to write, each alone to read."""
-    options = ocp.options.MultiprocessingOptions()
-    if several():  # orbax waits by a program on the devices unless it is told which processes there are
-        options = ocp.options.MultiprocessingOptions(primary_host=min(processes), active_processes=processes)
     # Without compression: trained weights hardly compress, and zstd took most of the time of a save.
+    if not several():
+        return ocp.PyTreeCheckpointer(use_compression=False)
+    # Orbax waits by a program on the devices unless it is told which processes there are.
+    options = ocp.options.MultiprocessingOptions(primary_host=min(processes), active_processes=processes)
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, multiprocessing_options=options)
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
