@@ -1,5 +1,6 @@
 """Which processes train a run together, as the flags of `train.py` name them. Standard library only."""
 
+import os
 from dataclasses import dataclass
 from typing import Self
 
@@ -19,7 +20,10 @@ class ProcessGroup:
 
     @classmethod
     def of(cls, count: int | None, index: int | None, coordinator: str, cluster: bool) -> Self | None:
-        """The group that the flags name. None for a process that trains alone. Raises ConfigError."""
+        """The group that the flags name. None for a process that trains alone. Raises ConfigError.
+
+        Without an address, that in JAX_COORDINATOR_ADDRESS is taken, as jax itself does.
+        """
         if cluster:
             if count is not None or index is not None or coordinator:
                 raise ConfigError(
@@ -39,6 +43,7 @@ class ProcessGroup:
         if index is None or not 0 <= index < count:
             given = "--process-id: must be given," if index is None else f"--process-id {index}: must be"
             raise ConfigError(f"{given} between 0 and {count - 1} for --num-processes {count}")
+        coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
         host, _, port = coordinator.rpartition(":")
         if not host or not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) < 2**16):
             raise ConfigError(
