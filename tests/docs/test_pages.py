@@ -48,6 +48,7 @@ def test_every_command_line_is_accepted(
     line: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the parser, with the files in place that the page speaks of."""
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:9876")  # as docs/scaling.md exports it
     words = words_of(line)
     monkeypatch.chdir(tmp_path if words[0] == "train.py" and not COMMAND_LINES[line] else workplace)
     if words[0] == "train.py":
