@@ -18,12 +18,11 @@ from moe_jax.cli.main import main, run_as
 from moe_jax.cli.train import Train
 from moe_jax.config import load_config
 from moe_jax.parallel.mesh import mesh_of
-from moe_jax.parallel.processes import HEARTBEAT_SECONDS
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.training.programs import Programs
-from tests.parallel.pairs import MESH, SETTINGS, Ended, ended, free_port, pair, start
+from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, free_port, pair, start
 from tests.support import saved_run
 
 pytestmark = pytest.mark.parallel
@@ -166,15 +165,15 @@ def test_a_hundred_kills(folder: Path, two: Ended, seed: int) -> None:
 
 
 def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: float = 0.0) -> None:
-    """kill -9 of one process some time after a step. The other one ends by itself, in time, and says why if jax lets
-    it. Resumed by both, every array of the last state is that of the uninterrupted run."""
+    """kill -9 of one process some time after a step. The other one ends by itself, and says why if jax lets it. How long
+    that took is printed: it should be less than 15 seconds. Resumed by both, every array of the last state is that of the uninterrupted run."""
     processes = pair(folder, out)
     wait_for_step(folder / out, step, processes)
     time.sleep(wait)
     processes[victim].kill()
     killed = time.monotonic()
     try:
-        processes[1 - victim].wait(timeout=HEARTBEAT_SECONDS + 5)
+        processes[1 - victim].wait(timeout=LIMIT)
     finally:
         seconds = time.monotonic() - killed
         found = ended(processes)
