@@ -165,8 +165,9 @@ def test_a_hundred_kills(folder: Path, two: Ended, seed: int) -> None:
 
 
 def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: float = 0.0) -> None:
-    """kill -9 of one process some time after a step. The other one ends by itself, and says why if jax lets it. How long
-    that took is printed: it should be less than 15 seconds. Resumed by both, every array of the last state is that of the uninterrupted run."""
+    """kill -9 of one process some time after a step. The other one ends by itself, and says why if jax lets it. The
+    seconds until then are printed: they should be fewer than 15. Resumed by both, every array of the last state is that
+    of the uninterrupted run."""
     processes = pair(folder, out)
     wait_for_step(folder / out, step, processes)
     time.sleep(wait)
