@@ -76,10 +76,11 @@ class Devices:
         hosts = -(-self.count // self.links.per_host)
         return gpu_devices(self.chip, f"1x{hosts}x{self.count // hosts}")
 
-    def places(self, described: list[Any]) -> list[Place]:
+    def places(self) -> list[Place]:
+        """Where the devices are. Raises UserError for TPUs if their compiler is not installed."""
         if isinstance(self.links, Hosts):
             return [self.links.place(index) for index in range(self.count)]
-        return [tuple(device.coords[:2]) for device in described]
+        return [tuple(device.coords[:2]) for device in self.described()]
 
 
 @dataclass(frozen=True)

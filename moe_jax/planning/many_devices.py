@@ -125,7 +125,7 @@ def compiled_for(config: RunConfig, mesh: str, devices: Devices, sequences: int)
         item_bytes = jnp.dtype(programs.policy.compute).itemsize
         ideal = ideal_bytes(programs.config, programs.param_shapes, programs.layout, item_bytes)
     compiled = compile_step(programs, devices, described)
-    return Step(devices, mesh, compiled, ideal, devices.places(described))
+    return Step(devices, mesh, compiled, ideal, devices.places())
 
 
 def read_plan(step: Step) -> DevicePlan:
@@ -231,7 +231,7 @@ def derived_plan(smaller: Step, larger: Step, devices: Devices) -> DevicePlan | 
         found = [on_other_mesh(c, old._asdict(), new._asdict()) for c in larger.collectives()]
     except ValueError:
         return None
-    places = devices.places(devices.described())
+    places = devices.places()
     return dataclasses.replace(
         high,
         name=devices.name,

@@ -251,7 +251,7 @@ def test_a_comparison_goes_on_reports_and_repeats_nothing(
     assert asked.execute() == 0
     each = ["moe-3-steps", "dense-active-3-steps", "dense-active-6-steps", "dense-total-3-steps"]
     names = [f"{name}-seed-{seed}" for seed in (0, 1) for name in each]
-    assert opened == [(names[1], 2), *((name, None) for name in names[2:])]
+    assert opened == [(names[1], 1), *((name, None) for name in names[2:])]
     assert (out / "plan.json").read_text() == plan
     assert (out / "moe-3-steps-seed-0" / "metrics.jsonl").read_text() == first
     printed = capsys.readouterr().out

@@ -16,6 +16,7 @@ OTHERS = {
     "data/tokenizers.py": 1,
     "interop/pretrained.py": 1,
     "interop/pretrained_shape.py": 2,  # errors that name a value
+    "parallel/processes.py": 2,  # messages between processes
     "runs/manifest.py": 2,  # a manifest ends with the digest of its own text, whatever version has written it
     "runs/verify_resume.py": 1,
     "system/json_text.py": 1,

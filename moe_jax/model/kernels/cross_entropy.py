@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.kernels.matmul import transpose_contiguous
+from moe_jax.model.kernels.matmul import transposed_product
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32, dot_precision
 
@@ -199,9 +199,8 @@ def _cross_entropy(
         elif loss_scale is not None:
             d_z = d_z * (loss_scale.astype(wide) / count)
         d_z = d_z.astype(h.dtype)
-        precision = dot_precision(h.dtype)
-        d_head = d_head + jnp.matmul(transpose_contiguous(h), d_z, precision=precision, preferred_element_type=wide)
-        return d_head, (loss, jnp.einsum("nv,dv->nd", d_z, weight, precision=precision))
+        d_head = d_head + transposed_product(h, d_z)
+        return d_head, (loss, jnp.einsum("nv,dv->nd", d_z, weight, precision=dot_precision(h.dtype)))
 
     d_head = jnp.zeros(weight.shape if with_gradients else (), wide)
     inputs = (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows), real)

@@ -33,6 +33,20 @@ def transpose_contiguous(x: Float[Array, "*G N D"]) -> Float[Array, "*G D N"]:
     return jax.lax.platform_dependent(x, cpu=written, default=lambda x: x.swapaxes(-1, -2))
 
 
+def transposed_product(x: Float[Array, "*G N D"], y: Float[Array, "*G N F"]) -> Float[Array, "*G D F"]:
+    """x^T y in at least float32, for operands of one dtype.
+
+    With the barrier, XLA does not turn the transpose of the result, which a tied head needs, into a product that sums
+    along other axes. On a CPU that one cannot run for operands narrower than float32: "Unsupported element type for
+    DotThunk".
+    """
+    wide = at_least_float32(x.dtype)
+    product = jnp.matmul(transpose_contiguous(x), y, precision=dot_precision(x.dtype), preferred_element_type=wide)
+    if x.dtype == wide:
+        return product
+    return jax.lax.platform_dependent(product, cpu=jax.lax.optimization_barrier, default=lambda product: product)
+
+
 def matmul(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"] | QuantizedMatrix) -> Float[Array, "*G N F"]:
     """x @ weights for each group G, in the dtype of x. `weights` may be wider than x; their gradient has the dtype of
     `weights`. Quantised weights have no gradient.
@@ -60,9 +74,7 @@ def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]
     d_x = jnp.einsum("...nf,...df->...nd", d_y, weights.astype(x.dtype), precision=precision)
 
     def summed_wide(x: Array, d_y: Array) -> Array:
-        wide = at_least_float32(x.dtype)
-        x_t = transpose_contiguous(x)
-        return jnp.matmul(x_t, d_y, precision=precision, preferred_element_type=wide).astype(weights.dtype)
+        return transposed_product(x, d_y).astype(weights.dtype)
 
     def summed_as_it_is(x: Array, d_y: Array) -> Array:
         return jnp.matmul(x.swapaxes(-1, -2), d_y, precision=precision).astype(weights.dtype)
