@@ -76,7 +76,7 @@ class TrainingCommand(RunCommand):
             with working("starting JAX"):
                 from moe_jax.parallel.mesh import mesh_of
                 from moe_jax.parallel.processes import first, joined
-                from moe_jax.runs.folder import locked_for_training
+                from moe_jax.runs.folder import locked_together
                 from moe_jax.training.agreement import check_same_program
                 from moe_jax.training.session import Session
 
@@ -86,7 +86,7 @@ class TrainingCommand(RunCommand):
                 check_same_program(config, saved)
                 mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
                 try:
-                    with locked_for_training(Path(config.run_dir)) as lock:
+                    with locked_together(Path(config.run_dir)) as lock:
                         _train_and_report(Session.open(config, saved, lock), signals, notes)
                 except Stopped as stop:
                     return stop.status

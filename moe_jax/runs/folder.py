@@ -76,19 +76,12 @@ def _identity(status: os.stat_result | None) -> tuple[int, int] | None:
 
 
 @contextmanager
-def locked_for_training(run: Path) -> Iterator[RunLock | None]:
+def locked_for_training(run: Path) -> Iterator[RunLock]:
     """Hold the lock of a run's folder. Raises UserError if another process is training in the folder.
 
     If the folder holds nothing but the lock at the end, as after a start that failed, the lock is removed, and so are
     the folders that were made here.
-
-    Of several processes that train together, the first one holds the lock. The others get None, and UserError if they
-    do not see its file.
     """
-    if not first():
-        _check_shared(run, exchange("")[0])
-        yield None
-        return
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
     try:
@@ -97,7 +90,6 @@ def locked_for_training(run: Path) -> Iterator[RunLock | None]:
             lock.check()
             lock.note("")
             try:
-                exchange(_lock_text(run))
                 yield lock
             finally:
                 _remove_empty(run, lock, made)
@@ -106,6 +98,21 @@ def locked_for_training(run: Path) -> Iterator[RunLock | None]:
         raise UserError(
             f"--out {run}: process {holder} is training there; wait for it, or name another folder"
         ) from None
+
+
+@contextmanager
+def locked_together(run: Path) -> Iterator[RunLock | None]:
+    """The lock of a run that this process trains, alone or together with others.
+
+    Of several processes the first one holds the lock. The others get None, or UserError if they do not see its file.
+    """
+    if not first():
+        _check_shared(run, exchange("")[0])
+        yield None
+        return
+    with locked_for_training(run) as lock:
+        exchange(_lock_text(run))
+        yield lock
 
 
 def _lock_text(run: Path) -> str:
