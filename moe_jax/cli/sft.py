@@ -26,6 +26,7 @@ class Sft(TrainingCommand):
     @classmethod
     def settle(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
         """Turn --run into the settings that fine-tuning needs. A run that is resumed has them already."""
+        super().settle(own, flags, file)
         run = own.get("run")
         if run:
             flags[RUN] = run

@@ -47,13 +47,23 @@ class TrainingCommand(RunCommand):
         command.check_group()
         return command
 
+    @classmethod
+    def settle(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+        """Raise ConfigError for flags that name no possible group of processes, before anything is read."""
+        ProcessGroup.of(
+            own.get("num_processes"),
+            own.get("process_id"),
+            own.get("coordinator_address", ""),
+            own.get("cluster", False),
+        )
+
     @property
     def group(self) -> ProcessGroup | None:
         """The processes that train together. None for this process alone."""
         return ProcessGroup.of(self.num_processes, self.process_id, self.coordinator_address, self.cluster)
 
     def check_group(self) -> None:
-        """Raise ConfigError if the flags name no possible group of processes, or if they need --mesh."""
+        """Raise ConfigError for a group of processes without --mesh."""
         mesh = self.settings.config.execution.mesh
         if self.group is not None and MeshShape.parse(mesh).devices == 1:
             flag = "--cluster" if self.cluster else f"--num-processes {self.num_processes}"

@@ -137,7 +137,8 @@ def _value(rng: random.Random, argument: Argument) -> Any:
     if argument.kind is bool:
         return rng.random() < 0.7
     if argument.choices:
-        return rng.choice(argument.choices)
+        # --preset auto chooses for a new run: the same line with --resume is refused.
+        return rng.choice([c for c in argument.choices if (argument.flag, c) != ("--preset", "auto")])
     if argument.kind is str:
         return default
     for _ in range(20):
