@@ -38,7 +38,11 @@ class AutoPreset(NamedTuple):
             return None
         for name in OTHER_STARTS:
             if asked.get(("", name)):
-                raise ConfigError(f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}")
+                out = asked.get(OUT) or folder_for_text(asked.get(SOURCE, "stories"))
+                named = f", and name the run: --out {out}" * (name == "resume")
+                raise ConfigError(
+                    f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}{named}"
+                )
         given.check()
         return cls(SettingsFile(file.path, _without_preset(file.values)), _without_preset(flags), given)
 

@@ -1,8 +1,8 @@
 """The order in which an epoch visits its windows: a permutation of 0 .. n - 1, drawn from a key.
 
-Of few windows a table is made: the windows sorted by a hash of their number. It takes 8 bytes a window, and a sort. Of
-1e9 windows that would be 8 GB and half an hour in every process. So from `TABLE_WINDOWS` windows on, the permutation is
-computed one index at a time, without a table (`permuted`).
+Up to `TABLE_WINDOWS` windows, the order is a table: the windows sorted by a hash of their number. A table takes 8 bytes
+a window, and a sort. For 1e9 windows that would be 8 GB and about half an hour in every process. So more windows have
+no table, and the permutation is computed for the asked indices only (`permuted`).
 
 numpy's random generators are not used, because they may change with its version.
 """
@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Int, UInt64
 
 TABLE_WINDOWS = 1 << 24
-"""Most windows of an epoch that are sorted: 128 MiB. A run of more windows than this has another order of them, so the
-number may not change: a resumed run would read other batches."""
+"""Most windows of an epoch that have a table, of 128 MiB. Do not change this number: a resumed run with a number of
+windows between the old and the new bound would read other batches."""
 _ROUNDS = 6
 """Rounds of the Feistel network. Four make it a strong pseudorandom permutation where the round function is a
 pseudorandom function (Luby and Rackoff 1988, theorem 1; Naor and Reingold 1999). `mix` is only a good hash, so two
