@@ -72,7 +72,7 @@ def test_nothing_that_fits_is_an_error_with_the_numbers() -> None:
         ((*AUTO, "--minutes", "-1"), "--minutes -1.0: must be between 0"),
         ((*AUTO, "--gflops", "5"), "--gflops 5: says how long steps take; give --minutes too"),
         ((*AUTO, "--memory", "8"), "--memory 8: must be a size"),
-        ((*AUTO, "--resume"), "--preset auto: chooses for a new model; leave it out with --resume, and name the run: --out runs/"),
+        ((*AUTO, "--resume"), "leave it out with --resume, and name the run: --out runs/"),
         ((*AUTO, "--upcycle", "x"), "leave it out with --upcycle"),
         ((*AUTO, "--init-from", "x"), "leave it out with --init-from"),
         ((*AUTO, "--model.heads", "7"), "--model.heads 7: must be a divisor"),
