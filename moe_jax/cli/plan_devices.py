@@ -199,7 +199,9 @@ def notes(plans: "list[DevicePlan]", base: "DevicePlan | None") -> list[str]:
     if base is not None:
         lines.append(f"efficiency: predicted step on {base.name} / predicted step")
     if any(plan.program_of != plan.devices for plan in plans):
-        lines.append("*: read from the program of the largest row, whose program is that of the smallest such mesh")
+        lines.append(
+            "*: not compiled, but read from the largest row's program, which agrees with the smallest such mesh"
+        )
     seconds = sum(plan.compile_seconds for plan in plans)
     lines.append(f"compiled in {seconds / 60:,.1f} minutes of processor time of this program")
     return lines

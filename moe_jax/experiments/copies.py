@@ -42,7 +42,7 @@ class Copies:
     def describe(self, of: str) -> str:
         """One sentence; `of` says what the texts are."""
         return (
-            f"{self.texts:,} {of}, {self.tokens:,} tokens: the longest passage that the training text has too is of "
+            f"{self.texts:,} {of}, {self.tokens:,} tokens: the longest passage that is also in the training text has "
             f"{self.longest:,} tokens ({self.words:,} words). The median over the texts is {self.median:g} tokens"
         )
 
