@@ -20,8 +20,8 @@ from typing import Any
 import jax
 from jax.sharding import SingleDeviceSharding
 
-from moe_jax.config import RunConfig, UserError
-from moe_jax.parallel.mesh import mesh_of
+from moe_jax.config import MeshShape, RunConfig, UserError
+from moe_jax.parallel.mesh import arranged, mesh_of
 from moe_jax.planning.device_memory import MISSING_PTXAS, NO_PTXAS, collected_stderr, gpu_devices
 from moe_jax.planning.interconnect import GPU_LINKS, Hosts, Place, Torus
 from moe_jax.planning.roofline import Rates
@@ -76,11 +76,14 @@ class Devices:
         hosts = -(-self.count // self.links.per_host)
         return gpu_devices(self.chip, f"1x{hosts}x{self.count // hosts}")
 
-    def places(self) -> list[Place]:
-        """Where the devices are. Raises UserError for TPUs if their compiler is not installed."""
+    def places(self, mesh: str) -> list[Place]:
+        """Where the devices of a mesh are, in its order.
+
+        Raises UserError for TPUs if their compiler is not installed.
+        """
         if isinstance(self.links, Hosts):
             return [self.links.place(index) for index in range(self.count)]
-        return [tuple(device.coords[:2]) for device in self.described()]
+        return [tuple(chip.coords[:2]) for chip in arranged(self.described(), MeshShape.parse(mesh)).flat]
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,8 @@ def compile_step(programs: Programs, devices: Devices, described: list[Any]) -> 
     compiler = "libtpu" if platform == "tpu" else "jaxlib"
     what = devices.name if isinstance(devices.chip, Slice) else f"{devices.count} {devices.chip.text}"
     versions = [importlib.metadata.version(name) for name in ("jaxlib", compiler)]
-    parts = [lowered.as_text(), what, repr(OPTIONS[platform]), *versions]
+    order = [] if programs.layout is None else [device.id for device in programs.layout.mesh.devices.flat]
+    parts = [lowered.as_text(), what, repr(order), repr(OPTIONS[platform]), *versions]
     path = cache_dir() / "plans" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + "-many.json")
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
         kept = json.loads(path.read_text())

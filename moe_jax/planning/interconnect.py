@@ -91,10 +91,16 @@ class Torus:
         group = collective.groups[0]
         if len(group) == 1:
             return 0.0
-        box = [len({places[device][axis] for device in group}) for axis in (0, 1)]
+        rows = [sorted({places[device][axis] for device in group}) for axis in (0, 1)]
+        box = [len(row) for row in rows]
+        # From a chip of the group to the next. The chips between them belong to other groups, which use the same links.
+        steps = [(row[-1] - row[0]) / (len(row) - 1) if len(row) > 1 else 1.0 for row in rows]
+        lanes = [
+            0.0 if size == 1 else (2 if size * step == self.wraps else 1) / step
+            for size, step in zip(box, steps, strict=True)
+        ]
         # Groups that lie between each other share the links of their common box.
         share = min(1.0, len(group) / math.prod(box))
-        lanes = [0 if size == 1 else 2 if size == self.wraps else 1 for size in box]
         if collective.kind == "all-to-all":
             # Half of the devices send half of their bytes across the middle of the box.
             crossing = collective.total * len(group) / 4

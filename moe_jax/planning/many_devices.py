@@ -125,7 +125,7 @@ def compiled_for(config: RunConfig, mesh: str, devices: Devices, sequences: int)
         item_bytes = jnp.dtype(programs.policy.compute).itemsize
         ideal = ideal_bytes(programs.config, programs.param_shapes, programs.layout, item_bytes)
     compiled = compile_step(programs, devices, described)
-    return Step(devices, mesh, compiled, ideal, devices.places())
+    return Step(devices, mesh, compiled, ideal, devices.places(mesh))
 
 
 def read_plan(step: Step) -> DevicePlan:
@@ -231,12 +231,13 @@ def derived_plan(smaller: Step, larger: Step, devices: Devices) -> DevicePlan | 
         found = [on_other_mesh(c, old._asdict(), new._asdict()) for c in larger.collectives()]
     except ValueError:
         return None
-    places = devices.places()
+    mesh = f"data={new.data},expert={new.expert}"
+    places = devices.places(mesh)
     return dataclasses.replace(
         high,
         name=devices.name,
         devices=devices.count,
-        mesh=f"data={new.data},expert={new.expert}",
+        mesh=mesh,
         collectives_ms=1e3 * collective_seconds(found, devices, places),
         compile_seconds=0.0,
     )

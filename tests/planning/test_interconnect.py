@@ -58,6 +58,11 @@ def test_time_of_a_collective_between_cards(kind: Any, groups: tuple, microsecon
         ("all-to-all", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 400e3 / (2 * 0.8e3)),
         # A line of two rows of two chips: 2 links cross the middle.
         ("all-to-all", ((0, 1, 4, 5), (2, 3, 6, 7)), 2 * 400e3 / (2 * 0.8e3)),
+        # Every second chip of a row: hops over two links, which the other half of the row uses too. As many links go
+        # round the ring, so each group has half of 2 GB/s.
+        ("all-reduce", tuple((4 * y + x, 4 * y + x + 2) for y in range(4) for x in range(2)), 2 * 400e3 / 0.8e3),
+        # Four blocks of 2 x 2, and the groups of equal corners: a line of 2 x 2 hops, each over two links of a ring.
+        ("all-to-all", tuple((c, c + 2, c + 8, c + 10) for c in (0, 1, 4, 5)), 2 * 400e3 / (2 * 0.8e3)),
         ("all-reduce", ((0,), (1,)), 0.0),
     ],
 )
