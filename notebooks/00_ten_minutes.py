@@ -27,16 +27,22 @@ from IPython.display import Markdown, display
 
 import moe_jax
 
-RUNS = Path(os.environ.get("MOE_JAX_NOTEBOOK_RUNS", "runs"))
+CLONE = Path(moe_jax.__file__).parents[1]
+RUNS = Path(os.environ.get("MOE_JAX_NOTEBOOK_RUNS", CLONE / "runs"))
 
 
 def trained(name, *settings):
-    """Open a run. Train it first where there is none."""
+    """Open a run. Train it first if it is not there."""
     if not (RUNS / name / "summary.json").exists():
-        out = ["--out", str(RUNS / name)]
-        command = [sys.executable, "train.py", "--preset", "nano", *out, *settings]
-        print(f"training {RUNS / name}: about five minutes on two free CPU cores")
-        subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+        print(f"training {name}: about five minutes on two free CPU cores")
+        command = [sys.executable, "train.py", "--preset", "nano", "--resume"]
+        command += ["--out", str(RUNS / name), *settings]
+        with subprocess.Popen(command, cwd=CLONE, stdout=-1, text=True) as training:
+            for line in training.stdout:
+                if line.startswith("step"):
+                    print("\r" + line.rstrip(), end="", flush=True)
+        print()
+        assert training.returncode == 0, f"train.py ended with {training.returncode}"
     return moe_jax.load_run(RUNS / name)
 
 
@@ -144,12 +150,25 @@ for i in np.argsort(-change)[:6]:
     print(f"{before.strip():>28} [{trace.pieces[i + 1].strip()}]   {was:>7} -> {now}")
 
 # %% [markdown]
-# `run.switch_off` gives the same model with that expert off, and it can do all that the
+# `run.switch_off` gives the same model with an expert off, and it can do all that the
 # model can do. Both texts below are drawn with the same random numbers, so what differs
-# is the work of that one expert. In our run, the brave girl is now called Tom.
+# is the work of that one expert. Some experts change a story at once, others only a
+# word of it. Of the four that the text misses most, we show the one that changes the
+# story first. In our run ONE_WORD. In yours it may be another word.
 
 # %%
-quiet = run.switch_off(layer, expert)
+def same(text, other):
+    """How many characters two texts share before they differ."""
+    return len(os.path.commonprefix([text, other]))
+
+
+story = run.generate(START, max_tokens=80)
+missed = np.argsort(-mean, axis=None)[:4]
+without = {}
+for layer, expert in zip(*np.unravel_index(missed, mean.shape), strict=True):
+    quiet = run.switch_off(int(layer), int(expert))
+    without[same(story, quiet.generate(START, max_tokens=80))] = layer, expert, quiet
+layer, expert, quiet = without[min(without)]
 tell("All experts", run)
 tell(f"Without expert {expert} of layer {layer}", quiet)
 

@@ -5,6 +5,7 @@ import time
 from typing import Any
 
 from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column
 
 from moe_jax.system.rich_console import Console
 
@@ -12,19 +13,25 @@ SMOOTHING = 0.8
 """Decay per logged step of the running mean of the loss on the terminal. The files hold the unsmoothed loss."""
 
 
+BAR_WIDTH = 14
+
+
 class Terminal:
-    """The progress of a run: a bar on a terminal, plain lines elsewhere."""
+    """The progress of a run: a bar on a terminal, plain lines elsewhere. The bar is gone when it is closed."""
 
     def __init__(self, steps: int, first: int) -> None:
         self.console = Console()
         self._steps, self._average, self._begin, self._first = steps, math.nan, time.monotonic(), first
         self._bar = None
         if self.console.is_terminal:
+            # rich shortens the columns that wrap if all do not fit. The step must not be shortened.
+            whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
             self._bar = Progress(
-                TextColumn("{task.completed}/{task.total}"),
-                BarColumn(bar_width=14),
+                TextColumn("{task.completed}/{task.total}", table_column=whole),
+                BarColumn(bar_width=BAR_WIDTH),
                 TextColumn("{task.description}"),
                 console=self.console,
+                transient=True,
             )
             self._task = self._bar.add_task("compiling the training step", total=steps, completed=first)
             self._bar.start()
@@ -43,14 +50,23 @@ class Terminal:
         bits = self._average / math.log(2) / bytes_per_token
         done = record["step"]
         left = (self._steps - done) * (time.monotonic() - self._begin) / max(done - self._first, 1)
-        text = (
-            f"{_duration(left)} left | {bits:.3f} bits/byte | {record['tokens_per_second']:,.0f} tokens/s | "
-            f"loss {self._average:.3f} | {record['drop_fraction']:.1%} dropped | {share_of_rate:.0%} of matmul rate"
-        )
+        facts = [
+            f"{_duration(left)} left",
+            f"{bits:.3f} bits/byte",
+            f"{record['tokens_per_second']:,.0f} tokens/s",
+            f"loss {self._average:.3f}",
+            f"{record['drop_fraction']:.1%} dropped",
+            f"{share_of_rate:.0%} of matmul rate",
+        ]
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=text)
+            self._bar.update(self._task, completed=done, description=self._beside_the_bar(facts))
         else:
-            self.say(f"step {done:>{len(str(self._steps))}}/{self._steps} | {text}")
+            self.say(" | ".join([f"step {done:>{len(str(self._steps))}}/{self._steps}", *facts]))
+
+    def _beside_the_bar(self, facts: list[str]) -> str:
+        """As many facts, from the first, as the width of the terminal has room for."""
+        room = self.console.width - (2 * len(str(self._steps)) + 1) - BAR_WIDTH - 2
+        return next(text for n in range(len(facts), 0, -1) if len(text := " | ".join(facts[:n])) <= room or n == 1)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""

@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.model.costs import training_flops
+from moe_jax.system.rich_console import Console
 from moe_jax.training import step_logger, terminal
 from moe_jax.training.counters import STARVED_STEPS, RunCounters
 from moe_jax.training.step_logger import StepLogger
@@ -195,6 +196,26 @@ def test_a_line_of_a_step(clock: list[float], capsys: pytest.CaptureFixture[str]
         shown.close()
         numbers = "0.500 bits/byte | 1,234 tokens/s | loss 0.693 | 12.5% dropped | 50% of matmul rate"
         assert capsys.readouterr().out.splitlines() == [f"step  2/10 | {left} left | {numbers}"]
+
+
+@pytest.mark.parametrize(
+    ("width", "last"), [(200, "50% of matmul rate"), (80, "loss 1.000"), (40, "0:16 left"), (12, None)]
+)
+def test_the_bar_shows_the_step_whole_on_any_terminal(
+    width: int, last: str | None, clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a narrow terminal the last facts are left out. None is cut."""
+    monkeypatch.setattr(terminal, "Console", lambda: Console(force_terminal=True, width=width, color_system=None))
+    shown = Terminal(900, 0)
+    clock[0] = 4
+    shown.step({"step": 180, "loss": 1.0, "tokens_per_second": 1234.0, "drop_fraction": 0.125}, 2.0, 0.5)
+    assert shown._bar is not None
+    shown._bar.refresh()
+    shown.close()
+    line = capsys.readouterr().out.split("\n")[-2].split("\r")[-1].removeprefix("\x1b[2K")
+    assert "180/900" in line
+    assert len(line) <= width
+    assert last is None or line.rstrip().endswith(last)
 
 
 def test_the_loss_on_the_terminal_is_a_running_mean(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
