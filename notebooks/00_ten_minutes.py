@@ -159,7 +159,8 @@ for i in np.argsort(-change)[:6]:
 # %%
 def same(text, other):
     """How many characters two texts share before they differ."""
-    return len(os.path.commonprefix([text, other]))
+    pairs = zip(text, other, strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(text))
 
 
 story = run.generate(START, max_tokens=80)

@@ -155,7 +155,7 @@ def _train_and_report(session: Any, signals: Signals, notes: list[str]) -> None:
     from moe_jax.inspection.report import report_run
     from moe_jax.parallel.processes import first
     from moe_jax.training.loop import finish, train
-    from moe_jax.training.run_header import print_result, print_run_header
+    from moe_jax.training.run_header import print_next_step, print_result, print_run_header
 
     print_run_header(session, notes)
     train(session, signals)
@@ -163,6 +163,7 @@ def _train_and_report(session: Any, signals: Signals, notes: list[str]) -> None:
     if first():
         print_result(session, result)
         say(*report_run(session.folder.files))
+        print_next_step(session)
 
 
 def check_run(config: RunConfig) -> None:

@@ -130,7 +130,7 @@ def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:
 
 
 def print_result(session: Session, result: dict[str, Any]) -> None:
-    """Print the result of a run: its score, its folder, and the command that generates text."""
+    """Print the result of a run: its score, what it cost, and its folder."""
     floor, names = result["entropy_floor_bits_per_byte"], ("unigram", "trigram", "kneser_ney_5gram")
     unigram, trigram, five = (result[f"{name}_bits_per_byte"] for name in names)
     if unigram is None:
@@ -142,7 +142,6 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
             f", {result['val_bits_per_byte'] / floor:.3f} x the floor of {floor:.4f} "
             f"(5-gram {five / floor:.2f} x, trigram {trigram / floor:.2f} x)"
         )
-    prompt = shlex.quote(result["opening"])
     drops = result["train_drop_fraction"]
     dropped = ""
     if drops:
@@ -158,5 +157,8 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
     if unigram is not None and result["val_bits_per_byte"] > unigram:
         lines.append("this is worse than counting words (the unigram): train longer, with --resume and more --steps")
     say(*lines)
-    command, rest = ("generate", f" --prompt {prompt}") if unigram is not None else ("chat", "")
-    print(f"next: uv run python -m moe_jax {command} --run {shlex.quote(str(session.folder.path))}{rest}")
+
+
+def print_next_step(session: Session) -> None:
+    """Print the command that opens a conversation with the model."""
+    print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(session.folder.path))}")

@@ -1,5 +1,6 @@
 """Each link of README and docs resolves; sentences are short; code fits 80 columns; each command is accepted."""
 
+import json
 import re
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def test_the_front_page_is_short() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 140
     assert next(i for i, line in enumerate(lines) if "<img" in line) < 12  # the picture comes first
+
+
+def test_the_front_page_names_the_people_of_its_picture() -> None:
+    """The picture shows a part of the report: the story with and without one expert."""
+    page = (ROOT / "docs/report-nano.html").read_text()
+    found = re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.DOTALL)
+    assert found
+    ablation = json.loads(found[1])["ablation"]
+    said = re.search(
+        r"Without\s+expert (\d+) of layer (\d+), the story is about (\w+) and not about (\w+)",
+        (ROOT / "README.md").read_text(),
+    )
+    assert said
+    expert, layer, now, before = said.groups()
+    without = ablation["stories"][ablation["layers"].index(int(layer))][int(expert)]
+    assert (before in ablation["story"], now in ablation["story"]) == (True, False)
+    assert (before in without, now in without) == (False, True)
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)

@@ -9,7 +9,13 @@ import pytest
 
 from moe_jax.config import TrainConfig
 from moe_jax.model.costs import count_parameters, totals
-from moe_jax.training.run_header import _model_line, _parameter_line, _plan_line, print_result
+from moe_jax.training.run_header import (
+    _model_line,
+    _parameter_line,
+    _plan_line,
+    print_next_step,
+    print_result,
+)
 from tests.support import tiny
 
 RESULT: dict[str, Any] = {
@@ -31,8 +37,9 @@ RESULT: dict[str, Any] = {
 
 
 def said(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    session: Any = SimpleNamespace(folder=SimpleNamespace(path=Path("runs/x")))
+    session: Any = SimpleNamespace(folder=SimpleNamespace(path=Path("runs/my x")))
     print_result(session, result)
+    print_next_step(session)
     return capsys.readouterr().out.splitlines()
 
 
@@ -44,15 +51,15 @@ def test_the_result_in_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
     )
     assert cost == (
         "67,890 tokens in 12 s; dropped in training 12.5% (mean of the steps), 25.0% (worst), 6.2% (last); "
-        "everything is in runs/x"
+        "everything is in runs/my x"
     )
-    assert following == "next: uv run python -m moe_jax generate --run runs/x --prompt 'it'\"'\"'s a day'"
+    assert following == "next: uv run python -m moe_jax chat --run 'runs/my x'"
 
 
 def test_without_a_floor_and_without_drops(capsys: pytest.CaptureFixture[str]) -> None:
     score, cost, _ = said(RESULT | {"entropy_floor_bits_per_byte": None, "train_drop_fraction": 0.0}, capsys)
     assert "0.6000 bits/byte (word unigram 1.2500, trigram 0.7500, 5-gram 0.6250), on the whole" in score
-    assert cost == "67,890 tokens in 12 s; everything is in runs/x"
+    assert cost == "67,890 tokens in 12 s; everything is in runs/my x"
 
 
 # The lines before training

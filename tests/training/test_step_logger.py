@@ -202,7 +202,11 @@ def test_a_line_of_a_step(clock: list[float], capsys: pytest.CaptureFixture[str]
     ("width", "last"), [(200, "50% of matmul rate"), (80, "loss 1.000"), (40, "0:16 left"), (12, None)]
 )
 def test_the_bar_shows_the_step_whole_on_any_terminal(
-    width: int, last: str | None, clock: list[float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    width: int,
+    last: str | None,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On a narrow terminal the last facts are left out. None is cut."""
     monkeypatch.setattr(terminal, "Console", lambda: Console(force_terminal=True, width=width, color_system=None))
