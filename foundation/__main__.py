@@ -17,6 +17,7 @@ exits 1 where a check fails, and 2 for a name that it does not know.
 
 import argparse
 import importlib
+import os
 import sys
 
 from foundation.chapters import UnknownName, selected
@@ -33,6 +34,8 @@ COMMANDS = {
 def main(argv: list[str] | None = None) -> int:
     """Runs a command, or the table. Returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
+    # All of it is small and in float64, which a GPU multiplies slowly. So jax need not look for one.
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if argv and argv[0] in COMMANDS:
         return importlib.import_module(COMMANDS[argv[0]]).main(argv[1:])
     parser = argparse.ArgumentParser(
@@ -51,4 +54,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        status = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader has left, such as `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes it
+        status = 0
+    sys.exit(status)

@@ -11,9 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from foundation.challenges.catalogue import CHALLENGES
 from foundation.challenges.challenge import Challenge
 from foundation.challenges.derive import find, parser_of
 from foundation.challenges.folder import read_score, write_score
+from foundation.chapters import CHAPTERS
 
 
 class Unusable(Exception):
@@ -34,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = path.parent if path else arguments.folder
     if arguments.hint:
         return _next_hint(operation, challenge, folder)
+    print(f"checking {operation} ...", flush=True)  # jax takes seconds to load
     try:
         right = _judge(operation, challenge, load(path or folder / f"{operation}.py", operation, challenge.backward))
     except Unusable as problem:
@@ -43,16 +46,37 @@ def main(argv: list[str] | None = None) -> int:
         score = read_score(folder)
         score["derived"] = [*dict.fromkeys([*map(str, score["derived"]), operation])]
         write_score(folder, score)
-        print(f"\n{operation}: right in every case. Derived so far: {len(score['derived'])}")
+        print(f"\n{operation}: right in every case. {_derived(score['derived'])}")
         return 0
-    print(f"\nThe next hint: uv run python -m foundation check {arguments.operation} --hint")
+    if _shown(read_score(folder), operation) < len(challenge.hints):
+        print(f"\nThe next hint: uv run python -m foundation check {arguments.operation} --hint")
+    else:
+        print(f"\nAll hints are given. {_chapter_of(operation)}")
     return 1
+
+
+def _derived(done: list[str]) -> str:
+    """How many operations are derived, and one to go on with."""
+    left = [name for chapter in CHAPTERS for name in chapter.operations if name in CHALLENGES and name not in done]
+    so_far = f"Derived so far: {len(CHALLENGES) - len(left)} of {len(CHALLENGES)}."
+    return so_far + (f"\nThe next one: uv run python -m foundation derive {left[0]}" if left else "")
+
+
+def _chapter_of(operation: str) -> str:
+    """Where the derivation stands."""
+    chapter = next(chapter for chapter in CHAPTERS if operation in chapter.operations)
+    return f"The derivation is in chapter {chapter.number}: foundation/notebooks/{chapter.stem}.ipynb"
+
+
+def _shown(score: dict[str, Any], operation: str) -> int:
+    """How many hints were given for an operation."""
+    shown = score["hints"].get(operation, 0)
+    return shown if isinstance(shown, int) and shown >= 0 else 0
 
 
 def _next_hint(operation: str, challenge: Challenge, folder: Path) -> int:
     score = read_score(folder)
-    shown = score["hints"].get(operation, 0)
-    shown = min(shown if isinstance(shown, int) and shown >= 0 else 0, len(challenge.hints) - 1)
+    shown = min(_shown(score, operation), len(challenge.hints) - 1)
     print(f"Hint {shown + 1} of {len(challenge.hints)} for {operation}: {challenge.hints[shown]}")
     score["hints"][operation] = shown + 1
     write_score(folder, score)
@@ -111,26 +135,28 @@ def _judge(operation: str, challenge: Challenge, answer_of: Callable[..., Any]) 
             answer = answer_of(*arguments)
         except (Exception, SystemExit) as error:
             path = Path(answer_of.__code__.co_filename) if hasattr(answer_of, "__code__") else Path()
-            raise Unusable(f"{operation}: {check.case}\n  {path}{_line(error, path)}: {what(error)}") from None
+            raise Unusable(f"{_named(check)}\n  {path}{_line(error, path)}: {what(error)}") from None
         if answer is None:
-            raise Unusable(f"{operation}: {check.case}\n  not tried yet: {challenge.backward} returns None")
+            raise Unusable(f"{_named(check)}\n  not tried yet: {challenge.backward} returns None")
         several = isinstance(answer, tuple) or (isinstance(answer, list) and len(names) > 1)
         answers = answer if several else (answer,)
         if len(answers) != len(names):
             asked = ", ".join(names)
-            raise Unusable(
-                f"{operation}: {check.case}\n  {len(answers)} results, and {len(names)} are asked for: {asked}"
-            )
+            raise Unusable(f"{_named(check)}\n  {len(answers)} results, and {len(names)} are asked for: {asked}")
         parts = [part for named in zip(names, answers, right, strict=True) for part in _parts(*named)]
         results = [Named(name, _array(wanted)) for name, _, wanted in parts if wanted is not None]
         for name, ours, wanted in parts:
             others = [result for result in results if result.name != name]
             finding = examine(name, ours, wanted, known, others)
             if finding.wrong:
-                print(f"{operation}: {check.case}\n  {finding.wrong}\n  {finding.meaning}")
+                print(f"{_named(check)}\n  {finding.wrong}\n  {finding.meaning}")
                 return False
-        print(f"{operation}: {check.case:<40} ok", flush=True)
+        print(f"{_named(check):<50} ok", flush=True)
     return True
+
+
+def _named(check: Any) -> str:
+    return f'{check.operation}, case "{check.case}"'
 
 
 def _parts(name: str, ours: Any, wanted: Any) -> list[tuple[str, Any, Any]]:

@@ -95,6 +95,7 @@ def stub(operation: str, challenge: Challenge) -> str:
         "",
         "Each d_... is the derivative of the loss with respect to ...; each result has the shape of its input, and is",
         "None where the forward pass had no such input.",
+        *(['In a type, a star as in "*rows" means any number of axes.'] if '"*' in forward else []),
         f"No need to look into foundation/{challenge.module}.py, which holds the derivation and an answer.",
         '"""',
         "",

@@ -34,7 +34,7 @@ def examine(name: str, answer: Any, right: Any, known: Sequence[Named], others: 
     of the other inputs, for two that changed places.
     """
     if right is None:
-        missing = "there is no such input in this case, so this result is None"
+        missing = "there is no such input in this case: return None for it"
         return Finding() if answer is None else Finding(f"{name} is {kind_of(answer)}", missing)
     right = np.asarray(right)
     if answer is None:
@@ -60,6 +60,8 @@ def examine(name: str, answer: Any, right: Any, known: Sequence[Named], others: 
 
 def kind_of(answer: Any) -> str:
     """What an answer is, in words."""
+    if hasattr(answer, "shape") and hasattr(answer, "dtype"):
+        return "an array"
     return f"of type {type(answer).__name__}"
 
 

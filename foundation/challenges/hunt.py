@@ -1,7 +1,8 @@
 """A bug is planted in one function of foundation. Find it from the table.
 
     python -m foundation hunt                     plants a bug, and prints the
-                                                  table with it
+                                                  table with it: about two
+                                                  minutes on two free cores
     python -m foundation hunt --look OPERATION    the first wrong entry of each
                                                   result, in the failing cases
     python -m foundation hunt --answer FUNCTION   your answer, such as
@@ -15,6 +16,7 @@ you have won.
 
 import argparse
 import base64
+import json
 import random
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -66,32 +68,48 @@ def main(argv: list[str] | None = None) -> int:
     return _answer(arguments, score, bug)
 
 
-def scrambled(bug: Bug) -> str:
-    """The bug's name, so that a glance at the score file does not give it away."""
-    return base64.b64encode(bug.name.encode()[::-1]).decode()
+def scrambled(text: str) -> str:
+    """A text, so that a glance at the score file does not give it away."""
+    return base64.b64encode(text.encode()[::-1]).decode()
 
 
 def _hunted(score: dict[str, Any]) -> Bug | None:
-    return next((bug for bug in HUNTED if scrambled(bug) == score["hunt"].get("planted")), None)
+    return next((bug for bug in HUNTED if scrambled(bug.name) == score["hunt"].get("planted")), None)
+
+
+def _failed_before(score: dict[str, Any]) -> list[str]:
+    """The rows that failed when the bug was planted. Empty if the table did not end, or if the file holds no such."""
+    try:
+        rows = json.loads(base64.b64decode(score["hunt"]["failed"])[::-1])
+    except (LookupError, ValueError, TypeError):
+        return []
+    return [row for row in rows if isinstance(row, str)] if isinstance(rows, list) else []
 
 
 def _begin(folder: Path, score: dict[str, Any], seed: int | None, bug: Bug | None) -> int:
-    """Plants a bug and prints the table. A hunt that is on goes on."""
+    """Plants a bug and prints the table. For a hunt that is on, prints its failed rows again, without the table."""
+    failed: list[str] = []
     if bug is None or seed is not None:
         bug = random.Random(seed).choice(HUNTED)
-        score["hunt"] |= {"planted": scrambled(bug), "tries": 0}
+        score["hunt"] |= {"planted": scrambled(bug.name), "tries": 0, "failed": ""}
         write_score(folder, score)
         print("A bug has been planted. Which function is it in?\n")
     else:
         print("The same bug is still planted.\n")
-    rows = _table(bug)
-    print(f"\n{rows} rows. Look closer: uv run python -m foundation hunt --look OPERATION")
+        failed = _failed_before(score)
+    if not failed:
+        failed = _table(bug)
+        score["hunt"]["failed"] = scrambled(json.dumps(failed))
+        write_score(folder, score)
+        print()
+    print(f"{len(failed)} failed:", *failed, sep="\n  ")
+    print("\nLook closer: uv run python -m foundation hunt --look OPERATION")
     print("Answer with a function: uv run python -m foundation hunt --answer softmax_backward")
     return 0
 
 
-def _table(bug: Bug) -> int:
-    """Prints the rows with the bug planted, by hand against autodiff or the oracle; returns how many there are."""
+def _table(bug: Bug) -> list[str]:
+    """Prints the rows with the bug planted, by hand against autodiff or the oracle; returns those that failed."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
@@ -99,15 +117,18 @@ def _table(bug: Bug) -> int:
 
     own = bug.caught_by
     operations = [name for name in OPERATIONS if name not in LEFT_OUT or name == own]
+    failed = []
     with planted(bug):
         checks = list(chain.from_iterable(map(checks_of, operations)))
         print(f"{'operation: input':<47} {'error':>9}", flush=True)
         with ThreadPoolExecutor(2) as pool:
             for check, error in zip(checks, pool.map(_error, checks), strict=True):
                 shown = f"{error:9.1e}" if isinstance(error, float) else f"{error:>9}"
-                verdict = "ok" if isinstance(error, float) and error <= 1e-10 else "FAILED"
-                print(f"{f'{check.operation}: {check.case}':<47} {shown}  {verdict}", flush=True)
-    return len(checks)
+                right = isinstance(error, float) and error <= 1e-10
+                name = f"{check.operation}: {check.case}"
+                failed += [] if right else [name]
+                print(f"{name:<47} {shown}  {'ok' if right else 'FAILED'}", flush=True)
+    return failed
 
 
 def _two_answers(check: Any) -> tuple[Any, Any]:
@@ -206,6 +227,7 @@ def _end(folder: Path, score: dict[str, Any], found: bool) -> int:
     key = "found" if found else "given_up"
     hunt[key] = 1 + (hunt.get(key) if isinstance(hunt.get(key), int) else 0)
     hunt.pop("planted", None)
+    hunt.pop("failed", None)
     hunt["tries"] = 0
     write_score(folder, score)
     print(

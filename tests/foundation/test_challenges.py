@@ -1,6 +1,8 @@
 """A right derivation passes, and a wrong one is told what is wrong with it, whatever it is."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from foundation.challenges.check import Unusable, _parts
 from foundation.challenges.diagnosis import Named, examine
 from foundation.chapters import OPERATIONS
 
+ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"softmax", "layernorm"}
 ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.reliability) for name in CHALLENGES]
 
@@ -35,7 +38,10 @@ def test_a_stub_is_not_tried_yet_and_the_real_function_is_right(
 
     path.write_text(f"{stub}\n\nfrom foundation.{challenge.module} import {challenge.backward}\n")
     assert run(tmp_path, "check", operation) == 0
-    assert "right in every case. Derived so far: 1" in capsys.readouterr().out
+    *_, so_far, following = capsys.readouterr().out.splitlines()
+    assert so_far == f"{operation}: right in every case. Derived so far: 1 of {len(CHALLENGES)}."
+    assert following.startswith("The next one: uv run python -m foundation derive ")
+    assert following.split()[-1] in CHALLENGES.keys() - {operation}
     assert main(["check", str(path)]) == 0  # by its path, too
 
 
@@ -102,6 +108,27 @@ def test_hints_come_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFi
         assert run(tmp_path, "check", "layernorm", "--hint") == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split(" for ")[0] for line in said] == ["Hint 1 of 3", "Hint 2 of 3", "Hint 3 of 3", "Hint 3 of 3"]
+    assert run(tmp_path, "check", "layernorm") == 1
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("All hints are given. The derivation is in chapter 6: foundation/notebooks/06_")
+
+
+def test_a_reader_who_leaves_is_no_error() -> None:
+    command = [sys.executable, "-m", "foundation", "derive"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
+def test_an_array_for_an_input_that_is_not_there() -> None:
+    found = examine("d_bias", np.ones(3), None, [])
+    assert (found.wrong, found.meaning) == (
+        "d_bias is an array",
+        "there is no such input in this case: return None for it",
+    )
 
 
 @pytest.mark.parametrize("command", ["derive", "check"])

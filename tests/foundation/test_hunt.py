@@ -31,8 +31,14 @@ def test_a_hunt_from_the_table_to_the_score(tmp_path: Path, capsys: pytest.Captu
     rows = {line.split(":")[0] for line in said.splitlines() if line.endswith("FAILED")}
     assert (status, rows) == (0, {"softmax"})
     assert any(line.startswith("mse") and line.endswith("ok") for line in said.splitlines())
+    told = said[said.index("failed:") :]
+    assert said[: said.index(" failed:")].split()[-1] == str(told.count("\n  softmax: ")) != "0"
     kept = (tmp_path / "score.json").read_text()
     assert "softmax" not in kept.lower()
+    status, again = run()
+    assert "The same bug is still planted." in again
+    assert again.endswith(told), "the failed rows are told again, without the table"
+    assert "  ok" not in again
     status, said = run("--look", "softmax")
     assert status == 0
     assert "a term is missing" in said or "no simple pattern" in said
@@ -55,9 +61,20 @@ def test_after_a_hunt_the_gradients_are_right_again(tmp_path: Path, capsys: pyte
 
 
 def test_a_score_file_of_another_kind_is_no_hunt(tmp_path: Path) -> None:
-    for text in ("", "[]", '{"hunt": 3}', '{"hunt": {"planted": 5, "tries": "x"}}'):
+    for text in ("", "[]", '{"hunt": 3}', '{"hunt": {"planted": 5, "tries": "x", "failed": "!"}}'):
         (tmp_path / "score.json").write_text(text)
         assert main(["hunt", "--folder", str(tmp_path), "--give-up"]) == 1
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("failed", [5, "!", "W10=", "c2lo"])
+def test_a_hunt_without_its_failed_rows_prints_the_table(
+    failed: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    planted = {"planted": hunt.scrambled(SOFTMAX.name), "failed": failed}
+    (tmp_path / "score.json").write_text(json.dumps({"hunt": planted}))
+    assert main(["hunt", "--folder", str(tmp_path)]) == 0
+    assert any(line.endswith("  ok") for line in capsys.readouterr().out.splitlines())
 
 
 def test_only_bugs_that_the_table_shows_are_hunted() -> None:
