@@ -173,6 +173,7 @@ def _run_data(folder: Path, run: LoadedRun) -> dict[str, Any]:
         "params_active": counts.active,
         "val_bits_per_byte": summary.get("val_bits_per_byte"),
         "val_stream": summary.get("val_stream") or ("whole" if summary.get("val_whole_stream", True) else "subset"),
+        "val_drop_fraction": summary.get("val_drop_fraction"),
         "floor": summary.get("entropy_floor_bits_per_byte"),
     }
 

@@ -140,6 +140,34 @@ def test_the_chosen_cell_is_in_view_on_a_narrow_screen(browser: Any, written: Pa
     opened.page.close()
 
 
+def test_numbers_are_not_cut_on_a_narrow_screen(browser: Any, written: Path, tmp_path: Path) -> None:
+    """Of eight experts the fourth is chosen, so the table is scrolled. A number that lost its sign would be wrong."""
+    from moe_jax.inspection.report import render
+
+    data = json.loads(page_data(written))
+    n, found = len(data["text"]["pieces"]), data["ablation"]
+    data["model"]["experts"], data["corpus"] = 8, None
+    for layer in range(LAYERS):
+        data["routing"]["prob"][layer] = [1 / 8] * (8 * n)
+        found["change"][layer] = [[0] * len(found["loss"]) for _ in range(8)]
+        found["mean"][layer] = [-0.001] * 3 + [0.1] + [-0.001] * 4
+        found["stories"][layer] = [found["story"]] * 8
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path, viewport={"width": 420, "height": 800})
+    opened.page.locator("#ablation").scroll_into_view_if_needed()
+    opened.page.locator("#off-grid .cell").first.wait_for(state="attached")
+    opened.page.wait_for_timeout(300)
+    edge, boxes = opened.page.evaluate(
+        """() => { const row = document.querySelector(".cells tbody tr"), box = (n) => n.getBoundingClientRect();
+        return [box(row.querySelector("th")).right,
+                [...row.querySelectorAll(".cell")].map((c) => [box(c).left, box(c).right])]; }"""
+    )
+    assert boxes[0][0] < edge - 10, "it is scrolled"
+    assert all(left >= edge - 1 or right <= edge + 1 for left, right in boxes)
+    opened.page.close()
+
+
 def test_without_an_ablation_the_reason_is_said(browser: Any, written: Path, tmp_path: Path) -> None:
     from moe_jax.inspection.report import render
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.inspection.report import write_report
+from moe_jax.inspection.report import render, write_report
 from tests.browser.contrast import CONTRAST
 from tests.browser.opened import LAYERS, E, K, Opened, page_data
 from tests.support import saved_run
@@ -113,6 +113,7 @@ def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     dropped = opened.page.locator("#entropy tbody td:nth-child(3)").all_inner_texts()
     assert [cell != "0.00\u00a0%" for cell in dropped] == [limited] * LAYERS
     assert ("this dispatch has no capacity" in text("#facts")) == (not limited)
+    assert ("slots that an expert has in training" in text("#facts")) == limited
     assert ("what found no room" in text("#lead")) == limited
     assert ("capacity line" in text("#load")) == limited
     assert ("this run: 1.2" in opened.page.locator("#factors").text_content()) == limited
@@ -167,6 +168,18 @@ def test_a_group_is_one_tab_stop(opened: Opened) -> None:
         opened.page.keyboard.press(key)
         assert opened.page.evaluate("document.activeElement.dataset.expert") == str(at)
         assert stops("#legend button") == 1
+
+
+@pytest.mark.parametrize("dropped", [0.0, 0.1, None])
+def test_a_score_without_drops_says_so(browser: Any, written: Path, tmp_path: Path, dropped: float | None) -> None:
+    """The share that is dropped stands beside it, and is that of the text with the slots of training."""
+    data = json.loads(page_data(written))
+    data["run"]["val_drop_fraction"] = dropped
+    path = tmp_path / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, path)
+    assert ("where nothing is dropped" in opened.page.locator("#facts").inner_text()) == (dropped == 0.0)
+    opened.page.close()
 
 
 def test_indecision_is_explained_in_experts(opened: Opened) -> None:

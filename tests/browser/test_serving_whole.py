@@ -106,6 +106,10 @@ def test_all_text_stands_out_from_its_ground(browser: Any, says: StandIn, scheme
     served.page.close()
 
 
+def test_the_empty_field_shows_a_beginning_of_the_model(served: Served) -> None:
+    assert served.page.locator("#prompt").get_attribute("placeholder") == MODEL["prompts"][0]
+
+
 @pytest.mark.parametrize("width", [420, 320, 1280])
 def test_nothing_is_wider_than_the_window(browser: Any, says: StandIn, width: int) -> None:
     """With a word without end, a card, and a former text."""

@@ -28,7 +28,7 @@ MODEL = {
     "context": 4096,
     "vocab_size": 1000,
     "chat": False,
-    "prompts": ["Once upon a time", "One day, a boy named Tom", "The sun was"],
+    "prompts": ["Long ago", "One day, a boy named Tom", "The sun was"],
     "val_bits_per_byte": 0.912,
     "slots": 4,
     "max_tokens": 4096,

@@ -38,7 +38,7 @@ const drawOffGrid = () => {
       onclick: () => switchOff(layer, e) }, signed(v, 3)));
   };
   fill(clear(byId("off-grid")), {}, [
-    caption("Change of the loss without each expert", "Nats a token, on average over the text. Press a number to see what that expert is good for."),
+    caption("Change of the loss without each expert", "Nats a token, on average over the text. Press a number to see what that expert is good for. The slider above does not change this section."),
     el("div", { class: "scroll" }, el("table", { class: "cells" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Expert"), range(E).map((e) => el("th", { scope: "col" }, el("span", { class: "dot", vars: { "--c": colourOf(e), "--on": inkOn(e) } }, `${e}`))))),
       el("tbody", {}, ablation.layers.map((layer, a) => el("tr", {}, el("th", { scope: "row" }, `Layer ${layer}`), range(E).map((e) => cell(a, e))))))),
   ]);

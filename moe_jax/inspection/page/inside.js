@@ -83,8 +83,8 @@ const drawHeader = () => {
   fill(byId("facts"), {}, [
     fact("Text", count(N, "token"), `${data.text.source.toLowerCase()}; ${count(L * K * N, "decision")}`),
     fact("Model", `${(r.params_total / 1e6).toFixed(1)} M`, `parameters; ${(r.params_active / 1e6).toFixed(1)} M of them are used for one token`),
-    r.val_bits_per_byte === null ? null : fact("Bits per byte", r.val_bits_per_byte.toFixed(3), `on the ${r.val_stream === "subset" ? "validation subset" : "whole validation text"}${r.floor === null ? "" : `; ${r.floor.toFixed(3)} is the entropy of the whole text`}`),
-    model.dropless ? fact("Dropped", "none", "this dispatch has no capacity") : fact("Dropped here", percent(dropped / all), `of all choices, in all layers; ${model.capacity} slots for each expert and window`),
+    r.val_bits_per_byte === null ? null : fact("Bits per byte", r.val_bits_per_byte.toFixed(3), `on the ${r.val_stream === "subset" ? "validation subset" : "whole validation text"}${r.val_drop_fraction === 0 ? ", where nothing is dropped" : ""}${r.floor === null ? "" : `; ${r.floor.toFixed(3)} is the entropy of the whole text`}`),
+    model.dropless ? fact("Dropped", "none", "this dispatch has no capacity") : fact("Dropped here", percent(dropped / all), `of all choices, in all layers, with the ${model.capacity} slots that an expert has in training`),
     corpus ? fact("Router's indecision", undecided.toFixed(2), `0 is certain, 1 finds all experts alike; ${undecided.toFixed(2)} is like an even choice among ${alike(undecided)} of ${E}`) : null,
   ]);
 };

@@ -40,6 +40,7 @@ const connect = async () => {
   show("key-row", false);
   startModel();
   byId("length").max = model.max_tokens;
+  byId("prompt").placeholder = model.prompts[0] ?? "";
   if (model.chat) startChat();
   fill(byId("suggested"), {}, model.prompts.map((text) => el("button", { type: "button", title: text, onclick: () => {
     byId("prompt").value = text;
