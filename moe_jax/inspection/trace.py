@@ -94,9 +94,11 @@ class RoutingTrace:
         return f"RoutingTrace({len(self.tokens)} tokens, {len(self.probs)} layers, {self.config.experts} experts)"
 
     def _repr_html_(self) -> str:
-        """The HTML that a notebook shows: for each layer a paragraph, the text coloured by the first choices."""
+        """The HTML that a notebook shows: the colour of each expert, and for each layer the text coloured by the first
+        choices."""
         hues = [f"hsl({360 * e // self.config.experts} 70% 50% / .3)" for e in range(self.config.experts)]
-        rows = []
+        key = (f'<span style="background:{hue};padding:0 .5em">{e}</span>' for e, hue in enumerate(hues))
+        rows = [f"<p>Experts: {' '.join(key)}</p>"]
         for layer, experts in enumerate(self.expert_index[..., 0]):
             spans = (
                 f'<span title="expert {e}" style="background:{hues[e]}">{html.escape(piece)}</span>'

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from types import SimpleNamespace
 
 import jax
@@ -158,6 +159,11 @@ def test_what_a_notebook_shows_is_escaped() -> None:
     assert "<script>" not in shown
     assert "&lt;script&gt;" in shown
     assert shown.count("&amp;") == MODEL.layers
+    key, *layers = shown.split("</p>")[:-1]
+    colours = {number: colour for colour, number in re.findall(r'background:([^;"]+)[^>]*>(\d+)</span>', key)}
+    assert sorted(colours) == [str(e) for e in range(MODEL.experts)]
+    for e, colour in re.findall(r'title="expert (\d+)" style="background:([^"]+)"', "".join(layers)):
+        assert colours[e] == colour
 
 
 def test_the_likeliest_next_tokens_are_those_of_the_logits() -> None:
