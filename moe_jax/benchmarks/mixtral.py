@@ -11,6 +11,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 EXPERTS = ("eager", "grouped_mm")
@@ -40,8 +41,9 @@ class Shape(NamedTuple):
     weight_decay: float
     max_grad_norm: float
     threads: int
-    training_precision: str
-    """Dtype of the products in a training step: `float32` or `bfloat16`. Parameters and moments are float32."""
+    training_precisions: list[str]
+    """Dtypes of the products in a training step, each a candidate: `float32`, `bfloat16`. Parameters and moments are
+    float32."""
 
 
 def build(shape: Shape) -> Any:
@@ -69,8 +71,8 @@ def build(shape: Shape) -> Any:
 
 
 def candidates(shape: Shape, model: Any) -> dict[str, Callable[[], Any]]:
-    """The runs by name: training step and forward pass of a batch, prefill of one prompt, and decoding of one token at
-    position T/2."""
+    """The runs by name: training step in each precision (`train-float32`) and forward pass of a batch, prefill of one
+    prompt, and decoding of one token at position T/2."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
@@ -89,11 +91,9 @@ def candidates(shape: Shape, model: Any) -> dict[str, Callable[[], Any]]:
     with torch.inference_mode():
         model(tokens(1, half), past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    narrow = torch.autocast("cpu", torch.bfloat16, enabled=shape.training_precision == "bfloat16")
-
-    def train() -> Any:
+    def train(precision: str) -> Any:
         model.train()
-        with narrow:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
             loss = model(batch, labels=batch, use_cache=False, output_router_logits=True).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), shape.max_grad_norm)
@@ -115,7 +115,7 @@ def candidates(shape: Shape, model: Any) -> dict[str, Callable[[], Any]]:
         return logits
 
     return {
-        "train": train,
+        **{f"train-{precision}": partial(train, precision) for precision in shape.training_precisions},
         "forward": evaluating(lambda: model(batch, use_cache=False).logits),
         "prefill": evaluating(lambda: model(prompt, use_cache=True, logits_to_keep=1)),
         "decode": evaluating(decode),

@@ -1,8 +1,9 @@
 """Our model and Mixtral of Hugging Face transformers, with the same shape, timed in turn.
 
 The sizes are the preset's. The kinds of layers are Mixtral's: RMSNorm, rotary positions, SwiGLU, no biases, no dropout,
-an untied head. Both train with AdamW, gradient clipping and the balance loss, in the same precision. Where our products
-are bfloat16, Mixtral's are so by PyTorch's autocast. Everything outside of training is float32 on both sides.
+an untied head. Both train with AdamW, gradient clipping and the balance loss. They are compared in the same precision:
+float32, and bfloat16 too if our model takes it on this machine. Mixtral takes it by PyTorch's autocast. Then each side
+is compared in its faster precision. Everything outside of training is float32 on both sides.
 
 In training our model has a capacity and drops what exceeds it, unless the preset's dispatch is dropless. Mixtral has no
 capacity.
@@ -15,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -64,19 +65,27 @@ def like_mixtral(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=model, train=train, execution=execution)
 
 
+def precisions_of(config: RunConfig) -> list[str]:
+    """The precisions in which both sides train: float32, and bfloat16 if a run of this configuration takes it here.
+
+    Raises UserError on a device that trains in float16.
+    """
+    policy = choose_policy(config.execution.compute_dtype)
+    if policy.loss_scaling:
+        raise UserError("this device trains in float16, the peer in float32 or bfloat16: set JAX_PLATFORMS=cpu")
+    return list(dict.fromkeys(["float32", policy.compute]))
+
+
 def shape_of(config: RunConfig, batch_size: int) -> Shape:
-    """The shape that the peer must build to be the same model."""
+    """The shape that the peer must build to be the same model. Raises UserError as `precisions_of` does."""
     model, train = config.model, config.train
     values = {name: getattr(model, name) for name in Shape._fields if hasattr(model, name)}
     values |= {name: getattr(train, name) for name in Shape._fields if hasattr(train, name)}
     values["top_k"] = model.routing.top_k
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     prompt = min(PROMPT, model.seq_len)
-    policy = choose_policy(config.execution.compute_dtype)
-    if policy.loss_scaling:
-        raise UserError("this device trains in float16, the peer in float32 or bfloat16: set JAX_PLATFORMS=cpu")
-    others = {"batch_size": batch_size, "prompt": prompt, "threads": threads, "training_precision": policy.compute}
-    return Shape(**(values | others))
+    others = {"batch_size": batch_size, "prompt": prompt, "threads": threads}
+    return Shape(**(values | others), training_precisions=precisions_of(config))
 
 
 class Peer:
@@ -121,16 +130,23 @@ def peer(shape: Shape) -> Iterator[Peer]:
 
 
 def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, Any], dict[str, Times]]:
-    """Mixtral's time divided by ours, with the faster of its two implementations of the experts; and all times."""
+    """Mixtral's time divided by ours, with the faster of its two implementations of the experts; and all times.
+
+    `train_ratio_bfloat16` is None where our model does not take bfloat16. `train_ratio_best` compares each side in its
+    faster precision.
+    """
     config = like_mixtral(config)
     shape = shape_of(config, batch_size)
-    trainer = RandomTokenTrainer.of(config, batch_size)
-    # The training step donates its state, so the other candidates read a copy of the parameters.
-    params = jax.tree.map(jnp.copy, trainer.state.params)
+    trainers = {
+        f"train-{precision}": RandomTokenTrainer.of(_in(config, precision), batch_size)
+        for precision in shape.training_precisions
+    }
+    # A training step donates its state, so the other candidates read a copy of the parameters.
+    params = jax.tree.map(jnp.copy, trainers["train-float32"].state.params)
     model = decoding.Model.of(config.model)
     ours: dict[str, Callable[[], Any]] = {
-        "train": trainer,
-        "forward": decoding.forward_call(model, params, trainer.batch[0, :, :-1]),
+        **trainers,
+        "forward": decoding.forward_call(model, params, trainers["train-float32"].batch[0, :, :-1]),
         "prefill": decoding.prefill_call(model, params, shape.prompt),
         "decode": decoding.DecodeLoop(model, params, 1),
     }
@@ -141,8 +157,14 @@ def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, 
         theirs = {name: (lambda name=name: other.run(name)) for name in other.about["candidates"]}
         times = alternate({**ours, **theirs}, rounds, rest=PAUSE_SECONDS, turn=MIN_TURN_SECONDS)
         versions = other.about["versions"]
-    numbers: dict[str, Any] = {}
+    best = {name: min(t.median for other, t in times.items() if other.startswith(f"{name} ")) for name in ours}
+    numbers: dict[str, Any] = {"train_ratio_bfloat16": None}
     for name in ours:
-        best = min(t.median for other, t in times.items() if other.startswith(f"{name} "))
-        numbers[f"{name}_ratio"] = best / times[name].median
+        kind, _, precision = name.partition("-")
+        numbers[f"{kind}_ratio" + (f"_{precision}" if precision else "")] = best[name] / times[name].median
+    numbers["train_ratio_best"] = min(best[name] for name in trainers) / min(times[name].median for name in trainers)
     return numbers | {"peer": versions}, times
+
+
+def _in(config: RunConfig, precision: Literal["float32", "bfloat16"]) -> RunConfig:
+    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, compute_dtype=precision))

@@ -57,13 +57,17 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor()
+def _processor(info: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name with its family and model: many generations share one name."""
+    try:
+        pairs = (line.partition(":") for line in info.read_text(encoding="utf-8", errors="replace").splitlines())
+    except OSError:
+        return platform.processor()
+    facts = {name.strip(): value.strip() for name, _, value in reversed(list(pairs))}
+    name = facts.get("model name") or platform.processor()
+    if "cpu family" in facts and "model" in facts:
+        return f"{name} (family {facts['cpu family']}, model {facts['model']})"
+    return name
 
 
 def _commit() -> str | None:

@@ -215,10 +215,12 @@ def test_the_shape_that_both_sides_build() -> None:
         assert sum(p.numel() for p in model.parameters()) == by_hand
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_sides_train_in_the_same_precision(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "choose_policy", lambda kind: precision.choose_policy(dtype))
-    assert peers.shape_of(peers.like_mixtral(config()), 3).training_precision == dtype
+@pytest.mark.parametrize(("taken", "compared"), [("float32", ["float32"]), ("bfloat16", ["float32", "bfloat16"])])
+def test_both_sides_train_in_the_same_precisions(
+    taken: str, compared: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(peers, "choose_policy", lambda kind: precision.choose_policy(taken))
+    assert peers.shape_of(peers.like_mixtral(config()), 3).training_precisions == compared
 
 
 def test_a_precision_that_the_peer_has_not_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,27 +269,40 @@ def test_ours_has_nothing_that_mixtral_has_not() -> None:
 
 
 class Pretended:
-    """A peer that takes 1,000 s with one implementation of experts and 2,000 with the other."""
+    """A peer that takes 1,000 s with one implementation of experts and 2,000 with the other; 600 s to train in
+    bfloat16."""
 
-    def __init__(self, parameters: int) -> None:
-        names = [
-            f"{name} {experts}" for name in ("train", "forward", "prefill", "decode") for experts in mixtral.EXPERTS
-        ]
+    def __init__(self, parameters: int, precisions: list[str]) -> None:
+        runs = [*(f"train-{precision}" for precision in precisions), "forward", "prefill", "decode"]
+        names = [f"{name} {experts}" for name in runs for experts in mixtral.EXPERTS]
         self.about = {"candidates": names, "parameters": parameters, "versions": {"torch": "0"}}
 
     def run(self, name: str) -> Measured:
-        return Measured(1000 if name.endswith("grouped_mm") else 2000)
+        return Measured((600 if "bfloat16" in name else 1000) * (1 if name.endswith("grouped_mm") else 2))
 
 
-def test_peers_are_compared_by_their_faster_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("taken", ["float32", "bfloat16"])
+def test_peers_are_compared_by_their_faster_experts(taken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the same precision, and each in its faster one."""
     monkeypatch.setattr(peers, "PAUSE_SECONDS", 0)
+    monkeypatch.setattr(peers, "choose_policy", lambda kind: precision.choose_policy(taken))
     size = totals(count_parameters(peers.like_mixtral(config()).model)).total
-    monkeypatch.setattr(peers, "peer", lambda shape: contextlib.nullcontext(Pretended(size)))
+    with_peer = lambda size: lambda shape: contextlib.nullcontext(Pretended(size, shape.training_precisions))  # noqa: E731
+    monkeypatch.setattr(peers, "peer", with_peer(size))
     numbers, times = peers.compare(config(), 2, 1)
-    for name in ("train", "forward", "prefill", "decode"):
+    for name in ("forward", "prefill", "decode"):
         assert numbers[f"{name}_ratio"] == pytest.approx(1000 / times[name].median)
+    assert numbers["train_ratio_float32"] == pytest.approx(1000 / times["train-float32"].median)
+    if taken == "float32":
+        assert numbers["train_ratio_bfloat16"] is None
+        assert numbers["train_ratio_best"] == numbers["train_ratio_float32"]
+    else:
+        assert numbers["train_ratio_bfloat16"] == pytest.approx(600 / times["train-bfloat16"].median)
+        ours = min(times["train-float32"].median, times["train-bfloat16"].median)
+        assert numbers["train_ratio_best"] == pytest.approx(600 / ours)
+    assert set(suites.RATIOS.values()) == {name for name in numbers if "_ratio" in name}
     json.dumps(numbers)
-    monkeypatch.setattr(peers, "peer", lambda shape: contextlib.nullcontext(Pretended(size + 1)))
+    monkeypatch.setattr(peers, "peer", with_peer(size + 1))
     with pytest.raises(AssertionError, match=f"{size + 1} parameters, ours {size}"):
         peers.compare(config(), 2, 1)
 

@@ -35,7 +35,7 @@ SHAPE = Shape(
     weight_decay=0.125,
     max_grad_norm=2.0,
     threads=3,
-    training_precision="bfloat16",
+    training_precisions=["bfloat16"],
 )
 
 
@@ -133,11 +133,12 @@ def test_the_model_has_the_shape(seen: list[Any]) -> None:
 
 @pytest.mark.parametrize("precision", ["bfloat16", "float32"])
 def test_a_training_step_is_that_of_the_shape(precision: str, seen: list[Any]) -> None:
-    runs = mixtral.candidates(SHAPE._replace(training_precision=precision), mixtral.build(SHAPE))
+    both = SHAPE._replace(training_precisions=["float32", "bfloat16"])
+    runs = mixtral.candidates(both, mixtral.build(SHAPE))
     options = {"lr": 0.25, "betas": (0.75, 0.875), "weight_decay": 0.125, "fused": True}
     assert ("adamw", options) in seen
     seen.clear()
-    runs["train"]()
+    runs[f"train-{precision}"]()
     assert seen == [
         "training mode",
         ("cpu", "bf16", precision == "bfloat16"),
@@ -172,7 +173,7 @@ def test_the_peer_says_what_it_is_and_times_what_it_is_asked(
     monkeypatch.setattr(mixtral.sys, "stdin", io.StringIO("forward eager\ndecode grouped_mm\n"))
     mixtral.serve(SHAPE)
     about, *seconds = map(json.loads, capsys.readouterr().out.splitlines())
-    names = ("train", "forward", "prefill", "decode")
+    names = ("train-bfloat16", "forward", "prefill", "decode")
     assert about == {
         "candidates": [f"{name} {experts}" for name in names for experts in ("eager", "grouped_mm")],
         "parameters": 11,

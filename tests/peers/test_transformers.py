@@ -185,8 +185,9 @@ def test_the_benchmark_trains_mixtral_in_the_named_precision() -> None:
     shape = shape_of(like_mixtral(ours), batch_size=2)
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        asked = shape._replace(training_precision=dtype)
-        losses[dtype] = float(mixtral_program.candidates(asked, mixtral_program.build(asked))["train"]().detach())
+        asked = shape._replace(training_precisions=[dtype])
+        runs = mixtral_program.candidates(asked, mixtral_program.build(asked))
+        losses[dtype] = float(runs[f"train-{dtype}"]().detach())
     assert 0 < abs(losses["bfloat16"] - losses["float32"]) < 0.01 * losses["float32"]
 
 
