@@ -27,8 +27,8 @@ Suite = Literal["moe", "train", "decode", "pipeline", "memory", "peers", "scalin
 EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
 """Suite -> the extra that it needs, and what the extra installs."""
 TRAINING = {"moe", "train", "scaling"}
-"""Suites that time a training step in the precision that is chosen for this machine. `peers` names the precision of each
-number. The other suites compute in float32, or plan for cards with a precision of their own."""
+"""Suites that time a training step in the precision that is chosen for this machine. `peers` names the precision of
+each number. The other suites compute in float32, or plan for cards with a precision of their own."""
 
 
 @dataclass(frozen=True)
