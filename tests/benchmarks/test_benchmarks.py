@@ -307,6 +307,16 @@ def test_peers_are_compared_by_their_faster_experts(taken: str, monkeypatch: pyt
         peers.compare(config(), 2, 1)
 
 
+def test_a_ratio_below_one_says_that_ours_is_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = dict.fromkeys(suites.RATIOS.values(), 1.5) | {"train_ratio_bfloat16": None, "decode_ratio": 0.5}
+    monkeypatch.setattr(peers, "compare", lambda *request: (numbers, {}))
+    printed = io.StringIO()
+    suites.against_peers(Console(file=printed, width=120), BenchmarkRequest(config(), 2, 1, None))
+    lines = [line for line in printed.getvalue().splitlines() if " x " in line]
+    assert len(lines) == len(numbers) - 1
+    assert [line for line in lines if "SLOWER" in line] == ["decoding: 0.50 x as fast as Mixtral: ours is SLOWER"]
+
+
 def numbers_in(found: dict) -> list[float]:
     return [n for value in found.values() for n in (numbers_in(value) if isinstance(value, dict) else [value])]
 

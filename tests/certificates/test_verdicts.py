@@ -7,11 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.certificates import arithmetic, causality, certify
+from moe_jax.certificates import arithmetic, causality, certify, on_mesh
 from moe_jax.certificates.arithmetic import layer_arithmetic, step_arithmetic
 from moe_jax.certificates.causality import PerturbationResult, count_changes
 from moe_jax.config import RunConfig
 from moe_jax.model.costs import bound_flops, count_parameters
+from moe_jax.parallel.collectives import Collective
 from tests.support import tiny
 
 MODEL = tiny.config()
@@ -206,3 +207,37 @@ def test_a_dense_model_has_no_certificates_of_experts(monkeypatch: pytest.Monkey
     assert list(certify.certify(CONFIG, params, 2)) == [
         *("layer_causality", "model_causality", "layer_arithmetic", "step_arithmetic", "compilations")
     ]
+
+
+# Collectives
+
+
+def sent(kind: Any, numbers: int, dtype: str = "f32", loops: tuple = ()) -> Collective:
+    return Collective(kind, "", ((dtype, (numbers,)),), ((0, 1),), loops)
+
+
+IDEAL = {"all-to-all": 400, "all-gather": 800, "all-reduce": 40_000}
+RIGHT = [sent("all-to-all", 100), sent("all-gather", 100), sent("all-reduce", 6_000), sent("reduce-scatter", 4_000)]
+MOST = int(on_mesh.SLACK * 40_000 + on_mesh.SCALARS) // 4
+
+
+@pytest.mark.parametrize(
+    ("found", "ideal", "verdicts"),
+    [
+        (RIGHT, IDEAL, "yes yes yes"),
+        ([], dict.fromkeys(IDEAL, 0), "yes yes yes"),
+        ([], IDEAL, "no no no"),
+        ([*RIGHT, sent("all-to-all", 1)], IDEAL, "no yes yes"),
+        ([*RIGHT, sent("all-gather", 1)], IDEAL, "yes no yes"),
+        ([*RIGHT, sent("collective-permute", 1)], IDEAL, "yes no yes"),
+        ([*RIGHT[:2], sent("all-reduce", 9_999)], IDEAL, "yes yes no"),
+        ([*RIGHT[:2], sent("all-reduce", MOST)], IDEAL, "yes yes yes"),
+        ([*RIGHT[:2], sent("all-reduce", MOST + 1)], IDEAL, "yes yes no"),
+        ([*RIGHT[:2], sent("all-reduce", 20_000, "bf16")], IDEAL, "yes yes no"),
+        ([*RIGHT[:2], sent("all-reduce", 5_000, loops=(2,))], IDEAL, "yes yes no"),
+    ],
+)
+def test_what_devices_may_send(found: list[Collective], ideal: dict[str, int], verdicts: str) -> None:
+    """An entry of f32 has four bytes."""
+    passed = [certificate.passed for certificate in on_mesh.certify_collectives(found, ideal)]
+    assert ["yes" if p else "no" for p in passed] == verdicts.split()

@@ -88,6 +88,25 @@ class Writer:
         return self.texts.pop(slot)
 
 
+def test_slots_are_changed_in_place() -> None:
+    """A large cache exists once: the slots before a call are gone after it."""
+    writer = Writer(2)
+    decoder, params = writer.decoder, writer.params
+
+    def gone(slots: Slots) -> bool:
+        return all(leaf.is_deleted() for leaf in jax.tree.leaves(slots.cache))
+
+    before = writer.state
+    writer.place(0, TEXTS[0])
+    assert gone(before)
+    before = writer.state
+    writer.state = decoder.refill(before, 0, decoder.read(params, [1, 2]))
+    assert gone(before)
+    before = writer.state
+    writer.step()
+    assert gone(before)
+
+
 def test_texts_that_begin_at_different_times_are_those_of_generate() -> None:
     """Three slots, five texts, four kinds of settings, and contexts that are full at different steps."""
     writer, waiting, running, done = Writer(3), list(enumerate(TEXTS)), {}, {}

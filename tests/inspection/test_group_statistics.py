@@ -55,3 +55,16 @@ def test_the_groups_of_an_expert_by_loops(seed: int, monkeypatch: pytest.MonkeyP
     claims = np.stack(list(expected.values()))
     assert claims.any()
     assert not claims.all()
+
+
+def test_the_edge_of_significance(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of nine shuffles four may reach the real statistic at the level of one half: (1 + 4) / (1 + 9)."""
+    monkeypatch.setattr(token_groups, "SHUFFLES", 9)
+    monkeypatch.setattr(token_groups, "GROUP_SIGNIFICANCE", 0.5)
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        groups, counts = [str(g) for g in rng.choice(["a", "b"], 12)], rng.integers(1, 9, 12)
+        by_token = rng.binomial(counts, 0.4, (1, 2, 12))
+        found, expected = preferred_groups(by_token, counts, groups), by_loops(by_token, counts, groups)
+        for name, preferred in expected.items():
+            np.testing.assert_array_equal(found[name], preferred)
