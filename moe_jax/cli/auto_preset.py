@@ -7,7 +7,8 @@ run is then a run like any other: its config.json holds the name and the setting
 from typing import NamedTuple
 
 from moe_jax.cli.arguments import Values
-from moe_jax.cli.settings import AUTO, OUT, PRESET, Settings, override, resolve_settings
+from moe_jax.cli.origin import PRESET, override
+from moe_jax.cli.settings import AUTO, OUT, Settings, resolve_settings
 from moe_jax.cli.settings_file import SettingsFile
 from moe_jax.cli.text_plan import Given, plan_for_text
 from moe_jax.config import ConfigError, RunConfig, UserError

@@ -1,31 +1,26 @@
 """The settings of a run. They start from an origin; a file changes them, and then flags change them.
 
-The origin is the preset, the run that is resumed, the dense run or model that is upcycled, the model that is imported,
-or the run that is fine-tuned. The settings that name the origin are read first. The other settings must fit only the
-origin that they change.
+The origin (`origin.py`) is the preset, the run that is resumed, the dense run or model that is upcycled, the model that
+is imported, or the run that is fine-tuned.
 """
 
 import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, Values, arguments_of, read
 from moe_jax.cli.command import Command, Group
+from moe_jax.cli.origin import PRESET, Origin, override
 from moe_jax.cli.settings_file import SettingsFile, read_settings
-from moe_jax.config import SECTIONS, ConfigError, RunConfig, load_config
-from moe_jax.config.compatibility import check_resumable, check_tuning, check_vocabulary
+from moe_jax.config import SECTIONS, ConfigError, RunConfig
+from moe_jax.config.compatibility import check_tuning
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.corpora import check_source
-from moe_jax.interop.starting_point import starting_point
 from moe_jax.system.errors import FieldError
 
-ORIGIN = {("", name) for name in ("preset", "out", "resume", "upcycle", "init_from", "base")} | {("model", "dense")}
-"""Fields that say where settings start from: the preset, and the fields that give `RunConfig.run_dir`."""
-
-PRESET, OUT, VOCABULARY = ("", "preset"), ("", "out"), ("model", "vocab_size")
+OUT, VOCABULARY = ("", "out"), ("model", "vocab_size")
 
 COMMON = (
     *("--preset", "--data", "--tokenizer", "--out", "--resume"),
@@ -95,11 +90,6 @@ class RunCommand(Command):
         """Turn the command's own arguments into settings: add to `flags`."""
 
 
-def _tuning(given: Values) -> tuple[bool, bool]:
-    """Whether the settings are for fine-tuning, and whether with adapters."""
-    return given.get(("data", "format")) == "chat", bool(given.get(("train", "lora_rank")))
-
-
 def run_arguments(start: RunConfig, takes_auto: bool = False) -> list[Argument]:
     """Every field of a run's configuration, with the defaults of `start`."""
     sections = ((section, start.section(section)) for section in ("", *SECTIONS))
@@ -114,49 +104,18 @@ def resolve_settings(file: SettingsFile, flags: Values, planned: Values | None =
     `planned` values stand for defaults of the preset.
     """
     given = (planned or {}) | file.values | flags
-    origin = {key: value for key, value in given.items() if key in ORIGIN}
-    start = preset(given.get(PRESET, RunConfig.preset))
-    asked = override(start, origin)
-    # The weights of an import are in the checkpoints of its run, so a resume does not look for their folder.
-    saved = load_config(Path(asked.run_dir)) if asked.resume and (asked.init_from or asked.out) else None
-    source = starting_point(asked, *_tuning(given)) if saved is None else None
-    if source is not None:
-        start = source.defaults
-        asked = override(start, origin)
-    if saved is None and asked.resume:
-        saved = load_config(Path(asked.run_dir))
-    if saved is not None:
-        # A folder may have been copied or renamed, so its path comes from the command and not from its config.json.
-        start = saved = dataclasses.replace(saved, out=asked.run_dir)
-    if start.model.vocab_size and given.get(VOCABULARY) == 0:
+    origin = Origin.of(given).without_own_vocabulary()
+    if origin.start.model.vocab_size and given.get(VOCABULARY) == 0:
         del given[VOCABULARY]  # 0 stands for the tokenizer's size, which the origin has by now
     try:
-        config = override(start, given)
+        config = override(origin.start, given)
         check_tuning(config)
         check_source(config.data.source, config.data.format)
-        if saved is None and source is None:
-            check_vocabulary(config)
+        origin.check_vocabulary(config)
     except ConfigError as error:
-        raise _name_source(error, start, file, flags) from None
-    if saved is not None:
-        check_resumable(saved, config)
-    elif source is not None:
-        source.check(config)
-    return Settings(config, saved)
-
-
-def override(start: RunConfig, values: Values) -> RunConfig:
-    """`start` with some values replaced. Raises FieldError if the values do not fit each other."""
-    changes = {section: {n: v for (s, n), v in values.items() if s == section} for section in ("", *SECTIONS)}
-    routing = dataclasses.replace(start.model.routing, **changes["routing"])
-    return dataclasses.replace(
-        start,
-        **changes[""],
-        model=dataclasses.replace(start.model, routing=routing, **changes["model"]),
-        data=dataclasses.replace(start.data, **changes["data"]),
-        train=dataclasses.replace(start.train, **changes["train"]),
-        execution=dataclasses.replace(start.execution, **changes["execution"]),
-    )
+        raise _name_source(error, origin.start, file, flags) from None
+    origin.check(config)
+    return Settings(config, origin.saved)
 
 
 def _name_source(error: ConfigError, start: RunConfig, file: SettingsFile, flags: Values) -> ConfigError:

@@ -27,7 +27,7 @@ from moe_jax.system.terminal_text import say
 class TrainingCommand(RunCommand):
     """A command that trains: `train` and `sft`."""
 
-    interrupted: ClassVar[str] = "training goes on from its last checkpoint with --resume"
+    interrupted: ClassVar[str] = "no step was taken; the same command starts it again"
 
     dry_run: bool = False
     """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""
@@ -78,7 +78,7 @@ class TrainingCommand(RunCommand):
         streams.outlive_output()
         if self.group is not None:
             environment.silence_libraries()
-        with Signals(together=self.group is not None) as signals:
+        with Signals(together=self.group is not None, saved=saved is not None) as signals:
             notes = environment.prepare_environment(config.execution.deterministic)
             if config.resume and saved is None:
                 say(new_run_note(Path(config.run_dir)))
@@ -180,5 +180,8 @@ def check_run(config: RunConfig) -> None:
 
 
 def new_run_note(run: Path) -> str:
-    """What to say if --resume finds no run in the folder. Names runs nearby: the folder may be mistyped."""
+    """What to say if --resume finds no checkpoint in the folder. Where no run has begun, names runs nearby: the folder
+    may be mistyped."""
+    if (run / "config.json").exists():
+        return f"--resume: {run} has no checkpoint yet, so its run starts again, with the settings in its config.json"
     return f"--resume: {run} holds no run yet, so a new one starts there{perhaps_another(run)}"

@@ -37,7 +37,7 @@ from moe_jax.config.model import (
     RoutingConfig,
     capacity,
 )
-from moe_jax.config.run import SECTIONS, PresetName, RunConfig, holds_run, load_config
+from moe_jax.config.run import SECTIONS, PresetName, RunConfig, holds_run, load_begun_config, load_config
 from moe_jax.config.train import OptimizerKind, ParamDtype, Schedule, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError
 
@@ -71,5 +71,6 @@ __all__ = [
     "UserError",
     "capacity",
     "holds_run",
+    "load_begun_config",
     "load_config",
 ]

@@ -50,6 +50,20 @@ def check_resumable(saved: RunConfig, config: RunConfig) -> None:
     _check_same(saved, config, fixed, f"the run in {config.run_dir}", hint)
 
 
+def check_restartable(begun: RunConfig, config: RunConfig) -> None:
+    """Raise ConfigError if a run that starts again, because it has no checkpoint yet, would start from another preset
+    or from other weights. Every other setting may change."""
+    hint = "leave the flag out to start it again, or leave --resume out to start a new run there"
+    fixed = [("", name) for name in ("preset", "upcycle", "init_from", "base")]
+    _check_same(begun, config, fixed, f"the run that began in {config.run_dir}", hint)
+
+
+def without_own_vocabulary(begun: RunConfig) -> RunConfig:
+    """The settings of a run that begins again. Its vocabulary was that of the tokenizer, which is made again."""
+    own = begun.model.vocab_size <= largest_vocabulary(begun.data)
+    return dataclasses.replace(begun, model=dataclasses.replace(begun.model, vocab_size=0)) if own else begun
+
+
 def check_vocabulary(config: RunConfig) -> None:
     """Raise ConfigError if the model of a new run may have fewer entries than its tokenizer."""
     given, entries = config.model.vocab_size, largest_vocabulary(config.data)

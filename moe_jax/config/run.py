@@ -174,6 +174,22 @@ def load_config(run: Path) -> RunConfig | None:
         raise UserError(f"{run / 'config.json'} cannot be read ({error}){_repair(run)}") from error
 
 
+def load_begun_config(run: Path) -> RunConfig | None:
+    """The saved configuration of a run that ended before its first checkpoint. None where no run has begun, or where
+    the folder holds a checkpoint. Raises UserError where the configuration cannot be read."""
+    folder = Folder(run)
+    try:
+        if holds_run(run) or folder.status("config.json") is None:
+            return None
+        return RunConfig.from_dict(folder.read_json("config.json"))
+    except (OSError, ValueError, UserError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{run / 'config.json'} cannot be read ({what}), and there is no checkpoint; "
+            "leave --resume out to start a new run there"
+        ) from error
+
+
 def _repair(run: Path, error: OSError | None = None) -> str:
     """What to do about a config.json that cannot be read. A file that the system refuses to read may well be whole."""
     if error is not None and not isinstance(error, FileNotFoundError):

@@ -197,18 +197,14 @@ class RunFolder:
         `saved` is the configuration that the checkpoint holds, and not config.json: so a change by hand in config.json
         is recorded too. Returns the changes as text, such as "train.steps 200 -> 400".
         """
-        changes = {
-            f"{section}.{f.name}".lstrip("."): [getattr(c.section(section), f.name) for c in (saved, config)]
-            for section in ("", *SECTIONS)
-            for f in dataclasses.fields(config.section(section))
-            if f.name not in (*SECTIONS, *_NO_SETTINGS)
-            and getattr(saved.section(section), f.name) != getattr(config.section(section), f.name)
-        }
-        document = self.files.read_json("config.json")
-        history = document.get("history")
-        entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
-        self.write_config(config, [*(history if isinstance(history, list) else []), entry], run_id)
-        return [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
+        entry, said = recorded_changes(saved, config, step)
+        self.write_config(config, [*self.history(), entry], run_id)
+        return said
+
+    def history(self) -> list[Any]:
+        """What config.json says of the origin of the run, and of the changes since. Empty if it says nothing."""
+        history = self.files.read_json("config.json").get("history")
+        return history if isinstance(history, list) else []
 
     def write_config(self, config: RunConfig, history: list[dict[str, Any]], run_id: str) -> None:
         """Write config.json."""
@@ -247,6 +243,20 @@ class RunFolder:
 
     def write_summary(self, values: dict[str, Any]) -> None:
         self.files.write(summary.NAME, json_text(values, indent=2) + "\n")
+
+
+def recorded_changes(saved: RunConfig, config: RunConfig, step: int) -> tuple[dict[str, Any], list[str]]:
+    """The entry in the history of config.json for a run that goes on at a step with changed settings, and the changes
+    as text, such as "train.steps 200 -> 400"."""
+    changes = {
+        f"{section}.{f.name}".lstrip("."): [getattr(c.section(section), f.name) for c in (saved, config)]
+        for section in ("", *SECTIONS)
+        for f in dataclasses.fields(config.section(section))
+        if f.name not in (*SECTIONS, *_NO_SETTINGS)
+        and getattr(saved.section(section), f.name) != getattr(config.section(section), f.name)
+    }
+    entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
+    return entry, [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
 
 _NO_SETTINGS = ("out", "resume")

@@ -54,8 +54,10 @@ class Signals:
     With `together`, other processes must stop at the same step. So the first signal never ends or interrupts anything.
     """
 
-    def __init__(self, together: bool = False) -> None:
+    def __init__(self, together: bool = False, saved: bool = False) -> None:
         self._together = together
+        self.saved = saved
+        """Whether the run has a checkpoint."""
         self.stop_signal: int | None = None
         """Number of the signal that came; None before one came."""
         self.unsaved = False
@@ -82,6 +84,13 @@ class Signals:
         with suppress(OSError):
             self._wake.shutdown(socket.SHUT_RDWR)  # ends the thread, which closes its own end
         self._wake.close()
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What the user can do after the run has stopped."""
+        if self.saved:
+            return "go on from the newest checkpoint with --resume"
+        return "no step was saved, so the same command starts the run again"
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -111,13 +120,13 @@ class Signals:
                 if number not in self._before:
                     continue
                 if not (self.unsaved or self._together):
-                    _leave(number)
+                    self._leave(number)
                 if number in INSISTENT:
                     now = time.monotonic()
                     if first is not None and now - first < DUPLICATE_SIGNAL_SECONDS:
                         continue
                     if first is not None:
-                        _leave(number)
+                        self._leave(number)
                     first = now
                 elif self._said:
                     continue
@@ -126,11 +135,10 @@ class Signals:
                 again = "send it again to leave" if number in INSISTENT else "SIGTERM leaves"
                 _say(f"{signal.Signals(number).name}: stopping after this step is saved; {again} at once")
 
-
-def _leave(number: int) -> None:
-    _say(f"left at {signal.Signals(number).name}; go on from the newest checkpoint with --resume")
-    writing.acquire(timeout=_WRITE_SECONDS)
-    os._exit(128 + number)
+    def _leave(self, number: int) -> None:
+        _say(f"left at {signal.Signals(number).name}; {self.how_to_go_on}")
+        writing.acquire(timeout=_WRITE_SECONDS)
+        os._exit(128 + number)
 
 
 def _say(text: str) -> None:

@@ -83,14 +83,17 @@ def evaluate_and_save_if_due(
         with step_logger.paused():
             together.attempt(log.sync)
             session.save(step, val_loss)
-            signals.unsaved = False
+            signals.unsaved, signals.saved = False, True
         asked = together.asked(signals.stop_signal)  # a signal during the save counts too, even at the last step
     if asked is not None:
         together.raise_error(asked)
-        what = (
-            f"stopped at step {step}, which is saved; go on with --resume" if step else "stopped before the first step"
+        where = (
+            f"at step {step}, which is saved; go on with --resume"
+            if step
+            else f"before the first step; {signals.how_to_go_on}"
         )
-        terminal.say(what)
+        terminal.close()  # or the bar, with an older step, stands below
+        terminal.say(f"stopped {where}")
         raise Stopped(asked)
     if enough and not last:
         terminal.say(f"stopped early at step {step}: {config.patience} evaluations without improvement")

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
+from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run, load_begun_config
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.chat_rows import Message
@@ -31,7 +31,7 @@ from moe_jax.model.transformer import Params
 from moe_jax.parallel.global_arrays import made, placed
 from moe_jax.parallel.mesh import mesh_of
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
-from moe_jax.runs.folder import RunFolder, RunLock
+from moe_jax.runs.folder import RunFolder, RunLock, recorded_changes
 from moe_jax.runs.identity import (
     check_full_weights,
     check_same_model,
@@ -163,6 +163,11 @@ class SessionProgress:
         """Seconds of the run, summed over all its processes."""
         return self.elapsed_before + time.monotonic() - self.begin
 
+    @property
+    def how_to_go_on(self) -> str:
+        """What the user can do after an error."""
+        return "go on from the last checkpoint with --resume" if self.saved_step else "start again with --resume"
+
     @classmethod
     def restored(cls, checkpoint: Checkpoint, begin: float) -> "SessionProgress":
         """The progress that was saved with a checkpoint."""
@@ -247,7 +252,12 @@ class Session:
             self.notes.append(note)
         self.state = self.programs.state(params)
         origin = self.progress.origin
-        self.run_id = self.folder.start(self.config, self.data.store.tokenizer, [origin] if origin else [])
+        history = [origin] if origin else []
+        if self.config.resume and (begun := load_begun_config(self.folder.path)) is not None:
+            entry, changes = recorded_changes(begun, self.config, 0)
+            history += [*(earlier for earlier in self.folder.history() if "resumed_at_step" in earlier), entry]
+            self.notes.append("started again at step 0" + (": " + ", ".join(changes) if changes else ""))
+        self.run_id = self.folder.start(self.config, self.data.store.tokenizer, history)
 
     def _restore(self) -> None:
         """Restore the newest good checkpoint, and remove what was logged after it."""
@@ -327,7 +337,7 @@ class Session:
             path, _ = self.diagnose(step)
             raise UserError(
                 f"step {step}: {bad[0]} is not finite, so it is not saved ({path}); "
-                "lower --lr, and go on from the last checkpoint with --resume"
+                f"lower --lr, and {self.progress.how_to_go_on}"
             )
         context = {
             "data": self.data.store.digest,

@@ -67,7 +67,7 @@ class StepLogger:
             path, first = self._session.diagnose(step)
             raise UserError(
                 f"step {step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite, first "
-                f"in {first} ({path}); lower --lr, and go on from the last checkpoint with --resume"
+                f"in {first} ({path}); lower --lr, and {self._session.progress.how_to_go_on}"
             )
 
     def _write(self, step: int, report: StepReport) -> None:

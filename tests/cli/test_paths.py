@@ -1,5 +1,6 @@
 """Names of files and folders that cannot be: refused with status 2, by the name of the flag, before anything else."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -11,8 +12,9 @@ import pytest
 from moe_jax.cli.arguments import PATHS, arguments_of
 from moe_jax.cli.command import COMMANDS, command
 from moe_jax.cli.main import main, run_command
+from moe_jax.cli.sft import Sft
 from moe_jax.cli.train import Train, new_run_note
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from moe_jax.config.near_runs import missing_run
 from tests.cli.test_cli import make_held
 
@@ -138,3 +140,52 @@ def test_a_mistyped_run_is_said_to_be_new(typed: str, near: list[str], tmp_path:
     there = expected.partition(";")[2] or " runs there: runs/story, runs/story-2, runs/wiki" * typed.startswith("runs")
     named = f"--run {typed}: no run with a complete checkpoint there{';' * bool(there)}{there}; make one with `make`"
     assert missing_run("--run", typed, "make one with `make`") == named
+
+
+def make_begun(folder: Path, **changes: Any) -> None:
+    """A run that ended before its first checkpoint: it has a config.json, and no step."""
+    config = RunConfig(data=DataConfig(source=str(folder.parent / "book.txt")), train=TrainConfig(steps=321))
+    (folder.parent / "book.txt").write_text("a book")
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(dataclasses.replace(config, **changes).to_dict()))
+
+
+def test_a_run_without_a_checkpoint_starts_again_with_its_own_settings(tmp_path: Path, monkeypatch) -> None:
+    """Its text, its steps and its width, but for the flags that are given now. Without --resume, the preset's."""
+    monkeypatch.chdir(tmp_path)
+    small = ModelConfig(vocab_size=400, width=96)  # 400 entries: the tokenizer of that text had fewer than 1,024
+    make_begun(tmp_path / "begun", model=small)
+    config, saved = Train.parse(["--out", "begun", "--resume", "--lr", "0.5"]).settings
+    assert saved is None  # there is nothing to restore
+    assert (config.data.source, config.train.steps) == (str(tmp_path / "book.txt"), 321)
+    assert (config.model.width, config.model.vocab_size, config.train.lr) == (96, 0, 0.5)
+    assert Train.parse(["--out", "begun", "--resume", "--tokenizer", "gpt2"]).settings.config.data.tokenizer == "gpt2"
+    assert Train.parse(["--out", "begun"]).settings.config.data.source == "stories"
+    monkeypatch.chdir(tmp_path / "begun")
+    assert new_run_note(Path()) == (
+        "--resume: . has no checkpoint yet, so its run starts again, with the settings in its config.json"
+    )
+
+
+def test_a_run_without_a_checkpoint_keeps_its_origin(tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    make_begun(tmp_path / "begun")
+    start = ["train", "--out", "begun", "--resume"]
+    assert "--preset story: the run that began in begun has nano; leave the flag out" in refused(
+        [*start, "--preset", "story"], capsys
+    )
+    make_held(tmp_path, vocab_size=400)
+    chats = tmp_path / "chats.jsonl"
+    chats.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2)
+    tuned = Sft.parse(["--run", "held", "--data", str(chats), "--out", "tuned", "--steps", "5"]).settings.config
+    (tmp_path / "tuned").mkdir()
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps(tuned.to_dict()))
+    for parsed in (
+        Train.parse(["--out", "tuned", "--resume"]),
+        Sft.parse(["--run", "held", "--out", "tuned", "--resume"]),
+    ):
+        assert dataclasses.replace(parsed.settings.config, resume=False) == tuned
+    (tmp_path / "begun" / "config.json").write_text("{")
+    (tmp_path / "begun").rename(tmp_path / "broken")
+    with pytest.raises(UserError, match=r"broken/config\.json cannot be read .* leave --resume out to start a new run"):
+        Train.parse(["--out", "broken", "--resume"])

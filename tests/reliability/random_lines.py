@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.cli.arguments import Argument
-from moe_jax.cli.settings import override
+from moe_jax.cli.origin import override
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError
 from moe_jax.config.presets import preset

@@ -181,6 +181,7 @@ def test_with_nothing_to_save_the_first_signal_leaves_at_once(text: Path, cache:
     while not (out / ".lock").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 143
     assert newest(out) is None
+    assert "left at SIGTERM; no step was saved, so the same command starts the run again" in err

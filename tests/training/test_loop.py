@@ -48,7 +48,7 @@ class Run:
     def after(self, step: int) -> bool:
         logger: Any = SimpleNamespace(flush=lambda: self.events.append("flushed"), paused=Pause)
         log: Any = SimpleNamespace(sync=lambda: self.events.append("synced"))
-        shown: Any = SimpleNamespace(say=self.events.append)
+        shown: Any = SimpleNamespace(say=self.events.append, close=lambda: self.events.append("bar closed"))
         return loop.evaluate_and_save_if_due(self.session, step, logger, self.signals, log, shown, Together())
 
 
@@ -111,7 +111,20 @@ def test_a_signal_saves_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stopped) as stopped:
         run.after(1)
     assert stopped.value.status == 128 + signal.SIGINT
-    assert run.events[-2:] == [("saved", None), "stopped at step 1, which is saved; go on with --resume"]
+    last = "stopped at step 1, which is saved; go on with --resume"
+    assert run.events[-3:] == [("saved", None), "bar closed", last]  # or the bar of an older step stands below it
+    assert run.signals.how_to_go_on == "go on from the newest checkpoint with --resume"
+
+
+def test_before_the_first_save_nothing_is_said_of_a_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(monkeypatch)
+    run.signals.stop_signal = signal.SIGINT
+    with pytest.raises(Stopped):
+        run.after(0)
+    assert run.events[-1] == (
+        "stopped before the first step; no step was saved, so the same command starts the run again"
+    )
+    assert Signals(saved=True).how_to_go_on.startswith("go on from")
 
 
 def test_a_signal_within_an_evaluation_saves_without_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -264,6 +264,18 @@ def test_a_start_that_reached_no_checkpoint_is_started_over(text: Path, tmp_path
     assert [(r["step"], r["split"]) for r in records(tmp_path / "early")] == [(3, "train"), (4, "val")]
 
 
+def test_a_resume_before_the_first_checkpoint_starts_again_and_records_the_change(text: Path, tmp_path: Path) -> None:
+    config = configuration(text, tmp_path / "early")
+    run(config, die_at=3)
+    again = dataclasses.replace(config, resume=True, train=dataclasses.replace(config.train, lr=0.5))
+    for number in (1, 2):
+        session = run(again, die_at=1)
+        history = json.loads((tmp_path / "early" / "config.json").read_text())["history"]
+        assert [entry["resumed_at_step"] for entry in history] == [0] * number
+    assert history[0]["changed"] == {"train.lr": [config.train.lr, 0.5]}
+    assert (history[1]["changed"], session.notes) == ({}, ["started again at step 0"])
+
+
 def test_gradients_that_stay_bad_end_the_run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NaN parameters: skipped steps, each written down with nulls, then one line of what to do."""
     monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 5)
