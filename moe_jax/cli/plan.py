@@ -74,7 +74,8 @@ class Plan(Command):
     """Memory that training on this machine may take, such as 8GB or 900MB. Three quarters of the machine's memory if
     only --data is given."""
     minutes: float = 0.0
-    """Time that training on your text may take. 0 is as long as it takes."""
+    """Chooses the number of steps for about that time of training on your text. The speed is measured, so the number
+    may differ from call to call. 0: as long as it takes."""
     gflops: float = 0.0
     """With --minutes, the speed of one matrix product on this machine, in 10^9 operations a second. 0 measures it."""
     json: bool = False

@@ -70,17 +70,17 @@ def plan_for_text(
     `asked` has the precision that is asked for. Raises the errors of `own_text.search`.
     """
     with working("starting JAX"):
-        from moe_jax.planning import own_text, plan_in_words
+        from moe_jax.planning import own_text, plan_in_words, text_size
     limits = given.limits(asked)
     plans = own_text.search(source, limits, imported, change or (lambda config: config))
     tried: list[TextPlan] = []
     while not tried or not tried[-1].fits:
-        with working("compiling a training step, to see its memory"):
+        with working("counting the tokens of the text, and compiling a training step to see its memory"):
             following = next(plans, None)
         if following is None:
             return TextPlans(tried, limits, [])
         tried.append(following)
-    found = plan_in_words.reasons(tried[-1], tried[:-1], own_text.text_bytes(source), limits)
+    found = plan_in_words.reasons(tried[-1], tried[:-1], text_size.text_bytes(source), limits)
     return TextPlans(tried, limits, list(found))
 
 

@@ -126,7 +126,8 @@ class Train(TrainingCommand):
     takes_auto: ClassVar[bool] = True
 
     minutes: float = 0.0
-    """With --preset auto, time that training may take. 0 is as long as it takes."""
+    """With --preset auto, chooses the number of steps for about that time. It does not stop the run; on a busy machine
+    it takes longer. The speed is measured, so the number may differ from call to call. 0: as long as it takes."""
     memory: str = ""
     """With --preset auto, memory that training may take, such as 8GB. Three quarters of the machine's unless given."""
     gflops: float = 0.0

@@ -6,24 +6,23 @@ ever smaller micro-batches, and at the end a smaller preset.
 """
 
 import dataclasses
+import itertools
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from moe_jax.config import DataConfig, PresetName, RunConfig, UserError
+from moe_jax.config import PresetName, RunConfig, UserError, holds_run
 from moe_jax.config.presets import PRESETS, folder_for_text, preset, preset_for_text, with_vocabulary
-from moe_jax.data.corpora import open_corpus
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.planning.target import MIB
+from moe_jax.planning.text_size import bytes_per_token, text_bytes
 from moe_jax.system.environment import runs_on_cpu
 from moe_jax.system.errors import FieldError
 from moe_jax.training.advice import USEFUL_PASSES
 from moe_jax.training.expected_time import duration, steps_within
 from moe_jax.training.programs import Programs
 
-BYTES_PER_TOKEN = 3.0
-"""Of a `bpe` tokenizer of 1,024 to 4,096 entries. English prose has 2.3 to 3.7, measured on plays and on stories."""
 LEAST_TOKENS_PER_PARAMETER = 0.5
 """Tokens for each active parameter, below which the time is too short for a preset. A choice, not a measurement."""
 
@@ -65,7 +64,7 @@ class TextPlan(NamedTuple):
         config, start = self.config, preset(self.config.preset)
         words = ["uv run train.py", *origin_flags(config), f"--preset {config.preset}"]
         words.append(f"--data {shlex.quote(config.data.source)}")
-        words.append(f"--out {shlex.quote(folder_for_text(config.data.source))}")
+        words.append(f"--out {shlex.quote(free_folder(config.data.source))}")
         for name, flag in (("steps", "--steps"), ("batch_size", "--batch-size"), ("grad_accum", "--grad-accum")):
             if getattr(config.train, name) != getattr(start.train, name):
                 words.append(f"{flag} {getattr(config.train, name)}")
@@ -74,15 +73,17 @@ class TextPlan(NamedTuple):
         return " ".join(words)
 
 
+def free_folder(source: str) -> str:
+    """The folder of a new run on a text: named after the text, with a number if that folder holds a run."""
+    name = folder_for_text(source)
+    folders = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in folders if not holds_run(Path(folder)))
+
+
 def origin_flags(config: RunConfig) -> list[str]:
     """The flags that say which model a run starts from. None for a start from noise."""
     given = {"--init-from": config.init_from, "--upcycle": config.upcycle}
     return [f"{flag} {shlex.quote(folder)}" for flag, folder in given.items() if folder]
-
-
-def text_bytes(source: str) -> int | None:
-    """Bytes of the training text. None for a corpus whose size is not known before it is read."""
-    return open_corpus(DataConfig(source=source)).size("train")
 
 
 def step_tokens(config: RunConfig) -> int:
@@ -91,8 +92,8 @@ def step_tokens(config: RunConfig) -> int:
 
 
 def useful_steps(config: RunConfig, size: int) -> int:
-    """Steps that read a text of `size` bytes USEFUL_PASSES times; at least 1."""
-    return max(1, round(USEFUL_PASSES * size / BYTES_PER_TOKEN / step_tokens(config)))
+    """Steps that read the text of the settings, of `size` bytes, USEFUL_PASSES times; at least 1."""
+    return max(1, round(USEFUL_PASSES * size / bytes_per_token(config) / step_tokens(config)))
 
 
 def with_steps(config: RunConfig, size: int | None, limits: Limits) -> RunConfig:
@@ -140,7 +141,7 @@ def search(
     of `open_corpus`; UserError for a text that is too short; FieldError if the changes fit no preset.
     """
     size = text_bytes(source)
-    if size is not None and size < BYTES_PER_TOKEN * preset("nano").model.seq_len:
+    if size is not None and size < preset("nano").model.seq_len:
         raise UserError(f"--data {Path(source)}: {size} bytes are too little to train on; give a longer text")
     starts = list(changed(presets_for(source, size) if imported is None else [imported], change))
     for start in starts:

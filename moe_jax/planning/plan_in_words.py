@@ -1,9 +1,12 @@
 """A plan of `planning.own_text` with its reasons, in sentences."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 
+from moe_jax.config import DataConfig, RunConfig
 from moe_jax.config.presets import FIRST_BYTES, preset, with_vocabulary
-from moe_jax.planning.own_text import BYTES_PER_TOKEN, Limits, TextPlan, step_tokens, useful_steps
+from moe_jax.planning.own_text import Limits, TextPlan, step_tokens, useful_steps
+from moe_jax.planning.text_size import bytes_per_token
 from moe_jax.system.environment import runs_on_cpu
 from moe_jax.training.advice import USEFUL_PASSES
 from moe_jax.training.expected_time import HIGHEST, LOWEST, ExpectedTime, duration
@@ -14,7 +17,7 @@ def reasons(plan: TextPlan, passed_over: Sequence[TextPlan], size: int | None, l
 
     `size` is that of the text in bytes, None if it is not known.
     """
-    yield _of_text(size)
+    yield _of_text(plan.config, size)
     for other in passed_over:
         yield f"{_named(other)}: passed over, because {other.problem}"
     yield _of_steps(plan, size, limits)
@@ -27,25 +30,25 @@ def reasons(plan: TextPlan, passed_over: Sequence[TextPlan], size: int | None, l
     if plan.step_mib is not None:
         yield f"memory: a training step takes {plan.step_mib:,.0f} of {limits.mib:,.0f} MiB"
     if size is not None and not plan.config.init_from and not plan.config.upcycle:
-        yield from warning(size)
+        yield from warning(plan.config.data, size)
 
 
-def warning(size: int) -> Iterator[str]:
+def warning(data: DataConfig, size: int) -> Iterator[str]:
     """A sentence with numbers, if a text of `size` bytes is too small for any preset."""
-    smallest = preset("nano")
+    smallest = dataclasses.replace(preset("nano"), data=data)
     steps, most = useful_steps(smallest, size), smallest.train.steps
     if steps < most:
-        enough = most * step_tokens(smallest) * BYTES_PER_TOKEN / USEFUL_PASSES
+        enough = most * step_tokens(smallest) * bytes_per_token(smallest) / USEFUL_PASSES
         yield (
             f"warning: the text is too small for any preset. Its {size / 1e6:.2f} MB, read {USEFUL_PASSES} times, are "
-            f"{steps:,} steps, and nano, the smallest preset, has {most:,}. About {enough / 1e6:.1f} MB would be enough"
+            f"{steps:,} steps, and nano, the smallest preset, has {most:,}. About {enough / 1e6:.2f} MB would be enough"
         )
 
 
-def _of_text(size: int | None) -> str:
+def _of_text(config: RunConfig, size: int | None) -> str:
     if size is None:
         return "text: its size is not known before it is read"
-    known = f"text: {size / 1e6:.2f} MB, about {size / BYTES_PER_TOKEN / 1e6:.2f} M tokens"
+    known = f"text: {size / 1e6:.2f} MB, about {size / bytes_per_token(config) / 1e6:.2f} M tokens"
     for name, least in FIRST_BYTES.items():
         if size < least:
             known += f"; the next larger preset, {name}, is for {least / 1e6:,.0f} MB or more"
@@ -57,7 +60,7 @@ def _of_steps(plan: TextPlan, size: int | None, limits: Limits) -> str:
     config, steps = plan.config, plan.config.train.steps
     text = f"steps: {steps:,} of {step_tokens(config):,} tokens"
     if size is not None:
-        text += f", which read the text about {steps * step_tokens(config) * BYTES_PER_TOKEN / size:.1f} times"
+        text += f", which read the text about {steps * step_tokens(config) * bytes_per_token(config) / size:.1f} times"
     if size is not None and steps == useful_steps(config, size):
         return f"{text}; more than {USEFUL_PASSES} times teaches little"
     if limits.seconds is not None and steps == limits.steps(config):

@@ -6,7 +6,7 @@ import pytest
 
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError, RunConfig, UserError
-from moe_jax.planning import own_text
+from moe_jax.planning import own_text, plan_in_words
 from tests.cli.test_cli import ROOT, assert_refused, make_held, run_without_jax
 
 AUTO = ("--preset", "auto", "--data", "book.txt")
@@ -16,6 +16,8 @@ AUTO = ("--preset", "auto", "--data", "book.txt")
 def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").write_text("a " * 2_000_000)
+    for module in (own_text, plan_in_words):
+        monkeypatch.setattr(module, "bytes_per_token", lambda config: 3.0)
     monkeypatch.setattr(own_text, "step_mib", lambda config: {"story-cpu": 500.0}.get(config.preset, 100.0))
 
 

@@ -14,6 +14,11 @@ from moe_jax.planning import own_text
 from moe_jax.planning.own_text import Limits, TextPlan
 
 
+@pytest.fixture(autouse=True)
+def _three_bytes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(own_text, "bytes_per_token", lambda config: 3.0)
+
+
 @pytest.mark.parametrize(
     ("size", "name"),
     [
@@ -69,6 +74,10 @@ def test_the_first_that_fits_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
         "--steps 1237 --batch-size 2 --grad-accum 4 --execution.remat"
     )
     monkeypatch.chdir(tmp_path)
+    for name in ("my book", "my book-2"):  # a command that is printed must not be refused
+        (tmp_path / "runs" / name / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert "--out 'runs/my book-3' " in tried[-1].command()
+    command = command.replace("my book' --steps", "my book-3' --steps")
     config = Train.parse(shlex.split(command)[3:]).settings.config
     assert (config.train, config.execution) == (tried[-1].config.train, tried[-1].config.execution)
 

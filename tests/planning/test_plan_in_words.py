@@ -4,9 +4,17 @@ import dataclasses
 
 import pytest
 
+from moe_jax.config import DataConfig
 from moe_jax.config.presets import preset
+from moe_jax.planning import own_text, plan_in_words
 from moe_jax.planning.own_text import Limits, TextPlan
 from moe_jax.planning.plan_in_words import reasons, warning
+
+
+@pytest.fixture(autouse=True)
+def _three_bytes_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (own_text, plan_in_words):
+        monkeypatch.setattr(module, "bytes_per_token", lambda config: 3.0)
 
 
 def planned(name: str, steps: int, step_mib: float | None, problem: str = "") -> TextPlan:
@@ -42,12 +50,12 @@ def test_steps_that_the_text_or_the_preset_bounds() -> None:
 @pytest.mark.parametrize("size", [1_382_400, 2e9])
 def test_a_text_that_fills_the_steps_of_nano_is_large_enough(size: int) -> None:
     """900 steps x 2,048 tokens x 3 bytes / 4 times = 1,382,400 bytes."""
-    assert list(warning(size)) == []
+    assert list(warning(DataConfig(), size)) == []
 
 
 def test_a_small_text_is_told_how_small_it_is() -> None:
-    assert list(warning(768_000)) == [
+    assert list(warning(DataConfig(), 768_000)) == [
         "warning: the text is too small for any preset. Its 0.77 MB, read 4 times, are 500 steps, and nano, the "
-        "smallest preset, has 900. About 1.4 MB would be enough"
+        "smallest preset, has 900. About 1.38 MB would be enough"
     ]
-    assert len(list(warning(1_380_000))) == 1  # 898 steps
+    assert len(list(warning(DataConfig(), 1_380_000))) == 1  # 898 steps
