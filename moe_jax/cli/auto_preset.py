@@ -21,6 +21,14 @@ OTHER_STARTS = ("resume", "upcycle", "init_from")
 """Fields with which a run does not start from a preset's own shape."""
 
 
+class Chosen(NamedTuple):
+    """What --preset auto has chosen."""
+
+    settings: Settings
+    step_mib: float | None
+    """MiB that the training step takes, by XLA's plan."""
+
+
 class AutoPreset(NamedTuple):
     """What the user has asked for beside --preset auto, until the preset is chosen."""
 
@@ -35,7 +43,9 @@ class AutoPreset(NamedTuple):
         if asked.get(PRESET) != AUTO:
             for name, value in given._asdict().items():
                 if value:
-                    raise ConfigError(f"--{name} {value}: is for --preset auto")
+                    shown = f"{value:g}" if isinstance(value, float) else value
+                    instead = "give --steps" if name == "minutes" else "leave it out"
+                    raise ConfigError(f"--{name} {shown}: works only with --preset auto; add that, or {instead}")
             return None
         for name in OTHER_STARTS:
             if asked.get(("", name)):
@@ -67,7 +77,7 @@ class AutoPreset(NamedTuple):
         assert refused is not None  # there is a preset
         raise refused
 
-    def choose(self) -> Settings:
+    def choose(self) -> Chosen:
         """Choose, and print the choice with its reasons. Raises UserError if nothing fits the memory."""
         start = self.stand_in().config
         plans = plan_for_text(self.source, self.given, start, change=self._change)
@@ -77,7 +87,8 @@ class AutoPreset(NamedTuple):
         say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *plans.reasons, "")
         train = ("steps", "batch_size", "grad_accum")
         planned: Values = {("train", name): getattr(config.train, name) for name in train}
-        return self._resolve({PRESET: config.preset, ("execution", "remat"): config.execution.remat, **planned})
+        planned |= {PRESET: config.preset, ("execution", "remat"): config.execution.remat}
+        return Chosen(self._resolve(planned), plans.last.step_mib)
 
     def _change(self, config: RunConfig) -> RunConfig:
         return override(config, {key: value for key, value in self.asked.items() if key != OUT})

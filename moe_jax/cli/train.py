@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from moe_jax.cli.arguments import Values
-from moe_jax.cli.auto_preset import AutoPreset
+from moe_jax.cli.auto_preset import AutoPreset, Chosen
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.settings import RunCommand, Settings, resolve_settings
@@ -16,6 +16,7 @@ from moe_jax.cli.settings_file import SettingsFile
 from moe_jax.cli.text_plan import Given
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
 from moe_jax.config.near_runs import perhaps_another
+from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.processes import ProcessGroup
 from moe_jax.system import environment, streams
 from moe_jax.system.console import working
@@ -58,6 +59,11 @@ class TrainingCommand(RunCommand):
         )
 
     @property
+    def step_mib(self) -> float | None:
+        """Memory of the compiled training step, where it is known before training."""
+        return None
+
+    @property
     def group(self) -> ProcessGroup | None:
         """The processes that train together. None for this process alone."""
         return ProcessGroup.of(self.num_processes, self.process_id, self.coordinator_address, self.cluster)
@@ -97,7 +103,8 @@ class TrainingCommand(RunCommand):
                 mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
                 try:
                     with locked_together(Path(config.run_dir)) as lock:
-                        _train_and_report(Session.open(config, saved, lock), signals, notes)
+                        session = Session.open(config, saved, lock)
+                        _train_and_report(session, signals, notes, self.step_mib)
                 except Stopped as stop:
                     return stop.status
         return 0
@@ -109,7 +116,9 @@ class TrainingCommand(RunCommand):
             say(new_run_note(Path(config.run_dir)))
         from moe_jax.training.dry_run import print_dry_run
 
-        print_dry_run(config)
+        with working("counting the tokens of the text"):
+            advice = expected_advice(config)
+        print_dry_run(config, advice)
         return 0
 
 
@@ -133,6 +142,7 @@ class Train(TrainingCommand):
     gflops: float = 0.0
     """With --minutes, the speed of one matrix product on this machine, in 10^9 operations a second. 0 measures it."""
     auto: AutoPreset | None = None
+    chosen: Chosen | None = None
 
     @classmethod
     def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
@@ -149,22 +159,42 @@ class Train(TrainingCommand):
             raise ConfigError("--preset auto: chooses for one process; name the preset that all processes train")
         for note in environment.prepare_environment(self.settings.config.execution.deterministic):
             say(note)
-        return dataclasses.replace(self, settings=self.auto.choose(), auto=None).execute()
+        chosen = self.auto.choose()
+        return dataclasses.replace(self, settings=chosen.settings, auto=None, chosen=chosen).execute()
+
+    @property
+    def step_mib(self) -> float | None:
+        return None if self.chosen is None else self.chosen.step_mib
 
 
-def _train_and_report(session: Any, signals: Signals, notes: list[str]) -> None:
+def _train_and_report(session: Any, signals: Signals, notes: list[str], step_mib: float | None) -> None:
     from moe_jax.inspection.report import report_run
     from moe_jax.parallel.processes import first
     from moe_jax.training.loop import finish, train
     from moe_jax.training.run_header import print_next_step, print_result, print_run_header
 
-    print_run_header(session, notes)
+    print_run_header(session, notes, step_mib)
     train(session, signals)
     result = finish(session)
     if first():
         print_result(session, result)
         say(*report_run(session.folder.files))
         print_next_step(session)
+
+
+def expected_advice(config: RunConfig) -> list[str]:
+    """The advice that a run would print, by an estimate of the tokens of its text. Empty for a public data set, whose
+    size is not known before it is read, and for conversations."""
+    from moe_jax.planning.text_size import bytes_per_token, text_bytes
+    from moe_jax.training.advice import advice
+
+    size = text_bytes(config.data.source) if config.data.format == "text" else None
+    if size is None:
+        return []
+    return [
+        f"{line} (tokens are estimated)"
+        for line in advice(with_vocabulary(config), round(size / bytes_per_token(config)), size)
+    ]
 
 
 def check_run(config: RunConfig) -> None:

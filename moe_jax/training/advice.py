@@ -2,7 +2,6 @@
 
 from moe_jax.config import RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
-from moe_jax.data.token_store import TokenStore
 from moe_jax.model.costs import count_parameters, totals
 
 USEFUL_PASSES = 4
@@ -13,11 +12,15 @@ TOKENS_PER_PARAMETER = 20
 language models", table 3)."""
 
 
-def advice(config: RunConfig, store: TokenStore) -> list[str]:
-    """Sentences about the steps and the preset, for the size of the text. Empty if both fit."""
+def advice(config: RunConfig, tokens: int, size: int) -> list[str]:
+    """Sentences about the steps and the preset, for a training text of some tokens and bytes. Empty if both fit.
+
+    Nothing is said of conversations: only the few tokens of their answers are learned, so they are read more often.
+    """
+    if config.data.format == "chat":
+        return []
     train = config.train
     step = train.batch_size * train.grad_accum * config.model.seq_len
-    tokens, size = len(store.train.tokens), store.train.bytes
     passes = train.steps * step / tokens
     said = []
     if passes > USEFUL_PASSES:

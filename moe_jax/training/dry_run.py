@@ -1,16 +1,15 @@
-"""`train --dry-run`: the settings of a run, and its expected memory and time. Writes nothing and reads no data."""
+"""`train --dry-run`: the settings of a run, and its expected memory and time. Writes nothing."""
 
 import dataclasses
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 from rich.table import Table
 
 from moe_jax.config import SECTIONS, RunConfig
 from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
+from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.low_rank import LoraShape
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.step_memory import least_step_bytes
@@ -18,13 +17,14 @@ from moe_jax.model.transformer import abstract_adapted, abstract_model
 from moe_jax.system import timing
 from moe_jax.system.rich_console import Console
 from moe_jax.training.expected_time import HIGHEST, LOWEST, ExpectedTime
-from moe_jax.training.optimizers.factory import make_optimizer, state_bytes
+from moe_jax.training.optimizers.factory import make_optimizer
+from moe_jax.training.step_bytes import StepBytes
 
 MIB = 2**20
 
 
-def print_dry_run(config: RunConfig) -> None:
-    """Print the differences from the preset, all settings, the parameters, the memory and the time."""
+def print_dry_run(config: RunConfig, advice: Sequence[str] = ()) -> None:
+    """Print the differences from the preset, all settings, the parameters, the memory and the time, and the advice."""
     console = Console()
     policy = choose_policy(config.execution.compute_dtype)
     console.print(f"[bold]dry run[/bold] of {config.run_dir}: nothing is trained, nothing is written\n")
@@ -47,6 +47,8 @@ def print_dry_run(config: RunConfig) -> None:
         ("time", _time(sized, policy)),
     ):
         table.add_row(name, text)
+    if advice:
+        table.add_row("advice", "\n".join(advice))
     console.print(table)
 
 
@@ -95,23 +97,24 @@ def _parameters_table(config: RunConfig) -> Table:
 def _memory(config: RunConfig, policy: Policy) -> str:
     train = config.train
     _, shapes = abstract_model(config.model, policy.compute, train.param_dtype)
-    leaves = jax.tree.leaves(shapes)
-    weights = sum(math.prod(p.shape) * p.dtype.itemsize for p in leaves) / MIB
-    state = state_bytes(make_optimizer(train), shapes) * sum(math.prod(p.shape) for p in leaves) / MIB
+    trained = abstract_adapters(config) if train.lora_rank else shapes
+    step = StepBytes.of(config, policy, shapes, trained, make_optimizer(train))
     accumulated = " (a second copy while they accumulate)" if train.grad_accum > 1 else ""
+    weights, parameters = step.weights, "weights"
     if train.lora_rank:
-        adapters = adapter_parameters(config).total
-        state = state_bytes(make_optimizer(train), abstract_adapters(config)) * adapters / MIB
-        return (
-            f"weights {weights:,.0f} MiB; adapters {4 * adapters / MIB:,.1f} MiB, their gradients as much"
-            f"{accumulated}, state of {train.optimizer} {state:,.1f} MiB; with activations a training step needs at "
-            f"least {least_step_bytes(config) / MIB:,.0f} MiB; `moe-jax plan --lora RANK` computes it for a card"
-        )
+        weights, parameters = step.weights - 4 * step.trained, "weights of the model"
+    gradients = f"at least {_mib(step.gradients)}" if step.gradients < 4 * step.trained else _mib(step.gradients)
+    adapters = f"adapters {_mib(4 * step.trained)}, " * bool(train.lora_rank)
     return (
-        f"weights {weights:,.0f} MiB, gradients {weights:,.0f} MiB{accumulated}, state of {train.optimizer} "
-        f"{state:,.0f} MiB: {2 * weights + state:,.0f} MiB in total; with activations a training step needs at least "
-        f"{least_step_bytes(config) / MIB:,.0f} MiB; `moe-jax plan` computes the memory of the whole step for a card"
+        f"{parameters} {_mib(weights)}, {adapters}gradients {gradients}{accumulated}, state of {train.optimizer} "
+        f"{_mib(step.state)}: {_mib(step.arrays)} in total; with activations a training step needs at least "
+        f"{_mib(step.least)}; `uv run --extra gpu-plan python -m moe_jax plan{' --lora RANK' * bool(train.lora_rank)}` "
+        "computes the memory of the whole step for a card"
     )
+
+
+def _mib(size: int) -> str:
+    return f"{size / MIB:,.1f} MiB" if size < 10 * MIB else f"{size / MIB:,.0f} MiB"
 
 
 def abstract_adapters(config: RunConfig) -> Any:

@@ -10,16 +10,17 @@ from rich.table import Table
 from moe_jax.config import MeshShape, ModelConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import Split
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
-from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.system.rich_console import Console
 from moe_jax.system.terminal_text import say
 from moe_jax.training.advice import advice
-from moe_jax.training.optimizers.factory import state_bytes, warmup_steps
+from moe_jax.training.optimizers.factory import warmup_steps
 from moe_jax.training.session import Session
+from moe_jax.training.step_bytes import StepBytes
 
 
-def print_run_header(session: Session, notes: list[str]) -> None:
-    """Print the notes, and the data, model, precision, memory and plan of the run."""
+def print_run_header(session: Session, notes: list[str], step_mib: float | None = None) -> None:
+    """Print the notes, and the data, model, precision, memory and plan of the run. `step_mib` is the memory of the
+    compiled training step, if it is known by now."""
     config, store = session.config, session.data.store
     muon = config.train.optimizer == "muon"
     console = Console()
@@ -33,7 +34,7 @@ def print_run_header(session: Session, notes: list[str]) -> None:
         "parameters": _parameter_line(config.model),
         **({"adapters": _adapter_line(config)} if config.train.lora_rank else {}),
         "precision": str(session.programs.policy),
-        "memory": _memory_line(session),
+        "memory": _memory_line(session, step_mib),
         **({"mesh": _mesh_line(session)} if session.programs.layout else {}),
         "plan": _plan_line(config.train, session.data.tokens_per_step, len(store.train.tokens)),
         "arithmetic": f"{training_flops(config, config.train.steps):.2e} floating-point operations: "
@@ -45,7 +46,7 @@ def print_run_header(session: Session, notes: list[str]) -> None:
         rows["to compare"] = session.data.baselines.describe()
     if store.valid.answers is not None:
         rows["loss"] = f"on the answers only, {store.train.targets:,} of the training tokens"
-    if said := advice(config, store):
+    if said := advice(config, len(store.train.tokens), store.train.bytes):
         rows["advice"] = "\n".join(said)
     table = Table.grid(padding=(0, 2))
     for name, text in rows.items():
@@ -88,21 +89,22 @@ def _adapter_line(config: RunConfig) -> str:
     )
 
 
-def _memory_line(session: Session) -> str:
-    params = jax.tree.leaves(session.state.params)
-    weights = sum(p.size * p.dtype.itemsize for p in params) / sum(p.size for p in params)
-    state = state_bytes(session.programs.optimizer, session.state.trained)
-    kind = session.config.train.optimizer
-    least = least_step_bytes(session.config) / 2**20
+def _memory_line(session: Session, step_mib: float | None) -> str:
+    """`step_mib` is what XLA's plan of the compiled step says, if it is known. Else there is only a lower bound."""
+    params, trained = session.state.params, session.state.trained
+    step = StepBytes.of(session.config, session.programs.policy, params, trained, session.programs.optimizer)
+    leaves = jax.tree.leaves(params)
+    weights = sum(p.size * p.dtype.itemsize for p in leaves) / sum(p.size for p in leaves)
+    size = f"at least {step.least / 2**20:,.0f} MiB" if step_mib is None else f"{step_mib:,.0f} MiB"
+    each = step.gradients / step.trained
+    least = "at least " if each < 4 else ""
+    state = f"{step.state / step.trained:.2f} for the state of {session.config.train.optimizer}"
+    line = f"{size} in a training step; {weights:.2f} bytes a parameter"
     if session.state.adapters is not None:
         return (
-            f"at least {least:,.0f} MiB in a training step; {weights:.2f} bytes a parameter. Only the adapters have a "
-            f"gradient, 4 bytes for each of their parameters, and {state:.2f} for the state of {kind}"
+            f"{line}. Only adapters have a gradient, {least}{each:.0f} bytes for each of their parameters, and {state}"
         )
-    return (
-        f"at least {least:,.0f} MiB in a training step; {weights:.2f} bytes a parameter, as many for its gradient, and "
-        f"{state:.2f} for the state of {kind}"
-    )
+    return f"{line}, {least}{each:.0f} for its gradient, and {state}"
 
 
 def _mesh_line(session: Session) -> str:

@@ -24,7 +24,7 @@ def _inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def chosen(*argv: str) -> RunConfig:
     auto = Train.parse([*AUTO, *argv]).auto
     assert auto is not None
-    return auto.choose().config
+    return auto.choose().settings.config
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_settings_file_may_ask_for_it() -> None:
     Path("my.toml").write_text('preset = "auto"\n[train]\nseed = 5\n')
     auto = Train.parse(["--config", "my.toml", "--data", "book.txt"]).auto
     assert auto is not None
-    config = auto.choose().config
+    config = auto.choose().settings.config
     assert (config.preset, config.train.seed) == ("story-cpu", 5)
 
 
@@ -70,7 +70,8 @@ def test_nothing_that_fits_is_an_error_with_the_numbers() -> None:
 @pytest.mark.parametrize(
     ("argv", "problem"),
     [
-        (("--minutes", "5"), "--minutes 5.0: is for --preset auto"),
+        (("--minutes", "5"), "--minutes 5: works only with --preset auto; add that, or give --steps"),
+        (("--memory", "8GB"), "--memory 8GB: works only with --preset auto; add that, or leave it out"),
         ((*AUTO, "--minutes", "-1"), "--minutes -1.0: must be between 0"),
         ((*AUTO, "--gflops", "5"), "--gflops 5: says how long steps take; give --minutes too"),
         ((*AUTO, "--memory", "8"), "--memory 8: must be a size"),

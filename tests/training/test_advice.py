@@ -1,10 +1,7 @@
 """What is said before training where settings and text do not fit."""
 
 import dataclasses
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
 
 from moe_jax.config import RunConfig
@@ -16,9 +13,7 @@ from moe_jax.training.advice import advice
 def said(name: str, tokens: int, size: int, **train: int) -> list[str]:
     config = with_vocabulary(preset(name))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
-    split = SimpleNamespace(tokens=np.zeros(tokens, np.uint16), bytes=size)
-    store: Any = SimpleNamespace(train=split)
-    return advice(config, store)
+    return advice(config, tokens, size)
 
 
 def test_a_text_that_fits_needs_no_advice() -> None:
@@ -30,6 +25,13 @@ def test_a_short_text_is_read_too_often() -> None:
     (line,) = said("nano", 400_000, 1_600_000)
     assert line.startswith("900 steps read this text 5 times")
     assert "--steps 781 reads it 4 times" in line  # 4 x 400,000 / 2,048
+
+
+def test_conversations_are_read_more_often() -> None:
+    """Four passes over forty of them are a handful of steps, which teach nothing."""
+    config = with_vocabulary(preset("nano"))
+    assert advice(config, 3_000, 9_000)
+    assert advice(dataclasses.replace(config, data=dataclasses.replace(config.data, format="chat")), 3_000, 9_000) == []
 
 
 def test_one_step_may_read_a_text_too_often() -> None:

@@ -57,6 +57,38 @@ def test_parameters_memory_and_time(printed: str) -> None:
     assert "30 to 60 % of 1,000 GFLOP/s" in printed
 
 
+def test_in_bfloat16_the_total_is_below_the_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A gradient may be kept as its product was computed, in 2 bytes: 4 + 2 + 8 bytes a parameter. Activations of 6
+    layers and 4 sequences of 256 in 2 bytes: 6 MiB of residual stream, and 12 MiB of attention weights."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    assert Train.parse(["--preset", "seed-158m", "--precision", "bfloat16", "--dry-run"]).execute() == 0
+    said = " ".join(capsys.readouterr().out.split())
+    mib = 158_623_744 / 2**20
+    assert f"weights {4 * mib:,.0f} MiB, gradients at least {2 * mib:,.0f} MiB" in said
+    assert f": {14 * mib:,.0f} MiB in total; with activations a training step needs" in said
+    assert f"at least {14 * mib + 18:,.0f} MiB" in said
+
+
+def test_the_advice_of_the_run_is_given_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A byte a token: 9,500 of 10,000 are to train on, and a step of 2,048 reads a fifth of them."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    Path("a.txt").write_text("\n".join(["some words on a line"] * 477))
+    for preset_name, told in (("story", True), ("nano", False)):
+        words = ["--preset", preset_name, "--data", "a.txt", "--tokenizer", "byte", "--steps", "2", "--dry-run"]
+        assert Train.parse(words).execute() == 0
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("it can learn the text by heart; --preset nano is the smallest (tokens are estimated)" in said) == told
+        assert "passes after the first 4" not in said
+    assert Train.parse(["--data", "a.txt", "--tokenizer", "byte", "--steps", "50", "--dry-run"]).execute() == 0
+    assert "50 steps read this text 11 times" in " ".join(capsys.readouterr().out.split())
+
+
 def test_half_the_memory_in_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,15 +7,21 @@ from typing import Any
 
 import pytest
 
-from moe_jax.config import TrainConfig
+from moe_jax.config import RunConfig, TrainConfig
+from moe_jax.config.presets import with_vocabulary
 from moe_jax.model.costs import count_parameters, totals
+from moe_jax.model.precision import Policy
+from moe_jax.model.transformer import abstract_model
+from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.run_header import (
+    _memory_line,
     _model_line,
     _parameter_line,
     _plan_line,
     print_next_step,
     print_result,
 )
+from moe_jax.training.step_bytes import StepBytes
 from tests.support import tiny
 
 RESULT: dict[str, Any] = {
@@ -77,6 +83,30 @@ def test_the_plan_of_a_run() -> None:
     assert "50 steps of 3 x 2 accumulated sequences" in line
     assert "muon, learning rate 0.5 (AdamW part 0.25) after" in line
     assert line.endswith("then a straight line to 10% of that")
+
+
+def test_the_memory_in_one_line() -> None:
+    """AdamW in float32: 4 bytes a parameter, 4 for its gradient, 8 of state. A known plan replaces the bound."""
+    model = with_vocabulary(RunConfig(model=tiny.config())).model
+    config = RunConfig(model=model, train=TrainConfig(batch_size=2))
+    _, shapes = abstract_model(model, "float32", "float32")
+    state = SimpleNamespace(params=shapes, trained=shapes, adapters=None)
+    programs = SimpleNamespace(policy=Policy("float32", ""), optimizer=make_optimizer(config.train))
+    session: Any = SimpleNamespace(config=config, state=state, programs=programs)
+    count = totals(count_parameters(model)).total
+    step = StepBytes.of(config, programs.policy, shapes, shapes, programs.optimizer)
+    assert (step.weights, step.gradients) == (4 * count, 4 * count)
+    assert 8 * count <= step.state <= 8 * count + 64  # and the counters of the optimizer
+    assert step.least > step.arrays == step.weights + step.gradients + step.state
+    line = _memory_line(session, None)
+    assert line.startswith(
+        f"at least {step.least / 2**20:,.0f} MiB in a training step; 4.00 bytes a parameter, 4 for its"
+    )
+    assert _memory_line(session, 78.4).startswith(
+        "78 MiB in a training step; 4.00 bytes a parameter, 4 for its gradient"
+    )
+    programs.policy = Policy("bfloat16", "")
+    assert "4.00 bytes a parameter, at least 2 for its gradient" in _memory_line(session, None)
 
 
 def test_the_model_in_one_line() -> None:
