@@ -191,10 +191,8 @@ def expected_advice(config: RunConfig) -> list[str]:
     size = text_bytes(config.data.source) if config.data.format == "text" else None
     if size is None:
         return []
-    return [
-        f"{line} (tokens are estimated)"
-        for line in advice(with_vocabulary(config), round(size / bytes_per_token(config)), size)
-    ]
+    said = advice(with_vocabulary(config), round(size / bytes_per_token(config)), size)
+    return [*said, "(by an estimate of the tokens in the text)"] if said else []
 
 
 def check_run(config: RunConfig) -> None:

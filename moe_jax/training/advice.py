@@ -32,7 +32,7 @@ def advice(config: RunConfig, tokens: int, size: int) -> list[str]:
         if train.steps > 3 * train.eval_every:
             cure += "; --train.patience 3 stops when validation stops improving"
         said.append(
-            f"{train.steps:,} steps read this text {passes:.0f} times; passes after the first "
+            f"{train.steps:,} steps read this text {passes:{'.1f' if passes < 10 else '.0f'}} times; passes after the first "
             f"{USEFUL_PASSES} teach less and less. {cure}"
         )
     if config.base:  # it has learned from another text before

@@ -83,7 +83,10 @@ def test_the_advice_of_the_run_is_given_before_it(
         words = ["--preset", preset_name, "--data", "a.txt", "--tokenizer", "byte", "--steps", "2", "--dry-run"]
         assert Train.parse(words).execute() == 0
         said = " ".join(capsys.readouterr().out.split())
-        assert ("it can learn the text by heart; --preset nano is the smallest (tokens are estimated)" in said) == told
+        assert (
+            "it can learn the text by heart; --preset nano is the smallest (by an estimate of the tokens in the text)"
+            in said
+        ) == told
         assert "passes after the first 4" not in said
     assert Train.parse(["--data", "a.txt", "--tokenizer", "byte", "--steps", "50", "--dry-run"]).execute() == 0
     assert "50 steps read this text 11 times" in " ".join(capsys.readouterr().out.split())
