@@ -101,7 +101,7 @@ def read_quality(folder: Path, preset: str) -> dict[Dense, float]:
     Raises UserError if the folder has no finished comparison, or one of another preset.
     """
     path = folder / "comparison.json"
-    remedy = f"`python -m moe_jax compare --preset {preset} --out FOLDER` makes one"
+    remedy = f"`uv run python -m moe_jax compare --preset {preset} --out FOLDER` makes one"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         arms = {arm["arm"]: arm["mean"] for arm in found["arms"]}

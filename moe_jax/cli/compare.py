@@ -65,6 +65,7 @@ class Compare(Command):
 
     def _check(self, out: Path) -> RunConfig:
         """The preset with the data of `--data`. Raises ConfigError."""
+        from moe_jax.data.beginning import check_beginning
         from moe_jax.data.corpora import check_source
 
         check_range("--seeds", self.seeds, 1, 1000)
@@ -73,6 +74,7 @@ class Compare(Command):
         if self.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=self.data))
         check_source(config.data.source)
+        check_beginning(config.data, config.model.seq_len)
         check_out_folder("--out", out)
         self._check_same(config, out)
         return config

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command, check_range, check_run_folder
 from moe_jax.cli.result import print_json, print_next
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import ConfigError, DataConfig, UserError
 from moe_jax.system import environment
 from moe_jax.system.console import step_progress, working
 from moe_jax.system.terminal_text import say
@@ -17,7 +17,7 @@ from moe_jax.system.terminal_text import say
 if TYPE_CHECKING:
     import numpy as np
 
-    from moe_jax.config import DataConfig, DataFormat
+    from moe_jax.config import DataFormat
     from moe_jax.data.baselines import CorpusBaselines
 
 
@@ -70,12 +70,14 @@ class Evaluate(Command):
 
     def _score_text(self) -> int:
         """Loss, bits per byte and drops on a text."""
+        from moe_jax.data.beginning import check_beginning
         from moe_jax.data.corpora import check_source, scored_documents
 
         form: DataFormat = "text"
         if self.data:
             form = _form_of(self.run, self.data)
             check_source(self.data, form)
+            check_beginning(DataConfig(source=self.data, format=form), seq_len=0)
         environment.prepare_environment()
         with working(f"loading {self.run}"):
             from moe_jax.data.baselines import corpus_baselines

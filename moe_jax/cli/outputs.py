@@ -1,6 +1,7 @@
 """Checks of what a command is told to write: status 2 before anything else, not an error after hours of work."""
 
 import os
+import secrets
 from pathlib import Path
 
 from moe_jax.config import ConfigError
@@ -33,3 +34,10 @@ def _check_writable(flag: str, path: Path, folder: Path) -> None:
         raise ConfigError(f"{flag} {path}: {here}is a file; name another folder")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ConfigError(f"{flag} {path}: {here}cannot be written (no permission, or read-only); name another folder")
+    draft = folder / f".{secrets.token_hex(8)}"
+    try:  # some file systems, such as /proc, say that they can be written and refuse
+        draft.mkdir()
+        draft.rmdir()
+    except OSError as error:
+        what = "nothing can be written there" if folder == path else "this folder cannot be made"
+        raise ConfigError(f"{flag} {path}: {what} ({error.strerror}); name another") from None

@@ -10,7 +10,7 @@ from moe_jax.cli.command import Command, check_range
 from moe_jax.cli.plan_devices import DeviceRequest
 from moe_jax.cli.result import print_json
 from moe_jax.cli.text_plan import Given, plan_for_text
-from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config import ConfigError, DataConfig, RunConfig, UserError
 from moe_jax.config.presets import PLAN_ONLY, PlanPreset, preset, with_vocabulary
 from moe_jax.interop.starting_point import starting_point
 from moe_jax.system import environment
@@ -206,10 +206,12 @@ class Plan(Command):
 
     def _plan_for_text(self, imported: RunConfig | None) -> int:
         """The command line for a text, the memory of this machine, and a time."""
+        from moe_jax.data.beginning import check_beginning
         from moe_jax.data.corpora import check_source
 
         source = self.data or "stories"
         check_source(source)
+        check_beginning(DataConfig(source=source), seq_len=0)
         environment.prepare_environment()
         plans = plan_for_text(source, self._given(), imported or RunConfig(), imported)
         for tried in plans.tried:

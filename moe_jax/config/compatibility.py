@@ -267,7 +267,8 @@ def check_tuning(config: RunConfig) -> None:
             value = getattr(config.section(section), name)
             if value != plain:
                 raise ConfigError(
-                    f"{flag_of(section, name)} {value}: is for fine-tuning; use `python -m moe_jax sft --run RUN`"
+                    f"{flag_of(section, name)} {value}: is for fine-tuning; "
+                    "use `uv run python -m moe_jax sft --run RUN`"
                 )
         return
     if config.train.train_router and config.model.routing.balancing == "bias":

@@ -138,7 +138,7 @@ def _section(kind: type, name: str, values: dict[str, Any], **given: Any) -> Any
     return kind(**found, **given)
 
 
-_CHANGED = "the file was changed; `python -m moe_jax doctor --repair` takes it from a checkpoint"
+_CHANGED = "the file was changed; `uv run python -m moe_jax doctor --repair` takes it from a checkpoint"
 _MAX_INTEGER = 2**63
 """No field may have a larger number. Python's own integers have no limit, and arithmetic with floats then fails."""
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -194,7 +194,7 @@ def _repair(run: Path, error: OSError | None = None) -> str:
     """What to do about a config.json that cannot be read. A file that the system refuses to read may well be whole."""
     if error is not None and not isinstance(error, FileNotFoundError):
         return "; mend that and try again"
-    return f"; `python -m moe_jax doctor --run {run} --repair` takes it from a checkpoint"
+    return f"; `uv run python -m moe_jax doctor --run {run} --repair` takes it from a checkpoint"
 
 
 def holds_run(run: Path) -> bool:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from moe_jax.config import Role, UserError
-from moe_jax.data.json_lines import ENDINGS, first_lines, holds_json_lines, how_to_convert, lines_of
+from moe_jax.data.json_lines import ENDINGS, first_lines, holds_json_lines, how_to_convert, line_number, lines_of
 from moe_jax.data.text_files import Span
 
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -34,7 +34,7 @@ def conversations(span: Span, chunks: Iterable[bytes]) -> Iterator[Conversation]
         if line.strip():
             problem, found = _read(line)
             if problem:
-                raise UserError(f"{span.path}: line {_line_number(span.path, offset)}{problem}")
+                raise UserError(f"{span.path}: line {line_number(span.path, offset)}{problem}")
             yield found
 
 
@@ -110,16 +110,6 @@ def _problem(message: Any) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _line_number(path: Path, offset: int) -> int:
-    """The number of the line that begins at an offset, from 1. Only for an error: it reads the file again."""
-    with path.open("rb") as file:
-        count, left = 1, offset
-        while left and (chunk := file.read(min(1 << 20, left))):
-            left -= len(chunk)
-            count += chunk.count(b"\n")
-        return count
 
 
 def text_size(conversation: Conversation) -> int:

@@ -32,7 +32,10 @@ def json_documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
     for offset, line in lines_of(span, chunks):
         if not line.strip():
             continue
-        for part in cut_long(_text_of(line, f"{span.path}: the line at byte {offset}").encode()):
+        text = _text_of(line)
+        if isinstance(text, Problem):
+            raise UserError(f"{span.path}: line {line_number(span.path, offset)} {text}")
+        for part in cut_long(text.encode()):
             if document := part.decode().strip():
                 yield document
 
@@ -40,12 +43,11 @@ def json_documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
 def first_row_problem(path: Path) -> str | None:
     """What is wrong with the first row of a file, in one line. None if it has a text."""
     try:
-        offset, line = next((found for found in first_lines(path) if found[1].strip()), (0, b""))
-        if line:
-            _text_of(line, f"the line at byte {offset}")
+        line = next((line for _, line in first_lines(path) if line.strip()), b"")
     except UserError as error:
         return str(error)
-    return None
+    text = _text_of(line) if line else ""
+    return f"its first row {text}" if isinstance(text, Problem) else None
 
 
 def how_to_convert(line: bytes) -> str:
@@ -62,32 +64,44 @@ def first_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     return lines_of(span, read_chunks(span))
 
 
-def _text_of(line: bytes, where: str) -> str:
-    """The text of a row. Raises UserError."""
+class Problem(str):
+    """What is wrong with a row: words that go on after its place."""
+
+
+def _text_of(line: bytes) -> "str | Problem":
+    """The text of a row, or what is wrong with it."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        problem = f"{where} is not JSON ({error}); each line must be an object with a key `text`"
-        raise UserError(problem + how_to_convert(line)) from None
+        problem = f"is not JSON ({error}); each line must be an object with a key `text`"
+        return Problem(problem + how_to_convert(line))
     if not isinstance(row, dict):
-        problem = f"{where} is {repr(row)[:40]}; each line must be an object with a key `text`"
-        raise UserError(problem + how_to_convert(line))
+        problem = f"is {repr(row)[:40]}; each line must be an object with a key `text`"
+        return Problem(problem + how_to_convert(line))
     text = row.get("text")
     if isinstance(text, str):
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise UserError(
-                f"{where} holds half a surrogate pair (\\ud800 to \\udfff); write whole characters"
-            ) from None
+            return Problem("holds half a surrogate pair (\\ud800 to \\udfff); write whole characters")
         return text
     if "messages" in row:
-        raise UserError(
-            f"{where} holds `messages`, a conversation; `python -m moe_jax sft` learns from those, training needs rows "
+        return Problem(
+            "holds `messages`, a conversation; `uv run python -m moe_jax sft` learns from those, training needs rows "
             "with `text`"
         )
     names = ", ".join(list(row)[:5]) or "none"
-    raise UserError(f"{where} has no key `text` that holds a text (its keys: {names}); rename the key of the text")
+    return Problem(f"has no key `text` that holds a text (its keys: {names}); rename the key of the text")
+
+
+def line_number(path: Path, offset: int) -> int:
+    """The number of the line that begins at an offset, from 1. Only for an error: it reads the file again."""
+    with path.open("rb") as file:
+        count, left = 1, offset
+        while left and (chunk := file.read(min(1 << 20, left))):
+            left -= len(chunk)
+            count += chunk.count(b"\n")
+        return count
 
 
 def lines_of(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:

@@ -7,6 +7,7 @@
 - A byte order mark of UTF-8 is skipped. Files of other kinds, such as gzip or UTF-16, are refused by their first bytes.
 """
 
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from moe_jax.config import UserError
 SEPARATOR = "<|endoftext|>"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 """Windows programs write it at the start of a UTF-8 file. It is no text, and it is skipped."""
+_ZIP = b"PK\x03\x04"
 _KINDS = {
     b"\x1f\x8b": "is compressed by gzip; decompress it with `gunzip`",
-    b"PK\x03\x04": "is a zip archive; extract the text with `unzip`",
+    _ZIP: "is a zip archive; extract the text with `unzip`",
     b"BZh": "is compressed by bzip2; decompress it with `bunzip2`",
     b"\xfd7zXZ\x00": "is compressed by xz; decompress it with `unxz`",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; decompress it with `unzstd`",
@@ -34,6 +36,11 @@ _KINDS = {
 """How a file begins that is no text in UTF-8 -> what it is, and what to do."""
 OFFICE = (".docx", ".doc", ".odt", ".rtf", ".epub", ".pptx", ".xlsx")
 """Files that hold text, but not plain text."""
+_OFFICE_DOCUMENT = "is a document of an office program; save it there as plain text in UTF-8"
+_OFFICE_PARTS = (b"word/document.xml", b"ppt/presentation.xml", b"xl/workbook.xml", b"mimetypeapplication/")
+"""What the archive of an office document holds: .docx, .pptx, .xlsx; and .odt or .epub."""
+_END = 1 << 16
+"""Bytes at both ends of an archive in which the names of its parts are looked for."""
 SplitName = Literal["train", "valid"]
 
 _SEPARATOR = SEPARATOR.encode()
@@ -65,7 +72,9 @@ def other_kind(path: Path) -> str | None:
     except OSError as error:
         return f"cannot be read ({error.strerror}); check its permissions"
     if path.suffix.lower() in OFFICE and start.startswith((b"PK", b"\xd0\xcf\x11\xe0", b"{\\rtf")):
-        return "is a document of an office program; save it there as plain text in UTF-8"
+        return _OFFICE_DOCUMENT
+    if start.startswith(_ZIP):
+        return _of_zip(path)
     for mark, problem in _KINDS.items():
         if start.startswith(mark):
             return problem
@@ -75,6 +84,25 @@ def other_kind(path: Path) -> str | None:
             f"(an array of objects: `jq -c '.[]' {path.name} > {path.stem}.jsonl`)"
         )
     return None
+
+
+def _of_zip(path: Path) -> str:
+    """What a zip archive is. Documents of office programs are zip archives too: the names inside tell."""
+    with path.open("rb") as file:
+        ends = file.read(_END)
+        file.seek(max(0, path.stat().st_size - _END))
+        ends += file.read(_END)
+    return _OFFICE_DOCUMENT if any(name in ends for name in _OFFICE_PARTS) else _KINDS[_ZIP]
+
+
+def not_utf8(path: Path, offset: int, reason: str) -> str:
+    """What to say of a file whose bytes are not UTF-8 from an offset on."""
+    name = shlex.quote(path.name)
+    new = shlex.quote(f"{path.stem}-utf8{path.suffix}")
+    return (
+        f"{path}: not UTF-8 at byte {offset} ({reason}); text of older Windows programs is converted by "
+        f"`iconv -f WINDOWS-1252 -t UTF-8 {name} > {new}`"
+    )
 
 
 def refuse_empty[D](documents: Iterable[D], what: str) -> Iterator[D]:
@@ -151,8 +179,7 @@ def text_documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
         try:
             document = piece.decode().strip()
         except UnicodeDecodeError as error:
-            where = f"{span.path}: not UTF-8 at byte {offset + error.start} ({error.reason})"
-            raise UserError(f"{where}; convert the file to UTF-8") from None
+            raise UserError(not_utf8(span.path, offset + error.start, error.reason)) from None
         if document:
             yield document
 

@@ -52,7 +52,7 @@ def open_source(run: Path, step: int | None = None) -> ExportSource:
     check_full_weights("--run", run, checkpoint)
     damage = manifest.verify_files(checkpoint.path, checkpoint.manifest)
     if damage:
-        raise UserError(f"{checkpoint.path}: {damage}; `python -m moe_jax doctor --run {run}` checks the others")
+        raise UserError(f"{checkpoint.path}: {damage}; `uv run python -m moe_jax doctor --run {run}` checks the others")
     return ExportSource(config, tokenizer, checkpoint, _weights(checkpoint.path / WEIGHTS, config), read_summary(run))
 
 
@@ -61,7 +61,7 @@ def _weights(path: Path, config: RunConfig) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     if not path.is_file():
-        raise UserError(f"{path}: is missing; `python -m moe_jax doctor --repair` writes it again")
+        raise UserError(f"{path}: is missing; `uv run python -m moe_jax doctor --repair` writes it again")
     found, lora = load_file(path), LoraShape.of(config.train)
     if lora is None:
         return found

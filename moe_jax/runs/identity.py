@@ -136,7 +136,7 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None, model: ModelCon
     if expected not in (None, tokenizer.digest):
         raise UserError(
             f"{path}: is not the tokenizer that the run was trained with; put that file back, or try "
-            f"`python -m moe_jax doctor --run {run} --repair`"
+            f"`uv run python -m moe_jax doctor --run {run} --repair`"
         )
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(

@@ -106,13 +106,17 @@ def find_checkpoint(path: Path, step: int | None = None) -> FoundCheckpoint:
         raise UserError(missing_run("--run", path))
     checkpoint = best_of_run(path) if step is None else CheckpointStore(path).at(step)
     if checkpoint is None:
-        raise UserError(f"--run {path}: every checkpoint is damaged; `python -m moe_jax doctor --run {path}` says how")
+        raise UserError(
+            f"--run {path}: every checkpoint is damaged; `uv run python -m moe_jax doctor --run {path}` says how"
+        )
     check_same_run(Folder(path), [checkpoint])
     tokenizer = load_run_tokenizer(path, checkpoint, config.model)
     try:
         check_same_model(checkpoint, config)
     except CheckpointCorrupted as error:
-        raise CheckpointCorrupted(f"{checkpoint.path}: {error}; `python -m moe_jax doctor` checks the others") from None
+        raise CheckpointCorrupted(
+            f"{checkpoint.path}: {error}; `uv run python -m moe_jax doctor` checks the others"
+        ) from None
     return FoundCheckpoint(config, tokenizer, checkpoint)
 
 

@@ -25,7 +25,10 @@ class ChatCompletion(Answer):
     def __init__(self, body: bytes, card: ModelCard) -> None:
         """Raises ApiError."""
         if not card.tuned:
-            problem = f"{card.name} is not tuned on conversations; ask /v1/completions, or tune it with `moe-jax sft`"
+            problem = (
+                f"{card.name} is not tuned on conversations; ask /v1/completions, or tune it with "
+                "`uv run python -m moe_jax sft`"
+            )
             raise ApiError(400, problem, "model", "not_tuned")
         fields = Fields(body, KNOWN)
         prompt = _prompt(fields.value("messages"), card)

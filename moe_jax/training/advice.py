@@ -24,6 +24,7 @@ def advice(config: RunConfig, tokens: int, size: int) -> list[str]:
     passes = train.steps * step / tokens
     said = []
     if passes > USEFUL_PASSES:
+        often = f"{passes:.1f}" if passes < 10 else f"{passes:.0f}"
         fewer = round(USEFUL_PASSES * tokens / step)
         if fewer:
             cure = f"--steps {fewer} reads it {fewer * step / tokens:.0f} times"
@@ -32,7 +33,7 @@ def advice(config: RunConfig, tokens: int, size: int) -> list[str]:
         if train.steps > 3 * train.eval_every:
             cure += "; --train.patience 3 stops when validation stops improving"
         said.append(
-            f"{train.steps:,} steps read this text {passes:{'.1f' if passes < 10 else '.0f'}} times; passes after the first "
+            f"{train.steps:,} steps read this text {often} times; passes after the first "
             f"{USEFUL_PASSES} teach less and less. {cure}"
         )
     if config.base:  # it has learned from another text before

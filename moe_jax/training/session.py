@@ -265,7 +265,9 @@ class Session:
             self.programs.state_shapes, lambda c: check_same_data_and_model(c, self.config, self.data.store)
         )
         if restored is None:
-            raise UserError(f"{self.folder.path}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
+            raise UserError(
+                f"{self.folder.path}: every checkpoint is damaged; `uv run python -m moe_jax doctor` says how"
+            )
         newest, self.state = restored
         self.progress = SessionProgress.restored(newest, self.progress.begin)
         self.folder.truncate_logs_after(newest.step, self.progress.counters.evaluated)

@@ -50,7 +50,9 @@ class UpcycleSource:
         check_upcyclable(dense, config)
         checkpoint = best_of_run(folder)
         if checkpoint is None:
-            raise UserError(f"--upcycle {folder}: every checkpoint is damaged; `python -m moe_jax doctor` says how")
+            raise UserError(
+                f"--upcycle {folder}: every checkpoint is damaged; `uv run python -m moe_jax doctor` says how"
+            )
         check_full_weights("--upcycle", folder, checkpoint)
         check_same_model(checkpoint, dense)
         return cls(config.upcycle, dense, checkpoint, load_run_tokenizer(folder, checkpoint, dense.model))

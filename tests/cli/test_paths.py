@@ -97,6 +97,26 @@ def test_an_output_that_cannot_be_written(start: list[str], flag: str, kind: str
     assert sorted(p.name for p in tmp_path.iterdir()) == ["closed", "held", "nowhere", "taken"]
 
 
+def test_a_folder_that_the_system_refuses_to_make(tmp_path: Path, monkeypatch, capsys) -> None:
+    """As /proc does, which says that it can be written."""
+    monkeypatch.chdir(tmp_path)
+    true = Path.mkdir
+
+    def mkdir(self: Path, *arguments: Any, **named: Any) -> None:
+        if "odd" in self.parts:
+            raise FileNotFoundError(2, "No such file or directory", str(self))
+        true(self, *arguments, **named)
+
+    (tmp_path / "odd").mkdir()
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    for name, said in (("odd/runs/x", "this folder cannot be made"), ("odd", "nothing can be written there")):
+        assert refused(["train", "--out", name], capsys) == (
+            f"error: --out {name}: {said} (No such file or directory); name another\n"
+        )
+    Train.parse(["--out", "new/runs/x"])
+    assert [p.name for p in tmp_path.iterdir()] == ["odd"]  # nothing is left of the attempt
+
+
 @pytest.mark.parametrize(
     ("arguments", "entries"),
     [
@@ -145,7 +165,7 @@ def test_a_mistyped_run_is_said_to_be_new(typed: str, near: list[str], tmp_path:
 def make_begun(folder: Path, **changes: Any) -> None:
     """A run that ended before its first checkpoint: it has a config.json, and no step."""
     config = RunConfig(data=DataConfig(source=str(folder.parent / "book.txt")), train=TrainConfig(steps=321))
-    (folder.parent / "book.txt").write_text("a book")
+    (folder.parent / "book.txt").write_text("a book " * 50)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(dataclasses.replace(config, **changes).to_dict()))
 
@@ -176,7 +196,7 @@ def test_a_run_without_a_checkpoint_keeps_its_origin(tmp_path: Path, monkeypatch
     )
     make_held(tmp_path, vocab_size=400)
     chats = tmp_path / "chats.jsonl"
-    chats.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 2)
+    chats.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 9)
     tuned = Sft.parse(["--run", "held", "--data", str(chats), "--out", "tuned", "--steps", "5"]).settings.config
     (tmp_path / "tuned").mkdir()
     (tmp_path / "tuned" / "config.json").write_text(json.dumps(tuned.to_dict()))

@@ -106,13 +106,13 @@ def test_a_row_without_text_is_said_in_one_line(tmp_path, row, said, first):
     good = rows("a story")
     file.write_text((row + "\n" + good * 3) if first else (good * 2 + row + "\n" + good))
     if first:
-        with pytest.raises(ConfigError, match=f"--data {file}: the line at byte 0 .*{said}"):
+        with pytest.raises(ConfigError, match=f"--data {file}: its first row .*{said}"):
             check_source(str(file))
         return
     check_source(str(file))
     with pytest.raises(UserError, match=said) as failure:
         both(file)
-    assert f"{file}: the line at byte {2 * len(good)}" in str(failure.value)
+    assert f"{file}: line 3 " in str(failure.value)
     assert "\n" not in str(failure.value)
 
 

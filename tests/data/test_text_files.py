@@ -1,6 +1,7 @@
 """Text files: which part of a file is read, where it is cut, and what is no text."""
 
 import errno
+import zipfile
 from pathlib import Path
 from unittest.mock import patch
 
@@ -249,6 +250,21 @@ def test_other_kinds_are_known_by_their_first_bytes(start: bytes, tmp_path: Path
     assert KINDS[start] in (other_kind(write(tmp_path, start + b"rest")) or "")
     assert other_kind(write(tmp_path, start[:-1])) is None
     assert other_kind(write(tmp_path, b"x" + start)) is None
+
+
+@pytest.mark.parametrize("part", ["word/document.xml", "xl/workbook.xml", "ppt/presentation.xml"])
+@pytest.mark.parametrize("before", [0, 300_000])
+def test_an_office_document_is_known_by_the_parts_of_its_archive(part: str, before: int, tmp_path: Path) -> None:
+    """Under any name. The part may stand behind a large picture: the list of parts is at the end."""
+    path = tmp_path / "renamed.txt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("media/picture", b"p" * before)
+        archive.writestr(part, "<w>words</w>")
+        archive.writestr("media/other", b"p" * before)
+    assert "document of an office program" in (other_kind(path) or "")
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("notes.txt", "words")
+    assert "unzip" in (other_kind(path) or "")
 
 
 @pytest.mark.parametrize("name", ["a.json", "A.JSON"])

@@ -292,7 +292,7 @@ def test_train_refuses_what_is_for_tuning(data: Path, tmp_path: Path) -> None:
     from moe_jax.cli.train import Train
 
     for flags in (["--lora", "2"], ["--data.format", "chat", "--data", str(data)]):
-        with pytest.raises(ConfigError, match="is for fine-tuning; use `python -m moe_jax sft"):
+        with pytest.raises(ConfigError, match="is for fine-tuning; use `uv run python -m moe_jax sft"):
             Train.parse([*flags, "--out", str(tmp_path / "new")])
 
 
