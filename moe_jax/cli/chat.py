@@ -59,11 +59,7 @@ class Chat(SamplingCommand):
         person = sys.stdin.isatty() and sys.stdout.isatty()
         if person:
             self._greet(run.checkpoint.step, tuned=run.config.data.format == "chat")
-        while not talk.ended:
-            try:
-                line = input("\n> " if person else "")
-            except EOFError:
-                break
+        while not talk.ended and (line := _ask(person)) is not None:
             _answer(talk, experts, line)
         return 0
 
@@ -77,6 +73,16 @@ class Chat(SamplingCommand):
         say(f"{self.run}, step {step}. {what}; /help lists the commands, Ctrl-D leaves.")
         if opening:
             say(f"try: {opening}")
+
+
+def _ask(person: bool) -> str | None:
+    """The next line that is typed. None at the end, such as Ctrl-D."""
+    try:
+        return input("\n> " if person else "")
+    except EOFError:
+        if person:
+            print()  # the shell's prompt begins a line of its own
+        return None
 
 
 def _answer(talk: "Conversation", experts: "TokenExperts | None", line: str) -> None:

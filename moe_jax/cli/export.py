@@ -52,7 +52,8 @@ class Export(Command):
         for file in files:
             print(f"{file.stat().st_size / 1e3:12,.1f} kB  {file}")
         if self.to in ("gguf", "both"):
-            print(f"next: ollama create {out.name} -f {shlex.quote(str(out / 'Modelfile'))}")
+            name = shlex.quote(Path(self.run).resolve().name)
+            print(f"next: ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}")
         elif self.to == "hf":
             print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
         return 0

@@ -21,6 +21,9 @@ from moe_jax.training.step_logger import StepLogger
 from moe_jax.training.summary import summary
 from moe_jax.training.terminal import Terminal
 
+SHOWN_CHARACTERS, SHOWN_LINES = 400, 12
+"""What is shown of a sample at an evaluation, at most. All of it is in samples.txt."""
+
 
 def train(session: Session, signals: Signals | None = None) -> None:
     """Take the remaining steps. Evaluate, sample and save when due.
@@ -142,8 +145,14 @@ def _write_evaluation(
         f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
         + session.data.describe_stream(scored)
     )
-    terminal.say("  " + " ".join(sample.split())[:400])
+    terminal.say(_shown(sample))
     session.folder.write_summary(summary(session, scored, step, scored.loss, whole_stream=False))
+
+
+def _shown(sample: str) -> str:
+    """The beginning of a sample, indented. Its line ends stay, as verse needs them; empty lines go."""
+    lines = (" ".join(line.split()) for line in sample.strip()[:SHOWN_CHARACTERS].splitlines())
+    return "\n".join([f"  {line}" for line in lines if line][:SHOWN_LINES])
 
 
 def finish(session: Session) -> dict[str, Any]:

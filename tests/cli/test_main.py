@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from moe_jax.cli import main
+from moe_jax.cli import chat, main
 from moe_jax.cli.command import COMMANDS, command
 from moe_jax.cli.train import Train
 
@@ -53,3 +53,17 @@ def test_a_long_value_is_shortened(value: str, capsys: pytest.CaptureFixture[str
     assert said.startswith(f"error: --train.warmup-steps {value[:150]}")
     assert f"{value[-50:]}: " in said or f"{value[-50:]} is not" in said
     assert len(said) < 500
+
+
+def test_the_end_of_a_chat_ends_its_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """At a terminal only: in a pipe every line is an answer."""
+
+    def ended(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", ended)
+    for person, printed in ((True, "\n"), (False, "")):
+        assert chat._ask(person) is None
+        assert capsys.readouterr().out == printed
+    monkeypatch.setattr("builtins.input", lambda prompt: prompt + "a cat")
+    assert (chat._ask(True), chat._ask(False)) == ("\n> a cat", "a cat")

@@ -236,3 +236,10 @@ def test_wrong_arguments(
     assert command("--run", str(run), "--out", str(tmp_path / "out"), *arguments) == status
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_hint_names_the_model_after_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not after the folder of the export, which is often called gguf."""
+    pytest.importorskip("gguf", exc_type=ImportError)
+    assert command("--run", f"{run}/.", "--to", "gguf", "--out", str(tmp_path / "gguf")) == 0
+    assert f"next: ollama create {run.name} -f {tmp_path}/gguf/Modelfile\n" in capsys.readouterr().out

@@ -135,3 +135,10 @@ def test_a_signal_within_an_evaluation_saves_without_its_loss(monkeypatch: pytes
         run.after(4)
     assert ("saved", None) in run.events
     assert (run.counters.evaluated, run.counters.best) == (0, 2.0)
+
+
+def test_a_sample_of_verse_keeps_its_lines() -> None:
+    verse = "\nROMEO:\n  But   soft!\n\nWhat light\n"
+    assert loop._shown(verse) == "  ROMEO:\n  But soft!\n  What light"
+    assert loop._shown("one line, " * 100) == "  " + ("one line, " * 100)[:400].rstrip()
+    assert loop._shown("a\n" * 50).count("\n") == loop.SHOWN_LINES - 1
