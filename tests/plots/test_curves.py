@@ -1,5 +1,6 @@
 """What a picture shows of the records: which curves, lines, limits and names. No picture is written."""
 
+import io
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.config import UserError
+from moe_jax.inspection.figures import trace_figures
 from moe_jax.plots import figures
 from moe_jax.plots.figures import COLOURS, _Metrics, load_figure, run_figures
 
@@ -172,3 +174,35 @@ def test_without_matplotlib_the_command_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(UserError, match=r"matplotlib is missing; add `--extra plots` after `uv run`"):
         figures.check_installed()
+
+
+def test_the_overview_holds_every_figure_in_its_place() -> None:
+    """Three figures of plain colours: two side by side, 14 inches wide, the third below them at the left."""
+    from matplotlib.figure import Figure
+    from matplotlib.image import imread
+
+    plain = []
+    for colour, height in (("#ff0000", 5), ("#00ff00", 2.5), ("#0000ff", 5)):
+        figure = Figure(figsize=(5, height))
+        figure.set_facecolor(colour)
+        plain.append(figure)
+    page = (imread(io.BytesIO(figures._overview(plain)))[..., :3] * 255).round()
+    assert page.shape[:2] == (1400, 1400)
+    at = {"red": (350, 350), "green": (100, 1050), "paper": (600, 1050), "blue": (1050, 350), "nothing": (1050, 1050)}
+    found = {name: page[place].tolist() for name, place in at.items()}
+    assert found == {
+        "red": [255, 0, 0],
+        "green": [0, 255, 0],
+        "paper": [255, 255, 255],
+        "blue": [0, 0, 255],
+        "nothing": [255, 255, 255],
+    }
+
+
+@pytest.mark.parametrize("layers", [1, 3, 4])
+def test_the_load_of_a_trace_has_a_panel_for_each_layer(layers: int) -> None:
+    load = np.arange(4 * layers).reshape(layers, 4)
+    figure = trace_figures(load, np.full(layers, 0.25), 3, np.zeros((layers, 5), int))["load"]
+    axes = [a for a in figure.axes if a.get_visible()]
+    assert [a.get_title(loc="left") for a in axes] == [f"layer {layer}: 25.0% dropped" for layer in range(layers)]
+    assert [[bar.get_height() for bar in a.patches] for a in axes] == load.tolist()
