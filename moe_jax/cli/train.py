@@ -114,8 +114,11 @@ class TrainingCommand(RunCommand):
         environment.prepare_environment(config.execution.deterministic)
         if config.resume and saved is None:
             say(new_run_note(Path(config.run_dir)))
+        import jax
+
         from moe_jax.training.dry_run import print_dry_run
 
+        say(*environment.unused_card(jax.devices()[0].platform))
         with working("counting the tokens of the text"):
             advice = expected_advice(config)
         print_dry_run(config, advice)

@@ -42,6 +42,23 @@ def runs_on_cpu() -> bool:
     return os.environ.get("JAX_PLATFORMS", "" if has_nvidia_card() and has_cuda_plugin() else "cpu") == "cpu"
 
 
+def unused_card(platform: str) -> list[str]:
+    """A note if jax computes on the CPU although this machine seems to have an NVIDIA card. Empty otherwise.
+
+    `platform` is that of jax's first device. A restart of the program has set JAX_PLATFORMS, so the variable alone does
+    not say why the card is left out.
+    """
+    if platform != "cpu" or not has_nvidia_card():
+        return []
+    if not has_cuda_plugin():
+        why = "JAX's CUDA plugin is not installed; start with `uv run --extra cuda12 ...`"
+    elif os.environ.get("JAX_PLATFORMS"):
+        why = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set; unset it"
+    else:
+        why = "JAX's CUDA plugin found no card that it can use; see docs/gpu-memory.md, section At home"
+    return [f"this computes on the CPU, although this machine seems to have an NVIDIA card: {why}"]
+
+
 def silence_libraries() -> None:
     """Keep XLA's warnings off stderr, unless the user has asked for them: every start of several processes has one."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -57,14 +74,8 @@ def prepare_environment(deterministic: bool = False) -> list[str]:
     notes: list[str] = []
     if deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
-    if "JAX_PLATFORMS" not in os.environ:
-        if has_nvidia_card() and not has_cuda_plugin():
-            notes.append(
-                "this machine has an NVIDIA card, but JAX's CUDA plugin is not installed: `uv run --extra cuda12 ...` "
-                "uses the card"
-            )
-        if runs_on_cpu():
-            os.environ["JAX_PLATFORMS"] = "cpu"  # a plugin without a card prints a traceback at import
+    if "JAX_PLATFORMS" not in os.environ and runs_on_cpu():
+        os.environ["JAX_PLATFORMS"] = "cpu"  # a plugin without a card prints a traceback at import
     if runs_on_cpu():
         notes += restart_with_malloc_settings()
     else:

@@ -10,6 +10,7 @@ from rich.table import Table
 from moe_jax.config import MeshShape, ModelConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import Split
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
+from moe_jax.system.environment import unused_card
 from moe_jax.system.rich_console import Console
 from moe_jax.system.terminal_text import say
 from moe_jax.training.advice import advice
@@ -24,7 +25,7 @@ def print_run_header(session: Session, notes: list[str], step_mib: float | None 
     config, store = session.config, session.data.store
     muon = config.train.optimizer == "muon"
     console = Console()
-    say(*notes, *session.notes)
+    say(*unused_card(jax.devices()[0].platform), *notes, *session.notes)
     rows = {
         "run": f"{session.folder.path} (preset {config.preset})",
         "data": f"{store.source}: {_split_line(store.train)} to train on; {_split_line(store.valid)} to validate",

@@ -59,6 +59,34 @@ def test_other_cards_and_no_answer_leave_jax_alone(card: Path, answer: str) -> N
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
 
 
+@pytest.mark.parametrize(
+    ("plugin", "platforms", "said"),
+    [
+        (False, "cpu", "JAX's CUDA plugin is not installed; start with `uv run --extra cuda12 ...`"),
+        (False, "", "JAX's CUDA plugin is not installed; start with `uv run --extra cuda12 ...`"),
+        (True, "cpu", "JAX_PLATFORMS=cpu is set; unset it"),
+        (True, "", "JAX's CUDA plugin found no card that it can use; see docs/gpu-memory.md, section At home"),
+    ],
+)
+def test_a_card_that_is_left_unused_is_named(
+    plugin: bool, platforms: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after the restart, in which this program itself has set JAX_PLATFORMS."""
+    monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
+    monkeypatch.setattr(environment, "has_cuda_plugin", lambda: plugin)
+    monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    (note,) = environment.unused_card("cpu")
+    assert note == f"this computes on the CPU, although this machine seems to have an NVIDIA card: {said}"
+    assert environment.unused_card("gpu") == []
+    monkeypatch.setattr(environment, "has_nvidia_card", lambda: False)
+    assert environment.unused_card("cpu") == []
+
+
+def test_the_section_that_a_note_names_is_there() -> None:
+    page = Path(__file__).parents[2] / "docs/gpu-memory.md"
+    assert "\n## At home\n" in page.read_text()
+
+
 def test_a_damaged_entry_is_removed_and_can_be_written_again(tmp_path: Path) -> None:
     cache = VerifiedCache(str(tmp_path))
     value = bytes(range(100))
