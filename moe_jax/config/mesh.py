@@ -5,6 +5,7 @@ from typing import NamedTuple
 from moe_jax.config.flags import check
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.train import TrainConfig
+from moe_jax.system.errors import FieldError
 
 _ALLOWED = "axes data, fsdp and expert, each at most once with a size of 1 to 65,536, such as data=2,expert=4"
 
@@ -51,7 +52,9 @@ def check_mesh(text: str, model: ModelConfig, train: TrainConfig) -> None:
         check(ok, "execution", "mesh", text, allowed)
 
     batch, devices = train.batch_size, shape.devices
-    require(batch % devices == 0, f"{devices} devices that divide --batch-size {batch} evenly")
+    if batch % devices:
+        problem = f"{devices} devices; --batch-size {batch} is not a multiple of {devices}"
+        raise FieldError("execution", "mesh", f"--mesh {text}", problem)
     require(model.width % shape.fsdp == 0, f"an fsdp axis that divides --model.width {model.width} evenly")
     if shape.expert > 1:
         require(model.dense == "none", f"without an expert axis: --model.dense {model.dense} has no experts to divide")

@@ -43,13 +43,23 @@ def test_other_texts_are_refused(text: str) -> None:
 @pytest.mark.parametrize(
     ("mesh", "model", "train", "problem"),
     [
-        ("data=3", {}, {}, "3 devices that divide --batch-size 8 evenly"),
-        ("data=2,expert=8", {}, {}, "16 devices that divide --batch-size 8 evenly"),
-        ("fsdp=4", {"width": 6, "heads": 1}, {}, "an fsdp axis that divides --model.width 6 evenly"),
-        ("expert=8", {}, {}, "an expert axis that divides --experts 4 evenly"),
-        ("expert=2", {"dense": "active"}, {}, "without an expert axis: --model.dense active has no experts to divide"),
-        ("expert=2", {"dispatch": "blocks"}, {}, "without an expert axis for --dispatch blocks; use data or fsdp"),
-        ("data=2", {}, {"lora_rank": 4}, "left out with --lora: adapters are trained on one device"),
+        ("data=3", {}, {}, "3 devices; --batch-size 8 is not a multiple of 3"),
+        ("data=2,expert=8", {}, {}, "16 devices; --batch-size 8 is not a multiple of 16"),
+        ("fsdp=4", {"width": 6, "heads": 1}, {}, "must be an fsdp axis that divides --model.width 6 evenly"),
+        ("expert=8", {}, {}, "must be an expert axis that divides --experts 4 evenly"),
+        (
+            "expert=2",
+            {"dense": "active"},
+            {},
+            "must be without an expert axis: --model.dense active has no experts to divide",
+        ),
+        (
+            "expert=2",
+            {"dispatch": "blocks"},
+            {},
+            "must be without an expert axis for --dispatch blocks; use data or fsdp",
+        ),
+        ("data=2", {}, {"lora_rank": 4}, "must be left out with --lora: adapters are trained on one device"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(
@@ -61,7 +71,7 @@ def test_what_cannot_be_divided_is_refused(
     dataclasses.replace(plain, execution=ExecutionConfig(mesh="data=1"))
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(plain, execution=ExecutionConfig(mesh=mesh))
-    assert str(caught.value).startswith(f"--mesh {mesh}: must be {problem}")
+    assert str(caught.value).startswith(f"--mesh {mesh}: {problem}")
 
 
 def test_blocks_are_divided_over_data_and_fsdp() -> None:
