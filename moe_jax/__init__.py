@@ -20,6 +20,10 @@ _LAZY_IMPORTS = {"load_run": "moe_jax.api", "Run": "moe_jax.api", "MoE": "moe_ja
 """Names that need jax. They are imported at their first use, so that an error about a wrong flag comes fast."""
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")

@@ -124,7 +124,12 @@ class MoE(nnx.Module):
 
         A key, or one key for each sequence, turns on the router's noise and jitter. `trace`, a static argument, adds
         every decision to the statistics.
+
+        Raises ValueError where `x` has another shape.
         """
+        width = self.router.shape[0]
+        if x.ndim != 3 or x.shape[-1] != width:
+            raise ValueError(f"x must be [B, T, {width}], not {list(x.shape)}")
         with jax.named_scope("router"):
             routing = self.route(x, key)
         dispatch = self.dispatch_for(mode, *x.shape[:2])

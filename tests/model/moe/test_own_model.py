@@ -1,5 +1,8 @@
 """The layer in somebody's own Flax model: what the README promises in ten lines."""
 
+import inspect
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +110,18 @@ def test_the_door_has_the_layer_and_its_policy() -> None:
     assert (moe_jax.MoE, moe_jax.RoutingConfig, moe_jax.ModelConfig) == (MoE, RoutingConfig, ModelConfig)
     with pytest.raises(AttributeError, match="no attribute 'MOE'"):
         _ = moe_jax.MOE
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 12), (16, 16), (1, 2, 16, 16), (16,), (2, 16, 0)])
+def test_another_shape_is_refused_in_words(shape: tuple[int, ...]) -> None:
+    """When the function is traced, so a compiled program has nothing of it. The annotations, which the tests check,
+    would refuse some of these shapes first."""
+    layer = moe_jax.MoE(16, 32, experts=4, rngs=nnx.Rngs(0))
+    call = inspect.unwrap(type(layer).__call__)
+    with pytest.raises(ValueError, match=re.escape(f"x must be [B, T, 16], not {list(shape)}")):
+        jax.eval_shape(lambda x: call(layer, x), jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+def test_the_lazy_names_are_listed() -> None:
+    """`dir` and completion in a notebook know them, although they are imported at their first use."""
+    assert {"MoE", "Run", "load_run", "ModelConfig", "RoutingConfig"} <= set(dir(moe_jax))
