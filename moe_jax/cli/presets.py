@@ -31,7 +31,7 @@ class Presets(Command):
             from moe_jax.config.presets import PRESETS, PURPOSES
             from moe_jax.system.rich_console import Console
             from moe_jax.training.dry_run import preset_costs
-            from moe_jax.training.expected_time import duration
+            from moe_jax.training.expected_time import HIGHEST, LOWEST, duration
 
             costs = {name: preset_costs(name) for name in PRESETS}
         table = Table(box=None, padding=(0, 2, 0, 0))
@@ -48,7 +48,13 @@ class Presets(Command):
             )
         console = Console()
         console.print(table, "")
-        say(*(f"{name:<10} {purpose}" for name, purpose in PURPOSES.items()))
+        say(*(f"{name:<10} {purpose}" for name, purpose in PURPOSES.items()), "")
+        rates = [cost.gflops for cost in costs.values()]
+        kinds = " and ".join(sorted({cost.compute_dtype for cost in costs.values()}))
+        say(
+            f"times: if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of one matrix product in {kinds}, measured for "
+            f"each preset just now: {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s"
+        )
         print_next("uv run train.py --preset nano --dry-run")
         print_json({name: cost._asdict() for name, cost in costs.items()}, self.json)
         return 0

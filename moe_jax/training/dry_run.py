@@ -147,6 +147,10 @@ class PresetCosts(NamedTuple):
     fastest: float
     slowest: float
     """Seconds of training, between which the time is expected."""
+    gflops: float
+    """The matmul rate that the time rests on, in 10^9 operations a second."""
+    compute_dtype: str
+    """The precision of that matrix product."""
 
 
 def preset_costs(name: str) -> PresetCosts:
@@ -154,8 +158,10 @@ def preset_costs(name: str) -> PresetCosts:
     config = with_vocabulary(preset(name))
     train, counts = config.train, totals(count_parameters(config.model))
     tokens = train.steps * train.batch_size * train.grad_accum * config.model.seq_len
-    rate = timing.matmul_rate(choose_policy(config.execution.compute_dtype).compute)
-    return PresetCosts(counts.total, counts.active, tokens, least_step_bytes(config), *ExpectedTime.of(config, rate))
+    dtype = choose_policy(config.execution.compute_dtype).compute
+    rate = timing.matmul_rate(dtype)
+    expected = ExpectedTime.of(config, rate)
+    return PresetCosts(counts.total, counts.active, tokens, least_step_bytes(config), *expected, rate / 1e9, dtype)
 
 
 def _time(config: RunConfig, policy: Policy) -> str:

@@ -1,13 +1,15 @@
 """`train --dry-run`: what a run would cost, by hand, and nothing written."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from moe_jax.cli.presets import Presets
 from moe_jax.cli.train import Train
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals, training_flops
-from moe_jax.system import timing
+from moe_jax.system import environment, timing
 from moe_jax.training.expected_time import duration
 
 
@@ -127,3 +129,31 @@ def test_a_dry_run_of_nothing_changed(
     assert "no setting differs from preset nano" in " ".join(capsys.readouterr().out.split())
     assert preset("nano").run_dir == "runs/nano"
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_says_that_the_card_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
+    monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
+    assert Train.parse(["--dry-run"]).execute() == 0
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.startswith("this computes on the CPU, although this machine seems to have an NVIDIA card")
+
+
+def test_presets_say_what_their_times_rest_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a machine of 1e12 operations a second. The slowest time of seed-158m is its operations at 30 % of that."""
+    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    assert Presets.parse(["--json"]).execute() == 0
+    lines = capsys.readouterr().out.splitlines()
+    said = " ".join(lines)
+    assert "times: if training reaches 30% to 60% of one matrix product in" in said
+    assert "measured for each preset just now: 1,000 to 1,000 GFLOP/s" in said
+    cost = json.loads(lines[-1])["seed-158m"]
+    assert cost["gflops"] == 1000
+    config = with_vocabulary(preset("seed-158m"))
+    assert cost["slowest"] == pytest.approx(training_flops(config, config.train.steps) / 0.3e12)
