@@ -1,33 +1,27 @@
 """`moe-jax plan`."""
 
-import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
-from moe_jax.cli.command import Command, check_range
+from moe_jax.cli.arguments import Argument, arguments_of, read
+from moe_jax.cli.command import Command, Group, check_range
+from moe_jax.cli.gpu_name import DEFAULT_GPU, check_gpu
 from moe_jax.cli.plan_devices import DeviceRequest
+from moe_jax.cli.plan_settings import NOTHING_ASKED, ON_A_CARD, Asked, chosen_words, setting_arguments
 from moe_jax.cli.result import print_json
+from moe_jax.cli.settings import typed_preset
 from moe_jax.cli.text_plan import Given, plan_for_text
 from moe_jax.config import ConfigError, DataConfig, RunConfig, UserError
-from moe_jax.config.presets import PLAN_ONLY, PlanPreset, preset, with_vocabulary
-from moe_jax.interop.starting_point import starting_point
+from moe_jax.config.presets import PLAN_ONLY, PlanPreset, with_vocabulary
 from moe_jax.system import environment
-from moe_jax.system.console import working
 from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
     from moe_jax.planning.own_text import TextPlan
     from moe_jax.planning.search import Row
     from moe_jax.planning.target import Target
-
-
-TARGETS = Path(__file__).parents[1] / "planning" / "targets"
-"""Folder of the GPU descriptions that come with the package."""
-
-LONGEST_DESCRIPTION = 1 << 20
-"""Bytes. The descriptions that come with the package have about 2,000."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +34,9 @@ class Plan(Command):
     With --mesh or --scaling, the training step is compiled for many GPUs or TPUs: the memory of a device, what devices
     send each other, and the predicted time. No device need be there either.
 
+    A plan for devices takes the settings of the model and of the training, too, by the flags of `train.py` or from its
+    --config FILE.
+
     The exit status is 0 if a setting fits, and 1 if none fits. The last line of the output is JSON if it is asked for,
     or if the output is a file or a pipe.
     """
@@ -48,8 +45,8 @@ class Plan(Command):
 
     preset: PlanPreset = "seed-158m"
     """The settings to plan for. `pod-1b`, with 1.31 billion parameters, is for --mesh and --scaling only."""
-    gpu: str = "rtx3050-4gb"
-    """Name of a described GPU (a wrong name lists all names), or a file that describes one."""
+    gpu: str = ""
+    """Name of a described GPU (a wrong name lists all names), or a file that describes one. Default: rtx3050-4gb."""
     tpu: str = ""
     """Plan for a slice of TPU chips instead: v5e-1, -4, -8, -16, -32, -64, -128 or -256. With --mesh or --scaling."""
     mesh: str = ""
@@ -82,6 +79,28 @@ class Plan(Command):
     """Print the result as JSON too."""
     verify: bool = False
     """Plan for the GPU in this machine, train two steps on it, and compare its peak memory with the plan."""
+    config: str = ""
+    """A TOML file of settings, as for `train.py`. Flags override it. What does not change memory or time is ignored."""
+    asked: Asked = NOTHING_ASKED
+
+    @classmethod
+    def arguments(cls) -> list[Argument]:
+        return [*arguments_of(cls), *setting_arguments(RunConfig())]
+
+    @classmethod
+    def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
+        start = typed_preset(argv, cls.preset)
+        settings = Group(
+            "settings of train.py", f"Defaults are those of preset {start.preset}.", setting_arguments(start)
+        )
+        return [Group("arguments", "", list(arguments_of(cls))), settings]
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Self:
+        found = read(cls.arguments(), argv)
+        own = {a.name: found.pop(a.key) for a in arguments_of(cls) if a.key in found}
+        asked, origin = Asked.of(own.get("config", ""), found)
+        return cls(**{name: value for (_, name), value in origin.items()} | own, asked=asked)
 
     def execute(self) -> int:
         check_range("--lora", self.lora, 0, 4096)
@@ -95,11 +114,12 @@ class Plan(Command):
         if self.minutes and not self.data:
             raise ConfigError(f"--minutes {self.minutes:g}: plans for a text; give --data too")
         if self.data or self.memory:
-            if self.lora:
-                raise ConfigError("--lora: plans for a GPU; leave --data and --memory out")
+            self._refuse_flags_of_cards()
             return self._plan_for_text(config if self.init_from or self.upcycle else None)
+        if self.verify and self.gpu:
+            raise ConfigError(f"--gpu {self.gpu}: --verify plans for the card in this machine; leave one of them out")
         if not self.verify:
-            self._check_target()
+            check_gpu(self.gpu or DEFAULT_GPU)
             # Compiling for a described card needs no card, and must not occupy a real one.
             os.environ["JAX_PLATFORMS"] = "cpu"
         environment.prepare_environment()
@@ -110,7 +130,8 @@ class Plan(Command):
 
         if self.verify and jax.devices()[0].platform != "gpu":
             raise UserError("--verify: no NVIDIA GPU is visible to JAX; leave it out to plan without one")
-        target = targets.target_of_device(jax.devices()[0]) if self.verify else targets.load_target(self.gpu)
+        here = targets.target_of_device(jax.devices()[0]) if self.verify else None
+        target = here or targets.load_target(self.gpu or DEFAULT_GPU)
         name = self.init_from or (f"{self.upcycle}, upcycled," if self.upcycle else self.preset)
         say(
             f"{name} on {target.device_kind} (compute capability {target.compute_capability}, "
@@ -119,12 +140,11 @@ class Plan(Command):
         rows = []
         config = with_vocabulary(config)
         config = search.with_adapters(config, self.lora) if self.lora else config
-        found = search.search(config, target, self.every_optimizer)
-        while True:
-            with working("compiling a training step for the card, a minute or more"):
-                row = next(found, None)
-            if row is None:
-                break
+        say(
+            "compiling the training step of each setting, a minute or more each; at the end evaluation, prefill and "
+            "decoding. What an earlier plan has compiled is looked up."
+        )
+        for row in search.search(config, target, self.every_optimizer):
             if not rows:
                 _print_header()
             rows.append(row)
@@ -136,63 +156,49 @@ class Plan(Command):
         given = {"--lora": self.lora, "--init-from": self.init_from, "--upcycle": self.upcycle, "--data": self.data}
         given |= {"--memory": self.memory, "--verify": self.verify, "--every-optimizer": self.every_optimizer}
         given |= {"--minutes": self.minutes, "--gflops": self.gflops}
-        if self.tpu and self.gpu != type(self).gpu:
+        if self.tpu and self.gpu:
             raise ConfigError(f"--gpu {self.gpu}: --tpu {self.tpu} names the devices too; give one")
         for flag, value in given.items():
             if value:
                 shown = "" if value is True else f" {value}"
                 raise ConfigError(f"{flag}{shown}: is for plans of one device; leave it out with --mesh and --scaling")
         return DeviceRequest(
-            self.preset, self.gpu, self.tpu, self.mesh, self.scaling, self.sequences, self.out, self.json
+            self.preset, self.gpu, self.tpu, self.mesh, self.scaling, self.sequences, self.out, self.json, self.asked
         )
 
     def _settings(self) -> RunConfig:
         """The settings of the preset, or those that a run of the folder would start from."""
         if self.preset in PLAN_ONLY:
             raise ConfigError(f"--preset {self.preset}: is for plans of several devices; add --mesh or --scaling")
-        config = dataclasses.replace(preset(self.preset), init_from=self.init_from, upcycle=self.upcycle)
-        source = starting_point(config)
-        return config if source is None else source.defaults
+        return self.asked.settings(self.preset, self.init_from, self.upcycle)
 
-    def _check_target(self) -> None:
-        names = sorted(p.stem for p in TARGETS.glob("*.txtpb"))
-        if self.gpu not in names and not Path(self.gpu).is_file():
-            raise ConfigError(f"--gpu {self.gpu}: must be one of {', '.join(names)}, or a file that describes a GPU")
-        if self.gpu not in names:
-            with open(self.gpu, "rb") as file:
-                start = file.read(LONGEST_DESCRIPTION + 1)
-            if len(start) > LONGEST_DESCRIPTION or b"\0" in start or b"device_memory_size" not in start:
-                raise ConfigError(
-                    f"--gpu {self.gpu}: does not describe a GPU; the files in {TARGETS} show how one does"
-                )
+    def _refuse_flags_of_cards(self) -> None:
+        """Raise ConfigError for a flag that a plan for this machine would not heed."""
+        given = {"--gpu": self.gpu, "--verify": self.verify, "--every-optimizer": self.every_optimizer}
+        for flag, value in (given | {"--lora": self.lora}).items():
+            if value:
+                shown = "" if value is True else f" {value}"
+                raise ConfigError(f"{flag}{shown}: plans for a GPU; leave --data and --memory out")
+        if typed := self.asked.first_flag():
+            raise ConfigError(f"{typed}: is for a plan of a GPU; with a text give it to `train.py --preset auto`")
 
     def _report(self, rows: "list[Row]", target: "Target") -> int:
-        from moe_jax.planning import own_text, roofline, search
+        from moe_jax.planning import roofline, search
 
         verdict = search.verdict(rows, target)
-        train = verdict.row.config.train
         between = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in verdict.between.items())
         say(f"\nbetween steps, the optimizer state included: {between}")
         if prediction := verdict.row.step.prediction:
-            say(roofline.in_words(prediction, verdict.row.tokens, train.steps))
+            say(roofline.in_words(prediction, verdict.row.tokens, verdict.row.config.train.steps))
         if verdict.fits:
-            say("this setting fits, by XLA's buffer plan; train with")
-            origin = "".join(f"{flag} " for flag in own_text.origin_flags(verdict.row.config))
-            start = f"uv run train.py {origin}--preset {verdict.row.config.preset}"
-            lean = ""
-            if self.lora:
-                lean = " --train.param-dtype bfloat16" * (train.param_dtype == "bfloat16")
-                tuned = origin.rstrip() or "--run RUN"
-                start = f"uv run python -m moe_jax sft {tuned} --data CHATS.jsonl --out NEW --lora {self.lora}"
-            print(  # unbroken, to be copied
-                f"{start} --batch-size {train.batch_size} "
-                f"--grad-accum {train.grad_accum} --optimizer {train.optimizer}"
-                + " --execution.remat" * verdict.row.config.execution.remat
-                + lean
-            )
+            say("this setting fits, by XLA's buffer plan; on the card, train with")
+            print(self._command(verdict.row.config))  # unbroken, to be copied
         else:
-            say("no setting fits: try a smaller --seq-len, fewer or smaller experts, or another card")
-        result = verdict.summary(target)
+            say(
+                "no setting fits: try a smaller --seq-len, fewer --experts, a smaller --model.expert-hidden, or "
+                "another --gpu"
+            )
+        result = verdict.summary(target) | {"command": self._command(verdict.row.config) if verdict.fits else None}
         if self.verify:
             result["peak_mib"] = peak = search.measured_peak(verdict.row.config)
             planned = verdict.row.step.total
@@ -203,6 +209,19 @@ class Plan(Command):
             )
         print_json(result, self.json)
         return 0 if verdict.fits else 1
+
+    def _command(self, config: RunConfig) -> str:
+        """The command line that trains with these settings on an NVIDIA card."""
+        from moe_jax.planning.own_text import origin_flags
+
+        origin = origin_flags(config)
+        if not self.lora:
+            words = [*origin, f"--preset {config.preset}", *self.asked.words(), *chosen_words(config)]
+            return f"{ON_A_CARD} train.py {' '.join(words)}"
+        words = [*(origin or ["--run RUN"]), "--data CHATS.jsonl --out NEW", f"--lora {self.lora}"]
+        words += self.asked.words({("train", "param_dtype")}) + chosen_words(config)
+        words += ["--train.param-dtype bfloat16"] * (config.train.param_dtype == "bfloat16")
+        return f"{ON_A_CARD} python -m moe_jax sft {' '.join(words)}"
 
     def _plan_for_text(self, imported: RunConfig | None) -> int:
         """The command line for a text, the memory of this machine, and a time."""
@@ -221,12 +240,13 @@ class Plan(Command):
             say("", *plans.reasons, "train with")
             print(found.command())  # unbroken, to be copied
         else:
-            say(f"nothing fits {most:,.0f} MiB: try a smaller --seq-len or --model.width")
+            say(f"nothing fits {most:,.0f} MiB: `train.py --preset auto` takes a smaller --seq-len and --model.width")
         train = found.config.train
         result = {"preset": found.config.preset, "steps": train.steps, "micro_batch": train.batch_size}
         result |= {"grad_accum": train.grad_accum, "remat": found.config.execution.remat, "fits": found.fits}
         needed = None if found.step_mib is None else round(found.step_mib, 1)
-        result |= {"total_mib": needed, "budget_mib": round(most, 1), "command": found.command()}
+        result |= {"total_mib": needed, "budget_mib": round(most, 1)}
+        result["command"] = found.command() if found.fits else None
         result |= {"reasons": plans.reasons}
         print_json(result, self.json)
         return 0 if found.fits else 1

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.cli.command import check_range
+from moe_jax.cli.gpu_name import DEFAULT_GPU
 from moe_jax.cli.outputs import check_out_folder
+from moe_jax.cli.plan_settings import NOTHING_ASKED, ON_A_CARD, Asked, chosen_words
 from moe_jax.cli.result import print_json
 from moe_jax.config import ConfigError, MeshShape, RunConfig
-from moe_jax.config.presets import PlanPreset, plan_preset, with_vocabulary
-from moe_jax.planning.interconnect import check_gpus, slice_chips
+from moe_jax.config.presets import PLAN_ONLY, PlanPreset, with_vocabulary
+from moe_jax.planning.interconnect import GPU_LINKS, check_gpus, slice_chips
 from moe_jax.system import environment
 from moe_jax.system.console import working
 from moe_jax.system.terminal_text import say
@@ -38,6 +40,12 @@ class DeviceRequest:
     sequences: int
     out: str
     json: bool
+    asked: Asked = NOTHING_ASKED
+
+    @property
+    def card(self) -> str:
+        """The name of the card. Means nothing for TPUs."""
+        return self.gpu or DEFAULT_GPU
 
     def check(self) -> RunConfig:
         """The settings of the preset. Raises ConfigError for what cannot be planned, before anything is imported."""
@@ -51,8 +59,8 @@ class DeviceRequest:
         if self.tpu:
             slice_chips(self.tpu, self.mesh)
         else:
-            check_gpus(self.gpu, self.mesh)
-        config = with_vocabulary(plan_preset(self.preset))
+            check_gpus(self.card, self.mesh, "" if self.gpu else " (the default)")
+        config = with_vocabulary(self.asked.settings(self.preset))
         if self.mesh:
             config.on_mesh(self.mesh, self._sequences(config))
         return config
@@ -69,8 +77,8 @@ class DeviceRequest:
         sequences = self._sequences(config)
         model = config.model
         say(
-            f"{self.preset} on {self.tpu or self.gpu}: {sequences} sequences of {model.seq_len} tokens on each device, "
-            f"{model.layers} layers, {config.train.optimizer}"
+            f"{self.preset} on {self.tpu or self.card}: {sequences} sequences of {model.seq_len} tokens on each device,"
+            f" {model.layers} layers, {config.train.optimizer}"
         )
         return self._table(config, chip, sequences) if self.scaling else self._one_mesh(config, chip, sequences)
 
@@ -78,7 +86,7 @@ class DeviceRequest:
         from moe_jax.planning.target import load_target
         from moe_jax.planning.tpu import Slice
 
-        return Slice(slice_chips(self.tpu)) if self.tpu else load_target(self.gpu)
+        return Slice(slice_chips(self.tpu)) if self.tpu else load_target(self.card)
 
     def _one_mesh(self, config: RunConfig, chip: "Target | Slice", sequences: int) -> int:
         from moe_jax.planning import many_devices as many
@@ -87,11 +95,15 @@ class DeviceRequest:
         devices = many.devices_like(chip, count)
         with working("compiling the training step for these devices, a minute or more"):
             plan = many.read_plan(many.compiled_for(config, self.mesh, devices, sequences))
-        say(*details(plan))
+        say(*details(plan), *whole_run(plan, config, sequences))
+        planned = config.on_mesh(self.mesh, sequences)
+        if plan.fits:
+            self._print_command(planned)
         base = plan
         if count > 1:
             one = many.devices_like(chip, 1)
-            with working("compiling it for one device, to compare"):
+            say("\nnow the step is compiled for one device, for the efficiency: a minute or more, unless it was before")
+            with working("compiling the training step for one device"):
                 base = many.read_plan(many.compiled_for(config, "data=1", one, sequences))
         efficiency = plan.efficiency(base)
         if efficiency is None or not base.fits:
@@ -101,10 +113,31 @@ class DeviceRequest:
         else:
             say(f"efficiency against one device: {efficiency:.1%}, with the same sequences on each device")
         say(assumptions(devices))
-        result: dict[str, Any] = {"preset": self.preset, "chip": chip_name(self.tpu, self.gpu)}
+        result: dict[str, Any] = {"preset": self.preset, "chip": chip_name(self.tpu, self.card)}
         result["sequences_per_device"] = sequences
+        result["tokens_per_step"] = plan.devices * sequences * config.model.seq_len
+        result["command"] = self._command(planned) if plan.fits else None
         print_json(result | many.in_json(plan, base), self.json)
         return 0 if plan.fits else 1
+
+    def _command(self, config: RunConfig) -> str | None:
+        """The command line that trains with these settings on the devices. None for a preset that is only planned."""
+        if self.preset in PLAN_ONLY:
+            return None
+        start = "JAX_PLATFORMS=tpu uv run --extra tpu-plan" if self.tpu else ON_A_CARD
+        words = [f"--preset {self.preset}", *self.asked.words(), f"--mesh {self.mesh}", *chosen_words(config)]
+        return f"{start} train.py {' '.join(words)}"
+
+    def _print_command(self, config: RunConfig) -> None:
+        command = self._command(config)
+        if command is None:
+            say(f"{self.preset} is for plans only: train.py has no such preset")
+            return
+        count = MeshShape.parse(self.mesh).devices
+        hosts = -(-count // (8 if self.tpu else GPU_LINKS[self.card].per_host))
+        several = ", once on each host, with the flags of docs/scaling.md, Several machines" if hosts > 1 else ""
+        say(f"this setting fits, by XLA's buffer plan; train with{several}")
+        print(command)  # unbroken, to be copied
 
     def _table(self, config: RunConfig, chip: "Target | Slice", sequences: int) -> int:
         from moe_jax.planning import many_devices as many
@@ -122,7 +155,7 @@ class DeviceRequest:
             plans.append(plan)
             print(table_row(plan, base), flush=True)
         say(*notes(plans, base), assumptions(many.devices_like(chip, plans[-1].devices)))
-        name = chip_name(self.tpu, self.gpu)
+        name = chip_name(self.tpu, self.card)
         found = [many.in_json(plan, base) for plan in plans]
         if self.out:
             from moe_jax.plots.scaling import save_scaling
@@ -156,7 +189,7 @@ def details(plan: "DevicePlan") -> list[str]:
         return lines
     lines.append(
         f"memory: arguments {plan.arguments_mib:,.0f} MiB, temporary {plan.temporary_mib:,.0f}, total "
-        f"{plan.total_mib:,.0f} of {plan.memory_mib:,.0f}: {verdict}"
+        f"{plan.total_mib:,.0f} of the {plan.budget_mib:,.0f} that a plan may use: {verdict} ({_rule(plan)})"
     )
     if plan.flops is not None:
         lines.append(f"matrix products: {plan.flops / 1e9:,.0f} GFLOP a step")
@@ -169,6 +202,34 @@ def details(plan: "DevicePlan") -> list[str]:
         lines.append(
             f"predicted, nothing measured: {plan.arithmetic_ms:,.1f} ms arithmetic and memory + "
             f"{plan.collectives_ms:,.1f} ms collectives = {plan.step_ms:,.1f} ms a step"
+        )
+    return lines
+
+
+def _rule(plan: "DevicePlan") -> str:
+    return f"{plan.budget_mib / plan.memory_mib:.0%} of the {plan.memory_mib:,.0f} MiB of a device"
+
+
+def whole_run(plan: "DevicePlan", config: RunConfig, sequences: int) -> list[str]:
+    """The tokens and the time of all steps, in lines. Empty if the time of a step is not known.
+
+    Scaling is weak, so the tokens of a step grow with the devices. `sequences` are those of one device.
+    """
+    from moe_jax.training.expected_time import duration
+
+    if plan.step_ms is None:
+        return []
+    here = sequences * config.model.seq_len
+    tokens, steps = plan.devices * here, config.train.steps
+    lines = [
+        f"{tokens:,} tokens a step, {here:,} on each device: {1e3 * tokens / plan.step_ms:,.0f} tokens/s, "
+        f"{duration(steps * plan.step_ms / 1e3)} for {steps:,} steps"
+    ]
+    if plan.devices > 1:
+        fewer = -(-steps // plan.devices)
+        lines.append(
+            f"these steps read {plan.devices} times the tokens that they would on one device; for the same tokens "
+            f"--steps {fewer} are enough, {duration(fewer * plan.step_ms / 1e3)}"
         )
     return lines
 
@@ -191,7 +252,8 @@ def table_row(plan: "DevicePlan", base: "DevicePlan | None") -> str:
 def notes(plans: "list[DevicePlan]", base: "DevicePlan | None") -> list[str]:
     """What the table means."""
     lines = [
-        f"\nweak scaling: the same sequences on each device. MiB: memory of one device, of {plans[0].memory_mib:,.0f}. "
+        "\nweak scaling: the same sequences on each device. MiB: memory of one device, of the "
+        f"{plans[0].budget_mib:,.0f} that a plan may use ({_rule(plans[0])}). "
         "sent: MiB in the collectives of one device in a step. compute, links: ms of arithmetic and of collectives.",
     ]
     if any(not plan.fits for plan in plans):

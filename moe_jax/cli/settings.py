@@ -59,7 +59,7 @@ class RunCommand(Command):
     @classmethod
     def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
         """The usual flags, the other short flags, and the rest by section, with the defaults of the preset."""
-        start = _typed_preset(argv)
+        start = typed_preset(argv)
         rest = {a.flag: a for a in [*arguments_of(cls), *run_arguments(start, cls.takes_auto)]}
         common = [rest.pop(flag) for flag in COMMON]
         short = [rest.pop(flag) for flag in list(rest) if "." not in flag]
@@ -134,8 +134,8 @@ def _name_source(error: ConfigError, start: RunConfig, file: SettingsFile, flags
     return error
 
 
-def _typed_preset(argv: Sequence[str]) -> RunConfig:
+def typed_preset(argv: Sequence[str], default: str = RunConfig.preset) -> RunConfig:
     """The preset from argv if it exists, else the default preset. Help must work even if other arguments are wrong."""
     words = [word for arg in argv for word in arg.split("=", 1)]
     names = [name for flag, name in itertools.pairwise(words) if flag == "--preset"]
-    return preset(names[-1] if names and names[-1] in PRESETS else RunConfig.preset)
+    return preset(names[-1] if names and names[-1] in PRESETS else default)

@@ -141,12 +141,17 @@ ICI_V5E = Torus(
 )
 
 
-def check_gpus(name: str, mesh: str = "") -> None:
-    """Raise ConfigError unless as many cards of this name as the mesh has places can be planned for."""
+def check_gpus(name: str, mesh: str = "", note: str = "") -> None:
+    """Raise ConfigError unless as many cards of this name as the mesh has places can be planned for.
+
+    `note` stands behind the name in errors, such as " (the default)".
+    """
     count = MeshShape.parse(mesh).devices
     if name not in GPU_LINKS:
         known = ", ".join(sorted(GPU_LINKS))
-        raise ConfigError(f"--gpu {name}: the links between several such cards are not known; must be one of {known}")
+        raise ConfigError(
+            f"--gpu {name}{note}: the links between several such cards are not known; must be one of {known}"
+        )
     per_host, most = GPU_LINKS[name].per_host, GPU_COUNTS[-1]
     if count > most or not (count <= per_host or count % per_host == 0):
         raise ConfigError(

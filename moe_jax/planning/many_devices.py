@@ -43,6 +43,8 @@ class DevicePlan:
     temporary_mib: float
     total_mib: float
     memory_mib: float
+    budget_mib: float
+    """Memory of the device that a plan may use."""
     fits: bool
     refused: bool
     """The compiler refused the program, because it takes more memory than the device has. So it has no text to read."""
@@ -148,6 +150,7 @@ def read_plan(step: Step) -> DevicePlan:
         temporary_mib=compiled.temporary / MIB,
         total_mib=compiled.total / MIB,
         memory_mib=devices.memory / MIB,
+        budget_mib=devices.usable / MIB,
         fits=compiled.total <= devices.usable and not refused,
         refused=refused,
         flops=flops,
@@ -253,6 +256,7 @@ def in_json(plan: DevicePlan, base: DevicePlan | None) -> dict[str, Any]:
         "temporary_mib": round(plan.temporary_mib, 1),
         "total_mib": round(plan.total_mib, 1),
         "memory_mib": round(plan.memory_mib, 1),
+        "budget_mib": round(plan.budget_mib, 1),
         "fits": plan.fits,
         "gflop": None if plan.flops is None else round(plan.flops / 1e9, 1),
         "sent_bytes": plan.sent,

@@ -19,6 +19,7 @@ from moe_jax.model.transformer import Params
 from moe_jax.planning import roofline
 from moe_jax.planning.device_memory import Bound, bound
 from moe_jax.planning.target import MIB, Target
+from moe_jax.system.console import working
 from moe_jax.training.evaluate import EVALUATION_ROWS
 from moe_jax.training.programs import Programs
 from moe_jax.training.state import initial_params
@@ -109,13 +110,22 @@ def plan_step(config: RunConfig, target: Target) -> Row:
 
 def search(config: RunConfig, target: Target, every_optimizer: bool = False) -> Iterator[Row]:
     """Compile the candidates in order, to the first that fits; with `every_optimizer` all without accumulation."""
-    for candidate in candidates(config, every_optimizer):
-        if every_optimizer and candidate.train.grad_accum > 1:
-            return
-        row = plan_step(candidate, target)
+    tried = list(candidates(config, every_optimizer))
+    if every_optimizer:
+        tried = [candidate for candidate in tried if candidate.train.grad_accum == 1]
+    for number, candidate in enumerate(tried, 1):
+        most = "" if every_optimizer else "at most "
+        with working(f"compiling the training step, {_named(candidate)}: setting {number} of {most}{len(tried)}"):
+            row = plan_step(candidate, target)
         yield row
         if row.fits and not every_optimizer:
             return
+
+
+def _named(config: RunConfig) -> str:
+    train = config.train
+    accumulated = f", {train.batch_size} x {train.grad_accum} sequences" if train.grad_accum > 1 else ""
+    return f"{train.optimizer}{' with remat' * config.execution.remat}{accumulated}"
 
 
 class Verdict(NamedTuple):
@@ -173,12 +183,16 @@ def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:
     length = jax.ShapeDtypeStruct((), jnp.int32)
     state = jax.eval_shape(decoder.prefill, params, prompt, length)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
-    found = {
-        "evaluation": bound(target, programs.evaluation, params, e.inputs, e.targets, e.start, e.weights),
-        "prefill": bound(target, decoder.prefill, params, prompt, length),
-        "decoding": bound(target, decoder.advance, params, state, token),
+    jobs: dict[str, tuple[Any, ...]] = {
+        "evaluation": (programs.evaluation, params, e.inputs, e.targets, e.start, e.weights),
+        "prefill": (decoder.prefill, params, prompt, length),
+        "decoding": (decoder.advance, params, state, token),
     }
-    return {name: b.total + waiting for name, b in found.items()}
+    found: dict[str, float] = {}
+    for number, (name, job) in enumerate(jobs.items(), 1):
+        with working(f"compiling {name}, {number} of {len(jobs)} programs that run between the steps"):
+            found[name] = bound(target, *job).total + waiting
+    return found
 
 
 def with_adapters(config: RunConfig, rank: int) -> RunConfig:

@@ -197,8 +197,12 @@ def test_the_command_stops_at_the_first_setting_that_fits(
     assert main(run_command, ["plan", "--gpu", "quadro-t1000-4gb"]) == 0
     assert len(pretended) == 6
     lines = capsys.readouterr().out.splitlines()
-    assert "--batch-size 32 --grad-accum 1 --optimizer adamw-8bit --execution.remat" in lines[-2]
+    assert lines[-2] == (
+        "uv run --extra cuda12 train.py --preset seed-158m --batch-size 32 --grad-accum 1 --optimizer adamw-8bit "
+        "--execution.remat"
+    )
     result = json.loads(lines[-1])
+    assert result["command"] == lines[-2]
     assert (result["total_mib"], result["fits"], result["micro_batch"]) == (1300.0, True, 32)
     assert (result["optimizer"], result["remat"], result["gpu"]) == ("adamw-8bit", True, "quadro-t1000-4gb")
 
@@ -216,7 +220,9 @@ def test_adapters_are_planned_beside_frozen_weights_in_bfloat16(
     monkeypatch.setattr(search, "plan_step", step)
     assert main(run_command, ["plan", "--preset", "seed-158m", "--lora", "16"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-2].startswith("uv run python -m moe_jax sft --run RUN --data CHATS.jsonl --out NEW --lora 16 ")
+    assert lines[-2].startswith(
+        "uv run --extra cuda12 python -m moe_jax sft --run RUN --data CHATS.jsonl --out NEW --lora 16 "
+    )
     assert lines[-2].endswith("--optimizer adamw --train.param-dtype bfloat16")
     assert json.loads(lines[-1])["param_dtype"] == "bfloat16"
 
@@ -228,7 +234,8 @@ def test_the_command_fails_where_nothing_fits(
     small.write_text(load_target("rtx3050-4gb").text.replace("3951369912", "99999999"))
     assert main(run_command, ["plan", "--gpu", str(small)]) == 1
     assert len(pretended) == 2 * 4 + 5, "four optimizers with and without remat, then 16, 8, 4, 2 and 1 sequences"
-    assert '"fits": false' in capsys.readouterr().out.splitlines()[-1]
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["fits"], result["command"]) == (False, None)
 
 
 def test_an_unknown_card_is_answered_with_those_known(capsys: pytest.CaptureFixture[str]) -> None:
