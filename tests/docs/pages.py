@@ -33,7 +33,7 @@ def blocks(page: Path) -> list[Block]:
 def commands(block: Block) -> list[str]:
     """The command lines of a block, joined where a line goes on after a backslash. A listing has none."""
     joined = re.sub(r"\s*\\\n\s*", " ", block.code)
-    return [] if block.kind else [line for line in joined.splitlines() if line.startswith("uv ")]
+    return [] if block.kind else [line for line in joined.splitlines() if line.startswith("uv run ")]
 
 
 def links(page: Path) -> list[str]:

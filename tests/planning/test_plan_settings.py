@@ -1,6 +1,7 @@
 """What `plan` accepts: the settings of `train.py`, near names of cards, and no flag that it would ignore."""
 
 import contextlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,13 @@ from typing import Any
 import pytest
 
 from moe_jax.cli.main import main, run_command
+from moe_jax.cli.text_plan import TextPlans
 from moe_jax.cli.train import Train
 from moe_jax.config import RunConfig
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.planning import search
 from moe_jax.planning.device_memory import Bound, Memory
+from moe_jax.planning.own_text import Limits, TextPlan
 from moe_jax.planning.target import Target
 from moe_jax.system import environment
 
@@ -139,3 +142,14 @@ def test_what_is_compiled_is_named_before_it_is_compiled(
         "compiling prefill, 2 of 3 programs that run between the steps",
         "compiling decoding, 3 of 3 programs that run between the steps",
     ]
+
+
+@pytest.mark.parametrize(("problem", "status"), [("", 0), ("too much", 1)])
+def test_a_plan_for_a_text_has_a_command_only_if_it_fits(
+    problem: str, status: int, planned: list[RunConfig], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    plan = TextPlan(preset("nano"), 100.0, problem)
+    monkeypatch.setattr("moe_jax.cli.plan.plan_for_text", lambda *_: TextPlans([plan], Limits(50), []))
+    assert main(run_command, ["plan", "--memory", "4GB"]) == status
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["fits"], result["command"] is None) == (not problem, bool(problem))

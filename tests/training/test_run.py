@@ -27,9 +27,11 @@ from moe_jax.config import (
 )
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import open_run
+from moe_jax.system import environment
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training import loop
 from moe_jax.training.loop import finish, train
+from moe_jax.training.run_header import print_run_header
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 
@@ -363,3 +365,13 @@ def test_a_signal_while_a_step_is_saved_counts(save: int, text: Path, tmp_path: 
     assert stopped.value.status == 128 + signal.SIGTERM
     assert saves == [2, 4][:save]
     assert session.progress.saved_step == int(session.state.step) == 2 * save
+
+
+def test_the_header_says_that_the_card_is_not_used(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
+    monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
+    print_run_header(Session.open(configuration(text, tmp_path / "run", steps=4), None), [])
+    said = "this computes on the CPU, although this machine seems to have an NVIDIA card: JAX's CUDA plugin is not"
+    assert said in " ".join(capsys.readouterr().out.split())
