@@ -1,6 +1,7 @@
 """The settings of `train.py` that `plan` takes too: `--config FILE`, and the flags of the model and of the training."""
 
 import shlex
+from collections.abc import Set
 from typing import NamedTuple
 
 from moe_jax.cli.arguments import Argument, Values
@@ -59,7 +60,7 @@ class Asked(NamedTuple):
             return f"--config {self.path}"
         return next(iter(_words(self.flags)), "")
 
-    def words(self, chosen: set[tuple[str, str]] = frozenset()) -> list[str]:
+    def words(self, chosen: Set[tuple[str, str]] = frozenset()) -> list[str]:
         """The flags that repeat these settings in a command that names what a plan chooses, and the `chosen` fields."""
         kept = {key: value for key, value in self.flags.items() if key not in _PRINTED | chosen}
         return [f"--config {shlex.quote(self.path)}"] * bool(self.path) + _words(kept)
