@@ -1,13 +1,16 @@
-"""A test of causality: one token is changed, and no bit of an earlier output may change, while experts drop tokens.
+"""A test of causality: tokens are changed one at a time, and no bit of an earlier output may change, while experts drop
+tokens.
 
-No output of the other sequence of the batch may change either. The priorities that leak must change earlier outputs.
-If they did not, the test could not see a leak.
+No output of another sequence of the batch may change either. `perturbation.py` says which tokens are changed. The
+priorities that leak must change earlier outputs. If they did not, the test could not see such a leak. A leak of another
+kind, or one that none of these texts shows, is not found.
 
 Chapter 12 of `foundation` derives which priorities leak, and enumerates all texts of a small case.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,116 +19,150 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.certificates.certificate import Certificate
+from moe_jax.certificates.perturbation import chosen_positions, count_changes, crowded_positions, sequences_for
+from moe_jax.certificates.reversed_chunks import ReversedFoursMoE, ReversedPairsMoE
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.model.costs import attention_flops, layer_flops
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.reference import OneHotMoE
 from moe_jax.model.transformer import Params, abstract_model, merge
 
-BATCH = 2
 CAPACITY_SCALE = 0.5
 """The tests multiply the configured capacity factor by this number, so that many pairs are dropped."""
+BIAS_DEVIATION = 0.05
+"""Standard deviation of the random balance biases, times E. They are added to probabilities, whose mean is 1 / E and
+whose deviation at initial parameters is about 0.1 / E."""
 
 
 class Variant(NamedTuple):
     """A layer to test, by its differences from dispatch by capacity with token priority."""
 
-    routing: dict[str, Any]
-    shape: dict[str, Any] = {}  # noqa: RUF012
+    title: str
+    """The claim in plain words."""
+    routing: dict[str, Any] = {}  # noqa: RUF012
     moe: type[MoE] = MoE
+    leaks: Callable[[ModelConfig], bool] | None = None
+    """None: the layer is causal. Else whether a layer of this shape can leak by this rule."""
+
+
+def _has_second_choice(model: ModelConfig) -> bool:
+    return model.routing.top_k > 1
+
+
+def _has_other_experts(model: ModelConfig) -> bool:
+    return model.routing.top_k < model.experts
+
+
+def _has_experts(model: ModelConfig) -> bool:
+    return model.experts > 1
 
 
 VARIANTS = {
-    "token priority, by capacity": Variant({}),
-    "token priority, one-hot reference": Variant({}, moe=OneHotMoE),
-    "noisy router": Variant({"logit_noise": 0.5}),
-    "jittered router": Variant({"input_jitter": 0.3}),
-    "balance by bias": Variant({"balancing": "bias"}),
-    "shared expert": Variant({}, {"shared_experts": 1}),
-    "blocks (dropless)": Variant({"dispatch": "blocks"}),
-    "choice-major priority": Variant({"priority": "leaky-choice-major"}),
-    "batch priority": Variant({"priority": "leaky-batch-priority"}),
-    "expert choice": Variant({"priority": "leaky-expert-choice"}),
+    "token priority, by capacity": Variant("earlier tokens get the slots first"),
+    "token priority, one-hot reference": Variant("the same in a second, slow implementation", moe=OneHotMoE),
+    "noisy router": Variant("with random noise on the scores of the router", {"logit_noise": 0.5}),
+    "jittered router": Variant("with the router's input times random numbers near 1", {"input_jitter": 0.3}),
+    "balance by bias": Variant("with a bias for each expert that balances the load", {"balancing": "bias"}),
+    "shared expert": Variant("with one more expert that every token visits"),
+    "blocks (dropless)": Variant("with a row for every choice: nothing is dropped", {"dispatch": "blocks"}),
+    "choice-major priority": Variant(
+        "all first choices before all second choices", {"priority": "leaky-choice-major"}, leaks=_has_second_choice
+    ),
+    "batch priority": Variant(
+        "tokens first whose router is most certain", {"priority": "leaky-batch-priority"}, leaks=_has_experts
+    ),
+    "expert choice": Variant(
+        "each expert takes the tokens with the largest scores", {"priority": "leaky-expert-choice"}, leaks=_has_experts
+    ),
+    "reversed pairs": Variant("of every 2 tokens the later one first", moe=ReversedPairsMoE, leaks=_has_other_experts),
+    "reversed fours": Variant("of every 4 tokens the later ones first", moe=ReversedFoursMoE, leaks=_has_other_experts),
 }
 
 
-class PerturbationResult(NamedTuple):
-    """What changed when single tokens were changed, summed over the changed positions."""
-
-    earlier: int
-    """Outputs before the changed token that changed."""
-    other_row: int
-    """Outputs of the other sequence that changed."""
-    later: int
-    """Changed outputs at the changed token and after it. If this is 0, the test changed nothing."""
-    dropped: float
-    """Largest share of (token, choice) pairs that got no slot, over the layers."""
-
-    def __str__(self) -> str:
-        return (
-            f"{self.earlier} earlier outputs and {self.other_row} of the other sequence changed, "
-            f"{self.dropped:.0%} of the choices dropped"
-        )
-
-    def causal(self, leaky: bool) -> bool:
-        """Whether the layer behaves as expected: a causal layer changes no earlier output, a leaky one changes some."""
-        return (self.earlier > 0) == leaky and self.other_row == 0 and self.later > 0
-
-
-def count_changes(run: Callable[[Any], tuple[Any, Any]], before: np.ndarray, other: np.ndarray) -> PerturbationResult:
-    """Compare `run(before)` with runs in which one position of the first or of the last row is taken from `other`.
-
-    `run` returns outputs [B, T, ...] and the share of pairs dropped.
-    """
-    rows, tokens = before.shape[:2]
-    y, dropped = (np.asarray(a) for a in run(before))
-    counts = np.zeros(3, int)
-    for t in sorted({tokens // 4, tokens // 2, 3 * tokens // 4, tokens - 1}):
-        for row in (0, rows - 1):
-            after = before.copy()
-            after[row, t] = other[row, t]
-            changed = (np.asarray(run(after)[0]) != y).reshape(rows, tokens, -1).any(-1)
-            counts += changed[row, :t].sum(), np.delete(changed, row, 0).sum(), changed[row, t:].sum()
-    return PerturbationResult(int(counts[0]), int(counts[1]), int(counts[2]), float(dropped.max()))
-
-
 def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator[Certificate]:
-    """Test each variant in one layer of the model's shape. `ffn` gives the router and the experts; None: random ones.
+    """Test each variant in one layer of the model's shape. `ffn` gives its parameters; None: random ones.
 
-    Every variant except `blocks` has a capacity, even if the model trains without one.
+    Every variant except `blocks` has a capacity, even if the model trains without one. A known leak is left out where
+    the shape of the layer makes it causal, such as second choices if K is 1.
     """
-    limited = tight(config).with_routing(dispatch="capacity", priority="token")
-    rng = np.random.default_rng(0)
-    before, other = rng.normal(size=(2, BATCH, config.seq_len, config.width)).astype(np.float32)
     for name, variant in VARIANTS.items():
-        model = dataclasses.replace(limited, **variant.shape).with_routing(**variant.routing)
-        layer = build_layer(model, nnx.Rngs(params=jax.random.key(1)), variant.moe)
-        if ffn is not None:
-            nnx.update(layer, nnx.State({"router": ffn["router"], "experts": ffn["experts"]}))
-        graphdef, state = nnx.split(layer)
-        key = jax.random.key(2)
+        if variant.leaks is None or variant.leaks(config):
+            yield _variant_causality(name, variant, config, ffn)
 
-        def run(x: Any, graphdef: nnx.GraphDef = graphdef, state: Any = state, key: Any = key) -> tuple[Any, Any]:
-            y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, key)
-            return y, stats.drop_fraction
 
-        found = count_changes(jax.jit(run), before, other)
-        leaky = model.routing.priority != "token"
-        drops = found.dropped > 0 or model.routing.dispatch == "blocks"
-        asked = "leaks: earlier outputs change, and none of the other sequence" if leaky else _expected(model)
-        yield Certificate(f"causality: {name}", found.causal(leaky) and drops, str(found), asked, leaky)
+def _variant_causality(name: str, variant: Variant, config: ModelConfig, ffn: dict[str, Any] | None) -> Certificate:
+    model = tight(config).with_routing(**({"dispatch": "capacity", "priority": "token"} | variant.routing))
+    if name == "shared expert":
+        model = dataclasses.replace(model, shared_experts=max(1, model.shared_experts))
+    graphdef, state = nnx.split(_layer(model, variant.moe, ffn))
+    key = jax.random.key(2)
+
+    @partial(jax.jit, static_argnames="trace")
+    def run(x: Any, trace: bool = False) -> tuple[Any, Any]:
+        y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, key, trace)
+        return (stats.trace.queue_position if trace else y), stats.drop_fraction
+
+    flops = _pass_flops(model, variant.moe)
+    sequences = sequences_for(flops, model.seq_len)
+    before, other = np.random.default_rng(0).normal(size=(2, sequences, model.seq_len, model.width)).astype(np.float32)
+    positions = chosen_positions(flops, sequences, model.seq_len, lambda: _crowded(run, before, model))
+    found = count_changes(run, before, other, positions)
+    leaky = variant.leaks is not None
+    drops = found.dropped > 0 or model.dropless
+    return Certificate(
+        f"causality: {name}", found.causal(leaky) and drops, str(found), _asked(model, leaky), leaky, variant.title
+    )
+
+
+def _layer(model: ModelConfig, moe: type[MoE], ffn: dict[str, Any] | None) -> MoE:
+    """The layer with the parameters of `ffn`, as far as it has them. A bias that `ffn` does not give is random: at its
+    initial value of zero, it would change nothing."""
+    layer = build_layer(model, nnx.Rngs(params=jax.random.key(1)), moe)
+    if model.routing.balancing == "bias":
+        layer.balance_bias[...] = random_bias(model)
+    given = ffn or {}
+    # A shared expert of the variant is random if the model has none.
+    nnx.update(layer, nnx.State({part: value for part, value in given.items() if hasattr(layer, part)}))
+    return layer
+
+
+def random_bias(model: ModelConfig, number: int = 0) -> jax.Array:
+    """Random balance biases [E] for the layer of this number."""
+    return BIAS_DEVIATION / model.experts * jax.random.normal(jax.random.key(number), (model.experts,))
+
+
+def _pass_flops(model: ModelConfig, moe: type[MoE]) -> int:
+    """Operations of one layer's forward pass over one sequence."""
+    masks = 4 * model.seq_len * model.experts * model.capacity * model.width if moe is OneHotMoE else 0
+    return layer_flops(model, 1) + masks
+
+
+def _crowded(traced: Callable[..., tuple[Any, Any]], before: np.ndarray, model: ModelConfig) -> np.ndarray:
+    """The positions where a queue becomes full, in any layer (`crowded_positions`)."""
+    if model.dropless:
+        return np.zeros(0, int)
+    return crowded_positions(np.asarray(traced(before, trace=True)[0]), model.capacity)
 
 
 def model_causality(config: RunConfig, params: Params) -> Certificate:
     """Test the whole model in training mode, without dropout, with its capacity factor times CAPACITY_SCALE."""
     model = tight(config.model)
+    return tokens_causality("causality: the whole model", model, _model_run(model, params), params)
+
+
+def _model_run(model: ModelConfig, params: Params) -> Callable[..., tuple[Any, Any]]:
+    """(tokens [B, T]) -> (hidden states [B, T, D], shares dropped), in float32. With `trace`, the places of the pairs
+    in their queues [L, B, T, K] instead of the hidden states."""
     graphdef, _ = abstract_model(model)
 
-    @jax.jit
-    def run(tokens: Any) -> tuple[Any, Any]:
-        hidden, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN)
-        return hidden, jnp.zeros(()) if stats is None else stats.drop_fraction
+    @partial(jax.jit, static_argnames="trace")
+    def run(tokens: Any, trace: bool = False) -> tuple[Any, Any]:
+        hidden, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN, trace=trace)
+        if stats is None:
+            return hidden, jnp.zeros(())
+        return (stats.trace.queue_position if trace else hidden), stats.drop_fraction
 
-    return tokens_causality("causality: the whole model", model, run, BATCH)
+    return run
 
 
 def tight(model: ModelConfig) -> ModelConfig:
@@ -134,24 +171,27 @@ def tight(model: ModelConfig) -> ModelConfig:
 
 
 def tokens_causality(
-    name: str, model: ModelConfig, run: Callable[[Any], tuple[Any, Any]], sequences: int
+    name: str, model: ModelConfig, run: Callable[[Any], tuple[Any, Any]], params: Params, multiple: int = 1
 ) -> Certificate:
-    """Test `run(tokens [B, T])`, which returns hidden states [B, T, D] and the share of pairs dropped, on random tokens
-    of B = `sequences` sequences."""
-    rng = np.random.default_rng(0)
-    before, other = rng.integers(0, model.vocab_size, (2, sequences, model.seq_len)).astype(np.int32)
-    found = count_changes(run, before, other)
+    """Test `run(tokens [B, T])`, which returns hidden states [B, T, D] and the share of pairs dropped, on random
+    tokens. B is a multiple of `multiple`."""
+    routed = layer_flops(model, 1) if model.dense == "none" else 6 * model.seq_len * model.width * model.dense_hidden
+    flops = model.layers * (routed + attention_flops(model, 1))
+    sequences = multiple * -(-sequences_for(flops, model.seq_len) // multiple)
+    before, other = (
+        np.random.default_rng(0).integers(0, model.vocab_size, (2, sequences, model.seq_len)).astype(np.int32)
+    )
+    positions = chosen_positions(
+        flops, sequences, model.seq_len, lambda: _crowded(_model_run(model, params), before, model)
+    )
+    found = count_changes(run, before, other, positions)
     leaky = model.routing.priority != "token"
     drops = found.dropped > 0 or model.dropless
-    asked = (
-        "leaks, as configured: earlier outputs change, and none of the other sequence" if leaky else _expected(model)
-    )
-    return Certificate(name, found.causal(leaky) and drops, str(found), asked, leaky)
+    asked = _asked(model, leaky) + (", as configured" if leaky else "")
+    return Certificate(name, found.causal(leaky) and drops, str(found), asked, leaky, name.partition(": ")[2])
 
 
-def _expected(model: ModelConfig) -> str:
-    return (
-        "none of them changes; nothing is dropped"
-        if model.dropless
-        else "none of them changes, while choices are dropped"
-    )
+def _asked(model: ModelConfig, leaky: bool) -> str:
+    if leaky:
+        return "earlier outputs change, and none of the sequence that was left alone"
+    return "none of them changes; nothing is dropped" if model.dropless else "none changes, while choices are dropped"

@@ -7,8 +7,11 @@ class Certificate(NamedTuple):
     """One tested claim: what was found, what was asked for, and whether the test passed."""
 
     name: str
+    """It identifies the claim for other programs, and does not change."""
     passed: bool
     found: str
     asked: str
     must_leak: bool = False
     """The claim is about a rule that lets the future in. The test passes if it catches the leak."""
+    title: str = ""
+    """The claim in plain words, for people. Empty: the name is plain."""

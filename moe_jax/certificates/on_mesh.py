@@ -47,7 +47,7 @@ def certify_mesh(config: RunConfig, params: Params, mesh: Mesh) -> Iterator[Cert
 
 
 def mesh_causality(config: RunConfig, params: Params, mesh: Mesh) -> Certificate:
-    """The causality of the whole model in training mode on the mesh, with one sequence on each device."""
+    """The causality of the whole model in training mode on the mesh, with as many sequences on each device."""
     model = tight(config.model)
     programs = Programs.of(dataclasses.replace(config, model=model), mesh=mesh)
     layout = programs.layout
@@ -55,7 +55,7 @@ def mesh_causality(config: RunConfig, params: Params, mesh: Mesh) -> Certificate
     placed = jax.device_put(params, layout.shardings(params, layout.params))
     forward = make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes)
     name = "mesh: causality of the whole model"
-    return tokens_causality(name, model, lambda tokens: forward(placed, tokens)[:2], mesh.size)
+    return tokens_causality(name, model, lambda tokens: forward(placed, tokens)[:2], params, mesh.size)
 
 
 def divided_arithmetic(one: Program, many: Program, devices: int) -> Certificate:

@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, computed_scores
 
 
 class Count(NamedTuple):
@@ -137,6 +138,48 @@ def multiplied_rows(config: ModelConfig, batch: int) -> int:
         block = block_rows(pairs, config.experts)
         return (config.experts + (pairs - 1) // block) * block
     return batch * config.experts * config.capacity
+
+
+def attention_flops(config: ModelConfig, batch: int) -> int:
+    """Forward floating-point operations of an attention layer: its two matrices, and two products of all scores that
+    are computed."""
+    matrices = sum(rows * columns for rows, columns in attention_shapes(config))
+    return 2 * batch * config.seq_len * matrices + 2 * _score_product(config, batch)
+
+
+def _score_product(config: ModelConfig, batch: int) -> int:
+    """Operations of one product of the computed scores or weights with vectors of the heads, in one layer."""
+    return 2 * batch * config.heads * config.head_width * computed_scores(config.seq_len)
+
+
+def step_products(config: RunConfig, batch: int) -> dict[str, int]:
+    """Floating-point operations of all matrix products of a training step with one micro-batch of `batch` sequences, by
+    named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models with experts and
+    without adapters.
+
+    The backward pass of a product is two products. Besides, the backward pass repeats
+
+        the scores of a sequence above LONGEST_KEPT
+        with remat: the forward pass of the blocks, without the products whose result it does not need: the output
+        projection of attention and the last matrix of the shared experts
+    """
+    model, again = config.model, int(config.execution.remat)
+    tokens = batch * model.seq_len
+    (qkv, out), score = (
+        (2 * tokens * rows * columns for rows, columns in attention_shapes(model)),
+        _score_product(model, batch),
+    )
+    scores = 6 + 2 * again + (model.seq_len > LONGEST_KEPT)
+    matrices = 3 if model.activation == "swiglu" else 2
+    shared_out = expert_flops(model, tokens * model.shared_experts) // matrices
+    ffn = (3 + again) * layer_flops(model, batch) - again * shared_out
+    muon = muon_flops(model, config.train.muon_router) if config.train.optimizer == "muon" else 0
+    return {
+        "attention": model.layers * ((3 + again) * qkv + 3 * out + scores * score),
+        "ffn": model.layers * ffn,
+        "head": 6 * model.vocab_size * model.width * tokens,
+        "rest": muon,
+    }
 
 
 def training_flops(config: RunConfig, steps: int) -> int:

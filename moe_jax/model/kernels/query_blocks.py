@@ -29,9 +29,11 @@ def query_spans(positions: int) -> list[tuple[int, int]]:
 
 
 def computed_scores(positions: int) -> int:
-    """Entries of the score matrix that are computed for one sequence and head, forward."""
-    cut = query_blocks if positions <= LONGEST_KEPT else query_spans
-    return sum((end - first) * end for first, end in cut(positions))
+    """Entries of the score matrix that are computed for one sequence and head, forward. A span has whole blocks: the
+    last one is filled up with rows of zeros."""
+    if positions <= LONGEST_KEPT:
+        return sum((end - first) * end for first, end in query_blocks(positions))
+    return sum(QUERY_BLOCK * math.ceil((end - first) / QUERY_BLOCK) * end for first, end in query_spans(positions))
 
 
 def kept_scores(positions: int) -> int:
