@@ -70,7 +70,7 @@ def layer_arithmetic(config: ModelConfig) -> Iterator[Certificate]:
             f"memory: one layer, {what}",
             biggest.elements < rows <= of_dense.elements,
             f"largest array {list(biggest.shape)}; with all experts {list(of_dense.shape)}",
-            f"size < E x B x T x max(D, F) = {rows:,} <= size with all experts",
+            f"below {rows:,} numbers, the rows of all tokens for all experts; with all experts not below",
             title=f"largest array of one layer, {what}",
         )
 
@@ -98,7 +98,7 @@ def step_arithmetic(config: RunConfig, batch_size: int) -> Iterator[Certificate]
     missing = {part: max(0, needed[part] - flops) for part, flops in parts.items()}
     for part, what in PARTS.items():
         most = GRADIENT_BOUND * needed[part] * (_head_padding(config.model) if part == "head" else 1)
-        found = f"{parts[part] / 1e9:.3f} GFLOP, {parts[part] / needed[part]:.3f} x what they need"
+        found = f"{parts[part] / 1e9:.3f} GFLOP, {parts[part] / needed[part]:.3f} x the formula"
         if missing[part] and unnamed:
             found += f"; {unnamed / 1e9:.3f} GFLOP of the step have no name"
         if part == "ffn":

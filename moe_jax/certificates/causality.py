@@ -194,4 +194,4 @@ def tokens_causality(
 def _asked(model: ModelConfig, leaky: bool) -> str:
     if leaky:
         return "earlier outputs change, and none of the sequence that was left alone"
-    return "none of them changes; nothing is dropped" if model.dropless else "none changes, while choices are dropped"
+    return "none changes; nothing is dropped" if model.dropless else "none changes, while choices are dropped"

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 TRIED = (
-    "Tried: in float32, on one device, with random inputs and half of the configured slots, so that choices are "
-    "dropped, tokens are changed one at a time. Every bit of the earlier outputs is compared. Then the operations of "
-    "compiled programs are counted."
+    "Tried: one token is changed at a time, and every bit of the earlier outputs is compared. The model computes in "
+    "float32 on one device, with random inputs and half of the usual slots, so that choices are dropped. Then the "
+    "operations of compiled programs are counted."
 )
 NOT_TRIED = (
-    "Not tried: all other texts and lengths, other number formats, and gradients. Such a test can find a leak. It "
+    "Not tried: other inputs, other lengths, other number formats, and gradients. Such a test can find a leak. It "
     "cannot prove that there is none."
 )
 GROUPS = {
-    "causality": "No later token changes an earlier output",
+    "causality": "No later token changes an earlier output, in one layer and in the whole model",
     "arithmetic": "Compiled programs multiply what they need, and hardly more",
     "compilations": "No program is compiled twice",
     "mesh": "The training step of several devices",
