@@ -33,7 +33,7 @@ GROUPS = {
     "mesh": "The training step of several devices",
 }
 """The heading of each group of claims, by the first word of their names. Claims on memory stand with arithmetic."""
-LEAKS = "Rules that let a later token take a slot from an earlier one; each must be caught"
+LEAKS = "Known leaks: by each rule a later token takes slots, and the test must see it"
 
 
 @dataclass(frozen=True)

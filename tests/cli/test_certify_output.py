@@ -1,0 +1,37 @@
+"""What `certify` prints of a claim: plain titles, at most 80 columns, and no spaces at the end of a line."""
+
+import pytest
+
+from moe_jax.certificates.causality import VARIANTS
+from moe_jax.certificates.certificate import Certificate
+from moe_jax.certificates.perturbation import PerturbationResult
+from moe_jax.cli import certify
+from moe_jax.system.rich_console import Console
+
+
+def test_a_claim_is_printed_in_80_columns_without_padding(capsys: pytest.CaptureFixture[str]) -> None:
+    found = str(PerturbationResult(123_456, 6, 1_024, 8_192, 1_234, 0, 5, 0.5))
+    certificate = Certificate("causality: a", True, found, "earlier [outputs] change " * 6, True, "a plain title")
+    console = Console(width=200)
+    certify._print(console, certificate)
+    certify._print(console, certificate._replace(passed=False, must_leak=False, title=""))
+    for line in (certify.TRIED, certify.NOT_TRIED):
+        certify._print_wrapped(console, line)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "caught  a plain title"
+    assert "FAIL    causality: a" in lines
+    assert max(map(len, lines)) <= 80
+    assert not [line for line in lines if line != line.rstrip()]
+    assert "1,024 of 8,192 positions" in " ".join(" ".join(lines).split())
+    assert any("[outputs]" in line for line in lines)
+
+
+def test_headings_and_titles_fit_into_a_line() -> None:
+    titles = [f"caught  {variant.title}" for variant in VARIANTS.values()]
+    assert max(map(len, [*certify.GROUPS.values(), certify.LEAKS, *titles])) <= 80
+
+
+def test_what_is_tried_is_said() -> None:
+    for said in ("one token", "float32", "one device", "random inputs", "half of the usual slots"):
+        assert said in certify.TRIED
+    assert "cannot prove" in certify.NOT_TRIED
