@@ -100,7 +100,7 @@ def _variant_causality(name: str, variant: Variant, config: ModelConfig, ffn: di
     @partial(jax.jit, static_argnames="trace")
     def run(x: Any, trace: bool = False) -> tuple[Any, Any]:
         y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, key, trace)
-        return (stats.trace.slot if trace else y), stats.drop_fraction
+        return (y if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
     flops = _pass_flops(model, variant.moe)
     sequences = sequences_for(flops, model.seq_len)
@@ -160,7 +160,7 @@ def _model_run(model: ModelConfig, params: Params) -> Callable[..., tuple[Any, A
         hidden, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN, trace=trace)
         if stats is None:
             return hidden, jnp.zeros(())
-        return (stats.trace.slot if trace else hidden), stats.drop_fraction
+        return (hidden if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
     return run
 
