@@ -126,3 +126,26 @@ def test_a_token_of_llama_cpp_is_read_again_and_again_at_one_position(monkeypatc
     read()
     read()
     assert asked == [("llama_memory_seq_rm", 0, 2, -1), ([1], [2], [1])] * 2
+
+
+def test_both_programs_decode_in_the_middle_of_the_context(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Asked:
+        def __init__(self, path: Path, context: int) -> None:
+            self.model = (path.stem, context)
+
+        def token(self, position: int) -> Any:
+            return (*self.model, "token", position)
+
+        def prompt(self, tokens: list[int]) -> Any:
+            return (*self.model, "prompt", len(tokens))
+
+    monkeypatch.setattr(llama_cpp, "write_model", lambda *_: None)
+    monkeypatch.setattr(llama_cpp, "LlamaCpp", Asked)
+    wanted = config(seq_len=200)
+    found = weights._calls(wanted, tiny.build(wanted.model)[1], tmp_path)
+    for dtype in ("float32", "q8_0"):
+        assert found[f"llama.cpp {dtype}, token"] == (dtype, 200, "token", 100)
+        assert found[f"llama.cpp {dtype}, prompt"] == (dtype, 200, "prompt", weights.PROMPT)
+    assert {name for name in found if name.startswith("ours")} == {
+        f"ours {form}, {what}" for form in ("float32", "int8") for what in ("token", "prompt")
+    }
