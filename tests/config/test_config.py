@@ -136,7 +136,16 @@ def test_presets_survive_json(name: str) -> None:
 
 def test_every_field_survives_json() -> None:
     """Every field of every section has another value than by default."""
-    routing = RoutingConfig(3, 0.75, "capacity", "leaky-batch-priority", "bias", 0.5, 0.25, False, 2.0)
+    routing = RoutingConfig(
+        top_k=3,
+        capacity_factor=0.75,
+        priority="leaky-batch-priority",
+        balancing="bias",
+        logit_noise=0.5,
+        input_jitter=0.25,
+        renormalise_gates=False,
+        eval_capacity_factor=2.0,
+    )
     config = RunConfig(
         preset="story",
         out="somewhere",
@@ -163,7 +172,8 @@ def test_every_field_survives_json() -> None:
         same = [f.name for f in dataclasses.fields(there) if getattr(there, f.name) == getattr(default, f.name)]
         # What drops nothing has no priority, and learned positions have no base of a rotation.
         # A run starts from one thing only.
-        assert same == {"": ["init_from"], "routing": ["dispatch"], "model": ["rope_theta"]}.get(section, [])
+        needless = {"": ["init_from"], "routing": ["dispatch"], "model": ["rope_theta"]}.get(section, [])
+        assert same == needless, "give each new field a value above that is not its default"
     imported = dataclasses.replace(config, upcycle="", init_from="elsewhere")
     for written in (config, imported):
         assert RunConfig.from_dict(json.loads(json.dumps(written.to_dict()))) == written

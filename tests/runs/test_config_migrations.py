@@ -104,6 +104,8 @@ def section_of(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def test_the_table_holds_every_old_field_and_reaches_every_new_one() -> None:
+    """A new setting goes into NEW, above, if its default computes what version 1 computed. Otherwise it needs a step in
+    `moe_jax/config/migrations.py` and a row of TABLE."""
     old = old_config()
     sections = ("model", "data", "train")
     names = {("", name) for name in old} - {("", s) for s in (*sections, "schema_version", "versions", "history")}

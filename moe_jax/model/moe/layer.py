@@ -159,8 +159,11 @@ class MoE(nnx.Module):
 
     def choose(self, logits: Float[Array, "B T E"]) -> Routing:
         """The K experts of each token, by its logits and, where the experts are balanced by a bias, by the bias."""
-        bias = jax.lax.stop_gradient(self.balance_bias[...]) if self.routing.balancing == "bias" else None
-        return route(logits, self.routing.top_k, bias, self.routing.renormalise_gates)
+        return route(logits, self.routing.top_k, self.selection_bias(), self.routing.renormalise_gates)
+
+    def selection_bias(self) -> Float[Array, "*batch E"] | None:
+        """What is added to the probabilities before the largest are taken. None without a balance by bias."""
+        return jax.lax.stop_gradient(self.balance_bias[...]) if self.routing.balancing == "bias" else None
 
     def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
         """The dispatch of a pass over `batch` sequences of `tokens` tokens each.

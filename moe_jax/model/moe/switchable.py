@@ -17,7 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.router import Routing, route
+from moe_jax.model.moe.router import Routing
 from moe_jax.model.transformer import Params
 
 SWITCHES = "off"
@@ -35,11 +35,11 @@ class SwitchableMoE(MoE):
         self.off = nnx.Param(jnp.zeros((1, experts), bool))
 
     def choose(self, logits: Float[Array, "B T E"]) -> Routing:
-        off = self.off[...][:, None, :]
-        bias = None
-        if self.routing.balancing == "bias":  # a bias could lift an expert of probability 0 above the others
-            bias = jnp.where(off, -jnp.inf, self.balance_bias[...])
-        return route(jnp.where(off, -jnp.inf, logits), self.routing.top_k, bias, self.routing.renormalise_gates)
+        return super().choose(jnp.where(self.off[...][:, None, :], -jnp.inf, logits))
+
+    def selection_bias(self) -> Float[Array, "*batch E"] | None:
+        bias = super().selection_bias()  # it could lift an expert of probability 0 above the others
+        return None if bias is None else jnp.where(self.off[...][:, None, :], -jnp.inf, bias)
 
 
 def with_switches(params: Params, off: Bool[Array, "L B E"]) -> Params:
