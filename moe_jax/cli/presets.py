@@ -49,6 +49,7 @@ class Presets(Command):
         console = Console()
         console.print(table, "")
         say(*(f"{name:<10} {purpose}" for name, purpose in PURPOSES.items()), "")
+        say("memory: what a training step takes at least, counted from the sizes of its arrays")
         rates = [cost.gflops for cost in costs.values()]
         kinds = " and ".join(sorted({cost.compute_dtype for cost in costs.values()}))
         say(
