@@ -17,7 +17,8 @@ It is 0 where all I are equal, and knows nothing of f: probabilities of 0.51 and
 token have almost equal I, while one expert gets every token.
 
 **Balance.** f counts choices, so it is a constant to the derivative. It is divided by T K, so that it adds up to 1, and
-the loss is 1 at perfect balance for every K. Divided by T alone it would be K there (OLMoE #45).
+the loss is 1 at perfect balance for every K (not its minimum: see `router.py`). Divided by T alone it would be K there
+(OLMoE #45).
 
 **Bias.** The choice is made by p + b, and the gate is p of what was chosen. If b were in the gate, the output would be
 scaled by it. The step has the size `rate` whatever the distance, so loads end by swinging around their fair share.

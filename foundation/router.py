@@ -19,13 +19,14 @@ and gates that are not divided are K entries of p, so the softmax's own rule tak
     g = p_S:  d_z = p (d_p - <p, d_p>),  with d_p = d_g at the chosen experts and 0 elsewhere
 
 So with K > 1 and the division the task tells an expert that was not chosen nothing: neither its weights nor its router
-column get a gradient from that token. An expert that is never chosen would stay so for ever. Hence the
-balance loss,
+column get a gradient from that token. The others improve, an expert that is never chosen does not. So a few experts
+may end with all tokens. Hence the balance loss,
 
     L_balance = E sum_e f_e P_e       f_e = share of the (token, choice) pairs of a sequence that went to e
                                       P_e = mean probability of e in that sequence
 
-which is 1 at perfect balance. f counts choices, so it is a constant to the derivative; all the gradient
+which is 1 at perfect balance. It is at least 1 where f and P put the experts in the same order. Where they do not, it
+can be below 1: for p = (0.51, 0.49) three times and (0.05, 0.95) once, with K = 1, it is 0.895. f counts choices, so it is a constant to the derivative; all the gradient
 goes through P:  dL/dp_te = E f_e / T, the same for each token, and proportional to how popular e is. The logits get
 it through the softmax,
 

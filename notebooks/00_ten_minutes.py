@@ -221,8 +221,8 @@ tell("The dense twin", twin)
 # equal tokens and at equal time.
 #
 # ## Where to go on
-# - `python -m moe_jax inspect --run runs/nano --text "your words"` makes a page of
-#   all this, for any text: colours, slots, and every expert switched off.
+# - `uv run python -m moe_jax inspect --run runs/nano --text "your words"` makes a page
+#   of all this, for any text: colours, slots, and every expert switched off.
 # - `foundation/notebooks/` derives each gradient by hand: chapter 8 is the router.
 # - Try: switch off two experts of a layer (`run.switch_off(0, 1, 2)`). Force only the
 #   last layer. Trace a sentence that no story would hold.

@@ -203,8 +203,8 @@ pictures.curves(
 # ## The whole check, in ten lines
 # Errors are measured relative to the *largest* entry: an entry whose true value is 0 is
 # rounding noise in all three ways, and dividing by it would mean nothing. This is what
-# `python -m foundation softmax` does for every operation, at inputs where things could
-# go wrong. Here it is for the product $y = xW$, with a mistake that you may know:
+# `uv run python -m foundation softmax` does for every operation, at inputs where things
+# could go wrong. Here it is for the product $y = xW$, with a mistake that you may know:
 # someone divides by the number of rows, "because the loss is a mean".
 
 # %%
@@ -220,7 +220,8 @@ assert max_relative_error(x.T @ d_y, by_autodiff) < 1e-14
 # ## Exercises
 # Put your answer in place of `None`: a number, or a function. A wrong answer gets a
 # hint. `solution("0.1")` from `foundation.exercises` shows a right one. When you are
-# done, a longer task waits in the terminal: `python -m foundation derive linear`.
+# done, a longer task waits in the terminal: `uv run python -m foundation derive
+# linear`.
 
 # %%
 ask("0.1")

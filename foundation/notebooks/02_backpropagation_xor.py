@@ -173,7 +173,7 @@ pictures.points(
 # %% [markdown]
 # ## Exercises
 # Then write the whole backward pass yourself, and see what the check says to it:
-# `python -m foundation derive linear`.
+# `uv run python -m foundation derive linear`.
 
 # %%
 ask("2.1")

@@ -170,7 +170,7 @@ assert both["lecun, relu"][0][-1] < 1e-4
 # `tests/foundation` measures it.)
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive gelu`.
+# In the terminal: `uv run python -m foundation derive gelu`.
 
 # %%
 ask("3.1")

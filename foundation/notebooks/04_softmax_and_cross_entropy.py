@@ -25,8 +25,8 @@
 # 2. The quotient rule, for $i \ne j$, where only $S$ depends on $z_j$: $\;\partial p_i
 #    / \partial z_j = -e^{z_i} e^{z_j} / S^2 = -p_i p_j$.
 # 3. For $i = j$ the numerator changes too, which adds $e^{z_i} / S = p_i$.
-# 4. Together: $J_{ij} = p_i [i = j] - p_i p_j$, or $J = \operatorname{diag}(p) -
-#    p\,p^\top$.
+# 4. Together: $J_{ij} = p_i [i = j] - p_i p_j$, where the bracket $[i = j]$ is 1 for $i
+#    = j$ and else 0. Or $J = \operatorname{diag}(p) - p\,p^\top$.
 #
 # The second matrix, $p\,p^\top$, has **rank one**: every row is a multiple of the same
 # row $p$. It says that the logits *compete*. Raising one logit takes probability from
@@ -172,7 +172,8 @@ print("in two steps:  ", softmax_backward(d_p, softmax_cache).tolist())
 # is a factor.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive softmax`, then `derive cross_entropy`.
+# In the terminal: `uv run python -m foundation derive softmax`, then `derive
+# cross_entropy`.
 
 # %%
 ask("4.1")

@@ -7,8 +7,8 @@
 # surprise: five lines, from the last to the first. Two questions remain. Why does the
 # mask, which hides the future, need no line of its own? And why is there a square root?
 #
-# The code is `foundation/attention.py`. `python -m foundation.attention_mechanism`
-# walks through one sentence, number by number.
+# The code is `foundation/attention.py`. `uv run python -m
+# foundation.attention_mechanism` walks through one sentence, number by number.
 #
 # ## Queries, keys, values
 # Each position $t$ makes three vectors of A numbers from what it knows. Its **query**
@@ -208,8 +208,8 @@ assert difference < 1e-12
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `python -m foundation derive attention`. Then break a line of
-# `attention_backward`, and run `python -m foundation attention`.
+# In the terminal: `uv run python -m foundation derive attention`. Then break a line of
+# `attention_backward`, and run `uv run python -m foundation attention`.
 
 # %%
 ask("5.1")

@@ -198,7 +198,8 @@ assert error < 1e-14
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `python -m foundation derive layernorm` is the classic. Then `rope`.
+# In the terminal: `uv run python -m foundation derive layernorm` is the classic. Then
+# `rope`.
 
 # %%
 ask("6.1")

@@ -242,8 +242,8 @@ assert (np.triu(weights, 1) == 0.0).all()
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `python -m foundation derive feed_forward`, and then
-# `python -m foundation hunt`, which plants a bug for you to find.
+# In the terminal: `uv run python -m foundation derive feed_forward`, and then
+# `uv run python -m foundation hunt`, which plants a bug for you to find.
 
 # %%
 ask("7.1")

@@ -56,9 +56,10 @@
 #
 # ## Step 4: through the gate, K = 1
 # Here $g = p_s$ with $S = \{s\}$, an entry of the whole softmax. Row $s$ of its
-# Jacobian is $p_s([s = e] - p_e)$, so
+# Jacobian is $p_s([s = e] - p_e)$, with the bracket of chapter 4 (1 if $s = e$, else
+# 0). So
 #
-# $$\boxed{\;d_{z_e} = d_g\, p_s\,([e = s] - p_e) \text{ for every } e\;}$$
+# $$\boxed{\;d_{z_e} = d_g\, p_s\,([s = e] - p_e) \text{ for every } e\;}$$
 #
 # Now the others do get a gradient, because they are in the denominator of $p_s$.
 #
@@ -150,14 +151,18 @@ assert (d_x[0, 2:] == 0.0).all()
 
 # %% [markdown]
 # ## Step 6: the balance loss
-# By step 3 an expert that is never chosen gets no gradient, so it stays as it is, and
-# is never chosen. Training would end with two busy experts and six dead ones. The
-# **balance loss** pulls against this. For one sequence of T tokens,
+# With K > 1 an expert that is never chosen gets no gradient from the task (step 3). The
+# others improve, it does not. So a few experts may end with all tokens. The **balance
+# loss** pulls against this. For one sequence of T tokens,
 #
 # $$L_b = E \sum_e f_e P_e, \qquad f_e = \text{share of the choices that went to } e,
 # \qquad P_e = \frac1T \sum_t p_{te}.$$
 #
-# It is 1 at perfect balance, where all $f_e = P_e = 1/E$. Now its gradient:
+# It is 1 at perfect balance, where all $f_e = P_e = 1/E$. If P puts the experts in the
+# same order as f, it is at least 1. But 1 is not its minimum. Take four tokens, two
+# experts and K = 1. Three tokens have p = (0.51, 0.49), and one has (0.05, 0.95). Then
+# f = (0.75, 0.25), but P = (0.395, 0.605) has the other order. So $L_b = 2\,(0.75 \cdot
+# 0.395 + 0.25 \cdot 0.605) = 0.895$. Now its gradient:
 #
 # 1. $f$ counts choices. It is piecewise constant, so it has no derivative.
 # 2. $P_e$ contains $p_{te}$ with the factor $1/T$. So $\partial L_b / \partial p_{te} =
@@ -231,8 +236,9 @@ assert balances[-1] < balances[0]
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `python -m foundation derive router` asks for steps 3 to 7 in one
-# function. Then `dispatch` and `combine`, which move tokens to experts and back.
+# In the terminal: `uv run python -m foundation derive router` asks for steps 3 to 7 in
+# one function. Then `derive dispatch` and `derive combine`, which move tokens to
+# experts and back. The docstring of `foundation/moe.py` derives these two.
 
 # %%
 ask("8.1")

@@ -174,7 +174,7 @@ assert jnp.nanmax(cut[1]) > 1e-3
 # its validation loss, and writes the story that the program itself would write:
 #
 # ```
-# python -m foundation run runs/nano
+# uv run python -m foundation run runs/nano
 # ```
 #
 # Its loss agrees with the run's own to 1e-6, and the story to the letter. A test also
@@ -182,8 +182,8 @@ assert jnp.nanmax(cut[1]) > 1e-3
 # parameter (`tests/test_bridge.py`).
 #
 # ## Exercises
-# And then: `python -m foundation hunt` plants a bug somewhere in these files, and you
-# have the table to find it.
+# And then: `uv run python -m foundation hunt` plants a bug somewhere in these files,
+# and you have the table to find it.
 
 # %%
 ask("9.1")

@@ -259,7 +259,7 @@ assert min(changes, key=lambda size: changes[size]) == "spectral"
 # gradients at once. And a test holds all of them against optax, step by step.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive divergence`, then `rank_one_fit`,
+# In the terminal: `uv run python -m foundation derive divergence`, then `rank_one_fit`,
 # `steepest_step` and `orthogonalize`.
 
 # %%

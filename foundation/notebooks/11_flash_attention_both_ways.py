@@ -193,7 +193,7 @@ assert max_relative_error(path[-1], exact[0]) < 1e-13
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `python -m foundation derive merge_parts` asks for step 2, and
+# In the terminal: `uv run python -m foundation derive merge_parts` asks for step 2, and
 # `derive flash_attention` for the loop of steps 4 and 5.
 
 # %%

@@ -184,8 +184,8 @@ assert not caching.leaks(kinds, 4, 2, 0.75, "token, growing").any()
 # training reports how much it drops.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive kept_choices` asks for all six rules,
-# and `derive decode` for the loop.
+# In the terminal: `uv run python -m foundation derive kept_choices` asks for all six
+# rules, and `derive decode` for the loop.
 
 # %%
 ask("12.1")

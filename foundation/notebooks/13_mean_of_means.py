@@ -5,10 +5,12 @@
 # **micro-batches** of eight. Each gives a loss and a gradient. The gradients are added
 # up, or **accumulated**, and the optimizer takes one step with the sum. It is said to
 # be the same as one large batch, with less memory and more patience. **Is it the
-# same?** In
-# 2024 it turned out that several widely used training programs had got it wrong for
-# years. The loss curves had looked fine. The fault is one line long, and this chapter
-# is about that line.
+# same?** In 2024 it turned out that several widely used training programs had got it
+# wrong ([torchtune #1875](https://github.com/meta-pytorch/torchtune/pull/1875),
+# [transformers #34191](https://github.com/huggingface/transformers/pull/34191),
+# [transformers #35203](https://github.com/huggingface/transformers/issues/35203)). The
+# loss curves had looked fine. The fault is one line long, and this chapter is about
+# that line.
 #
 # The code is `foundation/micro_batches.py`. In the project it is
 # `moe_jax/training/step.py` that accumulates, `moe_jax/data/batches.py` that weighs
@@ -46,8 +48,9 @@
 #
 # Note that the share needs $n$, the count of *all* micro-batches, before the first one
 # is computed. Or one adds up sums, and divides at the end. This project does the first:
-# the counts are known when the batch is read. Each token gets the weight $M/n$ in its
-# micro-batch, and the mean over M micro-batches makes it $1/n$.
+# the counts are known when the batch is read. In its micro-batch each token's loss is
+# multiplied by $M/n$ and summed. The mean over the M sums divides by M, and leaves
+# $1/n$.
 
 # %%
 import jax
@@ -146,8 +149,9 @@ assert np.median(inside[-1]) > np.median(inside[0])
 # ## Step 5: the balance loss, by batch
 # Most programs take $f$ and $P$ over the whole batch. Write $\langle\cdot\rangle$ for
 # the mean over micro-batches, and $f^{(i)}$, $P^{(i)}$ for what micro-batch $i$ sees.
-# The batch has $f = \langle f^{(i)}\rangle$ and $P = \langle P^{(i)}\rangle$. The loss
-# is a *product* of the two, and a mean of products is not the product of means:
+# If all micro-batches have equally many tokens, the batch has $f = \langle
+# f^{(i)}\rangle$ and $P = \langle P^{(i)}\rangle$. The loss is a *product* of the two,
+# and a mean of products is not the product of means:
 #
 # $$\langle f^{(i)} P^{(i)}\rangle = \langle f^{(i)}\rangle\langle P^{(i)}\rangle +
 # \operatorname{cov}(f^{(i)}, P^{(i)})$$
@@ -160,7 +164,8 @@ assert np.median(inside[-1]) > np.median(inside[0])
 # It is positive, as a rule: where an expert has a high probability, it is chosen often.
 # The more micro-batches, the smaller each one is, the more they differ, and the
 # stronger the push towards balance. With this loss, a setting that is meant to save
-# memory changes *what is trained*. No weights repair it.
+# memory changes *what is trained*. No weights repair it: the difference contains
+# products of different micro-batches, and a weighted sum over micro-batches has none.
 
 # %%
 batch, tokens, experts = 16, 32, 8
@@ -197,7 +202,7 @@ assert abs(gap - experts * jnp.sum(covariance)) < 1e-14
 # test of the project then compares the two.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive accumulated_loss`, then `derive
+# In the terminal: `uv run python -m foundation derive accumulated_loss`, then `derive
 # grouped_balance`.
 
 # %%

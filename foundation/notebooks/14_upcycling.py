@@ -99,7 +99,7 @@ for name, top_k, factor in (
 # ## Step 4: what breaks it
 # **K = 1.** The gate is $g = p_s$, the probability of the chosen expert, and not 1. So
 # $y = p_s h(x)$: the output is *quieter* than the dense one, and the function is not
-# kept. Now $d_{z_e} = c\,p_s([e = s] - p_e)$ is not 0. What does it teach? Only how
+# kept. Now $d_{z_e} = c\,p_s([s = e] - p_e)$ is not 0. What does it teach? Only how
 # loud $h$ should be. It moves $p_s$ up or down, and says nothing about which expert
 # would be better.
 #
@@ -169,9 +169,9 @@ assert abs(small / smaller - 10) < 0.1
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `python -m foundation derive upcycled`. And a question to think
-# about: the optimizer Adam divides by the size of the gradient (chapter 10). What does
-# it do with a router's gradient that is 0 but for rounding, about $10^{-16}$? The
+# In the terminal: `uv run python -m foundation derive upcycled`. And a question to
+# think about: the optimizer Adam divides by the size of the gradient (chapter 10). What
+# does it do with a router's gradient that is 0 but for rounding, about $10^{-16}$? The
 # answer is in the small number that Adam adds to the divisor.
 
 # %%

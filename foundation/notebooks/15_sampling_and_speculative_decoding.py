@@ -179,7 +179,7 @@ for a in (0.5, 0.8, 0.95):
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `python -m foundation derive filtered_law`, then `derive
+# In the terminal: `uv run python -m foundation derive filtered_law`, then `derive
 # speculative_law`.
 
 # %%

@@ -184,13 +184,13 @@ assert max(loads["bias"][-1], loads["balance loss"][-1]) < 0.7 * loads["bias"][0
 # | bias | no | yes |
 # | expert choice | no | it makes them |
 #
-# So a test of gradients can say nothing about two of the four. The table of `python -m
-# foundation 16` holds the importance loss against autodiff and differences. The others
-# are held against counting: each token sorted by itself, each counter compared with its
-# fair share.
+# So a test of gradients can say nothing about two of the four. The table of `uv run
+# python -m foundation 16` holds the importance loss against autodiff and differences.
+# The others are held against counting: each token sorted by itself, each counter
+# compared with its fair share.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive importance_loss`, then `derive
+# In the terminal: `uv run python -m foundation derive importance_loss`, then `derive
 # biased_choice`.
 
 # %%

@@ -179,7 +179,7 @@ assert through_scale(g[2], jnp.array(1000.0)) != whole
 # ## How these are checked
 # None of these functions has a useful derivative: each is flat almost everywhere. So
 # there is nothing to compare with `jax.grad`. They are held against other ways to the
-# same answer. `python -m foundation 17` rounds *every* bfloat16 pattern with six
+# same answer. `uv run python -m foundation 17` rounds *every* bfloat16 pattern with six
 # different lower halves, and compares it with another library's cast. It takes all
 # draws. It computes in fractions, where nothing is ever rounded.
 #
@@ -189,7 +189,8 @@ assert through_scale(g[2], jnp.array(1000.0)) != whole
 # sums. And a power of two moves small gradients to where the spacing is fine enough.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive nearest_bits`, then `derive to_float16`.
+# In the terminal: `uv run python -m foundation derive nearest_bits`, then `derive
+# to_float16`.
 
 # %%
 ask("17.1")

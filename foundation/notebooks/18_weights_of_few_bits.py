@@ -172,7 +172,7 @@ assert jnp.all(jnp.isfinite(d))
 # their inputs have something in common.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive coded_product`, then `derive
+# In the terminal: `uv run python -m foundation derive coded_product`, then `derive
 # moved_by_one`.
 
 # %%

@@ -205,7 +205,7 @@ assert " all-reduce(" not in compiled
 # every loss once.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive all_gather`, then `derive
+# In the terminal: `uv run python -m foundation derive all_gather`, then `derive
 # expert_parallel`.
 
 # %%

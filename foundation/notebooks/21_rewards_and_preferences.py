@@ -223,7 +223,8 @@ print(f"best: reward - beta KL = {value:.4f}")
 # is trusted with samples, list everything once, and add it up.
 #
 # ## Exercises
-# In the terminal: `python -m foundation derive expected_reward`, then `derive dpo`.
+# In the terminal: `uv run python -m foundation derive expected_reward`, then `derive
+# dpo`.
 
 # %%
 ask("21.1")

@@ -113,3 +113,12 @@ def test_the_attention_lesson_prints_numbers_of_float64(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "'saw' now carries [0.13, " in out
     assert "999999" not in out
+
+
+def test_the_balance_loss_can_be_below_one() -> None:
+    """By hand: f = (3/4, 1/4), P = (1.58/4, 2.42/4), so 2 (3/4 * 0.395 + 1/4 * 0.605) = 0.895. 1 is not its minimum."""
+    p = jnp.array([[0.51, 0.49]] * 3 + [[0.05, 0.95]])
+    routing, _ = router.router_forward(jnp.log(p)[None], jnp.eye(2), 1)
+    assert float(routing.balance) == pytest.approx(0.895, rel=1e-14)
+    balanced, _ = router.router_forward(jnp.log(jnp.array([[0.6, 0.4], [0.4, 0.6]]))[None], jnp.eye(2), 1)
+    assert float(balanced.balance) == pytest.approx(1.0, rel=1e-14)

@@ -21,7 +21,8 @@ def balance_loss(routing: Routing) -> Float[Array, ""]:
     """E * sum_e f_e P_e within each sequence, then the mean over sequences (Fedus et al. 2021, equations 4 to 6).
 
     f counts choices and has no gradient. The gradient comes from P, the mean probability of each expert. The loss is 1
-    at perfect balance for every K, and E / K where all tokens choose the same K experts with certainty.
+    at perfect balance for every K, and E / K where all tokens choose the same K experts with certainty. It can be below
+    1 where f and P put the experts in different orders.
     Taken within each sequence, it is the same for micro-batches and for the whole batch (chapter 13 of `foundation`).
     """
     share = jax.lax.stop_gradient(expert_load(routing))
