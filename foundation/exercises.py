@@ -3,17 +3,21 @@
 In a notebook:
 
     ask("1.1")                 prints the question
-    check("1.1", answer)       says right, or gives a hint; None means "not tried yet"
-    solution("1.1")            a right answer, for when you have tried
+    check("1.1", answer)       says right, or what is wrong; None means "not tried yet"
+    solution("1.1")            a right answer, for when you have tried: a number, or the source of a function
 
-An answer may be anything: a wrong shape, a wrong type, a function that raises. It gets its hint, and no traceback.
+The first wrong answer gets a hint where to look, if the exercise has one. From the second on the formula is told.
+An answer may be anything: a wrong shape, a wrong type, a function that raises. It gets no traceback.
 The questions are in `lessons/questions.py`.
 """
 
 import difflib
+import inspect
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any
 
 import jax
@@ -21,6 +25,8 @@ import numpy as np
 
 TOLERANCE = 1e-4
 """Of a function's answer, relative to the largest entry: float32 will do."""
+FOUR_DIGITS = 1e-3
+"""Relative tolerance of a number that four digits meet."""
 
 type Judge = Callable[[Any], str]
 """Looks at an answer. Empty where it is right, else what is wrong with it."""
@@ -28,12 +34,18 @@ type Judge = Callable[[Any], str]
 
 @dataclass(frozen=True)
 class Exercise:
-    """One question; `judge` looks at an answer, `hint` helps, `solution` is a right answer."""
+    """One question; `judge` looks at an answer, `solution` is a right answer. `first_hint` says what to look at. `hint`
+    is nearly the answer, so it is told from the second wrong attempt on."""
 
     question: str
     judge: Judge
     hint: str
     solution: Any
+    first_hint: str = ""
+
+
+_WRONG: Counter[str] = Counter()
+"""Wrong attempts at each exercise since Python started."""
 
 
 def ask(number: str) -> None:
@@ -50,14 +62,48 @@ def check(number: str, answer: Any) -> bool | None:
             print(f"{number}: not tried yet.")
         return None
     wrong = exercise.judge(answer)
-    print(f"{number}: not yet. {wrong} Hint: {exercise.hint}" if wrong else f"{number}: right.")
-    return not wrong
+    if not wrong:
+        print(f"{number}: right.")
+        return True
+    _WRONG[str(number)] += 1
+    if _WRONG[str(number)] > 1:
+        hint = f"Hint: {exercise.hint}"
+    else:
+        hint = f"Hint: {exercise.first_hint}" if exercise.first_hint else "A second wrong answer gets a hint."
+    print(f"{number}: not yet. {wrong} {hint}")
+    return False
 
 
 def solution(number: str) -> Any:
-    """A right answer. None, and a line with the near numbers, where there is no such exercise."""
+    """A right answer; a function comes as `Shown`. None, and a line with the near numbers, where there is no such
+    exercise."""
     exercise = _find(number)
-    return None if exercise is None else exercise.solution
+    if exercise is None:
+        return None
+    return Shown(exercise.solution) if isinstance(exercise.solution, FunctionType) else exercise.solution
+
+
+class Shown:
+    """A function that a notebook displays as its source. It can be called as the function."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self.function = function
+
+    def __call__(self, *arrays: Any) -> Any:
+        """The function's answer."""
+        return self.function(*arrays)
+
+    def __repr__(self) -> str:
+        """The source, below that of the functions of its own file that it calls."""
+        return "\n\n".join(_sources(self.function)).rstrip()
+
+
+def _sources(function: FunctionType) -> list[str]:
+    function = inspect.unwrap(function)  # the tests wrap each function to check shapes
+    called = [function.__globals__.get(name) for name in function.__code__.co_names]
+    own = [f for f in called if isinstance(f, FunctionType) and f.__module__ == function.__module__]
+    found = [source for f in own for source in _sources(f)] + [inspect.getsource(function)]
+    return list(dict.fromkeys(found))
 
 
 def _find(number: object) -> Exercise | None:
@@ -69,16 +115,18 @@ def _find(number: object) -> Exercise | None:
     return EXERCISES.get(str(number))
 
 
-def number(expected: float, tolerance: float = 1e-3) -> Judge:
-    """Right where the answer is this number, to a relative tolerance."""
+def number(expected: float, tolerance: float = FOUR_DIGITS) -> Judge:
+    """Right where the answer is this number, to a relative tolerance. An answer within 5 % is asked for more digits."""
 
     def judge(answer: Any) -> str:
         try:
             value = float(answer)
         except Exception:
             return f"A number is asked for, and this is {_kind(answer)}."
-        right = math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-12)
-        return "" if right else f"{value:.6g} is not the number."
+        if math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-12):
+            return ""
+        rounded = tolerance == FOUR_DIGITS and math.isclose(value, expected, rel_tol=0.05)
+        return f"{value:.6g} is not the number." + (" Give four digits, or an expression." if rounded else "")
 
     return judge
 

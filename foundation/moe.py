@@ -8,9 +8,9 @@ choice that found its expert full has no slot, so it is in no row.
     experts    h = expert(u)
     combine    y_t = sum_k g_tk h_slot(t,k)    a dropped choice adds 0; the residual carries the token
 
-The adjoint of a gather is a scatter-add along the same indices. Here no slot gets two terms: each slot holds at most one
-choice, and each choice knows its slot. So the sum that the backward pass needs is itself a gather along the inverse
-table:
+The adjoint of a gather is a scatter-add along the same indices. Here no slot gets two terms: each slot holds at most
+one choice, and each choice knows its slot. So the sum that the backward pass needs is itself a gather along the
+inverse table:
 
     combine    d_h_s  = g_tk d_y_t  for the one (t, k) in slot s, 0 for an empty slot
                d_g_tk = <d_y_t, h_slot(t,k)>, and 0 where dropped: the gate of a dropped choice changes nothing

@@ -26,9 +26,9 @@ may end with all tokens. Hence the balance loss,
                                       P_e = mean probability of e in that sequence
 
 which is 1 at perfect balance. It is at least 1 where f and P put the experts in the same order. Where they do not, it
-can be below 1: for p = (0.51, 0.49) three times and (0.05, 0.95) once, with K = 1, it is 0.895. f counts choices, so it is a constant to the derivative; all the gradient
-goes through P:  dL/dp_te = E f_e / T, the same for each token, and proportional to how popular e is. The logits get
-it through the softmax,
+can be below 1: for p = (0.51, 0.49) three times and (0.05, 0.95) once, with K = 1, it is 0.895. f counts choices, so it
+is a constant to the derivative; all the gradient goes through P:  dL/dp_te = E f_e / T, the same for each token, and
+proportional to how popular e is. The logits get it through the softmax,
 
     dL/dz_te = p_te (E / T) (f_e - sum_j p_tj f_j)
 

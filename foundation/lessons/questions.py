@@ -79,8 +79,16 @@ def _sigmoid_gate_gradient(z: jax.Array, d_g: jax.Array) -> jax.Array:
     return d_g * g * (1.0 - g)
 
 
-def _balance_gradient(p: jax.Array, f: jax.Array) -> jax.Array:
-    return p.shape[-1] * _softmax_gradient(p, f)
+def _unit_gates_gradient(z: jax.Array, d_g: jax.Array) -> jax.Array:
+    g = jnp.exp(z) / jnp.sqrt(jnp.sum(jnp.exp(2.0 * z)))
+    return g * (d_g - g * jnp.sum(g * d_g))
+
+
+def _squared_shares_gradient(z: jax.Array, f: jax.Array) -> jax.Array:
+    tokens, experts = z.shape
+    p = jnp.exp(z) / jnp.sum(jnp.exp(z), axis=-1, keepdims=True)
+    mean = jnp.sum(p * f**2, axis=-1, keepdims=True)
+    return experts / tokens * p * (f**2 - mean)
 
 
 def _row_gradient(d_x: jax.Array) -> jax.Array:
@@ -249,26 +257,32 @@ EXERCISES: dict[str, Exercise] = {
         function(_sigmoid_gate_gradient, (6,), (6,)),
         "One gate depends on one logit, so this is elementwise: d_g times the slope of the sigmoid, g (1 - g).",
         _sigmoid_gate_gradient,
+        "Which logits does one gate depend on? So which entries of the Jacobian are not 0?",
     ),
     "8.2": Exercise(
         "E = 8, and every token sends its one choice to expert 0 with probability 1. What is the balance loss?",
         number(8.0),
         "E sum_e f_e P_e with f_0 = P_0 = 1.",
         8.0,
+        "Write down f and P of every expert. Only one expert has entries that are not 0.",
     ),
     "8.3": Exercise(
-        "K gates g = softmax of the K chosen logits. Write a function of (g, d_g) that gives the gradient of these "
-        "logits.",
-        function(_softmax_gradient, (3,), (3,)),
-        "The rule of chapter 4, on the chosen logits alone: g (d_g - <g, d_g>).",
-        _softmax_gradient,
+        "Another router, K > 1. Its gates are g_e = p_e / sqrt(sum of p_j^2 over the chosen experts j), with p the "
+        "softmax over all experts. z holds the logits of the chosen experts. Write a function of (z, d_g) that gives "
+        "dL/dz for these logits.",
+        function(_unit_gates_gradient, (3,), (3,)),
+        "ln g_e = z_e - ln(sum of e^(2 z_j)) / 2. So the derivative of g_e in z_j is g_e ([e = j] - g_j^2).",
+        _unit_gates_gradient,
+        "As in step 3, write p with exponentials and see what cancels. Then take the logarithm of a gate.",
     ),
     "8.4": Exercise(
-        "A sequence of one token: L = E sum_e f_e p_e, p = softmax(z), and f a constant. Write dL/dz as a function of "
-        "(p, f).",
-        function(_balance_gradient, (6,), (6,)),
-        "d_p = E f, then the softmax's rule: E p (f - <p, f>). A factor p stays in front.",
-        _balance_gradient,
+        "A balance loss with squared shares: L = E sum_e f_e^2 P_e, where P_e is the mean over T tokens of p_te, and "
+        "p = softmax(z) for each token. z is [T, E], and f is [E], counted as before. Write a function of (z, f) that "
+        "gives dL/dz.",
+        function(_squared_shares_gradient, (4, 6), (6,)),
+        "dL/dp_te = E f_e^2 / T. Then the softmax's rule for each token: E / T p_te (f_e^2 - sum_j p_tj f_j^2).",
+        _squared_shares_gradient,
+        "Follow the three points of step 6. Does it matter to the derivative in p that f is squared?",
     ),
     "9.1": Exercise(
         "T = 100, E = 10, K = 2, capacity factor 1.1. How many places has an expert?",

@@ -144,12 +144,14 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         number(0.4),
         "(10 * 2 + 90 * 1) / 100, and (2 + 1) / 2.",
         0.4,
+        "The loss of the batch is a mean over all 100 tokens. What is the sum of their losses?",
     ),
     "13.2": Exercise(
         "Write a function of (means, counts), both [M], that gives the loss of the batch: its mean over tokens.",
         function(_loss_of_batch, (4,), (4,)),
         "A mean times its count is a sum. Add up the sums, and divide once.",
         _loss_of_batch,
+        "A micro-batch with more tokens counts more. What is a mean times its count?",
     ),
     "13.3": Exercise(
         "f and P, both [B, E], hold the shares and the mean probabilities of each sequence. Write a function of (f, P) "
@@ -157,13 +159,15 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_balance_difference, (5, 3), (5, 3)),
         "E times the sum over e of: the mean of f P, minus the mean of f times the mean of P.",
         _balance_difference,
+        "One of the two takes the product for each sequence first, the other takes the means first.",
     ),
     "13.4": Exercise(
         "Two micro-batches have gradients of length 3 and 4, at a right angle. Their mean, clipped at 1, has length 1. "
-        "How long is the mean if each is clipped at 1 before?",
+        "How long is the mean if each is clipped at 1 before? Give four digits, or an expression.",
         number(math.sqrt(0.5)),
         "Each becomes a vector of length 1; half the diagonal of a unit square. It also points elsewhere.",
         math.sqrt(0.5),
+        "Draw both gradients after clipping. How long is each, and what is the angle between them?",
     ),
     "14.1": Exercise(
         "E copies of a network, K = 2, nothing dropped, gates that add up to 1. The dense network's weights would get "

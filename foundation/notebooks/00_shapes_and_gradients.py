@@ -218,10 +218,10 @@ assert max_relative_error(x.T @ d_y, by_autodiff) < 1e-14
 
 # %% [markdown]
 # ## Exercises
-# Put your answer in place of `None`: a number, or a function. A wrong answer gets a
-# hint. `solution("0.1")` from `foundation.exercises` shows a right one. When you are
-# done, a longer task waits in the terminal: `uv run python -m foundation derive
-# linear`.
+# Put your answer in place of `None`: a number, or a function. The second wrong answer
+# gets the formula as a hint. `solution("0.1")` from `foundation.exercises` shows a
+# right one. When you are done, a longer task waits in the terminal: `uv run python -m
+# foundation derive linear`.
 
 # %%
 ask("0.1")

@@ -1,13 +1,20 @@
 """Every exercise takes its solution and no other answer, and answers anything at all with its hint."""
 
 import math
+from collections import Counter
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from foundation import exercises
+from foundation import exercises, router
 from foundation.lessons.questions import EXERCISES
+
+
+@pytest.fixture(autouse=True)
+def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exercises, "_WRONG", Counter())
 
 
 @pytest.mark.parametrize("number", EXERCISES)
@@ -19,7 +26,7 @@ def test_exercise_takes_its_solution_and_no_other(number: str, capsys: pytest.Ca
     assert exercises.check(number, None) is None
     said = capsys.readouterr().out.splitlines()
     assert said[0].endswith("right.")
-    assert "Hint" in said[1]
+    assert said[1].startswith(f"{number}: not yet. ")
     assert said[2].endswith("not tried yet.")
 
 
@@ -38,7 +45,55 @@ def test_any_answer_of_any_type_gets_the_hint(number: str, capsys: pytest.Captur
     assert len(said) == len(junk)
     for line in said:
         assert line.startswith(f"{number}: not yet. ")
+    first = EXERCISES[number].first_hint
+    assert said[0].endswith(f"Hint: {first}" if first else "A second wrong answer gets a hint.")
+    assert EXERCISES[number].hint not in said[0]
+    for line in said[1:]:
         assert line.endswith("Hint: " + EXERCISES[number].hint)
+
+
+@pytest.mark.parametrize("number", [n for n in EXERCISES if n.startswith(("8.", "13."))])
+def test_chapters_8_and_13_have_hints_of_two_levels(number: str) -> None:
+    assert EXERCISES[number].first_hint
+
+
+FUNCTIONS = [n for n, exercise in EXERCISES.items() if callable(exercise.solution)]
+
+
+@pytest.mark.parametrize("number", FUNCTIONS)
+def test_a_function_is_shown_as_source_that_runs(number: str) -> None:
+    """The text alone, with the imports of the questions, is a right answer."""
+    shown = repr(exercises.solution(number))
+    scope: dict = {"jax": jax, "jnp": jnp, "math": math}
+    exec(shown, scope)
+    name = EXERCISES[number].solution.__name__
+    assert f"def {name}(" in shown
+    assert exercises.check(number, scope[name]) is True
+
+
+def test_gates_of_unit_length_against_autodiff() -> None:
+    """Exercise 8.3, from the logits of all experts. Those that were not chosen get nothing."""
+    z = jax.random.normal(jax.random.key(0), (6,), jnp.float64)
+    d_g = jax.random.normal(jax.random.key(1), (3,), jnp.float64)
+    chosen = jnp.argsort(-z)[:3]
+
+    def loss(z: jax.Array) -> jax.Array:
+        p = jax.nn.softmax(z)[chosen]
+        return jnp.vdot(d_g, p / jnp.sqrt(jnp.sum(p**2)))
+
+    ours = jnp.zeros(6).at[chosen].set(exercises.solution("8.3")(z[chosen], d_g))
+    np.testing.assert_allclose(ours, jax.grad(loss)(z), atol=1e-14)
+
+
+def test_balance_by_squared_shares_against_autodiff() -> None:
+    """Exercise 8.4, with shares that are counted from the choices."""
+    z = jax.random.normal(jax.random.key(2), (5, 6), jnp.float64)
+    f = router.choice_share(jnp.argsort(-z)[None, :, :2], 6, z.dtype)[0]
+
+    def loss(z: jax.Array) -> jax.Array:
+        return 6 * jnp.sum(f**2 * jnp.mean(jax.nn.softmax(z), axis=0))
+
+    np.testing.assert_allclose(exercises.solution("8.4")(z, f), jax.grad(loss)(z), atol=1e-14)
 
 
 @pytest.mark.parametrize(
@@ -47,9 +102,10 @@ def test_any_answer_of_any_type_gets_the_hint(number: str, capsys: pytest.Captur
 def test_the_likeliest_mistake_gets_the_hint(number: str, answer: object, capsys: pytest.CaptureFixture[str]) -> None:
     """A product whose shapes do not fit stops with a TypeError of jax."""
     assert exercises.check(number, answer) is False
-    said = capsys.readouterr().out
-    assert "TypeError" in said
-    assert "Hint" in said
+    assert exercises.check(number, answer) is False
+    first, second = capsys.readouterr().out.splitlines()
+    assert "TypeError" in first
+    assert "Hint" in second
 
 
 def test_an_unknown_number_is_answered_with_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
@@ -64,6 +120,14 @@ def test_an_unknown_number_is_answered_with_near_ones(capsys: pytest.CaptureFixt
 def test_a_number_is_judged_relatively() -> None:
     judge = exercises.number(2.0**-20)
     assert not judge(2.0**-20)
+    assert judge(2.1**-20) == f"{2.1**-20:.6g} is not the number."
     assert judge(2.0**-19)
     assert judge(0.0)
     assert judge(math.nan)
+
+
+def test_a_number_with_too_few_digits_is_told_so() -> None:
+    judge = exercises.number(math.sqrt(0.5))
+    assert judge(0.7) == "0.7 is not the number. Give four digits, or an expression."
+    assert not judge(0.7071)
+    assert judge(0.6) == "0.6 is not the number."
