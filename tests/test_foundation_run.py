@@ -3,6 +3,7 @@
 The two packages share no line of code. Here their results on one run are compared.
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,7 @@ from foundation.trained import run as by_hand
 from foundation.trained import tokens, validation, weights
 from foundation.trained.problem import Problem
 from moe_jax.config import DataConfig
+from moe_jax.config.presets import preset
 from moe_jax.data.batches import evaluation_windows
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.generate import TextGenerator
@@ -165,6 +167,28 @@ def test_what_is_not_derived_is_refused() -> None:
     for routing in ({"balancing": "bias"}, {"eval_capacity_factor": 1.0}):
         with pytest.raises(Problem, match="the run"):
             weights.config_of(model, {"top_k": 2, **routing})
+
+
+def test_every_setting_of_a_model_is_read_refused_or_known_to_change_nothing() -> None:
+    """A new setting that changes the forward pass must be named in `weights.py`, or the run is refused."""
+    model = preset("nano").model
+    names = [field.name for part in (model, model.routing) for field in dataclasses.fields(part)]
+    groups = (weights.SHAPES, weights.READ, weights.REFUSED, weights.ONLY_TRAINING)
+    assert sorted(names) == sorted(name for group in groups for name in group)
+    weights.config_of(dataclasses.asdict(model), dataclasses.asdict(model.routing))
+
+
+@pytest.mark.parametrize("part", ["model", "routing"])
+def test_an_unknown_setting_is_refused_in_one_line(part: str) -> None:
+    settings: dict[str, dict] = {
+        "model": {"experts": 4, "heads": 2, "norm": "rmsnorm", "positions": "rope"},
+        "routing": {"top_k": 2},
+    }
+    weights.config_of(**settings)
+    settings[part]["group_limit"] = 2
+    with pytest.raises(Problem, match=r"config\.json sets group_limit, which foundation does not know") as caught:
+        weights.config_of(**settings)
+    assert "\n" not in str(caught.value)
 
 
 def test_the_folder_is_opened_without_moe_jax(saved: Path) -> None:

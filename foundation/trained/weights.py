@@ -19,6 +19,33 @@ _CODES = ("I8", "U8")
 """Types of the codes of `moe-jax quantize`, which this package does not read."""
 _LONGEST_HEADER = 1 << 26
 
+SHAPES = {
+    *(
+        "vocab_size",
+        "width",
+        "kv_heads",
+        "head_size",
+        "expert_hidden",
+        "shared_experts",
+        "activation",
+        "bias",
+        "qk_norm",
+    ),
+}
+"""Settings that the arrays show by their names and shapes."""
+READ = {
+    *("seq_len", "layers", "heads", "experts", "dense", "norm", "norm_eps", "positions", "rope_theta"),
+    *("tied_head", "scaled_embedding", "routing", "top_k", "renormalise_gates"),
+}
+"""Settings that this package computes with."""
+REFUSED = {"balancing", "eval_capacity_factor"}
+"""Settings of which `config_of` takes only the value that has been derived."""
+ONLY_TRAINING = {
+    *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
+    *("capacity_factor", "dispatch", "priority", "logit_noise", "input_jitter"),
+}
+"""Settings of the start, of random numbers and of dropping. The loss of evaluation does not depend on them."""
+
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Every array of the file, in float64.
@@ -55,8 +82,14 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
     """What the shapes of the parameters do not say, from `config.json`. Evaluation drops nothing, so each expert has a
     slot for every token: a capacity factor of E / K.
 
-    Raises Problem for what this package has not derived.
+    Raises Problem for what this package has not derived, and for every setting that it does not know.
     """
+    unknown = sorted({*model, *routing} - SHAPES - READ - REFUSED - ONLY_TRAINING)
+    if unknown:
+        raise Problem(
+            f"config.json sets {', '.join(unknown)}, which foundation does not know, so it could compute another "
+            "model; choose a run without it, or name the setting in foundation/trained/weights.py"
+        )
     if routing.get("balancing", "loss") != "loss":
         raise Problem(
             "the run balances by a bias, which foundation has not derived; train with --routing.balancing loss"
