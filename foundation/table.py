@@ -24,6 +24,8 @@ from foundation.parity import (
 
 WHOLE = "about two minutes on two free cores, most of it compiling"
 """How long the whole table takes."""
+NAME = 44
+"""Columns of a row's name. A whole row then has 80."""
 _AHEAD = 4
 """Checks that are under way at once: two threads, and two in waiting."""
 
@@ -34,7 +36,7 @@ def show(operations: tuple[str, ...], as_json: bool) -> int:
     if not operations:
         print(f"The whole table takes {WHOLE}. A part of it: uv run python -m foundation softmax attention\n")
     checks: Iterable[AnyCheck] = chain.from_iterable(map(checks_of, operations)) if operations else all_checks()
-    print(f"{'operation: input':<47} {'autodiff':>9} {'differences':>12} {'oracle':>9}", flush=True)
+    print(f"{'operation: input':<{NAME}} {'autodiff':>8} {'differences':>11} {'oracle':>7}", flush=True)
     outcomes = []
     for outcome in _in_order(checks):
         print(row(outcome), flush=True)
@@ -81,7 +83,7 @@ def row(outcome: Outcome) -> str:
     )
     oracle = "" if outcome.oracle is None else f"{outcome.oracle:.1e}"
     verdict = "ok" if outcome.passed else "FAILED"
-    return f"{f'{outcome.operation}: {outcome.case}':<47} {autodiff:>9} {finite:>12} {oracle:>9}  {verdict}"
+    return f"{f'{outcome.operation}: {outcome.case}':<{NAME}} {autodiff:>8} {finite:>11} {oracle:>7} {verdict}"
 
 
 def summarise(outcomes: list[Outcome]) -> dict:

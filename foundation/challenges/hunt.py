@@ -3,11 +3,16 @@
     python -m foundation hunt                     plants a bug, and prints the
                                                   table with it: about two
                                                   minutes on two free cores
+    python -m foundation hunt 7                   the same with a bug of an
+                                                  operation up to chapter 7,
+                                                  and these rows alone
     python -m foundation hunt --look OPERATION    the first wrong entry of each
                                                   result, in the failing cases
     python -m foundation hunt --answer FUNCTION   your answer, such as
                                                   softmax_backward
     python -m foundation hunt --give-up           says which it was
+
+`--seed N` plants the same bug for everybody who gives the same N and chapter.
 
 No file is changed: the bug lives in the process that prints the table. Only its
 name is kept, scrambled, in the score file of your folder, with the hunts that
@@ -28,7 +33,7 @@ from foundation.challenges.bugs import BUGS
 from foundation.challenges.derive import parser_of
 from foundation.challenges.folder import read_score, write_score
 from foundation.challenges.planting import Bug, planted
-from foundation.chapters import OPERATIONS, unknown
+from foundation.chapters import CHAPTERS, OPERATIONS, unknown
 
 LEFT_OUT = (
     "multi_head",
@@ -48,15 +53,21 @@ HUNTED = [bug for bug in BUGS if bug.seen_in_the_table]
 def main(argv: list[str] | None = None) -> int:
     """Exit status 0, 1 for a wrong answer or no hunt, 2 for an unknown name."""
     parser = parser_of("hunt", __doc__)
-    parser.add_argument("--seed", type=int, help="which bug; without it any")
+    parser.add_argument("chapter", nargs="?", metavar="CHAPTER", help="only bugs of operations up to this chapter")
+    parser.add_argument("--seed", type=int, help="the same bug for all who give this number; without it any")
     parser.add_argument("--look", metavar="OPERATION", help="what is wrong in the cases of an operation")
     parser.add_argument("--answer", metavar="FUNCTION", help="where you think the bug is")
     parser.add_argument("--give-up", action="store_true", help="end the hunt")
     arguments = parser.parse_args(argv)
+    operations = _up_to(arguments.chapter)
+    if not operations:
+        known = f"give a chapter from 2 to {CHAPTERS[-1].number}"
+        print(f"hunt {arguments.chapter}: no operation to plant a bug in; {known}", file=sys.stderr)
+        return 2
     score = read_score(arguments.folder)
     bug = _hunted(score)
     if arguments.answer is None and arguments.look is None and not arguments.give_up:
-        return _begin(arguments.folder, score, arguments.seed, bug)
+        return _begin(arguments, score, operations, bug)
     if bug is None:
         print("no bug is planted; begin with: uv run python -m foundation hunt", file=sys.stderr)
         return 1
@@ -77,6 +88,18 @@ def _hunted(score: dict[str, Any]) -> Bug | None:
     return next((bug for bug in HUNTED if scrambled(bug.name) == score["hunt"].get("planted")), None)
 
 
+def _up_to(chapter: str | None) -> tuple[str, ...]:
+    """The operations of the chapters up to this one; all without a chapter. Empty for an unknown chapter, and for one
+    before the first operation."""
+    if chapter is None:
+        return OPERATIONS
+    numbers = [c.number for c in CHAPTERS]
+    number = chapter.lstrip("0") or "0"
+    if number not in numbers:
+        return ()
+    return tuple(name for c in CHAPTERS[: numbers.index(number) + 1] for name in c.operations)
+
+
 def _failed_before(score: dict[str, Any]) -> list[str]:
     """The rows that failed when the bug was planted. Empty if the table did not end, or if the file holds no such."""
     try:
@@ -86,11 +109,13 @@ def _failed_before(score: dict[str, Any]) -> list[str]:
     return [row for row in rows if isinstance(row, str)] if isinstance(rows, list) else []
 
 
-def _begin(folder: Path, score: dict[str, Any], seed: int | None, bug: Bug | None) -> int:
-    """Plants a bug and prints the table. For a hunt that is on, prints its failed rows again, without the table."""
+def _begin(arguments: argparse.Namespace, score: dict[str, Any], operations: tuple[str, ...], bug: Bug | None) -> int:
+    """Plants a bug of one of the operations, and prints their rows. For a hunt that is on, prints its failed rows
+    again, without the table."""
+    folder, seed = arguments.folder, arguments.seed
     failed: list[str] = []
     if bug is None or seed is not None:
-        bug = random.Random(seed).choice(HUNTED)
+        bug = random.Random(seed).choice([bug for bug in HUNTED if bug.caught_by in operations])
         score["hunt"] |= {"planted": scrambled(bug.name), "tries": 0, "failed": ""}
         write_score(folder, score)
         print("A bug has been planted. Which function is it in?\n")
@@ -98,7 +123,7 @@ def _begin(folder: Path, score: dict[str, Any], seed: int | None, bug: Bug | Non
         print("The same bug is still planted.\n")
         failed = _failed_before(score)
     if not failed:
-        failed = _table(bug)
+        failed = _table(bug, operations)
         score["hunt"]["failed"] = scrambled(json.dumps(failed))
         write_score(folder, score)
         print()
@@ -108,26 +133,29 @@ def _begin(folder: Path, score: dict[str, Any], seed: int | None, bug: Bug | Non
     return 0
 
 
-def _table(bug: Bug) -> list[str]:
-    """Prints the rows with the bug planted, by hand against autodiff or the oracle; returns those that failed."""
+def _table(bug: Bug, operations: tuple[str, ...]) -> list[str]:
+    """Prints the rows of the operations with the bug planted, by hand against autodiff or the oracle.
+
+    Returns those that failed."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
     from foundation.checks import checks_of
+    from foundation.table import NAME
 
     own = bug.caught_by
-    operations = [name for name in OPERATIONS if name not in LEFT_OUT or name == own]
+    shown_rows = [name for name in operations if name not in LEFT_OUT or name == own]
     failed = []
     with planted(bug):
-        checks = list(chain.from_iterable(map(checks_of, operations)))
-        print(f"{'operation: input':<47} {'error':>9}", flush=True)
+        checks = list(chain.from_iterable(map(checks_of, shown_rows)))
+        print(f"{'operation: input':<{NAME}} {'error':>9}", flush=True)
         with ThreadPoolExecutor(2) as pool:
             for check, error in zip(checks, pool.map(_error, checks), strict=True):
                 shown = f"{error:9.1e}" if isinstance(error, float) else f"{error:>9}"
                 right = isinstance(error, float) and error <= 1e-10
                 name = f"{check.operation}: {check.case}"
                 failed += [] if right else [name]
-                print(f"{name:<47} {shown}  {'ok' if right else 'FAILED'}", flush=True)
+                print(f"{name:<{NAME}} {shown}  {'ok' if right else 'FAILED'}", flush=True)
     return failed
 
 

@@ -17,7 +17,7 @@ def balancing_checks() -> Iterator[AnyCheck]:
     probs = jnp.asarray(draws.generator.dirichlet([0.8] * 4, 6))
     forward, backward = balancing.importance_loss_forward, balancing.importance_loss_backward
     yield Check("importance_loss", "ordinary", forward, backward, (probs,))
-    yield Check("importance_loss", "rows that do not add up to 1", forward, backward, (3.0 * probs + 0.1,))
+    yield Check("importance_loss", "rows that do not sum to 1", forward, backward, (3.0 * probs + 0.1,))
     bias = draws.normal(4, std=0.2)
     for top_k in (1, 2, 4):
         yield OracleCheck("biased_choice", f"top {top_k}", balancing.biased_choice, one_by_one, (probs, bias), (top_k,))

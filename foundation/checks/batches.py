@@ -70,7 +70,7 @@ def upcycling_checks() -> Iterator[AnyCheck]:
     forward = filled_with(upcycling.upcycled_forward, 2, 0.6)
     yield Check("upcycled", "top 2, drops", forward, upcycling.upcycled_backward, inputs, margin)
     for case, top_k, oracle in (
-        ("top 2 is the dense network", 2, dense_gradient),
+        ("top 2 is the dense net", 2, dense_gradient),
         ("top 1 turns the volume up", 1, volume_gradient),
     ):
         (x, dense, router), _ = upcycled_inputs(case, top_k)

@@ -50,7 +50,7 @@ def block_checks() -> Iterator[Check]:
 
 MODEL_CASES: dict[str, tuple[ModelConfig, dict]] = {
     "tied, rotary, SwiGLU": (ModelConfig(capacity_factor=0.75), {}),
-    "untied, learned positions, GELU, biases": (
+    "untied, learned, GELU, biases": (
         ModelConfig(norm="layernorm", rotary=False),
         {"tied": False, "longest": 5, "swiglu": False, "bias": True},
     ),

@@ -188,8 +188,8 @@ def attention_checks() -> Iterator[Check]:
 
     for case, heads, shared, head_width, lengths, base in (
         ("grouped keys", 4, 2, 2, None, 10_000.0),
-        ("one key head, normalised heads, base 7", 2, 1, 6, (6, 6), 7.0),
-        ("grouped keys, normalised together", 4, 2, 4, (16, 8), 10_000.0),
+        ("one key head, normalised, base 7", 2, 1, 6, (6, 6), 7.0),
+        ("grouped keys normalised together", 4, 2, 4, (16, 8), 10_000.0),
     ):
         params = grouped_params(draws, 8, heads * head_width, shared * head_width, lengths)
         forward = filled_with(attention.multi_head_forward, heads, True, None, 0.0, base)

@@ -243,7 +243,8 @@ assert (np.triu(weights, 1) == 0.0).all()
 # %% [markdown]
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive feed_forward`, and then
-# `uv run python -m foundation hunt`, which plants a bug for you to find.
+# `uv run python -m foundation hunt 7`, which plants a bug of chapters 2 to 7 for you to
+# find. `--seed` with a number gives a whole class the same bug.
 
 # %%
 ask("7.1")

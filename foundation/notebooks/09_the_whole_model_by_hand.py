@@ -182,7 +182,7 @@ assert jnp.nanmax(cut[1]) > 1e-3
 # parameter (`tests/test_bridge.py`).
 #
 # ## Exercises
-# And then: `uv run python -m foundation hunt` plants a bug somewhere in these files,
+# And then: `uv run python -m foundation hunt 9` plants a bug somewhere in these files,
 # and you have the table to find it.
 
 # %%

@@ -8,6 +8,7 @@ import pytest
 from foundation.__main__ import main
 from foundation.challenges import hunt
 from foundation.challenges.bugs import BUGS
+from foundation.chapters import CHAPTERS
 
 SOFTMAX = next(bug for bug in BUGS if bug.place == "softmax.softmax_backward")
 
@@ -75,6 +76,31 @@ def test_a_hunt_without_its_failed_rows_prints_the_table(
     (tmp_path / "score.json").write_text(json.dumps({"hunt": planted}))
     assert main(["hunt", "--folder", str(tmp_path)]) == 0
     assert any(line.endswith("  ok") for line in capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize("chapter", ["2", "07", "13"])
+def test_a_hunt_up_to_a_chapter_draws_from_its_operations(
+    chapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[tuple[str, tuple[str, ...]]] = []
+    monkeypatch.setattr(hunt, "_table", lambda bug, operations: drawn.append((bug.caught_by, operations)) or ["row"])
+    for seed in range(60):
+        assert main(["hunt", chapter, "--seed", str(seed), "--folder", str(tmp_path)]) == 0
+    allowed = {name for c in CHAPTERS if int(c.number) <= int(chapter) for name in c.operations}
+    assert {own for own, _ in drawn} <= allowed
+    assert all(set(operations) == allowed for _, operations in drawn)
+    assert any(own in CHAPTERS[int(chapter)].operations for own, _ in drawn), "the chapter's own are among them"
+    again = len(drawn)
+    assert main(["hunt", chapter, "--seed", "3", "--folder", str(tmp_path)]) == 0
+    assert drawn[again] == drawn[3], "a seed gives a class the same bug"
+
+
+@pytest.mark.parametrize("chapter", ["0", "1", "22", "seven", "softmax"])
+def test_a_chapter_without_operations_is_refused_in_one_line(
+    chapter: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["hunt", chapter, "--folder", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"hunt {chapter}: no operation to plant a bug in; give a chapter from 2 to 21\n"
 
 
 def test_only_bugs_that_the_table_shows_are_hunted() -> None:

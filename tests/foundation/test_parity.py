@@ -59,8 +59,18 @@ def test_an_answer_that_is_off_fails_against_its_oracle(capsys: pytest.CaptureFi
     assert parity.run(check(1.0)) == Outcome("power", "test", None, None, 0.0)
     off = parity.run(check(1.0 + 1e-9))
     assert not off.passed
-    assert table.row(off).endswith("1.0e-09  FAILED")
+    assert table.row(off).endswith("1.0e-09 FAILED")
     assert table.summarise([off])["failed"] == ["power/test"]
+
+
+def test_a_row_has_80_columns_at_most() -> None:
+    for check in checks.all_checks():
+        assert len(f"{check.operation}: {check.case}") <= table.NAME
+    longest = "x" * (table.NAME - 3)
+    for outcome in (Outcome("o", longest, 1.0, None), Outcome("o", longest, None, None, 1.0)):
+        row = table.row(outcome)
+        assert row.endswith("FAILED")
+        assert len(row) == 80
 
 
 def test_nan_fails() -> None:
