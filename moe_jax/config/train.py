@@ -49,8 +49,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Global norm that gradients are clipped to."""
     aux_loss_coef: float = 0.01
-    """Weight of the balance loss, which is 1 at perfect balance (not its minimum). Unused with `--routing.balancing
-    bias`."""
+    """Weight of the balance loss (1 at perfect balance, can be lower). Unused with `--routing.balancing bias`."""
     router_bias_lr: float = 1e-3
     """Amount by which each balance bias changes after a training step, with `--routing.balancing bias`."""
     z_loss_coef: float = 1e-3
