@@ -82,8 +82,8 @@ INTRODUCTION = """# The bug museum
 A gradient that is wrong seldom stops a program. The loss still falls, a little slower.
 
 These {count} bugs are planted in `foundation/`, one at a time, by a test. Each must be caught by name: by a row of the
-table (`uv run python -m foundation NAME`), or by a test of the forward pass. {seen} have a note that says where the same
-mistake, or a close relative, was found in public. The authors of that code know the subject well.
+table (`uv run python -m foundation NAME`), or by a test of the forward pass. {seen} have a note that says where the
+same mistake, or a close relative, was found in public. The authors of that code know the subject well.
 
 `uv run python -m foundation hunt` plants one for you to find.
 """

@@ -16,14 +16,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.benchmarks import decoding
 from moe_jax.benchmarks.mixtral import Shape
-from moe_jax.config import ModelConfig, RoutingConfig, RunConfig, UserError
+from moe_jax.config import ComputeDtype, ModelConfig, RoutingConfig, RunConfig, UserError
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.precision import choose_policy
 from moe_jax.system.json_text import json_text
@@ -166,5 +166,6 @@ def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, 
     return numbers | {"peer": versions}, times
 
 
-def _in(config: RunConfig, precision: Literal["float32", "bfloat16"]) -> RunConfig:
-    return dataclasses.replace(config, execution=dataclasses.replace(config.execution, compute_dtype=precision))
+def _in(config: RunConfig, precision: str) -> RunConfig:
+    execution = dataclasses.replace(config.execution, compute_dtype=cast(ComputeDtype, precision))
+    return dataclasses.replace(config, execution=execution)
