@@ -301,7 +301,7 @@ def test_another_comparison_in_the_folder_is_refused(asked: Compare, text: Path,
     (tmp_path / "out" / "plan.json").write_text(json.dumps(plan))
     assert asked._check(tmp_path / "out") == config
     other = tmp_path / "other.txt"
-    other.write_text("another text")
+    other.write_text("another text " * 100)
     for changes, flag in (({"flops": 1e9}, "--flops 1e"), ({"data": str(other)}, "--data .*other.txt")):
         with pytest.raises(ConfigError, match=f"{flag}.*begun with other settings"):
             dataclasses.replace(asked, **changes)._check(tmp_path / "out")

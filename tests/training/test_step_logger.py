@@ -42,7 +42,7 @@ class Seen:
             config=config,
             state=SimpleNamespace(step=0),
             programs=SimpleNamespace(policy=SimpleNamespace(compute="float32")),
-            progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5),
+            progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5, how_to_go_on="go on"),
             data=SimpleNamespace(
                 tokens_per_step=100, store=SimpleNamespace(train=SimpleNamespace(target_bytes=300, targets=100))
             ),
@@ -141,7 +141,7 @@ def test_steps_that_stay_bad_end_the_run(clock: list[float], monkeypatch: pytest
     for step, finite in ((1, False), (2, False), (3, True), (4, False), (5, False), (6, False)):
         seen.add(step, finite=finite)
     assert seen.counters.skipped_in_a_row == 2
-    said = r"^step 6: 3 steps in a row .*, first in params\.embedding \(faults/step_6\); lower --lr"
+    said = r"^step 6: 3 steps in a row .*, first in params\.embedding \(faults/step_6\); lower --lr, and go on$"
     with pytest.raises(UserError, match=said):
         seen.logger.flush()
     assert all(record["skipped"] for record in seen.records if record["step"] != 3)
