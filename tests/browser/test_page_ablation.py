@@ -117,23 +117,28 @@ def test_the_numbers_are_those_of_the_data(opened: Opened) -> None:
     assert opened.said == []
 
 
-def test_the_chosen_cell_is_in_view_on_a_narrow_screen(browser: Any, written: Path, tmp_path: Path) -> None:
-    """Of sixteen experts the last one is missed most."""
+def narrow(browser: Any, written: Path, out: Path, mean: list[float]) -> Opened:
+    """The table of as many experts as `mean` has changes of the loss, on the screen of a phone."""
     from moe_jax.inspection.report import render
 
-    data = json.loads(page_data(written))
+    data, count = json.loads(page_data(written)), len(mean)
     n, found = len(data["text"]["pieces"]), data["ablation"]
-    data["model"]["experts"], data["corpus"] = 16, None
+    data["model"]["experts"], data["corpus"] = count, None
     for layer in range(LAYERS):
-        data["routing"]["prob"][layer] = [1 / 16] * (16 * n)
-        found["change"][layer] = [[0] * len(found["loss"]) for _ in range(16)]
-        found["mean"][layer] = [0.0] * 15 + [0.1]
-        found["stories"][layer] = [found["story"]] * 16
-    path = tmp_path / "page.html"
-    path.write_text(render(data), encoding="utf-8")
-    opened = Opened(browser, path, viewport={"width": 420, "height": 800})
+        data["routing"]["prob"][layer] = [1 / count] * (count * n)
+        found["change"][layer] = [[0] * len(found["loss"]) for _ in range(count)]
+        found["mean"][layer] = mean
+        found["stories"][layer] = [found["story"]] * count
+    out.write_text(render(data), encoding="utf-8")
+    opened = Opened(browser, out, viewport={"width": 420, "height": 800})
     opened.page.locator("#ablation").scroll_into_view_if_needed()
     opened.page.locator("#off-grid .cell").first.wait_for(state="attached")
+    return opened
+
+
+def test_the_chosen_cell_is_in_view_on_a_narrow_screen(browser: Any, written: Path, tmp_path: Path) -> None:
+    """Of sixteen experts the last one is missed most."""
+    opened = narrow(browser, written, tmp_path / "page.html", [0.0] * 15 + [0.1])
     cell = opened.page.locator('.cell[aria-pressed="true"]').bounding_box()
     assert 0 < cell["x"] < cell["x"] + cell["width"] < 420
     assert opened.page.evaluate("document.documentElement.scrollWidth") == 420
@@ -142,21 +147,7 @@ def test_the_chosen_cell_is_in_view_on_a_narrow_screen(browser: Any, written: Pa
 
 def test_numbers_are_not_cut_on_a_narrow_screen(browser: Any, written: Path, tmp_path: Path) -> None:
     """Of eight experts the fourth is chosen, so the table is scrolled. A number that lost its sign would be wrong."""
-    from moe_jax.inspection.report import render
-
-    data = json.loads(page_data(written))
-    n, found = len(data["text"]["pieces"]), data["ablation"]
-    data["model"]["experts"], data["corpus"] = 8, None
-    for layer in range(LAYERS):
-        data["routing"]["prob"][layer] = [1 / 8] * (8 * n)
-        found["change"][layer] = [[0] * len(found["loss"]) for _ in range(8)]
-        found["mean"][layer] = [-0.001] * 3 + [0.1] + [-0.001] * 4
-        found["stories"][layer] = [found["story"]] * 8
-    path = tmp_path / "page.html"
-    path.write_text(render(data), encoding="utf-8")
-    opened = Opened(browser, path, viewport={"width": 420, "height": 800})
-    opened.page.locator("#ablation").scroll_into_view_if_needed()
-    opened.page.locator("#off-grid .cell").first.wait_for(state="attached")
+    opened = narrow(browser, written, tmp_path / "page.html", [-0.001] * 3 + [0.1] + [-0.001] * 4)
     opened.page.wait_for_timeout(300)
     edge, boxes = opened.page.evaluate(
         """() => { const row = document.querySelector(".cells tbody tr"), box = (n) => n.getBoundingClientRect();
