@@ -22,16 +22,24 @@ from moe_jax.data.text_files import SplitName
 
 
 @runtime_checkable
-class Corpus(Protocol):
-    """Two splits of documents."""
+class Documents(Protocol):
+    """Two splits of documents: what a tokenizer is learned from."""
+
+    def documents(self, split: SplitName) -> Iterator[str]:
+        """The documents of a split, stripped and not empty. Raises UserError if there is no document."""
+        ...
+
+    def size(self, split: SplitName) -> int | None:
+        """Bytes of the split's source, for a progress bar. None if unknown."""
+        ...
+
+
+class Corpus(Documents, Protocol):
+    """Documents that can be named, and told apart from other documents."""
 
     @property
     def name(self) -> str:
         """The value of `--data` that names this corpus."""
-        ...
-
-    def documents(self, split: SplitName) -> Iterator[str]:
-        """The documents of a split, stripped and not empty. Raises UserError if there is no document."""
         ...
 
     def fingerprint(self) -> str:
@@ -43,10 +51,6 @@ class Corpus(Protocol):
 
         A file may be edited while it is read. Then this fingerprint differs from the one that was taken before.
         """
-        ...
-
-    def size(self, split: SplitName) -> int | None:
-        """Bytes of the split's source, for a progress bar. None if unknown."""
         ...
 
 

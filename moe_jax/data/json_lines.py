@@ -32,9 +32,9 @@ def json_documents(span: Span, chunks: Iterable[bytes]) -> Iterator[str]:
     for offset, line in lines_of(span, chunks):
         if not line.strip():
             continue
-        text = _text_of(line)
-        if isinstance(text, Problem):
-            raise UserError(f"{span.path}: line {line_number(span.path, offset)} {text}")
+        problem, text = _read(line)
+        if problem:
+            raise UserError(f"{span.path}: line {line_number(span.path, offset)} {problem}")
         for part in cut_long(text.encode()):
             if document := part.decode().strip():
                 yield document
@@ -46,8 +46,8 @@ def first_row_problem(path: Path) -> str | None:
         line = next((line for _, line in first_lines(path) if line.strip()), b"")
     except UserError as error:
         return str(error)
-    text = _text_of(line) if line else ""
-    return f"its first row {text}" if isinstance(text, Problem) else None
+    problem = _read(line)[0] if line else ""
+    return f"its first row {problem}" if problem else None
 
 
 def how_to_convert(line: bytes) -> str:
@@ -64,34 +64,30 @@ def first_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     return lines_of(span, read_chunks(span))
 
 
-class Problem(str):
-    """What is wrong with a row: words that go on after its place."""
-
-
-def _text_of(line: bytes) -> "str | Problem":
-    """The text of a row, or what is wrong with it."""
+def _read(line: bytes) -> tuple[str, str]:
+    """What is wrong with a row ("" if nothing is), and its text."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         problem = f"is not JSON ({error}); each line must be an object with a key `text`"
-        return Problem(problem + how_to_convert(line))
+        return problem + how_to_convert(line), ""
     if not isinstance(row, dict):
         problem = f"is {repr(row)[:40]}; each line must be an object with a key `text`"
-        return Problem(problem + how_to_convert(line))
+        return problem + how_to_convert(line), ""
     text = row.get("text")
     if isinstance(text, str):
         try:
             text.encode()
         except UnicodeEncodeError:
-            return Problem("holds half a surrogate pair (\\ud800 to \\udfff); write whole characters")
-        return text
+            return "holds half a surrogate pair (\\ud800 to \\udfff); write whole characters", ""
+        return "", text
     if "messages" in row:
-        return Problem(
+        return (
             "holds `messages`, a conversation; `uv run python -m moe_jax sft` learns from those, training needs rows "
             "with `text`"
-        )
+        ), ""
     names = ", ".join(list(row)[:5]) or "none"
-    return Problem(f"has no key `text` that holds a text (its keys: {names}); rename the key of the text")
+    return f"has no key `text` that holds a text (its keys: {names}); rename the key of the text", ""
 
 
 def line_number(path: Path, offset: int) -> int:

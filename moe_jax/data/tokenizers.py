@@ -24,7 +24,7 @@ import xxhash
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import hf_tokenizers
-from moe_jax.data.corpora import Corpus
+from moe_jax.data.corpora import Documents
 from moe_jax.data.text_files import SEPARATOR
 from moe_jax.system.console import Report, byte_progress
 from moe_jax.system.files import write_atomically
@@ -145,7 +145,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: {error}") from None
 
 
-def train_tokenizer(data: DataConfig, corpus: Corpus, progress: bool = False) -> Tokenizer:
+def train_tokenizer(data: DataConfig, corpus: Documents, progress: bool = False) -> Tokenizer:
     """The tokenizer that `data` asks for.
 
     A `bpe` tokenizer is trained on the first 50 MB of the corpus' training text. Equal text gives an equal tokenizer.

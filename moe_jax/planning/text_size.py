@@ -21,9 +21,8 @@ SAMPLE_BYTES = 1_000_000
 
 
 class Beginning(NamedTuple):
-    """The first documents of a corpus, as a corpus of its own without a validation split."""
+    """The first training documents of a corpus, for learning a tokenizer."""
 
-    name: str
     texts: list[str]
 
     @classmethod
@@ -35,16 +34,10 @@ class Beginning(NamedTuple):
             size += len(text.encode())
             if size >= SAMPLE_BYTES:
                 break
-        return cls(corpus.name, texts)
+        return cls(texts)
 
     def documents(self, split: SplitName) -> Iterator[str]:
         return iter(self.texts)
-
-    def fingerprint(self) -> str:
-        raise NotImplementedError("the beginning of a text is not stored")
-
-    def reading(self) -> "Beginning":
-        return self
 
     def size(self, split: SplitName) -> int:
         return sum(len(text.encode()) for text in self.texts)
