@@ -39,7 +39,7 @@ READ = {
 }
 """Settings that this package computes with."""
 REFUSED = {"balancing", "eval_capacity_factor"}
-"""Settings of which `config_of` takes only the value that has been derived."""
+"""Settings for which one value only has been derived. `config_of` refuses the others."""
 ONLY_TRAINING = {
     *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
     *("capacity_factor", "dispatch", "priority", "logit_noise", "input_jitter"),

@@ -4,9 +4,9 @@ Every call changes one position in all sequences of a batch but one. The earlier
 all outputs of the sequence that stays the same, are compared bit by bit with those of the unchanged batch. Every
 position is changed in turn. Where that takes too many operations, some positions are left out (`chosen_positions`).
 
-A token is replaced by a random one or by the token before it. A rule that lets a later token act on an earlier one
-shows it only where a queue is about to be full, and only if the change adds a token to this queue or takes one away. A
-copy of the token before joins the queues of its neighbour. So copies find leaks between neighbours more often.
+A token is replaced by a random one or by the token before it. A leak shows only where a queue is nearly full, and only
+if the change adds a token to this queue or takes one away. A copy of the token before joins the queues of its
+neighbour. So copies find leaks between neighbours more often.
 """
 
 from collections.abc import Callable

@@ -32,7 +32,7 @@ def check_beginning(data: DataConfig, seq_len: int) -> None:
         if blank and size <= LOOKED_AT:
             where = paths[0] if len(paths) == 1 else data.source
             raise ConfigError(f"--data {where}: there is no text in it; give a longer one")
-        # A token has at least one byte of the file, and so has a separator; but for the first and the last one.
+        # Every token takes at least one byte of the file. The first and the last separator need not be in the file.
         if split == "train" and size + 2 < seq_len + 1 and data.tokenizer != "hf":
             raise ConfigError(
                 f"--data {data.source}: {size} bytes to train on, and a context of --seq-len {seq_len} needs "

@@ -93,7 +93,8 @@ class Torus:
             return 0.0
         rows = [sorted({places[device][axis] for device in group}) for axis in (0, 1)]
         box = [len(row) for row in rows]
-        # From a chip of the group to the next. The chips between them belong to other groups, which use the same links.
+        # Distance from a chip of the group to the next one, along each side of the grid. The chips between them belong
+        # to other groups, which send over the same links.
         steps = [(row[-1] - row[0]) / (len(row) - 1) if len(row) > 1 else 1.0 for row in rows]
         lanes = [
             0.0 if size == 1 else (2 if size * step == self.wraps else 1) / step

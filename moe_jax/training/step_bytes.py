@@ -21,7 +21,7 @@ class StepBytes(NamedTuple):
     """At least. The compiler may keep a gradient in the precision of its product."""
     state: int
     activations: int
-    """At least: what the backward pass cannot do without (`model/step_memory.py`)."""
+    """At least: residual streams and attention weights, which the backward pass reads (`model/step_memory.py`)."""
     trained: int
     """Parameters that have a gradient and a state."""
 
