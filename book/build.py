@@ -19,6 +19,7 @@ PAGES = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "CITATION.cff",
+    "LICENSE",
     "README.md",
     "benchmarks/*.md",
     "benchmarks/*.png",
