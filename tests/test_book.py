@@ -10,6 +10,7 @@ import pytest
 from book import museum
 from book.build import PAGES, ROOT, broken_links
 from foundation.challenges.bugs import BUGS
+from tests.docs.pages import links
 
 
 def test_every_bug_is_shown_with_its_change_and_what_catches_it() -> None:
@@ -44,6 +45,15 @@ def test_every_page_has_its_place_in_the_contents() -> None:
             name = path.relative_to(ROOT).with_suffix("")
             if path.suffix in (".md", ".ipynb"):
                 assert any(name.match(line) for line in lines if line), f"book/index.md lacks {name}"
+
+
+def test_every_file_that_a_page_links_to_is_copied() -> None:
+    """Sphinx warns of one that is not, after minutes; here it is said within a second."""
+    copied = {path for pattern in PAGES for path in ROOT.glob(pattern)}
+    for page in sorted(path for path in copied if path.suffix == ".md"):
+        for target in links(page):
+            file = (page.parent / target.partition("#")[0]).resolve() if target[0] != "#" else page
+            assert file in copied, f"{page.relative_to(ROOT)} links to {target}, which book/build.py does not copy"
 
 
 @pytest.mark.parametrize("pattern", PAGES)
