@@ -102,7 +102,8 @@ class Fields:
 
     def alternatives(self, name: str) -> int | None:
         """How many of the likeliest tokens are reported; None if log-probabilities were not asked for."""
-        if self.value(name) in (None, False):
+        value = self.value(name)
+        if value is None or value is False:  # 0 asks for the probability of the token alone
             return None
         return self.whole(name, 0, 0, MOST_ALTERNATIVES)
 

@@ -2,12 +2,14 @@
 
 import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.reliability import runs
+from tests.reliability.served import Served, start
 from tests.support import saved_run
 
 # A program inherits ignored signals, and `nohup pytest` ignores SIGHUP. Handlers are not inherited: the runs that the
@@ -49,3 +51,12 @@ def whole(text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     finished = runs.complete(runs.flags(text, out), cache)
     assert finished.returncode == 0, finished.stderr
     return out, runs.result(out)
+
+
+@pytest.fixture(scope="module")
+def served(whole: tuple[Path, dict[str, Any]], cache: Path) -> Iterator[Served]:
+    """A server of that run, with three slots."""
+    server = start(whole[0], cache, "--slots", "3")
+    yield server
+    server.process.terminate()
+    assert server.process.wait(30) == 0

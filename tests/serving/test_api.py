@@ -105,6 +105,13 @@ def test_a_prompt_can_be_scored_without_writing(api: Site) -> None:
     assert (choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("length", 4)
 
 
+def test_no_alternatives_still_ask_for_the_probability_of_the_token(api: Site) -> None:
+    answers = [api.complete(prompt="One", seed=5, max_tokens=6, logprobs=asked) for asked in (0, 2)]
+    none, two = (answer.json["choices"][0]["logprobs"] for answer in answers)
+    assert none["token_logprobs"] == two["token_logprobs"]
+    assert none["top_logprobs"] == [{}] * len(none["tokens"])
+
+
 def test_a_text_goes_on_from_another_token(api: Site) -> None:
     """What the page does: the tokens so far, with another last one, as a new prompt."""
     first = api.complete(prompt="One", seed=5, max_tokens=6, return_token_ids=True).json["choices"][0]

@@ -1,0 +1,133 @@
+"""A server in a process of its own, and the texts that `generate` would write for its requests."""
+
+import json
+import re
+import socket
+import subprocess
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.inference.decode import Decoder
+from moe_jax.inference.sampling import Sampling
+from moe_jax.runs.load import open_run
+from moe_jax.system.random_keys import Purpose, purpose_key
+from tests.reliability import runs
+
+NEAR = 1e-3
+"""A tie: two tokens whose scores (logit / temperature + random number) differ by less than this. Batched products may
+decide it the other way."""
+
+
+class Served(NamedTuple):
+    """A server in a process."""
+
+    process: subprocess.Popen[str]
+    url: str
+    run: Path
+
+    @property
+    def port(self) -> int:
+        return int(self.url.rpartition(":")[2])
+
+    def ask(self, path: str, fields: Any = None) -> Any:
+        data = None if fields is None else json.dumps(fields).encode()
+        with urllib.request.urlopen(self.url + path, data, timeout=120) as answer:
+            return json.loads(answer.read())
+
+    def open(self, **fields: Any) -> socket.socket:
+        """A socket that has asked for a completion."""
+        sock = socket.create_connection(("127.0.0.1", self.port), timeout=60)
+        body = json.dumps(fields).encode()
+        sock.sendall(
+            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+        )
+        return sock
+
+    def free(self) -> bool:
+        health = self.ask("/health")
+        return (health["busy"], health["queued"]) == (0, 0)
+
+
+def start(run: Path, cache: Path, *flags: str) -> Served:
+    process = runs.start(["serve", "--run", str(run), "--port", "0", *flags], cache, runs.COMMANDS)
+    assert process.stdout is not None
+    first, ready = process.stdout.readline(), process.stdout.readline()
+    assert first.startswith(f"loading {run}"), (first, process.stderr and process.stderr.read())
+    found = re.match(r"ready: (http://\S+) ", ready)
+    assert found, (ready, process.stderr and process.stderr.read())
+    return Served(process, found[1], run)
+
+
+class Generated(NamedTuple):
+    """A text as `generate` writes it."""
+
+    tokens: list[int]
+    ended: bool
+    """Whether the separator was drawn."""
+    draws: list[tuple[Any, ...]]
+    """What each token was drawn from: logits, settings, tokens seen, key. One more if the separator was drawn."""
+
+
+class Oracle:
+    """The one-row decoder of `generate`, and how near a tie was."""
+
+    def __init__(self, run: Path) -> None:
+        loaded = open_run(run)
+        self.tokenizer, self._params, self.seq_len = loaded.tokenizer, loaded.params, loaded.config.model.seq_len
+        self.layers, self.top_k = loaded.config.model.layers, loaded.config.model.routing.top_k
+        self._decoder = Decoder(loaded.graphdef, self.seq_len, self.tokenizer.vocab_size)
+
+    def generated(self, prompt: list[int], fields: dict[str, Any], number: int) -> Generated:
+        """Text `number` that a request asks for."""
+        settings = Sampling(
+            float(fields["temperature"]),
+            int(fields["top_k"]),
+            float(fields["top_p"]),
+            float(fields.get("min_p", 0.0)),
+            float(fields["repetition_penalty"]),
+        )
+        draws: list[tuple[Any, ...]] = []
+        draw = self._decoder.draw
+
+        def noted(*arguments: Any) -> Any:
+            draws.append(arguments)
+            return draw(*arguments)
+
+        self._decoder.draw = noted
+        try:
+            stream = self._decoder.stream(
+                self._params,
+                prompt,
+                settings=settings,
+                key=purpose_key(fields["seed"], Purpose.SAMPLE, number),
+                stop=self.tokenizer.separator_id,
+                limit=fields["max_tokens"],
+            )
+            tokens = list(stream)
+        finally:
+            self._decoder.draw = draw
+        return Generated(tokens, len(draws) > len(tokens), draws)
+
+    def was_near(self, draw: tuple[Any, ...], other: int) -> bool:
+        """Whether a token was a tie with another one: a change of the logits by NEAR lets the other win."""
+        logits, *rest = draw
+        return int(self._decoder.draw(logits.at[0, other].add(NEAR), *rest)[0]) == other
+
+    def logprob(self, logits: Any, token: int) -> float:
+        """Of a token under the model's own distribution. `logits` [1, V]."""
+        known = np.asarray(logits[0, : self.tokenizer.vocab_size], np.float64)
+        shifted = known - known.max()
+        return float(shifted[token] - np.log(np.exp(shifted).sum()))
+
+    def logprobs(self, tokens: list[int]) -> list[float]:
+        """Of each token after the first, given those before it. The beginnings are read one by one."""
+        found = []
+        for n in range(1, len(tokens)):
+            read = np.zeros((1, self.seq_len), np.int32)
+            read[0, :n] = tokens[:n]
+            found.append(self.logprob(self._decoder.prefill(self._params, read, np.int32(n)).logits, tokens[n]))
+        return found
