@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from moe_jax.cli.arguments import POSITIONAL
 from moe_jax.cli.command import Command, check_range
+from moe_jax.cli.gpu_name import DEFAULT_GPU, check_gpu
 from moe_jax.cli.result import print_json
-from moe_jax.config import Dense, PresetName, UserError
+from moe_jax.config import ConfigError, Dense, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment, streams
 from moe_jax.system.files import write_output
@@ -23,8 +24,12 @@ if TYPE_CHECKING:
 
     from moe_jax.benchmarks.request import BenchmarkRequest
 
-Suite = Literal["moe", "train", "decode", "pipeline", "memory", "peers", "scaling", "serve", "all"]
-EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
+Suite = Literal["moe", "train", "decode", "pipeline", "memory", "gpu", "peers", "scaling", "serve", "all"]
+EXTRAS = {
+    "memory": ("gpu-plan", "JAX's CUDA plugin"),
+    "gpu": ("gpu-plan", "JAX's CUDA plugin"),
+    "peers": ("peers", "PyTorch and transformers"),
+}
 """Suite -> the extra that it needs, and what the extra installs."""
 TRAINING = {"moe", "train", "scaling"}
 """Suites that time a training step in the precision that is chosen for this machine. `peers` names the precision of
@@ -43,10 +48,12 @@ class Benchmark(Command):
         decode    prefill and cached decoding, and the memory bandwidth
         pipeline  tokenizing, batches, saving and restoring (in TMPDIR)
         memory    the settings that fit a 4 GB card (extra gpu-plan)
+        gpu       each part on a card: predicted, and measured if it is here
         peers     Mixtral of transformers, in PyTorch (extra peers)
         scaling   the training step with one size doubled at a time
         serve     16 texts at once beside one, and the wait of a late one
-        all       the suites above whose extras are installed, but for the last two
+        all       the suites above whose extras are installed, but for gpu,
+                  scaling and serve
     """
 
     interrupted: ClassVar[str] = "no results were written"
@@ -56,9 +63,11 @@ class Benchmark(Command):
     preset: PresetName = "seed-158m"
     """The model to measure."""
     batch_size: int = 8
-    """Sequences of one training step. `memory` uses the preset's own batch."""
+    """Sequences of one training step. `memory` and `gpu` use the preset's own batch."""
     rounds: int = 9
     """How often each candidate runs. Some suites run more or fewer rounds, in proportion."""
+    gpu: str = ""
+    """The card that `gpu` predicts for if none is in this machine, by the names of `plan`. Default: rtx3050-4gb."""
     uniform_routing: bool = False
     """Spread tokens evenly over the experts, and ignore the choices of the routers."""
     with_quality: str = ""
@@ -72,6 +81,8 @@ class Benchmark(Command):
     def execute(self) -> int:
         check_range("--batch-size", self.batch_size, 1, 4096)
         check_range("--rounds", self.rounds, 1, 10_000)
+        if self.gpu:
+            self._check_card()
         suites = self._suites()
         if suites == ["memory"]:
             # Compiling for a described card needs no card, and must not occupy a real one.
@@ -90,7 +101,7 @@ class Benchmark(Command):
             f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"
         )
         request = BenchmarkRequest(config, self.batch_size, self.rounds, self._quality(), self.uniform_routing)
-        runners = suite_runners()
+        runners = suite_runners(self.gpu or DEFAULT_GPU)
         results = {name: runners[name](console, request) for name in suites}
         settings: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}
         if self.uniform_routing:
@@ -101,6 +112,12 @@ class Benchmark(Command):
         self._save(document, about)
         print_json(document if self.suite == "all" else results[self.suite], self.json)
         return 0
+
+    def _check_card(self) -> None:
+        """Raise ConfigError for a card that is not known, or that the suite does not heed."""
+        check_gpu(self.gpu)
+        if self.suite != "gpu":
+            raise ConfigError(f"--gpu {self.gpu}: is for the suite gpu, and not for {self.suite}; leave it out")
 
     def _quality(self) -> dict[Dense, float] | None:
         """The numbers of `--with-quality`. Raises UserError if the folder has no comparison of the preset."""
@@ -121,7 +138,7 @@ class Benchmark(Command):
             return [self.suite]
         for suite in sorted(missing):
             print(f"left out: {suite}; run it with `uv run --extra {EXTRAS[suite][0]} benchmark.py {suite}`")
-        return [suite for suite in get_args(Suite) if suite not in {"all", "scaling", "serve", *missing}]
+        return [suite for suite in get_args(Suite) if suite not in {"all", "gpu", "scaling", "serve", *missing}]
 
     def _save(self, document: dict[str, Any], about: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC)
@@ -130,6 +147,7 @@ class Benchmark(Command):
         extra = f"--extra {EXTRAS[self.suite][0]} " if self.suite in EXTRAS else ""
         command = f"uv run {extra}benchmark.py {self.suite} --preset {self.preset}"
         command += f" --batch-size {self.batch_size} --rounds {self.rounds}"
+        command += f" --gpu {self.gpu}" if self.gpu else ""
         command += " --uniform-routing" if self.uniform_routing else ""
         command += f" --with-quality {self.with_quality}" if self.with_quality else ""
         command += " --record" if self.record else ""
@@ -157,16 +175,21 @@ class Benchmark(Command):
         print(f"picture: {path}")
 
 
-def suite_runners() -> "dict[str, Callable[[Console, BenchmarkRequest], dict[str, Any]]]":
+def suite_runners(gpu: str) -> "dict[str, Callable[[Console, BenchmarkRequest], dict[str, Any]]]":
     """Suite -> the function that runs it. `memory` comes from `planning`, the others from `benchmarks`."""
+    from moe_jax.benchmarks import card
     from moe_jax.benchmarks.suites import SUITES
     from moe_jax.planning.suite import memory
 
-    return {**SUITES, "memory": lambda console, request: memory(console, request.config)}
+    return {
+        **SUITES,
+        "memory": lambda console, request: memory(console, request.config),
+        "gpu": lambda console, request: card.gpu(console, request.config, gpu, request.rounds),
+    }
 
 
 def _can_run(suite: str) -> bool:
     """Whether the extra of a suite is installed."""
-    if suite == "memory":
+    if suite in ("memory", "gpu"):
         return environment.has_cuda_plugin()
     return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
