@@ -4,6 +4,8 @@ The programs are built from a configuration and a device. The device may also be
 machine does not have. A program is built when it is first used, and compiled when it is first called.
 """
 
+import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,6 +15,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Key
 
 from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
@@ -97,14 +100,39 @@ class Programs:
             self.layout.state(shapes),
         )
 
+    @cached_property
+    def initialiser(self) -> Callable[[Key[Array, ""]], Params]:
+        """(key) -> random parameters. On a mesh each device makes its own parts of them, and no other."""
+        make = partial(initial_params, self.config)
+        return make if self.layout is None else jax.jit(make, out_shardings=self._param_places)
+
     def initial_params(self) -> Params:
-        """Random parameters, from the seed of the configuration."""
-        return initial_params(self.config, purpose_key(self.config.train.seed, Purpose.INITIAL_PARAMETERS))
+        """Random parameters, from the seed of the configuration. On a mesh they have the bits of one device."""
+        return self.initialiser(purpose_key(self.config.train.seed, Purpose.INITIAL_PARAMETERS))
 
     def state(self, params: Params) -> TrainState:
-        """The state of training before the first step."""
-        state = self._initial_state(params)
-        return state if self.layout is None else jax.tree.map(placed, state, self.layout.state(state))
+        """The state of training before the first step. On a mesh each device makes its own parts, and the parameters
+        are moved to their places if they lie elsewhere."""
+        if self.layout is None:
+            return self._initial_state(params)
+        params = jax.tree.map(placed, params, self._param_places)
+        return dataclasses.replace(self.rest_of_state(params), params=params)
+
+    @cached_property
+    def rest_of_state(self) -> Callable[[Params], TrainState]:
+        """(parameters) -> the state before the first step on a mesh, without the parameters."""
+        assert self.layout is not None
+
+        def rest(params: Params) -> TrainState:
+            return dataclasses.replace(self._initial_state(params), params={})
+
+        return jax.jit(rest, out_shardings=self.layout.state(jax.eval_shape(rest, self.param_shapes)))
+
+    @property
+    def _param_places(self) -> Any:
+        """The shardings of the parameters on the mesh."""
+        assert self.layout is not None
+        return self.layout.shardings(self.param_shapes, self.layout.params)
 
     def _initial_state(self, params: Params) -> TrainState:
         adapters = None
