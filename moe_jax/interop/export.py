@@ -127,7 +127,7 @@ def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype
     metadata, names, total = {"format": "pt"}, {}, 0
     shards: list[list[str]] = []
     for number, shard in enumerate(_shards(tensors, dtype)):
-        write_safetensors(folder / f"{number}.part", shard, metadata)
+        write_safetensors(folder / f"{number}.part", shard, shard.__getitem__, metadata)
         shards.append(list(shard))
         total += sum(array.nbytes for array in shard.values())
     for number, inside in enumerate(shards):

@@ -36,10 +36,22 @@ def is_here(x: Any) -> bool:
 
 
 def whole(x: Any) -> np.ndarray:
-    """The values of an array, gathered from all processes if necessary."""
+    """The values of an array, gathered from all processes if necessary.
+
+    The values of an array that is cut exist only as long as the caller keeps them. `np.asarray` would keep them as long
+    as the array exists.
+    """
     if not is_here(x):
         x = _replicate(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # pyright: ignore[reportAttributeAccessIssue]
-    return np.asarray(x)
+    if not isinstance(x, jax.Array) or x.is_fully_replicated:
+        return np.asarray(x)
+    values = np.empty(x.shape, x.dtype)
+    for part in x.addressable_shards:
+        if part.replica_id == 0:
+            # A new array with the same memory, because a part keeps a copy of its values too.
+            again = jax.make_array_from_single_device_arrays(part.data.shape, part.data.sharding, [part.data])
+            values[part.index] = np.asarray(again)
+    return values
 
 
 def whole_here(x: Array) -> Array:

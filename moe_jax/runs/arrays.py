@@ -26,7 +26,7 @@ from moe_jax.parallel.global_arrays import whole
 from moe_jax.parallel.processes import first, several
 from moe_jax.runs import manifest
 from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
-from moe_jax.runs.safetensors_file import write_safetensors
+from moe_jax.runs.safetensors_file import file_order, write_safetensors
 from moe_jax.system.folders import Folder
 
 WEIGHTS = "weights.safetensors"
@@ -174,10 +174,11 @@ def without_traces() -> Iterator[None]:
 
 
 def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
-    """Write the parameters as safetensors; adapters too, with `adapters.` before their names. Of several processes,
-    all must call this, and the first one writes."""
-    chosen = [(n.removeprefix(PARAMS), x) for n, x in sorted(leaves.items()) if n.startswith((PARAMS, ADAPTERS))]
-    weights = {name: values for name, x in chosen if (values := whole(x)) is not None and first()}
-    if not first():
+    """Write the parameters as safetensors; adapters too, with `adapters.` before their names. Only one of them is
+    gathered at a time. Of several processes, all must call this, and the first one writes."""
+    chosen = {n.removeprefix(PARAMS): x for n, x in sorted(leaves.items()) if n.startswith((PARAMS, ADAPTERS))}
+    if first():
+        write_safetensors(folder / WEIGHTS, chosen, lambda name: whole(chosen[name]))
         return
-    write_safetensors(folder / WEIGHTS, {name: np.ascontiguousarray(x) for name, x in weights.items()})
+    for name in file_order(chosen):
+        whole(chosen[name])

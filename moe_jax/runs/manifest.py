@@ -90,7 +90,7 @@ def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest's keys `leaves` and `state`. `state` is one digest of all leaves: equal digests mean equal bits."""
     entries = sorted(leaves.items())
     if all(is_here(x) for _, x in entries):
-        digests = _digests(array_digest, (x for _, x in entries))
+        digests = _digests(lambda x: array_digest(whole(x)), (x for _, x in entries))
     else:  # gathered from several processes, one at a time
         digests = [array_digest(whole(x)) for _, x in entries]
     described = {n: [list(x.shape), str(x.dtype), d] for (n, x), d in zip(entries, digests, strict=True)}

@@ -1,14 +1,19 @@
 """A checkpoint belongs to a model and not to a mesh: saved on eight devices, it is restored on any other mesh."""
 
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from moe_jax.config import MeshShape
+from moe_jax.parallel.global_arrays import whole
 from moe_jax.parallel.mesh import mesh_of
+from moe_jax.runs import arrays
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.training.programs import Programs
@@ -56,6 +61,41 @@ def test_restored_on_another_mesh(mesh: str, saved: tuple[Checkpoint, Any], tmp_
     assert newest is not None
     assert newest.manifest["leaves"] == checkpoint.manifest["leaves"]
     assert newest.manifest["state"] == checkpoint.manifest["state"]
+
+
+class Gathered:
+    """`whole`, and how many bytes of what it returned exist at once."""
+
+    def __init__(self) -> None:
+        self.now = self.most = 0
+
+    def __call__(self, x: Any) -> np.ndarray:
+        values = whole(x)
+        self.now += values.nbytes
+        self.most = max(self.most, self.now)
+        weakref.finalize(values, self._drop, values.nbytes)
+        return values
+
+    def _drop(self, size: int) -> None:
+        self.now -= size
+
+
+def test_weights_are_gathered_one_at_a_time(
+    saved: tuple[Checkpoint, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file has the bytes that the library writes of all parameters at once. Never more than the largest parameter
+    is gathered, and the state keeps no copy."""
+    checkpoint, expected = saved
+    state = restore(checkpoint, on("fsdp=2,expert=4").state_shapes)
+    gathered = Gathered()
+    monkeypatch.setattr(arrays, "whole", gathered)
+    arrays.write_weights(tmp_path, arrays.named_leaves(state))
+    leaves = arrays.named_leaves(expected.params)
+    assert gathered.most == max(x.nbytes for x in leaves.values())
+    assert gathered.now == 0
+    assert all(x._npy_value is None for x in arrays.named_leaves(state).values())
+    save_file({name: np.asarray(x) for name, x in leaves.items()}, tmp_path / "library")
+    assert (tmp_path / arrays.WEIGHTS).read_bytes() == (tmp_path / "library").read_bytes()
 
 
 def test_a_flipped_bit_in_a_part_is_found(saved: tuple[Checkpoint, Any], tmp_path: Path) -> None:

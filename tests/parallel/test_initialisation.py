@@ -1,4 +1,4 @@
-"""Parameters and the optimizer's state are made in their parts: the bits of one device, and no device holds them whole."""
+"""Parameters and the optimizer's state are made in parts: the bits of one device, and no device holds them whole."""
 
 import dataclasses
 import math
