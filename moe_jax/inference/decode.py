@@ -3,9 +3,9 @@
 Chapter 12 of `foundation` derives what the cache may hold, and why generation drops no token.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from moe_jax.inference.sampling import Sampling, sample
 from moe_jax.model.attention import KeyValue
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
+
+type Spread = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Turns a function of (parameters, ...) into the same function on several devices."""
 
 
 class DecodeState(NamedTuple):
@@ -39,13 +42,17 @@ class Decoder:
 
     `vocab_size` is the size of the tokenizer's vocabulary. The model's vocabulary may be larger; its further tokens are
     never drawn.
+
+    `spread` makes the programs those of several devices (`training.on_mesh.same_on_all_devices`).
     """
 
-    def __init__(self, graphdef: nnx.GraphDef, seq_len: int, vocab_size: int) -> None:
+    def __init__(
+        self, graphdef: nnx.GraphDef, seq_len: int, vocab_size: int, spread: Spread = lambda function: function
+    ) -> None:
         self.seq_len = seq_len
         self.draw = jax.jit(partial(draw, vocab_size))
-        self.prefill = jax.jit(partial(prefill, graphdef))
-        self.advance = jax.jit(partial(advance, graphdef), donate_argnums=1)
+        self.prefill = jax.jit(spread(partial(prefill, graphdef)))
+        self.advance = jax.jit(spread(partial(advance, graphdef)), donate_argnums=1)
 
     def stream(
         self,

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig, UserError
+from moe_jax.inference.decode import Spread
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import LayerTrace, Mode
 from moe_jax.model.transformer import Params, merge
@@ -69,10 +70,13 @@ def make_trace_step(graphdef: nnx.GraphDef) -> TraceStep:
     return jax.jit(step)
 
 
-def make_decision_step(graphdef: nnx.GraphDef, mode: Mode = Mode.TRAIN) -> DecisionStep:
+def make_decision_step(
+    graphdef: nnx.GraphDef, mode: Mode = Mode.TRAIN, spread: Spread = lambda function: function
+) -> DecisionStep:
     """The jitted (params, tokens int [B, T]) -> decisions, without attention weights or vocabulary head.
 
-    `mode` says of which pass: with the capacity of training, or as in generation, which drops nothing.
+    `mode` says of which pass: with the capacity of training, or as in generation, which drops nothing. `spread` makes
+    it a program of several devices (`decode.Spread`).
     """
 
     def step(params: Params, tokens: jax.Array) -> LayerTrace:
@@ -80,7 +84,7 @@ def make_decision_step(graphdef: nnx.GraphDef, mode: Mode = Mode.TRAIN) -> Decis
         assert stats is not None and stats.trace is not None  # noqa: PT018, a dense baseline is refused before
         return stats.trace._replace(attention=None)
 
-    return jax.jit(step)
+    return jax.jit(spread(step))
 
 
 def choice_totals(expert: np.ndarray, experts: int) -> np.ndarray:

@@ -6,7 +6,7 @@ the inverse; jitted functions use it.
 """
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +93,8 @@ class Transformer(nnx.Module):
     Parameters: embedding `[V, D]`, position `[T, D]` (learned positions), blocks, norm, head `[D, V]` (untied).
     """
 
+    block_type: ClassVar[type[Block]] = Block
+
     def __init__(
         self,
         config: ModelConfig,
@@ -109,7 +111,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(embedding_init(rngs, (config.vocab_size, config.width)))
         if config.positions == "learned":
             self.position = nnx.Param(embedding_init(rngs, (config.seq_len, config.width)))
-        self.blocks = nnx.List([Block(config, rngs, moe) for _ in range(config.layers)])
+        self.blocks = nnx.List([self.block_type(config, rngs, moe) for _ in range(config.layers)])
         self.norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
@@ -200,14 +202,15 @@ def create(
     compute: jnp.dtype | None = None,
     remat: bool = False,
     moe: type[MoE] = MoE,
+    kind: type[Transformer] = Transformer,
 ) -> Transformer:
-    """A model with initial parameters. Raises ValueError where `config.vocab_size` is not known yet."""
+    """A model of the class `kind`, with initial parameters. Raises ValueError if `config.vocab_size` is not known."""
     if config.vocab_size < 1:
         raise ValueError("vocab_size is 0: take it from the tokenizer first (dataclasses.replace)")
-    return Transformer(config, nnx.Rngs(params=key), compute, remat, moe)
+    return kind(config, nnx.Rngs(params=key), compute, remat, moe)
 
 
-def split(model: Transformer) -> tuple[nnx.GraphDef, Params]:
+def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
     """The static definition, and the parameters as a pure nested dict."""
     graphdef, state = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(state)
@@ -224,9 +227,11 @@ def abstract_model(
     param_dtype: ParamDtype = "float32",
     remat: bool = False,
     moe: type[MoE] = MoE,
+    kind: type[Transformer] = Transformer,
 ) -> tuple[nnx.GraphDef, Params]:
-    """The static definition of a model, and the shapes of its parameters as they are stored. Allocates nothing."""
-    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe))
+    """The static definition of a model of the class `kind`, and the shapes of its parameters as they are stored.
+    Allocates nothing."""
+    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe, kind))
     graphdef, shapes = split(model)
     return graphdef, jax.eval_shape(lambda params: to_param_dtype(params, param_dtype), shapes)
 

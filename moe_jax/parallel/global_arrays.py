@@ -54,11 +54,6 @@ def whole(x: Any) -> np.ndarray:
     return values
 
 
-def whole_here(x: Array) -> Array:
-    """An array of several processes, whole on the first device of this process."""
-    return jax.device_put(whole(x), jax.local_devices()[0])
-
-
 @cache
 def _replicate(sharding: NamedSharding) -> Callable[[Array], Array]:
     return jax.jit(lambda x: x, out_shardings=sharding)

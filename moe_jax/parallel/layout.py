@@ -49,11 +49,15 @@ def leaf_name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def mesh_axes(name: str) -> tuple[str | None, ...]:
+    """The mesh axis over which each axis of a parameter is cut. Empty for an array that is not in the table."""
+    end = ".".join(name.split(".")[-2:])
+    return tuple(MESH_AXES.get(axis) for axis in LOGICAL_AXES.get(end, ()))
+
+
 def parameter_spec(name: str, mesh: Mesh) -> PartitionSpec:
     """Where the parameter of this name lies. A mesh axis of one device cuts nothing, so it is left out."""
-    end = ".".join(name.split(".")[-2:])
-    axes = [MESH_AXES.get(axis) for axis in LOGICAL_AXES.get(end, ())]
-    return PartitionSpec(*(axis if axis and mesh.shape[axis] > 1 else None for axis in axes))
+    return PartitionSpec(*(axis if axis and mesh.shape[axis] > 1 else None for axis in mesh_axes(name)))
 
 
 def without_fsdp(spec: PartitionSpec) -> PartitionSpec:
@@ -138,21 +142,8 @@ class Layout:
 
         return _map_named(constrain, updates)
 
-    # The following run inside `shard_map`: arrays are the parts of one device.
-
-    def gathered(self, params: Any, axes: tuple[str, ...] = ("fsdp",)) -> Any:
-        """The parameters, whole along the mesh axes `axes`."""
-
-        def gather(name: str, x: Array) -> Array:
-            for dimension, axis in enumerate(self.params[name]):
-                if axis in axes:
-                    x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
-            return x
-
-        return _map_named(gather, params)
-
     def mean_gradients(self, grads: Any) -> Any:
-        """The mean over all devices of gradients that are whole along fsdp, cut as `updates`.
+        """The mean over all devices of gradients that are whole along fsdp, cut as `updates`. Inside `shard_map`.
 
         The gradient of an expert's matrix is already the sum over the devices that sent it tokens: the all-to-alls'
         own gradients have brought it there. So it is not summed over the axis `expert` again.
@@ -177,6 +168,25 @@ class Layout:
                 for number, total in zip(members, jax.lax.psum([summed[n] for n in members], axes), strict=True):
                     summed[number] = total
         return tree.unflatten([total / self.devices for total in summed])
+
+
+# Inside `shard_map`, where arrays are the parts of one device
+
+
+def gathered(params: Any, axes: tuple[str, ...] = ("fsdp",)) -> Any:
+    """Parameters, of a model or of a part of it, whole along the mesh axes `axes`."""
+
+    def gather(name: str, x: Array) -> Array:
+        for dimension, axis in enumerate(mesh_axes(name)):
+            x = joined(x, axis, dimension) if axis in axes else x
+        return x
+
+    return _map_named(gather, params)
+
+
+def joined(x: Array, axis: str, dimension: int) -> Array:
+    """The parts of an array, which the devices along a mesh axis have, one after another along a dimension."""
+    return jax.lax.all_gather(x, axis, axis=dimension, tiled=True) if jax.lax.axis_size(axis) > 1 else x
 
 
 def _map_named(function: Callable[[str, Array], Array], params: Mapping[Any, Any]) -> Any:

@@ -112,9 +112,8 @@ def _evaluate_and_sample(
     """
     with signals.interruptible():
         scored = session.score(session.data.subset())
-        params = session.params
-        shown = together.attempt(lambda: _sample_and_trace(session, step, params)) if first() else None
-    if shown is not None:
+        shown = _sample_and_trace(session, step, session.params)  # with several processes, by all together
+    if first():
         together.attempt(partial(_write_evaluation, session, step, scored, *shown, log, terminal))
     return scored.loss
 

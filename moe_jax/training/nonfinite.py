@@ -17,7 +17,7 @@ from moe_jax.system.json_text import json_text
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.system.step_names import step_name
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import gradients
+from moe_jax.training.step import Gradients, gradients
 
 
 @jax.jit
@@ -42,13 +42,16 @@ def diagnose(
     state: TrainState,
     batch: np.ndarray | MaskedBatch,
     step: int,
+    compute: Gradients = gradients,
+    placed: Any = None,
 ) -> tuple[Path, str]:
     """Write the batch of a bad step as .npy, and the names of the arrays that are not finite as JSON, into `faults/`.
 
     Of a batch of conversations only the tokens are written, not the weights.
 
     Returns the path of the JSON file, and the name of the first array that is not finite: a parameter, else an array of
-    the optimizer's state, else a gradient. Gradients are recomputed if all parameters are finite.
+    the optimizer's state, else a gradient. Gradients are recomputed if all parameters are finite: on a mesh by
+    `compute`, from the batch as it lies there, `placed`. With several processes, all call this.
     """
     bad = {
         "params": nonfinite_leaves(state.params) + nonfinite_leaves(state.adapters),
@@ -56,10 +59,14 @@ def diagnose(
         "gradients": [],
     }
     if not bad["params"]:
-        key = purpose_key(config.seed, Purpose.DROPOUT, jnp.int32(step - 1))
-        scale = state.loss_scale.scale
-        gradient = jax.jit(lambda p, frozen, b: gradients(graphdef, p, b, key, scale, config, frozen=frozen))
-        bad["gradients"] = nonfinite_leaves(gradient(state.trained, state.frozen, batch)[0])
+
+        @jax.jit
+        def gradient(state: TrainState, batch: Any) -> Any:
+            key = purpose_key(config.seed, Purpose.DROPOUT, jnp.int32(step - 1))
+            scale = state.loss_scale.scale
+            return compute(graphdef, state.trained, batch, key, scale, config, frozen=state.frozen)[0]
+
+        bad["gradients"] = nonfinite_leaves(gradient(state, batch if placed is None else placed))
     first = next(
         (f"{kind}.{names[0]}" for kind, names in bad.items() if names), "none of parameters, optimizer and gradients"
     )

@@ -22,13 +22,14 @@ from jaxtyping import Array
 
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
+from moe_jax.inference.decode import Spread
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 from moe_jax.parallel.global_arrays import placed
-from moe_jax.parallel.layout import Layout
+from moe_jax.parallel.layout import Layout, gathered
 from moe_jax.parallel.mesh import AXES
 from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
-from moe_jax.training.loss import Metrics
+from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.step import Loss, MeshPrograms, gradients
 
 REPLICATED = PartitionSpec()
@@ -51,8 +52,8 @@ def mesh_gradients(
     key: Array,
     scale: Array | None,
     config: TrainConfig,
-    trace: bool,
-    loss: Loss,
+    trace: bool = False,
+    loss: Loss = training_loss,
     frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
     """`step.gradients` on the mesh: the mean gradient over the whole batch, laid out as `layout.updates`, and the mean
@@ -69,8 +70,7 @@ def mesh_gradients(
             batch = batch._replace(weights=batch.weights * layout.devices)
         micro_batches = len(jax.tree.leaves(batch)[0])
         blocks = jnp.arange(micro_batches) * layout.devices + jax.lax.axis_index(AXES)
-        whole = layout.gathered(params)
-        grads, metrics = gradients(graphdef, whole, batch, key, scale, config, loss=loss, blocks=blocks)
+        grads, metrics = gradients(graphdef, gathered(params), batch, key, scale, config, loss=loss, blocks=blocks)
         mean: Metrics = jax.lax.pmean(metrics, AXES)
         if mean.answers is not None:
             mean = mean._replace(answers=mean.answers * layout.devices)
@@ -94,7 +94,7 @@ def make_mesh_forward(
     with experts. B is a multiple of the number of devices."""
 
     def on_device(params: Params, tokens: Array) -> tuple[Array, Array, Array]:
-        hidden, stats, _ = merge(graphdef, layout.gathered(params))(tokens, Mode.TRAIN)
+        hidden, stats, _ = merge(graphdef, gathered(params))(tokens, Mode.TRAIN)
         assert stats is not None
         return hidden, stats.drop_fraction, jax.lax.pmean(stats.load, AXES)
 
@@ -109,19 +109,14 @@ def make_mesh_forward(
     )
 
 
-def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef, params: Params) -> EvaluationStep:
-    """`evaluate.make_evaluation_step` on the mesh: each device scores some of the rows, with all weights gathered.
-
-    `graphdef` is the model of one device. Parameters may lie anywhere. A batch is filled up with rows that do not
-    count, so that every device has as many.
-    """
+def make_mesh_evaluation_step(layout: Layout, graphdef: nnx.GraphDef, params: Params) -> Callable[..., Any]:
+    """The jitted program of `make_mesh_evaluation`."""
     local, rows = make_evaluation_step(graphdef), PartitionSpec(AXES)
 
     def on_device(params: Params, *batch: Array) -> tuple[Array, Array]:
-        return jax.lax.psum(local(layout.gathered(params, ("fsdp", "expert")), *batch), AXES)
+        return jax.lax.psum(local(params, *batch), AXES)
 
-    places = layout.shardings(params, layout.params)
-    step = jax.jit(
+    return jax.jit(
         jax.shard_map(
             on_device,
             mesh=layout.mesh,
@@ -130,6 +125,17 @@ def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef, params: Params)
             check_vma=False,
         )
     )
+
+
+def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef, params: Params) -> EvaluationStep:
+    """`evaluate.make_evaluation_step` on the mesh: each device scores some of the rows.
+
+    `graphdef` is a model of `EvaluatedTransformer`. Parameters may lie anywhere. A batch is filled up with rows that do
+    not count, so that every device has as many.
+    """
+    rows = PartitionSpec(AXES)
+    places = layout.shardings(params, layout.params)
+    step = make_mesh_evaluation_step(layout, graphdef, params)
 
     def evaluation(params: Params, *batch: ArrayLike) -> tuple[Array, Array]:
         arrays = [np.asarray(x) for x in batch]
@@ -140,3 +146,21 @@ def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef, params: Params)
         return step(jax.device_put(params, places), *filled)
 
     return evaluation
+
+
+def same_on_all_devices(layout: Layout, params: Params) -> Spread:
+    """What turns a function of (parameters, ...) into one that all devices of the mesh compute alike. The parameters
+    are cut, and the other arguments and the results are whole on every device."""
+    specs = layout.tree(params, layout.params)
+
+    def spread(function: Callable[..., Any]) -> Callable[..., Any]:
+        def on_mesh(params: Params, *args: Any) -> Any:
+            whole = (REPLICATED,) * len(args)
+            on_devices = jax.shard_map(
+                function, mesh=layout.mesh, in_specs=(specs, *whole), out_specs=REPLICATED, check_vma=False
+            )
+            return on_devices(params, *args)
+
+        return on_mesh
+
+    return spread

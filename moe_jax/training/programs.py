@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -24,17 +25,19 @@ from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Policy, choose_policy
-from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
+from moe_jax.model.transformer import Params, Transformer, abstract_adapted, abstract_model
+from moe_jax.parallel.cut_model import EvaluatedTransformer, OwnMoE, SampledTransformer
 from moe_jax.parallel.experts import ExpertParallelMoE
-from moe_jax.parallel.global_arrays import placed, whole_here
+from moe_jax.parallel.global_arrays import placed
 from moe_jax.parallel.layout import Layout
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
 from moe_jax.training.loss import training_loss
-from moe_jax.training.on_mesh import make_mesh_evaluation, mesh_programs
+from moe_jax.training.on_mesh import make_mesh_evaluation, mesh_gradients, mesh_programs, same_on_all_devices
 from moe_jax.training.optimizers.factory import make_optimizer, needs_whole_matrices
+from moe_jax.training.routing_snapshot import Tracer, make_tracer
 from moe_jax.training.state import TrainState, initial_params, initial_state
-from moe_jax.training.step import Step, make_step
+from moe_jax.training.step import Gradients, Step, gradients, make_step
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,6 @@ class Programs:
             return state.params
         return merged(state.params, state.adapters, self.lora.scale)
 
-    def on_one_device[T](self, tree: T) -> T:
-        """The same arrays, whole on the first device of this process. Without a mesh they are there already. With
-        several processes, all must call this."""
-        if self.layout is None or not self.layout.mesh.is_multi_process:
-            return tree if self.layout is None else jax.device_put(tree, self.layout.mesh.devices.flat[0])
-        return jax.tree.map(whole_here, tree)
-
     @cached_property
     def step(self) -> Step:
         """(state, batch int32 [M, B, T+1]) -> (state, report). The new state reuses the memory of the given state."""
@@ -163,17 +159,39 @@ class Programs:
         mesh = mesh_programs(self.layout, self.state_shapes)
         return make_step(self.training_graphdef, self.optimizer, train, scaling, loss=loss, mesh=mesh)
 
+    @property
+    def gradients(self) -> Gradients:
+        """The gradient of the training step: `step.gradients`, or what a mesh has in its place."""
+        return gradients if self.layout is None else partial(mesh_gradients, self.layout)
+
     @cached_property
     def evaluation(self) -> EvaluationStep:
         """One batch of evaluation windows; see `evaluate.make_evaluation_step`."""
         if self.layout is not None:
-            return make_mesh_evaluation(self.layout, self.graphdef, self.param_shapes)
+            return make_mesh_evaluation(self.layout, self._cut_model(EvaluatedTransformer), self.param_shapes)
         return make_evaluation_step(self.graphdef)
 
     def decoder(self, vocab_size: int | None = None) -> Decoder:
         """Prefill and decoding of one sequence. Only the first `vocab_size` tokens are drawn (all unless given)."""
         model = self.config.model
-        return Decoder(self.graphdef, model.seq_len, vocab_size or model.vocab_size)
+        size = (model.seq_len, vocab_size or model.vocab_size)
+        if self.layout is not None:
+            spread = same_on_all_devices(self.layout, self.param_shapes)
+            return Decoder(self._cut_model(SampledTransformer, OwnMoE), *size, spread)
+        return Decoder(self.graphdef, *size)
+
+    def tracer(self, tokens: np.ndarray) -> Tracer | None:
+        """What records the routing of the first tokens of a stream (`routing_snapshot.make_tracer`)."""
+        if self.layout is not None:
+            spread = same_on_all_devices(self.layout, self.param_shapes)
+            return make_tracer(self.config.model, self._cut_model(SampledTransformer, OwnMoE), tokens, spread)
+        return make_tracer(self.config.model, self.graphdef, tokens)
+
+    def _cut_model(self, kind: type[Transformer], moe: type[MoE] = MoE) -> nnx.GraphDef:
+        """The definition of a model whose parameters are cut (`parallel/cut_model.py`)."""
+        train, execution = self.config.train, self.config.execution
+        shape = (self.config.model, self.policy.compute, train.param_dtype, execution.remat)
+        return abstract_model(*shape, moe, kind)[0]
 
     def compiled_step(self, batch_size: int, micro_batches: int = 1) -> Any:
         """The step, compiled for micro-batches of `batch_size` sequences, but not run."""

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import ModelConfig, UserError
+from moe_jax.inference.decode import Spread
 from moe_jax.inference.routing_pass import check_routed, choice_totals, make_decision_step, router_entropy
 from moe_jax.model.transformer import Params
 
@@ -19,11 +20,14 @@ SHOWN_TOKENS = 512
 type Tracer = Callable[[Params], dict[str, Any]]
 
 
-def make_tracer(config: ModelConfig, graphdef: nnx.GraphDef, tokens: np.ndarray) -> Tracer | None:
+def make_tracer(
+    config: ModelConfig, graphdef: nnx.GraphDef, tokens: np.ndarray, spread: Spread = lambda function: function
+) -> Tracer | None:
     """A function of the parameters that routes the first tokens of a stream and returns a snapshot.
 
     It routes whole windows of T tokens, up to TRACED_TOKENS tokens (at least one window), with the dispatch of
-    training, in one jitted call. None for a model without routers, or with expert choice.
+    training, in one jitted call. None for a model without routers, or with expert choice. `spread` makes it a program
+    of several devices (`decode.Spread`).
     """
     try:
         check_routed(config)
@@ -32,7 +36,7 @@ def make_tracer(config: ModelConfig, graphdef: nnx.GraphDef, tokens: np.ndarray)
     width = config.seq_len
     windows = max(min(len(tokens), TRACED_TOKENS) // width, 1)
     stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
-    step = make_decision_step(graphdef)
+    step = make_decision_step(graphdef, spread=spread)
 
     def trace(params: Params) -> dict[str, Any]:
         decisions = step(params, stream)

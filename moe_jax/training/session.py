@@ -49,7 +49,7 @@ from moe_jax.training.evaluate import Evaluation, evaluate
 from moe_jax.training.imported import ImportSource
 from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
-from moe_jax.training.routing_snapshot import Tracer, make_tracer
+from moe_jax.training.routing_snapshot import Tracer
 from moe_jax.training.sft import TuningSource
 from moe_jax.training.start import Source
 from moe_jax.training.state import TrainState
@@ -230,7 +230,7 @@ class Session:
             progress=SessionProgress(RunCounters(), begin),
             state=programs.state_shapes,
             decoder=programs.decoder(store.tokenizer.vocab_size),
-            tracer=make_tracer(config.model, programs.graphdef, store.valid.tokens),
+            tracer=programs.tracer(store.valid.tokens),
             run_id=run_id,
         )
         if saved is not None:
@@ -287,16 +287,14 @@ class Session:
 
     @property
     def params(self) -> Params:
-        """The present parameters of the plain model. With adapters they are a copy of all weights. On a mesh they are a
-        copy on the first device of this process, which makes samples and routing snapshots. With several processes, all
-        must ask for them."""
-        return self.programs.on_one_device(self.programs.weights(self.state))
+        """The present parameters of the plain model. With adapters they are a copy of all weights."""
+        return self.programs.weights(self.state)
 
     def score(self, stream: Stream, params: Any = None) -> Evaluation:
         """Evaluate `params` on a stream, or the present parameters if `params` is None."""
         return evaluate(
             self.programs.evaluation,
-            self.programs.weights(self.state) if params is None else params,
+            self.params if params is None else params,
             stream.tokens,
             seq_len=self.config.model.seq_len,
             token_bytes=self.data.store.tokenizer.token_bytes(),
@@ -322,11 +320,13 @@ class Session:
         """Write the batch and the names of the arrays that are not finite, for a bad step: see `nonfinite.diagnose`."""
         return diagnose(
             self.folder.files,
-            self.programs.training_graphdef if self.programs.layout is None else self.programs.graphdef,
+            self.programs.training_graphdef,
             self.config.train,
-            self.programs.on_one_device(self.state),
+            self.state,
             self.data.batch(step - 1),
             step,
+            self.programs.gradients,
+            self.batch(step - 1),
         )
 
     def save(self, step: int, val_loss: float | None) -> None:

@@ -24,11 +24,14 @@ from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.optimizers.factory import learning_rate
 from moe_jax.training.state import LossScale, TrainState, next_scale, next_track
 
+type Gradients = Callable[..., tuple[Params, Metrics]]
+"""`gradients`, or what a mesh has in its place."""
+
 
 class MeshPrograms(NamedTuple):
     """What a step on several devices has in place of a step on one (`training/on_mesh.py`)."""
 
-    gradients: Callable[..., tuple[Params, Metrics]]
+    gradients: Gradients
     """In place of `gradients`, with the same arguments."""
     state: Any
     """The shardings of a `TrainState`."""

@@ -6,7 +6,7 @@ The path of a token through the layer: `router.py` chooses its experts, `dispatc
 
 import math
 from enum import Enum
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,8 @@ class MoE(nnx.Module):
 
     router_delta: nnx.Param | None = None
     """What adapters add to the router, in training only (`model/low_rank.py`)."""
+    experts_type: ClassVar[type[Experts]] = Experts
+    """The class of the routed experts."""
 
     def __init__(
         self,
@@ -106,7 +108,7 @@ class MoE(nnx.Module):
         if not 1 <= self.routing.top_k <= experts:
             raise ValueError(f"top_k {self.routing.top_k}: must be between 1 and the number of experts, {experts}")
         self.router = nnx.Param(matrix_init(rngs, (width, experts), scale=0.1))
-        self.experts = Experts(experts, width, hidden, activation, out_scale, rngs)
+        self.experts = self.experts_type(experts, width, hidden, activation, out_scale, rngs)
         if self.routing.balancing == "bias":
             self.balance_bias = nnx.Param(jnp.zeros(experts))
         self.has_shared = shared_experts > 0
