@@ -33,7 +33,10 @@ REDUCTIONS = ("all-reduce", "reduce-scatter")
 
 def certify_mesh(config: RunConfig, params: Params, mesh: Mesh) -> Iterator[Certificate]:
     """Yield the certificates of the training step of `config` on a mesh. `config.train.batch_size` sequences are one
-    micro-batch. `config.model.vocab_size` must not be 0."""
+    micro-batch. `config.model.vocab_size` must not be 0. Adapters are merged into `params`, so the step is that of the
+    plain model."""
+    plain = dataclasses.replace(config.train, lora_rank=0, lora_alpha=0.0, train_router=False)
+    config = dataclasses.replace(config, train=plain)
     if config.model.dense == "none":
         yield mesh_causality(config, params, mesh)
     programs = Programs.of(config, mesh=mesh)

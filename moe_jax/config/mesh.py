@@ -61,4 +61,3 @@ def check_mesh(text: str, model: ModelConfig, train: TrainConfig) -> None:
         require(model.experts % shape.expert == 0, f"an expert axis that divides --experts {model.experts} evenly")
         blocks = model.routing.dispatch == "blocks"
         require(not blocks, "without an expert axis for --dispatch blocks; use data or fsdp, or --dispatch capacity")
-    require(devices == 1 or not train.lora_rank, "left out with --lora: adapters are trained on one device")

@@ -3,6 +3,7 @@
     mesh.py           the mesh of a run, made from `--mesh`
     layout.py         the table from logical axes to mesh axes: where each parameter and each optimizer state lies
     experts.py        tokens travel to the devices of their experts and back (all-to-all)
+    cut_model.py      the model of evaluation and samples, which gathers one block at a time
     collectives.py    the collectives of a compiled program, read from its optimised HLO
     processes.py      several processes that train one run: connected, compared, stopped together
     global_arrays.py  arrays that lie on the devices of several processes

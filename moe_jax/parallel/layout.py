@@ -22,6 +22,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from moe_jax.model.low_rank import SUFFIX
 from moe_jax.parallel.mesh import AXES
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
@@ -49,10 +50,21 @@ def leaf_name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
+def logical_axes(name: str) -> tuple[str, ...]:
+    """The logical axes of a parameter or of an adapter. Empty for an array that is not in the table.
+
+    An adapter of a matrix `[*E, D, F]` is a `[*E, D, R]` and b `[*E, R, F]` (`model/low_rank.py`).
+    """
+    *_, room, end, last = ("", "", *name.split("."))
+    if not end.endswith(SUFFIX):
+        return LOGICAL_AXES.get(f"{end}.{last}" if end else last, ())
+    axes = LOGICAL_AXES[f"{room}.{end.removesuffix(SUFFIX)}"]
+    return (*axes[:-1], "rank") if last == "a" else (*axes[:-2], "rank", axes[-1])
+
+
 def mesh_axes(name: str) -> tuple[str | None, ...]:
     """The mesh axis over which each axis of a parameter is cut. Empty for an array that is not in the table."""
-    end = ".".join(name.split(".")[-2:])
-    return tuple(MESH_AXES.get(axis) for axis in LOGICAL_AXES.get(end, ()))
+    return tuple(MESH_AXES.get(axis) for axis in logical_axes(name))
 
 
 def parameter_spec(name: str, mesh: Mesh) -> PartitionSpec:
@@ -70,17 +82,23 @@ class Layout:
 
     mesh: Mesh
     params: Specs
+    """Where the parameters lie, and the adapters if there are any."""
     updates: Specs
-    """Where gradients, updates and the optimizer's state lie."""
+    """Where gradients, updates and the optimizer's state lie, of what is trained."""
 
     @classmethod
-    def of(cls, mesh: Mesh, params: Any, whole_matrices: Any) -> "Layout":
-        """The layout of the parameters `params` (arrays or shapes). `whole_matrices` has the same structure, and is
-        true where the optimizer needs whole matrices."""
-        names = [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    def of(cls, mesh: Mesh, params: Any, whole_matrices: Any, adapters: Any = None) -> "Layout":
+        """The layout of the parameters `params` (arrays or shapes), and of `adapters` if only these are trained.
+
+        `whole_matrices` has the structure of what is trained. It is true where the optimizer needs whole matrices.
+        """
+        names = [
+            leaf_name(path) for tree in (params, adapters) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
+        ]
         specs = {name: parameter_spec(name, mesh) for name in names}
-        whole = dict(zip(names, jax.tree.leaves(whole_matrices), strict=True))
-        return cls(mesh, specs, {n: without_fsdp(spec) if whole[n] else spec for n, spec in specs.items()})
+        whole = {leaf_name(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(whole_matrices)}
+        updates = {name: without_fsdp(specs[name]) if flag else specs[name] for name, flag in whole.items()}
+        return cls(mesh, specs, updates)
 
     @property
     def devices(self) -> int:
@@ -102,6 +120,15 @@ class Layout:
         """The same as `tree`, as shardings of this mesh."""
         return jax.tree_util.tree_map_with_path(lambda path, _: self.sharding(specs[leaf_name(path)]), params)
 
+    def placed_shapes(self, params: Any) -> Any:
+        """The shapes of parameters or adapters, which need not be those of this configuration, with their shardings."""
+
+        def placed(path: jax.tree_util.KeyPath, x: Any) -> jax.ShapeDtypeStruct:
+            sharding = self.sharding(parameter_spec(leaf_name(path), self.mesh))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        return jax.tree_util.tree_map_with_path(placed, params)
+
     def state(self, state: Any) -> Any:
         """The shardings of a `TrainState` (arrays or shapes)."""
         return jax.tree_util.tree_map_with_path(
@@ -109,9 +136,10 @@ class Layout:
         )
 
     def state_spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
-        """Where the leaf of a training state lies: "params.NAME", or "optimizer. ... .NAME[.FIELD]"."""
-        if name.startswith("params."):
-            return self.params[name.removeprefix("params.")]
+        """Where the leaf of a training state lies: "params.NAME", "adapters.NAME" or "optimizer. ... .NAME[.FIELD]"."""
+        for kind in ("params.", "adapters."):
+            if name.startswith(kind):
+                return self.params[name.removeprefix(kind)]
         parameter, field = self._parameter_in(name)
         if parameter is None:
             return PartitionSpec()

@@ -16,6 +16,7 @@ from moe_jax.model.low_rank import LoraShape, merged
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.quantize import quantized_shapes
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
+from moe_jax.parallel.layout import Layout
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.identity import (
     best_of_run,
@@ -29,18 +30,22 @@ from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.folders import Folder
 
 
-def restore_weights(checkpoint: Checkpoint, config: RunConfig, shapes: Params) -> Params:
+def restore_weights(checkpoint: Checkpoint, config: RunConfig, shapes: Params, layout: Layout | None = None) -> Params:
     """The parameters of a checkpoint, with the shapes of the plain model. Adapters are merged into them. Of a
-    checkpoint that `quantize` made, the matrices are `QuantizedMatrix`.
+    checkpoint that `quantize` made, the matrices are `QuantizedMatrix`. With a `layout`, each device reads its parts.
 
     Raises the errors of `restore`.
     """
     if weights := saved_weights(checkpoint):
         return restore(checkpoint, {"params": quantized_shapes(shapes, weights)})["params"]
-    lora = LoraShape.of(config.train)
+    lora, wanted = LoraShape.of(config.train), {"params": shapes}
+    if lora is not None:
+        wanted["adapters"] = abstract_adapted(config.model, lora)[1]
+    if layout is not None:
+        wanted = {kind: layout.placed_shapes(tree) for kind, tree in wanted.items()}
+    found = restore(checkpoint, wanted)
     if lora is None:
-        return restore(checkpoint, {"params": shapes})["params"]
-    found = restore(checkpoint, {"params": shapes, "adapters": abstract_adapted(config.model, lora)[1]})
+        return found["params"]
     return merged(found["params"], found["adapters"], lora.scale)
 
 

@@ -162,7 +162,8 @@ def finish(session: Session) -> dict[str, Any]:
         raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; look after the disk")
     params = None
     if best.step != int(session.state.step):
-        params = restore_weights(best, session.config, session.programs.state_shapes.params)
+        programs = session.programs
+        params = restore_weights(best, session.config, programs.param_shapes, programs.layout)
     scored = session.score(session.data.whole(), params)
     result = summary(session, scored, best.step, best.val_loss, whole_stream=True)
     session.folder.write_summary(result)

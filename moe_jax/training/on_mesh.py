@@ -59,31 +59,36 @@ def mesh_gradients(
     """`step.gradients` on the mesh: the mean gradient over the whole batch, laid out as `layout.updates`, and the mean
     metrics, which every device has.
 
-    Raises ValueError for a traced step and for adapters, which run on one device.
+    Raises ValueError for a traced step, which runs on one device.
     """
-    if trace or frozen is not None:
-        raise ValueError("traces and adapters are for one device; leave the mesh out")
+    if trace:
+        raise ValueError("a traced step is for one device; leave the mesh out")
 
-    def on_device(params: Params, batch: Any, key: Array, scale: Array | None) -> tuple[Params, Metrics]:
+    def on_device(
+        params: Params, frozen: Params | None, batch: Any, key: Array, scale: Array | None
+    ) -> tuple[Params, Metrics]:
         if isinstance(batch, MaskedBatch):
             # The weights of all devices sum to 1, and here the mean over the devices is taken.
             batch = batch._replace(weights=batch.weights * layout.devices)
         micro_batches = len(jax.tree.leaves(batch)[0])
         blocks = jnp.arange(micro_batches) * layout.devices + jax.lax.axis_index(AXES)
-        grads, metrics = gradients(graphdef, gathered(params), batch, key, scale, config, loss=loss, blocks=blocks)
+        whole = gathered(frozen)
+        grads, metrics = gradients(
+            graphdef, gathered(params), batch, key, scale, config, loss=loss, frozen=whole, blocks=blocks
+        )
         mean: Metrics = jax.lax.pmean(metrics, AXES)
         if mean.answers is not None:
             mean = mean._replace(answers=mean.answers * layout.devices)
         return layout.mean_gradients(grads), mean
 
-    specs = layout.tree(params, layout.params)
+    places = [layout.tree(tree, layout.params) for tree in (params, frozen)]
     return jax.shard_map(
         on_device,
         mesh=layout.mesh,
-        in_specs=(specs, layout.batch, REPLICATED, REPLICATED),
+        in_specs=(*places, layout.batch, REPLICATED, REPLICATED),
         out_specs=(layout.tree(params, layout.updates), REPLICATED),
         check_vma=False,  # every device computes its own loss; what is summed, and where, is written above
-    )(params, batch, key, scale)
+    )(params, frozen, batch, key, scale)
 
 
 def make_mesh_forward(

@@ -77,24 +77,28 @@ class Programs:
         graphdef, shapes = abstract_model(
             config.model, policy.compute, config.train.param_dtype, config.execution.remat, moe
         )
+        exchanges = mesh is not None and mesh.shape["expert"] > 1 and moe is MoE
+        trained_moe = ExpertParallelMoE if exchanges else moe
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
         if lora is not None:
-            training, adapters = abstract_adapted(config.model, lora, policy.compute, config.execution.remat, moe)
+            training, adapters = abstract_adapted(
+                config.model, lora, policy.compute, config.execution.remat, trained_moe
+            )
+        elif exchanges:
+            training, _ = abstract_model(
+                config.model, policy.compute, config.train.param_dtype, config.execution.remat, trained_moe
+            )
         layout = None
         if mesh is not None:
-            layout = Layout.of(mesh, shapes, needs_whole_matrices(shapes, config.train))
-            if mesh.shape["expert"] > 1:
-                exchanging = ExpertParallelMoE if moe is MoE else moe
-                training, _ = abstract_model(
-                    config.model, policy.compute, config.train.param_dtype, config.execution.remat, exchanging
-                )
+            whole = needs_whole_matrices(shapes if adapters is None else adapters, config.train)
+            layout = Layout.of(mesh, shapes, whole, adapters)
         optimizer = make_optimizer(config.train) if layout is None else make_optimizer(config.train, layout.hold)
         return cls(config, policy, graphdef, shapes, optimizer, loss, lora, training, adapters, layout)
 
     @cached_property
     def state_shapes(self) -> TrainState:
         """Shapes and dtypes of the whole training state, and on a mesh where its arrays lie."""
-        shapes = jax.eval_shape(self._initial_state, self.param_shapes)
+        shapes = jax.eval_shape(self._initial_state, self.param_shapes, self._adapter_key)
         if self.layout is None:
             return shapes
         return jax.tree.map(
@@ -117,19 +121,24 @@ class Programs:
         """The state of training before the first step. On a mesh each device makes its own parts, and the parameters
         are moved to their places if they lie elsewhere."""
         if self.layout is None:
-            return self._initial_state(params)
+            return self._initial_state(params, self._adapter_key)
         params = jax.tree.map(placed, params, self._param_places)
-        return dataclasses.replace(self.rest_of_state(params), params=params)
+        return dataclasses.replace(self.rest_of_state(params, self._adapter_key), params=params)
 
     @cached_property
-    def rest_of_state(self) -> Callable[[Params], TrainState]:
-        """(parameters) -> the state before the first step on a mesh, without the parameters."""
+    def rest_of_state(self) -> Callable[[Params, Key[Array, ""]], TrainState]:
+        """(parameters, key of the adapters) -> the state before the first step on a mesh, without the parameters."""
         assert self.layout is not None
 
-        def rest(params: Params) -> TrainState:
-            return dataclasses.replace(self._initial_state(params), params={})
+        def rest(params: Params, key: Key[Array, ""]) -> TrainState:
+            return dataclasses.replace(self._initial_state(params, key), params={})
 
-        return jax.jit(rest, out_shardings=self.layout.state(jax.eval_shape(rest, self.param_shapes)))
+        shapes = jax.eval_shape(rest, self.param_shapes, self._adapter_key)
+        return jax.jit(rest, out_shardings=self.layout.state(shapes))
+
+    @property
+    def _adapter_key(self) -> Key[Array, ""]:
+        return purpose_key(self.config.train.seed, Purpose.ADAPTERS)
 
     @property
     def _param_places(self) -> Any:
@@ -137,17 +146,23 @@ class Programs:
         assert self.layout is not None
         return self.layout.shardings(self.param_shapes, self.layout.params)
 
-    def _initial_state(self, params: Params) -> TrainState:
-        adapters = None
-        if self.adapter_shapes is not None:
-            adapters = initial_adapters(self.adapter_shapes, purpose_key(self.config.train.seed, Purpose.ADAPTERS))
+    def _initial_state(self, params: Params, key: Key[Array, ""]) -> TrainState:
+        adapters = None if self.adapter_shapes is None else initial_adapters(self.adapter_shapes, key)
         return initial_state(params, self.optimizer, self.policy.loss_scaling, adapters)
 
     def weights(self, state: TrainState) -> Params:
         """The parameters of the plain model, for evaluation and decoding: adapters are merged into them."""
         if state.adapters is None or self.lora is None:
             return state.params
-        return merged(state.params, state.adapters, self.lora.scale)
+        if self.layout is None:
+            return merged(state.params, state.adapters, self.lora.scale)
+        return self._merge(state.params, state.adapters)
+
+    @cached_property
+    def _merge(self) -> Callable[[Params, Adapters], Params]:
+        """`merged` on the mesh: each device makes its own parts."""
+        assert self.lora is not None
+        return jax.jit(partial(merged, scale=self.lora.scale), out_shardings=self._param_places)
 
     @cached_property
     def step(self) -> Step:

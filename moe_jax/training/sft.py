@@ -13,8 +13,9 @@ import jax
 from moe_jax.config import RunConfig
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.identity import check_full_weights
-from moe_jax.runs.load import LoadedRun, open_run
+from moe_jax.runs.load import FoundCheckpoint, find_checkpoint, restore_weights
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start, flops_until
 
@@ -24,14 +25,14 @@ class TuningSource:
     """The run that is fine-tuned, at its best checkpoint. Adapters that it has are merged into its weights."""
 
     folder: str
-    run: LoadedRun
+    run: FoundCheckpoint
 
     @classmethod
     def open(cls, config: RunConfig) -> "TuningSource | None":
         """The run that `config.base` names, or None if it names none. Raises UserError if it cannot be used."""
         if not config.base:
             return None
-        run = open_run(Path(config.base))
+        run = find_checkpoint(Path(config.base))
         check_full_weights("--run", Path(config.base), run.checkpoint)
         return cls(config.base, run)
 
@@ -40,9 +41,11 @@ class TuningSource:
         return self.run.tokenizer
 
     def start(self, programs: Programs, store: TokenStore) -> Start:
-        """The parameters of the run, in the dtypes that the new run stores."""
+        """The parameters of the run, in the dtypes that the new run stores. On a mesh each device reads its parts."""
         del store
-        params = jax.tree.map(lambda shape, p: p.astype(shape.dtype), programs.param_shapes, self.run.params)
+        _, shapes = abstract_model(self.run.config.model, param_dtype=self.run.config.train.param_dtype)
+        found = restore_weights(self.run.checkpoint, self.run.config, shapes, programs.layout)
+        params = jax.tree.map(lambda shape, p: p.astype(shape.dtype), programs.param_shapes, found)
         return Start(params, self.origin(), f"fine-tunes step {self.run.checkpoint.step} of {self.folder}")
 
     def origin(self) -> dict[str, Any]:

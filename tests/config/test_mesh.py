@@ -59,7 +59,6 @@ def test_other_texts_are_refused(text: str) -> None:
             {},
             "must be without an expert axis for --dispatch blocks; use data or fsdp",
         ),
-        ("data=2", {}, {"lora_rank": 4}, "must be left out with --lora: adapters are trained on one device"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(

@@ -18,7 +18,11 @@ T, B, V = 32, 16, 64
 def config(mesh: str = "", optimizer: str = "adamw", **changes: Any) -> RunConfig:
     """A small run whose experts drop choices. `changes` are fields of the model, its routing or the training."""
     train = {"batch_size": B, "steps": 20, "lr": 1e-3, "muon_lr": 3e-3, "warmup_steps": 2, "optimizer": optimizer}
-    train |= {name: changes.pop(name) for name in ("grad_accum", "seed", "param_dtype") if name in changes}
+    train |= {
+        name: changes.pop(name)
+        for name in ("grad_accum", "seed", "param_dtype", "lora_rank", "train_router")
+        if name in changes
+    }
     execution = {name: changes.pop(name) for name in ("remat",) if name in changes}
     model = {"vocab_size": V, "seq_len": T, "layers": 1, "width": 32, "heads": 4, "experts": 8, "expert_hidden": 32}
     model |= {"dropout": 0.1, "capacity_factor": 0.75} | changes

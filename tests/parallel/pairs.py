@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,11 +41,21 @@ def free_port() -> int:
 
 
 def start(
-    folder: Path, out: str, index: int, port: int, *flags: str, env: dict[str, str] | None = None, cwd: str = ""
+    folder: Path,
+    out: str,
+    index: int,
+    port: int,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    cwd: str = "",
+    words: Sequence[str] = (),
 ) -> subprocess.Popen[str]:
-    """Process `index` of two. `folder` holds text.txt and the cache of data and programs. `cwd` is a folder in it."""
-    command = [sys.executable, str(WORKER), *SETTINGS, "--data", str(folder / "text.txt"), "--out", str(folder / out)]
-    command += ["--mesh", MESH, "--num-processes", "2", "--process-id", str(index)]
+    """Process `index` of two. `folder` holds text.txt and the cache of data and programs. `cwd` is a folder in it.
+
+    `words` begin another command than the training on text.txt.
+    """
+    command = [sys.executable, str(WORKER), *(words or [*SETTINGS, "--data", str(folder / "text.txt")])]
+    command += ["--out", str(folder / out), "--mesh", MESH, "--num-processes", "2", "--process-id", str(index)]
     command += ["--coordinator-address", f"127.0.0.1:{port}", *flags]
     values = runs.environment(folder / "cache")
     values["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as train.py sets it; the worker imports jax earlier

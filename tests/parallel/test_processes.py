@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import main, run_as
+from moe_jax.cli.sft import Sft
 from moe_jax.cli.train import Train
 from moe_jax.config import load_config
 from moe_jax.parallel.mesh import mesh_of
+from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
-from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.manifest import CheckpointCorrupted, describe_leaves
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.training.programs import Programs
 from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, free_port, pair, start
-from tests.support import saved_run
+from tests.support import saved_run, tuning
 
 pytestmark = pytest.mark.parallel
 
@@ -188,6 +190,100 @@ def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: flo
     assert newest(folder, out).manifest["leaves"] == newest(folder, "two").manifest["leaves"]
     assert records(folder, out) == records(folder, "two")
     shutil.rmtree(folder / out)
+
+
+def flipped(path: Path, draw: random.Random) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(500, marks=[pytest.mark.slow, pytest.mark.timeout(6 * 3600)])])
+def test_flipped_bits_in_the_parts_of_two_processes(
+    folder: Path, two: Ended, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flipped bit in any file of a checkpoint is found by the digests of the files. Where these are not looked at, it
+    is found by the digests of the arrays, or changes no array."""
+    assert two.status == (0, 0)
+    checkpoint, draw = newest(folder, "two"), random.Random(count)
+    copy = tmp_path / "checkpoints" / checkpoint.path.name
+    shapes = state_shapes(folder, "fsdp=8")
+    found_by_arrays = 0
+    for _ in range(count):
+        shutil.copytree(checkpoint.path, copy)
+        parts = sorted(p for p in (copy / "arrays").rglob("*") if p.is_file() and p.stat().st_size)
+        flipped(draw.choice([*parts, copy / "weights.safetensors"]), draw)
+        with pytest.raises(CheckpointCorrupted):
+            restore(CheckpointStore(tmp_path).at(checkpoint.step), shapes)
+        with monkeypatch.context() as patch:
+            patch.setattr("moe_jax.runs.manifest.verify_files", lambda *_: None)
+            try:
+                state = restore(CheckpointStore(tmp_path).at(checkpoint.step), shapes)
+            except CheckpointCorrupted:
+                found_by_arrays += 1
+            else:
+                assert describe_leaves(named_leaves(state))["leaves"] == checkpoint.manifest["leaves"]
+        shutil.rmtree(copy)
+    print(f"{count} bits flipped: all found by the files, {found_by_arrays} by the arrays too, the others in no array")
+    assert found_by_arrays > count / 3
+
+
+def test_two_processes_resume_from_the_checkpoint_before_a_flipped_bit(folder: Path, two: Ended) -> None:
+    """Both skip the damaged checkpoint, and one of them renames it. The steps after the other one are taken again, with
+    the same bits."""
+    assert two.status == (0, 0)
+    shutil.copytree(folder / "two", folder / "damaged")
+    checkpoint = newest(folder, "damaged")
+    part = max((checkpoint.path / "arrays" / "ocdbt.process_1").rglob("d/*"), key=lambda p: p.stat().st_size)
+    flipped(part, random.Random(0))
+    again = ended(pair(folder, "damaged", "--resume"))
+    assert again.status == (0, 0), again.errors
+    (line,) = again.lines(0)
+    assert line.startswith(f"{checkpoint.path}: skipped, arrays/ocdbt.process_1/d/")
+    assert again.lines(1) == []
+    assert f"resumed at step {checkpoint.step - 4}" in again.out[0]
+    assert newest(folder, "damaged").manifest["leaves"] == newest(folder, "two").manifest["leaves"]
+    assert [p.name for p in (folder / "damaged" / "checkpoints").glob("damaged_*")] == ["damaged_00000020"]
+
+
+@pytest.mark.parametrize(
+    "victims", [(1,), pytest.param((0,), marks=pytest.mark.slow), pytest.param((0, 1), marks=pytest.mark.slow)]
+)
+def test_a_disk_that_is_full_for_one_process_or_both(folder: Path, two: Ended, victims: tuple[int, ...]) -> None:
+    """In the second save, files cannot grow. Both processes end with status 1 and one line, and the first save stays:
+    the run goes on from it by one process."""
+    assert two.status == (0, 0)
+    port, out = free_port(), f"full{sum(victims)}"
+    env = {"MOE_JAX_TEST_FULL": "2"}
+    found = ended([start(folder, out, i, port, env=env if i in victims else None) for i in range(2)])
+    assert found.status == (1, 1), found.errors
+    lines = [found.lines(process) for process in range(2)]
+    assert [len(said) for said in lines] == [1, 1], lines
+    assert all("step_00000008: the checkpoint could not be saved" in said for (said,) in lines), lines
+    assert [c.step for c in CheckpointStore(folder / out).list()] == [4]
+    assert restore(newest(folder, out), state_shapes(folder, "")).step == 4
+    shutil.rmtree(folder / out)
+
+
+def test_two_processes_tune_as_one(folder: Path) -> None:
+    """`sft --lora` of two processes: the losses of one process with the same mesh, and the frozen weights have the bits
+    of the run that is tuned."""
+    base, data = tuning.base_run(folder / "base"), tuning.write_conversations(folder / "chats.jsonl")
+    words = ["sft", "--run", str(base), "--data", str(data), "--lora", "4", "--steps", "6", "--batch-size", "8"]
+    words += ["--eval-every", "6", "--save-every", "6", "--train.log-every", "1", "--precision", "float32"]
+    port = free_port()
+    found = ended([start(folder, "tuned", index, port, words=words) for index in range(2)])
+    assert found.status == (0, 0), found.errors
+    assert [*found.lines(0), *found.lines(1)] == []
+    argv = [*words[1:], "--out", str(folder / "tuned1"), "--mesh", MESH]
+    assert main(lambda given: run_as(Sft, given, "sft"), argv) == 0
+    losses = [loss for _, loss in records(folder, "tuned")]
+    np.testing.assert_allclose(losses, [loss for _, loss in records(folder, "tuned1")], atol=5e-6, rtol=0)
+    assert len(losses) == 6
+    tuned, before = newest(folder, "tuned").manifest["leaves"], newest(folder, "base/run").manifest["leaves"]
+    params = {name: leaf for name, leaf in before.items() if name.startswith("params.")}
+    assert {name: tuned[name] for name in params} == params
 
 
 def test_an_error_of_one_process_stops_both_at_a_saved_step(folder: Path, two: Ended) -> None:

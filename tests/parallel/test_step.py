@@ -137,3 +137,18 @@ def test_evaluation_scores_alike() -> None:
     found = made.programs("fsdp=2,expert=4").evaluation(params, *batch)
     np.testing.assert_allclose(np.asarray(found[0]), np.asarray(expected[0]), rtol=1e-6)
     assert float(found[1]) == float(expected[1]) == 0
+
+
+def test_adapters_on_a_mesh() -> None:
+    """Losses and merged weights are those of one device, and no bit of the model itself changes."""
+    found = []
+    for mesh in ("", "fsdp=2,expert=4"):
+        programs = made.programs(mesh, lora_rank=4, train_router=True, shared_experts=1)
+        state, losses = made.train(programs, 5)
+        tiny.assert_same_bits(jax.device_get(state.params), jax.device_get(programs.initial_params()))
+        found.append((losses, jax.device_get(programs.weights(state)), programs))
+    (expected, weights, _), (losses, cut, programs) = found
+    assert np.abs(np.array(losses) - expected).max() <= CLOSE
+    assert expected[0] - expected[-1] > 1e-3
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), cut, weights)
+    assert programs.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]

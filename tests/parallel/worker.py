@@ -1,16 +1,22 @@
-"""`train.py` for tests of several processes: without the report and the long sample, which other tests cover.
+"""`train.py`, or `moe-jax sft`, for tests of several processes: without the report and the long sample.
 
 MOE_JAX_TEST_CODE stands for another version of the program, MOE_JAX_TEST_ANSWER for the seconds that processes wait for
-each other at the start, and MOE_JAX_TEST_FAULT for the step at which reading the batch fails.
+each other at the start, MOE_JAX_TEST_FAULT for the step at which reading the batch fails, and MOE_JAX_TEST_FULL for the
+save from whose arrays on no file may grow beyond 1,000 bytes.
 """
 
+import itertools
 import os
+import resource
 import sys
+from typing import Any
 
 from moe_jax.cli.main import main, run_as
+from moe_jax.cli.sft import Sft
 from moe_jax.cli.train import Train
 from moe_jax.inspection import report
 from moe_jax.parallel import processes
+from moe_jax.runs import checkpoint
 from moe_jax.training import agreement, session, step_logger
 
 session.SAMPLE_TOKENS = 8
@@ -30,5 +36,16 @@ if fault := os.environ.get("MOE_JAX_TEST_FAULT"):
 
     session.Session.batch = broken
 
+if full := os.environ.get("MOE_JAX_TEST_FULL"):
+    write, saves = checkpoint.write_arrays, itertools.count(1)
+
+    def limited(*args: Any) -> None:
+        if next(saves) == int(full):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+        write(*args)
+
+    checkpoint.write_arrays = limited
+
 if __name__ == "__main__":
-    sys.exit(main(lambda argv: run_as(Train, argv, "train.py")))
+    command, argv = (Sft, sys.argv[2:]) if sys.argv[1] == "sft" else (Train, sys.argv[1:])
+    sys.exit(main(lambda given: run_as(command, given, "train.py"), argv))
