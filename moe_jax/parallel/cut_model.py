@@ -122,6 +122,6 @@ class OwnExperts(Experts):
 
 
 class OwnMoE(MoE):
-    """The MoE layer of `SampledTransformer`."""
+    """The MoE layer of `SampledTransformer` on a mesh with an axis `expert`."""
 
     experts_type = OwnExperts

@@ -98,7 +98,7 @@ class Programs:
     @cached_property
     def state_shapes(self) -> TrainState:
         """Shapes and dtypes of the whole training state, and on a mesh where its arrays lie."""
-        shapes = jax.eval_shape(self._initial_state, self.param_shapes, self._adapter_key)
+        shapes = jax.eval_shape(lambda p: self._initial_state(p, self._adapter_key), self.param_shapes)
         if self.layout is None:
             return shapes
         return jax.tree.map(
@@ -192,19 +192,21 @@ class Programs:
         size = (model.seq_len, vocab_size or model.vocab_size)
         if self.layout is not None:
             spread = same_on_all_devices(self.layout, self.param_shapes)
-            return Decoder(self._cut_model(SampledTransformer, OwnMoE), *size, spread)
+            return Decoder(self._cut_model(SampledTransformer), *size, spread)
         return Decoder(self.graphdef, *size)
 
     def tracer(self, tokens: np.ndarray) -> Tracer | None:
         """What records the routing of the first tokens of a stream (`routing_snapshot.make_tracer`)."""
         if self.layout is not None:
             spread = same_on_all_devices(self.layout, self.param_shapes)
-            return make_tracer(self.config.model, self._cut_model(SampledTransformer, OwnMoE), tokens, spread)
+            return make_tracer(self.config.model, self._cut_model(SampledTransformer), tokens, spread)
         return make_tracer(self.config.model, self.graphdef, tokens)
 
-    def _cut_model(self, kind: type[Transformer], moe: type[MoE] = MoE) -> nnx.GraphDef:
+    def _cut_model(self, kind: type[Transformer]) -> nnx.GraphDef:
         """The definition of a model whose parameters are cut (`parallel/cut_model.py`)."""
+        assert self.layout is not None
         train, execution = self.config.train, self.config.execution
+        moe = OwnMoE if kind is SampledTransformer and self.layout.mesh.shape["expert"] > 1 else MoE
         shape = (self.config.model, self.policy.compute, train.param_dtype, execution.remat)
         return abstract_model(*shape, moe, kind)[0]
 

@@ -46,6 +46,15 @@ def test_samples_and_snapshots_are_those_of_one_device() -> None:
     assert found(programs.initial_params()) == expected(one.initial_params())
 
 
+def test_snapshots_of_blocks() -> None:
+    programs, one = made.programs("data=2,fsdp=4", dispatch="blocks"), made.programs(dispatch="blocks")
+    stream = tiny.tokens(40, seed=4, vocabulary=made.V)
+    found, expected = programs.tracer(stream), one.tracer(stream)
+    assert found is not None
+    assert expected is not None
+    assert found(programs.initial_params()) == expected(one.initial_params())
+
+
 def temporary(layers: int) -> dict[str, int]:
     """Bytes of a device's temporary arrays in an evaluation and in the reading of a prompt. Compiled, not run."""
     programs = made.programs(MESH, layers=layers, **WIDE)
