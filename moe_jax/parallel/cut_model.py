@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.transformer import Block, Transformer, split
@@ -60,7 +61,9 @@ class SampledTransformer(Transformer):
         return joined(super()._embed(tokens, positions), "fsdp", dimension=2)
 
     def head_matrix(self) -> Float[Array, "D V"]:
-        return joined(super().head_matrix(), "fsdp", dimension=0)
+        head = super().head_matrix()
+        assert not isinstance(head, QuantizedMatrix), "quantised weights lie on one device"
+        return joined(head, "fsdp", dimension=0)
 
 
 class EvaluatedTransformer(SampledTransformer):
