@@ -17,7 +17,7 @@ from moe_jax.system.json_text import json_text
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.system.step_names import step_name
 from moe_jax.training.state import TrainState
-from moe_jax.training.step import Gradients, gradients
+from moe_jax.training.step import Gradients
 
 
 @jax.jit
@@ -42,16 +42,16 @@ def diagnose(
     state: TrainState,
     batch: np.ndarray | MaskedBatch,
     step: int,
-    compute: Gradients = gradients,
-    placed: Any = None,
+    compute: Gradients,
+    placed: Any,
 ) -> tuple[Path, str]:
     """Write the batch of a bad step as .npy, and the names of the arrays that are not finite as JSON, into `faults/`.
 
     Of a batch of conversations only the tokens are written, not the weights.
 
     Returns the path of the JSON file, and the name of the first array that is not finite: a parameter, else an array of
-    the optimizer's state, else a gradient. Gradients are recomputed if all parameters are finite: on a mesh by
-    `compute`, from the batch as it lies there, `placed`. With several processes, all call this.
+    the optimizer's state, else a gradient. Gradients are recomputed if all parameters are finite: by `compute`,
+    from `placed`, which is the batch as it lies on the devices. With several processes, all call this.
     """
     bad = {
         "params": nonfinite_leaves(state.params) + nonfinite_leaves(state.adapters),
@@ -66,7 +66,7 @@ def diagnose(
             scale = state.loss_scale.scale
             return compute(graphdef, state.trained, batch, key, scale, config, frozen=state.frozen)[0]
 
-        bad["gradients"] = nonfinite_leaves(gradient(state, batch if placed is None else placed))
+        bad["gradients"] = nonfinite_leaves(gradient(state, placed))
     first = next(
         (f"{kind}.{names[0]}" for kind, names in bad.items() if names), "none of parameters, optimizer and gradients"
     )

@@ -17,7 +17,7 @@ from moe_jax.runs.arrays import read_arrays
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.manifest import leaves_of
 from moe_jax.system.random_keys import Purpose
-from moe_jax.training import loop, nonfinite
+from moe_jax.training import loop, programs
 from moe_jax.training import step as step_module
 from moe_jax.training.loop import train
 from moe_jax.training.session import Session
@@ -96,7 +96,7 @@ def poison_gradients(monkeypatch: pytest.MonkeyPatch, config: RunConfig, first: 
         return jax.tree.map(lambda a, b: jnp.where(is_bad, a, b), bad, grads), metrics
 
     monkeypatch.setattr(step_module, "gradients", poisoned)
-    monkeypatch.setattr(nonfinite, "gradients", poisoned)
+    monkeypatch.setattr(programs, "gradients", poisoned)
 
 
 def test_a_nan_in_a_gradient_skips_one_step(
