@@ -11,15 +11,17 @@ from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.result import print_json
 from moe_jax.config import ConfigError, PresetName, RunConfig, UserError
-from moe_jax.config.presets import preset
+from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment, streams
 from moe_jax.system.json_text import json_text
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
-    from moe_jax.experiments.comparison import Plan
-    from moe_jax.experiments.comparison_result import ArmResult
+    from moe_jax.experiments.report import Report
+
+LEAST_STEPS = 5
+"""Fewest steps of the mixture at the smallest budget of --scaling."""
 
 
 @dataclass(frozen=True)
@@ -27,9 +29,13 @@ class Compare(Command):
     """Train a preset's mixture of experts and its dense baselines, over seeds.
 
     One baseline has the same active parameters, the other the same total. Each trains twice: for the same tokens as the
-    mixture, and for the same wall-clock time. To go on with a stopped comparison, call it again with the same
-    arguments: finished runs are not trained again. The last line of the output is JSON if it is asked for, or if the
-    output is a file or a pipe.
+    mixture, and for the same wall-clock time. --tune first finds the learning rate and the depth of each model.
+
+    --scaling trains the mixture and the baseline of the same active parameters for five budgets instead, and fits a
+    power law to each. --experts trains mixtures of several numbers of experts beside that baseline.
+
+    To go on with a stopped comparison, call it again with the same arguments: finished runs are not trained again. The
+    last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
     """
 
     interrupted: ClassVar[str] = "the same command goes on with the comparison"
@@ -41,16 +47,26 @@ class Compare(Command):
     seeds: int = 3
     """Runs of each kind. A later call may ask for more."""
     flops: float = 2e13
-    """Training operations of one run of the mixture, which give its number of steps."""
+    """Training operations of one run of the mixture, which give its number of steps. With --scaling, the largest
+    budget."""
+    tune: bool = False
+    """Search the best learning rate and depth of each model first, with five short runs for each."""
+    scaling: bool = False
+    """Measure loss against training operations: five budgets, each the same factor above the one before."""
+    lowest_flops: float = 0.0
+    """With --scaling, the smallest budget. 0 is a tenth of --flops."""
+    predict_flops: float = 0.0
+    """With --scaling, the budget for which the losses are predicted. 0 is ten times --flops."""
+    experts: str = ""
+    """Numbers of experts to compare, such as 4,8,16,32,64."""
     out: str = ""
-    """Folder of the comparison. Empty: runs/compare-PRESET."""
+    """Folder of the comparison. Empty: runs/compare-PRESET, and -tuned, -scaling or -experts behind it."""
     json: bool = False
     """Print the result as JSON too."""
 
     def execute(self) -> int:
-        out = Path(self.out or f"runs/compare-{self.preset}")
+        out = Path(self.out or f"runs/compare-{self.preset}{self._study and '-' + self._study}")
         asked = self._check(out)
-        check_memory(asked)
         streams.outlive_output()
         with Signals() as signals:
             environment.prepare_environment()
@@ -58,29 +74,91 @@ class Compare(Command):
 
             try:
                 with locked_for_training(out):
-                    plan, results = self._train(asked, out, signals)
+                    report = self._train(asked, out, signals)
             except Stopped as stop:
                 return stop.status
-        return self._report(plan, results, out)
+        return self._publish(report, out)
+
+    @property
+    def _study(self) -> str:
+        """What is compared. Empty: the mixture and its dense baselines, as the preset has them."""
+        return "tuned" if self.tune else "scaling" if self.scaling else "experts" if self.experts else ""
 
     def _check(self, out: Path) -> RunConfig:
-        """The preset with the data of `--data`. Raises ConfigError."""
+        """The preset with the data of `--data`. Raises ConfigError, and UserError if memory is missing."""
         from moe_jax.data.beginning import check_beginning
         from moe_jax.data.corpora import check_source
 
         check_range("--seeds", self.seeds, 1, 1000)
         check_range("--flops", self.flops, 1, 1e30)
+        self._check_one_study()
         config = preset(self.preset)
         if self.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=self.data))
         check_source(config.data.source)
         check_beginning(config.data, config.model.seq_len)
+        largest = max(self._check_counts(config), default=config.model.experts)
+        self._check_budgets(config)
         check_out_folder("--out", out)
         self._check_same(config, out)
+        check_memory(dataclasses.replace(config, model=dataclasses.replace(config.model, experts=largest)))
         return config
 
+    def _check_one_study(self) -> None:
+        """Raise ConfigError if flags of two experiments are given."""
+        given = [flag for flag, on in (("--tune", self.tune), ("--scaling", self.scaling)) if on]
+        given += [f"--experts {self.experts}"] * bool(self.experts)
+        if len(given) > 1:
+            raise ConfigError(f"{given[1]}: cannot be given with {given[0]}; run one after the other")
+        for name in ("lowest_flops", "predict_flops"):
+            flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
+            if value and not self.scaling:
+                raise ConfigError(f"{flag} {value:g}: is for --scaling only; add that, or leave it out")
+            check_range(flag, value, 0, 1e30)
+
+    def _check_counts(self, config: RunConfig) -> tuple[int, ...]:
+        """The numbers of experts to compare. Empty if none are given. Raises ConfigError."""
+        least, most = config.model.routing.top_k, 4096
+        try:
+            counts = tuple(int(part) for part in self.experts.split(",")) if self.experts else ()
+        except ValueError:
+            raise ConfigError(f"--experts {self.experts}: must be whole numbers, such as 4,8,16") from None
+        if len(set(counts)) < len(counts):
+            raise ConfigError(f"--experts {self.experts}: names a number twice; name each once")
+        if any(not least <= count <= most for count in counts):
+            raise ConfigError(
+                f"--experts {self.experts}: each number must be between {least} (a token's experts) and {most}"
+            )
+        return counts
+
+    def _check_budgets(self, config: RunConfig) -> None:
+        """Raise ConfigError if the budgets of --scaling are no ladder, or if the lowest has too few steps."""
+        if not self.scaling:
+            return
+        from moe_jax.model.costs import training_flops
+
+        lowest, _ = self._bounds
+        if lowest >= self.flops:
+            raise ConfigError(f"--lowest-flops {lowest:g}: must be below --flops {self.flops:g}")
+        least = LEAST_STEPS * training_flops(with_vocabulary(config), 1)
+        if lowest < least:
+            given = f"--lowest-flops {lowest:g}" if self.lowest_flops else f"--flops {self.flops:g}"
+            why = f"the smallest budget has fewer than {LEAST_STEPS} steps"
+            raise ConfigError(f"{given}: {why}; give {least * (1 if self.lowest_flops else 10):.2g} or more")
+
+    @property
+    def _bounds(self) -> tuple[float, float]:
+        """The smallest budget of --scaling, and the budget for which it predicts."""
+        return self.lowest_flops or self.flops / 10, self.predict_flops or 10 * self.flops
+
     def _asked(self, config: RunConfig) -> dict[str, Any]:
-        return {"data": config.data.source, "flops": self.flops, "config": config.to_dict()}
+        return {
+            "study": self._study,
+            "data": config.data.source,
+            "flops": self.flops,
+            "lowest_flops": self.lowest_flops,
+            "config": config.to_dict(),
+        }
 
     def _check_same(self, config: RunConfig, out: Path) -> None:
         """Raise an error if a different comparison was begun in the folder."""
@@ -88,35 +166,77 @@ class Compare(Command):
         if not path.exists():
             return
         try:
-            there = json.loads(path.read_text(encoding="utf-8"))["asked"]
-            begun = self._asked(RunConfig.from_dict(there["config"])) | {"flops": there["flops"]}
+            there = {"study": "", "lowest_flops": 0.0} | json.loads(path.read_text(encoding="utf-8"))["asked"]
+            begun = self._asked(RunConfig.from_dict(there["config"]))
+            begun |= {name: there[name] for name in ("study", "flops", "lowest_flops")}
             changed = [name for name, here in self._asked(config).items() if begun[name] != here]
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"{path}: cannot be read; remove it, or name another --out") from None
         if changed:
-            flag = {"data": f"--data {config.data.source}", "flops": f"--flops {self.flops:g}"}
-            asked = flag.get(changed[0], f"--preset {self.preset}")
+            flags = {
+                "study": f"--out {out}",
+                "data": f"--data {config.data.source}",
+                "flops": f"--flops {self.flops:g}",
+                "lowest_flops": f"--lowest-flops {self.lowest_flops:g}",
+                "config": f"--preset {self.preset}",
+            }
+            asked = flags[changed[0]]
             raise ConfigError(f"{asked}: the comparison in {out} was begun with other settings; name another --out")
 
-    def _train(self, asked: RunConfig, out: Path, signals: Signals) -> "tuple[Plan, list[ArmResult]]":
-        from moe_jax.experiments import comparison
-        from moe_jax.experiments.comparison_result import collect
+    def _train(self, asked: RunConfig, out: Path, signals: Signals) -> "Report":
+        """Train what is not trained yet. Raises Stopped, UserError."""
+        from moe_jax.experiments.study_runs import with_prepared_text
+        from moe_jax.system.files import write_atomically
 
         path = out / "plan.json"
         if not path.exists():
-            print("measuring the step times of the three models in turn ...", flush=True)
-            comparison.Plan.make(asked, self.flops).save(path, self._asked(asked))
-        plan = comparison.Plan.load(path)
-        todo = list(comparison.runs(plan, self.seeds, out))
-        summaries: dict[Any, list[dict[str, Any]]] = {}
-        for number, (arm, seed, config) in enumerate(todo, 1):
-            print(f"\nrun {number} of {len(todo)}: {arm.name}, seed {seed}, {arm.steps:,} steps", flush=True)
-            summaries.setdefault(arm, []).append(comparison.train_run(config, signals))
-        return plan, collect(plan, summaries)
+            write_atomically(path, json_text({"asked": self._asked(asked)}, indent=1) + "\n")
+        base = with_prepared_text(asked)
+        if self.scaling:
+            return self._scaling(base, out, signals)
+        if self.experts:
+            return self._expert_counts(base, out, signals)
+        return self._baselines(asked, base, out, signals)
 
-    def _report(self, plan: "Plan", results: "list[ArmResult]", out: Path) -> int:
-        from moe_jax.experiments import comparison_result
-        from moe_jax.experiments.comparison_plots import comparison_figures
+    def _baselines(self, asked: RunConfig, base: RunConfig, out: Path, signals: Signals) -> "Report":
+        """The mixture beside its dense baselines, tuned with --tune."""
+        from moe_jax.experiments import comparison, comparison_result, study_runs, tuning
+
+        path = out / "plan.json"
+        plan = comparison.Plan.load(path)
+        if plan is None:
+            found = None
+            if self.tune:
+                found = tuning.search(base, self.flops, out, lambda runs: study_runs.train_all(runs, signals))
+                print()
+                say(*found.sentences())
+            print("measuring the step times of the three models in turn ...", flush=True)
+            plan = comparison.Plan.make(base, self.flops, found)
+            plan.save(path, self._asked(asked))
+        todo = list(comparison.runs(plan, self.seeds, out))
+        runs = [study_runs.StudyRun(f"{arm.name}, seed {seed}", config) for arm, seed, config in todo]
+        summaries: dict[Any, list[dict[str, Any]]] = {}
+        for (arm, _, _), summary in zip(todo, study_runs.train_all(runs, signals), strict=True):
+            summaries.setdefault(arm, []).append(summary)
+        return comparison_result.report(plan, comparison_result.collect(plan, summaries), out)
+
+    def _scaling(self, base: RunConfig, out: Path, signals: Signals) -> "Report":
+        from moe_jax.experiments import ladder, scaling, study_runs
+
+        lowest, predicted = self._bounds
+        budgets = ladder.budgets(base, lowest, self.flops)
+        summaries = study_runs.train_all(ladder.runs(base, budgets, self.seeds, out), signals)
+        return scaling.Scaling.of(base, budgets, summaries, predicted).report()
+
+    def _expert_counts(self, base: RunConfig, out: Path, signals: Signals) -> "Report":
+        from moe_jax.experiments import expert_counts, study_runs
+
+        models = expert_counts.Models.of(base, self._check_counts(base), self.flops)
+        summaries = study_runs.train_all(models.runs(self.seeds, out), signals)
+        return expert_counts.ExpertCounts.of(models, summaries).report()
+
+    def _publish(self, report: "Report", out: Path) -> int:
+        """Print the result, and write its record, its table and its pictures."""
         from moe_jax.plots.figures import save_figures
         from moe_jax.system.files import write_atomically
         from moe_jax.system.folders import Folder
@@ -125,29 +245,19 @@ class Compare(Command):
         console = Console()
         console.print(f"\n[bold]{self.preset}, {self.seeds} seeds[/bold]")
         # At 80 columns nine numbers do not stand side by side: each model has its numbers below its name.
-        for name, *cells in comparison_result.rows(results):
+        for name, *cells in report.rows:
             console.print(f"\n[bold]{name}[/bold]")
-            facts = zip(comparison_result.HEADINGS[1:], cells, strict=True)
+            facts = zip(report.headings[1:], cells, strict=True)
             console.print("  " + "; ".join(f"{heading} {cell}" for heading, cell in facts if cell), markup=False)
         console.print()
-        differences = comparison_result.differences(results)
-        say(*(difference.verdict for difference in differences))
-        result = {
-            "preset": self.preset,
-            "data": plan.base.data.source,
-            "flops": plan.flops,
-            "seeds": self.seeds,
-            "arms": [r.to_json() for r in results],
-            "differences": [d.to_json() for d in differences],
-        }
-        write_atomically(out / "comparison.json", json_text(result, indent=1) + "\n")
-        verdicts = "".join(f"- {d.verdict}\n" for d in differences)
-        write_atomically(out / "comparison.md", f"{comparison_result.to_markdown(results)}\n{verdicts}")
+        say(*report.sentences)
+        write_atomically(out / f"{report.name}.json", json_text(report.record, indent=1) + "\n")
+        write_atomically(out / f"{report.name}.md", report.to_markdown())
         try:
-            paths = save_figures(comparison_figures(plan, results, out), Folder(out))
+            paths = save_figures(report.figures(), Folder(out))
         except UserError as error:
             say(f"no pictures: {error}")
         else:
             say(*paths)
-        print_json(result, self.json)
+        print_json(report.record, self.json)
         return 0

@@ -1,12 +1,13 @@
 """The result of a comparison: the arms with their intervals, the differences, a table and verdicts in words."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.experiments.comparison import Arm, Plan
-from moe_jax.experiments.intervals import Interval, apart, t_interval
-
-BITS = "val_bits_per_byte"
+from moe_jax.experiments.intervals import Interval, apart, difference_in_words, paired, t_interval
+from moe_jax.experiments.report import Report
+from moe_jax.experiments.study_runs import BITS
 
 
 class ArmResult(NamedTuple):
@@ -57,17 +58,12 @@ class Difference(NamedTuple):
             "total": "its dense baseline of the same total parameters",
         }
         basis = {"tokens": "at the same tokens", "wall": "at the same wall clock"}
-        start = f"{basis[self.arm.basis]} the mixture of experts is"
-        side = "better" if self.paired.mean > 0 else "worse"
-        size = abs(self.paired.mean)
-        text = f"{start} {side} than {baseline[self.arm.dense]} by {size:.4f} bits per byte"
-        if not self.paired.known:
-            return f"{text}; one seed gives no interval"
-        low, high = sorted((abs(self.paired.low), abs(self.paired.high)))
-        if self.paired.low <= 0 <= self.paired.high:
-            return f"{text}, less than the seeds can tell: 95 % [{self.paired.low:+.4f}, {self.paired.high:+.4f}]"
+        text = difference_in_words(self.paired, baseline[self.arm.dense])
+        start = f"{basis[self.arm.basis]} the mixture of experts is {text}"
+        if not self.paired.known or self.paired.low <= 0 <= self.paired.high:
+            return start
         words = "intervals of the means are apart" if self.apart else "intervals of the means overlap"
-        return f"{text}, 95 % [{low:.4f}, {high:.4f}] paired by seed; the {words}"
+        return f"{start}; the {words}"
 
     def to_json(self) -> dict[str, Any]:
         named = {"twin": self.arm.dense, "same": self.arm.basis}
@@ -83,9 +79,8 @@ def differences(results: Sequence[ArmResult]) -> list[Difference]:
     mixture, *dense = results
     found = []
     for result in dense:
-        paired = [twin - ours for twin, ours in zip(result.bits, mixture.bits, strict=True)]
         overlap = apart(t_interval(result.bits), t_interval(mixture.bits))
-        found.append(Difference(result.arm, t_interval(paired), overlap))
+        found.append(Difference(result.arm, paired(result.bits, mixture.bits), overlap))
     return found
 
 
@@ -124,6 +119,31 @@ def rows(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
     return cells
 
 
-def to_markdown(results: Sequence[ArmResult]) -> str:
-    lines = [HEADINGS, tuple("---" for _ in HEADINGS), *rows(results)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+def report(plan: Plan, results: Sequence[ArmResult], out: Path) -> Report:
+    """The result of the whole comparison, whose runs are in the folder `out`."""
+    found = differences(results)
+    searched = [] if plan.tuning is None else plan.tuning.sentences()
+    record = {
+        "preset": plan.base.preset,
+        "data": plan.base.data.source,
+        "flops": plan.flops,
+        "seeds": len(results[0].summaries),
+        "tuning": None if plan.tuning is None else plan.tuning.to_json(),
+        "arms": [result.to_json() for result in results],
+        "differences": [difference.to_json() for difference in found],
+    }
+
+    def figures() -> dict[str, Any]:
+        from moe_jax.experiments.comparison_plots import comparison_figures  # imports this module
+
+        return comparison_figures(plan, results, out)
+
+    return Report(
+        "comparison",
+        HEADINGS,
+        rows(results),
+        [*searched, *(difference.verdict for difference in found)],
+        record,
+        {result.arm.name: result.bits for result in results},
+        figures,
+    )

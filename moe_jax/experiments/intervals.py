@@ -28,6 +28,11 @@ class Interval(NamedTuple):
         return f"{self.mean:.4f}" + (f" [{self.low:.4f}, {self.high:.4f}]" if self.known else "")
 
 
+def paired(baseline: Sequence[float], ours: Sequence[float]) -> Interval:
+    """Student's interval for the mean of baseline - ours. Scores of the same seed stand at the same place in both."""
+    return t_interval([theirs - own for theirs, own in zip(baseline, ours, strict=True)])
+
+
 def t_interval(values: Sequence[float]) -> Interval:
     """Student's interval for the mean of normally distributed values: mean ± t(n - 1) s / sqrt(n)."""
     n, mean = len(values), float(np.mean(values))
@@ -40,3 +45,15 @@ def t_interval(values: Sequence[float]) -> Interval:
 def apart(a: Interval, b: Interval) -> bool | None:
     """Whether two intervals do not overlap; None if one of them is unknown."""
     return (a.high < b.low or b.high < a.low) if a.known and b.known else None
+
+
+def difference_in_words(difference: Interval, baseline: str) -> str:
+    """The mean of `paired` in words: which of the two is better, by how much, and whether the seeds can tell."""
+    side = "better" if difference.mean > 0 else "worse"
+    text = f"{side} than {baseline} by {abs(difference.mean):.4f} bits per byte"
+    if not difference.known:
+        return f"{text}; one seed gives no interval"
+    if difference.low <= 0 <= difference.high:
+        return f"{text}, less than the seeds can tell: 95 % [{difference.low:+.4f}, {difference.high:+.4f}]"
+    low, high = sorted((abs(difference.low), abs(difference.high)))
+    return f"{text}, 95 % [{low:.4f}, {high:.4f}] paired by seed"

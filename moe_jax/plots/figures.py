@@ -54,14 +54,16 @@ def run_figures(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def save_figures(figures: dict[str, Any], out: Folder) -> list[Path]:
-    """Write every figure as PNG and SVG into a folder that is there, and overview.png with all of them.
+    """Write every figure as PNG and SVG into a folder that is there; of several, overview.png with all of them too.
 
     Returns the paths, the overview first.
     """
     import matplotlib as mpl
 
-    out.write("overview.png", _overview(list(figures.values())))
-    paths = [out.path / "overview.png"]
+    paths = []
+    if len(figures) > 1:
+        out.write("overview.png", _overview(list(figures.values())))
+        paths.append(out.path / "overview.png")
     with mpl.rc_context({"svg.hashsalt": "moe-jax"}):  # so that the same picture gives the same file
         for name, figure in figures.items():
             for kind in FORMATS:

@@ -127,6 +127,8 @@ BAD_COMMANDS = [
     (["compare", "--seeds", "0"], ["--seeds", "0"]),
     (["compare", "--flops", "nan"], ["--flops", "nan"]),
     (["compare", "--data", "no/such/text"], ["--data no/such/text"]),
+    (["compare", "--experts", "4,many"], ["--experts 4,many", "whole numbers"]),
+    (["compare", "--scaling", "--flops", "1e9"], ["--flops 1e+09", "fewer than 5 steps"]),
     (["compare", "--out", "held/config.json"], ["--out held/config.json", "file"]),
 ]
 

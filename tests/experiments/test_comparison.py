@@ -13,21 +13,15 @@ import pytest
 
 from moe_jax.cli import compare
 from moe_jax.cli.compare import Compare
-from moe_jax.config import (
-    ConfigError,
-    DataConfig,
-    ExecutionConfig,
-    ModelConfig,
-    RoutingConfig,
-    RunConfig,
-    TrainConfig,
-)
-from moe_jax.experiments import comparison, intervals
+from moe_jax.config import ConfigError, RunConfig
+from moe_jax.experiments import comparison, intervals, study_runs
 from moe_jax.experiments.comparison import Arm, Plan
-from moe_jax.experiments.comparison_result import BITS, ArmResult, Difference, collect, differences, rows
+from moe_jax.experiments.comparison_result import ArmResult, Difference, collect, differences, rows
 from moe_jax.experiments.intervals import Interval, apart, t_interval
+from moe_jax.experiments.study_runs import BITS
 from moe_jax.system.timing import Times
 from moe_jax.training.session import Session, SessionData
+from tests.experiments.invented import recipe
 from tests.reliability import runs as processes
 from tests.support import saved_run
 
@@ -120,20 +114,7 @@ def test_the_table() -> None:
 
 
 def base(text: Path, **train: Any) -> RunConfig:
-    model = ModelConfig(
-        seq_len=16,
-        layers=1,
-        width=16,
-        heads=2,
-        experts=4,
-        expert_hidden=8,
-        vocab_size=257,
-        routing=RoutingConfig(capacity_factor=0.75),
-    )
-    values = {"batch_size": 4, "grad_accum": 2, "log_every": 3}
-    data = DataConfig(source=str(text), tokenizer="byte", eval_tokens=200)
-    execution = ExecutionConfig(compute_dtype="float32")
-    return RunConfig(model=model, data=data, train=TrainConfig(**(values | train)), execution=execution)
+    return recipe(str(text), **train)
 
 
 @pytest.fixture(scope="module")
@@ -175,8 +156,8 @@ def test_runs_are_ordinary_and_share_what_is_the_same(text: Path, tmp_path: Path
 
 def test_a_run_is_finished_once_it_is_scored_whole(tmp_path: Path) -> None:
     """Not by the summary of its last evaluation, which is of the fixed part, nor by that of fewer steps."""
-    assert comparison.finished(tmp_path, 4) is None
-    whole = {"val_whole_stream": True, "steps": 4} | dict.fromkeys(comparison._NEEDED, 1.5)
+    assert study_runs.finished(tmp_path, 4) is None
+    whole = {"val_whole_stream": True, "steps": 4} | dict.fromkeys(study_runs.NEEDED, 1.5)
     for summary, done in (
         (whole | {"val_whole_stream": False}, False),
         (whole | {"steps": 3}, False),
@@ -187,7 +168,7 @@ def test_a_run_is_finished_once_it_is_scored_whole(tmp_path: Path) -> None:
         (whole | {"val_bits_per_byte": "low"}, False),
     ):
         (tmp_path / "summary.json").write_text(json.dumps(summary))
-        assert comparison.finished(tmp_path, 4) == (summary if done else None)
+        assert study_runs.finished(tmp_path, 4) == (summary if done else None)
 
 
 # Whole comparisons
@@ -199,7 +180,7 @@ STEP_SECONDS = {"moe": 0.2, "dense-active": 0.1, "dense-total": 0.2}
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with saved_run.quick_training(tmp_path_factory.mktemp("cache")) as patch:
         patch.setattr(comparison, "ROUNDS", 2)
-        patch.setattr("moe_jax.experiments.comparison.jax.clear_caches", lambda: None)
+        patch.setattr("moe_jax.experiments.study_runs.jax.clear_caches", lambda: None)
         yield
 
 
@@ -235,7 +216,7 @@ def test_a_comparison_goes_on_reports_and_repeats_nothing(
                 os.kill(os.getpid(), signal.SIGTERM)
             return batch(data, step)
 
-        patch.setattr(comparison, "EVALUATIONS", 1)  # with nothing to save, a signal would end the process at once
+        patch.setattr(study_runs, "EVALUATIONS", 1)  # with nothing to save, a signal would end the process at once
         patch.setattr(SessionData, "batch", stop_in_the_second)
         assert asked.execute() == 128 + signal.SIGTERM
     assert not (out / "comparison.json").exists()

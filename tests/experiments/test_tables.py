@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moe_jax.config import RunConfig
-from moe_jax.experiments import comparison, comparison_plots, samples
+from moe_jax.experiments import comparison, comparison_plots, samples, study_runs
 from moe_jax.experiments.comparison import Arm, Plan
-from moe_jax.experiments.comparison_result import HEADINGS, Difference, to_markdown
+from moe_jax.experiments.comparison_result import HEADINGS, Difference, report
 from moe_jax.experiments.intervals import Interval, apart
 from moe_jax.experiments.samples import Measure, prompted
 from moe_jax.experiments.samples import to_markdown as page
@@ -68,12 +68,20 @@ def test_the_result_of_an_arm() -> None:
     assert result.mean("train_drop_fraction") is None
 
 
-def test_the_table_in_markdown() -> None:
-    lines = to_markdown([arm_result(MOE, [1.0]), arm_result(ACTIVE, [1.0])]).splitlines()
-    assert lines[0] == f"| {' | '.join(HEADINGS)} |"
-    assert set(lines[1]) == {"|", "-", " "}
-    assert [line.split(" | ")[0] for line in lines[2:]] == ["| moe", "| dense-active, same tokens"]
-    assert all(line.count("|") == len(HEADINGS) + 1 for line in lines)
+def test_the_markdown_has_the_table_the_sentences_and_the_scores_of_the_seeds() -> None:
+    found = report(plan(), [arm_result(MOE, [1.0, 1.5]), arm_result(ACTIVE, [1.25, 1.75])], Path("out"))
+    table, sentences, scores = (part.splitlines() for part in found.to_markdown().split("\n\n"))
+    assert table[0] == f"| {' | '.join(HEADINGS)} |"
+    assert set(table[1]) == {"|", "-", " "}
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| moe", "| dense-active, same tokens"]
+    assert all(line.count("|") == len(HEADINGS) + 1 for line in table)
+    assert [line[:22] for line in sentences] == ["- at the same tokens th"[:22]]
+    assert scores == [
+        "| bits per byte | seed 0 | seed 1 |",
+        "| --- | --- | --- |",
+        "| moe | 1.0000 | 1.5000 |",
+        "| dense-active, same tokens | 1.2500 | 1.7500 |",
+    ]
 
 
 # The plan
@@ -93,7 +101,7 @@ def test_steps_are_the_budget_divided_by_the_cost_of_one(monkeypatch: pytest.Mon
 def test_a_run_is_evaluated_ten_times(steps: int, each: int) -> None:
     train = plan().config(Arm("none", "tokens", steps), 3, Path("out")).train
     assert (train.steps, train.seed, train.eval_every, train.save_every, train.patience) == (steps, 3, each, each, 0)
-    assert comparison.EVALUATIONS == 10
+    assert study_runs.EVALUATIONS == 10
 
 
 def test_a_plan_comes_back_as_it_was_saved(tmp_path: Path) -> None:
@@ -107,12 +115,12 @@ def test_a_plan_comes_back_as_it_was_saved(tmp_path: Path) -> None:
 
 
 def test_every_number_of_a_finished_run_is_needed(tmp_path: Path) -> None:
-    whole = {"val_whole_stream": True, "steps": 4} | dict.fromkeys(comparison._NEEDED, 1.5)
-    for name in comparison._NEEDED:
+    whole = {"val_whole_stream": True, "steps": 4} | dict.fromkeys(study_runs.NEEDED, 1.5)
+    for name in study_runs.NEEDED:
         (tmp_path / "summary.json").write_text(json.dumps(whole | {name: None}))
-        assert comparison.finished(tmp_path, 4) is None
-    (tmp_path / "summary.json").write_text(json.dumps(whole | dict.fromkeys(comparison._NEEDED, 0)))
-    assert comparison.finished(tmp_path, 4) is not None
+        assert study_runs.finished(tmp_path, 4) is None
+    (tmp_path / "summary.json").write_text(json.dumps(whole | dict.fromkeys(study_runs.NEEDED, 0)))
+    assert study_runs.finished(tmp_path, 4) is not None
 
 
 # Its pictures

@@ -1,0 +1,35 @@
+"""The result of an experiment over seeds, ready to be printed and written: a table, sentences, a record, pictures."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+
+class Report(NamedTuple):
+    """A result of `moe-jax compare`."""
+
+    name: str
+    """Name of the files, without their ending."""
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    """One row of cells for each model or budget. An empty cell has no number."""
+    sentences: list[str]
+    record: dict[str, Any]
+    """All numbers, as JSON can hold them."""
+    scores: dict[str, Sequence[float]]
+    """Bits per byte of each seed, by the name of the model. The intervals can be computed from them."""
+    figures: Callable[[], dict[str, Any]]
+    """Draws the pictures, by name. Raises UserError where matplotlib is missing."""
+
+    def to_markdown(self) -> str:
+        """The table, the sentences and the scores of the seeds."""
+        sentences = "".join(f"- {sentence}\n" for sentence in self.sentences)
+        seeds = len(next(iter(self.scores.values())))
+        headings = ("bits per byte", *(f"seed {seed}" for seed in range(seeds)))
+        scores = [(name, *(f"{score:.4f}" for score in own)) for name, own in self.scores.items()]
+        return f"{table(self.headings, self.rows)}\n{sentences}\n{table(headings, scores)}"
+
+
+def table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, tuple("---" for _ in headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,0 +1,96 @@
+"""Pictures of bits per byte against training operations, and against the number of experts (extra `plots`)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.experiments.expert_counts import ExpertCounts
+from moe_jax.experiments.intervals import Interval, t_interval
+from moe_jax.experiments.scaling import Scaling
+from moe_jax.plots.figures import COLOURS, check_installed
+
+
+def scaling_figure(found: Scaling) -> Any:
+    """Both models at all budgets on logarithmic axes, with the fitted lines and the interval of each prediction.
+
+    Dots are seeds and diamonds are means. Lines are solid over the budgets that were trained, and dashed beyond.
+    """
+    check_installed()
+    figure, axes = _axes(f"{found.base.preset}: loss against training operations", "training operations")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    trained = found.budgets[-1].flops
+    grid = np.geomspace(found.budgets[0].flops, max(found.predicted_flops, trained), 200)
+    for side, colour in zip((found.mixture, found.twin), COLOURS, strict=False):
+        law = side.law
+        label = f"{side.name}, b = {law.exponent:.3f} ± {law.exponent_error:.3f}"
+        inside, beyond = grid[grid <= trained], grid[grid >= trained]
+        axes.plot(inside, [law.loss(c) for c in inside], color=colour, linewidth=1.4)
+        axes.plot(beyond, [law.loss(c) for c in beyond], color=colour, linewidth=1.4, linestyle="--")
+        bounds = [law.prediction(c) for c in grid]
+        axes.fill_between(grid, [b.low for b in bounds], [b.high for b in bounds], color=colour, alpha=0.12, lw=0)
+        for flops, bits in zip(side.flops, side.bits, strict=True):
+            axes.plot([flops] * len(bits), bits, "o", color=colour, alpha=0.4, markersize=4)
+        axes.plot(side.flops, side.means, "D", color=colour, markersize=6, label=label)
+    axes.axvline(trained, color="0.6", linestyle=":", linewidth=1)
+    axes.text(trained, 0.985, "  predicted from here on", transform=axes.get_xaxis_transform(), fontsize=8, va="top")
+    _plain_numbers(axes.yaxis)
+    axes.legend(frameon=False, title="L = a C^-b, with the standard error of b", alignment="left", loc="lower left")
+    return figure
+
+
+def experts_figure(found: ExpertCounts) -> Any:
+    """The mixtures by their number of experts, and the dense baseline as a line. Dots are seeds.
+
+    Bars, and the band of the dense baseline, are 95 % intervals of the means.
+    """
+    check_installed()
+    k = found.models.base.model.routing.top_k
+    title = f"{found.models.base.preset}: loss against the number of experts, {k} of them active"
+    figure, axes = _axes(title, "experts in each layer")
+    axes.set_xscale("log", base=2)
+    counts = [float(result.experts or 0) for result in found.mixtures]
+    means = [t_interval(result.bits) for result in found.mixtures]
+    for count, result in zip(counts, found.mixtures, strict=True):
+        axes.plot([count * 1.06] * len(result.bits), result.bits, "o", color=COLOURS[0], alpha=0.4, markersize=4)
+    label = f"mixture of experts, {k} active"
+    axes.errorbar(
+        counts, [m.mean for m in means], yerr=_halves(means), fmt="D-", color=COLOURS[0], capsize=5, label=label
+    )
+    dense = t_interval(found.twin.bits)
+    axes.axhline(dense.mean, color=COLOURS[1], label="dense, same active parameters")
+    if dense.known:
+        axes.axhspan(dense.low, dense.high, color=COLOURS[1], alpha=0.15, linewidth=0)
+    axes.set_xticks(counts, [f"{count:g}" for count in counts])
+    axes.minorticks_off()
+    axes.set_xlim(counts[0] / 1.3, counts[-1] * 1.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _halves(intervals: Sequence[Interval]) -> list[float]:
+    """Half widths. 0 where one seed gives no interval."""
+    return [i.high - i.mean if i.known else 0.0 for i in intervals]
+
+
+def _axes(title: str, x: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel(x)
+    axes.set_ylabel("bits per byte of the whole validation stream")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _plain_numbers(axis: Any) -> None:
+    """Write 0.8 and not 8 x 10^-1 at the ticks of a logarithmic axis."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(10, subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
