@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -144,7 +145,8 @@ class Compare(Command):
         if lowest < least:
             given = f"--lowest-flops {lowest:g}" if self.lowest_flops else f"--flops {self.flops:g}"
             why = f"the smallest budget has fewer than {LEAST_STEPS} steps"
-            raise ConfigError(f"{given}: {why}; give {least * (1 if self.lowest_flops else 10):.2g} or more")
+            enough = _rounded_up(least * (1 if self.lowest_flops else 10))
+            raise ConfigError(f"{given}: {why}; give {enough:.2g} or more")
 
     @property
     def _bounds(self) -> tuple[float, float]:
@@ -261,3 +263,9 @@ class Compare(Command):
             say(*paths)
         print_json(report.record, self.json)
         return 0
+
+
+def _rounded_up(number: float) -> float:
+    """The next number with two digits."""
+    unit = 10.0 ** (math.floor(math.log10(number)) - 1)
+    return math.ceil(number / unit) * unit

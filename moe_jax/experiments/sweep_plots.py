@@ -24,7 +24,7 @@ def scaling_figure(found: Scaling) -> Any:
     grid = np.geomspace(found.budgets[0].flops, max(found.predicted_flops, trained), 200)
     for side, colour in zip((found.mixture, found.twin), COLOURS, strict=False):
         law = side.law
-        label = f"{side.name}, b = {law.exponent:.3f} ± {law.exponent_error:.3f}"
+        label = f"{side.name}, b = {law.exponent:.4f} ± {law.exponent_error:.4f}"
         inside, beyond = grid[grid <= trained], grid[grid >= trained]
         axes.plot(inside, [law.loss(c) for c in inside], color=colour, linewidth=1.4)
         axes.plot(beyond, [law.loss(c) for c in beyond], color=colour, linewidth=1.4, linestyle="--")
@@ -33,11 +33,31 @@ def scaling_figure(found: Scaling) -> Any:
         for flops, bits in zip(side.flops, side.bits, strict=True):
             axes.plot([flops] * len(bits), bits, "o", color=colour, alpha=0.4, markersize=4)
         axes.plot(side.flops, side.means, "D", color=colour, markersize=6, label=label)
+    _write_predictions(axes, found)
     axes.axvline(trained, color="0.6", linestyle=":", linewidth=1)
     axes.text(trained, 0.985, "  predicted from here on", transform=axes.get_xaxis_transform(), fontsize=8, va="top")
     _plain_numbers(axes.yaxis)
-    axes.legend(frameon=False, title="L = a C^-b, with the standard error of b", alignment="left", loc="lower left")
+    title = "loss = a C$^{-b}$, b with its standard error"
+    axes.legend(frameon=False, title=title, alignment="left", loc="lower left")
     return figure
+
+
+def _write_predictions(axes: Any, found: Scaling) -> None:
+    """The predicted losses at the ends of the lines, the higher one above and the lower one below."""
+    sides = sorted(
+        zip((found.mixture, found.twin), COLOURS, strict=False), key=lambda s: s[0].law.loss(found.predicted_flops)
+    )
+    for (side, colour), place in zip(sides, (-12, 8), strict=True):
+        end = side.law.prediction(found.predicted_flops)
+        axes.annotate(
+            f"{end.mean:.3f}",
+            (found.predicted_flops, end.mean),
+            (0, place),
+            textcoords="offset points",
+            color=colour,
+            ha="right",
+            va="center",
+        )
 
 
 def experts_figure(found: ExpertCounts) -> Any:
@@ -91,6 +111,6 @@ def _plain_numbers(axis: Any) -> None:
     """Write 0.8 and not 8 x 10^-1 at the ticks of a logarithmic axis."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axis.set_major_locator(LogLocator(10, subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)))
+    axis.set_major_locator(LogLocator(10, subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
