@@ -33,6 +33,7 @@ def scaling_figure(found: Scaling) -> Any:
         for flops, bits in zip(side.flops, side.bits, strict=True):
             axes.plot([flops] * len(bits), bits, "o", color=colour, alpha=0.4, markersize=4)
         axes.plot(side.flops, side.means, "D", color=colour, markersize=6, label=label)
+    axes.set_xlim(right=3 * grid[-1])
     _write_predictions(axes, found)
     axes.axvline(trained, color="0.6", linestyle=":", linewidth=1)
     axes.text(trained, 0.985, "  predicted from here on", transform=axes.get_xaxis_transform(), fontsize=8, va="top")
@@ -43,19 +44,18 @@ def scaling_figure(found: Scaling) -> Any:
 
 
 def _write_predictions(axes: Any, found: Scaling) -> None:
-    """The predicted losses at the ends of the lines, the higher one above and the lower one below."""
+    """The predicted losses behind the ends of the lines, the higher one above and the lower one below."""
     sides = sorted(
         zip((found.mixture, found.twin), COLOURS, strict=False), key=lambda s: s[0].law.loss(found.predicted_flops)
     )
-    for (side, colour), place in zip(sides, (-12, 8), strict=True):
+    for (side, colour), place in zip(sides, (-6, 6), strict=True):
         end = side.law.prediction(found.predicted_flops)
         axes.annotate(
             f"{end.mean:.3f}",
             (found.predicted_flops, end.mean),
-            (0, place),
+            (6, place),
             textcoords="offset points",
             color=colour,
-            ha="right",
             va="center",
         )
 
