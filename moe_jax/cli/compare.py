@@ -188,11 +188,13 @@ class Compare(Command):
     def _train(self, asked: RunConfig, out: Path, signals: Signals) -> "Report":
         """Train what is not trained yet. Raises Stopped, UserError."""
         from moe_jax.experiments.study_runs import with_prepared_text
+        from moe_jax.system import machine
         from moe_jax.system.files import write_atomically
 
         path = out / "plan.json"
         if not path.exists():
-            write_atomically(path, json_text({"asked": self._asked(asked)}, indent=1) + "\n")
+            request = {"asked": self._asked(asked), "machine": machine.describe()}
+            write_atomically(path, json_text(request, indent=1) + "\n")
         base = with_prepared_text(asked)
         if self.scaling:
             return self._scaling(base, out, signals)

@@ -15,7 +15,7 @@ class Report(NamedTuple):
     sentences: list[str]
     record: dict[str, Any]
     """All numbers, as JSON can hold them."""
-    scores: dict[str, Sequence[float]]
+    scores: dict[str, list[float]]
     """Bits per byte of each seed, by the name of the model. The intervals can be computed from them."""
     figures: Callable[[], dict[str, Any]]
     """Draws the pictures, by name. Raises UserError where matplotlib is missing."""

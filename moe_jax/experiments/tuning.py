@@ -122,13 +122,19 @@ def search(base: RunConfig, flops: float, out: Path, train: Train) -> Tuning:
 
     A depth is tried only if every side can have it, so that each side has the same number of short runs.
     """
-    sides = {dense: dense_baseline(base, dense) for dense in DENSE_BASELINES}
-    start = {dense: Candidate(1.0, side.model.layers, side.model.expert_hidden) for dense, side in sides.items()}
-    rates = [(dense, start[dense]._replace(rate=rate)) for dense in sides for rate in RATES]
+    sides: dict[Dense, RunConfig] = {dense: dense_baseline(base, dense) for dense in DENSE_BASELINES}
+    start: dict[Dense, Candidate] = {
+        dense: Candidate(1.0, side.model.layers, side.model.expert_hidden) for dense, side in sides.items()
+    }
+    rates: list[tuple[Dense, Candidate]] = [
+        (dense, start[dense]._replace(rate=rate)) for dense in sides for rate in RATES
+    ]
     by_rate = Tuning(_trials(sides, rates, flops, out, train))
-    depths = []
+    depths: list[tuple[Dense, Candidate]] = []
     for more in DEPTHS:
-        hidden = {dense: hidden_at_depth(side, base.model.layers + more) for dense, side in sides.items()}
+        hidden: dict[Dense, int | None] = {
+            dense: hidden_at_depth(side, base.model.layers + more) for dense, side in sides.items()
+        }
         for dense, width in hidden.items():
             if width is not None and None not in hidden.values():
                 rate = by_rate.best(dense).candidate.rate
