@@ -128,6 +128,7 @@ def test_the_picture_has_seeds_means_lines_and_intervals() -> None:
     )
     assert [max(line.get_xdata()) <= 1e11 for line in solid] == [True, True]
     assert [max(line.get_xdata()) for line in dashed] == pytest.approx([1e13, 1e13])
+    assert [min(line.get_xdata()) >= 1e11 for line in dashed] == [True, True]
     assert len(axes.collections) == 2
     top = axes.collections[0].get_paths()[0].vertices[:, 1].max()
     assert top == pytest.approx(max(found.mixture.law.prediction(c).high for c in (1e9, 1e13)), rel=1e-3)
