@@ -108,9 +108,9 @@ def _axes(title: str, x: str) -> tuple[Any, Any]:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Write 0.8 and not 8 x 10^-1 at the ticks of a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    """Write 0.8 and not 8 x 10^-1 at the ticks of a logarithmic axis that spans less than a factor of ten."""
+    from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
 
-    axis.set_major_locator(LogLocator(10, subs=(1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)))
+    axis.set_major_locator(MaxNLocator(7, steps=[1, 2, 2.5, 5, 10]))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
