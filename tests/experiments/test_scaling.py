@@ -169,7 +169,8 @@ def test_the_command_writes_record_table_and_picture(
     assert not (out / "overview.png").exists()  # of one picture
     assert "predicted at 1e+12 operations" in (out / "scaling.md").read_text()
     other = dataclasses.replace(asked, predict_flops=1e13)  # predicts elsewhere from the same runs
-    assert other._check(out)
+    assert other.execute() == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["predicted_flops"] == 1e13
     with pytest.raises(ConfigError, match=r"--lowest-flops 2e\+10.*begun with other settings"):
         dataclasses.replace(asked, lowest_flops=2e10)._check(out)
 

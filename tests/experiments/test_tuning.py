@@ -4,6 +4,7 @@ trained."""
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare:
     text.write_text("<|endoftext|>".join(f"A cat met a dog, {i} times." for i in range(200)))
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compare, "preset", lambda name: recipe(str(text), hidden=100, lr=1e-3))
+    monkeypatch.setattr(comparison, "RandomTokenTrainer", SimpleNamespace(of=lambda *_: None))
     monkeypatch.setattr(comparison, "alternate", lambda models, rounds: {name: Times((0.5,)) for name in models})
     return Compare(out=str(tmp_path / "out"), seeds=2, flops=FLOPS, tune=True)
 
