@@ -205,6 +205,7 @@ class Compare(Command):
     def _baselines(self, asked: RunConfig, base: RunConfig, out: Path, signals: Signals) -> "Report":
         """The mixture beside its dense baselines, tuned with --tune."""
         from moe_jax.experiments import comparison, comparison_result, study_runs, tuning
+        from moe_jax.experiments.comparison_plots import comparison_figures
 
         path = out / "plan.json"
         plan = comparison.Plan.load(path)
@@ -222,22 +223,27 @@ class Compare(Command):
         summaries: dict[Any, list[dict[str, Any]]] = {}
         for (arm, _, _), summary in zip(todo, study_runs.train_all(runs, signals), strict=True):
             summaries.setdefault(arm, []).append(summary)
-        return comparison_result.report(plan, comparison_result.collect(plan, summaries), out)
+        results = comparison_result.collect(plan, summaries)
+        return comparison_result.report(plan, results, lambda: comparison_figures(plan, results, out))
 
     def _scaling(self, base: RunConfig, out: Path, signals: Signals) -> "Report":
         from moe_jax.experiments import ladder, scaling, study_runs
+        from moe_jax.experiments.sweep_plots import scaling_figure
 
         lowest, predicted = self._bounds
         budgets = ladder.budgets(base, lowest, self.flops)
         summaries = study_runs.train_all(ladder.runs(base, budgets, self.seeds, out), signals)
-        return scaling.Scaling.of(base, budgets, summaries, predicted).report()
+        found = scaling.Scaling.of(base, budgets, summaries, predicted)
+        return found.report(lambda: {"scaling": scaling_figure(found)})
 
     def _expert_counts(self, base: RunConfig, out: Path, signals: Signals) -> "Report":
         from moe_jax.experiments import expert_counts, study_runs
+        from moe_jax.experiments.sweep_plots import experts_figure
 
         models = expert_counts.Models.of(base, self._check_counts(base), self.flops)
         summaries = study_runs.train_all(models.runs(self.seeds, out), signals)
-        return expert_counts.ExpertCounts.of(models, summaries).report()
+        found = expert_counts.ExpertCounts.of(models, summaries)
+        return found.report(lambda: {"experts": experts_figure(found)})
 
     def _publish(self, report: "Report", out: Path) -> int:
         """Print the result, and write its record, its table and its pictures."""

@@ -1,12 +1,11 @@
 """The result of a comparison: the arms with their intervals, the differences, a table and verdicts in words."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.experiments.comparison import Arm, Plan
 from moe_jax.experiments.intervals import Interval, apart, difference_in_words, paired, t_interval
-from moe_jax.experiments.report import Report
+from moe_jax.experiments.report import Figures, Report
 from moe_jax.experiments.study_runs import BITS
 
 
@@ -119,8 +118,8 @@ def rows(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
     return cells
 
 
-def report(plan: Plan, results: Sequence[ArmResult], out: Path) -> Report:
-    """The result of the whole comparison, whose runs are in the folder `out`."""
+def report(plan: Plan, results: Sequence[ArmResult], figures: Figures) -> Report:
+    """The result of the whole comparison."""
     found = differences(results)
     searched = [] if plan.tuning is None else plan.tuning.sentences()
     record = {
@@ -132,11 +131,6 @@ def report(plan: Plan, results: Sequence[ArmResult], out: Path) -> Report:
         "arms": [result.to_json() for result in results],
         "differences": [difference.to_json() for difference in found],
     }
-
-    def figures() -> dict[str, Any]:
-        from moe_jax.experiments.comparison_plots import comparison_figures  # imports this module
-
-        return comparison_figures(plan, results, out)
 
     return Report(
         "comparison",

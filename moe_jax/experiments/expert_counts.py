@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from moe_jax.config import RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
 from moe_jax.experiments.intervals import Interval, difference_in_words, paired, t_interval
-from moe_jax.experiments.report import Report
+from moe_jax.experiments.report import Figures, Report
 from moe_jax.experiments.study_runs import BITS, StudyRun, run_config
 from moe_jax.model.costs import training_flops
 
@@ -126,8 +126,8 @@ class ExpertCounts(NamedTuple):
             for result in self.mixtures
         ]
 
-    def report(self) -> Report:
-        """The result, whose picture is `experts`."""
+    def report(self, figures: Figures) -> Report:
+        """The result with its picture."""
         base = self.models.base
         record = {
             "preset": base.preset,
@@ -140,11 +140,6 @@ class ExpertCounts(NamedTuple):
                 {"experts": result.experts, **self.difference(result).to_json()} for result in self.mixtures
             ],
         }
-
-        def figures() -> dict[str, Any]:
-            from moe_jax.experiments.sweep_plots import experts_figure  # imports this module
-
-            return {"experts": experts_figure(self)}
 
         scores = {result.name: result.bits for result in (self.twin, *self.mixtures)}
         return Report("experts", HEADINGS, self.rows(), self.sentences(), record, scores, figures)

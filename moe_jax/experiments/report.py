@@ -3,6 +3,9 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+Figures = Callable[[], dict[str, Any]]
+"""Draws pictures, by name. Raises UserError where matplotlib is missing."""
+
 
 class Report(NamedTuple):
     """A result of `moe-jax compare`."""
@@ -17,8 +20,7 @@ class Report(NamedTuple):
     """All numbers, as JSON can hold them."""
     scores: dict[str, list[float]]
     """Bits per byte of each seed, by the name of the model. The intervals can be computed from them."""
-    figures: Callable[[], dict[str, Any]]
-    """Draws the pictures, by name. Raises UserError where matplotlib is missing."""
+    figures: Figures
 
     def to_markdown(self) -> str:
         """The table, the sentences and the scores of the seeds."""

@@ -12,7 +12,7 @@ from moe_jax.config.baselines import DENSE_BASELINES
 from moe_jax.experiments.intervals import Interval, difference_in_words, paired, t_interval
 from moe_jax.experiments.ladder import SIDES, Budget
 from moe_jax.experiments.power_law import PowerLaw, fit
-from moe_jax.experiments.report import Report
+from moe_jax.experiments.report import Figures, Report
 from moe_jax.experiments.study_runs import BITS
 
 
@@ -114,8 +114,8 @@ class Scaling(NamedTuple):
         found.append("a prediction holds only if the power law goes on; a loss with a floor falls more slowly")
         return found
 
-    def report(self) -> Report:
-        """The result, whose picture is `scaling`."""
+    def report(self, figures: Figures) -> Report:
+        """The result with its picture."""
         sides = (self.mixture, self.twin)
         record = {
             "preset": self.base.preset,
@@ -135,11 +135,6 @@ class Scaling(NamedTuple):
             for i, budget in enumerate(self.budgets)
             for side in sides
         }
-
-        def figures() -> dict[str, Any]:
-            from moe_jax.experiments.sweep_plots import scaling_figure  # imports this module
-
-            return {"scaling": scaling_figure(self)}
 
         names = [f"{side.name}, bits per byte [95 %]" for side in sides]
         headings = ("operations", *names, "dense minus moe, paired [95 %]", "steps")

@@ -71,7 +71,7 @@ def test_differences_by_hand() -> None:
 
 def test_the_record_and_the_table() -> None:
     found = made()
-    report = found.report()
+    report = found.report(dict)
     record = json.loads(json.dumps(report.record))
     assert (record["seeds"], record["steps"], record["top_k"]) == (2, 12, 2)
     assert [m["experts"] for m in record["models"]] == [None, 2, 4, 8]

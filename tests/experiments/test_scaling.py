@@ -99,7 +99,7 @@ def test_the_words() -> None:
 
 def test_the_record_holds_all_numbers() -> None:
     found = made()
-    record = json.loads(json.dumps(found.report().record))
+    record = json.loads(json.dumps(found.report(dict).record))
     assert (record["seeds"], record["predicted_flops"]) == (2, 1e16)
     assert record["budgets"] == [rung.flops for rung in found.budgets]
     for model, side in zip(record["models"], (found.mixture, found.twin), strict=True):
@@ -107,11 +107,11 @@ def test_the_record_holds_all_numbers() -> None:
         assert [point["training_flops"] for point in model["points"]] == side.flops
         assert model["prediction"]["mean"] == pytest.approx(side.law.loss(1e16))
     assert [d["mean"] for d in record["differences"]] == [d.mean for d in found.differences]
-    rows = found.report().rows
+    rows = found.report(dict).rows
     assert len(rows) == 5
     assert rows[0][0] == "1e+09"
     assert rows[0][-1] == f"{found.mixture.steps[0]} and {found.twin.steps[0]}"
-    assert len(found.report().scores) == 10
+    assert len(found.report(dict).scores) == 10
 
 
 def test_the_picture_has_seeds_means_lines_and_intervals() -> None:

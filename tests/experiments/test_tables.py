@@ -69,7 +69,7 @@ def test_the_result_of_an_arm() -> None:
 
 
 def test_the_markdown_has_the_table_the_sentences_and_the_scores_of_the_seeds() -> None:
-    found = report(plan(), [arm_result(MOE, [1.0, 1.5]), arm_result(ACTIVE, [1.25, 1.75])], Path("out"))
+    found = report(plan(), [arm_result(MOE, [1.0, 1.5]), arm_result(ACTIVE, [1.25, 1.75])], dict)
     table, sentences, scores = (part.splitlines() for part in found.to_markdown().split("\n\n"))
     assert table[0] == f"| {' | '.join(HEADINGS)} |"
     assert set(table[1]) == {"|", "-", " "}

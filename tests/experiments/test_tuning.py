@@ -156,8 +156,8 @@ def test_a_plan_takes_the_choices_and_keeps_them(tmp_path: Path) -> None:
     plan.save(tmp_path / "plan.json", {})
     assert Plan.load(tmp_path / "plan.json") == plan
     results = comparison_results(plan)
-    assert report(plan, results, tmp_path).record["tuning"] == plan.tuning.to_json()
-    assert report(plan, results, tmp_path).sentences[:4] == plan.tuning.sentences()
+    assert report(plan, results, dict).record["tuning"] == plan.tuning.to_json()
+    assert report(plan, results, dict).sentences[:4] == plan.tuning.sentences()
 
 
 def comparison_results(plan: Plan) -> Any:
