@@ -65,7 +65,7 @@ def build(shape: Shape) -> Any:
         num_experts_per_tok=shape.top_k,
         router_aux_loss_coef=shape.aux_loss_coef,
         tie_word_embeddings=False,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # pyright: ignore[reportCallIssue], transformers declares it nowhere
     )
     return MixtralForCausalLM(config).float()
 
