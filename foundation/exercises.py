@@ -6,7 +6,7 @@ In a notebook:
     check("1.1", answer)       says right, or what is wrong; None means "not tried yet"
     solution("1.1")            a right answer, for when you have tried: a number, or the source of a function
 
-The first wrong answer gets a hint where to look, if the exercise has one. From the second on the formula is told.
+The first wrong answer gets a hint where to look. From the second on the formula is told.
 An answer may be anything: a wrong shape, a wrong type, a function that raises. It gets no traceback.
 The questions are in `lessons/questions.py`.
 """
@@ -41,7 +41,7 @@ class Exercise:
     judge: Judge
     hint: str
     solution: Any
-    first_hint: str = ""
+    first_hint: str
 
 
 _WRONG: Counter[str] = Counter()
@@ -66,11 +66,8 @@ def check(number: str, answer: Any) -> bool | None:
         print(f"{number}: right.")
         return True
     _WRONG[str(number)] += 1
-    if _WRONG[str(number)] > 1:
-        hint = f"Hint: {exercise.hint}"
-    else:
-        hint = f"Hint: {exercise.first_hint}" if exercise.first_hint else "A second wrong answer gets a hint."
-    print(f"{number}: not yet. {wrong} {hint}")
+    hint = exercise.hint if _WRONG[str(number)] > 1 else exercise.first_hint
+    print(f"{number}: not yet. {wrong} Hint: {hint}")
     return False
 
 

@@ -130,18 +130,21 @@ EXERCISES: dict[str, Exercise] = {
         number(-1.0),
         "a is used twice; each use contributes, and the contributions add.",
         -1.0,
+        "At how many places does a occur? What does each place contribute to the derivative?",
     ),
     "1.2": Exercise(
         "softplus(x) = ln(1 + e^x). Write its derivative as a function of x.",
         function(_sigmoid, (7,)),
         "Chain rule: 1/(1 + e^x) times e^x; divide above and below by e^x.",
         _sigmoid,
+        "The logarithm is applied to an inner function. Which rule differentiates one function inside another?",
     ),
     "1.3": Exercise(
         "y = (a + b) (a - b), at a = 3, b = 1. Go through the graph: what arrives at b along both paths together?",
         number(-2.0),
         "Along a + b arrives the other factor, a - b = 2. Along a - b arrives -(a + b) = -4.",
         -2.0,
+        "Two paths lead from b to y. Multiply the local derivatives along each path, with their signs.",
     ),
     "2.1": Exercise(
         "y = x W with x [B, I]. Write a function of (x, d_y) that gives d_W.",
@@ -169,12 +172,14 @@ EXERCISES: dict[str, Exercise] = {
         function(_leaky_slope, (9,)),
         "Two cases, two constants; jnp.where.",
         _leaky_slope,
+        "The function consists of two straight lines. What is the slope of each?",
     ),
     "3.2": Exercise(
         "Var(W) = 1 / fan_in and ReLU. By what factor does the mean square of a signal change over 20 layers?",
         number(2.0**-20),
         "He et al.: ReLU halves the second moment, once a layer.",
         2.0**-20,
+        "What does one ReLU keep of the mean square of a symmetric signal? Then count the layers.",
     ),
     "3.3": Exercise(
         "An affine layer from 128 to 512 units, Var(W) = 1 / 128. By what factor does it change the variance of a "
@@ -182,6 +187,7 @@ EXERCISES: dict[str, Exercise] = {
         number(4.0),
         "Backward, each input collects from fan_out = 512 outputs.",
         4.0,
+        "On the way back, how many outputs send a gradient to one input?",
     ),
     "4.1": Exercise(
         "The loss of a uniform guess over V = 50,257 tokens, in nats?",
@@ -209,30 +215,36 @@ EXERCISES: dict[str, Exercise] = {
         function(_score_gradient, (4, 5), (4, 3)),
         "The scores' columns are keys: d_k needs d_S transposed, and the 1 / sqrt(A) of the forward pass.",
         _score_gradient,
+        "Which shape must d_k have? And the product has a factor in front of it: what becomes of that?",
     ),
     "5.2": Exercise(
         "Causal attention over T = 256 positions: which share of the scores is masked away?",
         number(255 / 512),
         "T (T - 1) / 2 of T^2.",
         255 / 512,
+        "How many keys are masked for the first position, how many for the second, and how many for the last?",
     ),
     "5.3": Exercise(
         "o = P v, with P [T, S] and v [S, A]. Write a function of (P, d_o) that gives d_v.",
         function(_value_gradient, (4, 5), (4, 3)),
         "Position t read value s with weight P_ts. So value s collects P_ts d_o_t over all t: P transposed.",
         _value_gradient,
+        "Take one position s. Which outputs read its value, and with which weights?",
     ),
     "6.1": Exercise(
         "n = x / |x| for one vector x. Write d_x as a function of (x, d_n).",
         function(_l2_norm_gradient, (5,), (5,)),
         "As in RMSNorm: take the part along n out of d_n, then divide by the length.",
         _l2_norm_gradient,
+        "If x changes along n, does n change? So which part of d_n has no effect?",
     ),
     "6.2": Exercise(
         "RoPE, A = 64: after how many positions has the slowest pair turned once?",
         number(2.0 * math.pi * 10_000.0 ** (62 / 64)),
         "Its frequency is 10000^(-62/64); a turn is 2 pi.",
         2.0 * math.pi * 10_000.0 ** (62 / 64),
+        "The frequency of a pair is the angle by which it turns from one position to the next. Which one is the "
+        "smallest?",
     ),
     "6.3": Exercise(
         "A pair (a, b) is turned by the angle t: y = (a cos t - b sin t, a sin t + b cos t). Write a function of "
@@ -240,12 +252,14 @@ EXERCISES: dict[str, Exercise] = {
         function(_turned_back, (2,), ()),
         "The matrix of a rotation, transposed, is the rotation by -t.",
         _turned_back,
+        "A product with a matrix sends gradients back through the transposed matrix. What does this one do to a pair?",
     ),
     "7.1": Exercise(
         "y = x + f(x). d_branch is what f's backward pass makes of d_y. Write d_x as a function of (d_y, d_branch).",
         function(_residual, (3, 4), (3, 4)),
         "x is used twice: by the sum itself, and by f.",
         _residual,
+        "At how many places is x used?",
     ),
     "7.2": Exercise(
         "A block of width D = 64: attention with four matrices D x D, a SwiGLU network of hidden width 192 with three "
@@ -253,12 +267,14 @@ EXERCISES: dict[str, Exercise] = {
         number(53_376.0, 1e-9),
         "4 D^2 + 3 D F + 2 D.",
         53_376.0,
+        "Write down the shape of every matrix and of every scale, and count the entries.",
     ),
     "7.3": Exercise(
         "h = silu(a) u, entry by entry, with silu(a) = a sigmoid(a). Write d_a as a function of (a, u, d_h).",
         function(_swiglu_gate, (5,), (5,), (5,)),
         "First the product: silu(a) gets d_h u. Then silu' = s (1 + a (1 - s)), with s = sigmoid(a).",
         _swiglu_gate,
+        "h is a product of two factors. What arrives at the factor silu(a)? Then differentiate that factor.",
     ),
     "8.1": Exercise(
         "Another router. A token has chosen its experts, and z holds the logits of these experts alone. The gate of "

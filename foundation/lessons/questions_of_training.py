@@ -32,12 +32,14 @@ def _newest_output(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return weights @ v / jnp.sum(weights)
 
 
-def _loss_of_batch(means: jax.Array, counts: jax.Array) -> jax.Array:
-    return jnp.sum(means * counts) / jnp.sum(counts)
+def _weights_under_perplexity(means: jax.Array, counts: jax.Array) -> jax.Array:
+    share = counts / jnp.sum(counts)
+    return jnp.exp(jnp.sum(share * means)) * share
 
 
-def _balance_difference(f: jax.Array, p: jax.Array) -> jax.Array:
-    return f.shape[-1] * jnp.sum(jnp.mean(f * p, axis=0) - jnp.mean(f, axis=0) * jnp.mean(p, axis=0))
+def _sequence_against_batch(f: jax.Array) -> jax.Array:
+    sequences, experts = f.shape
+    return experts / sequences * (f - jnp.mean(f, axis=0))
 
 
 def _volume(z: jax.Array, c: jax.Array) -> jax.Array:
@@ -76,6 +78,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         number(0.01),
         "After one step the corrected mean of g is g, and that of g^2 is g^2. What is g / sqrt(g^2)?",
         0.01,
+        "Both running averages are corrected for their start at 0. What is each after one step?",
     ),
     "10.2": Exercise(
         "Another size of a step: the *sum* of the magnitudes of its entries. Write a function of g, [6], that gives "
@@ -83,24 +86,28 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_one_coordinate, (6,)),
         "All of the sum is best spent where |g| is largest, and nothing elsewhere.",
         _one_coordinate,
+        "The sum of the magnitudes is given. At which entry does the same magnitude lower the loss most?",
     ),
     "10.3": Exercise(
         "Write a function of a gradient g, [3, 4], that gives Adafactor's fit of the squares of its entries.",
         function(_fit_of_squares, (3, 4)),
         "Square first. Then (row sum) (column sum) / (sum of all).",
         _fit_of_squares,
+        "The fit must have the row sums and the column sums of the squares. Which matrix of rank 1 has both?",
     ),
     "10.4": Exercise(
         "A matrix of 1024 x 4096. Adam keeps 8,388,608 numbers for it. How many does Adafactor keep?",
         number(5120.0, 1e-9),
         "One for each row and one for each column, and no first moment.",
         5120.0,
+        "Which sums of the squares does Adafactor keep, and how many are there?",
     ),
     "11.1": Exercise(
         "A query has seen scores with the largest m = 2 and l = 3. The next key has the score 5. What is l now?",
         number(1.0 + 3.0 * math.exp(-3.0)),
         "The new m is 5. The old sum shrinks by e^(2 - 5), and the new key adds e^0.",
         1.0 + 3.0 * math.exp(-3.0),
+        "The largest score changes. What does that do to the sum that was made with the old one?",
     ),
     "11.2": Exercise(
         "Two pieces of keys have given the answers a and b, [4, 3], each as if it were alone, and the logsumexp of "
@@ -108,6 +115,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_merged_answers, (4, 3), (4,), (4, 3), (4,)),
         "Each piece counts with the weight e^(its logsumexp), divided by the sum of both weights.",
         _merged_answers,
+        "In a softmax over all keys together, how large is the share of each piece?",
     ),
     "11.3": Exercise(
         "W = P keep / (1 - rate) are the weights after dropout, and o = W v. Write a function of (d_o, o), both "
@@ -115,6 +123,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_row_sum, (5, 3), (5, 3)),
         "rowsum(d_P P) = rowsum(d_W W), and d_W = d_o v^T. Move the sum over keys inwards.",
         _row_sum,
+        "Write the row sum with W in place of P. Then use how o is made from W and v.",
     ),
     "12.1": Exercise(
         "A model of 6 layers and 8 heads of width 64, in float32 (4 bytes). How many bytes of keys and values does "
@@ -122,6 +131,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         number(24_576.0, 1e-9),
         "Two arrays, of 6 x 8 x 64 numbers each.",
         24_576.0,
+        "Which arrays are kept for each position, in how many layers, and for how many heads?",
     ),
     "12.2": Exercise(
         'K = 2, E = 16, capacity factor 1.25, rule "token". A text of 100 tokens grows, token by token. At which '
@@ -130,6 +140,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         "ceil(1.25 * 100 * 2 / 16) = 16. It stays 16 until 1.25 * T * 2 / 16 is above 16. Most steps change nothing. "
         "This is why such a fault is found late.",
         103.0,
+        "Write the capacity as a function of T. It is rounded up, so it changes at a few lengths only.",
     ),
     "12.3": Exercise(
         "A cache of one head holds keys k, [N, A], and values v, [N, A], of all positions so far. Write a function of "
@@ -137,6 +148,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_newest_output, (4,), (6, 4), (6, 4)),
         "Scores k q / sqrt(A), a softmax over the N positions, and the mixture of the values. No mask is needed.",
         _newest_output,
+        "The newest position may look at every key in the cache. Which three steps does attention take?",
     ),
     "13.1": Exercise(
         "Two micro-batches: 10 tokens with a mean loss of 2 nats, and 90 tokens with a mean loss of 1. By how much is "
@@ -147,19 +159,24 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         "The loss of the batch is a mean over all 100 tokens. What is the sum of their losses?",
     ),
     "13.2": Exercise(
-        "Write a function of (means, counts), both [M], that gives the loss of the batch: its mean over tokens.",
-        function(_loss_of_batch, (4,), (4,)),
-        "A mean times its count is a sum. Add up the sums, and divide once.",
-        _loss_of_batch,
-        "A micro-batch with more tokens counts more. What is a mean times its count?",
+        "A program descends the perplexity of the batch, e^L, instead of L. Micro-batch i has the mean loss m_i over "
+        "n_i tokens. Write a function of (m, n), both [M], that gives the weights w: the gradient of the perplexity is "
+        "the sum of w_i times the gradient of m_i.",
+        function(_weights_under_perplexity, (4,), (4,)),
+        "The slope of e^L is e^L, and L is the sum of the m_i by their shares. So w_i = e^L n_i / n. It needs the "
+        "losses of all micro-batches, so no first gradient is right before the last loss is known.",
+        _weights_under_perplexity,
+        "Go from the perplexity to L, and from L to one m_i. Is the perplexity a sum over micro-batches?",
     ),
     "13.3": Exercise(
-        "f and P, both [B, E], hold the shares and the mean probabilities of each sequence. Write a function of (f, P) "
-        "that gives the balance loss by sequence minus the balance loss by batch.",
-        function(_balance_difference, (5, 3), (5, 3)),
-        "E times the sum over e of: the mean of f P, minus the mean of f times the mean of P.",
-        _balance_difference,
-        "One of the two takes the product for each sequence first, the other takes the means first.",
+        "f and P, both [B, E], hold the shares and the mean probabilities of B equally long sequences. f is counted, "
+        "so it is a constant. Write a function of f that gives, [B, E], the gradient in P of the balance loss by "
+        "sequence minus the gradient in P of the balance loss by batch.",
+        function(_sequence_against_batch, (5, 3)),
+        "By sequence, P_ie has the factor E f_ie / B. By batch it has E / B times the mean of f_e over the sequences. "
+        "So within one sequence the first pushes away from the sequence's own favourites.",
+        _sequence_against_batch,
+        "In which terms of each of the two losses does one entry of P occur? What is it multiplied by?",
     ),
     "13.4": Exercise(
         "Two micro-batches have gradients of length 3 and 4, at a right angle. Their mean, clipped at 1, has length 1. "
@@ -175,6 +192,8 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         number(1.0, 1e-9),
         "A token gives expert e its gate times what it would give the dense network. What do the gates add up to?",
         1.0,
+        "Take one token and compare the gradient of one copy with the gradient of the dense network. What does the "
+        "gate do?",
     ),
     "14.2": Exercise(
         "K = 1, identical experts. c = <d_y, h> is the same for whatever expert is chosen. Write the gradient of the "
@@ -182,6 +201,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_volume, (5,), ()),
         "The gate is p_s, with s the largest. c p_s ([s = e] - p_e).",
         _volume,
+        "Which gate does a token have here? Differentiate it in the chosen logit, then in the others.",
     ),
     "14.3": Exercise(
         "Later the experts have parted: the K chosen ones answer h, [3, 4], with gates g = softmax(z), z [3]. Write a "
@@ -189,6 +209,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_parted, (3,), (3, 4), (4,)),
         "d_g = h d_y, one number for each expert. Then the softmax's rule. If all rows of h were equal, it would be 0.",
         _parted,
+        "Go back in two steps: from d_y to each gate, and from the gates to the logits.",
     ),
     "15.1": Exercise(
         "Probabilities 0.5, 0.3, 0.15, 0.05, and top-p = 0.7. After the filter, what is the probability of the first "
@@ -196,6 +217,8 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         number(0.625),
         "0.5 does not reach 0.7; 0.5 + 0.3 does. Two tokens stay.",
         0.625,
+        "Add up the probabilities in order. Which tokens stay, and what must be done so that they are "
+        "probabilities again?",
     ),
     "15.2": Exercise(
         "p = softmax(u) is the law of the large model, q = softmax(v) that of the draft. Write a function of (u, v), "
@@ -203,6 +226,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_acceptance, (6,), (6,)),
         "The sum over x of q_x min(1, p_x / q_x), which is min(p_x, q_x).",
         _acceptance,
+        "A token is proposed with one probability, and then accepted with another. Add up over all tokens.",
     ),
     "15.3": Exercise(
         "A proposal is accepted with probability 0.8, and a round proposes 4. How many tokens does a round give, on "
@@ -210,12 +234,14 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         number(3.3616),
         "1 + a + a^2 + a^3 + a^4.",
         3.3616,
+        "A round always gives one token. When does it give a second one, and a third?",
     ),
     "15.4": Exercise(
         "Write a function of (u, v), as in 15.2, that gives the residual law from which a rejected token is replaced.",
         function(_residual, (6,), (6,)),
         "The part of p that is above q, divided by its sum.",
         _residual,
+        "Accepted proposals already cover a part of p. What is left of it?",
     ),
     "16.1": Exercise(
         "E = 8, K = 2, perfect balance. A program takes f as choices per token (it adds up to K). What does its "
@@ -223,6 +249,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         number(2.0),
         "f_e = K / E and P_e = 1 / E, for each of the E experts; E times the sum of f P.",
         2.0,
+        "At perfect balance all experts are alike. What are f and P of one expert?",
     ),
     "16.2": Exercise(
         "Write a function of I, [5], that gives the gradient of the importance loss E Q / S^2 - 1 in I. S is the sum "
@@ -230,6 +257,7 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         function(_importance, (5,)),
         "The quotient rule: 2 E I / S^2 - 2 E Q / S^3.",
         _importance,
+        "S and Q both depend on I. Which rule differentiates a quotient?",
     ),
     "16.3": Exercise(
         "Two experts, K = 1, and every token gives p = (0.52, 0.48). The bias begins at 0, and its rate is 0.005. "
@@ -237,5 +265,6 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         number(5.0, 1e-9),
         "Each step moves the two apart by 2 rate = 0.01. The gap is 0.04; at an exact tie the first expert is taken.",
         5.0,
+        "By how much does one step move each of the two biases, and in which direction? How large is the gap at first?",
     ),
 }

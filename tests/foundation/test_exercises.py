@@ -1,6 +1,7 @@
 """Every exercise takes its solution and no other answer, and answers anything at all with its hint."""
 
 import math
+import re
 from collections import Counter
 
 import jax
@@ -10,10 +11,7 @@ import pytest
 
 from foundation import exercises, router
 from foundation.lessons.questions import EXERCISES
-
-SHORT_COURSE = {"0", "2", "4", "8", "9", "13"}
-"""Chapters of the short course in foundation/README.md."""
-
+from foundation.micro_batches import grouped_balance_forward
 
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,16 +46,28 @@ def test_any_answer_of_any_type_gets_the_hint(number: str, capsys: pytest.Captur
     assert len(said) == len(junk)
     for line in said:
         assert line.startswith(f"{number}: not yet. ")
-    first = EXERCISES[number].first_hint
-    assert said[0].endswith(f"Hint: {first}" if first else "A second wrong answer gets a hint.")
+    assert said[0].endswith(f"Hint: {EXERCISES[number].first_hint}")
     assert EXERCISES[number].hint not in said[0]
     for line in said[1:]:
         assert line.endswith("Hint: " + EXERCISES[number].hint)
 
 
-@pytest.mark.parametrize("number", [n for n in EXERCISES if n.split(".")[0] in SHORT_COURSE])
-def test_the_short_course_has_hints_of_two_levels(number: str) -> None:
-    assert EXERCISES[number].first_hint
+FORMULA = re.compile(r"[*/^=+]| - |sqrt|exp\(|log\(|\bln\b")
+"""Signs of a formula."""
+
+
+@pytest.mark.parametrize("number", EXERCISES)
+def test_the_first_hint_says_what_to_look_at_and_no_formula(number: str) -> None:
+    """One to three plain sentences. What they hold of formulas stands in the question already."""
+    exercise = EXERCISES[number]
+    own = exercise.first_hint
+    assert 1 <= len(re.findall(r"[.?](?= |$)", own)) <= 3
+    assert len(own.split()) >= 5
+    for word in re.findall(r"\S+(?: [-+*/=^] \S+)*", own):
+        assert not FORMULA.search(word) or word.strip(".?,") in exercise.question, word
+    assert own not in exercise.hint
+    if not callable(exercise.solution):
+        assert f"{exercise.solution:g}" not in re.findall(r"[\d.]*\d", own)
 
 
 FUNCTIONS = [n for n, exercise in EXERCISES.items() if callable(exercise.solution)]
@@ -97,6 +107,33 @@ def test_balance_by_squared_shares_against_autodiff() -> None:
         return 6 * jnp.sum(f**2 * jnp.mean(jax.nn.softmax(z), axis=0))
 
     np.testing.assert_allclose(exercises.solution("8.4")(z, f), jax.grad(loss)(z), atol=1e-14)
+
+
+def test_weights_under_perplexity_against_autodiff() -> None:
+    """Exercise 13.2, from a perplexity that is computed from all tokens."""
+    counts, means = jnp.array([3, 1, 4]), jax.random.normal(jax.random.key(3), (3,), jnp.float64)
+    off = jax.random.normal(jax.random.key(4), (8,), jnp.float64)
+    own = jnp.repeat(jnp.arange(3), counts, total_repeat_length=8)
+    off -= (jnp.zeros(3).at[own].add(off) / counts)[own]  # each micro-batch keeps its mean
+
+    def perplexity(means: jax.Array) -> jax.Array:
+        return jnp.exp(jnp.mean(means[own] + off))
+
+    np.testing.assert_allclose(exercises.solution("13.2")(means, counts), jax.grad(perplexity)(means), rtol=1e-14)
+
+
+def test_balance_by_sequence_against_batch_against_autodiff() -> None:
+    """Exercise 13.3, with both losses of the chapter, from probabilities and choices."""
+    probs = jax.nn.softmax(jax.random.normal(jax.random.key(5), (6, 7, 4), jnp.float64))
+    chosen = jnp.argsort(-probs)[..., :2]
+    f = jnp.stack([router.choice_share(c[None], 4, probs.dtype)[0] for c in chosen])
+
+    def difference(moved: jax.Array) -> jax.Array:
+        moved_probs = probs + moved[:, None]
+        by_sequence, by_batch = (grouped_balance_forward(moved_probs, chosen, groups)[0] for groups in (6, 1))
+        return by_sequence - by_batch
+
+    np.testing.assert_allclose(exercises.solution("13.3")(f), jax.grad(difference)(jnp.zeros((6, 4))), atol=1e-14)
 
 
 @pytest.mark.parametrize(
