@@ -1,5 +1,6 @@
 """Sphinx's settings. `book/build.py` puts the sources together and starts Sphinx."""
 
+import os
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -12,6 +13,14 @@ language = "en"
 extensions = ["myst_nb", "autodoc2", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
+REPOSITORY = os.environ.get("MOE_JAX_REPOSITORY", "").rstrip("/")
+"""Public address of the repository, such as https://github.com/owner/name. Without it no page has a Colab button."""
+if REPOSITORY:
+    html_theme_options |= {
+        "repository_url": REPOSITORY,
+        "repository_branch": "main",
+        "launch_buttons": {"colab_url": "https://colab.research.google.com"},
+    }
 html_static_path = [str(ROOT / "book" / "static")]
 html_css_files = ["book.css"]
 html_show_sourcelink = html_copy_source = False

@@ -3,6 +3,7 @@
 `make book` itself is run by `.ci/run`.
 """
 
+import runpy
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,15 @@ def test_a_link_without_a_page_and_an_anchor_without_a_place_are_found(tmp_path:
         '<p id="there"><a href="../a.html#here"></a><a href="#gone"></a><img src="no.png"><a href="../a.html#no"></a>'
     )
     assert broken_links(tmp_path) == ["b/c.html: #gone", "b/c.html: no.png", "b/c.html: ../a.html#no"]
+
+
+def test_a_public_address_gives_the_notebooks_a_colab_button(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MOE_JAX_REPOSITORY", raising=False)
+    without = runpy.run_path(str(ROOT / "book" / "conf.py"))["html_theme_options"]
+    assert not {"launch_buttons", "repository_url"} & set(without)
+    monkeypatch.setenv("MOE_JAX_REPOSITORY", "https://github.com/owner/name/")
+    options = runpy.run_path(str(ROOT / "book" / "conf.py"))["html_theme_options"]
+    assert options.pop("launch_buttons") == {"colab_url": "https://colab.research.google.com"}
+    assert options.pop("repository_url") == "https://github.com/owner/name"
+    assert options.pop("repository_branch") == "main"
+    assert options == without
