@@ -172,7 +172,6 @@ def _parts(name: str, ours: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
 
 def _case(check: Any, challenge: Challenge, names: list[str]) -> tuple[tuple, tuple, list[Any]]:
     """(arguments of the learner's function, right results, arrays that may explain a mistake) of one check."""
-    import jax
 
     from foundation import parity
 
@@ -181,7 +180,7 @@ def _case(check: Any, challenge: Challenge, names: list[str]) -> tuple[tuple, tu
         _, right = parity.both_answers(check)
         return arguments, right if isinstance(right, tuple) else (right,), _known(names, check.inputs, (), ())
     out, cache = check.forward(*check.inputs)
-    d_out = parity.random_like(jax.random.key(0), out)
+    d_out = parity.random_like(0, out)
     arguments = (*d_out, cache) if challenge.spread else (d_out, cache)
     return arguments, parity.gradient_by_autodiff(check, d_out), _known(names, check.inputs, d_out, cache)
 

@@ -58,7 +58,7 @@ def two_points(f: Callable[..., jax.Array], inputs: tuple, h: float = 3e-6) -> A
 def test_two_points_would_pass_as_well(operation: str) -> None:
     check = next(iter(checks.checks_of(operation)))
     out, cache = check.forward(*check.inputs)
-    d_out = parity.random_like(jax.random.key(0), out)
+    d_out = parity.random_like(0, out)
     by_hand = check.backward(d_out, cache)
     by_hand = by_hand if isinstance(by_hand, tuple) else (by_hand,)
     scalar = jax.jit(lambda *inputs: parity.inner_product(d_out, check.forward(*inputs)[0]))

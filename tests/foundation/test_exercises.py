@@ -13,6 +13,7 @@ from foundation import exercises, router
 from foundation.lessons.questions import EXERCISES
 from foundation.micro_batches import grouped_balance_forward
 
+
 @pytest.fixture(autouse=True)
 def nothing_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exercises, "_WRONG", Counter())
