@@ -31,7 +31,7 @@ def compilations(config: RunConfig, params: Params, batch_size: int) -> Certific
         "step": trainer.step,
         "evaluation": evaluation,
         "prefill": decoder.prefill,
-        "decoding": decoder.advance,
+        "decoding": decoder.write,
     }
     counts = {name: program._cache_size() for name, program in programs.items()}  # pyright: ignore
     return Certificate(

@@ -1,4 +1,7 @@
-"""Prefill, cached decoding and sampling, one compiled program each, and the stream of tokens that they generate.
+"""Prefill, and a loop of sampling and cached decoding, one compiled program each, and the tokens that they generate.
+
+The loop writes several tokens before the host sees them. Waiting for the host after each token would take longer than
+the token itself does in a small model (`benchmarks/trials.md`, 59 to 61).
 
 Chapter 12 of `foundation` derives what the cache may hold, and why generation drops no token.
 """
@@ -22,6 +25,10 @@ type Spread = Callable[[Callable[..., Any]], Callable[..., Any]]
 """Turns a function of (parameters, ...) into the same function on several devices."""
 
 
+TOKENS_AT_ONCE = 8
+"""Most tokens that a call of `Decoder.write` writes. A person sees them appear together, within milliseconds."""
+
+
 class DecodeState(NamedTuple):
     """The state of a generation between two tokens, on the device."""
 
@@ -32,6 +39,16 @@ class DecodeState(NamedTuple):
     """Position of the next token."""
     seen: Bool[Array, "B V"]
     """Tokens that the repetition penalty applies to."""
+
+
+class Written(NamedTuple):
+    """What a call of `write` has written."""
+
+    state: DecodeState
+    """After the last token."""
+    tokens: Int[Array, " N"]
+    """The tokens. Those behind `count` mean nothing."""
+    count: Int[Array, ""]
 
 
 class Decoder:
@@ -53,6 +70,7 @@ class Decoder:
         self.draw = jax.jit(partial(draw, vocab_size))
         self.prefill = jax.jit(spread(partial(prefill, graphdef)))
         self.advance = jax.jit(spread(partial(advance, graphdef)), donate_argnums=1)
+        self.write = jax.jit(spread(partial(write, graphdef, vocab_size)), donate_argnums=1)
 
     def stream(
         self,
@@ -69,31 +87,28 @@ class Decoder:
         The prompt must have at least one token. Once the context is full, its later half becomes a new prompt, so a
         text can be longer than T. Token n is drawn with fold_in(key, n), so `limit` does not change the tokens.
         """
-        context = list(prompt)[-self.seq_len :]
+        settings, context = settings.in_own_types(), list(prompt)[-self.seq_len :]
         # The separator begins a prompt and also ends a text. It gets no repetition penalty, or texts would not end.
         state = self._start(params, context, [token for token in prompt if token != stop])
         n = 0
         while n < limit:
-            token = self.draw(state.logits, settings, state.seen, jax.random.fold_in(key, n))
-            chosen, n = int(token[0]), n + 1
-            if chosen == stop:
-                return
-            yield chosen
-            context.append(chosen)
-            if len(context) > self.seq_len:
-                context = context[-(self.seq_len // 2) :]
-                seen = state.seen.at[0, chosen].set(True)
-                state = self._start(params, context, ())._replace(seen=seen)
-                continue
-            state, further = self._append(params, state, context, settings, key, n)
-            for chosen in further[: limit - n]:
-                if chosen == stop:
+            room = self.seq_len - len(context)
+            if room:
+                state, tokens = self._write(params, state, context, settings, key, n, min(room, limit - n), stop)
+            else:
+                tokens = [int(self.draw(state.logits, settings, state.seen, jax.random.fold_in(key, n))[0])]
+            for token in tokens:
+                if token == stop:
                     return
-                yield chosen
-                context.append(chosen)
-                n += 1
+                yield token
+            n += len(tokens)
+            context += tokens
+            if not room:
+                context = context[-(self.seq_len // 2) :]
+                seen = state.seen.at[0, tokens[0]].set(True)
+                state = self._start(params, context, ())._replace(seen=seen)
 
-    def _append(
+    def _write(
         self,
         params: Params,
         state: DecodeState,
@@ -101,10 +116,15 @@ class Decoder:
         settings: Sampling,
         key: Key[Array, ""],
         number: int,
-    ) -> tuple[DecodeState, Sequence[int]]:
-        """Append the last token of the context to the state. Returns the state, and the tokens that are known to
-        follow: none here. The next token is drawn with fold_in(key, number)."""
-        return self.advance(params, state, np.array(context[-1:], np.int32)), ()
+        most: int,
+        stop: int,
+    ) -> tuple[DecodeState, list[int]]:
+        """Draw tokens, at least one and at most `most`, and append them to the state. `stop` is the last one if it is
+        among them. Token number n of the text is drawn with fold_in(key, n), from n = `number` on. `context` are the
+        tokens so far."""
+        count = np.int32(min(most, TOKENS_AT_ONCE))
+        written = self.write(params, state, settings, key, np.int32(number), count, np.int32(stop))
+        return written.state, np.asarray(written.tokens)[: int(written.count)].tolist()
 
     def _start(self, params: Params, context: Sequence[int], seen: Sequence[int]) -> DecodeState:
         tokens = np.zeros((1, self.seq_len), np.int32)
@@ -136,3 +156,31 @@ def advance(graphdef: nnx.GraphDef, params: Params, state: DecodeState, token: I
     logits, _, cache = merge(graphdef, params).decode(token, state.cache, state.position)
     seen = state.seen | jax.nn.one_hot(token, logits.shape[-1], dtype=bool)
     return DecodeState(logits, cache, state.position + 1, seen)
+
+
+def write(
+    graphdef: nnx.GraphDef,
+    vocab_size: int,
+    params: Params,
+    state: DecodeState,
+    settings: Sampling,
+    key: Key[Array, ""],
+    number: Int[Array, ""],
+    most: Int[Array, ""],
+    stop: Int[Array, ""],
+) -> Written:
+    """Draw tokens and append them, in a loop on the device: `most` of them (1 to TOKENS_AT_ONCE), or those up to
+    `stop`, which is appended too. The first is token `number` of the text. For a state of one row."""
+
+    def goes_on(written: Written) -> Bool[Array, ""]:
+        ended = (written.count > 0) & (written.tokens[written.count - 1] == stop)
+        return (written.count < most) & ~ended
+
+    def one_more(written: Written) -> Written:
+        state, tokens, count = written
+        token = draw(vocab_size, state.logits, settings, state.seen, jax.random.fold_in(key, number + count))
+        state = advance(graphdef, params, state, token)
+        return Written(state, tokens.at[count].set(token[0]), count + 1)
+
+    nothing = Written(state, jnp.zeros(TOKENS_AT_ONCE, jnp.int32), jnp.int32(0))
+    return jax.lax.while_loop(goes_on, one_more, nothing)

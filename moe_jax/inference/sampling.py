@@ -26,6 +26,10 @@ class Sampling(NamedTuple):
     """For tokens seen before: positive logits are divided by it, negative logits are multiplied (Keskar et al. 2019); 1
     is off."""
 
+    def in_own_types(self) -> "Sampling":
+        """The same settings, with a float where `temperature=0` gave a whole number: jit would compile anew for it."""
+        return Sampling(*(type(own)(value) for own, value in zip(Sampling(), self, strict=True)))
+
 
 def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
     """The logits after penalty and temperature, with -inf for every token that a filter (top-k, top-p, min-p) excludes.

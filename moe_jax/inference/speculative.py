@@ -85,7 +85,7 @@ class SpeculativeDecoder(Decoder):
         self.verify(params, state, tokens, np.int32(0), Sampling(), jax.random.key(0), np.int32(0))
         self.tally = Tally()
 
-    def _append(
+    def _write(
         self,
         params: Params,
         state: DecodeState,
@@ -93,17 +93,23 @@ class SpeculativeDecoder(Decoder):
         settings: Sampling,
         key: Key[Array, ""],
         number: int,
-    ) -> tuple[DecodeState, Sequence[int]]:
-        """The same, with the accepted guesses as further tokens."""
+        most: int,
+        stop: int,
+    ) -> tuple[DecodeState, list[int]]:
+        """The same: one token, and the guesses that were accepted behind it. The state may be further by guesses that
+        are not returned, because `most` ends the text before them."""
+        token = int(self.draw(state.logits, settings, state.seen, jax.random.fold_in(key, number))[0])
+        if token == stop:
+            return state, [token]
         self.tally.passes += 1
-        draft = lookup_draft(context, self.guesses)
-        if not draft or len(context) + self.guesses > self.seq_len:  # no place for all keys and values
-            return super()._append(params, state, context, settings, key, number)
-        tokens = np.array([[context[-1], *draft, *[0] * (self.guesses - len(draft))]], np.int32)
-        state, accepted = self.verify(params, state, tokens, np.int32(len(draft)), settings, key, np.int32(number))
+        draft = lookup_draft([*context, token], self.guesses)
+        if not draft or len(context) + 1 + self.guesses > self.seq_len:  # no place for all keys and values
+            return self.advance(params, state, np.array([token], np.int32)), [token]
+        tokens = np.array([[token, *draft, *[0] * (self.guesses - len(draft))]], np.int32)
+        state, accepted = self.verify(params, state, tokens, np.int32(len(draft)), settings, key, np.int32(number + 1))
         self.tally.guessed += len(draft)
         self.tally.accepted += int(accepted)
-        return state, draft[: int(accepted)]
+        return state, [token, *draft[: int(accepted)]][:most]
 
 
 def verify(

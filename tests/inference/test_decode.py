@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.inference.decode import Decoder
+from moe_jax.inference.decode import TOKENS_AT_ONCE, Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
@@ -98,7 +98,7 @@ def test_one_program_each() -> None:
         for _ in decoder.stream(params, prompt, settings=GREEDY, key=jax.random.key(0), stop=NEVER, limit=12):
             pass
     assert decoder.prefill._cache_size() == 1
-    assert decoder.advance._cache_size() == 1
+    assert decoder.write._cache_size() == 1
     assert jnp.isfinite(decoder.prefill(params, np.zeros((1, tiny.T), np.int32), np.int32(1)).logits).all()
 
 
@@ -106,21 +106,50 @@ def test_no_token_copies_the_cache() -> None:
     """Its one new place is written where the cache lies: the compiled program has no copy of an array of its shape."""
     _, params, decoder = model()
     state = decoder.prefill(params, np.zeros((1, tiny.T), np.int32), np.int32(1))
-    program = decoder.advance.lower(params, state, jnp.zeros(1, jnp.int32)).compile().as_text()
+    one = decoder.advance.lower(params, state, jnp.zeros(1, jnp.int32))
+    several = decoder.write.lower(params, state, GREEDY, jax.random.key(0), np.int32(0), np.int32(3), np.int32(NEVER))
     shape = ",".join(str(n) for n in state.cache[0].key.shape)
-    assert re.search(rf"f32\[{shape}\]\S* (parameter|fusion)\(", program), "the cache is not in the program at all"
-    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", program)
+    for program in (one.compile().as_text(), several.compile().as_text()):
+        assert re.search(rf"f32\[{shape}\]\S* (parameter|fusion)\(", program), "the cache is not in the program at all"
+        assert not re.findall(rf"f32\[{shape}\]\S* copy\(", program)
 
 
 def test_the_penalty_does_not_hold_off_the_end_of_a_story() -> None:
     """The separator that a prompt begins with is also the end: unlike other tokens of the prompt it is not seen."""
-    draws = []
+    seen = []
     graphdef, params, _ = model()
     decoder = Decoder(graphdef, tiny.T, tiny.V)
-    draw, decoder.draw = decoder.draw, lambda *given: draws.append(np.flatnonzero(given[2][0]).tolist()) or draw(*given)
+    write = decoder.write
+    decoder.write = lambda *given: seen.append(np.flatnonzero(given[1].seen[0]).tolist()) or write(*given)
     settings = Sampling(temperature=0.0, repetition_penalty=1.5)
     list(decoder.stream(params, [3, 5, 6], settings=settings, key=jax.random.key(0), stop=3, limit=1))
-    assert draws == [[5, 6]]
+    assert seen == [[5, 6]]
+
+
+def test_a_call_writes_as_many_tokens_as_it_is_asked_for_and_none_after_the_stop() -> None:
+    """Drawn and appended one by one, with the random numbers of their places in the text."""
+    _, params, decoder = model()
+    key, begin = jax.random.key(2), lambda: decoder.prefill(params, np.ones((1, tiny.T), np.int32), np.int32(1))
+    state, expected = begin(), []
+    settings = Sampling(temperature=1.0, repetition_penalty=1.2)
+    for n in range(5, 5 + TOKENS_AT_ONCE):
+        expected.append(int(decoder.draw(state.logits, settings, state.seen, jax.random.fold_in(key, n))[0]))
+        state = decoder.advance(params, state, np.array(expected[-1:], np.int32))
+
+    def written(most: int, stop: int) -> tuple[list[int], int]:
+        found = decoder.write(params, begin(), settings, key, np.int32(5), np.int32(most), np.int32(stop))
+        return found.tokens[: int(found.count)].tolist(), int(found.state.position)
+
+    assert [written(most, NEVER) for most in (1, 3, 8)] == [(expected[:most], 1 + most) for most in (1, 3, 8)]
+    end = next(n for n in range(2, 8) if expected[n] not in expected[:n])
+    assert written(8, expected[end]) == (expected[: end + 1], 2 + end)
+
+
+def test_whole_numbers_as_settings_compile_nothing_more() -> None:
+    decoder = model()[2]
+    before = decoder.write._cache_size()
+    assert stream([1, 2], settings=Sampling(temperature=0)) == stream([1, 2], settings=GREEDY)
+    assert decoder.write._cache_size() == max(before, 1)
 
 
 def test_tokens_of_a_padded_vocabulary_are_never_drawn() -> None:

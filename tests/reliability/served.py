@@ -9,9 +9,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.inference.decode import Decoder
+from moe_jax.inference.decode import Decoder, DecodeState
 from moe_jax.inference.sampling import Sampling
 from moe_jax.runs.load import open_run
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -73,7 +75,7 @@ class Generated(NamedTuple):
 
 
 class Oracle:
-    """The one-row decoder of `generate`, and how near a tie was."""
+    """The texts of `generate`, drawn and appended token by token; and how near a tie was."""
 
     def __init__(self, run: Path) -> None:
         loaded = open_run(run)
@@ -90,27 +92,30 @@ class Oracle:
             float(fields.get("min_p", 0.0)),
             float(fields["repetition_penalty"]),
         )
-        draws: list[tuple[Any, ...]] = []
-        draw = self._decoder.draw
+        key, stop = purpose_key(fields["seed"], Purpose.SAMPLE, number), self.tokenizer.separator_id
+        context, tokens, draws = prompt[-self.seq_len :], [], []
+        state = self._read(context, [token for token in prompt if token != stop])
+        while len(tokens) < fields["max_tokens"]:
+            draws.append((state.logits, settings, state.seen, jax.random.fold_in(key, len(tokens))))
+            token = int(self._decoder.draw(*draws[-1])[0])
+            if token == stop:
+                return Generated(tokens, True, draws)
+            tokens.append(token)
+            context = [*context, token]
+            if len(context) > self.seq_len:
+                context = context[-(self.seq_len // 2) :]
+                state = self._read(context, [])._replace(seen=state.seen.at[0, token].set(True))
+            else:
+                kept = jax.tree.map(jnp.copy, state)  # its memory is given away
+                state = self._decoder.advance(self._params, kept, np.array([token], np.int32))
+        return Generated(tokens, False, draws)
 
-        def noted(*arguments: Any) -> Any:
-            draws.append(arguments)
-            return draw(*arguments)
-
-        self._decoder.draw = noted
-        try:
-            stream = self._decoder.stream(
-                self._params,
-                prompt,
-                settings=settings,
-                key=purpose_key(fields["seed"], Purpose.SAMPLE, number),
-                stop=self.tokenizer.separator_id,
-                limit=fields["max_tokens"],
-            )
-            tokens = list(stream)
-        finally:
-            self._decoder.draw = draw
-        return Generated(tokens, len(draws) > len(tokens), draws)
+    def _read(self, tokens: list[int], seen: list[int]) -> DecodeState:
+        """The state after a prompt."""
+        padded = np.zeros((1, self.seq_len), np.int32)
+        padded[0, : len(tokens)] = tokens
+        state = self._decoder.prefill(self._params, padded, np.int32(len(tokens)))
+        return state._replace(seen=state.seen.at[0, np.array(seen, np.int32)].set(True))
 
     def was_near(self, draw: tuple[Any, ...], other: int) -> bool:
         """Whether a token was a tie with another one: a change of the logits by NEAR lets the other win."""
@@ -125,9 +130,4 @@ class Oracle:
 
     def logprobs(self, tokens: list[int]) -> list[float]:
         """Of each token after the first, given those before it. The beginnings are read one by one."""
-        found = []
-        for n in range(1, len(tokens)):
-            read = np.zeros((1, self.seq_len), np.int32)
-            read[0, :n] = tokens[:n]
-            found.append(self.logprob(self._decoder.prefill(self._params, read, np.int32(n)).logits, tokens[n]))
-        return found
+        return [self.logprob(self._read(tokens[:n], []).logits, tokens[n]) for n in range(1, len(tokens))]

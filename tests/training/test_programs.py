@@ -108,7 +108,7 @@ def compilations(session: Session) -> dict[str, int]:
         "step": session.programs.step,
         "evaluation": session.programs.evaluation,
         "prefill": session.decoder.prefill,
-        "decoding": session.decoder.advance,
+        "decoding": session.decoder.write,
     }
     return {name: program._cache_size() for name, program in programs.items()}  # pyright: ignore
 
