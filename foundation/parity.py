@@ -213,7 +213,7 @@ def max_relative_error(ours: Any, reference: Any) -> float:
     return float(np.max(errors, initial=0.0))  # Python's max would pass over a NaN
 
 
-def _largest(leaf: np.ndarray) -> float:
+def _largest(leaf: np.ndarray | np.generic) -> float:
     return float(np.max(np.abs(leaf))) if leaf.size else 0.0
 
 
