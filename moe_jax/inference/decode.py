@@ -47,8 +47,8 @@ class Written(NamedTuple):
     state: DecodeState
     """After the last token."""
     tokens: Int[Array, " N"]
-    """The tokens. Those behind `count` mean nothing."""
-    count: Int[Array, ""]
+    """The tokens. Those behind the first `length` mean nothing."""
+    length: Int[Array, ""]
 
 
 class Decoder:
@@ -124,7 +124,7 @@ class Decoder:
         tokens so far."""
         count = np.int32(min(most, TOKENS_AT_ONCE))
         written = self.write(params, state, settings, key, np.int32(number), count, np.int32(stop))
-        return written.state, np.asarray(written.tokens)[: int(written.count)].tolist()
+        return written.state, np.asarray(written.tokens)[: int(written.length)].tolist()
 
     def _start(self, params: Params, context: Sequence[int], seen: Sequence[int]) -> DecodeState:
         tokens = np.zeros((1, self.seq_len), np.int32)
@@ -173,14 +173,14 @@ def write(
     `stop`, which is appended too. The first is token `number` of the text. For a state of one row."""
 
     def goes_on(written: Written) -> Bool[Array, ""]:
-        ended = (written.count > 0) & (written.tokens[written.count - 1] == stop)
-        return (written.count < most) & ~ended
+        ended = (written.length > 0) & (written.tokens[written.length - 1] == stop)
+        return (written.length < most) & ~ended
 
     def one_more(written: Written) -> Written:
-        state, tokens, count = written
-        token = draw(vocab_size, state.logits, settings, state.seen, jax.random.fold_in(key, number + count))
+        state, tokens, length = written
+        token = draw(vocab_size, state.logits, settings, state.seen, jax.random.fold_in(key, number + length))
         state = advance(graphdef, params, state, token)
-        return Written(state, tokens.at[count].set(token[0]), count + 1)
+        return Written(state, tokens.at[length].set(token[0]), length + 1)
 
     nothing = Written(state, jnp.zeros(TOKENS_AT_ONCE, jnp.int32), jnp.int32(0))
     return jax.lax.while_loop(goes_on, one_more, nothing)

@@ -28,7 +28,8 @@ class Sampling(NamedTuple):
 
     def in_own_types(self) -> "Sampling":
         """The same settings, with a float where `temperature=0` gave a whole number: jit would compile anew for it."""
-        return Sampling(*(type(own)(value) for own, value in zip(Sampling(), self, strict=True)))
+        top_p, min_p, penalty = float(self.top_p), float(self.min_p), float(self.repetition_penalty)
+        return Sampling(float(self.temperature), int(self.top_k), top_p, min_p, penalty)
 
 
 def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:

@@ -138,7 +138,7 @@ def test_a_call_writes_as_many_tokens_as_it_is_asked_for_and_none_after_the_stop
 
     def written(most: int, stop: int) -> tuple[list[int], int]:
         found = decoder.write(params, begin(), settings, key, np.int32(5), np.int32(most), np.int32(stop))
-        return found.tokens[: int(found.count)].tolist(), int(found.state.position)
+        return found.tokens[: int(found.length)].tolist(), int(found.state.position)
 
     assert [written(most, NEVER) for most in (1, 3, 8)] == [(expected[:most], 1 + most) for most in (1, 3, 8)]
     end = next(n for n in range(2, 8) if expected[n] not in expected[:n])
