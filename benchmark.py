@@ -5,7 +5,7 @@
     uv run benchmark.py decode    prefill and cached decoding, and the machine's memory bandwidth
     uv run benchmark.py pipeline  tokenizing, batches, saving and restoring a checkpoint (in TMPDIR)
     uv run --extra gpu-plan benchmark.py memory    the settings that fit a 4 GB card, compiled without the card
-    uv run --extra gpu-plan benchmark.py gpu       each part on a card: predicted, and measured if the card is here
+    uv run --extra gpu-plan benchmark.py gpu       each part on a card: predicted time, and measured time
     uv run --extra peers benchmark.py peers        Mixtral of Hugging Face transformers, in PyTorch
     uv run benchmark.py serve     16 texts at once beside one, and the wait of a late one
     uv run benchmark.py           all suites whose extras are installed

@@ -1,7 +1,7 @@
-"""`benchmark.py gpu`: each part on a card, predicted by the roofline beside measured; and what else the card must get
-right.
+"""`benchmark.py gpu`: the time of each part on a card, as the roofline predicts it and as the card takes it; the memory
+of a step; and gradients, compared with those of the processor.
 
-Without a card nothing is measured: the parts are compiled for a described card, and the predictions stand alone.
+Without a card nothing is measured: the parts are compiled for a described card, and only predictions are printed.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import numpy as np
 from rich.console import Console
 
 from moe_jax.benchmarks.card_parts import Part, parts
-from moe_jax.config import ExecutionConfig, RunConfig
+from moe_jax.config import ConfigError, ExecutionConfig, RunConfig
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.transformer import Params, merge
 from moe_jax.planning import search
@@ -38,17 +38,21 @@ class Row(NamedTuple):
     @property
     def ratio(self) -> float | None:
         """Measured over predicted."""
-        return self.measured / self.predicted if self.measured and self.predicted else None
+        return ratio(self.predicted, self.measured)
 
 
-def gpu(console: Console, config: RunConfig, name: str, rounds: int) -> dict[str, Any]:
-    """Predict each part for the card in this machine and measure it there; without one, predict for the card `name`.
+def gpu(console: Console, config: RunConfig, name: str, usual: str, rounds: int) -> dict[str, Any]:
+    """Predict each part for the card in this machine, and measure it there. Without a card in this machine, predict for
+    the card `name`, or for the card `usual` if `name` is empty.
 
-    The settings are those of `plan`: the first that fit the card.
+    The settings are those of `plan`: the first that fit the card. Raises ConfigError if a name is given although this
+    machine has a card.
     """
     device = jax.devices()[0]
     card = device if device.platform == "gpu" else None
-    target = load_target(name) if card is None else target_of_device(card)
+    if card is not None and name:
+        raise ConfigError(f"--gpu {name}: this machine has a card, {card.device_kind}, which is measured; leave it out")
+    target = load_target(name or usual) if card is None else target_of_device(card)
     console.print(_headline(target, card is not None), soft_wrap=True)
     plan = search.verdict(list(search.search(config, target)), target)
     chosen = plan.row.config
@@ -66,8 +70,10 @@ def gpu(console: Console, config: RunConfig, name: str, rounds: int) -> dict[str
     found["parts"] = {row.name: _beside(row.predicted, row.measured) for row in rows}
     if card is not None:
         found["gradients_beside_cpu"] = difference = gradients_beside_cpu(card)
-        console.print(f"gradients of nano in float32, beside this machine's processor: {difference:.1e} apart at most")
-    console.print("\nnext, on the card: `certify`, `plan --verify`, `verify-resume --deterministic`", soft_wrap=True)
+        console.print(
+            f"\ngradients of nano in float32: at most {difference:.1e} from those of this machine's processor"
+        )
+        console.print("next: uv run --extra cuda12 python -m moe_jax certify", soft_wrap=True)
     return found
 
 
@@ -89,9 +95,13 @@ def _row(part: Part, target: Target, card: Any, rounds: int) -> Row:
     return Row(part.group, part.name, predicted, 1e3 * seconds)
 
 
+def ratio(predicted: float | None, measured: float | None) -> float | None:
+    """Measured over predicted. None unless both are known."""
+    return measured / predicted if measured and predicted else None
+
+
 def _beside(predicted: float | None, measured: float | None) -> dict[str, float | None]:
-    ratio = measured / predicted if measured and predicted else None
-    return {"predicted": predicted, "measured": measured, "ratio": ratio}
+    return {"predicted": predicted, "measured": measured, "ratio": ratio(predicted, measured)}
 
 
 def heading(group: str, measured: bool) -> str:

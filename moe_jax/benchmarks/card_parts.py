@@ -1,5 +1,5 @@
 """The parts of `benchmark.py gpu`: small programs that test the assumptions of the roofline, then the parts of a layer,
-then the programs of a run. Each can be compiled for a card that is not there, and called on one that is.
+then the programs of a run. Each program can be compiled without the card, and timed on the card.
 """
 
 import dataclasses

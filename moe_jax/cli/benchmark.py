@@ -48,7 +48,7 @@ class Benchmark(Command):
         decode    prefill and cached decoding, and the memory bandwidth
         pipeline  tokenizing, batches, saving and restoring (in TMPDIR)
         memory    the settings that fit a 4 GB card (extra gpu-plan)
-        gpu       each part on a card: predicted, and measured if it is here
+        gpu       each part on a card: predicted time, and measured time
         peers     Mixtral of transformers, in PyTorch (extra peers)
         scaling   the training step with one size doubled at a time
         serve     16 texts at once beside one, and the wait of a late one
@@ -101,7 +101,7 @@ class Benchmark(Command):
             f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"
         )
         request = BenchmarkRequest(config, self.batch_size, self.rounds, self._quality(), self.uniform_routing)
-        runners = suite_runners(self.gpu or DEFAULT_GPU)
+        runners = suite_runners(self.gpu)
         results = {name: runners[name](console, request) for name in suites}
         settings: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}
         if self.uniform_routing:
@@ -184,7 +184,7 @@ def suite_runners(gpu: str) -> "dict[str, Callable[[Console, BenchmarkRequest], 
     return {
         **SUITES,
         "memory": lambda console, request: memory(console, request.config),
-        "gpu": lambda console, request: card.gpu(console, request.config, gpu, request.rounds),
+        "gpu": lambda console, request: card.gpu(console, request.config, gpu, DEFAULT_GPU, request.rounds),
     }
 
 

@@ -96,8 +96,8 @@ class SpeculativeDecoder(Decoder):
         most: int,
         stop: int,
     ) -> tuple[DecodeState, list[int]]:
-        """The same: one token, and the guesses that were accepted behind it. The state may be further by guesses that
-        are not returned, because `most` ends the text before them."""
+        """The same: one token, and the guesses that were accepted behind it. If `most` cuts
+        guesses off, the state holds them too: the text ends there, and the state is not used again."""
         token = int(self.draw(state.logits, settings, state.seen, jax.random.fold_in(key, number))[0])
         if token == stop:
             return state, [token]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from rich.console import Console
 from moe_jax.benchmarks import card, card_parts
 from moe_jax.cli import benchmark
 from moe_jax.cli.main import main, run_as
-from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.config import ConfigError, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.model.hardware import Card
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import load_target
@@ -100,6 +101,13 @@ def test_a_card_that_is_not_heeded_or_not_known_is_refused(
     assert problem in capsys.readouterr().err
 
 
+def test_a_named_card_beside_a_real_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = SimpleNamespace(platform="gpu", device_kind="NVIDIA GeForce RTX 3060")
+    monkeypatch.setattr(jax, "devices", lambda *_: [here])
+    with pytest.raises(ConfigError, match="--gpu h100-80gb: this machine has a card, NVIDIA GeForce RTX 3060"):
+        card.gpu(Console(file=io.StringIO()), CONFIG, "h100-80gb", "rtx3050-4gb", rounds=1)
+
+
 @pytest.mark.plan
 @pytest.mark.skipif(not environment.has_cuda_plugin(), reason="needs the extra `gpu-plan`")
 def test_predictions_without_the_card(small: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -108,7 +116,7 @@ def test_predictions_without_the_card(small: None, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(card_parts, "SIZES", (1024,))
     target, printed = load_target("rtx3050-4gb"), io.StringIO()
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=2, grad_accum=1))
-    found = card.gpu(Console(file=printed, width=200), config, "rtx3050-4gb", rounds=1)
+    found = card.gpu(Console(file=printed, width=200), config, "", "rtx3050-4gb", rounds=1)
     rates, times = Rates.of(target), found["parts"]
     by_hand = 8 * (2 * 1024**3 / rates.narrow + rates.launch)
     assert times["8 products of 1,024, float16"]["predicted"] == pytest.approx(1e3 * by_hand, rel=0.05)

@@ -4,7 +4,6 @@ import json
 import re
 import socket
 import subprocess
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
