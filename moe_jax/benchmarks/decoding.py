@@ -1,19 +1,23 @@
 """Calls to time: prefill, cached decoding, and uncached forward passes; and the memory that decoding must read."""
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
 
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.inference.decode import advance, prefill
+from moe_jax.inference.decode import TOKENS_AT_ONCE, Decoder, advance, prefill
+from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import Params, abstract_model, merge
+from moe_jax.system.timing import Measured
 
 
 class Model(NamedTuple):
@@ -27,8 +31,31 @@ class Model(NamedTuple):
         return cls(config, abstract_model(config, moe=moe)[0])
 
 
+def token_call(model: Model, params: Params) -> Callable[[], Measured]:
+    """Write the next tokens of one text, as `generate --temperature 0` does, and give the seconds of one of them.
+
+    Each call writes the same positions, from T/2 on: a benchmark may write more tokens than the context holds.
+    """
+    length, settings = model.config.seq_len, Sampling(temperature=0.0)
+    decoder = Decoder(model.graphdef, length, model.config.vocab_size)
+    half, count = np.int32(length // 2), np.int32(min(TOKENS_AT_ONCE, length - length // 2))
+    never, key = np.int32(-1), jax.random.key(0)
+    held = [decoder.prefill(params, jnp.ones((1, length), jnp.int32), half)]
+
+    def write() -> Measured:
+        begin = time.perf_counter()
+        state = held[0]._replace(position=jnp.asarray(half))
+        written = decoder.write(params, state, settings, key, np.int32(0), count, never)
+        held[0] = written.state
+        np.asarray(written.tokens)  # the host reads them
+        return Measured((time.perf_counter() - begin) / count)
+
+    return write
+
+
 class DecodeLoop:
-    """Each call decodes one token at position T/2 of the context, for each sequence of a batch."""
+    """Each call decodes one token at position T/2 of the context, for each sequence of a batch. The host waits for
+    every token."""
 
     def __init__(self, model: Model, params: Params, batch: int) -> None:
         length = model.config.seq_len

@@ -148,7 +148,7 @@ def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, 
         **trainers,
         "forward": decoding.forward_call(model, params, trainers["train-float32"].batch[0, :, :-1]),
         "prefill": decoding.prefill_call(model, params, shape.prompt),
-        "decode": decoding.DecodeLoop(model, params, 1),
+        "decode": decoding.token_call(model, params),
     }
     with peer(shape) as other:
         expected = totals(count_parameters(config.model)).total

@@ -57,11 +57,12 @@ def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     _, params = split(create(config.model, jax.random.key(0)))
     model = decoding.Model.of(config.model, request.moe)
     read, read_bytes = machine.memory_read_benchmark()
-    loops = {f"decode, batch {b}": decoding.DecodeLoop(model, params, b) for b in (1, 8, 32)}
+    batches = {f"decode, batch {b}": decoding.DecodeLoop(model, params, b) for b in (8, 32)}
     times = alternate(
         {
             "memory read": read,
-            **loops,
+            "decode, batch 1": decoding.token_call(model, params),
+            **batches,
             "prefill, 128 tokens": decoding.prefill_call(model, params, 128),
             "uncached forward, 4 tokens": decoding.uncached_call(model, params),
         },

@@ -119,6 +119,9 @@ def quantized_matmul(
         return product(x, matrix.astype(x.dtype), preferred_element_type=dtype or x.dtype)
 
     if len(x) <= FEW_ROWS:
+        # In a loop of many tokens the codes do not change, so XLA would convert all of them once before the loop. With
+        # the barrier the conversion waits for x, and each product reads the codes.
+        x, matrix = jax.lax.optimization_barrier((x, matrix))
         return jax.lax.platform_dependent(x, matrix, cpu=in_place, default=converted)
     if matrix.shape[-1] <= BLOCK:
         return converted(x, matrix)

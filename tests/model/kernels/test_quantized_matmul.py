@@ -147,3 +147,20 @@ def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool
         program = jax.jit(quantized_matmul).lower(x[None], matrix)
     codes = matrix.codes.nbytes // (2 if expert else 1)
     assert program.compile().memory_analysis().temp_size_in_bytes < (2 if expert else 1) * codes
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_products_in_a_loop_write_no_converted_matrix(bits: int) -> None:
+    """Nor does the program before the loop. So a loop that writes eight tokens reads the codes eight times."""
+    matrix, _ = random_matrix(bits, 64, 64)
+    matrix = jax.tree.map(lambda part: jnp.tile(part, 16), matrix)
+    head, _ = random_matrix(bits, 64, 1024)
+
+    def eight(x: jax.Array, matrix: QuantizedMatrix, head: QuantizedMatrix) -> jax.Array:
+        def token(_: object, x: jax.Array) -> jax.Array:
+            return quantized_matmul(x, head)[:, :64] + quantized_matmul(x, matrix)[:, :64]
+
+        return jax.lax.fori_loop(0, 8, token, x)
+
+    program = jax.jit(eight).lower(rows(1, 64), matrix, head).compile()
+    assert program.memory_analysis().temp_size_in_bytes < head.codes.nbytes + matrix.codes.nbytes
