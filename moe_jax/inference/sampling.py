@@ -32,41 +32,67 @@ class Sampling(NamedTuple):
         return Sampling(float(self.temperature), int(self.top_k), top_p, min_p, penalty)
 
 
+RANKED = 1024
+"""So many of the likeliest tokens are put in order at first. A filter seldom leaves more."""
+
+
 def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
     """The logits after penalty and temperature, with -inf for every token that a filter (top-k, top-p, min-p) excludes.
 
     Each filter is computed from the distribution after temperature, independently of the others. A token must pass all
     of them. The likeliest token passes every filter. Temperature 0 leaves only the likeliest token.
-
-    The filters need the tokens in order, and a large vocabulary takes milliseconds to sort. So they are computed only
-    if one of them is on.
     """
     penalised = jnp.where(logits > 0, logits / settings.repetition_penalty, logits * settings.repetition_penalty)
     logits = jnp.where(seen, penalised, logits)
-    greedy = jnp.asarray(settings.temperature) <= 0
-    logits = logits / jnp.where(greedy, 1.0, settings.temperature)
-    best = jax.nn.one_hot(logits.argmax(-1), logits.shape[-1], dtype=bool)  # of equals the lower id
+    return jax.lax.cond(_is_greedy(settings), _likeliest, partial(_tempered, settings), logits)
+
+
+def _is_greedy(settings: Sampling) -> Bool[Array, ""]:
+    return jnp.asarray(settings.temperature) <= 0
+
+
+def _likeliest(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    best = logits.argmax(-1, keepdims=True)  # of equals the lower id
+    return jnp.where(jnp.arange(logits.shape[-1]) == best, logits, -jnp.inf)
+
+
+def _tempered(settings: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    logits = logits / settings.temperature
     filtered = (settings.top_k > 0) | (settings.top_p < 1) | (settings.min_p > 0)
-    allowed = jax.lax.cond(
-        filtered & ~greedy, partial(_allowed, settings), lambda logits: jnp.full(logits.shape, ~greedy), logits
-    )
-    return jnp.where(allowed | best, logits, -jnp.inf)
+    return jax.lax.cond(filtered, partial(_filtered, settings), lambda logits: logits, logits)
 
 
-def _allowed(settings: Sampling, logits: Float[Array, "B V"]) -> Bool[Array, "B V"]:
-    """The tokens that pass all filters."""
-    order = jnp.argsort(-logits, axis=-1, stable=True)
-    rank = jnp.argsort(order, axis=-1)  # 0 for the likeliest; of equals the lower id
-    probs = jax.nn.softmax(logits, axis=-1)
-    descending = jnp.take_along_axis(probs, order, axis=-1)
-    mass_before = jnp.take_along_axis(jnp.cumsum(descending, axis=-1) - descending, rank, axis=-1)
-    allowed = (settings.top_k <= 0) | (rank < settings.top_k)
-    allowed &= (mass_before < settings.top_p) | (settings.top_p >= 1)
-    return allowed & (probs >= settings.min_p * descending[:, :1])
+def _filtered(settings: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
+    """The logits of the tokens that pass all filters.
+
+    The filters need the tokens in order of probability, and sorting a large vocabulary takes longer than computing its
+    logits. Each filter excludes all tokens from some rank on. So RANKED tokens are put in order, and all tokens only if
+    the last of these passes.
+    """
+    probs, few = jax.nn.softmax(logits, axis=-1), min(RANKED, logits.shape[-1])
+
+    def passing(count: int) -> tuple[Int[Array, "B count"], Bool[Array, "B count"]]:
+        """The `count` likeliest tokens, best first, and whether they pass."""
+        _, token = jax.lax.top_k(logits, count)  # of equals the lower id first
+        descending = jnp.take_along_axis(probs, token, axis=-1)
+        mass_before = jnp.cumsum(descending, axis=-1) - descending
+        passes = (settings.top_k <= 0) | (jnp.arange(count) < settings.top_k)
+        passes &= (mass_before < settings.top_p) | (settings.top_p >= 1)
+        return token, passes & (descending >= settings.min_p * descending[:, :1])
+
+    def left(token: Int[Array, "B count"], passes: Bool[Array, "B count"]) -> Float[Array, "B V"]:
+        passes = jnp.put_along_axis(jnp.zeros(logits.shape, bool), token, passes, axis=-1, inplace=False)
+        return jnp.where(passes, logits, -jnp.inf)
+
+    token, passes = passing(few)
+    more = passes[:, -1].any() & (few < logits.shape[-1])
+    return jax.lax.cond(more, lambda: left(*passing(logits.shape[-1])), lambda: left(token, passes))
 
 
 def sample(
     logits: Float[Array, "B V"], settings: Sampling, seen: Bool[Array, "B V"], key: Key[Array, ""]
 ) -> Int[Array, " B"]:
     """Draw one token for each row."""
-    return jax.random.categorical(key, adjusted_logits(logits, settings, seen), axis=-1)
+    adjusted = adjusted_logits(logits, settings, seen)
+    draw = lambda: jax.random.categorical(key, adjusted, axis=-1)  # noqa: E731
+    return jax.lax.cond(_is_greedy(settings), lambda: adjusted.argmax(-1), draw)

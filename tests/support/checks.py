@@ -293,6 +293,30 @@ def check_each_row_has_its_own_filters() -> None:
             np.testing.assert_allclose(together[row], alone[0], rtol=1e-6, err_msg=f"{changes}, row {row}")
 
 
+def check_filters_of_many_tokens() -> None:
+    """More tokens than are put in order at first: 3,000 in three rows, of which few, some and most pass. Each is
+    ranked by NumPy, equals by lower id."""
+    rng = np.random.default_rng(5)
+    logits = np.round(rng.normal(size=(3, 3000)) * [[6.0], [1.5], [0.2]], 1).astype(np.float32)
+    p = np.exp(np.float64(logits))
+    p /= p.sum(1, keepdims=True)
+    order = np.argsort(-p, axis=1, kind="stable")
+    rank = np.argsort(order, axis=1)
+    descending = np.take_along_axis(p, order, 1)
+    before = np.take_along_axis(np.cumsum(descending, 1) - descending, rank, 1)
+    cases = {
+        ("top_k", 1023): rank < 1023,
+        ("top_k", 1024): rank < 1024,
+        ("top_k", 2000): rank < 2000,
+        ("top_p", 0.7): before < np.float32(0.7),
+        ("top_p", 0.999): before < np.float32(0.999),
+        ("min_p", 0.05): p >= np.float32(0.05) * p.max(1, keepdims=True),
+    }
+    for (name, value), expected in cases.items():
+        found = adjusted_logits(jnp.asarray(logits), Sampling(1.0, **{name: value}), jnp.zeros(logits.shape, bool))
+        np.testing.assert_array_equal(np.isfinite(found), expected, err_msg=f"{name} {value}")
+
+
 def check_each_row_draws_for_itself() -> None:
     """64 rows of equal logits draw many different tokens. If all rows shared one draw, they would be equal."""
     drawn = sample(jnp.zeros((64, 100)), Sampling(temperature=1.0), jnp.zeros((64, 100), bool), jax.random.key(0))
