@@ -1,6 +1,8 @@
 """`moe-jax evaluate`."""
 
 import dataclasses
+import importlib.util
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,22 +53,51 @@ class Evaluate(Command):
     copies: int = 0
     """Let the model write this many texts instead, and find the longest passages that they share with its training
     text."""
+    tasks: str = ""
+    """Ask these tasks of lm-evaluation-harness instead, such as `blimp,arc_easy`. Needs the extra `tasks`."""
+    task_files: str = ""
+    """A folder with further tasks, as YAML files of lm-evaluation-harness."""
+    shots: int | None = None
+    """Solved examples before each question of a task. The task's own number unless given."""
+    limit: int = 0
+    """Ask only so many questions of each task. 0 asks all."""
     step: int | None = None
     """Step of the checkpoint to load. The best one unless given."""
     json: bool = False
     """Print the result as JSON too."""
 
     def execute(self) -> int:
-        check_run_folder(self.run, self.step)
-        check_range("--copies", self.copies, 0, MOST_TEXTS)
-        for flag, given in (("--pairs", self.pairs), ("--copies", self.copies)):
-            if given and self.data:
-                raise ConfigError(f"{flag}: has texts of its own; leave --data out")
-        if self.pairs and self.copies:
-            raise ConfigError("--copies: has a result of its own; leave --pairs out")
+        self._check()
+        if self.tasks:
+            return self._ask_tasks()
         if self.pairs:
             return self._minimal_pairs()
         return self._copies() if self.copies else self._score_text()
+
+    def _check(self) -> None:
+        """Raise ConfigError for a value that cannot be."""
+        check_run_folder(self.run, self.step)
+        check_range("--copies", self.copies, 0, MOST_TEXTS)
+        check_range("--limit", self.limit, 0, 1 << 31)
+        check_range("--shots", self.shots or 0, 0, 1000)
+        given = [
+            flag
+            for flag, value in (("--tasks", self.tasks), ("--pairs", self.pairs), ("--copies", self.copies))
+            if value
+        ]
+        if given and self.data:
+            raise ConfigError(f"{given[0]}: has texts of its own; leave --data out")
+        if len(given) > 1:
+            raise ConfigError(f"{given[1]}: has a result of its own; leave {given[0]} out")
+        for flag, value in (
+            ("--task-files", self.task_files),
+            ("--shots", self.shots is not None),
+            ("--limit", self.limit),
+        ):
+            if value and not self.tasks:
+                raise ConfigError(f"{flag}: belongs to --tasks, which is not given")
+        if self.task_files and not Path(self.task_files).is_dir():
+            raise ConfigError(f"--task-files {self.task_files}: no such folder")
 
     def _score_text(self) -> int:
         """Loss, bits per byte and drops on a text."""
@@ -160,6 +191,38 @@ class Evaluate(Command):
         if run.config.data.source != "stories":
             say("the run was trained on another text than the embedded stories")
         print_json({"pairs": [dataclasses.asdict(row) for row in found]}, self.json)
+        return 0
+
+    def _ask_tasks(self) -> int:
+        """The scores of tasks of lm-evaluation-harness."""
+        if not importlib.util.find_spec("lm_eval"):
+            raise UserError(
+                "--tasks needs the package lm-eval: `uv run --extra tasks python -m moe_jax evaluate --tasks ...`"
+            )
+        environment.prepare_environment()
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # the package would say that PyTorch is missing
+        with working(f"loading {self.run} and lm-evaluation-harness"):
+            from rich.table import Table
+
+            from moe_jax.experiments.tasks import ask
+            from moe_jax.runs.load import open_run
+            from moe_jax.system.rich_console import Console
+
+            run = open_run(self.run, self.step)
+        names = [name.strip() for name in self.tasks.split(",") if name.strip()]
+        found = ask(run, names, folder=self.task_files, shots=self.shots, limit=self.limit)
+        rows = Table(box=None, padding=(0, 2, 0, 0))
+        for name in ("task", "metric", "value", "standard error"):
+            rows.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
+        for score in found:
+            rows.add_row(
+                score.task, score.metric, f"{score.value:.4f}", "" if score.error is None else f"{score.error:.4f}"
+            )
+        Console().print(rows, "")
+        say(
+            f"checkpoint of step {run.checkpoint.step}", *(["a part of each task only (--limit)"] if self.limit else [])
+        )
+        print_json({"tasks": [score._asdict() for score in found]}, self.json)
         return 0
 
     def _copies(self) -> int:

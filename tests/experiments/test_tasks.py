@@ -1,0 +1,185 @@
+"""Tasks of lm-evaluation-harness: made tasks on disk, and each number computed again from the model's logits."""
+
+import json
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval", reason="needs the extra `tasks`: uv run --extra tasks pytest")
+
+from lm_eval.api.instance import Instance
+
+from moe_jax.api import Run, load_run
+from moe_jax.cli.evaluate import Evaluate
+from moe_jax.config import ConfigError, UserError
+from moe_jax.experiments import tasks
+from moe_jax.experiments.tasks import RunModel
+from tests.support import saved_run
+
+CHOICES = [
+    {"question": "The cat said", "choices": [" hello", " cake", " up"], "answer": 1},
+    {"question": "Once upon", "choices": [" a time", " the dragon"], "answer": 0},
+    {"question": "", "choices": ["A dragon", "B"], "answer": 0},
+]
+TEXTS = [{"text": saved_run.STORY.strip()}, {"text": "a cake"}]
+QUESTIONS = [{"question": "Once upon", "answer": "x"}, {"question": "The dragon and", "answer": "y"}]
+COMMON = """
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {file}
+test_split: test
+"""
+CHOICE = """
+task: made_choice
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: choices
+doc_to_target: answer
+metric_list:
+  - metric: acc
+"""
+WHOLE = """
+task: made_whole
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list:
+  - metric: bits_per_byte
+"""
+WRITE = """
+task: made_write
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{answer}}"
+generation_kwargs:
+  until: ["q"]
+  max_gen_toks: 6
+metric_list:
+  - metric: exact_match
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
+    """A run with T = 64, and the folder of the tasks."""
+    root = tmp_path_factory.mktemp("tasks")
+    with saved_run.quick_training(root / "cache") as patch:
+        patch.setenv("HF_HOME", str(root / "hub"))
+        patch.setenv("HF_DATASETS_CACHE", str(root / "datasets"))
+        for name, text, rows in (("choice", CHOICE, CHOICES), ("whole", WHOLE, TEXTS), ("write", WRITE, QUESTIONS)):
+            file = root / f"{name}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (root / f"{name}.yaml").write_text(text + COMMON.format(file=file))
+        (root / "gone.yaml").write_text(CHOICE.replace("made_choice", "made_gone") + COMMON.format(file=root / "gone"))
+        yield load_run(saved_run.save_run(root, seq_len=64)), str(root)
+
+
+def logprob(run: Run, context: str, continuation: str) -> tuple[float, bool]:
+    """From the logits of the whole text, in float64; and whether every token of the continuation is the likeliest."""
+    tokens = run.tokenizer.encode(context + continuation)
+    logits = np.float64(run.logits(context + continuation))[: len(tokens), : run.tokenizer.vocab_size]
+    logs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    scored = range(len(run.tokenizer.encode(context)), len(tokens))
+    return sum(logs[i, tokens[i]] for i in scored), all(logs[i].argmax() == tokens[i] for i in scored)
+
+
+def test_an_answer_is_chosen_by_its_log_probability(made: tuple[Run, str]) -> None:
+    run, folder = made
+    right = []
+    for row in CHOICES:
+        scores = [logprob(run, row["question"], choice)[0] for choice in row["choices"]]
+        right.append(int(np.argmax(scores)) == row["answer"])
+    (score,) = tasks.ask(run, ["made_choice"], folder=folder)
+    assert (score.task, score.metric) == ("made_choice", "acc")
+    assert score.value == pytest.approx(np.mean(right))
+    assert score.error == pytest.approx(np.std(right, ddof=1) / np.sqrt(3))
+    (first,) = tasks.ask(run, ["made_choice"], folder=folder, limit=1)
+    assert first.value == right[0]
+
+
+def test_the_scores_themselves(made: tuple[Run, str]) -> None:
+    run, _ = made
+    asked = [(row["question"], choice) for row in CHOICES for choice in row["choices"]]
+    found = RunModel(run).loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked], disable_tqdm=True)
+    expected = [logprob(run, *pair) for pair in asked]
+    np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], atol=1e-4)
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    best = int(run.logits("The cat")[-1].argmax())
+    context = RunModel(run).tok_encode("The cat")
+    assert RunModel(run)._score(context, [best])[1]
+    assert not RunModel(run)._score(context, [(best + 1) % 256])[1]
+
+
+def test_bits_per_byte_of_whole_texts(made: tuple[Run, str]) -> None:
+    """The first text is longer than the context: 92 tokens in windows of 63. The others of the second window are scored
+    after the tokens before them."""
+    run, folder = made
+    model = RunModel(run)
+    long = run.tokenizer.encode(TEXTS[0]["text"])
+    assert len(long) > 63
+    rolling = [Instance("loglikelihood_rolling", {}, (row["text"],), 0) for row in TEXTS]
+    first, second = model.loglikelihood_rolling(rolling)
+    assert second == pytest.approx(logprob(run, "", TEXTS[1]["text"])[0], abs=1e-4)
+    text = run.tokenizer.decode(long[:63])
+    begin = logprob(run, "", text)[0]
+    rest = len(long) - 63
+    window = [0, *long[-63 - 1 :]]  # the separator only fills a place: `_score` reads the last T tokens
+    assert first == pytest.approx(begin + model._score(window[:-rest], window[-rest:])[0], abs=1e-4)
+    (score,) = tasks.ask(run, ["made_whole"], folder=folder)
+    size = sum(len(row["text"].encode()) for row in TEXTS)
+    assert score.value == pytest.approx(-(first + second) / size / np.log(2), rel=1e-5)
+
+
+def test_texts_that_the_model_writes(made: tuple[Run, str]) -> None:
+    """Greedy, as `generate` at temperature 0, up to a stop string, which is left out."""
+    run, _ = made
+    prompts = [row["question"] for row in QUESTIONS]
+    wholes = [run.generate(p, temperature=0.0, max_tokens=8).removeprefix(p) for p in prompts]
+    stop = wholes[0][3:5]
+    ask = [Instance("generate_until", {}, (p, {"until": [stop, "q"], "max_gen_toks": 8}), 0) for p in prompts]
+    cut = [whole.partition(stop)[0].partition("q")[0] for whole in wholes]
+    assert RunModel(run).generate_until(ask) == cut
+    assert cut[0] != wholes[0]
+
+
+def test_an_answer_that_is_longer_than_the_context_is_refused(made: tuple[Run, str]) -> None:
+    run, _ = made
+    long = Instance("loglikelihood", {}, ("a", "b" * 64), 0)
+    with pytest.raises(UserError, match=r"an answer has 64 tokens, and the context is 64"):
+        RunModel(run).loglikelihood([long], disable_tqdm=True)
+
+
+def test_wrong_tasks_cost_one_line(made: tuple[Run, str]) -> None:
+    run, folder = made
+    with pytest.raises(ConfigError, match=r"--tasks made_choise: no such task in lm-eval; perhaps made_choice .*meant"):
+        tasks.ask(run, ["made_choise"], folder=folder)
+    with pytest.raises(UserError, match=r"--tasks made_gone: the data could not be loaded: .*gone"):
+        tasks.ask(run, ["made_gone"], folder=folder)
+
+
+def test_the_command(made: tuple[Run, str], capsys: pytest.CaptureFixture[str]) -> None:
+    run, folder = made
+    flags = {"tasks": "made_choice, made_write", "task_files": folder, "json": True}
+    assert Evaluate(run=str(run.config.run_dir), **flags).execute() == 0
+    out = capsys.readouterr().out
+    found = json.loads(out.splitlines()[-1])["tasks"]
+    assert [(row["task"], row["metric"]) for row in found] == [("made_choice", "acc"), ("made_write", "exact_match")]
+    assert "made_choice" in out.splitlines()[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"tasks": "a", "pairs": True}, "--pairs: has a result of its own; leave --tasks out"),
+        ({"tasks": "a", "data": "x"}, "--tasks: has texts of its own; leave --data out"),
+        ({"limit": 3}, "--limit: belongs to --tasks"),
+        ({"shots": 0}, "--shots: belongs to --tasks"),
+        ({"tasks": "a", "task_files": "/nowhere"}, "--task-files /nowhere: no such folder"),
+        ({"tasks": "a", "shots": -1}, "--shots -1"),
+    ],
+)
+def test_wrong_flags(made: tuple[Run, str], flags: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Evaluate(run=str(made[0].config.run_dir), **flags).execute()
