@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from foundation import balancing
@@ -14,19 +13,19 @@ from foundation.parity import AnyCheck, Check, OracleCheck
 def balancing_checks() -> Iterator[AnyCheck]:
     """The importance loss three ways; choices, fractions and bias steps against counting by hand."""
     draws = Draws("balancing")
-    probs = jnp.asarray(draws.generator.dirichlet([0.8] * 4, 6))
+    probs = draws.generator.dirichlet([0.8] * 4, 6)
     forward, backward = balancing.importance_loss_forward, balancing.importance_loss_backward
     yield Check("importance_loss", "ordinary", forward, backward, (probs,))
     yield Check("importance_loss", "rows that do not sum to 1", forward, backward, (3.0 * probs + 0.1,))
     bias = draws.normal(4, std=0.2)
     for top_k in (1, 2, 4):
         yield OracleCheck("biased_choice", f"top {top_k}", balancing.biased_choice, one_by_one, (probs, bias), (top_k,))
-        even = jnp.asarray(np.array([np.roll([0.4, 0.3, 0.2, 0.1], n) for n in range(4)]))
+        even = np.array([np.roll([0.4, 0.3, 0.2, 0.1], n) for n in range(4)])
         yield OracleCheck(
             "balance_loss_of", f"even, top {top_k}", balancing.balance_loss_of, lambda *_: 1.0, (even,), (top_k,)
         )
     for steps in (1, 6):
-        inputs = (jnp.asarray(draws.generator.dirichlet([3.0, 1.0, 1.0, 0.5], 9)),)
+        inputs = (draws.generator.dirichlet([3.0, 1.0, 1.0, 0.5], 9),)
         yield OracleCheck(
             "balanced_by_bias", f"{steps} steps", balancing.balanced_by_bias, counted, inputs, (2, 0.05, steps)
         )

@@ -10,7 +10,7 @@ import numpy as np
 
 from foundation import feed_forward, losses, upcycling
 from foundation import micro_batches as micro
-from foundation.checks.inputs import Draws, choice_margin, clear_choice, filled_with
+from foundation.checks.inputs import Draws, filled_with, router_margin
 from foundation.parity import COMPILER_OPTIONS, AnyCheck, Check, OracleCheck
 
 
@@ -18,20 +18,21 @@ def batch_checks() -> Iterator[AnyCheck]:
     """The accumulated loss three ways, and against the whole batch; the balance loss of groups, and what parts add."""
     draws = Draws("micro_batches")
     logits, targets = draws.normal(4, 3, 5), draws.integers(5, 4, 3)
-    uneven = targets.at[0].set(losses.IGNORE).at[1, 1:].set(losses.IGNORE)
+    uneven = targets.copy()
+    uneven[0] = uneven[1, 1:] = losses.IGNORE
     for case, wanted, parts in (
         ("equal counts", targets, 2),
         ("unequal counts", uneven, 2),
         ("a part without tokens", uneven, 4),
-        ("nothing counted", jnp.full_like(targets, losses.IGNORE), 2),
+        ("nothing counted", np.full_like(targets, losses.IGNORE), 2),
     ):
         if case != "equal counts":  # an easier case of "unequal counts"
             forward = filled_with(micro.accumulated_loss_forward, wanted, parts)
             yield Check("accumulated_loss", case, forward, micro.accumulated_loss_backward, (logits,))
         inputs = (logits, wanted)
         yield OracleCheck("accumulated_value", case, accumulated_value, mean_over_tokens, inputs, (parts,))
-    probs = jnp.asarray(draws.generator.dirichlet([1.0] * 3, (4, 6)))
-    chosen = jnp.argsort(-probs, axis=-1)[..., :2]
+    probs = draws.generator.dirichlet([1.0] * 3, (4, 6))
+    chosen = np.argsort(-probs, axis=-1)[..., :2]
     for case, groups in (("by sequence", 4), ("by pairs of sequences", 2), ("by batch", 1)):
         forward = filled_with(micro.grouped_balance_forward, chosen, groups)
         yield Check("grouped_balance", case, forward, micro.grouped_balance_backward, (probs,))
@@ -66,28 +67,29 @@ def covariance(probs: Any, chosen: Any, parts: int) -> float:
 
 def upcycling_checks() -> Iterator[AnyCheck]:
     """Copies of one network: three ways with drops; without them the whole gradient against the dense network's."""
-    inputs, margin = upcycled_inputs("top 2, drops", 2)
     forward = filled_with(upcycling.upcycled_forward, 2, 0.6)
-    yield Check("upcycled", "top 2, drops", forward, upcycling.upcycled_backward, inputs, margin)
+    inputs = upcycled_inputs("top 2, drops")
+    yield Check("upcycled", "top 2, drops", forward, upcycling.upcycled_backward, inputs, upcycled_margin)
     for case, top_k, oracle in (
         ("top 2 is the dense net", 2, dense_gradient),
         ("top 1 turns the volume up", 1, volume_gradient),
     ):
-        (x, dense, router), _ = upcycled_inputs(case, top_k)
+        x, dense, router = upcycled_inputs(case)
         inputs = (x, dense, router, Draws(f"upcycled_gradient/{case}").normal(*x.shape))
         yield OracleCheck("upcycled_gradient", case, upcycled_gradient, oracle, inputs, (top_k,))
 
 
-def upcycled_inputs(case: str, top_k: int) -> tuple[tuple, float]:
-    """x, a dense network and a router, with clear choices; and the margin."""
+def upcycled_inputs(case: str) -> tuple:
+    """x, a dense network and a router."""
+    draws = Draws(f"upcycled/{case}")
+    dense = {name: draws.normal(*shape) for name, shape in (("w_gate", (4, 3)), ("w_in", (4, 3)), ("w_out", (3, 4)))}
+    return draws.normal(2, 5, 4), dense, draws.normal(4, 4)
 
-    def draw(draws: Draws) -> tuple:
-        dense = {
-            name: draws.normal(*shape) for name, shape in (("w_gate", (4, 3)), ("w_in", (4, 3)), ("w_out", (3, 4)))
-        }
-        return draws.normal(2, 5, 4), dense, draws.normal(4, 4)
 
-    return clear_choice(f"upcycled/{case}", draw, lambda x, dense, router: choice_margin(x, router, top_k))
+def upcycled_margin(cache: Any) -> Any:
+    """Of the choice of two experts."""
+    layer, _ = cache
+    return router_margin(layer.router, 2)
 
 
 def upcycled_gradient(x: Any, dense: Any, router: Any, d_y: Any, top_k: int) -> Any:

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 
 from foundation import preferences
 from foundation.checks.inputs import Draws, filled_with
@@ -14,12 +15,12 @@ TOKENS, LENGTH = 3, 2
 def preference_checks() -> Iterator[AnyCheck]:
     """Gradients that are expectations over all texts, each against autodiff of the exact value."""
     draws = Draws("preferences")
-    texts = preferences.all_texts(TOKENS, LENGTH)
+    texts = jax.jit(preferences.all_texts, static_argnums=(0, 1))(TOKENS, LENGTH)
     logits, reference = draws.normal(TOKENS + 1, TOKENS), draws.normal(TOKENS + 1, TOKENS)
     reward = draws.normal(len(texts))
     forward = filled_with(preferences.text_log_probs_forward, texts)
     yield Check("text_log_probs", "all texts", forward, preferences.text_log_probs_backward, (logits,))
-    repeated = filled_with(preferences.text_log_probs_forward, jnp.array([[0, 0, 0, 1], [1, 0, 0, 0]]))
+    repeated = filled_with(preferences.text_log_probs_forward, np.array([[0, 0, 0, 1], [1, 0, 0, 0]]))
     yield Check("text_log_probs", "a token again", repeated, preferences.text_log_probs_backward, (logits,))
     forward = filled_with(preferences.expected_reward_forward, reward, texts)
     yield Check("expected_reward", "ordinary", forward, preferences.expected_reward_backward, (logits,))
@@ -36,10 +37,10 @@ def preference_checks() -> Iterator[AnyCheck]:
         yield Check("dpo", name, forward, preferences.dpo_backward, pair)
     old, advantage, eps = draws.normal(8), draws.normal(8), 0.2
     for name, moved in (
-        ("not yet moved", jnp.zeros(8)),
-        ("moved", jnp.array([-0.6, -0.3, -0.1, -0.1, 0.1, 0.1, 0.3, 0.8])),
+        ("not yet moved", np.zeros(8)),
+        ("moved", np.array([-0.6, -0.3, -0.1, -0.1, 0.1, 0.1, 0.3, 0.8])),
     ):
-        rho = jnp.exp(moved)
-        margin = float(jnp.min(jnp.minimum(jnp.abs(rho - 1.0 - eps), jnp.abs(rho - 1.0 + eps))))
+        rho = np.exp(moved)
+        margin = np.min(np.minimum(np.abs(rho - 1.0 - eps), np.abs(rho - 1.0 + eps)))
         forward = filled_with(preferences.clipped_forward, old, advantage, eps)
         yield Check("clipped", name, forward, preferences.clipped_backward, (old + moved,), margin)

@@ -21,7 +21,7 @@ def dense_checks() -> Iterator[Check]:
 
     for case, heads, layers in (("two heads", 2, 2), ("one head", 1, 1)):
         draws = Draws(f"dense/{case}")
-        params: Any = draws.like(dense.init_dense_params(jax.random.key(0), 7, 4, layers, 3), 0.4)
+        params: Any = draws.like(lambda n=layers: dense.init_dense_params(jax.random.key(0), 7, 4, n, 3), 0.5)
         block_inputs = (draws.normal(2, 4, 4), params["blocks"][0])
         forward = filled_with(dense.dense_block_forward, heads)
         yield Check("dense_block", case, forward, dense.dense_block_backward, block_inputs)

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from foundation import collectives
@@ -33,7 +32,7 @@ def collective_checks() -> Iterator[AnyCheck]:
             "ring_all_reduce", f"{ranks} ranks", collectives.ring_all_reduce, summed, (draws.normal(ranks, 3 * ranks),)
         )
     for name, room in (("room for all", 4), ("full experts", 1)):
-        place = jnp.asarray(slots(draws.generator.integers(0, RANKS, (RANKS, 4)), room))
+        place = slots(draws.generator.integers(0, RANKS, (RANKS, 4)), room)
         inputs = (draws.normal(RANKS, 4, 2), draws.normal(RANKS, 4), draws.normal(RANKS, 2, 2))
         forward = filled_with(collectives.expert_parallel_forward, place)
         yield Check("expert_parallel", name, forward, collectives.expert_parallel_backward, inputs)

@@ -4,7 +4,6 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from foundation import sampling
@@ -26,22 +25,22 @@ def sampling_checks() -> Iterator[AnyCheck]:
         ("top-p below the first", (1.0, 0, 1e-9, 0.0)),
     ):
         yield OracleCheck("filtered_law", case, sampling.filtered_law, walked, (logits,), settings)
-    p, q = (jnp.asarray(draws.generator.dirichlet([0.6] * 6, 4)) for _ in range(2))
-    narrow = jnp.where(jnp.arange(6) < 3, q, 0.0)
+    p, q = (draws.generator.dirichlet([0.6] * 6, 4) for _ in range(2))
+    narrow = np.where(np.arange(6) < 3, q, 0.0)
     for case, draft in (
         ("any draft", q),
         ("the same law", p),
-        ("a narrow draft", narrow / jnp.sum(narrow, axis=1, keepdims=True)),
-        ("a sure draft", jnp.eye(6)[:4]),
+        ("a narrow draft", narrow / np.sum(narrow, axis=1, keepdims=True)),
+        ("a sure draft", np.eye(6)[:4]),
     ):
         yield OracleCheck("speculative_law", case, sampling.speculative_law, lambda p, q: p, (p, draft))
         yield OracleCheck("accepted_mass", case, sampling.accepted_mass, smaller, (p, draft))
-    target, draft = (jnp.asarray(draws.generator.dirichlet([0.6] * 3, 3)) for _ in range(2))
+    target, draft = (draws.generator.dirichlet([0.6] * 3, 3) for _ in range(2))
     for drafted in (1, 2, 4):
         case = f"texts of 4, {drafted} drafted"
         yield OracleCheck("speculative_texts", case, sampling.speculative_texts, chain, (target, draft), (drafted, 4))
     for drafted in (0, 3):
-        inputs = (jnp.asarray(0.7),)
+        inputs = (np.array(0.7),)
         yield OracleCheck(
             "tokens_per_round", f"{drafted} drafted", sampling.tokens_per_round, outcomes, inputs, (drafted,)
         )

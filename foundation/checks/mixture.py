@@ -1,13 +1,14 @@
 """Checks of the mixture of experts: router, experts, dispatch and combine, and the layer."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 from foundation import experts, moe, router
-from foundation.checks.inputs import Draws, choice_margin, clear_choice, filled_with
+from foundation.checks.inputs import Draws, filled_with, router_margin
 from foundation.parity import Check
 
 
@@ -22,20 +23,17 @@ def router_checks() -> Iterator[Check]:
         ("one expert", 3, 1, 1, (1, 4)),
         ("one token", 4, 4, 2, (1, 1)),
     ):
-
-        def draw(draws: Draws, w: int = width, e: int = experts_total, s: tuple = shape) -> tuple:
-            return draws.normal(*s, w), draws.normal(w, e)
-
-        inputs, margin = clear_choice(f"router/{case}", draw, lambda x, kernel, k=top_k: choice_margin(x, kernel, k))
+        draws = Draws(f"routers/{case}")
+        inputs = (draws.normal(*shape, width), draws.normal(width, experts_total))
         outputs = _router_outputs(top_k, not case.endswith("not divided"))
-        yield Check("router", case, outputs, _router_gradients, inputs, margin)
+        yield Check("router", case, outputs, _router_gradients, inputs, partial(router_margin, top_k=top_k))
     # Columns 1 and 2 are one and the same: every token that wants either has a tie.
     draws = Draws("router/tied columns")
     kernel = draws.normal(4, 3)
-    kernel = kernel.at[:, 2].set(kernel[:, 1])
+    kernel[:, 2] = kernel[:, 1]
     for case, top_k in (("tied columns, top 1", 1), ("tied columns, top 2", 2)):
         inputs = (draws.normal(2, 5, 4), kernel)
-        yield Check("router", case, _router_outputs(top_k), _router_gradients, inputs, 0.0, at_tie=True)
+        yield Check("router", case, _router_outputs(top_k), _router_gradients, inputs, at_tie=True)
 
 
 def _router_outputs(top_k: int, renormalise: bool = True) -> Callable:
@@ -55,7 +53,8 @@ def expert_checks() -> Iterator[Check]:
     """Both kinds of expert; an empty slot; one expert."""
     draws = Draws("experts")
     for case, batch, total, places in (("four experts", 2, 4, 3), ("one expert", 1, 1, 2)):
-        u = draws.normal(batch, total, places, 3).at[0, 0, -1].set(0.0)  # an empty slot
+        u = draws.normal(batch, total, places, 3)
+        u[0, 0, -1] = 0.0  # an empty slot
         w_gate, w_in, w_out = draws.normal(total, 3, 5), draws.normal(total, 3, 5), draws.normal(total, 5, 3)
         yield Check(
             "gelu_experts",
@@ -71,11 +70,12 @@ def expert_checks() -> Iterator[Check]:
 def moe_checks() -> Iterator[Check]:
     """Dispatch and combine alone, with drops; then the layer, from roomy to nearly everything dropped."""
     draws = Draws("dispatch and combine")
-    chosen = jnp.array([[[0, 2], [2, 1], [2, 0], [2, 0]], [[1, 0], [0, 1], [2, 1], [1, 2]]])
+    chosen = np.array([[[0, 2], [2, 1], [2, 0], [2, 0]], [[1, 0], [0, 1], [2, 1], [1, 2]]])
+    assign_slots = jax.jit(moe.assign_slots, static_argnums=(1, 2))
     for case, slot in (
-        ("nothing dropped", moe.assign_slots(chosen, 3, 4)[0]),
-        ("some dropped", moe.assign_slots(chosen, 3, 2)[0]),
-        ("everything dropped", jnp.full_like(chosen, 3 * 2)),
+        ("nothing dropped", assign_slots(chosen, 3, 4)[0]),
+        ("some dropped", assign_slots(chosen, 3, 2)[0]),
+        ("everything dropped", np.full_like(chosen, 3 * 2)),
     ):
         places = 4 if case == "nothing dropped" else 2
         x, h, gates = draws.normal(2, 4, 3), draws.normal(2, 3, places, 3), draws.normal(2, 4, 2)
@@ -92,32 +92,31 @@ def moe_checks() -> Iterator[Check]:
         ("one place each", 4, 2, 0.01, (2, 6), True),
         ("one token", 4, 2, 1.0, (1, 1), True),
     ):
+        draws = Draws(f"moe/{case}")
+        yield moe_check(case, draws.normal(*shape, 4), moe_params(draws, 4, total, 3, swiglu), top_k, factor)
 
-        def draw(draws: Draws, e: int = total, s: tuple = shape, gated: bool = swiglu) -> tuple:
-            return draws.normal(*s, 4), moe_params(draws, 4, e, 3, gated)
-
-        inputs, margin = clear_choice(f"moe/{case}", draw, lambda x, p, k=top_k: choice_margin(x, p["router"], k))
-        yield Check("moe", case, _moe_outputs(top_k, factor), _moe_gradients, inputs, margin)
-
-    for case, gated in (("shared expert, SwiGLU", True), ("shared expert, GELU, drops", False)):
-
-        def draw_shared(draws: Draws, gated: bool = gated) -> tuple:
-            params = moe_params(draws, 4, 4, 3, gated)
-            shared = moe_params(draws, 4, 1, 5, gated)
-            del shared["router"]
-            return draws.normal(2, 6, 4), {**params, "shared": shared}
-
-        inputs, margin = clear_choice(f"moe/{case}", draw_shared, lambda x, p: choice_margin(x, p["router"], 2))
-        yield Check("moe", case, _moe_outputs(2, 4.0 if gated else 0.6), _moe_gradients, inputs, margin)
+    for case, gated, factor in (("shared expert, SwiGLU", True, 4.0), ("shared expert, GELU, drops", False, 0.6)):
+        draws = Draws(f"moe/{case}")
+        shared = moe_params(draws, 4, 1, 5, gated)
+        del shared["router"]
+        yield moe_check(case, draws.normal(2, 6, 4), {**moe_params(draws, 4, 4, 3, gated), "shared": shared}, 2, factor)
 
     # All tokens lie on one side of expert 0's column: it is everybody's first choice, and its places run out.
     draws = Draws("moe/everything to one expert")
     params = moe_params(draws, 4, 4, 3, gated=True)
-    params["router"] = params["router"].at[:, 0].set(jnp.array([6.0, 0.0, 0.0, 0.0]))
-    x = draws.normal(2, 6, 4).at[..., 0].set(3.0)
-    inputs = (x, params)
-    margin = float(choice_margin(x, params["router"], 1))
-    yield Check("moe", "everything to one expert", _moe_outputs(1, 1.0), _moe_gradients, inputs, margin)
+    params["router"][:, 0] = [6.0, 0.0, 0.0, 0.0]
+    x = draws.normal(2, 6, 4)
+    x[..., 0] = 3.0
+    yield moe_check("everything to one expert", x, params, 1, 1.0)
+
+
+def moe_check(case: str, x: np.ndarray, params: dict, top_k: int, factor: float) -> Check:
+    """A check of the whole layer: output and both auxiliary losses."""
+
+    def margin(cache: moe.MoECache) -> jax.Array:
+        return router_margin(cache.router, top_k)
+
+    return Check("moe", case, _moe_outputs(top_k, factor), _moe_gradients, (x, params), margin)
 
 
 def moe_params(draws: Draws, width: int, total: int, hidden: int, gated: bool) -> dict:

@@ -1,6 +1,6 @@
 """Checks of the residual block, and of the training loss of the whole language model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from foundation import block, losses, transformer
 from foundation.block import ModelConfig
-from foundation.checks.inputs import Draws, clear_choice, router_margin
-from foundation.parity import Check
+from foundation.checks.inputs import Draws, router_margin
+from foundation.parity import Check, as_jax
 
 
 def block_checks() -> Iterator[Check]:
@@ -23,15 +23,11 @@ def block_checks() -> Iterator[Check]:
         masks = None
         if masked:
             draws = Draws("block/masks")
-            masks = {
-                "weights": draws.keep(2, 2, 4, 4),
-                "attention": draws.keep(2, 4, 4),
-                "moe": draws.keep(2, 4, 4),
-            }
+            shapes = {"weights": (2, 2, 4, 4), "attention": (2, 4, 4), "moe": (2, 4, 4)}
+            masks = as_jax({name: draws.keep(*shape) for name, shape in shapes.items()})
 
-        def draw(draws: Draws, size: Any = size, config: ModelConfig = config) -> tuple:
-            params = transformer.init_params(jax.random.key(0), size, config, 0.3)["blocks"][0]
-            return draws.normal(2, 4, 4), draws.like(params, 0.4)
+        def init(size: Any = size, config: ModelConfig = config) -> dict:
+            return transformer.init_params(jax.random.key(0), size, config)["blocks"][0]
 
         def forward(x: jax.Array, params: dict, config: ModelConfig = config, masks: Any = masks) -> tuple[Any, Any]:
             output, cache = block.block_forward(x, params, config, masks)
@@ -41,11 +37,11 @@ def block_checks() -> Iterator[Check]:
             d_y, d_balance, d_z = d_out
             return block.block_backward(d_y, d_balance, d_z, cache, config)
 
-        def margin_of(*inputs: Any, forward: Callable = forward, top_k: int = config.top_k) -> jax.Array:
-            return router_margin(forward(*inputs)[1].moe.router, top_k)
+        def margin(cache: Any, top_k: int = config.top_k) -> jax.Array:
+            return router_margin(cache.moe.router, top_k)
 
-        inputs, margin = clear_choice(f"block/{case}", draw, margin_of)
-        yield Check("block", case, forward, backward, inputs, margin)
+        draws = Draws(f"block/{case}")
+        yield Check("block", case, forward, backward, (draws.normal(2, 4, 4), draws.like(init, 0.5)), margin)
 
 
 MODEL_CASES: dict[str, tuple[ModelConfig, dict]] = {
@@ -72,14 +68,15 @@ def model_checks() -> Iterator[Check]:
     """The gradient of the whole training loss, in every parameter."""
     for case, (config, options) in MODEL_CASES.items():
         size = transformer.ModelSize(**{"vocabulary": 7, "width": 4, "layers": 2, "experts": 3, "hidden": 3, **options})
-        tokens = Draws("model/tokens").integers(7, 2, 5)
-        targets = Draws("model/targets").integers(7, 2, 5).at[0, -1].set(losses.IGNORE)
+        tokens, targets = Draws("model/tokens").integers(7, 2, 5), Draws("model/targets").integers(7, 2, 5)
+        targets[0, -1] = losses.IGNORE
+        tokens, targets = as_jax((tokens, targets))
         masks = None
         if config.dropout > 0.0:
-            masks = transformer.dropout_masks(jax.random.key(1), config, size.layers, (2, 5, 4))
+            masks = model_masks(config, size.layers)
 
-        def draw(draws: Draws, size: Any = size, config: ModelConfig = config) -> tuple:
-            return (draws.like(transformer.init_params(jax.random.key(0), size, config, 0.3), 0.4),)
+        def init(size: Any = size, config: ModelConfig = config) -> dict:
+            return transformer.init_params(jax.random.key(0), size, config)
 
         def forward(
             params: dict,
@@ -93,10 +90,14 @@ def model_checks() -> Iterator[Check]:
         def backward(d_loss: jax.Array, cache: Any, config: ModelConfig = config) -> Any:
             return transformer.loss_backward(d_loss, cache, config)
 
-        def margin_of(params: dict, forward: Callable = forward, top_k: int = config.top_k) -> jax.Array:
-            _, cache = forward(params)
-            layers = cache.model.blocks
-            return jnp.min(jnp.stack([router_margin(b.moe.router, top_k) for b in layers]))
+        def margin(cache: Any, top_k: int = config.top_k) -> jax.Array:
+            return jnp.min(jnp.stack([router_margin(b.moe.router, top_k) for b in cache.model.blocks]))
 
-        inputs, margin = clear_choice(f"model/{case}", draw, margin_of)
-        yield Check("model", case, forward, backward, inputs, margin)
+        yield Check("model", case, forward, backward, (Draws(f"model/{case}").like(init, 0.5),), margin)
+
+
+def model_masks(config: ModelConfig, layers: int) -> Any:
+    """Dropout masks of the shapes that `transformer.dropout_masks` gives. To run it would compile each of its draws."""
+    draws = Draws("model/masks")
+    shapes = jax.eval_shape(lambda: transformer.dropout_masks(jax.random.key(0), config, layers, (2, 5, 4)))
+    return as_jax(jax.tree.map(lambda mask: draws.keep(*mask.shape), shapes))

@@ -4,27 +4,28 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from foundation import small_weights
 from foundation.checks.inputs import Draws, filled_with
-from foundation.parity import AnyCheck, Check, OracleCheck
+from foundation.parity import AnyCheck, Check, OracleCheck, as_jax
 
 
 def small_weight_checks() -> Iterator[AnyCheck]:
     """Codes against a search of all codes, products three ways, and corrections against constrained least squares."""
     draws = Draws("small weights")
     w = draws.normal(8, 3)
-    for name, matrix in (("ordinary", w), ("an output of zeros", w.at[:, 1].set(0.0)), ("one large", w.at[2].mul(9))):
+    zeroed, one_large = w.copy(), w.copy()
+    zeroed[:, 1], one_large[2] = 0.0, 9 * w[2]
+    for name, matrix in (("ordinary", w), ("an output of zeros", zeroed), ("one large", one_large)):
         for most, group in ((127, 8), (7, 4)):
             yield OracleCheck(
                 "quantize", f"{name}, to {most}", small_weights.quantize, searched, (matrix,), (most, group)
             )
-    codes, scale = draws.integers(255, 4, 3) - 127.0, jnp.abs(draws.normal(3)) + 0.1
+    codes, scale = draws.integers(255, 4, 3) - 127.0, np.abs(draws.normal(3)) + 0.1
 
     def product(x: jax.Array, scale: jax.Array) -> tuple:
-        return small_weights.coded_product_forward(x, codes, scale)
+        return small_weights.coded_product_forward(x, as_jax(codes), scale)
 
     x = draws.normal(5, 4)
     yield Check("coded_product", "ordinary", product, small_weights.coded_product_backward, (x, scale))
@@ -35,15 +36,15 @@ def small_weight_checks() -> Iterator[AnyCheck]:
         "output_error", "fewer tokens than inputs", few, small_weights.output_error_backward, (draws.normal(4, 3),)
     )
     tokens = draws.normal(20, 5) @ draws.normal(5, 5)
-    inverse = small_weights.inverse_of_inputs(tokens, 0.0)
+    inverse = jax.jit(small_weights.inverse_of_inputs, static_argnames="damping")(tokens, damping=0.0)
     for k in (0, 3):
         yield OracleCheck(
-            "moved_by_one", f"weight {k}", small_weights.moved_by_one, by_multiplier, (inverse, k, jnp.array(0.7))
+            "moved_by_one", f"weight {k}", small_weights.moved_by_one, by_multiplier, (inverse, k, np.array(0.7))
         )
         yield OracleCheck("without", f"weight {k}", small_weights.without, inverted_anew, (inverse,), (k,))
     for name, most in (("8 bits", 127), ("4 bits", 7)):
         weights = draws.normal(5, 4)
-        step = jnp.max(jnp.abs(weights), axis=0) / most
+        step = np.max(np.abs(weights), axis=0) / most
         yield OracleCheck("gptq", name, small_weights.gptq, solved_anew, (weights, inverse, step), (most,))
 
 

@@ -5,7 +5,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from foundation import attention, caching
@@ -19,7 +18,7 @@ def tile_checks() -> Iterator[AnyCheck]:
     draws = Draws("merge_parts")
     ordinary = [draws.normal(5), 0.5 + draws.normal(5) ** 2, draws.normal(5, 3)]
     other = [draws.normal(5), 0.5 + draws.normal(5) ** 2, draws.normal(5, 3)]
-    nothing = [jnp.full(5, -jnp.inf), jnp.zeros(5), jnp.zeros((5, 3))]
+    nothing = [np.full(5, -np.inf), np.zeros(5), np.zeros((5, 3))]
     for case, first, second in (
         ("two parts", ordinary, other),
         ("scores beyond e^709", [ordinary[0] + 2000.0, *ordinary[1:]], [other[0] + 1999.0, *other[1:]]),
@@ -60,7 +59,7 @@ def one_softmax(scores: Any, v: Any, pieces: Any) -> np.ndarray:
     return weights / weights.sum(axis=1, keepdims=True) @ np.asarray(v)
 
 
-KINDS = jnp.array([[5, 3, 2], [2, 7, 1], [1, 2, 6], [6, 1, 2], [3, 5, 2], [2, 3, 5]]) / 10.0
+KINDS = np.array([[5, 3, 2], [2, 7, 1], [1, 2, 6], [6, 1, 2], [3, 5, 2], [2, 3, 5]]) / 10.0
 """Six kinds of token, with the probabilities that they give to three experts: every pair of first and second choice."""
 PASSES = {
     "none": (False, False),
@@ -84,10 +83,8 @@ def cache_checks() -> Iterator[AnyCheck]:
     for rule in caching.RULES:
         for factor in (0.5, 1.0):
             case = f"{rule}, factor {factor:g}"
-            yield OracleCheck(
-                "kept_choices", case, caching.kept_choices, served, (jnp.asarray(probs),), (2, factor, rule)
-            )
-        verdict = jnp.array(PASSES[rule])
+            yield OracleCheck("kept_choices", case, caching.kept_choices, served, (probs,), (2, factor, rule))
+        verdict = np.array(PASSES[rule])
         yield OracleCheck("leaks", rule, caching.leaks, lambda *_, v=verdict: v, (KINDS,), (3, 2, 0.75, rule))
 
 
