@@ -22,7 +22,7 @@ from foundation.parity import (
     run,
 )
 
-WHOLE = "about 80 seconds on two free cores, most of it compiling"
+WHOLE = "about a minute on two free cores, most of it compiling"
 """How long the whole table takes."""
 NAME = 44
 """Columns of a row's name. A whole row then has 80."""

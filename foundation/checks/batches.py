@@ -87,7 +87,7 @@ def upcycled_inputs(case: str) -> tuple:
 
 
 def upcycled_margin(cache: Any) -> Any:
-    """Of the choice of two experts."""
+    """How far the choice of two experts is from another one."""
     layer, _ = cache
     return router_margin(layer.router, 2)
 
