@@ -81,7 +81,8 @@ def evaluate_and_save_if_due(
     enough = bool(config.patience) and counters.without_improvement >= config.patience
     asked = together.asked(signals.stop_signal)
     save_due = step % config.save_every == 0 or last or enough or asked
-    if improved or (step > session.progress.saved_step and save_due):
+    made_up = val_loss is not None and step == session.progress.saved_step  # its checkpoint has no loss yet
+    if improved or made_up or (step > session.progress.saved_step and save_due):
         together.attempt(step_logger.flush)
         with step_logger.paused():
             together.attempt(log.sync)

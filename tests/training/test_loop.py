@@ -79,14 +79,18 @@ def test_a_step_that_was_evaluated_or_saved_is_not_again(monkeypatch: pytest.Mon
     run = Run(monkeypatch, loss=2.0)
     run.counters.evaluated, run.session.progress.saved_step = 12, 12
     assert not run.after(12) or run.events == []
-    run = Run(monkeypatch, loss=2.0, steps=100)
+
+
+@pytest.mark.parametrize("steps", [12, 100])
+@pytest.mark.parametrize("loss", [1.0, 2.0])
+def test_an_evaluation_that_was_made_up_is_saved(loss: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of this step was saved without it. Otherwise a run that was stopped within its last evaluation
+    would not count it, and would make it up at every resume."""
+    run = Run(monkeypatch, loss=loss, steps=steps)
     run.session.progress.saved_step = 12
     run.after(12)
-    assert run.events == ["flushed", "evaluated"]
-    run = Run(monkeypatch, loss=1.0, steps=100)
-    run.session.progress.saved_step = 12
-    run.after(12)
-    assert ("saved", 1.0) in run.events, "an evaluation that was made up and is the best"
+    assert run.events == ["flushed", "evaluated", "flushed", "synced", ("saved", loss)]
+    assert run.counters.evaluated == 12
 
 
 @pytest.mark.parametrize(("patience", "bad", "ends"), [(0, 99, False), (3, 1, False), (3, 2, True)])
