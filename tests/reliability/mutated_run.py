@@ -149,6 +149,11 @@ class Battery:
                 lines |= set(answer["out"].splitlines())
                 grown[name] = max(answer["grown"] or 0, 0)
         self._place(self.whole[0])
+        shutil.rmtree(self.run / "checkpoints")  # as a mutation may: then the whole run is trained again
+        answer = self.worker.run(self._commands()["train --resume"])
+        assert answer["status"] == 0, answer
+        grown["train --resume"] = max(grown["train --resume"], answer["grown"] or 0)
+        self._place(self.whole[0])
         for step in sorted((self.run / "checkpoints").iterdir()):
             for name in ("generate", "evaluate"):
                 answer = self.worker.run([*self._commands()[name], "--step", str(int(step.name[5:]))])
