@@ -112,7 +112,7 @@ class Evaluate(Command):
         environment.prepare_environment()
         with working(f"loading {self.run}"):
             from moe_jax.data.baselines import corpus_baselines
-            from moe_jax.data.token_store import token_stream
+            from moe_jax.data.streams import token_stream
             from moe_jax.runs.load import open_run
             from moe_jax.training.evaluate import evaluate, make_evaluation_step
 
@@ -229,7 +229,7 @@ class Evaluate(Command):
         """The longest passages of the training text in texts of the model."""
         environment.prepare_environment()
         with working(f"loading {self.run}"):
-            from moe_jax.data.token_store import stored_documents
+            from moe_jax.data.streams import stored_documents
             from moe_jax.experiments import copies
             from moe_jax.experiments.samples import write_text
             from moe_jax.inference.generate import TextGenerator

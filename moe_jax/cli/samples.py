@@ -47,7 +47,7 @@ class Samples(Command):
             check_out_file("--out", self.out)
         environment.prepare_environment()
         with working(f"loading {self.run}"):
-            from moe_jax.data.token_store import stored_documents
+            from moe_jax.data.streams import stored_documents
             from moe_jax.experiments import samples
             from moe_jax.inference.generate import TextGenerator
             from moe_jax.inference.sampling import Sampling

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
-from moe_jax.data.token_store import TokenStore, stored_documents
+from moe_jax.data.streams import stored_documents
+from moe_jax.data.token_store import TokenStore
 from moe_jax.system.console import working
 from moe_jax.system.files import write_atomically
 from moe_jax.system.json_text import json_text

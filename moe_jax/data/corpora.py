@@ -10,7 +10,7 @@ methods of `Corpus` and a branch in `open_corpus`. Both need a name in `config.N
 Importing this module imports only the standard library, so that `check_source` can answer before jax is loaded.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +18,9 @@ from typing import Any, Protocol, runtime_checkable
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, DataFormat
 from moe_jax.data.file_corpus import FileCorpus, source_files
 from moe_jax.data.hub import HUB
+from moe_jax.data.stream_parts import StreamPart, stream_parts
 from moe_jax.data.text_files import SplitName
+from moe_jax.system.files import cache_dir
 
 
 @runtime_checkable
@@ -34,6 +36,28 @@ class Documents(Protocol):
         ...
 
 
+class Part(Protocol):
+    """Consecutive documents of a split."""
+
+    @property
+    def key(self) -> str:
+        """Tells the part from others with the same number in a corpus with the same fingerprint. It changes with the
+        rule by which a text is divided."""
+        ...
+
+    def documents(self) -> Iterator[Any]:
+        """The documents. A text may be edited while it is read: raises UserError after the last document if it was."""
+        ...
+
+    def skip(self) -> None:
+        """Go on to the next part without the documents of this one."""
+        ...
+
+    def to_dict(self) -> dict[str, Any] | None:
+        """What another process needs to read the part (`TextPart.from_dict`). None if only this process can."""
+        ...
+
+
 class Corpus(Documents, Protocol):
     """Documents that can be named, and told apart from other documents."""
 
@@ -46,11 +70,9 @@ class Corpus(Documents, Protocol):
         """Hex digest of everything that determines the text. Equal fingerprints mean equal documents."""
         ...
 
-    def reading(self) -> "Corpus":
-        """The same corpus for one pass. Its fingerprint is that of the text that this pass has read.
-
-        A file may be edited while it is read. Then this fingerprint differs from the one that was taken before.
-        """
+    def parts(self, split: SplitName) -> Iterable[Part]:
+        """The documents of a split, divided: each part becomes one shard. Each part must be read, or skipped, before
+        the next one."""
         ...
 
 
@@ -71,17 +93,19 @@ def check_source(source: str, form: DataFormat = "text") -> None:
     source_files(path)
 
 
-def open_corpus(data: DataConfig) -> Corpus:
+def open_corpus(data: DataConfig, cache: Path | None = None) -> Corpus:
     """The corpus that `data.source` names. Files without a validation file are read once here, to split them.
 
-    Raises ConfigError where the source does not exist, UserError where a file cannot be read.
+    The plan of a large text is kept in `cache` (`text_notes.py`), by default `system.files.cache_dir`. Raises
+    ConfigError where the source does not exist, UserError where a file cannot be read.
     """
     check_source(data.source, data.format)
-    if data.format == "chat":
-        return FileCorpus.open(data.source, data.format)
-    if data.source == "stories":
-        return EmbeddedCorpus(data.stories_seed, data.stories)
-    return HUB[data.source] if data.source in HUB else FileCorpus.open(data.source)
+    if data.format == "text":
+        if data.source == "stories":
+            return EmbeddedCorpus(data.stories_seed, data.stories)
+        if data.source in HUB:
+            return HUB[data.source]
+    return FileCorpus.open(data.source, data.format, (cache or cache_dir()) / "texts")
 
 
 def scored_documents(source: str, form: DataFormat = "text") -> Iterator[Any]:
@@ -115,8 +139,8 @@ class EmbeddedCorpus:
 
         return stories.fingerprint(self.seed, self.count)
 
-    def reading(self) -> "EmbeddedCorpus":
-        return self
+    def parts(self, split: SplitName) -> Iterator[StreamPart]:
+        return stream_parts(self.documents(split))
 
     def size(self, split: SplitName) -> int | None:
         return None

@@ -11,16 +11,16 @@ Text files and JSON lines have their rules in `text_files.py` and `json_lines.py
 JSON lines that hold conversations (`chats.py`).
 """
 
-from array import array
-from collections import deque
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from moe_jax.config import ConfigError, DataFormat, UserError
-from moe_jax.data.chat_rows import conversations, first_chat_problem
-from moe_jax.data.json_lines import ENDINGS, first_row_problem, holds_json_lines, json_documents, line_starts
+from moe_jax.data.chat_rows import first_chat_problem
+from moe_jax.data.json_lines import ENDINGS, first_row_problem, holds_json_lines, line_starts
 from moe_jax.data.text_files import (
     Span,
     SplitName,
@@ -29,12 +29,13 @@ from moe_jax.data.text_files import (
     other_kind,
     read_chunks,
     refuse_empty,
-    text_documents,
 )
+from moe_jax.data.text_notes import Files, read_note, write_note
+from moe_jax.data.text_plan import Spans, TextPart, TextPlan, documents_of
 
 _SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
-
-type Spans = tuple[Span, ...]
+_MOST_PLACES = 1 << 16
+"""Documents whose places are kept at a time."""
 
 
 def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[Path]]:
@@ -96,18 +97,27 @@ class FileCorpus:
     spans: dict[SplitName, Spans]
     form: DataFormat = "text"
     """Documents are texts, or conversations."""
+    files: Files | None = None
+    notes: Path | None = None
+    """Where plans are kept (`text_notes.py`). None to keep none."""
+    kept: TextPlan | None = None
+    """The plan that was found there."""
 
     @classmethod
-    def open(cls, name: str, form: DataFormat = "text") -> "FileCorpus":
+    def open(cls, name: str, form: DataFormat = "text", notes: Path | None = None) -> "FileCorpus":
         """The corpus of a file or folder. Training files without a validation file are read once, to split them.
 
-        Raises ConfigError, and UserError if a file cannot be read or has too little text to be split.
+        Nothing is read if `notes` has a plan of these files. Raises ConfigError, and UserError if a file cannot be read
+        or has too little text to be split.
         """
-        files = source_files(Path(name), form)
-        train, valid = (tuple(Span.of(p) for p in files[split]) for split in _SPLITS)
+        paths = source_files(Path(name), form)
+        files = Files.of(name, paths, form)
+        if notes is not None and (found := read_note(notes, files)) is not None:
+            return cls(name, found[0], form, files, notes, found[1])
+        train, valid = (tuple(Span.of(p) for p in paths[split]) for split in _SPLITS)
         if not valid:
             train, valid = _split(train)
-        return cls(name, {"train": train, "valid": valid}, form)
+        return cls(name, {"train": train, "valid": valid}, form, files, notes)
 
     @classmethod
     def whole(cls, path: Path, form: DataFormat = "text") -> "FileCorpus":
@@ -115,83 +125,42 @@ class FileCorpus:
         return cls(str(path), {"train": (), "valid": (Span.of(path),)}, form)
 
     def documents(self, split: SplitName) -> Iterator[Any]:
-        return self.reading().documents(split)
+        spans = self.spans[split]
+        found = (document for span in spans for document in documents_of(span, read_chunks(span), self.form))
+        return refuse_empty(found, self.where(split))
+
+    def where(self, split: SplitName) -> str:
+        """What to call the source of a split in a message."""
+        spans = self.spans[split]
+        return f"{spans[0].path if len(spans) == 1 else self.name} ({split})"
 
     def fingerprint(self) -> str:
         """xxh3-128 of the bytes of both splits and of their offsets in the files. The paths are not included."""
-        return self.reading().fingerprint()
+        return self.plan.fingerprint
 
-    def reading(self) -> "FileReading":
-        return FileReading(self)
+    def parts(self, split: SplitName) -> tuple[TextPart, ...]:
+        return self.plan.parts[split]
+
+    @cached_property
+    def plan(self) -> TextPlan:
+        """Reads the text once, unless a plan was kept. Raises UserError if a file was changed meanwhile."""
+        if self.kept is not None:
+            return self.kept
+        plan = TextPlan.of(self.name, self.form, self.spans)
+        if self.files is not None:
+            self.files.check_unchanged()
+            if self.notes is not None:
+                write_note(self.notes, self.files, self.spans, plan)
+        return plan
 
     def size(self, split: SplitName) -> int | None:
         return sum(span.stop - span.start for span in self.spans[split])
 
 
-class FileReading:
-    """One pass over a `FileCorpus`, which digests the bytes as it reads them. Each split can be read once, in order."""
-
-    def __init__(self, corpus: FileCorpus) -> None:
-        import xxhash
-
-        self.name, self._corpus, self._digest = corpus.name, corpus, xxhash.xxh3_128()
-        self._unread = {split: self._read(spans) for split, spans in corpus.spans.items()}
-
-    def _read(self, spans: Spans) -> Iterator[tuple[Span, Iterator[bytes]]]:
-        if len(spans) != 1:  # a file that moves to the other split changes the digest
-            self._digest.update(f"{len(spans)} files;".encode())
-        for span in spans:
-            kind = "lines;" if holds_json_lines(span.path) else ""
-            kind = "chats;" if self._corpus.form == "chat" else kind
-            self._digest.update(f"{span.start}-{span.stop};{kind}".encode())
-            chunks = self._digested(span)
-            yield span, chunks
-            deque(chunks, maxlen=0)
-
-    def _digested(self, span: Span) -> Iterator[bytes]:
-        for chunk in read_chunks(span):
-            self._digest.update(chunk)
-            yield chunk
-
-    def documents(self, split: SplitName) -> Iterator[Any]:
-        for earlier, files in self._unread.items():
-            if earlier == split:
-                found = (document for span, chunks in files for document in self._documents(span, chunks))
-                where = self._corpus.spans[split]
-                yield from refuse_empty(found, f"{where[0].path if len(where) == 1 else self.name} ({split})")
-                return
-            deque(files, maxlen=0)
-
-    def fingerprint(self) -> str:
-        """`FileCorpus.fingerprint` of what was read. Reads what is left."""
-        for files in self._unread.values():
-            deque(files, maxlen=0)
-        return self._digest.hexdigest()
-
-    def reading(self) -> "FileReading":
-        return self
-
-    def size(self, split: SplitName) -> int | None:
-        return self._corpus.size(split)
-
-    def _documents(self, span: Span, chunks: Iterable[bytes]) -> Iterator[Any]:
-        if self._corpus.form == "chat":
-            return conversations(span, chunks)
-        return (json_documents if holds_json_lines(span.path) else text_documents)(span, chunks)
-
-
 def _split(spans: Spans) -> tuple[Spans, Spans]:
     """The training and the validation part of some files."""
-    files, offsets = array("q"), array("q")  # of each document
-    for number, span in enumerate(spans):
-        for offset in (line_starts if holds_json_lines(span.path) else document_starts)(span):
-            files.append(number)
-            offsets.append(offset)
-    if len(files) >= 2:
-        first = len(files) - max(1, len(files) // 20)
-        number, cut = files[first], offsets[first]
-    else:
-        number = files[0] if files else 0
+    count, number, cut = _late_document(spans)
+    if count < 2:
         if holds_json_lines(spans[number].path):
             raise UserError(f"{spans[number].path}: has less than two rows; one must be left for validation")
         cut = last_part_start(spans[number])
@@ -199,3 +168,33 @@ def _split(spans: Spans) -> tuple[Spans, Spans]:
     before, after = Span(span.path, span.start, cut), Span(span.path, cut, span.stop)
     whole = () if before.start == before.stop and number else (before,)
     return (*spans[:number], *whole), (after, *spans[number + 1 :])
+
+
+def _late_document(spans: Spans) -> tuple[int, int, int]:
+    """(number of documents, number of a file, offset in it): where the last 5 % of the documents begin.
+
+    How many documents there are is known at the end only. So the place of every n-th document is kept, with a growing
+    n, and the last stretch is read once more. The memory is bounded, whatever the number of documents.
+    """
+    places: list[tuple[int, int]] = []
+    every, count = 1, 0
+    for place in _document_places(spans):
+        if count % every == 0:
+            places.append(place)
+            if len(places) > _MOST_PLACES:
+                places, every = places[::2], 2 * every
+        count += 1
+    if not count:
+        return 0, 0, 0
+    target = count - max(1, count // 20)
+    number, offset = places[target // every]
+    rest = (Span(spans[number].path, offset, spans[number].stop), *spans[number + 1 :])
+    further, cut = next(itertools.islice(_document_places(rest), target % every, None))
+    return count, number + further, cut
+
+
+def _document_places(spans: Spans) -> Iterator[tuple[int, int]]:
+    """(number of the file, offset in it) of each document."""
+    for number, span in enumerate(spans):
+        for offset in (line_starts if holds_json_lines(span.path) else document_starts)(span):
+            yield number, offset

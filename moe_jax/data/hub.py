@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moe_jax.config import UserError
+from moe_jax.data.stream_parts import StreamPart, stream_parts
 from moe_jax.data.text_files import SplitName, cut_long, refuse_empty
 
 
@@ -48,8 +49,8 @@ class HubCorpus:
 
         return xxhash.xxh3_128_hexdigest(f"{self.repository} {self.configuration} {self.revision}".encode())
 
-    def reading(self) -> "HubCorpus":
-        return self  # the revision fixes the text
+    def parts(self, split: SplitName) -> Iterator[StreamPart]:
+        return stream_parts(self.documents(split))
 
     def size(self, split: SplitName) -> int | None:
         return None

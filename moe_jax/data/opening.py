@@ -7,6 +7,7 @@ import re
 
 import numpy as np
 
+from moe_jax.data.shards import TokenArray
 from moe_jax.data.tokenizers import Tokenizer
 
 WORDS = 4
@@ -18,7 +19,7 @@ _SEARCHED, _DOCUMENTS = 1 << 16, 50
 _FIRST_WORDS = re.compile(rf"\S+(?:[ \t]+\S+){{0,{WORDS - 1}}}")
 
 
-def opening_words(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+def opening_words(tokenizer: Tokenizer, tokens: TokenArray) -> str:
     """Up to four words of the first line of the first document in a stream `separator, document, separator, ...`."""
     document = np.asarray(tokens[1 : 1 + _TOKENS])
     ends = np.flatnonzero(document == tokenizer.separator_id)
@@ -29,10 +30,11 @@ def opening_words(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     return found[0][:LONGEST] if found else ""
 
 
-def openings(tokenizer: Tokenizer, tokens: np.ndarray, most: int) -> list[str]:
+def openings(tokenizer: Tokenizer, tokens: TokenArray, most: int) -> list[str]:
     """The opening words of the first documents of such a stream, each once, at most `most` of them."""
-    starts = np.flatnonzero(np.asarray(tokens[:_SEARCHED]) == tokenizer.separator_id)[:_DOCUMENTS]
+    head = np.asarray(tokens[: _SEARCHED + _TOKENS])
+    starts = np.flatnonzero(head[:_SEARCHED] == tokenizer.separator_id)[:_DOCUMENTS]
     found: dict[str, None] = {}
     for start in starts:
-        found.setdefault(opening_words(tokenizer, tokens[start:]))
+        found.setdefault(opening_words(tokenizer, head[start:]))
     return [words for words in found if words][:most]

@@ -115,10 +115,9 @@ def refuse_empty[D](documents: Iterable[D], what: str) -> Iterator[D]:
         raise UserError(f"{what}: there is no text in it; give a longer one with --data")
 
 
-def cut_long(text: bytes) -> Iterator[bytes]:
-    """The text in parts of about 1 MiB. No cut falls into the last 13 bytes, because they may hold the beginning of a
-    separator."""
-    while len(text) >= _LONGEST + len(_SEPARATOR):
+def cut_long(text: bytes, spare: int = 0) -> Iterator[bytes]:
+    """The text in parts of about 1 MiB. The last part has fewer than 1 MiB + 13 + `spare` bytes."""
+    while len(text) >= _LONGEST + len(_SEPARATOR) + spare:
         cut = _last_boundary(text, _LONGEST - _LONGEST // 16, _LONGEST)
         yield text[:cut]
         text = text[cut:]
@@ -148,7 +147,11 @@ def read_chunks(span: Span) -> Iterator[bytes]:
 
 
 def _read_pieces(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(offset in the file, bytes) of each piece of text between separators. A long piece is cut by `cut_long`."""
+    """(offset in the file, bytes) of each piece of text between separators. A long piece is cut by `cut_long`.
+
+    The pieces do not depend on where the chunks end. So a span that begins at a piece of another span has the same
+    pieces from there on.
+    """
     rest, offset = b"", span.start  # bytes not yet given out, and where they begin
     for chunk in chunks:
         *pieces, rest = (rest + chunk).split(_SEPARATOR)
@@ -157,11 +160,19 @@ def _read_pieces(span: Span, chunks: Iterable[bytes]) -> Iterator[tuple[int, byt
                 yield offset, part
                 offset += len(part)
             offset += len(_SEPARATOR)
-        *parts, rest = cut_long(rest)
+        # The last 12 bytes may begin a separator. Without them, the piece must be long enough to be cut.
+        *parts, rest = cut_long(rest, spare=len(_SEPARATOR) - 1)
         for part in parts:
             yield offset, part
             offset += len(part)
-    yield offset, rest
+    for part in cut_long(rest):
+        yield offset, part
+        offset += len(part)
+
+
+def piece_starts(span: Span, chunks: Iterable[bytes]) -> Iterator[int]:
+    """The offset of each piece of a span's chunks that is not blank. A text may be divided at every one of them."""
+    return (offset for offset, piece in _read_pieces(span, chunks) if piece.strip())
 
 
 def document_starts(span: Span) -> Iterator[int]:

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from moe_jax.data.shards import TokenArray
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.experiments.suffix_automaton import longest_copies
 
@@ -58,7 +57,7 @@ class Copies:
 
 
 def measure(
-    texts: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]], train: np.ndarray, tokenizer: Tokenizer
+    texts: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]], train: TokenArray, tokenizer: Tokenizer
 ) -> tuple[Copies, Copies | None]:
     """The copies in the model's texts, and in pieces of the validation text; None without pieces.
 
@@ -86,7 +85,7 @@ def pieces_of(documents: Iterable[Sequence[int]], lengths: Sequence[int]) -> lis
     return pieces
 
 
-def _in_parts(tokens: np.ndarray) -> Iterator[int]:
+def _in_parts(tokens: TokenArray) -> Iterator[int]:
     """The tokens as Python numbers, which dictionaries look up faster than numpy's."""
     for first in range(0, len(tokens), _PART):
         yield from tokens[first : first + _PART].tolist()

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from moe_jax.data.batches import evaluation_windows, text_bytes
+from moe_jax.data.shards import TokenArray
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
@@ -62,11 +63,11 @@ def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
 def evaluate(
     step: EvaluationStep,
     params: Params,
-    tokens: np.ndarray,
+    tokens: TokenArray,
     *,
     seq_len: int,
     token_bytes: np.ndarray,
-    answers: np.ndarray | None = None,
+    answers: TokenArray | None = None,
     progress: Callable[[int], AbstractContextManager[Callable[[], None]]] | None = None,
 ) -> Evaluation:
     """Score a stream `separator, document, separator, ..., separator`, window by window (`evaluation_windows`).
@@ -84,7 +85,7 @@ def evaluate(
                 jax.block_until_ready(results[-1])
                 advance()
     nats = math.fsum(float(n) for n, _ in results)
-    size = text_bytes(tokens if answers is None else tokens[answers], token_bytes)
+    size = text_bytes(tokens, token_bytes, answers)
     count = len(tokens) - 1 if answers is None else int(answers[1:].sum())
     rows = sum(int(batch.weights.any(1).sum()) for batch in batches)
     dropped = math.fsum(float(d) for _, d in results) / max(rows, 1)

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -20,6 +19,7 @@ from jaxtyping import Array, Key
 
 from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
+from moe_jax.data.shards import TokenArray
 from moe_jax.inference.decode import Decoder
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
@@ -195,7 +195,7 @@ class Programs:
             return Decoder(self._cut_model(SampledTransformer), *size, spread)
         return Decoder(self.graphdef, *size)
 
-    def tracer(self, tokens: np.ndarray) -> Tracer | None:
+    def tracer(self, tokens: TokenArray) -> Tracer | None:
         """What records the routing of the first tokens of a stream (`routing_snapshot.make_tracer`)."""
         if self.layout is not None:
             spread = same_on_all_devices(self.layout, self.param_shapes)

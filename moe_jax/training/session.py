@@ -24,7 +24,8 @@ from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.chat_rows import Message
 from moe_jax.data.chats import answer_prompt, first_question
 from moe_jax.data.opening import opening_words, openings
-from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
+from moe_jax.data.streams import Stream
+from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params

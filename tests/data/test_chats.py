@@ -14,9 +14,10 @@ from moe_jax.data.batches import MaskedBatch, evaluation_windows
 from moe_jax.data.chat_rows import Message
 from moe_jax.data.chats import answer_prompt, encode_chats, first_question
 from moe_jax.data.corpora import check_source, open_corpus
+from moe_jax.data.streams import token_stream
 from moe_jax.data.synthetic.chats import chats, write_chats
 from moe_jax.data.text_files import SEPARATOR
-from moe_jax.data.token_store import open_store, prepare_token_store, token_stream
+from moe_jax.data.token_store import open_store, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, _digest, train_tokenizer
 
 BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
@@ -130,12 +131,12 @@ def test_rows_are_held_out_and_the_store_is_kept(tmp_path: Path) -> None:
     store = prepare(path, tmp_path)
     assert (store.train.documents, store.valid.documents) == (38, 2)
     assert store.valid.answers is not None
-    marked = bytes(store.valid.tokens[store.valid.answers & (store.valid.tokens < SEP)].tolist())
+    marked = bytes(store.valid.tokens[store.valid.answers[:] & (store.valid.tokens[:] < SEP)].tolist())
     assert marked == b"3839"
     assert (store.valid.targets, store.valid.target_bytes, store.valid.bytes) == (6, 4, 10)
     assert len(store.valid.answers) == len(store.valid.tokens)
     again = open_store(store.folder)
-    np.testing.assert_array_equal(again.valid.answers, store.valid.answers)
+    np.testing.assert_array_equal(again.valid.answers[:], store.valid.answers[:])
     assert again.digest == store.digest
     mask = store.folder / "valid.mask"
     mask.write_bytes(bytes(len(store.valid.tokens)))
@@ -144,8 +145,8 @@ def test_rows_are_held_out_and_the_store_is_kept(tmp_path: Path) -> None:
     store = prepare(path, tmp_path)
     assert store.valid.targets == 6
     stream = token_stream(open_corpus(DataConfig(source=str(path), format="chat")).documents("valid"), BYTE)
-    np.testing.assert_array_equal(stream.tokens, store.valid.tokens)
-    np.testing.assert_array_equal(stream.answers, store.valid.answers)
+    np.testing.assert_array_equal(stream.tokens, store.valid.tokens[:])
+    np.testing.assert_array_equal(stream.answers, store.valid.answers[:])
     assert first_question(BYTE, store.valid.tokens) == "q38"
 
 

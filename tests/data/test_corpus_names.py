@@ -58,7 +58,6 @@ def test_of_the_embedded_corpus_the_validation_stories_are_scored() -> None:
 
 def test_the_embedded_corpus_has_no_file() -> None:
     corpus = EmbeddedCorpus(3, 7)
-    assert corpus.reading() is corpus
     assert (corpus.name, corpus.size("train"), corpus.size("valid")) == ("stories", None, None)
     assert corpus.fingerprint() == stories.fingerprint(3, 7)
     assert list(corpus.documents("train")) == list(stories.generate(3, "train", 7))

@@ -35,7 +35,6 @@ def test_a_data_set_is_named_by_its_revision(name: str) -> None:
     assert len(corpus.revision) == 40
     text = f"{corpus.repository} {corpus.configuration} {corpus.revision}"
     assert corpus.fingerprint() == xxhash.xxh3_128_hexdigest(text.encode())
-    assert corpus.reading() is corpus
     assert (corpus.size("train"), corpus.size("valid")) == (None, None)
 
 

@@ -192,32 +192,13 @@ def corpus(tmp_path: Path) -> FileCorpus:
 
 
 def test_the_sizes_are_in_bytes(corpus: FileCorpus) -> None:
-    for source in (corpus, corpus.reading()):
-        assert (source.size("train"), source.size("valid")) == (4 + 13 + 4, 6)
+    assert (corpus.size("train"), corpus.size("valid")) == (4 + 13 + 4, 6)
 
 
 def test_the_fingerprint_is_of_the_bytes_and_their_offsets(corpus: FileCorpus) -> None:
     """Caches and saved runs are known by it."""
     content = f"0-21;One.{SEPARATOR}Two.3-9;Three."
     assert corpus.fingerprint() == xxhash.xxh3_128_hexdigest(content.encode())
-
-
-@pytest.mark.parametrize("order", [("train", "valid"), ("train",), ("valid",), ()], ids=str)
-def test_a_reading_has_one_fingerprint_whatever_was_read_of_it(order: tuple, corpus: FileCorpus) -> None:
-    reading = corpus.reading()
-    expected = {"train": ["One.", "Two."], "valid": ["Three."]}
-    for split in order:
-        assert list(reading.documents(split)) == expected[split]
-    assert reading.fingerprint() == corpus.fingerprint()
-    assert reading.reading() is reading
-    assert reading.name == corpus.name
-
-
-def test_a_reading_tells_of_the_text_that_it_read(corpus: FileCorpus, tmp_path: Path) -> None:
-    before, reading = corpus.fingerprint(), corpus.reading()
-    next(iter(reading.documents("train")))
-    write(tmp_path, b"\xef\xbb\xbfThird.", "valid.txt")
-    assert reading.fingerprint() != before
 
 
 def test_an_empty_corpus_is_refused_after_its_last_document() -> None:

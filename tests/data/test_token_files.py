@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,9 +14,12 @@ import pytest
 import xxhash
 
 from moe_jax.config import DataConfig, UserError
-from moe_jax.data import token_store, tokenizers
+from moe_jax.data import shards, streams, token_store, tokenizers
+from moe_jax.data.store_draft import Draft
+from moe_jax.data.stream_parts import stream_parts
+from moe_jax.data.streams import token_stream
 from moe_jax.data.text_files import SEPARATOR
-from moe_jax.data.token_store import TokenStore, open_store, prepare_token_store, token_stream
+from moe_jax.data.token_store import TokenStore, open_store, prepare_token_store
 from moe_jax.data.tokenizers import load_tokenizer, train_tokenizer
 from moe_jax.system import files
 
@@ -98,11 +102,11 @@ def test_a_store_is_named_by_format_text_and_tokenizer(
 
 
 def test_a_store_is_read_in_parts(data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_store, "_READ_BYTES", 7)
+    monkeypatch.setattr(shards, "_READ_BYTES", 7)
     store = prepare(data, cache)
     assert open_store(store.folder).digest == store.digest
     with pytest.raises(ValueError, match="read-only"):
-        store.train.tokens[0] = 1
+        store.train.tokens[:][0] = 1
 
 
 @pytest.mark.parametrize(("batch", "sizes"), [(1, [3, 3, 3, 3]), (4, [6, 6]), (6, [6, 6]), (7, [9, 3]), (99, [12])])
@@ -110,18 +114,19 @@ def test_documents_are_encoded_in_batches_of_a_size(
     batch: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bytes of UTF-8, and not in characters."""
-    monkeypatch.setattr(token_store, "_BATCH_BYTES", batch)
+    monkeypatch.setattr(streams, "_BATCH_BYTES", batch)
     documents = ["日", "aaa", "本", "bbb"]
-    found = list(token_store._batches(iter(documents)))
+    found = list(streams._batches(iter(documents)))
     assert [size for _, size in found] == sizes
     assert [document for part, _ in found for document in part] == documents
-    assert list(token_store._batches(iter([]))) == []
+    assert list(streams._batches(iter([]))) == []
 
 
 def test_progress_counts_documents_and_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_store, "_BATCH_BYTES", 1)
+    monkeypatch.setattr(streams, "_BATCH_BYTES", 1)
     told: list[tuple[int, int]] = []
-    token_store._write_split(tmp_path / "file", iter(["日", "ab"]), BYTE, lambda *seen: told.append(seen))
+    part = next(stream_parts(iter(["日", "ab"])))
+    Draft(tmp_path).write("train", 0, part, BYTE, token_store._Tally(lambda *seen: told.append(seen)).add)
     assert told == [(1, 3), (2, 5)]
 
 
@@ -129,7 +134,7 @@ def test_progress_counts_documents_and_bytes(tmp_path: Path, monkeypatch: pytest
 def test_a_stream_in_memory_is_the_stored_one(
     batch: int, data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(token_store, "_BATCH_BYTES", batch)
+    monkeypatch.setattr(streams, "_BATCH_BYTES", batch)
     store = prepare(data, cache)
     stream, answers = token_stream(iter(DOCUMENTS), BYTE)
     assert answers is None
@@ -168,20 +173,23 @@ def test_a_whole_store_is_opened_without_a_lock(data: DataConfig, cache: Path, l
     assert len(locks) == 2
 
 
-def test_leftovers_of_the_same_store_are_removed_and_no_others(
+def test_half_written_files_of_the_same_store_are_removed_and_no_others(
     data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    key = prepare(data, cache).folder.name
-    for without_locks, gone in ((True, False), (False, True)):
-        for name in (f"{key}.1.partial", f"{'0' * 32}.1.partial"):
-            (cache / name).mkdir(exist_ok=True)
-        (cache / key / "manifest.json").unlink()
+    """Without locks, another process may be writing them."""
+    folder = prepare(data, cache).folder
+    other = cache / f"{'0' * 32}.partial"
+    for without_locks, kept in ((True, ["train.00000.bin.1.tmp"]), (False, [])):
+        for draft in (cache / f"{folder.name}.partial", other):
+            draft.mkdir(exist_ok=True)
+            (draft / "train.00000.bin.1.tmp").touch()
+        shutil.rmtree(folder)
         with monkeypatch.context() as patch:
             if without_locks:
                 patch.setattr(files, "fcntl", None)
             prepare(data, cache)
-        assert (cache / f"{key}.1.partial").exists() != gone
-        assert (cache / f"{'0' * 32}.1.partial").exists()
+        assert [path.name for path in folder.glob("*.tmp")] == kept
+        assert (other / "train.00000.bin.1.tmp").exists()
 
 
 def test_a_store_that_another_process_built_meanwhile_is_used(

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.cli.generate import Generate
 from moe_jax.cli.samples import Samples
-from moe_jax.data.token_store import stored_documents
+from moe_jax.data.streams import stored_documents
 from moe_jax.experiments import samples
 from moe_jax.experiments.text_statistics import words
 from moe_jax.inference.generate import TextGenerator

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.data.token_store import token_stream
+from moe_jax.data.streams import token_stream
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from tests.interop.llama_cpp import LlamaCpp
