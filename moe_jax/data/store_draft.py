@@ -4,8 +4,8 @@
     DRAFT/train.00003.json          its entry in the index, written last: the shard is finished
 
 Every file is written under another name and renamed once it is on the disk. A build that is killed leaves its finished
-shards, and the next build goes on from them. A shard is a function of its part of the text and of the tokenizer. So two
-processes that make the same shard write the same bytes, and it does not matter which one comes last.
+shards, and the next build goes on from them. A shard is a function of its part of the text and of the tokenizer. So it
+does no harm if a process of the killed build is still finishing a shard: it writes the same bytes.
 """
 
 import json

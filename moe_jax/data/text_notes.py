@@ -21,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import DataFormat, UserError
+from moe_jax.data import text_plan
 from moe_jax.data.text_files import Span, SplitName
-from moe_jax.data.text_plan import PART_BYTES, Spans, TextPart, TextPlan, changed, new_digest
+from moe_jax.data.text_plan import Spans, TextPart, TextPlan, changed, new_digest
 from moe_jax.system.files import write_atomically
 from moe_jax.system.json_text import json_text
 
@@ -63,7 +64,7 @@ class Files:
     @property
     def note(self) -> str:
         """The name of the kept plan."""
-        described = json_text([_FORMAT, PART_BYTES, self.form, self.signature])
+        described = json_text([_FORMAT, text_plan.PART_BYTES, self.form, self.signature])
         return f"{new_digest(described.encode()).hexdigest()}.json"
 
     @property

@@ -16,8 +16,9 @@ CACHE is `system.files.cache_dir`. KEY is a digest of the text and the tokenizer
 
 Building. A text is divided into parts (`text_plan.py`), and each part becomes a shard. On several cores, the shards of
 one text are made side by side (`shard_workers.py`). A store is built in its draft, and the draft is renamed once all
-files are on the disk. So a store is either complete or absent. A build that was interrupted goes on from its finished
-shards. If the system has locks, a second process waits for the first and uses its store.
+files are on the disk. So a store is either complete or absent. If the system has locks, a second process waits for the
+first and uses its store, and a build that was interrupted goes on from its finished shards. Without locks, it starts
+over.
 
 Opening. The index is read, and the sizes of all files are compared with it. A split with one file is verified at once,
 and a damaged one is built again. Of a split with shards, each shard is verified when it is first read (`shards.py`). A
@@ -25,6 +26,7 @@ damaged shard is removed and named in an error; the next start builds that shard
 """
 
 import json
+import secrets
 import shutil
 from collections import deque
 from collections.abc import Iterator
@@ -235,33 +237,37 @@ class _CheckedText:
 
 def _open_or_build(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
     key = _digest([FORMAT, fingerprint, tokenizer.digest])
-    folder, draft = cache / key, Draft(cache / f"{key}.partial")
+    folder = cache / key
     if folder.exists():  # before the lock is asked for: a whole cache may lie in a folder that cannot be written
         with suppress(UserError):
             return open_store(folder)
     with locked(cache / f"{key}.lock", wait=True) as lock:
+        # Without a lock, another process may be building too: each has a draft of its own, for one build.
+        draft = Draft(cache / (f"{key}.partial" if lock is not None else f"{key}.{secrets.token_hex(8)}.partial"))
         if folder.exists():
             try:
                 return open_store(folder)
             except UserError:
                 _reopen(folder, draft)
-        if lock is not None:
-            draft.clean()
         draft.folder.mkdir(exist_ok=True)
+        draft.clean()
         try:
             _build(draft, corpus, fingerprint, tokenizer, progress)
-            draft.folder.rename(folder)
-        except BaseException as error:
-            if isinstance(error, OSError) and folder.exists():
+            try:
+                draft.folder.rename(folder)
+            except OSError:
+                if not folder.exists():
+                    raise
                 # There is no lock, and another process has built the same store first. Use that store.
-                shutil.rmtree(draft.folder, ignore_errors=True)
-                return open_store(folder)
-            for_ever = isinstance(error, UserError) and not isinstance(error, shard_workers.WorkerEnded)
-            if for_ever or not draft.holds_shards:  # of a text that must be mended first, nothing can be used
-                shutil.rmtree(draft.folder, ignore_errors=True)
-            elif lock is not None:
-                draft.clean()
+        except UserError as error:
+            if not isinstance(error, shard_workers.WorkerEnded):  # the text must be mended first
+                shutil.rmtree(draft.folder)
             raise
+        finally:
+            if lock is None or not draft.holds_shards:
+                shutil.rmtree(draft.folder, ignore_errors=True)
+            else:
+                draft.clean()
         return open_store(folder)
 
 

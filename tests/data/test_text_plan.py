@@ -137,7 +137,6 @@ def test_a_stream_is_divided_in_turn():
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A text of several parts, whose times count as old."""
     monkeypatch.setattr(text_plan, "PART_BYTES", 100)
-    monkeypatch.setattr(text_notes, "PART_BYTES", 100)
     monkeypatch.setattr(text_notes, "_CLOCK_SECONDS", -10.0)
     path = tmp_path / "a.txt"
     path.write_text(SEPARATOR.join(f"document {i}" for i in range(60)))

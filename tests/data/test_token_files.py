@@ -173,14 +173,14 @@ def test_a_whole_store_is_opened_without_a_lock(data: DataConfig, cache: Path, l
     assert len(locks) == 2
 
 
-def test_half_written_files_of_the_same_store_are_removed_and_no_others(
+def test_drafts_of_the_same_store_are_removed_and_no_others(
     data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without locks, another process may be writing them."""
     folder = prepare(data, cache).folder
-    other = cache / f"{'0' * 32}.partial"
-    for without_locks, kept in ((True, ["train.00000.bin.1.tmp"]), (False, [])):
-        for draft in (cache / f"{folder.name}.partial", other):
+    own, other = (cache / f"{key}.partial" for key in (folder.name, "0" * 32))
+    for without_locks in (True, False):
+        for draft in (own, other):
             draft.mkdir(exist_ok=True)
             (draft / "train.00000.bin.1.tmp").touch()
         shutil.rmtree(folder)
@@ -188,7 +188,10 @@ def test_half_written_files_of_the_same_store_are_removed_and_no_others(
             if without_locks:
                 patch.setattr(files, "fcntl", None)
             prepare(data, cache)
-        assert [path.name for path in folder.glob("*.tmp")] == kept
+        assert own.exists() == without_locks
+        assert sorted(path.name for path in folder.iterdir()) == [
+            *("manifest.json", "tokenizer.json", "train.bin", "valid.bin")
+        ]
         assert (other / "train.00000.bin.1.tmp").exists()
 
 
