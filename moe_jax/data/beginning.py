@@ -41,22 +41,24 @@ def check_beginning(data: DataConfig, seq_len: int) -> None:
 
 
 def _check_file(path: Path, most: int, data: DataConfig) -> bool:
-    """Whether a file is blank, as far as its first `most` bytes show. Raises ConfigError for what is wrong in them."""
+    """Whether a file is blank; False if it has more than `most` bytes. Raises ConfigError for what is wrong in the
+    first `most` bytes."""
     try:
         with path.open("rb") as file:
             start = file.read(most)
     except OSError as error:
         raise ConfigError(f"--data {path}: cannot be read ({error.strerror}); check its permissions") from None
+    all_of_it = len(start) == path.stat().st_size
     if not holds_json_lines(path):
         try:
             codecs.getincrementaldecoder("utf-8")().decode(start)  # the last character may be cut
         except UnicodeDecodeError as error:
             raise ConfigError(f"--data {not_utf8(path, error.start, error.reason)}") from None
-        return not start.removeprefix(BYTE_ORDER_MARK).replace(SEPARATOR.encode(), b"").strip()
-    whole = start if len(start) == path.stat().st_size else start[: start.rfind(b"\n") + 1]
+        return all_of_it and not start.removeprefix(BYTE_ORDER_MARK).replace(SEPARATOR.encode(), b"").strip()
+    whole = start if all_of_it else start[: start.rfind(b"\n") + 1]
     span = Span.of(path)
     read = conversations if data.format == "chat" else json_documents
     try:
-        return not sum(1 for _ in read(span, [whole[span.start :]]))
+        return not sum(1 for _ in read(span, [whole[span.start :]])) and all_of_it
     except UserError as error:
         raise ConfigError(f"--data {error}") from None

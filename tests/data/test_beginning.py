@@ -73,6 +73,21 @@ def test_all_files_of_a_folder_share_the_beginning(tmp_path: Path, monkeypatch: 
         check(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["valid.txt", "valid.jsonl"])
+def test_a_validation_text_after_a_long_training_text_is_not_called_empty(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training text alone has the bytes that are looked at."""
+    (tmp_path / "train.txt").write_text("a text of 20 bytes. ")
+    (tmp_path / name).write_text(ROW if name.endswith("jsonl") else "\n\nA hen.")
+    for most in (19, 20, 21, 22, 10**6):
+        monkeypatch.setattr(beginning, "LOOKED_AT", most)
+        check(tmp_path)
+    (tmp_path / name).write_text("\n\n")
+    with pytest.raises(ConfigError, match=f"{name}: there is no text in it"):
+        check(tmp_path)
+
+
 @pytest.mark.parametrize(("size", "fits"), [(255, True), (254, False)])
 def test_a_text_shorter_than_a_context(size: int, fits: bool, tmp_path: Path) -> None:
     """A byte is a token at least, with a separator before and behind: 255 bytes are 257 tokens, and a context of 256

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -127,7 +128,11 @@ def check_kills(seed: int, large: Path, reference: dict[str, Any], cache: Path, 
         alive = process.poll() is None
         process.kill()
         process.communicate()
-        hit, seconds = hit + alive, seconds if alive else seconds / 2
+        if not alive:  # too late: begin anew
+            shutil.rmtree(cache)
+            cache.mkdir()
+            seconds /= 2
+        hit += alive
         went_on += alive and finished(cache)
         deadline = time.monotonic() + 60
         while workers(cache) and time.monotonic() < deadline:
