@@ -134,8 +134,8 @@ class Draft:
         whole["digest"] = sums["bin"].hexdigest()
         if "answers" in entries[0]:
             answers = [entry["answers"] for entry in entries]
-            whole["answers"] = {key: sum(one[key] for one in answers) for key in ("tokens", "bytes")}
-            whole["answers"]["digest"] = sums["mask"].hexdigest()
+            counts = {key: sum(one[key] for one in answers) for key in ("tokens", "bytes")}
+            whole["answers"] = {**counts, "digest": sums["mask"].hexdigest()}
         if len(entries) > 1:
             return {**whole, "shards": entries}
         for ending in ("bin", "mask") if "answers" in whole else ("bin",):
