@@ -356,7 +356,9 @@ def test_tinystories(cache, monkeypatch):
     assert store.valid.bytes + 399 * len(f"\n{SEPARATOR}\n") == 325_383
 
 
-def test_the_documents_of_a_stream_are_given_back() -> None:
+@pytest.mark.parametrize("block", [1, 2, 7, 10**6])
+def test_the_documents_of_a_stream_are_given_back(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "_READ_TOKENS", block)
     tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
     documents = ["One.", "é 日本", "Three"]
     stream = token_stream(iter(documents), tokenizer).tokens
