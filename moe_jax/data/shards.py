@@ -60,7 +60,7 @@ class ShardedArray:
         return found if index.ndim else found[()]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        return np.asarray(self[:], dtype)
+        return np.array(self[:], dtype, copy=copy)
 
     def verify(self, number: int) -> None:
         """Compare the digest of a shard, once. Raises UserError if it is damaged, missing or cannot be read.

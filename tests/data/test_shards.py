@@ -43,6 +43,8 @@ def test_every_access_is_that_of_one_array(folders: Any, lengths: list[int], dat
     assert len(array) == n
     assert array.dtype == U2
     np.testing.assert_array_equal(np.asarray(array), whole)
+    changed = np.array(array, np.int32)
+    changed[:] = 0  # a copy
     part = slice(data.draw(ends), data.draw(ends), data.draw(st.sampled_from([None, 1, 2, -1])))
     np.testing.assert_array_equal(array[part], whole[part])
     assert array[part].dtype == U2
