@@ -53,10 +53,6 @@ class Part(Protocol):
         """Go on to the next part without the documents of this one."""
         ...
 
-    def to_dict(self) -> dict[str, Any] | None:
-        """What another process needs to read the part (`TextPart.from_dict`). None if only this process can."""
-        ...
-
 
 class Corpus(Documents, Protocol):
     """Documents that can be named, and told apart from other documents."""

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import UserError
-from moe_jax.data.corpora import Part
 from moe_jax.data.store_draft import Added, Draft, Entry
 from moe_jax.data.text_plan import TextPart
 from moe_jax.data.tokenizers import load_tokenizer
@@ -45,7 +44,7 @@ class ShardWorkers:
         self._processes: list[subprocess.Popen[str]] = []
         self._closed = False
 
-    def submit(self, split: str, number: int, part: Part) -> Future[Entry]:
+    def submit(self, split: str, number: int, part: TextPart) -> Future[Entry]:
         """The entry of a shard, once it is there. Raises UserError and OSError as `Draft.write` does, and
         WorkerEnded."""
         job = json_text({"split": split, "number": number, "part": part.to_dict()})

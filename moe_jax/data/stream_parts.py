@@ -34,9 +34,6 @@ class StreamPart:
         for _ in self.documents():
             pass
 
-    def to_dict(self) -> None:
-        """Another process cannot read this part."""
-
 
 def stream_parts(documents: Iterator[str]) -> Iterator[StreamPart]:
     """The parts of a stream. Each must be read, or skipped, before the next one."""

@@ -43,6 +43,7 @@ import xxhash
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import shard_workers
 from moe_jax.data.corpora import Corpus, Part, open_corpus
+from moe_jax.data.file_corpus import FileCorpus
 from moe_jax.data.shards import ShardedArray, check_index, indexed
 from moe_jax.data.store_draft import Draft, Entry, to_disk
 from moe_jax.data.streams import Stream, token_type
@@ -308,21 +309,23 @@ def _build(draft: Draft, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer,
 
 def _build_split(draft: Draft, corpus: Corpus, name: SplitName, tokenizer: Tokenizer, report: Report) -> Entry:
     """Make the shards of a split: in this process, or side by side in others if there are several to make."""
-    added, parts, made = _Tally(report).add, corpus.parts(name), {}
+    added = _Tally(report).add
+    made: dict[int, Future[Entry]] = {}
     with ExitStack() as stack:
-        if isinstance(parts, tuple):
-            todo = [(i, part) for i, part in enumerate(parts) if draft.finished(name, i, part.key) is None]
+        if isinstance(corpus, FileCorpus):  # other processes can read its parts too
+            parts = enumerate(corpus.parts(name))
+            todo = [(i, part) for i, part in parts if draft.finished(name, i, part.key) is None]
             count = min(len(todo), shard_workers.usable_cores())
             if count > 1:
                 workers = stack.enter_context(shard_workers.shard_workers(draft, count, added))
-                made: dict[int, Future[Entry]] = {i: workers.submit(name, i, part) for i, part in todo}
+                made = {i: workers.submit(name, i, part) for i, part in todo}
 
         def make(number: int, part: Part) -> Entry:
             if number in made:
                 return made[number].result()
             return draft.write(name, number, part, tokenizer, added)
 
-        entry = draft.split_entry(name, parts, make, added)
+        entry = draft.split_entry(name, corpus.parts(name), make, added)
     if not entry["stories"]:
         next(corpus.documents(name))  # raises UserError: there is no text in it
     return entry

@@ -121,7 +121,6 @@ def test_a_stream_is_divided_in_turn():
     with patch.object(text_plan, "PART_BYTES", 5):
         found = []
         for number, part in enumerate(stream_parts(iter(["abc", "de", "fghijk", "l", "mnop", "q"]))):
-            assert part.to_dict() is None
             if number == 1:
                 part.skip()
             else:

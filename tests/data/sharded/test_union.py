@@ -58,7 +58,8 @@ def test_windows_cross_the_ends_of_shards(data: DataConfig, tmp_path: Path, monk
     for limit in (10, 500, 10**6):
         a, b = (validation_subset(s.train.tokens, 256, limit) for s in (one, many))
         np.testing.assert_array_equal(a, b)
-    assert openings(one.tokenizer, one.train.tokens, 3) == openings(many.tokenizer, many.train.tokens, 3)
+    opening = [" ".join(document.split()[:4]) for document in documents()]
+    assert openings(many.tokenizer, many.train.tokens, 30) == opening[:30]
 
 
 def test_the_index_has_an_entry_for_each_shard(data: DataConfig, tmp_path: Path) -> None:
