@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +48,22 @@ def write_model(path: Path, config: RunConfig, params: Params, tokenizer: Tokeni
     write_gguf(path, source, architecture_of(config.model), "benchmark", dtype)
 
 
+@cache
+def _silence() -> Any:
+    """llama.cpp prints hundreds of lines for each model that it opens. The result must outlive all models: cached."""
+    bindings = importlib.import_module("llama_cpp_py_sync._cffi_bindings")
+    ffi, lib = bindings.get_ffi(), bindings.get_lib()
+    nothing = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
+    lib.llama_log_set(nothing, ffi.NULL)
+    return nothing
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp, with a context of `context` tokens."""
 
     def __init__(self, path: Path, context: int) -> None:
         package = importlib.import_module("llama_cpp_py_sync")
+        _silence()
         cache = {"n_ctx": context, "n_batch": context, "type_k": _FLOAT32, "type_v": _FLOAT32}
         self._llama = package.Llama(str(path), n_threads=THREADS, verbose=False, **cache)
         self._lib = self._llama._lib  # the package's own functions sample and convert to text as well
