@@ -18,7 +18,7 @@ MUTABLE = {
     "training.session.SessionProgress",
 }
 """These hold the state of something that goes on."""
-EXTRAS = {"starlette", "uvicorn"}
+EXTRAS = {"lm_eval", "starlette", "uvicorn"}
 """Packages of extras that modules import at their top."""
 
 

@@ -13,7 +13,7 @@ from itertools import chain
 from moe_jax.data import text_plan
 
 
-@dataclass
+@dataclass(frozen=True)
 class StreamPart:
     """The next documents of a stream, until they have `text_plan.PART_BYTES` bytes (`store_draft.Part`)."""
 

@@ -210,7 +210,7 @@ def test_the_shape_that_both_sides_build() -> None:
     assert totals(count_parameters(ours.model)).total == by_hand
     shape = peers.shape_of(ours, 3)
     assert (shape.width, shape.experts, shape.top_k, shape.batch_size, shape.prompt) == (16, 4, 2, 3, 16)
-    if importlib.util.find_spec("transformers") is not None:  # the extra `peers`
+    if importlib.util.find_spec("torch") is not None:  # the extra `peers`
         model = mixtral.build(shape)
         assert sum(p.numel() for p in model.parameters()) == by_hand
 

@@ -47,7 +47,7 @@ def test_bytes_of_a_token_by_hand() -> None:
 
 def test_the_numbers_of_each_form(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"float32": 8.0, "bfloat16": 6.0, "int8": 4.0, "int4": 2.0}
-    monkeypatch.setattr(weights, "decode_loop", lambda *_: None)
+    monkeypatch.setattr(weights, "token_call", lambda *_: None)
     monkeypatch.setattr(weights, "alternate", lambda calls, rounds: {name: Times((seconds[name],)) for name in calls})
     monkeypatch.setattr(weights, "beside_llama_cpp", lambda *_: {"skipped": "no"})
     _, params = tiny.build(config().model)
@@ -104,6 +104,7 @@ def test_the_file_that_llama_cpp_reads(tmp_path: Path) -> None:
 
 def test_a_token_of_llama_cpp_is_read_again_and_again_at_one_position(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stand-in for the package, which records what it is asked for."""
+    monkeypatch.setattr(llama_cpp, "_silence", lambda: None)
     asked: list[Any] = []
 
     class Library:
