@@ -39,7 +39,8 @@ class Draws:
         """
 
         def drawn(path: tuple, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
-            return ("norm" in jax.tree_util.keystr(path)) + self.normal(*leaf.shape, std=std)
+            mean = 1.0 if "norm" in jax.tree_util.keystr(path) else 0.0
+            return mean + self.normal(*leaf.shape, std=std)
 
         return jax.tree.map_with_path(drawn, jax.eval_shape(init))
 

@@ -96,6 +96,8 @@ class Evaluate(Command):
         ):
             if value and not self.tasks:
                 raise ConfigError(f"{flag}: belongs to --tasks, which is not given")
+        if self.tasks and not self._task_names():
+            raise ConfigError(f"--tasks {self.tasks}: must name a task, such as arc_easy")
         if self.task_files and not Path(self.task_files).is_dir():
             raise ConfigError(f"--task-files {self.task_files}: no such folder")
 
@@ -193,6 +195,9 @@ class Evaluate(Command):
         print_json({"pairs": [dataclasses.asdict(row) for row in found]}, self.json)
         return 0
 
+    def _task_names(self) -> list[str]:
+        return [name.strip() for name in self.tasks.split(",") if name.strip()]
+
     def _ask_tasks(self) -> int:
         """The scores of tasks of lm-evaluation-harness."""
         if not importlib.util.find_spec("lm_eval"):
@@ -209,8 +214,7 @@ class Evaluate(Command):
             from moe_jax.system.rich_console import Console
 
             run = open_run(self.run, self.step)
-        names = [name.strip() for name in self.tasks.split(",") if name.strip()]
-        found = ask(run, names, folder=self.task_files, shots=self.shots, limit=self.limit)
+        found = ask(run, self._task_names(), folder=self.task_files, shots=self.shots, limit=self.limit)
         rows = Table(box=None, padding=(0, 2, 0, 0))
         for name in ("task", "metric", "value", "standard error"):
             rows.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)

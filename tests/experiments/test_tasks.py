@@ -178,6 +178,7 @@ def test_the_command(made: tuple[Run, str], capsys: pytest.CaptureFixture[str]) 
         ({"shots": 0}, "--shots: belongs to --tasks"),
         ({"tasks": "a", "task_files": "/nowhere"}, "--task-files /nowhere: no such folder"),
         ({"tasks": "a", "shots": -1}, "--shots -1"),
+        ({"tasks": " ,"}, "--tasks  ,: must name a task"),
     ],
 )
 def test_wrong_flags(made: tuple[Run, str], flags: dict, message: str) -> None:
