@@ -43,12 +43,14 @@ class Programs:
     definition share them: a program that is compiled for one expert switched off serves every other."""
 
     graphdef: nnx.GraphDef
+    writer: nnx.GraphDef
+    """The definition for texts that are written token by token."""
     seq_len: int
     vocab_size: int
 
     @cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.graphdef, self.seq_len, self.vocab_size)
+        return Decoder(self.writer, self.seq_len, self.vocab_size)
 
     @cached_property
     def evaluation(self) -> EvaluationStep:
@@ -170,12 +172,12 @@ class Run(LoadedRun):
 
     @property
     def _programs(self) -> Programs:
-        return shared_programs(self.graphdef, self.config.model.seq_len, self.tokenizer.vocab_size)
+        return shared_programs(self.graphdef, self.writer, self.config.model.seq_len, self.tokenizer.vocab_size)
 
     @cached_property
     def _generator(self) -> TextGenerator:
         seq_len = self.config.model.seq_len
-        return TextGenerator(self.graphdef, self.params, self.tokenizer, seq_len, self._programs.decoder)
+        return TextGenerator(self.writer, self.params, self.tokenizer, seq_len, self._programs.decoder)
 
 
 def load_run(path: str | Path, step: int | None = None) -> Run:

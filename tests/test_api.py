@@ -61,7 +61,7 @@ def run(trained: tuple[Path, dict[str, Any]]) -> Run:
 
 
 def generator(run: Run) -> TextGenerator:
-    return TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+    return TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
 
 
 def test_it_opens_the_best_checkpoint_or_the_one_of_a_step(trained: tuple[Path, dict[str, Any]], run: Run) -> None:

@@ -61,7 +61,7 @@ def test_loss_and_story_are_those_of_the_real_model(
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"val_loss": real.loss, "val_whole_stream": True, "best_step": saved_run.STEP, "precision": "float32"}
     (folder / "summary.json").write_text(json.dumps(summary))
-    generator = TextGenerator(run.graphdef, run.params, run.tokenizer, seq_len)
+    generator = TextGenerator(run.writer, run.params, run.tokenizer, seq_len)
     pieces = "".join(generator.pieces("A cat", Sampling(temperature=0.0), seed=0, limit=30))  # past the context of 16
 
     assert main(["run", str(folder), "--prompt", "A cat", "--max-tokens", "30"]) == 0

@@ -43,10 +43,10 @@ class Chat(SamplingCommand):
             from moe_jax.runs.load import open_run
 
             run = open_run(self.run, self.step)
-            generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+            generator = TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
             generator.compile()
         try:
-            experts = TokenExperts(run.graphdef, run.params, run.tokenizer, run.config.model)
+            experts = TokenExperts(run.writer, run.params, run.tokenizer, run.config.model)
         except UserError:  # there is no router to look into
             experts = None
         layers = run.config.model.layers if experts else 0

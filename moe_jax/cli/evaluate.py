@@ -245,7 +245,7 @@ class Evaluate(Command):
                 raise ConfigError(
                     f"--copies: {self.run} was trained on conversations; name the run that it was tuned from"
                 )
-            generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+            generator = TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
             generator.compile()
         store, changed = run.validation_text()
         if changed:

@@ -36,9 +36,9 @@ class Generate(SamplingCommand):
             from moe_jax.runs.load import open_run
 
             run = open_run(self.run, self.step)
-            shape = run.graphdef, run.config.model.seq_len, run.tokenizer.vocab_size
+            shape = run.writer, run.config.model.seq_len, run.tokenizer.vocab_size
             decoder = SpeculativeDecoder(*shape, self.speculate) if self.speculate else Decoder(*shape)
-            generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len, decoder)
+            generator = TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len, decoder)
             run.tokenizer.encode(self.prompt)  # raises for a prompt that cannot be encoded, before anything is printed
             generator.compile()
             if isinstance(decoder, SpeculativeDecoder):

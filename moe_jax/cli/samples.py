@@ -55,7 +55,7 @@ class Samples(Command):
             from moe_jax.system.files import write_output
 
             run = open_run(self.run, self.step)
-            generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+            generator = TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
             generator.compile()
         name = Path(self.run).resolve().name
         path = Path(self.out) if self.out else Path("benchmarks") / "samples" / f"{name}.md"

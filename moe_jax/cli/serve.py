@@ -77,7 +77,7 @@ class Serve(Command):
 
         run, loop = open_run(self.run, self.step), Loop()
         card = ModelCard(run, Path(self.run).resolve().name, self.slots, Path(self.run))
-        decoder = SlotDecoder(run.graphdef, run.config.model.seq_len, run.tokenizer.vocab_size, self.slots)
+        decoder = SlotDecoder(run.writer, run.config.model.seq_len, run.tokenizer.vocab_size, self.slots)
         engine = Engine(decoder, run.params, run.tokenizer, queue=MAX_QUEUE, deliver=loop.deliver)
         engine.compile()
         server = Server(engine, card, Rules(self.host, self.api_key, self.allow_origin))

@@ -52,7 +52,7 @@ class RunModel(TemplateLM):
         super().__init__()
         self._run, self._tokenizer, self._seq_len = run, run.tokenizer, run.config.model.seq_len
         self._pass = make_prompt_pass(run.graphdef, run.tokenizer.vocab_size)
-        self._generator = TextGenerator(run.graphdef, run.params, run.tokenizer, self._seq_len)
+        self._generator = TextGenerator(run.writer, run.params, run.tokenizer, self._seq_len)
 
     @property
     def eot_token_id(self) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from moe_jax.config import ModelConfig, UserError
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
@@ -23,6 +24,7 @@ from moe_jax.inference.switched import SwitchedWriter, make_switched_losses, swi
 from moe_jax.inspection.trace import windows
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.moe.switchable import SWITCHES, with_switches
+from moe_jax.model.precision import writing_policy
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.random_keys import Purpose, purpose_key
 
@@ -133,13 +135,18 @@ def switched_stories(run: LoadedRun, prompt: str, off: np.ndarray) -> list[str]:
     tokenizer, separator = run.tokenizer, run.tokenizer.separator_id
     start = np.array([separator, *tokenizer.encode(prompt)], np.int32)
     limit = min(STORY_TOKENS, run.config.model.seq_len - len(start))
-    writer = SwitchedWriter(switchable_graphdef(run.config, run.policy.compute), tokenizer.vocab_size, limit)
+    writer = SwitchedWriter(_switchable_writer(run), tokenizer.vocab_size, limit)
     key = purpose_key(SEED, Purpose.SAMPLE, 0)
     found: list[str] = []
     for group, kept in _groups(off, min(STORY_ROWS, off.shape[1])):
         rows = writer.tokens(run.params, group, start, SETTINGS, key)[:kept]
         found += [_decoded(tokenizer, row.tolist()) for row in rows]
     return found
+
+
+def _switchable_writer(run: LoadedRun) -> nnx.GraphDef:
+    """The definition for texts that are written token by token."""
+    return switchable_graphdef(run.config, writing_policy(run.config.execution.compute_dtype).compute)
 
 
 def _groups(off: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -187,7 +194,7 @@ def ablation_data(found: Ablation) -> dict[str, Any]:
 
 
 def switched_off(run: LoadedRun, off: np.ndarray) -> dict[str, Any]:
-    """The fields of a run that change where experts are switched off, by bool [L, E]: `graphdef` and `params`.
+    """The fields of a run that change where experts are switched off, by bool [L, E].
 
     Raises UserError for a model without routers, and where a layer would have no expert left.
     """
@@ -196,6 +203,7 @@ def switched_off(run: LoadedRun, off: np.ndarray) -> dict[str, Any]:
         raise UserError(f"layer {layer}: all its experts are switched off; leave one")
     return {
         "graphdef": switchable_graphdef(run.config, run.policy.compute),
+        "writer": _switchable_writer(run),
         "params": with_switches(run.params, jnp.asarray(off)[:, None]),
     }
 

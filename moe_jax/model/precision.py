@@ -1,11 +1,12 @@
 """The precision policy: which dtype computes and stores what, and why.
 
-`choose_policy` decides the compute precision, from `ExecutionConfig.compute_dtype` and the device. The compute
-precision is the dtype of activations and matrix products; weights are cast to it before they are multiplied. A
-product in float32 is never rounded to TF32 (`dot_precision`). Norm statistics, softmax, router and loss are computed in
-at least float32 (`at_least_float32`), whatever the policy is. Parameters are stored in float32. With
-`TrainConfig.param_dtype` bfloat16, matrices are stored in bfloat16 (`to_param_dtype`). Their updates are then computed
-in float32, and the sums are rounded stochastically (`stochastic_round`).
+`choose_policy` decides the compute precision, from `ExecutionConfig.compute_dtype` and the device. `writing_policy`
+decides it for texts that are written token by token. The compute precision is the dtype of activations and matrix
+products; weights are cast to it before they are multiplied. A product in float32 is never rounded to TF32
+(`dot_precision`). Norm statistics, softmax, router and loss are computed in at least float32 (`at_least_float32`),
+whatever the policy is. Parameters are stored in float32. With `TrainConfig.param_dtype` bfloat16, matrices are stored
+in bfloat16 (`to_param_dtype`). Their updates are then computed in float32, and the sums are rounded stochastically
+(`stochastic_round`).
 """
 
 from dataclasses import dataclass
@@ -75,6 +76,18 @@ def choose_policy(kind: ComputeDtype, device: Any = None) -> Policy:
         why = f"compute capability {card.capability} has no bfloat16 units; dynamic loss scaling is on"
         return Policy("float16", f"{card.name}: {why}")
     return Policy("float32", f"{card.name}: has no tensor cores, so float16 would be slower")
+
+
+def writing_policy(kind: ComputeDtype, device: Any = None) -> Policy:
+    """The policy of a model that writes texts token by token. It is that of `choose_policy`, but on a CPU `auto` is
+    float32.
+
+    A product of one row takes as long as reading its matrix, so units for bfloat16 cannot help. XLA converts the matrix
+    before such a product, which takes longer than the product. `benchmarks/trials.md`, rows 78 to 80, has times.
+    """
+    if kind == "auto" and Card.of(device or jax.devices()[0]).platform == "cpu":
+        return Policy("float32", "a CPU writes single tokens fastest in float32")
+    return choose_policy(kind, device)
 
 
 def to_param_dtype(params: Any, dtype: ParamDtype) -> Any:

@@ -13,7 +13,7 @@ from moe_jax.config.near_runs import missing_run
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.low_rank import LoraShape, merged
-from moe_jax.model.precision import Policy, choose_policy
+from moe_jax.model.precision import Policy, choose_policy, writing_policy
 from moe_jax.model.quantize import quantized_shapes
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.layout import Layout
@@ -65,9 +65,11 @@ class LoadedRun:
     tokenizer: Tokenizer
     checkpoint: Checkpoint
     policy: Policy
-    """The compute precision on this machine."""
+    """The compute precision on this machine, for passes over whole texts."""
     graphdef: nnx.GraphDef
     """The model's static definition: `moe_jax.model.transformer.merge(graphdef, params)` is the model."""
+    writer: nnx.GraphDef
+    """The same for texts that are written token by token. Only its compute precision differs (`writing_policy`)."""
     params: Params
     """Adapters of the run, if it has any, are merged into them."""
 
@@ -138,6 +140,8 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
             file=sys.stderr,
         )
     policy = choose_policy(asked)
-    graphdef, shapes = abstract_model(config.model, policy.compute, config.train.param_dtype, config.execution.remat)
+    stored = config.train.param_dtype, config.execution.remat
+    graphdef, shapes = abstract_model(config.model, policy.compute, *stored)
+    writer, _ = abstract_model(config.model, writing_policy(asked).compute, *stored)
     params = restore_weights(checkpoint, config, shapes)
-    return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, params)
+    return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, writer, params)

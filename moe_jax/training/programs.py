@@ -24,7 +24,7 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import MoE
-from moe_jax.model.precision import Policy, choose_policy
+from moe_jax.model.precision import Policy, choose_policy, writing_policy
 from moe_jax.model.transformer import Params, Transformer, abstract_adapted, abstract_model
 from moe_jax.parallel.cut_model import EvaluatedTransformer, OwnMoE, SampledTransformer
 from moe_jax.parallel.experts import ExpertParallelMoE
@@ -47,6 +47,10 @@ class Programs:
     config: RunConfig
     policy: Policy
     graphdef: nnx.GraphDef
+    writing: Policy
+    """The precision of samples, which are written token by token (`writing_policy`)."""
+    writer: nnx.GraphDef
+    """The definition of the model that writes samples."""
     param_shapes: Params
     """Shapes and dtypes of the parameters, as they are stored."""
     optimizer: optax.GradientTransformationExtraArgs
@@ -73,27 +77,24 @@ class Programs:
 
         For comparisons, `moe` replaces the MoE layer, and `loss` chooses the implementation of the cross-entropy.
         """
-        policy = choose_policy(config.execution.compute_dtype, device)
-        graphdef, shapes = abstract_model(
-            config.model, policy.compute, config.train.param_dtype, config.execution.remat, moe
-        )
+        asked, remat = config.execution.compute_dtype, config.execution.remat
+        policy, writing = choose_policy(asked, device), writing_policy(asked, device)
+        stored = config.train.param_dtype, remat
+        graphdef, shapes = abstract_model(config.model, policy.compute, *stored, moe)
+        writer, _ = abstract_model(config.model, writing.compute, *stored, moe)
         exchanges = mesh is not None and mesh.shape["expert"] > 1 and moe is MoE
         trained_moe = ExpertParallelMoE if exchanges else moe
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
         if lora is not None:
-            training, adapters = abstract_adapted(
-                config.model, lora, policy.compute, config.execution.remat, trained_moe
-            )
+            training, adapters = abstract_adapted(config.model, lora, policy.compute, remat, trained_moe)
         elif exchanges:
-            training, _ = abstract_model(
-                config.model, policy.compute, config.train.param_dtype, config.execution.remat, trained_moe
-            )
+            training, _ = abstract_model(config.model, policy.compute, *stored, trained_moe)
         layout = None
         if mesh is not None:
             whole = needs_whole_matrices(shapes if adapters is None else adapters, config.train)
             layout = Layout.of(mesh, shapes, whole, adapters)
         optimizer = make_optimizer(config.train) if layout is None else make_optimizer(config.train, layout.hold)
-        return cls(config, policy, graphdef, shapes, optimizer, loss, lora, training, adapters, layout)
+        return cls(config, policy, graphdef, writing, writer, shapes, optimizer, loss, lora, training, adapters, layout)
 
     @cached_property
     def state_shapes(self) -> TrainState:
@@ -192,8 +193,8 @@ class Programs:
         size = (model.seq_len, vocab_size or model.vocab_size)
         if self.layout is not None:
             spread = same_on_all_devices(self.layout, self.param_shapes)
-            return Decoder(self._cut_model(SampledTransformer), *size, spread)
-        return Decoder(self.graphdef, *size)
+            return Decoder(self._cut_model(SampledTransformer, self.writing), *size, spread)
+        return Decoder(self.writer, *size)
 
     def tracer(self, tokens: TokenArray) -> Tracer | None:
         """What records the routing of the first tokens of a stream (`routing_snapshot.make_tracer`)."""
@@ -202,12 +203,13 @@ class Programs:
             return make_tracer(self.config.model, self._cut_model(SampledTransformer), tokens, spread)
         return make_tracer(self.config.model, self.graphdef, tokens)
 
-    def _cut_model(self, kind: type[Transformer]) -> nnx.GraphDef:
-        """The definition of a model whose parameters are cut (`parallel/cut_model.py`)."""
+    def _cut_model(self, kind: type[Transformer], policy: Policy | None = None) -> nnx.GraphDef:
+        """The definition of a model whose parameters are cut (`parallel/cut_model.py`). Unless a policy is
+        given, it is that of training."""
         assert self.layout is not None
         train, execution = self.config.train, self.config.execution
         moe = OwnMoE if kind is SampledTransformer and self.layout.mesh.shape["expert"] > 1 else MoE
-        shape = (self.config.model, self.policy.compute, train.param_dtype, execution.remat)
+        shape = (self.config.model, (policy or self.policy).compute, train.param_dtype, execution.remat)
         return abstract_model(*shape, moe, kind)[0]
 
     def compiled_step(self, batch_size: int, micro_batches: int = 1) -> Any:

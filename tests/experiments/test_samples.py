@@ -45,7 +45,7 @@ def test_the_command(
 
 def test_stories_of_one_seed_differ_by_their_number(folder: Path) -> None:
     run = open_run(folder)
-    generator = TextGenerator(run.graphdef, run.params, run.tokenizer, run.config.model.seq_len)
+    generator = TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
 
     def tell(**which: int) -> str:
         return samples.write_text(generator, "a cat", Sampling(), limit=12, **which)

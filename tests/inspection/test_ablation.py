@@ -39,7 +39,7 @@ def opened(**changes: Any) -> LoadedRun:
     graphdef, params = tiny.build(model)
     tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
     policy = Policy("float32", "as the parameters are")
-    return LoadedRun(RunConfig(model=model), tokenizer, None, policy, graphdef, params)  # pyright: ignore[reportArgumentType]
+    return LoadedRun(RunConfig(model=model), tokenizer, None, policy, graphdef, graphdef, params)  # pyright: ignore[reportArgumentType]
 
 
 def tokens(run: LoadedRun, text: str = TEXT) -> np.ndarray:

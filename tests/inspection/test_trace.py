@@ -41,7 +41,7 @@ def opened() -> LoadedRun:
 
     graphdef, params = tiny.build(MODEL)
     policy = Policy("float32", "as the parameters are")
-    return LoadedRun(RunConfig(model=MODEL), byte_tokenizer(), None, policy, graphdef, params)  # pyright: ignore[reportArgumentType]
+    return LoadedRun(RunConfig(model=MODEL), byte_tokenizer(), None, policy, graphdef, graphdef, params)  # pyright: ignore[reportArgumentType]
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -80,7 +80,7 @@ class Oracle:
         loaded = open_run(run)
         self.tokenizer, self._params, self.seq_len = loaded.tokenizer, loaded.params, loaded.config.model.seq_len
         self.layers, self.top_k = loaded.config.model.layers, loaded.config.model.routing.top_k
-        self._decoder = Decoder(loaded.graphdef, self.seq_len, self.tokenizer.vocab_size)
+        self._decoder = Decoder(loaded.writer, self.seq_len, self.tokenizer.vocab_size)
 
     def generated(self, prompt: list[int], fields: dict[str, Any], number: int) -> Generated:
         """Text `number` that a request asks for."""

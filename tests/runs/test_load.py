@@ -3,15 +3,20 @@
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from moe_jax.config import UserError
 from moe_jax.data.token_store import prepare_token_store
+from moe_jax.model import precision
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import merge
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.load import open_run
 from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.training.programs import Programs
 from tests.runs.test_checkpoint import flip_a_bit, largest_file
 from tests.support import saved_run, tiny
 
@@ -95,6 +100,20 @@ def test_another_precision_than_in_training_is_said(copied: Path, capsys: pytest
     said = capsys.readouterr().err
     assert f"execution.compute_dtype is bfloat16, and the checkpoint of step {saved_run.STEP} was" in said
     assert "trained with float32" in said
+
+
+def test_texts_are_written_in_float32_on_a_processor_with_units_for_bfloat16(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
+    tokens = jax.numpy.asarray(tiny.tokens(1, 8))
+    for asked, scored, written in (("auto", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16")):
+        edit_config(copied, "execution", compute_dtype=asked)
+        run = open_run(copied)
+        hidden = [merge(graphdef, run.params)(tokens, Mode.EVALUATE)[0] for graphdef in (run.graphdef, run.writer)]
+        assert [part.dtype.name for part in hidden] == [scored, written]
+        samples = Programs.of(run.config).decoder().prefill(run.params, tokens, np.int32(3))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(samples.cache)} == {written}
 
 
 def test_the_validation_text_is_the_runs_or_the_change_is_said(copied: Path, tmp_path: Path) -> None:

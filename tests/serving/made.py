@@ -30,7 +30,7 @@ def run(tuned: bool = False) -> LoadedRun:
     tokenizer = _byte()
     graphdef, params = tiny.build(model)
     nowhere: Any = None
-    return LoadedRun(config, tokenizer, nowhere, choose_policy("float32"), graphdef, params)
+    return LoadedRun(config, tokenizer, nowhere, choose_policy("float32"), graphdef, graphdef, params)
 
 
 @functools.lru_cache

@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax.config import OptimizerKind, TrainConfig
 from moe_jax.model import hardware
-from moe_jax.model.precision import choose_policy, stochastic_round, to_param_dtype
+from moe_jax.model.precision import choose_policy, stochastic_round, to_param_dtype, writing_policy
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import GROWTH_STEPS, LossScale, TrainState, initial_state, next_scale
@@ -153,6 +153,8 @@ def test_the_precision_follows_the_device_and_says_why(
     assert policy.loss_scaling == (compute == "float16")
     assert reason in str(policy)
     assert choose_policy("float32", device).compute == "float32"
+    assert writing_policy("auto", device).compute == ("float32" if platform == "cpu" else compute)
+    assert writing_policy("bfloat16", device).compute == "bfloat16"
 
 
 def test_a_system_without_a_list_of_units_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

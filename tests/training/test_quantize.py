@@ -78,7 +78,7 @@ def test_a_quantised_run_is_served(made: Path) -> None:
     run = moe_jax.load_run(made)
     separator = run.tokenizer.separator_id
     request = TextRequest([separator, *b"One"], Sampling(temperature=0.0), 0, 0, 5)
-    engine = Engine(SlotDecoder(run.graphdef, run.config.model.seq_len, 257, 2), run.params, run.tokenizer, queue=5)
+    engine = Engine(SlotDecoder(run.writer, run.config.model.seq_len, 257, 2), run.params, run.tokenizer, queue=5)
     engine.start()
     both = in_parallel(engine, [request, request])
     engine.stop()
