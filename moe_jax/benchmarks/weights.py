@@ -16,7 +16,7 @@ from moe_jax.data.tokenizers import train_tokenizer
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import to_param_dtype
 from moe_jax.model.quantize import WEIGHTS, quantize
-from moe_jax.model.transformer import Params, abstract_model, create, split
+from moe_jax.model.transformer import Params, create, split
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.system.timing import alternate
 
@@ -32,7 +32,7 @@ def compare_weights(console: Console, request: BenchmarkRequest, params: Params)
     """The time of a token at batch 1 for each form of the weights, and beside llama.cpp."""
     model = request.config.model
     forms = {form: in_form(params, form) for form in FORMS}
-    calls = {form: token_call(model, weights, form, request.moe) for form, weights in forms.items()}
+    calls = {form: token_call(model, weights, request.moe) for form, weights in forms.items()}
     times = alternate(calls, 3 * request.rounds)
     base = times["float32"].median
     console.print(times_table("a token at batch 1", times, lambda _, t: f"{t.median / base:.2f} of float32"))
@@ -52,10 +52,9 @@ def in_form(params: Params, form: str) -> Params:
     return to_param_dtype(params, "bfloat16") if form == "bfloat16" else quantize(params, form)  # pyright: ignore[reportArgumentType]
 
 
-def token_call(model: ModelConfig, weights: Params, form: str, moe: type[MoE] = MoE) -> Callable[[], Any]:
-    """A token at batch 1. Activations are in bfloat16 with weights in bfloat16, and in float32 otherwise."""
-    graphdef, _ = abstract_model(model, "bfloat16" if form == "bfloat16" else "float32", moe=moe)
-    return decoding.token_call(decoding.Model(model, graphdef), weights)
+def token_call(model: ModelConfig, weights: Params, moe: type[MoE] = MoE) -> Callable[[], Any]:
+    """A token at batch 1. Activations are in float32, as `generate` computes on a CPU."""
+    return decoding.token_call(decoding.Model.of(model, moe), weights)
 
 
 def bytes_per_token(model: ModelConfig, params: Params) -> int:
@@ -110,7 +109,7 @@ def _calls(config: RunConfig, params: Params, folder: Path) -> dict[str, Callabl
     calls: dict[str, Callable[[], Any]] = {}
     for form in ("float32", "int8"):
         weights = in_form(params, form)
-        calls[f"ours {form}, token"] = token_call(model, weights, form)
+        calls[f"ours {form}, token"] = token_call(model, weights)
         calls[f"ours {form}, prompt"] = decoding.prefill_call(decoding.Model.of(model), weights, length)
     for dtype in ("float32", "q8_0"):
         llama_cpp.write_model(folder / f"{dtype}.gguf", config, params, tokenizer, dtype)

@@ -52,8 +52,18 @@ def _is_greedy(settings: Sampling) -> Bool[Array, ""]:
 
 
 def _likeliest(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
-    best = logits.argmax(-1, keepdims=True)  # of equals the lower id
-    return jnp.where(jnp.arange(logits.shape[-1]) == best, logits, -jnp.inf)
+    return jnp.where(jnp.arange(logits.shape[-1]) == argmax(logits)[:, None], logits, -jnp.inf)
+
+
+def argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
+    """The same as `jnp.argmax`: of equals the lower id, and a NaN counts as the largest.
+
+    XLA does not vectorise its own argmax on a CPU. It took 0.24 ms for 50,257 tokens, and these two reductions take
+    0.06 ms (`benchmarks/trials.md`, 81).
+    """
+    largest = logits.max(-1, keepdims=True)
+    ids = jnp.arange(logits.shape[-1])
+    return jnp.where((logits == largest) | jnp.isnan(logits), ids, len(ids)).min(-1)
 
 
 def _tempered(settings: Sampling, logits: Float[Array, "B V"]) -> Float[Array, "B V"]:
@@ -94,5 +104,7 @@ def sample(
 ) -> Int[Array, " B"]:
     """Draw one token for each row."""
     adjusted = adjusted_logits(logits, settings, seen)
-    draw = lambda: jax.random.categorical(key, adjusted, axis=-1)  # noqa: E731
-    return jax.lax.cond(_is_greedy(settings), lambda: adjusted.argmax(-1), draw)
+    noise = lambda: jax.random.gumbel(key, adjusted.shape, adjusted.dtype)  # noqa: E731
+    none = lambda: jnp.zeros_like(adjusted)  # noqa: E731
+    # The largest of logits with Gumbel noise is a draw from their softmax, as in `jax.random.categorical`.
+    return argmax(adjusted + jax.lax.cond(_is_greedy(settings), none, noise))

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.inference.sampling import Sampling, adjusted_logits, sample
+from moe_jax.inference.sampling import Sampling, adjusted_logits, argmax, sample
 
 LOGITS = np.log(np.array([0.15, 0.5, 0.05, 0.3]))
 adjust = jax.jit(adjusted_logits)
@@ -73,6 +73,24 @@ def test_draws_follow_the_distribution(settings: dict[str, float], expected: lis
     shares = np.bincount(drawn, minlength=4) / rows
     for share, p in zip(shares, expected, strict=True):
         assert abs(share - p) <= 5 * np.sqrt(p * (1 - p) / rows)
+
+
+def test_argmax_is_that_of_numpy() -> None:
+    logits = np.random.default_rng(0).integers(-3, 3, (500, 40)).astype(np.float32)  # with many equals
+    logits[0] = -np.inf
+    logits[1, 7] = np.inf
+    logits[2, [9, 30]] = np.nan
+    logits[3] = np.nan
+    assert np.asarray(argmax(jnp.asarray(logits))).tolist() == logits.argmax(-1).tolist()
+
+
+def test_draws_are_those_of_jax() -> None:
+    rng = np.random.default_rng(1)
+    logits = jnp.asarray(3 * rng.normal(size=(200, 50)), jnp.float32)
+    for seed in range(5):
+        key = jax.random.key(seed)
+        drawn = sample(logits, Sampling(temperature=1.0), jnp.zeros(logits.shape, bool), key)
+        assert drawn.tolist() == jax.random.categorical(key, logits).tolist()
 
 
 def test_draws_depend_on_the_key() -> None:

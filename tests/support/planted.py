@@ -240,8 +240,8 @@ BUGS = [
     Bug(
         "all rows share one draw",
         "moe_jax.inference.sampling:sample",
-        "jax.random.categorical(key, adjusted, axis=-1)",
-        "jnp.broadcast_to(jax.random.categorical(key, adjusted, axis=-1)[:1], len(logits))",
+        "jax.random.gumbel(key, adjusted.shape, adjusted.dtype)",
+        "jnp.broadcast_to(jax.random.gumbel(key, adjusted[:1].shape, adjusted.dtype), adjusted.shape)",
         checks.check_each_row_draws_for_itself,
     ),
     Bug(
