@@ -36,6 +36,7 @@ from moe_jax.config.model import (
     QKNorm,
     RoutingConfig,
     capacity,
+    device_rows,
 )
 from moe_jax.config.run import SECTIONS, PresetName, RunConfig, holds_run, load_begun_config, load_config
 from moe_jax.config.train import OptimizerKind, ParamDtype, Schedule, TrainConfig
@@ -70,6 +71,7 @@ __all__ = [
     "TrainConfig",
     "UserError",
     "capacity",
+    "device_rows",
     "holds_run",
     "load_begun_config",
     "load_config",

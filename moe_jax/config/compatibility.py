@@ -30,7 +30,12 @@ _TRAINING_ONLY = {"dropout", "attention_dropout", "tie_value_output_init", "zero
 """Fields of the model that change nothing in a forward pass of given weights without dropout."""
 
 
-_ROUTING_MAY_CHANGE = {"capacity_factor", "dispatch", "logit_noise", "input_jitter", "eval_capacity_factor"}
+_ROUTING_OF_MESH = "device_capacity_factor"
+"""The field of the routing that matters on a mesh only. As the mesh, it may change at a resume."""
+_ROUTING_MAY_CHANGE = {
+    *("capacity_factor", "dispatch", "logit_noise", "input_jitter", "eval_capacity_factor"),
+    _ROUTING_OF_MESH,
+}
 """Fields of the routing that change neither which experts a token chooses without noise, nor its gates."""
 
 TUNING_LR, TUNING_LR_ADAPTERS = 1e-3, 3e-3
@@ -41,11 +46,12 @@ A public model is fine-tuned at IMPORTED_LR."""
 def check_resumable(saved: RunConfig, config: RunConfig) -> None:
     """Raise ConfigError if model, routing, tokenizer, data or optimizer differ from the saved run.
 
-    `ExecutionConfig`, which says how the model is computed, may change.
+    `ExecutionConfig`, which says how the model is computed, may change, and so may the rows of a device of a mesh.
     """
     fixed = [("", name) for name in ("preset", "upcycle", "init_from", "base")]
     fixed += [("train", name) for name in ("optimizer", "param_dtype", "lora_alpha", "train_router", "lora_rank")]
-    fixed += [*_fields(config, "model"), *_fields(config, "routing"), *_data_fields(config)]
+    routing = [field for field in _fields(config, "routing") if field[1] != _ROUTING_OF_MESH]
+    fixed += [*_fields(config, "model"), *routing, *_data_fields(config)]
     hint = "leave the flag out to resume it, or start a new run with another --out"
     _check_same(saved, config, fixed, f"the run in {config.run_dir}", hint)
 

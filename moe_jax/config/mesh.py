@@ -59,5 +59,3 @@ def check_mesh(text: str, model: ModelConfig, train: TrainConfig) -> None:
     if shape.expert > 1:
         require(model.dense == "none", f"without an expert axis: --model.dense {model.dense} has no experts to divide")
         require(model.experts % shape.expert == 0, f"an expert axis that divides --experts {model.experts} evenly")
-        blocks = model.routing.dispatch == "blocks"
-        require(not blocks, "without an expert axis for --dispatch blocks; use data or fsdp, or --dispatch capacity")

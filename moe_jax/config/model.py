@@ -29,7 +29,8 @@ class RoutingConfig:
     """Slots of an expert for one sequence, divided by its fair share T * K / E of the (token, choice) pairs."""
     dispatch: Dispatch = "capacity"
     """How training brings tokens to experts. `capacity` gives each expert a fixed number of slots, and drops a (token,
-    choice) pair that finds no free slot. `blocks` drops nothing."""
+    choice) pair that finds no free slot. `blocks` drops nothing. On a mesh with an `expert` axis it drops what exceeds
+    `device_capacity_factor`."""
     priority: Priority = "token"
     """Who gets an expert's slots in training. `token`: earlier tokens first, which is causal at a fixed T. Under the
     `leaky-` rules a later token can take a slot from an earlier one. They are for comparison only."""
@@ -45,14 +46,17 @@ class RoutingConfig:
     softmax probability of its expert among all experts (OLMoE). For K = 1 the gate is the probability in both cases."""
     eval_capacity_factor: float = 0.0
     """Capacity factor in evaluation. With 0, evaluation drops nothing. Generation never drops anything."""
+    device_capacity_factor: float = 2.0
+    """With --dispatch blocks on a mesh with an `expert` axis of n devices: rows of a device for one sequence, divided by
+    its fair share T * K / n of the (token, choice) pairs. Pairs beyond them are dropped. With n nothing is dropped."""
 
     def __post_init__(self) -> None:
         s = "routing"
         check_choices(self, s)
-        for name in ("capacity_factor",):
+        for name, usual in (("capacity_factor", 1.25), ("device_capacity_factor", 2)):
             value = getattr(self, name)
             ok = math.isfinite(value) and value > 0
-            check(ok, s, name, value, "a finite number above 0 (1.25 is usual)")
+            check(ok, s, name, value, f"a finite number above 0 ({usual} is usual)")
         limited = self.priority == "token" or self.dispatch == "capacity"
         check(limited, s, "priority", self.priority, f"token, since --dispatch {self.dispatch} drops nothing")
         check_range(self, s, ("logit_noise", "eval_capacity_factor"), 0, 1e6)
@@ -205,3 +209,14 @@ def capacity(tokens: int, experts: int, top_k: int, capacity_factor: float) -> i
     """
     exact = Fraction(str(capacity_factor)) * tokens * top_k / experts
     return min(tokens, max(1, math.ceil(exact)))
+
+
+def device_rows(tokens: int, experts: int, top_k: int, devices: int, factor: float) -> int:
+    """Rows of one of n devices, with E / n experts each, for a group of `tokens`: min(T * min(K, E / n), max(1,
+    ceil(factor * T * K / n))).
+
+    The arithmetic is exact, as that of `capacity`. A token's choices are distinct, so at most E / n of them are experts
+    of one device.
+    """
+    exact = Fraction(str(factor)) * tokens * top_k / devices
+    return min(tokens * min(top_k, experts // devices), max(1, math.ceil(exact)))

@@ -2,7 +2,9 @@
 
     mesh.py           the mesh of a run, made from `--mesh`
     layout.py         the table from logical axes to mesh axes: where each parameter and each optimizer state lies
-    experts.py        tokens travel to the devices of their experts and back (all-to-all)
+    exchange.py       the two all-to-alls, to the devices of the experts and back
+    experts.py        the layer in training: its rows travel to the devices of their experts
+    expert_blocks.py  the same with dispatch by blocks: the rows that a device may take, and what is dropped
     cut_model.py      the model of evaluation and samples, which gathers one block at a time
     collectives.py    the collectives of a compiled program, read from its optimised HLO
     processes.py      several processes that train one run: connected, compared, stopped together

@@ -19,10 +19,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
+from moe_jax.model.moe.dispatch import Blocks, Dispatch
 from moe_jax.model.moe.experts import Experts
-from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import Block, Transformer, split
-from moe_jax.parallel.experts import AXIS
+from moe_jax.parallel.exchange import AXIS
+from moe_jax.parallel.expert_blocks import BoundedBlocks, DeviceQueues
 from moe_jax.parallel.layout import gathered, joined
 
 
@@ -85,9 +87,10 @@ class OwnExperts(Experts):
     def __call__(
         self, rows: Float[Array, "E R D"], further_expert: Int[Array, " further"] | None = None
     ) -> Float[Array, "E R D"]:
-        """The network of each expert on its rows."""
+        """The network of each expert on its rows, and of the experts `further_expert` on the rows of the further groups.
+        Not for training: the loop over these groups has no gradient."""
         if further_expert is not None:
-            raise ValueError("--dispatch blocks cannot be divided over experts")
+            return self.apply_blocks(rows, further_expert, jnp.int32(len(rows)))
         own = self._own
         mine = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * own, own)
         return joined(super().__call__(mine), AXIS, dimension=0)
@@ -128,3 +131,12 @@ class OwnMoE(MoE):
     """The MoE layer of `SampledTransformer` on a mesh with an axis `expert`."""
 
     experts_type = OwnExperts
+
+    def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
+        """A training pass, for a snapshot, drops what the training step on this mesh drops."""
+        dispatch = super().dispatch_for(mode, batch, tokens)
+        if mode is not Mode.TRAIN or not isinstance(dispatch, Blocks):
+            return dispatch
+        experts = self.router.shape[-1]
+        queues = DeviceQueues.of(self.routing, tokens, experts, jax.lax.axis_size(AXIS))
+        return BoundedBlocks(dispatch, queues)

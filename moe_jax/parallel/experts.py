@@ -1,10 +1,12 @@
 """Expert parallelism: each device along the mesh axis `expert` holds E / n experts, and tokens travel to them.
 
-Inside `shard_map`, a device routes its own sequences as one device would: a group is one sequence. It fills the slots
-of all E experts. One all-to-all brings the slots to the devices of their experts, and another one brings the results
-back (Lepikhin et al. 2020, "GShard", section 3.2). The gradient is two more all-to-alls. Each of the four moves
-E * b * C * D numbers for each layer and device, where b is the number of the device's sequences. Chapter 19 of
-`foundation` derives the way back.
+Inside `shard_map`, a device routes its own sequences as one device would: a group is one sequence. One all-to-all
+brings rows to the devices of their experts, and another one brings the results back (Lepikhin et al. 2020, "GShard",
+section 3.2; `exchange.py`). The gradient is two more all-to-alls. Chapter 19 of `foundation` derives the way back.
+
+    by capacity   the rows are the slots of all E experts. Each of the four moves E * b * C * D numbers for each layer and
+                  device, where b is the number of the device's sequences.
+    by blocks     the rows are those of the n devices, n * b * R * D numbers (`expert_blocks.py`)
 """
 
 from dataclasses import dataclass
@@ -13,21 +15,12 @@ from functools import partial
 import jax
 from jaxtyping import Array, Float
 
-from moe_jax.model.moe.dispatch import Capacity, Dispatch, QueuedPairs
+from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, QueuedPairs
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing
-
-AXIS = "expert"
-
-
-def exchange(experts: Experts, rows: Float[Array, "E R D"]) -> Float[Array, "E R D"]:
-    """The experts' outputs for the rows of this device, in the order of the rows. `experts` are those of this device.
-
-    Device j holds the experts j*E/n to (j+1)*E/n - 1, with the rows of all n devices side by side.
-    """
-    there = jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=1, tiled=True)
-    return jax.lax.all_to_all(experts(there), AXIS, split_axis=1, concat_axis=0, tiled=True)
+from moe_jax.parallel.exchange import AXIS, exchange
+from moe_jax.parallel.expert_blocks import DeviceQueues, ExchangedBlocks
 
 
 @dataclass(frozen=True)
@@ -51,6 +44,9 @@ class ExpertParallelMoE(MoE):
 
     def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
         dispatch = super().dispatch_for(mode, batch, tokens)
-        if not isinstance(dispatch, Capacity):
-            raise ValueError(f"{type(dispatch).__name__}: only dispatch by capacity can send tokens to other devices")
-        return Exchanged(dispatch)
+        if isinstance(dispatch, Capacity):
+            return Exchanged(dispatch)
+        if mode is not Mode.TRAIN or not isinstance(dispatch, Blocks):
+            raise ValueError(f"{mode}: this layer is for training; other passes take those of `cut_model.py`")
+        experts = self.router.shape[-1]
+        return ExchangedBlocks(DeviceQueues.of(self.routing, tokens, experts, jax.lax.axis_size(AXIS)))

@@ -80,7 +80,7 @@ class Capacity:
         """The kept pair at place p in the queue of expert e sits in row e*C + p."""
         position, keep = self.trace(routing)
         row = self.requested_pairs(routing).expert_index * self.slots + position
-        return _plan(row, keep, routing.logits.shape[-1], self.slots)
+        return row_plan(row, keep, routing.logits.shape[-1], self.slots)
 
     def apply(
         self, x: Float[Array, "B T D"], routing: Routing, experts: Callable[[Array], Array]
@@ -132,23 +132,26 @@ class Blocks:
     def plan(self, routing: Routing) -> tuple[Plan, Int[Array, " further"], Int[Array, ""]]:
         """The plan over the whole batch as one sequence, the expert of each further block, and the number of used
         blocks, which come first."""
-        experts = routing.logits.shape[-1]
-        flat = routing._replace(
-            expert_index=routing.expert_index.reshape(1, -1, routing.expert_index.shape[-1]),
-            valid=routing.valid.reshape(1, -1),
+        top_k = routing.expert_index.shape[-1]
+        return self.plan_queues(
+            routing.expert_index.reshape(1, -1, top_k), routing.valid.reshape(1, -1), routing.logits.shape[-1]
         )
-        pairs = flat.expert_index.size
-        more = (pairs - 1) // self.rows
-        counts = choice_counts(flat.expert_index, flat.valid, experts).sum((0, 1))
+
+    def plan_queues(
+        self, expert: Int[Array, "1 N K"], valid: Bool[Array, "1 N"], experts: int
+    ) -> tuple[Plan, Int[Array, " further"], Int[Array, ""]]:
+        """The same for N tokens, given the experts that they chose."""
+        more = (expert.size - 1) // self.rows
+        counts = choice_counts(expert, valid, experts).sum((0, 1))
         further = (-(-counts // self.rows) - 1).clip(0)
         ends = experts + jnp.cumsum(further)
-        position = queue_positions(flat.expert_index, flat.valid, experts)
+        position = queue_positions(expert, valid, experts)
         nth, place = position // self.rows, position % self.rows
-        block = jnp.where(nth == 0, flat.expert_index, (ends - further)[flat.expert_index] + nth - 1)
+        block = jnp.where(nth == 0, expert, (ends - further)[expert] + nth - 1)
         further_expert = jnp.searchsorted(ends, experts + jnp.arange(more), side="right", method="compare_all")
         further_expert = further_expert.clip(0, experts - 1)
-        keep = jnp.broadcast_to(flat.valid[..., None], block.shape)
-        plan = _plan(block * self.rows + place, keep, experts + more, self.rows)
+        keep = jnp.broadcast_to(valid[..., None], block.shape)
+        plan = row_plan(block * self.rows + place, keep, experts + more, self.rows)
         return plan, further_expert, ends[-1]
 
     def apply(
@@ -178,7 +181,7 @@ class PerToken:
         pairs = routing.expert_index.size
         row = jnp.arange(pairs).reshape(1, -1, top_k)
         keep = jnp.broadcast_to(routing.valid.reshape(1, -1, 1), row.shape)
-        return _plan(row, keep, pairs, 1)
+        return row_plan(row, keep, pairs, 1)
 
     def apply(
         self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
@@ -209,7 +212,7 @@ def _unlimited(routing: Routing) -> QueuedPairs:
 # The two functions `dispatch` and `combine`
 
 
-def _plan(row: Array, keep: Array, groups: int, rows: int) -> Plan:
+def row_plan(row: Array, keep: Array, groups: int, rows: int) -> Plan:
     """The plan, given the row of each kept pair. The pair of each row is computed by one scatter of integers, whose
     targets are distinct."""
     row = jnp.where(keep, row, groups * rows).astype(jnp.int32)

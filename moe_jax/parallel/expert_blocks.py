@@ -1,0 +1,133 @@
+"""`--dispatch blocks` while each device along the mesh axis `expert` holds E / n experts.
+
+The size of an array cannot depend on the router. So what a sequence may send to one device is bounded: R rows, its fair
+share T * K / n of the (token, choice) pairs times a factor (`config.device_rows`). A pair that finds no row is dropped
+and counted. An expert has no bound of its own: the experts of a device share its R rows.
+
+The rows are given out in token-major order, for each sequence on its own. So no token takes a row from an earlier one,
+and no sequence from another one: what holds for dispatch by capacity holds here.
+
+    DeviceQueues      the row of each pair, R rows for each sequence and device
+    ExchangedBlocks   one all-to-all brings the rows to the devices, with the expert of each row. There they are sorted
+                      by expert into blocks. Another all-to-all brings the results back.
+    BoundedBlocks     the same outputs and drops without sending: all experts are on one device
+
+`jax.lax.ragged_all_to_all` would send only the rows that are filled. XLA does not have it for CPUs (jax 0.12).
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from moe_jax.config import RoutingConfig, device_rows
+from moe_jax.model.moe.dispatch import Blocks, Plan, QueuedPairs, combine, dispatch, row_plan
+from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.layer import block_rows
+from moe_jax.model.moe.queues import queue_positions
+from moe_jax.model.moe.router import Routing
+from moe_jax.parallel.exchange import exchange, sent
+
+
+@dataclass(frozen=True)
+class DeviceQueues:
+    """Each of `devices` devices has `rows` rows for each sequence, given out in token-major order."""
+
+    devices: int
+    """n, which divides E. Device j holds the experts j*E/n to (j+1)*E/n - 1."""
+    rows: int
+    """R, see `moe_jax.config.device_rows`."""
+
+    @classmethod
+    def of(cls, routing: RoutingConfig, tokens: int, experts: int, devices: int) -> "DeviceQueues":
+        """The queues for sequences of `tokens` tokens."""
+        factor = routing.device_capacity_factor
+        return cls(devices, device_rows(tokens, experts, routing.top_k, devices, factor))
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        """The place of each pair in the queue of its expert's device. Two choices of a token may be in one queue, so
+        pairs are counted, and not tokens."""
+        device = self._device(routing)
+        pairs = device.reshape(len(device), -1, 1)
+        valid = jnp.repeat(routing.valid, device.shape[-1], axis=1)
+        position = queue_positions(pairs, valid, self.devices).reshape(device.shape)
+        return QueuedPairs(position, (position < self.rows) & routing.valid[..., None])
+
+    def plan(self, routing: Routing) -> Plan:
+        """The kept pair at place p in the queue of device j sits in row j*R + p."""
+        position, keep = self.trace(routing)
+        return row_plan(self._device(routing) * self.rows + position, keep, self.devices, self.rows)
+
+    def _device(self, routing: Routing) -> Int[Array, "B T K"]:
+        return routing.expert_index // (routing.logits.shape[-1] // self.devices)
+
+
+@dataclass(frozen=True)
+class ExchangedBlocks:
+    """Dispatch by blocks whose experts lie on several devices. For use inside `shard_map` over an axis `expert`."""
+
+    queues: DeviceQueues
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        """See `Dispatch`. `experts` are those of this device."""
+        plan = self.queues.plan(routing)
+        with jax.named_scope("dispatch"):
+            rows = dispatch(x, plan)
+            devices, batch, count, width = rows.shape
+            own = routing.logits.shape[-1] // devices
+            expert = sent(_expert_of_rows(routing.expert_index % own, plan, own))
+            blocks = Blocks(block_rows(routing.expert_index.size, own))
+        with jax.named_scope("experts"):
+            rows = rows.reshape(devices, batch * count, width)
+            rows = exchange(partial(_apply_sorted, blocks, experts, expert, own), rows)
+        with jax.named_scope("combine"):
+            y = combine(rows.reshape(devices, batch, count, width), routing.gate, plan)
+        return y, _drop_fraction(plan.keep)
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        return self.queues.trace(routing)
+
+
+@dataclass(frozen=True)
+class BoundedBlocks:
+    """Dispatch by blocks on one device, which drops the pairs that find no row in `queues`. Their gates are 0."""
+
+    local: Blocks
+    queues: DeviceQueues
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        keep = self.trace(routing).keep
+        y, _ = self.local.apply(x, routing._replace(gate=jnp.where(keep, routing.gate, 0)), experts)
+        return y, _drop_fraction(keep)
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        return self.queues.trace(routing)
+
+
+def _expert_of_rows(expert: Int[Array, "B T K"], plan: Plan, empty: int) -> Int[Array, "n B*R"]:
+    """The number of each row's expert among those of its device. `empty` for an empty row."""
+    devices, batch, _ = plan.pair.shape
+    pair = plan.pair.swapaxes(0, 1).reshape(batch, -1)  # T*K where the row is empty
+    found = jnp.take_along_axis(expert.reshape(batch, -1), pair, axis=1, mode="fill", fill_value=empty)
+    return found.reshape(batch, devices, -1).swapaxes(0, 1).reshape(devices, -1)
+
+
+def _apply_sorted(
+    blocks: Blocks, experts: Experts, expert: Int[Array, "1 N"], own: int, rows: Float[Array, "1 N D"]
+) -> Float[Array, "1 N D"]:
+    """The networks of this device's `own` experts on the rows that have arrived. Empty rows give zeros."""
+    valid = expert < own
+    plan, further_expert, _ = blocks.plan_queues(jnp.where(valid, expert, 0)[..., None], valid, own)
+    sorted_rows = experts(dispatch(rows, plan)[:, 0], further_expert)
+    return combine(sorted_rows[:, None], jnp.ones(plan.row.shape, rows.dtype), plan)
+
+
+def _drop_fraction(keep: Bool[Array, "B T K"]) -> Float[Array, " B"]:
+    """Share of each sequence's pairs without a row. Counted, so it is exactly 0 if none is dropped."""
+    return (~keep).reshape(len(keep), -1).mean(1, dtype=jnp.float32)
