@@ -105,12 +105,15 @@ def _variant_causality(name: str, variant: Variant, config: ModelConfig, ffn: di
     flops = _pass_flops(model, variant.moe)
     sequences = sequences_for(flops, model.seq_len)
     before, other = np.random.default_rng(0).normal(size=(2, sequences, model.seq_len, model.width)).astype(np.float32)
-    positions = chosen_positions(flops, sequences, model.seq_len, lambda: _crowded(run, before, model))
+    slots = None if model.dropless else model.capacity
+    positions = chosen_positions(
+        flops, sequences, model.seq_len, lambda: _crowded(lambda: run(before, trace=True)[0], slots)
+    )
     found = count_changes(run, before, other, positions)
     leaky = variant.leaks is not None
-    drops = found.dropped > 0 or model.dropless
+    drops = found.dropped > 0 or slots is None
     return Certificate(
-        f"causality: {name}", found.causal(leaky) and drops, str(found), _asked(model, leaky), leaky, variant.title
+        f"causality: {name}", found.causal(leaky) and drops, str(found), _asked(slots, leaky), leaky, variant.title
     )
 
 
@@ -137,17 +140,16 @@ def _pass_flops(model: ModelConfig, moe: type[MoE]) -> int:
     return layer_flops(model, 1) + masks
 
 
-def _crowded(traced: Callable[..., tuple[Any, Any]], before: np.ndarray, model: ModelConfig) -> np.ndarray:
+def _crowded(places: Callable[[], Any], slots: int | None) -> np.ndarray:
     """The positions where a queue becomes full, in any layer (`crowded_positions`)."""
-    if model.dropless:
-        return np.zeros(0, int)
-    return crowded_positions(np.asarray(traced(before, trace=True)[0]), model.capacity)
+    return np.zeros(0, int) if slots is None else crowded_positions(np.asarray(places()), slots)
 
 
 def model_causality(config: RunConfig, params: Params) -> Certificate:
     """Test the whole model in training mode, without dropout, with its capacity factor times CAPACITY_SCALE."""
     model = tight(config.model)
-    return tokens_causality("causality: the whole model", model, _model_run(model, params), params)
+    run, slots = _model_run(model, params), None if model.dropless else model.capacity
+    return tokens_causality("causality: the whole model", model, run, lambda x: run(x, trace=True)[0], slots)
 
 
 def _model_run(model: ModelConfig, params: Params) -> Callable[..., tuple[Any, Any]]:
@@ -166,32 +168,40 @@ def _model_run(model: ModelConfig, params: Params) -> Callable[..., tuple[Any, A
 
 
 def tight(model: ModelConfig) -> ModelConfig:
-    """The model with its capacity factor times CAPACITY_SCALE."""
-    return model.with_routing(capacity_factor=model.routing.capacity_factor * CAPACITY_SCALE)
+    """The model with its capacity factors times CAPACITY_SCALE."""
+    routing = model.routing
+    return model.with_routing(
+        capacity_factor=routing.capacity_factor * CAPACITY_SCALE,
+        device_capacity_factor=routing.device_capacity_factor * CAPACITY_SCALE,
+    )
 
 
 def tokens_causality(
-    name: str, model: ModelConfig, run: Callable[[Any], tuple[Any, Any]], params: Params, multiple: int = 1
+    name: str,
+    model: ModelConfig,
+    run: Callable[[Any], tuple[Any, Any]],
+    places: Callable[[Any], Any],
+    slots: int | None,
+    multiple: int = 1,
 ) -> Certificate:
     """Test `run(tokens [B, T])`, which returns hidden states [B, T, D] and the share of pairs dropped, on random
-    tokens. B is a multiple of `multiple`."""
+    tokens. B is a multiple of `multiple`. `places` gives the places of the pairs in their queues [L, B, T, K], which
+    have `slots` slots; None: nothing is dropped."""
     routed = layer_flops(model, 1) if model.dense == "none" else 6 * model.seq_len * model.width * model.dense_hidden
     flops = model.layers * (routed + attention_flops(model, 1))
     sequences = multiple * -(-sequences_for(flops, model.seq_len) // multiple)
     before, other = (
         np.random.default_rng(0).integers(0, model.vocab_size, (2, sequences, model.seq_len)).astype(np.int32)
     )
-    positions = chosen_positions(
-        flops, sequences, model.seq_len, lambda: _crowded(_model_run(model, params), before, model)
-    )
+    positions = chosen_positions(flops, sequences, model.seq_len, lambda: _crowded(partial(places, before), slots))
     found = count_changes(run, before, other, positions)
     leaky = model.routing.priority != "token"
-    drops = found.dropped > 0 or model.dropless
-    asked = _asked(model, leaky) + (", as configured" if leaky else "")
+    drops = found.dropped > 0 or slots is None
+    asked = _asked(slots, leaky) + (", as configured" if leaky else "")
     return Certificate(name, found.causal(leaky) and drops, str(found), asked, leaky, name.partition(": ")[2])
 
 
-def _asked(model: ModelConfig, leaky: bool) -> str:
+def _asked(slots: int | None, leaky: bool) -> str:
     if leaky:
         return "earlier outputs change, and none of the sequence that was left alone"
-    return "none changes; nothing is dropped" if model.dropless else "none changes, while choices are dropped"
+    return "none changes; nothing is dropped" if slots is None else "none changes, while choices are dropped"

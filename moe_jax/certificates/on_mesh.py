@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from moe_jax.certificates.causality import tight, tokens_causality
 from moe_jax.certificates.certificate import Certificate
 from moe_jax.config import RunConfig
+from moe_jax.model.costs import step_products
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.collectives import Collective, bytes_by_kind, read_collectives
 from moe_jax.parallel.ideal import ideal_bytes
@@ -44,7 +45,7 @@ def certify_mesh(config: RunConfig, params: Params, mesh: Mesh) -> Iterator[Cert
     train = config.train
     text = programs.compiled_step(train.batch_size, train.grad_accum).as_text()
     one = read_program(Programs.of(config).compiled_step(train.batch_size, train.grad_accum).as_text())
-    yield divided_arithmetic(one, read_program(text), mesh.size)
+    yield divided_arithmetic(one, read_program(text), mesh.size, more_rows(config, mesh))
     ideal = ideal_bytes(config, programs.param_shapes, programs.layout, jnp.dtype(programs.policy.compute).itemsize)
     yield from certify_collectives(read_collectives(text), ideal)
 
@@ -56,19 +57,46 @@ def mesh_causality(config: RunConfig, params: Params, mesh: Mesh) -> Certificate
     layout = programs.layout
     assert layout is not None
     placed = jax.device_put(params, layout.shardings(params, layout.params))
-    forward = make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes)
-    name = "mesh: causality of the whole model"
-    return tokens_causality(name, model, lambda tokens: forward(placed, tokens)[:2], params, mesh.size)
+    run, places = (
+        make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes, trace) for trace in (False, True)
+    )
+    devices = mesh.shape["expert"]
+    slots = None if model.dropless else model.capacity
+    if model.dropless and devices > 1:
+        slots = model.device_rows(devices)
+    return tokens_causality(
+        "mesh: causality of the whole model",
+        model,
+        lambda tokens: run(placed, tokens)[:2],
+        lambda tokens: places(placed, tokens)[0],
+        slots,
+        mesh.size,
+    )
 
 
-def divided_arithmetic(one: Program, many: Program, devices: int) -> Certificate:
-    """Each device does its share of the products of the model. `one` is the program of one device."""
+def more_rows(config: RunConfig, mesh: Mesh) -> float:
+    """Products of the MoE layers of all devices / those of one device. 1 with dispatch by capacity.
+
+    With blocks, a device multiplies all rows that may arrive, and its blocks may be of another size.
+    """
+    if config.model.dense != "none" or config.model.routing.dispatch == "capacity":
+        return 1.0
+    batch = config.train.batch_size
+    one = step_products(config, batch)["ffn"]
+    return mesh.size * step_products(config, batch // mesh.size, mesh.shape["expert"])["ffn"] / one
+
+
+def divided_arithmetic(one: Program, many: Program, devices: int, rows: float = 1.0) -> Certificate:
+    """Each device does its share of the products of the model. `one` is the program of one device. `rows` is the
+    `more_rows` of the MoE layers."""
     ratios = {part: devices * many.flops_of(part) / max(one.flops_of(part), 1) for part in PARTS}
+    limits = {part: SLACK * (rows if part == "ffn" else 1) for part in PARTS}
+    with_rows = "" if rows == 1 else f"; ffn at most {limits['ffn']:.3f} x 1/{devices}, for the rows of all blocks"
     return Certificate(
         "mesh: products of a device",
-        all(0 < ratio <= SLACK for ratio in ratios.values()),
+        all(0 < ratio <= limits[part] for part, ratio in ratios.items()),
         ", ".join(f"{part} {ratio:.3f}" for part, ratio in ratios.items()) + f" x 1/{devices} of one device",
-        f"above 0 and at most {SLACK} x 1/{devices}, in every part",
+        f"above 0 and at most {SLACK} x 1/{devices}, in every part{with_rows}",
     )
 
 
@@ -80,7 +108,7 @@ def certify_collectives(collectives: list[Collective], ideal: dict[str, int]) ->
         "mesh: tokens travel to their experts",
         sent == needed,
         f"{sent:,} bytes of all-to-all a step and device",
-        f"exactly {needed:,}: 4 E b C D numbers for each layer and micro-batch, or none without an expert axis",
+        f"exactly {needed:,}: each row to its expert's device and back, twice; or none without an expert axis",
     )
     gathered, needed = found.get("all-gather", 0), ideal["all-gather"]
     moved = found.get("collective-permute", 0)

@@ -179,9 +179,14 @@ class ModelConfig:
         """C, slots of one expert for one training sequence of T tokens: see `capacity`."""
         return capacity(self.seq_len, self.experts, self.routing.top_k, self.routing.capacity_factor)
 
+    def device_rows(self, devices: int) -> int:
+        """R, rows of one of n devices along a mesh axis `expert` for one training sequence: see `device_rows`."""
+        routing = self.routing
+        return device_rows(self.seq_len, self.experts, routing.top_k, devices, routing.device_capacity_factor)
+
     @property
     def dropless(self) -> bool:
-        """Whether training drops nothing. True for a dense baseline and for dispatch by blocks."""
+        """Whether training drops nothing on one device. True for a dense baseline and for dispatch by blocks."""
         return self.dense != "none" or self.routing.dispatch == "blocks"
 
     @property

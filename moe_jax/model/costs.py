@@ -114,9 +114,10 @@ def bound_flops(config: ModelConfig, batch: int) -> int:
     return _layer_flops(config, batch, batch * config.experts * config.capacity)
 
 
-def layer_flops(config: ModelConfig, batch: int) -> int:
-    """Forward floating-point operations of an MoE layer in training, with the rows of its dispatch."""
-    return _layer_flops(config, batch, multiplied_rows(config, batch))
+def layer_flops(config: ModelConfig, batch: int, devices: int = 1) -> int:
+    """Forward floating-point operations of an MoE layer in training, with the rows of its dispatch: of one device, with
+    `batch` sequences, of `devices` along a mesh axis `expert`."""
+    return _layer_flops(config, batch, multiplied_rows(config, batch, devices))
 
 
 def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
@@ -124,19 +125,21 @@ def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
     return expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
 
 
-def multiplied_rows(config: ModelConfig, batch: int) -> int:
-    """Rows that the routed experts multiply when a layer trains on `batch` sequences.
+def multiplied_rows(config: ModelConfig, batch: int, devices: int = 1) -> int:
+    """Rows that the routed experts of a device multiply when a layer trains on `batch` sequences of each device.
 
     With dispatch by `capacity`, the rows are all slots of all experts, filled or empty. With `blocks`, they are all
-    rows of all blocks, filled or empty.
+    rows of all blocks, filled or empty. With several `devices` along a mesh axis `expert`, the blocks have room for all
+    rows that may arrive.
     """
     tokens = batch * config.seq_len
     if config.routing.dispatch == "blocks":
         from moe_jax.model.moe.layer import block_rows  # imports jax, which the other formulas do without
 
-        pairs = tokens * config.routing.top_k
-        block = block_rows(pairs, config.experts)
-        return (config.experts + (pairs - 1) // block) * block
+        pairs, own = tokens * config.routing.top_k, config.experts // devices
+        block = block_rows(pairs, own)
+        arriving = pairs if devices == 1 else devices * batch * config.device_rows(devices)
+        return (own + (arriving - 1) // block) * block
     return batch * config.experts * config.capacity
 
 
@@ -152,10 +155,10 @@ def _score_product(config: ModelConfig, batch: int) -> int:
     return 2 * batch * config.heads * config.head_width * computed_scores(config.seq_len)
 
 
-def step_products(config: RunConfig, batch: int) -> dict[str, int]:
+def step_products(config: RunConfig, batch: int, devices: int = 1) -> dict[str, int]:
     """Floating-point operations of all matrix products of a training step with one micro-batch of `batch` sequences, by
     named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models with experts and
-    without adapters.
+    without adapters. The `ffn` is that of one of `devices` along a mesh axis `expert`.
 
     The backward pass of a product is two products. Besides, the backward pass repeats
 
@@ -172,7 +175,7 @@ def step_products(config: RunConfig, batch: int) -> dict[str, int]:
     scores = 6 + 2 * again + (model.seq_len > LONGEST_KEPT)
     matrices = 3 if model.activation == "swiglu" else 2
     shared_out = expert_flops(model, tokens * model.shared_experts) // matrices
-    ffn = (3 + again) * layer_flops(model, batch) - again * shared_out
+    ffn = (3 + again) * layer_flops(model, batch, devices) - again * shared_out
     muon = muon_flops(model, config.train.muon_router) if config.train.optimizer == "muon" else 0
     return {
         "attention": model.layers * ((3 + again) * qkv + 3 * out + scores * score),

@@ -8,9 +8,9 @@ from jaxtyping import Array, Float, Shaped
 AXIS = "expert"
 
 
-def sent(rows: Shaped[Array, "E R *D"]) -> Shaped[Array, "E_over_n n*R *D"]:
-    """The rows of all n devices for the groups that are this device's: groups j*E/n to (j+1)*E/n - 1 on device j, with
-    the rows of the devices side by side."""
+def sent(rows: Shaped[Array, "E R *D"]) -> Shaped[Array, "G S *D"]:
+    """The rows of all n devices for the groups of this device, with the rows of the devices side by side: G = E / n
+    groups of S = n * R rows. Device j has the groups j*E/n to (j+1)*E/n - 1."""
     return jax.lax.all_to_all(rows, AXIS, split_axis=0, concat_axis=1, tiled=True)
 
 

@@ -1,8 +1,9 @@
 """The bytes that the devices of a mesh must send each other in one training step, by kind of collective.
 
 all-to-all                   4 E b C D numbers for each layer and micro-batch: there and back, forward and backward;
-                             b is the number of a device's sequences. 6 times with remat. Nothing without an expert
-                             axis.
+                             b is the number of a device's sequences. 6 times with remat. With dispatch by blocks 4 n b
+                             R D numbers, and n b R integers of 4 bytes: the expert of each row, sent once, with remat
+                             twice. Nothing without an expert axis.
 all-gather                   each matrix that is cut over fsdp, once a step
 all-reduce, reduce-scatter   each gradient in float32 once a step, however many micro-batches there are; and the
                              metrics. Of Adafactor also the means over an axis that is cut.
@@ -18,6 +19,9 @@ from moe_jax.config import RunConfig
 from moe_jax.parallel.layout import Layout, leaf_name
 from moe_jax.parallel.mesh import AXES
 
+EXPERT_BYTES = 4
+"""Bytes of the number of a row's expert."""
+
 
 def ideal_bytes(config: RunConfig, params: Mapping[Any, Any], layout: Layout, item_bytes: int) -> dict[str, int]:
     """Bytes on a device that one step must move, by kind of collective; reductions under the name "all-reduce".
@@ -26,11 +30,15 @@ def ideal_bytes(config: RunConfig, params: Mapping[Any, Any], layout: Layout, it
     """
     model, train, mesh = config.model, config.train, layout.mesh
     found = {"all-to-all": 0, "all-gather": 0, "all-reduce": 0}
-    if mesh.shape["expert"] > 1:
+    if (devices := mesh.shape["expert"]) > 1:
         sequences = train.batch_size // layout.devices * train.grad_accum
-        times = 6 if config.execution.remat else 4  # the backward pass then repeats the forward pass
-        numbers = times * model.layers * model.experts * sequences * model.capacity * model.width
-        found["all-to-all"] = numbers * item_bytes
+        forward = 2 if config.execution.remat else 1  # the backward pass then repeats the forward pass
+        row = (2 * forward + 2) * model.width * item_bytes
+        if model.routing.dispatch == "blocks":
+            rows, row = devices * model.device_rows(devices), row + forward * EXPERT_BYTES
+        else:
+            rows = model.experts * model.capacity
+        found["all-to-all"] = model.layers * sequences * rows * row
     for path, p in jax.tree_util.tree_leaves_with_path(params):
         name = leaf_name(path)
         cut, update = layout.params[name], layout.updates[name]

@@ -92,23 +92,26 @@ def mesh_gradients(
 
 
 def make_mesh_forward(
-    layout: Layout, graphdef: nnx.GraphDef, params: Params
+    layout: Layout, graphdef: nnx.GraphDef, params: Params, trace: bool = False
 ) -> Callable[[Params, Array], tuple[Array, Array, Array]]:
     """The jitted (params, tokens int32 [B, T]) -> (hidden states [B, T, D], drop fractions [L, B], load [L, E]) of a
     training pass without dropout. For tests and certificates. `graphdef` is the model that is trained on the mesh, one
-    with experts. B is a multiple of the number of devices."""
+    with experts. B is a multiple of the number of devices. With `trace`, the places of the pairs in their queues [L, B,
+    T, K] instead of the hidden states."""
 
     def on_device(params: Params, tokens: Array) -> tuple[Array, Array, Array]:
-        hidden, stats, _ = merge(graphdef, gathered(params))(tokens, Mode.TRAIN)
+        hidden, stats, _ = merge(graphdef, gathered(params))(tokens, Mode.TRAIN, trace=trace)
         assert stats is not None
-        return hidden, stats.drop_fraction, jax.lax.pmean(stats.load, AXES)
+        found = hidden if stats.trace is None else stats.trace.slot
+        return found, stats.drop_fraction, jax.lax.pmean(stats.load, AXES)
 
+    layers = PartitionSpec(None, AXES)
     return jax.jit(
         jax.shard_map(
             on_device,
             mesh=layout.mesh,
             in_specs=(layout.tree(params, layout.params), PartitionSpec(AXES)),
-            out_specs=(PartitionSpec(AXES), PartitionSpec(None, AXES), REPLICATED),
+            out_specs=(layers if trace else PartitionSpec(AXES), layers, REPLICATED),
             check_vma=False,
         )
     )

@@ -135,8 +135,8 @@ def test_how_many_sequences_and_positions_are_tried() -> None:
 
 
 def test_what_is_asked_of_a_model() -> None:
-    assert "while choices are dropped" in causality._asked(MODEL, leaky=False)
-    assert "nothing is dropped" in causality._asked(MODEL.with_routing(dispatch="blocks"), leaky=False)
+    assert "while choices are dropped" in causality._asked(MODEL.capacity, leaky=False)
+    assert "nothing is dropped" in causality._asked(None, leaky=False)
 
 
 @pytest.mark.parametrize(
