@@ -30,11 +30,11 @@ _TRAINING_ONLY = {"dropout", "attention_dropout", "tie_value_output_init", "zero
 """Fields of the model that change nothing in a forward pass of given weights without dropout."""
 
 
-_ROUTING_OF_MESH = "device_capacity_factor"
+ROUTING_OF_MESH = "device_capacity_factor"
 """The field of the routing that matters on a mesh only. As the mesh, it may change at a resume."""
 _ROUTING_MAY_CHANGE = {
     *("capacity_factor", "dispatch", "logit_noise", "input_jitter", "eval_capacity_factor"),
-    _ROUTING_OF_MESH,
+    ROUTING_OF_MESH,
 }
 """Fields of the routing that change neither which experts a token chooses without noise, nor its gates."""
 
@@ -50,7 +50,7 @@ def check_resumable(saved: RunConfig, config: RunConfig) -> None:
     """
     fixed = [("", name) for name in ("preset", "upcycle", "init_from", "base")]
     fixed += [("train", name) for name in ("optimizer", "param_dtype", "lora_alpha", "train_router", "lora_rank")]
-    routing = [field for field in _fields(config, "routing") if field[1] != _ROUTING_OF_MESH]
+    routing = [field for field in _fields(config, "routing") if field[1] != ROUTING_OF_MESH]
     fixed += [*_fields(config, "model"), *routing, *_data_fields(config)]
     hint = "leave the flag out to resume it, or start a new run with another --out"
     _check_same(saved, config, fixed, f"the run in {config.run_dir}", hint)

@@ -166,8 +166,8 @@ def read_plan(step: Step) -> DevicePlan:
 def scaling_mesh(config: RunConfig, devices: Devices) -> str:
     """The mesh of a scaling table: as many devices along `expert` as divide the experts, the rest along `data`.
 
-    The experts of a layer lie within one host of GPUs, because tokens travel to them four times a layer. Without a
-    dispatch by capacity there is no axis `expert`.
+    The experts of a layer lie within one host of GPUs, because tokens travel to them four times a layer. With dispatch
+    by blocks there is no axis `expert`: nothing is dropped without one.
     """
     near = min(devices.count, devices.links.per_host) if isinstance(devices.links, Hosts) else devices.count
     expert = math.gcd(near, config.model.experts) if not config.model.dropless else 1

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError
+from moe_jax.config.compatibility import ROUTING_OF_MESH
 from moe_jax.config.flags import flag_of
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.model.quantize import WEIGHTS, Weights
@@ -87,7 +88,7 @@ def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
     there, here = saved_config(checkpoint).to_dict(), config.to_dict()
     for section in ("model", "routing"):
         for name, value in here[section].items():
-            if there[section][name] != value:
+            if name != ROUTING_OF_MESH and there[section][name] != value:
                 raise UserError(
                     f"{flag_of(section, name)} {value}: {checkpoint.path} was saved with {there[section][name]}; "
                     "give it that value in config.json, or start a new run with another --out"

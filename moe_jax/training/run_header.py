@@ -62,10 +62,10 @@ def _split_line(split: Split) -> str:
 
 def _model_line(m: ModelConfig) -> str:
     if m.dense == "none":
-        ffn = (
-            f"{m.experts} {m.activation} experts of {m.expert_hidden}, top-{m.routing.top_k}, capacity factor "
-            f"{m.routing.capacity_factor:g} = {m.capacity} of {m.seq_len} tokens an expert"
-        )
+        limit = "dispatch by blocks"
+        if not m.dropless:
+            limit = f"capacity factor {m.routing.capacity_factor:g} = {m.capacity} of {m.seq_len} tokens an expert"
+        ffn = f"{m.experts} {m.activation} experts of {m.expert_hidden}, top-{m.routing.top_k}, {limit}"
     else:
         ffn = f"dense baseline with the {m.dense} parameters: {m.activation} of {m.dense_hidden}"
     keys = "" if m.key_value_heads == m.heads else f" on {m.key_value_heads} key heads"
@@ -115,10 +115,15 @@ def _mesh_line(session: Session) -> str:
     here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / 2**20
     whole = sum(x.size * x.dtype.itemsize for x in leaves) / 2**20
     sequences = session.config.train.batch_size // shape.devices
-    return (
+    line = (
         f"{shape.devices} devices, {shape}: {sequences} sequence{'s' * (sequences != 1)} of a micro-batch on each, and "
         f"{here:,.1f} of {whole:,.1f} MiB of parameters and optimizer state"
     )
+    model = session.config.model
+    if model.dense == "none" and model.dropless and shape.expert > 1:
+        rows, pairs = model.device_rows(shape.expert), model.seq_len * model.routing.top_k
+        line += f"; the experts of a device take at most {rows:,} of the {pairs:,} choices of a sequence"
+    return line
 
 
 def _plan_line(t: TrainConfig, tokens_per_step: int, corpus: int) -> str:

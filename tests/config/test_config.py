@@ -20,6 +20,7 @@ from moe_jax.config import (
     TrainConfig,
     UserError,
     capacity,
+    device_rows,
     load_config,
 )
 from moe_jax.config.flags import SHORT_FLAGS, flag_of, long_flag
@@ -53,6 +54,25 @@ def test_capacity(tokens: int, experts: int, top_k: int, factor: float, slots: i
     routing = RoutingConfig(top_k=top_k, capacity_factor=factor)
     model = ModelConfig(seq_len=max(tokens, 2), experts=experts, routing=routing)
     assert model.capacity == capacity(max(tokens, 2), experts, top_k, factor)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "devices", "factor", "rows", "why"),
+    [
+        (256, 8, 2, 4, 2.0, 256, "the fair share is 512 / 4 = 128"),
+        (256, 8, 2, 4, 1.1, 141, "140.8, rounded up"),
+        (10, 4, 1, 2, 1.1, 6, "5.5, rounded up"),
+        (256, 8, 2, 2, 2.0, 512, "all choices: nothing is dropped on two devices"),
+        (256, 8, 2, 4, 9.0, 512, "never more than all choices"),
+        (256, 8, 4, 4, 9.0, 512, "a token has at most 2 choices on a device with 2 experts"),
+        (256, 8, 2, 8, 9.0, 256, "one expert a device: a token chooses it once"),
+        (4, 8, 1, 8, 0.01, 1, "never 0"),
+    ],
+)
+def test_device_rows(tokens: int, experts: int, top_k: int, devices: int, factor: float, rows: int, why: str) -> None:
+    assert device_rows(tokens, experts, top_k, devices, factor) == rows, why
+    routing = RoutingConfig(top_k=top_k, device_capacity_factor=factor)
+    assert ModelConfig(seq_len=tokens, experts=experts, routing=routing).device_rows(devices) == rows
 
 
 TIED = {"tie_value_output_init": True}
@@ -145,6 +165,7 @@ def test_every_field_survives_json() -> None:
         input_jitter=0.25,
         renormalise_gates=False,
         eval_capacity_factor=2.0,
+        device_capacity_factor=3.0,
     )
     config = RunConfig(
         preset="story",

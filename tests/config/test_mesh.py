@@ -53,12 +53,6 @@ def test_other_texts_are_refused(text: str) -> None:
             {},
             "must be without an expert axis: --model.dense active has no experts to divide",
         ),
-        (
-            "expert=2",
-            {"dispatch": "blocks"},
-            {},
-            "must be without an expert axis for --dispatch blocks; use data or fsdp",
-        ),
     ],
 )
 def test_what_cannot_be_divided_is_refused(
@@ -73,7 +67,8 @@ def test_what_cannot_be_divided_is_refused(
     assert str(caught.value).startswith(f"--mesh {mesh}: {problem}")
 
 
-def test_blocks_are_divided_over_data_and_fsdp() -> None:
-    execution = ExecutionConfig(mesh="data=2,fsdp=4")
+@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "data=2,expert=4"])
+def test_blocks_are_divided_over_every_axis(mesh: str) -> None:
+    execution = ExecutionConfig(mesh=mesh)
     found = RunConfig(model=tiny.config(dispatch="blocks"), train=TrainConfig(batch_size=8), execution=execution)
     assert RunConfig.from_dict(found.to_dict()) == found

@@ -62,6 +62,7 @@ HELD = {
 ONLY_TRAINING = {
     *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
     *("capacity_factor", "dispatch", "priority", "logit_noise", "input_jitter", "eval_capacity_factor"),
+    "device_capacity_factor",
 }
 """Settings of the start, of random numbers, and of dropping: an exported model drops nothing, and its card says so."""
 

@@ -13,6 +13,7 @@ from moe_jax.cli.main import main, run_as
 from moe_jax.cli.train import Train
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.metrics import read_metrics
+from moe_jax.runs.snapshots import read_snapshots
 from tests.support import saved_run
 
 pytestmark = pytest.mark.parallel
@@ -64,6 +65,24 @@ def test_a_run_moves_between_meshes(text: Path) -> None:
     np.testing.assert_allclose(last(text, "moved")[1], losses, atol=5e-6, rtol=0)
     saved = json.loads((text / "moved" / "config.json").read_text())
     assert saved["execution"]["mesh"] == "data=8"
+
+
+def test_blocks_over_an_expert_axis_count_what_they_drop(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With half a device's fair share of rows, half or more of the choices are dropped: in the records, the sums and
+    the snapshots. Resumed with rows for all, which is no other run, nothing is dropped."""
+    flags = ("--mesh", "fsdp=2,expert=4", "--dispatch", "blocks", "--routing.device-capacity-factor")
+    assert run(text, "blocks", *flags, "0.5", "--steps", "4") == 0
+    assert "at most 8 of the 64 choices" in " ".join(capsys.readouterr().out.split())
+    assert run(text, "blocks", "--resume", *flags, "4", "--steps", "8") == 0
+    drops = [record["drop_fraction"] for record in read_metrics(text / "blocks")["train"]]
+    assert min(drops[:4]) >= 0.5
+    assert drops[4:] == [0] * 4
+    snapshots = [trace["drop"] for trace in read_snapshots(text / "blocks")]
+    assert snapshots[0][0] >= 0.5
+    assert snapshots[-1] == [0]
+    summary = json.loads((text / "blocks" / "summary.json").read_text())
+    assert summary["train_drop_fraction"] == pytest.approx(np.mean(drops), rel=1e-6)
+    assert summary["val_drop_fraction"] == 0
 
 
 @pytest.mark.parametrize(("mesh", "places"), [("data=4", 4), ("data=4,expert=4", 16)])

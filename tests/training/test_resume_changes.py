@@ -69,6 +69,7 @@ def changed(section: str, name: str, value: Any) -> RunConfig:
 MAY_CHANGE = {("data", "source"), ("data", "eval_tokens")}
 """The text itself is compared by its digest."""
 MAY_CHANGE |= {("execution", f.name) for f in dataclasses.fields(ExecutionConfig)}
+MAY_CHANGE |= {("routing", "device_capacity_factor")}
 MAY_CHANGE |= {("train", f.name) for f in dataclasses.fields(TrainConfig)} - {
     ("train", name) for name in ("optimizer", "param_dtype", "lora_rank", "lora_alpha", "train_router")
 }
@@ -76,7 +77,7 @@ MAY_CHANGE |= {("train", f.name) for f in dataclasses.fields(TrainConfig)} - {
 
 @pytest.mark.parametrize(("section", "name"), FIELDS, ids=lambda x: x)
 def test_which_settings_may_change_at_a_resume(section: str, name: str) -> None:
-    """Execution and the course of training may. Model, routing, data, optimizer and stored dtype may not; the error is
+    """Execution, what matters on a mesh only, and the course of training may. Model, routing, data, optimizer and stored dtype may not; the error is
     one line with the flag, both values, and what to do."""
     value = other(section, name)
     config = changed(section, name, value)
