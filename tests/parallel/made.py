@@ -23,13 +23,14 @@ def config(mesh: str = "", optimizer: str = "adamw", **changes: Any) -> RunConfi
         for name in ("grad_accum", "seed", "param_dtype", "lora_rank", "train_router")
         if name in changes
     }
-    execution = {name: changes.pop(name) for name in ("remat",) if name in changes}
+    execution = {"compute_dtype": "float32"}
+    execution |= {name: changes.pop(name) for name in ("remat", "compute_dtype") if name in changes}
     model = {"vocab_size": V, "seq_len": T, "layers": 1, "width": 32, "heads": 4, "experts": 8, "expert_hidden": 32}
     model |= {"dropout": 0.1, "capacity_factor": 0.75} | changes
     return RunConfig(
         model=tiny.config(**model),
         train=TrainConfig(**train),  # pyright: ignore[reportArgumentType]
-        execution=ExecutionConfig(compute_dtype="float32", mesh=mesh, **execution),
+        execution=ExecutionConfig(mesh=mesh, **execution),
     )
 
 

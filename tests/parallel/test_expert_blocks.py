@@ -1,6 +1,7 @@
 """Dispatch by blocks while the experts lie on several devices: rows, drops, outputs and gradients."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.model.moe.dispatch import Blocks, Dispatch
+from moe_jax.certificates.certify import initial_params
+from moe_jax.certificates.on_mesh import mesh_causality
+from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
-from moe_jax.model.moe.router import route
+from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.transformer import merge
 from moe_jax.parallel.expert_blocks import BoundedBlocks, DeviceQueues
 from moe_jax.parallel.experts import ExpertParallelMoE
@@ -44,6 +47,39 @@ def test_rows_of_a_device_worked_by_hand() -> None:
     assert plan.row.tolist() == [[[0, 1], [2, 3], [none, 4], [none, none], [5, none]]]
     assert plan.keep.tolist() == [[[True, True], [True, True], [False, True], [False, False], [True, False]]]
     assert plan.pair.tolist() == [[[0, 1, 2]], [[3, 5, 8]]]
+
+
+def later_first(queues: DeviceQueues, routing: Routing) -> QueuedPairs:
+    """A leak: of a device's rows, later tokens get the first ones."""
+    found = _trace(queues, jax.tree.map(lambda x: x[:, ::-1], routing))
+    return jax.tree.map(lambda x: x[:, ::-1], found)
+
+
+def with_a_total(queues: DeviceQueues, routing: Routing) -> QueuedPairs:
+    """Another bound: all sequences of a source share half of a device's rows, and the first sequences get them."""
+    found = _trace(queues, routing)
+    total = _trace(queues, jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), routing)).position
+    half = queues.rows * len(found.keep) // 2
+    return found._replace(keep=found.keep & (total.reshape(found.keep.shape) < half))
+
+
+_trace = DeviceQueues.trace
+
+
+@pytest.mark.parallel
+@pytest.mark.parametrize(("planted", "alone_changes"), [(later_first, False), (with_a_total, True)])
+def test_the_causality_certificate_sees_other_orders(
+    planted: Callable[..., QueuedPairs], alone_changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`alone_changes`: whether outputs of the sequence change whose tokens stay the same."""
+    monkeypatch.setattr(DeviceQueues, "trace", planted)
+    config = made.config("expert=8", dispatch="blocks")
+    mesh = mesh_of("expert=8")
+    assert mesh is not None
+    found = mesh_causality(config, initial_params(config), mesh)
+    assert not found.passed
+    assert " 0 earlier outputs changed" not in found.found
+    assert ("and 0 of the sequence that was left alone" not in found.found) == alone_changes
 
 
 @functools.lru_cache
