@@ -111,8 +111,8 @@ class BoundedBlocks:
 
 
 def _expert_of_rows(expert: Int[Array, "B T K"], plan: Plan, empty: int) -> Int[Array, "n S"]:
-    """The number of each row's expert among those of its device, for S = B * R rows of each device. `empty` for an empty
-    row."""
+    """The number of each row's expert among those of its device, for S = B * R rows of each device. An empty row gets
+    `empty`."""
     devices, batch, _ = plan.pair.shape
     pair = plan.pair.swapaxes(0, 1).reshape(batch, -1)  # T*K where the row is empty
     found = jnp.take_along_axis(expert.reshape(batch, -1), pair, axis=1, mode="fill", fill_value=empty)

@@ -26,7 +26,8 @@ from tests.parallel import made
 from tests.support import oracles, tiny
 
 B, T, E, K, N = 16, 8, 8, 2, 4
-"""16 sequences on 2 x 4 devices, each of which holds 2 experts along its axis `expert`. T * K is a power of 2, so that shares are exact."""
+"""16 sequences on 2 x 4 devices, each of which holds 2 experts along its axis `expert`. T * K is a power of 2, so that
+shares are exact."""
 
 
 def test_rows_of_a_device_worked_by_hand() -> None:

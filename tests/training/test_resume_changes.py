@@ -77,8 +77,8 @@ MAY_CHANGE |= {("train", f.name) for f in dataclasses.fields(TrainConfig)} - {
 
 @pytest.mark.parametrize(("section", "name"), FIELDS, ids=lambda x: x)
 def test_which_settings_may_change_at_a_resume(section: str, name: str) -> None:
-    """Execution, what matters on a mesh only, and the course of training may. Model, routing, data, optimizer and stored dtype may not; the error is
-    one line with the flag, both values, and what to do."""
+    """Execution, what matters on a mesh only, and the course of training may. Model, routing, data, optimizer and
+    stored dtype may not; the error is one line with the flag, both values, and what to do."""
     value = other(section, name)
     config = changed(section, name, value)
     assert config != SAVED
