@@ -48,8 +48,8 @@ class RoutingConfig:
     """Capacity factor in evaluation. With 0, evaluation drops nothing. Generation never drops anything."""
     device_capacity_factor: float = 2.0
     """With --dispatch blocks on a mesh with an `expert` axis of n devices: rows of a device for one sequence, divided
-    by its fair share T * K / n of the (token, choice) pairs. Pairs beyond them are dropped. A factor of n drops
-    nothing."""
+    by its fair share T * K / n of the (token, choice) pairs. Pairs beyond them are dropped. A factor of
+    min(n, E / K) drops nothing."""
 
     def __post_init__(self) -> None:
         s = "routing"

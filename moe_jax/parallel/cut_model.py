@@ -87,8 +87,8 @@ class OwnExperts(Experts):
     def __call__(
         self, rows: Float[Array, "E R D"], further_expert: Int[Array, " further"] | None = None
     ) -> Float[Array, "E R D"]:
-        """The network of each expert on its rows, and of the experts `further_expert` on the rows of further groups. Not
-        for training: the loop over these groups has no gradient."""
+        """The network of each expert on its rows, and of the experts `further_expert` on the rows of further groups.
+        Not for training: the loop over these groups has no gradient."""
         if further_expert is not None:
             return self.apply_blocks(rows, further_expert, jnp.int32(len(rows)))
         own = self._own

@@ -23,7 +23,7 @@ def config(mesh: str = "", optimizer: str = "adamw", **changes: Any) -> RunConfi
         for name in ("grad_accum", "seed", "param_dtype", "lora_rank", "train_router")
         if name in changes
     }
-    execution = {"compute_dtype": "float32"}
+    execution: dict[str, Any] = {"compute_dtype": "float32"}
     execution |= {name: changes.pop(name) for name in ("remat", "compute_dtype") if name in changes}
     model = {"vocab_size": V, "seq_len": T, "layers": 1, "width": 32, "heads": 4, "experts": 8, "expert_hidden": 32}
     model |= {"dropout": 0.1, "capacity_factor": 0.75} | changes

@@ -90,7 +90,7 @@ def test_twenty_losses_are_those_of_one_device(mesh: str, optimizer: str, micro_
 
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=2,expert=4"])
 def test_blocks_on_a_mesh(mesh: str) -> None:
-    """With a factor of 4 no row is missing on 4 devices along `expert`, so nothing is dropped."""
+    """With a factor of 4 = E / K no row is missing, so nothing is dropped over `expert`."""
     _, losses = made.train(made.programs(mesh, dispatch="blocks", device_capacity_factor=4.0), 5)
     _, expected = made.train(made.programs(dispatch="blocks"), 5)
     assert np.abs(np.array(losses) - expected).max() <= CLOSE
