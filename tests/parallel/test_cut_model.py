@@ -48,9 +48,10 @@ def test_samples_and_snapshots_are_those_of_one_device() -> None:
 
 @pytest.mark.parametrize("mesh", ["data=2,fsdp=4", MESH])
 def test_snapshots_of_blocks(mesh: str) -> None:
-    """With a factor of 4 = E / K no row is missing over `expert`."""
-    changes: dict[str, Any] = {"dispatch": "blocks", "device_capacity_factor": 4.0}
-    programs, one = made.programs(mesh, **changes), made.programs(dispatch="blocks")
+    """With a factor of 4 = E / K no row is missing over `expert`. The second layer's
+    choices depend on the outputs of the first one's experts."""
+    changes: dict[str, Any] = {"dispatch": "blocks", "layers": 2}
+    programs, one = made.programs(mesh, device_capacity_factor=4.0, **changes), made.programs(**changes)
     stream = tiny.tokens(40, seed=4, vocabulary=made.V)
     found, expected = programs.tracer(stream), one.tracer(stream)
     assert found is not None
