@@ -111,7 +111,7 @@ BUGS = [
     ),
     Bug(
         "all sequences have the slots of the first",
-        "moe_jax.model.moe.dispatch:_plan",
+        "moe_jax.model.moe.dispatch:row_plan",
         "jax.vmap(invert)(row.reshape(batch, -1))",
         "jnp.broadcast_to(invert(row[0].reshape(-1)), (batch, groups * rows))",
         checks.check_layer_with_drops,

@@ -34,14 +34,14 @@ BUGS = [
     ),
     Bug(
         "two blocks of an expert share their rows",
-        "moe_jax.model.moe.dispatch:Blocks.plan",
+        "moe_jax.model.moe.dispatch:Blocks.plan_queues",
         "+ nth - 1)",
         "+ nth - nth)",
         kernel_checks.check_blocks,
     ),
     Bug(
         "further blocks belong to the next expert",
-        "moe_jax.model.moe.dispatch:Blocks.plan",
+        "moe_jax.model.moe.dispatch:Blocks.plan_queues",
         "further_expert.clip(0, experts - 1)",
         "further_expert.clip(0, experts - 1)[::-1]",
         kernel_checks.check_blocks,
