@@ -172,7 +172,7 @@ CHAPTERS = (
             "ring_all_reduce",
             "expert_parallel",
         ),
-        ("parallel/experts.py",),
+        ("parallel/exchange.py",),
     ),
     Chapter(
         "20_byte_pairs",
