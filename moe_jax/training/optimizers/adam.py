@@ -5,9 +5,10 @@ moments. Two measures achieve this:
 
 - `taken` selects the new or the old value where a moment is computed, entry by entry. If the selection came after the
   update, the whole old state and the whole new state would exist at once.
-- The direction is computed from the stored moments, behind a barrier. Without the barrier the compiler computes the new
-  moments a second time from the old ones, and for that keeps copies of the old ones: 8 bytes for each parameter, as
-  measured on a CPU for every matrix of `seed-158m`.
+- On a CPU, the direction is computed from the stored moments, behind a barrier. Without the barrier the compiler
+  computes the new moments a second time from the old ones, and for that keeps copies of the old ones: 8 bytes for each
+  parameter, as measured for every matrix of `seed-158m`. On a GPU there is no barrier. One kernel then reads a moment
+  once and writes moments and parameter in place: 4.2 GB instead of 5.7 GB for a step of `seed-158m`, in the same memory.
 
 Chapter 10 of `foundation` says where the step comes from, and a test compares the steps.
 """
@@ -51,7 +52,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> opt
             return jnp.where(taken, b2 * v + (1 - b2) * jnp.square(g), v)
 
         mu, nu = jax.tree.map(first, state.mu, updates), jax.tree.map(second, state.nu, updates)
-        mu, nu = jax.lax.optimization_barrier((mu, nu))
+        mu, nu = jax.lax.platform_dependent((mu, nu), cpu=jax.lax.optimization_barrier, default=lambda moments: moments)
         t = jnp.maximum(steps, 1)  # avoids 0 / 0 if the very first step is skipped
         scale_mu, scale_nu = 1 / (1 - b1**t), 1 / (1 - b2**t)
 
