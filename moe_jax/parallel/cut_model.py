@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.moe.dispatch import Blocks, Dispatch
-from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.experts import Experts, gated
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import Block, Transformer, split
 from moe_jax.parallel.exchange import AXIS
@@ -85,15 +85,19 @@ class OwnExperts(Experts):
     """Experts of which each device along the axis `expert` has its share, while all have the same rows."""
 
     def __call__(
-        self, rows: Float[Array, "E R D"], further_expert: Int[Array, " further"] | None = None
+        self,
+        rows: Float[Array, "E R D"],
+        further_expert: Int[Array, " further"] | None = None,
+        gate: Float[Array, "E R"] | None = None,
     ) -> Float[Array, "E R D"]:
-        """The network of each expert on its rows, and of the experts `further_expert` on the rows of further groups.
-        Not for training: the loop over these groups has no gradient."""
+        """The network of each expert on its rows, and of the experts `further_expert` on the rows of further groups;
+        each output times its gate. Not for training: the loop over these groups has no gradient."""
         if further_expert is not None:
-            return self.apply_blocks(rows, further_expert, jnp.int32(len(rows)))
-        own = self._own
-        mine = jax.lax.dynamic_slice_in_dim(rows, jax.lax.axis_index(AXIS) * own, own)
-        return joined(super().__call__(mine), AXIS, dimension=0)
+            outputs = self.apply_blocks(rows, further_expert, jnp.int32(len(rows)))
+            return outputs if gate is None else gated(outputs, gate)
+        first = jax.lax.axis_index(AXIS) * self._own
+        mine = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, first, self._own), (rows, gate))
+        return joined(super().__call__(mine[0], gate=mine[1]), AXIS, dimension=0)
 
     def apply_blocks(
         self, rows: Float[Array, "G R D"], further_expert: Int[Array, " further"], used: Int[Array, ""]

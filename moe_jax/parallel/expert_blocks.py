@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import RoutingConfig, device_rows
-from moe_jax.model.moe.dispatch import Blocks, Plan, QueuedPairs, combine, dispatch, row_plan
+from moe_jax.model.moe.dispatch import Blocks, Plan, QueuedPairs, combine, dispatch, row_gates, row_plan
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import block_rows
 from moe_jax.model.moe.queues import queue_positions
@@ -76,16 +76,18 @@ class ExchangedBlocks:
         """See `Dispatch`. `experts` are those of this device."""
         plan = self.queues.plan(routing)
         with jax.named_scope("dispatch"):
-            rows = dispatch(x, plan)
+            rows, gate = dispatch(x, plan), row_gates(routing.gate, plan)
             devices, batch, count, width = rows.shape
             own = routing.logits.shape[-1] // devices
             expert = sent(_expert_of_rows(routing.expert_index % own, plan, own))
             blocks = Blocks(block_rows(routing.expert_index.size, own))
         with jax.named_scope("experts"):
             rows = rows.reshape(devices, batch * count, width)
-            rows = exchange(partial(_apply_sorted, blocks, experts, expert, own), rows)
+            rows = exchange(
+                partial(_apply_sorted, blocks, experts, expert, own), rows, gate.reshape(devices, batch * count)
+            )
         with jax.named_scope("combine"):
-            y = combine(rows.reshape(devices, batch, count, width), routing.gate, plan)
+            y = combine(rows.reshape(devices, batch, count, width), plan)
         return y, _drop_fraction(plan.keep)
 
     def trace(self, routing: Routing) -> QueuedPairs:
@@ -120,13 +122,19 @@ def _expert_of_rows(expert: Int[Array, "B T K"], plan: Plan, empty: int) -> Int[
 
 
 def _apply_sorted(
-    blocks: Blocks, experts: Experts, expert: Int[Array, "1 N"], own: int, rows: Float[Array, "1 N D"]
+    blocks: Blocks,
+    experts: Experts,
+    expert: Int[Array, "1 N"],
+    own: int,
+    rows: Float[Array, "1 N D"],
+    gate: Float[Array, "1 N"],
 ) -> Float[Array, "1 N D"]:
-    """The networks of this device's `own` experts on the rows that have arrived. Empty rows give zeros."""
+    """The networks of this device's `own` experts on the rows that have arrived, times their gates. Empty rows give
+    zeros."""
     valid = expert < own
     plan, further_expert, _ = blocks.plan_queues(jnp.where(valid, expert, 0)[..., None], valid, own)
-    sorted_rows = experts(dispatch(rows, plan)[:, 0], further_expert)
-    return combine(sorted_rows[:, None], jnp.ones(plan.row.shape, rows.dtype), plan)
+    sorted_rows, sorted_gate = dispatch(rows, plan)[:, 0], row_gates(gate[..., None], plan)[:, 0]
+    return combine(experts(sorted_rows, further_expert, sorted_gate)[:, None], plan)
 
 
 def _drop_fraction(keep: Bool[Array, "B T K"]) -> Float[Array, " B"]:

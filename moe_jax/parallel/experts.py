@@ -7,6 +7,8 @@ section 3.2; `exchange.py`). The gradient is two more all-to-alls. Chapter 19 of
     by capacity   the rows are the slots of all E experts. Each of the four moves E * b * C * D numbers for each layer
                   and device, where b is the number of the device's sequences.
     by blocks     the rows are those of the n devices, n * b * R * D numbers (`expert_blocks.py`)
+
+The gate of each row goes with it, and its gradient comes back: one number more for each row.
 """
 
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ class Exchanged:
     def apply(
         self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        return self.local.apply(x, routing, partial(exchange, experts))
+        return self.local.apply(x, routing, partial(exchange, lambda rows, gate: experts(rows, gate=gate)))
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return self.local.trace(routing)

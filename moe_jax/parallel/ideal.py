@@ -1,9 +1,10 @@
 """The bytes that the devices of a mesh must send each other in one training step, by kind of collective.
 
 all-to-all                   4 E b C D numbers for each layer and micro-batch: there and back, forward and backward;
-                             b is the number of a device's sequences. 6 times with remat. With dispatch by blocks 4 n b
-                             R D numbers, and n b R integers of 4 bytes: the expert of each row, sent once, with remat
-                             twice. Nothing without an expert axis.
+                             b is the number of a device's sequences. 5 E b C D with remat, which sends the rows again.
+                             With dispatch by blocks n b R in place of E b C. For each row also 4 bytes for its gate and
+                             4 for the gradient of the gate, and with blocks 4 for the number of its expert; with remat,
+                             gate and number again. Nothing without an expert axis.
 all-gather                   each matrix that is cut over fsdp, once a step
 all-reduce, reduce-scatter   each gradient in float32 once a step, however many micro-batches there are; and the
                              metrics. Of Adafactor also the means over an axis that is cut.
@@ -19,8 +20,8 @@ from moe_jax.config import RunConfig
 from moe_jax.parallel.layout import Layout, leaf_name
 from moe_jax.parallel.mesh import AXES
 
-EXPERT_BYTES = 4
-"""Bytes of the number of a row's expert."""
+GATE_BYTES = EXPERT_BYTES = 4
+"""Bytes of a row's gate, and of the number of its expert."""
 
 
 def ideal_bytes(config: RunConfig, params: Mapping[Any, Any], layout: Layout, item_bytes: int) -> dict[str, int]:
@@ -32,10 +33,10 @@ def ideal_bytes(config: RunConfig, params: Mapping[Any, Any], layout: Layout, it
     found = {"all-to-all": 0, "all-gather": 0, "all-reduce": 0}
     if (devices := mesh.shape["expert"]) > 1:
         sequences = train.batch_size // layout.devices * train.grad_accum
-        forward = 2 if config.execution.remat else 1  # the backward pass then repeats the forward pass
-        row = (2 * forward + 2) * model.width * item_bytes
+        there = 2 if config.execution.remat else 1  # the backward pass then sends the rows again
+        row = (there + 3) * model.width * item_bytes + (there + 1) * GATE_BYTES
         if model.routing.dispatch == "blocks":
-            rows, row = devices * model.device_rows(devices), row + forward * EXPERT_BYTES
+            rows, row = devices * model.device_rows(devices), row + there * EXPERT_BYTES
         else:
             rows = model.experts * model.capacity
         found["all-to-all"] = model.layers * sequences * rows * row

@@ -83,10 +83,10 @@ def test_the_plain_step_divided_by_the_compiler_fails(axes: str, passed: list[st
     assert [c.name.removeprefix("mesh: ") for c in certificates if c.passed] == passed
 
 
-def swapped(experts: Any, rows: jax.Array) -> jax.Array:
+def swapped(experts: Any, rows: jax.Array, gate: jax.Array) -> jax.Array:
     """`exchange` without the way back by all-to-all: results land in the slots of other sequences."""
-    there = jax.lax.all_to_all(rows, "expert", split_axis=0, concat_axis=1, tiled=True)
-    return experts(there).reshape(rows.shape)
+    there, gates = (jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=1, tiled=True) for x in (rows, gate))
+    return experts(there, gates).reshape(rows.shape)
 
 
 def unsummed(layout: Layout, grads: Any) -> Any:

@@ -132,10 +132,9 @@ BUGS = [
     ),
     Bug(
         "gates renormalised after drops",
-        "moe_jax.model.moe.dispatch:_sum_of_choices",
-        "gate = jnp.where(plan.keep, gate, 0).astype(rows.dtype)",
-        """gate = jnp.where(plan.keep, gate, 0).astype(rows.dtype)
-        gate = gate / jnp.maximum(gate.sum(-1, keepdims=True), 1e-9)""",
+        "moe_jax.model.moe.dispatch:row_gates",
+        "dispatch(gate.reshape(",
+        "dispatch((gate / jnp.where(plan.keep, gate, 0).sum(-1, keepdims=True).clip(1e-9)).reshape(",
         checks.check_layer_with_drops,
     ),
     Bug(

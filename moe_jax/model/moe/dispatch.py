@@ -11,9 +11,12 @@ its expert's queue.
 
 All three use two functions over rows `[G, B, R, D]`, that is G groups of R rows for each sequence. `dispatch` copies
 tokens into rows, and `combine` sums rows back into tokens. The batch stays an axis of its own, so a batch that is split
-over devices needs no communication here. Both functions are linear maps, and each is the adjoint of the other, up to
-the gates. So their gradients are gathers too. There is no scatter-add, hence the gradients have the same bits each
-time, and no array has the shape `[T, E, C]`.
+over devices needs no communication here. Both functions are linear maps, and each is the adjoint of the other. So their
+gradients are gathers too. There is no scatter-add, hence the gradients have the same bits each time, and no array has
+the shape `[T, E, C]`.
+
+Each row is multiplied with the gate of its pair (`row_gates`) before `combine`. In training the experts do this before
+their last product (`Experts.__call__`).
 
 `reference.py` has two slow dispatches, which the tests compare these with. `variants.py` has the priorities that leak.
 """
@@ -26,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.experts import Experts, gated
 from moe_jax.model.moe.queues import choice_counts, queue_positions
 from moe_jax.model.moe.router import Routing
 
@@ -83,18 +86,19 @@ class Capacity:
         return row_plan(row, keep, routing.logits.shape[-1], self.slots)
 
     def apply(
-        self, x: Float[Array, "B T D"], routing: Routing, experts: Callable[[Array], Array]
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Callable[..., Array]
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        """See `Dispatch`. `experts` may be any function of rows [E, B*C, D], such as one that sends them to other
-        devices (`moe_jax.parallel.experts`)."""
+        """See `Dispatch`. `experts` may be any function of rows [E, B*C, D] and their gates [E, B*C], such as one that
+        sends them to other devices (`moe_jax.parallel.experts`)."""
         plan, routing = self.plan(routing), self.requested_pairs(routing)
         with jax.named_scope("dispatch"):
-            rows = dispatch(x, plan)
+            rows, gate = dispatch(x, plan), row_gates(routing.gate, plan)
         with jax.named_scope("experts"):
             groups, batch, slots, width = rows.shape
-            rows = experts(rows.reshape(groups, batch * slots, width)).reshape(rows.shape)
+            flat = rows.reshape(groups, batch * slots, width)
+            rows = experts(flat, gate=gate.reshape(groups, -1)).reshape(rows.shape)
         with jax.named_scope("combine"):
-            return combine(rows, routing.gate, plan), self.drop_fraction(plan.keep)
+            return combine(rows, plan), self.drop_fraction(plan.keep)
 
     def trace(self, routing: Routing) -> QueuedPairs:
         position = queue_positions(routing.expert_index, routing.valid, routing.logits.shape[-1])
@@ -160,12 +164,13 @@ class Blocks:
         plan, further_expert, used = self.plan(routing)
         with jax.named_scope("dispatch"):
             rows = dispatch(x.reshape(1, -1, x.shape[-1]), plan)[:, 0]
+            gate = row_gates(routing.gate.reshape(plan.row.shape), plan)[:, 0]
         with jax.named_scope("experts"):
             if self.in_place:
-                rows = experts.apply_blocks(rows, further_expert, used)
+                rows = gated(experts.apply_blocks(rows, further_expert, used), gate)
             else:
-                rows = experts(rows, further_expert)
-        return _combine_dropless(rows, routing, plan, x)
+                rows = experts(rows, further_expert, gate)
+        return _combine_dropless(rows, plan, x)
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return _unlimited(routing)
@@ -189,18 +194,19 @@ class PerToken:
         plan = self.plan(routing)
         with jax.named_scope("dispatch"):
             rows = dispatch(x.reshape(1, -1, x.shape[-1]), plan)[:, 0]
+            gate = row_gates(routing.gate.reshape(plan.row.shape), plan)[:, 0]
         with jax.named_scope("experts"):
             rows = experts.apply_per_token(rows[:, 0], routing.expert_index.reshape(-1))[:, None]
-        return _combine_dropless(rows, routing, plan, x)
+        return _combine_dropless(gated(rows, gate), plan, x)
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return _unlimited(routing)
 
 
-def _combine_dropless(rows: Array, routing: Routing, plan: Plan, x: Array) -> tuple[Array, Array]:
+def _combine_dropless(rows: Array, plan: Plan, x: Array) -> tuple[Array, Array]:
     """Combine over the whole batch as one sequence. A pair is dropped only if its token is invalid."""
     with jax.named_scope("combine"):
-        y = combine(rows[:, None], routing.gate.reshape(plan.row.shape), plan)
+        y = combine(rows[:, None], plan)
     return y.reshape(x.shape), (~plan.keep).reshape(len(x), -1).mean(1, dtype=jnp.float32)
 
 
@@ -261,17 +267,11 @@ def _rows_at(rows: Float[Array, "G B R D"], row: Int[Array, "B T"]) -> Float[Arr
     return _gather(rows, jnp.stack([row // rows.shape[2], row % rows.shape[2]], axis=-1), _ROWS)
 
 
-def _sum_of_choices(rows: Float[Array, "G B R D"], plan: Plan, gate: Array | None) -> Float[Array, "B T D"]:
-    """sum_k gate[b, t, k] * (the row of pair b, t, k), in the order of k. If `gate` is None, the sum without gates."""
-    terms = [_rows_at(rows, plan.row[..., k]) for k in range(plan.row.shape[-1])]
-    if gate is not None:
-        # The pairs of an invalid token are dropped, and their gates are NaN (`router.route`). `_rows_at` gives 0 for a
-        # dropped pair, but NaN * 0 is NaN. So the gate of a dropped pair is replaced by 0.
-        gate = jnp.where(plan.keep, gate, 0).astype(rows.dtype)
-        terms = [term * gate[..., k, None] for k, term in enumerate(terms)]
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
+def _sum_of_choices(rows: Float[Array, "G B R D"], plan: Plan) -> Float[Array, "B T D"]:
+    """sum_k (the row of pair b, t, k), in the order of k."""
+    total = _rows_at(rows, plan.row[..., 0])
+    for k in range(1, plan.row.shape[-1]):
+        total = total + _rows_at(rows, plan.row[..., k])
     return total
 
 
@@ -287,33 +287,33 @@ def _dispatch_forward(x: Array, plan: Plan) -> tuple[Array, Plan]:
 
 def _dispatch_backward(plan: Plan, d_rows: Array) -> tuple[Array, None]:
     # The adjoint of copying: the gradient of a token is the sum of the gradients of its kept rows.
-    return _sum_of_choices(d_rows, plan, None), None
+    return _sum_of_choices(d_rows, plan), None
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
+def row_gates(gate: Float[Array, "B T K"], plan: Plan) -> Float[Array, "G B R"]:
+    """The gate of the pair in each row, 0 for an empty row. The gate of a dropped pair, which may be NaN
+    (`router.route`), is in no row."""
+    batch, tokens, top_k = gate.shape
+    one_choice = (batch, tokens * top_k, 1)  # each pair is copied as a token with a single choice
+    pairs = Plan(plan.pair, plan.row.reshape(one_choice), plan.keep.reshape(one_choice))
+    return dispatch(gate.reshape(one_choice), pairs)[..., 0]
+
+
 @jax.custom_vjp
-def combine(rows: Float[Array, "G B R D"], gate: Float[Array, "B T K"], plan: Plan) -> Float[Array, "B T D"]:
-    """y[b, t] = sum_k gate[b, t, k] * (the row of pair b, t, k), in the order of k. A dropped pair contributes 0."""
-    return _sum_of_choices(rows, plan, gate)
+def combine(rows: Float[Array, "G B R D"], plan: Plan) -> Float[Array, "B T D"]:
+    """y[b, t] = sum_k (the row of pair b, t, k), in the order of k. A dropped pair contributes 0."""
+    return _sum_of_choices(rows, plan)
 
 
-def _combine_forward(rows: Array, gate: Array, plan: Plan) -> tuple[Array, tuple[Array, Array, Plan]]:
-    return combine(rows, gate, plan), (rows, gate, plan)
+def _combine_forward(rows: Array, plan: Plan) -> tuple[Array, Plan]:
+    return combine(rows, plan), plan
 
 
-def _combine_backward(residuals: tuple[Array, Array, Plan], d_y: Array) -> tuple[Array, Array, None]:
-    rows, gate, plan = residuals
-    top_k = plan.row.shape[-1]
-    pairs = gate.reshape(len(gate), -1, 1)
-    gate_of_row = _tokens_at(pairs, plan.pair).astype(rows.dtype)
-    d_rows = _tokens_at(d_y, plan.pair // top_k) * gate_of_row
-    wide = jnp.promote_types(gate.dtype, rows.dtype)
-    d_gate = [
-        jnp.sum(_rows_at(rows, plan.row[..., k]) * d_y, axis=-1, dtype=wide).astype(gate.dtype) for k in range(top_k)
-    ]
-    return d_rows, jnp.stack(d_gate, axis=-1), None
+def _combine_backward(plan: Plan, d_y: Array) -> tuple[Array, None]:
+    return dispatch(d_y, plan), None
 
 
 combine.defvjp(_combine_forward, _combine_backward)

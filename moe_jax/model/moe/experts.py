@@ -39,24 +39,35 @@ class Experts(nnx.Module):
         self.w_out = nnx.Param(matrix_init(rngs, (experts, hidden, width), scale=out_scale))
 
     def __call__(
-        self, rows: Float[Array, "G R D"], further_expert: Int[Array, " further"] | None = None
+        self,
+        rows: Float[Array, "G R D"],
+        further_expert: Int[Array, " further"] | None = None,
+        gate: Float[Array, "G R"] | None = None,
     ) -> Float[Array, "G R D"]:
         """The network of expert g on the rows of each group g < E, and of expert `further_expert[g - E]` on the rows of
-        the others."""
+        the others. With a `gate`, each row's output is multiplied with it.
+
+        The gate enters before the last product, g f(h) w_out = (g f(h)) w_out, so the gradient of a gate needs f(h) and
+        not the output. With remat the backward pass then recomputes one product less (Guo et al. 2025, "SonicMoE",
+        section 3.2).
+        """
 
         # Everything after the first products is recomputed in the backward pass. Otherwise autodiff keeps the
         # activation and several intermediate results, each as large as the hidden rows. They would be most of the
         # memory that a layer keeps.
         @jax.checkpoint
-        def rest(hidden: list[Array], w_out: Array | QuantizedMatrix, adapter: LowRank | None) -> Array:
+        def rest(
+            hidden: list[Array], w_out: Array | QuantizedMatrix, adapter: LowRank | None, gate: Array | None
+        ) -> Array:
             inner = self._activate(hidden)
+            inner = inner if gate is None else gated(inner, gate)
             return _add(grouped_matmul(inner, w_out, further_expert), adapter, inner, further_expert)
 
         hidden = [
             _add(grouped_matmul(rows, w[...], further_expert), adapter, rows, further_expert)
             for w, adapter in zip(self._input_matrices(), (self.w_in_lora, self.w_gate_lora), strict=False)
         ]
-        return rest(hidden, self.w_out[...], self.w_out_lora)
+        return rest(hidden, self.w_out[...], self.w_out_lora, gate)
 
     def apply_blocks(
         self, rows: Float[Array, "G R D"], further_expert: Int[Array, " further"], used: Int[Array, ""]
@@ -126,3 +137,8 @@ class Experts(nnx.Module):
 def _add(y: Array, adapter: LowRank | None, rows: Array, further_expert: Array | None) -> Array:
     """A product, with what its matrix's adapter adds to it."""
     return y if adapter is None else y + adapter.grouped(rows, further_expert)
+
+
+def gated(rows: Float[Array, "*G D"], gate: Float[Array, "*G"]) -> Float[Array, "*G D"]:
+    """Each row times its gate, in the dtype of the rows."""
+    return rows * gate[..., None].astype(rows.dtype)

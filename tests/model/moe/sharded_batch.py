@@ -28,7 +28,9 @@ def layer(capacity: d.Capacity):
 
     def run(x: jax.Array, cotangent: jax.Array, routing: Routing) -> tuple[jax.Array, ...]:
         plan, gate = capacity.plan(routing), capacity.requested_pairs(routing).gate
-        y, pull = jax.vjp(lambda x, gate: d.combine(d.dispatch(x, plan), gate, plan), x, gate)
+        y, pull = jax.vjp(
+            lambda x, gate: d.combine(d.gated(d.dispatch(x, plan), d.row_gates(gate, plan)), plan), x, gate
+        )
         return y, *pull(cotangent)
 
     return run

@@ -38,7 +38,7 @@ def compiled(form: str, batch: int):
         routing = route(logits, K)
         plan, gate = capacity.plan(routing), capacity.requested_pairs(routing).gate
         rows, pull_rows = jax.vjp(lambda x: d.dispatch(x, plan), x)
-        y, pull_y = jax.vjp(lambda rows, gate: d.combine(rows, gate, plan), rows, gate)
+        y, pull_y = jax.vjp(lambda rows, gate: d.combine(d.gated(rows, d.row_gates(gate, plan)), plan), rows, gate)
         d_x, (d_rows_of_y, d_gate) = pull_rows(d_rows)[0], pull_y(d_y)
         leading = (plan.row, plan.keep, *capacity.trace(routing), y, d_x, d_gate)
         return (plan.pair, rows, d_rows_of_y), leading

@@ -50,7 +50,8 @@ def compiled(shape: Shape):
     def ours(x, logits, w_in, w_out):
         routing = route(logits, shape.top_k)
         plan = d.Capacity(shape.capacity).plan(routing)
-        return d.combine(network(d.dispatch(x, plan), w_in, w_out), routing.gate, plan)
+        rows = network(d.dispatch(x, plan), w_in, w_out)
+        return d.combine(d.gated(rows, d.row_gates(routing.gate, plan)), plan)
 
     def plain(x, logits, w_in, w_out, chosen, kept):
         """All experts on all tokens; `chosen` and `kept` `[B, T, E]` are the loops' decisions, 0 or 1."""

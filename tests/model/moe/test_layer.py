@@ -231,19 +231,23 @@ def test_the_two_verbs_have_the_gradients_of_plain_indexing(which: int, float64:
     def plain_dispatch(x):
         return jnp.where(filled[..., None], x[0, np.where(filled, pair // 2, 0)], 0)[:, None]
 
+    def combine(rows, gate):
+        return d.combine(d.gated(rows, d.row_gates(gate, plan)), plan)
+
     def plain_combine(rows, gate):
         taken = rows.reshape(-1, 5)[np.where(keep, row, 0)]
         return (jnp.where(keep, gate[0], 0)[..., None] * taken).sum(1)[None]
 
     np.testing.assert_array_equal(d.dispatch(x, plan), plain_dispatch(x))
-    np.testing.assert_allclose(d.combine(rows, gate, plan), plain_combine(rows, gate), atol=1e-14)
+    np.testing.assert_allclose(combine(rows, gate), plain_combine(rows, gate), atol=1e-14)
     ours, plain_ = (jax.vjp(f, x)[1](d_rows)[0] for f in (lambda x: d.dispatch(x, plan), plain_dispatch))
     np.testing.assert_allclose(ours, plain_, atol=1e-14)
-    pulls = (jax.vjp(f, rows, gate)[1](d_y) for f in (lambda r, g: d.combine(r, g, plan), plain_combine))
+    pulls = (jax.vjp(f, rows, gate)[1](d_y) for f in (combine, plain_combine))
     (d_rows_ours, d_gate_ours), (d_rows_plain, d_gate_plain) = pulls
     np.testing.assert_allclose(d_rows_ours, d_rows_plain, atol=1e-14)
     np.testing.assert_allclose(d_gate_ours, d_gate_plain, atol=1e-14)
-    # <dispatch(x), r> = <x, dispatch^T(r)>: the two maps are adjoint exactly as written.
+    # <dispatch(x), r> = <x, combine(r)>: the two maps are adjoint exactly as written.
+    np.testing.assert_array_equal(d.combine(d_rows, plan), ours)
     np.testing.assert_allclose((d.dispatch(x, plan) * d_rows).sum(), (x * ours).sum(), rtol=1e-13)
 
 
@@ -252,7 +256,7 @@ def test_dropped_pairs_give_and_get_exactly_nothing() -> None:
     rng = np.random.default_rng(0)
     x, rows = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 4, 5), (3, 1, 1, 5)))
     gate = jnp.asarray(np.where(plan.keep, 0.5, np.nan), jnp.float32)  # whatever a dropped gate holds
-    y, pull = jax.vjp(lambda r, g: d.combine(r, g, plan), rows, gate)
+    y, pull = jax.vjp(lambda r, g: d.combine(d.gated(r, d.row_gates(g, plan)), plan), rows, gate)
     assert (np.asarray(y[0, 2:]) == 0).all()
     assert np.isfinite(y).all()
     d_rows, d_gate = pull(jnp.ones_like(y))
