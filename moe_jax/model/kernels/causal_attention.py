@@ -157,30 +157,31 @@ def _attend_by_blocks(
 
 
 def _forward(query: Array, key: Array, value: Array, masks: list[Array] | None, keep: float | Array):
-    outputs, weights = [], []
+    queries, outputs, weights = [], [], []
     for i, (first, end) in enumerate(cut.query_blocks(query.shape[2])):
-        p = attention_weights(query[:, :, first:end], key[:, :, :end], first).astype(query.dtype)
+        queries.append(query[:, :, first:end])
+        p = attention_weights(queries[i], key[:, :, :end], first).astype(query.dtype)
         # With the barrier, the backward pass keeps only the weights, not the scores too.
         p = jax.lax.optimization_barrier(p)
         w = _dropped(p, None if masks is None else masks[i], keep)
         outputs.append(_mix(w, value[:, :, :end]))
         weights.append(p)
-    out = jnp.concatenate(outputs, axis=2)
-    return out, (query, key, value, masks, keep, out, weights)
+    return jnp.concatenate(outputs, axis=2), (queries, key, value, masks, keep, outputs, weights)
 
 
 def _backward(residuals, d_out: Array):
     # The weights after dropout are recomputed for each block. The barrier makes this wait for d_out; without it, the
     # compiler keeps the arrays of the forward pass instead.
-    (query, key, value, masks, keep, out, weights), d_out = jax.lax.optimization_barrier((residuals, d_out))
-    row_sum = _row_sum(d_out, out)
+    blocks = cut.query_blocks(d_out.shape[2])
+    d_outputs = [d_out[:, :, first:end] for first, end in blocks]
+    residuals, d_outputs = jax.lax.optimization_barrier((residuals, d_outputs))
+    queries, key, value, masks, keep, outputs, weights = residuals
     d_query = []
-    d_key_t = jnp.zeros_like(key, dtype=row_sum.dtype).swapaxes(2, 3)
+    d_key_t = jnp.zeros_like(key, dtype=at_least_float32(key.dtype)).swapaxes(2, 3)
     d_value_t = d_key_t
-    for i, ((first, end), p) in enumerate(zip(cut.query_blocks(query.shape[2]), weights, strict=True)):
-        mask = None if masks is None else masks[i]
-        q, d_o, rows = (x[:, :, first:end] for x in (query, d_out, row_sum))
-        d_q, d_k, d_v = _block_gradients(p, mask, keep, q, key[:, :, :end], value[:, :, :end], d_o, rows)
+    for i, (_, end) in enumerate(blocks):
+        block = weights[i], None if masks is None else masks[i], keep, queries[i], key[:, :, :end], value[:, :, :end]
+        d_q, d_k, d_v = _block_gradients(*block, d_outputs[i], _row_sum(d_outputs[i], outputs[i]))
         d_query.append(d_q)
         d_key_t, d_value_t = d_key_t.at[..., :end].add(d_k), d_value_t.at[..., :end].add(d_v)
     d_key, d_value = (x.swapaxes(2, 3).astype(key.dtype) for x in (d_key_t, d_value_t))

@@ -7,8 +7,9 @@ moments. Two measures achieve this:
   update, the whole old state and the whole new state would exist at once.
 - On a CPU, the direction is computed from the stored moments, behind a barrier. Without the barrier the compiler
   computes the new moments a second time from the old ones, and for that keeps copies of the old ones: 8 bytes for each
-  parameter, as measured for every matrix of `seed-158m`. On a GPU there is no barrier. One kernel then reads a moment
-  once and writes moments and parameter in place: 4.2 GB instead of 5.7 GB for a step of `seed-158m`, in the same memory.
+  parameter, as measured for every matrix of `seed-158m`. On a GPU there is no barrier. One kernel then reads both
+  moments once, and writes them and the parameter in place: 4.2 GB instead of 5.7 GB for a step of `seed-158m`, in the
+  same memory.
 
 Chapter 10 of `foundation` says where the step comes from, and a test compares the steps.
 """
