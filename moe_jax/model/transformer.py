@@ -59,12 +59,12 @@ class Block(nnx.Module):
         def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:
             with jax.named_scope("attention"):
                 y, kv = block.attention(block.attention_norm(x), for_weights)
-            return x + dropout(y, block.dropout, for_attention), kv
+            return _sum(x, dropout(y, block.dropout, for_attention)), kv
 
         def feed(block: Block, x: Array) -> tuple[Array, RouterStats | None]:
             with jax.named_scope("ffn"):
                 y, stats = block.ffn(block.ffn_norm(x), mode, None if keys is None else fold_each(keys, 3), trace)
-            return x + dropout(y, block.dropout, for_ffn), stats
+            return _sum(x, dropout(y, block.dropout, for_ffn)), stats
 
         between, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
         after, stats = (jax.checkpoint(feed) if remat else feed)(self, between)
@@ -85,6 +85,12 @@ class Block(nnx.Module):
         x = x + y
         y, stats = self.ffn(self.ffn_norm(x), Mode.SERVE if index.ndim else Mode.GENERATE, trace=trace)
         return x + y, stats, cache
+
+
+def _sum(x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    """x + y, rounded to their dtype. Without the barrier XLA keeps a float32 copy of the sum beside a bfloat16 one, and
+    each layer writes and reads both."""
+    return jax.lax.optimization_barrier(x + y)
 
 
 class Transformer(nnx.Module):
