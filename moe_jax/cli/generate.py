@@ -42,7 +42,7 @@ class Generate(SamplingCommand):
             run.tokenizer.encode(self.prompt)  # raises for a prompt that cannot be encoded, before anything is printed
             generator.compile()
             if isinstance(decoder, SpeculativeDecoder):
-                decoder.compile(run.params)
+                decoder.compile(generator.params)
         settings = self.sampling()
         for number in range(self.num_stories):
             if self.num_stories > 1:

@@ -66,6 +66,7 @@ class Serve(Command):
         sock = bind(self.host, self.port)
         say(f"loading {self.run}, {self.slots} slots; the server will be at {url(sock)}")
         environment.prepare_environment()
+        from moe_jax.inference.decode import cast_once
         from moe_jax.inference.slots import SlotDecoder
         from moe_jax.runs.load import open_run
         from moe_jax.serving.access import Rules
@@ -78,7 +79,8 @@ class Serve(Command):
         run, loop = open_run(self.run, self.step), Loop()
         card = ModelCard(run, Path(self.run).resolve().name, self.slots, Path(self.run))
         decoder = SlotDecoder(run.writer, run.config.model.seq_len, run.tokenizer.vocab_size, self.slots)
-        engine = Engine(decoder, run.params, run.tokenizer, queue=MAX_QUEUE, deliver=loop.deliver)
+        params = cast_once(run.writer, run.params)
+        engine = Engine(decoder, params, run.tokenizer, queue=MAX_QUEUE, deliver=loop.deliver)
         engine.compile()
         server = Server(engine, card, Rules(self.host, self.api_key, self.allow_origin))
         serve(server, loop, sock, ready=lambda: say(f"ready: {url(sock)} (Ctrl-C ends it)"))

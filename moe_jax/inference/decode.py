@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.inference.sampling import Sampling, sample
 from moe_jax.model.attention import KeyValue
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 
@@ -27,6 +28,25 @@ type Spread = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 TOKENS_AT_ONCE = 8
 """Most tokens that a call of `Decoder.write` writes. A person sees them appear together, within milliseconds."""
+
+
+def cast_once(graphdef: nnx.GraphDef, params: Params) -> Params:
+    """The parameters, with the matrices that every token multiplies with in the compute dtype, if it is narrower. The
+    texts are the same: these matrices would be cast at every token, which reads them in float32.
+
+    Lookup tables (embedding, positions), routers and vectors stay as they are, since they are used in at least float32.
+    So does a tied head, which is the embedding.
+    """
+    compute = merge(graphdef, params).compute
+
+    def cast(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        multiplied = name == "head" or (name.startswith("blocks.") and not name.endswith(".router"))
+        if isinstance(leaf, QuantizedMatrix) or not multiplied or leaf.ndim < 2:
+            return leaf
+        return leaf.astype(compute) if leaf.dtype.itemsize > compute.itemsize else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
 
 
 class DecodeState(NamedTuple):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from flax import nnx
 
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
-from moe_jax.inference.decode import Decoder
+from moe_jax.inference.decode import Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -23,7 +23,7 @@ class TextGenerator:
         decoder: Decoder | None = None,
     ) -> None:
         """`decoder` may be given to share the compiled programs of another generator of the same definition."""
-        self._params, self._tokenizer = params, tokenizer
+        self.params, self._tokenizer = cast_once(graphdef, params), tokenizer
         self._decoder = decoder or Decoder(graphdef, seq_len, tokenizer.vocab_size)
 
     def compile(self) -> None:
@@ -46,7 +46,7 @@ class TextGenerator:
         key = purpose_key(seed, Purpose.SAMPLE, number)
         text = StreamDecoder(self._tokenizer)
         for token in self._decoder.stream(
-            self._params,
+            self.params,
             prompt,
             settings=settings,
             key=key,

@@ -22,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import MeshShape, RunConfig, UserError
 from moe_jax.parallel.mesh import arranged, mesh_of
-from moe_jax.planning.device_memory import MISSING_PTXAS, NO_PTXAS, collected_stderr, gpu_devices
+from moe_jax.planning.device_memory import CODE_NOT_RUN, MISSING_PTXAS, NO_PTXAS, collected_stderr, gpu_devices
 from moe_jax.planning.interconnect import GPU_LINKS, Hosts, Place, Torus
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import Target
@@ -31,12 +31,7 @@ from moe_jax.system.files import cache_dir, write_atomically
 from moe_jax.system.json_text import json_text
 from moe_jax.training.programs import Programs
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    # Machine code of a GPU's kernels is not used here, so it need not be fast. The optimised HLO and the memory are
-    # decided before, and stay the same.
-    "gpu": {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True},
-    "tpu": {},
-}
+OPTIONS: dict[str, dict[str, Any]] = {"gpu": CODE_NOT_RUN, "tpu": {}}
 _TOO_LARGE = re.compile(r"\(([0-9.]+)([KMGT])\) exceeds available HBM")
 """What libtpu says of a program that takes more memory than a chip has, with its memory."""
 

@@ -30,6 +30,9 @@ from moe_jax.system.json_text import json_text
 BACK_ENDS: dict[str, dict[str, bool]] = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """The back ends for matrix products, with their compiler options. On a card of compute capability 8.0 or more XLA times
 both back ends when it compiles, and may mix them. A plan compiles each back end alone. Older cards have cuBLAS only."""
+CODE_NOT_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+"""Options of every program that is compiled for a described GPU. The machine code of its kernels never runs, so it need
+not be fast. The optimised HLO and the memory are decided before, and stay the same."""
 MISSING_PTXAS = ("No PTX compilation provider", "libdevice not found")
 """What XLA's error says if ptxas is missing."""
 NO_PTXAS = "planning needs ptxas: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
@@ -137,7 +140,7 @@ def _measured(target: Target, lowered: Any, options: dict[str, bool]) -> Memory:
 def _compile(lowered: Any, options: dict[str, bool], rates: Rates) -> Memory:
     try:
         with collected_stderr() as said:
-            compiled = lowered.compile(compiler_options=dict(options))
+            compiled = lowered.compile(compiler_options=CODE_NOT_RUN | options)
     except jax.errors.JaxRuntimeError as error:
         if any(cause in str(error) for cause in MISSING_PTXAS):
             raise UserError(NO_PTXAS) from error

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.inference.decode import TOKENS_AT_ONCE, Decoder
+from moe_jax.inference.decode import TOKENS_AT_ONCE, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
@@ -158,3 +158,22 @@ def test_tokens_of_a_padded_vocabulary_are_never_drawn() -> None:
     decoder = Decoder(graphdef, tiny.T, tiny.V - 4)
     drawn = list(decoder.stream(params, [1], settings=settings, key=jax.random.key(0), stop=NEVER, limit=100))
     assert set(drawn) == set(range(tiny.V - 4))
+
+
+def test_matrices_that_are_cast_once_give_the_same_bits() -> None:
+    """Every matrix of a block but the router, and the head. Tables and vectors keep their 32 bits."""
+    graphdef, params = tiny.build(tiny.config(tied_head=False), compute="bfloat16")
+    narrow = cast_once(graphdef, params)
+    leaves = {jax.tree_util.keystr(p, simple=True, separator="."): x for p, x in jax.tree.leaves_with_path(narrow)}
+    wide = {name for name, x in leaves.items() if x.ndim >= 2 and x.dtype == jnp.float32}
+    assert wide == {"embedding", "position", "blocks.0.ffn.router", "blocks.1.ffn.router"} & set(leaves)
+    assert {x.dtype for x in leaves.values() if x.ndim < 2} == {jnp.dtype("float32")}
+    decoder = Decoder(graphdef, tiny.T, tiny.V)
+    prompt, length = tiny.tokens(tiny.T, seed=1)[None], np.int32(5)
+    for token in (np.array([3]), np.array([7])):
+        of_both = [
+            decoder.advance(p, decoder.prefill(p, prompt, length), token.astype(np.int32)) for p in (params, narrow)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *of_both)
+    whole, same = tiny.build(tiny.config())
+    assert all(a is b for a, b in zip(jax.tree.leaves(cast_once(whole, same)), jax.tree.leaves(same), strict=True))
