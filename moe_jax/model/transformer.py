@@ -15,11 +15,12 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
+from moe_jax.model.kernels.matmul import matmul_wide
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
 from moe_jax.model.low_rank import Adapters, LoraShape, adapters_in, add_adapters
 from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
-from moe_jax.model.precision import at_least_float32, dot_precision, to_param_dtype
+from moe_jax.model.precision import at_least_float32, to_param_dtype
 from moe_jax.system.random_keys import fold_each, sequence_keys, split_each
 
 type Params = dict[str, Any]
@@ -167,12 +168,12 @@ class Transformer(nnx.Module):
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Logits in at least float32. The factors have the compute dtype; products are summed in at least float32."""
         with jax.named_scope("head"):
-            head, wide = self.head_matrix(), at_least_float32(hidden.dtype)
+            head = self.head_matrix()
             if isinstance(head, QuantizedMatrix):
+                wide = at_least_float32(hidden.dtype)
                 rows = quantized_matmul(hidden.reshape(-1, hidden.shape[-1]), head, wide)
                 return rows.reshape(*hidden.shape[:-1], -1)
-            head = head.astype(hidden.dtype)
-            return jnp.matmul(hidden, head, precision=dot_precision(hidden.dtype), preferred_element_type=wide)
+            return matmul_wide(hidden, head.astype(hidden.dtype))
 
     def decode(
         self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, "*B"], trace: bool = False

@@ -6,6 +6,7 @@ The compiled ones carry the marker `plan` and need the extra `gpu-plan`: `uv run
 import dataclasses
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from moe_jax.cli.main import main, run_command
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.inference.decode import cast_once
 from moe_jax.model.precision import choose_policy
 from moe_jax.planning import device_memory, search
 from moe_jax.planning.device_memory import Bound, Memory
@@ -102,18 +104,20 @@ def test_blocks_of_experts_are_few_launches(compiled_kernels: list[list[Kernel]]
 
 @compiled_for_gpu
 def test_a_token_is_decoded_in_few_launches(compiled_kernels: list[list[Kernel]]) -> None:
-    """The layers' six pairs of products have no loop. Weights are read once."""
+    """The layers' six pairs of products have no loop. Weights are read once, in bfloat16: 90 MB. Those cast at every
+    token would be 180 MB, and a copy of the head."""
     programs = Programs.of(with_vocabulary(preset("seed-158m")), target := load_target("rtx3050-4gb"))
     decoder = programs.decoder()
     prompt, length = jax.ShapeDtypeStruct((1, 256), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    state = jax.eval_shape(decoder.prefill, programs.param_shapes, prompt, length)
+    params = jax.eval_shape(partial(cast_once, programs.graphdef), programs.param_shapes)
+    state = jax.eval_shape(decoder.prefill, params, prompt, length)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
-    step = device_memory.lower_for(target, decoder.advance, programs.param_shapes, state, token)
+    step = device_memory.lower_for(target, decoder.advance, params, state, token)
     device_memory._compile(step, {}, Rates.of(target))
     (launched,) = compiled_kernels
     assert sum(k.runs for k in launched) <= 160
     assert {k.runs for k in launched} == {1}
-    assert sum(k.traffic for k in launched) <= 0.21e9
+    assert sum(k.traffic for k in launched) <= 0.1e9
 
 
 @pytest.mark.parametrize(("gpu", "most"), [("rtx3050-4gb", 1250), ("quadro-t1000-4gb", 1650)])

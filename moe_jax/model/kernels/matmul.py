@@ -85,6 +85,27 @@ def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]
 _matmul.defvjp(_forward, _backward)
 
 
+def matmul_wide(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[Array, "*N F"]:
+    """x @ weights in at least float32, for operands of one dtype.
+
+    On a GPU, the product of a single row is one multiplication and one sum, into which XLA fuses the cast of the
+    weights. A library would get a float32 copy of them, written at every token.
+    """
+    wide = at_least_float32(x.dtype)
+
+    def product(x: Array, weights: Array) -> Array:
+        return jnp.matmul(x, weights, precision=dot_precision(x.dtype), preferred_element_type=wide)
+
+    if x.size > x.shape[-1]:
+        return product(x, weights)
+    return jax.lax.platform_dependent(x, weights, cpu=product, default=_row_matmul)
+
+
+def _row_matmul(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[Array, "*N F"]:
+    wide = at_least_float32(x.dtype)
+    return (x.astype(wide)[..., None] * weights.astype(wide)).sum(-2)
+
+
 def vector_matmul(
     x: Float[Array, " D"], weights: Float[Array, "E D F"] | QuantizedMatrix, expert: Int[Array, ""]
 ) -> Float[Array, " F"]:
