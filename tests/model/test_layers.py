@@ -105,6 +105,17 @@ def test_masks_drop_the_named_share_each_entry_by_itself() -> None:
     assert (mask != np.asarray(keep_mask(one_key(1), 0.3, (90_001,)))[0]).any()
 
 
+def test_a_mask_is_the_halves_of_random_words_in_order() -> None:
+    """The lower 16 bits of a word decide the first entry, the upper 16 the second. A resumed run needs this order."""
+    words = np.asarray(jax.random.bits(one_key(0)[0], (3,), jnp.uint32))
+    halves = [half for word in words.tolist() for half in (word % 65_536, word // 65_536)]
+    for rate in (0.3, 0.999999):
+        least = min(round(rate * 65_536), 65_535)
+        mask = keep_mask(one_key(0), rate, (5,))
+        assert mask.dtype == bool
+        assert mask[0].tolist() == [half >= least for half in halves[:5]]
+
+
 def test_looking_up_has_the_gradient_of_indexing(float64: None) -> None:
     """Rows that are looked up twice get both gradients, rows that are not get exactly 0."""
     rng = np.random.default_rng(0)

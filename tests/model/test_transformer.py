@@ -12,6 +12,7 @@ from moe_jax.config import TrainConfig
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.reference import OneHotMoE
 from moe_jax.model.transformer import create, merge, split
+from moe_jax.system.hlo import read_program, scopes
 from moe_jax.training.loss import training_loss
 from tests.support import checks, oracles, tiny
 
@@ -155,6 +156,19 @@ def test_jitted_is_eager(float64: None) -> None:
     tokens = jnp.asarray(tiny.tokens(2, tiny.T))
     for one, other in zip(jax.tree.leaves(run(tokens)), jax.tree.leaves(jax.jit(run)(tokens)), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-13)
+
+
+def test_remat_recomputes_the_experts_first_product_only() -> None:
+    """Two products forward, four backward, and the first once more. The gradient of a gate needs no expert's output."""
+    config = tiny.config(layers=1, activation="gelu", capacity_factor=2.0)
+    graphdef, params = tiny.build(config, remat=True)
+
+    def loss(params):
+        model = merge(graphdef, params)
+        return model(jnp.asarray(tiny.tokens(2, tiny.T)), Mode.TRAIN)[0].sum()
+
+    program = read_program(jax.jit(jax.grad(loss)).lower(params).compile().as_text())
+    assert sum(dot.runs for dot in program.dots if "experts" in scopes(dot.op_name)) == 7
 
 
 def test_rematerialised_gradients_have_the_same_bits() -> None:

@@ -34,6 +34,22 @@ def test_both_forms_against_loops() -> None:
     kernel_checks.check_cross_entropy()
 
 
+def test_logsumexp_in_one_pass(float64: None) -> None:
+    """exp of the largest logits overflows in every precision. Columns of padding, with -inf, count as 0."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(5, 301)) * 300
+    z[1] += 1e5
+    z[2] -= 1e5
+    z[3, 1:] = -np.inf
+    z[:, -45:] = -np.inf
+    most = z.max(1)
+    expected = most + np.log(np.exp(z - most[:, None]).sum(1))
+    np.testing.assert_allclose(jax.jit(cross_entropy._logsumexp_in_one_pass)(z), expected, rtol=1e-14)
+    assert cross_entropy._logsumexp_in_one_pass(jnp.array([[4.0, -jnp.inf]])).tolist() == [4]
+    assert jnp.isnan(cross_entropy._logsumexp_in_one_pass(jnp.array([[4.0, jnp.nan, 5.0]]))).all()
+    assert not jnp.isfinite(cross_entropy._logsumexp_in_one_pass(jnp.array([[4.0, jnp.inf, 5.0]]))).any()
+
+
 def test_the_fewest_blocks_that_fit(small_blocks: None) -> None:
     form = cross_entropy.cpu_form()
     assert cross_entropy._blocks(30, VOCABULARY, form) == (6, 5)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from moe_jax.model.kernels.matmul import matmul, transpose_contiguous, vector_matmul
+from moe_jax.model.kernels.matmul import _row_matmul, matmul, matmul_wide, transpose_contiguous, vector_matmul
 
 SHAPES = {"plain": ((37, 12), (12, 20)), "a group each": ((3, 37, 12), (3, 12, 20))}
 
@@ -50,6 +50,17 @@ def test_vector_matmul_against_numpy(width: int, dtype: type, rounding: float) -
     y = jax.jit(vector_matmul)(jnp.asarray(x, dtype), jnp.asarray(weights, jnp.float32), jnp.int32(3))
     assert y.dtype == dtype
     np.testing.assert_allclose(np.asarray(y, float), x @ weights[3], rtol=rounding, atol=4 * np.sqrt(width) * rounding)
+
+
+@pytest.mark.parametrize("multiply", [matmul_wide, _row_matmul], ids=["cpu", "gpu"])
+def test_the_product_of_a_row_against_numpy(multiply, float64: None) -> None:
+    rng = np.random.default_rng(3)
+    x, weights = rng.normal(size=(1, 7)), rng.normal(size=(7, 5))
+    np.testing.assert_allclose(multiply(jnp.asarray(x), jnp.asarray(weights)), x @ weights, rtol=1e-13)
+    narrow = multiply(jnp.asarray(x, jnp.bfloat16), jnp.asarray(weights, jnp.bfloat16))
+    exact = np.asarray(jnp.asarray(x, jnp.bfloat16), float) @ np.asarray(jnp.asarray(weights, jnp.bfloat16), float)
+    assert narrow.dtype == jnp.float32
+    np.testing.assert_allclose(narrow, exact, rtol=1e-5)  # products of bfloat16 are exact in float32, sums are not
 
 
 def test_vector_matmul_writes_no_matrix() -> None:
