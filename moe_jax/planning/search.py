@@ -181,7 +181,7 @@ def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:
     waiting = _size(state_shapes.optimizer)
     if state_shapes.adapters is not None:
         waiting += _size(state_shapes.params) + _size(state_shapes.adapters)
-    narrow = jax.eval_shape(partial(cast_once, programs.graphdef), params)
+    narrow = jax.eval_shape(partial(cast_once, programs.writer), params)
     kept = jax.tree.map(lambda old, new: () if old.dtype == new.dtype else old, params, narrow)
     e = next(evaluation_windows(np.zeros(2, np.int32), seq_len=seq_len, batch_size=EVALUATION_ROWS))
     decoder = programs.decoder()

@@ -57,9 +57,9 @@ def compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[li
 @pytest.mark.parametrize(
     ("gpu", "optimizer", "precision", "kernels", "traffic"),
     [
-        ("rtx3050-4gb", "adamw-bf16", "bfloat16", 1600, 42),
+        ("rtx3050-4gb", "adamw-bf16", "bfloat16", 1360, 36.5),
         # Float32: no tensor cores. Two numbers of 8 bits of state, because activations take twice as much.
-        ("quadro-t1000-4gb", "adamw-8bit", "float32", 1900, 60),
+        ("quadro-t1000-4gb", "adamw-8bit", "float32", 1770, 55.5),
     ],
 )
 @compiled_for_gpu
@@ -77,7 +77,7 @@ def test_seed_158m_trains_on_a_4_gb_card(
         assert memory.prediction is not None
         assert memory.prediction.kernels <= kernels
         assert memory.prediction.traffic_gb <= traffic
-        assert memory.prediction.traffic_by_part["head and loss"] <= (16 if precision == "bfloat16" else 20)
+        assert memory.prediction.traffic_by_part["head and loss"] <= (13.5 if precision == "bfloat16" else 18)
         assert not [k.op_name for k in launched if k.runs > 1 and "pad" in k.inner], "padded in each pass of a loop"
         wide = {
             k.op_name for k in launched for dot in k.dots if dot.operand_dtype == "f32" and "router" not in k.scopes
@@ -109,7 +109,7 @@ def test_a_token_is_decoded_in_few_launches(compiled_kernels: list[list[Kernel]]
     programs = Programs.of(with_vocabulary(preset("seed-158m")), target := load_target("rtx3050-4gb"))
     decoder = programs.decoder()
     prompt, length = jax.ShapeDtypeStruct((1, 256), jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
-    params = jax.eval_shape(partial(cast_once, programs.graphdef), programs.param_shapes)
+    params = jax.eval_shape(partial(cast_once, programs.writer), programs.param_shapes)
     state = jax.eval_shape(decoder.prefill, params, prompt, length)
     token = jax.ShapeDtypeStruct((1,), jnp.int32)
     step = device_memory.lower_for(target, decoder.advance, params, state, token)
