@@ -6,7 +6,6 @@ decoding. The precision is the one that a run would choose for the card.
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,6 @@ import numpy as np
 
 from moe_jax.config import OptimizerKind, ParamDtype, RunConfig, TrainConfig
 from moe_jax.data.batches import evaluation_windows
-from moe_jax.inference.decode import cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.transformer import Params
@@ -173,31 +171,28 @@ def verdict(rows: list[Row], target: Target) -> Verdict:
 
 def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:
     """MiB of each program that runs between training steps, including what stays in memory: the optimizer state and,
-    while it works on the merged weights, the weights with their adapters. Prefill and decoding have matrices in the
-    compute dtype (`cast_once`) beside the stored ones."""
+    while it works on the merged weights, the weights with their adapters."""
     programs = Programs.of(config, target)
     params, seq_len = programs.param_shapes, config.model.seq_len
     state_shapes = programs.state_shapes
     waiting = _size(state_shapes.optimizer)
     if state_shapes.adapters is not None:
         waiting += _size(state_shapes.params) + _size(state_shapes.adapters)
-    narrow = jax.eval_shape(partial(cast_once, programs.writer), params)
-    kept = jax.tree.map(lambda old, new: () if old.dtype == new.dtype else old, params, narrow)
     e = next(evaluation_windows(np.zeros(2, np.int32), seq_len=seq_len, batch_size=EVALUATION_ROWS))
     decoder = programs.decoder()
     prompt = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     length = jax.ShapeDtypeStruct((), jnp.int32)
-    state = jax.eval_shape(decoder.prefill, narrow, prompt, length)
+    state = jax.eval_shape(decoder.prefill, params, prompt, length)
     settings, key = jax.eval_shape(lambda: (Sampling(), jax.random.key(0)))
     jobs: dict[str, tuple[Any, ...]] = {
         "evaluation": (programs.evaluation, params, e.inputs, e.targets, e.start, e.weights),
-        "prefill": (decoder.prefill, narrow, prompt, length),
-        "decoding": (decoder.write, narrow, state, settings, key, length, length, length),
+        "prefill": (decoder.prefill, params, prompt, length),
+        "decoding": (decoder.write, params, state, settings, key, length, length, length),
     }
     found: dict[str, float] = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
         with working(f"compiling {name}, {number} of {len(jobs)} programs that run between the steps"):
-            found[name] = bound(target, *job).total + waiting + (0 if name == "evaluation" else _size(kept))
+            found[name] = bound(target, *job).total + waiting
     return found
 
 

@@ -269,25 +269,16 @@ def test_a_step_is_planned_with_its_batch(bounds: list[Any]) -> None:
     assert not search.plan_step(CONFIG, target(memory=2**20)).fits
 
 
-def cast_matrices() -> float:
-    """MiB of the matrices that stay in float32 beside a copy in bfloat16: those of the blocks, without the routers. The
-    head is tied."""
-    blocks = jax.tree.leaves_with_path(tiny.build(CONFIG.model)[1]["blocks"])
-    return sum(x.size * 4 for path, x in blocks if x.ndim >= 2 and "router" not in str(path)) / MIB
-
-
 def test_between_the_steps_the_optimizers_state_stays(bounds: list[Any]) -> None:
     found = search.plan_inference(CONFIG, target())
     assert list(found) == ["evaluation", "prefill", "decoding"]
     state = sum(x.size * 4 for x in jax.tree.leaves(tiny.build(CONFIG.model)[1])) * 2 / MIB
-    for name, total in found.items():
-        stays = state if name == "evaluation" else state + cast_matrices()
-        assert total - 100 == pytest.approx(stays, rel=0.02)
+    for total in found.values():
+        assert total - 100 == pytest.approx(state, rel=0.02)
     evaluation, prefill, decoding = bounds
     assert evaluation[1].shape[1] == CONFIG.model.seq_len
     assert (prefill[1].shape, prefill[2].shape) == ((1, 8), ())
-    assert decoding[1].position.shape == ()
-    assert {x.dtype for x in jax.tree.leaves(decoding[0]["blocks"][0]["ffn"]["experts"])} == {jnp.dtype("bfloat16")}
+    assert (decoding[1].position.shape, len(decoding)) == ((), 7), "the loop of several tokens"
 
 
 def test_adapters_are_planned_with_their_state_and_a_masked_batch(bounds: list[Any]) -> None:
@@ -300,9 +291,8 @@ def test_adapters_are_planned_with_their_state_and_a_masked_batch(bounds: list[A
     assert sum(x.size for x in jax.tree.leaves(state.adapters)) == adapters
     assert (batch.tokens.shape, batch.weights.shape) == ((2, 4, 9), (2, 4, 8))
     waiting = (4 * whole + 4 * adapters + 8 * adapters) / MIB
-    for name, total in search.plan_inference(config, target()).items():
-        stays = waiting if name == "evaluation" else waiting + cast_matrices()
-        assert total - 100 == pytest.approx(stays, rel=0.01)
+    for total in search.plan_inference(config, target()).values():
+        assert total - 100 == pytest.approx(waiting, rel=0.01)
 
 
 def test_with_adapters_the_frozen_weights_become_leaner(bounds: list[Any]) -> None:
