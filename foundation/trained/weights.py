@@ -42,7 +42,7 @@ REFUSED = {"balancing", "eval_capacity_factor"}
 """Settings for which one value only has been derived. `config_of` refuses the others."""
 ONLY_TRAINING = {
     *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
-    *("capacity_factor", "dispatch", "priority", "logit_noise", "input_jitter"),
+    *("capacity_factor", "device_capacity_factor", "dispatch", "priority", "logit_noise", "input_jitter"),
 }
 """Settings of the start, of random numbers and of dropping. The loss of evaluation does not depend on them."""
 

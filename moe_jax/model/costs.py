@@ -164,7 +164,7 @@ def step_products(config: RunConfig, batch: int, devices: int = 1) -> dict[str, 
 
         the scores of a sequence above LONGEST_KEPT
         with remat: the forward pass of the blocks, without the products whose result it does not need: the output
-        projection of attention and the last matrix of the shared experts
+        projection of attention and the last matrix of the experts, before which the gates enter
     """
     model, again = config.model, int(config.execution.remat)
     tokens = batch * model.seq_len
@@ -174,8 +174,8 @@ def step_products(config: RunConfig, batch: int, devices: int = 1) -> dict[str, 
     )
     scores = 6 + 2 * again + (model.seq_len > LONGEST_KEPT)
     matrices = 3 if model.activation == "swiglu" else 2
-    shared_out = expert_flops(model, tokens * model.shared_experts) // matrices
-    ffn = (3 + again) * layer_flops(model, batch, devices) - again * shared_out
+    rows = multiplied_rows(model, batch, devices) + tokens * model.shared_experts
+    ffn = (3 + again) * layer_flops(model, batch, devices) - again * expert_flops(model, rows) // matrices
     muon = muon_flops(model, config.train.muon_router) if config.train.optimizer == "muon" else 0
     return {
         "attention": model.layers * ((3 + again) * qkv + 3 * out + scores * score),

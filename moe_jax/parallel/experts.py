@@ -2,7 +2,7 @@
 
 Inside `shard_map`, a device routes its own sequences as one device would: a group is one sequence. One all-to-all
 brings rows to the devices of their experts, and another one brings the results back (Lepikhin et al. 2020, "GShard",
-section 3.2; `exchange.py`). The gradient is two more all-to-alls. Chapter 19 of `foundation` derives the way back.
+section 3.2; `exchange.py`). The gradient is two more all-to-alls.
 
     by capacity   the rows are the slots of all E experts. Each of the four moves E * b * C * D numbers for each layer
                   and device, where b is the number of the device's sequences.

@@ -84,7 +84,6 @@ BAD_TRAIN = [
     (["--model.head-size", "16"], ["--model.head-size 16", "--model.no-tie-value-output-init"]),
     (["--mesh", "tensor=2"], ["--mesh tensor=2", "data, fsdp and expert"]),
     (["--mesh", "data=3"], ["--mesh data=3", "3 devices; --batch-size 8 is not a multiple of 3"]),
-    (["--mesh", "expert=2", "--dispatch", "blocks"], ["--mesh expert=2", "--dispatch blocks"]),
     (["--train.clip", "2"], ["--train.clip", "is called --train.max-grad-norm now"]),
     (["--train.remat"], ["--train.remat", "is called --execution.remat now"]),
     (["--upcycle", "no/such/run"], ["--upcycle no/such/run", "--model.dense active"]),

@@ -87,6 +87,7 @@ TABLE: dict[tuple[str, str], tuple[Any, str, str, Any]] = {
 NEW = {("model", name) for name in ("kv_heads", "head_size", "norm_eps", "rope_theta")} | {
     *(
         ("routing", "renormalise_gates"),
+        ("routing", "device_capacity_factor"),
         ("data", "format"),
         ("", "init_from"),
         ("", "base"),
