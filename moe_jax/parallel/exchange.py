@@ -24,7 +24,6 @@ def exchange(
     those of this device, a function of the rows and gates that arrive.
 
     The gates travel with the rows, because they enter before the last product (`Experts.__call__`). Multiplying the
-    results here would round them in another way than one device does. There the gates have the dtype of the rows.
+    results here would round them in another way than one device does.
     """
-    gate = gate.astype(rows.dtype)
     return jax.lax.all_to_all(experts(sent(rows), sent(gate)), AXIS, split_axis=1, concat_axis=0, tiled=True)

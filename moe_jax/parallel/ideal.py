@@ -2,9 +2,9 @@
 
 all-to-all                   4 E b C D numbers for each layer and micro-batch: there and back, forward and backward;
                              b is the number of a device's sequences. 5 E b C D with remat, which sends the rows again.
-                             With dispatch by blocks n b R in place of E b C. Each row has one number more for its gate,
-                             whose gradient comes back, and with blocks the number of its expert in 4 bytes. With remat
-                             both are sent again. Nothing without an expert axis.
+                             With dispatch by blocks n b R in place of E b C. Each row has 4 bytes more for its gate, 4
+                             for the gradient of the gate, and with blocks 4 for the number of its expert. With remat
+                             gate and number are sent again. Nothing without an expert axis.
 all-gather                   each matrix that is cut over fsdp, once a step
 all-reduce, reduce-scatter   each gradient in float32 once a step, however many micro-batches there are; and the
                              metrics. Of Adafactor also the means over an axis that is cut.
@@ -20,8 +20,8 @@ from moe_jax.config import RunConfig
 from moe_jax.parallel.layout import Layout, leaf_name
 from moe_jax.parallel.mesh import AXES
 
-EXPERT_BYTES = 4
-"""Bytes of the number of a row's expert."""
+GATE_BYTES = EXPERT_BYTES = 4
+"""Bytes of a row's gate, and of the number of its expert."""
 
 
 def ideal_bytes(config: RunConfig, params: Mapping[Any, Any], layout: Layout, item_bytes: int) -> dict[str, int]:
@@ -34,7 +34,7 @@ def ideal_bytes(config: RunConfig, params: Mapping[Any, Any], layout: Layout, it
     if (devices := mesh.shape["expert"]) > 1:
         sequences = train.batch_size // layout.devices * train.grad_accum
         there = 2 if config.execution.remat else 1  # the backward pass then sends the rows again
-        row = ((there + 3) * model.width + there + 1) * item_bytes
+        row = (there + 3) * model.width * item_bytes + (there + 1) * GATE_BYTES
         if model.routing.dispatch == "blocks":
             rows, row = devices * model.device_rows(devices), row + there * EXPERT_BYTES
         else:

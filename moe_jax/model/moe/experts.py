@@ -140,5 +140,7 @@ def _add(y: Array, adapter: LowRank | None, rows: Array, further_expert: Array |
 
 
 def gated(rows: Float[Array, "*G D"], gate: Float[Array, "*G"]) -> Float[Array, "*G D"]:
-    """Each row times its gate, in the dtype of the rows."""
-    return rows * gate[..., None].astype(rows.dtype)
+    """Each row times its gate, in the dtype of the rows. The product is rounded once, and the gradient of a gate is a
+    sum in at least float32: it is all that the router learns from the loss."""
+    wide = at_least_float32(rows.dtype)
+    return (rows.astype(wide) * gate.astype(wide)[..., None]).astype(rows.dtype)
