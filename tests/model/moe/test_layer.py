@@ -10,6 +10,7 @@ import pytest
 
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.model.moe import dispatch as d
+from moe_jax.model.moe.experts import gated
 from moe_jax.model.moe.functional import layer_function, with_gradients
 from moe_jax.model.moe.layer import Mode, MoE, block_rows, inference_block_rows
 from moe_jax.model.moe.reference import AllExpertsMoE, OneHotMoE
@@ -290,3 +291,15 @@ def test_experts_start_distinct_and_with_the_named_variance() -> None:
             np.testing.assert_allclose(w.std(), scale / np.sqrt(fan_in), rtol=0.04)
             matrices += [w[e].tobytes() for e in range(4)]
     assert len(set(matrices)) == 2 * 3 * 4
+
+
+def test_a_gate_of_bfloat16_rows_has_a_gradient_in_float32() -> None:
+    """The gradient of a gate is a sum over the row. Rounded to bfloat16 it would be wrong by up to 2^-9."""
+    rng = np.random.default_rng(0)
+    rows, d_y = (jnp.asarray(rng.normal(size=(3, 200)), jnp.bfloat16) for _ in range(2))
+    gate = jnp.asarray(rng.random(3), jnp.float32)
+    y, back = jax.vjp(gated, rows, gate)
+    assert (y.dtype, back(d_y)[1].dtype) == (jnp.bfloat16, jnp.float32)
+    expected = (np.float64(rows) * np.float64(d_y)).sum(1)
+    assert tiny.relative_error(back(d_y)[1], expected) < 1e-6
+    assert tiny.relative_error(y, np.float64(rows) * np.float64(gate)[:, None]) < 2**-8
