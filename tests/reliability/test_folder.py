@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, load_config
+from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, RunConfig, load_config
+from moe_jax.config.compatibility import ROUTING_OF_MESH
 from moe_jax.training.session import Session
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
@@ -106,9 +107,20 @@ FIELDS = {
     f"{section}.{f.name}": f
     for section, owner in (("model", ModelConfig), ("routing", RoutingConfig))
     for f in dataclasses.fields(owner)
-    if f.name != "routing"
+    if f.name not in ("routing", ROUTING_OF_MESH)
 }
-"""Of the model and of its routing policy."""
+"""Of the model and of its routing policy, but for the one that matters on a mesh only: that one may change."""
+
+
+def edited(run: Path, field: str, value: Any) -> RunConfig:
+    """The settings of a run after somebody wrote another value of a field into its `config.json`."""
+    document = json.loads((run / "config.json").read_text())
+    section, name = field.split(".")
+    document[section][name] = value
+    (run / "config.json").write_text(json.dumps(document))
+    config = load_config(run)
+    assert config is not None
+    return config
 
 
 def other(name: str, kind: Any, value: Any) -> Any:
@@ -129,21 +141,32 @@ def test_a_checkpoint_of_another_model(
     monkeypatch.setenv("MOE_JAX_CACHE", str(cache))
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
-    document = json.loads((run / "config.json").read_text())
     section, name = field.split(".")
-    there = document[section][name]
+    there = json.loads((run / "config.json").read_text())[section][name]
     here = other(name, FIELDS[field].type, there)
-    document[section][name] = here
-    (run / "config.json").write_text(json.dumps(document))
-    edited = load_config(run)
-    assert edited is not None
+    config = edited(run, field, here)
     with pytest.raises(Exception, match="saved with") as caught:
-        Session.open(dataclasses.replace(edited, out=str(run)), edited)
+        Session.open(dataclasses.replace(config, out=str(run)), config)
     message = str(caught.value)
     assert name.replace("_", "-") in message
     assert str(there) in message
     assert str(here) in message
     assert "start a new run with another --out" in message
+
+
+def test_the_rows_of_a_device_may_be_edited(
+    whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound of a device's rows belongs to a mesh, as the mesh itself: another value opens the same checkpoint."""
+    monkeypatch.setenv("MOE_JAX_CACHE", str(cache))
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    there = load_config(run)
+    assert there is not None
+    config = edited(run, f"routing.{ROUTING_OF_MESH}", there.model.routing.device_capacity_factor + 1)
+    assert config.model.routing != there.model.routing
+    session = Session.open(dataclasses.replace(config, out=str(run)), config)
+    assert session.progress.saved_step == whole[1]["step"]
 
 
 def test_another_model_by_a_flag(whole: tuple[Path, dict[str, Any]]) -> None:
