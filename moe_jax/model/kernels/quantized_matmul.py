@@ -4,9 +4,7 @@
     int4    a weight is code * scale, with a code from -7 to 7 and one bfloat16 scale for each output and 32 inputs
 
 Decoding is bound by reading weights, so a product of few rows must read each code once, and nothing else of that size.
-XLA's own products on a CPU do not: they write the converted matrix to memory first. `_few_rows` is a sum of 32 products
-that XLA compiles to one loop, which converts the codes in registers. The 32 terms go into eight partial sums, because a
-sum in one chain waits for the result of each addition before the next. `benchmarks/trials.md` has the other forms.
+XLA's own products on a CPU write the converted matrix to memory first. `row_sum` converts the codes in registers.
 
 A product of many rows is bound by arithmetic. There the matrix is converted first, and one matrix is converted at a
 time: the copy of one expert fits the cache.
@@ -24,15 +22,15 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Int8, UInt8
 
+from moe_jax.model.kernels.row_sum import row_at, row_sum
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 GROUP = 32
-"""Inputs that share a scale in int4, and terms of one loop of `_few_rows`."""
-FEW_ROWS = 8
+"""Inputs that share a scale in int4."""
+FEW_ROWS = 4
 """Most rows of a product that reads the codes in place. With more, the matrix is converted first."""
 BLOCK = 4096
 """Columns that are converted at once: a vocabulary head does not fit the cache."""
-_CHAINS = 8
 _OFFSET = 8
 """Codes of 4 bits are stored as 1 to 15: what is added to them."""
 
@@ -144,46 +142,34 @@ def _by_columns(product: Callable[[Array, QuantizedMatrix], Array], x: Array, ma
 def quantized_vector_matmul(
     x: Float[Array, " D"], matrices: QuantizedMatrix, expert: Int[Array, ""]
 ) -> Float[Array, " F"]:
-    """x @ matrices[expert] in the dtype of x. The codes that the index chooses are copied, but never converted whole.
-
-    The copy reads them in memory order. That is faster than 32 streams from memory: a product of 512 x 1024 took 67 us
-    with the copy and 79 us without.
-    """
+    """x @ matrices[expert] in the dtype of x, without a copy of the expert's codes."""
     return _few_rows(x[None], matrices, expert)[0].astype(x.dtype)
 
 
 def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix, expert: Int[Array, ""] | None) -> Float[Array, "N F"]:
-    """x @ matrix, or x @ matrix[expert], in at least float32.
+    """x @ matrix, or x @ matrix[expert], in at least float32, where the codes lie (`row_sum`)."""
+    wide, index = at_least_float32(x.dtype), () if expert is None else (expert,)
+    x, zeros = x.astype(wide), jnp.zeros((len(x), matrix.shape[-1]), wide)
 
-    One loop computes, for each group of R inputs, the sum of its R terms. A second loop adds the groups. Without the
-    barrier XLA would make them one loop, which is not vectorised.
-    """
-    inputs, wide = matrix.shape[-2], at_least_float32(x.dtype)
-    size = group_size(inputs)
-    rows = x.astype(wide).reshape(len(x), inputs // size, size, 1)
-    if expert is not None:
-        matrix = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, expert, keepdims=False), matrix)
-    scale = matrix.scale.astype(wide)
-    codes = matrix.codes.reshape(inputs // size, -1, matrix.codes.shape[-1])
+    def scale(group: Array | int) -> Float[Array, " F"]:
+        return row_at(matrix.scale, *index, jnp.asarray(group)).astype(wide)
+
     if matrix.bits == 8:
-        parts = _sum_in_chains([rows[:, :, i] * codes[:, i].astype(wide) for i in range(size)])
-        return _sum_of_groups(parts) * scale
-    terms, half = [], size // 2
-    for i in range(half):
-        both = codes[:, i].astype(jnp.int32)
-        terms.append(rows[:, :, i] * (both & 15).astype(wide))
-        # 16 times the upper code. The factor goes to x, where it is exact and costs nothing.
-        terms.append(rows[:, :, i + half] / 16 * (both & 240).astype(wide))
-    return _sum_of_groups((_sum_in_chains(terms) - _OFFSET * rows.sum(2)) * scale)
+        codes = row_sum(lambda i: x[:, i, None] * row_at(matrix.codes, *index, i).astype(wide), x.shape[1], zeros)
+        return codes * scale(0)
+    size = group_size(x.shape[1])
+    half = size // 2
 
+    def add_group(group: Int[Array, ""], total: Array) -> Array:
+        mine = jax.lax.dynamic_slice_in_dim(x, group * size, size, axis=1)
+        # The mask of the upper code leaves 16 times the code. Dividing x by 16 is exact and costs nothing.
+        lower, upper = mine[:, :half], mine[:, half:] / 16
 
-def _sum_in_chains(terms: list[Array]) -> Array:
-    """The sum of the terms: at most `_CHAINS` partial sums, and then their sum."""
-    chains = [sum(terms[i + _CHAINS :: _CHAINS], start=term) for i, term in enumerate(terms[:_CHAINS])]
-    return sum(chains[1:], start=chains[0])
+        def term(i: Int[Array, ""]) -> Array:
+            both = row_at(matrix.codes, *index, group * half + i).astype(jnp.int32)
+            return lower[:, i, None] * (both & 15).astype(wide) + upper[:, i, None] * (both & 240).astype(wide)
 
+        part = row_sum(term, half, zeros - _OFFSET * mine.sum(1, keepdims=True))
+        return total + part * scale(group)
 
-def _sum_of_groups(parts: Float[Array, "N groups F"]) -> Float[Array, "N F"]:
-    """The sum over the groups, by additions: XLA does not vectorise a reduction of this axis."""
-    parts = jax.lax.optimization_barrier(parts)
-    return sum((parts[:, group] for group in range(1, parts.shape[1])), start=parts[:, 0])
+    return jax.lax.fori_loop(0, x.shape[1] // size, add_group, zeros)

@@ -1,0 +1,28 @@
+"""Sums of rows against NumPy, for rows of both lengths and any number of them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.model.kernels import row_sum as module
+from moe_jax.model.kernels.row_sum import row_at, row_sum
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 12, 48])
+@pytest.mark.parametrize("wide", [0, 100])
+def test_each_row_is_added_once(rows: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The term of row i is 1 at place i and 0 elsewhere, so that the sum counts how often each row was added."""
+    monkeypatch.setattr(module, "WIDE", wide)
+    total = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, rows)), jnp.float32)
+    found = jax.jit(lambda total: row_sum(lambda i: jax.nn.one_hot(i, rows), rows, total))(total)
+    np.testing.assert_array_equal(found, total + 1)
+
+
+def test_a_row_of_an_index() -> None:
+    matrix = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
+    at = jax.jit(lambda matrix, expert, i: row_at(matrix, expert, i))
+    for expert in range(2):
+        for i in range(3):
+            np.testing.assert_array_equal(at(matrix, expert, i), matrix[expert, i])
+    np.testing.assert_array_equal(row_at(jnp.asarray(matrix), jnp.int32(1)), matrix[1])
