@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 ROWS = 4
@@ -45,5 +46,5 @@ def row_sum(
 def row_at(matrix: Array, *index: Int[Array, ""]) -> Array:
     """matrix[*index], for indices that are in range."""
     outputs = matrix.shape[len(index) :]
-    start = (*index, *[0] * len(outputs))
+    start = [jnp.asarray(i, jnp.int32) for i in (*index, *[0] * len(outputs))]  # of one type with x64, too
     return jax.lax.dynamic_slice(matrix, start, (1,) * len(index) + outputs).reshape(outputs)

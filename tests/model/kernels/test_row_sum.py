@@ -19,10 +19,11 @@ def test_each_row_is_added_once(rows: int, wide: int, monkeypatch: pytest.Monkey
     np.testing.assert_array_equal(found, total + 1)
 
 
-def test_a_row_of_an_index() -> None:
+def test_a_row_of_an_index(float64: None) -> None:
+    """With indices of both types, as loops and routers have them."""
     matrix = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
     at = jax.jit(lambda matrix, expert, i: row_at(matrix, expert, i))
     for expert in range(2):
         for i in range(3):
-            np.testing.assert_array_equal(at(matrix, expert, i), matrix[expert, i])
+            np.testing.assert_array_equal(at(matrix, jnp.int32(expert), i), matrix[expert, i])
     np.testing.assert_array_equal(row_at(jnp.asarray(matrix), jnp.int32(1)), matrix[1])
