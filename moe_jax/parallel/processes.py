@@ -16,9 +16,11 @@ Without `joined` this process is alone, and every function here does nothing or 
 import itertools
 import json
 import os
+import re
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -38,6 +40,8 @@ _WATCH_SECONDS = 1.0
 _FAILED = "moe_jax/failed"
 _ERROR = 1000
 """Added to the number of a process that has an error. Numbers of signals are smaller."""
+_NOT_FOUND = re.compile("(should|must) be defined")
+"""What jax says if it has no coordinator, number of processes or process id."""
 _LONG = 7 * 24 * 3600.0
 """Seconds to wait for work that may take long. A dead process is noticed long before."""
 
@@ -101,21 +105,35 @@ def _connect(group: ProcessGroup) -> None:
             where["coordinator_bind_address"] = group.coordinator
     answered = threading.Event()
     threading.Thread(target=_end_unless, args=(answered, _silence(group)), daemon=True).start()
-    try:
-        jax.distributed.initialize(
-            **where,
-            initialization_timeout=2 * ANSWER_SECONDS,  # jax would abort the process after this
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+    with warnings.catch_warnings(record=True) as warned:  # of a cluster whose package is missing, in many lines
+        try:
+            jax.distributed.initialize(
+                **where,
+                initialization_timeout=2 * ANSWER_SECONDS,  # jax would abort the process after this
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UserError(_refusal(group, [*(str(warning.message) for warning in warned), str(error)])) from None
+        finally:
+            answered.set()
+
+
+def _refusal(group: ProcessGroup, said: list[str]) -> str:
+    """Why the processes are not connected, from what jax said of it."""
+    if group.detected and _NOT_FOUND.search(said[-1]):
+        cause = _line(said[:-1])
+        found = f"JAX finds no cluster here ({cause})" if cause else "JAX finds no cluster here"
+        return (
+            f"--cluster: {found}; under SLURM start it by srun, else give --num-processes, --process-id and "
+            "--coordinator-address"
         )
-    except (RuntimeError, ValueError) as error:
-        cause = " ".join(str(error).split())[:200]
-        named = f"--coordinator-address {group.coordinator}" if group.coordinator else "--cluster"
-        raise UserError(
-            f"{named}: the processes cannot be connected ({cause}); mend that and start all again"
-        ) from None
-    finally:
-        answered.set()
+    named = "--cluster" if group.detected else f"--coordinator-address {group.coordinator}"
+    return f"{named}: the processes cannot be connected ({_line(said)}); mend that and start all again"
+
+
+def _line(said: list[str]) -> str:
+    return " ".join(" ".join(said).split())[:200]
 
 
 def _silence(group: ProcessGroup) -> str:

@@ -24,7 +24,7 @@ from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.manifest import CheckpointCorrupted, describe_leaves
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.training.programs import Programs
-from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, free_port, pair, start
+from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, free_job, free_port, pair, slurm, start
 from tests.support import saved_run, tuning
 
 pytestmark = pytest.mark.parallel
@@ -135,6 +135,39 @@ def test_a_run_moves_from_two_processes_to_one_and_back(folder: Path, two: Ended
     again = ended(pair(folder, "moved", "--resume"))
     assert again.status == (0, 0), again.errors
     np.testing.assert_allclose(records(folder, "moved"), records(folder, "two"), atol=5e-6, rtol=0)
+
+
+def test_two_tasks_of_slurm_as_two_processes(folder: Path, two: Ended) -> None:
+    """`--cluster` finds the processes by the variables of SLURM, and trains the run of the explicit flags."""
+    assert two.status == (0, 0)
+    job = free_job()
+    found = ended([start(folder, "tasks", i, 0, env=slurm(job, i), cluster=True) for i in range(2)])
+    assert found.status == (0, 0), found.errors
+    assert found.out[1] == ""
+    assert newest(folder, "tasks").manifest["leaves"] == newest(folder, "two").manifest["leaves"]
+    assert records(folder, "tasks") == records(folder, "two")
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({}, "JAX finds no cluster here; under SLURM start it by srun, else give --num-processes, "),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+            "JAX finds no cluster here (Kubernetes environment detected, but the ",
+        ),
+        (slurm(1, 0) | {"SLURM_PROCID": "x"}, "the processes cannot be connected (invalid literal for int() "),
+    ],
+    ids=["none", "kubernetes without its package", "no number"],
+)
+def test_no_cluster(folder: Path, env: dict[str, str], line: str) -> None:
+    """One line and status 1."""
+    process = start(folder, "none", 0, 0, env=env, cluster=True)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert errors.startswith(f"error: --cluster: {line}")
+    assert len(errors.splitlines()) == 1
+    assert not (folder / "none").exists()
 
 
 def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen[str]] = ()) -> None:
