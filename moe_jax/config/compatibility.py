@@ -118,7 +118,8 @@ def check_upcyclable_model(dense: ModelConfig, config: RunConfig) -> None:
     _check_copies(dense.dense_hidden, config, where)
     _check_length(dense, config, where)
     fixed = [field for field in _upcycled_fields(config) if field != ("model", "seq_len")]
-    start = dataclasses.replace(config, model=dense, data=dataclasses.replace(config.data, tokenizer="hf"))
+    data, execution = dataclasses.replace(config.data, tokenizer="hf"), dataclasses.replace(config.execution, mesh="")
+    start = dataclasses.replace(config, model=dense, data=data, execution=execution)  # a mesh may divide experts
     _check_same(start, config, [("data", "tokenizer"), *fixed], where, _SAME_FUNCTION)
 
 
