@@ -6,7 +6,8 @@
     found.params(shapes)    the parameters, in the dtypes of `shapes`
 
 Everything about the files is checked by `open`: names, shapes and sizes of all tensors. `params` then reads one tensor
-after another. In host memory are the parameters that are done, and one parameter in the making.
+after another. In host memory are the parameters that are done, and one parameter in the making. On a mesh every process
+reads all tensors, and keeps its own parts.
 """
 
 import json
@@ -25,6 +26,7 @@ from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_sh
 from moe_jax.interop.tensor_table import EMBEDDING, FUSED, HEAD, Piece, Table, expected, table
 from moe_jax.interop.weight_files import Tensor, WeightFiles
 from moe_jax.model.transformer import Params
+from moe_jax.parallel import global_arrays
 from moe_jax.system.folders import MAX_JSON_BYTES
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -53,7 +55,8 @@ class Pretrained:
     def params(self, shapes: Params, fresh: Params | None = None) -> tuple[Params, str]:
         """The parameters, and a digest of all that was read of the folder.
 
-        `shapes` are those of the model (`abstract_model`). With `fresh`, a model with experts is made of a dense one:
+        `shapes` are those of the model (`abstract_model`). A parameter lies where its shape lies: on the first device
+        unless it has a sharding. With `fresh`, a model with experts is made of a dense one:
         every expert is a copy of the dense network, and the leaves of `fresh`, by their dotted names, stay as they are.
         Raises UserError if a value is not finite.
         """
@@ -96,6 +99,11 @@ class Pretrained:
                     f"{self.weights.folder}: tensor {piece.tensor} has NaN or infinite values in {leaf.dtype}; "
                     "download it again"
                 )
+        if leaf.sharding is not None:
+            # Copies of the parts, because the buffer is used again.
+            return jax.block_until_ready(
+                global_arrays.made(leaf.shape, leaf.sharding, lambda index: made[index].copy())
+            )
         array = jax.block_until_ready(jax.device_put(made))
         if array.unsafe_buffer_pointer() == made.ctypes.data:  # not copied, and the buffer is used again
             array = jax.block_until_ready(jax.device_put(made.copy()))

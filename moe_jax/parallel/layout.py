@@ -121,11 +121,18 @@ class Layout:
         return jax.tree_util.tree_map_with_path(lambda path, _: self.sharding(specs[leaf_name(path)]), params)
 
     def placed_shapes(self, params: Any) -> Any:
-        """The shapes of parameters or adapters, which need not be those of this configuration, with their shardings."""
+        """The shapes of parameters or adapters, which need not be those of this configuration, with their shardings.
+
+        An axis that cannot be cut evenly is whole, such as the one network of a dense model along `expert`.
+        """
 
         def placed(path: jax.tree_util.KeyPath, x: Any) -> jax.ShapeDtypeStruct:
-            sharding = self.sharding(parameter_spec(leaf_name(path), self.mesh))
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            spec = parameter_spec(leaf_name(path), self.mesh)
+            even = [
+                axis if axis and n % self.mesh.shape[axis] == 0 else None
+                for axis, n in zip(spec, x.shape, strict=False)
+            ]
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding(PartitionSpec(*even)))
 
         return jax.tree_util.tree_map_with_path(placed, params)
 

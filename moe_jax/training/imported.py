@@ -49,10 +49,10 @@ class ImportSource:
         return self.found.tokenizer
 
     def start(self, programs: Programs, store: TokenStore) -> Start:
-        """Read the weights. Raises UserError if a value is not finite."""
+        """Read the weights into their places. Raises UserError if a value is not finite."""
         folder, name = self.found.shape.folder, self.found.shape.architecture.model_type
         fresh = dict(_fresh_leaves(programs)) if self.upcycled else None
-        params, digest = self.found.params(programs.param_shapes, fresh)
+        params, digest = self.found.params(programs.state_shapes.params, fresh)
         done = "upcycled_from" if self.upcycled else "initialised_from"
         origin = {done: str(folder), "model_type": name, "digest": digest, "training_flops": None}
         how = "every expert is a copy of its network" if self.upcycled else f"digest {digest}"

@@ -112,7 +112,7 @@ class Programs:
     def initialiser(self) -> Callable[[Key[Array, ""]], Params]:
         """(key) -> random parameters. On a mesh each device makes its own parts of them, and no other."""
         make = partial(initial_params, self.config)
-        return make if self.layout is None else jax.jit(make, out_shardings=self._param_places)
+        return make if self.layout is None else jax.jit(make, out_shardings=self.param_places)
 
     def initial_params(self) -> Params:
         """Random parameters, from the seed of the configuration. On a mesh they have the bits of one device."""
@@ -123,7 +123,7 @@ class Programs:
         are moved to their places if they lie elsewhere."""
         if self.layout is None:
             return self._initial_state(params, self._adapter_key)
-        params = jax.tree.map(placed, params, self._param_places)
+        params = jax.tree.map(placed, params, self.param_places)
         return dataclasses.replace(self.rest_of_state(params, self._adapter_key), params=params)
 
     @cached_property
@@ -142,7 +142,7 @@ class Programs:
         return purpose_key(self.config.train.seed, Purpose.ADAPTERS)
 
     @property
-    def _param_places(self) -> Any:
+    def param_places(self) -> Any:
         """The shardings of the parameters on the mesh."""
         assert self.layout is not None
         return self.layout.shardings(self.param_shapes, self.layout.params)
@@ -163,7 +163,7 @@ class Programs:
     def _merge(self) -> Callable[[Params, Adapters], Params]:
         """`merged` on the mesh: each device makes its own parts."""
         assert self.lora is not None
-        return jax.jit(partial(merged, scale=self.lora.scale), out_shardings=self._param_places)
+        return jax.jit(partial(merged, scale=self.lora.scale), out_shardings=self.param_places)
 
     @cached_property
     def step(self) -> Step:

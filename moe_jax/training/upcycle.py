@@ -63,15 +63,19 @@ class UpcycleSource:
         return Start(self.params(programs, store), self.origin(), note)
 
     def params(self, programs: Programs, store: TokenStore) -> Params:
-        """The initial parameters of the new run (see `copied`). Raises UserError if the new run has another text."""
+        """The initial parameters of the new run (see `copy_dense_params`). On a mesh each device reads its parts of the
+        dense model, and fills its own parts of the new one. Raises UserError if the new run has another text."""
         if not store.is_text_of(self.checkpoint.manifest["context"].get("data")):
             raise UserError(
                 f"--data {store.source}: not the text that the run in --upcycle was trained on, "
                 "whose validation text must stay unseen; leave the flag out, or name that text"
             )
         _, shapes = abstract_model(self.config.model, param_dtype=self.config.train.param_dtype)
-        fresh = programs.initial_params()
-        return copy_dense_params(fresh, restore_weights(self.checkpoint, self.config, shapes))
+        dense = restore_weights(self.checkpoint, self.config, shapes, programs.layout)
+        if programs.layout is None:
+            return copy_dense_params(programs.initial_params(), dense)
+        copy = jax.jit(copy_dense_params, donate_argnums=0, out_shardings=programs.param_places)
+        return copy(programs.initial_params(), dense)
 
     def origin(self) -> dict[str, Any]:
         """The record of the dense run that the new run saves."""

@@ -1,0 +1,102 @@
+"""A run on a mesh that starts from another model: the bits of one device, and no device holds that model whole."""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from moe_jax.config import DataConfig, RunConfig, load_config
+from moe_jax.config.compatibility import imported_defaults, upcycled_defaults, upcycled_model_defaults
+from moe_jax.data.token_store import TokenStore, prepare_token_store
+from moe_jax.interop.pretrained import Pretrained
+from moe_jax.parallel.mesh import mesh_of
+from moe_jax.training import upcycle
+from moe_jax.training.imported import ImportSource
+from moe_jax.training.programs import Programs
+from moe_jax.training.upcycle import UpcycleSource
+from tests.interop import made as hugging_face
+from tests.parallel import made
+from tests.support import saved_run, tiny
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
+
+
+def most_bytes(arrays: list[Any]) -> int:
+    """The bytes of the device that has most of some arrays, or of arrays with some shapes."""
+    found = dict.fromkeys(jax.devices(), 0)
+    for array in arrays:  # not by its parts: they would be arrays too, which live on
+        for device in array.sharding.device_set:
+            found[device] += math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize
+    return max(found.values())
+
+
+def assert_starts_as_one(source: Any, config: RunConfig, mesh: str, store: TokenStore) -> None:
+    """The parameters have the bits of one device. Each lies where the step wants it, although nobody has moved it.
+    Routers may lie elsewhere, because they are small and drawn by all devices."""
+    on_mesh, one = Programs.of(config, mesh=mesh_of(mesh)), Programs.of(config)
+    params = source.start(on_mesh, store).params
+    for (path, x), shape in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(on_mesh.state_shapes.params), strict=True
+    ):
+        name = jax.tree_util.keystr(path)
+        assert "router" in name or x.sharding.is_equivalent_to(shape.sharding, x.ndim), name
+    tiny.assert_same_bits(jax.device_get(params), jax.device_get(source.start(one, store).params))
+
+
+@pytest.mark.parametrize(("flag", "mesh"), [("--init-from", "fsdp=8"), ("--upcycle", "fsdp=2,expert=4")])
+def test_a_public_model(flag: str, mesh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is read, a device has at most its own parts of all parameters, and the one that is made."""
+    folder = hugging_face.llama(tmp_path / "llama")
+    found = Pretrained.open(folder, flag)
+    defaults = imported_defaults if flag == "--init-from" else upcycled_model_defaults
+    config = defaults(made.config(experts=4), found.shape.model, str(folder))
+    config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, mesh=mesh))
+    source = ImportSource.open(config)
+    assert source is not None
+    data = DataConfig(source=str(hugging_face.text_file(tmp_path)))
+    store = prepare_token_store(data, tokenizer=source.tokenizer, progress=False, seq_len=config.model.seq_len)
+    before, most, parameter = jax.live_arrays(), [0], Pretrained._parameter
+
+    def counted(self: Pretrained, leaf: Any, *args: Any) -> jax.Array:
+        array = parameter(self, leaf, *args)
+        if leaf.sharding is not None:
+            known = {id(a) for a in before}
+            most.append(most_bytes([a for a in jax.live_arrays() if id(a) not in known]))
+        return array
+
+    monkeypatch.setattr(Pretrained, "_parameter", counted)
+    assert_starts_as_one(source, config, mesh, store)
+    programs = Programs.of(config, mesh=mesh_of(mesh))
+    largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(programs.param_shapes))
+    share = most_bytes(jax.tree.leaves(programs.state_shapes.params))
+    assert share / 2 < max(most) <= share + largest
+
+
+def test_a_dense_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The dense model that is read is cut over fsdp, so a device has about half of it."""
+    run = saved_run.save_run(tmp_path, dense="active", width=16, expert_hidden=16)
+    dense = load_config(run)
+    assert dense is not None
+    config = upcycled_defaults(dense, str(run))
+    source = UpcycleSource.open(config)
+    assert source is not None
+    store = prepare_token_store(dense.data, progress=False, cache=tmp_path / "cache")
+    here, read = [], upcycle.restore_weights
+
+    def counted(*args: Any) -> Any:
+        found = read(*args)
+        here.append(most_bytes(jax.tree.leaves(found)))
+        return found
+
+    monkeypatch.setattr(upcycle, "restore_weights", counted)
+    assert_starts_as_one(source, config, "fsdp=2,expert=4", store)
+    on_mesh, whole = here
+    assert on_mesh < 0.6 * whole
