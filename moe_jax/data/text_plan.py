@@ -81,8 +81,8 @@ class TextPlan:
 
     @classmethod
     def of(cls, source: str, form: DataFormat, spans: dict[SplitName, Spans]) -> "TextPlan":
-        """Reads the text once. Raises UserError if a file cannot be read."""
-        digest = new_digest()
+        """Reads a split once, and once more if it has several parts. Raises UserError if a file cannot be read."""
+        digest, bytes_only = new_digest(), new_digest()
 
         def starts(span: Span) -> Iterator[int]:
             kind = "chats;" if form == "chat" else "lines;" if holds_json_lines(span.path) else ""
@@ -92,14 +92,19 @@ class TextPlan:
         def digested(span: Span) -> Iterator[bytes]:
             for chunk in read_chunks(span):
                 digest.update(chunk)
+                bytes_only.update(chunk)
                 yield chunk
 
         parts: dict[SplitName, tuple[TextPart, ...]] = {}
         for split, files in spans.items():
             if len(files) != 1:  # a file that moves to the other split changes the digest
                 digest.update(f"{len(files)} files;".encode())
-            ranges = _divided((span, starts(span)) for span in files)
-            parts[split] = tuple(TextPart.of(source, form, inner) for inner in ranges)
+            bytes_only.reset()
+            ranges = [*_divided((span, starts(span)) for span in files)]
+            if len(ranges) == 1:
+                parts[split] = (TextPart(source, form, ranges[0], bytes_only.hexdigest()),)
+            else:
+                parts[split] = tuple(TextPart.of(source, form, inner) for inner in ranges)
         return cls(digest.hexdigest(), parts)
 
 

@@ -3,7 +3,7 @@
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -264,3 +264,26 @@ def test_a_file_that_has_gone_is_said(source: Path, tmp_path: Path) -> None:
     source.unlink()
     with pytest.raises(UserError, match=r"a\.txt: cannot be read \(No such file or directory\)"):
         corpus.fingerprint()
+
+
+@pytest.mark.parametrize(("part", "reads"), [(1 << 20, 1), (400, 2)], ids=["one part", "several parts"])
+def test_how_often_a_plan_reads_a_text(part: int, reads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split of one part is read once. The keys are the digests of the bytes either way."""
+    spans = {}
+    for split in ("train", "valid"):
+        (tmp_path / split).write_text(SEPARATOR.join(f"{split}: a cat sat on mat {i}." for i in range(40)))
+        spans[split] = (text_files.Span.of(tmp_path / split),)
+    monkeypatch.setattr(text_plan, "PART_BYTES", part)
+    read, count = text_files.read_chunks, [0]
+
+    def counted(span: text_files.Span) -> Iterator[bytes]:
+        for chunk in read(span):
+            count[0] += len(chunk)
+            yield chunk
+
+    monkeypatch.setattr(text_plan, "read_chunks", counted)
+    plan = TextPlan.of("text", "text", spans)
+    assert count[0] == reads * sum((tmp_path / split).stat().st_size for split in spans)
+    for split, parts in plan.parts.items():
+        assert (len(parts) == 1) == (reads == 1)
+        assert [*parts] == [TextPart.of("text", "text", p.spans) for p in parts], split
