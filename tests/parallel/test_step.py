@@ -1,6 +1,7 @@
 """A step on eight devices is the step of one device: the same bits where no sum is reordered, and close losses."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import get_args
 
@@ -154,3 +155,22 @@ def test_adapters_on_a_mesh() -> None:
     assert expected[0] - expected[-1] > 1e-3
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=2e-5), cut, weights)
     assert programs.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
+
+
+OF_A_MESH = re.compile(
+    r"\bsdy\.|sharding|manual_computation|all_to_all|all_gather|all_reduce|reduce_scatter|partition_id"
+)
+"""Words of a lowered program for several devices. `partition_id` is read by `jax.lax.axis_index`."""
+
+
+@pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
+def test_one_device_runs_a_program_without_a_mesh(dispatch: str) -> None:
+    """Without --mesh, and with --mesh data=1, the step has nothing of the code for a mesh."""
+    steps = {}
+    for mesh in ("", "data=1", "data=8"):
+        programs = made.programs(mesh, dispatch=dispatch)
+        lower = programs.step.lower  # pyright: ignore[reportFunctionMemberAccess]
+        steps[mesh] = lower(programs.state_shapes, programs.batch_shapes(made.B)).as_text()
+    assert OF_A_MESH.findall(steps[""]) == []
+    assert OF_A_MESH.search(steps["data=8"])
+    assert steps["data=1"] == steps[""]
