@@ -55,7 +55,7 @@ def unused_card(platform: str) -> list[str]:
     elif os.environ.get("JAX_PLATFORMS"):
         why = f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} is set; unset it"
     else:
-        why = "JAX's CUDA plugin found no card that it can use; see docs/gpu-memory.md, section At home"
+        why = "JAX's CUDA plugin found no card that it can use; see docs/gpu.md, section At home"
     return [f"this computes on the CPU, although this machine seems to have an NVIDIA card: {why}"]
 
 

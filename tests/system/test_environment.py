@@ -65,7 +65,7 @@ def test_other_cards_and_no_answer_leave_jax_alone(card: Path, answer: str) -> N
         (False, "cpu", "JAX's CUDA plugin is not installed; start with `uv run --extra cuda12 ...`"),
         (False, "", "JAX's CUDA plugin is not installed; start with `uv run --extra cuda12 ...`"),
         (True, "cpu", "JAX_PLATFORMS=cpu is set; unset it"),
-        (True, "", "JAX's CUDA plugin found no card that it can use; see docs/gpu-memory.md, section At home"),
+        (True, "", "JAX's CUDA plugin found no card that it can use; see docs/gpu.md, section At home"),
     ],
 )
 def test_a_card_that_is_left_unused_is_named(
@@ -83,7 +83,7 @@ def test_a_card_that_is_left_unused_is_named(
 
 
 def test_the_section_that_a_note_names_is_there() -> None:
-    page = Path(__file__).parents[2] / "docs/gpu-memory.md"
+    page = Path(__file__).parents[2] / "docs/gpu.md"
     assert "\n## At home\n" in page.read_text()
 
 
