@@ -1,16 +1,16 @@
 """Bringing tokens to experts and back.
 
-A dispatch is an object with three methods. `plan` decides the row of each (token, choice) pair. `apply` copies the
-tokens into their rows, runs the experts, and sums the results for each token. `trace` returns the place of each pair in
-its expert's queue.
+A dispatch is an object with two methods. `apply` copies the tokens into rows, one for each (token, choice) pair, runs
+the experts, and sums the results for each token. `trace` returns the place of each pair in its expert's queue.
 
     Capacity   every expert has C slots for each sequence; pairs beyond them are dropped. Training.
     Blocks     rows sorted by expert and cut into blocks of R rows, one expert a block; drops nothing. Dropless
                training, evaluation and prefill, at about the active arithmetic.
     PerToken   each pair is a group of its own and reads its expert's weights only; drops nothing. Decoding.
 
-All three use two functions over rows `[G, B, R, D]`, that is G groups of R rows for each sequence. `dispatch` copies
-tokens into rows, and `combine` sums rows back into tokens. The batch stays an axis of its own, so a batch that is split
+The first two have a method `plan`, which decides the row of each pair. They use two functions over rows `[G, B, R, D]`,
+that is G groups of R rows for each sequence. `dispatch` copies tokens into rows, and `combine` sums rows back into
+tokens. The batch stays an axis of its own, so a batch that is split
 over devices needs no communication here. Both functions are linear maps, and each is the adjoint of the other. So their
 gradients are gathers too. There is no scatter-add, hence the gradients have the same bits each time, and no array has
 the shape `[T, E, C]`.
@@ -21,6 +21,7 @@ their last product (`Experts.__call__`).
 `reference.py` has two slow dispatches, which the tests compare these with. `variants.py` has the priorities that leak.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -170,7 +171,10 @@ class Blocks:
                 rows = gated(experts.apply_blocks(rows, further_expert, used), gate)
             else:
                 rows = experts(rows, further_expert, gate)
-        return _combine_dropless(rows, plan, x)
+        with jax.named_scope("combine"):
+            y = combine(rows[:, None], plan)
+        # A pair is dropped only if its token is invalid.
+        return y.reshape(x.shape), (~plan.keep).reshape(len(x), -1).mean(1, dtype=jnp.float32)
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return _unlimited(routing)
@@ -178,36 +182,27 @@ class Blocks:
 
 @dataclass(frozen=True)
 class PerToken:
-    """One group of one row for each pair, so that only the weights of the chosen experts are read. For few tokens."""
+    """One group of one row for each pair, so that only the weights of the chosen experts are read. For few tokens.
 
-    def plan(self, routing: Routing) -> Plan:
-        """The plan over the whole batch as one sequence."""
-        top_k = routing.expert_index.shape[-1]
-        pairs = routing.expert_index.size
-        row = jnp.arange(pairs).reshape(1, -1, top_k)
-        keep = jnp.broadcast_to(routing.valid.reshape(1, -1, 1), row.shape)
-        return row_plan(row, keep, pairs, 1)
+    The rows have the order of the pairs, so no plan is needed. The rows of a token are copies of it, and its output is
+    the sum of its rows times their gates. An invalid token, whose gates are NaN, gets NaN.
+    """
 
     def apply(
         self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        plan = self.plan(routing)
+        pairs = routing.expert_index.shape
         with jax.named_scope("dispatch"):
-            rows = dispatch(x.reshape(1, -1, x.shape[-1]), plan)[:, 0]
-            gate = row_gates(routing.gate.reshape(plan.row.shape), plan)[:, 0]
+            rows = jnp.broadcast_to(x[:, :, None], (*pairs, x.shape[-1])).reshape(-1, x.shape[-1])
         with jax.named_scope("experts"):
-            rows = experts.apply_per_token(rows[:, 0], routing.expert_index.reshape(-1))[:, None]
-        return _combine_dropless(gated(rows, gate), plan, x)
+            rows = experts.apply_per_token(rows, routing.expert_index.reshape(-1))
+        with jax.named_scope("combine"):
+            rows = gated(rows.reshape(*pairs, -1), routing.gate)
+            y = functools.reduce(jnp.add, [rows[:, :, k] for k in range(pairs[-1])])  # in the order of k
+        return y, (~routing.valid).mean(1, dtype=jnp.float32)
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return _unlimited(routing)
-
-
-def _combine_dropless(rows: Array, plan: Plan, x: Array) -> tuple[Array, Array]:
-    """Combine over the whole batch as one sequence. A pair is dropped only if its token is invalid."""
-    with jax.named_scope("combine"):
-        y = combine(rows[:, None], plan)
-    return y.reshape(x.shape), (~plan.keep).reshape(len(x), -1).mean(1, dtype=jnp.float32)
 
 
 def _unlimited(routing: Routing) -> QueuedPairs:

@@ -87,12 +87,11 @@ def test_permuting_sequences_permutes_the_plan() -> None:
     tiny.assert_same_bits(swapped, d.Plan(plan.pair[:, ::-1], plan.row[::-1], plan.keep[::-1]))
 
 
-def test_blocks_and_single_rows_take_the_whole_batch_as_one_sequence() -> None:
+def test_blocks_take_the_whole_batch_as_one_sequence() -> None:
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, E)), jnp.float32)
     routing = route(logits, K)
     flat: Routing = jax.tree.map(lambda x: x.reshape(1, 6, *x.shape[2:]), routing)
     tiny.assert_same_bits(d.Blocks(4).plan(routing), d.Blocks(4).plan(flat))
-    tiny.assert_same_bits(d.PerToken().plan(routing), d.PerToken().plan(flat))
 
 
 def test_a_layer_drops_and_serves_each_sequence_as_if_it_were_alone(float64: None) -> None:

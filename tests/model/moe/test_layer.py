@@ -145,6 +145,21 @@ def test_decoding_reads_chosen_experts_one_after_another(float64: None) -> None:
     assert tiny.relative_error(alone, whole) < 1e-13
 
 
+def test_an_invalid_token_of_a_small_batch_gives_nan_and_changes_no_other(float64: None) -> None:
+    """Three tokens, whose pairs are summed by hand. The middle one is invalid, so one token of three is dropped."""
+    layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 3, D)))
+    routing = route(jnp.array([[[0.0, 2.0, 1.0, -1.0], [0.0, np.nan, 0.0, 0.0], [3.0, 0.0, 1.0, 2.0]]]), 2)
+    y, dropped = d.PerToken().apply(x, routing, layer.experts)
+    for token, (first, second) in ((0, (1, 2)), (2, (0, 3))):
+        share = 1 / (1 + np.exp(-1))  # the chosen logits differ by 1
+        parts = (layer.experts.apply_single_expert(x[0, token], jnp.int32(e)) for e in (first, second))
+        expected = sum(gate * part for gate, part in zip((share, 1 - share), parts, strict=True))
+        assert tiny.relative_error(y[0, token], expected) < 1e-14
+    assert np.isnan(y[0, 1]).all()
+    assert dropped == jnp.float32(1 / 3)
+
+
 def test_pairs_at_once_as_on_a_gpu_are_pairs_in_turn(float64: None) -> None:
     """Three pairs, two of them of one expert."""
     layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
@@ -216,10 +231,10 @@ def plans() -> list[d.Plan]:
     logits[0, :3] = [[5, 4, 0], [4, 0, 5], [0, 5, 4]]  # experts A B | C A | B C, one slot each: the worked case
     logits[0, 3, 0] = np.nan
     routing = route(jnp.asarray(logits), 2)
-    return [d.Capacity(1).plan(routing), d.Blocks(2).plan(routing)[0], d.PerToken().plan(routing)]
+    return [d.Capacity(1).plan(routing), d.Blocks(2).plan(routing)[0]]
 
 
-@pytest.mark.parametrize("which", range(3), ids=["capacity", "blocks", "per-token"])
+@pytest.mark.parametrize("which", range(2), ids=["capacity", "blocks"])
 def test_the_two_verbs_have_the_gradients_of_plain_indexing(which: int, float64: None) -> None:
     plan = plans()[which]
     rng = np.random.default_rng(which)

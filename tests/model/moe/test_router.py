@@ -46,7 +46,6 @@ class Plans(NamedTuple):
     blocks: d.Plan
     further_expert: jax.Array
     blocks_used: jax.Array
-    per_token: d.Plan
     balance: jax.Array
     load: jax.Array
     z: jax.Array
@@ -60,7 +59,6 @@ def compiled(shape: Shape):
             routing,
             d.Capacity(shape.capacity).plan(routing),
             *d.Blocks(shape.block).plan(routing),
-            d.PerToken().plan(routing),
             balance_loss(routing),
             expert_load(routing),
             z_loss(routing),
@@ -115,22 +113,20 @@ def test_routing_and_plans(case: tuple[Shape, np.ndarray]) -> None:
             ]
             assert rows[b, t].tolist() == expected
     pairs = valid.size * shape.top_k
-    for plan in (plans.capacity, plans.blocks, plans.per_token):
+    for plan in (plans.capacity, plans.blocks):
         assert_inverse(plan)
     # Exactly min(n, C) of the n pairs that chose an expert in a sequence are kept.
     chosen = np.asarray(routing.expert_index)
     counts = [[(chosen[b][valid[b]] == e).sum() for e in range(shape.experts)] for b in range(shape.batch)]
     assert np.asarray(plans.capacity.keep).sum() == np.minimum(counts, shape.capacity).sum()
-    # The dropless plans are over the whole batch as one sequence. They keep every pair of a valid token, in a group of
-    # its own expert.
-    block_expert = [*range(shape.experts), *np.asarray(plans.further_expert)]
-    for plan, group_expert in ((plans.blocks, block_expert), (plans.per_token, chosen.reshape(-1))):
-        assert plan.keep.shape == (1, valid.size, shape.top_k)
-        assert (np.asarray(plan.keep) == valid.reshape(1, -1, 1)).all()
-        group = np.asarray(plan.row) // plan.pair.shape[2]
-        keep = np.asarray(plan.keep)
-        expert_of_row = np.asarray(group_expert)[group[keep]]
-        assert expert_of_row.tolist() == chosen.reshape(1, -1, shape.top_k)[keep].tolist()
+    # The dropless plan is over the whole batch as one sequence. It keeps every pair of a valid token, in a group of its
+    # own expert.
+    group_expert = np.array([*range(shape.experts), *np.asarray(plans.further_expert)])
+    keep = np.asarray(plans.blocks.keep)
+    assert keep.shape == (1, valid.size, shape.top_k)
+    assert (keep == valid.reshape(1, -1, 1)).all()
+    group = np.asarray(plans.blocks.row) // plans.blocks.pair.shape[2]
+    assert group_expert[group[keep]].tolist() == chosen.reshape(1, -1, shape.top_k)[keep].tolist()
     # Blocks that hold nothing come last, except an expert's first.
     held = np.flatnonzero((np.asarray(plans.blocks.pair) < pairs).any((1, 2)))
     assert plans.blocks_used == max(shape.experts, *(held + 1), 0)
