@@ -55,17 +55,19 @@ class Block(nnx.Module):
         With `remat` the backward pass recomputes the two halves of a block (attention, experts) one after the other. So
         only the activations of one half exist at a time. In return, the residual stream between the halves is kept.
         """
-        for_weights, for_attention, for_ffn = (None,) * 3 if keys is None else split_each(keys, 3)
+        # For the dropout of attention weights, of attention and of experts. One key is taken where it is used: with
+        # remat, each key that was taken before would be an array of its own, which the backward pass keeps.
+        own = [None] * 3 if keys is None else split_each(keys, 3)
 
         def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:
             with jax.named_scope("attention"):
-                y, kv = block.attention(block.attention_norm(x), for_weights)
-            return _sum(x, dropout(y, block.dropout, for_attention)), kv
+                y, kv = block.attention(block.attention_norm(x), own[0])
+            return _sum(x, dropout(y, block.dropout, own[1])), kv
 
         def feed(block: Block, x: Array) -> tuple[Array, RouterStats | None]:
             with jax.named_scope("ffn"):
                 y, stats = block.ffn(block.ffn_norm(x), mode, None if keys is None else fold_each(keys, 3), trace)
-            return _sum(x, dropout(y, block.dropout, for_ffn)), stats
+            return _sum(x, dropout(y, block.dropout, own[2])), stats
 
         between, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
         after, stats = (jax.checkpoint(feed) if remat else feed)(self, between)

@@ -52,9 +52,9 @@ def fold_each(keys: Key[Array, " B"], number: int | Int[Array, ""]) -> Key[Array
     return jax.vmap(lambda key: jax.random.fold_in(key, number))(keys)
 
 
-def split_each(keys: Key[Array, " B"], count: int) -> list[Key[Array, " B"]]:
+def split_each(keys: Key[Array, " B"], count: int) -> Key[Array, "count B"]:
     """`count` new keys of each key."""
-    return list(jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys))
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
 
 
 def draw_each(draw: Callable[[Key[Array, ""]], Array], keys: Key[Array, " B"]) -> Array:

@@ -57,7 +57,7 @@ def compiled_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[li
 @pytest.mark.parametrize(
     ("gpu", "optimizer", "precision", "kernels", "traffic"),
     [
-        ("rtx3050-4gb", "adamw-bf16", "bfloat16", 1360, 36),
+        ("rtx3050-4gb", "adamw-bf16", "bfloat16", 1285, 36),
         # Float32: no tensor cores. Two numbers of 8 bits of state, because activations take twice as much.
         ("quadro-t1000-4gb", "adamw-8bit", "float32", 1770, 55.5),
     ],
@@ -115,7 +115,7 @@ def test_a_token_is_decoded_in_few_launches(compiled_kernels: list[list[Kernel]]
     step = device_memory.lower_for(target, decoder.advance, params, state, token)
     device_memory._compile(step, {}, Rates.of(target))
     (launched,) = compiled_kernels
-    assert sum(k.runs for k in launched) <= 160
+    assert sum(k.runs for k in launched) <= 100
     assert {k.runs for k in launched} == {1}
     assert sum(k.traffic for k in launched) <= 0.1e9
 
