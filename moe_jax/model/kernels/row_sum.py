@@ -7,7 +7,7 @@ converted matrix to memory.
 
 A turn of the loop adds several rows, because each turn reads and writes the total. The rows of a turn come from distant
 parts of the matrix. Rows that follow one another were slower: if their length is a power of two, they take the same
-places of the cache. `benchmarks/trials.md` has the other forms (102 to 111).
+places of the cache. `benchmarks/trials.md` has the other forms (111 to 120).
 """
 
 import math
