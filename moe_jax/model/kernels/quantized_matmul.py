@@ -4,7 +4,8 @@
     int4    a weight is code * scale, with a code from -7 to 7 and one bfloat16 scale for each output and 32 inputs
 
 Decoding is bound by reading weights, so a product of few rows must read each code once, and nothing else of that size.
-XLA's own products on a CPU write the converted matrix to memory first. `row_sum` converts the codes in registers.
+XLA's own products on a CPU write the converted matrix to memory first. Here the codes are converted in registers: by
+`row_sum` on one core, or for the many outputs of a vocabulary head by a sum of groups on all cores.
 
 A product of many rows is bound by arithmetic. There the matrix is converted first, and one matrix is converted at a
 time: the copy of one expert fits the cache.
@@ -31,6 +32,9 @@ FEW_ROWS = 4
 """Most rows of a product that reads the codes in place. With more, the matrix is converted first."""
 BLOCK = 4096
 """Columns that are converted at once: a vocabulary head does not fit the cache."""
+MANY = 16384
+"""Outputs of a matrix from which a product of few rows is worth several cores."""
+_CHAINS = 8
 _OFFSET = 8
 """Codes of 4 bits are stored as 1 to 15: what is added to them."""
 
@@ -147,9 +151,12 @@ def quantized_vector_matmul(
 
 
 def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix, expert: Int[Array, ""] | None) -> Float[Array, "N F"]:
-    """x @ matrix, or x @ matrix[expert], in at least float32, where the codes lie (`row_sum`)."""
-    wide, index = at_least_float32(x.dtype), () if expert is None else (expert,)
-    x, zeros = x.astype(wide), jnp.zeros((len(x), matrix.shape[-1]), wide)
+    """x @ matrix, or x @ matrix[expert], in at least float32, where the codes lie."""
+    wide, outputs = at_least_float32(x.dtype), matrix.shape[-1]
+    # Rows of a multiple of 1,024 codes take each other's place in the cache if 16 or 32 of them are read at once.
+    if expert is None and outputs > MANY and outputs % 1024:
+        return _sum_of_groups(x.astype(wide), matrix)
+    x, index, zeros = x.astype(wide), () if expert is None else (expert,), jnp.zeros((len(x), outputs), wide)
 
     def scale(group: Array | int) -> Float[Array, " F"]:
         return row_at(matrix.scale, *index, jnp.asarray(group)).astype(wide)
@@ -158,18 +165,56 @@ def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix, expert: Int[Array
         codes = row_sum(lambda i: x[:, i, None] * row_at(matrix.codes, *index, i).astype(wide), x.shape[1], zeros)
         return codes * scale(0)
     size = group_size(x.shape[1])
-    half = size // 2
 
     def add_group(group: Int[Array, ""], total: Array) -> Array:
         mine = jax.lax.dynamic_slice_in_dim(x, group * size, size, axis=1)
-        # The mask of the upper code leaves 16 times the code. Dividing x by 16 is exact and costs nothing.
-        lower, upper = mine[:, :half], mine[:, half:] / 16
+        lower, upper = _factors(mine)
 
         def term(i: Int[Array, ""]) -> Array:
-            both = row_at(matrix.codes, *index, group * half + i).astype(jnp.int32)
-            return lower[:, i, None] * (both & 15).astype(wide) + upper[:, i, None] * (both & 240).astype(wide)
+            both = row_at(matrix.codes, *index, group * (size // 2) + i).astype(jnp.int32)
+            return lower[:, i, None] * (both & 15).astype(wide) + upper[:, i, None] * both.astype(wide)
 
-        part = row_sum(term, half, zeros - _OFFSET * mine.sum(1, keepdims=True))
+        part = row_sum(term, size // 2, zeros - _OFFSET * mine.sum(1, keepdims=True))
         return total + part * scale(group)
 
     return jax.lax.fori_loop(0, x.shape[1] // size, add_group, zeros)
+
+
+def _factors(x: Float[Array, "*N R"]) -> tuple[Float[Array, "*N half_R"], Float[Array, "*N half_R"]]:
+    """What to multiply the lower half of a byte with, and the whole byte, for the sum of both codes times their inputs.
+
+    a * lower + b * upper = (a - b / 16) * lower + (b / 16) * byte, as byte = lower + 16 * upper. So one mask is enough.
+    """
+    half = x.shape[-1] // 2
+    upper = x[..., half:] / 16
+    return x[..., :half] - upper, upper
+
+
+def _sum_of_groups(x: Float[Array, "N D"], matrix: QuantizedMatrix) -> Float[Array, "N F"]:
+    """x @ matrix in the dtype of x: one loop computes the sum of each group of R inputs, and a second adds the groups.
+
+    XLA spreads the first loop over the cores. Without the barrier it would make one loop of both, which is not
+    vectorised.
+    """
+    size, outputs = group_size(x.shape[1]), matrix.shape[-1]
+    rows, scale = x.reshape(len(x), -1, size), matrix.scale.astype(x.dtype)
+    codes = matrix.codes.reshape(rows.shape[1], -1, outputs)
+    if matrix.bits == 8:
+        parts = _sum_in_chains([rows[:, :, i, None] * codes[:, i].astype(x.dtype) for i in range(size)])
+    else:
+        terms = []
+        for i, (lower, upper) in enumerate(zip(*(jnp.moveaxis(f, -1, 0) for f in _factors(rows)), strict=True)):
+            both = codes[:, i].astype(jnp.int32)
+            terms += [lower[..., None] * (both & 15).astype(x.dtype), upper[..., None] * both.astype(x.dtype)]
+        parts = (_sum_in_chains(terms) - _OFFSET * rows.sum(2)[..., None]) * scale
+    parts = jax.lax.optimization_barrier(parts)
+    # By additions: XLA does not vectorise a reduction of this axis.
+    total = sum((parts[:, group] for group in range(1, parts.shape[1])), start=parts[:, 0])
+    return total * scale if matrix.bits == 8 else total
+
+
+def _sum_in_chains(terms: list[Array]) -> Array:
+    """The sum of the terms: at most `_CHAINS` partial sums, and then their sum. In one chain, each addition would wait
+    for the result of the one before it."""
+    chains = [sum(terms[i + _CHAINS :: _CHAINS], start=term) for i, term in enumerate(terms[:_CHAINS])]
+    return sum(chains[1:], start=chains[0])

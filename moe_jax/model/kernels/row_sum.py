@@ -5,9 +5,9 @@ reads w once, and converts narrow weights or codes of 8 or 4 bits in registers. 
 instructions. Its own products are slower for a single row: they first copy the matrix that an index chooses, or write a
 converted matrix to memory.
 
-A turn of the loop adds several rows, because each turn reads and writes the total. The rows of a turn come from distant
+XLA runs the loop on one core. A turn adds several rows, because each turn reads and writes the total. The rows of a turn come from distant
 parts of the matrix. Rows that follow one another were slower: if their length is a power of two, they take the same
-places of the cache. `benchmarks/trials.md` has the other forms (111 to 120).
+places of the cache. `benchmarks/trials.md` has the other forms (111 to 122).
 """
 
 import math
@@ -18,27 +18,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 ROWS = 4
-"""Rows that a turn adds, if they are short."""
-WIDE = 16384
-"""Length from which a row is long."""
-WIDE_ROWS, WIDE_CHAINS = 16, 4
-"""Rows that a turn adds if they are long, and partial sums that they go into. Such a turn reads so much that XLA
-spreads it over the cores. It runs a loop of smaller turns on one core."""
+"""Rows that a turn adds."""
 
 
 def row_sum(
     term: Callable[[Int[Array, ""]], Float[Array, "*N F"]], rows: int, total: Float[Array, "*N F"]
 ) -> Float[Array, "*N F"]:
     """total + the sum of term(i) for i from 0 to rows - 1. Not for training: the gradient would keep every total."""
-    most, chains = (ROWS, 1) if total.shape[-1] <= WIDE else (WIDE_ROWS, WIDE_CHAINS)
-    at_once = math.gcd(rows, most)
+    at_once = math.gcd(rows, ROWS)
     turns = rows // at_once
 
     def turn(i: Int[Array, ""], total: Array) -> Array:
-        terms = [term(part * turns + i) for part in range(at_once)]
-        # One chain of 16 additions would wait for the result of each addition before the next.
-        partial_sums = [sum(terms[n + chains :: chains], start=first) for n, first in enumerate(terms[:chains])]
-        return sum(partial_sums, start=total)
+        return sum((term(part * turns + i) for part in range(at_once)), start=total)
 
     return jax.lax.fori_loop(0, turns, turn, total)
 

@@ -69,12 +69,17 @@ def compiled(dtype: str | None = None):
 
 
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("many", [4, 5])
 @pytest.mark.parametrize(("count", "inputs"), [(1, 64), (3, 6), (module.FEW_ROWS, 96), (module.FEW_ROWS + 1, 64)])
-def test_products_of_few_and_of_many_rows(bits: int, count: int, inputs: int) -> None:
-    """Also with groups of 2 inputs, which 6 inputs have, and with more than one group."""
+def test_products_of_few_and_of_many_rows(
+    bits: int, many: int, count: int, inputs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also with groups of 2 inputs, which 6 inputs have, with more than one group, and with five outputs as many."""
+    monkeypatch.setattr(module, "MANY", many)
     matrix, values = random_matrix(bits, inputs, 5)
     x = rows(count, inputs)
-    assert tiny.relative_error(compiled()(x, matrix), x @ values) < 2e-6
+    y = jax.jit(lambda x, matrix: quantized_matmul(x, matrix))(x, matrix)
+    assert tiny.relative_error(y, x @ values) < 2e-6
 
 
 def test_an_odd_number_of_inputs_in_int8() -> None:
