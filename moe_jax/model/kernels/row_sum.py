@@ -5,9 +5,9 @@ reads w once, and converts narrow weights or codes of 8 or 4 bits in registers. 
 instructions. Its own products are slower for a single row: they first copy the matrix that an index chooses, or write a
 converted matrix to memory.
 
-XLA runs the loop on one core. A turn adds several rows, because each turn reads and writes the total. The rows of a turn come from distant
-parts of the matrix. Rows that follow one another were slower: if their length is a power of two, they take the same
-places of the cache. `benchmarks/trials.md` has the other forms (111 to 122).
+XLA runs the loop on one core. A turn adds several rows, because each turn reads and writes the total. These rows come
+from distant parts of the matrix. Rows that follow one another were slower: if their length is a power of two, they take
+the same places of the cache. `benchmarks/trials.md` has the other forms (111 to 122).
 """
 
 import math
