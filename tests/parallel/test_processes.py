@@ -214,10 +214,13 @@ def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: flo
         seconds = time.monotonic() - killed
         found = ended(processes)
     print(f"process {victim} killed after step {step}: the other ended after {seconds:.1f} s with", found.status)
-    if found.status[1 - victim] != 0:  # it may have finished before
-        assert found.status[1 - victim] in ((1,) if victim else (1, -signal.SIGABRT)), found.errors
-        if found.status[1 - victim] == 1:
-            assert f"error: process {victim} has died; start all processes again" in found.errors[1 - victim]
+    status, errors = found.status[1 - victim], found.errors[1 - victim]
+    if status == 1:
+        assert f"error: process {victim} has died; start all processes again" in errors
+    elif status != 0:  # 0: it had finished before
+        # jax aborts the others where process 0 has died. gloo, which sends between CPUs, can abort one too.
+        assert status == -signal.SIGABRT, errors
+        assert victim == 0 or "gloo::EnforceNotMet" in errors
     resumed = ended(pair(folder, out, "--resume"))
     assert resumed.status == (0, 0), resumed.errors
     assert newest(folder, out).manifest["leaves"] == newest(folder, "two").manifest["leaves"]
