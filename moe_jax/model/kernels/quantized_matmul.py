@@ -14,7 +14,7 @@ time: the copy of one expert fits the cache.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from types import EllipsisType
 from typing import Any
 
@@ -202,14 +202,16 @@ def _sum_of_groups(x: Float[Array, "N D"], matrix: QuantizedMatrix) -> Float[Arr
     if matrix.bits == 8:
         parts = _sum_in_chains([rows[:, :, i, None] * codes[:, i].astype(x.dtype) for i in range(size)])
     else:
+        lower, upper = _factors(rows)
         terms = []
-        for i, (lower, upper) in enumerate(zip(*(jnp.moveaxis(f, -1, 0) for f in _factors(rows)), strict=True)):
+        for i in range(size // 2):
             both = codes[:, i].astype(jnp.int32)
-            terms += [lower[..., None] * (both & 15).astype(x.dtype), upper[..., None] * both.astype(x.dtype)]
+            terms.append(lower[:, :, i, None] * (both & 15).astype(x.dtype))
+            terms.append(upper[:, :, i, None] * both.astype(x.dtype))
         parts = (_sum_in_chains(terms) - _OFFSET * rows.sum(2)[..., None]) * scale
     parts = jax.lax.optimization_barrier(parts)
     # By additions: XLA does not vectorise a reduction of this axis.
-    total = sum((parts[:, group] for group in range(1, parts.shape[1])), start=parts[:, 0])
+    total = reduce(jnp.add, [parts[:, group] for group in range(parts.shape[1])])
     return total * scale if matrix.bits == 8 else total
 
 
@@ -217,4 +219,4 @@ def _sum_in_chains(terms: list[Array]) -> Array:
     """The sum of the terms: at most `_CHAINS` partial sums, and then their sum. In one chain, each addition would wait
     for the result of the one before it."""
     chains = [sum(terms[i + _CHAINS :: _CHAINS], start=term) for i, term in enumerate(terms[:_CHAINS])]
-    return sum(chains[1:], start=chains[0])
+    return reduce(jnp.add, chains)
