@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,9 @@ from moe_jax.runs.manifest import CheckpointCorrupted, describe_leaves
 from moe_jax.runs.metrics import read_metrics
 from moe_jax.training.programs import Programs
 from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, free_job, free_port, pair, slurm, start
-from tests.support import saved_run, tuning
+from tests.support import tuning
 
 pytestmark = pytest.mark.parallel
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("processes")
-    (folder / "text.txt").write_text("<|endoftext|>".join(f"{saved_run.STORY}{i}" for i in range(80)))
-    with saved_run.quick_training(folder / "cache") as patch:
-        patch.setattr("moe_jax.inspection.report.report_run", lambda files: ["no report"])
-        patch.setattr("moe_jax.training.session.SAMPLE_TOKENS", 8)
-        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -146,28 +136,6 @@ def test_two_tasks_of_slurm_as_two_processes(folder: Path, two: Ended) -> None:
     assert found.out[1] == ""
     assert newest(folder, "tasks").manifest["leaves"] == newest(folder, "two").manifest["leaves"]
     assert records(folder, "tasks") == records(folder, "two")
-
-
-@pytest.mark.parametrize(
-    ("env", "line"),
-    [
-        ({}, "JAX finds no cluster here; under SLURM start it by srun, else give --num-processes, "),
-        (
-            {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
-            "JAX finds no cluster here (Kubernetes environment detected, but the ",
-        ),
-        (slurm(1, 0) | {"SLURM_PROCID": "x"}, "the processes cannot be connected (invalid literal for int() "),
-    ],
-    ids=["none", "kubernetes without its package", "no number"],
-)
-def test_no_cluster(folder: Path, env: dict[str, str], line: str) -> None:
-    """One line and status 1."""
-    process = start(folder, "none", 0, 0, env=env, cluster=True)
-    out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")
-    assert errors.startswith(f"error: --cluster: {line}")
-    assert len(errors.splitlines()) == 1
-    assert not (folder / "none").exists()
 
 
 def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen[str]] = ()) -> None:
@@ -335,68 +303,3 @@ def test_an_error_of_one_process_stops_both_at_a_saved_step(folder: Path, two: E
     assert found.lines(1) == ["error: tokens.bin: Input/output error; mend this and try again"]
     assert found.lines(0) == ["error: process 1 has stopped: [Errno 5] Input/output error: 'tokens.bin'"]
     assert newest(folder, "fault").step == 6
-
-
-@pytest.mark.parametrize(
-    ("flags", "env", "data", "expected"),
-    [
-        (("--lr", "2e-3"), {}, "", "--lr: 0.002 in process 1, and 0.001 in process 0; "),
-        ((), {"MOE_JAX_TEST_CODE": "other"}, "", "code of moe_jax: other in process 1, and "),
-        ((), {}, "other.txt", "--data "),
-    ],
-    ids=["settings", "code", "data"],
-)
-def test_processes_that_differ_are_refused(
-    folder: Path, flags: tuple[str, ...], env: dict[str, str], data: str, expected: str
-) -> None:
-    """Both end with status 2 and the same line, and nothing is left of the run."""
-    if data:  # each process finds its own text under the same name
-        (folder / "own").mkdir()
-        (folder / "own" / "text.txt").write_text("<|endoftext|>".join(f"{saved_run.STORY}{-i}" for i in range(80)))
-    port = free_port()
-    processes = [start(folder, "refused", 0, port, "--data", "text.txt")]
-    processes.append(start(folder, "refused", 1, port, "--data", "text.txt", *flags, env=env, cwd=data and "own"))
-    found = ended(processes)
-    assert found.status == (2, 2), found.errors
-    assert found.lines(0) == found.lines(1)
-    assert len(found.lines(0)) == 1
-    assert found.lines(0)[0].startswith(f"error: {expected}")
-    assert not (folder / "refused").exists()
-
-
-@pytest.mark.parametrize(
-    ("index", "line"),
-    [
-        (0, "--num-processes 2: not all of them have called 127.0.0.1:{} within 2 s"),
-        (1, "--coordinator-address 127.0.0.1:{}: process 0 did not answer within 2 s"),
-    ],
-)
-def test_nobody_answers(folder: Path, index: int, line: str) -> None:
-    """One line and status 1, once the time for answers is over."""
-    port = free_port()
-    process = start(folder, "alone", index, port, env={"MOE_JAX_TEST_ANSWER": "2"})
-    out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")
-    assert errors.startswith(f"error: {line.format(port)}")
-    assert len(errors.splitlines()) == 1
-    assert not (folder / "alone").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
-        ("--mesh data=8 --num-processes 2 --coordinator-address h:1", "--process-id: must be given, between 0 and 1"),
-        (
-            "--mesh data=8 --num-processes 2 --process-id 2 --coordinator-address h:1",
-            "--process-id 2: must be between 0",
-        ),
-        ("--mesh data=8 --num-processes 2 --process-id 0", "--coordinator-address : must be HOST:PORT of process 0"),
-        ("--mesh data=8 --process-id 0", "--process-id: needs --num-processes"),
-        ("--mesh data=8 --cluster --num-processes 2", "--cluster: the cluster says the number of processes"),
-        ("--num-processes 2 --process-id 0 --coordinator-address h:1", "--num-processes 2: needs --mesh"),
-    ],
-)
-def test_flags_that_name_no_group(flags: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["--out", str(tmp_path / "run"), *flags.split()]
-    assert main(lambda given: run_as(Train, given, "train.py"), argv) == 2
-    assert capsys.readouterr().err.startswith(f"error: {line}")

@@ -10,10 +10,9 @@ the experts, and sums the results for each token. `trace` returns the place of e
 
 The first two have a method `plan`, which decides the row of each pair. They use two functions over rows `[G, B, R, D]`,
 that is G groups of R rows for each sequence. `dispatch` copies tokens into rows, and `combine` sums rows back into
-tokens. The batch stays an axis of its own, so a batch that is split
-over devices needs no communication here. Both functions are linear maps, and each is the adjoint of the other. So their
-gradients are gathers too. There is no scatter-add, hence the gradients have the same bits each time, and no array has
-the shape `[T, E, C]`.
+tokens. The batch stays an axis of its own, so a batch that is split over devices needs no communication here. Both
+functions are linear maps, and each is the adjoint of the other. So their gradients are gathers too. There is no
+scatter-add, hence the gradients have the same bits each time, and no array has the shape `[T, E, C]`.
 
 Each row is multiplied with the gate of its pair (`row_gates`) before `combine`. In training the experts do this before
 their last product (`Experts.__call__`).

@@ -1,0 +1,99 @@
+"""Processes that find each other, or say in one line why they do not."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli.main import main, run_as
+from moe_jax.cli.train import Train
+from tests.parallel.pairs import ended, free_port, slurm, start
+from tests.support import saved_run
+
+pytestmark = pytest.mark.parallel
+
+
+@pytest.mark.parametrize(
+    ("env", "line"),
+    [
+        ({}, "JAX finds no cluster here; under SLURM start it by srun, else give --num-processes, "),
+        (
+            {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},
+            "JAX finds no cluster here (Kubernetes environment detected, but the ",
+        ),
+        (slurm(1, 0) | {"SLURM_PROCID": "x"}, "the processes cannot be connected (invalid literal for int() "),
+    ],
+    ids=["none", "kubernetes without its package", "no number"],
+)
+def test_no_cluster(folder: Path, env: dict[str, str], line: str) -> None:
+    """One line and status 1."""
+    process = start(folder, "none", 0, 0, env=env, cluster=True)
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert errors.startswith(f"error: --cluster: {line}")
+    assert len(errors.splitlines()) == 1
+    assert not (folder / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "env", "data", "expected"),
+    [
+        (("--lr", "2e-3"), {}, "", "--lr: 0.002 in process 1, and 0.001 in process 0; "),
+        ((), {"MOE_JAX_TEST_CODE": "other"}, "", "code of moe_jax: other in process 1, and "),
+        ((), {}, "other.txt", "--data "),
+    ],
+    ids=["settings", "code", "data"],
+)
+def test_processes_that_differ_are_refused(
+    folder: Path, flags: tuple[str, ...], env: dict[str, str], data: str, expected: str
+) -> None:
+    """Both end with status 2 and the same line, and nothing is left of the run."""
+    if data:  # each process finds its own text under the same name
+        (folder / "own").mkdir()
+        (folder / "own" / "text.txt").write_text("<|endoftext|>".join(f"{saved_run.STORY}{-i}" for i in range(80)))
+    port = free_port()
+    processes = [start(folder, "refused", 0, port, "--data", "text.txt")]
+    processes.append(start(folder, "refused", 1, port, "--data", "text.txt", *flags, env=env, cwd=data and "own"))
+    found = ended(processes)
+    assert found.status == (2, 2), found.errors
+    assert found.lines(0) == found.lines(1)
+    assert len(found.lines(0)) == 1
+    assert found.lines(0)[0].startswith(f"error: {expected}")
+    assert not (folder / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("index", "line"),
+    [
+        (0, "--num-processes 2: not all of them have called 127.0.0.1:{} within 2 s"),
+        (1, "--coordinator-address 127.0.0.1:{}: process 0 did not answer within 2 s"),
+    ],
+)
+def test_nobody_answers(folder: Path, index: int, line: str) -> None:
+    """One line and status 1, once the time for answers is over."""
+    port = free_port()
+    process = start(folder, "alone", index, port, env={"MOE_JAX_TEST_ANSWER": "2"})
+    out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
+    assert errors.startswith(f"error: {line.format(port)}")
+    assert len(errors.splitlines()) == 1
+    assert not (folder / "alone").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        ("--mesh data=8 --num-processes 2 --coordinator-address h:1", "--process-id: must be given, between 0 and 1"),
+        (
+            "--mesh data=8 --num-processes 2 --process-id 2 --coordinator-address h:1",
+            "--process-id 2: must be between 0",
+        ),
+        ("--mesh data=8 --num-processes 2 --process-id 0", "--coordinator-address : must be HOST:PORT of process 0"),
+        ("--mesh data=8 --process-id 0", "--process-id: needs --num-processes"),
+        ("--mesh data=8 --cluster --num-processes 2", "--cluster: the cluster says the number of processes"),
+        ("--num-processes 2 --process-id 0 --coordinator-address h:1", "--num-processes 2: needs --mesh"),
+    ],
+)
+def test_flags_that_name_no_group(flags: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--out", str(tmp_path / "run"), *flags.split()]
+    assert main(lambda given: run_as(Train, given, "train.py"), argv) == 2
+    assert capsys.readouterr().err.startswith(f"error: {line}")
