@@ -123,8 +123,15 @@ def _prefill(
 ) -> DecodeState:
     """`decode.prefill` of a prompt that is padded to N <= T tokens. Its cache has T places."""
     state = prefill(graphdef, params, tokens, length)
-    unused = [(0, 0), (0, 0), (0, 0), (0, seq_len - tokens.shape[1])]
-    return state._replace(cache=jax.tree.map(lambda places: jnp.pad(places, unused), state.cache))
+    unused, all_used = (0, seq_len - tokens.shape[1]), (0, 0)
+    grown = [
+        KeyValue(
+            jnp.pad(layer.key, (all_used, all_used, all_used, unused)),
+            jnp.pad(layer.value, (all_used, all_used, unused, all_used)),
+        )
+        for layer in state.cache
+    ]
+    return state._replace(cache=grown)
 
 
 def _empty(count: int, read: DecodeState) -> Slots:
@@ -168,7 +175,8 @@ def step(
         (slots.logits, slots.settings, slots.seen, slots.key, slots.drawn, active, slots.detailed),
     )
     last = slots.cache[0].key.shape[-1] - 1
-    position = jnp.minimum(slots.position, last)  # a full slot is refilled after this step, so its place is free
+    # A full slot is refilled after this step, so its place is free. Nothing is read for a slot without a text.
+    position = jnp.where(active, jnp.minimum(slots.position, last), -1)
     logits, stats, cache = merge(graphdef, params).decode(token, slots.cache, position, trace=True)
     seen = slots.seen | (jax.nn.one_hot(token, logits.shape[-1], dtype=bool) & active[:, None])
     grown = active.astype(jnp.int32)

@@ -1,6 +1,5 @@
 """Causal multi-head attention (Vaswani et al. 2017, section 3.2), whole or one token at a time with a cache."""
 
-import math
 from typing import NamedTuple
 
 import jax
@@ -9,23 +8,19 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import ModelConfig
-from moe_jax.model.kernels.causal_attention import attention_weights, causal_attention, masked_softmax
+from moe_jax.model.kernels.cached_attention import cached_attention
+from moe_jax.model.kernels.causal_attention import attention_weights, causal_attention
 from moe_jax.model.kernels.matmul import matmul
 from moe_jax.model.layers import Normalisation, apply_rope, matrix_init
 from moe_jax.model.low_rank import LowRank
-from moe_jax.model.precision import at_least_float32, dot_precision
 
 
 class KeyValue(NamedTuple):
-    """The cache of one layer: keys and values of the positions seen so far. It has S places; unused places are masked.
-
-    The places are the last axis, so that both matrix products for a decoded token read the cache in its memory order.
-    With the places before the heads, the compiler transposed the whole cache at every token. That took a third of the
-    decoding time of a batch of 32 on a CPU.
-    """
+    """The cache of one layer: keys and values of the positions seen so far. It has S places, on different axes of the
+    two arrays (`cached_attention` says why)."""
 
     key: Float[Array, "B KV A S"]
-    value: Float[Array, "B KV A S"]
+    value: Float[Array, "B KV S A"]
 
 
 class Attention(nnx.Module):
@@ -115,7 +110,7 @@ class Attention(nnx.Module):
         """
         query, key, value = (z.swapaxes(1, 2) for z in self._project(x, jnp.arange(x.shape[1])))
         mixed = causal_attention(query, key, value, self.config.attention_dropout, keys)
-        return self._output(mixed.swapaxes(1, 2)), KeyValue(key.swapaxes(2, 3), value.swapaxes(2, 3))
+        return self._output(mixed.swapaxes(1, 2)), KeyValue(key.swapaxes(2, 3), value)
 
     def weights(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:
         """Only the attention weights, without dropout, for a trace. The training pass never holds all of them."""
@@ -126,36 +121,27 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B N D"], cache: KeyValue, index: Int[Array, "*B"]
     ) -> tuple[Float[Array, "B N D"], KeyValue]:
         """The output for N tokens from position `index` on, and the new cache. A token attends to the positions before
-        it and to itself. `index` is one position for all sequences, or one for each. index + N must not exceed S."""
+        it and to itself. `index` is one position for all sequences, or one for each. index + N must not exceed S.
+
+        A sequence whose position is negative has no token: its output is NaN, and place 0 of its cache is lost."""
         positions = index[..., None] + jnp.arange(x.shape[1])
-        query, *new = self._project(x, positions)
-        written = [_write(old, now.transpose(0, 2, 3, 1), index) for old, now in zip(cache, new, strict=True)]
+        query, key, value = self._project(x, positions)
+        new_key, new_value = key.transpose(0, 2, 3, 1), value.swapaxes(1, 2)
+        written = _write(cache.key, new_key, index, axis=3), _write(cache.value, new_value, index, axis=2)
         # Without the barrier the compiler writes the new place twice, once for the products and once for the result,
         # and copies the whole cache.
         cache = KeyValue(*jax.lax.optimization_barrier(written))
-        wide, precision = at_least_float32(x.dtype), dot_precision(x.dtype)
-        # The queries of a group, of all N tokens, are rows of one product with their key head:
-        # [B, N, H, A] -> [B, KV, H / KV, N, A] -> [B, KV, H / KV * N, A].
-        batch, tokens, heads, width = query.shape
-        shared = heads // self.config.key_value_heads
-        groups = query.reshape(batch, tokens, -1, shared, width).transpose(0, 2, 3, 1, 4)
-        rows = groups.reshape(batch, -1, shared * tokens, width)
-        scores = jnp.einsum("bkra,bkas->bkrs", rows, cache.key, precision=precision, preferred_element_type=wide)
-        visible = jnp.arange(cache.key.shape[-1]) <= jnp.tile(positions, shared)[..., None]
-        visible = visible.reshape(*index.shape, *[1] * index.ndim, *visible.shape[-2:])
-        weights = masked_softmax(scores / math.sqrt(width), visible).astype(x.dtype)
-        mixed = jnp.einsum("bkrs,bkas->bkra", weights, cache.value, precision=precision)
-        mixed = mixed.reshape(groups.shape).transpose(0, 3, 1, 2, 4)
-        return self._output(mixed.reshape(query.shape)), cache
+        return self._output(cached_attention(query, *cache, jnp.atleast_2d(positions))), cache
 
 
-def _write(cache: Float[Array, "B KV A S"], new: Float[Array, "B KV A N"], index: Int[Array, "*B"]) -> Array:
-    """The cache with the new places of each sequence from its position on."""
+def _write(cache: Float[Array, "B KV _ _"], new: Float[Array, "B KV _ _"], index: Int[Array, "*B"], axis: int) -> Array:
+    """The cache with the new places of each sequence from its position on, along an axis. Of a negative position,
+    place 0 is written."""
     if index.ndim == 0:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis=3)
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis)
 
     def write_row(row: Array, cache: Array) -> Array:
-        place = jax.lax.dynamic_slice_in_dim(new, row, 1)
-        return jax.lax.dynamic_update_slice(cache, place, (row, 0, 0, index[row]))
+        start = [jnp.maximum(index[row], 0) if i == axis else row * (i == 0) for i in range(4)]
+        return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, row, 1), start)
 
     return jax.lax.fori_loop(0, len(cache), write_row, cache)

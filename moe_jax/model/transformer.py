@@ -82,7 +82,8 @@ class Block(nnx.Module):
         """The output for N tokens of each sequence, the router's statistics, and the cache that includes these tokens.
 
         `index` is one position for all sequences. Or it is one for each: they are then independent texts, and none
-        changes the bits of another (`Mode.SERVE`).
+        changes the bits of another (`Mode.SERVE`). A text with a negative position has no token. Its output is NaN, and
+        on a CPU its cache and its experts are not read.
         """
         y, cache = self.attention.decode(self.attention_norm(x), cache, index)
         x = x + y

@@ -134,9 +134,10 @@ def test_a_short_prompt_is_read_by_a_shorter_pass(monkeypatch: pytest.MonkeyPatc
         short, long = decoder.read(params, prompt), whole.read(params, prompt)
         np.testing.assert_allclose(short.logits, long.logits, atol=1e-5)
         assert short.position == len(prompt)
-        for a, b in zip(jax.tree.leaves(short.cache), jax.tree.leaves(long.cache), strict=True):
-            assert a.shape == b.shape
-            np.testing.assert_allclose(a[..., : len(prompt)], b[..., : len(prompt)], atol=1e-5)
+        for a, b in zip(short.cache, long.cache, strict=True):
+            assert (a.key.shape, a.value.shape) == (b.key.shape, b.value.shape)
+            np.testing.assert_allclose(a.key[..., : len(prompt)], b.key[..., : len(prompt)], atol=1e-5)
+            np.testing.assert_allclose(a.value[:, :, : len(prompt)], b.value[:, :, : len(prompt)], atol=1e-5)
 
 
 @pytest.mark.parametrize("slots", [2, 3])
@@ -213,9 +214,28 @@ def test_no_token_copies_the_cache() -> None:
     decoder, _, params = decoders(3)
     state = decoder.empty(params)
     program = decoder.step.lower(params, state, np.ones(3, bool)).compile().as_text()
-    shape = ",".join(str(n) for n in state.cache[0].key.shape)
-    assert re.search(rf"f32\[{shape}\]\S* parameter\(", program), "the cache is not in the program at all"
-    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", program)
+    for array in state.cache[0]:
+        shape = ",".join(str(n) for n in array.shape)
+        assert re.search(rf"f32\[{shape}\]\S* parameter\(", program), "the cache is not in the program at all"
+        assert not re.findall(rf"f32\[{shape}\]\S* copy\(", program)
+
+
+def test_a_slot_without_a_text_computes_nothing_that_a_text_reads() -> None:
+    """Its logits are NaN, although an old text is in its cache. The other text has the same bits as before."""
+    expected, writer = Writer(2), Writer(2)
+    for one in (expected, writer):
+        one.place(0, TEXTS[0])
+    writer.place(1, TEXTS[1])
+    writer.step()
+    writer.leave(1)
+    writer.step()
+    for _ in range(2):
+        expected.step()
+    assert np.isnan(writer.state.logits[1]).all()
+    np.testing.assert_array_equal(writer.state.logits[0], expected.state.logits[0])
+    writer.place(1, TEXTS[1])
+    assert np.isfinite(writer.state.logits[1]).all()
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(writer.state.cache))
 
 
 def test_tokens_of_a_padded_vocabulary_are_never_drawn_nor_counted() -> None:
@@ -236,7 +256,7 @@ def test_an_expert_has_room_for_a_pair_of_every_text(monkeypatch: pytest.MonkeyP
     them would be in a further block. That is another program, so a text could have other bits in such a company."""
     config = tiny.config(top_k=1, layers=1)
     graphdef, params = tiny.build(config)
-    cache = [KeyValue(*(jnp.zeros((16, 2, 4, tiny.T)) for _ in range(2)))]
+    cache = [KeyValue(jnp.zeros((16, 2, 4, tiny.T)), jnp.zeros((16, 2, tiny.T, 4)))]
     decode = jax.jit(lambda tokens: merge(graphdef, params).decode(tokens, cache, jnp.zeros(16, int), trace=True)[:2])
     modes, chosen = set(), MoE.dispatch_for
     monkeypatch.setattr(MoE, "dispatch_for", lambda self, mode, *n: modes.add(mode) or chosen(self, mode, *n))

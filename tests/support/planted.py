@@ -140,8 +140,8 @@ BUGS = [
     Bug(
         "the first expert serves all",
         "moe_jax.model.moe.dispatch:PerToken.apply",
-        "routing.expert_index.reshape(-1))",
-        "0 * routing.expert_index.reshape(-1))",
+        "routing.expert_index.reshape(-1), wanted)",
+        "0 * routing.expert_index.reshape(-1), wanted)",
         checks.check_cached_decoding,
     ),
     Bug(

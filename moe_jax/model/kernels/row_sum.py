@@ -36,6 +36,12 @@ def row_sum(
 
 def row_at(matrix: Array, *index: Int[Array, ""]) -> Array:
     """matrix[*index], for indices that are in range."""
-    outputs = matrix.shape[len(index) :]
-    start = [jnp.asarray(i, jnp.int32) for i in (*index, *[0] * len(outputs))]  # of one type with x64, too
-    return jax.lax.dynamic_slice(matrix, start, (1,) * len(index) + outputs).reshape(outputs)
+    return part_at(matrix, *index, sizes=matrix.shape[len(index) :])
+
+
+def part_at(matrix: Array, *start: Int[Array, ""], sizes: tuple[int, ...]) -> Array:
+    """The part of these sizes of matrix[*index], where the index is all of `start` that is not a start of the part. The
+    starts that are left out are 0. All must be in range."""
+    index = matrix.ndim - len(sizes)
+    starts = [jnp.asarray(i, jnp.int32) for i in (*start, *[0] * (matrix.ndim - len(start)))]  # of one type with x64
+    return jax.lax.dynamic_slice(matrix, starts, (1,) * index + sizes).reshape(sizes)

@@ -187,6 +187,10 @@ class PerToken:
     the sum of its rows times their gates. An invalid token, whose gates are NaN, gets NaN.
     """
 
+    skip: bool = False
+    """Whether no expert is read for an invalid token. Looking for these takes longer than a small expert, so only a
+    step of slots does it, some of which may have no token."""
+
     def apply(
         self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
@@ -194,7 +198,8 @@ class PerToken:
         with jax.named_scope("dispatch"):
             rows = jnp.broadcast_to(x[:, :, None], (*pairs, x.shape[-1])).reshape(-1, x.shape[-1])
         with jax.named_scope("experts"):
-            rows = experts.apply_per_token(rows, routing.expert_index.reshape(-1))
+            wanted = jnp.broadcast_to(routing.valid[..., None], pairs).reshape(-1) if self.skip else None
+            rows = experts.apply_per_token(rows, routing.expert_index.reshape(-1), wanted)
         with jax.named_scope("combine"):
             rows = gated(rows.reshape(*pairs, -1), routing.gate)
             y = functools.reduce(jnp.add, [rows[:, :, k] for k in range(pairs[-1])])  # in the order of k

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import Activation
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
@@ -87,8 +87,10 @@ class Experts(nnx.Module):
 
         return jax.lax.fori_loop(experts, used, add_block, jnp.concatenate([y, jnp.zeros_like(rows[experts:])]))
 
-    def apply_per_token(self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"]) -> Float[Array, "G D"]:
-        """The same for groups of one row.
+    def apply_per_token(
+        self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"], wanted: Bool[Array, " G"] | None = None
+    ) -> Float[Array, "G D"]:
+        """The same for groups of one row. Rows that are not `wanted` may be left out, and mean nothing then.
 
         Decoding is bound by reading weights. Gathering them first would write and read them once more. So on a CPU one
         group after another multiplies with its expert's matrices in place. On a GPU, where each turn would be several
@@ -96,7 +98,15 @@ class Experts(nnx.Module):
         """
 
         def in_turn(rows: Array, group_expert: Array) -> Array:
-            return jax.lax.map(lambda group: self.apply_single_expert(*group), (rows, group_expert))
+            if wanted is None:
+                return jax.lax.map(lambda group: self.apply_single_expert(*group), (rows, group_expert))
+            first = jnp.argsort(~wanted)  # the rows that are wanted come first
+
+            def one(n: Int[Array, ""], y: Array) -> Array:
+                g = first[n]
+                return y.at[g].set(self.apply_single_expert(rows[g], group_expert[g]))
+
+            return jax.lax.fori_loop(0, wanted.sum(), one, jnp.zeros_like(rows))
 
         return jax.lax.platform_dependent(rows, group_expert, cpu=in_turn, default=self._rows_at_once)
 

@@ -39,7 +39,7 @@ class Mode(Enum):
     """Reading a prompt and appending tokens to it. Never drops anything."""
     SERVE = "serve"
     """Appending one token to each of several independent texts. Never drops anything, and no text changes the bits of
-    another."""
+    another. A text may have no token: its input is NaN."""
 
 
 class LayerTrace(NamedTuple):
@@ -184,7 +184,7 @@ class MoE(nnx.Module):
         if mode is Mode.EVALUATE and policy.eval_capacity_factor > 0:
             return Capacity(capacity(tokens, experts, policy.top_k, policy.eval_capacity_factor))
         if pairs <= experts:
-            return PerToken()
+            return PerToken(skip=mode is Mode.SERVE and batch > 1)
         if mode is Mode.SERVE and tokens == 1:
             # An expert has at most one pair of each text. So a block of B rows holds all its pairs, and no pair is ever
             # in a further block, whose product is another program with other roundings.

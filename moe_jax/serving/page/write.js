@@ -1,6 +1,7 @@
 // Writing: what is asked of the server, and how its tokens come onto the page, some in every frame.
 const FRAME_MS = 6, FRAME_TOKENS = 64; // most time and most new tokens of a frame: the browser has to lay them out, too
 const BARCODE_MS = 250; // between two drawings of the barcode
+const PAINT_MS = 100; // longest wait for the first token to be painted: a page out of sight is not painted
 
 const drained = []; // called when all that waits is on the page
 let running = null; // the AbortController of the request
@@ -32,6 +33,11 @@ const later = (task) => {
   waiting.push(task);
   frame ||= requestAnimationFrame(flush);
 };
+// Called after `later`: the next frame, with that token in it, has been painted.
+const painted = () => new Promise((done) => {
+  requestAnimationFrame(() => setTimeout(done));
+  setTimeout(done, PAINT_MS);
+});
 const allShown = () => (frame ? new Promise((done) => { drained.push(done); }) : Promise.resolve());
 
 const drawSpeed = () => {
@@ -114,7 +120,14 @@ const write = async (turn, path, body, prompt = null) => {
   let wrong = "";
   turn.finish = null;
   try {
-    for await (const event of events(path, asked, running.signal)) for (const choice of event.choices ?? []) take(choice);
+    let awaited = true; // no token yet. The first one is painted before more is read, which can keep the browser busy.
+    for await (const event of events(path, asked, running.signal)) {
+      for (const choice of event.choices ?? []) take(choice);
+      if (awaited && speed.first) {
+        awaited = false;
+        await painted();
+      }
+    }
   } catch (error) {
     if (error.name === "AbortError") turn.finish = "halted";
     else {

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.kernels.row_sum import row_at, row_sum
+from moe_jax.model.kernels.row_sum import part_at, row_at, row_sum
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7, 12, 48])
@@ -24,3 +24,5 @@ def test_a_row_of_an_index(float64: None) -> None:
         for i in range(3):
             np.testing.assert_array_equal(at(matrix, jnp.int32(expert), i), matrix[expert, i])
     np.testing.assert_array_equal(row_at(jnp.asarray(matrix), jnp.int32(1)), matrix[1])
+    part = jax.jit(lambda matrix, i: part_at(matrix, jnp.int32(1), i, jnp.int32(2), sizes=(2,)))
+    np.testing.assert_array_equal(part(matrix, 1), matrix[1, 1, 2:])

@@ -145,12 +145,13 @@ def test_decoding_reads_chosen_experts_one_after_another(float64: None) -> None:
     assert tiny.relative_error(alone, whole) < 1e-13
 
 
-def test_an_invalid_token_of_a_small_batch_gives_nan_and_changes_no_other(float64: None) -> None:
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_invalid_token_of_a_small_batch_gives_nan_and_changes_no_other(skip: bool, float64: None) -> None:
     """Three tokens, whose pairs are summed by hand. The middle one is invalid, so one token of three is dropped."""
     layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
     x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 3, D)))
     routing = route(jnp.array([[[0.0, 2.0, 1.0, -1.0], [0.0, np.nan, 0.0, 0.0], [3.0, 0.0, 1.0, 2.0]]]), 2)
-    y, dropped = d.PerToken().apply(x, routing, layer.experts)
+    y, dropped = d.PerToken(skip).apply(x, routing, layer.experts)
     for token, (first, second) in ((0, (1, 2)), (2, (0, 3))):
         share = 1 / (1 + np.exp(-1))  # the chosen logits differ by 1
         parts = (layer.experts.apply_single_expert(x[0, token], jnp.int32(e)) for e in (first, second))
@@ -158,6 +159,17 @@ def test_an_invalid_token_of_a_small_batch_gives_nan_and_changes_no_other(float6
         assert tiny.relative_error(y[0, token], expected) < 1e-14
     assert np.isnan(y[0, 1]).all()
     assert dropped == jnp.float32(1 / 3)
+
+
+@pytest.mark.parametrize("wanted", [[], [2], [0, 3], [0, 1, 2, 3]], ids=str)
+def test_only_rows_that_are_wanted_are_computed(wanted: list[int]) -> None:
+    """The others are left 0. With all of them the bits are those without the choice."""
+    layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
+    rows = jnp.asarray(np.random.default_rng(3).normal(size=(4, D)), jnp.float32)
+    expert, chosen = jnp.array([1, 0, 1, 2]), np.isin(np.arange(4), wanted)
+    all_rows = jax.jit(lambda rows: layer.experts.apply_per_token(rows, expert))(rows)
+    some = jax.jit(lambda rows: layer.experts.apply_per_token(rows, expert, jnp.asarray(chosen)))(rows)
+    np.testing.assert_array_equal(some, np.where(chosen[:, None], all_rows, 0))
 
 
 def test_pairs_at_once_as_on_a_gpu_are_pairs_in_turn(float64: None) -> None:
