@@ -69,7 +69,7 @@ BUGS = [
     ),
     Bug(
         "decoding gives neighbouring heads different key heads",
-        "moe_jax.model.attention:Attention.decode",
+        "moe_jax.model.kernels.cached_attention:cached_attention",
         "query.reshape(batch, tokens, -1, shared, width).transpose(0, 2, 3, 1, 4)",
         "query.reshape(batch, tokens, shared, -1, width).transpose(0, 3, 2, 1, 4)",
         checks.check_cached_decoding_of_grouped_heads,
@@ -168,9 +168,9 @@ BUGS = [
     ),
     Bug(
         "a decoded token does not see itself",
-        "moe_jax.model.attention:Attention.decode",
-        "<= jnp.tile(",
-        "< jnp.tile(",
+        "moe_jax.model.kernels.cached_attention:_in_turn",
+        "position[:, 0] + 1",
+        "position[:, 0]",
         checks.check_cached_decoding,
     ),
     Bug(

@@ -37,11 +37,13 @@ const request = async (path, options = {}) => {
   throw troubleOf(answer.status, body.error);
 };
 
-// The JSON objects of a stream of server-sent events, until `data: [DONE]`.
+// The JSON objects of a stream of server-sent events, until `data: [DONE]`. Many may come at once. So after READ_MS of
+// reading the browser gets its turn.
+const READ_MS = 8;
 async function* events(path, body, signal) {
   const answer = await request(path, { method: "POST", body: JSON.stringify(body), signal });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  let rest = "", until = performance.now() + READ_MS;
   for (;;) {
     let part;
     try {
@@ -54,6 +56,10 @@ async function* events(path, body, signal) {
     rest = lines.pop();
     for (const line of lines) {
       if (!line.startsWith("data:")) continue;
+      if (performance.now() > until) {
+        await new Promise((done) => { setTimeout(done); });
+        until = performance.now() + READ_MS;
+      }
       const text = line.slice(5).trim();
       if (text === "[DONE]") { reader.cancel().catch(() => {}); return; }
       const event = JSON.parse(text);
