@@ -90,8 +90,10 @@ class SlotDecoder:
         """(params, slots, active bool [S]) -> the slots after one more token in each active slot, and `Drawn`."""
 
     def empty(self, params: Params) -> Slots:
-        """Slots without texts."""
-        return self._empty(self.read(params, [0]))
+        """Slots without texts. They are put on the device of a state that was read, as later slots are. Otherwise jax
+        would compile `place` for them, and once more at the first text."""
+        read = self.read(params, [0])
+        return jax.device_put(self._empty(read), read.logits.sharding)
 
     def read(self, params: Params, tokens: list[int]) -> DecodeState:
         """The state after a prompt of 1 to T tokens."""

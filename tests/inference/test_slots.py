@@ -196,8 +196,11 @@ def test_probabilities_and_experts_are_those_of_a_whole_pass() -> None:
     assert read.logprob[0] == 0
 
 
-def test_one_program_each_whatever_the_texts_ask_for() -> None:
+@pytest.mark.parametrize("placed", [False, True])
+def test_one_program_each_whatever_the_texts_ask_for(placed: bool) -> None:
+    """Also if the parameters were put on a device, as those of a run are."""
     graphdef, params = tiny.build(tiny.config())
+    params = jax.device_put(params, jax.devices()[0]) if placed else params
     decoder = SlotDecoder(graphdef, tiny.T, tiny.V, 3)
     state, sizes = decoder.empty(params), []
     for slot, text in enumerate(TEXTS[:3]):
