@@ -1,4 +1,4 @@
-"""What the choice of a precision needs to know about a device: a card's matrix units, and a processor's."""
+"""What the choices of precision and of products need to know about a device: a card's matrix units, and a processor's."""
 
 import re
 from dataclasses import dataclass
@@ -45,6 +45,11 @@ class Card:
     def bfloat16_units(self) -> bool:
         """Whether an NVIDIA card multiplies bfloat16 in units of its own: from compute capability 8.0 (Ampere) on."""
         return self.tensor_cores and self.capability is not None and self.capability >= 8.0
+
+    @property
+    def multiplies_in_place(self) -> bool:
+        """Whether programs of `kernels/grouped_kernel.py` run here: on NVIDIA cards from compute capability 8.0 on."""
+        return self.capability is not None and self.capability >= 8.0
 
 
 def cpu_bfloat16_units() -> str:

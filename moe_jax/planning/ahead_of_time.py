@@ -22,7 +22,14 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import MeshShape, RunConfig, UserError
 from moe_jax.parallel.mesh import arranged, mesh_of
-from moe_jax.planning.device_memory import CODE_NOT_RUN, MISSING_PTXAS, NO_PTXAS, collected_stderr, gpu_devices
+from moe_jax.planning.device_memory import (
+    CODE_NOT_RUN,
+    MISSING_PTXAS,
+    NO_PTXAS,
+    collected_stderr,
+    for_described_gpu,
+    gpu_devices,
+)
 from moe_jax.planning.interconnect import GPU_LINKS, Hosts, Place, Torus
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import Target
@@ -114,8 +121,9 @@ def compile_step(programs: Programs, devices: Devices, described: list[Any]) -> 
     if programs.layout is None:
         place = SingleDeviceSharding(described[0])
         state, batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), (state, batch))
-    lowered = programs.step.lower(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     platform = devices.chip.platform
+    with for_described_gpu() if platform == "gpu" and programs.layout is None else contextlib.nullcontext():
+        lowered = programs.step.lower(state, batch)  # pyright: ignore[reportFunctionMemberAccess]
     compiler = "libtpu" if platform == "tpu" else "jaxlib"
     what = devices.name if isinstance(devices.chip, Slice) else f"{devices.count} {devices.chip.text}"
     versions = [importlib.metadata.version(name) for name in ("jaxlib", compiler)]

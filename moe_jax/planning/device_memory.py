@@ -93,7 +93,20 @@ def lower_for(target: Target, program: Any, *arguments: Any) -> Any:
 
     Raises UserError if JAX's CUDA plugin is not installed.
     """
-    return program.lower(*_on(SingleDeviceSharding(gpu_devices(target)[0]), arguments))
+    arguments = _on(SingleDeviceSharding(gpu_devices(target)[0]), arguments)
+    with for_described_gpu():
+        return program.lower(*arguments)
+
+
+def for_described_gpu() -> Any:
+    """The context in which a program for a described card is lowered.
+
+    For programs in Pallas, jax asks which card they are for, to know the dtypes that it converts. It knows some cards by
+    name. The one named here stands for every card of compute capability 8.0 or more, which convert alike all dtypes
+    that are used here.
+    """
+    stand_in = jax.sharding.AbstractDevice("NVIDIA A10", None, "gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=stand_in))
 
 
 def gpu_devices(target: Target, topology: str = "1x1x1") -> list[Any]:

@@ -5,8 +5,9 @@ A formula gives the expected cost of a layer. The optimised HLO gives the real c
 once, and the body of a loop as often as the loop runs. So a product in a loop of 12 passes counts 12 times, and a
 product that the compiler removed does not count.
 
-A product is the HLO instruction `dot`, a call of a GPU library (`__cublas$gemm`, `__cublas$lt$matmul`), or a
-`convolution`, as which a TPU's compiler writes every product. An instruction that may hold products in another form is
+A product is the HLO instruction `dot`, a call of a GPU library (`__cublas$gemm`, `__cublas$lt$matmul`), a program of
+this project's own for a GPU (`model/kernels/grouped_kernel.py`), or a `convolution`, as which a TPU's compiler writes
+every product. An instruction that may hold products in another form is
 an error: its operations would be missing from the count.
 """
 
@@ -18,7 +19,10 @@ from dataclasses import dataclass
 from moe_jax.system.hlo_text import Computation, Instruction, calls, parse
 
 _LIBRARY_PRODUCT = re.compile(r"__cublas\$(gemm|lt\$matmul\S*)|__onednn\$matmul\S*")
-_UNCOUNTED = re.compile(r"cublas|cudnn|onednn|gemm|matmul|ragged|conv", re.IGNORECASE)
+_OWN_PROGRAM = "__gpu$xla.gpu.triton"
+_GROUPED_ROWS, _GROUPED_WEIGHTS = "grouped_rows", "grouped_weights"
+"""Names of the programs of `model/kernels/grouped_kernel.py`."""
+_UNCOUNTED = re.compile(r"cublas|cudnn|onednn|gemm|matmul|ragged|conv|triton", re.IGNORECASE)
 """Names of custom calls that may multiply matrices."""
 
 
@@ -100,6 +104,8 @@ def product(instruction: Instruction, computation: Computation, runs: int) -> Do
         return _dot(instruction, computation, runs)
     if instruction.opcode == "convolution":
         return _convolution(instruction, computation, runs)
+    if name == _OWN_PROGRAM and (grouped := _grouped(instruction, computation, runs)):
+        return grouped
     if instruction.opcode == "ragged-dot" or _UNCOUNTED.search(name):
         raise ValueError(f"operations of this instruction cannot be counted: {instruction.text[:200]}")
     return None
@@ -115,6 +121,19 @@ def _dot(instruction: Instruction, computation: Computation, runs: int) -> Dot:
     asked = re.search(r'operand_precision"?[=:][{\[]"?(\w+)', text)
     precision = asked[1].lower() if asked else "default"
     flops = 2 * math.prod(out) * math.prod(left[i] for i in axes)
+    return Dot(instruction.op_name, left, right, out, dtype, operand_dtype, precision, flops, runs)
+
+
+def _grouped(instruction: Instruction, computation: Computation, runs: int) -> Dot | None:
+    """A program of `grouped_kernel.py`. Its last two operands are rows [G, R, C] and matrices [E, ...], or two groups of
+    rows, [G, R, D] and [G, R, F]. It multiplies every row, those of empty groups too. None if it is another program."""
+    kind = re.search(r'\bname = "(\w+)"', instruction.text)
+    if kind is None or kind[1] not in (_GROUPED_ROWS, _GROUPED_WEIGHTS):
+        return None
+    (operand_dtype, left), (_, right) = (computation.instructions[name].arrays[0] for name in instruction.operands[-2:])
+    dtype, out = instruction.arrays[0]
+    flops = 2 * math.prod(left) * (out[2] if kind[1] == _GROUPED_ROWS else right[2])
+    precision = "highest" if operand_dtype == "f32" else "default"
     return Dot(instruction.op_name, left, right, out, dtype, operand_dtype, precision, flops, runs)
 
 

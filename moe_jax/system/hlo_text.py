@@ -17,6 +17,8 @@ _OPCODE = re.compile(r"^(?:\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|\S+) ([\w\-]
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_MANY = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"?known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
+_KERNEL_CODE = re.compile(r'\bir = "[^"]*"')
+"""The code of a kernel that the program brings along. It may look like any other attribute."""
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _SMALL_CALLS = {"to_apply", "called_computations"}  # scalar functions of reduce, sort, scatter: no products
 
@@ -93,6 +95,7 @@ def _instruction(text: str) -> Instruction | None:
     opcode = _OPCODE.match(text)
     if opcode is None:
         return None
+    text = _KERNEL_CODE.sub("", text) if opcode[1] == "custom-call" else text
     arrays = [_array(kind, dims) for kind, dims in _ARRAY.findall(text[: opcode.start(1)])]
     return Instruction(opcode[1], arrays or [("", ())], re.findall(r"%([\w.\-]+)", opcode[2]), text)
 

@@ -23,7 +23,8 @@ from moe_jax.data.shards import TokenArray
 from moe_jax.inference.decode import Decoder
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
-from moe_jax.model.moe.layer import MoE
+from moe_jax.model.hardware import Card
+from moe_jax.model.moe.layer import InPlaceMoE, MoE
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
 from moe_jax.model.transformer import Params, Transformer, abstract_adapted, abstract_model
 from moe_jax.parallel.cut_model import EvaluatedTransformer, OwnMoE, SampledTransformer
@@ -84,10 +85,14 @@ class Programs:
         writer, _ = abstract_model(config.model, writing.compute, *stored, moe)
         exchanges = mesh is not None and mesh.shape["expert"] > 1 and moe is MoE
         trained_moe = ExpertParallelMoE if exchanges else moe
+        # XLA cannot split such a program over a mesh.
+        blocks_in_place = mesh is None and moe is MoE and config.model.routing.dispatch == "blocks"
+        if blocks_in_place and Card.of(device or jax.devices()[0]).multiplies_in_place:
+            trained_moe = InPlaceMoE
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
         if lora is not None:
             training, adapters = abstract_adapted(config.model, lora, policy.compute, remat, trained_moe)
-        elif exchanges:
+        elif trained_moe is not moe:
             training, _ = abstract_model(config.model, policy.compute, *stored, trained_moe)
         layout = None
         if mesh is not None:

@@ -110,6 +110,20 @@ BUGS = [
         kernel_checks.check_gathered_matmul,
     ),
     Bug(
+        "a program for a GPU takes the expert of another group",
+        "moe_jax.model.kernels.grouped_kernel:_by_expert",
+        "experts + place - expert - 1), expert",
+        "experts + place - expert - 1), expert[::-1]",
+        kernel_checks.check_grouped_kernel,
+    ),
+    Bug(
+        "a program for a GPU leaves out the last further group of an expert",
+        "moe_jax.model.kernels.grouped_kernel:_sum_of_products",
+        "(1 + end[e] - first)",
+        "(end[e] - first).clip(1)",
+        kernel_checks.check_grouped_kernel,
+    ),
+    Bug(
         "attention dropout of the reference not scaled",
         "moe_jax.model.kernels.causal_attention:causal_attention",
         "weights / (1 - dropout), 0)",

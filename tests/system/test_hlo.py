@@ -12,6 +12,7 @@ from moe_jax.model.costs import layer_flops
 from moe_jax.planning.device_memory import BACK_ENDS, lower_for
 from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import Program, read_program, scopes
+from moe_jax.system.hlo_kernels import read_kernels
 from moe_jax.training.programs import Programs
 from tests.support.programs import compiled_for_gpu
 
@@ -102,6 +103,44 @@ def test_a_product_of_a_gpu_library(target: str) -> None:
     assert (dot.left, dot.right, dot.out) == ((6, 40, 24), (6, 24, 56), (6, 40, 56))
     assert (dot.dtype, dot.operand_dtype, dot.precision) == ("f32", "f32", "highest")
     assert program.flops == program.flops_of("experts") == 2 * 6 * 40 * 24 * 56
+
+
+OWN_PROGRAM = """HloModule jit_f
+ENTRY %main (t: s32[5], x: bf16[5,16,32], w: bf16[3,32,48], g: bf16[5,16,48]) -> f32[3,32,48] {
+  %t = s32[5]{0} parameter(0)
+  %x = bf16[5,16,32]{2,1,0} parameter(1)
+  %w = bf16[3,32,48]{2,1,0} parameter(2)
+  %g = bf16[5,16,48]{2,1,0} parameter(3)
+  %y = bf16[5,16,48]{2,1,0} custom-call(%t, %t, %x, %w), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/experts/grouped_rows/pallas_call"}, backend_config={grid_x = 3 : i32, \
+ir = "\\01 calls=%x op_name=\\22 = dot(", name = "grouped_rows", num_warps = 4 : i32}
+  ROOT %dw = f32[3,32,48]{2,1,0} custom-call(%t, %x, %g), custom_call_target="__gpu$xla.gpu.triton", \
+metadata={op_name="jit(f)/experts/grouped_weights/pallas_call"}, backend_config={ir = "", name = "grouped_weights"}
+}
+"""
+
+
+def test_the_grouped_products_of_a_gpu() -> None:
+    """All rows of all groups are multiplied. The code that a program brings along may look like anything."""
+    product, d_weights = read_program(OWN_PROGRAM).dots
+    assert (product.left, product.right, product.out) == ((5, 16, 32), (3, 32, 48), (5, 16, 48))
+    assert (product.dtype, product.operand_dtype, product.precision) == ("bf16", "bf16", "default")
+    assert (d_weights.left, d_weights.right, d_weights.out) == ((5, 16, 32), (5, 16, 48), (3, 32, 48))
+    assert product.flops == d_weights.flops == 2 * 5 * 16 * 32 * 48
+    assert read_program(OWN_PROGRAM).flops_of("experts") == 2 * product.flops
+
+
+def test_the_traffic_of_the_grouped_products_of_a_gpu() -> None:
+    """Each operand once: numbers of groups, rows, and each expert's matrix."""
+    product, d_weights = read_kernels(OWN_PROGRAM)
+    rows, matrices, y = 2 * 5 * 16 * 32, 2 * 3 * 32 * 48, 2 * 5 * 16 * 48
+    assert (product.bytes_read, product.bytes_written) == (2 * 4 * 5 + rows + matrices, y)
+    assert (d_weights.bytes_read, d_weights.bytes_written) == (4 * 5 + rows + y, 4 * 3 * 32 * 48)
+
+
+def test_another_program_of_a_gpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be counted"):
+        read_program(OWN_PROGRAM.replace("grouped_rows", "flash_attention"))
 
 
 @pytest.mark.parametrize("target", ["__cudnn$fmhaSoftmax", "__cublas$future", "__onednn$convolution"])

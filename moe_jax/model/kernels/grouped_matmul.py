@@ -19,17 +19,19 @@ sum is one product with a matrix of zeros and ones (`_sum_of_groups`). The gradi
 scatter-add, whose order on a GPU differs from run to run.
 """
 
+from functools import partial
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.model.kernels import grouped_kernel
 from moe_jax.model.kernels.matmul import matmul, transpose_contiguous
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32, dot_precision
 
-Implementation = Literal["blocked", "reference"]
+Implementation = Literal["blocked", "in_place", "reference"]
 
 
 def grouped_matmul(
@@ -58,9 +60,10 @@ def grouped_matmul(
             # A plain product. The compiler would turn the batched product into one, but lose its name (`named_scope`).
             return matmul(rows[0], weights[0])[None]
         return matmul(rows, weights)
-    if width * hidden <= rows.shape[1] * (width + hidden):
+    in_place = implementation == "in_place" and grouped_kernel.suits(rows.shape, weights.shape, rows.dtype)
+    if width * hidden <= rows.shape[1] * (width + hidden) and not in_place:
         return matmul(rows, _copies(weights, further_expert))
-    return _in_turn(rows, weights, further_expert)
+    return _in_turn(rows, weights, further_expert, in_place)
 
 
 @jax.custom_vjp
@@ -91,15 +94,16 @@ def _copies_backward(residuals: tuple[Array, int], d_copies: Array) -> tuple[Arr
 _copies.defvjp(_copies_forward, _copies_backward)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _in_turn(
-    rows: Float[Array, "G R D"], weights: Float[Array, "E D F"], further_expert: Int[Array, " further"]
+    rows: Float[Array, "G R D"], weights: Float[Array, "E D F"], further_expert: Int[Array, " further"], in_place: bool
 ) -> Float[Array, "G R F"]:
     """y_g = x_g W_e for each group g of expert e.
 
     d_x_g = d_y_g W_e^T        d_W_e = sum of x_g^T d_y_g over the groups g of e
     """
-    return jax.lax.platform_dependent(rows, weights, further_expert, cpu=_turns, default=_gathered)
+    on_gpu = {"cuda": grouped_kernel.multiply} if in_place else {}
+    return jax.lax.platform_dependent(rows, weights, further_expert, cpu=_turns, default=_gathered, **on_gpu)
 
 
 def _turns(rows: Array, weights: Array, further_expert: Array) -> Array:
@@ -125,14 +129,19 @@ def _narrow_copies(rows: Array, weights: Array, further_expert: Array) -> Float[
     return jnp.concatenate([narrow, narrow[further_expert]])
 
 
-def _in_turn_forward(rows: Array, weights: Array, further_expert: Array) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _in_turn(rows, weights, further_expert), (rows, weights, further_expert)
+def _in_turn_forward(
+    rows: Array, weights: Array, further_expert: Array, in_place: bool
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _in_turn(rows, weights, further_expert, in_place), (rows, weights, further_expert)
 
 
-def _in_turn_backward(residuals: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, Array, None]:
+def _in_turn_backward(
+    in_place: bool, residuals: tuple[Array, Array, Array], d_y: Array
+) -> tuple[Array, Array, None]:
     rows, weights, further_expert = residuals
+    on_gpu = {"cuda": grouped_kernel.gradients} if in_place else {}
     d_rows, d_weights = jax.lax.platform_dependent(
-        rows, weights, further_expert, d_y, cpu=_turns_backward, default=_gathered_backward
+        rows, weights, further_expert, d_y, cpu=_turns_backward, default=_gathered_backward, **on_gpu
     )
     return d_rows, d_weights, None
 

@@ -17,7 +17,7 @@ from moe_jax.config import Activation, ModelConfig, RoutingConfig, capacity
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, PerToken
-from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.experts import Experts, InPlaceExperts
 from moe_jax.model.moe.router import Routing, route, router_logits
 from moe_jax.model.moe.variants import LeakyCapacity, jittered, noisy
 from moe_jax.system.random_keys import fold_each, sequence_keys
@@ -190,6 +190,12 @@ class MoE(nnx.Module):
             # in a further block, whose product is another program with other roundings.
             return Blocks(batch, in_place=True)
         return Blocks(inference_block_rows(pairs, experts), in_place=True)
+
+
+class InPlaceMoE(MoE):
+    """The same layer, in training by blocks on a GPU that suits (`hardware.Card.multiplies_in_place`)."""
+
+    experts_type = InPlaceExperts
 
 
 def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_scale: float = 1.0) -> MoE:

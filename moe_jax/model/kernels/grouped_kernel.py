@@ -1,0 +1,181 @@
+"""Grouped matrix products for a GPU that read each expert's matrix where it lies, without a copy for each group.
+
+The programs are written in Pallas and compiled by Triton, for cards of compute capability 8.0 or more. XLA has no such
+product for these cards: `jax.lax.ragged_dot` multiplies every row with every expert's matrix. The groups are those of
+`grouped_matmul.py`, and the further groups are sorted by expert.
+
+    multiply    one program for each group and each tile of columns. Programs that follow one another belong to one
+                expert, so its matrix stays in the card's L2 cache.
+    gradients   of the rows: the same with transposed matrices. Of the matrices: one program for each tile of each
+                matrix. It adds the groups of the expert in order, so there are no atomic additions, and the result has
+                the same bits each time.
+
+A tile is at most 128 x 128, and a program reads 32 entries of the contracted axis at a time. With three reads under way
+this takes 48 KiB of shared memory in bfloat16. In float32 two reads take 64 KiB. Cards of capability 8.6 have 99 KiB
+for a program, the least of all cards from 8.0 on. So one choice serves them all.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from moe_jax.model.precision import at_least_float32, dot_precision
+
+LARGEST_TILE = 128
+"""Most rows and columns of a tile. Its sums are 64 registers of each of 256 threads."""
+DEPTH = 32
+"""Most entries of the contracted axis that are read at a time."""
+SMALLEST_TILE = 16
+"""Triton multiplies no smaller tiles."""
+
+
+def suits(rows: tuple[int, ...], weights: tuple[int, ...], dtype: DTypeLike) -> bool:
+    """Whether the programs can multiply operands of these shapes, `[G, R, D]` and `[E, D, F]`, with rows of this dtype.
+
+    D and F must be multiples of 16, and R a power of 2 from 16 to 128. No array may have 2^31 numbers or more.
+    """
+    groups, count, width = rows
+    hidden = weights[2]
+    tiles = count == _tile(count) and min(_tile(count), _tile(width), _tile(hidden)) >= SMALLEST_TILE
+    # Triton computes places in memory in 32 bits.
+    small = max(groups * count * max(width, hidden), math.prod(weights)) < 2**31
+    return tiles and small and jnp.finfo(dtype).bits <= 32
+
+
+def _tile(size: int, most: int = LARGEST_TILE) -> int:
+    """The largest power of 2 that divides a size, at most `most`."""
+    return min(size & -size, most)
+
+
+def multiply(
+    rows: Float[Array, "G R D"],
+    weights: Float[Array, "E D F"],
+    further_expert: Int[Array, " further"],
+    interpret: bool = False,
+) -> Float[Array, "G R F"]:
+    """rows[g] @ (the matrix of group g), summed in float32, in the dtype of the rows. `further_expert` is sorted.
+
+    `interpret` runs the programs on a CPU, for tests.
+    """
+    return _times_matrices(rows, weights.astype(rows.dtype), further_expert, False, interpret)
+
+
+def gradients(
+    rows: Float[Array, "G R D"],
+    weights: Float[Array, "E D F"],
+    further_expert: Int[Array, " further"],
+    d_y: Float[Array, "G R F"],
+    interpret: bool = False,
+) -> tuple[Float[Array, "G R D"], Float[Array, "E D F"]]:
+    """The gradients of `multiply`: of the rows, and of the matrices in their own dtype.
+
+    d_x_g = d_y_g W_e^T        d_W_e = sum of x_g^T d_y_g over the groups g of e
+    """
+    d_rows = _times_matrices(d_y, weights.astype(rows.dtype), further_expert, True, interpret)
+    return d_rows, _sum_of_products(rows, d_y, further_expert, weights, interpret)
+
+
+def _further_ends(further_expert: Int[Array, " further"], experts: int) -> Int[Array, " E"]:
+    """For each expert, how many further groups belong to it or to an earlier expert."""
+    return (further_expert[None] <= jnp.arange(experts)[:, None]).sum(1, dtype=jnp.int32)
+
+
+def _by_expert(further_expert: Int[Array, " further"], experts: int) -> tuple[Int[Array, " G"], Int[Array, " G"]]:
+    """The groups sorted by expert, and the expert of each: its first group, then its further groups."""
+    # The groups of expert e end at place e + 1 + ends[e].
+    place_after = jnp.arange(1, experts + 1, dtype=jnp.int32) + _further_ends(further_expert, experts)
+    place = jnp.arange(experts + len(further_expert), dtype=jnp.int32)
+    expert = (place_after[None] <= place[:, None]).sum(1, dtype=jnp.int32)
+    is_first = (place_after[None] == place[:, None]).any(1).at[0].set(True)
+    return jnp.where(is_first, expert, experts + place - expert - 1), expert
+
+
+def _times_matrices(
+    rows: Float[Array, "G R C"],
+    matrices: Float[Array, "E _ _"],
+    further_expert: Int[Array, " further"],
+    transposed: bool,
+    interpret: bool,
+) -> Float[Array, "G R N"]:
+    """rows[g] @ matrices[e], or rows[g] @ matrices[e]^T, for each group g of expert e."""
+    groups, count, contracted = rows.shape
+    columns = matrices.shape[1 if transposed else 2]
+    tile, depth = _tile(columns), _tile(contracted, DEPTH)
+
+    def grouped_rows(group: Any, expert: Any, rows: Any, matrices: Any, out: Any) -> None:
+        from jax.experimental import pallas as pl
+
+        place = pl.program_id(1)
+        g, e, own = group[place], expert[place], pl.ds(pl.program_id(0) * tile, tile)
+
+        def add(step: Array, total: Array) -> Array:
+            some = pl.ds(step * depth, depth)
+            matrix = matrices[e, own, some].T if transposed else matrices[e, some, own]
+            return total + _dot(rows[g, :, some], matrix)
+
+        start = jnp.zeros((count, tile), jnp.float32)
+        out[g, :, own] = jax.lax.fori_loop(0, contracted // depth, add, start).astype(out.dtype)
+
+    out = jax.ShapeDtypeStruct((groups, count, columns), rows.dtype)
+    run = _program(grouped_rows, out, (columns // tile, groups), count * tile, rows.dtype, interpret)
+    return run(*_by_expert(further_expert, len(matrices)), rows, matrices)
+
+
+def _sum_of_products(
+    rows: Float[Array, "G R D"],
+    d_y: Float[Array, "G R F"],
+    further_expert: Int[Array, " further"],
+    weights: Float[Array, "E D F"],
+    interpret: bool,
+) -> Float[Array, "E D F"]:
+    """The sum of rows[g]^T @ d_y[g] over the groups g of each expert. Only shape and dtype of `weights` matter."""
+    experts, width, hidden = weights.shape
+    count = rows.shape[1]
+    tiles, depth = (_tile(width), _tile(hidden)), _tile(count, DEPTH)
+    reads = count // depth
+
+    def grouped_weights(end: Any, rows: Any, d_y: Any, out: Any) -> None:
+        from jax.experimental import pallas as pl
+
+        e = pl.program_id(2)
+        left = pl.ds(pl.program_id(1) * tiles[0], tiles[0])
+        right = pl.ds(pl.program_id(0) * tiles[1], tiles[1])
+        first = jnp.where(e == 0, 0, end[jnp.maximum(e - 1, 0)])
+
+        def add(step: Array, total: Array) -> Array:
+            nth, some = jax.lax.div(step, reads), pl.ds(jax.lax.rem(step, reads) * depth, depth)
+            g = jnp.where(nth == 0, e, experts + first + nth - 1)
+            return total + _dot(rows[g, some, left].T, d_y[g, some, right])
+
+        steps = (1 + end[e] - first) * reads
+        out[e, left, right] = jax.lax.fori_loop(0, steps, add, jnp.zeros(tiles, jnp.float32)).astype(out.dtype)
+
+    out = jax.ShapeDtypeStruct(weights.shape, weights.dtype)
+    grid = (hidden // tiles[1], width // tiles[0], experts)
+    run = _program(grouped_weights, out, grid, tiles[0] * tiles[1], rows.dtype, interpret)
+    return run(_further_ends(further_expert, experts), rows, d_y)
+
+
+def _dot(left: Array, right: Array) -> Array:
+    return jnp.dot(left, right, precision=dot_precision(left.dtype), preferred_element_type=at_least_float32(left.dtype))
+
+
+def _program(kernel: Any, out: Any, grid: tuple[int, ...], sums: int, dtype: jnp.dtype, interpret: bool) -> Any:
+    """A Pallas call of a kernel that takes whole arrays, not blocks of them. Each program adds `sums` numbers of products
+    of operands of `dtype`."""
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
+
+    warps, reads = 8 if sums > LARGEST_TILE * 64 else 4, 3 if jnp.finfo(dtype).bits <= 16 else 2
+    return pl.pallas_call(
+        kernel,
+        out_shape=out,
+        grid=grid,
+        compiler_params=triton.CompilerParams(num_warps=warps, num_stages=reads),
+        interpret=interpret,
+        name=kernel.__name__,
+    )
