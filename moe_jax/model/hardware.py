@@ -1,4 +1,4 @@
-"""What the choices of precision and of products need to know about a device: a card's matrix units, and a processor's."""
+"""What choices of precision and of programs need to know about a device: a card's matrix units, and a processor's."""
 
 import re
 from dataclasses import dataclass

@@ -101,9 +101,8 @@ def lower_for(target: Target, program: Any, *arguments: Any) -> Any:
 def for_described_gpu() -> Any:
     """The context in which a program for a described card is lowered.
 
-    For programs in Pallas, jax asks which card they are for, to know the dtypes that it converts. It knows some cards by
-    name. The one named here stands for every card of compute capability 8.0 or more, which convert alike all dtypes
-    that are used here.
+    To lower a kernel in Pallas, jax asks for the name of the card, and knows some names only. It needs the name only
+    for dtypes of 8 bits, which this project's kernels do not use. So one name serves for all cards.
     """
     stand_in = jax.sharding.AbstractDevice("NVIDIA A10", None, "gpu")
     return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=stand_in))

@@ -125,8 +125,11 @@ def _dot(instruction: Instruction, computation: Computation, runs: int) -> Dot:
 
 
 def _grouped(instruction: Instruction, computation: Computation, runs: int) -> Dot | None:
-    """A program of `grouped_kernel.py`. Its last two operands are rows [G, R, C] and matrices [E, ...], or two groups of
-    rows, [G, R, D] and [G, R, F]. It multiplies every row, those of empty groups too. None if it is another program."""
+    """The product of a program of `grouped_kernel.py`, or None if it is another program.
+
+    The last two operands are rows [G, R, C] and matrices [E, ...], or two arrays of rows, [G, R, D] and [G, R, F].
+    Every row is multiplied, those of empty groups too.
+    """
     kind = re.search(r'\bname = "(\w+)"', instruction.text)
     if kind is None or kind[1] not in (_GROUPED_ROWS, _GROUPED_WEIGHTS):
         return None

@@ -21,9 +21,9 @@ from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.data.shards import TokenArray
 from moe_jax.inference.decode import Decoder
+from moe_jax.model.hardware import Card
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
-from moe_jax.model.hardware import Card
 from moe_jax.model.moe.layer import InPlaceMoE, MoE
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
 from moe_jax.model.transformer import Params, Transformer, abstract_adapted, abstract_model

@@ -107,8 +107,11 @@ def check_gathered_matmul() -> None:
 
 
 def check_grouped_kernel() -> None:
-    """The programs for a GPU, interpreted in place of the form of a CPU, against loops: product and gradients. Groups of 64 rows are read in two parts of 32, and 48 columns
-    are three tiles of 16. Expert 1 has no further group, expert 2 has three."""
+    """The programs for a GPU, interpreted in place of the form of a CPU, against loops: product and gradients.
+
+    Groups of 64 rows are read in two parts of 32, and 48 columns are three tiles of 16. Expert 1 has no further group,
+    expert 2 has three.
+    """
     rng = np.random.default_rng(8)
     experts = [0, 1, 2, 3, 0, 2, 2, 2, 3]
     rows, d_y = (rng.normal(size=(9, 64, size)).astype(np.float32) for size in (16, 48))

@@ -161,12 +161,14 @@ def _sum_of_products(
 
 
 def _dot(left: Array, right: Array) -> Array:
-    return jnp.dot(left, right, precision=dot_precision(left.dtype), preferred_element_type=at_least_float32(left.dtype))
+    return jnp.dot(
+        left, right, precision=dot_precision(left.dtype), preferred_element_type=at_least_float32(left.dtype)
+    )
 
 
 def _program(kernel: Any, out: Any, grid: tuple[int, ...], sums: int, dtype: jnp.dtype, interpret: bool) -> Any:
-    """A Pallas call of a kernel that takes whole arrays, not blocks of them. Each program adds `sums` numbers of products
-    of operands of `dtype`."""
+    """A call of a kernel in Pallas. The kernel takes whole arrays. Each of its programs makes `sums` numbers, from
+    operands of `dtype`."""
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 

@@ -135,9 +135,7 @@ def _in_turn_forward(
     return _in_turn(rows, weights, further_expert, in_place), (rows, weights, further_expert)
 
 
-def _in_turn_backward(
-    in_place: bool, residuals: tuple[Array, Array, Array], d_y: Array
-) -> tuple[Array, Array, None]:
+def _in_turn_backward(in_place: bool, residuals: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, Array, None]:
     rows, weights, further_expert = residuals
     on_gpu = {"cuda": grouped_kernel.gradients} if in_place else {}
     d_rows, d_weights = jax.lax.platform_dependent(

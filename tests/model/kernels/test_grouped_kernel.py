@@ -83,7 +83,7 @@ def test_the_product_and_its_gradients_against_loops_in_float64(case: str, dtype
 
 
 def test_a_nan_stays_with_its_row_and_its_expert() -> None:
-    rows, further, expert = blocks(EVEN, 4)
+    rows, further, _ = blocks(EVEN, 4)
     rows = rows.copy()
     rows[1, 5] = np.nan
     found = compiled()(rows, np.ones((4, D, F), np.float32), further, np.ones((len(rows), R, F), np.float32))
