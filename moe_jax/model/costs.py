@@ -114,10 +114,10 @@ def bound_flops(config: ModelConfig, batch: int) -> int:
     return _layer_flops(config, batch, batch * config.experts * config.capacity)
 
 
-def layer_flops(config: ModelConfig, batch: int, devices: int = 1) -> int:
+def layer_flops(config: ModelConfig, batch: int, devices: int = 1, in_place: bool = False) -> int:
     """Forward floating-point operations of an MoE layer in training, with the rows of its dispatch: of one device, with
     `batch` sequences, of `devices` along a mesh axis `expert`."""
-    return _layer_flops(config, batch, multiplied_rows(config, batch, devices))
+    return _layer_flops(config, batch, multiplied_rows(config, batch, devices, in_place))
 
 
 def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
@@ -125,19 +125,19 @@ def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
     return expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
 
 
-def multiplied_rows(config: ModelConfig, batch: int, devices: int = 1) -> int:
+def multiplied_rows(config: ModelConfig, batch: int, devices: int = 1, in_place: bool = False) -> int:
     """Rows that the routed experts of a device multiply when a layer trains on `batch` sequences of each device.
 
     With dispatch by `capacity`, the rows are all slots of all experts, filled or empty. With `blocks`, they are all
     rows of all blocks, filled or empty. With several `devices` along a mesh axis `expert`, the blocks have room for all
-    rows that may arrive.
+    rows that may arrive. Blocks that a GPU multiplies `in_place` have fewer rows (`moe.layer.InPlaceMoE`).
     """
     tokens = batch * config.seq_len
     if config.routing.dispatch == "blocks":
         from moe_jax.model.moe.layer import block_rows  # imports jax, which the other formulas do without
 
         pairs, own = tokens * config.routing.top_k, config.experts // devices
-        block = block_rows(pairs, own)
+        block = block_rows(pairs, own, in_place)
         arriving = pairs if devices == 1 else devices * batch * config.device_rows(devices)
         return (own + (arriving - 1) // block) * block
     return batch * config.experts * config.capacity
@@ -155,10 +155,11 @@ def _score_product(config: ModelConfig, batch: int) -> int:
     return 2 * batch * config.heads * config.head_width * computed_scores(config.seq_len)
 
 
-def step_products(config: RunConfig, batch: int, devices: int = 1) -> dict[str, int]:
+def step_products(config: RunConfig, batch: int, devices: int = 1, in_place: bool = False) -> dict[str, int]:
     """Floating-point operations of all matrix products of a training step with one micro-batch of `batch` sequences, by
     named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models with experts and
-    without adapters. The `ffn` is that of one of `devices` along a mesh axis `expert`.
+    without adapters. The `ffn` is that of one of `devices` along a mesh axis `expert`. `in_place`: see
+    `multiplied_rows`.
 
     The backward pass of a product is two products. Besides, the backward pass repeats
 
@@ -174,8 +175,9 @@ def step_products(config: RunConfig, batch: int, devices: int = 1) -> dict[str, 
     )
     scores = 6 + 2 * again + (model.seq_len > LONGEST_KEPT)
     matrices = 3 if model.activation == "swiglu" else 2
-    rows = multiplied_rows(model, batch, devices) + tokens * model.shared_experts
-    ffn = (3 + again) * layer_flops(model, batch, devices) - again * expert_flops(model, rows) // matrices
+    rows = multiplied_rows(model, batch, devices, in_place) + tokens * model.shared_experts
+    ffn = (3 + again) * layer_flops(model, batch, devices, in_place)
+    ffn -= again * expert_flops(model, rows) // matrices
     muon = muon_flops(model, config.train.muon_router) if config.train.optimizer == "muon" else 0
     return {
         "attention": model.layers * ((3 + again) * qkv + 3 * out + scores * score),

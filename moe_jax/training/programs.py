@@ -41,6 +41,15 @@ from moe_jax.training.state import TrainState, initial_params, initial_state
 from moe_jax.training.step import Gradients, Step, gradients, make_step
 
 
+def trains_in_place(config: RunConfig, device: Any = None) -> bool:
+    """Whether training on one device multiplies blocks with each expert's matrix in place (`moe.layer.InPlaceMoE`).
+
+    Not on a mesh: XLA cannot split such a program over its devices.
+    """
+    blocks = config.model.routing.dispatch == "blocks"
+    return blocks and Card.of(device or jax.devices()[0]).multiplies_in_place
+
+
 @dataclass(frozen=True)
 class Programs:
     """The programs of one configuration, whose vocabulary size is known."""
@@ -85,9 +94,7 @@ class Programs:
         writer, _ = abstract_model(config.model, writing.compute, *stored, moe)
         exchanges = mesh is not None and mesh.shape["expert"] > 1 and moe is MoE
         trained_moe = ExpertParallelMoE if exchanges else moe
-        # XLA cannot split such a program over a mesh.
-        blocks_in_place = mesh is None and moe is MoE and config.model.routing.dispatch == "blocks"
-        if blocks_in_place and Card.of(device or jax.devices()[0]).multiplies_in_place:
+        if mesh is None and moe is MoE and trains_in_place(config, device):
             trained_moe = InPlaceMoE
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
         if lora is not None:

@@ -71,12 +71,16 @@ def gradients(
     d_y: Float[Array, "G R F"],
     interpret: bool = False,
 ) -> tuple[Float[Array, "G R D"], Float[Array, "E D F"]]:
-    """The gradients of `multiply`: of the rows, and of the matrices in their own dtype.
+    """The gradients of `multiply`, of the rows and of the matrices.
+
+    The gradient of the matrices has their dtype, but it is rounded to the dtype of the rows, as the gradient of every
+    matrix on a GPU is (`matmul.py`).
 
     d_x_g = d_y_g W_e^T        d_W_e = sum of x_g^T d_y_g over the groups g of e
     """
     d_rows = _times_matrices(d_y, weights.astype(rows.dtype), further_expert, True, interpret)
-    return d_rows, _sum_of_products(rows, d_y, further_expert, weights, interpret)
+    d_weights = _sum_of_products(rows, d_y, further_expert, len(weights), interpret)
+    return d_rows, d_weights.astype(weights.dtype)
 
 
 def _further_ends(further_expert: Int[Array, " further"], experts: int) -> Int[Array, " E"]:
@@ -129,12 +133,12 @@ def _sum_of_products(
     rows: Float[Array, "G R D"],
     d_y: Float[Array, "G R F"],
     further_expert: Int[Array, " further"],
-    weights: Float[Array, "E D F"],
+    experts: int,
     interpret: bool,
 ) -> Float[Array, "E D F"]:
-    """The sum of rows[g]^T @ d_y[g] over the groups g of each expert. Only shape and dtype of `weights` matter."""
-    experts, width, hidden = weights.shape
-    count = rows.shape[1]
+    """The sum of rows[g]^T @ d_y[g] over the groups g of each expert."""
+    _, count, width = rows.shape
+    hidden = d_y.shape[2]
     tiles, depth = (_tile(width), _tile(hidden)), _tile(count, DEPTH)
     reads = count // depth
 
@@ -154,7 +158,7 @@ def _sum_of_products(
         steps = (1 + end[e] - first) * reads
         out[e, left, right] = jax.lax.fori_loop(0, steps, add, jnp.zeros(tiles, jnp.float32)).astype(out.dtype)
 
-    out = jax.ShapeDtypeStruct(weights.shape, weights.dtype)
+    out = jax.ShapeDtypeStruct((experts, width, hidden), rows.dtype)
     grid = (hidden // tiles[1], width // tiles[0], experts)
     run = _program(grouped_weights, out, grid, tiles[0] * tiles[1], rows.dtype, interpret)
     return run(_further_ends(further_expert, experts), rows, d_y)

@@ -24,6 +24,8 @@ from moe_jax.system.random_keys import fold_each, sequence_keys
 
 BLOCK_ROWS = 128
 """Most rows of a block in training. A product with 128 rows is already fast."""
+IN_PLACE_BLOCK_ROWS = 64
+"""The same for `InPlaceMoE`, which copies no matrix for a block. Of smaller blocks, fewer rows are empty."""
 INFERENCE_BLOCK_FACTOR = 1.5
 """Rows of a block outside training / an expert's fair share of the pairs. At 1.5 few experts need a second block."""
 
@@ -83,6 +85,8 @@ class MoE(nnx.Module):
     """What adapters add to the router, in training only (`model/low_rank.py`)."""
     experts_type: ClassVar[type[Experts]] = Experts
     """The class of the routed experts."""
+    in_place: ClassVar[bool] = False
+    """Whether programs of a GPU multiply blocks with matrices in place, in training (`InPlaceMoE`)."""
 
     def __init__(
         self,
@@ -178,7 +182,7 @@ class MoE(nnx.Module):
         pairs = batch * tokens * policy.top_k
         if mode is Mode.TRAIN:
             if policy.dispatch == "blocks":
-                return Blocks(block_rows(pairs, experts))
+                return Blocks(block_rows(pairs, experts, self.in_place))
             slots = capacity(tokens, experts, policy.top_k, policy.capacity_factor)
             return Capacity(slots) if policy.priority == "token" else LeakyCapacity(slots, policy.priority)
         if mode is Mode.EVALUATE and policy.eval_capacity_factor > 0:
@@ -193,9 +197,11 @@ class MoE(nnx.Module):
 
 
 class InPlaceMoE(MoE):
-    """The same layer, in training by blocks on a GPU that suits (`hardware.Card.multiplies_in_place`)."""
+    """The same layer for training by blocks on a GPU whose programs multiply in place
+    (`hardware.Card.multiplies_in_place`)."""
 
     experts_type = InPlaceExperts
+    in_place = True
 
 
 def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_scale: float = 1.0) -> MoE:
@@ -212,14 +218,14 @@ def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_s
     )
 
 
-def block_rows(pairs: int, experts: int) -> int:
+def block_rows(pairs: int, experts: int, in_place: bool = False) -> int:
     """Rows of a block in training: an expert's fair share of the pairs, rounded up to a power of 2. At least 8, at most
-    BLOCK_ROWS and `pairs`.
+    `pairs` and BLOCK_ROWS, or IN_PLACE_BLOCK_ROWS.
 
     The last block of an expert is half empty on average. So with few pairs, blocks of 128 rows would be mostly padding.
     """
     fair = 2 ** math.ceil(math.log2(pairs / experts)) if pairs > experts else 1
-    return min(max(fair, 8), BLOCK_ROWS, pairs)
+    return min(max(fair, 8), IN_PLACE_BLOCK_ROWS if in_place else BLOCK_ROWS, pairs)
 
 
 def inference_block_rows(pairs: int, experts: int) -> int:
