@@ -288,6 +288,14 @@ def test_the_head_may_be_padded_where_the_device_pads_it(monkeypatch: pytest.Mon
     assert of_step(monkeypatch, padded)["head within the step"].passed
 
 
+def test_a_step_that_multiplies_in_place_is_compared_with_its_own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(arithmetic, "trains_in_place", lambda config: config is not None)
+    monkeypatch.setattr(arithmetic, "step_products", lambda *given: asked.append(given[1:]) or NEEDED)
+    of_step(monkeypatch, NEEDED)
+    assert asked == [(3, 1, True)]
+
+
 def test_what_bounds_blocks_is_their_plan() -> None:
     """T 8, K 2, E 4: 3 sequences have 48 pairs; tests/benchmarks count the rows of the plan by hand."""
     blocks = MODEL.with_routing(dispatch="blocks")

@@ -169,8 +169,9 @@ def test_who_trains_with_it(gpu: str | None, dispatch: str, in_place: bool) -> N
     config = RunConfig(model=tiny.config(dispatch=dispatch))
     programs = Programs.of(config, gpu and load_target(gpu))
     model = nnx.merge(programs.training_graphdef, programs.param_shapes)
-    kinds = {type(block.ffn) for block in model.blocks}
-    assert kinds == {moe_layer.InPlaceMoE if in_place else moe_layer.MoE}
+    assert {type(block.ffn) for block in model.blocks} == {moe_layer.InPlaceMoE if in_place else moe_layer.MoE}
+    if dispatch == "blocks":
+        assert model.blocks[0].ffn.dispatch_for(moe_layer.Mode.TRAIN, 64, 64) == Blocks(64 if in_place else 128)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
