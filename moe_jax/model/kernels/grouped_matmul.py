@@ -14,7 +14,7 @@ in turn. In bfloat16, 16 experts of 192 x 64 and 16,384 rows took 6.7 ms with co
 On a GPU, where a turn is several launches, the groups get copies, in the dtype of the rows. In the compiled step of
 `story-4gb` for an RTX 3050, turns were 119,842 kernels, copies were 3,143. In training, cards of compute capability 8.0
 or more have a third form (`in_place`): programs that read each expert's matrix where it lies (`grouped_kernel.py`).
-Copies made the experts read and write 18.6 GB in this step, these programs 7.0 GB.
+Copies made the experts read and write 18.6 GB in this step, these programs 6.8 GB.
 
 The gradient of an expert's matrix is a sum over its groups. On a CPU both forms add the groups in order. On a GPU the
 sum is one product with a matrix of zeros and ones (`_sum_of_groups`). The gradient of plain indexing would be a
