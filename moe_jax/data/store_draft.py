@@ -10,7 +10,6 @@ does no harm if a process of the killed build is still finishing a shard: it wri
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from moe_jax.data.shards import digest_of, shard_name
 from moe_jax.data.streams import encoded
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.system.files import write_atomically
+from moe_jax.system.folders import draft_of
 from moe_jax.system.json_text import json_text
 
 type Added = Callable[[int, int], None]
@@ -79,7 +79,7 @@ class Draft:
     @contextmanager
     def _file(self, split: str, number: int, ending: str) -> Iterator["_Written"]:
         path = self.folder / shard_name(split, number, ending)
-        draft = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
+        draft = draft_of(path)
         try:
             with draft.open("wb") as file:
                 yield (written := _Written(file))
@@ -103,7 +103,7 @@ class Draft:
 
     def clean(self) -> None:
         """Remove what killed builds have left half written."""
-        for leftover in self.folder.glob("*.tmp"):
+        for leftover in self.folder.glob("*.draft"):  # of all files, the index and the entries of shards among them
             leftover.unlink(missing_ok=True)
 
     def split_entry(self, split: str, parts: Iterable[Part], make: Callable[[int, Part], Entry], added: Added) -> Entry:

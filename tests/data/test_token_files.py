@@ -22,6 +22,7 @@ from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.token_store import TokenStore, open_store, prepare_token_store
 from moe_jax.data.tokenizers import load_tokenizer, train_tokenizer
 from moe_jax.system import files
+from moe_jax.system.folders import draft_of
 
 DOCUMENTS = ["Once.", "Grün 😀", "An old fox."]
 BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
@@ -182,7 +183,9 @@ def test_drafts_of_the_same_store_are_removed_and_no_others(
     for without_locks in (True, False):
         for draft in (own, other):
             draft.mkdir(exist_ok=True)
-            (draft / "train.00000.bin.1.tmp").touch()
+            leftovers = [draft_of(draft / f"train.00000.{ending}") for ending in ("bin", "json")]
+            for path in leftovers:
+                path.touch()
         shutil.rmtree(folder)
         with monkeypatch.context() as patch:
             if without_locks:
@@ -192,7 +195,7 @@ def test_drafts_of_the_same_store_are_removed_and_no_others(
         assert sorted(path.name for path in folder.iterdir()) == [
             *("manifest.json", "tokenizer.json", "train.bin", "valid.bin")
         ]
-        assert (other / "train.00000.bin.1.tmp").exists()
+        assert all(path.exists() for path in leftovers), "those of the other store"
 
 
 def test_a_store_that_another_process_built_meanwhile_is_used(

@@ -89,7 +89,7 @@ def test_a_process_that_is_killed_costs_no_finished_shard(
     (draft,) = (tmp_path / "cache").glob("*.partial")
     finished = len(list(draft.glob("train.*.json")))
     assert 3 <= finished < len(bins(expected.folder))
-    assert list(draft.glob("*.tmp")) == []
+    assert list(draft.glob("*.draft")) == []
     assert content(prepare(data, tmp_path / "cache").folder) == content(expected.folder)
 
 
@@ -117,7 +117,7 @@ def test_a_full_disk_in_a_process_is_said_in_one_line(
     cache = tmp_path / "cache"
     with pytest.raises(UserError, match=rf"^token cache {cache}: cannot be written .a file is larger than `ulimit -f`"):
         prepare(data, cache)
-    assert list(cache.glob("*.partial/*.tmp")) == []
+    assert list(cache.glob("*.partial/*.draft")) == []
     monkeypatch.setattr(shard_workers.ShardWorkers, "_started", true)
     assert content(prepare(data, cache).folder) == content(prepare(data, tmp_path / "expected").folder)
 
@@ -136,7 +136,7 @@ def test_a_disk_that_gets_full_costs_no_finished_shard(data: DataConfig, tmp_pat
             prepare(data, cache)
     (draft,) = cache.glob("*.partial")
     assert len(bins(draft)) == 5
-    assert list(draft.glob("*.tmp")) == []
+    assert list(draft.glob("*.draft")) == []
     assert content(prepare(data, cache).folder) == content(prepare(data, tmp_path / "expected").folder)
 
 
