@@ -105,7 +105,10 @@ class Programs:
         if mesh is not None:
             whole = needs_whole_matrices(shapes if adapters is None else adapters, config.train)
             layout = Layout.of(mesh, shapes, whole, adapters)
-        optimizer = make_optimizer(config.train) if layout is None else make_optimizer(config.train, layout.hold)
+        # A card that multiplies bfloat16 fast does so in Muon, too. A CPU does not, and its results stay as they were.
+        narrow = policy.compute == "bfloat16" and Card.of(device or jax.devices()[0]).bfloat16_units
+        held = {} if layout is None else {"hold": layout.hold}
+        optimizer = make_optimizer(config.train, **held, narrow=narrow)
         return cls(config, policy, graphdef, writing, writer, shapes, optimizer, loss, lora, training, adapters, layout)
 
     @cached_property

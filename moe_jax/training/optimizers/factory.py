@@ -19,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int
-from optax import contrib
 
 from moe_jax.config import TrainConfig
 from moe_jax.model.transformer import Params
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor
 from moe_jax.training.optimizers.adam import scale_by_adam, skippable
 from moe_jax.training.optimizers.adam8bit import scale_by_adam8bit
+from moe_jax.training.optimizers.muon import scale_by_muon
 
 
 def warmup_steps(config: TrainConfig) -> int:
@@ -57,7 +57,9 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
 type Hold = Callable[[Any], Any]
 
 
-def make_optimizer(config: TrainConfig, hold: Hold = lambda updates: updates) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    config: TrainConfig, hold: Hold = lambda updates: updates, narrow: bool = False
+) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the configuration. It expects gradients that are already clipped.
 
     `update(..., step=n, taken=...)` takes the run's clock n, the number of earlier steps, skipped ones included. The
@@ -67,10 +69,12 @@ def make_optimizer(config: TrainConfig, hold: Hold = lambda updates: updates) ->
 
     `hold` says where the updates lie on a mesh (`parallel.layout.Layout.hold`). It acts before the decay, which adds
     parameters: these lie elsewhere, and the compiler would take their layout for the whole rule.
+
+    With `narrow`, Muon multiplies its matrices in bfloat16.
     """
     if config.optimizer == "muon":
-        labels = partial(muon_labels, routers=config.muon_router)
-        return optax.partition({"muon": _muon(config, hold), "adamw": _decayed(_adam(config), config, hold)}, labels)
+        labels, muon = partial(muon_labels, routers=config.muon_router), _muon(config, hold, narrow)
+        return optax.partition({"muon": muon, "adamw": _decayed(_adam(config), config, hold)}, labels)
     if config.optimizer == "adafactor":
         return _decayed(skippable(scale_by_adafactor()), config, hold)
     if config.optimizer == "adamw-8bit":
@@ -126,22 +130,9 @@ def _decayed(
     )
 
 
-def _muon(config: TrainConfig, hold: Hold) -> optax.GradientTransformationExtraArgs:
-    """Muon (Jordan et al. 2024): the momentum of each matrix, made nearly orthogonal by five Newton-Schulz steps.
-
-    A stack of experts `[E, D, F]` is treated as E matrices. If it were orthogonalised as one matrix, the experts would
-    share one spectrum.
-
-    `optax.contrib.muon` also multiplies the step of a matrix `[in, out]` by sqrt(max(1, out / in)): 1.732 for the
-    `[D, 3D]` matrix of queries, keys and values. This Muon does not. All its matrices move by about `muon_lr` in
-    spectral norm, and the presets are tuned for that.
-    """
-
-    def axes(params: Any) -> Any:
-        return jax.tree.map(lambda p: contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
-
+def _muon(config: TrainConfig, hold: Hold, narrow: bool) -> optax.GradientTransformationExtraArgs:
     return optax.chain(
-        _held(skippable(contrib.scale_by_muon(weight_dimension_numbers=axes)), hold),
+        _held(scale_by_muon(narrow), hold),
         optax.add_decayed_weights(config.weight_decay),
         scale_by_rate(learning_rate(config, config.muon_lr)),
     )
