@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.moe.dispatch import Blocks, Dispatch
@@ -115,9 +115,11 @@ class OwnExperts(Experts):
         further = jax.lax.fori_loop(experts, used, add_block, jnp.zeros_like(rows[experts:]))
         return jnp.concatenate([first, jax.lax.psum(further, AXIS)])
 
-    def apply_per_token(self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"]) -> Float[Array, "G D"]:
+    def apply_per_token(
+        self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"], wanted: Bool[Array, " G"] | None = None
+    ) -> Float[Array, "G D"]:
         place, is_own = self._place(group_expert)
-        return jax.lax.psum(jnp.where(is_own[:, None], super().apply_per_token(rows, place), 0), AXIS)
+        return jax.lax.psum(jnp.where(is_own[:, None], super().apply_per_token(rows, place, wanted), 0), AXIS)
 
     @property
     def _own(self) -> int:

@@ -255,14 +255,13 @@ def test_muon_in_bfloat16_has_the_same_momentum_and_nearly_the_same_directions()
     shapes = {"qkv": (32, 96), "tall": (96, 32), "experts": (3, 32, 64)}
     params = {name: jnp.zeros(shape) for name, shape in shapes.items()}
     rules = scale_by_muon(), scale_by_muon(narrow=True)
-    states = [rule.init(params) for rule in rules]
+    states: list[Any] = [rule.init(params) for rule in rules]
     update = [jax.jit(rule.update) for rule in rules]
     for n in range(4):
         grads = {k: jnp.asarray(rng.normal(size=s) * 10.0**-n, jnp.float32) for k, s in shapes.items()}
-        steps = [None, None]
-        for i in range(2):
-            steps[i], states[i] = update[i](grads, states[i], taken=n != 2)
-        whole, narrow = steps
+        (whole, states[0]), (narrow, states[1]) = (
+            one(grads, state, taken=n != 2) for one, state in zip(update, states, strict=True)
+        )
         for name in shapes:
             np.testing.assert_allclose(states[1].mu[name], states[0].mu[name], rtol=1e-6, atol=1e-9)
             assert narrow[name].dtype == jnp.float32

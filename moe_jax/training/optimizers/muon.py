@@ -34,7 +34,7 @@ def scale_by_muon(narrow: bool = False) -> optax.GradientTransformationExtraArgs
         return skippable(orthogonal(beta=BETA))
     without_momentum = orthogonal(beta=0.0, nesterov=False)
 
-    def update(updates: Any, state: contrib.MuonState, params: Any = None) -> tuple[Any, contrib.MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, contrib.MuonState]:
         del params
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: BETA * m + (1 - BETA) * g, state.mu, updates)
