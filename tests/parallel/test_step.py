@@ -24,7 +24,7 @@ from tests.support import tiny
 pytestmark = pytest.mark.parallel
 
 CLOSE = 5e-6
-"""Largest difference of two losses in nats, over 20 steps. Sums over devices are made in another order."""
+"""Largest difference of two losses in nats, over 50 steps. Sums over devices are made in another order."""
 
 
 WIDE = {"seq_len": 64, "width": 64, "layers": 2}
@@ -79,11 +79,11 @@ def test_hidden_states_drops_and_load_have_the_bits_of_one_device(
         *(("fsdp=2,expert=4", kind, 1) for kind in get_args(OptimizerKind) if kind != "adamw"),
     ],
 )
-def test_twenty_losses_are_those_of_one_device(mesh: str, optimizer: str, micro_batches: int) -> None:
+def test_fifty_losses_are_those_of_one_device(mesh: str, optimizer: str, micro_batches: int) -> None:
     """Number 3 of the strict list: every optimizer, with dropout, and accumulated. The step is compiled once."""
     programs = made.programs(mesh, optimizer, grad_accum=micro_batches)
-    _, losses = made.train(programs, 20)
-    _, expected = made.train(made.programs("", optimizer, grad_accum=micro_batches), 20)
+    _, losses = made.train(programs, 50)
+    _, expected = made.train(made.programs("", optimizer, grad_accum=micro_batches), 50)
     assert np.abs(np.array(losses) - expected).max() <= CLOSE
     assert expected[0] - expected[-1] > 0.1
     assert programs.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
