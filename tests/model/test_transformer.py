@@ -89,7 +89,7 @@ def test_cached_decoding_of_grouped_heads() -> None:
 def test_the_cache_holds_the_key_heads_only() -> None:
     graphdef, params = tiny.build(tiny.config(heads=4, kv_heads=1, head_size=6))
     cache = jax.eval_shape(lambda p, t: merge(graphdef, p)(t, Mode.GENERATE)[2], params, tiny.tokens(3, tiny.T))
-    assert {leaf.shape for leaf in jax.tree.leaves(cache)} == {(3, 1, 6, tiny.T)}
+    assert {(layer.key.shape, layer.value.shape) for layer in cache} == {((3, 1, 6, tiny.T), (3, 1, tiny.T, 6))}
 
 
 @pytest.mark.parametrize(
