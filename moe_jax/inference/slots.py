@@ -91,7 +91,7 @@ class SlotDecoder:
 
     def empty(self, params: Params) -> Slots:
         """Slots without texts. They are put on the device of a state that was read, as later slots are. Otherwise jax
-        would compile `place` for them, and once more at the first text."""
+        would compile `place` twice: for them, and at the first text."""
         read = self.read(params, [0])
         return jax.device_put(self._empty(read), read.logits.sharding)
 

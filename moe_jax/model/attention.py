@@ -135,13 +135,14 @@ class Attention(nnx.Module):
 
 
 def _write(cache: Float[Array, "B KV _ _"], new: Float[Array, "B KV _ _"], index: Int[Array, "*B"], axis: int) -> Array:
-    """The cache with the new places of each sequence from its position on, along an axis. Of a negative position,
-    place 0 is written."""
+    """The cache with the new places of each sequence from its position on, along an axis. A sequence with
+    a negative position gets its new places from place 0 on."""
     if index.ndim == 0:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis)
 
     def write_row(row: Array, cache: Array) -> Array:
-        start = [jnp.maximum(index[row], 0) if i == axis else row * (i == 0) for i in range(4)]
+        start = [row, 0, 0, 0]
+        start[axis] = jnp.maximum(index[row], 0)
         return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, row, 1), start)
 
     return jax.lax.fori_loop(0, len(cache), write_row, cache)

@@ -2,8 +2,8 @@
 
 On a CPU a single token takes loops that read only the places in use: `row_sum` for its scores, and one value after
 another for the sum. So a token costs what its position costs, whatever the length of the context, and a sequence
-without a token costs nothing. XLA's products read every place of every sequence. Elsewhere, and for several tokens,
-those products are the faster form (`_at_once`).
+without a token costs nothing. Elsewhere, and for several tokens, two of XLA's products read every place of every
+sequence (`_at_once`).
 
 The cache has S places. Keys have the places as their last axis, values as the axis before it. So both forms read it in
 its order in memory.
