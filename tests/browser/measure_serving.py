@@ -18,8 +18,7 @@ from typing import Any
 
 from playwright.sync_api import sync_playwright
 
-from tests.browser.served import Served
-from tests.browser.test_serving_real import Real
+from tests.browser.served import Real, Served
 from tests.serving.site import Site, site
 from tests.support.stand_in_server import StandIn, stand_in
 

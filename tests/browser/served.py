@@ -1,9 +1,12 @@
-"""The server's page opened in a real browser, beside a stand-in server."""
+"""The server's page opened in a real browser: that of a stand-in server, and that of the real one."""
 
 from typing import Any
 
 from tests.browser.opened import Watched
 from tests.support.stand_in_server import StandIn, experts_of
+
+SEED = 5
+"""Of the texts of a real server."""
 
 
 class Served(Watched):
@@ -65,3 +68,31 @@ class Served(Watched):
 
     def card(self) -> str:
         return self.page.locator("#card").inner_text()
+
+
+class Real(Watched):
+    """The page of a real server."""
+
+    def __init__(self, browser: Any, port: int) -> None:
+        super().__init__(browser)
+        self.page.goto(f"http://127.0.0.1:{port}/")
+        self.page.locator("#model-name", has_text="tiny").wait_for(state="attached")
+        self.page.locator("#seed").fill(str(SEED))
+        self.page.locator("#temperature").fill("1")
+
+    def press(self, button: str) -> None:
+        """Presses a button that writes, and waits for the end of the text."""
+        self.page.locator("#status").evaluate("(node) => { node.textContent = ''; }")
+        self.page.locator(button).click()
+        self.page.locator("#status", has_text="Finished").wait_for(state="attached")
+
+    def write(self, text: str, length: int) -> None:
+        self.page.locator("#length").fill(str(length))
+        self.page.locator("#prompt").fill(text)
+        self.press("#write")
+
+    def first_choices(self, layer: int) -> list[int | None]:
+        """The number below each chip."""
+        self.page.locator("#layer").fill(str(layer))
+        numbers = "(all) => all.map((t) => ('expert' in t.dataset ? Number(t.dataset.expert) : null))"
+        return self.page.locator("#tokens .t").evaluate_all(numbers)
