@@ -102,9 +102,33 @@ def apply_rope(
     dtype = at_least_float32(x.dtype)
     frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
     angle = positions.astype(dtype)[..., None, None] * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
+    return _rotated(x, jnp.cos(angle), jnp.sin(angle))
+
+
+@jax.custom_vjp
+def _rotated(
+    x: Float[Array, "B T H A"], cos: Float[Array, "*#B T 1 half"], sin: Float[Array, "*#B T 1 half"]
+) -> Float[Array, "B T H A"]:
+    """Each pair (a, b) of a head as (a cos - b sin, b cos + a sin).
+
+    The gradient is the rotation back. By autodiff it would be a sum of padded arrays, which XLA computes number by
+    number on a CPU: a tenth of a training step of `story-cpu`.
+    """
+    half = x.shape[-1] // 2
+    a, b = x[..., :half].astype(cos.dtype), x[..., half:].astype(cos.dtype)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _rotate_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rotated(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, None, None]:
+    cos, sin = residuals
+    return _rotated(d_y, cos, -sin), None, None
+
+
+_rotated.defvjp(_rotate_forward, _rotate_backward)
 
 
 def dropout(x: Float[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None) -> Float[Array, "B ..."]:

@@ -21,7 +21,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.data.shards import TokenArray
 from moe_jax.inference.decode import Decoder
-from moe_jax.model.hardware import Card
+from moe_jax.model.hardware import Card, cpu_bfloat16_units
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import InPlaceMoE, MoE
@@ -105,10 +105,13 @@ class Programs:
         if mesh is not None:
             whole = needs_whole_matrices(shapes if adapters is None else adapters, config.train)
             layout = Layout.of(mesh, shapes, whole, adapters)
-        # A card that multiplies bfloat16 fast does so in Muon, too. A CPU does not, and its results stay as they were.
-        narrow = policy.compute == "bfloat16" and Card.of(device or jax.devices()[0]).bfloat16_units
+        # Where bfloat16 is multiplied fast, Muon does so too.
+        card = Card.of(device or jax.devices()[0])
+        on_cpu = card.platform == "cpu"
+        fast = bool(cpu_bfloat16_units()) if on_cpu else card.bfloat16_units
+        narrow, stacked = policy.compute == "bfloat16" and fast, on_cpu and layout is None
         held = {} if layout is None else {"hold": layout.hold}
-        optimizer = make_optimizer(config.train, **held, narrow=narrow)
+        optimizer = make_optimizer(config.train, **held, narrow=narrow, stacked=stacked)
         return cls(config, policy, graphdef, writing, writer, shapes, optimizer, loss, lora, training, adapters, layout)
 
     @cached_property

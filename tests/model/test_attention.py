@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.model import attention
 from moe_jax.model.kernels import causal_attention as kernel
 from moe_jax.model.kernels import query_blocks
 from moe_jax.model.kernels.causal_attention import causal_attention
@@ -57,6 +58,24 @@ def test_heads_share_key_heads_against_loops(key_heads: int) -> None:
     for implementation in ("blocked", "recomputed", "reference"):
         attend = functools.partial(causal_attention, implementation=implementation)
         np.testing.assert_allclose(jax.jit(attend)(query, key, value), expected, atol=1e-13, err_msg=implementation)
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_the_gradient_of_the_heads_is_their_concatenation(key_heads: int) -> None:
+    """As numbers, on any device; and on a CPU also in the program, where padded arrays would be slow."""
+    heads = 4 + 2 * key_heads
+    qkv = jnp.arange(2 * 3 * heads * 5, dtype=jnp.float32).reshape(2, 3, heads, 5)
+    parts, pull = jax.vjp(lambda qkv: attention._split(qkv, 4), qkv)
+    assert [part.shape[2] for part in parts] == [4, key_heads, key_heads]
+    np.testing.assert_array_equal(jnp.concatenate(parts, axis=2), qkv)
+    np.testing.assert_array_equal(pull(parts)[0], qkv)
+
+    def back(*parts: jax.Array) -> jax.Array:
+        return attention._split_backward(4, None, parts)[0]
+
+    exported = {on: jax.jit(back).trace(*parts).lower(lowering_platforms=(on,)).as_text() for on in ("cpu", "cuda")}
+    assert "stablehlo.pad" not in exported["cpu"]
+    assert "stablehlo.pad" in exported["cuda"]
 
 
 def test_no_key_is_copied_for_its_group() -> None:

@@ -71,6 +71,17 @@ def test_rotation_against_complex_numbers(float64: None) -> None:
     np.testing.assert_allclose(slower[1, 2, 0], oracles.rotate(x[1, 2, 0], 300, 1e6), atol=1e-12)
 
 
+def test_the_gradient_of_a_rotation_is_that_of_complex_numbers(float64: None) -> None:
+    """z -> z e^(i t) is linear, so the gradient of the sum of y c is c turned by -t."""
+    rng = np.random.default_rng(0)
+    x, c = rng.normal(size=(2, 2, 5, 3, 8))
+    positions = rng.integers(0, 100, (2, 5))
+    d_x = jax.grad(lambda x: (apply_rope(x, jnp.asarray(positions)) * c).sum())(jnp.asarray(x))
+    angle = positions[..., None, None] * 10_000.0 ** (-np.arange(4) / 4)
+    turned = (c[..., :4] + 1j * c[..., 4:]) * np.exp(-1j * angle)
+    np.testing.assert_allclose(d_x, np.concatenate([turned.real, turned.imag], -1), atol=1e-12)
+
+
 def test_rotated_products_depend_on_the_distance_only(float64: None) -> None:
     q, k = np.random.default_rng(2).normal(size=(2, 8))
 

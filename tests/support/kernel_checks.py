@@ -101,7 +101,7 @@ def check_gathered_matmul() -> None:
     d_rows = np.stack([d_y[g] @ weights[e].T for g, e in enumerate(experts)])
     with jax.enable_x64(True):
         operands = [jnp.asarray(x) for x in (rows, weights, np.array(further))]
-        found = (grouped._gathered(*operands), *grouped._gathered_backward(*operands, jnp.asarray(d_y)))
+        found = (grouped._copied(*operands), *grouped._copied_backward(*operands, jnp.asarray(d_y)))
     for ours, expected in zip(found, (product, d_rows, d_weights), strict=True):
         assert np.abs(np.asarray(ours) - expected).max() < 1e-12
 

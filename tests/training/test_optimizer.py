@@ -12,6 +12,7 @@ from optax import contrib
 
 from moe_jax.config import OptimizerKind, TrainConfig
 from moe_jax.system.hlo import read_program
+from moe_jax.training.optimizers import muon
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor
 from moe_jax.training.optimizers.adam import scale_by_adam, skippable
 from moe_jax.training.optimizers.adam8bit import BLOCK, Coded, decode, encode, scale_by_adam8bit
@@ -270,6 +271,22 @@ def test_muon_in_bfloat16_has_the_same_momentum_and_nearly_the_same_directions()
             values = np.linalg.svd(narrow[name], compute_uv=False)
             assert 0.6 < values.min() < values.max() < 1.2
     assert states[0].count == states[1].count == 3
+
+
+@pytest.mark.parametrize("largest", [10**9, 5 * 32 * 48, 1])
+def test_stacked_matrices_get_the_directions_that_they_get_alone(largest: int, monkeypatch: Any) -> None:
+    """Tall and wide matrices of two sizes, also where a stack is full, or where no two arrays fit one."""
+    monkeypatch.setattr(muon, "LARGEST_STACK", largest)
+    shapes = {"a": (3, 32, 48), "b": (48, 32), "c": (2, 48, 32), "d": (32, 32), "e": (32, 48)}
+    rng = np.random.default_rng(0)
+    grads = {name: jnp.asarray(rng.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    sizes = [len(group) for group in muon._groups(list(grads.values()))]
+    assert sorted(sizes) == {10**9: [1, 4], 5 * 32 * 48: [1, 2, 2], 1: [1] * 5}[largest]
+    alone, stacked = (
+        rule.update(grads, rule.init(grads))[0] for rule in (scale_by_muon(), scale_by_muon(stacked=True))
+    )
+    for name in shapes:
+        np.testing.assert_allclose(stacked[name], alone[name], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

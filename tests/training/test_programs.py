@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.config import ComputeDtype, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.inspection.compiled_layer import without_sources
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.moe.reference import AllExpertsMoE
@@ -89,6 +89,25 @@ def test_float16_scales_the_loss_and_the_parameters_are_stored_as_asked() -> Non
     )
     assert float(state.loss_scale.scale) == 2.0**15
     assert float(Programs.of(CONFIG).state(params).loss_scale.scale) == 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "units", "narrow"), [("bfloat16", "AMX", True), ("bfloat16", "", False), ("float32", "AMX", False)]
+)
+def test_muon_is_in_bfloat16_where_a_cpu_multiplies_it_fast(
+    precision: ComputeDtype, units: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in a run in bfloat16 only. In any case matrices of one size are one stack, with three products a step."""
+    monkeypatch.setattr("moe_jax.training.programs.cpu_bfloat16_units", lambda: units)
+    train = dataclasses.replace(CONFIG.train, optimizer="muon")
+    execution = ExecutionConfig(compute_dtype=precision)
+    programs = Programs.of(dataclasses.replace(CONFIG, train=train, execution=execution))
+    shapes = programs.param_shapes
+    step = jax.make_jaxpr(lambda p: programs.optimizer.update(p, programs.optimizer.init(p), p, step=0, taken=True)[0])
+    products = [line for line in str(step(shapes)).splitlines() if "dot_general" in line]
+    assert all(("bf16[" in line) == narrow for line in products)
+    sizes = {tuple(sorted(p.shape[-2:])) for p in jax.tree.leaves(shapes["blocks"]) if p.ndim >= 2}
+    assert len(products) == 3 * (len(sizes) - 1)  # the router is not Muon's
 
 
 def run_config(folder: Path, steps: int) -> RunConfig:

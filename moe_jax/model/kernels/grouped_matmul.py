@@ -29,11 +29,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels import grouped_kernel
-from moe_jax.model.kernels.matmul import matmul, transpose_contiguous
+from moe_jax.model.kernels.matmul import matmul, transpose_contiguous, transposed_product
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 Implementation = Literal["blocked", "in_place", "reference"]
+Form = Literal["copies", "turns", "in_place"]
+"""How the further groups are multiplied."""
 
 
 def grouped_matmul(
@@ -64,94 +66,73 @@ def grouped_matmul(
             # A plain product. The compiler would turn the batched product into one, but lose its name (`named_scope`).
             return matmul(rows[0], weights[0])[None]
         return matmul(rows, weights)
-    in_place = implementation == "in_place" and grouped_kernel.suits(rows.shape, weights.shape, rows.dtype)
-    if width * hidden <= rows.shape[1] * (width + hidden) and not in_place:
-        return matmul(rows, _copies(weights, further_expert))
-    return _in_turn(rows, weights, further_expert, in_place)
-
-
-@jax.custom_vjp
-def _copies(weights: Float[Array, "E D F"], further_expert: Int[Array, " further"]) -> Float[Array, "G D F"]:
-    """The matrix of each group."""
-    return jnp.concatenate([weights, weights[further_expert]])
-
-
-def _copies_forward(weights: Array, further_expert: Array) -> tuple[Array, tuple[Array, int]]:
-    return _copies(weights, further_expert), (further_expert, len(weights))
-
-
-def _copies_backward(residuals: tuple[Array, int], d_copies: Array) -> tuple[Array, None]:
-    further_expert, experts = residuals
-
-    def in_order(d_copies: Array, further_expert: Array) -> Array:
-        def add_group(g: Array, d_weights: Array) -> Array:
-            return d_weights.at[further_expert[g]].add(d_copies[experts + g])
-
-        return jax.lax.fori_loop(0, len(further_expert), add_group, d_copies[:experts])
-
-    def at_once(d_copies: Array, further_expert: Array) -> Array:
-        return _sum_of_groups(d_copies, further_expert, experts).astype(d_copies.dtype)
-
-    return jax.lax.platform_dependent(d_copies, further_expert, cpu=in_order, default=at_once), None
-
-
-_copies.defvjp(_copies_forward, _copies_backward)
+    if implementation == "in_place" and grouped_kernel.suits(rows.shape, weights.shape, rows.dtype):
+        return _by_group(rows, weights, further_expert, "in_place")
+    copied = width * hidden <= rows.shape[1] * (width + hidden)
+    return _by_group(rows, weights, further_expert, "copies" if copied else "turns")
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _in_turn(
-    rows: Float[Array, "G R D"], weights: Float[Array, "E D F"], further_expert: Int[Array, " further"], in_place: bool
+def _by_group(
+    rows: Float[Array, "G R D"], weights: Float[Array, "E D F"], further_expert: Int[Array, " further"], form: Form
 ) -> Float[Array, "G R F"]:
     """y_g = x_g W_e for each group g of expert e.
 
     d_x_g = d_y_g W_e^T        d_W_e = sum of x_g^T d_y_g over the groups g of e
+
+    `form` is that of a CPU. With "in_place", it is turns on a CPU and the programs of `grouped_kernel` on an NVIDIA
+    card. All other devices take copies.
     """
-    on_gpu = {"cuda": grouped_kernel.multiply} if in_place else {}
-    return jax.lax.platform_dependent(rows, weights, further_expert, cpu=_turns, default=_gathered, **on_gpu)
+    on_cpu = _copied if form == "copies" else _turns
+    on_gpu = {"cuda": grouped_kernel.multiply} if form == "in_place" else {}
+    return jax.lax.platform_dependent(rows, weights, further_expert, cpu=on_cpu, default=_copied, **on_gpu)
 
 
-def _turns(rows: Array, weights: Array, further_expert: Array) -> Array:
-    experts, precision = len(weights), dot_precision(rows.dtype)
-    weights = weights.astype(rows.dtype)
-    y = jnp.zeros((*rows.shape[:2], weights.shape[2]), rows.dtype)
-    y = y.at[:experts].set(_batched("grd,gdf->grf", rows[:experts], weights))
-
-    def multiply_group(g: Array, y: Array) -> Array:
-        return y.at[g].set(jnp.matmul(rows[g], weights[further_expert[g - experts]], precision=precision))
-
-    return jax.lax.fori_loop(experts, len(rows), multiply_group, y)
+def _by_group_forward(
+    rows: Array, weights: Array, further_expert: Array, form: Form
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    return _by_group(rows, weights, further_expert, form), (rows, weights, further_expert)
 
 
-def _gathered(rows: Array, weights: Array, further_expert: Array) -> Array:
-    return _batched("grd,gdf->grf", rows, _narrow_copies(rows, weights, further_expert))
+def _by_group_backward(form: Form, residuals: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, Array, None]:
+    on_cpu = _copied_backward_in_order if form == "copies" else _turns_backward
+    on_gpu = {"cuda": grouped_kernel.gradients} if form == "in_place" else {}
+    d_rows, d_weights = jax.lax.platform_dependent(*residuals, d_y, cpu=on_cpu, default=_copied_backward, **on_gpu)
+    return d_rows, d_weights, None
 
 
-def _narrow_copies(rows: Array, weights: Array, further_expert: Array) -> Float[Array, "G D F"]:
+_by_group.defvjp(_by_group_forward, _by_group_backward)
+
+
+def _copied(rows: Array, weights: Array, further_expert: Array) -> Array:
+    return _batched("grd,gdf->grf", rows, _copies(rows, weights, further_expert))
+
+
+def _copies(rows: Array, weights: Array, further_expert: Array) -> Float[Array, "G D F"]:
     """The matrix of each group in the dtype of the rows. With the barrier, the matrices are narrowed before they are
-    copied."""
+    copied: a layer has more groups than experts, and a copy of half the size takes half the time."""
     narrow = jax.lax.optimization_barrier(weights.astype(rows.dtype))
     return jnp.concatenate([narrow, narrow[further_expert]])
 
 
-def _in_turn_forward(
-    rows: Array, weights: Array, further_expert: Array, in_place: bool
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    return _in_turn(rows, weights, further_expert, in_place), (rows, weights, further_expert)
-
-
-def _in_turn_backward(in_place: bool, residuals: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, Array, None]:
-    rows, weights, further_expert = residuals
-    on_gpu = {"cuda": grouped_kernel.gradients} if in_place else {}
-    d_rows, d_weights = jax.lax.platform_dependent(
-        rows, weights, further_expert, d_y, cpu=_turns_backward, default=_gathered_backward, **on_gpu
-    )
-    return d_rows, d_weights, None
-
-
-def _gathered_backward(rows: Array, weights: Array, further_expert: Array, d_y: Array) -> tuple[Array, Array]:
-    d_rows = _batched("grf,gdf->grd", d_y, _narrow_copies(rows, weights, further_expert))
+def _copied_backward(rows: Array, weights: Array, further_expert: Array, d_y: Array) -> tuple[Array, Array]:
+    d_rows = _batched("grf,gdf->grd", d_y, _copies(rows, weights, further_expert))
     d_copies = _batched("grd,grf->gdf", rows, d_y)
     return d_rows, _sum_of_groups(d_copies, further_expert, len(weights)).astype(weights.dtype)
+
+
+def _copied_backward_in_order(rows: Array, weights: Array, further_expert: Array, d_y: Array) -> tuple[Array, Array]:
+    """The same for a CPU: the gradient of each copy is computed in at least float32, and the copies are added in
+    order."""
+    experts = len(weights)
+    d_rows = _batched("grf,gdf->grd", d_y, _copies(rows, weights, further_expert))
+    d_copies = transposed_product(rows, d_y)
+
+    def add_group(g: Array, d_weights: Array) -> Array:
+        return d_weights.at[further_expert[g]].add(d_copies[experts + g])
+
+    d_weights = jax.lax.fori_loop(0, len(further_expert), add_group, d_copies[:experts])
+    return d_rows, d_weights.astype(weights.dtype)
 
 
 def _sum_of_groups(
@@ -169,6 +150,18 @@ def _sum_of_groups(
     )
 
 
+def _turns(rows: Array, weights: Array, further_expert: Array) -> Array:
+    experts, precision = len(weights), dot_precision(rows.dtype)
+    weights = weights.astype(rows.dtype)
+    y = jnp.zeros((*rows.shape[:2], weights.shape[2]), rows.dtype)
+    y = y.at[:experts].set(_batched("grd,gdf->grf", rows[:experts], weights))
+
+    def multiply_group(g: Array, y: Array) -> Array:
+        return y.at[g].set(jnp.matmul(rows[g], weights[further_expert[g - experts]], precision=precision))
+
+    return jax.lax.fori_loop(experts, len(rows), multiply_group, y)
+
+
 def _turns_backward(rows: Array, weights: Array, further_expert: Array, d_y: Array) -> tuple[Array, Array]:
     experts, wide, precision = len(weights), at_least_float32(rows.dtype), dot_precision(rows.dtype)
     narrow = weights.astype(rows.dtype)
@@ -184,9 +177,6 @@ def _turns_backward(rows: Array, weights: Array, further_expert: Array, d_y: Arr
 
     d_rows, d_weights = jax.lax.fori_loop(experts, len(rows), add_group, (d_rows, d_weights))
     return d_rows, d_weights.astype(weights.dtype)
-
-
-_in_turn.defvjp(_in_turn_forward, _in_turn_backward)
 
 
 def _batched(axes: str, left: Array, right: Array, out: jnp.dtype | None = None) -> Array:

@@ -58,7 +58,7 @@ type Hold = Callable[[Any], Any]
 
 
 def make_optimizer(
-    config: TrainConfig, hold: Hold = lambda updates: updates, narrow: bool = False
+    config: TrainConfig, hold: Hold = lambda updates: updates, narrow: bool = False, stacked: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the configuration. It expects gradients that are already clipped.
 
@@ -70,10 +70,10 @@ def make_optimizer(
     `hold` says where the updates lie on a mesh (`parallel.layout.Layout.hold`). It acts before the decay, which adds
     parameters: these lie elsewhere, and the compiler would take their layout for the whole rule.
 
-    With `narrow`, Muon multiplies its matrices in bfloat16.
+    `narrow` and `stacked` are those of `scale_by_muon`.
     """
     if config.optimizer == "muon":
-        labels, muon = partial(muon_labels, routers=config.muon_router), _muon(config, hold, narrow)
+        labels, muon = partial(muon_labels, routers=config.muon_router), _muon(config, hold, narrow, stacked)
         return optax.partition({"muon": muon, "adamw": _decayed(_adam(config), config, hold)}, labels)
     if config.optimizer == "adafactor":
         return _decayed(skippable(scale_by_adafactor()), config, hold)
@@ -130,9 +130,9 @@ def _decayed(
     )
 
 
-def _muon(config: TrainConfig, hold: Hold, narrow: bool) -> optax.GradientTransformationExtraArgs:
+def _muon(config: TrainConfig, hold: Hold, narrow: bool, stacked: bool) -> optax.GradientTransformationExtraArgs:
     return optax.chain(
-        _held(scale_by_muon(narrow), hold),
+        _held(scale_by_muon(narrow, stacked), hold),
         optax.add_decayed_weights(config.weight_decay),
         scale_by_rate(learning_rate(config, config.muon_lr)),
     )

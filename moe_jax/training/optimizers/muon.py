@@ -8,31 +8,33 @@ matrix of queries, keys and values. This Muon does not. All its matrices move by
 the presets are tuned for that.
 """
 
-from functools import partial
+from collections import defaultdict
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array
+from jaxtyping import Array, Float
 from optax import contrib
 
 from moe_jax.training.optimizers.adam import skippable
 
 BETA = 0.95
 """Of the momentum. `optax` has the same."""
+LARGEST_STACK = 2**22
+"""Most numbers in a stack of several arrays. A product of so many takes far longer than its start."""
 
 
-def scale_by_muon(narrow: bool = False) -> optax.GradientTransformationExtraArgs:
+def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.GradientTransformationExtraArgs:
     """The orthogonalised Nesterov momentum of each matrix, in the dtype of its gradient.
 
     With `narrow` the Newton-Schulz steps are computed in bfloat16, as Jordan et al. do. They need no more: they bring
     every singular value near 1, whatever it was before. The momentum stays as it is.
+
+    With `stacked` all matrices of one shape, or of its transpose, are one stack, up to `LARGEST_STACK` numbers. On a
+    CPU the start of a small product takes longer than the product.
     """
-    orthogonal = partial(contrib.scale_by_muon, weight_dimension_numbers=_axes)
-    if not narrow:
-        return skippable(orthogonal(beta=BETA))
-    without_momentum = orthogonal(beta=0.0, nesterov=False)
+    orthogonal = contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_axes)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, contrib.MuonState]:
         del params
@@ -42,14 +44,54 @@ def scale_by_muon(narrow: bool = False) -> optax.GradientTransformationExtraArgs
         def ahead(m: Array, g: Array) -> Array:
             """Nesterov's momentum, in which both parts have a correction for the zeros that they began with."""
             seen, now = 1 - BETA ** (count + 1), 1 - BETA**count
-            return (BETA * m / seen + (1 - BETA) * g / now).astype(jnp.bfloat16)
+            momentum = BETA * m / seen + (1 - BETA) * g / now
+            return momentum.astype(jnp.bfloat16) if narrow else momentum
 
-        momentum = jax.tree.map(ahead, mu, updates)
-        directions, _ = without_momentum.update(momentum, without_momentum.init(momentum))
-        directions = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, updates)
-        return directions, contrib.MuonState(count, mu, state.ns_coeffs)
+        momentum, tree = jax.tree.flatten(jax.tree.map(ahead, mu, updates))
+        groups = _groups(momentum) if stacked else [[i] for i in range(len(momentum))]
+        stacks = [_stack([momentum[i] for i in group]) if len(group) > 1 else momentum[group[0]] for group in groups]
+        stacks, _ = orthogonal.update(stacks, orthogonal.init(stacks))
+        directions = [jnp.empty(0)] * len(momentum)
+        for group, stack in zip(groups, stacks, strict=True):
+            like = [momentum[i] for i in group]
+            for i, direction in zip(group, _unstack(stack, like) if len(group) > 1 else [stack], strict=True):
+                directions[i] = direction
+        narrowed = jax.tree.unflatten(tree, directions)
+        return jax.tree.map(lambda d, g: d.astype(g.dtype), narrowed, updates), contrib.MuonState(
+            count, mu, state.ns_coeffs
+        )
 
-    return skippable(optax.GradientTransformation(orthogonal(beta=BETA).init, update))
+    return skippable(optax.GradientTransformation(orthogonal.init, update))
+
+
+def _groups(arrays: list[Array]) -> list[list[int]]:
+    """The places of the arrays whose matrices have the same two sides, at most `LARGEST_STACK` numbers in a group
+    unless a single array has more."""
+    groups: defaultdict[tuple[int, ...], list[list[int]]] = defaultdict(list)
+    for i, array in enumerate(arrays):
+        same = groups[tuple(sorted(array.shape[-2:]))]
+        if not same or sum(arrays[j].size for j in same[-1]) + array.size > LARGEST_STACK:
+            same.append([])
+        same[-1].append(i)
+    return [group for same in groups.values() for group in same]
+
+
+def _stack(arrays: list[Array]) -> Float[Array, "N m n"]:
+    """The matrices of all arrays, those with more rows than columns transposed."""
+    matrices = [array.reshape(-1, *array.shape[-2:]) for array in arrays]
+    return jnp.concatenate([m.swapaxes(1, 2) if m.shape[1] > m.shape[2] else m for m in matrices])
+
+
+def _unstack(stack: Float[Array, "N m n"], like: list[Array]) -> list[Array]:
+    """The arrays of a stack, each in its own shape."""
+    found, first = [], 0
+    for array in like:
+        count = array.size // stack[0].size
+        matrices = stack[first : first + count]
+        upright = array.shape[-2] > array.shape[-1]
+        found.append((matrices.swapaxes(1, 2) if upright else matrices).reshape(array.shape))
+        first += count
+    return found
 
 
 def _axes(params: Any) -> Any:
