@@ -1,7 +1,8 @@
 """Reference values for a loss: the scores of n-gram models, and the entropy floor of the embedded corpus."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 
@@ -49,15 +50,23 @@ def ngram_baselines(train: Iterable[str], valid: Iterable[str]) -> CorpusBaselin
     return CorpusBaselines(*ngram_bits_per_byte(train, list(valid), ORDERS))
 
 
-def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | None:
-    """The scores for a corpus, cached in `references.json` beside its tokens. None for conversations."""
+def corpus_baselines(
+    data: DataConfig, store: TokenStore, meanwhile: Callable[[], object] | None = None
+) -> CorpusBaselines | None:
+    """The scores for a corpus, cached in `references.json` beside its tokens. None for conversations.
+
+    If they are not cached, they take some seconds of one core. `meanwhile` is called in a thread then. Its errors are
+    ignored.
+    """
     if store.valid.answers is not None:
         return None
     path = store.folder / "references.json"
     try:
         return CorpusBaselines(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        with working("scoring n-gram models of the text, to compare with"):
+        with working("scoring n-gram models of the text, to compare with"), ThreadPoolExecutor(1) as thread:
+            if meanwhile is not None:
+                thread.submit(meanwhile)
             found = _embedded(data) if data.source == "stories" else _of_any_text(store)
         with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
             write_atomically(path, json_text(asdict(found)))

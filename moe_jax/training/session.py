@@ -222,11 +222,17 @@ class Session:
         config = dataclasses.replace(config, model=_with_vocabulary(config.model, store))
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh))
         check_same_data(config, store, programs.policy)
+
+        def compile_step() -> None:
+            """So that the first step finds its program in the cache of compiled programs."""
+            if programs.layout is None:
+                programs.compiled_step(config.train.batch_size, config.train.grad_accum)
+
         opened = cls(
             config=config,
             folder=folder,
             checkpoints=checkpoints,
-            data=SessionData(config, store, corpus_baselines(config.data, store)),
+            data=SessionData(config, store, corpus_baselines(config.data, store, meanwhile=compile_step)),
             programs=programs,
             progress=SessionProgress(RunCounters(), begin),
             state=programs.state_shapes,

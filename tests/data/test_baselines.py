@@ -1,6 +1,8 @@
 """The scores to compare a model with, of any text."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +75,23 @@ def test_a_damaged_copy_is_replaced(text: str, store: TokenStore) -> None:
     (store.folder / NAME).write_text(text)
     assert corpus_baselines(STORIES, store) == first
     assert (store.folder / NAME).read_text() == whole
+
+
+def test_other_work_is_done_meanwhile_if_there_is_anything_to_count(store: TokenStore) -> None:
+    """In another thread, which has ended when the scores are known. An error of it is not one of the scores."""
+    threads: list[threading.Thread] = []
+
+    def work() -> None:
+        threads.append(threading.current_thread())
+        time.sleep(0.05)
+        threads.append(threading.current_thread())
+        raise RuntimeError
+
+    found = corpus_baselines(STORIES, store, meanwhile=work)
+    assert len(threads) == 2
+    assert threads[0] is not threading.current_thread()
+    assert corpus_baselines(STORIES, store, meanwhile=work) == found
+    assert len(threads) == 2
 
 
 def test_a_cache_that_cannot_be_written_is_no_failure(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
