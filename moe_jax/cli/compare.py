@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,7 +12,7 @@ from moe_jax.cli.command import Command, check_range
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.result import print_json
-from moe_jax.config import ConfigError, PresetName, RunConfig, UserError
+from moe_jax.config import ConfigError, Dense, PresetName, RunConfig, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment, streams
 from moe_jax.system.json_text import json_text
@@ -50,6 +51,8 @@ class Compare(Command):
     flops: float = 2e13
     """Training operations of one run of the mixture, which give its number of steps. With --scaling, the largest
     budget."""
+    total: bool = True
+    """Compare with the dense baseline of the same total parameters too. It takes more than half of the time."""
     tune: bool = False
     """Search the best learning rate and depth of each model first, with five short runs for each."""
     scaling: bool = False
@@ -85,6 +88,11 @@ class Compare(Command):
         """What is compared. Empty: the mixture and its dense baselines, as the preset has them."""
         return "tuned" if self.tune else "scaling" if self.scaling else "experts" if self.experts else ""
 
+    @property
+    def _models(self) -> tuple[Dense, ...]:
+        """The mixture, and the dense baselines that it is compared with."""
+        return ("none", "active", "total") if self.total else ("none", "active")
+
     def _check(self, out: Path) -> RunConfig:
         """The preset with the data of `--data`. Raises ConfigError, and UserError if memory is missing."""
         from moe_jax.data.beginning import check_beginning
@@ -111,6 +119,8 @@ class Compare(Command):
         given += [f"--experts {self.experts}"] * bool(self.experts)
         if len(given) > 1:
             raise ConfigError(f"{given[1]}: cannot be given with {given[0]}; run one after the other")
+        if not self.total and (self.scaling or self.experts):
+            raise ConfigError("--no-total: --scaling and --experts have no such baseline; leave it out")
         for name in ("lowest_flops", "predict_flops"):
             flag, value = f"--{name.replace('_', '-')}", getattr(self, name)
             if value and not self.scaling:
@@ -159,6 +169,7 @@ class Compare(Command):
             "data": config.data.source,
             "flops": self.flops,
             "lowest_flops": self.lowest_flops,
+            "total": self.total,
             "config": config.to_dict(),
         }
 
@@ -168,9 +179,10 @@ class Compare(Command):
         if not path.exists():
             return
         try:
-            there = {"study": "", "lowest_flops": 0.0} | json.loads(path.read_text(encoding="utf-8"))["asked"]
+            there = {"study": "", "lowest_flops": 0.0, "total": True}
+            there |= json.loads(path.read_text(encoding="utf-8"))["asked"]
             begun = self._asked(RunConfig.from_dict(there["config"]))
-            begun |= {name: there[name] for name in ("study", "flops", "lowest_flops")}
+            begun |= {name: there[name] for name in ("study", "flops", "lowest_flops", "total")}
             changed = [name for name, here in self._asked(config).items() if begun[name] != here]
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"{path}: cannot be read; remove it, or name another --out") from None
@@ -180,6 +192,7 @@ class Compare(Command):
                 "data": f"--data {config.data.source}",
                 "flops": f"--flops {self.flops:g}",
                 "lowest_flops": f"--lowest-flops {self.lowest_flops:g}",
+                "total": "--total" if self.total else "--no-total",
                 "config": f"--preset {self.preset}",
             }
             asked = flags[changed[0]]
@@ -212,11 +225,15 @@ class Compare(Command):
         if plan is None:
             found = None
             if self.tune:
-                found = tuning.search(base, self.flops, out, lambda runs: study_runs.train_all(runs, signals))
+
+                def train(runs: Sequence[study_runs.StudyRun]) -> list[dict[str, Any]]:
+                    return study_runs.train_all(runs, signals)
+
+                found = tuning.search(base, self.flops, out, self._models, train)
                 print()
                 say(*found.sentences())
-            print("measuring the step times of the three models in turn ...", flush=True)
-            plan = comparison.Plan.make(base, self.flops, found)
+            print("measuring the step times of the models in turn ...", flush=True)
+            plan = comparison.Plan.make(base, self.flops, found, self._models)
             plan.save(path, self._asked(asked))
         todo = list(comparison.runs(plan, self.seeds, out))
         runs = [study_runs.StudyRun(f"{arm.name}, seed {seed}", config) for arm, seed, config in todo]

@@ -2,7 +2,7 @@
 
 One baseline has the same active parameters, the other the same total. The rest of the recipe is the same. Each
 baseline is trained twice: for as many tokens as the mixture, and for as much time as the mixture. So the step times of
-the three models are measured in turn before the training. The numbers of steps follow from them. Before that,
+the models are measured in turn before the training. The numbers of steps follow from them. Before that,
 `tuning.py` can choose the learning rate and the depth of each model.
 
     OUT/plan.json                          the request, the measured step times, the steps of each arm, the search
@@ -12,7 +12,7 @@ the three models are measured in turn before the training. The numbers of steps 
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -55,21 +55,23 @@ class Plan:
     """The configuration of the mixture, with its vocabulary size. Each run replaces seed, steps and folder."""
     flops: float
     step_seconds: dict[Dense, float]
-    """Median time of one step of each model. The models are measured in turn."""
+    """Median time of one step of each model to train, the mixture first. The models are measured in turn."""
     tuning: Tuning | None = None
     """The search for each model's learning rate and depth. None: all have those of `base`."""
 
     @classmethod
-    def make(cls, base: RunConfig, flops: float, tuning: Tuning | None) -> "Plan":
-        """Measure the step times."""
+    def make(cls, base: RunConfig, flops: float, tuning: Tuning | None, models: Sequence[Dense]) -> "Plan":
+        """Measure the step times of the models: the mixture, "none", and its baselines."""
         unmeasured = cls(base, flops, {}, tuning)
         train = base.train
         trainers = {
-            name: RandomTokenTrainer.of(unmeasured.settings(dense), train.batch_size, train.grad_accum)
-            for dense, name in DENSE_BASELINES.items()
+            DENSE_BASELINES[dense]: RandomTokenTrainer.of(
+                unmeasured.settings(dense), train.batch_size, train.grad_accum
+            )
+            for dense in models
         }
         times = alternate(dict(trainers), ROUNDS)
-        seconds = {dense: times[name].median for dense, name in DENSE_BASELINES.items()}
+        seconds = {dense: times[DENSE_BASELINES[dense]].median for dense in models}
         return dataclasses.replace(unmeasured, step_seconds=seconds)
 
     def settings(self, dense: Dense) -> RunConfig:
@@ -81,7 +83,7 @@ class Plan:
         """The arms, the mixture first. Its steps are the budget divided by the operations of one step, rounded down."""
         steps = max(1, math.floor(self.flops / training_flops(self.settings("none"), 1)))
         arms = [Arm("none", "tokens", steps)]
-        for dense in ("active", "total"):
+        for dense in (model for model in self.step_seconds if model != "none"):
             in_time = steps * self.step_seconds["none"] / self.step_seconds[dense]
             arms += [Arm(dense, "tokens", steps), Arm(dense, "wall", max(1, round(in_time)))]
         return arms

@@ -77,6 +77,11 @@ class Tuning(NamedTuple):
 
     trials: tuple[Trial, ...]
 
+    @property
+    def models(self) -> list[Dense]:
+        """The sides, in the order in which they were trained."""
+        return list(dict.fromkeys(trial.dense for trial in self.trials))
+
     def of(self, dense: Dense) -> list[Trial]:
         return [trial for trial in self.trials if trial.dense == dense]
 
@@ -86,17 +91,20 @@ class Tuning(NamedTuple):
 
     def sentences(self) -> list[str]:
         """The choice of each side and the cost of the search, in words."""
-        runs, sides = len(self.of("none")), len(DENSE_BASELINES)
+        sides = self.models
+        runs = len(self.trials) // len(sides)
         cost = sum(trial.flops for trial in self.trials)
         found = [
-            f"the search: {runs} short runs for each of {sides} sides, seed {SEED}, each of {SHARE:.0%} of the budget; "
-            f"{cost:.3g} operations in all"
+            f"the search: {runs} short runs for each of {len(sides)} sides, seed {SEED}, each of {SHARE:.0%} of the "
+            f"budget; {cost:.3g} operations in all"
         ]
-        for dense, name in DENSE_BASELINES.items():
+        for dense in sides:
             best, rates = self.best(dense), {trial.candidate.rate for trial in self.of(dense)}
             c = best.candidate
-            text = f"{name}: learning rate {c.rate:g} x the preset's, {c.layers} layers, hidden width of an expert "
-            text += f"{c.expert_hidden}; {best.bits:.4f} bits per byte in its short run"
+            text = (
+                f"{DENSE_BASELINES[dense]}: learning rate {c.rate:g} x the preset's, {c.layers} layers, hidden width "
+            )
+            text += f"of an expert {c.expert_hidden}; {best.bits:.4f} bits per byte in its short run"
             if c.rate in (min(rates), max(rates)):
                 text += "; this rate is at the end of those tried, so a rate beyond it may be better"
             found.append(text)
@@ -108,7 +116,7 @@ class Tuning(NamedTuple):
             "share_of_budget": SHARE,
             "seed": SEED,
             "training_flops": sum(trial.flops for trial in self.trials),
-            "chosen": {name: self.best(dense).to_json() for dense, name in DENSE_BASELINES.items()},
+            "chosen": {DENSE_BASELINES[dense]: self.best(dense).to_json() for dense in self.models},
             "trials": [trial.to_json() for trial in self.trials],
         }
 
@@ -117,12 +125,12 @@ class Tuning(NamedTuple):
         return cls(tuple(Trial.from_json(trial) for trial in found["trials"]))
 
 
-def search(base: RunConfig, flops: float, out: Path, train: Train) -> Tuning:
-    """Train the short runs of all sides for a budget of `flops` operations. Raises what `train` raises.
+def search(base: RunConfig, flops: float, out: Path, models: Sequence[Dense], train: Train) -> Tuning:
+    """Train the short runs of all `models` for a budget of `flops` operations. Raises what `train` raises.
 
     A depth is tried only if every side can have it, so that each side has the same number of short runs.
     """
-    sides: dict[Dense, RunConfig] = {dense: dense_baseline(base, dense) for dense in DENSE_BASELINES}
+    sides: dict[Dense, RunConfig] = {dense: dense_baseline(base, dense) for dense in models}
     start: dict[Dense, Candidate] = {
         dense: Candidate(1.0, side.model.layers, side.model.expert_hidden) for dense, side in sides.items()
     }

@@ -138,6 +138,8 @@ def test_steps_by_hand(text: Path) -> None:
         ("total", "wall", 1),
     ]
     assert Plan(base(text), 1.0, plan.step_seconds).arms()[0].steps == 1
+    without_total = Plan(base(text), 2.9 * one, {"none": 0.2, "active": 0.1})
+    assert without_total.arms() == plan.arms()[:3]
 
 
 def test_runs_are_ordinary_and_share_what_is_the_same(text: Path, tmp_path: Path) -> None:
@@ -283,7 +285,12 @@ def test_another_comparison_in_the_folder_is_refused(asked: Compare, text: Path,
     assert asked._check(tmp_path / "out") == config
     other = tmp_path / "other.txt"
     other.write_text("another text " * 100)
-    for changes, flag in (({"flops": 1e9}, "--flops 1e"), ({"data": str(other)}, "--data .*other.txt")):
+    changed = (
+        ({"flops": 1e9}, "--flops 1e"),
+        ({"data": str(other)}, "--data .*other.txt"),
+        ({"total": False}, "--no-total"),
+    )
+    for changes, flag in changed:
         with pytest.raises(ConfigError, match=f"{flag}.*begun with other settings"):
             dataclasses.replace(asked, **changes)._check(tmp_path / "out")
 

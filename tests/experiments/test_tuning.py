@@ -3,6 +3,7 @@ trained."""
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from moe_jax.cli import compare
 from moe_jax.cli.compare import Compare
-from moe_jax.config import ConfigError, RunConfig
+from moe_jax.config import ConfigError, Dense, RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
 from moe_jax.experiments import comparison, study_runs, tuning
 from moe_jax.experiments.comparison import Plan
@@ -74,8 +75,17 @@ def score(config: RunConfig) -> float:
     return 1.0 + wrong_rate + (layers - 1) * (-0.25 if dense == "none" else 0.25)
 
 
-def found(trainer: Trainer, base: RunConfig = BASE) -> Tuning:
-    return search(base, FLOPS, Path("out"), lambda runs: [trainer(run.config) for run in runs])
+def found(trainer: Trainer, base: RunConfig = BASE, models: Sequence[Dense] = tuple(DENSE_BASELINES)) -> Tuning:
+    return search(base, FLOPS, Path("out"), models, lambda runs: [trainer(run.config) for run in runs])
+
+
+def test_a_side_that_is_left_out_costs_nothing() -> None:
+    trainer = Trainer(score)
+    chosen = found(trainer, models=("none", "active"))
+    assert chosen.models == ["none", "active"]
+    assert {config.model.dense for config in trainer.asked} == {"none", "active"}
+    assert list(chosen.to_json()["chosen"]) == ["moe", "dense-active"]
+    assert chosen.sentences()[0].startswith("the search: 4 short runs for each of 2 sides")
 
 
 def test_each_side_gets_its_own_best() -> None:
