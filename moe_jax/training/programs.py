@@ -109,8 +109,9 @@ class Programs:
         card = Card.of(device or jax.devices()[0])
         on_cpu = card.platform == "cpu"
         fast = bool(cpu_bfloat16_units()) if on_cpu else card.bfloat16_units
-        narrow, stacked = policy.compute == "bfloat16" and fast, on_cpu and layout is None
+        narrow = policy.compute == "bfloat16" and fast
         held = {} if layout is None else {"hold": layout.hold}
+        stacked = narrow and on_cpu and layout is None
         optimizer = make_optimizer(config.train, **held, narrow=narrow, stacked=stacked)
         return cls(config, policy, graphdef, writing, writer, shapes, optimizer, loss, lora, training, adapters, layout)
 
