@@ -83,8 +83,10 @@ class Plan:
         """The arms, the mixture first. Its steps are the budget divided by the operations of one step, rounded down."""
         steps = max(1, math.floor(self.flops / training_flops(self.settings("none"), 1)))
         arms = [Arm("none", "tokens", steps)]
-        for dense in (model for model in self.step_seconds if model != "none"):
-            in_time = steps * self.step_seconds["none"] / self.step_seconds[dense]
+        for dense, seconds in self.step_seconds.items():
+            if dense == "none":
+                continue
+            in_time = steps * self.step_seconds["none"] / seconds
             arms += [Arm(dense, "tokens", steps), Arm(dense, "wall", max(1, round(in_time)))]
         return arms
 

@@ -9,6 +9,7 @@ the presets are tuned for that.
 """
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,10 @@ def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.Gradient
     """
     orthogonal = contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_axes)
 
+    def orthogonalised(arrays: list[Array]) -> list[Array]:
+        found: Any = orthogonal.update(arrays, orthogonal.init(arrays))[0]
+        return found
+
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, contrib.MuonState]:
         del params
         count = state.count + 1
@@ -48,20 +53,22 @@ def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.Gradient
             return momentum.astype(jnp.bfloat16) if narrow else momentum
 
         momentum, tree = jax.tree.flatten(jax.tree.map(ahead, mu, updates))
-        groups = _groups(momentum) if stacked else [[i] for i in range(len(momentum))]
-        stacks = [_stack([momentum[i] for i in group]) if len(group) > 1 else momentum[group[0]] for group in groups]
-        stacks, _ = orthogonal.update(stacks, orthogonal.init(stacks))
-        directions = [jnp.empty(0)] * len(momentum)
-        for group, stack in zip(groups, stacks, strict=True):
-            like = [momentum[i] for i in group]
-            for i, direction in zip(group, _unstack(stack, like) if len(group) > 1 else [stack], strict=True):
-                directions[i] = direction
-        narrowed = jax.tree.unflatten(tree, directions)
-        return jax.tree.map(lambda d, g: d.astype(g.dtype), narrowed, updates), contrib.MuonState(
-            count, mu, state.ns_coeffs
-        )
+        found = jax.tree.unflatten(tree, _in_stacks(orthogonalised, momentum) if stacked else orthogonalised(momentum))
+        directions = jax.tree.map(lambda d, g: d.astype(g.dtype), found, updates)
+        return directions, contrib.MuonState(count, mu, state.ns_coeffs)
 
     return skippable(optax.GradientTransformation(orthogonal.init, update))
+
+
+def _in_stacks(rule: Callable[[list[Array]], list[Array]], arrays: list[Array]) -> list[Array]:
+    """What a rule for separate matrices makes of the arrays, if it is given stacks of them."""
+    groups = _groups(arrays)
+    stacks = rule([_stack([arrays[i] for i in group]) for group in groups])
+    found = list(arrays)
+    for group, stack in zip(groups, stacks, strict=True):
+        for i, array in zip(group, _unstack(stack, [arrays[i] for i in group]), strict=True):
+            found[i] = array
+    return found
 
 
 def _groups(arrays: list[Array]) -> list[list[int]]:
