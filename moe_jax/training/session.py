@@ -11,6 +11,7 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 import dataclasses
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -222,17 +223,14 @@ class Session:
         config = dataclasses.replace(config, model=_with_vocabulary(config.model, store))
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh))
         check_same_data(config, store, programs.policy)
-
-        def compile_step() -> None:
-            """So that the first step finds its program in the cache of compiled programs."""
-            if programs.layout is None:
-                programs.compiled_step(config.train.batch_size, config.train.grad_accum)
-
+        # The first step then finds its program in the cache of compiled programs.
+        compile_step = partial(programs.compiled_step, config.train.batch_size, config.train.grad_accum)
+        meanwhile = None if programs.layout else compile_step
         opened = cls(
             config=config,
             folder=folder,
             checkpoints=checkpoints,
-            data=SessionData(config, store, corpus_baselines(config.data, store, meanwhile=compile_step)),
+            data=SessionData(config, store, corpus_baselines(config.data, store, meanwhile)),
             programs=programs,
             progress=SessionProgress(RunCounters(), begin),
             state=programs.state_shapes,

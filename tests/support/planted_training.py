@@ -126,15 +126,15 @@ BUGS = [
     Bug(
         "Muon without Nesterov",
         "moe_jax.training.optimizers.muon:scale_by_muon",
-        "skippable(orthogonal(beta=BETA))",
-        "skippable(orthogonal(beta=BETA, nesterov=False))",
+        "BETA * m / seen + (1 - BETA) * g / now",
+        "m / now",
         checks.check_muon,
     ),
     Bug(
         "Muon with four iterations",
         "moe_jax.training.optimizers.muon:scale_by_muon",
-        "skippable(orthogonal(beta=BETA))",
-        "skippable(orthogonal(beta=BETA, ns_steps=4))",
+        "contrib.scale_by_muon(",
+        "contrib.scale_by_muon(ns_steps=4, ",
         checks.check_muon,
     ),
     Bug(
