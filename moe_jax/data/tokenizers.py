@@ -14,7 +14,6 @@ holds no vocabulary, since tiktoken has it. An `hf` file holds the text of the f
 
 import codecs
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -275,8 +274,6 @@ def _learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[int]]:
         max_token_length=_LONGEST_ENTRY,
         show_progress=False,
     )
-    # Without threads: all would allocate in one heap (`restart_with_malloc_settings`), and two take longer than one.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     library.train_from_iterator(texts, trainer)
     # The library writes each byte as one character: a printable Latin-1 byte as itself, other bytes from U+0100 on.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}

@@ -135,6 +135,8 @@ def restart_with_malloc_settings() -> list[str]:
     if os.environ.get("MOE_JAX_RESTART") == "0" or is_traced() or not is_plain_start(sys.orig_argv):
         return [f"without a restart for glibc's allocator, steps may be slower; GLIBC_TUNABLES={_TUNABLES} sets it"]
     os.environ["GLIBC_TUNABLES"] = _TUNABLES
+    # With one heap, two threads that learn a tokenizer take longer than one: they wait for each other.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -1,5 +1,6 @@
 """Limits of the process: known and said before jax could die of them."""
 
+import os
 import resource
 import subprocess
 import sys
@@ -116,6 +117,25 @@ def test_the_state_of_every_optimizer_is_at_least_what_is_counted(optimizer: str
 )
 def test_only_a_plain_start_is_repeated(command: str, plain: bool) -> None:
     assert environment.is_plain_start(command.split()) == plain
+
+
+def test_a_restart_has_one_heap_and_no_threads_that_wait_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the program that takes this one's place. What the user has set stays."""
+    for name in ("GLIBC_TUNABLES", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.41"))
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py"])
+    monkeypatch.setattr(environment, "is_traced", lambda: False)
+    started: list[tuple[str, str]] = []
+    monkeypatch.setattr(
+        "os.execv", lambda *_: started.append((os.environ["GLIBC_TUNABLES"], os.environ["TOKENIZERS_PARALLELISM"]))
+    )
+    environment.restart_with_malloc_settings()
+    monkeypatch.delenv("GLIBC_TUNABLES")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "true")
+    environment.restart_with_malloc_settings()
+    assert [("arena_max=1" in heaps, threads) for heaps, threads in started] == [(True, "false"), (True, "true")]
 
 
 @pytest.mark.parametrize("refused", ["variable", "tracer", "launcher"])
