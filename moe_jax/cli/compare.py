@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,7 +52,7 @@ class Compare(Command):
     """Training operations of one run of the mixture, which give its number of steps. With --scaling, the largest
     budget."""
     total: bool = True
-    """Compare with the dense baseline of the same total parameters too. It takes more than half of the time."""
+    """Compare with the dense baseline of the same total parameters too. It takes almost half of the time."""
     tune: bool = False
     """Search the best learning rate and depth of each model first, with five short runs for each."""
     scaling: bool = False
@@ -225,10 +225,7 @@ class Compare(Command):
         if plan is None:
             found = None
             if self.tune:
-
-                def train(runs: Sequence[study_runs.StudyRun]) -> list[dict[str, Any]]:
-                    return study_runs.train_all(runs, signals)
-
+                train = partial(study_runs.train_all, signals=signals)
                 found = tuning.search(base, self.flops, out, self._models, train)
                 print()
                 say(*found.sentences())
