@@ -99,12 +99,10 @@ class Tuning(NamedTuple):
             f"budget; {cost:.3g} operations in all"
         ]
         for dense in sides:
-            best, rates = self.best(dense), {trial.candidate.rate for trial in self.of(dense)}
-            c = best.candidate
-            text = (
-                f"{DENSE_BASELINES[dense]}: learning rate {c.rate:g} x the preset's, {c.layers} layers, hidden width "
-            )
-            text += f"of an expert {c.expert_hidden}; {best.bits:.4f} bits per byte in its short run"
+            name, best = DENSE_BASELINES[dense], self.best(dense)
+            c, rates = best.candidate, {trial.candidate.rate for trial in self.of(dense)}
+            text = f"{name}: learning rate {c.rate:g} x the preset's, {c.layers} layers, hidden width of an expert "
+            text += f"{c.expert_hidden}; {best.bits:.4f} bits per byte in its short run"
             if c.rate in (min(rates), max(rates)):
                 text += "; this rate is at the end of those tried, so a rate beyond it may be better"
             found.append(text)

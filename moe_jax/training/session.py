@@ -225,7 +225,7 @@ class Session:
         check_same_data(config, store, programs.policy)
         # The first step then finds its program in the cache of compiled programs.
         compile_step = partial(programs.compiled_step, config.train.batch_size, config.train.grad_accum)
-        meanwhile = None if programs.layout else compile_step
+        meanwhile = compile_step if programs.layout is None else None
         opened = cls(
             config=config,
             folder=folder,

@@ -183,6 +183,7 @@ def test_the_command_writes_record_table_and_picture(
         ({"lowest_flops": 1e11}, r"--lowest-flops 1e\+11: must be below --flops 1e\+11"),
         ({"tune": True}, "--scaling: cannot be given with --tune"),
         ({"experts": "4,8"}, "--experts 4,8: cannot be given with --scaling"),
+        ({"total": False}, "--no-total: --scaling and --experts have no such baseline"),
         ({"scaling": False, "predict_flops": 1e15}, r"--predict-flops 1e\+15: is for --scaling only"),
     ],
 )

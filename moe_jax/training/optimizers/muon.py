@@ -23,7 +23,7 @@ from moe_jax.training.optimizers.adam import skippable
 BETA = 0.95
 """Of the momentum. `optax` has the same."""
 LARGEST_STACK = 2**22
-"""Most numbers in a stack of several arrays. A product of so many takes far longer than its start."""
+"""Most numbers in a stack of several arrays. It bounds the memory of the copy."""
 
 
 def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.GradientTransformationExtraArgs:
@@ -32,8 +32,8 @@ def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.Gradient
     With `narrow` the Newton-Schulz steps are computed in bfloat16, as Jordan et al. do. They need no more: they bring
     every singular value near 1, whatever it was before. The momentum stays as it is.
 
-    With `stacked` all matrices of one shape, or of its transpose, are one stack, up to `LARGEST_STACK` numbers. In
-    bfloat16 a small product on a CPU takes as long as its start. In float32 stacks of experts took longer.
+    With `stacked` all matrices of one shape, or of its transpose, are one stack, up to `LARGEST_STACK` numbers. On a
+    CPU, one bfloat16 product of many small matrices is faster than several of few. In float32 it is not.
     """
     orthogonal = contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_axes)
 
