@@ -16,7 +16,9 @@ from moe_jax.config.baselines import dense_baseline
 from moe_jax.inference.decode import DecodeState
 from moe_jax.model.attention import Attention
 from moe_jax.model.hardware import Card
+from moe_jax.model.kernels.causal_attention import Implementation
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
+from moe_jax.model.kernels.library_attention import choose_attention
 from moe_jax.model.moe.functional import layer_shapes, with_gradients
 from moe_jax.model.transformer import Params
 from moe_jax.training.programs import Programs
@@ -64,7 +66,10 @@ def parts(config: RunConfig, device: Any) -> Iterator[Part]:
     programs = Programs.of(config, device)
     rows = config.train.batch_size * config.train.grad_accum
     yield from _constants(Card.of(device))
-    yield from _layer(config.model, rows, programs.policy.compute)
+    undropped = dataclasses.replace(config.model, attention_dropout=0.0)  # without keys there is no dropout anyway
+    here = isinstance(device, jax.Device)
+    library = choose_attention(undropped, config.execution, programs.policy.compute, Card.of(device), here)
+    yield from _layer(config.model, rows, programs.policy.compute, library.implementation)
     twin = Programs.of(dense_baseline(config, "active"), device) if config.model.dense == "none" else None
     yield from _programs(programs, twin, rows)
 
@@ -109,8 +114,8 @@ def _constants(card: Card) -> Iterator[Part]:
     yield Part("the card", f"{LAUNCHES} small kernels", jax.jit(launched), (_shape(1024),))
 
 
-def _layer(config: ModelConfig, rows: int, compute: str) -> Iterator[Part]:
-    """Head and loss, attention, and the experts in both dispatches, on the tokens of a step."""
+def _layer(config: ModelConfig, rows: int, compute: str, library: Implementation | None) -> Iterator[Part]:
+    """Head and loss, attention in both forms, and the experts in both dispatches, on the tokens of a step."""
     group: Group = "one layer, forward and backward"
     dtype = jnp.dtype(compute)
     hidden = _shape(rows, config.seq_len, config.width, dtype=dtype)
@@ -119,13 +124,15 @@ def _layer(config: ModelConfig, rows: int, compute: str) -> Iterator[Part]:
     flat = _shape(rows * config.seq_len, config.width, dtype=dtype)
     yield Part(group, "head and loss", jax.jit(loss), (flat, head, targets))
 
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: Attention(config, 1.0, nnx.Rngs(0))), nnx.Param)
+    for form in (None, library)[: 1 + (library is not None)]:
+        module = nnx.eval_shape(lambda form=form: Attention(config, 1.0, nnx.Rngs(0), form))
+        graphdef, state = nnx.split(module, nnx.Param)
 
-    def attention(params: Any, x: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, nnx.State(params))(x)[0]
+        def attention(params: Any, x: jax.Array, graphdef: nnx.GraphDef = graphdef) -> jax.Array:
+            return nnx.merge(graphdef, nnx.State(params))(x)[0]
 
-    shapes = (nnx.to_pure_dict(state), hidden, hidden)
-    yield Part(group, "attention", jax.jit(with_gradients(attention)), shapes)
+        name = "attention" if form is None else "attention, by cuDNN"
+        yield Part(group, name, jax.jit(with_gradients(attention)), (nnx.to_pure_dict(state), hidden, hidden))
     if config.dense != "none":
         return
     dispatches: tuple[tuple[Dispatch, str], ...] = (("capacity", "by capacity"), ("blocks", "in blocks, no drops"))

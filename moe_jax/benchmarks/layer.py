@@ -1,8 +1,8 @@
 """`benchmark.py moe`: does one MoE layer cost what its active parameters say?
 
 All candidates run forward and backward in one process, with float32 weights: the layer as it trains; a dense
-feed-forward network with the same active arithmetic, in several layouts; all experts on all tokens; and the layer with
-8 and with 64 experts. A token always chooses K experts.
+feed-forward network with the same active arithmetic, in several layouts; all experts on all tokens; the layer with
+8 and with 64 experts; and the layer without drops (`--dispatch blocks`). A token always chooses K experts.
 """
 
 import dataclasses
@@ -94,7 +94,10 @@ def benchmark_layer(
     for name, (function, weights) in dense_layouts(config).items():
         candidates[name] = with_reused_output(with_gradients(function), weights, x, cotangent)
     candidates["MoE"] = with_reused_output(with_gradients(forward), params, x, cotangent)
+    blocks = dataclasses.replace(config, routing=dataclasses.replace(config.routing, dispatch="blocks"))
+    dropless = layer_function(blocks, moe_class)
     others = {
+        "MoE, no drops": dropless,
         "all experts": layer_function(config, AllExpertsMoE),
         "8 experts": layer_function(dataclasses.replace(config, experts=8), moe_class),
         "64 experts": layer_function(dataclasses.replace(config, experts=64), moe_class),
@@ -115,6 +118,9 @@ def benchmark_layer(
         "flops_over_bound_grad": compiled_flops(with_gradients(forward), params, x, cotangent) / (3 * bound),
         "wall_over_dense_active": moe / dense["dense, plain"],
         "wall_over_best_dense": moe / min(dense.values()),
+        "dropless_wall_over_best_dense": times["MoE, no drops"].median / min(dense.values()),
+        "dropless_flops_over_ideal": compiled_flops(with_gradients(dropless[0]), dropless[1], x, cotangent)
+        / (3 * active),
         "dense_all_over_wall": times["all experts"].median / moe,
         "wall_growth_8_to_64_experts": times["64 experts"].median / times["8 experts"].median,
         "layer_share_of_matmul_peak": 3 * active / moe / rate,

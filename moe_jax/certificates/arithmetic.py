@@ -88,9 +88,11 @@ def step_arithmetic(config: RunConfig, batch_size: int) -> Iterator[Certificate]
     A run with adapters (`train.lora_rank`) is tested by the step that trains all weights.
     """
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, lora_rank=0, train_router=False))
-    ours = read_program(Programs.of(config).compiled_step(batch_size).as_text())
+    programs = Programs.of(config)
+    ours = read_program(programs.compiled_step(batch_size).as_text())
     dense = read_program(Programs.of(config, moe=AllExpertsMoE).compiled_step(batch_size).as_text())
-    needed = step_products(config, batch_size, 1, trains_in_place(config))
+    cudnn = programs.attention.implementation == "cudnn"
+    needed = step_products(config, batch_size, 1, trains_in_place(config), cudnn)
     parts = {part: ours.flops_of(part) for part in PARTS}
     # The compiler rewrites some products and drops their names, such as those with a single head of keys. They may
     # belong to any part.

@@ -188,6 +188,7 @@ class Plan(Command):
         verdict = search.verdict(rows, target)
         between = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in verdict.between.items())
         say(f"\nbetween steps, the optimizer state included: {between}")
+        say(f"attention in training: {verdict.row.attention}")
         if prediction := verdict.row.step.prediction:
             say(roofline.in_words(prediction, verdict.row.tokens, verdict.row.config.train.steps))
         if verdict.fits:

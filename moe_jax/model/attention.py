@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import ModelConfig
 from moe_jax.model.kernels.cached_attention import cached_attention
-from moe_jax.model.kernels.causal_attention import attention_weights, causal_attention
+from moe_jax.model.kernels.causal_attention import Implementation, attention_weights, causal_attention
 from moe_jax.model.kernels.matmul import matmul
 from moe_jax.model.layers import Normalisation, apply_rope, matrix_init
 from moe_jax.model.low_rank import LowRank
@@ -46,8 +46,12 @@ class Attention(nnx.Module):
     out_lora: LowRank | None = None
     """Adapters of the two matrices, in training only (`low_rank.py`)."""
 
-    def __init__(self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs, implementation: Implementation | None = None
+    ) -> None:
+        """`implementation` is that of `causal_attention`."""
         self.config = config
+        self.implementation: Implementation | None = implementation
         width, head_width = config.width, config.head_width
         queries, keys = config.heads * head_width, config.key_value_heads * head_width
         self.qkv = nnx.Param(matrix_init(rngs, (width, queries + 2 * keys)))
@@ -99,7 +103,7 @@ class Attention(nnx.Module):
         Random `keys`, one for each sequence, turn on the dropout of attention weights.
         """
         query, key, value = (z.swapaxes(1, 2) for z in self._project(x, jnp.arange(x.shape[1])))
-        mixed = causal_attention(query, key, value, self.config.attention_dropout, keys)
+        mixed = causal_attention(query, key, value, self.config.attention_dropout, keys, self.implementation)
         return self._output(mixed.swapaxes(1, 2)), KeyValue(key.swapaxes(2, 3), value)
 
     def weights(self, x: Float[Array, "B T D"]) -> Float[Array, "B H T T"]:

@@ -155,7 +155,9 @@ def _score_product(config: ModelConfig, batch: int) -> int:
     return 2 * batch * config.heads * config.head_width * computed_scores(config.seq_len)
 
 
-def step_products(config: RunConfig, batch: int, devices: int = 1, in_place: bool = False) -> dict[str, int]:
+def step_products(
+    config: RunConfig, batch: int, devices: int = 1, in_place: bool = False, cudnn: bool = False
+) -> dict[str, int]:
     """Floating-point operations of all matrix products of a training step with one micro-batch of `batch` sequences, by
     named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models with experts and
     without adapters. The `ffn` is that of one of `devices` along a mesh axis `expert`. `in_place`: see
@@ -166,6 +168,9 @@ def step_products(config: RunConfig, batch: int, devices: int = 1, in_place: boo
         the scores of a sequence above LONGEST_KEPT
         with remat: the forward pass of the blocks, without the products whose result it does not need: the output
         projection of attention and the last matrix of the experts, before which the gates enter
+
+    With `cudnn`, attention is that of `library_attention.py`: the scores of later positions are not computed. The
+    backward pass computes the scores again, and with remat both products of the forward pass.
     """
     model, again = config.model, int(config.execution.remat)
     tokens = batch * model.seq_len
@@ -173,7 +178,9 @@ def step_products(config: RunConfig, batch: int, devices: int = 1, in_place: boo
         (2 * tokens * rows * columns for rows, columns in attention_shapes(model)),
         _score_product(model, batch),
     )
-    scores = 6 + 2 * again + (model.seq_len > LONGEST_KEPT)
+    scores = 6 + 2 * again + (cudnn or model.seq_len > LONGEST_KEPT)
+    if cudnn:
+        score = 2 * batch * model.heads * model.head_width * (model.seq_len * (model.seq_len + 1) // 2)
     matrices = 3 if model.activation == "swiglu" else 2
     rows = multiplied_rows(model, batch, devices, in_place) + tokens * model.shared_experts
     ffn = (3 + again) * layer_flops(model, batch, devices, in_place)

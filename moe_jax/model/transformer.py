@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
+from moe_jax.model.kernels.causal_attention import Implementation
 from moe_jax.model.kernels.matmul import matmul_wide
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
@@ -29,13 +30,19 @@ type Params = dict[str, Any]
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + experts(norm(x))."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        rngs: nnx.Rngs,
+        moe: type[MoE] = MoE,
+        attention: Implementation | None = None,
+    ) -> None:
         # Each of the 2L branches adds to the residual stream. With this scale, the sum of all branches has the variance
         # of a single unscaled branch.
         out_scale = 0.0 if config.zero_init_residual else 1 / math.sqrt(2 * config.layers)
         self.dropout = config.dropout
         self.attention_norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
-        self.attention = Attention(config, out_scale, rngs)
+        self.attention = Attention(config, out_scale, rngs, attention)
         self.ffn_norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         if config.dense == "none":
             self.ffn = build_layer(config, rngs, moe, out_scale)
@@ -112,16 +119,17 @@ class Transformer(nnx.Module):
         compute: jnp.dtype | None = None,
         remat: bool = False,
         moe: type[MoE] = MoE,
+        attention: Implementation | None = None,
     ) -> None:
         """`compute` is the dtype of activations, float32 unless given. `remat` recomputes blocks in training. `moe` is
-        the class of the layers with experts."""
+        the class of the layers with experts, and `attention` the form of attention over whole sequences."""
         self.config = config
         self.compute = jnp.dtype(compute or jnp.float32)
         self.remat = remat
         self.embedding = nnx.Param(embedding_init(rngs, (config.vocab_size, config.width)))
         if config.positions == "learned":
             self.position = nnx.Param(embedding_init(rngs, (config.seq_len, config.width)))
-        self.blocks = nnx.List([self.block_type(config, rngs, moe) for _ in range(config.layers)])
+        self.blocks = nnx.List([self.block_type(config, rngs, moe, attention) for _ in range(config.layers)])
         self.norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
@@ -213,11 +221,12 @@ def create(
     remat: bool = False,
     moe: type[MoE] = MoE,
     kind: type[Transformer] = Transformer,
+    attention: Implementation | None = None,
 ) -> Transformer:
     """A model of the class `kind`, with initial parameters. Raises ValueError if `config.vocab_size` is not known."""
     if config.vocab_size < 1:
         raise ValueError("vocab_size is 0: take it from the tokenizer first (dataclasses.replace)")
-    return kind(config, nnx.Rngs(params=key), compute, remat, moe)
+    return kind(config, nnx.Rngs(params=key), compute, remat, moe, attention)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -238,21 +247,27 @@ def abstract_model(
     remat: bool = False,
     moe: type[MoE] = MoE,
     kind: type[Transformer] = Transformer,
+    attention: Implementation | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
     """The static definition of a model of the class `kind`, and the shapes of its parameters as they are stored.
     Allocates nothing."""
-    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe, kind))
+    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe, kind, attention))
     graphdef, shapes = split(model)
     return graphdef, jax.eval_shape(lambda params: to_param_dtype(params, param_dtype), shapes)
 
 
 def abstract_adapted(
-    config: ModelConfig, lora: LoraShape, compute: str = "float32", remat: bool = False, moe: type[MoE] = MoE
+    config: ModelConfig,
+    lora: LoraShape,
+    compute: str = "float32",
+    remat: bool = False,
+    moe: type[MoE] = MoE,
+    attention: Implementation | None = None,
 ) -> tuple[nnx.GraphDef, Adapters]:
     """The static definition of a model with adapters, and the shapes of the adapters. Allocates nothing."""
 
     def make() -> Transformer:
-        model = create(config, jax.random.key(0), jnp.dtype(compute), remat, moe)
+        model = create(config, jax.random.key(0), jnp.dtype(compute), remat, moe, attention=attention)
         add_adapters(model, lora)
         return model
 

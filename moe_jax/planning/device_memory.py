@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+from unittest import mock
 
 import jax
 from jax.sharding import SingleDeviceSharding
@@ -36,6 +37,8 @@ not be fast. The optimised HLO and the memory are decided before, and stay the s
 MISSING_PTXAS = ("No PTX compilation provider", "libdevice not found")
 """What XLA's error says if ptxas is missing."""
 NO_PTXAS = "planning needs ptxas: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
+CUDNN = 91000
+"""The version of cuDNN that a described card has: 9.10."""
 _OVER_BUDGET = "Can't reduce memory use below"
 
 
@@ -98,14 +101,22 @@ def lower_for(target: Target, program: Any, *arguments: Any) -> Any:
         return program.lower(*arguments)
 
 
-def for_described_gpu() -> Any:
+@contextlib.contextmanager
+def for_described_gpu() -> Iterator[None]:
     """The context in which a program for a described card is lowered.
 
     To lower a kernel in Pallas, jax asks for the name of the card, and knows some names only. It needs the name only
     for dtypes of 8 bits, which this project's kernels do not use. So one name serves for all cards.
+
+    To lower cuDNN's attention, jax asks the library for its version, although XLA compiles the call without it. So the
+    question has an answer here, and a plan needs no library of CUDA.
     """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
     stand_in = jax.sharding.AbstractDevice("NVIDIA A10", None, "gpu")
-    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=stand_in))
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=stand_in)
+    with mock.patch.object(cudnn, "check_cudnn_version", return_value=CUDNN), jax.sharding.use_abstract_mesh(mesh):
+        yield
 
 
 def gpu_devices(target: Target, topology: str = "1x1x1") -> list[Any]:

@@ -41,6 +41,8 @@ class Row(NamedTuple):
     """Bytes of weights for each parameter."""
     step: Bound
     fits: bool
+    attention: str
+    """The form of attention in training, and the reason for it."""
 
     @property
     def tokens(self) -> int:
@@ -106,6 +108,7 @@ def plan_step(config: RunConfig, target: Target) -> Row:
         _size(programs.param_shapes) * MIB / totals(count_parameters(config.model)).total,
         step,
         step.fits(target),
+        programs.attention.reason,
     )
 
 

@@ -7,8 +7,8 @@ product that the compiler removed does not count.
 
 A product is the HLO instruction `dot`, a call of a GPU library (`__cublas$gemm`, `__cublas$lt$matmul`), a program of
 this project's own for a GPU (`model/kernels/grouped_kernel.py`), or a `convolution`, as which a TPU's compiler writes
-every product. An instruction that may hold products in another form is
-an error: its operations would be missing from the count.
+every product. cuDNN's attention (`__cudnn$fmhaSoftmax`) is one call with several products, and is counted as one. An
+instruction that may hold products in another form is an error: its operations would be missing from the count.
 """
 
 import math
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from moe_jax.system.hlo_text import Computation, Instruction, calls, parse
 
 _LIBRARY_PRODUCT = re.compile(r"__cublas\$(gemm|lt\$matmul\S*)|__onednn\$matmul\S*")
+_LIBRARY_ATTENTION = re.compile(r"__cudnn\$fmhaSoftmax(Backward)?")
 _OWN_PROGRAM = "__gpu$xla.gpu.triton"
 _GROUPED_ROWS, _GROUPED_WEIGHTS = "grouped_rows", "grouped_weights"
 """Names of the programs of `model/kernels/grouped_kernel.py`."""
@@ -104,6 +105,8 @@ def product(instruction: Instruction, computation: Computation, runs: int) -> Do
         return _dot(instruction, computation, runs)
     if instruction.opcode == "convolution":
         return _convolution(instruction, computation, runs)
+    if _LIBRARY_ATTENTION.fullmatch(name):
+        return _attention(instruction, computation, runs)
     if name == _OWN_PROGRAM and (grouped := _grouped(instruction, computation, runs)):
         return grouped
     if instruction.opcode == "ragged-dot" or _UNCOUNTED.search(name):
@@ -138,6 +141,24 @@ def _grouped(instruction: Instruction, computation: Computation, runs: int) -> D
     flops = 2 * math.prod(left) * (out[2] if kind[1] == _GROUPED_ROWS else right[2])
     precision = "highest" if operand_dtype == "f32" else "default"
     return Dot(instruction.op_name, left, right, out, dtype, operand_dtype, precision, flops, runs)
+
+
+def _attention(instruction: Instruction, computation: Computation, runs: int) -> Dot:
+    """All products of a call of cuDNN's attention, whose first operands are queries and keys, [B, T, H, A].
+
+    There are two in the forward pass, q k^T and P v. The backward pass has five (Dao et al. 2022, "FlashAttention",
+    algorithm 4): q k^T again, P^T d_o, d_o v^T, d_S k and d_S^T q. Each has 2 A operations for a score. With a causal
+    mask the scores of later positions are not needed, and do not count.
+    """
+    (dtype, query), (_, key) = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
+    batch, positions, heads, width = query
+    asked = re.search(r'"mask_type": ?"(\w+)"', instruction.text)
+    if asked is None or asked[1] not in ("CAUSAL", "NO_MASK") or key[1] != positions:
+        raise ValueError(f"attention with this mask cannot be counted: {instruction.text[:200]}")
+    scores = positions * (positions + 1) // 2 if asked[1] == "CAUSAL" else positions**2
+    products = 5 if instruction.custom_call.endswith("Backward") else 2
+    flops = products * 2 * batch * heads * scores * width
+    return Dot(instruction.op_name, query, key, instruction.arrays[0][1], dtype, dtype, "default", flops, runs)
 
 
 def _convolution(instruction: Instruction, computation: Computation, runs: int) -> Dot:

@@ -17,12 +17,13 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
-from moe_jax.config import RunConfig
+from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.data.shards import TokenArray
 from moe_jax.inference.decode import Decoder
 from moe_jax.model.hardware import Card, cpu_bfloat16_units
 from moe_jax.model.kernels import cross_entropy
+from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import InPlaceMoE, MoE
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
@@ -50,6 +51,17 @@ def trains_in_place(config: RunConfig, device: Any = None) -> bool:
     return blocks and Card.of(device or jax.devices()[0]).multiplies_in_place
 
 
+def _optimizer(
+    train: TrainConfig, policy: Policy, card: Card, layout: Layout | None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer. Where bfloat16 is multiplied fast, Muon does so too."""
+    on_cpu = card.platform == "cpu"
+    fast = bool(cpu_bfloat16_units()) if on_cpu else card.bfloat16_units
+    narrow = policy.compute == "bfloat16" and fast
+    held = {} if layout is None else {"hold": layout.hold}
+    return make_optimizer(train, **held, narrow=narrow, stacked=narrow and on_cpu and layout is None)
+
+
 @dataclass(frozen=True)
 class Programs:
     """The programs of one configuration, whose vocabulary size is known."""
@@ -68,7 +80,9 @@ class Programs:
     lora: LoraShape | None
     """The size of the adapters, if only adapters are trained."""
     training_graphdef: nnx.GraphDef
-    """The definition of the model that is trained: with adapters, if there are any."""
+    """The definition of the model that is trained: with adapters, if there are any, and with the forms of a card."""
+    attention: AttentionForm
+    """The form of attention in training."""
     adapter_shapes: Adapters | None
     layout: Layout | None = None
     """Where arrays lie on the mesh of several devices. None on one device."""
@@ -97,23 +111,22 @@ class Programs:
         if mesh is None and moe is MoE and trains_in_place(config, device):
             trained_moe = InPlaceMoE
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
+        card = Card.of(device or jax.devices()[0])
+        here = device is None or isinstance(device, jax.Device)
+        devices = 1 if mesh is None else mesh.size
+        attention = choose_attention(config.model, config.execution, policy.compute, card, here, devices)
+        form = attention.implementation
         if lora is not None:
-            training, adapters = abstract_adapted(config.model, lora, policy.compute, remat, trained_moe)
-        elif trained_moe is not moe:
-            training, _ = abstract_model(config.model, policy.compute, *stored, trained_moe)
+            training, adapters = abstract_adapted(config.model, lora, policy.compute, remat, trained_moe, form)
+        elif trained_moe is not moe or form is not None:
+            training, _ = abstract_model(config.model, policy.compute, *stored, trained_moe, attention=form)
         layout = None
         if mesh is not None:
             whole = needs_whole_matrices(shapes if adapters is None else adapters, config.train)
             layout = Layout.of(mesh, shapes, whole, adapters)
-        # Where bfloat16 is multiplied fast, Muon does so too.
-        card = Card.of(device or jax.devices()[0])
-        on_cpu = card.platform == "cpu"
-        fast = bool(cpu_bfloat16_units()) if on_cpu else card.bfloat16_units
-        narrow = policy.compute == "bfloat16" and fast
-        held = {} if layout is None else {"hold": layout.hold}
-        stacked = narrow and on_cpu and layout is None
-        optimizer = make_optimizer(config.train, **held, narrow=narrow, stacked=stacked)
-        return cls(config, policy, graphdef, writing, writer, shapes, optimizer, loss, lora, training, adapters, layout)
+        optimizer = _optimizer(config.train, policy, card, layout)
+        definitions = graphdef, writing, writer, shapes, optimizer, loss, lora, training, attention
+        return cls(config, policy, *definitions, adapters, layout)
 
     @cached_property
     def state_shapes(self) -> TrainState:

@@ -35,6 +35,7 @@ def print_run_header(session: Session, notes: list[str], step_mib: float | None 
         "parameters": _parameter_line(config.model),
         **({"adapters": _adapter_line(config)} if config.train.lora_rank else {}),
         "precision": str(session.programs.policy),
+        **({"attention": reason} if (reason := session.programs.attention.reason) else {}),
         "memory": _memory_line(session, step_mib),
         **({"mesh": _mesh_line(session)} if session.programs.layout else {}),
         "plan": _plan_line(config.train, session.data.tokens_per_step, len(store.train.tokens)),

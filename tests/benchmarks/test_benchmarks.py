@@ -155,6 +155,7 @@ def test_decoding_must_read_the_active_parameters() -> None:
 KEYS = {
     "moe": {
         *("flops_over_bound_forward", "flops_over_bound_grad", "wall_over_dense_active", "wall_over_best_dense"),
+        *("dropless_wall_over_best_dense", "dropless_flops_over_ideal"),
         *("dense_all_over_wall", "wall_growth_8_to_64_experts", "layer_share_of_matmul_peak"),
         *("train_step_share_of_matmul_peak", "temp_bytes", "temp_bytes_plain_loss"),
     },
@@ -174,7 +175,7 @@ def test_memory_has_one_object_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     def step(config: RunConfig, target: Target) -> search.Row:
         state = {"adamw": 8, "adamw-bf16": 6, "adamw-8bit": 2, "adafactor": 0}[config.train.optimizer]
         taken = Bound({"cublas": Memory(700 * state, 0, 0, warned=False)})
-        return search.Row(config, "float16", state, 4, taken, taken.fits(target))
+        return search.Row(config, "float16", state, 4, taken, taken.fits(target), "cuDNN's")
 
     monkeypatch.setattr(search, "plan_step", step)
     monkeypatch.setattr(search, "plan_inference", lambda config, target: {"prefill": 300.0})

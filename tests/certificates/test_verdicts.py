@@ -228,13 +228,20 @@ ALL = sum(NEEDED.values())
 NAMES = ["attention within the step", "expert layers within the step", "head within the step", "the whole step"]
 
 
-def of_step(monkeypatch: pytest.MonkeyPatch, parts: dict[str, int], dense: int = 10**12, unnamed: int = 0) -> dict:
+def of_step(
+    monkeypatch: pytest.MonkeyPatch,
+    parts: dict[str, int],
+    attention: str | None = None,
+    dense: int = 10**12,
+    unnamed: int = 0,
+) -> dict:
     """The certificates of a step of 3 sequences whose products are the `parts`, by name."""
     whole = program(sum(parts.values()), unnamed=unnamed, **parts)
     every = program(dense, **dict.fromkeys(parts, 10**9))
 
     def programs(_: RunConfig, moe: Any = None) -> Any:
-        return SimpleNamespace(compiled_step=lambda batch: SimpleNamespace(as_text=lambda: (moe is not None, batch)))
+        text = SimpleNamespace(as_text=lambda: (moe is not None, 3))
+        return SimpleNamespace(compiled_step={3: text}.__getitem__, attention=SimpleNamespace(implementation=attention))
 
     monkeypatch.setattr(arithmetic.Programs, "of", programs)
     monkeypatch.setattr(arithmetic, "read_program", lambda text: {(False, 3): whole, (True, 3): every}[text])
@@ -276,8 +283,8 @@ def test_a_product_without_a_name_may_belong_to_any_part(
 
 @pytest.mark.parametrize("dense", [ALL, ALL - 1])
 def test_a_step_has_fewer_operations_than_all_experts(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [name for name, c in of_step(monkeypatch, NEEDED, dense).items() if not c.passed] == ["the whole step"]
-    assert of_step(monkeypatch, NEEDED, ALL + 1)["the whole step"].passed
+    assert [name for name, c in of_step(monkeypatch, NEEDED, dense=dense).items() if not c.passed] == ["the whole step"]
+    assert of_step(monkeypatch, NEEDED, dense=ALL + 1)["the whole step"].passed
 
 
 def test_the_head_may_be_padded_where_the_device_pads_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,12 +295,15 @@ def test_the_head_may_be_padded_where_the_device_pads_it(monkeypatch: pytest.Mon
     assert of_step(monkeypatch, padded)["head within the step"].passed
 
 
-def test_a_step_that_multiplies_in_place_is_compared_with_its_own_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("form", "cudnn"), [(None, False), ("cudnn", True)])
+def test_a_step_in_the_forms_of_a_card_is_compared_with_their_products(
+    form: str | None, cudnn: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     monkeypatch.setattr(arithmetic, "trains_in_place", lambda config: config is not None)
     monkeypatch.setattr(arithmetic, "step_products", lambda *given: asked.append(given[1:]) or NEEDED)
-    of_step(monkeypatch, NEEDED)
-    assert asked == [(3, 1, True)]
+    of_step(monkeypatch, NEEDED, form)
+    assert asked == [(3, 1, True, cudnn)]
 
 
 def test_what_bounds_blocks_is_their_plan() -> None:

@@ -7,7 +7,7 @@ import jax
 import pytest
 from flax import nnx
 
-from moe_jax.config import ModelConfig, RunConfig, TrainConfig
+from moe_jax.config import ExecutionConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset
 from moe_jax.model.costs import (
     Count,
@@ -207,3 +207,15 @@ def test_the_operations_of_a_layer_by_hand(activation: str, matrices: int) -> No
     assert bound_flops(shared, 3) == (24 + 2 * 24) * row + 2 * 24 * 8 * 4
     blocks = config.with_routing(dispatch="blocks")
     assert layer_flops(blocks, 3) == multiplied_rows(blocks, 3) * row + 2 * 24 * 8 * 4
+
+
+@pytest.mark.parametrize(("remat", "operations"), [(False, 2 * 48_960), (True, 2 * 61_632)])
+def test_the_products_of_attention_by_cudnn(remat: bool, operations: int) -> None:
+    """By hand: two layers, 3 sequences of 8 positions, width 8, 2 heads of 4 numbers.
+
+    qkv 8 x 24: 2 * 24 * 8 * 24 = 9,216; out 8 x 8: 3,072; each three times, and qkv a fourth time with remat. Scores:
+    each head has 1 + 2 + ... + 8 = 36, with 2 * 4 operations in a product, so 3 * 2 * 36 * 8 = 1,728. Two products
+    forward and five backward; with remat two more.
+    """
+    run = RunConfig(model=tiny.config(seq_len=8), execution=ExecutionConfig(remat=remat))
+    assert step_products(run, 3, cudnn=True)["attention"] == operations

@@ -188,7 +188,7 @@ def test_a_batch_is_halved_as_long_as_it_is_even(batch: int, micro: list[int]) -
 
 
 def row(total: float, fits: bool, config: RunConfig = CONFIG) -> search.Row:
-    return search.Row(config, "bfloat16", 8, 4, Bound({"cublas": memory(total)}), fits)
+    return search.Row(config, "bfloat16", 8, 4, Bound({"cublas": memory(total)}), fits, "cuDNN's")
 
 
 @pytest.fixture

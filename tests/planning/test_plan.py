@@ -18,7 +18,7 @@ from moe_jax.cli.main import main, run_command
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.inference.decode import cast_once
-from moe_jax.model.costs import expert_flops, multiplied_rows
+from moe_jax.model.costs import expert_flops, multiplied_rows, step_products
 from moe_jax.model.precision import choose_policy
 from moe_jax.planning import device_memory, search
 from moe_jax.planning.device_memory import Bound, Memory
@@ -107,6 +107,31 @@ def test_blocks_of_experts_are_few_launches(compiled_kernels: list[list[Kernel]]
     assert 3 * sum(dot.total for k in experts for dot in k.dots) == 2 * (3 + 2 + 2 * 3) * forward
 
 
+@pytest.mark.parametrize(("remat", "again"), [(False, 0), (True, 1)])
+@compiled_for_gpu
+def test_attention_by_cudnn_is_counted_and_keeps_no_weights(
+    remat: bool, again: int, compiled_kernels: list[list[Kernel]]
+) -> None:
+    """Two layers of story-4gb. Each has one call forward, with remat once more, and one backward. The weights of its 16
+    sequences, 8 heads and 512 positions would be 67 MB a layer."""
+    config = with_vocabulary(preset("story-4gb"))
+    config = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, layers=2), execution=ExecutionConfig(remat=remat)
+    )
+    programs = Programs.of(config, target := load_target("rtx3050-4gb"))
+    assert programs.attention.reason == "cuDNN's"
+    batch = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
+    step = device_memory.lower_for(target, programs.step, programs.state_shapes, batch)
+    device_memory._compile(step, {}, Rates.of(target))
+    (launched,) = compiled_kernels
+    attention = [k for k in launched if "attention" in k.scopes]
+    calls = [k for k in attention if k.opcode == "custom-call" and "dot_product_attention" in k.op_name]
+    assert len(calls) == 2 * (2 + again)
+    needed = step_products(config, config.train.batch_size, in_place=True, cudnn=True)["attention"]
+    assert sum(dot.total for k in attention for dot in k.dots) == needed
+    assert max(k.bytes_written for k in attention) <= 2 * 16 * 512 * 3 * 512, "at most three gradients"
+
+
 @compiled_for_gpu
 def test_a_token_is_decoded_in_few_launches(compiled_kernels: list[list[Kernel]]) -> None:
     """The layers' six pairs of products have no loop. Weights are read once, in bfloat16: 90 MB. Those cast at every
@@ -191,7 +216,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[TrainConfig]:
         steps.append(config.train)
         state = {"adamw": 8, "adamw-bf16": 6, "adamw-8bit": 2, "adafactor": 0}[config.train.optimizer]
         taken = Bound({"cublas": memory(600 * state + (2000 if not config.execution.remat else 100))})
-        return search.Row(config, "float16", state, 4, taken, taken.fits(target))
+        return search.Row(config, "float16", state, 4, taken, taken.fits(target), "cuDNN's")
 
     monkeypatch.setattr(search, "plan_step", step)
     monkeypatch.setattr(search, "plan_inference", lambda config, target: {"evaluation": 100.0})
@@ -224,7 +249,7 @@ def test_adapters_are_planned_beside_frozen_weights_in_bfloat16(
     def step(config: RunConfig, target: Target) -> search.Row:
         width = 2 if config.train.param_dtype == "bfloat16" else 4
         taken = Bound({"cublas": memory(500 * width + 1000)})
-        return search.Row(config, "bfloat16", 0, width, taken, taken.fits(target))
+        return search.Row(config, "bfloat16", 0, width, taken, taken.fits(target), "cuDNN's")
 
     monkeypatch.setattr(search, "plan_step", step)
     assert main(run_command, ["plan", "--preset", "seed-158m", "--lora", "16"]) == 0

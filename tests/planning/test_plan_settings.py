@@ -31,7 +31,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 
     def step(config: RunConfig, target: Target) -> search.Row:
         found.append(config)
-        return search.Row(config, "bfloat16", 0, 4, Bound({"cublas": memory(100)}), True)
+        return search.Row(config, "bfloat16", 0, 4, Bound({"cublas": memory(100)}), True, "cuDNN's")
 
     monkeypatch.setattr(search, "plan_step", step)
     monkeypatch.setattr(search, "plan_inference", lambda config, target: {"evaluation": 100.0})

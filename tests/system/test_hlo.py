@@ -147,7 +147,50 @@ def test_another_program_of_a_gpu_is_refused() -> None:
         read_program(OWN_PROGRAM.replace("grouped_rows", "flash_attention"))
 
 
-@pytest.mark.parametrize("target", ["__cudnn$fmhaSoftmax", "__cublas$future", "__onednn$convolution"])
+def library_attention(mask: str) -> str:
+    """A call forward and one backward: 2 sequences of 5 positions, 6 heads of 8 numbers on 3 key heads."""
+    config = '{"cudnn_fmha_backend_config": {"fmha_scale": 0.125, "mask_type": "' + mask + '"}}'
+    return f"""HloModule jit_f
+ENTRY %main (q: bf16[2,5,6,8], k: bf16[2,5,3,8], v: bf16[2,5,3,8], o: bf16[2,5,6,8]) -> bf16[2,6,5,8] {{
+  %q = bf16[2,5,6,8]{{3,2,1,0}} parameter(0)
+  %k = bf16[2,5,3,8]{{3,2,1,0}} parameter(1)
+  %v = bf16[2,5,3,8]{{3,2,1,0}} parameter(2)
+  %o = bf16[2,5,6,8]{{3,2,1,0}} parameter(3)
+  %f = (bf16[2,6,5,8]{{3,1,2,0}}, f32[2,6,5]{{2,1,0}}, u8[0]{{0}}) custom-call(%q, %k, %v), \
+custom_call_target="__cudnn$fmhaSoftmax", metadata={{op_name="jit(f)/attention/fwd"}}, backend_config={config}
+  %s = f32[2,6,5]{{2,1,0}} get-tuple-element(%f), index=1
+  %b = (bf16[2,6,5,8]{{3,1,2,0}}, bf16[2,3,5,8]{{3,1,2,0}}, bf16[2,3,5,8]{{3,1,2,0}}, u8[0]{{0}}) \
+custom-call(%q, %k, %v, %s, %o, %o), custom_call_target="__cudnn$fmhaSoftmaxBackward", \
+metadata={{op_name="jit(f)/transpose(attention)/bwd"}}, backend_config={config}
+  ROOT %d = bf16[2,6,5,8]{{3,1,2,0}} get-tuple-element(%b), index=0
+}}
+"""
+
+
+@pytest.mark.parametrize(("mask", "scores"), [("CAUSAL", 1 + 2 + 3 + 4 + 5), ("NO_MASK", 25)])
+def test_the_products_of_cudnns_attention(mask: str, scores: int) -> None:
+    """Two products forward and five backward, each with 2 x 8 operations for every score of every head."""
+    forward, backward = read_program(library_attention(mask)).dots
+    assert forward.flops == 2 * (2 * 6) * scores * 2 * 8
+    assert backward.flops == 5 * (2 * 6) * scores * 2 * 8
+    assert (forward.operand_dtype, backward.operand_dtype) == ("bf16", "bf16")
+    assert read_program(library_attention(mask)).flops_of("attention") == forward.flops + backward.flops
+
+
+def test_the_traffic_of_cudnns_attention() -> None:
+    """Each operand and each result once, the sums of the softmax among them. Weights are never in memory."""
+    forward, backward = read_kernels(library_attention("CAUSAL"))
+    query, key, sums = 2 * 2 * 5 * 6 * 8, 2 * 2 * 5 * 3 * 8, 4 * 2 * 6 * 5
+    assert (forward.bytes_read, forward.bytes_written) == (query + 2 * key, query + sums)
+    assert (backward.bytes_read, backward.bytes_written) == (3 * query + 2 * key + sums, query + 2 * key)
+
+
+def test_attention_with_another_mask_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot be counted"):
+        read_program(library_attention("PADDING"))
+
+
+@pytest.mark.parametrize("target", ["__cudnn$fmhaSoftmaxF8", "__cublas$future", "__onednn$convolution"])
 def test_a_call_that_cannot_be_counted_is_refused(target: str) -> None:
     with pytest.raises(ValueError, match="cannot be counted"):
         read_program(LIBRARY_CALL.replace("TARGET", target))

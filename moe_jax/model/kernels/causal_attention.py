@@ -1,4 +1,4 @@
-"""Causal attention over whole sequences (Vaswani et al. 2017, section 3.2): one function, with three implementations.
+"""Causal attention over whole sequences (Vaswani et al. 2017, section 3.2): one function, with four implementations.
 
 With o = W v, W = P * mask / keep, and P = softmax(q k^T / sqrt(A)), the gradients are
 
@@ -30,7 +30,7 @@ from moe_jax.model.layers import keep_mask
 from moe_jax.model.precision import at_least_float32, dot_precision
 from moe_jax.system.random_keys import fold_each
 
-Implementation = Literal["blocked", "recomputed", "reference"]
+Implementation = Literal["blocked", "recomputed", "reference", "cudnn"]
 
 
 def causal_attention(
@@ -51,13 +51,18 @@ def causal_attention(
 
     blocked     one block of queries after another; the weights are kept for the backward pass
     recomputed  the same in a loop; the backward pass computes the weights once more
-    reference   all scores at once, differentiated by jax; the tests compare the others with it
+    reference   all scores at once, differentiated by jax; the tests compare `blocked` and `recomputed` with it
+    cudnn       NVIDIA's library, on its cards only (`library_attention.py` says when)
 
     Unless one is asked for, sequences of up to `LONGEST_KEPT` positions take `blocked`, longer ones `recomputed`.
     """
     positions = query.shape[2]
     implementation = implementation or ("blocked" if positions <= cut.LONGEST_KEPT else "recomputed")
     keys = dropout_keys if dropout else None
+    if implementation == "cudnn":
+        if keys is not None:
+            raise ValueError(f"dropout {dropout}: cuDNN's attention has none; take another implementation")
+        return _attend_by_cudnn(query, key, value)
     if implementation == "recomputed":
         return _attend_again(dropout, query, key, value, keys)
     masks = None if keys is None else [_dropout_mask(query, dropout, keys, *b) for b in cut.query_blocks(positions)]
@@ -68,6 +73,13 @@ def causal_attention(
             weights = jnp.where(jnp.concatenate(whole, axis=2), weights / (1 - dropout), 0).astype(query.dtype)
         return _einsum("bhqs,bhsa->bhqa", _by_group(weights, value), value).reshape(query.shape)
     return _attend_by_blocks(query, key, value, masks, 1 - dropout)
+
+
+def _attend_by_cudnn(
+    query: Float[Array, "B H T A"], key: Float[Array, "B KV T A"], value: Float[Array, "B KV T A"]
+) -> Float[Array, "B H T A"]:
+    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
+    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn").swapaxes(1, 2)
 
 
 def attention_weights(

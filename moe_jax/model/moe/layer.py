@@ -229,8 +229,8 @@ def block_rows(pairs: int, experts: int, in_place: bool = False) -> int:
 
 
 def inference_block_rows(pairs: int, experts: int) -> int:
-    """Rows of a block outside training: INFERENCE_ROOM times an expert's fair share of the pairs, rounded up to a
-    multiple of 8, and at most `pairs`. The first blocks of all experts are one batched product."""
+    """Rows of a block outside training: INFERENCE_BLOCK_FACTOR times an expert's fair share of the pairs, rounded up to
+    a multiple of 8, and at most `pairs`. The first blocks of all experts are one batched product."""
     return min(8 * math.ceil(INFERENCE_BLOCK_FACTOR * pairs / experts / 8), pairs)
 
 
