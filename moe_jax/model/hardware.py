@@ -5,7 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from moe_jax.system import race
+
 CPU_INFO = Path("/proc/cpuinfo")
+LEAST_GAIN = 1.2
+"""How many times as fast as float32 a narrower dtype must be multiplied. A step has other work too, and conversions
+that only the narrower dtype needs."""
 _TURING_WITHOUT_TENSOR_CORES = re.compile(
     r"\bGTX 16\d\d\b|\bT(400|500|550|600|1000|1200|2000)\b|\bMX(450|550)\b|\bCMP 30HX\b", re.IGNORECASE
 )
@@ -55,15 +62,19 @@ class Card:
 def cpu_bfloat16_units() -> str:
     """The units with which this processor multiplies bfloat16 faster than float32: "AMX" or "AVX-512 BF16".
 
-    Read from Linux's /proc/cpuinfo. "" if the processor has no such units, or if the system has no such file. AMD's
-    AVX-512 BF16 is fast: 401 GFLOP/s in bfloat16 and 193 in float32 on a Zen 4, 960 and 480 on a Zen 5. In an Intel
-    Xeon whose AMX was hidden it is slow: 221 and 300.
+    Their names are read from Linux's /proc/cpuinfo. "" if there are none, or no such file, or if a race shows that they
+    are not faster (`system.race.gain`). With AVX-512 BF16, AMD's Zen 4 reached 401 GFLOP/s in bfloat16 and 193 in
+    float32, its Zen 5 960 and 480, but an Intel Xeon whose AMX was hidden 221 and 300.
     """
     try:
-        info = CPU_INFO.read_text()
+        flags = CPU_INFO.read_text().split()
     except OSError:
         return ""
-    flags = info.split()
-    if "amx_bf16" in flags:
-        return "AMX"
-    return "AVX-512 BF16" if "AuthenticAMD" in flags and "avx512_bf16" in flags else ""
+    units = "AMX" if "amx_bf16" in flags else "AVX-512 BF16" if "avx512_bf16" in flags else ""
+    return units if units and race.gain("bfloat16", jax.devices("cpu")[0], units) >= LEAST_GAIN else ""
+
+
+def float16_is_slow(device: Any) -> bool:
+    """Whether a race on a card of this machine shows that its tensor cores do not help. False for a described card,
+    which cannot race."""
+    return isinstance(device, jax.Device) and race.gain("float16", device) < LEAST_GAIN

@@ -18,7 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Float32, Key
 
 from moe_jax.config import ComputeDtype, ParamDtype
-from moe_jax.model.hardware import Card, cpu_bfloat16_units
+from moe_jax.model.hardware import Card, cpu_bfloat16_units, float16_is_slow
+
+_COMPUTED = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -53,17 +55,22 @@ def dot_precision(dtype: DTypeLike) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if jnp.finfo(dtype).bits >= 32 else None
 
 
-def choose_policy(kind: ComputeDtype, device: Any = None) -> Policy:
-    """The policy for a precision. `auto` chooses it from the device (the first device unless given).
+def choose_policy(kind: ComputeDtype, device: Any = None, kept: str = "") -> Policy:
+    """The policy for a precision. `auto` takes the one that a resumed run has `kept`, or else chooses it from the
+    device (the first device unless given).
 
     A GPU computes in the narrowest dtype that its matrix units take (`Card`): bfloat16 from compute capability 8.0 on,
-    float16 on older cards with tensor cores, float32 on cards without. Some CPUs have bfloat16 units
-    (`cpu_bfloat16_units`). A step of `seed-158m` took 1.74 s in bfloat16 and 3.10 s in float32 on a CPU with AMX, and
-    1.54 s and 2.02 s on a Zen 5 with AVX-512 BF16. Other CPUs compute bfloat16 in float32.
+    float16 on older cards with tensor cores, float32 on cards without. On a card of this machine a race may overrule
+    float16. A CPU with units for bfloat16 takes it if a race shows that they are faster (`cpu_bfloat16_units`). A step
+    of `seed-158m` took 1.74 s in bfloat16 and 3.10 s in float32 on a CPU with AMX, and 1.54 s and 2.02 s on a Zen 5
+    with AVX-512 BF16. Other CPUs compute bfloat16 in float32.
     """
     if kind != "auto":
         return Policy(kind, "asked for with --precision")
-    card = Card.of(device or jax.devices()[0])
+    if kept in _COMPUTED:
+        return Policy(kept, "kept from the start of the run; --precision changes it")
+    device = device or jax.devices()[0]
+    card = Card.of(device)
     if card.platform == "cpu":
         if units := cpu_bfloat16_units():
             return Policy("bfloat16", f"a CPU with bfloat16 matrix units, {units}")
@@ -72,10 +79,15 @@ def choose_policy(kind: ComputeDtype, device: Any = None) -> Policy:
         return Policy("bfloat16", f"{card.name}: an accelerator other than CUDA")
     if card.bfloat16_units:
         return Policy("bfloat16", f"{card.name}: compute capability {card.capability} has bfloat16 units")
-    if card.tensor_cores:
+    if card.tensor_cores and not float16_is_slow(device):
         why = f"compute capability {card.capability} has no bfloat16 units; dynamic loss scaling is on"
         return Policy("float16", f"{card.name}: {why}")
-    return Policy("float32", f"{card.name}: has no tensor cores, so float16 would be slower")
+    why = (
+        "multiplied float16 no faster in a race"
+        if card.tensor_cores
+        else "has no tensor cores, so float16 would be slower"
+    )
+    return Policy("float32", f"{card.name}: {why}")
 
 
 def writing_policy(kind: ComputeDtype, device: Any = None) -> Policy:

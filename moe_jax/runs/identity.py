@@ -43,6 +43,12 @@ def checkpoint_run_id(checkpoint: Checkpoint) -> str | None:
     return _usable(checkpoint.manifest["context"].get("run_id"))
 
 
+def kept_precision(checkpoint: Checkpoint) -> str:
+    """The compute precision of the process that saved a checkpoint. "" if an earlier version saved it."""
+    found = checkpoint.manifest["context"].get("compute_dtype")
+    return found if isinstance(found, str) else ""
+
+
 def check_same_run(run: Folder, checkpoints: Iterable[Checkpoint]) -> str | None:
     """The id of the folder's run, or None if it has none.
 

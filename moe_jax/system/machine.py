@@ -48,7 +48,7 @@ def describe() -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "machine": platform.machine(),
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "device": f"{device.platform}: {device.device_kind}",
         "python": platform.python_version(),
@@ -57,7 +57,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _processor(info: Path = Path("/proc/cpuinfo")) -> str:
+def processor(info: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name with its family and model: many generations share one name."""
     try:
         pairs = (line.partition(":") for line in info.read_text(encoding="utf-8", errors="replace").splitlines())

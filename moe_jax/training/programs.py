@@ -95,14 +95,17 @@ class Programs:
         moe: type[MoE] = MoE,
         loss: cross_entropy.Implementation = "blocked",
         mesh: Mesh | None = None,
+        kept_precision: str = "",
     ) -> "Programs":
         """The programs for a device, or for a description of one (`planning.target.Target`). Unless given, for the
         first device of this machine. With a `mesh`, step and evaluation are for all its devices together.
 
+        `kept_precision` is that of a resumed run (`choose_policy`).
+
         For comparisons, `moe` replaces the MoE layer, and `loss` chooses the implementation of the cross-entropy.
         """
         asked, remat = config.execution.compute_dtype, config.execution.remat
-        policy, writing = choose_policy(asked, device), writing_policy(asked, device)
+        policy, writing = choose_policy(asked, device, kept_precision), writing_policy(asked, device)
         stored = config.train.param_dtype, remat
         graphdef, shapes = abstract_model(config.model, policy.compute, *stored, moe)
         writer, _ = abstract_model(config.model, writing.compute, *stored, moe)

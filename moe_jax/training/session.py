@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run, load_begun_config
+from moe_jax.config import RunConfig, UserError, holds_run, load_begun_config
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.chat_rows import Message
@@ -38,6 +38,7 @@ from moe_jax.runs.identity import (
     check_full_weights,
     check_same_model,
     check_same_run,
+    kept_precision,
     load_run_tokenizer,
     new_run_id,
     saved_config,
@@ -53,7 +54,7 @@ from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
 from moe_jax.training.routing_snapshot import Tracer
 from moe_jax.training.sft import TuningSource
-from moe_jax.training.start import Source
+from moe_jax.training.start import Source, with_vocabulary
 from moe_jax.training.state import TrainState
 from moe_jax.training.upcycle import UpcycleSource
 
@@ -214,14 +215,15 @@ class Session:
         folder = RunFolder(Path(config.run_dir), lock.check) if lock else RunFolder(Path(config.run_dir))
         checkpoints = CheckpointStore(folder.path, guard=folder.guard)
         source = source_of(config) if saved is None else None
-        run_id, tokenizer = "", source.tokenizer if source else None
+        run_id, tokenizer, precision = "", source.tokenizer if source else None, ""
         if saved is not None:
             found = checkpoints.list()
+            precision = kept_precision(found[-1]) if found else ""
             run_id = check_same_run(folder.files, found) or new_run_id()
             tokenizer = load_run_tokenizer(folder.path, found[-1] if found else None, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
-        config = dataclasses.replace(config, model=_with_vocabulary(config.model, store))
-        programs = Programs.of(config, mesh=mesh_of(config.execution.mesh))
+        config = dataclasses.replace(config, model=with_vocabulary(config.model, store))
+        programs = Programs.of(config, mesh=mesh_of(config.execution.mesh), kept_precision=precision)
         check_same_data(config, store, programs.policy)
         # The first step then finds its program in the cache of compiled programs.
         compile_step = partial(programs.compiled_step, config.train.batch_size, config.train.grad_accum)
@@ -353,6 +355,7 @@ class Session:
             "progress": self.progress.counters.to_json(),
             "origin": self.progress.origin,
             "run_id": self.run_id,
+            "compute_dtype": self.programs.policy.compute,
         }
         self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.progress.elapsed, context=context)
         self.progress.saved_step = step
@@ -386,14 +389,3 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
             "resume with that text, or start a new run with another --out"
         )
     check_same_model(checkpoint, config)
-
-
-def _with_vocabulary(model: ModelConfig, store: TokenStore) -> ModelConfig:
-    """The model, with the tokenizer's vocabulary size unless the model has a larger one. Raises UserError if the
-    model's vocabulary is smaller than the tokenizer's."""
-    size = store.tokenizer.vocab_size
-    if 0 < model.vocab_size < size:
-        raise UserError(
-            f"--model.vocab-size {model.vocab_size}: the tokenizer has {size} entries; give at least that, or 0"
-        )
-    return dataclasses.replace(model, vocab_size=model.vocab_size or size)

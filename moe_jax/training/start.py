@@ -1,8 +1,9 @@
 """What a run starts with that does not start from noise: the seam of `imported.py`, `sft.py` and `upcycle.py`."""
 
+import dataclasses
 from typing import Any, NamedTuple, Protocol
 
-from moe_jax.config import RunConfig
+from moe_jax.config import ModelConfig, RunConfig, UserError
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.costs import training_flops
@@ -41,3 +42,14 @@ class Source(Protocol):
     def start(self, programs: Programs, store: TokenStore) -> Start:
         """Read the weights. Raises UserError if they or the text cannot be used."""
         ...
+
+
+def with_vocabulary(model: ModelConfig, store: TokenStore) -> ModelConfig:
+    """The model, with the tokenizer's vocabulary size unless the model has a larger one. Raises UserError if the
+    model's vocabulary is smaller than the tokenizer's."""
+    size = store.tokenizer.vocab_size
+    if 0 < model.vocab_size < size:
+        raise UserError(
+            f"--model.vocab-size {model.vocab_size}: the tokenizer has {size} entries; give at least that, or 0"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size or size)

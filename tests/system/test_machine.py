@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.system.machine import _processor
+from moe_jax.system.machine import processor
 
 TWO_CORES = """processor\t: 0
 cpu family\t: 25
@@ -32,8 +32,8 @@ ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"
 )
 def test_the_name_of_a_processor_has_its_family(info: str, name: str, tmp_path: Path) -> None:
     (tmp_path / "cpuinfo").write_text(info)
-    assert _processor(tmp_path / "cpuinfo") == name
+    assert processor(tmp_path / "cpuinfo") == name
 
 
 def test_a_system_without_cpuinfo(tmp_path: Path) -> None:
-    assert _processor(tmp_path / "nothing") == platform.processor()
+    assert processor(tmp_path / "nothing") == platform.processor()

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -147,6 +147,11 @@ def test_the_precision_follows_the_device_and_says_why(
     lines = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\nflags\t\t: {flags}\n"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + lines)
     monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(
+        hardware.race,
+        "gain",
+        lambda narrow, device, units: 0.74 if vendor == "GenuineIntel" and units != "AMX" else 2.0,
+    )
     device = type("Device", (), {"platform": platform, "compute_capability": capability, "device_kind": "a card"})()
     policy = choose_policy("auto", device)
     assert policy.compute == compute
@@ -155,6 +160,22 @@ def test_the_precision_follows_the_device_and_says_why(
     assert choose_policy("float32", device).compute == "float32"
     assert writing_policy("auto", device).compute == ("float32" if platform == "cpu" else compute)
     assert writing_policy("bfloat16", device).compute == "bfloat16"
+
+
+def test_a_card_whose_float16_is_not_faster_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card of this machine races. This one has tensor cores by its name and number, and they do not help."""
+    card = type("Device", (), {"platform": "gpu", "compute_capability": "7.5", "device_kind": "a card"})()
+    asked: list[tuple[Any, ...]] = []
+    for gain, compute in ((1.19, "float32"), (1.21, "float16")):
+        monkeypatch.setattr(hardware.race, "gain", lambda *given, gain=gain: asked.append(given) or gain)
+        monkeypatch.setattr(hardware.jax, "Device", type(card))
+        policy = choose_policy("auto", card)
+        assert policy.compute == compute
+        assert ("no faster in a race" in policy.reason) == (compute == "float32")
+    assert asked == [("float16", card)] * 2
+    monkeypatch.setattr(hardware.jax, "Device", int)  # a described card cannot race
+    assert choose_policy("auto", card).compute == "float16"
+    assert len(asked) == 2
 
 
 def test_a_system_without_a_list_of_units_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

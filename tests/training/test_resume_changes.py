@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -22,6 +23,8 @@ from moe_jax.config import (
 from moe_jax.config.compatibility import check_resumable
 from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import preset
+from moe_jax.model import precision
+from moe_jax.runs.identity import kept_precision
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
@@ -150,3 +153,28 @@ def test_a_run_goes_on_in_another_execution(execution: dict[str, Any], rounding:
     (entry,) = json.loads((tmp_path / "other" / "run" / "config.json").read_text())["history"]
     assert entry["changed"][f"execution.{field}"] == [getattr(there.config.execution, field), value]
     assert finish(here)["precision"] == here.config.execution.compute_dtype
+
+
+def test_a_run_on_another_machine_keeps_the_precision_that_auto_chose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second machine has units for bfloat16. A new run there takes them, and so does the old one if it is asked."""
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "")
+    assert run(tmp_path / "old", 2, compute_dtype="auto").programs.policy.compute == "float32"
+    monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
+    kept = run(tmp_path / "old", 4, compute_dtype="auto").programs.policy
+    assert (kept.compute, kept.reason) == ("float32", "kept from the start of the run; --precision changes it")
+    assert run(tmp_path / "new", 2, compute_dtype="auto").programs.policy.compute == "bfloat16"
+    assert run(tmp_path / "old", 6, compute_dtype="bfloat16").programs.policy.compute == "bfloat16"
+
+
+@pytest.mark.parametrize("damaged", [None, 3, "float8", "auto"])
+def test_a_checkpoint_that_names_no_precision_leaves_the_choice_to_the_machine(
+    damaged: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
+    context = {} if damaged is None else {"compute_dtype": damaged}
+    kept = kept_precision(SimpleNamespace(manifest={"context": context}))  # pyright: ignore[reportArgumentType]
+    assert precision.choose_policy("auto", kept=kept).compute == "bfloat16"
