@@ -16,7 +16,7 @@ from moe_jax.benchmarks import cost_table, decoding, dense_baselines, feeding, l
 from moe_jax.benchmarks.cost_table import CostTable
 from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
 from moe_jax.benchmarks.uniform_routing import UniformMoE
-from moe_jax.config import UserError
+from moe_jax.config import ModelConfig, UserError
 from moe_jax.data.batches import train_positions
 from moe_jax.model.costs import Count
 from moe_jax.model.moe.layer import MoE
@@ -256,8 +256,22 @@ def test_the_layer_suite(products: dict[str, float], monkeypatch: pytest.MonkeyP
     turns = pretend(monkeypatch, layer, seconds)
     monkeypatch.setattr(layer, "compiled_flops", lambda *operands: 1000 * len(operands))
     monkeypatch.setattr(layer, "with_reused_output", lambda *_: None)
-    monkeypatch.setattr(layer, "layer_function", lambda *_: (print, None))
+    asked: list[tuple[str, int, str]] = []
+
+    def layer_function(model: ModelConfig, moe: type) -> tuple[Any, None]:
+        asked.append((model.routing.dispatch, model.experts, moe.__name__))
+        return print, None
+
+    monkeypatch.setattr(layer, "layer_function", layer_function)
     numbers, times = layer.benchmark_layer(config().model, 9)
+    own = config().model.experts
+    assert asked == [
+        ("capacity", own, "MoE"),
+        ("blocks", own, "MoE"),
+        ("capacity", own, "AllExpertsMoE"),
+        ("capacity", 8, "MoE"),
+        ("capacity", 64, "MoE"),
+    ]
     tokens, bound = 8 * 16, layer.bound_flops(config().model, 8)
     assert numbers == {
         "flops_over_bound_forward": pytest.approx(3000 / bound),
