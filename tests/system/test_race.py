@@ -48,6 +48,8 @@ def test_medians_count_and_are_kept(races: list[list[str]], tmp_path: Path) -> N
 def test_another_machine_races_again(races: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     again()
     again(units="AVX-512 BF16")
+    again()  # that of the first is still kept
+    assert len(races) == 2
     again("float16")
     monkeypatch.setattr(race, "processor", lambda: "another")
     again()
