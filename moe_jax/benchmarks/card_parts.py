@@ -124,7 +124,7 @@ def _layer(config: ModelConfig, rows: int, compute: str, library: Implementation
     flat = _shape(rows * config.seq_len, config.width, dtype=dtype)
     yield Part(group, "head and loss", jax.jit(loss), (flat, head, targets))
 
-    for form in (None, library)[: 1 + (library is not None)]:
+    for form in [None] if library is None else [None, library]:
         module = nnx.eval_shape(lambda form=form: Attention(config, 1.0, nnx.Rngs(0), form))
         graphdef, state = nnx.split(module, nnx.Param)
 
