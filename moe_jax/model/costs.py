@@ -147,12 +147,13 @@ def attention_flops(config: ModelConfig, batch: int) -> int:
     """Forward floating-point operations of an attention layer: its two matrices, and two products of all scores that
     are computed."""
     matrices = sum(rows * columns for rows, columns in attention_shapes(config))
-    return 2 * batch * config.seq_len * matrices + 2 * _score_product(config, batch)
+    return 2 * batch * config.seq_len * matrices + 2 * _score_product(config, batch, computed_scores(config.seq_len))
 
 
-def _score_product(config: ModelConfig, batch: int) -> int:
-    """Operations of one product of the computed scores or weights with vectors of the heads, in one layer."""
-    return 2 * batch * config.heads * config.head_width * computed_scores(config.seq_len)
+def _score_product(config: ModelConfig, batch: int, scores: int) -> int:
+    """Operations of one product of the scores or weights with vectors of the heads, in one layer. `scores` is the
+    number of them that are computed for a head of a sequence."""
+    return 2 * batch * config.heads * config.head_width * scores
 
 
 def step_products(
@@ -174,13 +175,10 @@ def step_products(
     """
     model, again = config.model, int(config.execution.remat)
     tokens = batch * model.seq_len
-    (qkv, out), score = (
-        (2 * tokens * rows * columns for rows, columns in attention_shapes(model)),
-        _score_product(model, batch),
-    )
+    qkv, out = (2 * tokens * rows * columns for rows, columns in attention_shapes(model))
+    computed = model.seq_len * (model.seq_len + 1) // 2 if cudnn else computed_scores(model.seq_len)
+    score = _score_product(model, batch, computed)
     scores = 6 + 2 * again + (cudnn or model.seq_len > LONGEST_KEPT)
-    if cudnn:
-        score = 2 * batch * model.heads * model.head_width * (model.seq_len * (model.seq_len + 1) // 2)
     matrices = 3 if model.activation == "swiglu" else 2
     rows = multiplied_rows(model, batch, devices, in_place) + tokens * model.shared_experts
     ffn = (3 + again) * layer_flops(model, batch, devices, in_place)

@@ -54,7 +54,7 @@ from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
 from moe_jax.training.routing_snapshot import Tracer
 from moe_jax.training.sft import TuningSource
-from moe_jax.training.start import Source, with_vocabulary
+from moe_jax.training.start import Source, with_vocabulary_of
 from moe_jax.training.state import TrainState
 from moe_jax.training.upcycle import UpcycleSource
 
@@ -222,7 +222,7 @@ class Session:
             run_id = check_same_run(folder.files, found) or new_run_id()
             tokenizer = load_run_tokenizer(folder.path, found[-1] if found else None, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
-        config = dataclasses.replace(config, model=with_vocabulary(config.model, store))
+        config = dataclasses.replace(config, model=with_vocabulary_of(config.model, store))
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh), kept_precision=precision)
         check_same_data(config, store, programs.policy)
         # The first step then finds its program in the cache of compiled programs.

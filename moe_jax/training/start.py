@@ -1,4 +1,5 @@
-"""What a run starts with that does not start from noise: the seam of `imported.py`, `sft.py` and `upcycle.py`."""
+"""What a run starts with: the size of its vocabulary, and the weights of a run that does not start from noise. The seam
+of `imported.py`, `sft.py` and `upcycle.py`."""
 
 import dataclasses
 from typing import Any, NamedTuple, Protocol
@@ -44,7 +45,7 @@ class Source(Protocol):
         ...
 
 
-def with_vocabulary(model: ModelConfig, store: TokenStore) -> ModelConfig:
+def with_vocabulary_of(model: ModelConfig, store: TokenStore) -> ModelConfig:
     """The model, with the tokenizer's vocabulary size unless the model has a larger one. Raises UserError if the
     model's vocabulary is smaller than the tokenizer's."""
     size = store.tokenizer.vocab_size

@@ -78,6 +78,7 @@ def causal_attention(
 def _attend_by_cudnn(
     query: Float[Array, "B H T A"], key: Float[Array, "B KV T A"], value: Float[Array, "B KV T A"]
 ) -> Float[Array, "B H T A"]:
+    """By cuDNN, which takes the heads after the positions."""
     query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
     return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn").swapaxes(1, 2)
 

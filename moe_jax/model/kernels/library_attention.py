@@ -1,16 +1,16 @@
 """Causal attention by cuDNN, NVIDIA's library, and the choice between it and this project's own form.
 
-cuDNN computes attention block by block and keeps no weights in memory (Dao et al. 2022, "FlashAttention"): one kernel
-forward and about three backward. `jax.nn.dot_product_attention` calls it. It has no dropout of attention weights, and
-it sums the gradient of the queries in an order that may change from run to run.
+cuDNN computes attention block by block and keeps no weights in memory (Dao et al. 2022, "FlashAttention").
+`jax.nn.dot_product_attention` calls it, without dropout of attention weights. The order of its sums, and so the last
+bits of a gradient, may change from run to run.
 
-A training step takes it where it can (`choose_attention`). On a card of this machine both forms are compared once,
-before the first step. If the library fails or is less exact, the own form stays.
+A training step takes cuDNN's form where `choose_attention` allows it. On a card of this machine both forms are compared
+once, before the first step. If cuDNN fails or is less exact, the own form stays.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,11 @@ MOST_HEAD_WIDTH = 128
 COMPARED_POSITIONS = 256
 """Positions of the comparison, at most."""
 LESS_EXACT = 3.0
-"""How many times the error of the own form cuDNN's may be. Both round weights and their gradients to the compute dtype,
-but not at the same places."""
+"""cuDNN's largest error may be this many times that of the own form. Both forms round weights and their gradients to
+the compute dtype, but not at the same places."""
 
+_by_cudnn = partial(causal_attention, implementation="cudnn")
+_reference = partial(causal_attention, implementation="reference")
 Attend = Callable[[Array, Array, Array], Array]
 """(query [B, H, T, A], key [B, KV, T, A], value [B, KV, T, A]) -> [B, H, T, A]."""
 
@@ -55,16 +57,16 @@ def choose_attention(
         f"takes heads of a multiple of 8 numbers, up to {MOST_HEAD_WIDTH}": model.head_width % 8 == 0
         and model.head_width <= MOST_HEAD_WIDTH,
         "may change the last bits from run to run, and --deterministic is given": not execution.deterministic,
-        "is for one device here": devices == 1,
+        "is taken on one device only": devices == 1,
     }
     for need, met in needs.items():
         if not met:
-            return AttentionForm(None, f"this project's own form: cuDNN's {need}")
+            return AttentionForm(None, f"this project's own form, because cuDNN's {need}")
     if not here:
         return AttentionForm("cudnn", "cuDNN's")
     shape = model.heads, model.key_value_heads, min(model.seq_len, COMPARED_POSITIONS), model.head_width
     if why := problem(shape, compute):
-        return AttentionForm(None, f"this project's own form: {why}")
+        return AttentionForm(None, f"this project's own form, because {why}")
     return AttentionForm("cudnn", "cuDNN's, compared with this project's own form before the first step")
 
 
@@ -77,7 +79,7 @@ def problem(shape: tuple[int, int, int, int], compute: str) -> str:
     except Exception as error:  # whatever the library or the compiler does not like: training goes on without it
         return f"cuDNN's fails here ({str(error).strip().partition(chr(10))[0][:120]})"
     if not worst <= LESS_EXACT:
-        return f"cuDNN's has {worst:.3g} times its error"
+        return f"cuDNN's largest error is {worst:.3g} times as large"
     return ""
 
 
@@ -103,11 +105,3 @@ def worst_error(attend: Attend, shape: tuple[int, int, int, int], compute: str) 
         for form in (attend, causal_attention)
     ]
     return float((errors[0] / errors[1]).max())
-
-
-def _reference(query: Array, key: Array, value: Array) -> Array:
-    return causal_attention(query, key, value, implementation="reference")
-
-
-def _by_cudnn(query: Array, key: Array, value: Array) -> Array:
-    return causal_attention(query, key, value, implementation="cudnn")

@@ -46,7 +46,7 @@ def test_cudnn_is_taken_on_a_described_card_that_can_run_it() -> None:
         ({"head_size": 12}, "multiple of 8"),
         ({"head_size": 136}, "up to 128"),
         ({"deterministic": True}, "--deterministic"),
-        ({"devices": 2}, "one device"),
+        ({"devices": 2}, "one device only"),
     ],
 )
 def test_the_own_form_stays_for_a_reason_that_is_said(changed: dict[str, Any], said: str) -> None:
@@ -106,7 +106,7 @@ wrong_gradient.defvjp(_forward, _backward)
 def test_a_wrong_library_is_refused(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library_attention, "_by_cudnn", wrong)
     problem.cache_clear()
-    assert "times its error" in problem(SHAPE, "bfloat16")
+    assert "times as large" in problem(SHAPE, "bfloat16")
     problem.cache_clear()
 
 
