@@ -167,8 +167,8 @@ def step_products(
     The backward pass of a product is two products. Besides, the backward pass repeats
 
         the scores of a sequence above LONGEST_KEPT
-        with remat: the forward pass of the blocks, without the products whose result it does not need: the output
-        projection of attention and the last matrix of the experts, before which the gates enter
+        with remat: the forward pass of the blocks, without the products whose result it does not need (the output
+        projection of attention, and the last matrix of the experts, before which the gates enter) or keeps (the router)
 
     With `cudnn`, attention is that of `library_attention.py`: the scores of later positions are not computed. The
     backward pass computes the scores again, and with remat both products of the forward pass.
@@ -182,7 +182,7 @@ def step_products(
     matrices = 3 if model.activation == "swiglu" else 2
     rows = multiplied_rows(model, batch, devices, in_place) + tokens * model.shared_experts
     ffn = (3 + again) * layer_flops(model, batch, devices, in_place)
-    ffn -= again * expert_flops(model, rows) // matrices
+    ffn -= again * (expert_flops(model, rows) // matrices + router_flops(model, tokens))
     muon = muon_flops(model, config.train.muon_router) if config.train.optimizer == "muon" else 0
     return {
         "attention": model.layers * ((3 + again) * qkv + 3 * out + scores * score),

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import Norm
+from moe_jax.model.kernels.lookup import look_up
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32
 from moe_jax.system.random_keys import draw_each
@@ -62,30 +63,7 @@ class Normalisation(nnx.Module):
 
 def embedding_lookup(table: Float[Array, "V D"] | QuantizedMatrix, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
     """table[ids]. A quantised table is kept as `[D, V]`; its rows are given in float32."""
-    return table.columns(ids) if isinstance(table, QuantizedMatrix) else _lookup(table, ids)
-
-
-@jax.custom_vjp
-def _lookup(table: Float[Array, "V D"], ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-    """table[ids]. Its gradient is an array of zeros, as large as the table, plus the gradients of the rows.
-
-    The array of zeros is created only when the gradients of the rows are known. Without this, the compiler creates it
-    at the start of the backward pass, when the activations of all layers still take memory.
-    """
-    return table[ids]
-
-
-def _look_up_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
-    return table[ids], (table, ids)
-
-
-def _look_up_backward(residuals: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
-    table, ids = residuals
-    d_rows, zero = jax.lax.optimization_barrier((d_rows, jnp.zeros((), table.dtype)))
-    return jnp.full(table.shape, zero).at[ids].add(d_rows.astype(table.dtype)), None
-
-
-_lookup.defvjp(_look_up_forward, _look_up_backward)
+    return table.columns(ids) if isinstance(table, QuantizedMatrix) else look_up(table, ids)
 
 
 def apply_rope(

@@ -21,6 +21,7 @@ from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix, quantized_ma
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
 from moe_jax.model.low_rank import Adapters, LoraShape, adapters_in, add_adapters
 from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
+from moe_jax.model.moe.router import DECISIONS
 from moe_jax.model.precision import at_least_float32, to_param_dtype
 from moe_jax.system.random_keys import fold_each, sequence_keys, split_each
 
@@ -60,7 +61,8 @@ class Block(nnx.Module):
         """The output, the router's statistics, and the keys and values.
 
         With `remat` the backward pass recomputes the two halves of a block (attention, experts) one after the other. So
-        only the activations of one half exist at a time. In return, the residual stream between the halves is kept.
+        only the activations of one half exist at a time. In return, the residual stream between the halves is kept, and
+        the routing decisions.
         """
         # For the dropout of attention weights, of attention and of experts. One key is taken where it is used: with
         # remat, each key that was taken before would be an array of its own, which the backward pass keeps.
@@ -77,7 +79,8 @@ class Block(nnx.Module):
             return _sum(x, dropout(y, block.dropout, own[2])), stats
 
         between, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
-        after, stats = (jax.checkpoint(feed) if remat else feed)(self, between)
+        kept = jax.checkpoint_policies.save_only_these_names(DECISIONS)
+        after, stats = (jax.checkpoint(feed, policy=kept) if remat else feed)(self, between)
         if stats is not None and stats.trace is not None:
             weights = self.attention.weights(self.attention_norm(x))
             stats = stats._replace(trace=stats.trace._replace(attention=weights))

@@ -158,8 +158,9 @@ def test_jitted_is_eager(float64: None) -> None:
         np.testing.assert_allclose(one, other, atol=1e-13)
 
 
-def test_remat_recomputes_the_experts_first_product_only() -> None:
-    """Two products forward, four backward, and the first once more. The gradient of a gate needs no expert's output."""
+def test_remat_recomputes_the_experts_first_product_and_no_decision() -> None:
+    """Of the experts two products forward, four backward, and the first once more: the gradient of a gate needs no
+    expert's output. Of the router one forward and two backward: its decisions are kept."""
     config = tiny.config(layers=1, activation="gelu", capacity_factor=2.0)
     graphdef, params = tiny.build(config, remat=True)
 
@@ -167,8 +168,11 @@ def test_remat_recomputes_the_experts_first_product_only() -> None:
         model = merge(graphdef, params)
         return model(jnp.asarray(tiny.tokens(2, tiny.T)), Mode.TRAIN)[0].sum()
 
-    program = read_program(jax.jit(jax.grad(loss)).lower(params).compile().as_text())
+    lowered = jax.jit(jax.grad(loss)).lower(params)
+    program = read_program(lowered.compile().as_text())
     assert sum(dot.runs for dot in program.dots if "experts" in scopes(dot.op_name)) == 7
+    assert sum(dot.runs for dot in program.dots if "router" in scopes(dot.op_name)) == 3
+    assert lowered.as_text().count("chlo.top_k") == 1
 
 
 def test_rematerialised_gradients_have_the_same_bits() -> None:

@@ -84,8 +84,6 @@ def test_seed_158m_trains_on_a_4_gb_card(
             k.op_name for k in launched for dot in k.dots if dot.operand_dtype == "f32" and "router" not in k.scopes
         }
         assert bool(wide) == (precision == "float32"), wide
-        added = [k.op_name for k in launched if "scatter-add" in k.op_name and "scatter" in k.inner]
-        assert len(added) == 1, "the gradient of the embedding is the only scatter-add"
 
 
 @compiled_for_gpu

@@ -84,19 +84,21 @@ def gradients(
     return d_rows, d_weights.astype(weights.dtype)
 
 
-def _further_ends(further_expert: Int[Array, " further"], experts: int) -> Int[Array, " E"]:
-    """For each expert, how many further groups belong to it or to an earlier expert."""
-    return (further_expert[None] <= jnp.arange(experts)[:, None]).sum(1, dtype=jnp.int32)
+def _further_ends(further_expert: Int[Array, " further"], experts: int) -> Int[Array, " P"]:
+    """For each expert, how many further groups belong to it or to an earlier expert. P is the number of experts,
+    rounded up to a power of 2, because Triton reads no other lengths."""
+    up_to = jnp.arange(2 ** math.ceil(math.log2(experts)))
+    return (further_expert[None] <= up_to[:, None]).sum(1, dtype=jnp.int32)
 
 
-def _by_expert(further_expert: Int[Array, " further"], experts: int) -> tuple[Int[Array, " G"], Int[Array, " G"]]:
-    """The groups sorted by expert, and the expert of each: its first group, then its further groups."""
-    # The groups of expert e end at place e + 1 + ends[e].
-    place_after = jnp.arange(1, experts + 1, dtype=jnp.int32) + _further_ends(further_expert, experts)
-    place = jnp.arange(experts + len(further_expert), dtype=jnp.int32)
-    expert = (place_after[None] <= place[:, None]).sum(1, dtype=jnp.int32)
-    is_first = (place_after[None] == place[:, None]).any(1).at[0].set(True)
-    return jnp.where(is_first, expert, experts + place - expert - 1), expert
+def _group_at(place: Int[Array, ""], ends: Int[Array, " P"], experts: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The group at a place of the order by expert, and its expert. An expert has its first group, then its further
+    groups. Each program computes this for itself, which takes less time than the launch of a kernel before it."""
+    # The groups of expert e end before place e + 1 + ends[e].
+    place_after = jax.lax.iota(jnp.int32, len(ends)) + 1 + ends
+    expert = (place_after <= place).sum(dtype=jnp.int32)
+    first = jnp.where(place_after <= place, place_after, 0).max()
+    return jnp.where(place == first, expert, experts + place - expert - 1), expert
 
 
 def _times_matrices(
@@ -109,13 +111,13 @@ def _times_matrices(
     """rows[g] @ matrices[e], or rows[g] @ matrices[e]^T, for each group g of expert e."""
     groups, count, contracted = rows.shape
     columns = matrices.shape[1 if transposed else 2]
-    tile, depth = _tile(columns), _tile(contracted, DEPTH)
+    experts, tile, depth = len(matrices), _tile(columns), _tile(contracted, DEPTH)
 
-    def grouped_rows(group: Any, expert: Any, rows: Any, matrices: Any, out: Any) -> None:
+    def grouped_rows(ends: Any, rows: Any, matrices: Any, out: Any) -> None:
         from jax.experimental import pallas as pl
 
-        place = pl.program_id(1)
-        g, e, own = group[place], expert[place], pl.ds(pl.program_id(0) * tile, tile)
+        g, e = _group_at(pl.program_id(1), ends[...], experts)
+        own = pl.ds(pl.program_id(0) * tile, tile)
 
         def add(step: Array, total: Array) -> Array:
             some = pl.ds(step * depth, depth)
@@ -127,7 +129,7 @@ def _times_matrices(
 
     out = jax.ShapeDtypeStruct((groups, count, columns), rows.dtype)
     run = _program(grouped_rows, out, (columns // tile, groups), count * tile, rows.dtype, interpret)
-    return run(*_by_expert(further_expert, len(matrices)), rows, matrices)
+    return run(_further_ends(further_expert, experts), rows, matrices)
 
 
 def _sum_of_products(
@@ -143,20 +145,20 @@ def _sum_of_products(
     tiles, depth = (_tile(width), _tile(hidden)), _tile(count, DEPTH)
     reads = count // depth
 
-    def grouped_weights(end: Any, rows: Any, d_y: Any, out: Any) -> None:
+    def grouped_weights(ends: Any, rows: Any, d_y: Any, out: Any) -> None:
         from jax.experimental import pallas as pl
 
         e = pl.program_id(2)
         left = pl.ds(pl.program_id(1) * tiles[0], tiles[0])
         right = pl.ds(pl.program_id(0) * tiles[1], tiles[1])
-        first = jnp.where(e == 0, 0, end[jnp.maximum(e - 1, 0)])
+        first = jnp.where(e == 0, 0, ends[jnp.maximum(e - 1, 0)])
 
         def add(step: Array, total: Array) -> Array:
             nth, some = jax.lax.div(step, reads), pl.ds(jax.lax.rem(step, reads) * depth, depth)
             g = jnp.where(nth == 0, e, experts + first + nth - 1)
             return total + _dot(rows[g, some, left].T, d_y[g, some, right])
 
-        steps = (1 + end[e] - first) * reads
+        steps = (1 + ends[e] - first) * reads
         out[e, left, right] = jax.lax.fori_loop(0, steps, add, jnp.zeros(tiles, jnp.float32)).astype(out.dtype)
 
     out = jax.ShapeDtypeStruct((experts, width, hidden), rows.dtype)

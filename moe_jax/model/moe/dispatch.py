@@ -27,11 +27,12 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.model.moe.experts import Experts, gated
 from moe_jax.model.moe.queues import choice_counts, queue_positions
-from moe_jax.model.moe.router import Routing
+from moe_jax.model.moe.router import DECISIONS, Routing
 
 
 class Plan(NamedTuple):
@@ -153,7 +154,7 @@ class Blocks:
         nth, place = position // self.rows, position % self.rows
         block = jnp.where(nth == 0, expert, (ends - further)[expert] + nth - 1)
         further_expert = jnp.searchsorted(ends, experts + jnp.arange(more), side="right", method="compare_all")
-        further_expert = further_expert.clip(0, experts - 1)
+        further_expert = checkpoint_name(further_expert.clip(0, experts - 1), DECISIONS)
         keep = jnp.broadcast_to(valid[..., None], block.shape)
         plan = row_plan(block * self.rows + place, keep, experts + more, self.rows)
         return plan, further_expert, ends[-1]
@@ -228,7 +229,7 @@ def row_plan(row: Array, keep: Array, groups: int, rows: int) -> Plan:
         return empty.at[row].set(jnp.arange(pairs, dtype=jnp.int32), mode="drop", unique_indices=True)
 
     pair = jax.vmap(invert)(row.reshape(batch, -1))
-    return Plan(pair.reshape(batch, groups, rows).swapaxes(0, 1), row, keep)
+    return checkpoint_name(Plan(pair.reshape(batch, groups, rows).swapaxes(0, 1), row, keep), DECISIONS)
 
 
 _TOKENS = jax.lax.GatherDimensionNumbers(

@@ -13,9 +13,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.model.precision import at_least_float32, dot_precision
+
+DECISIONS = "routing decisions"
+"""The name (`checkpoint_name`) of what a router and a dispatch decided. With remat the backward pass keeps it: a few
+numbers of each token, whose computation takes many small kernels of a GPU."""
 
 
 class Routing(NamedTuple):
@@ -60,10 +65,12 @@ def route(
     An expert whose logit is -inf has the probability 0. It is chosen only by a token that has fewer than K others, and
     then its gate is 0.
     """
+    logits = checkpoint_name(logits, DECISIONS)
     probs = jax.nn.softmax(logits, axis=-1)
     score = jax.lax.stop_gradient(logits if bias is None else probs + bias)
     # `top_k` orders -0.0 below 0.0. They are equal, so the lower index must be chosen.
     _, expert = jax.lax.top_k(jnp.where(score == 0, 0, score), top_k)
+    expert = checkpoint_name(expert, DECISIONS)
     # One-hot sums instead of indexing. The gradient of indexing is a scatter-add, slow and in no fixed order on a GPU.
     chosen = jax.nn.one_hot(expert, logits.shape[-1], dtype=bool)
     picked = jnp.where(chosen, logits[:, :, None, :], 0).sum(-1)
@@ -71,6 +78,6 @@ def route(
         gate = jax.nn.softmax(picked, axis=-1)
     else:
         gate = jnp.where(chosen, probs[:, :, None, :], 0).sum(-1)
-    valid = ~jnp.isnan(probs).any(-1)
+    valid = checkpoint_name(~jnp.isnan(probs).any(-1), DECISIONS)
     gate = jnp.where(valid[..., None], gate, jnp.nan)
     return Routing(logits, probs, expert, gate, valid)

@@ -56,6 +56,7 @@ CASES = {
     "one row": ([[1], *[[3]] * (PAIRS - 1)], 4),
     "each token to all experts": ([[3, 1, 0, 2]] * (PAIRS // 4), 4),
     "one expert": ([[0]] * PAIRS, 1),
+    "a number of experts that is no power of 2": ([[t % 5] for t in range(PAIRS)], 5),
 }
 
 
