@@ -16,6 +16,7 @@ import pytest
 
 from moe_jax.cli.main import main, run_command
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.config.baselines import dense_baseline
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.inference.decode import cast_once
 from moe_jax.model.costs import expert_flops, multiplied_rows, step_products
@@ -33,13 +34,17 @@ RATES = Rates(1e11, 1e12, 2e12, 4e12)
 FOUR_GB = ["rtx3050-4gb", "quadro-t1000-4gb"]
 
 
-def plan(name: str, gpu: str, **train: Any) -> search.Row:
-    """The training step of a preset, with remat, and `train` in place of its own settings."""
+def configured(name: str, **train: Any) -> RunConfig:
+    """A preset with remat, and `train` in place of its own settings."""
     config = with_vocabulary(preset(name))
-    changed = dataclasses.replace(
+    return dataclasses.replace(
         config, train=dataclasses.replace(config.train, **train), execution=ExecutionConfig(remat=True)
     )
-    return search.plan_step(changed, load_target(gpu))
+
+
+def plan(name: str, gpu: str, **train: Any) -> search.Row:
+    """The training step of a preset (`configured`) on a card."""
+    return search.plan_step(configured(name, **train), load_target(gpu))
 
 
 WHOLE = {"batch_size": 32, "grad_accum": 1}
@@ -84,6 +89,24 @@ def test_seed_158m_trains_on_a_4_gb_card(
             k.op_name for k in launched for dot in k.dots if dot.operand_dtype == "f32" and "router" not in k.scopes
         }
         assert bool(wide) == (precision == "float32"), wide
+
+
+@compiled_for_gpu
+def test_without_drops_seed_158m_takes_little_longer_than_its_dense_twin() -> None:
+    """With every back end: the time over that of the dense model with as many active parameters, and the kernels."""
+    sparse = configured("seed-158m", **WHOLE, optimizer="adamw-bf16")
+    routing = dataclasses.replace(sparse.model.routing, dispatch="blocks")
+    sparse = dataclasses.replace(sparse, model=dataclasses.replace(sparse.model, routing=routing))
+    target = load_target("rtx3050-4gb")
+    ours, twin = (search.plan_step(c, target).step.back_ends for c in (sparse, dense_baseline(sparse, "active")))
+    assert len(ours) == 2
+    for back_end, memory in ours.items():
+        mine, dense = memory.prediction, twin[back_end].prediction
+        assert mine is not None
+        assert dense is not None
+        assert mine.kernels <= 1290
+        assert mine.milliseconds <= 1.10 * dense.milliseconds
+        assert memory.total <= 2060
 
 
 @compiled_for_gpu
