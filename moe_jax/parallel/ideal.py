@@ -4,7 +4,8 @@ all-to-all                   4 E b C D numbers for each layer and micro-batch: t
                              b is the number of a device's sequences. 5 E b C D with remat, which sends the rows again.
                              With dispatch by blocks n b R in place of E b C. Each row has 4 bytes more for its gate, 4
                              for the gradient of the gate, and with blocks 4 for the number of its expert. With remat
-                             gate and number are sent again. Nothing without an expert axis.
+                             the gate is sent again, and the number is not: routing decisions are kept. Nothing without
+                             an expert axis.
 all-gather                   each matrix that is cut over fsdp, once a step
 all-reduce, reduce-scatter   each gradient in float32 once a step, however many micro-batches there are; and the
                              metrics. Of Adafactor also the means over an axis that is cut.
@@ -36,7 +37,7 @@ def ideal_bytes(config: RunConfig, params: Mapping[Any, Any], layout: Layout, it
         there = 2 if config.execution.remat else 1  # the backward pass then sends the rows again
         row = (there + 3) * model.width * item_bytes + (there + 1) * GATE_BYTES
         if model.routing.dispatch == "blocks":
-            rows, row = devices * model.device_rows(devices), row + there * EXPERT_BYTES
+            rows, row = devices * model.device_rows(devices), row + EXPERT_BYTES
         else:
             rows = model.experts * model.capacity
         found["all-to-all"] = model.layers * sequences * rows * row
