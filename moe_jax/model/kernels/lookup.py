@@ -51,9 +51,8 @@ def sum_by_id(ids: Int[Array, " N"], rows: Float[Array, "N D"], entries: int) ->
     """For each id from 0 to `entries` - 1, the sum of its rows in at least float32, in a fixed order."""
     count, wide = len(ids), at_least_float32(rows.dtype)
     size = _block_size(count)
-    if missing := -count % size:  # the last block is filled with rows of no id
-        ids = jnp.pad(ids, (0, missing), constant_values=entries)
-        rows = jnp.pad(rows, ((0, missing), (0, 0)))
+    if missing := -count % size:  # the last block is filled with zeros, for id 0
+        ids, rows = jnp.pad(ids, (0, missing)), jnp.pad(rows, ((0, missing), (0, 0)))
     order = jnp.argsort(ids)
     ids, rows = ids[order], rows[order].astype(wide).reshape(-1, size, rows.shape[1])
     begins = jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
