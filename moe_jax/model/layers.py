@@ -8,8 +8,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import Norm
-from moe_jax.model.kernels.lookup import look_up
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32
 from moe_jax.system.random_keys import draw_each
 
@@ -59,11 +57,6 @@ class Normalisation(nnx.Module):
         if bias is not None:
             wide = wide + bias
         return wide.astype(x.dtype)
-
-
-def embedding_lookup(table: Float[Array, "V D"] | QuantizedMatrix, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-    """table[ids]. A quantised table is kept as `[D, V]`; its rows are given in float32."""
-    return table.columns(ids) if isinstance(table, QuantizedMatrix) else look_up(table, ids)
 
 
 def apply_rope(

@@ -16,9 +16,10 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
 from moe_jax.model.kernels.causal_attention import Implementation
+from moe_jax.model.kernels.embedding_lookup import embedding_lookup
 from moe_jax.model.kernels.matmul import matmul_wide
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
-from moe_jax.model.layers import Normalisation, dropout, embedding_init, embedding_lookup, matrix_init
+from moe_jax.model.layers import Normalisation, dropout, embedding_init, matrix_init
 from moe_jax.model.low_rank import Adapters, LoraShape, adapters_in, add_adapters
 from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
 from moe_jax.model.moe.router import DECISIONS
@@ -61,8 +62,8 @@ class Block(nnx.Module):
         """The output, the router's statistics, and the keys and values.
 
         With `remat` the backward pass recomputes the two halves of a block (attention, experts) one after the other. So
-        only the activations of one half exist at a time. In return, the residual stream between the halves is kept, and
-        the routing decisions.
+        only the activations of one half exist at a time. In return, the residual stream between the halves is kept. The
+        routing decisions are kept, too.
         """
         # For the dropout of attention weights, of attention and of experts. One key is taken where it is used: with
         # remat, each key that was taken before would be an array of its own, which the backward pass keeps.

@@ -4,8 +4,8 @@ all-to-all                   4 E b C D numbers for each layer and micro-batch: t
                              b is the number of a device's sequences. 5 E b C D with remat, which sends the rows again.
                              With dispatch by blocks n b R in place of E b C. Each row has 4 bytes more for its gate, 4
                              for the gradient of the gate, and with blocks 4 for the number of its expert. With remat
-                             the gate is sent again, and the number is not: routing decisions are kept. Nothing without
-                             an expert axis.
+                             the gate is sent again. The number is not, because routing decisions are kept. Nothing
+                             without an expert axis.
 all-gather                   each matrix that is cut over fsdp, once a step
 all-reduce, reduce-scatter   each gradient in float32 once a step, however many micro-batches there are; and the
                              metrics. Of Adafactor also the means over an axis that is cut.

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.model.kernels.embedding_lookup import embedding_lookup
 from moe_jax.model.layers import (
     Normalisation,
     apply_rope,
     dropout,
     embedding_init,
-    embedding_lookup,
     keep_mask,
     matrix_init,
 )

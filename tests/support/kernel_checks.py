@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.model.kernels import causal_attention as attention_kernel
-from moe_jax.model.kernels import cross_entropy, grouped_kernel, lookup
+from moe_jax.model.kernels import cross_entropy, embedding_lookup, grouped_kernel
 from moe_jax.model.kernels import grouped_matmul as grouped
 from moe_jax.model.kernels import query_blocks as cut
 from moe_jax.model.kernels.causal_attention import causal_attention
@@ -115,7 +115,7 @@ def check_lookup() -> None:
     sums = np.zeros((7, 3))
     for index, row in zip(ids, rows, strict=True):
         sums[index] += row
-    assert tiny.relative_error(jax.jit(lookup.sum_by_id, static_argnums=2)(ids, rows, 7), sums) < 1e-6
+    assert tiny.relative_error(jax.jit(embedding_lookup.sum_by_id, static_argnums=2)(ids, rows, 7), sums) < 1e-6
 
 
 def check_grouped_kernel() -> None:

@@ -125,14 +125,14 @@ BUGS = [
     ),
     Bug(
         "a row of a table gets the gradients of its first block only",
-        "moe_jax.model.kernels.lookup:sum_by_id",
+        "moe_jax.model.kernels.embedding_lookup:sum_by_id",
         "sums += jnp.where(of(number[:, -1:]), rest[:, None], 0)",
         "rest",
         kernel_checks.check_lookup,
     ),
     Bug(
         "a row of a table gets the gradients of a block twice",
-        "moe_jax.model.kernels.lookup:sum_by_id",
+        "moe_jax.model.kernels.embedding_lookup:sum_by_id",
         "(block[:, None] < block)",
         "(block[:, None] <= block)",
         kernel_checks.check_lookup,

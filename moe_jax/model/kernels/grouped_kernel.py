@@ -93,7 +93,7 @@ def _further_ends(further_expert: Int[Array, " further"], experts: int) -> Int[A
 
 def _group_at(place: Int[Array, ""], ends: Int[Array, " P"], experts: int) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """The group at a place of the order by expert, and its expert. An expert has its first group, then its further
-    groups. Each program computes this for itself, which takes less time than the launch of a kernel before it."""
+    groups. Each program computes this for itself, so that no kernel must run before."""
     # The groups of expert e end before place e + 1 + ends[e].
     place_after = jax.lax.iota(jnp.int32, len(ends)) + 1 + ends
     expert = (place_after <= place).sum(dtype=jnp.int32)

@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 DECISIONS = "routing decisions"
-"""The name (`checkpoint_name`) of what a router and a dispatch decided. With remat the backward pass keeps it: a few
-numbers of each token, whose computation takes many small kernels of a GPU."""
+"""The name (`checkpoint_name`) of what a router and a dispatch decided. With remat the backward pass keeps these
+few numbers of each token. To compute them again, a GPU would run many small kernels."""
 
 
 class Routing(NamedTuple):

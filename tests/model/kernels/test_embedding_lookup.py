@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ExecutionConfig, RunConfig
-from moe_jax.model.kernels import lookup
+from moe_jax.model.kernels import embedding_lookup as lookup
 from moe_jax.planning.device_memory import for_described_gpu
 from moe_jax.planning.target import load_target
 from moe_jax.training.programs import Programs
@@ -63,7 +63,7 @@ def test_only_a_cpu_gets_a_scatter_add(platform: str, scatters: int) -> None:
     rows = jax.ShapeDtypeStruct((2, 8, 4), jnp.float32)
 
     def gradient(table, ids, d_rows):
-        return jax.vjp(lambda t: lookup.look_up(t, ids), table)[1](d_rows)
+        return jax.vjp(lambda t: lookup.embedding_lookup(t, ids), table)[1](d_rows)
 
     with for_described_gpu():
         text = jax.jit(gradient).trace(table, ids, rows).lower(lowering_platforms=(platform,)).as_text()

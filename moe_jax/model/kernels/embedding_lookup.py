@@ -5,9 +5,9 @@ the rows' places, a scatter-add. A CPU adds them in order. On a GPU the copies o
 order, so the rounding would change from run to run. Devices other than CPUs therefore add in another way (`sum_by_id`):
 
     1. Sort the copies by id, and cut them into blocks.
-    2. Number the ids of each block: 0, 1, ... Each number's sum is over the whole block, with zeros for other numbers.
+    2. Number the ids of each block: 0, 1, ... For each number, sum the whole block, with zeros in place of other ids.
     3. The copies of a block's last id may go on in later blocks, where it is the first. Add those sums, too.
-    4. Each row of the table reads its sum. No array of zeros, as large as the table, is written before.
+    4. For each row of the table, read its sum. So no array of zeros as large as the table is written first.
 """
 
 import math
@@ -16,12 +16,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32
 
 
+def embedding_lookup(table: Float[Array, "V D"] | QuantizedMatrix, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+    """table[ids]. All ids must be from 0 to V - 1.
+
+    A quantised table is kept as `[D, V]`. It has no gradient, and its rows are given in float32.
+    """
+    return table.columns(ids) if isinstance(table, QuantizedMatrix) else _rows_of(table, ids)
+
+
 @jax.custom_vjp
-def look_up(table: Float[Array, "V D"], ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-    """table[ids]. All ids must be from 0 to V - 1."""
+def _rows_of(table: Float[Array, "V D"], ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
     return table[ids]
 
 
@@ -44,7 +52,7 @@ def _backward(residuals: tuple[Array, Array], d_rows: Array) -> tuple[Array, Non
     return jax.lax.platform_dependent(ids, d_rows, cpu=added_in_order, default=sorted_first), None
 
 
-look_up.defvjp(_forward, _backward)
+_rows_of.defvjp(_forward, _backward)
 
 
 def sum_by_id(ids: Int[Array, " N"], rows: Float[Array, "N D"], entries: int) -> Float[Array, "V D"]:
