@@ -16,9 +16,9 @@ from moe_jax.system.errors import ConfigError
 def _nano() -> RunConfig:
     return RunConfig(
         preset="nano",
-        model=ModelConfig(layers=3, tie_value_output_init=True),
+        model=ModelConfig(layers=3, tie_value_output_init=True, qk_norm="head"),
         data=DataConfig(stories=20_000, eval_tokens=16_384),
-        train=TrainConfig(steps=900, optimizer="muon", muon_lr=0.03, lr=5e-3, batch_size=8),
+        train=TrainConfig(steps=900, optimizer="muon", muon_lr=0.02, lr=5e-3, batch_size=8),
     )
 
 
@@ -43,6 +43,7 @@ def _story_cpu() -> RunConfig:
             layers=4,
             width=192,
             heads=4,
+            kv_heads=2,
             seq_len=512,
             experts=16,
             expert_hidden=64,
@@ -50,15 +51,15 @@ def _story_cpu() -> RunConfig:
             scaled_embedding=True,
             zero_init_residual=True,
             qk_norm="head",
-            dropout=0.1,
+            dropout=0.05,
             routing=RoutingConfig(top_k=4, dispatch="blocks"),
         ),
         data=DataConfig(source="tinystories", vocab_size=2048),
         train=TrainConfig(
-            steps=4400,
+            steps=4863,
             batch_size=8,
             optimizer="muon",
-            muon_lr=0.04,
+            muon_lr=0.03,
             muon_router=True,
             lr=8e-3,
             lr_schedule="linear",
@@ -80,7 +81,7 @@ def _story_4gb() -> RunConfig:
         small,
         preset="story-4gb",
         model=dataclasses.replace(
-            small.model, layers=8, width=512, heads=8, experts=16, expert_hidden=256, dropout=0.0
+            small.model, layers=8, width=512, heads=8, kv_heads=0, experts=16, expert_hidden=256, dropout=0.0
         ),
         data=DataConfig(source="tinystories", vocab_size=8192),
         train=dataclasses.replace(small.train, steps=5000, batch_size=16, eval_every=500, save_every=500),

@@ -32,7 +32,7 @@ def command(*arguments: str) -> int:
 
 
 ARCHITECTURES = {
-    "nano": "mixtral",
+    "nano": "qwen3_moe",
     "story": "mixtral",
     "story-cpu": "qwen3_moe",
     "story-4gb": "qwen3_moe",
@@ -121,7 +121,7 @@ def test_all_files_get_the_permissions_of_the_umask(umask: int, run: Path, tmp_p
     ],
 )
 def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dict, option: str) -> None:
-    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False)
+    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False, qk_norm="none")
     model = dataclasses.replace(start, **changes).with_routing(**routing)
     with pytest.raises(UserError) as failure:
         architecture_of(model)
@@ -130,7 +130,7 @@ def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dic
 
 
 def test_top_1_is_held_by_transformers_and_not_by_llama_cpp() -> None:
-    model = dataclasses.replace(preset("nano").model, qk_norm="head").with_routing(top_k=1)
+    model = preset("nano").model.with_routing(top_k=1)
     architecture = architecture_of(model)
     assert architecture.model_type == "qwen3_moe"
     assert architecture.gguf is None

@@ -88,7 +88,7 @@ def compare(found: np.ndarray, expected: np.ndarray, record: Record, what: str) 
 def test_each_configuration_has_the_class_of_its_name(name: str) -> None:
     changes = dict(CONFIGURATIONS[name])
     routing = {key: changes.pop(key) for key in ROUTING if key in changes}
-    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False)
+    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False, qk_norm="none")
     model = dataclasses.replace(start, **changes).with_routing(**routing)
     assert architecture_of(model).model_type == name.partition(",")[0]
 
