@@ -58,7 +58,7 @@ def test_a_model_larger_than_its_text() -> None:
 
 @pytest.mark.parametrize(("tokens", "told"), [(12_000_000, False), (13_000_000, True)])
 def test_a_text_for_a_larger_preset(tokens: int, told: bool) -> None:
-    """nano has 626,560 active parameters: 20 tokens for each are 12.5 M."""
+    """nano has 626,752 active parameters: 20 tokens for each are 12.5 M."""
     lines = said("nano", tokens, 4 * tokens)
     assert bool(lines) == told
     if told:
