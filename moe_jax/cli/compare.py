@@ -267,7 +267,7 @@ class Compare(Command):
         from moe_jax.system.rich_console import Console
 
         console = Console()
-        console.print(f"\n[bold]{self.preset}, {self.seeds} seed{"s" * (self.seeds > 1)}[/bold]")
+        console.print(f"\n[bold]{self.preset}, {self.seeds} seed{'s' * (self.seeds > 1)}[/bold]")
         # At 80 columns nine numbers do not stand side by side: each model has its numbers below its name.
         for name, *cells in report.rows:
             console.print(f"\n[bold]{name}[/bold]")
