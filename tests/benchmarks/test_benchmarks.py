@@ -254,11 +254,14 @@ EVERYTHING = {
 
 @pytest.mark.parametrize("name", [*PRESETS, "everything"])
 def test_ours_has_the_parameters_of_mixtral(name: str) -> None:
-    """Embedding, head and last norm; in a layer four projections, a router, three matrices an expert and two norms."""
+    """Embedding, head and last norm; in a layer four projections, two of them narrower where queries share keys, a
+    router, three matrices an expert and two norms."""
     given = config(**EVERYTHING) if name == "everything" else with_vocabulary(preset(name))
     ours = peers.like_mixtral(given)
     c = ours.model
-    layer = 4 * c.width**2 + c.width * c.experts + 3 * c.experts * c.width * c.expert_hidden + 2 * c.width
+    keys = c.width * c.key_value_heads // c.heads  # and values: their heads are as wide as the queries'
+    attention = 2 * c.width * (c.width + keys)
+    layer = attention + c.width * c.experts + 3 * c.experts * c.width * c.expert_hidden + 2 * c.width
     assert totals(count_parameters(c)).total == 2 * c.vocab_size * c.width + c.width + c.layers * layer
     assert peers.shape_of(ours, 8) == peers.shape_of(given, 8)
     assert (ours.train.optimizer, ours.train.param_dtype, ours.execution.remat) == ("adamw", "float32", False)
