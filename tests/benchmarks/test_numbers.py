@@ -172,38 +172,41 @@ def test_the_pipeline_suite(rounds: int, saves: int, console: Console, monkeypat
     assert "3 stories of 4.0 MB" in text
 
 
-def test_the_train_suite(products: dict[str, float], console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of 4, 2 and 8 s; 300, 600 and 1,200 operations at 300 a second."""
+@pytest.mark.parametrize("memory", [None, 10**15, 10**3])
+def test_the_train_suite(
+    memory: int | None, products: dict[str, float], console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 4, 2 and 8 s; 300, 600 and 1,200 operations at 300 a second. All run in turn if memory holds them."""
     monkeypatch.setattr(cost_table, "compute", lambda *_: CostTable({"head": Count(1, 1, 1)}, {}, {}, 1.0))
     monkeypatch.setattr(cost_table, "formula", lambda model, batch: {"a": 1e6 * batch, "b": 5e5})
-    flops, times = {"none": 300, "active": 600, "total": 1200}, {"none": 4.0, "active": 2.0, "total": 8.0}
-    current: list[str] = []
+    monkeypatch.setattr(dense_baselines, "machine_memory", lambda: memory)
+    flops, seconds = {"none": 300, "active": 600, "total": 1200}, {"none": 4.0, "active": 2.0, "total": 8.0}
 
     def of(given: Any, batch: int, moe: type[MoE]) -> Any:
         assert (batch, moe) == (2, UniformMoE)
-        current.append(given.model.dense)
-        return SimpleNamespace(active_flops=flops[given.model.dense])
+        return SimpleNamespace(active_flops=flops[given.model.dense], seconds=seconds[given.model.dense])
 
-    asked: list[int] = []
+    turns: list[tuple[list[float], int]] = []
 
     def alternate(candidates: dict[str, Any], rounds: int) -> dict[str, Times]:
-        asked.append(rounds)
-        seconds = {"step": times[current[-1]], **products}
-        return {name: Times((seconds[name],)) for name in candidates}
+        steps = {name: trainer.seconds for name, trainer in candidates.items() if name not in products}
+        turns.append((list(steps.values()), rounds))
+        return {name: Times((taken,)) for name, taken in {**steps, **products}.items()}
 
     monkeypatch.setattr(dense_baselines.RandomTokenTrainer, "of", of)
     monkeypatch.setattr(dense_baselines, "alternate", alternate)
     quality: Any = {"none": 0.9, "active": 1.0, "total": 0.8}
     found = dense_baselines.train(console, BenchmarkRequest(config(), 2, 9, quality, uniform_routing=True))
-    assert (current, asked) == (["none", "active", "total"], [4, 4, 4])
+    assert turns == ([([4.0], 4), ([2.0], 4), ([8.0], 4)] if memory == 10**3 else [([4.0, 2.0, 8.0], 4)])
     assert found["tokens_per_second"] == 32 / 4
     assert found["share_of_matmul_peak"] == 0.25
     assert (found["wall_over_dense_active"], found["dense_total_over_wall"]) == (2, 2)
     assert found["models"]["dense-active"] == {"ms_per_step": 2000, "mflops_per_token": 2.5, "bits_per_byte": 1.0}
     without = dense_baselines.train(console, BenchmarkRequest(config(), 2, 2, uniform_routing=True))
-    assert asked[-1] == 3
+    assert turns[-1][1] == 3
     assert "bits_per_byte" not in without["models"]["moe"]
-    for words in ("16 tokens/s", "dense, active parameters", "ms a training step"):
+    how = "one model after another" if memory == 10**3 else "all models in turn"
+    for words in ("16 tokens/s", "dense, active parameters", "ms a training step", how):
         assert words in printed(console)
 
 
