@@ -271,7 +271,7 @@ class Compare(Command):
         # At 80 columns nine numbers do not stand side by side: each model has its numbers below its name.
         for name, *cells in report.rows:
             console.print(f"\n[bold]{name}[/bold]")
-            facts = zip(report.headings[1:], cells, strict=True)
+            facts = zip(report.columns[1:], cells, strict=True)
             console.print("  " + "; ".join(f"{heading} {cell}" for heading, cell in facts if cell), markup=False)
         console.print()
         say(*report.sentences)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from moe_jax.experiments.comparison import Arm, Plan
-from moe_jax.experiments.intervals import Interval, apart, difference_in_words, paired, t_interval
+from moe_jax.experiments.intervals import IN_BRACKETS, Interval, apart, difference_in_words, paired, t_interval
 from moe_jax.experiments.report import Figures, Report
 from moe_jax.experiments.study_runs import BITS
 
@@ -85,7 +85,7 @@ def differences(results: Sequence[ArmResult]) -> list[Difference]:
 
 HEADINGS = (
     "model",
-    "bits per byte [95 %]",
+    "bits per byte" + IN_BRACKETS,
     "parameters",
     "active",
     "tokens",

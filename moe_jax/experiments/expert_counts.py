@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.config import RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
-from moe_jax.experiments.intervals import Interval, difference_in_words, paired, t_interval
+from moe_jax.experiments.intervals import IN_BRACKETS, Interval, difference_in_words, paired, t_interval
 from moe_jax.experiments.report import Figures, Report
 from moe_jax.experiments.study_runs import BITS, StudyRun, run_config
 from moe_jax.model.costs import training_flops
@@ -147,8 +147,8 @@ class ExpertCounts(NamedTuple):
 
 HEADINGS = (
     "model",
-    "bits per byte [95 %]",
-    "dense minus it, paired [95 %]",
+    "bits per byte" + IN_BRACKETS,
+    "dense minus it, paired" + IN_BRACKETS,
     "parameters",
     "active",
     "tokens",

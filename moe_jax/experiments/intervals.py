@@ -8,6 +8,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 CONFIDENCE = 0.95
+IN_BRACKETS = " [95 %]"
+"""Ends the heading of a column of means, whose intervals stand in brackets."""
 
 
 class Interval(NamedTuple):

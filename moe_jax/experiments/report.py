@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from moe_jax.experiments.intervals import IN_BRACKETS
+
 Figures = Callable[[], dict[str, Any]]
 """Draws pictures, by name. Raises UserError where matplotlib is missing."""
 
@@ -22,13 +24,21 @@ class Report(NamedTuple):
     """Bits per byte of each seed, by the name of the model. The intervals can be computed from them."""
     figures: Figures
 
+    @property
+    def seeds(self) -> int:
+        return len(next(iter(self.scores.values())))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The headings. One seed gives no intervals, so then no heading names them."""
+        return self.headings if self.seeds > 1 else tuple(name.removesuffix(IN_BRACKETS) for name in self.headings)
+
     def to_markdown(self) -> str:
         """The table, the sentences and the scores of the seeds."""
         sentences = "".join(f"- {sentence}\n" for sentence in self.sentences)
-        seeds = len(next(iter(self.scores.values())))
-        headings = ("bits per byte", *(f"seed {seed}" for seed in range(seeds)))
+        headings = ("bits per byte", *(f"seed {seed}" for seed in range(self.seeds)))
         scores = [(name, *(f"{score:.4f}" for score in own)) for name, own in self.scores.items()]
-        return f"{table(self.headings, self.rows)}\n{sentences}\n{table(headings, scores)}"
+        return f"{table(self.columns, self.rows)}\n{sentences}\n{table(headings, scores)}"
 
 
 def table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

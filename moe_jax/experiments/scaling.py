@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES
-from moe_jax.experiments.intervals import Interval, difference_in_words, paired, t_interval
+from moe_jax.experiments.intervals import IN_BRACKETS, Interval, difference_in_words, paired, t_interval
 from moe_jax.experiments.ladder import SIDES, Budget
 from moe_jax.experiments.power_law import PowerLaw, fit
 from moe_jax.experiments.report import Figures, Report
@@ -136,6 +136,6 @@ class Scaling(NamedTuple):
             for side in sides
         }
 
-        names = [f"{side.name}, bits per byte [95 %]" for side in sides]
-        headings = ("operations", *names, "dense minus moe, paired [95 %]", "steps")
+        names = [f"{side.name}, bits per byte{IN_BRACKETS}" for side in sides]
+        headings = ("operations", *names, f"dense minus moe, paired{IN_BRACKETS}", "steps")
         return Report("scaling", headings, self.rows(), self.sentences(), record, scores, figures)

@@ -1,12 +1,11 @@
 """Pictures of bits per byte against training operations, and against the number of experts (extra `plots`)."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from moe_jax.experiments.expert_counts import ExpertCounts
-from moe_jax.experiments.intervals import Interval, t_interval
+from moe_jax.experiments.intervals import t_interval
 from moe_jax.experiments.scaling import Scaling
 from moe_jax.plots.figures import COLOURS, check_installed
 
@@ -61,9 +60,9 @@ def _write_predictions(axes: Any, found: Scaling) -> None:
 
 
 def experts_figure(found: ExpertCounts) -> Any:
-    """The mixtures by their number of experts, and the dense baseline as a line. Dots are seeds.
+    """The mixtures by their number of experts, and the dense baseline as a line.
 
-    Bars, and the band of the dense baseline, are 95 % intervals of the means.
+    With more than one seed, dots are seeds. Bars, and the band of the dense baseline, are 95 % intervals of the means.
     """
     check_installed()
     k = found.models.base.model.routing.top_k
@@ -72,13 +71,16 @@ def experts_figure(found: ExpertCounts) -> Any:
     axes.set_xscale("log", base=2)
     counts = [float(result.experts or 0) for result in found.mixtures]
     means = [t_interval(result.bits) for result in found.mixtures]
-    for count, result in zip(counts, found.mixtures, strict=True):
-        axes.plot([count * 1.06] * len(result.bits), result.bits, "o", color=COLOURS[0], alpha=0.4, markersize=4)
-    label = f"mixture of experts, {k} active"
-    axes.errorbar(
-        counts, [m.mean for m in means], yerr=_halves(means), fmt="D-", color=COLOURS[0], capsize=5, label=label
-    )
+    style: dict[str, Any] = {"color": COLOURS[0], "label": f"mixture of experts, {k} active"}
     dense = t_interval(found.twin.bits)
+    if dense.known:
+        for count, result in zip(counts, found.mixtures, strict=True):
+            axes.plot([count * 1.06] * len(result.bits), result.bits, "o", color=COLOURS[0], alpha=0.4, markersize=4)
+        axes.errorbar(
+            counts, [m.mean for m in means], yerr=[m.high - m.mean for m in means], fmt="D-", capsize=5, **style
+        )
+    else:
+        axes.plot(counts, [m.mean for m in means], "D-", **style)
     axes.axhline(dense.mean, color=COLOURS[1], label="dense, same active parameters")
     if dense.known:
         axes.axhspan(dense.low, dense.high, color=COLOURS[1], alpha=0.15, linewidth=0)
@@ -87,11 +89,6 @@ def experts_figure(found: ExpertCounts) -> Any:
     axes.set_xlim(counts[0] / 1.3, counts[-1] * 1.3)
     axes.legend(frameon=False)
     return figure
-
-
-def _halves(intervals: Sequence[Interval]) -> list[float]:
-    """Half widths. 0 where one seed gives no interval."""
-    return [i.high - i.mean if i.known else 0.0 for i in intervals]
 
 
 def _axes(title: str, x: str) -> tuple[Any, Any]:

@@ -29,9 +29,9 @@ def score(config: RunConfig) -> float:
     return SCORES[experts] + config.train.seed * (0.52 if experts else 0.5)
 
 
-def made() -> ExpertCounts:
+def made(seeds: int = 2) -> ExpertCounts:
     models, trainer = Models.of(BASE, [8, 2, 4], FLOPS), Trainer(score)
-    return ExpertCounts.of(models, [trainer(run.config) for run in models.runs(2, Path("out"))])
+    return ExpertCounts.of(models, [trainer(run.config) for run in models.runs(seeds, Path("out"))])
 
 
 def test_all_models_train_for_the_same_tokens() -> None:
@@ -97,6 +97,19 @@ def test_the_picture() -> None:
     assert high - low == pytest.approx(2 * 12.7062 * 0.26, rel=1e-4)
     band = axes.patches[0].get_extents().transformed(axes.transData.inverted())
     assert (band.y0, band.y1) == pytest.approx((2.25 - 12.7062 * 0.25, 2.25 + 12.7062 * 0.25), rel=1e-4)
+
+
+def test_one_seed_has_no_intervals() -> None:
+    pytest.importorskip("matplotlib")
+    assert made().report(dict).columns[1:3] == ("bits per byte [95 %]", "dense minus it, paired [95 %]")
+    report = made(1).report(dict)
+    assert report.columns[1:3] == ("bits per byte", "dense minus it, paired")
+    assert report.to_markdown().startswith("| model | bits per byte | dense minus it, paired | parameters |")
+    (axes,) = experts_figure(made(1)).axes
+    means, dense = axes.get_lines()
+    assert (means.get_marker(), list(means.get_ydata())) == ("D", [2.1, 1.9, 1.8])
+    assert list(dense.get_ydata()) == [2.0, 2.0]
+    assert (len(axes.collections), len(axes.patches)) == (0, 0)
 
 
 @pytest.fixture
