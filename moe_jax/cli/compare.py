@@ -54,7 +54,7 @@ class Compare(Command):
     total: bool = True
     """Compare with the dense baseline of the same total parameters too. It takes almost half of the time."""
     tune: bool = False
-    """Search the best learning rate and depth of each model first, with five short runs for each."""
+    """Search the best learning rate and depth of each model first, with five or more short runs for each."""
     scaling: bool = False
     """Measure loss against training operations: five budgets, each the same factor above the one before."""
     lowest_flops: float = 0.0

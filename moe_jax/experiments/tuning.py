@@ -1,8 +1,9 @@
 """The best learning rate and depth of each side of a comparison, by a search of equal cost for each side.
 
-The sides are the mixture and its dense baselines. Each side first tries the learning rates of RATES. With the best of
-them it then tries one layer fewer and one more. All short runs have SEED, which no run of the comparison has, and SHARE
-of the operations of the comparison's budget. Their learning rate reaches its final value at their own last step.
+The sides are the mixture and its dense baselines. Each side first tries the learning rates of RATES. While the best of
+them is the lowest or the highest for any side, all sides try the next one beyond. With its best rate each side then
+tries one layer fewer and one more. All short runs have SEED, which no run of the comparison has, and SHARE of the
+operations of the comparison's budget. Their learning rate reaches its final value at their own last step.
 """
 
 import bisect
@@ -18,7 +19,9 @@ from moe_jax.experiments.study_runs import BITS, StudyRun, run_config
 from moe_jax.model.costs import training_flops
 
 RATES = (0.5, 1.0, 2.0)
-"""Factors on the preset's learning rates, that of Muon included."""
+"""The first factors on the preset's learning rates, that of Muon included."""
+LOWEST_RATE, HIGHEST_RATE = 0.125, 8.0
+"""The factors beyond which none is tried."""
 DEPTHS = (-1, 1)
 """Layers more than the preset has."""
 SHARE = 0.2
@@ -82,6 +85,18 @@ class Tuning(NamedTuple):
         """The sides, in the order in which they were trained."""
         return list(dict.fromkeys(trial.dense for trial in self.trials))
 
+    @property
+    def rates(self) -> list[float]:
+        """The factors on the learning rates that were tried, ascending."""
+        return sorted({trial.candidate.rate for trial in self.trials})
+
+    def rates_beyond(self) -> list[float]:
+        """Half of the lowest rate and twice the highest one, each if the rate beside it is the best for any side."""
+        best = {self.best(dense).candidate.rate for dense in self.models}
+        lowest, highest = self.rates[0], self.rates[-1]
+        beyond = [lowest / 2] * (lowest in best) + [2 * highest] * (highest in best)
+        return [rate for rate in beyond if LOWEST_RATE <= rate <= HIGHEST_RATE]
+
     def of(self, dense: Dense) -> list[Trial]:
         return [trial for trial in self.trials if trial.dense == dense]
 
@@ -104,13 +119,13 @@ class Tuning(NamedTuple):
             text = f"{name}: learning rate {c.rate:g} x the preset's, {c.layers} layers, hidden width of an expert "
             text += f"{c.expert_hidden}; {best.bits:.4f} bits per byte in its short run"
             if c.rate in (min(rates), max(rates)):
-                text += "; this rate is at the end of those tried, so a rate beyond it may be better"
+                text += "; no rate beyond this one was tried, and it may be better"
             found.append(text)
         return found
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "rates": RATES,
+            "rates": self.rates,
             "share_of_budget": SHARE,
             "seed": SEED,
             "training_flops": sum(trial.flops for trial in self.trials),
@@ -126,16 +141,19 @@ class Tuning(NamedTuple):
 def search(base: RunConfig, flops: float, out: Path, models: Sequence[Dense], train: Train) -> Tuning:
     """Train the short runs of all `models` for a budget of `flops` operations. Raises what `train` raises.
 
-    A depth is tried only if every side can have it, so that each side has the same number of short runs.
+    A rate is tried for every side or for none, and so is a depth. So each side has the same number of short runs.
     """
     sides: dict[Dense, RunConfig] = {dense: dense_baseline(base, dense) for dense in models}
     start: dict[Dense, Candidate] = {
         dense: Candidate(1.0, side.model.layers, side.model.expert_hidden) for dense, side in sides.items()
     }
-    rates: list[tuple[Dense, Candidate]] = [
-        (dense, start[dense]._replace(rate=rate)) for dense in sides for rate in RATES
-    ]
-    by_rate = Tuning(_trials(sides, rates, flops, out, train))
+    by_rate, next_rates = Tuning(()), list(RATES)
+    while next_rates:
+        rates: list[tuple[Dense, Candidate]] = [
+            (dense, start[dense]._replace(rate=rate)) for dense in sides for rate in next_rates
+        ]
+        by_rate = Tuning(by_rate.trials + _trials(sides, rates, flops, out, train))
+        next_rates = by_rate.rates_beyond()
     depths: list[tuple[Dense, Candidate]] = []
     for more in DEPTHS:
         hidden: dict[Dense, int | None] = {

@@ -85,7 +85,7 @@ def test_a_side_that_is_left_out_costs_nothing() -> None:
     assert chosen.models == ["none", "active"]
     assert {config.model.dense for config in trainer.asked} == {"none", "active"}
     assert list(chosen.to_json()["chosen"]) == ["moe", "dense-active"]
-    assert chosen.sentences()[0].startswith("the search: 4 short runs for each of 2 sides")
+    assert chosen.sentences()[0].startswith("the search: 6 short runs for each of 2 sides")
 
 
 def test_each_side_gets_its_own_best() -> None:
@@ -94,13 +94,38 @@ def test_each_side_gets_its_own_best() -> None:
     assert chosen.best("none").candidate == Candidate(2.0, 2, 44)
     assert chosen.best("active").candidate == Candidate(0.5, 1, 100)
     assert chosen.best("total").candidate == Candidate(1.0, 1, 100)
-    assert [len(chosen.of(dense)) for dense in DENSE_BASELINES] == [4, 4, 4]  # no depth of 0 layers
+    assert [len(chosen.of(dense)) for dense in DENSE_BASELINES] == [6, 6, 6]  # no depth of 0 layers
     assert {config.train.seed for config in trainer.asked} == {tuning.SEED} == {1000}
-    assert len(set(trainer.folders)) == 12
+    assert len(set(trainer.folders)) == 18
     tried = [(t.candidate.rate, t.candidate.layers) for t in chosen.of("active")]
-    assert tried == [(0.5, 1), (1.0, 1), (2.0, 1), (0.5, 2)]  # the other depth is tried with the best rate
+    # A quarter is tried because a half was the best here, and four because two was the best of the mixture.
+    assert tried == [(0.5, 1), (1.0, 1), (2.0, 1), (0.25, 1), (4.0, 1), (0.5, 2)]  # the other depth with the best rate
     for config in trainer.asked:
         assert config.train.muon_lr / 0.02 == pytest.approx(config.train.lr / 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        ({"none": 1.0, "active": 1.0}, [0.5, 1, 2]),
+        ({"none": 1.0, "active": 2.0}, [0.5, 1, 2, 4]),
+        ({"none": 0.5, "active": 4.0}, [0.25, 0.5, 1, 2, 4, 8]),
+        ({"none": 100.0, "active": 1.0}, [0.5, 1, 2, 4, 8]),
+        ({"none": 0.001, "active": 1.0}, [0.125, 0.25, 0.5, 1, 2]),
+    ],
+)
+def test_rates_are_tried_until_the_best_of_each_side_is_none_of_the_ends(
+    best: dict[str, float], tried: list[float]
+) -> None:
+    """Within LOWEST_RATE and HIGHEST_RATE. Both sides try the same rates."""
+    trainer = Trainer(lambda config: abs(config.train.lr / 1e-3 - best[config.model.dense]))
+    chosen = found(trainer, models=("none", "active"))
+    assert chosen.rates == chosen.to_json()["rates"] == tried
+    for dense in ("none", "active"):
+        assert sorted(t.candidate.rate for t in chosen.of(dense) if t.candidate.layers == 1) == tried
+        nearest = min(tried, key=lambda rate: abs(rate - best[dense]))
+        assert chosen.best(dense).candidate == Candidate(nearest, 1, 100)
+        assert ("no rate beyond" in chosen.sentences()[1 + (dense == "active")]) == (nearest in (tried[0], tried[-1]))
 
 
 def test_every_short_run_has_a_fifth_of_the_budget() -> None:
@@ -123,7 +148,7 @@ def test_a_depth_that_one_side_cannot_have_is_tried_for_none(monkeypatch: pytest
     )
     trainer = Trainer(score)
     assert {trial.candidate.layers for trial in found(trainer).trials} == {1}
-    assert len(trainer.asked) == 9
+    assert len(trainer.asked) == 15
 
 
 def trial(dense: Any, rate: float, bits: float) -> Trial:
@@ -143,9 +168,9 @@ def test_the_words_name_the_cost_and_a_rate_at_the_end() -> None:
     cost, mixture, active, total = TUNING.sentences()
     assert "3 short runs for each of 3 sides, seed 1000, each of 20% of the budget; 1.8e+10 operations in all" in cost
     assert mixture.startswith("moe: learning rate 1 x the preset's, 1 layers, hidden width of an expert 100; 1.1000 ")
-    assert "end of those tried" not in mixture
+    assert "no rate beyond" not in mixture
     assert "learning rate 0.5 x" in active
-    assert "at the end of those tried" in active
+    assert "no rate beyond this one was tried" in active
     assert "learning rate 0.5 x" in total  # of equal scores the first
 
 
@@ -214,9 +239,9 @@ def test_a_tuned_comparison_searches_once(
     assert [arm["val_bits_per_byte"] for arm in result["arms"]] == [[0.75] * 2] + [[1.0] * 2] * 4
     plan, written = Plan.load(out / "plan.json"), (out / "comparison.md").read_text()
     assert all(sentence in written for sentence in plan.tuning.sentences())
-    assert len(trainer.asked) == 12 + 2 * 5
+    assert len(trainer.asked) == 18 + 2 * 5
     assert asked.execute() == 0
-    assert len(trainer.asked) == 12 + 2 * 5 + 2 * 5
+    assert len(trainer.asked) == 18 + 2 * 5 + 2 * 5
     assert capsys.readouterr().out.splitlines()[-1] == printed.splitlines()[-1]
     with pytest.raises(ConfigError, match=r"--out .*begun with other settings"):
         dataclasses.replace(asked, tune=False)._check(out)
