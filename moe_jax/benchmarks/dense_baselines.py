@@ -58,11 +58,11 @@ def _step_times(request: BenchmarkRequest, groups: list[list[Dense]]) -> tuple[d
     seconds: dict[Dense, Times] = {}
     share = 0.0
     for group in groups:
-        trainers = {
+        trainers: dict[Dense, RandomTokenTrainer] = {
             dense: RandomTokenTrainer.of(dense_baseline(request.config, dense), request.batch_size, moe=request.moe)
             for dense in group
         }
-        steps: dict[str, Callable[[], Any]] = {LABELS[dense]: trainer for dense, trainer in trainers.items()}
+        steps: dict[str, Callable[[], Any]] = {LABELS[dense]: trainers[dense] for dense in group}
         times = alternate(steps | {name: run for name, (run, _) in products.items()}, max(3, request.rounds // 2))
         seconds |= {dense: times[LABELS[dense]] for dense in group}
         if "none" in trainers:
