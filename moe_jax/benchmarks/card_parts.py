@@ -70,8 +70,8 @@ def parts(config: RunConfig, device: Any) -> Iterator[Part]:
     here = isinstance(device, jax.Device)
     library = choose_attention(undropped, config.execution, programs.policy.compute, Card.of(device), here)
     yield from _layer(config.model, rows, programs.policy.compute, library.implementation)
-    twin = Programs.of(dense_baseline(config, "active"), device) if config.model.dense == "none" else None
-    yield from _programs(programs, twin, rows)
+    baseline = Programs.of(dense_baseline(config, "active"), device) if config.model.dense == "none" else None
+    yield from _programs(programs, baseline, rows)
 
 
 def _filled(shape: Any) -> Any:
@@ -142,13 +142,13 @@ def _layer(config: ModelConfig, rows: int, compute: str, library: Implementation
         yield Part(group, f"experts, {how}", jax.jit(with_gradients(layer)), (params, hidden, hidden))
 
 
-def _programs(programs: Programs, twin: Programs | None, rows: int) -> Iterator[Part]:
-    """The step at once and in micro-batches, its dense twin's, a prompt, and a token."""
+def _programs(programs: Programs, baseline: Programs | None, rows: int) -> Iterator[Part]:
+    """The step at once and in micro-batches, its dense baseline's, a prompt, and a token."""
     group: Group = "programs of a run"
     for batch, micro in [(rows, 1)] + [(4, rows // 4)] * (rows % 4 == 0 and rows > 4):
         yield _step(programs, f"training step, {batch} x {micro} sequences", batch, micro)
-    if twin is not None:
-        yield _step(twin, f"its dense twin's, {rows} x 1", rows, 1)
+    if baseline is not None:
+        yield _step(baseline, f"its dense baseline's, {rows} x 1", rows, 1)
     decoder, params = programs.decoder(), programs.param_shapes
     read = (params, _shape(1, decoder.seq_len, dtype=jnp.int32), _shape(dtype=jnp.int32))
     yield Part(group, f"a prompt of {decoder.seq_len} tokens", decoder.prefill, read)

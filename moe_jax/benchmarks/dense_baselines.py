@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_jax.benchmarks import cost_table
-from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
+from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 from moe_jax.config import Dense, RunConfig, UserError
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import totals
@@ -30,7 +30,7 @@ LABELS: dict[Dense, str] = {"none": "MoE", "active": "dense, active parameters",
 def train(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     """The cost table, and the training step beside its dense baselines."""
     static = cost_table.compute(request.config, request.batch_size, request.moe)
-    console.print(_cost_table(request.config, static))
+    console.print(_cost_table(static))
     groups = _groups(request.config)
     seconds, share = _step_times(request, groups)
     tokens = request.batch_size * request.config.model.seq_len
@@ -66,7 +66,7 @@ def _step_times(request: BenchmarkRequest, groups: list[list[Dense]]) -> tuple[d
         times = alternate(steps | {name: run for name, (run, _) in products.items()}, max(3, request.rounds // 2))
         seconds |= {dense: times[LABELS[dense]] for dense in group}
         if "none" in trainers:
-            rate = max(flops / times[name].median for name, (_, flops) in products.items())
+            rate = matmul_rate_in(times, products)
             share = trainers["none"].active_flops / seconds["none"].median / rate
         del trainers, steps
     return seconds, share
@@ -109,7 +109,7 @@ def _models_table(models: dict[Dense, dict[str, float]]) -> Table:
     return table
 
 
-def _cost_table(config: RunConfig, static: cost_table.CostTable) -> Table:
+def _cost_table(static: cost_table.CostTable) -> Table:
     whole = totals(static.parameters)
     table = Table(title="cost table", title_justify="left", title_style="bold")
     for name in ("parameters", "total", "active", "MiB"):

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.benchmarks.request import matmul_rate_in
 from moe_jax.config import ModelConfig
 from moe_jax.model.costs import bound_flops, expert_flops, router_flops
 from moe_jax.model.kernels.matmul import matmul
@@ -107,7 +108,7 @@ def benchmark_layer(
     products = machine.matmuls("float32")
     candidates |= {name: run for name, (run, _) in products.items()}
     times = alternate(candidates, rounds)
-    rate = max(flops / times[name].median for name, (_, flops) in products.items())
+    rate = matmul_rate_in(times, products)
     tokens = BATCH * config.seq_len
     active = active_flops(config, tokens)
     bound = bound_flops(config, BATCH)

@@ -11,11 +11,10 @@ capacity.
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import jax
@@ -27,6 +26,7 @@ from moe_jax.config import ComputeDtype, ModelConfig, RoutingConfig, RunConfig, 
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.precision import choose_policy
 from moe_jax.system.json_text import json_text
+from moe_jax.system.limits import usable_cores
 from moe_jax.system.timing import Measured, Times, alternate
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
@@ -82,10 +82,13 @@ def shape_of(config: RunConfig, batch_size: int) -> Shape:
     values = {name: getattr(model, name) for name in Shape._fields if hasattr(model, name)}
     values |= {name: getattr(train, name) for name in Shape._fields if hasattr(train, name)}
     values["top_k"] = model.routing.top_k
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     prompt = min(PROMPT, model.seq_len)
-    others = {"batch_size": batch_size, "prompt": prompt, "threads": threads}
+    others = {"batch_size": batch_size, "prompt": prompt, "threads": usable_cores()}
     return Shape(**(values | others), training_precisions=precisions_of(config))
+
+
+SIGKILL = 9
+"""The signal by which Linux ends a process when memory is full."""
 
 
 class Peer:
@@ -99,14 +102,17 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"the peer ended with status {self._process.wait()}")
+            status = self._process.wait()
+            memory = " (memory was full: take a smaller --batch-size or --preset)" if status == -SIGKILL else ""
+            raise UserError(f"the peer, Mixtral in PyTorch, ended with status {status}{memory}; its error is above")
         return json.loads(line)
 
     def run(self, name: str) -> Measured:
         """Run a candidate once. Returns the seconds that the peer measured."""
         assert self._process.stdin is not None
-        self._process.stdin.write(name + "\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: `_answer` says so
+            self._process.stdin.write(name + "\n")
+            self._process.stdin.flush()
         return Measured(self._answer())
 
 

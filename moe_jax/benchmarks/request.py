@@ -1,6 +1,6 @@
 """BenchmarkRequest: what a suite of `benchmark.py` is asked for; and the tables that suites print."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -30,6 +30,11 @@ class BenchmarkRequest(NamedTuple):
     def moe(self) -> type[MoE]:
         """The class of the layers with experts."""
         return UniformMoE if self.uniform_routing else MoE
+
+
+def matmul_rate_in(times: dict[str, Times], products: Mapping[str, tuple[Callable[[], Any], float]]) -> float:
+    """Operations a second of the fastest of the matrix products (`machine.matmuls`) that ran in turn with others."""
+    return max(flops / times[name].median for name, (_, flops) in products.items())
 
 
 def times_table(title: str, times: dict[str, Times], extra: Callable[[str, Times], str] | None = None) -> Table:

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from moe_jax.benchmarks import decoding, feeding, layer, peers, saving
 from moe_jax.benchmarks.dense_baselines import train
-from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
+from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 from moe_jax.benchmarks.scaling import scaling
 from moe_jax.benchmarks.serving import serve
 from moe_jax.benchmarks.step_memory import temporary_bytes
@@ -43,7 +43,7 @@ def _step_numbers(console: Console, request: BenchmarkRequest) -> dict[str, Any]
     products = machine.matmuls("float32")
     candidates = {"training step": trainer, **{name: run for name, (run, _) in products.items()}}
     times = alternate(candidates, max(3, request.rounds // 2))
-    rate = max(flops / times[name].median for name, (_, flops) in products.items())
+    rate = matmul_rate_in(times, products)
     console.print(
         times_table(f"the whole training step, {request.batch_size} x {request.config.model.seq_len} tokens", times)
     )

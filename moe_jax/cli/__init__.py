@@ -3,8 +3,14 @@
     main.py           starts a program: argv becomes a command, an error becomes one line and an exit status
     command.py        Command, the base class of commands, and the list of commands
     arguments.py      argv becomes values; a wrong argument becomes one sentence
-    settings.py       the settings of a run: preset, file, flags
+    settings.py       the settings of a run: origin, file, flags
+    origin.py         the start of the settings: a preset, a run, or a model
     settings_file.py  `--config FILE.toml`
+    auto_preset.py    `--preset auto`: a preset and steps for a text
+    plan_settings.py  the settings that `plan` takes too
+    plan_devices.py   `plan --mesh` and `plan --scaling`
+    text_plan.py      the plan for a text on this machine
+    gpu_name.py       the card that `--gpu` names
     sampling.py       how text is drawn, for `generate` and `chat`
     memory.py outputs.py   settings and outputs that cannot be are refused first
     result.py         the end of an output: the next command, JSON
@@ -17,8 +23,9 @@
     inspect.py        write the routing report          samples.py        write and measure texts
     presets.py        what each preset costs            benchmark.py      measure the costs
     plan.py           settings that fit a GPU, a text   completion.py     print a completion script
-    export.py         a model for other programs
-    doctor.py         verify and repair checkpoints
+    export.py         a model for other programs        serve.py          answer over HTTP
+    sft.py            fine-tune on conversations        merge.py          adapters become weights
+    quantize.py       weights of 8 or 4 bits            doctor.py         verify and repair checkpoints
 
 No file here imports jax before the arguments are accepted.
 """

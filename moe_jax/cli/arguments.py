@@ -31,7 +31,7 @@ HINT = "--help lists every flag"
 
 
 PATHS = {"run", "out", "upcycle", "init_from", "base", "config", "source", "data", "file", "json", "gpu"}
-PATHS |= {"with_quality"}
+PATHS |= {"task_files", "with_quality"}
 """Fields that name a file or a folder."""
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 """Most bytes of a file's name and of a path, on every usual file system."""

@@ -4,6 +4,7 @@ import datetime
 import importlib.util
 import io
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ EXTRAS = {
     "peers": ("peers", "PyTorch and transformers"),
 }
 """Suite -> the extra that it needs, and what the extra installs."""
+UNIFORM = ("moe", "train", "decode", "scaling", "all")
+"""Suites that can spread tokens evenly over the experts. With `all`, the others of its suites do not."""
 TRAINING = {"moe", "train", "scaling"}
 """Suites that time a training step in the precision that is chosen for this machine. `peers` names the precision of
 each number. The other suites compute in float32, or plan for cards with a precision of their own."""
@@ -41,7 +44,8 @@ class Benchmark(Command):
     """Measure what the model costs on this machine, and compare it with other models.
 
     The candidates run in turn and their medians are compared, so a slow phase of the machine hits all of them. The last
-    line of the output is one JSON object. The same object goes into `benchmarks/`, with machine, versions and commit.
+    line of the output is one JSON object if it is asked for, or if the output is a file or a pipe. The results go into
+    `runs/bench`, or with --record into `benchmarks/`, with machine, versions and commit.
 
         moe       one MoE layer and dense layers: time and compiled arithmetic
         train     the training step, its dense baselines, and the matmul rate
@@ -52,7 +56,7 @@ class Benchmark(Command):
         peers     Mixtral of transformers, in PyTorch (extra peers)
         scaling   the training step with one size doubled at a time
         serve     16 texts at once beside one, and the wait of a late one
-        all       the suites above whose extras are installed, but for gpu,
+        all       the suites above whose extras are installed, except gpu,
                   scaling and serve
     """
 
@@ -81,8 +85,7 @@ class Benchmark(Command):
     def execute(self) -> int:
         check_range("--batch-size", self.batch_size, 1, 4096)
         check_range("--rounds", self.rounds, 1, 10_000)
-        if self.gpu:
-            self._check_card()
+        self._check_heeded()
         suites = self._suites()
         if suites == ["memory"]:
             # Compiling for a described card needs no card, and must not occupy a real one.
@@ -113,11 +116,17 @@ class Benchmark(Command):
         print_json(document if self.suite == "all" else results[self.suite], self.json)
         return 0
 
-    def _check_card(self) -> None:
-        """Raise ConfigError for a card that is not known, or that the suite does not heed."""
-        check_gpu(self.gpu)
-        if self.suite != "gpu":
-            raise ConfigError(f"--gpu {self.gpu}: is for the suite gpu, and not for {self.suite}; leave it out")
+    def _check_heeded(self) -> None:
+        """Raise ConfigError for a card that is not known, and for a flag that the suite does not heed."""
+        for flag, given, suites in (
+            (f"--gpu {self.gpu}", self.gpu, ("gpu",)),
+            ("--uniform-routing", self.uniform_routing, UNIFORM),
+            (f"--with-quality {self.with_quality}", self.with_quality, ("train", "all")),
+        ):
+            if given and self.suite not in suites:
+                raise ConfigError(f"{flag}: is for {', '.join(suites)}, and not for {self.suite}; leave it out")
+        if self.gpu:
+            check_gpu(self.gpu)
 
     def _quality(self) -> dict[Dense, float] | None:
         """The numbers of `--with-quality`. Raises UserError if the folder has no comparison of the preset."""
@@ -149,7 +158,7 @@ class Benchmark(Command):
         command += f" --batch-size {self.batch_size} --rounds {self.rounds}"
         command += f" --gpu {self.gpu}" if self.gpu else ""
         command += " --uniform-routing" if self.uniform_routing else ""
-        command += f" --with-quality {self.with_quality}" if self.with_quality else ""
+        command += f" --with-quality {shlex.quote(self.with_quality)}" if self.with_quality else ""
         command += " --record" if self.record else ""
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
         write_output(path, json_text(record, indent=1) + "\n")

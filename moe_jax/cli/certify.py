@@ -13,6 +13,8 @@ from moe_jax.system import environment
 from moe_jax.system.console import working
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from moe_jax.certificates.certificate import Certificate
     from moe_jax.system.rich_console import Console
 
@@ -82,22 +84,11 @@ class Certify(Command):
         if (mesh := mesh_of(self.mesh)) is not None:
             on_mesh = certify_mesh(config.on_mesh(self.mesh, self.batch_size, micro_batches=2), params, mesh)
             remaining = itertools.chain(remaining, on_mesh)
-        console, found = Console(), []
+        console = Console()
         console.print(f"[bold]certificates[/bold] of {what}")
         for line in (TRIED, NOT_TRIED):
             _print_wrapped(console, line)
-        group = ""
-        while True:
-            with working("testing the next claim" if found else "testing the first claim"):
-                certificate = next(remaining, None)
-            if certificate is None:
-                break
-            found.append(certificate)
-            if not certificate.must_leak:
-                if (of := certificate.name.partition(":")[0]) != group and of != "memory":
-                    group = of
-                    console.print(f"\n[bold]{GROUPS[group]}[/bold]\n")
-                _print(console, certificate)
+        found = _tested(console, remaining)
         leaks = [c for c in found if c.must_leak]
         if leaks:
             console.print(f"\n[bold]{LEAKS}[/bold]\n")
@@ -110,6 +101,22 @@ class Certify(Command):
             self.json,
         )
         return 1 if failed else 0
+
+
+def _tested(console: "Console", remaining: "Iterator[Certificate]") -> "list[Certificate]":
+    """All certificates. Each claim is printed when it is tested; the known leaks are not printed here."""
+    found, group = [], ""
+    while True:
+        with working("testing the next claim" if found else "testing the first claim"):
+            certificate = next(remaining, None)
+        if certificate is None:
+            return found
+        found.append(certificate)
+        if not certificate.must_leak:
+            if (of := certificate.name.partition(":")[0]) != group and of != "memory":
+                group = of
+                console.print(f"\n[bold]{GROUPS[group]}[/bold]\n")
+            _print(console, certificate)
 
 
 def _print(console: "Console", certificate: "Certificate") -> None:

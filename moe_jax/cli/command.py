@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
-from moe_jax.config import ConfigError, holds_run
+from moe_jax.config import ConfigError, holds_run, load_config
+from moe_jax.config.flags import bound_in_words
 from moe_jax.config.near_runs import missing_run
 from moe_jax.system.folders import Folder
 from moe_jax.system.step_names import step_number
@@ -100,7 +101,17 @@ def check_run_folder(run: str, step: int | None = None) -> None:
         raise ConfigError(f"--step {step}: {run} has no such checkpoint; it has {', '.join(map(str, steps))}")
 
 
+def refuse_tuned(what: str, run: str) -> None:
+    """Raise ConfigError for a run that was trained on conversations. `what` needs a run that was trained on a text."""
+    config = load_config(Path(run))
+    if config is not None and config.data.format == "chat":
+        raise ConfigError(
+            f"--run {run}: was trained on conversations, and {what} needs a run that was trained on a text; "
+            "name the run that it was tuned from"
+        )
+
+
 def check_range(flag: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless low <= value <= high."""
     if not low <= value <= high:
-        raise ConfigError(f"{flag} {value}: must be between {low:g} and {high:g}")
+        raise ConfigError(f"{flag} {value}: must be between {bound_in_words(low)} and {bound_in_words(high)}")

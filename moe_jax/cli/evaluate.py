@@ -3,13 +3,14 @@
 import dataclasses
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_jax.cli.command import Command, check_range, check_run_folder
+from moe_jax.cli.command import Command, check_range, check_run_folder, refuse_tuned
 from moe_jax.cli.result import print_json, print_next
 from moe_jax.config import ConfigError, DataConfig, UserError
 from moe_jax.system import environment
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
     from moe_jax.config import DataFormat
     from moe_jax.data.baselines import CorpusBaselines
+    from moe_jax.training.evaluate import Evaluation
 
 
 PAIRS = 1_000
@@ -87,15 +89,17 @@ class Evaluate(Command):
         ]
         if given and self.data:
             raise ConfigError(f"{given[0]}: has texts of its own; leave --data out")
+        if self.copies:
+            refuse_tuned("--copies", self.run)
         if len(given) > 1:
             raise ConfigError(f"{given[1]}: has a result of its own; leave {given[0]} out")
-        for flag, value in (
-            ("--task-files", self.task_files),
-            ("--shots", self.shots is not None),
-            ("--limit", self.limit),
+        for flag, value, is_given in (
+            ("--task-files", self.task_files, bool(self.task_files)),
+            ("--shots", self.shots, self.shots is not None),
+            ("--limit", self.limit, self.limit > 0),
         ):
-            if value and not self.tasks:
-                raise ConfigError(f"{flag}: belongs to --tasks, which is not given")
+            if is_given and not self.tasks:
+                raise ConfigError(f"{flag} {value}: is for --tasks only; name tasks, or leave it out")
         if self.tasks and not self._task_names():
             raise ConfigError(f"--tasks {self.tasks}: must name a task, such as arc_easy")
         if self.task_files and not Path(self.task_files).is_dir():
@@ -138,23 +142,30 @@ class Evaluate(Command):
             answers=stream.answers,
             progress=lambda batches: step_progress("scoring", batches),
         )
-        what = "tokens" if stream.answers is None else "tokens of answers (no other token counts)"
+        answers = stream.answers is not None
+        what = "tokens of answers (no other token counts)" if answers else "tokens"
         say(f"{scored.tokens:,} {what}, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")
         say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
         if baselines:
             say(f"to compare: {baselines.describe()}")
-        print_next(f"uv run python -m moe_jax inspect --run {self.run}")
+        print_next(f"uv run python -m moe_jax inspect --run {shlex.quote(self.run)}")
+        self._print_score(scored, baselines, answers, None if self.data else bool(changed))
+        return 0
+
+    def _print_score(
+        self, scored: "Evaluation", baselines: "CorpusBaselines | None", answers: bool, changed: bool | None
+    ) -> None:
+        """The score as JSON."""
         result = {
             "val_loss": scored.loss,
             "val_bits_per_byte": scored.bits_per_byte,
             "val_drop_fraction": scored.drop_fraction,
             "tokens": scored.tokens,
-            "scored": "all tokens" if stream.answers is None else "answers",
-            "text_has_changed": None if self.data else bool(changed),
+            "scored": "answers" if answers else "all tokens",
+            "text_has_changed": changed,
             "baselines_bits_per_byte": dataclasses.asdict(baselines) if baselines else None,
         }
         print_json(result, self.json)
-        return 0
 
     def _minimal_pairs(self) -> int:
         """Which of two texts is the likelier one, by kind of word and by distance."""
@@ -241,10 +252,6 @@ class Evaluate(Command):
             from moe_jax.runs.load import open_run
 
             run = open_run(self.run, self.step)
-            if run.config.data.format == "chat":
-                raise ConfigError(
-                    f"--copies: {self.run} was trained on conversations; name the run that it was tuned from"
-                )
             generator = TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
             generator.compile()
         store, changed = run.validation_text()
@@ -282,7 +289,10 @@ def _form_of(run: str, data: str) -> "DataFormat":
 
 
 def _ngram_scores(trained: "DataConfig", texts: list[str]) -> "np.ndarray | None":
-    """The scores of texts under an n-gram model of the run's training text. None if that text is not here."""
+    """The scores of texts under an n-gram model of the run's training text. None if that text is not here, or if it is
+    conversations."""
+    if trained.format == "chat":
+        return None
     from moe_jax.data.baselines import training_documents
     from moe_jax.experiments.minimal_pairs import ngram_scores
 

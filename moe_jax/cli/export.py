@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from moe_jax.cli.command import Command, check_run_folder
-from moe_jax.cli.outputs import check_out_folder
+from moe_jax.cli.outputs import check_new_folder
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.console import working
@@ -35,10 +35,8 @@ class Export(Command):
 
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
-        check_out_folder("--out", self.out)
+        check_new_folder("--out", self.out)
         out = Path(self.out)
-        if out.is_dir() and any(out.iterdir()):
-            raise ConfigError(f"--out {out}: is not empty; name a new folder")
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ConfigError(f"--dtype q8_0: for --to gguf only, and --to is {self.to}; use bfloat16")
         environment.prepare_environment()

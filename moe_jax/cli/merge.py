@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from moe_jax.cli.command import Command, check_run_folder
-from moe_jax.cli.outputs import check_out_folder
+from moe_jax.cli.outputs import check_new_folder
 from moe_jax.config import ConfigError, load_config
 from moe_jax.system import environment
 from moe_jax.system.console import working
@@ -31,10 +31,8 @@ class Merge(Command):
 
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
-        check_out_folder("--out", self.out)
+        check_new_folder("--out", self.out)
         out = Path(self.out)
-        if out.is_dir() and any(out.iterdir()):
-            raise ConfigError(f"--out {out}: is not empty; name a new folder")
         config = load_config(Path(self.run))
         if config is not None and not config.train.lora_rank:
             raise ConfigError(f"--run {self.run}: has no adapters, so it is an ordinary run already; copy its folder")

@@ -14,6 +14,13 @@ def check_out_folder(flag: str, path: str | Path) -> None:
     _check_writable(flag, Path(path), Path(path))
 
 
+def check_new_folder(flag: str, path: str | Path) -> None:
+    """Raise ConfigError unless a folder of this name can be made, or is there and empty."""
+    check_out_folder(flag, path)
+    if os.path.isdir(path) and os.listdir(path):
+        raise ConfigError(f"{flag} {path}: is not empty; name a new folder")
+
+
 def check_out_file(flag: str, path: str | Path) -> None:
     """Raise ConfigError unless a file of this name can be written, perhaps after its folder is made."""
     if os.path.isdir(path):

@@ -16,6 +16,7 @@ from moe_jax.config.presets import PLAN_ONLY, PlanPreset, with_vocabulary
 from moe_jax.planning.interconnect import GPU_LINKS, check_gpus, slice_chips
 from moe_jax.system import environment
 from moe_jax.system.console import working
+from moe_jax.system.limits import MIB
 from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 
 COLUMNS = "{:>7} {:<18} {:>8} {:>6} {:>8} {:>7} {:>8} {:>10}"
 """Columns of the scaling table, 80 characters at most."""
-_MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,7 @@ def details(plan: "DevicePlan") -> list[str]:
         lines.append(f"matrix products: {plan.flops / 1e9:,.0f} GFLOP a step")
     for kind, size in (plan.sent or {}).items():
         if size or plan.needed(kind):
-            lines.append(f"{kind}: {size / _MIB:,.2f} MiB a step, ideal {plan.needed(kind) / _MIB:,.2f}")
+            lines.append(f"{kind}: {size / MIB:,.2f} MiB a step, ideal {plan.needed(kind) / MIB:,.2f}")
     if plan.step_ms is None:
         lines.append("time: not known, because the program has a loop of unknown length")
     else:
@@ -241,7 +241,7 @@ def table_row(plan: "DevicePlan", base: "DevicePlan | None") -> str:
         f"{plan.devices}{'*' * (plan.program_of != plan.devices)}",
         str(MeshShape.parse(plan.mesh)),
         f"{plan.total_mib:,.0f}{'' if plan.fits else ' !'}",
-        "" if plan.sent is None else f"{sum(plan.sent.values()) / _MIB:,.0f}",
+        "" if plan.sent is None else f"{sum(plan.sent.values()) / MIB:,.0f}",
         "" if plan.arithmetic_ms is None else f"{plan.arithmetic_ms:,.1f}",
         "" if plan.collectives_ms is None else f"{plan.collectives_ms:,.1f}",
         "" if plan.step_ms is None else f"{plan.step_ms:,.1f}",

@@ -1,7 +1,6 @@
 """`moe-jax presets`."""
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from moe_jax.cli.command import Command
 from moe_jax.cli.result import print_json, print_next
@@ -17,8 +16,6 @@ class Presets(Command):
     Parameters, tokens and memory are counted. Memory is the least that a training step needs. The time is expected from
     the speed of one matrix product, measured now.
     """
-
-    interrupted: ClassVar[str] = "nothing was written"
 
     json: bool = False
     """Print the table as JSON too."""

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from moe_jax.cli.command import Command, check_run_folder
-from moe_jax.cli.outputs import check_out_folder
+from moe_jax.cli.outputs import check_new_folder
 from moe_jax.cli.result import print_json
-from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.console import working
 from moe_jax.system.terminal_text import say
@@ -41,9 +40,7 @@ class Quantize(Command):
         check_run_folder(self.run, self.step)
         run = Path(self.run)
         out = Path(self.out) if self.out else run.with_name(f"{run.resolve().name}-{self.to}")
-        check_out_folder("--out", out)
-        if out.is_dir() and any(out.iterdir()):
-            raise ConfigError(f"--out {out}: is not empty; name a new folder")
+        check_new_folder("--out", out)
         environment.prepare_environment()
         with working(f"loading {self.run}"):
             from moe_jax.training.quantize import quantize_run

@@ -1,11 +1,12 @@
 """`moe-jax samples`."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from moe_jax.cli.command import Command, check_range, check_run_folder
+from moe_jax.cli.command import Command, check_range, check_run_folder, refuse_tuned
 from moe_jax.cli.outputs import check_out_file
 from moe_jax.cli.result import print_json
 from moe_jax.system import environment
@@ -40,6 +41,7 @@ class Samples(Command):
 
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
+        refuse_tuned("samples", self.run)
         check_range("--stories", self.stories, 1, 10_000)
         check_range("--temperature", self.temperature, 0, 100)
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
@@ -69,7 +71,7 @@ class Samples(Command):
             print(f"warning: {changed}", file=sys.stderr)
         measures = samples.measure(told, stored_documents(store.valid.tokens, run.tokenizer))
         about = [
-            f"`uv run python -m moe_jax samples --run {self.run} --stories {self.stories} "
+            f"`uv run python -m moe_jax samples --run {shlex.quote(self.run)} --stories {self.stories} "
             f"--temperature {self.temperature:g} --max-tokens {self.max_tokens}`",
             f"checkpoint of step {run.checkpoint.step}, preset {run.config.preset}; each text below is the text that "
             "`generate` writes for its prompt, seed, temperature and longest length",

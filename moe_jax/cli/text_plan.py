@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 SHARE_OF_MACHINE = 0.75
 """Share of this machine's memory that a plan may use, unless --memory says how much."""
+UNKNOWN_MEMORY = 8e9
+"""Bytes of memory that are assumed where the system does not say."""
 MOST_MINUTES, MOST_GFLOPS = 1e6, 1e9
 
 
@@ -54,7 +56,7 @@ class Given(NamedTuple):
         from moe_jax.planning.own_text import Limits
         from moe_jax.system.timing import matmul_rate
 
-        most = memory_bytes(self.memory) if self.memory else SHARE_OF_MACHINE * (machine_memory() or 8e9)
+        most = memory_bytes(self.memory) if self.memory else SHARE_OF_MACHINE * (machine_memory() or UNKNOWN_MEMORY)
         if not self.minutes:
             return Limits(most / 2**20)
         with working("measuring the speed of a matrix product"):

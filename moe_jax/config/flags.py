@@ -57,12 +57,17 @@ def check(ok: bool, section: str, name: str, value: object, allowed: str) -> Non
         raise FieldError(section, name, f"{flag_of(section, name)} {value}", f"must be {allowed}")
 
 
+def bound_in_words(bound: float) -> str:
+    """A limit as a person types it, such as 1,000,000 or 0.5."""
+    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
+
+
 def check_range(config: object, section: str, names: tuple[str, ...], low: float, high: float) -> None:
     """Raise ConfigError unless each named field is a finite number within [low, high]."""
     for name in names:
         value = getattr(config, name)
         ok = isinstance(value, int | float) and low <= value <= high  # NaN is not; an int may be too large for a float
-        check(ok, section, name, value, f"between {low:g} and {high:g}")
+        check(ok, section, name, value, f"between {bound_in_words(low)} and {bound_in_words(high)}")
 
 
 def check_choices(config: object, section: str) -> None:

@@ -200,7 +200,7 @@ def preset_for_text(size: int | None, on_cpu: bool) -> PresetName:
 
 def folder_for_text(source: str) -> str:
     """The folder of a run whose preset is chosen for a text, unless --out names one."""
-    return "runs/" + Path(source).stem
+    return f"runs/{Path(source).resolve().stem or 'text'}"
 
 
 def preset(name: str) -> RunConfig:

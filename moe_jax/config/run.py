@@ -2,6 +2,7 @@
 
 import dataclasses
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -73,6 +74,11 @@ class RunConfig:
         suffix += "-tuned" if self.base else ""
         return self.out or f"runs/{self.preset}{suffix}"
 
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that a training step reads."""
+        return self.train.batch_size * self.train.grad_accum * self.model.seq_len
+
     def on_mesh(self, mesh: str, sequences: int, micro_batches: int = 1) -> "RunConfig":
         """The same run on a mesh, with `sequences` sequences of each micro-batch on each device.
 
@@ -87,6 +93,15 @@ class RunConfig:
         if name == "routing":
             return self.model.routing
         return getattr(self, name) if name else self
+
+    def settings(self) -> Iterator[tuple[str, str, Any]]:
+        """(section, name, value) of every setting. The section of the run's own fields is ""."""
+        for section in ("", *SECTIONS):
+            owner = self.section(section)
+            for f in dataclasses.fields(owner):
+                value = getattr(owner, f.name)
+                if not dataclasses.is_dataclass(value):
+                    yield section, f.name, value
 
     def to_dict(self) -> dict[str, Any]:
         """A dict ready for JSON, with the version of its schema. `routing` is a section of its own in it."""
@@ -138,7 +153,7 @@ def _section(kind: type, name: str, values: dict[str, Any], **given: Any) -> Any
     return kind(**found, **given)
 
 
-_CHANGED = "the file was changed; `uv run python -m moe_jax doctor --repair` takes it from a checkpoint"
+_CHANGED = "the file was changed; `uv run python -m moe_jax doctor --run FOLDER --repair` takes it from a checkpoint"
 _MAX_INTEGER = 2**63
 """No field may have a larger number. Python's own integers have no limit, and arithmetic with floats then fails."""
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {

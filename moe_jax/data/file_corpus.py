@@ -48,7 +48,9 @@ def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[
     elif path.is_dir():
         named: dict[SplitName, list[Path]] = {split: _named(path, split, form) for split in _SPLITS}
         if named["valid"] and not named["train"]:
-            raise ConfigError(f"--data {path}: {named['valid'][0].name} is there, but no {_names('train', form)}")
+            raise ConfigError(
+                f"--data {path}: {named['valid'][0].name} is there, but no {_names('train', form)}; add that file"
+            )
         found = named if named["train"] else {"train": _all_files(path, form), "valid": []}
     else:
         raise ConfigError(f"--data {path}: does not exist; name a file or a folder")
@@ -162,7 +164,9 @@ def _split(spans: Spans) -> tuple[Spans, Spans]:
     count, number, cut = _late_document(spans)
     if count < 2:
         if holds_json_lines(spans[number].path):
-            raise UserError(f"{spans[number].path}: has less than two rows; one must be left for validation")
+            raise UserError(
+                f"{spans[number].path}: has fewer than two rows, and one must be left for validation; add rows"
+            )
         cut = last_part_start(spans[number])
     span = spans[number]
     before, after = Span(span.path, span.start, cut), Span(span.path, cut, span.stop)

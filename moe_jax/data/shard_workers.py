@@ -30,10 +30,6 @@ class WorkerEnded(UserError):
     """A process ended before its shard was finished. Other shards are good."""
 
 
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class ShardWorkers:
     """Up to `count` processes. Each one gets the next shard as soon as it has finished one."""
 

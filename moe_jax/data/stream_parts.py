@@ -15,7 +15,7 @@ from moe_jax.data import text_plan
 
 @dataclass(frozen=True)
 class StreamPart:
-    """The next documents of a stream, until they have `text_plan.PART_BYTES` bytes (`store_draft.Part`)."""
+    """The next documents of a stream, until they have `text_plan.PART_BYTES` bytes (`corpora.Part`)."""
 
     key: str
     _following: Iterator[str]

@@ -25,7 +25,7 @@ type Spans = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class TextPart:
-    """Consecutive documents of one split: what one shard is made of (`store_draft.Part`)."""
+    """Consecutive documents of one split: what one shard is made of (`corpora.Part`)."""
 
     source: str
     """The value of `--data`, for messages."""

@@ -52,6 +52,7 @@ from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from moe_jax.system.console import Report, byte_progress
 from moe_jax.system.files import cache_dir, disk_cause, locked
 from moe_jax.system.json_text import json_text
+from moe_jax.system.limits import usable_cores
 
 FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
 _SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
@@ -315,7 +316,7 @@ def _build_split(draft: Draft, corpus: Corpus, name: SplitName, tokenizer: Token
         if isinstance(corpus, FileCorpus):  # other processes can read its parts too
             parts = enumerate(corpus.parts(name))
             todo = [(i, part) for i, part in parts if draft.finished(name, i, part.key) is None]
-            count = min(len(todo), shard_workers.usable_cores())
+            count = min(len(todo), usable_cores())
             if count > 1:
                 workers = stack.enter_context(shard_workers.shard_workers(draft, count, added))
                 made = {i: workers.submit(name, i, part) for i, part in todo}

@@ -275,10 +275,7 @@ def _learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[int]]:
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
-    # The library writes each byte as one character: a printable Latin-1 byte as itself, other bytes from U+0100 on.
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(0x100, 0x200))
-    ids = {chr(byte if byte in printable else next(others)): byte for byte in range(256)}
+    ids = {character: byte for byte, character in hf_tokenizers.byte_alphabet().items()}
     merges = []
     for left, right in json.loads(library.to_str())["model"]["merges"]:
         if left + right not in ids:  # two different pairs can join to the same entry

@@ -1,4 +1,4 @@
-"""Experiments with trained models: `python -m moe_jax compare` and `samples`.
+"""Experiments with models: `compare`, `samples`, and `evaluate` with `--pairs`, `--copies` or `--tasks`.
 
     comparison.py         a mixture of experts and its dense baselines, trained over seeds
     comparison_result.py  the table and the verdicts of a comparison
@@ -13,6 +13,9 @@
     report.py             table, sentences, record and pictures, ready to be written
     intervals.py          means over seeds with confidence intervals
     samples.py            the texts that a model writes, and how much they repeat and vary
+    copies.py             the longest passages that a model's texts share with its training text
+    suffix_automaton.py   how these passages are found
+    tasks.py              tasks of lm-evaluation-harness
     minimal_pairs.py      which of two texts that differ in one word a model finds likelier
     text_statistics.py    shares of repeated and of different n-grams
 

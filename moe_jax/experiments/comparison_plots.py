@@ -27,10 +27,10 @@ def comparison_figures(plan: Plan, results: Sequence[ArmResult], out: Path) -> d
     return {"comparison": _final_results(results), "curves": _training_curves(plan, seeds, out)}
 
 
-def _panels(height: float, stream: str) -> tuple[Any, dict[Basis, Any]]:
+def _panels(stream: str) -> tuple[Any, dict[Basis, Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, height), layout="constrained")
+    figure = Figure(figsize=(9, 4), layout="constrained")
     panels = dict(zip(PANELS, figure.subplots(1, len(PANELS), sharey=True), strict=True))
     for basis, axes in panels.items():
         axes.set_title(PANELS[basis], loc="left", fontweight="bold")
@@ -41,7 +41,7 @@ def _panels(height: float, stream: str) -> tuple[Any, dict[Basis, Any]]:
 
 
 def _final_results(results: Sequence[ArmResult]) -> Any:
-    figure, panels = _panels(4, "whole validation stream")
+    figure, panels = _panels("whole validation stream")
     for basis, axes in panels.items():
         shown = [r for r in results if r.arm.dense == "none" or r.arm.basis == basis]
         for x, result in enumerate(shown):
@@ -55,13 +55,12 @@ def _final_results(results: Sequence[ArmResult]) -> Any:
 
 
 def _training_curves(plan: Plan, seeds: int, out: Path) -> Any:
-    figure, panels = _panels(4, "validation subset")
+    figure, panels = _panels("validation subset")
     for arm, seed, config in runs(plan, seeds, out):
         records = read_metrics(Path(config.run_dir))["val"]
         steps, bits = [r["step"] for r in records], [r["bits_per_byte"] for r in records]
-        train = config.train
         step: dict[Basis, float] = {
-            "tokens": train.batch_size * train.grad_accum * config.model.seq_len / 1e6,
+            "tokens": config.tokens_per_step / 1e6,
             "wall": plan.step_seconds[arm.dense],
         }
         shown: list[Basis] = list(PANELS) if arm.dense == "none" else [arm.basis]

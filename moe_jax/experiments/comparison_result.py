@@ -78,8 +78,8 @@ def differences(results: Sequence[ArmResult]) -> list[Difference]:
     mixture, *dense = results
     found = []
     for result in dense:
-        overlap = apart(t_interval(result.bits), t_interval(mixture.bits))
-        found.append(Difference(result.arm, paired(result.bits, mixture.bits), overlap))
+        separate = apart(t_interval(result.bits), t_interval(mixture.bits))
+        found.append(Difference(result.arm, paired(result.bits, mixture.bits), separate))
     return found
 
 

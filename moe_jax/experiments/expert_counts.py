@@ -1,6 +1,6 @@
 """Loss against the number of experts, at the same active experts, beside the dense baseline.
 
-K and F stay those of the preset, so a token uses the same parameters, but for the router, which has D E in each layer.
+K and F stay those of the preset, so a token uses the same parameters, except those of the router: D E in each layer.
 All models train for the same tokens: for as many steps as the budget buys the preset's own mixture.
 """
 
@@ -84,7 +84,7 @@ class ExpertCounts(NamedTuple):
     """The results of all models."""
 
     models: Models
-    twin: ModelResult
+    baseline: ModelResult
     mixtures: list[ModelResult]
 
     @classmethod
@@ -93,16 +93,16 @@ class ExpertCounts(NamedTuple):
         names = list(models.settings())
         own = [list(summaries[i :: len(names)]) for i in range(len(names))]
         counts = (None, *models.counts)
-        twin, *mixtures = (ModelResult(*all_of) for all_of in zip(names, counts, own, strict=True))
-        return cls(models, twin, mixtures)
+        baseline, *mixtures = (ModelResult(*all_of) for all_of in zip(names, counts, own, strict=True))
+        return cls(models, baseline, mixtures)
 
     def difference(self, mixture: ModelResult) -> Interval:
         """The dense baseline's bits per byte minus the mixture's, paired by seed."""
-        return paired(self.twin.bits, mixture.bits)
+        return paired(self.baseline.bits, mixture.bits)
 
     def rows(self) -> list[tuple[str, ...]]:
         found = []
-        for result in (self.twin, *self.mixtures):
+        for result in (self.baseline, *self.mixtures):
             r = result.to_json()
             found.append(
                 (
@@ -132,16 +132,16 @@ class ExpertCounts(NamedTuple):
         record = {
             "preset": base.preset,
             "data": base.data.source,
-            "seeds": len(self.twin.summaries),
+            "seeds": len(self.baseline.summaries),
             "steps": self.models.steps,
             "top_k": base.model.routing.top_k,
-            "models": [result.to_json() for result in (self.twin, *self.mixtures)],
+            "models": [result.to_json() for result in (self.baseline, *self.mixtures)],
             "differences": [
                 {"experts": result.experts, **self.difference(result).to_json()} for result in self.mixtures
             ],
         }
 
-        scores = {result.name: result.bits for result in (self.twin, *self.mixtures)}
+        scores = {result.name: result.bits for result in (self.baseline, *self.mixtures)}
         return Report("experts", HEADINGS, self.rows(), self.sentences(), record, scores, figures)
 
 

@@ -77,7 +77,8 @@ def text_scores(
                 ids = tokenizer.encode(text)
                 if len(ids) > seq_len:
                     raise UserError(
-                        f"--pairs: a story has {len(ids)} tokens and the context {seq_len}; take a longer one"
+                        f"--pairs: a story has {len(ids)} tokens, and the context of this run {seq_len}; "
+                        "name a run with a longer context"
                     )
                 tokens[row, 1 : len(ids) + 1], counts[row] = ids, len(ids)
             found = np.asarray(step(params, tokens[:, :-1], tokens[:, 1:]), np.float64)

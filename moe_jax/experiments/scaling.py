@@ -57,7 +57,7 @@ class Scaling(NamedTuple):
     base: RunConfig
     budgets: list[Budget]
     mixture: Side
-    twin: Side
+    baseline: Side
     predicted_flops: float
     """Operations for which the losses are predicted."""
 
@@ -79,19 +79,19 @@ class Scaling(NamedTuple):
 
     @property
     def differences(self) -> list[Interval]:
-        """At each budget the twin's bits per byte minus the mixture's, paired by seed."""
-        return [paired(*bits) for bits in zip(self.twin.bits, self.mixture.bits, strict=True)]
+        """At each budget the baseline's bits per byte minus the mixture's, paired by seed."""
+        return [paired(*bits) for bits in zip(self.baseline.bits, self.mixture.bits, strict=True)]
 
     @property
     def quotient(self) -> PowerLaw:
-        """The law of the twin's mean loss divided by the mixture's. What both share at a budget cancels."""
-        pairs = zip(self.twin.means, self.mixture.means, strict=True)
-        return fit([budget.flops for budget in self.budgets], [twin / ours for twin, ours in pairs])
+        """The law of the baseline's mean loss divided by the mixture's. What both share at a budget cancels."""
+        pairs = zip(self.baseline.means, self.mixture.means, strict=True)
+        return fit([budget.flops for budget in self.budgets], [theirs / ours for theirs, ours in pairs])
 
     def rows(self) -> list[tuple[str, ...]]:
         found = []
         for i, difference in enumerate(self.differences):
-            sides = (self.mixture, self.twin)
+            sides = (self.mixture, self.baseline)
             scores = [str(t_interval(side.bits[i])) for side in sides]
             steps = " and ".join(f"{side.steps[i]:,}" for side in sides)
             found.append((f"{self.budgets[i].flops:.3g}", *scores, str(difference), steps))
@@ -102,7 +102,7 @@ class Scaling(NamedTuple):
         flops, at = self.predicted_flops, f"{self.predicted_flops:.3g} operations"
         told = difference_in_words(self.differences[-1], "its dense baseline of the same active parameters")
         found = [f"measured at {self.budgets[-1].flops:.3g} operations: the mixture of experts is {told}"]
-        for side in (self.mixture, self.twin):
+        for side in (self.mixture, self.baseline):
             law = side.law
             found.append(
                 f"{side.name}: bits per byte fall as C^-b with b = {law.exponent:.4f}, standard error "
@@ -116,7 +116,7 @@ class Scaling(NamedTuple):
 
     def report(self, figures: Figures) -> Report:
         """The result with its picture."""
-        sides = (self.mixture, self.twin)
+        sides = (self.mixture, self.baseline)
         record = {
             "preset": self.base.preset,
             "data": self.base.data.source,

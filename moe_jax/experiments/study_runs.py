@@ -18,6 +18,7 @@ from moe_jax.runs.summary import read_summary
 from moe_jax.system.signals import Signals
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
+from moe_jax.training.start import with_vocabulary_of
 
 BITS = "val_bits_per_byte"
 EVALUATIONS = 10
@@ -39,8 +40,8 @@ class StudyRun(NamedTuple):
 
 def with_prepared_text(asked: RunConfig) -> RunConfig:
     """Prepare the text, and return the settings with the vocabulary size of its tokenizer."""
-    size = prepare_token_store(asked.data, seq_len=asked.model.seq_len).tokenizer.vocab_size
-    return dataclasses.replace(asked, model=dataclasses.replace(asked.model, vocab_size=asked.model.vocab_size or size))
+    store = prepare_token_store(asked.data, seq_len=asked.model.seq_len)
+    return dataclasses.replace(asked, model=with_vocabulary_of(asked.model, store))
 
 
 def run_config(settings: RunConfig, name: str, steps: int, seed: int, out: Path) -> RunConfig:

@@ -21,7 +21,7 @@ def scaling_figure(found: Scaling) -> Any:
     axes.set_yscale("log")
     trained = found.budgets[-1].flops
     grid = np.geomspace(found.budgets[0].flops, max(found.predicted_flops, trained), 200)
-    for side, colour in zip((found.mixture, found.twin), COLOURS, strict=False):
+    for side, colour in zip((found.mixture, found.baseline), COLOURS, strict=False):
         law = side.law
         label = f"{side.name}, b = {law.exponent:.4f} ± {law.exponent_error:.4f}"
         inside, beyond = grid[grid <= trained], grid[grid >= trained]
@@ -45,7 +45,7 @@ def scaling_figure(found: Scaling) -> Any:
 def _write_predictions(axes: Any, found: Scaling) -> None:
     """The predicted losses behind the ends of the lines, the higher one above and the lower one below."""
     sides = sorted(
-        zip((found.mixture, found.twin), COLOURS, strict=False), key=lambda s: s[0].law.loss(found.predicted_flops)
+        zip((found.mixture, found.baseline), COLOURS, strict=False), key=lambda s: s[0].law.loss(found.predicted_flops)
     )
     for (side, colour), place in zip(sides, (-6, 6), strict=True):
         end = side.law.prediction(found.predicted_flops)
@@ -72,7 +72,7 @@ def experts_figure(found: ExpertCounts) -> Any:
     counts = [float(result.experts or 0) for result in found.mixtures]
     means = [t_interval(result.bits) for result in found.mixtures]
     style: dict[str, Any] = {"color": COLOURS[0], "label": f"mixture of experts, {k} active"}
-    dense = t_interval(found.twin.bits)
+    dense = t_interval(found.baseline.bits)
     if dense.known:
         for count, result in zip(counts, found.mixtures, strict=True):
             axes.plot([count * 1.06] * len(result.bits), result.bits, "o", color=COLOURS[0], alpha=0.4, markersize=4)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_jax.config import UserError
+from moe_jax.config.flags import bound_in_words
 from moe_jax.data.chat_rows import ANSWERING, Message
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.tokenizers import Tokenizer
@@ -187,7 +188,8 @@ class RoleChat(Chat):
 
     def again(self) -> str:
         """The last question, to be answered once more: the model forgets its answer."""
-        del self.turns[-2:]
+        if self.turns and self.turns[-1].role == ANSWERING:
+            del self.turns[-2:]
         return self.last
 
     @property
@@ -215,5 +217,6 @@ def _number[T: (int, float)](name: str, value: str, kind: Callable[[str], T], lo
     except ValueError:
         number = None
     if number is None or not low <= number <= high:
-        raise UserError(f"{name} {value}: must be a number between {low:g} and {high:g}")
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{name} {value}: must be {what} between {bound_in_words(low)} and {bound_in_words(high)}")
     return number

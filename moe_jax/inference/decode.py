@@ -123,7 +123,7 @@ class Decoder:
                 yield token
             n += len(tokens)
             context += tokens
-            if not room:
+            if not room and n < limit:
                 context = context[-(self.seq_len // 2) :]
                 seen = state.seen.at[0, tokens[0]].set(True)
                 state = self._start(params, context, ())._replace(seen=seen)

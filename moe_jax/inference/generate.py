@@ -27,7 +27,8 @@ class TextGenerator:
         self._decoder = decoder or Decoder(graphdef, seq_len, tokenizer.vocab_size)
 
     def compile(self) -> None:
-        """Compile all programs now, so that the first text does not wait for them."""
+        """Compile prefill and decoding now, so that the first text does not wait for them. A text that is longer than
+        the context compiles one more program."""
         for _ in self.pieces("", Sampling(), seed=0, limit=2):
             pass
 

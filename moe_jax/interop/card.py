@@ -11,7 +11,10 @@ MODELFILE = 'FROM ./model.gguf\nTEMPLATE "{{ .Prompt }}"\n'
 
 
 def model_card(source: ExportSource, name: str, command: str, files: list[str]) -> str:
-    """The model card, in Markdown, from the run's own summary. What the summary does not say is left out."""
+    """The model card, in Markdown, from the run's own summary. What the summary does not say is left out.
+
+    `files` are the names of the exported files. Only with config.json can the library transformers open them.
+    """
     config, summary = source.config, source.summary
     counts, model = totals(count_parameters(config.model)), config.model
     facts: dict[str, Any] = {
@@ -31,11 +34,13 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
     }
     table = "".join(f"| {what} | {fact} |\n" for what, fact in facts.items() if fact)
     tags = json_text(["moe-jax", "mixture-of-experts"] if model.dense == "none" else ["moe-jax"])
+    library = "library_name: transformers\n" if "config.json" in files else ""
+    without_drops = "Generation drops" if model.routing.eval_capacity_factor else "Generation and evaluation drop"
     return (
-        f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: {tags}\n---\n\n"
+        f"---\n{library}pipeline_tag: text-generation\ntags: {tags}\n---\n\n"
         f"# {name}\n\nA small language model trained with moe-jax. {_use(source)}\n\n| what | value |\n|---|---|\n"
         f"{table}\n"
-        f"Generation and evaluation drop no token, here and there. Files: {', '.join(f'`{f}`' for f in files)}.\n"
+        f"{without_drops} no token, here and there. Files: {', '.join(f'`{f}`' for f in files)}.\n"
     )
 
 
@@ -51,7 +56,7 @@ def _use(source: ExportSource) -> str:
 def _training(source: ExportSource) -> str:
     """Of this run, up to the exported checkpoint, which may be an earlier one than the last."""
     config, steps = source.config, source.checkpoint.step
-    tokens = steps * config.train.batch_size * config.train.grad_accum * config.model.seq_len
+    tokens = steps * config.tokens_per_step
     return f"{tokens:,} tokens in {steps:,} steps, {training_flops(config, steps):.2e} floating-point operations"
 
 

@@ -200,7 +200,7 @@ def training_flops(config: RunConfig, steps: int) -> int:
     for each of their entries, and 6 for those of the adapters.
     """
     train = config.train
-    tokens = steps * train.batch_size * train.grad_accum * config.model.seq_len
+    tokens = steps * config.tokens_per_step
     if train.lora_rank:
         whole, added = totals(count_parameters(config.model)).multiplied, adapter_parameters(config).multiplied
         return (4 * whole + 6 * added) * tokens

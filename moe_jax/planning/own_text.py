@@ -86,14 +86,9 @@ def origin_flags(config: RunConfig) -> list[str]:
     return [f"{flag} {shlex.quote(folder)}" for flag, folder in given.items() if folder]
 
 
-def step_tokens(config: RunConfig) -> int:
-    """Tokens that a training step reads."""
-    return config.train.batch_size * config.train.grad_accum * config.model.seq_len
-
-
 def useful_steps(config: RunConfig, size: int) -> int:
     """Steps that read the text of the settings, of `size` bytes, USEFUL_PASSES times; at least 1."""
-    return max(1, round(USEFUL_PASSES * size / bytes_per_token(config) / step_tokens(config)))
+    return max(1, round(USEFUL_PASSES * size / bytes_per_token(config) / config.tokens_per_step))
 
 
 def with_steps(config: RunConfig, size: int | None, limits: Limits) -> RunConfig:
@@ -178,7 +173,7 @@ def too_short(config: RunConfig, limits: Limits) -> str:
     """Why the time is too short for a preset, in a sentence. Empty if it is long enough."""
     if limits.seconds is None or config.train.steps < limits.steps(config):
         return ""
-    tokens = config.train.steps * step_tokens(config)
+    tokens = config.train.steps * config.tokens_per_step
     active = totals(count_parameters(with_vocabulary(config).model)).active
     if tokens >= LEAST_TOKENS_PER_PARAMETER * active:
         return ""

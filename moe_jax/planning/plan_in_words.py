@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 from moe_jax.config import DataConfig, RunConfig
 from moe_jax.config.presets import FIRST_BYTES, preset, with_vocabulary
-from moe_jax.planning.own_text import Limits, TextPlan, step_tokens, useful_steps
+from moe_jax.planning.own_text import Limits, TextPlan, useful_steps
 from moe_jax.planning.text_size import bytes_per_token
 from moe_jax.system.environment import runs_on_cpu
 from moe_jax.training.advice import USEFUL_PASSES
@@ -38,7 +38,7 @@ def warning(data: DataConfig, size: int) -> Iterator[str]:
     smallest = dataclasses.replace(preset("nano"), data=data)
     steps, most = useful_steps(smallest, size), smallest.train.steps
     if steps < most:
-        enough = most * step_tokens(smallest) * bytes_per_token(smallest) / USEFUL_PASSES
+        enough = most * smallest.tokens_per_step * bytes_per_token(smallest) / USEFUL_PASSES
         yield (
             f"warning: the text is too small for any preset. Its {size / 1e6:.2f} MB, read {USEFUL_PASSES} times, are "
             f"{steps:,} steps, and nano, the smallest preset, has {most:,}. About {enough / 1e6:.2f} MB would be enough"
@@ -58,9 +58,10 @@ def _of_text(config: RunConfig, size: int | None) -> str:
 
 def _of_steps(plan: TextPlan, size: int | None, limits: Limits) -> str:
     config, steps = plan.config, plan.config.train.steps
-    text = f"steps: {steps:,} of {step_tokens(config):,} tokens"
+    text = f"steps: {steps:,} of {config.tokens_per_step:,} tokens"
     if size is not None:
-        text += f", which read the text about {steps * step_tokens(config) * bytes_per_token(config) / size:.1f} times"
+        passes = steps * config.tokens_per_step * bytes_per_token(config) / size
+        text += f", which read the text about {passes:.1f} times"
     if size is not None and steps == useful_steps(config, size):
         return f"{text}; more than {USEFUL_PASSES} times teaches little"
     if limits.seconds is not None and steps == limits.steps(config):

@@ -43,11 +43,13 @@ class Row(NamedTuple):
     fits: bool
     attention: str
     """The form of attention in training, and the reason for it."""
+    between: dict[str, float] | None = None
+    """MiB of each program that runs between its training steps (`plan_inference`). None if they are not compiled."""
 
     @property
     def tokens(self) -> int:
         """Tokens of a training step."""
-        return self.config.train.batch_size * self.config.train.grad_accum * self.config.model.seq_len
+        return self.config.tokens_per_step
 
 
 def candidates(config: RunConfig, every_optimizer: bool) -> Iterator[RunConfig]:
@@ -113,7 +115,8 @@ def plan_step(config: RunConfig, target: Target) -> Row:
 
 
 def search(config: RunConfig, target: Target, every_optimizer: bool = False) -> Iterator[Row]:
-    """Compile the candidates in order, to the first that fits; with `every_optimizer` all without accumulation."""
+    """Compile the candidates in order, to the first whose step fits, and whose programs between the steps fit too. With
+    `every_optimizer` compile the steps of all candidates without accumulation."""
     tried = list(candidates(config, every_optimizer))
     if every_optimizer:
         tried = [candidate for candidate in tried if candidate.train.grad_accum == 1]
@@ -121,8 +124,10 @@ def search(config: RunConfig, target: Target, every_optimizer: bool = False) -> 
         most = "" if every_optimizer else "at most "
         with working(f"compiling the training step, {_named(candidate)}: setting {number} of {most}{len(tried)}"):
             row = plan_step(candidate, target)
-        yield row
         if row.fits and not every_optimizer:
+            row = row._replace(between=plan_inference(candidate, target))
+        yield row
+        if row.between is not None and max(row.between.values()) <= target.budget:
             return
 
 
@@ -136,7 +141,8 @@ class Verdict(NamedTuple):
     """The result of a search."""
 
     row: Row
-    """The first setting whose training step fits, else the setting that takes the least memory."""
+    """The first setting whose training step and whose programs between the steps fit. Else the first whose step fits,
+    else the setting whose step takes the least memory."""
     between: dict[str, float]
     """MiB of each program that runs between its training steps."""
     total: float
@@ -165,11 +171,19 @@ class Verdict(NamedTuple):
 
 
 def verdict(rows: list[Row], target: Target) -> Verdict:
-    """The setting to use. The programs that run between its training steps are compiled too."""
-    chosen = next((row for row in rows if row.fits), min(rows, key=lambda row: row.step.total))
-    between = plan_inference(chosen.config, target)
-    total = max(chosen.step.total, *between.values())
-    return Verdict(chosen, between, total, chosen.fits and total <= target.budget)
+    """The setting to use. The programs that run between its training steps are compiled, unless the search has."""
+    first, *others = [row for row in rows if row.fits] or [min(rows, key=lambda row: row.step.total)]
+    found = _whole(first, target)
+    if found.fits:
+        return found
+    return next((other for other in (_whole(row, target) for row in others) if other.fits), found)
+
+
+def _whole(row: Row, target: Target) -> Verdict:
+    """A setting with all of its programs."""
+    between = plan_inference(row.config, target) if row.between is None else row.between
+    total = max(row.step.total, *between.values())
+    return Verdict(row, between, total, row.fits and total <= target.budget)
 
 
 def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from moe_jax.config import SECTIONS, RunConfig, UserError
+from moe_jax.config import RunConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.parallel.processes import exchange, first
 from moe_jax.runs import metrics, snapshots, summary
@@ -249,17 +249,15 @@ def recorded_changes(saved: RunConfig, config: RunConfig, step: int) -> tuple[di
     """The entry in the history of config.json for a run that goes on at a step with changed settings, and the changes
     as text, such as "train.steps 200 -> 400"."""
     changes = {
-        f"{section}.{f.name}".lstrip("."): [getattr(c.section(section), f.name) for c in (saved, config)]
-        for section in ("", *SECTIONS)
-        for f in dataclasses.fields(config.section(section))
-        if f.name not in (*SECTIONS, *_NO_SETTINGS)
-        and getattr(saved.section(section), f.name) != getattr(config.section(section), f.name)
+        f"{section}.{name}".lstrip("."): [old, new]
+        for (section, name, old), (_, _, new) in zip(saved.settings(), config.settings(), strict=True)
+        if (section, name) not in _NO_SETTINGS and old != new
     }
     entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
     return entry, [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
 
-_NO_SETTINGS = ("out", "resume")
+_NO_SETTINGS = (("", "out"), ("", "resume"))
 """Fields that say where a run lies and how it was called."""
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from moe_jax.system.folders import Folder
 
 NAME = "summary.json"
-_TEXTS = ("preset", "device", "precision", "opening")
+_TEXTS = ("preset", "device", "precision", "opening", "val_stream", "val_scored", "weights")
 
 
 def read_summary(folder: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 LEAST_ADDRESS_SPACE = 2 * GIB
 """Address space for jax, its compiler and the smallest run. With 1.5 GiB, LLVM aborts the process without a word."""
 LEAST_FILES, USUAL_FILES = 64, 1024
@@ -25,6 +25,11 @@ def address_space() -> int | None:
         return None
     limit = resource.getrlimit(resource.RLIMIT_AS)[0]
     return None if limit == resource.RLIM_INFINITY else limit
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use; 1 if the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def machine_memory() -> int | None:

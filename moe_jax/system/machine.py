@@ -4,7 +4,6 @@ A benchmark measures these limits in the same run as the times that it compares 
 """
 
 import importlib.metadata
-import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -13,6 +12,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from moe_jax.system.limits import usable_cores
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 MATMUL_SIZES = (1024, 2048, 4096)
@@ -49,7 +50,7 @@ def describe() -> dict[str, Any]:
     return {
         "machine": platform.machine(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "device": f"{device.platform}: {device.device_kind}",
         "python": platform.python_version(),
         "versions": versions(),

@@ -3,7 +3,6 @@
 import contextlib
 import importlib.metadata
 import json
-import os
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -13,6 +12,7 @@ import jax
 
 from moe_jax.system.files import cache_dir, write_atomically
 from moe_jax.system.json_text import json_text
+from moe_jax.system.limits import usable_cores
 from moe_jax.system.machine import matmuls, processor
 from moe_jax.system.timing import Measured, alternate
 
@@ -29,8 +29,7 @@ def gain(narrow: str, device: Any, units: str = "") -> float:
     other matrix `units` of a processor, another number of cores or another jaxlib.
     """
     name = f"{processor()}, {units}" if device.platform == "cpu" else device.device_kind
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    key = f"{narrow} on {name}, {cores} cores, jaxlib {importlib.metadata.version('jaxlib')}"
+    key = f"{narrow} on {name}, {usable_cores()} cores, jaxlib {importlib.metadata.version('jaxlib')}"
     path = cache_dir() / "races.json"
     kept: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):

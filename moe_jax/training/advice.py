@@ -19,8 +19,7 @@ def advice(config: RunConfig, tokens: int, size: int) -> list[str]:
     """
     if config.data.format == "chat":
         return []
-    train = config.train
-    step = train.batch_size * train.grad_accum * config.model.seq_len
+    train, step = config.train, config.tokens_per_step
     passes = train.steps * step / tokens
     said = []
     if passes > USEFUL_PASSES:

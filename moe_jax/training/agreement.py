@@ -1,18 +1,17 @@
 """What all processes of a run must have in common, compared before the first step."""
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
 import moe_jax
-from moe_jax.config import SECTIONS, RunConfig
+from moe_jax.config import RunConfig
 from moe_jax.config.flags import flag_of
 from moe_jax.data.token_store import TokenStore
 from moe_jax.model.precision import Policy
 from moe_jax.parallel.processes import ANSWER_SECONDS, agree_on, several
 from moe_jax.system.machine import versions
 
-_OWN = ("out",)
+_OWN = (("", "out"),)
 """Settings that may differ: the folder of the run may be mounted under another path."""
 
 
@@ -20,12 +19,7 @@ def check_same_program(config: RunConfig, saved: RunConfig | None) -> None:
     """Raise ConfigError in every process unless all have the same settings, the same code and the same packages."""
     if not several():
         return
-    facts = {
-        flag_of(section, f.name): getattr(config.section(section), f.name)
-        for section in ("", *SECTIONS)
-        for f in dataclasses.fields(config.section(section))
-        if f.name not in (*SECTIONS, *_OWN)
-    }
+    facts = {flag_of(section, name): value for section, name, value in config.settings() if (section, name) not in _OWN}
     facts["a run in --out"] = saved is not None
     facts |= {f"version of {name}": version for name, version in versions().items()}
     agree_on(facts | {"code of moe_jax": code_digest()}, ANSWER_SECONDS)

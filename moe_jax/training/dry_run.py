@@ -1,6 +1,5 @@
 """`train --dry-run`: the settings of a run, and its expected memory and time. Writes nothing."""
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,12 +14,11 @@ from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.model.transformer import abstract_adapted, abstract_model
 from moe_jax.system import timing
+from moe_jax.system.limits import MIB
 from moe_jax.system.rich_console import Console
 from moe_jax.training.expected_time import HIGHEST, LOWEST, ExpectedTime
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.step_bytes import StepBytes
-
-MIB = 2**20
 
 
 def print_dry_run(config: RunConfig, advice: Sequence[str] = ()) -> None:
@@ -55,26 +53,18 @@ def print_dry_run(config: RunConfig, advice: Sequence[str] = ()) -> None:
 def _changes_table(config: RunConfig) -> Table:
     table = Table.grid(padding=(0, 2))
     start = preset(config.preset)
-    for section in ("", *SECTIONS):
-        for name, value in _plain_fields(config.section(section)):
-            before = getattr(start.section(section), name)
-            if value != before:
-                table.add_row(f"  {flag_of(section, name)} {_said(value)}", f"(preset {_said(before)})")
+    for (section, name, value), (_, _, before) in zip(config.settings(), start.settings(), strict=True):
+        if value != before:
+            table.add_row(f"  {flag_of(section, name)} {_said(value)}", f"(preset {_said(before)})")
     return table
 
 
 def _settings_table(config: RunConfig) -> Table:
     table = Table.grid(padding=(0, 2))
     for section in SECTIONS:
-        values = _plain_fields(config.section(section))
-        table.add_row(f"  {section}", ", ".join(f"{name} {_said(value)}" for name, value in values))
+        values = (f"{name} {_said(value)}" for of, name, value in config.settings() if of == section)
+        table.add_row(f"  {section}", ", ".join(values))
     return table
-
-
-def _plain_fields(owner: Any) -> list[tuple[str, Any]]:
-    """(name, value) of the fields that are not sections themselves."""
-    values = ((f.name, getattr(owner, f.name)) for f in dataclasses.fields(owner))
-    return [(name, value) for name, value in values if not dataclasses.is_dataclass(value)]
 
 
 def _said(value: Any) -> str:
@@ -126,7 +116,7 @@ def abstract_adapters(config: RunConfig) -> Any:
 
 def _work(config: RunConfig) -> str:
     train, length = config.train, config.model.seq_len
-    tokens = train.steps * train.batch_size * train.grad_accum * length
+    tokens = train.steps * config.tokens_per_step
     accumulated = f" x {train.grad_accum} accumulated" if train.grad_accum > 1 else ""
     return (
         f"{train.steps:,} steps of {train.batch_size}{accumulated} sequences of {length:,} = {tokens:,} tokens; "
@@ -156,8 +146,7 @@ class PresetCosts(NamedTuple):
 def preset_costs(name: str) -> PresetCosts:
     """The costs of a preset. Measures the speed of a matrix product."""
     config = with_vocabulary(preset(name))
-    train, counts = config.train, totals(count_parameters(config.model))
-    tokens = train.steps * train.batch_size * train.grad_accum * config.model.seq_len
+    counts, tokens = totals(count_parameters(config.model)), config.train.steps * config.tokens_per_step
     dtype = choose_policy(config.execution.compute_dtype).compute
     rate = timing.matmul_rate(dtype)
     expected = ExpectedTime.of(config, rate)

@@ -16,12 +16,10 @@ from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.starting_point import starting_point
+from moe_jax.model.moe.layer import ROUTER_SCALE
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start
-
-ROUTER_SCALE = 0.1
-"""Standard deviation of a new router's logits for an input of norm sqrt(D), as in `model/moe/layer.py`."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """Where training writes its numbers: always to metrics.jsonl, and to the trackers that are on."""
 
-import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import SECTIONS, RunConfig
+from moe_jax.config import RunConfig, UserError
 from moe_jax.parallel.processes import first
 from moe_jax.runs import metrics
 from moe_jax.system.folders import Folder
@@ -21,9 +20,8 @@ class MetricsLog:
         self._guard = run.guard
         self._file = run.append(metrics.NAME)
         self._tensorboard = _tensorboard(run) if config.tensorboard and first() else None
-        self._trackers = [
-            start(run, config) for on, start in ((config.wandb, _wandb), (config.trackio, _trackio)) if on and first()
-        ]
+        trackers = ("wandb", config.wandb, _wandb), ("trackio", config.trackio, _trackio)
+        self._trackers = [_started(name, start, run, config) for name, on, start in trackers if on and first()]
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
@@ -74,31 +72,35 @@ def _tensorboard(run: Folder) -> Any:
     return SummaryWriter(str(run.make("tensorboard")))
 
 
+def _started(name: str, start: Callable[[Folder, RunConfig], Any], run: Folder, config: RunConfig) -> Any:
+    """A tracker. Raises UserError if it cannot be started: without a key or a network, for example."""
+    try:
+        return start(run, config)
+    except Exception as error:  # each package has errors of its own kinds
+        said = (str(error).splitlines() or [repr(error)])[0]
+        raise UserError(f"--{name}: cannot be started ({said}); mend that, or leave the flag out") from error
+
+
 def _wandb(run: Folder, config: RunConfig) -> Any:
     import wandb  # pyright: ignore[reportMissingImports]  # the command line has looked for it
 
     run.make("wandb")
     folder = run.path
     name = _name(folder)
-    return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=dataclasses.asdict(config))
+    return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=_settings(config))
 
 
 def _trackio(run: Folder, config: RunConfig) -> Any:
     """A run in trackio's own database on this machine: its folder is TRACKIO_DIR, or else in the user's cache."""
     import trackio  # pyright: ignore[reportMissingImports]  # the command line has looked for it
 
-    settings = dict(_settings(config))
+    settings = _settings(config)
     return trackio.init(project="moe-jax", name=_name(run.path), resume="allow", config=settings, embed=False)
 
 
-def _settings(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """(section.name, value) of every setting."""
-    for section in ("", *SECTIONS):
-        owner = config.section(section)
-        for f in dataclasses.fields(owner):
-            value = getattr(owner, f.name)
-            if not dataclasses.is_dataclass(value):
-                yield f"{section}.{f.name}".lstrip("."), value
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """section.name -> value, of every setting."""
+    return {f"{section}.{name}".lstrip("."): value for section, name, value in config.settings()}
 
 
 def _name(folder: Path) -> str:

@@ -4,7 +4,7 @@
 summary.json. After a signal (Ctrl-C), `evaluate_and_save_if_due` saves a checkpoint and raises `Stopped`.
 """
 
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -32,12 +32,15 @@ def train(session: Session, signals: Signals | None = None) -> None:
     """
     config, signals = session.config.train, signals or Signals()
     step = session.progress.saved_step
-    terminal = Terminal(config.steps, step)
-    log = MetricsLog(session.folder.files, session.config)
-    step_logger, together = StepLogger(session, log, terminal), Together()
-    if step >= config.steps:
-        terminal.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
-    try:
+    with ExitStack() as opened:
+        log = MetricsLog(session.folder.files, session.config)
+        opened.callback(log.close)
+        terminal = Terminal(config.steps, step)
+        opened.callback(terminal.close)
+        opened.callback(setattr, signals, "unsaved", False)
+        step_logger, together = StepLogger(session, log, terminal), Together()
+        if step >= config.steps:
+            terminal.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
         while True:
             batch = together.attempt(partial(session.batch, step))
             if evaluate_and_save_if_due(session, step, step_logger, signals, log, terminal, together):
@@ -47,10 +50,6 @@ def train(session: Session, signals: Signals | None = None) -> None:
             step += 1
             signals.unsaved = True
             together.attempt(partial(step_logger.add, step, report))
-    finally:
-        signals.unsaved = False
-        terminal.close()
-        log.close()
 
 
 def evaluate_and_save_if_due(

@@ -20,9 +20,13 @@ class Metrics(NamedTuple):
     loss: Float[Array, ""]
     """Mean cross-entropy, nats per predicted token. Of conversations, nats per token of the answers; 0 without any."""
     balance_loss: Float[Array, ""]
+    """Without its coefficient, mean over the layers. 1 if all experts have the same load."""
     z_loss: Float[Array, ""]
+    """Without its coefficient, mean over the layers and tokens of logsumexp(router logits)^2."""
     drop_fraction: Float[Array, ""]
+    """Share of the pairs of a token and a chosen expert that had no slot, mean over the layers."""
     load: Float[Array, "L E"]
+    """Share of a layer's pairs that each expert was chosen for, before drops. A row sums to 1."""
     trace: LayerTrace | None = None
     """Every decision of the routers, with leading axes M (micro-batches) and L. None unless the step is traced."""
     answers: Float[Array, ""] | None = None

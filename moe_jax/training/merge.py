@@ -6,12 +6,15 @@ for all weights now.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from moe_jax.config import UserError
-from moe_jax.runs import metrics, summary
+from moe_jax.model.costs import training_flops
+from moe_jax.runs import metrics
 from moe_jax.runs.checkpoint import CheckpointStore, restore
 from moe_jax.runs.folder import RunFolder, locked_for_training
-from moe_jax.runs.load import open_run
+from moe_jax.runs.load import LoadedRun, open_run
+from moe_jax.runs.summary import read_summary
 from moe_jax.system.folders import Folder
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.programs import Programs
@@ -19,6 +22,7 @@ from moe_jax.training.programs import Programs
 _KEPT = ("step", "loss_scale", "loss_track", "skipped")
 """Fields of the state that the new run takes over."""
 _MOST_BYTES = 2**31
+"""Largest file of records that is copied."""
 
 
 def merge(run: Path, out: Path, step: int | None = None) -> Path:
@@ -41,6 +45,7 @@ def merge(run: Path, out: Path, step: int | None = None) -> Path:
         source = {"merged_from": str(run), "step": checkpoint.step, "state": checkpoint.manifest["state"]}
         run_id = folder.start(config, loaded.tokenizer, [source])
         copy_records(Folder(run), folder)
+        folder.write_summary(summary_at(loaded, run))
         context = checkpoint.manifest["context"]
         evaluated = RunCounters.from_json(context.get("progress")).evaluated
         folder.truncate_logs_after(checkpoint.step, evaluated)
@@ -51,7 +56,19 @@ def merge(run: Path, out: Path, step: int | None = None) -> Path:
 
 
 def copy_records(there: Folder, here: RunFolder) -> None:
-    """Copy what was logged: the model is the same, and so are its scores."""
-    for name in (metrics.NAME, here.samples.name, summary.NAME):
+    """Copy what training has logged."""
+    for name in (metrics.NAME, here.samples.name):
         if there.status(name):
             here.files.write(name, there.read(name, _MOST_BYTES))
+
+
+def summary_at(loaded: LoadedRun, run: Path) -> dict[str, Any]:
+    """The summary of `run`, for a new run that has the weights of the checkpoint `loaded`.
+
+    The scores are those of the run's best checkpoint, so for any other one they are null.
+    """
+    found, config, step = read_summary(run), loaded.config, loaded.checkpoint.step
+    if found.get("best_step") != step:
+        found |= dict.fromkeys((name for name in found if name.startswith("val_")), None)
+    counts = {"tokens_seen": step * config.tokens_per_step, "training_flops": training_flops(config, step)}
+    return found | {"steps": step, "best_step": step} | counts

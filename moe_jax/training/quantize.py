@@ -4,7 +4,7 @@ the matrices, and it cannot be trained. Every command that only reads a run open
 
 import dataclasses
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,11 +15,10 @@ from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder, locked_for_training
 from moe_jax.runs.identity import check_full_weights
 from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.runs.summary import read_summary
 from moe_jax.system.console import step_progress
 from moe_jax.system.folders import Folder
 from moe_jax.training.evaluate import Evaluation, evaluate, make_evaluation_step
-from moe_jax.training.merge import copy_records
+from moe_jax.training.merge import copy_records, summary_at
 
 
 class Quantized(NamedTuple):
@@ -77,13 +76,25 @@ def _save(loaded: LoadedRun, params: Params, run: Path, weights: Weights, out: P
         source = {"quantized_from": str(run), "step": old.step, "weights": weights, "state": old.manifest["state"]}
         run_id = folder.start(config, loaded.tokenizer, [source])
         copy_records(Folder(run), folder)
-        if scored is not None:
-            values = {"val_loss": scored.loss, "val_bits_per_byte": scored.bits_per_byte, "weights": weights}
-            folder.write_summary(read_summary(out) | values)
+        folder.write_summary(summary_at(loaded, run) | _scores_in_summary(scored) | {"weights": weights})
         made = {"weights": weights, "made_from": str(run)}
         context = old.manifest["context"] | {"config": config.to_dict(), "run_id": run_id, "quantized": made}
         store = CheckpointStore(out, guard=folder.guard)
         return store.save({"params": params}, old.step, val_loss=None, elapsed=old.elapsed, context=context)
+
+
+def _scores_in_summary(scored: Evaluation | None) -> dict[str, Any]:
+    """The score of the quantised weights on the whole validation text. Null if that text is not here: the scores of the
+    weights before the rounding are not theirs."""
+    return {
+        "val_loss": scored and scored.loss,
+        "val_bits_per_byte": scored and scored.bits_per_byte,
+        "val_bytes_per_token": scored and scored.bytes / scored.tokens,
+        "val_tokens": scored and scored.tokens,
+        "val_drop_fraction": scored and scored.drop_fraction,
+        "val_loss_in_training": None,
+        "val_whole_stream": scored and True,
+    } | ({"val_stream": "whole"} if scored else {})
 
 
 def _size(params: Params) -> int:

@@ -16,7 +16,9 @@ from moe_jax.inference.routing_pass import check_routed, choice_totals, make_dec
 from moe_jax.model.transformer import Params
 
 TRACED_TOKENS = 2_048
+"""First tokens of the stream that are routed, at most."""
 SHOWN_TOKENS = 512
+"""First tokens whose experts are kept one by one, at most."""
 
 type Tracer = Callable[[Params], dict[str, Any]]
 

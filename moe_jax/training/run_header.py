@@ -38,7 +38,7 @@ def print_run_header(session: Session, notes: list[str], step_mib: float | None 
         **({"attention": reason} if (reason := session.programs.attention.reason) else {}),
         "memory": _memory_line(session, step_mib),
         **({"mesh": _mesh_line(session)} if session.programs.layout else {}),
-        "plan": _plan_line(config.train, session.data.tokens_per_step, len(store.train.tokens)),
+        "plan": _plan_line(config.train, session.config.tokens_per_step, len(store.train.tokens)),
         "arithmetic": f"{training_flops(config, config.train.steps):.2e} floating-point operations: "
         + ("4 x active matmul parameters x tokens, and 6 x those of the adapters" if config.train.lora_rank else "")
         + ("" if config.train.lora_rank else "6 x active matmul parameters x tokens")

@@ -9,6 +9,7 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 """
 
 import dataclasses
+import shlex
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -72,11 +73,6 @@ class SessionData:
     """Scores of simple models on the validation text, to compare with. None for conversations: only answers are scored,
     and the simple models would have to be scored on them too."""
 
-    @property
-    def tokens_per_step(self) -> int:
-        train = self.config.train
-        return train.batch_size * train.grad_accum * self.config.model.seq_len
-
     def batch(self, step: int) -> np.ndarray | MaskedBatch:
         """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with
         weights."""
@@ -128,10 +124,18 @@ class SessionData:
         return self.store.valid.stream
 
     def subset(self) -> Stream:
-        """The fixed part of the validation stream that is scored during training."""
+        """The fixed part of the validation stream that is scored during training. Raises UserError if it should have
+        answers and has none."""
         whole, separator = self.whole(), self.store.tokenizer.separator_id
         tokens = validation_subset(whole.tokens, separator, self.config.data.eval_tokens)
-        return Stream(tokens, None if whole.answers is None else whole.answers[: len(tokens)])
+        answers = None if whole.answers is None else whole.answers[: len(tokens)]
+        if answers is not None and not answers[1:].any():  # the first token is never predicted
+            raise UserError(
+                f"--data.eval-tokens {self.config.data.eval_tokens}: no answer is in the first {len(tokens):,} "
+                "validation tokens, so training could not be scored; give a larger number, or move a shorter "
+                "conversation to the front"
+            )
+        return Stream(tokens, answers)
 
     def stream_of(self, scored: Evaluation) -> str:
         """The name of the stream of a score: "whole", or "subset" if it is a part of the validation stream."""
@@ -228,11 +232,13 @@ class Session:
         # The first step then finds its program in the cache of compiled programs.
         compile_step = partial(programs.compiled_step, config.train.batch_size, config.train.grad_accum)
         meanwhile = compile_step if programs.layout is None else None
+        data = SessionData(config, store, corpus_baselines(config.data, store, meanwhile))
+        data.subset()  # raises UserError now, and not at the first evaluation
         opened = cls(
             config=config,
             folder=folder,
             checkpoints=checkpoints,
-            data=SessionData(config, store, corpus_baselines(config.data, store, meanwhile)),
+            data=data,
             programs=programs,
             progress=SessionProgress(RunCounters(), begin),
             state=programs.state_shapes,
@@ -273,7 +279,8 @@ class Session:
         )
         if restored is None:
             raise UserError(
-                f"{self.folder.path}: every checkpoint is damaged; `uv run python -m moe_jax doctor` says how"
+                f"{self.folder.path}: every checkpoint is damaged; "
+                f"`uv run python -m moe_jax doctor --run {shlex.quote(str(self.folder.path))}` says how"
             )
         newest, self.state = restored
         self.progress = SessionProgress.restored(newest, self.progress.begin)

@@ -17,7 +17,7 @@ from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.identity import check_full_weights
 from moe_jax.runs.load import FoundCheckpoint, find_checkpoint, restore_weights
 from moe_jax.training.programs import Programs
-from moe_jax.training.start import Start, flops_until
+from moe_jax.training.start import Start, origin_of
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,4 @@ class TuningSource:
 
     def origin(self) -> dict[str, Any]:
         """The record of the run that the new run saves."""
-        checkpoint = self.run.checkpoint
-        return {
-            "tuned_from": self.folder,
-            "step": checkpoint.step,
-            "val_loss": checkpoint.val_loss,
-            "state": checkpoint.manifest["state"],
-            "training_flops": flops_until(checkpoint, self.run.config),
-        }
+        return origin_of("tuned_from", self.folder, self.run.checkpoint, self.run.config)

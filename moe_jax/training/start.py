@@ -24,6 +24,18 @@ class Start(NamedTuple):
     """One line for the user."""
 
 
+def origin_of(kind: str, folder: str, checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
+    """`Start.origin` of a run that starts from a checkpoint of the run in `folder`. `kind` is the key of the folder,
+    such as "tuned_from"."""
+    return {
+        kind: folder,
+        "step": checkpoint.step,
+        "val_loss": checkpoint.val_loss,
+        "state": checkpoint.manifest["state"],
+        "training_flops": flops_until(checkpoint, config),
+    }
+
+
 def flops_until(checkpoint: Checkpoint, config: RunConfig) -> int | None:
     """Floating-point operations of training up to a checkpoint of a run, those that the run started from included. None
     where these are not known, as of an imported model."""

@@ -14,12 +14,16 @@ from moe_jax.model.precision import at_least_float32, to_param_dtype
 from moe_jax.model.transformer import Params, create, split
 
 INITIAL_SCALE = 2.0**15
+"""The loss scale of the first step with float16."""
 GROWTH_STEPS = 2000
+"""Finite steps in a row after which the loss scale doubles."""
 
 SPIKE_DECAY = 1 - 1 / 128
+"""Weight of the former mean and variance of the loss when a step is added."""
 SPIKE_AFTER = 128
 """Number of first steps in which no loss is called a spike, because the mean is not yet known well."""
 SPIKE_SIGMAS = 6.0
+"""Standard deviations above the mean from which a loss is a spike."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,6 +35,7 @@ class LossScale:
 
     scale: Float[Array, ""]
     good_steps: Int[Array, ""]
+    """Finite steps in a row since the scale last changed."""
 
 
 @jax.tree_util.register_dataclass

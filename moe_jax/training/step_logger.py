@@ -28,7 +28,7 @@ class StepLogger:
         self._session, self._log, self._terminal = session, log, terminal
         self._pending: tuple[int, StepReport] | None = None
         self._mark, self._mark_step = time.monotonic(), int(session.state.step)
-        self._peak = matmul_rate(session.programs.policy.compute)
+        self._matmul_rate = matmul_rate(session.programs.policy.compute)
         self._is_first = True
 
     def add(self, step: int, report: StepReport) -> None:
@@ -53,10 +53,12 @@ class StepLogger:
         starved = counters.add_load(np.asarray(report.metrics.load)) if finite else []
         if finite:
             counters.add_drops(float(report.metrics.drop_fraction))
+        by_loss = self._session.config.model.routing.balancing == "loss"
+        cure = "--train.aux-loss-coef" if by_loss else "--train.router-bias-lr"
         for layer, expert in starved:
             self._terminal.say(
                 f"step {step} | expert {expert} of layer {layer} got almost no tokens for {STARVED_STEPS} steps; "
-                "a larger --train.aux-loss-coef brings it back"
+                f"a larger {cure} brings it back"
             )
         if spike:
             what = "the step was skipped" if config.skip_spikes else "--train.skip-spikes would have skipped the step"
@@ -73,7 +75,7 @@ class StepLogger:
     def _write(self, step: int, report: StepReport) -> None:
         session, metrics = self._session, report.metrics
         now = time.monotonic()
-        rate = (step - self._mark_step) * session.data.tokens_per_step / max(now - self._mark, 1e-9)
+        rate = (step - self._mark_step) * session.config.tokens_per_step / max(now - self._mark, 1e-9)
         self._mark, self._mark_step = now, step
         finite, spike = bool(report.finite), bool(report.spike)
         record = {
@@ -88,7 +90,7 @@ class StepLogger:
             "spike": spike,
             "starved": session.progress.counters.starved_now(),
             "lr": float(report.lr),
-            "tokens_seen": step * session.data.tokens_per_step,
+            "tokens_seen": step * session.config.tokens_per_step,
             "tokens_per_second": rate,
             "wall_seconds": session.progress.elapsed,
             "load": [[round(float(x), 4) for x in layer] for layer in np.asarray(metrics.load)],
@@ -96,7 +98,7 @@ class StepLogger:
         if metrics.answers is not None:
             record["answer_tokens"] = round(float(metrics.answers) * session.config.train.grad_accum)
         self._log.write(record)
-        share = training_flops(session.config, 1) / session.data.tokens_per_step * rate / self._peak
+        share = training_flops(session.config, 1) / session.config.tokens_per_step * rate / self._matmul_rate
         train = session.data.store.train
         self._terminal.step(record, train.target_bytes / max(train.targets, 1), share)
 

@@ -11,6 +11,7 @@ The run keeps the tokenizer of the dense run, because the rows of the embedding 
 text of the dense run, so that neither run has trained on the validation text.
 """
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from moe_jax.runs.checkpoint import Checkpoint
 from moe_jax.runs.identity import best_of_run, check_full_weights, check_same_model, load_run_tokenizer
 from moe_jax.runs.load import restore_weights
 from moe_jax.training.programs import Programs
-from moe_jax.training.start import Start, flops_until
+from moe_jax.training.start import Start, origin_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ class UpcycleSource:
         checkpoint = best_of_run(folder)
         if checkpoint is None:
             raise UserError(
-                f"--upcycle {folder}: every checkpoint is damaged; `uv run python -m moe_jax doctor` says how"
+                f"--upcycle {folder}: every checkpoint is damaged; "
+                f"`uv run python -m moe_jax doctor --run {shlex.quote(str(folder))}` says how"
             )
         check_full_weights("--upcycle", folder, checkpoint)
         check_same_model(checkpoint, dense)
@@ -79,13 +81,7 @@ class UpcycleSource:
 
     def origin(self) -> dict[str, Any]:
         """The record of the dense run that the new run saves."""
-        return {
-            "upcycled_from": self.folder,
-            "step": self.checkpoint.step,
-            "val_loss": self.checkpoint.val_loss,
-            "state": self.checkpoint.manifest["state"],
-            "training_flops": flops_until(self.checkpoint, self.config),
-        }
+        return origin_of("upcycled_from", self.folder, self.checkpoint, self.config)
 
 
 def copy_dense_params(fresh: Params, dense: Params) -> Params:

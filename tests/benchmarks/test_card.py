@@ -89,11 +89,13 @@ def test_gradients_of_one_device_beside_itself_are_equal() -> None:
 @pytest.mark.parametrize(
     ("arguments", "problem"),
     [
-        (["train", "--gpu", "rtx3050-4gb"], "is for the suite gpu, and not for train"),
+        (["train", "--gpu", "rtx3050-4gb"], "is for gpu, and not for train"),
         (["gpu", "--gpu", "rtx9999"], "must be one of h100-80gb"),
+        (["serve", "--uniform-routing"], "is for moe, train, decode, scaling, all, and not for serve"),
+        (["decode", "--with-quality", "runs/x"], "--with-quality runs/x: is for train, all, and not for decode"),
     ],
 )
-def test_a_card_that_is_not_heeded_or_not_known_is_refused(
+def test_what_a_suite_does_not_heed_or_know_is_refused(
     arguments: list[str], problem: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(environment, "prepare_environment", lambda: pytest.fail("it is refused before"))

@@ -6,6 +6,7 @@ import pytest
 
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config.presets import folder_for_text
 from moe_jax.planning import own_text, plan_in_words
 from tests.cli.test_cli import ROOT, assert_refused, make_held, run_without_jax
 
@@ -98,5 +99,15 @@ def test_a_folder_that_holds_a_run_is_refused_before_the_choice() -> None:
 def test_wrong_arguments_are_refused_before_jax(tmp_path: Path) -> None:
     assert_refused(
         run_without_jax(tmp_path, [str(ROOT / "train.py"), *AUTO, "--steps", "0"]),
-        ["--steps 0: must be between 1 and 1e+09"],
+        ["--steps 0: must be between 1 and 1,000,000,000"],
     )
+
+
+@pytest.mark.parametrize(("source", "folder"), [("book.txt", "book"), (".", "shelf"), ("..", "above"), ("/", "text")])
+def test_the_folder_of_a_run_has_the_name_of_its_text(
+    source: str, folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf = tmp_path / "above" / "shelf"
+    shelf.mkdir(parents=True)
+    monkeypatch.chdir(shelf)
+    assert folder_for_text(source) == f"runs/{folder}"

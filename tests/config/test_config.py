@@ -102,7 +102,7 @@ TIED = {"tie_value_output_init": True}
         (ModelConfig, {"attention_dropout": 1.0}, "--model.attention-dropout 1.0", "at least 0 and below 1"),
         (ModelConfig, {"dropout": float("nan")}, "--model.dropout nan", "at least 0 and below 1"),
         (ModelConfig, {"seq_len": 1}, "--seq-len 1", "between 2 and"),
-        (ModelConfig, {"experts": 0, "routing": RoutingConfig(top_k=0)}, "--experts 0", "between 1 and 4096"),
+        (ModelConfig, {"experts": 0, "routing": RoutingConfig(top_k=0)}, "--experts 0", "between 1 and 4,096"),
         (ModelConfig, {"norm": "batchnorm"}, "--model.norm batchnorm", "one of layernorm, rmsnorm"),
         (
             RoutingConfig,

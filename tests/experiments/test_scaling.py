@@ -65,7 +65,7 @@ def test_the_runs_are_those_of_the_ladder() -> None:
 
 def test_both_laws_come_back() -> None:
     found = made()
-    for side, dense in ((found.mixture, "none"), (found.twin, "active")):
+    for side, dense in ((found.mixture, "none"), (found.baseline, "active")):
         a, b = law_of(dense)
         assert (side.law.factor, side.law.exponent) == (pytest.approx(a, rel=1e-9), pytest.approx(b, rel=1e-9))
         assert [len(own) for own in side.bits] == [2] * 5
@@ -78,7 +78,7 @@ def test_both_laws_come_back() -> None:
 def test_differences_are_paired_and_the_quotient_is_of_the_two_models() -> None:
     found = made()
     first = found.differences[0]
-    assert first.mean == pytest.approx(found.twin.means[0] - found.mixture.means[0])
+    assert first.mean == pytest.approx(found.baseline.means[0] - found.mixture.means[0])
     predicted = found.quotient.prediction(1e16)
     assert predicted.mean == pytest.approx(5 / 8 * 1e16**0.02, rel=0.02)  # the budgets of the two differ by a step
     assert predicted.low < predicted.mean < predicted.high
@@ -102,7 +102,7 @@ def test_the_record_holds_all_numbers() -> None:
     record = json.loads(json.dumps(found.report(dict).record))
     assert (record["seeds"], record["predicted_flops"]) == (2, 1e16)
     assert record["budgets"] == [rung.flops for rung in found.budgets]
-    for model, side in zip(record["models"], (found.mixture, found.twin), strict=True):
+    for model, side in zip(record["models"], (found.mixture, found.baseline), strict=True):
         assert [point[BITS] for point in model["points"]] == side.bits
         assert [point["training_flops"] for point in model["points"]] == side.flops
         assert model["prediction"]["mean"] == pytest.approx(side.law.loss(1e16))
@@ -110,7 +110,7 @@ def test_the_record_holds_all_numbers() -> None:
     rows = found.report(dict).rows
     assert len(rows) == 5
     assert rows[0][0] == "1e+09"
-    assert rows[0][-1] == f"{found.mixture.steps[0]} and {found.twin.steps[0]}"
+    assert rows[0][-1] == f"{found.mixture.steps[0]} and {found.baseline.steps[0]}"
     assert len(found.report(dict).scores) == 10
 
 
@@ -120,8 +120,8 @@ def test_the_picture_has_seeds_means_lines_and_intervals() -> None:
     (axes,) = scaling_figure(found).axes
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
     marks = {m: [line for line in axes.get_lines() if line.get_marker() == m] for m in ("o", "D")}
-    assert [list(line.get_ydata()) for line in marks["D"]] == [found.mixture.means, found.twin.means]
-    assert [list(line.get_ydata()) for line in marks["o"]] == found.mixture.bits + found.twin.bits
+    assert [list(line.get_ydata()) for line in marks["D"]] == [found.mixture.means, found.baseline.means]
+    assert [list(line.get_ydata()) for line in marks["o"]] == found.mixture.bits + found.baseline.bits
     solid, dashed = (
         [line for line in axes.get_lines() if line.get_linestyle() == style and line.get_marker() == "None"]
         for style in ("-", "--")

@@ -77,8 +77,8 @@ def test_a_dense_model_has_no_experts() -> None:
         ("/temp nan", "/temp nan: must be"),
         ("/temp -1", "/temp -1: must be"),
         ("/seed 1.5", "/seed 1.5: must be"),
-        ("/tokens 0", "/tokens 0: must be a number between 1"),
-        ("/experts 3", "/experts 3: must be a number between 0 and 2"),
+        ("/tokens 0", "/tokens 0: must be a whole number between 1 and 1,000,000"),
+        ("/experts 3", "/experts 3: must be a whole number between 0 and 2"),
         ("/save", "/save: needs the name of a file"),
         ("/save /proc/nowhere/x", "/save /proc/nowhere/x: cannot be written"),
         ("/", "/: no such command"),
@@ -170,3 +170,12 @@ def test_the_oldest_turns_make_room_and_the_system_stays() -> None:
     assert all(len(prompt) + 20 <= 80 for prompt in answers.prompts)
     with pytest.raises(UserError, match=r"the question has \d+ tokens with its roles, and the context 80, of which 20"):
         ask(chat, "x" * 60)
+
+
+def test_again_after_a_new_system_message_keeps_that_message() -> None:
+    chat, answers = conversation()
+    ask(chat, "a")
+    chat.command("/system Be short.")
+    assert ask(chat, chat.again()) == "two "
+    assert chat.turns == [Message("system", "Be short."), *turns("a", "two")]
+    assert answers.prompts[-1] == answer_prompt(BYTE, [Message("system", "Be short."), *turns("a")])

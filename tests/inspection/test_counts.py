@@ -253,12 +253,10 @@ def test_tokens_that_are_not_shown_as_themselves_are_marked() -> None:
         ({"val_stream": "subset", "val_whole_stream": True}, "subset"),
     ],
 )
-def test_the_stream_of_the_score_is_said(
-    summary: dict[str, Any], stream: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_stream_of_the_score_is_said(summary: dict[str, Any], stream: str, tmp_path: Path) -> None:
     step: Any = SimpleNamespace(step=7)
     run = dataclasses.replace(opened(), checkpoint=step)
-    monkeypatch.setattr(report, "read_summary", lambda _: summary)
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
     found = report._run_data(tmp_path, run)
     assert (found["val_stream"], found["step"], found["name"]) == (stream, 7, tmp_path.name)
     assert found["params_total"] > found["params_active"]

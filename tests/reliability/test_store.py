@@ -30,12 +30,12 @@ import json, resource, sys, time
 begin = time.monotonic()
 from pathlib import Path
 from moe_jax.config import DataConfig
-from moe_jax.data import shard_workers, text_plan, token_store
+from moe_jax.data import text_plan, token_store
 from moe_jax.system import files
 options = json.loads(sys.argv[2])
 text_plan.PART_BYTES = options.get("part", text_plan.PART_BYTES)
 if "cores" in options:
-    shard_workers.usable_cores = lambda: options["cores"]
+    token_store.usable_cores = lambda: options["cores"]
 if options.get("no locks"):
     files.fcntl = None
 data = DataConfig(source=options["text"], tokenizer=options["tokenizer"], vocab_size=400)

@@ -71,7 +71,7 @@ def test_a_wrong_flag_has_status_2_whatever_the_output(redirected: str, cache: P
     finished = shell(redirected, ["--steps", "0"], cache)
     assert finished.returncode == 2
     if "2>" not in redirected:
-        assert finished.stderr == "error: --steps 0: must be between 1 and 1e+09\n"
+        assert finished.stderr == "error: --steps 0: must be between 1 and 1,000,000,000\n"
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -52,3 +52,8 @@ def test_a_file_that_the_system_refuses_is_an_error(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Folder, "read", refuse)
     with pytest.raises(OSError, match="Input/output error"):
         read_summary(tmp_path)
+
+
+def test_texts_that_say_what_was_scored_come_back(tmp_path: Path) -> None:
+    values = {"val_stream": "subset", "val_scored": "answers", "weights": "int4", "val_whole_stream": True}
+    assert read(tmp_path, **values) == values

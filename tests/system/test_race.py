@@ -53,7 +53,7 @@ def test_another_machine_races_again(races: list[list[str]], monkeypatch: pytest
     again("float16")
     monkeypatch.setattr(race, "processor", lambda: "another")
     again()
-    monkeypatch.setattr(race.os, "sched_getaffinity", lambda _: {1, 2, 3})
+    monkeypatch.setattr(race, "usable_cores", lambda: 3)
     again()
     monkeypatch.setattr(race.importlib.metadata, "version", lambda _: "9")
     again()

@@ -171,3 +171,15 @@ def test_trackio_is_started_like_wandb(tmp_path: Path, monkeypatch: pytest.Monke
     assert (given["project"], given["resume"], given["embed"]) == ("moe-jax", "allow", False)
     assert given["name"].startswith(f"{tmp_path.name}-")
     assert (given["config"]["train.steps"], given["config"]["trackio"]) == (RunConfig().train.steps, True)
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_tracker_that_cannot_be_started_is_one_line(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> Any:
+        raise RuntimeError("no key\nand more")
+
+    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
+    with pytest.raises(UserError, match=rf"^--{name}: cannot be started \(no key\); mend that, or leave the flag out$"):
+        log_of(tmp_path, **{name: True})

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,8 @@ from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.runs.summary import read_summary
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
+from moe_jax.training.merge import summary_at
+from moe_jax.training.quantize import quantize_run
 from moe_jax.training.session import Session
 from moe_jax.training.sft import TuningSource
 from moe_jax.training.upcycle import UpcycleSource
@@ -145,3 +148,28 @@ def test_a_form_of_weights_that_is_not_known_is_damage(made: Path, found: Any) -
     checkpoint.manifest["context"]["quantized"] = found
     with pytest.raises(CheckpointCorrupted, match="form of weights"):
         saved_weights(checkpoint)
+
+
+@pytest.mark.parametrize("step", [8, 4])
+def test_a_summary_has_only_the_scores_of_its_checkpoint(step: int, tmp_path: Path) -> None:
+    """The run's scores are those of step 8, its best. For step 4 nothing was scored."""
+    found = {"steps": 12, "best_step": 8, "val_loss": 1.5, "val_tokens": 90, "tokens_seen": 0, "preset": "nano"}
+    (tmp_path / "summary.json").write_text(json.dumps(found))
+    config = RunConfig()
+    loaded: Any = SimpleNamespace(config=config, checkpoint=SimpleNamespace(step=step))
+    scores = (1.5, 90) if step == 8 else (None, None)
+    summary = summary_at(loaded, tmp_path)
+    assert (summary["val_loss"], summary["val_tokens"]) == scores
+    assert (summary["steps"], summary["best_step"], summary["preset"]) == (step, step, "nano")
+    assert summary["tokens_seen"] == step * config.train.batch_size * config.model.seq_len
+
+
+def test_without_its_text_a_quantised_run_has_no_score(run: Path, tmp_path: Path) -> None:
+    """Those of the full weights are not its own."""
+    copy = shutil.copytree(run, tmp_path / "run")
+    saved = json.loads((copy / "summary.json").read_text()) if (copy / "summary.json").exists() else {}
+    (copy / "summary.json").write_text(json.dumps(saved | {"val_loss": 1.5, "best_step": saved_run.STEP}))
+    unscored = quantize_run(copy, "int8", tmp_path / "small")
+    found = read_summary(tmp_path / "small")
+    assert found["val_loss"] == (unscored.after and unscored.after.loss) != 1.5
+    assert found["weights"] == "int8"

@@ -32,20 +32,20 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 class Seen:
     """A logger of a run that begins at step 0, with what it wrote, showed and said."""
 
-    def __init__(self, **train: Any) -> None:
+    def __init__(self, model: dict[str, Any] | None = None, **train: Any) -> None:
         self.records: list[dict[str, Any]] = []
         self.lines: list[tuple[float, float]] = []
         self.said: list[str] = []
         self.counters = RunCounters()
-        config = RunConfig(model=tiny.config(), train=TrainConfig(**({"steps": 10, "log_every": 3} | train)))
+        of_100_tokens = {"batch_size": 1, "grad_accum": 1}
+        train = {"steps": 10, "log_every": 3} | of_100_tokens | train
+        config = RunConfig(model=tiny.config(**({"seq_len": 100} | (model or {}))), train=TrainConfig(**train))
         self.session: Any = SimpleNamespace(
             config=config,
             state=SimpleNamespace(step=0),
             programs=SimpleNamespace(policy=SimpleNamespace(compute="float32")),
             progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5, how_to_go_on="go on"),
-            data=SimpleNamespace(
-                tokens_per_step=100, store=SimpleNamespace(train=SimpleNamespace(target_bytes=300, targets=100))
-            ),
+            data=SimpleNamespace(store=SimpleNamespace(train=SimpleNamespace(target_bytes=300, targets=100))),
             diagnose=lambda step: (f"faults/step_{step}", "params.embedding"),
         )
         log: Any = SimpleNamespace(write=self.records.append)
@@ -228,3 +228,11 @@ def test_the_loss_on_the_terminal_is_a_running_mean(clock: list[float], capsys: 
         shown.step({"step": step, "loss": loss, "tokens_per_second": 1.0, "drop_fraction": 0}, 1.0, 0)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("loss ")[1][:5] for line in lines] == ["1.000", "1.200"]
+
+
+@pytest.mark.parametrize(("balancing", "flag"), [("loss", "--train.aux-loss-coef"), ("bias", "--train.router-bias-lr")])
+def test_the_remedy_for_a_starved_expert_is_the_flag_that_acts(balancing: Any, flag: str, clock: list[float]) -> None:
+    seen = Seen(model={"balancing": balancing}, steps=1000, log_every=1000)
+    for step in range(1, STARVED_STEPS + 2):
+        seen.add(step, load=[[1.0, 0, 0, 0.0]])
+    assert f"a larger {flag} brings it back" in seen.said[-1]

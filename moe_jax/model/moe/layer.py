@@ -30,6 +30,10 @@ INFERENCE_BLOCK_FACTOR = 1.5
 """Rows of a block outside training / an expert's fair share of the pairs. At 1.5 few experts need a second block."""
 
 
+ROUTER_SCALE = 0.1
+"""Standard deviation of a new router's logits for an input of norm sqrt(D)."""
+
+
 class Mode(Enum):
     """The purpose of a forward pass. It decides the dispatch (`MoE.dispatch_for`)."""
 
@@ -111,7 +115,7 @@ class MoE(nnx.Module):
         self.routing = routing or RoutingConfig()
         if not 1 <= self.routing.top_k <= experts:
             raise ValueError(f"top_k {self.routing.top_k}: must be between 1 and the number of experts, {experts}")
-        self.router = nnx.Param(matrix_init(rngs, (width, experts), scale=0.1))
+        self.router = nnx.Param(matrix_init(rngs, (width, experts), scale=ROUTER_SCALE))
         self.experts = self.experts_type(experts, width, hidden, activation, out_scale, rngs)
         if self.routing.balancing == "bias":
             self.balance_bias = nnx.Param(jnp.zeros(experts))

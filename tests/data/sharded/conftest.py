@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 
 from moe_jax.config import DataConfig
-from moe_jax.data import shard_workers, text_plan
+from moe_jax.data import text_plan, token_store
 from tests.data.sharded.stores import KINDS, PART, data_of
 
 
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_plan, "PART_BYTES", PART)
-    monkeypatch.setattr(shard_workers, "usable_cores", lambda: 1)
+    monkeypatch.setattr(token_store, "usable_cores", lambda: 1)
 
 
 @pytest.fixture(params=KINDS)

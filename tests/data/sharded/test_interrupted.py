@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from moe_jax.config import DataConfig, UserError
-from moe_jax.data import shard_workers, store_draft, text_plan
+from moe_jax.data import shard_workers, store_draft, text_plan, token_store
 from moe_jax.data.store_draft import Draft
 from moe_jax.data.text_files import SEPARATOR
 from tests.data.sharded.stores import PART, bins, content, count_writes, data_of, documents, prepare
@@ -22,7 +22,7 @@ from tests.data.sharded.stores import PART, bins, content, count_writes, data_of
 def test_shards_made_side_by_side_have_the_same_bytes(kind: str, tmp_path: Path, monkeypatch) -> None:
     data = data_of(kind, tmp_path)
     one = prepare(data, tmp_path / "one")
-    monkeypatch.setattr(shard_workers, "usable_cores", lambda: 3)
+    monkeypatch.setattr(token_store, "usable_cores", lambda: 3)
     with monkeypatch.context() as patch:
         patch.setattr(Draft, "write", lambda *_: pytest.fail("made in this process"))
         train_only = Draft.split_entry
@@ -48,7 +48,7 @@ def workers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[An
         return started[-1]
 
     monkeypatch.setattr(shard_workers.subprocess, "Popen", start)
-    monkeypatch.setattr(shard_workers, "usable_cores", lambda: 2)
+    monkeypatch.setattr(token_store, "usable_cores", lambda: 2)
     yield started
     assert started
     assert all(process.poll() is not None for process in started)
