@@ -92,7 +92,7 @@ CHAPTERS = (
         30,
         "2, 4",
         ("dual_norm", "steepest_step", "orthogonalize", "divergence", "rank_one_fit", "adafactor", "adam", "muon"),
-        ("training/optimizers/adafactor.py", "training/optimizers/adam.py", "training/optimizers/factory.py"),
+        ("training/optimizers/adafactor.py", "training/optimizers/adam.py", "training/optimizers/muon.py"),
     ),
     Chapter(
         "11_flash_attention_both_ways",

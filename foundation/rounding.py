@@ -28,7 +28,7 @@ multiplied by S. Rounding keeps the leading 11 bits, wherever the point is, so w
 
     round(S g) / S = round to 11 bits of g
 
-and S cancels *exactly*, until something exceeds 65504. With another S the digits change.
+and S cancels *exactly*, while S |g| is from 2^-14 to 65504. With another S the digits change.
 
 Sources: Gupta et al. 2015, section 3 (stochastic rounding); Kalamkar et al. 2019, section 3 (bfloat16); Micikevicius
 et al. 2018, sections 3.2 and 3.3 (loss scaling, sums in float32).

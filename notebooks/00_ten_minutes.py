@@ -101,7 +101,8 @@ plt.show()
 # Does each expert get its share of the work? In training an expert has a fixed number
 # of places in a window of text, its **capacity**. A token that comes when they are
 # taken goes on without that expert: it is **dropped**. A second loss in training keeps
-# the shares nearly even, so few tokens are.
+# the shares nearly even over whole windows of text, so few tokens are dropped. One
+# short text, as here, may still load its experts unevenly:
 
 # %%
 share = trace.load() / trace.load().sum(1, keepdims=True)
@@ -136,8 +137,8 @@ ax.set_title(f"Change of the loss (it is {found.loss.mean():.2f} with all expert
 plt.show()
 
 # %% [markdown]
-# Take the expert that the text misses most. Most tokens hardly notice. A few become a
-# riddle:
+# Take the expert that the text misses most. Most tokens hardly notice. A few become
+# less likely:
 
 # %%
 layer, expert = map(int, np.unravel_index(mean.argmax(), mean.shape))
@@ -201,7 +202,8 @@ tell("Always expert 0", alone)
 #
 # The measure is **bits per byte** on stories that neither has seen: how many bits each
 # byte of text costs if the model's guesses are used to compress it. Lower is better.
-# No model can be below 0.252 on these stories, for they are made with that much chance.
+# On average no model can be below 0.252 on such stories, for they are made with that
+# much chance.
 
 # %%
 twin = trained("nano-dense", "--model.dense", "active")

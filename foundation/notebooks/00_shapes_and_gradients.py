@@ -203,7 +203,7 @@ pictures.curves(
 # ## The whole check, in ten lines
 # Errors are measured relative to the *largest* entry: an entry whose true value is 0 is
 # rounding noise in all three ways, and dividing by it would mean nothing. This is what
-# `uv run python -m foundation softmax` does for every operation, at inputs where things
+# `uv run python -m foundation` does for every operation, at inputs where things
 # could go wrong. Here it is for the product $y = xW$, with a mistake that you may know:
 # someone divides by the number of rows, "because the loss is a mean".
 

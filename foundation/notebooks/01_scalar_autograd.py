@@ -3,9 +3,9 @@
 #
 # A model with a million parameters needs a million derivatives, one for each. Computing
 # them one by one would take a million runs of the model. There is a way to get all of
-# them in one sweep that costs about as much as two runs. It was found in 1970, and it
-# is the reason why neural networks can be trained. In this chapter we build it for
-# single numbers, in forty lines.
+# them in one sweep backward. A run and its sweep together cost about as much as two
+# runs. The way was found in 1970, and it is the reason why neural networks can be
+# trained. In this chapter we build it for single numbers, in about seventy lines.
 #
 # The code is `foundation/scalar_autograd.py`.
 #

@@ -108,7 +108,8 @@ assert run(xor).passed
 # ## Learning, and a bug that learns too
 # **Gradient descent** moves every parameter a small step against its gradient: $W
 # \leftarrow W - \text{lr} \cdot d_W$. The step length lr is the **learning rate**.
-# After 400 steps the net has learned XOR.
+# The code adds **momentum**: in place of $d_W$ it steps by a velocity,
+# $v \leftarrow 0.9\,v + d_W$, which is faster. After 400 steps the net has learned XOR.
 #
 # Now the bug. A mean loss divides by the batch, once, in its own backward pass (line 1
 # above). Many people divide $d_W$ by the batch once more, "because the gradient is a

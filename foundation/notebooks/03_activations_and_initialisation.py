@@ -130,7 +130,7 @@ def through(initializer, activation):
         h, elementwise = forward(z)
         caches.append((affine, elementwise))
         signal.append(jnp.mean(h**2))
-    d_h = jax.random.normal(key, h.shape)
+    d_h = jax.random.normal(jax.random.key(2), h.shape)
     gradient = [jnp.mean(d_h**2)]
     for affine, elementwise in reversed(caches):
         d_h, _, _ = linear_backward(backward(d_h, elementwise), affine)

@@ -47,8 +47,9 @@
 # $$d_x = r\,\bigl(d_n - \operatorname{mean}(d_n) - n \cdot
 # \operatorname{mean}(d_n \odot n)\bigr)$$
 #
-# The three terms are three planted bugs in `foundation/challenges/bugs.py`: leave any
-# of them out, and the check fails.
+# Two of the three terms are planted bugs in
+# `foundation/challenges/bugs_of_the_parts.py`: leave the second or the third out, and
+# the check fails.
 
 # %%
 import jax
@@ -139,8 +140,8 @@ assert error < 1e-12
 #
 # ## Why positions are needed
 # Shuffle the tokens before position $t$: attention collects the same values with the
-# same weights. So it cannot tell "dog bites man" from "man bites dog". Something must
-# depend on the place. The simple way is a second table, with a row for each position,
+# same weights. So one layer cannot tell "dog bites man" from "man bites dog". Something
+# must depend on the place. The simple way is a second table, with a row for each position,
 # added to the embedding. Its backward pass is a sum over the batch, because every
 # sequence uses the same rows.
 #
@@ -154,7 +155,7 @@ assert error < 1e-12
 # \sin\theta & \cos\theta \end{pmatrix} \begin{pmatrix} x_1 \\ x_2 \end{pmatrix}$$
 #
 # The first pair turns by one radian a position, the last very slowly. What is gained?
-# Turning by $s$ and turning back by $t$ is turning by $s - t$. So
+# Turning by $t$ and turning back by $s$ is turning by $t - s$. So
 #
 # $$\langle R_s q, R_t k\rangle = \langle q, R_s^\top R_t k\rangle
 # = \langle q, R_{t-s} k\rangle,$$

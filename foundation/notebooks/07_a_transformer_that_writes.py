@@ -7,8 +7,7 @@
 # chapter replaces one of its parts by a mixture, and you will see that nothing else
 # changes.
 #
-# The code is `foundation/dense_transformer.py` (130 lines) and
-# `foundation/feed_forward.py` (50 lines).
+# The code is `foundation/dense_transformer.py` and `foundation/feed_forward.py`.
 #
 # ## What goes in and what comes out
 # A text is a sequence of **tokens**, numbers from 0 to V - 1. Here a token is one
@@ -189,7 +188,7 @@ pictures.curves(
 # The text has under a thousand characters, and the model has more than a hundred times
 # as many parameters. So it learns the text *by heart*, and you will recognise whole
 # sentences. That is no proof of understanding, but it is proof of a gradient: nothing
-# in this notebook but the check above asked jax for a derivative.
+# in this notebook but the two checks above asked jax for a derivative.
 
 
 # %%

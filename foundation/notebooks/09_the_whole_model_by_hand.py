@@ -80,9 +80,9 @@ assert error < 1e-10
 
 # %% [markdown]
 # How large are the gradients? Here is the root mean square of each array, at the start.
-# The parameters of the mixture (red and blue) get gradients of about $10^{-4}$, a tenth
-# or less of what the matrices of attention get. There are three reasons. Each expert
-# sees only a part of the tokens. Its answer is multiplied by a gate. And its matrices
+# The parameters of the mixture (red and blue) get gradients of $10^{-4}$ to $2 \cdot
+# 10^{-4}$, a sixth or less of what the matrices of attention get. There are three
+# reasons. Each expert sees only a part of the tokens. Its answer is multiplied by a gate. And its matrices
 # start small, so the product of three of them is tiny. An optimizer that takes steps in
 # proportion to the gradient would hardly move them. Adam divides by the size of each
 # gradient, which is one reason why everybody uses it or a relative of it.
@@ -126,7 +126,8 @@ pictures.twice(hand.losses, automatic.losses, "training loss (nats per character
 # T. A shorter sequence has fewer slots, so an earlier token may lose its own. The layer
 # is a function of the tokens up to $t$ *and of T*. It is causal at a fixed T. That is
 # enough for training, where all sequences have one length. It would not be enough for
-# writing, where the text grows; so evaluation and writing drop nothing.
+# writing, where the text grows; so evaluation and writing drop nothing. (White on the
+# right: cut off, or moved by less than $10^{-12}$.)
 
 # %%
 T = 32

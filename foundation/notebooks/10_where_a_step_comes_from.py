@@ -11,7 +11,8 @@
 # The code is `foundation/steepest.py`, `foundation/adafactor.py` and
 # `foundation/optimizers.py`. The project trains with the same steps, in
 # `moe_jax/training/optimizers/adam.py`, `moe_jax/training/optimizers/adafactor.py` and
-# `moe_jax/training/optimizers/factory.py` (Muon). A test holds them against this
+# `moe_jax/training/optimizers/muon.py`. (There Muon has no factor
+# $\sqrt{\max(1, O/I)}$ for a matrix [I, O].) A test holds them against this
 # chapter (`tests/foundation/test_against_production.py`).
 #
 # ## Step 1: the question
@@ -94,12 +95,15 @@ for size in steepest.NORMS:
 # and $v = g^2$, and the step is $-g/|g| = -\operatorname{sign}(g)$: the steepest step
 # in the largest-entry norm. Suppose instead that the gradient is pure noise with mean
 # 0. Then $m$ is near 0 and $v$ is not, so the step is small. So $m / \sqrt v$ is the
-# sign, times a factor between 0 and 1 that says how far the sign can be trusted.
+# sign, times a factor that says how far the sign can be trusted: near 1 if the gradient
+# is steady, near 0 if it is noise. (The factor can exceed 1 for a while, because $v$
+# forgets more slowly than $m$. After many zeros, one large gradient gives 3.2 at rates
+# of 0.9 and 0.999.)
 #
 # Two details. Both means start at 0, so after $t$ steps a constant $g$ gives only
 # $(1-\beta^t)\, g$. Adam divides by $1-\beta^t$. This is called **bias correction**.
-# And **AdamW** shrinks the weights by a term of its own, $-\eta\lambda w$, *outside* of
-# the division. A penalty $\lambda w^2/2$ in the loss would be inside: it would be
+# And **AdamW** shrinks the weights by a term of its own, $-\eta\lambda w$ with the
+# learning rate $\eta$ and a small number $\lambda$, *outside* of the division. A penalty $\lambda w^2/2$ in the loss would be inside: it would be
 # divided by $\sqrt v$ too, so weights with large gradients would be decayed less.
 
 # %%
@@ -226,10 +230,12 @@ assert ends[0] / ends[-1] < 3.0
 # %% [markdown]
 # ## What the norms are good for
 # Which size is the right one? A weight matrix is there to be multiplied with a vector.
-# If $\lVert d\rVert_{\text{spectral}} \le \eta$, then no input of length 1 sees its
-# output change by more than $\eta$, whatever the shape of the matrix. That is a promise
-# about the *function* that the layer computes. The other two sizes promise nothing of
-# the kind. The cell below takes one gradient, scales each of the three steps so that
+# If $\lVert d\rVert_{\text{spectral}} \le c$, then no input of length 1 sees its
+# output change by more than $c$, whatever the shape of the matrix. That is a promise
+# about the *function* that the layer computes. The root of the sum of squares is at
+# least the spectral norm, so it makes the same promise, but it must take a shorter step
+# to keep it. The largest entry promises nothing of the kind: a 32 x 32 matrix of ones
+# has a largest entry of 1 and a spectral norm of 32. The cell below takes one gradient, scales each of the three steps so that
 # the loss falls equally to first order, and measures the largest change of an output.
 # The spectral step is the gentlest, by construction.
 #

@@ -90,8 +90,11 @@ assert error < 1e-14
 
 # %% [markdown]
 # ## Step 4: backward, the weights once more
-# Chapter 5 has the rules. With $W$ for the weights after dropout, and $\odot$ entry by
-# entry,
+# Chapter 5 has the rules without dropout. **Dropout** sets each weight to 0 with the
+# probability $r$, and divides the others by $1 - r$. So the weights after dropout are
+# $W = P \odot \frac{\text{keep}}{1-r}$, where $\odot$ multiplies entry by entry, and
+# keep is 1 for a weight that stays and 0 for another. Dropout is linear in $P$, so
+# backward it multiplies by the same factor:
 #
 # $$d_v = W^\top d_o, \qquad d_P = (d_o v^\top) \odot \frac{\text{keep}}{1 - r}, \qquad
 # d_S = P \odot (d_P - \operatorname{rowsum}(d_P \odot P)).$$

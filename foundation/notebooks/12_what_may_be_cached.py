@@ -146,7 +146,8 @@ assert all_off < 1e-13
 # 3/4. Above: a changed token (down) and the outputs that can move (across). Blue cells
 # are on the diagonal and to the right, where a change *may* act. A red cell is an
 # earlier output that moves because of a later token. Below: a cut, and the outputs
-# among the remaining ones that move. Here every coloured cell is a leak.
+# among the remaining ones that move. Here every red cell is a leak, and grey cells were
+# cut away. (The rule "choice" is not drawn. The list below has it.)
 
 # %%
 kinds = jnp.array(

@@ -130,8 +130,8 @@ for name, top_k, factor in (
 # served better, and the experts part faster.
 #
 # The picture takes identical experts, moves each at random by a given amount, and
-# measures. For K = 2 without drops the curve is a line through nothing. For K = 1 and
-# with drops there is a floor: the gradient that is not about the experts.
+# measures. For K = 2 without drops the gradient falls in proportion to the distance,
+# without end. For K = 1, and with drops, there is a floor: the gradient that is not about the experts.
 
 # %%
 copies, _ = copy_experts_forward(dense, E)

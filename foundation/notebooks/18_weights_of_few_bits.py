@@ -107,7 +107,8 @@ def all_ways(w, scale, x):
     """The least output error of the 2^D ways to round each weight up or down."""
     down = np.floor(np.asarray(w / scale))
     ways = np.array(list(itertools.product((0, 1), repeat=len(down))))
-    errors = np.asarray(x) @ ((down + ways) * scale - np.asarray(w)).T
+    codes = np.clip(down + ways, -7, 7)  # 4 bits have no other codes
+    errors = np.asarray(x) @ (codes * scale - np.asarray(w)).T
     return np.min(np.mean(errors**2, axis=0))
 
 

@@ -89,9 +89,9 @@ print("3 ranks: the transpose of all-gather is reduce-scatter, entry by entry")
 # rank does not know that. If each starts its backward pass with $d_L = 1$, what is
 # differentiated is $L + L + \dots + L$, and every gradient is $R$ times too large.
 #
-# This is easy to miss. Adam divides a gradient by its size, so the factor is gone after
-# the first steps. Only clipping, weight decay and a plain gradient step show it. The
-# cure is to say which of the $R$ equal numbers counts, or to give each rank $d_L =
+# This is easy to miss. Adam divides a gradient by its size, so the factor cancels in
+# every step. Only clipping, a plain gradient step, and a weight decay that is added to
+# the gradient show it. The cure is to say which of the $R$ equal numbers counts, or to give each rank $d_L =
 # 1/R$.
 #
 # ## Step 4: how a sum is made

@@ -28,7 +28,8 @@
 # Three small rules make the answer unique:
 #
 # 1. Each place counts. "aaa" has the pair (a, a) twice, though only one of the two can
-# be replaced. 2. Of equally frequent pairs, the one with the smaller numbers is taken.
+#    be replaced.
+# 2. Of equally frequent pairs, the one with the smaller numbers is taken.
 # 3. Replacing goes from left to right. "aaa" becomes (aa, a).
 #
 # Before all this, a text is cut into words, and no pair may span two words. Otherwise

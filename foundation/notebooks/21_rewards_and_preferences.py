@@ -204,7 +204,10 @@ print(f"best: reward - beta KL = {value:.4f}")
 # chapter, over all pairs.
 #
 # ## Step 6: a clip
-# To use samples more than once, PPO weighs each by $\rho = \pi/\pi_{old}$ and maximises
+# To use samples more than once, PPO remembers the policy $\pi_{old}$ that drew them. It
+# weighs each by $\rho = \pi/\pi_{old}$ (not the $\rho$ of step 4). With the
+# **advantage** $A = r - b$ of step 2, and a small number $\epsilon$, such as 0.2, it
+# maximises
 # $\min(\rho A,\ \operatorname{clip}(\rho, 1-\epsilon, 1+\epsilon)\,A)$. The clip has no
 # gradient. When is it the smaller one? Only where $\rho$ has moved in the direction
 # that $A$ asks for, by more than $\epsilon$. A text that moved the *wrong* way always

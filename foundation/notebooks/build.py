@@ -72,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
         help="only chapters whose name begins so, as 07",
     )
     arguments = parser.parse_args(argv)
+    unknown = [n for n in arguments.names if not any(s.name.startswith(n) for s in sources())]
+    if unknown:
+        parser.error(f"NAME {unknown[0]}: no chapter begins so; give its two digits, as 07")
     stale = []
     for source in (
         s for s in sources() if s.name.startswith(tuple(arguments.names) or "")

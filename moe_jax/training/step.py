@@ -98,26 +98,30 @@ def gradients(
         return jax.grad(scaled_loss, has_aux=True)(params)
 
     count = len(jax.tree.leaves(batch)[0])
-    first = jax.tree.map(lambda x: x[0], batch)
-    if count == 1:
-        grads, metrics = micro(first, jnp.int32(0) if blocks is None else blocks[0])
-        traces = jax.tree.map(lambda x: x[None], metrics.trace)
-        metrics = metrics._replace(trace=None)
-    else:
-
-        def accumulate(total: tuple[Params, Metrics], x: tuple[Any, Array]) -> tuple[tuple[Params, Metrics], Any]:
-            grads, metrics = micro(*x)
-            return jax.tree.map(jnp.add, total, (grads, metrics._replace(trace=None))), metrics.trace
-
-        shapes, of_metrics = jax.eval_shape(micro, first, jnp.int32(0))
-        shapes = (shapes, of_metrics._replace(trace=None))
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), shapes)
-        (grads, metrics), traces = jax.lax.scan(
-            accumulate, zero, (batch, jnp.arange(count) if blocks is None else blocks)
-        )
+    grads, metrics, traces = _sums(micro, batch, jnp.arange(count, dtype=jnp.int32) if blocks is None else blocks)
     divisor = count if scale is None else count * scale
     grads = jax.tree.map(lambda g: _wide(g) / divisor, grads)
     return grads, jax.tree.map(lambda m: m / count, metrics)._replace(trace=traces)
+
+
+def _sums(
+    micro: Callable[[Any, Array], tuple[Params, Metrics]], batch: Any, blocks: Int[Array, " M"]
+) -> tuple[Params, Metrics, Any]:
+    """The gradients and the metrics of the micro-batches, summed, and their traces, which have a leading axis M."""
+    first = jax.tree.map(lambda x: x[0], batch)
+    if len(blocks) == 1:
+        grads, metrics = micro(first, blocks[0])
+        return grads, metrics._replace(trace=None), jax.tree.map(lambda x: x[None], metrics.trace)
+
+    def accumulate(total: tuple[Params, Metrics], x: tuple[Any, Array]) -> tuple[tuple[Params, Metrics], Any]:
+        grads, metrics = micro(*x)
+        return jax.tree.map(jnp.add, total, (grads, metrics._replace(trace=None))), metrics.trace
+
+    shapes, of_metrics = jax.eval_shape(micro, first, jnp.int32(0))
+    shapes = (shapes, of_metrics._replace(trace=None))
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), shapes)
+    (grads, metrics), traces = jax.lax.scan(accumulate, zero, (batch, blocks))
+    return grads, metrics, traces
 
 
 def _wide(x: Array) -> Array:

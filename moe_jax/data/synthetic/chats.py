@@ -4,7 +4,6 @@ A user gives the first sentence of a story and asks about it, and then asks once
 answer is right or wrong.
 """
 
-import itertools
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ _OPENING = re.compile(
 
 def chats(seed: int, split: Split, count: int) -> Iterator[dict[str, Any]]:
     """Rows with `messages`, one a story. Each has two of three questions, in turn."""
-    for number, story in enumerate(itertools.islice(generate(seed, split, count), count)):
+    for number, story in enumerate(generate(seed, split, count)):
         found = _OPENING.search(story)
         assert found is not None, "the grammar has another opening now"
         name, his = found["name"], found["his"].capitalize()

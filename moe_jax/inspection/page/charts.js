@@ -70,14 +70,15 @@ const scale = (low, high, colour = "var(--accent)", middle = null) => el("p", { 
 // A grid of cells. values[row][column] has full colour at `top`; null means no value. `say(row, column)` gives the tip.
 const heatMap = ({ values, top, colour, say, label, axis }) => {
   const side = Math.max(10, Math.min(34, 240 / values.length)), left = 38, foot = 32, width = (WIDTH - left) / values[0].length;
-  const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${values.length * side + foot}`, role: "img", "aria-label": label, "shape-rendering": "crispEdges" });
+  const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${values.length * side + foot}`, role: "group", "aria-label": label, "shape-rendering": "crispEdges" });
   values.forEach((row, r) => {
     root.append(svg("text", { x: left - 6, y: (r + 0.5) * side + 4, "text-anchor": "end" }, `${r}`),
       svg("text", { x: left + (r + 0.5) * width, y: values.length * side + 13, "text-anchor": "middle" }, `${r}`));
     row.forEach((v, c) => root.append(svg("rect", { class: v === null ? "self" : null, x: left + c * width, y: r * side, width: width, height: side,
-      fill: v === null ? null : colour, "fill-opacity": v === null ? null : Math.min(1, v / top).toFixed(3), ...tipped(say(r, c)) })));
+      fill: v === null ? null : colour, "fill-opacity": v === null ? null : Math.min(1, v / top).toFixed(3), tabindex: "-1", role: "img", "aria-label": say(r, c), ...tipped(say(r, c)) })));
   });
   root.append(svg("text", { x: (left + WIDTH) / 2, y: values.length * side + 28, "text-anchor": "middle" }, axis));
+  roving(root, "rect", { down: values[0].length });
   return root;
 };
 

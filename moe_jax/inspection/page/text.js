@@ -136,7 +136,12 @@ const drawCard = () => {
   const seen = surprise(i), inWindow = i % model.seq_len;
   const top = Math.max(...range(E).map((e) => probability(layer, i, e)), 1e-9);
   fill(card, {}, [
-    el("button", { class: "close", type: "button", "aria-label": "Close", onclick: letGo }, "×"),
+    el("button", { class: "close", type: "button", "aria-label": "Close", onclick: () => {
+      const node = nodes[i];
+      letGo();
+      node?.focus({ preventScroll: true }); // the focused button is gone
+      letGo(); // the focus has chosen the token again
+    } }, "×"),
     el("h3", {}, quoted(data.text.pieces[i].trim() || data.text.pieces[i])),
     el("p", { class: "where" }, `token ${whole(i + 1)} of ${whole(N)}, place ${inWindow + 1} of window ${Math.floor(i / model.seq_len) + 1}` +
       (i ? `; the model gave it a chance of ${percent(Math.exp(-seen), seen > 4 ? 2 : 0)}` : "")),
@@ -153,7 +158,10 @@ const drawCard = () => {
     el("div", { class: "path" }, range(L).map((l) => {
       const c = choice(l, i, 0);
       return el("button", { type: "button", vars: { "--c": colourOf(c.expert) }, "aria-current": l === layer ? "true" : false,
-        title: `Layer ${l}: expert ${c.expert}`, onclick: () => setLayer(l) }, `${l}: ${c.expert}`);
+        title: `Layer ${l}: expert ${c.expert}`, onclick: () => {
+          setLayer(l);
+          card.querySelectorAll(".path button")[l]?.focus({ preventScroll: true }); // a new button in its place
+        } }, `${l}: ${c.expert}`);
     })),
   ]);
   roving(card.querySelector(".path"), "button");

@@ -25,8 +25,14 @@ const startModel = () => {
   drawCard();
 };
 
-let connected = false;
-const connect = async () => {
+let connected = false, connecting = null;
+// Asked for twice before the server has answered, it is still one request.
+const connect = () => {
+  connecting ??= askForModel().finally(() => { connecting = null; });
+  return connecting;
+};
+const askForModel = async () => {
+  if (connected) return true;
   try {
     const { data: [entry] } = await (await request("v1/models")).json();
     model = { ...model, id: entry.id, ...entry.moe_jax };
@@ -61,6 +67,7 @@ const submit = async () => {
   if (running) { running.abort(); return; }
   if (!connected && !await connect()) return;
   await allShown();
+  if (running) return; // begun by a second press, while the former text came onto the page
   const text = byId("prompt").value;
   if (model.chat && !text.trim()) { byId("prompt").focus(); return; }
   await (model.chat ? send(text) : writeNew(text));
@@ -68,6 +75,7 @@ const submit = async () => {
 const quietly = (action) => async () => {
   if (running) return;
   await allShown();
+  if (running) return;
   byId("write").focus();
   await action();
 };

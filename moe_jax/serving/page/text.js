@@ -116,6 +116,8 @@ const clearText = () => {
   tokens.length = owners.length = nodes.length = paragraphs.length = reachable = 0;
   clearCounts();
   clear(tokensBox);
+  speed.written = 0;
+  drawSpeed();
   letGo();
 };
 

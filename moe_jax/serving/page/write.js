@@ -92,7 +92,11 @@ const learn = (turn, token) => {
 };
 
 const show = (id, yes) => { byId(id).hidden = !yes; };
-const say = (message) => { byId("error").textContent = message; show("error", message !== ""); };
+// In a conversation the button is called Send.
+const say = (message) => {
+  byId("error").textContent = model.chat ? message.replaceAll("ress Write", "ress Send") : message;
+  show("error", message !== "");
+};
 const drawButtons = () => {
   const some = tokens.length > 0, quiet = running === null;
   byId("write").textContent = quiet ? (model.chat ? "Send" : "Write") : "Stop";
@@ -133,6 +137,7 @@ const write = async (turn, path, body, prompt = null) => {
     else {
       turn.finish = "lost";
       wrong = error instanceof Trouble ? error.message : `The page failed: ${oneLine(error.message)}. Load it again.`;
+      if (!turn.tokens.length) wrong = wrong.replace(/ress Go on( to write further from here)?/, "ress Write again"); // Go on is hidden
       show("key-row", error.needsKey === true);
     }
   }

@@ -5,7 +5,7 @@ share one spectrum.
 
 `optax.contrib.muon` also multiplies the step of a matrix `[in, out]` by sqrt(max(1, out / in)): 1.732 for the `[D, 3D]`
 matrix of queries, keys and values. This Muon does not. All its matrices move by about `muon_lr` in spectral norm, and
-the presets are tuned for that.
+the presets are tuned for that. Chapter 10 of `foundation` derives the step.
 """
 
 from collections import defaultdict
