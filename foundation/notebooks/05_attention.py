@@ -126,12 +126,12 @@ assert (by_hand[2][3:] == 0.0).all()
 # ## Why the square root
 # Let the coordinates of $q$ and $k$ be independent, with mean 0 and variance 1. Then
 # $\langle q, k\rangle$ is a sum of A products, each of variance 1. So it has variance
-# A, and a typical size of $\sqrt A$. For A = 64 a typical score would be 8 above or below 0, and
-# $e^8 = 2981$: one weight is nearly 1, and the others are nearly 0. The softmax is
-# **saturated**. In that case $d_S = P \odot (d_P - \langle P, d_P\rangle)$ is tiny
-# almost everywhere. Where $P$ is nearly 0, the first factor is. Where $P$ is nearly 1,
-# $d_P$ is nearly equal to its own average, so the second factor is. Dividing by $\sqrt
-# A$ keeps the scores at variance 1, for every width.
+# A, and a typical size of $\sqrt A$. For A = 64 a typical score would be 8 above or
+# below 0, and $e^8 = 2981$: one weight is nearly 1, and the others are nearly 0. The
+# softmax is **saturated**. In that case $d_S = P \odot (d_P - \langle P, d_P\rangle)$
+# is tiny almost everywhere. Where $P$ is nearly 0, the first factor is. Where $P$ is
+# nearly 1, $d_P$ is nearly equal to its own average, so the second factor is. Dividing
+# by $\sqrt A$ keeps the scores at variance 1, for every width.
 #
 # The picture shows the *median* size of an entry of $d_S$. Without the root it falls
 # from $6 \cdot 10^{-2}$ at A = 2 to about $10^{-12}$ at A = 256. (A mean square would

@@ -141,9 +141,9 @@ assert error < 1e-12
 # ## Why positions are needed
 # Shuffle the tokens before position $t$: attention collects the same values with the
 # same weights. So one layer cannot tell "dog bites man" from "man bites dog". Something
-# must depend on the place. The simple way is a second table, with a row for each position,
-# added to the embedding. Its backward pass is a sum over the batch, because every
-# sequence uses the same rows.
+# must depend on the place. The simple way is a second table, with a row for each
+# position, added to the embedding. Its backward pass is a sum over the batch, because
+# every sequence uses the same rows.
 #
 # ## RoPE: positions as rotations
 # The way that most models use now is **rotary position embedding**, RoPE. Cut a query

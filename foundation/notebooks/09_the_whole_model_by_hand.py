@@ -82,10 +82,11 @@ assert error < 1e-10
 # How large are the gradients? Here is the root mean square of each array, at the start.
 # The parameters of the mixture (red and blue) get gradients of $10^{-4}$ to $2 \cdot
 # 10^{-4}$, a sixth or less of what the matrices of attention get. There are three
-# reasons. Each expert sees only a part of the tokens. Its answer is multiplied by a gate. And its matrices
-# start small, so the product of three of them is tiny. An optimizer that takes steps in
-# proportion to the gradient would hardly move them. Adam divides by the size of each
-# gradient, which is one reason why everybody uses it or a relative of it.
+# reasons. Each expert sees only a part of the tokens. Its answer is multiplied by a
+# gate. And its matrices start small, so the product of three of them is tiny. An
+# optimizer that takes steps in proportion to the gradient would hardly move them. Adam
+# divides by the size of each gradient, which is one reason why everybody uses it or a
+# relative of it.
 
 # %%
 flat = jax.tree_util.tree_leaves_with_path(by_hand)

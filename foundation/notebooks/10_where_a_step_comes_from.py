@@ -103,8 +103,9 @@ for size in steepest.NORMS:
 # Two details. Both means start at 0, so after $t$ steps a constant $g$ gives only
 # $(1-\beta^t)\, g$. Adam divides by $1-\beta^t$. This is called **bias correction**.
 # And **AdamW** shrinks the weights by a term of its own, $-\eta\lambda w$ with the
-# learning rate $\eta$ and a small number $\lambda$, *outside* of the division. A penalty $\lambda w^2/2$ in the loss would be inside: it would be
-# divided by $\sqrt v$ too, so weights with large gradients would be decayed less.
+# learning rate $\eta$ and a small number $\lambda$, *outside* of the division. A
+# penalty $\lambda w^2/2$ in the loss would be inside: it would be divided by $\sqrt v$
+# too, so weights with large gradients would be decayed less.
 
 # %%
 weights = jnp.zeros(4)
@@ -235,9 +236,10 @@ assert ends[0] / ends[-1] < 3.0
 # about the *function* that the layer computes. The root of the sum of squares is at
 # least the spectral norm, so it makes the same promise, but it must take a shorter step
 # to keep it. The largest entry promises nothing of the kind: a 32 x 32 matrix of ones
-# has a largest entry of 1 and a spectral norm of 32. The cell below takes one gradient, scales each of the three steps so that
-# the loss falls equally to first order, and measures the largest change of an output.
-# The spectral step is the gentlest, by construction.
+# has a largest entry of 1 and a spectral norm of 32. The cell below takes one gradient,
+# scales each of the three steps so that the loss falls equally to first order, and
+# measures the largest change of an output. The spectral step is the gentlest, by
+# construction.
 #
 # An embedding table is another matter: a token reads one row, and rows are not mixed.
 # So Muon leaves tables, and vectors such as biases, to Adam.

@@ -131,7 +131,8 @@ for name, top_k, factor in (
 #
 # The picture takes identical experts, moves each at random by a given amount, and
 # measures. For K = 2 without drops the gradient falls in proportion to the distance,
-# without end. For K = 1, and with drops, there is a floor: the gradient that is not about the experts.
+# without end. For K = 1, and with drops, there is a floor: the gradient that is not
+# about the experts.
 
 # %%
 copies, _ = copy_experts_forward(dense, E)

@@ -165,7 +165,8 @@ assert ones[-1] == 256.0
 #
 # as long as $2^k |g|$ is at least $2^{-14}$ and at most 65504, the largest float16.
 # (Below, the first gradient is still too small at the scale 1024.) Above 65504 the
-# gradient is infinite, the step is skipped and the scale is halved. With $S = 1000$ the digits would change.
+# gradient is infinite, the step is skipped and the scale is halved. With $S = 1000$ the
+# digits would change.
 
 # %%
 g = jnp.asarray([3e-8, 1e-6, 1.2345e-3])

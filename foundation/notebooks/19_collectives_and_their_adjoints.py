@@ -91,8 +91,8 @@ print("3 ranks: the transpose of all-gather is reduce-scatter, entry by entry")
 #
 # This is easy to miss. Adam divides a gradient by its size, so the factor cancels in
 # every step. Only clipping, a plain gradient step, and a weight decay that is added to
-# the gradient show it. The cure is to say which of the $R$ equal numbers counts, or to give each rank $d_L =
-# 1/R$.
+# the gradient show it. The cure is to say which of the $R$ equal numbers counts, or to
+# give each rank $d_L = 1/R$.
 #
 # ## Step 4: how a sum is made
 # Nobody can talk to everybody at once. On a **ring**, each rank talks only to the next.

@@ -72,9 +72,10 @@ def main(argv: list[str] | None = None) -> int:
         help="only chapters whose name begins so, as 07",
     )
     arguments = parser.parse_args(argv)
-    unknown = [n for n in arguments.names if not any(s.name.startswith(n) for s in sources())]
-    if unknown:
-        parser.error(f"NAME {unknown[0]}: no chapter begins so; give its two digits, as 07")
+    names = [source.name for source in sources()]
+    for wrong in arguments.names:
+        if not any(name.startswith(wrong) for name in names):
+            parser.error(f"NAME {wrong}: no chapter begins so; take two digits, as 07")
     stale = []
     for source in (
         s for s in sources() if s.name.startswith(tuple(arguments.names) or "")

@@ -358,5 +358,5 @@ def test_minimal_pairs_of_a_tuned_run_have_no_ngram_model_beside_them(tuned: Any
 def test_a_scored_part_without_an_answer_is_refused_at_the_start(base: Path, data: Path, tmp_path: Path) -> None:
     """The first token of an answer comes after more than two tokens of its question."""
     config = tuning.settings(base, data, tmp_path / "run", "--data.eval-tokens", "2")
-    with pytest.raises(UserError, match="--data.eval-tokens 2: no answer is in the first 2 validation tokens"):
+    with pytest.raises(UserError, match=r"--data\.eval-tokens 2: no answer is in the first 2 validation tokens"):
         Session.open(config, None)
