@@ -1,7 +1,8 @@
 """What turns a gradient into a step: SGD, momentum, Adam, AdamW, Muon.
 
 Each is `NAME_init(params) -> state` and `NAME_update(grads, state, params, ...) -> (params, state)`, on any
-tree of arrays, and equal to its optax counterpart step by step (`tests/foundation/test_foundation_optimizers.py`).
+tree of arrays. SGD has no state: `sgd_update(grads, params, lr) -> params`. Each is equal to its optax counterpart
+step by step (`tests/foundation/test_foundation_optimizers.py`).
 Chapter 10 asks where these steps come from: `steepest.py`. Adafactor is in `adafactor.py`.
 
 Sources: momentum: Sutskever et al. 2013, equations 1 and 2. Adam: Kingma and Ba 2015, algorithm 1. AdamW:

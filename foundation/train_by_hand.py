@@ -1,8 +1,8 @@
 """`python -m foundation.train_by_hand [--steps N] [--picture FILE]`: the MoE language model, by hand,
 beside autodiff.
 
-A model a layer deeper than the preset `nano` (4 layers of width 128, 8 experts, 2 per token) learns the text
-below, byte by byte, in float64. Two copies start alike. One is trained by the hand-derived gradient of
+A model of 4 layers of width 128 with 8 experts, 2 per token, learns the text below in float64. (The preset `nano`
+has 3 such layers.) A token is a character. Two copies start alike. One is trained by the hand-derived gradient of
 `transformer.py`, the other by automatic differentiation, which is called through `parity.py` alone. If the
 derivations are right, the two loss curves are one curve.
 """
@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
     parser.add_argument("--picture", type=Path, help="write both loss curves to this file")
     arguments = parser.parse_args(argv)
+    if arguments.steps < 2:  # the loss before the first step and after it
+        parser.error(f"--steps {arguments.steps}: must be at least 2")
     jax.config.update("jax_enable_x64", True)
 
     print(f"{len(TEXT)} characters, {len(corpus().alphabet)} of them different; {SIZE}, {CONFIG}")

@@ -5,6 +5,7 @@ The two packages share no line of code. Here their results on one run are compar
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -189,6 +190,34 @@ def test_an_unknown_setting_is_refused_in_one_line(part: str) -> None:
     with pytest.raises(Problem, match=r"config\.json sets group_limit, which foundation does not know") as caught:
         weights.config_of(**settings)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "said"),
+    [
+        ("data", {"format": "chat"}, "is tuned on conversations, and its loss counts the answers only; choose a run"),
+        ("train", {"lora_rank": 4}, "its weights are a model and adapters, .*; merge them first with `python -m moe_"),
+    ],
+)
+def test_a_tuned_run_is_refused(
+    section: str, changes: dict[str, object], said: str, saved: Path, tmp_path: Path
+) -> None:
+    """Its loss, or its model, is another one than what is computed by hand."""
+    folder = tmp_path / "tuned"
+    shutil.copytree(saved, folder)
+    settings = json.loads((folder / "config.json").read_text())
+    settings[section] |= changes
+    (folder / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(Problem, match=said) as caught:
+        by_hand.open_run(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_imported_tokenizer_is_not_called_damaged(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    path.write_text('{"kind": "hf"}')
+    with pytest.raises(Problem, match="an imported tokenizer, which foundation does not read; choose a run with --tok"):
+        tokens.read_vocabulary(path)
 
 
 def test_the_folder_is_opened_without_moe_jax(saved: Path) -> None:

@@ -18,6 +18,7 @@ from foundation.checks.parts import (
     embedding_and_position_checks,
     grouped_head_checks,
     linear_checks,
+    multi_head_checks,
     norm_checks,
     softmax_and_loss_checks,
 )
@@ -34,7 +35,8 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     norm_checks: ("layernorm", "rmsnorm"),
     embedding_and_position_checks: ("embedding", "tied_head", "learned_positions", "rope"),
     grouped_head_checks: ("share_heads", "normalise_heads"),
-    attention_checks: ("attention", "multi_head"),
+    attention_checks: ("attention",),
+    multi_head_checks: ("multi_head",),
     dense_checks: ("feed_forward", "dense_block", "dense_model"),
     router_checks: ("router",),
     expert_checks: ("gelu_experts", "swiglu_experts"),

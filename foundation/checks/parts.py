@@ -143,7 +143,7 @@ def grouped_head_checks() -> Iterator[Check]:
 
 
 def attention_checks() -> Iterator[Check]:
-    """One head under masks, and multi-head attention with every option."""
+    """One head: under masks, with fewer queries than keys, and with dropout."""
     draws = Draws("attention")
     padding = np.ones((2, 4, 4), bool)
     padding[0, 2] = padding[1, :, 0] = False
@@ -175,6 +175,10 @@ def attention_checks() -> Iterator[Check]:
     forward = filled_with(attention.attention_forward, attention.causal_mask(4), keep, 0.25)
     yield Check("attention", "dropout of the weights", forward, attention.attention_backward, qkv)
 
+
+def multi_head_checks() -> Iterator[Check]:
+    """Multi-head attention with every option."""
+    draws = Draws("multi-head attention")
     for case, heads, bias, rotary, length in (
         ("plain", 2, False, False, 4),
         ("biases", 2, True, False, 4),

@@ -54,8 +54,9 @@ class Trained(NamedTuple):
 def open_run(folder: Path, step: int | None = None) -> Trained:
     """The run at its best checkpoint, or at a step. Raises Problem, in one line."""
     settings, summary = _json(folder / "config.json"), _json(folder / "summary.json")
-    checkpoint = _checkpoint(folder, summary.get("best_step") if step is None else step)
     try:
+        _refuse_tuned(folder, settings)
+        checkpoint = _checkpoint(folder, summary.get("best_step") if step is None else step)
         model, routing = settings["model"], settings["model"].get("routing") or settings["routing"]
         config = config_of(model, routing)
         params = parameters_of(read_safetensors(checkpoint / "weights.safetensors"), model)
@@ -64,6 +65,20 @@ def open_run(folder: Path, step: int | None = None) -> Trained:
         return Trained(params, config, vocabulary, model["seq_len"], int(checkpoint.name[5:]), trained_on, summary)
     except (KeyError, TypeError, AttributeError) as error:
         raise Problem(f"{folder}: config.json or a manifest is damaged ({error}); take it from the run again") from None
+
+
+def _refuse_tuned(folder: Path, settings: dict[str, Any]) -> None:
+    """Raises Problem for a run whose model or whose loss is another one than what is computed here."""
+    if settings["data"].get("format", "text") != "text":
+        raise Problem(
+            f"{folder}: is tuned on conversations, and its loss counts the answers only; choose a run that was trained "
+            "on a text"
+        )
+    if settings["train"].get("lora_rank"):
+        raise Problem(
+            f"{folder}: its weights are a model and adapters, which foundation does not add; merge them first with "
+            "`python -m moe_jax merge`"
+        )
 
 
 def _checkpoint(folder: Path, step: object) -> Path:

@@ -92,6 +92,11 @@ def read_vocabulary(path: Path) -> Vocabulary:
                 entries.append(entries[a] + entries[b])
         elif kind == "gpt2":
             entries = _entries_of_gpt2()
+        elif kind == "hf":
+            raise Problem(
+                f"{path}: an imported tokenizer, which foundation does not read; choose a run with --tokenizer bpe, "
+                "byte or gpt2"
+            )
         elif kind != "byte":
             raise ValueError(f"unknown kind {kind}")
         return Vocabulary(entries, kind != "byte")

@@ -16,6 +16,7 @@ from moe_jax.cli.text_plan import Given, plan_for_text
 from moe_jax.config import ConfigError, DataConfig, RunConfig, UserError
 from moe_jax.config.presets import PLAN_ONLY, PlanPreset, with_vocabulary
 from moe_jax.system import environment
+from moe_jax.system.limits import MIB
 from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
@@ -135,20 +136,20 @@ class Plan(Command):
         name = self.init_from or (f"{self.upcycle}, upcycled," if self.upcycle else self.preset)
         say(
             f"{name} on {target.device_kind} (compute capability {target.compute_capability}, "
-            f"{target.memory / targets.MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
+            f"{target.memory / MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
         )
         rows = []
         config = with_vocabulary(config)
         config = search.with_adapters(config, self.lora) if self.lora else config
         say(
-            "compiling the training step of each setting, a minute or more each; at the end evaluation, prefill and "
-            "decoding. What an earlier plan has compiled is looked up."
+            "compiling the training step of each setting, a minute or more each; of one that fits, evaluation, "
+            "prefill and decoding too. What an earlier plan has compiled is looked up."
         )
         for row in search.search(config, target, self.every_optimizer):
             if not rows:
                 _print_header()
             rows.append(row)
-            _print_row(row)
+            _print_row(row, target.budget)
         return self._report(rows, target)
 
     def _many_devices(self) -> DeviceRequest:
@@ -278,8 +279,10 @@ def _print_header() -> None:
     print(_COLUMNS.format(*names))
 
 
-def _print_row(row: "Row") -> None:
+def _print_row(row: "Row", budget: float) -> None:
+    """One line for a setting. `budget` is the memory that a program may use, in MiB."""
     train = row.config.train
+    too_large = {name: mib for name, mib in (row.between or {}).items() if mib > budget}
     print(
         _COLUMNS.format(
             train.optimizer,
@@ -290,7 +293,10 @@ def _print_row(row: "Row") -> None:
             "yes" if row.config.execution.remat else "no",
             row.precision,
             f"{row.step.total:,.0f}",
-            "yes" if row.fits else "no",
+            "yes" if row.fits and not too_large else "no",
         ),
         flush=True,
     )
+    if row.fits and too_large:
+        name = max(too_large, key=too_large.__getitem__)
+        say(f"its step fits, but between steps {name} takes {too_large[name]:,.0f} MiB")

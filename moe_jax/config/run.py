@@ -14,7 +14,7 @@ from moe_jax.config.mesh import MeshShape, check_mesh
 from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.train import TrainConfig
-from moe_jax.system.errors import ConfigError, UserError
+from moe_jax.system.errors import ConfigError, UserError, shortened
 from moe_jax.system.folders import Folder
 from moe_jax.system.step_names import checkpoint_step
 
@@ -172,7 +172,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 
 
 def _short(value: Any) -> str:
-    return repr(value)[:60]
+    return shortened(repr(value))
 
 
 def load_config(run: Path) -> RunConfig | None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 from moe_jax.config import Role, UserError
 from moe_jax.data.json_lines import ENDINGS, first_lines, holds_json_lines, how_to_convert, line_number, lines_of
 from moe_jax.data.text_files import Span
+from moe_jax.system.errors import shortened
 
 ROLES: tuple[Role, ...] = get_args(Role)
 ANSWERING: Role = "assistant"
@@ -108,8 +109,7 @@ def _problem(message: Any) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return shortened(repr(value), 40)
 
 
 def text_size(conversation: Conversation) -> int:

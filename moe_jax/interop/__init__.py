@@ -2,9 +2,11 @@
 
     architectures.py  which class of transformers, and which architecture of llama.cpp, holds which configuration
     source.py         a verified checkpoint as arrays on the host
+    layers.py         weights in the conventions of other programs
     huggingface.py    config.json and model.safetensors, for transformers
     gguf_file.py      one GGUF file, for llama.cpp and ollama (extra `gguf`)
     tokenizers.py     the tokenizer in the form of each; gguf_vocabulary.py, as GGUF holds it
+    chat_template.py  the role format of tuned runs as templates of both
     card.py           the model card and ollama's Modelfile
     export.py         all of it, into a folder that is whole or absent
 

@@ -48,7 +48,7 @@ Rotary positions rotate the pairs (i, i + A/2) of a head. `settings.json` has th
 """
 
 
-def check_exportable(source: ExportSource, to: Target, dtype: Dtype) -> Architecture | None:
+def check_exportable(source: ExportSource, to: Target) -> Architecture | None:
     """The architecture of an export; None for plain safetensors. Raises UserError if the model does not fit."""
     if to == "safetensors":
         return None
@@ -65,7 +65,7 @@ def export(source: ExportSource, to: Target, dtype: Dtype, out: Path, command: s
 
     Raises UserError where the model does not fit the target, or the disk is full; nothing is left then.
     """
-    architecture = check_exportable(source, to, dtype)
+    architecture = check_exportable(source, to)
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
     try:
@@ -102,7 +102,8 @@ def _write_for(
         _write_tokenizer(folder, source)
     if to in ("gguf", "both"):
         gguf_file.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
-        (folder / "Modelfile").write_text(ollama(separator_text(source.tokenizer)) if source.tuned else MODELFILE)
+        modelfile = ollama(separator_text(source.tokenizer)) if source.tuned else MODELFILE
+        (folder / "Modelfile").write_text(modelfile, encoding="utf-8", newline="\n")
 
 
 def _write_plain(folder: Path, source: ExportSource, dtype: Dtype) -> None:

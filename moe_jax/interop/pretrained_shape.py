@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from moe_jax.config import ConfigError, ModelConfig, QKNorm, RoutingConfig, UserError
 from moe_jax.interop.architectures import LLAMA, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, Architecture
+from moe_jax.system.errors import shortened
 from moe_jax.system.folders import Folder, UnsafeFile, parse_json
 
 CONFIG = "config.json"
@@ -260,12 +261,12 @@ class _Reader:
             for name, value in rope.items():
                 if name not in usual or value not in (usual[name], None, *([value] if name == "rope_theta" else [])):
                     raise _Unheld(
-                        f"{field}.{name} is {_short(value)}: our rotation has a base and nothing else; "
+                        f"{field}.{name} is {_shown(value)}: our rotation has a base and nothing else; "
                         "a model with a scaled rotation cannot be imported"
                     )
             inner = rope.get("rope_theta")
             if inner is not None and theta not in (None, inner):
-                raise _Unheld(f"rope_theta is {_short(theta)}, and {field}.rope_theta {_short(inner)}; make them equal")
+                raise _Unheld(f"rope_theta is {_shown(theta)}, and {field}.rope_theta {_shown(inner)}; make them equal")
             theta = theta if inner is None else inner
         self._values = self._values | {"rope_theta": theta}
         return self._number("rope_theta", layout.theta, 1, 1e9)
@@ -287,7 +288,7 @@ class _Reader:
                     raise self._unheld(name, " or ".join(json.dumps(v) for v in FIXED[name][:1]))
             elif value not in (None, False, "") and value != [] and value != {} and not isinstance(value, str):
                 raise _Unheld(
-                    f"{_short(name)} is {_short(value)}: an unknown field, which may change what the model computes; "
+                    f"{_shown(name)} is {_shown(value)}: an unknown field, which may change what the model computes; "
                     "if it does not, remove it from a copy of the file"
                 )
 
@@ -321,7 +322,7 @@ class _Reader:
         return 0 if value == usual else value
 
     def _unheld(self, name: str, allowed: str) -> _Unheld:
-        return _Unheld(f"{name} is {_short(self._values.get(name))}, and must be {allowed} to be imported")
+        return _Unheld(f"{name} is {_shown(self._values.get(name))}, and must be {allowed} to be imported")
 
 
 def _typed(values: Iterable[Any]) -> Iterable[Any]:
@@ -332,6 +333,5 @@ def _typed(values: Iterable[Any]) -> Iterable[Any]:
             yield float(value)
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _shown(value: Any) -> str:
+    return shortened(json.dumps(value, default=str))

@@ -61,7 +61,7 @@ def _weights(path: Path, config: RunConfig) -> dict[str, np.ndarray]:
     from safetensors.numpy import load_file
 
     if not path.is_file():
-        raise UserError(f"{path}: is missing; `uv run python -m moe_jax doctor --repair` writes it again")
+        raise UserError(f"{path}: is missing, and the manifest does not name it; take another checkpoint (--step)")
     found, lora = load_file(path), LoraShape.of(config.train)
     if lora is None:
         return found

@@ -18,6 +18,7 @@ import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.interop.pretrained_shape import open_file, read_file
+from moe_jax.system.errors import shortened
 from moe_jax.system.folders import MAX_JSON_BYTES, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -76,15 +77,19 @@ class WeightFiles:
         for name, shape in expected.items():
             tensor = self.tensors.get(name)
             if tensor is None:
-                raise UserError(f"{self.folder}: has no tensor {name}, which its config.json asks for")
+                raise UserError(
+                    f"{self.folder}: has no tensor {name}, which its config.json asks for; download the folder again"
+                )
             if tensor.shape != shape:
                 raise UserError(
-                    f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, and config.json gives {list(shape)}"
+                    f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, and config.json gives "
+                    f"{list(shape)}; take both from the same folder"
                 )
         for name in self.tensors:
             if name not in expected and name not in ignored and not name.endswith(".rotary_emb.inv_freq"):
                 raise UserError(
-                    f"{self.folder}: has the tensor {_short(name)}, which a model of its config.json has not"
+                    f"{self.folder}: has the tensor {_printable(name)}, which a model of its config.json has not; "
+                    "take config.json and the weights from the same folder"
                 )
 
 
@@ -99,18 +104,22 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
     files = sorted(set(names.values()))
     for file in files:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors", file):
-            raise UserError(f"{folder / INDEX}: names the file {_short(file)}, which is no name of a .safetensors file")
+            raise UserError(
+                f"{folder / INDEX}: names the file {_printable(file)}, which is no name of a .safetensors file"
+            )
     found: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).exists():
             raise UserError(f"{folder / file}: is missing, and {INDEX} names it; download it")
         for name, tensor in _tensors(folder, file).items():
             if names.get(name) != file:
-                raise UserError(f"{folder / file}: has the tensor {_short(name)}, which {INDEX} does not place there")
+                raise UserError(
+                    f"{folder / file}: has the tensor {_printable(name)}, which {INDEX} does not place there"
+                )
             found[name] = tensor
     for name, file in names.items():
         if name not in found:
-            raise UserError(f"{folder / file}: has no tensor {_short(name)}, which {INDEX} places there")
+            raise UserError(f"{folder / file}: has no tensor {_printable(name)}, which {INDEX} places there")
     return found
 
 
@@ -152,7 +161,7 @@ def _in_order(
     for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
         if begin != at or end > size - start:
             cause = "ends after the file" if end > size - start else "does not begin where the one before it ends"
-            raise UserError(f"{path}: tensor {_short(name)} {cause} ({begin:,} to {end:,}); download it again")
+            raise UserError(f"{path}: tensor {_printable(name)} {cause} ({begin:,} to {end:,}); download it again")
         at = end
         yield name, Tensor(file, dtype, shape, start + begin)
     if at != size - start:
@@ -165,15 +174,20 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...]
     kind, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
     ok = isinstance(kind, str) and _sizes(shape) and len(shape) <= 8 and _sizes(place) and len(place) == 2
     if not ok:
-        raise UserError(f"{path}: tensor {_short(name)} has no usable dtype, shape and data_offsets; download it again")
+        raise UserError(
+            f"{path}: tensor {_printable(name)} has no usable dtype, shape and data_offsets; download it again"
+        )
     if kind not in DTYPES:
         known = "" if kind in _BITS else "the unknown "
         raise UserError(
-            f"{path}: tensor {_short(name)} has {known}dtype {_short(kind)}, must be one of {', '.join(DTYPES)}"
+            f"{path}: tensor {_printable(name)} has {known}dtype {_printable(kind)}, must be one of "
+            f"{', '.join(DTYPES)}; open the folder in transformers and save it in one of these"
         )
     begin, end = place
     if math.prod(shape) * DTYPES[kind].itemsize != end - begin:
-        raise UserError(f"{path}: tensor {_short(name)} of shape {shape} has {end - begin:,} bytes; download it again")
+        raise UserError(
+            f"{path}: tensor {_printable(name)} of shape {shape} has {end - begin:,} bytes; download it again"
+        )
     return DTYPES[kind], tuple(shape), begin, end
 
 
@@ -181,8 +195,7 @@ def _sizes(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
-def _short(text: str) -> str:
+def _printable(text: str) -> str:
     """A name out of a file, in printable characters."""
     text = text.encode("ascii", "backslashreplace").decode()
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return shortened("".join(c if c.isprintable() else "?" for c in text), 120)

@@ -49,7 +49,8 @@ class Attention(nnx.Module):
     def __init__(
         self, config: ModelConfig, out_scale: float, rngs: nnx.Rngs, implementation: Implementation | None = None
     ) -> None:
-        """`implementation` is that of `causal_attention`."""
+        """`implementation` chooses the form of attention over whole sequences; None chooses by length
+        (`causal_attention`)."""
         self.config = config
         self.implementation: Implementation | None = implementation
         width, head_width = config.width, config.head_width

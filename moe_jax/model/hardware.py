@@ -1,4 +1,4 @@
-"""What choices of precision and of programs need to know about a device: a card's matrix units, and a processor's."""
+"""A device as precision and programs see it: the matrix units of a card, the bfloat16 units of a CPU."""
 
 import re
 from dataclasses import dataclass
@@ -33,8 +33,9 @@ class Card:
     @classmethod
     def of(cls, device: Any) -> "Card":
         """The card that a `jax.Device` or a `planning.target.Target` stands for."""
-        capability = str(getattr(device, "compute_capability", "") or "")
-        return cls(device.platform, str(device.device_kind), float(capability) if capability else None)
+        capability = str(getattr(device, "compute_capability", ""))
+        number = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None  # an AMD card says "gfx942"
+        return cls(device.platform, str(device.device_kind), number)
 
     @property
     def tensor_cores(self) -> bool:

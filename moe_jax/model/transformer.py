@@ -65,8 +65,8 @@ class Block(nnx.Module):
         only the activations of one half exist at a time. In return, the residual stream between the halves is kept. The
         routing decisions are kept, too.
         """
-        # For the dropout of attention weights, of attention and of experts. One key is taken where it is used: with
-        # remat, each key that was taken before would be an array of its own, which the backward pass keeps.
+        # Three keys: dropout of attention weights, of the attention branch, of the expert branch. The router's key is
+        # made inside `feed`: made here, remat would keep it as one more array.
         own = [None] * 3 if keys is None else split_each(keys, 3)
 
         def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:

@@ -7,6 +7,7 @@
     expert_blocks.py  the same with dispatch by blocks: the rows that a device may take, and what is dropped
     cut_model.py      the model of evaluation and samples, which gathers one block at a time
     collectives.py    the collectives of a compiled program, read from its optimised HLO
+    ideal.py          the bytes that the devices must send each other, by kind of collective
     processes.py      several processes that train one run: connected, compared, stopped together
     global_arrays.py  arrays that lie on the devices of several processes
 

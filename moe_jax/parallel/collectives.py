@@ -21,6 +21,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from moe_jax.system.hlo_kernels import array_bytes
 from moe_jax.system.hlo_text import Computation, Instruction, called, parse
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
@@ -57,7 +58,7 @@ class Collective:
     @property
     def bytes(self) -> int:
         """Bytes of the whole array on a device, in one execution: the operands, or what an all-gather makes of them."""
-        given = sum(math.prod(shape) * _item_bytes(dtype) for dtype, shape in self.operands)
+        given = sum(array_bytes(dtype, shape) for dtype, shape in self.operands)
         return given * len(self.groups[0]) if self.kind == "all-gather" else given
 
     @property
@@ -146,12 +147,6 @@ def on_other_mesh(collective: Collective, old: Mapping[str, int], new: Mapping[s
 
 def _tuples(groups: np.ndarray) -> Groups:
     return tuple(tuple(int(n) for n in group) for group in groups)
-
-
-def _item_bytes(dtype: str) -> int:
-    """Bytes of one entry: f32 takes 4, bf16 2, pred 1."""
-    bits = re.search(r"\d+", dtype)
-    return max(int(bits[0]) // 8, 1) if bits else 1
 
 
 def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:

@@ -60,7 +60,7 @@ def _replicate(sharding: NamedSharding) -> Callable[[Array], Array]:
 
 
 def largest(number: int) -> int:
-    """The largest of the numbers that the processes give, by a sum over all devices."""
+    """The largest of the int32 numbers that the processes give. All processes must call this together."""
     devices = _all_devices()
     numbers = made((devices.mesh.size,), devices, lambda index: np.full(1, number, np.int32))
     return int(_maximum(devices)(numbers))

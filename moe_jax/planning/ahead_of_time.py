@@ -8,9 +8,7 @@ import base64
 import contextlib
 import dataclasses
 import gzip
-import hashlib
 import importlib.metadata
-import json
 import math
 import re
 import time
@@ -31,11 +29,10 @@ from moe_jax.planning.device_memory import (
     gpu_devices,
 )
 from moe_jax.planning.interconnect import GPU_LINKS, Hosts, Place, Torus
+from moe_jax.planning.plan_cache import looked_up
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import Target
 from moe_jax.planning.tpu import Slice
-from moe_jax.system.files import cache_dir, write_atomically
-from moe_jax.system.json_text import json_text
 from moe_jax.training.programs import Programs
 
 OPTIONS: dict[str, dict[str, Any]] = {"gpu": CODE_NOT_RUN, "tpu": {}}
@@ -129,16 +126,18 @@ def compile_step(programs: Programs, devices: Devices, described: list[Any]) -> 
     versions = [importlib.metadata.version(name) for name in ("jaxlib", compiler)]
     order = [] if programs.layout is None else [device.id for device in programs.layout.mesh.devices.flat]
     parts = [lowered.as_text(), what, repr(order), repr(OPTIONS[platform]), *versions]
-    path = cache_dir() / "plans" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + "-many.json")
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(path.read_text())
-        return Compiled(**kept | {"text": gzip.decompress(base64.b64decode(kept["text"])).decode()})
-    found = _compile(lowered, platform, sum(map(_bytes_on_device, jax.tree.leaves((state, batch)))))
-    with contextlib.suppress(OSError):  # a cache that cannot be written: it is compiled again the next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = base64.b64encode(gzip.compress(found.text.encode())).decode()
-        write_atomically(path, json_text(dataclasses.asdict(found) | {"text": text}), durable=False)
-    return found
+    arguments = sum(map(_bytes_on_device, jax.tree.leaves((state, batch))))
+    return looked_up(parts, lambda: _compile(lowered, platform, arguments), _to_json, _from_json, "-many.json")
+
+
+def _to_json(found: Compiled) -> dict[str, Any]:
+    """With the text compressed: it has some megabytes."""
+    return dataclasses.asdict(found) | {"text": base64.b64encode(gzip.compress(found.text.encode())).decode()}
+
+
+def _from_json(kept: dict[str, Any]) -> Compiled:
+    text: Any = gzip.decompress(base64.b64decode(kept["text"])).decode()
+    return Compiled(**kept | {"text": text})
 
 
 def _bytes_on_device(leaf: Any) -> int:

@@ -7,9 +7,7 @@ kernels of the compiled program `roofline.py` predicts its time.
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
-import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -21,12 +19,12 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import UserError
+from moe_jax.planning.plan_cache import looked_up
 from moe_jax.planning.roofline import Prediction, Rates, predict
-from moe_jax.planning.target import MIB, Target
+from moe_jax.planning.target import Target
 from moe_jax.system.environment import has_cuda_plugin
-from moe_jax.system.files import cache_dir, write_atomically
 from moe_jax.system.hlo_kernels import read_kernels
-from moe_jax.system.json_text import json_text
+from moe_jax.system.limits import MIB
 
 BACK_ENDS: dict[str, dict[str, bool]] = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """The back ends for matrix products, with their compiler options. On a card of compute capability 8.0 or more XLA times
@@ -147,17 +145,13 @@ def _measured(target: Target, lowered: Any, options: dict[str, bool]) -> Memory:
     """Compile; or read the result of an earlier process for the same program, target, options and compiler version."""
     rates = Rates.of(target)
     parts = [lowered.as_text(), target.text, repr(options), repr(rates), importlib.metadata.version("jaxlib")]
-    text = "\0".join(parts)
-    path = cache_dir() / "plans" / (hashlib.sha256(text.encode()).hexdigest() + ".json")
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        kept = json.loads(path.read_text())
-        prediction = kept.pop("prediction")
-        return Memory(**kept, prediction=prediction and Prediction(**prediction))
-    memory = _compile(lowered, options, rates)
-    with contextlib.suppress(OSError):  # a cache that cannot be written: it is compiled again the next time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json_text(asdict(memory)), durable=False)
-    return memory
+    return looked_up(parts, lambda: _compile(lowered, options, rates), asdict, _memory)
+
+
+def _memory(kept: dict[str, Any]) -> Memory:
+    """From JSON."""
+    prediction = kept.pop("prediction")
+    return Memory(**kept, prediction=prediction and Prediction(**prediction))
 
 
 def _compile(lowered: Any, options: dict[str, bool], rates: Rates) -> Memory:

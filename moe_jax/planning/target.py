@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import UserError
+from moe_jax.system.limits import MIB
 
 GPU_TARGETS = Path(__file__).parent / "targets"
 """Folder with one description file for each GPU."""
-MIB = 2**20
 PREALLOCATED = 0.75
 """Share of a card's memory that JAX takes at start by default (XLA_PYTHON_CLIENT_MEM_FRACTION). A program gets no more.
 `system.environment` may choose another share for a small card; plans do not count on it."""
@@ -26,14 +26,14 @@ class Target:
     """Text form of stream_executor.GpuTargetConfigProto."""
 
     def _field(self, name: str) -> str:
-        """The number or the quoted text of a field."""
+        """The number or the quoted text of a field. Raises UserError if the description has no such field."""
         found = re.search(rf'\b{name}: *(?:"([^"]*)"|([0-9.]+))', self.text)
         if found is None:
             raise UserError(f"target {self.name}: its description has no {name}")
         return found[1] or found[2]
 
     def number(self, name: str) -> float:
-        """The number in a field, such as `core_count`."""
+        """The number in a field, such as `core_count`. Raises UserError if the description has no such field."""
         return float(self._field(name))
 
     @property
@@ -43,7 +43,19 @@ class Target:
 
     @property
     def compute_capability(self) -> str:
-        return f"{self._field('major')}.{self._field('minor')}"
+        """Such as "8.6". Raises UserError if the description has none.
+
+        Other blocks have fields `major` and `minor` too, such as the version of cuDNN. A field that is 0 is left out
+        of the text.
+        """
+        block = re.search(r"\bcuda_compute_capability *\{([^{}]*)\}", self.text)
+        major, minor = (re.search(rf"\b{name}: *([0-9]+)", block[1] if block else "") for name in ("major", "minor"))
+        if major is None:
+            raise UserError(
+                f"--gpu {self.name}: its description has no cuda_compute_capability; the files in {GPU_TARGETS} show "
+                "how a GPU is described"
+            )
+        return f"{major[1]}.{minor[1] if minor else 0}"
 
     @property
     def device_kind(self) -> str:
@@ -66,7 +78,10 @@ class Target:
 
 
 def load_target(name: str) -> Target:
-    """The target of this name that comes with the package, or else the target in the file of this path."""
+    """The target of this name that comes with the package, or else the target in the file of this path.
+
+    Raises UserError if the file is not UTF-8, and OSError if it is missing or cannot be read.
+    """
     ours = GPU_TARGETS / f"{name}.txtpb"
     path = ours if ours.is_file() else Path(name)
     try:

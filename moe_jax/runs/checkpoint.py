@@ -277,7 +277,8 @@ def restore(checkpoint: Checkpoint, target: Any) -> Any:
     damage = verify(checkpoint)
     if damage is not None:
         raise CheckpointCorrupted(
-            f"{checkpoint.path}: {damage}; `uv run python -m moe_jax doctor` says which checkpoints are good"
+            f"{checkpoint.path}: {damage}; `uv run python -m moe_jax doctor --run {checkpoint.path.parents[1]}` says "
+            "which checkpoints are good"
         )
     return _restore_verified(checkpoint, target)
 

@@ -4,7 +4,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_jax.config import RunConfig, UserError
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.runs import manifest, metrics
@@ -28,7 +28,7 @@ class Finding:
 
 ILL = ("damaged", "unreadable", "foreign")
 """States that are not good. Unreadable: the system refuses to read it, so nothing is known about it. Foreign: a
-checkpoint of another run. Neither is ever changed."""
+checkpoint of another run. Unreadable and foreign checkpoints are never changed."""
 
 
 def examine(run: Path, repair: bool, lock: RunLock | None = None) -> list[Finding]:
@@ -43,14 +43,18 @@ def examine(run: Path, repair: bool, lock: RunLock | None = None) -> list[Findin
     findings, good = [], []
     damaged: list[tuple[Path, str]] = []
     for path, found in store.list_all():
+        cause = None
         try:
             cause = _damage(found)
+            if isinstance(found, Checkpoint) and cause is not None and repair and _rebuild_weights(found):
+                cause = _damage(found)
+                findings.append(Finding(f"{path.name}/{WEIGHTS}", "repaired", "written anew from the arrays"))
         except CheckpointUnreadable as error:
             findings.append(Finding(path.name, "unreadable", str(error)))
             continue
-        if isinstance(found, Checkpoint) and cause is not None and repair and _rebuild_weights(found):
-            cause = _damage(found)
-            findings.append(Finding(f"{path.name}/{WEIGHTS}", "repaired", "written anew from the arrays"))
+        except OSError as error:  # the weights cannot be written, such as on a full disk: it may be repaired later
+            findings.append(Finding(path.name, "damaged", f"{cause}; not repaired ({error.strerror or error})"))
+            continue
         if isinstance(found, Checkpoint) and cause is None:
             good.append(found)
             loss = "not evaluated" if found.val_loss is None else f"loss {found.val_loss:.4f} on the validation subset"
@@ -71,6 +75,12 @@ def examine(run: Path, repair: bool, lock: RunLock | None = None) -> list[Findin
         state = "repaired" if repair else "damaged"
         findings.append(Finding(", ".join(left), state, "left by a save that was interrupted"))
     newest = next((c for c in reversed(good) if not _foreign(folder.files, good[0], c)), None)
+    return findings + _examine_files(folder, newest, repair)
+
+
+def _examine_files(folder: RunFolder, newest: Checkpoint | None, repair: bool) -> list[Finding]:
+    """The files beside the checkpoints. `newest` is the newest good checkpoint of the run."""
+    findings = []
     checks = {"config.json": _config, folder.tokenizer.name: _tokenizer, metrics.NAME: _metrics}
     for name, check in checks.items():
         try:
@@ -160,7 +170,10 @@ def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> Findi
     if repair and saved is not None and saved.base:
         return _tokenizer_of_base(run, saved.base, expected, cause)
     if repair and saved is not None and saved.data.tokenizer != "hf":  # that one cannot be made from the data
-        anew = prepare_token_store(saved.data).tokenizer
+        try:
+            anew = prepare_token_store(saved.data).tokenizer
+        except (ConfigError, UserError) as error:  # such as a text that is gone
+            return Finding(name, "damaged", f"{cause}; it cannot be made again ({error})")
         if anew.digest == expected:
             run.save_tokenizer(anew)
             return Finding(name, "repaired", "made again from the data, and equal to the original")

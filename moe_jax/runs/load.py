@@ -122,7 +122,7 @@ def find_checkpoint(path: Path, step: int | None = None) -> FoundCheckpoint:
         check_same_model(checkpoint, config)
     except CheckpointCorrupted as error:
         raise CheckpointCorrupted(
-            f"{checkpoint.path}: {error}; `uv run python -m moe_jax doctor` checks the others"
+            f"{checkpoint.path}: {error}; `uv run python -m moe_jax doctor --run {path}` checks the others"
         ) from None
     return FoundCheckpoint(config, tokenizer, checkpoint)
 

@@ -117,7 +117,8 @@ def last_train_record(folder: Folder) -> dict[str, Any]:
 
 
 def load_entropy(load: np.ndarray) -> np.ndarray:
-    """Entropy of the load float [..., E], divided by ln E. 1: all experts have the same load; 0: one expert has all."""
+    """Entropy of the load float [..., E], divided by ln E and rounded to 4 decimals. 1: all experts have the same load;
+    0: one expert has all."""
     share = load / np.maximum(load.sum(-1, keepdims=True), 1e-12)
     nats = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
     return np.asarray(np.round(nats / math.log(max(load.shape[-1], 2)), 4) + 0.0)  # no -0.0, which is shown as -0.000

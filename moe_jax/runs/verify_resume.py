@@ -140,9 +140,13 @@ def _finish(flags: list[str], run: Path) -> None:
 
 
 def _kill_after(flags: list[str], metrics: Path, step: int) -> None:
-    """Start a run, and kill it (SIGKILL) once it has logged a step."""
+    """Start a run, and kill it (SIGKILL) once it has logged a step. Raises UserError if it has ended before: then
+    nothing was tested."""
     with _started(flags) as process:
         while process.poll() is None:
             if metrics.exists() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
                 break
             time.sleep(0.005)
+        ended = process.poll()
+    if ended is not None:
+        raise UserError(f"{metrics.parent.name}: the run ended with status {ended} before it was killed; run it again")

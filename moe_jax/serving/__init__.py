@@ -10,7 +10,7 @@ chat.py         /v1/chat/completions, for tuned runs
 answers.py      what both have in common
 model_card.py   what is said about the model
 streams.py      JSON objects and server-sent events; a client that has gone frees its slots
-access.py       who may ask: Host, Origin, key, size of the body
+access.py       who may ask: Host, Origin, key; answers counted, errors answered
 metrics.py      /metrics
 app.py          the routes
 sockets.py      the socket

@@ -1,6 +1,8 @@
 """Who may ask. Host and Origin are compared with the server's own, so that a page of another site cannot use it."""
 
 import hmac
+import sys
+import traceback
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +16,7 @@ from moe_jax.serving.streams import send_json
 
 OPEN_PATHS = {"/", "/health"}
 """Paths that need no key."""
+_MODELS = "/v1/models/"
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,10 @@ def _name(host: str) -> str:
 
 
 class Access:
-    """Refuses what `Rules` refuse, counts the answers, and turns ApiError into an answer. ASGI middleware."""
+    """Refuses what `Rules` refuse, counts the answers, and turns every error into an answer. ASGI middleware."""
 
     def __init__(self, app: ASGIApp, rules: Rules, answers: Counter[tuple[str, int]], paths: frozenset[str]) -> None:
-        """`answers` counts by path and status. Paths that are not in `paths` are counted as one."""
+        """`answers` counts by path and status. `paths` are those of the routes. All others are counted as one."""
         self._app, self._rules, self._answers, self._paths = app, rules, answers, paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,8 +72,7 @@ class Access:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                path = scope["path"] if scope["path"] in self._paths else "other"
-                self._answers[path, message["status"]] += 1
+                self._answers[self._label(scope["path"]), message["status"]] += 1
                 message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")]}
             await send(message)
 
@@ -82,3 +84,15 @@ class Access:
             if begun:
                 raise
             await send_json(counted, error.body(), error.status)
+        except Exception as error:
+            traceback.print_exception(error, file=sys.stderr)
+            if begun:
+                raise
+            failure = ApiError(500, "the program failed", code="failed")
+            await send_json(counted, failure.body(), failure.status)
+
+    def _label(self, path: str) -> str:
+        """The name under which an answer is counted. The names of models are the client's, so they are not labels."""
+        if path.startswith(_MODELS):
+            return _MODELS + "{name}"
+        return path if path in self._paths else "other"

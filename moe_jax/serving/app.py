@@ -1,8 +1,6 @@
 """The routes of the server."""
 
 import asyncio
-import sys
-import traceback
 from collections import Counter
 from typing import Any
 
@@ -49,7 +47,7 @@ class Server:
         if rules.origins:  # outermost, so that the pages of these sites can read refusals, too
             cors = {"allow_origins": rules.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
             middleware.insert(0, Middleware(CORSMiddleware, **cors))
-        errors: dict[Any, Any] = {HTTPException: _http_error, Exception: _failure}
+        errors: dict[Any, Any] = {HTTPException: _http_error}
         self.app = Starlette(routes=routes, middleware=middleware, exception_handlers=errors)
 
     async def page(self, request: Request) -> Response:
@@ -79,11 +77,11 @@ class Server:
         return AnswerResponse(answer, self.engine)
 
     async def health(self, request: Request) -> Response:
-        status = "stopping" if self.stopping else "ok"
         engine = self.engine
+        status = "stopping" if self.stopping else "ok" if engine.running else "failed"
         return JSONResponse(
             {"status": status, "slots": engine.slots, "busy": engine.busy, "queued": engine.queued},
-            status_code=503 if self.stopping else 200,
+            status_code=200 if status == "ok" else 503,
         )
 
     async def metrics(self, request: Request) -> Response:
@@ -94,8 +92,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = f"{request.method} {request.url.path[:100]}: {error.detail}; docs/serving.md lists what there is"
     return JSONResponse(ApiError(error.status_code, problem).body(), status_code=error.status_code)
-
-
-async def _failure(request: Request, error: Exception) -> Response:
-    traceback.print_exception(error, file=sys.stderr)
-    return JSONResponse(ApiError(500, "the program failed", code="failed").body(), status_code=500)

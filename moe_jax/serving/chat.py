@@ -8,7 +8,7 @@ from moe_jax.data.chats import answer_prompt
 from moe_jax.inference.prompt_pass import MOST_ALTERNATIVES
 from moe_jax.serving import limits
 from moe_jax.serving.answers import Answer, checked_prompt
-from moe_jax.serving.fields import COMMON, Fields
+from moe_jax.serving.fields import COMMON, Fields, shown
 from moe_jax.serving.limits import ApiError
 from moe_jax.serving.model_card import ModelCard
 from moe_jax.serving.texts import Event, Piece
@@ -32,7 +32,10 @@ class ChatCompletion(Answer):
             raise ApiError(400, problem, "model", "not_tuned")
         fields = Fields(body, KNOWN)
         prompt = _prompt(fields.value("messages"), card)
-        alternatives = fields.whole("top_logprobs", 0, 0, MOST_ALTERNATIVES) if fields.switch("logprobs") else None
+        top = fields.whole("top_logprobs", 0, 0, MOST_ALTERNATIVES)
+        alternatives = top if fields.switch("logprobs") else None
+        if top and alternatives is None:
+            raise ApiError(400, "top_logprobs: needs logprobs true", "top_logprobs")
         super().__init__(fields, card, [prompt], alternatives)
         self._begun = [False] * len(self.requests)
 
@@ -89,12 +92,15 @@ def _prompt(value: Any, card: ModelCard) -> list[int]:
 
 def _message(number: int, value: Any) -> Message:
     name = f"messages[{number}]"
-    if not isinstance(value, dict) or value.get("role") not in ROLES:
-        raise ApiError(400, f"{name}: its role must be one of {', '.join(ROLES)}", "messages")
+    if not isinstance(value, dict):
+        raise ApiError(400, f"{name} {shown(value)}: must be an object with `role` and `content`", "messages")
+    if value.get("role") not in ROLES:
+        problem = f"{name}: has the role {shown(value.get('role'))}; it must be one of {', '.join(ROLES)}"
+        raise ApiError(400, problem, "messages")
     content = value.get("content")
     if isinstance(content, list):  # parts, as newer clients send them
-        texts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        content = "".join(text for text in texts if isinstance(text, str)) if None not in texts else None
+        texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in content]
+        content = "".join(texts) if all(isinstance(text, str) for text in texts) else None
     if not isinstance(content, str) or not content.strip():
         raise ApiError(400, f"{name}: its content must be a text that is not empty", "messages")
     return Message(value["role"], content.strip())

@@ -92,8 +92,8 @@ class Engine:
     ) -> None:
         """`queue` is the most texts that may wait. `deliver` is called on the engine's thread with the events of each
         step; without it the listeners are called there."""
-        self.slots, self.counts = decoder.slots, Counts()
-        self._decoder, self._params, self._tokenizer, self._queue = decoder, params, tokenizer, queue
+        self.slots, self.queue, self.counts = decoder.slots, queue, Counts()
+        self._decoder, self._params, self._tokenizer = decoder, params, tokenizer
         self._state = decoder.empty(params)
         self._rows: list[_Row | None] = [None] * self.slots
         self._waiting: deque[_Waiting] = deque()
@@ -123,7 +123,7 @@ class Engine:
         with self._changed:
             if self._stopping:
                 raise Stopping
-            if len(self._waiting) + len(requests) > self._queue + self.free:
+            if len(self._waiting) + len(requests) > self.queue + self.free:
                 raise QueueFull
             self._waiting.extend(map(_Waiting, requests, listeners))
             self._changed.notify()
@@ -173,16 +173,25 @@ class Engine:
             try:
                 self._turn()
             except Exception:
-                traceback.print_exc(file=sys.stderr)
-                self.counts.failures += 1
-                self._end_all("failed")
-                self._last_read = None
-                self._state = self._decoder.empty(self._params)  # the former arrays were given to the failed program
+                self._begin_anew()
             self._send()
         self._news += [(waiting.listener, Event([], "stopped")) for waiting in self._waiting]
         self._waiting.clear()
         self._end_all("stopped")
         self._send()
+
+    def _begin_anew(self) -> None:
+        """After an error of the program: end its texts, and empty all slots. If that fails too, the engine ends."""
+        traceback.print_exc(file=sys.stderr)
+        self.counts.failures += 1
+        self._end_all("failed")
+        self._last_read = None
+        try:
+            self._state = self._decoder.empty(self._params)  # the former arrays were given to the failed program
+        except Exception as error:
+            traceback.print_exception(error, chain=False, file=sys.stderr)
+            with self._changed:
+                self._stopping = True
 
     def _turn(self) -> None:
         """Free, admit, step."""
@@ -202,17 +211,12 @@ class Engine:
             self._step()
 
     def _next(self) -> _Waiting | None:
-        """The text that gets a slot now."""
+        """The text that gets a slot now. Cancelled texts leave the queue, also where none gets a slot."""
         with self._changed:
-            while self._waiting:
-                if self._waiting[0].request.cancelled:
-                    self._waiting.popleft()
-                    self.counts.cancelled += 1
-                elif self.free:
-                    return self._waiting.popleft()
-                else:
-                    break
-        return None
+            wanted = [waiting for waiting in self._waiting if not waiting.request.cancelled]
+            self.counts.cancelled += len(self._waiting) - len(wanted)
+            self._waiting = deque(wanted)
+            return self._waiting.popleft() if self._waiting and self.free else None
 
     def _admit(self, waiting: _Waiting) -> None:
         """Read a prompt, and put its text into a free slot."""

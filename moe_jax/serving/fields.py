@@ -9,6 +9,7 @@ from moe_jax.inference.prompt_pass import MOST_ALTERNATIVES
 from moe_jax.inference.sampling import Sampling
 from moe_jax.serving import limits
 from moe_jax.serving.limits import ApiError
+from moe_jax.system.errors import shortened
 
 SAMPLING = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
 COMMON = SAMPLING | {"model", "stream", "stream_options", "max_tokens", "seed", "stop", "n", "user"}
@@ -42,7 +43,7 @@ class Fields:
                 if value not in _NEUTRAL[name]:
                     raise ApiError(400, f"{name}: this server does not have it; leave it out", name, "unsupported")
             elif name not in known:
-                raise ApiError(400, f"{_short(name)}: no such field; known are {', '.join(sorted(known))}", name[:80])
+                raise ApiError(400, f"{shown(name)}: no such field; known are {', '.join(sorted(known))}", name[:80])
         self._values = values
 
     def value(self, name: str) -> Any:
@@ -55,21 +56,21 @@ class Fields:
         if type(value) is float and value.is_integer():
             value = int(value)
         if type(value) is not int or not low <= value <= high:
-            raise self._wrong(name, value, f"must be a whole number between {low:,} and {high:,}")
+            raise self._wrong(name, shown(value), f"must be a whole number between {low:,} and {high:,}")
         return value
 
     def number(self, name: str, default: float, low: float, high: float) -> float:
         """A number between `low` and `high`."""
         value = self._given(name, default)
         if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
-            raise self._wrong(name, value, f"must be a number between {low:g} and {high:g}")
+            raise self._wrong(name, shown(value), f"must be a number between {low:g} and {high:g}")
         return float(value)
 
     def switch(self, name: str) -> bool:
         """True or false; false if it was not given."""
         value = self._given(name, False)
         if type(value) is not bool:
-            raise self._wrong(name, value, "must be true or false")
+            raise self._wrong(name, shown(value), "must be true or false")
         return value
 
     def sampling(self) -> Sampling:
@@ -91,7 +92,7 @@ class Fields:
         value = self._given("stop", [])
         stops = [value] if isinstance(value, str) else value
         if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise self._wrong("stop", value, "must be a text that is not empty, or a list of such texts")
+            raise self._wrong("stop", shown(value), "must be a text that is not empty, or a list of such texts")
         if len(stops) > limits.MAX_STOPS:
             raise self._wrong("stop", f"{len(stops)} texts", f"may be at most {limits.MAX_STOPS}")
         longest = max(map(len, stops), default=0)
@@ -111,24 +112,24 @@ class Fields:
         """Raise ApiError if another model is asked for."""
         asked = self._given("model", name)
         if asked != name:
-            raise ApiError(404, f"model {_short(asked)}: this server has {name!r}", "model", "model_not_found")
+            raise ApiError(404, f"model {shown(asked)}: this server has {name!r}", "model", "model_not_found")
 
     def include_usage(self) -> bool:
         """Whether the last event of a stream counts the tokens."""
         value = self._given("stream_options", {})
         if not isinstance(value, dict) or not set(value) <= {"include_usage", "include_obfuscation"}:
-            raise self._wrong("stream_options", value, 'must be {"include_usage": true or false}')
+            raise self._wrong("stream_options", shown(value), 'must be {"include_usage": true or false}')
         return value.get("include_usage") is True
 
     def _given(self, name: str, default: Any) -> Any:
         value = self._values.get(name)
         return default if value is None else value
 
-    def _wrong(self, name: str, value: Any, problem: str) -> ApiError:
-        shown = value if isinstance(value, str) and " " in value else _short(value)
-        return ApiError(400, f"{name} {shown}: {problem}", name)
+    def _wrong(self, name: str, given: str, problem: str) -> ApiError:
+        """`given` says in a few words what was given."""
+        return ApiError(400, f"{name} {given}: {problem}", name)
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def shown(value: Any) -> str:
+    """A value of a request, for an error. A value may be as long as a whole body."""
+    return shortened(repr(value))

@@ -26,8 +26,9 @@ def bind(host: str, port: int) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise UserError(f"--host {host}: is no address of this machine ({error.strerror}); try 127.0.0.1") from None
+    except (OSError, UnicodeError) as error:  # a name such as "a..b" cannot be encoded for a name server
+        cause = getattr(error, "strerror", None) or "no host name"
+        raise UserError(f"--host {host}: is no address of this machine ({cause}); try 127.0.0.1") from None
     try:
         if sys.platform != "win32":  # there it would share the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -31,7 +31,7 @@ class AnswerResponse:
         try:
             engine.submit(answer.requests, [partial(put, index) for index in range(len(answer.requests))])
         except QueueFull:
-            problem = f"{len(answer.requests)} more texts cannot wait; at most {limits.MAX_QUEUE} may; try again later"
+            problem = f"{len(answer.requests)} more texts cannot wait; at most {engine.queue} may; try again later"
             raise ApiError(429, problem, code="queue_full") from None
         except Stopping:
             raise ApiError(503, "the server is stopping", code="stopping") from None
@@ -57,7 +57,8 @@ class AnswerResponse:
         left = len(events)
         try:
             while left:
-                index, event = await self._next()
+                index, event = await self._events.get()
+                _check(event)
                 events[index].append(event)
                 left -= event.finish is not None
         except ApiError as error:
@@ -71,13 +72,15 @@ class AnswerResponse:
         left = len(self._answer.requests)
         try:
             while left:
-                data, found = b"", [await self._next()]
+                found = [await self._events.get()]
                 while not self._events.empty():
-                    found.append(self._checked(self._events.get_nowait()))
-                for index, event in found:
-                    data += _sse(self._answer.chunk(index, event))
-                    left -= event.finish is not None
-                await _send_in_time(send, data)
+                    found.append(self._events.get_nowait())
+                left -= sum(event.finish is not None for _, event in found)
+                data = b"".join(_sse(self._answer.chunk(*news)) for news in found if news[1].finish not in _LOST)
+                if data:
+                    await _send_in_time(send, data)
+                for news in found:
+                    _check(news[1])
             last = self._answer.last_chunk()
             tail = b"" if last is None else _sse(last)
         except ApiError as error:
@@ -85,15 +88,12 @@ class AnswerResponse:
         await _send_in_time(send, tail + b"data: [DONE]\n\n")
         await send({"type": "http.response.body", "body": b""})
 
-    async def _next(self) -> tuple[int, Event]:
-        return self._checked(await self._events.get())
 
-    def _checked(self, news: tuple[int, Event]) -> tuple[int, Event]:
-        """Raises ApiError for a text that does not end by itself."""
-        if news[1].finish in _LOST:
-            status, message, code = _LOST[news[1].finish]
-            raise ApiError(status, message, code=code)
-        return news
+def _check(event: Event) -> None:
+    """Raises ApiError for a text that does not end by itself."""
+    if event.finish in _LOST:
+        status, message, code = _LOST[event.finish]
+        raise ApiError(status, message, code=code)
 
 
 async def _disconnected(receive: Receive) -> None:

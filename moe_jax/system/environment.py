@@ -39,7 +39,8 @@ def has_cuda_plugin() -> bool:
 
 def runs_on_cpu() -> bool:
     """Whether jax computes, or will compute, on the CPU: as JAX_PLATFORMS says, else where there is no usable card."""
-    return os.environ.get("JAX_PLATFORMS", "" if has_nvidia_card() and has_cuda_plugin() else "cpu") == "cpu"
+    # JAX takes an empty variable for one that is not set.
+    return (os.environ.get("JAX_PLATFORMS") or ("" if has_nvidia_card() and has_cuda_plugin() else "cpu")) == "cpu"
 
 
 def unused_card(platform: str) -> list[str]:
@@ -74,7 +75,7 @@ def prepare_environment(deterministic: bool = False) -> list[str]:
     notes: list[str] = []
     if deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
-    if "JAX_PLATFORMS" not in os.environ and runs_on_cpu():
+    if not os.environ.get("JAX_PLATFORMS") and runs_on_cpu():
         os.environ["JAX_PLATFORMS"] = "cpu"  # a plugin without a card prints a traceback at import
     if runs_on_cpu():
         notes += restart_with_malloc_settings()

@@ -1,4 +1,5 @@
-"""The two errors that a user can mend. `cli.main` prints each as one line, without a traceback."""
+"""The two errors that a user can mend, and how they show a long text. `cli.main` prints each as one line, without a
+traceback."""
 
 
 class ConfigError(ValueError):
@@ -22,3 +23,8 @@ class UserError(Exception):
 
     The text is one line. It says what is wrong, with the value, and what to do.
     """
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A text for an error: its beginning, of at most `most` characters. It ends with "..." where it is cut."""
+    return text if len(text) <= most else text[: most - 3] + "..."

@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moe_jax.benchmarks import cost_table, decoding, dense_baselines, feeding, layer, mixtral, peers, saving, suites
+from moe_jax.benchmarks import cost_table, decoding, dense_baselines, feeding, layer, saving, suites
 from moe_jax.benchmarks.cost_table import CostTable
 from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
 from moe_jax.benchmarks.uniform_routing import UniformMoE
@@ -21,7 +20,7 @@ from moe_jax.data.batches import train_positions
 from moe_jax.model.costs import Count
 from moe_jax.model.moe.layer import MoE
 from moe_jax.system import machine
-from moe_jax.system.timing import Measured, Times
+from moe_jax.system.timing import Times
 from tests.benchmarks.test_benchmarks import config
 
 
@@ -214,7 +213,7 @@ def test_the_cost_table_is_printed_with_its_differences(console: Console) -> Non
     parameters = {"head": Count(3_000_000, 2_000_000, 0), "rest": Count(1_194_304, 0, 0)}
     found = CostTable(parameters, {"head": 2e6, "ffn": 4e6}, {"head": 2.1e6, "ffn": 3.6e6}, 2.5)
     assert found.difference == pytest.approx(0.1)
-    console.print(dense_baselines._cost_table(config(), found))
+    console.print(dense_baselines._cost_table(found))
     lines = [" ".join(line.replace("│", " ").split()) for line in printed(console).splitlines()]
     for line in ("in all 4,194,304 2,000,000 16.0", "head 2.00 2.10 +5.00%", "ffn 4.00 3.60 -10.00%"):
         assert line in lines
@@ -312,42 +311,6 @@ def test_saving_is_measured_in_three_ways(tmp_path: Path, monkeypatch: pytest.Mo
     assert found["disk_seconds_per_GB"] == 2e4
     assert found["save_GB"] > 2e-4, "arrays, and once more as safetensors"
     assert list(tmp_path.glob("**/*.safetensors")) == []
-
-
-def test_a_peer_that_ends_says_with_which_status() -> None:
-    process: Any = SimpleNamespace(stdout=io.StringIO(""), wait=lambda: 7)
-    with pytest.raises(UserError, match="the peer, Mixtral in PyTorch, ended with status 7; its error is above"):
-        peers.Peer(process)
-    process = SimpleNamespace(stdout=io.StringIO(""), wait=lambda: -9)
-    with pytest.raises(UserError, match="memory was full: take a smaller --batch-size"):
-        peers.Peer(process)
-    answers = io.StringIO('{"candidates": []}\n1.5\n')
-    asked = io.StringIO()
-    talking = peers.Peer(SimpleNamespace(stdout=answers, stdin=asked))  # pyright: ignore[reportArgumentType]
-    assert talking.about == {"candidates": []}
-    assert talking.run("train eager") == Measured(1.5)
-    assert asked.getvalue() == "train eager\n"
-
-
-def test_a_peer_is_killed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    program = tmp_path / "program"
-    program.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/arguments\necho '{{\"pid\": '$$'}}'\nexec sleep 60\n")
-    program.chmod(0o755)
-    monkeypatch.setattr(peers.sys, "executable", str(program))
-    monkeypatch.setattr(peers, "choose_policy", lambda _: SimpleNamespace(loss_scaling=False, compute="float32"))
-    shape = peers.shape_of(config(), 3)
-    with peers.peer(shape) as talking:
-        assert Path(f"/proc/{talking.about['pid']}").exists() or sys.platform != "linux"
-    assert talking._process.returncode == -9
-    arguments = (tmp_path / "arguments").read_text()
-    assert arguments.startswith("-W ignore::FutureWarning -m moe_jax.benchmarks.mixtral {")
-    assert mixtral.Shape(**json.loads(arguments.partition("mixtral ")[2])) == shape
-
-
-def test_the_prompt_is_at_most_128_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "choose_policy", lambda _: SimpleNamespace(loss_scaling=False, compute="float32"))
-    shapes = [peers.shape_of(config(seq_len=length), 3).prompt for length in (64, 128, 256)]
-    assert shapes == [64, 128, 128]
 
 
 def test_uniform_routing_is_a_choice() -> None:

@@ -54,6 +54,13 @@ def test_trained_by_hand_follows_autodiff() -> None:
     assert len(ours.losses) == 50
 
 
+def test_a_curve_has_at_least_two_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        train_by_hand.main(["--steps", "1"])
+    assert caught.value.code == 2
+    assert "--steps 1: must be at least 2" in capsys.readouterr().err
+
+
 def test_the_curves_part_where_a_gradient_is_wrong() -> None:
     lesson = train_by_hand
     size = ModelSize(vocabulary=0, width=16, layers=1, experts=4, hidden=8)

@@ -19,6 +19,8 @@ from moe_jax.config.presets import PRESETS, preset
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
+from moe_jax.runs import manifest
+from moe_jax.runs.arrays import WEIGHTS
 from tests.interop.saved import save
 
 
@@ -84,6 +86,17 @@ def test_the_card_counts_what_the_exported_weights_have_read(run: Path) -> None:
     source = dataclasses.replace(source, config=config, checkpoint=checkpoint)
     tokens = 20 * 3 * 2 * config.model.seq_len
     assert f"| training | {tokens:,} tokens in 20 steps, " in module.model_card(source, "name", "command", [])
+
+
+def test_the_card_says_transformers_and_no_drops_only_where_it_is_so(run: Path) -> None:
+    source = open_source(run)
+    model = source.config.model.with_routing(eval_capacity_factor=1.0)
+    dropping = dataclasses.replace(source, config=dataclasses.replace(source.config, model=model))
+    for files, of_transformers in ((["config.json", "model.safetensors"], True), (["model.gguf", "Modelfile"], False)):
+        card = module.model_card(source, "name", "command", files)
+        assert ("\nlibrary_name: transformers\n" in card) == of_transformers
+        assert "\nGeneration and evaluation drop no token, here and there. " in card
+        assert "\nGeneration drops no token, here and there. " in module.model_card(dropping, "name", "command", files)
 
 
 @pytest.mark.skipif(not hasattr(os, "umask"), reason="no umask here")
@@ -217,6 +230,17 @@ def test_a_damaged_checkpoint_is_not_exported(name: str, tmp_path: Path, capsys:
     assert len(skipped) == 1
     assert error.startswith("error: ")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_was_saved_without_weights_is_not_exported(tmp_path: Path) -> None:
+    run = save(tmp_path, layers=1)
+    (folder,) = (run / "checkpoints").iterdir()
+    (folder / WEIGHTS).unlink()
+    document = json.loads((folder / manifest.NAME).read_text())
+    del document["files"][WEIGHTS]
+    (folder / manifest.NAME).write_text(manifest.render(document))
+    with pytest.raises(UserError, match=r"is missing, and the manifest does not name it; take another checkpoint \(--"):
+        open_source(run)
 
 
 @pytest.mark.parametrize(

@@ -46,16 +46,22 @@ def test_a_whole_folder_is_read(folder: Path) -> None:
 NAN, INF = np.full((32, 32), np.nan, np.float32), np.zeros((32, 32), np.float32)
 INF[31, 31] = -np.inf
 TENSORS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "missing": (lambda t: t.pop(Q), f"has no tensor {Q}"),
+    "missing": (lambda t: t.pop(Q), f"has no tensor {Q}, which its config.json asks for; download"),
     "surplus": (lambda t: t.update({"model.extra.weight": NAN}), "has the tensor model.extra.weight"),
     "renamed": (lambda t: t.update({"q": t.pop(Q)}), f"has no tensor {Q}"),
     "a bias": (
         lambda t: t.update({Q.replace("weight", "bias"): np.zeros(32, np.float32)}),
-        "q_proj.bias, which a model of its config.json has not",
+        "q_proj.bias, which a model of its config.json has not; take config.json and",
     ),
-    "wrong shape": (lambda t: t.update({Q: np.zeros((16, 32), np.float32)}), f"{Q} has shape [16, 32], and config"),
+    "wrong shape": (
+        lambda t: t.update({Q: np.zeros((16, 32), np.float32)}),
+        f"{Q} has shape [16, 32], and config.json gives [32, 32]; take both from the same folder",
+    ),
     "wrong rank": (lambda t: t.update({Q: np.zeros(1024, np.float32)}), f"{Q} has shape [1024]"),
-    "wrong dtype": (lambda t: t.update({Q: np.zeros((32, 32), np.int32)}), f"{Q} has dtype I32, must be one of F32"),
+    "wrong dtype": (
+        lambda t: t.update({Q: np.zeros((32, 32), np.int32)}),
+        f"{Q} has dtype I32, must be one of F32, F16, BF16; open the folder in transformers",
+    ),
     "wide dtype": (lambda t: t.update({Q: np.zeros((32, 32))}), f"{Q} has dtype F64, must be one of F32, F16, BF16"),
     "not a number": (lambda t: t.update({Q: NAN}), f"{Q} has NaN or infinite values"),
     "infinite": (lambda t: t.update({Q: INF}), f"{Q} has NaN or infinite values"),

@@ -45,6 +45,7 @@ def test_a_device_without_a_compute_capability_has_no_tensor_cores() -> None:
     for found in (
         device("cpu", None, "cpu"),
         device("TPU v5", "", "tpu"),
+        device("AMD Instinct MI300X", "gfx942"),
         SimpleNamespace(platform="x", device_kind="y"),
     ):
         card = Card.of(found)

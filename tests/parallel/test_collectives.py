@@ -43,6 +43,11 @@ def test_every_kind_with_its_bytes_groups_and_loops() -> None:
     assert bytes_by_kind([gather, exchange, exchange]) == {"all-gather": 24, "all-to-all": 576}
 
 
+def test_numbers_of_four_bits_share_a_byte() -> None:
+    given = Collective("all-gather", "", (("s4", (3, 5)), ("pred", (2,)), ("f8e4m3fn", (3,))), ((0, 1),), ())
+    assert given.bytes == 2 * (8 + 2 + 3)
+
+
 def test_what_a_ring_sends() -> None:
     """A ring of n devices sends (n - 1) / n of the array, and an all-reduce sends it twice."""
     gather, reduce, scatter, _, exchange = read_collectives(LOOPED)

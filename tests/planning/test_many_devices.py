@@ -21,6 +21,7 @@ from moe_jax.planning import ahead_of_time, many_devices
 from moe_jax.planning.ahead_of_time import Compiled, Devices
 from moe_jax.planning.interconnect import Hosts
 from moe_jax.planning.many_devices import DevicePlan, Step, derived_plan, devices_like, read_plan, scaling, scaling_mesh
+from moe_jax.planning.plan_cache import looked_up
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import load_target
 from moe_jax.planning.tpu import Slice
@@ -316,6 +317,15 @@ def test_memory_of_a_compiled_step() -> None:
     assert (found.arguments, found.outputs, found.temporary, found.total) == (8, 2, 1, 11)
     with pytest.raises(AssertionError, match="compiled for another device"):
         compiled_step("f32[8]{0}")
+
+
+def test_a_compiled_step_is_the_same_after_a_while_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    forms = ahead_of_time._to_json, ahead_of_time._from_json
+    found = compiled_step("é f32[8]{0:T(8,128)}")
+    assert [looked_up(["a"], made, *forms) for made in (lambda: found, pytest.fail)] == [found, found]
 
 
 def test_a_step_that_the_compiler_refuses_has_its_memory_and_no_program() -> None:

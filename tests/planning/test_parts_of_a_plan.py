@@ -16,7 +16,8 @@ from moe_jax.model.costs import adapter_parameters, count_parameters, totals
 from moe_jax.planning import device_memory, search
 from moe_jax.planning.device_memory import Bound, Memory
 from moe_jax.planning.roofline import Rates
-from moe_jax.planning.target import MIB, Target, load_target
+from moe_jax.planning.target import Target, load_target
+from moe_jax.system.limits import MIB
 from tests.support import tiny
 
 RATES = Rates(1e11, 1e12, 2e12, 4e12)
@@ -25,7 +26,7 @@ CONFIG = RunConfig(model=tiny.config(), train=TrainConfig(batch_size=4, grad_acc
 
 def target(capability: str = "8.6", memory: int = 2**30) -> Target:
     major, minor = capability.split(".")
-    text = f"gpu {{ device_memory_size: {memory} cuda {{ major: {major} minor: {minor} }} }}"
+    text = f"gpu {{ device_memory_size: {memory} cuda_compute_capability {{ major: {major} minor: {minor} }} }}"
     text += " core_count: 10 fpus_per_core: 100 clock_rate_ghz: 1.5 memory_bandwidth: 100000000000"
     return Target("card", f'{text}\ndevice_description_str: "A card 1"')
 
@@ -49,6 +50,16 @@ def test_the_fields_of_a_target() -> None:
     with pytest.raises(UserError, match="target empty: its description has no device_memory_size"):
         _ = Target("empty", "major: 7").memory
     assert Target("x", 'major: "9"').text == 'major: "9"'
+
+
+def test_the_compute_capability_is_read_from_its_own_block() -> None:
+    """The text leaves out a minor number of 0, and cuDNN's version has a major and a minor number too."""
+    cudnn = "dnn_version_info { major: 9 minor: 10 }"
+    assert Target("a100", f"{cudnn} cuda_compute_capability {{ major: 8 }} {cudnn}").compute_capability == "8.0"
+    assert Target("b200", f"cuda_compute_capability {{\n  major: 10\n}}\n{cudnn}").compute_capability == "10.0"
+    for text in (cudnn, f"cuda_compute_capability {{ minor: 5 }} {cudnn}"):
+        with pytest.raises(UserError, match=r"^--gpu x: its description has no cuda_compute_capability; the files in "):
+            _ = Target("x", text).compute_capability
 
 
 def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
@@ -234,7 +245,7 @@ def test_what_runs_between_the_steps_must_fit_too(between: dict[str, float]) -> 
 
 @pytest.mark.parametrize(("every", "fit_at", "tried"), [(False, 0, 1), (False, 3, 4), (False, 99, 11), (True, 0, 8)])
 def test_a_search_stops_at_the_first_that_fits(
-    every: bool, fit_at: int, tried: int, monkeypatch: pytest.MonkeyPatch
+    every: bool, fit_at: int, tried: int, between: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[RunConfig] = []
 
@@ -244,6 +255,33 @@ def test_a_search_stops_at_the_first_that_fits(
 
     monkeypatch.setattr(search, "plan_step", plan)
     assert len(list(search.search(CONFIG, target(), every))) == len(steps) == tried
+
+
+@pytest.mark.parametrize("every", [False, True])
+def test_a_setting_whose_evaluation_does_not_fit_is_not_the_last_one(
+    every: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every step fits. Between the steps, only the second setting and those after it do."""
+    card, evaluated = target(), list[RunConfig]()
+
+    def inference(config: RunConfig, _: Target) -> dict[str, float]:
+        evaluated.append(config)
+        return {"evaluation": card.budget + 1 if len(evaluated) == 1 else 20.0}
+
+    monkeypatch.setattr(search, "plan_step", lambda config, target: row(300, True, config))
+    monkeypatch.setattr(search, "plan_inference", inference)
+    rows = list(search.search(CONFIG, card, every))
+    found = search.verdict(rows, card)
+    assert (len(rows), found.row, found.total, found.fits) == (8 if every else 2, rows[1], 300, True)
+    assert evaluated == [row.config for row in rows[:2]], "each at most once"
+
+
+def test_where_nothing_fits_between_the_steps_the_first_setting_is_shown(between: dict[str, float]) -> None:
+    card = target()
+    between["prefill"] = card.budget + 1
+    rows = [row(900, False), row(300, True), row(200, True)]
+    found = search.verdict(rows, card)
+    assert (found.row, found.fits) == (rows[1], False)
 
 
 @pytest.fixture

@@ -68,7 +68,8 @@ def test_the_rates_of_the_described_cards(gpu: str, float32: float, narrow: floa
 
 def card(capability: str, name: str = "a card") -> Target:
     major, minor = capability.split(".")
-    text = f"major: {major} minor: {minor} core_count: 10 fpus_per_core: 64 clock_rate_ghz: 1 memory_bandwidth: 100"
+    text = f"cuda_compute_capability {{ major: {major} minor: {minor} }} core_count: 10 fpus_per_core: 64"
+    text += " clock_rate_ghz: 1 memory_bandwidth: 100"
     return Target("card", f'{text} device_description_str: "{name}"')
 
 

@@ -111,7 +111,7 @@ def test_damage_is_named_and_the_one_before_taken(
     assert words in verify(broken)
     assert store.newest().step == 1
     assert f"{folder}: skipped" in capsys.readouterr().err
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=f"{words}; .*doctor --run {store.folder.parent}. says which"):
         restore(broken, jax.eval_shape(state))
     tiny.assert_same_bits(restore(store.newest(), jax.eval_shape(state)), state(1))
 

@@ -16,7 +16,7 @@ from moe_jax.runs.arrays import WEIGHTS
 from moe_jax.runs.checkpoint import Checkpoint
 from moe_jax.runs.doctor import Finding, examine
 from moe_jax.runs.folder import locked_for_training
-from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
 from moe_jax.system.folders import Folder
 from tests.runs.test_checkpoint import flip_a_bit, largest_file
 from tests.runs.test_load import edit_manifest
@@ -124,6 +124,35 @@ def test_weights_are_written_anew_from_the_arrays(harm: Callable[[Path], None], 
     assert repaired[f"{NAME}/{WEIGHTS}"] == Finding(f"{NAME}/{WEIGHTS}", "repaired", "written anew from the arrays")
     assert repaired[NAME].state == "good"
     assert path.read_bytes() == whole
+
+
+def test_weights_that_cannot_be_written_are_said_and_the_checkpoint_stays(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk. The arrays are good, so the checkpoint is not renamed beside a good one."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    flip_a_bit(second(copied) / WEIGHTS)
+    monkeypatch.setattr(doctor, "write_weights", full)
+    finding = found(copied, repair=True)["step_00000050"]
+    assert finding.state == "damaged"
+    assert finding.detail.endswith("was changed; not repaired (No space left on device)")
+    assert (copied / "checkpoints/step_00000050").is_dir()
+
+
+def test_an_error_while_weights_are_written_anew_is_of_its_checkpoint(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CheckpointUnreadable("Input/output error")
+
+    flip_a_bit(second(copied) / WEIGHTS)
+    monkeypatch.setattr(doctor, "_rebuild_weights", refuse)
+    findings = found(copied, repair=True)
+    assert findings["step_00000050"] == Finding("step_00000050", "unreadable", "Input/output error")
+    assert findings[NAME].state == "good"
 
 
 def test_weights_and_another_file_are_too_much(copied: Path) -> None:
@@ -249,6 +278,18 @@ def test_a_tokenizer_is_made_again_from_the_data(harm: Callable[[Path], None], s
         "tokenizer.json", "repaired", "made again from the data, and equal to the original"
     )
     assert path.read_bytes() == whole
+
+
+def test_a_tokenizer_whose_text_is_gone_stays(copied: Path) -> None:
+    """The error names a flag that nobody has typed, so it is the cause and not the end of the command."""
+    document = json.loads((copied / "checkpoints" / NAME / manifest.NAME).read_text())
+    config = document["context"]["config"]
+    edit_manifest(copied, config=config | {"data": config["data"] | {"source": str(copied / "gone.txt")}})
+    (copied / "tokenizer.json").unlink()
+    finding = found(copied, repair=True)["tokenizer.json"]
+    assert finding.state == "damaged"
+    assert "; it cannot be made again (" in finding.detail
+    assert "gone.txt" in finding.detail
 
 
 def test_a_tokenizer_that_cannot_be_made_again_stays(copied: Path) -> None:

@@ -89,7 +89,7 @@ def test_another_model_or_tokenizer_is_refused(copied: Path) -> None:
 
 def test_a_manifest_without_a_configuration_is_damage_with_its_path(copied: Path) -> None:
     edit_manifest(copied, config=None)
-    said = rf"^{copied}/checkpoints/{NAME}: its manifest does not say .*doctor. checks the others$"
+    said = rf"^{copied}/checkpoints/{NAME}: its manifest does not say .*doctor --run {copied}. checks the others$"
     with pytest.raises(CheckpointCorrupted, match=said):
         open_run(copied)
 

@@ -184,9 +184,11 @@ sleep 0.1; touch {tmp_path}/waited; echo '{{"step": 1, "split": "train"}}' >> {m
         os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
-def test_a_run_that_ends_by_itself_is_not_waited_for(program: Any, tmp_path: Path) -> None:
+def test_a_run_that_ends_by_itself_is_no_test_of_a_kill(program: Any, tmp_path: Path) -> None:
     program("exit 0")
-    verify_resume._kill_after([], tmp_path / "metrics.jsonl", 5)
+    said = "^killed: the run ended with status 0 before it was killed; run it again$"
+    with pytest.raises(UserError, match=said):
+        verify_resume._kill_after([], tmp_path / "killed" / "metrics.jsonl", 5)
 
 
 def test_a_signal_raises_within_the_block_only() -> None:

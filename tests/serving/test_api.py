@@ -1,6 +1,10 @@
 """The API over HTTP: completions as `generate` writes them, their fields, and answers to what cannot be."""
 
+import asyncio
+import json
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,11 +12,16 @@ import pytest
 pytest.importorskip("starlette", reason="needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
+from moe_jax.config import UserError
 from moe_jax.data.chat_rows import Message
 from moe_jax.data.chats import answer_prompt
 from moe_jax.inference.sampling import Sampling
-from moe_jax.serving import limits
-from moe_jax.serving.texts import TextRequest
+from moe_jax.serving import app, limits
+from moe_jax.serving.completions import Completion
+from moe_jax.serving.model_card import ModelCard
+from moe_jax.serving.sockets import bind
+from moe_jax.serving.streams import AnswerResponse
+from moe_jax.serving.texts import Event, Listener, Piece, TextRequest
 from tests.serving import made
 from tests.serving.site import KEY, Site, site
 
@@ -160,13 +169,18 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": "a", "max_tokens": True}, 400, "between 0 and 4,096"),
     ({"prompt": "a", "max_tokens": 1e999}, 400, "max_tokens inf"),
     ({"prompt": "a", "temperature": "hot"}, 400, "temperature 'hot': must be a number between 0 and 100"),
+    (
+        {"prompt": "a", "temperature": "very hot " * 9999},
+        400,
+        "temperature 'very hot very hot very hot very hot very hot very hot ve...: must",
+    ),
     ({"prompt": "a", "temperature": float("nan")}, 400, "temperature nan"),
     ({"prompt": "a", "top_p": 0}, 400, "top_p 0"),
     ({"prompt": "a", "min_p": 2}, 400, "between 0 and 1"),
     ({"prompt": "a", "top_k": 1.5}, 400, "top_k 1.5"),
     ({"prompt": "a", "seed": -1}, 400, "seed -1"),
     ({"prompt": "a", "logprobs": 6}, 400, "logprobs 6: must be a whole number between 0 and 5"),
-    ({"prompt": "a", "stop": ["a"] * 5}, 400, "may be at most 4"),
+    ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop 5 texts: may be at most 4"),
     ({"prompt": "a", "stop": "a" * 201}, 400, "a text of 201 characters: may have at most 200"),
     ({"prompt": "a", "stop": [""]}, 400, "not empty"),
     ({"prompt": "a", "stream": "yes"}, 400, "must be true or false"),
@@ -174,7 +188,7 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": "a", "model": "gpt-4"}, 404, "this server has 'tiny'"),
     ({"prompt": "a", "frequency_penalty": 0.5}, 400, "does not have it"),
     ({"prompt": "a", "temprature": 1}, 400, "'temprature': no such field"),
-    ({"prompt": "a", "n": 9}, 429, "9 more texts cannot wait"),
+    ({"prompt": "a", "n": 9}, 429, f"9 more texts cannot wait; at most {made.QUEUE} may"),
 ]
 
 
@@ -251,11 +265,15 @@ def test_a_conversation_that_is_longer_than_the_context(tuned: Site) -> None:
     ("fields", "problem"),
     [
         ({}, "messages: must be a list"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, "messages[0]: its role must be one of"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, "has the role 'robot'; it must be one of system, user"),
+        ({"messages": [{"content": "a"}]}, "messages[0]: has the role None; it must be one of"),
+        ({"messages": ["hi"]}, "messages[0] 'hi': must be an object with `role` and `content`"),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}, {"text": 5}]}]}, "must be a text"),
         ({"messages": [{"role": "user", "content": " "}]}, "not empty"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "must be a text"),
         ({"messages": [{"role": "user", "content": "a"}] * 1001}, "at most 1000"),
         ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 6, "logprobs": True}, "between 0 and 5"),
+        ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "top_logprobs: needs logprobs true"),
     ],
 )
 def test_messages_that_cannot_be(tuned: Site, fields: dict[str, Any], problem: str) -> None:
@@ -263,7 +281,74 @@ def test_messages_that_cannot_be(tuned: Site, fields: dict[str, Any], problem: s
     assert (answer.status, problem in answer.problem) == (400, True), answer.text
 
 
+# Failures
+
+
+def test_a_failure_of_a_route_is_counted_and_can_be_read_by_an_allowed_site(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = "https://friend.example"
+    with site(tmp_path, origins=[other]) as running:
+        with monkeypatch.context() as broken:
+            broken.setattr(app, "metrics_text", lambda *_: 1 / 0)
+            answer = running.ask("/metrics", headers={"Origin": other})
+        assert (answer.status, answer.json["error"]["code"]) == (500, "failed")
+        assert answer.headers["access-control-allow-origin"] == other
+        assert 'moe_jax_http_requests_total{path="/metrics",status="500"} 1\n' in running.ask("/metrics").text
+    assert capfd.readouterr().err.count("ZeroDivisionError") == 1
+
+
+def test_models_of_any_name_are_counted_as_one(tmp_path: Path) -> None:
+    with site(tmp_path) as running:
+        for name in ("tiny", "a", "b"):
+            running.ask(f"/v1/models/{name}")
+        text = running.ask("/metrics").text
+    assert 'path="/v1/models/{name}",status="200"} 1\n' in text
+    assert 'path="/v1/models/{name}",status="404"} 2\n' in text
+    assert "other" not in text
+
+
+def test_health_says_that_the_engine_has_ended(tmp_path: Path) -> None:
+    with site(tmp_path) as running:
+        running.engine.stop()
+        answer = running.ask("/health")
+        assert (answer.status, answer.json["status"]) == (503, "failed")
+
+
+def test_what_was_written_before_a_failure_is_sent() -> None:
+    """Two texts of one answer: a piece of the first waits with the failure of the second."""
+    answer = Completion(b'{"prompt": "One", "n": 2, "stream": true}', ModelCard(made.run(), "tiny", 1, Path("no")))
+    engine: Any = SimpleNamespace(submit=submit_and_fail, cancel=lambda requests: None, queue=1)
+    sent: list[bytes] = []
+
+    async def receive() -> Any:
+        await asyncio.sleep(60)
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    async def whole() -> None:
+        await AnswerResponse(answer, engine)({}, receive, send)
+
+    asyncio.run(whole())
+    first, last, end = b"".join(sent).decode().split("\n\n")[:3]
+    assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "news"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "failed"
+    assert end == "data: [DONE]"
+
+
+def submit_and_fail(requests: Any, listeners: list[Listener]) -> None:
+    listeners[0](Event([Piece(65, "news", None, [], None, None)]))
+    listeners[1](Event([], "failed"))
+
+
 # Who may ask
+
+
+def test_a_name_that_is_no_host_is_refused_in_one_line() -> None:
+    """It cannot be encoded for a name server."""
+    with pytest.raises(UserError, match=r"^--host a\.\.b: is no address of this machine \(no host name\); try 127"):
+        bind("a..b", 0)
 
 
 def test_other_hosts_and_other_sites_are_refused(api: Site) -> None:
@@ -277,7 +362,7 @@ def test_other_hosts_and_other_sites_are_refused(api: Site) -> None:
         assert (answer.status, answer.json["error"]["code"]) == (403, "origin"), origin
 
 
-def test_a_key_and_an_allowed_site(tmp_path) -> None:
+def test_a_key_and_an_allowed_site(tmp_path: Path) -> None:
     other = "https://friend.example"
     with site(tmp_path, key=KEY, origins=[other]) as locked:
         assert locked.ask("/health").status == locked.ask("/").status == 200

@@ -136,6 +136,19 @@ def test_a_text_that_nobody_waits_for_frees_its_slot_or_leaves_the_queue() -> No
         assert set(running.finishes()) == {None}
 
 
+def test_cancelled_texts_leave_the_queue_behind_one_that_waits() -> None:
+    with made.engine() as engine:
+        running = Heard(engine, [made.endless() for _ in range(made.SLOTS)])
+        until(lambda: all(running.begun()))
+        later = [TextRequest(made.PROMPT, made.GREEDY, 0, 0, 4) for _ in range(made.QUEUE)]
+        waiting = Heard(engine, later)
+        engine.cancel(later[1:])
+        until(lambda: engine.queued == 1)
+        assert engine.counts.cancelled == made.QUEUE - 1
+        Heard(engine, [made.endless() for _ in range(made.QUEUE - 1)])  # they can wait now
+        assert not any(waiting.begun())
+
+
 def test_a_full_queue_takes_none_of_the_texts() -> None:
     with made.engine() as engine:
         texts = [made.endless() for _ in range(made.SLOTS)]
@@ -182,3 +195,20 @@ def test_a_failure_ends_its_texts_and_the_next_ones_are_right(
         assert made.text(in_parallel(engine, [request])[0]) == made.generated(request)
         assert (engine.counts.failures, engine.busy) == (1, 0)
     assert "out of memory" in capfd.readouterr().err
+
+
+def test_an_engine_without_memory_for_new_slots_ends_and_answers_all(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("out of memory")
+
+    with made.engine() as engine:
+        monkeypatch.setattr(made.decoder(), "step", out_of_memory)
+        monkeypatch.setattr(made.decoder(), "empty", out_of_memory)
+        heard = Heard(engine, [made.endless() for _ in range(2)])
+        until(lambda: not engine.running)
+        assert heard.finishes() == ["failed", "stopped"]
+        with pytest.raises(Stopping):
+            engine.submit([made.endless()], [lambda event: None])
+    assert capfd.readouterr().err.count("RuntimeError: out of memory") == 2

@@ -168,7 +168,7 @@ BUGS = [
     ),
     Bug(
         "a decoded token does not see itself",
-        "moe_jax.model.kernels.cached_attention:_in_turn",
+        "moe_jax.model.kernels.cached_attention:_one_head_at_a_time",
         "position[:, 0] + 1",
         "position[:, 0]",
         checks.check_cached_decoding,

@@ -231,7 +231,7 @@ BUGS = [
     Bug(
         "a row of padding counts in the loss",
         "moe_jax.model.kernels.cross_entropy:_cross_entropy",
-        "(losses * real).sum()",
+        "(losses * token_weight).sum()",
         "losses.sum()",
         kernel_checks.check_cross_entropy_of_a_prime,
     ),

@@ -3,7 +3,7 @@
 On a CPU a single token takes loops that read only the places in use: `row_sum` for its scores, and one value after
 another for the sum. So a token costs what its position costs, whatever the length of the context, and a sequence
 without a token costs nothing. Elsewhere, and for several tokens, two of XLA's products read every place of every
-sequence (`_at_once`).
+sequence (`_whole_cache`).
 
 The cache has S places. Keys have the places as their last axis, values as the axis before it. So both forms read it in
 its order in memory.
@@ -41,13 +41,13 @@ def cached_attention(
     rows = groups.reshape(batch, -1, shared * tokens, width)
     visible = jnp.tile(positions, shared)
     if tokens == 1:
-        mixed = jax.lax.platform_dependent(rows, key, value, visible, cpu=_in_turn, default=_at_once)
+        mixed = jax.lax.platform_dependent(rows, key, value, visible, cpu=_one_head_at_a_time, default=_whole_cache)
     else:
-        mixed = _at_once(rows, key, value, visible)
+        mixed = _whole_cache(rows, key, value, visible)
     return mixed.reshape(groups.shape).transpose(0, 3, 1, 2, 4).reshape(query.shape)
 
 
-def _at_once(
+def _whole_cache(
     rows: Float[Array, "B KV R A"],
     key: Float[Array, "B KV A S"],
     value: Float[Array, "B KV S A"],
@@ -61,7 +61,7 @@ def _at_once(
     return jnp.einsum("bkrs,bksa->bkra", weights, value, precision=precision)
 
 
-def _in_turn(
+def _one_head_at_a_time(
     rows: Float[Array, "B KV R A"],
     key: Float[Array, "B KV A S"],
     value: Float[Array, "B KV S A"],

@@ -205,22 +205,22 @@ def _cross_entropy(
     blocks, rows = _blocks(count, weight.shape[1], form)
     # The weight of each token, only if there is padding: 1, or 0 for a row of padding. The gradients need no weight: a
     # row of padding is zero, so it adds nothing to d_head, and its own gradient is cut off.
-    real = None if blocks * rows == count else _in_blocks(jnp.ones(count, wide), blocks, rows)
+    token_weight = None if blocks * rows == count else _in_blocks(jnp.ones(count, wide), blocks, rows)
     if weights is not None:
-        real = _in_blocks(weights.astype(wide), blocks, rows)
+        token_weight = _in_blocks(weights.astype(wide), blocks, rows)
 
     def block(d_head: Array, inputs: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
-        h, target, real = inputs
+        h, target, token_weight = inputs
         z = _logits(h, weight, vocabulary)
         logsumexp = _logsumexp(z, form)
         losses = logsumexp - _at_targets(z, target)
-        loss = losses.sum() if real is None else (losses * real).sum()
+        loss = losses.sum() if token_weight is None else (losses * token_weight).sum()
         if not with_gradients:
             return d_head, (loss, jnp.zeros((0, h.shape[1]), h.dtype))
         softmax = jnp.exp(z - logsumexp[:, None]) if form.one_pass else jax.nn.softmax(z, axis=-1)
         d_z = softmax - jax.nn.one_hot(target, z.shape[1], dtype=wide)
-        if weights is not None and real is not None:
-            d_z = d_z * (real if loss_scale is None else real * loss_scale.astype(wide))[:, None]
+        if weights is not None and token_weight is not None:
+            d_z = d_z * (token_weight if loss_scale is None else token_weight * loss_scale.astype(wide))[:, None]
         elif loss_scale is not None:
             d_z = d_z * (loss_scale.astype(wide) / count)
         d_z = d_z.astype(h.dtype)
@@ -228,7 +228,7 @@ def _cross_entropy(
         return d_head, (loss, jnp.einsum("nv,dv->nd", d_z, weight, precision=dot_precision(h.dtype)))
 
     d_head = jnp.zeros(weight.shape if with_gradients else (), wide)
-    inputs = (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows), real)
+    inputs = (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows), token_weight)
     if blocks == 1:
         d_head, (losses, d_hidden) = block(d_head, jax.tree.map(lambda x: x[0], inputs))
     else:

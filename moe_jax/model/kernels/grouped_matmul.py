@@ -80,8 +80,8 @@ def _by_group(
 
     d_x_g = d_y_g W_e^T        d_W_e = sum of x_g^T d_y_g over the groups g of e
 
-    `form` is that of a CPU. With "in_place", it is turns on a CPU and the programs of `grouped_kernel` on an NVIDIA
-    card. All other devices take copies.
+    `form` says how a CPU multiplies the further groups. With "in_place", a CPU takes turns, and an NVIDIA card the
+    programs of `grouped_kernel`. All other devices take copies.
     """
     on_cpu = _copied if form == "copies" else _turns
     on_gpu = {"cuda": grouped_kernel.multiply} if form == "in_place" else {}

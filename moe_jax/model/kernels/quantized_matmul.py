@@ -181,7 +181,8 @@ def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix, expert: Int[Array
 
 
 def _factors(x: Float[Array, "*N R"]) -> tuple[Float[Array, "*N half_R"], Float[Array, "*N half_R"]]:
-    """What to multiply the lower half of a byte with, and the whole byte, for the sum of both codes times their inputs.
+    """Two factors for each byte: one for its lower half, one for the whole byte. Their sum is both codes times their
+    inputs.
 
     a * lower + b * upper = (a - b / 16) * lower + (b / 16) * byte, as byte = lower + 16 * upper. So one mask is enough.
     """

@@ -101,7 +101,7 @@ class Experts(nnx.Module):
         launches, all groups multiply at once (`_rows_at_once`).
         """
 
-        def in_turn(rows: Array, group_expert: Array) -> Array:
+        def one_row_at_a_time(rows: Array, group_expert: Array) -> Array:
             if wanted is None:
                 return jax.lax.map(lambda group: self.apply_single_expert(*group), (rows, group_expert))
             first = jnp.argsort(~wanted)  # the rows that are wanted come first
@@ -112,7 +112,7 @@ class Experts(nnx.Module):
 
             return jax.lax.fori_loop(0, wanted.sum(), one, jnp.zeros_like(rows))
 
-        return jax.lax.platform_dependent(rows, group_expert, cpu=in_turn, default=self._rows_at_once)
+        return jax.lax.platform_dependent(rows, group_expert, cpu=one_row_at_a_time, default=self._rows_at_once)
 
     def _rows_at_once(self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"]) -> Float[Array, "G D"]:
         """Each product is one multiplication and one sum, so that XLA fuses the gather of the matrices into them and

@@ -74,11 +74,12 @@ def test_each_sequence_has_a_position_of_its_own() -> None:
 
 
 def test_the_forms_agree_on_a_token_of_a_batch() -> None:
-    """`_at_once` is what a GPU computes."""
+    """`_whole_cache` is what a GPU computes."""
     query, key, value = made(2, 3, 1, 6, 3, 4, 40)
     rows, positions = query.reshape(3, 3, 2, 4), np.repeat([[11], [39], [-1]], 2, axis=1)
-    in_turn, at_once = (jax.jit(f)(rows, key, value, positions) for f in (module._in_turn, module._at_once))
-    np.testing.assert_allclose(in_turn, at_once, atol=1e-13)
+    forms = (module._one_head_at_a_time, module._whole_cache)
+    one, whole = (jax.jit(form)(rows, key, value, positions) for form in forms)
+    np.testing.assert_allclose(one, whole, atol=1e-13)
 
 
 def test_places_that_are_not_used_are_not_read() -> None:
