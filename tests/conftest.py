@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("MOE_JAX_TEST_PLATFORMS", "cpu")
 os.environ.setdefault(
     "GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"
 )  # else a command that runs in this process would restart pytest

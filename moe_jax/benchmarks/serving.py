@@ -42,11 +42,13 @@ class Bench:
             engine.compile()
             engine.start()
 
-    def texts(self, count: int, limit: int = TOKENS) -> list[TextRequest]:
-        """Requests of new texts. Each has a prompt of its own: the engine would read a prompt of several texts once."""
+    def texts(self, count: int, limit: int | None = None) -> list[TextRequest]:
+        """Requests of new texts, of TOKENS tokens unless a limit is given. Each has a prompt of its own: the engine
+        would read a prompt of several texts once."""
         self._number += count
+        most = TOKENS if limit is None else limit
         prompts = [[(self._number + n) % self._vocab_size, *range(1, PROMPT_TOKENS)] for n in range(count)]
-        return [TextRequest(prompt, Sampling(1.0), 0, self._number + n, limit) for n, prompt in enumerate(prompts)]
+        return [TextRequest(prompt, Sampling(1.0), 0, self._number + n, most) for n, prompt in enumerate(prompts)]
 
     def seconds_per_token(self, engine: Engine, count: int) -> Callable[[], Measured]:
         """A call that writes texts at once. A text may end early, so the tokens are counted."""

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import pytest
 
 from moe_jax.cli.arguments import POSITIONAL, arguments_of, read, require
-from moe_jax.cli.command import Command, command
+from moe_jax.cli.command import COMMANDS, Command, command
 from moe_jax.cli.help import print_help
 from moe_jax.config import ConfigError
 
@@ -125,9 +125,8 @@ def test_help_says_what_stands_below_each_field(capsys: pytest.CaptureFixture[st
         assert line in printed
 
 
-@pytest.mark.parametrize("name", ["train", "verify-resume", "plot", "benchmark"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_argument_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of plain commands and of those that take the settings of a run."""
     from moe_jax.cli.help import field_docs
 
     for a in command(name).arguments():

@@ -132,6 +132,12 @@ BAD_COMMANDS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that trains refuses a folder of the present one that holds a run."""
+    monkeypatch.chdir(tmp_path)
+
+
 def run_without_jax(folder: Path, program: list[str]) -> subprocess.CompletedProcess[str]:
     """Run a program in `folder`, where importing jax raises."""
     (folder / "poison").mkdir(exist_ok=True)

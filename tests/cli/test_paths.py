@@ -27,6 +27,12 @@ FLAGS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command that trains refuses a folder of the present one that holds a run."""
+    monkeypatch.chdir(tmp_path)
+
+
 def refused(argv: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line that refuses these arguments."""
     assert main(run_command, argv) == 2

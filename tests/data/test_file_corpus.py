@@ -130,7 +130,7 @@ def test_a_line_without_end_is_refused(tmp_path):
 def test_one_row_cannot_be_split(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text(rows("a story"))
-    with pytest.raises(UserError, match="less than two rows"):
+    with pytest.raises(UserError, match="has fewer than two rows, and one must be left for validation; add rows"):
         both(file)
 
 

@@ -1,5 +1,6 @@
 """Scores of minimal pairs: against logits taken one text at a time, and a table counted by hand."""
 
+import json
 from contextlib import nullcontext
 
 import jax
@@ -42,7 +43,7 @@ def test_a_score_is_the_log_probability_of_the_text(run: moe_jax.Run) -> None:
 
 
 def test_a_story_that_is_too_long_is_said_in_one_line(run: moe_jax.Run) -> None:
-    with pytest.raises(UserError, match=r"--pairs: a story has \d+ tokens and the context 16; take a longer one"):
+    with pytest.raises(UserError, match=r"--pairs: a story has \d+ tokens, and the context of this run 16; name a run"):
         scores(run, ["a cat met a dog " * 20])
 
 
@@ -74,3 +75,17 @@ def test_the_command_refuses_a_text_and_a_short_context(run: moe_jax.Run) -> Non
         Evaluate(run=folder, pairs=True, data="a.txt").execute()
     with pytest.raises(UserError, match="--pairs: a story has"):
         Evaluate(run=folder, pairs=True).execute()
+
+
+def test_the_command_scores_pairs(
+    run: moe_jax.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pair of equal scores counts as half right."""
+    pairs = [MinimalPair("name", "a cat met", "a cat hat", 3), MinimalPair("object", "a dog ran", "a dog sat", 9)]
+    monkeypatch.setattr("moe_jax.data.synthetic.minimal_pairs.minimal_pairs", lambda seed, count: iter(pairs))
+    assert Evaluate(run=str(run.checkpoint.path.parents[1]), pairs=True, json=True).execute() == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])["pairs"]
+    own = scores(run, [*(pair.good for pair in pairs), *(pair.bad for pair in pairs)])
+    right = np.where(own[:2] == own[2:], 0.5, own[:2] > own[2:])
+    assert [row["row"] for row in found] == ["all", "name", "object", "1 to 8 words", "9 to 16 words"]
+    assert [row["model"] for row in found] == pytest.approx([right.mean(), *right, *right])

@@ -174,8 +174,8 @@ def test_the_command(made: tuple[Run, str], capsys: pytest.CaptureFixture[str]) 
     [
         ({"tasks": "a", "pairs": True}, "--pairs: has a result of its own; leave --tasks out"),
         ({"tasks": "a", "data": "x"}, "--tasks: has texts of its own; leave --data out"),
-        ({"limit": 3}, "--limit: belongs to --tasks"),
-        ({"shots": 0}, "--shots: belongs to --tasks"),
+        ({"limit": 3}, "--limit 3: is for --tasks only"),
+        ({"shots": 0}, "--shots 0: is for --tasks only"),
         ({"tasks": "a", "task_files": "/nowhere"}, "--task-files /nowhere: no such folder"),
         ({"tasks": "a", "shots": -1}, "--shots -1"),
         ({"tasks": " ,"}, "--tasks  ,: must name a task"),

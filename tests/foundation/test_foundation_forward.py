@@ -244,7 +244,7 @@ def moe_by_loops(x: np.ndarray, params: dict, top_k: int, places: int) -> tuple[
 @pytest.mark.parametrize(("top_k", "factor", "places"), [(2, 2.0, 8), (2, 0.5, 2), (1, 1.0, 2), (3, 0.01, 1)])
 def test_moe_layer_equals_loops_over_tokens(top_k: int, factor: float, places: int) -> None:
     x, total = normal(27, 2, 8, 5), 4
-    places = moe.capacity(8, total, top_k, factor)
+    assert moe.capacity(8, total, top_k, factor) == places
     params = {
         "router": normal(28, 5, total),
         "w_gate": normal(29, total, 5, 3),

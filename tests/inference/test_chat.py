@@ -179,3 +179,8 @@ def test_again_after_a_new_system_message_keeps_that_message() -> None:
     assert ask(chat, chat.again()) == "two "
     assert chat.turns == [Message("system", "Be short."), *turns("a", "two")]
     assert answers.prompts[-1] == answer_prompt(BYTE, [Message("system", "Be short."), *turns("a")])
+
+
+def test_a_system_message_needs_a_text() -> None:
+    with pytest.raises(UserError, match="/system: needs a text, such as /system"):
+        conversation()[0].command("/system")

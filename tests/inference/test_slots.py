@@ -125,11 +125,12 @@ def test_texts_that_begin_at_different_times_are_those_of_generate() -> None:
 
 def test_a_short_prompt_is_read_by_a_shorter_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The text is the same, and so is the cache: its further places are those of no token."""
+    whole, _, _ = decoders(2)  # made before the short pass is shortened
+    assert whole.prompt_lengths == [tiny.T]
     monkeypatch.setattr(slots_module, "SHORT_PROMPT", 4)
     graphdef, params = tiny.build(tiny.config())
     decoder = SlotDecoder(graphdef, tiny.T, tiny.V, 2)
     assert decoder.prompt_lengths == [4, tiny.T]
-    whole, _, _ = decoders(2)
     for prompt in ([3], [1, 2, 3, 4], [1, 2, 3, 4, 5]):
         short, long = decoder.read(params, prompt), whole.read(params, prompt)
         np.testing.assert_allclose(short.logits, long.logits, atol=1e-5)

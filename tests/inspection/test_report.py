@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.inspect import Inspect
-from moe_jax.config import UserError
+from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import compiled_layer, corpus_routing
 from moe_jax.inspection.corpus_routing import corpus_data, count_routing, log_likelihood_ratio
@@ -271,14 +271,6 @@ def test_a_page_is_made_of_its_data_alone(written: tuple[str, dict]) -> None:
     assert hostile.count("<script") == hostile.count("</script") == 2
 
 
-def test_a_damaged_layer_of_metrics_is_left_out(folder: Path, tmp_path: Path) -> None:
-    from moe_jax.runs.metrics import read_metrics
-
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "train"}\nnull\n{"split": "train"}\n{"step": 2, "spl')
-    assert read_metrics(tmp_path) == {"train": [{"step": 1, "split": "train"}], "val": []}
-    assert dataclasses.is_dataclass(open_run(folder))
-
-
 def test_the_compiled_layer_does_the_work_of_its_slots(written: tuple[str, dict]) -> None:
     """By capacity: 4 experts x 8 slots x 3 matrices of 8 x 6; a router of 8 x 4 on 16 tokens; 2 operations each."""
     compiled = written[1]["compiled"]
@@ -338,3 +330,10 @@ def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tm
     assert Inspect(run=str(run), text="a cat").execute() == 0
     assert own.read_text() == "the run's own"
     assert data_in((run / "report" / "routing-of-a-text.html").read_text(encoding="utf-8"))["text"]["pieces"]
+
+
+def test_an_empty_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    monkeypatch.setattr("moe_jax.cli.inspect.check_run_folder", lambda *_: None)
+    with pytest.raises(ConfigError, match=r"--file .*empty\.txt: is empty; give a text"):
+        Inspect(run="run", file=str(tmp_path / "empty.txt")).execute()

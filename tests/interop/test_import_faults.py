@@ -249,12 +249,13 @@ def test_shards_and_index_agree(folder: Path) -> None:
     refused(folder, f"{two}: is missing, and model.safetensors.index.json names it")
 
 
-def test_nothing_is_unpickled(folder: Path) -> None:
+def test_nothing_is_unpickled(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     (folder / "model.safetensors").unlink()
     refused(folder, "has no model.safetensors; download it")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch touched'\ntR.")
     refused(folder, "has its weights in pytorch_model.bin, and only model.safetensors is read, because it cannot run")
-    assert not Path("touched").exists()
+    assert not (tmp_path / "touched").exists()
 
 
 def test_links_lead_to_plain_files_only(folder: Path, tmp_path: Path) -> None:

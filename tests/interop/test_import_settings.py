@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -99,10 +98,8 @@ def test_flags_that_contradict_the_folder(place: Path, flags: list[str], names: 
 
 
 def test_a_contradiction_is_said_before_jax_is_imported(place: Path) -> None:
-    before = time.monotonic()
     result = run_without_jax(place, [str(ROOT / "train.py"), "--init-from", "hf", "--model.width", "64"])
     assert_refused(result, ["--model.width 64", "has 32"])
-    assert time.monotonic() - before < 30  # under a second on a quiet machine; no test asserts a time
     assert sorted(p.name for p in place.iterdir()) == ["hf", "poison", "text.txt"]
 
 
@@ -182,7 +179,10 @@ def test_a_resume_needs_no_folder_and_takes_no_other(imported: tuple[Path, dict]
         (place / "gone").rename(place / "hf")
 
 
-def test_the_library_and_an_export_take_the_run(imported: tuple[Path, dict], tmp_path: Path) -> None:
+def test_the_library_and_an_export_take_the_run(
+    imported: tuple[Path, dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     place, _ = imported
     run = moe_jax.load_run(place / "run")
     assert run.tokenizer.kind == "hf"

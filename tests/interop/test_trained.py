@@ -1,14 +1,12 @@
 """A model that was trained: the same greedy text everywhere, and what 8 bits a weight cost."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax.data.streams import token_stream
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from tests.interop.llama_cpp import LlamaCpp
@@ -97,5 +95,3 @@ def test_the_card_tells_of_the_run(trained: Path) -> None:
     summary = json.loads((trained / "run" / "summary.json").read_text())
     assert f"{summary['val_bits_per_byte']:.4f} bits per byte" in card
     assert f"{summary['params_total']:,}, of which {summary['params_active']:,} are active" in card
-    assert math.isfinite(summary["val_loss"])
-    assert len(token_stream(iter(["a"]), open_source(trained / "run").tokenizer).tokens) == 3

@@ -82,10 +82,6 @@ def test_cached_decoding_with_normalised_heads_and_a_scaled_embedding() -> None:
     checks.check_cached_decoding(qk_norm="head", scaled_embedding=True, tied_head=False)
 
 
-def test_cached_decoding_of_grouped_heads() -> None:
-    checks.check_cached_decoding_of_grouped_heads()
-
-
 def test_the_cache_holds_the_key_heads_only() -> None:
     graphdef, params = tiny.build(tiny.config(heads=4, kv_heads=1, head_size=6))
     cache = jax.eval_shape(lambda p, t: merge(graphdef, p)(t, Mode.GENERATE)[2], params, tiny.tokens(3, tiny.T))

@@ -1,17 +1,23 @@
 """Clients that go, that close their side, or that no longer read free their slots at once. And the server's end."""
 
+import errno
 import json
+import re
 import socket
 import struct
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 pytest.importorskip("starlette", reason="needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
+from moe_jax.cli.serve import Serve
+from moe_jax.config import ConfigError, UserError
 from moe_jax.serving import limits, server
+from moe_jax.serving.sockets import bind
 from tests.serving import made
 from tests.serving.site import Site, site
 from tests.serving.test_engine import until
@@ -87,3 +93,38 @@ def test_stopping_ends_streams_with_a_last_event(tmp_path) -> None:
         assert json.loads(lines[-2].removeprefix("data: "))["error"]["code"] == "stopping"
         assert told[1].startswith("HTTP/1.1 503")
         stalled.close()
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.EACCES, "--port 80: this user may not listen on it; give one above 1023"),
+        (errno.EADDRNOTAVAIL, "--host 127.0.0.1: cannot be listened on"),
+        (errno.EADDRINUSE, "--port 80: is in use on 127.0.0.1; give another, or 0 for a free one"),
+    ],
+)
+def test_a_port_that_cannot_be_had_is_said_in_one_line(number: int, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(socket.socket):
+        def bind(self, address: object) -> None:
+            raise OSError(number, "no")
+
+    monkeypatch.setattr("moe_jax.serving.sockets.socket.socket", Refusing)
+    with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+        bind("127.0.0.1", 80)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"api_key": "ä"}, "--api-key: must be ASCII"),
+        ({"api_key": "a b"}, "--api-key: must be ASCII"),
+        ({"allow_origin": ("https://a/b",)}, "--allow-origin https://a/b: must be like"),
+        ({"host": "0.0.0.0"}, "--host 0.0.0.0: other machines can reach it; give an --api-key, too"),
+    ],
+)
+def test_settings_that_are_unsafe_are_refused(
+    flags: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moe_jax.cli.serve.check_run_folder", lambda *_: None)
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        Serve(run="run", **flags).check()

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from moe_jax.system import files
-from moe_jax.system.files import cache_dir, locked, write_atomically
+from moe_jax.system.files import locked, write_atomically
 from moe_jax.system.folders import draft_of
-from tests.support import system_checks
 
 
 def names(folder: Path) -> list[str]:
@@ -29,10 +28,6 @@ def test_text_and_bytes_replace_what_was_there(content: str | bytes, expected: b
     write_atomically(path, "")
     assert path.read_bytes() == b""
     assert names(tmp_path) == ["file"]
-
-
-def test_a_write_that_fails_leaves_the_old_content_and_no_draft() -> None:
-    system_checks.check_atomic_write()
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("else")])
@@ -216,13 +211,6 @@ def test_without_locks_nobody_waits(wait: bool, tmp_path: Path, monkeypatch) -> 
     monkeypatch.setattr(files.fcntl, "flock", refuse)
     with locked(tmp_path / "lock", wait=wait) as file:
         assert file is None
-
-
-def test_the_cache_folder(monkeypatch) -> None:
-    monkeypatch.setenv("MOE_JAX_CACHE", "/somewhere/else")
-    assert cache_dir() == Path("/somewhere/else")
-    monkeypatch.delenv("MOE_JAX_CACHE")
-    assert cache_dir().name == "moe-jax"
 
 
 def test_files_are_the_standard_library_alone() -> None:

@@ -20,10 +20,6 @@ def test_purposes_keep_their_numbers() -> None:
     }
 
 
-def test_keys_are_folded_from_seed_purpose_and_step() -> None:
-    system_checks.check_keys()
-
-
 def test_no_two_uses_share_a_key() -> None:
     uses = itertools.product((0, 1, 2), Purpose, (None, 0, 1, 2, 3))
     keys = {system_checks.bits(purpose_key(*use)).tobytes() for use in uses}

@@ -97,7 +97,7 @@ def test_the_advice_of_the_run_is_given_before_it(
 def test_half_the_memory_in_bfloat16(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A byte-level model without biases or rope: nearly all parameters are matrices."""
+    """A model without biases: nearly all parameters are matrices."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
     found = []

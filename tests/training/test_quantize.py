@@ -169,7 +169,9 @@ def test_without_its_text_a_quantised_run_has_no_score(run: Path, tmp_path: Path
     copy = shutil.copytree(run, tmp_path / "run")
     saved = json.loads((copy / "summary.json").read_text()) if (copy / "summary.json").exists() else {}
     (copy / "summary.json").write_text(json.dumps(saved | {"val_loss": 1.5, "best_step": saved_run.STEP}))
-    unscored = quantize_run(copy, "int8", tmp_path / "small")
+    config = json.loads((copy / "config.json").read_text())
+    config["data"]["source"] = str(tmp_path / "gone.txt")
+    (copy / "config.json").write_text(json.dumps(config))
+    assert quantize_run(copy, "int8", tmp_path / "small").after is None
     found = read_summary(tmp_path / "small")
-    assert found["val_loss"] == (unscored.after and unscored.after.loss) != 1.5
-    assert found["weights"] == "int8"
+    assert (found["val_loss"], found["weights"]) == (None, "int8")

@@ -17,15 +17,11 @@ from moe_jax.model.moe.functional import layer_shapes, with_gradients
 from moe_jax.planning.device_memory import for_described_gpu, lower_for
 from moe_jax.planning.target import load_target
 from moe_jax.training.programs import Programs
-from tests.support import kernel_checks, tiny
+from tests.support import tiny
 from tests.support.programs import compiled_for_gpu
 
 R, D, F, PAIRS = 16, 32, 48, 64
 """Rows of a block, width, hidden width (three tiles of 16 columns), and pairs of tokens and experts."""
-
-
-def test_against_loops() -> None:
-    kernel_checks.check_grouped_kernel()
 
 
 @functools.lru_cache

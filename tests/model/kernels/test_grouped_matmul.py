@@ -12,14 +12,10 @@ from hypothesis import strategies as st
 from moe_jax.model.kernels import grouped_matmul as grouped
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.system.hlo import read_program
-from tests.support import kernel_checks, programs, tiny
+from tests.support import programs, tiny
 
 COPIES, IN_TURN = 3, 1
 """Rows of a group for which a 5 x 2 matrix is copied (10 <= 3 * 7), and for which it is not (10 > 1 * 7)."""
-
-
-def test_both_forms_against_loops() -> None:
-    kernel_checks.check_grouped_matmul()
 
 
 @functools.lru_cache
@@ -51,10 +47,6 @@ def test_blocked_is_the_reference(count: int, further_expert: list[int] | None, 
         ours, expected = (compiled(name, further_expert is not None)(*operands) for name in ("blocked", "reference"))
     for one, other in zip(ours, expected, strict=True):
         assert tiny.relative_error(one, other) < 1e-14
-
-
-def test_the_form_of_a_gpu_against_loops() -> None:
-    kernel_checks.check_gathered_matmul()
 
 
 def test_the_gradients_of_all_groups_of_an_expert_are_added() -> None:

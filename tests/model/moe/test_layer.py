@@ -214,10 +214,6 @@ def test_float32_layer_with_drops_against_loops(activation: str, top_k: int) -> 
     checks.check_layer_with_drops(activation, top_k)
 
 
-def test_layer_with_plain_gates_against_loops() -> None:
-    checks.check_layer_with_plain_gates()
-
-
 def test_permuting_experts_permutes_nothing_else(float64: None) -> None:
     config = layer_config()
     params = ffn_params(config)
