@@ -167,15 +167,19 @@ def test_foundation_and_moe_jax_never_import_each_other(modules: dict[str, str])
 
 
 def test_foundation_is_made_of_jax_numpy_alone() -> None:
-    """Two lessons compare their results with Flax. Only the comparison uses it. Some draw pictures."""
-    lessons = {"foundation.attention_mechanism", "foundation.notebooks.06_normalisation_and_positions"}
+    """Pictures aside. Further packages are what results are compared with, and what reads a run's files."""
+    further = {
+        "foundation.attention_mechanism": {"flax"},
+        "foundation.notebooks.06_normalisation_and_positions": {"flax"},
+        "foundation.checks.pieces": {"tokenizers"},
+        "foundation.trained.tokens": {"tiktoken"},
+        "foundation.trained.validation": {"xxhash", "platformdirs"},
+        "foundation.notebooks.build": {"jupytext", "nbformat", "nbclient"},
+    }
     own = {"foundation", "jax", "numpy", "jaxtyping", "ml_dtypes", "matplotlib"}
     for module, source in sources("foundation").items():
-        if module == "foundation.notebooks.build":
-            continue
-        allowed = own | ({"flax"} if module in lessons else set())
         used = {name.partition(".")[0] for name in imported_names(source)} - sys.stdlib_module_names
-        assert used <= allowed, module
+        assert used <= own | further.get(module, set()), module
 
 
 @pytest.mark.parametrize("name", ["router", "dispatch", "balance", "variants"])
