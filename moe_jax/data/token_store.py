@@ -250,7 +250,12 @@ def _open_or_build(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache
             try:
                 return open_store(folder)
             except UserError:
-                _reopen(folder, draft)
+                shutil.rmtree(draft.folder, ignore_errors=True)
+                folder.rename(draft.folder)
+                if not _take_entries(draft):
+                    shutil.rmtree(draft.folder)
+        else:
+            _take_entries(draft)  # a build that was killed just before its rename has left an index
         draft.folder.mkdir(exist_ok=True)
         draft.clean()
         try:
@@ -273,19 +278,21 @@ def _open_or_build(corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, cache
         return open_store(folder)
 
 
-def _reopen(folder: Path, draft: Draft) -> None:
-    """Make a draft of a damaged store. Its shards are kept if its index is credible."""
-    shutil.rmtree(draft.folder, ignore_errors=True)
-    folder.rename(draft.folder)
+def _take_entries(draft: Draft) -> bool:
+    """Record the shards of a draft's index as finished, and remove the index. False if there is none, or if it is not
+    credible."""
+    index = draft.folder / "manifest.json"
     try:
-        splits = json.loads((draft.folder / "manifest.json").read_bytes())["splits"]
+        splits = json.loads(index.read_bytes())["splits"]
         for name in _SPLITS:
-            check_index(folder, name, splits[name])
+            check_index(draft.folder, name, splits[name])
         for name in _SPLITS:
             for number, entry in enumerate(splits[name].get("shards", [])):
                 draft.finish(name, number, entry)
+        index.unlink()
     except (UserError, OSError, ValueError, KeyError, TypeError):
-        shutil.rmtree(draft.folder)
+        return False
+    return True
 
 
 def _build(draft: Draft, corpus: Corpus, fingerprint: str, tokenizer: Tokenizer, progress: bool) -> None:

@@ -129,8 +129,11 @@ class LineWorker:
             how = "lost" if line.dies else "stopped"
             hit = f"{how} at {line.share:.2f}" if stopped.get("hit") else "not interrupted"
             faults.append(f"{hit}, resumed, and different: {str(told)[:1500]} {resumed.get('err', '')[-500:]}")
-        kind = "resumed" if whole["status"] == 0 else "failed while it trained, and again after the resume"
-        return kind if not faults else "faulty", faults
+        if faults:
+            return "faulty", faults
+        if whole["status"]:
+            return "failed while it trained, and again after the resume", []
+        return "resumed" if stopped.get("hit") else "ended before it could be interrupted", []
 
 
 def judge(answer: dict[str, Any], interrupted: bool = False) -> list[str]:

@@ -232,7 +232,7 @@ def test_starved_experts_are_said(
     monkeypatch.setattr("moe_jax.training.counters.STARVED_STEPS", 7)
     config = configuration(text, tmp_path / "run")
     run(config, die_at=6)
-    assert "got next to no tokens" not in capsys.readouterr().out
+    assert "got almost no tokens" not in capsys.readouterr().out
     run(config, die_at=8)
     assert capsys.readouterr().out.count("step 7 | expert") == 4
     (record,) = [r for r in records(tmp_path / "run") if r["step"] == 7]

@@ -10,8 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, RunConfig, load_config
+from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, RunConfig, UserError, load_config
 from moe_jax.config.compatibility import ROUTING_OF_MESH
+from moe_jax.config.flags import flag_of
 from moe_jax.training.session import Session
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
@@ -136,8 +137,7 @@ def other(name: str, kind: Any, value: Any) -> Any:
 def test_a_checkpoint_of_another_model(
     field: str, whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By the flag: refused before jax is imported. By a config.json that somebody edited: refused by the checkpoint.
-    Both name the field, both values, and what to do."""
+    """Somebody edited config.json. The error names the flag of the field, both values, and what to do."""
     monkeypatch.setenv("MOE_JAX_CACHE", str(cache))
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
@@ -145,12 +145,11 @@ def test_a_checkpoint_of_another_model(
     there = json.loads((run / "config.json").read_text())[section][name]
     here = other(name, FIELDS[field].type, there)
     config = edited(run, field, here)
-    with pytest.raises(Exception, match="saved with") as caught:
+    with pytest.raises(UserError) as caught:
         Session.open(dataclasses.replace(config, out=str(run)), config)
     message = str(caught.value)
-    assert name.replace("_", "-") in message
-    assert str(there) in message
-    assert str(here) in message
+    assert message.startswith(f"{flag_of(section, name)} {here}: ")
+    assert f" was saved with {there}; " in message
     assert "start a new run with another --out" in message
 
 

@@ -14,11 +14,13 @@ from moe_jax.config import RunConfig, UserError, load_config
 from moe_jax.data.streams import stored_documents
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inspection.report import write_report
+from moe_jax.interop.source import open_source
 from moe_jax.runs import manifest
 from moe_jax.runs.doctor import examine
-from moe_jax.runs.folder import RunFolder, locked_for_training
+from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import open_run
 from moe_jax.training.session import Session
+from moe_jax.training.sft import TuningSource
 from moe_jax.training.upcycle import UpcycleSource
 from tests.reliability import states
 from tests.support import saved_run
@@ -57,7 +59,9 @@ def edit(run: Path, **changes: Any) -> None:
 
 
 OPENINGS: dict[str, Callable[[Path], Any]] = {
-    "generate, evaluate, samples, certify": lambda run: open_run(run),
+    "generate, evaluate, samples, certify, chat, serve, merge, quantize": lambda run: open_run(run),
+    "export": lambda run: open_source(run),
+    "sft": lambda run: TuningSource.open(RunConfig(base=str(run))),
     "inspect": lambda run: write_report(run, run / "page.html", text="Once"),
     "load_run": lambda run: moe_jax.load_run(run),
     "--resume": lambda run: Session.open(dataclasses.replace(load_config(run), out=str(run)), load_config(run)),
@@ -272,10 +276,3 @@ def test_an_edit_of_the_settings_by_hand_is_recorded(trained: tuple[Path, RunCon
         "execution.remat": [False, True],
     }
     assert "train.lr 0.005 -> 0.001" in session.notes[0]
-
-
-def test_a_history_that_is_none_is_begun_anew(trained: tuple[Path, RunConfig]) -> None:
-    run, config = trained
-    edit(run, history=None)
-    RunFolder(run).record_resume(config, config, 12, "0123456789abcdef")
-    assert len(json.loads((run / "config.json").read_text())["history"]) == 1

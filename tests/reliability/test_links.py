@@ -76,6 +76,7 @@ def test_commands_leave_a_device_a_device(command: str, run: Path, tmp_path: Pat
     else:
         assert Inspect(run=str(run), text=text, out=str(page), json=str(null)).execute() == 0
     assert null.is_symlink()
+    assert stat.S_ISCHR(os.stat(os.devnull).st_mode)
 
 
 # What lies in the folder of a run

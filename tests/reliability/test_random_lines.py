@@ -23,14 +23,17 @@ def battery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Battery]:
 
 
 def check(battery: Battery, seed: int, numbers: range, record: Record) -> None:
+    before = battery.counts.copy()
     wrong = run_in_pool(battery, seed, numbers)
-    counts = battery.counts
+    counts = battery.counts - before
     figure(record, "random command lines", len(numbers))
     figure(record, "random command lines that trained and were resumed with equal bits", counts["resumed"])
     figure(record, "random command lines that were refused in one line", counts["refused"])
     figure(record, "faults of random command lines", len(wrong))
     print(dict(counts))
     assert not wrong, "\n".join(wrong)
+    if len(numbers) >= FEW:  # fewer lines may all be refused
+        assert counts["resumed"] > 0, dict(counts)
 
 
 def test_random_lines(battery: Battery, record_property: Record) -> None:

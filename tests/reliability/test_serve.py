@@ -3,9 +3,11 @@
 import json
 import os
 import random
+import re
 import signal
 import socket
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,17 @@ from tests.reliability.served import Served, start
 pytestmark = pytest.mark.reliability
 
 
+def cancelled(served: Served) -> int:
+    """Texts that the server gave up because their clients had left."""
+    with urllib.request.urlopen(f"{served.url}/metrics", timeout=60) as answer:
+        found = re.search(r"^moe_jax_texts_cancelled_total (\d+)$", answer.read().decode(), re.MULTILINE)
+    assert found
+    return int(found[1])
+
+
 def test_clients_that_vanish_leave_no_slot_behind(served: Served, record_property: Record) -> None:
-    rng = random.Random(1)
+    """Their texts are cancelled. A text that ends by itself would free its slot too."""
+    rng, cancelled_before = random.Random(1), cancelled(served)
     before = len(os.listdir(f"/proc/{served.process.pid}/fd")) if Path("/proc").exists() else 0
     for _ in range(60):
         sock = served.open(prompt="the", max_tokens=4000, stream=rng.random() < 0.5, temperature=1.5)
@@ -35,6 +46,7 @@ def test_clients_that_vanish_leave_no_slot_behind(served: Served, record_propert
     while not served.free():
         assert time.monotonic() < end
         time.sleep(0.05)
+    assert cancelled(served) > cancelled_before
     if before:
         assert len(os.listdir(f"/proc/{served.process.pid}/fd")) <= before + 3
     figure(record_property, "vanished clients, no slot lost", 60)

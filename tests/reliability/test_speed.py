@@ -20,8 +20,6 @@ def measure(name: str, rounds: int, folder: Path, record: Record) -> None:
     assert found["disk_GB"] == pytest.approx(arrays, rel=1e-9)
     # Beside the arrays: the weights again, and a few hundred kB of names and digests.
     assert arrays + weights < found["save_GB"] < arrays + weights + 1e-3
-    assert 0 < found["verification_seconds"] < found["save_seconds"]
-    assert found["restore_seconds"] > 0
     for way in ("disk", "orbax", "save"):
         figure(record, f"s per GB written ({name}, {way})", round(found[f"{way}_seconds_per_GB"], 2))
     figure(record, f"% of a save is verification ({name})", round(found["verification_percent"], 1))

@@ -115,10 +115,18 @@ def finished(cache: Path) -> bool:
     return any(cache.glob("*.partial/train.*.json"))
 
 
+def made(shard: Path) -> tuple[int, int]:
+    """A shard's file on the disk, by its number and its time: a file that is written again has others. `shard` is the
+    file or its entry."""
+    status = shard.with_suffix(".bin").stat()
+    return status.st_ino, status.st_mtime_ns
+
+
 def check_kills(seed: int, large: Path, reference: dict[str, Any], cache: Path, seconds: float, record: Record) -> None:
     """Kill a preparation KILLS_A_STORE times at random moments, then let it finish. Every second moment is drawn from
     the time after a shard is finished."""
     random_moment, hit, went_on = random.Random(seed), 0, 0
+    kept: dict[str, tuple[int, int]] = {}
     while hit < KILLS_A_STORE:
         process, moment = start(cache, large), random_moment.uniform(0, seconds)
         if hit % 2:
@@ -129,22 +137,31 @@ def check_kills(seed: int, large: Path, reference: dict[str, Any], cache: Path, 
         alive = process.poll() is None
         process.kill()
         process.communicate()
-        if not alive:  # too late: begin anew
-            shutil.rmtree(cache)
-            cache.mkdir()
-            seconds /= 2
-        hit += alive
-        went_on += alive and finished(cache)
         deadline = time.monotonic() + 60
         while workers(cache) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert workers(cache) == []
+        if not alive or (hit % 2 and not finished(cache)):  # too late: begin anew
+            shutil.rmtree(cache)
+            cache.mkdir()
+            kept.clear()
+            seconds /= 2
+            assert seconds > 1e-3, "no shard is finished before the end of the preparation"
+            continue
+        hit += 1
+        went_on += finished(cache)
+        held = {path.with_suffix(".bin").name: made(path) for path in cache.glob("*.partial/train.*.json")}
+        assert {name: kept.get(name, file) for name, file in held.items()} == held, "a finished shard was made again"
+        kept = held | kept
     found = prepared(cache, large)
     equal = content(found["folder"]) == content(reference["folder"]) and found["digest"] == reference["digest"]
     figure(record, "kill -9 of a preparation", hit)
     figure(record, "of them with finished shards to go on from", went_on)
     figure(record, "stores that differ from the uninterrupted one", int(not equal))
     assert equal
+    assert went_on >= KILLS_A_STORE // 2
+    assert kept
+    assert {name: made(Path(found["folder"]) / name) for name in kept} == kept, "a finished shard was made again"
     assert list(cache.glob("*.partial")) == []
 
 
