@@ -58,7 +58,7 @@ def check(ok: bool, section: str, name: str, value: object, allowed: str) -> Non
 
 
 def bound_in_words(bound: float) -> str:
-    """A limit as a person types it, such as 1,000,000 or 0.5."""
+    """A limit as it is shown to a person, such as 1,000,000 or 0.5."""
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}"
 
 
