@@ -96,7 +96,7 @@ def test_a_process_that_is_killed_costs_no_finished_shard(
 def test_a_build_that_is_killed_before_its_rename_costs_no_shard(
     data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The draft then has an index, and no entries. The only shard of a split has no number there, so it is made anew."""
+    """The draft then has an index and no entries. The only shard of a split has no number there: it is made again."""
     store = prepare(data, tmp_path / "cache")
     expected = content(store.folder)
     store.folder.rename(store.folder.with_name(f"{store.folder.name}.partial"))
