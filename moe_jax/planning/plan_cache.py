@@ -23,7 +23,7 @@ def looked_up[T](
     that is damaged, or of an earlier form, is made again. So is one that could not be written.
     """
     path = cache_dir() / "plans" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ending)
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(Exception):  # whatever is wrong with the file, such as zlib.error
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     made = make()
     with contextlib.suppress(OSError):

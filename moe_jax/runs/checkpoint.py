@@ -19,6 +19,7 @@ import ctypes
 import errno
 import math
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -277,7 +278,8 @@ def restore(checkpoint: Checkpoint, target: Any) -> Any:
     damage = verify(checkpoint)
     if damage is not None:
         raise CheckpointCorrupted(
-            f"{checkpoint.path}: {damage}; `uv run python -m moe_jax doctor --run {checkpoint.path.parents[1]}` says "
+            f"{checkpoint.path}: {damage}; `uv run python -m moe_jax doctor --run "
+            f"{shlex.quote(str(checkpoint.path.parents[1]))}` says "
             "which checkpoints are good"
         )
     return _restore_verified(checkpoint, target)

@@ -1,5 +1,6 @@
 """A trained model, opened from the folder of its run."""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +123,8 @@ def find_checkpoint(path: Path, step: int | None = None) -> FoundCheckpoint:
         check_same_model(checkpoint, config)
     except CheckpointCorrupted as error:
         raise CheckpointCorrupted(
-            f"{checkpoint.path}: {error}; `uv run python -m moe_jax doctor --run {path}` checks the others"
+            f"{checkpoint.path}: {error}; `uv run python -m moe_jax doctor --run {shlex.quote(str(path))}` checks "
+            "the others"
         ) from None
     return FoundCheckpoint(config, tokenizer, checkpoint)
 

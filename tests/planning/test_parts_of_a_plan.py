@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals
 from moe_jax.planning import device_memory, search
 from moe_jax.planning.device_memory import Bound, Memory
+from moe_jax.planning.plan_cache import looked_up
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import Target, load_target
 from moe_jax.system.limits import MIB
@@ -353,3 +355,18 @@ def test_with_adapters_the_frozen_weights_become_leaner(bounds: list[Any]) -> No
 
 def test_sizes_are_in_mebibytes() -> None:
     assert search._size({"a": np.zeros(2**18, np.float32), "b": np.zeros(2**19, np.float16)}) == 2
+
+
+@pytest.mark.parametrize("damage", [zlib.error("incorrect data check"), EOFError(), AttributeError("a list")])
+def test_a_damaged_file_of_the_cache_is_made_again(
+    damage: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its reader says of it."""
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+
+    def refuse(_: dict[str, Any]) -> int:
+        raise damage
+
+    assert looked_up(["a"], lambda: 1, lambda n: {"n": n}, refuse) == 1
+    assert looked_up(["a"], lambda: 2, lambda n: {"n": n}, refuse) == 2
+    assert looked_up(["a"], lambda: 3, lambda n: {"n": n}, lambda kept: kept["n"]) == 2
