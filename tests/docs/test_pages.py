@@ -1,5 +1,7 @@
 """Each link of README and docs resolves; sentences are short; code fits 80 columns; each command is accepted."""
 
+import base64
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -91,3 +93,12 @@ def test_every_command_line_is_accepted(
         compile(words[2], line, "exec")
     else:
         assert words[0] == "pytest" or words[:3] == ["python", "-m", "foundation"]
+
+
+def test_the_example_report_may_run_its_script() -> None:
+    """Its policy allows the script with one digest only. A page whose script was edited alone would stay empty."""
+    page = (ROOT / "docs/report-nano.html").read_text()
+    (allowed,) = re.findall(r"script-src 'sha256-([^']+)'", page)
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert digests == [allowed]
