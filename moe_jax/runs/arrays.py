@@ -71,7 +71,6 @@ def read_arrays(
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = {name: (shardings or {}).get(name) or here for name in wanted}
     item = {n: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=places[n]) for n, x in wanted.items()}
-    _ignore_late_reads()
     try:
         with without_traces(), _checkpointer({jax.process_index()}) as checkpointer:
             arrays = checkpointer.restore(
@@ -143,8 +142,25 @@ def _read_error(path: Path, error: Exception) -> CheckpointCorrupted | Checkpoin
     return CheckpointCorrupted(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})")
 
 
+@contextlib.contextmanager
+def without_traces() -> Iterator[None]:
+    """Silence orbax's threads, and the event loop in which they run: both log a traceback for every error. The one line
+    of our UserError is enough.
+
+    After an error they stay silent. Threads that have not ended by then fail too, and no caller is left for them.
+    """
+    _ignore_late_answers()
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    yield
+    for log, level in zip(logs, levels, strict=True):
+        log.setLevel(level)
+
+
 @functools.cache
-def _ignore_late_reads() -> None:
+def _ignore_late_answers() -> None:
     """Silence threads of tensorstore that finish after orbax gave up and closed its event loop.
 
     There is no caller left that could catch their error, so Python would print a traceback.
@@ -156,21 +172,6 @@ def _ignore_late_reads() -> None:
             usual(unraisable)
 
     sys.unraisablehook = hook
-
-
-@contextlib.contextmanager
-def without_traces() -> Iterator[None]:
-    """Silence orbax's threads, and the event loop in which they run: both log a traceback for every error. The one line
-    of our UserError is enough."""
-    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
 
 
 def write_weights(folder: Path, leaves: dict[str, Any]) -> None:

@@ -42,4 +42,5 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        sys.unraisablehook = before
+        if sys.unraisablehook is hook:  # one that was set in the meantime is for threads that have not ended yet
+            sys.unraisablehook = before

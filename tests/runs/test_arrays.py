@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import functools
 import json
 import logging
 import os
 import stat
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -200,33 +202,45 @@ def test_a_long_error_is_cut() -> None:
 # Silence
 
 
-def test_other_programs_log_nothing_within_the_block() -> None:
+@pytest.fixture
+def loggers() -> Iterator[list[logging.Logger]]:
     logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
     before = [log.level for log in logs]
-    with contextlib.suppress(ValueError), without_traces():
-        within = [log.isEnabledFor(logging.ERROR) for log in logs]
-        raise ValueError
+    yield logs
+    for log, level in zip(logs, before, strict=True):
+        log.setLevel(level)
+
+
+def test_other_programs_log_nothing_within_the_block(loggers: list[logging.Logger]) -> None:
+    before = [log.level for log in loggers]
+    with without_traces():
+        within = [log.isEnabledFor(logging.ERROR) for log in loggers]
     assert within == [False, False]
-    assert [log.level for log in logs] == before
+    assert [log.level for log in loggers] == before
+
+
+def test_after_an_error_they_stay_silent(loggers: list[logging.Logger]) -> None:
+    """A thread that has not ended by then logs its own traceback of the same error."""
+    with contextlib.suppress(ValueError), without_traces():
+        raise ValueError
+    assert [log.isEnabledFor(logging.ERROR) for log in loggers] == [False, False]
 
 
 def test_threads_that_finish_late_are_silent_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their hook is set once: otherwise each checkpoint would put one more before the others."""
     told: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", told.append)
-    arrays._ignore_late_reads.__wrapped__()
+    monkeypatch.setattr(arrays, "_ignore_late_answers", functools.cache(arrays._ignore_late_answers.__wrapped__))
+    with without_traces():
+        pass
+    hook = sys.unraisablehook
+    with without_traces():
+        pass
     late, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "a bug"))
-    sys.unraisablehook(late)  # pyright: ignore[reportArgumentType]
-    sys.unraisablehook(other)  # pyright: ignore[reportArgumentType]
+    hook(late)  # pyright: ignore[reportArgumentType]
+    hook(other)  # pyright: ignore[reportArgumentType]
     assert told == [other]
-
-
-def test_the_hook_is_set_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Otherwise each restored checkpoint would put one more hook before the others."""
-    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)
-    arrays._ignore_late_reads()
-    first = sys.unraisablehook
-    arrays._ignore_late_reads()
-    assert sys.unraisablehook is first
+    assert sys.unraisablehook is hook
 
 
 # For other programs

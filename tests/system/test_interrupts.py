@@ -48,6 +48,19 @@ def test_other_lost_exceptions_are_reported_as_before(monkeypatch: pytest.Monkey
     assert [lost.exc_type for lost in seen] == [ValueError]
 
 
+def test_a_hook_that_the_program_sets_outlives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may fail after the program's end (`runs/arrays.py`)."""
+    usual, own = [], []
+    monkeypatch.setattr(sys, "unraisablehook", before := usual.append)
+    with interruptible():
+        pass
+    assert sys.unraisablehook is before
+    with interruptible():
+        sys.unraisablehook = own.append
+    sys.unraisablehook("lost")  # pyright: ignore[reportArgumentType]
+    assert (usual, own) == ([], ["lost"])
+
+
 def test_the_shutdown_ends_at_once() -> None:
     code = "import atexit, signal, time; from moe_jax.system.interrupts import interruptible\n"
     code += "atexit.register(lambda: signal.raise_signal(signal.SIGINT))\n"
