@@ -147,7 +147,7 @@ def without_traces() -> Iterator[None]:
     """Silence orbax's threads, and the event loop in which they run: both log a traceback for every error. The one line
     of our UserError is enough.
 
-    After an error they stay silent. Threads that have not ended by then fail too, and no caller is left for them.
+    After an error they stay silent: a thread that ends later logs the same error, and no caller is left to catch it.
     """
     _ignore_late_answers()
     logs = [logging.getLogger(name) for name in ("absl", "asyncio")]

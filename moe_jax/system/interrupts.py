@@ -42,5 +42,5 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if sys.unraisablehook is hook:  # one that was set in the meantime is for threads that have not ended yet
+        if sys.unraisablehook is hook:  # a hook set in the meantime serves threads that still run
             sys.unraisablehook = before
