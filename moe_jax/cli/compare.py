@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_jax.cli.command import Command, check_range
+from moe_jax.cli.compare_settings import changed_by_file
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.result import print_json
@@ -44,6 +45,8 @@ class Compare(Command):
 
     preset: PresetName = "nano"
     """The settings of the mixture and of its baselines."""
+    config: str = ""
+    """A TOML file of settings, as for `train.py`, which take the place of the preset's."""
     data: str = ""
     """The text, as for `train.py`. Empty: the preset's own."""
     seeds: int = 3
@@ -94,7 +97,8 @@ class Compare(Command):
         return ("none", "active", "total") if self.total else ("none", "active")
 
     def _check(self, out: Path) -> RunConfig:
-        """The preset with the data of `--data`. Raises ConfigError, and UserError if memory is missing."""
+        """The preset with the settings of `--config` and the text of `--data`. Raises ConfigError, and UserError if
+        memory is missing."""
         from moe_jax.data.beginning import check_beginning
         from moe_jax.data.corpora import check_source
 
@@ -102,6 +106,8 @@ class Compare(Command):
         check_range("--flops", self.flops, 1, 1e30)
         self._check_one_study()
         config = preset(self.preset)
+        if self.config:
+            config = changed_by_file(config, self.config)
         if self.data:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=self.data))
         check_source(config.data.source)
@@ -193,7 +199,7 @@ class Compare(Command):
                 "flops": f"--flops {self.flops:g}",
                 "lowest_flops": f"--lowest-flops {self.lowest_flops:g}",
                 "total": "--total" if self.total else "--no-total",
-                "config": f"--preset {self.preset}",
+                "config": f"--config {self.config}" if self.config else f"--preset {self.preset}",
             }
             asked = flags[changed[0]]
             raise ConfigError(f"{asked}: the comparison in {out} was begun with other settings; name another --out")
@@ -267,7 +273,8 @@ class Compare(Command):
         from moe_jax.system.rich_console import Console
 
         console = Console()
-        console.print(f"\n[bold]{self.preset}, {self.seeds} seed{'s' * (self.seeds > 1)}[/bold]")
+        recipe = f"{self.preset} with {self.config}" if self.config else self.preset
+        console.print(f"\n{recipe}, {self.seeds} seed{'s' * (self.seeds > 1)}", style="bold", markup=False)
         # At 80 columns nine numbers do not stand side by side: each model has its numbers below its name.
         for name, *cells in report.rows:
             console.print(f"\n[bold]{name}[/bold]")
