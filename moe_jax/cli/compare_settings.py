@@ -11,7 +11,7 @@ OF_EACH_RUN = {
     *(("model", "dense"), ("execution", "mesh")),
     *(("train", name) for name in ("steps", "seed", "eval_every", "save_every", "patience")),
 }
-"""Settings that `compare` chooses for each run. So does it with those outside a table, such as `out`."""
+"""Settings that `compare` chooses for each run. It also chooses those outside a table, such as `out`."""
 
 
 def changed_by_file(start: RunConfig, path: str) -> RunConfig:
