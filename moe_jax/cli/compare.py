@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_jax.cli.command import Command, check_range
-from moe_jax.cli.compare_settings import changed_by_file
+from moe_jax.cli.compare_settings import settings_to_compare
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.result import print_json
 from moe_jax.config import ConfigError, Dense, PresetName, RunConfig, UserError
-from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.config.presets import with_vocabulary
 from moe_jax.system import environment, streams
 from moe_jax.system.json_text import json_text
 from moe_jax.system.signals import Signals, Stopped
@@ -99,19 +99,10 @@ class Compare(Command):
     def _check(self, out: Path) -> RunConfig:
         """The preset with the settings of `--config` and the text of `--data`. Raises ConfigError, and UserError if
         memory is missing."""
-        from moe_jax.data.beginning import check_beginning
-        from moe_jax.data.corpora import check_source
-
         check_range("--seeds", self.seeds, 1, 1000)
         check_range("--flops", self.flops, 1, 1e30)
         self._check_one_study()
-        config = preset(self.preset)
-        if self.config:
-            config = changed_by_file(config, self.config)
-        if self.data:
-            config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=self.data))
-        check_source(config.data.source)
-        check_beginning(config.data, config.model.seq_len)
+        config = settings_to_compare(self.preset, self.config, self.data)
         largest = max(self._check_counts(config), default=config.model.experts)
         self._check_budgets(config)
         check_out_folder("--out", out)

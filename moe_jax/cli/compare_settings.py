@@ -1,11 +1,10 @@
-"""The settings of the mixture that `compare` trains: those of a preset, changed by a settings file."""
+"""The settings of the mixture that `compare` trains: those of a preset, changed by a settings file and by --data."""
 
-from moe_jax.cli.origin import PRESET, override
-from moe_jax.cli.settings import run_arguments
-from moe_jax.cli.settings_file import read_settings
-from moe_jax.config import ConfigError, RunConfig
-from moe_jax.config.compatibility import check_tuning, check_vocabulary
-from moe_jax.system.errors import FieldError
+from moe_jax.cli.arguments import Values
+from moe_jax.cli.origin import PRESET
+from moe_jax.cli.settings import resolve_settings, run_arguments
+from moe_jax.cli.settings_file import SettingsFile, read_settings
+from moe_jax.config import RunConfig
 
 OF_EACH_RUN = {
     *(("model", "dense"), ("execution", "mesh")),
@@ -14,22 +13,19 @@ OF_EACH_RUN = {
 """Settings that `compare` chooses for each run. It also chooses those outside a table, such as `out`."""
 
 
-def changed_by_file(start: RunConfig, path: str) -> RunConfig:
-    """The preset `start` with the settings of a TOML file. Raises ConfigError, which names the file and the key."""
-    file = read_settings(path, run_arguments(RunConfig()))
-    values = dict(file.values)
-    named = values.pop(PRESET, start.preset)
-    if named != start.preset:
-        raise file.error(PRESET, f"--preset is {start.preset}; give --preset {named}, or leave this line out")
-    for key in values:
-        if key in OF_EACH_RUN or key[0] == "":
+def settings_to_compare(preset: str, path: str, data: str) -> RunConfig:
+    """The settings of a preset, with those of the TOML file at `path` and the text `data`. Both can be empty.
+
+    Raises ConfigError, which names the file and the key where the file is wrong.
+    """
+    file = read_settings(path, run_arguments(RunConfig())) if path else SettingsFile()
+    named = file.values.get(PRESET, preset)
+    if named != preset:
+        raise file.error(PRESET, f"--preset is {preset}; give --preset {named}, or leave this line out")
+    for key in file.values:
+        if key in OF_EACH_RUN or (key[0] == "" and key != PRESET):
             raise file.error(key, "compare chooses this for each run; leave it out")
-    try:
-        config = override(start, values)
-        check_tuning(config)
-        check_vocabulary(config)
-    except ConfigError as error:
-        if isinstance(error, FieldError) and error.field in values:
-            raise file.error(error.field, error.problem) from None
-        raise ConfigError(f"{path}: {error}") from None
-    return config
+    flags: Values = {PRESET: preset}
+    if data:
+        flags["data", "source"] = data
+    return resolve_settings(file, flags).config

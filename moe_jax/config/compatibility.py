@@ -273,10 +273,8 @@ def check_tuning(config: RunConfig) -> None:
         for section, name, plain in (("data", "format", "text"), ("train", "lora_rank", 0)):
             value = getattr(config.section(section), name)
             if value != plain:
-                raise ConfigError(
-                    f"{flag_of(section, name)} {value}: is for fine-tuning; "
-                    "use `uv run python -m moe_jax sft --run RUN`"
-                )
+                problem = "is for fine-tuning; use `uv run python -m moe_jax sft --run RUN`"
+                raise FieldError(section, name, f"{flag_of(section, name)} {value}", problem)
         return
     if config.train.train_router and config.model.routing.balancing == "bias":
         raise ConfigError(

@@ -49,7 +49,7 @@ def test_the_numbers_of_experts_are_checked_with_the_files_top_k(tmp_path: Path)
         ("[train]\nlr = -1.0\n", r"\[train\] lr = -1.0: must be"),
         ("[routing]\ntop_k = 9\n", r"\[routing\] top_k = 9: must be between 1 and"),
         ("[model]\nexpertz = 9\n", r"\[model\] expertz: no such setting; perhaps experts"),
-        ("[train]\nlora_rank = 4\n", r"--lora 4: is for fine-tuning"),
+        ("[train]\nlora_rank = 4\n", r"\[train\] lora_rank = 4: is for fine-tuning"),
         ("[model]\nvocab_size = 300\n", "vocab_size = 300"),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.cli import compare
+from moe_jax.cli import origin
 from moe_jax.cli.compare import Compare
 from moe_jax.config import ConfigError, RunConfig
 from moe_jax.experiments import comparison, intervals, study_runs
@@ -191,7 +191,7 @@ def asked(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compar
     """The command on the tiny recipe, two seeds of three steps, with step times that are always the same."""
     recipe = base(text)
     recipe = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, vocab_size=0))
-    monkeypatch.setattr(compare, "preset", lambda name: recipe)
+    monkeypatch.setattr(origin, "preset", lambda name: recipe)
     alternate = comparison.alternate
 
     def fixed(candidates: dict[str, Any], rounds: int) -> dict[str, Times]:

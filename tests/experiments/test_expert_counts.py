@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.cli import compare
+from moe_jax.cli import compare, origin
 from moe_jax.cli.compare import Compare
 from moe_jax.config import ConfigError, RunConfig
 from moe_jax.experiments import study_runs
@@ -117,7 +117,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare:
     text = tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join(f"A cat met a dog, {i} times." for i in range(200)))
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compare, "preset", lambda name: recipe(str(text)))
+    monkeypatch.setattr(origin, "preset", lambda name: recipe(str(text)))
     return Compare(out=str(tmp_path / "out"), seeds=2, flops=FLOPS, experts="8,2")
 
 

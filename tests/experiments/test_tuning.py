@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.cli import compare
+from moe_jax.cli import origin
 from moe_jax.cli.compare import Compare
 from moe_jax.config import ConfigError, Dense, RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
@@ -212,7 +212,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Compare:
     text = tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join(f"A cat met a dog, {i} times." for i in range(200)))
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(compare, "preset", lambda name: recipe(str(text), hidden=100, lr=1e-3))
+    monkeypatch.setattr(origin, "preset", lambda name: recipe(str(text), hidden=100, lr=1e-3))
     monkeypatch.setattr(comparison, "RandomTokenTrainer", SimpleNamespace(of=lambda *_: None))
     monkeypatch.setattr(comparison, "alternate", lambda models, rounds: {name: Times((0.5,)) for name in models})
     return Compare(out=str(tmp_path / "out"), seeds=2, flops=FLOPS, tune=True)
