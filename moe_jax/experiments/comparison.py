@@ -77,7 +77,7 @@ class Plan:
     def settings(self, dense: Dense) -> RunConfig:
         """The settings of a model, as they were chosen for it."""
         side = dense_baseline(self.base, dense)
-        return side if self.tuning is None else self.tuning.best(dense).candidate.apply(side)
+        return side if self.tuning is None else self.tuning.chosen(dense).apply(side)
 
     def arms(self) -> list[Arm]:
         """The arms, the mixture first. Its steps are the budget divided by the operations of one step, rounded down."""

@@ -4,6 +4,9 @@ The sides are the mixture and its dense baselines. Each side first tries the lea
 them is the lowest or the highest for any side, all sides try the next one beyond. With its best rate each side then
 tries one layer fewer and one more. All short runs have SEED, which no run of the comparison has, and SHARE of the
 operations of the comparison's budget. Their learning rate reaches its final value at their own last step.
+
+The best rate falls with the length of a run. So the runs of the comparison have the best rate of the short runs times
+FOR_WHOLE_RUNS.
 """
 
 import bisect
@@ -26,6 +29,11 @@ DEPTHS = (-1, 1)
 """Layers more than the preset has."""
 SHARE = 0.2
 """Operations of a short run, divided by the budget of the comparison."""
+LENGTH_EXPONENT = 0.32
+"""How the best learning rate falls: as (tokens of a run)^-0.32, for AdamW (Bjorck et al. 2024, "Scaling Optimal LR
+Across Token Horizons"). `docs/quality.md` has runs with Muon beside it."""
+FOR_WHOLE_RUNS = SHARE**LENGTH_EXPONENT
+"""About 0.6."""
 SEED = 1000
 """Seed of the short runs. The seeds of a comparison are 0 to 999."""
 LARGEST_MISMATCH = 0.01
@@ -79,6 +87,9 @@ class Tuning(NamedTuple):
     """The trials of all sides, in the order in which they were trained."""
 
     trials: tuple[Trial, ...]
+    for_whole_runs: float = FOR_WHOLE_RUNS
+    """Factor between the best rate of the short runs and the rate of whole runs. A record of an earlier version of this
+    program has none: its factor is 1."""
 
     @property
     def models(self) -> list[Dense]:
@@ -104,6 +115,11 @@ class Tuning(NamedTuple):
         """The trial of a side with the lowest score; of equal ones the first."""
         return min(self.of(dense), key=lambda trial: trial.bits)
 
+    def chosen(self, dense: Dense) -> Candidate:
+        """The settings of a side in whole runs."""
+        best = self.best(dense).candidate
+        return best._replace(rate=self.for_whole_runs * best.rate)
+
     def sentences(self) -> list[str]:
         """The choice of each side and the cost of the search, in words."""
         sides = self.models
@@ -117,7 +133,8 @@ class Tuning(NamedTuple):
             name, best = DENSE_BASELINES[dense], self.best(dense)
             c, rates = best.candidate, {trial.candidate.rate for trial in self.of(dense)}
             text = f"{name}: learning rate {c.rate:g} x the preset's, {c.layers} layers, hidden width of an expert "
-            text += f"{c.expert_hidden}; {best.bits:.4f} bits per byte in its short run"
+            text += f"{c.expert_hidden}; {best.bits:.4f} bits per byte in its short run; in whole runs the learning "
+            text += f"rate is {self.chosen(dense).rate:.3g} x the preset's"
             if c.rate in (min(rates), max(rates)):
                 text += "; no rate beyond this one was tried, and it may be better"
             found.append(text)
@@ -128,6 +145,7 @@ class Tuning(NamedTuple):
             "rates": self.rates,
             "share_of_budget": SHARE,
             "seed": SEED,
+            "rate_factor_for_whole_runs": self.for_whole_runs,
             "training_flops": sum(trial.flops for trial in self.trials),
             "chosen": {DENSE_BASELINES[dense]: self.best(dense).to_json() for dense in self.models},
             "trials": [trial.to_json() for trial in self.trials],
@@ -135,7 +153,8 @@ class Tuning(NamedTuple):
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Tuning":
-        return cls(tuple(Trial.from_json(trial) for trial in found["trials"]))
+        trials = tuple(Trial.from_json(trial) for trial in found["trials"])
+        return cls(trials, found.get("rate_factor_for_whole_runs", 1.0))
 
 
 def search(base: RunConfig, flops: float, out: Path, models: Sequence[Dense], train: Train) -> Tuning:
