@@ -31,9 +31,9 @@ SHARE = 0.2
 """Operations of a short run, divided by the budget of the comparison."""
 LENGTH_EXPONENT = 0.32
 """How the best learning rate falls: as (tokens of a run)^-0.32, for AdamW (Bjorck et al. 2024, "Scaling Optimal LR
-Across Token Horizons"). `docs/quality.md` has runs with Muon beside it."""
+Across Token Horizons"). `docs/quality.md` compares this with runs by Muon."""
 FOR_WHOLE_RUNS = SHARE**LENGTH_EXPONENT
-"""About 0.6."""
+"""The rate of whole runs, divided by the best rate of the short ones: about 0.6."""
 SEED = 1000
 """Seed of the short runs. The seeds of a comparison are 0 to 999."""
 LARGEST_MISMATCH = 0.01
@@ -88,8 +88,8 @@ class Tuning(NamedTuple):
 
     trials: tuple[Trial, ...]
     for_whole_runs: float = FOR_WHOLE_RUNS
-    """Factor between the best rate of the short runs and the rate of whole runs. A record of an earlier version of this
-    program has none: its factor is 1."""
+    """Rate of a side's whole runs, divided by the best rate of its short runs. Records of earlier versions do not have
+    the factor. Their whole runs have the rates of the short ones, so it is 1."""
 
     @property
     def models(self) -> list[Dense]:
@@ -133,10 +133,10 @@ class Tuning(NamedTuple):
             name, best = DENSE_BASELINES[dense], self.best(dense)
             c, rates = best.candidate, {trial.candidate.rate for trial in self.of(dense)}
             text = f"{name}: learning rate {c.rate:g} x the preset's, {c.layers} layers, hidden width of an expert "
-            text += f"{c.expert_hidden}; {best.bits:.4f} bits per byte in its short run; in whole runs the learning "
-            text += f"rate is {self.chosen(dense).rate:.3g} x the preset's"
+            text += f"{c.expert_hidden}; {best.bits:.4f} bits per byte in its short run"
             if c.rate in (min(rates), max(rates)):
                 text += "; no rate beyond this one was tried, and it may be better"
+            text += f"; in whole runs the learning rate is {self.chosen(dense).rate:.3g} x the preset's"
             found.append(text)
         return found
 
