@@ -19,8 +19,9 @@ _COLOUR: dict[Dense, str] = dict(zip(DENSE_BASELINES, COLOURS, strict=False))
 def comparison_figures(plan: Plan, results: Sequence[ArmResult], out: Path) -> dict[str, Any]:
     """Two figures by name, each with one panel for the same tokens and one for the same wall clock.
 
-    `comparison`: the final bits per byte, each seed as a dot, and the mean with its interval. `curves`: bits per byte
-    of the fixed subset of the validation text during training. Raises UserError where matplotlib is missing.
+    `comparison`: the final bits per byte, each seed as a dot, and the mean with its interval. A thin line joins the
+    runs of one seed: its slope is the paired difference. `curves`: bits per byte of the fixed subset of the validation
+    text during training. Raises UserError where matplotlib is missing.
     """
     check_installed()
     seeds = len(results[0].summaries)
@@ -49,6 +50,8 @@ def _final_results(results: Sequence[ArmResult]) -> Any:
             half = interval.high - interval.mean if interval.known else 0
             axes.errorbar([x], [interval.mean], yerr=[half], fmt="D", color=colour, capsize=6, markersize=6)
             axes.plot([x + 0.15] * len(result.bits), result.bits, "o", color=colour, alpha=0.5, markersize=4)
+        for runs_of_a_seed in zip(*(r.bits for r in shown), strict=True):
+            axes.plot([x + 0.15 for x in range(len(shown))], runs_of_a_seed, color="0.7", linewidth=0.8, zorder=1)
         axes.set_xticks(range(len(shown)), [DENSE_BASELINES[r.arm.dense] for r in shown])
         axes.set_xlim(-0.5, len(shown) - 0.5)
     return figure

@@ -156,18 +156,29 @@ def test_curves_have_tokens_and_seconds_below(runs: tuple[Plan, Path]) -> None:
 
 def test_results_are_dots_with_their_interval() -> None:
     pytest.importorskip("matplotlib")
-    results = [arm_result(MOE, [1.0, 2.0, 3.0]), arm_result(ACTIVE, [4.0]), arm_result(WALL, [5.0, 5.5])]
+    results = [arm_result(MOE, [1.0, 2.0, 3.0]), arm_result(ACTIVE, [4.0, 6.0, 5.0]), arm_result(WALL, [5.0, 5.5, 6.0])]
     figure = comparison_plots._final_results(results)
     tokens, wall = figure.axes
     assert [label.get_text() for label in tokens.get_xticklabels()] == ["moe", "dense-active"]
-    dots = [(list(line.get_xdata()), list(line.get_ydata())) for line in tokens.get_lines() if line.get_marker() == "o"]
-    assert dots == [([0.15] * 3, [1.0, 2.0, 3.0]), ([1.15], [4.0])]
-    means = [list(line.get_ydata()) for line in wall.get_lines() if line.get_marker() == "D"]
-    assert means == [[2.0], [5.25]]
+    assert points(tokens, "o") == [([0.15] * 3, [1.0, 2.0, 3.0]), ([1.15] * 3, [4.0, 6.0, 5.0])]
+    assert [y for _, y in points(wall, "D")] == [[2.0], [5.5]]
     low, high = tokens.collections[0].get_segments()[0][:, 1]
     assert (low, high) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
-    assert np.ptp(tokens.collections[1].get_segments()[0][:, 1]) == 0  # one seed has no interval
     assert tokens.get_xlim() == (-0.5, 1.5)
+    joined = [line.get_ydata() for line in tokens.get_lines() if line.get_color() == "0.7"]
+    assert [list(y) for y in joined] == [[1.0, 4.0], [2.0, 6.0], [3.0, 5.0]]
+
+
+def test_one_seed_has_no_interval() -> None:
+    pytest.importorskip("matplotlib")
+    figure = comparison_plots._final_results([arm_result(MOE, [1.0]), arm_result(ACTIVE, [4.0])])
+    tokens, _ = figure.axes
+    assert [np.ptp(bar.get_segments()[0][:, 1]) for bar in tokens.collections] == [0, 0]
+
+
+def points(axes: Any, marker: str) -> list[tuple[list[float], list[float]]]:
+    """The x and y of each line that has this marker."""
+    return [(list(a.get_xdata()), list(a.get_ydata())) for a in axes.get_lines() if a.get_marker() == marker]
 
 
 # Samples
