@@ -20,7 +20,7 @@ def comparison_figures(plan: Plan, results: Sequence[ArmResult], out: Path) -> d
     """Two figures by name, each with one panel for the same tokens and one for the same wall clock.
 
     `comparison`: the final bits per byte, each seed as a dot, and the mean with its interval. A thin line joins the
-    runs of one seed: its slope is the paired difference. `curves`: bits per byte of the fixed subset of the validation
+    runs of one seed, and rises by their difference. `curves`: bits per byte of the fixed subset of the validation
     text during training. Raises UserError where matplotlib is missing.
     """
     check_installed()
