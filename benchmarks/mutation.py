@@ -41,7 +41,7 @@ from typing import Any
 import pytest
 from mutants import ROOT, Mutant, draw, mutate
 
-ANALYSIS = ("inspection", "certificates", "planning", "plots", "experiments", "benchmarks")
+ANALYSIS = ("inspection", "certificates", "planning", "plots", "benchmarks")
 """Command rooms that measure, judge or show. The table sums them up in one more line."""
 ROOMS = ("model", "training", "inference", "data", "runs", *ANALYSIS)
 RUNS = ["tests/training/test_run.py", "tests/training/test_records.py"]
@@ -64,7 +64,6 @@ NEAREST = {
     "inspection.figures": ["tests/plots"],
     "inspection.training_curves": ["tests/training/test_routing_snapshot.py"],
     "planning": ["tests/planning", "tests/benchmarks/test_benchmarks.py"],
-    "experiments.comparison_plots": ["tests/experiments/test_comparison.py"],
     "benchmarks.saving": ["tests/benchmarks/test_benchmarks.py"],
     "inference.routing_pass": ["tests/training/test_routing_snapshot.py"],
     "inference.switched": ["tests/inspection/test_ablation.py"],

@@ -24,7 +24,7 @@ FLOORS = (
     ("interop",),
     ("training",),
     ("plots", "serving"),
-    ("certificates", "experiments", "inspection", "planning"),
+    ("certificates", "inspection", "planning"),
     ("benchmarks",),
     ("api",),
     ("cli",),

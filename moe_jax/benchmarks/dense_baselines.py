@@ -126,12 +126,12 @@ def _cost_table(static: cost_table.CostTable) -> Table:
 
 
 def read_quality(folder: Path, preset: str) -> dict[Dense, float]:
-    """Mean validation bits per byte at the same tokens, from a folder of `python -m moe_jax compare`.
+    """Mean validation bits per byte at the same tokens, from a folder of `benchmarks/compare.py`.
 
     Raises UserError if the folder has no finished comparison, or one of another preset.
     """
     path = folder / "comparison.json"
-    remedy = f"`uv run python -m moe_jax compare --preset {preset} --out FOLDER` makes one"
+    remedy = f"`uv run python benchmarks/compare.py --preset {preset} --out FOLDER` makes one"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         arms = {arm["arm"]: arm["mean"] for arm in found["arms"]}

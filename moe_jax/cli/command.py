@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
-from moe_jax.config import ConfigError, holds_run, load_config
+from moe_jax.config import ConfigError, holds_run
 from moe_jax.config.flags import bound_in_words
 from moe_jax.config.near_runs import missing_run
 from moe_jax.system.folders import Folder
@@ -35,8 +35,6 @@ COMMANDS = {
     "verify-resume": ("VerifyResume", "show that a killed and resumed run loses nothing"),
     "certify": ("Certify", "test causality, arithmetic and memory of a model"),
     "plot": ("Plot", "draw pictures of one run, or of several compared"),
-    "compare": ("Compare", "train a mixture of experts and its dense baselines, over seeds"),
-    "samples": ("Samples", "write texts at fixed prompts, and measure how they vary"),
     "benchmark": ("Benchmark", "measure what the model costs on this machine"),
     "completion": ("Completion", "print a script for completion in a shell"),
 }
@@ -99,16 +97,6 @@ def check_run_folder(run: str, step: int | None = None) -> None:
     steps = sorted(s for name in Folder(Path(run)).names("checkpoints") if (s := step_number(name)) is not None)
     if step not in steps:
         raise ConfigError(f"--step {step}: {run} has no such checkpoint; it has {', '.join(map(str, steps))}")
-
-
-def refuse_tuned(what: str, run: str) -> None:
-    """Raise ConfigError for a run that was trained on conversations. `what` needs a run that was trained on a text."""
-    config = load_config(Path(run))
-    if config is not None and config.data.format == "chat":
-        raise ConfigError(
-            f"--run {run}: was trained on conversations, and {what} needs a run that was trained on a text; "
-            "name the run that it was tuned from"
-        )
 
 
 def check_range(flag: str, value: float, low: float, high: float) -> None:

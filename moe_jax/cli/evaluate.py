@@ -1,8 +1,6 @@
 """`moe-jax evaluate`."""
 
 import dataclasses
-import importlib.util
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -10,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_jax.cli.command import Command, check_range, check_run_folder, refuse_tuned
+from moe_jax.cli.command import Command, check_run_folder
 from moe_jax.cli.result import print_json, print_next
 from moe_jax.config import ConfigError, DataConfig, UserError
 from moe_jax.system import environment
@@ -18,20 +16,9 @@ from moe_jax.system.console import step_progress, working
 from moe_jax.system.terminal_text import say
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from moe_jax.config import DataFormat
     from moe_jax.data.baselines import CorpusBaselines
     from moe_jax.training.evaluate import Evaluation
-
-
-PAIRS = 1_000
-"""Minimal pairs that are scored. A row of n of them is uncertain by about 1 / sqrt(n), in 19 of 20 cases."""
-
-
-COPIES_TOKENS = 400
-"""Longest text that is written to be searched for copies, in tokens."""
-MOST_TEXTS = 10_000
 
 
 @dataclass(frozen=True)
@@ -50,63 +37,13 @@ class Evaluate(Command):
     data: str = ""
     """A file, which is scored whole; or a folder or corpus, of which the validation part is scored. Empty: the run's
     validation text."""
-    pairs: bool = False
-    """Score minimal pairs instead: texts of the embedded corpus beside the same texts with one wrong word."""
-    copies: int = 0
-    """Let the model write this many texts instead, and find the longest passages that they share with its training
-    text."""
-    tasks: str = ""
-    """Ask these tasks of lm-evaluation-harness instead, such as `blimp,arc_easy`. Needs the extra `tasks`."""
-    task_files: str = ""
-    """A folder with further tasks, as YAML files of lm-evaluation-harness."""
-    shots: int | None = None
-    """Solved examples before each question of a task. The task's own number unless given."""
-    limit: int = 0
-    """Ask only so many questions of each task. 0 asks all."""
     step: int | None = None
     """Step of the checkpoint to load. The best one unless given."""
     json: bool = False
     """Print the result as JSON too."""
 
     def execute(self) -> int:
-        self._check()
-        if self.tasks:
-            return self._ask_tasks()
-        if self.pairs:
-            return self._minimal_pairs()
-        return self._copies() if self.copies else self._score_text()
-
-    def _check(self) -> None:
-        """Raise ConfigError for a value that cannot be."""
         check_run_folder(self.run, self.step)
-        check_range("--copies", self.copies, 0, MOST_TEXTS)
-        check_range("--limit", self.limit, 0, 1 << 31)
-        check_range("--shots", self.shots or 0, 0, 1000)
-        given = [
-            flag
-            for flag, value in (("--tasks", self.tasks), ("--pairs", self.pairs), ("--copies", self.copies))
-            if value
-        ]
-        if given and self.data:
-            raise ConfigError(f"{given[0]}: has texts of its own; leave --data out")
-        if self.copies:
-            refuse_tuned("--copies", self.run)
-        if len(given) > 1:
-            raise ConfigError(f"{given[1]}: has a result of its own; leave {given[0]} out")
-        for flag, value, is_given in (
-            ("--task-files", self.task_files, bool(self.task_files)),
-            ("--shots", self.shots, self.shots is not None),
-            ("--limit", self.limit, self.limit > 0),
-        ):
-            if is_given and not self.tasks:
-                raise ConfigError(f"{flag} {value}: is for --tasks only; name tasks, or leave it out")
-        if self.tasks and not self._task_names():
-            raise ConfigError(f"--tasks {self.tasks}: must name a task, such as arc_easy")
-        if self.task_files and not Path(self.task_files).is_dir():
-            raise ConfigError(f"--task-files {self.task_files}: no such folder")
-
-    def _score_text(self) -> int:
-        """Loss, bits per byte and drops on a text."""
         from moe_jax.data.beginning import check_beginning
         from moe_jax.data.corpora import check_source, scored_documents
 
@@ -167,116 +104,6 @@ class Evaluate(Command):
         }
         print_json(result, self.json)
 
-    def _minimal_pairs(self) -> int:
-        """Which of two texts is the likelier one, by kind of word and by distance."""
-        environment.prepare_environment()
-        with working(f"loading {self.run}"):
-            from rich.table import Table
-
-            from moe_jax.data.synthetic.minimal_pairs import minimal_pairs
-            from moe_jax.experiments import minimal_pairs as experiment
-            from moe_jax.runs.load import open_run
-            from moe_jax.system.rich_console import Console
-
-            run = open_run(self.run, self.step)
-        pairs = list(minimal_pairs(run.config.data.stories_seed, PAIRS))
-        texts = [*(pair.good for pair in pairs), *(pair.bad for pair in pairs)]
-        scores = experiment.text_scores(
-            experiment.make_score_step(run.graphdef),
-            run.params,
-            texts,
-            run.tokenizer,
-            run.config.model.seq_len,
-            lambda batches: step_progress("scoring", batches),
-        )
-        found = experiment.table(pairs, scores, _ngram_scores(run.config.data, texts))
-        rows = Table(box=None, padding=(0, 2, 0, 0))
-        for name in ("right of two", "pairs", "model", "5-gram"):
-            rows.add_column(name, justify="left" if name == "right of two" else "right", no_wrap=True)
-        for row in found:
-            beside = "" if row.ngram is None else f"{row.ngram:.1%}"
-            rows.add_row(row.row, f"{row.pairs:,}", f"{row.model:.1%}", beside)
-        Console().print(rows, "")
-        say(
-            f"checkpoint of step {run.checkpoint.step}; guessing is right in 50 %",
-            "of 100 pairs, 10 % either way may be chance",
-        )
-        if run.config.data.source != "stories":
-            say("the run was trained on another text than the embedded stories")
-        print_json({"pairs": [dataclasses.asdict(row) for row in found]}, self.json)
-        return 0
-
-    def _task_names(self) -> list[str]:
-        return [name.strip() for name in self.tasks.split(",") if name.strip()]
-
-    def _ask_tasks(self) -> int:
-        """The scores of tasks of lm-evaluation-harness."""
-        if not importlib.util.find_spec("lm_eval"):
-            raise UserError(
-                "--tasks needs the package lm-eval: `uv run --extra tasks python -m moe_jax evaluate --tasks ...`"
-            )
-        environment.prepare_environment()
-        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # the package would say that PyTorch is missing
-        with working(f"loading {self.run} and lm-evaluation-harness"):
-            from rich.table import Table
-
-            from moe_jax.experiments.tasks import ask
-            from moe_jax.runs.load import open_run
-            from moe_jax.system.rich_console import Console
-
-            run = open_run(self.run, self.step)
-        found = ask(run, self._task_names(), folder=self.task_files, shots=self.shots, limit=self.limit)
-        rows = Table(box=None, padding=(0, 2, 0, 0))
-        for name in ("task", "metric", "value", "standard error"):
-            rows.add_column(name, justify="left" if name in ("task", "metric") else "right", no_wrap=True)
-        for score in found:
-            rows.add_row(
-                score.task, score.metric, f"{score.value:.4f}", "" if score.error is None else f"{score.error:.4f}"
-            )
-        Console().print(rows, "")
-        say(
-            f"checkpoint of step {run.checkpoint.step}", *(["a part of each task only (--limit)"] if self.limit else [])
-        )
-        print_json({"tasks": [score._asdict() for score in found]}, self.json)
-        return 0
-
-    def _copies(self) -> int:
-        """The longest passages of the training text in texts of the model."""
-        environment.prepare_environment()
-        with working(f"loading {self.run}"):
-            from moe_jax.data.streams import stored_documents
-            from moe_jax.experiments import copies
-            from moe_jax.experiments.samples import write_text
-            from moe_jax.inference.generate import TextGenerator
-            from moe_jax.inference.sampling import Sampling
-            from moe_jax.runs.load import open_run
-
-            run = open_run(self.run, self.step)
-            generator = TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
-            generator.compile()
-        store, changed = run.validation_text()
-        if changed:
-            print(f"warning: {changed}", file=sys.stderr)
-        texts = []
-        with step_progress("writing texts", self.copies) as advance:
-            for number in range(self.copies):
-                text = write_text(generator, "", Sampling(), seed=0, number=number, limit=COPIES_TOKENS)
-                texts.append(run.tokenizer.encode(text))
-                advance()
-        documents = (run.tokenizer.encode(text) for text in stored_documents(store.valid.tokens, run.tokenizer))
-        pieces = copies.pieces_of(documents, [len(text) for text in texts])
-        with working("searching the training text"):
-            own, beside = copies.measure(texts, pieces, store.train.tokens, run.tokenizer)
-        say(own.describe("texts of the model"))
-        if beside is not None:
-            say(beside.describe("pieces of the validation text, cut to the same lengths"))
-        say(f"the longest passage of the model: {own.passage!r}", f"checkpoint of step {run.checkpoint.step}")
-        if len(store.train.tokens) > copies.MOST_TOKENS:
-            say(f"only the first {copies.MOST_TOKENS:,} of {len(store.train.tokens):,} training tokens were searched")
-        result = {"model": own.to_json(), "validation": None if beside is None else beside.to_json()}
-        print_json({"copies": result}, self.json)
-        return 0
-
 
 def _form_of(run: str, data: str) -> "DataFormat":
     """How a file is read: a tuned run reads JSON lines of conversations as such. Everything else is text."""
@@ -286,21 +113,6 @@ def _form_of(run: str, data: str) -> "DataFormat":
     config = load_config(Path(run))
     tuned = config is not None and config.data.format == "chat"
     return "chat" if tuned and holds_chats(Path(data)) else "text"
-
-
-def _ngram_scores(trained: "DataConfig", texts: list[str]) -> "np.ndarray | None":
-    """The scores of texts under an n-gram model of the run's training text. None if that text is not here, or if it is
-    conversations."""
-    if trained.format == "chat":
-        return None
-    from moe_jax.data.baselines import training_documents
-    from moe_jax.experiments.minimal_pairs import ngram_scores
-
-    try:
-        with working("scoring an n-gram model of the training text, to compare with"):
-            return ngram_scores(training_documents(trained), texts)
-    except (ConfigError, UserError):  # it has moved, or needs a network
-        return None
 
 
 def _baselines_of(trained: "DataConfig", documents: Iterator[str]) -> "CorpusBaselines | None":

@@ -359,6 +359,6 @@ def test_a_comparison_that_is_not_finished_has_no_quality(tmp_path: Path) -> Non
     for text in ("", "[]", "{}", json.dumps({"preset": "nano", "arms": arms}), json.dumps({"preset": 1, "arms": 7})):
         (tmp_path / "comparison.json").write_text(text)
         with pytest.raises(
-            UserError, match=r"no finished comparison there; `uv run python -m moe_jax compare --preset nano"
+            UserError, match=r"no finished comparison there; `uv run python benchmarks/compare.py --preset nano"
         ):
             dense_baselines.read_quality(tmp_path, "nano")

@@ -74,9 +74,7 @@ def test_a_settings_file_is_read_by_the_same_rules(tmp_path: Path) -> None:
 
 WRITTEN = [
     (["train"], "--out", "folder"),
-    (["compare"], "--out", "folder"),
     (["plot", "--run", "held"], "--out", "folder"),
-    (["samples", "--run", "held"], "--out", "file"),
     (["inspect", "--run", "held"], "--out", "file"),
     (["inspect", "--run", "held"], "--json", "file"),
 ]

@@ -89,6 +89,8 @@ def test_every_command_line_is_accepted(
         command(words[1]).parse(words[2:])
     elif words[0] == "benchmark.py":
         command("benchmark").parse(words[1:])
+    elif words[0] == "python" and words[1].startswith("benchmarks/"):
+        assert (ROOT / words[1]).exists()
     elif words[:2] == ["python", "-c"]:
         compile(words[2], line, "exec")
     else:

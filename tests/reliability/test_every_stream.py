@@ -77,15 +77,6 @@ CASES = {
     "verify-resume": Case(lambda run, text: runs.flags(text, Path("unused")), slow=True),
     "certify": Case(lambda run, text: ["--run", str(run)]),
     "plot": Case(lambda run, text: ["--run", str(run), "--out", "pictures"], "pictures/*.svg"),
-    "compare": Case(
-        lambda run, text: ["--seeds", "1", "--flops", "1", "--out", "out"],
-        "out/comparison.json",
-        outlives=True,
-        slow=True,
-    ),
-    "samples": Case(
-        lambda run, text: ["--run", str(run), "--out", "s.md", "--stories", "1", "--max-tokens", "4"], "s.md"
-    ),
     "benchmark": Case(
         lambda run, text: ["moe", "--preset", "nano", "--rounds", "1", "--batch-size", "1"],
         "runs/bench/*.json",

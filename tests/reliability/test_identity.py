@@ -59,7 +59,7 @@ def edit(run: Path, **changes: Any) -> None:
 
 
 OPENINGS: dict[str, Callable[[Path], Any]] = {
-    "generate, evaluate, samples, certify, chat, serve, merge, quantize": lambda run: open_run(run),
+    "generate, evaluate, certify, chat, serve, merge, quantize": lambda run: open_run(run),
     "export": lambda run: open_source(run),
     "sft": lambda run: TuningSource.open(RunConfig(base=str(run))),
     "inspect": lambda run: write_report(run, run / "page.html", text="Once"),
@@ -119,7 +119,7 @@ def test_another_tokenizer_of_a_dense_run_is_blamed(tmp_path: Path) -> None:
 
 
 def test_another_validation_text_is_said(saved: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """By `evaluate`, by `load_run(...).evaluate()`, for `samples`, and in the report."""
+    """By `evaluate`, by `load_run(...).evaluate()`, and in the report."""
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))

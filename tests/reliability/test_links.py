@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from moe_jax.cli.inspect import Inspect
-from moe_jax.cli.samples import Samples
 from moe_jax.config import UserError, load_config
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
@@ -58,20 +57,17 @@ def test_an_output_goes_through_a_pipe(tmp_path: Path) -> None:
     assert stat.S_ISFIFO(pipe.lstat().st_mode)
 
 
-@pytest.mark.parametrize("command", ["inspect", "inspect --json", "samples"])
+@pytest.mark.parametrize("command", ["inspect", "inspect --json"])
 def test_commands_leave_a_device_a_device(command: str, run: Path, tmp_path: Path, monkeypatch) -> None:
     """A link to /dev/null stands for the device: as root, a rename would replace /dev/null itself."""
     monkeypatch.setattr(environment, "prepare_environment", lambda *_: [])
     monkeypatch.setattr("moe_jax.inspection.report.report_data", lambda *_: {})
     monkeypatch.setattr("moe_jax.inspection.report.render", lambda _: "page")
     monkeypatch.setattr("moe_jax.inspection.report.corpus_routing", lambda *_: None)
-    monkeypatch.setattr("moe_jax.experiments.samples.write_text", lambda *_, **__: "a b c")
     null, page = tmp_path / "null", tmp_path / "page"
     null.symlink_to(os.devnull)
     text = "Once upon"
-    if command == "samples":
-        assert Samples(run=str(run), out=str(null), stories=1).execute() == 0
-    elif command == "inspect":
+    if command == "inspect":
         assert Inspect(run=str(run), text=text, out=str(null)).execute() == 0
     else:
         assert Inspect(run=str(run), text=text, out=str(page), json=str(null)).execute() == 0

@@ -14,8 +14,6 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.evaluate import Evaluate
-from moe_jax.cli.evaluate import _ngram_scores as ngram_scores_of
-from moe_jax.cli.samples import Samples
 from moe_jax.cli.sft import Sft
 from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError, load_config
 from moe_jax.data.batches import MaskedBatch
@@ -28,7 +26,6 @@ from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
-from moe_jax.system import environment
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.loop import finish, train
 from moe_jax.training.loss import Metrics, training_loss
@@ -340,19 +337,6 @@ def test_evaluate_scores_the_answers_of_a_file(tuned: Any, data: Path, capsys: p
     assert found[0]["val_loss"] == tuned[1]["val_loss"]
     answers = sum(len(tuning.ANSWERS[name]) + 1 for name in [*tuning.ANSWERS] * 15)
     assert [f["tokens"] for f in found] == [tuned[1]["val_tokens"], answers, len("A plain text.") + 1]
-
-
-def test_commands_for_texts_refuse_a_tuned_run(tuned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = str(tuned[0].folder.path)
-    monkeypatch.setattr(environment, "prepare_environment", lambda: pytest.fail("it is refused before"))
-    with pytest.raises(ConfigError, match="was trained on conversations, and samples needs a run that was trained"):
-        Samples(run=run).execute()
-    with pytest.raises(ConfigError, match="was trained on conversations, and --copies needs a run"):
-        Evaluate(run=run, copies=3).execute()
-
-
-def test_minimal_pairs_of_a_tuned_run_have_no_ngram_model_beside_them(tuned: Any) -> None:
-    assert ngram_scores_of(tuned[0].config.data, ["a cat"]) is None
 
 
 def test_a_scored_part_without_an_answer_is_refused_at_the_start(base: Path, data: Path, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from comparison.study_runs import BITS
+
 from moe_jax.config import (
     DataConfig,
     ExecutionConfig,
@@ -12,7 +14,6 @@ from moe_jax.config import (
     RunConfig,
     TrainConfig,
 )
-from moe_jax.experiments.study_runs import BITS
 from moe_jax.model.costs import count_parameters, totals, training_flops
 
 

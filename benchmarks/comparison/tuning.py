@@ -16,9 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from comparison.study_runs import BITS, StudyRun, run_config
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
-from moe_jax.experiments.study_runs import BITS, StudyRun, run_config
 from moe_jax.model.costs import training_flops
 
 RATES = (0.5, 1.0, 2.0)
@@ -31,7 +31,7 @@ SHARE = 0.2
 """Operations of a short run, divided by the budget of the comparison."""
 LENGTH_EXPONENT = 0.32
 """How the best learning rate falls: as (tokens of a run)^-0.32, for AdamW (Bjorck et al. 2024, "Scaling Optimal LR
-Across Token Horizons"). `docs/quality.md` compares this with runs by Muon."""
+Across Token Horizons"). `benchmarks/quality.md` compares this with runs by Muon."""
 FOR_WHOLE_RUNS = SHARE**LENGTH_EXPONENT
 """The rate of whole runs, divided by the best rate of the short ones: about 0.6."""
 SEED = 1000
@@ -88,8 +88,7 @@ class Tuning(NamedTuple):
 
     trials: tuple[Trial, ...]
     for_whole_runs: float = FOR_WHOLE_RUNS
-    """Rate of a side's whole runs, divided by the best rate of its short runs. Records of earlier versions do not have
-    the factor. Their whole runs have the rates of the short ones, so it is 1."""
+    """Rate of a side's whole runs, divided by the best rate of its short runs.""" ""
 
     @property
     def models(self) -> list[Dense]:
@@ -154,7 +153,7 @@ class Tuning(NamedTuple):
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Tuning":
         trials = tuple(Trial.from_json(trial) for trial in found["trials"])
-        return cls(trials, found.get("rate_factor_for_whole_runs", 1.0))
+        return cls(trials, found["rate_factor_for_whole_runs"])
 
 
 def search(base: RunConfig, flops: float, out: Path, models: Sequence[Dense], train: Train) -> Tuning:

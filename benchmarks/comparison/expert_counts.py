@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from comparison.plots import experts_figure
+from comparison.report import IN_BRACKETS, Interval, Report, difference_in_words, paired, t_interval
+from comparison.study_runs import BITS, StudyRun, run_config
 from moe_jax.config import RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
-from moe_jax.experiments.intervals import IN_BRACKETS, Interval, difference_in_words, paired, t_interval
-from moe_jax.experiments.report import Figures, Report
-from moe_jax.experiments.study_runs import BITS, StudyRun, run_config
 from moe_jax.model.costs import training_flops
 
 
@@ -126,7 +126,7 @@ class ExpertCounts(NamedTuple):
             for result in self.mixtures
         ]
 
-    def report(self, figures: Figures) -> Report:
+    def report(self) -> Report:
         """The result with its picture."""
         base = self.models.base
         record = {
@@ -142,7 +142,10 @@ class ExpertCounts(NamedTuple):
         }
 
         scores = {result.name: result.bits for result in (self.baseline, *self.mixtures)}
-        return Report("experts", HEADINGS, self.rows(), self.sentences(), record, scores, figures)
+        return Report("experts", HEADINGS, self.rows(), self.sentences(), record, scores, self._figures)
+
+    def _figures(self) -> dict[str, Any]:
+        return {"experts": experts_figure(self)}
 
 
 HEADINGS = (

@@ -6,15 +6,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-pytest.importorskip("lm_eval", reason="needs the extra `tasks`: uv run --extra tasks pytest")
+pytest.importorskip("lm_eval", reason="needs the group `tasks`: uv run --group tasks pytest")
 
+import tasks
 from lm_eval.api.instance import Instance
+from tasks import RunModel
 
 from moe_jax.api import Run, load_run
-from moe_jax.cli.evaluate import Evaluate
 from moe_jax.config import ConfigError, UserError
-from moe_jax.experiments import tasks
-from moe_jax.experiments.tasks import RunModel
 from tests.support import saved_run
 
 CHOICES = [
@@ -99,19 +98,6 @@ def test_an_answer_is_chosen_by_its_log_probability(made: tuple[Run, str]) -> No
     assert first.value == right[0]
 
 
-def test_the_scores_themselves(made: tuple[Run, str]) -> None:
-    run, _ = made
-    asked = [(row["question"], choice) for row in CHOICES for choice in row["choices"]]
-    found = RunModel(run).loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in asked], disable_tqdm=True)
-    expected = [logprob(run, *pair) for pair in asked]
-    np.testing.assert_allclose([score for score, _ in found], [score for score, _ in expected], atol=1e-4)
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    best = int(run.logits("The cat")[-1].argmax())
-    context = RunModel(run).tok_encode("The cat")
-    assert RunModel(run)._score(context, [best])[1]
-    assert not RunModel(run)._score(context, [(best + 1) % 256])[1]
-
-
 def test_bits_per_byte_of_whole_texts(made: tuple[Run, str]) -> None:
     """The first text is longer than the context: 92 tokens in windows of 63. The others of the second window are scored
     after the tokens before them."""
@@ -144,43 +130,16 @@ def test_texts_that_the_model_writes(made: tuple[Run, str]) -> None:
     assert cut[0] != wholes[0]
 
 
-def test_an_answer_that_is_longer_than_the_context_is_refused(made: tuple[Run, str]) -> None:
-    run, _ = made
-    long = Instance("loglikelihood", {}, ("a", "b" * 64), 0)
-    with pytest.raises(UserError, match=r"an answer has 64 tokens, and the context is 64"):
-        RunModel(run).loglikelihood([long], disable_tqdm=True)
-
-
 def test_wrong_tasks_cost_one_line(made: tuple[Run, str]) -> None:
     run, folder = made
-    with pytest.raises(ConfigError, match=r"--tasks made_choise: no such task in lm-eval; perhaps made_choice .*meant"):
+    with pytest.raises(ConfigError, match=r"made_choise: no such task in lm-eval; perhaps made_choice .*meant"):
         tasks.ask(run, ["made_choise"], folder=folder)
-    with pytest.raises(UserError, match=r"--tasks made_gone: the data could not be loaded: .*gone"):
+    with pytest.raises(UserError, match=r"made_gone: the data could not be loaded: .*gone"):
         tasks.ask(run, ["made_gone"], folder=folder)
 
 
-def test_the_command(made: tuple[Run, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_script(made: tuple[Run, str], capsys: pytest.CaptureFixture[str]) -> None:
     run, folder = made
-    flags = {"tasks": "made_choice, made_write", "task_files": folder, "json": True}
-    assert Evaluate(run=str(run.config.run_dir), **flags).execute() == 0
-    out = capsys.readouterr().out
-    found = json.loads(out.splitlines()[-1])["tasks"]
-    assert [(row["task"], row["metric"]) for row in found] == [("made_choice", "acc"), ("made_write", "exact_match")]
-    assert "made_choice" in out.splitlines()[1]
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"tasks": "a", "pairs": True}, "--pairs: has a result of its own; leave --tasks out"),
-        ({"tasks": "a", "data": "x"}, "--tasks: has texts of its own; leave --data out"),
-        ({"limit": 3}, "--limit 3: is for --tasks only"),
-        ({"shots": 0}, "--shots 0: is for --tasks only"),
-        ({"tasks": "a", "task_files": "/nowhere"}, "--task-files /nowhere: no such folder"),
-        ({"tasks": "a", "shots": -1}, "--shots -1"),
-        ({"tasks": " ,"}, "--tasks  ,: must name a task"),
-    ],
-)
-def test_wrong_flags(made: tuple[Run, str], flags: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        Evaluate(run=str(made[0].config.run_dir), **flags).execute()
+    assert tasks.run(["made_choice, made_write", "--task-files", folder, "--run", str(run.config.run_dir)]) == 0
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+    assert [(row["task"], row["metric"]) for row in rows] == [("made_choice", "acc"), ("made_write", "exact_match")]

@@ -1,19 +1,52 @@
 """Loss against training operations, for the mixture and its dense baseline of the same active parameters.
 
-`ladder.py` has the budgets and the runs. A power law is fitted to each model's means over the seeds, and one to the
-quotient of the two models' losses.
+Each budget is trained by a run of its own, whose learning rate reaches its final value there. Both models get the same
+operations, so the model with the cheaper step takes more steps. A power law is fitted to each model's means over the
+seeds, and one to the quotient of the two models' losses.
 """
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from comparison.plots import scaling_figure
+from comparison.power_law import PowerLaw, fit
+from comparison.report import IN_BRACKETS, Interval, Report, difference_in_words, paired, t_interval
+from comparison.study_runs import BITS, StudyRun, run_config
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.baselines import DENSE_BASELINES
-from moe_jax.experiments.intervals import IN_BRACKETS, Interval, difference_in_words, paired, t_interval
-from moe_jax.experiments.ladder import SIDES, Budget
-from moe_jax.experiments.power_law import PowerLaw, fit
-from moe_jax.experiments.report import Figures, Report
-from moe_jax.experiments.study_runs import BITS
+from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
+from moe_jax.model.costs import training_flops
+
+BUDGETS = 5
+SIDES: tuple[Dense, ...] = ("none", "active")
+
+
+class Budget(NamedTuple):
+    """A budget of training operations, and the steps that each model takes for it."""
+
+    flops: float
+    steps: dict[Dense, int]
+
+
+def budgets(base: RunConfig, lowest: float, largest: float) -> list[Budget]:
+    """BUDGETS budgets from `lowest` to `largest`, each the same factor above the one before. Steps are rounded down."""
+    factor = (largest / lowest) ** (1 / (BUDGETS - 1))
+    one = {dense: training_flops(dense_baseline(base, dense), 1) for dense in SIDES}
+    found = [lowest * factor**i for i in range(BUDGETS - 1)] + [largest]
+    return [Budget(c, {dense: max(1, math.floor(c / one[dense])) for dense in SIDES}) for c in found]
+
+
+def runs(base: RunConfig, ladder: Sequence[Budget], seeds: int, out: Path) -> list[StudyRun]:
+    """Every run: seed by seed, within a seed budget by budget, at each budget the mixture first."""
+    found = []
+    for seed in range(seeds):
+        for budget in ladder:
+            for dense in SIDES:
+                name = DENSE_BASELINES[dense]
+                config = run_config(dense_baseline(base, dense), name, budget.steps[dense], seed, out)
+                found.append(StudyRun(f"{name} for {budget.flops:.3g} operations, seed {seed}", config))
+    return found
 
 
 class Side(NamedTuple):
@@ -114,7 +147,7 @@ class Scaling(NamedTuple):
         found.append("a prediction holds only if the power law goes on; a loss with a floor falls more slowly")
         return found
 
-    def report(self, figures: Figures) -> Report:
+    def report(self) -> Report:
         """The result with its picture."""
         sides = (self.mixture, self.baseline)
         record = {
@@ -138,4 +171,7 @@ class Scaling(NamedTuple):
 
         names = [f"{side.name}, bits per byte{IN_BRACKETS}" for side in sides]
         headings = ("operations", *names, f"dense minus moe, paired{IN_BRACKETS}", "steps")
-        return Report("scaling", headings, self.rows(), self.sentences(), record, scores, figures)
+        return Report("scaling", headings, self.rows(), self.sentences(), record, scores, self._figures)
+
+    def _figures(self) -> dict[str, Any]:
+        return {"scaling": scaling_figure(self)}

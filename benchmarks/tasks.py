@@ -1,16 +1,24 @@
 """Tasks of lm-evaluation-harness (EleutherAI; the package `lm-eval`), asked of a run.
 
+    uv run --group tasks python benchmarks/tasks.py blimp,arc_easy --run runs/nano --limit 100
+
 The package has the tasks: where their data lies, how a question is put, and how answers are counted. This module
-answers: the log-probability of one text after another, that of a whole text, and a text that goes on after a prompt.
-The separator stands before each text, as in training and in `generate`.
+answers: the log-probability of one text after another, the log-probability of a whole text, and a text that goes on
+after a prompt. The separator stands before each text, as in training and in `generate`.
 """
 
+import argparse
 import difflib
 import logging
+import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any, NamedTuple
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # the package would say that PyTorch is missing
 
 import numpy as np
 from lm_eval import evaluator
@@ -19,12 +27,13 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, UserError
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.prompt_pass import make_prompt_pass
 from moe_jax.inference.sampling import Sampling
-from moe_jax.runs.load import LoadedRun
-from moe_jax.system.console import step_progress
+from moe_jax.runs.load import LoadedRun, open_run
+from moe_jax.system.json_text import json_text
 
 NEW_TOKENS = 256
 """Longest answer where a task names no length: the package's own default."""
@@ -67,10 +76,8 @@ class RunModel(TemplateLM):
         """The log-probability of whole texts, in nats. A text longer than the context is cut into windows: each token
         is scored once, those of a later window after the tokens that are left in it."""
         found = []
-        with step_progress("scoring texts", len(requests)) as advance:
-            for request in requests:
-                found.append(sum(self._score(*window)[0] for window in self._windows(request.args[0])))
-                advance()
+        for request in requests:
+            found.append(sum(self._score(*window)[0] for window in self._windows(request.args[0])))
         return found
 
     def _windows(self, text: str) -> Iterator[tuple[list[int], list[int]]]:
@@ -82,17 +89,15 @@ class RunModel(TemplateLM):
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
         found = []
-        with step_progress("scoring answers", len(requests)) as advance:
-            for _pair, context, continuation in requests:
-                found.append(self._score(context, continuation))
-                advance()
+        for _pair, context, continuation in requests:
+            found.append(self._score(context, continuation))
         return found
 
     def _score(self, context: list[int], continuation: list[int]) -> tuple[float, bool]:
         """The log-probability of tokens after others, in nats, and whether each is the likeliest one at its place."""
         if len(continuation) >= self._seq_len:
             raise UserError(
-                f"--tasks: an answer has {len(continuation)} tokens, and the context is {self._seq_len}; "
+                f"an answer has {len(continuation)} tokens, and the context is {self._seq_len}; "
                 "take another task, or a model with a longer context"
             )
         tokens = (context + continuation)[-self._seq_len :]
@@ -106,10 +111,8 @@ class RunModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts that go on after prompts, each to the first of its stop strings."""
         texts = []
-        with step_progress("writing answers", len(requests)) as advance:
-            for request in requests:
-                texts.append(self._write(*request.args))
-                advance()
+        for request in requests:
+            texts.append(self._write(*request.args))
         return texts
 
     def _write(self, prompt: str, asked: dict[str, Any]) -> str:
@@ -141,7 +144,7 @@ def ask(
         for name in names:
             if name not in manager.all_tasks:
                 near = " or ".join(difflib.get_close_matches(name, manager.all_tasks, n=2))
-                raise ConfigError(f"--tasks {name}: no such task in lm-eval{near and f'; perhaps {near} was meant'}")
+                raise ConfigError(f"{name}: no such task in lm-eval{near and f'; perhaps {near} was meant'}")
         try:
             found = evaluator.simple_evaluate(
                 RunModel(run),
@@ -153,7 +156,7 @@ def ask(
             )
         except (OSError, ValueError) as error:  # of the package `datasets`, which loads what tasks name
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"--tasks {','.join(names)}: the data could not be loaded: {reason}") from error
+            raise UserError(f"{','.join(names)}: the data could not be loaded: {reason}") from error
     return list(_scores(found.get("results", {}) if found else {}))
 
 
@@ -185,3 +188,31 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def run(argv: Sequence[str]) -> int:
+    about = (__doc__ or "").partition("\n")[0]
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("tasks", help="names of tasks, such as blimp,arc_easy")
+    parser.add_argument("--run", required=True, help="folder of a run")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; the best one unless given")
+    parser.add_argument("--task-files", default="", help="a folder with further tasks, as YAML files of the package")
+    parser.add_argument("--shots", type=int, help="solved examples before each question; the task's own unless given")
+    parser.add_argument("--limit", type=int, default=0, help="ask only so many questions of each task; 0 asks all")
+    asked = parser.parse_args(argv)
+    if asked.task_files and not Path(asked.task_files).is_dir():
+        raise ConfigError(f"--task-files {asked.task_files}: no such folder")
+    names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
+    loaded = open_run(asked.run, asked.step)
+    scores = ask(loaded, names, folder=asked.task_files, shots=asked.shots, limit=asked.limit)
+    for score in scores:
+        error = "" if score.error is None else f" +- {score.error:.4f}"
+        print(f"{score.task}  {score.metric}  {score.value:.4f}{error}")
+    part = f", {asked.limit} questions of each task" if asked.limit else ""
+    print(f"checkpoint of step {loaded.checkpoint.step}{part}")
+    print(json_text({"tasks": [score._asdict() for score in scores]}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(run))

@@ -1,7 +1,7 @@
-"""Means over seeds, with their confidence intervals."""
+"""Means over seeds with confidence intervals, and the result of a comparison: table, sentences, record, pictures."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,3 +59,45 @@ def difference_in_words(difference: Interval, baseline: str) -> str:
         return f"{text}, less than the seeds can tell: 95 % [{difference.low:+.4f}, {difference.high:+.4f}]"
     low, high = sorted((abs(difference.low), abs(difference.high)))
     return f"{text}, 95 % [{low:.4f}, {high:.4f}] paired by seed"
+
+
+Figures = Callable[[], dict[str, Any]]
+"""Draws pictures, by name. Raises UserError where matplotlib is missing."""
+
+
+class Report(NamedTuple):
+    """A result of `moe-jax compare`."""
+
+    name: str
+    """Name of the files, without their ending."""
+    headings: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    """One row of cells for each model or budget. An empty cell has no number."""
+    sentences: list[str]
+    record: dict[str, Any]
+    """All numbers, as JSON can hold them."""
+    scores: dict[str, list[float]]
+    """Bits per byte of each seed, by the name of the model. The intervals can be computed from them."""
+    figures: Figures
+
+    @property
+    def seeds(self) -> int:
+        return len(next(iter(self.scores.values())))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The headings. One seed gives no intervals, so then no heading names them."""
+        return self.headings if self.seeds > 1 else tuple(name.removesuffix(IN_BRACKETS) for name in self.headings)
+
+    def to_markdown(self) -> str:
+        """The table, the sentences and the scores of the seeds."""
+        sentences = "".join(f"- {sentence}\n" for sentence in self.sentences)
+        headings = ("bits per byte", *(f"seed {seed}" for seed in range(self.seeds)))
+        scores = [(name, *(f"{score:.4f}" for score in own)) for name, own in self.scores.items()]
+        return f"{table(self.columns, self.rows)}\n{sentences}\n{table(headings, scores)}"
+
+
+def table(headings: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    """A table in Markdown."""
+    lines = [headings, tuple("---" for _ in headings), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from moe_jax.experiments.intervals import CONFIDENCE, Interval
+from comparison.report import CONFIDENCE, Interval
 
 
 class PowerLaw(NamedTuple):
