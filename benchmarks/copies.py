@@ -19,9 +19,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError
-from moe_jax.data.shards import TokenArray
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.system import environment
 from moe_jax.system.json_text import json_text
@@ -71,7 +72,7 @@ class Copies:
 
 
 def measure(
-    texts: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]], train: TokenArray, tokenizer: Tokenizer
+    texts: Sequence[Sequence[int]], pieces: Sequence[Sequence[int]], train: np.ndarray, tokenizer: Tokenizer
 ) -> tuple[Copies, Copies | None]:
     """The copies in the model's texts, and in pieces of the validation text; None without pieces.
 
@@ -99,7 +100,7 @@ def pieces_of(documents: Iterable[Sequence[int]], lengths: Sequence[int]) -> lis
     return pieces
 
 
-def _in_parts(tokens: TokenArray) -> Iterator[int]:
+def _in_parts(tokens: np.ndarray) -> Iterator[int]:
     """The tokens as Python numbers, which dictionaries look up faster than numpy's."""
     for first in range(0, len(tokens), _PART):
         yield from tokens[first : first + _PART].tolist()

@@ -44,14 +44,12 @@ class Evaluate(Command):
 
     def execute(self) -> int:
         check_run_folder(self.run, self.step)
-        from moe_jax.data.beginning import check_beginning
         from moe_jax.data.corpora import check_source, scored_documents
 
         form: DataFormat = "text"
         if self.data:
             form = _form_of(self.run, self.data)
-            check_source(self.data, form)
-            check_beginning(DataConfig(source=self.data, format=form), seq_len=0)
+            check_source(DataConfig(source=self.data, format=form))
         environment.prepare_environment()
         with working(f"loading {self.run}"):
             from moe_jax.data.baselines import corpus_baselines
@@ -108,7 +106,7 @@ class Evaluate(Command):
 def _form_of(run: str, data: str) -> "DataFormat":
     """How a file is read: a tuned run reads JSON lines of conversations as such. Everything else is text."""
     from moe_jax.config import load_config
-    from moe_jax.data.chat_rows import holds_chats
+    from moe_jax.data.documents import holds_chats
 
     config = load_config(Path(run))
     tuned = config is not None and config.data.format == "chat"

@@ -227,12 +227,10 @@ class Plan(Command):
 
     def _plan_for_text(self, imported: RunConfig | None) -> int:
         """The command line for a text, the memory of this machine, and a time."""
-        from moe_jax.data.beginning import check_beginning
         from moe_jax.data.corpora import check_source
 
         source = self.data or "stories"
-        check_source(source)
-        check_beginning(DataConfig(source=source), seq_len=0)
+        check_source(DataConfig(source=source))
         environment.prepare_environment()
         plans = plan_for_text(source, self._given(), imported or RunConfig(), imported)
         for tried in plans.tried:

@@ -17,7 +17,6 @@ from moe_jax.cli.settings_file import SettingsFile, read_settings
 from moe_jax.config import SECTIONS, ConfigError, RunConfig
 from moe_jax.config.compatibility import check_tuning
 from moe_jax.config.presets import PRESETS, preset
-from moe_jax.data.beginning import check_beginning
 from moe_jax.data.corpora import check_source
 from moe_jax.system.errors import FieldError
 
@@ -111,8 +110,7 @@ def resolve_settings(file: SettingsFile, flags: Values, planned: Values | None =
     try:
         config = override(origin.start, given)
         check_tuning(config)
-        check_source(config.data.source, config.data.format)
-        check_beginning(config.data, config.model.seq_len)
+        check_source(config.data, config.model.seq_len)
         origin.check_vocabulary(config)
     except ConfigError as error:
         raise _name_source(error, origin.start, file, flags) from None

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.config import UserError
-from moe_jax.data.shards import TokenArray
 from moe_jax.data.window_order import mix, visited
 
 _COUNT_CHUNK = 1 << 22
@@ -95,7 +94,7 @@ class EvaluationBatch:
 
 
 def evaluation_windows(
-    tokens: TokenArray, *, seq_len: int, batch_size: int, answers: TokenArray | None = None
+    tokens: np.ndarray, *, seq_len: int, batch_size: int, answers: np.ndarray | None = None
 ) -> Iterator[EvaluationBatch]:
     """Batches that predict each of tokens[1:] exactly once. All have the same shapes, so one program serves all.
 
@@ -144,7 +143,7 @@ def _evaluation_rows(positions: int, seq_len: int, scored: int) -> Iterator[_Row
             window = min(window + seq_len // 2, last)
 
 
-def validation_subset(tokens: TokenArray, separator_id: int, limit: int) -> np.ndarray:
+def validation_subset(tokens: np.ndarray, separator_id: int, limit: int) -> np.ndarray:
     """The longest prefix of at most `limit` tokens that ends at the end of a document. If the first document is longer,
     its first `limit` tokens."""
     head = tokens[:limit]
@@ -154,7 +153,7 @@ def validation_subset(tokens: TokenArray, separator_id: int, limit: int) -> np.n
     return head[: ends[-1]] if len(ends) else head
 
 
-def text_bytes(tokens: TokenArray, token_bytes: np.ndarray, answers: TokenArray | None = None) -> int:
+def text_bytes(tokens: np.ndarray, token_bytes: np.ndarray, answers: np.ndarray | None = None) -> int:
     """UTF-8 bytes of the text of the tokens: the sum of their entries in token_bytes int [V] (`Tokenizer.token_bytes`).
     A separator counts 0 bytes. With `answers`, bool [N], only the tokens that are true there count.
 

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import Role, UserError
-from moe_jax.data.chat_rows import ANSWERING, ROLES, Conversation, Message
-from moe_jax.data.shards import TokenArray
+from moe_jax.data.documents import ANSWERING, ROLES, Conversation, Message
 from moe_jax.data.tokenizers import Tokenizer
 
 LOOKED_AT = 4096
@@ -69,7 +68,7 @@ def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
     return [tokenizer.separator_id, *said, *role_tokens(tokenizer, ANSWERING)]
 
 
-def first_question(tokenizer: Tokenizer, tokens: TokenArray) -> str:
+def first_question(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
     """The first user's content in a stream of conversations; "" if its first LOOKED_AT tokens hold none."""
     head = np.asarray(tokens[:LOOKED_AT])
     ends = np.flatnonzero(head == tokenizer.separator_id)

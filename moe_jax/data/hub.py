@@ -5,8 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from moe_jax.config import UserError
-from moe_jax.data.stream_parts import StreamPart, stream_parts
-from moe_jax.data.text_files import SplitName, cut_long, refuse_empty
+from moe_jax.data.documents import SplitName, divided
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,7 @@ class HubCorpus:
     def documents(self, split: SplitName) -> Iterator[str]:
         rows = self._rows("train" if split == "train" else "validation")
         texts = articles(rows) if self.name == "wikitext" else rows
-        parts = (part.decode().strip() for text in texts for part in cut_long(text.encode()))
-        return refuse_empty((part for part in parts if part), f"{self.name} ({split})")
+        return (document for text in texts for document in divided(text))
 
     def _rows(self, split: str) -> Iterator[str]:
         import datasets
@@ -48,9 +46,6 @@ class HubCorpus:
         import xxhash
 
         return xxhash.xxh3_128_hexdigest(f"{self.repository} {self.configuration} {self.revision}".encode())
-
-    def parts(self, split: SplitName) -> Iterator[StreamPart]:
-        return stream_parts(self.documents(split))
 
     def size(self, split: SplitName) -> int | None:
         return None

@@ -25,7 +25,7 @@ import xxhash
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import hf_tokenizers
 from moe_jax.data.corpora import Documents
-from moe_jax.data.text_files import SEPARATOR
+from moe_jax.data.documents import SEPARATOR
 from moe_jax.system.console import Report, byte_progress
 from moe_jax.system.files import write_atomically
 from moe_jax.system.folders import Folder

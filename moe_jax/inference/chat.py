@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moe_jax.config import UserError
 from moe_jax.config.flags import bound_in_words
-from moe_jax.data.chat_rows import ANSWERING, Message
 from moe_jax.data.chats import answer_prompt, encode_chats
+from moe_jax.data.documents import ANSWERING, Message
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling

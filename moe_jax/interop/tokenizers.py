@@ -9,8 +9,8 @@ import itertools
 import json
 from typing import Any
 
+from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.hf_tokenizers import byte_alphabet, spelling
-from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.chat_template import jinja
 from moe_jax.system.json_text import json_text

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.data.corpora import Corpus, open_corpus
-from moe_jax.data.text_files import SplitName
+from moe_jax.data.documents import SplitName
 from moe_jax.data.tokenizers import TRAINING_BYTES, train_tokenizer
 from moe_jax.training.session import source_of
 

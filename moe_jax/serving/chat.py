@@ -3,8 +3,8 @@
 from typing import Any
 
 from moe_jax.config import UserError
-from moe_jax.data.chat_rows import ANSWERING, ROLES, Message
 from moe_jax.data.chats import answer_prompt
+from moe_jax.data.documents import ANSWERING, ROLES, Message
 from moe_jax.inference.prompt_pass import MOST_ALTERNATIVES
 from moe_jax.serving import limits
 from moe_jax.serving.answers import Answer, checked_prompt

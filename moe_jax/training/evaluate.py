@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from moe_jax.data.batches import evaluation_windows, text_bytes
-from moe_jax.data.shards import TokenArray
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
@@ -63,11 +62,11 @@ def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
 def evaluate(
     step: EvaluationStep,
     params: Params,
-    tokens: TokenArray,
+    tokens: np.ndarray,
     *,
     seq_len: int,
     token_bytes: np.ndarray,
-    answers: TokenArray | None = None,
+    answers: np.ndarray | None = None,
     progress: Callable[[int], AbstractContextManager[Callable[[], None]]] | None = None,
 ) -> Evaluation:
     """Score a stream `separator, document, separator, ..., separator`, window by window (`evaluation_windows`).

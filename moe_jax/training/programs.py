@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -19,7 +20,6 @@ from jaxtyping import Array, Key
 
 from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.data.batches import MaskedBatch
-from moe_jax.data.shards import TokenArray
 from moe_jax.inference.decode import Decoder
 from moe_jax.model.hardware import Card, cpu_bfloat16_units
 from moe_jax.model.kernels import cross_entropy
@@ -231,7 +231,7 @@ class Programs:
             return Decoder(self._cut_model(SampledTransformer, self.writing), *size, spread)
         return Decoder(self.writer, *size)
 
-    def tracer(self, tokens: TokenArray) -> Tracer | None:
+    def tracer(self, tokens: np.ndarray) -> Tracer | None:
         """What records the routing of the first tokens of a stream (`routing_snapshot.make_tracer`)."""
         if self.layout is not None:
             spread = same_on_all_devices(self.layout, self.param_shapes)

@@ -10,7 +10,6 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import ModelConfig, UserError
-from moe_jax.data.shards import TokenArray
 from moe_jax.inference.decode import Spread
 from moe_jax.inference.routing_pass import check_routed, choice_totals, make_decision_step, router_entropy
 from moe_jax.model.transformer import Params
@@ -24,7 +23,7 @@ type Tracer = Callable[[Params], dict[str, Any]]
 
 
 def make_tracer(
-    config: ModelConfig, graphdef: nnx.GraphDef, tokens: TokenArray, spread: Spread = lambda function: function
+    config: ModelConfig, graphdef: nnx.GraphDef, tokens: np.ndarray, spread: Spread = lambda function: function
 ) -> Tracer | None:
     """A function of the parameters that routes the first tokens of a stream and returns a snapshot.
 

@@ -23,10 +23,9 @@ from jax.sharding import Sharding
 from moe_jax.config import RunConfig, UserError, holds_run, load_begun_config
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
-from moe_jax.data.chat_rows import Message
 from moe_jax.data.chats import answer_prompt, first_question
-from moe_jax.data.opening import opening_words, openings
-from moe_jax.data.streams import Stream
+from moe_jax.data.documents import Message
+from moe_jax.data.streams import Stream, opening_words, openings
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling

@@ -1,4 +1,4 @@
-"""Conversations: what a row must be, and that only answers are marked, whatever a content says."""
+"""Conversations in tokens: only answers are marked, whatever a content says."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.config import ConfigError, DataConfig, UserError
+from moe_jax.config import DataConfig, UserError
 from moe_jax.data.batches import MaskedBatch, evaluation_windows
-from moe_jax.data.chat_rows import Message
 from moe_jax.data.chats import answer_prompt, encode_chats, first_question
 from moe_jax.data.corpora import check_source, open_corpus
+from moe_jax.data.documents import SEPARATOR, Message
 from moe_jax.data.streams import token_stream
 from moe_jax.data.synthetic.chats import chats, write_chats
-from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.token_store import open_store, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, _digest, train_tokenizer
 
@@ -26,9 +25,6 @@ SEP = 256
 
 def row(*turns: tuple[Any, Any]) -> str:
     return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
-
-
-GOOD = row(("user", "Hi"), ("assistant", "Yes"))
 
 
 def prepare(path: Path, tmp_path: Path, tokenizer: Tokenizer = BYTE):
@@ -74,54 +70,6 @@ def _bpe() -> Tokenizer:
     ]
     definition = {"kind": "bpe", "merges": merges}
     return Tokenizer.from_dict(definition | {"digest": _digest(definition)})
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "line 3 is not JSON"),
-        ("[1]", "line 3 has no list `messages` ([1])"),
-        ('{"text": "a"}', "line 3 has no list `messages`"),
-        ('{"messages": "a"}', "line 3 has no list `messages`"),
-        ('{"messages": []}', "line 3 has no message"),
-        (row(("user", "a")), "line 3 has no message of the assistant"),
-        (row(("robot", "a"), ("assistant", "b")), "line 3, message 1 has the role 'robot'; it must be one of system"),
-        (row((None, "a")), "line 3, message 1 has the role None"),
-        (row((["user"], "a")), "line 3, message 1 has the role ['user']"),
-        (row(("user", 3), ("assistant", "b")), "line 3, message 1 has the content 3; it must be a text"),
-        (row(("user", "a"), ("assistant", None)), "line 3, message 2 has the content None"),
-        (row(("user", "a"), ("assistant", " \n")), "line 3, message 2 is empty"),
-        ('{"messages": ["a"]}', "line 3, message 1 is 'a'; it must be an object"),
-        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "line 3, message 1 holds half a surrogate pair"),
-        (
-            '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
-            "line 3, message 1 has the key 'weight', which would be ignored",
-        ),
-    ],
-)
-def test_a_wrong_row_is_refused_with_its_line(line: str, said: str, tmp_path: Path) -> None:
-    """In one line that names the file. As the first row it is refused before anything is read."""
-    path = tmp_path / "chats.jsonl"
-    path.write_text(f"{GOOD}\n\n{line}\n{GOOD}\n{GOOD}\n")
-    with pytest.raises(UserError) as caught:
-        prepare(path, tmp_path)
-    assert str(caught.value).startswith(f"{path}: {said}")
-    assert "\n" not in str(caught.value)
-    path.write_text(f"{line}\n{GOOD}\n")
-    with pytest.raises(ConfigError, match="its first row"):
-        check_source(str(path), "chat")
-
-
-def test_other_files_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    wrong = {
-        tmp_path / "a.txt": "must be JSON lines",
-        tmp_path / "no": "existing file or folder",
-        "stories": "existing",
-    }
-    for source, said in wrong.items():
-        with pytest.raises(ConfigError, match=said):
-            check_source(str(source), "chat")
 
 
 def test_rows_are_held_out_and_the_store_is_kept(tmp_path: Path) -> None:
@@ -175,4 +123,4 @@ def test_made_conversations_have_their_answers_in_the_text(tmp_path: Path) -> No
         opening, first, _, second = (message["content"] for message in made["messages"])
         for word in f"{first} {second}".removesuffix(".").replace(".", "").replace(",", "").split()[1:]:
             assert word.lower() in opening.lower() or word in ("the", "a", "an", "To"), (made, word)
-    check_source(str(tmp_path / "chats.jsonl"), "chat")
+    check_source(DataConfig(source=str(tmp_path / "chats.jsonl"), format="chat"))

@@ -1,284 +1,335 @@
-"""Corpora: what is a document, what validates, and how bad sources are answered."""
+"""Corpora: which files and which documents a source has, what validates, and how bad sources are answered."""
 
-import gzip
+import json
+import os
 import subprocess
 import sys
-import tracemalloc
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
-from hypothesis import strategies as st
+import xxhash
 
-from moe_jax.config import ConfigError, DataConfig, UserError
-from moe_jax.data import text_files
-from moe_jax.data.corpora import check_source, open_corpus
-from moe_jax.data.hub import articles
+from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, UserError
+from moe_jax.data import corpora, documents
+from moe_jax.data.corpora import EmbeddedCorpus, FileCorpus, check_source, open_corpus, scored_documents
+from moe_jax.data.documents import SEPARATOR, Span
+from moe_jax.data.hub import HUB
 from moe_jax.data.synthetic import stories
-from moe_jax.data.text_files import SEPARATOR, SplitName
 
 
-def write_folder(folder: Path, train: str | bytes, valid: str | bytes = "One story.") -> str:
+def write_folder(folder: Path, **texts: str | bytes) -> Path:
+    """A text file for each name."""
     folder.mkdir(exist_ok=True)
-    for name, text in (("train.txt", train), ("valid.txt", valid)):
-        (folder / name).write_bytes(text.encode() if isinstance(text, str) else text)
-    return str(folder)
+    for name, text in texts.items():
+        (folder / f"{name}.txt").write_bytes(text.encode() if isinstance(text, str) else text)
+    return folder
 
 
-def documents_of(source: str, split: SplitName = "train") -> list[str]:
-    return list(open_corpus(DataConfig(source=source)).documents(split))
+def both(source: Path) -> tuple[list[str], list[str]]:
+    corpus = open_corpus(DataConfig(source=str(source)))
+    return list(corpus.documents("train")), list(corpus.documents("valid"))
 
 
-@given(
-    documents=st.lists(st.text(st.sampled_from("a é😀\n <|endoftext>"), max_size=12), max_size=9).filter(
-        lambda documents: any(document.strip() for document in documents)
-    ),
-    chunk=st.integers(1, 40),
-)
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_documents_are_what_lies_between_separators(tmp_path, documents, chunk):
-    """However the reads fall on separators and characters. The alphabet spells parts of a separator."""
-    text = SEPARATOR.join(documents)
-    source = write_folder(tmp_path / "data", text)
-    with patch.object(text_files, "_CHUNK", chunk):
-        assert documents_of(source) == [part.strip() for part in text.split(SEPARATOR) if part.strip()]
+def rows(*texts: str) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
 
 
-@given(
-    words=st.lists(st.sampled_from(["a", "é", "😀", "\n", " ", "aaaaaaaaaa", SEPARATOR, "<|end"]), max_size=60),
-    chunk=st.integers(1, 64),
-)
-@example(words=["a" * 27, SEPARATOR, "b"], chunk=1)  # 32 bytes end within the separator
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_long_document_is_cut_and_nothing_but_white_space_is_lost(tmp_path, words, chunk):
-    """Nor is a separator cut in two."""
-    text = "".join(["x", *words])
-    source = write_folder(tmp_path / "data", text)
-    with patch.object(text_files, "_LONGEST", 32), patch.object(text_files, "_CHUNK", chunk):
-        parts = documents_of(source)
-    assert "".join("".join(parts).split()) == "".join(text.replace(SEPARATOR, "").split())
-    assert all(len(part.encode()) < 32 + len(SEPARATOR) for part in parts)
+# Sources
 
 
-@pytest.mark.parametrize(
-    ("text", "cut"),
-    [
-        (b"aaaa\n\nb\nc d", 6),  # after the blank line, though other boundaries come later
-        (b"aaaaaaab\nc d", 9),
-        (b"aaaaaaabbc d", 11),
-        (b"aaaaaaaaaaaa", 11),
-        ("aaaaaaaaaaé".encode(), 10),  # not inside the character
-        (b"\n\naaaaaaaaaa", 11),  # too early a boundary is none
-    ],
-)
-def test_where_a_text_is_cut(text, cut):
-    assert text_files._last_boundary(text, 4, 11) == cut
+def test_every_name_opens_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name wins over a path."""
+    for name in NAMED_CORPORA:
+        (tmp_path / name).write_bytes(b"\x1f\x8b")
+    monkeypatch.chdir(tmp_path)
+    for name in NAMED_CORPORA:
+        check_source(DataConfig(source=name))
+        corpus = open_corpus(DataConfig(source=name))
+        assert corpus.name == name
+        assert isinstance(corpus, EmbeddedCorpus if name == "stories" else type(HUB["pg19"]))
+    assert {*HUB, "stories"} == set(NAMED_CORPORA)
+    with pytest.raises(ConfigError, match="gunzip"):
+        check_source(DataConfig(source="./pg19"))
 
 
-def test_of_a_single_file_the_last_twentieth_of_the_documents_validates(tmp_path):
-    file = tmp_path / "tales.txt"
-    file.write_text(SEPARATOR.join(["", *(f"\nStory {i}.\n" for i in range(100)), "\n"]))
-    assert documents_of(str(file), "train") == [f"Story {i}." for i in range(95)]
-    assert documents_of(str(file), "valid") == [f"Story {i}." for i in range(95, 100)]
-    file.write_text(f"One.{SEPARATOR}Two.{SEPARATOR}Three.")
-    assert documents_of(str(file), "train") == ["One.", "Two."]
-    assert documents_of(str(file), "valid") == ["Three."]
+def test_the_embedded_corpus_generates_its_splits() -> None:
+    corpus = open_corpus(DataConfig(source="stories", stories=7, stories_seed=3))
+    assert list(corpus.documents("train")) == list(stories.generate(3, "train", 7))
+    assert list(corpus.documents("valid")) == list(stories.generate(3, "valid", 600))
+    assert (corpus.size("train"), corpus.fingerprint()) == (None, stories.fingerprint(3, 7))
+
+
+def test_a_folder_has_its_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "b" / "two.txt").write_text(SEPARATOR.join(f"two {i}" for i in range(10)))
+    (tmp_path / "a.jsonl").write_text(rows(*(f"one {i}" for i in range(10))))
+    (tmp_path / "c.TXT").write_bytes(b"\xef\xbb\xbf" + SEPARATOR.join(f"three {i}" for i in range(20)).encode())
+    for name in ("notes.md", ".hidden.txt", ".git/x.txt"):
+        (tmp_path / name).write_text("no text of the corpus")
+    train, valid = both(tmp_path)
+    whole = [*(f"one {i}" for i in range(10)), *(f"two {i}" for i in range(10)), *(f"three {i}" for i in range(20))]
+    assert (train, valid) == (whole[:38], whole[38:])  # 5 % of 40 documents
+
+
+def test_a_folder_with_a_training_text(tmp_path: Path) -> None:
+    """Without a validation text, the last twentieth of the training text validates."""
+    write_folder(tmp_path, train=SEPARATOR.join(f"story {i}" for i in range(100)), other="not in the corpus")
+    train, valid = both(tmp_path)
+    assert (len(train), valid) == (95, [f"story {i}" for i in range(95, 100)])
+    (tmp_path / "valid.jsonl").write_text(rows("the validation text"))
+    train, valid = both(tmp_path)
+    assert (len(train), valid) == (100, ["the validation text"])
+    assert list(scored_documents(str(tmp_path / "train.txt"))) == train
+    assert list(scored_documents(str(tmp_path))) == valid
+
+
+@pytest.mark.parametrize("count", [2, 3, 19, 20, 39, 40, 41, 59, 60, 100])
+def test_a_twentieth_of_the_documents_validates(count: int, tmp_path: Path) -> None:
+    """And at least one, of all files together. Blank ones are no documents."""
+    texts = [f"{i}." for i in range(count)]
+    for number, part in enumerate((texts[: count // 3], texts[count // 3 : count // 2], texts[count // 2 :])):
+        (tmp_path / f"{number}.txt").write_text(SEPARATOR.join(f"{text}{SEPARATOR} \n" for text in part))
+    held_out = max(1, count // 20)
+    assert both(tmp_path) == (texts[: count - held_out], texts[count - held_out :])
 
 
 @pytest.mark.parametrize("text", ["ééééééééééé", "日本語の短い文章です。", "A line.\nAnother."])
-def test_a_tiny_file_is_cut_between_characters(tmp_path, text):
-    file = tmp_path / "tiny.txt"
-    file.write_text(text, encoding="utf-8")
-    parts = documents_of(str(file), "train") + documents_of(str(file), "valid")
-    assert len(parts) == 2
-    assert "".join(parts) == text.replace("\n", "")
+def test_a_single_document_is_divided_between_characters(tmp_path: Path, text: str) -> None:
+    parts = both(write_folder(tmp_path, tiny=text))
+    assert [len(part) for part in parts] == [1, 1]
+    assert "".join(parts[0] + parts[1]) == text.replace("\n", "")
 
 
-def test_a_file_without_separators_is_cut_at_a_paragraph(tmp_path):
-    paragraphs = [f"{i} " + "word " * 40 + "end" for i in range(200)]
-    file = tmp_path / "book.txt"
-    file.write_text("\n\n".join(paragraphs))
-    (train,), (valid,) = documents_of(str(file), "train"), documents_of(str(file), "valid")
-    assert train.split("\n\n") + valid.split("\n\n") == paragraphs
-    assert 0.05 <= len(valid) / file.stat().st_size <= 0.1
-
-
-def test_a_long_file_without_separators_validates_by_bytes_too(tmp_path):
+def test_a_long_document_validates_by_bytes_too(tmp_path: Path) -> None:
     """Its parts are no documents: with two of them, the second must not be all the validation there is."""
-    file = tmp_path / "book.txt"
-    file.write_text("word word word\n" * 1000)
-    with patch.object(text_files, "_LONGEST", 8000), patch.object(text_files, "_CHUNK", 3000):
-        train, valid = documents_of(str(file), "train"), documents_of(str(file), "valid")
+    text = "word word word\n" * 1000
+    with patch.object(documents, "_LONGEST", 8000), patch.object(documents, "_CHUNK", 3000):
+        train, valid = both(write_folder(tmp_path, book=text))
     assert len(train) == 2
-    assert 0.05 <= len("".join(valid) + "\n") / file.stat().st_size <= 0.1
-    assert "\n".join(train + valid) == file.read_text().strip()
+    assert 0.05 <= len("".join(valid) + "\n") / len(text) <= 0.1
+    assert "\n".join(train + valid) == text.strip()
 
 
-@pytest.mark.parametrize("as_file", [True, False])
-def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path, as_file):
-    text = f"Fine.{SEPARATOR}Good.{SEPARATOR}caf".encode() + b"\xe9!"
-    source = write_folder(tmp_path / "data", text)
-    path = str(tmp_path / "data" / "train.txt")
-    with (
-        patch.object(text_files, "_CHUNK", 10),
-        pytest.raises(UserError, match="not UTF-8 at byte 39 ") as failure,
-    ):
-        documents_of(path if as_file else source, "valid" if as_file else "train")
-    assert path in str(failure.value)
+def test_a_folder_of_books_validates_on_the_last(tmp_path: Path) -> None:
+    train, valid = both(write_folder(tmp_path, **{name: f"The book {name}. " * 10 for name in "abc"}))
+    assert [text[:10] for text in (*train, *valid)] == ["The book a", "The book b", "The book c"]
 
 
-@pytest.mark.parametrize("text", ["", " \n", SEPARATOR, f"\n{SEPARATOR} {SEPARATOR}\n"])
-def test_an_empty_corpus_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match=r"train\.txt.*there is no text in it"):
-        documents_of(write_folder(tmp_path / "data", text))
-    with pytest.raises(UserError, match="there is no text in it"):
-        documents_of(str(tmp_path / "data" / "train.txt"))
+@pytest.mark.parametrize("text", ["", " \n", SEPARATOR, f"\n{SEPARATOR} {SEPARATOR}\n", b"\xef\xbb\xbf"])
+def test_a_text_without_a_document_is_refused(tmp_path: Path, text: str | bytes) -> None:
+    folder = write_folder(tmp_path / "data", train=text, valid="One.")
+    for source in (folder, folder / "train.txt"):
+        with pytest.raises(UserError, match=r"train\.txt.*there is no text in it; give a longer one with --data$"):
+            both(source)
 
 
-def test_bad_sources_are_answered_with_the_flag_and_the_choice(tmp_path):
-    for name in ("stories", "tinystories", "wikitext", "pg19", __file__):
-        check_source(name)
-    with pytest.raises(ConfigError, match=r"^--data tinystory: .*stories, tinystories, wikitext, pg19$"):
-        check_source("tinystory")
-    (tmp_path / "valid.txt").write_text("Story.")
-    with pytest.raises(ConfigError, match=r"valid\.txt is there, but no train\.txt"):
-        check_source(str(tmp_path))
-    with pytest.raises(ConfigError, match="existing file or folder"):
-        open_corpus(DataConfig(source=str(tmp_path / "missing")))
-    with pytest.raises(ConfigError, match="existing file"):
-        check_source("/dev/null")
+def test_one_row_cannot_be_split(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text(rows("a story"))
+    with pytest.raises(UserError, match="has fewer than two rows, and one must be left for validation; add rows"):
+        both(tmp_path / "rows.jsonl")
 
 
-def test_a_source_is_checked_without_loading_anything():
-    """Fast because nothing but the standard library and the configuration is imported."""
-    code = "import sys; import moe_jax.data.corpora; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    assert not {"jax", "numpy", "xxhash", "datasets", "tokenizers", "rich"} & set(loaded)
+# What is wrong is said at once, with status 2, as far as the beginning shows
 
 
-def test_the_fingerprint_is_of_the_text_and_not_of_the_path(tmp_path):
-    def fingerprint(name: str, *texts: str) -> str:
-        return open_corpus(DataConfig(source=write_folder(tmp_path / name, *texts))).fingerprint()
-
-    first = fingerprint("a", "Once.", "Twice.")
-    assert fingerprint("b", "Once.", "Twice.") == first
-    others = [("Once!", "Twice."), ("Once.", "Twice!"), ("Once.Twice", ".")]
-    assert len({first, *(fingerprint("c", *texts) for texts in others)}) == 4
+ROW = rows("a story of a cat")
+CHAT = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
+LATIN = "A caf\u00e9. ".encode("latin-1")
 
 
-def test_reading_takes_bounded_memory(tmp_path):
-    """32 MiB in documents of 1 KB, and 32 MiB in one piece."""
-    for text in (("x " * 500 + SEPARATOR) * 33_000, "word word " * 3_300_000):
-        source = write_folder(tmp_path / "data", text)
-        size = len(text)
-        del text
-        tracemalloc.start()
-        assert sum(len(document) for document in open_corpus(DataConfig(source=source)).documents("train")) > 0.9 * size
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 9e6
-
-
-def test_wikitext_lines_are_joined_into_articles():
-    """An article begins at a heading of one equals sign after a blank line; sections and formulas do not."""
-    first = [" = Robin = \n", "", " A bird . \n", " = 3 = \n", "", " = = Nest = = \n", " Twigs . \n", ""]
-    second = [" = Wren = \n", "", " Smaller . \n"]
-    assert [text for text in articles(["", *first, *second]) if text] == ["".join(first), "".join(second)]
-
-
-def test_a_public_data_set_is_streamed_from_a_pinned_revision(monkeypatch):
-    calls = []
-
-    def load(repository, configuration, *, split, revision, streaming):
-        calls.append((repository, configuration, split, streaming))
-        assert len(revision) == 40
-        return iter([{"text": " A tale.\n"}, {"text": " \n"}, {"text": "Another."}])
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-    assert documents_of("tinystories", "valid") == ["A tale.", "Another."]
-    assert documents_of("pg19") == ["A tale.", "Another."]
-    assert documents_of("wikitext") == ["A tale.\n \nAnother."]
-    assert calls == [
-        ("roneneldan/TinyStories", None, "validation", True),
-        ("emozilla/pg19", None, "train", True),
-        ("Salesforce/wikitext", "wikitext-103-raw-v1", "train", True),
-    ]
-
-
-def test_a_connection_that_breaks_is_said_in_one_line(monkeypatch):
-    """The hub's client has errors of its own, which are no OSError."""
-    client = pytest.importorskip("huggingface_hub.utils").httpx
-
-    def load(*_, **__):
-        raise client.RemoteProtocolError("Server disconnected")
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-    with pytest.raises(UserError, match=r"^tinystories: no network.*\(Server disconnected\)"):
-        documents_of("tinystories")
-
-
-@pytest.mark.parametrize("when", ["opening", "reading"])
-def test_no_network_is_said_in_one_line(monkeypatch, when):
-    def rows():
-        yield {"text": "A tale."}
-        raise ConnectionError("no route\nto host")
-
-    def load(*_, **__):
-        if when == "opening":
-            raise ConnectionError("no route\nto host")
-        return rows()
-
-    monkeypatch.setattr("datasets.load_dataset", load)
-    with pytest.raises(UserError, match=r"^tinystories: no network.*\(no route\).*--data stories, or a folder.*$"):
-        documents_of("tinystories")
-
-
-def test_the_embedded_corpus_generates_its_splits():
-    corpus = open_corpus(DataConfig(source="stories", stories=7, stories_seed=3))
-    assert list(corpus.documents("train")) == list(stories.generate(3, "train", 7))
-    assert len(list(corpus.documents("valid"))) == stories.VALIDATION_STORIES
-    settings = [(7, 3), (7, 3), (8, 3), (7, 4)]
-    prints = [open_corpus(DataConfig(stories=n, stories_seed=seed)).fingerprint() for n, seed in settings]
-    assert prints[0] == prints[1]
-    assert len(set(prints)) == 3
+def check(path: Path | str, seq_len: int = 4, form: Any = "text") -> None:
+    check_source(DataConfig(source=str(path), format=form), seq_len)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "form", "said"),
     [
-        ("a.txt", gzip.compress(b"text"), "gzip"),
-        ("a.zip", b"PK\x03\x04rest", "zip archive"),
-        ("a.parquet", b"PAR1rest", "Parquet"),
-        ("a.txt", "text".encode("utf-16"), "UTF-16"),
-        ("a.jsonl", b"[1, 2]", "each line must be an object"),
-        ("a.jsonl", b'[\n{"text": "a"}]', r"jq -c '\.\[\]' FILE"),
-        ("a.jsonl", b'{\n"text": "a"}', r"jq -c \. FILE"),
-        ("a.docx", b"PK\x03\x04rest", "save it there as plain text"),
-        ("a.json", b"[1, 2]", "JSON"),
-        ("a.txt", b"%PDF-1.7", "pdftotext"),
+        ("a.txt", b"\xef\xbb\xbf \n\n", "text", "there is no text in it; give a longer one"),
+        ("a.txt", b"\n<|endoftext|>\n<|endoftext|>", "text", "there is no text in it"),
+        ("a.jsonl", b"\n\n", "text", "there is no text in it"),
+        ("a.txt", b"Fine. " + LATIN, "text", "not UTF-8 at byte 11 "),
+        ("a.txt", b"%PDF-1.7", "text", "is a PDF; extract its text with `pdftotext`"),
+        ("a.jsonl", (ROW * 2 + '{"text": \n' + ROW).encode(), "text", "line 3 is not JSON"),
+        ("a.jsonl", (CHAT * 2 + ROW).encode(), "chat", "line 3 has no list `messages`"),
+        ("a.txt", CHAT.encode(), "chat", "must be JSON lines"),
     ],
-    ids=["gzip", "zip", "parquet", "utf-16", "jsonl", "array", "object", "docx", "json", "pdf"],
 )
-def test_files_of_other_kinds_are_said_for_what_they_are(name: str, content: bytes, said: str, tmp_path: Path) -> None:
+def test_a_mistake_in_the_beginning(name: str, content: bytes, form: str, said: str, tmp_path: Path) -> None:
+    """In a single file, and in the validation text of a folder."""
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"--data {path}: .*{said}"):
-        check_source(str(path))
-    for other in ("train.txt", "valid.txt"):
-        (tmp_path / other).write_bytes(b"text")
-    if name.endswith(".txt"):
-        path.rename(tmp_path / "valid.txt")
-        with pytest.raises(ConfigError, match=f"--data {tmp_path}/valid.txt: .*{said}"):
-            check_source(str(tmp_path))
+    with pytest.raises(ConfigError, match=f"^--data {path}: {said}") as caught:
+        check(path, form=form)
+    assert "\n" not in str(caught.value)
+    if form == "text":
+        write_folder(tmp_path, train="A text.")
+        path = path.rename(tmp_path / f"valid{path.suffix}")
+        with pytest.raises(ConfigError, match=f"^--data {path}: {said}"):
+            check(tmp_path)
 
 
-def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
-    documents = [f"story {i}" for i in range(40)]
-    text = "<|endoftext|>".join(documents).encode()
-    (tmp_path / "plain.txt").write_bytes(text)
-    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbf" + text)
-    for split in ("train", "valid"):
-        assert documents_of(str(tmp_path / "marked.txt"), split) == documents_of(str(tmp_path / "plain.txt"), split)
-    (tmp_path / "braces.txt").write_bytes(b'{"this": "is a text by its name"}')
-    check_source(str(tmp_path / "braces.txt"))
+def test_only_the_beginning_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(ROW * 3 + "no row\n")
+    monkeypatch.setattr(corpora, "LOOKED_AT", 3 * len("a story of a cat"))
+    check(path)
+    monkeypatch.setattr(corpora, "LOOKED_AT", 3 * len("a story of a cat") + 1)
+    with pytest.raises(ConfigError, match="line 4 is not JSON"):
+        check(path)
+
+
+@pytest.mark.parametrize(("size", "fits"), [(255, True), (254, False)])
+def test_a_text_shorter_than_a_context(size: int, fits: bool, tmp_path: Path) -> None:
+    """A byte is a token at least, with a separator before and behind: 255 bytes are 257 tokens, and a context of 256
+    needs one token more than it has."""
+    path = tmp_path / "a.txt"
+    path.write_text("a" * size)
+    if fits:
+        check(path, 256)
+        return
+    with pytest.raises(ConfigError, match="254 bytes to train on, and a context of --seq-len 256 needs 257 tokens"):
+        check(path, 256)
+
+
+def test_bad_sources_are_answered_with_the_flag_and_the_choice(tmp_path: Path) -> None:
+    check(__file__)
+    with pytest.raises(ConfigError, match=r"^--data tinystory: .*stories, tinystories, wikitext, pg19$"):
+        check("tinystory")
+    with pytest.raises(ConfigError, match="must be an existing file or folder of conversations"):
+        check("stories", form="chat")
+    with pytest.raises(ConfigError, match=r"must hold \.txt or \.jsonl files; there is none"):
+        check(tmp_path)
+    with pytest.raises(ConfigError, match=r"valid\.txt is there, but no train\.txt"):
+        check(write_folder(tmp_path, valid="Story."))
+    for source in (str(tmp_path / "missing"), "/dev/null"):
+        with pytest.raises(ConfigError, match="existing file or folder"):
+            open_corpus(DataConfig(source=source))
+
+
+def test_a_source_is_checked_without_loading_anything_heavy() -> None:
+    code = "import sys; import moe_jax.data.corpora; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"jax", "numpy", "datasets", "tokenizers", "rich"} & set(loaded)
+
+
+# What identifies a text
+
+
+def test_the_fingerprint_is_of_the_bytes_and_their_offsets_and_not_of_the_path(tmp_path: Path) -> None:
+    """Caches and saved runs are known by it."""
+    content = f"0-21;One.{SEPARATOR}Two.3-9;Three."
+    for name in ("here", "there"):
+        folder = write_folder(tmp_path / name, train=f"One.{SEPARATOR}Two.", valid=b"\xef\xbb\xbfThree.")
+        corpus = open_corpus(DataConfig(source=str(folder)))
+        assert (corpus.size("train"), corpus.size("valid")) == (21, 6)
+        assert corpus.fingerprint() == xxhash.xxh3_128_hexdigest(content.encode())
+
+
+def test_the_same_bytes_in_another_split_or_kind_of_file_are_another_text(tmp_path: Path) -> None:
+    one, two, three = (Span.of(write_folder(tmp_path, x=f"text {i}") / "x.txt") for i in range(3))
+    split = FileCorpus("a", {"train": (one, two), "valid": (three,)}, "text", ())
+    moved = FileCorpus("a", {"train": (one,), "valid": (two, three)}, "text", ())
+    with patch.object(FileCorpus, "check_unchanged"):
+        assert split.fingerprint() != moved.fingerprint()
+    prints = set()
+    for name in ("x.txt", "x.jsonl"):
+        (tmp_path / name).write_text(rows("a", "b"))
+        prints.add(open_corpus(DataConfig(source=str(tmp_path / name))).fingerprint())
+    (tmp_path / "x.jsonl").write_text(CHAT * 2)
+    prints.add(open_corpus(DataConfig(source=str(tmp_path / "x.jsonl"), format="chat")).fingerprint())
+    assert len(prints) == 3
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A text that counts as large, whose times count as old."""
+    monkeypatch.setattr(corpora, "LARGE", 100)
+    monkeypatch.setattr(corpora, "_CLOCK_SECONDS", -10.0)
+    path = tmp_path / "a.txt"
+    path.write_text(SEPARATOR.join(f"document {i}" for i in range(60)))
+    return path
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are read, once for each pass over them."""
+    seen: list[Path] = []
+    true = Span.chunks
+
+    def chunks(span: Span) -> Iterator[bytes]:
+        seen.append(span.path)
+        return true(span)
+
+    monkeypatch.setattr(Span, "chunks", chunks)
+    return seen
+
+
+def opened(source: Path, cache: Path) -> Any:
+    return open_corpus(DataConfig(source=str(source)), cache)
+
+
+def test_the_digest_of_a_large_text_is_kept(source: Path, tmp_path: Path, read: list[Path], monkeypatch) -> None:
+    first = opened(source, tmp_path / "cache").fingerprint()
+    monkeypatch.chdir(tmp_path)
+    for path in (source, Path("a.txt")):
+        read.clear()
+        again = opened(path, tmp_path / "cache")
+        assert again.fingerprint() == first
+        assert read == []
+        assert list(again.documents("valid")) == [f"document {i}" for i in range(57, 60)]
+
+
+def test_the_digest_of_a_small_or_a_new_text_is_not_kept(source: Path, tmp_path: Path, monkeypatch) -> None:
+    for name, value in (("LARGE", 10**6), ("_CLOCK_SECONDS", 2.0)):
+        with monkeypatch.context() as patched:
+            patched.setattr(corpora, name, value)
+            opened(source, tmp_path / name).fingerprint()
+        assert not (tmp_path / name).exists()
+
+
+def keep_the_times(source: Path) -> None:
+    before = source.stat()
+    source.write_text(source.read_text().replace("document 9", "document 8"))
+    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace_the_file(source: Path) -> None:
+    copy = source.with_suffix(".new")
+    copy.write_text(source.read_text())
+    copy.replace(source)
+
+
+EDITS: dict[str, Callable[[Path], object]] = {
+    "longer": lambda source: source.write_text(source.read_text() + "x"),
+    "same size and times": keep_the_times,
+    "another file": replace_the_file,
+    "touched": os.utime,
+    "damaged note": lambda source: next(source.parent.glob("cache/texts/*")).write_text('{"spans": 3}'),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_a_changed_text_is_read_again(source: Path, tmp_path: Path, read: list[Path], edit: str) -> None:
+    before = opened(source, tmp_path / "cache").fingerprint()
+    EDITS[edit](source)
+    read.clear()
+    after = opened(source, tmp_path / "cache").fingerprint()
+    assert read
+    assert (after == before) == (edit in ("another file", "touched", "damaged note"))
+
+
+def test_a_text_that_is_edited_while_it_is_read_is_noticed(source: Path, tmp_path: Path) -> None:
+    corpus = opened(source, tmp_path / "cache")
+    assert len(list(corpus.documents("train"))) == 57
+    source.write_text(source.read_text() + "x")
+    for use in (corpus.fingerprint, lambda: list(corpus.documents("valid"))):
+        with pytest.raises(UserError, match="the text was changed while it was read; start again"):
+            use()
+    assert not (tmp_path / "cache").exists()
+    source.unlink()
+    with pytest.raises(UserError, match=r"a\.txt: cannot be read \(No such file or directory\)"):
+        corpus.fingerprint()

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import tokenizers
+from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.synthetic import stories
-from moe_jax.data.text_files import SEPARATOR
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer, token_pieces, train_tokenizer
 from moe_jax.system.folders import Folder
 

@@ -9,9 +9,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from moe_jax.data.chat_rows import ROLES, Message
 from moe_jax.data.chats import answer_prompt, encode_chats
-from moe_jax.data.text_files import SEPARATOR
+from moe_jax.data.documents import ROLES, SEPARATOR, Message
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.chat_template import jinja, ollama
 from moe_jax.interop.export import export

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig
-from moe_jax.data.text_files import SEPARATOR
+from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of

@@ -1,0 +1,310 @@
+"""Documents in files, read without ever holding a whole file.
+
+- Text files hold documents separated by `<|endoftext|>`, in UTF-8. A byte order mark is skipped. A document longer than
+  1 MiB, such as a whole book, is divided into parts of about 1 MiB: at a blank line, else at a line end, else at a
+  space. Each part is a document. So memory stays bounded, at the cost of one separator per MiB.
+- Files that end in .jsonl or .ndjson hold JSON lines: one object a line, whose key `text` is a document.
+- With the format `chat`, the key `messages` of such a line is a conversation, `[{"role": ..., "content": ...}, ...]`.
+  The roles are system, user and assistant.
+
+Importing this module imports only the standard library, so that a wrong text is refused before jax is loaded.
+"""
+
+import json
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple, get_args
+
+from moe_jax.config import DataFormat, Role, UserError
+from moe_jax.system.errors import shortened
+
+SEPARATOR = "<|endoftext|>"
+JSON_LINES = (".jsonl", ".ndjson")
+SplitName = Literal["train", "valid"]
+ROLES: tuple[Role, ...] = get_args(Role)
+ANSWERING: Role = "assistant"
+
+_SEPARATOR = SEPARATOR.encode()
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_CHUNK = 1 << 20  # bytes read at a time
+_LONGEST = 1 << 20  # a document of more bytes is divided
+_LONGEST_LINE = 1 << 26
+_KINDS = {
+    b"\x1f\x8b": "is compressed by gzip; decompress it with `gunzip`",
+    b"PK\x03\x04": "is a zip archive, or a document of an office program; extract the text with `unzip`, or save it "
+    "there as plain text in UTF-8",
+    b"\xd0\xcf\x11\xe0": "is a document of an office program; save it there as plain text in UTF-8",
+    b"{\\rtf": "is a document of an office program; save it there as plain text in UTF-8",
+    b"BZh": "is compressed by bzip2; decompress it with `bunzip2`",
+    b"\xfd7zXZ\x00": "is compressed by xz; decompress it with `unxz`",
+    b"\x28\xb5\x2f\xfd": "is compressed by zstd; decompress it with `unzstd`",
+    b"PAR1": "is a Parquet file; write its column of texts into a text file",
+    b"ARROW1": "is an Arrow file; write its column of texts into a text file",
+    b"\x89HDF": "is an HDF5 file; write its texts into a text file",
+    b"%PDF": "is a PDF; extract its text with `pdftotext`",
+    b"SQLite format 3\x00": "is an SQLite database; write its texts into a text file",
+    b"\xff\xfe": "is in UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
+    b"\xfe\xff": "is in UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
+}
+"""How a file begins that is no text in UTF-8 -> what it is, and what to do."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """The bytes [start, stop) of a file."""
+
+    path: Path
+    start: int
+    stop: int
+
+    @classmethod
+    def of(cls, path: Path) -> "Span":
+        """All bytes of a file, except for a byte order mark."""
+        with _opened(path) as file:
+            marked = file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK
+        return cls(path, len(_BYTE_ORDER_MARK) if marked else 0, path.stat().st_size)
+
+    @property
+    def is_json(self) -> bool:
+        return self.path.suffix.lower() in JSON_LINES
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes, up to 1 MiB at a time. Raises UserError if the file cannot be read."""
+        with _opened(self.path) as file:
+            file.seek(self.start)
+            left = self.stop - self.start
+            while left and (chunk := file.read(min(_CHUNK, left))):
+                left -= len(chunk)
+                yield chunk
+
+
+class Message(NamedTuple):
+    """One turn of a conversation. Its content is stripped and not empty."""
+
+    role: Role
+    content: str
+
+
+type Conversation = tuple[Message, ...]
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A file to be read. Raises UserError if it cannot be opened, or later if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            yield file
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+
+
+def other_kind(path: Path) -> str | None:
+    """What a file is that is not plain text in UTF-8, and what to do about it. None if it looks like text."""
+    with _opened(path) as file:
+        start = file.read(64)
+    for mark, problem in _KINDS.items():
+        if start.startswith(mark):
+            return problem
+    if path.suffix.lower() == ".json" and start.lstrip()[:1] in (b"{", b"["):
+        return (
+            "holds JSON, not plain text; write one object a line with a key `text` into a file that ends in .jsonl "
+            f"(an array of objects: `jq -c '.[]' {path.name} > {path.stem}.jsonl`)"
+        )
+    return None
+
+
+def documents_of(span: Span, form: DataFormat) -> Iterator[Any]:
+    """The documents of a span: texts, stripped and not empty, or conversations. Raises UserError for bytes that are not
+    UTF-8, and for a row that is neither."""
+    if form == "chat":
+        yield from (_row(span, offset, line, _conversation) for offset, line in lines(span))
+    elif span.is_json:
+        texts = (_row(span, offset, line, _text) for offset, line in lines(span))
+        yield from (document for text in texts for document in divided(text))
+    else:
+        for offset, piece in _pieces(span):
+            try:
+                document = piece.decode().strip()
+            except UnicodeDecodeError as error:
+                raise UserError(_not_utf8(span.path, offset + error.start, error.reason)) from None
+            if document:
+                yield document
+
+
+def document_starts(span: Span) -> Iterator[int]:
+    """The offset of each document. The parts of a long document count as one."""
+    if span.is_json:
+        yield from (offset for offset, _ in lines(span))
+        return
+    end = -1
+    for offset, piece in _pieces(span):
+        if offset != end and piece.strip():
+            yield offset
+        end = offset + len(piece)
+
+
+def divided(text: str) -> Iterator[str]:
+    """The stripped parts of a text that may be long."""
+    return (document for part in _divided(text.encode()) if (document := part.decode().strip()))
+
+
+def last_part_start(span: Span) -> int:
+    """Where the last 5 to 10 % of a span's bytes begin, at a boundary of the text."""
+    twentieth = span.stop // 20
+    window = min(max(twentieth, 64), span.stop - twentieth, _CHUNK)
+    start = span.stop - twentieth - window
+    text = b"".join(Span(span.path, start, start + window + 1).chunks())
+    return start + _last_boundary(text, 0, window)
+
+
+def lines(span: Span) -> Iterator[tuple[int, bytes]]:
+    """(offset in the file, bytes) of each line that is not blank."""
+    with _opened(span.path) as file:
+        file.seek(span.start)
+        offset = span.start
+        while offset < span.stop and (line := file.readline(_LONGEST_LINE)):
+            if len(line) == _LONGEST_LINE:
+                mib = _LONGEST_LINE >> 20
+                raise UserError(f"{span.path}: the line at byte {offset} is longer than {mib} MiB; divide it")
+            if line.strip():
+                yield offset, line
+            offset += len(line)
+
+
+def holds_chats(path: Path) -> bool:
+    """Whether a file, or the first of a folder's files, is JSON lines with `messages`."""
+    files = sorted(p for ending in JSON_LINES for p in path.rglob(f"*{ending}")) if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() not in JSON_LINES:
+        return False
+    try:
+        row = json.loads(next((line for _, line in lines(Span.of(files[0]))), b""))
+    except (OSError, ValueError, RecursionError, UserError):
+        return False
+    return isinstance(row, dict) and "messages" in row
+
+
+def _pieces(span: Span) -> Iterator[tuple[int, bytes]]:
+    """(offset in the file, bytes) of each piece of text between separators; a long one in parts (`_divided`)."""
+    rest, offset = b"", span.start  # bytes not yet given out, and where they begin
+    for chunk in span.chunks():
+        *pieces, rest = (rest + chunk).split(_SEPARATOR)
+        for piece in pieces:
+            for part in _divided(piece):
+                yield offset, part
+                offset += len(part)
+            offset += len(_SEPARATOR)
+        # The last 12 bytes may begin a separator. Without them, the piece must be long enough to be divided.
+        *parts, rest = _divided(rest, spare=len(_SEPARATOR) - 1)
+        for part in parts:
+            yield offset, part
+            offset += len(part)
+    for part in _divided(rest):
+        yield offset, part
+        offset += len(part)
+
+
+def _divided(text: bytes, spare: int = 0) -> Iterator[bytes]:
+    """The text in parts of about 1 MiB. The last part has fewer than 1 MiB + 13 + `spare` bytes."""
+    while len(text) >= _LONGEST + len(_SEPARATOR) + spare:
+        end = _last_boundary(text, _LONGEST - _LONGEST // 16, _LONGEST)
+        yield text[:end]
+        text = text[end:]
+    yield text
+
+
+def _last_boundary(text: bytes, low: int, high: int) -> int:
+    """Where to divide a text: after the last blank line in [low, high], else after the last line end, else after the
+    last space, else at `high`. If `high` is inside a character, up to 3 bytes before it, where the character begins."""
+    for mark in (b"\n\n", b"\n", b" "):
+        found = text.rfind(mark, low, high)
+        if found >= 0:
+            return found + len(mark)
+    for end in range(high, max(high - 4, 0), -1):
+        if end == len(text) or text[end] & 0xC0 != 0x80:  # no second, third or fourth byte of a character
+            return end
+    return high
+
+
+def _not_utf8(path: Path, offset: int, reason: str) -> str:
+    name, new = shlex.quote(path.name), shlex.quote(f"{path.stem}-utf8{path.suffix}")
+    return (
+        f"{path}: not UTF-8 at byte {offset} ({reason}); text of older Windows programs is converted by "
+        f"`iconv -f WINDOWS-1252 -t UTF-8 {name} > {new}`"
+    )
+
+
+def _row(span: Span, offset: int, line: bytes, read: Any) -> Any:
+    """What `read` makes of the object in a line. Raises UserError with the number of the line."""
+    try:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"is not JSON ({error}); each line must be an object{_how_to_convert(line)}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"is {_short(row)}; each line must be an object{_how_to_convert(line)}")
+        return read(row)
+    except ValueError as problem:
+        number = 1 + sum(chunk.count(b"\n") for chunk in Span(span.path, 0, offset).chunks())
+        raise UserError(f"{span.path}: line {number} {problem}") from None
+
+
+def _how_to_convert(line: bytes) -> str:
+    """The program that makes JSON lines of a file that holds an array, or objects of several lines each."""
+    if line.startswith(b"["):
+        return " (`jq -c '.[]' FILE > NEW.jsonl` converts a file that holds one array)"
+    return " (`jq -c . FILE > NEW.jsonl` writes each object on one line)" if line.strip() == b"{" else ""
+
+
+def _text(row: dict[str, Any]) -> str:
+    """The text of a row. Raises ValueError with what is wrong."""
+    text = row.get("text")
+    if isinstance(text, str):
+        return _whole_characters(text)
+    if "messages" in row:  # a model of plain text would learn the names of the roles
+        raise ValueError(
+            "holds `messages`, a conversation; `uv run python -m moe_jax sft` learns from those, training needs rows "
+            "with `text`"
+        )
+    names = ", ".join(list(row)[:5]) or "none"
+    raise ValueError(f"has no key `text` that holds a text (its keys: {names}); rename the key of the text")
+
+
+def _conversation(row: dict[str, Any]) -> Conversation:
+    """The conversation of a row. Raises ValueError with what is wrong."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"has no list `messages` with a message ({_short(row)})")
+    found = tuple(_message(number, message) for number, message in enumerate(messages, 1))
+    if not any(message.role == ANSWERING for message in found):
+        raise ValueError("has no message of the assistant, so there is nothing to learn; remove the row")
+    return found
+
+
+def _message(number: int, message: Any) -> Message:
+    where = f"has message {number}, which"
+    if not isinstance(message, dict):
+        raise ValueError(f"{where} is {_short(message)}; it must be an object with `role` and `content`")
+    role, content = message.get("role"), message.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where} has the role {_short(role)}; it must be one of {', '.join(ROLES)}")
+    if not isinstance(content, str) or not content.strip():
+        raise ValueError(f"{where} has the content {_short(content)}; it must be a text that is not empty")
+    further = sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None)
+    if further:
+        raise ValueError(f"{where} has the key {_short(further[0])}; only `role` and `content` can be learned from")
+    return Message(role, _whole_characters(content).strip())
+
+
+def _whole_characters(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff); write whole characters") from None
+    return text
+
+
+def _short(value: Any) -> str:
+    return shortened(repr(value), 40)

@@ -1,0 +1,299 @@
+"""Documents in files: what is a document, where a long one is divided, and what is no text."""
+
+import errno
+import json
+import tracemalloc
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from moe_jax.config import UserError
+from moe_jax.data import documents
+from moe_jax.data.documents import (
+    SEPARATOR,
+    Message,
+    Span,
+    divided,
+    document_starts,
+    documents_of,
+    holds_chats,
+    last_part_start,
+    other_kind,
+)
+
+ANY_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def write(folder: Path, content: bytes | str, name: str = "text.txt") -> Path:
+    (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder / name
+
+
+def read(path: Path) -> list[str]:
+    return list(documents_of(Span.of(path), "text"))
+
+
+def rows(*texts: str) -> str:
+    return "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(texts))
+
+
+# Text
+
+
+@pytest.mark.parametrize(
+    ("content", "start"),
+    [(b"", 0), (b"\xef\xbb", 0), (b"\xef\xbb\xbf", 3), (b"\xef\xbb\xbftext", 3), (b"text\xef\xbb\xbf", 0)],
+)
+def test_a_span_is_the_whole_file_except_for_a_mark(content: bytes, start: int, tmp_path: Path) -> None:
+    path = write(tmp_path, content)
+    assert Span.of(path) == Span(path, start, len(content))
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
+def test_a_span_is_read_from_its_start_to_its_stop(chunk: int, tmp_path: Path) -> None:
+    path = write(tmp_path, "0123456789")
+    with patch.object(documents, "_CHUNK", chunk):
+        assert b"".join(Span(path, 2, 7).chunks()) == b"23456"
+        assert b"".join(Span(path, 8, 20).chunks()) == b"89"  # a file that became shorter
+        assert list(Span(path, 5, 5).chunks()) == []
+        assert max(map(len, Span(path, 0, 10).chunks())) == min(chunk, 10)
+
+
+@given(
+    texts=st.lists(st.text(st.sampled_from("a é😀\n <|endoftext>"), max_size=12), max_size=9),
+    chunk=st.integers(1, 40),
+)
+@ANY_FOLDER
+def test_documents_are_what_lies_between_separators(tmp_path: Path, texts: list[str], chunk: int) -> None:
+    """However the reads fall on separators and characters. The alphabet spells parts of a separator."""
+    text = SEPARATOR.join(texts)
+    with patch.object(documents, "_CHUNK", chunk):
+        assert read(write(tmp_path, text)) == [part.strip() for part in text.split(SEPARATOR) if part.strip()]
+
+
+@given(
+    words=st.lists(st.sampled_from(["a", "é", "😀", "\n", " ", "aaaaaaaaaa", SEPARATOR, "<|end"]), max_size=60),
+    chunk=st.integers(1, 64),
+)
+@example(words=["a" * 27, SEPARATOR, "b"], chunk=1)  # 32 bytes end within the separator
+@ANY_FOLDER
+def test_a_long_document_is_divided_and_only_white_space_is_lost(tmp_path: Path, words: list[str], chunk: int) -> None:
+    """Nor is a separator divided in two, and where a document is divided does not depend on the reads."""
+    text = "".join(["x", *words])
+    path = write(tmp_path, text)
+    with patch.object(documents, "_LONGEST", 32):
+        whole = read(path)
+        with patch.object(documents, "_CHUNK", chunk):
+            parts = read(path)
+    assert parts == whole
+    assert "".join("".join(parts).split()) == "".join(text.replace(SEPARATOR, "").split())
+    assert all(len(part.encode()) < 32 + len(SEPARATOR) for part in parts)
+
+
+def test_pieces_come_with_their_offsets_in_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path, f"ab{SEPARATOR}{SEPARATOR}{'c' * 80}{SEPARATOR}d")
+    for chunk in (1, 4, 7, 1000):
+        with patch.object(documents, "_CHUNK", chunk), patch.object(documents, "_LONGEST", 32):
+            pieces = list(documents._pieces(Span.of(path)))
+            parts = [(at, part) for at, part in pieces if part.startswith(b"c")]
+            assert pieces[:2] == [(0, b"ab"), (15, b"")]
+            assert parts[:2] == [(28, b"c" * 32), (60, b"c" * 32)]
+            assert b"".join(part for _, part in parts) == b"c" * 80
+            assert pieces[-1] == (121, b"d")
+            assert list(document_starts(Span.of(path))) == [0, 28, 121]
+    assert documents._LONGEST == documents._CHUNK == 2**20
+
+
+@pytest.mark.parametrize(("size", "parts"), [(44, [44]), (45, [32, 13]), (76, [32, 44]), (77, [32, 32, 13])])
+def test_a_text_is_divided_where_it_is_too_long(size: int, parts: list[int]) -> None:
+    """Longer than 32 bytes by a separator: what follows may be the beginning of one."""
+    with patch.object(documents, "_LONGEST", 32):
+        assert [len(part) for part in divided("a" * size)] == parts
+
+
+@pytest.mark.parametrize(
+    ("text", "low", "high", "end"),
+    [
+        (b"aaaa\n\nb\nc d", 4, 11, 6),  # after the blank line, though other boundaries come later
+        (b"aaaaaaab\nc d", 4, 11, 9),
+        (b"aaaaaaabbc d", 4, 11, 11),
+        (b"\n\naaaaaaaaaa", 4, 11, 11),  # too early a boundary is none
+        ("aaaaaaaaaaé".encode(), 4, 11, 10),  # not inside the character
+        ("aaaa日本".encode(), 0, 6, 4),
+        ("aaa😀a".encode(), 0, 6, 3),
+        ("aa😀aa".encode(), 0, 6, 6),
+        (b"\x80" * 9, 0, 6, 6),  # no characters
+        (b"\x80" * 9, 0, 2, 2),
+    ],
+)
+def test_where_a_text_is_divided(text: bytes, low: int, high: int, end: int) -> None:
+    assert documents._last_boundary(text, low, high) == end
+
+
+@pytest.mark.parametrize(
+    ("size", "mark", "start"),
+    [
+        *((2000, mark, start) for mark, start in ((1798, 1900), (1799, 1801), (1850, 1852), (1898, 1900))),
+        *((size, None, start) for size, start in ((1, 1), (19, 19), (20, 19), (30, 29), (100, 95), (2000, 1900))),
+    ],
+)
+def test_the_last_part_begins_at_a_blank_line_between_90_and_95_percent(
+    size: int, mark: int | None, start: int, tmp_path: Path
+) -> None:
+    text = bytearray(b"a" * size)
+    if mark is not None:
+        text[mark : mark + 2] = b"\n\n"
+    assert last_part_start(Span.of(write(tmp_path, bytes(text)))) == start
+
+
+def test_the_last_part_does_not_begin_inside_a_character(tmp_path: Path) -> None:
+    assert last_part_start(Span.of(write(tmp_path, "a" * 1899 + "é" + "a" * 99))) == 1899
+
+
+def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
+    """32 MiB in documents of 1 KB, and 32 MiB in one piece."""
+    for text in (("x " * 500 + SEPARATOR) * 33_000, "word word " * 3_300_000):
+        path, size = write(tmp_path, text), len(text)
+        del text
+        tracemalloc.start()
+        assert sum(len(document) for document in documents_of(Span.of(path), "text")) > 0.9 * size
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 9e6
+
+
+def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path: Path) -> None:
+    path = write(tmp_path, f"Fine.{SEPARATOR}Good.{SEPARATOR}caf".encode() + b"\xe9!")
+    said = r"not UTF-8 at byte 39 .*`iconv -f WINDOWS-1252 -t UTF-8 text\.txt > text-utf8\.txt`"
+    with patch.object(documents, "_CHUNK", 10), pytest.raises(UserError, match=f"^{path}: {said}"):
+        read(path)
+
+
+# JSON lines
+
+
+@given(texts=st.lists(st.text(st.sampled_from('a é😀\n\r"\\<|endoftext|>'), max_size=20), max_size=30))
+@ANY_FOLDER
+def test_rows_of_json_are_documents(tmp_path: Path, texts: list[str]) -> None:
+    """A separator in a row is text: the row is what ends a document. Blank lines are skipped."""
+    file = write(tmp_path, rows(*texts).replace("\n", "\n\n", 3), "rows.jsonl")
+    assert read(file) == [text.strip() for text in texts if text.strip()]
+    content = file.read_bytes()
+    assert all(content[start:].startswith(b'{"text"') for start in document_starts(Span.of(file)))
+
+
+def test_a_long_row_is_divided_and_a_line_without_end_refused(tmp_path: Path) -> None:
+    file = write(tmp_path, rows("word " * 100, "the end"), "rows.jsonl")
+    with patch.object(documents, "_LONGEST", 100):
+        found = read(file)
+    assert len(found) > 4
+    assert " ".join(found) == "word " * 100 + "the end"
+    with patch.object(documents, "_LONGEST_LINE", 100), pytest.raises(UserError, match="the line at byte 0 is longer"):
+        read(file)
+
+
+def chat(*turns: tuple[object, object]) -> str:
+    return json.dumps({"messages": [{"role": role, "content": content} for role, content in turns]})
+
+
+GOOD_CHAT = chat(("user", "Hi"), ("assistant", "Yes"))
+BAD_ROWS = [
+    ("text", GOOD_CHAT, "holds `messages`, a conversation; `uv run python -m moe_jax sft` learns from those"),
+    ("text", '{"story": "x", "id": 1}', "has no key `text` that holds a text (its keys: story, id)"),
+    ("text", '{"text": 3}', "has no key `text` that holds a text"),
+    ("text", "{}", "has no key `text` that holds a text (its keys: none)"),
+    ("text", '["a"]', "is ['a']; each line must be an object (`jq -c '.[]' FILE > NEW.jsonl`"),
+    ("text", '{"text": "a', "is not JSON"),
+    ("text", "{", "is not JSON (Expecting property name enclosed in double quotes: line 2 column 1 (char 2))"),
+    ("text", "[" * 100_000, "is not JSON"),
+    ("text", '{"n": ' + "9" * 5000 + "}", "is not JSON"),
+    ("text", '{"text": "\\ud800"}', "holds half a surrogate pair"),
+    ("chat", "{", "is not JSON"),
+    ("chat", "[1]", "is [1]; each line must be an object"),
+    ("chat", '{"text": "a"}', "has no list `messages` with a message"),
+    ("chat", '{"messages": "a"}', "has no list `messages` with a message"),
+    ("chat", '{"messages": []}', "has no list `messages` with a message"),
+    ("chat", chat(("user", "a")), "has no message of the assistant"),
+    ("chat", chat(("robot", "a"), ("assistant", "b")), "has message 1, which has the role 'robot'; it must be one of"),
+    ("chat", chat((["user"], "a")), "has message 1, which has the role ['user']"),
+    ("chat", chat(("user", 3), ("assistant", "b")), "has message 1, which has the content 3; it must be a text"),
+    ("chat", chat(("user", "a"), ("assistant", " \n")), "has message 2, which has the content ' \\n'"),
+    ("chat", '{"messages": ["a"]}', "has message 1, which is 'a'; it must be an object"),
+    ("chat", chat(("assistant", "\ud800")), "holds half a surrogate pair"),
+    (
+        "chat",
+        '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
+        "has message 1, which has the key 'weight'; only `role` and `content` can be learned from",
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "row", "said"), BAD_ROWS)
+def test_a_wrong_row_is_refused_with_its_line(form, row: str, said: str, tmp_path: Path) -> None:
+    good = GOOD_CHAT if form == "chat" else '{"text": "a tale"}'
+    file = write(tmp_path, f"{good}\n\n{row}\n{good}\n", "rows.jsonl")
+    with pytest.raises(UserError) as caught:
+        list(documents_of(Span.of(file), form))
+    assert str(caught.value).startswith(f"{file}: line 3 {said}")
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
+    (tmp_path / "inner").mkdir()
+    file = write(tmp_path, f"\n{chat(('user', ' Hi '), ('assistant', 'Yes'))}\n", "inner/a.jsonl")
+    assert list(documents_of(Span.of(file), "chat")) == [(Message("user", "Hi"), Message("assistant", "Yes"))]
+    assert holds_chats(file)
+    assert holds_chats(tmp_path)
+    assert not holds_chats(write(tmp_path, GOOD_CHAT, "a.txt"))
+    for content in (rows("a"), "", "{", "[1]"):
+        assert not holds_chats(write(tmp_path, content, "b.jsonl"))
+
+
+# Files of other kinds
+
+KINDS = {
+    b"\x1f\x8b": "gunzip",
+    b"PK\x03\x04": "unzip",
+    b"\xd0\xcf\x11\xe0": "office",
+    b"{\\rtf": "office",
+    b"BZh": "bunzip2",
+    b"\xfd7zXZ\x00": "unxz",
+    b"\x28\xb5\x2f\xfd": "unzstd",
+    b"PAR1": "Parquet",
+    b"ARROW1": "Arrow",
+    b"\x89HDF": "HDF5",
+    b"%PDF": "pdftotext",
+    b"SQLite format 3\x00": "SQLite",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+
+
+@pytest.mark.parametrize("start", KINDS)
+def test_other_kinds_are_known_by_their_first_bytes(start: bytes, tmp_path: Path) -> None:
+    assert KINDS[start] in (other_kind(write(tmp_path, start + b"rest")) or "")
+    assert other_kind(write(tmp_path, start[:-1])) is None
+    assert other_kind(write(tmp_path, b"x" + start)) is None
+
+
+def test_json_is_known_by_its_name_and_its_first_character(tmp_path: Path) -> None:
+    for text in ('{"a": 1}', "[1]", ' \n\t{"a"'):
+        assert "holds JSON" in (other_kind(write(tmp_path, text, "A.JSON")) or "")
+        assert other_kind(write(tmp_path, text, "a.txt")) is None
+    assert other_kind(write(tmp_path, "Once {", "a.json")) is None
+
+
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=rf"^{tmp_path}/gone.txt: cannot be read \(No such file .*check the file"):
+        list(documents_of(Span(tmp_path / "gone.txt", 0, 5), "text"))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    path = write(tmp_path, "text")
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); check the file and its permissions"):
+        other_kind(path)
