@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, DataConfig, UserError
-from moe_jax.data.ngrams import ngram_probabilities, words_of
+from moe_jax.data.baselines import ngram_probabilities, words_of
 from moe_jax.data.synthetic import stories
 from moe_jax.data.synthetic.grammar import Mention, Slot
 from moe_jax.data.synthetic.vocabulary import SLOTS

@@ -1,10 +1,30 @@
-"""Reference values for a loss: the scores of n-gram models, and the entropy floor of the embedded corpus."""
+"""Reference values for a loss: the scores of n-gram models over words, and the entropy floor of the embedded corpus.
+
+Each n-gram model is an interpolated modified Kneser-Ney model (Chen and Goodman 1998, section 3). With h the n - 1
+words before w, h' all of them but the first, and c the count of an n-gram,
+
+    P(w | h) = (max(c(h w) - D(c(h w)), 0) + (D1 N1(h) + D2 N2(h) + D3 N3(h)) P(w | h')) / c(h)
+
+c is the number of occurrences for the longest n-grams. For the shorter ones it is the number of different words that
+stand before them. c(h) is the sum of c(h w) over w. N1, N2 and N3 count the words w with c(h w) = 1, = 2 and >= 3; the
+discounts D1, D2, D3 belong to the same counts, and each length has its own. After a context that was never seen,
+P(w | h) = P(w | h'). Single words back off to the probability S(w) of spelling a word: each of its bytes, and its end,
+has probability 1/257. So S sums to 1 over all byte strings, and a word that was never seen has a probability.
+
+A word is a run of letters with the space before it, or any other single character. So the words of a text, joined, are
+the text, byte for byte. The empty word ends a document.
+
+The counts are arrays, not dictionaries, so that five words of 20,000 stories take about two seconds.
+"""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+
+import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
@@ -13,6 +33,11 @@ from moe_jax.data.token_store import TokenStore
 from moe_jax.system.console import working
 from moe_jax.system.files import write_atomically
 from moe_jax.system.json_text import json_text
+
+END = ""
+"""The word that ends a document. It also stands before the first word, as context."""
+
+_WORD = re.compile(r" ?[^\W\d_]+|.", re.DOTALL)
 
 TRAIN_BYTES, VALID_BYTES = 10_000_000, 1_000_000
 """The n-gram models count and score the beginning of a longer text only, to stay within seconds and 600 MB."""
@@ -45,8 +70,6 @@ class CorpusBaselines:
 
 def ngram_baselines(train: Iterable[str], valid: Iterable[str]) -> CorpusBaselines:
     """The scores of the n-gram models of some training documents on some validation documents."""
-    from moe_jax.data.ngrams import ngram_bits_per_byte
-
     return CorpusBaselines(*ngram_bits_per_byte(train, list(valid), ORDERS))
 
 
@@ -89,7 +112,6 @@ def training_documents(data: DataConfig) -> Iterator[str]:
 
 
 def _embedded(data: DataConfig) -> CorpusBaselines:
-    from moe_jax.data.ngrams import ngram_bits_per_byte
     from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
 
     valid = list(generate(data.stories_seed, "valid", VALIDATION_STORIES))
@@ -105,3 +127,107 @@ def _of_any_text(store: TokenStore) -> CorpusBaselines:
         for split, most in ((store.train, TRAIN_BYTES), (store.valid, VALID_BYTES))
     )
     return ngram_baselines(train, valid)
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text. Joined, they give the text."""
+    return _WORD.findall(text)
+
+
+def spelling_probability(word: str) -> float:
+    """S(w), which sums to 1 over all byte strings: uniform over 256 bytes and the end of the word."""
+    return 257.0 ** -(len(word.encode()) + 1)
+
+
+def ngram_bits_per_byte(train: Iterable[str], valid: Sequence[str], orders: Sequence[int]) -> list[float]:
+    """One score for each order n of a model that sees the n - 1 words before: the code length of the validation
+    documents and their ends under a model of the training documents, in bits, divided by the UTF-8 bytes of the
+    validation documents."""
+    longest, number = max(orders), {END: 0}
+    seen, asked = (_ngrams(documents, longest, number) for documents in (train, valid))
+    spelling = np.array([spelling_probability(word) for word in number])
+    size = sum(len(document.encode()) for document in valid)
+    found = (_probabilities(seen[:, -n:], asked[:, -n:], spelling) for n in orders)
+    return [float(-np.log2(p).sum()) / size for p in found]
+
+
+def ngram_probabilities(train: Iterable[str], valid: Iterable[str], order: int) -> np.ndarray:
+    """float64 [words of the validation documents, ends included]: the probability of each word after those before."""
+    number: dict[str, int] = {END: 0}
+    seen, asked = (_ngrams(documents, order, number) for documents in (train, valid))
+    return _probabilities(seen, asked, np.array([spelling_probability(word) for word in number]))
+
+
+def _probabilities(seen: np.ndarray, asked: np.ndarray, spelling: np.ndarray) -> np.ndarray:
+    """float64 [Q]: the probability of the last word of each n-gram of `asked` int64 [Q, n], by the model that has
+    counted the n-grams `seen` int64 [N, n]. `spelling` float64 [W] is S of each word."""
+    words = len(spelling)
+    rows, counts = _distinct(seen, words)
+    levels = [(rows, counts)]
+    while rows.shape[1] > 1:
+        rows, counts = _distinct(rows[:, 1:], words)  # each different word before it counts once
+        levels.append((rows, counts))
+    p = spelling[asked[:, -1]]
+    for rows, counts in reversed(levels):
+        p = _interpolate(rows, counts, asked[:, -rows.shape[1] :], p, words)
+    return p
+
+
+def _ngrams(documents: Iterable[str], order: int, number: dict[str, int]) -> np.ndarray:
+    """int64 [N, order]: every word with the words before it, as numbers. New words are added to `number`. A document
+    begins after `order` - 1 ends, and ends with an end."""
+    ids: list[int] = []
+    is_word: list[bool] = []
+    for document in documents:
+        words = [number.setdefault(word, len(number)) for word in words_of(document)]
+        ids += [0] * (order - 1) + words + [0]
+        is_word += [False] * (order - 1) + [True] * (len(words) + 1)
+    if not ids:
+        return np.zeros((0, order), np.int64)
+    windows = np.lib.stride_tricks.sliding_window_view(np.array(ids, np.int64), order)
+    return windows[np.array(is_word[order - 1 :])]
+
+
+def _packed(rows: np.ndarray, words: int) -> np.ndarray:
+    """One number for each row, equal exactly for equal rows."""
+    key = np.zeros(len(rows), np.int64)
+    for column in rows.T:
+        if len(key) and int(key.max()) > np.iinfo(np.int64).max // words - 1:
+            key = np.unique(key, return_inverse=True)[1].astype(np.int64)
+        key = key * words + column
+    return key
+
+
+def _distinct(rows: np.ndarray, words: int) -> tuple[np.ndarray, np.ndarray]:
+    """The different rows, and how often each occurs."""
+    _, first, counts = np.unique(_packed(rows, words), return_index=True, return_counts=True)
+    return rows[first], counts
+
+
+def _discounts(counts: np.ndarray) -> np.ndarray:
+    """D1, D2 and D3 of n-grams of one length (Chen and Goodman 1998, equation 26).
+
+    With n1 to n4 the numbers of n-grams that occur 1 to 4 times, Y = n1 / (n1 + 2 n2) and Dk = k - (k + 1) Y n(k+1) /
+    nk. If nk is 0 or Dk is not positive, Dk is Y: with a discount of 0 a word that is new after a context would have
+    probability 0. If n1 is 0, Y is 1/2.
+    """
+    n = [int((counts == times).sum()) for times in range(5)]
+    y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.5
+    found = [k - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0.0 for k in (1, 2, 3)]
+    return np.array([d if d > 0 else y for d in found])
+
+
+def _interpolate(rows: np.ndarray, counts: np.ndarray, asked: np.ndarray, lower: np.ndarray, words: int) -> np.ndarray:
+    """P(w | h) of the `asked` n-grams by one line of the formula. `lower` is P(w | h')."""
+    both = np.concatenate([rows, asked])
+    _, ngram = np.unique(_packed(both, words), return_inverse=True)
+    _, context = np.unique(_packed(both[:, :-1], words), return_inverse=True)
+    here, there = slice(None, len(rows)), slice(len(rows), None)
+    count = np.bincount(ngram[here], counts, minlength=ngram.max() + 1)[ngram[there]]
+    discounts, kind = _discounts(counts), np.minimum(counts, 3) - 1
+    size = context.max() + 1
+    total = np.bincount(context[here], counts, minlength=size)[context[there]]
+    saved = np.bincount(context[here], discounts[kind], minlength=size)[context[there]]
+    kept = np.where(count > 0, count - discounts[np.minimum(count, 3).astype(int) - 1], 0)
+    known = total > 0
+    return np.where(known, (kept + saved * lower) / np.where(known, total, 1), lower)

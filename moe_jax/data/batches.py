@@ -3,8 +3,9 @@
 Training. The stream of N tokens begins and ends with a separator, so its ends are joined into a ring of P = N - 1
 positions. An epoch cuts the ring into P // T windows of T tokens and visits each window once. The offset of the first
 window and the order of the windows change with the epoch. P % T tokens are left out; they differ from epoch to epoch.
-Offset and order are functions of (seed, epoch) (`window_order.py`). So a batch is a function of the token stream, the
-seed and the step alone. A run that is resumed at step n gets the same batches as an uninterrupted run.
+Offset and order are functions of (seed, epoch). So a batch is a function of the token stream, the seed and the step
+alone. A run that is resumed at step n gets the same batches as an uninterrupted run. numpy's random generators are not
+used, because they may change with its version.
 
 Conversations. A batch has weights beside its tokens (`MaskedBatch`): only answers count. A batch is still a function of
 the stream, the seed and the step.
@@ -18,14 +19,23 @@ of the cost. In the first window all T positions count, so the first window appe
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int, UInt64
 
 from moe_jax.config import UserError
-from moe_jax.data.window_order import mix, visited
 
 _COUNT_CHUNK = 1 << 22
+TABLE_WINDOWS = 1 << 24
+"""Most windows of an epoch whose order is a table, of 128 MiB. A table of 1e9 windows would take 8 GB and half an hour
+in every process, so with more windows the order is computed index by index (`permuted`). Do not change this number: a
+resumed run with a number of windows between the old and the new bound would read other batches."""
+_ROUNDS = 6
+"""Rounds of the Feistel network. Four make it a strong pseudorandom permutation where the round function is a
+pseudorandom function (Luby and Rackoff 1988, theorem 1; Naor and Reingold 1999). `mix` is only a good hash, so two
+more."""
 
 
 def windows_per_epoch(tokens: int, seq_len: int) -> int:
@@ -76,6 +86,55 @@ def _epoch(seed: int, epoch: int, ring: int) -> tuple[int, np.ndarray]:
     """The offset of an epoch's first window, and the key of the order of its windows, uint64 [1]."""
     key = mix(np.array([seed], np.uint64)) + np.uint64(epoch)
     return int(mix(key)[0] % np.uint64(ring)), mix(key + np.uint64(1 << 63))
+
+
+def visited(key: UInt64[np.ndarray, " 1"], turns: Int[np.ndarray, " B"], windows: int) -> Int[np.ndarray, " B"]:
+    """The windows that an epoch visits at these turns. Over the turns 0 .. windows - 1 each window comes once."""
+    if windows <= TABLE_WINDOWS:
+        return _table(int(key[0]), windows)[turns]
+    return permuted(key, turns, windows)
+
+
+@lru_cache(maxsize=4)
+def _table(key: int, windows: int) -> Int[np.ndarray, " windows"]:
+    """Windows sorted by a hash of their number, which has no collisions."""
+    return np.argsort(mix(np.uint64(key) + np.arange(windows, dtype=np.uint64)))
+
+
+def permuted(key: UInt64[np.ndarray, " 1"], index: Int[np.ndarray, " B"], size: int) -> Int[np.ndarray, " B"]:
+    """Where a permutation of 0 .. size - 1 sends each index.
+
+    A Feistel network permutes the numbers of 2 h bits, of which there are at least `size` and fewer than 4 `size`. A
+    number that leaves the range goes through the network again, until it is back ("cycle walking": Black and Rogaway
+    2002, section 3). An index needs fewer than 4 passes on average. Raises ValueError for an index out of range.
+    """
+    if len(index) and not 0 <= index.min() <= index.max() < size:
+        raise ValueError(f"index {index.min()} to {index.max()}: must be in 0 .. {size - 1}")
+    half = np.uint64(-(-(size - 1).bit_length() // 2) or 1)
+    found = index.astype(np.uint64)
+    outside = np.ones(len(index), bool)
+    while outside.any():
+        found[outside] = _feistel(key, found[outside], half)
+        outside = found >= np.uint64(size)
+    return found.astype(np.int64)
+
+
+def _feistel(key: UInt64[np.ndarray, " 1"], x: UInt64[np.ndarray, " B"], half: np.uint64) -> UInt64[np.ndarray, " B"]:
+    """(left, right) becomes (right, left xor hash(right)), in each round with another hash. Each round can be undone,
+    whatever the hash is."""
+    low = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & low
+    for n in range(_ROUNDS):
+        left, right = right, left ^ (mix(mix(key + np.uint64(n)) ^ right) & low)
+    return (left << half) | right
+
+
+def mix(x: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:
+    """SplitMix64's output function (Steele, Lea and Flood 2014): a bijection of uint64 that scatters neighbours."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
 @dataclass(frozen=True)

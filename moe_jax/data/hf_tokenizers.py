@@ -11,6 +11,7 @@ first. One of the other kind puts a space before a document.
 """
 
 import json
+import unicodedata
 from collections.abc import Callable
 from typing import Any
 
@@ -19,8 +20,10 @@ from moe_jax.config import UserError
 MOST_IDS = 1 << 20
 """Ids that a tokenizer may have. The largest public ones have 262,144."""
 _SPACE = "\u2581"
-_LOSSLESS = ("Split", "Digits", "ByteLevel", "Punctuation")
-"""Parts that cut a text and lose no character, as long as the cut pieces are kept."""
+_PROBE = (
+    "Once  upon \r\n\n\ta TIME, they'll (12345) na\u00efve \u65e5\u672c \U0001f600 cafe\u0301s: ``a'' <>{}~\u00a0.  "
+)
+"""A text that a tokenizer must give back: letters, marks, numbers and white space of many kinds."""
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -39,10 +42,9 @@ def entries(file: str) -> list[bytes]:
     Raises UserError if the file is no tokenizer, or one of another kind.
     """
     values = parse(file)
-    model = values["model"]
-    spell = _byte_level if _check_kind(values) else _with_spaces
+    spell = _byte_level if _is_byte_level(values) else _with_spaces
     found: dict[int, bytes] = {}
-    for word, i in model["vocab"].items():
+    for word, i in values["model"]["vocab"].items():
         found[_id(i)] = spell(word)
     for token in values.get("added_tokens") or []:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
@@ -51,6 +53,23 @@ def entries(file: str) -> list[bytes]:
     if not found:
         raise UserError("tokenizer.json: model.vocab is empty; download the file again")
     return [found.get(i, b"") for i in range(max(found) + 1)]
+
+
+def check_lossless(file: str, decode: Callable[[list[int]], str], encode: Callable[[str], list[int]]) -> None:
+    """Raise UserError if a tokenizer does not give a text back. A byte-level one may compose its characters (NFC). One
+    of the other kind may put a space before it."""
+    expected = [_PROBE, unicodedata.normalize("NFC", _PROBE)] if _is_byte_level(parse(file)) else [_PROBE, " " + _PROBE]
+    back = decode(encode(_PROBE))
+    if back not in expected:
+        raise UserError(
+            f"tokenizer.json: makes {back!r} of the text {_PROBE!r}; it must be a byte-level BPE, or one with "
+            "byte_fallback and spaces as U+2581, that keeps every character"
+        )
+
+
+def _is_byte_level(values: dict[str, Any]) -> bool:
+    """Whether a part of the pre-tokenizer is byte-level."""
+    return '"ByteLevel"' in json.dumps(values.get("pre_tokenizer"))
 
 
 def encoder(file: str, separator: int) -> Callable[[list[str]], list[list[int]]]:
@@ -129,43 +148,6 @@ def parse(file: str) -> dict[str, Any]:
         if model.get(name):
             raise _unknown(f"model.{name}", model[name], "null")
     return values
-
-
-def _check_kind(values: dict[str, Any]) -> bool:
-    """Whether a tokenizer is byte-level; else it has spaces as "▁". Raises UserError if it is neither."""
-    cuts, changes = _parts(values, "pre_tokenizer", "pretokenizers"), _parts(values, "normalizer", "normalizers")
-    if any(cut.get("type") == "ByteLevel" for cut in cuts):
-        for cut in cuts:
-            kept = cut.get("behavior") != "Removed" and not cut.get("add_prefix_space")
-            if cut.get("type") not in _LOSSLESS or not kept:
-                raise _unknown("pre_tokenizer", cut, "one that keeps every character")
-        for change in changes:
-            if change.get("type") != "NFC":
-                raise _unknown("normalizer", change, "null or NFC")
-        return True
-    if not values["model"].get("byte_fallback"):
-        raise _unknown("pre_tokenizer", values.get("pre_tokenizer"), "ByteLevel, or model.byte_fallback true")
-    known = ({"type": "Prepend", "prepend": _SPACE}, {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE})
-    for change in changes:
-        if change not in known:
-            raise _unknown("normalizer", change, "one that writes spaces as U+2581")
-    for cut in cuts:
-        if cut.get("type") != "Metaspace" or cut.get("replacement") != _SPACE:
-            raise _unknown("pre_tokenizer", cut, "Metaspace")
-    if known[1] not in changes and not cuts:
-        raise _unknown("normalizer", values.get("normalizer"), "one that writes spaces as U+2581")
-    return False
-
-
-def _parts(values: dict[str, Any], name: str, inner: str) -> list[dict[str, Any]]:
-    """The parts of a normalizer or a pre-tokenizer, those of sequences in their order."""
-    found = values.get(name)
-    parts = found.get(inner) if isinstance(found, dict) and found.get("type") == "Sequence" else found
-    parts = [] if parts is None else parts if isinstance(parts, list) else [parts]
-    for part in parts:
-        if not isinstance(part, dict):
-            raise _unknown(name, part)
-    return parts
 
 
 def _byte_level(word: str) -> bytes:

@@ -207,7 +207,9 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None) -> To
     """
     if separator_id is None:
         separator_id = hf_tokenizers.end_of_text(file, settings)
-    return _hf({"kind": "hf", "file": file, "settings": settings, "separator": separator_id})
+    tokenizer = _hf({"kind": "hf", "file": file, "settings": settings, "separator": separator_id})
+    hf_tokenizers.check_lossless(file, tokenizer.decode, tokenizer.encode)
+    return tokenizer
 
 
 def _hf(definition: dict[str, Any]) -> Tokenizer:

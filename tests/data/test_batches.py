@@ -8,15 +8,18 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import UserError
-from moe_jax.data import batches, window_order
+from moe_jax.data import batches
 from moe_jax.data.batches import (
+    TABLE_WINDOWS,
     evaluation_windows,
+    mix,
+    permuted,
     text_bytes,
     train_positions,
     validation_subset,
+    visited,
     windows_per_epoch,
 )
-from moe_jax.data.window_order import visited
 from tests.support.splitmix import scattered
 
 
@@ -100,15 +103,10 @@ def test_a_batch_depends_on_seed_and_step_alone(step, seed):
     stream = np.arange(500, dtype=np.uint16)
     whole = train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7)
     halves = [train_batch(stream, seed=seed, step=2 * step + i, batch_size=4, seq_len=7) for i in (1, 0)]
-    window_order._table.cache_clear()
+    batches._table.cache_clear()
     np.testing.assert_array_equal(whole, np.concatenate(halves[::-1]))
     np.testing.assert_array_equal(whole, train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7))
     assert whole.dtype == np.int32
-
-
-def test_tokens_above_the_range_of_int16_survive():
-    stream = np.full(9, 50_256, dtype=np.uint16)
-    assert train_batch(stream, seed=0, step=0, batch_size=2, seq_len=4).tolist() == [[50_256] * 5] * 2
 
 
 def test_a_stream_without_a_window_is_refused():
@@ -183,7 +181,7 @@ def test_windows_that_cannot_overlap_are_refused():
         (2, [0, 5]),  # nor does the first: its beginning
     ],
 )
-def test_validation_subset_ends_with_a_story(limit, expected):
+def test_validation_subset_ends_with_a_document(limit, expected):
     stream = np.array([0, 5, 0, 6, 6, 0], dtype=np.uint16)
     assert validation_subset(stream, 0, limit).tolist() == expected
 
@@ -199,18 +197,6 @@ def test_text_bytes(monkeypatch):
         text_bytes(np.array([0, 3], dtype=np.uint16), token_bytes)
 
 
-@pytest.mark.parametrize("shape", [(2, 1), (3, 1), (5, 2)])
-def test_the_shortest_windows_are_evaluated(shape: tuple[int, int]) -> None:
-    """T = 2 scores one position a row."""
-    tokens, batch_size = shape
-    counted = [
-        int(target)
-        for batch in evaluation_windows(np.arange(tokens), seq_len=2, batch_size=batch_size)
-        for target in batch.targets[batch.weights > 0]
-    ]
-    assert counted == list(range(1, tokens))
-
-
 def test_a_stream_of_one_token_predicts_nothing() -> None:
     assert list(evaluation_windows(np.arange(1), seq_len=4, batch_size=2)) == []
 
@@ -221,3 +207,76 @@ def test_the_last_id_is_in_the_vocabulary() -> None:
     assert text_bytes(np.array([], np.uint16), token_bytes) == 0
     many = np.full(3, 2**31 - 1, dtype=np.int32)
     assert text_bytes(np.array([0, 1, 2], np.uint16), many) == 3 * (2**31 - 1)
+
+
+# The order of windows: each comes once, nothing of the order is seen, and it never changes
+
+HUGE = 1_000_000_007
+"""Windows of a stream of 256 billion tokens: a table of them would take 8 GB."""
+
+
+def key(number: int) -> np.ndarray:
+    return np.array([number], np.uint64)
+
+
+def test_mix_is_splitmix64() -> None:
+    """The first outputs of the published generator, seeded with 0."""
+    states = np.array([0, 0x9E3779B97F4A7C15], dtype=np.uint64)
+    assert [hex(x) for x in mix(states).tolist()] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
+
+
+@settings(deadline=None)
+@given(size=st.integers(1, 3000), number=st.integers(0, 2**64 - 1))
+def test_each_index_is_sent_to_a_place_of_its_own(size: int, number: int) -> None:
+    assert sorted(permuted(key(number), np.arange(size), size)) == list(range(size))
+
+
+@pytest.mark.parametrize("orders", [batches._table, lambda k, n: permuted(key(k), np.arange(n), n)])
+def test_an_order_is_a_shuffle(orders) -> None:
+    """In a random order an element moves by a third of the length on average, and neighbours part as far."""
+    order = orders(5, 10_000)
+    assert sorted(order) == list(range(10_000))
+    assert np.abs(order - np.arange(10_000)).mean() / 10_000 == pytest.approx(1 / 3, abs=0.01)
+    assert np.abs(np.diff(order)).mean() / 10_000 == pytest.approx(1 / 3, abs=0.01)
+
+
+def test_every_place_is_as_likely_for_an_index() -> None:
+    """Index 2 of 5 under 5,000 keys: a chi-squared statistic of four degrees of freedom, below its 0.999 quantile."""
+    counts = np.bincount([permuted(key(k), np.array([2]), 5)[0] for k in range(5000)], minlength=5)
+    assert ((counts - 1000) ** 2 / 1000).sum() < 18.5
+
+
+def by_hand(number: int, index: int, size: int) -> int:
+    """The network and its walk in Python's integers."""
+    half = ((size - 1).bit_length() + 1) // 2
+    while True:
+        left, right = index >> half, index % 2**half
+        for n in range(6):
+            left, right = right, left ^ (scattered(scattered((number + n) % 2**64) ^ right) % 2**half)
+        index = left * 2**half + right
+        if index < size:
+            return index
+
+
+def test_a_long_stream_has_an_order_that_never_changes_and_needs_no_table() -> None:
+    """A run that an earlier version began gets the batches that it would have had there."""
+    turns = np.array([0, 1, 2, 999, HUGE - 1])
+    expected = [by_hand(2**64 - 2, int(turn), HUGE) for turn in turns]
+    assert visited(key(2**64 - 2), turns, HUGE).tolist() == expected
+    assert len(set(expected)) == 5
+    assert max(expected) - min(expected) > HUGE / 10
+
+
+def test_a_short_stream_keeps_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound itself is part of what never changes."""
+    assert TABLE_WINDOWS == 16_777_216
+    monkeypatch.setattr(batches, "TABLE_WINDOWS", 100)
+    order = sorted(range(100), key=lambda window: scattered((9 + window) % 2**64))
+    assert visited(key(9), np.array([0, 57, 99]), 100).tolist() == [order[0], order[57], order[99]]
+    assert visited(key(9), np.array([0, 57, 99]), 101).tolist() == [by_hand(9, n, 101) for n in (0, 57, 99)]
+
+
+def test_an_index_out_of_range() -> None:
+    """It would walk for ever, or to a place that another index has."""
+    with pytest.raises(ValueError, match=r"index -1 to 3: must be in 0 \.\. 6"):
+        permuted(key(0), np.array([3, -1]), 7)

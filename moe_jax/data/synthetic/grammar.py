@@ -71,17 +71,22 @@ class Derivation:
         return math.fsum(math.log2(options) for _, options in self.choices)
 
 
-class Grammar:
-    """Rules and word lists, compiled. The rule named `start` is the whole text.
+class _Partial(NamedTuple):
+    """An incomplete derivation: the template that is still to be written, and what was written and chosen so far."""
 
-    Raises ValueError if a rule names a rule, slot or form that does not exist, if a rule contains itself, or if its
-    brackets are unbalanced.
-    """
+    todo: Template
+    written: str
+    choices: tuple[tuple[int, int], ...]
+    memory: Memory
+
+
+class Grammar:
+    """Rules and word lists, compiled. The rule named `start` is the whole text."""
 
     def __init__(self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]], start: str = "start") -> None:
         self._slots = slots
         self._rivals = {a: [b for b in slots if b != a and slots[b] is slots[a]] for a in slots}
-        self.template = _Compiler(rules, slots).rule(start)
+        self.template = _compiled(rules, start)
 
     def words(self, slot: str, memory: Memory) -> Sequence[Word]:
         """The words that a slot may still take: those of its list that no other slot of the text holds."""
@@ -96,17 +101,18 @@ class Grammar:
         choices: list[tuple[int, int]] = []
         mentions: list[Mention] = []
         memory: Memory = {}
-        written = 0
-        todo: list[Node] = list(reversed(self.template))
+        length = 0
+        todo = list(reversed(self.template))
         while todo:
             node = todo.pop()
-            if isinstance(node, str):
-                pieces.append(node)
-            elif isinstance(node, Options):
+            if isinstance(node, Options):
                 count = len(node.templates)
                 index = int(random() * count)
                 choices.append((index, count))
                 todo.extend(reversed(node.templates[index]))
+                continue
+            if isinstance(node, str):
+                pieces.append(node)
             else:
                 if node.name not in memory:
                     words = self.words(node.name, memory)
@@ -114,9 +120,8 @@ class Grammar:
                     choices.append((index, len(words)))
                     memory[node.name] = words[index]
                 pieces.append(memory[node.name][node.form])
-                mentions.append(Mention(node, written, written + len(pieces[-1])))
-            if not isinstance(node, Options):
-                written += len(pieces[-1])
+                mentions.append(Mention(node, length, length + len(pieces[-1])))
+            length += len(pieces[-1])
         return Derivation("".join(pieces), tuple(choices), tuple(mentions))
 
     def derivations(self, text: str | None = None) -> Iterator[Derivation]:
@@ -125,108 +130,67 @@ class Grammar:
         stack = [_Partial(self.template, "", (), {})]
         while stack:
             todo, written, choices, memory = stack.pop()
+            if text is not None and not text.startswith(written):
+                continue
             if not todo:
-                if text is None or written == text:
+                if text in (None, written):
                     yield Derivation(written, choices)
                 continue
             node, rest = todo[0], todo[1:]
             if isinstance(node, str):
-                grown = [_Partial(rest, written + node, choices, memory)]
+                stack.append(_Partial(rest, written + node, choices, memory))
             elif isinstance(node, Options):
-                count = len(node.templates)
-                grown = [
-                    _Partial(option + rest, written, (*choices, (i, count)), memory)
-                    for i, option in enumerate(node.templates)
-                ]
+                for i, option in reversed(list(enumerate(node.templates))):
+                    stack.append(_Partial(option + rest, written, (*choices, (i, len(node.templates))), memory))
             elif node.name in memory:
-                grown = [_Partial(rest, written + memory[node.name][node.form], choices, memory)]
+                stack.append(_Partial(rest, written + memory[node.name][node.form], choices, memory))
             else:
                 words = self.words(node.name, memory)
-                grown = [
-                    _Partial(
-                        rest,
-                        written + word[node.form],
-                        (*choices, (i, len(words))),
-                        {**memory, node.name: word},
-                    )
-                    for i, word in enumerate(words)
-                ]
-            stack.extend(p for p in reversed(grown) if text is None or text.startswith(p.written))
+                for i, word in reversed(list(enumerate(words))):
+                    stack.append(_Partial(todo, written, (*choices, (i, len(words))), {**memory, node.name: word}))
 
 
-class _Partial(NamedTuple):
-    """An incomplete derivation: the template that is still to be written, and the text and choices so far."""
-
-    todo: Template
-    written: str
-    choices: tuple[tuple[int, int], ...]
-    memory: Memory
+_TOKEN = re.compile(r"[\[\]|]|<\w+>|\{\w+(?:\.\w+)?\}|[^\[\]|<>{}]+")
 
 
-class _Compiler:
-    """Compiles rules into templates. A rule that another rule uses is copied into its template."""
+def _compiled(rules: Mapping[str, str], name: str) -> Template:
+    """The template of a rule. A rule that it uses is copied into it. Raises ValueError for brackets without a pair."""
+    tokens = _TOKEN.findall(" ".join(rules[name].split()))[::-1]
+    template = _options(tokens, rules)
+    if tokens:
+        raise ValueError(f"rule {name!r}: a bracket has no pair")
+    return template
 
-    _TOKEN = re.compile(r"[\[\]|]|<\w+>|\{\w+(?:\.\w+)?\}|[^\[\]|<>{}]+|.", re.DOTALL)
 
-    def __init__(self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]]) -> None:
-        self._rules = rules
-        self._slots = slots
-        self._open: list[str] = []
-        self._done: dict[str, Template] = {}
-
-    def rule(self, name: str) -> Template:
-        if name not in self._rules:
-            raise ValueError(f"no rule is named {name!r}; the rules are {', '.join(self._rules)}")
-        if name in self._open:
-            raise ValueError(f"rule {name!r} contains itself: {' > '.join([*self._open, name])}")
-        if name not in self._done:
-            self._open.append(name)
-            tokens = self._TOKEN.findall(" ".join(self._rules[name].split()))[::-1]
-            template = self._options(tokens)
-            if tokens:
-                raise ValueError(f"rule {name!r} has a ] without its [")
-            self._open.pop()
-            self._done[name] = template
-        return self._done[name]
-
-    def _options(self, tokens: list[str]) -> Template:
-        """Reads templates between bars, up to the closing bracket or the end. The bracket stays in `tokens`."""
-        templates: list[list[Node]] = [[]]
-        while tokens and tokens[-1] != "]":
-            token = tokens.pop()
-            if token == "|":
-                templates.append([])
-            else:
-                templates[-1].extend(self._read(token, tokens))
-        if len(templates) == 1:
-            return _merged(templates[0])
-        return (Options(tuple(_merged(template) for template in templates)),)
-
-    def _read(self, token: str, tokens: list[str]) -> Template:
-        if token == "[":
-            template = self._options(tokens)
+def _options(tokens: list[str], rules: Mapping[str, str]) -> Template:
+    """Reads templates between bars, up to the closing bracket or the end. The bracket stays in `tokens`."""
+    templates: list[list[Node]] = [[]]
+    while tokens and tokens[-1] != "]":
+        token = tokens.pop()
+        if token == "|":
+            templates.append([])
+        elif token == "[":
+            templates[-1].extend(_options(tokens, rules))
             if not tokens:
-                raise ValueError(f"rule {self._open[-1]!r} has a [ without its ]")
+                raise ValueError("a [ has no ]")
             tokens.pop()
-            return template
-        if token[0] == "<" and token[-1] == ">":
-            return self.rule(token[1:-1])
-        if token[0] == "{" and token[-1] == "}":
+        elif token[0] == "<":
+            templates[-1].extend(_compiled(rules, token[1:-1]))
+        elif token[0] == "{":
             name, _, form = token[1:-1].partition(".")
-            if name not in self._slots or any(form not in word for word in self._slots[name]):
-                raise ValueError(f"rule {self._open[-1]!r}: {token} names a slot or a form that does not exist")
-            return (Slot(name, form),)
-        if token in "<>{}":
-            raise ValueError(f"rule {self._open[-1]!r} has a stray {token}")
-        return (token,)
-
-
-def _merged(nodes: Sequence[Node]) -> Template:
-    """The same nodes with neighbouring texts joined."""
-    merged: list[Node] = []
-    for node in nodes:
-        if merged and isinstance(node, str) and isinstance(merged[-1], str):
-            merged[-1] += node
+            templates[-1].append(Slot(name, form))
         else:
-            merged.append(node)
-    return tuple(merged)
+            templates[-1].append(token)
+    joined = tuple(_joined(template) for template in templates)
+    return joined[0] if len(joined) == 1 else (Options(joined),)
+
+
+def _joined(nodes: Sequence[Node]) -> Template:
+    """The same nodes with neighbouring texts joined."""
+    joined: list[Node] = []
+    for node in nodes:
+        if joined and isinstance(node, str) and isinstance(joined[-1], str):
+            joined[-1] += node
+        else:
+            joined.append(node)
+    return tuple(joined)

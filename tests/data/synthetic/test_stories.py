@@ -12,7 +12,7 @@ from itertools import islice
 import pytest
 import xxhash
 
-from moe_jax.data.ngrams import ngram_bits_per_byte
+from moe_jax.data.baselines import ngram_bits_per_byte
 from moe_jax.data.synthetic.grammar import Derivation, Grammar, Word
 from moe_jax.data.synthetic.stories import (
     RULES,
