@@ -25,17 +25,15 @@ class HubCorpus:
     def _rows(self, split: str) -> Iterator[str]:
         import datasets
         import huggingface_hub
-        from datasets.exceptions import DatasetsError
 
         huggingface_hub.logging.set_verbosity_error()  # it warns at each retry; the UserError below is enough
-        failures = (OSError, DatasetsError, huggingface_hub.errors.HfHubHTTPError, *_transport_errors())
         try:
             rows = datasets.load_dataset(
                 self.repository, self.configuration, split=split, revision=self.revision, streaming=True
             )
             for row in rows:
                 yield row["text"]
-        except failures as error:
+        except Exception as error:  # of the network, of its client, of the hub, or of `datasets`
             cause = str(error).partition("\n")[0]
             raise UserError(
                 f"{self.name}: no network, or the hub cannot be reached ({cause}); "
@@ -66,14 +64,6 @@ HUB = {
     )
 }
 """Name for `--data` -> corpus."""
-
-
-def _transport_errors() -> tuple[type[Exception], ...]:
-    """Errors of the hub's client for a broken connection. (Older clients use requests, whose errors are OSErrors.)"""
-    from huggingface_hub import utils
-
-    client = getattr(utils, "httpx", None)
-    return () if client is None else (client.HTTPError,)
 
 
 _HEADING = re.compile(r" = [^=].* = \n?")

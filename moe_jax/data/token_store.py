@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -156,9 +156,7 @@ def _open_split(path: Path, entry: dict[str, Any], tokenizer: Tokenizer) -> Spli
 
 
 def _mapped(path: Path, digest: str, dtype: np.dtype, count: int) -> np.ndarray:
-    with path.open("rb") as file:
-        whole = hashlib.file_digest(file, xxhash.xxh3_128).hexdigest() == digest  # pyright: ignore[reportArgumentType]
-    if not whole or path.stat().st_size != count * dtype.itemsize:
+    if _digest_of(path) != digest or path.stat().st_size != count * dtype.itemsize:
         raise UserError(f"{path}: damaged, its digest does not match; prepare the data again")
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
 
@@ -225,34 +223,26 @@ def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) ->
 
 def _write_split(path: Path, documents: Iterator[Any], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
     """Write the tokens of a split, and the mask of conversations. Returns the split's entry in the manifest."""
-    lengths, answers = tokenizer.token_bytes(), None
+    lengths, stream, mask = tokenizer.token_bytes(), path.with_suffix(".bin"), path.with_suffix(".mask")
     entry: dict[str, Any] = {"tokens": 0, "stories": 0, "bytes": 0}
+    learned = {"tokens": 0, "bytes": 0}
     with ExitStack() as files:
-        stream, mask = _Digested(files.enter_context(path.with_suffix(".bin").open("wb"))), None
+        tokens, answers = files.enter_context(stream.open("wb")), None
         for piece in encoded(documents, tokenizer):
-            stream.write(piece.tokens)
+            tokens.write(piece.tokens.data)
             entry["tokens"] += len(piece.tokens)
             entry["stories"] += piece.documents
             entry["bytes"] += piece.bytes
             if piece.answers is not None:
-                mask = mask or _Digested(files.enter_context(path.with_suffix(".mask").open("wb")))
-                mask.write(piece.answers)
-                answers = answers or {"tokens": 0, "bytes": 0}
-                answers["tokens"] += int(piece.answers.sum())
-                answers["bytes"] += int(lengths[piece.tokens[piece.answers]].sum(dtype=np.int64))
+                answers = answers or files.enter_context(mask.open("wb"))
+                answers.write(piece.answers.data)
+                learned["tokens"] += int(piece.answers.sum())
+                learned["bytes"] += int(lengths[piece.tokens[piece.answers]].sum(dtype=np.int64))
             report(entry["stories"], entry["bytes"])
-    entry["digest"] = stream.digest.hexdigest()
-    if answers is not None and mask is not None:
-        entry["answers"] = {**answers, "digest": mask.digest.hexdigest()}
-    return entry
+    entry["digest"] = _digest_of(stream)
+    return entry if answers is None else {**entry, "answers": {**learned, "digest": _digest_of(mask)}}
 
 
-class _Digested:
-    """A file that is written and digested at once."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self.digest = file, xxhash.xxh3_128()
-
-    def write(self, array: np.ndarray) -> None:
-        self._file.write(array.data)
-        self.digest.update(array.data)
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]

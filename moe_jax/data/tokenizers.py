@@ -35,9 +35,6 @@ TRAINING_BYTES = 50_000_000
 _LONGEST_ENTRY = 256  # most bytes of a BPE entry; without it, 40 merges in a hostile file could make an entry of 1 TiB
 _LONGEST_WORD = 512
 """Bytes of a word that a `bpe` tokenizer learns from. Words of ordinary text are far shorter."""
-_MOST_MERGES = 1 << 20
-
-EncodeBatch = Callable[[list[str]], list[Any]]
 
 
 class Tokenizer:
@@ -52,12 +49,14 @@ class Tokenizer:
     """The last id, V - 1. The id of an `hf` tokenizer lies anywhere."""
     digest: str
     """xxh3-128 of the tokenizer's definition. Equal digests mean equal ids for every text."""
+    encode_batch: Callable[[list[str]], list[Any]]
+    """The ids of each text. Each item is a list or an integer array."""
 
     def __init__(
         self,
         definition: dict[str, Any],
         entries: list[bytes],
-        encode_batch: EncodeBatch,
+        encode_batch: Callable[[list[str]], list[Any]],
         separator_id: int | None = None,
     ) -> None:
         """`separator_id` is among the ids of the `entries`. Without it, the separator is one more id after them."""
@@ -68,7 +67,7 @@ class Tokenizer:
         self.digest = _digest(definition)
         self._definition = definition
         self._entries[self.separator_id] = SEPARATOR.encode()
-        self._encode_batch = encode_batch
+        self.encode_batch = encode_batch
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without a separator. Raises UserError if the text cannot be encoded in UTF-8."""
@@ -76,11 +75,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError as error:
             raise UserError(f"the text is not UTF-8 at character {error.start}; give it in UTF-8") from None
-        return list(map(int, self._encode_batch([text])[0]))
-
-    def encode_batch(self, texts: list[str]) -> list[Any]:
-        """The ids of each text. Each item is a list or an integer array."""
-        return self._encode_batch(texts)
+        return list(map(int, self.encode_batch([text])[0]))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids, joined. A separator gives `<|endoftext|>`. Raises UserError for an unknown id."""
@@ -290,7 +285,7 @@ def _bpe(merges: Any) -> Tokenizer:
     """The tokenizer of a list of merges. A merge is a pair of ids and makes a new entry."""
     import tiktoken
 
-    if not isinstance(merges, list) or len(merges) > _MOST_MERGES:
+    if not isinstance(merges, list):
         raise UserError("tokenizer: `merges` is not a list of pairs; take the file from the run again")
     entries = [bytes([byte]) for byte in range(256)]
     ids = {entry: i for i, entry in enumerate(entries)}

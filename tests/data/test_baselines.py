@@ -233,11 +233,6 @@ def test_words_joined_are_the_text(text: str) -> None:
     assert "".join(words_of(text)) == text
 
 
-def test_words_keep_the_space_before_them() -> None:
-    expected = ['"', "Oh", ",", " my", " ", " cat", "!", '"', " said", " Tom", "."]
-    assert words_of('"Oh, my  cat!" said Tom.') == expected
-
-
 def test_spelling_sums_to_one_over_all_byte_strings() -> None:
     """256^n strings of n bytes: the sum up to n is 1 - (256/257)^(n+1), which goes to 1."""
     for n in range(4):

@@ -63,16 +63,6 @@ def test_the_separator_that_ends_the_stream_is_the_one_that_begins_it():
     assert drawn == rounds
 
 
-def test_epochs_and_seeds_differ_in_order_and_offset():
-    stream = np.arange(1001, dtype=np.uint16)
-    rows = rows_of_epochs(stream, 2, seed=0, batch_size=10, seq_len=10)[:, 0]
-    other = rows_of_epochs(stream, 1, seed=1, batch_size=10, seq_len=10)[:, 0]
-    first, second = rows[:100], rows[100:]
-    assert len({first[0] % 10, second[0] % 10, other[0] % 10}) > 1
-    assert (np.diff(first) != 10).sum() > 90
-    assert len({tuple(np.diff(starts) % 1000) for starts in (first, second, other)}) == 3  # offsets do not count here
-
-
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (0, 1), (7, 0), (2**31 - 1, 12)])
 def test_the_windows_of_an_epoch_never_change(seed: int, epoch: int) -> None:
     """A run that an earlier version began gets the batches that it would have had there."""
@@ -241,9 +231,9 @@ def test_an_order_is_a_shuffle(orders) -> None:
 
 
 def test_every_place_is_as_likely_for_an_index() -> None:
-    """Index 2 of 5 under 5,000 keys: a chi-squared statistic of four degrees of freedom, below its 0.999 quantile."""
-    counts = np.bincount([permuted(key(k), np.array([2]), 5)[0] for k in range(5000)], minlength=5)
-    assert ((counts - 1000) ** 2 / 1000).sum() < 18.5
+    """Index 2 of 5 under 2,000 keys: a chi-squared statistic of four degrees of freedom, below its 0.999 quantile."""
+    counts = np.bincount([permuted(key(k), np.array([2]), 5)[0] for k in range(2000)], minlength=5)
+    assert ((counts - 400) ** 2 / 400).sum() < 18.5
 
 
 def by_hand(number: int, index: int, size: int) -> int:

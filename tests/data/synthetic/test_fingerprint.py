@@ -3,7 +3,6 @@
 Copies of the three files, changed in one place each, are imported as a package of their own in another process.
 """
 
-import ast
 import os
 import subprocess
 import sys
@@ -38,37 +37,6 @@ def told(folder: Path, name: str = "", change: Callable[[str], str] = str) -> tu
     return digest, stories
 
 
-def with_other_comments(source: str) -> str:
-    """The source with every docstring changed, comments at both ends, and one after every import."""
-    lines = source.splitlines()
-    documented = [
-        node.body[0]
-        for node in ast.walk(ast.parse(source))
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node)
-    ]
-    assert documented
-    for docstring in documented:
-        line = lines[docstring.lineno - 1]
-        assert line.strip().startswith('"""'), line
-        lines[docstring.lineno - 1] = line.replace('"""', '"""Said otherwise. ', 1)
-    lines = [f"{line}  # a comment" if line.startswith(("import ", "from ")) else line for line in lines]
-    return "\n".join(["# A comment.", *lines, "# Another.", ""])
-
-
-def test_a_copy_has_the_fingerprint_of_the_original(tmp_path: Path) -> None:
-    assert told(tmp_path)[0] == fingerprint(0, 100)
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_comments_and_docstrings_change_nothing(name: str, tmp_path: Path) -> None:
-    assert told(tmp_path, name, with_other_comments)[0] == fingerprint(0, 100)
-
-
-def test_the_lines_of_a_rule_may_be_broken_elsewhere(tmp_path: Path) -> None:
-    old, new = "{friend} ate <near> the {spot}, and", "{friend} ate <near>\n            the {spot}, and"
-    assert told(tmp_path, "stories.py", lambda source: source.replace(old, new))[0] == fingerprint(0, 100)
-
-
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
@@ -91,6 +59,10 @@ def test_another_text_is_another_corpus(name: str, old: str, new: str, tmp_path:
     assert told(tmp_path, name, change)[0] != fingerprint(0, 100)
 
 
-def test_seed_and_number_of_stories_count() -> None:
-    settings = ((0, 100), (1, 100), (0, 101), (1, 11), (11, 1))
-    assert len({fingerprint(seed, count) for seed, count in settings}) == len(settings)
+def test_comments_and_the_lines_of_a_rule_change_nothing(tmp_path: Path) -> None:
+    def change(source: str) -> str:
+        lines = source.replace("{friend} ate <near> the", "{friend} ate <near>\n            the").splitlines()
+        return "\n".join(f"{line}  # a comment" if line.startswith(("import ", "from ")) else line for line in lines)
+
+    assert told(tmp_path, "stories.py", change)[0] == fingerprint(0, 100)
+    assert len({fingerprint(*settings) for settings in ((0, 100), (1, 100), (0, 101), (1, 11), (11, 1))}) == 5
