@@ -27,8 +27,7 @@ from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, Dense, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.system import environment
-from moe_jax.system.files import write_atomically
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.signals import Signals, Stopped
 
 if TYPE_CHECKING:
@@ -185,7 +184,7 @@ def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: 
 def publish(report: "Report", out: Path) -> None:
     """Print the result, and write its record, its table and its pictures."""
     from moe_jax.plots.figures import save_figures
-    from moe_jax.system.folders import Folder
+    from moe_jax.system.files import Folder
 
     print(f"\n{report.to_markdown()}")
     write_atomically(out / f"{report.name}.json", json_text(report.record, indent=1) + "\n")

@@ -25,7 +25,7 @@ from moe_jax.cli.main import main
 from moe_jax.config import ConfigError
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.system import environment
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 MOST_TOKENS = 20_000_000
 """Only the first tokens of a longer training text are searched, to stay within about fifteen seconds."""

@@ -37,7 +37,7 @@ from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 from moe_jax.runs.load import open_run
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 PAIRS = 1_000
 """Minimal pairs that are scored. A row of n of them is uncertain by about 1 / sqrt(n), in 19 of 20 cases."""

@@ -52,7 +52,7 @@ NEAREST = {
     "model.moe.switchable": ["tests/inspection/test_ablation.py"],
     "model.hardware": ["tests/training/test_precision.py"],
     "runs": ["tests/runs"],
-    "runs.snapshots": ["tests/training/test_routing_snapshot.py"],
+    "runs.records": ["tests/training/test_routing_snapshot.py"],
     **{f"training.{module}": RUNS for module in ("logging", "loop", "session", "step_logger", "terminal")},
     "training.nonfinite": ["tests/training/test_step.py"],
     "training.optimizers": ["tests/training/test_optimizer.py", "tests/training/test_step.py"],

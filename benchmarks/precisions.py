@@ -11,7 +11,7 @@ import dataclasses
 
 from moe_jax.config import ComputeDtype, RunConfig
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.system.timing import alternate
+from moe_jax.system.machine import alternate
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
 PRECISIONS: tuple[ComputeDtype, ...] = ("float32", "bfloat16")

@@ -33,7 +33,7 @@ from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.prompt_pass import make_prompt_pass
 from moe_jax.inference.sampling import Sampling
 from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 NEW_TOKENS = 256
 """Longest answer where a task names no length: the package's own default."""

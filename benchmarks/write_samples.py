@@ -23,7 +23,7 @@ import numpy as np
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 if TYPE_CHECKING:
     from moe_jax.inference.generate import TextGenerator

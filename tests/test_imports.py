@@ -139,10 +139,10 @@ def test_a_planted_import_is_found(modules: dict[str, str], planted: str) -> Non
 def test_a_planted_circle_is_found(modules: dict[str, str]) -> None:
     """The circle is within one room, and its imports are inside functions."""
     broken = modules | {
-        "moe_jax.runs.metrics": "def f():\n    from moe_jax.runs.snapshots import g",
-        "moe_jax.runs.snapshots": "def g():\n    from moe_jax.runs import metrics",
+        "moe_jax.runs.records": "def f():\n    from moe_jax.runs.folder import g",
+        "moe_jax.runs.folder": "def g():\n    from moe_jax.runs import records",
     }
-    assert circles(imports(broken)) == ["moe_jax.runs.metrics -> moe_jax.runs.snapshots -> moe_jax.runs.metrics"]
+    assert circles(imports(broken)) == ["moe_jax.runs.records -> moe_jax.runs.folder -> moe_jax.runs.records"]
 
 
 def test_a_room_with_a_door_is_entered_by_it(modules: dict[str, str]) -> None:

@@ -25,9 +25,8 @@ from moe_jax.config import Dense, RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
 from moe_jax.system import machine
-from moe_jax.system.files import write_atomically
-from moe_jax.system.json_text import json_text
-from moe_jax.system.timing import alternate
+from moe_jax.system.files import json_text, write_atomically
+from moe_jax.system.machine import alternate
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
 Basis = Literal["tokens", "wall"]

@@ -10,7 +10,7 @@ from comparison.report import t_interval
 from moe_jax.config import Dense
 from moe_jax.config.baselines import DENSE_BASELINES
 from moe_jax.plots.figures import COLOURS, check_installed
-from moe_jax.runs.metrics import read_metrics
+from moe_jax.runs.records import read_metrics
 
 if TYPE_CHECKING:
     from comparison.baselines import ArmResult, Basis, Plan

@@ -14,7 +14,7 @@ import jax
 from moe_jax.config import RunConfig, load_config
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.runs.folder import locked_for_training
-from moe_jax.runs.summary import read_summary
+from moe_jax.runs.records import read_summary
 from moe_jax.system.signals import Signals
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
@@ -69,8 +69,8 @@ def train_run(config: RunConfig, signals: Signals) -> dict[str, Any]:
     done = finished(folder, config.train.steps)
     if done is not None:
         return done
-    with locked_for_training(folder) as lock:
-        session = Session.open(config, load_config(folder), lock)
+    with locked_for_training(folder):
+        session = Session.open(config, load_config(folder))
         train(session, signals)
         result = finish(session)
     jax.clear_caches()  # the next run compiles its own programs

@@ -19,8 +19,8 @@ from moe_jax.model.transformer import Params, merge
 from moe_jax.planning import search
 from moe_jax.planning.device_memory import bound
 from moe_jax.planning.target import Target, load_target, target_of_device
-from moe_jax.system.console import working
-from moe_jax.system.timing import alternate
+from moe_jax.system.machine import alternate
+from moe_jax.system.terminal import working
 from moe_jax.training.loss import training_loss
 from moe_jax.training.programs import Programs
 

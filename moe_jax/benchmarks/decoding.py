@@ -17,7 +17,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import Params, abstract_model, merge
-from moe_jax.system.timing import Measured
+from moe_jax.system.machine import Measured
 
 
 class Model(NamedTuple):

@@ -19,9 +19,8 @@ from moe_jax.model.costs import totals
 from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.plots.figures import COLOURS
 from moe_jax.system import machine
-from moe_jax.system.environment import runs_on_cpu
-from moe_jax.system.limits import machine_memory
-from moe_jax.system.timing import Times, alternate
+from moe_jax.system.environment import machine_memory, runs_on_cpu
+from moe_jax.system.machine import Times, alternate
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
 LABELS: dict[Dense, str] = {"none": "MoE", "active": "dense, active parameters", "total": "dense, total parameters"}

@@ -22,7 +22,7 @@ from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.reference import AllExpertsMoE
 from moe_jax.system import machine
 from moe_jax.system.hlo import read_program
-from moe_jax.system.timing import Times, alternate, with_reused_output
+from moe_jax.system.machine import Times, alternate, with_reused_output
 
 BATCH = 8
 

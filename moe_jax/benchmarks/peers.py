@@ -25,9 +25,9 @@ from moe_jax.benchmarks.mixtral import Shape
 from moe_jax.config import ComputeDtype, ModelConfig, RoutingConfig, RunConfig, UserError
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.precision import choose_policy
-from moe_jax.system.json_text import json_text
-from moe_jax.system.limits import usable_cores
-from moe_jax.system.timing import Measured, Times, alternate
+from moe_jax.system.environment import usable_cores
+from moe_jax.system.files import json_text
+from moe_jax.system.machine import Measured, Times, alternate
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
 PROMPT = 128

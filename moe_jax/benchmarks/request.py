@@ -9,7 +9,7 @@ from rich.table import Table
 from moe_jax.benchmarks.uniform_routing import UniformMoE
 from moe_jax.config import Dense, RunConfig
 from moe_jax.model.moe.layer import MoE
-from moe_jax.system.timing import Times
+from moe_jax.system.machine import Times
 
 
 class BenchmarkRequest(NamedTuple):

@@ -21,7 +21,7 @@ from moe_jax.model.costs import muon_flops
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.plots.figures import COLOURS
-from moe_jax.system.timing import alternate
+from moe_jax.system.machine import alternate
 from moe_jax.training.programs import Programs
 from moe_jax.training.random_tokens import RandomTokenTrainer
 

@@ -17,7 +17,7 @@ from moe_jax.inference.slots import SlotDecoder
 from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
-from moe_jax.system.timing import Measured, Times, alternate
+from moe_jax.system.machine import Measured, Times, alternate
 
 STREAMS = 16
 TOKENS = 64

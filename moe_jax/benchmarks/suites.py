@@ -18,7 +18,7 @@ from moe_jax.benchmarks.step_memory import temporary_bytes
 from moe_jax.benchmarks.weights import compare_weights
 from moe_jax.model.transformer import create, split
 from moe_jax.system import machine
-from moe_jax.system.timing import alternate
+from moe_jax.system.machine import alternate
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
 

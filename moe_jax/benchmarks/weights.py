@@ -18,7 +18,7 @@ from moe_jax.model.precision import to_param_dtype
 from moe_jax.model.quantize import WEIGHTS, quantize
 from moe_jax.model.transformer import Params, create, split
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.system.timing import alternate
+from moe_jax.system.machine import alternate
 
 FORMS = ("float32", "bfloat16", *WEIGHTS)
 REST_SECONDS, TURN_SECONDS = 0.02, 0.1

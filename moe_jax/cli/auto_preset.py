@@ -14,7 +14,7 @@ from moe_jax.cli.text_plan import Given, plan_for_text
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import PRESETS, folder_for_text
-from moe_jax.system.terminal_text import say
+from moe_jax.system.terminal import say
 
 SOURCE = ("data", "source")
 OTHER_STARTS = ("resume", "upcycle", "init_from")

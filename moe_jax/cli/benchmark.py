@@ -16,9 +16,8 @@ from moe_jax.cli.gpu_name import DEFAULT_GPU, check_gpu
 from moe_jax.cli.result import print_json
 from moe_jax.config import ConfigError, Dense, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.system import environment, streams
-from moe_jax.system.files import write_output
-from moe_jax.system.json_text import json_text
+from moe_jax.system import environment, terminal
+from moe_jax.system.files import json_text, write_output
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,13 +90,13 @@ class Benchmark(Command):
             # Compiling for a described card needs no card, and must not occupy a real one.
             os.environ["JAX_PLATFORMS"] = "cpu"
         environment.prepare_environment()
-        streams.outlive_output()  # the results go into a file as well
+        terminal.outlive_output()  # the results go into a file as well
         from moe_jax.benchmarks.request import BenchmarkRequest
         from moe_jax.model.precision import choose_policy
         from moe_jax.system import machine
-        from moe_jax.system.rich_console import Console
+        from moe_jax.system.terminal import rich_console
 
-        console = Console()
+        console = rich_console()
         config = with_vocabulary(preset(self.preset))
         about = machine.describe()
         console.print(

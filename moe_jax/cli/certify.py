@@ -10,13 +10,14 @@ from moe_jax.cli.result import print_json
 from moe_jax.config import MeshShape, PresetName
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
-from moe_jax.system.console import working
+from moe_jax.system.terminal import working
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from rich.console import Console
+
     from moe_jax.certificates.certificate import Certificate
-    from moe_jax.system.rich_console import Console
 
 
 TRIED = (
@@ -72,7 +73,7 @@ class Certify(Command):
             from moe_jax.certificates.on_mesh import certify_mesh
             from moe_jax.parallel.mesh import mesh_of
             from moe_jax.runs.load import open_run
-            from moe_jax.system.rich_console import Console
+            from moe_jax.system.terminal import rich_console
 
             if self.run:
                 opened = open_run(self.run)
@@ -84,7 +85,7 @@ class Certify(Command):
         if (mesh := mesh_of(self.mesh)) is not None:
             on_mesh = certify_mesh(config.on_mesh(self.mesh, self.batch_size, micro_batches=2), params, mesh)
             remaining = itertools.chain(remaining, on_mesh)
-        console = Console()
+        console = rich_console()
         console.print(f"[bold]certificates[/bold] of {what}")
         for line in (TRIED, NOT_TRIED):
             _print_wrapped(console, line)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from moe_jax.cli.sampling import SamplingCommand
 from moe_jax.config import UserError
 from moe_jax.system import environment
-from moe_jax.system.console import working
-from moe_jax.system.terminal_text import say, stream_text
+from moe_jax.system.terminal import say, stream_text, working
 
 if TYPE_CHECKING:
     from moe_jax.inference.chat import Chat as Conversation
@@ -66,7 +65,7 @@ class Chat(SamplingCommand):
     def _greet(self, step: int, tuned: bool) -> None:
         import readline  # noqa: F401, gives `input` a history and the arrow keys
 
-        from moe_jax.runs.summary import read_summary
+        from moe_jax.runs.records import read_summary
 
         opening = read_summary(Path(self.run)).get("opening")
         what = "Ask" if tuned else "Type how a text begins"
@@ -114,12 +113,12 @@ def _show_experts(experts: "TokenExperts", talk: "Conversation", layer: int) -> 
     """
     from rich.text import Text
 
-    from moe_jax.system.rich_console import Console
+    from moe_jax.system.terminal import rich_console
 
     tokens = talk.last_tokens
     pieces = experts.of(talk.last_text) if tokens is None else experts.of_tokens(tokens)
     first = [int(piece.experts[layer, 0]) for piece in pieces]
-    console, shown = Console(), Text()
+    console, shown = rich_console(), Text()
     coloured = console.color_system is not None
     for piece, expert in zip(pieces, first, strict=True):
         shown.append(piece.text, COLOURS[expert % len(COLOURS)])

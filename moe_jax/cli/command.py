@@ -15,8 +15,7 @@ from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
 from moe_jax.config import ConfigError, holds_run
 from moe_jax.config.flags import bound_in_words
 from moe_jax.config.near_runs import missing_run
-from moe_jax.system.folders import Folder
-from moe_jax.system.step_names import step_number
+from moe_jax.system.files import Folder, step_number
 
 COMMANDS = {
     "train": ("Train", "train a sparse mixture-of-experts language model"),

@@ -10,9 +10,8 @@ from typing import ClassVar
 from moe_jax.cli.command import Command
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
-from moe_jax.system.console import working
-from moe_jax.system.folders import Folder
-from moe_jax.system.terminal_text import say
+from moe_jax.system.files import Folder
+from moe_jax.system.terminal import say, working
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Doctor(Command):
     def execute(self) -> int:
         """0 if nothing is damaged, or if all damage was repaired."""
         folder = Path(self.run)
-        if Folder(folder).status("checkpoints") is None:
+        if not Folder(folder).exists("checkpoints"):
             raise ConfigError(f"--run {self.run}: is not the folder of a run; it has no folder `checkpoints`")
         environment.prepare_environment()
         with working(f"reading every checkpoint of {folder}"):
@@ -37,8 +36,8 @@ class Doctor(Command):
             from moe_jax.runs.folder import locked_for_training
 
             writable = self.repair or os.access(folder, os.W_OK)
-            with locked_for_training(folder) if writable else contextlib.nullcontext() as lock:
-                findings = examine(folder, self.repair, lock)
+            with locked_for_training(folder) if writable else contextlib.nullcontext():
+                findings = examine(folder, self.repair)
         width = max(len(f.what) for f in findings)
         for finding in findings:
             say(f"{finding.what:<{width}}  {finding.state:<8}  {finding.detail}".rstrip())

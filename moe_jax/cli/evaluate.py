@@ -12,8 +12,7 @@ from moe_jax.cli.command import Command, check_run_folder
 from moe_jax.cli.result import print_json, print_next
 from moe_jax.config import ConfigError, DataConfig, UserError
 from moe_jax.system import environment
-from moe_jax.system.console import step_progress, working
-from moe_jax.system.terminal_text import say
+from moe_jax.system.terminal import say, step_progress, working
 
 if TYPE_CHECKING:
     from moe_jax.config import DataFormat

@@ -7,8 +7,7 @@ from typing import ClassVar
 from moe_jax.cli.command import check_range
 from moe_jax.cli.sampling import SamplingCommand
 from moe_jax.system import environment
-from moe_jax.system.console import working
-from moe_jax.system.terminal_text import stream_text
+from moe_jax.system.terminal import stream_text, working
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ from moe_jax.cli.command import Command, check_run_folder
 from moe_jax.cli.outputs import check_out_file
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
-from moe_jax.system.console import working
-from moe_jax.system.terminal_text import say
+from moe_jax.system.terminal import say, working
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from pathlib import Path
 from moe_jax.cli.arguments import HINT
 from moe_jax.cli.command import COMMANDS, Command, command
 from moe_jax.config import ConfigError, UserError
-from moe_jax.system import streams
-from moe_jax.system.interrupts import interruptible
+from moe_jax.system import terminal
+from moe_jax.system.signals import interruptible
 
 HELP = {"-h", "--help"}
 LONGEST_WORD = 400
@@ -71,7 +71,7 @@ def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
 
 
 def _main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    streams.settle()
+    terminal.guard_streams()
     try:
         status = program(argv) or 0
         sys.stdout.flush()  # an error of the last write must be found here, and not while Python shuts down
@@ -84,7 +84,7 @@ def _main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -
         return _fail(f"interrupted; {error}", INTERRUPTED)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
-    except streams.OutputLost as error:
+    except terminal.OutputLost as error:
         if error.reader_left:  # `generate | head`
             return 0
         return _fail(f"standard output cannot be written ({error}); mend that and try again", 1)
@@ -111,7 +111,7 @@ def _of_jax(error: str) -> str | None:
 
 
 def _fail(message: str, status: int) -> int:
-    with suppress(streams.OutputLost):
+    with suppress(terminal.OutputLost):
         sys.stdout.flush()
     print("error: " + " ".join(map(_shortened, message.split())), file=sys.stderr)
     return status

@@ -2,8 +2,14 @@
 
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.model.step_memory import least_step_bytes
-from moe_jax.system.environment import runs_on_cpu
-from moe_jax.system.limits import GIB, LEAST_ADDRESS_SPACE, address_space, check_limits, machine_memory
+from moe_jax.system.environment import (
+    GIB,
+    LEAST_ADDRESS_SPACE,
+    address_space,
+    check_limits,
+    machine_memory,
+    runs_on_cpu,
+)
 
 
 def check_memory(config: RunConfig) -> None:

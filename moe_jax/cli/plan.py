@@ -16,8 +16,8 @@ from moe_jax.cli.text_plan import Given, plan_for_text
 from moe_jax.config import ConfigError, DataConfig, RunConfig, UserError
 from moe_jax.config.presets import PLAN_ONLY, PlanPreset, with_vocabulary
 from moe_jax.system import environment
-from moe_jax.system.limits import MIB
-from moe_jax.system.terminal_text import say
+from moe_jax.system.environment import MIB
+from moe_jax.system.terminal import say
 
 if TYPE_CHECKING:
     from moe_jax.planning.own_text import TextPlan

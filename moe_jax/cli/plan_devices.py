@@ -15,9 +15,8 @@ from moe_jax.config import ConfigError, MeshShape, RunConfig
 from moe_jax.config.presets import PLAN_ONLY, PlanPreset, with_vocabulary
 from moe_jax.planning.interconnect import GPU_LINKS, check_gpus, slice_chips
 from moe_jax.system import environment
-from moe_jax.system.console import working
-from moe_jax.system.limits import MIB
-from moe_jax.system.terminal_text import say
+from moe_jax.system.environment import MIB
+from moe_jax.system.terminal import say, working
 
 if TYPE_CHECKING:
     from moe_jax.planning.many_devices import DevicePlan
@@ -159,7 +158,7 @@ class DeviceRequest:
         found = [many.in_json(plan, base) for plan in plans]
         if self.out:
             from moe_jax.plots.scaling import save_scaling
-            from moe_jax.system.folders import Folder
+            from moe_jax.system.files import Folder
 
             Path(self.out).mkdir(parents=True, exist_ok=True)
             say(*save_scaling(found, Folder(Path(self.out)), f"{self.preset}-{name}", f"{self.preset} on {name}"))

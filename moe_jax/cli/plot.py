@@ -7,8 +7,7 @@ from typing import ClassVar
 from moe_jax.cli.command import Command, check_run_folder
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.system import environment
-from moe_jax.system.console import working
-from moe_jax.system.terminal_text import say
+from moe_jax.system.terminal import say, working
 
 
 @dataclass(frozen=True)
@@ -33,7 +32,7 @@ class Plot(Command):
         environment.prepare_environment()
         with working("drawing the pictures"):
             from moe_jax.plots.figures import run_figures, save_figures
-            from moe_jax.system.folders import Folder
+            from moe_jax.system.files import Folder
 
             figures = run_figures([Path(run) for run in self.run])
             if self.out:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from moe_jax.cli.command import Command
 from moe_jax.cli.result import print_json, print_next
 from moe_jax.system import environment
-from moe_jax.system.console import working
-from moe_jax.system.terminal_text import say
+from moe_jax.system.terminal import say, working
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Presets(Command):
             from rich.table import Table
 
             from moe_jax.config.presets import PRESETS, PURPOSES
-            from moe_jax.system.rich_console import Console
+            from moe_jax.system.terminal import rich_console
             from moe_jax.training.dry_run import preset_costs
             from moe_jax.training.expected_time import HIGHEST, LOWEST, duration
 
@@ -43,7 +42,7 @@ class Presets(Command):
                 f"{cost.least_bytes / 2**20:,.0f} MiB",
                 f"{duration(cost.fastest)} to {duration(cost.slowest)}",
             )
-        console = Console()
+        console = rich_console()
         console.print(table, "")
         say(*(f"{name:<10} {purpose}" for name, purpose in PURPOSES.items()), "")
         say("memory: what a training step takes at least, counted from the sizes of its arrays")

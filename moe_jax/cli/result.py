@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 
 def print_json(result: dict[str, Any], asked: bool) -> None:

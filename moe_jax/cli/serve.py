@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from moe_jax.cli.command import Command, check_range, check_run_folder
 from moe_jax.config import ConfigError, UserError
 from moe_jax.system import environment
-from moe_jax.system.terminal_text import say
+from moe_jax.system.terminal import say
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,6 @@ class Serve(Command):
             raise UserError(
                 "serve needs the packages starlette and uvicorn: `uv run --extra serve python -m moe_jax serve ...`"
             )
-        if environment.runs_on_cpu():
-            environment.restart_with_malloc_settings()  # before anything is printed
         from moe_jax.serving.sockets import bind, url
 
         sock = bind(self.host, self.port)

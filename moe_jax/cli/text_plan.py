@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.cli.command import check_range
 from moe_jax.config import ConfigError, RunConfig
-from moe_jax.system.console import working
-from moe_jax.system.limits import machine_memory
+from moe_jax.system.environment import machine_memory
+from moe_jax.system.terminal import working
 
 if TYPE_CHECKING:
     from moe_jax.planning.own_text import Change, Limits, TextPlan
@@ -54,7 +54,7 @@ class Given(NamedTuple):
         """The limits for a plan. Measures the speed of a matrix product if it is needed and not given."""
         from moe_jax.model.precision import choose_policy
         from moe_jax.planning.own_text import Limits
-        from moe_jax.system.timing import matmul_rate
+        from moe_jax.system.machine import matmul_rate
 
         most = memory_bytes(self.memory) if self.memory else SHARE_OF_MACHINE * (machine_memory() or UNKNOWN_MEMORY)
         if not self.minutes:

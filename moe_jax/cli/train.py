@@ -18,10 +18,9 @@ from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
 from moe_jax.config.near_runs import perhaps_another
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.processes import ProcessGroup
-from moe_jax.system import environment, streams
-from moe_jax.system.console import working
+from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
-from moe_jax.system.terminal_text import say
+from moe_jax.system.terminal import say, working
 
 
 @dataclass(frozen=True)
@@ -81,11 +80,11 @@ class TrainingCommand(RunCommand):
         if self.dry_run:
             return self._print_dry_run()
         check_memory(config)
-        streams.outlive_output()
+        terminal.outlive_output()
         if self.group is not None:
             environment.silence_libraries()
+        notes = environment.prepare_environment(config.execution.deterministic)
         with Signals(together=self.group is not None, saved=saved is not None) as signals:
-            notes = environment.prepare_environment(config.execution.deterministic)
             if config.resume and saved is None:
                 say(new_run_note(Path(config.run_dir)))
             # jax is imported only now, because the arguments are accepted and the environment is set.
@@ -98,12 +97,12 @@ class TrainingCommand(RunCommand):
 
             with joined(self.group):
                 if self.group is not None:
-                    streams.keep_apart(quiet=not first())
+                    terminal.keep_apart(quiet=not first())
                 check_same_program(config, saved)
                 mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
                 try:
-                    with locked_together(Path(config.run_dir)) as lock:
-                        session = Session.open(config, saved, lock)
+                    with locked_together(Path(config.run_dir)):
+                        session = Session.open(config, saved)
                         _train_and_report(session, signals, notes, self.step_mib)
                 except Stopped as stop:
                     return stop.status

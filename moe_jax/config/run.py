@@ -1,7 +1,6 @@
 """One run: what `train.py` is told, and what `config.json` holds."""
 
 import dataclasses
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,7 @@ from moe_jax.config.migrations import SCHEMA_VERSION, migrate_config
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.train import TrainConfig
 from moe_jax.system.errors import ConfigError, UserError, shortened
-from moe_jax.system.folders import Folder
-from moe_jax.system.step_names import checkpoint_step
+from moe_jax.system.files import Folder, step_number
 
 PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
 
@@ -194,7 +192,7 @@ def load_begun_config(run: Path) -> RunConfig | None:
     the folder holds a checkpoint. Raises UserError where the configuration cannot be read."""
     folder = Folder(run)
     try:
-        if holds_run(run) or folder.status("config.json") is None:
+        if holds_run(run) or not folder.exists("config.json"):
             return None
         return RunConfig.from_dict(folder.read_json("config.json"))
     except (OSError, ValueError, UserError) as error:
@@ -217,7 +215,7 @@ def holds_run(run: Path) -> bool:
     suffice. Raises UserError if the folder cannot be read: it may hold a run then."""
     folder = Folder(run)
     try:
-        steps = [name for name in folder.names("checkpoints") if checkpoint_step(name) is not None]
-        return any((found := folder.status(f"checkpoints/{n}")) and not stat.S_ISREG(found.st_mode) for n in steps)
+        steps = [name for name in folder.names("checkpoints") if step_number(name) is not None]
+        return any(not (run / "checkpoints" / name).is_file() for name in steps)
     except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); mend that and try again") from None
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); fix that and try again") from None

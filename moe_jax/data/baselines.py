@@ -30,9 +30,8 @@ from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.streams import stored_documents
 from moe_jax.data.token_store import TokenStore
-from moe_jax.system.console import working
-from moe_jax.system.files import write_atomically
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text, write_atomically
+from moe_jax.system.terminal import working
 
 END = ""
 """The word that ends a document. It also stands before the first word, as context."""

@@ -39,8 +39,7 @@ from moe_jax.data.documents import (
     other_kind,
 )
 from moe_jax.data.hub import HUB
-from moe_jax.system.files import cache_dir, write_atomically
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import cache_dir, json_text, write_atomically
 
 LOOKED_AT = 8 << 20
 """Bytes of a text in which mistakes are looked for before jax is loaded."""

@@ -32,9 +32,9 @@ from moe_jax.data.corpora import Corpus, FileCorpus, open_corpus
 from moe_jax.data.documents import SplitName
 from moe_jax.data.streams import Stream, encoded, token_type
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
-from moe_jax.system.console import Report, byte_progress
-from moe_jax.system.files import cache_dir, disk_cause, locked
-from moe_jax.system.json_text import json_text
+from moe_jax.system.errors import disk_cause
+from moe_jax.system.files import cache_dir, json_text, locked
+from moe_jax.system.terminal import Report, byte_progress
 
 FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
 _SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
@@ -90,7 +90,7 @@ class TokenStore:
     def is_text_of(self, saved: Any) -> bool:
         """Whether a checkpoint was trained on this text. `saved` is the entry `context.data` of its manifest.
 
-        The entry is the digest of a store or, after a migration (`runs.migrations`), `fingerprint:` and a fingerprint.
+        The entry is the digest of a store or `fingerprint:` and a fingerprint.
         """
         return saved in (self.digest, f"fingerprint:{self.fingerprint}")
 
@@ -184,21 +184,18 @@ def _open_or_make(corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: b
     folder = cache / key
     with suppress(UserError):  # before the lock: a whole cache may lie in a folder that cannot be written
         return open_store(folder)
-    with locked(cache / f"{key}.lock", wait=True) as lock:
+    with locked(cache / f"{key}.lock", wait=True):
         if folder.exists():
             with suppress(UserError):  # another process has made it meanwhile
                 return open_store(folder)
             shutil.rmtree(folder)
-        for leftover in cache.glob(f"{key}*.partial") if lock else ():  # of killed processes
+        for leftover in cache.glob(f"{key}*.partial"):  # of killed processes
             shutil.rmtree(leftover)
         draft = cache / f"{key}.{secrets.token_hex(8)}.partial"
         try:
             draft.mkdir()
             _make(draft, corpus, tokenizer, progress)
             draft.rename(folder)
-        except OSError:
-            if not folder.exists():  # there is no lock, and another process has made the same store first
-                raise
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     return open_store(folder)

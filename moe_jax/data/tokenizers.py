@@ -26,10 +26,8 @@ from moe_jax.config import DataConfig, UserError
 from moe_jax.data import hf_tokenizers
 from moe_jax.data.corpora import Documents
 from moe_jax.data.documents import SEPARATOR
-from moe_jax.system.console import Report, byte_progress
-from moe_jax.system.files import write_atomically
-from moe_jax.system.folders import Folder
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import Folder, json_text, write_atomically
+from moe_jax.system.terminal import Report, byte_progress
 
 TRAINING_BYTES = 50_000_000
 _LONGEST_ENTRY = 256  # most bytes of a BPE entry; without it, 40 merges in a hostile file could make an entry of 1 TiB

@@ -42,10 +42,8 @@ from moe_jax.model.costs import count_parameters, totals
 from moe_jax.pages.assembly import filled, page_file, page_script, page_style, security_policy
 from moe_jax.plots.figures import run_figures, save_figures
 from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.runs.summary import read_summary
-from moe_jax.system.files import write_output
-from moe_jax.system.folders import Folder
-from moe_jax.system.json_text import json_text
+from moe_jax.runs.records import read_summary
+from moe_jax.system.files import Folder, json_text, write_output
 
 SCHEMA = 1
 REPORT, PAGE, TEXT_PAGE = "report", "routing.html", "routing-of-a-text.html"

@@ -7,8 +7,7 @@ import numpy as np
 
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.runs.load import LoadedRun
-from moe_jax.runs.metrics import load_entropy, read_metrics
-from moe_jax.runs.snapshots import read_snapshots
+from moe_jax.runs.records import load_entropy, read_metrics, read_snapshots
 
 MOST_POINTS = 160
 MOST_TRACES = 12

@@ -4,7 +4,7 @@ from typing import Any
 
 from moe_jax.interop.source import ExportSource
 from moe_jax.model.costs import count_parameters, totals, training_flops
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 MODELFILE = 'FROM ./model.gguf\nTEMPLATE "{{ .Prompt }}"\n'
 """For `ollama create NAME -f Modelfile`. The template adds nothing: the model goes on with the prompt."""

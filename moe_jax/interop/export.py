@@ -16,8 +16,8 @@ from moe_jax.interop.chat_template import ollama
 from moe_jax.interop.source import ExportSource
 from moe_jax.interop.tokenizers import separator_text, tokenizer_files
 from moe_jax.runs.safetensors_file import write_safetensors
-from moe_jax.system.files import disk_cause
-from moe_jax.system.json_text import json_text
+from moe_jax.system.errors import disk_cause
+from moe_jax.system.files import json_text
 
 Target = Literal["hf", "gguf", "both", "safetensors"]
 Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]

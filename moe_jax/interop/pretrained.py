@@ -27,7 +27,7 @@ from moe_jax.interop.tensor_table import EMBEDDING, FUSED, HEAD, Piece, Table, e
 from moe_jax.interop.weight_files import Tensor, WeightFiles
 from moe_jax.model.transformer import Params
 from moe_jax.parallel import global_arrays
-from moe_jax.system.folders import MAX_JSON_BYTES
+from moe_jax.system.files import MAX_JSON_BYTES
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 _CHUNK = 1 << 20

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 from moe_jax.config import ConfigError, ModelConfig, QKNorm, RoutingConfig, UserError
 from moe_jax.interop.architectures import LLAMA, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, Architecture
 from moe_jax.system.errors import shortened
-from moe_jax.system.folders import Folder, UnsafeFile, parse_json
+from moe_jax.system.files import Folder, UnsafeFile, parse_json
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 2**22

@@ -13,9 +13,8 @@ from moe_jax.model.low_rank import LoraShape, merge_named
 from moe_jax.runs import manifest
 from moe_jax.runs.arrays import ADAPTERS, WEIGHTS
 from moe_jax.runs.checkpoint import Checkpoint
-from moe_jax.runs.identity import check_full_weights
-from moe_jax.runs.load import find_checkpoint
-from moe_jax.runs.summary import read_summary
+from moe_jax.runs.load import check_full_weights, find_checkpoint
+from moe_jax.runs.records import read_summary
 
 
 @dataclass(frozen=True)

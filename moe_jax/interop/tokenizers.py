@@ -13,7 +13,7 @@ from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.hf_tokenizers import byte_alphabet, spelling
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.chat_template import jinja
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 _ALPHABET = byte_alphabet()
 

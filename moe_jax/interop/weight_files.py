@@ -19,7 +19,7 @@ import numpy as np
 from moe_jax.config import UserError
 from moe_jax.interop.pretrained_shape import open_file, read_file
 from moe_jax.system.errors import shortened
-from moe_jax.system.folders import MAX_JSON_BYTES, parse_json
+from moe_jax.system.files import MAX_JSON_BYTES, parse_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {

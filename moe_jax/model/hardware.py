@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from moe_jax.system import race
+from moe_jax.system import machine
 
 CPU_INFO = Path("/proc/cpuinfo")
 LEAST_GAIN = 1.2
@@ -64,7 +64,7 @@ def cpu_bfloat16_units() -> str:
     """The units with which this processor multiplies bfloat16 faster than float32: "AMX" or "AVX-512 BF16".
 
     Their names are read from Linux's /proc/cpuinfo. "" if there are none, or no such file, or if a race shows that they
-    are not faster (`system.race.gain`). With AVX-512 BF16, AMD's Zen 4 reached 401 GFLOP/s in bfloat16 and 193 in
+    are not faster (`system.machine.gain`). With AVX-512 BF16, AMD's Zen 4 reached 401 GFLOP/s in bfloat16 and 193 in
     float32, its Zen 5 960 and 480, but an Intel Xeon whose AMX was hidden 221 and 300.
     """
     try:
@@ -72,10 +72,10 @@ def cpu_bfloat16_units() -> str:
     except OSError:
         return ""
     units = "AMX" if "amx_bf16" in flags else "AVX-512 BF16" if "avx512_bf16" in flags else ""
-    return units if units and race.gain("bfloat16", jax.devices("cpu")[0], units) >= LEAST_GAIN else ""
+    return units if units and machine.gain("bfloat16", jax.devices("cpu")[0], units) >= LEAST_GAIN else ""
 
 
 def float16_is_slow(device: Any) -> bool:
     """Whether a race on a card of this machine shows that its tensor cores do not help. False for a described card,
     which cannot race."""
-    return isinstance(device, jax.Device) and race.gain("float16", device) < LEAST_GAIN
+    return isinstance(device, jax.Device) and machine.gain("float16", device) < LEAST_GAIN

@@ -21,8 +21,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from moe_jax.system.hlo import Computation, Instruction, called, parse
 from moe_jax.system.hlo_kernels import array_bytes
-from moe_jax.system.hlo_text import Computation, Instruction, called, parse
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 

@@ -22,9 +22,8 @@ from moe_jax.config import UserError
 from moe_jax.planning.plan_cache import looked_up
 from moe_jax.planning.roofline import Prediction, Rates, predict
 from moe_jax.planning.target import Target
-from moe_jax.system.environment import has_cuda_plugin
+from moe_jax.system.environment import MIB, has_cuda_plugin
 from moe_jax.system.hlo_kernels import read_kernels
-from moe_jax.system.limits import MIB
 
 BACK_ENDS: dict[str, dict[str, bool]] = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
 """The back ends for matrix products, with their compiler options. On a card of compute capability 8.0 or more XLA times

@@ -25,9 +25,9 @@ from moe_jax.planning.interconnect import GPU_COUNTS, V5E_SLICES, Hosts, Place
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import Target
 from moe_jax.planning.tpu import Slice
+from moe_jax.system.environment import MIB
 from moe_jax.system.hlo import read_program
 from moe_jax.system.hlo_kernels import Kernel, read_kernels
-from moe_jax.system.limits import MIB
 
 REDUCTIONS: tuple[Kind, ...] = ("all-reduce", "reduce-scatter")
 

@@ -16,9 +16,8 @@ from moe_jax.config import PresetName, RunConfig, UserError, holds_run
 from moe_jax.config.presets import PRESETS, folder_for_text, preset, preset_for_text, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.planning.text_size import bytes_per_token, text_bytes
-from moe_jax.system.environment import runs_on_cpu
+from moe_jax.system.environment import MIB, runs_on_cpu
 from moe_jax.system.errors import FieldError
-from moe_jax.system.limits import MIB
 from moe_jax.training.advice import USEFUL_PASSES
 from moe_jax.training.expected_time import duration, steps_within
 from moe_jax.training.programs import Programs

@@ -6,8 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_jax.system.files import cache_dir, write_atomically
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import cache_dir, json_text, write_atomically
 
 
 def looked_up[T](

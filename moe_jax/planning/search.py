@@ -20,8 +20,8 @@ from moe_jax.model.transformer import Params
 from moe_jax.planning import roofline
 from moe_jax.planning.device_memory import Bound, bound
 from moe_jax.planning.target import Target
-from moe_jax.system.console import working
-from moe_jax.system.limits import MIB
+from moe_jax.system.environment import MIB
+from moe_jax.system.terminal import working
 from moe_jax.training.evaluate import EVALUATION_ROWS
 from moe_jax.training.programs import Programs
 from moe_jax.training.state import initial_params

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.config import UserError
-from moe_jax.system.limits import MIB
+from moe_jax.system.environment import MIB
 
 GPU_TARGETS = Path(__file__).parent / "targets"
 """Folder with one description file for each GPU."""

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import UserError
-from moe_jax.runs.metrics import load_entropy, read_metrics
-from moe_jax.runs.summary import read_summary
-from moe_jax.system.folders import Folder
+from moe_jax.runs.records import load_entropy, read_metrics, read_summary
+from moe_jax.system.files import Folder
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc6fa3", "#e69f00", "#56b4e9", "#7a4fa3", "#737373")
 """Colours that colour-blind readers can distinguish (after Okabe and Ito)."""

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe_jax.plots.figures import COLOURS, check_installed
-from moe_jax.system.folders import Folder
+from moe_jax.system.files import Folder
 
 type Row = Mapping[str, Any]
 """A row of the table, as `plan --scaling --json` prints it."""

@@ -5,11 +5,9 @@
     checkpoints/step_00000100/manifest.json         see `manifest.py`
 
 A checkpoint is written into a temporary folder, synced to disk, and then renamed. So every folder named step_* is
-complete. Earlier checkpoints are removed only after the files of the new one have been read back. The newest two and
-the best are kept, so that a run survives one damaged checkpoint.
-
-A flipped bit is found by digests: `manifest.verify_files` compares every file before it is used, and `read_arrays`
-compares every array after it is read. `python -m moe_jax doctor` does both for all checkpoints.
+complete. (Orbax's CheckpointManager commits in the same way, but the other two files could not be part of the commit.)
+Earlier checkpoints are removed only after the files of the new one have been read back. The newest two and the best are
+kept, so that a run survives one damaged checkpoint.
 
 Arrays are saved by name, not by structure. An array named `params.blocks.0.ffn.router` can be read without the classes
 that wrote it.
@@ -34,12 +32,10 @@ from moe_jax.config import UserError
 from moe_jax.parallel.processes import barrier, first
 from moe_jax.runs import manifest
 from moe_jax.runs.arrays import PARAMS, named_leaves, read_arrays, write_arrays, write_weights
-from moe_jax.runs.manifest import CheckpointCorrupted, CheckpointUnreadable
-from moe_jax.runs.migrations import MANIFEST_VERSION
-from moe_jax.system.files import disk_cause
-from moe_jax.system.folders import Folder, Unwritten, unguarded
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.system.errors import disk_cause
+from moe_jax.system.files import Folder, step_name, step_number, write_atomically
 from moe_jax.system.machine import versions
-from moe_jax.system.step_names import REPLACED, checkpoint_step, step_name, step_number
 
 FOLDER = "checkpoints"
 
@@ -56,8 +52,14 @@ class Checkpoint:
     """Seconds of training until this step, summed over all processes of the run."""
     manifest: dict[str, Any]
 
+    @classmethod
+    def read(cls, path: Path) -> "Checkpoint":
+        """The checkpoint in a folder. Raises CheckpointCorrupted if its manifest is damaged."""
+        document = manifest.read(path)
+        return cls(path, document["step"], document["val_loss"], document["elapsed"], document)
 
-type Entry = tuple[Path, Checkpoint | CheckpointCorrupted | CheckpointUnreadable]
+
+type Entry = tuple[Path, Checkpoint | CheckpointCorrupted]
 """A checkpoint's folder, and either the checkpoint or why there is none."""
 type Entries = list[Entry]
 
@@ -65,16 +67,14 @@ type Entries = list[Entry]
 class CheckpointStore:
     """The checkpoints of one run. Keeps the newest two and the best (lowest validation loss).
 
-    `say` is called with a message for every checkpoint that is skipped. It prints to stderr unless given. `guard` is
-    called before each change of the folder: see `Folder`. Only damaged checkpoints are skipped. One that the system
-    refuses to read raises CheckpointUnreadable, since an older one in its place would lose good work.
+    `say` is called with a message for every checkpoint that is skipped. By default it prints to stderr. Only damaged
+    checkpoints are skipped. One that the system refuses to read raises OSError, since an older one in its place would
+    lose good work.
     """
 
-    def __init__(
-        self, run: Path, say: Callable[[str], None] | None = None, guard: Callable[[], None] | None = None
-    ) -> None:
+    def __init__(self, run: Path, say: Callable[[str], None] | None = None) -> None:
         self.folder = run / FOLDER
-        self._files = Folder(run, guard or unguarded) if first() else Unwritten(run)
+        self._files = Folder(run, writes=first())
         self.say = say or (lambda text: print(text, file=sys.stderr, flush=True) if first() else None)
 
     def save(self, state: Any, step: int, *, val_loss: float | None, elapsed: float, context: dict[str, Any]) -> Path:
@@ -90,17 +90,21 @@ class CheckpointStore:
         final = self.folder / step_name(step)
         draft = self.folder / f"tmp_{step:08d}"
         leaves = named_leaves(state)
+        known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
+        document = {"version": manifest.VERSION, "step": step, "val_loss": known, "elapsed": elapsed}
         try:
+            described = manifest.describe_leaves(leaves)
             if first():
-                self._make_draft(draft, leaves)
+                self._files.path.mkdir(parents=True, exist_ok=True)
+                self._files.make(FOLDER)
+                self.remove_interrupted_saves()
+                _check_room(self.folder, leaves)
+                draft.mkdir()
             barrier()
             write_arrays(draft, leaves)
             write_weights(draft, leaves)
-            described = manifest.describe_leaves(leaves)
             barrier()  # all files but the manifest are there
             if first():
-                known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
-                document = {"version": MANIFEST_VERSION, "step": step, "val_loss": known, "elapsed": elapsed}
                 document |= {"files": manifest.describe_files(draft), **described}
                 document |= {"context": context, "versions": versions()}
                 (draft / manifest.NAME).write_text(manifest.render(document), encoding="utf-8", newline="\n")
@@ -114,7 +118,7 @@ class CheckpointStore:
                 raise
             raise UserError(
                 f"{final}: the checkpoint could not be saved ({cause}); the earlier checkpoints are complete: "
-                "mend that and go on with --resume"
+                "fix that and go on with --resume"
             ) from error
         if first():
             self._remove_old(final)
@@ -122,37 +126,28 @@ class CheckpointStore:
         _give_memory_back()
         return final
 
-    def _make_draft(self, draft: Path, leaves: dict[str, Any]) -> None:
-        self._files.guard()
-        self._files.path.mkdir(parents=True, exist_ok=True)
-        self._files.make(FOLDER)
-        self.remove_interrupted_saves()
-        _check_room(self.folder, leaves)
-        draft.mkdir()
+    def paths(self) -> list[Path]:
+        """The folders of all checkpoints, oldest first."""
+        steps = {name: step for name in self._files.names(FOLDER) if (step := step_number(name)) is not None}
+        return [self.folder / name for name in sorted(steps, key=steps.__getitem__)]
 
     def list(self) -> list[Checkpoint]:
         """Checkpoints whose manifest is undamaged, oldest first. Their other files are not verified."""
-        return [found for _, found in _readable(self.list_all()) if isinstance(found, Checkpoint)]
+        return [entry for _, entry in self._entries() if isinstance(entry, Checkpoint)]
 
-    def list_all(self) -> Entries:
-        """Every checkpoint, oldest first. Includes checkpoints whose manifest is damaged or cannot be read."""
-        names = self._files.names(FOLDER)
-        # If a step was saved twice, the older folder (.replaced) counts only while the newer folder is missing.
-        names = [n for n in names if not n.endswith(REPLACED) or n.removesuffix(REPLACED) not in names]
-        steps = {n: step for n in names if (step := checkpoint_step(n)) is not None}
-        found: Entries = []
-        for name in sorted(steps, key=steps.__getitem__):
-            path = self.folder / name
+    def _entries(self) -> Entries:
+        """Every checkpoint, oldest first."""
+        entries: Entries = []
+        for path in self.paths():
             try:
-                m = manifest.read(path)
-                found.append((path, Checkpoint(path, m["step"], m["val_loss"], m["elapsed"], m)))
-            except (CheckpointCorrupted, CheckpointUnreadable) as error:
-                found.append((path, error))
-        return found
+                entries.append((path, Checkpoint.read(path)))
+            except CheckpointCorrupted as error:
+                entries.append((path, error))
+        return entries
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are undamaged. Reports newer, damaged checkpoints to `say`."""
-        return next(self._good(reversed(self.list_all())), None)
+        return next(self._good(reversed(self._entries())), None)
 
     def restore_newest(self, target: Any, check: Callable[[Checkpoint], None]) -> tuple[Checkpoint, Any] | None:
         """The newest good checkpoint, and its values in the structure of `target`. None if no checkpoint is good.
@@ -160,7 +155,7 @@ class CheckpointStore:
         Newer checkpoints, which are damaged, are renamed by `mark_damaged`. `check` raises if an undamaged checkpoint
         belongs to another run.
         """
-        entries = self.list_all()
+        entries = self._entries()
         for checkpoint in self._good(reversed(entries)):
             try:
                 check(checkpoint)
@@ -169,8 +164,8 @@ class CheckpointStore:
                 self.say(f"{checkpoint.path}: skipped, {error}")
                 continue
             barrier()  # before a folder gets another name
-            newer = [path for path, _ in entries].index(checkpoint.path) + 1
-            for path, _ in entries[newer:]:
+            paths = [path for path, _ in entries]
+            for path in paths[paths.index(checkpoint.path) + 1 :]:
                 self.mark_damaged(path)
             return checkpoint, state
         return None
@@ -180,13 +175,14 @@ class CheckpointStore:
 
         Checkpoints with a damaged manifest are reported to `say` first. Their loss is unknown, so each may be the best.
         """
-        entries = self.list_all()
-        whole = [(found.val_loss, path, found) for path, found in _readable(entries) if isinstance(found, Checkpoint)]
-        evaluated = [entry for entry in whole if entry[0] is not None]
-        ranked: Entries = [entry for entry in entries if isinstance(entry[1], CheckpointCorrupted)]
-        ranked += [(path, found) for _, path, found in sorted(evaluated, key=lambda e: (e[0], e[2].step))]
-        ranked += [entry for entry in reversed(entries) if entry not in ranked]
-        return next(self._good(ranked), None)
+
+        def rank(entry: Entry) -> tuple[int, float, int]:
+            _, found = entry
+            if isinstance(found, CheckpointCorrupted):
+                return 0, 0, 0
+            return (1, found.val_loss, found.step) if found.val_loss is not None else (2, 0, -found.step)
+
+        return next(self._good(sorted(self._entries(), key=rank)), None)
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step. If there is none, raises UserError with the steps of the checkpoints."""
@@ -197,20 +193,9 @@ class CheckpointStore:
         steps = ", ".join(str(c.step) for c in checkpoints) or "none"
         raise UserError(f"--step {step}: {self.folder} has no such checkpoint; it has {steps}")
 
-    def remove_interrupted_saves(self) -> tuple[Path, ...]:
-        """Remove the files of interrupted saves, and return their paths. Restore a .replaced folder that is needed."""
-        names = self._files.names(FOLDER)
-        removed = [*self.interrupted_saves()]
-        for name in names:
-            whole = name.removesuffix(REPLACED)
-            if whole != name and step_number(whole) is not None:
-                if whole in names:
-                    removed.append(name)
-                else:
-                    self._files.rename(f"{FOLDER}/{name}", whole)
-        for name in removed:
-            self._files.remove_tree(f"{FOLDER}/{name}")
-        return tuple(self.folder / name for name in removed)
+    def remove_interrupted_saves(self) -> None:
+        for name in self.interrupted_saves():
+            self._files.remove(f"{FOLDER}/{name}")
 
     def interrupted_saves(self) -> tuple[str, ...]:
         """Names of the folders that interrupted saves have left."""
@@ -219,12 +204,12 @@ class CheckpointStore:
     def mark_damaged(self, path: Path) -> Path:
         """Rename a damaged checkpoint to damaged_*: no program uses it then. An older folder of that name is kept."""
         taken = self._files.names(FOLDER)
-        plain = path.name.replace("step_", "damaged_").removesuffix(REPLACED)
+        plain = path.name.replace("step_", "damaged_")
         free = next(name for n in range(len(taken) + 1) if (name := f"{plain}.{n + 1}" if n else plain) not in taken)
         return self._files.rename(f"{FOLDER}/{path.name}", free)
 
     def _good(self, entries: Iterable[Entry]) -> Iterator[Checkpoint]:
-        for path, found in _readable(entries):
+        for path, found in entries:
             damage = verify(found) if isinstance(found, Checkpoint) else str(found)
             if isinstance(found, Checkpoint) and damage is None:
                 yield found
@@ -232,13 +217,20 @@ class CheckpointStore:
                 self.say(f"{path}: skipped, {damage}")
 
     def _publish(self, draft: Path, final: Path) -> None:
-        replaced = final.name + REPLACED
-        if self._files.status(f"{FOLDER}/{final.name}"):  # the same step again, after a resume from an earlier one
-            self._files.rename(f"{FOLDER}/{final.name}", replaced)
-        self._files.rename(f"{FOLDER}/{draft.name}", final.name)
+        """Give a complete draft its name.
+
+        The step may be saved already: a resumed run makes up an evaluation that a signal has prevented. The arrays are
+        the same then, and only the manifest of the draft is taken.
+        """
+        if final.exists():
+            there, here = manifest.read(final), manifest.read(draft)
+            if there["state"] == here["state"]:
+                write_atomically(final / manifest.NAME, manifest.render(here | {"files": there["files"]}))
+                _remove_draft(draft)
+                return
+            shutil.rmtree(final)
+        draft.rename(final)
         _sync_path(self.folder)
-        if self._files.status(f"{FOLDER}/{replaced}"):
-            self._files.remove_tree(f"{FOLDER}/{replaced}")
 
     def _remove_old(self, newest: Path) -> None:
         """Read back the newest checkpoint, then remove all but the newest two and the best."""
@@ -246,23 +238,15 @@ class CheckpointStore:
         if damage is not None:
             raise UserError(
                 f"{newest}: {damage} between writing and reading it back; the earlier checkpoints are kept: "
-                "look after the disk, then go on with --resume"
+                "check the disk, then go on with --resume"
             )
-        checkpoints = [found for _, found in self.list_all() if isinstance(found, Checkpoint)]
+        checkpoints = self.list()
         evaluated = [(c.val_loss, c.step) for c in checkpoints if c.val_loss is not None]
         kept = {min(evaluated)[1]} if evaluated else set()
         kept |= {c.step for c in checkpoints[-2:]}
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
-                self._files.remove_tree(f"{FOLDER}/{checkpoint.path.name}")
-
-
-def _readable(entries: Iterable[Entry]) -> Iterator[tuple[Path, Checkpoint | CheckpointCorrupted]]:
-    """The entries. Raises the error of the first one that the system refuses to read."""
-    for path, found in entries:
-        if isinstance(found, CheckpointUnreadable):
-            raise found
-        yield path, found
+                self._files.remove(f"{FOLDER}/{checkpoint.path.name}")
 
 
 def restore(checkpoint: Checkpoint, target: Any) -> Any:
@@ -319,24 +303,25 @@ def _check_room(folder: Path, leaves: dict[str, Any]) -> None:
 
 
 def _remove_draft(draft: Path) -> None:
-    """Remove the files of a failed save. Orbax's threads may still write, so this repeats until nothing is left."""
+    """Remove a draft. Orbax's threads may still write after an error, so this repeats until nothing is left."""
     for _ in range(20):
         shutil.rmtree(draft, ignore_errors=True)
-        time.sleep(0.05)
         if not draft.exists():
             return
+        time.sleep(0.05)
 
 
 def _give_memory_back() -> None:
-    """Make glibc return its free memory to the system.
+    """Make glibc return the free memory inside its heap to the system. The end of the heap stays: see
+    `environment.keep_freed_memory`.
 
-    Orbax starts new threads at each save. Without this, the free memory in their arenas grew by 0.2 MB at each save of
-    preset nano, without limit.
+    Orbax starts new threads at each save. Without this, the free memory grew by 0.2 MB at each save of preset nano,
+    without limit.
     """
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
         if trim is not None:
-            trim(0)
+            trim(ctypes.c_size_t(2**62))
 
 
 def _sync(folder: Path) -> None:

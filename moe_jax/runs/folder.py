@@ -2,81 +2,48 @@
 
 config.json            the resolved configuration, the run's id, package versions, and the changes at each resume
 tokenizer.json
-metrics.jsonl          one record a line                                (read by `metrics.py`)
+metrics.jsonl          one record a line                                (read by `records.py`)
 summary.json           written by `training/loop.py`, at each evaluation and at the end
 samples.txt            a generated text at each evaluation
-traces/                the routing of the same tokens at each evaluation (read by `snapshots.py`)
+traces/                the routing of the same tokens at each evaluation
 checkpoints/           see `checkpoint.py`
-faults/                a batch and the names of arrays that were not finite (written by `training/nonfinite.py`)
+nonfinite/             a batch and the names of arrays that were not finite (written by `training/nonfinite.py`)
 tensorboard/, wandb/   with --tensorboard, --wandb
-.lock                  held by the process that trains: its process id, and the run's id
+.lock                  locked by the process that trains; holds its process id
 
-No link in the folder is followed (`system/folders.py`). Before each change, the lock that this process holds must still
-be the lock of the folder: see `RunLock`.
+A run has an id, drawn at its start. config.json and the manifest of each checkpoint hold it. So a checkpoint that was
+copied from another run is noticed, and so is a folder that was removed and made anew while a process still trains.
 """
 
 import dataclasses
 import os
 import re
+import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from moe_jax.config import RunConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.parallel.processes import exchange, first
-from moe_jax.runs import metrics, snapshots, summary
-from moe_jax.runs.identity import new_run_id
-from moe_jax.system.files import locked
-from moe_jax.system.folders import Folder, Unwritten, unguarded
-from moe_jax.system.json_text import json_text
+from moe_jax.runs import records
+from moe_jax.system.files import Folder, json_text, locked, step_name
 from moe_jax.system.machine import versions
-from moe_jax.system.step_names import step_name
 
 LOCK = ".lock"
 _MAX_LOCK_BYTES = 4096
 _SHARED_SECONDS = 30.0
 """How long a network file system may take to show a new file to another machine."""
 _MAX_SAMPLES_BYTES = 2**31
-
-
-class RunLock:
-    """The lock that this process holds on a run's folder.
-
-    The folder may be removed and made anew while this process still trains, and then another process may train there.
-    The file that this process has locked is then not the file `.lock` of the folder any more.
-    """
-
-    def __init__(self, run: Path, file: BinaryIO | None) -> None:
-        self._folder, self._file = Folder(run), file
-        self._identity = _identity(os.fstat(file.fileno()) if file else self._folder.status(LOCK))
-
-    def check(self) -> None:
-        """Raise UserError if the folder's lock is not the one that this process holds."""
-        if _identity(self._folder.status(LOCK)) != self._identity:
-            raise UserError(
-                f"--out {self._folder.path}: the folder was removed or made anew while this process used it, so "
-                "nothing more is written there; start again with another --out"
-            )
-
-    def note(self, run_id: str) -> None:
-        """Write who holds the lock: the id of this process, and the id of the run."""
-        if self._file is not None:
-            self._file.truncate(0)
-            self._file.write(f"{os.getpid()}\n{run_id}\n".encode())
-            self._file.flush()
-
-
-def _identity(status: os.stat_result | None) -> tuple[int, int] | None:
-    """What tells a file from any other, even from one of the same name."""
-    return None if status is None else (status.st_dev, status.st_ino)
+_NO_SETTINGS = (("", "out"), ("", "resume"))
+"""Fields that say where a run lies and how it was called."""
 
 
 @contextmanager
-def locked_for_training(run: Path) -> Iterator[RunLock]:
+def locked_for_training(run: Path) -> Iterator[None]:
     """Hold the lock of a run's folder. Raises UserError if another process is training in the folder.
 
     If the folder holds nothing but the lock at the end, as after a start that failed, the lock is removed, and so are
@@ -85,34 +52,36 @@ def locked_for_training(run: Path) -> Iterator[RunLock]:
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(run / LOCK, wait=False) as file:
-            lock = RunLock(run, file)
-            lock.check()
-            lock.note("")
+        with locked(run / LOCK, wait=False):
+            (run / LOCK).write_text(f"{os.getpid()}\n{secrets.token_hex(8)}\n", encoding="ascii")
             try:
-                yield lock
+                yield
             finally:
-                _remove_empty(run, lock, made)
+                with suppress(OSError):
+                    if os.listdir(run) == [LOCK]:
+                        os.unlink(run / LOCK)
+                        for folder in made:  # from the inner one to the outer one
+                            folder.rmdir()
     except BlockingIOError:
-        holder = Folder(run).read(LOCK, _MAX_LOCK_BYTES).partition(b"\n")[0].decode("ascii", "replace")[:20]
+        holder = _lock_text(run).partition("\n")[0][:20]
         raise UserError(
             f"--out {run}: process {holder} is training there; wait for it, or name another folder"
         ) from None
 
 
 @contextmanager
-def locked_together(run: Path) -> Iterator[RunLock | None]:
+def locked_together(run: Path) -> Iterator[None]:
     """The lock of a run that this process trains, alone or together with others.
 
-    Of several processes the first one holds the lock. The others get None, or UserError if they do not see its file.
+    Of several processes the first one holds the lock. The others raise UserError if they do not see its file.
     """
     if not first():
         _check_shared(run, exchange("")[0])
-        yield None
+        yield
         return
-    with locked_for_training(run) as lock:
+    with locked_for_training(run):
         exchange(_lock_text(run))
-        yield lock
+        yield
 
 
 def _lock_text(run: Path) -> str:
@@ -134,14 +103,21 @@ def _check_shared(run: Path, expected: str) -> None:
         time.sleep(0.1)
 
 
-def _remove_empty(run: Path, lock: RunLock, made: list[Path]) -> None:
-    """Remove the lock that is held, if it is alone in its folder, and the folders that were made for it."""
-    with suppress(OSError, UserError):
-        lock.check()
-        if os.listdir(run) == [LOCK]:
-            os.unlink(run / LOCK)
-            for folder in made:  # from the inner one to the outer one
-                folder.rmdir()
+def new_run_id() -> str:
+    """A random id. It decides nothing else about the run."""
+    return secrets.token_hex(8)
+
+
+def usable_run_id(run_id: Any) -> str | None:
+    return run_id if isinstance(run_id, str) and re.fullmatch("[0-9a-f]{16}", run_id) else None
+
+
+def read_run_id(run: Folder) -> str | None:
+    """The run's id in config.json. None if there is no usable one there."""
+    try:
+        return usable_run_id(run.read_json("config.json").get("run_id"))
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
 
 
 @dataclass(frozen=True)
@@ -149,17 +125,15 @@ class RunFolder:
     """Paths and files of one run (the list is above)."""
 
     path: Path
-    guard: Callable[[], None] = unguarded
-    """Called before each change: `RunLock.check` of the lock that is held."""
 
     @property
     def files(self) -> Folder:
-        """The folder's files. None of them is reached through a link. Only the first of several processes writes."""
-        return Folder(self.path, self.guard) if first() else Unwritten(self.path)
+        """The folder's files. Only the first of several processes writes."""
+        return Folder(self.path, writes=first())
 
     @property
     def metrics(self) -> Path:
-        return self.path / metrics.NAME
+        return self.path / records.METRICS
 
     @property
     def samples(self) -> Path:
@@ -172,7 +146,15 @@ class RunFolder:
     @property
     def traces(self) -> Path:
         """The folder of the routing snapshots, one for each evaluation."""
-        return self.path / snapshots.FOLDER
+        return self.path / records.TRACES
+
+    def check_run(self, run_id: str) -> None:
+        """Raise UserError if the folder does not hold this run any more."""
+        if first() and read_run_id(self.files) != run_id:
+            raise UserError(
+                f"--out {self.path}: the folder was removed or made anew while this process used it, so nothing more "
+                "is written there; start again with another --out"
+            )
 
     def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]]) -> str:
         """Write the tokenizer and config.json of a new run. `history` says what an upcycled run started from.
@@ -180,8 +162,8 @@ class RunFolder:
         Files of an earlier start that never reached a checkpoint are removed. Returns the id of the new run.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        earlier = snapshots.snapshot_steps(self.files).values()
-        for name in (metrics.NAME, self.samples.name, summary.NAME, *earlier):
+        earlier = records.snapshot_steps(self.files).values()
+        for name in (records.METRICS, self.samples.name, records.SUMMARY, *earlier):
             self.files.remove(name)
         self.save_tokenizer(tokenizer)
         run_id = new_run_id()
@@ -220,14 +202,14 @@ class RunFolder:
         that are no records are removed too.
         """
         last = {"train": step, "val": evaluated}
-        if self.files.status(metrics.NAME):
-            lines = metrics.record_lines(self.files)
+        if self.files.exists(records.METRICS):
+            lines = records.record_lines(self.files)
             kept = [line.rstrip(b"\r\n") for line, r in lines if r is not None and r["step"] <= last[r["split"]]]
-            self.files.write(metrics.NAME, b"".join(line + b"\n" for line in kept))
-        if self.files.status(self.samples.name):
+            self.files.write(records.METRICS, b"".join(line + b"\n" for line in kept))
+        if self.files.exists(self.samples.name):
             samples = self.files.read(self.samples.name, _MAX_SAMPLES_BYTES)
             self.files.write(self.samples.name, _samples_until(samples, evaluated))
-        for number, name in snapshots.snapshot_steps(self.files).items():
+        for number, name in records.snapshot_steps(self.files).items():
             if number > evaluated:
                 self.files.remove(name)
 
@@ -238,11 +220,11 @@ class RunFolder:
             file.write(f"=== step {step}\n{sample}\n\n".encode())
 
     def add_trace(self, step: int, trace: dict[str, Any]) -> None:
-        self.files.make(snapshots.FOLDER)
-        self.files.write(f"{snapshots.FOLDER}/{step_name(step)}.json", json_text({"step": step} | trace) + "\n")
+        self.files.make(records.TRACES)
+        self.files.write(f"{records.TRACES}/{step_name(step)}.json", json_text({"step": step} | trace) + "\n")
 
     def write_summary(self, values: dict[str, Any]) -> None:
-        self.files.write(summary.NAME, json_text(values, indent=2) + "\n")
+        self.files.write(records.SUMMARY, json_text(values, indent=2) + "\n")
 
 
 def recorded_changes(saved: RunConfig, config: RunConfig, step: int) -> tuple[dict[str, Any], list[str]]:
@@ -257,15 +239,11 @@ def recorded_changes(saved: RunConfig, config: RunConfig, step: int) -> tuple[di
     return entry, [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
 
-_NO_SETTINGS = (("", "out"), ("", "resume"))
-"""Fields that say where a run lies and how it was called."""
-
-
 def _samples_until(samples: bytes, evaluated: int) -> bytes:
     """The samples up to the step `evaluated`.
 
-    A sample that a crash cut short, perhaps within a character, belongs to a later step. If the crash cut its header,
-    no header matches, so everything after the last empty line is removed.
+    A sample that a crash left incomplete belongs to a later step. If its header is incomplete, no header matches, so
+    everything after the last empty line is removed.
     """
     headers = re.finditer(rb"^=== step (\d{1,18})\n", samples, re.MULTILINE)
     end = next((header.start() for header in headers if int(header[1]) > evaluated), len(samples))

@@ -5,17 +5,16 @@
 
 Orbax itself does not notice a flipped bit: it returns a wrong weight. The digests of the files find such damage before
 anything is restored. The digests of the leaves (arrays) are computed from the arrays in memory, so they also check what
-orbax wrote and read. The last key, `digest`, is computed from the text before it, so a change anywhere in the manifest
-is found.
+orbax wrote and read. `state` is one digest of all leaves: equal digests mean equal bits. The last key, `digest`, is
+computed from the text before it, so a change anywhere in the manifest is noticed.
 
-A checkpoint may come from an untrusted source. Sizes are checked before a file is read, links are not followed, a file
-is opened only if it was found in the folder itself, and nothing is unpickled.
+A checkpoint may come from an untrusted source. Sizes are checked before a file is read, links are not followed, and
+nothing is unpickled.
 """
 
 import json
 import math
 import os
-import stat
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,11 +26,10 @@ import xxhash
 
 from moe_jax.config import UserError
 from moe_jax.parallel.global_arrays import is_here, whole
-from moe_jax.runs.migrations import KNOWN_VERSIONS, migrate_manifest
-from moe_jax.system.folders import Folder, UnsafeFile
-from moe_jax.system.step_names import checkpoint_step
+from moe_jax.system.files import Folder, UnsafeFile, step_number
 
 NAME = "manifest.json"
+VERSION = 3
 MAX_MANIFEST_BYTES = 16 * 2**20
 MAX_METADATA_BYTES = 64 * 2**20
 """Largest file that does not hold arrays: orbax reads such files whole."""
@@ -42,19 +40,11 @@ _CHUNK = 2**20
 
 
 class CheckpointCorrupted(UserError):
-    """A damaged checkpoint: what was read is wrong, or is not there. The text names the damage in a few words."""
+    """A damaged checkpoint: what was read is wrong, or is not there. The text names the damage in a few words.
 
-
-class CheckpointUnreadable(UserError):
-    """A checkpoint that the system refuses to read: permissions, a network file system, a broken disk.
-
-    It may well be whole. So it is never passed over for an older one, renamed or removed.
+    If the system refuses to read a file, that is no damage, and the OSError is raised: the checkpoint may well be
+    whole, so it is never passed over for an older one, renamed or removed.
     """
-
-    @classmethod
-    def because(cls, path: Path, error: OSError) -> "CheckpointUnreadable":
-        where = error.filename or path
-        return cls(f"{where}: cannot be read ({error.strerror or error}); nothing was changed; mend that and try again")
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ def _digests[T](digest: Callable[[T], str], things: Iterable[T]) -> list[str]:
 
 
 def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest's keys `leaves` and `state`. `state` is one digest of all leaves: equal digests mean equal bits."""
+    """The manifest's keys `leaves` and `state`."""
     entries = sorted(leaves.items())
     if all(is_here(x) for _, x in entries):
         digests = _digests(lambda x: array_digest(whole(x)), (x for _, x in entries))
@@ -112,45 +102,38 @@ def render(document: Mapping[str, Any]) -> str:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint's folder, in the present version.
+    """The manifest of a checkpoint's folder.
 
-    Raises CheckpointCorrupted if it is missing or changed, of an unknown version, or describes too many bytes. Raises
-    CheckpointUnreadable if the system refuses to read it.
+    Raises CheckpointCorrupted if it is missing or changed, of another version, or describes too many bytes.
     """
+    if folder.is_symlink():
+        raise CheckpointCorrupted("its folder is a link")
     try:
-        status = (folder / NAME).lstat()
-        if folder.is_symlink() or not stat.S_ISREG(status.st_mode):
-            raise CheckpointCorrupted("its folder or its manifest is a link")
-        if status.st_size > MAX_MANIFEST_BYTES:
-            raise CheckpointCorrupted(f"its manifest has {status.st_size:,} bytes")
         text = Folder(folder).read(NAME, MAX_MANIFEST_BYTES).decode()
         document = json.loads(text)
     except (FileNotFoundError, NotADirectoryError, UnsafeFile) as error:
         raise CheckpointCorrupted(f"its manifest cannot be read ({error.strerror})") from None
-    except OSError as error:
-        raise CheckpointUnreadable.because(folder / NAME, error) from None
     except (ValueError, RecursionError):
         raise CheckpointCorrupted("its manifest was changed") from None
-    if isinstance(document, dict) and document.get("version") not in (*KNOWN_VERSIONS, None):
-        known = " and ".join(map(str, KNOWN_VERSIONS))
-        raise CheckpointCorrupted(f"its manifest is of version {document['version']}, this program reads {known}")
+    if isinstance(document, dict) and document.get("version") not in (VERSION, None):
+        raise CheckpointCorrupted(f"its manifest is of version {document['version']}, this program reads {VERSION}")
     if not isinstance(document, dict) or render(document) != text:
         raise CheckpointCorrupted("its manifest was changed")
     _check_structure(document, folder.name)
-    return migrate_manifest(document)
+    return document
 
 
 def _check_structure(document: dict[str, Any], name: str) -> None:
     """Raise CheckpointCorrupted unless `CheckpointStore.save` could have written this manifest."""
-    number = int | float
-    kinds: dict[str, Any] = {"version": int, "step": int, "val_loss": number | None, "elapsed": number, "state": str}
+    kinds: dict[str, Any] = {"step": int, "val_loss": int | float | None, "elapsed": int | float, "state": str}
     kinds |= {"files": dict, "leaves": dict, "context": dict, "versions": dict}
     for key, kind in kinds.items():
         value = document.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool) or not _is_usual(value):
+        # Integers of JSON have no limit, and floats may be NaN.
+        usual = not isinstance(value, int | float) or -(2**63) < value < 2**63
+        if not isinstance(value, kind) or isinstance(value, bool) or not usual:
             raise CheckpointCorrupted(f"its manifest has no usable {key!r}")
-    step = checkpoint_step(name)
-    if step is not None and step != document["step"]:
+    if step_number(name) not in (None, document["step"]):
         raise CheckpointCorrupted(f"it is a copy of step {document['step']}")
     files, leaves = document["files"].values(), document["leaves"].items()
     if not all(isinstance(f, list) and [type(x) for x in f] == [int, str] for f in files):
@@ -163,17 +146,11 @@ def _check_structure(document: dict[str, Any], name: str) -> None:
         raise CheckpointCorrupted(f"its manifest describes more than {MAX_ARRAY_BYTES:,} bytes")
 
 
-def _is_usual(value: Any) -> bool:
-    """Whether a number can be computed with and shown. Integers of JSON have no limit, and floats may be NaN."""
-    return not isinstance(value, int | float) or -(2**63) < value < 2**63
-
-
 def _is_leaf(entry: Any) -> bool:
-    if not (isinstance(entry, list) and len(entry) == 3):
+    if not isinstance(entry, list) or [type(x) for x in entry] != [list, str, str]:
         return False
-    shape, dtype, digest = entry
-    whole = isinstance(shape, list) and len(shape) <= 32 and all(type(n) is int and 0 <= n <= 2**40 for n in shape)
-    return whole and isinstance(dtype, str) and dtype in _DTYPES and isinstance(digest, str)
+    shape, dtype, _ = entry
+    return dtype in _DTYPES and len(shape) <= 32 and all(type(n) is int and 0 <= n <= 2**40 for n in shape)
 
 
 def leaves_of(document: Mapping[str, Any]) -> dict[str, Leaf]:
@@ -183,50 +160,26 @@ def leaves_of(document: Mapping[str, Any]) -> dict[str, Leaf]:
 def verify_files(folder: Path, document: Mapping[str, Any]) -> str | None:
     """The first damage in the files of a checkpoint, in a few words. None if all files are undamaged.
 
-    All sizes are compared before the first file is read. Files that the manifest does not name are ignored. Raises
-    CheckpointUnreadable if the system refuses to read a file: that is no damage.
+    All sizes are compared before the first file is read. Files that the manifest does not name are ignored, but no link
+    may be there: orbax would follow it. Raises OSError if the system refuses to read a file: that is no damage.
     """
-    expected: dict[str, list[Any]] = document["files"]
+    files, expected = Folder(folder), document["files"]
+    name = ""
     try:
-        found = _walk(folder)
         for name, (size, _) in expected.items():
-            if name not in found:
-                return f"{name} is missing"
-            if not stat.S_ISREG(found[name].st_mode):
-                return f"{name} is not a plain file"
-            if found[name].st_size != size:
+            if files.file(name).stat().st_size != size:
                 return f"{name} was changed"
-            if not _holds_arrays(name) and size > MAX_METADATA_BYTES:
+            if size > MAX_METADATA_BYTES and not (name.endswith(".safetensors") or "/d/" in name):
                 return f"{name} has {size:,} bytes"
+        for path in folder.rglob("*"):
+            if path.is_symlink():
+                return f"{path.relative_to(folder).as_posix()} is a link"
         digests = _digests(file_digest, (folder / name for name in expected))
         for (name, (_, digest)), there in zip(expected.items(), digests, strict=True):
             if there != digest:
                 return f"{name} was changed"
-    except CheckpointCorrupted as error:
-        return str(error)
     except (FileNotFoundError, NotADirectoryError) as error:
-        return f"{Path(error.filename or folder).name} is missing"
-    except OSError as error:
-        raise CheckpointUnreadable.because(folder, error) from None
+        return f"{Path(error.filename or name).name} is missing"
+    except UnsafeFile as error:
+        return f"{name} {error.strerror}"
     return None
-
-
-def _holds_arrays(name: str) -> bool:
-    return name.endswith(".safetensors") or "/d/" in name
-
-
-def _walk(folder: Path) -> dict[str, os.stat_result]:
-    """Relative name -> status of every file below a folder. Raises CheckpointCorrupted if there is a link."""
-    found: dict[str, os.stat_result] = {}
-    open_folders = [folder]
-    while open_folders:
-        with os.scandir(open_folders.pop()) as entries:
-            for entry in entries:
-                path = Path(entry.path)
-                if entry.is_symlink():
-                    raise CheckpointCorrupted(f"{path.relative_to(folder).as_posix()} is a link")
-                if entry.is_dir(follow_symlinks=False):
-                    open_folders.append(path)
-                else:
-                    found[path.relative_to(folder).as_posix()] = entry.stat(follow_symlinks=False)
-    return found

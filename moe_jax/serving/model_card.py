@@ -8,7 +8,7 @@ from typing import Any
 from moe_jax.config import UserError
 from moe_jax.inference.routing_pass import check_routed
 from moe_jax.runs.load import LoadedRun
-from moe_jax.runs.summary import read_summary
+from moe_jax.runs.records import read_summary
 from moe_jax.serving import limits
 
 

@@ -14,7 +14,7 @@ from moe_jax.serving.answers import Answer
 from moe_jax.serving.engine import Engine, QueueFull, Stopping
 from moe_jax.serving.limits import ApiError
 from moe_jax.serving.texts import Event
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 _LOST = {"stopped": (503, "the server is stopping", "stopping"), "failed": (500, "the program failed", "failed")}
 

@@ -1,31 +1,75 @@
-"""Settings that must be made before jax is imported: the platform, the allocator, the compilation cache.
+"""The limits of this process, and settings that must be made before jax is imported: the platform, the allocator, the
+compilation cache.
 
-Every program calls `prepare` once its arguments are accepted. Until `prepare` has set the environment, only the
-standard library is imported.
+Every program calls `prepare_environment` once its arguments are accepted. Standard library only.
 """
 
+import ctypes
 import importlib.util
 import math
 import os
 import platform
 import subprocess
-import sys
+from contextlib import suppress
 from pathlib import Path
 
+from moe_jax.system.errors import UserError
 from moe_jax.system.files import cache_dir
-from moe_jax.system.limits import check_limits
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+GIB, MIB = 2**30, 2**20
+LEAST_ADDRESS_SPACE = 2 * GIB
+"""Address space for jax, its compiler and the smallest run. With 1.5 GiB, LLVM aborts the process without a word."""
+CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 SMALL_CARD_MIB = 8500
 """A card with at most this memory is small. On a larger card, JAX's default share of 75 % leaves enough for JAX and for
 other programs."""
 CUDA_MIB = 400
 """MiB that are kept free for memory outside JAX's block: the CUDA context, loaded kernels, handles and workspaces."""
 
-_TUNABLES = ":".join(
-    f"glibc.malloc.{name}" for name in ("hugetlb=1", "mmap_max=0", "trim_threshold=100000000000", "arena_max=1")
-)
-
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+"""Parameters of glibc's `mallopt`."""
+_HUGE_PAGES, _HUGE_PAGE = 14, 2 * MIB
+"""The advice MADV_HUGEPAGE, and the size of a huge page."""
+
+
+def address_space() -> int | None:
+    """Bytes of address space that this process may have (`ulimit -v`). None without a limit."""
+    if resource is None:
+        return None
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if limit == resource.RLIM_INFINITY else limit
+
+
+def check_limits() -> None:
+    """Raise UserError if this process may have too little address space for jax."""
+    space = address_space()
+    if space is not None and space < LEAST_ADDRESS_SPACE:
+        raise UserError(
+            f"ulimit -v {space // 1024}: {space / GIB:.1f} GiB of address space are too little for JAX, which needs "
+            f"{LEAST_ADDRESS_SPACE / GIB:.0f} GiB; raise the limit"
+        )
+
+
+def usable_cores() -> int:
+    """Processor cores that this process may use; 1 if the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def machine_memory() -> int | None:
+    """Bytes of memory of this machine, or of the container that this process runs in. None if unknown."""
+    known = []
+    with suppress(ValueError, OSError, AttributeError):  # not on Windows
+        known.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for path in CGROUPS:
+        with suppress(OSError, ValueError):  # "max" is no limit
+            known.append(int(path.read_text()))
+    return min(known, default=None)
 
 
 def has_nvidia_card() -> bool:
@@ -46,8 +90,8 @@ def runs_on_cpu() -> bool:
 def unused_card(platform: str) -> list[str]:
     """A note if jax computes on the CPU although this machine seems to have an NVIDIA card. Empty otherwise.
 
-    `platform` is that of jax's first device. A restart of the program has set JAX_PLATFORMS, so the variable alone does
-    not say why the card is left out.
+    `platform` is the platform of jax's first device. `prepare_environment` may have set JAX_PLATFORMS itself, so the
+    variable alone does not say why the card is not used.
     """
     if platform != "cpu" or not has_nvidia_card():
         return []
@@ -61,12 +105,12 @@ def unused_card(platform: str) -> list[str]:
 
 
 def silence_libraries() -> None:
-    """Keep XLA's warnings off stderr, unless the user has asked for them: every start of several processes has one."""
+    """Keep XLA's warnings off stderr, unless the user wants them: every start of several processes has one."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 
 def prepare_environment(deterministic: bool = False) -> list[str]:
-    """Set the environment for jax. Returns notes to print. May restart the program, on a CPU.
+    """Set the environment for jax. Returns notes to print.
 
     With `deterministic`, XLA uses no GPU program whose result differs in its bits from run to run, such as atomic
     additions, or kernels that are chosen by timing them.
@@ -78,15 +122,12 @@ def prepare_environment(deterministic: bool = False) -> list[str]:
     if not os.environ.get("JAX_PLATFORMS") and runs_on_cpu():
         os.environ["JAX_PLATFORMS"] = "cpu"  # a plugin without a card prints a traceback at import
     if runs_on_cpu():
-        notes += restart_with_malloc_settings()
+        keep_freed_memory()
     else:
         notes += _set_memory_fraction()
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "xla"))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "1")
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # its list of fonts, else in the home folder
-    from moe_jax.system import compile_cache  # imports jax: from here on the environment is read
-
-    compile_cache.install()
     return notes
 
 
@@ -120,53 +161,31 @@ def memory_share(total: float, free: float) -> float:
     return math.floor(100 * min(max((free - CUDA_MIB) / total, 0.1), 0.9)) / 100
 
 
-def restart_with_malloc_settings() -> list[str]:
-    """Restart the program with glibc settings under which the allocator keeps freed memory. Only where there is glibc.
+def keep_freed_memory() -> None:
+    """Set glibc's allocator so that it keeps freed memory. Nothing without glibc, or if GLIBC_TUNABLES sets it already.
 
     XLA's CPU client allocates the temporary buffers of a program at each call. By default glibc gets them from the
     kernel and returns them, so in every training step the kernel maps and zeroes all their pages again: a third of the
-    time of a step of preset nano. All threads share one heap (`arena_max=1`), because orbax starts new threads at each
-    save. With a heap for each thread, nano held 110 MB more, the amount grew with every save, and a step was 8 %
-    slower. glibc reads these settings only when a process starts, so the process replaces itself (execv), with the same
-    process id. MOE_JAX_RESTART=0 refuses that. A program that a debugger, a profiler or a launcher has started is left
-    alone, because the restart would lose it. Returns a note for a program that goes on without the settings.
+    time of a step of preset nano. All threads share one heap, because orbax starts new threads at each save. With a
+    heap for each thread, nano held 110 MB more, the amount grew with every save, and a step was 8 % slower.
+
+    The heap also gets huge pages. `mallopt` has no setting for them. So the heap grows once to half of the memory, the
+    kernel is told to use huge pages there, and the block is freed again. Pages that nobody writes take no memory.
     """
     if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
-        return []
-    if os.environ.get("MOE_JAX_RESTART") == "0" or is_traced() or not is_plain_start(sys.orig_argv):
-        return [f"without a restart for glibc's allocator, steps may be slower; GLIBC_TUNABLES={_TUNABLES} sets it"]
-    os.environ["GLIBC_TUNABLES"] = _TUNABLES
+        return
     # With one heap, two threads that learn a tokenizer take longer than one: they wait for each other.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    raise AssertionError("a process that has replaced itself does not go on")
-
-
-def is_traced() -> bool:
-    """Whether a debugger, a profiler or a measurement of coverage watches this process."""
-    tools = any(sys.monitoring.get_tool(number) is not None for number in range(6))
-    return tools or sys.gettrace() is not None or sys.getprofile() is not None
-
-
-PROGRAMS = {"train.py", "benchmark.py", "moe-jax", "moe_jax"}
-"""The programs that may restart themselves: scripts by their name, and the package by `-m`."""
-
-
-def is_plain_start(command: list[str]) -> bool:
-    """Whether a command line is Python, options of Python, and then one of our programs.
-
-    Not plain are `python -m pdb train.py`, `coverage run train.py` and `python launcher.py train.py`.
-    """
-    words = iter(command[1:])
-    for word in words:
-        if word == "-m":
-            return next(words, "") in PROGRAMS
-        if word in ("-X", "-W"):
-            next(words, "")
-        elif word.startswith("-c") or word in ("-", "-i"):
-            return False
-        elif not word.startswith("-"):
-            return Path(word).name in PROGRAMS
-    return False
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_TRIM_THRESHOLD, -1)  # never give the top of the heap back
+    libc.mallopt(_MMAP_MAX, 0)  # take large blocks from the heap too
+    libc.mallopt(_ARENA_MAX, 1)
+    memory = machine_memory()
+    if memory is None or address_space() is not None:
+        return
+    libc.malloc.restype = ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(memory // 2))
+    if block:
+        begin = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(block + memory // 2 - begin), _HUGE_PAGES)
+        libc.free(ctypes.c_void_p(block))

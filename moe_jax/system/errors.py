@@ -1,5 +1,7 @@
-"""The two errors that a user can mend, and how they show a long text. `cli.main` prints each as one line, without a
-traceback."""
+"""Errors that a user can fix. `cli.main` prints each as one line, without a traceback."""
+
+import errno
+import os
 
 
 class ConfigError(ValueError):
@@ -19,10 +21,28 @@ class FieldError(ConfigError):
 
 
 class UserError(Exception):
-    """A failure that the user can mend. Exit status 1.
+    """A failure that the user can fix. Exit status 1.
 
     The text is one line. It says what is wrong, with the value, and what to do.
     """
+
+
+_CAUSES = {
+    "the disk is full": (errno.ENOSPC, errno.EDQUOT),
+    "a file is larger than `ulimit -f` allows": (errno.EFBIG,),
+}
+
+
+def disk_cause(error: Exception) -> str | None:
+    """The cause of an error of the file system, or None for another error. Tensorstore and safetensors say it in the
+    text of their errors."""
+    for cause, numbers in _CAUSES.items():
+        if isinstance(error, OSError) and error.errno is not None:
+            if error.errno in numbers:
+                return cause
+        elif any(os.strerror(number) in str(error) for number in numbers):
+            return cause
+    return (error.strerror or str(error)) if isinstance(error, OSError) else None
 
 
 def shortened(text: str, most: int = 60) -> str:

@@ -1,105 +1,265 @@
-"""Atomic writes, output of commands, file locks that the system releases when their process ends, and the folder of
-the caches.
+"""Files and folders: the caches, atomic writes, plain files below a folder, locks, JSON, and the names of steps.
 
-Standard library only, so that every module may use it.
+A run's folder may come from somebody else. A link in it could lead a write, a delete or a read to any other file, and a
+pipe or a device would stop the program. So `Folder` uses plain files below it only.
+
+Standard library only, apart from `platformdirs` and `filelock`, which are imported when they are needed.
 """
 
 import errno
+import json
+import math
 import os
+import re
+import secrets
+import shutil
 import stat
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from moe_jax.system.folders import Folder
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+MAX_JSON_BYTES = 2**26
+"""Largest JSON document that is read. The largest that a run has is a tokenizer, of a few MiB."""
+writing = threading.Lock()
+"""Held while a draft is there: a thread that ends the process takes it first, and so leaves no draft behind."""
+_KINDS = {
+    stat.S_IFLNK: "is a link, and links are not followed here; put the file or folder itself there",
+    stat.S_IFDIR: "is a folder where a file belongs; remove it",
+    stat.S_IFREG: "is a file where a folder belongs; remove it",
+}
+_STEP = re.compile(r"step_(\d{8,18})", re.ASCII)
 
 
 def cache_dir() -> Path:
     """Where prepared data and compiled programs are kept: MOE_JAX_CACHE, else the user's cache folder."""
-    given = os.environ.get("MOE_JAX_CACHE")
-    if given:
-        return Path(given)
+    chosen = os.environ.get("MOE_JAX_CACHE")
+    if chosen:
+        return Path(chosen)
     import platformdirs
 
     return platformdirs.user_cache_path("moe-jax")
 
 
-def disk_cause(error: Exception) -> str | None:
-    """The cause of an error of the file system, or None for another error. For tensorstore and safetensors, it is found
-    in the text of the error."""
-    for cause, numbers in _CAUSES.items():
-        if isinstance(error, OSError) and error.errno is not None:
-            if error.errno in numbers:
-                return cause
-        elif any(os.strerror(number) in str(error) for number in numbers):
-            return cause
-    return (error.strerror or str(error)) if isinstance(error, OSError) else None
+class UnsafeFile(OSError):
+    """A link, or something else than the plain file or the folder that belongs there; or a file of absurd size."""
 
 
-_CAUSES = {
-    "the disk is full": (errno.ENOSPC, errno.EDQUOT),
-    "a file is larger than `ulimit -f` allows": (errno.EFBIG,),
-}
+@dataclass(frozen=True)
+class Folder:
+    """A folder, and what is done with the files below it.
+
+    A name below it, such as `traces/step_00000100.json`, has "/" between its parts. The folder itself may be reached
+    through a link. A link, a pipe or a device in the name raises UnsafeFile.
+    """
+
+    path: Path
+    writes: bool = True
+    """False: another process writes the folder, and every change is left to that process."""
+
+    def file(self, name: str) -> Path:
+        """The path of a plain file, or of nothing."""
+        return self._checked(name, stat.S_ISREG)
+
+    def folder(self, name: str) -> Path:
+        """The path of a folder, or of nothing."""
+        return self._checked(name, stat.S_ISDIR)
+
+    def _checked(self, name: str, allowed: Any) -> Path:
+        *parts, last = name.split("/")
+        path = self.path
+        for part, is_allowed in [*((part, stat.S_ISDIR) for part in parts), (last, allowed)]:
+            if part in ("", ".", ".."):
+                raise UnsafeFile(errno.EINVAL, "is outside of its folder", name)
+            path = path / part
+            with suppress(FileNotFoundError, NotADirectoryError):
+                mode = path.lstat().st_mode
+                if not is_allowed(mode):
+                    problem = _KINDS.get(stat.S_IFMT(mode), "is no plain file; remove it")
+                    raise UnsafeFile(errno.EINVAL, problem, str(path))
+        return path
+
+    def exists(self, name: str) -> bool:
+        """Whether there is anything of this name, be it a link. Raises OSError if the system does not say."""
+        try:
+            (self.folder(name.rpartition("/")[0]) if "/" in name else self.path).joinpath(Path(name).name).lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        return True
+
+    def names(self, name: str) -> list[str]:
+        """The sorted names in a folder below this one. Empty if there is none."""
+        try:
+            return sorted(os.listdir(self.folder(name)))
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def open(self, name: str, limit: int | None = None) -> BinaryIO:
+        """A plain file, for reading. Raises UnsafeFile if it has more than `limit` bytes."""
+        path = self.file(name)
+        size = path.stat().st_size
+        if limit is not None and size > limit:
+            problem = f"has {size:,} bytes, and at most {limit:,} are read; put the right file there"
+            raise UnsafeFile(errno.EFBIG, problem, str(path))
+        return path.open("rb")
+
+    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """The content of a plain file of at most `limit` bytes."""
+        with self.open(name, limit) as file:
+            return file.read()
+
+    def read_json(self, name: str, limit: int = MAX_JSON_BYTES) -> Any:
+        """The value in a JSON file: see `parse_json`."""
+        return parse_json(self.read(name, limit))
+
+    def append(self, name: str) -> BinaryIO:
+        """A plain file, for writing at its end. Made if it is missing."""
+        return self.file(name).open("ab") if self.writes else open(os.devnull, "ab")
+
+    def write(self, name: str, content: str | bytes) -> None:
+        """Replace a plain file by a rename: see `write_atomically`."""
+        if self.writes:
+            write_atomically(self.file(name), content)
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder with everything in it, if it is there. A link is removed itself."""
+        if not self.writes:
+            return
+        path = self.folder(name.rpartition("/")[0]) / Path(name).name if "/" in name else self.path / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+    def make(self, name: str) -> Path:
+        """Make a folder unless it is there. Returns its path."""
+        path = self.folder(name)
+        if self.writes:
+            path.mkdir(exist_ok=True)
+        return path
+
+    def inner(self, name: str) -> "Folder":
+        """A folder below this one, made unless it is there."""
+        return Folder(self.make(name), self.writes)
+
+    def rename(self, old: str, new: str) -> Path:
+        """Rename a file or folder within the folder that holds it. `new` is its new last name. Returns the new path."""
+        path = self.path / old
+        if self.writes:
+            path.rename(path.with_name(new))
+        return path.with_name(new)
+
+
+def draft_of(path: Path) -> Path:
+    """A new temporary name, under which a file is written before it is renamed to `path`. No two calls give the same.
+
+    A process id is not enough: threads share it, and containers that share a folder each have a process 1.
+    """
+    return path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.draft")
 
 
 def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
-    """Replace a plain file by a rename: see `Folder.write`. Raises UnsafeFile if something else has the name."""
-    Folder(path.parent).write(path.name, content, durable)
+    """Replace a plain file by a rename: a reader sees the old content or the new one, never a part.
+
+    With `durable` this holds after a power loss too. An error or an interrupt leaves no draft behind. Raises UnsafeFile
+    if something else than a plain file has the name.
+    """
+    Folder(path.parent).file(path.name)
+    draft = draft_of(path)
+    with writing:
+        try:
+            with draft.open("xb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            draft.replace(path)
+        except BaseException as error:
+            draft.unlink(missing_ok=True)
+            if isinstance(error, OSError):  # the user knows the file, not its draft
+                error.filename, error.filename2 = str(path), None
+            raise
 
 
 def write_output(path: Path, content: str | bytes) -> None:
     """Write a file that the user has named. Makes the folders above it.
 
     A plain file is replaced by a rename. A rename would also replace a device, a pipe or a link by a file. So these are
-    written through, as a shell does it. Raises OSError if nobody reads from a pipe, and for block devices and sockets.
+    written through, as a shell does it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        mode = path.lstat().st_mode
-    except FileNotFoundError:
-        mode = stat.S_IFREG
-    if stat.S_ISREG(mode):
+    if (path.is_file() and not path.is_symlink()) or not os.path.lexists(path):
         write_atomically(path, content)
         return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0)
     try:
-        if stat.S_ISBLK(path.stat().st_mode):
-            raise OSError(errno.EINVAL, "is a disk; name a file", str(path))
-    except FileNotFoundError:
-        pass  # a link to a file that is not there yet
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    try:
-        descriptor = os.open(path, flags, 0o666)
-        os.set_blocking(descriptor, True)  # only the opening may not wait: a pipe without a reader never opens
+        if path.is_block_device():
+            raise OSError(errno.EINVAL, "is a disk; name a file")
+        descriptor = os.open(path, flags, 0o666)  # a pipe without a reader would never open if this waited
+        os.set_blocking(descriptor, True)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        if error.errno in (errno.ENXIO, errno.EPIPE):
-            raise OSError(errno.EIO, "nobody reads from it; start its reader, or name a file", str(path)) from None
-        error.filename = str(path)
-        raise
+        unread = error.errno in (errno.ENXIO, errno.EPIPE)
+        problem = "nobody reads from it; start its reader, or name a file" if unread else error.strerror
+        raise OSError(errno.EIO, problem, str(path)) from None
 
 
 @contextmanager
-def locked(path: Path, wait: bool) -> Iterator[BinaryIO | None]:
+def locked(path: Path, wait: bool) -> Iterator[None]:
     """Hold the lock of a file. Creates the file if it is missing. The system releases the lock when the process ends.
 
-    Yields the open file, so that the holder can write its process id into it. Yields None if the operating system or
-    the file system has no locks; then no process is kept out. Raises BlockingIOError if another process holds the lock
-    and `wait` is false, and UnsafeFile if a link or no plain file has the name.
+    Raises BlockingIOError if another process holds the lock and `wait` is false.
     """
-    with Folder(path.parent).lock_file(path.name) as file:
-        held = fcntl is not None
-        if fcntl is not None:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise
-            except OSError:  # some network file systems
-                held = False
-        yield file if held else None
+    import filelock
+
+    lock = filelock.FileLock(Folder(path.parent).file(path.name))
+    try:
+        lock.acquire(timeout=-1 if wait else 0)
+    except filelock.Timeout:
+        raise BlockingIOError(errno.EAGAIN, "another process holds the lock", str(path)) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def json_text(value: Any, **options: Any) -> str:
+    """`json.dumps(value, **options)`, with null in place of every number that is not finite: JSON has no NaN."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def parse_json(text: bytes) -> Any:
+    """The value of a JSON text. NaN and Infinity, which are no JSON, become None: as such this program writes them.
+
+    Raises ValueError if the text is not JSON or is nested too deeply.
+    """
+    try:
+        return json.loads(text, parse_constant=lambda _: None)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def step_name(step: int) -> str:
+    """The name of a step's files and folders: `step_00000100`.
+
+    A step has eight digits, or more if eight are not enough. So names do not sort as their steps do: compare numbers.
+    """
+    return f"step_{step:08d}"
+
+
+def step_number(name: str) -> int | None:
+    """The step that a name stands for; None for a name that `step_name` does not write."""
+    match = _STEP.fullmatch(name)
+    step = int(match[1]) if match else -1
+    return step if step_name(step) == name else None

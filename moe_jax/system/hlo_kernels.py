@@ -23,8 +23,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moe_jax.system.hlo import Dot, product, scopes
-from moe_jax.system.hlo_text import Computation, Instruction, calls, parse
+from moe_jax.system.hlo import Computation, Dot, Instruction, calls, parse, product, scopes
 
 _NO_KERNEL = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency"),

@@ -1,24 +1,35 @@
-"""This machine: its description, and programs that measure its matmul rate and memory bandwidth.
+"""This machine: its description, times measured on it, its matmul rate and its memory bandwidth.
 
-A benchmark measures these limits in the same run as the times that it compares with them.
+The speed of a shared machine drifts by a factor of two within minutes. So times are comparable only if they were
+measured side by side. `alternate` runs all candidates in turn, round after round, and takes medians. It waits for the
+result of every run. A benchmark measures the machine's limits in the same run as the times that it compares with them.
 """
 
+import contextlib
 import importlib.metadata
 import platform
 import subprocess
+import time
 from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moe_jax.system.limits import usable_cores
+from moe_jax.system.environment import usable_cores
+from moe_jax.system.files import Folder, cache_dir, json_text, write_atomically
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 MATMUL_SIZES = (1024, 2048, 4096)
 READ_BYTES = 512 * 2**20
 """Bytes of the array that is read to measure memory bandwidth. It is far larger than any cache."""
+SIZE, LARGE_SIZE = 1024, 4096
+"""Rows and columns of the matrices that compare two precisions, on a CPU and elsewhere. On a card a launch must not
+count."""
+ROUNDS = 11
 
 
 def versions() -> dict[str, str]:
@@ -78,3 +89,127 @@ def _commit() -> str | None:
     except OSError:
         return None
     return found.stdout.strip() or None
+
+
+class Times(NamedTuple):
+    """Seconds of one candidate, over all rounds."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        return float(np.median(self.seconds))
+
+    @property
+    def spread(self) -> float:
+        """Interquartile range / median. 0.1: the middle half of the times spans 10 % of the median."""
+        low, high = np.percentile(self.seconds, [25, 75])
+        return float((high - low) / self.median)
+
+
+class Measured(float):
+    """Seconds that a candidate has measured itself, for example in another process. Replaces the measured time."""
+
+
+def alternate(
+    candidates: dict[str, Callable[[], Any]], rounds: int, warmups: int = 2, rest: float = 0.0, turn: float = 0.0
+) -> dict[str, Times]:
+    """Time each candidate once a round, for `rounds` rounds after `warmups` rounds that do not count.
+
+    `rest` and `turn` are for candidates that run in different processes. Before each turn there are `rest` seconds, in
+    which the threads of the other process go to sleep. A candidate then runs again and again for `turn` seconds, and
+    the median time counts, because a processor that has slept is slow at first.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for n in range(warmups + rounds):
+        for name, run in candidates.items():
+            time.sleep(rest)
+            taken = _turn(run, turn)
+            if n >= warmups:
+                seconds[name].append(taken)
+    return {name: Times(tuple(values)) for name, values in seconds.items()}
+
+
+def _turn(run: Callable[[], Any], least: float) -> float:
+    """The median seconds of repeated runs. Runs start until `least` seconds have passed; there is at least one."""
+    taken: list[float] = []
+    end = time.perf_counter() + least
+    while not taken or time.perf_counter() < end:
+        begin = time.perf_counter()
+        result = jax.block_until_ready(run())
+        elapsed = time.perf_counter() - begin
+        taken.append(float(result) if isinstance(result, Measured) else elapsed)
+    return float(np.median(taken))
+
+
+def with_reused_output(function: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
+    """`function(*operands)` as a function without arguments. Each call writes its result into the memory of the
+    previous result.
+
+    A training step reuses memory in the same way. With new memory for every call, the time would include page faults:
+    a third of the time of such a call on a CPU.
+    """
+    run = jax.jit(lambda old, *a: function(*a), donate_argnums=0, keep_unused=True)
+    held = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *operands))]
+
+    def call() -> Any:
+        held[0] = run(held[0], *operands)
+        return held[0]
+
+    return call
+
+
+def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:
+    """Floating-point operations per second of a square matrix product on the first device, in the fastest of `repeats`
+    runs."""
+    a = jnp.ones((size, size), dtype)
+    matmul = jax.jit(jnp.matmul)
+    matmul(a, a).block_until_ready()
+    seconds = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        matmul(a, a).block_until_ready()
+        seconds.append(time.perf_counter() - begin)
+    return 2 * size**3 / float(np.min(seconds))
+
+
+@cache
+def gain(narrow: str, device: Any, units: str = "") -> float:
+    """How many times as fast a `jax.Device` of this machine multiplies matrices of the dtype `narrow` as of float32.
+
+    The medians of ROUNDS turns count. The result is kept in the cache folder. It is measured again for another device,
+    other matrix `units` of a processor, another number of cores or another jaxlib.
+    """
+    name = f"{processor()}, {units}" if device.platform == "cpu" else device.device_kind
+    key = f"{narrow} on {name}, {usable_cores()} cores, jaxlib {importlib.metadata.version('jaxlib')}"
+    path = cache_dir() / "races.json"
+    kept: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        read = Folder(path.parent).read_json(path.name)
+        kept = read if isinstance(read, dict) else {}
+    if type(kept.get(key)) is float and kept[key] > 0:
+        return kept[key]
+    measured = _measured(narrow, device)
+    with contextlib.suppress(OSError):  # a cache that cannot be written: the next process measures again
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json_text(kept | {key: measured}), durable=False)
+    return measured
+
+
+def _measured(narrow: str, device: Any) -> float:
+    on_cpu = device.platform == "cpu"
+    size = SIZE if on_cpu else LARGE_SIZE
+    with jax.default_device(device):
+        runs = {dtype: matmuls(dtype, (size,))[f"matmul {size}"][0] for dtype in ("float32", narrow)}
+        if on_cpu:
+            runs = {dtype: partial(_processor_time, run) for dtype, run in runs.items()}
+        times = alternate(runs, ROUNDS)
+    return times["float32"].median / times[narrow].median
+
+
+def _processor_time(run: Callable[[], Any]) -> Measured:
+    """Seconds of all cores for one call. Other programs on the same cores hardly change them: beside four programs on
+    two cores, the clock once gave a ratio of 1.02, and this time 1.90 as on a quiet machine."""
+    begin = time.process_time()
+    jax.block_until_ready(run())
+    return Measured(time.process_time() - begin)

@@ -1,20 +1,20 @@
-"""What happens at a signal that asks to stop: the first one saves and stops the run.
+"""How a program ends at a signal.
 
-These signals are Ctrl-C (SIGINT), SIGTERM, a closed terminal (SIGHUP), a scheduler's warnings (SIGUSR1, SIGUSR2), the
-end of the processor time (SIGXCPU) and an alarm (SIGALRM). A second SIGINT or SIGTERM ends the run at once. The others
-may come again and again without harm. A signal that was ignored at the start stays ignored, such as SIGHUP under nohup.
+    Signals          training: the first signal saves and stops the run, a second Ctrl-C or SIGTERM ends it at once
+    interruptible    every program: Ctrl-C is an exception while it works, and is never lost
 
-`Signals` notes that a signal came. `training.loop.evaluate_and_save_if_due` reads that after each step, saves a
-checkpoint and raises `Stopped`.
+`training.loop.evaluate_and_save_if_due` asks `Signals` after each step whether a signal came, saves a checkpoint and
+raises `Stopped`.
 
 Python runs a signal handler in the main thread, and only after XLA has returned to Python. While XLA compiles, no
-handler runs. So a second thread listens too, and is told of a signal at once. It ends the process if there is nothing
-to save, or if the user sends a second signal. Ending the process is safe at any time, because a checkpoint gets its
-name by a rename once it is complete.
+handler runs. So a second thread is told of a signal at once. It ends the process if there is nothing to save, or if the
+user sends a second signal. Ending the process is safe at any time, because a checkpoint gets its name by a rename once
+it is complete.
 
 Standard library only: the handlers are set before jax is imported.
 """
 
+import _thread
 import os
 import signal
 import socket
@@ -26,22 +26,24 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
-from moe_jax.system.folders import writing
+from moe_jax.system.files import writing
 
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Signals of a person. The second one means: leave at once."""
 _OTHERS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
+"""A closed terminal, the warnings of a scheduler, the end of the processor time, an alarm. They may come repeatedly."""
 HANDLED = (*INSISTENT, *(getattr(signal, name) for name in _OTHERS if hasattr(signal, name)))  # Windows has few
 DUPLICATE_SIGNAL_SECONDS = 0.5
 """A shell and `uv run` may both forward one Ctrl-C. A signal within this time after the first counts as the same one.
 """
 _SAY_SECONDS = 1.0
+"""How long a line may take to be printed: the reader of a pipe may have stopped."""
 _WRITE_SECONDS = 2.0
 """How long leaving waits for the file that is being written. A disk that takes longer does not answer any more."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. All that had to be saved has been saved."""
+    """A signal stopped the run. All that had to be saved has been saved."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -49,9 +51,10 @@ class Stopped(Exception):
 
 
 class Signals:
-    """Notes whether a signal asked to stop. A context manager: after it, the earlier signal handlers apply again.
+    """Notes the signal that stops the run. A context manager: after it, the earlier signal handlers apply again.
 
-    With `together`, other processes must stop at the same step. So the first signal never ends or interrupts anything.
+    A signal that was ignored at the start stays ignored, such as SIGHUP under nohup. With `together`, other processes
+    must stop at the same step, so the first signal never ends or interrupts anything.
     """
 
     def __init__(self, together: bool = False, saved: bool = False) -> None:
@@ -63,7 +66,6 @@ class Signals:
         self.unsaved = False
         """Whether the process holds steps that are in no checkpoint. If not, the first signal ends it at once."""
         self._raises = False
-        self._said = False
 
     def __enter__(self) -> Self:
         self._listen, self._wake = socket.socketpair()
@@ -113,7 +115,7 @@ class Signals:
             raise Stopped(number)
 
     def _watch(self) -> None:
-        first: float | None = None  # when a person asked first
+        first, said = 0.0, False  # `first`: when a person sent the first signal
         with self._listen as listen:
             while data := listen.recv(1):
                 number = data[0]
@@ -123,15 +125,14 @@ class Signals:
                     self._leave(number)
                 if number in INSISTENT:
                     now = time.monotonic()
-                    if first is not None and now - first < DUPLICATE_SIGNAL_SECONDS:
+                    if first and now - first < DUPLICATE_SIGNAL_SECONDS:
                         continue
-                    if first is not None:
+                    if first:
                         self._leave(number)
                     first = now
-                elif self._said:
+                elif said:
                     continue
-                self.stop_signal = self.stop_signal or number
-                self._said = True
+                self.stop_signal, said = self.stop_signal or number, True
                 again = "send it again to leave" if number in INSISTENT else "SIGTERM leaves"
                 _say(f"{signal.Signals(number).name}: stopping after this step is saved; {again} at once")
 
@@ -142,7 +143,7 @@ class Signals:
 
 
 def _say(text: str) -> None:
-    """Print a line on stderr, and flush stdout. Wait a moment at most: the reader of a pipe may have stopped."""
+    """Print a line on stderr, and flush stdout."""
 
     def say() -> None:
         print(text, file=sys.stderr, flush=True)
@@ -152,3 +153,36 @@ def _say(text: str) -> None:
     printing = threading.Thread(target=say, daemon=True)
     printing.start()
     printing.join(_SAY_SECONDS)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within this context, Ctrl-C raises KeyboardInterrupt in the main thread, and is raised again where it was lost.
+
+    Python raises it wherever the main thread is. In a callback of the garbage collector an exception cannot spread:
+    Python prints its traceback and goes on. `import jax` runs many such callbacks.
+
+    After the context, Ctrl-C ends the process at once and without a word: Python only shuts down. A program that was
+    started with Ctrl-C ignored, as a shell does it in the background, goes on ignoring it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    before = sys.unraisablehook
+
+    def hook(lost: Any) -> None:
+        if lost.exc_type is KeyboardInterrupt:
+            again = threading.Timer(0.01, _thread.interrupt_main)
+            again.daemon = True
+            again.start()
+        else:
+            before(lost)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if sys.unraisablehook is hook:  # a hook set in the meantime serves threads that still run
+            sys.unraisablehook = before

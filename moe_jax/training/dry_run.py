@@ -13,9 +13,9 @@ from moe_jax.model.low_rank import LoraShape
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.model.transformer import abstract_adapted, abstract_model
-from moe_jax.system import timing
-from moe_jax.system.limits import MIB
-from moe_jax.system.rich_console import Console
+from moe_jax.system import machine
+from moe_jax.system.environment import MIB
+from moe_jax.system.terminal import rich_console
 from moe_jax.training.expected_time import HIGHEST, LOWEST, ExpectedTime
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.step_bytes import StepBytes
@@ -23,7 +23,7 @@ from moe_jax.training.step_bytes import StepBytes
 
 def print_dry_run(config: RunConfig, advice: Sequence[str] = ()) -> None:
     """Print the differences from the preset, all settings, the parameters, the memory and the time, and the advice."""
-    console = Console()
+    console = rich_console()
     policy = choose_policy(config.execution.compute_dtype)
     console.print(f"[bold]dry run[/bold] of {config.run_dir}: nothing is trained, nothing is written\n")
     changes = _changes_table(config)
@@ -148,13 +148,13 @@ def preset_costs(name: str) -> PresetCosts:
     config = with_vocabulary(preset(name))
     counts, tokens = totals(count_parameters(config.model)), config.train.steps * config.tokens_per_step
     dtype = choose_policy(config.execution.compute_dtype).compute
-    rate = timing.matmul_rate(dtype)
+    rate = machine.matmul_rate(dtype)
     expected = ExpectedTime.of(config, rate)
     return PresetCosts(counts.total, counts.active, tokens, least_step_bytes(config), *expected, rate / 1e9, dtype)
 
 
 def _time(config: RunConfig, policy: Policy) -> str:
-    rate = timing.matmul_rate(policy.compute)
+    rate = machine.matmul_rate(policy.compute)
     return (
         f"{ExpectedTime.of(config, rate)}, if training reaches {100 * LOWEST:.0f} to {100 * HIGHEST:.0f} % "
         f"of {rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; "

@@ -73,7 +73,7 @@ def evaluate(
 
     With `answers`, bool [N], only the tokens that are true there are scored. The loss is 0 if there is none.
 
-    `progress` gets the number of batches, and gives what to call after each (`system.console.step_progress`).
+    `progress` gets the number of batches, and gives what to call after each (`system.terminal.step_progress`).
     """
     batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS, answers=answers))
     results = []

@@ -7,9 +7,8 @@ from typing import Any
 
 from moe_jax.config import RunConfig, UserError
 from moe_jax.parallel.processes import first
-from moe_jax.runs import metrics
-from moe_jax.system.folders import Folder
-from moe_jax.system.json_text import json_text
+from moe_jax.runs import records
+from moe_jax.system.files import Folder, json_text
 
 
 class MetricsLog:
@@ -17,15 +16,13 @@ class MetricsLog:
     processes does so."""
 
     def __init__(self, run: Folder, config: RunConfig) -> None:
-        self._guard = run.guard
-        self._file = run.append(metrics.NAME)
+        self._file = run.append(records.METRICS)
         self._tensorboard = _tensorboard(run) if config.tensorboard and first() else None
         trackers = ("wandb", config.wandb, _wandb), ("trackio", config.trackio, _trackio)
         self._trackers = [_started(name, start, run, config) for name, on, start in trackers if on and first()]
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
-        self._guard()
         self._file.write(json_text(record).encode() + b"\n")
         self._file.flush()
         numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}

@@ -11,8 +11,7 @@ from typing import Any
 from moe_jax.config import UserError
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.processes import Together, first
-from moe_jax.runs.identity import best_of_run
-from moe_jax.runs.load import restore_weights
+from moe_jax.runs.load import best_of_run, restore_weights
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.logging import MetricsLog
@@ -131,6 +130,7 @@ def _write_evaluation(
     log: MetricsLog,
     terminal: Terminal,
 ) -> None:
+    session.folder.check_run(session.run_id)
     session.folder.add_sample(step, sample)
     if trace is not None:
         session.folder.add_trace(step, trace)
@@ -156,10 +156,10 @@ def _shown(sample: str) -> str:
 
 def finish(session: Session) -> dict[str, Any]:
     """Score the best checkpoint on the whole validation stream, and write the summary of the run."""
-    session.folder.guard()
+    session.folder.check_run(session.run_id)
     best = best_of_run(session.folder.path)
     if best is None:
-        raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; look after the disk")
+        raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; check the disk")
     params = None
     if best.step != int(session.state.step):
         programs = session.programs

@@ -10,12 +10,12 @@ from typing import Any
 
 from moe_jax.config import UserError
 from moe_jax.model.costs import training_flops
-from moe_jax.runs import metrics
+from moe_jax.runs import records
 from moe_jax.runs.checkpoint import CheckpointStore, restore
 from moe_jax.runs.folder import RunFolder, locked_for_training
 from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.runs.summary import read_summary
-from moe_jax.system.folders import Folder
+from moe_jax.runs.records import read_summary
+from moe_jax.system.files import Folder
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.programs import Programs
 
@@ -40,8 +40,8 @@ def merge(run: Path, out: Path, step: int | None = None) -> Path:
     state = programs.state(loaded.params)
     kept = {name: getattr(state, name) for name in _KEPT}
     state = dataclasses.replace(state, **restore(checkpoint, kept))
-    with locked_for_training(out) as lock:
-        folder = RunFolder(out, lock.check)
+    with locked_for_training(out):
+        folder = RunFolder(out)
         source = {"merged_from": str(run), "step": checkpoint.step, "state": checkpoint.manifest["state"]}
         run_id = folder.start(config, loaded.tokenizer, [source])
         copy_records(Folder(run), folder)
@@ -50,15 +50,15 @@ def merge(run: Path, out: Path, step: int | None = None) -> Path:
         evaluated = RunCounters.from_json(context.get("progress")).evaluated
         folder.truncate_logs_after(checkpoint.step, evaluated)
         context = context | {"config": config.to_dict(), "run_id": run_id}
-        store = CheckpointStore(out, guard=folder.guard)
+        store = CheckpointStore(out)
         scored, seconds = checkpoint.val_loss, checkpoint.elapsed
         return store.save(state, checkpoint.step, val_loss=scored, elapsed=seconds, context=context)
 
 
 def copy_records(there: Folder, here: RunFolder) -> None:
     """Copy what training has logged."""
-    for name in (metrics.NAME, here.samples.name):
-        if there.status(name):
+    for name in (records.METRICS, here.samples.name):
+        if there.exists(name):
             here.files.write(name, there.read(name, _MOST_BYTES))
 
 

@@ -12,10 +12,8 @@ from flax import nnx
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.system.folders import Folder
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import Folder, json_text, step_name
 from moe_jax.system.random_keys import Purpose, purpose_key
-from moe_jax.system.step_names import step_name
 from moe_jax.training.state import TrainState
 from moe_jax.training.step import Gradients
 
@@ -45,7 +43,8 @@ def diagnose(
     compute: Gradients,
     placed: Any,
 ) -> tuple[Path, str]:
-    """Write the batch of a bad step as .npy, and the names of the arrays that are not finite as JSON, into `faults/`.
+    """Write the batch of a bad step as .npy, and the names of the arrays that are not finite as JSON, into the folder
+    `nonfinite/`.
 
     Of a batch of conversations only the tokens are written, not the weights.
 
@@ -70,10 +69,10 @@ def diagnose(
     first = next(
         (f"{kind}.{names[0]}" for kind, names in bad.items() if names), "none of parameters, optimizer and gradients"
     )
-    name, array = f"faults/{step_name(step)}", io.BytesIO()
+    name, array = f"nonfinite/{step_name(step)}", io.BytesIO()
     tokens = batch.tokens if isinstance(batch, MaskedBatch) else batch
     np.save(array, tokens, allow_pickle=False)
-    run.make("faults")
+    run.make("nonfinite")
     run.write(f"{name}.npy", array.getvalue())
     document = {"step": step, "first": first, "not_finite": bad, "skipped": int(state.skipped)}
     document |= {"batch": f"{step_name(step)}.npy", "loss_scale": float(state.loss_scale.scale)}

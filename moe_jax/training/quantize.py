@@ -13,10 +13,9 @@ from moe_jax.model.quantize import Weights, quantize
 from moe_jax.model.transformer import Params
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder, locked_for_training
-from moe_jax.runs.identity import check_full_weights
-from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.system.console import step_progress
-from moe_jax.system.folders import Folder
+from moe_jax.runs.load import LoadedRun, check_full_weights, open_run
+from moe_jax.system.files import Folder
+from moe_jax.system.terminal import step_progress
 from moe_jax.training.evaluate import Evaluation, evaluate, make_evaluation_step
 from moe_jax.training.merge import copy_records, summary_at
 
@@ -71,15 +70,15 @@ def _save(loaded: LoadedRun, params: Params, run: Path, weights: Weights, out: P
     train = dataclasses.replace(loaded.config.train, lora_rank=0, lora_alpha=0.0, train_router=False)
     config = dataclasses.replace(loaded.config, out=str(out), resume=False, train=train)
     old = loaded.checkpoint
-    with locked_for_training(out) as lock:
-        folder = RunFolder(out, lock.check)
+    with locked_for_training(out):
+        folder = RunFolder(out)
         source = {"quantized_from": str(run), "step": old.step, "weights": weights, "state": old.manifest["state"]}
         run_id = folder.start(config, loaded.tokenizer, [source])
         copy_records(Folder(run), folder)
         folder.write_summary(summary_at(loaded, run) | _scores_in_summary(scored) | {"weights": weights})
         made = {"weights": weights, "made_from": str(run)}
         context = old.manifest["context"] | {"config": config.to_dict(), "run_id": run_id, "quantized": made}
-        store = CheckpointStore(out, guard=folder.guard)
+        store = CheckpointStore(out)
         return store.save({"params": params}, old.step, val_loss=None, elapsed=old.elapsed, context=context)
 
 

@@ -11,8 +11,7 @@ from moe_jax.config import MeshShape, ModelConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import Split
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
 from moe_jax.system.environment import unused_card
-from moe_jax.system.rich_console import Console
-from moe_jax.system.terminal_text import say
+from moe_jax.system.terminal import rich_console, say
 from moe_jax.training.advice import advice
 from moe_jax.training.optimizers.factory import warmup_steps
 from moe_jax.training.session import Session
@@ -24,7 +23,7 @@ def print_run_header(session: Session, notes: list[str], step_mib: float | None 
     compiled training step, if it is known by now."""
     config, store = session.config, session.data.store
     muon = config.train.optimizer == "muon"
-    console = Console()
+    console = rich_console()
     say(*unused_card(jax.devices()[0].platform), *notes, *session.notes)
     rows = {
         "run": f"{session.folder.path} (preset {config.preset})",

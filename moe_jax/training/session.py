@@ -33,18 +33,17 @@ from moe_jax.model.transformer import Params
 from moe_jax.parallel.global_arrays import made, placed
 from moe_jax.parallel.mesh import mesh_of
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
-from moe_jax.runs.folder import RunFolder, RunLock, recorded_changes
-from moe_jax.runs.identity import (
+from moe_jax.runs.folder import RunFolder, new_run_id, recorded_changes
+from moe_jax.runs.load import (
     check_full_weights,
     check_same_model,
     check_same_run,
     kept_precision,
     load_run_tokenizer,
-    new_run_id,
     saved_config,
 )
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.runs.metrics import read_metrics
+from moe_jax.runs.records import read_metrics
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.agreement import check_same_data
 from moe_jax.training.counters import RunCounters
@@ -203,20 +202,19 @@ class Session:
     tracer: Tracer | None
     """Routes the beginning of the validation text; None for a model without routers."""
     run_id: str = ""
-    """The id of the run, which its checkpoints hold (`runs/identity.py`)."""
+    """The id of the run, which its checkpoints hold (`runs/folder.py`)."""
     notes: list[str] = field(default_factory=list)
     """Lines to print about how the session was opened."""
 
     @classmethod
-    def open(cls, config: RunConfig, saved: RunConfig | None, lock: RunLock | None = None) -> "Session":
+    def open(cls, config: RunConfig, saved: RunConfig | None) -> "Session":
         """Prepare data and model. With a `saved` configuration, restore the newest good checkpoint of the run.
 
-        With a `lock`, nothing is changed in the folder once the lock is not the folder's own any more. Raises UserError
-        if the data cannot be read or if a checkpoint does not fit.
+        Raises UserError if the data cannot be read or if a checkpoint does not fit.
         """
         begin = time.monotonic()
-        folder = RunFolder(Path(config.run_dir), lock.check) if lock else RunFolder(Path(config.run_dir))
-        checkpoints = CheckpointStore(folder.path, guard=folder.guard)
+        folder = RunFolder(Path(config.run_dir))
+        checkpoints = CheckpointStore(folder.path)
         source = source_of(config) if saved is None else None
         run_id, tokenizer, precision = "", source.tokenizer if source else None, ""
         if saved is not None:
@@ -249,8 +247,6 @@ class Session:
             opened._restore()
         else:
             opened._start(source)
-        if lock:
-            lock.note(opened.run_id)
         return opened
 
     def _start(self, source: Source | None) -> None:
@@ -347,6 +343,7 @@ class Session:
 
         Raises UserError if the state is not finite. Such a checkpoint would be the newest, and hide the last good one.
         """
+        self.folder.check_run(self.run_id)
         bad = nonfinite_leaves(self.state)
         if bad:
             path, _ = self.diagnose(step)

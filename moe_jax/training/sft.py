@@ -14,8 +14,7 @@ from moe_jax.config import RunConfig
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.transformer import abstract_model
-from moe_jax.runs.identity import check_full_weights
-from moe_jax.runs.load import FoundCheckpoint, find_checkpoint, restore_weights
+from moe_jax.runs.load import FoundCheckpoint, check_full_weights, find_checkpoint, restore_weights
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start, origin_of
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.model.costs import training_flops
-from moe_jax.system.timing import matmul_rate
+from moe_jax.system.machine import matmul_rate
 from moe_jax.training.counters import STARVED_STEPS
 from moe_jax.training.logging import MetricsLog
 from moe_jax.training.session import Session

@@ -9,7 +9,7 @@ import jax
 
 from moe_jax.config import RunConfig
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
-from moe_jax.runs.metrics import last_train_record
+from moe_jax.runs.records import last_train_record
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.session import Session, SessionData

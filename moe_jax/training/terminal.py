@@ -7,7 +7,7 @@ from typing import Any
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from moe_jax.system.rich_console import Console
+from moe_jax.system.terminal import rich_console
 
 SMOOTHING = 0.8
 """Decay per logged step of the running mean of the loss on the terminal. The files hold the unsmoothed loss."""
@@ -20,7 +20,7 @@ class Terminal:
     """The progress of a run: a bar on a terminal, plain lines elsewhere. The bar is gone when it is closed."""
 
     def __init__(self, steps: int, first: int) -> None:
-        self.console = Console()
+        self.console = rich_console()
         self._steps, self._average, self._begin, self._first = steps, math.nan, time.monotonic(), first
         self._bar = None
         if self.console.is_terminal:

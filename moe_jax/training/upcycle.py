@@ -26,8 +26,7 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint
-from moe_jax.runs.identity import best_of_run, check_full_weights, check_same_model, load_run_tokenizer
-from moe_jax.runs.load import restore_weights
+from moe_jax.runs.load import best_of_run, check_full_weights, check_same_model, load_run_tokenizer, restore_weights
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start, origin_of
 

@@ -36,7 +36,7 @@ from moe_jax.planning import search, suite
 from moe_jax.planning.device_memory import Bound, Memory
 from moe_jax.planning.target import Target
 from moe_jax.system import environment, machine
-from moe_jax.system.timing import Measured, Times, alternate, with_reused_output
+from moe_jax.system.machine import Measured, Times, alternate, with_reused_output
 from tests.support import tiny
 
 

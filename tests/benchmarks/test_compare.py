@@ -1,4 +1,4 @@
-"""`benchmarks/compare.py`: intervals, plans and verdicts by hand; made laws come back; a comparison stops and goes on."""
+"""`benchmarks/compare.py`: intervals, plans and verdicts by hand; a comparison stops and goes on."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from scipy import stats
 
 from moe_jax.config import ConfigError, RunConfig
 from moe_jax.model.costs import training_flops
-from moe_jax.system.timing import Times
+from moe_jax.system.machine import Times
 from moe_jax.training.session import Session, SessionData
 from tests.benchmarks.invented_runs import Trainer, recipe
 from tests.reliability import runs as processes

@@ -20,7 +20,7 @@ from moe_jax.data.batches import train_positions
 from moe_jax.model.costs import Count
 from moe_jax.model.moe.layer import MoE
 from moe_jax.system import machine
-from moe_jax.system.timing import Times
+from moe_jax.system.machine import Times
 from tests.benchmarks.test_benchmarks import config
 
 

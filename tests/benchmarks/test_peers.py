@@ -11,7 +11,7 @@ import pytest
 
 from moe_jax.benchmarks import mixtral, peers
 from moe_jax.config import UserError
-from moe_jax.system.timing import Measured
+from moe_jax.system.machine import Measured
 from tests.benchmarks.test_benchmarks import config
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from moe_jax.benchmarks import scaling
 from moe_jax.benchmarks.request import BenchmarkRequest
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
-from moe_jax.system.timing import Times
+from moe_jax.system.machine import Times
 from tests.support import tiny
 
 BASE = RunConfig(

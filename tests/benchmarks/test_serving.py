@@ -9,7 +9,7 @@ from rich.console import Console
 from moe_jax.benchmarks import serving
 from moe_jax.benchmarks.request import BenchmarkRequest
 from moe_jax.config import RunConfig
-from moe_jax.system.timing import Times
+from moe_jax.system.machine import Times
 from tests.support import tiny
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from moe_jax.benchmarks import llama_cpp, weights
 from moe_jax.benchmarks.request import BenchmarkRequest
 from moe_jax.data.tokenizers import _byte
-from moe_jax.system.timing import Times
+from moe_jax.system.machine import Times
 from tests.benchmarks.test_benchmarks import config
 from tests.support import tiny
 

@@ -6,13 +6,13 @@ from moe_jax.certificates.causality import VARIANTS
 from moe_jax.certificates.certificate import Certificate
 from moe_jax.certificates.perturbation import PerturbationResult
 from moe_jax.cli import certify
-from moe_jax.system.rich_console import Console
+from moe_jax.system.terminal import rich_console
 
 
 def test_a_claim_is_printed_in_80_columns_without_padding(capsys: pytest.CaptureFixture[str]) -> None:
     found = str(PerturbationResult(123_456, 6, 1_024, 8_192, 1_234, 0, 5, 0.5))
     certificate = Certificate("causality: a", True, found, "earlier [outputs] change " * 6, True, "a plain title")
-    console = Console(width=200)
+    console = rich_console(width=200)
     certify._print(console, certificate)
     certify._print(console, certificate._replace(passed=False, must_leak=False, title=""))
     for line in (certify.TRIED, certify.NOT_TRIED):

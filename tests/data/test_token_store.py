@@ -222,7 +222,6 @@ def start(data: DataConfig, cache: Path, patch: str = "") -> subprocess.Popen[st
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.skipif(files.fcntl is None, reason="without flock a leftover of another process is not touched")
 @pytest.mark.parametrize("moment", ["token_store.json_text = kill", "Path.rename = kill"])
 def test_a_killed_preparation_leaves_no_store_and_the_next_one_cleans_up(
     moment: str, data: DataConfig, cache: Path
@@ -237,28 +236,10 @@ def test_a_killed_preparation_leaves_no_store_and_the_next_one_cleans_up(
     assert leftovers(cache) == [other]
 
 
-@pytest.mark.parametrize("patch", ["", "files.fcntl = None"], ids=["lock", "no lock"])
-def test_preparations_at_once_agree(data: DataConfig, cache: Path, patch: str) -> None:
-    started = [start(data, cache, patch) for _ in range(3)]
+def test_preparations_at_once_agree(data: DataConfig, cache: Path) -> None:
+    started = [start(data, cache) for _ in range(3)]
     digests = {process.communicate()[0] for process in started}
     assert digests == {prepare(data, cache).digest + "\n"}
-    assert leftovers(cache) == []
-
-
-def test_a_preparation_that_was_overtaken_uses_the_store_of_the_other(
-    data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without a lock, another process finishes while this one is still writing."""
-    make = token_store._make
-
-    def overtaken(*arguments: Any) -> None:
-        monkeypatch.setattr(token_store, "_make", make)
-        prepare(data, cache)
-        make(*arguments)
-
-    monkeypatch.setattr(files, "fcntl", None)
-    monkeypatch.setattr(token_store, "_make", overtaken)
-    assert prepare(data, cache).train.documents == 3
     assert leftovers(cache) == []
 
 

@@ -18,7 +18,7 @@ from moe_jax.data import tokenizers
 from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.synthetic import stories
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer, token_pieces, train_tokenizer
-from moe_jax.system.folders import Folder
+from moe_jax.system.files import Folder
 
 TALES = [
     f"The {a} cat saw the {b} dog and they played all day.\n"

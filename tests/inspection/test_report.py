@@ -21,8 +21,8 @@ from moe_jax.inspection.report import attention_data, next_data, render, report_
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages.assembly import digest
 from moe_jax.runs.load import open_run
-from moe_jax.runs.metrics import load_entropy
-from moe_jax.system.folders import Folder
+from moe_jax.runs.records import load_entropy
+from moe_jax.system.files import Folder
 from tests.support import saved_run, tiny
 
 HOSTILE = (

@@ -13,7 +13,7 @@ import pytest
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import abstract_model
 from moe_jax.parallel.cut_model import EvaluatedTransformer
-from moe_jax.system.folders import Folder
+from moe_jax.system.files import Folder
 from moe_jax.training.nonfinite import diagnose
 from moe_jax.training.on_mesh import make_mesh_evaluation_step
 from moe_jax.training.programs import Programs

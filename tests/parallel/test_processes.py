@@ -22,7 +22,7 @@ from moe_jax.parallel.mesh import mesh_of
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.manifest import CheckpointCorrupted, describe_leaves
-from moe_jax.runs.metrics import read_metrics
+from moe_jax.runs.records import read_metrics
 from moe_jax.training.programs import Programs
 from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, free_job, free_port, pair, slurm, start
 from tests.support import tuning

@@ -12,8 +12,7 @@ import pytest
 from moe_jax.cli.main import main, run_as
 from moe_jax.cli.train import Train
 from moe_jax.runs.checkpoint import CheckpointStore
-from moe_jax.runs.metrics import read_metrics
-from moe_jax.runs.snapshots import read_snapshots
+from moe_jax.runs.records import read_metrics, read_snapshots
 from tests.support import saved_run
 
 pytestmark = pytest.mark.parallel

@@ -19,7 +19,7 @@ from moe_jax.planning.device_memory import Bound, Memory
 from moe_jax.planning.plan_cache import looked_up
 from moe_jax.planning.roofline import Rates
 from moe_jax.planning.target import Target, load_target
-from moe_jax.system.limits import MIB
+from moe_jax.system.environment import MIB
 from tests.support import tiny
 
 RATES = Rates(1e11, 1e12, 2e12, 4e12)

@@ -13,7 +13,7 @@ from moe_jax.config import UserError
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.plots.figures import run_figures, save_figures
 from moe_jax.runs.load import open_run
-from moe_jax.system.folders import Folder
+from moe_jax.system.files import Folder
 from tests.support import saved_run
 
 

@@ -14,7 +14,7 @@ from moe_jax.cli.origin import override
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError
 from moe_jax.config.presets import preset
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 type Key = tuple[str, str]
 

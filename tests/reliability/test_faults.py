@@ -157,14 +157,14 @@ def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
     session = Session.open(config, None)
     name = "router" if where == "params" else "embedding"
     before_step(session, 7, lambda s: dataclasses.replace(s, **{where: poison(getattr(s, where), name)}))
-    with pytest.raises(UserError, match=r"not finite.*faults/step_\d+\.json.*--resume"):
+    with pytest.raises(UserError, match=r"not finite.*nonfinite/step_\d+\.json.*--resume"):
         train(session)
-    (diagnosis,) = (out / "faults").glob("*.json")
+    (diagnosis,) = (out / "nonfinite").glob("*.json")
     found = json.loads(diagnosis.read_text())
     assert found["first"].startswith("params.")
     if where == "params":
         assert found["first"].endswith("router")
-    batch = np.load(out / "faults" / found["batch"], allow_pickle=False)
+    batch = np.load(out / "nonfinite" / found["batch"], allow_pickle=False)
     np.testing.assert_array_equal(batch, session.data.batch(found["step"] - 1))
     assert finite_checkpoints(out)
     again = Session.open(config, load_config(out))

@@ -17,7 +17,7 @@ from moe_jax.config import UserError, load_config
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.folder import RunFolder, locked_for_training
-from moe_jax.runs.metrics import read_metrics
+from moe_jax.runs.records import read_metrics
 from moe_jax.system import environment, files
 from tests.reliability import states
 
@@ -122,7 +122,7 @@ def test_a_linked_folder_is_neither_written_nor_emptied(run: Path, tmp_path: Pat
     """`traces -> DIR` and a resume deleted files of DIR."""
     there = outside(tmp_path)
     before = content(there)
-    for name in ("traces", "report", "faults", "checkpoints"):
+    for name in ("traces", "report", "nonfinite", "checkpoints"):
         if (run / name).exists():
             shutil.rmtree(run / name)
         (run / name).symlink_to(there)
@@ -142,7 +142,7 @@ def test_a_linked_folder_is_neither_written_nor_emptied(run: Path, tmp_path: Pat
 
 def test_the_report_of_a_run_does_not_leave_its_folder(run: Path, tmp_path: Path) -> None:
     from moe_jax.inspection.report import report_run
-    from moe_jax.system.folders import Folder
+    from moe_jax.system.files import Folder
 
     there = outside(tmp_path)
     before = content(there)
@@ -201,6 +201,6 @@ def test_what_is_no_plain_file_is_refused_at_once(name: str, kind: str, run: Pat
 
 
 def _summary(run: Path) -> Any:
-    from moe_jax.runs.summary import read_summary
+    from moe_jax.runs.records import read_summary
 
     return read_summary(run)

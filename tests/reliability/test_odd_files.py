@@ -19,8 +19,7 @@ from moe_jax.runs.doctor import examine
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import open_run
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.runs.metrics import read_metrics
-from moe_jax.runs.snapshots import read_snapshots
+from moe_jax.runs.records import read_metrics, read_snapshots
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.session import check_same_data_and_model
 from tests.reliability import states
@@ -115,8 +114,8 @@ def test_endless_metrics_are_refused_at_once(run: Path) -> None:
 
 
 def _last_train_record(run: Path) -> dict[str, Any]:
-    from moe_jax.runs.metrics import last_train_record
-    from moe_jax.system.folders import Folder
+    from moe_jax.runs.records import last_train_record
+    from moe_jax.system.files import Folder
 
     return last_train_record(Folder(run))
 

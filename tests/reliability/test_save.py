@@ -19,14 +19,14 @@ from moe_jax.config import UserError, holds_run
 from moe_jax.runs import arrays, checkpoint, manifest
 from moe_jax.runs.arrays import WEIGHTS
 from moe_jax.runs.checkpoint import CheckpointStore, verify
-from moe_jax.system import folders
+from moe_jax.system import files
 from tests.reliability import runs, states
 from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.reliability
 
 
-TRACED = (arrays, checkpoint, folders, manifest, shutil)
+TRACED = (arrays, checkpoint, files, manifest, shutil)
 """Modules whose lines a kill may hit."""
 
 

@@ -20,8 +20,7 @@ from moe_jax.data.token_store import prepare_token_store
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.folder import RunFolder
-from moe_jax.runs.metrics import read_metrics
-from moe_jax.runs.snapshots import read_snapshots
+from moe_jax.runs.records import read_metrics, read_snapshots
 from moe_jax.runs.verify_resume import fingerprint
 from tests.reliability import states
 from tests.support import saved_run

@@ -1,19 +1,23 @@
-"""What is settled before jax starts: the share of a small card, and a cache of programs that survives being killed."""
+"""What must be settled before jax starts: limits, the platform, the share of a small card, the allocator."""
 
-import hashlib
 import os
-import shutil
+import platform
+import resource
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
+from moe_jax.cli.train import Train
+from moe_jax.config import ConfigError, UserError
+from moe_jax.config.presets import PRESETS, preset, with_vocabulary
+from moe_jax.model.step_memory import least_step_bytes
+from moe_jax.model.transformer import abstract_model
 from moe_jax.system import environment
-from moe_jax.system.compile_cache import VerifiedCache
-from moe_jax.system.folders import draft_of
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -29,41 +33,31 @@ def test_share_of_a_small_card(total: float, free: float, share: float, why: str
     assert environment.memory_share(total, free) == share, why
 
 
-@pytest.fixture
-def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A driver's nvidia-smi that answers with the content of a file."""
-    answer = tmp_path / "answer"
+@pytest.mark.parametrize(
+    ("answer", "share"),
+    [("4096, 3900\n", "0.85"), ("81559, 81000\n", None), ("no devices were found\n", None), ("", None)],
+)
+def test_only_a_small_card_is_shared_by_what_is_free(
+    answer: str, share: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver's nvidia-smi answers. A choice of the user stays."""
     program = tmp_path / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\ncat {answer}\n")
+    program.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
-    return answer
-
-
-def test_a_small_card_is_shared_by_what_is_free(card: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    card.write_text("4096, 3900\n")
-    notes = environment._set_memory_fraction()
-    assert os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION") == "0.85"
-    assert "3,900 of 4,096 MiB are free" in notes[0]
     monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
     assert environment._set_memory_fraction() == []
-    assert os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] == "0.5", "the user's own choice stays"
-
-
-@pytest.mark.parametrize("answer", ["81559, 81000\n", "no devices were found\n", ""])
-def test_other_cards_and_no_answer_leave_jax_alone(card: Path, answer: str) -> None:
-    card.write_text(answer)
-    assert environment._set_memory_fraction() == []
-    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    notes = environment._set_memory_fraction()
+    assert os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None) == share
+    assert ["3,900 of 4,096 MiB are free" in note for note in notes] == ([True] if share else [])
 
 
 @pytest.mark.parametrize(
     ("plugin", "platforms", "said"),
     [
         (False, "cpu", "JAX's CUDA plugin is not installed; start with `uv run --extra cuda12 ...`"),
-        (False, "", "JAX's CUDA plugin is not installed; start with `uv run --extra cuda12 ...`"),
         (True, "cpu", "JAX_PLATFORMS=cpu is set; unset it"),
         (True, "", "JAX's CUDA plugin found no card that it can use; see docs/gpu.md, section At home"),
     ],
@@ -71,7 +65,6 @@ def test_other_cards_and_no_answer_leave_jax_alone(card: Path, answer: str) -> N
 def test_a_card_that_is_left_unused_is_named(
     plugin: bool, platforms: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also after the restart, in which this program itself has set JAX_PLATFORMS."""
     monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
     monkeypatch.setattr(environment, "has_cuda_plugin", lambda: plugin)
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
@@ -80,6 +73,7 @@ def test_a_card_that_is_left_unused_is_named(
     assert environment.unused_card("gpu") == []
     monkeypatch.setattr(environment, "has_nvidia_card", lambda: False)
     assert environment.unused_card("cpu") == []
+    assert "\n## At home\n" in (ROOT / "docs/gpu.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -98,94 +92,77 @@ def test_an_empty_choice_of_a_platform_is_none(
     assert environment.runs_on_cpu() is cpu
 
 
-def test_the_section_that_a_note_names_is_there() -> None:
-    page = Path(__file__).parents[2] / "docs/gpu.md"
-    assert "\n## At home\n" in page.read_text()
-
-
-def test_a_damaged_entry_is_removed_and_can_be_written_again(tmp_path: Path) -> None:
-    cache = VerifiedCache(str(tmp_path))
-    value = bytes(range(100))
-    cache.put("key", value)
-    (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
-    flipped = bytes([*whole[:-1], whole[-1] ^ 1])
-    for damaged in (b"", whole[:10], whole[:32], whole[:-1], flipped):
-        file.write_bytes(damaged)
-        assert cache.get("key") is None
-        assert not file.exists()
-        cache.put("key", value)
-        assert cache.get("key") == value
-    assert cache.get("another") is None
-
-
-def test_a_program_with_the_name_of_another_is_not_taken(tmp_path: Path) -> None:
-    """Nor an entry of an earlier version, whose digest does not hold the name: the program is compiled once more."""
-    cache = VerifiedCache(str(tmp_path))
-    cache.put("one", b"the program of one")
-    shutil.copy(tmp_path / "one.program", tmp_path / "other.program")
-    assert cache.get("other") is None
-    assert cache.get("one") == b"the program of one"
-    earlier = b"an entry of an earlier version"
-    (tmp_path / "earlier.program").write_bytes(hashlib.sha256(earlier).digest() + earlier)
-    assert cache.get("earlier") is None
-    assert [p.name for p in tmp_path.iterdir()] == ["one.program"]
-
-
-def test_an_entry_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cache = VerifiedCache(str(tmp_path))
-
-    def die(*_: object, **where: object) -> None:
-        assert cache.get("key") is None, "written, but not yet under its name"
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", die)
-    with pytest.raises(OSError, match="No space"):
-        cache.put("key", b"value")
+def test_too_little_address_space_is_said_before_jax_starts(tmp_path: Path) -> None:
+    train = [sys.executable, str(ROOT / "train.py"), "--out", "run"]
+    limited = ["sh", "-c", 'ulimit -v 1500000; exec "$@"', "sh", *train]
+    done = subprocess.run(limited, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1), done.stderr
+    assert "ulimit -v 1500000: 1.4 GiB" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
-def test_drafts_of_processes_that_died_are_removed(tmp_path: Path) -> None:
-    """By name as drafts are written now, and as earlier versions wrote them."""
-    old, new, earlier = draft_of(tmp_path / "a.program"), draft_of(tmp_path / "b.program"), tmp_path / "c.1.draft"
-    for draft in (old, new, earlier):
-        draft.write_bytes(b"half")
-    for draft in (old, earlier):
-        os.utime(draft, (time.time() - 7200,) * 2)
-    VerifiedCache(str(tmp_path))
-    assert list(tmp_path.iterdir()) == [new]
+def test_a_step_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moe_jax.cli.memory.machine_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(environment, "prepare_environment", lambda *_: pytest.fail("not refused"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--seq-len 1048576, .* at least [\d,.]+ GiB, and this machine has 16.0 GiB"):
+        Train.parse(["--seq-len", "1048576", "--batch-size", "16"]).execute()
+    monkeypatch.setattr("moe_jax.cli.memory.address_space", lambda: 3 * 2**30)
+    with pytest.raises(UserError, match=r"ulimit -v 3145728 allows 3\.0 GiB"):
+        Train.parse(["--preset", "seed-158m"]).execute()
+    assert list(tmp_path.iterdir()) == []
 
 
-PROGRAM = """
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_estimate_of_a_step_is_a_lower_bound(name: str) -> None:
+    """It counts arrays that are surely there: parameters, gradients, residual stream, attention weights. And no preset
+    is refused by a machine of 16 GiB."""
+    import jax
+
+    sized = with_vocabulary(preset(name))
+    leaves = jax.tree.leaves(abstract_model(sized.model, "float32", sized.train.param_dtype)[1])
+    parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    model, batch = sized.model, sized.train.batch_size
+    weights = batch * model.heads * model.seq_len * (model.seq_len + 1) / 2 * model.layers * 4
+    residual = batch * model.seq_len * model.width * model.layers * 4
+    moments = 8 * sum(leaf.size for leaf in leaves)  # two of float32, the most that an optimizer has
+    assert 0.2 * parameters < least_step_bytes(preset(name)) <= 2 * parameters + moments + weights + residual
+    assert least_step_bytes(preset(name)) < 16 * 2**30
+
+
+HEAP = """
+import os, resource
 from moe_jax.system import environment
-environment.prepare_environment()
-import jax, jax.monitoring
-hits = []
-jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
-jax.jit(lambda x: (x @ x.T).sum())(jax.numpy.ones((7, 5)))
-print(hits.count("/jax/compilation_cache/cache_hits"))
+environment.keep_freed_memory()
+import numpy as np
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(1 << 23)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+print(faults(), os.environ.get("TOKENIZERS_PARALLELISM"))
 """
 
 
-def test_a_truncated_program_is_compiled_once_more_and_then_found(tmp_path: Path) -> None:
-    """In whole processes: compile; find it; find it truncated, compile and replace it; find it."""
-    settings = {
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.mmap_max=0"),
-        "PYTHONPATH": str(Path(__file__).parents[2]),
-    }
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only for glibc")
+def test_freed_memory_is_used_again_without_a_page_fault() -> None:
+    """An array of 64 MiB has 16,384 pages. The second array takes the pages of the first. A user's own setting of the
+    allocator stays."""
 
-    def hits() -> int:
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], env=os.environ | settings, capture_output=True, text=True, check=True
-        )
-        return int(done.stdout.split()[-1])
+    def run(**settings: str) -> tuple[int, str]:
+        plain = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "TOKENIZERS_PARALLELISM")}
+        command = [sys.executable, "-c", HEAP]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=plain | settings)
+        count, parallel = done.stdout.split()
+        return int(count), parallel
 
-    assert hits() == 0
-    programs = sorted(tmp_path.glob("*.program"))
-    assert hits() == len(programs) > 0
-    for file in programs:
-        file.write_bytes(file.read_bytes()[:-100])
-    assert hits() == 0
-    assert hits() == len(programs)
+    few, parallel = run()
+    assert few < 100
+    assert parallel == "false"
+    many, parallel = run(GLIBC_TUNABLES="glibc.malloc.hugetlb=0", TOKENIZERS_PARALLELISM="true")
+    assert many > 4 * few + 100
+    assert parallel == "true"
+    if resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY:
+        assert environment.address_space() is None

@@ -1,24 +1,30 @@
-"""What a record says of the machine."""
+"""What a record says of the machine, and the race of two precisions: what it measures, and what it keeps."""
 
+import contextlib
+import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
 import pytest
 
-from moe_jax.system.machine import processor
+from moe_jax.system import machine
+from moe_jax.system.machine import Measured, Times, processor
 
+CPU = jax.devices("cpu")[0]
 TWO_CORES = """processor\t: 0
 cpu family\t: 25
 model\t\t: 17
 model name\t: AMD EPYC
-stepping\t: 1
 
 processor\t: 1
 cpu family\t: 25
 model\t\t: 18
 model name\t: AMD EPYC
 """
-ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"
 
 
 @pytest.mark.parametrize(
@@ -26,14 +32,89 @@ ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd0c\n"
     [
         (TWO_CORES, "AMD EPYC (family 25, model 17)"),  # of the first core
         ("model name\t: A: B\n", "A: B"),
-        (ARM, platform.processor()),
-        ("", platform.processor()),
+        ("processor\t: 0\nCPU implementer\t: 0x41\n", platform.processor()),
+        (None, platform.processor()),
     ],
 )
-def test_the_name_of_a_processor_has_its_family(info: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / "cpuinfo").write_text(info)
+def test_the_name_of_a_processor_has_its_family(info: str | None, name: str, tmp_path: Path) -> None:
+    if info is not None:
+        (tmp_path / "cpuinfo").write_text(info)
     assert processor(tmp_path / "cpuinfo") == name
 
 
-def test_a_system_without_cpuinfo(tmp_path: Path) -> None:
-    assert processor(tmp_path / "nothing") == platform.processor()
+@pytest.fixture
+def races(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The names of the products of each race that is run. float32 takes 8, 2 and 6 s, the other 3, 9 and 1."""
+    run: list[list[str]] = []
+
+    def alternate(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
+        run.append(list(candidates))
+        return {name: Times((8, 2, 6) if name == "float32" else (3, 9, 1)) for name in candidates}
+
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "alternate", alternate)
+    return run
+
+
+def again(narrow: str = "bfloat16", units: str = "AMX") -> float:
+    """The gain as another process finds it."""
+    machine.gain.cache_clear()
+    return machine.gain(narrow, CPU, units)
+
+
+def test_medians_count_and_are_kept_for_one_machine(
+    races: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert [again(), again(), machine.gain("bfloat16", CPU, "AMX")] == [2.0] * 3
+    assert races == [["float32", "bfloat16"]]
+    ((key, kept),) = json.loads((tmp_path / "races.json").read_text()).items()
+    assert (kept, key.startswith("bfloat16 on "), "AMX" in key) == (2.0, True, True)
+    again(units="AVX-512 BF16")
+    again()  # the first one is still kept
+    again("float16")
+    monkeypatch.setattr(machine, "processor", lambda: "another")
+    again()
+    monkeypatch.setattr(machine, "usable_cores", lambda: 3)
+    again()
+    monkeypatch.setattr(machine.importlib.metadata, "version", lambda _: "9")
+    assert [again(), again()] == [2.0] * 2
+    assert len(races) == 6
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", '{"KEY": "2"}', '{"KEY": 0.0}', '{"KEY": true}', None])
+def test_a_damaged_record_is_measured_again(content: str | None, races: list[list[str]], tmp_path: Path) -> None:
+    again()
+    record = tmp_path / "races.json"
+    (key,) = json.loads(record.read_text())
+    if content is None:  # a cache that cannot be written
+        record.unlink()
+        record.mkdir()
+    else:
+        record.write_text(content.replace("KEY", key))
+    assert again() == 2.0
+    assert len(races) == 2
+    assert content is None or json.loads(record.read_text()) == {key: 2.0}
+
+
+def test_a_processor_is_timed_by_its_own_time_and_a_card_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 8 rows, with clocks that say which of them was read."""
+    monkeypatch.setattr(machine, "SIZE", 8)
+    monkeypatch.setattr(machine, "LARGE_SIZE", 16)
+    seen: dict[str, list[Any]] = {}
+
+    def alternate(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
+        seen.update({dtype: [run() for _ in range(rounds)] for dtype, run in candidates.items()})
+        return {dtype: Times((1.0,)) for dtype in candidates}
+
+    monkeypatch.setattr(machine, "alternate", alternate)
+    ticks = iter(range(100))
+    monkeypatch.setattr(machine.time, "process_time", lambda: next(ticks))
+    assert machine._measured("bfloat16", CPU) == 1
+    assert list(seen) == ["float32", "bfloat16"]
+    assert all(isinstance(time, Measured) and time == 1 for runs in seen.values() for time in runs)
+    monkeypatch.setattr(machine.jax, "default_device", lambda _: contextlib.nullcontext())
+    machine._measured("float16", SimpleNamespace(platform="gpu", device_kind="a card"))
+    assert [(str(runs[0].dtype), runs[0].shape) for dtype, runs in seen.items() if dtype != "bfloat16"] == [
+        ("float32", (16, 16)),
+        ("float16", (16, 16)),
+    ]

@@ -9,7 +9,7 @@ from moe_jax.cli.presets import Presets
 from moe_jax.cli.train import Train
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals, training_flops
-from moe_jax.system import environment, timing
+from moe_jax.system import environment, machine
 from moe_jax.training.expected_time import duration
 
 
@@ -19,7 +19,7 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
     typed = "--preset seed-158m --steps 100 --lr 1e-3 --precision float32 --model.no-bias --dry-run"
     assert Train.parse(typed.split()).execute() == 0
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
@@ -65,7 +65,7 @@ def test_in_bfloat16_the_total_is_below_the_bound(
     """A gradient may be kept as its product was computed, in 2 bytes: 4 + 2 + 8 bytes a parameter. Activations of 6
     layers and 4 sequences of 256 in 2 bytes: 6 MiB of residual stream, and 12 MiB of attention weights."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
     assert Train.parse(["--preset", "seed-158m", "--precision", "bfloat16", "--dry-run"]).execute() == 0
     said = " ".join(capsys.readouterr().out.split())
     mib = 158_623_744 / 2**20
@@ -79,7 +79,7 @@ def test_the_advice_of_the_run_is_given_before_it(
 ) -> None:
     """A byte a token: 9,500 of 10,000 are to train on, and a step of 2,048 reads a fifth of them."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
     Path("a.txt").write_text("\n".join(["some words on a line"] * 477))
     for preset_name, told in (("story", True), ("nano", False)):
         words = ["--preset", preset_name, "--data", "a.txt", "--tokenizer", "byte", "--steps", "2", "--dry-run"]
@@ -99,7 +99,7 @@ def test_half_the_memory_in_bfloat16(
 ) -> None:
     """A model without biases: nearly all parameters are matrices."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
     found = []
     for kind in ("float32", "bfloat16"):
         assert Train.parse(["--preset", "story", "--train.param-dtype", kind, "--dry-run"]).execute() == 0
@@ -124,7 +124,7 @@ def test_a_dry_run_of_nothing_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
     assert Train.parse(["--dry-run"]).execute() == 0
     assert "no setting differs from preset nano" in " ".join(capsys.readouterr().out.split())
     assert preset("nano").run_dir == "runs/nano"
@@ -135,7 +135,7 @@ def test_a_dry_run_says_that_the_card_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
     monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
     monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
     assert Train.parse(["--dry-run"]).execute() == 0
@@ -147,7 +147,7 @@ def test_presets_say_what_their_times_rest_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a machine of 1e12 operations a second. The slowest time of seed-158m is its operations at 30 % of that."""
-    monkeypatch.setattr(timing, "matmul_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
     assert Presets.parse(["--json"]).execute() == 0
     lines = capsys.readouterr().out.splitlines()
     said = " ".join(lines)

@@ -21,10 +21,9 @@ from moe_jax.interop.source import open_source
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
-from moe_jax.runs.identity import saved_weights
-from moe_jax.runs.load import open_run
+from moe_jax.runs.load import open_run, saved_weights
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.runs.summary import read_summary
+from moe_jax.runs.records import read_summary
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
 from moe_jax.training.merge import summary_at

@@ -24,7 +24,7 @@ from moe_jax.config.compatibility import check_resumable
 from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import preset
 from moe_jax.model import precision
-from moe_jax.runs.identity import kept_precision
+from moe_jax.runs.load import kept_precision
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny

@@ -12,7 +12,7 @@ from moe_jax.inspection.trace import trace_tokens
 from moe_jax.inspection.training_curves import training_curves
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import open_run
-from moe_jax.runs.snapshots import read_snapshots
+from moe_jax.runs.records import read_snapshots
 from moe_jax.training.routing_snapshot import make_tracer
 from tests.inspection.test_trace import MODEL, opened
 from tests.support import saved_run, tiny

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.model.costs import training_flops
-from moe_jax.system.rich_console import Console
+from moe_jax.system.terminal import rich_console
 from moe_jax.training import step_logger, terminal
 from moe_jax.training.counters import STARVED_STEPS, RunCounters
 from moe_jax.training.step_logger import StepLogger
@@ -46,7 +46,7 @@ class Seen:
             programs=SimpleNamespace(policy=SimpleNamespace(compute="float32")),
             progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5, how_to_go_on="go on"),
             data=SimpleNamespace(store=SimpleNamespace(train=SimpleNamespace(target_bytes=300, targets=100))),
-            diagnose=lambda step: (f"faults/step_{step}", "params.embedding"),
+            diagnose=lambda step: (f"nonfinite/step_{step}", "params.embedding"),
         )
         log: Any = SimpleNamespace(write=self.records.append)
         shown: Any = SimpleNamespace(
@@ -141,7 +141,7 @@ def test_steps_that_stay_bad_end_the_run(clock: list[float], monkeypatch: pytest
     for step, finite in ((1, False), (2, False), (3, True), (4, False), (5, False), (6, False)):
         seen.add(step, finite=finite)
     assert seen.counters.skipped_in_a_row == 2
-    said = r"^step 6: 3 steps in a row .*, first in params\.embedding \(faults/step_6\); lower --lr, and go on$"
+    said = r"^step 6: 3 steps in a row .*, first in params\.embedding \(nonfinite/step_6\); lower --lr, and go on$"
     with pytest.raises(UserError, match=said):
         seen.logger.flush()
     assert all(record["skipped"] for record in seen.records if record["step"] != 3)
@@ -209,7 +209,8 @@ def test_the_bar_shows_the_step_whole_on_any_terminal(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On a narrow terminal the last facts are left out. None is cut."""
-    monkeypatch.setattr(terminal, "Console", lambda: Console(force_terminal=True, width=width, color_system=None))
+    narrow = rich_console(force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(terminal, "rich_console", lambda: narrow)
     shown = Terminal(900, 0)
     clock[0] = 4
     shown.step({"step": 180, "loss": 1.0, "tokens_per_second": 1234.0, "drop_fraction": 0.125}, 2.0, 0.5)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from moe_jax.data.synthetic.stories import generate
-from moe_jax.system.json_text import json_text
+from moe_jax.system.files import json_text
 
 type Split = Literal["train", "valid"]
 

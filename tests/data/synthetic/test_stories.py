@@ -23,7 +23,6 @@ from moe_jax.data.synthetic.stories import (
     rules_digest,
 )
 from moe_jax.data.synthetic.vocabulary import SLOTS
-from moe_jax.runs.migrations import RULES_OF_VERSION_2
 
 GRAMMAR = Grammar(RULES, SLOTS)
 CHILDREN = (*SLOTS["hero"], *SLOTS["friend"])
@@ -182,6 +181,7 @@ def test_pronouns_agree_with_the_children(train: list[str]):
 def test_the_corpus_is_the_one_of_earlier_runs() -> None:
     """Caches and saved runs know it by these digests. Change them only together with the stories."""
     assert VALIDATION_STORIES == 600
-    assert rules_digest() == RULES_OF_VERSION_2
-    assert fingerprint(0, 100) == xxhash.xxh3_128_hexdigest(f"0 100 600 {RULES_OF_VERSION_2}".encode())
+    rules = "ce0644c10fe80271f982acc2d4b65b1a"
+    assert rules_digest() == rules
+    assert fingerprint(0, 100) == xxhash.xxh3_128_hexdigest(f"0 100 600 {rules}".encode())
     assert fingerprint(3, 7, "other") == xxhash.xxh3_128_hexdigest(b"3 7 600 other")

@@ -1,0 +1,312 @@
+"""What a program prints: streams that cannot break it, lines that fit a terminal, tables, and progress on stderr.
+
+A standard stream may be closed at the start (`>&-`), full (`>/dev/full`), or lose its reader (`| head`). An error on
+stderr never ends a program. An error on stdout ends a program that is run for its output, by `OutputLost`. It does not
+end a program that has called `outlive_output`, as training does.
+
+On a terminal, control characters of printed text are shown as `\\x1b`, because a text may come from a model or a
+stranger. Newline and tab stay. `rich_console` writes the colours of this project past this guard.
+
+rich is imported when it is needed: what runs before the arguments are accepted imports the standard library only.
+"""
+
+import errno
+import io
+import itertools
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PLAIN_SECONDS = 10
+"""Seconds between lines of progress if stderr is not a terminal."""
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_WORDS = re.compile(r"\n|[^\S\n]+|\S+")
+
+Report = Callable[[int, int], None]
+"""Called with the items and the bytes done so far."""
+
+
+def escape_controls(text: str) -> str:
+    """The text with `\\x1b` in place of ESC, and so on, for all control characters but newline and tab."""
+    return _CONTROLS.sub(lambda control: f"\\x{ord(control[0]):02x}", text)
+
+
+class OutputLost(Exception):
+    """Standard output cannot be written any more. Not an OSError, because libraries catch those."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(error.strerror or str(error))
+        self.reader_left = error.errno == errno.EPIPE
+
+
+class GuardedStream:
+    """stdout or stderr. Its first write error may raise OutputLost; after it, text goes to the null device."""
+
+    def __init__(self, stream: TextIO, outlived: bool) -> None:
+        self.stream, self.outlived = stream, outlived
+        """Whether the program goes on after a write error."""
+        self._is_terminal, self._is_stderr = stream.isatty(), outlived
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        if self._is_terminal:
+            # Progress bars of libraries go back to the start of their line on stderr.
+            lines = text.split("\r") if self._is_stderr else [text]
+            self.write_raw("\r".join(map(escape_controls, lines)))
+        else:
+            self.write_raw(text)
+        return len(text)
+
+    def write_raw(self, text: str) -> None:
+        """Write a text whose control characters reach the terminal."""
+        try:
+            self.stream.write(text)
+        except OSError as error:
+            self._fail(error)
+
+    def flush(self) -> None:
+        try:
+            self.stream.flush()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.stream.fileno())  # what is still in a buffer goes there too
+        os.close(nowhere)
+        if not self.outlived:
+            raise OutputLost(error)
+        if not self._is_stderr:
+            print(f"standard output cannot be written ({error.strerror}); the work goes on without it", file=sys.stderr)
+
+
+def guard_streams() -> None:
+    """Open descriptors that were closed at the start, and replace stdout and stderr by streams as described above.
+
+    A closed descriptor must be opened first. Otherwise the next file of the program, such as a checkpoint, would get
+    its number, and messages would be written into that file.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
+            os.set_inheritable(number, True)
+    # Tests and notebooks replace the streams by their own, which stay. A character may not exist in the encoding.
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = _guarded(sys.stdout, 1, outlived=False, errors="replace")
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = _guarded(sys.stderr, 2, outlived=True, errors="backslashreplace")
+
+
+def _guarded(stream: TextIO | None, number: int, outlived: bool, errors: str) -> Any:
+    stream = stream or os.fdopen(number, "w", encoding="utf-8", closefd=False)
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=errors)
+    return GuardedStream(stream, outlived)
+
+
+def keep_apart(quiet: bool) -> None:
+    """Discard what libraries print on standard output by themselves, as gloo does. `quiet` discards what this program
+    prints there too. Nothing changes where tests and notebooks have replaced the stream."""
+    if not isinstance(sys.stdout, GuardedStream):
+        return
+    sys.stdout.flush()
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    own = os.fdopen(nowhere if quiet else os.dup(1), "w", encoding=sys.stdout.encoding, errors="replace", buffering=1)
+    os.dup2(nowhere, 1)
+    sys.stdout = GuardedStream(own, outlived=False)
+    outlive_output()
+
+
+def outlive_output() -> None:
+    """From now on no error on stdout ends the program. The work matters more than its messages."""
+    if isinstance(sys.stdout, GuardedStream):
+        sys.stdout.outlived = True
+
+
+def rich_console(*, stderr: bool = False, **settings: Any) -> "Console":
+    """The console of rich for this project. It writes colours to the terminal, and escapes the control characters of a
+    text."""
+    from rich.console import Console
+    from rich.segment import Segment
+
+    class Escaping(Console):
+        def render(self, renderable: Any, options: Any = None) -> Iterable[Segment]:
+            for segment in super().render(renderable, options):
+                if segment.control or not self.is_terminal:
+                    yield segment
+                else:
+                    yield Segment(escape_controls(segment.text), segment.style)
+
+    class Raw:
+        """The stream without its guard for control characters."""
+
+        def __init__(self, stream: Any) -> None:
+            self._stream = stream
+            self.write = getattr(stream, "write_raw", stream.write)
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._stream, name)
+
+    file: Any = Raw(sys.stderr if stderr else sys.stdout)
+    return Escaping(file=file, highlight=False, **settings)
+
+
+def say(*lines: object) -> None:
+    """Print lines: broken at spaces on a terminal, whole in a file or a pipe."""
+    if not sys.stdout.isatty():
+        print(*lines, sep="\n", flush=True)
+        return
+    width = shutil.get_terminal_size().columns
+    for line in "\n".join(map(str, lines)).split("\n"):
+        wrap = WordWrap(width, indent=line[: len(line) - len(line.lstrip())])
+        print(wrap.feed(line) + wrap.finish(), flush=True)
+
+
+def stream_text(start: str, pieces: Iterable[str]) -> None:
+    """Print a text as its pieces arrive, and a line end. On a terminal each word is shown once its end is known."""
+    wrap = WordWrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    try:
+        for piece in itertools.chain([start], pieces):
+            print(piece if wrap is None else wrap.feed(piece), end="", flush=True)
+    finally:  # after Ctrl-C, too
+        print("" if wrap is None else wrap.finish(), flush=True)
+
+
+class WordWrap:
+    """Breaks lines at spaces. A word is printed when its end is known, so a line never breaks inside one.
+
+    A word longer than a line stays whole; the terminal breaks it.
+    """
+
+    def __init__(self, width: int, indent: str = "") -> None:
+        """`indent` begins each line after a break."""
+        self._width, self._indent = width, indent
+        self._column, self._space, self._word = 0, "", ""
+
+    def feed(self, piece: str) -> str:
+        """The text that can be shown after one more piece."""
+        parts = _WORDS.findall(self._word + piece)
+        if not parts:
+            return ""
+        *ended, last = parts
+        if not last.strip():  # a space or a line end: the word before it has ended
+            ended, last = [*ended, last], ""
+        self._word = last
+        return "".join(map(self._place, ended))
+
+    def finish(self) -> str:
+        """The rest of the text."""
+        last, self._word = self._word, ""
+        return self._place(last) if last else ""
+
+    def _place(self, part: str) -> str:
+        if part == "\n":
+            self._column, self._space = 0, ""
+            return "\n"
+        if part.isspace():
+            self._space += part
+            return ""
+        space, self._space = self._space, ""
+        size = _columns(part)
+        if self._column and self._column + _columns(space) + size > self._width:
+            self._column = _columns(self._indent) + size
+            return "\n" + self._indent + part
+        self._column += _columns(space) + size
+        return space + part
+
+
+def _columns(text: str) -> int:
+    """The columns that a text takes on a terminal at most."""
+    from rich.cells import cell_len
+
+    return cell_len(escape_controls(text).replace("\t", " " * 8))
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """Show a spinner and what is done, while it is done. Nothing if stderr is not a terminal. The work must not
+    print."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    with rich_console(stderr=True).status(what):
+        yield
+
+
+@contextmanager
+def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """Show how many of `total` steps are done: a bar on a terminal, nothing elsewhere. Call the result after each."""
+    if not sys.stderr.isatty():
+        yield lambda: None
+        return
+    from rich import progress
+
+    columns = (
+        progress.SpinnerColumn(),
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(bar_width=20),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=rich_console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+@contextmanager
+def byte_progress(what: str, items: str, total: int | None, shown: bool = True) -> Iterator[Report]:
+    """Show the progress of work on `total` bytes (None if unknown): a bar on a terminal, else a line every
+    PLAIN_SECONDS. `items` names what is counted: "documents"."""
+    if not shown:
+        yield lambda count, size: None
+        return
+    begin = monotonic()
+    if sys.stderr.isatty():
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=20),
+            progress.TransferSpeedColumn(),
+            progress.TextColumn("{task.fields[rate]}"),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=rich_console(stderr=True)) as bar:
+            task = bar.add_task(what, total=total, rate="")
+
+            def update(count: int, size: int) -> None:
+                rate = count / (monotonic() - begin + 1e-9)
+                bar.update(task, completed=size, rate=f"{count:,} {items}, {rate:,.0f}/s")
+
+            yield update
+        return
+    printed, done = begin, (0, 0)
+
+    def print_line() -> None:
+        count, size = done
+        seconds = monotonic() - begin + 1e-9
+        share = f" of {total / 1e6:.1f}" if total else ""
+        rates = f"{count / seconds:,.0f} {items}/s, {size / seconds / 1e6:.1f} MB/s"
+        print(f"{what}: {count:,} {items}, {size / 1e6:.1f}{share} MB ({rates})", file=sys.stderr, flush=True)
+
+    def report(count: int, size: int) -> None:
+        nonlocal done, printed
+        done = (count, size)
+        if monotonic() - printed >= PLAIN_SECONDS:
+            printed = monotonic()
+            print_line()
+
+    yield report
+    print_line()

@@ -1,0 +1,137 @@
+"""Wrapping of a text that arrives in pieces, broken streams, and Ctrl-C that is never lost."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moe_jax.system.signals import interruptible
+from moe_jax.system.terminal import WordWrap, escape_controls
+
+ROOT = Path(__file__).parents[2]
+
+
+def wrapped(pieces: list[str], width: int) -> str:
+    wrap = WordWrap(width)
+    return "".join([*(wrap.feed(piece) for piece in pieces), wrap.finish()])
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["one two three"], "one two\nthree"),
+        (["on", "e tw", "o th", "ree"], "one two\nthree"),
+        (["a\nb\n\nc"], "a\nb\n\nc"),
+        (["a  b"], "a  b"),
+        (["inseparable word"], "inseparable\nword"),
+        (["日本 語語"], "日本\n語語"),  # two columns each
+        (["\x1b\x1b a"], "\x1b\x1b\na"),  # shown as \\x1b, four columns each
+        (["a\tb"], "a\nb"),
+        ([""], ""),
+    ],
+)
+def test_lines_break_at_spaces(pieces: list[str], expected: str) -> None:
+    assert wrapped(pieces, 8) == expected
+
+
+@given(st.lists(st.text(st.sampled_from("ab \n"), max_size=6), max_size=12), st.integers(1, 20))
+def test_nothing_is_lost_and_no_line_is_wide(pieces: list[str], width: int) -> None:
+    """But for spaces at the end of a line, and for words that are longer than a line."""
+    text, shown = "".join(pieces), wrapped(pieces, width)
+    assert shown.split() == text.split()
+    assert all(len(line) <= width or len(line.split()) == 1 for line in shown.split("\n"))
+    assert wrapped([text], width) == shown
+
+
+def test_an_indent_stays() -> None:
+    wrap = WordWrap(8, indent="  ")
+    assert wrap.feed("  one two three") + wrap.finish() == "  one\n  two\n  three"
+
+
+def test_a_word_is_shown_once_its_end_is_known() -> None:
+    wrap = WordWrap(80)
+    assert [wrap.feed(piece) for piece in ("On", "ce", " up", "on", "\n")] == ["", "", "Once", "", " upon\n"]
+
+
+PRINTS = """
+import os, sys
+from moe_jax.system import terminal
+terminal.guard_streams()
+if sys.argv[1] == "outlives":
+    terminal.outlive_output()
+file = os.open(os.devnull, os.O_RDONLY)  # must not get the number of a closed stream
+print("error", file=sys.stderr)
+try:
+    print("output")
+    sys.stdout.flush()
+except terminal.OutputLost as lost:
+    os._exit(3 if lost.reader_left else 4)
+os._exit(0 if file > 2 else 5)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirection", "status"),
+    [("", 0), (">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), (">/dev/full", 4), ("2>/dev/full", 0), ("| true", 3)],
+)
+@pytest.mark.parametrize("kind", ["ends", "outlives"])
+def test_broken_streams(redirection: str, status: int, kind: str, tmp_path: Path) -> None:
+    """An error on stderr never ends a program; one on stdout does, unless the program outlives its output."""
+    status_file = tmp_path / "status"
+    program = f'sleep 0.2; "$0" -c "$1" {kind}'
+    line = f"({program}; echo $? >{status_file}) {redirection}"
+    if "|" not in redirection:
+        line = f"({program}) {redirection}; echo $? >{status_file}"
+    subprocess.run(["sh", "-c", line, sys.executable, PRINTS], cwd=ROOT, check=False, capture_output=True)
+    assert int(status_file.read_text()) == (status if kind == "ends" else 0)
+
+
+def test_control_characters_are_shown() -> None:
+    assert escape_controls("a\x1b[2J\tb\n\x9b") == "a\\x1b[2J\tb\n\\x9b"
+
+
+@pytest.fixture
+def usual() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class Interrupted:
+    """Ctrl-C arrives while Python removes it, as in a callback of the garbage collector."""
+
+    def __del__(self) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("usual")
+def test_an_interrupt_that_cannot_spread_is_raised_again(capfd: pytest.CaptureFixture[str]) -> None:
+    def program() -> None:
+        Interrupted()
+        time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt), interruptible():
+        program()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("usual")
+def test_an_ignored_interrupt_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with interruptible():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_the_shutdown_ends_at_once() -> None:
+    code = "import atexit, signal, time; from moe_jax.system.signals import interruptible\n"
+    code += "atexit.register(lambda: signal.raise_signal(signal.SIGINT))\n"
+    code += "with interruptible(): pass\n"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
