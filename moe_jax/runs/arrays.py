@@ -94,7 +94,8 @@ def _check_stored(metadata: Any, wanted: dict[str, manifest.Leaf]) -> None:
     for name, leaf in wanted.items():
         there = stored[name]
         usual = (tuple(there.shape), str(there.dtype)) == (leaf.shape, leaf.dtype)
-        if not usual or any(c > max(n, 1) for c, n in zip(there.storage.chunk_shape, leaf.shape, strict=True)):
+        chunk = there.storage.chunk_shape if there.storage else ()  # a scalar of numpy has none
+        if not usual or any(c > max(n, 1) for c, n in zip(chunk, leaf.shape, strict=True)):
             raise CheckpointCorrupted(f"{name[:80]} is stored with another shape than its manifest gives it")
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import prepare_token_store
+from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder
 from moe_jax.training.optimizers.factory import make_optimizer
@@ -21,6 +22,8 @@ from moe_jax.training.state import initial_state
 from tests.support import tiny
 
 STEP = 40
+NAME = f"step_{STEP:08d}"
+"""The name of its checkpoint."""
 STORY = "Once upon a time a dragon met a cat. The cat said hello to the dragon, and they ate a cake.\n"
 
 
@@ -81,3 +84,23 @@ def metrics(layers: int, experts: int) -> list[dict]:
         records.append({"step": step, "split": "train", "tokens_per_second": 100.0, **values})
     records.append({"step": STEP, "split": "val", "loss": 1.2, "bits_per_byte": 1.5})
     return records
+
+
+def largest_file(folder: Path) -> Path:
+    """The largest file of a checkpoint, apart from its manifest."""
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != manifest.NAME)
+    return max(files, key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def edit_manifest(run: Path, name: str = NAME, /, **context: object) -> None:
+    """Change the context in the manifest of a checkpoint, with a right digest."""
+    path = run / "checkpoints" / name / manifest.NAME
+    document = json.loads(path.read_text())
+    document["context"] |= context
+    path.write_text(manifest.render(document))

@@ -1,0 +1,185 @@
+"""A run is opened, or it is said why not. What a checkpoint belongs to is told by its manifest alone."""
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from moe_jax.config import RunConfig, UserError
+from moe_jax.data.token_store import prepare_token_store
+from moe_jax.model import precision
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import merge
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
+from moe_jax.runs.load import check_same_model, check_same_run, open_run, saved_config
+from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.system.files import Folder
+from moe_jax.training.programs import Programs
+from tests.support import saved_run, tiny
+from tests.support.saved_run import NAME, edit_manifest, flip_a_bit, largest_file
+
+A, B = "a" * 16, "0123456789abcdef"
+CONFIG = RunConfig(model=tiny.config())
+LEAVES: dict[str, Any] = {
+    "params.embedding": [[13, 8], "float32", "d"],
+    "params.blocks.0.ffn.router": [[8, 4], "float32", "d"],
+    "params.blocks.1.norm": [[8], "float32", "d"],
+    "opt.blocks.7.norm": [[8], "float32", "d"],
+}
+
+
+def edit_config(run: Path, section: str, **changes: object) -> None:
+    document = json.loads((run / "config.json").read_text())
+    document[section] |= changes
+    (run / "config.json").write_text(json.dumps(document))
+
+
+def test_the_parameters_are_the_saved_ones(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = open_run(str(copied))
+    assert run.checkpoint.step == saved_run.STEP
+    assert run.tokenizer.vocab_size == run.config.model.vocab_size == 257
+    assert (run.config.execution.compute_dtype, str(np.dtype(run.policy.compute))) == ("float32", "float32")
+    params = tiny.build(run.config.model)[1]
+    tiny.assert_same_bits(run.params, params)
+    assert capsys.readouterr() == ("", "")
+    store, context = CheckpointStore(copied), run.checkpoint.manifest["context"]
+    for step, val_loss in ((50, 0.5), (60, 2.0)):  # the one in the middle is the best
+        store.save({"params": params}, step, val_loss=val_loss, elapsed=1.0, context=context)
+    assert (open_run(copied).checkpoint.step, open_run(copied, 60).checkpoint.step) == (50, 60)
+    with pytest.raises(UserError, match=r"--step 41: .* it has 50, 60$"):
+        open_run(copied, 41)
+
+
+def test_a_folder_without_a_run_and_a_damaged_run(copied: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^--run {tmp_path}: no run with a complete checkpoint there.*; make one"):
+        open_run(tmp_path)
+    flip_a_bit(largest_file(copied / "checkpoints" / NAME))
+    with pytest.raises(UserError, match=rf"^--run {copied}: every checkpoint is damaged; .* doctor --run {copied}"):
+        open_run(copied)
+    with pytest.raises(CheckpointCorrupted, match="was changed"):
+        open_run(copied, saved_run.STEP)
+
+
+def test_another_run_model_or_tokenizer_is_refused_by_name(copied: Path) -> None:
+    edit_config(copied, "model", activation="gelu")
+    with pytest.raises(UserError, match=r"^--model\.activation gelu: .* was saved with swiglu"):
+        open_run(copied)
+    edit_config(copied, "model", activation="swiglu")
+    for changes, said in (
+        ({"tokenizer": "another"}, rf"is not the tokenizer .* doctor --run {copied} --repair"),
+        ({"tokenizer": None, "config": None}, rf"^{copied}/checkpoints/{NAME}: its manifest does not say .*doctor"),
+        ({"run_id": "0" * 16}, "was saved by another run"),
+    ):
+        edit_manifest(copied, **changes)
+        with pytest.raises(UserError, match=said):
+            open_run(copied)
+
+
+def test_another_precision_than_in_training_is_said(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(copied, "execution", compute_dtype="bfloat16")
+    assert str(np.dtype(open_run(copied).policy.compute)) == "bfloat16"
+    said = capsys.readouterr().err
+    assert f"execution.compute_dtype is bfloat16, and the checkpoint of step {saved_run.STEP} was trained with" in said
+
+
+def test_texts_are_written_in_float32_on_a_processor_with_units_for_bfloat16(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
+    tokens = jax.numpy.asarray(tiny.tokens(1, 8))
+    for chosen, scored, written in (("auto", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16")):
+        edit_config(copied, "execution", compute_dtype=chosen)
+        run = open_run(copied)
+        hidden = [merge(graphdef, run.params)(tokens, Mode.EVALUATE)[0] for graphdef in (run.graphdef, run.writer)]
+        assert [part.dtype.name for part in hidden] == [scored, written]
+        samples = Programs.of(run.config).decoder().prefill(run.params, tokens, np.int32(3))
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(samples.cache)} == {written}
+
+
+def test_the_validation_text_is_the_runs_or_the_change_is_said(copied: Path, tmp_path: Path) -> None:
+    run = open_run(copied)
+    store = prepare_token_store(run.config.data, progress=False)
+    text = run.validation_text(progress=False)
+    np.testing.assert_array_equal(text.store.valid.tokens, store.valid.tokens)
+    assert text.warning == ""
+    other = tmp_path / "other.txt"
+    other.write_text("<|endoftext|>".join(f"Another story, number {i}." for i in range(60)))
+    edit_config(copied, "data", source=str(other))
+    text = open_run(copied).validation_text(progress=False)
+    assert text.warning.startswith(f"--data {other}: has changed since the run was trained; ")
+
+
+# Without a run on disk
+
+
+def checkpoint(step: int = 1, leaves: dict[str, Any] | None = None, **context: Any) -> Checkpoint:
+    context = {"config": CONFIG.to_dict()} | context
+    document = {"context": context, "leaves": LEAVES if leaves is None else leaves}
+    return Checkpoint(Path(f"run/step_{step}"), step, None, 0.0, document)
+
+
+@pytest.mark.parametrize(
+    ("written", "ids", "expected"),
+    [
+        (A, [], A),
+        (A, [A, A], A),
+        (A, [None, A], A),
+        (None, [None, None], None),
+        (None, [B, B], B),
+        (A, [A, B], rf"step_1: was saved by another run \({B}\) than the run of this folder \({A}\)"),
+        (None, [None, B], rf"step_1: was saved by another run \({B}\) than the run of this folder \(without an id\)"),
+        (None, [B, None], rf"step_1: was saved by another run \(without an id\) than .* folder \({B}\)"),
+    ],
+)
+def test_checkpoints_of_one_run(written: str | None, ids: list[str | None], expected: str | None, tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps({"run_id": written}))
+    checkpoints = [checkpoint(step, run_id=run_id) for step, run_id in enumerate(ids)]
+    if expected is None or len(expected) == 16:
+        assert check_same_run(Folder(tmp_path), checkpoints) == expected
+        return
+    with pytest.raises(UserError, match=expected):
+        check_same_run(Folder(tmp_path), checkpoints)
+
+
+def test_the_saved_configuration() -> None:
+    assert saved_config(checkpoint()) == CONFIG
+    wrong = copy.deepcopy(CONFIG.to_dict())
+    wrong["train"]["steps"] = -1  # a ConfigError
+    for odd in (None, 7, {}, CONFIG.to_dict() | {"schema_version": 99}, wrong):
+        with pytest.raises(CheckpointCorrupted, match="does not say what it belongs to"):
+            saved_config(checkpoint(config=odd))
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "there", "flag"),
+    [("model", "activation", "gelu", "--model.activation"), ("routing", "capacity_factor", 2.0, "--capacity-factor")],
+)
+def test_another_model_or_routing_is_refused_by_its_flag(section: str, name: str, there: Any, flag: str) -> None:
+    saved = copy.deepcopy(CONFIG.to_dict())
+    saved["train"]["steps"] = 7  # another training is the same model
+    check_same_model(checkpoint(config=saved), CONFIG)
+    here, saved[section][name] = saved[section][name], there
+    with pytest.raises(UserError, match=rf"^{flag} {here}: run/step_1 was saved with {there}; give it that value"):
+        check_same_model(checkpoint(config=saved), CONFIG)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"params.blocks.2.norm": [[8], "float32", "d"]},
+        {"params.blocks.1.norm": None},
+        {"params.embedding": None},
+        {"params.embedding": [[12, 8], "float32", "d"]},
+    ],
+    ids=str,
+)
+def test_arrays_of_another_model_are_refused(changes: dict[str, Any]) -> None:
+    """Before anything of their size is built."""
+    leaves = {name: leaf for name, leaf in (LEAVES | changes).items() if leaf is not None}
+    check_same_model(checkpoint(), CONFIG)
+    with pytest.raises(CheckpointCorrupted, match="not those of the model that its manifest names"):
+        check_same_model(checkpoint(leaves=leaves), CONFIG)
