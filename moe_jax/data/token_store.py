@@ -88,11 +88,8 @@ class TokenStore:
     """Digest of text, tokenizer and both streams, without paths. Equal digests mean equal training data."""
 
     def is_text_of(self, saved: Any) -> bool:
-        """Whether a checkpoint was trained on this text. `saved` is the entry `context.data` of its manifest.
-
-        The entry is the digest of a store or `fingerprint:` and a fingerprint.
-        """
-        return saved in (self.digest, f"fingerprint:{self.fingerprint}")
+        """Whether a checkpoint was trained on this text. `saved` is the entry `context.data` of its manifest."""
+        return saved == self.digest
 
 
 def prepare_token_store(

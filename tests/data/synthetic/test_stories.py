@@ -184,4 +184,3 @@ def test_the_corpus_is_the_one_of_earlier_runs() -> None:
     rules = "ce0644c10fe80271f982acc2d4b65b1a"
     assert rules_digest() == rules
     assert fingerprint(0, 100) == xxhash.xxh3_128_hexdigest(f"0 100 600 {rules}".encode())
-    assert fingerprint(3, 7, "other") == xxhash.xxh3_128_hexdigest(b"3 7 600 other")
