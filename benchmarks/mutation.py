@@ -63,8 +63,6 @@ NEAREST = {
     "inspection.trace": ["tests/plots", "tests/test_api.py"],
     "inspection.figures": ["tests/plots"],
     "inspection.training_curves": ["tests/training/test_routing_snapshot.py"],
-    "planning": ["tests/planning", "tests/benchmarks/test_benchmarks.py"],
-    "benchmarks.saving": ["tests/benchmarks/test_benchmarks.py"],
     "inference.routing_pass": ["tests/training/test_routing_snapshot.py"],
     "inference.switched": ["tests/inspection/test_ablation.py"],
     "inference": ["tests/inference", "tests/test_api.py"],

@@ -23,6 +23,7 @@ PAGES = (
     "README.md",
     "benchmarks/*.md",
     "benchmarks/*.png",
+    "benchmarks/*.svg",
     "docs/*.md",
     "docs/*.html",
     "docs/images/*",

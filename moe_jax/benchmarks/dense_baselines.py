@@ -1,34 +1,73 @@
 """`benchmark.py train`: the cost table, and the training step compared with its dense baselines.
 
-They are compared by time, by arithmetic, and by validation bits per byte if a comparison has trained them.
+The cost table has parameters and arithmetic by group; the arithmetic by formula and as compiled.
 """
 
-import json
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax.benchmarks import cost_table
 from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
-from moe_jax.config import Dense, RunConfig, UserError
+from moe_jax.config import Dense, RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
-from moe_jax.model.costs import totals
+from moe_jax.model.costs import Count, count_parameters, expert_flops, router_flops, step_products, totals
+from moe_jax.model.moe.layer import MoE
 from moe_jax.model.step_memory import least_step_bytes
-from moe_jax.plots.figures import COLOURS
 from moe_jax.system import machine
 from moe_jax.system.environment import machine_memory, runs_on_cpu
+from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
+from moe_jax.training.programs import Programs
 from moe_jax.training.random_tokens import RandomTokenTrainer
+
+SCOPES = {"attention": "attention", "experts and router": "ffn", "head": "head"}
+"""Group of the cost table -> the named scope of its operations in the program."""
+
+
+class CostTable(NamedTuple):
+    """The costs of a model that are known before anything runs."""
+
+    parameters: dict[str, Count]
+    formula: dict[str, float]
+    """Training operations of one token by group, forward and backward. The experts' group counts every row that is
+    multiplied, filled or not."""
+    compiled: dict[str, float]
+    """The same, read from the optimised program of a whole training step."""
+    all_experts: float
+    """Training operations of one token if every expert ran on it, divided by the training operations of this model."""
+
+    @classmethod
+    def of(cls, config: RunConfig, batch_size: int, moe: type[MoE] = MoE) -> "CostTable":
+        """The table of the training step for `batch_size` sequences, which is compiled here."""
+        program = read_program(Programs.of(config, moe=moe).compiled_step(batch_size).as_text())
+        tokens = batch_size * config.model.seq_len
+        formula = flops_by_group(config, batch_size)
+        compiled = {group: program.flops_of(scope) / tokens for group, scope in SCOPES.items()}
+        c, whole = config.model, sum(formula.values())
+        every = 3 * c.layers * (expert_flops(c, c.experts + c.shared_experts) + router_flops(c, 1))
+        all_experts = (whole - formula["experts and router"] + every) / whole if c.dense == "none" else 1.0
+        return cls(count_parameters(c), formula, compiled, all_experts)
+
+    @property
+    def difference(self) -> float:
+        """Largest relative difference between the formula and the compiled program, over the groups."""
+        return max(abs(self.compiled[group] / flops - 1) for group, flops in self.formula.items())
+
+
+def flops_by_group(config: RunConfig, batch_size: int) -> dict[str, float]:
+    """Operations of one token in a training step of `batch_size` sequences, by group, without the optimizer's."""
+    products = step_products(config, batch_size)
+    return {group: products[scope] / (batch_size * config.model.seq_len) for group, scope in SCOPES.items()}
+
 
 LABELS: dict[Dense, str] = {"none": "MoE", "active": "dense, active parameters", "total": "dense, total parameters"}
 
 
 def train(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     """The cost table, and the training step beside its dense baselines."""
-    static = cost_table.compute(request.config, request.batch_size, request.moe)
+    static = CostTable.of(request.config, request.batch_size, request.moe)
     console.print(_cost_table(static))
     groups = _groups(request.config)
     seconds, share = _step_times(request, groups)
@@ -83,32 +122,22 @@ def _groups(config: RunConfig) -> list[list[Dense]]:
 
 
 def _model(request: BenchmarkRequest, dense: Dense, times: Times) -> dict[str, float]:
-    """The costs of one model, and its validation bits per byte if they are known."""
-    config = dense_baseline(request.config, dense).model
-    flops = sum(cost_table.formula(config, request.batch_size).values())
-    found = {"ms_per_step": 1e3 * times.median, "mflops_per_token": flops / 1e6}
-    return found | ({"bits_per_byte": request.quality[dense]} if request.quality else {})
-
-
-_QUANTITIES = {
-    "ms_per_step": "ms a training step",
-    "mflops_per_token": "MFLOP a token",
-    "bits_per_byte": "bits per byte",
-}
+    """The costs of one model."""
+    flops = sum(flops_by_group(dense_baseline(request.config, dense), request.batch_size).values())
+    return {"ms_per_step": 1e3 * times.median, "mflops_per_token": flops / 1e6}
 
 
 def _models_table(models: dict[Dense, dict[str, float]]) -> Table:
     table = Table(title="MoE beside its dense baselines", title_justify="left", title_style="bold")
     table.add_column("model", no_wrap=True)
-    quantities = [name for name in _QUANTITIES if name in models["none"]]
-    for name in quantities:
-        table.add_column(_QUANTITIES[name], justify="right")
+    for name in ("ms a training step", "MFLOP a token"):
+        table.add_column(name, justify="right")
     for dense, numbers in models.items():
-        table.add_row(LABELS[dense], *(f"{numbers[name]:,.4g}" for name in quantities))
+        table.add_row(LABELS[dense], *(f"{value:,.4g}" for value in numbers.values()))
     return table
 
 
-def _cost_table(static: cost_table.CostTable) -> Table:
+def _cost_table(static: CostTable) -> Table:
     whole = totals(static.parameters)
     table = Table(title="cost table", title_justify="left", title_style="bold")
     for name in ("parameters", "total", "active", "MiB"):
@@ -122,42 +151,3 @@ def _cost_table(static: cost_table.CostTable) -> Table:
         table.add_row(group, f"{flops / 1e6:,.2f}", f"{compiled / 1e6:,.2f}", f"{compiled / flops - 1:+.2%}")
     table.add_row("all experts on every token", f"{static.all_experts:.2f} x", "", "")
     return table
-
-
-def read_quality(folder: Path, preset: str) -> dict[Dense, float]:
-    """Mean validation bits per byte at the same tokens, from a folder of `benchmarks/compare.py`.
-
-    Raises UserError if the folder has no finished comparison, or one of another preset.
-    """
-    path = folder / "comparison.json"
-    remedy = f"`uv run python benchmarks/compare.py --preset {preset} --out FOLDER` makes one"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        arms = {arm["arm"]: arm["mean"] for arm in found["arms"]}
-        names: dict[Dense, str] = {d: n if d == "none" else f"{n}, same tokens" for d, n in DENSE_BASELINES.items()}
-        quality: dict[Dense, float] = {dense: float(arms[name]) for dense, name in names.items()}
-        compared = found["preset"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"--with-quality {folder}: no finished comparison there; {remedy}") from None
-    if compared != preset:
-        raise UserError(f"--with-quality {folder}: a comparison of {compared}, not of {preset}; {remedy}")
-    return quality
-
-
-def baselines_figure(preset: str, models: dict[str, dict[str, float]]) -> Any:
-    """A matplotlib figure with one panel for each quantity and one bar for each model, in the order of `models`."""
-    from matplotlib.figure import Figure
-
-    quantities = [name for name in _QUANTITIES if name in models["moe"]]
-    figure = Figure(figsize=(3.2 * len(quantities), 3), layout="constrained")
-    figure.suptitle(f"{preset}: the mixture beside its dense baselines", x=0.01, ha="left", fontweight="bold")
-    for axes, name in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
-        values = [numbers[name] for numbers in models.values()]
-        bars = axes.barh(range(len(models)), values, color=COLOURS[: len(models)])
-        axes.bar_label(bars, [f"{value:,.4g}" for value in values], padding=3)
-        axes.set_yticks(range(len(models)), list(models) if name == quantities[0] else [""] * len(models))
-        axes.set_xlim(0, 1.25 * max(values))
-        axes.set_title(_QUANTITIES[name], loc="left", fontsize=10)
-        axes.invert_yaxis()
-        axes.spines[["top", "right"]].set_visible(False)
-    return figure

@@ -1,15 +1,31 @@
-"""BenchmarkRequest: what a suite of `benchmark.py` is asked for; and the tables that suites print."""
+"""BenchmarkRequest: what a suite of `benchmark.py` is asked for; routers that load all experts evenly; tables."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax.benchmarks.uniform_routing import UniformMoE
-from moe_jax.config import Dense, RunConfig
+from moe_jax.config import RunConfig
 from moe_jax.model.moe.layer import MoE
+from moe_jax.model.moe.router import Routing
 from moe_jax.system.machine import Times
+
+
+class UniformMoE(MoE):
+    """An MoE layer in which choice k of token n goes to expert (n*K + k) mod E, and not to the router's choice.
+
+    n counts all tokens of the batch. The router is still computed, and the gates are the gates of its own choices. So
+    the cost of the router is included, and only the load of the experts is fixed.
+    """
+
+    def route(self, x: jax.Array, key: jax.Array | None = None) -> Routing:
+        routing = super().route(x, key)
+        pairs = jnp.arange(routing.expert_index.size, dtype=routing.expert_index.dtype)
+        experts = routing.logits.shape[-1]
+        return routing._replace(expert_index=(pairs % experts).reshape(routing.expert_index.shape))
 
 
 class BenchmarkRequest(NamedTuple):
@@ -21,8 +37,6 @@ class BenchmarkRequest(NamedTuple):
     """Sequences of a training step."""
     rounds: int
     """How often each candidate runs."""
-    quality: dict[Dense, float] | None = None
-    """Validation bits per byte of the model and of its dense baselines, if a comparison has trained them."""
     uniform_routing: bool = False
     """Spread tokens evenly over the experts, and ignore the choices of the routers."""
 

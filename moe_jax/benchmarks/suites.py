@@ -1,24 +1,22 @@
 """The suites of `benchmark.py`. Each suite measures, prints tables, and returns its numbers."""
 
-import tempfile
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
+from rich.table import Table
 
-from moe_jax.benchmarks import decoding, feeding, layer, peers, saving
+from moe_jax.benchmarks import decoding, layer, peers
 from moe_jax.benchmarks.dense_baselines import train
 from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
-from moe_jax.benchmarks.scaling import scaling
 from moe_jax.benchmarks.serving import serve
-from moe_jax.benchmarks.step_memory import temporary_bytes
-from moe_jax.benchmarks.weights import compare_weights
 from moe_jax.model.transformer import create, split
+from moe_jax.planning import search
+from moe_jax.planning.target import load_target
 from moe_jax.system import machine
 from moe_jax.system.machine import alternate
+from moe_jax.training.programs import Programs
 from moe_jax.training.random_tokens import RandomTokenTrainer
 
 
@@ -38,7 +36,13 @@ def moe(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
 
 
 def _step_numbers(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
-    memory = temporary_bytes(request.config, request.batch_size, request.moe)
+    """The training step: its rate, and its temporary memory with our cross-entropy and with a plain one."""
+    ours = Programs.of(request.config, moe=request.moe).compiled_step(request.batch_size)
+    plain = Programs.of(request.config, moe=request.moe, loss="reference").compiled_step(request.batch_size)
+    memory = {
+        "temp_bytes": ours.memory_analysis().temp_size_in_bytes,
+        "temp_bytes_plain_loss": plain.memory_analysis().temp_size_in_bytes,
+    }
     trainer = RandomTokenTrainer.of(request.config, request.batch_size, moe=request.moe)
     products = machine.matmuls("float32")
     candidates = {"training step": trainer, **{name: run for name, (run, _) in products.items()}}
@@ -52,7 +56,7 @@ def _step_numbers(console: Console, request: BenchmarkRequest) -> dict[str, Any]
 
 
 def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
-    """Prefill, cached decoding, an uncached forward pass of four tokens, and decoding with small weights."""
+    """Prefill, cached decoding, and an uncached forward pass of four tokens."""
     config = request.config
     _, params = split(create(config.model, jax.random.key(0)))
     model = decoding.Model.of(config.model, request.moe)
@@ -78,36 +82,6 @@ def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
         "uncached_4_token_ms": times["uncached forward, 4 tokens"].median * 1e3,
         "memory_bytes_per_second": bandwidth,
     }
-    print_numbers(console, numbers)
-    return numbers | compare_weights(console, request, params)
-
-
-def pipeline(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
-    """The work around the training step: tokenizing, batches, checkpoints."""
-    texts, size = feeding.stories()
-    tokenizers = feeding.tokenizers()
-    if feeding.GPT2 not in tokenizers:
-        console.print("left out: the tokenizer of GPT-2, because its vocabulary cannot be loaded here")
-    batch = f"a batch of {request.batch_size} x {request.config.model.seq_len}"
-    calls: dict[str, Callable[[], Any]] = {
-        f"tokenizing, {name}": partial(tokenizer.encode_batch, texts) for name, tokenizer in tokenizers.items()
-    }
-    times = alternate({**calls, batch: feeding.batch_call(request.config, request.batch_size)}, request.rounds)
-    speed = {name: size / 1e6 / t.median for name, t in times.items()}
-    tokens = request.batch_size * request.config.model.seq_len
-    console.print(
-        times_table(
-            f"{len(texts):,} stories of {size / 1e6:.1f} MB; and one batch",
-            times,
-            lambda name, t: f"{tokens / t.median:,.0f} tokens/s" if name == batch else f"{speed[name]:,.1f} MB/s",
-        )
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint = saving.measure(saving.make_state(request.config), Path(folder), max(1, request.rounds // 3))
-    numbers = {
-        f"tokenizing_{name}_MB_per_second".replace(" ", "_"): speed[f"tokenizing, {name}"] for name in tokenizers
-    }
-    numbers |= {"batch_ms": times[batch].median * 1e3, **checkpoint}
     print_numbers(console, numbers)
     return numbers
 
@@ -135,12 +109,35 @@ def against_peers(console: Console, request: BenchmarkRequest) -> dict[str, Any]
     return numbers
 
 
+CARDS = ("rtx3050-4gb", "quadro-t1000-4gb", "rtx3060-12gb")
+"""Cards that `memory` plans for."""
+
+
+def memory(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """The first setting that fits each card, with the preset's own batch size. Nothing runs on a GPU."""
+    table = Table(title="first setting that fits, by XLA's buffer plan", title_justify="left", box=None, padding=(0, 1))
+    for name in ("card", "precision", "optimizer", "remat", "batch", "MiB", "of", "fits"):
+        table.add_column(name, justify="right" if name in ("batch", "MiB", "of") else "left", no_wrap=True)
+    numbers: dict[str, Any] = {}
+    for name in CARDS:
+        target = load_target(name)
+        plan = search.verdict(list(search.search(request.config, target)), target).summary(target)
+        numbers[name] = {key: value for key, value in plan.items() if key not in ("preset", "gpu")}
+        remat, fits = ("yes" if plan[key] else "no" for key in ("remat", "fits"))
+        sizes = (
+            f"{plan['micro_batch']} x {plan['grad_accum']}",
+            *(f"{plan[k]:,.0f}" for k in ("total_mib", "budget_mib")),
+        )
+        table.add_row(name, plan["precision"], plan["optimizer"], remat, *sizes, fits)
+    console.print(table)
+    return numbers
+
+
 SUITES: dict[str, Callable[[Console, BenchmarkRequest], dict[str, Any]]] = {
     "moe": moe,
     "train": train,
     "decode": decode,
-    "pipeline": pipeline,
+    "memory": memory,
     "peers": against_peers,
-    "scaling": scaling,
     "serve": serve,
 }

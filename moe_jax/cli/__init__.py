@@ -7,10 +7,6 @@
     origin.py         the start of the settings: a preset, a run, or a model
     settings_file.py  `--config FILE.toml`
     auto_preset.py    `--preset auto`: a preset and steps for a text
-    plan_settings.py  the settings that `plan` takes too
-    plan_devices.py   `plan --mesh` and `plan --scaling`
-    text_plan.py      the plan for a text on this machine
-    gpu_name.py       the card that `--gpu` names
     sampling.py       how text is drawn, for `generate` and `chat`
     memory.py outputs.py   settings and outputs that cannot be are refused first
     result.py         the end of an output: the next command, JSON
@@ -19,8 +15,7 @@
     train.py          train a run                       verify_resume.py  kill, resume and compare a run
     generate.py       write a text                      certify.py        test claims about a model
     chat.py           text after text                   plot.py           draw pictures of runs
-    evaluate.py       score a text                      compare.py        train a model and its dense baselines
-    inspect.py        write the routing report          samples.py        write and measure texts
+    evaluate.py       score a text                      inspect.py        write the routing report
     presets.py        what each preset costs            benchmark.py      measure the costs
     plan.py           settings that fit a GPU, a text   completion.py     print a completion script
     export.py         a model for other programs        serve.py          answer over HTTP

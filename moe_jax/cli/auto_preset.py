@@ -7,14 +7,15 @@ run is then a run like any other: its config.json holds the name and the setting
 from typing import NamedTuple
 
 from moe_jax.cli.arguments import Values
+from moe_jax.cli.command import check_range
 from moe_jax.cli.origin import PRESET, override
 from moe_jax.cli.settings import AUTO, OUT, Settings, resolve_settings
 from moe_jax.cli.settings_file import SettingsFile
-from moe_jax.cli.text_plan import Given, plan_for_text
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import PRESETS, folder_for_text
-from moe_jax.system.terminal import say
+from moe_jax.planning.auto import Limits, choose, memory_bytes
+from moe_jax.system.terminal import say, working
 
 SOURCE = ("data", "source")
 OTHER_STARTS = ("resume", "upcycle", "init_from")
@@ -34,18 +35,18 @@ class AutoPreset(NamedTuple):
 
     file: SettingsFile
     flags: Values
-    given: Given
+    memory: str
+    minutes: float
 
     @classmethod
-    def of(cls, file: SettingsFile, flags: Values, given: Given) -> "AutoPreset | None":
+    def of(cls, file: SettingsFile, flags: Values, memory: str, minutes: float) -> "AutoPreset | None":
         """None if another preset is asked for. Raises ConfigError if the flags do not fit each other."""
         asked = file.values | flags
         if asked.get(PRESET) != AUTO:
-            for name, value in given._asdict().items():
-                if value:
-                    shown = f"{value:g}" if isinstance(value, float) else value
-                    instead = "give --steps" if name == "minutes" else "leave it out"
-                    raise ConfigError(f"--{name} {shown}: works only with --preset auto; add that, or {instead}")
+            if memory:
+                raise ConfigError(f"--memory {memory}: works only with --preset auto; add that, or leave it out")
+            if minutes:
+                raise ConfigError(f"--minutes {minutes:g}: works only with --preset auto; add that, or give --steps")
             return None
         for name in OTHER_STARTS:
             if asked.get(("", name)):
@@ -54,8 +55,8 @@ class AutoPreset(NamedTuple):
                 raise ConfigError(
                     f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}{named}"
                 )
-        given.check()
-        return cls(SettingsFile(file.path, _without_preset(file.values)), _without_preset(flags), given)
+        check_limits(memory, minutes)
+        return cls(SettingsFile(file.path, _without_preset(file.values)), _without_preset(flags), memory, minutes)
 
     @property
     def asked(self) -> Values:
@@ -79,16 +80,17 @@ class AutoPreset(NamedTuple):
 
     def choose(self) -> Chosen:
         """Choose, and print the choice with its reasons. Raises UserError if nothing fits the memory."""
-        start = self.stand_in().config
-        plans = plan_for_text(self.source, self.given, start, change=self._change)
-        config = plans.last.config
-        if not plans.last.fits:
-            raise UserError(f"--preset auto: nothing fits; {config.preset}: {plans.last.problem}; give more --memory")
-        say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *plans.reasons, "")
+        with working("counting the tokens of the text, and compiling training steps to see their memory"):
+            limits = Limits.of(self.memory, self.minutes, self.stand_in().config)
+            choice = choose(self.source, limits, change=self._change)
+        config = choice.config
+        if not choice.fits:
+            raise UserError(f"--preset auto: nothing fits; {choice.reasons[-1]}; give more --memory")
+        say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *choice.reasons, "")
         train = ("steps", "batch_size", "grad_accum")
         planned: Values = {("train", name): getattr(config.train, name) for name in train}
         planned |= {PRESET: config.preset, ("execution", "remat"): config.execution.remat}
-        return Chosen(self._resolve(planned), plans.last.step_mib)
+        return Chosen(self._resolve(planned), choice.step_mib)
 
     def _change(self, config: RunConfig) -> RunConfig:
         return override(config, {key: value for key, value in self.asked.items() if key != OUT})
@@ -96,6 +98,13 @@ class AutoPreset(NamedTuple):
     def _resolve(self, planned: Values) -> Settings:
         begin: Values = {OUT: folder_for_text(self.source), SOURCE: self.source}
         return resolve_settings(self.file, self.flags, begin | planned)
+
+
+def check_limits(memory: str, minutes: float) -> None:
+    """Raise ConfigError for a value of --memory or --minutes that is not allowed."""
+    check_range("--minutes", minutes, 0, 1e6)
+    if memory:
+        memory_bytes(memory)
 
 
 def _without_preset(values: Values) -> Values:

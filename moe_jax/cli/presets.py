@@ -26,8 +26,8 @@ class Presets(Command):
 
             from moe_jax.config.presets import PRESETS, PURPOSES
             from moe_jax.system.terminal import rich_console
+            from moe_jax.training.advice import HIGHEST, LOWEST, duration
             from moe_jax.training.dry_run import preset_costs
-            from moe_jax.training.expected_time import HIGHEST, LOWEST, duration
 
             costs = {name: preset_costs(name) for name in PRESETS}
         table = Table(box=None, padding=(0, 2, 0, 0))

@@ -37,7 +37,7 @@ class Settings(NamedTuple):
 
 
 AUTO = "auto"
-"""The value of --preset with which the preset and its steps are chosen for the text (`planning/own_text.py`)."""
+"""The value of --preset with which the preset and its steps are chosen for the text (`planning/auto.py`)."""
 
 
 @dataclass(frozen=True)

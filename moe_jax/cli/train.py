@@ -13,7 +13,6 @@ from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
 from moe_jax.cli.settings import RunCommand, Settings, resolve_settings
 from moe_jax.cli.settings_file import SettingsFile
-from moe_jax.cli.text_plan import Given
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
 from moe_jax.config.near_runs import perhaps_another
 from moe_jax.config.presets import with_vocabulary
@@ -141,16 +140,13 @@ class Train(TrainingCommand):
     it takes longer. The speed is measured, so the number may differ from call to call. 0: as long as it takes."""
     memory: str = ""
     """With --preset auto, memory that training may take, such as 8GB. Three quarters of the machine's unless given."""
-    gflops: float = 0.0
-    """With --minutes, the speed of one matrix product on this machine, in 10^9 operations a second. 0 measures it."""
     auto: AutoPreset | None = None
     chosen: Chosen | None = None
 
     @classmethod
     def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
         """The settings; with --preset auto those that stand in until the preset is chosen."""
-        given = Given(own.get("memory", ""), own.get("minutes", 0.0), own.get("gflops", 0.0))
-        own["auto"] = auto = AutoPreset.of(file, flags, given)
+        own["auto"] = auto = AutoPreset.of(file, flags, own.get("memory", ""), own.get("minutes", 0.0))
         return resolve_settings(file, flags) if auto is None else auto.stand_in()
 
     def execute(self) -> int:
@@ -187,7 +183,7 @@ def _train_and_report(session: Any, signals: Signals, notes: list[str], step_mib
 def expected_advice(config: RunConfig) -> list[str]:
     """The advice that a run would print, by an estimate of the tokens of its text. Empty for a public data set, whose
     size is not known before it is read, and for conversations."""
-    from moe_jax.planning.text_size import bytes_per_token, text_bytes
+    from moe_jax.planning.auto import bytes_per_token, text_bytes
     from moe_jax.training.advice import advice
 
     size = text_bytes(config.data.source) if config.data.format == "text" else None

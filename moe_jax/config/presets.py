@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 from moe_jax.config.data import DataConfig
 from moe_jax.config.execution import ExecutionConfig
@@ -143,19 +142,6 @@ def _max_4gb() -> RunConfig:
     )
 
 
-def _pod_1b() -> RunConfig:
-    """A mixture of 1.31 billion parameters, for plans of many devices. No small machine can train it.
-
-    Its field `preset` means nothing: no run starts from it.
-    """
-    return RunConfig(
-        model=ModelConfig(layers=8, width=1280, heads=20, seq_len=1024, experts=16, expert_hidden=2432),
-        data=DataConfig(source="tinystories", tokenizer="gpt2"),
-        train=TrainConfig(batch_size=8, lr=3e-4, weight_decay=0.1, warmup_steps=2000),
-        execution=ExecutionConfig(remat=True),
-    )
-
-
 PRESETS: dict[PresetName, Callable[[], RunConfig]] = {
     "nano": _nano,
     "story": _story,
@@ -164,11 +150,6 @@ PRESETS: dict[PresetName, Callable[[], RunConfig]] = {
     "seed-158m": _seed_158m,
     "max-4gb": _max_4gb,
 }
-
-
-PlanPreset = Literal[PresetName, "pod-1b"]
-"""Names that `plan` knows: the presets, and one that is only planned for."""
-PLAN_ONLY: dict[str, Callable[[], RunConfig]] = {"pod-1b": _pod_1b}
 
 
 PURPOSES: dict[PresetName, str] = {
@@ -209,11 +190,6 @@ def preset(name: str) -> RunConfig:
         if name == known:
             return settings()
     raise ConfigError(f"--preset {name}: must be one of " + ", ".join(PRESETS))
-
-
-def plan_preset(name: PlanPreset) -> RunConfig:
-    """The settings of a preset, or of one that is only planned for."""
-    return PLAN_ONLY[name]() if name in PLAN_ONLY else preset(name)
 
 
 def largest_vocabulary(data: DataConfig) -> int:

@@ -160,8 +160,8 @@ def step_products(
     config: RunConfig, batch: int, devices: int = 1, in_place: bool = False, cudnn: bool = False
 ) -> dict[str, int]:
     """Floating-point operations of all matrix products of a training step with one micro-batch of `batch` sequences, by
-    named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models with experts and
-    without adapters. The `ffn` is that of one of `devices` along a mesh axis `expert`. `in_place`: see
+    named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models without
+    adapters. The `ffn` of a mixture is that of one of `devices` along a mesh axis `expert`. `in_place`: see
     `multiplied_rows`.
 
     The backward pass of a product is two products. Besides, the backward pass repeats
@@ -180,9 +180,13 @@ def step_products(
     score = _score_product(model, batch, computed)
     scores = 6 + 2 * again + (cudnn or model.seq_len > LONGEST_KEPT)
     matrices = 3 if model.activation == "swiglu" else 2
-    rows = multiplied_rows(model, batch, devices, in_place) + tokens * model.shared_experts
-    ffn = (3 + again) * layer_flops(model, batch, devices, in_place)
-    ffn -= again * (expert_flops(model, rows) // matrices + router_flops(model, tokens))
+    if model.dense == "none":
+        rows = multiplied_rows(model, batch, devices, in_place) + tokens * model.shared_experts
+        ffn = (3 + again) * layer_flops(model, batch, devices, in_place)
+        ffn -= again * (expert_flops(model, rows) // matrices + router_flops(model, tokens))
+    else:
+        product = 2 * tokens * model.width * model.dense_hidden
+        ffn = matrices * (3 + again) * product - again * product
     muon = muon_flops(model, config.train.muon_router) if config.train.optimizer == "muon" else 0
     return {
         "attention": model.layers * ((3 + again) * qkv + 3 * out + scores * score),

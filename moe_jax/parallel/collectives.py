@@ -15,14 +15,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
 
 from moe_jax.system.hlo import Computation, Instruction, called, parse
-from moe_jax.system.hlo_kernels import array_bytes
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 
@@ -34,6 +32,14 @@ _PARTITIONS = re.compile(r"^HloModule.*?num_partitions=(\d+)", re.MULTILINE)
 
 type Groups = tuple[tuple[int, ...], ...]
 type Arrays = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def array_bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array. Numbers of 4 bits share a byte; "" (no array) takes none."""
+    if not dtype:
+        return 0
+    bits = 8 if dtype == "pred" or dtype.startswith("f8") else int(re.sub(r"\D", "", dtype))
+    return -(-bits * math.prod(shape) // 8)
 
 
 @dataclass(frozen=True)
@@ -131,18 +137,6 @@ def groups_along(mesh: Mapping[str, int], axes: Sequence[str]) -> Groups:
     outside = [axis for axis in range(len(mesh)) if axis not in inside]
     devices = np.arange(math.prod(mesh.values())).reshape(*mesh.values()).transpose(*outside, *inside)
     return _tuples(devices.reshape(-1, math.prod(devices.shape[len(outside) :])))
-
-
-def on_other_mesh(collective: Collective, old: Mapping[str, int], new: Mapping[str, int]) -> Collective:
-    """The same collective in the same program for a mesh with other sizes: along the same axes.
-
-    Raises ValueError if its groups do not lie along axes of the mesh `old`.
-    """
-    for count in range(1, len(old) + 1):
-        for axes in combinations(old, count):
-            if {frozenset(group) for group in collective.groups} == {frozenset(g) for g in groups_along(old, axes)}:
-                return replace(collective, groups=groups_along(new, axes))
-    raise ValueError(f"the groups of this {collective.kind} do not lie along axes of the mesh {dict(old)}")
 
 
 def _tuples(groups: np.ndarray) -> Groups:

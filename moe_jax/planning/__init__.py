@@ -1,20 +1,7 @@
-"""The memory and the time that a run needs, found before it starts: `python -m moe_jax plan` (for GPUs, which need not
-be there, extra `gpu-plan`).
+"""The memory that a run needs, known before it starts: `plan`, and `train.py --preset auto`.
 
-    target.py         descriptions of GPUs for XLA's compiler, which lie in targets/
-    device_memory.py  the device memory of one compiled program on a described GPU
-    plan_cache.py     what a plan has compiled, kept for later plans
-    roofline.py       the time of a program, predicted from its kernels
-    search.py         the settings of a preset that fit a GPU
-    ahead_of_time.py  a step compiled for many GPUs or TPUs (extra `tpu-plan`)
-    interconnect.py   their links, and the time of a collective
-    tpu.py            slices of TPUs
-    many_devices.py   a plan for many devices, and the table `plan --scaling`
-    suite.py          the suite `benchmark.py memory`
-    own_text.py       the settings for a text, on this machine
-    plan_in_words.py  such a plan with its reasons, in sentences
-    text_size.py      the bytes and the tokens of a text
-
-Nothing runs on a GPU, except with `plan --verify`. A plan for a text within a time measures a matrix product on this
-machine.
+target.py         descriptions of GPUs for XLA's compiler, which lie in targets/
+device_memory.py  the memory of a compiled program, also on GPUs that need not be there (extra `gpu-plan`)
+search.py         the settings of a preset that fit a GPU; the memory of a step on a mesh of GPUs
+auto.py           the preset and the steps for a text, the memory of this machine, and a time
 """

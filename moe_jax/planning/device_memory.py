@@ -1,16 +1,19 @@
-"""Device memory and predicted time of a compiled program on an NVIDIA GPU that need not be there.
+"""The device memory of a compiled program, also on NVIDIA GPUs that need not be there.
 
 XLA can compile for a GPU from a description (`targets/*.txtpb`). This needs no card, no driver and no CUDA library,
 only JAX's CUDA plugin and ptxas (extra `gpu-plan`). The compiled program cannot run here, but it says how much memory
-each of its buffers takes, which is decided at compile time. `Target.budget` says which memory this leaves out. From the
-kernels of the compiled program `roofline.py` predicts its time.
+each of its buffers takes, which is decided at compile time. `Target.budget` says which memory this leaves out.
+
+What a plan has compiled is kept for later plans: one small JSON file for each program, in the user's cache folder.
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -19,24 +22,18 @@ import jax
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import UserError
-from moe_jax.planning.plan_cache import looked_up
-from moe_jax.planning.roofline import Prediction, Rates, predict
 from moe_jax.planning.target import Target
 from moe_jax.system.environment import MIB, has_cuda_plugin
-from moe_jax.system.hlo_kernels import read_kernels
+from moe_jax.system.files import cache_dir, json_text, write_atomically
 
-BACK_ENDS: dict[str, dict[str, bool]] = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
-"""The back ends for matrix products, with their compiler options. On a card of compute capability 8.0 or more XLA times
-both back ends when it compiles, and may mix them. A plan compiles each back end alone. Older cards have cuBLAS only."""
 CODE_NOT_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Options of every program that is compiled for a described GPU. The machine code of its kernels never runs, so it need
 not be fast. The optimised HLO and the memory are decided before, and stay the same."""
 MISSING_PTXAS = ("No PTX compilation provider", "libdevice not found")
 """What XLA's error says if ptxas is missing."""
-NO_PTXAS = "planning needs ptxas: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
+HOW = "run it with `uv run --extra gpu-plan python -m moe_jax plan`"
 CUDNN = 91000
 """The version of cuDNN that a described card has: 9.10."""
-_OVER_BUDGET = "Can't reduce memory use below"
 
 
 @dataclass(frozen=True)
@@ -47,10 +44,15 @@ class Memory:
     outputs: float
     """Outputs, without those that reuse the memory of a donated argument."""
     temporary: float
-    warned: bool
+    warned: bool = False
     """XLA warned that it could not bring the program below its own memory limit."""
-    prediction: Prediction | None = None
-    """The predicted time. None if the program has a loop whose number of passes the compiler does not know."""
+
+    @classmethod
+    def of(cls, compiled: Any, warned: bool = False) -> "Memory":
+        """By XLA's plan of the buffers of a compiled program. Of a program for a mesh: the memory of one device."""
+        m = compiled.memory_analysis()
+        outputs = m.output_size_in_bytes - m.alias_size_in_bytes
+        return cls(m.argument_size_in_bytes / MIB, outputs / MIB, m.temp_size_in_bytes / MIB, warned)
 
     @property
     def total(self) -> float:
@@ -68,12 +70,6 @@ class Bound:
         """MiB."""
         return max(m.total for m in self.back_ends.values())
 
-    @property
-    def prediction(self) -> Prediction | None:
-        """Of the slower back end. None if it has none."""
-        found = [m.prediction for m in self.back_ends.values() if m.prediction is not None]
-        return max(found, key=lambda p: p.milliseconds, default=None)
-
     def fits(self, target: Target) -> bool:
         return self.total <= target.budget and not any(m.warned for m in self.back_ends.values())
 
@@ -84,8 +80,17 @@ def bound(target: Target, program: Any, *arguments: Any) -> Bound:
     Raises UserError if JAX's CUDA plugin or ptxas is not installed.
     """
     lowered = lower_for(target, program, *arguments)
-    names = ["triton", "cublas"] if float(target.compute_capability) >= 8.0 else ["cublas"]
-    return Bound({name: _measured(target, lowered, BACK_ENDS[name]) for name in names})
+    return Bound({name: measured(target, lowered, options) for name, options in back_ends(target).items()})
+
+
+def back_ends(target: Target) -> dict[str, dict[str, bool]]:
+    """The back ends for matrix products, with their compiler options.
+
+    On a card of compute capability 8.0 or more XLA times both back ends when it compiles, and may mix them. A plan
+    compiles each back end alone. Older cards have cuBLAS only.
+    """
+    cublas = {"cublas": {"xla_gpu_enable_triton_gemm": False}}
+    return {"triton": {}} | cublas if float(target.compute_capability) >= 8.0 else cublas
 
 
 def lower_for(target: Target, program: Any, *arguments: Any) -> Any:
@@ -93,9 +98,10 @@ def lower_for(target: Target, program: Any, *arguments: Any) -> Any:
 
     Raises UserError if JAX's CUDA plugin is not installed.
     """
-    arguments = _on(SingleDeviceSharding(gpu_devices(target)[0]), arguments)
+    sharding = SingleDeviceSharding(gpu_devices(target)[0])
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), arguments)
     with for_described_gpu():
-        return program.lower(*arguments)
+        return program.lower(*shapes)
 
 
 @contextlib.contextmanager
@@ -123,9 +129,7 @@ def gpu_devices(target: Target, topology: str = "1x1x1") -> list[Any]:
     Raises UserError if JAX's CUDA plugin is not installed, or if XLA cannot read the target.
     """
     if not has_cuda_plugin():
-        raise UserError(
-            "planning needs JAX's CUDA plugin: run it with `uv run --extra gpu-plan python -m moe_jax plan`"
-        )
+        raise UserError(f"planning needs JAX's CUDA plugin: {HOW}")
     from jax.experimental import topologies
 
     try:
@@ -136,46 +140,56 @@ def gpu_devices(target: Target, topology: str = "1x1x1") -> list[Any]:
     return list(found.devices)
 
 
-def _on(sharding: SingleDeviceSharding, tree: Any) -> Any:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+def measured(target: Target, lowered: Any, options: dict[str, bool], devices: str = "") -> Memory:
+    """The memory of a lowered program. A program that an earlier process has compiled in the same way is looked up.
+
+    `devices` describes a mesh of several cards.
+    """
+    parts = [lowered.as_text(), target.text, devices, repr(options), importlib.metadata.version("jaxlib")]
+
+    def compile_now() -> Memory:
+        return Memory.of(*compile_for_gpu(lowered, options))
+
+    return looked_up(parts, compile_now, asdict, lambda kept: Memory(**kept))
 
 
-def _measured(target: Target, lowered: Any, options: dict[str, bool]) -> Memory:
-    """Compile; or read the result of an earlier process for the same program, target, options and compiler version."""
-    rates = Rates.of(target)
-    parts = [lowered.as_text(), target.text, repr(options), repr(rates), importlib.metadata.version("jaxlib")]
-    return looked_up(parts, lambda: _compile(lowered, options, rates), asdict, _memory)
+def compile_for_gpu(lowered: Any, options: dict[str, bool]) -> tuple[Any, bool]:
+    """The compiled program, and whether XLA warned that it takes too much memory.
 
-
-def _memory(kept: dict[str, Any]) -> Memory:
-    """From JSON."""
-    prediction = kept.pop("prediction")
-    return Memory(**kept, prediction=prediction and Prediction(**prediction))
-
-
-def _compile(lowered: Any, options: dict[str, bool], rates: Rates) -> Memory:
+    Raises UserError if ptxas is not installed.
+    """
     try:
         with collected_stderr() as said:
             compiled = lowered.compile(compiler_options=CODE_NOT_RUN | options)
     except jax.errors.JaxRuntimeError as error:
         if any(cause in str(error) for cause in MISSING_PTXAS):
-            raise UserError(NO_PTXAS) from error
+            raise UserError(f"planning needs ptxas: {HOW}") from error
         raise
     # If an argument had no sharding, XLA would silently compile for the CPU. Only GPU programs name operation queues.
-    text = compiled.as_text()
-    if "operation_queue_id" not in text:
+    if "operation_queue_id" not in compiled.as_text():
         raise AssertionError("compiled for the CPU, not for the target")
-    prediction = None
-    with contextlib.suppress(ValueError):  # a loop of unknown length, as evaluation and prefill have
-        prediction = predict(read_kernels(text), rates)
-    m = compiled.memory_analysis()
-    return Memory(
-        m.argument_size_in_bytes / MIB,
-        (m.output_size_in_bytes - m.alias_size_in_bytes) / MIB,
-        m.temp_size_in_bytes / MIB,
-        _OVER_BUDGET in "".join(said),
-        prediction,
-    )
+    return compiled, "Can't reduce memory use below" in "".join(said)
+
+
+def looked_up[T](
+    parts: Sequence[str],
+    make: Callable[[], T],
+    to_json: Callable[[T], dict[str, Any]],
+    from_json: Callable[[dict[str, Any]], T],
+) -> T:
+    """What `make` returns; or what it returned in an earlier process for the same `parts`.
+
+    `parts` name all that the result depends on: the program, the devices, the options, the compiler's version. A file
+    that is damaged, or of an earlier form, is made again. So is one that could not be written.
+    """
+    path = cache_dir() / "plans" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".json")
+    with contextlib.suppress(Exception):  # whatever is wrong with the file
+        return from_json(json.loads(path.read_text(encoding="utf-8")))
+    made = make()
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json_text(to_json(made)), durable=False)
+    return made
 
 
 @contextlib.contextmanager

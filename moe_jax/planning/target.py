@@ -1,15 +1,21 @@
 """Descriptions of NVIDIA GPUs (`targets/*.txtpb`), as XLA's compiler reads them."""
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_jax.config import UserError
+from moe_jax.config import ConfigError, UserError
 from moe_jax.system.environment import MIB
 
 GPU_TARGETS = Path(__file__).parent / "targets"
 """Folder with one description file for each GPU."""
+DEFAULT_GPU = "rtx3050-4gb"
+CARDS_PER_HOST = 8
+"""Cards of one machine, in plans for more of them than this."""
+_LONGEST_DESCRIPTION = 1 << 20
+"""Bytes. The descriptions that come with the package have about 2,000."""
 PREALLOCATED = 0.75
 """Share of a card's memory that JAX takes at start by default (XLA_PYTHON_CLIENT_MEM_FRACTION). A program gets no more.
 `system.environment` may choose another share for a small card; plans do not count on it."""
@@ -75,6 +81,28 @@ class Target:
         25 % of the card that JAX does not take.
         """
         return MARGIN * PREALLOCATED * self.memory / MIB
+
+
+def check_gpu(name: str) -> None:
+    """Raise ConfigError unless this is the name of a described GPU, or a file that describes one."""
+    names = sorted(path.stem for path in GPU_TARGETS.glob("*.txtpb"))
+    if name in names:
+        return
+    if not Path(name).is_file():
+        if os.sep in name or Path(name).suffix:
+            raise ConfigError(f"--gpu {name}: there is no such file; the names are {', '.join(names)}")
+        near = [known for known in names if _plain(name) and _plain(name) in _plain(known)]
+        meant = f"; perhaps {' or '.join(near)} was meant" if near else ""
+        raise ConfigError(f"--gpu {name}: must be one of {', '.join(names)}, or a file that describes a GPU{meant}")
+    with open(name, "rb") as file:
+        start = file.read(_LONGEST_DESCRIPTION + 1)
+    if len(start) > _LONGEST_DESCRIPTION or b"\0" in start or b"device_memory_size" not in start:
+        raise ConfigError(f"--gpu {name}: does not describe a GPU; the files in {GPU_TARGETS} show how one does")
+
+
+def _plain(name: str) -> str:
+    """The letters and digits of a name: "RTX 3060" and "rtx3060-12gb" begin alike."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def load_target(name: str) -> Target:

@@ -1,8 +1,10 @@
-"""What to say before training where settings and text do not fit each other."""
+"""Before training: whether settings and text fit each other, and how long training will take on this machine."""
+
+from typing import NamedTuple
 
 from moe_jax.config import RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
-from moe_jax.model.costs import count_parameters, totals
+from moe_jax.model.costs import count_parameters, totals, training_flops
 
 USEFUL_PASSES = 4
 """Reading a text up to four times is nearly as good as new text. More passes are worth less and less, and about 16 are
@@ -59,3 +61,43 @@ def _larger(config: RunConfig) -> str | None:
     active = {name: totals(count_parameters(with_vocabulary(preset(name)).model)).active for name in PRESETS}
     above = {name: count for name, count in active.items() if count >= 2 * here}
     return min(above, key=lambda name: above[name]) if above else None
+
+
+LOWEST, HIGHEST = 0.3, 0.6
+"""A training step is expected to reach a share of the matmul rate between these two."""
+
+
+class ExpectedTime(NamedTuple):
+    """Seconds of training, between which the time is expected. Compiling, evaluations and checkpoints are not in it."""
+
+    fastest: float
+    slowest: float
+
+    @classmethod
+    def of(cls, config: RunConfig, rate: float) -> "ExpectedTime":
+        """The time of a run on a machine of `rate` floating-point operations a second in one matrix product.
+
+        The vocabulary size must be known (`with_vocabulary`).
+        """
+        flops = training_flops(config, config.train.steps)
+        return cls(flops / (HIGHEST * rate), flops / (LOWEST * rate))
+
+    def __str__(self) -> str:
+        return f"{duration(self.fastest)} to {duration(self.slowest)}"
+
+
+def steps_within(config: RunConfig, rate: float, seconds: float) -> int:
+    """Most steps whose slowest expected time is at most `seconds`; at least 1."""
+    return max(1, int(seconds * LOWEST * rate / training_flops(config, 1)))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds < 1:
+        return "under a second"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    for limit, size, unit in ((100 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"

@@ -16,7 +16,7 @@ from moe_jax.model.transformer import abstract_adapted, abstract_model
 from moe_jax.system import machine
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import rich_console
-from moe_jax.training.expected_time import HIGHEST, LOWEST, ExpectedTime
+from moe_jax.training.advice import HIGHEST, LOWEST, ExpectedTime
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.step_bytes import StepBytes
 

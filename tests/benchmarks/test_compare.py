@@ -1,4 +1,4 @@
-"""`benchmarks/compare.py`: intervals, plans and verdicts by hand; a comparison stops and goes on."""
+"""`benchmarks/compare.py`: intervals, plans, verdicts by hand; made laws come back; a comparison stops and goes on."""
 
 import json
 import math

@@ -40,7 +40,7 @@ def completed(script: Path, *words: str) -> list[str]:
         (["train", "--steps", "3", "--optimizer", "adamw-"], {"adamw-bf16", "adamw-8bit"}),
         (["train", "--routing.disp"], {"--routing.dispatch"}),
         (["train", "--resume", "--dispatch", ""], {"capacity", "blocks"}),
-        (["benchmark", "pip"], {"pipeline"}),
+        (["benchmark", "se"], {"serve"}),
         (["train", "--config", "scr"], {"script"}),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",

@@ -13,7 +13,6 @@ pytestmark = pytest.mark.reliability
 
 NOT_RUN = {
     "--extra gpu-plan": "needs the extra gpu-plan; tests/planning runs it",
-    "--extra tpu-plan": "needs the extra tpu-plan; tests/planning runs it",
     "--extra gguf": "needs the package gguf; tests/interop runs it",
     "--extra peers": "needs PyTorch; tests/peers runs it",
     "pytest": "is what runs this",

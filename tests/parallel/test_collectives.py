@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.parallel.collectives import Collective, bytes_by_kind, groups_along, on_other_mesh, read_collectives
+from moe_jax.parallel.collectives import Collective, bytes_by_kind, read_collectives
 
 HEADER = "HloModule jit_step, is_scheduled=true, num_partitions=4\n"
 
@@ -148,25 +148,3 @@ def test_collectives_of_a_tpu_with_tiles_and_memories_in_the_layout() -> None:
     assert [(c.kind, c.bytes) for c in found] == [("all-to-all", 5120), ("all-reduce", 1604), ("all-gather", 6400)]
     assert found[0].op_name == "jit(step)/experts/all_to_all"
     assert {c.groups for c in found} == {((0, 1, 2, 3),)}
-
-
-@pytest.mark.parametrize(
-    ("axes", "smaller", "larger"),
-    [
-        (("data",), ((0, 2), (1, 3)), ((0, 2, 4, 6), (1, 3, 5, 7))),
-        (("expert",), ((0, 1), (2, 3)), ((0, 1), (2, 3), (4, 5), (6, 7))),
-        (("data", "expert"), ((0, 1, 2, 3),), ((0, 1, 2, 3, 4, 5, 6, 7),)),
-    ],
-)
-def test_the_same_program_on_a_larger_mesh(axes: tuple[str, ...], smaller: tuple, larger: tuple) -> None:
-    old, new = {"data": 2, "expert": 2}, {"data": 4, "expert": 2}
-    assert groups_along(old, axes) == smaller
-    found = Collective("all-reduce", "", (("f32", (5,)),), smaller, ())
-    assert on_other_mesh(found, old, new).groups == larger
-    assert on_other_mesh(found, old, new).bytes == 20
-
-
-def test_groups_that_lie_along_no_axis_are_an_error() -> None:
-    crossed = Collective("all-reduce", "", (("f32", (5,)),), ((0, 3), (1, 2)), ())
-    with pytest.raises(ValueError, match="do not lie along axes"):
-        on_other_mesh(crossed, {"data": 2, "expert": 2}, {"data": 4, "expert": 2})

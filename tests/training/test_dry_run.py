@@ -10,7 +10,7 @@ from moe_jax.cli.train import Train
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.system import environment, machine
-from moe_jax.training.expected_time import duration
+from moe_jax.training.advice import duration
 
 
 @pytest.fixture

@@ -1,0 +1,303 @@
+"""Predicted times, by hand: kernels on a card, collectives on links, a step on many devices. Some are compiled.
+
+The compiled ones need the extra `gpu-plan` and the group `tpu-plan`, and have the marker `plan`.
+"""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import plan_pods
+import pytest
+from predicted import many_devices
+from predicted.ahead_of_time import Compiled, Devices
+from predicted.interconnect import Hosts, Torus
+from predicted.kernels import Kernel, read_kernels
+from predicted.many_devices import DevicePlan, Step, devices_like, on_other_mesh, read_plan, scaling_mesh
+from predicted.roofline import REST, Rates, predict
+from predicted.tpu import Slice
+
+from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.parallel.collectives import Collective, groups_along
+from moe_jax.planning.device_memory import back_ends, compile_for_gpu, lower_for
+from moe_jax.planning.target import load_target
+from moe_jax.system.hlo import Dot
+from moe_jax.training.programs import Programs
+from tests.support import tiny
+from tests.support.programs import compiled_for_gpu
+
+RATES = Rates(bytes=1e9, float32=1e12, tf32=2e12, narrow=4e12, launch=1e-6)
+MIB = 2**20
+HOSTS = Hosts("bus", card=8e9, per_host=4, network_name="net", network=1e9, source="here")
+TORUS = Torus("links", link=1e9, wraps=4, source="here")
+"""A dimension of 4 chips is a ring here."""
+GRID = [(x, y) for y in range(4) for x in range(4)]
+ALL_16 = (tuple(range(16)),)
+
+
+def dot(dtype: str, precision: str = "default", flops: int = 8_000_000) -> Dot:
+    return Dot("", (), (), (), dtype, dtype, precision, flops, 1)
+
+
+def kernel(name: str, read: int, written: int, *dots: Dot, runs: int = 1) -> Kernel:
+    return Kernel(name, "fusion", frozenset(), read, written, dots, runs)
+
+
+@pytest.mark.parametrize(
+    ("found", "microseconds"),
+    [
+        (kernel("", 600, 400), 1 + 1),  # memory: 1,000 bytes at 1 GB/s
+        (kernel("", 600, 400, runs=5), 5 * 2),
+        (kernel("", 0, 0), 1),
+        (kernel("", 0, 0, dot("f32", "highest")), 8 + 1),
+        (kernel("", 0, 0, dot("f32")), 4 + 1),
+        (kernel("", 0, 0, dot("bf16")), 2 + 1),
+        (kernel("", 0, 0, dot("f16"), dot("bf16")), 4 + 1),
+        (kernel("", 3000, 0, dot("bf16")), 3 + 1),  # the longer of memory and products
+    ],
+)
+def test_a_kernel_takes_the_longer_of_memory_and_products_and_its_launch(found: Kernel, microseconds: float) -> None:
+    assert RATES.seconds(found) == pytest.approx(1e-6 * microseconds)
+
+
+def test_a_program_is_the_sum_of_its_kernels_by_part() -> None:
+    found = predict(
+        [
+            kernel("jit(step)/transpose(jvp(head))/while/body/dot_general", 10**6, 0, runs=3),
+            kernel("jit(step)/jvp(ffn)/experts/dot_general", 0, 2 * 10**6),
+            kernel("jit(step)/jvp(ffn)/router/dot_general", 0, 0),
+            kernel("jit(step)/jvp()/gather", 0, 0),
+        ],
+        RATES,
+    )
+    assert (found.kernels, found.traffic_gb) == (6, pytest.approx(5e-3))
+    assert found.milliseconds == pytest.approx(5 + 6e-3)
+    assert found.traffic_by_part["head and loss"] == pytest.approx(3e-3)
+    assert found.milliseconds_by_part["experts"] == pytest.approx(2 + 1e-3)
+    assert found.milliseconds_by_part["routing"] == found.milliseconds_by_part[REST] == pytest.approx(1e-3)
+    assert found.milliseconds_by_part["optimizer"] == 0
+
+
+@pytest.mark.parametrize(
+    ("gpu", "float32", "narrow"),
+    [("rtx3050-4gb", 6.144, 12.288), ("rtx3060-12gb", 12.737536, 25.475072), ("quadro-t1000-4gb", 2.60736, 2.60736)],
+)
+def test_the_rates_of_the_described_cards(gpu: str, float32: float, narrow: float) -> None:
+    """RTX 3050 Laptop: 16 x 128 cores x 2 x 1.5 GHz are 6.144 TFLOP/s. Its tensor cores do twice that."""
+    rates = Rates.of(load_target(gpu))
+    assert rates.float32 == pytest.approx(0.7 * float32 * 1e12)
+    assert rates.narrow == pytest.approx(0.7 * narrow * 1e12)
+    assert rates.bytes == pytest.approx(0.8 * load_target(gpu).number("memory_bandwidth"))
+
+
+def collective(kind: Any, groups: tuple, size: int = 800_000, loops: tuple = ()) -> Collective:
+    """`size` numbers of one byte on each device."""
+    return Collective(kind, "", (("s8", (size,)),), groups, loops)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "microseconds"),
+    [
+        # Four cards of a host at 8 GB/s each, 80 % reached: a ring sends 3/4 of 800 kB, an all-reduce twice.
+        ("all-to-all", ((0, 1, 2, 3),), 600e3 / 6.4e3),
+        ("reduce-scatter", ((0, 1, 2, 3),), 600e3 / 6.4e3),
+        ("all-reduce", ((0, 1, 2, 3),), 1200e3 / 6.4e3),
+        # Two hosts of four: each of four cards sends half of its 800 kB to the other host, at 1 GB/s together.
+        ("all-to-all", (tuple(range(8)),), 1600e3 / 0.8e3),
+        # A host sends half of 800 kB, and in an all-reduce twice.
+        ("reduce-scatter", (tuple(range(8)),), 400e3 / 0.8e3),
+        ("all-reduce", (tuple(range(8)),), 800e3 / 0.8e3),
+        # Four groups of two cards, one on each host: they share the network.
+        ("all-reduce", ((0, 4), (1, 5), (2, 6), (3, 7)), 4 * 800e3 / 0.8e3),
+    ],
+)
+def test_time_of_a_collective_between_cards(kind: Any, groups: tuple, microseconds: float) -> None:
+    places = [HOSTS.place(device) for device in range(8)]
+    assert HOSTS.seconds(collective(kind, groups), places) == pytest.approx(1e-6 * microseconds)
+    assert HOSTS.seconds(collective(kind, groups, loops=(3,)), places) == pytest.approx(3e-6 * microseconds)
+
+
+@pytest.mark.parametrize(
+    ("kind", "groups", "microseconds"),
+    [
+        # The whole 4 x 4 torus: two rings of two directions leave each chip, 4 GB/s, of which 80 % is reached.
+        ("all-reduce", ALL_16, 2 * 750e3 / 3.2e3),
+        ("reduce-scatter", ALL_16, 750e3 / 3.2e3),
+        # A row of 4 chips is a ring: 2 GB/s.
+        ("all-reduce", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 600e3 / 1.6e3),
+        # Two neighbours have one link.
+        ("all-reduce", tuple((2 * i, 2 * i + 1) for i in range(8)), 2 * 400e3 / 0.8e3),
+        # Across the middle of 4 x 4 go 4 rings with 2 links each; 8 chips send half of 800 kB to the other side.
+        ("all-to-all", ALL_16, 8 * 400e3 / (8 * 0.8e3)),
+        # A row: two links across its middle, and two chips send half of their bytes.
+        ("all-to-all", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 400e3 / (2 * 0.8e3)),
+        # A line of two rows of two chips: 2 links cross the middle.
+        ("all-to-all", ((0, 1, 4, 5), (2, 3, 6, 7)), 2 * 400e3 / (2 * 0.8e3)),
+        # Every second chip of a row: hops over two links, which the other half of the row uses too. As many links go
+        # round the ring, so each group has half of 2 GB/s.
+        ("all-reduce", tuple((4 * y + x, 4 * y + x + 2) for y in range(4) for x in range(2)), 2 * 400e3 / 0.8e3),
+        # Four blocks of 2 x 2, and the groups of equal corners: a line of 2 x 2 hops, each over two links of a ring.
+        ("all-to-all", tuple((c, c + 2, c + 8, c + 10) for c in (0, 1, 4, 5)), 2 * 400e3 / (2 * 0.8e3)),
+        ("all-reduce", ((0,), (1,)), 0.0),
+    ],
+)
+def test_time_of_a_collective_on_a_torus(kind: Any, groups: tuple, microseconds: float) -> None:
+    assert TORUS.seconds(collective(kind, groups), GRID) == pytest.approx(1e-6 * microseconds)
+
+
+# The predicted step of a toy program
+
+TOY = """HloModule jit_step, num_partitions=2
+ENTRY %main (a: bf16[64,32], b: bf16[32,16]) -> bf16[64,16] {
+  %a = bf16[64,32]{1,0} parameter(0)
+  %b = bf16[32,16]{1,0} parameter(1)
+  %y = bf16[64,16]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %z = bf16[64,16]{1,0} copy(%y)
+  ROOT %sum = bf16[64,16]{1,0} all-reduce(%z), replica_groups={{0,1}}, to_apply=%add
+}
+"""
+
+
+def devices(count: int, **changes: Any) -> Devices:
+    rates = Rates(bytes=1e9, float32=1e9, tf32=1e9, narrow=1e10, launch=1e-6)
+    found = Devices(load_target("rtx3060-12gb"), count, rates, HOSTS, 100 * MIB, 80 * MIB)
+    return dataclasses.replace(found, **changes)
+
+
+def step(count: int, text: str = TOY, mesh: str = "data=2", temporary: int = 3 * MIB) -> Step:
+    compiled = Compiled(20 * MIB, MIB, temporary, text, 7.0)
+    ideal = {"all-to-all": 0, "all-gather": 0, "all-reduce": 2048}
+    return Step(devices(count), mesh, compiled, ideal, [HOSTS.place(i) for i in range(count)])
+
+
+def test_the_row_of_a_toy_program_by_hand() -> None:
+    """The product reads 4,096 + 1,024 bytes and writes 2,048: 7.168 microseconds at 1 GB/s, more than its 65,536
+    operations at 10 GFLOP/s take (6.5536). The copy moves 4,096 bytes. Each takes 1 microsecond to start. The
+    all-reduce of two cards sends 2,048 bytes at 6.4 GB/s."""
+    plan = read_plan(step(2))
+    assert plan.flops == 2 * 64 * 32 * 16
+    assert plan.sent == {"all-to-all": 0, "all-gather": 0, "all-reduce": 2048}
+    assert plan.arithmetic_ms == pytest.approx(1e-3 * (7.168 + 1 + 4.096 + 1))
+    assert plan.collectives_ms == pytest.approx(1e-3 * 0.32)
+    assert plan.step_ms == pytest.approx(1e-3 * 13.584)
+    assert (plan.arguments_mib, plan.temporary_mib, plan.total_mib, plan.fits) == (20, 3, 24, True)
+
+
+def test_a_step_that_takes_more_than_the_device_has_does_not_fit() -> None:
+    assert read_plan(step(2, temporary=59 * MIB)).fits
+    assert not read_plan(step(2, temporary=59 * MIB + 1)).fits
+    refused = read_plan(step(2, text=""))
+    assert (refused.fits, refused.refused, refused.flops, refused.sent) == (False, True, None, None)
+    assert refused.step_ms is None
+
+
+@pytest.mark.parametrize(
+    ("chip", "meshes"),
+    [
+        (Slice(256), {1: "data=1,expert=1", 8: "data=1,expert=8", 16: "data=1,expert=16", 256: "data=16,expert=16"}),
+        (load_target("rtx3060-12gb"), {2: "data=1,expert=2", 4: "data=1,expert=4", 16: "data=4,expert=4"}),
+        (load_target("h100-80gb"), {8: "data=1,expert=8", 16: "data=2,expert=8"}),
+    ],
+)
+def test_meshes_of_a_scaling_table(chip: Any, meshes: dict[int, str]) -> None:
+    """`seed-158m` has 16 experts. Four RTX 3060 or eight H100 are in a host."""
+    config = preset("seed-158m")
+    assert {n: scaling_mesh(config, devices_like(chip, n)) for n in meshes} == meshes
+
+
+def test_a_table_of_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """A compiler that gives the toy program for every mesh: each row is printed, and the last line is JSON."""
+
+    def compiled(config: RunConfig, mesh: str, devices: Devices, sequences: int) -> Step:
+        alone = TOY.replace("{{0,1}}", "{{0}}")  # nothing is sent
+        return dataclasses.replace(step(devices.count, alone, mesh), devices=devices)
+
+    monkeypatch.setattr(many_devices, "compiled_for", compiled)
+    monkeypatch.setattr(many_devices, "derived_plan", lambda *_: None)
+    assert plan_pods.run(["--scaling", "--gpu", "h100-80gb"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:7]] == ["1", "2", "4", "8", "16"]
+    rows = json.loads(lines[-1])["rows"]
+    assert [row["devices"] for row in rows] == [1, 2, 4, 8, 16]
+    assert rows[0]["efficiency"] == 1
+
+
+@pytest.mark.parametrize(
+    ("axes", "smaller", "larger"),
+    [
+        (("data",), ((0, 2), (1, 3)), ((0, 2, 4, 6), (1, 3, 5, 7))),
+        (("expert",), ((0, 1), (2, 3)), ((0, 1), (2, 3), (4, 5), (6, 7))),
+        (("data", "expert"), ((0, 1, 2, 3),), ((0, 1, 2, 3, 4, 5, 6, 7),)),
+    ],
+)
+def test_the_same_program_on_a_larger_mesh(axes: tuple[str, ...], smaller: tuple, larger: tuple) -> None:
+    old, new = {"data": 2, "expert": 2}, {"data": 4, "expert": 2}
+    assert groups_along(old, axes) == smaller
+    found = Collective("all-reduce", "", (("f32", (5,)),), smaller, ())
+    assert on_other_mesh(found, old, new).groups == larger
+    assert on_other_mesh(found, old, new).bytes == 20
+
+
+def test_groups_that_lie_along_no_axis_are_an_error() -> None:
+    crossed = Collective("all-reduce", "", (("f32", (5,)),), ((0, 3), (1, 2)), ())
+    with pytest.raises(ValueError, match="do not lie along axes"):
+        on_other_mesh(crossed, {"data": 2, "expert": 2}, {"data": 4, "expert": 2})
+
+
+# Compiled
+
+
+@compiled_for_gpu
+def test_the_kernels_and_the_traffic_of_a_step_of_seed_158m() -> None:
+    """With every back end of a 4 GB card: few launches, and no float32 product beside the router's."""
+    config = with_vocabulary(preset("seed-158m"))
+    train = dataclasses.replace(config.train, batch_size=32, grad_accum=1, optimizer="adamw-bf16")
+    config = dataclasses.replace(config, train=train, execution=ExecutionConfig(remat=True))
+    programs = Programs.of(config, target := load_target("rtx3050-4gb"))
+    lowered = lower_for(target, programs.step, programs.state_shapes, programs.batch_shapes(32))
+    for options in back_ends(target).values():
+        kernels = read_kernels(compile_for_gpu(lowered, options)[0].as_text())
+        prediction = predict(kernels, Rates.of(target))
+        assert prediction.kernels <= 1250
+        assert prediction.traffic_gb <= 36
+        assert prediction.traffic_by_part["head and loss"] <= 13.5
+        wide = {k.op_name for k in kernels for d in k.dots if d.operand_dtype == "f32" and "router" not in k.scopes}
+        assert not wide
+
+
+HAS_LIBTPU = importlib.util.find_spec("libtpu") is not None
+TINY = RunConfig(model=tiny.config(), train=TrainConfig(optimizer="adamw"))
+"""Compiled with two sequences on each device."""
+
+
+def check_compiled(asked: Devices, expert: int) -> DevicePlan:
+    """The bytes of the program are the ideal ones: four all-to-alls of bfloat16 a layer, and each gradient once."""
+    plan = read_plan(many_devices.compiled_for(TINY, f"expert={expert}", asked, 2))
+    model = TINY.model
+    assert plan.sent is not None
+    rows = model.layers * model.experts * 2 * model.capacity
+    assert plan.sent["all-to-all"] == rows * (4 * model.width * 2 + 2 * 4)  # a gate goes there, its gradient comes back
+    assert plan.sent["all-gather"] == 0
+    assert plan.ideal["all-reduce"] <= plan.sent["all-reduce"] <= plan.ideal["all-reduce"] + 256
+    assert plan.fits
+    assert plan.flops is not None
+    assert plan.step_ms is not None
+    assert min(plan.flops, plan.step_ms) > 0
+    return plan
+
+
+@pytest.mark.plan
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: uv run --group tpu-plan --extra gpu-plan pytest -m plan")
+@pytest.mark.timeout(1800)
+def test_a_slice_of_four_chips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    check_compiled(Devices.tpus(Slice(4)), 4)
+
+
+@compiled_for_gpu
+def test_two_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    check_compiled(Devices.gpus(load_target("rtx3060-12gb"), 2), 2)

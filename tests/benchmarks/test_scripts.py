@@ -1,0 +1,133 @@
+"""`benchmarks/doubling.py`, `weights.py` and `pipeline.py`: what they count, by hand, and the first on a tiny model."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import doubling
+import numpy as np
+import pipeline
+import pytest
+import weights
+from rich.console import Console
+
+from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.data.batches import train_positions
+from moe_jax.system.machine import Times
+from tests.benchmarks.test_suites import config
+from tests.support import tiny
+
+BASE = RunConfig(
+    model=tiny.config(layers=1, seq_len=32),
+    train=TrainConfig(steps=10, batch_size=4),
+    execution=ExecutionConfig(compute_dtype="float32"),
+)
+
+
+def test_exponents_of_known_powers() -> None:
+    sizes = [3, 6, 12]
+    assert doubling.exponent(sizes, [5, 5, 5]) == pytest.approx(0, abs=1e-12)
+    assert doubling.exponent(sizes, [7 * s**1.5 for s in sizes]) == pytest.approx(1.5)
+    # Not on a line: (1, 1), (2, 2), (4, 16) have slopes 1 and 3, and least squares takes the one between the ends.
+    assert doubling.exponent([1, 2, 4], [1, 2, 16]) == pytest.approx(2)
+
+
+@pytest.mark.parametrize("axis", doubling.AXES, ids=lambda a: a.letter)
+def test_each_axis_doubles_one_size(axis: doubling.Axis) -> None:
+    grown = axis.grown(BASE, 2)
+    assert axis.size(grown) == 2 * axis.size(BASE)
+    tokens = [c.train.batch_size * c.model.seq_len for c in (BASE, grown)]
+    assert tokens[1] == tokens[0] * (2 if axis.letter == "B" else 1)
+    changed = "TB" if axis.letter == "T" else axis.letter
+    others = [other for other in doubling.AXES if other.letter not in changed]
+    assert [o.size(grown) for o in others] == [o.size(BASE) for o in others]
+
+
+def test_the_suite_measures_draws_and_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real step at two sizes; the batch of 1 leaves no longer sequence with as many tokens."""
+    monkeypatch.setattr(doubling, "POINTS", 2)
+    monkeypatch.setattr(doubling, "AXES", [a for a in doubling.AXES if a.letter in "TB"])
+    printed = io.StringIO()
+    numbers = doubling.every_axis(Console(file=printed, width=100), BASE, 1, 1)
+    assert list(numbers) == ["B"]
+    assert "left out: T" in printed.getvalue()
+    assert [p["size"] for p in numbers["B"]["points"]] == [1, 2]
+    assert all(p["memory"] > p["least_memory"] > 0 for p in numbers["B"]["points"])
+    assert numbers["B"]["time_bound"] == pytest.approx(1)
+    pytest.importorskip("matplotlib")
+    figure = doubling.scaling_figure("nano", numbers)
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles[0] == "B: sequences of a step"
+
+
+def test_bytes_of_a_token_by_hand() -> None:
+    """Width 16, two layers, 4 experts of 24 hidden units (swiglu), 2 chosen, a tied vocabulary of 60.
+
+    float32, entries: embedding 960; a layer has attention 16 x 48 + 16 x 16 = 1,024, two of four experts
+    2 x 3 x 384 = 2,304, and the router 64; five norms of 16. int8: a byte an entry, and four a scale: 60 for the
+    embedding, 48 + 16 for attention, 2 x (24 + 24 + 16) for the experts. int4: half a byte an entry, and two bytes for
+    a scale of 16 inputs, or of 8 in w_out: 24 = 3 x 8.
+    """
+    model = config().model
+    _, params = tiny.build(model)
+    rest = 4 * (2 * 64 + 5 * 16)
+    entries = 960 + 2 * (1024 + 2304)
+    scales = 60 + 2 * (64 + 2 * (24 + 24 + 16))
+    groups = 60 + 2 * (64 + 2 * (24 + 24 + 3 * 16))
+    found = {form: weights.bytes_per_token(model, weights.in_form(params, form)) for form in weights.FORMS}
+    assert found == {
+        "float32": 4 * entries + rest,
+        "bfloat16": 2 * entries + rest - 2 * 2 * 64,  # the routers are matrices, too
+        "int8": entries + 4 * scales + rest,
+        "int4": entries // 2 + 2 * groups + rest,
+    }
+
+
+def test_the_ratios_are_theirs_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of times: so a ratio above 1 says that ours is faster. `seed-158m` is measured in Mixtral's form."""
+    seconds = {f"{who}, {what}": 1.0 for who in ("ours float32", "ours int8") for what in ("token", "prompt")}
+    seconds |= {"llama.cpp float32, token": 0.5, "llama.cpp float32, prompt": 2.0}
+    seconds |= {"llama.cpp q8_0, token": 0.25, "llama.cpp q8_0, prompt": 4.0}
+    monkeypatch.setattr(weights, "PACKAGES", {})
+    monkeypatch.setattr(weights, "_calls", lambda *_: dict.fromkeys(seconds))
+    monkeypatch.setattr(weights, "create", lambda *_: None)
+    monkeypatch.setattr(weights, "split", lambda _: (None, None))
+    monkeypatch.setattr(weights, "alternate", lambda calls, *_, **__: {name: Times((seconds[name],)) for name in calls})
+    found = weights.beside_llama_cpp(
+        Console(file=io.StringIO()), weights.BenchmarkRequest(config(activation="gelu"), 2, 1)
+    )
+    assert found == {
+        "in_form_of_mixtral": True,
+        "token_rate_float32_over_float32": 0.5,
+        "prompt_rate_float32_over_float32": 2.0,
+        "token_rate_int8_over_q8_0": 0.25,
+        "prompt_rate_int8_over_q8_0": 4.0,
+        "largest_spread": 0.0,
+    }
+    assert not weights.beside_llama_cpp(Console(file=io.StringIO()), weights.BenchmarkRequest(config(), 2, 1))[
+        "in_form_of_mixtral"
+    ]
+
+
+def test_batches_are_those_of_the_next_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "STREAM", 500)
+    call = pipeline.batch_call(config(), 3)
+    tokens = np.random.default_rng(0).integers(0, 60, 500).astype(np.uint16)
+    for step in (0, 1):
+        expected = tokens[train_positions(500, seed=0, step=step, batch_size=3, seq_len=16)]
+        np.testing.assert_array_equal(call(), expected)
+
+
+def test_saving_is_measured_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Medians over three rounds: the plain write takes 1, 2 and 4 s, and so on."""
+    clock = iter([1, 10, 4, 2, 20, 5, 4, 90, 9])
+
+    def clocked(work: Any) -> float:
+        work()
+        return float(next(clock))
+
+    monkeypatch.setattr(pipeline, "_clocked", clocked)
+    numbers = pipeline.measure({"params": {"w": np.zeros((250, 100), np.float32)}}, tmp_path, 3)
+    assert (numbers["disk_seconds"], numbers["save_seconds"], numbers["restore_seconds"]) == (2, 20, 5)
+    assert (numbers["disk_GB"], numbers["disk_seconds_per_GB"]) == (1e-4, 2e4)
+    assert numbers["save_GB"] > 2e-4, "arrays, and once more as safetensors"

@@ -1,0 +1,388 @@
+"""The suites of `benchmark.py`: what they compute from their times, by hand; and each once on a tiny model."""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moe_jax.benchmarks import dense_baselines, layer, serving, suites
+from moe_jax.benchmarks.dense_baselines import CostTable, flops_by_group
+from moe_jax.benchmarks.request import BenchmarkRequest, UniformMoE, print_numbers, times_table
+from moe_jax.cli import benchmark
+from moe_jax.cli.main import main, run_as
+from moe_jax.config import ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
+from moe_jax.model import precision
+from moe_jax.model.costs import Count, bound_flops, expert_flops
+from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.transformer import abstract_model, merge
+from moe_jax.planning import search
+from moe_jax.planning.device_memory import Bound, Memory
+from moe_jax.planning.target import Target
+from moe_jax.system import environment, machine
+from moe_jax.system.machine import Measured, Times, alternate, with_reused_output
+from tests.support import tiny
+
+
+def config(**changes) -> RunConfig:
+    """A model of 60 entries and T = 16. `changes` are fields of `ModelConfig` or of its `RoutingConfig`."""
+    values = {"vocab_size": 60, "seq_len": 16, "layers": 2, "width": 16, "heads": 2, "experts": 4, "expert_hidden": 24}
+    values |= changes
+    policy = {f.name: values.pop(f.name) for f in dataclasses.fields(RoutingConfig) if f.name in values}
+    model = ModelConfig(**values, routing=RoutingConfig(**policy))
+    execution = ExecutionConfig(compute_dtype="float32")
+    return RunConfig(model=model, train=TrainConfig(steps=10), execution=execution)
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "MATMUL_SIZES", (32,))
+    monkeypatch.setattr(machine.matmuls, "__defaults__", ((32,),))
+    monkeypatch.setattr(machine, "READ_BYTES", 2**16)
+
+
+def test_candidates_run_in_turn_and_warm_ups_do_not_count() -> None:
+    order: list[str] = []
+    times = alternate({"a": lambda: order.append("a"), "b": lambda: time.sleep(0.002) or order.append("b")}, 3, 1)
+    assert order == ["a", "b"] * 4
+    assert len(times["a"].seconds) == len(times["b"].seconds) == 3
+    assert min(times["b"].seconds) >= 0.002
+    assert Times((1.0, 2.0, 3.0, 4.0)).median == 2.5
+    assert Times((1.0, 2.0, 3.0, 4.0)).spread == pytest.approx((3.25 - 1.75) / 2.5)
+
+
+def test_a_candidate_may_measure_its_own_seconds() -> None:
+    times = alternate({"elsewhere": lambda: Measured(7.0), "here": lambda: 7.0}, 2, 0)
+    assert times["elsewhere"].seconds == (7.0, 7.0)
+    assert max(times["here"].seconds) < 1
+
+
+def test_a_recycled_call_gives_the_same_results_again() -> None:
+    call = with_reused_output(lambda x, y: {"sum": x + y, "product": x * y}, jnp.arange(4.0), jnp.full(4, 3.0))
+    for _ in range(3):
+        result = call()
+        np.testing.assert_array_equal(result["sum"], [3, 4, 5, 6])
+        np.testing.assert_array_equal(result["product"], [0, 3, 6, 9])
+
+
+def test_bound_by_hand() -> None:
+    """T 16, K 2, E 4, cf 1.25: 10 slots. Two sequences: 2*4*10 rows of 2*3*16*24 operations, 32 tokens of 2*16*4."""
+    assert config().model.capacity == 10
+    assert bound_flops(config().model, 2) == 80 * 2304 + 32 * 128
+    assert bound_flops(config(shared_experts=1).model, 2) == (80 + 32) * 2304 + 32 * 128
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"activation": "gelu", "tied_head": False, "positions": "learned"},
+        {"shared_experts": 1},
+        {"dense": "active"},
+        {"remat": True},
+        {"dispatch": "blocks"},
+        {"dispatch": "blocks", "activation": "gelu", "shared_experts": 1, "top_k": 3},
+    ],
+    ids=str,
+)
+def test_formula_and_program_agree(changes: dict) -> None:
+    changes = dict(changes)
+    remat = changes.pop("remat", False)
+    whole = config(**changes)
+    whole = dataclasses.replace(whole, execution=dataclasses.replace(whole.execution, remat=remat))
+    found = CostTable.of(whole, 2)
+    assert found.difference < 0.02, (found.formula, found.compiled)
+    assert min(found.compiled.values()) > 0
+
+
+LAYERS = pytest.mark.parametrize(
+    "changes", [{"activation": "gelu"}, {"activation": "swiglu"}, {"shared_experts": 1}], ids=str
+)
+
+
+@LAYERS
+def test_dense_layouts_are_one_function(changes: dict) -> None:
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16)), jnp.float32)
+    results = [np.asarray(function(w, x)) for function, w in layer.dense_layouts(config(**changes).model).values()]
+    for other in results[1:]:
+        np.testing.assert_allclose(other, results[0], atol=1e-5)
+
+
+@LAYERS
+def test_dense_layouts_have_the_arithmetic_of_a_token_s_experts(changes: dict) -> None:
+    model = config(**changes).model
+    x = jnp.zeros((2, 16, 16))
+    expected = expert_flops(model, 32 * (model.routing.top_k + model.shared_experts))
+    found = {name: layer.compiled_flops(run, w, x) for name, (run, w) in layer.dense_layouts(model).items()}
+    assert found == dict.fromkeys(found, expected)
+    assert layer.active_flops(model, 32) == expected + 32 * 2 * 16 * 4
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=120)
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, module: Any, seconds: dict[str, float]) -> list[Any]:
+    """`alternate` runs nothing, and gives these seconds. Returns the rounds and options that were asked for."""
+    asked: list[Any] = []
+
+    def alternate(candidates: dict[str, Any], rounds: int, **options: Any) -> dict[str, Times]:
+        asked.append((rounds, options) if options else rounds)
+        return {name: Times((seconds[name],)) for name in candidates}
+
+    monkeypatch.setattr(module, "alternate", alternate)
+    return asked
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """Two products: of 100 operations in 0.5 s, and of 900 in 3 s. So the machine does 300 a second."""
+    monkeypatch.setattr(machine, "matmuls", lambda dtype: {"a": (print, 100), "b": (print, 900)})
+    return {"a": 0.5, "b": 3.0}
+
+
+def test_the_decode_suite(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,000 bytes in 4 s: 500 a second. A token must read 1,000 bytes, so 2 s of its 8 are bound by memory."""
+    monkeypatch.setattr(suites.machine, "memory_read_benchmark", lambda: (print, 2000))
+    monkeypatch.setattr(suites, "create", lambda *_: None)
+    monkeypatch.setattr(suites, "split", lambda _: (None, None))
+    made: list[Any] = []
+    fake = SimpleNamespace(
+        Model=SimpleNamespace(of=lambda *_: None),
+        token_call=lambda *_: made.append(1),
+        DecodeLoop=lambda _, __, batch: made.append(batch),
+        prefill_call=lambda _, __, length: made.append(("prefill", length)),
+        uncached_call=lambda *_: None,
+        active_bytes=lambda _: 1000,
+    )
+    monkeypatch.setattr(suites, "decoding", fake)
+    seconds = {"memory read": 4.0, "decode, batch 1": 8.0, "decode, batch 8": 9.0, "decode, batch 32": 10.0}
+    seconds |= {"prefill, 128 tokens": 11.0, "uncached forward, 4 tokens": 12.0}
+    turns = pretend(monkeypatch, suites, seconds)
+    assert suites.decode(console, BenchmarkRequest(config(), 2, 5)) == {
+        "decode_share_of_bandwidth_bound": 0.25,
+        "decode_ms_per_token_batch1": 8000,
+        "decode_ms_per_token_batch8": 9000,
+        "decode_ms_per_token_batch32": 10_000,
+        "prefill_128_ms": 11_000,
+        "uncached_4_token_ms": 12_000,
+        "memory_bytes_per_second": 500,
+    }
+    assert turns == [15]
+    assert sorted(made, key=str) == [("prefill", 128), 1, 32, 8]
+
+
+@pytest.mark.parametrize("memory", [None, 10**15, 10**3])
+def test_the_train_suite(
+    memory: int | None, products: dict[str, float], console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of 4, 2 and 8 s; 300, 600 and 1,200 operations at 300 a second. All run in turn if memory holds them."""
+    monkeypatch.setattr(CostTable, "of", lambda *_: CostTable({"head": Count(1, 1, 1)}, {}, {}, 1.0))
+    monkeypatch.setattr(dense_baselines, "flops_by_group", lambda config, batch: {"a": 1e6 * batch, "b": 5e5})
+    monkeypatch.setattr(dense_baselines, "machine_memory", lambda: memory)
+    flops, seconds = {"none": 300, "active": 600, "total": 1200}, {"none": 4.0, "active": 2.0, "total": 8.0}
+
+    def of(given: Any, batch: int, moe: type[MoE]) -> Any:
+        assert (batch, moe) == (2, UniformMoE)
+        return SimpleNamespace(active_flops=flops[given.model.dense], seconds=seconds[given.model.dense])
+
+    turns: list[tuple[list[float], int]] = []
+
+    def alternate(candidates: dict[str, Any], rounds: int) -> dict[str, Times]:
+        steps = {name: trainer.seconds for name, trainer in candidates.items() if name not in products}
+        turns.append((list(steps.values()), rounds))
+        return {name: Times((taken,)) for name, taken in {**steps, **products}.items()}
+
+    monkeypatch.setattr(dense_baselines.RandomTokenTrainer, "of", of)
+    monkeypatch.setattr(dense_baselines, "alternate", alternate)
+    found = dense_baselines.train(console, BenchmarkRequest(config(), 2, 9, uniform_routing=True))
+    assert turns == ([([4.0], 4), ([2.0], 4), ([8.0], 4)] if memory == 10**3 else [([4.0, 2.0, 8.0], 4)])
+    assert found["tokens_per_second"] == 32 / 4
+    assert found["share_of_matmul_peak"] == 0.25
+    assert (found["wall_over_dense_active"], found["dense_total_over_wall"]) == (2, 2)
+    assert found["models"]["dense-active"] == {"ms_per_step": 2000, "mflops_per_token": 2.5}
+    how = "one model after another" if memory == 10**3 else "all models in turn"
+    for words in ("16 tokens/s", "dense, active parameters", "ms a training step", how):
+        assert words in printed(console)
+
+
+def test_the_formulas_by_hand() -> None:
+    """T 16 is one block of queries, which read 16 keys. D 16, V 60, L 2. Blocks: 32 tokens, 2 of 4 experts each, are 64
+    pairs in blocks of 16 rows, of which 4 come first and 63 // 16 follow: 112 rows of three products of 16 x 24."""
+    flops = flops_by_group(config(dispatch="blocks"), 2)
+    assert flops["attention"] == 2 * (6 * 4 * 16**2 + 6 * 2 * 16 * 16)
+    assert flops["head"] == 6 * 16 * 60
+    assert flops["experts and router"] == 2 * 3 * (112 * 2304 + 32 * 128) / 32
+    grouped = flops_by_group(config(heads=4, kv_heads=2, head_size=6), 2)  # qkv 16 x 48, out 24 x 16
+    assert grouped["attention"] == 2 * (6 * (16 * 48 + 24 * 16) + 6 * 2 * 24 * 16)
+    dense = flops_by_group(config(dense="active"), 2)
+    assert dense["experts and router"] == 2 * 6 * 3 * 16 * 49  # an FFN as wide as two experts, and one for the router
+
+
+def test_the_layer_suite(products: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """MoE in 6 s, without drops in 9; the plain dense layout in 4, the best in 3; all experts in 12; 8 and 64 experts
+    in 5 and 10."""
+    seconds = {"dense, plain": 4.0, "dense, flat": 3.0, "dense, our matmul": 5.0, **products}
+    monkeypatch.setattr(layer, "dense_layouts", lambda _: {n: (print, None) for n in seconds if "dense" in n})
+    seconds |= {"MoE": 6.0, "MoE, no drops": 9.0, "all experts": 12.0, "8 experts": 5.0, "64 experts": 10.0}
+    turns = pretend(monkeypatch, layer, seconds)
+    monkeypatch.setattr(layer, "compiled_flops", lambda *operands: 1000 * len(operands))
+    monkeypatch.setattr(layer, "with_reused_output", lambda *_: None)
+    asked: list[tuple[str, int, str]] = []
+
+    def layer_function(model: ModelConfig, moe: type) -> tuple[Any, None]:
+        asked.append((model.routing.dispatch, model.experts, moe.__name__))
+        return print, None
+
+    monkeypatch.setattr(layer, "layer_function", layer_function)
+    numbers, times = layer.benchmark_layer(config().model, 9)
+    own = config().model.experts
+    assert asked == [
+        ("capacity", own, "MoE"),
+        ("blocks", own, "MoE"),
+        ("capacity", own, "AllExpertsMoE"),
+        ("capacity", 8, "MoE"),
+        ("capacity", 64, "MoE"),
+    ]
+    tokens, bound = 8 * 16, layer.bound_flops(config().model, 8)
+    assert numbers == {
+        "flops_over_bound_forward": pytest.approx(3000 / bound),
+        "flops_over_bound_grad": pytest.approx(4000 / bound / 3),
+        "wall_over_dense_active": 1.5,
+        "wall_over_best_dense": 2.0,
+        "dropless_wall_over_best_dense": 3.0,
+        "dropless_flops_over_ideal": pytest.approx(4000 / (3 * layer.active_flops(config().model, tokens))),
+        "dense_all_over_wall": 2.0,
+        "wall_growth_8_to_64_experts": 2.0,
+        "layer_share_of_matmul_peak": pytest.approx(3 * layer.active_flops(config().model, tokens) / 6 / 300),
+        "matmul_flops_per_second": 300,
+    }
+    assert turns == [9]
+    assert set(times) == set(seconds)
+
+
+def test_times_are_printed_in_milliseconds(console: Console) -> None:
+    console.print(times_table("t", {"a": Times((1.0, 2.0, 3.0, 4.0))}))
+    print_numbers(console, {"share": 0.123456, "bytes": 1234567})
+    for words in ("2,500.00", "60%", "0.1235", "1,234,567"):
+        assert words in printed(console)
+
+
+def test_memory_has_one_object_a_card(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler that says 700 MiB for each of the 8, 6, 2 or 0 bytes of an optimizer's state, and no more for a step;
+    300 between steps. A 4 GB card's budget is 2,402 MiB, the 12 GB one's above 5,600."""
+
+    def step(config: RunConfig, target: Target) -> search.Plan:
+        state = {"adamw": 8, "adamw-bf16": 6, "adamw-8bit": 2, "adafactor": 0}[config.train.optimizer]
+        taken = Bound({"cublas": Memory(700 * state, 0, 0, warned=False)})
+        return search.Plan(config, "float16", state, 4, taken, taken.fits(target), "cuDNN's")
+
+    monkeypatch.setattr(search, "plan_step", step)
+    monkeypatch.setattr(search, "plan_inference", lambda config, target: {"prefill": 300.0})
+    batched = dataclasses.replace(config(), train=TrainConfig(batch_size=2, grad_accum=4))
+    found = suites.memory(console, BenchmarkRequest(batched, 2, 1))
+    assert set(found) == set(suites.CARDS) >= {"rtx3050-4gb", "quadro-t1000-4gb"}
+    for name in ("rtx3050-4gb", "quadro-t1000-4gb"):
+        plan = found[name]
+        assert (plan["total_mib"], plan["fits"], plan["micro_batch"]) == (1400, True, 8)
+        assert (plan["optimizer"], plan["grad_accum"], plan["remat"]) == ("adamw-8bit", 1, False)
+        assert name in printed(console)
+    assert (found["rtx3060-12gb"]["total_mib"], found["rtx3060-12gb"]["optimizer"]) == (5600, "adamw")
+
+
+@pytest.mark.parametrize("part", benchmark.EXTRAS)
+def test_a_part_without_its_extra_says_how_to_have_it(
+    part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(lambda argv: run_as(benchmark.Benchmark, argv, "benchmark.py"), [part]) == 1
+    extra = benchmark.EXTRAS[part][0]
+    assert f"uv run --extra {extra} benchmark.py {part}" in capsys.readouterr().err
+    assert benchmark.Benchmark()._suites() == ["moe", "train", "decode"]
+
+
+KEYS = {
+    "moe": {
+        *("flops_over_bound_forward", "flops_over_bound_grad", "wall_over_dense_active", "wall_over_best_dense"),
+        *("dropless_wall_over_best_dense", "dropless_flops_over_ideal"),
+        *("dense_all_over_wall", "wall_growth_8_to_64_experts", "layer_share_of_matmul_peak"),
+        *("train_step_share_of_matmul_peak", "temp_bytes", "temp_bytes_plain_loss"),
+    },
+    "train": {"tokens_per_second", "share_of_matmul_peak", "models"},
+    "decode": {"decode_share_of_bandwidth_bound", "decode_ms_per_token_batch1", "uncached_4_token_ms"},
+}
+
+
+def numbers_in(found: dict) -> list[float]:
+    return [n for value in found.values() for n in (numbers_in(value) if isinstance(value, dict) else [value])]
+
+
+@pytest.mark.parametrize("part", KEYS)
+def test_suites_print_tables_and_give_their_numbers(part: str, console: Console) -> None:
+    numbers = suites.SUITES[part](console, BenchmarkRequest(config(), 2, 1))
+    assert set(numbers) >= KEYS[part]
+    assert all(np.isfinite(value) and value > 0 for value in numbers_in(numbers))
+    assert "median ms" in printed(console)
+    if part == "moe":
+        assert numbers["flops_over_bound_forward"] == pytest.approx(1)
+    if part == "train":
+        active, total = (numbers["models"][name]["mflops_per_token"] for name in ("dense-active", "dense-total"))
+        assert active < numbers["models"]["moe"]["mflops_per_token"] < total
+
+
+@pytest.mark.parametrize("part", ["train", "decode"])
+def test_a_record_repeats_what_was_asked(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(environment, "prepare_environment", lambda: None)
+    monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
+    monkeypatch.setitem(suites.SUITES, part, lambda console, request: {"models": {}})
+    asked = benchmark.Benchmark(part, "nano", batch_size=3, rounds=2, uniform_routing=True)
+    assert asked.execute() == 0
+    (written,) = tmp_path.rglob("*.json")
+    assert written.parent == tmp_path / "runs/bench"
+    record = json.loads(written.read_text())
+    arguments = record["command"].removeprefix("uv run benchmark.py ").split()
+    assert benchmark.Benchmark.parse(arguments) == asked
+    assert record.get("training_precision") == {"train": "bfloat16", "decode": None}[part]
+
+
+def test_uniform_routing_gives_every_expert_as_much() -> None:
+    """32 tokens with two choices each, four experts: 16 pairs each, and no token has the same expert twice."""
+    graphdef, params = tiny.build(config().model)
+    tokens = jnp.zeros((2, 16), jnp.int32)  # all tokens are alike, and a router sends them to the same experts
+    even = merge(abstract_model(config().model, moe=UniformMoE)[0], params)(tokens, Mode.TRAIN)[1]
+    assert even.load.tolist() == [[0.25] * 4] * 2
+    assert even.drop_fraction.max() == 0
+    assert merge(graphdef, params)(tokens, Mode.TRAIN)[1].drop_fraction.max() > 0
+
+
+def test_serve_counts_the_tokens_and_leaves_no_text_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serving, "STREAMS", 2)
+    monkeypatch.setattr(serving, "TOKENS", 6)
+    made: list[serving.Bench] = []
+    true = serving.Bench
+    monkeypatch.setattr(serving, "Bench", lambda *given: made.append(true(*given)) or made[0])
+    small = dataclasses.replace(RunConfig(), model=tiny.config(vocab_size=300, seq_len=16))
+    numbers = serving.serve(Console(file=io.StringIO()), BenchmarkRequest(small, 1, 1))
+    assert all(value > 0 for value in numbers.values())
+    assert not made[0].many.running
+    assert not made[0].one.running
+    prompts = made[0].many.counts.prompt_tokens
+    assert (prompts > 0, prompts % serving.PROMPT_TOKENS) == (True, 0)
+    one = made[0].one.counts
+    assert 0 < one.generated_tokens <= 6 * one.texts, "a text has at most TOKENS tokens"

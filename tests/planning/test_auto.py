@@ -1,0 +1,318 @@
+"""The preset and the steps for a text: `plan --data` and `train.py --preset auto`. The memory of a step is invented."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli.main import main, run_command
+from moe_jax.cli.train import Train
+from moe_jax.config import ConfigError, DataConfig, RunConfig, UserError
+from moe_jax.config.presets import preset_for_text
+from moe_jax.data.token_store import prepare_token_store
+from moe_jax.planning import auto
+from moe_jax.planning.auto import Choice, Limits, bytes_per_token, memory_bytes, text_bytes, too_small
+from moe_jax.system import environment
+from tests.cli.test_cli import ROOT, assert_refused, make_held, run_without_jax
+
+
+@pytest.fixture
+def three(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three bytes a token."""
+    monkeypatch.setattr(auto, "bytes_per_token", lambda config: 3.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "name"),
+    [
+        (1, "nano"),
+        (2_999_999, "nano"),
+        (3_000_000, "story-cpu"),
+        (199_999_999, "story-cpu"),
+        (2e8, "story-4gb"),
+        (None, "story-4gb"),
+    ],
+)
+def test_the_text_decides_the_preset(size: int | None, name: str) -> None:
+    assert preset_for_text(size, on_cpu=False) == name
+    assert preset_for_text(size, on_cpu=True) == name.replace("story-4gb", "story-cpu")
+
+
+def choose(
+    text: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    limits: Limits,
+    needed: dict[tuple[str, bool, int], float],
+    change: auto.Change = lambda config: config,
+) -> tuple[Choice, list[tuple[str, bool, int]]]:
+    """The choice, where a step of (preset, remat, micro-batch) needs some MiB, or 1,000; and what was tried."""
+    tried = []
+
+    def invented(config: RunConfig) -> float:
+        tried.append((config.preset, config.execution.remat, config.train.batch_size))
+        return needed.get(tried[-1], 1000.0)
+
+    monkeypatch.setattr(auto, "step_mib", invented)
+    return auto.choose(str(text), limits, change=change), tried
+
+
+@pytest.mark.usefixtures("three")
+def test_the_first_that_fits_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twentieth of the 4 MB is held out: 1.27 M tokens, four times, 4,096 a step."""
+    text = tmp_path / "my book.txt"
+    text.write_text("a " * 2_000_000)
+    choice, tried = choose(text, monkeypatch, Limits(500), {("story-cpu", True, 2): 400})
+    assert tried == [("story-cpu", remat, size) for remat, size in ((False, 8), (True, 8), (True, 4), (True, 2))]
+    command = choice.command()
+    assert command == (
+        f"uv run train.py --preset story-cpu --data {shlex.quote(str(text))} --out 'runs/my book' "
+        "--steps 1237 --batch-size 2 --grad-accum 4 --execution.remat"
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("my book", "my book-2"):  # a command that is printed must not be refused
+        (tmp_path / "runs" / name / "checkpoints" / "step_00000001").mkdir(parents=True)
+    assert "--out 'runs/my book-3' " in choice.command()
+    config = Train.parse(shlex.split(choice.command())[3:]).settings.config
+    assert (config.train, config.execution) == (choice.config.train, choice.config.execution)
+
+
+@pytest.mark.usefixtures("three")
+def test_a_smaller_preset_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("a " * 2_000_000)
+    choice, tried = choose(text, monkeypatch, Limits(500), {("nano", False, 8): 400})
+    assert list(dict.fromkeys(name for name, *_ in tried)) == ["story-cpu", "story", "nano"]
+    assert choice.fits
+    nothing, _ = choose(text, monkeypatch, Limits(10), {})
+    assert (nothing.fits, nothing.config.preset) == (False, "nano")
+
+
+@pytest.mark.usefixtures("three")
+def test_a_preset_for_which_the_time_is_too_short_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step of story-cpu is 4.11e10 operations: at 0.3 x 1e11 a second, 43 end in 60 s. They read 0.18 M tokens.
+
+    In 10 minutes 437 end, and read 1.79 M tokens, more than half of the 1.44 M active parameters. A step of nano is
+    12.85e9 operations: 140 end in 60 s."""
+    text = tmp_path / "book.txt"
+    text.write_text("a " * 2_000_000)
+    choice, tried = choose(text, monkeypatch, Limits(2000, 60, 1e11), {})
+    assert tried == [("nano", False, 8)]
+    assert choice.reasons == [
+        "text: 3.80 MB, about 1.27 M tokens; the next larger preset, story-4gb, is for 200 MB or more, and for a GPU",
+        "story-cpu: passed over, because in 60 s it would read 0.18 M tokens, fewer than 0.5 for each of its 1.4 M "
+        "active parameters",
+        choice.reasons[2],
+        "steps: 140 of 2,048 tokens, which read the text about 0.2 times; more would not end in time",
+        "time: 30 s to 60 s of 60 s, if training reaches 60% to 30% of 100 GFLOP/s; compiling, evaluations and "
+        "checkpoints come on top",
+        "memory: a training step takes 1,000 of 2,000 MiB",
+    ]
+    assert choice.reasons[2].startswith("story: passed over, because in 60 s")
+    longer, _ = choose(text, monkeypatch, Limits(2000, 600, 1e11), {})
+    assert (longer.config.preset, longer.config.train.steps) == ("story-cpu", 437)
+    text.write_text("a " * 10_000)
+    shortest, _ = choose(text, monkeypatch, Limits(2000, 1e-3, 1e9), {})
+    assert (shortest.config.preset, shortest.config.train.steps, shortest.fits) == ("nano", 1, True)
+
+
+@pytest.mark.usefixtures("three")
+def test_what_the_user_has_set_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is not divided, and a preset that the change does not fit is left out: 128 is no multiple of 6."""
+
+    def change(config: RunConfig) -> RunConfig:
+        model = dataclasses.replace(config.model, heads=6)
+        return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, batch_size=4))
+
+    text = tmp_path / "book.txt"
+    text.write_text("a " * 2_000_000)
+    _, tried = choose(text, monkeypatch, Limits(500), {}, change)
+    assert tried == [
+        ("story-cpu", False, 4),
+        ("story-cpu", True, 4),
+        ("story", False, 4),
+        ("story", True, 4),
+    ]
+    text.write_text("a " * 100_000)
+    with pytest.raises(ConfigError, match=r"--model\.heads 6: must be a divisor of --model\.width 128"):
+        choose(text, monkeypatch, Limits(500), {}, change)
+
+
+def test_a_tiny_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("too short")
+    with pytest.raises(UserError, match="are too little to train on"):
+        auto.choose(str(tmp_path / "a.txt"), Limits(1e9))
+
+
+@pytest.mark.usefixtures("three")
+def test_a_small_text_is_told_how_small_it_is() -> None:
+    """900 steps x 2,048 tokens x 3 bytes / 4 times = 1,382,400 bytes."""
+    assert too_small(DataConfig(), 1_382_400) == []
+    assert too_small(DataConfig(), 768_000) == [
+        "warning: the text is too small for any preset. Its 0.77 MB, read 4 times, are 500 steps, and nano, the "
+        "smallest preset, has 900. About 1.38 MB would be enough"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("8GB", 8e9),
+        ("8gb", 8e9),
+        ("8G", 8e9),
+        ("7.5GiB", 7.5 * 2**30),
+        ("900MB", 9e8),
+        (" 1TB ", 1e12),
+        ("512KiB", 2**19),
+    ],
+)
+def test_sizes_as_people_write_them(text: str, size: float) -> None:
+    assert memory_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "GB", "0GB", "-1GB", "8 GB", "8PB", "1e9B", "nan", ""])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="must be a size such as 8GB"):
+        memory_bytes(text)
+
+
+def config(path: Path, **data: object) -> RunConfig:
+    return RunConfig(data=DataConfig(**{"source": str(path), "tokenizer": "byte", **data}))  # type: ignore[arg-type]
+
+
+def test_bytes_and_separators_are_counted(tmp_path: Path) -> None:
+    """20 documents of 4 bytes, one of them held out. A byte is a token, and so is a separator: 4 bytes, 5 tokens."""
+    text = tmp_path / "a.txt"
+    text.write_text("\n<|endoftext|>\n".join(["abcd"] * 20))
+    assert text_bytes(str(text)) == 19 * 4  # the file has 36 bytes for each further document
+    assert bytes_per_token(config(text)) == pytest.approx(4 / 5)
+
+
+def test_a_text_smaller_than_the_sample_is_counted_as_the_run_counts_it(tmp_path: Path) -> None:
+    """The stream of the run has one separator more, behind the last document."""
+    text = tmp_path / "a.txt"
+    text.write_text("<|endoftext|>".join(f"the cat {n} sat on the mat, and the dog {n} ran" for n in range(400)))
+    asked = config(text, tokenizer="bpe", vocab_size=300)
+    store = prepare_token_store(asked.data, cache=tmp_path / "cache", progress=False)
+    size = text_bytes(str(text))
+    assert size is not None
+    assert round(size / bytes_per_token(asked)) == len(store.train.tokens) - 1
+
+
+def test_only_the_beginning_of_a_long_text_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first 15 documents have 60 bytes; the rest would change the answer."""
+    monkeypatch.setattr(auto, "SAMPLE_BYTES", 60)
+    text = tmp_path / "a.txt"
+    text.write_text("<|endoftext|>".join(["abcd"] * 15 + ["abcdefgh"] * 100))
+    assert bytes_per_token(config(text)) == pytest.approx(4 / 5)
+    monkeypatch.setattr("moe_jax.data.tokenizers.TRAINING_BYTES", 60)
+    size = text_bytes(str(text))
+    assert size is not None
+    assert size > 15 * 4 + 95 * 8  # bytes of the file, separators included
+
+
+# train.py --preset auto
+
+AUTO = ("--preset", "auto", "--data", "book.txt")
+
+
+@pytest.fixture
+def book(three: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").write_text("a " * 2_000_000)
+    monkeypatch.setattr("moe_jax.system.machine.matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(auto, "step_mib", lambda config: {"story-cpu": 500.0}.get(config.preset, 100.0))
+
+
+def chosen(*argv: str) -> RunConfig:
+    command = Train.parse([*AUTO, *argv])
+    assert command.auto is not None
+    return command.auto.choose().settings.config
+
+
+@pytest.mark.usefixtures("book")
+@pytest.mark.parametrize(
+    ("asked", "plain"),
+    [
+        ((), ("--preset", "story-cpu", "--steps", "1237")),
+        (("--memory", "300MiB"), ("--preset", "story", "--steps", "1237")),
+        (("--minutes", "1"), ("--preset", "nano", "--steps", "140")),
+        (
+            ("--memory", "1GB", "--seed", "3", "--steps", "7", "--model.no-scaled-embedding", "--out", "x"),
+            ("--preset", "story-cpu", "--seed", "3", "--steps", "7", "--model.no-scaled-embedding", "--out", "x"),
+        ),
+    ],
+    ids=["text", "memory", "time", "changes"],
+)
+def test_the_choice_is_a_plain_preset_with_plain_settings(
+    asked: tuple[str, ...], plain: tuple[str, ...], capsys: pytest.CaptureFixture
+) -> None:
+    """1.27 M tokens, four times, 4,096 a step: 1,237 steps. nano's 12.85e9 operations a step: 140 in a minute at 0.3 of
+    100 GFLOP/s."""
+    config = chosen(*asked)
+    same = Train.parse(["--data", "book.txt", "--out", "runs/book", *plain])
+    assert same.auto is None
+    assert config == same.settings.config
+    assert RunConfig.from_dict(config.to_dict()) == config
+    said = capsys.readouterr().out
+    assert said.startswith(f"--preset auto: {config.preset}, {config.train.steps:,} steps\ntext: 3.80 MB")
+
+
+@pytest.mark.usefixtures("book")
+def test_nothing_that_fits_is_an_error_with_the_numbers() -> None:
+    with pytest.raises(
+        UserError,
+        match="nothing fits; nano, 1 sequences x 8 with remat: a step takes 100 of 50 MiB; give more --memory",
+    ):
+        chosen("--memory", "50MiB")
+
+
+@pytest.mark.usefixtures("book")
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (("--minutes", "5"), "--minutes 5: works only with --preset auto; add that, or give --steps"),
+        (("--memory", "8GB"), "--memory 8GB: works only with --preset auto; add that, or leave it out"),
+        ((*AUTO, "--minutes", "-1"), "--minutes -1.0: must be between 0"),
+        ((*AUTO, "--memory", "8"), "--memory 8: must be a size"),
+        ((*AUTO, "--resume"), "leave it out with --resume, and name the run: --out runs/"),
+        ((*AUTO, "--upcycle", "x"), "leave it out with --upcycle"),
+        ((*AUTO, "--init-from", "x"), "leave it out with --init-from"),
+        ((*AUTO, "--model.heads", "7"), "--model.heads 7: must be a divisor"),
+        (("--preset", "auto", "--data", "absent.txt"), "--data absent.txt: must be an existing file"),
+    ],
+)
+def test_wrong_arguments_are_refused(argv: tuple[str, ...], problem: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Train.parse(argv)
+    assert problem in str(raised.value)
+
+
+@pytest.mark.usefixtures("book")
+def test_a_folder_that_holds_a_run_is_refused_before_the_choice() -> None:
+    make_held(Path("runs"))
+    Path("book.txt").rename("held.txt")
+    with pytest.raises(ConfigError, match="--out runs/held: already holds a run"):
+        Train.parse(["--preset", "auto", "--data", "held.txt"])
+
+
+@pytest.mark.usefixtures("book")
+def test_wrong_arguments_are_refused_before_jax(tmp_path: Path) -> None:
+    assert_refused(
+        run_without_jax(tmp_path, [str(ROOT / "train.py"), *AUTO, "--steps", "0"]),
+        ["--steps 0: must be between 1 and 1,000,000,000"],
+    )
+
+
+@pytest.mark.usefixtures("book")
+@pytest.mark.parametrize(("memory", "status"), [("4GB", 0), ("50MiB", 1)])
+def test_a_plan_for_a_text_has_a_command_only_if_it_fits(
+    memory: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(environment, "prepare_environment", list)
+    assert main(run_command, ["plan", "--data", "book.txt", "--memory", memory]) == status
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["fits"], result["command"] is None) == (status == 0, status == 1)

@@ -1,0 +1,150 @@
+"""Descriptions of GPUs, and the memory of programs that are compiled for them. The compiler is invented here."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from moe_jax.config import UserError
+from moe_jax.model.precision import choose_policy
+from moe_jax.planning import device_memory
+from moe_jax.planning.device_memory import Bound, Memory, compile_for_gpu, measured
+from moe_jax.planning.target import GPU_TARGETS, Target, load_target
+from moe_jax.system.environment import MIB
+from tests.planning.invented import memory, target
+
+
+@pytest.mark.parametrize("path", sorted(GPU_TARGETS.glob("*.txtpb")), ids=lambda p: p.stem)
+def test_every_target_says_what_it_is_and_where_that_comes_from(path: Path) -> None:
+    target = load_target(path.stem)
+    gigabytes = int(path.stem.rpartition("-")[2].removesuffix("gb"))
+    assert 0.9 * gigabytes * 2**30 < target.memory <= gigabytes * 2**30, "what a card reports, not what is on its box"
+    assert 7 < float(target.compute_capability) < 13
+    assert "Source: " in target.text
+    reason = str(choose_policy("auto", target))
+    assert reason.startswith("float32" if path.stem.startswith("quadro-t1000") else "bfloat16")
+    assert target.device_kind in reason
+
+
+def test_the_budget_of_the_4_gb_cards_by_hand() -> None:
+    """3,951,369,912 bytes are 3,768.3 MiB; 75 % of that is 2,826.2, and 85 % of that 2,402.3."""
+    assert [load_target(gpu).budget for gpu in ("rtx3050-4gb", "quadro-t1000-4gb")] == pytest.approx(
+        [2402.3] * 2, abs=0.05
+    )
+
+
+def test_the_compute_capability_is_read_from_its_own_block() -> None:
+    """The text leaves out a minor number of 0, and cuDNN's version has a major and a minor number too."""
+    cudnn = "dnn_version_info { major: 9 minor: 10 }"
+    assert Target("a100", f"{cudnn} cuda_compute_capability {{ major: 8 }} {cudnn}").compute_capability == "8.0"
+    assert Target("b200", f"cuda_compute_capability {{\n  major: 10\n}}\n{cudnn}").compute_capability == "10.0"
+    for text in (cudnn, f"cuda_compute_capability {{ minor: 5 }} {cudnn}"):
+        with pytest.raises(UserError, match=r"^--gpu x: its description has no cuda_compute_capability; the files in "):
+            _ = Target("x", text).compute_capability
+
+
+def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
+    assert load_target("rtx3050-4gb").name == "rtx3050-4gb"
+    (tmp_path / "own.txtpb").write_text("text é", encoding="utf-8")
+    assert load_target(str(tmp_path / "own.txtpb")) == Target("own", "text é")
+    (tmp_path / "bad").write_bytes(b"\xff")
+    with pytest.raises(UserError, match=rf"^--gpu {tmp_path}/bad: is not UTF-8"):
+        load_target(str(tmp_path / "bad"))
+    with pytest.raises(FileNotFoundError):
+        load_target(str(tmp_path / "gone"))
+
+
+def test_a_bound_that_equals_the_budget_fits() -> None:
+    card = target()
+    assert Bound({"a": memory(card.budget), "b": memory(1)}).fits(card)
+    assert not Bound({"a": memory(card.budget + 0.01), "b": memory(1)}).fits(card)
+    assert not Bound({"a": memory(1), "b": memory(1, warned=True)}).fits(card)
+
+
+@pytest.mark.parametrize(
+    ("capability", "back_ends"), [("7.5", ["cublas"]), ("8.0", ["triton", "cublas"]), ("12.0", ["triton", "cublas"])]
+)
+def test_older_cards_have_one_back_end(capability: str, back_ends: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(device_memory, "lower_for", lambda *_: "lowered")
+    monkeypatch.setattr(device_memory, "measured", lambda *given: asked.append(given[1:]) or memory(1))
+    assert list(device_memory.bound(target(capability), None).back_ends) == back_ends
+    options = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
+    assert asked == [("lowered", options[name]) for name in back_ends]
+
+
+def compiled(text: str, said: str = "") -> Any:
+    """A lowered program, whose compilation writes `said` to the stderr of the process."""
+    sizes = {"argument_size_in_bytes": 8, "output_size_in_bytes": 6, "alias_size_in_bytes": 4, "temp_size_in_bytes": 1}
+    analysis = SimpleNamespace(**{name: size * MIB for name, size in sizes.items()})
+
+    def compile_(compiler_options: dict[str, bool]) -> Any:
+        os.write(2, said.encode())
+        return SimpleNamespace(as_text=lambda: text, memory_analysis=lambda: analysis)
+
+    return SimpleNamespace(compile=compile_)
+
+
+def test_memory_is_read_from_the_compiled_program(capfd: pytest.CaptureFixture[str]) -> None:
+    """Outputs that take the memory of a donated argument do not count."""
+    assert Memory.of(*compile_for_gpu(compiled("operation_queue_id"), {})) == Memory(8, 2, 1, warned=False)
+    said = "W Can't reduce memory use below 7"
+    assert Memory.of(*compile_for_gpu(compiled("operation_queue_id", said), {})) == Memory(8, 2, 1, warned=True)
+    assert capfd.readouterr().err == "", "what the compiler says is collected, and not shown"
+    os.write(2, b"afterwards")
+    assert capfd.readouterr().err == "afterwards"
+    with pytest.raises(AssertionError, match="compiled for the CPU"):
+        compile_for_gpu(compiled("other"), {})
+
+
+@pytest.mark.parametrize("cause", ["No PTX compilation provider", "libdevice not found at"])
+def test_missing_ptxas_is_named(cause: str) -> None:
+    def refuse(text: str) -> Any:
+        def compile_(compiler_options: Any) -> None:
+            raise jax.errors.JaxRuntimeError(text)
+
+        return SimpleNamespace(compile=compile_)
+
+    with pytest.raises(UserError, match="planning needs ptxas"):
+        compile_for_gpu(refuse(f"INTERNAL: {cause} here"), {})
+    with pytest.raises(jax.errors.JaxRuntimeError, match="another"):
+        compile_for_gpu(refuse("another"), {})
+
+
+def test_without_the_plugin_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_memory, "has_cuda_plugin", lambda: False)
+    with pytest.raises(UserError, match=r"planning needs JAX's CUDA plugin: .*--extra gpu-plan"):
+        device_memory.lower_for(target(), jax.jit(jnp.sin), jnp.zeros(3))
+
+
+def test_what_was_compiled_is_looked_up_and_a_damaged_file_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    compiles: list[int] = []
+
+    def compile_once(lowered: Any, options: dict[str, bool]) -> tuple[Any, bool]:
+        compiles.append(1)
+        size = (100 + len(compiles)) * MIB
+        sizes = {"argument_size_in_bytes": size, "output_size_in_bytes": 0, "alias_size_in_bytes": 0}
+        analysis = SimpleNamespace(**sizes, temp_size_in_bytes=0)
+        return SimpleNamespace(memory_analysis=lambda: analysis), False
+
+    monkeypatch.setattr(device_memory, "compile_for_gpu", compile_once)
+    card, lowered = load_target("rtx3050-4gb"), jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((3,), jnp.float32))
+    other = jax.jit(jnp.sin).lower(jax.ShapeDtypeStruct((4,), jnp.float32))
+    assert [measured(card, lowered, {}).total for _ in range(2)] == [101, 101]
+    assert measured(card, lowered, {"x": True}).total == 102
+    assert measured(load_target("rtx3060-12gb"), lowered, {}).total == 103
+    assert measured(card, other, {}).total == 104
+    assert measured(card, lowered, {}, "2 cards").total == 105
+    for note in (tmp_path / "plans").iterdir():
+        os.truncate(note, 7)
+    assert measured(card, lowered, {}).total == 106
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "file"))  # a cache that cannot be written is no failure
+    assert measured(card, lowered, {}).total == 107
