@@ -17,8 +17,8 @@ from typing import Any
 
 from moe_jax.cli import main
 from moe_jax.config import SECTIONS, ConfigError, RunConfig, UserError, load_config
-from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import preset
+from moe_jax.config.section import flag_of
 from moe_jax.system import environment
 
 HEADER = (

@@ -53,7 +53,7 @@ def measure(config: RunConfig) -> dict[str, float]:
     from moe_jax.training.loop import finish, train
     from moe_jax.training.session import Session
 
-    session = Session.open(config, None)
+    session = Session.open(config)
     train(session)
     records = [json.loads(line) for line in session.folder.metrics.read_text().splitlines()]
     losses = [r["loss"] for r in records if r["split"] == "train"][-LAST:]

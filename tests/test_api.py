@@ -50,7 +50,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         train=TrainConfig(steps=60, batch_size=8, lr=2e-2, warmup_steps=5, eval_every=30, save_every=30),
         execution=ExecutionConfig(compute_dtype="float32"),
     )
-    session = Session.open(config, None)
+    session = Session.open(config)
     train(session)
     return session.folder.path, finish(session)
 

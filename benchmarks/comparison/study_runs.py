@@ -16,9 +16,10 @@ from moe_jax.data.token_store import prepare_token_store
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.records import read_summary
 from moe_jax.system.signals import Signals
+from moe_jax.training.initial_weights import with_vocabulary_of
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
-from moe_jax.training.start import with_vocabulary_of
+from moe_jax.training.start import ResumedRun
 
 BITS = "val_bits_per_byte"
 EVALUATIONS = 10
@@ -70,7 +71,7 @@ def train_run(config: RunConfig, signals: Signals) -> dict[str, Any]:
     if done is not None:
         return done
     with locked_for_training(folder):
-        session = Session.open(config, load_config(folder))
+        session = Session.open(config, (saved := load_config(folder)) and ResumedRun(saved))
         train(session, signals)
         result = finish(session)
     jax.clear_caches()  # the next run compiles its own programs

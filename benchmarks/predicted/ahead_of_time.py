@@ -16,10 +16,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import MeshShape, RunConfig, UserError
-from moe_jax.parallel.mesh import arranged, mesh_of
+from moe_jax.parallel.mesh import mesh_of
 from moe_jax.planning.device_memory import (
     CODE_NOT_RUN,
     HOW,
@@ -82,7 +83,8 @@ class Devices:
         """
         if isinstance(self.links, Hosts):
             return [self.links.place(index) for index in range(self.count)]
-        return [tuple(chip.coords[:2]) for chip in arranged(self.described(), MeshShape.parse(mesh)).flat]
+        grid = create_device_mesh(MeshShape.parse(mesh), self.described())
+        return [tuple(chip.coords[:2]) for chip in grid.flat]
 
 
 @dataclass(frozen=True)

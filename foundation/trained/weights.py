@@ -92,7 +92,7 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
         )
     if routing.get("balancing", "loss") != "loss":
         raise Problem(
-            "the run balances by a bias, which foundation has not derived; train with --routing.balancing loss"
+            "the run balances by a bias, which foundation has not derived; train with --set routing.balancing=loss"
         )
     if routing.get("eval_capacity_factor", 0.0) > 0:
         raise Problem("the run drops tokens in evaluation, which is not the loss of all tokens; choose another run")

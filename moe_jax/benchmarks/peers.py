@@ -42,7 +42,7 @@ SHARED_MODEL_FIELDS = (
     *("vocab_size", "seq_len", "layers", "width", "heads", "kv_heads", "head_size", "experts", "expert_hidden"),
 )
 """Fields of the preset's model that are kept."""
-SHARED_ROUTING_FIELDS = ("top_k", "capacity_factor", "dispatch", "priority")
+SHARED_ROUTING_FIELDS = ("top_k", "capacity_factor", "dispatch")
 """Fields of the preset's routing that are kept: how training brings tokens to experts."""
 
 

@@ -21,8 +21,8 @@ class UniformMoE(MoE):
     the cost of the router is included, and only the load of the experts is fixed.
     """
 
-    def route(self, x: jax.Array, key: jax.Array | None = None) -> Routing:
-        routing = super().route(x, key)
+    def route(self, x: jax.Array) -> Routing:
+        routing = super().route(x)
         pairs = jnp.arange(routing.expert_index.size, dtype=routing.expert_index.dtype)
         experts = routing.logits.shape[-1]
         return routing._replace(expert_index=(pairs % experts).reshape(routing.expert_index.shape))

@@ -11,7 +11,5 @@ class Certificate(NamedTuple):
     passed: bool
     found: str
     asked: str
-    must_leak: bool = False
-    """The claim is about a rule that lets the future in. The test passes if it catches the leak."""
     title: str = ""
     """The claim in plain words, for people. Empty: the name is plain."""

@@ -49,9 +49,10 @@ class PerturbationResult(NamedTuple):
             f"left alone; {self.dropped:.0%} of the choices dropped"
         )
 
-    def causal(self, leaky: bool) -> bool:
-        """Whether the layer behaves as expected: a causal layer changes no earlier output, a leaky one changes some."""
-        return (self.earlier > 0) == leaky and self.other_row == 0 and self.later > 0
+    @property
+    def causal(self) -> bool:
+        """Whether a later output changed, and no earlier one, and none of the sequence that was left alone."""
+        return self.earlier == 0 and self.other_row == 0 and self.later > 0
 
 
 def sequences_for(flops: float, tokens: int) -> int:

@@ -4,9 +4,9 @@ A field is a flag, or a positional argument where its metadata is POSITIONAL. Th
 str, bool, Literal, `int | None`, `str | None`, `list[str]` (repeated). A bool is a switch with two names, --x and
 --no-x. The string literal below a field is its help (`help.py`).
 
-`read` replaces the parser of argparse, for three reasons. argparse takes the value in `--lr -1e-3` for a flag. It gives
-the value of an unknown flag to a positional argument, and then complains about the value. And its errors are free text,
-which a program cannot use. argparse is used only for the help and to describe the flags to shells.
+`read` replaces the parser of argparse, which takes the value in `--lr -1e-3` for a flag, gives the value of an unknown
+flag to a positional argument, and has errors of several lines. argparse is used only for the help and to describe the
+flags to shells.
 """
 
 import dataclasses
@@ -18,30 +18,24 @@ from types import NoneType
 from typing import Any, Literal, get_args, get_origin
 
 from moe_jax.config import ConfigError
-from moe_jax.config.flags import flag_of, long_flag
-from moe_jax.config.migrations import FORMER_SWITCHES, RENAMED_FLAGS
+from moe_jax.config.section import flag_of, long_flag
 from moe_jax.system.errors import FieldError
 
 Values = dict[tuple[str, str], Any]
-"""(section, name) -> the value that was given."""
+"""(section, name) -> the value of an argument."""
 
-_SECTION_NO = re.compile(r"^--([a-z]+\.)no-")
-"""Matches --model.no-bias, which is accepted for --no-model.bias."""
-HINT = "--help lists every flag"
-
-
-PATHS = {"run", "out", "upcycle", "init_from", "base", "config", "source", "data", "file", "json", "gpu"}
-PATHS |= {"task_files", "with_quality"}
-"""Fields that name a file or a folder."""
-LONGEST_NAME, LONGEST_PATH = 255, 4095
-"""Most bytes of a file's name and of a path, on every usual file system."""
+HINT = "--help all lists every flag"
+PATHS = {"run", "out", "upcycle", "init_from", "config", "source", "data", "file", "json", "gpu"}
+"""Fields that name a file or a folder, which a shell can complete."""
 POSITIONAL = {"positional": True}
 """Metadata of a field that is given by its position instead of by a flag."""
+_SECTION_NO = re.compile(r"^--([a-z]+\.)no-")
+"""Matches --model.no-tied-head, which is accepted for --no-model.tied-head."""
 
 
 @dataclass(frozen=True)
 class Argument:
-    """One field of a command."""
+    """One field of a command or of a run's configuration."""
 
     owner: type
     """The dataclass that has the field."""
@@ -51,11 +45,20 @@ class Argument:
     annotation: Any
     default: Any
     """MISSING if a value must be given."""
-    positional: bool = False
+    metadata: Mapping[str, Any]
 
     @property
     def key(self) -> tuple[str, str]:
         return (self.section, self.name)
+
+    @property
+    def positional(self) -> bool:
+        return self.metadata.get("positional", False)
+
+    @property
+    def is_flag(self) -> bool:
+        """False for a field that only `--set` and a settings file set."""
+        return not self.metadata.get("no_flag", False)
 
     @property
     def flag(self) -> str:
@@ -69,7 +72,7 @@ class Argument:
 
     @property
     def off_flags(self) -> list[str]:
-        """The names that turn a switch off: --no-model.bias for --model.bias."""
+        """The names that turn a switch off: --no-model.remat for --model.remat."""
         return [f"--no-{flag.removeprefix('--')}" for flag in self.flags] if self.kind is bool else []
 
     @property
@@ -89,16 +92,23 @@ class Argument:
         return get_origin(self.annotation) is list
 
     def wrong(self, value: object, problem: str) -> FieldError:
-        return FieldError(self.section, self.name, f"{self.flag} {value}", problem)
+        return FieldError(self.section, self.name, f"{self.flag}{' ' if self.is_flag else '='}{value}", problem)
 
     def from_text(self, text: str) -> Any:
         """The value of a typed text. Raises FieldError."""
         try:
-            return self.checked(self.kind(text))
-        except FieldError:
-            raise
+            value = self.kind(text)
         except ValueError:
             raise self.wrong(text, "is not a whole number" if self.kind is int else "is not a number") from None
+        return self.checked(value)
+
+    def from_setting(self, text: str) -> Any:
+        """The value of `--set name=text`, where a switch is true or false. Raises FieldError."""
+        if self.kind is not bool:
+            return self.from_text(text)
+        if text.lower() not in ("true", "false"):
+            raise self.wrong(text, "must be true or false")
+        return text.lower() == "true"
 
     def from_toml(self, value: Any) -> Any:
         """The value of an entry of a settings file. Raises FieldError."""
@@ -110,29 +120,21 @@ class Argument:
         return self.checked(value)
 
     def checked(self, value: Any) -> Any:
-        """The value, if it is among the choices, or if it can be a text or a path. Raises FieldError."""
-        if self.kind is str and not self.choices:
-            self._check_text(value)
+        """The value, if it is among the choices, or a text that can be printed and name a file. Raises FieldError."""
         if self.choices and value not in self.choices:
             raise self.wrong(value, "must be one of " + ", ".join(self.choices))
+        if self.kind is str and ("\0" in value or (not value.isascii() and not _is_utf8(value))):
+            raise self.wrong(ascii(value), "is not UTF-8, or holds a zero byte; give it in UTF-8")
         return value
 
-    def _check_text(self, text: str) -> None:
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # Python stands in surrogates for bytes that are not UTF-8
-            raise self.wrong(
-                text.encode("ascii", "backslashreplace").decode(), "is not UTF-8; give it in UTF-8"
-            ) from None
-        if "\0" in text:
-            raise self.wrong(repr(text), "holds a zero byte; leave it out")
-        if self.name in PATHS:
-            for kind, size, most in (
-                ("name", max(len(name.encode()) for name in text.split("/")), LONGEST_NAME),
-                ("path", len(text.encode()), LONGEST_PATH),
-            ):
-                if size > most:
-                    raise self.wrong(f"{text[:46]}...", f"has a {kind} of {size} bytes; file systems take {most}")
+
+def _is_utf8(text: str) -> bool:
+    """Whether a text can be encoded. Python stands in surrogates for bytes of argv that are not UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def arguments_of(kind: type, section: str = "", start: Any = None) -> Iterator[Argument]:
@@ -140,18 +142,18 @@ def arguments_of(kind: type, section: str = "", start: Any = None) -> Iterator[A
     for f in dataclasses.fields(kind):
         default = f.default if f.default_factory is MISSING else f.default_factory()
         default = default if start is None else getattr(start, f.name)
-        argument = Argument(kind, section, f.name, f.type, default, f.metadata.get("positional", False))
+        argument = Argument(kind, section, f.name, f.type, default, f.metadata)
         if argument.kind in (int, float, str, bool):
             yield argument
 
 
 def read(arguments: Sequence[Argument], argv: Sequence[str]) -> Values:
-    """The given values. If a flag is given twice, the last value counts. Raises ConfigError."""
-    flags = {flag: a for a in arguments if not a.positional for flag in a.flags}
+    """The values of argv. If a flag is given twice, the last value counts. Raises ConfigError."""
+    flags = {flag: a for a in arguments if a.is_flag and not a.positional for flag in a.flags}
     switches = {flag: (a, True) for flag, a in flags.items() if a.kind is bool}
     switches |= {flag: (a, False) for a in flags.values() for flag in a.off_flags}
     places = [a for a in arguments if a.positional]
-    found: Values = {}
+    values: Values = {}
     words, before = list(argv), ""
     while words:
         word = words.pop(0)
@@ -161,41 +163,29 @@ def read(arguments: Sequence[Argument], argv: Sequence[str]) -> Values:
             if not places:
                 raise _stray(word, before if before in switches else "")
             argument = places.pop(0)
-            found[argument.key] = argument.from_text(word)
+            values[argument.key] = argument.from_text(word)
         elif flag in switches:
             if equals:
                 raise _stray(text, flag)
-            argument, found[argument.key] = switches[flag]
+            argument, values[argument.key] = switches[flag]
         elif flag in flags:
             argument = flags[flag]
             if not equals:
                 if not words or words[0].startswith("--"):
-                    _refuse_former_switch(typed, argument.flag, flags)
                     raise ConfigError(f"{argument.flag}: needs a value; {HINT}")
                 text = words.pop(0)
             value = argument.from_text(text)
-            found[argument.key] = [*found.get(argument.key, []), value] if argument.repeated else value
+            values[argument.key] = [*values.get(argument.key, []), value] if argument.repeated else value
         else:
-            _refuse_former_switch(typed, flag, flags)
-            if flag in RENAMED_FLAGS and RENAMED_FLAGS[flag] in {*flags, *switches}:
-                raise ConfigError(f"{typed}: is called {RENAMED_FLAGS[flag]} now")
-            known = {name: name for name in switches} | {name: a.flag for name, a in flags.items()}
-            raise ConfigError(f"{typed}: no such flag{perhaps(typed, known)}; {HINT}")
+            raise _unknown(typed, flag, arguments)
         before = flag
-    return found
+    return values
 
 
-def _refuse_former_switch(typed: str, flag: str, flags: Mapping[str, Argument]) -> None:
-    """Raise ConfigError if the flag was a switch in an earlier version, and this command knows what it became."""
-    now = FORMER_SWITCHES.get(flag)
-    if now is not None and now.split()[0] in flags:
-        raise ConfigError(f"{typed}: is no switch any more; type {now}")
-
-
-def require(arguments: Iterable[Argument], found: Values) -> None:
+def require(arguments: Iterable[Argument], values: Values) -> None:
     """Raise ConfigError unless every argument without a default is given."""
     for a in arguments:
-        if a.default is MISSING and a.key not in found:
+        if a.default is MISSING and a.key not in values:
             allowed = ", one of " + ", ".join(a.choices) if a.choices else ""
             raise ConfigError(f"{a.flag}: must be given{allowed}; {HINT}")
 
@@ -206,7 +196,7 @@ def perhaps(typed: str, known: Mapping[str, str]) -> str:
     `known` maps each accepted name to the name that the hint shows. A field of another section is near, because the
     last part of its name is the same.
     """
-    near = [called for name, called in known.items() if _last_part(name) == _last_part(typed)]
+    near = [shown for name, shown in known.items() if _last_part(name) == _last_part(typed)]
     near = near or [known[name] for name in difflib.get_close_matches(typed, known, n=3, cutoff=0.75)]
     near = list(dict.fromkeys(near))[:2]
     return f"; perhaps {' or '.join(near)} was meant" if near else ""
@@ -214,6 +204,16 @@ def perhaps(typed: str, known: Mapping[str, str]) -> str:
 
 def _last_part(name: str) -> str:
     return name.removeprefix("--").rpartition(".")[2]
+
+
+def _unknown(typed: str, flag: str, arguments: Iterable[Argument]) -> ConfigError:
+    """The error for a flag that the command does not have."""
+    usable = [a for a in arguments if a.is_flag and not a.positional]
+    for a in arguments:
+        if not a.is_flag and flag in (long_flag(a.section, a.name), *a.off_flags):
+            return ConfigError(f"{typed}: is no flag; type {a.flag}=VALUE")
+    known = {name: a.flag for a in usable for name in a.flags} | {name: name for a in usable for name in a.off_flags}
+    return ConfigError(f"{typed}: no such flag{perhaps(typed, known)}; {HINT}")
 
 
 def _stray(word: str, switch: str) -> ConfigError:

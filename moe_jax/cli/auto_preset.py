@@ -8,12 +8,10 @@ from typing import NamedTuple
 
 from moe_jax.cli.arguments import Values
 from moe_jax.cli.command import check_range
-from moe_jax.cli.origin import PRESET, override
-from moe_jax.cli.settings import AUTO, OUT, Settings, resolve_settings
-from moe_jax.cli.settings_file import SettingsFile
+from moe_jax.cli.settings import AUTO, OUT, PRESET, Settings, SettingsFile, resolve_settings
 from moe_jax.config import ConfigError, RunConfig, UserError
-from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import PRESETS, folder_for_text
+from moe_jax.config.section import flag_of
 from moe_jax.planning.auto import Limits, choose, memory_bytes
 from moe_jax.system.terminal import say, working
 
@@ -93,7 +91,7 @@ class AutoPreset(NamedTuple):
         return Chosen(self._resolve(planned), choice.step_mib)
 
     def _change(self, config: RunConfig) -> RunConfig:
-        return override(config, {key: value for key, value in self.asked.items() if key != OUT})
+        return config.override({key: value for key, value in self.asked.items() if key != OUT})
 
     def _resolve(self, planned: Values) -> Settings:
         begin: Values = {OUT: folder_for_text(self.source), SOURCE: self.source}

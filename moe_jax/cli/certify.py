@@ -36,15 +36,14 @@ GROUPS = {
     "mesh": "The training step of several devices",
 }
 """The heading of each group of claims, by the first word of their names. Claims on memory stand with arithmetic."""
-LEAKS = "Known leaks: by each rule a later token takes slots, and the test must see it"
 
 
 @dataclass(frozen=True)
 class Certify(Command):
     """Test claims about a model: causality while tokens are dropped, arithmetic, memory, and number of compilations.
 
-    Rules of priority that are known to let the future in are tested too, and must be caught. The exit status is 1 if a
-    certificate fails. The last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
+    The exit status is 1 if a certificate fails. The last line of the output is JSON if it is asked for, or if the
+    output is a file or a pipe.
     """
 
     interrupted: ClassVar[str] = "the remaining certificates were not tested"
@@ -90,13 +89,8 @@ class Certify(Command):
         for line in (TRIED, NOT_TRIED):
             _print_wrapped(console, line)
         found = _tested(console, remaining)
-        leaks = [c for c in found if c.must_leak]
-        if leaks:
-            console.print(f"\n[bold]{LEAKS}[/bold]\n")
-        for certificate in leaks:
-            _print(console, certificate)
         failed = [c.name for c in found if not c.passed]
-        console.print(f"\n{len(found) - len(leaks)} claims and {len(leaks)} known leaks, {len(failed)} failed")
+        console.print(f"\n{len(found)} claims, {len(failed)} failed")
         print_json(
             {"certificates": len(found), "failed": failed, "results": [c._asdict() for c in found]},
             self.json,
@@ -105,7 +99,7 @@ class Certify(Command):
 
 
 def _tested(console: "Console", remaining: "Iterator[Certificate]") -> "list[Certificate]":
-    """All certificates. Each claim is printed when it is tested; the known leaks are not printed here."""
+    """All certificates. Each claim is printed when it is tested."""
     found, group = [], ""
     while True:
         with working("testing the next claim" if found else "testing the first claim"):
@@ -113,19 +107,17 @@ def _tested(console: "Console", remaining: "Iterator[Certificate]") -> "list[Cer
         if certificate is None:
             return found
         found.append(certificate)
-        if not certificate.must_leak:
-            if (of := certificate.name.partition(":")[0]) != group and of != "memory":
-                group = of
-                console.print(f"\n[bold]{GROUPS[group]}[/bold]\n")
-            _print(console, certificate)
+        if (of := certificate.name.partition(":")[0]) != group and of != "memory":
+            group = of
+            console.print(f"\n[bold]{GROUPS[group]}[/bold]\n")
+        _print(console, certificate)
 
 
 def _print(console: "Console", certificate: "Certificate") -> None:
-    passed = "caught" if certificate.must_leak else "pass"
-    mark = f"[green]{passed:<6}[/green]" if certificate.passed else "[red]FAIL  [/red]"
+    mark = "[green]pass[/green]" if certificate.passed else "[red]FAIL[/red]"
     console.print(f"{mark}  [bold]{certificate.title or certificate.name}[/bold]")
-    _print_wrapped(console, certificate.found, indent=8)
-    _print_wrapped(console, f"asked: {certificate.asked}", "dim", indent=8)
+    _print_wrapped(console, certificate.found, indent=6)
+    _print_wrapped(console, f"asked: {certificate.asked}", "dim", indent=6)
 
 
 def _print_wrapped(console: "Console", text: str, style: str = "", indent: int = 0) -> None:

@@ -13,8 +13,8 @@ from typing import ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
 from moe_jax.config import ConfigError, holds_run
-from moe_jax.config.flags import bound_in_words
-from moe_jax.config.near_runs import missing_run
+from moe_jax.config.saved import missing_run
+from moe_jax.config.section import format_bound
 from moe_jax.system.files import Folder, step_number
 
 COMMANDS = {
@@ -46,13 +46,14 @@ class Group(NamedTuple):
     title: str
     about: str
     arguments: list[Argument]
+    rare: bool = False
+    """Whether only `--help all` shows it."""
 
 
 class Command(ABC):
     """A command with its values, of the right types. Subclasses check what the values mean."""
 
     interrupted: ClassVar[str] = "nothing was written"
-
     """What Ctrl-C leaves of the command's work. Printed after "interrupted; "."""
 
     @classmethod
@@ -69,9 +70,9 @@ class Command(ABC):
     def parse(cls, argv: Sequence[str]) -> Self:
         """The command with the values from argv. Raises ConfigError."""
         arguments = cls.arguments()
-        found = read(arguments, argv)
-        require(arguments, found)
-        return cls(**{name: value for (_, name), value in found.items()})
+        values = read(arguments, argv)
+        require(arguments, values)
+        return cls(**{name: value for (_, name), value in values.items()})
 
     @abstractmethod
     def execute(self) -> int:
@@ -101,4 +102,4 @@ def check_run_folder(run: str, step: int | None = None) -> None:
 def check_range(flag: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless low <= value <= high."""
     if not low <= value <= high:
-        raise ConfigError(f"{flag} {value}: must be between {bound_in_words(low)} and {bound_in_words(high)}")
+        raise ConfigError(f"{flag} {value}: must be between {format_bound(low)} and {format_bound(high)}")

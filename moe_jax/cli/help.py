@@ -15,14 +15,21 @@ from dataclasses import MISSING
 from typing import Any
 
 from moe_jax.cli.arguments import PATHS, Argument
-from moe_jax.cli.command import COMMANDS, Command, command
+from moe_jax.cli.command import COMMANDS, Command, Group, command
 
 WIDEST = 120
 
 
 def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
-    """The help of one command."""
-    _add_arguments(argparse.ArgumentParser(**_parser_options(kind, prog)), kind, argv).print_help()
+    """The help of one command. Rare flags are shown for `--help all` only."""
+    groups = kind.groups(argv)
+    shown = groups if "all" in argv else [group for group in groups if not group.rare]
+    brief = len(shown) < len(groups)
+    parser = _add_arguments(argparse.ArgumentParser(**_parser_options(kind, prog)), shown, brief)
+    if brief:
+        hidden = sum(len(group.arguments) for group in groups if group.rare)
+        parser.epilog = f"{hidden} more flags set the model, the training and the devices: see --help all."
+    parser.print_help()
 
 
 def print_commands(prog: str) -> None:
@@ -39,7 +46,7 @@ def whole_parser(prog: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers()
     for name, (_, line) in COMMANDS.items():
         kind = command(name)
-        _add_arguments(commands.add_parser(name, help=line, description=line), kind, ())
+        _add_arguments(commands.add_parser(name, help=line, description=line), kind.groups())
     return parser
 
 
@@ -78,10 +85,11 @@ def _filled(text: str, width: int) -> str:
 
 
 def _add_arguments(
-    parser: argparse.ArgumentParser, kind: type[Command], argv: Sequence[str]
+    parser: argparse.ArgumentParser, groups: Sequence[Group], brief: bool = False
 ) -> argparse.ArgumentParser:
+    """Add the arguments of the groups. `brief`: by their short names only."""
     docs: dict[type, dict[str, str]] = {}
-    for title, above, arguments in kind.groups(argv):
+    for title, above, arguments, _ in groups:
         group = parser.add_argument_group(title, textwrap.fill(above, _width() - 2, break_on_hyphens=False) or None)
         for a in arguments:
             about = docs.setdefault(a.owner, field_docs(a.owner)).get(a.name, "")
@@ -92,7 +100,8 @@ def _add_arguments(
                 options |= {"metavar": _metavar(a), "choices": a.choices or None}
             if a.positional:
                 options["nargs"] = "?"
-            added = group.add_argument(*([a.name] if a.positional else _names(a)), **options)
+            names = [a.name] if a.positional else _names(a)
+            added = group.add_argument(*(names[:1] if brief else names), **options)
             if a.name in PATHS:
                 added.complete = _FILES  # pyright: ignore[reportAttributeAccessIssue], where shtab looks for it
     return parser

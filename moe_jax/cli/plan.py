@@ -11,11 +11,10 @@ from moe_jax.cli.arguments import Argument, Values, arguments_of, read
 from moe_jax.cli.auto_preset import check_limits
 from moe_jax.cli.command import Command, Group, check_range
 from moe_jax.cli.result import print_json
-from moe_jax.cli.settings import PRESET, resolve_settings, run_arguments, typed_preset
-from moe_jax.cli.settings_file import SettingsFile, read_settings
+from moe_jax.cli.settings import PRESET, SettingsFile, read_settings, resolve_settings, run_arguments, typed_preset
 from moe_jax.config import ConfigError, DataConfig, MeshShape, PresetName, RunConfig, UserError
-from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import with_vocabulary
+from moe_jax.config.section import flag_of
 from moe_jax.planning.auto import Limits, choose, origin_flags
 from moe_jax.planning.target import CARDS_PER_HOST, DEFAULT_GPU, check_gpu, load_target, target_of_device
 from moe_jax.system import environment

@@ -1,43 +1,58 @@
-"""The settings of a run. They start from an origin; a file changes them, and then flags change them.
+"""The settings of a run. They start from a preset, a run or a model (`training/start.py`). A file changes them, then
+flags change them.
 
-The origin (`origin.py`) is the preset, the run that is resumed, the dense run or model that is upcycled, the model that
-is imported, or the run that is fine-tuned.
+    preset = "story-cpu"                    `--config FILE.toml`: tables are sections, keys are the fields' names
+
+    [train]
+    lr = 1e-3
 """
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+import tomllib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
-from moe_jax.cli.arguments import Argument, Values, arguments_of, read
+from moe_jax.cli.arguments import Argument, Values, arguments_of, perhaps, read
 from moe_jax.cli.command import Command, Group
-from moe_jax.cli.origin import PRESET, Origin, override
-from moe_jax.cli.settings_file import SettingsFile, read_settings
 from moe_jax.config import SECTIONS, ConfigError, RunConfig
-from moe_jax.config.compatibility import check_tuning
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.corpora import check_source
 from moe_jax.system.errors import FieldError
+from moe_jax.training.start import Start, check_tuning, start_of
 
-OUT, VOCABULARY = ("", "out"), ("model", "vocab_size")
-
+OUT, PRESET, VOCABULARY = ("", "out"), ("", "preset"), ("model", "vocab_size")
+AUTO = "auto"
+"""The value of --preset with which the preset and its steps are chosen for the text."""
 COMMON = (
     *("--preset", "--data", "--tokenizer", "--out", "--resume"),
-    *("--steps", "--batch-size", "--lr", "--seed", "--precision"),
+    *("--steps", "--batch-size", "--lr", "--seed", "--precision", "--config", "--set"),
 )
-"""The usual flags. Help shows them first."""
+"""The usual flags. Without `all`, help shows only them and a few of the command's own."""
+USUAL = {"dry_run", "run"}
+"""Fields of commands that help shows beside the usual flags."""
+LARGEST = 2**63 - 1
+"""Largest whole number of TOML. Python reads larger ones too, which then cannot be made floats, or be printed."""
 
 
 class Settings(NamedTuple):
-    """The settings of a run, and the saved configuration if the run is resumed."""
+    """The settings of a run, and what the run starts from."""
 
     config: RunConfig
-    saved: RunConfig | None
+    start: Start
 
 
-AUTO = "auto"
-"""The value of --preset with which the preset and its steps are chosen for the text (`planning/auto.py`)."""
+class SettingsFile(NamedTuple):
+    """The values that a file sets. They are empty without a file."""
+
+    path: str = ""
+    values: Values = {}  # noqa: RUF012, a default that nobody changes
+
+    def error(self, field: tuple[str, str], problem: str) -> ConfigError:
+        """The error for a wrong value: one line with the file and the key."""
+        return ConfigError(f"{self.path}: {_key(*field)} = {self.values[field]!r}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +65,8 @@ class RunCommand(Command):
     settings: Settings
     config: str | None = None
     """A TOML file of settings, with a table for each section. Flags override it."""
+    set: list[str] = field(default_factory=list)
+    """SECTION.NAME=VALUE: any field of the configuration, such as train.beta2=0.99."""
 
     @classmethod
     def arguments(cls) -> list[Argument]:
@@ -57,28 +74,31 @@ class RunCommand(Command):
 
     @classmethod
     def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
-        """The usual flags, the other short flags, and the rest by section, with the defaults of the preset."""
+        """The usual flags, then the command's own and the rest by section, with the defaults of the typed preset."""
         start = typed_preset(argv)
-        rest = {a.flag: a for a in [*arguments_of(cls), *run_arguments(start, cls.takes_auto)]}
+        rest = {a.flag: a for a in [*arguments_of(cls), *run_arguments(start, cls.takes_auto)] if a.is_flag}
         common = [rest.pop(flag) for flag in COMMON]
-        short = [rest.pop(flag) for flag in list(rest) if "." not in flag]
-        found = [
+        common += [rest.pop(flag) for flag in list(rest) if rest[flag].name in USUAL]
+        own = [rest.pop(a.flag) for a in arguments_of(cls) if a.flag in rest]
+        groups = [
             Group("flags that everybody uses", f"Defaults are those of preset {start.preset}.", common),
-            Group("more flags", "", short),
+            Group("processes, and --preset auto", "", own, rare=True),
         ]
-        for section in SECTIONS:
+        for section in ("", *SECTIONS):
             about = (type(start.section(section)).__doc__ or "").partition("\n")[0]
-            found.append(Group(section, about, [a for a in rest.values() if a.section == section]))
-        return found
+            flags = [a for a in rest.values() if a.section == section]
+            groups.append(Group(section or "run", about, flags, rare=True))
+        return groups
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
-        found = read(cls.arguments(), argv)
-        own = {a.name: found.pop(a.key) for a in arguments_of(cls) if a.key in found}
+        flags = read(cls.arguments(), argv)
+        own = {a.name: flags.pop(a.key) for a in arguments_of(cls) if a.key in flags}
+        flags |= _read_set(own.get("set", []), run_arguments(RunConfig(), cls.takes_auto))
         path = own.get("config")
         file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig(), cls.takes_auto))
-        cls.settle(own, found, file.values)
-        return cls(settings=cls.resolve(own, file, found), **own)
+        cls.adapt(own, flags, file.values)
+        return cls(settings=cls.resolve(own, file, flags), **own)
 
     @classmethod
     def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
@@ -86,16 +106,16 @@ class RunCommand(Command):
         return resolve_settings(file, flags)
 
     @classmethod
-    def settle(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
-        """Turn the command's own arguments into settings: add to `flags`."""
+    def adapt(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+        """Check the command's own arguments, and add the settings that they stand for to `flags`."""
 
 
 def run_arguments(start: RunConfig, takes_auto: bool = False) -> list[Argument]:
     """Every field of a run's configuration, with the defaults of `start`."""
     sections = ((section, start.section(section)) for section in ("", *SECTIONS))
-    found = [a for section, owner in sections for a in arguments_of(type(owner), section, owner)]
+    fields = [a for section, owner in sections for a in arguments_of(type(owner), section, owner)]
     names = Literal[(*PRESETS, AUTO)]
-    return [dataclasses.replace(a, annotation=names) if takes_auto and a.key == PRESET else a for a in found]
+    return [dataclasses.replace(a, annotation=names) if takes_auto and a.key == PRESET else a for a in fields]
 
 
 def resolve_settings(file: SettingsFile, flags: Values, planned: Values | None = None) -> Settings:
@@ -103,19 +123,18 @@ def resolve_settings(file: SettingsFile, flags: Values, planned: Values | None =
 
     `planned` values stand for defaults of the preset.
     """
-    given = (planned or {}) | file.values | flags
-    origin = Origin.of(given).without_own_vocabulary()
-    if origin.start.model.vocab_size and given.get(VOCABULARY) == 0:
-        del given[VOCABULARY]  # 0 stands for the tokenizer's size, which the origin has by now
+    values = (planned or {}) | file.values | flags
+    start = start_of(values)
+    if start.defaults.model.vocab_size and values.get(VOCABULARY) == 0:
+        del values[VOCABULARY]  # 0 stands for the tokenizer's size, which the start has by now
     try:
-        config = override(origin.start, given)
+        config = start.defaults.override(values)
         check_tuning(config)
         check_source(config.data, config.model.seq_len)
-        origin.check_vocabulary(config)
+        start.check(config)
     except ConfigError as error:
-        raise _name_source(error, origin.start, file, flags) from None
-    origin.check(config)
-    return Settings(config, origin.saved)
+        raise _name_source(error, start.defaults, file, flags) from None
+    return Settings(config, start)
 
 
 def _name_source(error: ConfigError, start: RunConfig, file: SettingsFile, flags: Values) -> ConfigError:
@@ -126,7 +145,7 @@ def _name_source(error: ConfigError, start: RunConfig, file: SettingsFile, flags
     if error.field in from_file:
         return file.error(error.field, error.problem)
     try:
-        override(start, file.values)
+        start.override(file.values)
     except ConfigError:
         return ConfigError(f"{file.path}: {error}")
     return error
@@ -137,3 +156,60 @@ def typed_preset(argv: Sequence[str], default: str = RunConfig.preset) -> RunCon
     words = [word for arg in argv for word in arg.split("=", 1)]
     names = [name for flag, name in itertools.pairwise(words) if flag == "--preset"]
     return preset(names[-1] if names and names[-1] in PRESETS else default)
+
+
+def _read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
+    """The values of `--set SECTION.NAME=VALUE`. Raises ConfigError."""
+    by_name = {f"{a.section}.{a.name}".lstrip("."): a for a in arguments}
+    values: Values = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        argument = by_name.get(name.strip().replace("-", "_"))
+        if argument is None or not equals:
+            hint = perhaps(name, {known: known for known in by_name})
+            raise ConfigError(f"--set {text}: must be SECTION.NAME=VALUE with a field of the configuration{hint}")
+        values[argument.key] = argument.from_setting(value)
+    return values
+
+
+def read_settings(path: str, arguments: Iterable[Argument]) -> SettingsFile:
+    """The settings of a file, with the right types. Raises a ConfigError that names the file and the key."""
+    by_key = {a.key: a for a in arguments}
+    values: Values = {}
+    for (section, name), value in _entries(path, _load(path)):
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise ConfigError(f"{path}: {_key(section, name)}: a whole number of more than 64 bits; give a smaller one")
+        argument = by_key.get((section, name))
+        if argument is None:
+            known = {field: field for s, field in by_key if s == section} | {s: f"[{s}]" for s in SECTIONS}
+            known |= {f"{s}.{field}": _key(s, field) for s, field in by_key if s != section}
+            raise ConfigError(f"{path}: {_key(section, name)}: no such setting{perhaps(name, known)}")
+        try:
+            values[argument.key] = argument.from_toml(value)
+        except FieldError as error:
+            raise SettingsFile(path, {argument.key: value}).error(argument.key, error.problem) from None
+    return SettingsFile(path, values)
+
+
+def _load(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: must be a TOML file that can be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"--config {path}: must be a TOML file; {error}") from None
+
+
+def _entries(path: str, document: dict[str, Any]) -> Iterable[tuple[tuple[str, str], Any]]:
+    """((section, name), value) of a document."""
+    for key, value in document.items():
+        if key in SECTIONS:
+            if not isinstance(value, dict):
+                raise ConfigError(f"{path}: {key} = {value!r}: must be a table [{key}]")
+            yield from (((key, name.replace("-", "_")), inner) for name, inner in value.items())
+        else:
+            yield ("", key.replace("-", "_")), value
+
+
+def _key(section: str, name: str) -> str:
+    return f"[{section}] {name}" if section else name

@@ -24,20 +24,20 @@ class Sft(TrainingCommand):
     """Folder of the run to fine-tune: its best checkpoint is the start."""
 
     @classmethod
-    def settle(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+    def adapt(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
         """Turn --run into the settings that fine-tuning needs. A run that is resumed has them already."""
-        super().settle(own, flags, file)
+        super().adapt(own, flags, file)
         run = own.get("run")
         if run:
             flags[RUN] = run
-        given = file | flags
-        if run or given.get(INIT_FROM):
+        values = file | flags
+        if run or values.get(INIT_FROM):
             flags[FORMAT] = "chat"
-        if given.get(("", "resume")):
+        if values.get(("", "resume")):
             return
-        if not run and not given.get(INIT_FROM):
+        if not run and not values.get(INIT_FROM):
             raise ConfigError(
                 "--run: must be given, the folder of the run to fine-tune, or --init-from with a Hugging Face folder"
             )
-        if SOURCE not in given:
+        if SOURCE not in values:
             raise ConfigError("--data: must be given, a file of conversations (.jsonl); --help lists every flag")

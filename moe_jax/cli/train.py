@@ -11,12 +11,11 @@ from moe_jax.cli.arguments import Values
 from moe_jax.cli.auto_preset import AutoPreset, Chosen
 from moe_jax.cli.memory import check_memory
 from moe_jax.cli.outputs import check_out_folder
-from moe_jax.cli.settings import RunCommand, Settings, resolve_settings
-from moe_jax.cli.settings_file import SettingsFile
+from moe_jax.cli.settings import RunCommand, Settings, SettingsFile, resolve_settings
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
-from moe_jax.config.near_runs import perhaps_another
+from moe_jax.config.execution import ProcessGroup
 from moe_jax.config.presets import with_vocabulary
-from moe_jax.config.processes import ProcessGroup
+from moe_jax.config.saved import similar_runs
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal import say, working
@@ -35,9 +34,8 @@ class TrainingCommand(RunCommand):
     process_id: int | None = None
     """The number of this process, from 0. Process 0 writes the files of the run."""
     coordinator_address: str = ""
-    """HOST:PORT at which process 0 listens and the others call it. The same for all processes."""
-    cluster: bool = False
-    """Let jax find the three above: under SLURM, Kubernetes or Open MPI, or on a TPU pod."""
+    """HOST:PORT at which process 0 listens and the others call it, the same for all processes. `cluster` lets JAX find
+    this and the two above: under SLURM, Kubernetes or Open MPI, or on a TPU pod."""
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
@@ -47,14 +45,9 @@ class TrainingCommand(RunCommand):
         return command
 
     @classmethod
-    def settle(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+    def adapt(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
         """Raise ConfigError for flags that name no possible group of processes, before anything is read."""
-        ProcessGroup.of(
-            own.get("num_processes"),
-            own.get("process_id"),
-            own.get("coordinator_address", ""),
-            own.get("cluster", False),
-        )
+        ProcessGroup.of(own.get("num_processes"), own.get("process_id"), own.get("coordinator_address", ""))
 
     @property
     def step_mib(self) -> float | None:
@@ -64,18 +57,19 @@ class TrainingCommand(RunCommand):
     @property
     def group(self) -> ProcessGroup | None:
         """The processes that train together. None for this process alone."""
-        return ProcessGroup.of(self.num_processes, self.process_id, self.coordinator_address, self.cluster)
+        return ProcessGroup.of(self.num_processes, self.process_id, self.coordinator_address)
 
     def check_group(self) -> None:
         """Raise ConfigError for a group of processes without --mesh."""
         mesh = self.settings.config.execution.mesh
         if self.group is not None and MeshShape.parse(mesh).devices == 1:
-            flag = "--cluster" if self.cluster else f"--num-processes {self.num_processes}"
+            detected = self.num_processes is None
+            flag = "--coordinator-address cluster" if detected else f"--num-processes {self.num_processes}"
             raise ConfigError(f"{flag}: needs --mesh, whose product is the number of all devices of all processes")
 
     def execute(self) -> int:
         """Prepare, lock the folder, open the session, train, score, report."""
-        config, saved = self.settings
+        config, start = self.settings
         if self.dry_run:
             return self._print_dry_run()
         check_memory(config)
@@ -83,8 +77,8 @@ class TrainingCommand(RunCommand):
         if self.group is not None:
             environment.silence_libraries()
         notes = environment.prepare_environment(config.execution.deterministic)
-        with Signals(together=self.group is not None, saved=saved is not None) as signals:
-            if config.resume and saved is None:
+        with Signals(together=self.group is not None, saved=start.saved is not None) as signals:
+            if config.resume and start.saved is None:
                 say(new_run_note(Path(config.run_dir)))
             # jax is imported only now, because the arguments are accepted and the environment is set.
             with working("starting JAX"):
@@ -97,20 +91,20 @@ class TrainingCommand(RunCommand):
             with joined(self.group):
                 if self.group is not None:
                     terminal.keep_apart(quiet=not first())
-                check_same_program(config, saved)
+                check_same_program(config, start.saved)
                 mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
                 try:
                     with locked_together(Path(config.run_dir)):
-                        session = Session.open(config, saved)
+                        session = Session.open(config, start)
                         _train_and_report(session, signals, notes, self.step_mib)
                 except Stopped as stop:
                     return stop.status
         return 0
 
     def _print_dry_run(self) -> int:
-        config, saved = self.settings
+        config, start = self.settings
         environment.prepare_environment(config.execution.deterministic)
-        if config.resume and saved is None:
+        if config.resume and start.saved is None:
             say(new_run_note(Path(config.run_dir)))
         import jax
 
@@ -127,10 +121,9 @@ class TrainingCommand(RunCommand):
 class Train(TrainingCommand):
     """Train a sparse mixture-of-experts language model.
 
-    Settings start from a preset, or from the run that is resumed or upcycled. A file changes them (--config), and then
-    flags change them. Every setting has a long flag, --section.name. The usual settings have a short flag too.
-    --no-x turns a switch --x off. With --preset auto, the largest preset that fits your text, the memory and --minutes
-    is chosen, and the reasons are printed.
+    Settings start from a preset, or from the run or model that --resume, --upcycle or --init-from names. A file changes
+    them (--config), then flags do. --no-x turns a switch --x off. With --preset auto, the largest preset that fits your
+    text, the memory and --minutes is chosen, and the reasons are printed.
     """
 
     takes_auto: ClassVar[bool] = True
@@ -194,12 +187,13 @@ def expected_advice(config: RunConfig) -> list[str]:
 
 
 def check_run(config: RunConfig) -> None:
-    """Raise ConfigError if a tracker is not installed, or if the folder holds a run and --resume is not given."""
-    for flag, module in (("tensorboard", "tensorboardX"), ("wandb", "wandb"), ("trackio", "trackio")):
-        if getattr(config, flag) and importlib.util.find_spec(module) is None:
-            raise ConfigError(
-                f"--{flag}: {module} is not installed; call it by `uv run --extra {flag} train.py`, or give --no-{flag}"
-            )
+    """Raise ConfigError if the tracker is not installed, or if the folder holds a run and --resume is not given."""
+    module = {"tensorboard": "tensorboardX"}.get(config.track, config.track)
+    if config.track != "none" and importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"--track {config.track}: {module} is not installed; call it by `uv run --extra {config.track} train.py`, "
+            "or give --track none"
+        )
     run = Path(config.run_dir)
     check_out_folder("--out", run)
     if holds_run(run) and not config.resume:
@@ -211,4 +205,4 @@ def new_run_note(run: Path) -> str:
     may be mistyped."""
     if (run / "config.json").exists():
         return f"--resume: {run} has no checkpoint yet, so its run starts again, with the settings in its config.json"
-    return f"--resume: {run} holds no run yet, so a new one starts there{perhaps_another(run)}"
+    return f"--resume: {run} holds no run yet, so a new one starts there{similar_runs(run)}"

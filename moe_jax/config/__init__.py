@@ -1,18 +1,15 @@
 """The settings of a run: frozen, validated dataclasses.
 
-The modules of this room import only the standard library, and modules of `system` that do so too. So a wrong value is
-reported before jax is imported. Every field is a flag, named `--section.field`. The most used flags have a short name
-too (`flags.SHORT_FLAGS`). A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
+The modules here import only the standard library, and modules of `system` that do so too. So a wrong value is reported
+before jax is imported. A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
-    data.py        DataConfig           train.py  TrainConfig           execution.py  ExecutionConfig
+    data.py        DataConfig           train.py  TrainConfig
+    execution.py   ExecutionConfig, MeshShape, ProcessGroup: precision, devices and processes
     run.py         RunConfig: all of them, to and from `config.json`
     presets.py     the presets: named settings that a run starts from
-    migrations.py  reads configurations of earlier versions: a renamed field is mapped to its new name here
-    mesh.py        MeshShape: the devices that train together
-    compatibility.py   what a resumed or an upcycled run may change
-    near_runs.py   names the runs near a folder that holds none
-    baselines.py   the dense baselines        flags.py  names of flags, checks
+    saved.py       the configuration in a run's folder
+    section.py     flags of fields, and the checks that name them
 
 The alphabet of the project, used in every annotation, einsum and comment:
 
@@ -22,8 +19,7 @@ The alphabet of the project, used in every annotation, einsum and comment:
 """
 
 from moe_jax.config.data import NAMED_CORPORA, DataConfig, DataFormat, Role, TokenizerKind
-from moe_jax.config.execution import ComputeDtype, ExecutionConfig
-from moe_jax.config.mesh import MeshShape
+from moe_jax.config.execution import ComputeDtype, ExecutionConfig, MeshShape
 from moe_jax.config.model import (
     Activation,
     Balancing,
@@ -32,13 +28,13 @@ from moe_jax.config.model import (
     ModelConfig,
     Norm,
     Positions,
-    Priority,
     QKNorm,
     RoutingConfig,
     capacity,
     device_rows,
 )
-from moe_jax.config.run import SECTIONS, PresetName, RunConfig, holds_run, load_begun_config, load_config
+from moe_jax.config.run import SECTIONS, PresetName, RunConfig, Tracker
+from moe_jax.config.saved import holds_run, load_begun_config, load_config
 from moe_jax.config.train import OptimizerKind, ParamDtype, Schedule, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError
 
@@ -61,13 +57,13 @@ __all__ = [
     "ParamDtype",
     "Positions",
     "PresetName",
-    "Priority",
     "QKNorm",
     "Role",
     "RoutingConfig",
     "RunConfig",
     "Schedule",
     "TokenizerKind",
+    "Tracker",
     "TrainConfig",
     "UserError",
     "capacity",

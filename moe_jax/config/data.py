@@ -4,9 +4,9 @@ A new corpus needs a name in `NAMED_CORPORA`. `data/corpora.py` says what else i
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
-from moe_jax.config.flags import check, check_choices, check_range
+from moe_jax.config.section import Section, no_flag
 
 TokenizerKind = Literal["gpt2", "bpe", "byte", "hf"]
 DataFormat = Literal["text", "chat"]
@@ -17,32 +17,30 @@ NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Section, section="data"):
     """Which text, and how it becomes tokens."""
 
     source: str = "stories"
     """`stories` (embedded), `tinystories`, `wikitext`, `pg19`, or a file or folder of your own."""
     tokenizer: TokenizerKind = "bpe"
-    """`gpt2`, `bpe` (byte-level, trained on the training text), `byte`, or `hf`: that of the Hugging Face folder in
-    --init-from or --upcycle."""
+    """`gpt2`, `bpe` (byte-level, trained on the training text), `byte`, or `hf`: the tokenizer of the Hugging Face
+    folder in --init-from or --upcycle."""
     vocab_size: int = 1024
     """Entries of a `bpe` tokenizer, the 256 bytes and the separator included."""
-    stories: int = 60_000
+    stories: int = no_flag(60_000)
     """Training stories that the embedded corpus generates."""
-    stories_seed: int = 0
+    stories_seed: ClassVar[int] = 0
     """Seed of the embedded corpus."""
-    eval_tokens: int = 65_536
+    eval_tokens: int = no_flag(65_536)
     """Most tokens of the validation stream that are scored during training, always the same ones. At the end of a run
     the whole stream is scored."""
-    format: DataFormat = "text"
-    """What the files hold: `text`, or with the command `sft` conversations (`chat`), of which only the
-    assistant's answers are learned and scored."""
+    format: DataFormat = no_flag("text")
+    """What the files hold: `text`, or with the command `sft` conversations (`chat`), of which only the assistant's
+    answers are learned and scored."""
 
     def __post_init__(self) -> None:
-        s = "data"
-        check_choices(self, s)
-        check(bool(self.source.strip()), s, "source", repr(self.source), "a corpus name or a path")
-        check_range(self, s, ("vocab_size",), 257, 2**20)
-        check_range(self, s, ("stories",), 1, 10**8)
-        check_range(self, s, ("stories_seed",), 0, 2**63 - 1)
-        check_range(self, s, ("eval_tokens",), 2, 65_536)
+        self.check_choices()
+        self.check(bool(self.source.strip()), "source", "a corpus name or a path")
+        self.check_range(("vocab_size",), 257, 2**20)
+        self.check_range(("stories",), 1, 10**8)
+        self.check_range(("eval_tokens",), 2, 65_536)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
-from moe_jax.config.flags import check, check_choices, check_range
+from moe_jax.config.section import Section, no_flag
 
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]
@@ -14,12 +14,11 @@ QKNorm = Literal["none", "head", "full"]
 Activation = Literal["gelu", "swiglu"]
 Dense = Literal["none", "active", "total"]
 Dispatch = Literal["capacity", "blocks"]
-Priority = Literal["token", "leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice"]
 Balancing = Literal["loss", "bias"]
 
 
 @dataclass(frozen=True)
-class RoutingConfig:
+class RoutingConfig(Section, section="routing"):
     """How a token finds its experts. No field changes the shape of a parameter, but `balancing` = bias adds a parameter
     of E entries to each layer."""
 
@@ -31,44 +30,29 @@ class RoutingConfig:
     """How training brings tokens to experts. `capacity` gives each expert a fixed number of slots, and drops a (token,
     choice) pair that finds no free slot. `blocks` drops nothing. On a mesh with an `expert` axis it drops what exceeds
     `device_capacity_factor`."""
-    priority: Priority = "token"
-    """Who gets an expert's slots in training. `token`: earlier tokens first, which is causal at a fixed T. Under the
-    `leaky-` rules a later token can take a slot from an earlier one. They are for comparison only."""
-    balancing: Balancing = "loss"
+    balancing: Balancing = no_flag("loss")
     """The method that keeps the load of the experts even: an auxiliary `loss`, or a `bias` for each expert. Training
     adjusts the bias, and it is added only when experts are chosen."""
-    logit_noise: float = 0.0
-    """Standard deviation of the Gaussian noise on router logits in training. 1 / experts is usual, 0 is off."""
-    input_jitter: float = 0.0
-    """In training the router's input is multiplied by uniform numbers from [1 - jitter, 1 + jitter]. 0 is off."""
-    renormalise_gates: bool = True
+    renormalise_gates: bool = no_flag(True)
     """Divide the gates of a token by their sum over its K experts, so that they sum to 1. Without it a gate is the
     softmax probability of its expert among all experts (OLMoE). For K = 1 the gate is the probability in both cases."""
-    eval_capacity_factor: float = 0.0
-    """Capacity factor in evaluation. With 0, evaluation drops nothing. Generation never drops anything."""
-    device_capacity_factor: float = 2.0
+    device_capacity_factor: float = no_flag(2.0)
     """With --dispatch blocks on a mesh with an `expert` axis of n devices: rows of a device for one sequence, divided
     by its fair share T * K / n of the (token, choice) pairs. Pairs beyond them are dropped. A factor of
     min(n, E / K) drops nothing."""
 
     def __post_init__(self) -> None:
-        s = "routing"
-        check_choices(self, s)
+        self.check_choices()
         for name, usual in (("capacity_factor", 1.25), ("device_capacity_factor", 2)):
             value = getattr(self, name)
-            ok = math.isfinite(value) and value > 0
-            check(ok, s, name, value, f"a finite number above 0 ({usual} is usual)")
-        limited = self.priority == "token" or self.dispatch == "capacity"
-        check(limited, s, "priority", self.priority, f"token, since --dispatch {self.dispatch} drops nothing")
-        check_range(self, s, ("logit_noise", "eval_capacity_factor"), 0, 1e6)
-        check_range(self, s, ("input_jitter",), 0, 1)
+            self.check(math.isfinite(value) and value > 0, name, f"a finite number above 0 ({usual} is usual)")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Section, section="model"):
     """The shape of the model: every setting that decides a parameter's shape or the forward pass."""
 
-    vocab_size: int = 0
+    vocab_size: int = no_flag(0)
     """V, token ids that the model knows. 0 takes the tokenizer's."""
     seq_len: int = 256
     """T, positions of one training sequence, and the longest context."""
@@ -81,7 +65,7 @@ class ModelConfig:
     kv_heads: int = 0
     """KV, heads of the keys and values. Each serves a group of H / KV attention heads (grouped-query attention). With 0
     each attention head has its own."""
-    head_size: int = 0
+    head_size: int = no_flag(0)
     """A, width of an attention head. 0 is width / heads."""
     experts: int = 8
     """E, experts of a layer."""
@@ -92,78 +76,76 @@ class ModelConfig:
     dense: Dense = "none"
     """A dense baseline instead of the experts: one feed-forward network with as many parameters as the experts and the
     router, counted as `active` or as `total`. `none` keeps the experts."""
-    activation: Activation = "swiglu"
+    activation: Activation = no_flag("swiglu")
     """Nonlinearity of an expert, which has two (gelu) or three (swiglu) matrices."""
-    norm: Norm = "rmsnorm"
+    norm: Norm = no_flag("rmsnorm")
     """Normalisation before attention, experts and head."""
-    norm_eps: float = 0.0
+    norm_eps: float = no_flag(0.0)
     """Added to the mean square (or the variance) in every normalisation. 0 is 1e-6 for rmsnorm, 1e-5 for layernorm."""
-    positions: Positions = "rope"
+    positions: Positions = no_flag("rope")
     """Learned absolute positions, or rotary ones."""
-    rope_theta: float = 10_000.0
+    rope_theta: float = no_flag(10_000.0)
     """Base of the rotary positions. A larger base rotates more slowly, for longer contexts."""
-    bias: bool = False
+    bias: bool = no_flag(False)
     """Biases in the attention projections and in LayerNorm. Experts, router and head have none."""
     qk_norm: QKNorm = "none"
     """Normalise queries and keys (RMSNorm), which bounds the attention scores. `head` normalises each head by itself,
     `full` all heads together (OLMoE)."""
-    tied_head: bool = True
+    tied_head: bool = no_flag(True)
     """The vocabulary head is the transposed token embedding."""
-    scaled_embedding: bool = False
+    scaled_embedding: bool = no_flag(False)
     """Multiply embedding rows by the square root of the width, so that the entries of the residual stream start at size
     1. For an untied head only: with a tied head every token would at first predict itself."""
-    tie_value_output_init: bool = False
+    tie_value_output_init: bool = no_flag(False)
     """Start each attention head as a copier: its output projection is its value projection transposed."""
-    zero_init_residual: bool = False
+    zero_init_residual: bool = no_flag(False)
     """Start the output projections of attention and experts at zero, so that the residual stream starts as the
     embedding. The projections of `tie_value_output_init` stay as they are."""
     dropout: float = 0.0
     """Share of activations zeroed in training: embedding and each residual branch."""
-    attention_dropout: float = 0.0
+    attention_dropout: float = no_flag(0.0)
     """Share of attention weights zeroed in training."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)
 
     def __post_init__(self) -> None:
-        s = "model"
-        check_choices(self, s)
-        check_range(self, s, ("vocab_size",), 0, 2**24)
-        check_range(self, s, ("seq_len",), 2, 2**20)
-        check_range(self, s, ("layers", "experts"), 1, 4096)
-        check_range(self, s, ("shared_experts",), 0, 4096)
-        check_range(self, s, ("width", "heads", "expert_hidden"), 1, 2**17)
+        self.check_choices()
+        self.check_range(("vocab_size",), 0, 2**24)
+        self.check_range(("seq_len",), 2, 2**20)
+        self.check_range(("layers", "experts"), 1, 4096)
+        self.check_range(("shared_experts",), 0, 4096)
+        self.check_range(("width", "heads", "expert_hidden"), 1, 2**17)
         self._check_heads()
-        check_range(self, s, ("rope_theta",), 1, 1e9)
+        self.check_range(("rope_theta",), 1, 1e9)
         ok = self.positions == "rope" or self.rope_theta == 10_000
-        check(ok, s, "rope_theta", self.rope_theta, "left out, since --model.positions learned rotates nothing")
+        self.check(ok, "rope_theta", "left out, since learned positions rotate nothing")
         ok = self.norm_eps == 0 or 1e-12 <= self.norm_eps <= 1
-        check(ok, s, "norm_eps", self.norm_eps, "0, or between 1e-12 and 1")
+        self.check(ok, "norm_eps", "0, or between 1e-12 and 1")
         ok = 1 <= self.routing.top_k <= self.experts
-        check(ok, "routing", "top_k", self.routing.top_k, f"between 1 and --experts {self.experts}")
+        self.routing.check(ok, "top_k", f"between 1 and --experts {self.experts}")
         for name in ("dropout", "attention_dropout"):
-            check(0 <= getattr(self, name) < 1, s, name, getattr(self, name), "at least 0 and below 1")
+            self.check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
 
     def _check_heads(self) -> None:
         """Check heads, their width, and the heads of keys and values, against each other."""
-        s = "model"
-        check_range(self, s, ("kv_heads", "head_size"), 0, 2**17)
+        self.check_range(("kv_heads", "head_size"), 0, 2**17)
         if not self.head_size:
-            allowed = f"a divisor of --model.width {self.width}, unless --model.head-size is given"
-            check(self.width % self.heads == 0, s, "heads", self.heads, allowed)
-        if self.positions == "rope":
-            allowed = "a number that gives an even head width, which RoPE needs; "
-            allowed += f"{self.width} / {self.heads} = {self.head_width} is odd"
-            check(self.head_size > 0 or self.head_width % 2 == 0, s, "heads", self.heads, allowed)
-            check(self.head_width % 2 == 0, s, "head_size", self.head_size, "even, which RoPE needs")
-        allowed = f"0, or a divisor of --model.heads {self.heads}"
-        check(self.heads % self.key_value_heads == 0, s, "kv_heads", self.kv_heads, allowed)
+            allowed = f"a divisor of --model.width {self.width}, unless --set model.head_size is given"
+            self.check(self.width % self.heads == 0, "heads", allowed)
+        if self.positions == "rope" and self.head_width % 2:
+            if not self.head_size:
+                width = f"head width {self.width} / {self.heads} = {self.head_width}"
+                raise self.wrong("heads", f"{width} is odd; RoPE needs an even head width")
+            raise self.wrong("head_size", "must be even, which RoPE needs")
+        divides = self.heads % self.key_value_heads == 0
+        self.check(divides, "kv_heads", f"0, or a divisor of --model.heads {self.heads}")
         if self.tie_value_output_init:
-            why = ", since --model.tie-value-output-init copies each head's value matrix; to turn that off, give "
-            why += "--model.no-tie-value-output-init"
+            why = ", since model.tie_value_output_init copies each head's value matrix; to turn that off, give "
+            why += "--set model.tie_value_output_init=false"
             one_each = self.key_value_heads == self.heads
-            check(one_each, s, "kv_heads", self.kv_heads, f"0 or --model.heads {self.heads}{why}")
+            self.check(one_each, "kv_heads", f"0 or --model.heads {self.heads}{why}")
             square = self.heads * self.head_width == self.width
             allowed = f"--model.width / --model.heads = {self.width} / {self.heads}, or 0{why}"
-            check(square, s, "head_size", self.head_size, allowed)
+            self.check(square, "head_size", allowed)
 
     @property
     def head_width(self) -> int:
@@ -204,6 +186,10 @@ class ModelConfig:
     def with_routing(self, **changes: Any) -> "ModelConfig":
         """The same shape under another routing policy."""
         return dataclasses.replace(self, routing=dataclasses.replace(self.routing, **changes))
+
+
+MESH_ROUTING = "device_capacity_factor"
+"""The field of the routing that matters on a mesh only. Like the mesh, it may change at a resume."""
 
 
 def capacity(tokens: int, experts: int, top_k: int, capacity_factor: float) -> int:

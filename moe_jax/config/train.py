@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from moe_jax.config.flags import check, check_choices, check_range
+from moe_jax.config.section import Section, no_flag
 
 OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"]
 Schedule = Literal["cosine", "linear"]
@@ -11,7 +11,7 @@ ParamDtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(Section, section="train"):
     """How the model is trained. `training/optimizers/factory.py` makes the optimizer and the schedule from this."""
 
     steps: int = 1000
@@ -27,32 +27,32 @@ class TrainConfig:
     """Peak learning rate of AdamW and Adafactor."""
     muon_lr: float = 0.02
     """Peak learning rate of Muon."""
-    muon_router: bool = False
+    muon_router: bool = no_flag(False)
     """Train the routers with Muon too. Large AdamW steps move all experts' columns in the direction that all tokens
     share: a fifth of the tokens is then dropped in the first steps. Muon moves all columns by about the same amount, in
     different directions."""
-    lr_schedule: Schedule = "cosine"
+    lr_schedule: Schedule = no_flag("cosine")
     """How the learning rate falls, from the end of the warm-up to the last step. It follows the steps of the run: a
     skipped step does not hold it back."""
-    final_lr_ratio: float = 0.0
+    final_lr_ratio: float = no_flag(0.0)
     """Learning rate of the last step, relative to the peak."""
     warmup_steps: int = 50
     """Steps of linear warm-up. At most a tenth of the run is used."""
-    beta1: float = 0.9
+    beta1: float = no_flag(0.9)
     """Decay of the running mean of gradients (first moment), per step."""
-    beta2: float = 0.95
+    beta2: float = no_flag(0.95)
     """Decay of the running mean of squared gradients (second moment), per step."""
-    eps: float = 1e-8
+    eps: float = no_flag(1e-8)
     """Added to the root of the second moment."""
     weight_decay: float = 0.1
     """Decoupled decay of matrices. Vectors (norms, biases) are not decayed."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = no_flag(1.0)
     """Global norm that gradients are clipped to."""
     aux_loss_coef: float = 0.01
-    """Weight of the balance loss (1 at perfect balance, can be lower). Unused with `--routing.balancing bias`."""
-    router_bias_lr: float = 1e-3
-    """Amount by which each balance bias changes after a training step, with `--routing.balancing bias`."""
-    z_loss_coef: float = 1e-3
+    """Weight of the balance loss (1 at perfect balance, can be lower). Unused with `routing.balancing` = bias."""
+    router_bias_lr: float = no_flag(1e-3)
+    """Amount by which each balance bias changes after a training step, with `routing.balancing` = bias."""
+    z_loss_coef: float = no_flag(1e-3)
     """Weight of the router's z-loss."""
     param_dtype: ParamDtype = "float32"
     """Dtype in which matrices are stored between steps. bfloat16 halves the memory of matrices and of their gradients.
@@ -60,54 +60,41 @@ class TrainConfig:
     average."""
     seed: int = 0
     """Seed of the initial parameters, the order of the data, dropout and samples."""
-    log_every: int = 10
+    log_every: int = no_flag(10)
     """Steps between lines of metrics.jsonl and of the terminal."""
     eval_every: int = 200
     """Steps between evaluations. Each evaluation also writes a sample of text."""
     save_every: int = 200
     """Steps between checkpoints. The last step and the best evaluated step are always saved."""
-    skip_spikes: bool = False
-    """Skip a step whose loss is more than six standard deviations above its recent mean. Spikes are logged either
-    way."""
-    patience: int = 0
+    patience: int = no_flag(0)
     """Stop early after this many evaluations in a row without improvement. 0 never stops early."""
     lora_rank: int = 0
     """Fine-tuning by low-rank adapters (LoRA): their rank on the attention matrices. Each expert's matrices get
     adapters of rank / top-k, at least 1. The weights of the model stay as they are. 0 trains all weights."""
-    lora_alpha: float = 0.0
+    lora_alpha: float = no_flag(0.0)
     """Adapters add (alpha / rank) A B to a matrix. 0 is twice the rank."""
     train_router: bool = False
     """With adapters, train the routers too. Without it every expert keeps its tokens, as far as it can."""
 
     def __post_init__(self) -> None:
-        s = "train"
-        check_choices(self, s)
-        check_range(self, s, ("steps",), 1, 10**9)
-        check_range(self, s, ("batch_size", "grad_accum"), 1, 2**16)
-        check_range(self, s, ("log_every", "eval_every", "save_every"), 1, 10**9)
-        check_range(self, s, ("warmup_steps", "patience"), 0, 10**9)
-        check_range(self, s, ("seed",), 0, 2**31 - 1)
-        check_range(self, s, ("lora_rank",), 0, 4096)
-        check_range(self, s, ("lora_alpha",), 0, 1e6)
-        self._check_lora()
-        check_range(self, s, ("lr", "muon_lr"), 1e-12, 1e3)
-        check_range(self, s, ("aux_loss_coef", "router_bias_lr", "z_loss_coef", "weight_decay"), 0, 1e3)
-        check_range(self, s, ("final_lr_ratio",), 0, 1)
-        check_range(self, s, ("beta1", "beta2"), 0, 0.999999)
-        check_range(self, s, ("eps",), 1e-30, 1)
-        check_range(self, s, ("max_grad_norm",), 1e-6, 1e9)
-
-    def _check_lora(self) -> None:
-        s, adapted = "train", self.lora_rank > 0
-        allowed = "left out; it is for --lora only"
-        check(adapted or self.lora_alpha == 0, s, "lora_alpha", self.lora_alpha, allowed)
-        check(
-            adapted or not self.train_router,
-            s,
-            "train_router",
-            self.train_router,
-            "left out; without --lora the routers are trained",
-        )
+        self.check_choices()
+        self.check_range(("steps",), 1, 10**9)
+        self.check_range(("batch_size", "grad_accum"), 1, 2**16)
+        self.check_range(("log_every", "eval_every", "save_every"), 1, 10**9)
+        self.check_range(("warmup_steps", "patience"), 0, 10**9)
+        self.check_range(("seed",), 0, 2**31 - 1)
+        self.check_range(("lora_rank",), 0, 4096)
+        self.check_range(("lora_alpha",), 0, 1e6)
+        adapted = self.lora_rank > 0
+        self.check(adapted or self.lora_alpha == 0, "lora_alpha", "left out; it is for --lora only")
+        without = "left out; without --lora the routers are trained"
+        self.check(adapted or not self.train_router, "train_router", without)
+        self.check_range(("lr", "muon_lr"), 1e-12, 1e3)
+        self.check_range(("aux_loss_coef", "router_bias_lr", "z_loss_coef", "weight_decay"), 0, 1e3)
+        self.check_range(("final_lr_ratio",), 0, 1)
+        self.check_range(("beta1", "beta2"), 0, 0.999999)
+        self.check_range(("eps",), 1e-30, 1)
+        self.check_range(("max_grad_norm",), 1e-6, 1e9)
 
     @property
     def lora_scale(self) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_jax.config import UserError
-from moe_jax.config.flags import bound_in_words
+from moe_jax.config.section import format_bound
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import ANSWERING, Message
 from moe_jax.data.tokenizers import Tokenizer
@@ -218,5 +218,5 @@ def _number[T: (int, float)](name: str, value: str, kind: Callable[[str], T], lo
         number = None
     if number is None or not low <= number <= high:
         what = "a whole number" if kind is int else "a number"
-        raise UserError(f"{name} {value}: must be {what} between {bound_in_words(low)} and {bound_in_words(high)}")
+        raise UserError(f"{name} {value}: must be {what} between {format_bound(low)} and {format_bound(high)}")
     return number

@@ -22,8 +22,8 @@ from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 
-type Spread = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Turns a function of (parameters, ...) into the same function on several devices."""
+type ShardMapWrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Turns a function into the same function on several devices."""
 
 
 TOKENS_AT_ONCE = 8
@@ -84,7 +84,7 @@ class Decoder:
     """
 
     def __init__(
-        self, graphdef: nnx.GraphDef, seq_len: int, vocab_size: int, spread: Spread = lambda function: function
+        self, graphdef: nnx.GraphDef, seq_len: int, vocab_size: int, spread: ShardMapWrapper = lambda function: function
     ) -> None:
         self.seq_len = seq_len
         self.draw = jax.jit(partial(draw, vocab_size))

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from moe_jax.config import ModelConfig, UserError
-from moe_jax.inference.decode import Spread
+from moe_jax.inference.decode import ShardMapWrapper
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import LayerTrace, Mode
 from moe_jax.model.transformer import Params, merge
@@ -42,13 +42,9 @@ type DecisionStep = Callable[[Params, ArrayLike], LayerTrace]
 
 
 def check_routed(config: ModelConfig) -> None:
-    """Raise UserError if the model has no router, or if its experts choose the tokens (expert choice)."""
+    """Raise UserError if the model has no router."""
     if config.dense != "none":
         raise UserError(f"--model.dense {config.dense}: a dense baseline has no router to look into; name an MoE run")
-    if config.routing.priority == "leaky-expert-choice":
-        raise UserError(
-            f"--routing.priority {config.routing.priority}: experts choose tokens there; name a run of another priority"
-        )
 
 
 def make_trace_step(graphdef: nnx.GraphDef) -> TraceStep:
@@ -71,7 +67,7 @@ def make_trace_step(graphdef: nnx.GraphDef) -> TraceStep:
 
 
 def make_decision_step(
-    graphdef: nnx.GraphDef, mode: Mode = Mode.TRAIN, spread: Spread = lambda function: function
+    graphdef: nnx.GraphDef, mode: Mode = Mode.TRAIN, spread: ShardMapWrapper = lambda function: function
 ) -> DecisionStep:
     """The jitted (params, tokens int [B, T]) -> decisions, without attention weights or vocabulary head.
 

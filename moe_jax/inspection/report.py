@@ -179,7 +179,7 @@ def _run_data(folder: Path, run: LoadedRun) -> dict[str, Any]:
 def _model_data(trace: RoutingTrace) -> dict[str, Any]:
     config = trace.config
     names = ("layers", "experts", "seq_len", "heads", "width", "expert_hidden", "dropless")
-    policy = ("top_k", "capacity_factor", "dispatch", "priority")
+    policy = ("top_k", "capacity_factor", "dispatch")
     values = {name: getattr(config, name) for name in names}
     values |= {name: getattr(config.routing, name) for name in policy}
     return values | {"capacity": trace.capacity}

@@ -35,12 +35,11 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
     table = "".join(f"| {what} | {fact} |\n" for what, fact in facts.items() if fact)
     tags = json_text(["moe-jax", "mixture-of-experts"] if model.dense == "none" else ["moe-jax"])
     library = "library_name: transformers\n" if "config.json" in files else ""
-    without_drops = "Generation drops" if model.routing.eval_capacity_factor else "Generation and evaluation drop"
     return (
         f"---\n{library}pipeline_tag: text-generation\ntags: {tags}\n---\n\n"
         f"# {name}\n\nA small language model trained with moe-jax. {_use(source)}\n\n| what | value |\n|---|---|\n"
         f"{table}\n"
-        f"{without_drops} no token, here and there. Files: {', '.join(f'`{f}`' for f in files)}.\n"
+        f"Generation and evaluation drop no token, here and there. Files: {', '.join(f'`{f}`' for f in files)}.\n"
     )
 
 

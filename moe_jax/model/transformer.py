@@ -6,7 +6,7 @@ the inverse; jitted functions use it.
 """
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ from moe_jax.model.low_rank import Adapters, LoraShape, adapters_in, add_adapter
 from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
 from moe_jax.model.moe.router import DECISIONS
 from moe_jax.model.precision import at_least_float32, to_param_dtype
-from moe_jax.system.random_keys import fold_each, sequence_keys, split_each
+from moe_jax.system.random_keys import sequence_keys, split_each
 
 type Params = dict[str, Any]
 
@@ -65,8 +65,7 @@ class Block(nnx.Module):
         only the activations of one half exist at a time. In return, the residual stream between the halves is kept. The
         routing decisions are kept, too.
         """
-        # Three keys: dropout of attention weights, of the attention branch, of the expert branch. The router's key is
-        # made inside `feed`: made here, remat would keep it as one more array.
+        # Three keys: dropout of attention weights, of the attention branch, of the expert branch.
         own = [None] * 3 if keys is None else split_each(keys, 3)
 
         def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:
@@ -76,7 +75,7 @@ class Block(nnx.Module):
 
         def feed(block: Block, x: Array) -> tuple[Array, RouterStats | None]:
             with jax.named_scope("ffn"):
-                y, stats = block.ffn(block.ffn_norm(x), mode, None if keys is None else fold_each(keys, 3), trace)
+                y, stats = block.ffn(block.ffn_norm(x), mode, trace)
             return _sum(x, dropout(y, block.dropout, own[2])), stats
 
         between, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
@@ -114,8 +113,6 @@ class Transformer(nnx.Module):
     Parameters: embedding `[V, D]`, position `[T, D]` (learned positions), blocks, norm, head `[D, V]` (untied).
     """
 
-    block_type: ClassVar[type[Block]] = Block
-
     def __init__(
         self,
         config: ModelConfig,
@@ -133,7 +130,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(embedding_init(rngs, (config.vocab_size, config.width)))
         if config.positions == "learned":
             self.position = nnx.Param(embedding_init(rngs, (config.seq_len, config.width)))
-        self.blocks = nnx.List([self.block_type(config, rngs, moe, attention) for _ in range(config.layers)])
+        self.blocks = nnx.List([Block(config, rngs, moe, attention) for _ in range(config.layers)])
         self.norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
@@ -154,14 +151,12 @@ class Transformer(nnx.Module):
         """The normalised hidden states of all positions (for `logits`), the routers' statistics with a leading axis L
         (None for a dense baseline), and the keys and values of each layer.
 
-        A key, or one key for each sequence, turns on dropout and the router's noise and jitter. `trace`, a static
-        argument, adds every decision of the routers to their statistics. Without `trace` the compiled program contains
-        no tracing.
+        A key, or one key for each sequence, turns on dropout. `trace`, a static argument, adds every decision of the
+        routers to their statistics. Without `trace` the compiled program contains no tracing.
         """
         keys = [None] * (len(self.blocks) + 1)
-        config, routing = self.config, self.config.routing
-        random = max(config.dropout, config.attention_dropout, routing.logit_noise, routing.input_jitter) > 0
-        if key is not None and random:
+        config = self.config
+        if key is not None and max(config.dropout, config.attention_dropout) > 0:
             keys = split_each(sequence_keys(key, len(tokens)), len(self.blocks) + 1)
         x = self._embed(tokens)
         x = dropout(x, config.dropout, keys[0])
@@ -224,13 +219,12 @@ def create(
     compute: jnp.dtype | None = None,
     remat: bool = False,
     moe: type[MoE] = MoE,
-    kind: type[Transformer] = Transformer,
     attention: Implementation | None = None,
 ) -> Transformer:
-    """A model of the class `kind`, with initial parameters. Raises ValueError if `config.vocab_size` is not known."""
+    """A model with initial parameters. Raises ValueError if `config.vocab_size` is not known."""
     if config.vocab_size < 1:
         raise ValueError("vocab_size is 0: take it from the tokenizer first (dataclasses.replace)")
-    return kind(config, nnx.Rngs(params=key), compute, remat, moe, attention)
+    return Transformer(config, nnx.Rngs(params=key), compute, remat, moe, attention)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -250,12 +244,10 @@ def abstract_model(
     param_dtype: ParamDtype = "float32",
     remat: bool = False,
     moe: type[MoE] = MoE,
-    kind: type[Transformer] = Transformer,
     attention: Implementation | None = None,
 ) -> tuple[nnx.GraphDef, Params]:
-    """The static definition of a model of the class `kind`, and the shapes of its parameters as they are stored.
-    Allocates nothing."""
-    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe, kind, attention))
+    """The static definition of a model, and the shapes of its parameters as they are stored. Allocates nothing."""
+    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe, attention))
     graphdef, shapes = split(model)
     return graphdef, jax.eval_shape(lambda params: to_param_dtype(params, param_dtype), shapes)
 

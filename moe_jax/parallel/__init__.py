@@ -4,8 +4,6 @@
     layout.py         the table from logical axes to mesh axes: where each parameter and each optimizer state lies
     exchange.py       the two all-to-alls, to the devices of the experts and back
     experts.py        the layer in training: its rows travel to the devices of their experts
-    expert_blocks.py  the same with dispatch by blocks: the rows that a device may take, and what is dropped
-    cut_model.py      the model of evaluation and samples, which gathers one block at a time
     collectives.py    the collectives of a compiled program, read from its optimised HLO
     ideal.py          the bytes that the devices must send each other, by kind of collective
     processes.py      several processes that train one run: connected, compared, stopped together

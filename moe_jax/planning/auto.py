@@ -259,7 +259,7 @@ def bytes_per_token(config: RunConfig) -> float:
 @functools.cache
 def _bytes_per_token(config: RunConfig) -> float:
     from moe_jax.data.tokenizers import train_tokenizer
-    from moe_jax.training.session import source_of
+    from moe_jax.training.start import new_start
 
     texts, size = [], 0
     for text in open_corpus(config.data).documents("train"):
@@ -267,8 +267,8 @@ def _bytes_per_token(config: RunConfig) -> float:
         size += len(text.encode())
         if size >= SAMPLE_BYTES:
             break
-    source = source_of(config)
-    tokenizer = source.tokenizer if source else train_tokenizer(config.data, _Beginning(texts))
+    weights = new_start(config).weights(config)
+    tokenizer = weights.tokenizer if weights else train_tokenizer(config.data, _Beginning(texts))
     return size / sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
 
 

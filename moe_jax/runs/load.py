@@ -11,9 +11,9 @@ import jax
 from flax import nnx
 
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, load_config
-from moe_jax.config.compatibility import ROUTING_OF_MESH
-from moe_jax.config.flags import flag_of
-from moe_jax.config.near_runs import missing_run
+from moe_jax.config.model import MESH_ROUTING
+from moe_jax.config.saved import missing_run
+from moe_jax.config.section import typed
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.model.low_rank import LoraShape, merged
@@ -84,9 +84,9 @@ def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
     there, here = saved_config(checkpoint).to_dict(), config.to_dict()
     for section in ("model", "routing"):
         for name, value in here[section].items():
-            if name != ROUTING_OF_MESH and there[section][name] != value:
+            if name != MESH_ROUTING and there[section][name] != value:
                 raise UserError(
-                    f"{flag_of(section, name)} {value}: {checkpoint.path} was saved with {there[section][name]}; "
+                    f"{typed(section, name, value)}: {checkpoint.path} was saved with {there[section][name]}; "
                     "give it that value in config.json, or start a new run with another --out"
                 )
     leaves = manifest.leaves_of(checkpoint.manifest)

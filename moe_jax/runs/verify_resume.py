@@ -21,8 +21,8 @@ from typing import Any
 
 import xxhash
 
-from moe_jax.config import SECTIONS, RunConfig, UserError
-from moe_jax.config.flags import flag_of
+from moe_jax.config import RunConfig, UserError
+from moe_jax.config.section import word
 from moe_jax.runs.checkpoint import CheckpointStore
 
 PACKAGE = Path(__file__).parents[1]
@@ -70,22 +70,12 @@ def short_flags(config: RunConfig) -> list[str]:
         # An upcycled run needs the dense run's whole text, and the test does not depend on initial values. An imported
         # tokenizer comes with its folder.
         upcycle=config.upcycle if config.data.tokenizer == "hf" else "",
-        tensorboard=False,
-        wandb=False,
-        trackio=False,
+        track="none",
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
         train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
     )
-    flags = []
-    for section in ("", *SECTIONS):
-        values = short.section(section)
-        for f in dataclasses.fields(values):
-            value, flag = getattr(values, f.name), flag_of(section, f.name)
-            if isinstance(value, bool):
-                flags.append(flag if value else f"--no-{flag.removeprefix('--')}")
-            elif not dataclasses.is_dataclass(value) and f.name != "out" and (f.name != "vocab_size" or value):
-                flags.append(f"{flag}={value}")
-    return flags
+    left_out = {("", "out")} | ({("model", "vocab_size")} if not short.model.vocab_size else set())
+    return [word(section, name, value) for section, name, value in short.settings() if (section, name) not in left_out]
 
 
 def fingerprint(run: Path) -> dict[str, str]:

@@ -32,7 +32,7 @@ def advice(config: RunConfig, tokens: int, size: int) -> list[str]:
         else:
             cure = f"one step reads it {step / tokens:.0f} times: give a smaller --batch-size, or more text"
         if train.steps > 3 * train.eval_every:
-            cure += "; --train.patience 3 stops when validation stops improving"
+            cure += "; --set train.patience=3 stops when validation stops improving"
         said.append(
             f"{train.steps:,} steps read this text {often} times; passes after the first "
             f"{USEFUL_PASSES} teach less and less. {cure}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import moe_jax
 from moe_jax.config import RunConfig
-from moe_jax.config.flags import flag_of
+from moe_jax.config.section import flag_of
 from moe_jax.data.token_store import TokenStore
 from moe_jax.model.precision import Policy
 from moe_jax.parallel.processes import ANSWER_SECONDS, agree_on, several

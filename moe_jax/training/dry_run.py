@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from moe_jax.config import SECTIONS, RunConfig
-from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.config.section import flag_of
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.low_rank import LoraShape
 from moe_jax.model.precision import Policy, choose_policy

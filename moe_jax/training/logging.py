@@ -1,4 +1,4 @@
-"""Where training writes its numbers: always to metrics.jsonl, and to the trackers that are on."""
+"""Where training writes its numbers: always to metrics.jsonl, and to the tracker that is chosen."""
 
 import os
 from collections.abc import Callable
@@ -12,14 +12,15 @@ from moe_jax.system.files import Folder, json_text
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl, and copies their numbers to the trackers that are on. Only the first of several
+    """Appends records to metrics.jsonl, and copies their numbers to the tracker (`--track`). Only the first of several
     processes does so."""
 
     def __init__(self, run: Folder, config: RunConfig) -> None:
         self._file = run.append(records.METRICS)
-        self._tensorboard = _tensorboard(run) if config.tensorboard and first() else None
-        trackers = ("wandb", config.wandb, _wandb), ("trackio", config.trackio, _trackio)
-        self._trackers = [_started(name, start, run, config) for name, on, start in trackers if on and first()]
+        self._tensorboard = _tensorboard(run) if config.track == "tensorboard" and first() else None
+        starts = {"wandb": _wandb, "trackio": _trackio}
+        start = starts.get(config.track) if first() else None
+        self._tracker = start and _started(config.track, start, run, config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
@@ -31,8 +32,8 @@ class MetricsLog:
                 self._tensorboard.add_scalar(f"{record['split']}/{name}", value, record["step"])
             for layer, load in enumerate(record.get("load", [])):
                 add_load(self._tensorboard, f"load/layer_{layer}", load, record["step"])
-        for tracker in self._trackers:
-            tracker.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+        if self._tracker is not None:
+            self._tracker.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
 
     def sync(self) -> None:
         """Wait until all records are on the disk. After a power loss, no checkpoint is then newer than its records."""
@@ -43,8 +44,8 @@ class MetricsLog:
         self._file.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
-        for tracker in self._trackers:
-            tracker.finish()
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def add_load(writer: Any, name: str, load: list[float], step: int) -> None:
@@ -75,7 +76,7 @@ def _started(name: str, start: Callable[[Folder, RunConfig], Any], run: Folder, 
         return start(run, config)
     except Exception as error:  # each package has errors of its own kinds
         said = (str(error).splitlines() or [repr(error)])[0]
-        raise UserError(f"--{name}: cannot be started ({said}); mend that, or leave the flag out") from error
+        raise UserError(f"--track {name}: cannot be started ({said}); fix that, or leave the flag out") from error
 
 
 def _wandb(run: Folder, config: RunConfig) -> Any:

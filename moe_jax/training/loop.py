@@ -77,8 +77,8 @@ def evaluate_and_save_if_due(
             val_loss = _evaluate_and_sample(session, step, log, terminal, signals, together)
             improved = counters.add_evaluation(step, val_loss)
     enough = bool(config.patience) and counters.without_improvement >= config.patience
-    asked = together.asked(signals.stop_signal)
-    save_due = step % config.save_every == 0 or last or enough or asked
+    reason = together.stop_reason(signals.stop_signal)
+    save_due = step % config.save_every == 0 or last or enough or reason
     made_up = val_loss is not None and step == session.progress.saved_step  # its checkpoint has no loss yet
     if improved or made_up or (step > session.progress.saved_step and save_due):
         together.attempt(step_logger.flush)
@@ -86,9 +86,9 @@ def evaluate_and_save_if_due(
             together.attempt(log.sync)
             session.save(step, val_loss)
             signals.unsaved, signals.saved = False, True
-        asked = together.asked(signals.stop_signal)  # a signal during the save counts too, even at the last step
-    if asked is not None:
-        together.raise_error(asked)
+        reason = together.stop_reason(signals.stop_signal)  # a signal during the save counts too, even at the last step
+    if reason is not None:
+        together.raise_error(reason)
         where = (
             f"at step {step}, which is saved; go on with --resume"
             if step
@@ -96,7 +96,7 @@ def evaluate_and_save_if_due(
         )
         terminal.close()  # or the bar, with an older step, stands below
         terminal.say(f"stopped {where}")
-        raise Stopped(asked)
+        raise Stopped(reason)
     if enough and not last:
         terminal.say(f"stopped early at step {step}: {config.patience} evaluations without improvement")
     return last or enough

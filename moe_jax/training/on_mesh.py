@@ -4,8 +4,11 @@ Each device has b = B / devices sequences of each micro-batch. It computes the l
 sequences, as one device would. The gradients are summed once a step, in at least float32, whatever the number of
 micro-batches. Sequence i of the whole batch draws its dropout with the same key on every mesh (`gradients`).
 
-At the start of a step each device gathers the matrices that are cut over fsdp. So during the gradient it holds whole
-matrices, but only its own experts. Parameters and the optimizer's state stay cut.
+At the start of a step each device gathers the matrices that are sharded over fsdp. So during the gradient it holds
+whole matrices, but only its own experts. Parameters and the optimizer's state stay sharded.
+
+Evaluation, samples and snapshots of the routing use the plain model: for them every device gathers the whole model
+(`Programs.weights`), and needs memory for all parameters besides its own parts.
 """
 
 from collections.abc import Callable
@@ -22,7 +25,7 @@ from jaxtyping import Array
 
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
-from moe_jax.inference.decode import Spread
+from moe_jax.inference.decode import ShardMapWrapper
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 from moe_jax.parallel.global_arrays import placed
@@ -117,58 +120,41 @@ def make_mesh_forward(
     )
 
 
-def make_mesh_evaluation_step(layout: Layout, graphdef: nnx.GraphDef, params: Params) -> Callable[..., Any]:
-    """The jitted program of `make_mesh_evaluation`."""
+def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef) -> EvaluationStep:
+    """`evaluate.make_evaluation_step` on the mesh: each device scores some of the rows, with the whole model.
+
+    Parameters may lie anywhere. A batch is filled up with rows that do not count, so that every device has as many.
+    """
     local, rows = make_evaluation_step(graphdef), PartitionSpec(AXES)
 
     def on_device(params: Params, *batch: Array) -> tuple[Array, Array]:
         return jax.lax.psum(local(params, *batch), AXES)
 
-    return jax.jit(
+    step = jax.jit(
         jax.shard_map(
             on_device,
             mesh=layout.mesh,
-            in_specs=(layout.tree(params, layout.params), rows, rows, rows, rows),
+            in_specs=(REPLICATED, rows, rows, rows, rows),
             out_specs=REPLICATED,
             check_vma=False,
         )
     )
 
-
-def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef, params: Params) -> EvaluationStep:
-    """`evaluate.make_evaluation_step` on the mesh: each device scores some of the rows.
-
-    `graphdef` is a model of `EvaluatedTransformer`. Parameters may lie anywhere. A batch is filled up with rows that do
-    not count, so that every device has as many.
-    """
-    rows = PartitionSpec(AXES)
-    places = layout.shardings(params, layout.params)
-    step = make_mesh_evaluation_step(layout, graphdef, params)
-
     def evaluation(params: Params, *batch: ArrayLike) -> tuple[Array, Array]:
         arrays = [np.asarray(x) for x in batch]
         missing = -len(arrays[0]) % layout.devices
         filled = [np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in arrays]
-        if layout.mesh.is_multi_process:
-            return step(jax.tree.map(placed, params, places), *(placed(x, layout.sharding(rows)) for x in filled))
-        return step(jax.device_put(params, places), *filled)
+        whole = jax.tree.map(lambda x: placed(x, layout.sharding(REPLICATED)), params)
+        return step(whole, *(placed(x, layout.sharding(rows)) for x in filled))
 
     return evaluation
 
 
-def same_on_all_devices(layout: Layout, params: Params) -> Spread:
-    """What turns a function of (parameters, ...) into one that all devices of the mesh compute alike. The parameters
-    are cut, and the other arguments and the results are whole on every device."""
-    specs = layout.tree(params, layout.params)
+def same_on_all_devices(layout: Layout) -> ShardMapWrapper:
+    """What turns a function into one that all devices of the mesh compute alike. Arguments and results are whole on
+    every device."""
 
-    def spread(function: Callable[..., Any]) -> Callable[..., Any]:
-        def on_mesh(params: Params, *args: Any) -> Any:
-            whole = (REPLICATED,) * len(args)
-            on_devices = jax.shard_map(
-                function, mesh=layout.mesh, in_specs=(specs, *whole), out_specs=REPLICATED, check_vma=False
-            )
-            return on_devices(params, *args)
+    def wrap(function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.shard_map(function, mesh=layout.mesh, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False)
 
-        return on_mesh
-
-    return spread
+    return wrap

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Key
 
 from moe_jax.config import RunConfig, TrainConfig
@@ -27,9 +27,8 @@ from moe_jax.model.kernels.library_attention import AttentionForm, choose_attent
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import InPlaceMoE, MoE
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
-from moe_jax.model.transformer import Params, Transformer, abstract_adapted, abstract_model
-from moe_jax.parallel.cut_model import EvaluatedTransformer, OwnMoE, SampledTransformer
-from moe_jax.parallel.experts import ExpertParallelMoE
+from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
+from moe_jax.parallel.experts import ExpertParallelMoE, bounded_moe
 from moe_jax.parallel.global_arrays import placed
 from moe_jax.parallel.layout import Layout
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -187,18 +186,20 @@ class Programs:
         return initial_state(params, self.optimizer, self.policy.loss_scaling, adapters)
 
     def weights(self, state: TrainState) -> Params:
-        """The parameters of the plain model, for evaluation and decoding: adapters are merged into them."""
-        if state.adapters is None or self.lora is None:
-            return state.params
+        """The parameters of the plain model, for evaluation and decoding: adapters are merged into them. On a mesh
+        every device gets all of them."""
         if self.layout is None:
-            return merged(state.params, state.adapters, self.lora.scale)
-        return self._merge(state.params, state.adapters)
+            return self._plain(state.params, state.adapters)
+        return self._gather(state.params, state.adapters)
+
+    def _plain(self, params: Params, adapters: Adapters | None) -> Params:
+        return params if adapters is None or self.lora is None else merged(params, adapters, self.lora.scale)
 
     @cached_property
-    def _merge(self) -> Callable[[Params, Adapters], Params]:
-        """`merged` on the mesh: each device makes its own parts."""
-        assert self.lora is not None
-        return jax.jit(partial(merged, scale=self.lora.scale), out_shardings=self.param_places)
+    def _gather(self) -> Callable[[Params, Adapters | None], Params]:
+        """`_plain`, whole on every device of the mesh."""
+        assert self.layout is not None
+        return jax.jit(self._plain, out_shardings=self.layout.sharding(PartitionSpec()))
 
     @cached_property
     def step(self) -> Step:
@@ -219,7 +220,7 @@ class Programs:
     def evaluation(self) -> EvaluationStep:
         """One batch of evaluation windows; see `evaluate.make_evaluation_step`."""
         if self.layout is not None:
-            return make_mesh_evaluation(self.layout, self._cut_model(EvaluatedTransformer), self.param_shapes)
+            return make_mesh_evaluation(self.layout, self.graphdef)
         return make_evaluation_step(self.graphdef)
 
     def decoder(self, vocab_size: int | None = None) -> Decoder:
@@ -227,25 +228,18 @@ class Programs:
         model = self.config.model
         size = (model.seq_len, vocab_size or model.vocab_size)
         if self.layout is not None:
-            spread = same_on_all_devices(self.layout, self.param_shapes)
-            return Decoder(self._cut_model(SampledTransformer, self.writing), *size, spread)
+            return Decoder(self.writer, *size, same_on_all_devices(self.layout))
         return Decoder(self.writer, *size)
 
     def tracer(self, tokens: np.ndarray) -> Tracer | None:
         """What records the routing of the first tokens of a stream (`routing_snapshot.make_tracer`)."""
-        if self.layout is not None:
-            spread = same_on_all_devices(self.layout, self.param_shapes)
-            return make_tracer(self.config.model, self._cut_model(SampledTransformer), tokens, spread)
-        return make_tracer(self.config.model, self.graphdef, tokens)
-
-    def _cut_model(self, kind: type[Transformer], policy: Policy | None = None) -> nnx.GraphDef:
-        """The definition of a model whose parameters are cut (`parallel/cut_model.py`). Unless a policy is
-        given, it is that of training."""
-        assert self.layout is not None
-        train, execution = self.config.train, self.config.execution
-        moe = OwnMoE if kind is SampledTransformer and self.layout.mesh.shape["expert"] > 1 else MoE
-        shape = (self.config.model, (policy or self.policy).compute, train.param_dtype, execution.remat)
-        return abstract_model(*shape, moe, kind)[0]
+        model = self.config.model
+        if self.layout is None:
+            return make_tracer(model, self.graphdef, tokens)
+        execution, devices = self.config.execution, self.layout.mesh.shape["expert"]
+        moe = MoE if devices == 1 else bounded_moe(devices)
+        graphdef, _ = abstract_model(model, self.policy.compute, self.config.train.param_dtype, execution.remat, moe)
+        return make_tracer(model, graphdef, tokens, same_on_all_devices(self.layout))
 
     def compiled_step(self, batch_size: int, micro_batches: int = 1) -> Any:
         """The step, compiled for micro-batches of `batch_size` sequences, but not run."""

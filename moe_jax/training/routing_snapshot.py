@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import ModelConfig, UserError
-from moe_jax.inference.decode import Spread
+from moe_jax.inference.decode import ShardMapWrapper
 from moe_jax.inference.routing_pass import check_routed, choice_totals, make_decision_step, router_entropy
 from moe_jax.model.transformer import Params
 
@@ -23,13 +23,13 @@ type Tracer = Callable[[Params], dict[str, Any]]
 
 
 def make_tracer(
-    config: ModelConfig, graphdef: nnx.GraphDef, tokens: np.ndarray, spread: Spread = lambda function: function
+    config: ModelConfig, graphdef: nnx.GraphDef, tokens: np.ndarray, spread: ShardMapWrapper = lambda function: function
 ) -> Tracer | None:
     """A function of the parameters that routes the first tokens of a stream and returns a snapshot.
 
     It routes whole windows of T tokens, up to TRACED_TOKENS tokens (at least one window), with the dispatch of
     training, in one jitted call. None for a model without routers, or with expert choice. `spread` makes it a program
-    of several devices (`decode.Spread`).
+    of several devices (`decode.ShardMapWrapper`).
     """
     try:
         check_routed(config)

@@ -48,14 +48,12 @@ from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.agreement import check_same_data
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.evaluate import Evaluation, evaluate
-from moe_jax.training.imported import ImportSource
+from moe_jax.training.initial_weights import InitialWeights, with_vocabulary_of
 from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
 from moe_jax.training.routing_snapshot import Tracer
-from moe_jax.training.sft import TuningSource
-from moe_jax.training.start import Source, with_vocabulary_of
+from moe_jax.training.start import Start
 from moe_jax.training.state import TrainState
-from moe_jax.training.upcycle import UpcycleSource
 
 SAMPLE_TOKENS = 200
 """Longest sample of text at an evaluation."""
@@ -129,7 +127,7 @@ class SessionData:
         answers = None if whole.answers is None else whole.answers[: len(tokens)]
         if answers is not None and not answers[1:].any():  # the first token is never predicted
             raise UserError(
-                f"--data.eval-tokens {self.config.data.eval_tokens}: no answer is in the first {len(tokens):,} "
+                f"--set data.eval_tokens={self.config.data.eval_tokens}: no answer is in the first {len(tokens):,} "
                 "validation tokens, so training could not be scored; give a larger number, or move a shorter "
                 "conversation to the front"
             )
@@ -161,7 +159,7 @@ class SessionProgress:
     elapsed_before: float = 0.0
     """Seconds of the run before this process."""
     origin: dict[str, Any] | None = None
-    """`Start.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
+    """`Initial.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
 
     @property
     def elapsed(self) -> float:
@@ -207,16 +205,18 @@ class Session:
     """Lines to print about how the session was opened."""
 
     @classmethod
-    def open(cls, config: RunConfig, saved: RunConfig | None) -> "Session":
-        """Prepare data and model. With a `saved` configuration, restore the newest good checkpoint of the run.
+    def open(cls, config: RunConfig, start: Start | None = None) -> "Session":
+        """Prepare data and model. A run that is resumed is restored from its newest good checkpoint; a new one starts
+        from the weights of `start`, or from noise without it.
 
         Raises UserError if the data cannot be read or if a checkpoint does not fit.
         """
         begin = time.monotonic()
         folder = RunFolder(Path(config.run_dir))
         checkpoints = CheckpointStore(folder.path)
-        source = source_of(config) if saved is None else None
-        run_id, tokenizer, precision = "", source.tokenizer if source else None, ""
+        saved = start.saved if start else None
+        weights = start.weights(config) if start and saved is None else None
+        run_id, tokenizer, precision = "", weights.tokenizer if weights else None, ""
         if saved is not None:
             found = checkpoints.list()
             precision = kept_precision(found[-1]) if found else ""
@@ -246,17 +246,17 @@ class Session:
         if saved is not None:
             opened._restore()
         else:
-            opened._start(source)
+            opened._start(weights)
         return opened
 
-    def _start(self, source: Source | None) -> None:
+    def _start(self, weights: InitialWeights | None) -> None:
         """Begin a new run: initial parameters, and the first files of the folder."""
         if holds_run(self.folder.path):
             raise UserError(f"--out {self.folder.path}: another process has made a run there; add --resume to go on")
-        if source is None:
+        if weights is None:
             params = self.programs.initial_params()
         else:
-            params, self.progress.origin, note = source.start(self.programs, self.data.store)
+            params, self.progress.origin, note = weights.read(self.programs, self.data.store)
             self.notes.append(note)
         self.state = self.programs.state(params)
         origin = self.progress.origin
@@ -362,11 +362,6 @@ class Session:
         }
         self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.progress.elapsed, context=context)
         self.progress.saved_step = step
-
-
-def source_of(config: RunConfig) -> Source | None:
-    """What a new run starts from. None for a run that starts from random parameters."""
-    return TuningSource.open(config) or ImportSource.open(config) or UpcycleSource.open(config)
 
 
 def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: TokenStore) -> None:

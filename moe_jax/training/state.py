@@ -66,7 +66,7 @@ class TrainState:
     loss_track: LossTrack
     skipped: Int[Array, ""]
     """Number of skipped steps. A skipped step changes no bit of parameters and optimizer: its loss or gradient was not
-    finite, or its loss was a spike and `skip_spikes` is on."""
+    finite."""
     adapters: Adapters | None = None
     """Low-rank adapters (`model/low_rank.py`). If there are any, only they are trained, and the parameters stay."""
 

@@ -181,8 +181,7 @@ def make_step(
     micro-batches.
 
     If the loss or the gradient norm is not finite, the step is counted as skipped, and parameters and optimizer keep
-    every bit. With float16 the step also halves the loss scale. With `skip_spikes`, a step with a loss spike is skipped
-    in the same way.
+    every bit. With float16 the step also halves the loss scale.
 
     `trace`, a static argument, adds every decision of the routers to the metrics. `loss` computes the loss to minimise.
 
@@ -202,20 +201,19 @@ def make_step(
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())
-        taken = finite & ~spike if config.skip_spikes else finite
         with jax.named_scope("optimizer"):
             # One factor clips all gradients. It is applied where a gradient is used, so that the compiler needs no
             # clipped copy of all gradients.
             clip = clip_factor(norm, config.max_grad_norm)
             clipped = jax.tree.map(lambda g: g * clip.astype(g.dtype), grads)
             wide = jax.tree.map(_wide, trained)
-            updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=taken, step=state.step)
+            updates, optimizer_state = optimizer.update(clipped, state.optimizer, wide, taken=finite, step=state.step)
             moved = apply_updates(trained, updates, purpose_key(config.seed, Purpose.ROUND_WEIGHTS, state.step))
             if state.adapters is None:
                 moved = with_adjusted_biases(moved, metrics.load, config.router_bias_lr)
             # Selected entry by entry, so that the new parameters reuse the memory of the old ones. With `lax.cond`
             # both would exist at once.
-            moved = jax.tree.map(lambda new, old: jnp.where(taken, new, old), moved, trained)
+            moved = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, trained)
         new = TrainState(
             step=state.step + 1,
             params=moved if state.adapters is None else state.params,
@@ -223,7 +221,7 @@ def make_step(
             optimizer=optimizer_state,
             loss_scale=next_scale(scale, finite) if loss_scaling else scale,
             loss_track=next_track(state.loss_track, metrics.loss, _is_known(metrics, finite)),
-            skipped=state.skipped + ~taken,
+            skipped=state.skipped + ~finite,
         )
         return new, StepReport(metrics, norm, finite, spike, jnp.asarray(schedule(state.step)))
 

@@ -54,15 +54,14 @@ class StepLogger:
         if finite:
             counters.add_drops(float(report.metrics.drop_fraction))
         by_loss = self._session.config.model.routing.balancing == "loss"
-        cure = "--train.aux-loss-coef" if by_loss else "--train.router-bias-lr"
+        cure = "--train.aux-loss-coef" if by_loss else "--set train.router_bias_lr"
         for layer, expert in starved:
             self._terminal.say(
                 f"step {step} | expert {expert} of layer {layer} got almost no tokens for {STARVED_STEPS} steps; "
                 f"a larger {cure} brings it back"
             )
         if spike:
-            what = "the step was skipped" if config.skip_spikes else "--train.skip-spikes would have skipped the step"
-            self._terminal.say(f"step {step} | loss spike: {float(report.metrics.loss):.3f}; {what}")
+            self._terminal.say(f"step {step} | loss spike: {float(report.metrics.loss):.3f}")
         if step % config.log_every == 0 or step == config.steps or not finite or spike or starved:
             self._write(step, report)
         if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -86,7 +85,7 @@ class StepLogger:
             "z_loss": float(metrics.z_loss),
             "drop_fraction": float(metrics.drop_fraction),
             "grad_norm": float(report.grad_norm),
-            "skipped": not finite or (spike and session.config.train.skip_spikes),
+            "skipped": not finite,
             "spike": spike,
             "starved": session.progress.counters.starved_now(),
             "lr": float(report.lr),

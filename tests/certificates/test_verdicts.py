@@ -11,12 +11,12 @@ import pytest
 from moe_jax.certificates import arithmetic, causality, certify, on_mesh, perturbation
 from moe_jax.certificates.arithmetic import layer_arithmetic, step_arithmetic
 from moe_jax.certificates.perturbation import PerturbationResult, count_changes
-from moe_jax.certificates.reversed_chunks import ReversedChunks, reversed_order
 from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.model.costs import bound_flops, step_products
 from moe_jax.model.moe.router import route
 from moe_jax.parallel.collectives import Collective
 from tests.support import tiny
+from tests.support.leaky import ReversedChunks, reversed_order
 
 MODEL = tiny.config()
 
@@ -25,19 +25,12 @@ MODEL = tiny.config()
 
 
 @pytest.mark.parametrize(
-    ("earlier", "other_row", "later", "causal", "leaky"),
-    [
-        (0, 0, 5, True, False),
-        (1, 0, 5, False, True),
-        (0, 1, 5, False, False),
-        (1, 1, 5, False, False),
-        (0, 0, 0, False, False),
-        (1, 0, 0, False, False),
-    ],
+    ("earlier", "other_row", "later", "causal"),
+    [(0, 0, 5, True), (1, 0, 5, False), (0, 1, 5, False), (1, 1, 5, False), (0, 0, 0, False), (1, 0, 0, False)],
 )
-def test_what_is_causal_and_what_leaks(earlier: int, other_row: int, later: int, causal: bool, leaky: bool) -> None:
+def test_what_is_causal(earlier: int, other_row: int, later: int, causal: bool) -> None:
     found = PerturbationResult(24, 4, 8, 8, earlier, other_row, later, 0.5)
-    assert (found.causal(leaky=False), found.causal(leaky=True)) == (causal, leaky)
+    assert found.causal == causal
     assert str(found) == (
         f"24 changes of one token, at each of 8 positions, in 4 sequences: {earlier} earlier outputs changed, and "
         f"{other_row} of the sequence that was left alone; 50% of the choices dropped"
@@ -134,9 +127,12 @@ def test_how_many_sequences_and_positions_are_tried() -> None:
     ]
 
 
-def test_what_is_asked_of_a_model() -> None:
-    assert "while choices are dropped" in causality._asked(MODEL.capacity, leaky=False)
-    assert "nothing is dropped" in causality._asked(None, leaky=False)
+@pytest.mark.parametrize(("slots", "dropped", "passed"), [(4, 0.1, True), (4, 0.0, False), (None, 0.0, True)], ids=str)
+def test_a_capacity_must_be_tested_under_drops(slots: int | None, dropped: float, passed: bool) -> None:
+    causal = PerturbationResult(24, 4, 8, 8, 0, 0, 5, dropped)
+    certificate = causality._certificate("causality: a layer", "a layer", causal, slots)
+    assert certificate.passed == passed
+    assert ("while choices are dropped" in certificate.asked) == (slots is not None)
 
 
 @pytest.mark.parametrize(
@@ -156,23 +152,6 @@ def test_the_later_token_of_a_pair_gets_the_slot() -> None:
     queued = ReversedChunks(3, 2).trace(routing)
     assert queued.position[0, :, 0].tolist() == [1, 0, 3, 2, 0]
     assert queued.keep[0, :, 0].tolist() == [True, True, False, True, True]
-
-
-def test_a_rule_that_cannot_leak_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With K = 1 there is no second choice. With K = E every token chooses every expert, so no choice can change."""
-    monkeypatch.setattr(causality, "_variant_causality", lambda name, *_: name)
-    causal = {name for name, variant in causality.VARIANTS.items() if variant.leaks is None}
-    assert len(causal) == 7
-
-    def leaks(**changes: Any) -> set[str]:
-        return {str(name) for name in causality.layer_causality(tiny.config(**changes), None)} - causal
-
-    rest = {"batch priority", "expert choice"}
-    chunks = {"reversed pairs", "reversed fours"}
-    assert leaks() == {"choice-major priority", *rest, *chunks}
-    assert leaks(top_k=1) == {*rest, *chunks}
-    assert leaks(top_k=4) == {"choice-major priority", *rest}
-    assert leaks(top_k=1, experts=1) == set()
 
 
 # Arithmetic

@@ -23,8 +23,9 @@ from moe_jax.config import (
     device_rows,
     load_config,
 )
-from moe_jax.config.flags import SHORT_FLAGS, flag_of, long_flag
 from moe_jax.config.presets import PRESETS, preset
+from moe_jax.config.run import RETIRED
+from moe_jax.config.section import SHORT_FLAGS, flag_of, long_flag, word
 from moe_jax.system.errors import FieldError
 
 
@@ -84,41 +85,34 @@ TIED = {"tie_value_output_init": True}
         (ModelConfig, {"routing": RoutingConfig(top_k=9)}, "--top-k 9", "between 1 and --experts 8"),
         (ModelConfig, {"routing": RoutingConfig(top_k=0)}, "--top-k 0", "between 1 and --experts 8"),
         (ModelConfig, {"heads": 3}, "--model.heads 3", "a divisor of --model.width 128"),
-        (ModelConfig, {"width": 12, "heads": 4}, "--model.heads 4", "even"),
-        (ModelConfig, {"head_size": 7}, "--model.head-size 7", "even, which RoPE needs"),
+        (ModelConfig, {"head_size": 7}, "--set model.head_size=7", "even, which RoPE needs"),
         (ModelConfig, {"kv_heads": 3}, "--model.kv-heads 3", "0, or a divisor of --model.heads 4"),
         (ModelConfig, {"kv_heads": 8}, "--model.kv-heads 8", "0, or a divisor of --model.heads 4"),
-        (ModelConfig, {"kv_heads": 2, **TIED}, "--model.kv-heads 2", "0 or --model.heads 4, since --model.tie-value-"),
-        (ModelConfig, {"head_size": 16, **TIED}, "--model.head-size 16", "--model.width / --model.heads = 128 / 4"),
-        (ModelConfig, {"rope_theta": 0.5}, "--model.rope-theta 0.5", "between 1 and 1e+09"),
-        (ModelConfig, {"rope_theta": 1e6, "positions": "learned"}, "--model.rope-theta 1000000.0", "left out"),
-        (ModelConfig, {"norm_eps": 1e-13}, "--model.norm-eps 1e-13", "0, or between 1e-12 and 1"),
-        (ModelConfig, {"norm_eps": float("nan")}, "--model.norm-eps nan", "0, or between 1e-12 and 1"),
+        (ModelConfig, {"kv_heads": 2, **TIED}, "--model.kv-heads 2", "0 or --model.heads 4, since model.tie_value_"),
+        (ModelConfig, {"head_size": 16, **TIED}, "--set model.head_size=16", "--model.width / --model.heads = 128 / 4"),
+        (ModelConfig, {"rope_theta": 0.5}, "--set model.rope_theta=0.5", "between 1 and 1e+09"),
+        (ModelConfig, {"rope_theta": 1e6, "positions": "learned"}, "--set model.rope_theta=1000000.0", "left out"),
+        (ModelConfig, {"norm_eps": 1e-13}, "--set model.norm_eps=1e-13", "0, or between 1e-12 and 1"),
+        (ModelConfig, {"norm_eps": float("nan")}, "--set model.norm_eps=nan", "0, or between 1e-12 and 1"),
         (ModelConfig, {"qk_norm": True}, "--model.qk-norm True", "one of none, head, full"),
         (RoutingConfig, {"capacity_factor": 0.0}, "--capacity-factor 0.0", "a finite number above 0"),
         (RoutingConfig, {"capacity_factor": float("inf")}, "--capacity-factor inf", "a finite number above 0"),
         (RoutingConfig, {"capacity_factor": float("nan")}, "--capacity-factor nan", "a finite number above 0"),
         (ModelConfig, {"dropout": 1.0}, "--model.dropout 1.0", "at least 0 and below 1"),
-        (ModelConfig, {"attention_dropout": 1.0}, "--model.attention-dropout 1.0", "at least 0 and below 1"),
+        (ModelConfig, {"attention_dropout": 1.0}, "--set model.attention_dropout=1.0", "at least 0 and below 1"),
         (ModelConfig, {"dropout": float("nan")}, "--model.dropout nan", "at least 0 and below 1"),
         (ModelConfig, {"seq_len": 1}, "--seq-len 1", "between 2 and"),
         (ModelConfig, {"experts": 0, "routing": RoutingConfig(top_k=0)}, "--experts 0", "between 1 and 4,096"),
-        (ModelConfig, {"norm": "batchnorm"}, "--model.norm batchnorm", "one of layernorm, rmsnorm"),
-        (
-            RoutingConfig,
-            {"dispatch": "blocks", "priority": "leaky-expert-choice"},
-            "--routing.priority leaky-expert-choice",
-            "token, since --dispatch blocks drops nothing",
-        ),
+        (ModelConfig, {"norm": "batchnorm"}, "--set model.norm=batchnorm", "one of layernorm, rmsnorm"),
         (RoutingConfig, {"dispatch": "magic"}, "--dispatch magic", "one of capacity, blocks"),
         (TrainConfig, {"steps": -1}, "--steps -1", "between 1 and"),
         (TrainConfig, {"lr": 0.0}, "--lr 0.0", "between 1e-12 and 1000"),
         (TrainConfig, {"lr": float("nan")}, "--lr nan", "between 1e-12 and 1000"),
         (TrainConfig, {"batch_size": 0}, "--batch-size 0", "between 1 and"),
-        (TrainConfig, {"final_lr_ratio": 2.0}, "--train.final-lr-ratio 2.0", "between 0 and 1"),
-        (TrainConfig, {"beta2": 1.0}, "--train.beta2 1.0", "between 0 and"),
+        (TrainConfig, {"final_lr_ratio": 2.0}, "--set train.final_lr_ratio=2.0", "between 0 and 1"),
+        (TrainConfig, {"beta2": 1.0}, "--set train.beta2=1.0", "between 0 and"),
         (ExecutionConfig, {"compute_dtype": "float8"}, "--precision float8", "one of auto, float32, bfloat16, float16"),
-        (DataConfig, {"source": " "}, "--data ' '", "a corpus name or a path"),
+        (DataConfig, {"source": " "}, "--data  ", "a corpus name or a path"),
         (DataConfig, {"vocab_size": 10}, "--data.vocab-size 10", "between 257 and"),
         (RunConfig, {"preset": "huge"}, "--preset huge", "one of " + ", ".join(PRESETS)),
     ],
@@ -159,12 +153,9 @@ def test_every_field_survives_json() -> None:
     routing = RoutingConfig(
         top_k=3,
         capacity_factor=0.75,
-        priority="leaky-batch-priority",
+        dispatch="blocks",
         balancing="bias",
-        logit_noise=0.5,
-        input_jitter=0.25,
         renormalise_gates=False,
-        eval_capacity_factor=2.0,
         device_capacity_factor=3.0,
     )
     config = RunConfig(
@@ -172,28 +163,25 @@ def test_every_field_survives_json() -> None:
         out="somewhere",
         resume=True,
         upcycle="elsewhere",
-        tensorboard=True,
-        wandb=True,
-        trackio=True,
+        track="wandb",
         base="there",
         model=ModelConfig(
             *(7, 6, 5, 12, 3, 3, 4, 9, 24, 2, "active", "gelu", "layernorm", 0.5, "learned", 10_000.0),
             *(True, "full", False, True, True, True, 0.25, 0.5),
             routing=routing,
         ),
-        data=DataConfig("wikitext", "byte", 300, 5, 6, 7, "chat"),
+        data=DataConfig("wikitext", "byte", 300, 5, 7, "chat"),
         train=TrainConfig(
             *(8, 2, 3, "muon", 0.5, 0.25, True, "linear", 0.1, 9, 0.8, 0.9, 1e-6, 0.2, 2.0, 0.02, 0.002, 0.003),
-            *("bfloat16", 11, 12, 13, 14, True, 4, 15, 16.0, True),
+            *("bfloat16", 11, 12, 13, 14, 4, 15, 16.0, True),
         ),
         execution=ExecutionConfig("bfloat16", True, True, "data=1"),
     )
     for section in ("", *SECTIONS):
         there, default = config.section(section), RunConfig().section(section)
         same = [f.name for f in dataclasses.fields(there) if getattr(there, f.name) == getattr(default, f.name)]
-        # What drops nothing has no priority, and learned positions have no base of a rotation.
-        # A run starts from one thing only.
-        needless = {"": ["init_from"], "routing": ["dispatch"], "model": ["rope_theta"]}.get(section, [])
+        # Learned positions have no base of a rotation. A run starts from one thing only.
+        needless = {"": ["init_from"], "model": ["rope_theta"]}.get(section, [])
         assert same == needless, "give each new field a value above that is not its default"
     imported = dataclasses.replace(config, upcycle="", init_from="elsewhere")
     for written in (config, imported):
@@ -219,7 +207,23 @@ def test_unknown_presets_schemas_and_fields_are_refused() -> None:
         RunConfig.from_dict(values | {"routing": values["routing"] | {"top_k": 99}})
 
 
+def test_a_retired_setting_is_accepted_at_its_constant_only() -> None:
+    """As version 0.2.0 wrote them. A tracker was a switch of its own there."""
+    values = preset("nano").to_dict()
+    for (section, name), constant in RETIRED.items():
+        kept = values | {section: values[section] | {name: constant}}
+        assert RunConfig.from_dict(kept) == preset("nano")
+        other = {str: "leaky-choice-major", float: 0.5, bool: True, int: 3}[type(constant)]
+        with pytest.raises(UserError, match=rf"{section}\.{name} is .*this version knows only"):
+            RunConfig.from_dict(values | {section: values[section] | {name: other}})
+    del values["track"]
+    assert RunConfig.from_dict(values | {"wandb": True, "trackio": False}).track == "wandb"
+
+
 def test_flags() -> None:
+    assert flag_of("train", "beta2") == "--set train.beta2"
+    assert word("train", "beta2", 0.9) == "--set=train.beta2=0.9"
+    assert word("execution", "remat", False) == "--no-execution.remat"
     assert flag_of("train", "batch_size") == "--batch-size"
     assert flag_of("model", "expert_hidden") == "--model.expert-hidden"
     assert flag_of("", "out") == "--out"

@@ -35,13 +35,13 @@ from moe_jax.model.moe.balance import adjusted_bias, balance_loss
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.queues import queue_positions
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.moe.variants import leaky_queue_positions, with_all_experts
 from moe_jax.model.precision import stochastic_round
 from moe_jax.model.quantize import quantize
 from moe_jax.system.random_keys import sequence_keys
+from moe_jax.training.initial_weights import copy_dense_params
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor
 from moe_jax.training.optimizers.factory import make_optimizer
-from moe_jax.training.upcycle import copy_dense_params
+from tests.support.leaky import leaky_queue_positions, with_all_experts
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

@@ -38,7 +38,7 @@ ARCHITECTURES = {
     "story": "mixtral",
     "story-cpu": "qwen3_moe",
     "story-4gb": "qwen3_moe",
-    "seed-158m": "--model.positions learned: no class of transformers holds this model",
+    "seed-158m": "--set model.positions=learned: no class of transformers holds this model",
     "max-4gb": "mixtral",
 }
 
@@ -114,23 +114,23 @@ def test_all_files_get_the_permissions_of_the_umask(umask: int, run: Path, tmp_p
 @pytest.mark.parametrize(
     ("changes", "routing", "option"),
     [
-        ({"bias": True}, {}, "--model.bias"),
-        ({"norm": "layernorm"}, {}, "--model.norm layernorm"),
-        ({"activation": "gelu"}, {}, "--model.activation gelu"),
-        ({"positions": "learned"}, {}, "--model.positions learned"),
+        ({"bias": True}, {}, "--set model.bias=true"),
+        ({"norm": "layernorm"}, {}, "--set model.norm=layernorm"),
+        ({"activation": "gelu"}, {}, "--set model.activation=gelu"),
+        ({"positions": "learned"}, {}, "--set model.positions=learned"),
         ({"qk_norm": "head"}, {"balancing": "bias"}, "--model.qk-norm"),
         ({"qk_norm": "head", "shared_experts": 1}, {}, "--model.qk-norm"),
         ({"qk_norm": "full"}, {"balancing": "bias"}, "--model.qk-norm full"),
-        ({"qk_norm": "full", "head_size": 8}, {}, "--model.head-size"),
+        ({"qk_norm": "full", "head_size": 8}, {}, "--set model.head_size"),
         ({"qk_norm": "full", "dense": "active"}, {}, "--model.qk-norm full"),
-        ({"shared_experts": 1, "head_size": 8}, {}, "--model.head-size"),
-        ({"shared_experts": 1}, {"renormalise_gates": False}, "--routing.no-renormalise-gates"),
-        ({}, {"renormalise_gates": False}, "--routing.no-renormalise-gates"),
+        ({"shared_experts": 1, "head_size": 8}, {}, "--set model.head_size"),
+        ({"shared_experts": 1}, {"renormalise_gates": False}, "--set routing.renormalise_gates=false"),
+        ({}, {"renormalise_gates": False}, "--set routing.renormalise_gates=false"),
         ({}, {"top_k": 1}, "--routing.top-k 1"),
         ({"shared_experts": 1}, {"top_k": 1}, "--routing.top-k 1"),
-        ({"scaled_embedding": True, "qk_norm": "head"}, {}, "--model.scaled-embedding"),
-        ({"dense": "active", "scaled_embedding": True}, {}, "--model.scaled-embedding"),
-        ({"dense": "active", "norm": "layernorm"}, {}, "--model.norm layernorm, --model.positions rope"),
+        ({"scaled_embedding": True, "qk_norm": "head"}, {}, "--set model.scaled_embedding=true"),
+        ({"dense": "active", "scaled_embedding": True}, {}, "--set model.scaled_embedding=true"),
+        ({"dense": "active", "norm": "layernorm"}, {}, "--set model.norm=layernorm model.positions=rope"),
     ],
 )
 def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dict, option: str) -> None:

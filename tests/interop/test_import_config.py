@@ -55,7 +55,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a size that is true": ({"num_hidden_layers": True}, "num_hidden_layers is true, and must be a whole number"),
     "a huge size": ({"vocab_size": 10**30}, "vocab_size is 1000"),
     "more layers than there can be": ({"num_hidden_layers": 5000}, "--model.layers 5000: must be between"),
-    "an odd head": ({"head_dim": 7}, "--model.head-size 7: must be even"),
+    "an odd head": ({"head_dim": 7}, "--set model.head_size=7: must be even"),
     "a negative eps": ({"rms_norm_eps": -1.0}, "rms_norm_eps is -1.0, and must be a number"),
     "an endless base": ({"rope_theta": 1e999}, "rope_theta is Infinity"),
     "groups that do not divide": ({"num_key_value_heads": 3}, "--model.kv-heads 3: must be 0, or a divisor"),

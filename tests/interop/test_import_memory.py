@@ -23,7 +23,6 @@ READS = """
 import json, sys
 from pathlib import Path
 import jax, numpy as np
-from moe_jax.config.compatibility import imported_defaults
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.model.transformer import abstract_model
 

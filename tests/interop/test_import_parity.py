@@ -38,7 +38,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory):
 
 def opened(folder: Path, tmp_path: Path, *flags: str) -> Session:
     words = [flags[0], str(folder), "--data", str(text_file(tmp_path)), "--out", str(tmp_path / "run"), *FLAGS]
-    return Session.open(Train.parse([*words, *flags[1:]]).settings.config, None)
+    return Session.open(*Train.parse([*words, *flags[1:]]).settings)
 
 
 def logits(session: Session) -> np.ndarray:

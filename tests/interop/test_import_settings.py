@@ -11,13 +11,13 @@ import pytest
 import moe_jax
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
-from moe_jax.config.compatibility import IMPORTED_LR
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from moe_jax.runs import verify_resume
 from moe_jax.runs.doctor import examine
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
+from moe_jax.training.start import IMPORTED_LR
 from tests.cli.test_cli import ROOT, assert_refused, run_without_jax
 from tests.interop.made import EXPERTS, llama, text_file
 from tests.support.saved_run import quick_training
@@ -58,8 +58,11 @@ def test_experts_go_in_without_drops(place: Path) -> None:
     assert parsed("--init-from", "hf", *asked).model.capacity == 64
     for flags, said in (
         (["--top-k", "1"], "--top-k 1: the model in hf has 2; leave the flag out"),
-        (["--routing.no-renormalise-gates"], "--routing.renormalise-gates False: the model in hf has True"),
-        (["--routing.balancing", "bias"], "--routing.balancing bias: the model in hf has loss"),
+        (
+            ["--set", "routing.renormalise_gates=false"],
+            "--set routing.renormalise_gates=False: the model in hf has",
+        ),
+        (["--set", "routing.balancing=bias"], "--set routing.balancing=bias: the model in hf has loss"),
         (["--experts", "8"], "--experts 8: the model in hf has 4"),
         (["--model.shared-experts", "1"], "--model.shared-experts 1: the model in hf has 0"),
     ):
@@ -75,13 +78,13 @@ def test_experts_go_in_without_drops(place: Path) -> None:
     [
         (["--model.width", "64"], ["--model.width 64", "has 32"]),
         (["--model.layers", "3"], ["--model.layers 3", "has 2"]),
-        (["--model.vocab-size", "300"], ["--model.vocab-size 300", "has 260"]),
-        (["--model.rope-theta", "1e6"], ["--model.rope-theta 1e+06".replace("1e+06", "1000000.0"), "has 10000.0"]),
-        (["--model.norm-eps", "1e-5"], ["--model.norm-eps 1e-05", "has 1e-06"]),
-        (["--model.no-tied-head"], ["--model.tied-head False", "has True"]),
+        (["--set", "model.vocab_size=300"], ["--set model.vocab_size=300", "has 260"]),
+        (["--set", "model.rope_theta=1e6"], ["--set model.rope_theta=1000000.0", "has 10000.0"]),
+        (["--set", "model.norm_eps=1e-5"], ["--set model.norm_eps=1e-05", "has 1e-06"]),
+        (["--set", "model.tied_head=false"], ["--set model.tied_head=False", "has True"]),
         (["--model.dense", "none"], ["--model.dense none", "has active", "use --upcycle"]),
         (["--experts", "4"], ["--experts 4", "has 1", "use --upcycle"]),
-        (["--model.zero-init-residual"], ["--model.zero-init-residual True", "has False"]),
+        (["--set", "model.zero_init_residual=true"], ["--set model.zero_init_residual=True", "has False"]),
         (["--seq-len", "65"], ["--seq-len 65", "reads 64 positions at most"]),
         (["--tokenizer", "bpe"], ["--tokenizer bpe", "has hf"]),
         (["--upcycle", "hf"], ["--init-from hf", "--upcycle hf", "give one"]),
@@ -139,7 +142,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory):
         llama(place / "hf")
         words = ["--init-from", str(place / "hf"), "--data", str(text_file(place)), "--out", str(place / "run")]
         words += ["--steps", "4", "--batch-size", "2", "--train.eval-every", "2", "--train.save-every", "2"]
-        session = Session.open(parsed(*words, "--seq-len", "32", "--precision", "float32"), None)
+        session = Session.open(*Train.parse([*words, "--seq-len", "32", "--precision", "float32"]).settings)
         first = np.asarray(session.state.params["embedding"]).copy()
         train(session)
         result = finish(session)
@@ -164,10 +167,10 @@ def test_a_resume_needs_no_folder_and_takes_no_other(imported: tuple[Path, dict]
     (place / "hf").rename(place / "gone")
     try:
         for given in ([], ["--init-from", folder]):
-            config, saved = Train.parse(["--out", str(run), "--resume", "--steps", "6", *given]).settings
-            assert saved is not None
+            config, start = Train.parse(["--out", str(run), "--resume", "--steps", "6", *given]).settings
+            assert start.saved is not None
             assert config.init_from == folder
-        session = Session.open(config, saved)
+        session = Session.open(config, start)
         train(session)
         assert finish(session)["resumed_from"] == 4
         assert session.progress.origin is not None

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from moe_jax.cli.sft import Sft
-from moe_jax.config import ConfigError, RunConfig
-from moe_jax.config.compatibility import IMPORTED_LR
+from moe_jax.config import ConfigError
 from moe_jax.interop.export import export
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import adapter_parameters
-from moe_jax.runs.load import open_run
+from moe_jax.runs.load import find_checkpoint, open_run
+from moe_jax.training import initial_weights
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
-from moe_jax.training.sft import TuningSource
+from moe_jax.training.start import IMPORTED_LR
 from tests.interop.made import llama
 from tests.support import saved_run, tiny, tuning
 
@@ -46,7 +46,7 @@ def tune(place: Path, out: str, *flags: str) -> tuple[Session, dict[str, Any]]:
     argv = ["--init-from", str(place / "hf"), "--data", str(place / "chats.jsonl"), "--out", str(place / out)]
     argv += ["--steps", "4", "--batch-size", "2", "--seq-len", "32", "--eval-every", "2", "--save-every", "2"]
     argv += ["--precision", "float32"]  # four small steps change the loss by less than bfloat16 rounds it
-    session = Session.open(Sft.parse([*argv, *flags]).settings.config, None)
+    session = Session.open(*Sft.parse([*argv, *flags]).settings)
     train(session)
     return session, finish(session)
 
@@ -90,9 +90,8 @@ def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
 def test_a_tuned_import_is_tuned_once_more(place: Path) -> None:
     """What the public model took to train is not known, and stays so."""
     session, _ = tune(place, "first")
-    source = TuningSource.open(RunConfig(base=str(session.folder.path)))
-    assert source is not None
-    assert source.origin()["training_flops"] is None
+    run = find_checkpoint(session.folder.path)
+    assert initial_weights.flops_until(run.checkpoint, run.config) is None
 
 
 def test_one_origin_at_a_time(place: Path) -> None:

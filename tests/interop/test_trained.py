@@ -15,7 +15,7 @@ from tests.reliability import runs
 pytestmark = pytest.mark.interop
 
 SETTINGS = ("--model.width", "64", "--model.layers", "2", "--model.seq-len", "128", "--model.expert-hidden", "64")
-SETTINGS += ("--data.stories", "400", "--data.vocab-size", "512", "--batch-size", "4", "--train.eval-every", "100")
+SETTINGS += ("--set", "data.stories=400", "--data.vocab-size", "512", "--batch-size", "4", "--train.eval-every", "100")
 SETTINGS += ("--execution.compute-dtype", "float32", "--steps", "120")
 PROMPT, GREEDY = "Once upon a time", 100
 

@@ -17,7 +17,8 @@ WORKER = Path(__file__).parent / "worker.py"
 MESH = "fsdp=2,expert=4"
 SETTINGS = """
     --tokenizer byte --model.layers 1 --model.width 32 --model.heads 2 --model.expert-hidden 32 --seq-len 32
-    --experts 8 --batch-size 8 --data.eval-tokens 400 --eval-every 8 --save-every 4 --train.log-every 1 --steps 20
+    --experts 8 --batch-size 8 --set data.eval_tokens=400 --eval-every 8 --save-every 4 --steps 20
+    --set train.log_every=1
     --precision float32 --model.dropout 0.1 --optimizer adamw --lr 1e-3 --train.warmup-steps 0
 """.split()  # noqa: SIM905, a list would hide the pairs of flag and value
 LIMIT = 240.0
@@ -60,7 +61,7 @@ def start(
     command = [sys.executable, str(WORKER), *(words or [*SETTINGS, "--data", str(folder / "text.txt")])]
     command += ["--out", str(folder / out), "--mesh", MESH, *flags]
     named = ["--num-processes", "2", "--process-id", str(index), "--coordinator-address", f"127.0.0.1:{port}"]
-    command += ["--cluster"] if cluster else named
+    command += ["--coordinator-address", "cluster"] if cluster else named
     values = runs.environment(folder / "cache")
     values["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as train.py sets it; the worker imports jax earlier
     values["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {QUICK_COMPILER}"

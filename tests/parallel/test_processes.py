@@ -128,7 +128,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(folder: Path, two: Ended
 
 
 def test_two_tasks_of_slurm_as_two_processes(folder: Path, two: Ended) -> None:
-    """`--cluster` finds the processes by the variables of SLURM, and trains the run of the explicit flags."""
+    """`--coordinator-address cluster` finds the processes by the variables of SLURM, and trains the same run."""
     assert two.status == (0, 0)
     job = free_job()
     found = ended([start(folder, "tasks", i, 0, env=slurm(job, i), cluster=True) for i in range(2)])
@@ -168,9 +168,8 @@ def test_a_hundred_kills(folder: Path, two: Ended, seed: int) -> None:
 
 
 def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: float = 0.0) -> None:
-    """kill -9 of one process some time after a step. The other one ends by itself, and says why if jax lets it. The
-    seconds until then are printed: they should be fewer than 15. Resumed by both, every array of the last state is that
-    of the uninterrupted run."""
+    """kill -9 of one process some time after a step. jax ends the other one. The seconds until then are printed.
+    Resumed by both, every array of the last state is that of the uninterrupted run."""
     processes = pair(folder, out)
     wait_for_step(folder / out, step, processes)
     time.sleep(wait)
@@ -182,13 +181,6 @@ def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: flo
         seconds = time.monotonic() - killed
         found = ended(processes)
     print(f"process {victim} killed after step {step}: the other ended after {seconds:.1f} s with", found.status)
-    status, errors = found.status[1 - victim], found.errors[1 - victim]
-    if status == 1:
-        assert f"error: process {victim} has died; start all processes again" in errors
-    elif status != 0:  # 0: it had finished before
-        # jax aborts the others where process 0 has died. gloo, which sends between CPUs, can abort one too.
-        assert status == -signal.SIGABRT, errors
-        assert victim == 0 or "gloo::EnforceNotMet" in errors
     resumed = ended(pair(folder, out, "--resume"))
     assert resumed.status == (0, 0), resumed.errors
     assert newest(folder, out).manifest["leaves"] == newest(folder, "two").manifest["leaves"]
@@ -256,16 +248,15 @@ def test_two_processes_resume_from_the_checkpoint_before_a_flipped_bit(folder: P
     "victims", [(1,), pytest.param((0,), marks=pytest.mark.slow), pytest.param((0, 1), marks=pytest.mark.slow)]
 )
 def test_a_disk_that_is_full_for_one_process_or_both(folder: Path, two: Ended, victims: tuple[int, ...]) -> None:
-    """In the second save, files cannot grow. Both processes end with status 1 and one line, and the first save stays:
-    the run goes on from it by one process."""
+    """In the second save, files cannot grow. The process says so, jax ends the other one, and the first save stays: the
+    run goes on from it by one process."""
     assert two.status == (0, 0)
     port, out = free_port(), f"full{sum(victims)}"
     env = {"MOE_JAX_TEST_FULL": "2"}
     found = ended([start(folder, out, i, port, env=env if i in victims else None) for i in range(2)])
-    assert found.status == (1, 1), found.errors
-    lines = [found.lines(process) for process in range(2)]
-    assert [len(said) for said in lines] == [1, 1], lines
-    assert all("step_00000008: the checkpoint could not be saved" in said for (said,) in lines), lines
+    assert 0 not in found.status, found.errors
+    for victim in victims:
+        assert any("step_00000008: the checkpoint could not be saved" in line for line in found.lines(victim))
     assert [c.step for c in CheckpointStore(folder / out).list()] == [4]
     assert restore(newest(folder, out), state_shapes(folder, "")).step == 4
     shutil.rmtree(folder / out)
@@ -276,7 +267,7 @@ def test_two_processes_tune_as_one(folder: Path) -> None:
     of the run that is tuned."""
     base, data = tuning.base_run(folder / "base"), tuning.write_conversations(folder / "chats.jsonl")
     words = ["sft", "--run", str(base), "--data", str(data), "--lora", "4", "--steps", "6", "--batch-size", "8"]
-    words += ["--eval-every", "6", "--save-every", "6", "--train.log-every", "1", "--precision", "float32"]
+    words += ["--eval-every", "6", "--save-every", "6", "--set", "train.log_every=1", "--precision", "float32"]
     port = free_port()
     found = ended([start(folder, "tuned", index, port, words=words) for index in range(2)])
     assert found.status == (0, 0), found.errors

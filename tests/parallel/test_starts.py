@@ -9,14 +9,12 @@ import jax
 import pytest
 
 from moe_jax.config import DataConfig, RunConfig, load_config
-from moe_jax.config.compatibility import imported_defaults, upcycled_defaults, upcycled_model_defaults
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.parallel.mesh import mesh_of
-from moe_jax.training import upcycle
-from moe_jax.training.imported import ImportSource
+from moe_jax.training import initial_weights
 from moe_jax.training.programs import Programs
-from moe_jax.training.upcycle import UpcycleSource
+from moe_jax.training.start import UpcycledRun, new_start
 from tests.interop import made as hugging_face
 from tests.parallel import made
 from tests.support import saved_run, tiny
@@ -42,24 +40,24 @@ def assert_starts_as_one(source: Any, config: RunConfig, mesh: str, store: Token
     """The parameters have the bits of one device. Each lies where the step wants it, although nobody has moved it.
     Routers may lie elsewhere, because they are small and drawn by all devices."""
     on_mesh, one = Programs.of(config, mesh=mesh_of(mesh)), Programs.of(config)
-    params = source.start(on_mesh, store).params
+    params = source.read(on_mesh, store).params
     for (path, x), shape in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(on_mesh.state_shapes.params), strict=True
     ):
         name = jax.tree_util.keystr(path)
         assert "router" in name or x.sharding.is_equivalent_to(shape.sharding, x.ndim), name
-    tiny.assert_same_bits(jax.device_get(params), jax.device_get(source.start(one, store).params))
+    tiny.assert_same_bits(jax.device_get(params), jax.device_get(source.read(one, store).params))
 
 
 @pytest.mark.parametrize(("flag", "mesh"), [("--init-from", "fsdp=8"), ("--upcycle", "fsdp=2,expert=4")])
 def test_a_public_model(flag: str, mesh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is read, a device has at most its own parts of all parameters, and the one that is made."""
     folder = hugging_face.llama(tmp_path / "llama")
-    found = Pretrained.open(folder, flag)
-    defaults = imported_defaults if flag == "--init-from" else upcycled_model_defaults
-    config = defaults(made.config(experts=4), found.shape.model, str(folder))
+    name = flag.removeprefix("--").replace("-", "_")
+    start = new_start(dataclasses.replace(made.config(experts=4), **{name: str(folder)}))
+    config = start.defaults
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, mesh=mesh))
-    source = ImportSource.open(config)
+    source = start.weights(config)
     assert source is not None
     data = DataConfig(source=str(hugging_face.text_file(tmp_path)))
     store = prepare_token_store(data, tokenizer=source.tokenizer, progress=False, seq_len=config.model.seq_len)
@@ -81,22 +79,22 @@ def test_a_public_model(flag: str, mesh: str, tmp_path: Path, monkeypatch: pytes
 
 
 def test_a_dense_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dense model that is read is cut over fsdp, so a device has about half of it."""
+    """The dense model that is read is sharded over fsdp, so a device has about half of it."""
     run = saved_run.save_run(tmp_path, dense="active", width=16, expert_hidden=16)
     dense = load_config(run)
     assert dense is not None
-    config = upcycled_defaults(dense, str(run))
-    source = UpcycleSource.open(config)
+    start = UpcycledRun.of(str(run))
+    config, source = start.defaults, start.weights(start.defaults)
     assert source is not None
     store = prepare_token_store(dense.data, progress=False, cache=tmp_path / "cache")
-    here, read = [], upcycle.restore_weights
+    here, read = [], initial_weights.restore_weights
 
     def counted(*args: Any) -> Any:
         found = read(*args)
         here.append(most_bytes(jax.tree.leaves(found)))
         return found
 
-    monkeypatch.setattr(upcycle, "restore_weights", counted)
+    monkeypatch.setattr(initial_weights, "restore_weights", counted)
     assert_starts_as_one(source, config, "fsdp=2,expert=4", store)
     on_mesh, whole = here
     assert on_mesh < 0.6 * whole

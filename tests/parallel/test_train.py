@@ -19,8 +19,8 @@ pytestmark = pytest.mark.parallel
 
 SETTINGS = (
     "--tokenizer byte --model.layers 1 --model.width 32 --model.heads 2 --model.expert-hidden 32 --seq-len 32 "
-    "--experts 8 --batch-size 8 --data.eval-tokens 400 --eval-every 4 --save-every 4 --train.log-every 1 "
-    "--precision float32 --model.dropout 0.1 --train.final-lr-ratio 1 --train.warmup-steps 0"
+    "--experts 8 --batch-size 8 --set data.eval_tokens=400 --eval-every 4 --save-every 4 --set train.log_every=1 "
+    "--precision float32 --model.dropout 0.1 --set train.final_lr_ratio=1 --train.warmup-steps 0"
 )
 """The learning rate stays the same, so that a run may be longer at a resume."""
 

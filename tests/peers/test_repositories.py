@@ -22,13 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import ModelConfig, Priority
+from moe_jax.config import ModelConfig
 from moe_jax.model.moe.balance import balance_loss, z_loss
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.moe.variants import leaky_queue_positions
 from moe_jax.model.transformer import merge
 from tests.support import tiny
+from tests.support.leaky import Priority, leaky_queue_positions
 
 pytestmark = [pytest.mark.peers, pytest.mark.timeout(900)]
 CLONES = os.environ.get("MOE_JAX_CLONES")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.cli.arguments import Argument
-from moe_jax.cli.origin import override
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError
 from moe_jax.config.presets import preset
@@ -49,7 +48,7 @@ GIVEN, WRONG, FILE, UPCYCLE = 0.2, 0.2, 0.15, 0.05
 """Share of the other flags in a line; and of the lines with a wrong word, a settings file, a dense run to start on."""
 OUTS = ("run", "run", "run", "", "a run", "läuft", "deep/er/run", "-run")
 WRONG_OUTS = ("file", "file/run", "r" * 300, "link", "run\0", "run\udcff")
-TINY = override(preset("nano"), {key: values[0] for key, values in SIZES.items()})
+TINY = preset("nano").override({key: values[0] for key, values in SIZES.items()})
 
 
 @dataclass(frozen=True)
@@ -158,7 +157,7 @@ def _allowed(key: Key, value: Any) -> bool:
     if key[0] == "" and not hasattr(TINY, key[1]):  # a flag of the command
         return True
     try:
-        override(TINY, {key: value})
+        TINY.override({key: value})
     except ConfigError:
         return False
     return True
@@ -226,7 +225,7 @@ TOO_LARGE = (
     ["--model.layers=4096", "--model.width=131072", "--model.expert-hidden=131072"],
     ["--seq-len=1048576", "--batch-size=65536"],
     ["--experts=4096", "--model.expert-hidden=131072", "--model.width=131072", "--model.heads=1"],
-    ["--model.vocab-size=16777216", "--model.width=131072", "--model.heads=1"],
+    ["--set=model.vocab_size=16777216", "--model.width=131072", "--model.heads=1"],
 )
 
 

@@ -24,6 +24,7 @@ from moe_jax.training.session import Session
 from moe_jax.training.state import TrainState
 from tests.reliability.figures import Record, figure
 from tests.support import saved_run, tiny
+from tests.support.saved_run import resuming
 from tests.training.test_run import configuration, quick, records, run, text, timeless, uninterrupted  # noqa: F401
 
 pytestmark = pytest.mark.reliability
@@ -69,7 +70,7 @@ def watch(session: Session) -> dict[int, dict[str, Any]]:
 
 def test_bad_data_skips_one_step(text: Path, tmp_path: Path, record_property: Record) -> None:  # noqa: F811
     """Targets outside the vocabulary at step 5 make its loss NaN: the step changes nothing but its counters."""
-    session = Session.open(configuration(text, tmp_path / "run", log_every=1), None)
+    session = Session.open(configuration(text, tmp_path / "run", log_every=1))
     batch, kept = session.data.batch, watch(session)
     saved_run.replace_batch(session, lambda step: batch(step) + (10**6 if step == 4 else 0))
     train(session)
@@ -108,7 +109,7 @@ def test_a_nan_in_a_gradient_skips_one_step(
     """At step 5 every bit of parameters and optimizer stays, though the loss is finite; step 6 trains on."""
     config = configuration(text, tmp_path / "run", log_every=1)
     poison_gradients(monkeypatch, config, 5, 5)
-    session = Session.open(config, None)
+    session = Session.open(config)
     kept = watch(session)
     train(session)
     for name in ("params", "optimizer", "loss_scale", "loss_track"):
@@ -132,7 +133,7 @@ def test_gradients_that_stay_bad_are_diagnosed(
     monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 3)
     config = configuration(text, tmp_path / "run")
     poison_gradients(monkeypatch, config, 7, 12)
-    session = Session.open(config, None)
+    session = Session.open(config)
     with pytest.raises(UserError, match=r"step 9: 3 steps in a row .* first in gradients\.\S*router \(.*step_00000009"):
         train(session)
     assert finite_checkpoints(tmp_path / "run")
@@ -154,7 +155,7 @@ def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
     monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 3)
     out = tmp_path / "run"
     config = configuration(text, out, save_every=save_every)
-    session = Session.open(config, None)
+    session = Session.open(config)
     name = "router" if where == "params" else "embedding"
     before_step(session, 7, lambda s: dataclasses.replace(s, **{where: poison(getattr(s, where), name)}))
     with pytest.raises(UserError, match=r"not finite.*nonfinite/step_\d+\.json.*--resume"):
@@ -167,7 +168,7 @@ def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
     batch = np.load(out / "nonfinite" / found["batch"], allow_pickle=False)
     np.testing.assert_array_equal(batch, session.data.batch(found["step"] - 1))
     assert finite_checkpoints(out)
-    again = Session.open(config, load_config(out))
+    again = Session.open(config, resuming(load_config(out)))
     assert again.progress.resumed_from == 6
     train(again)
     tiny.assert_same_bits(again.state, uninterrupted[0].state)

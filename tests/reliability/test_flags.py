@@ -16,8 +16,8 @@ from moe_jax.cli.arguments import arguments_of
 from moe_jax.cli.benchmark import Benchmark
 from moe_jax.cli.command import COMMANDS, command
 from moe_jax.config import SECTIONS
-from moe_jax.config.flags import SHORT_FLAGS, flag_of
 from moe_jax.config.presets import preset
+from moe_jax.config.section import SHORT_FLAGS, flag_of
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
 

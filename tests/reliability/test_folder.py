@@ -11,12 +11,13 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 
 from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, RunConfig, UserError, load_config
-from moe_jax.config.compatibility import ROUTING_OF_MESH
-from moe_jax.config.flags import flag_of
+from moe_jax.config.model import MESH_ROUTING
+from moe_jax.config.section import flag_of
 from moe_jax.training.session import Session
 from tests.reliability import runs
 from tests.reliability.figures import Record, figure
 from tests.reliability.test_save import small_disk
+from tests.support.saved_run import resuming
 
 pytestmark = pytest.mark.reliability
 
@@ -108,7 +109,7 @@ FIELDS = {
     f"{section}.{f.name}": f
     for section, owner in (("model", ModelConfig), ("routing", RoutingConfig))
     for f in dataclasses.fields(owner)
-    if f.name not in ("routing", ROUTING_OF_MESH)
+    if f.name not in ("routing", MESH_ROUTING)
 }
 """Of the model and of its routing policy, but for the one that matters on a mesh only: that one may change."""
 
@@ -146,7 +147,7 @@ def test_a_checkpoint_of_another_model(
     here = other(name, FIELDS[field].type, there)
     config = edited(run, field, here)
     with pytest.raises(UserError) as caught:
-        Session.open(dataclasses.replace(config, out=str(run)), config)
+        Session.open(dataclasses.replace(config, out=str(run)), resuming(config))
     message = str(caught.value)
     assert message.startswith(f"{flag_of(section, name)} {here}: ")
     assert f" was saved with {there}; " in message
@@ -162,9 +163,9 @@ def test_the_rows_of_a_device_may_be_edited(
     shutil.copytree(whole[0], run)
     there = load_config(run)
     assert there is not None
-    config = edited(run, f"routing.{ROUTING_OF_MESH}", there.model.routing.device_capacity_factor + 1)
+    config = edited(run, f"routing.{MESH_ROUTING}", there.model.routing.device_capacity_factor + 1)
     assert config.model.routing != there.model.routing
-    session = Session.open(dataclasses.replace(config, out=str(run)), config)
+    session = Session.open(dataclasses.replace(config, out=str(run)), resuming(config))
     assert session.progress.saved_step == whole[1]["step"]
 
 

@@ -19,11 +19,12 @@ from moe_jax.runs import manifest
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import open_run
+from moe_jax.training import initial_weights
 from moe_jax.training.session import Session
-from moe_jax.training.sft import TuningSource
-from moe_jax.training.upcycle import UpcycleSource
+from moe_jax.training.start import new_start
 from tests.reliability import states
 from tests.support import saved_run
+from tests.support.saved_run import resuming
 
 pytestmark = pytest.mark.reliability
 
@@ -58,13 +59,18 @@ def edit(run: Path, **changes: Any) -> None:
 # The tokenizer
 
 
+def resume(run: Path) -> Session:
+    saved = load_config(run)
+    return Session.open(dataclasses.replace(saved, out=str(run)), resuming(saved))
+
+
 OPENINGS: dict[str, Callable[[Path], Any]] = {
     "generate, evaluate, certify, chat, serve, merge, quantize": lambda run: open_run(run),
     "export": lambda run: open_source(run),
-    "sft": lambda run: TuningSource.open(RunConfig(base=str(run))),
+    "sft": lambda run: initial_weights.of_tuned_run(str(run)),
     "inspect": lambda run: write_report(run, run / "page.html", text="Once"),
     "load_run": lambda run: moe_jax.load_run(run),
-    "--resume": lambda run: Session.open(dataclasses.replace(load_config(run), out=str(run)), load_config(run)),
+    "--resume": lambda run: resume(run),
 }
 
 
@@ -112,7 +118,7 @@ def test_another_tokenizer_of_a_dense_run_is_blamed(tmp_path: Path) -> None:
         model=dataclasses.replace(config.model, dense="none", expert_hidden=config.model.dense_hidden),
     )
     with pytest.raises(UserError, match="is not the tokenizer that the run was trained with"):
-        UpcycleSource.open(sparse)
+        new_start(sparse).weights(sparse)
 
 
 # The validation text
@@ -148,7 +154,7 @@ def test_a_run_has_an_id_in_its_settings_its_checkpoints_and_its_lock(trained: t
     for path in (run / "checkpoints").glob("step_*"):
         assert manifest.read(path)["context"]["run_id"] == run_id
     with locked_for_training(run) as lock:
-        session = Session.open(config, config, lock)
+        session = Session.open(config, resuming(config), lock)
         assert (run / ".lock").read_text().splitlines()[1] == run_id
         assert session.run_id == run_id
     assert json.loads((run / "config.json").read_text())["run_id"] == run_id, "a resume keeps the id"
@@ -163,7 +169,7 @@ def test_a_checkpoint_of_another_run_is_refused_by_name(place: str, trained: tup
     reseal(foreign, lambda m: m["context"].update(run_id="0123456789abcdef"))
     before = {p: p.read_bytes() for p in states.files(run)}
     with pytest.raises(UserError, match=f"{foreign.name}: was saved by another run") as caught:
-        Session.open(config, config)
+        Session.open(config, resuming(config))
     assert "move it out of the folder" in str(caught.value)
     with pytest.raises(UserError, match="was saved by another run"):
         open_run(run, int(foreign.name[5:]))
@@ -184,8 +190,9 @@ def test_the_best_checkpoint_is_not_chosen_beside_one_of_another_run(trained: tu
     edit(run, model__dense="active")
     started = dataclasses.replace(config, model=dataclasses.replace(model, dense="none"), upcycle=str(run))
     expert = dataclasses.replace(started.model, expert_hidden=model.dense_hidden)
+    sparse = dataclasses.replace(started, model=expert)
     with pytest.raises(UserError, match=f"{foreign.name}: was saved by another run"):
-        UpcycleSource.open(dataclasses.replace(started, model=expert))
+        new_start(sparse).weights(sparse)
 
 
 def test_a_run_of_an_earlier_version_has_no_id_and_gets_one(trained: tuple[Path, RunConfig]) -> None:
@@ -196,16 +203,16 @@ def test_a_run_of_an_earlier_version_has_no_id_and_gets_one(trained: tuple[Path,
     document.pop("run_id", None)
     (run / "config.json").write_text(json.dumps(document))
     assert open_run(run).checkpoint is not None
-    session = Session.open(config, config)
+    session = Session.open(config, resuming(config))
     assert json.loads((run / "config.json").read_text())["run_id"] == session.run_id != ""
-    assert Session.open(config, config).run_id == session.run_id
+    assert Session.open(config, resuming(config)).run_id == session.run_id
 
 
 def test_an_id_that_was_lost_is_taken_from_the_checkpoints(trained: tuple[Path, RunConfig]) -> None:
     run, config = trained
     run_id = json.loads((run / "config.json").read_text())["run_id"]
     edit(run, run_id=None)
-    assert Session.open(config, config).run_id == run_id
+    assert Session.open(config, resuming(config)).run_id == run_id
 
 
 # The folder
@@ -215,7 +222,7 @@ def test_a_folder_made_anew_is_not_touched(trained: tuple[Path, RunConfig], tmp_
     """The first process goes on training while somebody removes the folder and trains there again."""
     run, config = trained
     with locked_for_training(run) as lock:
-        session = Session.open(config, config, lock)
+        session = Session.open(config, resuming(config), lock)
         run.rename(tmp_path / "away")
         shutil.copytree(tmp_path / "away", run)
         with locked_for_training(run):
@@ -243,7 +250,7 @@ def test_training_in_a_folder_that_is_gone_ends_with_one_line(trained: tuple[Pat
     run, config = trained
     with locked_for_training(run) as lock:
         longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=14))
-        session = Session.open(longer, config, lock)
+        session = Session.open(longer, resuming(config), lock)
         batch = vars(session.data).setdefault("batch", session.data.batch)
 
         def remove(step: int) -> Any:
@@ -267,7 +274,7 @@ def test_an_edit_of_the_settings_by_hand_is_recorded(trained: tuple[Path, RunCon
     edited = load_config(run)
     assert edited is not None
     config = dataclasses.replace(edited, out=str(run), train=dataclasses.replace(edited.train, patience=3))
-    session = Session.open(config, edited)
+    session = Session.open(config, resuming(edited))
     (entry,) = json.loads((run / "config.json").read_text())["history"]
     assert entry["changed"] == {
         "train.steps": [12, 16],

@@ -107,7 +107,7 @@ def test_nano_answers_signals(cache: Path, tmp_path: Path, record_property: Reco
             f"--steps={STEPS}",
             "--eval-every=7",
             "--save-every=5",
-            "--train.log-every=1",
+            "--set=train.log_every=1",
         ]
         with (tmp_path / "printed").open("w+") as printed:
             process = runs.start(flags, cache, output=printed)

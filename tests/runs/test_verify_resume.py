@@ -44,7 +44,7 @@ def test_a_vocabulary_of_the_tokenizers_size_is_not_asked_for() -> None:
     assert not [flag for flag in verify_resume.short_flags(CONFIG) if "model.vocab" in flag]
     with_size = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=2000))
     assert [flag for flag in verify_resume.short_flags(with_size) if "model.vocab" in flag] == [
-        "--model.vocab-size=2000"
+        "--set=model.vocab_size=2000"
     ]
     assert parsed(with_size).model.vocab_size == 2000
 

@@ -244,13 +244,6 @@ BUGS = [
         checks.check_each_row_draws_for_itself,
     ),
     Bug(
-        "noise and jitter share their keys",
-        "moe_jax.model.moe.layer:MoE.route",
-        "fold_each(keys, 1)",
-        "fold_each(keys, 0)",
-        checks.check_noise_and_jitter_are_independent,
-    ),
-    Bug(
         "the second row sees its future",
         "moe_jax.model.kernels.causal_attention:masked_softmax",
         "jnp.where(visible, scores, -jnp.inf)",

@@ -18,6 +18,7 @@ from moe_jax.runs.folder import RunFolder
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.routing_snapshot import make_tracer
 from moe_jax.training.session import Session
+from moe_jax.training.start import ResumedRun, Start
 from moe_jax.training.state import initial_state
 from tests.support import tiny
 
@@ -25,6 +26,11 @@ STEP = 40
 NAME = f"step_{STEP:08d}"
 """The name of its checkpoint."""
 STORY = "Once upon a time a dragon met a cat. The cat said hello to the dragon, and they ate a cake.\n"
+
+
+def resuming(saved: RunConfig | None) -> Start | None:
+    """What a session of a saved run starts from. None where there is no saved run."""
+    return None if saved is None else ResumedRun(saved)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def test_patience_is_named_where_it_can_act() -> None:
     """Three evaluations without improvement need four."""
     for steps, named in ((900, False), (901, True)):
         (line,) = said("nano", 400_000, 1_600_000, steps=steps, eval_every=300)
-        assert ("--train.patience 3" in line) == named
+        assert ("--set train.patience=3" in line) == named
 
 
 def test_a_model_larger_than_its_text() -> None:

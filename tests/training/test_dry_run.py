@@ -20,7 +20,7 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
-    typed = "--preset seed-158m --steps 100 --lr 1e-3 --precision float32 --model.no-bias --dry-run"
+    typed = "--preset seed-158m --steps 100 --lr 1e-3 --precision float32 --set model.bias=false --dry-run"
     assert Train.parse(typed.split()).execute() == 0
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
     return " ".join(capsys.readouterr().out.split())
@@ -38,7 +38,7 @@ def test_parameters_memory_and_time(printed: str) -> None:
     Activations of 6 layers and 4 sequences of 256 in float32, by hand: the residual stream of width 512 takes 12 MiB,
     half of the attention weights of 8 heads take 24 MiB.
     """
-    asked = Train.parse(["--preset", "seed-158m", "--no-model.bias", "--steps", "100"]).settings.config
+    asked = Train.parse(["--preset", "seed-158m", "--set", "model.bias=false", "--steps", "100"]).settings.config
     config = with_vocabulary(asked)
     groups = count_parameters(config.model)
     total = totals(groups)

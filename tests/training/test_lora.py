@@ -31,6 +31,7 @@ from moe_jax.training.session import Session
 from moe_jax.training.state import initial_state
 from moe_jax.training.step import gradients, make_step
 from tests.support import saved_run, tiny, tuning
+from tests.support.saved_run import resuming
 
 SHAPE = LoraShape(4, 0.75, train_router=True)
 CASES = {
@@ -170,7 +171,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, 
     """A run with adapters of 6 steps, its result, and its base."""
     folder = tmp_path_factory.mktemp("lora")
     base, data = tuning.base_run(folder / "base"), tuning.write_conversations(folder / "chats.jsonl")
-    session = Session.open(tuning.settings(base, data, folder / "run", "--lora", "4", "--lr", "1e-2"), None)
+    session = Session.open(*tuning.settings(base, data, folder / "run", "--lora", "4", "--lr", "1e-2"))
     train(session)
     return session, finish(session), base
 
@@ -209,7 +210,7 @@ def test_merge_makes_an_ordinary_run(tuned: Any, tmp_path: Path, capsys: pytest.
     saved = load_config(tmp_path / "merged")
     assert saved is not None
     longer = dataclasses.replace(saved, resume=True, train=dataclasses.replace(saved.train, steps=8))
-    resumed = Session.open(longer, saved)
+    resumed = Session.open(longer, resuming(saved))
     assert resumed.progress.resumed_from == here.checkpoint.step == result["best_step"]
     train(resumed)
     assert (resumed.state.adapters, int(resumed.state.step)) == (None, 8)

@@ -18,6 +18,7 @@ from moe_jax.training.programs import Programs
 from moe_jax.training.random_tokens import RandomTokenTrainer
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
+from tests.support.saved_run import resuming
 
 CONFIG = RunConfig(
     model=tiny.config(layers=1, width=16),
@@ -136,13 +137,13 @@ def compilations(session: Session) -> dict[str, int]:
 def test_a_whole_run_compiles_step_evaluation_and_decoding_once(tmp_path: Path) -> None:
     """Six steps, three evaluations with samples, saves, and the whole validation stream at the end. A resumed run
     begins with a state that came from a disk, and compiles once too."""
-    session = Session.open(run_config(tmp_path, steps=6), None)
+    session = Session.open(run_config(tmp_path, steps=6))
     assert compilations(session) == {"step": 0, "evaluation": 0, "prefill": 0, "decoding": 0}
     train(session)
     finish(session)
     assert compilations(session) == {"step": 1, "evaluation": 1, "prefill": 1, "decoding": 1}
     longer = dataclasses.replace(session.config, train=dataclasses.replace(session.config.train, steps=8))
-    resumed = Session.open(longer, session.config)
+    resumed = Session.open(longer, resuming(session.config))
     train(resumed)
     finish(resumed)
     assert compilations(resumed) == {"step": 1, "evaluation": 1, "prefill": 1, "decoding": 1}
@@ -150,7 +151,7 @@ def test_a_whole_run_compiles_step_evaluation_and_decoding_once(tmp_path: Path) 
 
 def test_a_session_runs_the_program_that_is_counted_and_timed(tmp_path: Path) -> None:
     """What certificates, plans and benchmarks compile without running is the very program of a run."""
-    session = Session.open(run_config(tmp_path, steps=2), None)
+    session = Session.open(run_config(tmp_path, steps=2))
     trainer = RandomTokenTrainer.of(session.config, batch_size=2)
     own = session.programs.step.lower(session.state, session.data.batch(0)).compile()  # pyright: ignore
     timed = trainer.step.lower(trainer.state, trainer.batch).compile()  # pyright: ignore

@@ -26,13 +26,14 @@ from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.runs.records import read_summary
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
+from moe_jax.training import initial_weights
 from moe_jax.training.merge import summary_at
 from moe_jax.training.quantize import quantize_run
 from moe_jax.training.session import Session
-from moe_jax.training.sft import TuningSource
-from moe_jax.training.upcycle import UpcycleSource
+from moe_jax.training.start import new_start
 from tests.serving import made as serving
 from tests.support import saved_run
+from tests.support.saved_run import resuming
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +96,11 @@ def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Pat
     with pytest.raises(UserError, match=f"--run .*{says}"):
         open_source(made)
     with pytest.raises(UserError, match=f"--run .*{says}"):
-        TuningSource.open(RunConfig(base=str(made)))
+        initial_weights.of_tuned_run(str(made))
     with pytest.raises(UserError, match=f"--run .*{says}"):
         Quantize.parse(["--run", str(made), "--to", "int8", "--out", str(tmp_path / "x")]).execute()
     with pytest.raises(UserError, match=f"--out .*{says}"):
-        Session.open(config, config)
+        Session.open(config, resuming(config))
     with pytest.raises(Problem, match="has quantised weights; name the run that they were made of"):
         read_safetensors(open_run(made).checkpoint.path / "weights.safetensors")
     assert not (tmp_path / "x").exists()
@@ -113,10 +114,11 @@ def test_a_dense_run_that_is_quantised_cannot_be_upcycled(
     assert config is not None
     checkpoint = CheckpointStore(dense).list()[0]
     checkpoint.manifest["context"]["quantized"] = {"weights": "int8", "made_from": "there"}
-    monkeypatch.setattr("moe_jax.training.upcycle.best_of_run", lambda folder: checkpoint)
+    monkeypatch.setattr("moe_jax.training.initial_weights.best_of_run", lambda folder: checkpoint)
     model = dataclasses.replace(config.model, dense="none", expert_hidden=config.model.dense_hidden)
+    sparse = dataclasses.replace(config, upcycle=str(dense), model=model)
     with pytest.raises(UserError, match=r"--upcycle .*its weights are int8; name the run .*, there"):
-        UpcycleSource.open(dataclasses.replace(config, upcycle=str(dense), model=model))
+        new_start(sparse).weights(sparse)
 
 
 def test_wrong_values(run: Path, made: Path) -> None:

@@ -90,7 +90,7 @@ def watched_step(session: Session, rates: dict[int, float], drops: dict[int, flo
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
     folder = tmp_path_factory.mktemp("records")
     with saved_run.quick_training(folder / "cache") as patch:
-        session = Session.open(configuration(folder), None)
+        session = Session.open(configuration(folder))
         seen = Watched(session, {}, {}, {}, {}, "")
         saved_run.replace_step(session, watched_step(session, seen.rates, seen.drops))
         lines: list[str] = []

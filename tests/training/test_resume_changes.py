@@ -20,14 +20,15 @@ from moe_jax.config import (
     TrainConfig,
     load_config,
 )
-from moe_jax.config.compatibility import check_resumable
-from moe_jax.config.flags import flag_of
 from moe_jax.config.presets import preset
+from moe_jax.config.section import flag_of
 from moe_jax.model import precision
 from moe_jax.runs.load import kept_precision
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
+from moe_jax.training.start import ResumedRun
 from tests.support import saved_run, tiny
+from tests.support.saved_run import resuming
 
 SAVED = dataclasses.replace(preset("nano"), out="runs/held")
 SECTIONS: dict[str, Any] = {
@@ -41,7 +42,7 @@ FIELDS = [
     (section, f.name) for section, owner in SECTIONS.items() for f in dataclasses.fields(owner) if f.name != "routing"
 ]
 OTHER = {"heads": 2, "tokenizer": "byte", "source": "tinystories", "warmup_steps": 3, "dropout": 0.5, "eval_tokens": 99}
-OTHER |= {"mesh": "data=2", "attention_dropout": 0.5, "beta1": 0.5, "beta2": 0.5, "input_jitter": 0.5, "head_size": 64}
+OTHER |= {"mesh": "data=2", "attention_dropout": 0.5, "beta1": 0.5, "beta2": 0.5, "head_size": 64}
 """Of the fields that take no neighbouring value."""
 UNTIED = {"tie_value_output_init": False}
 ALSO: dict[tuple[str, str], dict[str, Any]] = {("model", "kv_heads"): UNTIED, ("model", "head_size"): UNTIED}
@@ -86,10 +87,10 @@ def test_which_settings_may_change_at_a_resume(section: str, name: str) -> None:
     config = changed(section, name, value)
     assert config != SAVED
     if (section, name) in MAY_CHANGE:
-        check_resumable(SAVED, config)
+        ResumedRun(SAVED).check(config)
         return
     with pytest.raises(ConfigError) as caught:
-        check_resumable(SAVED, config)
+        ResumedRun(SAVED).check(config)
     there = getattr(SAVED.section(section), name)
     assert str(caught.value) == (
         f"{flag_of(section, name)} {value}: the run in runs/held has {there}; "
@@ -102,7 +103,7 @@ def test_preset_and_origin_stay() -> None:
     changes |= {f"--{name} runs/other": {name: "runs/other"} for name in ("upcycle", "base")}
     for flag, change in changes.items():
         with pytest.raises(ConfigError, match=flag):
-            check_resumable(SAVED, dataclasses.replace(SAVED, **change))
+            ResumedRun(SAVED).check(dataclasses.replace(SAVED, **change))
 
 
 # Whole runs
@@ -126,8 +127,8 @@ def run(folder: Path, steps: int, **execution: Any) -> Session:
     )
     saved = load_config(folder / "run")
     if saved is not None:
-        check_resumable(saved, config)
-    session = Session.open(config, saved)
+        ResumedRun(saved).check(config)
+    session = Session.open(config, resuming(saved))
     train(session)
     return session
 

@@ -34,6 +34,7 @@ from moe_jax.training.loop import finish, train
 from moe_jax.training.run_header import print_run_header
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
+from tests.support.saved_run import resuming
 
 TIMES = {"tokens_per_second", "wall_seconds"}
 SUMMARY_KEYS = set(
@@ -88,7 +89,7 @@ def configuration(text: Path, out: Path, **changes: Any) -> RunConfig:
 
 def run(config: RunConfig, die_at: int | None = None) -> Session:
     """Train, from the newest checkpoint where the folder holds a run. May die just before the step after `die_at`."""
-    session = Session.open(config, load_config(Path(config.out)))
+    session = Session.open(config, resuming(load_config(Path(config.out))))
     step = session.programs.step
 
     def mortal(state, batch):
@@ -219,7 +220,7 @@ def test_other_text_is_refused(uninterrupted: tuple[Session, dict[str, Any]], te
     other.write_text(text.read_text().replace("cat", "cow"))
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(other)))
     with pytest.raises(UserError, match=r"--data .*not the text"):
-        Session.open(config, load_config(tmp_path / "other"))
+        Session.open(config, resuming(load_config(tmp_path / "other")))
     assert timeless(tmp_path / "other") == before
 
 
@@ -247,7 +248,7 @@ def test_when_every_checkpoint_is_damaged_it_says_so(
     for checkpoint in (tmp_path / "broken" / "checkpoints").iterdir():
         damage(checkpoint)
     with pytest.raises(UserError, match="every checkpoint is damaged"):
-        Session.open(config, load_config(tmp_path / "broken"))
+        Session.open(config, resuming(load_config(tmp_path / "broken")))
     with pytest.raises(UserError, match="every checkpoint is damaged"):
         open_run(tmp_path / "broken")
 
@@ -282,7 +283,7 @@ def test_gradients_that_stay_bad_end_the_run(text: Path, tmp_path: Path, monkeyp
     """NaN parameters: skipped steps, each written down with nulls, then one line of what to do."""
     monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 5)
     config = configuration(text, tmp_path / "bad", eval_every=100, save_every=100)
-    session = Session.open(config, None)
+    session = Session.open(config)
     broken = jax.tree.map(lambda x: x * np.float32("nan"), session.state.params)
     session.state = dataclasses.replace(session.state, params=broken)
     with pytest.raises(UserError, match=r"step 5: 5 steps in a row .* --lr"):
@@ -306,7 +307,7 @@ def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(text: Path, tmp_path
     config = configuration(text, tmp_path / "small")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=100))
     with pytest.raises((UserError, ConfigError), match=r"--model\.vocab-size 100: the tokenizer has 257"):
-        Session.open(config, None)
+        Session.open(config)
 
 
 def test_cutting_back_keeps_what_came_before(tmp_path: Path) -> None:
@@ -350,7 +351,7 @@ def test_cutting_back_a_sample_that_was_cut_short(tmp_path: Path) -> None:
 @pytest.mark.parametrize("save", [1, 2])
 def test_a_signal_while_a_step_is_saved_counts(save: int, text: Path, tmp_path: Path) -> None:
     """At the last step too: the process ends as stopped, with the step saved, and goes on to its end later."""
-    session = Session.open(configuration(text, tmp_path / "run", steps=4, eval_every=100, save_every=2), None)
+    session = Session.open(configuration(text, tmp_path / "run", steps=4, eval_every=100, save_every=2))
     signals, write, saves = Signals(), session.save, []
 
     def interrupted(step: int, val_loss: float | None) -> None:
@@ -372,6 +373,6 @@ def test_the_header_says_that_the_card_is_not_used(
 ) -> None:
     monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
     monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
-    print_run_header(Session.open(configuration(text, tmp_path / "run", steps=4), None), [])
+    print_run_header(Session.open(configuration(text, tmp_path / "run", steps=4)), [])
     said = "this computes on the CPU, although this machine seems to have an NVIDIA card: JAX's CUDA plugin is not"
     assert said in " ".join(capsys.readouterr().out.split())

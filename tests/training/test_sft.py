@@ -30,8 +30,10 @@ from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.loop import finish, train
 from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.session import Session
+from moe_jax.training.start import new_start
 from moe_jax.training.step import _is_known, gradients
 from tests.support import saved_run, tiny, tuning
+from tests.support.saved_run import resuming
 
 CONFIG = TrainConfig(steps=10)
 
@@ -202,7 +204,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(config: RunConfig, saved: RunConfig | None = None) -> tuple[Session, dict[str, Any]]:
-    session = Session.open(config, saved)
+    session = Session.open(config, resuming(saved))
     train(session)
     return session, finish(session)
 
@@ -242,7 +244,7 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
 def test_resumed_is_uninterrupted_by_bits(flags: tuple[str, ...], base: Path, data: Path, tmp_path: Path) -> None:
     whole, _ = run_of(tuning.settings(base, data, tmp_path / "whole", *flags))
     part = tuning.settings(base, data, tmp_path / "part", *flags)
-    session = Session.open(part, None)
+    session = Session.open(part, new_start(part))
     save = session.save
 
     def save_and_die(step: int, val_loss: float | None) -> None:
@@ -291,7 +293,7 @@ def test_wrong_settings_are_refused(flags: list[str], said: str, base: Path, dat
 def test_train_refuses_what_is_for_tuning(data: Path, tmp_path: Path) -> None:
     from moe_jax.cli.train import Train
 
-    for flags in (["--lora", "2"], ["--data.format", "chat", "--data", str(data)]):
+    for flags in (["--lora", "2"], ["--set", "data.format=chat", "--data", str(data)]):
         with pytest.raises(ConfigError, match="is for fine-tuning; use `uv run python -m moe_jax sft"):
             Train.parse([*flags, "--out", str(tmp_path / "new")])
 
@@ -300,7 +302,7 @@ def test_too_few_conversations_are_refused(base: Path, tmp_path: Path) -> None:
     data = tuning.write_conversations(tmp_path / "few.jsonl", rows=2)
     config = tuning.settings(base, data, tmp_path / "new")
     with pytest.raises(UserError, match="training tokens, and a context of --seq-len 32 needs 33"):
-        Session.open(config, None)
+        Session.open(config, new_start(config))
 
 
 @pytest.mark.reliability
@@ -341,6 +343,6 @@ def test_evaluate_scores_the_answers_of_a_file(tuned: Any, data: Path, capsys: p
 
 def test_a_scored_part_without_an_answer_is_refused_at_the_start(base: Path, data: Path, tmp_path: Path) -> None:
     """The first token of an answer comes after more than two tokens of its question."""
-    config = tuning.settings(base, data, tmp_path / "run", "--data.eval-tokens", "2")
+    config = tuning.settings(base, data, tmp_path / "run", "--set", "data.eval_tokens=2")
     with pytest.raises(UserError, match=r"--data\.eval-tokens 2: no answer is in the first 2 validation tokens"):
-        Session.open(config, None)
+        Session.open(config, new_start(config))

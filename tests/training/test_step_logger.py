@@ -105,14 +105,12 @@ def test_which_steps_are_written(clock: list[float]) -> None:
     assert (seen.counters.drop_steps, seen.counters.drop_sum) == (9, 4.5), "all finite steps"
 
 
-@pytest.mark.parametrize("skip", [True, False])
-def test_a_spike_is_said_and_counts_as_skipped_only_if_it_was(skip: bool, clock: list[float]) -> None:
-    seen = Seen(skip_spikes=skip)
+def test_a_spike_is_said_and_not_skipped(clock: list[float]) -> None:
+    seen = Seen()
     seen.add(1, spike=True)
     seen.logger.flush()
-    what = "the step was skipped" if skip else "--train.skip-spikes would have skipped the step"
-    assert seen.said[-1] == f"step 1 | loss spike: 2.000; {what}"
-    assert (seen.records[0]["skipped"], seen.records[0]["spike"]) == (skip, True)
+    assert seen.said[-1] == "step 1 | loss spike: 2.000"
+    assert (seen.records[0]["skipped"], seen.records[0]["spike"]) == (False, True)
 
 
 def test_the_first_step_is_said_once(clock: list[float]) -> None:
@@ -231,7 +229,9 @@ def test_the_loss_on_the_terminal_is_a_running_mean(clock: list[float], capsys: 
     assert [line.split("loss ")[1][:5] for line in lines] == ["1.000", "1.200"]
 
 
-@pytest.mark.parametrize(("balancing", "flag"), [("loss", "--train.aux-loss-coef"), ("bias", "--train.router-bias-lr")])
+@pytest.mark.parametrize(
+    ("balancing", "flag"), [("loss", "--train.aux-loss-coef"), ("bias", "--set train.router_bias_lr")]
+)
 def test_the_remedy_for_a_starved_expert_is_the_flag_that_acts(balancing: Any, flag: str, clock: list[float]) -> None:
     seen = Seen(model={"balancing": balancing}, steps=1000, log_every=1000)
     for step in range(1, STARVED_STEPS + 2):

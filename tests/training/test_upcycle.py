@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from moe_jax.config import (
-    ConfigError,
     DataConfig,
     ExecutionConfig,
     ModelConfig,
@@ -21,16 +20,17 @@ from moe_jax.config import (
     UserError,
     load_config,
 )
-from moe_jax.config.compatibility import upcycled_defaults
 from moe_jax.inference.decode import advance, prefill
 from moe_jax.model.costs import training_flops
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.training.evaluate import Evaluation
+from moe_jax.training.initial_weights import copy_dense_params
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
-from moe_jax.training.upcycle import copy_dense_params
+from moe_jax.training.start import UpcycledRun, new_start
 from tests.support import saved_run, tiny
+from tests.support.saved_run import resuming
 
 
 def twins(**changes: Any) -> tuple[Any, Any, Any, Any]:
@@ -110,7 +110,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str
         train=TrainConfig(steps=6, batch_size=4, log_every=3, eval_every=3, save_every=3),
         execution=ExecutionConfig(compute_dtype="float32"),
     )
-    session = Session.open(config, None)
+    session = Session.open(config, new_start(config))
     score, losses = session.score, iter([1.0, 2.0])
 
     def best_at_step_3(*args: Any) -> Evaluation:
@@ -126,15 +126,13 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str
 
 
 def whole(config: RunConfig) -> tuple[Session, dict[str, Any]]:
-    session = Session.open(config, load_config(Path(config.out)))
+    session = Session.open(config, resuming(load_config(Path(config.out))) or new_start(config))
     train(session)
     return session, finish(session)
 
 
 def sparse(dense: RunConfig, out: Path, **train_changes: Any) -> RunConfig:
-    saved = load_config(Path(dense.out))
-    assert saved is not None
-    config = upcycled_defaults(saved, dense.out)
+    config = UpcycledRun.of(dense.out).defaults
     return dataclasses.replace(config, out=str(out), train=dataclasses.replace(config.train, **train_changes))
 
 
@@ -144,7 +142,7 @@ def test_a_run_starts_at_the_dense_loss_and_its_experts_part(
     before, result = dense
     config = sparse(before, tmp_path / "sparse")
     assert (config.model.dense, config.model.expert_hidden) == ("none", 17)  # 2 x 8 + 4 / 3 rounded
-    session = Session.open(config, None)
+    session = Session.open(config, new_start(config))
     assert session.score(session.data.whole()).loss == pytest.approx(result["val_loss"], rel=1e-6)
     train(session)
     experts = np.asarray(session.state.params["blocks"][0]["ffn"]["experts"]["w_in"])
@@ -175,7 +173,7 @@ def test_where_it_comes_from_is_written_down_and_kept(dense: tuple[RunConfig, di
 def test_a_resumed_run_needs_no_dense_run(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
     whole(sparse(dense[0], tmp_path / "sparse"))
     config = dataclasses.replace(load_config(tmp_path / "sparse"), upcycle=str(tmp_path / "gone"))
-    assert Session.open(config, config).progress.resumed_from == 6
+    assert Session.open(config, resuming(config)).progress.resumed_from == 6
 
 
 def test_another_text_is_refused(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
@@ -184,14 +182,5 @@ def test_another_text_is_refused(dense: tuple[RunConfig, dict[str, Any]], tmp_pa
     config = sparse(dense[0], tmp_path / "sparse")
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(other)))
     with pytest.raises(UserError, match=r"--data .*other.txt: not the text"):
-        Session.open(config, None)
+        Session.open(config, new_start(config))
     assert not (tmp_path / "sparse").exists()
-
-
-def test_settings_of_another_function_are_refused_without_a_command_line(
-    dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path
-) -> None:
-    config = sparse(dense[0], tmp_path / "sparse")
-    config = dataclasses.replace(config, model=config.model.with_routing(top_k=1))
-    with pytest.raises(ConfigError, match="--top-k 1"):
-        Session.open(config, None)

@@ -20,9 +20,8 @@ const drawFactors = () => {
   const { first, drop: at } = corpus.drops_by_position;
   const places = layerSeries(first, at);
   fill(clear(byId("positions")), {}, [
-    caption("Where in a window choices are dropped", model.dropless ? null : model.priority === "token"
-      ? "Slots go to earlier tokens first, so later tokens more often find an expert full. This keeps the model causal: no token can take a slot from an earlier token."
-      : `Slots are given out by the rule ${model.priority}, under which a later token can take the slot of an earlier one.`),
+    caption("Where in a window choices are dropped", model.dropless ? null
+      : "Slots go to earlier tokens first, so later tokens more often find an expert full. This keeps the model causal: no token can take a slot from an earlier token."),
     model.dropless ? el("p", { class: "small" }, "Nothing is dropped.") : lineChart({ label: "Share dropped by place in the window", series: places, x: "place in the window", format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), top: Math.max(0.01, ...at.flat()) }), model.dropless ? null : key(places),
   ]);
 };

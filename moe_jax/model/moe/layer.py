@@ -11,7 +11,7 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import Activation, ModelConfig, RoutingConfig, capacity
 from moe_jax.model.layers import matrix_init
@@ -19,8 +19,6 @@ from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, PerToken
 from moe_jax.model.moe.experts import Experts, InPlaceExperts
 from moe_jax.model.moe.router import Routing, route, router_logits
-from moe_jax.model.moe.variants import LeakyCapacity, jittered, noisy
-from moe_jax.system.random_keys import fold_each, sequence_keys
 
 BLOCK_ROWS = 128
 """Most rows of a block in training. A product with 128 rows is already fast."""
@@ -38,9 +36,9 @@ class Mode(Enum):
     """The purpose of a forward pass. It decides the dispatch (`MoE.dispatch_for`)."""
 
     TRAIN = "train"
-    """Training. Dispatch, capacity and priority are those of `RoutingConfig`."""
+    """Training. `RoutingConfig` says how tokens reach the experts, and how many slots these have."""
     EVALUATE = "evaluate"
-    """Evaluation. Drops nothing, unless `eval_capacity_factor` sets a capacity."""
+    """Evaluation. Never drops anything."""
     GENERATE = "generate"
     """Reading a prompt and appending tokens to it. Never drops anything."""
     SERVE = "serve"
@@ -69,8 +67,7 @@ class RouterStats(NamedTuple):
     balance_loss: Float[Array, ""]
     z_loss: Float[Array, ""]
     drop_fraction: Float[Array, " B"]
-    """Share of a sequence's (token, choice) pairs that found no slot. Under expert choice, share of its tokens that no
-    expert took."""
+    """Share of a sequence's (token, choice) pairs that found no slot."""
     load: Float[Array, " E"]
     """Share of the pairs that chose each expert, before drops."""
     trace: LayerTrace | None = None
@@ -127,13 +124,11 @@ class MoE(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         mode: Mode = Mode.TRAIN,
-        key: Key[Array, "..."] | None = None,
         trace: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """The layer's output and its statistics. Add `RouterStats.balance_loss` and `z_loss`, weighted, to your loss.
 
-        A key, or one key for each sequence, turns on the router's noise and jitter. `trace`, a static argument, adds
-        every decision to the statistics.
+        `trace`, a static argument, adds every decision to the statistics.
 
         Raises ValueError where `x` has another shape.
         """
@@ -141,7 +136,7 @@ class MoE(nnx.Module):
         if x.ndim != 3 or x.shape[-1] != width:
             raise ValueError(f"x must be [B, T, {width}], not {list(x.shape)}")
         with jax.named_scope("router"):
-            routing = self.route(x, key)
+            routing = self.route(x)
         dispatch = self.dispatch_for(mode, *x.shape[:2])
         y, dropped = dispatch.apply(x, routing, self.experts)
         if self.has_shared:
@@ -155,16 +150,10 @@ class MoE(nnx.Module):
             stats = stats._replace(trace=decisions)
         return y, stats
 
-    def route(self, x: Float[Array, "B T D"], key: Key[Array, "..."] | None = None) -> Routing:
+    def route(self, x: Float[Array, "B T D"]) -> Routing:
         """The routing decisions: each token chooses K experts."""
-        policy = self.routing
-        keys = None if key is None else sequence_keys(key, len(x))
-        if keys is not None and policy.input_jitter > 0:
-            x = jittered(x, fold_each(keys, 0), policy.input_jitter)
         matrix = self.router[...]
         logits = router_logits(x, matrix if self.router_delta is None else matrix + self.router_delta[...])
-        if keys is not None and policy.logit_noise > 0:
-            logits = noisy(logits, fold_each(keys, 1), policy.logit_noise)
         return self.choose(logits)
 
     def choose(self, logits: Float[Array, "B T E"]) -> Routing:
@@ -187,10 +176,7 @@ class MoE(nnx.Module):
         if mode is Mode.TRAIN:
             if policy.dispatch == "blocks":
                 return Blocks(block_rows(pairs, experts, self.in_place))
-            slots = capacity(tokens, experts, policy.top_k, policy.capacity_factor)
-            return Capacity(slots) if policy.priority == "token" else LeakyCapacity(slots, policy.priority)
-        if mode is Mode.EVALUATE and policy.eval_capacity_factor > 0:
-            return Capacity(capacity(tokens, experts, policy.top_k, policy.eval_capacity_factor))
+            return Capacity(capacity(tokens, experts, policy.top_k, policy.capacity_factor))
         if pairs <= experts:
             return PerToken(skip=mode is Mode.SERVE and batch > 1)
         if mode is Mode.SERVE and tokens == 1:
@@ -244,9 +230,7 @@ class DenseFFN(nnx.Module):
     def __init__(self, width: int, hidden: int, activation: Activation, out_scale: float, rngs: nnx.Rngs) -> None:
         self.experts = Experts(1, width, hidden, activation, out_scale, rngs)
 
-    def __call__(
-        self, x: Float[Array, "B T D"], mode: Mode, key: Key[Array, "..."] | None = None, trace: bool = False
-    ) -> tuple[Float[Array, "B T D"], None]:
-        del mode, key, trace  # every token goes through the same network in training, evaluation and decoding
+    def __call__(self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False) -> tuple[Float[Array, "B T D"], None]:
+        del mode, trace  # every token goes through the same network in training, evaluation and decoding
         with jax.named_scope("experts"):
             return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.model.moe import dispatch as d
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.moe.variants import LeakyCapacity
+from tests.support.leaky import LeakyCapacity
 
 B, T, D, E, K, SLOTS = 8, 12, 6, 4, 2, 4
 COLLECTIVE = re.compile(

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from moe_jax.model.moe import dispatch as d
 from moe_jax.model.moe.functional import layer_function, with_gradients
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.moe.variants import LeakyCapacity
 from tests.support import tiny
+from tests.support.leaky import LeakyCapacity
 
 B, T, E, K, C, WIDTH = 3, 7, 4, 2, 3, 5
 FORMS = {

@@ -1,27 +1,25 @@
-"""Other ways to route: each priority against loops, and which of them leak the future; noise, bias, shared experts."""
+"""Other ways to route: each priority against loops, and which of them leak the future; bias, shared experts."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import TrainConfig, capacity
+from moe_jax.config import TrainConfig
 from moe_jax.model.moe.balance import adjusted_bias, expert_load
 from moe_jax.model.moe.dispatch import Blocks, Capacity, PerToken
 from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.moe.reference import OneHot, OneHotMoE
+from moe_jax.model.moe.reference import OneHot
 from moe_jax.model.moe.router import route
-from moe_jax.model.moe.variants import LeakyCapacity, jittered, noisy
 from moe_jax.model.transformer import merge
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import initial_state
 from moe_jax.training.step import make_step
 from tests.support import oracles, tiny
+from tests.support.leaky import LeakyCapacity, leaky_moe
 
 B, T, E, K, C = 2, 7, 4, 2, 2
 LEAKY = ("leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice")
-
-ONE_KEY = jax.random.split(jax.random.key(0), 1)
 
 
 def logits(seed: int = 0) -> np.ndarray:
@@ -120,53 +118,22 @@ def test_a_broken_token_is_last_in_every_queue() -> None:
 
 
 @pytest.mark.parametrize("priority", LEAKY)
-def test_leaky_training_evaluates_causally(priority) -> None:
-    """Training follows the rule, by slots and by one-hot masks alike. It evaluates as a causal layer, bit for bit."""
+def test_a_leaky_layer_is_the_one_hot_layer_of_its_rule(priority) -> None:
+    """By slots and by one-hot masks alike, and unlike the layer of token priority."""
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, tiny.T, 8)), jnp.float32)
 
-    def layer(mode: Mode, moe: type[MoE] = MoE, **changes):
-        graphdef, params = tiny.build(tiny.config(**changes), moe=moe)
-        return jax.jit(lambda x: merge(graphdef, params).blocks[0].ffn(x, mode))(x)
+    def layer(moe: type[MoE] = MoE):
+        graphdef, params = tiny.build(tiny.config(), moe=moe)
+        return jax.jit(lambda x: merge(graphdef, params).blocks[0].ffn(x, Mode.TRAIN))(x)
 
-    y, stats = layer(Mode.TRAIN, priority=priority)
-    y_one_hot, stats_one_hot = layer(Mode.TRAIN, OneHotMoE, priority=priority)
+    def by_masks(slots: int) -> OneHot:
+        return OneHot(LeakyCapacity(slots, priority))
+
+    y, stats = layer(leaky_moe(lambda slots: LeakyCapacity(slots, priority)))
+    y_one_hot, stats_one_hot = layer(leaky_moe(by_masks))
     np.testing.assert_allclose(y, y_one_hot, atol=1e-5)
     assert (stats.drop_fraction == stats_one_hot.drop_fraction).all()
-    assert (np.asarray(y) != np.asarray(layer(Mode.TRAIN)[0])).any()
-    same = (layer(Mode.EVALUATE, priority=priority)[0], layer(Mode.EVALUATE)[0])
-    assert (np.asarray(same[0]) == np.asarray(same[1])).all()
-
-
-def test_noise_and_jitter_have_the_named_size(float64: None) -> None:
-    z = jnp.zeros((1, 400, 50))
-    noise = np.asarray(noisy(z, ONE_KEY, 0.3))
-    np.testing.assert_allclose(noise.std(), 0.3, rtol=0.03)  # 20,000 numbers: known to half a percent
-    factor = np.asarray(jittered(jnp.ones((1, 400, 50)), ONE_KEY, 0.2))
-    assert factor.min() < 0.801
-    assert factor.max() > 1.199
-    assert (np.abs(factor - 1) <= 0.2).all()
-
-
-def test_a_small_jitter_is_not_lost_in_bfloat16() -> None:
-    factor = np.asarray(jittered(jnp.ones((1, 400, 50), jnp.bfloat16), ONE_KEY, 0.01))
-    assert factor.dtype == np.float32
-    assert len(np.unique(factor)) > 10_000
-    assert abs(factor.mean() - 1) < 5 * 0.01 / np.sqrt(3 * factor.size)
-
-
-@pytest.mark.parametrize("changes", [{"logit_noise": 2.0}, {"input_jitter": 0.9}], ids=str)
-def test_noise_disturbs_training_only(changes: dict) -> None:
-    graphdef, params = tiny.build(tiny.config(**changes))
-    quiet, _ = tiny.build(tiny.config())
-    tokens = jnp.asarray(tiny.tokens(2, tiny.T))
-
-    def hidden(definition, mode, key=None):
-        return np.asarray(jax.jit(lambda k: merge(definition, params)(tokens, mode, k)[0])(key))
-
-    assert (hidden(graphdef, Mode.EVALUATE) == hidden(quiet, Mode.EVALUATE)).all()
-    one, two = (hidden(graphdef, Mode.TRAIN, jax.random.key(n)) for n in range(2))
-    assert (one != two).any()
-    assert (one == hidden(graphdef, Mode.TRAIN, jax.random.key(0))).all()
+    assert (np.asarray(y) != np.asarray(layer()[0])).any()
 
 
 def test_bias_moves_the_choice_and_not_the_gates() -> None:
@@ -229,27 +196,6 @@ def test_shared_experts_are_added_to_the_routed_ones(float64: None) -> None:
     assert w["w_in"].shape == (8, 2 * 6)
     own = [[oracles.expert(v, w["w_in"], w["w_out"], w["w_gate"]) for v in row] for row in np.asarray(x)]
     np.testing.assert_allclose(layer(graphdef, ffn), layer(routed, alone) + np.array(own), atol=1e-12)
-
-
-def test_evaluation_drops_only_where_it_is_asked_to() -> None:
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, tiny.T, 8)), jnp.float32)
-
-    def layer(config, mode: Mode):
-        graphdef, params = tiny.build(config)
-        return merge(graphdef, params).blocks[0].ffn(x, mode)
-
-    tight = tiny.config(eval_capacity_factor=0.5)
-    y, stats = layer(tight, Mode.EVALUATE)
-    y_train, stats_train = layer(tiny.config(capacity_factor=0.5), Mode.TRAIN)
-    assert (np.asarray(y) == np.asarray(y_train)).all()
-    assert (stats.drop_fraction == stats_train.drop_fraction).all()
-    assert (stats.drop_fraction > 0).all()
-    assert (layer(tiny.config(), Mode.EVALUATE)[1].drop_fraction == 0).all()
-    assert (layer(tight, Mode.GENERATE)[1].drop_fraction == 0).all()
-    # Dropless by capacity: at cf = E / K there are T slots, which is all that an expert can need.
-    ample = tight.with_routing(eval_capacity_factor=2.0)
-    assert capacity(tiny.T, 4, 2, 2.0) == tiny.T
-    assert (layer(ample, Mode.EVALUATE)[1].drop_fraction == 0).all()
 
 
 def test_many_tokens_decode_alike() -> None:

@@ -1,36 +1,23 @@
-"""Routing variants that are off by default: noise, jitter, and priorities that leak the future.
+"""Priorities that leak the future: a later token can take a slot from an earlier one. No run can choose them.
 
-Noise and jitter act in training only, and each sequence draws with a key of its own. The `leaky-` priorities exist to
-be compared with the token-major priority, and to test that the causality certificate finds them.
-Chapter 12 of `foundation` derives why they leak.
+The causality test must find each of them. Chapter 12 of `foundation` derives why they leak.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.config import Priority
-from moe_jax.model.moe.dispatch import Capacity, QueuedPairs
+from moe_jax.model.moe.dispatch import Capacity, Dispatch, QueuedPairs
+from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.moe.queues import queue_positions
 from moe_jax.model.moe.router import Routing
-from moe_jax.model.precision import at_least_float32
-from moe_jax.system.random_keys import draw_each
 
-
-def jittered(x: Float[Array, "B T D"], keys: Key[Array, " B"], amount: float) -> Float[Array, "B T D"]:
-    """The router's input times uniform numbers from [1 - amount, 1 + amount] (Fedus et al. 2021, appendix C).
-
-    Computed in at least float32, because bfloat16 has only four numbers between 0.99 and 1.01.
-    """
-    x = x.astype(at_least_float32(x.dtype))
-    return x * draw_each(lambda key: jax.random.uniform(key, x.shape[1:], x.dtype, 1 - amount, 1 + amount), keys)
-
-
-def noisy(logits: Float[Array, "B T E"], keys: Key[Array, " B"], deviation: float) -> Float[Array, "B T E"]:
-    """Noisy top K: Gaussian noise on the logits (Shazeer et al. 2017, equation 4, with the constant deviation of
-    Riquelme et al. 2021, section 2.1)."""
-    return logits + deviation * draw_each(lambda key: jax.random.normal(key, logits.shape[1:], logits.dtype), keys)
+Priority = Literal["leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice"]
 
 
 @dataclass(frozen=True)
@@ -100,3 +87,37 @@ def with_all_experts(routing: Routing) -> Routing:
     every = jnp.broadcast_to(jnp.arange(experts), (batch, tokens, experts))
     gate = jnp.where(routing.valid[..., None], routing.probs, jnp.nan)
     return routing._replace(expert_index=every, gate=gate)
+
+
+@dataclass(frozen=True)
+class ReversedChunks(Capacity):
+    """A leak between neighbours: chunks of tokens in their order, but within a chunk the later tokens first.
+
+    A token can lose its slot to a token at most `chunk` - 1 positions later. The rules above act over any distance, so
+    they are much easier to find.
+    """
+
+    chunk: int = 2
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        # Reversing the chunks twice gives the old order back.
+        order = reversed_order(routing.valid.shape[1], self.chunk)
+        experts = routing.logits.shape[-1]
+        position = queue_positions(routing.expert_index[:, order], routing.valid[:, order], experts)[:, order]
+        return QueuedPairs(position, (position < self.slots) & routing.valid[..., None])
+
+
+def reversed_order(tokens: int, chunk: int) -> np.ndarray:
+    """The positions 0 to `tokens` - 1, reversed within each chunk. The last chunk may be shorter."""
+    return np.concatenate([np.arange(first, min(first + chunk, tokens))[::-1] for first in range(0, tokens, chunk)])
+
+
+def leaky_moe(capacity: Callable[[int], Capacity]) -> type[MoE]:
+    """An MoE layer that trains with `capacity(slots)`, such as `partial(LeakyCapacity, priority=...)`."""
+
+    class LeakyMoE(MoE):
+        def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
+            chosen = super().dispatch_for(mode, batch, tokens)
+            return capacity(chosen.slots) if isinstance(chosen, Capacity) else chosen
+
+    return LeakyMoE

@@ -1,0 +1,194 @@
+"""The weights of a new run that does not start from noise: those of a run, or of a Hugging Face model.
+
+The optimizer's state and the learning-rate schedule start anew. The run keeps the tokenizer that the weights belong to,
+because the rows of the embedding belong to its ids.
+
+Sparse upcycling (Komatsuzaki et al. 2023, section 3): every expert starts as a copy of the dense feed-forward network,
+the router starts at random, and all other parameters are copied. The gates of a token's K experts sum to 1. So at step
+0 the model computes the same function as the dense model, as long as nothing is dropped. The copies become different
+because the router sends them different tokens. Until they are, the task gives the router no gradient, if K > 1 and
+nothing is dropped: chapter 14 of `foundation`. `training/start.py` checks the settings that this needs.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config import ModelConfig, RunConfig, UserError
+from moe_jax.data.token_store import TokenStore
+from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.interop.pretrained import Pretrained
+from moe_jax.model.costs import training_flops
+from moe_jax.model.moe.layer import ROUTER_SCALE
+from moe_jax.model.transformer import Params, abstract_model
+from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.checkpoint import Checkpoint
+from moe_jax.runs.load import (
+    best_of_run,
+    check_full_weights,
+    check_same_model,
+    find_checkpoint,
+    load_run_tokenizer,
+    restore_weights,
+)
+from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.training.programs import Programs
+
+
+class Initial(NamedTuple):
+    """What a run starts with that does not start from noise."""
+
+    params: Params
+    origin: dict[str, Any]
+    """The record of it in config.json and in the checkpoints. `training_flops` is what it took to train, None if that
+    is not known."""
+    note: str
+    """One line for the user."""
+
+
+@dataclass(frozen=True)
+class InitialWeights:
+    """Weights that are found and checked, and not yet read."""
+
+    tokenizer: Tokenizer
+    read: Callable[[Programs, TokenStore], Initial]
+    """(programs, store) -> what the run starts with, in the dtypes and at the places of the programs. Raises UserError
+    if the weights or the text cannot be used."""
+
+
+def of_tuned_run(folder: str) -> InitialWeights:
+    """The best checkpoint of the run in `folder`. Its adapters, if it has any, are merged into its weights."""
+    run = find_checkpoint(Path(folder))
+    check_full_weights("--run", Path(folder), run.checkpoint)
+
+    def read(programs: Programs, store: TokenStore) -> Initial:
+        del store
+        _, shapes = abstract_model(run.config.model, param_dtype=run.config.train.param_dtype)
+        restored = restore_weights(run.checkpoint, run.config, shapes, programs.layout)
+        params = jax.tree.map(lambda shape, p: p.astype(shape.dtype), programs.param_shapes, restored)
+        origin = _origin("tuned_from", folder, run.checkpoint, run.config)
+        return Initial(params, origin, f"fine-tunes step {run.checkpoint.step} of {folder}")
+
+    return InitialWeights(run.tokenizer, read)
+
+
+def of_dense_run(folder: str, config: RunConfig) -> InitialWeights:
+    """The best checkpoint of the dense run in `folder`, whose network every expert starts as."""
+    path = Path(folder)
+    checkpoint = best_of_run(path)
+    if checkpoint is None:
+        raise UserError(
+            f"--upcycle {path}: every checkpoint is damaged; "
+            f"`uv run python -m moe_jax doctor --run {shlex.quote(str(path))}` says how"
+        )
+    check_full_weights("--upcycle", path, checkpoint)
+    check_same_model(checkpoint, config)
+    tokenizer = load_run_tokenizer(path, checkpoint, config.model)
+
+    def read(programs: Programs, store: TokenStore) -> Initial:
+        if not store.is_text_of(checkpoint.manifest["context"].get("data")):
+            raise UserError(
+                f"--data {store.source}: not the text that the run in --upcycle was trained on, "
+                "whose validation text must stay unseen; leave the flag out, or name that text"
+            )
+        _, shapes = abstract_model(config.model, param_dtype=config.train.param_dtype)
+        dense = restore_weights(checkpoint, config, shapes, programs.layout)
+        copy = copy_dense_params
+        if programs.layout is not None:  # each device fills its own parts
+            copy = jax.jit(copy_dense_params, donate_argnums=0, out_shardings=programs.param_places)
+        origin = _origin("upcycled_from", folder, checkpoint, config)
+        note = f"upcycled from step {checkpoint.step} of {folder}"
+        return Initial(copy(programs.initial_params(), dense), origin, note)
+
+    return InitialWeights(tokenizer, read)
+
+
+def of_pretrained(folder: str, flag: str) -> InitialWeights:
+    """The model of a Hugging Face folder: as it is with the flag --init-from, as experts with --upcycle."""
+    model = Pretrained.open(Path(folder), flag)
+    return InitialWeights(model.tokenizer, partial(_read_pretrained, model, upcycled=flag == "--upcycle"))
+
+
+def _read_pretrained(model: Pretrained, programs: Programs, store: TokenStore, upcycled: bool) -> Initial:
+    del store
+    folder, name = model.shape.folder, model.shape.architecture.model_type
+    fresh = dict(_fresh_leaves(programs)) if upcycled else None
+    params, digest = model.params(programs.state_shapes.params, fresh)
+    kind = "upcycled_from" if upcycled else "initialised_from"
+    origin = {kind: str(folder), "model_type": name, "digest": digest, "training_flops": None}
+    how = "every expert is a copy of its network" if upcycled else f"digest {digest}"
+    return Initial(params, origin, f"started from the {name} model in {folder}; {how}")
+
+
+def _fresh_leaves(programs: Programs) -> Iterator[tuple[str, jax.Array]]:
+    """(dotted name, value) of what a dense model does not have: routers, and biases that balance the load.
+
+    Only these are drawn. A whole random model beside the imported one would take its memory twice.
+    """
+    key = purpose_key(programs.config.train.seed, Purpose.INITIAL_PARAMETERS)
+    for layer, block in enumerate(programs.param_shapes["blocks"].values()):
+        router = block["ffn"]["router"]
+        values = jax.random.normal(jax.random.fold_in(key, layer), router.shape)
+        scaled = values * (ROUTER_SCALE / math.sqrt(router.shape[0]))
+        yield f"blocks.{layer}.ffn.router", scaled.astype(router.dtype)
+        if "balance_bias" in block["ffn"]:
+            yield f"blocks.{layer}.ffn.balance_bias", jnp.zeros_like(block["ffn"]["balance_bias"])
+
+
+def copy_dense_params(fresh: Params, dense: Params) -> Params:
+    """The parameters of a dense model, arranged as the `fresh` parameters of an MoE model.
+
+    The dense network `[1, D, F]` is copied into all E experts. Other parameters are copied unchanged. Routers and
+    balance biases, which the dense model does not have, keep their fresh values.
+    """
+    leaves = named_leaves(dense)
+
+    def fill(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if name.endswith((".router", ".balance_bias")):
+            return leaf
+        old = leaves.pop(name)
+        return jnp.repeat(old, leaf.shape[0] // old.shape[0], axis=0).astype(leaf.dtype)
+
+    filled = jax.tree_util.tree_map_with_path(fill, fresh)
+    assert not leaves, f"the dense model has more: {sorted(leaves)}"
+    return filled
+
+
+def _origin(kind: str, folder: str, checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
+    """`Initial.origin` of a run that starts from a checkpoint of the run in `folder`. `kind` is the key of the folder,
+    such as "tuned_from"."""
+    return {
+        kind: folder,
+        "step": checkpoint.step,
+        "val_loss": checkpoint.val_loss,
+        "state": checkpoint.manifest["state"],
+        "training_flops": flops_until(checkpoint, config),
+    }
+
+
+def flops_until(checkpoint: Checkpoint, config: RunConfig) -> int | None:
+    """Floating-point operations of training up to a checkpoint of a run, with those of the run that it started from.
+    None where these are not known, as for an imported model."""
+    earlier = checkpoint.manifest["context"].get("origin")
+    inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
+    return None if inherited is None else inherited + training_flops(config, checkpoint.step)
+
+
+def with_vocabulary_of(model: ModelConfig, store: TokenStore) -> ModelConfig:
+    """The model, with the tokenizer's vocabulary size unless the model has a larger one. Raises UserError if the
+    model's vocabulary is smaller than the tokenizer's."""
+    size = store.tokenizer.vocab_size
+    if 0 < model.vocab_size < size:
+        raise UserError(
+            f"--set model.vocab_size={model.vocab_size}: the tokenizer has {size} entries; give at least that, or 0"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size or size)
