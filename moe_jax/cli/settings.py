@@ -21,7 +21,7 @@ from moe_jax.config import SECTIONS, ConfigError, RunConfig
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.corpora import check_source
 from moe_jax.system.errors import FieldError
-from moe_jax.training.start import Start, check_tuning, start_of
+from moe_jax.training.start import Start, start_of
 
 OUT, PRESET, VOCABULARY = ("", "out"), ("", "preset"), ("model", "vocab_size")
 AUTO = "auto"
@@ -135,6 +135,28 @@ def resolve_settings(file: SettingsFile, flags: Values, planned: Values | None =
     except ConfigError as error:
         raise _name_source(error, start.defaults, file, flags) from None
     return Settings(config, start)
+
+
+def check_tuning(config: RunConfig) -> None:
+    """Raise ConfigError if settings for fine-tuning do not fit each other, or are given without a model to tune."""
+    train = config.train
+    if config.base and (config.upcycle or config.init_from):
+        flag = "--upcycle" if config.upcycle else "--init-from"
+        raise ConfigError(f"{flag} {config.upcycle or config.init_from}: not with sft --run; do one after the other")
+    if config.base and config.data.format != "chat":
+        raise ConfigError(f"--set data.format={config.data.format}: a run is fine-tuned on conversations; leave it out")
+    if not config.base and not (config.init_from and config.data.format == "chat"):
+        for section, name, plain in ((config.data, "format", "text"), (train, "lora_rank", 0)):
+            if getattr(section, name) != plain:
+                raise section.wrong(name, "is for fine-tuning; use `uv run python -m moe_jax sft --run RUN`")
+        return
+    if train.train_router and config.model.routing.balancing == "bias":
+        why = "not with --set routing.balancing=bias, whose biases belong to the routers as they are; leave it out"
+        raise ConfigError(f"--train-router: {why}")
+    if train.lora_rank and train.optimizer == "muon":
+        raise ConfigError("--optimizer muon: is for whole matrices; with --lora leave it out, or take adamw")
+    if train.train_router and config.model.dense != "none":
+        raise ConfigError("--train-router: this model is dense and has no router; leave it out")
 
 
 def _name_source(error: ConfigError, start: RunConfig, file: SettingsFile, flags: Values) -> ConfigError:

@@ -72,7 +72,7 @@ def make_decision_step(
     """The jitted (params, tokens int [B, T]) -> decisions, without attention weights or vocabulary head.
 
     `mode` says of which pass: with the capacity of training, or as in generation, which drops nothing. `spread` makes
-    it a program of several devices (`decode.Spread`).
+    it a program of several devices (`decode.ShardMapWrapper`).
     """
 
     def step(params: Params, tokens: jax.Array) -> LayerTrace:

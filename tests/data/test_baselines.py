@@ -29,7 +29,7 @@ from moe_jax.data.synthetic import stories
 from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 
-STORIES = DataConfig(source="stories", tokenizer="byte", stories=40, stories_seed=3)
+STORIES = DataConfig(source="stories", tokenizer="byte", stories=40)
 NAME = "references.json"
 TRAIN, VALID = ["the cat sat. the dog sat.", "the cat ran."] * 5, ["the cat sat.", "the dog ran."]
 

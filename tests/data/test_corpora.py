@@ -56,7 +56,7 @@ def test_every_name_opens_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_embedded_corpus_generates_its_splits() -> None:
-    corpus = open_corpus(DataConfig(source="stories", stories=7, stories_seed=3))
+    corpus = open_corpus(DataConfig(source="stories", stories=7))
     assert list(corpus.documents("train")) == list(stories.generate(3, "train", 7))
     assert list(corpus.documents("valid")) == list(stories.generate(3, "valid", 600))
     assert (corpus.size("train"), corpus.fingerprint()) == (None, stories.fingerprint(3, 7))
