@@ -35,7 +35,7 @@ def test_all_flags_by_section(capsys: pytest.CaptureFixture[str]) -> None:
         assert all(f"  {flag}" in text or f", {flag}" in text for flag in a.flags) == a.is_flag
     places = [*titles[1:], len(text)]
     for section, (begin, end) in zip(SECTIONS, itertools.pairwise(places), strict=True):
-        assert text[begin:end].count(f"--{section}.") >= 3, section
+        assert text[begin:end].count(f"--{section}.") >= 1, section
 
 
 @pytest.mark.parametrize(
