@@ -1,6 +1,7 @@
 """`moe-jax presets`."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from moe_jax.cli.command import Command
 from moe_jax.cli.result import print_json, print_next
@@ -27,7 +28,6 @@ class Presets(Command):
             from moe_jax.config.presets import PRESETS, PURPOSES
             from moe_jax.system.terminal import rich_console
             from moe_jax.training.advice import HIGHEST, LOWEST, duration
-            from moe_jax.training.dry_run import preset_costs
 
             costs = {name: preset_costs(name) for name in PRESETS}
         table = Table(box=None, padding=(0, 2, 0, 0))
@@ -55,3 +55,39 @@ class Presets(Command):
         print_next("uv run train.py --preset nano --dry-run")
         print_json({name: cost._asdict() for name, cost in costs.items()}, self.json)
         return 0
+
+
+class PresetCosts(NamedTuple):
+    """What a preset costs on this machine."""
+
+    parameters: int
+    active: int
+    """Parameters that one token uses."""
+    tokens: int
+    """Tokens that training reads."""
+    least_bytes: int
+    """Memory of a training step, at least."""
+    fastest: float
+    slowest: float
+    """Seconds of training, between which the time is expected."""
+    gflops: float
+    """The matmul rate that the time rests on, in 10^9 operations a second."""
+    compute_dtype: str
+    """The precision of that matrix product."""
+
+
+def preset_costs(name: str) -> PresetCosts:
+    """The costs of a preset. Measures the speed of a matrix product."""
+    from moe_jax.config.presets import preset, with_vocabulary
+    from moe_jax.model.costs import count_parameters, totals
+    from moe_jax.model.precision import choose_policy
+    from moe_jax.model.step_memory import least_step_bytes
+    from moe_jax.system import machine
+    from moe_jax.training.advice import ExpectedTime
+
+    config = with_vocabulary(preset(name))
+    counts, tokens = totals(count_parameters(config.model)), config.train.steps * config.tokens_per_step
+    dtype = choose_policy(config.execution.compute_dtype).compute
+    rate = machine.matmul_rate(dtype)
+    expected = ExpectedTime.of(config, rate)
+    return PresetCosts(counts.total, counts.active, tokens, least_step_bytes(config), *expected, rate / 1e9, dtype)

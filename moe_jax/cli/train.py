@@ -108,7 +108,7 @@ class TrainingCommand(RunCommand):
             say(new_run_note(Path(config.run_dir)))
         import jax
 
-        from moe_jax.training.dry_run import print_dry_run
+        from moe_jax.training.header import print_dry_run
 
         say(*environment.unused_card(jax.devices()[0].platform))
         with working("counting the tokens of the text"):
@@ -161,8 +161,8 @@ class Train(TrainingCommand):
 def _train_and_report(session: Any, signals: Signals, notes: list[str], step_mib: float | None) -> None:
     from moe_jax.inspection.report import report_run
     from moe_jax.parallel.processes import first
+    from moe_jax.training.header import print_next_step, print_result, print_run_header
     from moe_jax.training.loop import finish, train
-    from moe_jax.training.run_header import print_next_step, print_result, print_run_header
 
     print_run_header(session, notes, step_mib)
     train(session, signals)

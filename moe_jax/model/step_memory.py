@@ -22,27 +22,28 @@ def least_step_bytes(config: RunConfig) -> int:
     model, train = config.model, config.train
     weight = 2 if train.param_dtype == "bfloat16" else 4
     whole, state = totals(count_parameters(model)).total, _STATE_BYTES[train.optimizer]
+    gradient = least_gradient_bytes(config, config.execution.compute_dtype)
     if train.lora_rank:  # the model's own weights have neither gradient nor state; adapters are float32
-        parameters = whole * weight + adapter_parameters(config).total * (4 + gradient_bytes(config) + state)
+        parameters = whole * weight + adapter_parameters(config).total * (4 + gradient + state)
     else:
-        parameters = whole * (weight + gradient_bytes(config) + state)
-    return int(parameters) + least_activation_bytes(config)
+        parameters = whole * (weight + gradient + state)
+    return int(parameters) + least_activation_bytes(config, config.execution.compute_dtype)
 
 
-def gradient_bytes(config: RunConfig) -> int:
+def least_gradient_bytes(config: RunConfig, compute: str) -> int:
     """Least bytes of the gradient of a parameter that is trained: it may be kept as its product was computed."""
     stored = 2 if config.train.param_dtype == "bfloat16" and not config.train.lora_rank else 4
-    return min(stored, _computed_bytes(config))
+    return min(stored, _number_bytes(compute))
 
 
-def least_activation_bytes(config: RunConfig) -> int:
+def least_activation_bytes(config: RunConfig, compute: str) -> int:
     """Bytes of the residual streams and of the attention weights that the backward pass keeps."""
-    model, train, number = config.model, config.train, _computed_bytes(config)
+    model, train, number = config.model, config.train, _number_bytes(compute)
     residual = model.layers * train.batch_size * model.seq_len * model.width * number
     layers = 1 if config.execution.remat or model.seq_len > LONGEST_KEPT else model.layers
     return residual + int(layers * train.batch_size * model.heads * kept_scores(model.seq_len) * number)
 
 
-def _computed_bytes(config: RunConfig) -> int:
+def _number_bytes(compute: str) -> int:
     """Bytes of a number in the precision of the products. `auto` may become a precision of two bytes."""
-    return 4 if config.execution.compute_dtype == "float32" else 2
+    return 4 if compute == "float32" else 2

@@ -30,8 +30,8 @@ from moe_jax.runs.load import open_run
 from moe_jax.system import environment
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training import loop
+from moe_jax.training.header import print_run_header
 from moe_jax.training.loop import finish, train
-from moe_jax.training.run_header import print_run_header
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 from tests.support.saved_run import resuming

@@ -12,16 +12,14 @@ from moe_jax.config.presets import with_vocabulary
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.precision import Policy
 from moe_jax.model.transformer import abstract_model
-from moe_jax.training.optimizers.factory import make_optimizer
-from moe_jax.training.run_header import (
-    _memory_line,
-    _model_line,
-    _parameter_line,
-    _plan_line,
+from moe_jax.training.header import (
+    memory_line,
+    model_line,
+    parameter_line,
+    plan_line,
     print_next_step,
     print_result,
 )
-from moe_jax.training.step_bytes import StepBytes
 from tests.support import tiny
 
 RESULT: dict[str, Any] = {
@@ -74,12 +72,12 @@ def test_without_a_floor_and_without_drops(capsys: pytest.CaptureFixture[str]) -
 def test_the_plan_of_a_run() -> None:
     """50 steps of 600 tokens in a corpus of 20,000 are one and a half epochs."""
     train = TrainConfig(steps=50, batch_size=3, lr=0.25, final_lr_ratio=0.1, warmup_steps=2)
-    assert _plan_line(train, 600, 20_000) == (
+    assert plan_line(train, 600, 20_000) == (
         "50 steps of 3 sequences = 600 tokens a step, 1.50 epochs; adamw, learning rate 0.25 after 2 steps of warm-up, "
         "then a cosine to 10% of that"
     )
     muon = dataclasses.replace(train, optimizer="muon", muon_lr=0.5, grad_accum=2, lr_schedule="linear")
-    line = _plan_line(muon, 600, 20_000)
+    line = plan_line(muon, 600, 20_000)
     assert "50 steps of 3 x 2 accumulated sequences" in line
     assert "muon, learning rate 0.5 (AdamW part 0.25) after" in line
     assert line.endswith("then a straight line to 10% of that")
@@ -90,40 +88,30 @@ def test_the_memory_in_one_line() -> None:
     model = with_vocabulary(RunConfig(model=tiny.config())).model
     config = RunConfig(model=model, train=TrainConfig(batch_size=2))
     _, shapes = abstract_model(model, "float32", "float32")
-    state = SimpleNamespace(params=shapes, trained=shapes, adapters=None)
-    programs = SimpleNamespace(policy=Policy("float32", ""), optimizer=make_optimizer(config.train))
-    session: Any = SimpleNamespace(config=config, state=state, programs=programs)
-    count = totals(count_parameters(model)).total
-    step = StepBytes.of(config, programs.policy, shapes, shapes, programs.optimizer)
-    assert (step.weights, step.gradients) == (4 * count, 4 * count)
-    assert 8 * count <= step.state <= 8 * count + 64  # and the counters of the optimizer
-    assert step.least > step.arrays == step.weights + step.gradients + step.state
-    line = _memory_line(session, None)
-    assert line.startswith(
-        f"at least {step.least / 2**20:,.0f} MiB in a training step; 4.00 bytes a parameter, 4 for its"
-    )
-    assert _memory_line(session, 78.4).startswith(
-        "78 MiB in a training step; 4.00 bytes a parameter, 4 for its gradient"
-    )
-    programs.policy = Policy("bfloat16", "")
-    assert "4.00 bytes a parameter, at least 2 for its gradient" in _memory_line(session, None)
+    mib = totals(count_parameters(model)).total / 2**20
+    line = memory_line(config, Policy("float32", ""), shapes, shapes)
+    assert line.startswith("at least ")
+    for words in (f"weights {4 * mib:.1f} MiB", f"gradients {4 * mib:.1f} MiB", f"state of adamw {8 * mib:.1f} MiB"):
+        assert words in line
+    assert memory_line(config, Policy("float32", ""), shapes, shapes, 78.4).startswith("78 MiB in a training step: ")
+    assert f"gradients at least {2 * mib:.1f} MiB" in memory_line(config, Policy("bfloat16", ""), shapes, shapes)
 
 
 def test_the_model_in_one_line() -> None:
     model = tiny.config()
-    assert _model_line(model) == (
+    assert model_line(model) == (
         "2 layers of width 8, 2 heads, context 8; 4 swiglu experts of 6, top-2, capacity factor 0.5 = 2 of 8 tokens an "
         "expert"
     )
     dense = dataclasses.replace(model, dense="active")
-    assert _model_line(dense).endswith(f"; dense baseline with the active parameters: swiglu of {dense.dense_hidden}")
+    assert model_line(dense).endswith(f"; dense baseline with the active parameters: swiglu of {dense.dense_hidden}")
 
 
 def test_the_parameters_in_one_line() -> None:
     model = tiny.config()
     groups = count_parameters(model)
     whole = totals(groups)
-    line = _parameter_line(model)
+    line = parameter_line(model)
     share = whole.active / whole.total
     assert line.startswith(f"{whole.total:,} in all, {whole.active:,} active for a token ({share:.0%}): ")
     assert line.endswith(", ".join(f"{name} {count.total:,}" for name, count in groups.items()))
