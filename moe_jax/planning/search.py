@@ -18,7 +18,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.mesh import mesh_of
-from moe_jax.planning.device_memory import Bound, Memory, bound, gpu_devices, measured
+from moe_jax.planning.device_memory import Bound, Memory, bound, gpu_devices, lower_for, measured
 from moe_jax.planning.target import CARDS_PER_HOST, Target
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import working
@@ -190,7 +190,10 @@ def mesh_memory(config: RunConfig, target: Target) -> Memory:
     described = gpu_devices(target, f"1x{hosts}x{count // hosts}")
     programs = Programs.of(config, target, mesh=mesh_of(mesh, described))
     batch = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
-    lowered = programs.step.lower(programs.state_shapes, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    if programs.layout is None:  # a mesh of one place
+        lowered = lower_for(target, programs.step, programs.state_shapes, batch)
+    else:
+        lowered = programs.step.lower(programs.state_shapes, batch)  # pyright: ignore[reportFunctionMemberAccess]
     return measured(target, lowered, {}, f"{count} cards, {mesh}")
 
 

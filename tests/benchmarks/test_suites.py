@@ -16,7 +16,7 @@ from rich.console import Console
 
 from moe_jax.benchmarks import dense_baselines, layer, serving, suites
 from moe_jax.benchmarks.dense_baselines import CostTable, flops_by_group
-from moe_jax.benchmarks.request import BenchmarkRequest, UniformMoE, print_numbers, times_table
+from moe_jax.benchmarks.request import BenchmarkRequest, UniformMoE
 from moe_jax.cli import benchmark
 from moe_jax.cli.main import main, run_as
 from moe_jax.config import ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
@@ -28,7 +28,7 @@ from moe_jax.planning import search
 from moe_jax.planning.device_memory import Bound, Memory
 from moe_jax.planning.target import Target
 from moe_jax.system import environment, machine
-from moe_jax.system.machine import Measured, Times, alternate, with_reused_output
+from moe_jax.system.machine import Measured, Times, alternate
 from tests.support import tiny
 
 
@@ -63,14 +63,6 @@ def test_a_candidate_may_measure_its_own_seconds() -> None:
     times = alternate({"elsewhere": lambda: Measured(7.0), "here": lambda: 7.0}, 2, 0)
     assert times["elsewhere"].seconds == (7.0, 7.0)
     assert max(times["here"].seconds) < 1
-
-
-def test_a_recycled_call_gives_the_same_results_again() -> None:
-    call = with_reused_output(lambda x, y: {"sum": x + y, "product": x * y}, jnp.arange(4.0), jnp.full(4, 3.0))
-    for _ in range(3):
-        result = call()
-        np.testing.assert_array_equal(result["sum"], [3, 4, 5, 6])
-        np.testing.assert_array_equal(result["product"], [0, 3, 6, 9])
 
 
 def test_bound_by_hand() -> None:
@@ -273,13 +265,6 @@ def test_the_layer_suite(products: dict[str, float], monkeypatch: pytest.MonkeyP
     }
     assert turns == [9]
     assert set(times) == set(seconds)
-
-
-def test_times_are_printed_in_milliseconds(console: Console) -> None:
-    console.print(times_table("t", {"a": Times((1.0, 2.0, 3.0, 4.0))}))
-    print_numbers(console, {"share": 0.123456, "bytes": 1234567})
-    for words in ("2,500.00", "60%", "0.1235", "1,234,567"):
-        assert words in printed(console)
 
 
 def test_memory_has_one_object_a_card(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
