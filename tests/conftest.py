@@ -33,7 +33,6 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 
-from tests.reliability import figures
 from tests.support.programs import QUICK_COMPILER
 
 # jax compiles a program at the first use of a shape, so the time of a single example means nothing.
@@ -64,10 +63,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if "slow" not in config.option.markexpr:
         config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    figures.summarize(terminalreporter)
 
 
 def pytest_unconfigure() -> None:

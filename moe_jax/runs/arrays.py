@@ -6,8 +6,11 @@ memory.
 """
 
 import contextlib
+import errno
 import functools
 import logging
+import os
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -79,6 +82,9 @@ def read_arrays(
     except Exception as error:  # of any class, if files contradict each other: orbax raises `Exception` itself too
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise  # too little memory is no damage
+        system = re.search(r"OS error (\d+)", str(error))  # of tensorstore
+        if system and int(system[1]) != errno.ENOENT:  # nor is what the system refuses to read
+            raise OSError(int(system[1]), os.strerror(int(system[1])), str(folder)) from error
         raise CheckpointCorrupted(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})") from error
     described = manifest.describe_leaves(arrays)["leaves"]
     for name, leaf in wanted.items():

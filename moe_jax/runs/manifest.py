@@ -115,8 +115,8 @@ def read(folder: Path) -> dict[str, Any]:
         raise CheckpointCorrupted(f"its manifest cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         raise CheckpointCorrupted("its manifest was changed") from None
-    if isinstance(document, dict) and document.get("version") not in (VERSION, None):
-        raise CheckpointCorrupted(f"its manifest is of version {document['version']}, this program reads {VERSION}")
+    if isinstance(document, dict) and document.get("version") != VERSION:
+        raise CheckpointCorrupted(f"its manifest is of version {document.get('version')}, this program reads {VERSION}")
     if not isinstance(document, dict) or render(document) != text:
         raise CheckpointCorrupted("its manifest was changed")
     _check_structure(document, folder.name)

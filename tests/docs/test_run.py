@@ -24,7 +24,7 @@ NOT_RUN = {
     "verify-resume": "takes a minute; tests/reliability/test_verify_resume.py runs it",
     "--run runs/book": "opens the run that the line above it trains; the same command is run on runs/nano",
     "plan --preset seed-158m --verify": "needs an NVIDIA card",
-    "--resume": "resumes the real run; tests/reliability/test_resume.py resumes tiny ones",
+    "--resume": "resumes the real run; tests/reliability/test_kills.py resumes tiny ones",
     "--upcycle": "trains for minutes; tests/training/test_upcycle.py does it on a tiny model",
 }
 """Part of a command line -> why it is only parsed (`test_pages.py`), and not run."""

@@ -8,10 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import UserError
-from moe_jax.runs.checkpoint import CheckpointStore, restore, verify
+from moe_jax.runs.checkpoint import CheckpointStore, verify
 from tests.reliability import states
-from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.reliability
 
@@ -40,7 +38,7 @@ def outcome(run: Path) -> str:
     return {1: "previous", 2: "newest"}[checkpoint.step]
 
 
-def flip(run: Path, count: int, seed: int, record: Record) -> None:
+def flip(run: Path, count: int, seed: int) -> None:
     """Flip one bit at a time, in a file drawn evenly from all: large files do not hide the small ones."""
     rng = np.random.default_rng(seed)
     store = CheckpointStore(run, say=lambda _: None)
@@ -61,20 +59,12 @@ def flip(run: Path, count: int, seed: int, record: Record) -> None:
             missed.append((path.name, position))
             wrong += outcome(run) == "wrong"
         path.write_bytes(original)
-    figure(record, "bits flipped", count)
-    figure(record, "flips that went unnoticed", len(missed))
-    figure(record, "silent wrong restores", wrong)
     assert not missed
     assert outcome(run) == "newest"
 
 
-def test_bit_flips(two: Path, record_property: Record) -> None:
-    flip(two, 300, 0, record_property)
-
-
-@pytest.mark.slow
-def test_many_bit_flips(two: Path, record_property: Record) -> None:
-    flip(two, 2000, 1, record_property)
+def test_bit_flips(two: Path) -> None:
+    flip(two, 300, 0)
 
 
 def test_unnoticed_flips_would_be_found_out(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +105,7 @@ KINDS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_file_damaged(kind: str, two: Path, tmp_path: Path, record_property: Record) -> None:
+def test_every_file_damaged(kind: str, two: Path, tmp_path: Path) -> None:
     """Each file of the newest checkpoint in turn. A file whose bytes stay as they were is no damage."""
     names = [p.relative_to(two) for p in states.files(two / "checkpoints" / "step_00000002")]
     wrong = count = 0
@@ -128,13 +118,11 @@ def test_every_file_damaged(kind: str, two: Path, tmp_path: Path, record_propert
             continue
         count += 1
         wrong += outcome(run) != "previous"
-    figure(record_property, "files damaged", count)
-    figure(record_property, "silent wrong restores", wrong)
     assert count > 5
     assert wrong == 0
 
 
-def test_files_swapped_between_steps(two: Path, tmp_path: Path, record_property: Record) -> None:
+def test_files_swapped_between_steps(two: Path, tmp_path: Path) -> None:
     """Each file of step 2 in the place of its like in step 1's folder and the other way round."""
     newer = two / "checkpoints" / "step_00000002"
     wrong = count = 0
@@ -156,20 +144,8 @@ def test_files_swapped_between_steps(two: Path, tmp_path: Path, record_property:
         new.write_bytes(first)
         count += 1
         wrong += outcome(run) != "nothing"
-    figure(record_property, "files damaged", count)
-    figure(record_property, "silent wrong restores", wrong)
     assert count >= 3
     assert wrong == 0
-
-
-def test_files_that_nobody_wrote_change_nothing(two: Path, tmp_path: Path, record_property: Record) -> None:
-    """Every file of the newest checkpoint a second time, under another name beside it."""
-    shutil.copytree(two, tmp_path / "run")
-    paths = states.files(tmp_path / "run" / "checkpoints" / "step_00000002")
-    for path in paths:
-        shutil.copy(path, path.with_name(path.name + "0"))
-    figure(record_property, "files duplicated", len(paths))
-    assert outcome(tmp_path / "run") == "newest"
 
 
 def test_a_whole_checkpoint_under_another_name(two: Path, tmp_path: Path) -> None:
@@ -179,42 +155,3 @@ def test_a_whole_checkpoint_under_another_name(two: Path, tmp_path: Path) -> Non
     shutil.copytree(folder / "step_00000001", folder / "step_00000005")
     assert outcome(tmp_path / "run") == "newest"
     assert (folder / "damaged_00000005").is_dir()
-
-
-def test_the_best_one_falls_back_too(tmp_path: Path) -> None:
-    """Of steps 1 (loss 1), 2 (loss 2), 3: with 1 damaged, 2 is the best; then 3; then none."""
-    said: list[str] = []
-    store = CheckpointStore(tmp_path, say=said.append)
-    for step, loss in ((1, 1.0), (2, 2.0), (3, None)):
-        states.save(store, step, loss)
-    for expected in (1, 2, 3):
-        best = store.best()
-        assert best.step == expected
-        (best.path / "weights.safetensors").unlink()
-        with pytest.raises(UserError, match=r"weights\.safetensors is missing"):
-            restore(best, {"params": states.state()["params"]})
-    assert store.best() is None
-    assert any("step_00000001: skipped, weights.safetensors is missing" in line for line in said)
-
-
-def test_a_best_checkpoint_without_a_manifest_is_said_to_be_skipped(tmp_path: Path) -> None:
-    """Its loss is unknown, so it may have been the best: another one was taken without a word."""
-    said: list[str] = []
-    store = CheckpointStore(tmp_path, say=said.append)
-    for step, loss in ((1, 2.0), (2, 1.0)):
-        states.save(store, step, loss)
-    (store.folder / "step_00000002" / "manifest.json").unlink()
-    assert store.best().step == 1
-    assert len(said) == 1
-    assert "step_00000002: skipped, its manifest cannot be read" in said[0]
-
-
-def test_a_file_with_the_name_of_a_checkpoint_is_said_to_be_skipped(tmp_path: Path) -> None:
-    said: list[str] = []
-    store = CheckpointStore(tmp_path, say=said.append)
-    for step in (1, 2):
-        states.save(store, step, 3.0 - step)
-    shutil.rmtree(store.folder / "step_00000002")
-    (store.folder / "step_00000002").write_text("a file")
-    assert store.best().step == store.newest().step == 1
-    assert ["step_00000002: skipped" in line for line in said] == [True, True]

@@ -10,12 +10,11 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, RunConfig, UserError, load_config
+from moe_jax.config import ModelConfig, RoutingConfig, RunConfig, UserError, load_config
 from moe_jax.config.model import MESH_ROUTING
 from moe_jax.config.section import flag_of
 from moe_jax.training.session import Session
 from tests.reliability import runs
-from tests.reliability.figures import Record, figure
 from tests.reliability.test_save import small_disk
 from tests.support.saved_run import resuming
 
@@ -75,7 +74,7 @@ def tree(folder: Path) -> set[str]:
 
 
 def test_nothing_is_written_outside_the_run_and_the_caches(
-    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, record_property: Record
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """HOME, the working folder and the folder of temporary files stay as they were."""
     for name in ("home", "cache", "tmp"):
@@ -86,7 +85,6 @@ def test_nothing_is_written_outside_the_run_and_the_caches(
     finished = runs.complete(runs.flags(text, tmp_path / "run"), tmp_path / "cache")
     assert finished.returncode == 0, finished.stderr
     outside = tree(tmp_path / "home") | tree(tmp_path / "tmp") | (tree(text.parent) - before)
-    figure(record_property, "files written outside the run's folder and the caches", len(outside))
     assert outside == set()
     assert {p.name for p in tmp_path.iterdir()} == {"home", "cache", "tmp", "run"}
 
@@ -152,25 +150,3 @@ def test_a_checkpoint_of_another_model(
     assert message.startswith(f"{flag_of(section, name)} {here}: ")
     assert f" was saved with {there}; " in message
     assert "start a new run with another --out" in message
-
-
-def test_the_rows_of_a_device_may_be_edited(
-    whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The bound of a device's rows belongs to a mesh, as the mesh itself: another value opens the same checkpoint."""
-    monkeypatch.setenv("MOE_JAX_CACHE", str(cache))
-    run = tmp_path / "run"
-    shutil.copytree(whole[0], run)
-    there = load_config(run)
-    assert there is not None
-    config = edited(run, f"routing.{MESH_ROUTING}", there.model.routing.device_capacity_factor + 1)
-    assert config.model.routing != there.model.routing
-    session = Session.open(dataclasses.replace(config, out=str(run)), resuming(config))
-    assert session.progress.saved_step == whole[1]["step"]
-
-
-def test_another_model_by_a_flag(whole: tuple[Path, dict[str, Any]]) -> None:
-    from moe_jax.cli.train import Train
-
-    with pytest.raises(ConfigError, match=r"--experts 8: the run in .* has 4; leave the flag out"):
-        Train.parse(["--out", str(whole[0]), "--resume", "--experts", "8"])

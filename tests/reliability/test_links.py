@@ -3,10 +3,7 @@
 import os
 import shutil
 import stat
-import threading
-import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,43 +15,13 @@ from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.folder import RunFolder, locked_for_training
 from moe_jax.runs.records import read_metrics
-from moe_jax.system import environment, files
+from moe_jax.system import environment
 from tests.reliability import states
 
 pytestmark = pytest.mark.reliability
 
 
 # What the user names
-
-
-def test_an_output_is_written_through_a_link_and_into_a_device(tmp_path: Path) -> None:
-    """A rename would put a file in the place of both."""
-    (tmp_path / "target").write_text("old, and longer than the new one")
-    (tmp_path / "link").symlink_to("target")
-    files.write_output(tmp_path / "link", "new")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_text() == "new"
-    (tmp_path / "null").symlink_to(os.devnull)
-    files.write_output(tmp_path / "null", "new")
-    files.write_output(Path(os.devnull), "new")
-    assert stat.S_ISCHR(Path(os.devnull).stat().st_mode)
-
-
-def test_an_output_goes_through_a_pipe(tmp_path: Path) -> None:
-    pipe, got, big = tmp_path / "pipe", bytearray(), b"x" * 2**20
-    os.mkfifo(pipe)
-    with pytest.raises(OSError, match="nobody reads from it"):
-        files.write_output(pipe, "new")
-    holder = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)  # a reader is there before the writer
-    writer = threading.Thread(target=files.write_output, args=(pipe, big))
-    writer.start()
-    while writer.is_alive() or len(got) < len(big):
-        time.sleep(0.001)
-        with suppress(BlockingIOError):
-            got += os.read(holder, 2**16)
-    os.close(holder)
-    assert got == big
-    assert stat.S_ISFIFO(pipe.lstat().st_mode)
 
 
 @pytest.mark.parametrize("command", ["inspect", "inspect --json"])
@@ -160,44 +127,6 @@ def test_the_folder_itself_may_be_a_link(run: Path, tmp_path: Path) -> None:
     assert read_metrics(link) == read_metrics(run)
     with locked_for_training(link):
         pass
-
-
-def test_a_draft_put_there_as_a_link_is_not_written(tmp_path: Path) -> None:
-    (tmp_path / "theirs").write_text("theirs")
-    draft = tmp_path / f".file.{os.getpid()}.draft"
-    draft.symlink_to("theirs")
-    files.write_atomically(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "new"
-    assert (tmp_path / "theirs").read_text() == "theirs"
-
-
-@pytest.mark.parametrize("kind", ["a pipe", "a device", "far too long"])
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "metrics.jsonl", "summary.json", ".lock"])
-def test_what_is_no_plain_file_is_refused_at_once(name: str, kind: str, run: Path) -> None:
-    """A pipe without a writer would be waited for, an endless file would fill the memory."""
-    if name in ("metrics.jsonl", ".lock") and kind == "far too long":
-        pytest.skip("a long run has a long log, and the lock is not read")
-    path = run / name
-    path.unlink(missing_ok=True)
-    if kind == "a pipe":
-        os.mkfifo(path)
-    elif kind == "a device":
-        try:
-            os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 5))  # /dev/zero
-        except PermissionError:
-            pytest.skip("needs the right to make a device")
-    else:
-        with path.open("wb") as file:
-            file.truncate(2**40)
-    reads = {
-        "config.json": lambda: load_config(run),
-        "tokenizer.json": lambda: _tokenizer(run),
-        "metrics.jsonl": lambda: read_metrics(run),
-        "summary.json": lambda: _summary(run),
-        ".lock": lambda: locked_for_training(run).__enter__(),
-    }
-    with pytest.raises((OSError, UserError), match=r"is no plain file|bytes, and at most"):
-        reads[name]()
 
 
 def _summary(run: Path) -> Any:

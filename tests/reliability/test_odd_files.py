@@ -19,7 +19,7 @@ from moe_jax.runs.doctor import examine
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import open_run
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.runs.records import read_metrics, read_snapshots
+from moe_jax.runs.records import read_metrics
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.session import check_same_data_and_model
 from tests.reliability import states
@@ -73,18 +73,6 @@ def test_an_odd_line_of_metrics_stops_nothing(odd: str, run: Path) -> None:
     assert path.read_bytes().splitlines() == lines
 
 
-@pytest.mark.parametrize("load", [[[1.0]], [[0.5, 0.5]], [[0.25] * 4] * 3, []])
-def test_a_load_of_another_shape_is_left_out(load: list[Any], run: Path) -> None:
-    """From another run: pictures and report put the loads of all records into one array."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines()
-    path.write_text("\n".join([lines[0], json.dumps(json.loads(lines[1]) | {"load": load}), *lines[2:]]) + "\n")
-    found = read_metrics(run)["train"]
-    assert [bool(r.get("load")) for r in found] == [True, False, True, True]
-    assert _Metrics(run).loads[1].shape[0] == 3
-    training_curves(run, open_run(run))
-
-
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_are_not_finite_do_not_reach_the_page(value: str, run: Path) -> None:
     """JSON has no NaN: a browser refused the whole page."""
@@ -118,38 +106,6 @@ def _last_train_record(run: Path) -> dict[str, Any]:
     from moe_jax.system.files import Folder
 
     return last_train_record(Folder(run))
-
-
-def test_stray_files_in_traces_are_left_alone(run: Path) -> None:
-    names = {p.name for p in (run / "traces").iterdir()}
-    stray = {"step_.json", "step_new.json", "step_00000001.json~", "step_00000030 (copy).json", "step_²²²²²²²².json"}
-    for name in stray:
-        (run / "traces" / name).write_text("[]")
-    RunFolder(run).truncate_logs_after(0, 0)
-    assert {p.name for p in (run / "traces").iterdir()} == stray
-    assert names.isdisjoint(stray)
-
-
-ODD_TRACES: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "deeply nested": lambda _: None,
-    "a list": lambda _: [],
-    "a step that is a text": lambda t: t | {"step": "30"},
-    "another step": lambda t: t | {"step": 31},
-    "tokens that are texts": lambda t: t | {"tokens": ["a"]},
-    "a token of 400 digits": lambda t: t | {"tokens": [10**400] * len(t["tokens"])},
-    "negative tokens": lambda t: t | {"tokens": [-1] * len(t["tokens"])},
-    "a ragged load": lambda t: t | {"load": [[1.0], [1.0, 2.0]]},
-    "fewer layers": lambda t: t | {"expert": t["expert"][:1]},
-    "entropy null": lambda t: t | {"entropy": None},
-}
-
-
-@pytest.mark.parametrize("odd", ODD_TRACES)
-def test_an_odd_trace_is_left_out(odd: str, run: Path) -> None:
-    trace = json.loads((run / "traces" / "step_00000020.json").read_text())
-    document = ODD_TRACES[odd](trace | {"step": 30})
-    (run / "traces" / "step_00000030.json").write_text("[" * 200_000 if document is None else json.dumps(document))
-    assert [t["step"] for t in read_snapshots(run)] == [20, 40]
 
 
 @pytest.mark.parametrize("text", ["[]", "null", '"text"', "[" * 200_000, "{", '{"val_bits_per_byte": "low"}', "\xff"])
@@ -329,19 +285,3 @@ def test_the_chunks_of_an_array_are_bounded_by_the_manifest(tmp_path: Path) -> N
     (found,) = store.list()
     with pytest.raises(UserError, match=r"blocks\.0\.router is stored with another shape than its manifest gives it"):
         restore(found, jax.eval_shape(lambda: states.state(1)))
-
-
-@pytest.mark.parametrize("precision", ["bfloat16", None])
-def test_another_precision_than_the_checkpoints_is_said(precision: str | None, run: Path, capsys) -> None:
-    """config.json without the field means "auto": on some machines other numbers came out, without a word."""
-    open_run(run)
-    assert capsys.readouterr().err == ""
-    document = json.loads((run / "config.json").read_text())
-    document["execution"] |= {"compute_dtype": precision}
-    if precision is None:
-        del document["execution"]["compute_dtype"]
-    (run / "config.json").write_text(json.dumps(document))
-    open_run(run)
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: ")
-    assert f"is {precision or 'auto'}, and the checkpoint of step 40 was trained with float32" in line

@@ -17,7 +17,6 @@ from moe_jax.config import UserError
 from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.token_store import open_store
 from tests.reliability import runs
-from tests.reliability.figures import Record, figure
 
 pytestmark = pytest.mark.reliability
 KILLS_A_STORE = 4
@@ -82,7 +81,7 @@ def reference(large: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 @pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(100, 125))])
 def test_a_killed_preparation_leaves_nothing_wrong(
-    seed: int, large: Path, reference: dict[str, Any], tmp_path: Path, record_property: Record
+    seed: int, large: Path, reference: dict[str, Any], tmp_path: Path
 ) -> None:
     """Killed at random moments, then not."""
     draw, hit = random.Random(seed), 0
@@ -97,13 +96,11 @@ def test_a_killed_preparation_leaves_nothing_wrong(
                 assert content(folder.parent) == content(reference["folder"])
     last = prepared(tmp_path, large)
     equal = content(last["folder"]) == content(reference["folder"]) and last["digest"] == reference["digest"]
-    figure(record_property, "kill -9 of a preparation", hit)
-    figure(record_property, "stores that differ from the uninterrupted one", int(not equal))
     assert equal
     assert list(tmp_path.glob("*.partial")) == []
 
 
-def test_every_flipped_bit_is_noticed_at_the_start(reference: dict[str, Any], record_property: Record) -> None:
+def test_every_flipped_bit_is_noticed_at_the_start(reference: dict[str, Any]) -> None:
     folder, draw = Path(reference["folder"]), random.Random(5)
     for name in ["train.bin", "valid.bin"] * 20:
         whole = (folder / name).read_bytes()
@@ -113,7 +110,6 @@ def test_every_flipped_bit_is_noticed_at_the_start(reference: dict[str, Any], re
             open_store(folder)
         (folder / name).write_bytes(whole)
     assert open_store(folder).digest == reference["digest"]
-    figure(record_property, "bits flipped in token stores, all noticed", 40)
 
 
 def test_a_run_makes_a_damaged_store_again_and_has_the_same_bits(
@@ -153,12 +149,10 @@ print(int(peak) / 1024, int(read["rchar"]) / 1e6)
 @pytest.mark.timeout(60 * 60)
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="measures itself in /proc")
 @pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
-def test_three_gigabytes(
-    tokenizer: str, three_gigabytes: tuple[Path, int], tmp_path: Path, record_property: Record
-) -> None:
+def test_three_gigabytes(tokenizer: str, three_gigabytes: tuple[Path, int], tmp_path: Path) -> None:
     """Prepared in bounded memory. A start reads the ids, and not the text."""
     (cache := tmp_path / "cache").mkdir()
-    text, size = three_gigabytes
+    text, _ = three_gigabytes
     time.sleep(3)  # a text that was written a moment ago is read again at the next start
     found: list[dict[str, Any]] = []
     for _ in range(2):
@@ -168,17 +162,6 @@ def test_three_gigabytes(
         found.append(json.loads(values) | dict(zip(("peak", "read"), map(float, measured.split()), strict=True)))
     first, again = found
     ids = sum(path.stat().st_size for path in Path(first["folder"]).glob("*.bin")) / 1e6
-    for name, value in (
-        ("MB of text", size / 1e6),
-        ("MB of ids", ids),
-        ("million tokens", first["tokens"] / 1e6),
-        ("seconds to prepare", first["seconds"]),
-        ("processor seconds to prepare", first["processor"]),
-        ("MB of memory at most", first["peak"]),
-        ("seconds to open it again", again["seconds"]),
-        ("MB read to open it again", again["read"]),
-    ):
-        figure(record_property, f"{tokenizer}: {name}", round(value, 1))
     assert first["digest"] == again["digest"]
     assert again["read"] < ids + 20
     assert first["peak"] < (200 if tokenizer == "byte" else 2000)

@@ -10,7 +10,6 @@ import pytest
 
 from moe_jax.cli.command import COMMANDS
 from tests.reliability import runs, terminal
-from tests.reliability.figures import Record, figure
 
 pytestmark = [
     pytest.mark.reliability,
@@ -41,18 +40,16 @@ def test_training_needs_no_output(
     cache: Path,
     whole: tuple[Path, dict[str, Any]],
     tmp_path: Path,
-    record_property: Record,
 ) -> None:
     """Descriptors that are closed or on a full disk: all steps, all files, status 0, and nothing in a wrong file."""
     out = tmp_path / "run"
     finished = shell(redirected, runs.flags(text, out), cache)
     assert finished.returncode == 0, finished.stderr
     assert runs.result(out) == whole[1]
-    figure(record_property, "runs that outlived their output", 1)
 
 
 def test_training_outlives_the_reader_of_its_output(
-    text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, record_property: Record
+    text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     """`train.py 2>&1 | head -1`."""
     out = tmp_path / "run"
@@ -63,7 +60,6 @@ def test_training_outlives_the_reader_of_its_output(
         reader.readline()
     assert process.wait() == 0
     assert runs.result(out) == whole[1]
-    figure(record_property, "runs that outlived their output", 1)
 
 
 @pytest.mark.parametrize("redirected", REDIRECTED)

@@ -10,8 +10,6 @@ from rich.cells import cell_len
 
 from moe_jax.cli.command import COMMANDS
 from tests.reliability import runs, terminal
-from tests.reliability.figures import Record, figure
-from tests.reliability.test_every_stream import PROGRAM
 
 pytestmark = pytest.mark.reliability
 
@@ -55,15 +53,14 @@ def check(name: str, shown: bytes) -> None:
 
 
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_a_command_that_opens_a_run(name: str, whole: tuple[Path, dict], cache: Path, record_property: Record) -> None:
+def test_a_command_that_opens_a_run(name: str, whole: tuple[Path, dict], cache: Path) -> None:
     command = [sys.executable, "-m", "moe_jax", name, "--run", str(whole[0]), *ARGUMENTS[name]]
     status, shown = terminal.show(command, cache)
     assert status == 0
     check(name, shown)
-    figure(record_property, "commands on a terminal of 80 columns", 1)
 
 
-def test_chat_answers_and_leaves(whole: tuple[Path, dict], cache: Path, record_property: Record) -> None:
+def test_chat_answers_and_leaves(whole: tuple[Path, dict], cache: Path) -> None:
     command = [sys.executable, "-m", "moe_jax", "chat", "--run", str(whole[0]), "--max-tokens", "40"]
     typed = ["the cat sat", "/experts 0", "/temp 0.5", "the dog", "/nothing", "/help", "/quit"]
     status, shown = terminal.show(command, cache, typed)
@@ -75,7 +72,6 @@ def test_chat_answers_and_leaves(whole: tuple[Path, dict], cache: Path, record_p
     assert text.count("the dog") == 2  # typed and continued; the colours show the last tokens only
     assert "(the last 15 tokens" in text
     assert b"\x1b[3" in shown
-    figure(record_property, "commands on a terminal of 80 columns", 1)
 
 
 def test_chat_in_a_pipe_answers_each_line_and_nothing_else(whole: tuple[Path, dict], cache: Path) -> None:
@@ -97,34 +93,14 @@ def test_chat_in_a_pipe_answers_each_line_and_nothing_else(whole: tuple[Path, di
         *((name, ["--help"]) for name in COMMANDS),
     ],
 )
-def test_a_command_without_a_run(name: str, arguments: list[str], cache: Path, record_property: Record) -> None:
+def test_a_command_without_a_run(name: str, arguments: list[str], cache: Path) -> None:
     status, shown = terminal.show([sys.executable, "-m", "moe_jax", name, *arguments], cache)
     assert status == 0
     check("" if arguments == ["--help"] else name, shown)
-    figure(record_property, "commands on a terminal of 80 columns", 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "arguments"),
-    [
-        ("benchmark", ["moe", "--rounds", "1", "--batch-size", "1"]),
-        pytest.param("compare", ["--seeds", "1", "--flops", "1", "--out", "out"], marks=pytest.mark.slow),
-    ],
-)
-def test_a_command_that_measures(
-    name: str, arguments: list[str], text: Path, cache: Path, tmp_path: Path, record_property: Record
-) -> None:
-    """On tiny models in place of the presets."""
-    command = [sys.executable, str(runs.ROOT / PROGRAM), name, *arguments]
-    status, shown = terminal.show(command, cache, MOE_JAX_TINY_TEXT=str(text), HOME=str(tmp_path))
-    assert status == 0
-    check(name, shown)
-    figure(record_property, "commands on a terminal of 80 columns", 1)
-
-
-def test_training(text: Path, cache: Path, tmp_path: Path, record_property: Record) -> None:
+def test_training(text: Path, cache: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(runs.ROOT / "train.py"), *runs.flags(text, tmp_path / "run")]
     status, shown = terminal.show(command, cache)
     assert status == 0
     check("train", shown)
-    figure(record_property, "commands on a terminal of 80 columns", 1)
