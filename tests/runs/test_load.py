@@ -66,7 +66,7 @@ def test_a_folder_without_a_run_and_a_damaged_run(copied: Path, tmp_path: Path) 
 
 def test_another_run_model_or_tokenizer_is_refused_by_name(copied: Path) -> None:
     edit_config(copied, "model", activation="gelu")
-    with pytest.raises(UserError, match=r"^--model\.activation gelu: .* was saved with swiglu"):
+    with pytest.raises(UserError, match=r"^--set model\.activation=gelu: .* was saved with swiglu"):
         open_run(copied)
     edit_config(copied, "model", activation="swiglu")
     for changes, said in (
@@ -156,14 +156,17 @@ def test_the_saved_configuration() -> None:
 
 @pytest.mark.parametrize(
     ("section", "name", "there", "flag"),
-    [("model", "activation", "gelu", "--model.activation"), ("routing", "capacity_factor", 2.0, "--capacity-factor")],
+    [
+        ("model", "activation", "gelu", "--set model.activation=swiglu"),
+        ("routing", "capacity_factor", 2.0, "--capacity-factor 0.5"),
+    ],
 )
 def test_another_model_or_routing_is_refused_by_its_flag(section: str, name: str, there: Any, flag: str) -> None:
     saved = copy.deepcopy(CONFIG.to_dict())
     saved["train"]["steps"] = 7  # another training is the same model
     check_same_model(checkpoint(config=saved), CONFIG)
-    here, saved[section][name] = saved[section][name], there
-    with pytest.raises(UserError, match=rf"^{flag} {here}: run/step_1 was saved with {there}; give it that value"):
+    saved[section][name] = there
+    with pytest.raises(UserError, match=rf"^{flag}: run/step_1 was saved with {there}; give it that value"):
         check_same_model(checkpoint(config=saved), CONFIG)
 
 

@@ -30,7 +30,7 @@ def parsed(config: RunConfig) -> RunConfig:
 
 
 def test_a_short_run_has_every_setting_but_its_length() -> None:
-    changes = {"resume": True, "upcycle": "runs/dense", "tensorboard": True, "wandb": True, "out": "elsewhere"}
+    changes = {"resume": True, "upcycle": "runs/dense", "track": "wandb", "out": "elsewhere"}
     asked = dataclasses.replace(CONFIG, **changes, train=dataclasses.replace(CONFIG.train, patience=3, lr=0.125))
     found = parsed(asked)
     train = dataclasses.replace(asked.train, steps=12, log_every=1, eval_every=6, save_every=4, patience=0)
