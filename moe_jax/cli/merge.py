@@ -37,7 +37,7 @@ class Merge(Command):
             raise ConfigError(f"--run {self.run}: has no adapters, so it is an ordinary run already; copy its folder")
         environment.prepare_environment()
         with working(f"merging {self.run}"):
-            from moe_jax.training.merge import merge
+            from moe_jax.training.derived_runs import merge
 
             made = merge(Path(self.run), out, self.step)
         say(f"{made}: the weights with the adapters added")

@@ -42,7 +42,7 @@ class Quantize(Command):
         check_new_folder("--out", out)
         environment.prepare_environment()
         with working(f"loading {self.run}"):
-            from moe_jax.training.quantize import quantize_run
+            from moe_jax.training.derived_runs import quantize_run
         made = quantize_run(run, self.to, out, self.step)
         say(f"{made.checkpoint}: {self.to}")
         say(f"weights: {made.bytes_before / 1e6:,.2f} MB before, {made.bytes_after / 1e6:,.2f} MB after")

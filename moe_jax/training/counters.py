@@ -34,8 +34,7 @@ class RunCounters:
     starved: list[list[int]] = field(default_factory=list)
     """[L, E]: steps in a row at which the expert was starved."""
     drop_steps: int = 0
-    """Steps whose drops are counted: all finite steps. An earlier version did not count them: of its steps only those
-    that are logged in metrics.jsonl are counted."""
+    """Steps whose drops are counted: all finite steps."""
     drop_sum: float = 0.0
     """Sum of the drop fractions of these steps."""
     worst_drop: float | None = None
@@ -84,26 +83,7 @@ class RunCounters:
 
     @classmethod
     def from_json(cls, values: Any) -> "RunCounters":
-        """The inverse of `to_json`. Raises CheckpointCorrupted if the names or types of the values are wrong."""
-        new = ("drop_steps", "drop_sum", "worst_drop", "last_drop")
-        # A checkpoint of an earlier version has no counts of drops.
-        if isinstance(values, dict) and not set(values) & set(new):
-            values = values | {name: getattr(cls(), name) for name in new}
-        counts = ("without_improvement", "evaluated", "skipped_in_a_row", "drop_steps")
-        usual = isinstance(values, dict) and values.keys() == cls().to_json().keys()
-        usual = usual and all(_is_count(values[name]) for name in counts) and _is_table(values["starved"])
-        usual = usual and isinstance(values["drop_sum"], float)
-        if not usual or not all(isinstance(values[name], float | None) for name in ("best", "worst_drop", "last_drop")):
+        """The inverse of `to_json`. Raises CheckpointCorrupted if the values have other names."""
+        if not isinstance(values, dict) or values.keys() != cls().to_json().keys():
             raise CheckpointCorrupted("its progress is not what this program saves")
         return cls(**values)
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_table(value: Any) -> bool:
-    """Whether a value is a list of equally long lists of counts."""
-    if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
-        return False
-    return len({len(row) for row in value}) <= 1 and all(_is_count(x) for row in value for x in row)

@@ -14,11 +14,10 @@ from moe_jax.parallel.processes import Together, first
 from moe_jax.runs.load import best_of_run, restore_weights
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.evaluate import Evaluation
-from moe_jax.training.logging import MetricsLog
+from moe_jax.training.logging import MetricsLog, Terminal
 from moe_jax.training.session import Session
 from moe_jax.training.step_logger import StepLogger
 from moe_jax.training.summary import summary
-from moe_jax.training.terminal import Terminal
 
 SHOWN_CHARACTERS, SHOWN_LINES = 400, 12
 """What is shown of a sample at an evaluation, at most. All of it is in samples.txt."""

@@ -43,7 +43,6 @@ from moe_jax.runs.load import (
     saved_config,
 )
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.runs.records import read_metrics
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.agreement import check_same_data
 from moe_jax.training.counters import RunCounters
@@ -280,10 +279,6 @@ class Session:
         newest, self.state = restored
         self.progress = SessionProgress.restored(newest, self.progress.begin)
         self.folder.truncate_logs_after(newest.step, self.progress.counters.evaluated)
-        if not self.progress.counters.drop_steps:  # a checkpoint of an earlier version: only the logged steps are known
-            for record in read_metrics(self.folder.path)["train"]:
-                if not record.get("skipped") and isinstance(record.get("drop_fraction"), float):
-                    self.progress.counters.add_drops(record["drop_fraction"])
         changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 
@@ -375,12 +370,6 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
     if "data" not in context:
         raise CheckpointCorrupted("its manifest does not say what it belongs to")
     RunCounters.from_json(context.get("progress"))
-    origin = context.get("origin")
-    flops = origin.get("training_flops") if isinstance(origin, dict) else None
-    known = isinstance(origin, dict) and "training_flops" in origin
-    known = known and (flops is None or (type(flops) is int and 0 <= flops < 2**200))
-    if origin is not None and not known:
-        raise CheckpointCorrupted("its manifest does not say what it started from")
     if not store.is_text_of(context["data"]):
         raise UserError(
             f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "

@@ -9,10 +9,9 @@ from moe_jax.config import UserError
 from moe_jax.model.costs import training_flops
 from moe_jax.system.machine import matmul_rate
 from moe_jax.training.counters import STARVED_STEPS
-from moe_jax.training.logging import MetricsLog
+from moe_jax.training.logging import MetricsLog, Terminal
 from moe_jax.training.session import Session
 from moe_jax.training.step import StepReport
-from moe_jax.training.terminal import Terminal
 
 MAX_SKIPPED_IN_A_ROW = 20
 

@@ -16,8 +16,7 @@ from moe_jax.config import RunConfig, UserError
 from moe_jax.runs.records import last_train_record
 from moe_jax.system.files import Folder
 from moe_jax.training import logging
-from moe_jax.training.logging import MetricsLog, add_load
-from moe_jax.training.terminal import Terminal
+from moe_jax.training.logging import MetricsLog, Terminal, add_load
 
 
 class Writer:
@@ -38,8 +37,8 @@ def test_each_expert_is_a_bar() -> None:
     assert (writer.written["tag"], writer.written["global_step"]) == ("load/layer_0", 7)
 
 
-def log_of(folder: Path, **loggers: bool) -> MetricsLog:
-    return MetricsLog(Folder(folder), RunConfig(**loggers))
+def log_of(folder: Path, track: Any = "none") -> MetricsLog:
+    return MetricsLog(Folder(folder), RunConfig(track=track))
 
 
 RECORD = {"step": 7, "split": "train", "loss": 1.5, "skipped": False, "starved": [], "load": [[0.5, 0.5], [1.0, 0.0]]}
@@ -68,16 +67,17 @@ def test_numbers_go_to_the_other_loggers_too(tmp_path: Path, monkeypatch: pytest
     )
     monkeypatch.setattr(logging, "_tensorboard", lambda _: writer)
     monkeypatch.setattr(logging, "_wandb", lambda *_: run)
-    log = log_of(tmp_path, tensorboard=True, wandb=True)
-    log.write(RECORD)
-    log.close()
+    for track in ("tensorboard", "wandb"):
+        log = log_of(tmp_path, track)
+        log.write(RECORD)
+        log.close()
     assert told == [
         ("train/loss", 1.5, 7),
         ("train/skipped", False, 7),
         ("load/layer_0", 7),
         ("load/layer_1", 7),
-        ({"train/loss": 1.5, "train/skipped": False}, 7),
         "tensorboard closed",
+        ({"train/loss": 1.5, "train/skipped": False}, 7),
         "wandb ended",
     ]
 
@@ -88,7 +88,7 @@ def test_a_resumed_run_continues_its_curves(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: asked.append(given)))
     for name in ("a", "a", "b"):
         (tmp_path / name).mkdir(exist_ok=True)
-        log_of(tmp_path / name, wandb=True)._file.close()
+        log_of(tmp_path / name, "wandb")._file.close()
     ids = [given["id"] for given in asked]
     assert ids[0] == ids[1] != ids[2]
     assert ids[0].startswith("a-")
@@ -148,14 +148,14 @@ def test_trackio_is_started_like_wandb(tmp_path: Path, monkeypatch: pytest.Monke
     told: list[Any] = []
     run = SimpleNamespace(log=lambda *given, step: told.append((*given, step)), finish=lambda: told.append("ended"))
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **given: asked.append(given) or run))
-    log = log_of(tmp_path, trackio=True)
+    log = log_of(tmp_path, "trackio")
     log.write(RECORD)
     log.close()
     assert told == [({"train/loss": 1.5, "train/skipped": False}, 7), "ended"]
     [given] = asked
     assert (given["project"], given["resume"], given["embed"]) == ("moe-jax", "allow", False)
     assert given["name"].startswith(f"{tmp_path.name}-")
-    assert (given["config"]["train.steps"], given["config"]["trackio"]) == (RunConfig().train.steps, True)
+    assert (given["config"]["train.steps"], given["config"]["track"]) == (RunConfig().train.steps, "trackio")
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -167,4 +167,4 @@ def test_a_tracker_that_cannot_be_started_is_one_line(
 
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
     with pytest.raises(UserError, match=rf"^--{name}: cannot be started \(no key\); mend that, or leave the flag out$"):
-        log_of(tmp_path, **{name: True})
+        log_of(tmp_path, name)

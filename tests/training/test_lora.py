@@ -24,8 +24,8 @@ from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
+from moe_jax.training.derived_runs import merge
 from moe_jax.training.loop import finish, train
-from moe_jax.training.merge import merge
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.session import Session
 from moe_jax.training.state import initial_state

@@ -27,8 +27,7 @@ from moe_jax.runs.records import read_summary
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
 from moe_jax.training import initial_weights
-from moe_jax.training.merge import summary_at
-from moe_jax.training.quantize import quantize_run
+from moe_jax.training.derived_runs import _summary_at, quantize_run
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
 from tests.serving import made as serving
@@ -159,7 +158,7 @@ def test_a_summary_has_only_the_scores_of_its_checkpoint(step: int, tmp_path: Pa
     config = RunConfig()
     loaded: Any = SimpleNamespace(config=config, checkpoint=SimpleNamespace(step=step))
     scores = (1.5, 90) if step == 8 else (None, None)
-    summary = summary_at(loaded, tmp_path)
+    summary = _summary_at(loaded, tmp_path)
     assert (summary["val_loss"], summary["val_tokens"]) == scores
     assert (summary["steps"], summary["best_step"], summary["preset"]) == (step, step, "nano")
     assert summary["tokens_seen"] == step * config.train.batch_size * config.model.seq_len

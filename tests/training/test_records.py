@@ -94,7 +94,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         seen = Watched(session, {}, {}, {}, {}, "")
         saved_run.replace_step(session, watched_step(session, seen.rates, seen.drops))
         lines: list[str] = []
-        patch.setattr("moe_jax.training.terminal.Terminal.say", lambda _, text: lines.append(text))
+        patch.setattr("moe_jax.training.logging.Terminal.say", lambda _, text: lines.append(text))
         score = session.score
 
         def told(stream: Stream) -> Evaluation:

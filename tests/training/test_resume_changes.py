@@ -21,7 +21,7 @@ from moe_jax.config import (
     load_config,
 )
 from moe_jax.config.presets import preset
-from moe_jax.config.section import flag_of
+from moe_jax.config.section import typed
 from moe_jax.model import precision
 from moe_jax.runs.load import kept_precision
 from moe_jax.training.loop import finish, train
@@ -93,14 +93,14 @@ def test_which_settings_may_change_at_a_resume(section: str, name: str) -> None:
         ResumedRun(SAVED).check(config)
     there = getattr(SAVED.section(section), name)
     assert str(caught.value) == (
-        f"{flag_of(section, name)} {value}: the run in runs/held has {there}; "
+        f"{typed(section, name, value)}: the run in runs/held has {there}; "
         "leave the flag out to resume it, or start a new run with another --out"
     )
 
 
 def test_preset_and_origin_stay() -> None:
     changes = {"--preset story": {"preset": "story"}}
-    changes |= {f"--{name} runs/other": {name: "runs/other"} for name in ("upcycle", "base")}
+    changes |= {"--upcycle runs/other": {"upcycle": "runs/other"}, "--set base=runs/other": {"base": "runs/other"}}
     for flag, change in changes.items():
         with pytest.raises(ConfigError, match=flag):
             ResumedRun(SAVED).check(dataclasses.replace(SAVED, **change))

@@ -10,10 +10,10 @@ import pytest
 from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.model.costs import training_flops
 from moe_jax.system.terminal import rich_console
-from moe_jax.training import step_logger, terminal
+from moe_jax.training import logging, step_logger
 from moe_jax.training.counters import STARVED_STEPS, RunCounters
+from moe_jax.training.logging import Terminal
 from moe_jax.training.step_logger import StepLogger
-from moe_jax.training.terminal import Terminal
 from tests.support import tiny
 
 LOAD = [[0.25] * 4] * 2
@@ -23,7 +23,7 @@ LOAD = [[0.25] * 4] * 2
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time in seconds, in a list of one."""
     now = [0.0]
-    for module in (step_logger, terminal):
+    for module in (step_logger, logging):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(step_logger, "matmul_rate", lambda dtype: 1e6)
     return now
@@ -179,7 +179,7 @@ def test_a_run_that_goes_on_counts_from_its_step(clock: list[float]) -> None:
     [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (36_061, "10:01:01")],
 )
 def test_durations(seconds: float, shown: str) -> None:
-    assert terminal._duration(seconds) == shown
+    assert logging._duration(seconds) == shown
 
 
 def test_a_line_of_a_step(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
@@ -208,7 +208,7 @@ def test_the_bar_shows_the_step_whole_on_any_terminal(
 ) -> None:
     """On a narrow terminal the last facts are left out. None is cut."""
     narrow = rich_console(force_terminal=True, width=width, color_system=None)
-    monkeypatch.setattr(terminal, "rich_console", lambda: narrow)
+    monkeypatch.setattr(logging, "rich_console", lambda: narrow)
     shown = Terminal(900, 0)
     clock[0] = 4
     shown.step({"step": 180, "loss": 1.0, "tokens_per_second": 1234.0, "drop_fraction": 0.125}, 2.0, 0.5)

@@ -1,0 +1,166 @@
+"""Runs that are made of a trained run without training: adapters merged into the weights, or weights of 8 or 4 bits.
+
+A run with adapters becomes an ordinary run: its weights are W + s A B. It goes on where the old one was, with its step,
+its progress and its records, but its optimizer starts anew, because it is for all weights now.
+
+A quantised run has one checkpoint, with codes and scales in place of the matrices, and it cannot be trained. Every
+command that only reads a run opens it like any other.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from moe_jax.config import ConfigError, UserError
+from moe_jax.model.costs import training_flops
+from moe_jax.model.quantize import Weights, quantize
+from moe_jax.model.transformer import Params
+from moe_jax.runs import records
+from moe_jax.runs.checkpoint import CheckpointStore, restore
+from moe_jax.runs.folder import RunFolder, locked_for_training
+from moe_jax.runs.load import LoadedRun, check_full_weights, open_run
+from moe_jax.runs.records import read_summary
+from moe_jax.system.files import Folder
+from moe_jax.system.terminal import step_progress
+from moe_jax.training.counters import RunCounters
+from moe_jax.training.evaluate import Evaluation, evaluate, make_evaluation_step
+from moe_jax.training.programs import Programs
+
+_KEPT = ("step", "loss_scale", "loss_track", "skipped")
+"""Fields of the state that a merged run takes over."""
+_MOST_BYTES = 2**31
+"""Largest file of records that is copied."""
+
+
+def merge(run: Path, out: Path, step: int | None = None) -> Path:
+    """Write the best checkpoint of `run`, or that of a step, as a new run without adapters. Returns the path of the new
+    checkpoint.
+
+    Raises UserError if the run has no adapters, or cannot be read.
+    """
+    loaded = open_run(run, step)
+    if not loaded.config.train.lora_rank:
+        raise UserError(f"--run {run}: has no adapters, so it is an ordinary run already; copy its folder")
+    checkpoint = loaded.checkpoint
+    state = Programs.of(_without_adapters(loaded)).state(loaded.params)
+    state = dataclasses.replace(state, **restore(checkpoint, {name: getattr(state, name) for name in _KEPT}))
+    source = {"merged_from": str(run), "step": checkpoint.step, "state": checkpoint.manifest["state"]}
+    evaluated = RunCounters.from_json(checkpoint.manifest["context"].get("progress")).evaluated
+    return _write(loaded, run, out, state, source, val_loss=checkpoint.val_loss, evaluated=evaluated)
+
+
+class Quantized(NamedTuple):
+    """A quantised run, and what the rounding has changed."""
+
+    checkpoint: Path
+    bytes_before: int
+    """Of the parameters. The optimizer's state is not counted."""
+    bytes_after: int
+    before: Evaluation | None
+    """The score on the whole validation text. None if the text is not here."""
+    after: Evaluation | None
+    not_scored: str
+    """Why there is no score."""
+
+
+def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None) -> Quantized:
+    """Write the best checkpoint of `run`, or that of a step, with quantised weights as a new run in `out`.
+
+    Raises UserError if the run is quantised already, cannot be read, or has a matrix that cannot be quantised.
+    """
+    loaded = open_run(run, step)
+    check_full_weights("--run", run, loaded.checkpoint)
+    params = quantize(loaded.params, weights)
+    try:
+        before, after = _score(loaded, loaded.params, "before"), _score(loaded, params, "after")
+        not_scored = ""
+    except (ConfigError, UserError) as error:
+        before, after, not_scored = None, None, str(error)
+    old = loaded.checkpoint
+    source = {"quantized_from": str(run), "step": old.step, "weights": weights, "state": old.manifest["state"]}
+    summary = _scores_in_summary(after) | {"weights": weights}
+    made = {"quantized": {"weights": weights, "made_from": str(run)}}
+    checkpoint = _write(loaded, run, out, {"params": params}, source, summary, made)
+    return Quantized(checkpoint, _size(loaded.params), _size(params), before, after, not_scored)
+
+
+def _without_adapters(loaded: LoadedRun) -> Any:
+    train = dataclasses.replace(loaded.config.train, lora_rank=0, lora_alpha=0.0, train_router=False)
+    return dataclasses.replace(loaded.config, resume=False, train=train)
+
+
+def _write(
+    loaded: LoadedRun,
+    run: Path,
+    out: Path,
+    state: Any,
+    source: dict[str, Any],
+    summary: dict[str, Any] | None = None,
+    context: dict[str, Any] | None = None,
+    val_loss: float | None = None,
+    evaluated: int | None = None,
+) -> Path:
+    """Write the folder of the new run, with the records of the old one, and one checkpoint. Returns its path.
+
+    `source` is the entry in the history, `summary` and `context` are added to those of the old run. Records behind the
+    checkpoint are removed if `evaluated`, the last step that was evaluated, is given.
+    """
+    config, old = dataclasses.replace(_without_adapters(loaded), out=str(out)), loaded.checkpoint
+    with locked_for_training(out):
+        folder, there = RunFolder(out), Folder(run)
+        run_id = folder.start(config, loaded.tokenizer, [source])
+        for name in (records.METRICS, folder.samples.name):
+            if there.exists(name):
+                folder.files.write(name, there.read(name, _MOST_BYTES))
+        folder.write_summary(_summary_at(loaded, run) | (summary or {}))
+        if evaluated is not None:
+            folder.truncate_logs_after(old.step, evaluated)
+        saved = old.manifest["context"] | {"config": config.to_dict(), "run_id": run_id} | (context or {})
+        store = CheckpointStore(out)
+        return store.save(state, old.step, val_loss=val_loss, elapsed=old.elapsed, context=saved)
+
+
+def _summary_at(loaded: LoadedRun, run: Path) -> dict[str, Any]:
+    """The summary of `run`, for a new run that has the weights of the checkpoint `loaded`.
+
+    The scores are those of the run's best checkpoint, so for any other one they are null.
+    """
+    summary, config, step = read_summary(run), loaded.config, loaded.checkpoint.step
+    if summary.get("best_step") != step:
+        summary |= dict.fromkeys((name for name in summary if name.startswith("val_")), None)
+    counts = {"tokens_seen": step * config.tokens_per_step, "training_flops": training_flops(config, step)}
+    return summary | {"steps": step, "best_step": step} | counts
+
+
+def _score(run: LoadedRun, params: Params, when: str) -> Evaluation:
+    """The score on the run's whole validation text. Raises ConfigError or UserError if the text is not here."""
+    store, _ = run.validation_text()
+    return evaluate(
+        make_evaluation_step(run.graphdef),
+        params,
+        store.valid.stream.tokens,
+        seq_len=run.config.model.seq_len,
+        token_bytes=run.tokenizer.token_bytes(),
+        answers=store.valid.stream.answers,
+        progress=lambda batches: step_progress(f"scoring {when}", batches),
+    )
+
+
+def _scores_in_summary(scored: Evaluation | None) -> dict[str, Any]:
+    """The score of the quantised weights on the whole validation text. Null if that text is not here: the scores of the
+    weights before the rounding are not theirs."""
+    return {
+        "val_loss": scored and scored.loss,
+        "val_bits_per_byte": scored and scored.bits_per_byte,
+        "val_bytes_per_token": scored and scored.bytes / scored.tokens,
+        "val_tokens": scored and scored.tokens,
+        "val_drop_fraction": scored and scored.drop_fraction,
+        "val_loss_in_training": None,
+        "val_whole_stream": scored and True,
+    } | ({"val_stream": "whole"} if scored else {})
+
+
+def _size(params: Params) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
