@@ -1,4 +1,4 @@
-.PHONY: check format lint types test book
+.PHONY: check format lint types test night book
 
 check: lint types test  ## for each commit; .ci/run is for each merge
 
@@ -13,7 +13,13 @@ types:
 	uv run --group types --extra plots --extra lessons --extra gguf --extra serve --group tasks basedpyright
 
 test:
-	uv run --extra plots --extra serve pytest
+	uv run pytest
+
+night:  ## the long forms of all suites, for hours
+	.ci/run
+	uv run --extra plots --extra serve --group serving pytest -m "slow and not parallel and not plan"
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 uv run pytest -m "slow and parallel"
+	uv run python benchmarks/mutation.py
 
 book:  ## all pages, notebooks and docstrings as one book, in book/build/html
 	uv run --group book python -m book.build

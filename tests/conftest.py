@@ -11,9 +11,6 @@ import tempfile
 from collections.abc import Iterator
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("MOE_JAX_TEST_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "GLIBC_TUNABLES", "glibc.malloc.hugetlb=0"
-)  # else a command that runs in this process would restart pytest
 _CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers and subprocesses inherit it
     _CACHE = tempfile.mkdtemp(prefix="moe-jax-xla-")
@@ -51,7 +48,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Most of the fast suite's time is compiling, so it compiles without LLVM's optimisations. The marked suites
     compile as users do, except for `parallel`, which compiles many programs. With `XLA_FLAGS= uv run pytest` the fast
     suite does so too."""
-    if "not reliability" in config.option.markexpr:
+    if "not reliability" in config.option.markexpr or config.option.markexpr == "planted":
         os.environ.setdefault("XLA_FLAGS", QUICK_COMPILER)
     given = os.environ.get("XLA_FLAGS", "")
     if config.option.markexpr == "parallel" and QUICK_COMPILER not in given:

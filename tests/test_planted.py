@@ -5,6 +5,8 @@ import pytest
 from tests.support import planted, planted_kernels, planted_training
 from tests.support.planting import Bug
 
+pytestmark = pytest.mark.planted
+
 BUGS = [*planted.BUGS, *planted_kernels.BUGS, *planted_training.BUGS]
 
 

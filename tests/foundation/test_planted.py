@@ -15,6 +15,8 @@ from foundation.chapters import OPERATIONS
 from foundation.checks import checks_of
 from tests.foundation import test_foundation_forward, test_foundation_optimizers
 
+pytestmark = pytest.mark.planted
+
 
 def fails(caught_by: str) -> bool:
     """Whether the named test, or any parity check of the named operation, fails."""
