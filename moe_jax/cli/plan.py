@@ -11,7 +11,15 @@ from moe_jax.cli.arguments import Argument, Values, arguments_of, read
 from moe_jax.cli.auto_preset import check_limits
 from moe_jax.cli.command import Command, Group, check_range
 from moe_jax.cli.result import print_json
-from moe_jax.cli.settings import PRESET, SettingsFile, read_settings, resolve_settings, run_arguments, typed_preset
+from moe_jax.cli.settings import (
+    PRESET,
+    SettingsFile,
+    read_set,
+    read_settings,
+    resolve_settings,
+    run_arguments,
+    typed_preset,
+)
 from moe_jax.config import ConfigError, DataConfig, MeshShape, PresetName, RunConfig, UserError
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.section import flag_of
@@ -81,6 +89,8 @@ class Plan(Command):
     """Plan for the GPU in this machine, train two steps on it, and compare its peak memory with the plan."""
     config: str = ""
     """A TOML file of settings, as for `train.py`. Flags override it. What does not change memory is ignored."""
+    set: list[str] = dataclasses.field(default_factory=list)
+    """SECTION.NAME=VALUE: any field of the configuration, as for `train.py`."""
     file: SettingsFile = dataclasses.field(default_factory=SettingsFile)
     """The settings of `config` that are planned."""
     flags: Values = dataclasses.field(default_factory=dict)
@@ -94,13 +104,14 @@ class Plan(Command):
     def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
         start = typed_preset(argv, cls.preset)
         about = f"Defaults are those of preset {start.preset}."
-        settings = Group("settings of train.py", about, setting_arguments(start))
+        settings = Group("settings of train.py", about, [a for a in setting_arguments(start) if a.is_flag])
         return [Group("arguments", "", list(arguments_of(cls))), settings]
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
         flags = read(cls.arguments(), argv)
         own = {a.name: flags.pop(a.key) for a in arguments_of(cls) if a.key in flags}
+        flags |= read_set(own.get("set", []), setting_arguments(RunConfig()))
         path = own.get("config", "")
         values = read_settings(path, run_arguments(RunConfig())).values if path else {}
         origin = {key[1]: value for key, value in values.items() if key[0] == "" and key[1] in ORIGINS}
@@ -274,7 +285,9 @@ def _words(values: Values) -> list[str]:
     words = []
     for key, value in values.items():
         flag = flag_of(*key)
-        if isinstance(value, bool):
+        if flag.startswith("--set "):
+            words.append(f"{flag}={shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
+        elif isinstance(value, bool):
             words.append(flag if value else f"--no-{flag.removeprefix('--')}")
         else:
             words.append(f"{flag} {shlex.quote(str(value))}")

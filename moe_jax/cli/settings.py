@@ -94,7 +94,7 @@ class RunCommand(Command):
     def parse(cls, argv: Sequence[str]) -> Self:
         flags = read(cls.arguments(), argv)
         own = {a.name: flags.pop(a.key) for a in arguments_of(cls) if a.key in flags}
-        flags |= _read_set(own.get("set", []), run_arguments(RunConfig(), cls.takes_auto))
+        flags |= read_set(own.get("set", []), run_arguments(RunConfig(), cls.takes_auto))
         path = own.get("config")
         file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig(), cls.takes_auto))
         cls.adapt(own, flags, file.values)
@@ -180,7 +180,7 @@ def typed_preset(argv: Sequence[str], default: str = RunConfig.preset) -> RunCon
     return preset(names[-1] if names and names[-1] in PRESETS else default)
 
 
-def _read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
+def read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
     """The values of `--set SECTION.NAME=VALUE`. Raises ConfigError."""
     by_name = {f"{a.section}.{a.name}".lstrip("."): a for a in arguments}
     values: Values = {}

@@ -54,9 +54,6 @@ EVERYTHING = {
     "dense": "active",
     "balancing": "bias",
     "shared_experts": 1,
-    "logit_noise": 0.1,
-    "input_jitter": 0.1,
-    "eval_capacity_factor": 1.0,
 }
 
 
