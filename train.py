@@ -6,8 +6,8 @@
     uv run train.py --out runs/x --resume                  continue a run
     uv run train.py --config my.toml --dry-run             settings from a file; print their costs, do not train
 
-Every field of the configuration is a flag (`--help`). The README lists the files that a run leaves in its folder.
-`Train.execute` in `moe_jax/cli/train.py` does the run, from its flags to its report.
+`--help` lists the flags. The README lists the files that a run leaves in its folder. `Train.execute` in
+`moe_jax/cli/train.py` does the run: settings, session, loop, report.
 """
 
 import signal

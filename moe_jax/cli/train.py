@@ -2,7 +2,8 @@
 
 import dataclasses
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -19,6 +20,7 @@ from moe_jax.config.saved import similar_runs
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal import say, working
+from moe_jax.training.start import Start
 
 
 @dataclass(frozen=True)
@@ -68,38 +70,21 @@ class TrainingCommand(RunCommand):
             raise ConfigError(f"{flag}: needs --mesh, whose product is the number of all devices of all processes")
 
     def execute(self) -> int:
-        """Prepare, lock the folder, open the session, train, score, report."""
-        config, start = self.settings
+        """A run from its settings to its report: session, loop, report."""
         if self.dry_run:
             return self._print_dry_run()
+        config, start = self.settings
         check_memory(config)
-        terminal.outlive_output()
-        if self.group is not None:
-            environment.silence_libraries()
-        notes = environment.prepare_environment(config.execution.deterministic)
-        with Signals(together=self.group is not None, saved=start.saved is not None) as signals:
-            if config.resume and start.saved is None:
-                say(new_run_note(Path(config.run_dir)))
-            # jax is imported only now, because the arguments are accepted and the environment is set.
-            with working("starting JAX"):
-                from moe_jax.parallel.mesh import mesh_of
-                from moe_jax.parallel.processes import first, joined
-                from moe_jax.runs.folder import locked_together
-                from moe_jax.training.agreement import check_same_program
-                from moe_jax.training.session import Session
+        with training_process(config, start, self.group) as process:
+            from moe_jax.training.header import print_run_header
+            from moe_jax.training.loop import train
+            from moe_jax.training.session import Session
 
-            with joined(self.group):
-                if self.group is not None:
-                    terminal.keep_apart(quiet=not first())
-                check_same_program(config, start.saved)
-                mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
-                try:
-                    with locked_together(Path(config.run_dir)):
-                        session = Session.open(config, start)
-                        _train_and_report(session, signals, notes, self.step_mib)
-                except Stopped as stop:
-                    return stop.status
-        return 0
+            session = Session.open(config, start)
+            print_run_header(session, process.notes, self.step_mib)
+            train(session, process.signals)
+            report(session)
+        return process.status
 
     def _print_dry_run(self) -> int:
         config, start = self.settings
@@ -158,14 +143,57 @@ class Train(TrainingCommand):
         return None if self.chosen is None else self.chosen.step_mib
 
 
-def _train_and_report(session: Any, signals: Signals, notes: list[str], step_mib: float | None) -> None:
+@dataclass
+class Process:
+    """What a process knows while it trains."""
+
+    signals: Signals
+    notes: list[str]
+    """Lines to print about the environment."""
+    status: int = 0
+    """The exit status."""
+
+
+@contextmanager
+def training_process(config: RunConfig, start: Start, group: ProcessGroup | None) -> Iterator[Process]:
+    """The environment of a training: settings of JAX, signals, other processes, and the lock of the run's folder.
+
+    A signal that stops the run within this block ends the block, and is the exit status.
+    """
+    terminal.outlive_output()
+    if group is not None:
+        environment.silence_libraries()
+    notes = environment.prepare_environment(config.execution.deterministic)
+    with Signals(together=group is not None, saved=start.saved is not None) as signals:
+        if config.resume and start.saved is None:
+            say(new_run_note(Path(config.run_dir)))
+        # jax is imported only now, because the arguments are accepted and the environment is set.
+        with working("starting JAX"):
+            from moe_jax.parallel.mesh import mesh_of
+            from moe_jax.parallel.processes import first, joined
+            from moe_jax.runs.folder import locked_together
+            from moe_jax.training.agreement import check_same_program
+
+        with joined(group):
+            if group is not None:
+                terminal.keep_apart(quiet=not first())
+            check_same_program(config, start.saved)
+            mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
+            process = Process(signals, notes)
+            try:
+                with locked_together(Path(config.run_dir)):
+                    yield process
+            except Stopped as stop:
+                process.status = stop.status
+
+
+def report(session: Any) -> None:
+    """Score the best checkpoint on the whole validation text, and print and draw the result."""
     from moe_jax.inspection.report import report_run
     from moe_jax.parallel.processes import first
-    from moe_jax.training.header import print_next_step, print_result, print_run_header
-    from moe_jax.training.loop import finish, train
+    from moe_jax.training.header import print_next_step, print_result
+    from moe_jax.training.loop import finish
 
-    print_run_header(session, notes, step_mib)
-    train(session, signals)
     result = finish(session)
     if first():
         print_result(session, result)
