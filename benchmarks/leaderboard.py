@@ -8,7 +8,6 @@ two commands, and the costs of its dense run are added to its own. Run this scri
 because the commit, the machine and the dense run are taken from there.
 """
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.cli import main
-from moe_jax.config import SECTIONS, ConfigError, RunConfig, UserError, load_config
+from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.config.presets import preset
-from moe_jax.config.section import flag_of
+from moe_jax.config.section import word
 from moe_jax.system import environment
 
 HEADER = (
@@ -33,18 +32,9 @@ SAID_ELSEWHERE = {("model", "vocab_size"), ("data", "source"), ("train", "seed")
 def command(config: RunConfig) -> str:
     """The command of a run: the preset, the seed, each flag that differs from it. FOLDER stands for the text."""
     words = [f"uv run train.py --preset {config.preset} --data FOLDER --seed {config.train.seed}"]
-    usual = preset(config.preset)
-    for section in SECTIONS:
-        ours, theirs = config.section(section), usual.section(section)
-        for name in (f.name for f in dataclasses.fields(ours)):
-            value = getattr(ours, name)
-            if name in SECTIONS or value == getattr(theirs, name) or (section, name) in SAID_ELSEWHERE:
-                continue
-            flag = flag_of(section, name)
-            if isinstance(value, bool):
-                words.append(flag if value else "--no-" + flag.removeprefix("--"))
-            else:
-                words.append(f"{flag} {value}")
+    for (section, name, value), (_, _, usual) in zip(config.settings(), preset(config.preset).settings(), strict=True):
+        if section and value != usual and (section, name) not in SAID_ELSEWHERE:
+            words.append(word(section, name, value))
     return " ".join([*words, "--upcycle DENSE"] if config.upcycle else words)
 
 

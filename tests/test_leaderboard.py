@@ -24,7 +24,7 @@ def test_the_command_gives_the_configuration_back(changed: bool, tmp_path: Path,
     config = preset("story-cpu")
     if changed:
         model = dataclasses.replace(config.model, dropout=0.0, tied_head=True, bias=True, experts=8)
-        model = model.with_routing(top_k=2, dispatch="capacity", logit_noise=0.1)
+        model = model.with_routing(top_k=2, dispatch="capacity", capacity_factor=2.0)
         train = dataclasses.replace(config.train, steps=7, seed=3, muon_router=False, optimizer="adamw")
         execution = ExecutionConfig(compute_dtype="float32", remat=True, deterministic=True)
         config = dataclasses.replace(config, model=model, train=train, execution=execution)
@@ -58,6 +58,6 @@ def test_an_upcycled_run_costs_what_its_dense_run_did_besides(tmp_path: Path, mo
     cells = leaderboard.row(own).split(" | ")
     assert cells[1:4] == ["6e+12", "23", "2 min"]
     first, then = cells[5].split(", then ")
-    assert "--model.dense active" in first
+    assert "--model.dense=active" in first
     assert first.endswith("--out DENSE`")
     assert then.endswith("--upcycle DENSE`")

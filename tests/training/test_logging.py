@@ -166,5 +166,7 @@ def test_a_tracker_that_cannot_be_started_is_one_line(
         raise RuntimeError("no key\nand more")
 
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
-    with pytest.raises(UserError, match=rf"^--track {name}: cannot be started \(no key\); fix that, or leave the flag out$"):
+    with pytest.raises(
+        UserError, match=rf"^--track {name}: cannot be started \(no key\); fix that, or leave the flag out$"
+    ):
         log_of(tmp_path, name)
