@@ -197,7 +197,7 @@ def test_what_runs_before_the_arguments_are_accepted_imports_nothing_heavy(modul
     programs = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "train.py", ROOT / "benchmark.py")}
     everything = sources("moe_jax") | programs
     waiting, seen = ["moe_jax", "moe_jax.__main__", *programs], set()
-    waiting += [f"moe_jax.cli.{name.replace('-', '_')}" for name in COMMANDS]
+    waiting += [f"moe_jax.cli.{module}" for module, _, _ in COMMANDS.values()]
     waiting += [module for module in modules if room(module) == "config"]
     while waiting:
         module = waiting.pop()

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from moe_jax.cli.arguments import POSITIONAL
-from moe_jax.cli.command import Command, check_range
-from moe_jax.cli.result import print_json
+from moe_jax.cli.command import Command, check_range, print_json
 from moe_jax.config import ConfigError, PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment, terminal

@@ -5,8 +5,7 @@ import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_jax.cli.command import Command, check_range, check_run_folder
-from moe_jax.cli.result import print_json
+from moe_jax.cli.command import Command, check_range, check_run_folder, print_json
 from moe_jax.config import MeshShape, PresetName
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment

@@ -1,43 +1,43 @@
-"""The base class of all commands, and their list. A command is a frozen dataclass of its arguments, in a file of its
-name.
+"""The base class of all commands, and their list. A command is a frozen dataclass of its arguments.
 
 The arguments are accepted first. Only then does `execute` import what it needs, jax included. It returns the exit
 status.
 """
 
 import importlib
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
 from moe_jax.config import ConfigError, holds_run
 from moe_jax.config.saved import missing_run
 from moe_jax.config.section import format_bound
-from moe_jax.system.files import Folder, step_number
+from moe_jax.system.files import Folder, json_text, step_number
 
 COMMANDS = {
-    "train": ("Train", "train a sparse mixture-of-experts language model"),
-    "sft": ("Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
-    "merge": ("Merge", "write a run with adapters as an ordinary run"),
-    "quantize": ("Quantize", "write a run with 8 or 4 bits a weight"),
-    "generate": ("Generate", "continue a text with a trained model"),
-    "chat": ("Chat", "talk with a trained model: a beginning in, its continuation out"),
-    "serve": ("Serve", "serve a trained model: OpenAI's API, and a page"),
-    "evaluate": ("Evaluate", "measure loss, bits per byte and drops of a model on a text"),
-    "inspect": ("Inspect", "write an HTML page that shows where every token went"),
-    "presets": ("Presets", "print what each preset is for, and what it costs here"),
-    "plan": ("Plan", "find settings that fit a GPU, or a text and a memory"),
-    "export": ("Export", "write a model for transformers, llama.cpp or ollama"),
-    "doctor": ("Doctor", "verify every checkpoint of a run, and mend what can be"),
-    "verify-resume": ("VerifyResume", "show that a killed and resumed run loses nothing"),
-    "certify": ("Certify", "test causality, arithmetic and memory of a model"),
-    "plot": ("Plot", "draw pictures of one run, or of several compared"),
-    "benchmark": ("Benchmark", "measure what the model costs on this machine"),
-    "completion": ("Completion", "print a script for completion in a shell"),
+    "train": ("train", "Train", "train a sparse mixture-of-experts language model"),
+    "sft": ("train", "Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
+    "merge": ("derive", "Merge", "write a run with adapters as an ordinary run"),
+    "quantize": ("derive", "Quantize", "write a run with 8 or 4 bits a weight"),
+    "generate": ("generate", "Generate", "continue a text with a trained model"),
+    "chat": ("chat", "Chat", "talk with a trained model: a beginning in, its continuation out"),
+    "serve": ("serve", "Serve", "serve a trained model: OpenAI's API, and a page"),
+    "evaluate": ("evaluate", "Evaluate", "measure loss, bits per byte and drops of a model on a text"),
+    "inspect": ("inspect", "Inspect", "write an HTML page that shows where every token went"),
+    "presets": ("presets", "Presets", "print what each preset is for, and what it costs here"),
+    "plan": ("plan", "Plan", "find settings that fit a GPU, or a text and a memory"),
+    "export": ("export", "Export", "write a model for transformers, llama.cpp or ollama"),
+    "doctor": ("doctor", "Doctor", "verify every checkpoint of a run, and mend what can be"),
+    "verify-resume": ("train", "VerifyResume", "show that a killed and resumed run loses nothing"),
+    "certify": ("certify", "Certify", "test causality, arithmetic and memory of a model"),
+    "plot": ("plot", "Plot", "draw pictures of one run, or of several compared"),
+    "benchmark": ("benchmark", "Benchmark", "measure what the model costs on this machine"),
+    "completion": ("completion", "Completion", "print a script for completion in a shell"),
 }
-"""Name -> (class in the module of that name, one line of help)."""
+"""Name -> (module, class in it, one line of help)."""
 
 
 class Group(NamedTuple):
@@ -84,8 +84,8 @@ def command(name: str) -> type[Command]:
     if name not in COMMANDS:
         near = perhaps(name, {known: known for known in COMMANDS})
         raise ConfigError(f"{name}: must be one of {', '.join(COMMANDS)}{near}")
-    module = importlib.import_module("moe_jax.cli." + name.replace("-", "_"))
-    return getattr(module, COMMANDS[name][0])
+    module, kind, _ = COMMANDS[name]
+    return getattr(importlib.import_module(f"moe_jax.cli.{module}"), kind)
 
 
 def check_run_folder(run: str, step: int | None = None) -> None:
@@ -103,3 +103,15 @@ def check_range(flag: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless low <= value <= high."""
     if not low <= value <= high:
         raise ConfigError(f"{flag} {value}: must be between {format_bound(low)} and {format_bound(high)}")
+
+
+def print_json(result: dict[str, Any], asked: bool) -> None:
+    """Print the result as one line of JSON if it was asked for, or if the output is a file or a pipe."""
+    if asked or not sys.stdout.isatty():
+        print(json_text(result))
+
+
+def print_next(text: str) -> None:
+    """Tell a person at a terminal what to do next."""
+    if sys.stdout.isatty():
+        print(f"next: {text}")

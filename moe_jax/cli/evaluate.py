@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_jax.cli.command import Command, check_run_folder
-from moe_jax.cli.result import print_json, print_next
+from moe_jax.cli.command import Command, check_run_folder, print_json, print_next
 from moe_jax.config import ConfigError, DataConfig, UserError
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, step_progress, working

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from moe_jax.cli.checks import check_new_folder
 from moe_jax.cli.command import Command, check_run_folder
-from moe_jax.cli.outputs import check_new_folder
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.terminal import working

@@ -35,7 +35,7 @@ def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
 def print_commands(prog: str) -> None:
     """All commands, one line each."""
     print(f"usage: {prog} COMMAND [--flag VALUE ...]\n\ncommands:")
-    for name, (_, line) in COMMANDS.items():
+    for name, (_, _, line) in COMMANDS.items():
         print(f"  {name:<14} {line}")
     print(f"\n`{prog} COMMAND --help` lists the flags of a command.")
 
@@ -44,7 +44,7 @@ def whole_parser(prog: str) -> argparse.ArgumentParser:
     """All commands with all their flags, for shells to complete."""
     parser = argparse.ArgumentParser(prog)
     commands = parser.add_subparsers()
-    for name, (_, line) in COMMANDS.items():
+    for name, (_, _, line) in COMMANDS.items():
         kind = command(name)
         _add_arguments(commands.add_parser(name, help=line, description=line), kind.groups())
     return parser

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from moe_jax.cli.checks import check_out_file
 from moe_jax.cli.command import Command, check_run_folder
-from moe_jax.cli.outputs import check_out_file
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working

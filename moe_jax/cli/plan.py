@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from moe_jax.cli.arguments import Argument, Values, arguments_of, read
 from moe_jax.cli.auto_preset import check_limits
-from moe_jax.cli.command import Command, Group, check_range
-from moe_jax.cli.result import print_json
+from moe_jax.cli.command import Command, Group, check_range, print_json
 from moe_jax.cli.settings import (
     PRESET,
     SettingsFile,

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from moe_jax.cli.command import Command
-from moe_jax.cli.result import print_json, print_next
+from moe_jax.cli.command import Command, print_json, print_next
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 

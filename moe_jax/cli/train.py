@@ -1,4 +1,4 @@
-"""`train.py` and `moe-jax train`: a run from its flags to its report."""
+"""`train.py`, `moe-jax train`, `sft` and `verify-resume`: a run from its flags to its report."""
 
 import dataclasses
 import importlib.util
@@ -10,8 +10,7 @@ from typing import Any, ClassVar, Self
 
 from moe_jax.cli.arguments import Values
 from moe_jax.cli.auto_preset import AutoPreset, Chosen
-from moe_jax.cli.memory import check_memory
-from moe_jax.cli.outputs import check_out_folder
+from moe_jax.cli.checks import check_memory, check_out_folder
 from moe_jax.cli.settings import RunCommand, Settings, SettingsFile, resolve_settings
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
 from moe_jax.config.execution import ProcessGroup
@@ -21,6 +20,8 @@ from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal import say, working
 from moe_jax.training.start import Start
+
+RUN, INIT_FROM, FORMAT, SOURCE = ("", "base"), ("", "init_from"), ("data", "format"), ("data", "source")
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,58 @@ class Train(TrainingCommand):
     @property
     def step_mib(self) -> float | None:
         return None if self.chosen is None else self.chosen.step_mib
+
+
+@dataclass(frozen=True)
+class Sft(TrainingCommand):
+    """Fine-tune a trained run, or an imported model, on conversations.
+
+    A conversation is a row of `{"messages": [{"role": "user", "content": "..."}, ...]}`. Only the assistant's answers
+    are learned. With --lora RANK small adapters are trained, and the model's own weights stay as they are. The result
+    is a run like any other; `chat --run` talks with it. Settings start from those of the run or model, with a short
+    training at a low learning rate.
+    """
+
+    run: str = ""
+    """Folder of the run to fine-tune: its best checkpoint is the start."""
+
+    @classmethod
+    def adapt(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+        """Turn --run into the settings that fine-tuning needs. A run that is resumed has them already."""
+        super().adapt(own, flags, file)
+        run = own.get("run")
+        if run:
+            flags[RUN] = run
+        values = file | flags
+        if run or values.get(INIT_FROM):
+            flags[FORMAT] = "chat"
+        if values.get(("", "resume")):
+            return
+        if not run and not values.get(INIT_FROM):
+            raise ConfigError(
+                "--run: must be given, the folder of the run to fine-tune, or --init-from with a Hugging Face folder"
+            )
+        if SOURCE not in values:
+            raise ConfigError("--data: must be given, a file of conversations (.jsonl); --help lists every flag")
+
+
+@dataclass(frozen=True)
+class VerifyResume(RunCommand):
+    """Show that a killed and resumed run loses nothing on this machine.
+
+    A short run with your settings is killed and resumed. Every bit of it is compared with a run that was never stopped.
+    Both runs are in a temporary folder. The exit status is 1 if a bit differs.
+    """
+
+    interrupted: ClassVar[str] = "nothing was shown; its temporary runs are removed"
+
+    def execute(self) -> int:
+        config = self.settings.config
+        check_memory(config)
+        environment.prepare_environment(config.execution.deterministic)
+        from moe_jax.runs.verify_resume import verify_resume
+
+        return verify_resume(config)
 
 
 @dataclass

@@ -71,5 +71,5 @@ def test_all_commands_have_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     for argv in (["--help"], ["-h"]):
         assert main.main(main.run_command, argv) == 0
         out = capsys.readouterr().out
-        assert all(f"  {name:<14} {line}\n" in out for name, (_, line) in COMMANDS.items())
+        assert all(f"  {name:<14} {line}\n" in out for name, (_, _, line) in COMMANDS.items())
         assert all(len(line) <= 80 for line in out.splitlines())

@@ -10,8 +10,7 @@ import pytest
 
 from moe_jax.cli.arguments import arguments_of
 from moe_jax.cli.command import command
-from moe_jax.cli.sft import Sft
-from moe_jax.cli.train import Train, new_run_note
+from moe_jax.cli.train import Sft, Train, new_run_note
 from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
 from moe_jax.config.saved import missing_run
 from tests.cli.test_cli import make_held, refused

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.cli.sft import Sft
+from moe_jax.cli.train import Sft
 from moe_jax.config import ConfigError
 from moe_jax.interop.export import export
 from moe_jax.interop.pretrained import Pretrained

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.sft import Sft
-from moe_jax.cli.train import Train
+from moe_jax.cli.train import Sft, Train
 from moe_jax.config import load_config
 from moe_jax.parallel.mesh import mesh_of
 from moe_jax.runs.arrays import named_leaves

@@ -12,8 +12,7 @@ import sys
 from typing import Any
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.sft import Sft
-from moe_jax.cli.train import Train
+from moe_jax.cli.train import Sft, Train
 from moe_jax.inspection import report
 from moe_jax.parallel import processes
 from moe_jax.runs import checkpoint

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.verify_resume import VerifyResume
+from moe_jax.cli.train import VerifyResume
 from moe_jax.runs.verify_resume import verify_resume
 from tests.reliability import runs
 

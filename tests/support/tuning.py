@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from moe_jax.cli.sft import Sft
+from moe_jax.cli.train import Sft
 from moe_jax.config import RunConfig
 from tests.support import saved_run
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.cli.merge import Merge
+from moe_jax.cli.derive import Merge
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, TrainConfig, load_config
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.evaluate import Evaluate
-from moe_jax.cli.sft import Sft
+from moe_jax.cli.train import Sft
 from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError, load_config
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.chat import RoleChat

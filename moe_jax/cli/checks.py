@@ -1,10 +1,42 @@
-"""Checks of what a command is told to write: status 2 before anything else, not an error after hours of work."""
+"""Checks before anything is written: outputs that cannot be, and training steps that cannot be in memory."""
 
 import os
 import secrets
 from pathlib import Path
 
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.model.step_memory import least_step_bytes
+from moe_jax.system.environment import (
+    GIB,
+    LEAST_ADDRESS_SPACE,
+    address_space,
+    check_limits,
+    machine_memory,
+    runs_on_cpu,
+)
+
+
+def check_memory(config: RunConfig) -> None:
+    """Raise an error if a training step needs more memory than this machine or this process may have.
+
+    Only for a CPU: the memory of a card is planned by `moe-jax plan`.
+    """
+    check_limits()
+    if not runs_on_cpu():
+        return
+    least, memory, space = least_step_bytes(config), machine_memory(), address_space()
+    needs = (
+        f"--seq-len {config.model.seq_len}, --batch-size {config.train.batch_size}: a training step needs at least "
+        f"{least / GIB:,.1f} GiB"
+    )
+    cure = "use a smaller --seq-len, --batch-size or model"
+    if memory is not None and least > memory:
+        raise ConfigError(f"{needs}, and this machine has {memory / GIB:,.1f} GiB; {cure}, or --execution.remat")
+    if space is not None and least + LEAST_ADDRESS_SPACE > space:
+        raise UserError(
+            f"{needs}, JAX itself {LEAST_ADDRESS_SPACE / GIB:.0f} GiB, and ulimit -v {space // 1024} allows "
+            f"{space / GIB:,.1f} GiB; raise the limit, or {cure}"
+        )
 
 
 def check_out_folder(flag: str, path: str | Path) -> None:
