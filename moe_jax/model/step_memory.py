@@ -1,12 +1,10 @@
 """The least memory that a training step needs, by formula. It needs no jax, so it is known before anything starts."""
 
-from moe_jax.config import OptimizerKind, RunConfig
+from moe_jax.config import RunConfig
 from moe_jax.config.presets import with_vocabulary
+from moe_jax.config.train import STATE_BYTES
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals
 from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, kept_scores
-
-_STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-8bit": 2, "adafactor": 0, "muon": 4}
-"""Least bytes of optimizer state for each parameter. `optimizers.factory.state_bytes` counts the real arrays."""
 
 
 def least_step_bytes(config: RunConfig) -> int:
@@ -21,7 +19,7 @@ def least_step_bytes(config: RunConfig) -> int:
     config = with_vocabulary(config)
     model, train = config.model, config.train
     weight = 2 if train.param_dtype == "bfloat16" else 4
-    whole, state = totals(count_parameters(model)).total, _STATE_BYTES[train.optimizer]
+    whole, state = totals(count_parameters(model)).total, STATE_BYTES[train.optimizer]
     gradient = least_gradient_bytes(config, config.execution.compute_dtype)
     if train.lora_rank:  # the model's own weights have neither gradient nor state; adapters are float32
         parameters = whole * weight + adapter_parameters(config).total * (4 + gradient + state)
