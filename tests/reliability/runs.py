@@ -15,28 +15,28 @@ ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "python -m moe_jax"
 
 MODEL = {
-    "model.seq-len": 16,
+    "model.seq_len": 16,
     "model.layers": 1,
     "model.width": 16,
     "model.heads": 2,
     "model.experts": 4,
-    "routing.top-k": 2,
-    "model.expert-hidden": 8,
-    "routing.capacity-factor": 0.75,
+    "routing.top_k": 2,
+    "model.expert_hidden": 8,
+    "routing.capacity_factor": 0.75,
     "model.dropout": 0.1,
-    "model.attention-dropout": 0.1,
+    "model.attention_dropout": 0.1,
 }
 TRAIN = {
     "train.steps": 12,
-    "train.batch-size": 4,
-    "train.grad-accum": 2,
-    "train.log-every": 1,
-    "train.eval-every": 4,
-    "train.save-every": 2,
-    "train.muon-lr": 0.02,
-    "execution.compute-dtype": "float32",
+    "train.batch_size": 4,
+    "train.grad_accum": 2,
+    "train.log_every": 1,
+    "train.eval_every": 4,
+    "train.save_every": 2,
+    "train.muon_lr": 0.02,
+    "execution.compute_dtype": "float32",
     "data.tokenizer": "byte",
-    "data.eval-tokens": 400,
+    "data.eval_tokens": 400,
 }
 
 
@@ -48,19 +48,16 @@ def write_text(path: Path) -> None:
 
 def flags(text: Path, out: Path, **changes: Any) -> list[str]:
     """The arguments of train.py; `changes` by the field's name, `save_every=3`."""
-    values = MODEL | TRAIN | {f"train.{name.replace('_', '-')}": value for name, value in changes.items()}
-    return ["--data", str(text), "--out", str(out), *(f"--{name}={value}" for name, value in values.items())]
+    values = MODEL | TRAIN | {f"train.{name}": value for name, value in changes.items()}
+    settings = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+    return ["--data", str(text), "--out", str(out), *settings]
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """Of a process: its data are prepared once, its programs compiled once a test session, and it starts once."""
-    return {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "MOE_JAX_CACHE": str(cache),
-        "JAX_PLATFORMS": "cpu",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=0",
-    }
+    """Of a process: its data are prepared once, and its programs compiled once a test session."""
+    values = {"PYTHONPATH": str(ROOT), "MOE_JAX_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+    usual = {name: value for name, value in os.environ.items() if name != "GLIBC_TUNABLES"}  # set by conftest.py
+    return usual | values
 
 
 def start(
@@ -68,16 +65,11 @@ def start(
     cache: Path,
     program: str = "train.py",
     output: IO[str] | None = None,
-    tuned: bool = False,
 ) -> subprocess.Popen[str]:
-    """`output`: where a process that runs for long writes what it prints; a pipe that nobody reads would stop it.
-    `tuned`: with the allocator's settings that the program gives itself where it is not told any."""
+    """`output`: where a process that runs for long writes what it prints; a pipe that nobody reads would stop it."""
     command = [sys.executable, *(["-m", "moe_jax"] if program == COMMANDS else [str(ROOT / program)]), *arguments]
     out = output or subprocess.PIPE
-    values = environment(cache)
-    if tuned:
-        values.pop("GLIBC_TUNABLES")
-    return subprocess.Popen(command, env=values, stdout=out, stderr=out, text=True, cwd=cache)
+    return subprocess.Popen(command, env=environment(cache), stdout=out, stderr=out, text=True, cwd=cache)
 
 
 def complete(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.CompletedProcess[str]:
