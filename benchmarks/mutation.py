@@ -63,8 +63,7 @@ NEAREST = {
     "inspection.trace": ["tests/plots", "tests/test_api.py"],
     "inspection.figures": ["tests/plots"],
     "inspection.training_curves": ["tests/training/test_routing_snapshot.py"],
-    "inference.routing_pass": ["tests/training/test_routing_snapshot.py"],
-    "inference.switched": ["tests/inspection/test_ablation.py"],
+    "inference.traced_pass": ["tests/training/test_routing_snapshot.py"],
     "inference": ["tests/inference", "tests/test_api.py"],
 }
 """Module or room -> tests that reach it without importing it by name, or that test it best."""

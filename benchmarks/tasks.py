@@ -30,8 +30,9 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, UserError
 from moe_jax.inference.generate import TextGenerator
-from moe_jax.inference.prompt_pass import make_prompt_pass
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.traced_pass import make_traced_pass
+from moe_jax.model.moe.layer import Mode
 from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.system.files import json_text
 
@@ -60,7 +61,7 @@ class RunModel(TemplateLM):
     def __init__(self, run: LoadedRun) -> None:
         super().__init__()
         self._run, self._tokenizer, self._seq_len = run, run.tokenizer, run.config.model.seq_len
-        self._pass = make_prompt_pass(run.graphdef, run.tokenizer.vocab_size)
+        self._pass = make_traced_pass(run.graphdef, Mode.GENERATE, predict=True, vocab_size=run.tokenizer.vocab_size)
         self._generator = TextGenerator(run.writer, run.params, run.tokenizer, self._seq_len)
 
     @property
@@ -101,12 +102,14 @@ class RunModel(TemplateLM):
                 "take another task, or a model with a longer context"
             )
         tokens = (context + continuation)[-self._seq_len :]
-        padded = np.zeros((1, min(self._seq_len, max(_SHORTEST, 1 << (len(tokens) - 1).bit_length()))), np.int32)
+        width = min(self._seq_len, max(_SHORTEST, 1 << (len(tokens) - 1).bit_length()))
+        padded = np.zeros((1, width + 1), np.int32)
         padded[0, : len(tokens)] = tokens
-        read = self._pass(self._run.params, padded)
-        scored = slice(len(tokens) - len(continuation), len(tokens))
-        greedy = np.array_equal(np.asarray(read.likeliest)[scored, 0], continuation)
-        return float(np.asarray(read.logprob, np.float64)[scored].sum()), greedy
+        predicted = self._pass(self._run.params, padded).predictions
+        assert predicted is not None
+        before = slice(len(tokens) - len(continuation) - 1, len(tokens) - 1)  # a token is predicted by the one before
+        greedy = np.array_equal(np.asarray(predicted.likeliest)[0, before, 0], continuation)
+        return -float(np.asarray(predicted.loss, np.float64)[0, before].sum()), greedy
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Texts that go on after prompts, each to the first of its stop strings."""

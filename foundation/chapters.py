@@ -132,7 +132,7 @@ CHAPTERS = (
         25,
         "4",
         ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
-        ("inference/sampling.py", "inference/speculative.py"),
+        ("inference/sampling.py",),
     ),
     Chapter(
         "16_balancing_four_ways",

@@ -27,10 +27,10 @@ from moe_jax.config import ConfigError, UserError
 from moe_jax.data.streams import token_stream
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.generate import TextGenerator
-from moe_jax.inference.routing_pass import TraceStep, make_trace_step
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.traced_pass import TracedStep
 from moe_jax.inspection.ablation import Ablation, ablation, switched_off, with_more_off
-from moe_jax.inspection.trace import RoutingTrace, routing_trace
+from moe_jax.inspection.trace import RoutingTrace, make_trace_step, routing_trace
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, Transformer, merge
 from moe_jax.runs.load import LoadedRun, open_run
@@ -57,7 +57,7 @@ class Programs:
         return make_evaluation_step(self.graphdef)
 
     @cached_property
-    def trace(self) -> TraceStep:
+    def trace(self) -> TracedStep:
         return make_trace_step(self.graphdef)
 
     @cached_property

@@ -8,7 +8,6 @@ import pkgutil
 import moe_jax
 
 MUTABLE = {
-    "inference.speculative.Tally",
     "serving.engine.Counts",
     "serving.engine._Row",
     "serving.texts.TextRequest",

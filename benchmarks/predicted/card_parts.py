@@ -15,7 +15,7 @@ from flax import nnx
 
 from moe_jax.config import Dispatch, ModelConfig, RunConfig
 from moe_jax.config.baselines import dense_baseline
-from moe_jax.inference.decode import DecodeState
+from moe_jax.inference.decode import PromptState, advance
 from moe_jax.model.attention import Attention
 from moe_jax.model.hardware import Card
 from moe_jax.model.kernels.causal_attention import Implementation
@@ -155,15 +155,16 @@ def _programs(programs: Programs, baseline: Programs | None, rows: int) -> Itera
     read = (params, _shape(1, decoder.seq_len, dtype=jnp.int32), _shape(dtype=jnp.int32))
     yield Part(group, f"a prompt of {decoder.seq_len} tokens", decoder.prefill, read)
 
-    def advance(state: DecodeState, params: Params, token: jax.Array) -> tuple[DecodeState, jax.Array]:
-        after = decoder.advance(params, state._replace(position=jnp.int32(decoder.seq_len // 2)), token)
+    def one_token(state: PromptState, params: Params, token: jax.Array) -> tuple[PromptState, jax.Array]:
+        half = state._replace(position=jnp.int32(decoder.seq_len // 2))
+        after = advance(programs.writer, params, half, token)
         return after, after.logits  # the position stays: more tokens may be timed than the context has places
 
-    def begin() -> DecodeState:
+    def begin() -> PromptState:
         return decoder.prefill(*jax.tree.map(_filled, read))
 
     shapes = (jax.eval_shape(decoder.prefill, *read), params, _shape(1, dtype=jnp.int32))
-    yield Part(group, "a token, batch 1", jax.jit(advance, donate_argnums=0), shapes, begin)
+    yield Part(group, "a token, batch 1", jax.jit(one_token, donate_argnums=0), shapes, begin)
 
 
 def _step(programs: Programs, name: str, batch: int, micro: int) -> Part:

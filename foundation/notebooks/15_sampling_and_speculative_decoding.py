@@ -11,8 +11,8 @@
 #
 # The code is `foundation/sampling.py`. The project draws its tokens in
 # `moe_jax/inference/sampling.py`, with the filters of step 1; a test compares the two
-# laws. It guesses in `moe_jax/inference/speculative.py`, from what the text has said
-# before.
+# laws. It does not guess: a pass over several tokens of a small mixture reads the
+# experts of each of them.
 #
 # ## Step 1: which law?
 # The logits $z$ become probabilities by a softmax. Before it they are divided by a

@@ -12,8 +12,8 @@ from rich.console import Console
 from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
-from moe_jax.inference.slots import SlotDecoder
 from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
@@ -34,10 +34,11 @@ class Bench:
         graphdef = abstract_model(model)[0]
         entries = [b"x"] * (model.vocab_size - 1)  # the texts do not matter
         tokenizer = Tokenizer({"kind": "byte"}, entries, lambda texts: [[0] for _ in texts])
-        self._decoder = SlotDecoder(graphdef, seq_len, model.vocab_size, STREAMS)
+        self._decoder = Decoder(graphdef, seq_len, model.vocab_size, STREAMS, short_prompts=True)
         self._params, self._number, self._vocab_size = params, 0, model.vocab_size
         self.many = Engine(self._decoder, params, tokenizer, queue=STREAMS)
-        self.one = Engine(SlotDecoder(graphdef, seq_len, model.vocab_size, 1), params, tokenizer, queue=1)
+        lone = Decoder(graphdef, seq_len, model.vocab_size, short_prompts=True)
+        self.one = Engine(lone, params, tokenizer, queue=1)
         for engine in (self.many, self.one):
             engine.compile()
             engine.start()

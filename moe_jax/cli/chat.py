@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, ClassVar
 from moe_jax.cli.sampling import SamplingCommand
 from moe_jax.config import UserError
 from moe_jax.system import environment
-from moe_jax.system.terminal import say, stream_text, working
+from moe_jax.system.terminal import rich_console, say, stream_text, working
 
 if TYPE_CHECKING:
-    from moe_jax.inference.chat import Chat as Conversation
-    from moe_jax.inference.token_experts import TokenExperts
+    from moe_jax.inference import chat as conversation
 
 COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan", "bright_red", "bright_green")
 COLOURS += ("dark_orange", "bright_blue", "bright_magenta", "bright_cyan", "grey62", "gold3", "plum3", "spring_green3")
@@ -38,28 +37,23 @@ class Chat(SamplingCommand):
         with working(f"loading {self.run}"):
             from moe_jax.inference import chat
             from moe_jax.inference.generate import TextGenerator
-            from moe_jax.inference.token_experts import TokenExperts
             from moe_jax.runs.load import open_run
 
             run = open_run(self.run, self.step)
-            generator = TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
+            model, tuned = run.config.model, run.config.data.format == "chat"
+            generator = TextGenerator(run.writer, run.params, run.tokenizer, model.seq_len)
             generator.compile()
-        try:
-            experts = TokenExperts(run.writer, run.params, run.tokenizer, run.config.model)
-        except UserError:  # there is no router to look into
-            experts = None
-        layers = run.config.model.layers if experts else 0
-        given = {"seed": self.seed, "limit": self.max_tokens, "layers": layers}
-        if run.config.data.format == "chat":
-            context = run.config.model.seq_len
-            talk = chat.RoleChat(generator, self.sampling(), **given, tokenizer=run.tokenizer, context=context)
+        layers = model.layers if model.dense == "none" else 0
+        settings = self.sampling(), {"seed": self.seed, "limit": self.max_tokens, "layers": layers}
+        if tuned:
+            talk = chat.RoleChat(generator, settings[0], **settings[1], context=model.seq_len)
         else:
-            talk = chat.Chat(generator, self.sampling(), **given)
+            talk = chat.Chat(generator, settings[0], **settings[1])
         person = sys.stdin.isatty() and sys.stdout.isatty()
         if person:
-            self._greet(run.checkpoint.step, tuned=run.config.data.format == "chat")
-        while not talk.ended and (line := _ask(person)) is not None:
-            _answer(talk, experts, line)
+            self._greet(run.checkpoint.step, tuned)
+        while not talk.ended and (line := _next_line(person)) is not None:
+            _answer(talk, line)
         return 0
 
     def _greet(self, step: int, tuned: bool) -> None:
@@ -74,7 +68,7 @@ class Chat(SamplingCommand):
             say(f"try: {opening}")
 
 
-def _ask(person: bool) -> str | None:
+def _next_line(person: bool) -> str | None:
     """The next line that is typed. None at the end, such as Ctrl-D."""
     try:
         return input("\n> " if person else "")
@@ -84,28 +78,27 @@ def _ask(person: bool) -> str | None:
         return None
 
 
-def _answer(talk: "Conversation", experts: "TokenExperts | None", line: str) -> None:
+def _answer(talk: "conversation.Chat", line: str) -> None:
     """Answer one line: obey it, or continue it."""
     try:
         if line.strip() == "/again":
             line = talk.again()
         elif line.startswith("/") and not line.startswith("//"):
-            said = talk.command(line)
-            if said:
-                say(said)
+            if answer := talk.command(line):
+                say(answer)
             return
         prompt = line.removeprefix("/") if line.startswith("//") else line
         try:
-            stream_text("" if talk.last_tokens is not None else prompt, talk.reply(prompt))
+            stream_text(prompt if talk.echoes else "", talk.reply(prompt))
         except KeyboardInterrupt:
             print("(ended by Ctrl-C)")
-        if talk.layer is not None and experts is not None:
-            _show_experts(experts, talk, talk.layer)
+        if talk.layer is not None:
+            _show_experts(talk, talk.layer)
     except UserError as error:
         say(error)
 
 
-def _show_experts(experts: "TokenExperts", talk: "Conversation", layer: int) -> None:
+def _show_experts(talk: "conversation.Chat", layer: int) -> None:
     """Print the last text (of a tuned model, the whole conversation), each token in the colour of its first expert, and
     how many tokens each expert has.
 
@@ -113,20 +106,15 @@ def _show_experts(experts: "TokenExperts", talk: "Conversation", layer: int) -> 
     """
     from rich.text import Text
 
-    from moe_jax.system.terminal import rich_console
-
-    tokens = talk.last_tokens
-    pieces = experts.of(talk.last_text) if tokens is None else experts.of_tokens(tokens)
+    tokens = talk.last_tokens()
+    pieces = talk.generator.routed(tokens)
     first = [int(piece.experts[layer, 0]) for piece in pieces]
     console, shown = rich_console(), Text()
-    coloured = console.color_system is not None
     for piece, expert in zip(pieces, first, strict=True):
         shown.append(piece.text, COLOURS[expert % len(COLOURS)])
-        if not coloured:
+        if console.color_system is None:
             shown.append(f"[{expert}]")
-    whole = len(talk.last_text) if tokens is None else len(tokens)
-    shown_of_it = len("".join(piece.text for piece in pieces)) if tokens is None else len(pieces)
-    if shown_of_it < whole:
+    if len(pieces) < len(tokens):
         shown.append(f"\n(the last {len(pieces)} tokens, as many as the context has)")
     legend = Text(f"\nlayer {layer}: ")
     for expert, count in Counter(first).most_common():

@@ -64,19 +64,17 @@ class Serve(Command):
         sock = bind(self.host, self.port)
         say(f"loading {self.run}, {self.slots} slots; the server will be at {url(sock)}")
         environment.prepare_environment()
-        from moe_jax.inference.decode import cast_once
-        from moe_jax.inference.slots import SlotDecoder
+        from moe_jax.inference.decode import Decoder, cast_once
         from moe_jax.runs.load import open_run
-        from moe_jax.serving.access import Rules
-        from moe_jax.serving.app import Server
+        from moe_jax.serving.app import Rules, Server
         from moe_jax.serving.engine import Engine
-        from moe_jax.serving.limits import MAX_QUEUE
-        from moe_jax.serving.model_card import ModelCard
+        from moe_jax.serving.requests import MAX_QUEUE, ModelCard
         from moe_jax.serving.server import Loop, serve
 
         run, loop = open_run(self.run, self.step), Loop()
         card = ModelCard(run, Path(self.run).resolve().name, self.slots, Path(self.run))
-        decoder = SlotDecoder(run.writer, run.config.model.seq_len, run.tokenizer.vocab_size, self.slots)
+        shape = run.config.model.seq_len, run.tokenizer.vocab_size, self.slots
+        decoder = Decoder(run.writer, *shape, short_prompts=True)
         params = cast_once(run.writer, run.params)
         engine = Engine(decoder, params, run.tokenizer, queue=MAX_QUEUE, deliver=loop.deliver)
         engine.compile()

@@ -3,14 +3,13 @@
 With a tuned run (`RoleChat`), a question in and an answer out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from moe_jax.config import UserError
 from moe_jax.config.section import format_bound
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import ANSWERING, Message
-from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.system.files import write_output
@@ -25,8 +24,6 @@ HELP = """\
   /help         this list
   /quit         leave; Ctrl-D does too
   //...         a text that begins with a slash"""
-
-
 ROLE_HELP = (
     HELP.replace("longest continuation", "longest answer").replace(
         "continue the last beginning once more", "answer the last question once more"
@@ -40,53 +37,21 @@ ROLE_HELP = (
 class Chat:
     """Settings and history. `reply` continues a text; `command` obeys a line that begins with a slash."""
 
+    echoes = True
+    """Whether the line is the beginning of the text, and is shown with it."""
+
     def __init__(self, generator: TextGenerator, settings: Sampling, *, seed: int, limit: int, layers: int) -> None:
         """`layers` is the number of layers with routers; 0 for a dense model."""
-        self._generator, self.settings, self.seed, self.limit = generator, settings, seed, limit
-        self._layers = layers
+        self.generator, self.settings, self.seed, self.limit = generator, settings, seed, limit
+        self._layers, self._number = layers, 0
         self.layer: int | None = None
         """The layer whose experts are shown. None: none are."""
         self.ended = False
-        self._number = 0
-        self._told: list[str] = []
+        self.texts: list[str] = []
+        """The conversation, for a file."""
         self.last = ""
         """The last beginning."""
-
-    def reply(self, prompt: str) -> Iterator[str]:
-        """The continuation of a beginning, one piece for each token. Each reply has random draws of its own."""
-        self.last, text = prompt, prompt
-        number, self._number = self._number, self._number + 1
-        try:
-            for piece in self._generator.pieces(prompt, self.settings, seed=self.seed, number=number, limit=self.limit):
-                text += piece
-                yield piece
-        finally:  # also after Ctrl-C
-            self._told.append(text)
-
-    def again(self) -> str:
-        """The last beginning, to be continued once more."""
-        return self.last
-
-    @property
-    def last_tokens(self) -> list[int] | None:
-        """What is shown of the last text in tokens, if that is not the tokens of `last_text`."""
-        return None
-
-    @property
-    def last_text(self) -> str:
-        """The last beginning with its continuation."""
-        return self._told[-1] if self._told else ""
-
-    def command(self, line: str) -> str:
-        """Obey a line such as "/temp 0.5". Returns what to say. Raises UserError for a wrong line."""
-        name, _, value = line.removeprefix("/").strip().partition(" ")
-        commands = self._commands()
-        if name not in commands:
-            raise UserError(f"/{name}: no such command; /help lists them")
-        return commands[name](value.strip())
-
-    def _commands(self) -> dict[str, Callable[[str], str]]:
-        return {
+        self.commands: dict[str, Callable[[str], str]] = {
             "temp": self._temperature,
             "temperature": self._temperature,
             "seed": self._seed,
@@ -96,6 +61,40 @@ class Chat:
             "help": lambda _: HELP,
             "quit": self._quit,
         }
+
+    def reply(self, line: str) -> Iterator[str]:
+        """The continuation of a beginning, one piece for each token. Each reply has random draws of its own."""
+        prompt, pieces = self._prompt(line), []
+        self.last, number, self._number = line, self._number, self._number + 1
+        text = self.generator.continuation(prompt, self.settings, seed=self.seed, number=number, limit=self.limit)
+        try:
+            for piece in text:
+                pieces.append(piece)
+                yield piece
+        finally:  # also after Ctrl-C
+            self._keep(line, "".join(pieces))
+
+    def _prompt(self, line: str) -> list[int]:
+        tokenizer = self.generator.tokenizer
+        return [tokenizer.separator_id, *tokenizer.encode(line)]
+
+    def _keep(self, line: str, text: str) -> None:
+        self.texts.append(line + text)
+
+    def again(self) -> str:
+        """The last beginning, to be continued once more."""
+        return self.last
+
+    def last_tokens(self) -> Sequence[int]:
+        """The last beginning with its continuation, whose experts can be shown."""
+        return self.generator.tokenizer.encode(self.texts[-1] if self.texts else "")
+
+    def command(self, line: str) -> str:
+        """Obey a line such as "/temp 0.5". Returns what to say. Raises UserError for a wrong line."""
+        name, _, value = line.removeprefix("/").strip().partition(" ")
+        if name not in self.commands:
+            raise UserError(f"/{name}: no such command; /help lists them")
+        return self.commands[name](value.strip())
 
     def _temperature(self, value: str) -> str:
         self.settings = self.settings._replace(temperature=_number("/temp", value, float, 0, 100))
@@ -122,10 +121,10 @@ class Chat:
         if not value:
             raise UserError("/save: needs the name of a file")
         try:
-            write_output(Path(value), "\n\n".join(self._told) + "\n")
+            write_output(Path(value), "\n\n".join(self.texts) + "\n")
         except OSError as error:
             raise UserError(f"/save {value}: cannot be written ({error.strerror}); name another file") from None
-        return f"{len(self._told)} texts in {value}"
+        return f"{len(self.texts)} texts in {value}"
 
     def _quit(self, _: str) -> str:
         self.ended = True
@@ -134,57 +133,40 @@ class Chat:
 
 class RoleChat(Chat):
     """A conversation with a tuned model, in its role format (`data/chats.py`). The model sees the earlier turns that
-    fit into its context. It ends its answer with the separator."""
+    fit into its context of T tokens. It ends its answer with the separator."""
+
+    echoes = False
 
     def __init__(
-        self,
-        generator: TextGenerator,
-        settings: Sampling,
-        *,
-        seed: int,
-        limit: int,
-        layers: int,
-        tokenizer: Tokenizer,
-        context: int,
+        self, generator: TextGenerator, settings: Sampling, *, seed: int, limit: int, layers: int, context: int
     ) -> None:
         """`context` is the model's T."""
         super().__init__(generator, settings, seed=seed, limit=limit, layers=layers)
-        self._tokenizer, self._context = tokenizer, context
+        self._context = context
         self.turns: list[Message] = []
         """The conversation so far."""
+        self.commands |= {"help": lambda _: ROLE_HELP, "new": self._new, "system": self._system}
 
-    def reply(self, prompt: str) -> Iterator[str]:
-        """The answer to a question, one piece for each token."""
-        question = Message("user", prompt.strip())
-        if not question.content:
-            raise UserError("an empty line asks nothing; /help lists the commands")
-        tokens = self._fitting([*self.turns, question])
-        self.last, answer = prompt, ""
-        number, self._number = self._number, self._number + 1
-        try:
-            for piece in self._generator.continuation(
-                tokens, self.settings, seed=self.seed, number=number, limit=self.limit
-            ):
-                answer += piece
-                yield piece
-        finally:  # also after Ctrl-C
-            self.turns += [question, Message(ANSWERING, answer.strip())]
-            self._told.append(f"user: {question.content}\nassistant: {answer.strip()}")
-
-    def _fitting(self, turns: list[Message]) -> list[int]:
+    def _prompt(self, line: str) -> list[int]:
         """The prompt of a conversation. The oldest turns are left out while there is no room for an answer; what the
         system has said stays."""
-        room = min(self.limit, self._context // 4)
-        turns = list(turns)
-        while len(tokens := answer_prompt(self._tokenizer, turns)) + room > self._context:
+        question = Message("user", line.strip())
+        if not question.content:
+            raise UserError("an empty line asks nothing; /help lists the commands")
+        turns, answer = [*self.turns, question], min(self.limit, self._context // 4)
+        while len(tokens := answer_prompt(self.generator.tokenizer, turns)) + answer > self._context:
             oldest = next((n for n, turn in enumerate(turns[:-1]) if turn.role != "system"), None)
             if oldest is None:
                 raise UserError(
                     f"the question has {len(tokens)} tokens with its roles, and the context {self._context}, of which "
-                    f"{room} are for the answer; shorten it"
+                    f"{answer} are for the answer; shorten it"
                 )
             del turns[oldest]
         return tokens
+
+    def _keep(self, line: str, text: str) -> None:
+        self.turns += [Message("user", line.strip()), Message(ANSWERING, text.strip())]
+        self.texts.append(f"user: {line.strip()}\nassistant: {text.strip()}")
 
     def again(self) -> str:
         """The last question, to be answered once more: the model forgets its answer."""
@@ -192,13 +174,11 @@ class RoleChat(Chat):
             del self.turns[-2:]
         return self.last
 
-    @property
-    def last_tokens(self) -> list[int]:
-        """The whole conversation, in tokens."""
-        return encode_chats(self._tokenizer, [tuple(self.turns)])[0].tokens.tolist() if self.turns else []
-
-    def _commands(self) -> dict[str, Callable[[str], str]]:
-        return super()._commands() | {"help": lambda _: ROLE_HELP, "new": self._new, "system": self._system}
+    def last_tokens(self) -> Sequence[int]:
+        """The whole conversation."""
+        if not self.turns:
+            return []
+        return encode_chats(self.generator.tokenizer, [tuple(self.turns)])[0].tokens.tolist()
 
     def _new(self, _: str) -> str:
         self.turns = []

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 
@@ -28,8 +29,7 @@ class Sampling(NamedTuple):
 
     def in_own_types(self) -> "Sampling":
         """The same settings, with a float where `temperature=0` gave a whole number: jit would compile anew for it."""
-        top_p, min_p, penalty = float(self.top_p), float(self.min_p), float(self.repetition_penalty)
-        return Sampling(float(self.temperature), int(self.top_k), top_p, min_p, penalty)
+        return Sampling(*(np.float32(v) if name != "top_k" else np.int32(v) for name, v in self._asdict().items()))
 
 
 RANKED = 1024

@@ -8,23 +8,28 @@ One expert of one layer is off at a time. All of them are rows of a few batches,
 experts: one for the losses and one for the stories.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.config import ModelConfig, UserError
+from moe_jax.config import ModelConfig, RunConfig, UserError
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
-from moe_jax.inference.routing_pass import check_routed
+from moe_jax.inference.decode import PromptState, advance, draw, prefill
 from moe_jax.inference.sampling import Sampling
-from moe_jax.inference.switched import SwitchedWriter, make_switched_losses, switchable_graphdef
+from moe_jax.inference.traced_pass import check_routed
 from moe_jax.inspection.trace import windows
 from moe_jax.model.costs import count_parameters, totals
-from moe_jax.model.moe.switchable import SWITCHES, with_switches
+from moe_jax.model.kernels.cross_entropy import blocked_token_losses
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.moe.switchable import SWITCHES, SwitchableMoE, with_switches
 from moe_jax.model.precision import writing_policy
+from moe_jax.model.transformer import Params, abstract_model, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.random_keys import Purpose, purpose_key
 
@@ -111,20 +116,72 @@ def one_off_at_a_time(count: int, experts: int, layers: list[int]) -> np.ndarray
     return off
 
 
+def switchable_graphdef(config: RunConfig, compute: str) -> nnx.GraphDef:
+    """The static definition of a run's model whose experts can be switched off. `compute` is its compute precision."""
+    execution, dtype = config.execution, config.train.param_dtype
+    return abstract_model(config.model, compute, dtype, execution.remat, moe=SwitchableMoE)[0]
+
+
+def make_switched_losses(graphdef: nnx.GraphDef) -> Callable[[Params, np.ndarray, np.ndarray], Array]:
+    """The jitted (params, off bool [L, B, E], tokens int [B, T+1]) -> cross-entropy of tokens 1 to T in nats [B, T].
+
+    `graphdef` has layers of `SwitchableMoE`, `params` are the parameters of the trained model.
+    """
+
+    def losses(params: Params, off: Bool[Array, "L B E"], tokens: Int[Array, "B T1"]) -> Float[Array, "B T"]:
+        model = merge(graphdef, with_switches(params, off))
+        hidden, _, _ = model(tokens[:, :-1], Mode.GENERATE)
+        rows, targets = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+        return blocked_token_losses(rows, model.head_matrix(), targets).reshape(len(tokens), -1)
+
+    return jax.jit(losses)
+
+
+def make_switched_writer(graphdef: nnx.GraphDef, vocab_size: int, limit: int) -> Callable[..., Array]:
+    """The jitted (params, off bool [L, B, E], prompt int [1, n + limit], n, settings, key) -> int [B, limit], the
+    continuations of a padded prompt of n >= 1 tokens under the switches. They go on after a separator.
+
+    All are drawn with the same random numbers, as `Decoder` draws them. So two of them differ only where the switches
+    made a difference.
+    """
+
+    def write(
+        params: Params,
+        off: Bool[Array, "L B E"],
+        prompt: Int[Array, "1 S"],
+        length: Int[Array, ""],
+        settings: Sampling,
+        key: Key[Array, ""],
+    ) -> Int[Array, "B limit"]:
+        params = with_switches(params, off)
+
+        def add(carry: tuple[PromptState, Array], n: Int[Array, ""]) -> tuple[tuple[PromptState, Array], Array]:
+            state, seen = carry
+            number = jax.random.fold_in(key, n)
+            one = lambda logits, seen: draw(vocab_size, logits[None], settings, seen[None], number)[0]  # noqa: E731
+            token = jax.vmap(one)(state.logits, seen)
+            seen = seen | jax.nn.one_hot(token, seen.shape[-1], dtype=bool)
+            return (advance(graphdef, params, state, token), seen), token
+
+        state = prefill(graphdef, params, jnp.broadcast_to(prompt, (off.shape[1], prompt.shape[1])), length)
+        _, tokens = jax.lax.scan(add, (state, jnp.zeros(state.logits.shape, bool)), jnp.arange(limit))
+        return tokens.T
+
+    return jax.jit(write)
+
+
 def switched_losses(run: LoadedRun, tokens: np.ndarray, off: np.ndarray) -> np.ndarray:
     """float32 [R, N-1]: cross-entropy of tokens 1 to N-1 of a text int [N], under each row of switches bool [L, R, E].
 
-    The text is cut into windows of T tokens, as in a trace.
+    The text is divided into windows of T tokens, as in a trace.
     """
     step = make_switched_losses(switchable_graphdef(run.config, run.policy.compute))
     width = min(run.config.model.seq_len, len(tokens))
+    size = min(max(BATCH_TOKENS // width, 1), off.shape[1])
     parts = []
     for window, n in windows(tokens, width):
-        size = min(max(BATCH_TOKENS // width, 1), off.shape[1])
-        rows = [
-            np.asarray(step(run.params, group, np.broadcast_to(window, (size, width + 1))))[:kept, :n]
-            for group, kept in _groups(off, size)
-        ]
+        batch = np.broadcast_to(window, (size, width + 1))
+        rows = [np.asarray(step(run.params, group, batch))[:count, :n] for group, count in _groups(off, size)]
         parts.append(np.concatenate(rows))
     return np.concatenate(parts, axis=1)[:, :-1]
 
@@ -132,16 +189,18 @@ def switched_losses(run: LoadedRun, tokens: np.ndarray, off: np.ndarray) -> np.n
 def switched_stories(run: LoadedRun, prompt: str, off: np.ndarray) -> list[str]:
     """What the model writes after a prompt, under each row of switches bool [L, R, E]. With all experts on, it is what
     `generate` writes with SETTINGS and SEED, at most STORY_TOKENS tokens of it and no more than the context holds."""
-    tokenizer, separator = run.tokenizer, run.tokenizer.separator_id
-    start = np.array([separator, *tokenizer.encode(prompt)], np.int32)
+    tokenizer = run.tokenizer
+    start = [tokenizer.separator_id, *tokenizer.encode(prompt)]
     limit = min(STORY_TOKENS, run.config.model.seq_len - len(start))
-    writer = SwitchedWriter(_switchable_writer(run), tokenizer.vocab_size, limit)
+    padded = np.zeros((1, len(start) + limit), np.int32)
+    padded[0, : len(start)] = start
+    write = make_switched_writer(_switchable_writer(run), tokenizer.vocab_size, limit)
     key = purpose_key(SEED, Purpose.SAMPLE, 0)
-    found: list[str] = []
-    for group, kept in _groups(off, min(STORY_ROWS, off.shape[1])):
-        rows = writer.tokens(run.params, group, start, SETTINGS, key)[:kept]
-        found += [_decoded(tokenizer, row.tolist()) for row in rows]
-    return found
+    stories: list[str] = []
+    for group, count in _groups(off, min(STORY_ROWS, off.shape[1])):
+        rows = np.asarray(write(run.params, group, padded, np.int32(len(start)), SETTINGS, key))[:count]
+        stories += [_decoded(tokenizer, row.tolist()) for row in rows]
+    return stories
 
 
 def _switchable_writer(run: LoadedRun) -> nnx.GraphDef:
@@ -177,17 +236,17 @@ def prompt_of(tokenizer: Tokenizer, tokens: np.ndarray, seq_len: int) -> str:
     return " ".join(words).rstrip()
 
 
-def ablation_data(found: Ablation) -> dict[str, Any]:
+def ablation_data(result: Ablation) -> dict[str, Any]:
     """What the report shows, ready for JSON. Losses and changes are whole numbers, in hundredths of a nat."""
     hundredths = lambda nats: np.rint(100 * nats.astype(float)).astype(int).tolist()  # noqa: E731
     return {
-        "layers": found.layers,
-        "loss": hundredths(found.loss),
-        "change": hundredths(found.change),
-        "mean": np.round(found.change.astype(float).mean(-1), 4).tolist(),
-        "prompt": found.prompt,
-        "story": found.story,
-        "stories": found.stories,
+        "layers": result.layers,
+        "loss": hundredths(result.loss),
+        "change": hundredths(result.change),
+        "mean": np.round(result.change.astype(float).mean(-1), 4).tolist(),
+        "prompt": result.prompt,
+        "story": result.story,
+        "stories": result.stories,
         "temperature": SETTINGS.temperature,
         "seed": SEED,
     }

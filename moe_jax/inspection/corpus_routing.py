@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig, capacity
-from moe_jax.inference.routing_pass import make_decision_step, router_entropy
+from moe_jax.inference.traced_pass import make_traced_pass, router_entropy
 from moe_jax.runs.load import LoadedRun
 
 CORPUS_TOKENS = 16_384
@@ -73,11 +73,11 @@ def corpus_routing(run: LoadedRun, tokens: np.ndarray) -> CorpusRouting:
     windows = max(min(len(tokens), CORPUS_TOKENS) // width, 1)
     stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
     batch = min(max(BATCH_TOKENS // width, 1), windows)
-    step = make_decision_step(run.graphdef)
+    step = make_traced_pass(run.graphdef)
     parts: list[dict[str, np.ndarray]] = []
     for first in range(0, windows, batch):
         group = stream[first : first + batch]
-        trace = step(run.params, np.resize(group, (batch, width)))
+        trace = step(run.params, np.resize(group, (batch, width))).decisions
         parts.append(
             {name: np.asarray(getattr(trace, name))[:, : len(group)] for name in ("probs", "expert_index", "keep")}
         )

@@ -31,7 +31,7 @@ import numpy as np
 
 from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
-from moe_jax.inference.routing_pass import check_routed
+from moe_jax.inference.traced_pass import check_routed
 from moe_jax.inspection.ablation import ablation, ablation_data
 from moe_jax.inspection.compiled_layer import compiled_layer
 from moe_jax.inspection.corpus_routing import CORPUS_TOKENS, CorpusRouting, corpus_data, corpus_routing, specialisation

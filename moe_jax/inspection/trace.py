@@ -20,19 +20,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from moe_jax.config import ModelConfig, UserError
 from moe_jax.data.tokenizers import token_pieces
-from moe_jax.inference.routing_pass import TraceStep, check_routed, choice_totals, make_trace_step
+from moe_jax.inference.traced_pass import TracedStep, check_routed, choice_totals, make_traced_pass
 from moe_jax.inspection.figures import trace_figures
 from moe_jax.runs.load import LoadedRun
 
 DECISIONS = ("probs", "expert_index", "gate", "slot", "keep")
 """Fields of a trace with axes [L, N, ...]."""
-PREDICTIONS = ("loss", "next_token", "next_prob")
-"""Fields of a trace with axes [N, ...]."""
 WINDOWS = 8
 """Most windows of one call of the compiled program."""
 LONGEST = 16_384
@@ -108,7 +106,7 @@ class RoutingTrace:
         return "".join(rows)
 
 
-def routing_trace(run: LoadedRun, text: str, step: TraceStep | None = None) -> RoutingTrace:
+def routing_trace(run: LoadedRun, text: str, step: TracedStep | None = None) -> RoutingTrace:
     """The routing of a text by a trained model. `step` may be given to use a compiled program again.
 
     Raises UserError for a dense baseline, for expert choice, and for a text with more than LONGEST tokens.
@@ -120,30 +118,37 @@ def routing_trace(run: LoadedRun, text: str, step: TraceStep | None = None) -> R
     return trace_tokens(run, tokens, step)
 
 
-def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TraceStep | None = None) -> RoutingTrace:
-    """The routing of token ids int [N], N >= 1, cut into windows of T. Raises UserError if a router gives NaN."""
+def make_trace_step(graphdef: nnx.GraphDef) -> TracedStep:
+    """The compiled pass of a trace: the dispatch of training, with predictions and attention weights."""
+    return make_traced_pass(graphdef, predict=True, attention=True)
+
+
+def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TracedStep | None = None) -> RoutingTrace:
+    """The routing of token ids int [N], N >= 1, in windows of T. Raises UserError if a router gives NaN."""
     step = step or make_trace_step(run.graphdef)
-    cut = list(windows(tokens, run.config.model.seq_len))
-    parts: list[dict[str, np.ndarray]] = []
+    texts = list(windows(tokens, run.config.model.seq_len))
+    predicted: list[dict[str, np.ndarray]] = []
+    decided: list[dict[str, np.ndarray]] = []
     attention: list[np.ndarray] = []
-    size = min(WINDOWS, len(cut))
-    for first in range(0, len(cut), size):
-        group = cut[first : first + size]
+    size = min(WINDOWS, len(texts))
+    for first in range(0, len(texts), size):
+        group = texts[first : first + size]
         padded = np.stack([w for w, _ in group] + [group[0][0]] * (size - len(group)))
-        passed = jax.tree.map(np.asarray, step(run.params, jnp.asarray(padded)))
-        trace = passed.decisions
+        decisions, predictions = jax.tree.map(np.asarray, step(run.params, padded))
+        next_prob = np.exp(predictions.logprob)
         for b, (_, n) in enumerate(group):
-            rows = {name: getattr(passed, name)[b, :n] for name in PREDICTIONS}
-            parts.append({name: getattr(trace, name)[:, b, :n] for name in DECISIONS} | rows)
+            rows = {"loss": predictions.loss, "next_token": predictions.likeliest, "next_prob": next_prob}
+            predicted.append({name: array[b, :n] for name, array in rows.items()})
+            decided.append({name: getattr(decisions, name)[:, b, :n] for name in DECISIONS})
             if (first + b) * run.config.model.seq_len < ATTENTION_TOKENS:
-                attention.append(trace.attention[:, b, :, :n, :n])
-    predictions = {k: np.concatenate([p[k] for p in parts]) for k in PREDICTIONS}
-    predictions["loss"][-1] = np.nan
-    layered = {k: np.concatenate([p[k] for p in parts], axis=1) for k in DECISIONS}
+                attention.append(decisions.attention[:, b, :, :n, :n])
+    layered = {name: np.concatenate([p[name] for p in decided], axis=1) for name in DECISIONS}
     if not np.isfinite(layered["probs"]).all():
         raise UserError(f"the routers of step {run.checkpoint.step} give NaN; load an earlier checkpoint with --step")
+    joined = {name: np.concatenate([p[name] for p in predicted]) for name in predicted[0]}
+    joined["loss"][-1] = np.nan
     pieces = token_pieces(run.tokenizer, tokens)
-    return RoutingTrace(run.config.model, tokens, pieces, attention=attention, **predictions, **layered)
+    return RoutingTrace(run.config.model, tokens, pieces, attention=attention, **joined, **layered)
 
 
 def windows(tokens: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -165,12 +165,13 @@ def plan_inference(config: RunConfig, target: Target) -> dict[str, float]:
     decoder = programs.decoder()
     prompt = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     length = jax.ShapeDtypeStruct((), jnp.int32)
-    state = jax.eval_shape(decoder.prefill, params, prompt, length)
-    settings, key = jax.eval_shape(lambda: (Sampling(), jax.random.key(0)))
+    read = jax.eval_shape(decoder.prefill, params, prompt, length)
+    seen, key = jax.eval_shape(lambda: (np.zeros(config.model.vocab_size, bool), jax.random.key(0)))
+    text = jax.eval_shape(decoder.begin, read, seen, Sampling().in_own_types(), key, False)
     jobs: dict[str, tuple[Any, ...]] = {
         "evaluation": (programs.evaluation, params, e.inputs, e.targets, e.start, e.weights),
         "prefill": (decoder.prefill, params, prompt, length),
-        "decoding": (decoder.write, params, state, settings, key, length, length, length),
+        "decoding": (decoder.write, params, text, length, length),
     }
     memory: dict[str, float] = {}
     for number, (name, job) in enumerate(jobs.items(), 1):

@@ -1,27 +1,112 @@
-"""The routes of the server."""
+"""The routes of the server, who may ask, and /metrics."""
 
 import asyncio
+import hmac
+import sys
+import traceback
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moe_jax.serving import page
-from moe_jax.serving.access import Access, Rules
-from moe_jax.serving.answers import Answer
-from moe_jax.serving.chat import ChatCompletion
-from moe_jax.serving.completions import Completion
+from moe_jax.serving.answers import Answer, ChatCompletion, Completion
 from moe_jax.serving.engine import Engine
-from moe_jax.serving.limits import ApiError
-from moe_jax.serving.metrics import CONTENT_TYPE, metrics_text
-from moe_jax.serving.model_card import ModelCard
-from moe_jax.serving.streams import AnswerResponse, read_body
+from moe_jax.serving.requests import ApiError, ModelCard
+from moe_jax.serving.sockets import is_loopback
+from moe_jax.serving.streams import AnswerResponse, error_response, json_response, read_body
+
+OPEN_PATHS = {"/", "/health"}
+"""Paths that need no key."""
+_MODELS = "/v1/models/"
+_METRICS = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is required of a request. Host and Origin are compared with the server's own, so that a page of another site
+    cannot use it."""
+
+    host: str
+    """The address that the server listens on."""
+    api_key: str = ""
+    """No key if empty; then `host` is a loopback address."""
+    origins: Sequence[str] = ()
+    """Other sites whose pages may ask."""
+
+    def check(self, method: str, path: str, headers: dict[str, str]) -> None:
+        """Raise ApiError for a request that is not allowed. The names of `headers` are in lower case."""
+        host = headers.get("host", "")
+        # A name that its owner has pointed at this machine ("DNS rebinding") would make a page of that site ours.
+        if is_loopback(self.host) and not is_loopback(_name(host)) and _name(host) != self.host:
+            raise ApiError(403, f"Host {host[:100]}: this server answers as localhost and 127.0.0.1", code="host")
+        origin = headers.get("origin")
+        own = {f"http://{host}", f"https://{host}"}
+        if origin is not None and origin not in own and origin not in self.origins:
+            problem = f"Origin {origin[:100]}: is another site; the server's --allow-origin can allow it"
+            raise ApiError(403, problem, code="origin")
+        if self.api_key and path not in OPEN_PATHS and method != "OPTIONS":
+            scheme, _, key = headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(key.strip().encode(), self.api_key.encode())
+            if scheme.lower() != "bearer" or not right:
+                raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="api_key")
+
+
+def _name(host: str) -> str:
+    """The name of a Host header, without its port."""
+    try:
+        return urlsplit(f"//{host}").hostname or ""
+    except ValueError:
+        return ""
+
+
+class Access:
+    """Refuses what `Rules` refuse, counts the answers, and turns every error into an answer. ASGI middleware."""
+
+    def __init__(self, app: ASGIApp, rules: Rules, answers: Counter[tuple[str, int]], paths: frozenset[str]) -> None:
+        """`answers` counts by path and status. Paths that are not in `paths` are counted as one."""
+        self._app, self._rules, self._answers, self._paths = app, rules, answers, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return
+        begun = False
+
+        async def counted(message: Message) -> None:
+            nonlocal begun
+            if message["type"] == "http.response.start":
+                begun = True
+                self._answers[self._label(scope["path"]), message["status"]] += 1
+                message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")]}
+            await send(message)
+
+        try:
+            headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+            self._rules.check(scope["method"], scope["path"], headers)
+            await self._app(scope, receive, counted)
+        except Exception as error:
+            if not isinstance(error, ApiError):
+                traceback.print_exception(error, file=sys.stderr)
+            if begun:
+                raise
+            known = error if isinstance(error, ApiError) else ApiError(500, "the program failed", code="failed")
+            await error_response(known)(scope, receive, counted)
+
+    def _label(self, path: str) -> str:
+        """The name under which an answer is counted. The names of models are the client's, so they are not labels."""
+        if path.startswith(_MODELS):
+            return _MODELS + "{name}"
+        return path if path in self._paths else "other"
 
 
 class Server:
@@ -56,14 +141,14 @@ class Server:
         return Response(self._page.html, headers=headers, media_type="text/html; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [self._card]})
+        return json_response({"object": "list", "data": [self._card]})
 
     async def model(self, request: Request) -> Response:
         name = request.path_params["name"]
         if name != self.card.name:
             problem = f"model {name[:60]!r}: this server has {self.card.name!r}"
             raise ApiError(404, problem, "model", "model_not_found")
-        return JSONResponse(self._card)
+        return json_response(self._card)
 
     async def completions(self, request: Request) -> AnswerResponse:
         return await self._answer(Completion, request)
@@ -79,16 +164,39 @@ class Server:
     async def health(self, request: Request) -> Response:
         engine = self.engine
         status = "stopping" if self.stopping else "ok" if engine.running else "failed"
-        return JSONResponse(
-            {"status": status, "slots": engine.slots, "busy": engine.busy, "queued": engine.queued},
-            status_code=200 if status == "ok" else 503,
-        )
+        counts = {"status": status, "slots": engine.slots, "busy": engine.busy, "queued": engine.queued}
+        return json_response(counts, 200 if status == "ok" else 503)
 
     async def metrics(self, request: Request) -> Response:
-        return Response(metrics_text(self.engine, self._answers), headers={"content-type": CONTENT_TYPE})
+        return Response(metrics_text(self.engine, self._answers), headers={"content-type": _METRICS})
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = f"{request.method} {request.url.path[:100]}: {error.detail}; docs/serving.md lists what there is"
-    return JSONResponse(ApiError(error.status_code, problem).body(), status_code=error.status_code)
+    return error_response(ApiError(error.status_code, problem))
+
+
+def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
+    """All metrics, in Prometheus' text format (version 0.0.4). `answers` counts the HTTP answers by path and status."""
+    counts = engine.counts
+    values = [
+        ("slots", "gauge", "Texts that can be written at once", engine.slots),
+        ("slots_busy", "gauge", "Slots with a text", engine.busy),
+        ("texts_queued", "gauge", "Texts that wait for a slot", engine.queued),
+        ("texts_total", "counter", "Texts that ended by themselves", counts.texts),
+        ("texts_cancelled_total", "counter", "Texts that nobody waited for", counts.cancelled),
+        ("failures_total", "counter", "Errors of the program", counts.failures),
+        ("prompt_tokens_total", "counter", "Tokens of prompts", counts.prompt_tokens),
+        ("generated_tokens_total", "counter", "Tokens written", counts.generated_tokens),
+        ("decode_steps_total", "counter", "Steps, each of which writes a token for every text", counts.steps),
+        ("decode_seconds_total", "counter", "Seconds in these steps", counts.step_seconds),
+        ("prefill_seconds_total", "counter", "Seconds in which prompts were read", counts.read_seconds),
+    ]
+    lines = []
+    for name, kind, about, value in values:
+        lines += [f"# HELP moe_jax_{name} {about}.", f"# TYPE moe_jax_{name} {kind}", f"moe_jax_{name} {value}"]
+    name = "moe_jax_http_requests_total"
+    lines += [f"# HELP {name} HTTP answers.", f"# TYPE {name} counter"]
+    lines += [f'{name}{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(answers.items())]
+    return "\n".join(lines) + "\n"

@@ -19,13 +19,11 @@ import jax
 import numpy as np
 
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
-from moe_jax.inference.decode import DecodeState
-from moe_jax.inference.prompt_pass import ReadPrompt
+from moe_jax.inference.decode import Decoder, PromptState, TokenDetails
 from moe_jax.inference.sampling import Sampling
-from moe_jax.inference.slots import Drawn, SlotDecoder, Writing
 from moe_jax.model.transformer import Params
-from moe_jax.serving.pieces import TextPieces
-from moe_jax.serving.texts import Event, FinishReason, Listener, Piece, TextRequest
+from moe_jax.serving.texts import Event, FinishReason, Listener, Piece, TextPieces, TextRequest
+from moe_jax.system.random_keys import Purpose, purpose_key
 
 type Deliver = Callable[[Sequence[tuple[Listener, Event]]], None]
 
@@ -83,7 +81,7 @@ class Engine:
 
     def __init__(
         self,
-        decoder: SlotDecoder,
+        decoder: Decoder,
         params: Params,
         tokenizer: Tokenizer,
         *,
@@ -98,7 +96,7 @@ class Engine:
         self._rows: list[_Row | None] = [None] * self.slots
         self._waiting: deque[_Waiting] = deque()
         self._news: list[tuple[Listener, Event]] = []
-        self._last_read: tuple[tuple[int, ...], DecodeState] | None = None
+        self._last_read: tuple[tuple[int, ...], PromptState] | None = None
         self._deliver = deliver or (lambda news: [listener(event) for listener, event in news])
         self._changed = threading.Condition()
         self._stopping = False
@@ -231,14 +229,14 @@ class Engine:
         context = request.prompt[-self._decoder.seq_len :]
         # The separator begins a prompt and also ends a text. It gets no repetition penalty, or texts would not end.
         seen = [token for token in request.prompt if token != self._tokenizer.separator_id]
-        writing = Writing(request.settings, request.seed, request.number, request.logprobs)
-        self._state = self._decoder.place(self._state, slot, self._read(context), seen, writing)
+        read, key = self._read(context), purpose_key(request.seed, Purpose.SAMPLE, request.number)
+        self._state = self._decoder.place(self._state, slot, read, seen, request.settings, key, request.logprobs)
         pieces = TextPieces(self._tokenizer, request.stop)
         self._rows[slot] = _Row(request, waiting.listener, list(context), pieces, prompt)
         jax.block_until_ready(self._state.position)
         self.counts.read_seconds += time.perf_counter() - begin
 
-    def _read(self, context: list[int]) -> DecodeState:
+    def _read(self, context: list[int]) -> PromptState:
         """The state after a prompt. Several texts of one prompt, one after another, read it once."""
         key = tuple(context)
         if self._last_read is None or self._last_read[0] != key:
@@ -269,7 +267,7 @@ class Engine:
             if row is not None:
                 self._add(slot, row, drawn)
 
-    def _add(self, slot: int, row: _Row, drawn: Drawn) -> None:
+    def _add(self, slot: int, row: _Row, drawn: TokenDetails) -> None:
         """Give a text its next token, or end it."""
         token = int(drawn.token[slot])
         if token == self._tokenizer.separator_id:
@@ -297,21 +295,19 @@ class Engine:
             self._state = self._decoder.refill(self._state, slot, self._read(row.context))
         if not row.request.routing:
             return piece
-        there = self._piece(
-            self._decoder.look(self._params, row.context), len(row.context) - 1, piece.token, row.request
-        )
-        return piece._replace(experts=there.experts, gates=there.gates)
+        details = self._decoder.look(self._params, row.context)
+        read = self._piece(details, len(row.context) - 1, piece.token, row.request)
+        return piece._replace(experts=read.experts, gates=read.gates)
 
-    def _piece(self, found: Drawn | ReadPrompt, row: int, token: int, request: TextRequest) -> Piece:
+    def _piece(self, details: TokenDetails, row: int, token: int, request: TextRequest) -> Piece:
         """Token `row` of a prompt, or the token drawn for slot `row`. Its text is not known yet."""
-        logprob, likeliest = None, []
+        logprob, likeliest, experts, gates = None, [], None, None
         if request.logprobs:
-            logprob = float(found.logprob[row])
-            best = found.likeliest_logprob[row].tolist()
-            likeliest = list(zip(found.likeliest[row].tolist(), best, strict=True))
-        if not request.routing or found.expert is None or found.gate is None:
-            return Piece(token, "", logprob, likeliest, None, None)
-        return Piece(token, "", logprob, likeliest, found.expert[:, row].tolist(), found.gate[:, row].tolist())
+            logprob, best = float(details.logprob[row]), details.likeliest_logprob[row].tolist()
+            likeliest = list(zip(details.likeliest[row].tolist(), best, strict=True))
+        if request.routing and details.expert is not None and details.gate is not None:
+            experts, gates = details.expert[:, row].tolist(), details.gate[:, row].tolist()
+        return Piece(token, "", logprob, likeliest, experts, gates)
 
     def _tell(self, row: _Row, pieces: list[Piece], finish: FinishReason | None = None) -> None:
         self._news.append((row.listener, Event(pieces, finish, row.prompt)))

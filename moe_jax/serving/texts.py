@@ -1,9 +1,10 @@
-"""What is asked of the engine, and what it answers."""
+"""What is asked of the engine, what it answers, and how tokens become text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
 from moe_jax.inference.sampling import Sampling
 
 type FinishReason = Literal["stop", "length", "stopped", "failed"]
@@ -60,3 +61,61 @@ class TextRequest:
     """Whether the first event has the prompt's pieces. The prompt has at most T tokens then."""
     cancelled: bool = False
     """Set by whoever no longer waits for the text; its slot is freed before the next token."""
+
+
+class TextPieces:
+    """Gives each token its characters. A token waits while its last character is incomplete, and while its characters
+    may begin a stop string."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._decoder = StreamDecoder(tokenizer)
+        self._stop = stop
+        self._waiting: list[Piece] = []
+        self.stopped = False
+        """Whether a stop string has ended the text. Its own characters are not given out."""
+
+    def feed(self, piece: Piece) -> list[Piece]:
+        """The pieces that can be given out after one more token, whose text is not known yet."""
+        self._waiting.append(piece._replace(text=self._decoder.feed(piece.token)))
+        text = "".join(waiting.text for waiting in self._waiting)
+        starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
+        if starts:
+            self.stopped = True
+            return self._before(min(starts))
+        if self._decoder.incomplete:
+            return []
+        return self._release(len(text) - max((_begun(text, stop) for stop in self._stop), default=0))
+
+    def finish(self) -> list[Piece]:
+        """The rest, at the end of a text. An incomplete character becomes U+FFFD."""
+        rest, self._waiting = self._waiting, []
+        if rest:
+            rest[-1] = rest[-1]._replace(text=rest[-1].text + self._decoder.finish())
+        return rest
+
+    def _release(self, end: int) -> list[Piece]:
+        """The waiting pieces that end at the character `end` or before."""
+        size = count = 0
+        for piece in self._waiting:
+            size += len(piece.text)
+            if size > end:
+                break
+            count += 1
+        out, self._waiting = self._waiting[:count], self._waiting[count:]
+        return out
+
+    def _before(self, end: int) -> list[Piece]:
+        """The waiting pieces that begin before the character `end`, without the characters from there on."""
+        out: list[Piece] = []
+        for piece in self._waiting:
+            if end <= 0:
+                break
+            out.append(piece._replace(text=piece.text[:end]))
+            end -= len(piece.text)
+        self._waiting = []
+        return out
+
+
+def _begun(text: str, stop: str) -> int:
+    """The most characters at the end of the text that a stop string begins with. The whole stop string is not there."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -25,7 +25,7 @@ from jaxtyping import Array
 
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
-from moe_jax.inference.decode import ShardMapWrapper
+from moe_jax.inference.traced_pass import ShardMapWrapper
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 from moe_jax.parallel.global_arrays import placed

@@ -228,7 +228,7 @@ class Programs:
         model = self.config.model
         size = (model.seq_len, vocab_size or model.vocab_size)
         if self.layout is not None:
-            return Decoder(self.writer, *size, same_on_all_devices(self.layout))
+            return Decoder(self.writer, *size, spread=same_on_all_devices(self.layout))
         return Decoder(self.writer, *size)
 
     def tracer(self, tokens: np.ndarray) -> Tracer | None:

@@ -10,8 +10,13 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import ModelConfig, UserError
-from moe_jax.inference.decode import ShardMapWrapper
-from moe_jax.inference.routing_pass import check_routed, choice_totals, make_decision_step, router_entropy
+from moe_jax.inference.traced_pass import (
+    ShardMapWrapper,
+    check_routed,
+    choice_totals,
+    make_traced_pass,
+    router_entropy,
+)
 from moe_jax.model.transformer import Params
 
 TRACED_TOKENS = 2_048
@@ -29,7 +34,7 @@ def make_tracer(
 
     It routes whole windows of T tokens, up to TRACED_TOKENS tokens (at least one window), with the dispatch of
     training, in one jitted call. None for a model without routers, or with expert choice. `spread` makes it a program
-    of several devices (`decode.ShardMapWrapper`).
+    of several devices (`traced_pass.ShardMapWrapper`).
     """
     try:
         check_routed(config)
@@ -38,10 +43,10 @@ def make_tracer(
     width = config.seq_len
     windows = max(min(len(tokens), TRACED_TOKENS) // width, 1)
     stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
-    step = make_decision_step(graphdef, spread=spread)
+    step = make_traced_pass(graphdef, spread=spread)
 
     def trace(params: Params) -> dict[str, Any]:
-        decisions = step(params, stream)
+        decisions = step(params, stream).decisions
         probs, expert, keep = (np.asarray(getattr(decisions, name)) for name in ("probs", "expert_index", "keep"))
         choices = expert.reshape(len(expert), -1)
         shown = stream.reshape(-1)[:SHOWN_TOKENS]

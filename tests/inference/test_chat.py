@@ -13,14 +13,18 @@ from moe_jax.inference.chat import HELP, Chat, RoleChat
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 
+BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+
 
 class Echo(TextGenerator):
     """A generator without a model, whose text says what it was asked for."""
 
     def __init__(self) -> None:
-        pass
+        self.tokenizer = BYTE
 
-    def pieces(self, prompt: str, settings: Sampling, *, seed: int, number: int = 0, limit: int) -> Iterator[str]:
+    def continuation(
+        self, prompt: Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
+    ) -> Iterator[str]:
         yield f" [{settings.temperature:g}"
         yield f" {seed}.{number} {limit}]"
 
@@ -38,12 +42,9 @@ def test_each_reply_has_draws_of_its_own_and_a_seed_starts_them_anew(chat: Chat)
     assert [say(chat, "a"), say(chat, "b")] == ["a [0.8 7.0 40]", "b [0.8 7.1 40]"]
     assert chat.command("/seed 3") == "seed 3"
     assert say(chat, "a") == "a [0.8 3.0 40]"
-
-
-def test_temperature_and_length(chat: Chat) -> None:
     chat.command("/temp 0")
     chat.command("/tokens 9")
-    assert say(chat, "a") == "a [0 7.0 9]"
+    assert say(chat, "a") == "a [0 3.1 9]"
 
 
 def test_a_reply_that_is_cut_is_kept_as_far_as_it_came(chat: Chat, tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_a_reply_that_is_cut_is_kept_as_far_as_it_came(chat: Chat, tmp_path: Pat
     say(chat, "b")
     assert chat.command(f"/save {tmp_path / 'talk.txt'}").startswith("2 texts in")
     assert (tmp_path / "talk.txt").read_text() == "a [0.8\n\nb [0.8 7.1 40]\n"
-    assert (chat.last, chat.last_text) == ("b", "b [0.8 7.1 40]")
+    assert (chat.last, chat.last_tokens()) == ("b", list(b"b [0.8 7.1 40]"))
 
 
 def test_experts_are_shown_of_a_layer_and_off_again(chat: Chat) -> None:
@@ -63,9 +64,6 @@ def test_experts_are_shown_of_a_layer_and_off_again(chat: Chat) -> None:
     assert chat.layer == 0
     chat.command("/experts")
     assert chat.layer is None
-
-
-def test_a_dense_model_has_no_experts() -> None:
     with pytest.raises(UserError, match="has no router"):
         Chat(Echo(), Sampling(), seed=0, limit=1, layers=0).command("/experts")
 
@@ -108,6 +106,7 @@ class Answers(Echo):
     """Answers "one", "two", ..., and notes the prompts."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.prompts: list[list[int]] = []
 
     def continuation(
@@ -118,12 +117,9 @@ class Answers(Echo):
         yield " "
 
 
-BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
-
-
 def conversation(context: int = 400) -> tuple[RoleChat, Answers]:
     answers = Answers()
-    return RoleChat(answers, Sampling(), seed=7, limit=40, layers=3, tokenizer=BYTE, context=context), answers
+    return RoleChat(answers, Sampling(), seed=7, limit=40, layers=3, context=context), answers
 
 
 def ask(chat: RoleChat, question: str) -> str:
@@ -139,8 +135,8 @@ def test_it_remembers_what_was_said() -> None:
     assert [ask(chat, " a\n"), ask(chat, "b")] == ["one ", "two "]
     assert chat.turns == turns("a", "one", "b", "two")
     assert answers.prompts == [answer_prompt(BYTE, turns("a")), answer_prompt(BYTE, turns("a", "one", "b"))]
-    assert chat.last_text == "user: b\nassistant: two"
-    assert chat.last_tokens == encode_chats(BYTE, [tuple(chat.turns)])[0].tokens.tolist()
+    assert chat.texts[-1] == "user: b\nassistant: two"
+    assert chat.last_tokens() == encode_chats(BYTE, [tuple(chat.turns)])[0].tokens.tolist()
 
 
 def test_again_forgets_the_answer_and_new_forgets_everything() -> None:
@@ -155,6 +151,8 @@ def test_again_forgets_the_answer_and_new_forgets_everything() -> None:
     assert "/new" in chat.command("/help")
     with pytest.raises(UserError, match="asks nothing"):
         ask(chat, "  ")
+    with pytest.raises(UserError, match="/system: needs a text, such as /system"):
+        chat.command("/system")
     assert chat.turns == []
 
 
@@ -179,8 +177,3 @@ def test_again_after_a_new_system_message_keeps_that_message() -> None:
     assert ask(chat, chat.again()) == "two "
     assert chat.turns == [Message("system", "Be short."), *turns("a", "two")]
     assert answers.prompts[-1] == answer_prompt(BYTE, [Message("system", "Be short."), *turns("a")])
-
-
-def test_a_system_message_needs_a_text() -> None:
-    with pytest.raises(UserError, match="/system: needs a text, such as /system"):
-        conversation()[0].command("/system")

@@ -10,7 +10,6 @@ import pytest
 from moe_jax.config import DataConfig, RunConfig, UserError
 from moe_jax.data.tokenizers import train_tokenizer
 from moe_jax.inference.decode import Decoder
-from moe_jax.inference.switched import switchable_graphdef
 from moe_jax.inspection import ablation as ablations
 from moe_jax.inspection.ablation import (
     Ablation,
@@ -19,6 +18,7 @@ from moe_jax.inspection.ablation import (
     affordable_layers,
     one_off_at_a_time,
     prompt_of,
+    switchable_graphdef,
     switched_losses,
     switched_off,
 )

@@ -128,7 +128,7 @@ def test_a_stream_is_cut_into_windows(length: int, windows: int, monkeypatch: py
             probs=np.full((*shape, 4), 0.25), expert_index=np.zeros((*shape, 2), int), keep=np.ones((*shape, 2), bool)
         )
 
-    monkeypatch.setattr(corpus_routing, "make_decision_step", lambda _: step)
+    monkeypatch.setattr(corpus_routing, "make_traced_pass", lambda _: step)
     tokens = np.arange(length) % tiny.V
     found = corpus_routing.corpus_routing(opened(), tokens)
     assert (found.tokens, found.by_window.shape[1]) == (8 * windows, windows)

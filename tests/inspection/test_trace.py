@@ -12,8 +12,8 @@ import pytest
 
 from moe_jax.config import TrainConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
-from moe_jax.inference.routing_pass import check_routed, make_trace_step
-from moe_jax.inspection.trace import token_pieces, trace_tokens
+from moe_jax.inference.traced_pass import check_routed
+from moe_jax.inspection.trace import make_trace_step, token_pieces, trace_tokens
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.reference import AllExpertsMoE
 from moe_jax.model.precision import Policy

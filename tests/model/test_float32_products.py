@@ -6,9 +6,11 @@ the last test reads it from the program compiled for a GPU.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.router import route, router_logits
 from moe_jax.model.precision import dot_precision
 from moe_jax.planning.device_memory import BACK_ENDS, lower_for
@@ -54,13 +56,15 @@ def test_every_program_of_a_run(compute_dtype: str, dispatch: str) -> None:
     params, decoder = programs.param_shapes, programs.decoder()
     tokens, length = jax.ShapeDtypeStruct((1, tiny.T), "int32"), jax.ShapeDtypeStruct((), "int32")
     batch = jax.ShapeDtypeStruct((1, 2, tiny.T + 1), "int32")
-    state = jax.eval_shape(decoder.prefill, params, tokens, length)
+    read = jax.eval_shape(decoder.prefill, params, tokens, length)
+    seen, key = jax.eval_shape(lambda: (np.zeros(tiny.V, bool), jax.random.key(0)))
+    text = jax.eval_shape(decoder.begin, read, seen, Sampling().in_own_types(), key, False)
     starts, weights = jax.ShapeDtypeStruct((1,), "int32"), jax.ShapeDtypeStruct((1, tiny.T), "float32")
     lowered = {
         "step": programs.step.lower(programs.state_shapes, batch),
         "evaluation": programs.evaluation.lower(params, tokens, tokens, starts, weights),
         "prefill": decoder.prefill.lower(params, tokens, length),
-        "decoding": decoder.advance.lower(params, state, jax.ShapeDtypeStruct((1,), "int32")),
+        "decoding": decoder.write.lower(params, text, length, length),
     }
     for name, program in lowered.items():
         found = products(program.as_text())

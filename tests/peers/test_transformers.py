@@ -15,7 +15,7 @@ import pytest
 from moe_jax.benchmarks import mixtral as mixtral_program
 from moe_jax.benchmarks.peers import like_mixtral, shape_of
 from moe_jax.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from moe_jax.inference.decode import Decoder
+from moe_jax.inference.decode import advance, prefill
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
@@ -133,13 +133,13 @@ def test_cached_decoding(name: str) -> None:
     """A prompt of five tokens, then the rest one by one, each side with its own cache."""
     graphdef, params, theirs = both(name)
     tokens = tiny.tokens(1, T, vocabulary=V, seed=1)
-    decoder = Decoder(graphdef, T, V)
     padded = np.zeros((1, T), np.int32)
     padded[0, :5] = tokens[0, :5]
-    state = decoder.prefill(params, padded, np.int32(5))
+    state = prefill(graphdef, params, padded, np.int32(5))
     ours = [np.asarray(state.logits[0])]
+    step = jax.jit(functools.partial(advance, graphdef))
     for token in tokens[0, 5:-1]:
-        state = decoder.advance(params, state, jnp.array([token]))
+        state = step(params, state, jnp.array([token]))
         ours.append(np.asarray(state.logits[0]))
     expected, cache = [], None
     with torch.no_grad():

@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import urllib.request
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.inference.decode import Decoder, DecodeState
+from moe_jax.inference.decode import Decoder, PromptState, advance, draw
 from moe_jax.inference.sampling import Sampling
 from moe_jax.runs.load import open_run
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -81,6 +82,8 @@ class Oracle:
         self.tokenizer, self._params, self.seq_len = loaded.tokenizer, loaded.params, loaded.config.model.seq_len
         self.layers, self.top_k = loaded.config.model.layers, loaded.config.model.routing.top_k
         self._decoder = Decoder(loaded.writer, self.seq_len, self.tokenizer.vocab_size)
+        self._append = jax.jit(partial(advance, loaded.writer))
+        self._draw = jax.jit(partial(draw, self.tokenizer.vocab_size))
 
     def generated(self, prompt: list[int], fields: dict[str, Any], number: int) -> Generated:
         """Text `number` that a request asks for."""
@@ -93,33 +96,26 @@ class Oracle:
         )
         key, stop = purpose_key(fields["seed"], Purpose.SAMPLE, number), self.tokenizer.separator_id
         context, tokens, draws = prompt[-self.seq_len :], [], []
-        state = self._read(context, [token for token in prompt if token != stop])
+        state: PromptState = self._decoder.read(self._params, context)
+        seen = jnp.zeros(state.logits.shape, bool).at[0, np.array(prompt, np.int32)].set(True).at[0, stop].set(False)
         while len(tokens) < fields["max_tokens"]:
-            draws.append((state.logits, settings, state.seen, jax.random.fold_in(key, len(tokens))))
-            token = int(self._decoder.draw(*draws[-1])[0])
+            draws.append((state.logits, settings, seen, jax.random.fold_in(key, len(tokens))))
+            token = int(self._draw(*draws[-1])[0])
             if token == stop:
                 return Generated(tokens, True, draws)
             tokens.append(token)
-            context = [*context, token]
+            context, seen = [*context, token], seen.at[0, token].set(True)
             if len(context) > self.seq_len:
                 context = context[-(self.seq_len // 2) :]
-                state = self._read(context, [])._replace(seen=state.seen.at[0, token].set(True))
+                state = self._decoder.read(self._params, context)
             else:
-                kept = jax.tree.map(jnp.copy, state)  # its memory is given away
-                state = self._decoder.advance(self._params, kept, np.array([token], np.int32))
+                state = self._append(self._params, state, np.array([token], np.int32))
         return Generated(tokens, False, draws)
-
-    def _read(self, tokens: list[int], seen: list[int]) -> DecodeState:
-        """The state after a prompt."""
-        padded = np.zeros((1, self.seq_len), np.int32)
-        padded[0, : len(tokens)] = tokens
-        state = self._decoder.prefill(self._params, padded, np.int32(len(tokens)))
-        return state._replace(seen=state.seen.at[0, np.array(seen, np.int32)].set(True))
 
     def was_near(self, draw: tuple[Any, ...], other: int) -> bool:
         """Whether a token was a tie with another one: a change of the logits by NEAR lets the other win."""
         logits, *rest = draw
-        return int(self._decoder.draw(logits.at[0, other].add(NEAR), *rest)[0]) == other
+        return int(self._draw(logits.at[0, other].add(NEAR), *rest)[0]) == other
 
     def logprob(self, logits: Any, token: int) -> float:
         """Of a token under the model's own distribution. `logits` [1, V]."""

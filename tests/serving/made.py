@@ -7,9 +7,9 @@ from typing import Any
 
 from moe_jax.config import DataConfig, RunConfig
 from moe_jax.data.tokenizers import _byte
+from moe_jax.inference.decode import Decoder
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
-from moe_jax.inference.slots import SlotDecoder
 from moe_jax.model.precision import choose_policy
 from moe_jax.runs.load import LoadedRun
 from moe_jax.serving.engine import Engine
@@ -34,9 +34,9 @@ def run(tuned: bool = False) -> LoadedRun:
 
 
 @functools.lru_cache
-def decoder() -> SlotDecoder:
+def decoder() -> Decoder:
     """Its programs are compiled once for all tests of a process."""
-    return SlotDecoder(run().graphdef, T, 257, SLOTS)
+    return Decoder(run().graphdef, T, 257, SLOTS, short_prompts=True)
 
 
 @functools.lru_cache

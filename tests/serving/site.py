@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_jax.serving.access import Rules
-from moe_jax.serving.app import Server
+from moe_jax.serving.app import Rules, Server
 from moe_jax.serving.engine import Engine
-from moe_jax.serving.model_card import ModelCard
+from moe_jax.serving.requests import ModelCard
 from moe_jax.serving.server import Loop, serve_until
 from moe_jax.serving.sockets import bind
 from tests.serving import made

@@ -16,9 +16,9 @@ from moe_jax.config import UserError
 from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
 from moe_jax.inference.sampling import Sampling
-from moe_jax.serving import app, limits
-from moe_jax.serving.completions import Completion
-from moe_jax.serving.model_card import ModelCard
+from moe_jax.serving import app, requests
+from moe_jax.serving.answers import Completion
+from moe_jax.serving.requests import ModelCard
 from moe_jax.serving.sockets import bind
 from moe_jax.serving.streams import AnswerResponse
 from moe_jax.serving.texts import Event, Listener, Piece, TextRequest
@@ -211,7 +211,7 @@ def test_a_body_that_is_no_object(api: Site, body: bytes) -> None:
 
 
 def test_a_body_that_is_too_large(api: Site) -> None:
-    answer = api.ask("/v1/completions", b" " * (limits.MAX_BODY_BYTES + 1))
+    answer = api.ask("/v1/completions", b" " * (requests.MAX_BODY_BYTES + 1))
     assert (answer.status, answer.problem) == (413, "the body has more than 1,048,576 bytes, the most that is allowed")
 
 

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from moe_jax.inference.routing_pass import make_decision_step
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.traced_pass import make_traced_pass
 from moe_jax.model.moe.layer import Mode
 from moe_jax.serving.engine import Engine, QueueFull, Stopping, in_parallel
 from moe_jax.serving.texts import Event, TextRequest
@@ -72,10 +72,12 @@ def test_probabilities_and_experts_of_every_token_also_past_the_context() -> Non
     assert [piece.token for piece in prompt] == made.PROMPT
     assert (prompt[0].logprob, prompt[0].likeliest) == (None, [])
     assert all(piece.token == piece.likeliest[0][0] for piece in pieces), "greedy takes the likeliest"
-    step = make_decision_step(made.run().graphdef, Mode.GENERATE)
+    step = make_traced_pass(made.run().graphdef, Mode.GENERATE)
 
     def experts(context: list[int]) -> np.ndarray:
-        return np.asarray(step(made.run().params, np.array([context]))[1])[:, 0]  # [L, T, K]
+        decisions = step(made.run().params, np.array([context])).decisions
+        assert decisions is not None
+        return np.asarray(decisions.expert_index)[:, 0]  # [L, T, K]
 
     tokens = [*made.PROMPT, *(piece.token for piece in pieces)]
     found = np.array([piece.experts for piece in [*prompt, *pieces]])  # [N, L, K]

@@ -4,8 +4,7 @@ import random
 
 import pytest
 
-from moe_jax.serving.pieces import TextPieces
-from moe_jax.serving.texts import Piece
+from moe_jax.serving.texts import Piece, TextPieces
 from tests.serving import made
 
 

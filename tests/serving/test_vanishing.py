@@ -16,7 +16,7 @@ pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from moe_jax.cli.serve import Serve
 from moe_jax.config import ConfigError, UserError
-from moe_jax.serving import limits, server
+from moe_jax.serving import server, streams
 from moe_jax.serving.sockets import bind
 from tests.serving import made
 from tests.serving.site import Site, site
@@ -55,7 +55,7 @@ def test_a_client_that_goes_frees_its_slot(api: Site, leave, stream: bool) -> No
 
 def test_a_client_that_does_not_read_loses_its_stream(api: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its buffers are small, and each event has many alternatives. The others go on."""
-    monkeypatch.setattr(limits, "STALLED_SECONDS", 0.2)
+    monkeypatch.setattr(streams, "STALLED_SECONDS", 0.2)
     sock = socket.socket()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
     sock.connect(("127.0.0.1", api.port))
@@ -70,7 +70,7 @@ def test_a_client_that_does_not_read_loses_its_stream(api: Site, monkeypatch: py
 
 
 def test_a_body_that_does_not_arrive_takes_no_slot(api: Site, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "BODY_SECONDS", 0.2)
+    monkeypatch.setattr(streams, "BODY_SECONDS", 0.2)
     with socket.create_connection(("127.0.0.1", api.port), timeout=30) as sock:
         sock.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
         assert sock.recv(12) == b"HTTP/1.1 408"

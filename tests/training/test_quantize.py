@@ -15,8 +15,8 @@ from foundation.trained.problem import Problem
 from foundation.trained.weights import read_safetensors
 from moe_jax.cli.derive import Quantize
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
+from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
-from moe_jax.inference.slots import SlotDecoder
 from moe_jax.interop.source import open_source
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.runs.checkpoint import CheckpointStore
@@ -80,7 +80,9 @@ def test_a_quantised_run_is_served(made: Path) -> None:
     run = moe_jax.load_run(made)
     separator = run.tokenizer.separator_id
     request = TextRequest([separator, *b"One"], Sampling(temperature=0.0), 0, 0, 5)
-    engine = Engine(SlotDecoder(run.writer, run.config.model.seq_len, 257, 2), run.params, run.tokenizer, queue=5)
+    engine = Engine(
+        Decoder(run.writer, run.config.model.seq_len, 257, 2, short_prompts=True), run.params, run.tokenizer, queue=5
+    )
     engine.start()
     both = in_parallel(engine, [request, request])
     engine.stop()

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.inference.routing_pass import router_entropy
+from moe_jax.inference.traced_pass import router_entropy
 from moe_jax.inspection.trace import trace_tokens
 from moe_jax.inspection.training_curves import training_curves
 from moe_jax.runs.folder import RunFolder
