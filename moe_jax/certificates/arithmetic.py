@@ -24,7 +24,7 @@ from moe_jax.model.moe.functional import layer_shapes, with_gradients
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.moe.reference import AllExpertsMoE
 from moe_jax.system.hlo import Program, read_program
-from moe_jax.training.programs import Programs, trains_in_place
+from moe_jax.training.programs import Programs
 
 FORWARD_BOUND, GRADIENT_BOUND = 1.02, 1.03
 """Most operations of a compiled layer / its bound, without and with gradients. Some room is left for other products."""
@@ -92,7 +92,7 @@ def step_arithmetic(config: RunConfig, batch_size: int) -> Iterator[Certificate]
     ours = read_program(programs.compiled_step(batch_size).as_text())
     dense = read_program(Programs.of(config, moe=AllExpertsMoE).compiled_step(batch_size).as_text())
     cudnn = programs.attention.implementation == "cudnn"
-    needed = step_products(config, batch_size, 1, trains_in_place(config), cudnn)
+    needed = step_products(config, batch_size, cudnn=cudnn)
     parts = {part: ours.flops_of(part) for part in PARTS}
     # The compiler rewrites some products and drops their names, such as those with a single head of keys. They may
     # belong to any part.

@@ -114,10 +114,10 @@ def bound_flops(config: ModelConfig, batch: int) -> int:
     return _layer_flops(config, batch, batch * config.experts * config.capacity)
 
 
-def layer_flops(config: ModelConfig, batch: int, devices: int = 1, in_place: bool = False) -> int:
+def layer_flops(config: ModelConfig, batch: int, devices: int = 1) -> int:
     """Forward floating-point operations of an MoE layer in training, with the rows of its dispatch: of one device, with
     `batch` sequences, of `devices` along a mesh axis `expert`."""
-    return _layer_flops(config, batch, multiplied_rows(config, batch, devices, in_place))
+    return _layer_flops(config, batch, multiplied_rows(config, batch, devices))
 
 
 def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
@@ -125,19 +125,19 @@ def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
     return expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
 
 
-def multiplied_rows(config: ModelConfig, batch: int, devices: int = 1, in_place: bool = False) -> int:
+def multiplied_rows(config: ModelConfig, batch: int, devices: int = 1) -> int:
     """Rows that the routed experts of a device multiply when a layer trains on `batch` sequences of each device.
 
     With dispatch by `capacity`, the rows are all slots of all experts, filled or empty. With `blocks`, they are all
     rows of all blocks, filled or empty. With several `devices` along a mesh axis `expert`, the blocks have room for all
-    rows that may arrive. Blocks that a GPU multiplies `in_place` have fewer rows (`moe.layer.InPlaceMoE`).
+    rows that may arrive.
     """
     tokens = batch * config.seq_len
     if config.routing.dispatch == "blocks":
         from moe_jax.model.moe.layer import block_rows  # imports jax, which the other formulas do without
 
         pairs, own = tokens * config.routing.top_k, config.experts // devices
-        block = block_rows(pairs, own, in_place)
+        block = block_rows(pairs, own)
         arriving = pairs if devices == 1 else devices * batch * config.device_rows(devices)
         return (own + (arriving - 1) // block) * block
     return batch * config.experts * config.capacity
@@ -156,13 +156,10 @@ def _score_product(config: ModelConfig, batch: int, scores: int) -> int:
     return 2 * batch * config.heads * config.head_width * scores
 
 
-def step_products(
-    config: RunConfig, batch: int, devices: int = 1, in_place: bool = False, cudnn: bool = False
-) -> dict[str, int]:
+def step_products(config: RunConfig, batch: int, devices: int = 1, cudnn: bool = False) -> dict[str, int]:
     """Floating-point operations of all matrix products of a training step with one micro-batch of `batch` sequences, by
     named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models without
-    adapters. The `ffn` of a mixture is that of one of `devices` along a mesh axis `expert`. `in_place`: see
-    `multiplied_rows`.
+    adapters. With several `devices` along a mesh axis `expert`, `ffn` counts the work of one of them.
 
     The backward pass of a product is two products. Besides, the backward pass repeats
 
@@ -181,8 +178,8 @@ def step_products(
     scores = 6 + 2 * again + (cudnn or model.seq_len > LONGEST_KEPT)
     matrices = 3 if model.activation == "swiglu" else 2
     if model.dense == "none":
-        rows = multiplied_rows(model, batch, devices, in_place) + tokens * model.shared_experts
-        ffn = (3 + again) * layer_flops(model, batch, devices, in_place)
+        rows = multiplied_rows(model, batch, devices) + tokens * model.shared_experts
+        ffn = (3 + again) * layer_flops(model, batch, devices)
         ffn -= again * (expert_flops(model, rows) // matrices + router_flops(model, tokens))
     else:
         product = 2 * tokens * model.width * model.dense_hidden

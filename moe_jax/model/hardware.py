@@ -54,11 +54,6 @@ class Card:
         """Whether an NVIDIA card multiplies bfloat16 in units of its own: from compute capability 8.0 (Ampere) on."""
         return self.tensor_cores and self.capability is not None and self.capability >= 8.0
 
-    @property
-    def multiplies_in_place(self) -> bool:
-        """Whether programs of `kernels/grouped_kernel.py` run here: on NVIDIA cards from compute capability 8.0 on."""
-        return self.capability is not None and self.capability >= 8.0
-
 
 def cpu_bfloat16_units() -> str:
     """The units with which this processor multiplies bfloat16 faster than float32: "AMX" or "AVX-512 BF16".

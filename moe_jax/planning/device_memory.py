@@ -108,17 +108,12 @@ def lower_for(target: Target, program: Any, *arguments: Any) -> Any:
 def for_described_gpu() -> Iterator[None]:
     """The context in which a program for a described card is lowered.
 
-    To lower a kernel in Pallas, jax asks for the name of the card, and knows some names only. It needs the name only
-    for dtypes of 8 bits, which this project's kernels do not use. So one name serves for all cards.
-
     To lower cuDNN's attention, jax asks the library for its version, although XLA compiles the call without it. So the
     question has an answer here, and a plan needs no library of CUDA.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-    stand_in = jax.sharding.AbstractDevice("NVIDIA A10", None, "gpu")
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=stand_in)
-    with mock.patch.object(cudnn, "check_cudnn_version", return_value=CUDNN), jax.sharding.use_abstract_mesh(mesh):
+    with mock.patch.object(cudnn, "check_cudnn_version", return_value=CUDNN):
         yield
 
 

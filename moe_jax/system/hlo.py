@@ -5,10 +5,10 @@ A formula gives the expected cost of a layer. The optimised HLO gives the real c
 once, and the body of a loop as often as the loop runs. So a product in a loop of 12 passes counts 12 times, and a
 product that the compiler removed does not count.
 
-A product is the HLO instruction `dot`, a call of a GPU library (`__cublas$gemm`, `__cublas$lt$matmul`), a program of
-this project's own for a GPU (`model/kernels/grouped_kernel.py`), or a `convolution`, as which a TPU's compiler writes
-every product. cuDNN's attention (`__cudnn$fmhaSoftmax`) is one call with several products, and is counted as one. An
-instruction that may hold products in another form is an error: its operations would be missing from the count.
+A product is the HLO instruction `dot`, a call of a GPU library (`__cublas$gemm`, `__cublas$lt$matmul`), or a
+`convolution`, as which a TPU's compiler writes every product. cuDNN's attention (`__cudnn$fmhaSoftmax`) is one call
+with several products, and is counted as one. An instruction that may hold products in another form is an error: its
+operations would be missing from the count.
 
 On a CPU or a GPU, XLA writes how often a loop runs (`known_trip_count`). On a TPU it does not. There the count is in
 the loop itself: it starts at a constant, adds 1 in each pass, and is compared with another constant.
@@ -29,15 +29,10 @@ _OPCODE = re.compile(r"^(?:\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|\S+) ([\w\-]
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _CALLED_MANY = re.compile(r"\b(branch_computations|called_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r'"?known_trip_count"?:?\s*\{"?n"?:\s*"?(\d+)')
-_KERNEL_CODE = re.compile(r'\bir = "[^"]*"')
-"""The code of a kernel that the program brings along. It may look like any other attribute."""
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _SMALL_CALLS = {"to_apply", "called_computations"}  # scalar functions of reduce, sort, scatter: no products
 _LIBRARY_PRODUCT = re.compile(r"__cublas\$(gemm|lt\$matmul\S*)|__onednn\$matmul\S*")
 _LIBRARY_ATTENTION = re.compile(r"__cudnn\$fmhaSoftmax(Backward)?")
-_OWN_PROGRAM = "__gpu$xla.gpu.triton"
-_GROUPED_ROWS, _GROUPED_WEIGHTS = "grouped_rows", "grouped_weights"
-"""Names of the programs of `model/kernels/grouped_kernel.py`."""
 _UNCOUNTED = re.compile(r"cublas|cudnn|onednn|gemm|matmul|ragged|conv|triton", re.IGNORECASE)
 """Names of custom calls that may multiply matrices."""
 
@@ -114,7 +109,6 @@ def _instruction(text: str) -> Instruction | None:
     opcode = _OPCODE.match(text)
     if opcode is None:
         return None
-    text = _KERNEL_CODE.sub("", text) if opcode[1] == "custom-call" else text
     result = _ARRAY.findall(text[: opcode.start(1)])
     arrays = [(kind, tuple(int(n) for n in dims.split(",") if n)) for kind, dims in result]
     return Instruction(opcode[1], arrays or [("", ())], re.findall(r"%([\w.\-]+)", opcode[2]), text)
@@ -265,8 +259,6 @@ def product(instruction: Instruction, computation: Computation, runs: int) -> Do
         return _convolution(instruction, computation, runs)
     if _LIBRARY_ATTENTION.fullmatch(name):
         return _attention(instruction, computation, runs)
-    if name == _OWN_PROGRAM and (grouped := _grouped(instruction, computation, runs)):
-        return grouped
     if instruction.opcode == "ragged-dot" or _UNCOUNTED.search(name):
         raise ValueError(f"operations of this instruction cannot be counted: {instruction.text[:200]}")
     return None
@@ -282,22 +274,6 @@ def _dot(instruction: Instruction, computation: Computation, runs: int) -> Dot:
     asked = re.search(r'operand_precision"?[=:][{\[]"?(\w+)', text)
     precision = asked[1].lower() if asked else "default"
     flops = 2 * math.prod(out) * math.prod(left[i] for i in axes)
-    return Dot(instruction.op_name, left, right, out, dtype, operand_dtype, precision, flops, runs)
-
-
-def _grouped(instruction: Instruction, computation: Computation, runs: int) -> Dot | None:
-    """The product of a program of `grouped_kernel.py`, or None if it is another program.
-
-    The last two operands are rows [G, R, C] and matrices [E, ...], or two arrays of rows, [G, R, D] and [G, R, F].
-    Every row is multiplied, those of empty groups too.
-    """
-    kind = re.search(r'\bname = "(\w+)"', instruction.text)
-    if kind is None or kind[1] not in (_GROUPED_ROWS, _GROUPED_WEIGHTS):
-        return None
-    (operand_dtype, left), (_, right) = (computation.instructions[name].arrays[0] for name in instruction.operands[-2:])
-    dtype, out = instruction.arrays[0]
-    flops = 2 * math.prod(left) * (out[2] if kind[1] == _GROUPED_ROWS else right[2])
-    precision = "highest" if operand_dtype == "f32" else "default"
     return Dot(instruction.op_name, left, right, out, dtype, operand_dtype, precision, flops, runs)
 
 

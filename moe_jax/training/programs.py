@@ -25,7 +25,7 @@ from moe_jax.model.hardware import Card, cpu_bfloat16_units
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
-from moe_jax.model.moe.layer import InPlaceMoE, MoE
+from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.experts import ExpertParallelMoE, bounded_moe
@@ -39,15 +39,6 @@ from moe_jax.training.optimizers.factory import make_optimizer, needs_whole_matr
 from moe_jax.training.routing_snapshot import Tracer, make_tracer
 from moe_jax.training.state import TrainState, initial_params, initial_state
 from moe_jax.training.step import Gradients, Step, gradients, make_step
-
-
-def trains_in_place(config: RunConfig, device: Any = None) -> bool:
-    """Whether training on one device multiplies blocks with each expert's matrix in place (`moe.layer.InPlaceMoE`).
-
-    Not on a mesh: XLA cannot split such a program over its devices.
-    """
-    blocks = config.model.routing.dispatch == "blocks"
-    return blocks and Card.of(device or jax.devices()[0]).multiplies_in_place
 
 
 def _optimizer(
@@ -110,8 +101,6 @@ class Programs:
         writer, _ = abstract_model(config.model, writing.compute, *stored, moe)
         exchanges = mesh is not None and mesh.shape["expert"] > 1 and moe is MoE
         trained_moe = ExpertParallelMoE if exchanges else moe
-        if mesh is None and moe is MoE and trains_in_place(config, device):
-            trained_moe = InPlaceMoE
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
         card = Card.of(device or jax.devices()[0])
         here = device is None or isinstance(device, jax.Device)

@@ -279,10 +279,9 @@ def test_a_step_in_the_forms_of_a_card_is_compared_with_their_products(
     form: str | None, cudnn: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(arithmetic, "trains_in_place", lambda config: config is not None)
-    monkeypatch.setattr(arithmetic, "step_products", lambda *given: asked.append(given[1:]) or NEEDED)
+    monkeypatch.setattr(arithmetic, "step_products", lambda *_, cudnn: asked.append(cudnn) or NEEDED)
     of_step(monkeypatch, NEEDED, form)
-    assert asked == [(3, 1, True, cudnn)]
+    assert asked == [cudnn]
 
 
 def test_what_bounds_blocks_is_their_plan() -> None:

@@ -113,15 +113,6 @@ def test_rows_that_each_dispatch_multiplies(name: str) -> None:
     assert read_program(program).flops_of("experts") == 2 * rows * 3 * 8 * 6 == expert_flops(config, rows)
 
 
-def test_blocks_in_place_have_fewer_empty_rows() -> None:
-    """The 384 pairs above in blocks of 64 rows: 4 first ones and 383 // 64 = 5 more."""
-    config = tiny.config(seq_len=64, experts=4, dispatch="blocks")
-    assert multiplied_rows(config, 3, in_place=True) == 9 * 64
-    run = RunConfig(model=config)
-    fewer = step_products(run, 3)["ffn"] - step_products(run, 3, in_place=True)["ffn"]
-    assert fewer == config.layers * 3 * expert_flops(config, (6 * 128) - (9 * 64))
-
-
 def test_muon_adds_its_matrix_products() -> None:
     """Of one layer of width 8 with two experts of hidden width 6 and two matrices each, by hand.
 

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from moe_jax.model.kernels import causal_attention as attention_kernel
-from moe_jax.model.kernels import cross_entropy, embedding_lookup, grouped_kernel
+from moe_jax.model.kernels import cross_entropy, embedding_lookup
 from moe_jax.model.kernels import grouped_matmul as grouped
 from moe_jax.model.kernels import query_blocks as cut
 from moe_jax.model.kernels.causal_attention import causal_attention
@@ -116,34 +116,6 @@ def check_lookup() -> None:
     for index, row in zip(ids, rows, strict=True):
         sums[index] += row
     assert tiny.relative_error(jax.jit(embedding_lookup.sum_by_id, static_argnums=2)(ids, rows, 7), sums) < 1e-6
-
-
-def check_grouped_kernel() -> None:
-    """The programs for a GPU, interpreted in place of the form of a CPU, against loops: product and gradients.
-
-    Groups of 64 rows are read in two parts of 32, and 48 columns are three tiles of 16. Expert 1 has no further group,
-    expert 2 has three.
-    """
-    rng = np.random.default_rng(8)
-    experts = [0, 1, 2, 3, 0, 2, 2, 2, 3]
-    rows, d_y = (rng.normal(size=(9, 64, size)).astype(np.float32) for size in (16, 48))
-    weights = rng.normal(size=(4, 16, 48)).astype(np.float32)
-    d_weights = np.zeros_like(weights)
-    for g, e in enumerate(experts):
-        d_weights[e] += rows[g].T @ d_y[g]
-    product = np.stack([rows[g] @ weights[e] for g, e in enumerate(experts)])
-    d_rows = np.stack([d_y[g] @ weights[e].T for g, e in enumerate(experts)])
-
-    def run(rows: jax.Array, weights: jax.Array, further: jax.Array, d_y: jax.Array) -> tuple[jax.Array, ...]:
-        y, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, further, "in_place"), rows, weights)
-        return y, *pull(d_y)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(grouped, "_turns", functools.partial(grouped_kernel.multiply, interpret=True))
-        patch.setattr(grouped, "_turns_backward", functools.partial(grouped_kernel.gradients, interpret=True))
-        found = jax.jit(run)(rows, weights, jnp.asarray(experts[4:]), d_y)
-    for ours, expected in zip(found, (product, d_rows, d_weights), strict=True):
-        assert tiny.relative_error(ours, expected) < 1e-6
 
 
 def check_grouped_heads() -> None:

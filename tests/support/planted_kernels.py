@@ -110,20 +110,6 @@ BUGS = [
         kernel_checks.check_gathered_matmul,
     ),
     Bug(
-        "a program for a GPU takes the expert of another group",
-        "moe_jax.model.kernels.grouped_kernel:_group_at",
-        "experts + place - expert - 1), expert",
-        "experts + place - expert - 1), experts - 1 - expert",
-        kernel_checks.check_grouped_kernel,
-    ),
-    Bug(
-        "a program for a GPU leaves out the last further group of an expert",
-        "moe_jax.model.kernels.grouped_kernel:_sum_of_products",
-        "(1 + ends[e] - first)",
-        "(ends[e] - first).clip(1)",
-        kernel_checks.check_grouped_kernel,
-    ),
-    Bug(
         "a row of a table gets the gradients of its first block only",
         "moe_jax.model.kernels.embedding_lookup:sum_by_id",
         "sums += jnp.where(of(number[:, -1:]), rest[:, None], 0)",

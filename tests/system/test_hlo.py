@@ -104,38 +104,9 @@ def test_a_product_of_a_gpu_library(target: str) -> None:
     assert program.flops == program.flops_of("experts") == 2 * 6 * 40 * 24 * 56
 
 
-OWN_PROGRAM = """HloModule jit_f
-%inner (a: f32[2,2]) -> f32[2,2] {
-  %a = f32[2,2]{1,0} parameter(0)
-  ROOT %d = f32[2,2]{1,0} dot(%a, %a), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-}
-ENTRY %main (t: s32[5], x: bf16[5,16,32], w: bf16[3,32,48], g: bf16[5,16,48]) -> f32[3,32,48] {
-  %t = s32[5]{0} parameter(0)
-  %x = bf16[5,16,32]{2,1,0} parameter(1)
-  %w = bf16[3,32,48]{2,1,0} parameter(2)
-  %g = bf16[5,16,48]{2,1,0} parameter(3)
-  %y = bf16[5,16,48]{2,1,0} custom-call(%t, %t, %x, %w), custom_call_target="__gpu$xla.gpu.triton", \
-metadata={op_name="jit(f)/experts/grouped_rows/pallas_call"}, backend_config={grid_x = 3 : i32, \
-ir = "\\01 calls=%inner op_name=\\22 = dot(", name = "grouped_rows", num_warps = 4 : i32}
-  ROOT %dw = f32[3,32,48]{2,1,0} custom-call(%t, %x, %g), custom_call_target="__gpu$xla.gpu.triton", \
-metadata={op_name="jit(f)/experts/grouped_weights/pallas_call"}, backend_config={ir = "", name = "grouped_weights"}
-}
-"""
-
-
-def test_the_grouped_products_of_a_gpu() -> None:
-    """All rows of all groups are multiplied. The code that a program brings along may look like a call."""
-    product, d_weights = read_program(OWN_PROGRAM).dots
-    assert (product.left, product.right, product.out) == ((5, 16, 32), (3, 32, 48), (5, 16, 48))
-    assert (product.dtype, product.operand_dtype, product.precision) == ("bf16", "bf16", "default")
-    assert (d_weights.left, d_weights.right, d_weights.out) == ((5, 16, 32), (5, 16, 48), (3, 32, 48))
-    assert product.flops == d_weights.flops == 2 * 5 * 16 * 32 * 48
-    assert read_program(OWN_PROGRAM).flops_of("experts") == 2 * product.flops
-
-
 def test_another_program_of_a_gpu_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot be counted"):
-        read_program(OWN_PROGRAM.replace("grouped_rows", "flash_attention"))
+        read_program(LIBRARY_CALL.replace("TARGET", "__gpu$xla.gpu.triton"))
 
 
 def library_attention(mask: str) -> str:

@@ -12,9 +12,7 @@ EPYC (family 25, float32): 16 experts of 512 x 1024 and 4,096 rows took 182 ms a
 in turn. In bfloat16, 16 experts of 192 x 64 and 16,384 rows took 6.7 ms with copies, 11.4 ms in turn.
 
 On a GPU, where a turn is several launches, the groups get copies, in the dtype of the rows. In the compiled step of
-`story-4gb` for an RTX 3050, turns were 119,842 kernels, copies were 3,143. In training, cards of compute capability 8.0
-or more have a third form (`in_place`): programs that read each expert's matrix where it lies (`grouped_kernel.py`).
-Copies made the experts read and write 18.6 GB in this step, these programs 6.8 GB.
+`story-4gb` for an RTX 3050, turns were 119,842 kernels, copies were 3,143.
 
 The gradient of an expert's matrix is a sum over its groups. On a CPU both forms add the groups in order. On a GPU the
 sum is one product with a matrix of zeros and ones (`_sum_of_groups`). The gradient of plain indexing would be a
@@ -28,14 +26,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.kernels import grouped_kernel
 from moe_jax.model.kernels.matmul import matmul, transpose_contiguous, transposed_product
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32, dot_precision
 
-Implementation = Literal["blocked", "in_place", "reference"]
-Form = Literal["copies", "turns", "in_place"]
-"""How the further groups are multiplied."""
+Implementation = Literal["blocked", "reference"]
+Form = Literal["copies", "turns"]
+"""How a CPU multiplies the further groups."""
 
 
 def grouped_matmul(
@@ -48,8 +45,6 @@ def grouped_matmul(
     result has the dtype of `rows`, the gradient of `weights` has theirs.
 
     blocked     the first E groups as one batched product, the others by copies or in turn (see the module)
-    in_place    on an NVIDIA GPU by the programs of `grouped_kernel.py`, if the shapes suit them. `further_expert` must
-                then be sorted. On other devices the further groups follow in turn.
     reference   one group after another, differentiated by jax; the tests compare `blocked` with it
     """
     if isinstance(weights, QuantizedMatrix):
@@ -66,8 +61,6 @@ def grouped_matmul(
             # A plain product. The compiler would turn the batched product into one, but lose its name (`named_scope`).
             return matmul(rows[0], weights[0])[None]
         return matmul(rows, weights)
-    if implementation == "in_place" and grouped_kernel.suits(rows.shape, weights.shape, rows.dtype):
-        return _by_group(rows, weights, further_expert, "in_place")
     copied = width * hidden <= rows.shape[1] * (width + hidden)
     return _by_group(rows, weights, further_expert, "copies" if copied else "turns")
 
@@ -80,12 +73,10 @@ def _by_group(
 
     d_x_g = d_y_g W_e^T        d_W_e = sum of x_g^T d_y_g over the groups g of e
 
-    `form` says how a CPU multiplies the further groups. With "in_place", a CPU takes turns, and an NVIDIA card the
-    programs of `grouped_kernel`. All other devices take copies.
+    `form` says how a CPU multiplies the further groups. All other devices take copies.
     """
     on_cpu = _copied if form == "copies" else _turns
-    on_gpu = {"cuda": grouped_kernel.multiply} if form == "in_place" else {}
-    return jax.lax.platform_dependent(rows, weights, further_expert, cpu=on_cpu, default=_copied, **on_gpu)
+    return jax.lax.platform_dependent(rows, weights, further_expert, cpu=on_cpu, default=_copied)
 
 
 def _by_group_forward(
@@ -96,8 +87,7 @@ def _by_group_forward(
 
 def _by_group_backward(form: Form, residuals: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, Array, None]:
     on_cpu = _copied_backward_in_order if form == "copies" else _turns_backward
-    on_gpu = {"cuda": grouped_kernel.gradients} if form == "in_place" else {}
-    d_rows, d_weights = jax.lax.platform_dependent(*residuals, d_y, cpu=on_cpu, default=_copied_backward, **on_gpu)
+    d_rows, d_weights = jax.lax.platform_dependent(*residuals, d_y, cpu=on_cpu, default=_copied_backward)
     return d_rows, d_weights, None
 
 

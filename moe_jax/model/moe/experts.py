@@ -1,14 +1,12 @@
 """The experts: feed-forward networks without biases, applied to groups of rows."""
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import Activation
-from moe_jax.model.kernels.grouped_matmul import Implementation, grouped_matmul
+from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import vector_matmul
 from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.layers import matrix_init
@@ -26,8 +24,6 @@ class Experts(nnx.Module):
     Parameters: w_in, w_gate (swiglu) `[E, D, F]`, w_out `[E, F, D]`.
     """
 
-    products: ClassVar[Implementation] = "blocked"
-    """How groups of rows are multiplied."""
     w_in_lora: LowRank | None = None
     w_gate_lora: LowRank | None = None
     w_out_lora: LowRank | None = None
@@ -65,10 +61,10 @@ class Experts(nnx.Module):
         ) -> Array:
             inner = self._activate(hidden)
             inner = inner if gate is None else gated(inner, gate)
-            return _add(grouped_matmul(inner, w_out, further_expert, self.products), adapter, inner, further_expert)
+            return _add(grouped_matmul(inner, w_out, further_expert), adapter, inner, further_expert)
 
         hidden = [
-            _add(grouped_matmul(rows, w[...], further_expert, self.products), adapter, rows, further_expert)
+            _add(grouped_matmul(rows, w[...], further_expert), adapter, rows, further_expert)
             for w, adapter in zip(self._input_matrices(), (self.w_in_lora, self.w_gate_lora), strict=False)
         ]
         return rest(hidden, self.w_out[...], self.w_out_lora, gate)
@@ -146,12 +142,6 @@ class Experts(nnx.Module):
         if self.activation == "swiglu":
             return jax.nn.silu(hidden[1]) * hidden[0]
         return jax.nn.gelu(hidden[0], approximate=True)
-
-
-class InPlaceExperts(Experts):
-    """The same, for a GPU whose programs can read each expert's matrix where it lies (`kernels/grouped_kernel.py`)."""
-
-    products = "in_place"
 
 
 def _add(y: Array, adapter: LowRank | None, rows: Array, further_expert: Array | None) -> Array:

@@ -6,7 +6,7 @@ The path of a token through the layer: `router.py` chooses its experts, `dispatc
 
 import math
 from enum import Enum
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +17,11 @@ from moe_jax.config import Activation, ModelConfig, RoutingConfig, capacity
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, PerToken
-from moe_jax.model.moe.experts import Experts, InPlaceExperts
+from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.router import Routing, route, router_logits
 
 BLOCK_ROWS = 128
 """Most rows of a block in training. A product with 128 rows is already fast."""
-IN_PLACE_BLOCK_ROWS = 64
-"""The same for `InPlaceMoE`, which copies no matrix for a block. Of smaller blocks, fewer rows are empty."""
 INFERENCE_BLOCK_FACTOR = 1.5
 """Rows of a block outside training / an expert's fair share of the pairs. At 1.5 few experts need a second block."""
 
@@ -84,10 +82,6 @@ class MoE(nnx.Module):
 
     router_delta: nnx.Param | None = None
     """What adapters add to the router, in training only (`model/low_rank.py`)."""
-    experts_type: ClassVar[type[Experts]] = Experts
-    """The class of the routed experts."""
-    in_place: ClassVar[bool] = False
-    """Whether programs of a GPU multiply blocks with matrices in place, in training (`InPlaceMoE`)."""
 
     def __init__(
         self,
@@ -113,7 +107,7 @@ class MoE(nnx.Module):
         if not 1 <= self.routing.top_k <= experts:
             raise ValueError(f"top_k {self.routing.top_k}: must be between 1 and the number of experts, {experts}")
         self.router = nnx.Param(matrix_init(rngs, (width, experts), scale=ROUTER_SCALE))
-        self.experts = self.experts_type(experts, width, hidden, activation, out_scale, rngs)
+        self.experts = Experts(experts, width, hidden, activation, out_scale, rngs)
         if self.routing.balancing == "bias":
             self.balance_bias = nnx.Param(jnp.zeros(experts))
         self.has_shared = shared_experts > 0
@@ -175,7 +169,7 @@ class MoE(nnx.Module):
         pairs = batch * tokens * policy.top_k
         if mode is Mode.TRAIN:
             if policy.dispatch == "blocks":
-                return Blocks(block_rows(pairs, experts, self.in_place))
+                return Blocks(block_rows(pairs, experts))
             return Capacity(capacity(tokens, experts, policy.top_k, policy.capacity_factor))
         if pairs <= experts:
             return PerToken(skip=mode is Mode.SERVE and batch > 1)
@@ -184,14 +178,6 @@ class MoE(nnx.Module):
             # in a further block, whose product is another program with other roundings.
             return Blocks(batch, in_place=True)
         return Blocks(inference_block_rows(pairs, experts), in_place=True)
-
-
-class InPlaceMoE(MoE):
-    """The same layer for training by blocks on a GPU whose programs multiply in place
-    (`hardware.Card.multiplies_in_place`)."""
-
-    experts_type = InPlaceExperts
-    in_place = True
 
 
 def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_scale: float = 1.0) -> MoE:
@@ -208,14 +194,14 @@ def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_s
     )
 
 
-def block_rows(pairs: int, experts: int, in_place: bool = False) -> int:
+def block_rows(pairs: int, experts: int) -> int:
     """Rows of a block in training: an expert's fair share of the pairs, rounded up to a power of 2. At least 8, at most
-    `pairs` and BLOCK_ROWS, or IN_PLACE_BLOCK_ROWS.
+    `pairs` and BLOCK_ROWS.
 
     The last block of an expert is half empty on average. So with few pairs, blocks of 128 rows would be mostly padding.
     """
     fair = 2 ** math.ceil(math.log2(pairs / experts)) if pairs > experts else 1
-    return min(max(fair, 8), IN_PLACE_BLOCK_ROWS if in_place else BLOCK_ROWS, pairs)
+    return min(max(fair, 8), BLOCK_ROWS, pairs)
 
 
 def inference_block_rows(pairs: int, experts: int) -> int:

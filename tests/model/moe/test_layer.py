@@ -201,7 +201,6 @@ def test_blocks_are_about_the_fair_share_of_an_expert() -> None:
     """128 tokens to 2 of 16 experts: 16 pairs each. The next power of two, from 8 to 128, or all."""
     assert [block_rows(pairs, 16) for pairs in (256, 258, 4096, 40)] == [16, 32, 128, 8]
     assert block_rows(4, 16) == 4
-    assert [block_rows(pairs, 16, in_place=True) for pairs in (256, 1024, 4096)] == [16, 64, 64]
 
 
 def test_blocks_of_evaluation_have_room_for_half_as_much_again() -> None:
