@@ -41,7 +41,7 @@ from typing import Any
 import pytest
 from mutants import ROOT, Mutant, draw, mutate
 
-ANALYSIS = ("inspection", "certificates", "planning", "plots", "benchmarks")
+ANALYSIS = ("inspection", "certify", "planning", "plots", "benchmarks")
 """Command rooms that measure, judge or show. The table sums them up in one more line."""
 ROOMS = ("model", "training", "inference", "data", "runs", *ANALYSIS)
 RUNS = ["tests/training/test_run.py", "tests/training/test_records.py"]
@@ -61,8 +61,7 @@ NEAREST = {
     "data": ["tests/data"],
     **{room: [f"tests/{room}"] for room in ANALYSIS},
     "inspection.trace": ["tests/plots", "tests/test_api.py"],
-    "inspection.figures": ["tests/plots"],
-    "inspection.training_curves": ["tests/training/test_routing_snapshot.py"],
+    "inspection.report": ["tests/training/test_routing_snapshot.py"],
     "inference.traced_pass": ["tests/training/test_routing_snapshot.py"],
     "inference": ["tests/inference", "tests/test_api.py"],
 }

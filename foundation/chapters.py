@@ -108,7 +108,7 @@ CHAPTERS = (
         30,
         "5, 6, 9",
         ("decode", "kept_choices", "leaks"),
-        ("inference/decode.py", "certificates/causality.py", "model/moe/queues.py", "model/moe/variants.py"),
+        ("inference/decode.py", "certify/causality.py", "model/moe/queues.py", "model/moe/variants.py"),
     ),
     Chapter(
         "13_mean_of_means",

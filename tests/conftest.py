@@ -23,7 +23,7 @@ import tests.support.typechecker  # noqa: F401
 
 # This must come before moe_jax is imported. Checked are the modules with functions of arrays. training.state is not
 # checked, because its dataclasses also hold what jax puts in place of arrays (shapes, specifications).
-_CHECKED = ["inference", "model", "inspection", "certificates", "training.evaluate", "training.loss", "training.step"]
+_CHECKED = ["inference", "model", "inspection", "certify", "training.evaluate", "training.loss", "training.step"]
 jaxtyping.install_import_hook([f"moe_jax.{name}" for name in _CHECKED], "tests.support.typechecker.check")
 
 import jax

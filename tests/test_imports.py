@@ -24,7 +24,7 @@ FLOORS = (
     ("interop",),
     ("training",),
     ("plots", "serving"),
-    ("certificates", "inspection", "planning"),
+    ("certify", "inspection", "planning"),
     ("benchmarks",),
     ("api",),
     ("cli",),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from moe_jax.config import ConfigError, MeshShape
 
 if TYPE_CHECKING:
-    from moe_jax.parallel.collectives import Collective
+    from moe_jax.certify.collectives import Collective
 
 LINK_SHARE = 0.8
 """Share of the stated bandwidth that a link reaches. Assumed."""

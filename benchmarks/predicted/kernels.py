@@ -22,7 +22,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from moe_jax.parallel.collectives import array_bytes
+from moe_jax.certify.collectives import array_bytes
 from moe_jax.system.hlo import Computation, Dot, Instruction, calls, parse, product, scopes
 
 _NO_KERNEL = {

@@ -18,9 +18,9 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
+from moe_jax.certify.collectives import Collective, Kind, bytes_by_kind, groups_along, read_collectives
+from moe_jax.certify.mesh import ideal_bytes
 from moe_jax.config import MeshShape, RunConfig
-from moe_jax.parallel.collectives import Collective, Kind, bytes_by_kind, groups_along, read_collectives
-from moe_jax.parallel.ideal import ideal_bytes
 from moe_jax.planning.target import Target
 from moe_jax.system.environment import MIB
 from moe_jax.system.hlo import read_program

@@ -11,7 +11,7 @@
 #
 # The code is `foundation/caching.py`. The project writes with
 # `moe_jax/inference/decode.py`. Its queues are `moe_jax/model/moe/queues.py` and
-# `moe_jax/model/moe/variants.py`, and `moe_jax/certificates/causality.py` tests a
+# `moe_jax/model/moe/variants.py`, and `moe_jax/certify/causality.py` tests a
 # trained model.
 #
 # ## Step 1: two tests, not one

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from moe_jax.certificates.certificate import Certificate
+    from moe_jax.certify import Certificate
 
 
 TRIED = (
@@ -67,8 +67,8 @@ class Certify(Command):
         MeshShape.parse(self.mesh)
         environment.prepare_environment()
         with working(f"loading {what}"):
-            from moe_jax.certificates.certify import certify, initial_params
-            from moe_jax.certificates.on_mesh import certify_mesh
+            from moe_jax.certify.mesh import certify_mesh
+            from moe_jax.certify.model import certify, initial_params
             from moe_jax.parallel.mesh import mesh_of
             from moe_jax.runs.load import open_run
             from moe_jax.system.terminal import rich_console

@@ -189,7 +189,7 @@ class Decoder:
     def look(self, params: Params, tokens: Sequence[int]) -> TokenDetails:
         """The log-probabilities and the experts of a prompt of 1 to T tokens, as NumPy arrays. Rows behind its last
         token mean nothing."""
-        padded = _padded(tokens, self.seq_len + 1)
+        padded: Any = _padded(tokens, self.seq_len + 1)
         decisions, predicted = jax.tree.map(np.asarray, self._look(params, padded))
         loss, likeliest, logprob = (np.roll(rows[0], 1, axis=0) for rows in predicted)  # token t is predicted by t - 1
         loss[0] = 0

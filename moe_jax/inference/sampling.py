@@ -4,7 +4,7 @@ Chapter 15 of `foundation` derives the filters, and a test compares the distribu
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,10 @@ class Sampling(NamedTuple):
 
     def in_own_types(self) -> "Sampling":
         """The same settings, with a float where `temperature=0` gave a whole number: jit would compile anew for it."""
-        return Sampling(*(np.float32(v) if name != "top_k" else np.int32(v) for name, v in self._asdict().items()))
+        own: list[Any] = [
+            np.int32(value) if name == "top_k" else np.float32(value) for name, value in self._asdict().items()
+        ]
+        return Sampling(*own)
 
 
 RANKED = 1024

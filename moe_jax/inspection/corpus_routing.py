@@ -1,11 +1,10 @@
-"""What the routers of a trained model do on its validation text: load, drops, co-activation, flow, specialisation.
+"""What the routers of a trained model do on its validation text: load, drops, co-activation, flow.
 
 The model reads at most CORPUS_TOKENS tokens once, with the dispatch of training and its capacity, if it has one. The
 decisions are counted on the host. Choices are counted before drops, so the counts show what the router prefers. Only
 `dropped_at` counts drops.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +18,6 @@ CORPUS_TOKENS = 16_384
 BATCH_TOKENS = 4_096
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """Capacity factors for which drops are computed. The run's own factor is added if the run has a capacity."""
-SIGNIFICANCE = 0.001
-"""A preference is reported if its p-value is below this level after Bonferroni's correction for all tests."""
-LEAST_COUNT = 5
-"""A preference is reported only if the token chose the expert at least this often."""
 POSITION_BINS = 32
 STARVED = 0.1
 """An expert with less than this share of its fair load is called starved. An expert that no token chose is dead."""
@@ -117,66 +112,6 @@ def count_routing(
         entropy=router_entropy(probs),
         dropped_at=1 - keep.mean((1, 3)),
     )
-
-
-def log_likelihood_ratio(both: np.ndarray, row: np.ndarray, column: np.ndarray, total: int) -> np.ndarray:
-    """G^2, the log-likelihood ratio of 2 x 2 tables (Dunning 1993): is a kind of token independent of an expert?
-
-    Of `total` tokens, `row` chose the expert, `column` are of the kind, and `both` are of the kind and chose the
-    expert. G^2 is 0 where the counts are exactly as expected from independence. If kind and expert are independent, G^2
-    is distributed as chi-square with one degree of freedom.
-    """
-    row, column = np.broadcast_arrays(row, column)
-    observed = np.stack([both, row - both, column - both, total - row - column + both]).astype(float)
-    expected = np.stack(
-        [row * column, row * (total - column), (total - row) * column, (total - row) * (total - column)]
-    )
-    expected = expected / total
-    with np.errstate(divide="ignore", invalid="ignore"):
-        terms = np.where(observed > 0, observed * np.log(observed / expected), 0.0)
-    return np.maximum(2 * terms.sum(0), 0.0)
-
-
-def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str, Any]]]:
-    """For each layer and expert, the tokens that choose the expert more often than by chance, strongest first.
-
-    All of them are significant after correction. An entry holds
-    `tokens`: at most `most` of these tokens. Of each: `id`; `here`, how often it chose this expert; `all`, how often it
-    occurs; `times`, `here` divided by the count expected by chance; `g2`, its G^2.
-    `kinds`: how many different tokens prefer the expert.
-    `share`: these tokens' share of all choices of the expert.
-    """
-    totals = np.diagonal(corpus.together, axis1=1, axis2=2)
-    looked_at = corpus.by_token.shape[0] * corpus.by_token.shape[1] * int((corpus.token_counts >= LEAST_COUNT).sum())
-    column = corpus.token_counts
-    found = []
-    for by_expert, sizes in zip(corpus.by_token, totals, strict=True):
-        layer = []
-        for both, size in zip(by_expert, sizes, strict=True):
-            expected = size * column / corpus.tokens
-            strength = log_likelihood_ratio(both, np.asarray(size), column, corpus.tokens)
-            strength = np.where((both > expected) & (both >= LEAST_COUNT), strength, 0.0)
-            preferred = np.flatnonzero([p_value(g) * looked_at < SIGNIFICANCE for g in strength])
-            order = preferred[np.argsort(-strength[preferred], kind="stable")]
-            tokens = [
-                {
-                    "id": int(t),
-                    "here": int(both[t]),
-                    "all": int(column[t]),
-                    "times": round(float(both[t] / expected[t]), 2),
-                    "g2": round(float(strength[t]), 1),
-                }
-                for t in order[:most]
-            ]
-            share = float(both[preferred].sum() / size) if size else 0.0
-            layer.append({"tokens": tokens, "kinds": len(preferred), "share": round(share, 4)})
-        found.append(layer)
-    return found
-
-
-def p_value(g2: float) -> float:
-    """The p-value of G^2: probability of a value at least as large without any preference (chi-square, one degree)."""
-    return math.erfc(math.sqrt(g2 / 2))
 
 
 def dead_experts(corpus: CorpusRouting) -> list[dict[str, Any]]:

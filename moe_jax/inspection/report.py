@@ -16,8 +16,8 @@ all the numbers that it shows as one JSON object (`<script type="application/jso
     attention         for each layer, head and token a flat list: steps back, percent, steps back, percent, ...
     corpus            counts on validation text (see `corpus_routing.corpus_data`), or null without such a text
     corpus_missing    why there is no validation text; empty if there is one
-    specialisation    for each layer and expert, the tokens that prefer it (see `corpus_routing.specialisation`)
-                      and the kinds of tokens that prefer it (see `token_groups.group_preferences`)
+    specialisation    for each layer and expert, the tokens that prefer it (see `specialisation`)
+                      and the kinds of tokens that prefer it (see `group_preferences`)
     training          curves of metrics.jsonl and of the saved traces (see `training_curves`)
     compiled          the compiled MoE layer (see `compiled_layer`)
 """
@@ -34,15 +34,14 @@ from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inference.traced_pass import check_routed
 from moe_jax.inspection.ablation import ablation, ablation_data
 from moe_jax.inspection.compiled_layer import compiled_layer
-from moe_jax.inspection.corpus_routing import CORPUS_TOKENS, CorpusRouting, corpus_data, corpus_routing, specialisation
-from moe_jax.inspection.token_groups import group_preferences
+from moe_jax.inspection.corpus_routing import CORPUS_TOKENS, CorpusRouting, corpus_data, corpus_routing
+from moe_jax.inspection.specialisation import group_preferences, specialisation
 from moe_jax.inspection.trace import RoutingTrace, routing_trace, trace_tokens
-from moe_jax.inspection.training_curves import training_curves
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.pages.assembly import filled, page_file, page_script, page_style, security_policy
 from moe_jax.plots.figures import run_figures, save_figures
 from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.runs.records import read_summary
+from moe_jax.runs.records import load_entropy, read_metrics, read_snapshots, read_summary
 from moe_jax.system.files import Folder, json_text, write_output
 
 SCHEMA = 1
@@ -55,6 +54,9 @@ ATTENTION_ENTRIES = 200_000
 """Most attention weights of a page. Each token, head and layer keeps a few of them, fewer in a long text."""
 MOST_PER_TOKEN = 8
 LEAST_PERCENT = 2
+MOST_POINTS = 160
+MOST_TRACES = 12
+"""Most saved traces whose choices the page shows. The curves show all traces."""
 
 
 def report_path(folder: Path, of_a_text: bool = False) -> Path:
@@ -199,7 +201,7 @@ def _specialisation_data(
         empty = {"tokens": [], "kinds": 0, "share": 0.0, "groups": []}
         return [[empty] * trace.config.experts for _ in range(trace.config.layers)]
     found = specialisation(corpus)
-    groups = group_preferences(corpus, run.tokenizer, run.config.data.source == "stories")
+    groups = group_preferences(corpus, run.tokenizer)
     for layer, e in np.ndindex(len(found), trace.config.experts):
         entry = found[layer][e]
         entry["groups"] = groups[layer][e]
@@ -239,6 +241,48 @@ def attention_data(trace: RoutingTrace) -> dict[str, Any]:
             pairs = np.stack([back[layer, head, i][chosen], top[layer, head, i][chosen]], axis=1)
             weights[layer][head].append(pairs.reshape(-1).tolist())
     return {"heads": heads, "tokens": shown, "weights": weights}
+
+
+def training_curves(folder: Path, run: LoadedRun) -> dict[str, Any]:
+    """Values by step, at most MOST_POINTS steps. `load` is [steps][L][E]; `spread` is [L][steps], the load's entropy
+    divided by ln E."""
+    records = read_metrics(folder)
+    train = [r for r in records["train"] if r.get("load")]
+    train = [train[i] for i in np.unique(np.linspace(0, len(train) - 1, MOST_POINTS).astype(int))] if train else []
+    load = [r["load"] for r in train]
+    return {
+        "step": [r["step"] for r in train],
+        **{name: [r.get(name) for r in train] for name in ("loss", "balance_loss", "drop_fraction")},
+        "load": load,
+        "spread": load_entropy(np.array(load)).T.tolist() if load else [],
+        "val": {name: [r.get(name) for r in records["val"]] for name in ("step", "loss", "bits_per_byte")},
+        "traces": _traces(folder, run),
+    }
+
+
+def _traces(folder: Path, run: LoadedRun) -> dict[str, Any]:
+    """What the page shows of the saved traces, each of the same n tokens.
+
+    `entropy` and `drop` [L][steps]. `same` [L][steps]: the share of tokens whose first choice is the same as in the
+    trace before; null for the first trace. `shown`: the text of the tokens, and their first choices [steps][L][n] at
+    no more than MOST_TRACES steps, the last one included.
+    """
+    saved = read_snapshots(folder)
+    if not saved:
+        return {"step": []}
+    first = np.array([[layer[:: run.config.model.routing.top_k] for layer in trace["expert"]] for trace in saved])
+    same = (first[1:] == first[:-1]).mean(2).round(4).T.tolist()
+    picked = np.unique(np.linspace(0, len(saved) - 1, MOST_TRACES).astype(int))
+    return {
+        "step": [trace["step"] for trace in saved],
+        **{name: np.array([trace[name] for trace in saved]).T.tolist() for name in ("entropy", "drop")},
+        "same": [[None, *row] for row in same],
+        "shown": {
+            "pieces": token_pieces(run.tokenizer, np.array(saved[-1]["tokens"], np.int32)),
+            "step": [saved[i]["step"] for i in picked],
+            "first": first[picked].tolist(),
+        },
+    }
 
 
 def _flat(array: np.ndarray) -> list[list[Any]]:

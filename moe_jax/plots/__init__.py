@@ -3,5 +3,5 @@
     figures.py  curves of one run or of several, and the load of the experts
     scaling.py  the picture of `plan --scaling`
 
-The figures of a trace are `inspection.figures`.
+The figures of a trace are `inspection.trace`.
 """

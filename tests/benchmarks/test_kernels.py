@@ -3,7 +3,7 @@
 import pytest
 from predicted.kernels import Kernel, read_kernels
 
-from moe_jax.parallel.collectives import array_bytes
+from moe_jax.certify.collectives import array_bytes
 
 SUM = """%sum (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)

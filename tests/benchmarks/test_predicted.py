@@ -19,9 +19,9 @@ from predicted.many_devices import DevicePlan, Step, devices_like, on_other_mesh
 from predicted.roofline import REST, Rates, predict
 from predicted.tpu import Slice
 
+from moe_jax.certify.collectives import Collective, groups_along
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.parallel.collectives import Collective, groups_along
 from moe_jax.planning.device_memory import back_ends, compile_for_gpu, lower_for
 from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import Dot

@@ -136,29 +136,6 @@ def narrow(browser: Any, written: Path, out: Path, mean: list[float]) -> Opened:
     return opened
 
 
-def test_the_chosen_cell_is_in_view_on_a_narrow_screen(browser: Any, written: Path, tmp_path: Path) -> None:
-    """Of sixteen experts the last one is missed most."""
-    opened = narrow(browser, written, tmp_path / "page.html", [0.0] * 15 + [0.1])
-    cell = opened.page.locator('.cell[aria-pressed="true"]').bounding_box()
-    assert 0 < cell["x"] < cell["x"] + cell["width"] < 420
-    assert opened.page.evaluate("document.documentElement.scrollWidth") == 420
-    opened.page.close()
-
-
-def test_numbers_are_not_cut_on_a_narrow_screen(browser: Any, written: Path, tmp_path: Path) -> None:
-    """Of eight experts the fourth is chosen, so the table is scrolled. A number that lost its sign would be wrong."""
-    opened = narrow(browser, written, tmp_path / "page.html", [-0.001] * 3 + [0.1] + [-0.001] * 4)
-    opened.page.wait_for_timeout(300)
-    edge, boxes = opened.page.evaluate(
-        """() => { const row = document.querySelector(".cells tbody tr"), box = (n) => n.getBoundingClientRect();
-        return [box(row.querySelector("th")).right,
-                [...row.querySelectorAll(".cell")].map((c) => [box(c).left, box(c).right])]; }"""
-    )
-    assert boxes[0][0] < edge - 10, "it is scrolled"
-    assert all(left >= edge - 1 or right <= edge + 1 for left, right in boxes)
-    opened.page.close()
-
-
 def test_without_an_ablation_the_reason_is_said(browser: Any, written: Path, tmp_path: Path) -> None:
     from moe_jax.inspection.report import render
 

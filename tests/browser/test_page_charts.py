@@ -72,18 +72,6 @@ def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any,
     opened.page.close()
 
 
-def test_the_counts_are_a_table_too(opened: Opened) -> None:
-    opened.draw_everything()
-    opened.page.locator("#counts summary").click()
-    opened.page.locator("#counts table").wait_for()
-    rows = opened.page.locator("#counts tbody tr").all_inner_texts()
-    entries = [(e, t) for e, x in enumerate(opened.data["specialisation"][0]) for t in x["tokens"]]
-    assert len(rows) == len(entries) > 0
-    for row, (e, token) in zip(rows, entries, strict=True):
-        cells = row.split("\t")
-        assert (cells[0], cells[2], cells[3]) == (str(e), f"{token['here']:,}", f"{token['all']:,}")
-
-
 def test_the_card_of_an_expert_lights_its_tokens(opened: Opened) -> None:
     opened.draw_everything()
     opened.page.locator(".specialist h4 button").nth(3).click()
@@ -115,12 +103,3 @@ def test_the_saved_traces_are_painted_in_the_colours_of_their_experts(opened: Op
     tip = opened.page.locator("#tip").inner_text()
     assert tip.startswith("Step 40: ")
     assert tip.endswith(f"(token 2) chose expert {shown['first'][1][LAYERS - 1][1]}")
-
-
-def test_a_press_in_the_picture_of_a_head_chooses_the_token(opened: Opened) -> None:
-    opened.draw_everything()
-    canvas = opened.page.locator("#heads canvas").first
-    box = canvas.bounding_box()
-    tokens = opened.data["attention"]["tokens"]
-    canvas.click(position={"x": 5, "y": box["height"] * 50.5 / tokens})
-    assert "token 51 of" in opened.page.locator("#card .where").inner_text()

@@ -6,9 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.inspection.report import write_report
 from tests.browser.opened import HOSTILE, LAYERS, E, K, Opened, page_data
-from tests.support import saved_run
 
 
 def assert_coloured_by(opened: Opened, layer: int) -> None:
@@ -108,28 +106,6 @@ def test_the_card_lists_the_likeliest_next_tokens(opened: Opened) -> None:
     assert opened.page.locator("#card .next > *").count() == 0
 
 
-def test_an_expert_lights_its_tokens_in_every_layer(opened: Opened) -> None:
-    opened.page.locator('#legend button[data-expert="2"]').click()
-    for layer in range(LAYERS):
-        opened.page.locator("#layer").fill(str(layer))
-        lit = [i for i, t in enumerate(opened.tokens()) if "lit" in t["classes"].split()]
-        expected = [i for i in range(len(opened.tokens())) if 2 in [opened.expert(layer, i, k) for k in range(K)]]
-        assert lit == expected
-    opened.page.keyboard.press("Escape")
-    assert not any("lit" in t["classes"].split() for t in opened.tokens())
-
-
-def test_the_text_can_be_walked_by_keyboard(opened: Opened) -> None:
-    opened.page.locator('.t[data-i="0"]').focus()
-    heading = opened.page.locator("#card h3")
-    for key, at in (("ArrowRight", 1), ("ArrowRight", 2), ("ArrowLeft", 1), ("End", None), ("Home", 0)):
-        opened.page.keyboard.press(key)
-        i = len(opened.data["text"]["pieces"]) - 1 if at is None else at
-        assert opened.page.evaluate("document.activeElement.dataset.i") == str(i)
-        assert f"token {i + 1} of" in opened.page.locator("#card .where").inner_text()
-    assert heading.inner_text() == "<|endoftext|>"
-
-
 def test_text_is_text(opened: Opened) -> None:
     """Markup and scripts are shown and not run; bytes of cut characters and signs that would turn the line round are
     spelled out; every paragraph of Hebrew letters would run to the left."""
@@ -165,27 +141,4 @@ def test_whole_characters_of_any_writing(browser: Any, written: Path, tmp_path: 
     # The separator is Latin, but the first letters of what follows decide: it is spelled, not text.
     assert opened.page.locator(".tokens p").first.get_attribute("dir") == "rtl"
     assert opened.page.locator(".tokens p").nth(1).get_attribute("dir") == "ltr"
-    opened.page.close()
-
-
-def test_a_long_text_is_laid_out_paragraph_by_paragraph(browser: Any, written: Path, tmp_path: Path) -> None:
-    """4,096 tokens in one line: every token is coloured, in paragraphs that the browser may leave out of sight."""
-    run = written.parent.parent
-    path = write_report(run, tmp_path / "page.html", text=(saved_run.STORY.strip() + " ") * 46)
-    opened = Opened(browser, path)
-    n = len(opened.data["text"]["pieces"])
-    assert n > 4096
-    opened.page.locator("#layer").fill("1")
-    firsts = opened.page.locator(".tokens .t").evaluate_all("(nodes) => nodes.map((t) => Number(t.dataset.expert))")
-    assert firsts == [opened.expert(1, i) for i in range(n)]
-    assert (
-        opened.page.locator(".tokens").evaluate("(box) => box.textContent").split()
-        == ("<|endoftext|>" + (saved_run.STORY.strip() + " ") * 46).split()
-    )
-    sizes = opened.page.locator(".tokens p").evaluate_all(
-        "(boxes) => boxes.map((p) => [p.childElementCount, getComputedStyle(p).contentVisibility])"
-    )
-    assert max(size for size, _ in sizes) <= 240
-    assert {visibility for _, visibility in sizes} == {"auto"}
-    assert opened.said == []
     opened.page.close()

@@ -51,7 +51,6 @@ def test_nothing_is_loaded_nothing_fails_nothing_overflows(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_stands_out_from_its_ground(browser: Any, written: Path, tmp_path: Path, scheme: str) -> None:
     """WCAG 2.2 AA, 4.5 to 1: for twenty experts, as the page is, with a token chosen, and with an expert lit."""
-    from moe_jax.inspection.report import render
 
     data = json.loads(page_data(written))
     count, data["model"]["experts"], data["corpus"] = data["model"]["experts"], 20, None
@@ -147,54 +146,3 @@ def test_the_compiled_program_is_folded_and_the_bar_stays(opened: Opened) -> Non
         assert bar["y"] == 0
         assert heading["y"] >= bar["height"]
     assert opened.page.locator(".tabs a[aria-current]").count() == 1
-
-
-def test_a_group_is_one_tab_stop(opened: Opened) -> None:
-    """Of each group one item takes the focus by Tab; arrow keys move among the others."""
-    opened.draw_everything()
-    stops = lambda name: opened.page.locator(f'{name}[tabindex="0"]').count()  # noqa: E731
-    groups = ("#legend button", "#off-grid .cell", "#off-tokens .o", "#tokens .t", "#load .expert-bar", "#flow .node")
-    for name in groups:
-        assert stops(name) == 1, name
-        assert opened.page.locator(name).count() > 3
-    cards = opened.page.locator(".specialist")
-    with_chips = [n for n in range(cards.count()) if cards.nth(n).locator("li").count()]
-    assert with_chips
-    for n in with_chips:
-        assert cards.nth(n).locator('li[tabindex="0"]').count() == 1
-    legend = opened.page.locator("#legend button")
-    legend.first.focus()
-    for key, at in (("ArrowRight", 1), ("End", E - 1), ("ArrowRight", E - 1), ("ArrowLeft", E - 2), ("Home", 0)):
-        opened.page.keyboard.press(key)
-        assert opened.page.evaluate("document.activeElement.dataset.expert") == str(at)
-        assert stops("#legend button") == 1
-
-
-@pytest.mark.parametrize("dropped", [0.0, 0.1, None])
-def test_a_score_without_drops_says_so(browser: Any, written: Path, tmp_path: Path, dropped: float | None) -> None:
-    """The share that is dropped stands beside it, and is that of the text with the slots of training."""
-    data = json.loads(page_data(written))
-    data["run"]["val_drop_fraction"] = dropped
-    path = tmp_path / "page.html"
-    path.write_text(render(data), encoding="utf-8")
-    opened = Opened(browser, path)
-    assert ("where nothing is dropped" in opened.page.locator("#facts").inner_text()) == (dropped == 0.0)
-    opened.page.close()
-
-
-def test_indecision_is_explained_in_experts(opened: Opened) -> None:
-    """An entropy of h, as a share of ln E, is that of an even choice among E^h experts."""
-    mean = sum(opened.data["corpus"]["entropy"]) / LAYERS
-    facts = opened.page.locator("#facts").inner_text().replace("\u00a0", " ")
-    assert f"{mean:.2f} is like an even choice among {E**mean:.1f} of {E}" in facts
-    opened.page.locator("#own").scroll_into_view_if_needed()
-    command = opened.page.locator("#own-command").inner_text()
-    assert command == 'uv run python -m moe_jax inspect --run runs/run --text "A small dragon lost its hat."'
-
-
-def test_the_glossary_holds_for_one_choice_and_for_balance_by_bias(opened: Opened) -> None:
-    """The gate of a single choice is its probability (`route`), and with a bias it is p + bias that decides."""
-    opened.page.locator(".glossary summary").click()
-    words = opened.page.locator(".glossary").inner_text()
-    assert "a single choice has the router's probability as its gate" in words
-    assert "a number of each expert is added to its probability before the largest few are taken" in words

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.browser.served import Served
-from tests.support.stand_in_server import MODEL, StandIn
+from tests.support.stand_in_server import StandIn
 
 BUSY = "The server is busy and its queue is full. Wait a little, then press Write again."
 
@@ -95,24 +95,3 @@ SLOW_MODEL = """
     return real(path, options);
   };
 """
-
-
-def test_write_is_pressed_before_the_model_is_known(browser: Any, says: StandIn) -> None:
-    """The model is shown once, and one text is written."""
-    served = Served(browser, says)
-    served.page.add_init_script(SLOW_MODEL)
-    served.page.reload()
-    served.page.locator("#write").click()
-    served.page.locator("#status", has_text="Finished").wait_for()
-    assert served.page.locator("#suggested button").count() == len(MODEL["prompts"])
-    served.page.close()
-
-
-def test_in_a_conversation_an_error_names_the_button_of_a_conversation(browser: Any, says: StandIn) -> None:
-    says.model = MODEL | {"chat": True}
-    served = Served(browser, says).ready()
-    says.refuse = (429, "too many requests")
-    served.page.locator("#prompt").fill("Hello")
-    served.page.locator("#write").click()
-    assert line(served) == BUSY.replace("press Write", "press Send")
-    served.page.close()

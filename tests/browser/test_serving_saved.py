@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from moe_jax.pages.assembly import digest
 from tests.browser.contrast import CONTRAST
 from tests.browser.opened import Watched
@@ -81,13 +79,6 @@ def test_the_policy_of_the_saved_file_is_its_own_script_and_no_network(served: S
     assert "connect-src 'none'" in policy
     assert "unsafe" not in policy
     assert text.count("<script") == text.count("</script") == 2
-
-
-def test_a_text_that_is_saved_twice_is_not_saved_into_itself(served: Served, tmp_path: Path) -> None:
-    """The second file has the second text only."""
-    first = save(served.write(), tmp_path).stat().st_size
-    served.write("Once upon a time")
-    assert save(served, tmp_path).stat().st_size == pytest.approx(first, abs=200)
 
 
 def test_a_conversation_is_saved_with_what_was_said(browser: Any, says: StandIn, tmp_path: Path) -> None:

@@ -76,16 +76,6 @@ def test_the_bars_hold_the_shares_of_the_choices(served: Served) -> None:
     assert even == pytest.approx(100 / E / top)
 
 
-def test_an_expert_lights_up_its_tokens(served: Served) -> None:
-    served.write()
-    ids = served.ids()[:-1]
-    e = experts_of(ids[0])[0][0]
-    served.page.locator("#loads button").nth(e).click()
-    lit = served.page.locator("#tokens .t").evaluate_all("(all) => all.map((t) => t.classList.contains('lit'))")
-    assert lit == [*(e in experts_of(token)[0] for token in ids), False]
-    assert served.page.locator('#loads button[aria-pressed="true"]').count() == 1
-
-
 @pytest.mark.parametrize("reach", ["hover", "focus", "click"])
 def test_a_card_says_experts_gates_probability_and_the_likeliest_others(served: Served, reach: str) -> None:
     served.write()
@@ -112,22 +102,6 @@ def test_a_card_says_experts_gates_probability_and_the_likeliest_others(served: 
             said = "; ".join(f"expert {e}, gate {gate:.3f}" for e, gate in pairs)
             assert row.get_attribute("aria-label") == f"Layer {layer}: {said}"
             assert row.locator(".dot").all_inner_texts() == [str(e) for e in experts_of(token)[layer]]
-
-
-def test_the_card_of_the_last_token_does_not_invent_experts(served: Served) -> None:
-    served.write()
-    served.page.locator("#tokens .t").last.click()
-    assert "Its experts are not known yet" in served.card()
-
-
-def test_a_press_holds_the_card_while_the_pointer_passes_other_tokens(served: Served) -> None:
-    served.write()
-    served.page.locator('.t[data-i="4"]').click()
-    served.page.locator('.t[data-i="6"]').hover()
-    assert served.page.locator("#card h3").inner_text() == "there"
-    served.page.keyboard.press("Escape")
-    served.page.locator('.t[data-i="7"]').hover()
-    assert served.page.locator("#card h3").inner_text() == "dragon"
 
 
 def test_going_on_from_another_token_sends_the_ids_up_to_it_and_keeps_the_former_text(served: Served) -> None:
@@ -162,17 +136,6 @@ def test_again_with_the_next_seed_keeps_what_was_given(served: Served) -> None:
     assert served.shown_pieces() == READ + WRITTEN
     served.page.locator("#temperature").fill("0")
     assert not served.page.locator("#again").is_visible()  # every seed gives the same text
-
-
-def test_going_on_from_the_end_learns_the_experts_of_the_last_token(served: Served) -> None:
-    served.write()
-    ids = served.ids()
-    served.press("#go-on")
-    assert served.says.asked[-1][1]["prompt"] == [0, *ids]
-    assert served.shown_pieces() == READ + WRITTEN + WRITTEN
-    served.assert_coloured(0, [*served.ids()[:-1], None])
-    counted = sum(Counter(e for token in served.ids()[:-1] for e in experts_of(token)[0]).values())
-    assert counted == K * (len(READ) + 2 * len(WRITTEN) - 1)
 
 
 def test_a_text_longer_than_the_context_goes_on_without_an_echo(browser: Any, says: StandIn) -> None:

@@ -2,9 +2,8 @@
 
 import pytest
 
-from moe_jax.certificates.causality import VARIANTS
-from moe_jax.certificates.certificate import Certificate
-from moe_jax.certificates.perturbation import PerturbationResult
+from moe_jax.certify import Certificate
+from moe_jax.certify.causality import VARIANTS, PerturbationResult
 from moe_jax.cli import certify
 from moe_jax.system.terminal import rich_console
 

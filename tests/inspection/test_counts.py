@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.inspection import compiled_layer, corpus_routing, figures, report, trace, training_curves
+from moe_jax.inspection import compiled_layer, corpus_routing, report, trace
+from moe_jax.inspection import specialisation as specialised
 from moe_jax.inspection.compiled_layer import shortened, without_sources
-from moe_jax.inspection.corpus_routing import CorpusRouting, corpus_data, dead_experts, p_value, specialisation
+from moe_jax.inspection.corpus_routing import CorpusRouting, corpus_data, dead_experts
+from moe_jax.inspection.specialisation import p_value, specialisation
 from moe_jax.inspection.trace import RoutingTrace
 from tests.inspection.test_trace import opened
 from tests.support import tiny
@@ -72,13 +74,6 @@ def test_positions_are_put_into_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (data["tokens"], data["windows"], data["worst_window"], data["drops"]) == (8, 2, [[4, 3]], [0.5])
 
 
-def test_the_runs_own_factor_is_among_the_factors() -> None:
-    own = corpus([[5], [3]], [[4, 0], [1, 3]], [8], capacity_factor=1.1)
-    assert corpus_data(own)["drops_by_factor"]["factor"] == sorted([*corpus_routing.FACTORS, 1.1])
-    dropless = corpus([[5], [3]], [[4, 0], [1, 3]], [8], capacity_factor=1.1, dispatch="blocks")
-    assert corpus_data(dropless)["drops_by_factor"]["factor"] == sorted(corpus_routing.FACTORS)
-
-
 def test_preferences_are_ordered_bounded_and_summed() -> None:
     """Tokens 0, 1 and 2 choose expert 0 whenever they occur, and token 3 never does."""
     counts = [40, 60, 50, 150]
@@ -87,7 +82,7 @@ def test_preferences_are_ordered_bounded_and_summed() -> None:
     assert [t["id"] for t in first["tokens"]] == [1, 2, 0], "the strongest first"
     assert (first["kinds"], first["share"], second["kinds"], second["share"]) == (3, 1.0, 1, 1.0)
     assert first["tokens"][0] == {"id": 1, "here": 60, "all": 60, "times": 2.0, "g2": first["tokens"][0]["g2"]}
-    both = corpus_routing.log_likelihood_ratio(np.array([60]), np.array([150]), np.array([60]), 300)
+    both = specialised.log_likelihood_ratio(np.array([60]), np.array([150]), np.array([60]), 300)
     assert first["tokens"][0]["g2"] == round(float(both[0]), 1)
     few = specialisation(found, most=2)[0][0]
     assert ([t["id"] for t in few["tokens"]], few["kinds"]) == ([1, 2], 3)
@@ -100,17 +95,13 @@ def test_a_preference_needs_five_choices(times: int, kinds: int) -> None:
     assert specialisation(found)[0][0]["kinds"] == kinds
 
 
-def test_an_expert_that_nothing_chose_prefers_nothing() -> None:
-    assert specialisation(corpus([[0], [50]], [[0, 50]], [50]))[0][0] == {"tokens": [], "kinds": 0, "share": 0.0}
-
-
 def test_preferences_are_corrected_for_the_number_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two experts and two tokens that occur often enough are four tests; a rare third token is none."""
     asked: list[float] = []
-    monkeypatch.setattr(corpus_routing, "p_value", lambda g2: asked.append(g2) or 0.000_25)
+    monkeypatch.setattr(specialised, "p_value", lambda g2: asked.append(g2) or 0.000_25)
     found = corpus([[30, 0, 1], [0, 30, 1]], [[31, 31]], [30, 30, 2])
     assert sum(e["kinds"] for e in specialisation(found)[0]) == 0  # 4 x 0.00025 is not below 0.001
-    monkeypatch.setattr(corpus_routing, "p_value", lambda g2: 0.000_249 if g2 else 1.0)
+    monkeypatch.setattr(specialised, "p_value", lambda g2: 0.000_249 if g2 else 1.0)
     assert [e["kinds"] for e in specialisation(found)[0]] == [1, 1]
 
 
@@ -124,9 +115,8 @@ def test_a_stream_is_cut_into_windows(length: int, windows: int, monkeypatch: py
     def step(_: Any, rows: np.ndarray) -> Any:
         seen.append(rows)
         shape = (2, *rows.shape)
-        return SimpleNamespace(
-            probs=np.full((*shape, 4), 0.25), expert_index=np.zeros((*shape, 2), int), keep=np.ones((*shape, 2), bool)
-        )
+        probs, index = np.full((*shape, 4), 0.25), np.zeros((*shape, 2), int)
+        return SimpleNamespace(decisions=SimpleNamespace(probs=probs, expert_index=index, keep=index == 0))
 
     monkeypatch.setattr(corpus_routing, "make_traced_pass", lambda _: step)
     tokens = np.arange(length) % tiny.V
@@ -214,7 +204,7 @@ def test_attention_is_kept_for_the_first_windows(monkeypatch: pytest.MonkeyPatch
 def test_panels_of_a_trace_are_in_rows_of_three() -> None:
     pytest.importorskip("matplotlib")
     load = np.arange(8).reshape(4, 2)
-    found = figures.trace_figures(load, np.array([0, 0.25, 0.5, 1]), 5, np.array([[0, 1], [1, 1], [0, 0], [1, 0]]))
+    found = trace.trace_figures(load, np.array([0, 0.25, 0.5, 1]), 5, np.array([[0, 1], [1, 1], [0, 0], [1, 0]]))
     axes = found["load"].axes
     assert (len(axes), [a.get_visible() for a in axes]) == (6, [True] * 4 + [False] * 2)
     assert [a.get_title("left") for a in axes[:4]] == [
@@ -225,23 +215,11 @@ def test_panels_of_a_trace_are_in_rows_of_three() -> None:
     assert axes[0].get_ylabel() == "choices (dashed: slots)"
     (image,) = found["tokens"].axes[0].get_images()
     assert (image.norm.vmin, image.norm.vmax, image.get_cmap().N) == (-0.5, 1.5, 2)
-    one = figures._load(load[:2], np.zeros(2), None)
+    one = trace._load(load[:2], np.zeros(2), None)
     assert (len(one.axes), one.axes[0].get_ylabel(), one.axes[0].get_lines()[:]) == (2, "choices", [])
 
 
 # The report
-
-
-def test_numbers_of_the_page() -> None:
-    assert report._rounded(np.array([0.12345, np.nan, np.inf, 2]), 3) == [0.123, None, None, 2.0]
-    assert report._flat(np.arange(8).reshape(2, 2, 2)) == [[0, 1, 2, 3], [4, 5, 6, 7]]
-    data = report._model_data(traced(4))
-    assert (data["layers"], data["experts"], data["top_k"], data["capacity"]) == (2, 2, 1, traced(4).capacity)
-
-
-def test_tokens_that_are_not_shown_as_themselves_are_marked() -> None:
-    tokens, pieces = np.array([256, 97, 0xC3, 0xA9]), ["<|endoftext|>", "a", "<C3>", "<A9>"]
-    assert report._marked(opened(), dataclasses.replace(traced(4), tokens=tokens, pieces=pieces)) == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -290,15 +268,15 @@ def test_curves_are_thinned_and_keep_both_ends(tmp_path: Path, monkeypatch: pyte
     lines = [{"step": s, "split": "train", "loss": s / 10, "load": [[0.5, 0.5], [1, 0]]} for s in range(1, 11)]
     lines.append({"step": 11, "split": "train"})  # of a step without a load
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(training_curves, "MOST_POINTS", 4)
-    found = training_curves.training_curves(tmp_path, opened())
+    monkeypatch.setattr(report, "MOST_POINTS", 4)
+    found = report.training_curves(tmp_path, opened())
     assert found["step"] == [1, 4, 7, 10]
     assert found["loss"] == [0.1, 0.4, 0.7, 1.0]
     assert found["spread"] == [[1] * 4, [0] * 4]
     assert found["balance_loss"] == [None] * 4
     assert found["traces"] == {"step": []}
     (tmp_path / "metrics.jsonl").write_text("")
-    assert training_curves.training_curves(tmp_path, opened())["spread"] == []
+    assert report.training_curves(tmp_path, opened())["spread"] == []
 
 
 def test_saved_traces_are_compared_with_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,13 +285,13 @@ def test_saved_traces_are_compared_with_the_one_before(tmp_path: Path, monkeypat
     saved = [
         {"step": s, "tokens": [97, 98], "expert": [e], "entropy": [s / 100], "drop": [0.5]} for s, e in experts.items()
     ]
-    monkeypatch.setattr(training_curves, "read_snapshots", lambda _: saved)
-    found = training_curves._traces(tmp_path, opened())
+    monkeypatch.setattr(report, "read_snapshots", lambda _: saved)
+    found = report._traces(tmp_path, opened())
     assert (found["step"], found["same"]) == ([10, 20, 30], [[None, 0.5, 1.0]])
     assert (found["entropy"], found["drop"]) == ([[0.1, 0.2, 0.3]], [[0.5] * 3])
     assert found["shown"] == {"pieces": ["a", "b"], "step": [10, 20, 30], "first": [[[0, 1]], [[0, 2]], [[0, 2]]]}
-    monkeypatch.setattr(training_curves, "MOST_TRACES", 2)
-    assert training_curves._traces(tmp_path, opened())["shown"]["step"] == [10, 30]
+    monkeypatch.setattr(report, "MOST_TRACES", 2)
+    assert report._traces(tmp_path, opened())["shown"]["step"] == [10, 30]
 
 
 # The compiled layer
@@ -337,4 +315,4 @@ def test_names_are_counted_most_first_and_then_by_name() -> None:
 
 
 def test_evenness_is_at_most_one() -> None:
-    assert math.isclose(float(training_curves.load_entropy(np.ones(7))), 1)
+    assert math.isclose(float(report.load_entropy(np.ones(7))), 1)

@@ -4,11 +4,8 @@ import dataclasses
 import json
 import math
 import shutil
-from collections import Counter
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,12 +13,12 @@ from moe_jax.cli.inspect import Inspect
 from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import compiled_layer, corpus_routing
-from moe_jax.inspection.corpus_routing import corpus_data, count_routing, log_likelihood_ratio
+from moe_jax.inspection.corpus_routing import corpus_data, count_routing
 from moe_jax.inspection.report import attention_data, next_data, render, report_run, write_report
+from moe_jax.inspection.specialisation import log_likelihood_ratio, specialisation
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages.assembly import digest
 from moe_jax.runs.load import open_run
-from moe_jax.runs.records import load_entropy
 from moe_jax.system.files import Folder
 from tests.support import saved_run, tiny
 
@@ -141,7 +138,7 @@ def planted(experts: int = 4, windows: int = 40, width: int = 32) -> corpus_rout
 
 def test_a_planted_preference_is_the_only_one_found() -> None:
     corpus = planted()
-    found = corpus_routing.specialisation(corpus)
+    found = specialisation(corpus)
     (entry,) = found[0][2]["tokens"]
     assert entry["id"] == 5
     assert entry["here"] == entry["all"] == corpus.token_counts[5] == corpus.by_token[0, 2, 5]
@@ -198,21 +195,6 @@ def test_the_drops_of_a_run_are_those_of_its_dispatch(dispatch: str, factor: flo
     assert (np.array(data["drops"]) > 0).all() == (dispatch == "capacity")
     assert (np.array(data["drops"]) == 0).all() == (dispatch != "capacity")
     assert (0.6 in data["drops_by_factor"]["factor"]) == (dispatch == "capacity" and factor == 0.6)
-
-
-def test_evenness_of_a_load() -> None:
-    assert load_entropy(np.array([0.25] * 4)) == 1
-    assert load_entropy(np.array([1.0, 0, 0, 0])) == 0
-    assert load_entropy(np.array([0.5, 0.5, 0, 0])) == 0.5
-
-
-def test_the_curves_show_a_collapse(written: tuple[str, dict]) -> None:
-    training = written[1]["training"]
-    assert training["step"] == [10, 20, 30, 40]
-    assert training["loss"] == [4, 3, 2, 1]
-    assert training["spread"] == [[1, 1, 1, 1], [1, 1, 0, 0]]
-    assert training["val"] == {"step": [40], "loss": [1.2], "bits_per_byte": [1.5]}
-    assert training["traces"]["step"] == [20, 40]
 
 
 def test_attention_keeps_the_largest_weights(folder: Path) -> None:
@@ -292,15 +274,6 @@ def test_without_a_capacity_the_layer_is_held_against_its_active_rows(tmp_path: 
     assert compiled["bound"] == 32 * row
     assert compiled["expert_flops"] == 7 * 8 * row
     assert compiled["dense"] == 64 * row
-
-
-def test_operations_inside_of_loops_and_conditions_are_counted() -> None:
-    def program(x):
-        x, _ = jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)
-        return jax.lax.cond(x > 0, jnp.cos, lambda y: jnp.cos(y) * 2, x)
-
-    counts = Counter(compiled_layer.primitives(jax.make_jaxpr(program)(1.0)))
-    assert (counts["sin"], counts["cos"], counts["mul"]) == (1, 2, 1)
 
 
 def test_a_page_to_be_sent_says_nothing_of_the_machine(folder: Path, written: tuple[str, dict]) -> None:

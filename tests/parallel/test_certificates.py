@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from moe_jax.certificates.certificate import Certificate
-from moe_jax.certificates.certify import initial_params
-from moe_jax.certificates.on_mesh import (
+from moe_jax.certify import Certificate
+from moe_jax.certify.collectives import read_collectives
+from moe_jax.certify.mesh import (
     certify_collectives,
     certify_mesh,
     divided_arithmetic,
+    ideal_bytes,
 )
+from moe_jax.certify.model import initial_params
 from moe_jax.parallel import experts
-from moe_jax.parallel.collectives import read_collectives
-from moe_jax.parallel.ideal import ideal_bytes
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.mesh import AXES, mesh_of
 from moe_jax.system.hlo import read_program

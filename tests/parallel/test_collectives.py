@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe_jax.parallel.collectives import Collective, bytes_by_kind, read_collectives
+from moe_jax.certify.collectives import Collective, bytes_by_kind, read_collectives
 
 HEADER = "HloModule jit_step, is_scheduled=true, num_partitions=4\n"
 

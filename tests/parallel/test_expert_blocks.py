@@ -11,8 +11,8 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.certificates.certify import initial_params
-from moe_jax.certificates.on_mesh import mesh_causality
+from moe_jax.certify.mesh import mesh_causality
+from moe_jax.certify.model import initial_params
 from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.router import Routing, route

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.config import UserError
-from moe_jax.inspection.figures import trace_figures
+from moe_jax.inspection.trace import trace_figures
 from moe_jax.plots import figures
 from moe_jax.plots.figures import COLOURS, _Metrics, load_figure, run_figures
 

@@ -10,8 +10,7 @@ import jax
 import pytest
 
 from moe_jax.config import ConfigError, UserError, load_config
-from moe_jax.inspection.report import write_report
-from moe_jax.inspection.training_curves import training_curves
+from moe_jax.inspection.report import training_curves, write_report
 from moe_jax.plots.figures import _Metrics
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore, restore

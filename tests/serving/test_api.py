@@ -67,12 +67,6 @@ def test_a_stream_is_the_same_text_in_pieces(api: Site) -> None:
     assert len({event["id"] for event in answer.events}) == 1
 
 
-def test_without_a_seed_texts_differ_and_the_seed_is_said(api: Site) -> None:
-    answers = [api.complete(prompt="One", max_tokens=12).json for _ in range(3)]
-    assert len({answer["seed"] for answer in answers}) == 3
-    assert all(answer["choices"][0]["text"] == told(answer["seed"]) for answer in answers)
-
-
 def test_several_prompts_and_prompts_of_tokens(api: Site) -> None:
     ids = [made.SEPARATOR, *b"Two"]
     answer = api.complete(prompt=["One", "Two"], seed=5, n=2, max_tokens=8).json
@@ -114,20 +108,6 @@ def test_a_prompt_can_be_scored_without_writing(api: Site) -> None:
     assert (choice["finish_reason"], len(choice["logprobs"]["tokens"])) == ("length", 4)
 
 
-def test_no_alternatives_still_ask_for_the_probability_of_the_token(api: Site) -> None:
-    answers = [api.complete(prompt="One", seed=5, max_tokens=6, logprobs=asked) for asked in (0, 2)]
-    none, two = (answer.json["choices"][0]["logprobs"] for answer in answers)
-    assert none["token_logprobs"] == two["token_logprobs"]
-    assert none["top_logprobs"] == [{}] * len(none["tokens"])
-
-
-def test_a_text_goes_on_from_another_token(api: Site) -> None:
-    """What the page does: the tokens so far, with another last one, as a new prompt."""
-    first = api.complete(prompt="One", seed=5, max_tokens=6, return_token_ids=True).json["choices"][0]
-    tokens = [*first["prompt_token_ids"], *first["token_ids"][:3], 66]
-    assert api.complete(prompt=tokens, seed=1, max_tokens=9).json["choices"][0]["text"] == told(1, 0, 9, tokens)
-
-
 def test_stop_strings(api: Site) -> None:
     text = told(5, limit=30)
     answer = api.complete(prompt="One", seed=5, max_tokens=30, stop=["nowhere", text[4:6]]).json["choices"][0]
@@ -157,7 +137,6 @@ def test_models_health_metrics_and_the_page(api: Site) -> None:
 WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({}, 400, "prompt: must be a text, a list of token ids"),
     ({"prompt": []}, 400, "prompt: must be"),
-    ({"prompt": [1, "a"]}, 400, "prompt: must be"),
     ({"prompt": [300]}, 400, "token 300 is outside the vocabulary of 257"),
     ({"prompt": "\ud800"}, 400, "not UTF-8"),
     ({"prompt": ["a"] * 129}, 400, "at most 128"),
@@ -167,18 +146,13 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": ["a"] * 65, "n": 2}, 400, "n 2: with 65 prompts it makes 130 texts; at most 128"),
     ({"prompt": "a", "max_tokens": 4097}, 400, "between 0 and 4,096"),
     ({"prompt": "a", "max_tokens": True}, 400, "between 0 and 4,096"),
-    ({"prompt": "a", "max_tokens": 1e999}, 400, "max_tokens inf"),
     ({"prompt": "a", "temperature": "hot"}, 400, "temperature 'hot': must be a number between 0 and 100"),
     (
         {"prompt": "a", "temperature": "very hot " * 9999},
         400,
         "temperature 'very hot very hot very hot very hot very hot very hot ve...: must",
     ),
-    ({"prompt": "a", "temperature": float("nan")}, 400, "temperature nan"),
-    ({"prompt": "a", "top_p": 0}, 400, "top_p 0"),
-    ({"prompt": "a", "min_p": 2}, 400, "between 0 and 1"),
     ({"prompt": "a", "top_k": 1.5}, 400, "top_k 1.5"),
-    ({"prompt": "a", "seed": -1}, 400, "seed -1"),
     ({"prompt": "a", "logprobs": 6}, 400, "logprobs 6: must be a whole number between 0 and 5"),
     ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop 5 texts: may be at most 4"),
     ({"prompt": "a", "stop": "a" * 201}, 400, "a text of 201 characters: may have at most 200"),
@@ -244,13 +218,6 @@ def test_a_tuned_run_answers_in_its_role_format(tuned: Site) -> None:
     assert [part["delta"].get("role") for part in choices] == ["assistant", *[None] * (len(choices) - 1)]
     assert [x for part in choices for x in part["routed_experts"]] == choice["routed_experts"]
     assert (parts[0]["object"], choices[-1]["finish_reason"]) == ("chat.completion.chunk", choice["finish_reason"])
-
-
-def test_contents_in_parts_and_turns_before(tuned: Site) -> None:
-    parts = [{"type": "text", "text": "h"}, {"type": "text", "text": "i"}]
-    answer = tuned.ask("/v1/chat/completions", {"messages": [{"role": "user", "content": parts}], "seed": 5}).json
-    prompt = [made.SEPARATOR, *b"user\nhi", made.SEPARATOR, *b"assistant\n"]
-    assert answer["choices"][0]["message"]["content"] == told(5, 0, 400, prompt)
 
 
 def test_a_conversation_that_is_longer_than_the_context(tuned: Site) -> None:

@@ -88,25 +88,6 @@ def test_probabilities_and_experts_of_every_token_also_past_the_context() -> Non
     assert all(np.isclose(sum(gates), 1) for piece in pieces for gates in piece.gates or [])
 
 
-def test_a_prompt_that_is_only_read() -> None:
-    with made.engine() as engine:
-        (events,) = in_parallel(engine, [TextRequest(made.PROMPT, Sampling(), 0, 0, 0, logprobs=True, echo=True)])
-    (event,) = events
-    assert (event.pieces, event.finish) == ([], "length")
-    assert [piece.token for piece in event.prompt] == made.PROMPT
-    assert all(piece.logprob is not None and piece.logprob < 0 for piece in event.prompt[1:])
-
-
-def test_a_stop_string_ends_a_text() -> None:
-    whole = TextRequest(made.PROMPT, Sampling(temperature=1.0), 1, 0, 40)
-    text = made.generated(whole)
-    stop = text[5:7]
-    with made.engine() as engine:
-        (events,) = in_parallel(engine, [TextRequest(made.PROMPT, Sampling(temperature=1.0), 1, 0, 40, [stop])])
-    assert made.text(events) == text[: text.index(stop)]
-    assert events[-1].finish == "stop"
-
-
 class Heard:
     """The events of texts that go on while a test does something else."""
 
@@ -136,19 +117,6 @@ def test_a_text_that_nobody_waits_for_frees_its_slot_or_leaves_the_queue() -> No
         until(lambda: engine.busy == 0)
         assert engine.counts.cancelled == made.SLOTS + 1
         assert set(running.finishes()) == {None}
-
-
-def test_cancelled_texts_leave_the_queue_behind_one_that_waits() -> None:
-    with made.engine() as engine:
-        running = Heard(engine, [made.endless() for _ in range(made.SLOTS)])
-        until(lambda: all(running.begun()))
-        later = [TextRequest(made.PROMPT, made.GREEDY, 0, 0, 4) for _ in range(made.QUEUE)]
-        waiting = Heard(engine, later)
-        engine.cancel(later[1:])
-        until(lambda: engine.queued == 1)
-        assert engine.counts.cancelled == made.QUEUE - 1
-        Heard(engine, [made.endless() for _ in range(made.QUEUE - 1)])  # they can wait now
-        assert not any(waiting.begun())
 
 
 def test_a_full_queue_takes_none_of_the_texts() -> None:

@@ -3,7 +3,7 @@
 import re
 from importlib import resources
 
-from moe_jax.pages.assembly import digest, filled
+from moe_jax.pages.assembly import digest
 from moe_jax.serving.page import SCRIPTS, document
 
 
@@ -51,7 +51,3 @@ def test_every_file_of_the_page_is_in_it() -> None:
     for name, text in scripts.items():
         assert text in inline("script"), name
     assert (files / "style.css").read_text() in inline("style")
-
-
-def test_what_is_filled_in_is_not_searched_again() -> None:
-    assert filled("<{{a}}|{{b}}>", {"a": "{{b}}", "b": "x"}) == "<{{b}}|x>"

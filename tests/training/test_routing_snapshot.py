@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moe_jax.inference.traced_pass import router_entropy
+from moe_jax.inspection.report import training_curves
 from moe_jax.inspection.trace import trace_tokens
-from moe_jax.inspection.training_curves import training_curves
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import open_run
 from moe_jax.runs.records import read_snapshots

@@ -1,24 +1,38 @@
 """Certificates of a training step on a mesh: causality, the arithmetic of a device, and what devices send each other.
 
-The bytes of each kind of collective are compared with what the algorithm must move (`parallel/ideal.py`). So a program
-that sends tokens in another way, or gradients more often, fails. The plain step that GSPMD divides by itself fails
-every one of these claims (`tests/parallel/test_certificates.py`).
+The bytes of each kind of collective are compared with what the algorithm must move (`ideal_bytes`):
+
+all-to-all                   4 E b C D numbers for each layer and micro-batch: there and back, forward and backward;
+                             b is the number of a device's sequences. 5 E b C D with remat, which sends the rows again.
+                             With dispatch by blocks n b R in place of E b C. Each row has 4 bytes more for its gate, 4
+                             for the gradient of the gate, and with blocks 4 for the number of its expert. With remat
+                             the gate is sent again. The number is not, because routing decisions are kept. Nothing
+                             without an expert axis.
+all-gather                   each matrix that is sharded over fsdp, once a step
+all-reduce, reduce-scatter   each gradient in float32 once a step, however many micro-batches there are; and the
+                             metrics. Of Adafactor also the means over an axis that is sharded.
+
+So a program that sends tokens in another way, or gradients more often, fails. The plain step that GSPMD divides by
+itself fails every one of these claims (`tests/parallel/test_certificates.py`).
 """
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moe_jax.certificates.causality import tight, tokens_causality
-from moe_jax.certificates.certificate import Certificate
+from moe_jax.certify import Certificate
+from moe_jax.certify.causality import tight, tokens_causality
+from moe_jax.certify.collectives import Collective, bytes_by_kind, read_collectives
 from moe_jax.config import RunConfig
 from moe_jax.model.costs import step_products
 from moe_jax.model.transformer import Params
-from moe_jax.parallel.collectives import Collective, bytes_by_kind, read_collectives
-from moe_jax.parallel.ideal import ideal_bytes
+from moe_jax.parallel.layout import Layout, leaf_name
+from moe_jax.parallel.mesh import AXES
 from moe_jax.system.hlo import Program, read_program
 from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
@@ -30,6 +44,8 @@ SCALARS = 256
 PARTS = ("attention", "ffn", "head")
 """Named scopes of the model, whose products are divided over the devices."""
 REDUCTIONS = ("all-reduce", "reduce-scatter")
+GATE_BYTES = EXPERT_BYTES = 4
+"""Bytes of a row's gate, and of the number of its expert."""
 
 
 def certify_mesh(config: RunConfig, params: Params, mesh: Mesh) -> Iterator[Certificate]:
@@ -122,7 +138,7 @@ def certify_collectives(collectives: list[Collective], ideal: dict[str, int]) ->
         "mesh: only parameters are gathered",
         gathered == needed and moved == 0,
         f"{gathered:,} bytes of all-gather, {moved:,} of collective-permute",
-        f"exactly {needed:,}, each matrix that is cut over fsdp once; no collective-permute",
+        f"exactly {needed:,}, each matrix that is sharded over fsdp once; no collective-permute",
     )
     reductions = [c for c in collectives if c.kind in REDUCTIONS]
     reduced, needed = sum(c.total for c in reductions), ideal["all-reduce"]
@@ -134,3 +150,37 @@ def certify_collectives(collectives: list[Collective], ideal: dict[str, int]) ->
         f"{reduced:,} bytes in {len(reductions)} reductions, {len(looped)} in a loop, {len(narrow)} below float32",
         f"{needed:,} to {SLACK} x as many, all in float32 and outside of loops",
     )
+
+
+def ideal_bytes(config: RunConfig, params: Mapping[Any, Any], layout: Layout, item_bytes: int) -> dict[str, int]:
+    """Bytes on a device that one step must move, by kind of collective; reductions under the name "all-reduce".
+
+    `params` are the parameters or their shapes. An activation takes `item_bytes` bytes.
+    """
+    model, train, mesh = config.model, config.train, layout.mesh
+    total = {"all-to-all": 0, "all-gather": 0, "all-reduce": 0}
+    if (devices := mesh.shape["expert"]) > 1:
+        sequences = train.batch_size // layout.devices * train.grad_accum
+        there = 2 if config.execution.remat else 1  # the backward pass then sends the rows again
+        row = (there + 3) * model.width * item_bytes + (there + 1) * GATE_BYTES
+        if model.routing.dispatch == "blocks":
+            rows, row = devices * model.device_rows(devices), row + EXPERT_BYTES
+        else:
+            rows = model.experts * model.capacity
+        total["all-to-all"] = model.layers * sequences * rows * row
+    for path, p in jax.tree_util.tree_leaves_with_path(params):
+        name = leaf_name(path)
+        axes, update = layout.params[name], layout.updates[name]
+        local = p.size // math.prod(mesh.shape[a] for a in axes if a == "expert")
+        if "fsdp" in axes:
+            total["all-gather"] += local * p.dtype.itemsize
+        if "fsdp" in update:
+            total["all-reduce"] += 4 * local
+            local //= mesh.shape["fsdp"]
+            if train.optimizer == "adafactor":
+                total["all-reduce"] += 4 * (local // p.shape[-1] + local // p.shape[-2])
+        if any(mesh.shape[axis] > 1 and axis not in update for axis in AXES):
+            total["all-reduce"] += 4 * local
+    load = model.layers * model.experts if model.dense == "none" else 0
+    total["all-reduce"] += 4 * (load + 4)
+    return total

@@ -1,4 +1,4 @@
-"""How fast a report is in headless Chromium: `python -m tests.browser.measure report.html`. JSON on the last line.
+"""How fast a report is in headless Chromium: `python benchmarks/measure_report.py report.html`. JSON on the last line.
 
 First contentful paint of a fresh page, and the time from a layer change to the second frame after it (so that the
 first is on the screen), each the median of a few.

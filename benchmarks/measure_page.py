@@ -1,4 +1,4 @@
-"""How fast the server's page is in headless Chromium: `python -m tests.browser.measure_serving`. JSON on the last line.
+"""How fast the server's page is in headless Chromium: `python -m benchmarks.measure_page`. JSON on the last line.
 
 Three servers write 2,000 tokens on the page. Two have no model: one sends all tokens in one event, the other sends one
 in an event, as fast as it can. The third is the real server with a tiny model. Then the layer is changed.

@@ -4,19 +4,17 @@ import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.certificates import arithmetic, causality, certify, on_mesh, perturbation
-from moe_jax.certificates.arithmetic import layer_arithmetic, step_arithmetic
-from moe_jax.certificates.perturbation import PerturbationResult, count_changes
+from moe_jax.certify import arithmetic, causality, mesh
+from moe_jax.certify import model as all_claims
+from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
+from moe_jax.certify.causality import PerturbationResult, count_changes
+from moe_jax.certify.collectives import Collective
 from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.model.costs import bound_flops, step_products
-from moe_jax.model.moe.router import route
-from moe_jax.parallel.collectives import Collective
 from tests.support import tiny
-from tests.support.leaky import ReversedChunks, reversed_order
 
 MODEL = tiny.config()
 
@@ -26,7 +24,7 @@ MODEL = tiny.config()
 
 @pytest.mark.parametrize(
     ("earlier", "other_row", "later", "causal"),
-    [(0, 0, 5, True), (1, 0, 5, False), (0, 1, 5, False), (1, 1, 5, False), (0, 0, 0, False), (1, 0, 0, False)],
+    [(0, 0, 5, True), (1, 0, 5, False), (0, 1, 5, False), (0, 0, 0, False)],
 )
 def test_what_is_causal(earlier: int, other_row: int, later: int, causal: bool) -> None:
     found = PerturbationResult(24, 4, 8, 8, earlier, other_row, later, 0.5)
@@ -85,46 +83,29 @@ def test_every_position_is_changed_in_all_rows_but_one() -> None:
     assert ((new == before) | (new == other) | (new == np.roll(before, 1, axis=1))).all()
 
 
-def test_only_the_given_positions_are_changed() -> None:
-    found = count_changes(lambda x: (x, np.zeros(1)), BEFORE, OTHER, np.array([1, 6]))
-    assert found == (4, 3, 2, 8, 0, 0, 4, 0.0)
-
-
 def test_every_bit_of_an_output_counts() -> None:
     """-0.0 equals 0.0, and a NaN does not equal itself. The bits say the opposite."""
     a = np.array([[0.0, np.nan, 1.0, 2.0]], np.float32)[..., None]
     b = np.array([[-0.0, np.nan, 1.0, np.nextafter(np.float32(2), np.float32(3))]], np.float32)[..., None]
-    assert perturbation._bits_differ(a, b).tolist() == [[True, False, False, True]]
+    assert causality._bits_differ(a, b).tolist() == [[True, False, False, True]]
 
 
 def test_positions_where_a_queue_becomes_full() -> None:
     """Two slots. The queue has the places 0 1 2 3 at the tokens 0 3 4 7: token 3 takes the last slot, token 4 finds
     none, and their neighbours are 2 and 5."""
     place = np.array([0, 0, 0, 1, 2, 0, 0, 3]).reshape(1, 1, 8, 1)
-    assert perturbation.crowded_positions(place, 2).tolist() == [2, 3, 4, 5]
+    assert causality.crowded_positions(lambda: place, 2).tolist() == [2, 3, 4, 5]
     at_the_ends = np.array([1, 0, 0, 0, 0, 0, 0, 2]).reshape(1, 8, 1)
-    assert perturbation.crowded_positions(at_the_ends, 2).tolist() == [0, 1, 6, 7]
+    assert causality.crowded_positions(lambda: at_the_ends, 2).tolist() == [0, 1, 6, 7]
 
 
 def test_how_many_sequences_and_positions_are_tried() -> None:
     """Every position while that takes at most MOST_FLOPS operations; then evenly spaced ones and the crowded ones."""
-    assert [perturbation.sequences_for(flops, 100) for flops in (1, 5e8, 1e9, 4e9)] == [6, 6, 3, 2]
+    assert [causality.sequences_for(flops, 100) for flops in (1, 5e8, 1e9, 4e9)] == [6, 6, 3, 2]
     crowded = lambda: np.array([3, 4])  # noqa: E731
-    assert perturbation.chosen_positions(1e10, 2, 100, crowded).tolist() == list(range(100))
-    assert perturbation.chosen_positions(1e11, 2, 100, crowded).tolist() == [
-        0,
-        3,
-        4,
-        11,
-        22,
-        33,
-        44,
-        55,
-        66,
-        77,
-        88,
-        99,
-    ]
+    assert causality.chosen_positions(1e10, 2, 100, crowded).tolist() == list(range(100))
+    some = [0, 3, 4, 11, 22, 33, 44, 55, 66, 77, 88, 99]
+    assert causality.chosen_positions(1e11, 2, 100, crowded).tolist() == some
 
 
 @pytest.mark.parametrize(("slots", "dropped", "passed"), [(4, 0.1, True), (4, 0.0, False), (None, 0.0, True)], ids=str)
@@ -133,25 +114,6 @@ def test_a_capacity_must_be_tested_under_drops(slots: int | None, dropped: float
     certificate = causality._certificate("causality: a layer", "a layer", causal, slots)
     assert certificate.passed == passed
     assert ("while choices are dropped" in certificate.asked) == (slots is not None)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "chunk", "order"),
-    [(6, 2, [1, 0, 3, 2, 5, 4]), (7, 4, [3, 2, 1, 0, 6, 5, 4]), (3, 4, [2, 1, 0])],
-)
-def test_chunks_are_reversed(tokens: int, chunk: int, order: list[int]) -> None:
-    assert reversed_order(tokens, chunk).tolist() == order
-    assert reversed_order(tokens, chunk)[order].tolist() == list(range(tokens))
-
-
-def test_the_later_token_of_a_pair_gets_the_slot() -> None:
-    """Tokens 0 to 3 choose expert 0; token 4 chooses expert 1. The order of the queue is 1 0 3 2, and 4."""
-    logits = jnp.where(jnp.arange(5)[:, None] < 4, jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))[None]
-    routing = route(logits, 1)
-    assert routing.expert_index[0, :, 0].tolist() == [0, 0, 0, 0, 1]
-    queued = ReversedChunks(3, 2).trace(routing)
-    assert queued.position[0, :, 0].tolist() == [1, 0, 3, 2, 0]
-    assert queued.keep[0, :, 0].tolist() == [True, True, False, True, True]
 
 
 # Arithmetic
@@ -230,7 +192,7 @@ def of_step(
 
 
 @pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize("factor", [0.0, 0.999, 1.0, 1.029, 1.031, 4 / 3, 4.0])
+@pytest.mark.parametrize("factor", [0.0, 0.999, 1.0, 1.029, 1.031])
 def test_every_part_of_a_step_has_what_it_needs_and_hardly_more(
     number: int, factor: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -243,12 +205,6 @@ def test_every_part_of_a_step_has_what_it_needs_and_hardly_more(
     assert ("no product was found" in found["expert layers within the step"].found) == (part == "ffn" and not factor)
 
 
-def test_an_optimizer_without_products_may_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "step_products", lambda *_: NEEDED | {"rest": 0})
-    assert of_step(monkeypatch, NEEDED | {"rest": 0})["the whole step"].passed
-    assert not of_step(monkeypatch, NEEDED | {"rest": 1})["the whole step"].passed
-
-
 @pytest.mark.parametrize(("unnamed", "passed"), [(0, False), (999, False), (1000, True)])
 def test_a_product_without_a_name_may_belong_to_any_part(
     unnamed: int, passed: bool, monkeypatch: pytest.MonkeyPatch
@@ -258,12 +214,6 @@ def test_a_product_without_a_name_may_belong_to_any_part(
     found = of_step(monkeypatch, parts, unnamed=unnamed)
     assert found["attention within the step"].passed == passed
     assert found["the whole step"].passed
-
-
-@pytest.mark.parametrize("dense", [ALL, ALL - 1])
-def test_a_step_has_fewer_operations_than_all_experts(dense: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [name for name, c in of_step(monkeypatch, NEEDED, dense=dense).items() if not c.passed] == ["the whole step"]
-    assert of_step(monkeypatch, NEEDED, dense=ALL + 1)["the whole step"].passed
 
 
 def test_the_head_may_be_padded_where_the_device_pads_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,13 +247,13 @@ def test_what_bounds_blocks_is_their_plan() -> None:
 
 def test_a_dense_model_has_no_certificates_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("layer_causality", "layer_arithmetic", "step_arithmetic"):
-        monkeypatch.setattr(certify, name, lambda *_, name=name: iter([name]))
+        monkeypatch.setattr(all_claims, name, lambda *_, name=name: iter([name]))
     for name in ("model_causality", "compilations"):
-        monkeypatch.setattr(certify, name, lambda *_, name=name: name)
+        monkeypatch.setattr(all_claims, name, lambda *_, name=name: name)
     params: Any = {"blocks": [{"ffn": None}]}
     dense = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dense="active"))
-    assert list(certify.certify(dense, params, 2)) == ["model_causality", "compilations"]
-    assert list(certify.certify(CONFIG, params, 2)) == [
+    assert list(all_claims.certify(dense, params, 2)) == ["model_causality", "compilations"]
+    assert list(all_claims.certify(CONFIG, params, 2)) == [
         *("layer_causality", "model_causality", "layer_arithmetic", "step_arithmetic", "compilations")
     ]
 
@@ -317,7 +267,7 @@ def sent(kind: Any, numbers: int, dtype: str = "f32", loops: tuple = ()) -> Coll
 
 IDEAL = {"all-to-all": 400, "all-gather": 800, "all-reduce": 40_000}
 RIGHT = [sent("all-to-all", 100), sent("all-gather", 100), sent("all-reduce", 6_000), sent("reduce-scatter", 4_000)]
-MOST = int(on_mesh.SLACK * 40_000 + on_mesh.SCALARS) // 4
+MOST = int(mesh.SLACK * 40_000 + mesh.SCALARS) // 4
 
 
 @pytest.mark.parametrize(
@@ -338,5 +288,5 @@ MOST = int(on_mesh.SLACK * 40_000 + on_mesh.SCALARS) // 4
 )
 def test_what_devices_may_send(found: list[Collective], ideal: dict[str, int], verdicts: str) -> None:
     """An entry of f32 has four bytes."""
-    passed = [certificate.passed for certificate in on_mesh.certify_collectives(found, ideal)]
+    passed = [certificate.passed for certificate in mesh.certify_collectives(found, ideal)]
     assert ["yes" if p else "no" for p in passed] == verdicts.split()

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from moe_jax.certificates.certificate import Certificate
+from moe_jax.certify import Certificate
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.model.costs import layer_flops, multiplied_rows, step_products
 from moe_jax.model.kernels import cross_entropy
