@@ -175,7 +175,7 @@ def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer) -> list[list[
     def entry(name: str, by_token: np.ndarray, size: int) -> dict[str, Any]:
         tokens, counts = members[name], corpus.token_counts
         here, column = int(by_token[tokens].sum()), int(counts[tokens].sum())
-        g2 = float(log_likelihood_ratio(np.asarray(here), np.asarray(size), np.asarray(column), corpus.tokens))
+        g2 = float(log_likelihood_ratio(np.array([here]), np.array([size]), np.array([column]), corpus.tokens)[0])
         shares = {"here": here / size, "all": column / corpus.tokens, "reach": here / column}
         shares["times"] = shares["here"] / shares["all"]
         often = [t for t in tokens.tolist() if by_token[t] * corpus.tokens > size * counts[t]]
