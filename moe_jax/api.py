@@ -9,7 +9,7 @@
     run.force(0, 3)                               the same run, but layer 0 must choose expert 3
     run.ablation("Once upon a time")              what is lost without each expert, one at a time
 
-`Run` is above all rooms, because it uses several of them.
+`Run` is above all other folders but `cli`, because it uses several of them.
 """
 
 import dataclasses

@@ -64,8 +64,8 @@ class Collective:
     @property
     def bytes(self) -> int:
         """Bytes of the whole array on a device, in one execution: the operands, or what an all-gather makes of them."""
-        given = sum(array_bytes(dtype, shape) for dtype, shape in self.operands)
-        return given * len(self.groups[0]) if self.kind == "all-gather" else given
+        sent = sum(array_bytes(dtype, shape) for dtype, shape in self.operands)
+        return sent * len(self.groups[0]) if self.kind == "all-gather" else sent
 
     @property
     def total(self) -> int:
@@ -89,20 +89,20 @@ def read_collectives(text: str | None) -> list[Collective]:
     computations, entry = parse(text)
     partitions = _PARTITIONS.search(text or "")
     everyone = int(partitions[1]) if partitions else 1
-    found: list[Collective] = []
+    collectives: list[Collective] = []
 
     def visit(name: str, loops: tuple[int | None, ...]) -> None:
         for instruction in computations[name].instructions.values():
             kind = instruction.opcode.removesuffix("-start")
             if kind in get_args(Kind):
-                found.append(_collective(kind, instruction, computations[name], everyone, loops))
+                collectives.append(_collective(kind, instruction, computations[name], everyone, loops))
             inner = (*loops, instruction.trip_count) if instruction.opcode == "while" else loops
             for _, target in called(instruction):
                 if target in computations:
                     visit(target, inner)
 
     visit(entry, ())
-    return found
+    return collectives
 
 
 def _collective(
@@ -117,17 +117,17 @@ def _collective(
 
 
 def _groups(text: str, everyone: int) -> Groups:
-    if found := _RANGE.search(text):
-        shape, reshaped, order = ([int(n) for n in part.split(",")] if part else None for part in found.groups())
+    if match := _RANGE.search(text):
+        shape, reshaped, order = ([int(n) for n in part.split(",")] if part else None for part in match.groups())
         devices = np.arange(math.prod(reshaped or ())).reshape(reshaped or ())
         return _tuples(devices.transpose(order).reshape(shape or ()))
-    if found := _MESH.search(text):
-        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
-        return groups_along(axes, re.findall(r"\w+", found[2]))
-    if found := _PAIRS.search(text) or _LISTS.search(text):
-        if not found[1]:
+    if match := _MESH.search(text):
+        axes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match[1])}
+        return groups_along(axes, re.findall(r"\w+", match[2]))
+    if match := _PAIRS.search(text) or _LISTS.search(text):
+        if not match[1]:
             return (tuple(range(everyone)),)
-        return tuple(tuple(int(n) for n in part.split(",")) for part in re.findall(r"\{([\d, ]+)\}", found[1]))
+        return tuple(tuple(int(n) for n in part.split(",")) for part in re.findall(r"\{([\d, ]+)\}", match[1]))
     raise ValueError(f"the groups of this collective are written in an unknown form: {text[:200]}")
 
 
@@ -145,7 +145,7 @@ def _tuples(groups: np.ndarray) -> Groups:
 
 def bytes_by_kind(collectives: Iterable[Collective]) -> dict[str, int]:
     """Bytes on a device in one call of the program, by kind."""
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for collective in collectives:
-        found[collective.kind] += collective.total
-    return dict(found)
+        sizes[collective.kind] += collective.total
+    return dict(sizes)

@@ -124,20 +124,20 @@ def divided_arithmetic(one: Program, many: Program, devices: int, rows: float = 
 
 def certify_collectives(collectives: list[Collective], ideal: dict[str, int]) -> Iterator[Certificate]:
     """The collectives of a step, compared with `ideal_bytes`."""
-    found = bytes_by_kind(collectives)
-    sent, needed = found.get("all-to-all", 0), ideal["all-to-all"]
+    moved = bytes_by_kind(collectives)
+    sent, needed = moved.get("all-to-all", 0), ideal["all-to-all"]
     yield Certificate(
         "mesh: tokens travel to their experts",
         sent == needed,
         f"{sent:,} bytes of all-to-all a step and device",
         f"exactly {needed:,}: each row to its expert's device and back, twice; or none without an expert axis",
     )
-    gathered, needed = found.get("all-gather", 0), ideal["all-gather"]
-    moved = found.get("collective-permute", 0)
+    gathered, needed = moved.get("all-gather", 0), ideal["all-gather"]
+    permuted = moved.get("collective-permute", 0)
     yield Certificate(
         "mesh: only parameters are gathered",
-        gathered == needed and moved == 0,
-        f"{gathered:,} bytes of all-gather, {moved:,} of collective-permute",
+        gathered == needed and permuted == 0,
+        f"{gathered:,} bytes of all-gather, {permuted:,} of collective-permute",
         f"exactly {needed:,}, each matrix that is sharded over fsdp once; no collective-permute",
     )
     reductions = [c for c in collectives if c.kind in REDUCTIONS]

@@ -87,11 +87,11 @@ class Certify(Command):
         console.print(f"[bold]certificates[/bold] of {what}")
         for line in (TRIED, NOT_TRIED):
             _print_wrapped(console, line)
-        found = _tested(console, remaining)
-        failed = [c.name for c in found if not c.passed]
-        console.print(f"\n{len(found)} claims, {len(failed)} failed")
+        results = _tested(console, remaining)
+        failed = [c.name for c in results if not c.passed]
+        console.print(f"\n{len(results)} claims, {len(failed)} failed")
         print_json(
-            {"certificates": len(found), "failed": failed, "results": [c._asdict() for c in found]},
+            {"certificates": len(results), "failed": failed, "results": [c._asdict() for c in results]},
             self.json,
         )
         return 1 if failed else 0
@@ -99,13 +99,13 @@ class Certify(Command):
 
 def _tested(console: "Console", remaining: "Iterator[Certificate]") -> "list[Certificate]":
     """All certificates. Each claim is printed when it is tested."""
-    found, group = [], ""
+    results, group = [], ""
     while True:
-        with working("testing the next claim" if found else "testing the first claim"):
+        with working("testing the next claim" if results else "testing the first claim"):
             certificate = next(remaining, None)
         if certificate is None:
-            return found
-        found.append(certificate)
+            return results
+        results.append(certificate)
         if (of := certificate.name.partition(":")[0]) != group and of != "memory":
             group = of
             console.print(f"\n[bold]{GROUPS[group]}[/bold]\n")

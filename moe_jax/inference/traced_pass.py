@@ -87,8 +87,8 @@ def make_traced_pass(
             return -logprobs[row[1]], index, best
 
         rows = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
-        found = jax.lax.map(predicted, rows, batch_size=_ROWS)
-        return TracedPass(decisions, Predictions(*(x.reshape(*hidden.shape[:2], *x.shape[1:]) for x in found)))
+        flat = jax.lax.map(predicted, rows, batch_size=_ROWS)
+        return TracedPass(decisions, Predictions(*(x.reshape(*hidden.shape[:2], *x.shape[1:]) for x in flat)))
 
     return jax.jit(spread(step))
 

@@ -200,14 +200,14 @@ def _specialisation_data(
     if corpus is None:
         empty = {"tokens": [], "kinds": 0, "share": 0.0, "groups": []}
         return [[empty] * trace.config.experts for _ in range(trace.config.layers)]
-    found = specialisation(corpus)
+    experts = specialisation(corpus)
     groups = group_preferences(corpus, run.tokenizer)
-    for layer, e in np.ndindex(len(found), trace.config.experts):
-        entry = found[layer][e]
+    for layer, e in np.ndindex(len(experts), trace.config.experts):
+        entry = experts[layer][e]
         entry["groups"] = groups[layer][e]
         pieces = token_pieces(run.tokenizer, np.array([t["id"] for t in entry["tokens"]], np.int32))
         entry["tokens"] = [token | {"text": piece} for token, piece in zip(entry["tokens"], pieces, strict=True)]
-    return found
+    return experts
 
 
 def next_data(run: LoadedRun, trace: RoutingTrace) -> dict[str, Any]:

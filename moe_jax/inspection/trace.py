@@ -109,7 +109,7 @@ class RoutingTrace:
 def routing_trace(run: LoadedRun, text: str, step: TracedStep | None = None) -> RoutingTrace:
     """The routing of a text by a trained model. `step` may be given to use a compiled program again.
 
-    Raises UserError for a dense baseline, for expert choice, and for a text with more than LONGEST tokens.
+    Raises UserError for a dense baseline, and for a text with more than LONGEST tokens.
     """
     check_routed(run.config.model)
     tokens = np.array([run.tokenizer.separator_id, *run.tokenizer.encode(text)], np.int32)

@@ -47,8 +47,8 @@ def digest(content: str) -> str:
 def filled(markup: str, parts: Mapping[str, str]) -> str:
     """The markup with each `{{name}}` replaced by `parts[name]`. What is put in is not searched again."""
     before, *rest = markup.split("{{")
-    found = [before]
+    joined = [before]
     for piece in rest:
         name, _, after = piece.partition("}}")
-        found += [parts[name], after]
-    return "".join(found)
+        joined += [parts[name], after]
+    return "".join(joined)

@@ -33,7 +33,7 @@ def make_tracer(
     """A function of the parameters that routes the first tokens of a stream and returns a snapshot.
 
     It routes whole windows of T tokens, up to TRACED_TOKENS tokens (at least one window), with the dispatch of
-    training, in one jitted call. None for a model without routers, or with expert choice. `spread` makes it a program
+    training, in one jitted call. None for a model without routers. `spread` makes it a program
     of several devices (`traced_pass.ShardMapWrapper`).
     """
     try:

@@ -124,8 +124,6 @@ def test_a_dropless_dispatch_keeps_all(dispatch: str, moe: type[MoE]) -> None:
 def test_a_dense_baseline_is_refused() -> None:
     with pytest.raises(UserError, match="dense baseline"):
         check_routed(dataclasses.replace(MODEL, dense="active"))
-    with pytest.raises(UserError, match="experts choose tokens"):
-        check_routed(MODEL.with_routing(priority="leaky-expert-choice"))
 
 
 def test_parts_of_characters_are_spelled_in_bytes() -> None:
