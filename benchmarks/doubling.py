@@ -22,8 +22,7 @@ from rich.table import Table
 from moe_jax.cli.main import main
 from moe_jax.config import RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
-from moe_jax.model.costs import step_products
-from moe_jax.model.step_memory import least_step_bytes
+from moe_jax.model.costs import least_step_bytes, step_products
 from moe_jax.planning.device_memory import Memory
 from moe_jax.plots.figures import COLOURS
 from moe_jax.system.environment import MIB

@@ -48,9 +48,8 @@ RUNS = ["tests/training/test_run.py", "tests/training/test_records.py"]
 NEAREST = {
     "model.attention": ["tests/model/test_attention.py", "tests/inference/test_decode.py"],
     "model.moe.queues": ["tests/model/moe/test_router.py", "tests/model/moe/test_layer.py"],
-    "model.moe.functional": ["tests/model/moe/test_layer.py"],
-    "model.moe.switchable": ["tests/inspection/test_ablation.py"],
-    "model.hardware": ["tests/training/test_precision.py"],
+    "model.moe.layer": ["tests/model/moe/test_layer.py", "tests/inspection/test_ablation.py"],
+    "model.precision": ["tests/training/test_precision.py"],
     "runs": ["tests/runs"],
     "runs.records": ["tests/training/test_routing_snapshot.py"],
     **{f"training.{module}": RUNS for module in ("logging", "loop", "session", "step_logger", "terminal")},

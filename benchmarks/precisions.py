@@ -3,7 +3,7 @@
     uv run benchmarks/precisions.py                   nano, story-cpu and seed-158m
     uv run benchmarks/precisions.py nano --rounds 3
 
-`--precision auto` follows such measurements (`moe_jax/model/hardware.py`).
+`--precision auto` follows such measurements (`moe_jax/model/precision.py`).
 """
 
 import argparse

@@ -31,7 +31,7 @@ from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.gguf_file import GgufType, write_gguf
 from moe_jax.interop.source import ExportSource
 from moe_jax.model.precision import to_param_dtype
-from moe_jax.model.quantize import WEIGHTS, quantize
+from moe_jax.model.quantized import WEIGHTS, quantize
 from moe_jax.model.transformer import Params, create, split
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.system.files import json_text

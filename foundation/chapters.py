@@ -156,7 +156,7 @@ CHAPTERS = (
         30,
         "2, 8, 17",
         ("quantize", "coded_product", "output_error", "moved_by_one", "without", "gptq"),
-        ("model/quantize.py",),
+        ("model/quantized.py",),
     ),
     Chapter(
         "19_collectives_and_their_adjoints",

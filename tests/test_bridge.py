@@ -23,9 +23,9 @@ from moe_jax.config import ModelConfig, RoutingConfig, TrainConfig
 from moe_jax.model import transformer
 from moe_jax.model.layers import keep_mask
 from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.reference import OneHotMoE
 from moe_jax.system.random_keys import fold_each, sequence_keys, split_each
 from moe_jax.training.loss import Metrics, training_loss
+from tests.support.one_hot import OneHotMoE
 
 SMALL = {"vocab_size": 19, "seq_len": 12, "layers": 2, "width": 8, "heads": 2, "experts": 4, "expert_hidden": 6}
 CASES: dict[str, dict[str, Any]] = {

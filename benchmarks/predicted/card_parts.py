@@ -17,11 +17,11 @@ from moe_jax.config import Dispatch, ModelConfig, RunConfig
 from moe_jax.config.baselines import dense_baseline
 from moe_jax.inference.decode import PromptState, advance
 from moe_jax.model.attention import Attention
-from moe_jax.model.hardware import Card
 from moe_jax.model.kernels.causal_attention import Implementation
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.kernels.library_attention import choose_attention
-from moe_jax.model.moe.functional import layer_shapes, with_gradients
+from moe_jax.model.moe.layer import layer_shapes, with_gradients
+from moe_jax.model.precision import Card
 from moe_jax.model.transformer import Params
 from moe_jax.training.programs import Programs
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from moe_jax.model.hardware import Card
+from moe_jax.model.precision import Card
 from moe_jax.planning.device_memory import back_ends, compile_for_gpu, lower_for
 from moe_jax.planning.target import Target
 from moe_jax.system.hlo import Dot

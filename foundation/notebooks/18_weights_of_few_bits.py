@@ -8,7 +8,7 @@
 # not to the nearest.
 #
 # The code is `foundation/small_weights.py`. The project stores such weights in
-# `moe_jax/model/quantize.py`.
+# `moe_jax/model/quantized.py`.
 #
 # ## Step 1: codes and scales
 # Store a weight as a whole number, its **code** $q$, times a **scale** $s$:

@@ -12,9 +12,16 @@ from rich.table import Table
 from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
-from moe_jax.model.costs import Count, count_parameters, expert_flops, router_flops, step_products, totals
+from moe_jax.model.costs import (
+    Count,
+    count_parameters,
+    expert_flops,
+    least_step_bytes,
+    router_flops,
+    step_products,
+    totals,
+)
 from moe_jax.model.moe.layer import MoE
-from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.system import machine
 from moe_jax.system.environment import machine_memory, runs_on_cpu
 from moe_jax.system.hlo import read_program

@@ -17,9 +17,7 @@ from moe_jax.benchmarks.request import matmul_rate_in
 from moe_jax.config import ModelConfig
 from moe_jax.model.costs import bound_flops, expert_flops, router_flops
 from moe_jax.model.kernels.matmul import matmul
-from moe_jax.model.moe.functional import layer_function, with_gradients
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.reference import AllExpertsMoE
+from moe_jax.model.moe.layer import AllExpertsMoE, MoE, layer_function, with_gradients
 from moe_jax.system import machine
 from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate, with_reused_output

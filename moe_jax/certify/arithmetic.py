@@ -20,9 +20,7 @@ from moe_jax.certify import Certificate
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.model.costs import layer_flops, multiplied_rows, step_products
 from moe_jax.model.kernels import cross_entropy
-from moe_jax.model.moe.functional import layer_shapes, with_gradients
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.reference import AllExpertsMoE
+from moe_jax.model.moe.layer import AllExpertsMoE, MoE, layer_shapes, with_gradients
 from moe_jax.system.hlo import Program, read_program
 from moe_jax.training.programs import Programs
 

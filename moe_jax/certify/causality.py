@@ -26,7 +26,6 @@ from moe_jax.certify import Certificate
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.model.costs import attention_flops, layer_flops
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
-from moe_jax.model.moe.reference import OneHotMoE
 from moe_jax.model.transformer import Params, abstract_model, merge
 
 CAPACITY_SCALE = 0.5
@@ -159,7 +158,6 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "token priority, by capacity": Variant("earlier tokens get the slots first"),
-    "token priority, one-hot reference": Variant("the same in a second, slow implementation", moe=OneHotMoE),
     "balance by bias": Variant("with a bias for each expert that balances the load", {"balancing": "bias"}),
     "shared expert": Variant("with one more expert that every token visits"),
     "blocks (dropless)": Variant("with a row for every choice: nothing is dropped", {"dispatch": "blocks"}),
@@ -187,8 +185,7 @@ def variant_causality(name: str, variant: Variant, config: ModelConfig, ffn: dic
         y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, trace)
         return (y if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
-    masks = 4 * model.seq_len * model.experts * model.capacity * model.width if variant.moe is OneHotMoE else 0
-    flops = layer_flops(model, 1) + masks
+    flops = layer_flops(model, 1)
     sequences = sequences_for(flops, model.seq_len)
     before, other = np.random.default_rng(0).normal(size=(2, sequences, model.seq_len, model.width)).astype(np.float32)
     slots = None if model.dropless else model.capacity

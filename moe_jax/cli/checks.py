@@ -5,7 +5,7 @@ import secrets
 from pathlib import Path
 
 from moe_jax.config import ConfigError, RunConfig, UserError
-from moe_jax.model.step_memory import least_step_bytes
+from moe_jax.model.costs import least_step_bytes
 from moe_jax.system.environment import (
     GIB,
     LEAST_ADDRESS_SPACE,

@@ -78,9 +78,8 @@ class PresetCosts(NamedTuple):
 def preset_costs(name: str) -> PresetCosts:
     """The costs of a preset. Measures the speed of a matrix product."""
     from moe_jax.config.presets import preset, with_vocabulary
-    from moe_jax.model.costs import count_parameters, totals
+    from moe_jax.model.costs import count_parameters, least_step_bytes, totals
     from moe_jax.model.precision import choose_policy
-    from moe_jax.model.step_memory import least_step_bytes
     from moe_jax.system import machine
     from moe_jax.training.advice import ExpectedTime
 

@@ -25,8 +25,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.inference.sampling import Sampling, sample
 from moe_jax.inference.traced_pass import MOST_ALTERNATIVES, ShardMapWrapper, make_traced_pass
 from moe_jax.model.attention import KeyValue
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.moe.layer import Mode
+from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.model.transformer import Params, merge
 
 TOKENS_AT_ONCE = 8

@@ -1,7 +1,7 @@
 """What each expert is good for: the loss of a text, and the text that the model writes, with that expert switched off.
 
 An expert that is switched off cannot be chosen. The router decides as if the expert did not exist: the next-best expert
-takes its place, and the gates are renormalised (`moe_jax.model.moe.switchable`). Nothing is trained again. Nothing is
+takes its place, and the gates are renormalised (`moe_jax.model.moe.layer`). Nothing is trained again. Nothing is
 dropped, so no token changes because another one found a slot free.
 
 One expert of one layer is off at a time. All of them are rows of a few batches, so two compiled programs serve all
@@ -26,8 +26,7 @@ from moe_jax.inference.traced_pass import check_routed
 from moe_jax.inspection.trace import windows
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
-from moe_jax.model.moe.layer import Mode
-from moe_jax.model.moe.switchable import SWITCHES, SwitchableMoE, with_switches
+from moe_jax.model.moe.layer import SWITCHES, Mode, SwitchableMoE, with_switches
 from moe_jax.model.precision import writing_policy
 from moe_jax.model.transformer import Params, abstract_model, merge
 from moe_jax.runs.load import LoadedRun

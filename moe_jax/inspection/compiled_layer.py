@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.model.costs import expert_flops
-from moe_jax.model.moe.functional import layer_shapes
+from moe_jax.model.moe.layer import layer_shapes
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.hlo import Program, read_program
 

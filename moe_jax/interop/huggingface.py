@@ -10,8 +10,7 @@ import numpy as np
 
 from moe_jax.config import ModelConfig
 from moe_jax.interop.architectures import ERNIE, GPT2, GRANITE, Architecture
-from moe_jax.interop.layers import attention, embedding, experts
-from moe_jax.interop.source import ExportSource
+from moe_jax.interop.source import ExportSource, attention, embedding, experts
 
 type Tensors = Iterator[tuple[str, np.ndarray]]
 """(name, float32 array), one at a time, so that the model is never in memory twice."""
@@ -113,8 +112,8 @@ def tensors(source: ExportSource, architecture: Architecture) -> Tensors:
         at = f"model.layers.{layer}"
         yield f"{at}.input_layernorm.weight", source.block(layer, "attention_norm.scale")
         yield f"{at}.post_attention_layernorm.weight", source.block(layer, "ffn_norm.scale")
-        found = attention(source, layer, interleaved=architecture == ERNIE)
-        for name, weight in zip("qkvo", found, strict=True):
+        projections = attention(source, layer, interleaved=architecture == ERNIE)
+        for name, weight in zip("qkvo", projections, strict=True):
             yield f"{at}.self_attn.{name}_proj.weight", weight
         if source.config.model.qk_norm != "none":
             yield f"{at}.self_attn.q_norm.weight", source.block(layer, "attention.query_norm.scale")
@@ -138,12 +137,12 @@ def _ffn(source: ExportSource, architecture: Architecture, layer: int, at: str) 
         yield f"{at}.block_sparse_moe.output_linear.weight", networks.down
         return
     mixtral = architecture.model_type == "mixtral"
-    room = "block_sparse_moe" if mixtral else "mlp"
-    yield f"{at}.{room}.gate.weight", router
+    network = "block_sparse_moe" if mixtral else "mlp"
+    yield f"{at}.{network}.gate.weight", router
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
     for expert in range(source.config.model.experts):
         for name, weight in zip(names, networks, strict=True):
-            yield f"{at}.{room}.experts.{expert}.{name}.weight", weight[expert]
+            yield f"{at}.{network}.experts.{expert}.{name}.weight", weight[expert]
     if architecture == ERNIE:
         yield f"{at}.mlp.moe_statics.e_score_correction_bias", _correction(source, layer)[None]
         if source.config.model.shared_experts:

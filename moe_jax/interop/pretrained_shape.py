@@ -272,12 +272,12 @@ class _Reader:
         return self._number("rope_theta", layout.theta, 1, 1e9)
 
     def _separator(self) -> int | None:
-        found = self._values.get("eos_token_id")
-        if isinstance(found, list) and found:
-            found = found[0]
-        if found is not None and not (type(found) is int and 0 <= found < _LARGEST):
+        token = self._values.get("eos_token_id")
+        if isinstance(token, list) and token:
+            token = token[0]
+        if token is not None and not (type(token) is int and 0 <= token < _LARGEST):
             raise self._unheld("eos_token_id", "a token id, or a list of token ids")
-        return found
+        return token
 
     def _check_fields(self) -> None:
         for name, value in self._values.items():

@@ -12,7 +12,6 @@ from typing import Any
 from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.hf_tokenizers import byte_alphabet, spelling
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.interop.chat_template import jinja
 from moe_jax.system.files import json_text
 
 _ALPHABET = byte_alphabet()
@@ -45,7 +44,7 @@ def _last_pair(word: str, ranks: dict[str, int]) -> tuple[str, str]:
     parts = list(word)
     while len(parts) > 2:
         ranked = [(ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(itertools.pairwise(parts))]
-        _, i = min(found for found in ranked if found[0] < ranks[word])
+        _, i = min(candidate for candidate in ranked if candidate[0] < ranks[word])
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
 
@@ -118,3 +117,28 @@ def tokenizer_config(context: int, chat: bool = False) -> dict[str, Any]:
         "clean_up_tokenization_spaces": False,
         **({"chat_template": jinja(SEPARATOR)} if chat else {}),
     }
+
+
+# The role format of tuned runs (`data/chats.py`) as templates of other programs
+#
+# A turn is its role, a line end, its content and the separator. In transformers and llama.cpp a template gives a text,
+# and the text is cut into tokens after that. There the characters of the separator (`<|endoftext|>`) inside a content
+# would be read as the separator. So the template puts a space into them, and no content can end its turn or begin
+# another.
+
+
+def jinja(separator: str) -> str:
+    """For `tokenizer_config.json`, and for `tokenizer.chat_template` in GGUF."""
+    harmless = separator[:-2] + " " + separator[-2:]
+    return (
+        f"{{{{ '{separator}' }}}}{{% for message in messages %}}"
+        "{{ message['role'] + '\\n' + "
+        f"(message['content'] | trim | replace('{separator}', '{harmless}')) + '{separator}' }}}}"
+        "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
+    )
+
+
+def ollama(separator: str) -> str:
+    """The Modelfile. ollama's templates replace nothing, so a content with the separator in it ends its turn there."""
+    turns = f"{{{{ range .Messages }}}}{{{{ .Role }}}}\n{{{{ .Content }}}}{separator}{{{{ end }}}}assistant\n"
+    return f'FROM ./model.gguf\nTEMPLATE """{turns}"""\nPARAMETER stop "{separator}"\n'

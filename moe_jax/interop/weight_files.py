@@ -107,7 +107,7 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
             raise UserError(
                 f"{folder / INDEX}: names the file {_printable(file)}, which is no name of a .safetensors file"
             )
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     for file in files:
         if not (folder / file).exists():
             raise UserError(f"{folder / file}: is missing, and {INDEX} names it; download it")
@@ -116,11 +116,11 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
                 raise UserError(
                     f"{folder / file}: has the tensor {_printable(name)}, which {INDEX} does not place there"
                 )
-            found[name] = tensor
+            tensors[name] = tensor
     for name, file in names.items():
-        if name not in found:
+        if name not in tensors:
             raise UserError(f"{folder / file}: has no tensor {_printable(name)}, which {INDEX} places there")
-    return found
+    return tensors
 
 
 def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
@@ -146,10 +146,10 @@ def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         raise ValueError("it has a name twice")
-    return found
+    return mapping
 
 
 def _in_order(

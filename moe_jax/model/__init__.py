@@ -5,10 +5,8 @@ attention.py    causal attention, whole or one token at a time
 moe/            routing and experts
 layers.py       the small parts: initial values, norms, rotary positions, dropout
 low_rank.py     adapters of low rank
-quantize.py     weights of 8 or 4 bits, for inference only
+quantized.py    weights of 8 or 4 bits, for inference only
 kernels/        the expensive operations, one function each
-hardware.py     the device, as precision and programs see it
-precision.py    which dtype computes and stores what
-costs.py        parameters and operations by formula
-step_memory.py  the least memory of a training step, by formula
+precision.py    the device, and which dtype computes and stores what on it
+costs.py        parameters, operations and the least memory of a training step, by formula
 """

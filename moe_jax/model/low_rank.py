@@ -90,13 +90,13 @@ def add_adapters(model: Any, lora: LoraShape) -> None:
 
 def adapters_in(params: dict[Any, Any]) -> Adapters:
     """The adapters among the parameters of an adapted model."""
-    found: Adapters = {}
+    inside: Adapters = {}
     for name, value in params.items():
         if str(name).endswith(SUFFIX) or name == DELTA:
-            found[name] = value
+            inside[name] = value
         elif isinstance(value, dict) and (inner := adapters_in(value)):
-            found[name] = inner
-    return found
+            inside[name] = inner
+    return inside
 
 
 def adapted(params: dict[Any, Any], adapters: Adapters) -> dict[Any, Any]:
@@ -124,7 +124,7 @@ def merge_named(
 ) -> dict[str, Any]:
     """The weights with the adapters added, by name, in the dtype of each weight. `product` multiplies A and B. The sum
     is made in at least float32."""
-    found = dict(weights)
+    sums = dict(weights)
     for name, value in adapters.items():
         if name.endswith(f"{SUFFIX}.a"):
             target = name.removesuffix(f"{SUFFIX}.a")
@@ -133,9 +133,9 @@ def merge_named(
             target, update = name.removesuffix("_delta"), value
         else:
             continue
-        weight = found[target]
-        found[target] = (weight.astype(at_least_float32(weight.dtype)) + update).astype(weight.dtype)
-    return found
+        weight = sums[target]
+        sums[target] = (weight.astype(at_least_float32(weight.dtype)) + update).astype(weight.dtype)
+    return sums
 
 
 @partial(jax.jit, static_argnames="scale")

@@ -18,7 +18,7 @@ from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.model.low_rank import LoraShape, merged
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
-from moe_jax.model.quantize import WEIGHTS, Weights, quantized_shapes
+from moe_jax.model.quantized import WEIGHTS, Weights, quantized_shapes
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.layout import Layout
 from moe_jax.runs import manifest

@@ -15,7 +15,7 @@ import jax
 
 from moe_jax.config import ConfigError, UserError
 from moe_jax.model.costs import training_flops
-from moe_jax.model.quantize import Weights, quantize
+from moe_jax.model.quantized import Weights, quantize
 from moe_jax.model.transformer import Params
 from moe_jax.runs import records
 from moe_jax.runs.checkpoint import CheckpointStore, restore

@@ -12,10 +12,16 @@ from moe_jax.config import SECTIONS, MeshShape, ModelConfig, RunConfig, TrainCon
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.config.section import flag_of
 from moe_jax.data.token_store import Split
-from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
+from moe_jax.model.costs import (
+    adapter_parameters,
+    count_parameters,
+    least_activation_bytes,
+    least_gradient_bytes,
+    totals,
+    training_flops,
+)
 from moe_jax.model.low_rank import LoraShape
 from moe_jax.model.precision import Policy, choose_policy
-from moe_jax.model.step_memory import least_activation_bytes, least_gradient_bytes
 from moe_jax.model.transformer import abstract_adapted, abstract_model
 from moe_jax.system import machine
 from moe_jax.system.environment import MIB, unused_card

@@ -9,8 +9,8 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.model.kernels.cross_entropy import Implementation, mean_cross_entropy
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.moe.layer import LayerTrace, Mode, RouterStats
+from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.model.transformer import Transformer
 
 

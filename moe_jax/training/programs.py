@@ -21,12 +21,11 @@ from jaxtyping import Array, Key
 from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.decode import Decoder
-from moe_jax.model.hardware import Card, cpu_bfloat16_units
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import MoE
-from moe_jax.model.precision import Policy, choose_policy, writing_policy
+from moe_jax.model.precision import Card, Policy, choose_policy, cpu_bfloat16_units, writing_policy
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.experts import ExpertParallelMoE, bounded_moe
 from moe_jax.parallel.global_arrays import placed

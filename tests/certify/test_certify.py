@@ -20,14 +20,14 @@ from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConf
 from moe_jax.inference.decode import Decoder
 from moe_jax.model.attention import Attention
 from moe_jax.model.moe.experts import Experts
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.reference import AllExpertsMoE, OneHotMoE
+from moe_jax.model.moe.layer import AllExpertsMoE, MoE
 from moe_jax.model.transformer import Block, create, split
 from moe_jax.system import hlo
 from moe_jax.training import loss
 from moe_jax.training.programs import Programs
 from moe_jax.training.random_tokens import RandomTokenTrainer
 from tests.support.leaky import LeakyCapacity, Priority, ReversedChunks, leaky_moe
+from tests.support.one_hot import OneHotMoE
 
 LEAKS = get_args(Priority)
 
@@ -82,7 +82,7 @@ def in_pairs(expert, valid, experts):
     return jnp.take_along_axis(before, expert, axis=-1)
 
 
-QUEUED = ["token priority, by capacity", "token priority, one-hot reference", "shared expert", "balance by bias"]
+QUEUED = ["token priority, by capacity", "shared expert", "balance by bias"]
 
 
 @pytest.mark.parametrize("rule", [*LEAKS, "pairs", "fours"])

@@ -36,7 +36,7 @@ from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.queues import queue_positions
 from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.precision import stochastic_round
-from moe_jax.model.quantize import quantize
+from moe_jax.model.quantized import quantize
 from moe_jax.system.random_keys import sequence_keys
 from moe_jax.training.initial_weights import copy_dense_params
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor

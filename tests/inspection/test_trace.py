@@ -14,8 +14,7 @@ from moe_jax.config import TrainConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 from moe_jax.inference.traced_pass import check_routed
 from moe_jax.inspection.trace import make_trace_step, token_pieces, trace_tokens
-from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.moe.reference import AllExpertsMoE
+from moe_jax.model.moe.layer import AllExpertsMoE, Mode, MoE
 from moe_jax.model.precision import Policy
 from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.runs.load import LoadedRun

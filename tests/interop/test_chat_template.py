@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import ROLES, SEPARATOR, Message
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.interop.chat_template import jinja, ollama
 from moe_jax.interop.export import export
 from moe_jax.interop.source import ExportSource, open_source
+from moe_jax.interop.tokenizers import jinja, ollama
 from tests.interop.llama_cpp import LlamaServer
 from tests.interop.saved import save
 

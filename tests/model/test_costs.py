@@ -22,14 +22,13 @@ from moe_jax.model.costs import (
     totals,
     training_flops,
 )
-from moe_jax.model.moe.functional import layer_function
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.reference import AllExpertsMoE, OneHotMoE
+from moe_jax.model.moe.layer import AllExpertsMoE, MoE, layer_function
 from moe_jax.model.transformer import create, split
 from moe_jax.runs.checkpoint import named_leaves
 from moe_jax.system.hlo import read_program
 from moe_jax.training.optimizers.factory import muon_labels
 from tests.support import tiny
+from tests.support.one_hot import OneHotMoE
 
 
 def stored(config: ModelConfig) -> int:

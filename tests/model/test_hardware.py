@@ -4,8 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from moe_jax.model.hardware import Card
-from moe_jax.model.precision import choose_policy
+from moe_jax.model.precision import Card, choose_policy
 
 
 def device(name: str, capability: str | None, platform: str = "gpu") -> SimpleNamespace:

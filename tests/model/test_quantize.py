@@ -11,8 +11,7 @@ import pytest
 from moe_jax.config import UserError
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
-from moe_jax.model.quantize import WEIGHTS, Weights, quantize, quantized_shapes
+from moe_jax.model.quantized import WEIGHTS, QuantizedMatrix, Weights, quantize, quantized_shapes
 from moe_jax.model.transformer import Params
 from moe_jax.runs.arrays import named_leaves
 from tests.support import tiny

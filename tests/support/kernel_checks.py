@@ -17,10 +17,9 @@ from moe_jax.model.kernels import query_blocks as cut
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.moe.dispatch import Blocks
-from moe_jax.model.moe.functional import build_layer, layer_function, with_gradients
-from moe_jax.model.moe.layer import MoE
-from moe_jax.model.moe.reference import OneHotMoE
+from moe_jax.model.moe.layer import MoE, build_layer, layer_function, with_gradients
 from tests.support import oracles, tiny
+from tests.support.one_hot import OneHotMoE
 
 
 def check_dispatch_gradients() -> None:

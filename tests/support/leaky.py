@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.model.moe.dispatch import Capacity, Dispatch, QueuedPairs
+from moe_jax.model.moe.dispatch import Capacity, Dispatch, Plan, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.queues import queue_positions
 from moe_jax.model.moe.router import Routing
@@ -32,12 +32,16 @@ class LeakyCapacity(Capacity):
 
     priority: Priority = "leaky-choice-major"
 
-    def requested_pairs(self, routing: Routing) -> Routing:
-        """The pairs that ask for a slot: under expert choice, every token with every expert; else the chosen pairs."""
-        return with_all_experts(routing) if self.priority == "leaky-expert-choice" else routing
+    def plan(self, routing: Routing) -> Plan:
+        return super().plan(requested_pairs(self, routing))
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Callable[..., Array]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        return super().apply(x, requested_pairs(self, routing), experts)
 
     def trace(self, routing: Routing) -> QueuedPairs:
-        requests = self.requested_pairs(routing)
+        requests = requested_pairs(self, routing)
         position = leaky_queue_positions(requests, self.priority)
         return QueuedPairs(position, (position < self.slots) & requests.valid[..., None])
 
@@ -46,6 +50,12 @@ class LeakyCapacity(Capacity):
         if self.priority == "leaky-expert-choice":
             keep = keep.any(-1)
         return super().drop_fraction(keep)
+
+
+def requested_pairs(capacity: Capacity, routing: Routing) -> Routing:
+    """The pairs that ask for a slot: under expert choice, every token with every expert; else the chosen pairs."""
+    everyone = isinstance(capacity, LeakyCapacity) and capacity.priority == "leaky-expert-choice"
+    return with_all_experts(routing) if everyone else routing
 
 
 def leaky_queue_positions(routing: Routing, priority: Priority) -> Int[Array, "B T K"]:

@@ -175,8 +175,8 @@ BUGS = [
     Bug(
         "the blocks of a span all start where the span starts",
         "moe_jax.model.kernels.causal_attention:_starts",
-        "jnp.arange(first, end, cut.QUERY_BLOCK)",
-        "jnp.arange(first, end, cut.QUERY_BLOCK) * 0 + first",
+        "jnp.arange(first, end, blocking.QUERY_BLOCK)",
+        "jnp.arange(first, end, blocking.QUERY_BLOCK) * 0 + first",
         kernel_checks.check_long_attention,
     ),
     Bug(

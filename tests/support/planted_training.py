@@ -119,8 +119,8 @@ BUGS = [
     Bug(
         "a skipped step holds the rate back",
         "moe_jax.training.step:make_step",
-        "taken=taken, step=state.step)",
-        "taken=taken, step=state.step - state.skipped)",
+        "taken=finite, step=state.step)",
+        "taken=finite, step=state.step - state.skipped)",
         checks.check_the_applied_rate_is_reported,
     ),
     Bug(

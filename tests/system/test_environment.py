@@ -13,7 +13,7 @@ import pytest
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError, UserError
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
-from moe_jax.model.step_memory import least_step_bytes
+from moe_jax.model.costs import least_step_bytes
 from moe_jax.model.transformer import abstract_model
 from moe_jax.system import environment
 

@@ -14,10 +14,9 @@ import pytest
 from moe_jax.cli.derive import Merge
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, TrainConfig, load_config
 from moe_jax.interop.source import open_source
-from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
+from moe_jax.model.costs import adapter_parameters, count_parameters, least_step_bytes, totals, training_flops
 from moe_jax.model.low_rank import LoraShape, adapted, initial_adapters, merged
 from moe_jax.model.moe.layer import Mode
-from moe_jax.model.step_memory import least_step_bytes
 from moe_jax.model.transformer import abstract_adapted
 from moe_jax.model.transformer import merge as build
 from moe_jax.runs.arrays import named_leaves

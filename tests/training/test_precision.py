@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import OptimizerKind, TrainConfig
-from moe_jax.model import hardware
+from moe_jax.model import precision
 from moe_jax.model.precision import choose_policy, stochastic_round, to_param_dtype, writing_policy
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.training.optimizers.factory import make_optimizer
@@ -146,9 +146,9 @@ def test_the_precision_follows_the_device_and_says_why(
     vendor, family, flags = processor
     lines = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\nflags\t\t: {flags}\n"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + lines)
-    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(
-        hardware.race,
+        precision.machine,
         "gain",
         lambda narrow, device, units: 0.74 if vendor == "GenuineIntel" and units != "AMX" else 2.0,
     )
@@ -167,17 +167,17 @@ def test_a_card_whose_float16_is_not_faster_computes_in_float32(monkeypatch: pyt
     card = type("Device", (), {"platform": "gpu", "compute_capability": "7.5", "device_kind": "a card"})()
     asked: list[tuple[Any, ...]] = []
     for gain, compute in ((1.19, "float32"), (1.21, "float16")):
-        monkeypatch.setattr(hardware.race, "gain", lambda *given, gain=gain: asked.append(given) or gain)
-        monkeypatch.setattr(hardware.jax, "Device", type(card))
+        monkeypatch.setattr(precision.machine, "gain", lambda *given, gain=gain: asked.append(given) or gain)
+        monkeypatch.setattr(precision.jax, "Device", type(card))
         policy = choose_policy("auto", card)
         assert policy.compute == compute
         assert ("no faster in a race" in policy.reason) == (compute == "float32")
     assert asked == [("float16", card)] * 2
-    monkeypatch.setattr(hardware.jax, "Device", int)  # a described card cannot race
+    monkeypatch.setattr(precision.jax, "Device", int)  # a described card cannot race
     assert choose_policy("auto", card).compute == "float16"
     assert len(asked) == 2
 
 
 def test_a_system_without_a_list_of_units_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "CPU_INFO", tmp_path / "missing")
-    assert hardware.cpu_bfloat16_units() == ""
+    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "missing")
+    assert precision.cpu_bfloat16_units() == ""

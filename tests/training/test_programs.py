@@ -12,7 +12,7 @@ import pytest
 from moe_jax.config import ComputeDtype, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.inspection.compiled_layer import without_sources
 from moe_jax.model.kernels import cross_entropy
-from moe_jax.model.moe.reference import AllExpertsMoE
+from moe_jax.model.moe.layer import AllExpertsMoE
 from moe_jax.training.loop import finish, train
 from moe_jax.training.programs import Programs
 from moe_jax.training.random_tokens import RandomTokenTrainer

@@ -18,7 +18,7 @@ from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.source import open_source
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
+from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run, saved_weights

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.model.kernels import query_blocks as cut
+from moe_jax.model.kernels import query_blocks as blocking
 from moe_jax.model.kernels.matmul import transpose_contiguous
 from moe_jax.model.layers import keep_mask
 from moe_jax.model.precision import at_least_float32, dot_precision
@@ -57,7 +57,7 @@ def causal_attention(
     Unless one is asked for, sequences of up to `LONGEST_KEPT` positions take `blocked`, longer ones `recomputed`.
     """
     positions = query.shape[2]
-    implementation = implementation or ("blocked" if positions <= cut.LONGEST_KEPT else "recomputed")
+    implementation = implementation or ("blocked" if positions <= blocking.LONGEST_KEPT else "recomputed")
     keys = dropout_keys if dropout else None
     if implementation == "cudnn":
         if keys is not None:
@@ -65,7 +65,9 @@ def causal_attention(
         return _attend_by_cudnn(query, key, value)
     if implementation == "recomputed":
         return _attend_again(dropout, query, key, value, keys)
-    masks = None if keys is None else [_dropout_mask(query, dropout, keys, *b) for b in cut.query_blocks(positions)]
+    masks = (
+        None if keys is None else [_dropout_mask(query, dropout, keys, *b) for b in blocking.query_blocks(positions)]
+    )
     if implementation == "reference":
         weights = attention_weights(query, key).astype(query.dtype)
         if masks is not None:
@@ -115,7 +117,7 @@ def _dropout_mask(
 ) -> Bool[Array, "B H Q {end}"]:
     """Which weights of the queries [first, end) are kept, or of one whole block from `first` on if that is traced. A
     block's mask depends on its first query and on the number of its keys."""
-    block = end - first if isinstance(first, int) else cut.QUERY_BLOCK
+    block = end - first if isinstance(first, int) else blocking.QUERY_BLOCK
     return keep_mask(fold_each(keys, first), rate, (query.shape[1], block, end))
 
 
@@ -171,7 +173,7 @@ def _attend_by_blocks(
 
 def _forward(query: Array, key: Array, value: Array, masks: list[Array] | None, keep: float | Array):
     queries, outputs, weights = [], [], []
-    for i, (first, end) in enumerate(cut.query_blocks(query.shape[2])):
+    for i, (first, end) in enumerate(blocking.query_blocks(query.shape[2])):
         queries.append(query[:, :, first:end])
         p = attention_weights(queries[i], key[:, :, :end], first).astype(query.dtype)
         # With the barrier, the backward pass keeps only the weights, not the scores too.
@@ -185,7 +187,7 @@ def _forward(query: Array, key: Array, value: Array, masks: list[Array] | None, 
 def _backward(residuals, d_out: Array):
     # The weights after dropout are recomputed for each block. The barrier makes this wait for d_out; without it, the
     # compiler keeps the arrays of the forward pass instead.
-    blocks = cut.query_blocks(d_out.shape[2])
+    blocks = blocking.query_blocks(d_out.shape[2])
     d_outputs = [d_out[:, :, first:end] for first, end in blocks]
     residuals, d_outputs = jax.lax.optimization_barrier((residuals, d_outputs))
     queries, key, value, masks, keep, outputs, weights = residuals
@@ -225,7 +227,7 @@ def _attend_again(
 
 def _forward_again(rate: float, query: Array, key: Array, value: Array, keys: Array | None):
     outputs = []
-    for first, end in cut.query_spans(query.shape[2]):
+    for first, end in blocking.query_spans(query.shape[2]):
 
         def block(_: None, at: tuple, end: int = end) -> tuple[None, Array]:
             start, q = at
@@ -245,7 +247,7 @@ def _backward_again(rate: float, residuals, d_out: Array):
     d_query = []
     d_key_t = jnp.zeros_like(key, dtype=row_sum.dtype).swapaxes(2, 3)
     d_value_t = d_key_t
-    for first, end in cut.query_spans(query.shape[2]):
+    for first, end in blocking.query_spans(query.shape[2]):
 
         def block(sums: tuple, at: tuple, end: int = end) -> tuple[tuple, Array]:
             start, q, d_o, rows = at
@@ -273,15 +275,15 @@ def _mask_again(q: Array, rate: float, keys: Array | None, start: Array, end: in
 
 def _starts(first: int, end: int) -> Int[Array, " N"]:
     """The first position of each block of a span."""
-    return jnp.arange(first, end, cut.QUERY_BLOCK)
+    return jnp.arange(first, end, blocking.QUERY_BLOCK)
 
 
 def _blocks(first: int, end: int, *arrays: Float[Array, "B H T _"]) -> list[Float[Array, "N B H Q _"]]:
     """The blocks of a span. The last one is filled up with rows of zeros, whose gradients are zeros."""
-    count = math.ceil((end - first) / cut.QUERY_BLOCK)
-    filled = [(0, 0), (0, 0), (0, count * cut.QUERY_BLOCK - (end - first)), (0, 0)]
+    count = math.ceil((end - first) / blocking.QUERY_BLOCK)
+    filled = [(0, 0), (0, 0), (0, count * blocking.QUERY_BLOCK - (end - first)), (0, 0)]
     padded = [jnp.pad(x[:, :, first:end], filled) for x in arrays]
-    return [jnp.moveaxis(x.reshape(*x.shape[:2], count, cut.QUERY_BLOCK, -1), 2, 0) for x in padded]
+    return [jnp.moveaxis(x.reshape(*x.shape[:2], count, blocking.QUERY_BLOCK, -1), 2, 0) for x in padded]
 
 
 def _unblocked(blocks: Float[Array, "N B H Q A"], rows: int) -> Float[Array, "B H T A"]:

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32
+from moe_jax.model.quantized import QuantizedMatrix
 
 
 def embedding_lookup(table: Float[Array, "V D"] | QuantizedMatrix, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:

@@ -27,8 +27,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import matmul, transpose_contiguous, transposed_product
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.precision import at_least_float32, dot_precision
+from moe_jax.model.quantized import QuantizedMatrix
 
 Implementation = Literal["blocked", "reference"]
 Form = Literal["copies", "turns"]

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from moe_jax.config import ExecutionConfig, ModelConfig
-from moe_jax.model.hardware import Card
 from moe_jax.model.kernels.causal_attention import Implementation, causal_attention
+from moe_jax.model.precision import Card
 
 MOST_HEAD_WIDTH = 128
 """cuDNN's bound before compute capability 9.0. There must be a multiple of 8 numbers."""
@@ -92,16 +92,16 @@ def worst_error(attend: Attend, shape: tuple[int, int, int, int], compute: str) 
     heads, key_heads, positions, width = shape
     keys = jax.random.split(jax.random.key(0), 4)
     sizes = [(1, h, positions, width) for h in (heads, key_heads, key_heads, heads)]
-    given = [jax.random.normal(key, size).astype(compute) for key, size in zip(keys, sizes, strict=True)]
+    operands = [jax.random.normal(key, size).astype(compute) for key, size in zip(keys, sizes, strict=True)]
 
-    def results(attend: Attend, *given: Array) -> list[Array]:
-        out, gradients = jax.vjp(attend, *given[:3])
-        return [x.astype(jnp.float32) for x in (out, *gradients(given[3]))]
+    def results(attend: Attend, *operands: Array) -> list[Array]:
+        out, gradients = jax.vjp(attend, *operands[:3])
+        return [x.astype(jnp.float32) for x in (out, *gradients(operands[3]))]
 
     run = jax.jit(results, static_argnums=0)
-    exact = run(_reference, *(x.astype(jnp.float32) for x in given))
+    exact = run(_reference, *(x.astype(jnp.float32) for x in operands))
     errors = [
-        jnp.stack([jnp.abs(x - y).max() for x, y in zip(run(form, *given), exact, strict=True)])
+        jnp.stack([jnp.abs(x - y).max() for x, y in zip(run(form, *operands), exact, strict=True)])
         for form in (attend, causal_attention)
     ]
     return float((errors[0] / errors[1]).max())

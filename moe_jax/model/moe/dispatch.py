@@ -7,6 +7,7 @@ the experts, and sums the results for each token. `trace` returns the place of e
     Blocks     rows sorted by expert and cut into blocks of R rows, one expert a block; drops nothing. Dropless
                training, evaluation and prefill, at about the active arithmetic.
     PerToken   each pair is a group of its own and reads its expert's weights only; drops nothing. Decoding.
+    AllExperts every expert on every token, then a sum over the chosen ones. The others are compared with it.
 
 The first two have a method `plan`, which decides the row of each pair. They use two functions over rows `[G, B, R, D]`,
 that is G groups of R rows for each sequence. `dispatch` copies tokens into rows, and `combine` sums rows back into
@@ -16,8 +17,6 @@ scatter-add, hence the gradients have the same bits each time, and no array has 
 
 Each row is multiplied with the gate of its pair (`row_gates`) before `combine`. In training the experts do this before
 their last product (`Experts.__call__`).
-
-`reference.py` has two slow dispatches, which the tests compare these with. `variants.py` has the priorities that leak.
 """
 
 import functools
@@ -83,7 +82,7 @@ class Capacity:
     def plan(self, routing: Routing) -> Plan:
         """The kept pair at place p in the queue of expert e sits in row e*C + p."""
         position, keep = self.trace(routing)
-        row = self.requested_pairs(routing).expert_index * self.slots + position
+        row = routing.expert_index * self.slots + position
         return row_plan(row, keep, routing.logits.shape[-1], self.slots)
 
     def apply(
@@ -91,7 +90,7 @@ class Capacity:
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
         """See `Dispatch`. `experts` may be any function of rows [E, B*C, D] and their gates [E, B*C], such as one that
         sends them to other devices (`moe_jax.parallel.experts`)."""
-        plan, routing = self.plan(routing), self.requested_pairs(routing)
+        plan = self.plan(routing)
         with jax.named_scope("dispatch"):
             rows, gate = dispatch(x, plan), row_gates(routing.gate, plan)
         with jax.named_scope("experts"):
@@ -104,10 +103,6 @@ class Capacity:
     def trace(self, routing: Routing) -> QueuedPairs:
         position = queue_positions(routing.expert_index, routing.valid, routing.logits.shape[-1])
         return QueuedPairs(position, (position < self.slots) & routing.valid[..., None])
-
-    def requested_pairs(self, routing: Routing) -> Routing:
-        """The pairs that ask for a slot: the chosen pairs. (`LeakyCapacity` overrides this for expert choice.)"""
-        return routing
 
     def drop_fraction(self, keep: Bool[Array, "B T *K"]) -> Float[Array, " B"]:
         """Share of each sequence's pairs without a slot. Counted, so it is exactly 0 if none is dropped."""
@@ -205,6 +200,29 @@ class PerToken:
             rows = gated(rows.reshape(*pairs, -1), routing.gate)
             y = functools.reduce(jnp.add, [rows[:, :, k] for k in range(pairs[-1])])  # in the order of k
         return y, (~routing.valid).mean(1, dtype=jnp.float32)
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        return _unlimited(routing)
+
+
+@dataclass(frozen=True)
+class AllExperts:
+    """Every expert computes every token. The chosen experts' outputs are summed with their gates. Drops nothing.
+
+    No run can choose it: `certify` and the benchmarks compare the others with it.
+    """
+
+    def apply(
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
+        count = routing.logits.shape[-1]
+        flat = x.reshape(-1, x.shape[-1])
+        with jax.named_scope("experts"):
+            rows = experts(jnp.broadcast_to(flat, (count, *flat.shape)))
+        gate = jnp.where(routing.valid[..., None], routing.gate, 0)
+        weight = (jax.nn.one_hot(routing.expert_index, count, dtype=gate.dtype) * gate[..., None]).sum(-2)
+        y = jnp.einsum("ne,end->nd", weight.reshape(-1, count).astype(rows.dtype), rows)
+        return y.reshape(x.shape), jnp.zeros(len(x))
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return _unlimited(routing)

@@ -8,10 +8,10 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.config import Activation
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import vector_matmul
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.low_rank import LowRank
 from moe_jax.model.precision import at_least_float32, dot_precision
+from moe_jax.model.quantized import QuantizedMatrix
 
 
 class Experts(nnx.Module):

@@ -5,8 +5,9 @@ The path of a token through the layer: `router.py` chooses its experts, `dispatc
 """
 
 import math
+from collections.abc import Callable
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.config import Activation, ModelConfig, RoutingConfig, capacity
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
-from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, PerToken
+from moe_jax.model.moe.dispatch import AllExperts, Blocks, Capacity, Dispatch, PerToken
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.router import Routing, route, router_logits
 
@@ -180,6 +181,13 @@ class MoE(nnx.Module):
         return Blocks(inference_block_rows(pairs, experts), in_place=True)
 
 
+class AllExpertsMoE(MoE):
+    """The same layer, which trains by `AllExperts`."""
+
+    def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
+        return AllExperts() if mode is Mode.TRAIN else super().dispatch_for(mode, batch, tokens)
+
+
 def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_scale: float = 1.0) -> MoE:
     """An MoE layer of a model's shape and routing policy, with initial parameters."""
     return moe(
@@ -220,3 +228,83 @@ class DenseFFN(nnx.Module):
         del mode, trace  # every token goes through the same network in training, evaluation and decoding
         with jax.named_scope("experts"):
             return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None
+
+
+# A layer as a plain function of its parameters, for code that compiles it, counts its operations or times it
+
+
+type LayerFunction = Callable[[dict[str, Any], jax.Array], jax.Array]
+"""(parameters, x [B, T, D]) -> y [B, T, D], in training mode."""
+
+
+def layer_function(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunction, dict[str, Any]]:
+    """The layer as a function, and its initial parameters."""
+    return _function(_initial_layer(config, moe))
+
+
+def layer_shapes(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunction, dict[str, Any]]:
+    """The layer as a function, and the shapes of its parameters. Allocates nothing."""
+    return _function(nnx.eval_shape(lambda: _initial_layer(config, moe)))
+
+
+def _initial_layer(config: ModelConfig, moe: type[MoE]) -> MoE:
+    return build_layer(config, nnx.Rngs(params=jax.random.key(0)), moe)
+
+
+def _function(layer: MoE) -> tuple[LayerFunction, dict[str, Any]]:
+    graphdef, state = nnx.split(layer, nnx.Param)
+
+    def moe_layer(params: dict[str, Any], x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, nnx.State(jax.tree.map(lambda p: p, params)))(x, Mode.TRAIN)[0]
+
+    return moe_layer, nnx.to_pure_dict(state)
+
+
+def with_gradients(forward: LayerFunction) -> Callable[..., Any]:
+    """(params, x, cotangent) -> (y, the gradients of parameters and x): what a training step needs of a layer."""
+
+    def run(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        y, pull = jax.vjp(forward, params, x)
+        return y, pull(cotangent)
+
+    return run
+
+
+# A layer whose experts can be switched off while its program runs
+
+
+SWITCHES = "off"
+"""The name of the switches among the parameters of a layer."""
+
+
+class SwitchableMoE(MoE):
+    """`MoE` with switches: True where an expert is off.
+
+    An expert that is switched off cannot be chosen. The router decides as if the expert did not exist: its logit is
+    -inf, so it has the probability 0, the next-best expert takes its place, and the gates are renormalised over the K
+    experts that are chosen instead. Where fewer than K experts are left, the gates of those that are left add up to 1.
+    Without `renormalise_gates` a gate is the probability among the experts that are left.
+
+    The switches are an argument of the program, beside the parameters. So one compiled program serves every choice of
+    experts. Each sequence of a batch has switches of its own, so one call can answer "and without expert 3?" for many
+    experts.
+
+    They are kept as a parameter `[1, E]` or `[B, E]`, because parameters are what a compiled program is called with.
+    """
+
+    def __init__(self, width: int, hidden: int, experts: int, *arguments: Any, **settings: Any) -> None:
+        super().__init__(width, hidden, experts, *arguments, **settings)
+        self.off = nnx.Param(jnp.zeros((1, experts), bool))
+
+    def choose(self, logits: Float[Array, "B T E"]) -> Routing:
+        return super().choose(jnp.where(self.off[...][:, None, :], -jnp.inf, logits))
+
+    def selection_bias(self) -> Float[Array, "*batch E"] | None:
+        bias = super().selection_bias()  # it could lift an expert of probability 0 above the others
+        return None if bias is None else jnp.where(self.off[...][:, None, :], -jnp.inf, bias)
+
+
+def with_switches(params: dict[str, Any], off: Bool[Array, "L B E"]) -> dict[str, Any]:
+    """The parameters of a model with the switches of each layer. B is 1, or the number of sequences of the batch."""
+    blocks = {n: {**block, "ffn": {**block["ffn"], SWITCHES: off[n]}} for n, block in params["blocks"].items()}
+    return {**params, "blocks": blocks}

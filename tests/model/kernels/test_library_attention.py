@@ -14,10 +14,10 @@ import pytest
 
 from moe_jax.config import ExecutionConfig
 from moe_jax.config.presets import preset
-from moe_jax.model.hardware import Card
 from moe_jax.model.kernels import library_attention
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention, problem, worst_error
+from moe_jax.model.precision import Card
 
 AMPERE = Card("gpu", "NVIDIA GeForce RTX 3050 Laptop GPU", 8.6)
 TURING = Card("gpu", "NVIDIA GeForce RTX 2060", 7.5)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model.kernels import quantized_matmul as module
+from moe_jax.model import quantized as module
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import matmul, vector_matmul
-from moe_jax.model.kernels.quantized_matmul import QuantizedMatrix, group_size, packed, quantized_matmul
+from moe_jax.model.quantized import QuantizedMatrix, group_size, packed, quantized_matmul
 from tests.support import tiny
 
 BITS = (8, 4)
@@ -69,8 +69,9 @@ def compiled(dtype: str | None = None):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("many", [4, 5])
-@pytest.mark.parametrize(("count", "inputs"), [(1, 64), (3, 6), (module.FEW_ROWS, 96), (module.FEW_ROWS + 1, 64)])
+@pytest.mark.parametrize(
+    ("count", "inputs", "many"), [(1, 64, 4), (1, 64, 5), (3, 6, 4), (3, 6, 5), (module.FEW_ROWS + 1, 64, 5)]
+)
 def test_products_of_few_and_of_many_rows(
     bits: int, many: int, count: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

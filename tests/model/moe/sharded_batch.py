@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.model.moe import dispatch as d
 from moe_jax.model.moe.router import Routing, route
-from tests.support.leaky import LeakyCapacity
 
 B, T, D, E, K, SLOTS = 8, 12, 6, 4, 2, 4
 COLLECTIVE = re.compile(
@@ -27,7 +26,7 @@ def layer(capacity: d.Capacity):
     """Dispatch, experts that change nothing, combine; and the gradients of x and of the gates."""
 
     def run(x: jax.Array, cotangent: jax.Array, routing: Routing) -> tuple[jax.Array, ...]:
-        plan, gate = capacity.plan(routing), capacity.requested_pairs(routing).gate
+        plan, gate = capacity.plan(routing), routing.gate
         y, pull = jax.vjp(
             lambda x, gate: d.combine(d.gated(d.dispatch(x, plan), d.row_gates(gate, plan)), plan), x, gate
         )
@@ -62,8 +61,6 @@ def main() -> None:
     routing = jax.device_get(route(jnp.asarray(rng.normal(size=(B, T, E)), jnp.float32), K))
     operands = (x, cotangent, routing)
     found = {"capacity": report(layer(d.Capacity(SLOTS)), operands, batch)}
-    for priority in ("leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice"):
-        found[priority] = report(layer(LeakyCapacity(SLOTS, priority)), operands, batch)
     # Two programs that must communicate, so that finding nothing above means something.
     found["a mean over the batch"] = report(lambda x, *_: (x - x.mean(0),), operands, batch)
     found["the batch in one row"] = report(

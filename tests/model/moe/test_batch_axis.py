@@ -16,27 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.model.moe import dispatch as d
-from moe_jax.model.moe.functional import layer_function, with_gradients
+from moe_jax.model.moe.layer import layer_function, with_gradients
 from moe_jax.model.moe.router import Routing, route
 from tests.support import tiny
-from tests.support.leaky import LeakyCapacity
 
 B, T, E, K, C, WIDTH = 3, 7, 4, 2, 3, 5
-FORMS = {
-    "token": d.Capacity(C),
-    **{name: LeakyCapacity(C, name) for name in ("leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice")},
-}
 
 
 @functools.lru_cache
-def compiled(form: str, batch: int):
+def compiled(batch: int):
     """(logits, x, cotangents of rows and y) -> plan, queue, rows, y and every gradient, for so many sequences."""
-    capacity = FORMS[form]
+    capacity = d.Capacity(C)
     del batch  # one entry of the cache, and one program, for each size
 
     def run(logits, x, d_rows, d_y):
         routing = route(logits, K)
-        plan, gate = capacity.plan(routing), capacity.requested_pairs(routing).gate
+        plan, gate = capacity.plan(routing), routing.gate
         rows, pull_rows = jax.vjp(lambda x: d.dispatch(x, plan), x)
         y, pull_y = jax.vjp(lambda rows, gate: d.combine(d.gated(rows, d.row_gates(gate, plan)), plan), rows, gate)
         d_x, (d_rows_of_y, d_gate) = pull_rows(d_rows)[0], pull_y(d_y)
@@ -46,10 +41,9 @@ def compiled(form: str, batch: int):
     return jax.jit(run)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), broken=st.booleans(), crowded=st.booleans())
-def test_a_batch_is_its_sequences_one_by_one(form: str, seed: int, broken: bool, crowded: bool) -> None:
+def test_a_batch_is_its_sequences_one_by_one(seed: int, broken: bool, crowded: bool) -> None:
     """To the last bit: plan, queue, rows, output and gradients. With a NaN in one sequence, and with drops."""
     rng = np.random.default_rng(seed)
     logits = rng.normal(size=(B, T, E)).astype(np.float32)
@@ -60,11 +54,11 @@ def test_a_batch_is_its_sequences_one_by_one(form: str, seed: int, broken: bool,
     groups = E
     x, d_y = rng.normal(size=(2, B, T, WIDTH)).astype(np.float32)
     d_rows = rng.normal(size=(groups, B, C, WIDTH)).astype(np.float32)
-    second, first = compiled(form, B)(logits, x, d_rows, d_y)
+    second, first = compiled(B)(logits, x, d_rows, d_y)
     assert second[0].shape == (groups, B, C)
     for b in range(B):
         one = slice(b, b + 1)
-        alone_second, alone_first = compiled(form, 1)(logits[one], x[one], d_rows[:, one], d_y[one])
+        alone_second, alone_first = compiled(1)(logits[one], x[one], d_rows[:, one], d_y[one])
         for whole, alone in [
             *zip((np.asarray(a)[:, one] for a in second), alone_second, strict=True),
             *zip((np.asarray(a)[one] for a in first), alone_first, strict=True),
@@ -126,12 +120,11 @@ def sharded() -> dict:
     return found
 
 
-@pytest.mark.parametrize("form", ["capacity", *[name for name in FORMS if name != "token"]])
-def test_a_batch_over_four_devices_needs_no_communication(form: str, sharded: dict) -> None:
+def test_a_batch_over_four_devices_needs_no_communication(sharded: dict) -> None:
     """Dispatch, combine and their gradients, 8 sequences on 4 devices: no collective, and 2 sequences a device in every
     result. Outputs and gradients of x have the bits of one device; a gate's gradient is a sum over the width, in an
     order that the compiler chooses."""
-    found = sharded[form]
+    found = sharded["capacity"]
     assert found["collectives"] == []
     assert found["shards"] == [2]
     assert found["errors"][:2] == [0, 0]

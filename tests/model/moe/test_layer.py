@@ -11,12 +11,19 @@ import pytest
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.model.moe import dispatch as d
 from moe_jax.model.moe.experts import gated
-from moe_jax.model.moe.functional import layer_function, with_gradients
-from moe_jax.model.moe.layer import Mode, MoE, block_rows, inference_block_rows
-from moe_jax.model.moe.reference import AllExpertsMoE, OneHotMoE
+from moe_jax.model.moe.layer import (
+    AllExpertsMoE,
+    Mode,
+    MoE,
+    block_rows,
+    inference_block_rows,
+    layer_function,
+    with_gradients,
+)
 from moe_jax.model.moe.router import route
 from moe_jax.model.transformer import create, merge
 from tests.support import checks, oracles, tiny
+from tests.support.one_hot import OneHotMoE
 from tests.support.programs import scatter_adds_of_floats
 
 B, T, D, E = 2, tiny.T, 4, 4

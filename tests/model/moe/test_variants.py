@@ -8,15 +8,15 @@ import pytest
 from moe_jax.config import TrainConfig
 from moe_jax.model.moe.balance import adjusted_bias, expert_load
 from moe_jax.model.moe.dispatch import Blocks, Capacity, PerToken
-from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.moe.reference import OneHot
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.moe.router import route
 from moe_jax.model.transformer import merge
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import initial_state
 from moe_jax.training.step import make_step
 from tests.support import oracles, tiny
-from tests.support.leaky import LeakyCapacity, leaky_moe
+from tests.support.leaky import LeakyCapacity, requested_pairs
+from tests.support.one_hot import OneHot
 
 B, T, E, K, C = 2, 7, 4, 2, 2
 LEAKY = ("leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice")
@@ -55,7 +55,7 @@ def test_priorities_against_loops(priority) -> None:
     def run(z):
         routing = route(z, K)
         plan, queued = capacity_.plan(routing), capacity_.trace(routing)
-        return capacity_.requested_pairs(routing), plan, queued, OneHot(capacity_).masks(routing)
+        return requested_pairs(capacity_, routing), plan, queued, OneHot(capacity_).masks(routing)
 
     differs = False
     for seed in range(20):
@@ -115,25 +115,6 @@ def test_a_broken_token_is_last_in_every_queue() -> None:
     for priority in ("token", *LEAKY):
         plan = slots_by(priority, 1).plan(route(jnp.asarray(z), 2))
         assert plan.keep.tolist() == [[[False, False], [True, True], [False, False]]], priority
-
-
-@pytest.mark.parametrize("priority", LEAKY)
-def test_a_leaky_layer_is_the_one_hot_layer_of_its_rule(priority) -> None:
-    """By slots and by one-hot masks alike, and unlike the layer of token priority."""
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(32, tiny.T, 8)), jnp.float32)
-
-    def layer(moe: type[MoE] = MoE):
-        graphdef, params = tiny.build(tiny.config(), moe=moe)
-        return jax.jit(lambda x: merge(graphdef, params).blocks[0].ffn(x, Mode.TRAIN))(x)
-
-    def by_masks(slots: int) -> OneHot:
-        return OneHot(LeakyCapacity(slots, priority))
-
-    y, stats = layer(leaky_moe(lambda slots: LeakyCapacity(slots, priority)))
-    y_one_hot, stats_one_hot = layer(leaky_moe(by_masks))
-    np.testing.assert_allclose(y, y_one_hot, atol=1e-5)
-    assert (stats.drop_fraction == stats_one_hot.drop_fraction).all()
-    assert (np.asarray(y) != np.asarray(layer()[0])).any()
 
 
 def test_bias_moves_the_choice_and_not_the_gates() -> None:

@@ -1,11 +1,4 @@
-"""Two slow dispatches, which the tests compare the fast ones with. Neither can be chosen by a flag.
-
-    OneHot       GShard's one-hot masks and einsums, with a capacity
-    AllExperts   every expert on every token, then a sum over the chosen ones; no capacity
-
-Both implement `dispatch.Dispatch`. The subclasses `OneHotMoE` and `AllExpertsMoE` of `MoE` return them from
-`dispatch_for`.
-"""
+"""GShard's dispatch by one-hot masks and einsums, which the tests compare the dispatch by capacity with."""
 
 from dataclasses import dataclass
 
@@ -13,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, QueuedPairs
+from moe_jax.model.moe.dispatch import Capacity, Dispatch, QueuedPairs
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing
+from tests.support.leaky import requested_pairs
 
 
 @dataclass(frozen=True)
@@ -31,7 +25,7 @@ class OneHot:
 
     def masks(self, routing: Routing) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
         """The mask that copies tokens into slots, and the mask that sums slots with their gates."""
-        queued, routing = self.capacity.trace(routing), self.capacity.requested_pairs(routing)
+        queued, routing = self.capacity.trace(routing), requested_pairs(self.capacity, routing)
         experts, dtype = routing.logits.shape[-1], routing.probs.dtype
         slots = jax.nn.one_hot(queued.position, self.capacity.slots, dtype=dtype)  # a position beyond C is all zeros
         choice = jax.nn.one_hot(routing.expert_index, experts, dtype=dtype) * routing.valid[..., None, None]
@@ -52,7 +46,7 @@ class OneHot:
             rows = experts(rows.reshape(count, batch * slots, width)).reshape(rows.shape)
         with jax.named_scope("combine"):
             y = jnp.einsum("btec,ebcd->btd", from_slots.astype(x.dtype), rows)
-        requests = self.capacity.requested_pairs(routing)
+        requests = requested_pairs(self.capacity, routing)
         chosen = jax.nn.one_hot(requests.expert_index, count, dtype=to_slots.dtype)
         keep = jnp.einsum("btke,btec->btk", chosen, to_slots) > 0.5
         return y, self.capacity.drop_fraction(keep)
@@ -61,36 +55,9 @@ class OneHot:
         return self.capacity.trace(routing)
 
 
-@dataclass(frozen=True)
-class AllExperts:
-    """Every expert computes every token. The chosen experts' outputs are summed with their gates. Drops nothing."""
-
-    def apply(
-        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
-    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        count = routing.logits.shape[-1]
-        flat = x.reshape(-1, x.shape[-1])
-        with jax.named_scope("experts"):
-            rows = experts(jnp.broadcast_to(flat, (count, *flat.shape)))
-        gate = jnp.where(routing.valid[..., None], routing.gate, 0)
-        weight = (jax.nn.one_hot(routing.expert_index, count, dtype=gate.dtype) * gate[..., None]).sum(-2)
-        y = jnp.einsum("ne,end->nd", weight.reshape(-1, count).astype(rows.dtype), rows)
-        return y.reshape(x.shape), jnp.zeros(len(x))
-
-    def trace(self, routing: Routing) -> QueuedPairs:
-        return Blocks(1).trace(routing)
-
-
 class OneHotMoE(MoE):
     """An MoE layer that trains by `OneHot`."""
 
     def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
         chosen = super().dispatch_for(mode, batch, tokens)
         return OneHot(chosen) if isinstance(chosen, Capacity) else chosen
-
-
-class AllExpertsMoE(MoE):
-    """An MoE layer that trains by `AllExperts`."""
-
-    def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
-        return AllExperts() if mode is Mode.TRAIN else super().dispatch_for(mode, batch, tokens)
