@@ -1,4 +1,4 @@
-"""Norms, rotary positions, dropout and the precision policy."""
+"""Norms, rotary positions, dropout, initial values, and rows of a table with both forms of their gradient."""
 
 from typing import Any
 
@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.config import ExecutionConfig, RunConfig
+from moe_jax.model.kernels import embedding_lookup as lookup
 from moe_jax.model.kernels.embedding_lookup import embedding_lookup
 from moe_jax.model.layers import (
     Normalisation,
@@ -18,7 +20,11 @@ from moe_jax.model.layers import (
     matrix_init,
 )
 from moe_jax.model.precision import at_least_float32
-from tests.support import oracles
+from moe_jax.planning.device_memory import for_described_gpu
+from moe_jax.planning.target import load_target
+from moe_jax.training.programs import Programs
+from tests.support import oracles, tiny
+from tests.support.programs import scatter_adds_of_floats
 
 
 def normalisation(kind: str, scale: np.ndarray, bias: np.ndarray | None) -> Normalisation:
@@ -155,3 +161,78 @@ def test_wide_dtypes() -> None:
     assert [str(at_least_float32(d)) for d in ("bfloat16", "float16", "float32")] == ["float32"] * 3
     with jax.enable_x64(True):
         assert at_least_float32("float64") == "float64"
+
+
+# Rows of a table, and both forms of their gradient, against sums in float64
+
+
+RNG = np.random.default_rng(3)
+CASES = {
+    "one copy": ([2], 4),
+    "two copies": ([2, 2], 4),
+    "one id, whose copies fill many blocks": ([1] * 100, 4),
+    "an id that begins in the middle of a block and fills others": ([0] * 5 + [1] * 50 + [2] * 45, 3),
+    "ids that end with their blocks": ([n // 8 for n in range(512)], 64),
+    "each id once": (RNG.permutation(512).tolist(), 512),
+    "most ids are never looked up": (RNG.choice([0, 7, 999], 200).tolist(), 1000),
+    "few frequent ids, many seldom ones": (((RNG.zipf(1.3, 1000) - 1) % 300).tolist(), 300),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_sums_by_id_against_float64(case: str, dtype: str) -> None:
+    """An error of at most 2^-23 of the sum of magnitudes for each of the additions in a row. Ids without a copy get
+    exactly 0, and a second run gives the same bits."""
+    ids, entries = CASES[case]
+    rows = jnp.asarray(np.random.default_rng(4).normal(size=(len(ids), 3)), dtype)
+    run = jax.jit(lookup.sum_by_id, static_argnums=2)
+    found, again = run(jnp.asarray(ids), rows, entries), run(jnp.asarray(ids), rows, entries)
+    tiny.assert_same_bits(found, again)
+    assert found.dtype == jnp.float32
+    exact, magnitude = np.zeros((2, entries, 3))
+    np.add.at(exact, ids, np.asarray(rows, np.float64))
+    np.add.at(magnitude, ids, np.abs(np.asarray(rows, np.float64)))
+    additions = lookup._block_size(len(ids)) + len(ids) // lookup._block_size(len(ids)) + 1
+    assert (np.abs(np.asarray(found, np.float64) - exact) <= additions * 2.0**-23 * magnitude).all()
+    assert (np.asarray(found)[np.setdiff1d(range(entries), ids)] == 0).all()
+
+
+def test_a_nan_stays_with_its_id() -> None:
+    ids, rows = jnp.array([3, 0, 1, 3, 1, 0, 2]), np.ones((7, 2), np.float32)
+    rows[4] = np.nan
+    found = np.asarray(lookup.sum_by_id(ids, jnp.asarray(rows), 5))
+    assert np.isnan(found[1]).all()
+    np.testing.assert_array_equal(found[[0, 2, 3, 4], 0], [2, 1, 2, 0])
+
+
+@pytest.mark.parametrize(("platform", "scatters"), [("cuda", 0), ("tpu", 0), ("cpu", 1)])
+def test_only_a_cpu_gets_a_scatter_add(platform: str, scatters: int) -> None:
+    table, ids = jax.ShapeDtypeStruct((50, 4), jnp.float32), jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    rows = jax.ShapeDtypeStruct((2, 8, 4), jnp.float32)
+
+    def gradient(table, ids, d_rows):
+        return jax.vjp(lambda t: lookup.embedding_lookup(t, ids), table)[1](d_rows)
+
+    with for_described_gpu():
+        text = jax.jit(gradient).trace(table, ids, rows).lower(lowering_platforms=(platform,)).as_text()
+    assert len(scatter_adds_of_floats(text)) == scatters
+
+
+@pytest.mark.parametrize("gpu", ["rtx3050-4gb", "quadro-t1000-4gb"])
+@pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
+@pytest.mark.parametrize("model", [{"positions": "rope"}, {"positions": "learned", "tied_head": False}], ids=str)
+def test_a_training_step_of_a_gpu_has_no_scatter_add(model: dict, dispatch: str, gpu: str) -> None:
+    """In no part of it: such sums have no fixed order there."""
+    config = RunConfig(model=tiny.config(dispatch=dispatch, **model), execution=ExecutionConfig(remat=True))
+    programs = Programs.of(config, load_target(gpu))
+    with for_described_gpu():
+        traced = programs.step.trace(programs.state_shapes, programs.batch_shapes(2, 1))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "stablehlo.scatter" in text, "integers are scattered to distinct places"
+    assert scatter_adds_of_floats(text) == []
+
+
+@pytest.mark.parametrize(("count", "size"), [(1, 1), (4, 2), (2048, 16), (8192, 32), (65_536, 64)])
+def test_blocks_have_about_the_cube_root_of_twice_the_copies(count: int, size: int) -> None:
+    assert lookup._block_size(count) == size

@@ -4,6 +4,8 @@ A CPU has no TF32. So the tests read the precision that each product asks for, f
 the last test reads it from the program compiled for a GPU.
 """
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.router import route, router_logits
-from moe_jax.model.precision import dot_precision
+from moe_jax.model.precision import Card, choose_policy, dot_precision
 from moe_jax.planning.device_memory import back_ends, lower_for
 from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import read_program
@@ -86,3 +88,51 @@ def test_the_program_compiled_for_a_gpu(back_end: str) -> None:
     dots = read_program(program.as_text()).dots
     assert len(dots) > 20
     assert {(dot.operand_dtype, dot.precision) for dot in dots} == {("f32", "highest")}
+
+
+# Which matrix units a device has
+
+
+def device(name: str, capability: str | None, platform: str = "gpu") -> SimpleNamespace:
+    return SimpleNamespace(platform=platform, device_kind=name, compute_capability=capability)
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "tensor_cores", "compute"),
+    [
+        ("NVIDIA GeForce GTX 1080", "6.1", False, "float32"),
+        ("Tesla V100-SXM2-16GB", "7.0", True, "float16"),
+        ("Tesla T4", "7.5", True, "float16"),
+        ("NVIDIA GeForce RTX 2060", "7.5", True, "float16"),
+        ("Quadro RTX 4000", "7.5", True, "float16"),
+        ("NVIDIA GeForce GTX 1650", "7.5", False, "float32"),
+        ("NVIDIA GeForce GTX 1660 Ti", "7.5", False, "float32"),
+        ("Quadro T1000", "7.5", False, "float32"),
+        ("NVIDIA T1000 8GB", "7.5", False, "float32"),
+        ("NVIDIA T600 Laptop GPU", "7.5", False, "float32"),
+        ("NVIDIA GeForce MX450", "7.5", False, "float32"),
+        ("NVIDIA GeForce RTX 3050 Laptop GPU", "8.6", True, "bfloat16"),
+        ("NVIDIA H100 80GB HBM3", "9.0", True, "bfloat16"),
+    ],
+)
+def test_the_precision_is_the_narrowest_that_the_matrix_units_take(
+    name: str, capability: str, tensor_cores: bool, compute: str
+) -> None:
+    card = Card.of(device(name, capability))
+    assert card == Card("gpu", name, float(capability))
+    assert (card.tensor_cores, card.bfloat16_units) == (tensor_cores, compute == "bfloat16")
+    policy = choose_policy("auto", device(name, capability))
+    assert policy.compute == compute
+    assert name in policy.reason
+
+
+def test_a_device_without_a_compute_capability_has_no_tensor_cores() -> None:
+    for found in (
+        device("cpu", None, "cpu"),
+        device("TPU v5", "", "tpu"),
+        device("AMD Instinct MI300X", "gfx942"),
+        SimpleNamespace(platform="x", device_kind="y"),
+    ):
+        card = Card.of(found)
+        assert card.capability is None
+        assert (card.tensor_cores, card.bfloat16_units) == (False, False)
