@@ -8,6 +8,7 @@ import pkgutil
 import moe_jax
 
 MUTABLE = {
+    "cli.train.Process",
     "serving.engine.Counts",
     "serving.engine._Row",
     "serving.texts.TextRequest",

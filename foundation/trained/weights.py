@@ -38,13 +38,15 @@ READ = {
     *("tied_head", "scaled_embedding", "routing", "top_k", "renormalise_gates"),
 }
 """Settings that this package computes with."""
-REFUSED = {"balancing", "eval_capacity_factor"}
+REFUSED = {"balancing"}
 """Settings for which one value only has been derived. `config_of` refuses the others."""
 ONLY_TRAINING = {
     *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
-    *("capacity_factor", "device_capacity_factor", "dispatch", "priority", "logit_noise", "input_jitter"),
+    *("capacity_factor", "device_capacity_factor", "dispatch"),
 }
 """Settings of the start, of random numbers and of dropping. The loss of evaluation does not depend on them."""
+EARLIER = {"priority", "logit_noise", "input_jitter", "eval_capacity_factor"}
+"""Settings that only runs of earlier versions have. The first three concern training only."""
 
 
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
@@ -84,7 +86,7 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
 
     Raises Problem for what this package has not derived, and for every setting that it does not know.
     """
-    unknown = sorted({*model, *routing} - SHAPES - READ - REFUSED - ONLY_TRAINING)
+    unknown = sorted({*model, *routing} - SHAPES - READ - REFUSED - ONLY_TRAINING - EARLIER)
     if unknown:
         raise Problem(
             f"config.json sets {', '.join(unknown)}, which foundation does not know, so it could compute another "

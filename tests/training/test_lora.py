@@ -170,7 +170,8 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, 
     """A run with adapters of 6 steps, its result, and its base."""
     folder = tmp_path_factory.mktemp("lora")
     base, data = tuning.base_run(folder / "base"), tuning.write_conversations(folder / "chats.jsonl")
-    session = Session.open(*tuning.settings(base, data, folder / "run", "--lora", "4", "--lr", "1e-2"))
+    config = tuning.settings(base, data, folder / "run", "--lora", "4", "--lr", "1e-2")
+    session = Session.open(config, new_start(config))
     train(session)
     return session, finish(session), base
 

@@ -306,7 +306,7 @@ def test_early_stopping(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
     config = configuration(text, tmp_path / "small")
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=100))
-    with pytest.raises((UserError, ConfigError), match=r"--model\.vocab-size 100: the tokenizer has 257"):
+    with pytest.raises((UserError, ConfigError), match=r"--set model\.vocab_size=100: the tokenizer has 257"):
         Session.open(config)
 
 

@@ -204,7 +204,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run_of(config: RunConfig, saved: RunConfig | None = None) -> tuple[Session, dict[str, Any]]:
-    session = Session.open(config, resuming(saved))
+    session = Session.open(config, resuming(saved) or new_start(config))
     train(session)
     return session, finish(session)
 
@@ -344,5 +344,5 @@ def test_evaluate_scores_the_answers_of_a_file(tuned: Any, data: Path, capsys: p
 def test_a_scored_part_without_an_answer_is_refused_at_the_start(base: Path, data: Path, tmp_path: Path) -> None:
     """The first token of an answer comes after more than two tokens of its question."""
     config = tuning.settings(base, data, tmp_path / "run", "--set", "data.eval_tokens=2")
-    with pytest.raises(UserError, match=r"--data\.eval-tokens 2: no answer is in the first 2 validation tokens"):
+    with pytest.raises(UserError, match=r"--set data\.eval_tokens=2: no answer is in the first 2 validation tokens"):
         Session.open(config, new_start(config))

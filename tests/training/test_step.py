@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.model.moe.layer import Mode
-from moe_jax.model.transformer import merge
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.optimizers.factory import learning_rate, make_optimizer, muon_labels, warmup_steps
 from moe_jax.training.state import LossScale, TrainState, initial_state
@@ -72,19 +70,6 @@ def test_evaluation_compiles_once_and_ignores_how_windows_are_batched(monkeypatc
         again = score(stream)
         assert again.loss == pytest.approx(result.loss, rel=1e-6)
         assert (again.tokens, again.drop_fraction) == (len(stream) - 1, 0)
-
-
-def test_the_drops_of_an_evaluation_are_those_of_its_windows() -> None:
-    """A stream of 20 tokens has windows at 0, 4, 8 and 11 (`checks.check_evaluation`), the first in two rows, for a row
-    scores half a window. The rows of zeros that fill up the batch choose two experts all alike, so they drop most of
-    all, and do not count."""
-    graphdef, params = tiny.build(tiny.config(eval_capacity_factor=0.75))
-    stream = tiny.tokens(20, seed=9)
-    ones = np.ones(tiny.V, np.int64)
-    scored = evaluate(make_evaluation_step(graphdef), params, stream, seq_len=tiny.T, token_bytes=ones)
-    windows = jnp.stack([stream[first : first + tiny.T] for first in (0, 0, 4, 8, 11)])
-    stats = merge(graphdef, params)(windows, Mode.EVALUATE)[1]
-    assert scored.drop_fraction == pytest.approx(float(stats.drop_fraction.mean()), rel=1e-6) != 0
 
 
 def test_a_step_moves_every_parameter_and_leaves_the_scale_of_1() -> None:
