@@ -24,7 +24,7 @@ pytestmark = pytest.mark.reliability
 NANO = preset("nano")
 HUGE = "9" * 400
 """Too large for a float."""
-ANY_NUMBER = {"routing.capacity_factor"}  # every positive number means something
+ANY_NUMBER = {"routing.capacity_factor", "routing.device_capacity_factor"}  # every positive number means something
 
 
 def fields() -> dict[str, Any]:

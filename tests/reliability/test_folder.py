@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax.config import ModelConfig, RoutingConfig, RunConfig, UserError, load_config
 from moe_jax.config.model import MESH_ROUTING
-from moe_jax.config.section import flag_of
+from moe_jax.config.section import typed
 from moe_jax.training.session import Session
 from tests.reliability import runs
 from tests.reliability.test_save import small_disk
@@ -147,6 +147,6 @@ def test_a_checkpoint_of_another_model(
     with pytest.raises(UserError) as caught:
         Session.open(dataclasses.replace(config, out=str(run)), resuming(config))
     message = str(caught.value)
-    assert message.startswith(f"{flag_of(section, name)} {here}: ")
+    assert message.startswith(f"{typed(section, name, here)}: ")
     assert f" was saved with {there}; " in message
     assert "start a new run with another --out" in message
