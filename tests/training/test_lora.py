@@ -27,8 +27,8 @@ from moe_jax.training.derived_runs import merge
 from moe_jax.training.loop import finish, train
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.session import Session
-from moe_jax.training.state import initial_state
 from moe_jax.training.start import new_start
+from moe_jax.training.state import initial_state
 from moe_jax.training.step import gradients, make_step
 from tests.support import saved_run, tiny, tuning
 from tests.support.saved_run import resuming
