@@ -133,6 +133,7 @@ def run(folder: Path, steps: int, **execution: Any) -> Session:
     return session
 
 
+@pytest.mark.reliability
 @pytest.mark.parametrize(
     ("execution", "rounding"), [({"remat": True}, 1e-5), ({"compute_dtype": "bfloat16"}, 2**-6)], ids=["remat", "dtype"]
 )
@@ -156,6 +157,7 @@ def test_a_run_goes_on_in_another_execution(execution: dict[str, Any], rounding:
     assert finish(here)["precision"] == here.config.execution.compute_dtype
 
 
+@pytest.mark.reliability
 def test_a_run_on_another_machine_keeps_the_precision_that_auto_chose(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
