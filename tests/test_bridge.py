@@ -220,7 +220,11 @@ def compare(case: str, dtype: str) -> None:
     assert max_relative_error(our_grads, real_grads) <= tolerance
 
 
-@pytest.mark.parametrize("case", FIRST)
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [*((case, "float64") for case in FIRST), ("nano", "float32"), ("seed-158m", "float32")],
+    indirect=["dtype"],
+)
 def test_hand_derived_gradient_equals_the_real_one_in_every_parameter(case: str, dtype: str) -> None:
     compare(case, dtype)
 
