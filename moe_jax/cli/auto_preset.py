@@ -12,7 +12,6 @@ from moe_jax.cli.settings import AUTO, OUT, PRESET, Settings, SettingsFile, reso
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, folder_for_text
 from moe_jax.config.section import flag_of
-from moe_jax.planning.auto import Limits, choose, memory_bytes
 from moe_jax.system.terminal import say, working
 
 SOURCE = ("data", "source")
@@ -78,6 +77,8 @@ class AutoPreset(NamedTuple):
 
     def choose(self) -> Chosen:
         """Choose, and print the choice with its reasons. Raises UserError if nothing fits the memory."""
+        from moe_jax.planning.auto import Limits, choose
+
         with working("counting the tokens of the text, and compiling training steps to see their memory"):
             limits = Limits.of(self.memory, self.minutes, self.stand_in().config)
             choice = choose(self.source, limits, change=self._change)
@@ -102,6 +103,8 @@ def check_limits(memory: str, minutes: float) -> None:
     """Raise ConfigError for a value of --memory or --minutes that is not allowed."""
     check_range("--minutes", minutes, 0, 1e6)
     if memory:
+        from moe_jax.planning.auto import memory_bytes
+
         memory_bytes(memory)
 
 

@@ -10,7 +10,6 @@ because the router sends them different tokens. Until they are, the task gives t
 nothing is dropped: chapter 14 of `foundation`. `training/start.py` checks the settings that this needs.
 """
 
-import dataclasses
 import math
 import shlex
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config import ModelConfig, RunConfig, UserError
+from moe_jax.config import RunConfig, UserError
 from moe_jax.data.token_store import TokenStore
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.pretrained import Pretrained
@@ -181,14 +180,3 @@ def flops_until(checkpoint: Checkpoint, config: RunConfig) -> int | None:
     earlier = checkpoint.manifest["context"].get("origin")
     inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
     return None if inherited is None else inherited + training_flops(config, checkpoint.step)
-
-
-def with_vocabulary_of(model: ModelConfig, store: TokenStore) -> ModelConfig:
-    """The model, with the tokenizer's vocabulary size unless the model has a larger one. Raises UserError if the
-    model's vocabulary is smaller than the tokenizer's."""
-    size = store.tokenizer.vocab_size
-    if 0 < model.vocab_size < size:
-        raise UserError(
-            f"--set model.vocab_size={model.vocab_size}: the tokenizer has {size} entries; give at least that, or 0"
-        )
-    return dataclasses.replace(model, vocab_size=model.vocab_size or size)

@@ -14,13 +14,13 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.sharding import Sharding
 
-from moe_jax.config import RunConfig, UserError, holds_run, load_begun_config
+from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run, load_begun_config
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.chats import answer_prompt, first_question
@@ -47,12 +47,14 @@ from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.agreement import check_same_data
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.evaluate import Evaluation, evaluate
-from moe_jax.training.initial_weights import InitialWeights, with_vocabulary_of
 from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
 from moe_jax.training.routing_snapshot import Tracer
 from moe_jax.training.start import Start
 from moe_jax.training.state import TrainState
+
+if TYPE_CHECKING:
+    from moe_jax.training.initial_weights import InitialWeights
 
 SAMPLE_TOKENS = 200
 """Longest sample of text at an evaluation."""
@@ -248,7 +250,7 @@ class Session:
             opened._start(weights)
         return opened
 
-    def _start(self, weights: InitialWeights | None) -> None:
+    def _start(self, weights: "InitialWeights | None") -> None:
         """Begin a new run: initial parameters, and the first files of the folder."""
         if holds_run(self.folder.path):
             raise UserError(f"--out {self.folder.path}: another process has made a run there; add --resume to go on")
@@ -376,3 +378,14 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
             "resume with that text, or start a new run with another --out"
         )
     check_same_model(checkpoint, config)
+
+
+def with_vocabulary_of(model: ModelConfig, store: TokenStore) -> ModelConfig:
+    """The model, with the tokenizer's vocabulary size unless the model has a larger one. Raises UserError if the
+    model's vocabulary is smaller than the tokenizer's."""
+    size = store.tokenizer.vocab_size
+    if 0 < model.vocab_size < size:
+        raise UserError(
+            f"--set model.vocab_size={model.vocab_size}: the tokenizer has {size} entries; give at least that, or 0"
+        )
+    return dataclasses.replace(model, vocab_size=model.vocab_size or size)

@@ -16,10 +16,10 @@ from moe_jax.config.model import MESH_ROUTING
 from moe_jax.config.presets import largest_vocabulary, preset
 from moe_jax.config.saved import missing_run
 from moe_jax.config.section import typed
-from moe_jax.interop.pretrained_shape import PretrainedShape, holds_pretrained, read_shape
 from moe_jax.system.errors import FieldError
 
 if TYPE_CHECKING:
+    from moe_jax.interop.pretrained_shape import PretrainedShape
     from moe_jax.training.initial_weights import InitialWeights
 
 Values = dict[tuple[str, str], Any]
@@ -144,7 +144,7 @@ class TunedRun(Start):
 class ImportedModel(Start):
     """A Hugging Face model as it is (--init-from)."""
 
-    shape: PretrainedShape
+    shape: "PretrainedShape"
 
     @classmethod
     def of(cls, config: RunConfig) -> "ImportedModel":
@@ -152,6 +152,8 @@ class ImportedModel(Start):
 
         The context is that of `config`, and at most what the model reads. Raises ConfigError or UserError.
         """
+        from moe_jax.interop.pretrained_shape import read_shape
+
         shape = read_shape(Path(config.init_from), "--init-from")
         model = dataclasses.replace(shape.model, seq_len=min(config.model.seq_len, shape.model.seq_len))
         defaults = _with_pretrained(config, model)
@@ -210,11 +212,13 @@ class UpcycledRun(Start):
 class UpcycledModel(Start):
     """A dense Hugging Face model whose feed-forward network every expert starts as (--upcycle)."""
 
-    shape: PretrainedShape
+    shape: "PretrainedShape"
 
     @classmethod
     def of(cls, config: RunConfig) -> "UpcycledModel":
         """The shape of the folder's model, with the experts of `config`, each as wide as the dense network."""
+        from moe_jax.interop.pretrained_shape import read_shape
+
         shape = read_shape(Path(config.upcycle), "--upcycle")
         dense = shape.model
         if dense.dense == "none":
@@ -271,6 +275,8 @@ def new_start(config: RunConfig) -> Start:
         return ImportedModel.of(config)
     if not config.upcycle:
         return Start(preset(config.preset))
+    from moe_jax.interop.pretrained_shape import holds_pretrained
+
     folder = Path(config.upcycle)
     if holds_run(folder) or not holds_pretrained(folder):
         return UpcycledRun.of(config.upcycle)
