@@ -16,9 +16,8 @@ from moe_jax.data.token_store import prepare_token_store
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.records import read_summary
 from moe_jax.system.signals import Signals
-from moe_jax.training.initial_weights import with_vocabulary_of
 from moe_jax.training.loop import finish, train
-from moe_jax.training.session import Session
+from moe_jax.training.session import Session, with_vocabulary_of
 from moe_jax.training.start import ResumedRun
 
 BITS = "val_bits_per_byte"
