@@ -69,10 +69,16 @@ def test_a_run_moves_between_meshes(text: Path) -> None:
 def test_blocks_over_an_expert_axis_count_what_they_drop(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """With half a device's fair share of rows, half or more of the choices are dropped: in the records, the sums and
     the snapshots. It goes on with another factor and on one device, where nothing is dropped."""
-    flags = ("--dispatch", "blocks", "--routing.device-capacity-factor")
-    assert run(text, "blocks", *flags, "0.5", "--steps", "4", "--mesh", "fsdp=2,expert=4") == 0
+    flags = ("--dispatch", "blocks", "--set")
+    assert (
+        run(text, "blocks", *flags, "routing.device_capacity_factor=0.5", "--steps", "4", "--mesh", "fsdp=2,expert=4")
+        == 0
+    )
     assert "at most 8 of the 64 choices" in " ".join(capsys.readouterr().out.split())
-    assert run(text, "blocks", "--resume", *flags, "4", "--steps", "8", "--mesh", "data=1") == 0
+    assert (
+        run(text, "blocks", "--resume", *flags, "routing.device_capacity_factor=4", "--steps", "8", "--mesh", "data=1")
+        == 0
+    )
     drops = [record["drop_fraction"] for record in read_metrics(text / "blocks")["train"]]
     assert min(drops[:4]) >= 0.5
     assert drops[4:] == [0] * 4
