@@ -10,7 +10,7 @@ lint:
 	uv run --group lint ruff check .
 
 types:
-	uv run --group types --extra plots --extra lessons --extra gguf --extra serve --group tasks basedpyright
+	uv run --group types --group browser --extra plots --extra lessons --extra gguf --extra serve --group tasks basedpyright
 
 test:
 	uv run pytest
