@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from write_samples import open_writer
 
 from moe_jax.cli.main import main
-from moe_jax.config import ConfigError
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.system import environment
 from moe_jax.system.files import json_text
@@ -205,14 +205,9 @@ def run(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     environment.prepare_environment()
     from moe_jax.data.streams import stored_documents
-    from moe_jax.inference.generate import TextGenerator
     from moe_jax.inference.sampling import Sampling
-    from moe_jax.runs.load import open_run
 
-    loaded = open_run(asked.run, asked.step)
-    if loaded.config.data.format == "chat":
-        raise ConfigError(f"--run {asked.run}: was trained on conversations; name the run that it was tuned from")
-    generator = TextGenerator(loaded.writer, loaded.params, loaded.tokenizer, loaded.config.model.seq_len)
+    loaded, generator = open_writer(asked.run, asked.step)
     store, changed = loaded.validation_text()
     if changed:
         print(f"warning: {changed}", file=sys.stderr)

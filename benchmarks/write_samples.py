@@ -28,6 +28,7 @@ from moe_jax.system.files import json_text
 if TYPE_CHECKING:
     from moe_jax.inference.generate import TextGenerator
     from moe_jax.inference.sampling import Sampling
+    from moe_jax.runs.load import LoadedRun
 
 type Words = Sequence[str]
 
@@ -153,6 +154,17 @@ def to_markdown(title: str, about: list[str], measures: dict[str, Measure], stor
     return "\n".join(lines) + "\n"
 
 
+def open_writer(folder: str, step: int | None) -> "tuple[LoadedRun, TextGenerator]":
+    """A run, and what writes with its model. Raises ConfigError for a run that was trained on conversations."""
+    from moe_jax.inference.generate import TextGenerator
+    from moe_jax.runs.load import open_run
+
+    run = open_run(folder, step)
+    if run.config.data.format == "chat":
+        raise ConfigError(f"--run {folder}: was trained on conversations; name the run that it was tuned from")
+    return run, TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len)
+
+
 def run(argv: Sequence[str]) -> int:
     about = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -165,14 +177,9 @@ def run(argv: Sequence[str]) -> int:
     asked = parser.parse_args(argv)
     environment.prepare_environment()
     from moe_jax.data.streams import stored_documents
-    from moe_jax.inference.generate import TextGenerator
     from moe_jax.inference.sampling import Sampling
-    from moe_jax.runs.load import open_run
 
-    loaded = open_run(asked.run, asked.step)
-    if loaded.config.data.format == "chat":
-        raise ConfigError(f"--run {asked.run}: was trained on conversations; name the run that it was tuned from")
-    generator = TextGenerator(loaded.writer, loaded.params, loaded.tokenizer, loaded.config.model.seq_len)
+    loaded, generator = open_writer(asked.run, asked.step)
     settings, limit = Sampling(temperature=asked.temperature), asked.max_tokens
     own = [write_text(generator, "", settings, seed=0, number=n, limit=limit) for n in range(asked.texts)]
     store, changed = loaded.validation_text()
