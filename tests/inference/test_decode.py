@@ -10,11 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import DataConfig
-from moe_jax.data.tokenizers import train_tokenizer
 from moe_jax.inference import decode
 from moe_jax.inference.decode import TOKENS_AT_ONCE, Decoder, Slots, advance, cast_once, draw, prefill
-from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.attention import KeyValue
 from moe_jax.model.moe.layer import Mode, MoE
@@ -126,7 +123,7 @@ def test_a_call_writes_as_many_tokens_as_it_is_asked_for_and_none_after_the_stop
 
 
 def test_one_program_each_for_any_prompt_and_settings() -> None:
-    """Decoders share the programs that do not hold a model, so what counts is that a second text compiles nothing."""
+    """All decoders share the programs without a model: what counts is that a second text compiles nothing."""
     alone, sizes = Decoder(tiny.build(tiny.config())[0], tiny.T, tiny.V), []
     for prompt, settings in (([1], GREEDY), ([1, 2, 3], Sampling(temperature=0)), (tiny.tokens(11).tolist(), GREEDY)):
         list(alone.stream(parameters(), prompt, settings=settings, key=jax.random.key(0), stop=NEVER, limit=12))
@@ -160,23 +157,6 @@ def test_matrices_that_are_cast_once_give_the_same_bits() -> None:
         jax.tree.map(np.testing.assert_array_equal, *after)
     whole, same = tiny.build(tiny.config())
     assert all(a is b for a, b in zip(jax.tree.leaves(cast_once(whole, same)), jax.tree.leaves(same), strict=True))
-
-
-def test_a_text_in_pieces_with_the_experts_that_read_it() -> None:
-    """Padding changes nothing, the separator before the text belongs to it, and of a long text the end is routed."""
-    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
-    graphdef, params = tiny.build(tiny.config(vocab_size=257, seq_len=16))
-    generator = TextGenerator(graphdef, params, tokenizer, 16)
-    pieces = generator.routed(tokenizer.encode("café"))
-    assert "".join(piece.text for piece in pieces) == "café"
-    ids = jnp.array([[tokenizer.separator_id, *tokenizer.encode("café")]])
-    _, stats, _ = merge(graphdef, params)(ids, Mode.GENERATE, trace=True)
-    assert stats is not None
-    assert stats.trace is not None
-    expected = np.asarray(stats.trace.expert_index)[:, 0, 1:]
-    np.testing.assert_array_equal(np.stack([piece.experts for piece in pieces], 1), expected)
-    end = generator.routed(list(b"xxxxxxxxxabcdefghijklmno"))
-    assert "".join(piece.text for piece in end) == "abcdefghijklmno"
 
 
 # Several texts at once
