@@ -211,7 +211,7 @@ class Process:
 def training_process(config: RunConfig, start: Start, group: ProcessGroup | None) -> Iterator[Process]:
     """The environment of a training: settings of JAX, signals, other processes, and the lock of the run's folder.
 
-    A signal that stops the run within this block ends the block, and is the exit status.
+    If a signal stops the run, the block ends, and `Process.status` holds the exit status.
     """
     terminal.outlive_output()
     if group is not None:

@@ -181,7 +181,7 @@ class ImportedModel(Start):
 
 @dataclass(frozen=True)
 class UpcycledRun(Start):
-    """A trained dense run whose feed-forward network every expert starts as (--upcycle)."""
+    """A trained dense run (--upcycle). Every expert starts as a copy of its feed-forward network."""
 
     run: RunConfig
 
@@ -210,7 +210,7 @@ class UpcycledRun(Start):
 
 @dataclass(frozen=True)
 class UpcycledModel(Start):
-    """A dense Hugging Face model whose feed-forward network every expert starts as (--upcycle)."""
+    """A dense Hugging Face model (--upcycle). Every expert starts as a copy of its feed-forward network."""
 
     shape: "PretrainedShape"
 
