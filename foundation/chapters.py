@@ -108,7 +108,7 @@ CHAPTERS = (
         30,
         "5, 6, 9",
         ("decode", "kept_choices", "leaks"),
-        ("inference/decode.py", "certify/causality.py", "model/moe/queues.py", "model/moe/variants.py"),
+        ("inference/decode.py", "certify/causality.py", "model/moe/queues.py"),
     ),
     Chapter(
         "13_mean_of_means",
@@ -124,7 +124,7 @@ CHAPTERS = (
         25,
         "8",
         ("upcycled", "upcycled_gradient"),
-        ("training/upcycle.py",),
+        ("training/initial_weights.py",),
     ),
     Chapter(
         "15_sampling_and_speculative_decoding",
@@ -172,7 +172,7 @@ CHAPTERS = (
             "ring_all_reduce",
             "expert_parallel",
         ),
-        ("parallel/exchange.py",),
+        ("parallel/experts.py",),
     ),
     Chapter(
         "20_byte_pairs",

@@ -10,9 +10,8 @@
 # and still give other answers from a cache.
 #
 # The code is `foundation/caching.py`. The project writes with
-# `moe_jax/inference/decode.py`. Its queues are `moe_jax/model/moe/queues.py` and
-# `moe_jax/model/moe/variants.py`, and `moe_jax/certify/causality.py` tests a
-# trained model.
+# `moe_jax/inference/decode.py`. Its queues are in `moe_jax/model/moe/queues.py`, and
+# `moe_jax/certify/causality.py` tests a trained model.
 #
 # ## Step 1: two tests, not one
 # A layer takes a text of T tokens and gives T outputs. Output $t$ is a **function of

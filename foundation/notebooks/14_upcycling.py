@@ -10,7 +10,7 @@
 # nobody asked for.
 #
 # The code is `foundation/upcycling.py`, which is chapter 8's layer behind one line of
-# copying. The project's version is `moe_jax/training/upcycle.py`.
+# copying. The project's version is `moe_jax/training/initial_weights.py`.
 #
 # ## Step 1: the function stays
 # Let $h(x)$ be the trained network. For a token with chosen experts $S$ and gates

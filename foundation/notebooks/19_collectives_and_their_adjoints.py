@@ -7,7 +7,7 @@
 # new mathematics, only the eyes to see that a message is a matrix.
 #
 # The code is `foundation/collectives.py`. The project does this in
-# `moe_jax/parallel/exchange.py`.
+# `moe_jax/parallel/experts.py`.
 #
 # ## Step 1: a device is an index
 # Call the devices **ranks**, $r = 0, \dots, R-1$. Write $x_r$ for what rank $r$ has,

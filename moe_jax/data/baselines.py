@@ -46,7 +46,7 @@ ORDERS = (1, 3, 5)
 @dataclass(frozen=True)
 class CorpusBaselines:
     """Scores on the validation text, in bits per UTF-8 byte. Each n-gram model has counted the training text, and
-    predicts words (`ngrams.py`)."""
+    predicts words."""
 
     unigram: float
     """The score of a model that knows how often each word occurs, and nothing else."""

@@ -2,10 +2,7 @@
 
     mesh.py           the mesh of a run, made from `--mesh`
     layout.py         the table from logical axes to mesh axes: where each parameter and each optimizer state lies
-    exchange.py       the two all-to-alls, to the devices of the experts and back
-    experts.py        the layer in training: its rows travel to the devices of their experts
-    collectives.py    the collectives of a compiled program, read from its optimised HLO
-    ideal.py          the bytes that the devices must send each other, by kind of collective
+    experts.py        the layer in training: its rows travel to the devices of their experts and back
     processes.py      several processes that train one run: connected, compared, stopped together
     global_arrays.py  arrays that lie on the devices of several processes
 

@@ -1,6 +1,6 @@
 """Record the routing of the same validation tokens at each evaluation. The report shows how the experts develop.
 
-`runs/snapshots.py` describes the fields of a snapshot, and reads them.
+`runs/records.py` describes the fields of a snapshot, and reads them.
 """
 
 from collections.abc import Callable

@@ -226,6 +226,7 @@ def test_without_its_text_the_run_is_shown_on_a_given_one(folder: Path, tmp_path
 
 
 def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
+    pytest.importorskip("matplotlib")
     lines = report_run(Folder(folder))
     assert lines == [
         f"pictures: {folder / 'report'}",
@@ -236,6 +237,7 @@ def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
 
 
 def test_a_dense_baseline_gets_pictures_and_a_reason(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     baseline = saved_run.save_run(tmp_path, dense="active")
     lines = report_run(Folder(baseline))
     assert lines[0].startswith("pictures: ")

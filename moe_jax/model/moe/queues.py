@@ -5,7 +5,7 @@ earlier one, so the layer is causal at a fixed T (the capacity depends on T). `d
 place is below the capacity. The keep mask is an array of its own: a choice whose gate underflows to 0 still holds its
 slot.
 
-`variants.py` has the orders that leak the future. Chapter 12 of `foundation` derives which orders do.
+Chapter 12 of `foundation` derives which orders leak the future.
 """
 
 import jax

@@ -6,7 +6,7 @@ logit, gates renormalised over the K chosen (Shazeer et al. 2017, section 2.1; f
 
 A token whose logits hold a NaN or +inf is *invalid*. It takes no slot, and its gates and its output are NaN.
 
-`queues.py` says who gets the slots of an expert, `variants.py` has noise and jitter.
+`queues.py` says who gets the slots of an expert.
 """
 
 from typing import NamedTuple
