@@ -27,7 +27,7 @@ class Experts(nnx.Module):
     w_in_lora: LowRank | None = None
     w_gate_lora: LowRank | None = None
     w_out_lora: LowRank | None = None
-    """Adapters of the matrices, in training only (`model/low_rank.py`): `apply_per_token` and `apply_blocks` know none."""
+    """Adapters of the matrices (`low_rank.py` of `model/`), in training only. A model that writes has them merged."""
 
     def __init__(
         self, experts: int, width: int, hidden: int, activation: Activation, out_scale: float, rngs: nnx.Rngs
