@@ -18,7 +18,7 @@ BITS = {"RShift", "LShift", "BitOr", "BitAnd", "BitXor"}
 
 @dataclass
 class Mutant:
-    room: str
+    package: str
     module: str
     line: int
     column: int
@@ -78,18 +78,18 @@ def places(path: Path) -> dict[tuple[int, int], list[tuple[str, int]]]:
     return found
 
 
-def draw(room: str, number: int, seed: int) -> tuple[list[Mutant], int]:
-    """A sample of the mutants of a room, and the number of places that it was drawn from."""
+def draw(package: str, number: int, seed: int) -> tuple[list[Mutant], int]:
+    """A sample of the mutants of a package, and the number of places that it was drawn from."""
     everywhere = [
         (path.relative_to(ROOT).as_posix(), place, operators)
-        for path in sorted((ROOT / "moe_jax" / room).rglob("*.py"))
+        for path in sorted((ROOT / "moe_jax" / package).rglob("*.py"))
         for place, operators in sorted(places(path).items())
     ]
-    rng = random.Random(f"{seed} {room}")
+    rng = random.Random(f"{seed} {package}")
     rng.shuffle(everywhere)
     chosen: list[Mutant] = []
     for module, place, operators in everywhere:
-        mutant = Mutant(room, module, *place, *rng.choice(operators))
+        mutant = Mutant(package, module, *place, *rng.choice(operators))
         if len(chosen) < number and mutate(mutant) is not None:
             chosen.append(mutant)
     return chosen, len(everywhere)

@@ -1,17 +1,17 @@
 """Mutation testing: does the fast suite notice a small change of the code?
 
-    uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl            a sample, 30 mutants a room
-    uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl --rooms data runs --seed 7 --number 20
+    uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl            a sample, 30 mutants a package
+    uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl --packages data runs --seed 7 --number 20
     uv run --with cosmic-ray benchmarks/mutation.py --out again.jsonl --again mutants.jsonl    not killed: once more
 
-The mutants of these rooms are thousands, too many for two cores. So this program draws a sample with a fixed seed, the
-same number in each room (`mutants.py`). What a room draws depends on the seed and the room alone.
+The mutants of these packages are thousands, too many for two cores. So this program draws a sample with a fixed seed,
+the same number in each package (`mutants.py`). What a package draws depends on the seed and the package alone.
 
 The tests of a mutant are the nearest ones: the test file with the module's name, the checks of planted bugs, the test
-files of the room that import the module, and the files of NEAREST. Tests that name the changed function run first. The
-fast suite holds all of them and more, so the share killed is a lower bound for the fast suite. `--wide` adds the files
-of other rooms that import the module. At the end every test that killed a mutant runs without a mutant. All must pass,
-or their kills do not count.
+files of the package that import the module, and the files of NEAREST. Tests that name the changed function run first.
+The fast suite holds all of them and more, so the share killed is a lower bound for the fast suite. `--wide` adds the
+files of other packages that import the module. At the end every test that killed a mutant runs without a mutant. All
+must pass, or their kills do not count.
 
 A mutant that runs into the time limit is not counted as killed. Give it more time, or find the endless loop.
 
@@ -42,8 +42,8 @@ import pytest
 from mutants import ROOT, Mutant, draw, mutate
 
 ANALYSIS = ("inspection", "certify", "planning", "plots", "benchmarks")
-"""Command rooms that measure, judge or show. The table sums them up in one more line."""
-ROOMS = ("model", "training", "inference", "data", "runs", *ANALYSIS)
+"""Packages that measure, judge or show. The table sums them up in one more line."""
+PACKAGES = ("model", "training", "inference", "data", "runs", *ANALYSIS)
 RUNS = ["tests/training/test_run.py", "tests/training/test_records.py"]
 NEAREST = {
     "model.attention": ["tests/model/test_attention.py", "tests/inference/test_decode.py"],
@@ -52,42 +52,42 @@ NEAREST = {
     "model.precision": ["tests/training/test_precision.py"],
     "runs": ["tests/runs"],
     "runs.records": ["tests/training/test_routing_snapshot.py"],
-    **{f"training.{module}": RUNS for module in ("logging", "loop", "session", "step_logger", "terminal")},
+    **{f"training.{module}": RUNS for module in ("logging", "loop", "session", "step_logger")},
     "training.nonfinite": ["tests/training/test_step.py"],
     "training.optimizers": ["tests/training/test_optimizer.py", "tests/training/test_step.py"],
-    "training.run_header": RUNS,
+    "training.header": RUNS,
     "training.summary": RUNS,
     "data": ["tests/data"],
-    **{room: [f"tests/{room}"] for room in ANALYSIS},
+    **{package: [f"tests/{package}"] for package in ANALYSIS},
     "inspection.trace": ["tests/plots", "tests/test_api.py"],
     "inspection.report": ["tests/training/test_routing_snapshot.py"],
     "inference.traced_pass": ["tests/training/test_routing_snapshot.py"],
     "inference": ["tests/inference", "tests/test_api.py"],
 }
-"""Module or room -> tests that reach it without importing it by name, or that test it best."""
-CHECKS = {room: ["tests/test_records.py"] for room in ROOMS}
-CHECKS |= {room: ["tests/test_checks.py", "tests/test_records.py"] for room in ("model", "training", "inference")}
+"""Module or package -> tests that reach it without importing it by name, or that test it best."""
+CHECKS = {package: ["tests/test_records.py"] for package in PACKAGES}
+CHECKS |= {name: ["tests/test_checks.py", "tests/test_records.py"] for name in ("model", "training", "inference")}
 BROAD = ["tests/test_bridge.py", *RUNS]
 LEFT_OUT = ("tests/reliability", "tests/peers", "tests/browser", "tests/support", "tests/foundation")
 """Tests outside the fast suite, tests of pages, and helpers."""
-MARKERS = "not reliability and not plan and not notebooks and not package and not peers"
+MARKERS = "not planted and not reliability and not plan and not notebooks and not package and not peers"
 EXIT_OF_NO_TESTS = 5
 
 
 def tests_of(module: str, wide: bool) -> list[str]:
     """The nearest tests of a module (a path), the nearest first; `wide`: and all others that import the module."""
     parts = Path(module).with_suffix("").parts[1:]
-    name, room = ".".join(parts), parts[0]
+    name, package = ".".join(parts), parts[0]
     mirror = Path("tests", *parts[:-1], f"test_{parts[-1]}.py")
     first = [mirror.as_posix()] if (ROOT / mirror).exists() else []
     imported = re.compile(rf"moe_jax\.{name}\b|from moe_jax\.{'.'.join(parts[:-1])} import .*\b{parts[-1]}\b")
     files = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "tests").rglob("test_*.py"))]
     naming = [f for f in files if not f.startswith(LEFT_OUT) and imported.search((ROOT / f).read_text("utf-8"))]
-    wanted = [f for f in naming if f.startswith(f"tests/{room}/")]
-    for known in (name, ".".join(parts[:-1]), room):
+    wanted = [f for f in naming if f.startswith(f"tests/{package}/")]
+    for known in (name, ".".join(parts[:-1]), package):
         for entry in NEAREST.get(known, []):
             wanted += [f for f in files if f == entry or f.startswith(entry + "/")]
-    return list(dict.fromkeys([*first, *wanted, *CHECKS.get(room, []), *(naming + BROAD if wide else [])]))
+    return list(dict.fromkeys([*first, *wanted, *CHECKS.get(package, []), *(naming + BROAD if wide else [])]))
 
 
 class NamedFirst:
@@ -208,36 +208,38 @@ def preload(cache: str) -> None:
 
 
 def table(mutants: list[Mutant]) -> Iterator[str]:
-    """For each room: mutants drawn, killed, their share and its 95 % interval."""
-    groups = {**{room: (room,) for room in ROOMS}, "analysis": ANALYSIS, "all": ROOMS}
-    for room, members in groups.items():
-        drawn = [m for m in mutants if m.room in members]
+    """For each package: mutants drawn, killed, their share and its 95 % interval."""
+    groups = {**{package: (package,) for package in PACKAGES}, "analysis": ANALYSIS, "all": PACKAGES}
+    for package, members in groups.items():
+        drawn = [m for m in mutants if m.package in members]
         if drawn:
             killed = sum(m.outcome == "killed" for m in drawn)
             low, high = wilson(killed, len(drawn))
             share = f"{killed / len(drawn):.0%} ({low:.0%} to {high:.0%})"
-            yield f"{room:12} {len(drawn):4} drawn, {killed:4} killed: {share}"
+            yield f"{package:12} {len(drawn):4} drawn, {killed:4} killed: {share}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True, type=Path, help="gets a line of JSON for each mutant")
-    parser.add_argument("--number", type=int, default=30, help="mutants a room")
+    parser.add_argument("--number", type=int, default=30, help="mutants a package")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rooms", nargs="+", choices=ROOMS, default=ROOMS)
+    parser.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES)
     parser.add_argument("--processes", type=int, default=2, help="mutants at a time")
     parser.add_argument("--again", type=Path, help="an older OUT: run what it has not killed")
-    parser.add_argument("--wide", action="store_true", help="also the tests of other rooms that import the module")
+    parser.add_argument("--wide", action="store_true", help="also the tests of other packages that import the module")
     parser.add_argument("--limit", type=float, default=600, help="seconds a mutant may take")
     args = parser.parse_args()
     if args.again:
         lines = args.again.read_text(encoding="utf-8").splitlines()
         mutants = [m for m in (Mutant(**json.loads(line)) for line in lines) if m.outcome != "killed"]
     else:
-        samples = {room: draw(room, args.number, args.seed) for room in args.rooms}
-        print(*(f"{room}: {len(drawn)} of {number} places" for room, (drawn, number) in samples.items()), sep="\n")
+        samples = {package: draw(package, args.number, args.seed) for package in args.packages}
+        print(
+            *(f"{package}: {len(drawn)} of {number} places" for package, (drawn, number) in samples.items()), sep="\n"
+        )
         drawn = [sample for sample, _ in samples.values()]
-        # Room by room in turn, so that a run cut short is a sample too.
+        # One of each package in turn, so that a run cut short is a sample too.
         mutants = [mutant for turn in zip_longest(*drawn) for mutant in turn if mutant is not None]
     ended: list[Mutant] = []
     with tempfile.TemporaryDirectory(prefix="mutation-") as folder, args.out.open("a", encoding="utf-8") as out:

@@ -14,8 +14,8 @@ from moe_jax.cli.command import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 
-# The rooms, from the lowest floor up. A module may import its own room and the rooms of lower floors (earlier lines).
-FLOORS = (
+# The folders, from the lowest layer up. A module may import its own folder and those of lower layers (earlier lines).
+LAYERS = (
     ("pages", "system"),
     ("config",),
     ("data", "model"),
@@ -30,7 +30,7 @@ FLOORS = (
     ("cli",),
     ("__main__",),
 )
-FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+LAYER = {folder: number for number, folders in enumerate(LAYERS) for folder in folders}
 
 type Graph = dict[str, set[str]]
 """Module -> modules that it imports."""
@@ -68,17 +68,17 @@ def imports(modules: dict[str, str]) -> Graph:
     return graph
 
 
-def room(module: str) -> str:
+def folder(module: str) -> str:
     return module.split(".")[1]
 
 
 def upward(graph: Graph) -> list[str]:
-    """Imports that do not point down: to a higher floor, or to another room of the same floor."""
+    """Imports that do not point down: to a higher layer, or to another folder of the same layer."""
     return [
         f"{module} imports {target}"
         for module, targets in graph.items()
         for target in sorted(targets)
-        if room(target) != room(module) and FLOOR[room(target)] >= FLOOR[room(module)]
+        if folder(target) != folder(module) and LAYER[folder(target)] >= LAYER[folder(module)]
     ]
 
 
@@ -102,14 +102,14 @@ def circles(graph: Graph) -> list[str]:
 
 @pytest.fixture(scope="module")
 def modules() -> dict[str, str]:
-    """Every module of moe_jax except `moe_jax/__init__.py`, which imports from several rooms."""
+    """Every module of moe_jax except `moe_jax/__init__.py`, which imports from several folders."""
     found = sources("moe_jax")
     del found["moe_jax"]
     return found
 
 
-def test_every_module_is_in_a_known_room(modules: dict[str, str]) -> None:
-    assert {room(module) for module in modules} == set(FLOOR)
+def test_every_module_is_in_a_known_folder(modules: dict[str, str]) -> None:
+    assert {folder(module) for module in modules} == set(LAYER)
 
 
 def test_no_import_points_upward(modules: dict[str, str]) -> None:
@@ -131,13 +131,13 @@ def test_no_circles(modules: dict[str, str]) -> None:
     ],
 )
 def test_a_planted_import_is_found(modules: dict[str, str], planted: str) -> None:
-    """An import upward from the room `model` is found anywhere in the file."""
+    """An import upward from the folder `model` is found anywhere in the file."""
     broken = modules | {"moe_jax.model.layers": planted}
     assert len(upward(imports(broken))) == 1
 
 
 def test_a_planted_circle_is_found(modules: dict[str, str]) -> None:
-    """The circle is within one room, and its imports are inside functions."""
+    """The circle is within one folder, and its imports are inside functions."""
     broken = modules | {
         "moe_jax.runs.records": "def f():\n    from moe_jax.runs.folder import g",
         "moe_jax.runs.folder": "def g():\n    from moe_jax.runs import records",
@@ -145,18 +145,18 @@ def test_a_planted_circle_is_found(modules: dict[str, str]) -> None:
     assert circles(imports(broken)) == ["moe_jax.runs.records -> moe_jax.runs.folder -> moe_jax.runs.records"]
 
 
-def test_a_room_with_a_door_is_entered_by_it(modules: dict[str, str]) -> None:
+def test_the_names_of_config_are_imported_from_its_init_file(modules: dict[str, str]) -> None:
     """The names in `__all__` of `config/__init__.py` are imported from there, and not from the file behind it."""
     tree = ast.parse(modules["moe_jax.config"])
-    given_out = next(
+    exported = next(
         ast.literal_eval(node.value)
         for node in tree.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
     )
     for module, source in modules.items():
-        if room(module) != "config":
+        if folder(module) != "config":
             past = [n for n in imported_names(source) if n.startswith("moe_jax.config.") and n.count(".") > 2]
-            assert {n.rpartition(".")[2] for n in past}.isdisjoint(given_out), f"{module}: {past}"
+            assert {n.rpartition(".")[2] for n in past}.isdisjoint(exported), f"{module}: {past}"
 
 
 def test_foundation_and_moe_jax_never_import_each_other(modules: dict[str, str]) -> None:
@@ -198,7 +198,7 @@ def test_what_runs_before_the_arguments_are_accepted_imports_nothing_heavy(modul
     everything = sources("moe_jax") | programs
     waiting, seen = ["moe_jax", "moe_jax.__main__", *programs], set()
     waiting += [f"moe_jax.cli.{module}" for module, _, _ in COMMANDS.values()]
-    waiting += [module for module in modules if room(module) == "config"]
+    waiting += [module for module in modules if folder(module) == "config"]
     while waiting:
         module = waiting.pop()
         if module in seen or module not in everything:

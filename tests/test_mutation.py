@@ -18,8 +18,8 @@ def mutation(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_named_file_is_there_and_every_module_has_tests(mutation: Any) -> None:
     for files in (*mutation.NEAREST.values(), *mutation.CHECKS.values(), mutation.BROAD):
         assert all((ROOT / file).exists() for file in files)
-    for room in mutation.ROOMS:
-        for module in (ROOT / "moe_jax" / room).rglob("*.py"):
+    for package in mutation.PACKAGES:
+        for module in (ROOT / "moe_jax" / package).rglob("*.py"):
             assert mutation.tests_of(module.relative_to(ROOT).as_posix(), False), module
 
 

@@ -2,16 +2,10 @@
 devices needs no communication."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -101,37 +95,3 @@ def test_a_layer_drops_and_serves_each_sequence_as_if_it_were_alone(float64: Non
     np.testing.assert_allclose(d_x, np.concatenate([a[1][1] for a in alone]), atol=1e-11)
     total = jax.tree.map(lambda *leaves: sum(leaves), *(a[1][0] for a in alone))
     assert max(tiny.gradient_errors(d_params, total).values()) < 1e-12
-
-
-@pytest.fixture(scope="module")
-def sharded() -> dict:
-    """What `sharded_batch.py` finds on four virtual devices. Where there are not four it fails, and so do the tests."""
-    root = Path(__file__).parents[3]
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(root),
-    }
-    command = [sys.executable, "-m", "tests.model.moe.sharded_batch"]
-    run = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    found = json.loads(run.stdout.splitlines()[-1])
-    assert found.pop("devices") == 4
-    return found
-
-
-def test_a_batch_over_four_devices_needs_no_communication(sharded: dict) -> None:
-    """Dispatch, combine and their gradients, 8 sequences on 4 devices: no collective, and 2 sequences a device in every
-    result. Outputs and gradients of x have the bits of one device; a gate's gradient is a sum over the width, in an
-    order that the compiler chooses."""
-    found = sharded["capacity"]
-    assert found["collectives"] == []
-    assert found["shards"] == [2]
-    assert found["errors"][:2] == [0, 0]
-    assert found["errors"][2] < 1e-6
-
-
-def test_collectives_would_be_seen(sharded: dict) -> None:
-    """A mean over the batch, and tokens of one sequence moved to the next, communicate."""
-    assert sharded["a mean over the batch"]["collectives"] == ["all-reduce"]
-    assert sharded["the batch in one row"]["collectives"] != []

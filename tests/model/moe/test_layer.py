@@ -249,39 +249,6 @@ def plans() -> list[d.Plan]:
     return [d.Capacity(1).plan(routing), d.Blocks(2).plan(routing)[0]]
 
 
-@pytest.mark.parametrize("which", range(2), ids=["capacity", "blocks"])
-def test_the_two_verbs_have_the_gradients_of_plain_indexing(which: int, float64: None) -> None:
-    plan = plans()[which]
-    rng = np.random.default_rng(which)
-    x, gate = jnp.asarray(rng.normal(size=(1, 4, 5))), jnp.asarray(rng.normal(size=(1, 4, 2)))
-    rows = jnp.asarray(rng.normal(size=(*plan.pair.shape, 5)))
-    d_rows, d_y = jnp.asarray(rng.normal(size=rows.shape)), jnp.asarray(rng.normal(size=x.shape))
-    keep, pair, row = np.asarray(plan.keep[0]), np.asarray(plan.pair[:, 0]), np.asarray(plan.row[0])
-    filled = pair < 8
-
-    def plain_dispatch(x):
-        return jnp.where(filled[..., None], x[0, np.where(filled, pair // 2, 0)], 0)[:, None]
-
-    def combine(rows, gate):
-        return d.combine(d.gated(rows, d.row_gates(gate, plan)), plan)
-
-    def plain_combine(rows, gate):
-        taken = rows.reshape(-1, 5)[np.where(keep, row, 0)]
-        return (jnp.where(keep, gate[0], 0)[..., None] * taken).sum(1)[None]
-
-    np.testing.assert_array_equal(d.dispatch(x, plan), plain_dispatch(x))
-    np.testing.assert_allclose(combine(rows, gate), plain_combine(rows, gate), atol=1e-14)
-    ours, plain_ = (jax.vjp(f, x)[1](d_rows)[0] for f in (lambda x: d.dispatch(x, plan), plain_dispatch))
-    np.testing.assert_allclose(ours, plain_, atol=1e-14)
-    pulls = (jax.vjp(f, rows, gate)[1](d_y) for f in (combine, plain_combine))
-    (d_rows_ours, d_gate_ours), (d_rows_plain, d_gate_plain) = pulls
-    np.testing.assert_allclose(d_rows_ours, d_rows_plain, atol=1e-14)
-    np.testing.assert_allclose(d_gate_ours, d_gate_plain, atol=1e-14)
-    # <dispatch(x), r> = <x, combine(r)>: the two maps are adjoint exactly as written.
-    np.testing.assert_array_equal(d.combine(d_rows, plan), ours)
-    np.testing.assert_allclose((d.dispatch(x, plan) * d_rows).sum(), (x * ours).sum(), rtol=1e-13)
-
-
 def test_dropped_pairs_give_and_get_exactly_nothing() -> None:
     plan = plans()[0]
     rng = np.random.default_rng(0)

@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.config import TrainConfig
 from moe_jax.model.moe.balance import adjusted_bias, expert_load
-from moe_jax.model.moe.dispatch import Blocks, Capacity, PerToken
+from moe_jax.model.moe.dispatch import Capacity
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.moe.router import route
 from moe_jax.model.transformer import merge
@@ -72,24 +72,6 @@ def test_priorities_against_loops(priority) -> None:
             assert np.asarray(to_slots)[b].sum(0).max() <= 1, "two pairs in one slot"
             differs |= expected != kept_by_loops(z[b], "token")
     assert differs == (priority != "token")
-
-
-def test_batch_priority_by_hand() -> None:
-    """Four tokens, three experts with one slot each. The largest probabilities rank the tokens 1, 3, 0, 2.
-
-        token   logits        choices   by its rank
-        0       (2, 1, 0)     0, 1      third: 0 was taken by token 1
-        1       (5, 1, 0)     0, 1      first: takes 0
-        2       (0, 1, 1.5)   2, 1      fourth: takes 2, which nobody has as first choice
-        3       (1, 3, 0)     1, 0      second: takes 1
-
-    Then come the second choices, in the same order of tokens. They ask for the experts 1, 0, 1, 1, whose slots are
-    taken. If both choices of a token came together, token 1 would take 0 and 1, and token 3 nothing.
-    """
-    z = jnp.array([[[2, 1, 0], [5, 1, 0], [0, 1, 1.5], [1, 3, 0]]], jnp.float32)
-    plan = LeakyCapacity(1, "leaky-batch-priority").plan(route(z, 2))
-    assert plan.keep.tolist() == [[[False, False], [True, False], [True, False], [True, False]]]
-    assert np.asarray(plan.pair).reshape(-1).tolist() == [1 * 2, 3 * 2, 2 * 2]
 
 
 @pytest.mark.parametrize("priority", ["token", *LEAKY])
@@ -177,16 +159,3 @@ def test_shared_experts_are_added_to_the_routed_ones(float64: None) -> None:
     assert w["w_in"].shape == (8, 2 * 6)
     own = [[oracles.expert(v, w["w_in"], w["w_out"], w["w_gate"]) for v in row] for row in np.asarray(x)]
     np.testing.assert_allclose(layer(graphdef, ffn), layer(routed, alone) + np.array(own), atol=1e-12)
-
-
-def test_many_tokens_decode_alike() -> None:
-    """A batch with more pairs than experts is laid in blocks, a small one goes pair by pair: same values."""
-    config = tiny.config()
-    graphdef, params = tiny.build(config)
-    layer = merge(graphdef, params).blocks[0].ffn
-    assert layer.dispatch_for(Mode.GENERATE, 2, 1) == PerToken()
-    assert layer.dispatch_for(Mode.GENERATE, 3, 1) == Blocks(6, in_place=True)
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(6, 1, 8)), jnp.float32)
-    whole = layer(x, Mode.GENERATE)[0]
-    one_by_one = jnp.concatenate([layer(x[i : i + 1], Mode.GENERATE)[0] for i in range(6)])
-    np.testing.assert_allclose(whole, one_by_one, rtol=1e-5, atol=1e-5)
