@@ -6,6 +6,7 @@
     ahead_of_time.py  a step compiled for many GPUs or TPUs that need not be there
     interconnect.py   their links, and the time of a collective
     tpu.py            slices of TPUs
+    tpu_programs.py   products and loops as only a TPU's compiler writes them
     many_devices.py   a step on many devices, and the table of 1, 2, 4, ... devices
     picture.py        the picture of this table
 

@@ -28,13 +28,14 @@ from moe_jax.planning.device_memory import (
     collected_stderr,
     for_described_gpu,
     gpu_devices,
-    looked_up,
 )
 from moe_jax.planning.target import Target
+from moe_jax.system.files import cached_json
 from moe_jax.training.programs import Programs
 from predicted.interconnect import GPU_LINKS, Hosts, Place, Torus
 from predicted.roofline import Rates
 from predicted.tpu import Slice
+from predicted.tpu_programs import with_trip_counts
 
 OPTIONS: dict[str, dict[str, Any]] = {"gpu": CODE_NOT_RUN, "tpu": {}}
 _TOO_LARGE = re.compile(r"\(([0-9.]+)([KMGT])\) exceeds available HBM")
@@ -129,7 +130,7 @@ def compile_step(programs: Programs, devices: Devices, described: list[Any]) -> 
     order = [] if programs.layout is None else [device.id for device in programs.layout.mesh.devices.flat]
     parts = [lowered.as_text(), what, repr(order), repr(OPTIONS[platform]), *versions]
     arguments = sum(map(_bytes_on_device, jax.tree.leaves((state, batch))))
-    return looked_up(parts, lambda: _compile(lowered, platform, arguments), _to_json, _from_json)
+    return _from_json(cached_json("plans", parts, lambda: _to_json(_compile(lowered, platform, arguments))))
 
 
 def _to_json(found: Compiled) -> dict[str, Any]:
@@ -172,6 +173,6 @@ def _compile(lowered: Any, platform: str, arguments: int) -> Compiled:
         m.argument_size_in_bytes,
         m.output_size_in_bytes - m.alias_size_in_bytes,
         m.temp_size_in_bytes,
-        text,
+        with_trip_counts(text),
         time.process_time() - start,
     )

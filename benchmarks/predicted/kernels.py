@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from moe_jax.certify.collectives import array_bytes
-from moe_jax.system.hlo import Computation, Dot, Instruction, calls, parse, product, scopes
+from moe_jax.system.hlo import Computation, Dot, Instruction, calls, parse, passes, scopes
+from predicted.tpu_programs import in_main_memory, product
 
 _NO_KERNEL = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier", "add-dependency"),
@@ -79,9 +80,9 @@ def read_kernels(text: str | None) -> list[Kernel]:
                 kernel = _kernel(instruction, computations[name], computations, times)
                 kernels.append(kernel if kernel.op_name else replace(kernel, op_name=caller))
             elif instruction.opcode in ("while", "conditional", "call", "async-start"):
-                for role, called, trips in calls(instruction):
+                for role, called in calls(instruction):
                     if role != "condition" and called in computations:
-                        visit(called, times * trips, instruction.op_name)
+                        visit(called, times * passes(instruction), instruction.op_name)
 
     visit(entry, 1, "")
     return kernels
@@ -91,7 +92,7 @@ def _kernel(
     instruction: Instruction, computation: Computation, computations: dict[str, Computation], runs: int
 ) -> Kernel:
     opcode = instruction.opcode.removesuffix("-start")  # launched now, waited for later (`fusion-done`)
-    inner = next((computations[c] for _, c, _ in calls(instruction) if c in computations), None)
+    inner = next((computations[c] for _, c in calls(instruction) if c in computations), None)
     operands = [computation.instructions[name] for name in instruction.operands]
     if opcode == "fusion" and inner is not None:
         parts = list(_with_nested(inner, computations))
@@ -120,7 +121,7 @@ def _kernel(
 def _moved(start: Instruction) -> tuple[int, int]:
     """Bytes that a `copy-start` or a `slice-start` reads from the main memory, and writes to it."""
     size = array_bytes(*start.arrays[1])
-    first, second = start.in_memory[:2]
+    first, second = in_main_memory(start)[:2]
     source, target = (first, second) if start.opcode == "slice-start" else (second, first)
     return size * source, size * target
 
@@ -132,19 +133,19 @@ def _with_nested(
     for instruction in computation.instructions.values():
         yield computation, instruction
         if instruction.opcode in ("fusion", "call"):
-            for _, called, _ in calls(instruction):
+            for _, called in calls(instruction):
                 yield from _with_nested(computations[called], computations)
 
 
 def _size(instruction: Instruction) -> int:
     """Bytes of the result in the main memory."""
-    there = zip(instruction.arrays, instruction.in_memory, strict=True)
+    there = zip(instruction.arrays, in_main_memory(instruction), strict=True)
     return sum(array_bytes(*array) for array, main in there if main)
 
 
 def _size_of_product(instruction: Instruction) -> int:
     """Bytes of the result of a product, without a library's workspace."""
-    there = zip(instruction.arrays, instruction.in_memory, strict=True)
+    there = zip(instruction.arrays, in_main_memory(instruction), strict=True)
     return sum(
         array_bytes(*array) for i, (array, main) in enumerate(there) if main and (i == 0 or array[0] != _WORKSPACE)
     )
@@ -180,7 +181,7 @@ def _used_of_operand(
     if user.opcode in _UPDATES and place == 0:
         return 0 if _is_result(fused, name) else whole
     if user.opcode == "fusion":
-        inner = computations[next(called for _, called, _ in calls(user))]
+        inner = computations[next(called for _, called in calls(user))]
         return _used_entries(inner, computations)[_parameter(inner, place)]
     # Entry for entry, or in another order: it needs of its operand as much as is used of its own result.
     return used if _elements(user) == whole and user.opcode != "tuple" else whole

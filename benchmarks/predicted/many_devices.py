@@ -23,7 +23,6 @@ from moe_jax.certify.mesh import ideal_bytes
 from moe_jax.config import MeshShape, RunConfig
 from moe_jax.planning.target import Target
 from moe_jax.system.environment import MIB
-from moe_jax.system.hlo import read_program
 from predicted.ahead_of_time import Compiled, Devices, compile_step, programs_for
 from predicted.interconnect import GPU_COUNTS, V5E_SLICES, Hosts, Place
 from predicted.kernels import Kernel, read_kernels
@@ -138,8 +137,9 @@ def read_plan(step: Step) -> DevicePlan:
     refused, flops, sent, arithmetic, collectives = not compiled.text, None, None, None, None
     if not refused:
         with contextlib.suppress(ValueError):
-            flops = read_program(compiled.text).flops
-            arithmetic = 1e3 * arithmetic_seconds(read_kernels(compiled.text), devices.rates)
+            kernels = read_kernels(compiled.text)
+            flops = sum(dot.total for kernel in kernels for dot in kernel.dots)
+            arithmetic = 1e3 * arithmetic_seconds(kernels, devices.rates)
         with contextlib.suppress(ValueError):
             found = step.collectives()
             sent = by_kind(bytes_by_kind(found))

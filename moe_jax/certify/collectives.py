@@ -20,7 +20,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from moe_jax.system.hlo import Computation, Instruction, called, parse
+from moe_jax.system.hlo import Computation, Instruction, calls, parse
 
 Kind = Literal["all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"]
 
@@ -97,7 +97,7 @@ def read_collectives(text: str | None) -> list[Collective]:
             if kind in get_args(Kind):
                 collectives.append(_collective(kind, instruction, computations[name], everyone, loops))
             inner = (*loops, instruction.trip_count) if instruction.opcode == "while" else loops
-            for _, target in called(instruction):
+            for _, target in calls(instruction):
                 if target in computations:
                     visit(target, inner)
 

@@ -8,12 +8,10 @@ What a plan has compiled is kept for later plans: one small JSON file for each p
 """
 
 import contextlib
-import hashlib
 import importlib.metadata
-import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 from unittest import mock
@@ -24,7 +22,7 @@ from jax.sharding import SingleDeviceSharding
 from moe_jax.config import UserError
 from moe_jax.planning.target import Target
 from moe_jax.system.environment import MIB, has_cuda_plugin
-from moe_jax.system.files import cache_dir, json_text, write_atomically
+from moe_jax.system.files import cached_json
 
 CODE_NOT_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Options of every program that is compiled for a described GPU. The machine code of its kernels never runs, so it need
@@ -141,11 +139,7 @@ def measured(target: Target, lowered: Any, options: dict[str, bool], devices: st
     `devices` describes a mesh of several cards.
     """
     parts = [lowered.as_text(), target.text, devices, repr(options), importlib.metadata.version("jaxlib")]
-
-    def compile_now() -> Memory:
-        return Memory.of(*compile_for_gpu(lowered, options))
-
-    return looked_up(parts, compile_now, asdict, lambda kept: Memory(**kept))
+    return Memory(**cached_json("plans", parts, lambda: asdict(Memory.of(*compile_for_gpu(lowered, options)))))
 
 
 def compile_for_gpu(lowered: Any, options: dict[str, bool]) -> tuple[Any, bool]:
@@ -164,27 +158,6 @@ def compile_for_gpu(lowered: Any, options: dict[str, bool]) -> tuple[Any, bool]:
     if "operation_queue_id" not in compiled.as_text():
         raise AssertionError("compiled for the CPU, not for the target")
     return compiled, "Can't reduce memory use below" in "".join(said)
-
-
-def looked_up[T](
-    parts: Sequence[str],
-    make: Callable[[], T],
-    to_json: Callable[[T], dict[str, Any]],
-    from_json: Callable[[dict[str, Any]], T],
-) -> T:
-    """What `make` returns; or what it returned in an earlier process for the same `parts`.
-
-    `parts` name all that the result depends on: the program, the devices, the options, the compiler's version. A file
-    that is damaged, or of an earlier form, is made again. So is one that could not be written.
-    """
-    path = cache_dir() / "plans" / (hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".json")
-    with contextlib.suppress(Exception):  # whatever is wrong with the file
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    made = make()
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json_text(to_json(made)), durable=False)
-    return made
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ Standard library only, apart from `platformdirs` and `filelock`, which are impor
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -224,6 +225,23 @@ def locked(path: Path, wait: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def cached_json(folder: str, parts: Sequence[str], make: Callable[[], Any]) -> Any:
+    """What `make` returns; or what it returned in an earlier process for the same `parts`. A value that JSON can hold.
+
+    `parts` name all that the value depends on. They decide the name of a file in a folder of the user's cache. A file
+    that cannot be read is made again, and one that cannot be written is made each time.
+    """
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest() + ".json"
+    path = cache_dir() / folder / name
+    with suppress(OSError, ValueError):
+        return Folder(path.parent).read_json(name)
+    made = make()
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json_text(made), durable=False)
+    return made
 
 
 def json_text(value: Any, **options: Any) -> str:

@@ -5,7 +5,6 @@ measured side by side. `alternate` runs all candidates in turn, round after roun
 result of every run. A benchmark measures the machine's limits in the same run as the times that it compares with them.
 """
 
-import contextlib
 import importlib.metadata
 import platform
 import subprocess
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.system.environment import usable_cores
-from moe_jax.system.files import Folder, cache_dir, json_text, write_atomically
+from moe_jax.system.files import cached_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 MATMUL_SIZES = (1024, 2048, 4096)
@@ -162,15 +161,8 @@ def with_reused_output(function: Callable[..., Any], *operands: Any) -> Callable
 def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:
     """Floating-point operations per second of a square matrix product on the first device, in the fastest of `repeats`
     runs."""
-    a = jnp.ones((size, size), dtype)
-    matmul = jax.jit(jnp.matmul)
-    matmul(a, a).block_until_ready()
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        matmul(a, a).block_until_ready()
-        seconds.append(time.perf_counter() - begin)
-    return 2 * size**3 / float(np.min(seconds))
+    ((name, (run, flops)),) = matmuls(dtype, (size,)).items()
+    return flops / min(alternate({name: run}, repeats, warmups=1)[name].seconds)
 
 
 @cache
@@ -181,19 +173,8 @@ def gain(narrow: str, device: Any, units: str = "") -> float:
     other matrix `units` of a processor, another number of cores or another jaxlib.
     """
     name = f"{processor()}, {units}" if device.platform == "cpu" else device.device_kind
-    key = f"{narrow} on {name}, {usable_cores()} cores, jaxlib {importlib.metadata.version('jaxlib')}"
-    path = cache_dir() / "races.json"
-    kept: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        read = Folder(path.parent).read_json(path.name)
-        kept = read if isinstance(read, dict) else {}
-    if type(kept.get(key)) is float and kept[key] > 0:
-        return kept[key]
-    measured = _measured(narrow, device)
-    with contextlib.suppress(OSError):  # a cache that cannot be written: the next process measures again
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json_text(kept | {key: measured}), durable=False)
-    return measured
+    parts = [narrow, name, str(usable_cores()), importlib.metadata.version("jaxlib")]
+    return cached_json("races", parts, lambda: _measured(narrow, device))
 
 
 def _measured(narrow: str, device: Any) -> float:

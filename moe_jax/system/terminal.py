@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -170,61 +170,40 @@ def say(*lines: object) -> None:
         return
     width = shutil.get_terminal_size().columns
     for line in "\n".join(map(str, lines)).split("\n"):
-        wrap = WordWrap(width, indent=line[: len(line) - len(line.lstrip())])
-        print(wrap.feed(line) + wrap.finish(), flush=True)
+        print(*wrapped([line], width, indent=line[: len(line) - len(line.lstrip())]), sep="", flush=True)
 
 
 def stream_text(start: str, pieces: Iterable[str]) -> None:
     """Print a text as its pieces arrive, and a line end. On a terminal each word is shown once its end is known."""
-    wrap = WordWrap(shutil.get_terminal_size().columns) if sys.stdout.isatty() else None
+    text: Iterable[str] = itertools.chain([start], pieces)
     try:
-        for piece in itertools.chain([start], pieces):
-            print(piece if wrap is None else wrap.feed(piece), end="", flush=True)
+        for piece in wrapped(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text:
+            print(piece, end="", flush=True)
     finally:  # after Ctrl-C, too
-        print("" if wrap is None else wrap.finish(), flush=True)
+        print(flush=True)
 
 
-class WordWrap:
-    """Breaks lines at spaces. A word is printed when its end is known, so a line never breaks inside one.
+def wrapped(pieces: Iterable[str], width: int, indent: str = "") -> Iterator[str]:
+    """The text of the pieces, its lines broken at spaces. A word comes once its end is known, so no line breaks in one.
 
-    A word longer than a line stays whole; the terminal breaks it.
+    A word longer than a line stays whole; the terminal breaks it. `indent` begins each line after a break.
     """
-
-    def __init__(self, width: int, indent: str = "") -> None:
-        """`indent` begins each line after a break."""
-        self._width, self._indent = width, indent
-        self._column, self._space, self._word = 0, "", ""
-
-    def feed(self, piece: str) -> str:
-        """The text that can be shown after one more piece."""
-        parts = _WORDS.findall(self._word + piece)
-        if not parts:
-            return ""
-        *ended, last = parts
-        if not last.strip():  # a space or a line end: the word before it has ended
-            ended, last = [*ended, last], ""
-        self._word = last
-        return "".join(map(self._place, ended))
-
-    def finish(self) -> str:
-        """The rest of the text."""
-        last, self._word = self._word, ""
-        return self._place(last) if last else ""
-
-    def _place(self, part: str) -> str:
-        if part == "\n":
-            self._column, self._space = 0, ""
-            return "\n"
-        if part.isspace():
-            self._space += part
-            return ""
-        space, self._space = self._space, ""
-        size = _columns(part)
-        if self._column and self._column + _columns(space) + size > self._width:
-            self._column = _columns(self._indent) + size
-            return "\n" + self._indent + part
-        self._column += _columns(space) + size
-        return space + part
+    column, space, word = 0, "", ""
+    for piece in itertools.chain(pieces, [None]):
+        parts = _WORDS.findall(word + (piece or ""))
+        word = parts.pop() if piece is not None and parts and parts[-1].strip() else ""  # the next piece may go on
+        for part in parts:
+            if part == "\n":
+                column, space = 0, ""
+                yield part
+            elif part.isspace():
+                space += part
+            else:
+                size = _columns(space) + _columns(part)
+                if column and column + size > width:
+                    column, space, size = 0, "\n" + indent, _columns(indent) + _columns(part)
+                yield space + part
+                column, space = column + size, ""
 
 
 def _columns(text: str) -> int:
@@ -251,62 +230,36 @@ def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
     if not sys.stderr.isatty():
         yield lambda: None
         return
-    from rich import progress
+    from rich.progress import MofNCompleteColumn, Progress
 
-    columns = (
-        progress.SpinnerColumn(),
-        progress.TextColumn("{task.description}"),
-        progress.BarColumn(bar_width=20),
-        progress.MofNCompleteColumn(),
-        progress.TimeRemainingColumn(),
-    )
-    with progress.Progress(*columns, console=rich_console(stderr=True), transient=True) as bar:
+    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    with Progress(*columns, console=rich_console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
         yield lambda: bar.advance(task)
 
 
 @contextmanager
 def byte_progress(what: str, items: str, total: int | None, shown: bool = True) -> Iterator[Report]:
-    """Show the progress of work on `total` bytes (None if unknown): a bar on a terminal, else a line every
+    """Show the progress of work on `total` bytes (None if unknown): on a terminal all the time, else every
     PLAIN_SECONDS. `items` names what is counted: "documents"."""
     if not shown:
         yield lambda count, size: None
         return
-    begin = monotonic()
-    if sys.stderr.isatty():
-        from rich import progress
+    begin, printed, line = monotonic(), monotonic(), f"{what}: 0 {items}"
+    status = rich_console(stderr=True).status(what) if sys.stderr.isatty() else None
 
-        columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(bar_width=20),
-            progress.TransferSpeedColumn(),
-            progress.TextColumn("{task.fields[rate]}"),
-            progress.TimeRemainingColumn(),
-        )
-        with progress.Progress(*columns, console=rich_console(stderr=True)) as bar:
-            task = bar.add_task(what, total=total, rate="")
-
-            def update(count: int, size: int) -> None:
-                rate = count / (monotonic() - begin + 1e-9)
-                bar.update(task, completed=size, rate=f"{count:,} {items}, {rate:,.0f}/s")
-
-            yield update
-        return
-    printed, done = begin, (0, 0)
-
-    def print_line() -> None:
-        count, size = done
+    def report(count: int, size: int) -> None:
+        nonlocal printed, line
         seconds = monotonic() - begin + 1e-9
         share = f" of {total / 1e6:.1f}" if total else ""
         rates = f"{count / seconds:,.0f} {items}/s, {size / seconds / 1e6:.1f} MB/s"
-        print(f"{what}: {count:,} {items}, {size / 1e6:.1f}{share} MB ({rates})", file=sys.stderr, flush=True)
-
-    def report(count: int, size: int) -> None:
-        nonlocal done, printed
-        done = (count, size)
-        if monotonic() - printed >= PLAIN_SECONDS:
+        line = f"{what}: {count:,} {items}, {size / 1e6:.1f}{share} MB ({rates})"
+        if status is not None:
+            status.update(line)
+        elif monotonic() - printed >= PLAIN_SECONDS:
             printed = monotonic()
-            print_line()
+            print(line, file=sys.stderr, flush=True)
 
-    yield report
-    print_line()
+    with status or nullcontext():
+        yield report
+    print(line, file=sys.stderr, flush=True)

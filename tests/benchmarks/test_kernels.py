@@ -2,6 +2,7 @@
 
 import pytest
 from predicted.kernels import Kernel, read_kernels
+from predicted.tpu_programs import with_trip_counts
 
 from moe_jax.certify.collectives import array_bytes
 
@@ -225,3 +226,86 @@ def test_arrays_on_the_chip_of_a_tpu_take_no_traffic() -> None:
         ("copy", True, 0, 64),
         ("convert", False, 64, 128),
     ]
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "out", "attributes", "multiplications"),
+    [
+        ("bf16[6,40]", "bf16[40,8]", "bf16[6,8]", "dim_labels=bf_io->bf", 6 * 40 * 8),
+        ("bf16[40,6]", "bf16[8,40]", "f32[6,8]", "dim_labels=fb_oi->bf", 6 * 40 * 8),
+        # Six pairs of matrices. Most pairs of a result and a tap of the window meet an inserted zero.
+        (
+            "bf16[2,3,5,4]",
+            "bf16[2,3,4,7]",
+            "bf16[2,3,5,7]",
+            "window={size=2x3 stride=1x2 lhs_dilate=2x3}, dim_labels=01bf_01io->01bf",
+            2 * 3 * 5 * 4 * 7,
+        ),
+        # One matrix for every entry of a dimension.
+        ("f32[8,25,4]", "f32[4,6,1]", "f32[8,25,6]", "window={size=1}, dim_labels=0bf_io0->0bf", 8 * 25 * 4 * 6),
+        # A window of 3 over 5 entries, with a padding of 1 at each end: 3 x 5 - 2 pairs.
+        ("f32[5,1,1]", "f32[3,1,1]", "f32[5,1,1]", "window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", 13),
+        ("s32[6,40]", "s32[40,8]", "s32[6,8]", "dim_labels=bf_io->bf", 0),
+    ],
+)
+def test_a_product_that_a_tpu_writes_as_a_convolution(
+    left: str, right: str, out: str, attributes: str, multiplications: int
+) -> None:
+    (kernel,) = read_kernels(
+        f"HloModule jit_f\nENTRY %main (a: {left}, b: {right}) -> {out} {{\n"
+        f"  %a = {left}{{1,0:T(8,128)}} parameter(0)\n"
+        f"  %b = {right}{{1,0:T(8,128)}} parameter(1)\n"
+        f"  ROOT %c = {out}{{1,0:T(8,128)S(1)}} convolution(%a, %b), {attributes}, "
+        'operand_precision={highest,highest}, metadata={op_name="jit(f)/head/dot"}\n}\n'
+    )
+    (dot,) = kernel.dots
+    assert (dot.total, dot.precision, "head" in kernel.scopes) == (2 * multiplications, "highest", True)
+
+
+TPU_LOOP = """HloModule jit_f
+%body (s: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {
+  %one = s32[]{:T(128)} constant(1)
+  %s = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=1
+  %kept = s32[]{:T(128)} copy(%i)
+  %x = f32[8,8]{1,0:T(8,128)} get-tuple-element(%s), index=0
+  %y = f32[8,8]{1,0:T(8,128)} convolution(%x, %x), dim_labels=bf_io->bf
+  %next = s32[]{:T(128)} add(%kept, %one)
+  ROOT %t = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%y, %next)
+}
+%condition (s: (f32[8,8], s32[])) -> pred[] {
+  %end = s32[]{:T(128)} constant(7)
+  %s = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
+  %i = s32[]{:T(128)} get-tuple-element(%s), index=1
+  ROOT %lt = pred[]{:T(512)} compare(%i, %end), direction=LT
+}
+ENTRY %main (a: f32[8,8]) -> f32[8,8] {
+  %a = f32[8,8]{1,0:T(8,128)} parameter(0)
+  %zero = s32[]{:T(128)} constant(2)
+  %first = s32[]{:T(128)} copy(%zero)
+  %t = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%a, %first)
+  %loop = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) while(%t), condition=%condition, body=%body
+  ROOT %y = f32[8,8]{1,0:T(8,128)} get-tuple-element(%loop), index=0
+}
+"""
+
+
+def test_the_passes_of_a_loop_are_counted_where_the_compiler_does_not_write_them() -> None:
+    """From 2 to 6: five passes."""
+    assert sum(dot.total for k in read_kernels(with_trip_counts(TPU_LOOP)) for dot in k.dots) == 5 * 2 * 8**3
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("direction=LT", "direction=LE"),
+        ("constant(1)", "constant(2)"),
+        ("add(%kept", "subtract(%kept"),
+        ("%zero = s32[]{:T(128)} constant(2)", "%zero = s32[]{:T(128)} negate(%a)"),
+        ("constant(7)", "negate(%s)"),
+        ("compare(%i", "compare(%end"),
+    ],
+)
+def test_a_loop_that_counts_in_another_way_has_an_unknown_length(old: str, new: str) -> None:
+    with pytest.raises(ValueError, match="number of passes of a loop is unknown"):
+        read_kernels(with_trip_counts(TPU_LOOP.replace(old, new)))

@@ -121,9 +121,8 @@ def test_without_the_plugin_the_command_is_named(monkeypatch: pytest.MonkeyPatch
         device_memory.lower_for(target(), jax.jit(jnp.sin), jnp.zeros(3))
 
 
-def test_what_was_compiled_is_looked_up_and_a_damaged_file_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_compiled_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the program, the card, the devices and the options."""
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
     compiles: list[int] = []
 
@@ -142,9 +141,3 @@ def test_what_was_compiled_is_looked_up_and_a_damaged_file_is_not(
     assert measured(load_target("rtx3060-12gb"), lowered, {}).total == 103
     assert measured(card, other, {}).total == 104
     assert measured(card, lowered, {}, "2 cards").total == 105
-    for note in (tmp_path / "plans").iterdir():
-        os.truncate(note, 7)
-    assert measured(card, lowered, {}).total == 106
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "file"))  # a cache that cannot be written is no failure
-    assert measured(card, lowered, {}).total == 107

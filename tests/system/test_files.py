@@ -1,6 +1,7 @@
 """Files that are whole or absent, plain files only, locks between processes, JSON without NaN."""
 
 import ast
+import itertools
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from moe_jax.system import errors
 from moe_jax.system.files import (
     Folder,
     UnsafeFile,
+    cached_json,
     draft_of,
     json_text,
     locked,
@@ -182,6 +184,24 @@ def test_another_process_is_refused_or_waits_and_a_killed_one_gives_its_lock_bac
             second.communicate("\n")
     with locked(lock, wait=False):
         assert lock.read_text() == "process 7"
+
+
+def test_what_was_made_once_is_looked_up_and_a_damaged_file_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))
+    made = itertools.count(1)
+
+    def look(*parts: str) -> int:
+        return cached_json("notes", parts, lambda: next(made))
+
+    assert [look("a", "b"), look("a", "b"), look("ab"), look("a", "b")] == [1, 1, 2, 1]
+    for note in (tmp_path / "notes").iterdir():
+        note.write_text("{")
+    assert [look("a", "b"), look("a", "b")] == [3, 3]
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "file"))  # a cache that cannot be written is no failure
+    assert [look("a", "b"), look("a", "b")] == [4, 5]
 
 
 def test_numbers_that_are_not_finite_become_null() -> None:

@@ -12,14 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.system.signals import interruptible
-from moe_jax.system.terminal import WordWrap, escape_controls
+from moe_jax.system.terminal import escape_controls, wrapped
 
 ROOT = Path(__file__).parents[2]
-
-
-def wrapped(pieces: list[str], width: int) -> str:
-    wrap = WordWrap(width)
-    return "".join([*(wrap.feed(piece) for piece in pieces), wrap.finish()])
 
 
 @pytest.mark.parametrize(
@@ -37,26 +32,23 @@ def wrapped(pieces: list[str], width: int) -> str:
     ],
 )
 def test_lines_break_at_spaces(pieces: list[str], expected: str) -> None:
-    assert wrapped(pieces, 8) == expected
+    assert "".join(wrapped(pieces, 8)) == expected
 
 
 @given(st.lists(st.text(st.sampled_from("ab \n"), max_size=6), max_size=12), st.integers(1, 20))
 def test_nothing_is_lost_and_no_line_is_wide(pieces: list[str], width: int) -> None:
     """But for spaces at the end of a line, and for words that are longer than a line."""
-    text, shown = "".join(pieces), wrapped(pieces, width)
+    text, shown = "".join(pieces), "".join(wrapped(pieces, width))
     assert shown.split() == text.split()
     assert all(len(line) <= width or len(line.split()) == 1 for line in shown.split("\n"))
-    assert wrapped([text], width) == shown
+    assert "".join(wrapped([text], width)) == shown
 
 
-def test_an_indent_stays() -> None:
-    wrap = WordWrap(8, indent="  ")
-    assert wrap.feed("  one two three") + wrap.finish() == "  one\n  two\n  three"
-
-
-def test_a_word_is_shown_once_its_end_is_known() -> None:
-    wrap = WordWrap(80)
-    assert [wrap.feed(piece) for piece in ("On", "ce", " up", "on", "\n")] == ["", "", "Once", "", " upon\n"]
+def test_an_indent_stays_and_a_word_is_shown_once_its_end_is_known() -> None:
+    assert "".join(wrapped(["  one two three"], 8, indent="  ")) == "  one\n  two\n  three"
+    read: list[str] = []
+    pieces = (read.append(piece) or piece for piece in ("On", "ce", " up", "on", "\n"))
+    assert [(word, len(read)) for word in wrapped(pieces, 80)] == [("Once", 3), (" upon", 5), ("\n", 5)]
 
 
 PRINTS = """
