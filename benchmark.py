@@ -3,17 +3,12 @@
     uv run benchmark.py moe       one MoE layer and dense layers: time and compiled arithmetic
     uv run benchmark.py train     the training step, its dense baselines, and the machine's matmul rate
     uv run benchmark.py decode    prefill and cached decoding, and the machine's memory bandwidth
-    uv run benchmark.py pipeline  tokenizing, batches, saving and restoring a checkpoint (in TMPDIR)
-    uv run --extra gpu-plan benchmark.py memory    the settings that fit a 4 GB card, compiled without the card
-    uv run --extra gpu-plan benchmark.py gpu       each part on a card: predicted time, and measured time
-    uv run --extra peers benchmark.py peers        Mixtral of Hugging Face transformers, in PyTorch
-    uv run benchmark.py scaling   the training step with one size of the model doubled at a time
     uv run benchmark.py serve     16 texts at once beside one, and the wait of a late one
-    uv run benchmark.py           all suites whose extras are installed, except gpu, scaling and serve
+    uv run --extra peers benchmark.py peers        Mixtral of Hugging Face transformers, in PyTorch
+    uv run benchmark.py           moe, train and decode; and peers if its extra is installed
 
-The results go into `runs/bench` (with `--record` into `benchmarks/`), beside machine, versions and commit. In a pipe,
-or with `--json`, the last line of the output is one JSON object.
-`moe_jax/cli/benchmark.py` runs the suites.
+The results go into `runs/bench`, beside machine, versions and commit. In a pipe, or with `--json`, the last line of the
+output is one JSON object. `moe_jax/cli/benchmark.py` runs the suites.
 """
 
 import signal

@@ -1,6 +1,6 @@
 """What the model costs, measured on this machine: `benchmark.py`.
 
-suites.py           the suites moe, decode, memory and peers, and the list of all
+suites.py           the suites moe, decode and peers, and the list of all
 dense_baselines.py  the suite `train`: the cost table, the training step and its dense baselines
 serving.py          the suite `serve`: many texts at once, and a late one
 request.py          BenchmarkRequest: what a suite is asked for; and the tables that suites print

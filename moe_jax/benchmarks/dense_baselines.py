@@ -88,8 +88,12 @@ def train(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     models: dict[Dense, dict[str, float]] = {dense: _model(request, dense, seconds[dense]) for dense in DENSE_BASELINES}
     named = {LABELS[dense]: times for dense, times in seconds.items()}
     title = f"training step, {'all models in turn' if len(groups) == 1 else 'one model after another'}"
-    console.print(times_table(title, named, lambda _, t: f"{tokens / t.median:,.0f} tokens/s"))
-    console.print(_models_table(models))
+    mflops = {LABELS[dense]: numbers["mflops_per_token"] for dense, numbers in models.items()}
+    console.print(
+        times_table(
+            title, named, lambda name, t: f"{tokens / t.median:,.0f} tokens/s, {mflops[name]:,.4g} MFLOP a token"
+        )
+    )
     print_numbers(console, numbers)
     return numbers | {"models": {DENSE_BASELINES[dense]: found for dense, found in models.items()}}
 
@@ -132,16 +136,6 @@ def _model(request: BenchmarkRequest, dense: Dense, times: Times) -> dict[str, f
     """The costs of one model."""
     flops = sum(flops_by_group(dense_baseline(request.config, dense), request.batch_size).values())
     return {"ms_per_step": 1e3 * times.median, "mflops_per_token": flops / 1e6}
-
-
-def _models_table(models: dict[Dense, dict[str, float]]) -> Table:
-    table = Table(title="MoE beside its dense baselines", title_justify="left", title_style="bold")
-    table.add_column("model", no_wrap=True)
-    for name in ("ms a training step", "MFLOP a token"):
-        table.add_column(name, justify="right")
-    for dense, numbers in models.items():
-        table.add_row(LABELS[dense], *(f"{value:,.4g}" for value in numbers.values()))
-    return table
 
 
 def _cost_table(static: CostTable) -> Table:

@@ -5,15 +5,12 @@ from typing import Any
 
 import jax
 from rich.console import Console
-from rich.table import Table
 
 from moe_jax.benchmarks import decoding, layer, peers
 from moe_jax.benchmarks.dense_baselines import train
 from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 from moe_jax.benchmarks.serving import serve
 from moe_jax.model.transformer import create, split
-from moe_jax.planning import search
-from moe_jax.planning.target import load_target
 from moe_jax.system import machine
 from moe_jax.system.machine import alternate
 from moe_jax.training.programs import Programs
@@ -109,35 +106,10 @@ def against_peers(console: Console, request: BenchmarkRequest) -> dict[str, Any]
     return numbers
 
 
-CARDS = ("rtx3050-4gb", "quadro-t1000-4gb", "rtx3060-12gb")
-"""Cards that `memory` plans for."""
-
-
-def memory(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
-    """The first setting that fits each card, with the preset's own batch size. Nothing runs on a GPU."""
-    table = Table(title="first setting that fits, by XLA's buffer plan", title_justify="left", box=None, padding=(0, 1))
-    for name in ("card", "precision", "optimizer", "remat", "batch", "MiB", "of", "fits"):
-        table.add_column(name, justify="right" if name in ("batch", "MiB", "of") else "left", no_wrap=True)
-    numbers: dict[str, Any] = {}
-    for name in CARDS:
-        target = load_target(name)
-        plan = search.verdict(list(search.search(request.config, target)), target).summary(target)
-        numbers[name] = {key: value for key, value in plan.items() if key not in ("preset", "gpu")}
-        remat, fits = ("yes" if plan[key] else "no" for key in ("remat", "fits"))
-        sizes = (
-            f"{plan['micro_batch']} x {plan['grad_accum']}",
-            *(f"{plan[k]:,.0f}" for k in ("total_mib", "budget_mib")),
-        )
-        table.add_row(name, plan["precision"], plan["optimizer"], remat, *sizes, fits)
-    console.print(table)
-    return numbers
-
-
 SUITES: dict[str, Callable[[Console, BenchmarkRequest], dict[str, Any]]] = {
     "moe": moe,
     "train": train,
     "decode": decode,
-    "memory": memory,
     "peers": against_peers,
     "serve": serve,
 }

@@ -2,10 +2,9 @@
 
 import datetime
 import importlib.util
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 from moe_jax.cli.arguments import POSITIONAL
 from moe_jax.cli.command import Command, check_range, print_json
@@ -14,14 +13,14 @@ from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment, terminal
 from moe_jax.system.files import json_text, write_output
 
-Suite = Literal["moe", "train", "decode", "memory", "peers", "serve", "all"]
-EXTRAS = {"memory": ("gpu-plan", "JAX's CUDA plugin"), "peers": ("peers", "PyTorch and transformers")}
-"""Suite -> the extra that it needs, and what the extra installs."""
+Suite = Literal["moe", "train", "decode", "peers", "serve", "all"]
+ALL = ("moe", "train", "decode", "peers")
 UNIFORM = ("moe", "train", "decode", "all")
 """Suites that can spread tokens evenly over the experts. With `all`, the others of its suites do not."""
 TRAINING = {"moe", "train"}
 """Suites that time a training step in the precision that is chosen for this machine. `peers` names the precision of
-each number. The other suites compute in float32, or plan for cards with a precision of their own."""
+each number. The other suites compute in float32."""
+PEERS = "uv run --extra peers benchmark.py peers"
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,9 @@ class Benchmark(Command):
         moe       one MoE layer and dense layers: time and compiled arithmetic
         train     the training step, its dense baselines, and the matmul rate
         decode    prefill and cached decoding, and the memory bandwidth
-        memory    the settings that fit a 4 GB card (extra gpu-plan)
         peers     Mixtral of transformers, in PyTorch (extra peers)
         serve     16 texts at once beside one, and the wait of a late one
-        all       the suites above whose extras are installed, except serve
+        all       moe, train and decode; and peers if its extra is installed
     """
 
     interrupted: ClassVar[str] = "no results were written"
@@ -48,7 +46,7 @@ class Benchmark(Command):
     preset: PresetName = "seed-158m"
     """The model to measure."""
     batch_size: int = 8
-    """Sequences of one training step. `memory` uses the preset's own batch."""
+    """Sequences of one training step."""
     rounds: int = 9
     """How often each candidate runs. Some suites run more or fewer rounds, in proportion."""
     uniform_routing: bool = False
@@ -62,18 +60,14 @@ class Benchmark(Command):
         if self.uniform_routing and self.suite not in UNIFORM:
             raise ConfigError(f"--uniform-routing: is for {', '.join(UNIFORM)}, and not for {self.suite}; leave it out")
         suites = self._suites()
-        if suites == ["memory"]:
-            # Compiling for a described card needs no card, and must not occupy a real one.
-            os.environ["JAX_PLATFORMS"] = "cpu"
         environment.prepare_environment()
         terminal.outlive_output()  # the results go into a file as well
         from moe_jax.benchmarks.request import BenchmarkRequest
         from moe_jax.benchmarks.suites import SUITES
         from moe_jax.model.precision import choose_policy
         from moe_jax.system import machine
-        from moe_jax.system.terminal import rich_console
 
-        console = rich_console()
+        console = terminal.rich_console()
         config = with_vocabulary(preset(self.preset))
         about = machine.describe()
         console.print(
@@ -81,46 +75,33 @@ class Benchmark(Command):
         )
         request = BenchmarkRequest(config, self.batch_size, self.rounds, self.uniform_routing)
         results = {name: SUITES[name](console, request) for name in suites}
-        settings: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}
+        document: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}
         if self.uniform_routing:
-            settings["uniform_routing"] = True
+            document["uniform_routing"] = True
         if not TRAINING.isdisjoint(suites):
-            settings["training_precision"] = choose_policy(config.execution.compute_dtype).compute
-        document = {**settings, **results}
+            document["training_precision"] = choose_policy(config.execution.compute_dtype).compute
+        document |= results
         self._save(document, about)
         print_json(document if self.suite == "all" else results[self.suite], self.json)
         return 0
 
     def _suites(self) -> list[str]:
-        """The suites to run. `all` leaves out suites whose extra is missing.
-
-        Raises UserError if such a suite is asked for by name.
-        """
-        missing = {suite for suite in EXTRAS if not _can_run(suite)}
+        """The suites to run. Raises UserError if `peers` is asked for by name, and its extra is missing."""
+        has_peers = all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+        if self.suite == "peers" and not has_peers:
+            raise UserError(f"peers needs PyTorch and transformers: {PEERS}")
         if self.suite != "all":
-            if self.suite in missing:
-                extra, what = EXTRAS[self.suite]
-                raise UserError(f"{self.suite} needs {what}: uv run --extra {extra} benchmark.py {self.suite}")
             return [self.suite]
-        for suite in sorted(missing):
-            print(f"left out: {suite}; run it with `uv run --extra {EXTRAS[suite][0]} benchmark.py {suite}`")
-        return [suite for suite in get_args(Suite) if suite not in {"all", "serve", *missing}]
+        if not has_peers:
+            print(f"left out: peers; run it with `{PEERS}`")
+        return [suite for suite in ALL if has_peers or suite != "peers"]
 
     def _save(self, document: dict[str, Any], about: dict[str, Any]) -> None:
         now = datetime.datetime.now(datetime.UTC)
         path = Path("runs") / "bench" / f"{now:%Y-%m-%d-%H%M}-{self.suite}-{self.preset}.json"
-        extra = f"--extra {EXTRAS[self.suite][0]} " if self.suite in EXTRAS else ""
-        command = f"uv run {extra}benchmark.py {self.suite} --preset {self.preset}"
-        command += (
-            f" --batch-size {self.batch_size} --rounds {self.rounds}" + " --uniform-routing" * self.uniform_routing
-        )
+        command = PEERS if self.suite == "peers" else f"uv run benchmark.py {self.suite}"
+        command += f" --preset {self.preset} --batch-size {self.batch_size} --rounds {self.rounds}"
+        command += " --uniform-routing" * self.uniform_routing
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
         write_output(path, json_text(record, indent=1) + "\n")
         print(f"results: {path}")
-
-
-def _can_run(suite: str) -> bool:
-    """Whether the extra of a suite is installed."""
-    if suite == "memory":
-        return environment.has_cuda_plugin()
-    return all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
