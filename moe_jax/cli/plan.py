@@ -1,28 +1,21 @@
 """`moe-jax plan`."""
 
-import dataclasses
+import itertools
 import os
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from moe_jax.cli.arguments import Argument, Values, arguments_of, read
-from moe_jax.cli.auto_preset import check_limits
-from moe_jax.cli.command import Command, Group, check_range, print_json
-from moe_jax.cli.settings import (
-    PRESET,
-    SettingsFile,
-    read_set,
-    read_settings,
-    resolve_settings,
-    run_arguments,
-    typed_preset,
-)
-from moe_jax.config import ConfigError, DataConfig, MeshShape, PresetName, RunConfig, UserError
-from moe_jax.config.presets import with_vocabulary
-from moe_jax.config.section import flag_of
-from moe_jax.planning.auto import Limits, choose, origin_flags
+from moe_jax.cli.arguments import Argument, Values
+from moe_jax.cli.auto_preset import AutoPreset
+from moe_jax.cli.command import check_range, print_json
+from moe_jax.cli.settings import PRESET, SOURCE, RunCommand, Settings, SettingsFile, resolve_settings
+from moe_jax.config import ConfigError, MeshShape, PresetName, RunConfig, UserError, holds_run
+from moe_jax.config.presets import folder_for_text, preset, with_vocabulary
+from moe_jax.config.section import flag_of, word
+from moe_jax.planning.auto import ACCUMULATION, BATCH, REMAT, STEPS
 from moe_jax.planning.target import CARDS_PER_HOST, DEFAULT_GPU, check_gpu, load_target, target_of_device
 from moe_jax.system import environment
 from moe_jax.system.environment import MIB
@@ -35,47 +28,36 @@ if TYPE_CHECKING:
 ON_A_CARD = "uv run --extra cuda12"
 """How a program is started on an NVIDIA card. CUDA 12 knows all cards that JAX knows, CUDA 13 those from compute
 capability 7.5."""
-TOKENIZER = {("data", "tokenizer"), ("data", "vocab_size")}
-"""The settings of data that decide the size of the model."""
 BY_OWN_FLAGS = {("execution", "mesh"), ("train", "lora_rank")}
 """`plan` has flags of its own for these."""
-ORIGINS = ("preset", "init_from", "upcycle")
-"""Fields of a settings file's first lines that `plan` reads. The others, such as `out`, do not change a plan."""
-CHOSEN = {("train", "batch_size"), ("train", "grad_accum"), ("train", "optimizer"), ("execution", "remat")}
-"""Settings that a plan chooses. Its command names them in any case."""
+ORIGINS = (("", "init_from"), ("", "upcycle"))
+OPTIMIZER, PARAM_DTYPE = ("train", "optimizer"), ("train", "param_dtype")
 
 
 @dataclass(frozen=True)
-class Plan(Command):
+class Plan(RunCommand):
     """Find settings that fit: those of a preset for a GPU, or those for a text and the memory of this machine.
 
     The GPU need not be in this machine. With --mesh, the training step is compiled for several of them, and the memory
     of one is printed. With --data or --memory, the answer is the command line that trains on the text here: the preset,
     the number of steps, and what saves memory if that is needed.
 
-    A plan for GPUs takes the settings of the model and of the training, too, by the flags of `train.py` or from its
-    --config FILE.
+    Settings of the model and of the training are those of `train.py`, by its flags or from a --config FILE.
 
     The exit status is 0 if a setting fits, and 1 if none fits. The last line of the output is JSON if it is asked for,
     or if the output is a file or a pipe.
     """
 
     interrupted: ClassVar[str] = "the search stopped early; nothing of it is kept"
+    usual: ClassVar[tuple[str, ...]] = ("gpu", "mesh", "lora", "memory", "minutes", "json", "verify")
+    preset: ClassVar[PresetName] = "seed-158m"
 
-    preset: PresetName = "seed-158m"
-    """The settings to plan for."""
     gpu: str = ""
     """Name of a described GPU (a wrong name lists all names), or a file that describes one. Default: rtx3050-4gb."""
     mesh: str = ""
     """Plan for several such GPUs, such as data=2,expert=4. Each has the sequences of a step of the preset."""
     lora: int = 0
     """Plan a fine-tuning by adapters of this rank (`sft --lora`), instead of training. 0 trains all weights."""
-    init_from: str = ""
-    """Folder of a Hugging Face model, as for `train.py`. Its shape takes the place of the preset's."""
-    upcycle: str = ""
-    """Folder of a dense run or of a dense Hugging Face model, as for `train.py`."""
-    data: str = ""
-    """Your text, as for `train.py`. Finds the preset and the steps for it, on this machine."""
     memory: str = ""
     """Memory that training on this machine may take, such as 8GB or 900MB. Three quarters of the machine's memory if
     only --data is given."""
@@ -86,43 +68,31 @@ class Plan(Command):
     """Print the result as JSON too."""
     verify: bool = False
     """Plan for the GPU in this machine, train two steps on it, and compare its peak memory with the plan."""
-    config: str = ""
-    """A TOML file of settings, as for `train.py`. Flags override it. What does not change memory is ignored."""
-    set: list[str] = dataclasses.field(default_factory=list)
-    """SECTION.NAME=VALUE: any field of the configuration, as for `train.py`."""
-    file: SettingsFile = dataclasses.field(default_factory=SettingsFile)
-    """The settings of `config` that are planned."""
-    flags: Values = dataclasses.field(default_factory=dict)
-    """The settings that the user has typed."""
+    typed: AutoPreset = field(default_factory=lambda: AutoPreset(SettingsFile(), {}, "", 0.0))
+    """What the user has typed."""
 
     @classmethod
-    def arguments(cls) -> list[Argument]:
-        return [*arguments_of(cls), *setting_arguments(RunConfig())]
+    def settable(cls, start: RunConfig) -> list[Argument]:
+        keys = {PRESET, *ORIGINS}
+        return [a for a in super().settable(start) if (a.section or a.key in keys) and a.key not in BY_OWN_FLAGS]
 
     @classmethod
-    def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
-        start = typed_preset(argv, cls.preset)
-        about = f"Defaults are those of preset {start.preset}."
-        settings = Group("settings of train.py", about, [a for a in setting_arguments(start) if a.is_flag])
-        return [Group("arguments", "", list(arguments_of(cls))), settings]
-
-    @classmethod
-    def parse(cls, argv: Sequence[str]) -> Self:
-        flags = read(cls.arguments(), argv)
-        own = {a.name: flags.pop(a.key) for a in arguments_of(cls) if a.key in flags}
-        flags |= read_set(own.get("set", []), setting_arguments(RunConfig()))
-        path = own.get("config", "")
-        values = read_settings(path, run_arguments(RunConfig())).values if path else {}
-        origin = {key[1]: value for key, value in values.items() if key[0] == "" and key[1] in ORIGINS}
-        keys = {a.key for a in setting_arguments(RunConfig())}
-        file = SettingsFile(path, {key: value for key, value in values.items() if key in keys})
-        return cls(**origin | own, file=file, flags=flags)
+    def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
+        for_text = SOURCE in flags or bool(own.get("memory"))
+        if not for_text:  # a file may name a text, which changes no memory
+            file = SettingsFile(file.path, {key: value for key, value in file.values.items() if key != SOURCE})
+        if PRESET not in file.values | flags and (not for_text or any((file.values | flags).get(k) for k in ORIGINS)):
+            flags = flags | {PRESET: cls.preset}
+        own["typed"] = typed = AutoPreset.of(file, flags, own.get("memory", ""), own.get("minutes", 0.0))
+        return typed.stand_in() if for_text else resolve_settings(file, flags)
 
     def execute(self) -> int:
         self._check()
-        config = self._settings()
-        if self.data or self.memory:
-            return self._plan_for_text(config if self.init_from or self.upcycle else None)
+        if self._for_text:
+            return self._plan_for_text()
+        config = self.settings.config
+        if self.mesh:
+            config = config.on_mesh(self.mesh, config.train.batch_size * config.train.grad_accum)
         if not self.verify:
             # Compiling for a described card needs no card, and must not occupy a real one.
             os.environ["JAX_PLATFORMS"] = "cpu"
@@ -132,7 +102,7 @@ class Plan(Command):
         if self.verify and jax.devices()[0].platform != "gpu":
             raise UserError("--verify: no NVIDIA GPU is visible to JAX; leave it out to plan without one")
         target = target_of_device(jax.devices()[0]) if self.verify else load_target(self.gpu or DEFAULT_GPU)
-        name = self.init_from or (f"{self.upcycle}, upcycled," if self.upcycle else self.preset)
+        name = config.init_from or (f"{config.upcycle}, upcycled," if config.upcycle else config.preset)
         say(
             f"{name} on {target.device_kind} (compute capability {target.compute_capability}, "
             f"{target.memory / MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
@@ -140,21 +110,19 @@ class Plan(Command):
         config = with_vocabulary(config)
         return self._plan_mesh(config, target) if self.mesh else self._plan_card(config, target)
 
+    @property
+    def _for_text(self) -> bool:
+        return SOURCE in self.typed.flags or bool(self.memory)
+
     def _check(self) -> None:
         """Raise ConfigError for a value that is not allowed, and for a flag that the plan would not heed."""
         check_range("--lora", self.lora, 0, 4096)
-        check_limits(self.memory, self.minutes)
-        if self.minutes and not self.data:
+        if self.minutes and SOURCE not in self.typed.flags:
             raise ConfigError(f"--minutes {self.minutes:g}: plans for a text; give --data too")
         of_one_card = {"--lora": self.lora, "--verify": self.verify}
-        of_cards = {"--gpu": self.gpu, "--mesh": self.mesh} | of_one_card
-        if self.data or self.memory:
-            _refuse(of_cards, "plans for a GPU; leave --data and --memory out")
-            typed = [f"--config {self.config}"] * bool(self.config) + _words(self.flags)
-            if typed:
-                raise ConfigError(
-                    f"{typed[0]}: is for a plan of a GPU; with a text give it to `train.py --preset auto`"
-                )
+        if self._for_text:
+            flags = {"--gpu": self.gpu, "--mesh": self.mesh} | of_one_card
+            _refuse(flags, "plans for a GPU; leave --data and --memory out")
         if self.mesh:
             _refuse(of_one_card, "is for a plan of one GPU; leave it out with --mesh")
             count = MeshShape.parse(self.mesh).devices
@@ -165,13 +133,6 @@ class Plan(Command):
         if self.verify:
             _refuse({"--gpu": self.gpu}, "--verify plans for the card in this machine; leave one of them out")
         check_gpu(self.gpu or DEFAULT_GPU)
-
-    def _settings(self) -> RunConfig:
-        """The settings of the preset or of the model, as the user changes them."""
-        origin: Values = {PRESET: self.preset, ("", "init_from"): self.init_from, ("", "upcycle"): self.upcycle}
-        config = resolve_settings(self.file, self.flags | origin).config
-        sequences = config.train.batch_size * config.train.grad_accum
-        return config.on_mesh(self.mesh, sequences) if self.mesh else config
 
     def _plan_card(self, config: RunConfig, target: "Target") -> int:
         from moe_jax.planning import search
@@ -190,17 +151,14 @@ class Plan(Command):
         between = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in (plan.between or {}).items())
         say(f"\nbetween steps, the optimizer state included: {between}")
         say(f"attention in training: {plan.attention}")
-        fits = plan.fits(target)
-        command = self._command(plan.config) if fits else None
-        _print_command(command)
-        result = plan.summary(target) | {"command": command}
+        result = plan.summary(target)
+        command = self._print_command(plan.config, plan.fits(target))
         if self.verify:
             peak = search.measured_peak(plan.config)
             result |= {"peak_mib": peak, "peak_over_plan": peak / plan.step.total}
             more = peak / plan.step.total - 1
             say(f"measured peak {peak:,.0f} MiB, {more:+.1%} against the {plan.step.total:,.0f} MiB planned")
-        print_json(result, self.json)
-        return 0 if fits else 1
+        return self._result(result, command)
 
     def _plan_mesh(self, config: RunConfig, target: "Target") -> int:
         from moe_jax.planning import search
@@ -212,64 +170,86 @@ class Plan(Command):
             f"mesh {MeshShape.parse(self.mesh)}, {config.train.batch_size} sequences a step; one device: arguments "
             f"{memory.arguments:,.0f} MiB, temporary {memory.temporary:,.0f}, total {memory.total:,.0f}"
         )
-        command = self._command(config) if fits else None
-        _print_command(command)
-        result = {"preset": self.preset, "gpu": target.name, "mesh": self.mesh}
+        command = self._print_command(config, fits)
+        result = {"preset": config.preset, "gpu": target.name, "mesh": self.mesh}
         result |= {"total_mib": round(memory.total, 1), "budget_mib": round(target.budget, 1), "fits": fits}
-        result |= {"micro_batch": config.train.batch_size, "command": command}
-        print_json(result, self.json)
-        return 0 if fits else 1
+        return self._result(result | {"micro_batch": config.train.batch_size}, command)
 
-    def _command(self, config: RunConfig) -> str:
-        """The command line that trains with these settings on NVIDIA cards."""
-        train = config.train
-        last = [
-            f"--batch-size {train.batch_size}",
-            f"--grad-accum {train.grad_accum}",
-            f"--optimizer {train.optimizer}",
-        ]
-        last += ["--execution.remat"] * config.execution.remat
-        dtype = {("train", "param_dtype")} if self.lora else set()
-        own = [f"--config {shlex.quote(self.config)}"] * bool(self.config)
-        own += _words({key: value for key, value in self.flags.items() if key not in CHOSEN | dtype})
-        origin = origin_flags(config)
-        if not self.lora:
-            mesh = [f"--mesh {self.mesh}"] * bool(self.mesh)
-            return " ".join([ON_A_CARD, "train.py", *origin, f"--preset {config.preset}", *own, *mesh, *last])
-        last += ["--train.param-dtype bfloat16"] * (train.param_dtype == "bfloat16")
-        words = [*(origin or ["--run RUN"]), "--data CHATS.jsonl --out NEW", f"--lora {self.lora}", *own, *last]
-        return f"{ON_A_CARD} python -m moe_jax sft {' '.join(words)}"
-
-    def _plan_for_text(self, imported: RunConfig | None) -> int:
+    def _plan_for_text(self) -> int:
         """The command line for a text, the memory of this machine, and a time."""
-        from moe_jax.data.corpora import check_source
-
-        source = self.data or "stories"
-        check_source(DataConfig(source=source))
         environment.prepare_environment()
-        with working("counting the tokens of the text, and compiling training steps to see their memory"):
-            limits = Limits.of(self.memory, self.minutes, imported or RunConfig())
-            choice = choose(source, limits, imported)
+        (config, _), choice, limits = self.typed.choose()
         say(*choice.reasons)
-        command = choice.command() if choice.fits else None
-        if command:
+        command = None
+        if choice.fits:
+            start, typed = preset(config.preset), self.typed.flags
+            values: Values = {(s, name): value for s, name, value in config.settings()}
+            changed = [k for k in (STEPS, BATCH, ACCUMULATION) if values[k] != start.train.__dict__[k[1]] or k in typed]
+            words = [
+                f"--data {shlex.quote(config.data.source)}",
+                f"--out {shlex.quote(free_folder(config.data.source))}",
+            ]
+            words += [f"{flag_of(*key)} {values[key]}" for key in changed]
+            words += ["--execution.remat"] * (config.execution.remat and not start.execution.remat)
+            command = " ".join(["uv run train.py", *self._begin(config), *words, *self._rest({STEPS, REMAT, SOURCE})])
             say("train with")
             print(command)  # unbroken, to be copied
         else:
-            say(f"nothing fits {limits.mib:,.0f} MiB: `train.py --preset auto` takes a smaller --seq-len")
-        train = choice.config.train
-        result = {"preset": choice.config.preset, "steps": train.steps, "micro_batch": train.batch_size}
-        result |= {"grad_accum": train.grad_accum, "remat": choice.config.execution.remat, "fits": choice.fits}
+            say(f"nothing fits {limits.mib:,.0f} MiB: try a smaller --seq-len")
+        result = {"preset": config.preset, "steps": config.train.steps, "micro_batch": config.train.batch_size}
+        result |= {"grad_accum": config.train.grad_accum, "remat": config.execution.remat, "fits": choice.fits}
         result |= {"total_mib": round(choice.step_mib, 1), "budget_mib": round(limits.mib, 1)}
-        print_json(result | {"command": command, "reasons": choice.reasons}, self.json)
-        return 0 if choice.fits else 1
+        return self._result(result, command, reasons=choice.reasons)
+
+    def _print_command(self, config: RunConfig, fits: bool) -> str | None:
+        """Print the command line that trains with these settings on NVIDIA cards, and return it. None if none fits."""
+        if not fits:
+            say(
+                "no setting fits: try a smaller --seq-len, fewer --experts, a smaller --model.expert-hidden, or "
+                "another --gpu"
+            )
+            return None
+        train = config.train
+        last = [f"--batch-size {train.batch_size} --grad-accum {train.grad_accum} --optimizer {train.optimizer}"]
+        last += ["--execution.remat"] * config.execution.remat
+        mesh = [f"--mesh {self.mesh}"] * bool(self.mesh)
+        words = ["train.py", *self._begin(config), *self._rest({OPTIMIZER, REMAT}), *mesh, *last]
+        if self.lora:
+            last += ["--train.param-dtype bfloat16"] * (train.param_dtype == "bfloat16")
+            origin = _origin(config) or ["--run RUN"]
+            words = ["python -m moe_jax sft", *origin, f"--data CHATS.jsonl --out NEW --lora {self.lora}"]
+            words += [*self._rest({OPTIMIZER, REMAT, PARAM_DTYPE}), *last]
+        say("this setting fits, by XLA's buffer plan; on the card, train with")
+        command = " ".join([ON_A_CARD, *words])
+        print(command)  # unbroken, to be copied
+        return command
+
+    def _begin(self, config: RunConfig) -> list[str]:
+        return [*_origin(config), f"--preset {config.preset}"]
+
+    def _rest(self, named: set[tuple[str, str]]) -> list[str]:
+        """The user's settings that the command does not name in another way."""
+        path, values = self.typed.file.path, self.typed.flags
+        named = named | {PRESET, BATCH, ACCUMULATION, *ORIGINS}
+        words = [shlex.quote(word(*key, value)) for key, value in values.items() if key not in named]
+        return [f"--config {shlex.quote(path)}"] * bool(path) + words
+
+    def _result(self, result: dict[str, Any], command: str | None, **more: Any) -> int:
+        """Print the result as JSON. Returns the exit status."""
+        print_json(result | {"command": command} | more, self.json)
+        return 0 if result["fits"] else 1
 
 
-def setting_arguments(start: RunConfig) -> list[Argument]:
-    """The settings of a run that `plan` takes, with the defaults of `start`."""
-    sections = ("model", "routing", "train", "execution")
-    taken = (a for a in run_arguments(start) if a.section in sections or a.key in TOKENIZER)
-    return [a for a in taken if a.key not in BY_OWN_FLAGS]
+def free_folder(source: str) -> str:
+    """The folder of a new run on a text: named after the text, with a number if that folder holds a run."""
+    name = folder_for_text(source)
+    folders = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(folder for folder in folders if not holds_run(Path(folder)))
+
+
+def _origin(config: RunConfig) -> list[str]:
+    """The flags that say which model a run starts from."""
+    return [f"{flag_of(*key)} {shlex.quote(getattr(config, key[1]))}" for key in ORIGINS if getattr(config, key[1])]
 
 
 def _refuse(flags: Mapping[str, object], why: str) -> None:
@@ -277,31 +257,6 @@ def _refuse(flags: Mapping[str, object], why: str) -> None:
     for flag, value in flags.items():
         if value:
             raise ConfigError(f"{flag}{'' if value is True else f' {value}'}: {why}")
-
-
-def _words(values: Values) -> list[str]:
-    """The flags that give these values."""
-    words = []
-    for key, value in values.items():
-        flag = flag_of(*key)
-        if flag.startswith("--set "):
-            words.append(f"{flag}={shlex.quote(str(value).lower() if isinstance(value, bool) else str(value))}")
-        elif isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag.removeprefix('--')}")
-        else:
-            words.append(f"{flag} {shlex.quote(str(value))}")
-    return words
-
-
-def _print_command(command: str | None) -> None:
-    if command is None:
-        say(
-            "no setting fits: try a smaller --seq-len, fewer --experts, a smaller --model.expert-hidden, or another "
-            "--gpu"
-        )
-        return
-    say("this setting fits, by XLA's buffer plan; on the card, train with")
-    print(command)  # unbroken, to be copied
 
 
 _COLUMNS = "{:<10} {:>6} {:>6} {:>11} {:>9} {:>6} {:>9} {:>8}  {}"

@@ -17,13 +17,13 @@ from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, Values, arguments_of, perhaps, read
 from moe_jax.cli.command import Command, Group
-from moe_jax.config import SECTIONS, ConfigError, RunConfig
+from moe_jax.config import SECTIONS, ConfigError, PresetName, RunConfig
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.corpora import check_source
 from moe_jax.system.errors import FieldError
 from moe_jax.training.start import Start, start_of
 
-OUT, PRESET, VOCABULARY = ("", "out"), ("", "preset"), ("model", "vocab_size")
+OUT, PRESET, SOURCE, VOCABULARY = ("", "out"), ("", "preset"), ("data", "source"), ("model", "vocab_size")
 AUTO = "auto"
 """The value of --preset with which the preset and its steps are chosen for the text."""
 COMMON = (
@@ -31,8 +31,6 @@ COMMON = (
     *("--steps", "--batch-size", "--lr", "--seed", "--precision", "--config", "--set"),
 )
 """The usual flags. Without `all`, help shows only them and a few of the command's own."""
-USUAL = {"dry_run", "run"}
-"""Fields of commands that help shows beside the usual flags."""
 LARGEST = 2**63 - 1
 """Largest whole number of TOML. Python reads larger ones too, which then cannot be made floats, or be printed."""
 
@@ -61,6 +59,10 @@ class RunCommand(Command):
 
     takes_auto: ClassVar[bool] = False
     """Whether --preset auto is allowed."""
+    usual: ClassVar[tuple[str, ...]] = ("dry_run", "run")
+    """Fields of the command that help shows beside the usual flags."""
+    preset: ClassVar[PresetName] = RunConfig.preset
+    """The preset whose defaults help shows, unless another one is typed."""
 
     settings: Settings
     config: str | None = None
@@ -69,16 +71,21 @@ class RunCommand(Command):
     """SECTION.NAME=VALUE: any field of the configuration, such as train.beta2=0.99."""
 
     @classmethod
+    def settable(cls, start: RunConfig) -> list[Argument]:
+        """The settings that the command takes, with the defaults of `start`."""
+        return run_arguments(start, cls.takes_auto)
+
+    @classmethod
     def arguments(cls) -> list[Argument]:
-        return [*arguments_of(cls), *run_arguments(RunConfig(), cls.takes_auto)]
+        return [*arguments_of(cls), *cls.settable(RunConfig())]
 
     @classmethod
     def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
         """The usual flags, then the command's own and the rest by section, with the defaults of the typed preset."""
-        start = typed_preset(argv)
-        rest = {a.flag: a for a in [*arguments_of(cls), *run_arguments(start, cls.takes_auto)] if a.is_flag}
-        common = [rest.pop(flag) for flag in COMMON]
-        common += [rest.pop(flag) for flag in list(rest) if rest[flag].name in USUAL]
+        start = typed_preset(argv, cls.preset)
+        rest = {a.flag: a for a in [*arguments_of(cls), *cls.settable(start)] if a.is_flag}
+        common = [rest.pop(flag) for flag in COMMON if flag in rest]
+        common += [rest.pop(flag) for flag in list(rest) if rest[flag].name in cls.usual]
         own = [rest.pop(a.flag) for a in arguments_of(cls) if a.flag in rest]
         groups = [
             Group("flags that everybody uses", f"Defaults are those of preset {start.preset}.", common),
@@ -88,15 +95,18 @@ class RunCommand(Command):
             about = (type(start.section(section)).__doc__ or "").partition("\n")[0]
             flags = [a for a in rest.values() if a.section == section]
             groups.append(Group(section or "run", about, flags, rare=True))
-        return groups
+        return [group for group in groups if group.arguments]
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
         flags = read(cls.arguments(), argv)
         own = {a.name: flags.pop(a.key) for a in arguments_of(cls) if a.key in flags}
-        flags |= read_set(own.get("set", []), run_arguments(RunConfig(), cls.takes_auto))
+        settable = cls.settable(RunConfig())
+        flags |= read_set(own.get("set", []), settable)
         path = own.get("config")
         file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig(), cls.takes_auto))
+        keys = {a.key for a in settable}
+        file = SettingsFile(file.path, {key: value for key, value in file.values.items() if key in keys})
         cls.adapt(own, flags, file.values)
         return cls(settings=cls.resolve(own, file, flags), **own)
 
@@ -173,7 +183,7 @@ def _name_source(error: ConfigError, start: RunConfig, file: SettingsFile, flags
     return error
 
 
-def typed_preset(argv: Sequence[str], default: str = RunConfig.preset) -> RunConfig:
+def typed_preset(argv: Sequence[str], default: str) -> RunConfig:
     """The preset from argv if it exists, else the default preset. Help must work even if other arguments are wrong."""
     words = [word for arg in argv for word in arg.split("=", 1)]
     names = [name for flag, name in itertools.pairwise(words) if flag == "--preset"]

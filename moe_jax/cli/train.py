@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from moe_jax.cli.arguments import Values
-from moe_jax.cli.auto_preset import AutoPreset, Chosen
+from moe_jax.cli.auto_preset import AutoPreset, auto_preset
 from moe_jax.cli.checks import check_memory, check_out_folder
 from moe_jax.cli.settings import RunCommand, Settings, SettingsFile, resolve_settings
-from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
+from moe_jax.config import ConfigError, MeshShape, RunConfig, UserError, holds_run
 from moe_jax.config.execution import ProcessGroup
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.saved import similar_runs
+from moe_jax.planning.auto import Choice, bytes_per_token, text_bytes
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal import say, working
@@ -39,6 +40,8 @@ class TrainingCommand(RunCommand):
     coordinator_address: str = ""
     """HOST:PORT at which process 0 listens and the others call it, the same for all processes. `cluster` lets JAX find
     this and the two above: under SLURM, Kubernetes or Open MPI, or on a TPU pod."""
+    choice: Choice | None = None
+    """What --preset auto has chosen."""
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
@@ -51,11 +54,6 @@ class TrainingCommand(RunCommand):
     def adapt(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
         """Raise ConfigError for flags that name no possible group of processes, before anything is read."""
         ProcessGroup.of(own.get("num_processes"), own.get("process_id"), own.get("coordinator_address", ""))
-
-    @property
-    def step_mib(self) -> float | None:
-        """Memory of the compiled training step, where it is known before training."""
-        return None
 
     @property
     def group(self) -> ProcessGroup | None:
@@ -82,7 +80,7 @@ class TrainingCommand(RunCommand):
             from moe_jax.training.session import Session
 
             session = Session.open(config, start)
-            print_run_header(session, process.notes, self.step_mib)
+            print_run_header(session, process.notes, self.choice and self.choice.step_mib)
             train(session, process.signals)
             report(session)
         return process.status
@@ -120,12 +118,11 @@ class Train(TrainingCommand):
     memory: str = ""
     """With --preset auto, memory that training may take, such as 8GB. Three quarters of the machine's unless given."""
     auto: AutoPreset | None = None
-    chosen: Chosen | None = None
 
     @classmethod
     def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
         """The settings; with --preset auto those that stand in until the preset is chosen."""
-        own["auto"] = auto = AutoPreset.of(file, flags, own.get("memory", ""), own.get("minutes", 0.0))
+        own["auto"] = auto = auto_preset(file, flags, own.get("memory", ""), own.get("minutes", 0.0))
         return resolve_settings(file, flags) if auto is None else auto.stand_in()
 
     def execute(self) -> int:
@@ -136,12 +133,12 @@ class Train(TrainingCommand):
             raise ConfigError("--preset auto: chooses for one process; name the preset that all processes train")
         for note in environment.prepare_environment(self.settings.config.execution.deterministic):
             say(note)
-        chosen = self.auto.choose()
-        return dataclasses.replace(self, settings=chosen.settings, auto=None, chosen=chosen).execute()
-
-    @property
-    def step_mib(self) -> float | None:
-        return None if self.chosen is None else self.chosen.step_mib
+        settings, choice, _ = self.auto.choose()
+        config = settings.config
+        if not choice.fits:
+            raise UserError(f"--preset auto: nothing fits; {choice.reasons[-1]}; give more --memory")
+        say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *choice.reasons, "")
+        return dataclasses.replace(self, settings=settings, auto=None, choice=choice).execute()
 
 
 @dataclass(frozen=True)
@@ -257,7 +254,6 @@ def report(session: Any) -> None:
 def expected_advice(config: RunConfig) -> list[str]:
     """The advice that a run would print, by an estimate of the tokens of its text. Empty for a public data set, whose
     size is not known before it is read, and for conversations."""
-    from moe_jax.planning.auto import bytes_per_token, text_bytes
     from moe_jax.training.advice import advice
 
     size = text_bytes(config.data.source) if config.data.format == "text" else None

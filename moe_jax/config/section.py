@@ -109,7 +109,7 @@ def word(section: str, name: str, value: object) -> str:
     """A setting as one word of argv: "--steps=100", "--set", "model.tied_head=false", or "--set=train.beta2=0.9"."""
     flag = flag_of(section, name)
     if (section, name) in _WITHOUT_FLAG:
-        return f"{flag.replace(' ', '=')}={value}"
+        return f"{flag.replace(' ', '=')}={str(value).lower() if isinstance(value, bool) else value}"
     if isinstance(value, bool):
         return flag if value else f"--no-{flag.removeprefix('--')}"
     return f"{flag}={value}"

@@ -9,28 +9,15 @@ Nothing is imported here that imports jax, so that a wrong flag is refused quick
 
 import dataclasses
 import functools
-import itertools
 import re
-import shlex
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
-from moe_jax.config import (
-    ConfigError,
-    DataConfig,
-    ExecutionConfig,
-    PresetName,
-    RunConfig,
-    TrainConfig,
-    UserError,
-    holds_run,
-)
-from moe_jax.config.presets import FIRST_BYTES, PRESETS, folder_for_text, preset, preset_for_text, with_vocabulary
+from moe_jax.config import ConfigError, DataConfig, ExecutionConfig, PresetName, RunConfig, TrainConfig
+from moe_jax.config.presets import FIRST_BYTES, PRESETS, preset, preset_for_text, with_vocabulary
 from moe_jax.data.corpora import open_corpus
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.system.environment import machine_memory, runs_on_cpu
-from moe_jax.system.errors import FieldError
 from moe_jax.training.advice import HIGHEST, LOWEST, USEFUL_PASSES, ExpectedTime, duration, steps_within
 
 LEAST_TOKENS_PER_PARAMETER = 0.5
@@ -41,8 +28,9 @@ UNKNOWN_MEMORY = 8e9
 """Bytes of memory that are assumed where the system does not say."""
 SAMPLE_BYTES = 1_000_000
 """The tokenizer is learned on documents from the first one on, until they have this many bytes."""
-
-type Change = Callable[[RunConfig], RunConfig]
+STEPS, BATCH, ACCUMULATION = ("train", "steps"), ("train", "batch_size"), ("train", "grad_accum")
+REMAT = ("execution", "remat")
+"""The settings that are chosen beside the preset."""
 
 
 class Limits(NamedTuple):
@@ -84,39 +72,21 @@ class Choice(NamedTuple):
     reasons: list[str]
     """Sentences: the text, what was passed over, the steps, the time, the memory."""
 
-    def command(self) -> str:
-        """The command line that trains with these settings."""
-        config, start = self.config, preset(self.config.preset)
-        words = ["uv run train.py", *origin_flags(config), f"--preset {config.preset}"]
-        words.append(f"--data {shlex.quote(config.data.source)}")
-        words.append(f"--out {shlex.quote(free_folder(config.data.source))}")
-        for name, flag in (("steps", "--steps"), ("batch_size", "--batch-size"), ("grad_accum", "--grad-accum")):
-            if getattr(config.train, name) != getattr(start.train, name):
-                words.append(f"{flag} {getattr(config.train, name)}")
-        if config.execution.remat and not start.execution.remat:
-            words.append("--execution.remat")
-        return " ".join(words)
-
 
 def choose(
-    source: str, limits: Limits, imported: RunConfig | None = None, change: Change = lambda config: config
+    starts: Sequence[RunConfig], size: int | None, limits: Limits, fixed: Container[tuple[str, str]] = ()
 ) -> Choice:
-    """The largest preset that suits the text and fits the limits; of an `imported` model only its own settings.
+    """The first of the settings that fits the limits, for a text of `size` bytes.
 
-    `change` makes the changes that the user has asked for. Settings that it would undo are not tried. Raises the errors
-    of `open_corpus`; UserError for a text that is too short; FieldError if the changes fit no preset.
+    `starts` are settings for the text, the largest model first. `fixed` are the fields that the user has set, which
+    stay.
     """
-    size = text_bytes(source)
-    if size is not None and size < preset("nano").model.seq_len:
-        raise UserError(f"--data {Path(source)}: {size} bytes are too little to train on; give a longer text")
-    starts = changed(presets_for(source, size) if imported is None else [imported], change)
     passed_over: list[str] = []
     config, needed = starts[-1], 0.0
     for start in starts:
-        start = dataclasses.replace(start, data=dataclasses.replace(start.data, source=source))
-        most = limits.steps(start) if size is None else min(limits.steps(start), useful_steps(start, size))
-        train = dataclasses.replace(start.train, steps=min(start.train.steps, most))
-        start = change(dataclasses.replace(start, train=train))
+        if STEPS not in fixed:
+            most = limits.steps(start) if size is None else min(limits.steps(start), useful_steps(start, size))
+            start = _with_training(start, steps=min(start.train.steps, most))
         tokens, active = start.train.steps * start.tokens_per_step, active_parameters(start)
         in_time = limits.seconds is None or start.train.steps < limits.steps(start)
         if start.preset != starts[-1].preset and not in_time and tokens < LEAST_TOKENS_PER_PARAMETER * active:
@@ -126,14 +96,13 @@ def choose(
                 f"{active / 1e6:.1f} M active parameters"
             )
             continue
-        for config in candidates(start):
-            if change(config) != config:
-                continue
+        for config in candidates(start, fixed):
             needed = step_mib(config)
             if needed <= limits.mib:
                 first, *rest = reasons(config, size, limits)
                 memory = f"memory: a training step takes {needed:,.0f} of {limits.mib:,.0f} MiB"
-                small = [] if size is None or imported is not None else too_small(config.data, size)
+                new = not (config.init_from or config.upcycle)
+                small = too_small(config.data, size) if new and size is not None else []
                 return Choice(config, needed, True, [first, *passed_over, *rest, memory, *small])
             passed_over.append(f"{_named(config)}: a step takes {needed:,.0f} of {limits.mib:,.0f} MiB")
     return Choice(config, needed, False, passed_over)
@@ -182,38 +151,29 @@ def too_small(data: DataConfig, size: int) -> list[str]:
     ]
 
 
-def presets_for(source: str, size: int | None) -> list[RunConfig]:
+def presets_for(source: str, size: int | None) -> list[PresetName]:
     """The presets that a text is large enough for, the largest first."""
     names: list[PresetName] = list(PRESETS)
     first = "nano" if source == "stories" else preset_for_text(size, runs_on_cpu())
-    return [preset(name) for name in reversed(names[: names.index(first) + 1])]
+    return list(reversed(names[: names.index(first) + 1]))
 
 
-def changed(starts: list[RunConfig], change: Change) -> list[RunConfig]:
-    """The presets with the user's changes, where they can be made. Raises FieldError if they fit no preset."""
-    made: list[RunConfig] = []
-    refused = None
-    for start in starts:
-        try:
-            made.append(change(start))
-        except FieldError as error:
-            refused = error
-    if not made and refused is not None:
-        raise refused
-    return made
-
-
-def candidates(start: RunConfig) -> Iterator[RunConfig]:
+def candidates(start: RunConfig, fixed: Container[tuple[str, str]] = ()) -> Iterator[RunConfig]:
     """The settings themselves, and then the same training with ever less memory."""
     yield start
-    execution = dataclasses.replace(start.execution, remat=True)
     batch, accumulated = start.train.batch_size, start.train.grad_accum
+    remat = dataclasses.replace(start.execution, remat=start.execution.remat or REMAT not in fixed)
     while True:
-        train = dataclasses.replace(start.train, batch_size=batch, grad_accum=accumulated)
-        yield dataclasses.replace(start, train=train, execution=execution)
-        if batch % 2:
+        lean = _with_training(start, batch_size=batch, grad_accum=accumulated)
+        if (lean := dataclasses.replace(lean, execution=remat)) != start:
+            yield lean
+        if batch % 2 or BATCH in fixed or ACCUMULATION in fixed:
             return
         batch, accumulated = batch // 2, accumulated * 2
+
+
+def _with_training(config: RunConfig, **changes: int) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **changes))
 
 
 def step_mib(config: RunConfig) -> float:
@@ -282,19 +242,6 @@ class _Beginning(NamedTuple):
 
     def size(self, split: str) -> int:
         return sum(len(text.encode()) for text in self.texts)
-
-
-def free_folder(source: str) -> str:
-    """The folder of a new run on a text: named after the text, with a number if that folder holds a run."""
-    name = folder_for_text(source)
-    folders = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(folder for folder in folders if not holds_run(Path(folder)))
-
-
-def origin_flags(config: RunConfig) -> list[str]:
-    """The flags that say which model a run starts from. None for a start from noise."""
-    given = {"--init-from": config.init_from, "--upcycle": config.upcycle}
-    return [f"{flag} {shlex.quote(folder)}" for flag, folder in given.items() if folder]
 
 
 def memory_bytes(text: str) -> float:

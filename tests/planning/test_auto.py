@@ -1,6 +1,5 @@
 """The preset and the steps for a text: `plan --data` and `train.py --preset auto`. The memory of a step is invented."""
 
-import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -41,13 +40,10 @@ def test_the_text_decides_the_preset(size: int | None, name: str) -> None:
 
 
 def choose(
-    text: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    limits: Limits,
-    needed: dict[tuple[str, bool, int], float],
-    change: auto.Change = lambda config: config,
+    monkeypatch: pytest.MonkeyPatch, limits: Limits, needed: dict[tuple[str, bool, int], float], *typed: str
 ) -> tuple[Choice, list[tuple[str, bool, int]]]:
-    """The choice, where a step of (preset, remat, micro-batch) needs some MiB, or 1,000; and what was tried."""
+    """The choice for book.txt, where a step of (preset, remat, micro-batch) needs some MiB, or 1,000; and what was
+    tried. `typed` are flags of `train.py`."""
     tried = []
 
     def invented(config: RunConfig) -> float:
@@ -55,51 +51,44 @@ def choose(
         return needed.get(tried[-1], 1000.0)
 
     monkeypatch.setattr(auto, "step_mib", invented)
-    return auto.choose(str(text), limits, change=change), tried
+    monkeypatch.setattr(Limits, "of", lambda *_: limits)
+    made = Train.parse([*AUTO, *typed]).auto
+    assert made is not None
+    return made.choose()[1], tried
 
 
-@pytest.mark.usefixtures("three")
-def test_the_first_that_fits_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A twentieth of the 4 MB is held out: 1.27 M tokens, four times, 4,096 a step."""
-    text = tmp_path / "my book.txt"
-    text.write_text("a " * 2_000_000)
-    choice, tried = choose(text, monkeypatch, Limits(500), {("story-cpu", True, 2): 400})
-    assert tried == [("story-cpu", remat, size) for remat, size in ((False, 8), (True, 8), (True, 4), (True, 2))]
-    command = choice.command()
-    assert command == (
-        f"uv run train.py --preset story-cpu --data {shlex.quote(str(text))} --out 'runs/my book' "
-        "--steps 1237 --batch-size 2 --grad-accum 4 --execution.remat"
-    )
+@pytest.fixture
+def book(three: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A twentieth of its 4 MB is held out: 1.27 M tokens."""
     monkeypatch.chdir(tmp_path)
-    for name in ("my book", "my book-2"):  # a command that is printed must not be refused
-        (tmp_path / "runs" / name / "checkpoints" / "step_00000001").mkdir(parents=True)
-    assert "--out 'runs/my book-3' " in choice.command()
-    config = Train.parse(shlex.split(choice.command())[3:]).settings.config
-    assert (config.train, config.execution) == (choice.config.train, choice.config.execution)
+    (tmp_path / "book.txt").write_text("a " * 2_000_000)
+    monkeypatch.setattr("moe_jax.system.machine.matmul_rate", lambda dtype: 1e11)
+    monkeypatch.setattr(auto, "step_mib", lambda config: {"story-cpu": 500.0}.get(config.preset, 100.0))
+    return tmp_path / "book.txt"
 
 
-@pytest.mark.usefixtures("three")
-def test_a_smaller_preset_is_the_last_resort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = tmp_path / "book.txt"
-    text.write_text("a " * 2_000_000)
-    choice, tried = choose(text, monkeypatch, Limits(500), {("nano", False, 8): 400})
+AUTO = ("--preset", "auto", "--data", "book.txt")
+
+
+@pytest.mark.usefixtures("book")
+def test_the_first_that_fits_is_taken_and_a_smaller_preset_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four times 1.27 M tokens, 4,096 a step."""
+    choice, tried = choose(monkeypatch, Limits(500), {("story-cpu", True, 2): 400})
+    assert tried == [("story-cpu", remat, size) for remat, size in ((False, 8), (True, 8), (True, 4), (True, 2))]
+    assert (choice.config.train.steps, choice.config.train.grad_accum) == (1237, 4)
+    choice, tried = choose(monkeypatch, Limits(500), {("nano", False, 8): 400})
     assert list(dict.fromkeys(name for name, *_ in tried)) == ["story-cpu", "story", "nano"]
     assert choice.fits
-    nothing, _ = choose(text, monkeypatch, Limits(10), {})
+    nothing, _ = choose(monkeypatch, Limits(10), {})
     assert (nothing.fits, nothing.config.preset) == (False, "nano")
 
 
-@pytest.mark.usefixtures("three")
-def test_a_preset_for_which_the_time_is_too_short_is_passed_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_preset_for_which_the_time_is_too_short_is_passed_over(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of story-cpu is 4.11e10 operations: at 0.3 x 1e11 a second, 43 end in 60 s. They read 0.18 M tokens.
 
     In 10 minutes 437 end, and read 1.79 M tokens, more than half of the 1.44 M active parameters. A step of nano is
     12.85e9 operations: 140 end in 60 s."""
-    text = tmp_path / "book.txt"
-    text.write_text("a " * 2_000_000)
-    choice, tried = choose(text, monkeypatch, Limits(2000, 60, 1e11), {})
+    choice, tried = choose(monkeypatch, Limits(2000, 60, 1e11), {})
     assert tried == [("nano", False, 8)]
     assert choice.reasons == [
         "text: 3.80 MB, about 1.27 M tokens; the next larger preset, story-4gb, is for 200 MB or more, and for a GPU",
@@ -112,39 +101,29 @@ def test_a_preset_for_which_the_time_is_too_short_is_passed_over(
         "memory: a training step takes 1,000 of 2,000 MiB",
     ]
     assert choice.reasons[2].startswith("story: passed over, because in 60 s")
-    longer, _ = choose(text, monkeypatch, Limits(2000, 600, 1e11), {})
+    longer, _ = choose(monkeypatch, Limits(2000, 600, 1e11), {})
     assert (longer.config.preset, longer.config.train.steps) == ("story-cpu", 437)
-    text.write_text("a " * 10_000)
-    shortest, _ = choose(text, monkeypatch, Limits(2000, 1e-3, 1e9), {})
+    book.write_text("a " * 10_000)
+    shortest, _ = choose(monkeypatch, Limits(2000, 1e-3, 1e9), {})
     assert (shortest.config.preset, shortest.config.train.steps, shortest.fits) == ("nano", 1, True)
 
 
-@pytest.mark.usefixtures("three")
-def test_what_the_user_has_set_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batch is not divided, and a preset that the change does not fit is left out: 128 is no multiple of 6."""
-
-    def change(config: RunConfig) -> RunConfig:
-        model = dataclasses.replace(config.model, heads=6)
-        return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, batch_size=4))
-
-    text = tmp_path / "book.txt"
-    text.write_text("a " * 2_000_000)
-    _, tried = choose(text, monkeypatch, Limits(500), {}, change)
+def test_what_the_user_has_set_is_kept(book: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch is not divided, and a preset that a flag does not fit is left out: nano's width is no multiple of 6."""
+    flags = ("--model.heads", "6", "--model.kv-heads", "0", "--batch-size", "4")
+    _, tried = choose(monkeypatch, Limits(500), {}, *flags)
     assert tried == [
         ("story-cpu", False, 4),
         ("story-cpu", True, 4),
         ("story", False, 4),
         ("story", True, 4),
     ]
-    text.write_text("a " * 100_000)
+    assert choose(monkeypatch, Limits(500), {}, "--no-execution.remat", "--batch-size=4", "--steps=9")[1][0][1:] == (
+        (False, 4)
+    )
+    book.write_text("a " * 100_000)
     with pytest.raises(ConfigError, match=r"--model\.heads 6: must be a divisor of --model\.width 128"):
-        choose(text, monkeypatch, Limits(500), {}, change)
-
-
-def test_a_tiny_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("too short")
-    with pytest.raises(UserError, match="are too little to train on"):
-        auto.choose(str(tmp_path / "a.txt"), Limits(1e9))
+        choose(monkeypatch, Limits(500), {}, *flags)
 
 
 @pytest.mark.usefixtures("three")
@@ -214,23 +193,10 @@ def test_only_the_beginning_of_a_long_text_is_read(tmp_path: Path, monkeypatch: 
     assert size > 15 * 4 + 95 * 8  # bytes of the file, separators included
 
 
-# train.py --preset auto
-
-AUTO = ("--preset", "auto", "--data", "book.txt")
-
-
-@pytest.fixture
-def book(three: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "book.txt").write_text("a " * 2_000_000)
-    monkeypatch.setattr("moe_jax.system.machine.matmul_rate", lambda dtype: 1e11)
-    monkeypatch.setattr(auto, "step_mib", lambda config: {"story-cpu": 500.0}.get(config.preset, 100.0))
-
-
 def chosen(*argv: str) -> RunConfig:
     command = Train.parse([*AUTO, *argv])
     assert command.auto is not None
-    return command.auto.choose().settings.config
+    return command.auto.choose()[0].config
 
 
 @pytest.mark.usefixtures("book")
@@ -268,17 +234,16 @@ def test_the_choice_is_a_plain_preset_with_plain_settings(
     assert same.auto is None
     assert config == same.settings.config
     assert RunConfig.from_dict(config.to_dict()) == config
-    said = capsys.readouterr().out
-    assert said.startswith(f"--preset auto: {config.preset}, {config.train.steps:,} steps\ntext: 3.80 MB")
 
 
 @pytest.mark.usefixtures("book")
-def test_nothing_that_fits_is_an_error_with_the_numbers() -> None:
+def test_nothing_that_fits_is_an_error_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "prepare_environment", lambda *_: [])
     with pytest.raises(
         UserError,
         match="nothing fits; nano, 1 sequences x 8 with remat: a step takes 100 of 50 MiB; give more --memory",
     ):
-        chosen("--memory", "50MiB")
+        Train.parse([*AUTO, "--memory", "50MiB"]).execute()
 
 
 @pytest.mark.usefixtures("book")
@@ -321,9 +286,26 @@ def test_wrong_arguments_are_refused_before_jax(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("book")
 @pytest.mark.parametrize(("memory", "status"), [("4GB", 0), ("50MiB", 1)])
 def test_a_plan_for_a_text_has_a_command_only_if_it_fits(
-    memory: str, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    memory: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """`train.py` reads the command as the plan means it, with the flags of the user."""
     monkeypatch.setattr(environment, "prepare_environment", list)
-    assert main(run_command, ["plan", "--data", "book.txt", "--memory", memory]) == status
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (tmp_path / "book.txt").rename(tmp_path / "my book.txt")
+    for name in ("my book", "my book-2"):  # a command that is printed must not be refused
+        (tmp_path / "runs" / name / "checkpoints" / "step_00000001").mkdir(parents=True)
+    flags = ["--data", "my book.txt", "--memory", memory, "--batch-size", "4", "--lr", "1e-3"]
+    assert main(run_command, ["plan", *flags]) == status
+    *_, command, last = capsys.readouterr().out.splitlines()
+    result = json.loads(last)
     assert (result["fits"], result["command"] is None) == (status == 0, status == 1)
+    if status == 0:
+        assert (
+            command
+            == result["command"]
+            == (
+                "uv run train.py --preset story-cpu --data 'my book.txt' --out 'runs/my book-3' --steps 2474 "
+                "--batch-size 4 --lr=0.001"
+            )
+        )
+        config = Train.parse(shlex.split(command)[3:]).settings.config
+        assert (config.train.steps, config.train.batch_size, config.train.lr) == (2474, 4, 1e-3)

@@ -258,7 +258,7 @@ def test_the_settings_of_train_py_are_planned(
     assert main(run_command, ["plan", *given, "--optimizer", "adafactor", "--execution.remat"]) == 0
     command = capsys.readouterr().out.splitlines()[-2]
     assert command == (
-        f"uv run --extra cuda12 train.py --preset seed-158m --config {file} --model.layers 4 --set model.bias=false "
+        f"uv run --extra cuda12 train.py --preset seed-158m --config {file} --model.layers=4 --set=model.bias=false "
         "--batch-size 48 --grad-accum 1 --optimizer adafactor --execution.remat"
     )
     trained = Train.parse([*command.split()[5:], "--out", str(tmp_path / "run")]).settings.config
@@ -291,7 +291,7 @@ def test_a_mesh_is_planned_with_the_sequences_of_each_card(
         (["--gpu", "no/folder"], "--gpu no/folder: there is no such file; "),
         (["--memory", "4GB", "--gpu", "rtx3050-4gb"], "--gpu rtx3050-4gb: plans for a GPU; leave --data and --memory"),
         (["--memory", "4GB", "--verify"], "--verify: plans for a GPU; leave --data and --memory out"),
-        (["--data", "stories", "--seq-len", "64"], "--seq-len 64: is for a plan of a GPU; with a text give it to"),
+        (["--data", "no/such"], "--data no/such: must be an existing file"),
         (["--verify", "--gpu", "rtx3050-4gb"], "--gpu rtx3050-4gb: --verify plans for the card in this machine"),
         (["--mesh", "data=9"], "--mesh data=9: has 9 places; give at most 8, or a multiple"),
         (["--mesh", "expert=3"], "--mesh expert=3: must be an expert axis that divides"),
