@@ -204,7 +204,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--texts", type=int, default=32, help="texts that the model writes")
     asked = parser.parse_args(argv)
     environment.prepare_environment()
-    from moe_jax.data.streams import stored_documents
+    from moe_jax.data.token_store import stored_documents
     from moe_jax.inference.sampling import Sampling
 
     loaded, generator = open_writer(asked.run, asked.step)

@@ -176,7 +176,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=400, help="longest text, in tokens")
     asked = parser.parse_args(argv)
     environment.prepare_environment()
-    from moe_jax.data.streams import stored_documents
+    from moe_jax.data.token_store import stored_documents
     from moe_jax.inference.sampling import Sampling
 
     loaded, generator = open_writer(asked.run, asked.step)

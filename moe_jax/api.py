@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import ConfigError, UserError
-from moe_jax.data.streams import token_stream
+from moe_jax.data.token_store import token_stream
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling

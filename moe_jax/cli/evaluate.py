@@ -51,7 +51,7 @@ class Evaluate(Command):
         environment.prepare_environment()
         with working(f"loading {self.run}"):
             from moe_jax.data.baselines import corpus_baselines
-            from moe_jax.data.streams import token_stream
+            from moe_jax.data.token_store import token_stream
             from moe_jax.runs.load import open_run
             from moe_jax.training.evaluate import evaluate, make_evaluation_step
 

@@ -28,8 +28,7 @@ import numpy as np
 
 from moe_jax.config import DataConfig
 from moe_jax.data.corpora import open_corpus
-from moe_jax.data.streams import stored_documents
-from moe_jax.data.token_store import TokenStore
+from moe_jax.data.token_store import TokenStore, stored_documents
 from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.terminal import working
 
@@ -113,10 +112,9 @@ def training_documents(data: DataConfig) -> Iterator[str]:
 def _embedded(data: DataConfig) -> CorpusBaselines:
     from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
 
-    valid = list(generate(data.stories_seed, "valid", VALIDATION_STORIES))
-    train = generate(data.stories_seed, "train", data.stories)
-    scores = ngram_bits_per_byte(train, valid, ORDERS)
-    return CorpusBaselines(*scores, entropy_floor=entropy_floor_bits_per_byte(valid))
+    split = data.stories_seed, "valid", VALIDATION_STORIES
+    scores = ngram_bits_per_byte(generate(data.stories_seed, "train", data.stories), list(generate(*split)), ORDERS)
+    return CorpusBaselines(*scores, entropy_floor=entropy_floor_bits_per_byte(*split))
 
 
 def _of_any_text(store: TokenStore) -> CorpusBaselines:

@@ -32,12 +32,14 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK = 1 << 20  # bytes read at a time
 _LONGEST = 1 << 20  # a document of more bytes is divided
 _LONGEST_LINE = 1 << 26
+_OFFICE = "is a document of an office program; save it there as plain text in UTF-8"
+_UTF16 = "is in UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`"
 _KINDS = {
     b"\x1f\x8b": "is compressed by gzip; decompress it with `gunzip`",
     b"PK\x03\x04": "is a zip archive, or a document of an office program; extract the text with `unzip`, or save it "
     "there as plain text in UTF-8",
-    b"\xd0\xcf\x11\xe0": "is a document of an office program; save it there as plain text in UTF-8",
-    b"{\\rtf": "is a document of an office program; save it there as plain text in UTF-8",
+    b"\xd0\xcf\x11\xe0": _OFFICE,
+    b"{\\rtf": _OFFICE,
     b"BZh": "is compressed by bzip2; decompress it with `bunzip2`",
     b"\xfd7zXZ\x00": "is compressed by xz; decompress it with `unxz`",
     b"\x28\xb5\x2f\xfd": "is compressed by zstd; decompress it with `unzstd`",
@@ -46,8 +48,8 @@ _KINDS = {
     b"\x89HDF": "is an HDF5 file; write its texts into a text file",
     b"%PDF": "is a PDF; extract its text with `pdftotext`",
     b"SQLite format 3\x00": "is an SQLite database; write its texts into a text file",
-    b"\xff\xfe": "is in UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
-    b"\xfe\xff": "is in UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`",
+    b"\xff\xfe": _UTF16,
+    b"\xfe\xff": _UTF16,
 }
 """How a file begins that is no text in UTF-8 -> what it is, and what to do."""
 
@@ -105,15 +107,12 @@ def other_kind(path: Path) -> str | None:
     """What a file is that is not plain text in UTF-8, and what to do about it. None if it looks like text."""
     with _opened(path) as file:
         start = file.read(64)
-    for mark, problem in _KINDS.items():
-        if start.startswith(mark):
-            return problem
     if path.suffix.lower() == ".json" and start.lstrip()[:1] in (b"{", b"["):
         return (
             "holds JSON, not plain text; write one object a line with a key `text` into a file that ends in .jsonl "
             f"(an array of objects: `jq -c '.[]' {path.name} > {path.stem}.jsonl`)"
         )
-    return None
+    return next((problem for mark, problem in _KINDS.items() if start.startswith(mark)), None)
 
 
 def documents_of(span: Span, form: DataFormat) -> Iterator[Any]:
@@ -177,13 +176,9 @@ def lines(span: Span) -> Iterator[tuple[int, bytes]]:
 def holds_chats(path: Path) -> bool:
     """Whether a file, or the first of a folder's files, is JSON lines with `messages`."""
     files = sorted(p for ending in JSON_LINES for p in path.rglob(f"*{ending}")) if path.is_dir() else [path]
-    if not files or files[0].suffix.lower() not in JSON_LINES:
+    if not files or files[0].suffix.lower() not in JSON_LINES or not files[0].is_file():
         return False
-    try:
-        row = json.loads(next((line for _, line in lines(Span.of(files[0]))), b""))
-    except (OSError, ValueError, RecursionError, UserError):
-        return False
-    return isinstance(row, dict) and "messages" in row
+    return b'"messages"' in next((line for _, line in lines(Span.of(files[0]))), b"")
 
 
 def _pieces(span: Span) -> Iterator[tuple[int, bytes]]:
@@ -219,9 +214,9 @@ def _last_boundary(text: bytes, low: int, high: int) -> int:
     """Where to divide a text: after the last blank line in [low, high], else after the last line end, else after the
     last space, else at `high`. If `high` is inside a character, up to 3 bytes before it, where the character begins."""
     for mark in (b"\n\n", b"\n", b" "):
-        found = text.rfind(mark, low, high)
-        if found >= 0:
-            return found + len(mark)
+        place = text.rfind(mark, low, high)
+        if place >= 0:
+            return place + len(mark)
     for end in range(high, max(high - 4, 0), -1):
         if end == len(text) or text[end] & 0xC0 != 0x80:  # no second, third or fourth byte of a character
             return end
@@ -242,20 +237,13 @@ def _row(span: Span, offset: int, line: bytes, read: Any) -> Any:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"is not JSON ({error}); each line must be an object{_how_to_convert(line)}") from None
+            raise ValueError(f"is not JSON ({error}); each line must be an object") from None
         if not isinstance(row, dict):
-            raise ValueError(f"is {_short(row)}; each line must be an object{_how_to_convert(line)}")
+            raise ValueError(f"is {_short(row)}; each line must be an object")
         return read(row)
     except ValueError as problem:
         number = 1 + sum(chunk.count(b"\n") for chunk in Span(span.path, 0, offset).chunks())
         raise UserError(f"{span.path}: line {number} {problem}") from None
-
-
-def _how_to_convert(line: bytes) -> str:
-    """The program that makes JSON lines of a file that holds an array, or objects of several lines each."""
-    if line.startswith(b"["):
-        return " (`jq -c '.[]' FILE > NEW.jsonl` converts a file that holds one array)"
-    return " (`jq -c . FILE > NEW.jsonl` writes each object on one line)" if line.strip() == b"{" else ""
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -277,24 +265,24 @@ def _conversation(row: dict[str, Any]) -> Conversation:
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"has no list `messages` with a message ({_short(row)})")
-    found = tuple(_message(number, message) for number, message in enumerate(messages, 1))
-    if not any(message.role == ANSWERING for message in found):
+    conversation = tuple(_message(number, message) for number, message in enumerate(messages, 1))
+    if not any(message.role == ANSWERING for message in conversation):
         raise ValueError("has no message of the assistant, so there is nothing to learn; remove the row")
-    return found
+    return conversation
 
 
 def _message(number: int, message: Any) -> Message:
-    where = f"has message {number}, which"
-    if not isinstance(message, dict):
-        raise ValueError(f"{where} is {_short(message)}; it must be an object with `role` and `content`")
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise ValueError(f"{where} has the role {_short(role)}; it must be one of {', '.join(ROLES)}")
-    if not isinstance(content, str) or not content.strip():
-        raise ValueError(f"{where} has the content {_short(content)}; it must be a text that is not empty")
-    further = sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None)
-    if further:
-        raise ValueError(f"{where} has the key {_short(further[0])}; only `role` and `content` can be learned from")
+    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
+    if role not in ROLES or not isinstance(content, str) or not content.strip():
+        raise ValueError(
+            f"has message {number}, which is {_short(message)}; it must have a `role` ({', '.join(ROLES)}), and a "
+            "`content` that is a text and not empty"
+        )
+    others = sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None)
+    if others:
+        raise ValueError(
+            f"has message {number} with the key {_short(others[0])}; only `role` and `content` can be learned from"
+        )
     return Message(role, _whole_characters(content).strip())
 
 

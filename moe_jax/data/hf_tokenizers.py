@@ -11,11 +11,13 @@ first. One of the other kind puts a space before a document.
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Callable
 from typing import Any
 
 from moe_jax.config import UserError
+from moe_jax.system.errors import shortened
 
 MOST_IDS = 1 << 20
 """Ids that a tokenizer may have. The largest public ones have 262,144."""
@@ -42,17 +44,12 @@ def entries(file: str) -> list[bytes]:
     Raises UserError if the file is no tokenizer, or one of another kind.
     """
     values = parse(file)
-    spell = _byte_level if _is_byte_level(values) else _with_spaces
-    found: dict[int, bytes] = {}
-    for word, i in values["model"]["vocab"].items():
-        found[_id(i)] = spell(word)
-    for token in values.get("added_tokens") or []:
-        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise _unknown("added_tokens", token)
-        found[_id(token.get("id"))] = token["content"].encode(errors="replace")
-    if not found:
+    ids, spell = _ids(values), _byte_level if _is_byte_level(values) else _with_spaces
+    added = {token["content"] for token in values.get("added_tokens") or []}
+    words = {i: word.encode(errors="replace") if word in added else spell(word) for word, i in ids.items()}
+    if not words:
         raise UserError("tokenizer.json: model.vocab is empty; download the file again")
-    return [found.get(i, b"") for i in range(max(found) + 1)]
+    return [words.get(i, b"") for i in range(max(words) + 1)]
 
 
 def check_lossless(file: str, decode: Callable[[list[int]], str], encode: Callable[[str], list[int]]) -> None:
@@ -79,9 +76,9 @@ def encoder(file: str, separator: int) -> Callable[[list[str]], list[list[int]]]
 
     try:
         library = tokenizers.Tokenizer.from_str(file)
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
     except BaseException as error:  # the library raises `Exception`, and panics as a BaseException
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         raise UserError(f"tokenizer.json: cannot be read ({' '.join(str(error).split())[:120]})") from None
     library.no_truncation()
     library.no_padding()
@@ -107,26 +104,20 @@ def end_of_text(file: str, settings: str) -> int:
     except (ValueError, AttributeError, RecursionError):
         named = None
     content = named.get("content") if isinstance(named, dict) else named
-    values = parse(file)
-    ids = {t.get("content"): t.get("id") for t in values.get("added_tokens") or [] if isinstance(t, dict)}
-    found = (values["model"]["vocab"] | ids).get(content) if isinstance(content, str) else None
-    if found is None:
+    token = _ids(parse(file)).get(content) if isinstance(content, str) else None
+    if token is None:
         raise UserError(
             "config.json: has no eos_token_id, and tokenizer_config.json no eos_token; name the token that ends a text"
         )
-    return _id(found)
+    return token
 
 
 def spelling(file: str, i: int) -> str:
-    """The word of an id as the file spells it. Raises UserError if the id has none."""
-    values = parse(file)
-    for token in values.get("added_tokens") or []:
-        if isinstance(token, dict) and token.get("id") == i:
-            return str(token.get("content"))
-    for word, there in values["model"]["vocab"].items():
-        if there == i:
-            return word
-    raise UserError(f"tokenizer.json: has no entry for the id {i}")
+    """The word of an id as the file spells it; of an added token, that one. Raises UserError if the id has none."""
+    words = {there: word for word, there in _ids(parse(file)).items()}
+    if i not in words:
+        raise UserError(f"tokenizer.json: has no entry for the id {i}")
+    return words[i]
 
 
 def parse(file: str) -> dict[str, Any]:
@@ -138,16 +129,26 @@ def parse(file: str) -> dict[str, Any]:
     model = values.get("model") if isinstance(values, dict) else None
     if not isinstance(model, dict):
         raise UserError("tokenizer.json: has no model; download the file again")
-    if model.get("type", "BPE") != "BPE":
-        raise _unknown("model.type", model["type"], "BPE")
+    plain: dict[str, Any] = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": ""}
+    for name, allowed in plain.items():
+        if model.get(name) and model[name] != allowed:
+            raise _unknown(f"model.{name}", model[name], allowed or "null")
     if not isinstance(model.get("vocab"), dict) or not isinstance(values.get("added_tokens") or [], list):
         raise UserError("tokenizer.json: model.vocab or added_tokens is of the wrong type; download the file again")
-    if model.get("dropout"):
-        raise _unknown("model.dropout", model["dropout"], "null")
-    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
-        if model.get(name):
-            raise _unknown(f"model.{name}", model[name], "null")
     return values
+
+
+def _ids(values: dict[str, Any]) -> dict[str, int]:
+    """Word -> id, the added tokens last."""
+    ids = dict(values["model"]["vocab"])
+    for token in values.get("added_tokens") or []:
+        if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+            raise _unknown("added_tokens", token, "of a known form")
+        ids[token["content"]] = token.get("id")
+    for i in ids.values():
+        if type(i) is not int or not 0 <= i < MOST_IDS:
+            raise UserError(f"tokenizer.json: a token has the id {str(i)[:40]}, must be from 0 to {MOST_IDS - 1:,}")
+    return ids
 
 
 def _byte_level(word: str) -> bytes:
@@ -159,24 +160,14 @@ def _byte_level(word: str) -> bytes:
 
 
 def _with_spaces(word: str) -> bytes:
-    if len(word) == 6 and word.startswith("<0x") and word.endswith(">"):
-        try:
-            return bytes([int(word[3:5], 16)])
-        except ValueError:
-            pass
+    if byte := re.fullmatch("<0x([0-9A-Fa-f]{2})>", word):
+        return bytes.fromhex(byte[1])
     return word.replace(_SPACE, " ").encode(errors="replace")
 
 
 _BYTES = {character: byte for byte, character in byte_alphabet().items()}
 
 
-def _id(value: Any) -> int:
-    if type(value) is not int or not 0 <= value < MOST_IDS:
-        raise UserError(f"tokenizer.json: a token has the id {str(value)[:40]}, must be from 0 to {MOST_IDS - 1:,}")
-    return value
-
-
-def _unknown(name: str, value: Any, allowed: str = "of a known form") -> UserError:
-    text = json.dumps(value, ensure_ascii=True)
-    text = text if len(text) <= 80 else text[:77] + "..."
+def _unknown(name: str, value: Any, allowed: str) -> UserError:
+    text = shortened(json.dumps(value, ensure_ascii=True), 80)
     return UserError(f"tokenizer.json: {name} is {text}, must be {allowed}; no other kind can be imported")

@@ -1,4 +1,4 @@
-"""A corpus as token ids: memory-mapped files, made once for each pair of corpus and tokenizer.
+"""A corpus as token ids: one stream for each split, in memory-mapped files that are made once.
 
     CACHE/KEY/train.bin, valid.bin     separator, document, separator, ..., separator; little-endian,
                                        uint16 where the vocabulary has at most 65,536 entries, else uint32
@@ -10,27 +10,28 @@
 
 CACHE is `system.files.cache_dir`. KEY is a digest of the text and the tokenizer, so a changed input gets a new store. A
 store is written into a folder of another name, and renamed at the end: it is complete or absent. A preparation that was
-killed starts again. If the system has locks, a second process waits for the first and uses its store. The files are
-compared with their digests whenever a store is opened; a damaged store is made again.
+killed starts again. A second process waits for the first and uses its store. The files are compared with their digests
+whenever a store is opened; a damaged store is made again.
 """
 
 import hashlib
 import json
-import secrets
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
 from moe_jax.config import DataConfig, UserError
-from moe_jax.data.corpora import Corpus, FileCorpus, open_corpus
+from moe_jax.data.chats import encode_chats
+from moe_jax.data.corpora import Corpus, open_corpus
 from moe_jax.data.documents import SplitName
-from moe_jax.data.streams import Stream, encoded, token_type
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import cache_dir, json_text, locked
@@ -38,6 +39,22 @@ from moe_jax.system.terminal import Report, byte_progress
 
 FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
 _SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
+_BATCH_BYTES = 1 << 22
+"""Text encoded at a time. Tokenizers encode the documents of a batch side by side, each at most 1 MiB long."""
+_READ_TOKENS = 1 << 20  # tokens looked at in a time
+_SEARCHED, _DOCUMENTS = 1 << 16, 50
+"""Tokens and documents in which different openings are looked for."""
+_OPENING_TOKENS, _OPENING_CHARACTERS = 256, 48
+_FIRST_WORDS = re.compile(r"\S+(?:[ \t]+\S+){0,3}")
+
+
+class Stream(NamedTuple):
+    """Tokens that are scored."""
+
+    tokens: np.ndarray
+    """uint16 or uint32 [N]."""
+    answers: np.ndarray | None = None
+    """bool [N]: the tokens that count. None if all of them do."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +109,95 @@ class TokenStore:
         return saved == self.digest
 
 
+# The stream of documents
+
+
+def token_type(tokenizer: Tokenizer) -> np.dtype:
+    """The type of the ids in files: little-endian uint16, or uint32 if the vocabulary has more than 65,536 entries."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+class Encoded(NamedTuple):
+    """Some documents of a stream, about 4 MiB of text."""
+
+    tokens: np.ndarray
+    answers: np.ndarray | None
+    documents: int
+    bytes: int
+
+
+def encoded(documents: Iterator[Any], tokenizer: Tokenizer) -> Iterator[Encoded]:
+    """The stream of at least one document, in pieces. Documents are texts or conversations, not both."""
+    dtype = token_type(tokenizer)
+    end, unlearned = np.array([tokenizer.separator_id], dtype), np.zeros(1, bool)
+    tokens, answers = [end], [unlearned]
+    for batch, size in _batches(documents):
+        chats = not isinstance(batch[0], str)
+        if chats:
+            for chat in encode_chats(tokenizer, batch):
+                tokens += [chat.tokens.astype(dtype), end]
+                answers += [chat.answers, unlearned]
+        else:
+            tokens += chain.from_iterable((np.asarray(ids, dtype), end) for ids in tokenizer.encode_batch(batch))
+        yield Encoded(np.concatenate(tokens), np.concatenate(answers) if chats else None, len(batch), size)
+        tokens, answers = [], []
+
+
+def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
+    """(documents, UTF-8 bytes of their texts), about 4 MiB at a time."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        texts = [document] if isinstance(document, str) else [message.content for message in document]
+        size += sum(len(text.encode()) for text in texts)
+        if size >= _BATCH_BYTES:
+            yield batch, size
+            batch, size = [], 0
+    if batch:
+        yield batch, size
+
+
+def token_stream(documents: Iterator[Any], tokenizer: Tokenizer) -> Stream:
+    """The stream of texts or conversations in memory, for what is scored once and not stored."""
+    parts = list(encoded(documents, tokenizer))
+    answers = [part.answers for part in parts if part.answers is not None]
+    return Stream(np.concatenate([part.tokens for part in parts]), np.concatenate(answers) if answers else None)
+
+
+def stored_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
+    """The documents of a stream, in order."""
+    before = None
+    for first in range(0, len(tokens), _READ_TOKENS):
+        ends = first + np.flatnonzero(tokens[first : first + _READ_TOKENS] == tokenizer.separator_id)
+        for end in ends.tolist():
+            if before is not None:
+                yield tokenizer.decode(tokens[before + 1 : end].tolist())
+            before = end
+
+
+def openings(tokenizer: Tokenizer, tokens: np.ndarray, most: int) -> list[str]:
+    """Up to four words of the first line of each of the first documents in a stream: `most` different ones.
+
+    A sample that begins so looks like the text of the model; a fixed prompt, such as "Once upon a time", suits one
+    corpus only.
+    """
+    head = np.asarray(tokens[: _SEARCHED + _OPENING_TOKENS])
+    starts = np.flatnonzero(head[:_SEARCHED] == tokenizer.separator_id)[:_DOCUMENTS]
+    different = dict.fromkeys(_first_words(tokenizer, head[start + 1 :][:_OPENING_TOKENS]) for start in starts)
+    return [words for words in different if words][:most]
+
+
+def _first_words(tokenizer: Tokenizer, document: np.ndarray) -> str:
+    ends = np.flatnonzero(document == tokenizer.separator_id)
+    text = tokenizer.decode(document[: ends[0] if len(ends) else None].tolist())
+    text = text.lstrip().rstrip("\ufffd")  # of a byte tokenizer, the last character may be incomplete
+    words = _FIRST_WORDS.match(text.partition("\n")[0])
+    return words[0][:_OPENING_CHARACTERS] if words else ""
+
+
+# The files
+
+
 def prepare_token_store(
     data: DataConfig,
     *,
@@ -108,8 +214,7 @@ def prepare_token_store(
     Raises ConfigError if the source does not exist. Raises UserError if the text is empty, too short or not UTF-8, if
     the network is needed and missing, or if the cache cannot be written.
     """
-    cache = cache or cache_dir()
-    corpus = open_corpus(data, cache)
+    cache, corpus = cache or cache_dir(), open_corpus(data)
     try:
         cache.mkdir(parents=True, exist_ok=True)
         tokenizer = tokenizer or _cached_tokenizer(data, corpus, cache, progress)
@@ -162,6 +267,11 @@ def _digest(values: object) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
+def _digest_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
+
+
 def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: bool) -> Tokenizer:
     if data.tokenizer != "bpe":
         return train_tokenizer(data, corpus)
@@ -169,8 +279,7 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: b
     with suppress(UserError):  # none yet, or a damaged one
         return load_tokenizer(path)
     tokenizer = train_tokenizer(data, corpus, progress)
-    if isinstance(corpus, FileCorpus):
-        corpus.check_unchanged()
+    corpus.check_unchanged()
     path.parent.mkdir(exist_ok=True)
     tokenizer.save(path)
     return tokenizer
@@ -178,17 +287,14 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: b
 
 def _open_or_make(corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
     key = _digest([FORMAT, corpus.fingerprint(), tokenizer.digest])
-    folder = cache / key
+    folder, draft = cache / key, cache / f"{key}.partial"
     with suppress(UserError):  # before the lock: a whole cache may lie in a folder that cannot be written
         return open_store(folder)
     with locked(cache / f"{key}.lock", wait=True):
-        if folder.exists():
-            with suppress(UserError):  # another process has made it meanwhile
-                return open_store(folder)
-            shutil.rmtree(folder)
-        for leftover in cache.glob(f"{key}*.partial"):  # of killed processes
-            shutil.rmtree(leftover)
-        draft = cache / f"{key}.{secrets.token_hex(8)}.partial"
+        with suppress(UserError):  # another process has made it meanwhile
+            return open_store(folder)
+        for leftover in (folder, draft):  # damaged, or of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
         try:
             draft.mkdir()
             _make(draft, corpus, tokenizer, progress)
@@ -235,8 +341,3 @@ def _write_split(path: Path, documents: Iterator[Any], tokenizer: Tokenizer, rep
             report(entry["stories"], entry["bytes"])
     entry["digest"] = _digest_of(stream)
     return entry if answers is None else {**entry, "answers": {**learned, "digest": _digest_of(mask)}}
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]

@@ -106,16 +106,16 @@ class Tokenizer:
         definition = {key: value for key, value in values.items() if key != "digest"}
         if values.get("digest") != _digest(definition):
             raise UserError("tokenizer: its digest does not match, so it is damaged; take the file from the run again")
-        kind = definition.get("kind")
-        if kind == "byte":
-            return _byte()
-        if kind == "gpt2":
-            return _gpt2()
-        if kind == "bpe":
-            return _bpe(definition.get("merges"))
-        if kind == "hf":
-            return _hf(definition)
-        raise UserError(f"tokenizer: unknown kind {kind!r}; known are gpt2, bpe, byte and hf")
+        match definition.get("kind"):
+            case "byte":
+                return _byte()
+            case "gpt2":
+                return _gpt2()
+            case "bpe":
+                return _bpe(definition.get("merges"))
+            case "hf":
+                return _hf(definition)
+        raise UserError(f"tokenizer: unknown kind {definition.get('kind')!r}; known are gpt2, bpe, byte and hf")
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON. The file is whole or absent, never half written."""
@@ -125,15 +125,11 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote. Raises UserError if the file is missing or damaged."""
     try:
-        values = Folder(Path(path).parent).read_json(Path(path).name)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None
+        return Tokenizer.from_dict(Folder(Path(path).parent).read_json(Path(path).name))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); mend that and try again") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); fix that, or give the folder of a run") from None
     except ValueError:
         raise UserError(f"{path}: not JSON, so it is damaged; take the file from the run again") from None
-    try:
-        return Tokenizer.from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 

@@ -25,8 +25,7 @@ from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.chats import answer_prompt, first_question
 from moe_jax.data.documents import Message
-from moe_jax.data.streams import Stream, opening_words, openings
-from moe_jax.data.token_store import TokenStore, prepare_token_store
+from moe_jax.data.token_store import Stream, TokenStore, openings, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
@@ -100,7 +99,7 @@ class SessionData:
         """The first words of the validation text, or its first question. Samples begin with them."""
         if self.store.valid.answers is not None:
             return first_question(self.store.tokenizer, self.store.valid.tokens)
-        return opening_words(self.store.tokenizer, self.store.valid.tokens)
+        return next(iter(openings(self.store.tokenizer, self.store.valid.tokens, most=1)), "")
 
     @property
     def openings(self) -> list[str]:

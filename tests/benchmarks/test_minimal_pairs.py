@@ -15,6 +15,7 @@ from moe_jax.config import UserError
 from moe_jax.data.synthetic import stories
 from moe_jax.data.synthetic.grammar import Grammar
 from tests.support import saved_run
+from tests.support.grammar import code_length_bits
 
 KNOWN = {*KINDS, *FORMS.values(), "knowledge"}
 
@@ -26,7 +27,7 @@ def test_the_grammar_can_write_the_good_text_only() -> None:
         assert len(found) > 8
         for pair in found:
             assert story.text.startswith(pair.good)
-            assert stories.code_length_bits(pair.bad + story.text[len(pair.good) :]) == float("inf"), pair
+            assert code_length_bits(pair.bad + story.text[len(pair.good) :]) == float("inf"), pair
 
 
 def test_one_word_differs() -> None:

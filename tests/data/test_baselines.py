@@ -26,19 +26,27 @@ from moe_jax.data.baselines import (
     words_of,
 )
 from moe_jax.data.synthetic import stories
-from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
+from moe_jax.data.synthetic.stories import VALIDATION_STORIES, generate
 from moe_jax.data.token_store import TokenStore, prepare_token_store
+from tests.support.grammar import code_length_bits
 
 STORIES = DataConfig(source="stories", tokenizer="byte", stories=40)
 NAME = "references.json"
 TRAIN, VALID = ["the cat sat. the dog sat.", "the cat ran."] * 5, ["the cat sat.", "the dog ran."]
 
 
-def test_any_text_has_its_ngram_models(tmp_path: Path) -> None:
+@pytest.fixture
+def text(tmp_path: Path) -> tuple[DataConfig, TokenStore]:
     for name, documents in (("train", TRAIN), ("valid", VALID)):
         (tmp_path / f"{name}.txt").write_text("<|endoftext|>".join(documents))
-    data = DataConfig(source=str(tmp_path), tokenizer="byte")
-    store = prepare_token_store(data, cache=tmp_path / "cache", progress=False)
+    data = DataConfig(source=str(tmp_path), vocab_size=270)
+    return data, prepare_token_store(data, cache=tmp_path / "cache", progress=False)
+
+
+def test_any_text_has_its_ngram_models(text: tuple[DataConfig, TokenStore], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By its stored tokens: a data set of the hub is scored without a network."""
+    data, store = text
+    monkeypatch.setattr(baselines, "open_corpus", lambda _: pytest.fail("the source was opened"))
     found = corpus_baselines(data, store)
     assert found == CorpusBaselines(*ngram_bits_per_byte(TRAIN, VALID, (1, 3, 5)))
     assert found.entropy_floor is None
@@ -55,19 +63,16 @@ def test_the_embedded_stories_have_a_floor_too(tmp_path: Path, monkeypatch: pyte
     store = prepare_token_store(data, cache=tmp_path, progress=False)
     found = corpus_baselines(data, store)
     valid = list(generate(0, "valid", VALIDATION_STORIES))
-    assert found.entropy_floor == entropy_floor_bits_per_byte(valid)
+    bits = math.fsum(map(code_length_bits, valid))
+    assert found.entropy_floor == bits / sum(len(story.encode()) for story in valid)
     assert found.entropy_floor < found.kneser_ney_5gram < found.unigram
     assert found.describe().startswith(f"the best possible is {found.entropy_floor:.4f}")
 
 
-def test_a_long_text_is_counted_and_scored_in_its_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "train.txt").write_text("<|endoftext|>".join(TRAIN))
-    (tmp_path / "valid.txt").write_text("<|endoftext|>".join(VALID))
+def test_a_long_text_is_counted_and_scored_in_its_beginning(text: tuple[DataConfig, TokenStore], monkeypatch) -> None:
     monkeypatch.setattr(baselines, "TRAIN_BYTES", 30)
     monkeypatch.setattr(baselines, "VALID_BYTES", 12)
-    data = DataConfig(source=str(tmp_path), tokenizer="byte")
-    store = prepare_token_store(data, cache=tmp_path / "cache", progress=False)
-    assert corpus_baselines(data, store) == ngram_baselines(TRAIN[:1], VALID[:1])
+    assert corpus_baselines(*text) == ngram_baselines(TRAIN[:1], VALID[:1])
 
 
 @pytest.mark.parametrize(("most", "kept"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 3), (99, 3)])
@@ -117,16 +122,6 @@ def test_a_cache_that_cannot_be_written_is_no_failure(store: TokenStore, monkeyp
     monkeypatch.setattr(baselines, "write_atomically", refuse)
     assert corpus_baselines(STORIES, store) == first
     assert not (store.folder / NAME).exists()
-
-
-def test_a_stored_text_needs_its_source_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A data set of the hub whose tokens are there is scored without a network."""
-    (tmp_path / "train.txt").write_text("<|endoftext|>".join(TRAIN))
-    (tmp_path / "valid.txt").write_text("<|endoftext|>".join(VALID))
-    data = DataConfig(source=str(tmp_path), tokenizer="bpe", vocab_size=270)
-    store = prepare_token_store(data, cache=tmp_path / "cache", progress=False)
-    monkeypatch.setattr(baselines, "open_corpus", lambda _: pytest.fail("the source was opened"))
-    assert corpus_baselines(data, store) == CorpusBaselines(*ngram_bits_per_byte(TRAIN, VALID, (1, 3, 5)))
 
 
 # The n-gram models
@@ -204,13 +199,6 @@ def test_no_word_has_probability_zero() -> None:
     assert (ngram_probabilities(stories, ["a b", "b a", "q"], 2) > 0).all()
 
 
-def test_the_scores_of_all_orders_are_those_of_each() -> None:
-    scores = ngram_bits_per_byte(COUNTED, SCORED, (1, 3, 5))
-    size = sum(len(text.encode()) for text in SCORED)
-    for order, score in zip((1, 3, 5), scores, strict=True):
-        assert score == pytest.approx(-np.log2(ngram_probabilities(COUNTED, SCORED, order)).sum() / size)
-
-
 def test_more_words_before_are_a_stronger_baseline() -> None:
     train, valid = list(generate(0, "train", 600)), list(generate(0, "valid", 60))
     one, three, five = ngram_bits_per_byte(train, valid, (1, 3, 5))
@@ -231,14 +219,6 @@ def test_a_score_worked_by_hand() -> None:
 @given(st.text())
 def test_words_joined_are_the_text(text: str) -> None:
     assert "".join(words_of(text)) == text
-
-
-def test_spelling_sums_to_one_over_all_byte_strings() -> None:
-    """256^n strings of n bytes: the sum up to n is 1 - (256/257)^(n+1), which goes to 1."""
-    for n in range(4):
-        total = math.fsum(256**k * spelling_probability("x" * k) for k in range(n + 1))
-        assert total == pytest.approx(1 - (256 / 257) ** (n + 1))
-    assert spelling_probability("é") == spelling_probability("xx")
 
 
 def test_the_discounts_by_hand() -> None:

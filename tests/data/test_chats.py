@@ -14,9 +14,8 @@ from moe_jax.data.batches import MaskedBatch, evaluation_windows
 from moe_jax.data.chats import answer_prompt, encode_chats, first_question
 from moe_jax.data.corpora import check_source, open_corpus
 from moe_jax.data.documents import SEPARATOR, Message
-from moe_jax.data.streams import token_stream
 from moe_jax.data.synthetic.chats import chats, write_chats
-from moe_jax.data.token_store import open_store, prepare_token_store
+from moe_jax.data.token_store import open_store, prepare_token_store, token_stream
 from moe_jax.data.tokenizers import Tokenizer, _digest, train_tokenizer
 
 BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]

@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,9 +14,8 @@ import xxhash
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, UserError
 from moe_jax.data import corpora, documents
-from moe_jax.data.corpora import EmbeddedCorpus, FileCorpus, check_source, open_corpus, scored_documents
+from moe_jax.data.corpora import HUB, EmbeddedCorpus, FileCorpus, articles, check_source, open_corpus, scored_documents
 from moe_jax.data.documents import SEPARATOR, Span
-from moe_jax.data.hub import HUB
 from moe_jax.data.synthetic import stories
 
 
@@ -231,10 +230,9 @@ def test_the_fingerprint_is_of_the_bytes_and_their_offsets_and_not_of_the_path(t
 
 def test_the_same_bytes_in_another_split_or_kind_of_file_are_another_text(tmp_path: Path) -> None:
     one, two, three = (Span.of(write_folder(tmp_path, x=f"text {i}") / "x.txt") for i in range(3))
-    split = FileCorpus("a", {"train": (one, two), "valid": (three,)}, "text", ())
-    moved = FileCorpus("a", {"train": (one,), "valid": (two, three)}, "text", ())
-    with patch.object(FileCorpus, "check_unchanged"):
-        assert split.fingerprint() != moved.fingerprint()
+    split = FileCorpus("a", {"train": (one, two), "valid": (three,)}, "text", {})
+    moved = FileCorpus("a", {"train": (one,), "valid": (two, three)}, "text", {})
+    assert split.fingerprint() != moved.fingerprint()
     prints = set()
     for name in ("x.txt", "x.jsonl"):
         (tmp_path / name).write_text(rows("a", "b"))
@@ -244,92 +242,86 @@ def test_the_same_bytes_in_another_split_or_kind_of_file_are_another_text(tmp_pa
     assert len(prints) == 3
 
 
-@pytest.fixture
-def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A text that counts as large, whose times count as old."""
-    monkeypatch.setattr(corpora, "LARGE", 100)
-    monkeypatch.setattr(corpora, "_CLOCK_SECONDS", -10.0)
-    path = tmp_path / "a.txt"
-    path.write_text(SEPARATOR.join(f"document {i}" for i in range(60)))
-    return path
-
-
-@pytest.fixture
-def read(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are read, once for each pass over them."""
-    seen: list[Path] = []
-    true = Span.chunks
-
-    def chunks(span: Span) -> Iterator[bytes]:
-        seen.append(span.path)
-        return true(span)
-
-    monkeypatch.setattr(Span, "chunks", chunks)
-    return seen
-
-
-def opened(source: Path, cache: Path) -> Any:
-    return open_corpus(DataConfig(source=str(source)), cache)
-
-
-def test_the_digest_of_a_large_text_is_kept(source: Path, tmp_path: Path, read: list[Path], monkeypatch) -> None:
-    first = opened(source, tmp_path / "cache").fingerprint()
-    monkeypatch.chdir(tmp_path)
-    for path in (source, Path("a.txt")):
-        read.clear()
-        again = opened(path, tmp_path / "cache")
-        assert again.fingerprint() == first
-        assert read == []
-        assert list(again.documents("valid")) == [f"document {i}" for i in range(57, 60)]
-
-
-def test_the_digest_of_a_small_or_a_new_text_is_not_kept(source: Path, tmp_path: Path, monkeypatch) -> None:
-    for name, value in (("LARGE", 10**6), ("_CLOCK_SECONDS", 2.0)):
-        with monkeypatch.context() as patched:
-            patched.setattr(corpora, name, value)
-            opened(source, tmp_path / name).fingerprint()
-        assert not (tmp_path / name).exists()
-
-
-def keep_the_times(source: Path) -> None:
-    before = source.stat()
-    source.write_text(source.read_text().replace("document 9", "document 8"))
-    os.utime(source, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-
-def replace_the_file(source: Path) -> None:
-    copy = source.with_suffix(".new")
-    copy.write_text(source.read_text())
-    copy.replace(source)
-
-
-EDITS: dict[str, Callable[[Path], object]] = {
-    "longer": lambda source: source.write_text(source.read_text() + "x"),
-    "same size and times": keep_the_times,
-    "another file": replace_the_file,
-    "touched": os.utime,
-    "damaged note": lambda source: next(source.parent.glob("cache/texts/*")).write_text('{"spans": 3}'),
-}
-
-
-@pytest.mark.parametrize("edit", EDITS)
-def test_a_changed_text_is_read_again(source: Path, tmp_path: Path, read: list[Path], edit: str) -> None:
-    before = opened(source, tmp_path / "cache").fingerprint()
-    EDITS[edit](source)
-    read.clear()
-    after = opened(source, tmp_path / "cache").fingerprint()
-    assert read
-    assert (after == before) == (edit in ("another file", "touched", "damaged note"))
-
-
-def test_a_text_that_is_edited_while_it_is_read_is_noticed(source: Path, tmp_path: Path) -> None:
-    corpus = opened(source, tmp_path / "cache")
+@pytest.mark.parametrize("edit", ["longer", "same size", "another file"])
+def test_a_text_that_is_edited_while_it_is_read_is_noticed(edit: str, tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text(SEPARATOR.join(f"document {i}" for i in range(60)))
+    corpus = open_corpus(DataConfig(source=str(source)))
     assert len(list(corpus.documents("train"))) == 57
-    source.write_text(source.read_text() + "x")
+    text = source.read_text()
+    if edit == "another file":
+        (copy := tmp_path / "copy").write_text(text)
+        copy.replace(source)
+    else:
+        source.write_text(text + "x" if edit == "longer" else text.replace("document 9", "document 8"))
+        os.utime(source, ns=(1, 1))
     for use in (corpus.fingerprint, lambda: list(corpus.documents("valid"))):
         with pytest.raises(UserError, match="the text was changed while it was read; start again"):
             use()
-    assert not (tmp_path / "cache").exists()
     source.unlink()
     with pytest.raises(UserError, match=r"a\.txt: cannot be read \(No such file or directory\)"):
         corpus.fingerprint()
+
+
+# Public data sets, without the network
+
+
+def serve(monkeypatch: pytest.MonkeyPatch, *texts: str, error: Exception | None = None) -> list[Any]:
+    """The hub gives these texts, and then fails. Returns what it is asked for."""
+    requests: list[Any] = []
+
+    def load(*arguments: Any, **options: Any) -> Iterator[dict[str, str]]:
+        requests.append((*arguments, options))
+        yield from ({"text": text} for text in texts)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr("datasets.load_dataset", load)
+    return requests
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "train"), ("valid", "validation")])
+def test_a_data_set_is_named_by_its_revision(split: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for corpus in HUB.values():
+        text = f"{corpus.repository} {corpus.configuration} {corpus.revision}"
+        assert len(corpus.revision) == 40
+        assert corpus.fingerprint() == xxhash.xxh3_128_hexdigest(text.encode())
+        requests = serve(monkeypatch, "A tale.")
+        assert list(corpus.documents(split)) == ["A tale."]
+        options = {"split": name, "revision": corpus.revision, "streaming": True}
+        assert requests == [(corpus.repository, corpus.configuration, options)]
+
+
+def test_rows_are_documents_but_for_wikitext(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long one is divided."""
+    lines = ["\n", " = One = \n", " It is . \n", "\n", " = Two = \n", " = = Part = = \n"]
+    serve(monkeypatch, *lines)
+    assert list(HUB["tinystories"].documents("train")) == [line.strip() for line in lines if line.strip()]
+    assert list(HUB["wikitext"].documents("train")) == ["= One = \n It is .", "= Two = \n = = Part = ="]
+    monkeypatch.setattr(documents, "_LONGEST", 32)
+    serve(monkeypatch, "a" * 50, "b")
+    assert list(HUB["pg19"].documents("train")) == ["a" * 32, "a" * 18, "b"]
+
+
+@pytest.mark.parametrize("error", [OSError("gone\nmore"), RuntimeError("gone\nmore")])
+def test_a_failure_of_the_hub_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    serve(monkeypatch, "A tale.", error=error)
+    documents = HUB["tinystories"].documents("train")
+    assert next(documents) == "A tale."
+    with pytest.raises(UserError, match=r"^tinystories: no network, or the hub cannot be reached \(gone\); use --data"):
+        list(documents)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([], [""]),
+        (["\n", " = A = \n", "x\n"], ["\n", " = A = \nx\n"]),
+        ([" = A = \n", "x\n", " = B = \n"], [" = A = \nx\n = B = \n"]),  # not after a blank line
+        ([" = A = \n", " \n", " = B = "], [" = A = \n \n", " = B = "]),
+        ([" = A = \n", "\n", " = = B = = \n"], [" = A = \n\n = = B = = \n"]),
+        (["\n", "= A =\n", " = A\n", "x = A = \n"], ["\n= A =\n = A\nx = A = \n"]),
+    ],
+)
+def test_an_article_begins_at_a_heading_after_a_blank_line(lines: list[str], expected: list[str]) -> None:
+    assert list(articles(lines)) == expected

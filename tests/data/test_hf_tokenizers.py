@@ -16,8 +16,7 @@ from moe_jax.config import DataConfig, UserError
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import SEPARATOR, Message
 from moe_jax.data.hf_tokenizers import byte_alphabet
-from moe_jax.data.streams import stored_documents
-from moe_jax.data.token_store import open_store, prepare_token_store
+from moe_jax.data.token_store import open_store, prepare_token_store, stored_documents
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, imported_tokenizer, load_tokenizer, train_tokenizer
 from tests.support.hf_tokenizers import BYTE_LEVEL, END, KINDS, end_of, made
 

@@ -7,9 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-import tracemalloc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,15 @@ import xxhash
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import token_store
 from moe_jax.data.documents import SEPARATOR
-from moe_jax.data.token_store import TokenStore, open_store, prepare_token_store
+from moe_jax.data.token_store import (
+    TokenStore,
+    open_store,
+    openings,
+    prepare_token_store,
+    stored_documents,
+    token_stream,
+)
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
-from moe_jax.system import files
 
 TRAIN = ["Once upon a time there was a fox.", "The fox was old.\nIt ate.", "Grün 😀"]
 VALID = ["A hen sat.", "It slept."]
@@ -108,17 +112,6 @@ def test_the_type_holds_the_separator(vocab_size: int, dtype: Any, data: DataCon
     assert store.train.tokens.dtype == dtype
     assert store.train.tokens[0] == store.train.tokens[-1] == vocab_size - 1
     assert store.tokenizer.decode(store.valid.tokens[1:-1]) == f"{VALID[0]}{SEPARATOR}{VALID[1]}"
-
-
-def test_making_takes_bounded_memory(tmp_path: Path, cache: Path) -> None:
-    """64 MiB of text, whose stream of uint16 is 128 MiB."""
-    source = write_folder(tmp_path / "big", ["x " * 8192] * 4096)
-    tracemalloc.start()
-    store = prepare(DataConfig(source=source, tokenizer="byte"), cache)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert store.train.bytes == 16383 * 4096
-    assert peak < 48e6
 
 
 def test_tinystories(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,41 +218,22 @@ def start(data: DataConfig, cache: Path, patch: str = "") -> subprocess.Popen[st
 def test_a_killed_preparation_leaves_no_store_and_the_next_one_cleans_up(
     moment: str, data: DataConfig, cache: Path
 ) -> None:
-    """Killed before the manifest is written, and before the folder gets its name. Other drafts stay."""
+    """Killed before the manifest is written, and before the folder gets its name."""
     killed = start(data, cache, KILLED + moment)
     assert (killed.communicate()[0], killed.returncode) == ("", -9)
     assert len(leftovers(cache)) == 1
-    (other := cache / f"{'0' * 32}.x.partial").mkdir()
     store = prepare(data, cache)
     assert sorted(p.name for p in store.folder.iterdir()) == STORE
-    assert leftovers(cache) == [other]
-
-
-def test_preparations_at_once_agree(data: DataConfig, cache: Path) -> None:
-    started = [start(data, cache) for _ in range(3)]
-    digests = {process.communicate()[0] for process in started}
-    assert digests == {prepare(data, cache).digest + "\n"}
     assert leftovers(cache) == []
 
 
-def test_a_process_that_waited_for_the_lock_uses_the_store(
-    data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A whole store is opened without a lock: the cache may lie in a folder that cannot be written."""
-    there, waited = prepare(data, cache).folder, []
-    there.rename(cache / "aside")
-
-    @contextmanager
-    def wait(path: Path, wait: bool) -> Iterator[None]:
-        waited.append((path.name, wait))
-        (cache / "aside").rename(there)
-        yield None
-
-    monkeypatch.setattr(token_store, "locked", wait)
-    monkeypatch.setattr(token_store, "_make", forbidden)
-    for _ in range(2):
-        assert prepare(data, cache).folder == there
-    assert waited == [(f"{there.name}.lock", True)]
+def test_preparations_at_once_agree(data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One makes the store, and the others wait for it. A whole store is opened without a lock."""
+    started = [start(data, cache) for _ in range(3)]
+    digests = {process.communicate()[0] for process in started}
+    monkeypatch.setattr(token_store, "locked", forbidden)
+    assert digests == {prepare(data, cache).digest + "\n"}
+    assert leftovers(cache) == []
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, ""), OSError(errno.EROFS, "Read-only")])
@@ -276,12 +250,6 @@ def test_a_preparation_that_stops_leaves_nothing(
     with pytest.raises(kind, match=said):
         prepare(data, cache)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
-
-
-def test_a_cache_that_is_a_file_is_said_in_one_line(data: DataConfig, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="MOE_JAX_CACHE"):
-        prepare(data, tmp_path / "file")
 
 
 @pytest.mark.parametrize("step", ["_write_split", "train_tokenizer"])
@@ -330,13 +298,6 @@ def test_a_trained_tokenizer_is_kept_by_text_and_size(data: DataConfig, cache: P
     assert prepare(bpe(data.source), cache).digest == first.digest
 
 
-def test_the_cache_folder_can_be_set(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "elsewhere"))
-    assert prepare_token_store(data, progress=False).folder.parent == tmp_path / "elsewhere"
-    monkeypatch.delenv("MOE_JAX_CACHE")
-    assert files.cache_dir().name == "moe-jax"
-
-
 def test_progress_is_lines_without_a_terminal_and_a_bar_on_one(
     data: DataConfig, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,3 +317,60 @@ def test_progress_is_lines_without_a_terminal_and_a_bar_on_one(
     prepare_token_store(data, cache=cache)
     assert "\x1b[" in terminal.getvalue()
     assert "3 documents" in terminal.getvalue()
+
+
+# The stream
+
+
+@pytest.mark.parametrize("batch", [1, 40, 10**6])
+def test_documents_across_batches_stay_in_order(batch: int, tmp_path: Path, monkeypatch) -> None:
+    """A stream in memory is the stored one, and gives the documents back."""
+    monkeypatch.setattr(token_store, "_BATCH_BYTES", batch)
+    texts = [f"{i} " * (i % 7 + 1) + "é" for i in range(50)]
+    (tmp_path / "train.txt").write_text(SEPARATOR.join(texts))
+    (tmp_path / "valid.txt").write_text("One.")
+    store = prepare(bpe(str(tmp_path), 270), tmp_path / "cache")
+    assert store.tokenizer.decode(store.train.tokens) == SEPARATOR + "".join(text + SEPARATOR for text in texts)
+    stream, answers = token_stream(iter(texts), store.tokenizer)
+    assert answers is None
+    assert stream.dtype == store.train.tokens.dtype == np.uint16
+    np.testing.assert_array_equal(stream, store.train.tokens)
+    monkeypatch.setattr(token_store, "_READ_TOKENS", batch)
+    assert list(stored_documents(stream, store.tokenizer)) == texts
+    assert list(stored_documents(stream[:-1], store.tokenizer)) == texts[:-1]  # the last one is incomplete
+    assert list(stored_documents(stream[:0], store.tokenizer)) == []
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(1, [3, 3, 3, 3]), (4, [6, 6]), (7, [9, 3]), (99, [12])])
+def test_batches_are_measured_in_bytes_and_told(
+    batch: int, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_store, "_BATCH_BYTES", batch)
+    told: list[tuple[int, int]] = []
+    texts = iter(["日", "aaa", "本", "bbb"])
+    token_store._write_split(tmp_path / "train", texts, BYTE, lambda *seen: told.append(seen))
+    assert np.diff([0, *(size for _, size in told)]).tolist() == sizes
+    assert told[-1] == (4, 12)
+
+
+@pytest.mark.parametrize(
+    ("document", "words"),
+    [
+        ("Once upon a time, a dragon", "Once upon a time,"),
+        ("ROMEO:\nBut soft, what light", "ROMEO:"),
+        ("\n\n  Two words", "Two words"),
+        ("a\tb  c d e", "a\tb  c d"),
+        ("日本語の短い文章です。" * 40, ("日本語の短い文章です。" * 40)[:48]),
+        ("aa " + "語" * 85, "aa " + "語" * 45),  # the 256 bytes that are looked at end inside the last character
+    ],
+)
+def test_the_first_words_of_the_first_line(document: str, words: str) -> None:
+    stream = [256, *document.encode(), 256, *b"Another document"]
+    assert openings(BYTE, np.array(stream), 1) == [words]
+
+
+def test_openings_of_different_documents_each_once() -> None:
+    texts = ["Once upon a time, a dragon", "", "Once upon a time, a cat", "ROMEO:\nBut", "One sunny day, Tom", "Last"]
+    stream = np.array([token for text in texts for token in (256, *text.encode())])
+    assert openings(BYTE, stream, 3) == ["Once upon a time,", "ROMEO:", "One sunny day, Tom"]
+    assert openings(BYTE, stream[:1], 3) == []

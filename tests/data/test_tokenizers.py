@@ -1,6 +1,5 @@
 """Tokenizers: lossless, the same ids for the same text, and no harm from a bad file."""
 
-import errno
 import json
 import os
 import re
@@ -18,7 +17,6 @@ from moe_jax.data import tokenizers
 from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.synthetic import stories
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, load_tokenizer, token_pieces, train_tokenizer
-from moe_jax.system.files import Folder
 
 TALES = [
     f"The {a} cat saw the {b} dog and they played all day.\n"
@@ -267,22 +265,6 @@ def test_what_is_learned_can_be_loaded_again() -> None:
     tokenizer = trained(300, ["a" * 512] * 3)
     assert 128 <= tokenizer.token_bytes().max() <= 256
     assert Tokenizer.from_dict(tokenizer.to_dict()).digest == tokenizer.digest
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (FileNotFoundError(errno.ENOENT, "No such file"), "cannot be read .No such file.; give the folder of a run"),
-        (PermissionError(errno.EACCES, "Permission denied"), "cannot be read .Permission denied.; mend that"),
-    ],
-)
-def test_a_file_that_cannot_be_read_says_why(error, said, tmp_path, monkeypatch):
-    def refuse(*_):
-        raise error
-
-    monkeypatch.setattr(Folder, "read", refuse)
-    with pytest.raises(UserError, match=f"^{tmp_path}/tokenizer.json: {said}"):
-        load_tokenizer(tmp_path / "tokenizer.json")
 
 
 def test_pieces_show_bytes_that_are_no_character() -> None:

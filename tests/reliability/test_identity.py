@@ -11,7 +11,7 @@ import pytest
 
 import moe_jax
 from moe_jax.config import RunConfig, UserError, load_config
-from moe_jax.data.streams import stored_documents
+from moe_jax.data.token_store import stored_documents
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inspection.report import write_report
 from moe_jax.interop.source import open_source

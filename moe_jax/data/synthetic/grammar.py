@@ -1,4 +1,4 @@
-"""Probabilistic grammars with memory: one set of rules is used to sample texts, to enumerate them, and to parse them.
+"""Probabilistic grammars with memory, which write texts of an exact probability.
 
 A grammar is a set of rules, each a text (white space counts as one space) with four kinds of blanks:
 
@@ -10,15 +10,13 @@ A grammar is a set of rules, each a text (white space counts as one space) with 
 
 Slots that draw from the same list never hold the same word: a later slot draws uniformly from the words that are left.
 
-A derivation is the sequence of choices that wrote a text. All choices form a tree. `sample` takes one random path
-through the tree, and `derivations` takes all of them. To parse a text, `derivations` skips every branch that disagrees
-with the text. Every choice is uniform, so a derivation with choices among n_1, n_2, ... options has the probability
-p = 1 / (n_1 n_2 ...), and its code length is -log2(p) bits.
+A derivation is the sequence of choices that wrote a text. Every choice is uniform, so a derivation with choices among
+n_1, n_2, ... options has the probability p = 1 / (n_1 n_2 ...), and its code length is -log2(p) bits.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,15 +69,6 @@ class Derivation:
         return math.fsum(math.log2(options) for _, options in self.choices)
 
 
-class _Partial(NamedTuple):
-    """An incomplete derivation: the template that is still to be written, and what was written and chosen so far."""
-
-    todo: Template
-    written: str
-    choices: tuple[tuple[int, int], ...]
-    memory: Memory
-
-
 class Grammar:
     """Rules and word lists, compiled. The rule named `start` is the whole text."""
 
@@ -123,31 +112,6 @@ class Grammar:
                 mentions.append(Mention(node, length, length + len(pieces[-1])))
             length += len(pieces[-1])
         return Derivation("".join(pieces), tuple(choices), tuple(mentions))
-
-    def derivations(self, text: str | None = None) -> Iterator[Derivation]:
-        """Every derivation of the grammar or, with `text`, every derivation of this text. There is none if the grammar
-        cannot write the text."""
-        stack = [_Partial(self.template, "", (), {})]
-        while stack:
-            todo, written, choices, memory = stack.pop()
-            if text is not None and not text.startswith(written):
-                continue
-            if not todo:
-                if text in (None, written):
-                    yield Derivation(written, choices)
-                continue
-            node, rest = todo[0], todo[1:]
-            if isinstance(node, str):
-                stack.append(_Partial(rest, written + node, choices, memory))
-            elif isinstance(node, Options):
-                for i, option in reversed(list(enumerate(node.templates))):
-                    stack.append(_Partial(option + rest, written, (*choices, (i, len(node.templates))), memory))
-            elif node.name in memory:
-                stack.append(_Partial(rest, written + memory[node.name][node.form], choices, memory))
-            else:
-                words = self.words(node.name, memory)
-                for i, word in reversed(list(enumerate(words))):
-                    stack.append(_Partial(todo, written, (*choices, (i, len(words))), {**memory, node.name: word}))
 
 
 _TOKEN = re.compile(r"[\[\]|]|<\w+>|\{\w+(?:\.\w+)?\}|[^\[\]|<>{}]+")
