@@ -4,20 +4,17 @@
     command.py        Command, the base class of commands, and the list of commands
     arguments.py      argv becomes values; a wrong argument becomes one sentence
     settings.py       the settings of a run: preset, file, flags
-    auto_preset.py    `--preset auto`: a preset and steps for a text
-    sampling.py       how text is drawn, for `generate` and `chat`
+    auto_preset.py    a preset and steps for a text: `--preset auto`, and plans for a text
     checks.py         outputs and settings that cannot be are refused first
     help.py           help, and completion in shells
 
     train.py          train, fine-tune (`sft`), verify-resume
-    derive.py         merge adapters, quantize weights
-    evaluate.py       score a text                      inspect.py        write the routing report
-    generate.py       write a text                      certify.py        test claims about a model
-    chat.py           text after text                   plot.py           draw pictures of runs
-    serve.py          answer over HTTP                  doctor.py         verify and repair checkpoints
-    presets.py        what each preset costs            benchmark.py      measure the costs
-    plan.py           settings that fit a GPU, a text   completion.py     print a completion script
-    export.py         a model for other programs
+    generate.py       write a text, chat                serve.py          answer over HTTP
+    evaluate.py       score a text                      certify.py        test claims about a model
+    inspect.py        the routing report, pictures, verified checkpoints
+    export.py         a run for other programs, with merged adapters, or with quantised weights
+    plan.py           settings that fit a GPU, a text   presets.py        what each preset costs
+    benchmark.py      measure the costs
 
 No file here imports jax before the arguments are accepted.
 """

@@ -1,4 +1,4 @@
-"""The base class of all commands, and their list. A command is a frozen dataclass of its arguments.
+"""The base classes of commands, and their list. A command is a frozen dataclass of its arguments.
 
 The arguments are accepted first. Only then does `execute` import what it needs, jax included. It returns the exit
 status.
@@ -8,6 +8,7 @@ import importlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -20,22 +21,22 @@ from moe_jax.system.files import Folder, json_text, step_number
 COMMANDS = {
     "train": ("train", "Train", "train a sparse mixture-of-experts language model"),
     "sft": ("train", "Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
-    "merge": ("derive", "Merge", "write a run with adapters as an ordinary run"),
-    "quantize": ("derive", "Quantize", "write a run with 8 or 4 bits a weight"),
+    "merge": ("export", "Merge", "write a run with adapters as an ordinary run"),
+    "quantize": ("export", "Quantize", "write a run with 8 or 4 bits a weight"),
     "generate": ("generate", "Generate", "continue a text with a trained model"),
-    "chat": ("chat", "Chat", "talk with a trained model: a beginning in, its continuation out"),
+    "chat": ("generate", "Chat", "talk with a trained model: a beginning in, its continuation out"),
     "serve": ("serve", "Serve", "serve a trained model: OpenAI's API, and a page"),
     "evaluate": ("evaluate", "Evaluate", "measure loss, bits per byte and drops of a model on a text"),
     "inspect": ("inspect", "Inspect", "write an HTML page that shows where every token went"),
     "presets": ("presets", "Presets", "print what each preset is for, and what it costs here"),
     "plan": ("plan", "Plan", "find settings that fit a GPU, or a text and a memory"),
     "export": ("export", "Export", "write a model for transformers, llama.cpp or ollama"),
-    "doctor": ("doctor", "Doctor", "verify every checkpoint of a run, and mend what can be"),
+    "doctor": ("inspect", "Doctor", "verify every checkpoint of a run, and repair what can be"),
     "verify-resume": ("train", "VerifyResume", "show that a killed and resumed run loses nothing"),
     "certify": ("certify", "Certify", "test causality, arithmetic and memory of a model"),
-    "plot": ("plot", "Plot", "draw pictures of one run, or of several compared"),
+    "plot": ("inspect", "Plot", "draw pictures of one run, or of several compared"),
     "benchmark": ("benchmark", "Benchmark", "measure what the model costs on this machine"),
-    "completion": ("completion", "Completion", "print a script for completion in a shell"),
+    "completion": ("help", "Completion", "print a script for completion in a shell"),
 }
 """Name -> (module, class in it, one line of help)."""
 
@@ -77,6 +78,20 @@ class Command(ABC):
     @abstractmethod
     def execute(self) -> int:
         """Run the command. Returns the exit status."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCommand(Command):
+    """A command that reads a checkpoint of a run."""
+
+    run: str
+    """Folder of a run."""
+    step: int | None = None
+    """Step of the checkpoint to load. The best one unless given."""
+
+    def check(self) -> None:
+        """Raise ConfigError unless the run has such a checkpoint."""
+        check_run_folder(self.run, self.step)
 
 
 def command(name: str) -> type[Command]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from moe_jax.cli.command import Command, check_run_folder, print_json, print_next
+from moe_jax.cli.command import ModelCommand, print_json, print_next
 from moe_jax.config import ConfigError, DataConfig, UserError
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, step_progress, working
@@ -16,11 +16,10 @@ from moe_jax.system.terminal import say, step_progress, working
 if TYPE_CHECKING:
     from moe_jax.config import DataFormat
     from moe_jax.data.baselines import CorpusBaselines
-    from moe_jax.training.evaluate import Evaluation
 
 
-@dataclass(frozen=True)
-class Evaluate(Command):
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(ModelCommand):
     """Measure loss, bits per byte and drops of a trained model on a text, beside n-gram models of its training text.
 
     Of conversations, only the assistant's answers are scored. A tuned run takes them (rows with `messages`) as --data.
@@ -30,18 +29,14 @@ class Evaluate(Command):
 
     interrupted: ClassVar[str] = "the text was not scored to its end; no result"
 
-    run: str
-    """Folder of a run."""
     data: str = ""
     """A file, which is scored whole; or a folder or corpus, of which the validation part is scored. Empty: the run's
     validation text."""
-    step: int | None = None
-    """Step of the checkpoint to load. The best one unless given."""
     json: bool = False
     """Print the result as JSON too."""
 
     def execute(self) -> int:
-        check_run_folder(self.run, self.step)
+        self.check()
         from moe_jax.data.corpora import check_source, scored_documents
 
         form: DataFormat = "text"
@@ -82,23 +77,17 @@ class Evaluate(Command):
         if baselines:
             say(f"to compare: {baselines.describe()}")
         print_next(f"uv run python -m moe_jax inspect --run {shlex.quote(self.run)}")
-        self._print_score(scored, baselines, answers, None if self.data else bool(changed))
-        return 0
-
-    def _print_score(
-        self, scored: "Evaluation", baselines: "CorpusBaselines | None", answers: bool, changed: bool | None
-    ) -> None:
-        """The score as JSON."""
         result = {
             "val_loss": scored.loss,
             "val_bits_per_byte": scored.bits_per_byte,
             "val_drop_fraction": scored.drop_fraction,
             "tokens": scored.tokens,
             "scored": "answers" if answers else "all tokens",
-            "text_has_changed": changed,
+            "text_has_changed": None if self.data else bool(changed),
             "baselines_bits_per_byte": dataclasses.asdict(baselines) if baselines else None,
         }
         print_json(result, self.json)
+        return 0
 
 
 def _form_of(run: str, data: str) -> "DataFormat":

@@ -1,4 +1,4 @@
-"""`moe-jax export`."""
+"""`moe-jax export`, `merge` and `quantize`: a trained run in another form."""
 
 import shlex
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from moe_jax.cli.checks import check_new_folder
-from moe_jax.cli.command import Command, check_run_folder
-from moe_jax.config import ConfigError
+from moe_jax.cli.command import ModelCommand, print_json
+from moe_jax.config import ConfigError, load_config
 from moe_jax.system import environment
-from moe_jax.system.terminal import working
+from moe_jax.system.terminal import say, working
 
 
-@dataclass(frozen=True)
-class Export(Command):
+@dataclass(frozen=True, kw_only=True)
+class Export(ModelCommand):
     """Write a trained model for transformers, llama.cpp or ollama.
 
     The checkpoint is verified first. The folder has the weights, the tokenizer, and a model card made of the run's
@@ -22,19 +22,15 @@ class Export(Command):
 
     interrupted: ClassVar[str] = "nothing was exported"
 
-    run: str
-    """Folder of a run."""
     out: str
     """The folder to make."""
     to: Literal["hf", "gguf", "both", "safetensors"] = "hf"
     """For transformers (`hf`), llama.cpp and ollama (`gguf`), `both`; or plain `safetensors` with a stated layout."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
     """Of the weights. q8_0 has 8 bits a weight; for `gguf` only."""
-    step: int | None = None
-    """Step of the checkpoint to export. The best one unless given."""
 
     def execute(self) -> int:
-        check_run_folder(self.run, self.step)
+        self.check()
         check_new_folder("--out", self.out)
         out = Path(self.out)
         if self.dtype == "q8_0" and self.to != "gguf":
@@ -45,8 +41,7 @@ class Export(Command):
             from moe_jax.interop.source import open_source
 
             command = f"python -m moe_jax export --run {shlex.quote(self.run)} --to {self.to} --dtype {self.dtype}"
-            source = open_source(Path(self.run), self.step)
-            files = export(source, self.to, self.dtype, out, command)
+            files = export(open_source(Path(self.run), self.step), self.to, self.dtype, out, command)
         for file in files:
             print(f"{file.stat().st_size / 1e3:12,.1f} kB  {file}")
         if self.to in ("gguf", "both"):
@@ -54,4 +49,76 @@ class Export(Command):
             print(f"next: ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}")
         elif self.to == "hf":
             print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge(ModelCommand):
+    """Write a run that has adapters (`sft --lora`) as an ordinary run: the adapters are added to the weights.
+
+    The other commands need no merge: they add the adapters in memory.
+    """
+
+    interrupted: ClassVar[str] = "the merged run is not complete; remove its folder and start again"
+
+    out: str
+    """The folder of the new run."""
+
+    def execute(self) -> int:
+        self.check()
+        check_new_folder("--out", self.out)
+        config = load_config(Path(self.run))
+        if config is not None and not config.train.lora_rank:
+            raise ConfigError(f"--run {self.run}: has no adapters, so it is an ordinary run already; copy its folder")
+        environment.prepare_environment()
+        with working(f"merging {self.run}"):
+            from moe_jax.training.derived_runs import merge
+
+            made = merge(Path(self.run), Path(self.out), self.step)
+        say(f"{made}: the weights with the adapters added")
+        print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(Path(self.out)))}")
+        return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantize(ModelCommand):
+    """Write a trained run with 8 or 4 bits a weight: smaller, and faster to decode.
+
+    The validation text is scored before and after. The new run opens like any other, but it cannot be trained or
+    exported. Activations stay as they are.
+
+    The last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
+    """
+
+    interrupted: ClassVar[str] = "the quantised run is not complete; remove its folder and start again"
+
+    to: Literal["int8", "int4"]
+    """int8: one scale for each output of a matrix. int4: one scale for each output and 32 inputs."""
+    out: str = ""
+    """The folder of the new run. Empty: the name of the run, with -int8 or -int4."""
+    json: bool = False
+    """Print the result as JSON too."""
+
+    def execute(self) -> int:
+        self.check()
+        run = Path(self.run)
+        out = Path(self.out) if self.out else run.with_name(f"{run.resolve().name}-{self.to}")
+        check_new_folder("--out", out)
+        environment.prepare_environment()
+        with working(f"loading {self.run}"):
+            from moe_jax.training.derived_runs import quantize_run
+        made = quantize_run(run, self.to, out, self.step)
+        say(f"{made.checkpoint}: {self.to}")
+        say(f"weights: {made.bytes_before / 1e6:,.2f} MB before, {made.bytes_after / 1e6:,.2f} MB after")
+        result = {"bytes_before": made.bytes_before, "bytes_after": made.bytes_after}
+        if made.before is None or made.after is None:
+            say(f"not scored: {made.not_scored}")
+        else:
+            more = made.after.loss / made.before.loss - 1
+            say(f"bits per byte: {made.before.bits_per_byte:.4f} before, {made.after.bits_per_byte:.4f} after")
+            say(f"loss: {made.before.loss:.4f} before, {made.after.loss:.4f} after ({more:+.2%})")
+            for name, scored in (("before", made.before), ("after", made.after)):
+                result |= {f"val_loss_{name}": scored.loss, f"val_bits_per_byte_{name}": scored.bits_per_byte}
+        print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(out))}")
+        print_json(result, self.json)
         return 0

@@ -1,4 +1,4 @@
-"""Help and completion: the arguments of a command, as argparse shows them.
+"""Help and completion: the arguments of a command, as argparse shows them and as shells complete them.
 
 The help of a field is the string literal below it in the source. The source is read only for help, so other starts are
 not slower.
@@ -11,25 +11,39 @@ import itertools
 import shutil
 import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING
-from typing import Any
+from dataclasses import MISSING, dataclass, field
+from typing import Any, Literal
 
-from moe_jax.cli.arguments import PATHS, Argument
+from moe_jax.cli.arguments import PATHS, POSITIONAL, Argument
 from moe_jax.cli.command import COMMANDS, Command, Group, command
 
 WIDEST = 120
+_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
+"""How each shell completes a path, as `shtab.FILE`."""
 
 
-def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
-    """The help of one command. Rare flags are shown for `--help all` only."""
-    groups = kind.groups(argv)
-    shown = groups if "all" in argv else [group for group in groups if not group.rare]
-    brief = len(shown) < len(groups)
-    parser = _add_arguments(argparse.ArgumentParser(**_parser_options(kind, prog)), shown, brief)
-    if brief:
-        hidden = sum(len(group.arguments) for group in groups if group.rare)
-        parser.epilog = f"{hidden} more flags set the model, the training and the devices: see --help all."
-    parser.print_help()
+@dataclass(frozen=True)
+class Completion(Command):
+    """Print a script that completes the commands and flags of `moe-jax` in a shell.
+
+    For bash. The first line is for this shell only, the second for all later ones:
+
+        source <(moe-jax completion bash)
+        moe-jax completion bash > ~/.local/share/bash-completion/completions/moe-jax
+    """
+
+    shell: Literal["bash", "zsh", "tcsh"] = field(metadata=POSITIONAL)
+    """The shell that reads the script."""
+
+    def execute(self) -> int:
+        import shtab
+
+        parser = argparse.ArgumentParser("moe-jax")
+        commands = parser.add_subparsers()
+        for name, (_, _, line) in COMMANDS.items():
+            _add_arguments(commands.add_parser(name, help=line, description=line), command(name).groups())
+        print(shtab.complete(parser, self.shell))
+        return 0
 
 
 def print_commands(prog: str) -> None:
@@ -40,14 +54,24 @@ def print_commands(prog: str) -> None:
     print(f"\n`{prog} COMMAND --help` lists the flags of a command.")
 
 
-def whole_parser(prog: str) -> argparse.ArgumentParser:
-    """All commands with all their flags, for shells to complete."""
-    parser = argparse.ArgumentParser(prog)
-    commands = parser.add_subparsers()
-    for name, (_, _, line) in COMMANDS.items():
-        kind = command(name)
-        _add_arguments(commands.add_parser(name, help=line, description=line), kind.groups())
-    return parser
+def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
+    """The help of one command. Rare flags are shown for `--help all` only."""
+    groups = kind.groups(argv)
+    shown = groups if "all" in argv else [group for group in groups if not group.rare]
+    brief, width = len(shown) < len(groups), _width()
+    places = "".join(f" [{a.name.upper()}]" for a in kind.arguments() if a.positional)
+    paragraphs = (inspect.getdoc(kind) or "").split("\n\n")
+    parser = argparse.ArgumentParser(
+        usage=f"{prog}{places} [--flag VALUE ...]",
+        description="\n\n".join(p if p.startswith(" ") else _filled(p, width) for p in paragraphs),
+        formatter_class=lambda prog: _Formatter(prog, 2, 30, width),
+        add_help=False,
+    )
+    _add_arguments(parser, shown, brief)
+    if brief:
+        hidden = sum(len(group.arguments) for group in groups if group.rare)
+        parser.epilog = f"{hidden} more flags set the model, the training and the devices: see --help all."
+    parser.print_help()
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):
@@ -57,21 +81,8 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         return textwrap.wrap(text, width, break_on_hyphens=False)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        flags = super()._format_action_invocation(action)
-        lines = textwrap.wrap(flags, self._width - self._current_indent, break_on_hyphens=False)
-        return ("\n" + " " * self._current_indent).join(lines)
-
-
-def _parser_options(kind: type[Command], prog: str) -> dict[str, Any]:
-    width = _width()
-    places = "".join(f" [{a.name.upper()}]" for a in kind.arguments() if a.positional)
-    return {
-        "usage": f"{prog}{places} [--flag VALUE ...]",
-        "description": _filled(inspect.getdoc(kind) or "", width),
-        "formatter_class": lambda prog: _Formatter(prog, 2, 30, width),
-        "allow_abbrev": False,
-        "add_help": False,
-    }
+        flags = _filled(super()._format_action_invocation(action), self._width - self._current_indent)
+        return flags.replace("\n", "\n" + " " * self._current_indent)
 
 
 def _width() -> int:
@@ -79,43 +90,28 @@ def _width() -> int:
 
 
 def _filled(text: str, width: int) -> str:
-    """The text with its paragraphs wrapped to `width`. Indented paragraphs stay as they are."""
-    paragraphs = text.split("\n\n")
-    return "\n\n".join(p if p.startswith(" ") else textwrap.fill(p, width, break_on_hyphens=False) for p in paragraphs)
+    return textwrap.fill(text, width, break_on_hyphens=False)
 
 
-def _add_arguments(
-    parser: argparse.ArgumentParser, groups: Sequence[Group], brief: bool = False
-) -> argparse.ArgumentParser:
+def _add_arguments(parser: argparse.ArgumentParser, groups: Sequence[Group], brief: bool = False) -> None:
     """Add the arguments of the groups. `brief`: by their short names only."""
     docs: dict[type, dict[str, str]] = {}
     for title, above, arguments, _ in groups:
-        group = parser.add_argument_group(title, textwrap.fill(above, _width() - 2, break_on_hyphens=False) or None)
+        group = parser.add_argument_group(title, _filled(above, _width() - 2) or None)
         for a in arguments:
             about = docs.setdefault(a.owner, field_docs(a.owner)).get(a.name, "")
             options: dict[str, Any] = {"help": f"{about} {_choices_and_default(a)}".strip().replace("%", "%%")}
-            if a.kind is bool:
-                options["action"] = "store_true"
-            else:
-                options |= {"metavar": _metavar(a), "choices": a.choices or None}
+            names = a.flags
             if a.positional:
-                options["nargs"] = "?"
-            names = [a.name] if a.positional else _names(a)
+                names, options["nargs"] = [a.name], "?"
+            elif a.kind is bool:
+                options["action"] = "store_true"
+                names = [name for pair in zip(a.flags, a.off_flags, strict=True) for name in pair]
+            if a.kind is not bool:
+                options |= {"metavar": _metavar(a), "choices": a.choices or None}
             added = group.add_argument(*(names[:1] if brief else names), **options)
             if a.name in PATHS:
                 added.complete = _FILES  # pyright: ignore[reportAttributeAccessIssue], where shtab looks for it
-    return parser
-
-
-_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
-"""How each shell completes a path, as `shtab.FILE`."""
-
-
-def _names(a: Argument) -> list[str]:
-    """The flags. Each switch is followed by the flag that turns it off."""
-    if a.kind is not bool:
-        return a.flags
-    return [name for pair in zip(a.flags, a.off_flags, strict=True) for name in pair]
 
 
 def _metavar(a: Argument) -> str:
@@ -128,9 +124,7 @@ def _metavar(a: Argument) -> str:
 
 def _choices_and_default(a: Argument) -> str:
     """The choices and the default: "[adamw, muon; default muon]"."""
-    facts = []
-    if a.choices:
-        facts.append(", ".join(a.choices))
+    facts = [", ".join(a.choices)] if a.choices else []
     if a.repeated:
         facts.append("may be repeated")
     if a.default is MISSING:
@@ -148,9 +142,9 @@ def field_docs(kind: type) -> dict[str, str]:
     for owner in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
         statements = body.body if isinstance(body, ast.ClassDef) else []
-        for field, below in itertools.pairwise(statements):
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
+        for statement, below in itertools.pairwise(statements):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 match below:
                     case ast.Expr(value=ast.Constant(value=str(text))):
-                        docs[field.target.id] = " ".join(text.split())
+                        docs[statement.target.id] = " ".join(text.split())
     return docs

@@ -1,24 +1,26 @@
-"""`moe-jax inspect`."""
+"""`moe-jax inspect`, `plot` and `doctor`: what a run did, in a page, in pictures, and on the disk."""
 
+import collections
+import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from moe_jax.cli.checks import check_out_file
-from moe_jax.cli.command import Command, check_run_folder
+from moe_jax.cli.checks import check_out_file, check_out_folder
+from moe_jax.cli.command import Command, ModelCommand, check_run_folder
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
+from moe_jax.system.files import Folder
 from moe_jax.system.terminal import say, working
 
 
-@dataclass(frozen=True)
-class Inspect(Command):
+@dataclass(frozen=True, kw_only=True)
+class Inspect(ModelCommand):
     """Write the routing report: one HTML file that shows where every token of a text went."""
 
     interrupted: ClassVar[str] = "the page was not written"
 
-    run: str
-    """Folder of a run."""
     text: str = ""
     """The text to route. Empty: the beginning of the run's validation text."""
     file: str = ""
@@ -27,11 +29,9 @@ class Inspect(Command):
     """The page to write. Empty: RUN/report/routing.html, or routing-of-a-text.html beside it with --text or --file."""
     json: str = ""
     """Write the data behind the page to this file as well."""
-    step: int | None = None
-    """Step of the checkpoint to load. The best one unless given."""
 
     def execute(self) -> int:
-        check_run_folder(self.run, self.step)
+        self.check()
         text = self._text()
         environment.prepare_environment()
         with working(f"routing a text through {self.run}"):
@@ -58,3 +58,69 @@ class Inspect(Command):
         if not text:
             raise ConfigError(f"--file {self.file}: is empty; give a text")
         return text
+
+
+@dataclass(frozen=True)
+class Plot(Command):
+    """Draw pictures of a run, as PNG and SVG: loss, bits per byte, learning rate, throughput, load of the experts.
+
+    With several runs, each picture compares them.
+    """
+
+    interrupted: ClassVar[str] = "some pictures were not drawn; run it again"
+
+    run: list[str]
+    """Folder of a run. Repeat the flag to compare several."""
+    out: str = ""
+    """Folder for the pictures. Empty: RUN/report of the first run."""
+
+    def execute(self) -> int:
+        for run in self.run:
+            check_run_folder(run)
+        if self.out:
+            check_out_folder("--out", self.out)
+        environment.prepare_environment()
+        with working("drawing the pictures"):
+            from moe_jax.plots.figures import run_figures, save_figures
+
+            figures = run_figures([Path(run) for run in self.run])
+            if self.out:
+                Path(self.out).mkdir(parents=True, exist_ok=True)
+            out = Folder(Path(self.out)) if self.out else Folder(Path(self.run[0])).inner("report")
+            paths = save_figures(figures, out)
+        say(*paths)
+        return 0
+
+
+@dataclass(frozen=True)
+class Doctor(Command):
+    """Verify every checkpoint of a run, each array included."""
+
+    interrupted: ClassVar[str] = "the checkpoints were not all verified; run it again"
+
+    run: str
+    """Folder of a run."""
+    repair: bool = False
+    """Repair what can be repaired. Damaged checkpoints are renamed, never removed."""
+
+    def execute(self) -> int:
+        """0 if nothing is damaged, or if all damage was repaired."""
+        folder = Path(self.run)
+        if not Folder(folder).exists("checkpoints"):
+            raise ConfigError(f"--run {self.run}: is not the folder of a run; it has no folder `checkpoints`")
+        environment.prepare_environment()
+        with working(f"reading every checkpoint of {folder}"):
+            from moe_jax.runs.doctor import ILL, examine
+            from moe_jax.runs.folder import locked_for_training
+
+            writable = self.repair or os.access(folder, os.W_OK)
+            with locked_for_training(folder) if writable else contextlib.nullcontext():
+                findings = examine(folder, self.repair)
+        width = max(len(f.what) for f in findings)
+        for finding in findings:
+            say(f"{finding.what:<{width}}  {finding.state:<8}  {finding.detail}".rstrip())
+        ill = collections.Counter(f.state for f in findings if f.state in ILL)
+        if ill:
+            counts = ", ".join(f"{count} {state}" for state, count in ill.items())
+            say(counts + ("" if self.repair else "; --repair repairs what can be repaired"))
+        return 1 if ill else 0

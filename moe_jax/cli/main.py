@@ -7,7 +7,7 @@ stderr, without a traceback. Nothing here imports jax before the arguments of th
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from moe_jax.cli.arguments import HINT
@@ -62,39 +62,33 @@ def console() -> int:
 
 
 def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
-    """Run a program on the arguments: those of this process, unless given. An error that the user can mend becomes one
-    line and an exit status."""
-    if argv is None:
-        with interruptible():
-            return _main(program, sys.argv[1:])
-    return _main(program, argv)
-
-
-def _main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str]) -> int:
-    terminal.guard_streams()
-    try:
-        status = program(argv) or 0
-        sys.stdout.flush()  # an error of the last write must be found here, and not while Python shuts down
-        return status
-    except ConfigError as error:
-        return _fail(str(error), 2)
-    except UserError as error:
-        return _fail(str(error), 1)
-    except Interrupted as error:
-        return _fail(f"interrupted; {error}", INTERRUPTED)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    except terminal.OutputLost as error:
-        if error.reader_left:  # `generate | head`
-            return 0
-        return _fail(f"standard output cannot be written ({error}); mend that and try again", 1)
-    except OSError as error:
-        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; mend this and try again", 1)
-    except RuntimeError as error:
-        message = _of_jax(str(error))
-        if message is None:
-            raise
-        return _fail(message, 1)
+    """Run a program on the arguments, by default those of this process. An error that the user can fix becomes one line
+    and an exit status."""
+    with interruptible() if argv is None else nullcontext():
+        terminal.guard_streams()
+        try:
+            status = program(sys.argv[1:] if argv is None else argv) or 0
+            sys.stdout.flush()  # an error of the last write must be found here, and not while Python shuts down
+            return status
+        except ConfigError as error:
+            return _fail(str(error), 2)
+        except UserError as error:
+            return _fail(str(error), 1)
+        except Interrupted as error:
+            return _fail(f"interrupted; {error}", INTERRUPTED)
+        except KeyboardInterrupt:
+            return _fail("interrupted", INTERRUPTED)
+        except terminal.OutputLost as error:
+            if error.reader_left:  # `generate | head`
+                return 0
+            return _fail(f"standard output cannot be written ({error}); mend that and try again", 1)
+        except OSError as error:
+            return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; mend this and try again", 1)
+        except RuntimeError as error:
+            message = _of_jax(str(error))
+            if message is None:
+                raise
+            return _fail(message, 1)
 
 
 def _of_jax(error: str) -> str | None:
@@ -113,10 +107,6 @@ def _of_jax(error: str) -> str | None:
 def _fail(message: str, status: int) -> int:
     with suppress(terminal.OutputLost):
         sys.stdout.flush()
-    print("error: " + " ".join(map(_shortened, message.split())), file=sys.stderr)
+    words = [w if len(w) <= LONGEST_WORD else f"{w[:150]}...{w[-100:]}" for w in message.split()]
+    print("error:", *words, file=sys.stderr)
     return status
-
-
-def _shortened(word: str) -> str:
-    """A word as an error shows it: the beginning and the end of a very long one."""
-    return word if len(word) <= LONGEST_WORD else f"{word[:150]}...{word[-100:]}"

@@ -80,7 +80,7 @@ class Plan(RunCommand):
     def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
         for_text = SOURCE in flags or bool(own.get("memory"))
         if not for_text:  # a file may name a text, which changes no memory
-            file = SettingsFile(file.path, {key: value for key, value in file.values.items() if key != SOURCE})
+            file = file.only(file.values.keys() - {SOURCE})
         if PRESET not in file.values | flags and (not for_text or any((file.values | flags).get(k) for k in ORIGINS)):
             flags = flags | {PRESET: cls.preset}
         own["typed"] = typed = AutoPreset.of(file, flags, own.get("memory", ""), own.get("minutes", 0.0))

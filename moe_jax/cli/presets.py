@@ -1,7 +1,7 @@
 """`moe-jax presets`."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from moe_jax.cli.command import Command, print_json, print_next
 from moe_jax.system import environment
@@ -28,21 +28,15 @@ class Presets(Command):
             from moe_jax.system.terminal import rich_console
             from moe_jax.training.advice import HIGHEST, LOWEST, duration
 
-            costs = {name: preset_costs(name) for name in PRESETS}
+            costs = {name: PresetCosts.of(name) for name in PRESETS}
         table = Table(box=None, padding=(0, 2, 0, 0))
         for name in ("preset", "parameters", "active", "tokens", "memory from", "time here"):
             table.add_column(name, justify="left" if name == "preset" else "right", no_wrap=True)
         for name, cost in costs.items():
-            table.add_row(
-                name,
-                f"{cost.parameters / 1e6:.1f} M",
-                f"{cost.active / 1e6:.1f} M",
-                f"{cost.tokens / 1e6:.1f} M",
-                f"{cost.least_bytes / 2**20:,.0f} MiB",
-                f"{duration(cost.fastest)} to {duration(cost.slowest)}",
-            )
-        console = rich_console()
-        console.print(table, "")
+            millions = [f"{count / 1e6:.1f} M" for count in (cost.parameters, cost.active, cost.tokens)]
+            time = f"{duration(cost.fastest)} to {duration(cost.slowest)}"
+            table.add_row(name, *millions, f"{cost.least_bytes / 2**20:,.0f} MiB", time)
+        rich_console().print(table, "")
         say(*(f"{name:<10} {purpose}" for name, purpose in PURPOSES.items()), "")
         say("memory: what a training step takes at least, counted from the sizes of its arrays")
         rates = [cost.gflops for cost in costs.values()]
@@ -52,11 +46,12 @@ class Presets(Command):
             f"each preset just now: {min(rates):,.0f} to {max(rates):,.0f} GFLOP/s"
         )
         print_next("uv run train.py --preset nano --dry-run")
-        print_json({name: cost._asdict() for name, cost in costs.items()}, self.json)
+        print_json({name: dataclasses.asdict(cost) for name, cost in costs.items()}, self.json)
         return 0
 
 
-class PresetCosts(NamedTuple):
+@dataclass(frozen=True)
+class PresetCosts:
     """What a preset costs on this machine."""
 
     parameters: int
@@ -74,18 +69,18 @@ class PresetCosts(NamedTuple):
     compute_dtype: str
     """The precision of that matrix product."""
 
+    @classmethod
+    def of(cls, name: str) -> "PresetCosts":
+        """The costs of a preset. Measures the speed of a matrix product."""
+        from moe_jax.config.presets import preset, with_vocabulary
+        from moe_jax.model.costs import count_parameters, least_step_bytes, totals
+        from moe_jax.model.precision import choose_policy
+        from moe_jax.system import machine
+        from moe_jax.training.advice import ExpectedTime
 
-def preset_costs(name: str) -> PresetCosts:
-    """The costs of a preset. Measures the speed of a matrix product."""
-    from moe_jax.config.presets import preset, with_vocabulary
-    from moe_jax.model.costs import count_parameters, least_step_bytes, totals
-    from moe_jax.model.precision import choose_policy
-    from moe_jax.system import machine
-    from moe_jax.training.advice import ExpectedTime
-
-    config = with_vocabulary(preset(name))
-    counts, tokens = totals(count_parameters(config.model)), config.train.steps * config.tokens_per_step
-    dtype = choose_policy(config.execution.compute_dtype).compute
-    rate = machine.matmul_rate(dtype)
-    expected = ExpectedTime.of(config, rate)
-    return PresetCosts(counts.total, counts.active, tokens, least_step_bytes(config), *expected, rate / 1e9, dtype)
+        config = with_vocabulary(preset(name))
+        counts, tokens = totals(count_parameters(config.model)), config.train.steps * config.tokens_per_step
+        dtype = choose_policy(config.execution.compute_dtype).compute
+        rate = machine.matmul_rate(dtype)
+        expected = ExpectedTime.of(config, rate)
+        return cls(counts.total, counts.active, tokens, least_step_bytes(config), *expected, rate / 1e9, dtype)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import ClassVar
 from urllib.parse import urlsplit
 
-from moe_jax.cli.command import Command, check_range, check_run_folder
+from moe_jax.cli.command import ModelCommand, check_range
 from moe_jax.config import ConfigError, UserError
 from moe_jax.system import environment
 from moe_jax.system.terminal import say
 
 
-@dataclass(frozen=True)
-class Serve(Command):
+@dataclass(frozen=True, kw_only=True)
+class Serve(ModelCommand):
     """Serve a trained model: OpenAI's API for programs, and a page that shows which experts write each token.
 
     Several texts are written at once, one in each slot; others wait. The same request with the same seed gives the same
@@ -22,8 +22,6 @@ class Serve(Command):
 
     interrupted: ClassVar[str] = "the server had not started"
 
-    run: str
-    """Folder of a run."""
     host: str = "127.0.0.1"
     """Address to listen on. Another machine can ask only if this is not 127.0.0.1; then --api-key must be given."""
     port: int = 8000
@@ -34,12 +32,10 @@ class Serve(Command):
     """Key that requests must send. None unless given."""
     allow_origin: list[str] = field(default_factory=list)
     """Another site whose pages may ask, such as https://example.org."""
-    step: int | None = None
-    """Step of the checkpoint to load. The best one unless given."""
 
     def check(self) -> None:
-        """Raise ConfigError for a value that cannot be."""
-        check_run_folder(self.run, self.step)
+        """Raise ConfigError if a value is out of range."""
+        super().check()
         check_range("--port", self.port, 0, 65535)
         check_range("--slots", self.slots, 1, 256)
         if not self.api_key.isascii() or " " in self.api_key:

@@ -10,7 +10,7 @@ flags change them.
 import dataclasses
 import itertools
 import tomllib
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -47,6 +47,10 @@ class SettingsFile(NamedTuple):
 
     path: str = ""
     values: Values = {}  # noqa: RUF012, a default that nobody changes
+
+    def only(self, keys: Container[tuple[str, str]]) -> "SettingsFile":
+        """The file without other settings."""
+        return SettingsFile(self.path, {key: value for key, value in self.values.items() if key in keys})
 
     def error(self, field: tuple[str, str], problem: str) -> ConfigError:
         """The error for a wrong value: one line with the file and the key."""
@@ -105,8 +109,7 @@ class RunCommand(Command):
         flags |= read_set(own.get("set", []), settable)
         path = own.get("config")
         file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig(), cls.takes_auto))
-        keys = {a.key for a in settable}
-        file = SettingsFile(file.path, {key: value for key, value in file.values.items() if key in keys})
+        file = file.only({a.key for a in settable})
         cls.adapt(own, flags, file.values)
         return cls(settings=cls.resolve(own, file, flags), **own)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli.command import COMMANDS, command
-from moe_jax.cli.completion import Completion
+from moe_jax.cli.help import Completion
 from tests.cli.test_cli import run_without_jax
 
 

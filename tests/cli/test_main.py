@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from moe_jax.cli import chat, main
+from moe_jax.cli import generate, main
 from moe_jax.cli.command import COMMANDS, command
 from moe_jax.cli.train import Train
 
@@ -63,7 +63,7 @@ def test_the_end_of_a_chat_ends_its_line(monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr("builtins.input", ended)
     for person, printed in ((True, "\n"), (False, "")):
-        assert chat._next_line(person) is None
+        assert generate._next_line(person) is None
         assert capsys.readouterr().out == printed
     monkeypatch.setattr("builtins.input", lambda prompt: prompt + "a cat")
-    assert (chat._next_line(True), chat._next_line(False)) == ("\n> a cat", "a cat")
+    assert (generate._next_line(True), generate._next_line(False)) == ("\n> a cat", "a cat")

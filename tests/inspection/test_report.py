@@ -309,6 +309,6 @@ def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tm
 
 def test_an_empty_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "empty.txt").write_text("")
-    monkeypatch.setattr("moe_jax.cli.inspect.check_run_folder", lambda *_: None)
+    monkeypatch.setattr("moe_jax.cli.command.check_run_folder", lambda *_: None)
     with pytest.raises(ConfigError, match=r"--file .*empty\.txt: is empty; give a text"):
         Inspect(run="run", file=str(tmp_path / "empty.txt")).execute()

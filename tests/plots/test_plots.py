@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from moe_jax.cli.plot import Plot
+from moe_jax.cli.inspect import Plot
 from moe_jax.config import UserError
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.plots.figures import run_figures, save_figures

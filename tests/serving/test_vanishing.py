@@ -125,6 +125,6 @@ def test_a_port_that_cannot_be_had_is_said_in_one_line(number: int, said: str, m
 def test_settings_that_are_unsafe_are_refused(
     flags: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_jax.cli.serve.check_run_folder", lambda *_: None)
+    monkeypatch.setattr("moe_jax.cli.command.check_run_folder", lambda *_: None)
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
         Serve(run="run", **flags).check()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.cli.derive import Merge
+from moe_jax.cli.export import Merge
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, TrainConfig, load_config
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import adapter_parameters, count_parameters, least_step_bytes, totals, training_flops

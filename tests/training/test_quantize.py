@@ -13,7 +13,7 @@ import pytest
 import moe_jax
 from foundation.trained.problem import Problem
 from foundation.trained.weights import read_safetensors
-from moe_jax.cli.derive import Quantize
+from moe_jax.cli.export import Quantize
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
