@@ -21,8 +21,6 @@ from moe_jax.system.files import json_text
 Target = Literal["hf", "gguf", "both", "safetensors"]
 Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]
 
-SHARD_BYTES = 5 * 10**9
-"""A larger model is written as several files with an index."""
 LAYOUT = """\
 # The layout of model.safetensors
 
@@ -93,7 +91,7 @@ def _write_for(
 ) -> None:
     context = source.config.model.seq_len
     if to in ("hf", "both"):
-        _write_shards(folder, huggingface.tensors(source, architecture), dtype)
+        _write_weights(folder, huggingface.tensors(source, architecture), dtype)
         _write_json(folder / "config.json", huggingface.config_json(source, architecture, dtype))
         separator = source.tokenizer.separator_id
         generation = {"bos_token_id": separator, "eos_token_id": separator, "do_sample": True, "temperature": 0.8}
@@ -106,7 +104,7 @@ def _write_for(
 
 
 def _write_plain(folder: Path, source: ExportSource, dtype: Dtype) -> None:
-    _write_shards(folder, ((name, source.array(name)) for name in source.weights), dtype)
+    _write_weights(folder, ((name, source.array(name)) for name in source.weights), dtype)
     (folder / "LAYOUT.md").write_text(LAYOUT, encoding="utf-8")
     _write_json(folder / "settings.json", source.config.to_dict())
     _write_tokenizer(folder, source)
@@ -122,34 +120,12 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype) -> None:
-    """Write model.safetensors, or several files with an index if the model has more than SHARD_BYTES."""
-    metadata, names, total = {"format": "pt"}, {}, 0
-    shards: list[list[str]] = []
-    for number, shard in enumerate(_shards(tensors, dtype)):
-        write_safetensors(folder / f"{number}.part", shard, shard.__getitem__, metadata)
-        shards.append(list(shard))
-        total += sum(array.nbytes for array in shard.values())
-    for number, inside in enumerate(shards):
-        name = f"model-{number + 1:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else "model.safetensors"
-        (folder / f"{number}.part").rename(folder / name)
-        names |= dict.fromkeys(inside, name)
-    if len(shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": names})
-
-
-def _shards(tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype) -> Iterator[dict[str, np.ndarray]]:
+def _write_weights(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype) -> None:
     import ml_dtypes
 
     kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    shard: dict[str, np.ndarray] = {}
-    for name, array in tensors:
-        array = np.ascontiguousarray(array, kind)
-        if shard and sum(a.nbytes for a in shard.values()) + array.nbytes > SHARD_BYTES:
-            yield shard
-            shard = {}
-        shard[name] = array
-    yield shard
+    arrays = {name: np.ascontiguousarray(array, kind) for name, array in tensors}
+    write_safetensors(folder / "model.safetensors", arrays, arrays.__getitem__, {"format": "pt"})
 
 
 # What a person reads beside an exported model: the model card, and ollama's Modelfile
@@ -166,6 +142,7 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
     """
     config, summary = source.config, source.summary
     counts, model = totals(count_parameters(config.model)), config.model
+    steps = source.checkpoint.step  # the exported checkpoint may be an earlier one than the last
     facts: dict[str, Any] = {
         "parameters": f"{counts.total:,}, of which {counts.active:,} are active for a token",
         "shape": f"{model.layers} layers of width {model.width}, {model.heads} heads, context {model.seq_len}",
@@ -175,10 +152,11 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
         "tokenizer": f"{source.tokenizer.kind}, {source.tokenizer.vocab_size:,} entries; a text begins and ends with "
         + ("`<|endoftext|>`" if source.tokenizer.kind != "hf" else f"token {source.tokenizer.separator_id}"),
         "trained on": config.data.source,
-        "training": _training(source),
+        "training": f"{steps * config.tokens_per_step:,} tokens in {steps:,} steps, "
+        f"{training_flops(config, steps):.2e} floating-point operations",
         "score": _score(summary),
         "routing": _routing(summary),
-        "checkpoint": f"step {source.checkpoint.step}",
+        "checkpoint": f"step {steps}",
         "exported by": f"`{command}`",
     }
     table = "".join(f"| {what} | {fact} |\n" for what, fact in facts.items() if fact)
@@ -199,13 +177,6 @@ def _use(source: ExportSource) -> str:
             "measured on the answers only."
         )
     return "It goes on with a text; it does not follow instructions."
-
-
-def _training(source: ExportSource) -> str:
-    """Of this run, up to the exported checkpoint, which may be an earlier one than the last."""
-    config, steps = source.config, source.checkpoint.step
-    tokens = steps * config.tokens_per_step
-    return f"{tokens:,} tokens in {steps:,} steps, {training_flops(config, steps):.2e} floating-point operations"
 
 
 def _score(summary: dict[str, Any]) -> str:

@@ -24,14 +24,12 @@ from moe_jax.config import ModelConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
 from moe_jax.interop.architectures import MIXTRAL
 from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_shape
-from moe_jax.interop.weight_files import Tensor, WeightFiles
+from moe_jax.interop.weight_files import WeightFiles
 from moe_jax.model.transformer import Params
 from moe_jax.parallel import global_arrays
 from moe_jax.system.files import MAX_JSON_BYTES
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-_CHUNK = 1 << 20
-"""Entries that are looked at or compared at a time."""
 
 
 # Which tensor of a Hugging Face model is which part of our parameters
@@ -208,7 +206,7 @@ class Pretrained:
             target = made[piece.place]
             with np.errstate(over="ignore"):  # a value that is too large for the dtype is named below
                 target[...] = part.swapaxes(-1, -2) if piece.transposed else part
-            if not _finite(target):
+            if not np.isfinite(target).all():
                 raise UserError(
                     f"{self.weights.folder}: tensor {piece.tensor} has NaN or infinite values in {leaf.dtype}; "
                     "download it again"
@@ -225,8 +223,8 @@ class Pretrained:
 
     def _check_tied(self) -> None:
         """Raise UserError if the folder holds a head that is not its embedding, although config.json ties them."""
-        one, other = (self.weights.tensors[name] for name in (EMBEDDING, HEAD))
-        if one.shape != other.shape or not _same(one, other):
+        embedding, head = (self.weights.tensors[name].map() for name in (EMBEDDING, HEAD))
+        if not np.array_equal(embedding, head):
             raise UserError(
                 f"{self.weights.folder}: tensor {HEAD} is not the embedding, and config.json says "
                 "tie_word_embeddings; set that to false if the tensor is right"
@@ -268,20 +266,3 @@ def _buffer(size: int) -> np.ndarray:
 
 def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
     return leaf.size * leaf.dtype.itemsize
-
-
-def _blocks(array: np.ndarray) -> range:
-    """The first rows of blocks of about _CHUNK entries."""
-    rows = max(1, _CHUNK // max(1, array[:1].size))
-    return range(0, len(array), rows)
-
-
-def _finite(array: np.ndarray) -> bool:
-    step = _blocks(array).step
-    return all(bool(np.isfinite(array[i : i + step]).all()) for i in _blocks(array))
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    a, b = one.map(), other.map()
-    step = _blocks(a).step
-    return all(np.array_equal(a[i : i + step], b[i : i + step]) for i in _blocks(a))

@@ -5,7 +5,7 @@ a forward pass. Any other field is refused by name, because it may change what t
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -52,16 +52,15 @@ class _Layout(NamedTuple):
     """What a missing `norm_topk_prob` means; None: the class has no such field, and always renormalises."""
 
 
+_EXPERTS: dict[str, Any] = {"experts": "num_experts", "top_k": 8, "renormalise": False}
 LAYOUTS = {
     layout.architecture.model_type: layout
     for layout in (
         _Layout(LLAMA, 1e-6),
         _Layout(QWEN3, 1e-6, kv_heads=32, head_dim=128, qk_norm="head"),
         _Layout(MIXTRAL, 1e-5, 1e6, kv_heads=8, experts="num_local_experts", top_k=2),
-        _Layout(
-            QWEN3_MOE, 1e-6, kv_heads=4, qk_norm="head", experts="num_experts", top_k=8, renormalise=False
-        )._replace(hidden="moe_intermediate_size"),
-        _Layout(OLMOE, 1e-5, qk_norm="full", experts="num_experts", top_k=8, renormalise=False),
+        _Layout(QWEN3_MOE, 1e-6, kv_heads=4, qk_norm="head", hidden="moe_intermediate_size", **_EXPERTS),
+        _Layout(OLMOE, 1e-5, qk_norm="full", **_EXPERTS),
     )
 }
 """`model_type` -> its layout. The defaults are those of the classes in transformers."""
@@ -142,9 +141,7 @@ def read_shape(folder: Path, flag: str) -> PretrainedShape:
         )
     try:
         return _Reader(values).shape(folder, text)
-    except ConfigError as error:  # of ModelConfig, by the flag of the field
-        raise UserError(f"{folder / CONFIG}: {error}") from None
-    except _Unheld as error:
+    except (ConfigError, UserError) as error:  # ConfigError of ModelConfig, by the flag of the field
         raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
@@ -169,10 +166,6 @@ def open_file(folder: Path, name: str, limit: int | None = None) -> BinaryIO:
 def _no_number(name: str) -> None:
     """NaN and Infinity are no JSON, and no value of a field that a model could have."""
     raise ValueError(f"{name} is no number")
-
-
-class _Unheld(Exception):
-    """A field, with its value, that our model cannot have."""
 
 
 class _Reader:
@@ -257,16 +250,18 @@ class _Reader:
                 continue
             if not isinstance(rope, dict):
                 raise self._unheld(field, "an object")
-            usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": None}
+            inner = rope.get("rope_theta")
+            usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": inner}
             for name, value in rope.items():
-                if name not in usual or value not in (usual[name], None, *([value] if name == "rope_theta" else [])):
-                    raise _Unheld(
+                if name not in usual or value not in (usual[name], None):
+                    raise UserError(
                         f"{field}.{name} is {_shown(value)}: our rotation has a base and nothing else; "
                         "a model with a scaled rotation cannot be imported"
                     )
-            inner = rope.get("rope_theta")
             if inner is not None and theta not in (None, inner):
-                raise _Unheld(f"rope_theta is {_shown(theta)}, and {field}.rope_theta {_shown(inner)}; make them equal")
+                raise UserError(
+                    f"rope_theta is {_shown(theta)}, and {field}.rope_theta {_shown(inner)}; make them equal"
+                )
             theta = theta if inner is None else inner
         self._values = self._values | {"rope_theta": theta}
         return self._number("rope_theta", layout.theta, 1, 1e9)
@@ -284,36 +279,31 @@ class _Reader:
             if name in SHAPE or name in HARMLESS or name.startswith("_"):
                 continue
             if name in FIXED:
-                if not any(value == allowed and type(value) is type(allowed) for allowed in _typed(FIXED[name])):
-                    raise self._unheld(name, " or ".join(json.dumps(v) for v in FIXED[name][:1]))
+                if value not in FIXED[name]:
+                    raise self._unheld(name, json.dumps(FIXED[name][0]))
             elif value not in (None, False, "") and value != [] and value != {} and not isinstance(value, str):
-                raise _Unheld(
+                raise UserError(
                     f"{_shown(name)} is {_shown(value)}: an unknown field, which may change what the model computes; "
                     "if it does not, remove it from a copy of the file"
                 )
 
     def _size(self, name: str, default: int | None = None) -> int:
+        allowed = f"a whole number from 1 to {_LARGEST:,}"
+        return self._value(name, default, lambda value: type(value) is int and 1 <= value < _LARGEST, allowed)
+
+    def _number(self, name: str, default: float, low: float, high: float) -> float:
+        allowed = f"a number from {low:g} to {high:g}"
+        return float(self._value(name, default, lambda v: type(v) in (int, float) and low <= v <= high, allowed))
+
+    def _switch(self, name: str, default: bool) -> bool:
+        return self._value(name, default, lambda value: type(value) is bool, "true or false")
+
+    def _value(self, name: str, default: Any, ok: Callable[[Any], bool], allowed: str) -> Any:
         value = self._values.get(name)
         if value is None and default is not None:
             return default
-        if type(value) is not int or not 1 <= value < _LARGEST:
-            raise self._unheld(name, f"a whole number from 1 to {_LARGEST:,}")
-        return value
-
-    def _number(self, name: str, default: float, low: float, high: float) -> float:
-        value = self._values.get(name)
-        if value is None:
-            return default
-        if type(value) not in (int, float) or not low <= value <= high:
-            raise self._unheld(name, f"a number from {low:g} to {high:g}")
-        return float(value)
-
-    def _switch(self, name: str, default: bool) -> bool:
-        value = self._values.get(name)
-        if value is None:
-            return default
-        if type(value) is not bool:
-            raise self._unheld(name, "true or false")
+        if not ok(value):
+            raise self._unheld(name, allowed)
         return value
 
     @staticmethod
@@ -321,16 +311,8 @@ class _Reader:
         """0, which stands for the usual value, or another value."""
         return 0 if value == usual else value
 
-    def _unheld(self, name: str, allowed: str) -> _Unheld:
-        return _Unheld(f"{name} is {_shown(self._values.get(name))}, and must be {allowed} to be imported")
-
-
-def _typed(values: Iterable[Any]) -> Iterable[Any]:
-    """The values, and each whole number as a float too."""
-    for value in values:
-        yield value
-        if type(value) is int:
-            yield float(value)
+    def _unheld(self, name: str, allowed: str) -> UserError:
+        return UserError(f"{name} is {_shown(self._values.get(name))}, and must be {allowed} to be imported")
 
 
 def _shown(value: Any) -> str:

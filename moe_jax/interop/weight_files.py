@@ -1,17 +1,15 @@
 """The tensors of a Hugging Face folder: model.safetensors, or several such files with an index.
 
 A safetensors file is a header in JSON, which says the dtype, shape and place of each tensor, and then the tensors. The
-header is checked completely before any tensor is read: the tensors must fill the rest of the file, one after another,
-without a gap. Files that hold pickled Python objects (`pytorch_model.bin`) are never opened: reading one can run code.
+library `safetensors` checks the header before any tensor is read. Files that hold pickled Python objects
+(`pytorch_model.bin`) are never opened: reading one can run code.
 """
 
 import json
-import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -27,8 +25,6 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_BITS = {"F64": 64, "I64": 64, "U64": 64, "I32": 32, "U32": 32, "I16": 16, "U16": 16, "I8": 8, "U8": 8, "BOOL": 8}
-"""Dtypes that are known, and that no weight may have."""
 _PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack|gguf)")
 
 
@@ -36,14 +32,15 @@ class Tensor(NamedTuple):
     """A tensor in a file. Nothing of it is read yet."""
 
     file: BinaryIO
-    dtype: np.dtype
+    dtype: str
+    """The name that the file gives. `WeightFiles.check` accepts those of `DTYPES` only."""
     shape: tuple[int, ...]
     offset: int
     """First byte in the file."""
 
     def map(self) -> np.ndarray:
         """The tensor, mapped into memory: pages of the file are read when they are used. Read-only."""
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)
 
 
 @dataclass(frozen=True)
@@ -82,14 +79,19 @@ class WeightFiles:
                 )
             if tensor.shape != shape:
                 raise UserError(
-                    f"{self.folder}: tensor {name} has shape {list(tensor.shape)}, and config.json gives "
-                    f"{list(shape)}; take both from the same folder"
+                    f"{self.folder}: tensor {name} has shape {shortened(str(list(tensor.shape)))}, and config.json "
+                    f"gives {list(shape)}; take both from the same folder"
                 )
-        for name in self.tensors:
+        for name, tensor in self.tensors.items():
             if name not in expected and name not in ignored and not name.endswith(".rotary_emb.inv_freq"):
                 raise UserError(
                     f"{self.folder}: has the tensor {_printable(name)}, which a model of its config.json has not; "
                     "take config.json and the weights from the same folder"
+                )
+            if tensor.dtype not in DTYPES:
+                raise UserError(
+                    f"{self.folder}: tensor {name} has dtype {tensor.dtype}, must be one of {', '.join(DTYPES)}; open "
+                    "the folder in transformers and save it in one of these"
                 )
 
 
@@ -98,10 +100,10 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
         index = parse_json(read_file(folder, INDEX, MAX_JSON_BYTES))
     except ValueError as error:
         raise UserError(f"{folder / INDEX}: is not JSON ({str(error)[:60]}); download the file again") from None
-    names = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(file, str) for file in names.values()):
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise UserError(f"{folder / INDEX}: has no `weight_map` of names to files; download the file again")
-    files = sorted(set(names.values()))
+    files = sorted(set(places.values()))
     for file in files:
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors", file):
             raise UserError(
@@ -111,88 +113,35 @@ def _sharded(folder: Path) -> dict[str, Tensor]:
     for file in files:
         if not (folder / file).exists():
             raise UserError(f"{folder / file}: is missing, and {INDEX} names it; download it")
-        for name, tensor in _tensors(folder, file).items():
-            if names.get(name) != file:
-                raise UserError(
-                    f"{folder / file}: has the tensor {_printable(name)}, which {INDEX} does not place there"
-                )
-            tensors[name] = tensor
-    for name, file in names.items():
-        if name not in tensors:
-            raise UserError(f"{folder / file}: has no tensor {_printable(name)}, which {INDEX} places there")
+        inside = _tensors(folder, file)
+        other = sorted(inside.keys() ^ {name for name, place in places.items() if place == file})
+        if other:
+            raise UserError(
+                f"{folder / file}: has other tensors than {INDEX} says, such as {_printable(other[0])}; take all files "
+                "from the same folder"
+            )
+        tensors |= inside
     return tensors
 
 
 def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one file. The file stays open, so that its tensors are those of the header that was checked."""
-    path, file = folder / name, open_file(folder, name)
-    size = file.seek(0, 2)
-    file.seek(0)
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
-        raise UserError(
-            f"{path}: its header ends after the file, at byte {8 + length:,} of {size:,}; download it again"
-        )
-    if length > MAX_JSON_BYTES:
-        raise UserError(f"{path}: its header has {length:,} bytes, and at most {MAX_JSON_BYTES:,} are read")
+    """The tensors of one file, which stays open."""
+    from safetensors import SafetensorError, safe_open
+
+    file = open_file(folder, name)
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_once)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: its header is not JSON ({str(error)[:80]}); download it again") from None
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: its header is not a JSON object; download it again")
+        with safe_open(folder / name, "numpy"):
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, ValueError) as error:
+        raise UserError(
+            f"{folder / name}: is no whole safetensors file ({_printable(str(error))}); download it again"
+        ) from None
     header.pop("__metadata__", None)
-    return dict(_in_order(path, file, header, 8 + length, size))
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    mapping = dict(pairs)
-    if len(mapping) < len(pairs):
-        raise ValueError("it has a name twice")
-    return mapping
-
-
-def _in_order(
-    path: Path, file: BinaryIO, header: dict[str, Any], start: int, size: int
-) -> Iterator[tuple[str, Tensor]]:
-    """Each tensor in the order of the file, checked to begin where the one before ends."""
-    entries = {name: _entry(path, name, entry) for name, entry in header.items()}
-    at = 0
-    for name, (dtype, shape, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if begin != at or end > size - start:
-            cause = "ends after the file" if end > size - start else "does not begin where the one before it ends"
-            raise UserError(f"{path}: tensor {_printable(name)} {cause} ({begin:,} to {end:,}); download it again")
-        at = end
-        yield name, Tensor(file, dtype, shape, start + begin)
-    if at != size - start:
-        raise UserError(f"{path}: has {size - start - at:,} bytes after its last tensor; download it again")
-
-
-def _entry(path: Path, name: str, entry: Any) -> tuple[np.dtype, tuple[int, ...], int, int]:
-    """The dtype, the shape and the place of a tensor. Raises UserError if they contradict each other."""
-    entry = entry if isinstance(entry, dict) else {}
-    kind, shape, place = (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-    ok = isinstance(kind, str) and _sizes(shape) and len(shape) <= 8 and _sizes(place) and len(place) == 2
-    if not ok:
-        raise UserError(
-            f"{path}: tensor {_printable(name)} has no usable dtype, shape and data_offsets; download it again"
-        )
-    if kind not in DTYPES:
-        known = "" if kind in _BITS else "the unknown "
-        raise UserError(
-            f"{path}: tensor {_printable(name)} has {known}dtype {_printable(kind)}, must be one of "
-            f"{', '.join(DTYPES)}; open the folder in transformers and save it in one of these"
-        )
-    begin, end = place
-    if math.prod(shape) * DTYPES[kind].itemsize != end - begin:
-        raise UserError(
-            f"{path}: tensor {_printable(name)} of shape {shape} has {end - begin:,} bytes; download it again"
-        )
-    return DTYPES[kind], tuple(shape), begin, end
-
-
-def _sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**62 for value in values)
+    return {
+        tensor: Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+        for tensor, entry in header.items()
+    }
 
 
 def _printable(text: str) -> str:

@@ -172,21 +172,6 @@ def test_plain_safetensors_have_our_names_and_values(run: Path, tmp_path: Path) 
     assert all(name.split(".")[-1] in layout for name in found)
 
 
-def test_a_large_model_is_written_in_shards(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export(open_source(run), "hf", "float32", tmp_path / "one", "")
-    monkeypatch.setattr(module, "SHARD_BYTES", 100_000)
-    export(open_source(run), "hf", "float32", tmp_path / "many", "")
-    whole = load_file(tmp_path / "one" / "model.safetensors")
-    index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
-    shards = {name: load_file(tmp_path / "many" / name) for name in set(index["weight_map"].values())}
-    assert len(shards) > 2
-    assert index["metadata"]["total_size"] == sum(a.nbytes for a in whole.values())
-    assert index["weight_map"].keys() == whole.keys()
-    for name, file in index["weight_map"].items():
-        np.testing.assert_array_equal(shards[file][name], whole[name])
-    assert all(name.endswith(f"-of-{len(shards):05}.safetensors") for name in shards)
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_weights_are_the_rounded_ones(dtype: str, run: Path, tmp_path: Path) -> None:
     import ml_dtypes
