@@ -9,5 +9,5 @@
     report.py         means with confidence intervals; a result ready to be written
     plots.py          the pictures
 
-The dense baselines are `moe_jax.config.baselines`.
+The dense baselines are `moe_jax.config.presets`.
 """

@@ -22,7 +22,7 @@ from comparison.report import IN_BRACKETS, Interval, Report, apart, difference_i
 from comparison.study_runs import BITS, run_config
 from comparison.tuning import Tuning
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
+from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
 from moe_jax.system import machine
 from moe_jax.system.files import json_text, write_atomically

@@ -14,7 +14,7 @@ from comparison.plots import experts_figure
 from comparison.report import IN_BRACKETS, Interval, Report, difference_in_words, paired, t_interval
 from comparison.study_runs import BITS, StudyRun, run_config
 from moe_jax.config import RunConfig
-from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
+from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
 
 

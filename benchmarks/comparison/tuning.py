@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from comparison.study_runs import BITS, StudyRun, run_config
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
+from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
 
 RATES = (0.5, 1.0, 2.0)

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import Dispatch, ModelConfig, RunConfig
-from moe_jax.config.baselines import dense_baseline
+from moe_jax.config.presets import dense_baseline
 from moe_jax.inference.decode import PromptState, advance
 from moe_jax.model.attention import Attention
 from moe_jax.model.kernels.causal_attention import Implementation

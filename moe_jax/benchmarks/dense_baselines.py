@@ -11,7 +11,7 @@ from rich.table import Table
 
 from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
+from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import (
     Count,
     count_parameters,

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
 from moe_jax.config import ConfigError, holds_run
-from moe_jax.config.saved import missing_run
+from moe_jax.config.run import missing_run
 from moe_jax.config.section import format_bound
 from moe_jax.system.files import Folder, json_text, step_number
 

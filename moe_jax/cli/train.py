@@ -15,7 +15,7 @@ from moe_jax.cli.settings import RunCommand, Settings, SettingsFile, resolve_set
 from moe_jax.config import ConfigError, MeshShape, RunConfig, UserError, holds_run
 from moe_jax.config.execution import ProcessGroup
 from moe_jax.config.presets import with_vocabulary
-from moe_jax.config.saved import similar_runs
+from moe_jax.config.run import runs_beside
 from moe_jax.planning.auto import Choice, bytes_per_token, text_bytes
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
@@ -282,4 +282,4 @@ def new_run_note(run: Path) -> str:
     may be mistyped."""
     if (run / "config.json").exists():
         return f"--resume: {run} has no checkpoint yet, so its run starts again, with the settings in its config.json"
-    return f"--resume: {run} holds no run yet, so a new one starts there{similar_runs(run)}"
+    return f"--resume: {run} holds no run yet, so a new one starts there{runs_beside(run)}"

@@ -6,9 +6,8 @@ before jax is imported. A wrong value raises `ConfigError`, whose text names the
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
     data.py        DataConfig           train.py  TrainConfig
     execution.py   ExecutionConfig, MeshShape, ProcessGroup: precision, devices and processes
-    run.py         RunConfig: all of them, to and from `config.json`
-    presets.py     the presets: named settings that a run starts from
-    saved.py       the configuration in a run's folder
+    run.py         RunConfig: all of them, to and from the `config.json` of a run's folder
+    presets.py     the presets: named settings that a run starts from; dense baselines
     section.py     flags of fields, and the checks that name them
 
 The alphabet of the project, used in every annotation, einsum and comment:
@@ -33,8 +32,15 @@ from moe_jax.config.model import (
     capacity,
     device_rows,
 )
-from moe_jax.config.run import SECTIONS, PresetName, RunConfig, Tracker
-from moe_jax.config.saved import holds_run, load_begun_config, load_config
+from moe_jax.config.run import (
+    SECTIONS,
+    PresetName,
+    RunConfig,
+    Tracker,
+    holds_run,
+    load_begun_config,
+    load_config,
+)
 from moe_jax.config.train import OptimizerKind, ParamDtype, Schedule, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError
 

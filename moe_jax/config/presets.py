@@ -6,7 +6,7 @@ from pathlib import Path
 
 from moe_jax.config.data import DataConfig
 from moe_jax.config.execution import ExecutionConfig
-from moe_jax.config.model import ModelConfig, RoutingConfig
+from moe_jax.config.model import Dense, ModelConfig, RoutingConfig
 from moe_jax.config.run import PresetName, RunConfig
 from moe_jax.config.train import TrainConfig
 from moe_jax.system.errors import ConfigError
@@ -207,3 +207,14 @@ def with_vocabulary(config: RunConfig) -> RunConfig:
     """
     size = config.model.vocab_size or largest_vocabulary(config.data)
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+
+
+# The dense networks that a mixture of experts is compared with
+
+DENSE_BASELINES: dict[Dense, str] = {"none": "moe", "active": "dense-active", "total": "dense-total"}
+"""`ModelConfig.dense` -> the name in tables, pictures and folders. The mixture itself comes first."""
+
+
+def dense_baseline(config: RunConfig, dense: Dense) -> RunConfig:
+    """The same recipe with a dense network of the same active or total parameters; "none" is the mixture itself."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, dense=dense))

@@ -1,8 +1,10 @@
-"""One run: what `train.py` is told, and what `config.json` holds. Standard library only."""
+"""One run: what `train.py` is told, what `config.json` holds, and how it is read back. Standard library only."""
 
 import dataclasses
+import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from moe_jax.config.data import DataConfig
@@ -11,6 +13,7 @@ from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.section import Section, no_flag
 from moe_jax.config.train import TrainConfig
 from moe_jax.system.errors import ConfigError, UserError, shortened
+from moe_jax.system.files import Folder, step_number
 
 PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
 Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
@@ -138,43 +141,47 @@ class RunConfig(Section, section=""):
                 f"config.json has schema version {_short(values.get('schema_version'))}, this program reads "
                 f"{SCHEMA_VERSION}: use the version of moe-jax that wrote it, or start a new run in another folder"
             )
-        top = {f.name: f.type for f in dataclasses.fields(cls) if f.name not in SECTIONS}
-        own = {name: values[name] for name in top.keys() & values.keys()}
-        for name, value in own.items():
-            _check_type(name, value, top[name])
         for tracker in ("tensorboard", "wandb", "trackio"):  # a switch for each, where `track` is missing
             if values.get(tracker) is True:
-                own.setdefault("track", tracker)
-        routing = _section(RoutingConfig, values)
+                values = {"track": tracker} | values
+        top = {f.name for f in dataclasses.fields(cls)} - {*SECTIONS}
         return cls(
-            **own,
-            model=_section(ModelConfig, values, routing=routing),
-            data=_section(DataConfig, values),
-            train=_section(TrainConfig, values),
-            execution=_section(ExecutionConfig, values),
+            **_checked(cls, "", {name: values[name] for name in top & values.keys()}),
+            model=ModelConfig(
+                **_section(ModelConfig, values), routing=RoutingConfig(**_section(RoutingConfig, values))
+            ),
+            data=DataConfig(**_section(DataConfig, values)),
+            train=TrainConfig(**_section(TrainConfig, values)),
+            execution=ExecutionConfig(**_section(ExecutionConfig, values)),
         )
 
 
-def _section[S: Section](kind: type[S], values: dict[str, Any], **inner: Section) -> S:
-    """A section from the values of a whole configuration. Raises UserError."""
-    section = kind.section_name
-    read = values.get(section, {})
-    if not isinstance(read, dict):
-        raise UserError(f"config.json: {section} is {_short(read)}, must be an object; {_CHANGED}")
-    types = {f.name: f.type for f in dataclasses.fields(kind) if f.name not in inner}  # pyright: ignore[reportArgumentType]
-    kept = {}
-    for name, value in read.items():
-        if name in types:
-            _check_type(f"{section}.{name}", value, types[name])
-            kept[name] = value
-        elif (section, name) not in RETIRED:
-            raise UserError(f"config.json: {section} has the unknown field {name!r}; another version wrote it")
-        elif value != RETIRED[section, name]:
+def _section(kind: type[Section], values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a section of a whole configuration. Raises UserError."""
+    section = values.get(kind.section_name, {})
+    if not isinstance(section, dict):
+        raise UserError(f"config.json: {kind.section_name} is {_short(section)}, must be an object; {_CHANGED}")
+    retired = {name: constant for (place, name), constant in RETIRED.items() if place == kind.section_name}
+    for name in retired.keys() & section.keys():
+        if section[name] != retired[name]:
             raise UserError(
-                f"config.json: {section}.{name} is {_short(value)}, and this version knows only "
-                f"{RETIRED[section, name]!r}: use version 0.2.0 of moe-jax for this run"
+                f"config.json: {kind.section_name}.{name} is {_short(section[name])}, and this version knows only "
+                f"{retired[name]!r}: use version 0.2.0 of moe-jax for this run"
             )
-    return kind(**kept, **inner)
+    return _checked(kind, f"{kind.section_name}.", {n: v for n, v in section.items() if n not in retired})
+
+
+def _checked(kind: type[Section], prefix: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values, each of the type of its field: `batch_size: 4.0` is refused. Raises UserError."""
+    types = {f.name: f.type for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
+    for name, value in values.items():
+        if name not in types or types[name] is RoutingConfig:
+            raise UserError(f"config.json: {prefix[:-1]} has the unknown field {name!r}; another version wrote it")
+        kinds, allowed = _KINDS.get(types[name], ((str,), "a text"))
+        ok = isinstance(value, kinds) and isinstance(value, bool) == (types[name] is bool)
+        if not ok or (isinstance(value, int) and abs(value) >= _MAX_INTEGER):
+            raise UserError(f"config.json: {prefix}{name} is {_short(value)}, must be {allowed}; {_CHANGED}")
+    return values
 
 
 _CHANGED = "the file was changed; `uv run python -m moe_jax doctor --run FOLDER --repair` takes it from a checkpoint"
@@ -187,13 +194,73 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 }
 
 
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    """Raise UserError unless a value of config.json has the type of its field: `batch_size: 4.0` is refused."""
-    kinds, allowed = _KINDS.get(kind, ((str,), "a text"))
-    ok = isinstance(value, kinds) and isinstance(value, bool) == (kind is bool)
-    if not ok or (isinstance(value, int) and abs(value) >= _MAX_INTEGER):
-        raise UserError(f"config.json: {name} is {_short(value)}, must be {allowed}; {_CHANGED}")
-
-
 def _short(value: Any) -> str:
     return shortened(repr(value))
+
+
+# The configuration in the folder of a run
+
+
+def holds_run(run: Path) -> bool:
+    """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete, so names
+    suffice. Raises UserError if the folder cannot be read: it may hold a run then."""
+    try:
+        steps = [name for name in Folder(run).names("checkpoints") if step_number(name) is not None]
+        return any(not (run / "checkpoints" / name).is_file() for name in steps)
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); fix this and try again") from None
+
+
+def load_config(run: Path) -> RunConfig | None:
+    """The saved configuration of a folder that holds a run, else None. Raises UserError where it cannot be read."""
+    if not holds_run(run):
+        return None
+    repair = f"; `uv run python -m moe_jax doctor --run {run} --repair` takes it from a checkpoint"
+    try:
+        return RunConfig.from_dict(Folder(run).read_json("config.json"))
+    except ConfigError:
+        raise
+    except OSError as error:  # a file that the system refuses to read may well be whole
+        remedy = repair if isinstance(error, FileNotFoundError) else "; fix this and try again"
+        raise UserError(f"{run / 'config.json'} cannot be read ({error.strerror}){remedy}") from error
+    except ValueError as error:
+        raise UserError(f"{run / 'config.json'} cannot be read ({error}){repair}") from error
+
+
+def load_begun_config(run: Path) -> RunConfig | None:
+    """The saved configuration of a run that ended before its first checkpoint. None where no run has begun, or where
+    the folder holds a checkpoint. Raises UserError where the configuration cannot be read."""
+    folder = Folder(run)
+    try:
+        if holds_run(run) or not folder.exists("config.json"):
+            return None
+        return RunConfig.from_dict(folder.read_json("config.json"))
+    except (OSError, ValueError, UserError) as error:
+        what = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{run / 'config.json'} cannot be read ({what}), and there is no checkpoint; "
+            "leave --resume out to start a new run there"
+        ) from error
+
+
+def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run train.py`") -> str:
+    """The message for a flag whose folder holds no run."""
+    return f"{flag} {run}: no run with a complete checkpoint there{runs_beside(Path(run))}; {remedy}"
+
+
+def runs_beside(run: Path) -> str:
+    """A hint with up to three runs in the same folder, the nearest name first: "; runs there: runs/nano". Or ""."""
+    try:
+        names = [path.name for path in run.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    near = (run.with_name(name) for name in difflib.get_close_matches(run.name, names, max(1, len(names)), cutoff=0))
+    runs = [str(path) for path in near if _holds_readable_run(path)][:3]
+    return f"; runs there: {', '.join(runs)}" if runs else ""
+
+
+def _holds_readable_run(run: Path) -> bool:
+    try:
+        return holds_run(run)
+    except UserError:
+        return False

@@ -12,7 +12,7 @@ from flax import nnx
 
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, load_config
 from moe_jax.config.model import MESH_ROUTING
-from moe_jax.config.saved import missing_run
+from moe_jax.config.run import missing_run
 from moe_jax.config.section import typed
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, holds_run, load_begun_config, load_config
 from moe_jax.config.model import MESH_ROUTING
 from moe_jax.config.presets import largest_vocabulary, preset
-from moe_jax.config.saved import missing_run
+from moe_jax.config.run import missing_run
 from moe_jax.config.section import typed
 from moe_jax.system.errors import FieldError
 

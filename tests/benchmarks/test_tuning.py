@@ -13,7 +13,7 @@ from comparison.baselines import Plan
 from comparison.tuning import Candidate, Tuning, hidden_at_depth, search
 
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.baselines import DENSE_BASELINES, dense_baseline
+from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
 from tests.benchmarks.invented_runs import Trainer, recipe
 

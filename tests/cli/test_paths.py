@@ -12,7 +12,7 @@ from moe_jax.cli.arguments import arguments_of
 from moe_jax.cli.command import command
 from moe_jax.cli.train import Sft, Train, new_run_note
 from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
-from moe_jax.config.saved import missing_run
+from moe_jax.config.run import missing_run
 from tests.cli.test_cli import make_held, refused
 
 
@@ -109,12 +109,13 @@ def test_a_run_of_a_small_text_may_be_resumed(tmp_path: Path, monkeypatch) -> No
 
 
 @pytest.mark.parametrize(
-    ("typed", "near"),
-    [("runs/stroy", ["runs/story", "runs/story-2"]), ("run/story", ["runs/story"]), ("runs/zebra", []), ("else", [])],
+    ("typed", "there"),
+    [("runs/stroy", "; runs there: runs/story, runs/story-2, runs/wiki"), ("run/story", ""), ("else", "")],
 )
-def test_a_mistyped_run_is_said_to_be_new(typed: str, near: list[str], tmp_path: Path, monkeypatch) -> None:
+def test_a_mistyped_run_is_said_to_be_new(typed: str, there: str, tmp_path: Path, monkeypatch) -> None:
+    """The runs beside it are named, the nearest name first."""
     monkeypatch.chdir(tmp_path)
-    for name in ("story", "story-2", "wiki"):
+    for name in ("story", "story-2", "wiki", "a"):
         make_held(tmp_path / "runs" / name)
         (tmp_path / "runs" / name / "held").rename(tmp_path / "moved")
         (tmp_path / "runs" / name).rmdir()
@@ -122,11 +123,8 @@ def test_a_mistyped_run_is_said_to_be_new(typed: str, near: list[str], tmp_path:
     (tmp_path / "runs" / "stroys").mkdir()  # the nearest name, and no run
     (tmp_path / "runs" / "storz").mkdir()  # a folder beside it that nobody can read
     (tmp_path / "runs" / "storz" / "checkpoints").symlink_to(tmp_path)
-    expected: Any = f"--resume: {typed} holds no run yet, so a new one starts there"
-    expected += f"; perhaps {' or '.join(near)} was meant" if near else ""
-    assert new_run_note(Path(typed)) == expected
-    there = expected.partition(";")[2] or " runs there: runs/story, runs/story-2, runs/wiki" * typed.startswith("runs")
-    named = f"--run {typed}: no run with a complete checkpoint there{';' * bool(there)}{there}; make one with `make`"
+    assert new_run_note(Path(typed)) == f"--resume: {typed} holds no run yet, so a new one starts there{there}"
+    named = f"--run {typed}: no run with a complete checkpoint there{there}; make one with `make`"
     assert missing_run("--run", typed, "make one with `make`") == named
 
 
