@@ -63,20 +63,13 @@ def check_out_file(flag: str, path: str | Path) -> None:
 
 
 def _check_writable(flag: str, path: Path, folder: Path) -> None:
-    """Check the folder, or the nearest folder above it that exists."""
+    """Try to make a folder in `folder`, or in the nearest folder above it that exists."""
     while not os.path.lexists(folder) and folder != folder.parent:
         folder = folder.parent
-    here = "" if folder == path else f"{folder} "
-    if not os.path.exists(folder):
-        raise ConfigError(f"{flag} {path}: {here}is a link to something that does not exist; name another folder")
-    if not os.path.isdir(folder):
-        raise ConfigError(f"{flag} {path}: {here}is a file; name another folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: {here}cannot be written (no permission, or read-only); name another folder")
     draft = folder / f".{secrets.token_hex(8)}"
-    try:  # some file systems, such as /proc, say that they can be written and refuse
+    try:
         draft.mkdir()
         draft.rmdir()
     except OSError as error:
-        what = "nothing can be written there" if folder == path else "this folder cannot be made"
-        raise ConfigError(f"{flag} {path}: {what} ({error.strerror}); name another") from None
+        here = "" if folder == path else f"{folder} "
+        raise ConfigError(f"{flag} {path}: {here}cannot be written ({error.strerror}); name another") from None

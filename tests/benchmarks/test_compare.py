@@ -15,7 +15,7 @@ from comparison import baselines, scaling, study_runs
 from comparison.baselines import Arm, ArmResult, Plan, differences
 from comparison.expert_counts import ExpertCounts, Models
 from comparison.power_law import fit
-from comparison.report import CONFIDENCE, t_interval
+from comparison.report import CONFIDENCE
 from comparison.study_runs import BITS
 from scipy import stats
 
@@ -31,15 +31,6 @@ BASE = recipe("stories")
 ONE = training_flops(BASE, 1)
 
 # Numbers by hand
-
-
-def test_t_interval_by_hand() -> None:
-    """1, 2, 3: mean 2, s = 1, and t(0.975, 2) = 4.303; its half width is 4.303 / sqrt(3) = 2.484."""
-    interval = t_interval([1.0, 2.0, 3.0])
-    assert interval.mean == 2
-    assert interval.high - 2 == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert 2 - interval.low == pytest.approx(interval.high - 2)
-    assert str(interval) == "2.0000 [-0.4841, 4.4841]"
 
 
 def arm_result(arm: Arm, bits: list[float]) -> ArmResult:
@@ -81,23 +72,6 @@ def test_steps_by_hand() -> None:
     assert Plan(BASE, 1.0, plan.step_seconds).arms()[0].steps == 1
     without_total = Plan(BASE, 2.9 * one, {"none": 0.2, "active": 0.1})
     assert without_total.arms() == plan.arms()[:3]
-
-
-def test_a_run_is_finished_once_it_is_scored_whole(tmp_path: Path) -> None:
-    """Not by the summary of its last evaluation, which is of the fixed part, nor by that of fewer steps."""
-    assert study_runs.finished(tmp_path, 4) is None
-    whole = {"val_whole_stream": True, "steps": 4} | dict.fromkeys(study_runs.NEEDED, 1.5)
-    for summary, done in (
-        (whole | {"val_whole_stream": False}, False),
-        (whole | {"steps": 3}, False),
-        (whole, True),
-        ({}, False),
-        ([], False),
-        ({"val_whole_stream": True, "steps": 4}, False),
-        (whole | {"val_bits_per_byte": "low"}, False),
-    ):
-        (tmp_path / "summary.json").write_text(json.dumps(summary))
-        assert study_runs.finished(tmp_path, 4) == (summary if done else None)
 
 
 # Power laws

@@ -298,12 +298,8 @@ def test_the_passes_of_a_loop_are_counted_where_the_compiler_does_not_write_them
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("direction=LT", "direction=LE"),
         ("constant(1)", "constant(2)"),
-        ("add(%kept", "subtract(%kept"),
-        ("%zero = s32[]{:T(128)} constant(2)", "%zero = s32[]{:T(128)} negate(%a)"),
         ("constant(7)", "negate(%s)"),
-        ("compare(%i", "compare(%end"),
     ],
 )
 def test_a_loop_that_counts_in_another_way_has_an_unknown_length(old: str, new: str) -> None:

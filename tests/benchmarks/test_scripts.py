@@ -13,7 +13,6 @@ from rich.console import Console
 
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.data.batches import train_positions
-from moe_jax.system.machine import Times
 from tests.benchmarks.test_suites import config
 from tests.support import tiny
 
@@ -81,32 +80,6 @@ def test_bytes_of_a_token_by_hand() -> None:
         "int8": entries + 4 * scales + rest,
         "int4": entries // 2 + 2 * groups + rest,
     }
-
-
-def test_the_ratios_are_theirs_over_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of times: so a ratio above 1 says that ours is faster. `seed-158m` is measured in Mixtral's form."""
-    seconds = {f"{who}, {what}": 1.0 for who in ("ours float32", "ours int8") for what in ("token", "prompt")}
-    seconds |= {"llama.cpp float32, token": 0.5, "llama.cpp float32, prompt": 2.0}
-    seconds |= {"llama.cpp q8_0, token": 0.25, "llama.cpp q8_0, prompt": 4.0}
-    monkeypatch.setattr(weights, "PACKAGES", {})
-    monkeypatch.setattr(weights, "_calls", lambda *_: dict.fromkeys(seconds))
-    monkeypatch.setattr(weights, "create", lambda *_: None)
-    monkeypatch.setattr(weights, "split", lambda _: (None, None))
-    monkeypatch.setattr(weights, "alternate", lambda calls, *_, **__: {name: Times((seconds[name],)) for name in calls})
-    found = weights.beside_llama_cpp(
-        Console(file=io.StringIO()), weights.BenchmarkRequest(config(activation="gelu"), 2, 1)
-    )
-    assert found == {
-        "in_form_of_mixtral": True,
-        "token_rate_float32_over_float32": 0.5,
-        "prompt_rate_float32_over_float32": 2.0,
-        "token_rate_int8_over_q8_0": 0.25,
-        "prompt_rate_int8_over_q8_0": 4.0,
-        "largest_spread": 0.0,
-    }
-    assert not weights.beside_llama_cpp(Console(file=io.StringIO()), weights.BenchmarkRequest(config(), 2, 1))[
-        "in_form_of_mixtral"
-    ]
 
 
 def test_batches_are_those_of_the_next_steps(monkeypatch: pytest.MonkeyPatch) -> None:

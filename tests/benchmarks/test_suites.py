@@ -72,12 +72,9 @@ def test_bound_by_hand() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
         {"activation": "gelu", "tied_head": False, "positions": "learned"},
-        {"shared_experts": 1},
         {"dense": "active"},
-        {"remat": True},
-        {"dispatch": "blocks"},
+        {"remat": True, "shared_experts": 1},
         {"dispatch": "blocks", "activation": "gelu", "shared_experts": 1, "top_k": 3},
     ],
     ids=str,
@@ -92,26 +89,16 @@ def test_formula_and_program_agree(changes: dict) -> None:
     assert min(found.compiled.values()) > 0
 
 
-LAYERS = pytest.mark.parametrize(
-    "changes", [{"activation": "gelu"}, {"activation": "swiglu"}, {"shared_experts": 1}], ids=str
-)
-
-
-@LAYERS
-def test_dense_layouts_are_one_function(changes: dict) -> None:
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16)), jnp.float32)
-    results = [np.asarray(function(w, x)) for function, w in layer.dense_layouts(config(**changes).model).values()]
-    for other in results[1:]:
-        np.testing.assert_allclose(other, results[0], atol=1e-5)
-
-
-@LAYERS
-def test_dense_layouts_have_the_arithmetic_of_a_token_s_experts(changes: dict) -> None:
+@pytest.mark.parametrize("changes", [{"activation": "gelu"}, {"shared_experts": 1}], ids=str)
+def test_dense_layouts_are_one_function_with_the_arithmetic_of_a_token_s_experts(changes: dict) -> None:
     model = config(**changes).model
-    x = jnp.zeros((2, 16, 16))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16)), jnp.float32)
     expected = expert_flops(model, 32 * (model.routing.top_k + model.shared_experts))
-    found = {name: layer.compiled_flops(run, w, x) for name, (run, w) in layer.dense_layouts(model).items()}
-    assert found == dict.fromkeys(found, expected)
+    layouts = layer.dense_layouts(model)
+    first = np.asarray(layouts["dense, plain"][0](layouts["dense, plain"][1], x))
+    for name, (function, weights) in layouts.items():
+        np.testing.assert_allclose(np.asarray(function(weights, x)), first, atol=1e-5)
+        assert layer.compiled_flops(function, weights, x) == expected, name
     assert layer.active_flops(model, 32) == expected + 32 * 2 * 16 * 4
 
 

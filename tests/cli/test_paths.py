@@ -46,43 +46,31 @@ WRITTEN = [
 
 @pytest.mark.parametrize(("start", "flag", "kind"), WRITTEN, ids=lambda x: " ".join(x) if isinstance(x, list) else x)
 def test_an_output_that_cannot_be_written(start: list[str], flag: str, kind: str, tmp_path: Path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+    """A folder that refuses stands for one without permission: root may write anywhere."""
     make_held(tmp_path)
     (tmp_path / "taken").write_text("a file")
     (tmp_path / "nowhere").symlink_to("missing")
     (tmp_path / "closed").mkdir()
-    true = os.access
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "closed" and true(path, mode))  # root may
+    true = Path.mkdir
+
+    def mkdir(self: Path, *arguments: Any, **named: Any) -> None:
+        if self.parent.name == "closed":
+            raise PermissionError(13, "Permission denied", str(self))
+        true(self, *arguments, **named)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
     wrong = {
-        "taken/deep/below": "taken is a file",
-        "closed/deep/below": "closed cannot be written",
-        "nowhere": "is a link to something that does not exist",
-        "nowhere/below": "nowhere is a link to something that does not exist",
+        "taken/deep/below": "taken cannot be written (Not a directory); name another",
+        "closed/deep/below": "closed cannot be written (Permission denied); name another",
+        "nowhere/below": "nowhere cannot be written (No such file or directory); name another",
     }
     wrong |= {"taken": "is a file; name a folder"} if kind == "folder" else {"held": "is a folder; name a file"}
     for path, problem in wrong.items():
         assert f"{flag} {path}: {problem}" in refused([*start, flag, path], capsys)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["closed", "held", "nowhere", "taken"]
-
-
-def test_a_folder_that_the_system_refuses_to_make(tmp_path: Path, monkeypatch, capsys) -> None:
-    """As /proc does, which says that it can be written."""
-    monkeypatch.chdir(tmp_path)
-    true = Path.mkdir
-
-    def mkdir(self: Path, *arguments: Any, **named: Any) -> None:
-        if "odd" in self.parts:
-            raise FileNotFoundError(2, "No such file or directory", str(self))
-        true(self, *arguments, **named)
-
-    (tmp_path / "odd").mkdir()
-    monkeypatch.setattr(Path, "mkdir", mkdir)
-    for name, said in (("odd/runs/x", "this folder cannot be made"), ("odd", "nothing can be written there")):
-        assert refused(["train", "--out", name], capsys) == (
-            f"error: --out {name}: {said} (No such file or directory); name another\n"
-        )
-    Train.parse(["--out", "new/runs/x"])
-    assert [p.name for p in tmp_path.iterdir()] == ["odd"]  # nothing is left of the attempt
+    if start == ["train"]:
+        Train.parse(["--out", "new/runs/x"])
+        assert not (tmp_path / "new").exists()  # nothing is left of the attempt
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """Answers command lines, one JSON list a line: status and what was printed. jax cannot be imported here.
 
-A list is the arguments of train.py, which is not started then, or of `moe-jax` or benchmark.py where it begins with
-their name.
+A list is the arguments of train.py, which is not started then, or of `moe-jax` where it begins with this name.
 """
 
 import contextlib
@@ -12,15 +11,12 @@ import sys
 sys.modules["jax"] = None  # type: ignore[assignment]
 
 from moe_jax.cli import main  # noqa: E402
-from moe_jax.cli.benchmark import Benchmark  # noqa: E402
 from moe_jax.cli.train import Train  # noqa: E402
 
 
 def accept(argv: list[str]) -> int:
     if argv[:1] == ["moe-jax"]:
         return main.run_command(argv[1:])
-    if argv[:1] == ["benchmark.py"]:
-        return main.run_as(Benchmark, argv[1:], "benchmark.py")
     Train.parse(argv)
     return 0
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 
-from moe_jax.cli.command import COMMANDS
 from tests.reliability import runs, terminal
 
 pytestmark = [
     pytest.mark.reliability,
     pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a POSIX shell and /dev/full"),
 ]
-REDIRECTED = (">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-", ">/dev/full", "2>/dev/full", ">/dev/full 2>&1")
+REDIRECTED = (">&-", "2>&-", "<&- >&- 2>&-", ">/dev/full", ">/dev/full 2>&1")
 
 
 def shell(
@@ -70,27 +69,13 @@ def test_a_wrong_flag_has_status_2_whatever_the_output(redirected: str, cache: P
         assert finished.stderr == "error: --steps 0: must be between 1 and 1,000,000,000\n"
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_closed_descriptors_in_every_command(name: str, cache: Path) -> None:
-    finished = shell(">&- 2>&-", [name, "--help"], cache, runs.COMMANDS)
-    assert finished.returncode == 0
-    finished = shell(">/dev/full", [name, "--help"], cache, runs.COMMANDS)
-    assert finished.returncode == 1
-    assert (
-        finished.stderr
-        == "error: standard output cannot be written (No space left on device); mend that and try again\n"
-    )
-    finished = shell(">&- 2>&-", [name, "--no-such-flag"], cache, runs.COMMANDS)
-    assert finished.returncode == 2
-
-
-def test_a_result_that_cannot_be_written_is_a_failure(whole: tuple[Path, dict[str, Any]], cache: Path) -> None:
-    finished = shell(">/dev/full", ["evaluate", "--run", str(whole[0])], cache, runs.COMMANDS)
-    assert finished.returncode == 1
-    assert (
-        finished.stderr
-        == "error: standard output cannot be written (No space left on device); mend that and try again\n"
-    )
+def test_a_command_whose_output_cannot_be_written(whole: tuple[Path, dict[str, Any]], cache: Path) -> None:
+    full = "error: standard output cannot be written (No space left on device); mend that and try again\n"
+    for argv in (["plan", "--help"], ["evaluate", "--run", str(whole[0])]):
+        finished = shell(">/dev/full", argv, cache, runs.COMMANDS)
+        assert (finished.returncode, finished.stderr) == (1, full)
+    assert shell(">&- 2>&-", ["plan", "--help"], cache, runs.COMMANDS).returncode == 0
+    assert shell(">&- 2>&-", ["plan", "--no-such-flag"], cache, runs.COMMANDS).returncode == 2
 
 
 def test_generation_ends_with_its_reader(whole: tuple[Path, dict[str, Any]], cache: Path) -> None:

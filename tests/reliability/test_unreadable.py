@@ -104,9 +104,6 @@ def test_an_unreadable_folder_is_not_called_empty(
     monkeypatch.setattr(os, "listdir", refuse)
     with pytest.raises(UserError, match=r"checkpoints: cannot be read \(Permission denied\)"):
         look(tmp_path)
-
-
-def test_unreadable_metrics_are_not_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     with refusing("metrics.jsonl", errno.EACCES, monkeypatch), pytest.raises(PermissionError):
         read_metrics(tmp_path)

@@ -224,17 +224,10 @@ def test_what_is_written_with_json_dumps_is_a_digest_or_an_error() -> None:
         assert len(calls) == (path.name == "files.py"), path
 
 
-def test_names_of_steps() -> None:
+def test_names_of_steps_and_causes_of_errors() -> None:
     assert [step_name(n) for n in (100, 123456789)] == ["step_00000100", "step_123456789"]
-    assert [
-        step_number(n) for n in ("step_00000100", "step_123456789", "step_100", "step_0100000000", "tmp_00000100")
-    ] == [
-        *(100, 123456789),
-        *(None, None, None),
-    ]
-
-
-def test_the_cause_of_an_error_and_a_long_text() -> None:
+    names = ("step_00000100", "step_123456789", "step_100", "step_0100000000", "tmp_00000100")
+    assert [step_number(n) for n in names] == [100, 123456789, None, None, None]
     assert errors.disk_cause(OSError(28, "No space left on device")) == "the disk is full"
     assert errors.disk_cause(ValueError("write: No space left on device [13]")) == "the disk is full"
     assert errors.disk_cause(OSError(13, "Permission denied")) == "Permission denied"
