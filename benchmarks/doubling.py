@@ -28,8 +28,7 @@ from moe_jax.plots.figures import COLOURS
 from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import alternate
-from moe_jax.training.programs import Programs
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import Programs, RandomTokenTrainer
 
 POINTS = 3
 """Sizes of an axis: the preset's own, twice, four times."""

@@ -12,7 +12,7 @@ import dataclasses
 from moe_jax.config import ComputeDtype, RunConfig
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system.machine import alternate
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import RandomTokenTrainer
 
 PRECISIONS: tuple[ComputeDtype, ...] = ("float32", "bfloat16")
 SEQUENCES = 8

@@ -13,9 +13,9 @@ MUTABLE = {
     "serving.engine._Row",
     "serving.texts.TextRequest",
     "training.counters.RunCounters",
-    "training.random_tokens.RandomTokenTrainer",
+    "training.programs.RandomTokenTrainer",
     "training.session.Session",
-    "training.session.SessionProgress",
+    "training.counters.SessionProgress",
 }
 """These hold the state of something that goes on."""
 EXTRAS = {"lm_eval", "starlette", "uvicorn"}

@@ -27,7 +27,7 @@ from moe_jax.model.costs import training_flops
 from moe_jax.system import machine
 from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.machine import alternate
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import RandomTokenTrainer
 
 Basis = Literal["tokens", "wall"]
 ROUNDS = 9

@@ -20,7 +20,7 @@ from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import MeshShape, RunConfig, UserError
-from moe_jax.parallel.mesh import mesh_of
+from moe_jax.parallel.layout import mesh_of
 from moe_jax.planning.device_memory import (
     CODE_NOT_RUN,
     HOW,

@@ -26,8 +26,7 @@ from moe_jax.system import machine
 from moe_jax.system.environment import machine_memory, runs_on_cpu
 from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
-from moe_jax.training.programs import Programs
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import Programs, RandomTokenTrainer
 
 SCOPES = {"attention": "attention", "experts and router": "ffn", "head": "head"}
 """Group of the cost table -> the named scope of its operations in the program."""

@@ -28,7 +28,7 @@ from moe_jax.model.precision import choose_policy
 from moe_jax.system.environment import usable_cores
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import Measured, Times, alternate
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import RandomTokenTrainer
 
 PROMPT = 128
 PAUSE_SECONDS = 0.2

@@ -13,8 +13,7 @@ from moe_jax.benchmarks.serving import serve
 from moe_jax.model.transformer import create, split
 from moe_jax.system import machine
 from moe_jax.system.machine import alternate
-from moe_jax.training.programs import Programs
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import Programs, RandomTokenTrainer
 
 
 def moe(console: Console, request: BenchmarkRequest) -> dict[str, Any]:

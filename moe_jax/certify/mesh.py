@@ -31,8 +31,7 @@ from moe_jax.certify.collectives import Collective, bytes_by_kind, read_collecti
 from moe_jax.config import RunConfig
 from moe_jax.model.costs import step_products
 from moe_jax.model.transformer import Params
-from moe_jax.parallel.layout import Layout, leaf_name
-from moe_jax.parallel.mesh import AXES
+from moe_jax.parallel.layout import AXES, Layout, leaf_name
 from moe_jax.system.hlo import Program, read_program
 from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs

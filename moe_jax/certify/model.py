@@ -20,7 +20,7 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import RandomTokenTrainer
 
 
 def initial_params(config: RunConfig) -> Params:

@@ -69,7 +69,7 @@ class Certify(Command):
         with working(f"loading {what}"):
             from moe_jax.certify.mesh import certify_mesh
             from moe_jax.certify.model import certify, initial_params
-            from moe_jax.parallel.mesh import mesh_of
+            from moe_jax.parallel.layout import mesh_of
             from moe_jax.runs.load import open_run
             from moe_jax.system.terminal import rich_console
 

@@ -219,15 +219,14 @@ def training_process(config: RunConfig, start: Start, group: ProcessGroup | None
             say(new_run_note(Path(config.run_dir)))
         # jax is imported only now, because the arguments are accepted and the environment is set.
         with working("starting JAX"):
-            from moe_jax.parallel.mesh import mesh_of
-            from moe_jax.parallel.processes import first, joined
+            from moe_jax.parallel.layout import mesh_of
+            from moe_jax.parallel.processes import check_same_program, first, joined
             from moe_jax.runs.folder import locked_together
-            from moe_jax.training.agreement import check_same_program
 
         with joined(group):
             if group is not None:
                 terminal.keep_apart(quiet=not first())
-            check_same_program(config, start.saved)
+            check_same_program(config, start.saved is not None)
             mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
             process = Process(signals, notes)
             try:

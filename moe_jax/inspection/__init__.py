@@ -8,5 +8,5 @@
     compiled_layer.py   the MoE layer as the compiler sees it
     page/               markup, style and scripts of the report
 
-A report shows a run after training; `training.routing_snapshot` saves the routing during it.
+A report shows a run after training; `training.evaluate` saves the routing during it.
 """

@@ -14,7 +14,7 @@ from moe_jax.interop.architectures import Architecture, architecture_of
 from moe_jax.interop.source import ExportSource
 from moe_jax.interop.tokenizers import ollama, separator_text, tokenizer_files
 from moe_jax.model.costs import count_parameters, totals, training_flops
-from moe_jax.runs.safetensors_file import write_safetensors
+from moe_jax.runs.arrays import write_safetensors
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import json_text
 

@@ -1,4 +1,4 @@
-"""Where every array of a run lies on the mesh.
+"""The mesh of a run, devices in a grid with the axes data, fsdp and expert; and where every array lies on it.
 
 One table gives the logical axes of each matrix, by its name, and one gives the mesh axis of each logical axis. An array
 that is not in the table (norms, biases, routers, counters) is whole on every device.
@@ -11,19 +11,23 @@ Everything that the optimizer keeps for a parameter lies as its updates do:
                                 are whole; else whole on every device
 
 An update lies as its parameter. Two optimizers need more of a matrix than fsdp leaves on a device: Muon multiplies
-whole matrices, and the 8-bit blocks run across rows. Their updates and their state are not cut over fsdp.
+whole matrices, and the 8-bit blocks run across rows. Their updates and their state are not sharded over fsdp.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental.mesh_utils import create_device_mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from moe_jax.config import ConfigError, MeshShape
 from moe_jax.model.low_rank import SUFFIX
-from moe_jax.parallel.mesh import AXES
+
+AXES = MeshShape._fields
+"""Names of the axes, from the slowest to the fastest. Sequence i of a batch lies on device i // (B / devices)."""
 
 LOGICAL_AXES: dict[str, tuple[str, ...]] = {
     "embedding": ("vocabulary", "width"),
@@ -40,10 +44,30 @@ LOGICAL_AXES: dict[str, tuple[str, ...]] = {
 }
 """End of a parameter's name -> its logical axes."""
 MESH_AXES = {"width": "fsdp", "expert": "expert"}
-"""Logical axis -> the mesh axis that it is cut over. The other logical axes are not cut."""
+"""Logical axis -> the mesh axis that it is sharded over. The other logical axes are not."""
 
 type Specs = dict[str, PartitionSpec]
 """Name of a parameter -> the mesh axis of each of its axes."""
+
+
+def mesh_of(text: str, devices: Sequence[Any] | None = None) -> Mesh | None:
+    """The mesh that `--mesh` names, on all devices of all processes unless `devices` are given.
+
+    None for a mesh of one device: the run then uses the programs for one device. Raises ConfigError unless the mesh has
+    as many places as there are devices.
+    """
+    shape = MeshShape.parse(text)
+    if shape.devices == 1:
+        return None
+    there = jax.devices() if devices is None else list(devices)
+    if shape.devices != len(there):
+        kind = there[0].platform
+        raise ConfigError(
+            f"--mesh {text}: has {shape.devices} places, and JAX sees {len(there)} device{'s' * (len(there) != 1)} "
+            f"({kind}); give a mesh whose product is {len(there)}, or data=1 for one device"
+        )
+    # jax.make_mesh makes Explicit axes unless told otherwise, and the model's gathers would then need annotations.
+    return Mesh(create_device_mesh(shape, there), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def leaf_name(path: jax.tree_util.KeyPath) -> str:
@@ -55,20 +79,20 @@ def logical_axes(name: str) -> tuple[str, ...]:
 
     An adapter of a matrix `[*E, D, F]` is a `[*E, D, R]` and b `[*E, R, F]` (`model/low_rank.py`).
     """
-    *_, room, end, last = ("", "", *name.split("."))
+    *_, group, end, last = ("", "", *name.split("."))
     if not end.endswith(SUFFIX):
         return LOGICAL_AXES.get(f"{end}.{last}" if end else last, ())
-    axes = LOGICAL_AXES[f"{room}.{end.removesuffix(SUFFIX)}"]
+    axes = LOGICAL_AXES[f"{group}.{end.removesuffix(SUFFIX)}"]
     return (*axes[:-1], "rank") if last == "a" else (*axes[:-2], "rank", axes[-1])
 
 
 def mesh_axes(name: str) -> tuple[str | None, ...]:
-    """The mesh axis over which each axis of a parameter is cut. Empty for an array that is not in the table."""
+    """The mesh axis over which each axis of a parameter is sharded. Empty for an array that is not in the table."""
     return tuple(MESH_AXES.get(axis) for axis in logical_axes(name))
 
 
 def parameter_spec(name: str, mesh: Mesh) -> PartitionSpec:
-    """Where the parameter of this name lies. A mesh axis of one device cuts nothing, so it is left out."""
+    """Where the parameter of this name lies. A mesh axis of one device is left out."""
     return PartitionSpec(*(axis if axis and mesh.shape[axis] > 1 else None for axis in mesh_axes(name)))
 
 
@@ -123,7 +147,7 @@ class Layout:
     def placed_shapes(self, params: Any) -> Any:
         """The shapes of parameters or adapters, which need not be those of this configuration, with their shardings.
 
-        An axis that cannot be cut evenly is whole, such as the one network of a dense model along `expert`.
+        An axis that cannot be divided evenly is whole, such as the one network of a dense model along `expert`.
         """
 
         def placed(path: jax.tree_util.KeyPath, x: Any) -> jax.ShapeDtypeStruct:
@@ -165,8 +189,8 @@ class Layout:
     def _parameter_in(self, name: str) -> tuple[str | None, str]:
         """The parameter whose name is in the name of a state's leaf, and what follows it. The longest one, if several
         are: `blocks.0.ffn_norm.scale` and not `norm.scale`."""
-        found = [p for p in self.updates if f".{p}." in f".{name}."]
-        longest = max(found, key=len, default=None)
+        inside = [p for p in self.updates if f".{p}." in f".{name}."]
+        longest = max(inside, key=len, default=None)
         return longest, "" if longest is None else f".{name}.".rpartition(f".{longest}.")[2].rstrip(".")
 
     def hold(self, updates: Any) -> Any:
@@ -178,7 +202,7 @@ class Layout:
         return _map_named(constrain, updates)
 
     def mean_gradients(self, grads: Any) -> Any:
-        """The mean over all devices of gradients that are whole along fsdp, cut as `updates`. Inside `shard_map`.
+        """The mean over all devices of gradients that are whole along fsdp, sharded as `updates`. Inside `shard_map`.
 
         The gradient of an expert's matrix is already the sum over the devices that sent it tokens: the all-to-alls'
         own gradients have brought it there. So it is not summed over the axis `expert` again.
@@ -195,8 +219,8 @@ class Layout:
         # One sum for all arrays of the same axes, so that there are as few collectives as possible.
         groups: dict[tuple[str, ...], list[int]] = {}
         for number, (path, _) in enumerate(leaves):
-            cut = self.updates[leaf_name(path)]
-            groups.setdefault(tuple(a for a in AXES if a not in cut and self.mesh.shape[a] > 1), []).append(number)
+            spec = self.updates[leaf_name(path)]
+            groups.setdefault(tuple(a for a in AXES if a not in spec and self.mesh.shape[a] > 1), []).append(number)
         summed = [leaf for _, leaf in leaves]
         for axes, members in groups.items():
             if axes:

@@ -5,9 +5,14 @@ and heartbeats. All processes run the same program on their own part of the arra
 the run and prints. `agree_on` compares settings, code and data before the first step. `Together` lets all see a signal
 or an error at the same step. If a process dies, jax ends the others after HEARTBEAT_SECONDS.
 
-Without `joined` this process is alone, and every function here does nothing or returns its argument.
+Without `joined` this process is alone: nothing waits, and an array lies in this process whole.
+
+A process sees only its own parts of an array that lies on the devices of all. `jax.device_put` and `np.asarray` are for
+arrays of one process; `placed`, `made` and `whole` are for both kinds. All processes must call `whole` in the same
+order, because the devices exchange data in it.
 """
 
+import hashlib
 import itertools
 import json
 import os
@@ -16,14 +21,22 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax._src import distributed  # there is no public way to the store of texts
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jaxtyping import Array
 
-from moe_jax.config import ConfigError, UserError
+import moe_jax
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.execution import ProcessGroup
-from moe_jax.parallel.global_arrays import largest
+from moe_jax.config.section import flag_of
+from moe_jax.system.machine import versions
 
 HEARTBEAT_SECONDS = 10
 """A process that has sent no heartbeat for this long counts as dead."""
@@ -149,6 +162,27 @@ def agree_on(facts: Mapping[str, Any], seconds: float = _LONG) -> None:
                 )
 
 
+def check_same_program(config: RunConfig, resumed: bool) -> None:
+    """Raise ConfigError in every process unless all have the same settings, the same code and the same packages.
+
+    The folder of the run may differ: it may be mounted under another path.
+    """
+    if not several():
+        return
+    facts = {flag_of(section, name): value for section, name, value in config.settings() if name != "out"}
+    facts |= {"a run in --out": resumed, "code of moe_jax": code_digest()}
+    agree_on(facts | {f"version of {name}": version for name, version in versions().items()}, ANSWER_SECONDS)
+
+
+def code_digest() -> str:
+    """SHA-256 of the files of this package, 16 digits of it."""
+    digest = hashlib.sha256()
+    package = Path(moe_jax.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 class Together:
     """What this process has to tell the others at the next step: a signal, or an error of its own work.
 
@@ -188,3 +222,60 @@ class Together:
         if reason >= _ERROR:
             text = _client().blocking_key_value_get(f"moe_jax/error/{reason - _ERROR}", 1000 * HEARTBEAT_SECONDS)
             raise UserError(f"process {reason - _ERROR} has stopped: {text}")
+
+
+# Arrays that lie on the devices of several processes
+
+
+def placed(x: Any, sharding: Sharding) -> Array:
+    """An array that every process has whole, laid out on the devices of all processes."""
+    if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, sharding)
+    values = np.asarray(x)
+    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+
+
+def made(shape: tuple[int, ...], sharding: Sharding, rows: Callable[[Any], np.ndarray]) -> Array:
+    """An array of which `rows(index)` gives a part. Every process makes the parts of its own devices only."""
+    return jax.make_array_from_callback(shape, sharding, rows)
+
+
+def is_here(x: Any) -> bool:
+    """Whether this process has all values of an array."""
+    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+
+
+def whole(x: Any) -> np.ndarray:
+    """The values of an array, gathered from all processes if necessary.
+
+    The values of a sharded array exist only as long as the caller keeps them. `np.asarray` would keep them as long
+    as the array exists.
+    """
+    if not is_here(x):
+        x = _replicate(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # pyright: ignore[reportAttributeAccessIssue]
+    if not isinstance(x, jax.Array) or x.is_fully_replicated:
+        return np.asarray(x)
+    values = np.empty(x.shape, x.dtype)
+    for part in x.addressable_shards:
+        if part.replica_id == 0:
+            # A new array with the same memory, because a part keeps a copy of its values too.
+            again = jax.make_array_from_single_device_arrays(part.data.shape, part.data.sharding, [part.data])
+            values[part.index] = np.asarray(again)
+    return values
+
+
+@cache
+def _replicate(sharding: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=sharding)
+
+
+def largest(number: int) -> int:
+    """The largest of the int32 numbers that the processes give. All processes must call this together."""
+    devices = NamedSharding(Mesh(np.array(jax.devices()), ("device",)), PartitionSpec("device"))
+    numbers = made((devices.mesh.size,), devices, lambda index: np.full(1, number, np.int32))
+    return int(_maximum(devices)(numbers))
+
+
+@cache
+def _maximum(devices: NamedSharding) -> Callable[[Array], Array]:
+    return jax.jit(jnp.max, out_shardings=NamedSharding(devices.mesh, PartitionSpec()))

@@ -17,7 +17,7 @@ from moe_jax.data.batches import evaluation_windows
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.transformer import Params
-from moe_jax.parallel.mesh import mesh_of
+from moe_jax.parallel.layout import mesh_of
 from moe_jax.planning.device_memory import Bound, Memory, bound, gpu_devices, lower_for, measured
 from moe_jax.planning.target import CARDS_PER_HOST, Target
 from moe_jax.system.environment import MIB

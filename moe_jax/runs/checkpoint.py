@@ -137,13 +137,14 @@ class CheckpointStore:
 
     def _entries(self) -> Entries:
         """Every checkpoint, oldest first."""
-        entries: Entries = []
-        for path in self.paths():
+
+        def read(path: Path) -> Checkpoint | CheckpointCorrupted:
             try:
-                entries.append((path, Checkpoint.read(path)))
+                return Checkpoint.read(path)
             except CheckpointCorrupted as error:
-                entries.append((path, error))
-        return entries
+                return error
+
+        return [(path, read(path)) for path in self.paths()]
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are undamaged. Reports newer, damaged checkpoints to `say`."""
@@ -177,20 +178,19 @@ class CheckpointStore:
         """
 
         def rank(entry: Entry) -> tuple[int, float, int]:
-            _, found = entry
-            if isinstance(found, CheckpointCorrupted):
+            _, there = entry
+            if isinstance(there, CheckpointCorrupted):
                 return 0, 0, 0
-            return (1, found.val_loss, found.step) if found.val_loss is not None else (2, 0, -found.step)
+            return (1, there.val_loss, there.step) if there.val_loss is not None else (2, 0, -there.step)
 
         return next(self._good(sorted(self._entries(), key=rank)), None)
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step. If there is none, raises UserError with the steps of the checkpoints."""
-        checkpoints = self.list()
-        for checkpoint in checkpoints:
-            if checkpoint.step == step:
-                return checkpoint
-        steps = ", ".join(str(c.step) for c in checkpoints) or "none"
+        checkpoints = {checkpoint.step: checkpoint for checkpoint in self.list()}
+        if step in checkpoints:
+            return checkpoints[step]
+        steps = ", ".join(map(str, checkpoints)) or "none"
         raise UserError(f"--step {step}: {self.folder} has no such checkpoint; it has {steps}")
 
     def remove_interrupted_saves(self) -> None:
@@ -209,10 +209,10 @@ class CheckpointStore:
         return self._files.rename(f"{FOLDER}/{path.name}", free)
 
     def _good(self, entries: Iterable[Entry]) -> Iterator[Checkpoint]:
-        for path, found in entries:
-            damage = verify(found) if isinstance(found, Checkpoint) else str(found)
-            if isinstance(found, Checkpoint) and damage is None:
-                yield found
+        for path, there in entries:
+            damage = verify(there) if isinstance(there, Checkpoint) else str(there)
+            if isinstance(there, Checkpoint) and damage is None:
+                yield there
             else:
                 self.say(f"{path}: skipped, {damage}")
 
@@ -263,8 +263,7 @@ def restore(checkpoint: Checkpoint, target: Any) -> Any:
     if damage is not None:
         raise CheckpointCorrupted(
             f"{checkpoint.path}: {damage}; `uv run python -m moe_jax doctor --run "
-            f"{shlex.quote(str(checkpoint.path.parents[1]))}` says "
-            "which checkpoints are good"
+            f"{shlex.quote(str(checkpoint.path.parents[1]))}` says which checkpoints are good"
         )
     return _restore_verified(checkpoint, target)
 
@@ -275,10 +274,8 @@ def verify(checkpoint: Checkpoint) -> str | None:
 
 
 def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(target)
-    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
-    saved = manifest.leaves_of(checkpoint.manifest)
-    for name, (_, leaf) in zip(names, leaves, strict=True):
+    leaves, saved = named_leaves(target), manifest.leaves_of(checkpoint.manifest)
+    for name, leaf in leaves.items():
         there, here = saved.get(name), (tuple(leaf.shape), str(leaf.dtype))
         if there is None or (there.shape, there.dtype) != here:
             described = "not there" if there is None else f"{list(there.shape)} {there.dtype} there"
@@ -286,9 +283,9 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
                 f"{checkpoint.path}: {name} is {described} and {list(here[0])} {here[1]} in this configuration; "
                 "use the configuration that the run was started with"
             )
-    places = {name: getattr(leaf, "sharding", None) for name, (_, leaf) in zip(names, leaves, strict=True)}
-    arrays = read_arrays(checkpoint.path, {name: saved[name] for name in names}, places)
-    return jax.tree_util.tree_unflatten(treedef, [arrays[name] for name in names])
+    places = {name: getattr(leaf, "sharding", None) for name, leaf in leaves.items()}
+    arrays = read_arrays(checkpoint.path, {name: saved[name] for name in leaves}, places)
+    return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in leaves])
 
 
 def _check_room(folder: Path, leaves: dict[str, Any]) -> None:

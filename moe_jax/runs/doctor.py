@@ -45,16 +45,13 @@ def examine(run: Path, repair: bool) -> list[Finding]:
     findings, good, damaged = [], [], {}
     for path in store.paths():
         try:
-            checkpoint = _verified(path)
+            good.append(_verified(path))
+            findings.append(_finding(folder, good[0], good[-1]))
         except CheckpointCorrupted as error:
             damaged[path] = str(error)
-            continue
         except OSError as error:
             cause = f"{error.filename or path}: cannot be read ({error.strerror}); fix that and try again"
             findings.append(Finding(path.name, "unreadable", cause))
-            continue
-        good.append(checkpoint)
-        findings.append(_finding(folder, good[0], checkpoint))
     for path, cause in damaged.items():
         if repair and good:
             findings.append(Finding(path.name, "repaired", f"{cause}: now called {store.mark_damaged(path).name}"))
@@ -65,7 +62,8 @@ def examine(run: Path, repair: bool) -> list[Finding]:
             store.remove_interrupted_saves()
         state = "repaired" if repair else "damaged"
         findings.append(Finding(", ".join(left), state, "left by a save that was interrupted"))
-    own = [c for c, f in zip(good, findings, strict=False) if f.state == "good"]
+    states = {finding.what: finding.state for finding in findings}
+    own = [checkpoint for checkpoint in good if states[checkpoint.path.name] == "good"]
     return [*findings, *_examine_files(folder, own[-1] if own else None, repair)]
 
 

@@ -25,7 +25,7 @@ import numpy as np
 import xxhash
 
 from moe_jax.config import UserError
-from moe_jax.parallel.global_arrays import is_here, whole
+from moe_jax.parallel.processes import is_here, whole
 from moe_jax.system.files import Folder, UnsafeFile, step_number
 
 NAME = "manifest.json"

@@ -3,8 +3,8 @@
 A crash, a disk or an editor may have left anything in these files. A line or a value that is not what it should be is
 left out everywhere, so that it never stops a run or a report.
 
-metrics.jsonl has one record a line, each with a `step` and a `split` ("train" or "val"). `training/summary.py`
-describes summary.json. `traces/step_00000200.json` (written by `training/routing_snapshot.py`) holds
+metrics.jsonl has one record a line, each with a `step` and a `split` ("train" or "val"). `training/logging.py`
+describes summary.json. `traces/step_00000200.json` (written by `training/evaluate.py`) holds
 
     step, tokens            the step, and the ids of the first tokens of the validation text
     expert                  for each layer a flat list of the experts that these n tokens chose, n*K numbers

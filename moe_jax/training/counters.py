@@ -1,16 +1,18 @@
-"""The state of the training loop on the host: counters for evaluations, skipped steps and starved experts.
+"""The progress of a run on the host: counters for evaluations, skipped steps and starved experts, and its time.
 
-They are saved as JSON with each checkpoint, so that a resumed run makes the same decisions as an uninterrupted run.
+The counters are saved as JSON with each checkpoint, so that a resumed run makes the same decisions as an uninterrupted
+run.
 """
 
 import dataclasses
 import math
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted
 
 STARVED_SHARE = 0.05
 """An expert is starved in a step if it gets less than this share of its fair share 1 / E of the (token, choice) pairs.
@@ -87,3 +89,42 @@ class RunCounters:
         if not isinstance(values, dict) or values.keys() != cls().to_json().keys():
             raise CheckpointCorrupted("its progress is not what this program saves")
         return cls(**values)
+
+
+@dataclass
+class SessionProgress:
+    """The progress of the run, in this process and in all earlier ones."""
+
+    counters: RunCounters
+    begin: float
+    """`time.monotonic()` at the start of this process's work."""
+    resumed_from: int | None = None
+    saved_step: int = 0
+    """Step of the newest checkpoint; 0 before the first."""
+    elapsed_before: float = 0.0
+    """Seconds of the run before this process."""
+    origin: dict[str, Any] | None = None
+    """`Initial.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run, summed over all its processes."""
+        return self.elapsed_before + time.monotonic() - self.begin
+
+    @property
+    def how_to_go_on(self) -> str:
+        """What the user can do after an error."""
+        return "go on from the last checkpoint with --resume" if self.saved_step else "start again with --resume"
+
+    @classmethod
+    def restored(cls, checkpoint: Checkpoint, begin: float) -> "SessionProgress":
+        """The progress that was saved with a checkpoint."""
+        context = checkpoint.manifest["context"]
+        return cls(
+            RunCounters.from_json(context["progress"]),
+            begin,
+            resumed_from=checkpoint.step,
+            saved_step=checkpoint.step,
+            elapsed_before=checkpoint.elapsed,
+            origin=context.get("origin"),
+        )

@@ -73,17 +73,18 @@ def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None
     loaded = open_run(run, step)
     check_full_weights("--run", run, loaded.checkpoint)
     params = quantize(loaded.params, weights)
+    before, after, not_scored = None, None, ""
     try:
         before, after = _score(loaded, loaded.params, "before"), _score(loaded, params, "after")
-        not_scored = ""
     except (ConfigError, UserError) as error:
-        before, after, not_scored = None, None, str(error)
+        not_scored = str(error)
     old = loaded.checkpoint
     source = {"quantized_from": str(run), "step": old.step, "weights": weights, "state": old.manifest["state"]}
     summary = _scores_in_summary(after) | {"weights": weights}
-    made = {"quantized": {"weights": weights, "made_from": str(run)}}
-    checkpoint = _write(loaded, run, out, {"params": params}, source, summary, made)
-    return Quantized(checkpoint, _size(loaded.params), _size(params), before, after, not_scored)
+    context = {"quantized": {"weights": weights, "made_from": str(run)}}
+    checkpoint = _write(loaded, run, out, {"params": params}, source, summary=summary, context=context)
+    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (loaded.params, params)]
+    return Quantized(checkpoint, *sizes, before, after, not_scored)
 
 
 def _without_adapters(loaded: LoadedRun) -> Any:
@@ -160,7 +161,3 @@ def _scores_in_summary(scored: Evaluation | None) -> dict[str, Any]:
         "val_loss_in_training": None,
         "val_whole_stream": scored and True,
     } | ({"val_stream": "whole"} if scored else {})
-
-
-def _size(params: Params) -> int:
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))

@@ -1,10 +1,15 @@
-"""Loss and bits per byte of a token stream. Every token after the first is predicted exactly once (`data/batches.py`).
-Nothing is dropped, unless `eval_capacity_factor` sets a capacity."""
+"""What is measured between training steps: loss and bits per byte of a token stream, and a snapshot of the routing.
+
+Every token after the first is predicted exactly once (`data/batches.py`), and nothing is dropped. A snapshot routes the
+same validation tokens at each evaluation, and the report shows from them how the experts develop. `runs/records.py`
+describes the fields of a snapshot, and reads them.
+"""
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +18,19 @@ from flax import nnx
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from moe_jax.config import ModelConfig
 from moe_jax.data.batches import evaluation_windows, text_bytes
+from moe_jax.inference.traced_pass import ShardMapWrapper, choice_totals, make_traced_pass, router_entropy
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 
 EVALUATION_ROWS = 16
 """Rows of one evaluation batch."""
+TRACED_TOKENS = 2_048
+"""First tokens of the stream that a snapshot routes, at most."""
+SHOWN_TOKENS = 512
+"""First tokens whose experts are kept one by one, at most."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +42,7 @@ class Evaluation:
     bits_per_byte: float
     """Nats of all predicted tokens / ln 2 / UTF-8 bytes of the stripped documents."""
     drop_fraction: float
-    """Share of (token, choice) pairs without a slot, mean over the scored rows. 0 without an evaluation capacity."""
+    """Share of (token, choice) pairs without a slot, mean over the scored rows. 0, as nothing is dropped."""
     tokens: int
     """Predicted tokens. Of conversations, those of the answers only."""
     bytes: int
@@ -89,3 +100,40 @@ def evaluate(
     rows = sum(int(batch.weights.any(1).sum()) for batch in batches)
     dropped = math.fsum(float(d) for _, d in results) / max(rows, 1)
     return Evaluation(nats / max(count, 1), nats / math.log(2) / max(size, 1), dropped, count, size)
+
+
+# Snapshots of the routing
+
+
+type Tracer = Callable[[Params], dict[str, Any]]
+
+
+def make_tracer(
+    config: ModelConfig, graphdef: nnx.GraphDef, tokens: np.ndarray, spread: ShardMapWrapper = lambda function: function
+) -> Tracer | None:
+    """A function of the parameters that routes the first tokens of a stream and returns a snapshot.
+
+    It routes whole windows of T tokens, up to TRACED_TOKENS tokens (at least one window), with the dispatch of
+    training, in one jitted call. None for a model without routers. `spread` makes it a program of several devices.
+    """
+    if config.dense != "none":
+        return None
+    width = config.seq_len
+    windows = max(min(len(tokens), TRACED_TOKENS) // width, 1)
+    stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
+    step = make_traced_pass(graphdef, spread=spread)
+
+    def trace(params: Params) -> dict[str, Any]:
+        decisions = step(params, stream).decisions
+        probs, expert, keep = (np.asarray(getattr(decisions, name)) for name in ("probs", "expert_index", "keep"))
+        choices = expert.reshape(len(expert), -1)
+        shown = stream.reshape(-1)[:SHOWN_TOKENS]
+        return {
+            "tokens": shown.tolist(),
+            "expert": choices[:, : len(shown) * config.routing.top_k].tolist(),
+            "load": np.round(choice_totals(expert, config.experts) / choices.shape[1], 4).tolist(),
+            "entropy": np.round(router_entropy(probs), 4).tolist(),
+            "drop": np.round(1 - keep.mean((1, 2, 3)), 4).tolist(),
+        }
+
+    return trace

@@ -62,11 +62,10 @@ def print_dry_run(config: RunConfig, sentences: Sequence[str] = ()) -> None:
     """Print what differs from the preset, all settings, and what the run would cost. `sentences` are the advice."""
     console = rich_console()
     console.print(f"[bold]dry run[/bold] of {config.run_dir}: nothing is trained, nothing is written\n")
-    start = {(section, name): value for section, name, value in preset(config.preset).settings()}
     changes = {
-        f"  {flag_of(section, name)} {_shown(value)}": f"(preset {_shown(start[section, name])})"
-        for section, name, value in config.settings()
-        if value != start[section, name]
+        f"  {flag_of(section, name)} {_shown(value)}": f"(preset {_shown(start)})"
+        for (section, name, value), (*_, start) in zip(config.settings(), preset(config.preset).settings(), strict=True)
+        if value != start
     }
     if changes:
         console.print(f"[bold]settings that differ from preset {config.preset}[/bold]")
@@ -78,10 +77,9 @@ def print_dry_run(config: RunConfig, sentences: Sequence[str] = ()) -> None:
     _print_rows({f"  {s}": ", ".join(f"{name} {_shown(v)}" for _, name, v in fields) for s, fields in sections.items()})
     console.print("\n[bold]costs[/bold]")
     sized, policy = with_vocabulary(config), choose_policy(config.execution.compute_dtype)
-    lora = LoraShape.of(sized.train)
+    lora, rate = LoraShape.of(sized.train), machine.matmul_rate(policy.compute)
     _, params = abstract_model(sized.model, policy.compute, sized.train.param_dtype)
     trained = params if lora is None else abstract_adapted(sized.model, lora)[1]
-    rate = machine.matmul_rate(policy.compute)
     rows = {
         **_model_rows(sized),
         "precision": str(policy),

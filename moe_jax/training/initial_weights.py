@@ -14,7 +14,6 @@ import math
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +27,7 @@ from moe_jax.interop.pretrained import Pretrained
 from moe_jax.model.costs import training_flops
 from moe_jax.model.moe.layer import ROUTER_SCALE
 from moe_jax.model.transformer import Params, abstract_model
+from moe_jax.parallel.layout import leaf_name
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint
 from moe_jax.runs.load import (
@@ -55,7 +55,7 @@ class Initial(NamedTuple):
 
 @dataclass(frozen=True)
 class InitialWeights:
-    """Weights that are found and checked, and not yet read."""
+    """Weights that are checked, and not yet read."""
 
     tokenizer: Tokenizer
     read: Callable[[Programs, TokenStore], Initial]
@@ -112,19 +112,19 @@ def of_dense_run(folder: str, config: RunConfig) -> InitialWeights:
 
 def of_pretrained(folder: str, flag: str) -> InitialWeights:
     """The model of a Hugging Face folder: as it is with the flag --init-from, as experts with --upcycle."""
-    model = Pretrained.open(Path(folder), flag)
-    return InitialWeights(model.tokenizer, partial(_read_pretrained, model, upcycled=flag == "--upcycle"))
+    model, upcycled = Pretrained.open(Path(folder), flag), flag == "--upcycle"
+    path, name = model.shape.folder, model.shape.architecture.model_type
 
+    def read(programs: Programs, store: TokenStore) -> Initial:
+        del store
+        fresh = dict(_fresh_leaves(programs)) if upcycled else None
+        params, digest = model.params(programs.state_shapes.params, fresh)
+        kind = "upcycled_from" if upcycled else "initialised_from"
+        origin = {kind: str(path), "model_type": name, "digest": digest, "training_flops": None}
+        how = "every expert is a copy of its network" if upcycled else f"digest {digest}"
+        return Initial(params, origin, f"started from the {name} model in {path}; {how}")
 
-def _read_pretrained(model: Pretrained, programs: Programs, store: TokenStore, upcycled: bool) -> Initial:
-    del store
-    folder, name = model.shape.folder, model.shape.architecture.model_type
-    fresh = dict(_fresh_leaves(programs)) if upcycled else None
-    params, digest = model.params(programs.state_shapes.params, fresh)
-    kind = "upcycled_from" if upcycled else "initialised_from"
-    origin = {kind: str(folder), "model_type": name, "digest": digest, "training_flops": None}
-    how = "every expert is a copy of its network" if upcycled else f"digest {digest}"
-    return Initial(params, origin, f"started from the {name} model in {folder}; {how}")
+    return InitialWeights(model.tokenizer, read)
 
 
 def _fresh_leaves(programs: Programs) -> Iterator[tuple[str, jax.Array]]:
@@ -151,7 +151,7 @@ def copy_dense_params(fresh: Params, dense: Params) -> Params:
     leaves = named_leaves(dense)
 
     def fill(path: jax.tree_util.KeyPath, leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        name = leaf_name(path)
         if name.endswith((".router", ".balance_bias")):
             return leaf
         old = leaves.pop(name)
@@ -164,19 +164,17 @@ def copy_dense_params(fresh: Params, dense: Params) -> Params:
 
 def _origin(kind: str, folder: str, checkpoint: Checkpoint, config: RunConfig) -> dict[str, Any]:
     """`Initial.origin` of a run that starts from a checkpoint of the run in `folder`. `kind` is the key of the folder,
-    such as "tuned_from"."""
+    such as "tuned_from".
+
+    `training_flops` are the operations of training up to the checkpoint, with those of the run that it started from.
+    None where these are not known, as for an imported model.
+    """
+    earlier = checkpoint.manifest["context"].get("origin")
+    inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
     return {
         kind: folder,
         "step": checkpoint.step,
         "val_loss": checkpoint.val_loss,
         "state": checkpoint.manifest["state"],
-        "training_flops": flops_until(checkpoint, config),
+        "training_flops": None if inherited is None else inherited + training_flops(config, checkpoint.step),
     }
-
-
-def flops_until(checkpoint: Checkpoint, config: RunConfig) -> int | None:
-    """Floating-point operations of training up to a checkpoint of a run, with those of the run that it started from.
-    None where these are not known, as for an imported model."""
-    earlier = checkpoint.manifest["context"].get("origin")
-    inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
-    return None if inherited is None else inherited + training_flops(config, checkpoint.step)

@@ -1,20 +1,33 @@
-"""Where training writes its numbers: always to metrics.jsonl, and to the tracker that is chosen."""
+"""What training writes and shows: metrics.jsonl, the tracker that is chosen, the terminal, and summary.json."""
 
 import math
 import os
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import jax
+import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from moe_jax.config import RunConfig, UserError
+from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
 from moe_jax.parallel.processes import first
 from moe_jax.runs import records
 from moe_jax.system.files import Folder, json_text
+from moe_jax.system.machine import matmul_rate
 from moe_jax.system.terminal import rich_console
+from moe_jax.training.counters import STARVED_STEPS
+from moe_jax.training.evaluate import Evaluation
+from moe_jax.training.session import Session
+from moe_jax.training.step import StepReport
+
+MAX_SKIPPED_IN_A_ROW = 20
+SMOOTHING = 0.8
+"""Decay per logged step of the running mean of the loss on the terminal. The files hold the unsmoothed loss."""
+BAR_WIDTH = 14
 
 
 class MetricsLog:
@@ -23,10 +36,13 @@ class MetricsLog:
 
     def __init__(self, run: Folder, config: RunConfig) -> None:
         self._file = run.append(records.METRICS)
-        self._tensorboard = _tensorboard(run) if config.track == "tensorboard" and first() else None
-        starts = {"wandb": _wandb, "trackio": _trackio}
-        start = starts.get(config.track) if first() else None
-        self._tracker = start and _started(config.track, start, run, config)
+        self._tensorboard = self._tracker = None
+        if config.track == "tensorboard" and first():
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+            self._tensorboard = SummaryWriter(str(run.make("tensorboard")))
+        elif config.track != "none" and first():
+            self._tracker = _start_tracker(run, config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
@@ -70,56 +86,29 @@ def add_load(writer: Any, name: str, load: list[float], step: int) -> None:
     )
 
 
-def _tensorboard(run: Folder) -> Any:
-    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]  # the command line has looked for it
+def _start_tracker(run: Folder, config: RunConfig) -> Any:
+    """A run of wandb or trackio, with one name for each folder, so that a resumed run continues its curves. Raises
+    UserError if it cannot be started: without a key or a network, for example.
 
-    return SummaryWriter(str(run.make("tensorboard")))
-
-
-def _started(name: str, start: Callable[[Folder, RunConfig], Any], run: Folder, config: RunConfig) -> Any:
-    """A tracker. Raises UserError if it cannot be started: without a key or a network, for example."""
+    trackio keeps its own database: in TRACKIO_DIR, or else in the user's cache.
+    """
+    name = f"{run.path.name}-{run.path.stat().st_ino}"
+    settings = {f"{section}.{name}".lstrip("."): value for section, name, value in config.settings()}
+    common: dict[str, Any] = {"project": "moe-jax", "resume": "allow", "config": settings}
     try:
-        return start(run, config)
+        if config.track == "wandb":
+            import wandb  # pyright: ignore[reportMissingImports]  # the command line has looked for it
+
+            run.make("wandb")
+            return wandb.init(**common, id=name, dir=str(run.path))
+        import trackio  # pyright: ignore[reportMissingImports]
+
+        return trackio.init(**common, name=name, embed=False)
     except Exception as error:  # each package has errors of its own kinds
         said = (str(error).splitlines() or [repr(error)])[0]
-        raise UserError(f"--track {name}: cannot be started ({said}); fix that, or leave the flag out") from error
-
-
-def _wandb(run: Folder, config: RunConfig) -> Any:
-    import wandb  # pyright: ignore[reportMissingImports]  # the command line has looked for it
-
-    run.make("wandb")
-    folder = run.path
-    name = _name(folder)
-    return wandb.init(project="moe-jax", id=name, resume="allow", dir=str(folder), config=_settings(config))
-
-
-def _trackio(run: Folder, config: RunConfig) -> Any:
-    """A run in trackio's own database on this machine: its folder is TRACKIO_DIR, or else in the user's cache."""
-    import trackio  # pyright: ignore[reportMissingImports]  # the command line has looked for it
-
-    settings = _settings(config)
-    return trackio.init(project="moe-jax", name=_name(run.path), resume="allow", config=settings, embed=False)
-
-
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """section.name -> value, of every setting."""
-    return {f"{section}.{name}".lstrip("."): value for section, name, value in config.settings()}
-
-
-def _name(folder: Path) -> str:
-    """One name for each folder, so that a resumed run continues its curves."""
-    return f"{folder.name}-{folder.stat().st_ino}"
-
-
-# The terminal
-
-
-SMOOTHING = 0.8
-"""Decay per logged step of the running mean of the loss on the terminal. The files hold the unsmoothed loss."""
-
-
-BAR_WIDTH = 14
+        raise UserError(
+            f"--track {config.track}: cannot be started ({said}); fix that, or leave the flag out"
+        ) from error
 
 
 class Terminal:
@@ -165,14 +154,13 @@ class Terminal:
             f"{share_of_rate:.0%} of matmul rate",
         ]
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=self._beside_the_bar(facts))
+            # As many facts, from the first, as the width of the terminal has room for.
+            room = self.console.width - (2 * len(str(self._steps)) + 1) - BAR_WIDTH - 2
+            texts = [" | ".join(facts[:n]) for n in range(1, len(facts) + 1)]
+            shown = [text for text in texts if len(text) <= room]
+            self._bar.update(self._task, completed=done, description=shown[-1] if shown else texts[0])
         else:
             self.say(" | ".join([f"step {done:>{len(str(self._steps))}}/{self._steps}", *facts]))
-
-    def _beside_the_bar(self, facts: list[str]) -> str:
-        """As many facts, from the first, as the width of the terminal has room for."""
-        room = self.console.width - (2 * len(str(self._steps)) + 1) - BAR_WIDTH - 2
-        return next(text for n in range(len(facts), 0, -1) if len(text := " | ".join(facts[:n])) <= room or n == 1)
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -187,3 +175,156 @@ def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class StepLogger:
+    """Turns step reports into records, one step late.
+
+    To read a report, the host must wait for its step. One step later, the device is already computing the next step, so
+    the device does not idle.
+    """
+
+    def __init__(self, session: Session, log: MetricsLog, terminal: Terminal) -> None:
+        self._session, self._log, self._terminal = session, log, terminal
+        self._pending: tuple[int, StepReport] | None = None
+        self._mark, self._mark_step = time.monotonic(), int(session.state.step)
+        self._matmul_rate = matmul_rate(session.programs.policy.compute)
+        self._is_first = True
+
+    def add(self, step: int, report: StepReport) -> None:
+        self.flush()
+        self._pending = (step, report)
+
+    def flush(self) -> None:
+        """Read the pending report, if there is one. Raises UserError after MAX_SKIPPED_IN_A_ROW steps in a row that
+        were not finite."""
+        if self._pending is None:
+            return
+        step, report = self._pending
+        self._pending = None
+        if self._is_first:
+            self._is_first = False
+            jax.block_until_ready(report)
+            seconds = time.monotonic() - self._session.progress.begin
+            self._terminal.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
+        counters, config = self._session.progress.counters, self._session.config.train
+        finite, spike = bool(report.finite), bool(report.spike)
+        counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
+        starved = counters.add_load(np.asarray(report.metrics.load)) if finite else []
+        if finite:
+            counters.add_drops(float(report.metrics.drop_fraction))
+        by_loss = self._session.config.model.routing.balancing == "loss"
+        cure = "--train.aux-loss-coef" if by_loss else "--set train.router_bias_lr"
+        for layer, expert in starved:
+            self._terminal.say(
+                f"step {step} | expert {expert} of layer {layer} got almost no tokens for {STARVED_STEPS} steps; "
+                f"a larger {cure} brings it back"
+            )
+        if spike:
+            self._terminal.say(f"step {step} | loss spike: {float(report.metrics.loss):.3f}")
+        if step % config.log_every == 0 or step == config.steps or not finite or spike or starved:
+            self._write(step, report)
+        if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            path, first = self._session.diagnose(step)
+            raise UserError(
+                f"step {step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite, first "
+                f"in {first} ({path}); lower --lr, and {self._session.progress.how_to_go_on}"
+            )
+
+    def _write(self, step: int, report: StepReport) -> None:
+        session, metrics = self._session, report.metrics
+        now = time.monotonic()
+        rate = (step - self._mark_step) * session.config.tokens_per_step / max(now - self._mark, 1e-9)
+        self._mark, self._mark_step = now, step
+        finite, spike = bool(report.finite), bool(report.spike)
+        record = {
+            "step": step,
+            "split": "train",
+            "loss": float(metrics.loss),
+            "balance_loss": float(metrics.balance_loss),
+            "z_loss": float(metrics.z_loss),
+            "drop_fraction": float(metrics.drop_fraction),
+            "grad_norm": float(report.grad_norm),
+            "skipped": not finite,
+            "spike": spike,
+            "starved": session.progress.counters.starved_now(),
+            "lr": float(report.lr),
+            "tokens_seen": step * session.config.tokens_per_step,
+            "tokens_per_second": rate,
+            "wall_seconds": session.progress.elapsed,
+            "load": [[round(float(x), 4) for x in layer] for layer in np.asarray(metrics.load)],
+        }
+        if metrics.answers is not None:
+            record["answer_tokens"] = round(float(metrics.answers) * session.config.train.grad_accum)
+        self._log.write(record)
+        share = training_flops(session.config, 1) / session.config.tokens_per_step * rate / self._matmul_rate
+        train = session.data.store.train
+        self._terminal.step(record, train.target_bytes / max(train.targets, 1), share)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time spent in this context does not count in `tokens_per_second`."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._mark += time.monotonic() - begin
+
+
+def summary(
+    session: Session, scored: Evaluation, best_step: int, training_val_loss: float | None, whole_stream: bool
+) -> dict[str, Any]:
+    """The content of summary.json, whose keys other programs read. It is written at each evaluation and at the end.
+
+    At the end of the run (`val_whole_stream` is true) `best_step` and the `val_*` keys describe the best checkpoint, on
+    the whole validation stream. During training they describe the newest evaluation, on the fixed subset. `val_stream`
+    names the stream of the `val_*` keys. `val_loss_in_training` is the same checkpoint's loss as it was scored during
+    training, on the fixed subset; null if it was not.
+
+    `train_drop_fraction` is the mean over the `train_drop_steps` counted training steps, `train_drop_fraction_worst`
+    the largest of them, and `train_drop_fraction_last` the newest. `opening` is the first words of the validation text,
+    and `openings` those of three of its documents.
+    """
+    config, progress, data = session.config, session.progress, session.data
+    last = records.last_train_record(session.folder.files)
+    steps = int(session.state.step)
+    device = jax.devices()[0]
+    compared, counters = data.baselines, progress.counters
+    counts = totals(count_parameters(config.model))
+    return {
+        "preset": config.preset,
+        "steps": steps,
+        "tokens_seen": steps * config.tokens_per_step,
+        "train_loss": last.get("loss"),
+        "val_loss": scored.loss,
+        "val_bits_per_byte": scored.bits_per_byte,
+        "val_bytes_per_token": scored.bytes / scored.tokens,
+        "val_tokens": scored.tokens,
+        "val_drop_fraction": scored.drop_fraction,
+        "val_stream": data.stream_of(scored),
+        "val_scored": "all tokens" if data.store.valid.answers is None else "answers",
+        "entropy_floor_bits_per_byte": compared and compared.entropy_floor,
+        "unigram_bits_per_byte": compared and compared.unigram,
+        "trigram_bits_per_byte": compared and compared.trigram,
+        "kneser_ney_5gram_bits_per_byte": compared and compared.kneser_ney_5gram,
+        "val_whole_stream": whole_stream,
+        "val_loss_in_training": training_val_loss,
+        "best_step": best_step,
+        "opening": data.opening,
+        "openings": data.openings,
+        "params_total": counts.total,
+        "params_active": counts.active,
+        "params_trained": adapter_parameters(config).total or counts.total,
+        "training_flops": training_flops(config, steps),
+        "inherited_flops": progress.origin["training_flops"] if progress.origin else 0,
+        "train_drop_fraction": counters.mean_drop,
+        "train_drop_fraction_worst": counters.worst_drop,
+        "train_drop_fraction_last": counters.last_drop,
+        "train_drop_steps": counters.drop_steps,
+        "balance_loss": last.get("balance_loss"),
+        "tokens_per_second": last.get("tokens_per_second"),
+        "wall_seconds": progress.elapsed,
+        "device": f"{device.platform}: {device.device_kind}",
+        "precision": session.programs.policy.compute,
+        "resumed_from": progress.resumed_from,
+    }

@@ -14,10 +14,8 @@ from moe_jax.parallel.processes import Together, first
 from moe_jax.runs.load import best_of_run, restore_weights
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.evaluate import Evaluation
-from moe_jax.training.logging import MetricsLog, Terminal
+from moe_jax.training.logging import MetricsLog, StepLogger, Terminal, summary
 from moe_jax.training.session import Session
-from moe_jax.training.step_logger import StepLogger
-from moe_jax.training.summary import summary
 
 SHOWN_CHARACTERS, SHOWN_LINES = 400, 12
 """What is shown of a sample at an evaluation, at most. All of it is in samples.txt."""
@@ -163,7 +161,7 @@ def finish(session: Session) -> dict[str, Any]:
     if best.step != int(session.state.step):
         programs = session.programs
         params = restore_weights(best, session.config, programs.param_shapes, programs.layout)
-    scored = session.score(session.data.whole(), params)
+    scored = session.score(session.data.store.valid.stream, params)
     result = summary(session, scored, best.step, best.val_loss, whole_stream=True)
     session.folder.write_summary(result)
     return result

@@ -12,7 +12,6 @@ Evaluation, samples and snapshots of the routing use the plain model: for them e
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,23 +27,13 @@ from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.traced_pass import ShardMapWrapper
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
-from moe_jax.parallel.global_arrays import placed
-from moe_jax.parallel.layout import Layout, gathered
-from moe_jax.parallel.mesh import AXES
-from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
+from moe_jax.parallel.layout import AXES, Layout, gathered
+from moe_jax.parallel.processes import placed
+from moe_jax.training.evaluate import EvaluationStep
 from moe_jax.training.loss import Metrics, training_loss
-from moe_jax.training.step import Loss, MeshPrograms, gradients
+from moe_jax.training.step import Loss, gradients
 
 REPLICATED = PartitionSpec()
-
-
-def mesh_programs(layout: Layout, state: Any) -> MeshPrograms:
-    """What `make_step` needs for a mesh. `state` has arrays or shapes."""
-    return MeshPrograms(
-        gradients=partial(mesh_gradients, layout),
-        state=layout.state(state),
-        batch=layout.sharding(layout.batch),
-    )
 
 
 def mesh_gradients(
@@ -98,15 +87,15 @@ def make_mesh_forward(
     layout: Layout, graphdef: nnx.GraphDef, params: Params, trace: bool = False
 ) -> Callable[[Params, Array], tuple[Array, Array, Array]]:
     """The jitted (params, tokens int32 [B, T]) -> (hidden states [B, T, D], drop fractions [L, B], load [L, E]) of a
-    training pass without dropout. For tests and certificates. `graphdef` is the model that is trained on the mesh, one
+    training pass without dropout, for `certify`. `graphdef` is the model that is trained on the mesh, one
     with experts. B is a multiple of the number of devices. With `trace`, the places of the pairs in their queues [L, B,
     T, K] instead of the hidden states."""
 
     def on_device(params: Params, tokens: Array) -> tuple[Array, Array, Array]:
         hidden, stats, _ = merge(graphdef, gathered(params))(tokens, Mode.TRAIN, trace=trace)
         assert stats is not None
-        found = hidden if stats.trace is None else stats.trace.slot
-        return found, stats.drop_fraction, jax.lax.pmean(stats.load, AXES)
+        shown = hidden if stats.trace is None else stats.trace.slot
+        return shown, stats.drop_fraction, jax.lax.pmean(stats.load, AXES)
 
     layers = PartitionSpec(None, AXES)
     return jax.jit(
@@ -120,12 +109,13 @@ def make_mesh_forward(
     )
 
 
-def make_mesh_evaluation(layout: Layout, graphdef: nnx.GraphDef) -> EvaluationStep:
-    """`evaluate.make_evaluation_step` on the mesh: each device scores some of the rows, with the whole model.
+def make_mesh_evaluation(layout: Layout, local: EvaluationStep) -> EvaluationStep:
+    """The evaluation step `local` of one device, on the mesh: each device scores some of the rows, with the whole
+    model.
 
     Parameters may lie anywhere. A batch is filled up with rows that do not count, so that every device has as many.
     """
-    local, rows = make_evaluation_step(graphdef), PartitionSpec(AXES)
+    rows = PartitionSpec(AXES)
 
     def on_device(params: Params, *batch: Array) -> tuple[Array, Array]:
         return jax.lax.psum(local(params, *batch), AXES)

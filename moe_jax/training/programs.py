@@ -5,6 +5,7 @@ machine does not have. A program is built when it is first used, and compiled wh
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,9 +19,10 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Key
 
-from moe_jax.config import RunConfig, TrainConfig
+from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.decode import Decoder
+from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
@@ -28,27 +30,15 @@ from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Card, Policy, choose_policy, cpu_bfloat16_units, writing_policy
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.experts import ExpertParallelMoE, bounded_moe
-from moe_jax.parallel.global_arrays import placed
 from moe_jax.parallel.layout import Layout
+from moe_jax.parallel.processes import placed
 from moe_jax.system.random_keys import Purpose, purpose_key
-from moe_jax.training.evaluate import EvaluationStep, make_evaluation_step
+from moe_jax.training.evaluate import EvaluationStep, Tracer, make_evaluation_step, make_tracer
 from moe_jax.training.loss import training_loss
-from moe_jax.training.on_mesh import make_mesh_evaluation, mesh_gradients, mesh_programs, same_on_all_devices
+from moe_jax.training.on_mesh import make_mesh_evaluation, mesh_gradients, same_on_all_devices
 from moe_jax.training.optimizers.factory import make_optimizer, needs_whole_matrices
-from moe_jax.training.routing_snapshot import Tracer, make_tracer
 from moe_jax.training.state import TrainState, initial_params, initial_state
-from moe_jax.training.step import Gradients, Step, gradients, make_step
-
-
-def _optimizer(
-    train: TrainConfig, policy: Policy, card: Card, layout: Layout | None
-) -> optax.GradientTransformationExtraArgs:
-    """The optimizer. Where bfloat16 is multiplied fast, Muon does so too."""
-    on_cpu = card.platform == "cpu"
-    fast = bool(cpu_bfloat16_units()) if on_cpu else card.bfloat16_units
-    narrow = policy.compute == "bfloat16" and fast
-    held = {} if layout is None else {"hold": layout.hold}
-    return make_optimizer(train, **held, narrow=narrow, stacked=narrow and on_cpu and layout is None)
+from moe_jax.training.step import Gradients, MeshPrograms, Step, gradients, make_step
 
 
 @dataclass(frozen=True)
@@ -93,8 +83,8 @@ class Programs:
 
         For comparisons, `moe` replaces the MoE layer, and `loss` chooses the implementation of the cross-entropy.
         """
-        asked, remat = config.execution.compute_dtype, config.execution.remat
-        policy, writing = choose_policy(asked, device, kept_precision), writing_policy(asked, device)
+        dtype, remat = config.execution.compute_dtype, config.execution.remat
+        policy, writing = choose_policy(dtype, device, kept_precision), writing_policy(dtype, device)
         stored = config.train.param_dtype, remat
         graphdef, shapes = abstract_model(config.model, policy.compute, *stored, moe)
         writer, _ = abstract_model(config.model, writing.compute, *stored, moe)
@@ -114,7 +104,11 @@ class Programs:
         if mesh is not None:
             whole = needs_whole_matrices(shapes if adapters is None else adapters, config.train)
             layout = Layout.of(mesh, shapes, whole, adapters)
-        optimizer = _optimizer(config.train, policy, card, layout)
+        # Where bfloat16 is multiplied fast, Muon does so too.
+        on_cpu = card.platform == "cpu"
+        narrow = policy.compute == "bfloat16" and bool(cpu_bfloat16_units() if on_cpu else card.bfloat16_units)
+        held = {} if layout is None else {"hold": layout.hold}
+        optimizer = make_optimizer(config.train, **held, narrow=narrow, stacked=narrow and on_cpu and layout is None)
         definitions = graphdef, writing, writer, shapes, optimizer, loss, lora, training, attention
         return cls(config, policy, *definitions, adapters, layout)
 
@@ -192,11 +186,10 @@ class Programs:
     @cached_property
     def step(self) -> Step:
         """(state, batch int32 [M, B, T+1]) -> (state, report). The new state reuses the memory of the given state."""
-        loss = partial(training_loss, implementation=self.loss)
+        loss, layout, mesh = partial(training_loss, implementation=self.loss), self.layout, None
+        if layout is not None:
+            mesh = MeshPrograms(self.gradients, layout.state(self.state_shapes), layout.sharding(layout.batch))
         train, scaling = self.config.train, self.policy.loss_scaling
-        if self.layout is None:
-            return make_step(self.training_graphdef, self.optimizer, train, scaling, loss=loss)
-        mesh = mesh_programs(self.layout, self.state_shapes)
         return make_step(self.training_graphdef, self.optimizer, train, scaling, loss=loss, mesh=mesh)
 
     @property
@@ -207,9 +200,8 @@ class Programs:
     @cached_property
     def evaluation(self) -> EvaluationStep:
         """One batch of evaluation windows; see `evaluate.make_evaluation_step`."""
-        if self.layout is not None:
-            return make_mesh_evaluation(self.layout, self.graphdef)
-        return make_evaluation_step(self.graphdef)
+        one = make_evaluation_step(self.graphdef)
+        return one if self.layout is None else make_mesh_evaluation(self.layout, one)
 
     def decoder(self, vocab_size: int | None = None) -> Decoder:
         """Prefill and decoding of one sequence. Only the first `vocab_size` tokens are drawn (all unless given)."""
@@ -220,7 +212,7 @@ class Programs:
         return Decoder(self.writer, *size)
 
     def tracer(self, tokens: np.ndarray) -> Tracer | None:
-        """What records the routing of the first tokens of a stream (`routing_snapshot.make_tracer`)."""
+        """What records the routing of the first tokens of a stream (`evaluate.make_tracer`)."""
         model = self.config.model
         if self.layout is None:
             return make_tracer(model, self.graphdef, tokens)
@@ -241,3 +233,36 @@ class Programs:
         if self.config.data.format == "text":
             return tokens
         return MaskedBatch(tokens, jax.ShapeDtypeStruct((*rows, length), jnp.float32))  # pyright: ignore[reportArgumentType]
+
+
+@dataclass
+class RandomTokenTrainer:
+    """A training step on random tokens, for benchmarks in which the text does not matter.
+
+    It is called without arguments. Each call continues from the state of the last.
+    """
+
+    config: RunConfig
+    step: Step
+    state: TrainState
+    batch: np.ndarray
+
+    @classmethod
+    def of(
+        cls, config: RunConfig, batch_size: int, micro_batches: int = 1, moe: type[MoE] = MoE
+    ) -> "RandomTokenTrainer":
+        programs = Programs.of(config, moe=moe)
+        state = programs.state(initial_params(config, jax.random.key(0)))
+        shape = (micro_batches, batch_size, config.model.seq_len + 1)
+        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
+        return cls(config, programs.step, state, tokens)
+
+    def __call__(self) -> Any:
+        self.state, report = self.step(self.state, self.batch)
+        return report
+
+    @property
+    def active_flops(self) -> float:
+        """Floating-point operations of one call: 6 x active matmul parameters x tokens."""
+        tokens = math.prod(self.batch.shape[:2]) * self.config.model.seq_len
+        return 6.0 * totals(count_parameters(self.config.model)).multiplied * tokens

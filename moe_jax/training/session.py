@@ -29,9 +29,9 @@ from moe_jax.data.token_store import Stream, TokenStore, openings, prepare_token
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
-from moe_jax.parallel.global_arrays import made, placed
-from moe_jax.parallel.mesh import mesh_of
-from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
+from moe_jax.parallel.layout import mesh_of
+from moe_jax.parallel.processes import agree_on, made, placed
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore
 from moe_jax.runs.folder import RunFolder, new_run_id, recorded_changes
 from moe_jax.runs.load import (
     check_full_weights,
@@ -41,14 +41,11 @@ from moe_jax.runs.load import (
     load_run_tokenizer,
     saved_config,
 )
-from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.random_keys import Purpose, purpose_key
-from moe_jax.training.agreement import check_same_data
-from moe_jax.training.counters import RunCounters
-from moe_jax.training.evaluate import Evaluation, evaluate
+from moe_jax.training.counters import RunCounters, SessionProgress
+from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
 from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
-from moe_jax.training.routing_snapshot import Tracer
 from moe_jax.training.start import Start
 from moe_jax.training.state import TrainState
 
@@ -115,14 +112,10 @@ class SessionData:
             return answer_prompt(tokenizer, [Message("user", self.opening)] if self.opening else [])
         return [tokenizer.separator_id, *tokenizer.encode(self.opening)]
 
-    def whole(self) -> Stream:
-        """The validation stream."""
-        return self.store.valid.stream
-
     def subset(self) -> Stream:
         """The fixed part of the validation stream that is scored during training. Raises UserError if it should have
         answers and has none."""
-        whole, separator = self.whole(), self.store.tokenizer.separator_id
+        whole, separator = self.store.valid.stream, self.store.tokenizer.separator_id
         tokens = validation_subset(whole.tokens, separator, self.config.data.eval_tokens)
         answers = None if whole.answers is None else whole.answers[: len(tokens)]
         if answers is not None and not answers[1:].any():  # the first token is never predicted
@@ -144,45 +137,6 @@ class SessionData:
         if self.stream_of(scored) == "whole":
             return f"the whole validation stream, {scored.tokens:,} {what}"
         return f"the first {scored.tokens:,} of {split.targets:,} validation {what}"
-
-
-@dataclass
-class SessionProgress:
-    """The progress of the run, in this process and in all earlier ones."""
-
-    counters: RunCounters
-    begin: float
-    """`time.monotonic()` at the start of this process's work."""
-    resumed_from: int | None = None
-    saved_step: int = 0
-    """Step of the newest checkpoint; 0 before the first."""
-    elapsed_before: float = 0.0
-    """Seconds of the run before this process."""
-    origin: dict[str, Any] | None = None
-    """`Initial.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of the run, summed over all its processes."""
-        return self.elapsed_before + time.monotonic() - self.begin
-
-    @property
-    def how_to_go_on(self) -> str:
-        """What the user can do after an error."""
-        return "go on from the last checkpoint with --resume" if self.saved_step else "start again with --resume"
-
-    @classmethod
-    def restored(cls, checkpoint: Checkpoint, begin: float) -> "SessionProgress":
-        """The progress that was saved with a checkpoint."""
-        context = checkpoint.manifest["context"]
-        return cls(
-            RunCounters.from_json(context["progress"]),
-            begin,
-            resumed_from=checkpoint.step,
-            saved_step=checkpoint.step,
-            elapsed_before=checkpoint.elapsed,
-            origin=context.get("origin"),
-        )
 
 
 @dataclass
@@ -218,17 +172,19 @@ class Session:
         weights = start.weights(config) if start and saved is None else None
         run_id, tokenizer, precision = "", weights.tokenizer if weights else None, ""
         if saved is not None:
-            found = checkpoints.list()
-            precision = kept_precision(found[-1]) if found else ""
-            run_id = check_same_run(folder.files, found) or new_run_id()
-            tokenizer = load_run_tokenizer(folder.path, found[-1] if found else None, saved.model)
+            saved_steps = checkpoints.list()
+            newest = saved_steps[-1] if saved_steps else None
+            precision = kept_precision(newest) if newest else ""
+            run_id = check_same_run(folder.files, saved_steps) or new_run_id()
+            tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         config = dataclasses.replace(config, model=with_vocabulary_of(config.model, store))
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh), kept_precision=precision)
-        check_same_data(config, store, programs.policy)
-        # The first step then finds its program in the cache of compiled programs.
-        compile_step = partial(programs.compiled_step, config.train.batch_size, config.train.grad_accum)
-        meanwhile = compile_step if programs.layout is None else None
+        texts = {f"--data {config.data.source}": store.digest, "tokenizer": store.tokenizer.digest}
+        agree_on(texts | {"--precision": programs.policy.compute})
+        meanwhile = None
+        if programs.layout is None:  # the first step then finds its program in the cache of compiled programs
+            meanwhile = partial(programs.compiled_step, config.train.batch_size, config.train.grad_accum)
         data = SessionData(config, store, corpus_baselines(config.data, store, meanwhile))
         data.subset()  # raises UserError now, and not at the first evaluation
         opened = cls(
@@ -243,10 +199,7 @@ class Session:
             tracer=programs.tracer(store.valid.tokens),
             run_id=run_id,
         )
-        if saved is not None:
-            opened._restore()
-        else:
-            opened._start(weights)
+        opened._start(weights) if saved is None else opened._restore()
         return opened
 
     def _start(self, weights: "InitialWeights | None") -> None:
@@ -323,16 +276,8 @@ class Session:
 
     def diagnose(self, step: int) -> tuple[Path, str]:
         """Write the batch and the names of the arrays that are not finite, for a bad step: see `nonfinite.diagnose`."""
-        return diagnose(
-            self.folder.files,
-            self.programs.training_graphdef,
-            self.config.train,
-            self.state,
-            self.data.batch(step - 1),
-            step,
-            self.programs.gradients,
-            self.batch(step - 1),
-        )
+        batch, on_devices = self.data.batch(step - 1), self.batch(step - 1)
+        return diagnose(self.folder.files, self.programs, self.state, step, batch, on_devices)
 
     def save(self, step: int, val_loss: float | None) -> None:
         """Write a checkpoint.

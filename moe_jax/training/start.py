@@ -44,7 +44,6 @@ _IMPORTED_ROUTING = ("top_k", "renormalise_gates", "balancing")
 """Fields of the routing that decide what an imported model computes, or which parameters it has."""
 _ROUTING_MAY_CHANGE = {"capacity_factor", "dispatch", MESH_ROUTING}
 """Fields of the routing that change neither which experts a token chooses, nor its gates."""
-_SAME_FUNCTION = "leave the flag out: an upcycled run starts with the function that the dense run has learned"
 
 
 @dataclass(frozen=True)
@@ -180,75 +179,63 @@ class ImportedModel(Start):
 
 
 @dataclass(frozen=True)
-class UpcycledRun(Start):
-    """A trained dense run (--upcycle). Every expert starts as a copy of its feed-forward network."""
+class Upcycled(Start):
+    """A trained dense run, or a dense Hugging Face model (--upcycle). Every expert starts as a copy of its feed-forward
+    network."""
 
-    run: RunConfig
-
-    @classmethod
-    def of(cls, folder: str) -> "UpcycledRun":
-        """The settings of the dense run, with experts as wide as its dense network. Raises ConfigError."""
-        run = _load_run("--upcycle", folder, "make one with --model.dense active")
-        if run.model.dense == "none":
-            raise ConfigError(f"--upcycle {folder}: has experts already; name a run made with --model.dense active")
-        model = dataclasses.replace(run.model, dense="none", expert_hidden=run.model.dense_hidden, shared_experts=0)
-        return cls(dataclasses.replace(run, upcycle=folder, out="", model=model), run)
-
-    def check(self, config: RunConfig) -> None:
-        """The experts can be copies, and everything else is as in the dense run."""
-        where = f"the dense run in {config.upcycle}"
-        _check_copies(self.run.model.dense_hidden, config, where)
-        fixed = [("", "preset"), *_fields(config, "model", _EXPERTS | _TRAINING_ONLY)]
-        fixed += _fields(config, "data", _DATA_MAY_CHANGE)
-        _check_same(self.run, config, fixed, where, _SAME_FUNCTION)
-
-    def weights(self, config: RunConfig) -> "InitialWeights | None":
-        from moe_jax.training import initial_weights
-
-        return initial_weights.of_dense_run(config.upcycle, self.run)
-
-
-@dataclass(frozen=True)
-class UpcycledModel(Start):
-    """A dense Hugging Face model (--upcycle). Every expert starts as a copy of its feed-forward network."""
-
-    shape: "PretrainedShape"
+    dense: RunConfig
+    """The settings of the dense run, or those of the new run with the dense model of a Hugging Face folder."""
+    pretrained: bool
 
     @classmethod
-    def of(cls, config: RunConfig) -> "UpcycledModel":
-        """The shape of the folder's model, with the experts of `config`, each as wide as the dense network."""
-        from moe_jax.interop.pretrained_shape import read_shape
+    def of(cls, config: RunConfig) -> "Upcycled":
+        """The dense run or model with experts as wide as its network. A folder is told by its content.
 
-        shape = read_shape(Path(config.upcycle), "--upcycle")
-        dense = shape.model
-        if dense.dense == "none":
-            raise ConfigError(f"--upcycle {config.upcycle}: has experts already; start from it with --init-from")
+        Raises ConfigError or UserError.
+        """
+        from moe_jax.interop.pretrained_shape import holds_pretrained, read_shape
+
+        folder = config.upcycle
+        if holds_run(Path(folder)) or not holds_pretrained(Path(folder)):
+            dense = _load_run("--upcycle", folder, "make one with --model.dense active")
+            _check_dense(dense.model, folder, "name a run made with --model.dense active")
+            width = dense.model.dense_hidden
+            model = dataclasses.replace(dense.model, dense="none", expert_hidden=width, shared_experts=0)
+            return cls(dataclasses.replace(dense, upcycle=folder, out="", model=model), dense, pretrained=False)
+        model = read_shape(Path(folder), "--upcycle").model
+        _check_dense(model, folder, "start from it with --init-from")
+        # The dense model has no experts that a mesh could divide.
+        plain = dataclasses.replace(config, execution=dataclasses.replace(config.execution, mesh=""))
+        dense = _with_pretrained(plain, model)
         model = dataclasses.replace(
-            dense,
+            model,
             dense="none",
-            seq_len=min(config.model.seq_len, dense.seq_len),
+            seq_len=min(config.model.seq_len, model.seq_len),
             experts=config.model.experts,
             routing=config.model.routing,
-            expert_hidden=dense.dense_hidden,
+            expert_hidden=model.dense_hidden,
         )
-        return cls(_with_pretrained(config, model), shape)
+        return cls(_with_pretrained(config, model), dense, pretrained=True)
 
     def check(self, config: RunConfig) -> None:
-        """The experts can be copies, and everything else is as in the dense model."""
-        dense, where = self.shape.model, f"the dense model in {config.upcycle}"
-        _check_copies(dense.dense_hidden, config, where)
-        _check_length(dense, config, where)
-        fixed = [("data", "tokenizer"), *_fields(config, "model", _EXPERTS | _TRAINING_ONLY | {"seq_len"})]
-        # The dense model has no experts that a mesh could divide.
-        execution = dataclasses.replace(config.execution, mesh="")
-        data = dataclasses.replace(config.data, tokenizer="hf")
-        there = dataclasses.replace(config, model=dense, data=data, execution=execution)
-        _check_same(there, config, fixed, where, _SAME_FUNCTION)
+        """The experts can be copies, and everything else is as in the dense run or model."""
+        where = f"the dense {'model' if self.pretrained else 'run'} in {config.upcycle}"
+        _check_copies(self.dense.model.dense_hidden, config, where)
+        free = _EXPERTS | _TRAINING_ONLY
+        if self.pretrained:
+            _check_length(self.dense.model, config, where)
+            fixed = [("data", "tokenizer"), *_fields(config, "model", free | {"seq_len"})]
+        else:
+            fixed = [("", "preset"), *_fields(config, "model", free), *_fields(config, "data", _DATA_MAY_CHANGE)]
+        hint = "leave the flag out: an upcycled run starts with the function that the dense run has learned"
+        _check_same(self.dense, config, fixed, where, hint)
 
     def weights(self, config: RunConfig) -> "InitialWeights | None":
         from moe_jax.training import initial_weights
 
-        return initial_weights.of_pretrained(config.upcycle, "--upcycle")
+        if self.pretrained:
+            return initial_weights.of_pretrained(config.upcycle, "--upcycle")
+        return initial_weights.of_dense_run(config.upcycle, self.dense)
 
 
 def start_of(values: Values) -> Start:
@@ -268,19 +255,12 @@ def start_of(values: Values) -> Start:
 
 
 def new_start(config: RunConfig) -> Start:
-    """What a new run of a configuration starts from. A folder is told by its content. Raises as `start_of` does."""
+    """What a new run of a configuration starts from. Raises as `start_of` does."""
     if config.base:
         return TunedRun.of(config.base, lora=config.train.lora_rank > 0)
     if config.init_from:
         return ImportedModel.of(config)
-    if not config.upcycle:
-        return Start(preset(config.preset))
-    from moe_jax.interop.pretrained_shape import holds_pretrained
-
-    folder = Path(config.upcycle)
-    if holds_run(folder) or not holds_pretrained(folder):
-        return UpcycledRun.of(config.upcycle)
-    return UpcycledModel.of(config)
+    return Upcycled.of(config) if config.upcycle else Start(preset(config.preset))
 
 
 def _in_folder(config: RunConfig) -> Start | None:
@@ -340,6 +320,11 @@ def _for_conversations(config: RunConfig, lr: float) -> RunConfig:
         train_router=False,
     )
     return dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, format="chat"))
+
+
+def _check_dense(model: ModelConfig, folder: str, remedy: str) -> None:
+    if model.dense == "none":
+        raise ConfigError(f"--upcycle {folder}: has experts already; {remedy}")
 
 
 def _check_copies(hidden: int, config: RunConfig, where: str) -> None:

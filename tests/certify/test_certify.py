@@ -24,8 +24,7 @@ from moe_jax.model.moe.layer import AllExpertsMoE, MoE
 from moe_jax.model.transformer import Block, create, split
 from moe_jax.system import hlo
 from moe_jax.training import loss
-from moe_jax.training.programs import Programs
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import Programs, RandomTokenTrainer
 from tests.support.leaky import LeakyCapacity, Priority, ReversedChunks, leaky_moe
 from tests.support.one_hot import OneHotMoE
 

@@ -57,7 +57,7 @@ def test_an_imported_model_is_tuned_and_exported(flags: tuple[str, ...], place: 
     turns as its tokenizer does."""
     session, result = tune(place, "whole" + "".join(flags), *flags)
     imported, _ = Pretrained.open(place / "hf", "--init-from").params(session.programs.param_shapes, None)
-    start = session.score(session.data.whole(), imported)
+    start = session.score(session.data.store.valid.stream, imported)
     assert result["val_scored"] == "answers"
     assert result["val_loss"] < start.loss
     assert (session.config.train.lr, session.config.train.optimizer) == (IMPORTED_LR, "adamw")
@@ -91,7 +91,7 @@ def test_a_tuned_import_is_tuned_once_more(place: Path) -> None:
     """What the public model took to train is not known, and stays so."""
     session, _ = tune(place, "first")
     run = find_checkpoint(session.folder.path)
-    assert initial_weights.flops_until(run.checkpoint, run.config) is None
+    assert initial_weights._origin("tuned_from", "", run.checkpoint, run.config)["training_flops"] is None
 
 
 def test_one_origin_at_a_time(place: Path) -> None:

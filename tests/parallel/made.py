@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
-from moe_jax.parallel.mesh import mesh_of
+from moe_jax.parallel.layout import mesh_of
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 

@@ -18,8 +18,7 @@ from moe_jax.certify.mesh import (
 )
 from moe_jax.certify.model import initial_params
 from moe_jax.parallel import experts
-from moe_jax.parallel.layout import Layout
-from moe_jax.parallel.mesh import AXES, mesh_of
+from moe_jax.parallel.layout import AXES, Layout, mesh_of
 from moe_jax.system.hlo import read_program
 from moe_jax.training import on_mesh
 from moe_jax.training.programs import Programs

@@ -1,6 +1,5 @@
 """A checkpoint belongs to a model and not to a mesh: saved on eight devices, it is restored on any other mesh."""
 
-import shutil
 import weakref
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,10 @@ import pytest
 from safetensors.numpy import save_file
 
 from moe_jax.config import MeshShape
-from moe_jax.parallel.global_arrays import whole
-from moe_jax.parallel.mesh import mesh_of
+from moe_jax.parallel.layout import mesh_of
+from moe_jax.parallel.processes import whole
 from moe_jax.runs import arrays
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
-from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.training.programs import Programs
 from tests.parallel import made
 from tests.support import tiny
@@ -96,15 +94,3 @@ def test_weights_are_gathered_one_at_a_time(
     assert all(x._npy_value is None for x in arrays.named_leaves(state).values())
     save_file({name: np.asarray(x) for name, x in leaves.items()}, tmp_path / "library")
     assert (tmp_path / arrays.WEIGHTS).read_bytes() == (tmp_path / "library").read_bytes()
-
-
-def test_a_flipped_bit_in_a_part_is_found(saved: tuple[Checkpoint, Any], tmp_path: Path) -> None:
-    checkpoint, _ = saved
-    copy = tmp_path / "checkpoints" / checkpoint.path.name
-    shutil.copytree(checkpoint.path, copy)
-    largest = max((copy / "arrays").rglob("d/*"), key=lambda p: p.stat().st_size)
-    content = bytearray(largest.read_bytes())
-    content[len(content) // 2] ^= 1
-    largest.write_bytes(content)
-    with pytest.raises(CheckpointCorrupted):
-        restore(CheckpointStore(tmp_path).at(2), on("fsdp=8").state_shapes)

@@ -18,7 +18,7 @@ from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.transformer import merge
 from moe_jax.parallel.experts import BoundedBlocks, DeviceQueues, ExpertParallelMoE
-from moe_jax.parallel.mesh import AXES, mesh_of
+from moe_jax.parallel.layout import AXES, mesh_of
 from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
 from tests.parallel import made

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.parallel.mesh import mesh_of
+from moe_jax.parallel.layout import mesh_of
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.programs import Programs
 from tests.parallel import made

@@ -113,9 +113,3 @@ def test_blocks_of_8_bit_moments_are_cut_over_experts() -> None:
         for part in ("codes", "scale")
     }
     assert state_specs("adamw-8bit") == expected
-
-
-def test_an_unknown_field_of_a_state_is_an_error() -> None:
-    layout = Layout.of(MESH, shapes(), jax.tree.map(lambda _: False, shapes()))
-    with pytest.raises(ValueError, match="add it to state_spec"):
-        layout.state_spec("optimizer.0.mu.embedding.sketch", (3, 4))

@@ -17,7 +17,7 @@ import pytest
 from moe_jax.cli.main import main, run_as
 from moe_jax.cli.train import Sft, Train
 from moe_jax.config import load_config
-from moe_jax.parallel.mesh import mesh_of
+from moe_jax.parallel.layout import mesh_of
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.manifest import CheckpointCorrupted, describe_leaves
@@ -89,19 +89,6 @@ def test_saved_by_two_and_restored_by_one(folder: Path, two: Ended, tmp_path: Pa
         assert (found.path / "weights.safetensors").read_bytes() == (
             checkpoint.path / "weights.safetensors"
         ).read_bytes()
-
-
-def test_a_flipped_bit_in_the_part_of_the_other_process_is_found(folder: Path, two: Ended, tmp_path: Path) -> None:
-    assert two.status == (0, 0)
-    checkpoint = newest(folder, "two")
-    copy = tmp_path / "checkpoints" / checkpoint.path.name
-    shutil.copytree(checkpoint.path, copy)
-    part = max((copy / "arrays" / "ocdbt.process_1").rglob("d/*"), key=lambda p: p.stat().st_size)
-    content = bytearray(part.read_bytes())
-    content[len(content) // 2] ^= 1
-    part.write_bytes(content)
-    with pytest.raises(CheckpointCorrupted, match=r"ocdbt\.process_1"):
-        restore(CheckpointStore(tmp_path).at(checkpoint.step), state_shapes(folder, "data=8"))
 
 
 def test_a_run_moves_from_two_processes_to_one_and_back(folder: Path, two: Ended) -> None:

@@ -8,16 +8,15 @@ from typing import Any
 import jax
 import pytest
 
-from moe_jax.config import DataConfig, RunConfig, load_config
+from moe_jax.config import DataConfig, RunConfig
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.interop.pretrained import Pretrained
-from moe_jax.parallel.mesh import mesh_of
-from moe_jax.training import initial_weights
+from moe_jax.parallel.layout import mesh_of
 from moe_jax.training.programs import Programs
-from moe_jax.training.start import UpcycledRun, new_start
+from moe_jax.training.start import new_start
 from tests.interop import made as hugging_face
 from tests.parallel import made
-from tests.support import saved_run, tiny
+from tests.support import tiny
 
 pytestmark = pytest.mark.parallel
 
@@ -76,25 +75,3 @@ def test_a_public_model(flag: str, mesh: str, tmp_path: Path, monkeypatch: pytes
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(programs.param_shapes))
     share = most_bytes(jax.tree.leaves(programs.state_shapes.params))
     assert share / 2 < max(most) <= share + largest
-
-
-def test_a_dense_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The dense model that is read is sharded over fsdp, so a device has about half of it."""
-    run = saved_run.save_run(tmp_path, dense="active", width=16, expert_hidden=16)
-    dense = load_config(run)
-    assert dense is not None
-    start = UpcycledRun.of(str(run))
-    config, source = start.defaults, start.weights(start.defaults)
-    assert source is not None
-    store = prepare_token_store(dense.data, progress=False, cache=tmp_path / "cache")
-    here, read = [], initial_weights.restore_weights
-
-    def counted(*args: Any) -> Any:
-        found = read(*args)
-        here.append(most_bytes(jax.tree.leaves(found)))
-        return found
-
-    monkeypatch.setattr(initial_weights, "restore_weights", counted)
-    assert_starts_as_one(source, config, "fsdp=2,expert=4", store)
-    on_mesh, whole = here
-    assert on_mesh < 0.6 * whole

@@ -1,6 +1,5 @@
 """A step on eight devices is the step of one device: the same bits where no sum is reordered, and close losses."""
 
-import math
 import re
 from collections.abc import Callable
 from typing import get_args
@@ -10,13 +9,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import OptimizerKind
-from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
-from moe_jax.parallel.mesh import mesh_of
 from moe_jax.training.on_mesh import make_mesh_forward
-from moe_jax.training.programs import Programs
 from tests.parallel import made
 from tests.parallel.made import MESHES
 from tests.support import tiny
@@ -87,32 +83,6 @@ def test_fifty_losses_are_those_of_one_device(mesh: str, optimizer: str, micro_b
     assert np.abs(np.array(losses) - expected).max() <= CLOSE
     assert expected[0] - expected[-1] > 0.1
     assert programs.step._cache_size() == 1  # pyright: ignore[reportFunctionMemberAccess]
-
-
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "fsdp=2,expert=4"])
-def test_blocks_on_a_mesh(mesh: str) -> None:
-    """With a factor of 4 = E / K no row is missing, so nothing is dropped over `expert`."""
-    _, losses = made.train(made.programs(mesh, dispatch="blocks", device_capacity_factor=4.0), 5)
-    _, expected = made.train(made.programs(dispatch="blocks"), 5)
-    assert np.abs(np.array(losses) - expected).max() <= CLOSE
-
-
-def test_the_same_mesh_gives_the_same_bits_twice() -> None:
-    """Number 6 of the strict list: every leaf of the state after 5 steps."""
-    programs = made.programs("fsdp=2,expert=4", grad_accum=2)
-    first, losses = made.train(programs, 5)
-    again, repeated = made.train(programs, 5)
-    tiny.assert_same_bits(jax.device_get(first), jax.device_get(again))
-    assert losses == repeated
-
-
-def test_parameters_and_state_are_cut() -> None:
-    """With fsdp=8 a device holds at most 1.05 / 8 of the parameters and of AdamW's moments, the norms included."""
-    found = with_vocabulary(preset("seed-158m"))
-    state = Programs.of(found, mesh=mesh_of("fsdp=8")).state_shapes
-    leaves = jax.tree.leaves((state.params, state.optimizer))
-    here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
-    assert here <= 1.05 / 8 * sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def test_answers_of_conversations_count_alike() -> None:

@@ -49,19 +49,6 @@ def test_samples_and_snapshots_are_those_of_one_device() -> None:
     assert found(whole(programs)) == expected(whole(one))
 
 
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", MESH])
-def test_snapshots_of_blocks(mesh: str) -> None:
-    """With a factor of 4 = E / K no row is missing over `expert`. The second layer's
-    choices depend on the outputs of the first one's experts."""
-    changes: dict[str, Any] = {"dispatch": "blocks", "layers": 2}
-    programs, one = made.programs(mesh, device_capacity_factor=4.0, **changes), made.programs(**changes)
-    stream = tiny.tokens(40, seed=4, vocabulary=made.V)
-    found, expected = programs.tracer(stream), one.tracer(stream)
-    assert found is not None
-    assert expected is not None
-    assert found(whole(programs)) == expected(whole(one))
-
-
 def test_gradients_that_are_not_finite_are_diagnosed_where_they_lie(tmp_path: Path) -> None:
     """Of a step whose loss is multiplied by infinity, the first gradient that is not finite is named."""
     programs = made.programs(MESH)

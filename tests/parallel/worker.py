@@ -16,13 +16,13 @@ from moe_jax.cli.train import Sft, Train
 from moe_jax.inspection import report
 from moe_jax.parallel import processes
 from moe_jax.runs import checkpoint
-from moe_jax.training import agreement, session, step_logger
+from moe_jax.training import logging, session
 
 session.SAMPLE_TOKENS = 8
-step_logger.matmul_rate = lambda dtype: 1e9  # only for the matmul rate
+logging.matmul_rate = lambda dtype: 1e9  # only for the matmul rate
 report.report_run = lambda files: ["no report"]
 if code := os.environ.get("MOE_JAX_TEST_CODE"):
-    agreement.code_digest = lambda: code
+    processes.code_digest = lambda: code
 if seconds := os.environ.get("MOE_JAX_TEST_ANSWER"):
     processes.ANSWER_SECONDS = int(seconds)
 if fault := os.environ.get("MOE_JAX_TEST_FAULT"):

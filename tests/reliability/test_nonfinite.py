@@ -117,7 +117,7 @@ def test_gradients_that_stay_bad_are_diagnosed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("moe_jax.training.logging.MAX_SKIPPED_IN_A_ROW", 3)
     config = configuration(text, tmp_path / "run")
     poison_gradients(monkeypatch, config, 7, 12)
     session = Session.open(config)
@@ -137,7 +137,7 @@ def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
     uninterrupted: tuple[Session, dict[str, Any]],  # noqa: F811
 ) -> None:
     """The first bad leaf is named, and the run goes on from the last checkpoint as if nothing had been."""
-    monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("moe_jax.training.logging.MAX_SKIPPED_IN_A_ROW", 3)
     out = tmp_path / "run"
     config = configuration(text, out, save_every=save_every)
     session = Session.open(config)

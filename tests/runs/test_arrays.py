@@ -1,14 +1,10 @@
 """The arrays of a checkpoint: in which form they are read, and the weights for other programs."""
 
-import contextlib
-import functools
 import logging
 import os
 import stat
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,10 +14,16 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moe_jax.runs import arrays, manifest
-from moe_jax.runs.arrays import WEIGHTS, named_leaves, read_arrays, without_traces, write_arrays, write_weights
+from moe_jax.runs import manifest
+from moe_jax.runs.arrays import (
+    WEIGHTS,
+    named_leaves,
+    read_arrays,
+    write_arrays,
+    write_safetensors,
+    write_weights,
+)
 from moe_jax.runs.manifest import CheckpointCorrupted, Leaf
-from moe_jax.runs.safetensors_file import write_safetensors
 
 LEAVES = named_leaves(
     {
@@ -69,21 +71,6 @@ def test_another_form_than_the_manifest_says_is_refused_before_any_array_is_read
         read_arrays(written, {"absent": leaf})
 
 
-def test_a_chunk_that_is_larger_than_its_array_is_refused() -> None:
-    """It would take any amount of memory."""
-
-    def stored(shape: tuple[int, ...], chunk: tuple[int, ...]) -> Any:
-        storage = SimpleNamespace(chunk_shape=chunk)
-        entry = SimpleNamespace(shape=shape, dtype=np.dtype("float32"), storage=storage)
-        return SimpleNamespace(item_metadata=SimpleNamespace(tree={"w": entry}))
-
-    for shape, chunk in (((4, 3), (4, 3)), ((4, 3), (1, 2)), ((0, 3), (1, 3)), ((), ())):
-        arrays._check_stored(stored(shape, chunk), {"w": Leaf(shape, "float32", "")})
-    for shape, chunk in (((4, 3), (5, 3)), ((4, 3), (4, 2**40)), ((0, 3), (2, 3))):
-        with pytest.raises(CheckpointCorrupted, match="another shape"):
-            arrays._check_stored(stored(shape, chunk), {"w": Leaf(shape, "float32", "")})
-
-
 @pytest.mark.parametrize(
     ("error", "kind"),
     [
@@ -113,32 +100,6 @@ def loggers() -> Iterator[list[logging.Logger]]:
     yield logs
     for log, level in zip(logs, before, strict=True):
         log.setLevel(level)
-
-
-def test_other_programs_log_nothing_within_the_block_and_after_an_error(loggers: list[logging.Logger]) -> None:
-    """A thread that has not ended by then logs its own traceback of the same error."""
-    before = [log.level for log in loggers]
-    with without_traces():
-        assert [log.isEnabledFor(logging.ERROR) for log in loggers] == [False, False]
-    assert [log.level for log in loggers] == before
-    with contextlib.suppress(ValueError), without_traces():
-        raise ValueError
-    assert [log.isEnabledFor(logging.ERROR) for log in loggers] == [False, False]
-
-
-def test_threads_that_finish_late_are_silent_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their hook is set once: otherwise each checkpoint would put one more before the others."""
-    told: list[Any] = []
-    monkeypatch.setattr(sys, "unraisablehook", told.append)
-    monkeypatch.setattr(arrays, "_ignore_late_answers", functools.cache(arrays._ignore_late_answers.__wrapped__))
-    with without_traces():
-        hook = sys.unraisablehook
-    with without_traces():
-        assert sys.unraisablehook is hook
-    late, other = (SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "a bug"))
-    hook(late)  # pyright: ignore[reportArgumentType]
-    hook(other)  # pyright: ignore[reportArgumentType]
-    assert told == [other]
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -1,8 +1,6 @@
 """What the doctor finds in a mistreated run, and what it repairs. `tests/reliability` examines trained runs."""
 
-import errno
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,6 @@ from moe_jax.config import load_config
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.runs import manifest
 from moe_jax.runs.doctor import Finding, examine
-from moe_jax.system.files import Folder
 from tests.support.saved_run import NAME, edit_manifest, flip_a_bit, largest_file
 
 FILES = [NAME, "config.json", "tokenizer.json", "metrics.jsonl"]
@@ -89,33 +86,6 @@ def test_the_only_checkpoint_is_never_renamed(where: str, copied: Path) -> None:
     assert [p.name for p in (copied / "checkpoints").iterdir()] == [NAME]
 
 
-def test_what_the_system_refuses_is_left_alone_and_the_rest_is_examined(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    second(copied)
-    digest, opened = manifest.file_digest, Folder.open
-
-    def refuse_digest(path: Path) -> str:
-        if NAME in path.parts:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return digest(path)
-
-    def refuse_open(folder: Folder, name: str, limit: int | None = None) -> Any:
-        if name in FILES[1:] and folder.path == copied:
-            raise OSError(errno.EIO, os.strerror(errno.EIO), name)
-        return opened(folder, name, limit)
-
-    monkeypatch.setattr(manifest, "file_digest", refuse_digest)
-    monkeypatch.setattr(Folder, "open", refuse_open)
-    before = contents(copied)
-    findings = found(copied, repair=True)
-    assert {what: f.state for what, f in findings.items()} == dict.fromkeys(FILES, "unreadable") | {
-        "step_00000050": "good"
-    }
-    assert "Permission denied" in findings[NAME].detail
-    assert contents(copied) == before
-
-
 @pytest.mark.parametrize("without_config", [False, True])
 def test_a_checkpoint_of_another_run_is_said_and_left_alone(without_config: bool, copied: Path) -> None:
     """And it is not the source of a repair. Without config.json the oldest checkpoint says whose run it is."""
@@ -169,21 +139,6 @@ def test_a_tokenizer_is_made_again_from_the_data(harm: Callable[[Path], Any], sa
         "tokenizer.json", "repaired", "made again from the data, and equal to the original"
     )
     assert path.read_bytes() == whole
-
-
-@pytest.mark.parametrize("gone", [False, True], ids=["another text", "no text"])
-def test_a_tokenizer_that_cannot_be_made_again_stays(gone: bool, copied: Path) -> None:
-    document = json.loads((copied / "checkpoints" / NAME / manifest.NAME).read_text())
-    config = document["context"]["config"]
-    source = config["data"] | {"source": str(copied / "gone.txt")}
-    edit_manifest(copied, **({"config": config | {"data": source}} if gone else {"tokenizer": "of another text"}))
-    if gone:
-        (copied / "tokenizer.json").unlink()
-    before = contents(copied)
-    finding = found(copied, repair=True)["tokenizer.json"]
-    assert finding.state == "damaged"
-    assert ("it cannot be had again" if gone else "; the one made again from the data differs too") in finding.detail
-    assert contents(copied) == before
 
 
 def test_lines_that_are_no_records_are_removed(copied: Path) -> None:

@@ -11,8 +11,7 @@ import pytest
 
 from moe_jax.config import RunConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.runs.folder import LOCK, RunFolder, locked_for_training, new_run_id, read_run_id
-from moe_jax.system.files import Folder
+from moe_jax.runs.folder import LOCK, RunFolder, locked_for_training
 from tests.support import tiny
 
 CONFIG = RunConfig(out="runs/x", resume=True, model=tiny.config())
@@ -91,17 +90,6 @@ def test_logs_are_removed_after_a_checkpoint_by_split(tmp_path: Path) -> None:
     run.samples.write_bytes(run.samples.read_bytes() + b"=== step 5\n\xc3")  # a crash within a character
     run.truncate_logs_after(6, 4)
     assert run.samples.read_text().endswith("text 4\n === step 7\n\n")
-
-
-def test_ids_are_16_hexadecimal_digits(tmp_path: Path) -> None:
-    assert len({new_run_id() for _ in range(100)}) == 100
-    run_id = new_run_id()
-    for text, expected in (
-        *((json.dumps({"run_id": run_id}), run_id), ("{", None), ("[]", None), ("{}", None)),
-        *((json.dumps({"run_id": odd}), None) for odd in (7, "", "a" * 15, "g" * 16, "A" * 16, "a" * 16 + "\n")),
-    ):
-        (tmp_path / "config.json").write_text(text)
-        assert read_run_id(Folder(tmp_path)) == expected, text
 
 
 def test_a_folder_that_was_removed_or_made_anew_is_noticed(folder: RunFolder) -> None:

@@ -79,13 +79,6 @@ def test_another_run_model_or_tokenizer_is_refused_by_name(copied: Path) -> None
             open_run(copied)
 
 
-def test_another_precision_than_in_training_is_said(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    edit_config(copied, "execution", compute_dtype="bfloat16")
-    assert str(np.dtype(open_run(copied).policy.compute)) == "bfloat16"
-    said = capsys.readouterr().err
-    assert f"execution.compute_dtype is bfloat16, and the checkpoint of step {saved_run.STEP} was trained with" in said
-
-
 def test_texts_are_written_in_float32_on_a_processor_with_units_for_bfloat16(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -152,22 +145,6 @@ def test_the_saved_configuration() -> None:
     for odd in (None, 7, {}, CONFIG.to_dict() | {"schema_version": 99}, wrong):
         with pytest.raises(CheckpointCorrupted, match="does not say what it belongs to"):
             saved_config(checkpoint(config=odd))
-
-
-@pytest.mark.parametrize(
-    ("section", "name", "there", "flag"),
-    [
-        ("model", "activation", "gelu", "--set model.activation=swiglu"),
-        ("routing", "capacity_factor", 2.0, "--capacity-factor 0.5"),
-    ],
-)
-def test_another_model_or_routing_is_refused_by_its_flag(section: str, name: str, there: Any, flag: str) -> None:
-    saved = copy.deepcopy(CONFIG.to_dict())
-    saved["train"]["steps"] = 7  # another training is the same model
-    check_same_model(checkpoint(config=saved), CONFIG)
-    saved[section][name] = there
-    with pytest.raises(UserError, match=rf"^{flag}: run/step_1 was saved with {there}; give it that value"):
-        check_same_model(checkpoint(config=saved), CONFIG)
 
 
 @pytest.mark.parametrize(

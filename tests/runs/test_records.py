@@ -9,7 +9,6 @@ import pytest
 
 from moe_jax.runs import records
 from moe_jax.runs.records import (
-    last_train_record,
     load_entropy,
     parse_record,
     read_metrics,
@@ -83,14 +82,6 @@ def test_records_are_sorted_by_split_and_loads_have_one_shape(tmp_path: Path) ->
         *((0, False), (1, True), (2, False), (3, False), (4, True), (5, True))
     ]
     assert [r["step"] for r in metrics["val"]] == [9]
-
-
-@pytest.mark.parametrize("piece", [1, 30, 1000])
-def test_the_last_record_is_read_from_the_end(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(records, "_TAIL_BYTES", piece)
-    assert last_train_record(Folder(tmp_path)) == {}
-    (tmp_path / records.METRICS).write_bytes(line(step=1) + b"\n" + line(step=2) + b"\n" + line(split="val") + b"\ncut")
-    assert last_train_record(Folder(tmp_path)) == {"step": 2, "split": "train"}
 
 
 def test_the_entropy_of_a_load() -> None:

@@ -5,11 +5,8 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +35,6 @@ def test_a_short_run_has_every_setting_but_its_length() -> None:
     assert found == dataclasses.replace(CONFIG, out="runs/x", train=train, data=data)
     assert asked.data.eval_tokens > 2048
     assert asked.data.stories > verify_resume.STORIES
-
-
-def test_a_vocabulary_of_the_tokenizers_size_is_not_asked_for() -> None:
-    assert not [flag for flag in verify_resume.short_flags(CONFIG) if "model.vocab" in flag]
-    with_size = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, vocab_size=2000))
-    assert [flag for flag in verify_resume.short_flags(with_size) if "model.vocab" in flag] == [
-        "--set=model.vocab_size=2000"
-    ]
-    assert parsed(with_size).model.vocab_size == 2000
 
 
 # What is compared
@@ -79,11 +67,6 @@ def test_times_are_not_compared_and_all_else_is(saved: Path, tmp_path: Path) -> 
     (tmp_path / "a" / "samples.txt").write_text("other")
     other = verify_resume.fingerprint(tmp_path / "a")
     assert {name for name in first if first[name] != other[name]} == {"samples"}
-
-
-def test_without_a_checkpoint_nothing_is_compared(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"^{tmp_path}: no good checkpoint; nothing to compare$"):
-        verify_resume.fingerprint(tmp_path)
 
 
 @pytest.mark.parametrize(("story", "status"), [("text", 0), ("another", 1)])
@@ -135,14 +118,6 @@ def program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return replace
 
 
-def test_a_run_is_a_process_of_the_same_package(program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", "/given")
-    program(f'echo "$@" > {tmp_path}/arguments; echo "$PYTHONPATH" > {tmp_path}/path')
-    verify_resume._finish(["--steps=3"], tmp_path / "run")
-    assert (tmp_path / "arguments").read_text() == "-m moe_jax train --steps=3\n"
-    assert (tmp_path / "path").read_text() == f"{Path(__file__).parents[2]}{os.pathsep}/given\n"
-
-
 def test_a_run_that_fails_or_ends_before_its_kill_is_said(program: Any, tmp_path: Path) -> None:
     program(f"echo {'x' * 400}; echo the end >&2; exit 3")
     with pytest.raises(UserError, match=r"^killed: the run ended with status 3: x{292}\sthe end$") as caught:
@@ -151,29 +126,3 @@ def test_a_run_that_fails_or_ends_before_its_kill_is_said(program: Any, tmp_path
     program("exit 0")
     with pytest.raises(UserError, match=r"^killed: the run ended with status 0 before it was killed; run it again$"):
         verify_resume._kill_after([], tmp_path / "killed" / "metrics.jsonl", 5)
-
-
-def test_a_run_is_killed_once_it_has_logged_the_step(program: Any, tmp_path: Path) -> None:
-    """It would go on for a minute. Step 15 is not step 1."""
-    metrics, began = tmp_path / "metrics.jsonl", time.monotonic()
-    program(
-        f"""echo $$ > {tmp_path}/pid
-sleep 0.1; echo '{{"step": 15, "split": "train"}}' > {metrics}
-sleep 0.1; touch {tmp_path}/waited; echo '{{"step": 1, "split": "train"}}' >> {metrics}; exec sleep 60"""
-    )
-    verify_resume._kill_after([], metrics, 1)
-    assert time.monotonic() - began < 50
-    assert (tmp_path / "waited").exists()
-    with pytest.raises(ProcessLookupError):
-        os.kill(int((tmp_path / "pid").read_text()), 0)
-
-
-def test_a_signal_raises_within_the_block_only() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    with verify_resume._terminable():
-        with pytest.raises(SystemExit) as caught:
-            signal.raise_signal(signal.SIGTERM)
-        assert caught.value.code == 128 + signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before

@@ -146,14 +146,14 @@ BUGS = [
     ),
     Bug(
         "both 8-bit moments are rounded with one key",
-        "moe_jax.training.optimizers.adam8bit:scale_by_adam8bit",
+        "moe_jax.training.optimizers.adam:scale_by_adam8bit",
         "v, keys[1])",
         "v, keys[0])",
         checks.check_moments_are_rounded_independently,
     ),
     Bug(
         "all 8-bit tensors are rounded with one key",
-        "moe_jax.training.optimizers.adam8bit:scale_by_adam8bit",
+        "moe_jax.training.optimizers.adam:scale_by_adam8bit",
         "jax.random.fold_in(key, i)",
         "key",
         checks.check_moments_are_rounded_independently,

@@ -15,8 +15,8 @@ from moe_jax.data.token_store import prepare_token_store
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder
+from moe_jax.training.evaluate import make_tracer
 from moe_jax.training.optimizers.factory import make_optimizer
-from moe_jax.training.routing_snapshot import make_tracer
 from moe_jax.training.session import Session
 from moe_jax.training.start import ResumedRun, Start
 from moe_jax.training.state import initial_state
@@ -39,7 +39,7 @@ def quick_training(cache: Path) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_JAX_CACHE", str(cache))
         patch.setattr("moe_jax.training.session.SAMPLE_TOKENS", 24)
-        patch.setattr("moe_jax.training.step_logger.matmul_rate", lambda dtype: 1e9)  # only for the matmul rate
+        patch.setattr("moe_jax.training.logging.matmul_rate", lambda dtype: 1e9)  # only for the matmul rate
         yield patch
 
 

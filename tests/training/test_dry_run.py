@@ -9,7 +9,7 @@ from moe_jax.cli.presets import Presets
 from moe_jax.cli.train import Train
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import count_parameters, totals, training_flops
-from moe_jax.system import environment, machine
+from moe_jax.system import machine
 from moe_jax.training.advice import duration
 
 
@@ -59,20 +59,6 @@ def test_parameters_memory_and_time(printed: str) -> None:
     assert "30% to 60% of 1,000 GFLOP/s" in printed
 
 
-def test_in_bfloat16_the_total_is_below_the_bound(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A gradient may be kept as its product was computed, in 2 bytes: 4 + 2 + 8 bytes a parameter. Activations of 6
-    layers and 4 sequences of 256 in 2 bytes: 6 MiB of residual stream, and 12 MiB of attention weights."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
-    assert Train.parse(["--preset", "seed-158m", "--precision", "bfloat16", "--dry-run"]).execute() == 0
-    said = " ".join(capsys.readouterr().out.split())
-    mib = 158_623_744 / 2**20
-    assert f"at least {14 * mib + 18:,.0f} MiB in a training step" in said
-    assert f"weights {4 * mib:,.0f} MiB, gradients at least {2 * mib:,.0f} MiB" in said
-
-
 def test_the_advice_of_the_run_is_given_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,9 +82,8 @@ def test_the_advice_of_the_run_is_given_before_it(
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        *((0.2, "under a second"), (0.99, "under a second"), (1, "1 s"), (40, "40 s"), (99.4, "99 s")),
-        *((100, "1.7 min"), (200, "3.3 min"), (5999, "100.0 min"), (6000, "1.7 h"), (7200, "2.0 h")),
-        *((172_799, "48.0 h"), (172_800, "2.0 days"), (200_000, "2.3 days")),
+        *((0.99, "under a second"), (1, "1 s"), (99.4, "99 s"), (100, "1.7 min"), (5999, "100.0 min")),
+        *((6000, "1.7 h"), (172_799, "48.0 h"), (172_800, "2.0 days")),
     ],
 )
 def test_duration(seconds: float, text: str) -> None:
@@ -114,18 +99,6 @@ def test_a_dry_run_of_nothing_changed(
     assert "no setting differs from preset nano" in " ".join(capsys.readouterr().out.split())
     assert preset("nano").run_dir == "runs/nano"
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_dry_run_says_that_the_card_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
-    monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
-    monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
-    assert Train.parse(["--dry-run"]).execute() == 0
-    first = capsys.readouterr().out.splitlines()[0]
-    assert first.startswith("this computes on the CPU, although this machine seems to have an NVIDIA card")
 
 
 def test_presets_say_what_their_times_rest_on(

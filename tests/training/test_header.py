@@ -14,7 +14,6 @@ from moe_jax.model.precision import Policy
 from moe_jax.model.transformer import abstract_model
 from moe_jax.training.header import (
     memory_line,
-    model_line,
     parameter_line,
     plan_line,
     print_next_step,
@@ -60,12 +59,6 @@ def test_the_result_in_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert following == "next: uv run python -m moe_jax chat --run 'runs/my x'"
 
 
-def test_without_a_floor_and_without_drops(capsys: pytest.CaptureFixture[str]) -> None:
-    score, cost, _ = said(RESULT | {"entropy_floor_bits_per_byte": None, "train_drop_fraction": 0.0}, capsys)
-    assert "0.6000 bits/byte (word unigram 1.2500, trigram 0.7500, 5-gram 0.6250), on the whole" in score
-    assert cost == "67,890 tokens in 12 s; everything is in runs/my x"
-
-
 # The lines before training
 
 
@@ -95,16 +88,6 @@ def test_the_memory_in_one_line() -> None:
         assert words in line
     assert memory_line(config, Policy("float32", ""), shapes, shapes, 78.4).startswith("78 MiB in a training step: ")
     assert f"gradients at least {2 * mib:.1f} MiB" in memory_line(config, Policy("bfloat16", ""), shapes, shapes)
-
-
-def test_the_model_in_one_line() -> None:
-    model = tiny.config()
-    assert model_line(model) == (
-        "2 layers of width 8, 2 heads, context 8; 4 swiglu experts of 6, top-2, capacity factor 0.5 = 2 of 8 tokens an "
-        "expert"
-    )
-    dense = dataclasses.replace(model, dense="active")
-    assert model_line(dense).endswith(f"; dense baseline with the active parameters: swiglu of {dense.dense_hidden}")
 
 
 def test_the_parameters_in_one_line() -> None:

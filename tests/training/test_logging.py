@@ -1,6 +1,6 @@
-"""Records in metrics.jsonl and in other loggers; metrics.jsonl read from its end; the average loss on the terminal.
+"""What a run writes and shows: records in metrics.jsonl and in a tracker, lines, warnings, and the terminal.
 
-The load of the experts in TensorBoard is a histogram whose bars are the experts.
+Nothing is trained: the session of the step logger is a stand-in.
 """
 
 import json
@@ -10,13 +10,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from moe_jax.config import RunConfig, UserError
+from moe_jax.config import RunConfig, TrainConfig, UserError
+from moe_jax.model.costs import training_flops
 from moe_jax.runs.records import last_train_record
 from moe_jax.system.files import Folder
+from moe_jax.system.terminal import rich_console
 from moe_jax.training import logging
-from moe_jax.training.logging import MetricsLog, Terminal, add_load
+from moe_jax.training.counters import STARVED_STEPS, RunCounters
+from moe_jax.training.logging import MetricsLog, StepLogger, Terminal, add_load
+from tests.support import tiny
 
 
 class Writer:
@@ -54,46 +59,35 @@ def test_a_record_is_one_line_at_once(tmp_path: Path) -> None:
     log.close()
 
 
-def test_numbers_go_to_the_other_loggers_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All numbers but the step, under the name of their split."""
+def test_numbers_go_to_the_tracker_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All numbers but the step, under the name of their split. The run is named after the folder: the same in another
+    process, and another in another folder. trackio shows no page of its own (`embed`)."""
     told: list[Any] = []
+    started: list[dict[str, Any]] = []
     writer = SimpleNamespace(
-        add_scalar=lambda *given: told.append(given),
-        add_histogram_raw=lambda **given: told.append((given["tag"], given["global_step"])),
-        close=lambda: told.append("tensorboard closed"),
+        add_scalar=lambda *values: told.append(values),
+        add_histogram_raw=lambda **values: told.append((values["tag"], values["global_step"])),
+        close=lambda: told.append("closed"),
     )
-    run = SimpleNamespace(
-        log=lambda *given, step: told.append((*given, step)), finish=lambda: told.append("wandb ended")
-    )
-    monkeypatch.setattr(logging, "_tensorboard", lambda _: writer)
-    monkeypatch.setattr(logging, "_wandb", lambda *_: run)
-    for track in ("tensorboard", "wandb"):
-        log = log_of(tmp_path, track)
+    run = SimpleNamespace(log=lambda *values, step: told.append((*values, step)), finish=lambda: told.append("ended"))
+    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=lambda _: writer))
+    for name in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=lambda **values: started.append(values) or run))
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    for track, folder in (("tensorboard", "a"), ("wandb", "a"), ("trackio", "a"), ("wandb", "b")):
+        log = log_of(tmp_path / folder, track)
         log.write(RECORD)
         log.close()
-    assert told == [
-        ("train/loss", 1.5, 7),
-        ("train/skipped", False, 7),
-        ("load/layer_0", 7),
-        ("load/layer_1", 7),
-        "tensorboard closed",
-        ({"train/loss": 1.5, "train/skipped": False}, 7),
-        "wandb ended",
-    ]
-
-
-def test_a_resumed_run_continues_its_curves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The id is the folder's: it is the same in another process, and another in another folder."""
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: asked.append(given)))
-    for name in ("a", "a", "b"):
-        (tmp_path / name).mkdir(exist_ok=True)
-        log_of(tmp_path / name, "wandb")._file.close()
-    ids = [given["id"] for given in asked]
-    assert ids[0] == ids[1] != ids[2]
-    assert ids[0].startswith("a-")
-    assert (asked[0]["project"], asked[0]["resume"], asked[0]["dir"]) == ("moe-jax", "allow", str(tmp_path / "a"))
-    assert (tmp_path / "a" / "wandb").is_dir()
+    numbers = [({"train/loss": 1.5, "train/skipped": False}, 7), "ended"]
+    loads = [("load/layer_0", 7), ("load/layer_1", 7)]
+    assert told == [("train/loss", 1.5, 7), ("train/skipped", False, 7), *loads, "closed", *3 * numbers]
+    wandb, trackio, other = started
+    assert wandb["id"] == trackio["name"] != other["id"]
+    assert wandb["id"].startswith("a-")
+    assert (wandb["project"], wandb["resume"], wandb["dir"]) == ("moe-jax", "allow", str(tmp_path / "a"))
+    assert (trackio["project"], trackio["resume"], trackio["embed"]) == ("moe-jax", "allow", False)
+    assert (trackio["config"]["train.steps"], trackio["config"]["track"]) == (RunConfig().train.steps, "trackio")
 
 
 def test_a_real_writer_takes_it(tmp_path: Path) -> None:
@@ -116,14 +110,6 @@ def test_the_newest_record_of_training_wherever_it_stands(
         assert last_train_record(Folder(tmp_path)) == {"step": 2, "split": "train"}
 
 
-def test_no_record_of_training(tmp_path: Path) -> None:
-    assert last_train_record(Folder(tmp_path / "absent")) == {}
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "split": "val"}\n' * 3)
-    assert last_train_record(Folder(tmp_path)) == {}
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert last_train_record(Folder(tmp_path)) == {}
-
-
 @pytest.mark.parametrize(
     ("losses", "shown"),
     [
@@ -142,22 +128,6 @@ def test_a_loss_that_is_not_a_number_does_not_stay(
     assert [line.split("loss ")[1].split(" ")[0] for line in lines] == shown
 
 
-def test_trackio_is_started_like_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a page of its own (`embed`), by the name of the folder, so that a resumed run continues its curves."""
-    asked: list[dict[str, Any]] = []
-    told: list[Any] = []
-    run = SimpleNamespace(log=lambda *given, step: told.append((*given, step)), finish=lambda: told.append("ended"))
-    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(init=lambda **given: asked.append(given) or run))
-    log = log_of(tmp_path, "trackio")
-    log.write(RECORD)
-    log.close()
-    assert told == [({"train/loss": 1.5, "train/skipped": False}, 7), "ended"]
-    [given] = asked
-    assert (given["project"], given["resume"], given["embed"]) == ("moe-jax", "allow", False)
-    assert given["name"].startswith(f"{tmp_path.name}-")
-    assert (given["config"]["train.steps"], given["config"]["track"]) == (RunConfig().train.steps, "trackio")
-
-
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_that_cannot_be_started_is_one_line(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -170,3 +140,194 @@ def test_a_tracker_that_cannot_be_started_is_one_line(
         UserError, match=rf"^--track {name}: cannot be started \(no key\); fix that, or leave the flag out$"
     ):
         log_of(tmp_path, name)
+
+
+# The reports of steps
+
+
+LOAD = [[0.25] * 4] * 2
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time in seconds, in a list of one."""
+    now = [0.0]
+    monkeypatch.setattr(logging, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(logging, "matmul_rate", lambda dtype: 1e6)
+    return now
+
+
+class Seen:
+    """A logger of a run that begins at step 0, with what it wrote, showed and said."""
+
+    def __init__(self, model: dict[str, Any] | None = None, **train: Any) -> None:
+        self.records: list[dict[str, Any]] = []
+        self.lines: list[tuple[float, float]] = []
+        self.said: list[str] = []
+        self.counters = RunCounters()
+        of_100_tokens = {"batch_size": 1, "grad_accum": 1}
+        train = {"steps": 10, "log_every": 3} | of_100_tokens | train
+        config = RunConfig(model=tiny.config(**({"seq_len": 100} | (model or {}))), train=TrainConfig(**train))
+        self.session: Any = SimpleNamespace(
+            config=config,
+            state=SimpleNamespace(step=0),
+            programs=SimpleNamespace(policy=SimpleNamespace(compute="float32")),
+            progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5, how_to_go_on="go on"),
+            data=SimpleNamespace(store=SimpleNamespace(train=SimpleNamespace(target_bytes=300, targets=100))),
+            diagnose=lambda step: (f"nonfinite/step_{step}", "params.embedding"),
+        )
+        log: Any = SimpleNamespace(write=self.records.append)
+        shown: Any = SimpleNamespace(
+            say=self.said.append, step=lambda _, bytes, share: self.lines.append((bytes, share))
+        )
+        self.logger = StepLogger(self.session, log, shown)
+
+    def add(self, step: int, finite: bool = True, spike: bool = False, load: Any = LOAD, drops: float = 0.5) -> None:
+        metrics = SimpleNamespace(
+            answers=None, loss=2.0, balance_loss=1.5, z_loss=0.25, drop_fraction=drops, load=np.array(load, np.float32)
+        )
+        report: Any = SimpleNamespace(finite=finite, spike=spike, metrics=metrics, grad_norm=3.0, lr=0.125)
+        self.logger.add(step, report)
+
+
+def test_a_record_of_a_step(clock: list[float]) -> None:
+    """3 steps of 100 tokens in 2 s. 300 bytes follow the first of 101 tokens."""
+    seen = Seen()
+    for step in (1, 2, 3):
+        seen.add(step)
+    assert seen.records == [], "one step late"
+    clock[0] = 2.0
+    seen.logger.flush()
+    assert seen.records == [
+        {
+            "step": 3,
+            "split": "train",
+            "loss": 2.0,
+            "balance_loss": 1.5,
+            "z_loss": 0.25,
+            "drop_fraction": 0.5,
+            "grad_norm": 3.0,
+            "skipped": False,
+            "spike": False,
+            "starved": [],
+            "lr": 0.125,
+            "tokens_seen": 300,
+            "tokens_per_second": 150.0,
+            "wall_seconds": 7.5,
+            "load": LOAD,
+        }
+    ]
+    flops = training_flops(seen.session.config, 1) / 100
+    assert seen.lines == [(3.0, pytest.approx(flops * 150 / 1e6))]
+    seen.logger.flush()
+    assert len(seen.records) == 1
+
+
+def test_which_steps_are_written(clock: list[float]) -> None:
+    """Every third, the last, and those at which something happened."""
+    seen = Seen()
+    for step in range(1, 11):
+        seen.add(step, finite=step != 4, spike=step == 8)
+    seen.logger.flush()
+    assert [record["step"] for record in seen.records] == [3, 4, 6, 8, 9, 10]
+    assert (seen.counters.drop_steps, seen.counters.drop_sum) == (9, 4.5), "all finite steps"
+    assert seen.said == [
+        "first step done 2.5 s after the start, data and compilation included",
+        "step 8 | loss spike: 2.000",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("balancing", "flag"), [("loss", "--train.aux-loss-coef"), ("bias", "--set train.router_bias_lr")]
+)
+def test_a_starved_expert_is_said_when_it_has_starved_long_enough(
+    balancing: Any, flag: str, clock: list[float]
+) -> None:
+    """With the flag that acts."""
+    seen = Seen(model={"balancing": balancing}, steps=1000, log_every=1000)
+    for step in range(1, STARVED_STEPS + 2):
+        seen.add(step, load=[[0.5, 0.5, 0, 0.0], [0.25] * 4])
+    seen.logger.flush()
+    assert [line.partition(" got")[0] for line in seen.said[1:]] == [
+        f"step {STARVED_STEPS} | expert {expert} of layer 0" for expert in (2, 3)
+    ]
+    assert all(f"a larger {flag} brings it back" in line for line in seen.said[1:])
+    assert [record["step"] for record in seen.records] == [STARVED_STEPS]
+    assert seen.records[0]["starved"] == [[0, 2], [0, 3]]
+
+
+def test_steps_that_stay_bad_end_the_run(clock: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging, "MAX_SKIPPED_IN_A_ROW", 3)
+    seen = Seen()
+    for step, finite in ((1, False), (2, False), (3, True), (4, False), (5, False), (6, False)):
+        seen.add(step, finite=finite)
+    assert seen.counters.skipped_in_a_row == 2
+    said = r"^step 6: 3 steps in a row .*, first in params\.embedding \(nonfinite/step_6\); lower --lr, and go on$"
+    with pytest.raises(UserError, match=said):
+        seen.logger.flush()
+    assert all(record["skipped"] for record in seen.records if record["step"] != 3)
+
+
+def test_a_pause_does_not_count(clock: list[float]) -> None:
+    seen = Seen(log_every=1)
+    clock[0] = 1.0
+    with seen.logger.paused():
+        clock[0] = 5.0
+    clock[0] = 6.0
+    seen.add(1)
+    seen.logger.flush()
+    assert seen.records[0]["tokens_per_second"] == 100 / 2
+    clock[0] = 10.0
+    seen.add(2)
+    seen.logger.flush()
+    assert seen.records[1]["tokens_per_second"] == 100 / 4
+
+
+# The terminal
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (36_061, "10:01:01")],
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert logging._duration(seconds) == shown
+
+
+def test_a_line_of_a_step(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """ln 2 nats a token of 2 bytes are half a bit a byte. After 2 of 10 steps in 4 s, 8 are left, of 2 s each; a run
+    that went on at step 1 takes 4 s for one."""
+    record = {"step": 2, "loss": math.log(2), "tokens_per_second": 1234.0, "drop_fraction": 0.125}
+    for first, left in ((0, "0:16"), (1, "0:32")):
+        clock[0] = 0
+        shown = Terminal(10, first)
+        clock[0] = 4
+        shown.step(record, 2.0, 0.5)
+        shown.close()
+        numbers = "0.500 bits/byte | 1,234 tokens/s | loss 0.693 | 12.5% dropped | 50% of matmul rate"
+        assert capsys.readouterr().out.splitlines() == [f"step  2/10 | {left} left | {numbers}"]
+
+
+@pytest.mark.parametrize(
+    ("width", "last"), [(200, "50% of matmul rate"), (80, "loss 1.000"), (40, "0:16 left"), (12, None)]
+)
+def test_the_bar_shows_the_step_whole_on_any_terminal(
+    width: int,
+    last: str | None,
+    clock: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """On a narrow terminal the last facts are left out. None is cut."""
+    narrow = rich_console(force_terminal=True, width=width, color_system=None)
+    monkeypatch.setattr(logging, "rich_console", lambda: narrow)
+    shown = Terminal(900, 0)
+    clock[0] = 4
+    shown.step({"step": 180, "loss": 1.0, "tokens_per_second": 1234.0, "drop_fraction": 0.125}, 2.0, 0.5)
+    assert shown._bar is not None
+    shown._bar.refresh()
+    shown.close()
+    line = capsys.readouterr().out.split("\n")[-2].split("\r")[-1].removeprefix("\x1b[2K")
+    assert "180/900" in line
+    assert len(line) <= width
+    assert last is None or line.rstrip().endswith(last)

@@ -104,12 +104,6 @@ def test_patience(patience: int, bad: int, ends: bool, monkeypatch: pytest.Monke
     assert ("stopped early at step 4: 3 evaluations without improvement" in run.events) == ends
 
 
-def test_the_last_step_does_not_stop_early(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(monkeypatch, loss=2.0, patience=1)
-    assert run.after(10)
-    assert not any("stopped" in str(event) for event in run.events)
-
-
 def test_a_signal_saves_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch)
     run.signals.stop_signal = signal.SIGINT

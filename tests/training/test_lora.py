@@ -20,10 +20,8 @@ from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import abstract_adapted
 from moe_jax.model.transformer import merge as build
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
-from moe_jax.training.derived_runs import merge
 from moe_jax.training.loop import finish, train
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.session import Session
@@ -182,8 +180,8 @@ def test_a_run_with_adapters_holds_its_base_and_opens_merged(tuned: Any) -> None
     start, opened = open_run(base), open_run(session.folder.path)
     tiny.assert_same_bits(session.state.params, start.params)
     tiny.assert_same_bits(opened.params, session.params)
-    assert session.score(session.data.whole(), opened.params).loss == result["val_loss"]
-    assert result["val_loss"] < session.score(session.data.whole(), start.params).loss
+    assert session.score(session.data.store.valid.stream, opened.params).loss == result["val_loss"]
+    assert result["val_loss"] < session.score(session.data.store.valid.stream, start.params).loss
     assert result["params_trained"] == adapter_parameters(session.config).total < result["params_total"]
     assert {f.state for f in examine(session.folder.path, repair=False)} == {"good"}
 
@@ -218,13 +216,6 @@ def test_merge_makes_an_ordinary_run(tuned: Any, tmp_path: Path, capsys: pytest.
     with pytest.raises(ConfigError, match="has no adapters"):
         Merge.parse(["--run", str(base), "--out", str(tmp_path / "other")]).execute()
     assert not (tmp_path / "other").exists()
-
-
-def test_a_merge_of_one_step(tuned: Any, tmp_path: Path) -> None:
-    run = tuned[0].folder.path
-    steps = [c.step for c in CheckpointStore(run).list()]
-    merge(run, tmp_path / "merged", steps[0])
-    assert [c.step for c in CheckpointStore(tmp_path / "merged").list()] == steps[:1]
 
 
 def test_ranks_of_experts() -> None:

@@ -48,25 +48,6 @@ def test_far_logits_do_not_overflow() -> None:
     assert cross_entropy.token_losses(logits, jnp.array([1, 0])).tolist() == [2000, 0]
 
 
-@pytest.mark.parametrize(
-    ("tokens", "blocks", "why"),
-    [
-        (8, 1, "8 * 2**20 logits of 4 bytes are 32 MiB, which is allowed"),
-        (12, 2, "48 MiB: two blocks of 24"),
-        (10, 2, "40 MiB: two blocks of 20"),
-        (17, 3, "68 MiB, and 17 is prime: three blocks of 6 with one row of padding"),
-        (257, 33, "1028 MiB, and 257 is prime: 33 blocks of 8"),
-        (9, 3, "36 MiB: 2 does not divide 9"),
-    ],
-)
-def test_blocks_are_the_fewest_equal_ones_that_fit(tokens: int, blocks: int, why: str) -> None:
-    assert cross_entropy._blocks(tokens, 2**20, cross_entropy.cpu_form())[0] == blocks, why
-
-
-def test_a_single_token_may_be_larger_than_the_limit() -> None:
-    assert cross_entropy._blocks(4, 2**24, cross_entropy.cpu_form()) == (4, 1)
-
-
 def zero_columns(dtype: str, scale: float) -> float:
     """The share of the head's columns whose gradient is exactly 0, for 64 tokens with logits of deviation 16."""
     rng = np.random.default_rng(0)
@@ -92,17 +73,3 @@ def test_the_loss_scale_reaches_the_gradient_of_the_logits_before_float16() -> N
     assert shares[0] > 0.4
     assert shares[3] < 0.02
     assert zero_columns("bfloat16", 1.0) == 0
-
-
-def test_the_scale_changes_no_bit_in_float32() -> None:
-    """A power of two multiplies every gradient exactly."""
-    hidden, head, targets = operands()
-
-    def gradients(scale: float) -> tuple[jax.Array, jax.Array]:
-        def scaled(h, w):
-            return scale * cross_entropy.mean_cross_entropy(h, w, targets, loss_scale=jnp.float32(scale))
-
-        return jax.jit(jax.grad(scaled, (0, 1)))(hidden, head)
-
-    for one, other in zip(gradients(1.0), gradients(2.0**15), strict=True):
-        assert (np.asarray(one) * 2.0**15 == np.asarray(other)).all()

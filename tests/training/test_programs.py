@@ -11,11 +11,8 @@ import pytest
 
 from moe_jax.config import ComputeDtype, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.inspection.compiled_layer import without_sources
-from moe_jax.model.kernels import cross_entropy
-from moe_jax.model.moe.layer import AllExpertsMoE
 from moe_jax.training.loop import finish, train
-from moe_jax.training.programs import Programs
-from moe_jax.training.random_tokens import RandomTokenTrainer
+from moe_jax.training.programs import Programs, RandomTokenTrainer
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 from tests.support.saved_run import resuming
@@ -52,24 +49,6 @@ def test_the_plain_cross_entropy_gives_the_same_loss_and_gradients() -> None:
     errors = tiny.gradient_errors(ours, plain)
     assert max(errors.values()) < 1e-5, errors
     assert max(float(np.abs(g).max()) for g in jax.tree.leaves(plain)) > 1e-3
-
-
-def test_each_loss_is_the_one_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the blocked form only the plain one still works."""
-
-    def gone(*_: object) -> None:
-        raise AssertionError("the blocked form")
-
-    monkeypatch.setattr(cross_entropy, "_blocked_mean", gone)
-    assert np.isfinite(float(first_step(Programs.of(CONFIG, loss="reference"))[1].metrics.loss))
-    with pytest.raises(AssertionError, match="the blocked form"):
-        first_step(Programs.of(CONFIG))
-
-
-def test_another_layer_takes_the_place_of_the_default() -> None:
-    """All experts on every token drop nothing; half of the slots drop something."""
-    assert float(first_step(Programs.of(CONFIG))[1].metrics.drop_fraction) > 0.1
-    assert float(first_step(Programs.of(CONFIG, moe=AllExpertsMoE))[1].metrics.drop_fraction) == 0
 
 
 def test_float16_scales_the_loss_and_the_parameters_are_stored_as_asked() -> None:

@@ -1,6 +1,5 @@
 """`quantize`: a new run that every reading command opens, its scores, and the commands that refuse it."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,17 +18,14 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.source import open_source
 from moe_jax.model.quantized import QuantizedMatrix
-from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.doctor import examine
-from moe_jax.runs.load import open_run, saved_weights
-from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.load import open_run
 from moe_jax.runs.records import read_summary
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
 from moe_jax.training import initial_weights
-from moe_jax.training.derived_runs import _summary_at, quantize_run
+from moe_jax.training.derived_runs import _summary_at
 from moe_jax.training.session import Session
-from moe_jax.training.start import new_start
 from tests.serving import made as serving
 from tests.support import saved_run
 from tests.support.saved_run import resuming
@@ -107,21 +103,6 @@ def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Pat
     assert not (tmp_path / "x").exists()
 
 
-def test_a_dense_run_that_is_quantised_cannot_be_upcycled(
-    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dense = saved_run.save_run(tmp_path, dense="active", dropout=0.0)
-    config = load_config(dense)
-    assert config is not None
-    checkpoint = CheckpointStore(dense).list()[0]
-    checkpoint.manifest["context"]["quantized"] = {"weights": "int8", "made_from": "there"}
-    monkeypatch.setattr("moe_jax.training.initial_weights.best_of_run", lambda folder: checkpoint)
-    model = dataclasses.replace(config.model, dense="none", expert_hidden=config.model.dense_hidden)
-    sparse = dataclasses.replace(config, upcycle=str(dense), model=model)
-    with pytest.raises(UserError, match=r"--upcycle .*its weights are int8; name the run .*, there"):
-        new_start(sparse).weights(sparse)
-
-
 def test_wrong_values(run: Path, made: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty; name a new folder"):
         Quantize.parse(["--run", str(run), "--to", "int4", "--out", str(made)]).execute()
@@ -144,14 +125,6 @@ def test_without_the_text_the_run_is_made_and_not_scored(
     assert open_run(tmp_path / "copy-int8").checkpoint.step == saved_run.STEP
 
 
-@pytest.mark.parametrize("found", [{"weights": "int3"}, "int8", []])
-def test_a_form_of_weights_that_is_not_known_is_damage(made: Path, found: Any) -> None:
-    checkpoint = CheckpointStore(made).list()[0]
-    checkpoint.manifest["context"]["quantized"] = found
-    with pytest.raises(CheckpointCorrupted, match="form of weights"):
-        saved_weights(checkpoint)
-
-
 @pytest.mark.parametrize("step", [8, 4])
 def test_a_summary_has_only_the_scores_of_its_checkpoint(step: int, tmp_path: Path) -> None:
     """The run's scores are those of step 8, its best. For step 4 nothing was scored."""
@@ -164,16 +137,3 @@ def test_a_summary_has_only_the_scores_of_its_checkpoint(step: int, tmp_path: Pa
     assert (summary["val_loss"], summary["val_tokens"]) == scores
     assert (summary["steps"], summary["best_step"], summary["preset"]) == (step, step, "nano")
     assert summary["tokens_seen"] == step * config.train.batch_size * config.model.seq_len
-
-
-def test_without_its_text_a_quantised_run_has_no_score(run: Path, tmp_path: Path) -> None:
-    """Those of the full weights are not its own."""
-    copy = shutil.copytree(run, tmp_path / "run")
-    saved = json.loads((copy / "summary.json").read_text()) if (copy / "summary.json").exists() else {}
-    (copy / "summary.json").write_text(json.dumps(saved | {"val_loss": 1.5, "best_step": saved_run.STEP}))
-    config = json.loads((copy / "config.json").read_text())
-    config["data"]["source"] = str(tmp_path / "gone.txt")
-    (copy / "config.json").write_text(json.dumps(config))
-    assert quantize_run(copy, "int8", tmp_path / "small").after is None
-    found = read_summary(tmp_path / "small")
-    assert (found["val_loss"], found["weights"]) == (None, "int8")

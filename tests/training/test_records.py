@@ -136,7 +136,7 @@ def test_the_best_checkpoint_is_scored_at_the_end(run: Watched) -> None:
     assert best is not None
     assert (run.result["best_step"], best.step, best.val_loss) == (BEST, BEST, 1.5)
     params = restore(best, {"params": session.state.params})["params"]
-    stream = session.data.whole()
+    stream = session.data.store.valid.stream
     assert run.result["val_loss"] == session.score(stream, params).loss != session.score(stream).loss
 
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -23,7 +22,6 @@ from moe_jax.config import (
 from moe_jax.config.presets import preset
 from moe_jax.config.section import typed
 from moe_jax.model import precision
-from moe_jax.runs.load import kept_precision
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from moe_jax.training.start import ResumedRun
@@ -171,13 +169,3 @@ def test_a_run_on_another_machine_keeps_the_precision_that_auto_chose(
     assert (kept.compute, kept.reason) == ("float32", "kept from the start of the run; --precision changes it")
     assert run(tmp_path / "new", 2, compute_dtype="auto").programs.policy.compute == "bfloat16"
     assert run(tmp_path / "old", 6, compute_dtype="bfloat16").programs.policy.compute == "bfloat16"
-
-
-@pytest.mark.parametrize("damaged", [None, 3, "float8", "auto"])
-def test_a_checkpoint_that_names_no_precision_leaves_the_choice_to_the_machine(
-    damaged: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
-    context = {} if damaged is None else {"compute_dtype": damaged}
-    kept = kept_precision(SimpleNamespace(manifest={"context": context}))  # pyright: ignore[reportArgumentType]
-    assert precision.choose_policy("auto", kept=kept).compute == "bfloat16"

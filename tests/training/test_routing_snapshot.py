@@ -12,7 +12,7 @@ from moe_jax.inspection.trace import trace_tokens
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import open_run
 from moe_jax.runs.records import read_snapshots
-from moe_jax.training.routing_snapshot import make_tracer
+from moe_jax.training.evaluate import make_tracer
 from tests.inspection.test_trace import MODEL, opened
 from tests.support import saved_run, tiny
 
@@ -42,12 +42,6 @@ def test_entropy_of_known_probabilities() -> None:
     certain, even, pair = np.eye(4)[0], np.full(4, 0.25), np.array([0.5, 0.5, 0, 0])
     np.testing.assert_allclose(router_entropy(np.array([[certain, even], [pair, pair]])), [0.5, 0.5])
     np.testing.assert_allclose(router_entropy(np.array([[pair, even]])), [0.75])
-
-
-def test_a_stream_shorter_than_a_window_is_repeated_to_one() -> None:
-    tracer = make_tracer(MODEL, opened().graphdef, tiny.tokens(3, seed=1))
-    assert tracer is not None
-    assert len(tracer(opened().params)["tokens"]) == tiny.T
 
 
 def test_a_model_without_routers_saves_none() -> None:

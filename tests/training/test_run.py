@@ -15,7 +15,6 @@ import pytest
 
 import moe_jax
 from moe_jax.config import (
-    ConfigError,
     DataConfig,
     ExecutionConfig,
     ModelConfig,
@@ -25,11 +24,8 @@ from moe_jax.config import (
     UserError,
     load_config,
 )
-from moe_jax.runs.folder import RunFolder
-from moe_jax.runs.load import open_run
 from moe_jax.system import environment
 from moe_jax.system.signals import Signals, Stopped
-from moe_jax.training import loop
 from moe_jax.training.header import print_run_header
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
@@ -191,7 +187,7 @@ def test_the_best_checkpoint_is_scored_and_opened(uninterrupted: tuple[Session, 
     assert opened.config == session.config
     assert opened.tokenizer.digest == session.data.store.tokenizer.digest
     assert opened.checkpoint.step == result["best_step"]
-    assert session.score(session.data.whole(), opened.params).loss == result["val_loss"]
+    assert session.score(session.data.store.valid.stream, opened.params).loss == result["val_loss"]
 
 
 def copy_of(session: Session, out: Path) -> RunConfig:
@@ -229,35 +225,6 @@ def damage(folder: Path) -> None:
     largest.write_bytes(largest.read_bytes()[:-1])
 
 
-def test_a_damaged_newest_checkpoint_costs_the_steps_since_the_one_before(
-    uninterrupted: tuple[Session, dict[str, Any]], text: Path, tmp_path: Path
-) -> None:
-    config = configuration(text, tmp_path / "damaged")
-    run(config, die_at=7)
-    damage(tmp_path / "damaged" / "checkpoints" / "step_00000006")
-    session = run(config)
-    assert session.progress.resumed_from == 4
-    tiny.assert_same_bits(session.state, uninterrupted[0].state)
-    assert timeless(tmp_path / "damaged") == timeless(uninterrupted[0].folder.path)
-
-
-def test_when_every_checkpoint_is_damaged_it_says_so(
-    uninterrupted: tuple[Session, dict[str, Any]], tmp_path: Path
-) -> None:
-    config = copy_of(uninterrupted[0], tmp_path / "broken")
-    for checkpoint in (tmp_path / "broken" / "checkpoints").iterdir():
-        damage(checkpoint)
-    with pytest.raises(UserError, match="every checkpoint is damaged"):
-        Session.open(config, resuming(load_config(tmp_path / "broken")))
-    with pytest.raises(UserError, match="every checkpoint is damaged"):
-        open_run(tmp_path / "broken")
-
-
-def test_a_folder_without_a_checkpoint_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run with a complete checkpoint"):
-        open_run(tmp_path)
-
-
 def test_a_start_that_reached_no_checkpoint_is_started_over(text: Path, tmp_path: Path) -> None:
     config = configuration(text, tmp_path / "early")
     run(config, die_at=3)
@@ -277,75 +244,6 @@ def test_a_resume_before_the_first_checkpoint_starts_again_and_records_the_chang
         assert [entry["resumed_at_step"] for entry in history] == [0] * number
     assert history[0]["changed"] == {"train.lr": [config.train.lr, 0.5]}
     assert (history[1]["changed"], session.notes) == ({}, ["started again at step 0"])
-
-
-def test_gradients_that_stay_bad_end_the_run(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN parameters: skipped steps, each written down with nulls, then one line of what to do."""
-    monkeypatch.setattr("moe_jax.training.step_logger.MAX_SKIPPED_IN_A_ROW", 5)
-    config = configuration(text, tmp_path / "bad", eval_every=100, save_every=100)
-    session = Session.open(config)
-    broken = jax.tree.map(lambda x: x * np.float32("nan"), session.state.params)
-    session.state = dataclasses.replace(session.state, params=broken)
-    with pytest.raises(UserError, match=r"step 5: 5 steps in a row .* --lr"):
-        train(session)
-    lines = records(tmp_path / "bad")
-    assert [r["step"] for r in lines] == [1, 2, 3, 4, 5]
-    assert all(r["skipped"] and r["loss"] is None for r in lines)
-
-
-def test_early_stopping(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Losses 3, 2, 2, 2: with a patience of 2 the fourth evaluation is the last; its checkpoint and the best stay."""
-    losses = iter([3.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(loop, "_evaluate_and_sample", lambda *_: next(losses))
-    config = configuration(text, tmp_path / "early", steps=12, eval_every=1, save_every=100, patience=2)
-    session = run(config)
-    assert int(session.state.step) == 4
-    assert [c.step for c in session.checkpoints.list()] == [2, 4]
-
-
-def test_a_vocabulary_smaller_than_the_tokenizer_is_refused(text: Path, tmp_path: Path) -> None:
-    config = configuration(text, tmp_path / "small")
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=100))
-    with pytest.raises((UserError, ConfigError), match=r"--set model\.vocab_size=100: the tokenizer has 257"):
-        Session.open(config)
-
-
-def test_cutting_back_keeps_what_came_before(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    lines = ['{"step": 1, "split": "train"}', '{"step": 2, "split": "val"}', '{"step": 3, "split": "train"}', '{"ste']
-    folder.metrics.write_text("\n".join(lines))
-    for step, story in ((1, "one\n\ntwo"), (2, "three"), (3, "four")):
-        folder.add_sample(step, story)
-    folder.truncate_logs_after(2, 2)
-    assert folder.metrics.read_text().splitlines() == lines[:2]
-    assert folder.samples.read_text() == "=== step 1\none\n\ntwo\n\n=== step 2\nthree\n\n"
-
-
-def test_cutting_back_leaves_the_bytes_of_a_story(tmp_path: Path) -> None:
-    """Its line ends, and lines of it that look like the header of a later step."""
-    folder = RunFolder(tmp_path)
-    folder.add_sample(1, "one\r\ntwo\rthree ü=== step 9\n=== step on it\n=== step 9\n\nfour")
-    folder.add_sample(2, "=== step 9\nfive")
-    before = folder.samples.read_bytes()
-    folder.add_sample(3, "six")
-    folder.truncate_logs_after(2, 2)
-    assert folder.samples.read_bytes() == before
-    assert b"one\r\ntwo\rthree" in before
-    folder.truncate_logs_after(2, 0)
-    assert folder.samples.read_bytes() == b""
-
-
-def test_cutting_back_a_sample_that_was_cut_short(tmp_path: Path) -> None:
-    """At every byte: within the header, within a character, between paragraphs."""
-    folder = RunFolder(tmp_path)
-    folder.add_sample(1, "one ü\n\ntwo")
-    before = folder.samples.read_bytes()
-    folder.add_sample(12, "three ü\n\nfour")
-    whole = folder.samples.read_bytes()
-    for size in range(len(before), len(whole) + 1):
-        folder.samples.write_bytes(whole[:size])
-        folder.truncate_logs_after(1, 1)
-        assert folder.samples.read_bytes() == before, whole[:size]
 
 
 @pytest.mark.parametrize("save", [1, 2])

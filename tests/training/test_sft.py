@@ -28,10 +28,9 @@ from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.loop import finish, train
-from moe_jax.training.loss import Metrics, training_loss
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
-from moe_jax.training.step import _is_known, gradients
+from moe_jax.training.step import gradients
 from tests.support import saved_run, tiny, tuning
 from tests.support.saved_run import resuming
 
@@ -65,16 +64,6 @@ def test_masked_targets_change_no_bit(weighted: Any) -> None:
     d_hidden = np.asarray(both[0][1][0])
     assert (d_hidden[np.asarray(weights) == 0] == 0).all()
     assert (np.abs(d_hidden[np.asarray(weights) > 0]).max(1) > 0).all()
-
-
-def test_the_gradient_of_masked_logits_is_exactly_zero() -> None:
-    """With the identity as head the hidden rows are the logits."""
-    _, _, targets, weights = products()
-    logits = jnp.asarray(np.random.default_rng(1).normal(size=(11, tiny.V)), jnp.float32)
-    gradient = np.asarray(jax.grad(lambda z: mean_cross_entropy(z, jnp.eye(tiny.V), targets, weights=weights))(logits))
-    assert (gradient[np.asarray(weights) == 0] == 0).all()
-    expected = (jax.nn.softmax(logits) - jax.nn.one_hot(targets, tiny.V)) * weights[:, None]
-    assert tiny.relative_error(gradient, expected) < 1e-6
 
 
 def test_the_weighted_sum_and_its_gradients(weighted: Any) -> None:
@@ -142,31 +131,12 @@ def test_the_loss_is_the_mean_over_answers_one_row_at_a_time() -> None:
     assert float(metrics.loss) == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_conversation_at_the_beginning_of_a_window_scores_as_by_itself() -> None:
-    """Packed with others behind it, or alone: earlier tokens see nothing of later ones, and keep their slots."""
-    graphdef, params = built()
-    alone, packed = tiny.tokens(2, tiny.T + 1)
-    packed[:6] = alone[:6]
-    weights = np.zeros((1, tiny.T), np.float32)
-    weights[0, 2:5] = 1 / 3
-    loss = jax.jit(lambda b: training_loss(merge(graphdef, params), b, None, CONFIG)[1].loss)
-    one, other = (loss(MaskedBatch(row[None], weights)) for row in (alone, packed))
-    assert float(one) == pytest.approx(float(other), rel=1e-6)
-
-
 def test_a_batch_without_answers_has_loss_zero() -> None:
     batch = MaskedBatch.of(tiny.tokens(1, 4, tiny.T + 1), counted(1, 4) & False)
     grads, metrics = gradient_of()(built()[1], batch)
     assert (float(metrics.loss), float(metrics.answers)) == (0, 0)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(grads))
     assert (np.asarray(grads["norm"]["scale"]) == 0).all(), "the norm before the head has no other loss"
-
-
-def test_a_batch_without_answers_is_no_news_of_the_loss() -> None:
-    """Its loss of 0 must not lower the mean that tells spikes."""
-    known = [bool(_is_known(Metrics(*[jnp.zeros(())] * 5, answers=jnp.float32(n)), jnp.bool_(True))) for n in (0, 3)]
-    assert known == [False, True]
-    assert _is_known(Metrics(*[jnp.zeros(())] * 5), jnp.bool_(True))
 
 
 def test_evaluation_of_answers() -> None:
@@ -217,7 +187,7 @@ def tuned(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base: Path) -> None:
     session, result = tuned
     start = open_run(base)
-    first = session.score(session.data.whole(), start.params)
+    first = session.score(session.data.store.valid.stream, start.params)
     assert result["val_loss"] < first.loss
     assert (result["val_scored"], result["val_stream"], result["val_tokens"]) == ("answers", "whole", first.tokens)
     assert first.tokens == session.data.store.valid.targets
@@ -282,21 +252,6 @@ def test_wrong_settings_are_refused(flags: list[str], said: str, base: Path, dat
         Sft.parse([*given, "--out", str(tmp_path / "new")])
     assert said in str(caught.value)
     assert not (tmp_path / "new").exists()
-
-
-def test_train_refuses_what_is_for_tuning(data: Path, tmp_path: Path) -> None:
-    from moe_jax.cli.train import Train
-
-    for flags in (["--lora", "2"], ["--set", "data.format=chat", "--data", str(data)]):
-        with pytest.raises(ConfigError, match="is for fine-tuning; use `uv run python -m moe_jax sft"):
-            Train.parse([*flags, "--out", str(tmp_path / "new")])
-
-
-def test_too_few_conversations_are_refused(base: Path, tmp_path: Path) -> None:
-    data = tuning.write_conversations(tmp_path / "few.jsonl", rows=2)
-    config = tuning.settings(base, data, tmp_path / "new")
-    with pytest.raises(UserError, match="training tokens, and a context of --seq-len 32 needs 33"):
-        Session.open(config, new_start(config))
 
 
 @pytest.mark.reliability

@@ -28,7 +28,7 @@ from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.initial_weights import copy_dense_params
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
-from moe_jax.training.start import UpcycledRun, new_start
+from moe_jax.training.start import new_start
 from tests.support import saved_run, tiny
 from tests.support.saved_run import resuming
 
@@ -65,18 +65,6 @@ def test_the_mixture_is_the_dense_function(changes: dict[str, Any], float64: Non
             logits.setdefault(name, []).append(values)
     for name, (one, other) in logits.items():
         assert tiny.relative_error(one, other) < 1e-12, name
-
-
-def test_copies_and_routers(float64: None) -> None:
-    _, dense, _, sparse = twins()
-    _, fresh = tiny.build(tiny.config(expert_hidden=tiny.config(dense="active").dense_hidden), dtype="float64")
-    for i in range(2):
-        there, here = dense["blocks"][i], sparse["blocks"][i]
-        for name in ("w_in", "w_gate", "w_out"):
-            for e in range(4):
-                np.testing.assert_array_equal(here["ffn"]["experts"][name][e], there["ffn"]["experts"][name][0])
-        tiny.assert_same_bits(here["attention"], there["attention"])
-        np.testing.assert_array_equal(here["ffn"]["router"], fresh["blocks"][i]["ffn"]["router"])
 
 
 # Whole runs
@@ -132,7 +120,7 @@ def whole(config: RunConfig) -> tuple[Session, dict[str, Any]]:
 
 
 def sparse(dense: RunConfig, out: Path, **train_changes: Any) -> RunConfig:
-    config = UpcycledRun.of(dense.out).defaults
+    config = new_start(RunConfig(upcycle=dense.out)).defaults
     return dataclasses.replace(config, out=str(out), train=dataclasses.replace(config.train, **train_changes))
 
 
@@ -143,7 +131,7 @@ def test_a_run_starts_at_the_dense_loss_and_its_experts_part(
     config = sparse(before, tmp_path / "sparse")
     assert (config.model.dense, config.model.expert_hidden) == ("none", 17)  # 2 x 8 + 4 / 3 rounded
     session = Session.open(config, new_start(config))
-    assert session.score(session.data.whole()).loss == pytest.approx(result["val_loss"], rel=1e-6)
+    assert session.score(session.data.store.valid.stream).loss == pytest.approx(result["val_loss"], rel=1e-6)
     train(session)
     experts = np.asarray(session.state.params["blocks"][0]["ffn"]["experts"]["w_in"])
     distance = np.abs(experts[:, None] - experts).max((-1, -2))
@@ -168,12 +156,6 @@ def test_where_it_comes_from_is_written_down_and_kept(dense: tuple[RunConfig, di
     first, second = json.loads((out / "config.json").read_text())["history"]
     assert (first["upcycled_from"], first["step"]) == (before.out, result["best_step"])
     assert second["resumed_at_step"] == 6
-
-
-def test_a_resumed_run_needs_no_dense_run(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
-    whole(sparse(dense[0], tmp_path / "sparse"))
-    config = dataclasses.replace(load_config(tmp_path / "sparse"), upcycle=str(tmp_path / "gone"))
-    assert Session.open(config, resuming(config)).progress.resumed_from == 6
 
 
 def test_another_text_is_refused(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:

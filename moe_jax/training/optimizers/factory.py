@@ -4,7 +4,7 @@ Bytes of optimizer state for each parameter (a float32 weight takes 4 bytes more
 
     adamw        8       both moments in float32
     adamw-bf16   6       first moment in bfloat16
-    adamw-8bit   2.06    both moments in 8-bit codes: `adam8bit`
+    adamw-8bit   2.06    both moments in 8-bit codes
     adafactor    0.01    no first moment, the second by rows and columns: `adafactor`
     muon         4 to 8  one momentum for the matrices of the blocks, AdamW on the rest
 
@@ -23,8 +23,7 @@ from jaxtyping import Array, Int
 from moe_jax.config import TrainConfig
 from moe_jax.model.transformer import Params
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor
-from moe_jax.training.optimizers.adam import scale_by_adam, skippable
-from moe_jax.training.optimizers.adam8bit import scale_by_adam8bit
+from moe_jax.training.optimizers.adam import scale_by_adam, scale_by_adam8bit, skippable
 from moe_jax.training.optimizers.muon import scale_by_muon
 
 
@@ -45,13 +44,8 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
         decay = optax.linear_schedule(peak, config.final_lr_ratio * peak, falling)
     else:
         decay = optax.cosine_decay_schedule(peak, falling, alpha=config.final_lr_ratio)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1)),
-            decay,
-        ],
-        [warmup],
-    )
+    rise = optax.linear_schedule(peak / (warmup + 1), peak, max(warmup, 1))
+    return optax.join_schedules([rise, decay], [warmup])
 
 
 type Hold = Callable[[Any], Any]
@@ -72,25 +66,20 @@ def make_optimizer(
 
     `narrow` and `stacked` are those of `scale_by_muon`.
     """
-    if config.optimizer == "muon":
-        labels, muon = partial(muon_labels, routers=config.muon_router), _muon(config, hold, narrow, stacked)
-        return optax.partition({"muon": muon, "adamw": _decayed(_adam(config), config, hold)}, labels)
+    decayed = partial(_decayed, config=config, hold=hold)
     if config.optimizer == "adafactor":
-        return _decayed(skippable(scale_by_adafactor()), config, hold)
+        return decayed(skippable(scale_by_adafactor()), config.lr)
     if config.optimizer == "adamw-8bit":
         rule = scale_by_adam8bit(config.beta1, config.beta2, config.eps, config.seed)
-        return _decayed(skippable(rule), config, hold)
-    return _decayed(_adam(config), config, hold)
-
-
-def _held(rule: optax.GradientTransformationExtraArgs, hold: Hold) -> optax.GradientTransformationExtraArgs:
-    """The same update rule, with `hold` applied to its updates."""
-
-    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        updates, state = rule.update(updates, state, params, **extra)
-        return hold(updates), state
-
-    return optax.GradientTransformationExtraArgs(rule.init, update)
+        return decayed(skippable(rule), config.lr)
+    first_moment = jnp.bfloat16 if config.optimizer == "adamw-bf16" else None
+    adamw = decayed(scale_by_adam(config.beta1, config.beta2, config.eps, first_moment), config.lr)
+    if config.optimizer == "muon":
+        labels = partial(muon_labels, routers=config.muon_router)
+        return optax.partition(
+            {"muon": decayed(scale_by_muon(narrow, stacked), config.muon_lr), "adamw": adamw}, labels
+        )
+    return adamw
 
 
 def scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtraArgs:
@@ -113,28 +102,16 @@ def scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtra
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _adam(config: TrainConfig) -> optax.GradientTransformationExtraArgs:
-    narrow = jnp.bfloat16 if config.optimizer == "adamw-bf16" else None
-    return scale_by_adam(config.beta1, config.beta2, config.eps, narrow)
-
-
 def _decayed(
-    rule: optax.GradientTransformationExtraArgs, config: TrainConfig, hold: Hold
+    rule: optax.GradientTransformationExtraArgs, peak: float, config: TrainConfig, hold: Hold
 ) -> optax.GradientTransformationExtraArgs:
-    """An update rule plus decoupled weight decay (Loshchilov and Hutter 2019, algorithm 2). Both are multiplied by the
-    learning rate."""
+    """An update rule plus decoupled weight decay of matrices (Loshchilov and Hutter 2019, algorithm 2). Both are
+    multiplied by the learning rate, whose largest value is `peak`."""
     return optax.chain(
-        _held(rule, hold),
+        rule,
+        optax.stateless(lambda updates, _: hold(updates)),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
-        scale_by_rate(learning_rate(config, config.lr)),
-    )
-
-
-def _muon(config: TrainConfig, hold: Hold, narrow: bool, stacked: bool) -> optax.GradientTransformationExtraArgs:
-    return optax.chain(
-        _held(scale_by_muon(narrow, stacked), hold),
-        optax.add_decayed_weights(config.weight_decay),
-        scale_by_rate(learning_rate(config, config.muon_lr)),
+        scale_by_rate(learning_rate(config, peak)),
     )
 
 
@@ -155,7 +132,7 @@ def muon_labels(params: Params, routers: bool = False) -> Params:
 
 def needs_whole_matrices(params: Params, config: TrainConfig) -> Any:
     """A tree like `params`: true where the update of a matrix needs all its rows and columns on one device. Muon
-    multiplies whole matrices, and the blocks of `adam8bit` run across rows. Adafactor's means are small enough to be
+    multiplies whole matrices, and the blocks of 8-bit moments run across rows. Adafactor's means are small enough to be
     summed over devices."""
     if config.optimizer == "muon":
         return jax.tree.map(lambda label: label == "muon", muon_labels(params, config.muon_router))

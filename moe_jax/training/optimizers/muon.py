@@ -38,8 +38,8 @@ def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.Gradient
     orthogonal = contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_axes)
 
     def orthogonalised(arrays: list[Array]) -> list[Array]:
-        found: Any = orthogonal.update(arrays, orthogonal.init(arrays))[0]
-        return found
+        directions: Any = orthogonal.update(arrays, orthogonal.init(arrays))[0]
+        return directions
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, contrib.MuonState]:
         del params
@@ -53,8 +53,8 @@ def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.Gradient
             return momentum.astype(jnp.bfloat16) if narrow else momentum
 
         momentum, tree = jax.tree.flatten(jax.tree.map(ahead, mu, updates))
-        found = jax.tree.unflatten(tree, _in_stacks(orthogonalised, momentum) if stacked else orthogonalised(momentum))
-        directions = jax.tree.map(lambda d, g: d.astype(g.dtype), found, updates)
+        directions = _in_stacks(orthogonalised, momentum) if stacked else orthogonalised(momentum)
+        directions = jax.tree.map(lambda d, g: d.astype(g.dtype), jax.tree.unflatten(tree, directions), updates)
         return directions, contrib.MuonState(count, mu, state.ns_coeffs)
 
     return skippable(optax.GradientTransformation(orthogonal.init, update))
@@ -64,11 +64,11 @@ def _in_stacks(rule: Callable[[list[Array]], list[Array]], arrays: list[Array]) 
     """What a rule for separate matrices makes of the arrays, if it is given stacks of them."""
     groups = _groups(arrays)
     stacks = rule([_stack([arrays[i] for i in group]) for group in groups])
-    found = list(arrays)
+    results = list(arrays)
     for group, stack in zip(groups, stacks, strict=True):
         for i, array in zip(group, _unstack(stack, [arrays[i] for i in group]), strict=True):
-            found[i] = array
-    return found
+            results[i] = array
+    return results
 
 
 def _groups(arrays: list[Array]) -> list[list[int]]:
@@ -91,14 +91,14 @@ def _stack(arrays: list[Array]) -> Float[Array, "N m n"]:
 
 def _unstack(stack: Float[Array, "N m n"], like: list[Array]) -> list[Array]:
     """The arrays of a stack, each in its own shape."""
-    found, first = [], 0
+    results, first = [], 0
     for array in like:
         count = array.size // stack[0].size
         matrices = stack[first : first + count]
         upright = array.shape[-2] > array.shape[-1]
-        found.append((matrices.swapaxes(1, 2) if upright else matrices).reshape(array.shape))
+        results.append((matrices.swapaxes(1, 2) if upright else matrices).reshape(array.shape))
         first += count
-    return found
+    return results
 
 
 def _axes(params: Any) -> Any:
