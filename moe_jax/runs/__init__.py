@@ -1,12 +1,11 @@
 """The folder of a run on disk, and a trained model opened from it.
 
-folder.py            its lock, its paths, and the files that training writes
-records.py           metrics.jsonl, summary.json and the routing snapshots, read
-checkpoint.py        checkpoints: saved, listed, verified, restored
-manifest.py          the digests of a checkpoint
-arrays.py            the arrays of a checkpoint, by orbax
-safetensors_file.py  files of safetensors, written one tensor at a time
-load.py              what a checkpoint belongs to, and a trained model opened from it
-doctor.py            every checkpoint verified, and repaired where that is possible (`doctor`)
-verify_resume.py     a run that is killed and resumed, compared with one that never stops (`verify-resume`)
+folder.py         its lock, its paths, and the files that training writes
+records.py        metrics.jsonl, summary.json and the routing snapshots, read
+checkpoint.py     checkpoints: saved, listed, verified, restored
+manifest.py       the digests of a checkpoint
+arrays.py         the arrays of a checkpoint, by orbax, and files of safetensors
+load.py           what a checkpoint belongs to, and a trained model opened from it
+doctor.py         every checkpoint verified, and repaired where that is possible (`doctor`)
+verify_resume.py  a run that is killed and resumed, compared with one that never stops (`verify-resume`)
 """

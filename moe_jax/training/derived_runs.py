@@ -83,8 +83,8 @@ def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None
     summary = _scores_in_summary(after) | {"weights": weights}
     context = {"quantized": {"weights": weights, "made_from": str(run)}}
     checkpoint = _write(loaded, run, out, {"params": params}, source, summary=summary, context=context)
-    sizes = [sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (loaded.params, params)]
-    return Quantized(checkpoint, *sizes, before, after, not_scored)
+    there, here = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (loaded.params, params))
+    return Quantized(checkpoint, there, here, before, after, not_scored)
 
 
 def _without_adapters(loaded: LoadedRun) -> Any:
