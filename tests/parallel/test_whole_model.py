@@ -54,7 +54,6 @@ def test_gradients_that_are_not_finite_are_diagnosed_where_they_lie(tmp_path: Pa
     programs = made.programs(MESH)
     state = programs.state(programs.initial_params())
     state = dataclasses.replace(state, loss_scale=LossScale(jnp.float32(np.inf), jnp.int32(0)))
-    given = (programs.training_graphdef, programs.config.train, state, made.batch(0), 1)
-    path, first = diagnose(Folder(tmp_path), *given, programs.gradients, made.batch(0))
+    path, first = diagnose(Folder(tmp_path), programs, state, 1, made.batch(0), made.batch(0))
     assert first == "gradients.blocks.0.attention.out"
     assert json.loads(path.read_text())["not_finite"]["params"] == []
