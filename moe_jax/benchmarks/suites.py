@@ -8,16 +8,15 @@ from rich.console import Console
 
 from moe_jax.benchmarks import decoding, layer, peers
 from moe_jax.benchmarks.dense_baselines import train
-from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
+from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
 from moe_jax.benchmarks.serving import serve
 from moe_jax.model.transformer import create, split
 from moe_jax.system import machine
 from moe_jax.system.machine import alternate
-from moe_jax.training.programs import Programs, RandomTokenTrainer
 
 
 def moe(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
-    """One MoE layer and the whole training step: compiled arithmetic, time and memory."""
+    """One MoE layer beside dense layers: compiled arithmetic and time."""
     model = request.config.model
     console.print(
         f"one MoE layer: D {model.width}, F {model.expert_hidden}, E {model.experts}, K {model.routing.top_k}, "
@@ -26,29 +25,8 @@ def moe(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     )
     numbers, times = layer.benchmark_layer(model, request.rounds, request.moe)
     console.print(times_table("forward and backward of one layer", times))
-    numbers |= _step_numbers(console, request)
     print_numbers(console, numbers)
     return numbers
-
-
-def _step_numbers(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
-    """The training step: its rate, and its temporary memory with our cross-entropy and with a plain one."""
-    ours = Programs.of(request.config, moe=request.moe).compiled_step(request.batch_size)
-    plain = Programs.of(request.config, moe=request.moe, loss="reference").compiled_step(request.batch_size)
-    memory = {
-        "temp_bytes": ours.memory_analysis().temp_size_in_bytes,
-        "temp_bytes_plain_loss": plain.memory_analysis().temp_size_in_bytes,
-    }
-    trainer = RandomTokenTrainer.of(request.config, request.batch_size, moe=request.moe)
-    products = machine.matmuls("float32")
-    candidates = {"training step": trainer, **{name: run for name, (run, _) in products.items()}}
-    times = alternate(candidates, max(3, request.rounds // 2))
-    rate = matmul_rate_in(times, products)
-    console.print(
-        times_table(f"the whole training step, {request.batch_size} x {request.config.model.seq_len} tokens", times)
-    )
-    share = trainer.active_flops / times["training step"].median / rate
-    return {"train_step_share_of_matmul_peak": share, **memory}
 
 
 def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:

@@ -95,20 +95,16 @@ class Argument:
         return FieldError(self.section, self.name, f"{self.flag}{' ' if self.is_flag else '='}{value}", problem)
 
     def from_text(self, text: str) -> Any:
-        """The value of a typed text. Raises FieldError."""
+        """The value of a typed text; of a switch `true` or `false`, as `--set` takes it. Raises FieldError."""
+        if self.kind is bool:
+            if text.lower() not in ("true", "false"):
+                raise self.wrong(text, "must be true or false")
+            return text.lower() == "true"
         try:
             value = self.kind(text)
         except ValueError:
             raise self.wrong(text, "is not a whole number" if self.kind is int else "is not a number") from None
         return self.checked(value)
-
-    def from_setting(self, text: str) -> Any:
-        """The value of `--set name=text`, where a switch is true or false. Raises FieldError."""
-        if self.kind is not bool:
-            return self.from_text(text)
-        if text.lower() not in ("true", "false"):
-            raise self.wrong(text, "must be true or false")
-        return text.lower() == "true"
 
     def from_toml(self, value: Any) -> Any:
         """The value of an entry of a settings file. Raises FieldError."""
@@ -123,18 +119,10 @@ class Argument:
         """The value, if it is among the choices, or a text that can be printed and name a file. Raises FieldError."""
         if self.choices and value not in self.choices:
             raise self.wrong(value, "must be one of " + ", ".join(self.choices))
-        if self.kind is str and ("\0" in value or (not value.isascii() and not _is_utf8(value))):
+        # Python stands in surrogates for bytes of argv that are not UTF-8.
+        if self.kind is str and ("\0" in value or any("\ud800" <= c <= "\udfff" for c in value)):
             raise self.wrong(ascii(value), "is not UTF-8, or holds a zero byte; give it in UTF-8")
         return value
-
-
-def _is_utf8(text: str) -> bool:
-    """Whether a text can be encoded. Python stands in surrogates for bytes of argv that are not UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def arguments_of(kind: type, section: str = "", start: Any = None) -> Iterator[Argument]:
@@ -196,14 +184,11 @@ def perhaps(typed: str, known: Mapping[str, str]) -> str:
     `known` maps each accepted name to the name that the hint shows. A field of another section is near, because the
     last part of its name is the same.
     """
-    near = [shown for name, shown in known.items() if _last_part(name) == _last_part(typed)]
+    last = [name.removeprefix("--").rpartition(".")[2] for name in (typed, *known)]
+    near = [shown for shown, part in zip(known.values(), last[1:], strict=True) if part == last[0]]
     near = near or [known[name] for name in difflib.get_close_matches(typed, known, n=3, cutoff=0.75)]
     near = list(dict.fromkeys(near))[:2]
     return f"; perhaps {' or '.join(near)} was meant" if near else ""
-
-
-def _last_part(name: str) -> str:
-    return name.removeprefix("--").rpartition(".")[2]
 
 
 def _unknown(typed: str, flag: str, arguments: Iterable[Argument]) -> ConfigError:

@@ -17,9 +17,6 @@ Suite = Literal["moe", "train", "decode", "peers", "serve", "all"]
 ALL = ("moe", "train", "decode", "peers")
 UNIFORM = ("moe", "train", "decode", "all")
 """Suites that can spread tokens evenly over the experts. With `all`, the others of its suites do not."""
-TRAINING = {"moe", "train"}
-"""Suites that time a training step in the precision that is chosen for this machine. `peers` names the precision of
-each number. The other suites compute in float32."""
 PEERS = "uv run --extra peers benchmark.py peers"
 
 
@@ -78,7 +75,7 @@ class Benchmark(Command):
         document: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}
         if self.uniform_routing:
             document["uniform_routing"] = True
-        if not TRAINING.isdisjoint(suites):
+        if "train" in suites:  # the other suites compute in float32; `peers` names the precision of each number
             document["training_precision"] = choose_policy(config.execution.compute_dtype).compute
         document |= results
         self._save(document, about)

@@ -203,7 +203,7 @@ def read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
         if argument is None or not equals:
             hint = perhaps(name, {known: known for known in by_name})
             raise ConfigError(f"--set {text}: must be SECTION.NAME=VALUE with a field of the configuration{hint}")
-        values[argument.key] = argument.from_setting(value)
+        values[argument.key] = argument.from_text(value)
     return values
 
 

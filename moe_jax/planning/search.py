@@ -58,20 +58,18 @@ class Plan(NamedTuple):
     def summary(self, target: Target) -> dict[str, Any]:
         """For JSON output."""
         train = self.config.train
+        kept = ("grad_accum", "optimizer", "lora_rank", "param_dtype")
         return {
             "preset": self.config.preset,
             "gpu": target.name,
             "precision": self.precision,
+            "compute_dtype": self.precision,
             "total_mib": round(self.total, 1),
             "budget_mib": round(target.budget, 1),
             "fits": self.fits(target),
             "micro_batch": train.batch_size,
-            "grad_accum": train.grad_accum,
             "remat": self.config.execution.remat,
-            "optimizer": train.optimizer,
-            "lora_rank": train.lora_rank,
-            "param_dtype": train.param_dtype,
-            "compute_dtype": self.precision,
+            **{name: getattr(train, name) for name in kept},
         }
 
 

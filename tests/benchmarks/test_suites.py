@@ -265,7 +265,6 @@ KEYS = {
         *("flops_over_bound_forward", "flops_over_bound_grad", "wall_over_dense_active", "wall_over_best_dense"),
         *("dropless_wall_over_best_dense", "dropless_flops_over_ideal"),
         *("dense_all_over_wall", "wall_growth_8_to_64_experts", "layer_share_of_matmul_peak"),
-        *("train_step_share_of_matmul_peak", "temp_bytes", "temp_bytes_plain_loss"),
     },
     "train": {"tokens_per_second", "share_of_matmul_peak", "models"},
     "decode": {"decode_share_of_bandwidth_bound", "decode_ms_per_token_batch1", "uncached_4_token_ms"},

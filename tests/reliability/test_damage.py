@@ -38,33 +38,25 @@ def outcome(run: Path) -> str:
     return {1: "previous", 2: "newest"}[checkpoint.step]
 
 
-def flip(run: Path, count: int, seed: int) -> None:
-    """Flip one bit at a time, in a file drawn evenly from all: large files do not hide the small ones."""
-    rng = np.random.default_rng(seed)
-    store = CheckpointStore(run, say=lambda _: None)
+def test_bit_flips(two: Path) -> None:
+    """One bit at a time, in a file drawn evenly from all: large files do not hide the small ones."""
+    rng = np.random.default_rng(0)
+    store = CheckpointStore(two, say=lambda _: None)
     folder = store.folder / "step_00000002"
-    paths = states.files(folder)
-    missed, wrong = [], 0
-    for i in range(count):
+    paths = [path for path in states.files(folder) if path.stat().st_size]
+    missed = []
+    for i in range(300):
         path = paths[i % len(paths)]
         original = path.read_bytes()
-        if not original:
-            continue
-        changed = bytearray(original)
-        position = int(rng.integers(len(original)))
+        changed, position = bytearray(original), int(rng.integers(len(original)))
         changed[position] ^= 1 << int(rng.integers(8))
         path.write_bytes(changed)
         found = [c for c in store.list() if c.path == folder]
         if found and verify(found[0]) is None:
             missed.append((path.name, position))
-            wrong += outcome(run) == "wrong"
         path.write_bytes(original)
     assert not missed
-    assert outcome(run) == "newest"
-
-
-def test_bit_flips(two: Path) -> None:
-    flip(two, 300, 0)
+    assert outcome(two) == "newest"
 
 
 def test_unnoticed_flips_would_be_found_out(two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +86,6 @@ def zero(path: Path) -> None:
 
 KINDS: dict[str, Callable[[Path], object]] = {
     "truncated": lambda p: p.write_bytes(p.read_bytes()[:-1]),
-    "halved": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
     "emptied": lambda p: p.write_bytes(b""),
     "zeroed": zero,
     "extended": lambda p: p.write_bytes(p.read_bytes() + b"\0"),
@@ -123,29 +114,25 @@ def test_every_file_damaged(kind: str, two: Path, tmp_path: Path) -> None:
 
 
 def test_files_swapped_between_steps(two: Path, tmp_path: Path) -> None:
-    """Each file of step 2 in the place of its like in step 1's folder and the other way round."""
+    """Each file of step 2 in the place of its like in step 1's folder and the other way round. Orbax names some files
+    at random: then the largest file beside it."""
     newer = two / "checkpoints" / "step_00000002"
-    wrong = count = 0
-    for i, path in enumerate(p for p in states.files(newer)):
-        name = path.relative_to(newer)
-        run = tmp_path / str(i)
-        shutil.copytree(two, run)
-        old, new = (run / "checkpoints" / f"step_0000000{step}" / name for step in (1, 2))
-        if not old.exists():  # orbax names some files at random
-            old = (
-                max(states.files(old.parent), key=lambda p: p.stat().st_size, default=None)
-                if old.parent.is_dir()
-                else None
-            )
-        if old is None or old.read_bytes() == new.read_bytes():
+    count = 0
+    for i, path in enumerate(states.files(newer)):
+        shutil.copytree(two, tmp_path / str(i))
+        old, new = (
+            tmp_path / str(i) / "checkpoints" / f"step_0000000{step}" / path.relative_to(newer) for step in (1, 2)
+        )
+        if not old.exists() and old.parent.is_dir():
+            old = max(states.files(old.parent), key=lambda p: p.stat().st_size)
+        if not old.exists() or old.read_bytes() == new.read_bytes():
             continue
         first, second = old.read_bytes(), new.read_bytes()
         old.write_bytes(second)
         new.write_bytes(first)
         count += 1
-        wrong += outcome(run) != "nothing"
+        assert outcome(tmp_path / str(i)) == "nothing", path
     assert count >= 3
-    assert wrong == 0
 
 
 def test_a_whole_checkpoint_under_another_name(two: Path, tmp_path: Path) -> None:

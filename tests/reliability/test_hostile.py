@@ -64,14 +64,12 @@ def pickles(folder: Path) -> None:
     reseal(folder)
 
 
-def parent_names(folder: Path) -> None:
+def names_outside(folder: Path) -> None:
     secret = folder.parent.parent / "secret"
     secret.write_text("secret")
-    reseal(folder, lambda m: m["files"].update({"../../secret": [6, manifest.file_digest(secret)]}))
-
-
-def absolute_names(folder: Path) -> None:
-    reseal(folder, lambda m: m["files"].update({"/etc/hostname": [1, manifest.file_digest(Path("/etc/hostname"))]}))
+    names = {"../../secret": [6, manifest.file_digest(secret)]}
+    names["/etc/hostname"] = [1, manifest.file_digest(Path("/etc/hostname"))]
+    reseal(folder, lambda m: m["files"].update(names))
 
 
 def linked_file(folder: Path) -> None:
@@ -102,12 +100,8 @@ def shapes(folder: Path) -> None:
     reseal(folder, lambda m: m["leaves"].update({name: [[2**40], "float32", "0"] for name in m["leaves"]}))
 
 
-def negative(folder: Path) -> None:
-    reseal(folder, lambda m: m["leaves"].update({name: [[-1, 3], "float32", "0"] for name in m["leaves"]}))
-
-
-def objects(folder: Path) -> None:
-    reseal(folder, lambda m: m["leaves"].update({name: [[1], "O", "0"] for name in m["leaves"]}))
+def odd_leaves(folder: Path) -> None:
+    reseal(folder, lambda m: m["leaves"].update({n: [[-1, 3], "O", "0"] for n in m["leaves"]}))
 
 
 def stored_shapes(folder: Path) -> None:
@@ -160,17 +154,27 @@ def text_for_progress(folder: Path) -> None:
 
 
 def no_version(folder: Path) -> None:
-    reseal(folder, lambda m: m.pop("version"))
-
-
-def empty_version(folder: Path) -> None:
     reseal(folder, lambda m: m.update(version=None))
 
 
+def large_chunk(folder: Path) -> None:
+    """A chunk of [2^25, 4] numbers takes 512 MB, and 119 kB on the disk."""
+    import tensorstore
+
+    name = next(n for n in manifest.read(folder)["leaves"] if n.endswith("blocks.0.router"))
+    where = {"driver": "ocdbt", "base": f"file://{folder}/arrays/"}
+    stored = json.loads(tensorstore.KvStore.open(where).result().read(f"{name}/.zarray").result().value)
+    wanted = jax.device_get(states.state(2)["params"]["blocks"][0]["router"])
+    rest = {"shape": wanted.shape, "chunks": [2**25, 4], "dtype": stored["dtype"]}
+    spec = {"driver": "zarr", "kvstore": where | {"path": f"{name}/"}, "create": True}
+    metadata = rest | {"compressor": {"id": "zstd", "level": 1}}
+    tensorstore.open(spec | {"metadata": metadata}, delete_existing=True).result().write(wanted).result()
+    reseal(folder)
+
+
 MADE = [
-    deep, huge, many, pickles, parent_names, absolute_names, linked_file, linked_folder, linked_checkpoint, pipe,
-    shapes, negative, objects, stored_shapes, missing_chunk, odd_metadata, not_json, text_for_progress, no_version,
-    empty_version,
+    deep, huge, many, pickles, names_outside, linked_file, linked_folder, linked_checkpoint, pipe, shapes, odd_leaves,
+    stored_shapes, large_chunk, missing_chunk, odd_metadata, not_json, text_for_progress, no_version,
 ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import pytest
 
 import moe_jax
 from moe_jax.config import RunConfig, UserError, load_config
+from moe_jax.data import tokenizers
 from moe_jax.data.token_store import stored_documents
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inspection.report import write_report
@@ -75,16 +76,8 @@ OPENINGS: dict[str, Callable[[Path], Any]] = {
 
 
 def another_tokenizer(run: Path) -> None:
-    merges = [[ord("a"), ord(letter)] for letter in "bcd"]
-    Tokenizer.from_dict(Tokenizer.from_dict(_sealed({"kind": "bpe", "merges": merges})).to_dict()).save(
-        run / "tokenizer.json"
-    )
-
-
-def _sealed(definition: dict[str, Any]) -> dict[str, Any]:
-    from moe_jax.data import tokenizers
-
-    return definition | {"digest": tokenizers._digest(definition)}
+    definition = {"kind": "bpe", "merges": [[ord("a"), ord(letter)] for letter in "bcd"]}
+    Tokenizer.from_dict(definition | {"digest": tokenizers._digest(definition)}).save(run / "tokenizer.json")
 
 
 @pytest.mark.parametrize("opening", OPENINGS)
