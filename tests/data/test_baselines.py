@@ -113,17 +113,6 @@ def test_other_work_is_done_meanwhile_if_there_is_anything_to_count(store: Token
     assert len(threads) == 2
 
 
-def test_a_cache_that_cannot_be_written_is_no_failure(store: TokenStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError("read-only")
-
-    first = corpus_baselines(STORIES, store)
-    (store.folder / NAME).unlink()
-    monkeypatch.setattr(baselines, "write_atomically", refuse)
-    assert corpus_baselines(STORIES, store) == first
-    assert not (store.folder / NAME).exists()
-
-
 # The n-gram models
 
 COUNTED = [*generate(3, "train", 30)]
@@ -197,12 +186,6 @@ def test_no_word_has_probability_zero() -> None:
     third discount is negative. Without a discount, "b" would have probability 0 after "a"."""
     stories = ["a w"] * 3 + [f"b {second}" for second in "wxyz" for _ in range(4)]
     assert (ngram_probabilities(stories, ["a b", "b a", "q"], 2) > 0).all()
-
-
-def test_more_words_before_are_a_stronger_baseline() -> None:
-    train, valid = list(generate(0, "train", 600)), list(generate(0, "valid", 60))
-    one, three, five = ngram_bits_per_byte(train, valid, (1, 3, 5))
-    assert five < three < 0.7 * one
 
 
 def test_a_score_worked_by_hand() -> None:

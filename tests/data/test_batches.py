@@ -156,11 +156,6 @@ def test_a_short_stream_and_a_short_batch_are_filled_up_with_weight_0():
     assert batch.weights.tolist() == [[1, 1, 0], [0] * 3]
 
 
-def test_windows_that_cannot_overlap_are_refused():
-    with pytest.raises(ValueError, match="overlap"):
-        list(evaluation_windows(np.arange(5), seq_len=1, batch_size=1))
-
-
 @pytest.mark.parametrize(
     ("limit", "expected"),
     [
@@ -228,12 +223,6 @@ def test_an_order_is_a_shuffle(orders) -> None:
     assert sorted(order) == list(range(10_000))
     assert np.abs(order - np.arange(10_000)).mean() / 10_000 == pytest.approx(1 / 3, abs=0.01)
     assert np.abs(np.diff(order)).mean() / 10_000 == pytest.approx(1 / 3, abs=0.01)
-
-
-def test_every_place_is_as_likely_for_an_index() -> None:
-    """Index 2 of 5 under 2,000 keys: a chi-squared statistic of four degrees of freedom, below its 0.999 quantile."""
-    counts = np.bincount([permuted(key(k), np.array([2]), 5)[0] for k in range(2000)], minlength=5)
-    assert ((counts - 400) ** 2 / 400).sum() < 18.5
 
 
 def by_hand(number: int, index: int, size: int) -> int:

@@ -16,7 +16,6 @@ from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, UserError
 from moe_jax.data import corpora, documents
 from moe_jax.data.corpora import HUB, EmbeddedCorpus, FileCorpus, articles, check_source, open_corpus, scored_documents
 from moe_jax.data.documents import SEPARATOR, Span
-from moe_jax.data.synthetic import stories
 
 
 def write_folder(folder: Path, **texts: str | bytes) -> Path:
@@ -52,13 +51,6 @@ def test_every_name_opens_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert {*HUB, "stories"} == set(NAMED_CORPORA)
     with pytest.raises(ConfigError, match="gunzip"):
         check_source(DataConfig(source="./pg19"))
-
-
-def test_the_embedded_corpus_generates_its_splits() -> None:
-    corpus = open_corpus(DataConfig(source="stories", stories=7))
-    assert list(corpus.documents("train")) == list(stories.generate(0, "train", 7))
-    assert list(corpus.documents("valid")) == list(stories.generate(0, "valid", 600))
-    assert (corpus.size("train"), corpus.fingerprint()) == (None, stories.fingerprint(0, 7))
 
 
 def test_a_folder_has_its_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
@@ -111,11 +103,6 @@ def test_a_long_document_validates_by_bytes_too(tmp_path: Path) -> None:
     assert len(train) == 2
     assert 0.05 <= len("".join(valid) + "\n") / len(text) <= 0.1
     assert "\n".join(train + valid) == text.strip()
-
-
-def test_a_folder_of_books_validates_on_the_last(tmp_path: Path) -> None:
-    train, valid = both(write_folder(tmp_path, **{name: f"The book {name}. " * 10 for name in "abc"}))
-    assert [text[:10] for text in (*train, *valid)] == ["The book a", "The book b", "The book c"]
 
 
 @pytest.mark.parametrize("text", ["", " \n", SEPARATOR, f"\n{SEPARATOR} {SEPARATOR}\n", b"\xef\xbb\xbf"])

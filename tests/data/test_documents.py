@@ -1,6 +1,5 @@
 """Documents in files: what is a document, where a long one is divided, and what is no text."""
 
-import errno
 import json
 import tracemalloc
 from pathlib import Path
@@ -263,14 +262,6 @@ def test_json_is_known_by_its_name_and_its_first_character(tmp_path: Path) -> No
     assert other_kind(write(tmp_path, "Once {", "a.json")) is None
 
 
-def test_a_file_that_cannot_be_read_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^{tmp_path}/gone.txt: cannot be read \(No such file .*check the file"):
         list(documents_of(Span(tmp_path / "gone.txt", 0, 5), "text"))
-
-    def refuse(*_: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied")
-
-    path = write(tmp_path, "text")
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(UserError, match=r"cannot be read \(Permission denied\); check the file and its permissions"):
-        other_kind(path)
