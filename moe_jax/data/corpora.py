@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, DataFormat, UserError
 from moe_jax.data.documents import (
@@ -42,33 +42,26 @@ LOOKED_AT = 8 << 20
 type Spans = tuple[Span, ...]
 
 
-class Documents(Protocol):
-    """Two splits of documents: what a tokenizer is learned from."""
+class Corpus:
+    """Two splits of documents, which can be named, and told apart from other documents."""
+
+    name: str
+    """The value of `--data` that names this corpus."""
 
     def documents(self, split: SplitName) -> Iterator[Any]:
         """The documents of a split, stripped and not empty. Raises UserError if there is no document."""
-        ...
-
-    def size(self, split: SplitName) -> int | None:
-        """Bytes of the split's source, for a progress bar. None if unknown."""
-        ...
-
-
-class Corpus(Documents, Protocol):
-    """Documents that can be named, and told apart from other documents."""
-
-    @property
-    def name(self) -> str:
-        """The value of `--data` that names this corpus."""
-        ...
+        raise NotImplementedError
 
     def fingerprint(self) -> str:
         """Hex digest of everything that determines the text. Equal fingerprints mean equal documents."""
-        ...
+        raise NotImplementedError
+
+    def size(self, split: SplitName) -> int | None:
+        """Bytes of the split's source, for a progress bar. None if unknown."""
+        return None
 
     def check_unchanged(self) -> None:
         """Raise UserError if the text was changed since the corpus was opened."""
-        ...
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -133,7 +126,7 @@ def scored_documents(source: str, form: DataFormat = "text") -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class EmbeddedCorpus:
+class EmbeddedCorpus(Corpus):
     """The stories that the grammar in `synthetic/` generates."""
 
     seed: int
@@ -151,18 +144,12 @@ class EmbeddedCorpus:
 
         return stories.fingerprint(self.seed, self.count)
 
-    def size(self, split: SplitName) -> int | None:
-        return None
-
-    def check_unchanged(self) -> None:
-        """They are functions of their number."""
-
 
 # Public data sets
 
 
 @dataclass(frozen=True)
-class HubCorpus:
+class HubCorpus(Corpus):
     """A data set of the Hugging Face hub. Only its token ids are stored."""
 
     name: str
@@ -197,12 +184,6 @@ class HubCorpus:
         import xxhash
 
         return xxhash.xxh3_128_hexdigest(f"{self.repository} {self.configuration} {self.revision}".encode())
-
-    def size(self, split: SplitName) -> int | None:
-        return None
-
-    def check_unchanged(self) -> None:
-        """A revision does not change."""
 
 
 HUB = {
@@ -240,7 +221,7 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class FileCorpus:
+class FileCorpus(Corpus):
     """Files of text or of conversations."""
 
     name: str

@@ -24,7 +24,7 @@ import xxhash
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import hf_tokenizers
-from moe_jax.data.corpora import Documents
+from moe_jax.data.corpora import Corpus
 from moe_jax.data.documents import SEPARATOR
 from moe_jax.system.files import Folder, json_text, write_atomically
 from moe_jax.system.terminal import Report, byte_progress
@@ -134,7 +134,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: {error}") from None
 
 
-def train_tokenizer(data: DataConfig, corpus: Documents, progress: bool = False) -> Tokenizer:
+def train_tokenizer(data: DataConfig, corpus: Corpus, progress: bool = False) -> Tokenizer:
     """The tokenizer that `data` asks for.
 
     A `bpe` tokenizer is trained on the first 50 MB of the corpus' training text. Equal text gives an equal tokenizer.

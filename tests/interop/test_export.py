@@ -3,8 +3,6 @@
 import dataclasses
 import errno
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +17,6 @@ from moe_jax.config.presets import PRESETS, preset
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
-from moe_jax.runs import manifest
-from moe_jax.runs.arrays import WEIGHTS
 from tests.interop.saved import save
 
 
@@ -92,18 +88,6 @@ def test_the_card_says_transformers_only_where_it_is_so(run: Path) -> None:
         card = module.model_card(open_source(run), "name", "command", files)
         assert ("\nlibrary_name: transformers\n" in card) == of_transformers
         assert "\nGeneration and evaluation drop no token, here and there. " in card
-
-
-@pytest.mark.skipif(not hasattr(os, "umask"), reason="no umask here")
-@pytest.mark.parametrize("umask", [0o022, 0o077])
-def test_all_files_get_the_permissions_of_the_umask(umask: int, run: Path, tmp_path: Path) -> None:
-    """safetensors makes files that only their owner may read."""
-    before = os.umask(umask)
-    try:
-        export(open_source(run), "hf", "float32", tmp_path / "out", "export")
-    finally:
-        os.umask(before)
-    assert {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "out").iterdir()} == {0o666 & ~umask}
 
 
 @pytest.mark.parametrize(
@@ -212,17 +196,6 @@ def test_a_damaged_checkpoint_is_not_exported(name: str, tmp_path: Path, capsys:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_that_was_saved_without_weights_is_not_exported(tmp_path: Path) -> None:
-    run = save(tmp_path, layers=1)
-    (folder,) = (run / "checkpoints").iterdir()
-    (folder / WEIGHTS).unlink()
-    document = json.loads((folder / manifest.NAME).read_text())
-    del document["files"][WEIGHTS]
-    (folder / manifest.NAME).write_text(manifest.render(document))
-    with pytest.raises(UserError, match=r"is missing, and the manifest does not name it; take another checkpoint \(--"):
-        open_source(run)
-
-
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
@@ -241,10 +214,3 @@ def test_wrong_arguments(
     assert command("--run", str(run), "--out", str(tmp_path / "out"), *arguments) == status
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_the_hint_names_the_model_after_the_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And not after the folder of the export, which is often called gguf."""
-    pytest.importorskip("gguf", exc_type=ImportError)
-    assert command("--run", f"{run}/.", "--to", "gguf", "--out", str(tmp_path / "gguf")) == 0
-    assert f"next: ollama create {run.name} -f {tmp_path}/gguf/Modelfile\n" in capsys.readouterr().out

@@ -246,6 +246,7 @@ def test_links_lead_to_plain_files_only(folder: Path, tmp_path: Path) -> None:
 # The whole program
 
 
+@pytest.mark.reliability
 def test_a_fault_is_one_line_and_nothing_is_written(folder: Path, tmp_path: Path) -> None:
     """With a NaN in the last tensor: everything is accepted before it is seen."""
     tensors = load_file(folder / "model.safetensors")

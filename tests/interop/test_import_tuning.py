@@ -1,5 +1,6 @@
 """An imported model is fine-tuned: `sft --init-from`, with all weights and with adapters."""
 
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,8 +43,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tune(place: Path, out: str, *flags: str) -> tuple[Session, dict[str, Any]]:
-    argv = ["--init-from", str(place / "hf"), "--data", str(place / "chats.jsonl"), "--out", str(place / out)]
+@functools.cache
+def tune(place: Path, *flags: str) -> tuple[Session, dict[str, Any]]:
+    """A session after its last step, and its result. Trained once for each choice of flags."""
+    out = place / "-".join(["run", *flags])
+    argv = ["--init-from", str(place / "hf"), "--data", str(place / "chats.jsonl"), "--out", str(out)]
     argv += ["--steps", "4", "--batch-size", "2", "--seq-len", "32", "--eval-every", "2", "--save-every", "2"]
     argv += ["--precision", "float32"]  # four small steps change the loss by less than bfloat16 rounds it
     session = Session.open(*Sft.parse([*argv, *flags]).settings)
@@ -55,7 +59,7 @@ def tune(place: Path, out: str, *flags: str) -> tuple[Session, dict[str, Any]]:
 def test_an_imported_model_is_tuned_and_exported(flags: tuple[str, ...], place: Path, tmp_path: Path) -> None:
     """It starts with the imported weights, which adapters leave as they are; and its export has a template that ends
     turns as its tokenizer does."""
-    session, result = tune(place, "whole" + "".join(flags), *flags)
+    session, result = tune(place, *flags)
     imported, _ = Pretrained.open(place / "hf", "--init-from").params(session.programs.param_shapes, None)
     start = session.score(session.data.store.valid.stream, imported)
     assert result["val_scored"] == "answers"
@@ -78,7 +82,7 @@ def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
     from moe_jax.data.chats import answer_prompt
     from moe_jax.data.documents import Message
 
-    session, _ = tune(place, "ids")
+    session, _ = tune(place)
     export(open_source(session.folder.path), "hf", "float32", tmp_path / "out", "export")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     messages = [{"role": "user", "content": f"Who ate {SEPARATOR}the cake?"}]
@@ -89,7 +93,7 @@ def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
 
 def test_a_tuned_import_is_tuned_once_more(place: Path) -> None:
     """What the public model took to train is not known, and stays so."""
-    session, _ = tune(place, "first")
+    session, _ = tune(place)
     run = find_checkpoint(session.folder.path)
     assert initial_weights._origin("tuned_from", "", run.checkpoint, run.config)["training_flops"] is None
 
