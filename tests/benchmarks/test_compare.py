@@ -226,19 +226,3 @@ def test_a_comparison_goes_on_reports_and_repeats_nothing(
         compare.run([*command[:-1], "1e9"])
     with pytest.raises(ConfigError, match="was begun with another study"):
         compare.run([*command, "--tune"])
-
-
-def test_settings_of_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "my.toml"
-    file.write_text("[routing]\ntop_k = 1\n[train]\nlr = 1e-3\n")
-    config = compare.settings_to_compare("nano", str(file), "my.txt")
-    assert (config.model.routing.top_k, config.train.lr, config.data.source) == (1, 1e-3, "my.txt")
-    for text, words in (
-        ("[train]\nsteps = 5", r"\[train\] steps is chosen for each run"),
-        ('out = "elsewhere"', "out is chosen for each run"),
-        ("[model]\nwide = 5", "unknown field 'wide'"),
-        ("[model", "must be a TOML file"),
-    ):
-        file.write_text(text)
-        with pytest.raises(ConfigError, match=words):
-            compare.settings_to_compare("nano", str(file), "")

@@ -15,7 +15,7 @@ from predicted import many_devices
 from predicted.ahead_of_time import Compiled, Devices
 from predicted.interconnect import Hosts, Torus
 from predicted.kernels import Kernel, read_kernels
-from predicted.many_devices import DevicePlan, Step, devices_like, on_other_mesh, read_plan, scaling_mesh
+from predicted.many_devices import DevicePlan, Step, on_other_mesh, read_plan
 from predicted.roofline import REST, Rates, predict
 from predicted.tpu import Slice
 
@@ -79,18 +79,6 @@ def test_a_program_is_the_sum_of_its_kernels_by_part() -> None:
     assert found.milliseconds_by_part["experts"] == pytest.approx(2 + 1e-3)
     assert found.milliseconds_by_part["routing"] == found.milliseconds_by_part[REST] == pytest.approx(1e-3)
     assert found.milliseconds_by_part["optimizer"] == 0
-
-
-@pytest.mark.parametrize(
-    ("gpu", "float32", "narrow"),
-    [("rtx3050-4gb", 6.144, 12.288), ("rtx3060-12gb", 12.737536, 25.475072), ("quadro-t1000-4gb", 2.60736, 2.60736)],
-)
-def test_the_rates_of_the_described_cards(gpu: str, float32: float, narrow: float) -> None:
-    """RTX 3050 Laptop: 16 x 128 cores x 2 x 1.5 GHz are 6.144 TFLOP/s. Its tensor cores do twice that."""
-    rates = Rates.of(load_target(gpu))
-    assert rates.float32 == pytest.approx(0.7 * float32 * 1e12)
-    assert rates.narrow == pytest.approx(0.7 * narrow * 1e12)
-    assert rates.bytes == pytest.approx(0.8 * load_target(gpu).number("memory_bandwidth"))
 
 
 def collective(kind: Any, groups: tuple, size: int = 800_000, loops: tuple = ()) -> Collective:
@@ -188,20 +176,6 @@ def test_a_step_that_takes_more_than_the_device_has_does_not_fit() -> None:
     refused = read_plan(step(2, text=""))
     assert (refused.fits, refused.refused, refused.flops, refused.sent) == (False, True, None, None)
     assert refused.step_ms is None
-
-
-@pytest.mark.parametrize(
-    ("chip", "meshes"),
-    [
-        (Slice(256), {1: "data=1,expert=1", 8: "data=1,expert=8", 16: "data=1,expert=16", 256: "data=16,expert=16"}),
-        (load_target("rtx3060-12gb"), {2: "data=1,expert=2", 4: "data=1,expert=4", 16: "data=4,expert=4"}),
-        (load_target("h100-80gb"), {8: "data=1,expert=8", 16: "data=2,expert=8"}),
-    ],
-)
-def test_meshes_of_a_scaling_table(chip: Any, meshes: dict[int, str]) -> None:
-    """`seed-158m` has 16 experts. Four RTX 3060 or eight H100 are in a host."""
-    config = preset("seed-158m")
-    assert {n: scaling_mesh(config, devices_like(chip, n)) for n in meshes} == meshes
 
 
 def test_a_table_of_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,37 +131,6 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return {"a": 0.5, "b": 3.0}
 
 
-def test_the_decode_suite(console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2,000 bytes in 4 s: 500 a second. A token must read 1,000 bytes, so 2 s of its 8 are bound by memory."""
-    monkeypatch.setattr(suites.machine, "memory_read_benchmark", lambda: (print, 2000))
-    monkeypatch.setattr(suites, "create", lambda *_: None)
-    monkeypatch.setattr(suites, "split", lambda _: (None, None))
-    made: list[Any] = []
-    fake = SimpleNamespace(
-        Model=SimpleNamespace(of=lambda *_: None),
-        token_call=lambda *_: made.append(1),
-        DecodeLoop=lambda _, __, batch: made.append(batch),
-        prefill_call=lambda _, __, length: made.append(("prefill", length)),
-        uncached_call=lambda *_: None,
-        active_bytes=lambda _: 1000,
-    )
-    monkeypatch.setattr(suites, "decoding", fake)
-    seconds = {"memory read": 4.0, "decode, batch 1": 8.0, "decode, batch 8": 9.0, "decode, batch 32": 10.0}
-    seconds |= {"prefill, 128 tokens": 11.0, "uncached forward, 4 tokens": 12.0}
-    turns = pretend(monkeypatch, suites, seconds)
-    assert suites.decode(console, BenchmarkRequest(config(), 2, 5)) == {
-        "decode_share_of_bandwidth_bound": 0.25,
-        "decode_ms_per_token_batch1": 8000,
-        "decode_ms_per_token_batch8": 9000,
-        "decode_ms_per_token_batch32": 10_000,
-        "prefill_128_ms": 11_000,
-        "uncached_4_token_ms": 12_000,
-        "memory_bytes_per_second": 500,
-    }
-    assert turns == [15]
-    assert sorted(made, key=str) == [("prefill", 128), 1, 32, 8]
-
-
 @pytest.mark.parametrize("memory", [None, 10**15, 10**3])
 def test_the_train_suite(
     memory: int | None, products: dict[str, float], console: Console, monkeypatch: pytest.MonkeyPatch

@@ -13,7 +13,6 @@ from lm_eval.api.instance import Instance
 from tasks import RunModel
 
 from moe_jax.api import Run, load_run
-from moe_jax.config import ConfigError, UserError
 from tests.support import saved_run
 
 CHOICES = [
@@ -128,14 +127,6 @@ def test_texts_that_the_model_writes(made: tuple[Run, str]) -> None:
     cut = [whole.partition(stop)[0].partition("q")[0] for whole in wholes]
     assert RunModel(run).generate_until(ask) == cut
     assert cut[0] != wholes[0]
-
-
-def test_wrong_tasks_cost_one_line(made: tuple[Run, str]) -> None:
-    run, folder = made
-    with pytest.raises(ConfigError, match=r"made_choise: no such task in lm-eval; perhaps made_choice .*meant"):
-        tasks.ask(run, ["made_choise"], folder=folder)
-    with pytest.raises(UserError, match=r"made_gone: the data could not be loaded: .*gone"):
-        tasks.ask(run, ["made_gone"], folder=folder)
 
 
 def test_the_script(made: tuple[Run, str], capsys: pytest.CaptureFixture[str]) -> None:

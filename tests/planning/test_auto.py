@@ -136,26 +136,12 @@ def test_a_small_text_is_told_how_small_it_is() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("8GB", 8e9),
-        ("8gb", 8e9),
-        ("8G", 8e9),
-        ("7.5GiB", 7.5 * 2**30),
-        ("900MB", 9e8),
-        (" 1TB ", 1e12),
-        ("512KiB", 2**19),
-    ],
-)
-def test_sizes_as_people_write_them(text: str, size: float) -> None:
-    assert memory_bytes(text) == size
-
-
-@pytest.mark.parametrize("text", ["8", "GB", "0GB", "-1GB", "8 GB", "8PB", "1e9B", "nan", ""])
-def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="must be a size such as 8GB"):
-        memory_bytes(text)
+def test_sizes_as_people_write_them() -> None:
+    sizes = {"8GB": 8e9, "8gb": 8e9, "8G": 8e9, "7.5GiB": 7.5 * 2**30, " 1TB ": 1e12, "512KiB": 2**19}
+    assert {text: memory_bytes(text) for text in sizes} == sizes
+    for text in ("8", "GB", "0GB", "-1GB", "8 GB", "8PB", "nan", ""):
+        with pytest.raises(ConfigError, match="must be a size such as 8GB"):
+            memory_bytes(text)
 
 
 def config(path: Path, **data: object) -> RunConfig:
