@@ -148,17 +148,12 @@ def _set_memory_fraction() -> list[str]:
         return []
     if total > SMALL_CARD_MIB:
         return []
-    share = memory_share(total, free)
+    share = math.floor(100 * min(max((free - CUDA_MIB) / total, 0.1), 0.9)) / 100
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.2f}"
     return [
         f"small card: {free:,.0f} of {total:,.0f} MiB are free; JAX takes {share:.0%} "
         "(XLA_PYTHON_CLIENT_MEM_FRACTION overrides)"
     ]
-
-
-def memory_share(total: float, free: float) -> float:
-    """Share of a card's memory for JAX: (free - CUDA_MIB) / total, within [0.10, 0.90], rounded down to hundredths."""
-    return math.floor(100 * min(max((free - CUDA_MIB) / total, 0.1), 0.9)) / 100
 
 
 def keep_freed_memory() -> None:

@@ -111,9 +111,9 @@ class Folder:
         with self.open(name, limit) as file:
             return file.read()
 
-    def read_json(self, name: str, limit: int = MAX_JSON_BYTES) -> Any:
+    def read_json(self, name: str) -> Any:
         """The value in a JSON file: see `parse_json`."""
-        return parse_json(self.read(name, limit))
+        return parse_json(self.read(name))
 
     def append(self, name: str) -> BinaryIO:
         """A plain file, for writing at its end. Made if it is missing."""
@@ -194,11 +194,11 @@ def write_output(path: Path, content: str | bytes) -> None:
     if (path.is_file() and not path.is_symlink()) or not os.path.lexists(path):
         write_atomically(path, content)
         return
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0)
     try:
         if path.is_block_device():
             raise OSError(errno.EINVAL, "is a disk; name a file")
-        descriptor = os.open(path, flags, 0o666)  # a pipe without a reader would never open if this waited
+        # A pipe without a reader would never open if this waited.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0), 0o666)
         os.set_blocking(descriptor, True)
         with os.fdopen(descriptor, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
