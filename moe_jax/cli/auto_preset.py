@@ -5,7 +5,7 @@ run is then a run like any other: its config.json holds the name and the setting
 """
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from moe_jax.cli.arguments import Values
 from moe_jax.cli.command import check_range
@@ -13,9 +13,10 @@ from moe_jax.cli.settings import AUTO, OUT, PRESET, SOURCE, Settings, SettingsFi
 from moe_jax.config import ConfigError
 from moe_jax.config.presets import PRESETS, folder_for_text
 from moe_jax.config.section import flag_of
-from moe_jax.planning import auto
-from moe_jax.planning.auto import Choice, Limits
 from moe_jax.system.terminal import working
+
+if TYPE_CHECKING:
+    from moe_jax.planning.auto import Choice, Limits
 
 OTHER_STARTS = ("resume", "upcycle", "init_from")
 """Fields with which a run does not start from a preset's own shape."""
@@ -34,7 +35,9 @@ class AutoPreset(NamedTuple):
         """Raises ConfigError for a memory or a time that is not allowed."""
         check_range("--minutes", minutes, 0, 1e6)
         if memory:
-            auto.memory_bytes(memory)
+            from moe_jax.planning.auto import memory_bytes
+
+            memory_bytes(memory)
         return cls(SettingsFile(file.path, _without_auto(file.values)), _without_auto(flags), memory, minutes)
 
     @property
@@ -50,9 +53,12 @@ class AutoPreset(NamedTuple):
         """The settings with the first preset that they fit. Raises ConfigError if they fit none."""
         return next(self._fitting(PRESETS))
 
-    def choose(self) -> tuple[Settings, Choice, Limits]:
+    def choose(self) -> "tuple[Settings, Choice, Limits]":
         """The chosen settings. Compiles training steps."""
         with working("counting the tokens of the text, and compiling training steps to see their memory"):
+            from moe_jax.planning import auto
+            from moe_jax.planning.auto import Limits
+
             limits = Limits.of(self.memory, self.minutes, self.stand_in().config)
             size = auto.text_bytes(self.source)
             starts = [settings.config for settings in self._fitting(auto.presets_for(self.source, size))]

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from moe_jax.cli.arguments import Values
 from moe_jax.cli.auto_preset import AutoPreset, auto_preset
@@ -16,11 +16,13 @@ from moe_jax.config import ConfigError, MeshShape, RunConfig, UserError, holds_r
 from moe_jax.config.execution import ProcessGroup
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.run import runs_beside
-from moe_jax.planning.auto import Choice, bytes_per_token, text_bytes
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal import say, working
 from moe_jax.training.start import Start
+
+if TYPE_CHECKING:
+    from moe_jax.planning.auto import Choice
 
 RUN, INIT_FROM, FORMAT, SOURCE = ("", "base"), ("", "init_from"), ("data", "format"), ("data", "source")
 
@@ -40,7 +42,7 @@ class TrainingCommand(RunCommand):
     coordinator_address: str = ""
     """HOST:PORT at which process 0 listens and the others call it, the same for all processes. `cluster` lets JAX find
     this and the two above: under SLURM, Kubernetes or Open MPI, or on a TPU pod."""
-    choice: Choice | None = None
+    choice: "Choice | None" = None
     """What --preset auto has chosen."""
 
     @classmethod
@@ -253,6 +255,7 @@ def report(session: Any) -> None:
 def expected_advice(config: RunConfig) -> list[str]:
     """The advice that a run would print, by an estimate of the tokens of its text. Empty for a public data set, whose
     size is not known before it is read, and for conversations."""
+    from moe_jax.planning.auto import bytes_per_token, text_bytes
     from moe_jax.training.advice import advice
 
     size = text_bytes(config.data.source) if config.data.format == "text" else None
