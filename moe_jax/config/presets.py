@@ -172,11 +172,11 @@ def preset_for_text(size: int | None, on_cpu: bool) -> PresetName:
 
     On a CPU `story-cpu` is the largest: the next would take days.
     """
-    found: PresetName = "nano"
+    chosen: PresetName = "nano"
     for name, first in FIRST_BYTES.items():
         if (size is None or size >= first) and not (on_cpu and name == "story-4gb"):
-            found = name
-    return found
+            chosen = name
+    return chosen
 
 
 def folder_for_text(source: str) -> str:

@@ -88,10 +88,10 @@ def corpus_baselines(
         with working("scoring n-gram models of the text, to compare with"), ThreadPoolExecutor(1) as thread:
             if meanwhile is not None:
                 thread.submit(meanwhile)
-            found = _embedded(data) if data.source == "stories" else _of_any_text(store)
+            scores = _embedded(data) if data.source == "stories" else _of_any_text(store)
         with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
-            write_atomically(path, json_text(asdict(found)))
-        return found
+            write_atomically(path, json_text(asdict(scores)))
+        return scores
 
 
 def first_documents(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
@@ -141,32 +141,32 @@ def ngram_bits_per_byte(train: Iterable[str], valid: Sequence[str], orders: Sequ
     documents and their ends under a model of the training documents, in bits, divided by the UTF-8 bytes of the
     validation documents."""
     longest, number = max(orders), {END: 0}
-    seen, asked = (_ngrams(documents, longest, number) for documents in (train, valid))
+    counted, scored = (_ngrams(documents, longest, number) for documents in (train, valid))
     spelling = np.array([spelling_probability(word) for word in number])
     size = sum(len(document.encode()) for document in valid)
-    found = (_probabilities(seen[:, -n:], asked[:, -n:], spelling) for n in orders)
-    return [float(-np.log2(p).sum()) / size for p in found]
+    probabilities = (_probabilities(counted[:, -n:], scored[:, -n:], spelling) for n in orders)
+    return [float(-np.log2(p).sum()) / size for p in probabilities]
 
 
 def ngram_probabilities(train: Iterable[str], valid: Iterable[str], order: int) -> np.ndarray:
     """float64 [words of the validation documents, ends included]: the probability of each word after those before."""
     number: dict[str, int] = {END: 0}
-    seen, asked = (_ngrams(documents, order, number) for documents in (train, valid))
-    return _probabilities(seen, asked, np.array([spelling_probability(word) for word in number]))
+    counted, scored = (_ngrams(documents, order, number) for documents in (train, valid))
+    return _probabilities(counted, scored, np.array([spelling_probability(word) for word in number]))
 
 
-def _probabilities(seen: np.ndarray, asked: np.ndarray, spelling: np.ndarray) -> np.ndarray:
-    """float64 [Q]: the probability of the last word of each n-gram of `asked` int64 [Q, n], by the model that has
-    counted the n-grams `seen` int64 [N, n]. `spelling` float64 [W] is S of each word."""
+def _probabilities(counted: np.ndarray, scored: np.ndarray, spelling: np.ndarray) -> np.ndarray:
+    """float64 [Q]: the probability of the last word of each n-gram of `scored` int64 [Q, n], by the model that has
+    counted the n-grams `counted` int64 [N, n]. `spelling` float64 [W] is S of each word."""
     words = len(spelling)
-    rows, counts = _distinct(seen, words)
+    rows, counts = _distinct(counted, words)
     levels = [(rows, counts)]
     while rows.shape[1] > 1:
         rows, counts = _distinct(rows[:, 1:], words)  # each different word before it counts once
         levels.append((rows, counts))
-    p = spelling[asked[:, -1]]
+    p = spelling[scored[:, -1]]
     for rows, counts in reversed(levels):
-        p = _interpolate(rows, counts, asked[:, -rows.shape[1] :], p, words)
+        p = _interpolate(rows, counts, scored[:, -rows.shape[1] :], p, words)
     return p
 
 
@@ -210,13 +210,13 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     """
     n = [int((counts == times).sum()) for times in range(5)]
     y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.5
-    found = [k - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0.0 for k in (1, 2, 3)]
-    return np.array([d if d > 0 else y for d in found])
+    discounts = [k - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0.0 for k in (1, 2, 3)]
+    return np.array([d if d > 0 else y for d in discounts])
 
 
-def _interpolate(rows: np.ndarray, counts: np.ndarray, asked: np.ndarray, lower: np.ndarray, words: int) -> np.ndarray:
-    """P(w | h) of the `asked` n-grams by one line of the formula. `lower` is P(w | h')."""
-    both = np.concatenate([rows, asked])
+def _interpolate(rows: np.ndarray, counts: np.ndarray, scored: np.ndarray, lower: np.ndarray, words: int) -> np.ndarray:
+    """P(w | h) of the `scored` n-grams by one line of the formula. `lower` is P(w | h')."""
+    both = np.concatenate([rows, scored])
     _, ngram = np.unique(_packed(both, words), return_inverse=True)
     _, context = np.unique(_packed(both[:, :-1], words), return_inverse=True)
     here, there = slice(None, len(rows)), slice(len(rows), None)

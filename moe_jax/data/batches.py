@@ -111,12 +111,12 @@ def permuted(key: UInt64[np.ndarray, " 1"], index: Int[np.ndarray, " B"], size: 
     if len(index) and not 0 <= index.min() <= index.max() < size:
         raise ValueError(f"index {index.min()} to {index.max()}: must be in 0 .. {size - 1}")
     half = np.uint64(-(-(size - 1).bit_length() // 2) or 1)
-    found = index.astype(np.uint64)
+    place = index.astype(np.uint64)
     outside = np.ones(len(index), bool)
     while outside.any():
-        found[outside] = _feistel(key, found[outside], half)
-        outside = found >= np.uint64(size)
-    return found.astype(np.int64)
+        place[outside] = _feistel(key, place[outside], half)
+        outside = place >= np.uint64(size)
+    return place.astype(np.int64)
 
 
 def _feistel(key: UInt64[np.ndarray, " 1"], x: UInt64[np.ndarray, " B"], half: np.uint64) -> UInt64[np.ndarray, " B"]:

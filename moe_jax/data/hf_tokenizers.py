@@ -85,14 +85,14 @@ def encoder(file: str, separator: int) -> Callable[[list[str]], list[list[int]]]
     library.encode_special_tokens = True  # else `<|endoftext|>` inside a document would end it
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
-        found = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
-        for text, ids in zip(texts, found, strict=True):
+        rows = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
+        for text, ids in zip(texts, rows, strict=True):
             if separator in ids:
                 raise UserError(
                     f"tokenizer.json: reads a part of the text {text[:40]!r} as token {separator}, which ends texts; "
                     "take that part out of the text"
                 )
-        return found
+        return rows
 
     return encode_batch
 

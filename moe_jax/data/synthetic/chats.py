@@ -23,16 +23,16 @@ _OPENING = re.compile(
 def chats(seed: int, split: Split, count: int) -> Iterator[dict[str, Any]]:
     """Rows with `messages`, one a story. Each has two of three questions, in turn."""
     for number, story in enumerate(generate(seed, split, count)):
-        found = _OPENING.search(story)
-        assert found is not None, "the grammar has another opening now"
-        name, his = found["name"], found["his"].capitalize()
+        opening = _OPENING.search(story)
+        assert opening is not None, "the grammar has another opening now"
+        name, his = opening["name"], opening["his"].capitalize()
         questions = [
-            (f"Where did {name} go?", f"To the {found['place']}."),
-            (f"What did {name} put on?", f"{his} {found['pattern']} {found['clothes']}."),
-            ("Who is it about?", f"{name}, {found['article']} {found['trait']} {found['child']}."),
+            (f"Where did {name} go?", f"To the {opening['place']}."),
+            (f"What did {name} put on?", f"{his} {opening['pattern']} {opening['clothes']}."),
+            ("Who is it about?", f"{name}, {opening['article']} {opening['trait']} {opening['child']}."),
         ]
         turns = [questions[number % 3], questions[(number + 1) % 3]]
-        turns[0] = (f"{story[: found.end()]} {turns[0][0]}", turns[0][1])
+        turns[0] = (f"{story[: opening.end()]} {turns[0][0]}", turns[0][1])
         roles = ("user", "assistant")
         yield {"messages": [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn, strict=True)]}
 
