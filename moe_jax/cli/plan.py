@@ -81,7 +81,9 @@ class Plan(RunCommand):
         for_text = SOURCE in flags or bool(own.get("memory"))
         if not for_text:  # a file may name a text, which changes no memory
             file = file.only(file.values.keys() - {SOURCE})
-        if PRESET not in file.values | flags and (not for_text or any((file.values | flags).get(k) for k in ORIGINS)):
+        model, dense = ((file.values | flags).get(key) for key in ORIGINS)
+        of_run = dense and holds_run(Path(dense))  # whose preset stays
+        if PRESET not in file.values | flags and not of_run and (not for_text or model or dense):
             flags = flags | {PRESET: cls.preset}
         own["typed"] = typed = AutoPreset.of(file, flags, own.get("memory", ""), own.get("minutes", 0.0))
         return typed.stand_in() if for_text else resolve_settings(file, flags)
