@@ -1,0 +1,70 @@
+"""Random damage to a file of a run: `evaluate` says it in one line, or gives the numbers of a whole checkpoint.
+
+A case is a function of its number, so one that fails can be repeated alone.
+"""
+
+import json
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.reliability import runs
+
+pytestmark = pytest.mark.reliability
+FEW, MANY = 4, 300
+
+
+def damage(run: Path, rng: random.Random) -> str:
+    """Damage one file of a run. Returns what was done. Files of a checkpoint and the others are drawn equally often."""
+    files = sorted(path for path in run.rglob("*") if path.is_file() and path.stat().st_size)
+    saved = [path for path in files if "checkpoints" in path.parts]
+    path = rng.choice(rng.choice((saved, [path for path in files if path not in saved])))
+    content = path.read_bytes()
+    at, kind = rng.randrange(len(content)), rng.choice(("flip a bit", "cut", "empty", "remove", "put another file in"))
+    if kind == "flip a bit":
+        path.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :])
+    elif kind == "cut":
+        path.write_bytes(content[:at])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "remove":
+        path.unlink()
+    else:
+        shutil.copyfile(rng.choice([other for other in files if other != path]), path)
+    return f"{path.relative_to(run)}: {kind} at {at} of {len(content)}"
+
+
+def scores(printed: str) -> tuple[int, float]:
+    """The step and the score that `evaluate` has printed."""
+    result: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return result["step"], result["bits_per_byte"]
+
+
+@pytest.fixture(scope="module")
+def expected(whole: tuple[Path, dict[str, Any]], cache: Path) -> set[tuple[int, float]]:
+    """The scores of all checkpoints of the whole run."""
+    steps = [int(path.name.removeprefix("step_")) for path in (whole[0] / "checkpoints").glob("step_*")]
+    commands = [["evaluate", "--run", str(whole[0]), "--step", str(step)] for step in steps]
+    return {scores(runs.complete(command, cache, runs.COMMANDS).stdout) for command in commands}
+
+
+@pytest.mark.parametrize(
+    "number", [n if n < FEW else pytest.param(n, marks=pytest.mark.slow) for n in range(FEW + MANY)]
+)
+def test_random_damage(
+    number: int, whole: tuple[Path, dict[str, Any]], expected: set[tuple[int, float]], cache: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    done = damage(run, random.Random(number))
+    ended = runs.complete(["evaluate", "--run", str(run)], cache, runs.COMMANDS)
+    told = f"{done}: status {ended.returncode}\n{ended.stdout}{ended.stderr}"
+    assert "Traceback" not in ended.stdout + ended.stderr, told
+    errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
+    assert ended.returncode in (0, 1, 2), told
+    assert len(errors) == (ended.returncode != 0), told
+    if ended.returncode == 0 and "config.json" not in done:  # a digit of a setting that was changed may be a setting
+        assert scores(ended.stdout) in expected, told
