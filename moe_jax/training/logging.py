@@ -185,7 +185,7 @@ class StepLogger:
     """
 
     def __init__(self, session: Session, log: MetricsLog, terminal: Terminal) -> None:
-        self._session, self._log, self._terminal = session, log, terminal
+        self._session, self.log, self.terminal = session, log, terminal
         self._pending: tuple[int, StepReport] | None = None
         self._mark, self._mark_step = time.monotonic(), int(session.state.step)
         self._matmul_rate = matmul_rate(session.programs.policy.compute)
@@ -206,7 +206,7 @@ class StepLogger:
             self._is_first = False
             jax.block_until_ready(report)
             seconds = time.monotonic() - self._session.progress.begin
-            self._terminal.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
+            self.terminal.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
         counters, config = self._session.progress.counters, self._session.config.train
         finite, spike = bool(report.finite), bool(report.spike)
         counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
@@ -216,12 +216,12 @@ class StepLogger:
         by_loss = self._session.config.model.routing.balancing == "loss"
         cure = "--train.aux-loss-coef" if by_loss else "--set train.router_bias_lr"
         for layer, expert in starved:
-            self._terminal.say(
+            self.terminal.say(
                 f"step {step} | expert {expert} of layer {layer} got almost no tokens for {STARVED_STEPS} steps; "
                 f"a larger {cure} brings it back"
             )
         if spike:
-            self._terminal.say(f"step {step} | loss spike: {float(report.metrics.loss):.3f}")
+            self.terminal.say(f"step {step} | loss spike: {float(report.metrics.loss):.3f}")
         if step % config.log_every == 0 or step == config.steps or not finite or spike or starved:
             self._write(step, report)
         if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -256,10 +256,10 @@ class StepLogger:
         }
         if metrics.answers is not None:
             record["answer_tokens"] = round(float(metrics.answers) * session.config.train.grad_accum)
-        self._log.write(record)
+        self.log.write(record)
         share = training_flops(session.config, 1) / session.config.tokens_per_step * rate / self._matmul_rate
         train = session.data.store.train
-        self._terminal.step(record, train.target_bytes / max(train.targets, 1), share)
+        self.terminal.step(record, train.target_bytes / max(train.targets, 1), share)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

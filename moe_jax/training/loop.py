@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 from moe_jax.config import UserError
-from moe_jax.model.transformer import Params
 from moe_jax.parallel.processes import Together, first
 from moe_jax.runs.load import best_of_run, restore_weights
 from moe_jax.system.signals import Signals, Stopped
@@ -34,28 +33,22 @@ def train(session: Session, signals: Signals | None = None) -> None:
         terminal = Terminal(config.steps, step)
         opened.callback(terminal.close)
         opened.callback(setattr, signals, "unsaved", False)
-        step_logger, together = StepLogger(session, log, terminal), Together()
+        logger, together = StepLogger(session, log, terminal), Together()
         if step >= config.steps:
             terminal.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
         while True:
             batch = together.attempt(partial(session.batch, step))
-            if evaluate_and_save_if_due(session, step, step_logger, signals, log, terminal, together):
+            if evaluate_and_save_if_due(session, step, logger, signals, together):
                 break
             assert batch is not None  # an error of `attempt` has been raised
             session.state, report = session.programs.step(session.state, batch)
             step += 1
             signals.unsaved = True
-            together.attempt(partial(step_logger.add, step, report))
+            together.attempt(partial(logger.add, step, report))
 
 
 def evaluate_and_save_if_due(
-    session: Session,
-    step: int,
-    step_logger: StepLogger,
-    signals: Signals,
-    log: MetricsLog,
-    terminal: Terminal,
-    together: Together,
+    session: Session, step: int, logger: StepLogger, signals: Signals, together: Together
 ) -> bool:
     """After `step` steps: evaluate if an evaluation is due, and save if a checkpoint is due or a signal asked to stop.
 
@@ -69,38 +62,36 @@ def evaluate_and_save_if_due(
     due = step > 0 and (step % config.eval_every == 0 or last) and counters.evaluated < step
     val_loss, improved = None, False
     if due:
-        together.attempt(step_logger.flush)
-        with step_logger.paused(), suppress(Stopped):  # at a signal: save now, and evaluate after the resume
-            val_loss = _evaluate_and_sample(session, step, log, terminal, signals, together)
+        together.attempt(logger.flush)
+        with logger.paused(), suppress(Stopped):  # at a signal: save now, and evaluate after the resume
+            val_loss = _evaluate_and_sample(session, step, logger, signals, together)
             improved = counters.add_evaluation(step, val_loss)
     enough = bool(config.patience) and counters.without_improvement >= config.patience
     reason = together.stop_reason(signals.stop_signal)
     save_due = step % config.save_every == 0 or last or enough or reason
     made_up = val_loss is not None and step == session.progress.saved_step  # its checkpoint has no loss yet
     if improved or made_up or (step > session.progress.saved_step and save_due):
-        together.attempt(step_logger.flush)
-        with step_logger.paused():
-            together.attempt(log.sync)
+        together.attempt(logger.flush)
+        with logger.paused():
+            together.attempt(logger.log.sync)
             session.save(step, val_loss)
             signals.unsaved, signals.saved = False, True
         reason = together.stop_reason(signals.stop_signal)  # a signal during the save counts too, even at the last step
     if reason is not None:
         together.raise_error(reason)
-        where = (
-            f"at step {step}, which is saved; go on with --resume"
-            if step
-            else f"before the first step; {signals.how_to_go_on}"
-        )
-        terminal.close()  # or the bar, with an older step, stands below
-        terminal.say(f"stopped {where}")
+        where = f"before the first step; {signals.how_to_go_on}"
+        if step:
+            where = f"at step {step}, which is saved; go on with --resume"
+        logger.terminal.close()  # or the bar, with an older step, stands below
+        logger.terminal.say(f"stopped {where}")
         raise Stopped(reason)
     if enough and not last:
-        terminal.say(f"stopped early at step {step}: {config.patience} evaluations without improvement")
+        logger.terminal.say(f"stopped early at step {step}: {config.patience} evaluations without improvement")
     return last or enough
 
 
 def _evaluate_and_sample(
-    session: Session, step: int, log: MetricsLog, terminal: Terminal, signals: Signals, together: Together
+    session: Session, step: int, logger: StepLogger, signals: Signals, together: Together
 ) -> float:
     """Evaluate, write a sample, a routing snapshot, a record and summary.json, and return the validation loss.
 
@@ -108,24 +99,15 @@ def _evaluate_and_sample(
     """
     with signals.interruptible():
         scored = session.score(session.data.subset())
-        shown = _sample_and_trace(session, step, session.params)  # with several processes, by all together
+        params = session.params  # with several processes, by all together
+        sample, trace = session.sample(step, params), session.tracer(params) if session.tracer else None
     if first():
-        together.attempt(partial(_write_evaluation, session, step, scored, *shown, log, terminal))
+        together.attempt(partial(_write_evaluation, session, step, scored, sample, trace, logger))
     return scored.loss
 
 
-def _sample_and_trace(session: Session, step: int, params: Params) -> tuple[str, dict[str, Any] | None]:
-    return session.sample(step, params), session.tracer(params) if session.tracer else None
-
-
 def _write_evaluation(
-    session: Session,
-    step: int,
-    scored: Evaluation,
-    sample: str,
-    trace: dict[str, Any] | None,
-    log: MetricsLog,
-    terminal: Terminal,
+    session: Session, step: int, scored: Evaluation, sample: str, trace: dict[str, Any] | None, logger: StepLogger
 ) -> None:
     session.folder.check_run(session.run_id)
     session.folder.add_sample(step, sample)
@@ -134,14 +116,14 @@ def _write_evaluation(
     record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
     record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens}
     record |= {"stream": session.data.stream_of(scored)}
-    log.write(record | {"wall_seconds": session.progress.elapsed})
+    logger.log.write(record | {"wall_seconds": session.progress.elapsed})
     floor = session.data.baselines and session.data.baselines.entropy_floor
     best = "" if floor is None else f" (floor {floor:.3f})"
-    terminal.say(
+    logger.terminal.say(
         f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
         + session.data.describe_stream(scored)
     )
-    terminal.say(_shown(sample))
+    logger.terminal.say(_shown(sample))
     session.folder.write_summary(summary(session, scored, step, scored.loss, whole_stream=False))
 
 

@@ -4,9 +4,7 @@ import dataclasses
 
 import pytest
 
-from moe_jax.config import RunConfig
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.training import advice as module
 from moe_jax.training.advice import advice
 
 
@@ -34,13 +32,6 @@ def test_conversations_are_read_more_often() -> None:
     assert advice(dataclasses.replace(config, data=dataclasses.replace(config.data, format="chat")), 3_000, 9_000) == []
 
 
-def test_one_step_may_read_a_text_too_often() -> None:
-    """A step of nano has 2,048 tokens."""
-    (line,) = said("nano", 200, 800, steps=20)
-    assert "one step reads it 10 times: give a smaller --batch-size, or more text" in line
-    assert "--steps" not in line
-
-
 def test_patience_is_named_where_it_can_act() -> None:
     """Three evaluations without improvement need four."""
     for steps, named in ((900, False), (901, True)):
@@ -63,10 +54,3 @@ def test_a_text_for_a_larger_preset(tokens: int, told: bool) -> None:
     assert bool(lines) == told
     if told:
         assert "--preset story-cpu" in lines[0]
-
-
-def test_settings_without_a_larger_preset() -> None:
-    config = RunConfig()
-    assert module._larger(with_vocabulary(preset("max-4gb"))) is None
-    # 0.79 M active parameters; story-cpu has 1.44 M, less than twice as many
-    assert module._larger(with_vocabulary(config)) == "story"

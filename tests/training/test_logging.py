@@ -286,14 +286,6 @@ def test_a_pause_does_not_count(clock: list[float]) -> None:
 # The terminal
 
 
-@pytest.mark.parametrize(
-    ("seconds", "shown"),
-    [(0, "0:00"), (59.4, "0:59"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00"), (36_061, "10:01:01")],
-)
-def test_durations(seconds: float, shown: str) -> None:
-    assert logging._duration(seconds) == shown
-
-
 def test_a_line_of_a_step(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
     """ln 2 nats a token of 2 bytes are half a bit a byte. After 2 of 10 steps in 4 s, 8 are left, of 2 s each; a run
     that went on at step 1 takes 4 s for one."""

@@ -46,10 +46,11 @@ class Run:
         return self.loss
 
     def after(self, step: int) -> bool:
-        logger: Any = SimpleNamespace(flush=lambda: self.events.append("flushed"), paused=Pause)
         log: Any = SimpleNamespace(sync=lambda: self.events.append("synced"))
         shown: Any = SimpleNamespace(say=self.events.append, close=lambda: self.events.append("bar closed"))
-        return loop.evaluate_and_save_if_due(self.session, step, logger, self.signals, log, shown, Together())
+        flush = lambda: self.events.append("flushed")  # noqa: E731
+        logger: Any = SimpleNamespace(flush=flush, paused=Pause, log=log, terminal=shown)
+        return loop.evaluate_and_save_if_due(self.session, step, logger, self.signals, Together())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.export import Merge
-from moe_jax.config import ConfigError, ModelConfig, RunConfig, TrainConfig, load_config
+from moe_jax.config import ConfigError, RunConfig, TrainConfig, load_config
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import adapter_parameters, count_parameters, least_step_bytes, totals, training_flops
 from moe_jax.model.low_rank import LoraShape, adapted, initial_adapters, merged
@@ -216,8 +216,3 @@ def test_merge_makes_an_ordinary_run(tuned: Any, tmp_path: Path, capsys: pytest.
     with pytest.raises(ConfigError, match="has no adapters"):
         Merge.parse(["--run", str(base), "--out", str(tmp_path / "other")]).execute()
     assert not (tmp_path / "other").exists()
-
-
-def test_ranks_of_experts() -> None:
-    model = ModelConfig(experts=8).with_routing(top_k=4)
-    assert [LoraShape(r, 1.0, False).expert_rank(model) for r in (1, 4, 7, 16)] == [1, 1, 1, 4]

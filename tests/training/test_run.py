@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -148,17 +146,6 @@ def test_what_a_run_leaves(uninterrupted: tuple[Session, dict[str, Any]]) -> Non
     assert losses == sorted(losses, reverse=True)
 
 
-def test_dropout_is_drawn_anew_at_each_step(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
-    session, _ = uninterrupted
-
-    def loss(step: int) -> float:
-        state = jax.tree.map(jnp.array, session.state)  # the step takes over its memory
-        _, report = session.programs.step(dataclasses.replace(state, step=jnp.int32(step)), session.data.batch(0))
-        return float(report.metrics.loss)
-
-    assert loss(3) == loss(3) != loss(4)
-
-
 def test_resumed_is_uninterrupted(uninterrupted: tuple[Session, dict[str, Any]], text: Path, tmp_path: Path) -> None:
     """Dead before step 8 of 12, with checkpoints of 4 (evaluated) and 6: steps 7 and 8 are taken again."""
     whole, whole_result = uninterrupted
@@ -193,20 +180,6 @@ def test_the_best_checkpoint_is_scored_and_opened(uninterrupted: tuple[Session, 
 def copy_of(session: Session, out: Path) -> RunConfig:
     shutil.copytree(session.folder.path, out)
     return dataclasses.replace(session.config, out=str(out))
-
-
-def test_more_steps_are_taken_and_recorded(uninterrupted: tuple[Session, dict[str, Any]], tmp_path: Path) -> None:
-    out = tmp_path / "longer"
-    config = copy_of(uninterrupted[0], out)
-    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=14))
-    session = run(config, die_at=12)  # where it would go on
-    assert session.progress.resumed_from == 12
-    assert "train.steps 12 -> 14" in session.notes[0]
-    document = json.loads((out / "config.json").read_text())
-    (entry,) = document["history"]
-    assert (entry["resumed_at_step"], entry["changed"]) == (12, {"train.steps": [12, 14]})
-    assert document["train"]["steps"] == 14
-    assert timeless(out) == timeless(uninterrupted[0].folder.path)
 
 
 def test_other_text_is_refused(uninterrupted: tuple[Session, dict[str, Any]], text: Path, tmp_path: Path) -> None:
