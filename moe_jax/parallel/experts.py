@@ -195,8 +195,8 @@ def _expert_of_rows(expert: Int[Array, "B T K"], plan: Plan, empty: int) -> Int[
     `empty`."""
     devices, batch, _ = plan.pair.shape
     pair = plan.pair.swapaxes(0, 1).reshape(batch, -1)  # T*K where the row is empty
-    found = jnp.take_along_axis(expert.reshape(batch, -1), pair, axis=1, mode="fill", fill_value=empty)
-    return found.reshape(batch, devices, -1).swapaxes(0, 1).reshape(devices, -1)
+    expert_of_row = jnp.take_along_axis(expert.reshape(batch, -1), pair, axis=1, mode="fill", fill_value=empty)
+    return expert_of_row.reshape(batch, devices, -1).swapaxes(0, 1).reshape(devices, -1)
 
 
 def _apply_sorted(

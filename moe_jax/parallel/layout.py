@@ -193,13 +193,13 @@ class Layout:
         longest = max(inside, key=len, default=None)
         return longest, "" if longest is None else f".{name}.".rpartition(f".{longest}.")[2].rstrip(".")
 
-    def hold(self, updates: Any) -> Any:
+    def constrain(self, updates: Any) -> Any:
         """The updates of some or all parameters, made to lie as `updates` says. For use inside `jax.jit`."""
 
-        def constrain(name: str, x: Array) -> Array:
+        def placed(name: str, x: Array) -> Array:
             return jax.lax.with_sharding_constraint(x, self.sharding(self.updates[name]))
 
-        return _map_named(constrain, updates)
+        return _map_named(placed, updates)
 
     def mean_gradients(self, grads: Any) -> Any:
         """The mean over all devices of gradients that are whole along fsdp, sharded as `updates`. Inside `shard_map`.

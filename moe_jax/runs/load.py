@@ -35,8 +35,8 @@ def checkpoint_run_id(checkpoint: Checkpoint) -> str | None:
 
 def kept_precision(checkpoint: Checkpoint) -> str:
     """The compute precision of the process that saved a checkpoint. "" if an earlier version saved it."""
-    found = checkpoint.manifest["context"].get("compute_dtype")
-    return found if isinstance(found, str) else ""
+    dtype = checkpoint.manifest["context"].get("compute_dtype")
+    return dtype if isinstance(dtype, str) else ""
 
 
 def check_same_run(run: Folder, checkpoints: Iterable[Checkpoint]) -> str | None:
@@ -45,11 +45,11 @@ def check_same_run(run: Folder, checkpoints: Iterable[Checkpoint]) -> str | None
     `checkpoints` are oldest first. Raises UserError if one of them belongs to another run. Without an id in
     config.json, the oldest checkpoint says which run it is.
     """
-    found = [(checkpoint, checkpoint_run_id(checkpoint)) for checkpoint in checkpoints]
+    ids = [(checkpoint, checkpoint_run_id(checkpoint)) for checkpoint in checkpoints]
     written = read_run_id(run)
-    expected = written or (found[0][1] if found else None)
+    expected = written or (ids[0][1] if ids else None)
     allowed = {expected, None} if written else {expected}  # a run of an earlier version gets its id at a resume
-    for checkpoint, run_id in found:
+    for checkpoint, run_id in ids:
         if run_id not in allowed:
             raise UserError(
                 f"{checkpoint.path}: was saved by another run ({run_id or 'without an id'}) than the run of this "
@@ -156,10 +156,10 @@ def restore_weights(checkpoint: Checkpoint, config: RunConfig, shapes: Params, l
         wanted["adapters"] = abstract_adapted(config.model, lora)[1]
     if layout is not None:
         wanted = {kind: layout.placed_shapes(tree) for kind, tree in wanted.items()}
-    found = restore(checkpoint, wanted)
+    restored = restore(checkpoint, wanted)
     if lora is None:
-        return found["params"]
-    return merged(found["params"], found["adapters"], lora.scale)
+        return restored["params"]
+    return merged(restored["params"], restored["adapters"], lora.scale)
 
 
 class ValidationText(NamedTuple):
@@ -246,16 +246,16 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
     `find_checkpoint`."""
     path = Path(path)
     config, tokenizer, checkpoint = find_checkpoint(path, step)
-    asked, trained = config.execution.compute_dtype, saved_config(checkpoint).execution.compute_dtype
-    if asked != trained:
+    dtype, trained = config.execution.compute_dtype, saved_config(checkpoint).execution.compute_dtype
+    if dtype != trained:
         print(
-            f"warning: {path / 'config.json'}: execution.compute_dtype is {asked}, and the checkpoint of step "
+            f"warning: {path / 'config.json'}: execution.compute_dtype is {dtype}, and the checkpoint of step "
             f"{checkpoint.step} was trained with {trained}; the numbers may differ in their rounding",
             file=sys.stderr,
         )
-    policy = choose_policy(asked)
+    policy = choose_policy(dtype)
     stored = config.train.param_dtype, config.execution.remat
     graphdef, shapes = abstract_model(config.model, policy.compute, *stored)
-    writer, _ = abstract_model(config.model, writing_policy(asked).compute, *stored)
+    writer, _ = abstract_model(config.model, writing_policy(dtype).compute, *stored)
     params = restore_weights(checkpoint, config, shapes)
     return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, writer, params)

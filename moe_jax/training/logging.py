@@ -155,9 +155,9 @@ class Terminal:
         ]
         if self._bar is not None:
             # As many facts, from the first, as the width of the terminal has room for.
-            room = self.console.width - (2 * len(str(self._steps)) + 1) - BAR_WIDTH - 2
+            width = self.console.width - (2 * len(str(self._steps)) + 1) - BAR_WIDTH - 2
             texts = [" | ".join(facts[:n]) for n in range(1, len(facts) + 1)]
-            shown = [text for text in texts if len(text) <= room]
+            shown = [text for text in texts if len(text) <= width]
             self._bar.update(self._task, completed=done, description=shown[-1] if shown else texts[0])
         else:
             self.say(" | ".join([f"step {done:>{len(str(self._steps))}}/{self._steps}", *facts]))

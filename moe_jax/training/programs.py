@@ -107,8 +107,9 @@ class Programs:
         # Where bfloat16 is multiplied fast, Muon does so too.
         on_cpu = card.platform == "cpu"
         narrow = policy.compute == "bfloat16" and bool(cpu_bfloat16_units() if on_cpu else card.bfloat16_units)
-        held = {} if layout is None else {"hold": layout.hold}
-        optimizer = make_optimizer(config.train, **held, narrow=narrow, stacked=narrow and on_cpu and layout is None)
+        constrain = {} if layout is None else {"constrain": layout.constrain}
+        stacked = narrow and on_cpu and layout is None
+        optimizer = make_optimizer(config.train, **constrain, narrow=narrow, stacked=stacked)
         definitions = graphdef, writing, writer, shapes, optimizer, loss, lora, training, attention
         return cls(config, policy, *definitions, adapters, layout)
 

@@ -58,7 +58,7 @@ SAMPLE_TOKENS = 200
 
 @dataclass(frozen=True)
 class SessionData:
-    """The tokens of a run, and the batches that are cut from them."""
+    """The tokens of a run, and its batches."""
 
     config: RunConfig
     store: TokenStore

@@ -48,11 +48,11 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
     return optax.join_schedules([rise, decay], [warmup])
 
 
-type Hold = Callable[[Any], Any]
+type Constrain = Callable[[Any], Any]
 
 
 def make_optimizer(
-    config: TrainConfig, hold: Hold = lambda updates: updates, narrow: bool = False, stacked: bool = False
+    config: TrainConfig, constrain: Constrain = lambda updates: updates, narrow: bool = False, stacked: bool = False
 ) -> optax.GradientTransformationExtraArgs:
     """The optimizer of the configuration. It expects gradients that are already clipped.
 
@@ -61,12 +61,12 @@ def make_optimizer(
     scales, biases). `taken=False` changes no bit of the optimizer's state. The caller must then not add the updates to
     the parameters.
 
-    `hold` says where the updates lie on a mesh (`parallel.layout.Layout.hold`). It acts before the decay, which adds
-    parameters: these lie elsewhere, and the compiler would take their layout for the whole rule.
+    `constrain` says where the updates lie on a mesh (`parallel.layout.Layout.constrain`). It acts before the decay,
+    which adds parameters: these lie elsewhere, and the compiler would take their layout for the whole rule.
 
     `narrow` and `stacked` are those of `scale_by_muon`.
     """
-    decayed = partial(_decayed, config=config, hold=hold)
+    decayed = partial(_decayed, config=config, constrain=constrain)
     if config.optimizer == "adafactor":
         return decayed(skippable(scale_by_adafactor()), config.lr)
     if config.optimizer == "adamw-8bit":
@@ -103,13 +103,13 @@ def scale_by_rate(schedule: optax.Schedule) -> optax.GradientTransformationExtra
 
 
 def _decayed(
-    rule: optax.GradientTransformationExtraArgs, peak: float, config: TrainConfig, hold: Hold
+    rule: optax.GradientTransformationExtraArgs, peak: float, config: TrainConfig, constrain: Constrain
 ) -> optax.GradientTransformationExtraArgs:
     """An update rule plus decoupled weight decay of matrices (Loshchilov and Hutter 2019, algorithm 2). Both are
     multiplied by the learning rate, whose largest value is `peak`."""
     return optax.chain(
         rule,
-        optax.stateless(lambda updates, _: hold(updates)),
+        optax.stateless(lambda updates, _: constrain(updates)),
         optax.add_decayed_weights(config.weight_decay, mask=lambda params: jax.tree.map(lambda p: p.ndim >= 2, params)),
         scale_by_rate(learning_rate(config, peak)),
     )
