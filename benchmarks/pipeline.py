@@ -47,11 +47,11 @@ def tokenizers() -> dict[str, Tokenizer]:
     """The tokenizers by name. GPT-2 is left out if its vocabulary cannot be loaded."""
     corpus = open_corpus(CORPUS)
     known = {
-        "bytes": train_tokenizer(DataConfig(tokenizer="byte"), corpus),
-        f"BPE of {CORPUS.vocab_size}": train_tokenizer(CORPUS, corpus),
+        "bytes": train_tokenizer(DataConfig(tokenizer="byte")),
+        f"BPE of {CORPUS.vocab_size}": train_tokenizer(CORPUS, corpus.documents("train")),
     }
     try:
-        return known | {"GPT-2": train_tokenizer(DataConfig(tokenizer="gpt2"), corpus)}
+        return known | {"GPT-2": train_tokenizer(DataConfig(tokenizer="gpt2"))}
     except UserError:
         return known
 

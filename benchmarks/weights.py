@@ -121,7 +121,7 @@ def beside_llama_cpp(console: Console, request: BenchmarkRequest) -> dict[str, A
 
 def _calls(config: RunConfig, params: Params, folder: Path) -> dict[str, Callable[[], Any]]:
     """Candidates by name: a token in the middle of the context, and a prompt."""
-    model, tokenizer = config.model, train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+    model, tokenizer = config.model, train_tokenizer(DataConfig(tokenizer="byte"))
     length = min(PROMPT, model.seq_len)
     calls: dict[str, Callable[[], Any]] = {}
     for form in ("float32", "int8"):

@@ -113,14 +113,13 @@ def _small_bpe() -> Tokenizer:
     from moe_jax.data.corpora import EmbeddedCorpus
     from moe_jax.data.tokenizers import train_tokenizer
 
-    return train_tokenizer(DataConfig(vocab_size=400), EmbeddedCorpus(0, 200))
+    return train_tokenizer(DataConfig(vocab_size=400), EmbeddedCorpus(0, 200).documents("train"))
 
 
 def _byte() -> Tokenizer:
-    from moe_jax.data.corpora import EmbeddedCorpus
     from moe_jax.data.tokenizers import train_tokenizer
 
-    return train_tokenizer(DataConfig(tokenizer="byte"), EmbeddedCorpus(0, 1))
+    return train_tokenizer(DataConfig(tokenizer="byte"))
 
 
 @pytest.fixture(scope="module")

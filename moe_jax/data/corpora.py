@@ -17,6 +17,7 @@ Importing this module imports neither jax nor numpy, so that `check_source` can 
 """
 
 import re
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -42,25 +43,25 @@ LOOKED_AT = 8 << 20
 type Spans = tuple[Span, ...]
 
 
-class Corpus:
+class Corpus(ABC):
     """Two splits of documents, which can be named, and told apart from other documents."""
 
     name: str
     """The value of `--data` that names this corpus."""
 
+    @abstractmethod
     def documents(self, split: SplitName) -> Iterator[Any]:
         """The documents of a split, stripped and not empty. Raises UserError if there is no document."""
-        raise NotImplementedError
 
+    @abstractmethod
     def fingerprint(self) -> str:
         """Hex digest of everything that determines the text. Equal fingerprints mean equal documents."""
-        raise NotImplementedError
 
     def size(self, split: SplitName) -> int | None:
         """Bytes of the split's source, for a progress bar. None if unknown."""
         return None
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self) -> None:  # noqa: B027, only files can change
         """Raise UserError if the text was changed since the corpus was opened."""
 
 

@@ -274,11 +274,11 @@ def _digest_of(path: Path) -> str:
 
 def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: bool) -> Tokenizer:
     if data.tokenizer != "bpe":
-        return train_tokenizer(data, corpus)
+        return train_tokenizer(data)
     path = cache / "tokenizers" / f"{_digest([FORMAT, corpus.fingerprint(), data.vocab_size])}.json"
     with suppress(UserError):  # none yet, or a damaged one
         return load_tokenizer(path)
-    tokenizer = train_tokenizer(data, corpus, progress)
+    tokenizer = train_tokenizer(data, corpus.documents("train"), corpus.size("train"), progress)
     corpus.check_unchanged()
     path.parent.mkdir(exist_ok=True)
     tokenizer.save(path)

@@ -24,7 +24,6 @@ import xxhash
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import hf_tokenizers
-from moe_jax.data.corpora import Corpus
 from moe_jax.data.documents import SEPARATOR
 from moe_jax.system.files import Folder, json_text, write_atomically
 from moe_jax.system.terminal import Report, byte_progress
@@ -134,10 +133,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: {error}") from None
 
 
-def train_tokenizer(data: DataConfig, corpus: Corpus, progress: bool = False) -> Tokenizer:
+def train_tokenizer(
+    data: DataConfig, documents: Iterable[str] = (), size: int | None = None, progress: bool = False
+) -> Tokenizer:
     """The tokenizer that `data` asks for.
 
-    A `bpe` tokenizer is trained on the first 50 MB of the corpus' training text. Equal text gives an equal tokenizer.
+    A `bpe` tokenizer is trained on the first 50 MB of the documents. Equal documents give an equal tokenizer. `size` is
+    their number of bytes, for `progress`. None if it is unknown.
+
     Raises UserError if GPT-2's vocabulary cannot be downloaded, and for `hf`, which is not trained.
     """
     if data.tokenizer == "hf":
@@ -146,12 +149,11 @@ def train_tokenizer(data: DataConfig, corpus: Corpus, progress: bool = False) ->
         return _gpt2()
     if data.tokenizer == "byte":
         return _byte()
-    size = corpus.size("train")
     total = None if size is None else min(size, TRAINING_BYTES)
     if progress:
         print(f"learning a tokenizer of {data.vocab_size:,} entries ...", file=sys.stderr, flush=True)
     with byte_progress("learning the tokenizer", "documents", total, progress) as report:
-        return _bpe(_learn_merges(_limited(corpus.documents("train"), report), data.vocab_size))
+        return _bpe(_learn_merges(_limited(documents, report), data.vocab_size))
 
 
 class StreamDecoder:

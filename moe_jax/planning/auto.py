@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from moe_jax.config import ConfigError, DataConfig, ExecutionConfig, PresetName, RunConfig, TrainConfig
 from moe_jax.config.presets import FIRST_BYTES, PRESETS, preset, preset_for_text, with_vocabulary
-from moe_jax.data.corpora import Corpus, open_corpus
+from moe_jax.data.corpora import open_corpus
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.system.environment import machine_memory, runs_on_cpu
 from moe_jax.training.advice import HIGHEST, LOWEST, USEFUL_PASSES, ExpectedTime, duration, steps_within
@@ -228,18 +228,8 @@ def _bytes_per_token(config: RunConfig) -> float:
         if size >= SAMPLE_BYTES:
             break
     weights = new_start(config).weights(config)
-    tokenizer = weights.tokenizer if weights else train_tokenizer(config.data, _Beginning(texts))
+    tokenizer = weights.tokenizer if weights else train_tokenizer(config.data, texts)
     return size / sum(len(ids) + 1 for ids in tokenizer.encode_batch(texts))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Beginning(Corpus):
-    """The first training documents of a corpus, for learning a tokenizer."""
-
-    texts: list[str]
-
-    def documents(self, split: str) -> Iterator[str]:
-        return iter(self.texts)
 
 
 def memory_bytes(text: str) -> float:

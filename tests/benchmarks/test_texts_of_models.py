@@ -54,7 +54,7 @@ def test_pieces_have_the_lengths_that_are_asked_for() -> None:
 def test_a_planted_copy_is_found_and_shown() -> None:
     """The first text has "the cat sat on" of the training text, the second only "a ", the validation piece "og"."""
     data = DataConfig(tokenizer="byte")
-    tokenizer = train_tokenizer(data, open_corpus(data))
+    tokenizer = train_tokenizer(data, open_corpus(data).documents("train"))
     train = np.array(tokenizer.encode("then the cat sat on a dog"), np.uint16)
     texts = [tokenizer.encode(text) for text in ("xx the cat sat onxx", "a a a")]
     own, beside = copies.measure(texts, [tokenizer.encode("qogq")], train, tokenizer)

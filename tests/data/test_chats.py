@@ -18,7 +18,7 @@ from moe_jax.data.synthetic.chats import chats, write_chats
 from moe_jax.data.token_store import open_store, prepare_token_store, token_stream
 from moe_jax.data.tokenizers import Tokenizer, _digest, train_tokenizer
 
-BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+BYTE = train_tokenizer(DataConfig(tokenizer="byte"))
 SEP = 256
 
 

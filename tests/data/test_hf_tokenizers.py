@@ -123,7 +123,7 @@ def test_documents_are_stored_and_come_back(tmp_path: Path) -> None:
 
 def test_it_cannot_be_trained() -> None:
     with pytest.raises(UserError, match="--tokenizer hf: it comes with the folder of a model"):
-        train_tokenizer(DataConfig(tokenizer="hf"), None)  # pyright: ignore[reportArgumentType]
+        train_tokenizer(DataConfig(tokenizer="hf"))
     assert dataclasses.replace(DataConfig(), tokenizer="hf").tokenizer == "hf"
 
 

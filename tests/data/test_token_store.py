@@ -28,7 +28,7 @@ from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
 
 TRAIN = ["Once upon a time there was a fox.", "The fox was old.\nIt ate.", "Grün 😀"]
 VALID = ["A hen sat.", "It slept."]
-BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+BYTE = train_tokenizer(DataConfig(tokenizer="byte"))
 STORE = ["manifest.json", "tokenizer.json", "train.bin", "valid.bin"]
 
 

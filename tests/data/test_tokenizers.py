@@ -24,25 +24,12 @@ TALES = [
 ]
 
 
-class Tales:
-    """These documents, for learning."""
-
-    def __init__(self, documents):
-        self._documents = documents
-
-    def documents(self, split):
-        return iter(self._documents)
-
-    def size(self, split):
-        return None
-
-
 def trained(vocab_size: int, documents=TALES) -> Tokenizer:
-    return train_tokenizer(DataConfig(tokenizer="bpe", vocab_size=vocab_size), Tales(documents))
+    return train_tokenizer(DataConfig(tokenizer="bpe", vocab_size=vocab_size), documents)
 
 
 BPE = trained(290)
-BYTE = train_tokenizer(DataConfig(tokenizer="byte"), Tales([]))
+BYTE = train_tokenizer(DataConfig(tokenizer="byte"))
 both = pytest.mark.parametrize("tokenizer", [BPE, BYTE], ids=["bpe", "byte"])
 
 
@@ -53,7 +40,7 @@ def gpt2():
         pytest.skip("MOE_JAX_SHARED names no folder with the GPT-2 vocabulary and TinyStories")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(Path(shared, "data", "tiktoken_cache")))
-        return train_tokenizer(DataConfig(tokenizer="gpt2"), Tales([]))
+        return train_tokenizer(DataConfig(tokenizer="gpt2"))
 
 
 texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from("the cat"))) | st.sampled_from(
@@ -205,7 +192,7 @@ def test_no_network_for_gpt2_says_what_to_do(monkeypatch):
 
     monkeypatch.setattr("tiktoken.get_encoding", no_network)
     with pytest.raises(UserError, match=r"TIKTOKEN_CACHE_DIR .* or use --tokenizer bpe"):
-        train_tokenizer(DataConfig(tokenizer="gpt2"), Tales([]))
+        train_tokenizer(DataConfig(tokenizer="gpt2"))
 
 
 @both
@@ -270,7 +257,7 @@ def test_a_gpt2_file_holds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
             return bytes([97 + i]) * (i + 1)
 
     monkeypatch.setattr("tiktoken.get_encoding", lambda name: {"gpt2": Encoding()}[name])
-    tokenizer = train_tokenizer(DataConfig(tokenizer="gpt2"), Tales([]))
+    tokenizer = train_tokenizer(DataConfig(tokenizer="gpt2"))
     assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.encode("x")) == (5, 4, [0, 3])
     assert tokenizer.token_bytes().tolist() == [1, 2, 3, 4, 0]
     assert tokenizer.to_dict() == {"kind": "gpt2", "vocab_size": 5, "digest": tokenizer.digest}

@@ -13,7 +13,7 @@ from moe_jax.inference.chat import HELP, Chat, RoleChat
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 
-BYTE = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+BYTE = train_tokenizer(DataConfig(tokenizer="byte"))
 
 
 class Echo(TextGenerator):

@@ -13,7 +13,7 @@ from tests.support import tiny
 
 def test_a_text_in_pieces_with_the_experts_that_read_it() -> None:
     """Padding changes nothing, the separator before the text belongs to it, and of a long text the end is routed."""
-    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"))
     graphdef, params = tiny.build(tiny.config(vocab_size=257, seq_len=16))
     generator = TextGenerator(graphdef, params, tokenizer, 16)
     pieces = generator.routed(tokenizer.encode("café"))

@@ -36,7 +36,7 @@ def opened(**changes: Any) -> LoadedRun:
     """A run as far as an ablation needs it: random parameters, and a text of bytes."""
     model = tiny.config(**({"vocab_size": 257, "seq_len": T} | changes))
     graphdef, params = tiny.build(model)
-    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"))
     policy = Policy("float32", "as the parameters are")
     return LoadedRun(RunConfig(model=model), tokenizer, None, policy, graphdef, graphdef, params)  # pyright: ignore[reportArgumentType]
 

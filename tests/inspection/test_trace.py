@@ -46,7 +46,7 @@ def opened() -> LoadedRun:
 def byte_tokenizer() -> Tokenizer:
     from moe_jax.config import DataConfig
 
-    return train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+    return train_tokenizer(DataConfig(tokenizer="byte"))
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

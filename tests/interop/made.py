@@ -51,7 +51,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 
 def byte_tokenizer(folder: Path) -> None:
     """Write the tokenizer of plain bytes, as our export writes it."""
-    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"), None)  # pyright: ignore[reportArgumentType]
+    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"))
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer), indent=1))
     (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
 

@@ -67,7 +67,7 @@ def test_gpt2_is_spelled_with_its_own_merges() -> None:
         pytest.skip("GPT-2's vocabulary is not at hand: set MOE_JAX_SHARED")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TIKTOKEN_CACHE_DIR", str(Path(os.environ["MOE_JAX_SHARED"]) / "data" / "tiktoken_cache"))
-        ours = train_tokenizer(DataConfig(tokenizer="gpt2"), None)  # pyright: ignore[reportArgumentType]
+        ours = train_tokenizer(DataConfig(tokenizer="gpt2"))
     pairs = merges(ours)
     assert (len(pairs), pairs[:3]) == (50_000, [("Ġ", "t"), ("Ġ", "a"), ("h", "e")])
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(ours)))
@@ -76,7 +76,7 @@ def test_gpt2_is_spelled_with_its_own_merges() -> None:
 
 
 def test_the_alphabet_spells_bytes_as_gpt2_does() -> None:
-    words = spelled(train_tokenizer(DataConfig(tokenizer="byte"), None))  # pyright: ignore[reportArgumentType]
+    words = spelled(train_tokenizer(DataConfig(tokenizer="byte")))
     assert [words[ord(c)] for c in "A! \n\t"] == ["A", "!", "Ġ", "Ċ", "ĉ"]
     assert len(set(words)) == 257
     assert words[256] == SEPARATOR
