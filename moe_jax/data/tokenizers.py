@@ -300,7 +300,7 @@ def _bpe(merges: Any) -> Tokenizer:
     return Tokenizer({"kind": "bpe", "merges": merges}, entries, encoding.encode_ordinary_batch)
 
 
-def _limited(documents: Iterator[str], report: Report) -> Iterator[str]:
+def _limited(documents: Iterable[str], report: Report) -> Iterator[str]:
     """The first documents, until they have at least TRAINING_BYTES bytes together."""
     size = 0
     for count, document in enumerate(documents, 1):
