@@ -19,7 +19,7 @@ from moe_jax.cli.command import COMMANDS, Command, Group, command
 
 WIDEST = 120
 _FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
-"""How each shell completes a path, as `shtab.FILE`."""
+"""What each shell calls to complete a path, in the form of `shtab.FILE`."""
 
 
 @dataclass(frozen=True)

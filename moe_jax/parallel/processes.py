@@ -5,7 +5,7 @@ and heartbeats. All processes run the same program on their own part of the arra
 the run and prints. `agree_on` compares settings, code and data before the first step. `Together` lets all see a signal
 or an error at the same step. If a process dies, jax ends the others after HEARTBEAT_SECONDS.
 
-Without `joined` this process is alone: nothing waits, and an array lies in this process whole.
+Without `joined`, this is the only process: nothing waits, and this process holds every array whole.
 
 A process sees only its own parts of an array that lies on the devices of all. `jax.device_put` and `np.asarray` are for
 arrays of one process; `placed`, `made` and `whole` are for both kinds. All processes must call `whole` in the same

@@ -194,5 +194,5 @@ def write_safetensors(
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in file_order(tensors):
-            # No name for the values: they must be gone before the next.
+            # The values have no name here, so that their memory is free before the next call.
             file.write(np.ascontiguousarray(values(name)).reshape(-1).view(np.uint8).data)

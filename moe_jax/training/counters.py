@@ -91,7 +91,7 @@ class RunCounters:
         if not isinstance(values, dict) or values.keys() != kinds.keys():
             raise CheckpointCorrupted("its progress is not what this program saves")
         if wrong := [name for name, kind in kinds.items() if not isinstance(values[name], kind)]:
-            raise CheckpointCorrupted(f"its progress has a wrong value of {wrong[0]}")
+            raise CheckpointCorrupted(f"its progress has a wrong value for {wrong[0]}")
         return cls(**values)
 
 
