@@ -87,7 +87,10 @@ class AutoPreset(NamedTuple):
 
 
 def auto_preset(file: SettingsFile, flags: Values, memory: str, minutes: float) -> AutoPreset | None:
-    """What the flags of `train.py` ask of --preset auto. None for another preset. Raises ConfigError if the flags do not fit."""
+    """What the flags of `train.py` ask of --preset auto. None for another preset.
+
+    Raises ConfigError if the flags do not fit.
+    """
     values = file.values | flags
     if values.get(PRESET) != AUTO:
         if memory:

@@ -189,7 +189,7 @@ class Upcycled(Start):
 
     @classmethod
     def of(cls, config: RunConfig) -> "Upcycled":
-        """The dense run or model with experts as wide as its network. The content of the folder says which of the two it is.
+        """The dense run or model with experts as wide as its network. The content of the folder says which it is.
 
         Raises ConfigError or UserError.
         """
