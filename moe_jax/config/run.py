@@ -165,8 +165,8 @@ def _section(kind: type[Section], values: dict[str, Any]) -> dict[str, Any]:
     for name in retired.keys() & section.keys():
         if section[name] != retired[name]:
             raise UserError(
-                f"config.json: {kind.section_name}.{name} is {_short(section[name])}, and this version knows only "
-                f"{retired[name]!r}: use version 0.2.0 of moe-jax for this run"
+                f"config.json: {kind.section_name}.{name} is {_short(section[name])}, and in this version it is "
+                f"always {retired[name]!r}; open the run with the version of moe-jax that made it"
             )
     return _checked(kind, f"{kind.section_name}.", {n: v for n, v in section.items() if n not in retired})
 
