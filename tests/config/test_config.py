@@ -214,7 +214,10 @@ def test_a_retired_setting_is_accepted_at_its_constant_only() -> None:
         kept = values | {section: values[section] | {name: constant}}
         assert RunConfig.from_dict(kept) == preset("nano")
         other = {str: "leaky-choice-major", float: 0.5, bool: True, int: 3}[type(constant)]
-        with pytest.raises(UserError, match=rf"{section}\.{name} is .*in this version it is always .*the version of moe-jax that made it"):
+        with pytest.raises(
+            UserError,
+            match=rf"{section}\.{name} is .*in this version it is always .*the version of moe-jax that made it",
+        ):
             RunConfig.from_dict(values | {section: values[section] | {name: other}})
     del values["track"]
     assert RunConfig.from_dict(values | {"wandb": True, "trackio": False}).track == "wandb"
