@@ -125,4 +125,6 @@ class Oracle:
 
     def logprobs(self, tokens: list[int]) -> list[float]:
         """Of each token after the first, given those before it. The beginnings are read one by one."""
-        return [self.logprob(self._read(tokens[:n], []).logits, tokens[n]) for n in range(1, len(tokens))]
+        return [
+            self.logprob(self._decoder.read(self._params, tokens[:n]).logits, tokens[n]) for n in range(1, len(tokens))
+        ]
