@@ -113,6 +113,7 @@ def test_a_run_moves_from_two_processes_to_one_and_back(folder: Path, two: Ended
     np.testing.assert_allclose(records(folder, "moved"), records(folder, "two"), atol=5e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_two_tasks_of_slurm_as_two_processes(folder: Path, two: Ended) -> None:
     """`--coordinator-address cluster` finds the processes by the variables of SLURM, and trains the same run."""
     assert two.status == (0, 0)
@@ -137,7 +138,7 @@ def stop_after(run: Path, step: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_process_ends_the_other_and_the_run_goes_on(folder: Path, two: Ended, victim: int) -> None:
     """Number 9 of the strict list, short form."""
     assert two.status == (0, 0)
