@@ -4,8 +4,6 @@ import pytest
 from predicted.kernels import Kernel, read_kernels
 from predicted.tpu_programs import with_trip_counts
 
-from moe_jax.certify.collectives import array_bytes
-
 SUM = """%sum (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)
   %y = f32[] parameter(1)
@@ -21,23 +19,6 @@ def only(text: str) -> Kernel:
 
 def traffic(kernel: Kernel) -> tuple[int, int]:
     return kernel.bytes_read, kernel.bytes_written
-
-
-@pytest.mark.parametrize(
-    ("dtype", "shape", "size"),
-    [
-        ("f32", (3, 5), 60),
-        ("bf16", (7,), 14),
-        ("pred", (9,), 9),
-        ("f8e4m3fn", (4,), 4),
-        ("u4", (3,), 2),
-        ("f64", (), 8),
-        ("c64", (2,), 16),
-        ("", (), 0),
-    ],
-)
-def test_bytes_of_an_array(dtype: str, shape: tuple[int, ...], size: int) -> None:
-    assert array_bytes(dtype, shape) == size
 
 
 def test_a_fusion_reads_its_operands_and_writes_all_its_results() -> None:
@@ -115,34 +96,6 @@ def test_a_loop_reads_a_slice_and_writes_a_slice_in_each_pass() -> None:
 def test_a_loop_of_unknown_length_is_refused() -> None:
     with pytest.raises(ValueError, match="number of passes of a loop is unknown"):
         read_kernels(LOOP.replace('"known_trip_count":{"n":"6"}', ""))
-
-
-def test_a_fusion_within_a_fusion_and_a_slice_of_a_converted_operand() -> None:
-    """Of the operand's 64 bytes the inner fusion takes 8 of 16 numbers: 32 bytes. A product of [2,4] x [4,3]."""
-    kernel = only(
-        """%inner (q: bf16[4,4]) -> bf16[2,4] {
-  %q = bf16[4,4]{1,0} parameter(0)
-  ROOT %s = bf16[2,4]{1,0} slice(%q), slice={[0:2], [0:4]}
-}
-%fused (p0: f32[4,4], p1: bf16[4,3]) -> f32[2,3] {
-  %p0 = f32[4,4]{1,0} parameter(0)
-  %p1 = bf16[4,3]{1,0} parameter(1)
-  %c = bf16[4,4]{1,0} convert(%p0)
-  %n = bf16[2,4]{1,0} fusion(%c), kind=kLoop, calls=%inner
-  ROOT %d = f32[2,3]{1,0} dot(%n, %p1), lhs_contracting_dims={1}, rhs_contracting_dims={0}, \
-metadata={op_name="jit(step)/attention/dot_general"}
-}
-ENTRY %main (a: f32[4,4], b: bf16[4,3]) -> f32[2,3] {
-  %a = f32[4,4]{1,0} parameter(0)
-  %b = bf16[4,3]{1,0} parameter(1)
-  ROOT %f = f32[2,3]{1,0} fusion(%a, %b), kind=kCustom, calls=%fused
-}
-"""
-    )
-    assert traffic(kernel) == (32 + 24, 24)
-    (dot,) = kernel.dots
-    assert (dot.flops, dot.operand_dtype) == (2 * 2 * 3 * 4, "bf16")
-    assert "attention" in kernel.scopes, "a fusion without a name has that of its first operation"
 
 
 def test_a_gather_reads_its_rows_and_a_scatter_adds_to_its_rows() -> None:
@@ -293,15 +246,3 @@ ENTRY %main (a: f32[8,8]) -> f32[8,8] {
 def test_the_passes_of_a_loop_are_counted_where_the_compiler_does_not_write_them() -> None:
     """From 2 to 6: five passes."""
     assert sum(dot.total for k in read_kernels(with_trip_counts(TPU_LOOP)) for dot in k.dots) == 5 * 2 * 8**3
-
-
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [
-        ("constant(1)", "constant(2)"),
-        ("constant(7)", "negate(%s)"),
-    ],
-)
-def test_a_loop_that_counts_in_another_way_has_an_unknown_length(old: str, new: str) -> None:
-    with pytest.raises(ValueError, match="number of passes of a loop is unknown"):
-        read_kernels(with_trip_counts(TPU_LOOP.replace(old, new)))

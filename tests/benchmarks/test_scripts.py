@@ -1,18 +1,13 @@
 """`benchmarks/doubling.py`, `weights.py` and `pipeline.py`: what they count, by hand, and the first on a tiny model."""
 
 import io
-from pathlib import Path
-from typing import Any
 
 import doubling
-import numpy as np
-import pipeline
 import pytest
 import weights
 from rich.console import Console
 
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
-from moe_jax.data.batches import train_positions
 from tests.benchmarks.test_suites import config
 from tests.support import tiny
 
@@ -80,27 +75,3 @@ def test_bytes_of_a_token_by_hand() -> None:
         "int8": entries + 4 * scales + rest,
         "int4": entries // 2 + 2 * groups + rest,
     }
-
-
-def test_batches_are_those_of_the_next_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "STREAM", 500)
-    call = pipeline.batch_call(config(), 3)
-    tokens = np.random.default_rng(0).integers(0, 60, 500).astype(np.uint16)
-    for step in (0, 1):
-        expected = tokens[train_positions(500, seed=0, step=step, batch_size=3, seq_len=16)]
-        np.testing.assert_array_equal(call(), expected)
-
-
-def test_saving_is_measured_in_two_ways(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Medians over three rounds: the plain write takes 1, 2 and 4 s, and so on."""
-    clock = iter([1, 10, 4, 2, 20, 5, 4, 90, 9])
-
-    def clocked(work: Any) -> float:
-        work()
-        return float(next(clock))
-
-    monkeypatch.setattr(pipeline, "_clocked", clocked)
-    numbers = pipeline.measure({"params": {"w": np.zeros((250, 100), np.float32)}}, tmp_path, 3)
-    assert (numbers["disk_seconds"], numbers["save_seconds"], numbers["restore_seconds"]) == (2, 20, 5)
-    assert (numbers["disk_GB"], numbers["disk_seconds_per_GB"]) == (1e-4, 2e4)
-    assert numbers["save_GB"] > 2e-4, "arrays, and once more as safetensors"

@@ -25,7 +25,7 @@ from moe_jax.model.costs import Count, bound_flops, expert_flops
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.system import environment, machine
-from moe_jax.system.machine import Measured, Times, alternate
+from moe_jax.system.machine import Times, alternate
 from tests.support import tiny
 
 
@@ -54,12 +54,6 @@ def test_candidates_run_in_turn_and_warm_ups_do_not_count() -> None:
     assert min(times["b"].seconds) >= 0.002
     assert Times((1.0, 2.0, 3.0, 4.0)).median == 2.5
     assert Times((1.0, 2.0, 3.0, 4.0)).spread == pytest.approx((3.25 - 1.75) / 2.5)
-
-
-def test_a_candidate_may_measure_its_own_seconds() -> None:
-    times = alternate({"elsewhere": lambda: Measured(7.0), "here": lambda: 7.0}, 2, 0)
-    assert times["elsewhere"].seconds == (7.0, 7.0)
-    assert max(times["here"].seconds) < 1
 
 
 def test_bound_by_hand() -> None:

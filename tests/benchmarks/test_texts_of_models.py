@@ -8,7 +8,7 @@ import copies
 import numpy as np
 import pytest
 import write_samples as samples
-from write_samples import distinct, matched_draws, repetition, words
+from write_samples import distinct, matched_draws, repetition
 
 from moe_jax.cli.generate import Generate
 from moe_jax.config import DataConfig
@@ -41,14 +41,6 @@ def test_the_automaton_finds_what_a_full_search_finds(symbols: int) -> None:
         texts = [random.integers(0, symbols, random.integers(0, 14)).tolist() for _ in range(3)]
         source = random.integers(0, symbols + 1, random.integers(0, 30)).tolist()
         assert copies.longest_copies(texts, source) == [searched(text, source) for text in texts]
-
-
-def test_pieces_have_the_lengths_that_are_asked_for() -> None:
-    documents = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
-    assert copies.pieces_of(documents, [2, 2, 2, 3]) == [[1, 2], [3, 4], [6], [7, 8, 9]]  # the 5 is left out
-    assert copies.pieces_of(documents, [2, 6, 6, 6]) == [[1, 2], [6], [7, 8, 9]]
-    assert copies.pieces_of(documents, [0, 5]) == [[], [6]]
-    assert copies.pieces_of(documents, []) == []
 
 
 def test_a_planted_copy_is_found_and_shown() -> None:
@@ -90,20 +82,6 @@ def test_draws_have_the_lengths_of_the_texts_and_share_no_story() -> None:
     assert matched_draws(["xxx", "x"], stories, 9) == [["abc", "e"], ["ghi", "j"]]
     assert matched_draws(["xxx", "x"], stories, 1) == [["abc", "e"]]
     assert matched_draws(["x" * 9], stories, 9) == []
-
-
-def test_measures_are_of_texts_of_equal_length() -> None:
-    """The model says a b a b a b a, of whose four 4-grams two are new. Two validation stories are long enough; cut to
-    seven words, one is all different and the other all the same. Of distinct words: 2, 7 and 1 of 7."""
-    stories = ["one two three four five six seven eight", "short", "no " * 30]
-    measured = samples.measure(["a b a b a b a"], iter(stories))
-    assert measured["repetition_4"].model == 0.5
-    assert measured["repetition_4"].text == (0, 0.75)
-    assert measured["distinct_1"].model == 2 / 7
-    assert measured["distinct_1"].text == (1, 1 / 7)
-    row = measured["distinct_1"].to_json()
-    assert (row["text_mean"], row["text_range"], row["draws"]) == (pytest.approx(4 / 7), [1 / 7, 1], 2)
-    assert len(words(stories[0])) == 8
 
 
 def test_the_page_has_the_texts_of_generate(

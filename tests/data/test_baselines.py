@@ -202,24 +202,3 @@ def test_a_score_worked_by_hand() -> None:
 @given(st.text())
 def test_words_joined_are_the_text(text: str) -> None:
     assert "".join(words_of(text)) == text
-
-
-def test_the_discounts_by_hand() -> None:
-    """Counts 1, 1, 1, 1, 2, 2, 3, 4: Y = 4 / (4 + 2 x 2) = 1/2; D1 = 1 - 2 x 1/2 x 2/4 = 1/2; D2 = 2 - 3 x 1/2 x 1/2
-    = 5/4; D3 = 3 - 4 x 1/2 x 1/1 = 1. With a second 4, D3 would be -1, so it is Y."""
-    counts = [1, 1, 1, 1, 2, 2, 3, 4]
-    np.testing.assert_allclose(baselines._discounts(np.array(counts)), [0.5, 1.25, 1])
-    np.testing.assert_allclose(baselines._discounts(np.array([*counts, 4, 4, 9])), [0.5, 1.25, 0.5])
-    np.testing.assert_allclose(baselines._discounts(np.array([2, 2])), [0.5, 2, 0.5])  # no count of 1: Y = 1/2
-    np.testing.assert_allclose(baselines._discounts(np.array([], int)), [0.5, 0.5, 0.5])
-
-
-def test_numbers_of_rows_stay_exact_up_to_the_last_bit() -> None:
-    """With W words, a key below 2^63 / W - 1 can take one more column."""
-    words = 2**31
-    rows = np.array([[words - 1, words - 1, words - 1], [words - 1, words - 1, words - 2], [0, 0, 0], [0, 0, 1]])
-    packed = baselines._packed(rows, words)
-    assert len(set(packed.tolist())) == 4
-    assert (packed >= 0).all()
-    assert baselines._packed(np.zeros((0, 3), int), 5).tolist() == []
-    assert baselines._packed(np.array([[1, 2], [0, 4]]), 5).tolist() == [7, 4]

@@ -75,17 +75,6 @@ def test_the_windows_of_an_epoch_never_change(seed: int, epoch: int) -> None:
     assert order.tolist() == sorted(range(windows), key=lambda window: scattered((base + window) % 2**64))
 
 
-def test_a_step_takes_the_next_windows_of_its_epoch() -> None:
-    """3 windows in an epoch and 2 rows a step: step 1 ends the first epoch and begins the second."""
-    stream, seq_len = np.arange(13, dtype=np.uint16), 4
-    (offset, key), (next_offset, next_key) = (batches._epoch(0, epoch, 12) for epoch in (0, 1))
-    order, next_order = (visited(k, np.arange(3), 3) for k in (key, next_key))
-    starts = [offset + 4 * order[0], offset + 4 * order[1], offset + 4 * order[2], next_offset + 4 * next_order[0]]
-    rows = [train_batch(stream, seed=0, step=step, batch_size=2, seq_len=seq_len) for step in (0, 1)]
-    expected = [[(start + i) % 12 for i in range(5)] for start in starts]
-    assert np.concatenate(rows).tolist() == expected
-
-
 @settings(deadline=None)
 @given(step=st.integers(0, 10**12), seed=seeds)
 def test_a_batch_depends_on_seed_and_step_alone(step, seed):
@@ -180,18 +169,6 @@ def test_text_bytes(monkeypatch):
     assert text_bytes(tokens, token_bytes) == 7 * 30_000
     with pytest.raises(UserError, match="token id 3 is outside the vocabulary of 3"):
         text_bytes(np.array([0, 3], dtype=np.uint16), token_bytes)
-
-
-def test_a_stream_of_one_token_predicts_nothing() -> None:
-    assert list(evaluation_windows(np.arange(1), seq_len=4, batch_size=2)) == []
-
-
-def test_the_last_id_is_in_the_vocabulary() -> None:
-    token_bytes = np.array([1, 3, 0], dtype=np.int32)
-    assert text_bytes(np.array([2, 1], np.uint16), token_bytes) == 3
-    assert text_bytes(np.array([], np.uint16), token_bytes) == 0
-    many = np.full(3, 2**31 - 1, dtype=np.int32)
-    assert text_bytes(np.array([0, 1, 2], np.uint16), many) == 3 * (2**31 - 1)
 
 
 # The order of windows: each comes once, nothing of the order is seen, and it never changes

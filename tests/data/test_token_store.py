@@ -296,16 +296,6 @@ def test_a_trained_tokenizer_is_kept_by_text_and_size(data: DataConfig, cache: P
     assert prepare(bpe(data.source), cache).digest == first.digest
 
 
-def test_progress_is_lines_without_a_terminal(
-    data: DataConfig, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    prepare_token_store(bpe(data.source, 300), cache=cache)
-    begun, learned, train, valid = capsys.readouterr().err.splitlines()
-    assert begun == "learning a tokenizer of 300 entries ..."
-    assert "learning the tokenizer: 3 documents" in learned
-    assert ("train: 3 documents" in train, "valid: 2 documents" in valid) == (True, True)
-
-
 # The stream
 
 
@@ -326,18 +316,6 @@ def test_documents_across_batches_stay_in_order(batch: int, tmp_path: Path, monk
     assert list(stored_documents(stream, store.tokenizer)) == texts
     assert list(stored_documents(stream[:-1], store.tokenizer)) == texts[:-1]  # the last one is incomplete
     assert list(stored_documents(stream[:0], store.tokenizer)) == []
-
-
-@pytest.mark.parametrize(("batch", "sizes"), [(1, [3, 3, 3, 3]), (4, [6, 6]), (7, [9, 3]), (99, [12])])
-def test_batches_are_measured_in_bytes_and_told(
-    batch: int, sizes: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(token_store, "_BATCH_BYTES", batch)
-    told: list[tuple[int, int]] = []
-    texts = iter(["日", "aaa", "本", "bbb"])
-    token_store._write_split(tmp_path / "train", texts, BYTE, lambda *seen: told.append(seen))
-    assert np.diff([0, *(size for _, size in told)]).tolist() == sizes
-    assert told[-1] == (4, 12)
 
 
 @pytest.mark.parametrize(

@@ -234,18 +234,6 @@ def test_pieces_show_bytes_that_are_no_character() -> None:
     assert token_pieces(pair, np.array([256, 257])) == ["é", "<F0 9F>"]
 
 
-def test_reading_stops_at_the_first_document_that_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted in bytes. Each document is reported after it was learned from."""
-    told: list[tuple[int, int]] = []
-    for most, count in ((5, 2), (6, 2), (7, 3), (100, 4)):
-        monkeypatch.setattr(tokenizers, "TRAINING_BYTES", most)
-        told.clear()
-        found = list(tokenizers._limited(iter(["日", "aaa", "bbb", "c"]), lambda *seen: told.append(seen)))
-        assert len(found) == count
-        assert told == [(1, 3), (2, 6), (3, 9), (4, 10)][:count]
-    assert list(tokenizers._limited(iter([]), print)) == []
-
-
 def test_a_gpt2_file_holds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
     """With an invented vocabulary of four entries and the separator."""
 

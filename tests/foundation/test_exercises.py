@@ -1,7 +1,6 @@
 """Every exercise takes its solution and no other answer, and answers anything at all with its hint."""
 
 import math
-import re
 from collections import Counter
 
 import jax
@@ -51,24 +50,6 @@ def test_any_answer_of_any_type_gets_the_hint(number: str, capsys: pytest.Captur
     assert EXERCISES[number].hint not in said[0]
     for line in said[1:]:
         assert line.endswith("Hint: " + EXERCISES[number].hint)
-
-
-FORMULA = re.compile(r"[*/^=+]| - |sqrt|exp\(|log\(|\bln\b")
-"""Signs of a formula."""
-
-
-@pytest.mark.parametrize("number", EXERCISES)
-def test_the_first_hint_says_what_to_look_at_and_no_formula(number: str) -> None:
-    """One to three plain sentences. What they hold of formulas stands in the question already."""
-    exercise = EXERCISES[number]
-    own = exercise.first_hint
-    assert 1 <= len(re.findall(r"[.?](?= |$)", own)) <= 3
-    assert len(own.split()) >= 5
-    for word in re.findall(r"\S+(?: [-+*/=^] \S+)*", own):
-        assert not FORMULA.search(word) or word.strip(".?,") in exercise.question, word
-    assert own not in exercise.hint
-    if not callable(exercise.solution):
-        assert f"{exercise.solution:g}" not in re.findall(r"[\d.]*\d", own)
 
 
 FUNCTIONS = [n for n, exercise in EXERCISES.items() if callable(exercise.solution)]
@@ -165,10 +146,3 @@ def test_a_number_is_judged_relatively() -> None:
     assert judge(2.0**-19)
     assert judge(0.0)
     assert judge(math.nan)
-
-
-def test_a_number_with_too_few_digits_is_told_so() -> None:
-    judge = exercises.number(math.sqrt(0.5))
-    assert judge(0.7) == "0.7 is not the number. Give four digits, or an expression."
-    assert not judge(0.7071)
-    assert judge(0.6) == "0.6 is not the number."

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.inspection import compiled_layer, corpus_routing, report, trace
+from moe_jax.inspection import corpus_routing, report, trace
 from moe_jax.inspection import specialisation as specialised
-from moe_jax.inspection.compiled_layer import shortened, without_sources
 from moe_jax.inspection.corpus_routing import CorpusRouting, corpus_data, dead_experts
 from moe_jax.inspection.specialisation import p_value, specialisation
 from moe_jax.inspection.trace import RoutingTrace
@@ -95,17 +93,7 @@ def test_a_preference_needs_five_choices(times: int, kinds: int) -> None:
     assert specialisation(found)[0][0]["kinds"] == kinds
 
 
-def test_preferences_are_corrected_for_the_number_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two experts and two tokens that occur often enough are four tests; a rare third token is none."""
-    asked: list[float] = []
-    monkeypatch.setattr(specialised, "p_value", lambda g2: asked.append(g2) or 0.000_25)
-    found = corpus([[30, 0, 1], [0, 30, 1]], [[31, 31]], [30, 30, 2])
-    assert sum(e["kinds"] for e in specialisation(found)[0]) == 0  # 4 x 0.00025 is not below 0.001
-    monkeypatch.setattr(specialised, "p_value", lambda g2: 0.000_249 if g2 else 1.0)
-    assert [e["kinds"] for e in specialisation(found)[0]] == [1, 1]
-
-
-@pytest.mark.parametrize(("length", "windows"), [(3, 1), (8, 1), (15, 1), (16, 2), (200, 8)])
+@pytest.mark.parametrize(("length", "windows"), [(3, 1), (15, 1), (16, 2), (200, 8)])
 def test_a_stream_is_cut_into_windows(length: int, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """T 8. A shorter stream is repeated, a rest is left out, and at most 64 tokens are read, two windows at a time."""
     monkeypatch.setattr(corpus_routing, "CORPUS_TOKENS", 64)
@@ -156,32 +144,6 @@ def test_drops_and_loads_of_a_trace() -> None:
     assert shown.count("hsl(0 70% 50% / .3)") == 15 + 1, "and once in the key"
 
 
-@pytest.mark.parametrize(("tokens", "windows"), [(4, 1), (5, 2), (8, 2)])
-def test_the_slots_of_a_trace_are_those_of_its_windows(
-    tokens: int, windows: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(trace, "trace_figures", lambda *given: asked.append(given) or {})
-    found = traced(tokens)
-    found.figures()
-    traced(tokens, dispatch="blocks").figures()
-    assert [given[2] for given in asked] == [found.capacity * windows, None]
-    np.testing.assert_array_equal(asked[0][3], found.expert_index[..., 0])
-
-
-@pytest.mark.parametrize(
-    ("tokens", "windows"),
-    [
-        ([1, 2], [([1, 2, 0, 0, 0], 2)]),
-        ([1, 2, 3, 4], [([1, 2, 3, 4, 0], 4)]),
-        ([1, 2, 3, 4, 5], [([1, 2, 3, 4, 5], 4), ([5, 0, 0, 0, 0], 1)]),
-    ],
-)
-def test_windows_hold_the_token_that_follows(tokens: list[int], windows: list[Any]) -> None:
-    found = [(w.tolist(), n) for w, n in trace.windows(np.array(tokens), 4)]
-    assert found == windows
-
-
 def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "LONGEST", 4)
     seen: list[list[int]] = []
@@ -190,15 +152,6 @@ def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.Monke
     assert seen == [[256, 97, 98, 99]]
     with pytest.raises(trace.UserError, match="--text: 5 tokens, at most 4 can be shown"):
         trace.routing_trace(opened(), "abcd")
-
-
-def test_attention_is_kept_for_the_first_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two windows a call. The third begins at token 16, which is not before it."""
-    monkeypatch.setattr(trace, "WINDOWS", 2)
-    tokens = tiny.tokens(3 * tiny.T + 2, seed=3)
-    for most, kept in ((16, 2), (17, 3)):
-        monkeypatch.setattr(trace, "ATTENTION_TOKENS", most)
-        assert len(trace.trace_tokens(opened(), tokens).attention) == kept
 
 
 def test_panels_of_a_trace_are_in_rows_of_three() -> None:
@@ -254,16 +207,6 @@ def test_attention_weights_by_hand() -> None:
     assert found["weights"] == [[[[0, 100], [1, 50, 0, 50], [0, 96, 2, 2, 1, 2], [3, 50, 2, 30, 1, 19]]]]
 
 
-def test_a_long_text_keeps_fewer_weights_but_always_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    window = np.full((1, 2, 4, 4), 0.25)
-    for entries, each in ((7, 1), (15, 1), (16, 2), (32, 4)):
-        monkeypatch.setattr(report, "ATTENTION_ENTRIES", entries)
-        assert {len(token) // 2 for head in attention(window)["weights"][0] for token in head} == {each}
-    monkeypatch.setattr(report, "ATTENTION_ENTRIES", 10**6)
-    monkeypatch.setattr(report, "MOST_PER_TOKEN", 3)
-    assert len(attention(window)["weights"][0][0][0]) == 6
-
-
 def test_curves_are_thinned_and_keep_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [{"step": s, "split": "train", "loss": s / 10, "load": [[0.5, 0.5], [1, 0]]} for s in range(1, 11)]
     lines.append({"step": 11, "split": "train"})  # of a step without a load
@@ -297,22 +240,11 @@ def test_saved_traces_are_compared_with_the_one_before(tmp_path: Path, monkeypat
 # The compiled layer
 
 
-def test_a_listing_is_cut_at_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_layer, "LISTING", 10)
-    assert shortened("abcd\nefghi") == "abcd\nefghi"
-    assert shortened("abcd\nefghij") == "abcd\n... and 1 characters more"
-
-
-def test_sources_are_taken_out_of_a_listing() -> None:
-    about = '{op_type="add" op_name="jit/add" source_line=7}'
-    text = f'FileNames\n1 "/home/me/a.py"\n\nx = f32[] add(a, b), metadata={about}\n'
-    assert without_sources(text) == 'x = f32[] add(a, b)  op_name="jit/add"\n'
-
-
-def test_names_are_counted_most_first_and_then_by_name() -> None:
-    assert list(compiled_layer._most_common(iter("bacab")).items()) == [("a", 2), ("b", 2), ("c", 1)]
-    assert compiled_layer._shape((2, 3)) == "[2, 3]"
-
-
-def test_evenness_is_at_most_one() -> None:
-    assert math.isclose(float(report.load_entropy(np.ones(7))), 1)
+def test_preferences_are_corrected_for_the_number_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two experts and two tokens that occur often enough are four tests; a rare third token is none."""
+    asked: list[float] = []
+    monkeypatch.setattr(specialised, "p_value", lambda g2: asked.append(g2) or 0.000_25)
+    found = corpus([[30, 0, 1], [0, 30, 1]], [[31, 31]], [30, 30, 2])
+    assert sum(e["kinds"] for e in specialisation(found)[0]) == 0  # 4 x 0.00025 is not below 0.001
+    monkeypatch.setattr(specialised, "p_value", lambda g2: 0.000_249 if g2 else 1.0)
+    assert [e["kinds"] for e in specialisation(found)[0]] == [1, 1]

@@ -13,7 +13,7 @@ import pytest
 from moe_jax.config import TrainConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 from moe_jax.inference.traced_pass import check_routed
-from moe_jax.inspection.trace import make_trace_step, token_pieces, trace_tokens
+from moe_jax.inspection.trace import make_trace_step, trace_tokens
 from moe_jax.model.moe.layer import AllExpertsMoE, Mode, MoE
 from moe_jax.model.precision import Policy
 from moe_jax.model.transformer import abstract_model, merge
@@ -123,12 +123,6 @@ def test_a_dropless_dispatch_keeps_all(dispatch: str, moe: type[MoE]) -> None:
 def test_a_dense_baseline_is_refused() -> None:
     with pytest.raises(UserError, match="dense baseline"):
         check_routed(dataclasses.replace(MODEL, dense="active"))
-
-
-def test_parts_of_characters_are_spelled_in_bytes() -> None:
-    tokenizer = byte_tokenizer()
-    assert token_pieces(tokenizer, np.array(tokenizer.encode("aé<"))) == ["a", "<C3>", "<A9>", "<"]
-    assert token_pieces(tokenizer, np.array([tokenizer.separator_id])) == ["<|endoftext|>"]
 
 
 def test_what_a_notebook_shows_is_escaped() -> None:

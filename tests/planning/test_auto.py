@@ -14,7 +14,7 @@ from moe_jax.data.token_store import prepare_token_store
 from moe_jax.planning import auto
 from moe_jax.planning.auto import Choice, Limits, bytes_per_token, memory_bytes, text_bytes, too_small
 from moe_jax.system import environment
-from tests.cli.test_cli import ROOT, assert_refused, make_held, run_without_jax
+from tests.cli.test_cli import make_held
 
 
 @pytest.fixture
@@ -167,18 +167,6 @@ def test_a_text_smaller_than_the_sample_is_counted_as_the_run_counts_it(tmp_path
     assert round(size / bytes_per_token(asked)) == len(store.train.tokens) - 1
 
 
-def test_only_the_beginning_of_a_long_text_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first 15 documents have 60 bytes; the rest would change the answer."""
-    monkeypatch.setattr(auto, "SAMPLE_BYTES", 60)
-    text = tmp_path / "a.txt"
-    text.write_text("<|endoftext|>".join(["abcd"] * 15 + ["abcdefgh"] * 100))
-    assert bytes_per_token(config(text)) == pytest.approx(4 / 5)
-    monkeypatch.setattr("moe_jax.data.tokenizers.TRAINING_BYTES", 60)
-    size = text_bytes(str(text))
-    assert size is not None
-    assert size > 15 * 4 + 95 * 8  # bytes of the file, separators included
-
-
 def chosen(*argv: str) -> RunConfig:
     command = Train.parse([*AUTO, *argv])
     assert command.auto is not None
@@ -237,13 +225,10 @@ def test_nothing_that_fits_is_an_error_with_the_numbers(monkeypatch: pytest.Monk
     ("argv", "problem"),
     [
         (("--minutes", "5"), "--minutes 5: works only with --preset auto; add that, or give --steps"),
-        (("--memory", "8GB"), "--memory 8GB: works only with --preset auto; add that, or leave it out"),
         ((*AUTO, "--minutes", "-1"), "--minutes -1.0: must be between 0"),
         ((*AUTO, "--memory", "8"), "--memory 8: must be a size"),
         ((*AUTO, "--resume"), "leave it out with --resume, and name the run: --out runs/"),
-        ((*AUTO, "--upcycle", "x"), "leave it out with --upcycle"),
         ((*AUTO, "--init-from", "x"), "leave it out with --init-from"),
-        ((*AUTO, "--model.heads", "7"), "--model.heads 7: must be a divisor"),
         (("--preset", "auto", "--data", "absent.txt"), "--data absent.txt: must be an existing file"),
     ],
 )
@@ -259,14 +244,6 @@ def test_a_folder_that_holds_a_run_is_refused_before_the_choice() -> None:
     Path("book.txt").rename("held.txt")
     with pytest.raises(ConfigError, match="--out runs/held: already holds a run"):
         Train.parse(["--preset", "auto", "--data", "held.txt"])
-
-
-@pytest.mark.usefixtures("book")
-def test_wrong_arguments_are_refused_before_jax(tmp_path: Path) -> None:
-    assert_refused(
-        run_without_jax(tmp_path, [str(ROOT / "train.py"), *AUTO, "--steps", "0"]),
-        ["--steps 0: must be between 1 and 1,000,000,000"],
-    )
 
 
 @pytest.mark.usefixtures("book")

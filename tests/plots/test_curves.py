@@ -12,7 +12,6 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.config import UserError
-from moe_jax.inspection.trace import trace_figures
 from moe_jax.plots import figures
 from moe_jax.plots.figures import COLOURS, _Metrics, load_figure, run_figures
 
@@ -60,44 +59,6 @@ def test_one_run_is_the_title_and_several_are_the_legend(tmp_path: Path) -> None
         assert legend(two[name]) == ["a", "b"], name
     assert [line.get_color() for line in two["drops"].axes[0].get_lines()] == list(COLOURS[:2])
     assert [line.get_color() for line in two["evenness"].axes[0].get_lines()] == list(COLOURS[:2])
-
-
-def test_colours_begin_again_after_the_last(tmp_path: Path) -> None:
-    runs = [run(tmp_path, f"r{i}", **MOE) for i in range(len(COLOURS) + 1)]
-    for name in ("drops", "evenness"):
-        lines = run_figures(runs)[name].axes[0].get_lines()
-        assert [line.get_color() for line in lines] == [*COLOURS, COLOURS[0]]
-
-
-def test_a_run_without_experts_keeps_its_colour_in_the_evenness(tmp_path: Path) -> None:
-    runs = [run(tmp_path, "dense"), run(tmp_path, "moe", **MOE)]
-    (line,) = run_figures(runs)["evenness"].axes[0].get_lines()
-    assert (line.get_label(), line.get_color(), list(line.get_ydata())) == ("moe", COLOURS[1], [1, 1])
-
-
-def test_training_is_a_solid_line_and_validation_a_dashed_one(tmp_path: Path) -> None:
-    train, val = run_figures([run(tmp_path, "a")])["loss"].axes[0].get_lines()
-    assert (train.get_linestyle(), val.get_linestyle(), val.get_marker()) == ("-", "--", "o")
-    assert (list(train.get_ydata()), list(val.get_ydata())) == ([2, 1], [0.5])
-
-
-def test_axes_begin_at_zero_where_zero_means_something(tmp_path: Path) -> None:
-    found = run_figures([run(tmp_path, "a", **MOE)])
-    for name in ("loss", "bits_per_byte", "learning_rate", "throughput", "balance", "drops", "evenness"):
-        assert found[name].axes[0].get_xlim()[0] == 0, name
-    bottoms = {name: found[name].axes[0].get_ylim()[0] for name in found if name != "load"}
-    assert [name for name, bottom in bottoms.items() if bottom == 0] == [
-        *("bits_per_byte", "throughput", "drops", "evenness")
-    ]
-    assert found["evenness"].axes[0].get_ylim()[1] > 1
-
-
-def test_shares_are_in_percent_and_rates_in_thousands(tmp_path: Path) -> None:
-    found = run_figures([run(tmp_path, "a", **MOE)])
-    assert found["drops"].axes[0].yaxis.get_major_formatter()(0.25, 0) == "25%"
-    assert found["throughput"].axes[0].yaxis.get_major_formatter()(5000, 0) == "5,000"
-    assert found["balance"].axes[0].get_lines()[-1].get_ydata() == [1, 1]
-    assert len(found["learning_rate"].axes[0].get_lines()) == 1
 
 
 def test_the_floor_in_both_units(tmp_path: Path) -> None:
@@ -155,12 +116,6 @@ def test_the_load_has_a_panel_for_each_layer() -> None:
     assert figure.get_size_inches().tolist() == [8, pytest.approx(1.2 + 1.5 * 2)]
 
 
-def test_a_single_record_of_the_load_has_a_width() -> None:
-    figure = load_figure(([7], np.ones((1, 1, 2)) / 2))
-    assert figure.axes[0].get_images()[0].get_extent() == [7, 8, 1.5, -0.5]
-    assert load_figure(([], np.array([]))) is None
-
-
 def test_without_matplotlib_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     import builtins
 
@@ -197,12 +152,3 @@ def test_the_overview_holds_every_figure_in_its_place() -> None:
         "blue": [0, 0, 255],
         "nothing": [255, 255, 255],
     }
-
-
-@pytest.mark.parametrize("layers", [1, 3, 4])
-def test_the_load_of_a_trace_has_a_panel_for_each_layer(layers: int) -> None:
-    load = np.arange(4 * layers).reshape(layers, 4)
-    figure = trace_figures(load, np.full(layers, 0.25), 3, np.zeros((layers, 5), int))["load"]
-    axes = [a for a in figure.axes if a.get_visible()]
-    assert [a.get_title(loc="left") for a in axes] == [f"layer {layer}: 25.0% dropped" for layer in range(layers)]
-    assert [[bar.get_height() for bar in a.patches] for a in axes] == load.tolist()

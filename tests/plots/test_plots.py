@@ -1,6 +1,5 @@
 """Pictures of runs: what is drawn are the numbers of metrics.jsonl."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,6 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.cli.inspect import Plot
-from moe_jax.config import UserError
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.plots.figures import run_figures, save_figures
 from moe_jax.runs.load import open_run
@@ -43,25 +41,11 @@ def test_curves_are_the_records(folder: Path) -> None:
     np.testing.assert_allclose(images[1][0], [1, 1, 4, 4])  # times the fair share
 
 
-def test_two_runs_share_the_axes_and_have_names(folder: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    shutil.copy(folder / "metrics.jsonl", other)
-    figures = run_figures([folder, other])
-    assert [name for name, _, _ in lines(figures["learning_rate"])] == ["run", "other"]
-    assert "load" not in figures
-
-
 def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
     first, second = (save_figures(run_figures([folder]), Folder(tmp_path).inner(name)) for name in ("a", "b"))
     assert {p.suffix for p in first} == {".png", ".svg"}
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
-
-
-def test_a_folder_without_metrics_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no metrics\.jsonl"):
-        run_figures([tmp_path])
 
 
 def test_the_command_writes_into_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,6 +25,12 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def commands(cache: Path) -> Iterator[runs.Commands]:
+    with runs.Commands(cache) as commands:
+        yield commands
+
+
+@pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "stories.txt"
     runs.write_text(path)

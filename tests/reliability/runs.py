@@ -79,6 +79,31 @@ def complete(arguments: list[str], cache: Path, program: str = "train.py") -> su
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
+class Commands:
+    """One process that runs commands, for tests that need no process of their own: `many_commands.py`."""
+
+    def __init__(self, cache: Path, *options: str) -> None:
+        command, pipe = [sys.executable, "-m", "tests.reliability.many_commands", *options], subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, env=environment(cache), stdin=pipe, stdout=pipe, text=True, cwd=cache.parent
+        )
+
+    def run(self, words: list[str], folder: Path, typed: str = "") -> subprocess.CompletedProcess[str]:
+        """`words`: what stands after `python` on the command line."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(json.dumps([words, str(folder), typed]) + "\n")
+        self.process.stdin.flush()
+        return subprocess.CompletedProcess(words, *json.loads(self.process.stdout.readline()))
+
+    def __enter__(self) -> "Commands":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
 def result(run: Path) -> dict[str, Any]:
     """Everything that a finished run must share with an uninterrupted one: the digest of every leaf of its last
     state, its records, its samples and its summary, without times."""

@@ -1,10 +1,7 @@
 """Every flag of every program against values that it cannot have: status 2, one line with its name, nothing written."""
 
 import dataclasses
-import json
-import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
 
@@ -49,6 +46,7 @@ def bad_values(name: str, kind: Any, setting: bool) -> st.SearchStrategy[str]:
 class Case(NamedTuple):
     """A flag, what is typed before it, and values that it cannot have."""
 
+    program: str
     argv: list[str]
     flag: str
     kind: Any
@@ -79,52 +77,39 @@ def cases() -> dict[str, Case]:
     made = {}
     for name, kind in settings_of_a_run().items():
         section, _, field = name.rpartition(".")
-        made[name] = Case([], flag_of(section, field), kind, bad_values(name, kind, setting=True))
+        made[name] = Case("train", ["parse"], flag_of(section, field), kind, bad_values(name, kind, setting=True))
     for name in COMMANDS:
         for a in arguments_of(command(name)):
             if not a.positional:
                 needed = NEEDED.get(name, [])
-                argv = ["moe-jax", name, *(needed if a.flag not in needed else [])]
-                made[f"{name} {a.flag}"] = Case(argv, a.flag, a.annotation, bad_values(a.name, a.annotation, False))
+                argv = ["-m", "moe_jax", name, *(needed if a.flag not in needed else [])]
+                made[f"{name} {a.flag}"] = Case(
+                    name, argv, a.flag, a.annotation, bad_values(a.name, a.annotation, False)
+                )
     return {name: case for name, case in made.items() if not case.values.is_empty}
 
 
 CASES = cases()
 
 
-class Server:
-    """The program, started once; each command line costs it a tenth of a second."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        command = [sys.executable, str(runs.ROOT / "tests" / "reliability" / "flag_server.py")]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, stdin=pipe, stdout=pipe, text=True, cwd=folder, env=runs.environment(folder / "cache")
-        )
-
-    def ask(self, argv: list[str]) -> tuple[int, str, str]:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(argv) + "\n")
-        self.process.stdin.flush()
-        return tuple(json.loads(self.process.stdout.readline()))
-
-    def refuses(self, argv: list[str], flag: str) -> None:
-        status, out, err = self.ask(argv)
-        assert (status, out) == (2, ""), (argv, err)
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        assert flag in err, err
-        assert list(self.folder.iterdir()) == []
-
-
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("flags"))
-    yield server
-    server.process.kill()
-    server.process.wait()
+def refuses(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[list[str], str], None]]:
+    """`refuses(argv, flag)`: status 2, one line with the flag, nothing written, and jax not imported."""
+    folder = tmp_path_factory.mktemp("flags")
+    with runs.Commands(tmp_path_factory.mktemp("cache"), "--no-jax") as commands:
+
+        def check(argv: list[str], flag: str) -> None:
+            answer = commands.run(argv, folder)
+            assert (answer.returncode, answer.stdout) == (2, ""), (argv, answer.stderr)
+            assert answer.stderr.startswith("error: ")
+            assert answer.stderr.count("\n") == 1
+            assert flag in answer.stderr, answer.stderr
+            assert list(folder.iterdir()) == []
+
+        for argv in ([], ["--steps", "3"], ["--capacity-factor", "1e9"], ["--lr", "1e-3", "--set", "model.bias=true"]):
+            accepted = commands.run(["parse", *argv], folder)
+            assert (accepted.returncode, accepted.stdout, accepted.stderr) == (0, "", ""), argv
+        yield check
 
 
 def test_there_is_a_case_for_every_flag_that_can_be_wrong() -> None:
@@ -134,29 +119,19 @@ def test_there_is_a_case_for_every_flag_that_can_be_wrong() -> None:
     assert {long.removeprefix("--").replace("-", "_") for long in SHORT_FLAGS.values()} <= set(CASES)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_bad_values(name: str, server: Server, whole: tuple[Path, dict[str, Any]]) -> None:
-    case = CASES[name]
-    takes_run = case.argv and f"{case.argv[1]} --run" in CASES
-    argv = [*case.argv, *(["--run", str(whole[0])] if takes_run and case.flag != "--run" else [])]
-
-    @settings(max_examples=5)
+def check_case(case: Case, argv: list[str], refuses: Callable[[list[str], str], None]) -> None:
+    @settings(max_examples=3)
     @given(case.values)
-    def check(value: str) -> None:
-        server.refuses([*argv, *f"{case.flag}={value}".split(" ")], case.flag)
+    def check_value(value: str) -> None:
+        refuses([*argv, *f"{case.flag}={value}".split(" ")], case.flag)
 
-    check()
+    check_value()
     if case.kind in (int, int | None):
-        server.refuses([*argv, *f"{case.flag}={HUGE}".split(" ")], case.flag)
+        refuses([*argv, *f"{case.flag}={HUGE}".split(" ")], case.flag)
 
 
-def test_good_flags_are_accepted(server: Server) -> None:
-    """The server itself: what it answers with 0, and that jax cannot be imported in it."""
-    for argv in (
-        [],
-        ["--steps", "3"],
-        ["--capacity-factor", "1e9"],
-        ["--dry-run"],
-        ["--lr", "1e-3", "--set", "model.bias=true", "--lr=0.5"],
-    ):
-        assert server.ask(argv) == (0, "", ""), argv
+@pytest.mark.parametrize("program", sorted({case.program for case in CASES.values()}))
+def test_bad_values(program: str, refuses: Callable[[list[str], str], None], saved: Path) -> None:
+    for case in (case for case in CASES.values() if case.program == program):
+        takes_run = f"{program} --run" in CASES and case.flag != "--run"
+        check_case(case, [*case.argv, *(["--run", str(saved)] if takes_run else [])], refuses)

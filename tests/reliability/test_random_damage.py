@@ -45,11 +45,11 @@ def score(printed: str) -> float:
 
 
 @pytest.fixture(scope="module")
-def expected(whole: tuple[Path, dict[str, Any]], cache: Path) -> set[float]:
+def expected(whole: tuple[Path, dict[str, Any]], commands: runs.Commands) -> set[float]:
     """The losses of all checkpoints of the whole run. They differ."""
     steps = [int(path.name.removeprefix("step_")) for path in (whole[0] / "checkpoints").glob("step_*")]
-    commands = [["evaluate", "--run", str(whole[0]), "--step", str(step)] for step in steps]
-    losses = {score(runs.complete(command, cache, runs.COMMANDS).stdout) for command in commands}
+    argv = [["-m", "moe_jax", "evaluate", "--run", str(whole[0]), "--step", str(step)] for step in steps]
+    losses = {score(commands.run(words, whole[0]).stdout) for words in argv}
     assert len(losses) == len(steps)
     return losses
 
@@ -58,12 +58,12 @@ def expected(whole: tuple[Path, dict[str, Any]], cache: Path) -> set[float]:
     "number", [n if n < FEW else pytest.param(n, marks=pytest.mark.slow) for n in range(FEW + MANY)]
 )
 def test_random_damage(
-    number: int, whole: tuple[Path, dict[str, Any]], expected: set[float], cache: Path, tmp_path: Path
+    number: int, whole: tuple[Path, dict[str, Any]], expected: set[float], commands: runs.Commands, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
     done = damage(run, number)
-    ended = runs.complete(["evaluate", "--run", str(run)], cache, runs.COMMANDS)
+    ended = commands.run(["-m", "moe_jax", "evaluate", "--run", str(run)], tmp_path)
     told = f"{done}: status {ended.returncode}\n{ended.stdout}{ended.stderr}"
     assert "Traceback" not in ended.stdout + ended.stderr, told
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
