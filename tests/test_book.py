@@ -11,7 +11,6 @@ import pytest
 from book import museum
 from book.build import PAGES, ROOT, broken_links
 from foundation.challenges.bugs import BUGS
-from tests.docs.pages import links
 
 
 def test_every_bug_is_shown_with_its_change_and_what_catches_it() -> None:
@@ -36,25 +35,6 @@ def test_public_sightings_are_of_bugs_that_are_planted() -> None:
         assert repository.count("/") == 1
         assert number.isdigit()
         assert page.count(f"[{issue}](https://github.com/{repository}/issues/{number}): {story}") == 1
-
-
-def test_every_page_has_its_place_in_the_contents() -> None:
-    """Sphinx warns of a page that has none, and a warning is an error; here it is said within a second."""
-    lines = set((ROOT / "book" / "index.md").read_text(encoding="utf-8").splitlines())
-    for pattern in PAGES:
-        for path in ROOT.glob(pattern):
-            name = path.relative_to(ROOT).with_suffix("")
-            if path.suffix in (".md", ".ipynb"):
-                assert any(name.match(line) for line in lines if line), f"book/index.md lacks {name}"
-
-
-def test_every_file_that_a_page_links_to_is_copied() -> None:
-    """Sphinx warns of one that is not, after minutes; here it is said within a second."""
-    copied = {path for pattern in PAGES for path in ROOT.glob(pattern)}
-    for page in sorted(path for path in copied if path.suffix == ".md"):
-        for target in links(page):
-            file = (page.parent / target.partition("#")[0]).resolve() if target[0] != "#" else page
-            assert file in copied, f"{page.relative_to(ROOT)} links to {target}, which book/build.py does not copy"
 
 
 @pytest.mark.parametrize("pattern", PAGES)

@@ -1,21 +1,26 @@
-"""The programs, as people run them: each in its own process, on a model that trains in a second."""
+"""The programs, as people run them: a process each where the process matters, on a model that trains in a second."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from moe_jax.cli.main import main, run_as, run_command
+from moe_jax.cli.train import Train
 from tests.reliability import runs
+from tests.support import saved_run
 from tests.training.test_run import SUMMARY_KEYS
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a text. It holds the caches too."""
     folder = tmp_path_factory.mktemp("entrypoints")
     runs.write_text(folder / "stories.txt")
-    return folder
+    with saved_run.quick_training(folder) as patch:
+        patch.setattr("moe_jax.inspection.report.report_run", lambda files: ["no report"])  # the processes write one
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +33,6 @@ def trained(place: Path) -> Path:
     return out
 
 
-def last_line(text: str) -> dict[str, Any]:
-    return json.loads(text.strip().splitlines()[-1])
-
-
 def test_training_leaves_its_files(trained: Path) -> None:
     names = {"config.json", "tokenizer.json", "metrics.jsonl", "summary.json", "samples.txt", "checkpoints"}
     assert names <= {p.name for p in trained.iterdir()}
@@ -42,73 +43,38 @@ def test_training_leaves_its_files(trained: Path) -> None:
         assert {"step", "split", "loss"} <= set(json.loads(line))
 
 
-def test_a_run_goes_on(trained: Path, place: Path) -> None:
-    """The run is extended; then no steps are left; then the folder is refused without --resume."""
-    more = runs.complete(["--out", str(trained), "--resume", "--steps", "6"], place)
-    assert more.returncode == 0, more.stderr
-    assert "resumed at step 4: train.steps 4 -> 6" in more.stdout
+def test_a_run_goes_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The run is extended; then no steps are left."""
+
+    def train(*argv: str) -> str:
+        assert main(lambda given: run_as(Train, given, "train.py"), ["--out", str(trained), "--resume", *argv]) == 0
+        return capsys.readouterr().out
+
+    assert "resumed at step 4: train.steps 4 -> 6" in train("--steps", "6")
     summary = json.loads((trained / "summary.json").read_text())
     assert (summary["steps"], summary["resumed_from"]) == (6, 4)
-    again = runs.complete(["--out", str(trained), "--resume"], place)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert "already trained to step 6; --steps extends it" in again.stdout
-    refused = runs.complete(["--out", str(trained)], place)
-    assert refused.returncode == 2
-    assert "add --resume" in refused.stderr
+    assert "already trained to step 6; --steps extends it" in train()
 
 
-def test_a_dense_run_becomes_a_mixture_of_experts(place: Path) -> None:
-    """Two commands: the folder of the second is named after the preset of the first. The new run can be resumed."""
-    dense = place / "dense"
-    arguments = runs.flags(place / "stories.txt", dense, steps=4, save_every=4)
-    assert runs.complete([*arguments, "--model.dense=active"], place).returncode == 0
-    sparse = runs.complete(["--upcycle", str(dense), "--top-k", "2"], place)
-    assert sparse.returncode == 0, sparse.stderr
-    assert f"upcycled from step 4 of {dense}" in sparse.stdout
-    summary = json.loads((place / "runs" / "nano-upcycled" / "summary.json").read_text())
-    before = json.loads((dense / "summary.json").read_text())
-    assert summary["inherited_flops"] == before["training_flops"] > 0
-    assert summary["val_loss"] < before["val_loss"]
-    again = runs.complete(["--out", "runs/nano-upcycled", "--resume", "--steps", "5"], place)
-    assert again.returncode == 0, again.stderr
-    assert "resumed at step 4: train.steps 4 -> 5" in again.stdout
-
-
-def test_stories_are_told_twice_the_same(trained: Path, place: Path) -> None:
+def test_a_story_is_told(trained: Path, place: Path) -> None:
     command = ["generate", "--run", str(trained), "--prompt", "the cat", "--max-tokens", "20", "--num-stories", "2"]
-    first, second = (runs.complete([*command, "--seed", "3"], place, runs.COMMANDS) for _ in range(2))
-    assert first.returncode == 0, first.stderr
-    assert first.stdout == second.stdout
-    assert first.stdout.count("the cat") >= 2
-    other = runs.complete([*command, "--seed", "4"], place, runs.COMMANDS)
-    assert other.stdout != first.stdout
+    told = runs.complete([*command, "--seed", "3"], place, runs.COMMANDS)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.count("the cat") >= 2
 
 
-def test_evaluation_ends_with_json(trained: Path, place: Path) -> None:
+def test_evaluation_ends_with_json(trained: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The run's own validation text, which the summary scored too, and another text."""
-    own = runs.complete(["evaluate", "--run", str(trained)], place, runs.COMMANDS)
-    assert own.returncode == 0, own.stderr
-    scored, summary = last_line(own.stdout), json.loads((trained / "summary.json").read_text())
+
+    def evaluate(*argv: str) -> dict:
+        assert main(run_command, ["evaluate", "--run", str(trained), "--json", *argv]) == 0
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    scored, summary = evaluate(), json.loads((trained / "summary.json").read_text())
     keys = "val_loss val_bits_per_byte val_drop_fraction tokens scored text_has_changed baselines_bits_per_byte"
     assert set(scored) == set(keys.split())
     assert set(scored["baselines_bits_per_byte"]) == {"unigram", "trigram", "kneser_ney_5gram", "entropy_floor"}
     assert scored["text_has_changed"] is False
     assert scored["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
     (place / "other.txt").write_text("a dog sat on the mat.")
-    other = runs.complete(["evaluate", "--run", str(trained), "--data", str(place / "other.txt")], place, runs.COMMANDS)
-    assert last_line(other.stdout)["tokens"] == 22
-
-
-def test_the_weights_are_safetensors(trained: Path) -> None:
-    """weights.safetensors has the names and the values of the parameters."""
-    import numpy as np
-    from safetensors.numpy import load_file
-
-    import moe_jax
-    from moe_jax.runs.arrays import named_leaves
-
-    run = moe_jax.load_run(trained)
-    weights, params = load_file(run.checkpoint.path / "weights.safetensors"), named_leaves(run.params)
-    assert set(weights) == set(params)
-    for name, value in weights.items():
-        np.testing.assert_array_equal(value, np.asarray(params[name]))
+    assert evaluate("--data", str(place / "other.txt"))["tokens"] == 22

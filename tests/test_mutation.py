@@ -36,22 +36,6 @@ def test_annotations_and_errors_get_no_mutant(mutation: Any) -> None:
     assert left == ["2", "5"]
 
 
-def test_operators_that_only_break_the_types_are_left_out(mutation: Any) -> None:
-    sensible = importlib.import_module("mutants").sensible
-    names = (
-        ("Binary", "Add", "Sub"),
-        ("Binary", "Add", "BitOr"),
-        ("Binary", "BitOr", "BitAnd"),
-        ("Comparison", "Eq", "Is"),
-    )
-    assert [sensible(f"core/Replace{kind}Operator_{old}_{new}") for kind, old, new in names] == [
-        True,
-        False,
-        True,
-        False,
-    ]
-
-
 def test_the_interval_of_a_share(mutation: Any) -> None:
     """8 of 10 by Wilson's formula: (0.8 + 0.192 -+ 1.96 sqrt(0.016 + 0.0096)) / 1.384."""
     assert mutation.wilson(8, 10) == pytest.approx((0.490, 0.943), abs=1e-3)

@@ -29,6 +29,8 @@ from tests.support.leaky import LeakyCapacity, Priority, ReversedChunks, leaky_m
 from tests.support.one_hot import OneHotMoE
 
 LEAKS = get_args(Priority)
+NIGHT = pytest.mark.slow
+"""Of cases that compile much and differ little from the one that the fast suite runs."""
 
 
 def small(routing: dict | None = None, **changes) -> ModelConfig:
@@ -45,8 +47,11 @@ def run_config(model: ModelConfig) -> RunConfig:
     "changes",
     [
         {},
-        {"routing": {"dispatch": "blocks", "top_k": 3}, "width": 48, "expert_hidden": 16, "activation": "swiglu"}
-        | {"zero_init_residual": True},
+        pytest.param(
+            {"routing": {"dispatch": "blocks", "top_k": 3}, "width": 48, "expert_hidden": 16, "activation": "swiglu"}
+            | {"zero_init_residual": True},
+            marks=NIGHT,
+        ),
     ],
     ids=["capacity", "blocks"],
 )
@@ -84,7 +89,9 @@ def in_pairs(expert, valid, experts):
 QUEUED = ["token priority, by capacity", "shared expert", "balance by bias"]
 
 
-@pytest.mark.parametrize("rule", [*LEAKS, "pairs", "fours"])
+@pytest.mark.parametrize(
+    "rule", [LEAKS[0], "pairs", *(pytest.param(rule, marks=NIGHT) for rule in (*LEAKS[1:], "fours"))]
+)
 def test_a_known_leak_is_found(rule: str) -> None:
     """Each rule over any distance, and two that act between neighbours only."""
     chunk = {"pairs": 2, "fours": 4}.get(rule)
@@ -160,7 +167,7 @@ def no_products_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hlo, "product", lambda *_: None)
 
 
-@pytest.mark.parametrize("plant", [third_of_the_products_missing, no_products_seen])
+@pytest.mark.parametrize("plant", [pytest.param(third_of_the_products_missing, marks=NIGHT), no_products_seen])
 def test_missing_products_are_found(plant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
     model = small(activation="swiglu")
@@ -219,9 +226,9 @@ def head_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     ("waste", "failed"),
     [
         (all_experts, ["expert layers within the step", "the whole step"]),
-        (attention_four_times, ["attention within the step"]),
+        pytest.param(attention_four_times, ["attention within the step"], marks=NIGHT),
         (all_experts_beside_the_scopes, ["the whole step"]),
-        (head_twice, ["head within the step"]),
+        pytest.param(head_twice, ["head within the step"], marks=NIGHT),
     ],
 )
 def test_a_step_that_wastes_arithmetic_is_found(
@@ -235,7 +242,7 @@ def test_a_step_that_wastes_arithmetic_is_found(
 @pytest.mark.parametrize(
     ("changes", "train", "remat"),
     [
-        ({}, {}, False),
+        pytest.param({}, {}, False, marks=NIGHT),
         ({"shared_experts": 1, "layers": 1}, {"optimizer": "muon", "muon_router": True}, True),
         # One head of keys: the compiler drops the names of the score products.
         ({"kv_heads": 1, "activation": "gelu", "bias": True, "attention_dropout": 0.1}, {"lora_rank": 4}, False),
@@ -286,8 +293,8 @@ def prompts_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     ("plant", "found"),
     [
         (a_batch_that_shrinks, "step 2, evaluation 1, prefill 1, decoding 1"),
-        (windows_of_two_lengths, "step 1, evaluation 2, prefill 1, decoding 1"),
-        (prompts_without_padding, "step 1, evaluation 1, prefill 2, decoding 1"),
+        pytest.param(windows_of_two_lengths, "step 1, evaluation 2, prefill 1, decoding 1", marks=NIGHT),
+        pytest.param(prompts_without_padding, "step 1, evaluation 1, prefill 2, decoding 1", marks=NIGHT),
     ],
 )
 def test_a_second_compilation_is_found(plant: Callable, found: str, monkeypatch: pytest.MonkeyPatch) -> None:

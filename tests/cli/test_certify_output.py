@@ -28,9 +28,3 @@ def test_a_claim_is_printed_in_80_columns_without_padding(capsys: pytest.Capture
 def test_headings_and_titles_fit_into_a_line() -> None:
     titles = [f"pass  {variant.title}" for variant in VARIANTS.values()]
     assert max(map(len, [*certify.GROUPS.values(), *titles])) <= 80
-
-
-def test_what_is_tried_is_said() -> None:
-    for said in ("one token", "float32", "one device", "random inputs", "half of the usual slots"):
-        assert said in certify.TRIED
-    assert "cannot prove" in certify.NOT_TRIED

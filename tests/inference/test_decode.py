@@ -233,23 +233,6 @@ def test_slots_are_changed_in_place() -> None:
     assert changed(writer.step)
 
 
-def test_texts_that_begin_at_different_times_are_those_of_generate() -> None:
-    """Three slots, five texts, four kinds of settings, and contexts that are full at different steps."""
-    writer, waiting, running, done = Writer(3), list(enumerate(TEXTS)), {}, {}
-    for turn in range(60):
-        for slot in range(3):
-            if slot not in running and waiting and turn % 2 == slot % 2:
-                running[slot], text = waiting.pop(0)
-                writer.place(slot, text)
-        writer.step()
-        for slot, number in list(running.items()):
-            if len(writer.texts[slot]) == 14 + number:
-                done[number] = writer.leave(slot)
-                del running[slot]
-    alone = [stream(t.prompt, settings=t.settings, key=t.key, limit=14 + n) for n, t in enumerate(TEXTS)]
-    assert done == dict(enumerate(alone))
-
-
 def test_a_short_prompt_is_read_by_a_shorter_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """The text is the same, and so is the cache: its further places are those of no token."""
     monkeypatch.setattr(decode, "SHORT_PROMPT", 4)

@@ -288,7 +288,9 @@ def test_what_is_rounded_and_what_is_not(weights: Weights) -> None:
     assert jax.tree.map(lambda x: (x.shape, x.dtype), shapes) == jax.tree.map(lambda x: (x.shape, x.dtype), quantised)
 
 
-@pytest.mark.parametrize(("case", "weights"), [("tied", "int4"), ("untied", "int8")])
+@pytest.mark.parametrize(
+    ("case", "weights"), [("tied", "int4"), pytest.param("untied", "int8", marks=pytest.mark.slow)]
+)
 def test_the_model_computes_with_the_rounded_weights(case: str, weights: Weights) -> None:
     """Prefill, and greedy decoding with a cache, as with the same weights in float32."""
     graphdef, quantised, plain = models(case, weights)

@@ -9,36 +9,32 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import create, merge, split
 from moe_jax.system.hlo import read_program, scopes
 from moe_jax.training.loss import training_loss
-from tests.support import checks, oracles, tiny
-from tests.support.one_hot import OneHotMoE
+from tests.support import checks, tiny
 
 
 @functools.lru_cache
-def runner(config, compute: str | None = None, moe: type[MoE] = MoE):
-    graphdef, params = tiny.build(config, compute=compute, moe=moe)
+def runner(config, compute: str | None = None):
+    graphdef, params = tiny.build(config, compute=compute)
     return jax.jit(lambda tokens: merge(graphdef, params)(tokens, Mode.TRAIN))
 
 
 @pytest.mark.parametrize(
-    ("moe", "changes"),
+    "changes",
     [
-        (OneHotMoE, {"top_k": 1, "capacity_factor": 0.7, "positions": "learned", "activation": "gelu"}),
-        (MoE, {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "tied_head": False}),
-        (MoE, {"dense": "active"}),
-        (MoE, {"qk_norm": "head", "scaled_embedding": True, "tied_head": False}),
-        (MoE, {"heads": 4, "kv_heads": 2, "head_size": 6, "qk_norm": "full", "renormalise_gates": False}),
+        {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "positions": "learned", "qk_norm": "head"},
+        {"heads": 4, "kv_heads": 2, "head_size": 6, "qk_norm": "full", "renormalise_gates": False},
     ],
-    ids=["one-hot", "K=E", "dense", "normalised", "grouped"],
+    ids=["K=E", "grouped"],
 )
-def test_other_models_are_causal_too(moe: type[MoE], changes: dict) -> None:
-    run = runner(tiny.config(**changes), moe=moe)
+def test_other_models_are_causal_too(changes: dict) -> None:
+    run = runner(tiny.config(**changes))
     before = tiny.tokens(2, tiny.T, seed=3)
     hidden, stats, _ = run(before)
-    assert stats is None or (np.asarray(stats.drop_fraction) > 0.1).all()
+    assert (np.asarray(stats.drop_fraction) > 0.1).all()
     for t in range(tiny.T):
         after = before.copy()
         after[1, t] = (after[1, t] + 1) % tiny.V
@@ -46,28 +42,6 @@ def test_other_models_are_causal_too(moe: type[MoE], changes: dict) -> None:
         assert (np.asarray(changed[1, :t]) == np.asarray(hidden[1, :t])).all()
         assert (np.asarray(changed[0]) == np.asarray(hidden[0])).all()
         assert (np.asarray(changed[1, t:]) != np.asarray(hidden[1, t:])).any(-1).all()
-
-
-def test_embedding_blocks_and_head_are_composed_as_documented(float64: None) -> None:
-    """One dense block, learned positions, untied head, layer norm with biases: the logits by hand from the oracles."""
-    config = tiny.config(
-        layers=1, dense="active", positions="learned", tied_head=False, norm="layernorm", bias=True, activation="gelu"
-    )
-    graphdef, params = tiny.build(config, dtype="float64")
-    p = jax.tree.map(np.asarray, params)
-    block, tokens = p["blocks"][0], tiny.tokens(1, 5)
-    norm = lambda x, n: np.stack([oracles.layer_norm(row, n["scale"], n["bias"]) for row in x])  # noqa: E731
-    x = p["embedding"][tokens[0]] + p["position"][:5]
-    a = block["attention"]
-    qkv = (norm(x, block["attention_norm"]) @ a["qkv"] + a["qkv_bias"]).reshape(5, 3, 2, 4).transpose(1, 2, 0, 3)
-    mixed = oracles.attention(*(z[None] for z in qkv))[0].swapaxes(0, 1).reshape(5, 8)
-    x = x + mixed @ a["out"] + a["out_bias"]
-    e = block["ffn"]["experts"]
-    x = x + np.stack([oracles.expert(row, e["w_in"][0], e["w_out"][0], None) for row in norm(x, block["ffn_norm"])])
-    expected = norm(x, p["norm"]) @ p["head"]
-    model = merge(graphdef, params)
-    logits = jax.jit(lambda t: model.logits(model(t, Mode.TRAIN)[0]))(tokens)
-    np.testing.assert_allclose(logits[0], expected, atol=1e-11)
 
 
 @pytest.mark.parametrize(
@@ -83,29 +57,6 @@ def test_the_cache_holds_the_key_heads_only() -> None:
     graphdef, params = tiny.build(tiny.config(heads=4, kv_heads=1, head_size=6))
     cache = jax.eval_shape(lambda p, t: merge(graphdef, p)(t, Mode.GENERATE)[2], params, tiny.tokens(3, tiny.T))
     assert {(layer.key.shape, layer.value.shape) for layer in cache} == {((3, 1, 6, tiny.T), (3, 1, tiny.T, 6))}
-
-
-@pytest.mark.parametrize(
-    ("changes", "spelled_out"),
-    [
-        ({}, {"kv_heads": 2, "head_size": 4, "norm_eps": 1e-6, "rope_theta": 10_000}),
-        ({"norm": "layernorm", "qk_norm": "none"}, {"kv_heads": 2, "head_size": 4, "norm_eps": 1e-5}),
-        ({"top_k": 1}, {"renormalise_gates": False}),
-    ],
-    ids=str,
-)
-def test_the_defaults_spelled_out_are_the_same_program(changes: dict, spelled_out: dict) -> None:
-    """The gradient of the training loss, as text."""
-    tokens = jnp.asarray(tiny.tokens(1, tiny.T + 1))
-
-    def program(config) -> str:
-        graphdef, params = tiny.build(config)
-        loss = lambda p: training_loss(merge(graphdef, p), tokens, None, TrainConfig())[0]  # noqa: E731
-        return jax.jit(jax.grad(loss)).lower(params).as_text()
-
-    config = tiny.config(layers=1, **changes)
-    assert program(tiny.config(layers=1, **changes, **spelled_out)) == program(config)
-    assert program(tiny.config(layers=1, **changes, norm_eps=1e-3)) != program(config)
 
 
 @pytest.mark.parametrize("qk_norm", ["none", "head"])
@@ -138,17 +89,6 @@ def test_residual_branches_that_start_at_zero_pass_the_scaled_embedding_through(
     hidden = jax.jit(lambda t: model(t, Mode.TRAIN)[0])(tokens)
     expected = stream / np.sqrt(np.square(stream).mean(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(hidden, expected, rtol=1e-5)
-
-
-def test_jitted_is_eager(float64: None) -> None:
-    graphdef, params = tiny.build(tiny.config(layers=1), dtype="float64")
-
-    def run(tokens):
-        return merge(graphdef, params)(tokens, Mode.TRAIN)[:2]
-
-    tokens = jnp.asarray(tiny.tokens(2, tiny.T))
-    for one, other in zip(jax.tree.leaves(run(tokens)), jax.tree.leaves(jax.jit(run)(tokens)), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-13)
 
 
 def test_remat_recomputes_the_experts_first_product_and_no_decision() -> None:
@@ -214,13 +154,6 @@ def test_logits_and_router_are_float32_in_bfloat16() -> None:
     assert (hidden.dtype, stats.balance_loss.dtype, stats.z_loss.dtype) == ("bfloat16", "float32", "float32")
     assert cache[0].key.dtype == "bfloat16"
     assert jax.eval_shape(model.logits, hidden).dtype == "float32"
-
-
-def test_split_and_merge_are_inverse() -> None:
-    graphdef, params = tiny.build(tiny.config())
-    again = split(merge(graphdef, params))
-    assert again[0] == graphdef
-    tiny.assert_same_bits(again[1], params)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -24,7 +24,8 @@ from moe_jax.training.session import Session
 from moe_jax.training.state import TrainState
 from tests.support import saved_run, tiny
 from tests.support.saved_run import resuming
-from tests.training.test_run import configuration, quick, records, run, text, timeless, uninterrupted  # noqa: F401
+from tests.training.conftest import quick  # noqa: F401
+from tests.training.test_run import configuration, records, run, text, timeless, uninterrupted  # noqa: F401
 
 pytestmark = pytest.mark.reliability
 NAN = np.float32("nan")

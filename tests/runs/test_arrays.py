@@ -1,9 +1,7 @@
 """The arrays of a checkpoint: in which form they are read, and the weights for other programs."""
 
-import logging
 import os
 import stat
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +89,6 @@ def test_too_little_memory_is_no_damage(
         read_arrays(written, described(LEAVES))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
-
-
-@pytest.fixture
-def loggers() -> Iterator[list[logging.Logger]]:
-    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    before = [log.level for log in logs]
-    yield logs
-    for log, level in zip(logs, before, strict=True):
-        log.setLevel(level)
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

@@ -92,17 +92,6 @@ def test_logs_are_removed_after_a_checkpoint_by_split(tmp_path: Path) -> None:
     assert run.samples.read_text().endswith("text 4\n === step 7\n\n")
 
 
-def test_a_folder_that_was_removed_or_made_anew_is_noticed(folder: RunFolder) -> None:
-    run_id = folder.start(CONFIG, TOKENIZER, [])
-    folder.check_run(run_id)
-    folder.start(CONFIG, TOKENIZER, [])
-    with pytest.raises(UserError, match="removed or made anew"):
-        folder.check_run(run_id)
-    (folder.path / "config.json").unlink()
-    with pytest.raises(UserError, match="removed or made anew"):
-        folder.check_run(run_id)
-
-
 def test_a_second_process_is_told_who_trains(tmp_path: Path) -> None:
     with locked_for_training(tmp_path):
         assert (tmp_path / LOCK).read_text().startswith(f"{os.getpid()}\n")

@@ -110,10 +110,8 @@ def check_capacity() -> None:
 
 
 @functools.lru_cache
-def _layer(activation: str, top_k: int, renormalise: bool) -> tuple[np.ndarray, dict[str, np.ndarray], MoE]:
-    config = tiny.config(
-        layers=1, activation=activation, top_k=top_k, width=4, expert_hidden=3, renormalise_gates=renormalise
-    )
+def _layer(renormalise: bool) -> tuple[np.ndarray, dict[str, np.ndarray], MoE]:
+    config = tiny.config(layers=1, width=4, expert_hidden=3, renormalise_gates=renormalise)
     graphdef, params = tiny.build(config)
     layer = merge(graphdef, params).blocks[0].ffn
     weights = {"router": layer.router[...], **params["blocks"][0]["ffn"]["experts"]}
@@ -126,22 +124,14 @@ def check_layer_with_plain_gates() -> None:
     check_layer_with_drops(renormalise=False)
 
 
-def check_layer_with_drops(activation: str = "swiglu", top_k: int = 2, renormalise: bool = True) -> None:
+def check_layer_with_drops(renormalise: bool = True) -> None:
     """A layer with a capacity, under drops, against NumPy loops: the output, and the number of drops exactly."""
-    x, weights, layer = _layer(activation, top_k, renormalise)
-    slots = capacity(tiny.T, 4, top_k, 0.5)
+    x, weights, layer = _layer(renormalise)
+    slots = capacity(tiny.T, 4, 2, 0.5)
     y, stats = jax.jit(lambda x: layer(x, Mode.TRAIN))(x)
-    expected, dropped = oracles.moe(
-        x.astype(np.float64),
-        weights["router"],
-        weights["w_in"],
-        weights["w_out"],
-        weights.get("w_gate"),
-        top_k,
-        slots,
-        renormalise,
-    )
-    pairs = 2 * tiny.T * top_k
+    matrices = [weights[name] for name in ("router", "w_in", "w_out", "w_gate")]
+    expected, dropped = oracles.moe(x.astype(np.float64), *matrices, 2, slots, renormalise)
+    pairs = 2 * tiny.T * 2
     assert pairs / 2 <= dropped < pairs
     np.testing.assert_allclose(stats.drop_fraction.mean(), dropped / pairs, atol=1e-7)
     assert tiny.relative_error(y, expected) < 1e-6

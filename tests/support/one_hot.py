@@ -10,7 +10,6 @@ from moe_jax.model.moe.dispatch import Capacity, Dispatch, QueuedPairs
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing
-from tests.support.leaky import requested_pairs
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class OneHot:
 
     def masks(self, routing: Routing) -> tuple[Float[Array, "B T E C"], Float[Array, "B T E C"]]:
         """The mask that copies tokens into slots, and the mask that sums slots with their gates."""
-        queued, routing = self.capacity.trace(routing), requested_pairs(self.capacity, routing)
+        queued = self.capacity.trace(routing)
         experts, dtype = routing.logits.shape[-1], routing.probs.dtype
         slots = jax.nn.one_hot(queued.position, self.capacity.slots, dtype=dtype)  # a position beyond C is all zeros
         choice = jax.nn.one_hot(routing.expert_index, experts, dtype=dtype) * routing.valid[..., None, None]
@@ -46,8 +45,7 @@ class OneHot:
             rows = experts(rows.reshape(count, batch * slots, width)).reshape(rows.shape)
         with jax.named_scope("combine"):
             y = jnp.einsum("btec,ebcd->btd", from_slots.astype(x.dtype), rows)
-        requests = requested_pairs(self.capacity, routing)
-        chosen = jax.nn.one_hot(requests.expert_index, count, dtype=to_slots.dtype)
+        chosen = jax.nn.one_hot(routing.expert_index, count, dtype=to_slots.dtype)
         keep = jnp.einsum("btke,btec->btk", chosen, to_slots) > 0.5
         return y, self.capacity.drop_fraction(keep)
 

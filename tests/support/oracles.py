@@ -48,15 +48,10 @@ def assign(chosen: list[list[int] | None], capacity: int) -> list[list[int | Non
     return slots
 
 
-def expert(x: np.ndarray, w_in: np.ndarray, w_out: np.ndarray, w_gate: np.ndarray | None) -> np.ndarray:
-    """One token through one expert: swiglu if there is a gate matrix, else gelu in its tanh form."""
-    h = x @ w_in
-    if w_gate is not None:
-        g = x @ w_gate
-        h = g / (1 + np.exp(-g)) * h
-    else:
-        h = 0.5 * h * (1 + np.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
-    return h @ w_out
+def expert(x: np.ndarray, w_in: np.ndarray, w_out: np.ndarray, w_gate: np.ndarray) -> np.ndarray:
+    """One token through one expert, with swiglu."""
+    g = x @ w_gate
+    return (g / (1 + np.exp(-g)) * (x @ w_in)) @ w_out
 
 
 def moe(
@@ -64,7 +59,7 @@ def moe(
     router: np.ndarray,
     w_in: np.ndarray,
     w_out: np.ndarray,
-    w_gate: np.ndarray | None,
+    w_gate: np.ndarray,
     top_k: int,
     capacity: int,
     renormalise: bool = True,
@@ -79,54 +74,8 @@ def moe(
                 if slot is None:
                     dropped += 1
                 else:
-                    y[b, t] += g * expert(x[b, t], w_in[e], w_out[e], None if w_gate is None else w_gate[e])
+                    y[b, t] += g * expert(x[b, t], w_in[e], w_out[e], w_gate[e])
     return y, dropped
-
-
-def balance_loss(logits: np.ndarray, top_k: int) -> float:
-    """The mean over the sequences of E * sum_e f_e P_e, for logits [B, T, E]."""
-    batch, tokens, experts = logits.shape
-    losses = []
-    for b in range(batch):
-        load, prob = np.zeros(experts), np.zeros(experts)
-        for t in range(tokens):
-            for e in choose(logits[b, t], top_k):
-                load[e] += 1
-            prob += softmax(logits[b, t])
-        losses.append(experts * sum(load[e] / (tokens * top_k) * prob[e] / tokens for e in range(experts)))
-    return float(np.mean(losses))
-
-
-def z_loss(logits: np.ndarray) -> float:
-    return float(np.mean([logsumexp(z) ** 2 for z in logits.reshape(-1, logits.shape[-1])]))
-
-
-def attention(query: np.ndarray, key: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Causal attention on [B, H, T, A], one query at a time. Keys and values are [B, KV, T, A]: neighbouring heads
-    share a key head."""
-    out = np.zeros_like(query)
-    group = query.shape[1] // key.shape[1]
-    for b, h, t in np.ndindex(query.shape[:3]):
-        shared = h // group
-        scores = np.array([query[b, h, t] @ key[b, shared, s] / math.sqrt(query.shape[-1]) for s in range(t + 1)])
-        for s, weight in enumerate(softmax(scores)):
-            out[b, h, t] += weight * value[b, shared, s]
-    return out
-
-
-def layer_norm(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, eps: float = 1e-5) -> np.ndarray:
-    return (x - x.mean()) / math.sqrt(x.var() + eps) * scale + bias
-
-
-def rms_norm(x: np.ndarray, scale: np.ndarray, eps: float = 1e-6) -> np.ndarray:
-    return x / math.sqrt(sum(v * v for v in x) / len(x) + eps) * scale
-
-
-def rotate(x: np.ndarray, position: int, theta: float = 10_000) -> np.ndarray:
-    """RoPE for one head [A]: the pair (i, i + A/2), a complex number, is rotated by position * theta^(-2i/A)."""
-    half = len(x) // 2
-    turned = [complex(x[i], x[i + half]) * np.exp(1j * position * theta ** (-2 * i / len(x))) for i in range(half)]
-    return np.array([z.real for z in turned] + [z.imag for z in turned])
 
 
 def cross_entropy(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray) -> list[float]:

@@ -45,26 +45,6 @@ def test_text_and_bytes_replace_what_was_there(content: str | bytes, expected: b
     assert len(names(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt(), ValueError("else")])
-@pytest.mark.parametrize("where", ["os.fsync", "pathlib.Path.replace"])
-def test_whatever_interrupts_a_write(
-    where: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, "old")
-
-    def fail(*_: object) -> None:
-        assert len(names(tmp_path)) == 2, "written beside the file, and not into it"
-        assert path.read_text() == "old"
-        raise error
-
-    monkeypatch.setattr(where, fail)
-    with pytest.raises(type(error)):
-        write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert names(tmp_path) == ["file"]
-
-
 @pytest.mark.parametrize("durable", [True, False])
 def test_only_a_durable_write_waits_for_the_disk(
     durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

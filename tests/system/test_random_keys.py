@@ -2,8 +2,6 @@
 
 import itertools
 
-import jax
-
 from moe_jax.system.random_keys import Purpose, purpose_key
 from tests.support import system_checks
 
@@ -24,11 +22,3 @@ def test_no_two_uses_share_a_key() -> None:
     uses = itertools.product((0, 1, 2), Purpose, (None, 0, 1, 2, 3))
     keys = {system_checks.bits(purpose_key(*use)).tobytes() for use in uses}
     assert len(keys) == 3 * len(Purpose) * 5
-
-
-def test_a_traced_step_gives_the_key_of_that_step() -> None:
-    traced = jax.jit(lambda step: purpose_key(5, Purpose.DROPOUT, step))
-    for step in (0, 3, 2**31 - 1):
-        expected = jax.random.fold_in(jax.random.fold_in(jax.random.key(5), 1), step)
-        assert (system_checks.bits(traced(step)) == system_checks.bits(expected)).all()
-    assert traced._cache_size() == 1

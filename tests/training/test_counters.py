@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.model.transformer import create, split
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.training.counters import STARVED_STEPS, RunCounters
 from moe_jax.training.optimizers.factory import make_optimizer
@@ -38,24 +37,6 @@ def test_an_expert_is_starved_after_a_hundred_steps_in_a_row() -> None:
     assert progress.starved_now() == [[1, 2]]
     assert progress.add_load(fair) == []
     assert progress.starved_now() == []
-
-
-def starved_after_training(aux_loss_coef: float) -> list[list[int]]:
-    """Eight experts, one choice, random tokens, a learning rate 30 times the usual one, 130 steps."""
-    graphdef, params = split(create(tiny.config(layers=1, experts=8, top_k=1), jax.random.key(0)))
-    config = TrainConfig(steps=130, lr=0.1, aux_loss_coef=aux_loss_coef)
-    optimizer = make_optimizer(config)
-    step = make_step(graphdef, optimizer, config, loss_scaling=False)
-    state, progress = initial_state(params, optimizer, loss_scaling=False), RunCounters()
-    for i in range(config.steps):
-        state, report = step(state, tiny.tokens(1, 16, tiny.T + 1, seed=i))
-        progress.add_load(np.asarray(report.metrics.load))
-    return progress.starved_now()
-
-
-def test_a_collapsed_router_is_seen_and_the_usual_balance_loss_prevents_it() -> None:
-    assert len(starved_after_training(aux_loss_coef=0.0)) > 0
-    assert starved_after_training(aux_loss_coef=TrainConfig().aux_loss_coef) == []
 
 
 def test_through_json() -> None:

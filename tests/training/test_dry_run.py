@@ -90,17 +90,6 @@ def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
 
 
-def test_a_dry_run_of_nothing_changed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
-    assert Train.parse(["--dry-run"]).execute() == 0
-    assert "no setting differs from preset nano" in " ".join(capsys.readouterr().out.split())
-    assert preset("nano").run_dir == "runs/nano"
-    assert not (tmp_path / "runs").exists()
-
-
 def test_presets_say_what_their_times_rest_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,6 @@ from moe_jax.model.precision import Policy
 from moe_jax.model.transformer import abstract_model
 from moe_jax.training.header import (
     memory_line,
-    parameter_line,
     plan_line,
     print_next_step,
     print_result,
@@ -88,16 +87,6 @@ def test_the_memory_in_one_line() -> None:
         assert words in line
     assert memory_line(config, Policy("float32", ""), shapes, shapes, 78.4).startswith("78 MiB in a training step: ")
     assert f"gradients at least {2 * mib:.1f} MiB" in memory_line(config, Policy("bfloat16", ""), shapes, shapes)
-
-
-def test_the_parameters_in_one_line() -> None:
-    model = tiny.config()
-    groups = count_parameters(model)
-    whole = totals(groups)
-    line = parameter_line(model)
-    share = whole.active / whole.total
-    assert line.startswith(f"{whole.total:,} in all, {whole.active:,} active for a token ({share:.0%}): ")
-    assert line.endswith(", ".join(f"{name} {count.total:,}" for name, count in groups.items()))
 
 
 def test_a_model_that_is_worse_than_counting_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
 from moe_jax.training.state import initial_state
 from moe_jax.training.step import gradients, make_step
-from tests.support import saved_run, tiny, tuning
+from tests.support import tiny, tuning
 from tests.support.saved_run import resuming
 
 SHAPE = LoraShape(4, 0.75, train_router=True)
@@ -156,12 +155,6 @@ def test_costs_by_hand() -> None:
 
 
 # Whole runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
-        yield
 
 
 @pytest.fixture(scope="module")

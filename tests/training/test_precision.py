@@ -1,24 +1,22 @@
-"""Narrow numbers: a step that overflows changes nothing, the loss scale is found, and rounding is right on average."""
+"""Narrow numbers: a step that overflows changes nothing, the loss scale is found, and rounded weights still learn."""
 
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import OptimizerKind, TrainConfig
+from moe_jax.config import TrainConfig
 from moe_jax.model import precision
-from moe_jax.model.precision import choose_policy, stochastic_round, to_param_dtype, writing_policy
+from moe_jax.model.precision import choose_policy, to_param_dtype, writing_policy
 from moe_jax.training.optimizers.factory import make_optimizer
-from moe_jax.training.state import GROWTH_STEPS, LossScale, TrainState, initial_state, next_scale
+from moe_jax.training.state import LossScale, TrainState, initial_state
 from moe_jax.training.step import make_step
 from tests.support import tiny
-
-OPTIMIZERS = get_args(OptimizerKind)
 
 
 def configuration(kind: str, **changes: object) -> TrainConfig:
@@ -44,12 +42,12 @@ def batch(seed: int) -> np.ndarray:
     return tiny.tokens(1, 2, tiny.T + 1, seed=seed)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_an_overflow_between_two_steps_changes_the_scale_and_nothing_else(kind: str) -> None:
+def test_an_overflow_between_two_steps_changes_the_scale_and_nothing_else() -> None:
     """Step; then a step at a scale of 2^40, whose gradients are beyond float16's 65,504. Parameters, moments and the
-    schedule's count keep their bits; only the step, the skipped steps and the scale move."""
-    step = step_of(kind, "float16")
-    state, report = step(fresh(kind), batch(0))
+    schedule's count keep their bits; only the step, the skipped steps and the scale move. `test_optimizer.py` has a
+    step that is not taken for every optimizer."""
+    step = step_of("adamw-8bit", "float16")
+    state, report = step(fresh("adamw-8bit"), batch(0))
     assert bool(report.finite)
     state = dataclasses.replace(state, loss_scale=LossScale(jnp.float32(2.0**40), jnp.int32(7)))
     before = jax.tree.map(np.array, state)
@@ -70,31 +68,6 @@ def test_an_overflow_between_two_steps_changes_the_scale_and_nothing_else(kind: 
         for a, b in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True)
     ]
     assert all(changed)
-
-
-def test_the_scale_doubles_after_2000_good_steps_and_never_falls_below_1() -> None:
-    good, bad = jnp.asarray(True), jnp.asarray(False)
-    scale = LossScale(jnp.float32(8), jnp.int32(GROWTH_STEPS - 2))
-    scale = next_scale(scale, good)
-    assert (float(scale.scale), int(scale.good_steps)) == (8, GROWTH_STEPS - 1)
-    scale = next_scale(scale, good)
-    assert (float(scale.scale), int(scale.good_steps)) == (16, 0)
-    for expected in (8, 4, 2, 1, 1):
-        scale = next_scale(scale, bad)
-        assert (float(scale.scale), int(scale.good_steps)) == (expected, 0)
-
-
-def test_what_is_representable_stays_and_the_rest_is_rounded_right_on_average() -> None:
-    exact = jnp.asarray([0.0, -0.0, 1.0, -1.5, 3.0e38, 1e-38], jnp.bfloat16).astype(jnp.float32)
-    np.testing.assert_array_equal(stochastic_round(exact, jax.random.key(0)).astype(jnp.float32), exact)
-    between = jnp.asarray([1.001, -1.006, 100.3, 1e-5], jnp.float32)
-    rounded = jax.vmap(lambda key: stochastic_round(between, key))(jax.random.split(jax.random.key(1), 4096))
-    spacing = 2.0 ** (np.floor(np.log2(np.abs(between))) - 7)
-    rounded = np.asarray(rounded, np.float64)
-    assert (np.abs(rounded - np.asarray(between)) < spacing).all()
-    assert all(len(set(column)) == 2 for column in rounded.T)
-    # The mean of 4,096 draws of two values a spacing apart: within five of its standard deviations of at most 1 / 128.
-    assert (np.abs(rounded.mean(0) - np.asarray(between)) < 5 * spacing / 128).all()
 
 
 def test_bfloat16_weights_learn_from_steps_smaller_than_their_spacing() -> None:
@@ -122,9 +95,7 @@ def test_bfloat16_weights_learn_from_steps_smaller_than_their_spacing() -> None:
         ("cpu", None, ("GenuineIntel", 6, "fpu amx_bf16 avx512_bf16"), "bfloat16", "matrix units, AMX"),
         ("cpu", None, ("AuthenticAMD", 25, "fpu avx512_bf16"), "bfloat16", "matrix units, AVX-512 BF16"),
         ("cpu", None, ("AuthenticAMD", 25, "fpu avx2"), "float32", "without fast bfloat16 matrix units"),
-        ("cpu", None, ("AuthenticAMD", 26, "fpu avx512f"), "float32", "without fast bfloat16 matrix units"),
         ("gpu", "7.5", ("GenuineIntel", 6, "amx_bf16"), "float16", "no bfloat16 units"),
-        ("gpu", "8.0", ("", 0, ""), "bfloat16", "has bfloat16 units"),
         ("gpu", "12.0", ("", 0, ""), "bfloat16", "has bfloat16 units"),
         ("tpu", "", ("", 0, ""), "bfloat16", "other than CUDA"),
     ],

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -25,7 +24,7 @@ from moe_jax.model import precision
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from moe_jax.training.start import ResumedRun
-from tests.support import saved_run, tiny
+from tests.support import tiny
 from tests.support.saved_run import resuming
 
 SAVED = dataclasses.replace(preset("nano"), out="runs/held")
@@ -105,12 +104,6 @@ def test_preset_and_origin_stay() -> None:
 
 
 # Whole runs
-
-
-@pytest.fixture(autouse=True)
-def quick(tmp_path: Path) -> Iterator[None]:
-    with saved_run.quick_training(tmp_path / "cache"):
-        yield
 
 
 def run(folder: Path, steps: int, **execution: Any) -> Session:

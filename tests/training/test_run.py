@@ -4,14 +4,12 @@ import dataclasses
 import json
 import shutil
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-import moe_jax
 from moe_jax.config import (
     DataConfig,
     ExecutionConfig,
@@ -50,12 +48,6 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "stories.txt"
     path.write_text("\n<|endoftext|>\n".join(stories))
     return path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
-        yield
 
 
 def configuration(text: Path, out: Path, **changes: Any) -> RunConfig:
@@ -167,16 +159,6 @@ def test_resumed_is_uninterrupted(uninterrupted: tuple[Session, dict[str, Any]],
     assert session.progress.elapsed > first.checkpoints.at(12).elapsed > session.progress.elapsed_before > 0
 
 
-def test_the_best_checkpoint_is_scored_and_opened(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
-    """`load_run` gives the model of the best checkpoint; its loss is the one in summary.json."""
-    session, result = uninterrupted
-    opened = moe_jax.load_run(session.folder.path)
-    assert opened.config == session.config
-    assert opened.tokenizer.digest == session.data.store.tokenizer.digest
-    assert opened.checkpoint.step == result["best_step"]
-    assert session.score(session.data.store.valid.stream, opened.params).loss == result["val_loss"]
-
-
 def copy_of(session: Session, out: Path) -> RunConfig:
     shutil.copytree(session.folder.path, out)
     return dataclasses.replace(session.config, out=str(out))
@@ -191,20 +173,6 @@ def test_other_text_is_refused(uninterrupted: tuple[Session, dict[str, Any]], te
     with pytest.raises(UserError, match=r"--data .*not the text"):
         Session.open(config, resuming(load_config(tmp_path / "other")))
     assert timeless(tmp_path / "other") == before
-
-
-def damage(folder: Path) -> None:
-    largest = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:-1])
-
-
-def test_a_start_that_reached_no_checkpoint_is_started_over(text: Path, tmp_path: Path) -> None:
-    config = configuration(text, tmp_path / "early")
-    run(config, die_at=3)
-    assert load_config(tmp_path / "early") is None
-    session = run(config, die_at=5)
-    assert session.progress.resumed_from is None
-    assert [(r["step"], r["split"]) for r in records(tmp_path / "early")] == [(3, "train"), (4, "val")]
 
 
 def test_a_resume_before_the_first_checkpoint_starts_again_and_records_the_change(text: Path, tmp_path: Path) -> None:

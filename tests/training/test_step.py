@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.optimizers.factory import learning_rate, make_optimizer, muon_labels, warmup_steps
 from moe_jax.training.state import TrainState, initial_state
 from moe_jax.training.step import gradients, make_step
@@ -49,21 +48,6 @@ def test_it_learns_one_batch_by_heart() -> None:
     assert (int(state.step), int(state.skipped)) == (150, 0)
 
 
-def test_evaluation_compiles_once_and_ignores_how_windows_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    graphdef, params = built()
-    step = make_evaluation_step(graphdef)
-    sizes = np.ones(tiny.V, np.int64)
-    score = functools.partial(evaluate, step, params, seq_len=tiny.T, token_bytes=sizes)
-    streams = [tiny.tokens(n, seed=n) for n in (2, 9, 100, 333)]
-    results = [score(stream) for stream in streams]
-    assert step._cache_size() == 1
-    monkeypatch.setattr("moe_jax.training.evaluate.EVALUATION_ROWS", 5)
-    for stream, result in zip(streams, results, strict=True):
-        again = score(stream)
-        assert again.loss == pytest.approx(result.loss, rel=1e-6)
-        assert (again.tokens, again.drop_fraction) == (len(stream) - 1, 0)
-
-
 def test_a_step_moves_every_parameter_and_leaves_the_scale_of_1() -> None:
     state = fresh()
     before = jax.tree.map(np.array, state.params)
@@ -91,19 +75,6 @@ def test_float16_gradients_are_near_those_of_float32() -> None:
     assert 0 < error / total < 12 * 2**-11
 
 
-def test_the_schedule_by_hand() -> None:
-    """Of 41 steps: a warm-up of 4 from a fifth of the peak in fifths; then 36 steps of cosine: half way at the 18th.
-    The last step, which follows 40 others, has the final rate."""
-    rate = learning_rate(TrainConfig(steps=41, warmup_steps=10, final_lr_ratio=0.2), 1.0)
-    assert warmup_steps(TrainConfig(steps=41, warmup_steps=10)) == 4
-    assert [float(rate(i)) for i in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
-    assert float(rate(4 + 18)) == pytest.approx(0.6)
-    assert float(rate(4 + 12)) == pytest.approx(0.2 + 0.8 * 0.75)  # (1 + cos 60) / 2
-    assert float(rate(40)) == pytest.approx(0.2)
-    falling = [float(rate(i)) for i in range(4, 41)]
-    assert falling == sorted(falling, reverse=True)
-
-
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
 @pytest.mark.parametrize("steps", [2, 3, 30, 41])
 def test_the_last_step_has_the_final_rate_and_no_other_step(steps: int, schedule: str) -> None:
@@ -114,8 +85,8 @@ def test_the_last_step_has_the_final_rate_and_no_other_step(steps: int, schedule
     assert max(rates) == 2
 
 
-def test_muon_takes_the_matrices_of_the_blocks_and_orthogonalises_each_expert_alone() -> None:
-    """One step without decay: each matrix moves by lr times a nearly orthogonal one; the others move by AdamW."""
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_others() -> None:
+    """`check_muon` compares the steps of the matrices with loops. AdamW's first step is the sign of the gradient."""
     rng = np.random.default_rng(0)
     shapes = {"w_in": (3, 6, 4), "router": (6, 3), "qkv": (6, 6), "scale": (6,)}
     params = {"blocks": {0: {name: jnp.asarray(rng.normal(size=s)) for name, s in shapes.items()}}}
@@ -129,19 +100,9 @@ def test_muon_takes_the_matrices_of_the_blocks_and_orthogonalises_each_expert_al
     )
     grads = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), p.dtype), params)
     updates = optimizer.update(grads, optimizer.init(params), params, step=0)[0]
-    # AdamW's first step is the sign of the gradient.
     for moved, gradient in (
         (updates["embedding"], grads["embedding"]),
         (updates["blocks"][0]["router"], grads["blocks"][0]["router"]),
         (updates["blocks"][0]["scale"], grads["blocks"][0]["scale"]),
     ):
         np.testing.assert_allclose(moved, -0.1 * np.sign(gradient), rtol=1e-4)
-    matrices = [*zip(updates["blocks"][0]["w_in"], grads["blocks"][0]["w_in"], strict=True)]
-    for moved, gradient in [*matrices, (updates["blocks"][0]["qkv"], grads["blocks"][0]["qkv"])]:
-        u, _, v = np.linalg.svd(np.asarray(gradient), full_matrices=False)
-        # In the basis of the gradient's singular vectors the step is diagonal, of entries near 1 (Jordan et al. 2024
-        # report 0.7 to 1.2 for five iterations).
-        core = u.T @ np.asarray(moved) @ v.T / -0.5
-        np.testing.assert_allclose(core, np.diag(np.diag(core)), atol=0.02)
-        assert (np.diag(core) > 0.5).all()
-        assert (np.diag(core) < 1.3).all()

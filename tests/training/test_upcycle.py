@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from moe_jax.training.initial_weights import copy_dense_params
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
-from tests.support import saved_run, tiny
+from tests.support import tiny
 from tests.support.saved_run import resuming
 
 
@@ -68,12 +67,6 @@ def test_the_mixture_is_the_dense_function(changes: dict[str, Any], float64: Non
 
 
 # Whole runs
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
-        yield
 
 
 @pytest.fixture(scope="module")

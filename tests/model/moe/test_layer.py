@@ -1,6 +1,5 @@
 """The MoE layer: every way to bring tokens to experts is one function, with one gradient."""
 
-import functools
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from moe_jax.model.moe.layer import (
 )
 from moe_jax.model.moe.router import route
 from moe_jax.model.transformer import create, merge
-from tests.support import checks, oracles, tiny
+from tests.support import oracles, tiny
 from tests.support.one_hot import OneHotMoE
 from tests.support.programs import scatter_adds_of_floats
 
@@ -117,17 +116,6 @@ def assert_equal_functions(one, other) -> None:
     assert max(errors.values()) < 1e-12, errors
 
 
-@pytest.mark.parametrize(("activation", "top_k"), [("swiglu", 2), ("gelu", 1)])
-def test_slots_and_one_hot_masks_are_the_plain_form_under_drops(activation: str, top_k: int, float64: None) -> None:
-    config = layer_config(activation, top_k)
-    params = ffn_params(config)
-    function, kept = plain(config, params)
-    assert 0.2 < kept <= 0.5
-    expected = forward_and_gradients(function, params)
-    assert_equal_functions(forward_and_gradients(of_layer(config), params), expected)
-    assert_equal_functions(forward_and_gradients(of_layer(config, moe=OneHotMoE), params), expected)
-
-
 def test_all_forms_are_one_function_without_drops(float64: None) -> None:
     config = layer_config(factor=float(E))
     params = ffn_params(config)
@@ -214,55 +202,7 @@ def test_blocks_of_evaluation_have_room_for_half_as_much_again() -> None:
     assert [inference_block_rows(pairs, 16) for pairs in (256, 258, 4096, 40, 4)] == [24, 32, 384, 8, 4]
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
-@pytest.mark.parametrize("top_k", [1, 3])
-def test_float32_layer_with_drops_against_loops(activation: str, top_k: int) -> None:
-    checks.check_layer_with_drops(activation, top_k)
-
-
-def test_permuting_experts_permutes_nothing_else(float64: None) -> None:
-    config = layer_config()
-    params = ffn_params(config)
-    order = jnp.array([2, 0, 3, 1])
-    permuted = {
-        "router": params["router"][:, order],
-        "experts": {name: w[order] for name, w in params["experts"].items()},
-    }
-    y, gradients = forward_and_gradients(of_layer(config), params)
-    y_permuted, gradients_permuted = forward_and_gradients(of_layer(config), permuted)
-    np.testing.assert_allclose(y_permuted, y, atol=1e-13)
-    np.testing.assert_allclose(gradients_permuted["x"], gradients["x"], atol=1e-12)
-    np.testing.assert_allclose(gradients_permuted["router"], gradients["router"][:, order], atol=1e-12)
-    for name, gradient in gradients["experts"].items():
-        np.testing.assert_allclose(gradients_permuted["experts"][name], gradient[order], atol=1e-12)
-
-
 # Plans with drops: token 1's second choice, both of token 2's and the invalid token 3's have no row.
-
-
-@functools.lru_cache
-def plans() -> list[d.Plan]:
-    logits = np.full((1, 4, 3), 0.0, np.float32)
-    logits[0, :3] = [[5, 4, 0], [4, 0, 5], [0, 5, 4]]  # experts A B | C A | B C, one slot each: the worked case
-    logits[0, 3, 0] = np.nan
-    routing = route(jnp.asarray(logits), 2)
-    return [d.Capacity(1).plan(routing), d.Blocks(2).plan(routing)[0]]
-
-
-def test_dropped_pairs_give_and_get_exactly_nothing() -> None:
-    plan = plans()[0]
-    rng = np.random.default_rng(0)
-    x, rows = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((1, 4, 5), (3, 1, 1, 5)))
-    gate = jnp.asarray(np.where(plan.keep, 0.5, np.nan), jnp.float32)  # whatever a dropped gate holds
-    y, pull = jax.vjp(lambda r, g: d.combine(d.gated(r, d.row_gates(g, plan)), plan), rows, gate)
-    assert (np.asarray(y[0, 2:]) == 0).all()
-    assert np.isfinite(y).all()
-    d_rows, d_gate = pull(jnp.ones_like(y))
-    assert (np.asarray(d_gate)[~np.asarray(plan.keep)] == 0).all()
-    assert np.isfinite(d_rows).all()
-    d_x = jax.vjp(lambda x: d.dispatch(x, plan), x)[1](jnp.ones_like(rows))[0]
-    # Token 0 fills two rows, token 1 one, tokens 2 and 3 none.
-    assert d_x[0, :, 0].tolist() == [2, 1, 0, 0]
 
 
 @pytest.mark.parametrize("dispatch", ["capacity", "blocks"])

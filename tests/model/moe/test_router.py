@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_jax.model.moe import dispatch as d
-from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.moe.router import Routing, route, router_logits
 from tests.support import oracles
 
@@ -46,9 +45,6 @@ class Plans(NamedTuple):
     blocks: d.Plan
     further_expert: jax.Array
     blocks_used: jax.Array
-    balance: jax.Array
-    load: jax.Array
-    z: jax.Array
 
 
 @functools.lru_cache
@@ -59,18 +55,15 @@ def compiled(shape: Shape):
             routing,
             d.Capacity(shape.capacity).plan(routing),
             *d.Blocks(shape.block).plan(routing),
-            balance_loss(routing),
-            expert_load(routing),
-            z_loss(routing),
         )
 
     return jax.jit(run)
 
 
 @st.composite
-def cases(draw, broken: bool):
+def cases(draw):
     shape = draw(st.sampled_from(SHAPES))
-    elements = VALUES | st.just(float("nan")) if broken else VALUES
+    elements = VALUES | st.just(float("nan"))
     logits = draw(hnp.arrays(np.float32, (shape.batch, shape.tokens, shape.experts), elements=elements))
     return shape, logits
 
@@ -87,8 +80,8 @@ def assert_inverse(plan: d.Plan) -> None:
         assert pair.tolist() == expected.tolist()
 
 
-@settings(max_examples=500, deadline=None)
-@given(cases(broken=True))
+@settings(max_examples=150, deadline=None)
+@given(cases())
 def test_routing_and_plans(case: tuple[Shape, np.ndarray]) -> None:
     shape, logits = case
     plans = compiled(shape)(logits)
@@ -130,16 +123,6 @@ def test_routing_and_plans(case: tuple[Shape, np.ndarray]) -> None:
     # Blocks that hold nothing come last, except an expert's first.
     held = np.flatnonzero((np.asarray(plans.blocks.pair) < pairs).any((1, 2)))
     assert plans.blocks_used == max(shape.experts, *(held + 1), 0)
-
-
-@given(cases(broken=False))
-def test_auxiliary_losses(case: tuple[Shape, np.ndarray]) -> None:
-    shape, logits = case
-    plans = compiled(shape)(logits)
-    wide = logits.astype(np.float64)
-    np.testing.assert_allclose(plans.balance, oracles.balance_loss(wide, shape.top_k), rtol=1e-5)
-    np.testing.assert_allclose(plans.z, oracles.z_loss(wide), rtol=1e-5, atol=1e-12)
-    np.testing.assert_allclose(np.asarray(plans.load).sum(-1), 1, rtol=1e-6)
 
 
 def test_equal_logits_go_to_the_lower_index() -> None:
@@ -185,52 +168,3 @@ def test_the_router_is_at_least_float32(given_: str, expected: str) -> None:
     assert logits.dtype == expected
     assert logits[0, 0, 1] - logits[0, 0, 0] == 1 / 512
     assert route(logits, 1).expert_index.tolist() == [[[1]]]
-
-
-def test_the_router_is_float64_where_parameters_are(float64: None) -> None:
-    logits = router_logits(jnp.ones((1, 1, 2), "float64"), jnp.ones((2, 2), "float64"))
-    assert logits.dtype == route(logits, 1).gate.dtype == "float64"
-
-
-def test_plain_gates_are_the_probabilities_of_the_chosen() -> None:
-    """Logits ln 6, ln 3, ln 1: p = .6, .3, .1. Divided by their sum the first two are 2/3 and 1/3."""
-    logits = jnp.log(jnp.array([[[6.0, 3.0, 1.0]]]))
-    np.testing.assert_allclose(route(logits, 2, renormalise=False).gate, [[[0.6, 0.3]]], rtol=1e-6)
-    np.testing.assert_allclose(route(logits, 2).gate, [[[2 / 3, 1 / 3]]], rtol=1e-6)
-    for renormalise in (False, True):
-        np.testing.assert_allclose(route(logits, 1, renormalise=renormalise).gate, [[[0.6]]], rtol=1e-6)
-
-
-@pytest.mark.parametrize("renormalise", [True, False])
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_route_gradient(top_k: int, renormalise: bool, float64: None) -> None:
-    """Of the gates and of the full softmax at once, against central differences; margins keep the choice."""
-    rng = np.random.default_rng(top_k)
-    logits = np.stack([rng.permutation([0.1, 0.9, -0.7, 1.6]) for _ in range(3)])[None]
-    of_gate, of_probs = rng.normal(size=(1, 3, top_k)), rng.normal(size=(1, 3, 4))
-
-    def scalar(z):
-        routing = route(z, top_k, renormalise=renormalise)
-        return (routing.gate * of_gate).sum() + (routing.probs * of_probs).sum()
-
-    gradient = jax.grad(scalar)(jnp.asarray(logits))
-    step = 1e-6
-    for index in np.ndindex(logits.shape):
-        up, down = logits.copy(), logits.copy()
-        up[index] += step
-        down[index] -= step
-        difference = (scalar(jnp.asarray(up)) - scalar(jnp.asarray(down))) / (2 * step)
-        np.testing.assert_allclose(gradient[index], difference, atol=1e-8)
-
-
-def test_balance_gradient_pushes_down_the_loaded_expert(float64: None) -> None:
-    """d loss / d z_te = E / T * p_te (f_e - sum_j f_j p_tj): f has no gradient, the softmax has."""
-    logits = np.random.default_rng(0).normal(size=(1, 6, 4))
-    gradient = jax.grad(lambda z: balance_loss(route(z, 2)))(jnp.asarray(logits))
-    f = np.zeros(4)
-    for z in logits[0]:
-        for e in oracles.choose(z, 2):
-            f[e] += 1 / 12
-    for t, z in enumerate(logits[0]):
-        p = oracles.softmax(z)
-        np.testing.assert_allclose(gradient[0, t], 4 / 6 * p * (f - f @ p), atol=1e-12)
