@@ -117,25 +117,6 @@ def test_the_numbers_are_those_of_the_data(opened: Opened) -> None:
     assert opened.said == []
 
 
-def narrow(browser: Any, written: Path, out: Path, mean: list[float]) -> Opened:
-    """The table of as many experts as `mean` has changes of the loss, on the screen of a phone."""
-    from moe_jax.inspection.report import render
-
-    data, count = json.loads(page_data(written)), len(mean)
-    n, found = len(data["text"]["pieces"]), data["ablation"]
-    data["model"]["experts"], data["corpus"] = count, None
-    for layer in range(LAYERS):
-        data["routing"]["prob"][layer] = [1 / count] * (count * n)
-        found["change"][layer] = [[0] * len(found["loss"]) for _ in range(count)]
-        found["mean"][layer] = mean
-        found["stories"][layer] = [found["story"]] * count
-    out.write_text(render(data), encoding="utf-8")
-    opened = Opened(browser, out, viewport={"width": 420, "height": 800})
-    opened.page.locator("#ablation").scroll_into_view_if_needed()
-    opened.page.locator("#off-grid .cell").first.wait_for(state="attached")
-    return opened
-
-
 def test_without_an_ablation_the_reason_is_said(browser: Any, written: Path, tmp_path: Path) -> None:
     from moe_jax.inspection.report import render
 

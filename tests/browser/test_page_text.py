@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.browser.opened import HOSTILE, LAYERS, E, K, Opened, page_data
+from tests.browser.opened import HOSTILE, E, K, Opened, page_data
 
 
 def assert_coloured_by(opened: Opened, layer: int) -> None:
@@ -32,10 +32,6 @@ def assert_coloured_by(opened: Opened, layer: int) -> None:
     assert 0 < sum(keep) < len(keep), "the case has drops and choices that were kept"
 
 
-def test_tokens_are_coloured_by_the_experts_of_the_json(opened: Opened) -> None:
-    assert_coloured_by(opened, 0)
-
-
 def test_the_slider_and_the_keys_change_the_layer(opened: Opened) -> None:
     opened.page.locator("#layer").focus()
     opened.page.keyboard.press("ArrowRight")
@@ -47,8 +43,7 @@ def test_the_slider_and_the_keys_change_the_layer(opened: Opened) -> None:
     assert_coloured_by(opened, 0)
 
 
-@pytest.mark.parametrize("reach", ["hover", "focus"])
-@pytest.mark.parametrize("layer", range(LAYERS))
+@pytest.mark.parametrize(("layer", "reach"), [(0, "hover"), (1, "focus")])
 def test_hover_and_focus_show_gates_slots_and_the_reason_of_a_drop(opened: Opened, layer: int, reach: str) -> None:
     opened.page.locator("#layer").fill(str(layer))
     routing, capacity = opened.data["routing"], opened.data["model"]["capacity"]

@@ -12,8 +12,7 @@ from tests.browser.opened import LAYERS, E, K, Opened, page_data
 from tests.support import saved_run
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
 def test_nothing_is_loaded_nothing_fails_nothing_overflows(
     browser: Any, written: Path, width: int, scheme: str
 ) -> None:

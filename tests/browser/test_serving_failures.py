@@ -86,12 +86,3 @@ def test_the_key_is_asked_for_once_and_kept_for_this_tab(browser: Any, says: Sta
     served.ready()
     assert not served.page.locator("#key-row").is_visible()
     served.page.close()
-
-
-SLOW_MODEL = """
-  const real = window.fetch;
-  window.fetch = async (path, options) => {
-    if (`${path}`.endsWith("v1/models")) await new Promise((done) => { setTimeout(done, 500); });
-    return real(path, options);
-  };
-"""

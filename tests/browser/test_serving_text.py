@@ -76,7 +76,7 @@ def test_the_bars_hold_the_shares_of_the_choices(served: Served) -> None:
     assert even == pytest.approx(100 / E / top)
 
 
-@pytest.mark.parametrize("reach", ["hover", "focus", "click"])
+@pytest.mark.parametrize("reach", ["hover", "focus"])
 def test_a_card_says_experts_gates_probability_and_the_likeliest_others(served: Served, reach: str) -> None:
     served.write()
     ids = served.ids()

@@ -79,7 +79,7 @@ def test_all_text_stands_out_from_its_ground(browser: Any, says: StandIn, scheme
     served.page.close()
 
 
-@pytest.mark.parametrize("width", [420, 320, 1280])
+@pytest.mark.parametrize("width", [320, 1280])
 def test_nothing_is_wider_than_the_window(browser: Any, says: StandIn, width: int) -> None:
     """With a word without end, a card, and a former text."""
     says.writes = [" a", " W" + "o" * 90 + "rd", " kite", "."]

@@ -52,7 +52,7 @@ def test_transformers_reads_the_same_ids(kind: str, text: str, runs: dict[str, P
 
 @pytest.mark.interop
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
-@settings(max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=TEXTS)
 @example(text="")
 @example(text="\x00\x00 \x00")
@@ -172,7 +172,7 @@ def ids(tokenizer: Any, chat: list[Message], prompt: bool) -> list[int]:
 def test_transformers_makes_the_same_ids(exported: tuple[Tokenizer, Path]) -> None:
     ours, tokenizer = exported[0], theirs(exported[1])
 
-    @settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
     @given(CHATS)
     def check(chat: list[Message]) -> None:
         assert ids(tokenizer, chat, prompt=True) == answer_prompt(ours, chat)

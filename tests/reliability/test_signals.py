@@ -37,7 +37,7 @@ def newest(out: Path) -> int | None:
     return None if found is None else found.step
 
 
-@pytest.mark.parametrize(("number", "echo"), [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGINT, True)])
+@pytest.mark.parametrize(("number", "echo"), [(signal.SIGTERM, False), (signal.SIGINT, True)])
 def test_the_first_signal_saves_the_step(number: int, echo: bool, text: Path, cache: Path, tmp_path: Path) -> None:
     """An echo is not a second signal: a terminal and `uv run` both pass on one Ctrl-C."""
     out = tmp_path / "run"
@@ -54,7 +54,10 @@ def test_the_first_signal_saves_the_step(number: int, echo: bool, text: Path, ca
     assert f"stopped at step {newest(out)}, which is saved" in printed
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU])
+NIGHT = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, *(pytest.param(number, marks=pytest.mark.slow) for number in NIGHT)])
 def test_signals_of_schedulers_and_terminals_save_the_step(
     number: int, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -89,7 +92,7 @@ def test_a_hangup_that_was_ignored_stays_ignored(text: Path, cache: Path, tmp_pa
     assert logged(out) == 40
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
 def test_a_stopped_run_ends_like_one_that_was_not(
     seed: int, text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:

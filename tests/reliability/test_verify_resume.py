@@ -16,7 +16,7 @@ from tests.reliability import runs
 pytestmark = pytest.mark.reliability
 
 
-@pytest.mark.parametrize("kill", [min, max], ids=["first", "last"])
+@pytest.mark.parametrize("kill", [min, pytest.param(max, marks=pytest.mark.slow)], ids=["first", "last"])
 def test_it_passes_wherever_it_kills(
     kill: Callable[[range], int],
     text: Path,
@@ -44,7 +44,7 @@ def alive(process: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_leaves_nothing_behind(
     number: int, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
