@@ -100,10 +100,6 @@ def shapes(folder: Path) -> None:
     reseal(folder, lambda m: m["leaves"].update({name: [[2**40], "float32", "0"] for name in m["leaves"]}))
 
 
-def odd_leaves(folder: Path) -> None:
-    reseal(folder, lambda m: m["leaves"].update({n: [[-1, 3], "O", "0"] for n in m["leaves"]}))
-
-
 def stored_shapes(folder: Path) -> None:
     """The manifest is as it should be, and orbax's own files speak of 2^40 numbers."""
     wanted = manifest.read(folder)["leaves"]
@@ -149,14 +145,6 @@ def not_json(folder: Path) -> None:
     reseal(folder)
 
 
-def text_for_progress(folder: Path) -> None:
-    reseal(folder, lambda m: m.update(context="__import__('os')", step="0", elapsed=[]))
-
-
-def no_version(folder: Path) -> None:
-    reseal(folder, lambda m: m.update(version=None))
-
-
 def large_chunk(folder: Path) -> None:
     """A chunk of [2^25, 4] numbers takes 512 MB, and 119 kB on the disk."""
     import tensorstore
@@ -173,8 +161,8 @@ def large_chunk(folder: Path) -> None:
 
 
 MADE = [
-    deep, huge, many, pickles, names_outside, linked_file, linked_folder, linked_checkpoint, pipe, shapes, odd_leaves,
-    stored_shapes, large_chunk, missing_chunk, odd_metadata, not_json, text_for_progress, no_version,
+    deep, huge, many, pickles, names_outside, linked_file, linked_folder, linked_checkpoint, pipe, shapes,
+    stored_shapes, large_chunk, missing_chunk, odd_metadata, not_json,
 ]  # fmt: skip
 
 

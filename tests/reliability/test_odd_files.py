@@ -16,7 +16,7 @@ from moe_jax.runs.doctor import examine
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import open_run
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.runs.records import last_train_record, read_metrics
+from moe_jax.runs.records import last_train_record, read_metrics, read_summary
 from moe_jax.system.files import Folder
 from moe_jax.training.counters import RunCounters
 from moe_jax.training.session import check_same_data_and_model
@@ -49,23 +49,25 @@ ODD_LINES = {
 }
 
 
-@pytest.mark.parametrize("odd", ODD_LINES)
-def test_an_odd_line_of_metrics_stops_nothing(odd: str, run: Path) -> None:
-    path = run / "metrics.jsonl"
+def test_odd_lines_of_metrics_stop_nothing(run: Path) -> None:
+    """Each line alone is left out, and all together are."""
+    path, every = run / "metrics.jsonl", list(ODD_LINES.values())
     lines = path.read_bytes().splitlines()
-    path.write_bytes(b"\n".join([*lines[:2], ODD_LINES[odd], *lines[2:], ODD_LINES[odd]]) + b"\n")
     whole = [json.loads(line) for line in lines]
-    assert read_metrics(run) == {s: [r for r in whole if r["split"] == s] for s in ("train", "val")}
+    for odd in [*([line] for line in every), every]:
+        path.write_bytes(b"\n".join([*lines[:2], *odd, *lines[2:], *odd]) + b"\n")
+        assert read_metrics(run) == {s: [r for r in whole if r["split"] == s] for s in ("train", "val")}
     assert {f.what: f.state for f in examine(run, repair=False)}["metrics.jsonl"] == "damaged"
     RunFolder(run).truncate_logs_after(30, 30)
     assert path.read_bytes().splitlines() == [line for line in lines if json.loads(line)["step"] <= 30]
-    path.write_bytes(b"\n".join([*lines, ODD_LINES[odd]]))
-    assert last_train_record(Folder(run))["step"] == saved_run.STEP
+    for odd in every:
+        path.write_bytes(b"\n".join([*lines, odd]))
+        assert last_train_record(Folder(run))["step"] == saved_run.STEP
     assert {f.what: f.state for f in examine(run, repair=True)}["metrics.jsonl"] == "repaired"
     assert path.read_bytes().splitlines() == lines
 
 
-@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
+@pytest.mark.parametrize("value", ["NaN", "1e999"])
 def test_numbers_that_are_not_finite_do_not_reach_the_page(value: str, run: Path) -> None:
     """JSON has no NaN: a browser refused the whole page."""
     with (run / "metrics.jsonl").open("a") as file:
@@ -93,10 +95,11 @@ def test_endless_metrics_are_refused_at_once(run: Path) -> None:
     assert last_train_record(Folder(run)) == {}
 
 
-@pytest.mark.parametrize("text", ["[]", "null", '"text"', "[" * 200_000, "{", '{"val_bits_per_byte": "low"}', "\xff"])
-def test_an_odd_summary_is_as_none(text: str, run: Path, tmp_path: Path, monkeypatch) -> None:
-    (run / "summary.json").write_text(text, encoding="latin-1")
-    assert _Metrics(run).floor("nats per token") is None
+def test_an_odd_summary_is_as_none(run: Path, tmp_path: Path, monkeypatch) -> None:
+    for text in ("[]", "null", '"text"', "[" * 200_000, "{", "\xff", '{"val_bits_per_byte": "low"}'):
+        (run / "summary.json").write_text(text, encoding="latin-1")
+        assert _Metrics(run).floor("nats per token") is None
+        assert isinstance(read_summary(run), dict)
     monkeypatch.setattr("moe_jax.inspection.report.compiled_layer", lambda *_: None)
     monkeypatch.setattr("moe_jax.inspection.report.corpus_routing", lambda *_: None)
     write_report(run, tmp_path / "page.html", text="Once")
@@ -134,10 +137,9 @@ def test_an_odd_config_is_refused_and_repaired(odd: str, run: Path) -> None:
         if odd.startswith("schema 1"):
             document["model"] = "text"
         path.write_text(json.dumps(document))
-    for opening in (load_config, open_run):
-        with pytest.raises((UserError, ConfigError), match=r"config\.json|--") as caught:
-            opening(run)
-        one_line(caught.value)
+    with pytest.raises((UserError, ConfigError), match=r"config\.json|--") as caught:
+        open_run(run)
+    one_line(caught.value)
     assert {f.what: f.state for f in examine(run, repair=False)}["config.json"] == "damaged"
     assert {f.what: f.state for f in examine(run, repair=True)}["config.json"] == "repaired"
     assert load_config(run) == expected
@@ -206,7 +208,6 @@ def test_an_odd_manifest_with_a_right_digest(odd: str, run: Path) -> None:
     store = CheckpointStore(run, say=said.append)
     for use in (
         lambda: open_run(run),
-        lambda: open_run(run, 40),
         lambda: [check_same_data_and_model(c, config, _Text()) for c in store.list()],
         lambda: store.best(),
         lambda: [f.detail for f in examine(run, repair=False)],
