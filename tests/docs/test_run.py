@@ -1,7 +1,9 @@
-"""Every line of code in README and docs is run, on a tiny run that stands for the real one."""
+"""Every line of code in README and docs is run, on a tiny run that stands for the real one.
 
-import subprocess
-import sys
+One process runs them all, one after the other.
+"""
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ NOT_RUN = {
     "pytest": "is what runs this",
     "python -m foundation": "takes minutes; tests/foundation runs the same checks",
     "moe_jax serve": "does not end by itself; tests/reliability/test_serve.py runs it",
-    "certify --mesh": "needs eight devices; tests/parallel tests the same claims",
+    "certify": "takes minutes; tests/reliability/test_terminal.py runs it, and tests/parallel tests a mesh",
     "--num-processes": "needs a second process; tests/parallel/test_processes.py runs two",
     "benchmark.py": "takes minutes; tests/benchmarks runs each suite on a tiny model",
     "verify-resume": "takes a minute; tests/reliability/test_verify_resume.py runs it",
@@ -32,41 +34,35 @@ NOT_RUN = {
 PYTHON = [block for page in PAGES for block in blocks(page) if block.kind == "python"]
 
 
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+@pytest.fixture(scope="module")
+def printed(workplace: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., str]]:
+    """`printed(words, place)`: what a command prints in a folder. It must succeed."""
+    with runs.Commands(tmp_path_factory.mktemp("cache")) as commands:
 
+        def run(words: list[str], place: Path = workplace) -> str:
+            done = commands.run(words, place, "A cat\n")
+            assert done.returncode == 0, done.stderr
+            return done.stdout
 
-def run(words: list[str], place: Path, cache: Path) -> str:
-    """What a command prints. It must succeed."""
-    done = subprocess.run(
-        [sys.executable, *words],
-        cwd=place,
-        env=runs.environment(cache),
-        input="A cat\n",
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+        yield run
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=[f"{b.page}-{i}" for i, b in enumerate(PYTHON)])
-def test_python(block: Block, workplace: Path, cache: Path) -> None:
-    assert run(["-c", block.code], workplace, cache).strip()
+def test_python(block: Block, printed: Callable[..., str]) -> None:
+    assert printed(["-c", block.code]).strip()
 
 
 @pytest.mark.parametrize("line", [line for line in COMMAND_LINES if not any(part in line for part in NOT_RUN)])
-def test_command(line: str, workplace: Path, cache: Path, tmp_path: Path) -> None:
-    """A command on a run is run whole. Training is run as `--dry-run`, where the settings are resolved and sized."""
-    words = words_of(line)
+def test_command(line: str, workplace: Path, printed: Callable[..., str], tmp_path: Path) -> None:
+    """A command on a run is run whole, `sft` for four steps. Training is run as `--dry-run`, where the settings are
+    resolved and sized."""
+    words = [*words_of(line), *(["--steps", "4"] if " sft " in line else [])]
     if words[0] == "train.py":
         place = workplace if COMMAND_LINES[line] else tmp_path
-        assert "dry run" in run([str(runs.ROOT / "train.py"), *words[1:], "--dry-run"], place, cache)
+        assert "dry run" in printed([str(runs.ROOT / "train.py"), *words[1:], "--dry-run"], place)
     else:
         script = [str(runs.ROOT / words[1])] if words[1].startswith("benchmarks/") else words[1:2]
-        assert run([*script, *words[2:]], workplace, cache).strip()
+        assert printed([*script, *words[2:]]).strip()
 
 
 def test_each_reason_is_needed() -> None:

@@ -42,16 +42,19 @@ def test_two_processes_on_one_folder_and_a_killed_one(
     assert runs.result(out) == whole[1]
 
 
-def test_a_read_only_disk(text: Path, whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path) -> None:
+def test_a_read_only_disk(
+    text: Path, whole: tuple[Path, dict[str, Any]], commands: runs.Commands, tmp_path: Path
+) -> None:
     """A run there can be looked at and made to tell stories. To go on with it, or to begin one, is refused at once."""
     disk = tmp_path / "disk"
     with small_disk(disk, 2**26):
         shutil.copytree(whole[0], disk / "run")
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-        looked = runs.complete(["doctor", "--run", str(disk / "run")], cache, runs.COMMANDS)
-        told = runs.complete(["generate", "--run", str(disk / "run"), "--max-tokens", "5"], cache, runs.COMMANDS)
-        more = runs.complete(["--out", str(disk / "run"), "--resume", "--steps", "14"], cache)
-        new = runs.complete(runs.flags(text, disk / "new"), cache)
+        saved, train = str(disk / "run"), str(runs.ROOT / "train.py")
+        looked = commands.run(["-m", "moe_jax", "doctor", "--run", saved], tmp_path)
+        told = commands.run(["-m", "moe_jax", "generate", "--run", saved, "--max-tokens", "5"], tmp_path)
+        more = commands.run([train, "--out", saved, "--resume", "--steps", "14"], tmp_path)
+        new = commands.run([train, *runs.flags(text, disk / "new")], tmp_path)
     assert looked.returncode == 0, looked.stdout + looked.stderr
     assert told.returncode == 0, told.stderr
     for refused in (more, new):
@@ -79,16 +82,7 @@ def test_nothing_is_written_outside_the_run_and_the_caches(
     assert {p.name for p in tmp_path.iterdir()} == {"home", "cache", "tmp", "run"}
 
 
-OTHER = {
-    "model.width": 32,
-    "model.layers": 2,
-    "model.kv_heads": 2,
-    "model.norm": "layernorm",
-    "model.tied_head": False,
-    "routing.top_k": 1,
-    "routing.capacity_factor": 1.75,
-    "routing.renormalise_gates": False,
-}
+OTHER = {"model.width": 32, "model.norm": "layernorm", "routing.capacity_factor": 1.75}
 """Settings that somebody wrote into config.json."""
 
 

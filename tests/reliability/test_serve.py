@@ -50,20 +50,20 @@ def test_clients_that_vanish_leave_no_slot_behind(served: Served) -> None:
         assert len(os.listdir(f"/proc/{served.process.pid}/fd")) <= before + 3
 
 
-def test_a_port_in_use_is_one_line(served: Served, cache: Path) -> None:
+def test_a_port_in_use_is_one_line(served: Served, commands: runs.Commands) -> None:
     port = str(served.port)
-    finished = runs.complete(["serve", "--run", str(served.run), "--port", port], cache, runs.COMMANDS)
+    finished = commands.run(["-m", "moe_jax", "serve", "--run", str(served.run), "--port", port], served.run)
     assert (finished.returncode, finished.stdout) == (1, "")
     assert finished.stderr == f"error: --port {port}: is in use on 127.0.0.1; give another, or 0 for a free one\n"
 
 
-def test_another_host_needs_a_key(served: Served, cache: Path) -> None:
-    finished = runs.complete(["serve", "--run", str(served.run), "--host", "0.0.0.0"], cache, runs.COMMANDS)
+def test_another_host_needs_a_key(served: Served, commands: runs.Commands) -> None:
+    finished = commands.run(["-m", "moe_jax", "serve", "--run", str(served.run), "--host", "0.0.0.0"], served.run)
     assert (finished.returncode, finished.stdout) == (2, "")
     assert "give an --api-key" in finished.stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_ends_streams_with_a_last_event(
     number: signal.Signals, whole: tuple[Path, dict[str, Any]], cache: Path
 ) -> None:
