@@ -1,7 +1,8 @@
 """Every command on a terminal of 80 columns: no line is wider, and something is shown before the work is done."""
 
+import importlib.util
+import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,15 +13,6 @@ from tests.reliability import runs, terminal
 
 pytestmark = pytest.mark.reliability
 
-ARGUMENTS = {
-    "generate": ["--prompt", "Once upon a time a dragon met a cat", "--max-tokens", "60"],
-    "evaluate": [],
-    "inspect": [],
-    "doctor": [],
-    "plot": [],
-    "export": ["--out", "exported"],
-}
-"""Commands that open a run, with what they need beside it."""
 FIRST_SIGN = {
     "generate": "loading",
     "evaluate": "loading",
@@ -49,12 +41,44 @@ def check(name: str, shown: bytes) -> None:
         assert FIRST_SIGN[name] in first
 
 
-@pytest.mark.parametrize("name", ARGUMENTS)
-def test_a_command_that_opens_a_run(name: str, whole: tuple[Path, dict], cache: Path) -> None:
-    command = [sys.executable, "-m", "moe_jax", name, "--run", str(whole[0]), *ARGUMENTS[name]]
-    status, shown = terminal.show(command, cache)
-    assert status == 0
-    check(name, shown)
+IN_TURN = """
+import json, sys
+from tests.reliability.many_commands import run
+for words in json.loads(sys.argv[1]):
+    print("the command:", words[2], flush=True)
+    assert run(words) == 0
+"""
+
+
+@pytest.fixture(scope="module")
+def shown(
+    whole: tuple[Path, dict], text: Path, cache: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
+    """Command -> what it has shown. One process in one terminal runs all of them, one after the other."""
+    out = tmp_path_factory.mktemp("terminal")
+    commands = {
+        "generate": ["--prompt", "Once upon a time a dragon met a cat", "--max-tokens", "60"],
+        "evaluate": [],
+        "inspect": [],
+        "doctor": [],
+        "export": ["--out", "exported"],
+        "certify": [],
+    }
+    if importlib.util.find_spec("matplotlib"):
+        commands["plot"] = []
+    argv = [["-m", "moe_jax", name, "--run", str(whole[0]), *more] for name, more in commands.items()]
+    argv += [["-m", "moe_jax", "presets"], ["-m", "moe_jax", "plan", "--data", str(text), "--minutes", "1"]]
+    argv += [["-m", "moe_jax", "train", *runs.flags(text, out / "run")]]
+    status, said = terminal.show([sys.executable, "-c", IN_TURN, json.dumps(argv)], cache)
+    assert status == 0, said[-2000:].decode()
+    parts = [part.partition(b"\r\n") for part in said.split(b"the command: ")[1:]]
+    return {name.decode(): after for name, _, after in parts}
+
+
+def test_every_command(shown: dict[str, bytes]) -> None:
+    assert len(shown) >= 9
+    for name, said in shown.items():
+        check(name, said)
 
 
 def test_chat_answers_and_leaves(whole: tuple[Path, dict], cache: Path) -> None:
@@ -71,27 +95,10 @@ def test_chat_answers_and_leaves(whole: tuple[Path, dict], cache: Path) -> None:
     assert b"\x1b[3" in shown
 
 
-def test_chat_in_a_pipe_answers_each_line_and_nothing_else(whole: tuple[Path, dict], cache: Path) -> None:
-    command = [sys.executable, "-m", "moe_jax", "chat", "--run", str(whole[0]), "--max-tokens", "5"]
-    answer = {"cwd": cache, "env": runs.environment(cache), "capture_output": True, "text": True, "check": False}
-    found = subprocess.run(command, input="the cat\nthe dog\n", **answer)
-    assert (found.returncode, found.stderr) == (0, "")
-    one = subprocess.run(command, input="the cat\n", **answer).stdout
+def test_chat_in_a_pipe_answers_each_line_and_nothing_else(whole: tuple[Path, dict], commands: runs.Commands) -> None:
+    command = ["-m", "moe_jax", "chat", "--run", str(whole[0]), "--max-tokens", "5"]
+    both = commands.run(command, whole[0], "the cat\nthe dog\n")
+    assert (both.returncode, both.stderr) == (0, "")
+    one = commands.run(command, whole[0], "the cat\n").stdout
     assert one.startswith("the cat")
-    assert found.stdout.startswith(one + "the dog")
-
-
-@pytest.mark.parametrize(
-    ("name", "arguments"), [("presets", []), ("plan", ["--memory", "8GB"]), ("certify", ["--preset", "nano"])]
-)
-def test_a_command_without_a_run(name: str, arguments: list[str], cache: Path) -> None:
-    status, shown = terminal.show([sys.executable, "-m", "moe_jax", name, *arguments], cache)
-    assert status == 0
-    check(name, shown)
-
-
-def test_training(text: Path, cache: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(runs.ROOT / "train.py"), *runs.flags(text, tmp_path / "run")]
-    status, shown = terminal.show(command, cache)
-    assert status == 0
-    check("train", shown)
+    assert both.stdout.startswith(one + "the dog")
