@@ -31,7 +31,7 @@ from moe_jax.config import ConfigError, DataConfig, UserError
 from moe_jax.data.baselines import ngram_probabilities, words_of
 from moe_jax.data.synthetic import stories
 from moe_jax.data.synthetic.grammar import Mention, Slot
-from moe_jax.data.synthetic.vocabulary import SLOTS
+from moe_jax.data.synthetic.stories import SLOTS
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode

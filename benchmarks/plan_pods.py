@@ -26,11 +26,11 @@ from predicted.tpu import Slice
 from moe_jax.cli.main import main
 from moe_jax.config import DataConfig, ExecutionConfig, MeshShape, ModelConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import PRESETS, with_vocabulary
+from moe_jax.model.costs import duration
 from moe_jax.planning.target import DEFAULT_GPU, Target, load_target
 from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
 from moe_jax.system.terminal import say
-from moe_jax.training.advice import duration
 
 COLUMNS = "{:>7} {:<18} {:>8} {:>6} {:>8} {:>7} {:>8} {:>10}"
 """Columns of the scaling table, 80 characters at most."""

@@ -25,12 +25,14 @@ from moe_jax.config import ConfigError, ExecutionConfig, RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.model.transformer import Params, merge
 from moe_jax.planning import search
-from moe_jax.planning.target import DEFAULT_GPU, Target, check_gpu, load_target, target_of_device
+from moe_jax.planning.target import DEFAULT_GPU, Target, check_gpu, load_target
+from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import alternate
 from moe_jax.system.terminal import working
 from moe_jax.training.loss import training_loss
 from moe_jax.training.programs import Programs
+from moe_jax.training.state import initial_params
 
 
 class Row(NamedTuple):
@@ -47,6 +49,27 @@ class Row(NamedTuple):
     def ratio(self) -> float | None:
         """Measured over predicted."""
         return ratio(self.predicted, self.measured)
+
+
+def target_of_device(device: Any) -> Target:
+    """The target for a card in this machine, read from its driver."""
+    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage], there is no public API for it
+
+    name = str(device.device_kind)
+    return Target(name, str(_jax.get_topology_for_devices([device]).target_config))
+
+
+def measured_peak(config: RunConfig) -> float:
+    """Peak memory of the first device in MiB, until the end of the second training step."""
+    device = jax.devices()[0]
+    programs = Programs.of(config, device)
+    state = programs.state(initial_params(config, jax.random.key(config.train.seed)))
+    shapes = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
+    tokens = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    for _ in range(2):
+        state, _ = programs.step(state, tokens)
+    jax.block_until_ready(state)
+    return device.memory_stats()["peak_bytes_in_use"] / MIB
 
 
 def gpu(console: Console, config: RunConfig, name: str, rounds: int) -> dict[str, Any]:
@@ -66,7 +89,7 @@ def gpu(console: Console, config: RunConfig, name: str, rounds: int) -> dict[str
     chosen = plan.config
     found: dict[str, Any] = {"card": target.name, "measured": card is not None}
     found["setting"] = {key: plan.summary(target)[key] for key in ("optimizer", "remat", "precision", "fits")}
-    peak = None if card is None else search.measured_peak(chosen)  # before anything else takes memory
+    peak = None if card is None else measured_peak(chosen)  # before anything else takes memory
     found["step_mib"] = _beside(plan.step.total, peak)
     _say_memory(console, found["step_mib"])
     rows: list[Row] = []

@@ -12,10 +12,10 @@ MUTABLE = {
     "serving.engine.Counts",
     "serving.engine._Row",
     "serving.texts.TextRequest",
-    "training.counters.RunCounters",
+    "training.state.RunCounters",
     "training.programs.RandomTokenTrainer",
     "training.session.Session",
-    "training.counters.SessionProgress",
+    "training.state.SessionProgress",
 }
 """These hold the state of something that goes on."""
 EXTRAS = {"lm_eval", "starlette", "uvicorn"}

@@ -5,8 +5,7 @@ str, bool, Literal, `int | None`, `str | None`, `list[str]` (repeated). A bool i
 --no-x. The string literal below a field is its help (`help.py`).
 
 `read` replaces the parser of argparse, which takes the value in `--lr -1e-3` for a flag, gives the value of an unknown
-flag to a positional argument, and has errors of several lines. argparse is used only for the help and to describe the
-flags to shells.
+flag to a positional argument, and has errors of several lines.
 """
 
 import dataclasses
@@ -26,7 +25,7 @@ Values = dict[tuple[str, str], Any]
 
 HINT = "--help all lists every flag"
 PATHS = {"run", "out", "upcycle", "init_from", "config", "source", "data", "file", "json", "gpu"}
-"""Fields that name a file or a folder, which a shell can complete."""
+"""Fields that name a file or a folder."""
 POSITIONAL = {"positional": True}
 """Metadata of a field that is given by its position instead of by a flag."""
 _SECTION_NO = re.compile(r"^--([a-z]+\.)no-")

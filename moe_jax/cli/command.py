@@ -1,10 +1,12 @@
-"""The base classes of commands, and their list. A command is a frozen dataclass of its arguments.
+"""The base classes of commands, their list, and what they check. A command is a frozen dataclass of its arguments.
 
 The arguments are accepted first. Only then does `execute` import what it needs, jax included. It returns the exit
 status.
 """
 
 import importlib
+import os
+import secrets
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,9 +15,18 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
-from moe_jax.config import ConfigError, holds_run
+from moe_jax.config import ConfigError, RunConfig, UserError, holds_run
 from moe_jax.config.run import missing_run
 from moe_jax.config.section import format_bound
+from moe_jax.model.costs import least_step_bytes
+from moe_jax.system.environment import (
+    GIB,
+    LEAST_ADDRESS_SPACE,
+    address_space,
+    check_limits,
+    machine_memory,
+    runs_on_cpu,
+)
 from moe_jax.system.files import Folder, json_text, step_number
 
 COMMANDS = {
@@ -28,15 +39,12 @@ COMMANDS = {
     "serve": ("serve", "Serve", "serve a trained model: OpenAI's API, and a page"),
     "evaluate": ("evaluate", "Evaluate", "measure loss, bits per byte and drops of a model on a text"),
     "inspect": ("inspect", "Inspect", "write an HTML page that shows where every token went"),
-    "presets": ("presets", "Presets", "print what each preset is for, and what it costs here"),
-    "plan": ("plan", "Plan", "find settings that fit a GPU, or a text and a memory"),
+    "plan": ("plan", "Plan", "find settings that fit a GPU, or several"),
     "export": ("export", "Export", "write a model for transformers, llama.cpp or ollama"),
     "doctor": ("inspect", "Doctor", "verify every checkpoint of a run, and repair what can be"),
-    "verify-resume": ("train", "VerifyResume", "show that a killed and resumed run loses nothing"),
     "certify": ("certify", "Certify", "test causality, arithmetic and memory of a model"),
     "plot": ("inspect", "Plot", "draw pictures of one run, or of several compared"),
     "benchmark": ("benchmark", "Benchmark", "measure what the model costs on this machine"),
-    "completion": ("help", "Completion", "print a script for completion in a shell"),
 }
 """Name -> (module, class in it, one line of help)."""
 
@@ -118,6 +126,71 @@ def check_range(flag: str, value: float, low: float, high: float) -> None:
     """Raise ConfigError unless low <= value <= high."""
     if not low <= value <= high:
         raise ConfigError(f"{flag} {value}: must be between {format_bound(low)} and {format_bound(high)}")
+
+
+# Outputs that cannot be written, and training steps that cannot be in memory
+
+
+def check_memory(config: RunConfig) -> None:
+    """Raise an error if a training step needs more memory than this machine or this process may have.
+
+    Only for a CPU: the memory of a card is planned by `moe-jax plan`.
+    """
+    check_limits()
+    if not runs_on_cpu():
+        return
+    least, memory, space = least_step_bytes(config), machine_memory(), address_space()
+    needs = (
+        f"--seq-len {config.model.seq_len}, --batch-size {config.train.batch_size}: a training step needs at least "
+        f"{least / GIB:,.1f} GiB"
+    )
+    cure = "use a smaller --seq-len, --batch-size or model"
+    if memory is not None and least > memory:
+        raise ConfigError(f"{needs}, and this machine has {memory / GIB:,.1f} GiB; {cure}, or --execution.remat")
+    if space is not None and least + LEAST_ADDRESS_SPACE > space:
+        raise UserError(
+            f"{needs}, JAX itself {LEAST_ADDRESS_SPACE / GIB:.0f} GiB, and ulimit -v {space // 1024} allows "
+            f"{space / GIB:,.1f} GiB; raise the limit, or {cure}"
+        )
+
+
+def check_out_folder(flag: str, path: str | Path) -> None:
+    """Raise ConfigError unless a folder of this name exists and can be written, or can be made."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ConfigError(f"{flag} {path}: is a file; name a folder")
+    _check_writable(flag, Path(path), Path(path))
+
+
+def check_new_folder(flag: str, path: str | Path) -> None:
+    """Raise ConfigError unless a folder of this name can be made, or is there and empty."""
+    check_out_folder(flag, path)
+    if os.path.isdir(path) and os.listdir(path):
+        raise ConfigError(f"{flag} {path}: is not empty; name a new folder")
+
+
+def check_out_file(flag: str, path: str | Path) -> None:
+    """Raise ConfigError unless a file of this name can be written, perhaps after its folder is made."""
+    if os.path.isdir(path):
+        raise ConfigError(f"{flag} {path}: is a folder; name a file")
+    if os.path.islink(path) and not os.path.exists(path):
+        raise ConfigError(f"{flag} {path}: is a link to something that does not exist; name a file")
+    _check_writable(flag, Path(path), Path(path).parent)
+
+
+def _check_writable(flag: str, path: Path, folder: Path) -> None:
+    """Try to make a folder in `folder`, or in the nearest folder above it that exists."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    draft = folder / f".{secrets.token_hex(8)}"
+    try:
+        draft.mkdir()
+        draft.rmdir()
+    except OSError as error:
+        here = "" if folder == path else f"{folder} "
+        raise ConfigError(f"{flag} {path}: {here}cannot be written ({error.strerror}); name another") from None
+
+
+# What commands print
 
 
 def print_json(result: dict[str, Any], asked: bool) -> None:

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from moe_jax.cli.checks import check_new_folder
-from moe_jax.cli.command import ModelCommand, print_json
+from moe_jax.cli.command import ModelCommand, check_new_folder, print_json
 from moe_jax.config import ConfigError, load_config
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working

@@ -1,49 +1,23 @@
-"""Help and completion: the arguments of a command, as argparse shows them and as shells complete them.
+"""Help: the commands, and the arguments of one.
 
 The help of a field is the string literal below it in the source. The source is read only for help, so other starts are
 not slower.
 """
 
-import argparse
 import ast
 import inspect
 import itertools
 import shutil
 import textwrap
 from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field
-from typing import Any, Literal
+from dataclasses import MISSING
 
-from moe_jax.cli.arguments import PATHS, POSITIONAL, Argument
-from moe_jax.cli.command import COMMANDS, Command, Group, command
+from moe_jax.cli.arguments import PATHS, Argument
+from moe_jax.cli.command import COMMANDS, Command
 
 WIDEST = 120
-_FILES = {"bash": "_shtab_compgen_files", "zsh": "_files", "tcsh": "f"}
-"""What each shell calls to complete a path, in the form of `shtab.FILE`."""
-
-
-@dataclass(frozen=True)
-class Completion(Command):
-    """Print a script that completes the commands and flags of `moe-jax` in a shell.
-
-    For bash. The first line is for this shell only, the second for all later ones:
-
-        source <(moe-jax completion bash)
-        moe-jax completion bash > ~/.local/share/bash-completion/completions/moe-jax
-    """
-
-    shell: Literal["bash", "zsh", "tcsh"] = field(metadata=POSITIONAL)
-    """The shell that reads the script."""
-
-    def execute(self) -> int:
-        import shtab
-
-        parser = argparse.ArgumentParser("moe-jax")
-        commands = parser.add_subparsers()
-        for name, (_, _, line) in COMMANDS.items():
-            _add_arguments(commands.add_parser(name, help=line, description=line), command(name).groups())
-        print(shtab.complete(parser, self.shell))
-        return 0
+INDENT = 26
+"""Columns before the help of a flag."""
 
 
 def print_commands(prog: str) -> None:
@@ -55,68 +29,52 @@ def print_commands(prog: str) -> None:
 
 
 def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
-    """The help of one command. Rare flags are shown for `--help all` only."""
+    """The help of one command. Rare flags, and the long names of the others, are shown for `--help all` only."""
     groups = kind.groups(argv)
     shown = groups if "all" in argv else [group for group in groups if not group.rare]
-    brief, width = len(shown) < len(groups), _width()
     places = "".join(f" [{a.name.upper()}]" for a in kind.arguments() if a.positional)
-    paragraphs = (inspect.getdoc(kind) or "").split("\n\n")
-    parser = argparse.ArgumentParser(
-        usage=f"{prog}{places} [--flag VALUE ...]",
-        description="\n\n".join(p if p.startswith(" ") else _filled(p, width) for p in paragraphs),
-        formatter_class=lambda prog: _Formatter(prog, 2, 30, width),
-        add_help=False,
-    )
-    _add_arguments(parser, shown, brief)
-    if brief:
-        hidden = sum(len(group.arguments) for group in groups if group.rare)
-        parser.epilog = f"{hidden} more flags set the model, the training and the devices: see --help all."
-    parser.print_help()
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Help whose lines break at spaces only: argparse would break `story-cpu` after its hyphen."""
-
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        return textwrap.wrap(text, width, break_on_hyphens=False)
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        flags = _filled(super()._format_action_invocation(action), self._width - self._current_indent)
-        return flags.replace("\n", "\n" + " " * self._current_indent)
-
-
-def _width() -> int:
-    return min(shutil.get_terminal_size().columns, WIDEST) - 2
-
-
-def _filled(text: str, width: int) -> str:
-    return textwrap.fill(text, width, break_on_hyphens=False)
-
-
-def _add_arguments(parser: argparse.ArgumentParser, groups: Sequence[Group], brief: bool = False) -> None:
-    """Add the arguments of the groups. `brief`: by their short names only."""
+    print(f"usage: {prog}{places} [--flag VALUE ...]")
+    for paragraph in (inspect.getdoc(kind) or "").split("\n\n"):
+        print("", paragraph if paragraph.startswith(" ") else _filled(paragraph), sep="\n")
     docs: dict[type, dict[str, str]] = {}
-    for title, above, arguments, _ in groups:
-        group = parser.add_argument_group(title, _filled(above, _width() - 2) or None)
+    for title, about, arguments, _ in shown:
+        print(f"\n{title}:", *([_filled(about, "  "), ""] if about else []), sep="\n")
         for a in arguments:
-            about = docs.setdefault(a.owner, field_docs(a.owner)).get(a.name, "")
-            options: dict[str, Any] = {"help": f"{about} {_choices_and_default(a)}".strip().replace("%", "%%")}
-            names = a.flags
-            if a.positional:
-                names, options["nargs"] = [a.name], "?"
-            elif a.kind is bool:
-                options["action"] = "store_true"
-                names = [name for pair in zip(a.flags, a.off_flags, strict=True) for name in pair]
-            if a.kind is not bool:
-                options |= {"metavar": _metavar(a), "choices": a.choices or None}
-            added = group.add_argument(*(names[:1] if brief else names), **options)
-            if a.name in PATHS:
-                added.complete = _FILES  # pyright: ignore[reportAttributeAccessIssue], where shtab looks for it
+            text = docs.setdefault(a.owner, field_docs(a.owner)).get(a.name, "")
+            print(_entry(a, f"{text} {_choices_and_default(a)}".strip(), brief=len(shown) < len(groups)))
+    if len(shown) < len(groups):
+        hidden = sum(len(group.arguments) for group in groups if group.rare)
+        print()
+        print(_filled(f"{hidden} more flags set the model, the training and the devices: see --help all."))
+
+
+def _entry(a: Argument, about: str, brief: bool) -> str:
+    """The names of an argument, and its help beside them, or below them if they are long."""
+    names = [a.name.upper()] if a.positional else a.flags
+    if a.kind is bool:
+        names = [name for pair in zip(a.flags, a.off_flags, strict=True) for name in pair]
+    value = "" if a.positional or a.kind is bool else f" {_metavar(a)}"
+    head = f"  {', '.join(names[:1] if brief else names)}{value}"
+    if len(head) < INDENT - 1:
+        return _filled(f"{head:<{INDENT}}{about}", after=" " * INDENT)
+    return f"{_filled(head, after='  ')}\n{_filled(about, ' ' * INDENT)}"
+
+
+def _filled(text: str, before: str = "", after: str = "") -> str:
+    """The text in lines that fit the terminal, behind `before`, and from the second line on behind `before` and
+    `after`. Lines break at spaces only, and not within `story-cpu`."""
+    width = min(shutil.get_terminal_size().columns, WIDEST) - 2
+    return textwrap.fill(
+        text,
+        width,
+        initial_indent=before,
+        subsequent_indent=before + after,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _metavar(a: Argument) -> str:
-    if a.positional:
-        return a.name.upper()
     if a.choices:
         return "NAME"
     return "PATH" if a.name in PATHS else {int: "N", float: "X", str: "TEXT"}[a.kind]

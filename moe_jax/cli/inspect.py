@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from moe_jax.cli.checks import check_out_file, check_out_folder
-from moe_jax.cli.command import Command, ModelCommand, check_run_folder
+from moe_jax.cli.command import Command, ModelCommand, check_out_file, check_out_folder, check_run_folder
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.files import Folder

@@ -1,5 +1,5 @@
 """The settings of a run. They start from a preset, a run or a model (`training/start.py`). A file changes them, then
-flags change them.
+flags change them. With `--preset auto` the preset is chosen for the text.
 
     preset = "story-cpu"                    `--config FILE.toml`: tables are sections, keys are the fields' names
 
@@ -10,17 +10,19 @@ flags change them.
 import dataclasses
 import itertools
 import tomllib
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, Values, arguments_of, perhaps, read
-from moe_jax.cli.command import Command, Group
-from moe_jax.config import SECTIONS, ConfigError, PresetName, RunConfig
+from moe_jax.cli.command import Command, Group, check_range
+from moe_jax.config import SECTIONS, ConfigError, DataConfig, PresetName, RunConfig
 from moe_jax.config.presets import PRESETS, preset
+from moe_jax.config.section import flag_of
 from moe_jax.data.corpora import check_source
 from moe_jax.system.errors import FieldError
+from moe_jax.system.terminal import working
 from moe_jax.training.start import Start, start_of
 
 OUT, PRESET, SOURCE, VOCABULARY = ("", "out"), ("", "preset"), ("data", "source"), ("model", "vocab_size")
@@ -248,3 +250,83 @@ def _entries(path: str, document: dict[str, Any]) -> Iterable[tuple[tuple[str, s
 
 def _key(section: str, name: str) -> str:
     return f"[{section}] {name}" if section else name
+
+
+# The preset and the steps for a text: `--preset auto`
+
+
+class AutoPreset(NamedTuple):
+    """What the user has typed with --preset auto, until the preset is chosen.
+
+    The arguments are accepted first, with a preset that stands in for the chosen one. The run is then like any other:
+    its config.json holds the name and the settings of a plain preset.
+    """
+
+    file: SettingsFile
+    flags: Values
+    minutes: float
+
+    @property
+    def typed(self) -> Values:
+        """The user's changes to a preset."""
+        return self.file.values | self.flags
+
+    def stand_in(self) -> Settings:
+        """The settings with the first preset that they fit. Raises ConfigError if they fit none."""
+        return next(self._fitting(PRESETS))
+
+    def choose(self) -> tuple[Settings, list[str]]:
+        """The chosen settings, and the reasons."""
+        with working("counting the tokens of the text"):
+            from moe_jax.planning import auto
+
+            source = self.typed.get(SOURCE, DataConfig.source)
+            size = auto.text_bytes(source)
+            starts = [settings.config for settings in self._fitting(auto.presets_for(source, size))]
+            chosen, reasons = auto.choose(starts, size, self.minutes, self.typed)
+        return self._resolve({PRESET: chosen.preset, auto.STEPS: chosen.train.steps}), reasons
+
+    def _fitting(self, names: Iterable[str]) -> Iterator[Settings]:
+        """The settings with each of the presets that they fit. Raises ConfigError if they fit none."""
+        refused, fits = None, False
+        for name in names:
+            try:
+                settings = self._resolve({PRESET: name})
+            except ConfigError as error:
+                refused = refused or error
+                continue
+            fits = True
+            yield settings
+        if refused is not None and not fits:
+            raise refused
+
+    def _resolve(self, planned: Values) -> Settings:
+        return resolve_settings(self.file, self.flags, {OUT: folder_for_text(self.typed)} | planned)
+
+
+def auto_preset(file: SettingsFile, flags: Values, minutes: float) -> AutoPreset | None:
+    """What the flags of `train.py` ask of --preset auto. None for another preset.
+
+    Raises ConfigError if the flags do not fit.
+    """
+    values = file.values | flags
+    if values.get(PRESET) != AUTO:
+        if minutes:
+            raise ConfigError(f"--minutes {minutes:g}: works only with --preset auto; add that, or give --steps")
+        return None
+    for name in ("resume", "upcycle", "init_from"):  # the run would not start from a preset's own shape
+        if values.get(("", name)):
+            named = f", and name the run: --out {values.get(OUT) or folder_for_text(values)}" * (name == "resume")
+            raise ConfigError(f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}{named}")
+    check_range("--minutes", minutes, 0, 1e6)
+    file = SettingsFile(file.path, _without_preset(file.values))
+    return AutoPreset(file, _without_preset(flags), minutes)
+
+
+def folder_for_text(values: Values) -> str:
+    """The folder of a run whose preset is chosen for a text, unless --out names one."""
+    return f"runs/{Path(values.get(SOURCE, DataConfig.source)).resolve().stem or 'text'}"
+
+
+def _without_preset(values: Values) -> Values:
+    return {key: value for key, value in values.items() if key != PRESET}

@@ -1,4 +1,4 @@
-"""`train.py`, `moe-jax train`, `sft` and `verify-resume`: a run from its flags to its report."""
+"""`train.py`, `moe-jax train` and `sft`: a run from its flags to its report."""
 
 import dataclasses
 import importlib.util
@@ -6,23 +6,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from moe_jax.cli.arguments import Values
-from moe_jax.cli.auto_preset import AutoPreset, auto_preset
-from moe_jax.cli.checks import check_memory, check_out_folder
-from moe_jax.cli.settings import RunCommand, Settings, SettingsFile, resolve_settings
-from moe_jax.config import ConfigError, MeshShape, RunConfig, UserError, holds_run
-from moe_jax.config.execution import ProcessGroup
-from moe_jax.config.presets import with_vocabulary
-from moe_jax.config.run import runs_beside
+from moe_jax.cli.command import check_memory, check_out_folder
+from moe_jax.cli.settings import AutoPreset, RunCommand, Settings, SettingsFile, auto_preset, resolve_settings
+from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
+from moe_jax.config.train import ProcessGroup
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal import say, working
 from moe_jax.training.start import Start
-
-if TYPE_CHECKING:
-    from moe_jax.planning.auto import Choice
 
 RUN, INIT_FROM, FORMAT, SOURCE = ("", "base"), ("", "init_from"), ("data", "format"), ("data", "source")
 
@@ -42,8 +36,6 @@ class TrainingCommand(RunCommand):
     coordinator_address: str = ""
     """HOST:PORT at which process 0 listens and the others call it, the same for all processes. `cluster` lets JAX find
     this and the two above: under SLURM, Kubernetes or Open MPI, or on a TPU pod."""
-    choice: "Choice | None" = None
-    """What --preset auto has chosen."""
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
@@ -82,7 +74,7 @@ class TrainingCommand(RunCommand):
             from moe_jax.training.session import Session
 
             session = Session.open(config, start)
-            print_run_header(session, process.notes, self.choice and self.choice.step_mib)
+            print_run_header(session, process.notes)
             train(session, process.signals)
             report(session)
         return process.status
@@ -97,9 +89,7 @@ class TrainingCommand(RunCommand):
         from moe_jax.training.header import print_dry_run
 
         say(*environment.unused_card(jax.devices()[0].platform))
-        with working("counting the tokens of the text"):
-            advice = expected_advice(config)
-        print_dry_run(config, advice)
+        print_dry_run(config)
         return 0
 
 
@@ -108,8 +98,8 @@ class Train(TrainingCommand):
     """Train a sparse mixture-of-experts language model.
 
     Settings start from a preset, or from the run or model that --resume, --upcycle or --init-from names. A file changes
-    them (--config), then flags do. --no-x turns a switch --x off. With --preset auto, the largest preset that fits your
-    text, the memory and --minutes is chosen, and the reasons are printed.
+    them (--config), then flags do. --no-x turns a switch --x off. With --preset auto, the largest preset that suits
+    your text and --minutes is chosen, and the reasons are printed.
     """
 
     takes_auto: ClassVar[bool] = True
@@ -117,14 +107,12 @@ class Train(TrainingCommand):
     minutes: float = 0.0
     """With --preset auto, chooses the number of steps for about that time. It does not stop the run; on a busy machine
     it takes longer. The speed is measured, so the number may differ from call to call. 0: as long as it takes."""
-    memory: str = ""
-    """With --preset auto, memory that training may take, such as 8GB. Three quarters of the machine's unless given."""
     auto: AutoPreset | None = None
 
     @classmethod
     def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
         """The settings; with --preset auto those that stand in until the preset is chosen."""
-        own["auto"] = auto = auto_preset(file, flags, own.get("memory", ""), own.get("minutes", 0.0))
+        own["auto"] = auto = auto_preset(file, flags, own.get("minutes", 0.0))
         return resolve_settings(file, flags) if auto is None else auto.stand_in()
 
     def execute(self) -> int:
@@ -135,12 +123,10 @@ class Train(TrainingCommand):
             raise ConfigError("--preset auto: chooses for one process; name the preset that all processes train")
         for note in environment.prepare_environment(self.settings.config.execution.deterministic):
             say(note)
-        settings, choice, _ = self.auto.choose()
+        settings, reasons = self.auto.choose()
         config = settings.config
-        if not choice.fits:
-            raise UserError(f"--preset auto: nothing fits; {choice.reasons[-1]}; give more --memory")
-        say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *choice.reasons, "")
-        return dataclasses.replace(self, settings=settings, auto=None, choice=choice).execute()
+        say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *reasons, "")
+        return dataclasses.replace(self, settings=settings, auto=None).execute()
 
 
 @dataclass(frozen=True)
@@ -174,25 +160,6 @@ class Sft(TrainingCommand):
             )
         if SOURCE not in values:
             raise ConfigError("--data: must be given, a file of conversations (.jsonl); --help lists every flag")
-
-
-@dataclass(frozen=True)
-class VerifyResume(RunCommand):
-    """Show that a killed and resumed run loses nothing on this machine.
-
-    A short run with your settings is killed and resumed. Every bit of it is compared with a run that was never stopped.
-    Both runs are in a temporary folder. The exit status is 1 if a bit differs.
-    """
-
-    interrupted: ClassVar[str] = "nothing was shown; its temporary runs are removed"
-
-    def execute(self) -> int:
-        config = self.settings.config
-        check_memory(config)
-        environment.prepare_environment(config.execution.deterministic)
-        from moe_jax.runs.verify_resume import verify_resume
-
-        return verify_resume(config)
 
 
 @dataclass
@@ -252,19 +219,6 @@ def report(session: Any) -> None:
         print_next_step(session)
 
 
-def expected_advice(config: RunConfig) -> list[str]:
-    """The advice that a run would print, by an estimate of the tokens of its text. Empty for a public data set, whose
-    size is not known before it is read, and for conversations."""
-    from moe_jax.planning.auto import bytes_per_token, text_bytes
-    from moe_jax.training.advice import advice
-
-    size = text_bytes(config.data.source) if config.data.format == "text" else None
-    if size is None:
-        return []
-    said = advice(with_vocabulary(config), round(size / bytes_per_token(config)), size)
-    return [*said, "(by an estimate of the tokens in the text)"] if said else []
-
-
 def check_run(config: RunConfig) -> None:
     """Raise ConfigError if the tracker is not installed, or if the folder holds a run and --resume is not given."""
     module = {"tensorboard": "tensorboardX"}.get(config.track, config.track)
@@ -280,8 +234,7 @@ def check_run(config: RunConfig) -> None:
 
 
 def new_run_note(run: Path) -> str:
-    """What to say if --resume finds no checkpoint in the folder. Where no run has begun, names runs nearby: the folder
-    may be mistyped."""
+    """What to say if --resume finds no checkpoint in the folder."""
     if (run / "config.json").exists():
         return f"--resume: {run} has no checkpoint yet, so its run starts again, with the settings in its config.json"
-    return f"--resume: {run} holds no run yet, so a new one starts there{runs_beside(run)}"
+    return f"--resume: {run} holds no run yet, so a new one starts there"

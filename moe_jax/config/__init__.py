@@ -4,8 +4,7 @@ The modules here import only the standard library, and modules of `system` that 
 before jax is imported. A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
-    data.py        DataConfig           train.py  TrainConfig
-    execution.py   ExecutionConfig, MeshShape, ProcessGroup: precision, devices and processes
+    train.py       DataConfig, TrainConfig, ExecutionConfig: the text, the steps, the devices; MeshShape, ProcessGroup
     run.py         RunConfig: all of them, to and from the `config.json` of a run's folder
     presets.py     the presets: named settings that a run starts from; dense baselines
     section.py     flags of fields, and the checks that name them
@@ -17,8 +16,6 @@ The alphabet of the project, used in every annotation, einsum and comment:
     E experts  K experts per token             C capacity of an expert         F hidden width of an expert
 """
 
-from moe_jax.config.data import NAMED_CORPORA, DataConfig, DataFormat, Role, TokenizerKind
-from moe_jax.config.execution import ComputeDtype, ExecutionConfig, MeshShape
 from moe_jax.config.model import (
     Activation,
     Balancing,
@@ -41,7 +38,20 @@ from moe_jax.config.run import (
     load_begun_config,
     load_config,
 )
-from moe_jax.config.train import OptimizerKind, ParamDtype, Schedule, TrainConfig
+from moe_jax.config.train import (
+    NAMED_CORPORA,
+    ComputeDtype,
+    DataConfig,
+    DataFormat,
+    ExecutionConfig,
+    MeshShape,
+    OptimizerKind,
+    ParamDtype,
+    Role,
+    Schedule,
+    TokenizerKind,
+    TrainConfig,
+)
 from moe_jax.system.errors import ConfigError, UserError
 
 __all__ = [

@@ -2,13 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 
-from moe_jax.config.data import DataConfig
-from moe_jax.config.execution import ExecutionConfig
 from moe_jax.config.model import Dense, ModelConfig, RoutingConfig
 from moe_jax.config.run import PresetName, RunConfig
-from moe_jax.config.train import TrainConfig
+from moe_jax.config.train import DataConfig, ExecutionConfig, TrainConfig
 from moe_jax.system.errors import ConfigError
 
 
@@ -151,17 +148,6 @@ PRESETS: dict[PresetName, Callable[[], RunConfig]] = {
     "max-4gb": _max_4gb,
 }
 
-
-PURPOSES: dict[PresetName, str] = {
-    "nano": "the first run: minutes on a CPU, any short text",
-    "story-cpu": "the best score in an hour of two CPU cores, tuned on 9 MB of stories",
-    "story": "AdamW and a usual shape, for a GPU or a long evening of a CPU",
-    "story-4gb": "the recipe of story-cpu, larger, for a 4 GB card",
-    "seed-158m": "158,623,744 parameters and GPT-2's vocabulary, for a 4 GB card",
-    "max-4gb": "the largest that trains on a 4 GB card",
-}
-"""What each preset is for."""
-
 FIRST_BYTES: dict[PresetName, int] = {"story-cpu": 3_000_000, "story-4gb": 200_000_000}
 """Bytes of text from which a larger preset than `nano` is suggested. `story-cpu` was tuned on 9.4 MB of TinyStories;
 the bounds themselves are a choice, not a measurement."""
@@ -177,11 +163,6 @@ def preset_for_text(size: int | None, on_cpu: bool) -> PresetName:
         if (size is None or size >= first) and not (on_cpu and name == "story-4gb"):
             chosen = name
     return chosen
-
-
-def folder_for_text(source: str) -> str:
-    """The folder of a run whose preset is chosen for a text, unless --out names one."""
-    return f"runs/{Path(source).resolve().stem or 'text'}"
 
 
 def preset(name: str) -> RunConfig:

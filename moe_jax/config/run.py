@@ -1,17 +1,14 @@
 """One run: what `train.py` is told, what `config.json` holds, and how it is read back. Standard library only."""
 
 import dataclasses
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from moe_jax.config.data import DataConfig
-from moe_jax.config.execution import ExecutionConfig, MeshShape
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.section import Section, no_flag
-from moe_jax.config.train import TrainConfig
+from moe_jax.config.train import DataConfig, ExecutionConfig, MeshShape, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError, shortened
 from moe_jax.system.files import Folder, step_number
 
@@ -245,22 +242,4 @@ def load_begun_config(run: Path) -> RunConfig | None:
 
 def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run train.py`") -> str:
     """The message for a flag whose folder holds no run."""
-    return f"{flag} {run}: no run with a complete checkpoint there{runs_beside(Path(run))}; {remedy}"
-
-
-def runs_beside(run: Path) -> str:
-    """A hint with up to three runs in the same folder, the nearest name first: "; runs there: runs/nano". Or ""."""
-    try:
-        names = [path.name for path in run.parent.iterdir() if path.is_dir()]
-    except OSError:
-        return ""
-    near = (run.with_name(name) for name in difflib.get_close_matches(run.name, names, max(1, len(names)), cutoff=0))
-    runs = [str(path) for path in near if _holds_readable_run(path)][:3]
-    return f"; runs there: {', '.join(runs)}" if runs else ""
-
-
-def _holds_readable_run(run: Path) -> bool:
-    try:
-        return holds_run(run)
-    except UserError:
-        return False
+    return f"{flag} {run}: no run with a complete checkpoint there; {remedy}"

@@ -33,8 +33,8 @@ from moe_jax.data.documents import (
     divided,
     document_starts,
     documents_of,
+    holds_plain_json,
     last_part_start,
-    other_kind,
 )
 
 LOOKED_AT = 8 << 20
@@ -61,9 +61,6 @@ class Corpus(ABC):
         """Bytes of the split's source, for a progress bar. None if unknown."""
         return None
 
-    def check_unchanged(self) -> None:  # noqa: B027, only files can change
-        """Raise UserError if the text was changed since the corpus was opened."""
-
 
 def open_corpus(data: DataConfig) -> Corpus:
     """The corpus that `data.source` names; conversations are always in files. Files without a validation file are read
@@ -77,11 +74,10 @@ def open_corpus(data: DataConfig) -> Corpus:
     if data.format == "text" and data.source in HUB:
         return HUB[data.source]
     paths = source_files(Path(data.source), data.format)
-    opened = _state((*paths["train"], *paths["valid"]))
     train, valid = (tuple(Span.of(p) for p in paths[split]) for split in ("train", "valid"))
     if not valid:
         train, valid = _split(train)
-    return FileCorpus(data.source, {"train": train, "valid": valid}, data.format, opened)
+    return FileCorpus(data.source, {"train": train, "valid": valid}, data.format)
 
 
 def check_source(data: DataConfig, seq_len: int = 0) -> None:
@@ -228,13 +224,10 @@ class FileCorpus(Corpus):
     name: str
     spans: dict[SplitName, Spans]
     form: DataFormat
-    opened: dict[Path, tuple[int, ...]]
-    """`_state` of each file when the corpus was opened."""
 
     def documents(self, split: SplitName) -> Iterator[Any]:
         spans = self.spans[split]
         yield from _documents(spans, self.form, f"{spans[0].path if len(spans) == 1 else self.name} ({split})")
-        self.check_unchanged()
 
     def fingerprint(self) -> str:
         """xxh3-128 of the bytes of both splits and of their offsets in the files. The paths are not included."""
@@ -253,24 +246,10 @@ class FileCorpus(Corpus):
                 digest.update(f"{span.start}-{span.stop};{kind}".encode())
                 for chunk in span.chunks():
                     digest.update(chunk)
-        self.check_unchanged()
         return digest.hexdigest()
 
     def size(self, split: SplitName) -> int | None:
         return sum(span.stop - span.start for span in self.spans[split])
-
-    def check_unchanged(self) -> None:
-        if _state(self.opened) != self.opened:
-            raise UserError(f"--data {self.name}: the text was changed while it was read; start again")
-
-
-def _state(paths: Iterable[Path]) -> dict[Path, tuple[int, ...]]:
-    """What the file system says of files. It differs after every change. Raises UserError if it says nothing."""
-    try:
-        stats = {path: path.stat() for path in paths}
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); check its permissions") from None
-    return {path: (s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for path, s in stats.items()}
 
 
 def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[Path]]:
@@ -293,8 +272,11 @@ def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[
             raise ConfigError(
                 f"--data {file}: must be JSON lines, in a file that ends in .jsonl, to hold conversations"
             )
-        if problem := other_kind(file):
-            raise ConfigError(f"--data {file}: {problem}")
+        if holds_plain_json(file):
+            raise ConfigError(
+                f"--data {file}: holds JSON, not plain text; write one object a line with a key `text` into a file "
+                f"that ends in .jsonl (an array of objects: `jq -c '.[]' {file.name} > {file.stem}.jsonl`)"
+            )
     return files
 
 

@@ -32,26 +32,6 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK = 1 << 20  # bytes read at a time
 _LONGEST = 1 << 20  # a document of more bytes is divided
 _LONGEST_LINE = 1 << 26
-_OFFICE = "is a document of an office program; save it there as plain text in UTF-8"
-_UTF16 = "is in UTF-16; convert it with `iconv -f UTF-16 -t UTF-8`"
-_KINDS = {
-    b"\x1f\x8b": "is compressed by gzip; decompress it with `gunzip`",
-    b"PK\x03\x04": "is a zip archive, or a document of an office program; extract the text with `unzip`, or save it "
-    "there as plain text in UTF-8",
-    b"\xd0\xcf\x11\xe0": _OFFICE,
-    b"{\\rtf": _OFFICE,
-    b"BZh": "is compressed by bzip2; decompress it with `bunzip2`",
-    b"\xfd7zXZ\x00": "is compressed by xz; decompress it with `unxz`",
-    b"\x28\xb5\x2f\xfd": "is compressed by zstd; decompress it with `unzstd`",
-    b"PAR1": "is a Parquet file; write its column of texts into a text file",
-    b"ARROW1": "is an Arrow file; write its column of texts into a text file",
-    b"\x89HDF": "is an HDF5 file; write its texts into a text file",
-    b"%PDF": "is a PDF; extract its text with `pdftotext`",
-    b"SQLite format 3\x00": "is an SQLite database; write its texts into a text file",
-    b"\xff\xfe": _UTF16,
-    b"\xfe\xff": _UTF16,
-}
-"""How a file begins that is no text in UTF-8 -> what it is, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -103,16 +83,10 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
 
 
-def other_kind(path: Path) -> str | None:
-    """What a file is that is not plain text in UTF-8, and what to do about it. None if it looks like text."""
+def holds_plain_json(path: Path) -> bool:
+    """Whether a file is a JSON document, and not text or JSON lines."""
     with _opened(path) as file:
-        start = file.read(64)
-    if path.suffix.lower() == ".json" and start.lstrip()[:1] in (b"{", b"["):
-        return (
-            "holds JSON, not plain text; write one object a line with a key `text` into a file that ends in .jsonl "
-            f"(an array of objects: `jq -c '.[]' {path.name} > {path.stem}.jsonl`)"
-        )
-    return next((problem for mark, problem in _KINDS.items() if start.startswith(mark)), None)
+        return path.suffix.lower() == ".json" and file.read(64).lstrip()[:1] in (b"{", b"[")
 
 
 def documents_of(span: Span, form: DataFormat) -> Iterator[Any]:
@@ -226,8 +200,8 @@ def _last_boundary(text: bytes, low: int, high: int) -> int:
 def _not_utf8(path: Path, offset: int, reason: str) -> str:
     name, new = shlex.quote(path.name), shlex.quote(f"{path.stem}-utf8{path.suffix}")
     return (
-        f"{path}: not UTF-8 at byte {offset} ({reason}); text of older Windows programs is converted by "
-        f"`iconv -f WINDOWS-1252 -t UTF-8 {name} > {new}`"
+        f"{path}: not UTF-8 at byte {offset} ({reason}); decompress an archive, save a document of another program as "
+        f"plain text, and convert text of older Windows programs by `iconv -f WINDOWS-1252 -t UTF-8 {name} > {new}`"
     )
 
 

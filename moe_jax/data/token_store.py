@@ -29,10 +29,9 @@ import numpy as np
 import xxhash
 
 from moe_jax.config import DataConfig, UserError
-from moe_jax.data.chats import encode_chats
 from moe_jax.data.corpora import Corpus, open_corpus
 from moe_jax.data.documents import SplitName
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, encode_chats, load_tokenizer, train_tokenizer
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import cache_dir, json_text, locked
 from moe_jax.system.terminal import Report, byte_progress
@@ -279,7 +278,6 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: b
     with suppress(UserError):  # none yet, or a damaged one
         return load_tokenizer(path)
     tokenizer = train_tokenizer(data, corpus.documents("train"), corpus.size("train"), progress)
-    corpus.check_unchanged()
     path.parent.mkdir(exist_ok=True)
     tokenizer.save(path)
     return tokenizer

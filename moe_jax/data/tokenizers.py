@@ -13,18 +13,19 @@ holds no vocabulary, since tiktoken has it. An `hf` file holds the text of the f
 """
 
 import codecs
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
 
-from moe_jax.config import DataConfig, UserError
+from moe_jax.config import DataConfig, Role, UserError
 from moe_jax.data import hf_tokenizers
-from moe_jax.data.documents import SEPARATOR
+from moe_jax.data.documents import ANSWERING, ROLES, SEPARATOR, Conversation, Message
 from moe_jax.system.files import Folder, json_text, write_atomically
 from moe_jax.system.terminal import Report, byte_progress
 
@@ -309,3 +310,72 @@ def _limited(documents: Iterable[str], report: Report) -> Iterator[str]:
         report(count, size)
         if size >= TRAINING_BYTES:
             return
+
+
+# Conversations in tokens. Every turn is its role, a line end, its content, and the separator:
+#
+#     separator   user\n  question  separator   assistant\n  answer  separator   separator   user\n ...
+#
+# The separator before a turn says that the next word is a role, and the separator behind it ends the turn. A
+# conversation has one more separator behind it, as every document has. Encoding never produces the separator, so no
+# content can end its turn or begin another: the characters `<|endoftext|>` and the word "assistant" inside a content
+# are ordinary text. Only the tokens of the assistant's contents, and the separators that end them, are learned and
+# scored (`answers`).
+
+LOOKED_AT = 4096
+"""Tokens in which the first question is looked for."""
+
+
+class EncodedChat(NamedTuple):
+    """A conversation in tokens, without the separators around it."""
+
+    tokens: np.ndarray
+    """int [N]. The last one is the separator that ends the last turn."""
+    answers: np.ndarray
+    """bool [N]: the tokens that are learned."""
+
+
+def encode_chats(tokenizer: Tokenizer, chats: Sequence[Conversation]) -> list[EncodedChat]:
+    """The conversations in tokens. A turn is cut into tokens as one text, as a chat template writes it elsewhere.
+
+    Raises UserError if the tokenizer joins the line end after a role with the content behind it.
+    """
+    turns = iter(tokenizer.encode_batch([f"{message.role}\n{message.content}" for chat in chats for message in chat]))
+    heads = {role: role_tokens(tokenizer, role) for role in ROLES}
+    return [_encoded([(m, heads[m.role], next(turns)) for m in chat], tokenizer.separator_id) for chat in chats]
+
+
+def _encoded(turns: list[tuple[Message, list[int], Any]], separator: int) -> EncodedChat:
+    tokens, answers = [], []
+    for message, head, ids in turns:
+        turn = np.array([*ids, separator], np.int64)
+        if turn[: len(head)].tolist() != head:
+            raise UserError(
+                f"the tokenizer joins the line end after {message.role!r} with the text {message.content[:40]!r}, so "
+                "the answer has no beginning of its own; change how that text begins"
+            )
+        tokens.append(turn)
+        answers.append(np.repeat([False, message.role == ANSWERING], [len(head), len(turn) - len(head)]))
+    return EncodedChat(np.concatenate(tokens), np.concatenate(answers))
+
+
+def role_tokens(tokenizer: Tokenizer, role: Role) -> list[int]:
+    """How a turn begins: its role and a line end."""
+    return tokenizer.encode(f"{role}\n")
+
+
+def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
+    """The tokens after which the model writes the assistant's next content: separator, all turns, "assistant\\n"."""
+    said = encode_chats(tokenizer, [tuple(chat)])[0].tokens.tolist() if chat else []
+    return [tokenizer.separator_id, *said, *role_tokens(tokenizer, ANSWERING)]
+
+
+def first_question(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """The first user's content in a stream of conversations; "" if its first LOOKED_AT tokens hold none."""
+    head = np.asarray(tokens[:LOOKED_AT])
+    ends = np.flatnonzero(head == tokenizer.separator_id)
+    for first, end in itertools.pairwise(ends):
+        role, _, content = tokenizer.decode(head[first + 1 : end].tolist()).partition("\n")
+        if role == "user":
+            return content
+    return ""

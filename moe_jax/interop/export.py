@@ -124,8 +124,8 @@ def _write_weights(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtyp
     import ml_dtypes
 
     kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    arrays = {name: np.ascontiguousarray(array, kind) for name, array in tensors}
-    write_safetensors(folder / "model.safetensors", arrays, arrays.__getitem__, {"format": "pt"})
+    arrays = {name: np.asarray(array, kind) for name, array in tensors}
+    write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
 
 
 # What a person reads beside an exported model: the model card, and ollama's Modelfile

@@ -1,4 +1,5 @@
-"""The cost of a model, by formula: parameters by group, floating-point operations and least memory in training.
+"""The cost of a model, by formula: parameters by group, floating-point operations, least memory and time of
+training.
 
 It needs no jax, so the commands know it before anything starts.
 """
@@ -275,3 +276,48 @@ def least_activation_bytes(config: RunConfig, compute: str) -> int:
 def _number_bytes(compute: str) -> int:
     """Bytes of a number in the precision of the products. `auto` may become a precision of two bytes."""
     return 4 if compute == "float32" else 2
+
+
+# The time of training
+
+LOWEST, HIGHEST = 0.3, 0.6
+"""A training step is expected to reach a share of the matmul rate between these two."""
+USEFUL_PASSES = 4
+"""Reading a text up to four times is nearly as good as new text. More passes are worth less and less, and about 16 are
+the end (Muennighoff et al. 2023, "Scaling data-constrained language models", section 5)."""
+
+
+class ExpectedTime(NamedTuple):
+    """Seconds of training, between which the time is expected. Compiling, evaluations and checkpoints are not in it."""
+
+    fastest: float
+    slowest: float
+
+    @classmethod
+    def of(cls, config: RunConfig, rate: float) -> "ExpectedTime":
+        """The time of a run on a machine of `rate` floating-point operations a second in one matrix product.
+
+        The vocabulary size must be known (`with_vocabulary`).
+        """
+        flops = training_flops(config, config.train.steps)
+        return cls(flops / (HIGHEST * rate), flops / (LOWEST * rate))
+
+    def __str__(self) -> str:
+        return f"{duration(self.fastest)} to {duration(self.slowest)}"
+
+
+def steps_within(config: RunConfig, rate: float, seconds: float) -> int:
+    """Most steps whose slowest expected time is at most `seconds`; at least 1."""
+    return max(1, int(seconds * LOWEST * rate / training_flops(config, 1)))
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds < 1:
+        return "under a second"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    for limit, size, unit in ((100 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"

@@ -34,8 +34,8 @@ from jaxtyping import Array
 
 import moe_jax
 from moe_jax.config import ConfigError, RunConfig, UserError
-from moe_jax.config.execution import ProcessGroup
 from moe_jax.config.section import flag_of
+from moe_jax.config.train import ProcessGroup
 from moe_jax.system.machine import versions
 
 HEARTBEAT_SECONDS = 10

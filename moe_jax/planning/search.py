@@ -24,7 +24,6 @@ from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import working
 from moe_jax.training.evaluate import EVALUATION_ROWS
 from moe_jax.training.programs import Programs
-from moe_jax.training.state import initial_params
 
 OPTIMIZERS_BY_STATE: tuple[OptimizerKind, ...] = ("adamw", "adamw-bf16", "adamw-8bit", "adafactor")
 """Optimizers in descending order of state. A plan starts with the preset's optimizer and goes on to the right until one
@@ -200,19 +199,6 @@ def with_adapters(config: RunConfig, rank: int) -> RunConfig:
     """The settings of a fine-tuning by adapters of this model: AdamW for the adapters, on conversations."""
     train = dataclasses.replace(config.train, lora_rank=rank, optimizer="adamw", muon_router=False)
     return dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, format="chat"))
-
-
-def measured_peak(config: RunConfig) -> float:
-    """Peak memory of the first device in MiB, until the end of the second training step."""
-    device = jax.devices()[0]
-    programs = Programs.of(config, device)
-    state = programs.state(initial_params(config, jax.random.key(config.train.seed)))
-    shapes = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
-    tokens = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    for _ in range(2):
-        state, _ = programs.step(state, tokens)
-    jax.block_until_ready(state)
-    return device.memory_stats()["peak_bytes_in_use"] / MIB
 
 
 def _mib(tree: Params) -> float:

@@ -4,7 +4,6 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_jax.config import ConfigError, UserError
 from moe_jax.system.environment import MIB
@@ -116,11 +115,3 @@ def load_target(name: str) -> Target:
         return Target(path.stem, path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
         raise UserError(f"--gpu {name}: is not UTF-8; the files in {GPU_TARGETS} show how a GPU is described") from None
-
-
-def target_of_device(device: Any) -> Target:
-    """The target for a card in this machine, read from its driver."""
-    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage], there is no public API for it
-
-    name = str(device.device_kind)
-    return Target(name, str(_jax.get_topology_for_devices([device]).target_config))

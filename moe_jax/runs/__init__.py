@@ -7,5 +7,4 @@ manifest.py       the digests of a checkpoint
 arrays.py         the arrays of a checkpoint, by orbax, and files of safetensors
 load.py           what a checkpoint belongs to, and a trained model opened from it
 doctor.py         every checkpoint verified, and repaired where that is possible (`doctor`)
-verify_resume.py  a run that is killed and resumed, compared with one that never stops (`verify-resume`)
 """

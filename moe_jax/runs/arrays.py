@@ -3,29 +3,23 @@
 Orbax stores each array as zarr in one OCDBT database. Its metadata says how large a chunk is. So the metadata of each
 array is compared with the manifest before the first array is read: a chunk of another size would take any amount of
 memory.
-
-A safetensors file is the length of its header (8 bytes, little-endian), the header (JSON, filled up with spaces to a
-multiple of 8 bytes), and the bytes of the tensors in C order. The wider dtypes come first, and within a dtype the names
-are sorted. These are the bytes that the library `safetensors` writes (its format, version 0.8). The library needs all
-tensors at once; here only one must exist at a time.
 """
 
 import contextlib
 import errno
 import functools
-import json
 import logging
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors.numpy import save_file
 
 from moe_jax.parallel.processes import first, several, whole
 from moe_jax.runs import manifest
@@ -34,10 +28,6 @@ from moe_jax.runs.manifest import CheckpointCorrupted
 WEIGHTS = "weights.safetensors"
 ARRAYS = "arrays"
 PARAMS, ADAPTERS = "params.", "adapters."
-_DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int16": "I16", "uint16": "U16", "float16": "F16"}
-_DTYPES |= {"bfloat16": "BF16", "int32": "I32", "uint32": "U32", "float32": "F32", "float64": "F64"}
-_DTYPES |= {"int64": "I64", "uint64": "U64"}
-"""Name in numpy -> name in safetensors, in the order of the format."""
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -147,52 +137,24 @@ def _ignore_late_answers() -> None:
 
 
 def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
-    """Write the parameters as safetensors; adapters too, with `adapters.` before their names. Only one of them is
-    gathered at a time. Of several processes, all must call this, and the first one writes."""
-    chosen = {n.removeprefix(PARAMS): x for n, x in sorted(leaves.items()) if n.startswith((PARAMS, ADAPTERS))}
+    """Write the parameters as safetensors; adapters too, with `adapters.` before their names. Of several processes, all
+    must call this, and the first one gathers and writes them."""
+    gathered = {}
+    for name, leaf in sorted(leaves.items()):
+        if name.startswith((PARAMS, ADAPTERS)):
+            array = whole(leaf)
+            if first():
+                gathered[name.removeprefix(PARAMS)] = array
     if first():
-        write_safetensors(folder / WEIGHTS, chosen, lambda name: whole(chosen[name]))
-        return
-    for name in file_order(chosen):
-        whole(chosen[name])
+        write_safetensors(folder / WEIGHTS, gathered)
 
 
-class Described(Protocol):
-    """What the header says of a tensor: an array or its shape and dtype."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> Any: ...
-
-
-def file_order(tensors: Mapping[str, Described]) -> list[str]:
-    """The names in the order in which `write_safetensors` asks for the tensors."""
-    places = {name: place for place, name in enumerate(_DTYPES)}
-    return sorted(tensors, key=lambda name: (-places[str(tensors[name].dtype)], name))
-
-
-def write_safetensors(
-    path: Path,
-    tensors: Mapping[str, Described],
-    values: Callable[[str], np.ndarray],
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a new file of tensors. `values(name)` is called once for each, in `file_order`, and is written before the
-    next call. So one tensor must fit into memory, and not all.
+def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
+    """Write a new file of tensors, with the permissions of the umask: the library lets nobody else read its files.
 
     Raises FileExistsError if there is a file of this name.
     """
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name in file_order(tensors):
-        x = tensors[name]
-        begin, end = end, end + math.prod(x.shape) * np.dtype(x.dtype).itemsize
-        header[name] = {"dtype": _DTYPES[str(x.dtype)], "shape": list(x.shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("xb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in file_order(tensors):
-            # The values have no name here, so that their memory is free before the next call.
-            file.write(np.ascontiguousarray(values(name)).reshape(-1).view(np.uint8).data)
+    path.touch(exist_ok=False)
+    mode = path.stat().st_mode
+    save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path, metadata)
+    path.chmod(mode)

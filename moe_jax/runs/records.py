@@ -12,8 +12,8 @@ describes summary.json. `traces/step_00000200.json` (written by `training/evalua
 """
 
 import math
-import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,6 @@ MAX_LINE_BYTES = 2**24
 """Longest line that is taken for a record. With 4,096 experts in 64 layers a record has 2 MB."""
 _MAX_BYTES = 2**31
 """Longest metrics.jsonl that is read whole. A longer one takes minutes, and can be made without any room on a disk."""
-_TAIL_BYTES, _MOST_TAIL_BYTES = 2**15, 2**27
 _NUMBERS = (
     *("loss", "balance_loss", "z_loss", "drop_fraction", "grad_norm", "lr", "bits_per_byte"),
     *("tokens", "tokens_seen", "tokens_per_second", "wall_seconds"),
@@ -89,27 +88,14 @@ def read_metrics(folder: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def last_train_record(folder: Folder) -> dict[str, Any]:
-    """The newest record of the training split in a run's metrics.jsonl. Empty if there is none.
-
-    Reads the file from its end, so that time and memory do not grow with the length of the run.
-    """
-    try:
-        file = folder.open(METRICS)
-    except FileNotFoundError:
-        return {}
-    with file:
-        size = file.seek(0, os.SEEK_END)
-        tail = min(_TAIL_BYTES, size)
-        while True:
-            file.seek(size - tail)
-            lines = file.read(tail).splitlines()
-            for line in reversed(lines if tail == size else lines[1:]):  # the first may be incomplete
-                record = parse_record(line)
-                if record is not None and record["split"] == "train":
-                    return record
-            if tail == size or tail > _MOST_TAIL_BYTES:
-                return {}
-            tail = min(4 * tail, size)
+    """The newest record of the training split in a run's metrics.jsonl. Empty if there is none, or if the file cannot
+    be read."""
+    last: dict[str, Any] = {}
+    with suppress(OSError):
+        for _, record in record_lines(folder):
+            if record is not None and record["split"] == "train":
+                last = record
+    return last
 
 
 def load_entropy(load: np.ndarray) -> np.ndarray:

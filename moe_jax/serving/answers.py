@@ -13,9 +13,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moe_jax.config import UserError
-from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import ANSWERING, ROLES, Message
-from moe_jax.data.tokenizers import Tokenizer, token_pieces
+from moe_jax.data.tokenizers import Tokenizer, answer_prompt, token_pieces
 from moe_jax.inference.traced_pass import MOST_ALTERNATIVES
 from moe_jax.serving.requests import (
     COMMON,
@@ -174,7 +173,7 @@ class Completion(Answer):
 
 
 class ChatCompletion(Answer):
-    """Answers to a conversation, in the role format of `data/chats.py`."""
+    """Answers to a conversation, in the role format of `data/tokenizers.py`."""
 
     prefix = "chatcmpl-"
     object, stream_object = "chat.completion", "chat.completion.chunk"

@@ -191,21 +191,10 @@ def write_output(path: Path, content: str | bytes) -> None:
     written through, as a shell does it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if (path.is_file() and not path.is_symlink()) or not os.path.lexists(path):
+    if path.exists() and (path.is_symlink() or not path.is_file()):
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    else:
         write_atomically(path, content)
-        return
-    try:
-        if path.is_block_device():
-            raise OSError(errno.EINVAL, "is a disk; name a file")
-        # A pipe without a reader would never open if this waited.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | getattr(os, "O_NONBLOCK", 0), 0o666)
-        os.set_blocking(descriptor, True)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-    except OSError as error:
-        unread = error.errno in (errno.ENXIO, errno.EPIPE)
-        problem = "nobody reads from it; start its reader, or name a file" if unread else error.strerror
-        raise OSError(errno.EIO, problem, str(path)) from None
 
 
 @contextmanager

@@ -3,6 +3,6 @@
 start.py      what a run starts from       initial_weights.py  its weights        derived_runs.py  merge, quantize
 session.py    opens or resumes a run       loop.py      the training loop, evaluations, checkpoints
 programs.py   the compiled programs        step.py      one training step        loss.py   the training loss
-state.py      the state on the device      counters.py  the state on the host    optimizers/   optimizers and schedule
+state.py      the state, on device and host                            optimizers/   optimizers and schedule
 header.py     what is printed              logging.py   records, trackers, summary.json
 """

@@ -24,9 +24,9 @@ from moe_jax.runs.load import LoadedRun, check_full_weights, open_run
 from moe_jax.runs.records import read_summary
 from moe_jax.system.files import Folder
 from moe_jax.system.terminal import step_progress
-from moe_jax.training.counters import RunCounters
 from moe_jax.training.evaluate import Evaluation, evaluate, make_evaluation_step
 from moe_jax.training.programs import Programs
+from moe_jax.training.state import RunCounters
 
 _KEPT = ("step", "loss_scale", "loss_track", "skipped")
 """Fields of the state that a merged run takes over."""

@@ -2,7 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,10 @@ from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.config.section import flag_of
 from moe_jax.data.token_store import Split
 from moe_jax.model.costs import (
+    HIGHEST,
+    LOWEST,
+    USEFUL_PASSES,
+    ExpectedTime,
     adapter_parameters,
     count_parameters,
     least_activation_bytes,
@@ -26,14 +30,12 @@ from moe_jax.model.transformer import abstract_adapted, abstract_model
 from moe_jax.system import machine
 from moe_jax.system.environment import MIB, unused_card
 from moe_jax.system.terminal import rich_console, say
-from moe_jax.training.advice import HIGHEST, LOWEST, ExpectedTime, advice
 from moe_jax.training.optimizers.factory import make_optimizer, state_bytes, warmup_steps
 from moe_jax.training.session import Session
 
 
-def print_run_header(session: Session, notes: list[str], step_mib: float | None = None) -> None:
-    """Print the notes, and the data, model, precision, memory and plan of the run. `step_mib` is the memory of the
-    compiled training step, if it is known by now."""
+def print_run_header(session: Session, notes: list[str]) -> None:
+    """Print the notes, and the data, model, precision, memory and plan of the run."""
     config, store, programs = session.config, session.data.store, session.programs
     say(*unused_card(jax.devices()[0].platform), *notes, *session.notes)
     rows = {
@@ -44,7 +46,7 @@ def print_run_header(session: Session, notes: list[str], step_mib: float | None 
         **_model_rows(config),
         "precision": str(programs.policy),
         **({"attention": programs.attention.reason} if programs.attention.reason else {}),
-        "memory": memory_line(config, programs.policy, session.state.params, session.state.trained, step_mib),
+        "memory": memory_line(config, programs.policy, session.state.params, session.state.trained),
         **({"mesh": _mesh_line(session)} if programs.layout else {}),
         "plan": plan_line(config.train, config.tokens_per_step, len(store.train.tokens)),
         "arithmetic": _arithmetic_line(config),
@@ -58,8 +60,8 @@ def print_run_header(session: Session, notes: list[str], step_mib: float | None 
     _print_rows(rows)
 
 
-def print_dry_run(config: RunConfig, sentences: Sequence[str] = ()) -> None:
-    """Print what differs from the preset, all settings, and what the run would cost. `sentences` are the advice."""
+def print_dry_run(config: RunConfig) -> None:
+    """Print what differs from the preset, all settings, and what the run would cost."""
     console = rich_console()
     console.print(f"[bold]dry run[/bold] of {config.run_dir}: nothing is trained, nothing is written\n")
     changes = {
@@ -91,7 +93,31 @@ def print_dry_run(config: RunConfig, sentences: Sequence[str] = ()) -> None:
         f"{rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; compiling, "
         "evaluations and checkpoints come on top",
     }
-    _print_rows(rows | ({"advice": "\n".join(sentences)} if sentences else {}))
+    _print_rows(rows)
+
+
+def advice(config: RunConfig, tokens: int, size: int) -> list[str]:
+    """Sentences about the steps and the preset, for a training text of some tokens and bytes. Empty if both fit.
+
+    Nothing is said of conversations: only the few tokens of their answers are learned, so they are read more often.
+    """
+    train, step, said = config.train, config.tokens_per_step, []
+    passes = train.steps * step / tokens
+    if config.data.format == "chat":
+        return said
+    if passes > USEFUL_PASSES:
+        fewer = max(1, round(USEFUL_PASSES * tokens / step))
+        said.append(
+            f"{train.steps:,} steps read this text {passes:.1f} times; passes after the first {USEFUL_PASSES} teach "
+            f"less and less. --steps {fewer} reads it {fewer * step / tokens:.0f} times"
+        )
+    parameters = totals(count_parameters(config.model)).total
+    if parameters > size and config.preset != "nano" and not config.base:
+        said.append(
+            f"the model has {parameters / 1e6:.1f} M parameters and the text {size / 1e6:.1f} MB: it can learn the "
+            "text by heart; --preset nano is the smallest"
+        )
+    return said
 
 
 def _print_rows(rows: Mapping[str, str]) -> None:
@@ -147,10 +173,9 @@ def _adapter_line(config: RunConfig) -> str:
     )
 
 
-def memory_line(config: RunConfig, policy: Policy, params: Any, trained: Any, step_mib: float | None = None) -> str:
+def memory_line(config: RunConfig, policy: Policy, params: Any, trained: Any) -> str:
     """The memory of a training step by its arrays. `params` are the weights of the model and `trained` those that have
-    a gradient, as arrays or shapes. `step_mib` is what XLA's plan of the step says, if it is known. Else there is only
-    a lower bound."""
+    a gradient, as arrays or shapes. It is a lower bound."""
     count = sum(math.prod(p.shape) for p in jax.tree.leaves(trained))
     adapted = jax.tree.structure(params) != jax.tree.structure(trained)
     weights = sum(math.prod(p.shape) * p.dtype.itemsize for p in jax.tree.leaves(params)) + 4 * count * adapted
@@ -158,12 +183,12 @@ def memory_line(config: RunConfig, policy: Policy, params: Any, trained: Any, st
     state = round(state_bytes(make_optimizer(config.train), trained) * count)
     arrays = weights + gradients + state
     least = arrays + least_activation_bytes(config, policy.compute)
-    size = f"at least {_mib(least)}" if step_mib is None else f"{step_mib:,.0f} MiB"
     bound = "at least " if gradients < 4 * count else ""
     accumulated = " (a second copy while they accumulate)" if config.train.grad_accum > 1 else ""
     return (
-        f"{size} in a training step: weights {'and adapters ' * adapted}{_mib(weights)}, gradients {bound}"
-        f"{_mib(gradients)}{accumulated}, state of {config.train.optimizer} {_mib(state)}, then activations"
+        f"at least {_mib(least)} in a training step: weights {'and adapters ' * adapted}{_mib(weights)}, "
+        f"gradients {bound}{_mib(gradients)}{accumulated}, state of {config.train.optimizer} {_mib(state)}, then "
+        "activations"
     )
 
 

@@ -19,9 +19,9 @@ from moe_jax.runs import records
 from moe_jax.system.files import Folder, json_text
 from moe_jax.system.machine import matmul_rate
 from moe_jax.system.terminal import rich_console
-from moe_jax.training.counters import STARVED_STEPS
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.session import Session
+from moe_jax.training.state import STARVED_STEPS
 from moe_jax.training.step import StepReport
 
 MAX_SKIPPED_IN_A_ROW = 20

@@ -18,19 +18,18 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from jax.sharding import Sharding
 
 from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run, load_begun_config
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
-from moe_jax.data.chats import answer_prompt, first_question
 from moe_jax.data.documents import Message
 from moe_jax.data.token_store import Stream, TokenStore, openings, prepare_token_store
+from moe_jax.data.tokenizers import answer_prompt, first_question
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
-from moe_jax.parallel.processes import agree_on, made, placed
+from moe_jax.parallel.processes import agree_on, placed
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore
 from moe_jax.runs.folder import RunFolder, new_run_id, recorded_changes
 from moe_jax.runs.load import (
@@ -42,12 +41,11 @@ from moe_jax.runs.load import (
     saved_config,
 )
 from moe_jax.system.random_keys import Purpose, purpose_key
-from moe_jax.training.counters import RunCounters, SessionProgress
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
 from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start
-from moe_jax.training.state import TrainState
+from moe_jax.training.state import RunCounters, SessionProgress, TrainState
 
 if TYPE_CHECKING:
     from moe_jax.training.initial_weights import InitialWeights
@@ -69,27 +67,13 @@ class SessionData:
     def batch(self, step: int) -> np.ndarray | MaskedBatch:
         """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with
         weights."""
-        split, where = self.store.train, self._positions(step)
-        tokens = split.tokens[where].astype(np.int32)
-        return tokens if split.answers is None else MaskedBatch.of(tokens, split.answers[where[..., 1:]])
-
-    def placed_batch(self, step: int, sharding: Sharding) -> Any:
-        """The same batch on the devices of several processes. Each process reads the rows of its own devices. (Of
-        conversations it reads all, because a weight depends on the answers in the whole batch.)"""
-        split = self.store.train
-        if split.answers is not None:
-            return jax.tree.map(lambda x: placed(x, sharding), self.batch(step))
-        where = self._positions(step)
-        return made(where.shape, sharding, lambda index: split.tokens[where[index]].astype(np.int32))
-
-    def _positions(self, step: int) -> np.ndarray:
-        """int64 [M, B, T+1]: where the tokens of a batch are in the training stream."""
         c, split = self.config.train, self.store.train
         rows = c.batch_size * c.grad_accum
         where = train_positions(
             len(split.tokens), seed=c.seed, step=step, batch_size=rows, seq_len=self.config.model.seq_len
-        )
-        return where.reshape(c.grad_accum, c.batch_size, -1)
+        ).reshape(c.grad_accum, c.batch_size, -1)
+        tokens = split.tokens[where].astype(np.int32)
+        return tokens if split.answers is None else MaskedBatch.of(tokens, split.answers[where[..., 1:]])
 
     @property
     def opening(self) -> str:
@@ -241,7 +225,7 @@ class Session:
         layout = self.programs.layout
         if layout is None or not layout.mesh.is_multi_process:
             return self.data.batch(step)
-        return self.data.placed_batch(step, layout.sharding(layout.batch))
+        return jax.tree.map(lambda x: placed(x, layout.sharding(layout.batch)), self.data.batch(step))
 
     @property
     def params(self) -> Params:

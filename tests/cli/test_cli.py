@@ -46,12 +46,9 @@ BAD_TRAIN = [
 # (arguments of python -m moe_jax, what the line must name)
 BAD_COMMANDS = [
     (["paint"], ["paint", "generate"]),
-    ([], ["COMMAND", "train", "completion"]),
+    ([], ["COMMAND", "train", "benchmark"]),
     (["--run"], ["--run", "command"]),
     (["train", "--steps", "0"], ["--steps 0"]),
-    (["verify-resume", "--dry-run"], ["--dry-run"]),
-    (["completion"], ["SHELL", "bash", "zsh", "tcsh"]),
-    (["completion", "fish"], ["SHELL fish", "bash"]),
     (["plan", "--gpu", "abacus"], ["--gpu abacus", "rtx3050-4gb"]),
     (["plan", "--gpu", "/bin/ls"], ["--gpu /bin/ls", "does not describe a GPU"]),
     (["plan", "--gpu", "held/config.json"], ["--gpu held/config.json", "does not describe a GPU"]),

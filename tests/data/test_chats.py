@@ -11,12 +11,11 @@ from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data.batches import MaskedBatch, evaluation_windows
-from moe_jax.data.chats import answer_prompt, encode_chats, first_question
 from moe_jax.data.corpora import check_source, open_corpus
 from moe_jax.data.documents import SEPARATOR, Message
 from moe_jax.data.synthetic.chats import chats, write_chats
 from moe_jax.data.token_store import open_store, prepare_token_store, token_stream
-from moe_jax.data.tokenizers import Tokenizer, _digest, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, _digest, answer_prompt, encode_chats, first_question, train_tokenizer
 
 BYTE = train_tokenizer(DataConfig(tokenizer="byte"))
 SEP = 256

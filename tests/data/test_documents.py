@@ -18,8 +18,8 @@ from moe_jax.data.documents import (
     document_starts,
     documents_of,
     holds_chats,
+    holds_plain_json,
     last_part_start,
-    other_kind,
 )
 
 ANY_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -193,18 +193,11 @@ def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
 # Files of other kinds
 
 
-@pytest.mark.parametrize("start", documents._KINDS)
-def test_other_kinds_are_known_by_their_first_bytes(start: bytes, tmp_path: Path) -> None:
-    assert other_kind(write(tmp_path, start + b"rest")) == documents._KINDS[start]
-    assert other_kind(write(tmp_path, start[:-1])) is None
-    assert other_kind(write(tmp_path, b"x" + start)) is None
-
-
 def test_json_is_known_by_its_name_and_its_first_character(tmp_path: Path) -> None:
     for text in ('{"a": 1}', "[1]", ' \n\t{"a"'):
-        assert "holds JSON" in (other_kind(write(tmp_path, text, "A.JSON")) or "")
-        assert other_kind(write(tmp_path, text, "a.txt")) is None
-    assert other_kind(write(tmp_path, "Once {", "a.json")) is None
+        assert holds_plain_json(write(tmp_path, text, "A.JSON"))
+        assert not holds_plain_json(write(tmp_path, text, "a.txt"))
+    assert not holds_plain_json(write(tmp_path, "Once {", "a.json"))
 
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:

@@ -250,30 +250,6 @@ def test_a_preparation_that_stops_leaves_nothing(
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
 
 
-@pytest.mark.parametrize("step", ["_write_split", "train_tokenizer"])
-def test_a_text_edited_while_it_is_read_is_not_kept(step: str, tmp_path: Path, cache: Path, monkeypatch) -> None:
-    """Edited before it is read and restored after: what was made of it is not the text that its digest names."""
-    source = write_folder(tmp_path / "text", ["the fox and the fox and the fox"], ["the hen and the hen"])
-    file, true, data = tmp_path / "text" / "train.txt", getattr(token_store, step), bpe(source, 270)
-    expected = prepare(data, tmp_path / "other")
-
-    def while_edited(*arguments: Any, **options: Any) -> Any:
-        whole = file.read_text()
-        file.write_text(whole.replace("fox", "cat"))
-        try:
-            return true(*arguments, **options)
-        finally:
-            file.write_text(whole)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(token_store, step, while_edited)
-        with pytest.raises(UserError, match="the text was changed while it was read; start again"):
-            prepare(data, cache)
-    assert leftovers(cache) == []
-    store = prepare(data, cache)
-    assert (store.digest, store.tokenizer.digest) == (expected.digest, expected.tokenizer.digest)
-
-
 def test_a_text_that_is_too_short_is_refused(data: DataConfig, cache: Path, tmp_path: Path) -> None:
     tokens = sum(len(text.encode()) + 1 for text in TRAIN) + 1
     prepare(data, cache, seq_len=tokens - 1)

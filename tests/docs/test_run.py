@@ -23,9 +23,9 @@ NOT_RUN = {
     "certify": "takes minutes; tests/reliability/test_terminal.py runs it, and tests/parallel tests a mesh",
     "--num-processes": "needs a second process; tests/parallel/test_processes.py runs two",
     "benchmark.py": "takes minutes; tests/benchmarks runs each suite on a tiny model",
-    "verify-resume": "takes a minute; tests/reliability/test_verify_resume.py runs it",
+    "verify_resume.py": "takes a minute; tests/reliability/test_verify_resume.py runs it",
     "--run runs/book": "opens the run that the line above it trains; the same command is run on runs/nano",
-    "plan --preset seed-158m --verify": "needs an NVIDIA card",
+    "predict_card.py": "needs an NVIDIA card",
     "--resume": "resumes the real run; tests/reliability/test_kills.py resumes tiny ones",
     "--upcycle": "trains for minutes; tests/training/test_upcycle.py does it on a tiny model",
 }

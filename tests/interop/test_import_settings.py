@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import verify_resume
 
 import moe_jax
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
-from moe_jax.runs import verify_resume
 from moe_jax.runs.doctor import examine
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session

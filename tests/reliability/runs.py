@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-
-from moe_jax.runs.verify_resume import TIMES
+from verify_resume import TIMES
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "python -m moe_jax"
+VERIFY_RESUME = "benchmarks/verify_resume.py"
 
 MODEL = {
     "model.seq_len": 16,

@@ -18,8 +18,8 @@ from moe_jax.runs.load import open_run
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.runs.records import last_train_record, read_metrics, read_summary
 from moe_jax.system.files import Folder
-from moe_jax.training.counters import RunCounters
 from moe_jax.training.session import check_same_data_and_model
+from moe_jax.training.state import RunCounters
 from tests.reliability.test_hostile import reseal
 from tests.support import saved_run
 

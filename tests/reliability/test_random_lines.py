@@ -1,4 +1,4 @@
-"""Random settings of a run: refused in one line, or trained, killed and resumed to equal bits by `verify-resume`.
+"""Random settings of a run: refused in one line, or trained, killed and resumed to equal bits by `verify_resume.py`.
 
 The settings and their types come from the configuration, so a new field is drawn without a change here. A line is a
 function of its number, so one that fails can be repeated alone: `-k "random_settings and 17"`.
@@ -54,10 +54,10 @@ def test_random_settings(number: int, text: Path, cache: Path, tmp_path: Path, m
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     drawn = settings_of(number)
     words = [word for name, value in drawn.items() for word in ("--set", f"{name}={value}")]
-    command = ["verify-resume", *runs.flags(text, tmp_path / "unused"), *words]
-    ended = runs.complete(command, cache, runs.COMMANDS)
+    command = [*runs.flags(text, tmp_path / "unused"), *words]
+    ended = runs.complete(command, cache, runs.VERIFY_RESUME)
     if "before it was killed" in ended.stderr:  # the machine was so fast that the run had ended
-        ended = runs.complete(command, cache, runs.COMMANDS)
+        ended = runs.complete(command, cache, runs.VERIFY_RESUME)
     told = f"{drawn}: status {ended.returncode}\n{ended.stdout}{ended.stderr}"
     assert "Traceback" not in ended.stdout + ended.stderr, told
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]

@@ -1,4 +1,4 @@
-"""`moe-jax verify-resume`: it passes at its earliest kill, and leaves nothing behind when it is itself stopped."""
+"""`benchmarks/verify_resume.py`: it passes at its earliest kill, and leaves nothing behind when it is stopped."""
 
 import os
 import random
@@ -8,9 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from verify_resume import VerifyResume, verify_resume
 
-from moe_jax.cli.train import VerifyResume
-from moe_jax.runs.verify_resume import verify_resume
 from tests.reliability import runs
 
 pytestmark = pytest.mark.reliability
@@ -50,7 +49,7 @@ def test_a_signal_leaves_nothing_behind(
 ) -> None:
     """While its first run trains: that process is ended, and the scratch folder removed."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = runs.start(["verify-resume", *runs.flags(text, tmp_path / "unused")], cache, runs.COMMANDS)
+    process = runs.start(runs.flags(text, tmp_path / "unused"), cache, runs.VERIFY_RESUME)
     while process.poll() is None and not (locks := [p for p in tmp_path.glob("*/whole/.lock") if p.read_text()]):
         time.sleep(0.01)
     child = int(locks[0].read_text().split()[0])

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from moe_jax.runs import manifest
 from moe_jax.runs.arrays import (
@@ -18,7 +17,6 @@ from moe_jax.runs.arrays import (
     named_leaves,
     read_arrays,
     write_arrays,
-    write_safetensors,
     write_weights,
 )
 from moe_jax.runs.manifest import CheckpointCorrupted, Leaf
@@ -105,17 +103,3 @@ def test_the_weights_are_the_parameters_and_follow_the_umask(umask: int, tmp_pat
     assert stat.S_IMODE((tmp_path / WEIGHTS).stat().st_mode) == 0o666 & ~umask
     with pytest.raises(FileExistsError):
         write_weights(tmp_path, LEAVES)
-
-
-@pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
-def test_the_bytes_are_those_of_the_library(metadata: dict[str, str] | None, tmp_path: Path) -> None:
-    """All dtypes, names in no order, no entries, no axes, an array that is not in C order."""
-    draw = np.random.default_rng(0)
-    kinds = ["bool", "uint8", "int8", "int16", "uint16", "float16", ml_dtypes.bfloat16]
-    kinds += ["int32", "uint32", "float32", "float64", "int64", "uint64"]
-    tensors = {f"{i % 5}.{np.dtype(k)}": draw.integers(0, 2, (3, 5)).astype(k) for i, k in enumerate(kinds)}
-    tensors |= {"empty": np.zeros((0, 4), np.float32), "none": np.array(7, np.int32), "über": np.ones((2, 3)).T}
-    whole = {name: np.ascontiguousarray(x) for name, x in tensors.items()} | {"none": tensors["none"]}
-    save_file(whole, tmp_path / "theirs", metadata)
-    write_safetensors(tmp_path / "ours", tensors, tensors.__getitem__, metadata)
-    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()

@@ -1,4 +1,4 @@
-"""`moe-jax verify-resume` without its runs: their flags, what is compared, how they are started and killed.
+"""`benchmarks/verify_resume.py` without its runs: their flags, what is compared, how they are started and killed.
 
 `tests/reliability` has it train.
 """
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import verify_resume
 
 from moe_jax.cli.train import Train
 from moe_jax.config import RunConfig, UserError
-from moe_jax.runs import verify_resume
 from moe_jax.runs.checkpoint import CheckpointStore
 from tests.support import tiny
 

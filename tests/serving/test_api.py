@@ -13,8 +13,8 @@ pytest.importorskip("starlette", reason="needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 
 from moe_jax.config import UserError
-from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
+from moe_jax.data.tokenizers import answer_prompt
 from moe_jax.inference.sampling import Sampling
 from moe_jax.serving import app, requests
 from moe_jax.serving.answers import Completion

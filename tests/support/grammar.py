@@ -5,8 +5,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from moe_jax.data.synthetic.grammar import Derivation, Grammar, Memory, Options, Template
-from moe_jax.data.synthetic.stories import RULES
-from moe_jax.data.synthetic.vocabulary import SLOTS
+from moe_jax.data.synthetic.stories import RULES, SLOTS
 
 STORIES = Grammar(RULES, SLOTS)
 

@@ -92,12 +92,12 @@ def test_too_little_address_space_is_said_before_jax_starts(tmp_path: Path) -> N
 
 
 def test_a_step_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moe_jax.cli.checks.machine_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr("moe_jax.cli.command.machine_memory", lambda: 16 * 2**30)
     monkeypatch.setattr(environment, "prepare_environment", lambda *_: pytest.fail("not refused"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"--seq-len 1048576, .* at least [\d,.]+ GiB, and this machine has 16.0 GiB"):
         Train.parse(["--seq-len", "1048576", "--batch-size", "16"]).execute()
-    monkeypatch.setattr("moe_jax.cli.checks.address_space", lambda: 3 * 2**30)
+    monkeypatch.setattr("moe_jax.cli.command.address_space", lambda: 3 * 2**30)
     with pytest.raises(UserError, match=r"ulimit -v 3145728 allows 3\.0 GiB"):
         Train.parse(["--preset", "seed-158m"]).execute()
     assert list(tmp_path.iterdir()) == []

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import pytest
-
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.training.advice import advice
+from moe_jax.training.header import advice
 
 
 def said(name: str, tokens: int, size: int, **train: int) -> list[str]:
@@ -32,25 +30,9 @@ def test_conversations_are_read_more_often() -> None:
     assert advice(dataclasses.replace(config, data=dataclasses.replace(config.data, format="chat")), 3_000, 9_000) == []
 
 
-def test_patience_is_named_where_it_can_act() -> None:
-    """Three evaluations without improvement need four."""
-    for steps, named in ((900, False), (901, True)):
-        (line,) = said("nano", 400_000, 1_600_000, steps=steps, eval_every=300)
-        assert ("--set train.patience=3" in line) == named
-
-
 def test_a_model_larger_than_its_text() -> None:
     """story-cpu has 3.6 M parameters; two steps read nothing twice."""
     (line,) = said("story-cpu", 400_000, 1_000_000, steps=2)
     assert "3.6 M parameters and the text 1.0 MB" in line
     assert "--preset nano" in line
     assert said("nano", 400_000, 1_000_000, steps=2) == []  # it is the smallest already
-
-
-@pytest.mark.parametrize(("tokens", "told"), [(12_000_000, False), (13_000_000, True)])
-def test_a_text_for_a_larger_preset(tokens: int, told: bool) -> None:
-    """nano has 626,752 active parameters: 20 tokens for each are 12.5 M."""
-    lines = said("nano", tokens, 4 * tokens)
-    assert bool(lines) == told
-    if told:
-        assert "--preset story-cpu" in lines[0]

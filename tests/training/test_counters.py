@@ -10,9 +10,8 @@ import pytest
 
 from moe_jax.config import TrainConfig
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.training.counters import STARVED_STEPS, RunCounters
 from moe_jax.training.optimizers.factory import make_optimizer
-from moe_jax.training.state import SPIKE_AFTER, LossTrack, initial_state, next_track
+from moe_jax.training.state import SPIKE_AFTER, STARVED_STEPS, LossTrack, RunCounters, initial_state, next_track
 from moe_jax.training.step import make_step
 from tests.support import tiny
 

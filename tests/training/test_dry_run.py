@@ -1,16 +1,13 @@
 """`train --dry-run`: what a run would cost, by hand, and nothing written."""
 
-import json
 from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.presets import Presets
 from moe_jax.cli.train import Train
-from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.model.costs import count_parameters, totals, training_flops
+from moe_jax.config.presets import with_vocabulary
+from moe_jax.model.costs import count_parameters, duration, totals, training_flops
 from moe_jax.system import machine
-from moe_jax.training.advice import duration
 
 
 @pytest.fixture
@@ -59,26 +56,6 @@ def test_parameters_memory_and_time(printed: str) -> None:
     assert "30% to 60% of 1,000 GFLOP/s" in printed
 
 
-def test_the_advice_of_the_run_is_given_before_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A byte a token: 9,500 of 10,000 are to train on, and a step of 2,048 reads a fifth of them."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
-    Path("a.txt").write_text("\n".join(["some words on a line"] * 477))
-    for preset_name, told in (("story", True), ("nano", False)):
-        words = ["--preset", preset_name, "--data", "a.txt", "--tokenizer", "byte", "--steps", "2", "--dry-run"]
-        assert Train.parse(words).execute() == 0
-        said = " ".join(capsys.readouterr().out.split())
-        assert (
-            "it can learn the text by heart; --preset nano is the smallest (by an estimate of the tokens in the text)"
-            in said
-        ) == told
-        assert "passes after the first 4" not in said
-    assert Train.parse(["--data", "a.txt", "--tokenizer", "byte", "--steps", "50", "--dry-run"]).execute() == 0
-    assert "50 steps read this text 11 times" in " ".join(capsys.readouterr().out.split())
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [
@@ -88,19 +65,3 @@ def test_the_advice_of_the_run_is_given_before_it(
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
-
-
-def test_presets_say_what_their_times_rest_on(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """On a machine of 1e12 operations a second. The slowest time of seed-158m is its operations at 30 % of that."""
-    monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
-    assert Presets.parse(["--json"]).execute() == 0
-    lines = capsys.readouterr().out.splitlines()
-    said = " ".join(lines)
-    assert "times: if training reaches 30% to 60% of one matrix product in" in said
-    assert "measured for each preset just now: 1,000 to 1,000 GFLOP/s" in said
-    cost = json.loads(lines[-1])["seed-158m"]
-    assert cost["gflops"] == 1000
-    config = with_vocabulary(preset("seed-158m"))
-    assert cost["slowest"] == pytest.approx(training_flops(config, config.train.steps) / 0.3e12)

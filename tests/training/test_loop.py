@@ -11,7 +11,7 @@ from moe_jax.config import TrainConfig
 from moe_jax.parallel.processes import Together
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training import loop
-from moe_jax.training.counters import RunCounters
+from moe_jax.training.state import RunCounters
 
 
 class Pause:

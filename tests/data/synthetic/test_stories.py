@@ -13,13 +13,13 @@ from moe_jax.data.synthetic import stories
 from moe_jax.data.synthetic.grammar import Derivation, Grammar, Word
 from moe_jax.data.synthetic.stories import (
     RULES,
+    SLOTS,
     VALIDATION_STORIES,
     entropy_floor_bits_per_byte,
     fingerprint,
     generate,
     rules_digest,
 )
-from moe_jax.data.synthetic.vocabulary import SLOTS
 from tests.support.grammar import STORIES, code_length_bits, derivations
 
 CHILDREN = (*SLOTS["hero"], *SLOTS["friend"])

@@ -1,8 +1,10 @@
-"""`moe-jax verify-resume`: compare a short run that is killed and resumed with one that never stops, bit for bit.
+"""Compare a short run that is killed and resumed with one that never stops, bit for bit.
+
+    uv run python benchmarks/verify_resume.py --preset story-cpu
 
 The runs are real processes, and one is killed by a signal that cannot be caught (SIGKILL). They have the model and the
 settings of the command line. Only the number of steps, the evaluations and the corpus are reduced, so that the test
-takes about a minute. `training/session.py` explains why a resumed run is bit-identical.
+takes about a minute. `moe_jax/training/session.py` explains why a resumed run is bit-identical.
 """
 
 import dataclasses
@@ -16,21 +18,43 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import xxhash
 
+from moe_jax.cli.command import check_memory
+from moe_jax.cli.main import main, run_as
+from moe_jax.cli.settings import RunCommand
 from moe_jax.config import RunConfig, UserError
 from moe_jax.config.section import word
-from moe_jax.runs.checkpoint import CheckpointStore
+from moe_jax.system import environment
 
-PACKAGE = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 STEPS = 12
 SAVE_EVERY = 4
 STORIES = 2000
 TIMES = frozenset({"tokens_per_second", "wall_seconds"})
 """Fields of metrics.jsonl that are times. They differ between any two runs, so they are not compared."""
+
+
+@dataclass(frozen=True)
+class VerifyResume(RunCommand):
+    """Show that a killed and resumed run loses nothing on this machine.
+
+    A short run with your settings is killed and resumed. Every bit of it is compared with a run that was never stopped.
+    Both runs are in a temporary folder. The exit status is 1 if a bit differs.
+    """
+
+    interrupted: ClassVar[str] = "nothing was shown; its temporary runs are removed"
+
+    def execute(self) -> int:
+        config = self.settings.config
+        check_memory(config)
+        environment.prepare_environment(config.execution.deterministic)
+        return verify_resume(config)
 
 
 def verify_resume(config: RunConfig) -> int:
@@ -80,6 +104,8 @@ def short_flags(config: RunConfig) -> list[str]:
 
 def fingerprint(run: Path) -> dict[str, str]:
     """Digests of the state of a run's newest checkpoint, of its metrics and of its samples."""
+    from moe_jax.runs.checkpoint import CheckpointStore
+
     newest = CheckpointStore(run).newest()
     if newest is None:
         raise UserError(f"{run}: no good checkpoint; nothing to compare")
@@ -111,7 +137,7 @@ def _terminable() -> Iterator[None]:
 def _started(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
     """A training process, killed at the end of the context. It imports the same package as this process."""
     command = [sys.executable, "-m", "moe_jax", "train", *flags]
-    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": path}
     ) as process:
@@ -140,3 +166,7 @@ def _kill_after(flags: list[str], metrics: Path, step: int) -> None:
         ended = process.poll()
     if ended is not None:
         raise UserError(f"{metrics.parent.name}: the run ended with status {ended} before it was killed; run it again")
+
+
+if __name__ == "__main__":
+    sys.exit(main(partial(run_as, VerifyResume, prog="verify_resume.py")))
