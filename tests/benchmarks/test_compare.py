@@ -177,6 +177,7 @@ def command(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     return ["--out", str(tmp_path / "out"), "--seeds", "1", "--no-total", "--flops", str(3.5 * ONE)]
 
 
+@pytest.mark.reliability
 def test_a_comparison_goes_on_reports_and_repeats_nothing(
     command: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

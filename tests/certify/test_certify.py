@@ -89,6 +89,7 @@ def in_pairs(expert, valid, experts):
 QUEUED = ["token priority, by capacity", "shared expert", "balance by bias"]
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(
     "rule", [LEAKS[0], "pairs", *(pytest.param(rule, marks=NIGHT) for rule in (*LEAKS[1:], "fours"))]
 )
@@ -102,6 +103,7 @@ def test_a_known_leak_is_found(rule: str) -> None:
     assert " and 0 of the sequence that was left alone" in certificate.found
 
 
+@pytest.mark.planted
 def test_pairs_are_found_if_positions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model so large that only a few positions are changed: those near the places where queues become full. A leak in
     the order of the queues is found in every layer that has them, too."""
@@ -128,6 +130,7 @@ def test_the_bias_that_balances_is_a_runs_own_or_random() -> None:
     assert (jnp.abs(random) > 0).all()
 
 
+@pytest.mark.planted
 def test_a_batch_that_shares_its_slots_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     def flattened(expert, valid, experts):
         hits = (jax.nn.one_hot(expert, experts, dtype=jnp.int32).sum(-2) * valid[..., None]).reshape(-1, experts)
@@ -142,6 +145,7 @@ def test_a_batch_that_shares_its_slots_is_found(monkeypatch: pytest.MonkeyPatch)
     assert " and 0 of the sequence that was left alone" not in certificate.found
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("wasteful", [AllExpertsMoE, OneHotMoE])
 def test_a_layer_that_wastes_arithmetic_is_found(wasteful: type[MoE], monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer that is certified is one of the slow references."""
@@ -167,6 +171,7 @@ def no_products_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hlo, "product", lambda *_: None)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize("plant", [pytest.param(third_of_the_products_missing, marks=NIGHT), no_products_seen])
 def test_missing_products_are_found(plant: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
@@ -222,6 +227,7 @@ def head_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loss, "mean_cross_entropy", twice)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(
     ("waste", "failed"),
     [
@@ -289,6 +295,7 @@ def prompts_without_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Decoder, "read", read)
 
 
+@pytest.mark.planted
 @pytest.mark.parametrize(
     ("plant", "found"),
     [
