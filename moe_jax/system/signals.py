@@ -170,11 +170,13 @@ def interruptible() -> Iterator[None]:
         return
     before = sys.unraisablehook
 
+    def raise_again() -> None:
+        time.sleep(0.05)
+        _thread.interrupt_main()
+
     def hook(lost: Any) -> None:
         if lost.exc_type is KeyboardInterrupt:
-            again = threading.Timer(0.01, _thread.interrupt_main)
-            again.daemon = True
-            again.start()
+            _thread.start_new_thread(raise_again, ())  # does not wait for the thread, so this hook ends before it acts
         else:
             before(lost)
 
