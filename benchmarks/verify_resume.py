@@ -3,8 +3,8 @@
     uv run python benchmarks/verify_resume.py --preset story-cpu
 
 The runs are real processes, and one is killed by a signal that cannot be caught (SIGKILL). They have the model and the
-settings of the command line. Only the number of steps, the evaluations and the corpus are reduced, so that the test
-takes about a minute. `moe_jax/training/session.py` explains why a resumed run is bit-identical.
+settings of the command line, with fewer steps, fewer evaluations and less text, so the comparison takes about a minute.
+`moe_jax/training/session.py` explains why a resumed run is bit-identical.
 """
 
 import dataclasses

@@ -25,6 +25,7 @@ from moe_jax.model.layers import keep_mask
 from moe_jax.model.moe.layer import MoE
 from moe_jax.system.random_keys import fold_each, sequence_keys, split_each
 from moe_jax.training.loss import Metrics, training_loss
+from tests.support import short_form
 from tests.support.one_hot import OneHotMoE
 
 SMALL = {"vocab_size": 19, "seq_len": 12, "layers": 2, "width": 8, "heads": 2, "experts": 4, "expert_hidden": 6}
@@ -231,7 +232,7 @@ def test_hand_derived_gradient_equals_the_real_one_in_every_parameter(case: str,
 
 @pytest.mark.reliability
 @pytest.mark.parametrize("dtype", ["float64"], indirect=True)
-@pytest.mark.parametrize("case", [*SHORT, *(pytest.param(case, marks=pytest.mark.slow) for case in LONG)])
+@pytest.mark.parametrize("case", short_form([*SHORT, *LONG], SHORT))
 def test_every_two_options_of_the_presets_together(case: str, dtype: str) -> None:
     compare(case, dtype)
 

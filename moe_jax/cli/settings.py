@@ -305,9 +305,9 @@ class AutoPreset(NamedTuple):
 
 
 def auto_preset(file: SettingsFile, flags: Values, minutes: float) -> AutoPreset | None:
-    """What the flags of `train.py` ask of --preset auto. None for another preset.
+    """The choice that `train.py` must make with --preset auto. None with another preset.
 
-    Raises ConfigError if the flags do not fit.
+    Raises ConfigError if other flags do not go with --preset auto, or --minutes does not go without it.
     """
     values = file.values | flags
     if values.get(PRESET) != AUTO:

@@ -15,6 +15,7 @@ from foundation.challenges.planting import Bug, planted
 from foundation.chapters import OPERATIONS
 from foundation.checks import checks_of
 from tests.foundation import test_foundation_forward, test_foundation_optimizers
+from tests.support import short_form
 
 pytestmark = pytest.mark.planted
 
@@ -62,7 +63,7 @@ def operation_at(place: str) -> str:
 def one_bug_a_check() -> list[Any]:
     """All bugs. Those after the first of a check are for the night."""
     firsts = {bug.caught_by: bug for bug in reversed(BUGS)}.values()
-    return [bug if bug in firsts else pytest.param(bug, marks=pytest.mark.slow) for bug in BUGS]
+    return short_form(BUGS, firsts)
 
 
 @pytest.mark.parametrize("bug", one_bug_a_check(), ids=lambda bug: bug.name)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from moe_jax.model.transformer import merge
 from moe_jax.training.session import Session
 from tests.interop.llama_cpp import LlamaCpp
 from tests.interop.made import LAYOUTS, by_transformers, text_file
+from tests.support import short_form
 from tests.support.hf_tokenizers import end_of, made
 from tests.support.saved_run import quick_training
 
@@ -54,15 +54,7 @@ def theirs(model: Any) -> np.ndarray:
         return model.float()(torch.tensor([TOKENS])).logits[0].numpy()
 
 
-def for_the_night(cases: Iterable[Any], *short: Any) -> list[Any]:
-    """The cases, of which only the `short` ones are in the short form."""
-    return [
-        case if case in short else pytest.param(*((case,) if isinstance(case, str) else case), marks=pytest.mark.slow)
-        for case in cases
-    ]
-
-
-@pytest.mark.parametrize("name", for_the_night(LAYOUTS, "llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe"))
+@pytest.mark.parametrize("name", short_form(LAYOUTS, ("llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe")))
 def test_the_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = by_transformers(tmp_path / "hf", name)
     found, expected = logits(opened(tmp_path / "hf", tmp_path, "--init-from")), theirs(model)
@@ -78,7 +70,7 @@ EVERY_EXPORT = itertools.product(
 )
 
 
-@pytest.mark.parametrize(("name", "dtype"), for_the_night(EVERY_EXPORT, *EXPORTS))
+@pytest.mark.parametrize(("name", "dtype"), short_form(EVERY_EXPORT, EXPORTS))
 def test_an_export_gives_back_every_bit(name: str, dtype: str, tmp_path: Path) -> None:
     import ml_dtypes  # noqa: F401, teaches numpy bfloat16
 
@@ -95,7 +87,7 @@ def test_an_export_gives_back_every_bit(name: str, dtype: str, tmp_path: Path) -
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
 
 
-@pytest.mark.parametrize("name", for_the_night(["mixtral", "qwen3_moe", "olmoe, tied"], "olmoe, tied"))
+@pytest.mark.parametrize("name", short_form(["mixtral", "qwen3_moe", "olmoe, tied"], ["olmoe, tied"]))
 def test_fused_experts_go_in_as_those_with_a_tensor_each(name: str, tmp_path: Path) -> None:
     """The names that transformers 5 has in memory."""
     model = by_transformers(tmp_path / "hf", name)
@@ -108,7 +100,7 @@ def test_fused_experts_go_in_as_those_with_a_tensor_each(name: str, tmp_path: Pa
     np.testing.assert_array_equal(logits(opened(tmp_path / "hf", tmp_path, "--init-from")), plain)
 
 
-@pytest.mark.parametrize("dtype", for_the_night(["bfloat16", "float16"], "bfloat16"))
+@pytest.mark.parametrize("dtype", short_form(["bfloat16", "float16"], ["bfloat16"]))
 def test_narrow_weights_widen_without_a_change(dtype: str, tmp_path: Path) -> None:
     """Their model is read again in float32: conversion in place rounds the frequencies of the rotation too."""
     import torch
@@ -119,7 +111,7 @@ def test_narrow_weights_widen_without_a_change(dtype: str, tmp_path: Path) -> No
     assert np.abs(logits(opened(tmp_path / "hf", tmp_path, "--init-from")) - theirs(model)).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", for_the_night(["llama, tied", "qwen3"], "qwen3"))
+@pytest.mark.parametrize("name", short_form(["llama, tied", "qwen3"], ["qwen3"]))
 def test_an_upcycled_model_starts_as_the_dense_one(name: str, tmp_path: Path) -> None:
     """Eight copies behind random routers; and its export is what transformers computes."""
     import transformers
@@ -140,7 +132,7 @@ def test_an_upcycled_model_starts_as_the_dense_one(name: str, tmp_path: Path) ->
 KINDS = ["gpt2", "smollm", "qwen", "llama3", "llama2", "metaspace", "olmo"]
 
 
-@pytest.mark.parametrize("kind", for_the_night(KINDS, "smollm", "llama3", "llama2"))
+@pytest.mark.parametrize("kind", short_form(KINDS, ["smollm", "llama3", "llama2"]))
 def test_an_imported_tokenizer_reads_as_in_transformers_and_llama_cpp(kind: str, tmp_path: Path) -> None:
     """llama.cpp, where it has a name for the rule."""
     import transformers

@@ -17,6 +17,7 @@ from moe_jax.interop.source import open_source
 from tests.interop.llama_cpp import LlamaCpp
 from tests.interop.saved import save
 from tests.reliability import runs
+from tests.support import short_form
 
 pytestmark = pytest.mark.interop
 
@@ -67,10 +68,7 @@ SHORT = {
     *("llama, grouped heads", "qwen3", "gpt2", "nano"),
 }
 """Each architecture once. The other cases are for the night."""
-RUNS = [
-    name if name in SHORT else pytest.param(name, marks=pytest.mark.slow)
-    for name in (*CONFIGURATIONS, *PRESETS, *(f"{name}, dense" for name in PRESETS))
-]
+RUNS = short_form((*CONFIGURATIONS, *PRESETS, *(f"{name}, dense" for name in PRESETS)), SHORT)
 
 
 @pytest.fixture(params=RUNS, scope="module")

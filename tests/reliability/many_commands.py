@@ -1,4 +1,4 @@
-"""Runs command lines in one process, one after the other: to start Python and jax takes longer than most commands.
+"""Runs command lines in one process, one after the other. Most commands take less time than a start of Python and jax.
 
 A request is a line of JSON: the words after `python`, the folder to work in, and what is typed. The answer is the
 status, and what was printed. `parse` as the first word stands for train.py, whose arguments are read and not used.

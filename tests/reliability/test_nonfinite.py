@@ -1,6 +1,7 @@
 """Numbers that are not finite, wherever they come from, reach no checkpoint; and what else a run must shrug off."""
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from moe_jax.training import step as step_module
 from moe_jax.training.loop import train
 from moe_jax.training.session import Session
 from moe_jax.training.state import TrainState
-from tests.support import saved_run, tiny
+from tests.support import saved_run, short_form, tiny
 from tests.support.saved_run import resuming
 from tests.training.conftest import quick  # noqa: F401
 from tests.training.test_run import configuration, records, run, text, timeless, uninterrupted  # noqa: F401
@@ -128,11 +129,7 @@ def test_gradients_that_stay_bad_are_diagnosed(
 
 
 @pytest.mark.parametrize(
-    ("where", "save_every"),
-    [
-        ("params", 1),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("params", 6), ("optimizer", 1), ("optimizer", 6))),
-    ],
+    ("where", "save_every"), short_form(itertools.product(("params", "optimizer"), (1, 6)), [("params", 1)])
 )
 def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
     where: str,

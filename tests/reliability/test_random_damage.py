@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.reliability import runs
+from tests.support import short_form
 
 pytestmark = pytest.mark.reliability
 FEW, MANY = 5, 300
@@ -54,9 +55,7 @@ def expected(whole: tuple[Path, dict[str, Any]], commands: runs.Commands) -> set
     return losses
 
 
-@pytest.mark.parametrize(
-    "number", [n if n < FEW else pytest.param(n, marks=pytest.mark.slow) for n in range(FEW + MANY)]
-)
+@pytest.mark.parametrize("number", short_form(range(FEW + MANY), range(FEW)))
 def test_random_damage(
     number: int, whole: tuple[Path, dict[str, Any]], expected: set[float], commands: runs.Commands, tmp_path: Path
 ) -> None:

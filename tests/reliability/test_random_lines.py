@@ -14,6 +14,7 @@ import pytest
 from moe_jax.config.presets import preset
 from tests.reliability import runs
 from tests.reliability.test_flags import NAMES, settings_of_a_run
+from tests.support import short_form
 
 pytestmark = pytest.mark.reliability
 FEW, MANY = 2, 300
@@ -47,9 +48,7 @@ def typical_value(rng: random.Random, name: str, kind: Any) -> str:
     return str(rng.choice((0, 1, 2, 3, 5, default)))
 
 
-@pytest.mark.parametrize(
-    "number", [n if n < FEW else pytest.param(n, marks=pytest.mark.slow) for n in range(FEW + MANY)]
-)
+@pytest.mark.parametrize("number", short_form(range(FEW + MANY), range(FEW)))
 def test_random_settings(number: int, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     drawn = settings_of(number)

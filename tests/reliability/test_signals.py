@@ -13,6 +13,7 @@ import pytest
 
 from moe_jax.runs.checkpoint import CheckpointStore
 from tests.reliability import runs
+from tests.support import short_form
 
 pytestmark = pytest.mark.reliability
 STEPS = 4000
@@ -57,7 +58,7 @@ def test_the_first_signal_saves_the_step(number: int, echo: bool, text: Path, ca
 NIGHT = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM)
 
 
-@pytest.mark.parametrize("number", [signal.SIGHUP, *(pytest.param(number, marks=pytest.mark.slow) for number in NIGHT)])
+@pytest.mark.parametrize("number", short_form([signal.SIGHUP, *NIGHT], [signal.SIGHUP]))
 def test_signals_of_schedulers_and_terminals_save_the_step(
     number: int, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -92,7 +93,7 @@ def test_a_hangup_that_was_ignored_stays_ignored(text: Path, cache: Path, tmp_pa
     assert logged(out) == 40
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (1, 2))])
+@pytest.mark.parametrize("seed", short_form(range(3), [0]))
 def test_a_stopped_run_ends_like_one_that_was_not(
     seed: int, text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
