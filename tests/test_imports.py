@@ -142,7 +142,8 @@ def test_a_planted_circle_is_found(modules: dict[str, str]) -> None:
         "moe_jax.runs.records": "def f():\n    from moe_jax.runs.folder import g",
         "moe_jax.runs.folder": "def g():\n    from moe_jax.runs import records",
     }
-    assert circles(imports(broken)) == ["moe_jax.runs.records -> moe_jax.runs.folder -> moe_jax.runs.records"]
+    (circle,) = circles(imports(broken))
+    assert set(circle.split(" -> ")) == {"moe_jax.runs.records", "moe_jax.runs.folder"}
 
 
 def test_the_names_of_config_are_imported_from_its_init_file(modules: dict[str, str]) -> None:

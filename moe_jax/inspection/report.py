@@ -19,7 +19,6 @@ all the numbers that it shows as one JSON object (`<script type="application/jso
     specialisation    for each layer and expert, the tokens that prefer it (see `specialisation`)
                       and the kinds of tokens that prefer it (see `group_preferences`)
     training          curves of metrics.jsonl and of the saved traces (see `training_curves`)
-    compiled          the compiled MoE layer (see `compiled_layer`)
 """
 
 import html
@@ -33,7 +32,6 @@ from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inference.traced_pass import check_routed
 from moe_jax.inspection.ablation import ablation, ablation_data
-from moe_jax.inspection.compiled_layer import compiled_layer
 from moe_jax.inspection.corpus_routing import CORPUS_TOKENS, CorpusRouting, corpus_data, corpus_routing
 from moe_jax.inspection.specialisation import group_preferences, specialisation
 from moe_jax.inspection.trace import RoutingTrace, routing_trace, trace_tokens
@@ -151,7 +149,6 @@ def report_data(
         "corpus_missing": missing,
         "specialisation": _specialisation_data(run, corpus, trace),
         "training": training_curves(folder, run),
-        "compiled": compiled_layer(run),
     }
 
 

@@ -10,14 +10,11 @@ In a notebook:
     trace = run.trace("Once upon a time there was a dragon.")
     trace.expert_index[0]    # [N, K]: the experts that layer 0 chose
     trace                    # shows the text, coloured by expert
-    trace.figures()          # load of the experts, first choice of each token
 """
 
 import html
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +23,6 @@ from flax import nnx
 from moe_jax.config import ModelConfig, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inference.traced_pass import TracedStep, check_routed, choice_totals, make_traced_pass
-from moe_jax.plots.figures import COLOURS, check_installed
 from moe_jax.runs.load import LoadedRun
 
 DECISIONS = ("probs", "expert_index", "gate", "slot", "keep")
@@ -81,12 +77,6 @@ class RoutingTrace:
     def load(self) -> np.ndarray:
         """int [L, E]: how often each expert was chosen, before drops."""
         return choice_totals(self.expert_index, self.config.experts)
-
-    def figures(self) -> dict[str, Any]:
-        """Matplotlib figures by name, which a notebook shows inline. Needs the extra `plots`."""
-        windows = math.ceil(len(self.tokens) / self.config.seq_len)
-        slots = None if self.config.dropless else self.capacity * windows
-        return trace_figures(self.load(), self.drop_fraction, slots, self.expert_index[..., 0])
 
     def __repr__(self) -> str:
         return f"RoutingTrace({len(self.tokens)} tokens, {len(self.probs)} layers, {self.config.experts} experts)"
@@ -156,54 +146,3 @@ def windows(tokens: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, int]
     for first in range(0, len(tokens), seq_len):
         part = tokens[first : first + seq_len + 1]
         yield np.pad(part, (0, seq_len + 1 - len(part))), min(len(part), len(tokens) - first, seq_len)
-
-
-def trace_figures(
-    load: np.ndarray, drop_fraction: np.ndarray, slots: int | None, first_choice: np.ndarray
-) -> dict[str, Any]:
-    """Two figures by name: `load`, how often each expert was chosen; `tokens`, the first choice of each token.
-
-    load int [L, E], drop_fraction float [L], first_choice int [L, N]. `slots` are the slots of one expert, None without
-    a capacity. Raises UserError where matplotlib is missing.
-    """
-    check_installed()
-    return {"load": _load(load, drop_fraction, slots), "tokens": _tokens(first_choice, load.shape[1])}
-
-
-def _load(load: np.ndarray, drop_fraction: np.ndarray, slots: int | None) -> Any:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    layers, experts = load.shape
-    columns = min(layers, 3)
-    figure = Figure(figsize=(3.4 * columns, 2.6 * math.ceil(layers / columns)), layout="constrained")
-    panels = figure.subplots(math.ceil(layers / columns), columns, squeeze=False, sharey=True).reshape(-1)
-    for layer, axes in enumerate(panels):
-        if layer >= layers:
-            axes.set_visible(False)
-            continue
-        axes.bar(range(experts), load[layer], color=COLOURS[0])
-        if slots is not None:
-            axes.axhline(slots, color="0.2", linestyle="--")
-        axes.set_title(f"layer {layer}: {drop_fraction[layer]:.1%} dropped", loc="left", fontsize=10)
-        axes.set_xlabel("expert")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panels[0].set_ylabel("choices" if slots is None else "choices (dashed: slots)")
-    return figure
-
-
-def _tokens(first_choice: np.ndarray, experts: int) -> Any:
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    figure = Figure(figsize=(9, 1.2 + 0.35 * len(first_choice)), layout="constrained")
-    axes = figure.subplots()
-    look = {"cmap": colormaps["tab20"].resampled(experts), "vmin": -0.5, "vmax": experts - 0.5}
-    image = axes.imshow(first_choice, aspect="auto", interpolation="nearest", **look)
-    figure.colorbar(image, ax=axes, label="expert", ticks=MaxNLocator(integer=True))
-    axes.set_yticks(range(len(first_choice)))
-    axes.set_ylabel("layer")
-    axes.set_xlabel("token")
-    axes.set_title("First choice of each token", loc="left", fontsize=10)
-    return figure

@@ -50,10 +50,9 @@ class Opened(Watched):
         return self.data["routing"]["expert"][layer][token * K + k]
 
     def draw_everything(self) -> None:
-        for name in ("experts", "ablation", "flow", "capacity", "training", "attention", "heads", "compiled"):
+        for name in ("experts", "ablation", "flow", "capacity", "training", "attention", "heads"):
             self.page.locator(f"#{name}").scroll_into_view_if_needed()
             self.page.wait_for_timeout(50)
-        self.page.locator("#compiled > details").evaluate("(details) => { details.open = true; }")
 
 
 def page_data(path: Path) -> str:

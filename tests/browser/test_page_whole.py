@@ -41,7 +41,6 @@ def test_nothing_is_loaded_nothing_fails_nothing_overflows(
         "#training-figures svg",
         "#training-figures canvas",
         "#heads canvas",
-        "#costs .bar",
     ):
         assert opened.page.locator(figure).count() > 0, figure
     opened.page.close()
@@ -79,7 +78,7 @@ def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
     opened = Opened(browser, written)
     opened.page.emulate_media(media="print")
     opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    for name in ("#controls", "#counts", "#compiled-figure pre"):  # what a reader of paper cannot use
+    for name in ("#controls", "#counts"):  # what a reader of paper cannot use
         assert not opened.page.locator(name).first.is_visible(), name
     for name in (
         "#load svg",
@@ -87,7 +86,6 @@ def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
         "#slots svg",
         "#training-figures svg",
         "#off-stories .story",
-        "#dots",
     ):
         assert opened.page.locator(name).first.is_visible(), name
     for heading in ("h2", "h3", "figcaption", ".explain"):  # no heading is left at the foot of a page
@@ -102,7 +100,7 @@ def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
 def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     browser: Any, tmp_path: Path, dispatch: str
 ) -> None:
-    """Everywhere alike: at the top, in the table of the layers, in the pictures and in the compiled layer."""
+    """Everywhere alike: at the top, in the table of the layers and in the pictures."""
     folder = saved_run.save_run(tmp_path, dispatch=dispatch, capacity_factor=1.2)
     opened = Opened(browser, write_report(folder, folder / "page.html", text="a cat and a dragon"))
     opened.draw_everything()
@@ -116,27 +114,12 @@ def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     assert ("capacity line" in text("#load")) == limited
     assert ("this run: 1.2" in opened.page.locator("#factors").text_content()) == limited
     assert ("find an expert full" in text("#positions")) == limited
-    said, costs = text("#compiled-explain"), text("#costs")
-    if limited:
-        assert "filling exactly the slots needs 0.01 M (ratio 1.000), and running" in said
-        assert "Needed: the slots, filled" in costs
-    else:
-        # 32 rows of 2 x 3 x 8 x 6 operations, in 7 blocks of 8.
-        need = "the active rows, 32 choices of the window's tokens, need 0.01 M (ratio 1.750; the excess is the padding"
-        assert need in said
-        assert "slots" not in said + costs
-        assert "Needed: the active rows" in costs
     assert opened.said == []
     opened.page.close()
 
 
-def test_the_compiled_program_is_folded_and_the_bar_stays(opened: Opened) -> None:
+def test_the_bar_stays(opened: Opened) -> None:
     """The bar names the section that is read, and what a link of it leads to begins below the bar."""
-    opened.page.locator("#compiled").scroll_into_view_if_needed()
-    opened.page.locator("#dots").wait_for(state="attached")
-    assert not opened.page.locator("#dots").is_visible()
-    opened.page.locator("#compiled summary").first.click()
-    assert opened.page.locator("#dots").is_visible()
     for name in ("experts", "ablation", "training"):
         opened.page.locator(f'.tabs a[href="#{name}"]').click()
         opened.page.locator(f'.tabs a[href="#{name}"][aria-current]').wait_for()

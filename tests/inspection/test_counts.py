@@ -154,24 +154,6 @@ def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.Monke
         trace.routing_trace(opened(), "abcd")
 
 
-def test_panels_of_a_trace_are_in_rows_of_three() -> None:
-    pytest.importorskip("matplotlib")
-    load = np.arange(8).reshape(4, 2)
-    found = trace.trace_figures(load, np.array([0, 0.25, 0.5, 1]), 5, np.array([[0, 1], [1, 1], [0, 0], [1, 0]]))
-    axes = found["load"].axes
-    assert (len(axes), [a.get_visible() for a in axes]) == (6, [True] * 4 + [False] * 2)
-    assert [a.get_title("left") for a in axes[:4]] == [
-        *("layer 0: 0.0% dropped", "layer 1: 25.0% dropped", "layer 2: 50.0% dropped", "layer 3: 100.0% dropped")
-    ]
-    assert [[bar.get_height() for bar in a.patches] for a in axes[:4]] == load.tolist()
-    assert [list(line.get_ydata()) for line in axes[0].get_lines()] == [[5, 5]]
-    assert axes[0].get_ylabel() == "choices (dashed: slots)"
-    (image,) = found["tokens"].axes[0].get_images()
-    assert (image.norm.vmin, image.norm.vmax, image.get_cmap().N) == (-0.5, 1.5, 2)
-    one = trace._load(load[:2], np.zeros(2), None)
-    assert (len(one.axes), one.axes[0].get_ylabel(), one.axes[0].get_lines()[:]) == (2, "choices", [])
-
-
 # The report
 
 
@@ -235,9 +217,6 @@ def test_saved_traces_are_compared_with_the_one_before(tmp_path: Path, monkeypat
     assert found["shown"] == {"pieces": ["a", "b"], "step": [10, 20, 30], "first": [[[0, 1]], [[0, 2]], [[0, 2]]]}
     monkeypatch.setattr(report, "MOST_TRACES", 2)
     assert report._traces(tmp_path, opened())["shown"]["step"] == [10, 30]
-
-
-# The compiled layer
 
 
 def test_preferences_are_corrected_for_the_number_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 
 from moe_jax.config import TrainConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
-from moe_jax.inference.traced_pass import check_routed
+from moe_jax.inference.traced_pass import TracedStep, check_routed
 from moe_jax.inspection.trace import make_trace_step, trace_tokens
 from moe_jax.model.moe.layer import AllExpertsMoE, Mode, MoE
 from moe_jax.model.precision import Policy
@@ -27,10 +28,17 @@ CONFIG = TrainConfig(steps=10, lr=1e-2, warmup_steps=0)
 MODEL = tiny.config()
 
 
-def after_a_step(trace: bool, batch: np.ndarray):
+@functools.cache
+def batch() -> np.ndarray:
+    """Two micro-batches."""
+    return tiny.tokens(2, 2, tiny.T + 1, seed=5)
+
+
+@functools.cache
+def after_a_step(trace: bool) -> Any:
     graphdef, params = tiny.build(MODEL)
     step = make_step(graphdef, make_optimizer(CONFIG), CONFIG, False, trace=trace)
-    return step(initial_state(jax.tree.map(jnp.array, params), make_optimizer(CONFIG), False), batch)
+    return step(initial_state(jax.tree.map(jnp.array, params), make_optimizer(CONFIG), False), batch())
 
 
 @functools.cache
@@ -43,23 +51,27 @@ def opened() -> LoadedRun:
     return LoadedRun(RunConfig(model=MODEL), byte_tokenizer(), None, policy, graphdef, graphdef, params)  # pyright: ignore[reportArgumentType]
 
 
+@functools.cache
+def traced() -> TracedStep:
+    """One compiled pass a number of windows, for all tests."""
+    return make_trace_step(tiny.build(MODEL)[0])
+
+
 def byte_tokenizer() -> Tokenizer:
     from moe_jax.config import DataConfig
 
     return train_tokenizer(DataConfig(tokenizer="byte"))
 
 
-@pytest.mark.parametrize("micro_batches", [1, 2])
-def test_a_traced_step_is_the_untraced_step(micro_batches: int) -> None:
+def test_a_traced_step_is_the_untraced_step() -> None:
     """Parameters and metrics to the last bit; and the trace says what the metrics say."""
-    batch = tiny.tokens(micro_batches, 2, tiny.T + 1, seed=5)
-    state, report = after_a_step(False, batch)
-    traced_state, traced = after_a_step(True, batch)
+    state, report = after_a_step(False)
+    traced_state, traced = after_a_step(True)
     assert report.metrics.trace is None
     tiny.assert_same_bits(traced_state, state)
     tiny.assert_same_bits(traced.metrics._replace(trace=None), report.metrics)
     trace = traced.metrics.trace
-    assert trace.expert_index.shape == (micro_batches, MODEL.layers, 2, tiny.T, MODEL.routing.top_k)
+    assert trace.expert_index.shape == (2, MODEL.layers, 2, tiny.T, MODEL.routing.top_k)
     chosen = np.stack([(np.asarray(trace.expert_index) == e).mean((0, 2, 3, 4)) for e in range(MODEL.experts)], axis=1)
     np.testing.assert_allclose(chosen, report.metrics.load, rtol=1e-6)
     dropped = 1 - np.asarray(trace.keep).mean()
@@ -68,10 +80,9 @@ def test_a_traced_step_is_the_untraced_step(micro_batches: int) -> None:
 
 
 def test_the_forward_pass_decides_as_the_step_does() -> None:
-    batch = tiny.tokens(1, 2, tiny.T + 1, seed=6)
-    graphdef, params = tiny.build(MODEL)
-    of_step = after_a_step(True, batch)[1].metrics.trace
-    alone = make_trace_step(graphdef)(params, batch[0]).decisions
+    params = tiny.build(MODEL)[1]
+    of_step = after_a_step(True)[1].metrics.trace
+    alone = traced()(params, batch()[0]).decisions
     for name in ("expert_index", "slot", "keep"):
         np.testing.assert_array_equal(getattr(of_step, name)[0], getattr(alone, name), err_msg=name)
     for name in ("probs", "gate", "attention"):
@@ -80,7 +91,7 @@ def test_the_forward_pass_decides_as_the_step_does() -> None:
 
 def test_slots_and_drops_by_a_loop_over_the_text() -> None:
     """Tokens in order, their choices best first, take slots while there are some; each window starts anew."""
-    trace = trace_tokens(opened(), tiny.tokens(2 * tiny.T + 3, seed=7))
+    trace = trace_tokens(opened(), tiny.tokens(2 * tiny.T + 3, seed=7), traced())
     assert trace.capacity == 2  # ceil(0.5 * 8 * 2 / 4)
     for layer in range(MODEL.layers):
         for i in range(len(trace.tokens)):
@@ -99,9 +110,9 @@ def test_slots_and_drops_by_a_loop_over_the_text() -> None:
 
 def test_a_longer_text_changes_nothing_before_it_and_padding_does_not_show() -> None:
     tokens = tiny.tokens(tiny.T, seed=8)
-    whole = trace_tokens(opened(), tokens)
+    whole = trace_tokens(opened(), tokens, traced())
     for length in (1, 5):
-        part = trace_tokens(opened(), tokens[:length])
+        part = trace_tokens(opened(), tokens[:length], traced())
         assert part.probs.shape == (MODEL.layers, length, MODEL.experts)
         for name in ("probs", "expert_index", "gate", "slot", "keep"):
             np.testing.assert_array_equal(getattr(part, name), getattr(whole, name)[:, :length], err_msg=name)
@@ -126,7 +137,7 @@ def test_a_dense_baseline_is_refused() -> None:
 
 
 def test_what_a_notebook_shows_is_escaped() -> None:
-    trace = dataclasses.replace(trace_tokens(opened(), tiny.tokens(2)), pieces=["<script>", "&"])
+    trace = dataclasses.replace(trace_tokens(opened(), tiny.tokens(2), traced()), pieces=["<script>", "&"])
     shown = trace._repr_html_()
     assert "<script>" not in shown
     assert "&lt;script&gt;" in shown
@@ -141,7 +152,7 @@ def test_what_a_notebook_shows_is_escaped() -> None:
 def test_the_likeliest_next_tokens_are_those_of_the_logits() -> None:
     """In two windows; the loss is that of the same logits."""
     run, tokens = opened(), tiny.tokens(tiny.T + 3, seed=11)
-    trace = trace_tokens(run, tokens)
+    trace = trace_tokens(run, tokens, traced())
     model = merge(run.graphdef, run.params)
     for first in (0, tiny.T):
         window = jnp.asarray(np.pad(tokens[first : first + tiny.T], (0, max(0, first + tiny.T - len(tokens)))))
@@ -161,4 +172,4 @@ def test_a_broken_router_is_named_and_not_drawn() -> None:
     broken = jax.tree.map(lambda x: x * jnp.nan, run.params)
     run = dataclasses.replace(run, params=broken, checkpoint=SimpleNamespace(step=7))  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match="step 7 give NaN"):
-        trace_tokens(run, tiny.tokens(3))
+        trace_tokens(run, tiny.tokens(3), traced())

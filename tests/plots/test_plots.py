@@ -8,9 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.cli.inspect import Plot
-from moe_jax.inspection.trace import routing_trace
 from moe_jax.plots.figures import run_figures, save_figures
-from moe_jax.runs.load import open_run
 from moe_jax.system.files import Folder
 from tests.support import saved_run
 
@@ -53,19 +51,3 @@ def test_the_command_writes_into_the_run(folder: Path, capsys: pytest.CaptureFix
     printed = capsys.readouterr().out.splitlines()
     assert str(folder / "report" / "loss.svg") in printed
     assert all(Path(line).is_file() for line in printed)
-
-
-def test_a_trace_in_a_notebook(folder: Path) -> None:
-    trace = routing_trace(open_run(folder), "a cat and a dragon")
-    assert trace.figures().keys() == {"load", "tokens"}
-    bars = [bar.get_height() for bar in trace.figures()["load"].axes[1].patches]
-    assert bars == trace.load()[1].tolist()
-
-
-@pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
-def test_a_trace_has_a_line_of_slots_where_there_are_slots(dispatch: str, tmp_path: Path) -> None:
-    trace = routing_trace(open_run(saved_run.save_run(tmp_path, dispatch=dispatch)), "a cat and a dragon")
-    first, second = trace.figures()["load"].axes
-    limited = dispatch == "capacity"
-    assert [list(line.get_ydata()) for line in second.get_lines()] == limited * [[16, 16]]  # 2 windows of 8 slots
-    assert ("slots" in first.get_ylabel()) == limited

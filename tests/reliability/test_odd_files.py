@@ -100,7 +100,6 @@ def test_an_odd_summary_is_as_none(run: Path, tmp_path: Path, monkeypatch) -> No
         (run / "summary.json").write_text(text, encoding="latin-1")
         assert _Metrics(run).floor("nats per token") is None
         assert isinstance(read_summary(run), dict)
-    monkeypatch.setattr("moe_jax.inspection.report.compiled_layer", lambda *_: None)
     monkeypatch.setattr("moe_jax.inspection.report.corpus_routing", lambda *_: None)
     write_report(run, tmp_path / "page.html", text="Once")
 

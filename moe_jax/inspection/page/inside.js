@@ -1,4 +1,4 @@
-// Attention of the chosen token and of the whole text, and the compiled layer.
+// Attention of the chosen token and of the whole text.
 const drawAttention = () => {
   const box = clear(byId("attention-figure")), { attention } = data;
   const i = state.token ?? Math.min(attention.tokens - 1, model.seq_len - 1, 24);
@@ -46,32 +46,9 @@ const drawHeads = () => {
   }));
 };
 
-const drawCompiled = () => {
-  const c = data.compiled, box = clear(byId("compiled-figure"));
-  const giga = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} G` : `${(n / 1e6).toFixed(2)} M`);
-  const begin = `One MoE layer, forward, for one window of ${whole(model.seq_len)} tokens, compiled for ${c.platform}`;
-  // The bound of the products: the slots of the capacity, or without a capacity the rows of all choices.
-  const needs = model.dropless ? `the active rows, ${count(model.seq_len * K, "choice")} of the window's tokens, need` : "filling exactly the slots needs";
-  const over = model.dropless ? "; the excess is the padding of the blocks" : "";
-  byId("compiled-explain").textContent = !c.dots.length
-    ? `${begin}. The compiler hands the matrix products to a library here, so the program does not list them; ${needs} ${giga(c.bound)} operations of them.`
-    : `${begin}: every matrix product in the optimised program. ` +
-    `The experts' products cost ${giga(c.expert_flops)} operations; ${needs} ${giga(c.bound)} (ratio ${(c.expert_flops / c.bound).toFixed(3)}${over}), and running every expert on every token would need ${giga(c.dense)}.`;
-  const rows = c.dots.map((d) => el("tr", {}, el("td", {}, el("code", {}, d.shapes)), el("td", { class: "num" }, d.runs > 1 ? `${giga(d.flops)} (${d.runs} times)` : giga(d.flops)), el("td", { class: "num" }, percent(d.flops / c.total)), el("td", {}, el("code", {}, d.source))));
-  const costs = [[`Needed: the ${model.dropless ? "active rows" : "slots, filled"}`, c.bound, true], ["Compiled: the experts", c.expert_flops], ["Compiled: the whole layer", c.total], ["All experts on all tokens", c.dense, true]];
-  const most = Math.max(...costs.map(([, n]) => n));
-  const tally = (title, counts) => el("p", { class: "small" }, el("b", {}, `${title}: `), Object.entries(counts).map(([name, n]) => `${n} ${name}`).join(", "), ".");
-  box.append(!rows.length ? "" : el("div", { class: "costs", id: "costs" }, costs.map(([name, n, bound]) => el("div", {}, el("span", {}, name),
-    el("span", {}, giga(n)), el("span", { class: "track" }, el("span", { class: bound ? "bar bound" : "bar", vars: { width: `${100 * n / most}%` } }))))),
-    !rows.length ? "" : el("div", { class: "scroll" }, el("table", { id: "dots" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Matrix product (left × right → out)"), el("th", { class: "num", scope: "col" }, "operations"), el("th", { class: "num", scope: "col" }, "share"), el("th", { scope: "col" }, "source operation"))), el("tbody", {}, rows))),
-    el("h3", {}, "The two programs"), tally("Traced by jax", c.primitives), tally("After the compiler", c.instructions),
-    el("details", {}, el("summary", {}, "The layer as jax sees it (jaxpr)"), el("pre", { tabindex: "0" }, c.jaxpr)),
-    el("details", {}, el("summary", {}, "The optimised program (HLO)"), el("pre", { tabindex: "0" }, c.hlo)));
-};
 const startInside = () => {
   section("attention", drawAttention, ["layer", "token"]);
   section("heads", drawHeads, ["layer", "theme"]);
-  section("compiled", drawCompiled);
 };
 
 const drawHeader = () => {
