@@ -4,7 +4,7 @@
     uv run train.py --preset seed-158m --data tinystories  158.6 million parameters, on TinyStories
     uv run train.py --data FOLDER --tokenizer bpe          your own text: FOLDER/train.txt and FOLDER/valid.txt
     uv run train.py --out runs/x --resume                  continue a run
-    uv run train.py --config my.toml --dry-run             settings from a file; print their costs, do not train
+    uv run train.py --preset story-cpu --dry-run           print the costs of the settings, do not train
 
 `--help` lists the flags. The README lists the files that a run leaves in its folder. `Train.execute` in
 `moe_jax/cli/train.py` does the run: settings, session, loop, report.

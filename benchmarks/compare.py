@@ -17,13 +17,13 @@ line of the output is the result as JSON.
 import argparse
 import json
 import sys
-import tomllib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.cli.main import main
+from moe_jax.cli.settings import read_set, run_arguments
 from moe_jax.config import ConfigError, Dense, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.system import environment
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--preset", default="nano", choices=list(PRESETS), help="settings of the mixture and of its baselines")
-    add("--config", default="", help="TOML file of settings, as for train.py, which take the place of the preset's")
+    add("--set", action="append", default=[], help="SECTION.NAME=VALUE, a setting of all models, as for train.py")
     add("--data", default="", help="the text, as for train.py; the preset's own unless given")
     add("--seeds", type=int, default=3, help="runs of each kind; a later call may ask for more")
     add(
@@ -78,31 +78,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def settings_to_compare(name: str, path: str, data: str) -> RunConfig:
-    """The settings of a preset, with those of the TOML file at `path` and the text `data`. Both can be empty.
+def settings_to_compare(name: str, changes: Sequence[str], data: str) -> RunConfig:
+    """The settings of a preset with the values of `--set`, and with the text `data` unless it is empty.
 
-    Raises ConfigError for a setting that is chosen for each run, and where the file is wrong.
+    Raises ConfigError for a wrong value, and for a setting that is chosen for each run.
     """
-    document = preset(name).to_dict()
-    try:
-        file = tomllib.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"--config {path}: must be a TOML file that can be read; {error}") from None
-    if file.pop("preset", name) != name:
-        raise ConfigError(f"--config {path}: is of another preset than --preset {name}")
-    for section, values in file.items():
-        if not isinstance(values, dict):
-            raise ConfigError(f"--config {path}: {section} is chosen for each run; leave it out")
-        for key in values:
-            if (section, key) in OF_EACH_RUN:
-                raise ConfigError(f"--config {path}: [{section}] {key} is chosen for each run; leave it out")
-        document[section] = document.get(section, {}) | values
-    if data:
-        document["data"]["source"] = data
-    try:
-        return RunConfig.from_dict(document)
-    except UserError as error:
-        raise ConfigError(f"--config {path}: {error}") from None
+    config = preset(name)
+    values = read_set(changes, run_arguments(config))
+    for section, field in values:
+        if not section or (section, field) in OF_EACH_RUN:
+            raise ConfigError(f"--set {section}.{field}: is chosen for each run; leave it out".replace(" .", " "))
+    return config.override(values | ({("data", "source"): data} if data else {}))
 
 
 def expert_counts(text: str, config: RunConfig) -> tuple[int, ...]:
@@ -198,7 +184,7 @@ def publish(report: "Report", out: Path) -> None:
 
 def run(argv: Sequence[str]) -> int:
     asked = parse(argv)
-    config = settings_to_compare(asked.preset, asked.config, asked.data)
+    config = settings_to_compare(asked.preset, asked.set, asked.data)
     check_same_request(request_of(asked, config), asked.out / "plan.json")
     if asked.experts:
         expert_counts(asked.experts, config)

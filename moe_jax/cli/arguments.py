@@ -18,13 +18,12 @@ from typing import Any, Literal, get_args, get_origin
 
 from moe_jax.config import ConfigError
 from moe_jax.config.section import flag_of, long_flag
-from moe_jax.system.errors import FieldError
 
 Values = dict[tuple[str, str], Any]
 """(section, name) -> the value of an argument."""
 
 HINT = "--help all lists every flag"
-PATHS = {"run", "out", "upcycle", "init_from", "config", "source", "data", "file", "json", "gpu"}
+PATHS = {"run", "out", "upcycle", "init_from", "source", "data", "file", "json", "gpu"}
 """Fields that name a file or a folder."""
 POSITIONAL = {"positional": True}
 """Metadata of a field that is given by its position instead of by a flag."""
@@ -56,7 +55,7 @@ class Argument:
 
     @property
     def is_flag(self) -> bool:
-        """False for a field that only `--set` and a settings file set."""
+        """False for a field that only `--set` sets."""
         return not self.metadata.get("no_flag", False)
 
     @property
@@ -90,11 +89,11 @@ class Argument:
     def repeated(self) -> bool:
         return get_origin(self.annotation) is list
 
-    def wrong(self, value: object, problem: str) -> FieldError:
-        return FieldError(self.section, self.name, f"{self.flag}{' ' if self.is_flag else '='}{value}", problem)
+    def wrong(self, value: object, problem: str) -> ConfigError:
+        return ConfigError(f"{self.flag}{' ' if self.is_flag else '='}{value}: {problem}")
 
     def from_text(self, text: str) -> Any:
-        """The value of a typed text; of a switch `true` or `false`, as `--set` takes it. Raises FieldError."""
+        """The value of a typed text; of a switch `true` or `false`, as `--set` takes it. Raises ConfigError."""
         if self.kind is bool:
             if text.lower() not in ("true", "false"):
                 raise self.wrong(text, "must be true or false")
@@ -105,17 +104,8 @@ class Argument:
             raise self.wrong(text, "is not a whole number" if self.kind is int else "is not a number") from None
         return self.checked(value)
 
-    def from_toml(self, value: Any) -> Any:
-        """The value of an entry of a settings file. Raises FieldError."""
-        if self.kind is float and type(value) is int:
-            return float(value)
-        if type(value) is not self.kind and not self.choices:
-            names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text in quotes"}
-            raise self.wrong(value, f"is not {names[self.kind]}")
-        return self.checked(value)
-
     def checked(self, value: Any) -> Any:
-        """The value, if it is among the choices, or a text that can be printed and name a file. Raises FieldError."""
+        """The value, if it is among the choices, or a text that can be printed and name a file. Raises ConfigError."""
         if self.choices and value not in self.choices:
             raise self.wrong(value, "must be one of " + ", ".join(self.choices))
         # Python stands in surrogates for bytes of argv that are not UTF-8.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_jax.cli.arguments import Argument, Values
 from moe_jax.cli.command import check_range, print_json
-from moe_jax.cli.settings import PRESET, SOURCE, RunCommand, Settings, SettingsFile, resolve_settings
+from moe_jax.cli.settings import PRESET, SOURCE, RunCommand, Settings, resolve_settings
 from moe_jax.config import ConfigError, MeshShape, PresetName, RunConfig, holds_run
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.section import flag_of, word
@@ -37,7 +37,7 @@ class Plan(RunCommand):
 
     With --mesh, the training step is compiled for several GPUs, and the memory of one is printed.
 
-    Settings of the model and of the training are those of `train.py`, by its flags or from a --config FILE.
+    Settings of the model and of the training are the flags of `train.py`.
 
     The exit status is 0 if a setting fits, and 1 if none fits. The last line of the output is JSON if it is asked for,
     or if the output is a file or a pipe.
@@ -55,7 +55,6 @@ class Plan(RunCommand):
     """Plan a fine-tuning by adapters of this rank (`sft --lora`), instead of training. 0 trains all weights."""
     json: bool = False
     """Print the result as JSON too."""
-    file: SettingsFile = SettingsFile()  # noqa: RUF009, a tuple
     flags: Values = field(default_factory=dict)
     """What the user has typed."""
 
@@ -65,12 +64,12 @@ class Plan(RunCommand):
         return [a for a in super().settable(start) if (a.section or a.key in keys) and a.key not in NOT_PLANNED]
 
     @classmethod
-    def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
-        dense = (file.values | flags).get(("", "upcycle"))
-        if PRESET not in file.values | flags and not (dense and holds_run(Path(dense))):  # a run's preset stays
+    def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:
+        dense = flags.get(("", "upcycle"))
+        if PRESET not in flags and not (dense and holds_run(Path(dense))):  # a run's preset stays
             flags = flags | {PRESET: cls.preset}
-        own |= {"file": file, "flags": flags}
-        return resolve_settings(file, flags)
+        own["flags"] = flags
+        return resolve_settings(flags)
 
     def execute(self) -> int:
         check_range("--lora", self.lora, 0, 4096)
@@ -165,10 +164,8 @@ class Plan(RunCommand):
 
     def _rest(self, named: set[tuple[str, str]]) -> list[str]:
         """The user's settings that the command does not name in another way."""
-        path = self.file.path
         named = named | {PRESET, BATCH, ACCUMULATION, *ORIGINS}
-        words = [shlex.quote(word(*key, value)) for key, value in self.flags.items() if key not in named]
-        return [f"--config {shlex.quote(path)}"] * bool(path) + words
+        return [shlex.quote(word(*key, value)) for key, value in self.flags.items() if key not in named]
 
     def _result(self, result: dict[str, Any], command: str | None) -> int:
         """Print the result as JSON. Returns the exit status."""

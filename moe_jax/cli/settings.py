@@ -1,16 +1,10 @@
-"""The settings of a run. They start from a preset, a run or a model (`training/start.py`). A file changes them, then
-flags change them. With `--preset auto` the preset is chosen for the text.
-
-    preset = "story-cpu"                    `--config FILE.toml`: tables are sections, keys are the fields' names
-
-    [train]
-    lr = 1e-3
+"""The settings of a run. They start from a preset, a run or a model (`training/start.py`), and flags change them. With
+`--preset auto` the preset is chosen for the text.
 """
 
 import dataclasses
 import itertools
-import tomllib
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
@@ -21,7 +15,6 @@ from moe_jax.config import SECTIONS, ConfigError, DataConfig, PresetName, RunCon
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.config.section import flag_of
 from moe_jax.data.corpora import check_source
-from moe_jax.system.errors import FieldError
 from moe_jax.system.terminal import working
 from moe_jax.training.start import Start, start_of
 
@@ -30,11 +23,9 @@ AUTO = "auto"
 """The value of --preset with which the preset and its steps are chosen for the text."""
 COMMON = (
     *("--preset", "--data", "--tokenizer", "--out", "--resume"),
-    *("--steps", "--batch-size", "--lr", "--seed", "--precision", "--config", "--set"),
+    *("--steps", "--batch-size", "--lr", "--seed", "--precision", "--set"),
 )
 """The usual flags. Without `all`, help shows only them and a few of the command's own."""
-LARGEST = 2**63 - 1
-"""Largest whole number of TOML. Python reads larger ones too, which then cannot be made floats, or be printed."""
 
 
 class Settings(NamedTuple):
@@ -42,21 +33,6 @@ class Settings(NamedTuple):
 
     config: RunConfig
     start: Start
-
-
-class SettingsFile(NamedTuple):
-    """The values that a file sets. They are empty without a file."""
-
-    path: str = ""
-    values: Values = {}  # noqa: RUF012, a default that nobody changes
-
-    def only(self, keys: Container[tuple[str, str]]) -> "SettingsFile":
-        """The file without other settings."""
-        return SettingsFile(self.path, {key: value for key, value in self.values.items() if key in keys})
-
-    def error(self, field: tuple[str, str], problem: str) -> ConfigError:
-        """The error for a wrong value: one line with the file and the key."""
-        return ConfigError(f"{self.path}: {_key(*field)} = {self.values[field]!r}: {problem}")
 
 
 @dataclass(frozen=True)
@@ -71,8 +47,6 @@ class RunCommand(Command):
     """The preset whose defaults help shows, unless another one is typed."""
 
     settings: Settings
-    config: str | None = None
-    """A TOML file of settings, with a table for each section. Flags override it."""
     set: list[str] = field(default_factory=list)
     """SECTION.NAME=VALUE: any field of the configuration, such as train.beta2=0.99."""
 
@@ -109,19 +83,16 @@ class RunCommand(Command):
         own = {a.name: flags.pop(a.key) for a in arguments_of(cls) if a.key in flags}
         settable = cls.settable(RunConfig())
         flags |= read_set(own.get("set", []), settable)
-        path = own.get("config")
-        file = SettingsFile() if path is None else read_settings(path, run_arguments(RunConfig(), cls.takes_auto))
-        file = file.only({a.key for a in settable})
-        cls.adapt(own, flags, file.values)
-        return cls(settings=cls.resolve(own, file, flags), **own)
+        cls.adapt(own, flags)
+        return cls(settings=cls.resolve(own, flags), **own)
 
     @classmethod
-    def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
+    def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:
         """The settings. May add to the command's own values."""
-        return resolve_settings(file, flags)
+        return resolve_settings(flags)
 
     @classmethod
-    def adapt(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+    def adapt(cls, own: dict[str, Any], flags: Values) -> None:
         """Check the command's own arguments, and add the settings that they stand for to `flags`."""
 
 
@@ -133,22 +104,16 @@ def run_arguments(start: RunConfig, takes_auto: bool = False) -> list[Argument]:
     return [dataclasses.replace(a, annotation=names) if takes_auto and a.key == PRESET else a for a in fields]
 
 
-def resolve_settings(file: SettingsFile, flags: Values, planned: Values | None = None) -> Settings:
-    """The settings from file and flags. Raises ConfigError if they do not fit each other, the data or the run.
-
-    `planned` values stand for defaults of the preset.
-    """
-    values = (planned or {}) | file.values | flags
+def resolve_settings(values: Values) -> Settings:
+    """The settings from the values of flags. Raises ConfigError if they do not fit each other, the data or the run."""
+    values = dict(values)
     start = start_of(values)
     if start.defaults.model.vocab_size and values.get(VOCABULARY) == 0:
         del values[VOCABULARY]  # 0 stands for the tokenizer's size, which the start has by now
-    try:
-        config = start.defaults.override(values)
-        check_tuning(config)
-        check_source(config.data, config.model.seq_len)
-        start.check(config)
-    except ConfigError as error:
-        raise _name_source(error, start.defaults, file, flags) from None
+    config = start.defaults.override(values)
+    check_tuning(config)
+    check_source(config.data, config.model.seq_len)
+    start.check(config)
     return Settings(config, start)
 
 
@@ -174,20 +139,6 @@ def check_tuning(config: RunConfig) -> None:
         raise ConfigError("--train-router: this model is dense and has no router; leave it out")
 
 
-def _name_source(error: ConfigError, start: RunConfig, file: SettingsFile, flags: Values) -> ConfigError:
-    """The error to show. It names the file if the file has set the wrong field, or if the file is wrong by itself."""
-    from_file = file.values.keys() - flags.keys()
-    if not isinstance(error, FieldError):  # from `check_source`: the text does not exist
-        return ConfigError(f"{file.path}: {error}") if ("data", "source") in from_file else error
-    if error.field in from_file:
-        return file.error(error.field, error.problem)
-    try:
-        start.override(file.values)
-    except ConfigError:
-        return ConfigError(f"{file.path}: {error}")
-    return error
-
-
 def typed_preset(argv: Sequence[str], default: str) -> RunConfig:
     """The preset from argv if it exists, else the default preset. Help must work even if other arguments are wrong."""
     words = [word for arg in argv for word in arg.split("=", 1)]
@@ -209,49 +160,6 @@ def read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
     return values
 
 
-def read_settings(path: str, arguments: Iterable[Argument]) -> SettingsFile:
-    """The settings of a file, with the right types. Raises a ConfigError that names the file and the key."""
-    by_key = {a.key: a for a in arguments}
-    values: Values = {}
-    for (section, name), value in _entries(path, _load(path)):
-        if isinstance(value, int) and abs(value) > LARGEST:
-            raise ConfigError(f"{path}: {_key(section, name)}: a whole number of more than 64 bits; give a smaller one")
-        argument = by_key.get((section, name))
-        if argument is None:
-            known = {field: field for s, field in by_key if s == section} | {s: f"[{s}]" for s in SECTIONS}
-            known |= {f"{s}.{field}": _key(s, field) for s, field in by_key if s != section}
-            raise ConfigError(f"{path}: {_key(section, name)}: no such setting{perhaps(name, known)}")
-        try:
-            values[argument.key] = argument.from_toml(value)
-        except FieldError as error:
-            raise SettingsFile(path, {argument.key: value}).error(argument.key, error.problem) from None
-    return SettingsFile(path, values)
-
-
-def _load(path: str) -> dict[str, Any]:
-    try:
-        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: must be a TOML file that can be read ({error.strerror})") from None
-    except ValueError as error:
-        raise ConfigError(f"--config {path}: must be a TOML file; {error}") from None
-
-
-def _entries(path: str, document: dict[str, Any]) -> Iterable[tuple[tuple[str, str], Any]]:
-    """((section, name), value) of a document."""
-    for key, value in document.items():
-        if key in SECTIONS:
-            if not isinstance(value, dict):
-                raise ConfigError(f"{path}: {key} = {value!r}: must be a table [{key}]")
-            yield from (((key, name.replace("-", "_")), inner) for name, inner in value.items())
-        else:
-            yield ("", key.replace("-", "_")), value
-
-
-def _key(section: str, name: str) -> str:
-    return f"[{section}] {name}" if section else name
-
-
 # The preset and the steps for a text: `--preset auto`
 
 
@@ -262,14 +170,9 @@ class AutoPreset(NamedTuple):
     its config.json holds the name and the settings of a plain preset.
     """
 
-    file: SettingsFile
-    flags: Values
+    typed: Values
+    """The user's changes to a preset."""
     minutes: float
-
-    @property
-    def typed(self) -> Values:
-        """The user's changes to a preset."""
-        return self.file.values | self.flags
 
     def stand_in(self) -> Settings:
         """The settings with the first preset that they fit. Raises ConfigError if they fit none."""
@@ -301,15 +204,14 @@ class AutoPreset(NamedTuple):
             raise refused
 
     def _resolve(self, planned: Values) -> Settings:
-        return resolve_settings(self.file, self.flags, {OUT: folder_for_text(self.typed)} | planned)
+        return resolve_settings({OUT: folder_for_text(self.typed)} | planned | self.typed)
 
 
-def auto_preset(file: SettingsFile, flags: Values, minutes: float) -> AutoPreset | None:
+def auto_preset(values: Values, minutes: float) -> AutoPreset | None:
     """The choice that `train.py` must make with --preset auto. None with another preset.
 
     Raises ConfigError if other flags do not go with --preset auto, or --minutes does not go without it.
     """
-    values = file.values | flags
     if values.get(PRESET) != AUTO:
         if minutes:
             raise ConfigError(f"--minutes {minutes:g}: works only with --preset auto; add that, or give --steps")
@@ -319,14 +221,9 @@ def auto_preset(file: SettingsFile, flags: Values, minutes: float) -> AutoPreset
             named = f", and name the run: --out {values.get(OUT) or folder_for_text(values)}" * (name == "resume")
             raise ConfigError(f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}{named}")
     check_range("--minutes", minutes, 0, 1e6)
-    file = SettingsFile(file.path, _without_preset(file.values))
-    return AutoPreset(file, _without_preset(flags), minutes)
+    return AutoPreset({key: value for key, value in values.items() if key != PRESET}, minutes)
 
 
 def folder_for_text(values: Values) -> str:
     """The folder of a run whose preset is chosen for a text, unless --out names one."""
     return f"runs/{Path(values.get(SOURCE, DataConfig.source)).resolve().stem or 'text'}"
-
-
-def _without_preset(values: Values) -> Values:
-    return {key: value for key, value in values.items() if key != PRESET}

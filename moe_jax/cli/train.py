@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self
 
 from moe_jax.cli.arguments import Values
 from moe_jax.cli.command import check_memory, check_out_folder
-from moe_jax.cli.settings import AutoPreset, RunCommand, Settings, SettingsFile, auto_preset, resolve_settings
+from moe_jax.cli.settings import AutoPreset, RunCommand, Settings, auto_preset, resolve_settings
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
 from moe_jax.config.train import ProcessGroup
 from moe_jax.system import environment, terminal
@@ -45,7 +45,7 @@ class TrainingCommand(RunCommand):
         return command
 
     @classmethod
-    def adapt(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+    def adapt(cls, own: dict[str, Any], flags: Values) -> None:
         """Raise ConfigError for flags that name no possible group of processes, before anything is read."""
         ProcessGroup.of(own.get("num_processes"), own.get("process_id"), own.get("coordinator_address", ""))
 
@@ -97,9 +97,9 @@ class TrainingCommand(RunCommand):
 class Train(TrainingCommand):
     """Train a sparse mixture-of-experts language model.
 
-    Settings start from a preset, or from the run or model that --resume, --upcycle or --init-from names. A file changes
-    them (--config), then flags do. --no-x turns a switch --x off. With --preset auto, the largest preset that suits
-    your text and --minutes is chosen, and the reasons are printed.
+    Settings start from a preset, or from the run or model that --resume, --upcycle or --init-from names. Flags change
+    them. --no-x turns a switch --x off. With --preset auto, the largest preset that suits your text and --minutes is
+    chosen, and the reasons are printed.
     """
 
     takes_auto: ClassVar[bool] = True
@@ -110,10 +110,10 @@ class Train(TrainingCommand):
     auto: AutoPreset | None = None
 
     @classmethod
-    def resolve(cls, own: dict[str, Any], file: SettingsFile, flags: Values) -> Settings:
+    def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:
         """The settings; with --preset auto those that stand in until the preset is chosen."""
-        own["auto"] = auto = auto_preset(file, flags, own.get("minutes", 0.0))
-        return resolve_settings(file, flags) if auto is None else auto.stand_in()
+        own["auto"] = auto = auto_preset(flags, own.get("minutes", 0.0))
+        return resolve_settings(flags) if auto is None else auto.stand_in()
 
     def execute(self) -> int:
         """Choose the preset if that is asked for; then train."""
@@ -143,22 +143,21 @@ class Sft(TrainingCommand):
     """Folder of the run to fine-tune: its best checkpoint is the start."""
 
     @classmethod
-    def adapt(cls, own: dict[str, Any], flags: Values, file: Values) -> None:
+    def adapt(cls, own: dict[str, Any], flags: Values) -> None:
         """Turn --run into the settings that fine-tuning needs. A run that is resumed has them already."""
-        super().adapt(own, flags, file)
+        super().adapt(own, flags)
         run = own.get("run")
         if run:
             flags[RUN] = run
-        values = file | flags
-        if run or values.get(INIT_FROM):
+        if run or flags.get(INIT_FROM):
             flags[FORMAT] = "chat"
-        if values.get(("", "resume")):
+        if flags.get(("", "resume")):
             return
-        if not run and not values.get(INIT_FROM):
+        if not run and not flags.get(INIT_FROM):
             raise ConfigError(
                 "--run: must be given, the folder of the run to fine-tune, or --init-from with a Hugging Face folder"
             )
-        if SOURCE not in values:
+        if SOURCE not in flags:
             raise ConfigError("--data: must be given, a file of conversations (.jsonl); --help lists every flag")
 
 

@@ -105,7 +105,7 @@ class RunConfig(Section, section=""):
             yield from self.section(section).plain_fields()
 
     def override(self, values: dict[tuple[str, str], Any]) -> "RunConfig":
-        """The configuration with some values replaced, by (section, name). Raises FieldError if they do not fit."""
+        """The configuration with some values replaced, by (section, name). Raises ConfigError if they do not fit."""
         changes = {section: {n: v for (s, n), v in values.items() if s == section} for section in ("", *SECTIONS)}
         routing = dataclasses.replace(self.model.routing, **changes["routing"])
         return dataclasses.replace(

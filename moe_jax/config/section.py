@@ -1,14 +1,14 @@
 """What the sections of a configuration share: the flags of their fields, and the checks of their values.
 
-Every field is a setting of `--config FILE.toml` and of `--set section.field=VALUE`. The fields that people change are
-flags too: `--section.field` with hyphens for underscores, and a short name for the most used ones. A field made by
-`no_flag` is one that a preset, an imported model or a careful experiment sets. Standard library only.
+`--set section.field=VALUE` sets every field. The fields that people change are flags too: `--section.field` with
+hyphens for underscores, and a short name for the most used ones. A field made by `no_flag` is one that a preset, an
+imported model or a careful experiment sets. Standard library only.
 """
 
 import dataclasses
 from typing import Any, ClassVar, Literal, get_args, get_origin
 
-from moe_jax.system.errors import FieldError
+from moe_jax.system.errors import ConfigError
 
 SHORT_FLAGS = {
     "--data": "--data.source",
@@ -56,23 +56,23 @@ class Section:
         _WITHOUT_FLAG.update((section, name) for name, f in fields.items() if f.metadata.get("no_flag"))
 
     def check(self, ok: bool, name: str, allowed: str) -> None:
-        """Raise FieldError unless `ok`: "--flag value: must be ALLOWED"."""
+        """Raise ConfigError unless `ok`: "--flag value: must be ALLOWED"."""
         if not ok:
             raise self.wrong(name, f"must be {allowed}")
 
-    def wrong(self, name: str, problem: str) -> FieldError:
+    def wrong(self, name: str, problem: str) -> ConfigError:
         """The error for a field's value: "--flag value: PROBLEM"."""
-        return FieldError(self.section_name, name, typed(self.section_name, name, getattr(self, name)), problem)
+        return ConfigError(f"{typed(self.section_name, name, getattr(self, name))}: {problem}")
 
     def check_range(self, names: tuple[str, ...], low: float, high: float) -> None:
-        """Raise FieldError unless each named field is a finite number within [low, high]."""
+        """Raise ConfigError unless each named field is a finite number within [low, high]."""
         for name in names:
             value = getattr(self, name)
             ok = isinstance(value, int | float) and low <= value <= high  # false for NaN
             self.check(ok, name, f"between {format_bound(low)} and {format_bound(high)}")
 
     def check_choices(self) -> None:
-        """Raise FieldError unless each field whose type is a Literal holds one of its values."""
+        """Raise ConfigError unless each field whose type is a Literal holds one of its values."""
         for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
             if get_origin(f.type) is Literal:
                 allowed = get_args(f.type)

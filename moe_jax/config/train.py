@@ -9,7 +9,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 from moe_jax.config.model import ModelConfig
 from moe_jax.config.section import Section, no_flag
-from moe_jax.system.errors import ConfigError, FieldError
+from moe_jax.system.errors import ConfigError
 
 TokenizerKind = Literal["gpt2", "bpe", "byte", "hf"]
 DataFormat = Literal["text", "chat"]
@@ -177,7 +177,7 @@ class ExecutionConfig(Section, section="execution"):
         MeshShape.parse(self.mesh)
 
     def check_mesh(self, model: ModelConfig, train: TrainConfig) -> None:
-        """Raise FieldError unless the model and the batch can be divided over the mesh."""
+        """Raise ConfigError unless the model and the batch can be divided over the mesh."""
         shape = MeshShape.parse(self.mesh)
         if train.batch_size % shape.devices:
             problem = f"{shape.devices} devices; --batch-size {train.batch_size} is not a multiple of {shape.devices}"
@@ -209,14 +209,14 @@ class MeshShape(NamedTuple):
     def parse(cls, text: str) -> "MeshShape":
         """The shape that a text such as "data=2,expert=4" names. An empty text is one device.
 
-        Raises FieldError if the text is not of this form.
+        Raises ConfigError if the text is not of this form.
         """
         sizes: dict[str, int] = {}
         for part in text.split(",") if text else ():
             axis, _, size = part.partition("=")
             known = axis in cls._fields and axis not in sizes
             if not (known and size.isascii() and size.isdigit() and len(size) <= 5 and 1 <= int(size) <= 2**16):
-                raise FieldError("execution", "mesh", f"--mesh {text}", f"must be {MESH_FORM}")
+                raise ConfigError(f"--mesh {text}: must be {MESH_FORM}")
             sizes[axis] = int(size)
         return cls(**sizes)
 

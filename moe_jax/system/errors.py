@@ -11,15 +11,6 @@ class ConfigError(ValueError):
     """
 
 
-class FieldError(ConfigError):
-    """A ConfigError with the name of its field. A value from a settings file is then reported by file, not by flag."""
-
-    def __init__(self, section: str, name: str, given: str, problem: str) -> None:
-        super().__init__(f"{given}: {problem}")
-        self.field = (section, name)
-        self.problem = problem
-
-
 class UserError(Exception):
     """A failure that the user can fix. Exit status 1.
 

@@ -16,7 +16,6 @@ from moe_jax.config.model import MESH_ROUTING
 from moe_jax.config.presets import largest_vocabulary, preset
 from moe_jax.config.run import missing_run
 from moe_jax.config.section import typed
-from moe_jax.system.errors import FieldError
 
 if TYPE_CHECKING:
     from moe_jax.interop.pretrained_shape import PretrainedShape
@@ -372,4 +371,4 @@ def _check_same(there: RunConfig, here: RunConfig, fields: Iterable[tuple[str, s
     for section, name in fields:
         old, new = (getattr(c.section(section), name) for c in (there, here))
         if old != new:
-            raise FieldError(section, name, typed(section, name, new), f"{where} has {old}; {hint}")
+            raise ConfigError(f"{typed(section, name, new)}: {where} has {old}; {hint}")

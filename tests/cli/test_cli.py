@@ -33,7 +33,6 @@ BAD_TRAIN = [
     (["--data", "no/such/path"], ["--data", "no/such/path", "tinystories"]),
     (["--data", ""], ["--data"]),
     (["--resume=yes"], ["--resume yes", "takes no value"]),
-    (["--config", "no.toml"], ["--config no.toml", "TOML", "No such file"]),
     (["--mesh", "tensor=2"], ["--mesh tensor=2", "data, fsdp and expert"]),
     (["--mesh", "data=3"], ["--mesh data=3", "3 devices; --batch-size 8 is not a multiple of 3"]),
     (["--train.beta2", "0.9"], ["--train.beta2", "type --set train.beta2=VALUE"]),
@@ -134,7 +133,6 @@ def test_bad_commands(tmp_path: Path, capsys, arguments: list[str], names: list[
         (["train.py", "--top-k", "9"], ["--top-k", "9", "8"]),
         (["train.py", "--out", "held"], ["--out held", "already holds a run", "--resume"]),
         (["train.py", "--upcycle", "held"], ["--upcycle held", "has experts already"]),
-        (["train.py", "--config", "my.toml"], ["my.toml", "[train] steps = 0", "between 1 and"]),
         (["benchmark.py", "moe", "--rounds", "0"], ["--rounds", "0"]),
         (["-m", "moe_jax", "generate", "--run", "no/such/run"], ["--run", "no/such/run"]),
     ],
@@ -142,12 +140,11 @@ def test_bad_commands(tmp_path: Path, capsys, arguments: list[str], names: list[
 )
 def test_a_program_refuses_before_jax_is_imported(tmp_path: Path, program: list[str], names: list[str]) -> None:
     make_held(tmp_path)
-    (tmp_path / "my.toml").write_text("[train]\nsteps = 0\n")
     before = (tmp_path / "held" / "config.json").read_bytes()
     script = [str(ROOT / program[0])] if program[0].endswith(".py") else program[:1]
     assert_refused(run_without_jax(tmp_path, [*script, *program[1:]]), names)
     assert (tmp_path / "held" / "config.json").read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["held", "my.toml", "poison"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["held", "poison"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.command import Command, command
+from moe_jax.cli.command import command
 from moe_jax.cli.train import Train
 from tests.docs.pages import COMMAND_LINES, PAGES, ROOT, blocks, links, sentences, words_of
 
@@ -61,16 +61,6 @@ def test_the_front_page_names_the_people_of_its_picture() -> None:
     without = ablation["stories"][ablation["layers"].index(int(layer))][int(expert)]
     assert (before in ablation["story"], now in ablation["story"]) == (True, False)
     assert (before in without, now in without) == (False, True)
-
-
-@pytest.mark.parametrize("kind", [Train, command("plan")])
-def test_every_settings_file_is_accepted(kind: type[Command], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    files = [block.code for page in PAGES for block in blocks(page) if block.kind == "toml"]
-    assert files
-    for code in files:
-        (tmp_path / "settings.toml").write_text(code)
-        kind.parse(["--config", "settings.toml"])
 
 
 @pytest.mark.parametrize("line", COMMAND_LINES)

@@ -244,16 +244,24 @@ def test_the_command_fails_where_nothing_fits(
 def test_the_settings_of_train_py_are_planned(
     pretended: list[TrainConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From its settings file, and by its flags, which override the file. The printed command repeats both, and
-    `train.py` then has the settings that were planned. What plan does not read, such as `out`, it ignores."""
-    file = tmp_path / "lean.toml"
-    file.write_text('preset = "seed-158m"\nout = "runs/x"\n[model]\nseq_len = 128\nlayers = 5\n[train]\nlr = 1e-3\n')
-    given = ["--config", str(file), "--model.layers", "4", "--set", "model.bias=false", "--batch-size", "6"]
+    """The printed command repeats its flags, and `train.py` then has the settings that were planned."""
+    given = [
+        "--seq-len",
+        "128",
+        "--lr",
+        "1e-3",
+        "--model.layers",
+        "4",
+        "--set",
+        "model.bias=false",
+        "--batch-size",
+        "6",
+    ]
     assert main(run_command, ["plan", *given, "--optimizer", "adafactor", "--execution.remat"]) == 0
     command = capsys.readouterr().out.splitlines()[-2]
     assert command == (
-        f"uv run --extra cuda12 train.py --preset seed-158m --config {file} --model.layers=4 --set=model.bias=false "
-        "--batch-size 48 --grad-accum 1 --optimizer adafactor --execution.remat"
+        "uv run --extra cuda12 train.py --preset seed-158m --seq-len=128 --lr=0.001 --model.layers=4 "
+        "--set=model.bias=false --batch-size 48 --grad-accum 1 --optimizer adafactor --execution.remat"
     )
     trained = Train.parse([*command.split()[5:], "--out", str(tmp_path / "run")]).settings.config
     assert (trained.model.seq_len, trained.model.layers, trained.model.bias) == (128, 4, False)
