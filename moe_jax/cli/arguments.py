@@ -10,7 +10,6 @@ flag to a positional argument, and has errors of several lines.
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass
 from types import NoneType
@@ -23,12 +22,8 @@ Values = dict[tuple[str, str], Any]
 """(section, name) -> the value of an argument."""
 
 HINT = "--help all lists every flag"
-PATHS = {"run", "out", "upcycle", "init_from", "source", "data", "file", "json", "gpu"}
-"""Fields that name a file or a folder."""
 POSITIONAL = {"positional": True}
 """Metadata of a field that is given by its position instead of by a flag."""
-_SECTION_NO = re.compile(r"^--([a-z]+\.)no-")
-"""Matches --model.no-tied-head, which is accepted for --no-model.tied-head."""
 
 
 @dataclass(frozen=True)
@@ -74,16 +69,14 @@ class Argument:
         return [f"--no-{flag.removeprefix('--')}" for flag in self.flags] if self.kind is bool else []
 
     @property
-    def kind(self) -> Any:
-        """The type of one value."""
-        if get_origin(self.annotation) is Literal:
-            return str
-        inner = [a for a in get_args(self.annotation) if a is not NoneType]
-        return inner[0] if inner else self.annotation
-
-    @property
     def choices(self) -> tuple[str, ...]:
         return get_args(self.annotation) if get_origin(self.annotation) is Literal else ()
+
+    @property
+    def kind(self) -> Any:
+        """The type of one value."""
+        inner = [a for a in get_args(self.annotation) if a is not NoneType]
+        return str if self.choices else inner[0] if inner else self.annotation
 
     @property
     def repeated(self) -> bool:
@@ -126,37 +119,41 @@ def arguments_of(kind: type, section: str = "", start: Any = None) -> Iterator[A
 
 def read(arguments: Sequence[Argument], argv: Sequence[str]) -> Values:
     """The values of argv. If a flag is given twice, the last value counts. Raises ConfigError."""
-    flags = {flag: a for a in arguments if a.is_flag and not a.positional for flag in a.flags}
-    switches = {flag: (a, True) for flag, a in flags.items() if a.kind is bool}
-    switches |= {flag: (a, False) for a in flags.values() for flag in a.off_flags}
+    flags = {flag: a for a in arguments if a.is_flag and not a.positional for flag in (*a.flags, *a.off_flags)}
     places = [a for a in arguments if a.positional]
     values: Values = {}
-    words, before = list(argv), ""
+    words, switch = list(argv), ""
     while words:
         word = words.pop(0)
         typed, equals, text = word.partition("=")
-        flag = _SECTION_NO.sub(r"--no-\1", typed.replace("_", "-"))
+        flag = typed.replace("_", "-")
         if not word.startswith("-"):
             if not places:
-                raise _stray(word, before if before in switches else "")
+                raise _no_value(switch, word) if switch else ConfigError(f"{word}: belongs to no flag; {HINT}")
             argument = places.pop(0)
             values[argument.key] = argument.from_text(word)
-        elif flag in switches:
+            continue
+        if flag not in flags:
+            known = {name: a.flag for a in arguments for name in a.flags} | {name: name for name in flags}
+            raise ConfigError(f"{typed}: no such flag{perhaps(flag, known)}; {HINT}")
+        argument = flags[flag]
+        switch = flag if argument.kind is bool else ""
+        if switch:
             if equals:
-                raise _stray(text, flag)
-            argument, values[argument.key] = switches[flag]
-        elif flag in flags:
-            argument = flags[flag]
-            if not equals:
-                if not words or words[0].startswith("--"):
-                    raise ConfigError(f"{argument.flag}: needs a value; {HINT}")
-                text = words.pop(0)
-            value = argument.from_text(text)
-            values[argument.key] = [*values.get(argument.key, []), value] if argument.repeated else value
-        else:
-            raise _unknown(typed, flag, arguments)
-        before = flag
+                raise _no_value(flag, text)
+            values[argument.key] = flag in argument.flags
+            continue
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"{argument.flag}: needs a value; {HINT}")
+            text = words.pop(0)
+        value = argument.from_text(text)
+        values[argument.key] = [*values.get(argument.key, []), value] if argument.repeated else value
     return values
+
+
+def _no_value(switch: str, text: str) -> ConfigError:
+    return ConfigError(f"{switch} {text}: takes no value; it is given, or left out")
 
 
 def require(arguments: Iterable[Argument], values: Values) -> None:
@@ -173,24 +170,8 @@ def perhaps(typed: str, known: Mapping[str, str]) -> str:
     `known` maps each accepted name to the name that the hint shows. A field of another section is near, because the
     last part of its name is the same.
     """
-    last = [name.removeprefix("--").rpartition(".")[2] for name in (typed, *known)]
-    near = [shown for shown, part in zip(known.values(), last[1:], strict=True) if part == last[0]]
+    last = typed.removeprefix("--").rpartition(".")[2]
+    near = [shown for name, shown in known.items() if name.removeprefix("--").rpartition(".")[2] == last]
     near = near or [known[name] for name in difflib.get_close_matches(typed, known, n=3, cutoff=0.75)]
     near = list(dict.fromkeys(near))[:2]
     return f"; perhaps {' or '.join(near)} was meant" if near else ""
-
-
-def _unknown(typed: str, flag: str, arguments: Iterable[Argument]) -> ConfigError:
-    """The error for a flag that the command does not have."""
-    usable = [a for a in arguments if a.is_flag and not a.positional]
-    for a in arguments:
-        if not a.is_flag and flag in (long_flag(a.section, a.name), *a.off_flags):
-            return ConfigError(f"{typed}: is no flag; type {a.flag}=VALUE")
-    known = {name: a.flag for a in usable for name in a.flags} | {name: name for a in usable for name in a.off_flags}
-    return ConfigError(f"{typed}: no such flag{perhaps(typed, known)}; {HINT}")
-
-
-def _stray(word: str, switch: str) -> ConfigError:
-    if switch:
-        return ConfigError(f"{switch} {word}: takes no value; it is given, or left out")
-    return ConfigError(f"{word}: belongs to no flag; {HINT}")

@@ -4,7 +4,7 @@ import datetime
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from moe_jax.cli.arguments import POSITIONAL
 from moe_jax.cli.command import Command, check_range, print_json
@@ -35,8 +35,6 @@ class Benchmark(Command):
         serve     16 texts at once beside one, and the wait of a late one
         all       moe, train and decode; and peers if its extra is installed
     """
-
-    interrupted: ClassVar[str] = "no results were written"
 
     suite: Suite = field(default="all", metadata=POSITIONAL)
     """The suite to run."""

@@ -1,40 +1,21 @@
 """`moe-jax certify`."""
 
 import itertools
-import textwrap
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
 
 from moe_jax.cli.command import Command, check_range, check_run_folder, print_json
 from moe_jax.config import MeshShape, PresetName
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
-from moe_jax.system.terminal import working
+from moe_jax.system.terminal import say, working
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from rich.console import Console
-
-    from moe_jax.certify import Certificate
-
-
-TRIED = (
+METHOD = (
     "Tried: one token is changed at a time, and every bit of the earlier outputs is compared. The model computes in "
     "float32 on one device, with random inputs and half of the usual slots, so that choices are dropped. Then the "
-    "operations of compiled programs are counted."
-)
-NOT_TRIED = (
+    "operations of compiled programs are counted.\n"
     "Not tried: other inputs, other lengths, other number formats, and gradients. Such a test can find a leak. It "
     "cannot prove that there is none."
 )
-GROUPS = {
-    "causality": "No later token changes an earlier output, in one layer and in the whole model",
-    "arithmetic": "Compiled programs multiply what they need, and hardly more",
-    "compilations": "No program is compiled twice",
-    "mesh": "The training step of several devices",
-}
-"""The heading of each group of claims, by the first word of their names. Claims on memory stand with arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +25,6 @@ class Certify(Command):
     The exit status is 1 if a certificate fails. The last line of the output is JSON if it is asked for, or if the
     output is a file or a pipe.
     """
-
-    interrupted: ClassVar[str] = "the remaining certificates were not tested"
 
     preset: PresetName = "nano"
     """The model to test, with its initial parameters."""
@@ -71,7 +50,6 @@ class Certify(Command):
             from moe_jax.certify.model import certify, initial_params
             from moe_jax.parallel.layout import mesh_of
             from moe_jax.runs.load import open_run
-            from moe_jax.system.terminal import rich_console
 
             if self.run:
                 opened = open_run(self.run)
@@ -83,43 +61,18 @@ class Certify(Command):
         if (mesh := mesh_of(self.mesh)) is not None:
             on_mesh = certify_mesh(config.on_mesh(self.mesh, self.batch_size, micro_batches=2), params, mesh)
             remaining = itertools.chain(remaining, on_mesh)
-        console = rich_console()
-        console.print(f"[bold]certificates[/bold] of {what}")
-        for line in (TRIED, NOT_TRIED):
-            _print_wrapped(console, line)
-        results = _tested(console, remaining)
+        say(f"certificates of {what}", METHOD, "")
+        results = []
+        while True:
+            with working(f"testing claim {len(results) + 1}"):
+                certificate = next(remaining, None)
+            if certificate is None:
+                break
+            results.append(certificate)
+            say(f"{'pass' if certificate.passed else 'FAIL'}  {certificate.title or certificate.name}")
+            say(f"      {certificate.found}", f"      asked: {certificate.asked}")
         failed = [c.name for c in results if not c.passed]
-        console.print(f"\n{len(results)} claims, {len(failed)} failed")
-        print_json(
-            {"certificates": len(results), "failed": failed, "results": [c._asdict() for c in results]},
-            self.json,
-        )
+        say(f"\n{len(results)} claims, {len(failed)} failed")
+        results = [c._asdict() for c in results]
+        print_json({"certificates": len(results), "failed": failed, "results": results}, self.json)
         return 1 if failed else 0
-
-
-def _tested(console: "Console", remaining: "Iterator[Certificate]") -> "list[Certificate]":
-    """All certificates. Each claim is printed when it is tested."""
-    results, group = [], ""
-    while True:
-        with working("testing the next claim" if results else "testing the first claim"):
-            certificate = next(remaining, None)
-        if certificate is None:
-            return results
-        results.append(certificate)
-        if (of := certificate.name.partition(":")[0]) != group and of != "memory":
-            group = of
-            console.print(f"\n[bold]{GROUPS[group]}[/bold]\n")
-        _print(console, certificate)
-
-
-def _print(console: "Console", certificate: "Certificate") -> None:
-    mark = "[green]pass[/green]" if certificate.passed else "[red]FAIL[/red]"
-    console.print(f"{mark}  [bold]{certificate.title or certificate.name}[/bold]")
-    _print_wrapped(console, certificate.found, indent=6)
-    _print_wrapped(console, f"asked: {certificate.asked}", "dim", indent=6)
-
-
-def _print_wrapped(console: "Console", text: str, style: str = "", indent: int = 0) -> None:
-    """Print a text in lines of at most 80 columns, without spaces at their ends."""
-    for line in textwrap.wrap(text, max(min(console.width, 80) - indent, 20)):
-        console.print(" " * indent + line, style=style, markup=False)

@@ -12,21 +12,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from moe_jax.cli.arguments import Argument, arguments_of, perhaps, read, require
-from moe_jax.config import ConfigError, RunConfig, UserError, holds_run
+from moe_jax.config import ConfigError, RunConfig, holds_run
 from moe_jax.config.run import missing_run
 from moe_jax.config.section import format_bound
 from moe_jax.model.costs import least_step_bytes
-from moe_jax.system.environment import (
-    GIB,
-    LEAST_ADDRESS_SPACE,
-    address_space,
-    check_limits,
-    machine_memory,
-    runs_on_cpu,
-)
+from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
 from moe_jax.system.files import Folder, json_text, step_number
 
 COMMANDS = {
@@ -49,31 +42,16 @@ COMMANDS = {
 """Name -> (module, class in it, one line of help)."""
 
 
-class Group(NamedTuple):
-    """Arguments that help shows together."""
-
-    title: str
-    about: str
-    arguments: list[Argument]
-    rare: bool = False
-    """Whether only `--help all` shows it."""
-
-
 class Command(ABC):
     """A command with its values, of the right types. Subclasses check what the values mean."""
 
-    interrupted: ClassVar[str] = "nothing was written"
-    """What Ctrl-C leaves of the command's work. Printed after "interrupted; "."""
+    usual: ClassVar[Sequence[str]] = ()
+    """The flags that help shows unless `--help all` is typed. Empty: all."""
 
     @classmethod
     def arguments(cls) -> list[Argument]:
         """The arguments that the command accepts."""
         return list(arguments_of(cls))
-
-    @classmethod
-    def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
-        """The arguments as help shows them. Defaults may depend on the rest of the command line."""
-        return [Group("arguments", "", cls.arguments())]
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
@@ -132,25 +110,16 @@ def check_range(flag: str, value: float, low: float, high: float) -> None:
 
 
 def check_memory(config: RunConfig) -> None:
-    """Raise an error if a training step needs more memory than this machine or this process may have.
+    """Raise ConfigError if a training step needs more memory than this machine has.
 
     Only for a CPU: the memory of a card is planned by `moe-jax plan`.
     """
-    check_limits()
-    if not runs_on_cpu():
-        return
-    least, memory, space = least_step_bytes(config), machine_memory(), address_space()
-    needs = (
-        f"--seq-len {config.model.seq_len}, --batch-size {config.train.batch_size}: a training step needs at least "
-        f"{least / GIB:,.1f} GiB"
-    )
-    cure = "use a smaller --seq-len, --batch-size or model"
-    if memory is not None and least > memory:
-        raise ConfigError(f"{needs}, and this machine has {memory / GIB:,.1f} GiB; {cure}, or --execution.remat")
-    if space is not None and least + LEAST_ADDRESS_SPACE > space:
-        raise UserError(
-            f"{needs}, JAX itself {LEAST_ADDRESS_SPACE / GIB:.0f} GiB, and ulimit -v {space // 1024} allows "
-            f"{space / GIB:,.1f} GiB; raise the limit, or {cure}"
+    least, memory = least_step_bytes(config), machine_memory()
+    if runs_on_cpu() and memory is not None and least > memory:
+        raise ConfigError(
+            f"--seq-len {config.model.seq_len}, --batch-size {config.train.batch_size}: a training step needs at least "
+            f"{least / GIB:,.1f} GiB, and this machine has {memory / GIB:,.1f} GiB; use a smaller --seq-len, "
+            "--batch-size or model, or --execution.remat"
         )
 
 

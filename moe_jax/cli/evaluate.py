@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from moe_jax.cli.command import ModelCommand, print_json, print_next
 from moe_jax.config import ConfigError, DataConfig, UserError
@@ -26,8 +26,6 @@ class Evaluate(ModelCommand):
 
     The last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
     """
-
-    interrupted: ClassVar[str] = "the text was not scored to its end; no result"
 
     data: str = ""
     """A file, which is scored whole; or a folder or corpus, of which the validation part is scored. Empty: the run's

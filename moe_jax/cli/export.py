@@ -3,7 +3,7 @@
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Literal
 
 from moe_jax.cli.command import ModelCommand, check_new_folder, print_json
 from moe_jax.config import ConfigError, load_config
@@ -18,8 +18,6 @@ class Export(ModelCommand):
     The checkpoint is verified first. The folder has the weights, the tokenizer, and a model card made of the run's
     summary. It is whole or absent.
     """
-
-    interrupted: ClassVar[str] = "nothing was exported"
 
     out: str
     """The folder to make."""
@@ -58,8 +56,6 @@ class Merge(ModelCommand):
     The other commands need no merge: they add the adapters in memory.
     """
 
-    interrupted: ClassVar[str] = "the merged run is not complete; remove its folder and start again"
-
     out: str
     """The folder of the new run."""
 
@@ -88,8 +84,6 @@ class Quantize(ModelCommand):
 
     The last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
     """
-
-    interrupted: ClassVar[str] = "the quantised run is not complete; remove its folder and start again"
 
     to: Literal["int8", "int4"]
     """int8: one scale for each output of a matrix. int4: one scale for each output and 32 inputs."""

@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 from moe_jax.cli.command import ModelCommand, check_range
 from moe_jax.config import UserError
@@ -67,8 +67,6 @@ class SamplingCommand(ModelCommand):
 class Generate(SamplingCommand):
     """Continue a text with a trained model."""
 
-    interrupted: ClassVar[str] = "the text ends here; the same --seed writes it again"
-
     prompt: str = ""
     """How each text begins."""
     num_stories: int = 1
@@ -99,8 +97,6 @@ class Chat(SamplingCommand):
     and /help lists them. Ctrl-C ends the present text, Ctrl-D leaves. If the input is a file or a pipe, each of its
     lines is answered in turn, without colours and without a word more.
     """
-
-    interrupted: ClassVar[str] = "the conversation is over"
 
     def execute(self) -> int:
         self.check()

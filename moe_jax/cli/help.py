@@ -11,8 +11,9 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING
+from functools import cache
 
-from moe_jax.cli.arguments import PATHS, Argument
+from moe_jax.cli.arguments import Argument
 from moe_jax.cli.command import COMMANDS, Command
 
 WIDEST = 120
@@ -29,32 +30,37 @@ def print_commands(prog: str) -> None:
 
 
 def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
-    """The help of one command. Rare flags, and the long names of the others, are shown for `--help all` only."""
-    groups = kind.groups(argv)
-    shown = groups if "all" in argv else [group for group in groups if not group.rare]
-    places = "".join(f" [{a.name.upper()}]" for a in kind.arguments() if a.positional)
+    """The help of one command: its usual flags by one name; with `--help all` every flag by all names."""
+    arguments = {a.flag: a for a in kind.arguments() if a.is_flag}
+    usual = [arguments[flag] for flag in kind.usual if flag in arguments] or list(arguments.values())
+    rest = [a for a in arguments.values() if a not in usual]
+    groups = {"flags that everybody uses" if rest else "arguments": usual}
+    if "all" in argv:
+        for a in rest:
+            groups.setdefault(a.section or "other", []).append(a)
+    places = "".join(f" [{a.name.upper()}]" for a in usual if a.positional)
     print(f"usage: {prog}{places} [--flag VALUE ...]")
     for paragraph in (inspect.getdoc(kind) or "").split("\n\n"):
         print("", paragraph if paragraph.startswith(" ") else _filled(paragraph), sep="\n")
-    docs: dict[type, dict[str, str]] = {}
-    for title, about, arguments, _ in shown:
-        print(f"\n{title}:", *([_filled(about, "  "), ""] if about else []), sep="\n")
-        for a in arguments:
-            text = docs.setdefault(a.owner, field_docs(a.owner)).get(a.name, "")
-            print(_entry(a, f"{text} {_choices_and_default(a)}".strip(), brief=len(shown) < len(groups)))
-    if len(shown) < len(groups):
-        hidden = sum(len(group.arguments) for group in groups if group.rare)
-        print()
-        print(_filled(f"{hidden} more flags set the model, the training and the devices: see --help all."))
+    brief = bool(rest) and "all" not in argv
+    for title, members in groups.items():
+        print(f"\n{title}:")
+        for a in members:
+            print(_entry(a, f"{field_docs(a.owner).get(a.name, '')} {_choices_and_default(a)}".strip(), brief))
+    if brief:
+        print(
+            "",
+            _filled(f"{len(rest)} more flags set the model, the training and the devices: see --help all."),
+            sep="\n",
+        )
 
 
 def _entry(a: Argument, about: str, brief: bool) -> str:
     """The names of an argument, and its help beside them, or below them if they are long."""
-    names = [a.name.upper()] if a.positional else a.flags
-    if a.kind is bool:
-        names = [name for pair in zip(a.flags, a.off_flags, strict=True) for name in pair]
-    value = "" if a.positional or a.kind is bool else f" {_metavar(a)}"
-    head = f"  {', '.join(names[:1] if brief else names)}{value}"
+    names = [name for pair in itertools.zip_longest(a.flags, a.off_flags) for name in pair if name]
+    names = [a.flag] if a.positional or brief else names
+    value = "" if a.positional or a.kind is bool else {int: " N", float: " X", str: " TEXT"}[a.kind]
+    head = f"  {', '.join(names)}{value}"
     if len(head) < INDENT - 1:
         return _filled(f"{head:<{INDENT}}{about}", after=" " * INDENT)
     return f"{_filled(head, after='  ')}\n{_filled(about, ' ' * INDENT)}"
@@ -64,20 +70,8 @@ def _filled(text: str, before: str = "", after: str = "") -> str:
     """The text in lines that fit the terminal, behind `before`, and from the second line on behind `before` and
     `after`. Lines break at spaces only, and not within `story-cpu`."""
     width = min(shutil.get_terminal_size().columns, WIDEST) - 2
-    return textwrap.fill(
-        text,
-        width,
-        initial_indent=before,
-        subsequent_indent=before + after,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )
-
-
-def _metavar(a: Argument) -> str:
-    if a.choices:
-        return "NAME"
-    return "PATH" if a.name in PATHS else {int: "N", float: "X", str: "TEXT"}[a.kind]
+    wrap = textwrap.TextWrapper(width, before, before + after, break_on_hyphens=False, break_long_words=False)
+    return wrap.fill(text)
 
 
 def _choices_and_default(a: Argument) -> str:
@@ -94,13 +88,13 @@ def _choices_and_default(a: Argument) -> str:
     return f"[{'; '.join(facts)}]" if facts else ""
 
 
+@cache
 def field_docs(kind: type) -> dict[str, str]:
     """Field -> the string literal below it, on one line, for a dataclass and those that it inherits from."""
     docs: dict[str, str] = {}
     for owner in reversed(kind.__mro__[:-1]):
         body = ast.parse(textwrap.dedent(inspect.getsource(owner))).body[0]
-        statements = body.body if isinstance(body, ast.ClassDef) else []
-        for statement, below in itertools.pairwise(statements):
+        for statement, below in itertools.pairwise(getattr(body, "body", [])):
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
                 match below:
                     case ast.Expr(value=ast.Constant(value=str(text))):

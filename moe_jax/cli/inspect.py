@@ -5,7 +5,6 @@ import contextlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from moe_jax.cli.command import Command, ModelCommand, check_out_file, check_out_folder, check_run_folder
 from moe_jax.config import ConfigError
@@ -17,8 +16,6 @@ from moe_jax.system.terminal import say, working
 @dataclass(frozen=True, kw_only=True)
 class Inspect(ModelCommand):
     """Write the routing report: one HTML file that shows where every token of a text went."""
-
-    interrupted: ClassVar[str] = "the page was not written"
 
     text: str = ""
     """The text to route. Empty: the beginning of the run's validation text."""
@@ -66,8 +63,6 @@ class Plot(Command):
     With several runs, each picture compares them.
     """
 
-    interrupted: ClassVar[str] = "some pictures were not drawn; run it again"
-
     run: list[str]
     """Folder of a run. Repeat the flag to compare several."""
     out: str = ""
@@ -94,8 +89,6 @@ class Plot(Command):
 @dataclass(frozen=True)
 class Doctor(Command):
     """Verify every checkpoint of a run, each array included."""
-
-    interrupted: ClassVar[str] = "the checkpoints were not all verified; run it again"
 
     run: str
     """Folder of a run."""

@@ -46,14 +46,7 @@ def run_as(kind: type[Command], argv: Sequence[str], prog: str) -> int:
 
         print_help(kind, prog, argv)
         return 0
-    try:
-        return kind.parse(argv).execute()
-    except KeyboardInterrupt:
-        raise Interrupted(kind.interrupted) from None
-
-
-class Interrupted(Exception):
-    """Ctrl-C has ended a command. The text says what that means for its work."""
+    return kind.parse(argv).execute()
 
 
 def console() -> int:
@@ -74,8 +67,6 @@ def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
             return _fail(str(error), 2)
         except UserError as error:
             return _fail(str(error), 1)
-        except Interrupted as error:
-            return _fail(f"interrupted; {error}", INTERRUPTED)
         except KeyboardInterrupt:
             return _fail("interrupted", INTERRUPTED)
         except terminal.OutputLost as error:

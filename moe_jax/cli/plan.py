@@ -2,13 +2,14 @@
 
 import os
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from moe_jax.cli.arguments import Argument, Values
 from moe_jax.cli.command import check_range, print_json
-from moe_jax.cli.settings import PRESET, SOURCE, RunCommand, Settings, resolve_settings
+from moe_jax.cli.settings import COMMON, PRESET, SOURCE, RunCommand, Settings, resolve_settings
 from moe_jax.config import ConfigError, MeshShape, PresetName, RunConfig, holds_run
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.section import flag_of, word
@@ -37,14 +38,13 @@ class Plan(RunCommand):
 
     With --mesh, the training step is compiled for several GPUs, and the memory of one is printed.
 
-    Settings of the model and of the training are the flags of `train.py`.
+    Settings of the model and of the training are the flags of `train.py`. Defaults are those of preset seed-158m.
 
     The exit status is 0 if a setting fits, and 1 if none fits. The last line of the output is JSON if it is asked for,
     or if the output is a file or a pipe.
     """
 
-    interrupted: ClassVar[str] = "the search stopped early; nothing of it is kept"
-    usual: ClassVar[tuple[str, ...]] = ("gpu", "mesh", "lora", "json")
+    usual: ClassVar[Sequence[str]] = (*COMMON, "--gpu", "--mesh", "--lora", "--json")
     preset: ClassVar[PresetName] = "seed-158m"
 
     gpu: str = DEFAULT_GPU
@@ -59,9 +59,9 @@ class Plan(RunCommand):
     """What the user has typed."""
 
     @classmethod
-    def settable(cls, start: RunConfig) -> list[Argument]:
+    def settable(cls) -> list[Argument]:
         keys = {PRESET, *ORIGINS}
-        return [a for a in super().settable(start) if (a.section or a.key in keys) and a.key not in NOT_PLANNED]
+        return [a for a in super().settable() if (a.section or a.key in keys) and a.key not in NOT_PLANNED]
 
     @classmethod
     def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:

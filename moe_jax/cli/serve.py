@@ -3,7 +3,6 @@
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 from urllib.parse import urlsplit
 
 from moe_jax.cli.command import ModelCommand, check_range
@@ -19,8 +18,6 @@ class Serve(ModelCommand):
     Several texts are written at once, one in each slot; others wait. The same request with the same seed gives the same
     text, whatever else is being written. Ctrl-C or SIGTERM ends the server.
     """
-
-    interrupted: ClassVar[str] = "the server had not started"
 
     host: str = "127.0.0.1"
     """Address to listen on. Another machine can ask only if this is not 127.0.0.1; then --api-key must be given."""

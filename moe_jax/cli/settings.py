@@ -3,14 +3,13 @@
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, Values, arguments_of, perhaps, read
-from moe_jax.cli.command import Command, Group, check_range
+from moe_jax.cli.command import Command, check_range
 from moe_jax.config import SECTIONS, ConfigError, DataConfig, PresetName, RunConfig
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.config.section import flag_of
@@ -25,7 +24,7 @@ COMMON = (
     *("--preset", "--data", "--tokenizer", "--out", "--resume"),
     *("--steps", "--batch-size", "--lr", "--seed", "--precision", "--set"),
 )
-"""The usual flags. Without `all`, help shows only them and a few of the command's own."""
+"""The usual flags of a run."""
 
 
 class Settings(NamedTuple):
@@ -39,50 +38,30 @@ class Settings(NamedTuple):
 class RunCommand(Command):
     """A command that takes every setting of a run."""
 
+    usual: ClassVar[Sequence[str]] = (*COMMON, "--dry-run", "--run")
     takes_auto: ClassVar[bool] = False
     """Whether --preset auto is allowed."""
-    usual: ClassVar[tuple[str, ...]] = ("dry_run", "run")
-    """Fields of the command that help shows beside the usual flags."""
     preset: ClassVar[PresetName] = RunConfig.preset
-    """The preset whose defaults help shows, unless another one is typed."""
+    """The preset whose defaults help shows."""
 
     settings: Settings
     set: list[str] = field(default_factory=list)
     """SECTION.NAME=VALUE: any field of the configuration, such as train.beta2=0.99."""
 
     @classmethod
-    def settable(cls, start: RunConfig) -> list[Argument]:
-        """The settings that the command takes, with the defaults of `start`."""
-        return run_arguments(start, cls.takes_auto)
+    def settable(cls) -> list[Argument]:
+        """The settings that the command takes."""
+        return run_arguments(preset(cls.preset), cls.takes_auto)
 
     @classmethod
     def arguments(cls) -> list[Argument]:
-        return [*arguments_of(cls), *cls.settable(RunConfig())]
-
-    @classmethod
-    def groups(cls, argv: Sequence[str] = ()) -> list[Group]:
-        """The usual flags, then the command's own and the rest by section, with the defaults of the typed preset."""
-        start = typed_preset(argv, cls.preset)
-        rest = {a.flag: a for a in [*arguments_of(cls), *cls.settable(start)] if a.is_flag}
-        common = [rest.pop(flag) for flag in COMMON if flag in rest]
-        common += [rest.pop(flag) for flag in list(rest) if rest[flag].name in cls.usual]
-        own = [rest.pop(a.flag) for a in arguments_of(cls) if a.flag in rest]
-        groups = [
-            Group("flags that everybody uses", f"Defaults are those of preset {start.preset}.", common),
-            Group("processes, and --preset auto", "", own, rare=True),
-        ]
-        for section in ("", *SECTIONS):
-            about = (type(start.section(section)).__doc__ or "").partition("\n")[0]
-            flags = [a for a in rest.values() if a.section == section]
-            groups.append(Group(section or "run", about, flags, rare=True))
-        return [group for group in groups if group.arguments]
+        return [*arguments_of(cls), *cls.settable()]
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
         flags = read(cls.arguments(), argv)
         own = {a.name: flags.pop(a.key) for a in arguments_of(cls) if a.key in flags}
-        settable = cls.settable(RunConfig())
-        flags |= read_set(own.get("set", []), settable)
+        flags |= read_set(own.get("set", []), cls.settable())
         cls.adapt(own, flags)
         return cls(settings=cls.resolve(own, flags), **own)
 
@@ -139,13 +118,6 @@ def check_tuning(config: RunConfig) -> None:
         raise ConfigError("--train-router: this model is dense and has no router; leave it out")
 
 
-def typed_preset(argv: Sequence[str], default: str) -> RunConfig:
-    """The preset from argv if it exists, else the default preset. Help must work even if other arguments are wrong."""
-    words = [word for arg in argv for word in arg.split("=", 1)]
-    names = [name for flag, name in itertools.pairwise(words) if flag == "--preset"]
-    return preset(names[-1] if names and names[-1] in PRESETS else default)
-
-
 def read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
     """The values of `--set SECTION.NAME=VALUE`. Raises ConfigError."""
     by_name = {f"{a.section}.{a.name}".lstrip("."): a for a in arguments}
@@ -176,7 +148,7 @@ class AutoPreset(NamedTuple):
 
     def stand_in(self) -> Settings:
         """The settings with the first preset that they fit. Raises ConfigError if they fit none."""
-        return next(self._fitting(PRESETS))
+        return self._fitting(PRESETS)[0]
 
     def choose(self) -> tuple[Settings, list[str]]:
         """The chosen settings, and the reasons."""
@@ -189,19 +161,17 @@ class AutoPreset(NamedTuple):
             chosen, reasons = auto.choose(starts, size, self.minutes, self.typed)
         return self._resolve({PRESET: chosen.preset, auto.STEPS: chosen.train.steps}), reasons
 
-    def _fitting(self, names: Iterable[str]) -> Iterator[Settings]:
+    def _fitting(self, names: Iterable[str]) -> list[Settings]:
         """The settings with each of the presets that they fit. Raises ConfigError if they fit none."""
-        refused, fits = None, False
+        fitting, refused = [], []
         for name in names:
             try:
-                settings = self._resolve({PRESET: name})
+                fitting.append(self._resolve({PRESET: name}))
             except ConfigError as error:
-                refused = refused or error
-                continue
-            fits = True
-            yield settings
-        if refused is not None and not fits:
-            raise refused
+                refused.append(error)
+        if not fitting:
+            raise refused[0]
+        return fitting
 
     def _resolve(self, planned: Values) -> Settings:
         return resolve_settings({OUT: folder_for_text(self.typed)} | planned | self.typed)

@@ -25,8 +25,6 @@ RUN, INIT_FROM, FORMAT, SOURCE = ("", "base"), ("", "init_from"), ("data", "form
 class TrainingCommand(RunCommand):
     """A command that trains: `train` and `sft`."""
 
-    interrupted: ClassVar[str] = "no step was taken; the same command starts it again"
-
     dry_run: bool = False
     """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""
     num_processes: int | None = None
@@ -99,7 +97,7 @@ class Train(TrainingCommand):
 
     Settings start from a preset, or from the run or model that --resume, --upcycle or --init-from names. Flags change
     them. --no-x turns a switch --x off. With --preset auto, the largest preset that suits your text and --minutes is
-    chosen, and the reasons are printed.
+    chosen, and the reasons are printed. The defaults below are those of preset nano.
     """
 
     takes_auto: ClassVar[bool] = True

@@ -13,17 +13,9 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
-from moe_jax.system.errors import UserError
 from moe_jax.system.files import cache_dir
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 GIB, MIB = 2**30, 2**20
-LEAST_ADDRESS_SPACE = 2 * GIB
-"""Address space for jax, its compiler and the smallest run. With 1.5 GiB, LLVM aborts the process without a word."""
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 SMALL_CARD_MIB = 8500
 """A card with at most this memory is small. On a larger card, JAX's default share of 75 % leaves enough for JAX and for
@@ -36,24 +28,6 @@ _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 """Parameters of glibc's `mallopt`."""
 _HUGE_PAGES, _HUGE_PAGE = 14, 2 * MIB
 """The advice MADV_HUGEPAGE, and the size of a huge page."""
-
-
-def address_space() -> int | None:
-    """Bytes of address space that this process may have (`ulimit -v`). None without a limit."""
-    if resource is None:
-        return None
-    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if limit == resource.RLIM_INFINITY else limit
-
-
-def check_limits() -> None:
-    """Raise UserError if this process may have too little address space for jax."""
-    space = address_space()
-    if space is not None and space < LEAST_ADDRESS_SPACE:
-        raise UserError(
-            f"ulimit -v {space // 1024}: {space / GIB:.1f} GiB of address space are too little for JAX, which needs "
-            f"{LEAST_ADDRESS_SPACE / GIB:.0f} GiB; raise the limit"
-        )
 
 
 def usable_cores() -> int:
@@ -115,7 +89,6 @@ def prepare_environment(deterministic: bool = False) -> list[str]:
     With `deterministic`, XLA uses no GPU program whose result differs in its bits from run to run, such as atomic
     additions, or kernels that are chosen by timing them.
     """
-    check_limits()
     notes: list[str] = []
     if deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
@@ -176,7 +149,7 @@ def keep_freed_memory() -> None:
     libc.mallopt(_MMAP_MAX, 0)  # take large blocks from the heap too
     libc.mallopt(_ARENA_MAX, 1)
     memory = machine_memory()
-    if memory is None or address_space() is not None:
+    if memory is None:
         return
     libc.malloc.restype = ctypes.c_void_p
     block = libc.malloc(ctypes.c_size_t(memory // 2))

@@ -90,12 +90,6 @@ def test_what_is_wrong_is_said_in_one_sentence(argv: list[str], sentence: str) -
     assert str(error.value).startswith(sentence)
 
 
-def test_a_switch_of_a_section_is_turned_off_by_either_name() -> None:
-    arguments = list(arguments_of(Bake, "cake"))
-    off = {("cake", "candles"): False}
-    assert read(arguments, ["--cake.no-candles"]) == read(arguments, ["--no-cake.candles"]) == off
-
-
 def test_what_must_be_given() -> None:
     with pytest.raises(ConfigError, match="CAKE: must be given, one of apple, plum"):
         require(arguments_of(Bake), read(list(arguments_of(Bake)), ["--eggs", "1"]))

@@ -35,7 +35,7 @@ BAD_TRAIN = [
     (["--resume=yes"], ["--resume yes", "takes no value"]),
     (["--mesh", "tensor=2"], ["--mesh tensor=2", "data, fsdp and expert"]),
     (["--mesh", "data=3"], ["--mesh data=3", "3 devices; --batch-size 8 is not a multiple of 3"]),
-    (["--train.beta2", "0.9"], ["--train.beta2", "type --set train.beta2=VALUE"]),
+    (["--train.beta2", "0.9"], ["--train.beta2", "perhaps --set train.beta2 was meant"]),
     (["--set", "train.beta3=0.9"], ["--set train.beta3=0.9", "perhaps train.beta2"]),
     (["--set", "model.bias=maybe"], ["--set model.bias=maybe", "must be true or false"]),
     (["--model.top-k", "2"], ["--model.top-k", "perhaps --top-k"]),
@@ -216,7 +216,7 @@ def test_short_names() -> None:
         value = value or {"--precision": "float32", "--dispatch": "blocks", "--mesh": "data=2"}.get(short, "2")
         if short == "--deterministic":
             assert _settings([short]) == _settings([long]) != _settings([])
-            assert _settings(["--no-deterministic"]) == _settings(["--execution.no-deterministic"]) == _settings([])
+            assert _settings(["--no-deterministic"]) == _settings(["--no-execution.deterministic"]) == _settings([])
         else:
             asked = [[short, value], [f"{short}={value}"], [long, value], [f"{long}={value}"]]
             assert len({repr(_settings(argv)) for argv in asked}) == 1
