@@ -1,7 +1,7 @@
 """What connects the devices of a plan, and the time of a collective by its stated bandwidth. Nothing is measured.
 
-A group of devices that reduces or gathers forms a ring, so a device sends `Collective.wire` bytes. In an all-to-all
-each device sends an equal part of its array to every other one. Three kinds of links are known:
+A group of devices that reduces or gathers forms a ring, so a device sends `GroupedCollective.wire` bytes. In an
+all-to-all each device sends an equal part of its array to every other one. Three kinds of links are known:
 
     a switch or a bus    every card has one link of its own, and all links work at once
     a network            a group over several hosts also sends through the network, which all cards of a host share
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from moe_jax.config import ConfigError, MeshShape
 
 if TYPE_CHECKING:
-    from moe_jax.certify.collectives import Collective
+    from predicted.collectives import GroupedCollective
 
 LINK_SHARE = 0.8
 """Share of the stated bandwidth that a link reaches. Assumed."""
@@ -52,7 +52,7 @@ class Hosts:
     def place(self, index: int) -> Place:
         return (index // self.per_host,)
 
-    def seconds(self, collective: "Collective", places: Sequence[Place]) -> float:
+    def seconds(self, collective: "GroupedCollective", places: Sequence[Place]) -> float:
         """Time of all executions of a collective in one step. Device i lies at `places[i]`."""
         group = collective.groups[0]
         inside = collective.wire / self.card
@@ -86,7 +86,7 @@ class Torus:
             f"direction ({self.source})."
         )
 
-    def seconds(self, collective: "Collective", places: Sequence[Place]) -> float:
+    def seconds(self, collective: "GroupedCollective", places: Sequence[Place]) -> float:
         """Time of all executions of a collective in one step. Device i lies at `places[i]`."""
         group = collective.groups[0]
         if len(group) == 1:

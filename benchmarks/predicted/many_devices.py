@@ -18,12 +18,13 @@ from typing import Any, get_args
 
 import jax.numpy as jnp
 
-from moe_jax.certify.collectives import Collective, Kind, bytes_by_kind, groups_along, read_collectives
+from moe_jax.certify.collectives import Kind, bytes_by_kind, read_collectives
 from moe_jax.certify.mesh import ideal_bytes
 from moe_jax.config import MeshShape, RunConfig
 from moe_jax.planning.target import Target
 from moe_jax.system.environment import MIB
 from predicted.ahead_of_time import Compiled, Devices, compile_step, programs_for
+from predicted.collectives import GroupedCollective, groups_along, read_grouped
 from predicted.interconnect import GPU_COUNTS, V5E_SLICES, Hosts, Place
 from predicted.kernels import Kernel, read_kernels
 from predicted.roofline import Rates
@@ -98,7 +99,7 @@ def arithmetic_seconds(kernels: Sequence[Kernel], rates: Rates) -> float:
     return max(in_turn, sum(kernel.traffic for kernel in ours) / rates.bytes)
 
 
-def collective_seconds(collectives: Sequence[Collective], devices: Devices, places: Sequence[Place]) -> float:
+def collective_seconds(collectives: Sequence[GroupedCollective], devices: Devices, places: Sequence[Place]) -> float:
     return sum(devices.links.seconds(collective, places) for collective in collectives)
 
 
@@ -112,8 +113,8 @@ class Step:
     ideal: dict[str, int]
     places: Sequence[Place]
 
-    def collectives(self) -> list[Collective]:
-        return read_collectives(self.compiled.text) if self.compiled.text else []
+    def collectives(self) -> list[GroupedCollective]:
+        return read_grouped(self.compiled.text) if self.compiled.text else []
 
 
 def compiled_for(config: RunConfig, mesh: str, devices: Devices, sequences: int) -> Step:
@@ -142,7 +143,7 @@ def read_plan(step: Step) -> DevicePlan:
             arithmetic = 1e3 * arithmetic_seconds(kernels, devices.rates)
         with contextlib.suppress(ValueError):
             found = step.collectives()
-            sent = by_kind(bytes_by_kind(found))
+            sent = by_kind(bytes_by_kind(read_collectives(compiled.text)))
             collectives = 1e3 * collective_seconds(found, devices, step.places)
     return DevicePlan(
         name=devices.name,
@@ -248,7 +249,7 @@ def derived_plan(smaller: Step, larger: Step, devices: Devices) -> DevicePlan | 
     )
 
 
-def on_other_mesh(collective: Collective, old: Mapping[str, int], new: Mapping[str, int]) -> Collective:
+def on_other_mesh(collective: GroupedCollective, old: Mapping[str, int], new: Mapping[str, int]) -> GroupedCollective:
     """The same collective in the same program for a mesh with other sizes: along the same axes.
 
     Raises ValueError if its groups do not lie along axes of the mesh `old`.

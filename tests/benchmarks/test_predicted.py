@@ -13,13 +13,13 @@ import plan_pods
 import pytest
 from predicted import many_devices
 from predicted.ahead_of_time import Compiled, Devices
+from predicted.collectives import GroupedCollective, groups_along, read_grouped
 from predicted.interconnect import Hosts, Torus
 from predicted.kernels import Kernel, read_kernels
 from predicted.many_devices import DevicePlan, Step, on_other_mesh, read_plan
 from predicted.roofline import REST, Rates, predict
 from predicted.tpu import Slice
 
-from moe_jax.certify.collectives import Collective, groups_along
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.planning.device_memory import back_ends, compile_for_gpu, lower_for
@@ -79,9 +79,9 @@ def test_a_program_is_the_sum_of_its_kernels_by_part() -> None:
     assert found.milliseconds_by_part["optimizer"] == 0
 
 
-def collective(kind: Any, groups: tuple, size: int = 800_000, loops: tuple = ()) -> Collective:
+def collective(kind: Any, groups: tuple, size: int = 800_000, loops: tuple = ()) -> GroupedCollective:
     """`size` numbers of one byte on each device."""
-    return Collective(kind, "", (("s8", (size,)),), groups, loops)
+    return GroupedCollective(kind, (("s8", (size,)),), groups, loops)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +202,40 @@ def test_a_table_of_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 def test_the_same_program_on_a_larger_mesh(axes: tuple[str, ...], smaller: tuple, larger: tuple) -> None:
     old, new = {"data": 2, "expert": 2}, {"data": 4, "expert": 2}
     assert groups_along(old, axes) == smaller
-    found = Collective("all-reduce", "", (("f32", (5,)),), smaller, ())
+    found = GroupedCollective("all-reduce", (("f32", (5,)),), smaller, ())
     assert on_other_mesh(found, old, new).groups == larger
     assert on_other_mesh(found, old, new).bytes == 20
+
+
+@pytest.mark.parametrize(
+    ("written", "groups"),
+    [
+        ("{{0,1},{2,3}}", ((0, 1), (2, 3))),
+        ("{{0, 1, 2, 3}}", ((0, 1, 2, 3),)),
+        ("[2,2]<=[4]", ((0, 1), (2, 3))),
+        ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
+        ("[4,2]<=[2,2,2]T(0,2,1)", ((0, 2), (1, 3), (4, 6), (5, 7))),
+        ("mesh['data'=2,'fsdp'=1,'expert'=2] {'expert'}", ((0, 1), (2, 3))),
+        ("mesh['data'=2,'fsdp'=1,'expert'=2] {'data'}", ((0, 2), (1, 3))),
+        ("mesh['data'=2,'fsdp'=1,'expert'=2] {'data','expert'}", ((0, 1, 2, 3),)),
+    ],
+)
+def test_groups_in_every_form(written: str, groups: tuple) -> None:
+    (found,) = read_grouped(one(f"replica_groups={written}, to_apply=%add"))
+    assert found.groups == groups
+
+
+def one(attributes: str) -> str:
+    return (
+        f"HloModule jit_step, num_partitions=4\nENTRY %main (a: f32[4]) -> f32[4] {{\n  %a = f32[4]{{0}} parameter(0)\n"
+        f"  ROOT %r = f32[4]{{0}} all-reduce(%a), {attributes}\n}}\n"
+    )
+
+
+@pytest.mark.parametrize("written", ["replica_groups=@named", "channel_id=1", "replica_groups=mesh['a'=4] {'a':(1)2}"])
+def test_groups_in_an_unknown_form_are_an_error(written: str) -> None:
+    with pytest.raises(ValueError, match="unknown form"):
+        read_grouped(one(written))
 
 
 # Compiled

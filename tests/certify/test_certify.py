@@ -56,9 +56,12 @@ def run_config(model: ModelConfig) -> RunConfig:
     ids=["capacity", "blocks"],
 )
 def test_all_certificates_of_a_small_model(changes: dict) -> None:
-    """With blocks also experts that are narrower than the model and branches that start at zero, as in `story-cpu`."""
+    """With blocks also experts that are narrower than the model and branches that start at zero, as in `story-cpu`.
+
+    The parameters are bound to a device, as those of a run are: jax compiles for each kind of argument.
+    """
     config = run_config(small(**changes))
-    found = list(certify(config, initial_params(config), batch_size=2))
+    found = list(certify(config, jax.device_put(initial_params(config), jax.devices()[0]), batch_size=2))
     assert [c.name for c in found if not c.passed] == []
     assert len(found) == len(VARIANTS) + 1 + 4 + 4 + 1
     assert all(" at each of 32 positions, in 6 sequences" in c.found for c in found[: len(VARIANTS) + 1])
@@ -67,15 +70,6 @@ def test_all_certificates_of_a_small_model(changes: dict) -> None:
     assert len(tried) == len(VARIANTS) - 1
     assert not any("; 0% of the choices" in c.found for c in tried)
     assert len({c.title for c in found}) == len(found)
-
-
-def test_parameters_from_a_disk_compile_no_program_twice() -> None:
-    """Such arrays are bound to a device, and random ones are not: jax compiles for each kind of argument."""
-    config = run_config(small())
-    params = jax.device_put(initial_params(config), jax.devices()[0])
-    found = compilations(config, params, batch_size=2)
-    assert found.found == "step 1, evaluation 1, prefill 1, decoding 1"
-    assert found.passed
 
 
 def in_pairs(expert, valid, experts):
@@ -251,8 +245,18 @@ def test_a_step_that_wastes_arithmetic_is_found(
         pytest.param({}, {}, False, marks=NIGHT),
         ({"shared_experts": 1, "layers": 1}, {"optimizer": "muon", "muon_router": True}, True),
         # One head of keys: the compiler drops the names of the score products.
-        ({"kv_heads": 1, "activation": "gelu", "bias": True, "attention_dropout": 0.1}, {"lora_rank": 4}, False),
-        ({"seq_len": 1100, "layers": 1, "routing": {"dispatch": "blocks"}}, {"optimizer": "adafactor"}, True),
+        pytest.param(
+            {"kv_heads": 1, "activation": "gelu", "bias": True, "attention_dropout": 0.1},
+            {"lora_rank": 4},
+            False,
+            marks=NIGHT,
+        ),
+        pytest.param(
+            {"seq_len": 1100, "layers": 1, "routing": {"dispatch": "blocks"}},
+            {"optimizer": "adafactor"},
+            True,
+            marks=NIGHT,
+        ),
     ],
     ids=["plain", "remat", "one key head", "long"],
 )

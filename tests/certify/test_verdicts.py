@@ -262,7 +262,8 @@ def test_a_dense_model_has_no_certificates_of_experts(monkeypatch: pytest.Monkey
 
 
 def sent(kind: Any, numbers: int, dtype: str = "f32", loops: tuple = ()) -> Collective:
-    return Collective(kind, "", ((dtype, (numbers,)),), ((0, 1),), loops)
+    size = numbers * (4 if dtype == "f32" else 2) * (2 if kind == "all-gather" else 1)
+    return Collective(kind, "", ((dtype, (numbers,)),), size, loops)
 
 
 IDEAL = {"all-to-all": 400, "all-gather": 800, "all-reduce": 40_000}
