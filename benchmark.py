@@ -1,6 +1,6 @@
 """Measure what the model costs on this machine, and compare it with other models.
 
-    uv run benchmark.py moe       one MoE layer and dense layers: time and compiled arithmetic
+    uv run benchmark.py moe       one MoE layer beside dense layers, by time
     uv run benchmark.py train     the training step, its dense baselines, and the machine's matmul rate
     uv run benchmark.py decode    prefill and cached decoding, and the machine's memory bandwidth
     uv run benchmark.py serve     16 texts at once beside one, and the wait of a late one

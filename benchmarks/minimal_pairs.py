@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, DataConfig, UserError
-from moe_jax.data.baselines import ngram_probabilities, words_of
+from moe_jax.data.baselines import TRAIN_BYTES, first_documents, ngram_probabilities, words_of
 from moe_jax.data.synthetic import stories
 from moe_jax.data.synthetic.grammar import Mention, Slot
 from moe_jax.data.synthetic.stories import SLOTS
@@ -185,7 +185,7 @@ def text_scores(
 
 def ngram_scores(train: Iterable[str], texts: Sequence[str]) -> np.ndarray:
     """float64 [N]: the log-probability of each text under an n-gram model of the training documents, in nats."""
-    logs = np.log(ngram_probabilities(train, texts, NGRAM))
+    logs = np.log(ngram_probabilities(train, texts, [NGRAM])[0])
     ends = np.cumsum([len(words_of(text)) + 1 for text in texts])  # of each text, whose last word is its end
     return np.array([part[:-1].sum() for part in np.split(logs, ends[:-1])])
 
@@ -221,12 +221,12 @@ def _groups(pairs: Sequence[MinimalPair]) -> Iterator[tuple[str, np.ndarray]]:
 def training_scores(trained: DataConfig, texts: list[str]) -> np.ndarray | None:
     """The scores of texts under an n-gram model of the run's training text. None if that text is not here, or if it is
     conversations."""
-    from moe_jax.data.baselines import training_documents
+    from moe_jax.data.corpora import open_corpus
 
     if trained.format == "chat":
         return None
     try:
-        return ngram_scores(training_documents(trained), texts)
+        return ngram_scores(first_documents(open_corpus(trained).documents("train"), TRAIN_BYTES), texts)
     except (ConfigError, UserError):  # it has moved, or needs a network
         return None
 

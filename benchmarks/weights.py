@@ -71,7 +71,7 @@ def in_form(params: Params, form: str) -> Params:
 
 def token_call(model: ModelConfig, weights: Params) -> Callable[[], Any]:
     """A token at batch 1. Activations are in float32, as `generate` computes on a CPU."""
-    return decoding.token_call(decoding.Model.of(model), weights)
+    return decoding.token_call(model, weights)
 
 
 def bytes_per_token(model: ModelConfig, params: Params) -> int:
@@ -127,7 +127,7 @@ def _calls(config: RunConfig, params: Params, folder: Path) -> dict[str, Callabl
     for form in ("float32", "int8"):
         weights = in_form(params, form)
         calls[f"ours {form}, token"] = token_call(model, weights)
-        calls[f"ours {form}, prompt"] = decoding.prefill_call(decoding.Model.of(model), weights, length)
+        calls[f"ours {form}, prompt"] = decoding.prefill_call(model, weights, length)
     for dtype in ("float32", "q8_0"):
         write_model(folder / f"{dtype}.gguf", config, params, tokenizer, dtype)
         one, other = (LlamaCpp(folder / f"{dtype}.gguf", model.seq_len) for _ in range(2))

@@ -110,10 +110,10 @@ def test_the_tokenizer_is_the_run_s(kind: str, tmp_path: Path) -> None:
 
 
 def _small_bpe() -> Tokenizer:
-    from moe_jax.data.corpora import EmbeddedCorpus
+    from moe_jax.data.corpora import open_corpus
     from moe_jax.data.tokenizers import train_tokenizer
 
-    return train_tokenizer(DataConfig(vocab_size=400), EmbeddedCorpus(0, 200).documents("train"))
+    return train_tokenizer(DataConfig(vocab_size=400), open_corpus(DataConfig(stories=200)).documents("train"))
 
 
 def _byte() -> Tokenizer:

@@ -21,7 +21,6 @@ from moe_jax.model.costs import (
     step_products,
     totals,
 )
-from moe_jax.model.moe.layer import MoE
 from moe_jax.system import machine
 from moe_jax.system.environment import machine_memory, runs_on_cpu
 from moe_jax.system.hlo import read_program
@@ -45,9 +44,9 @@ class CostTable(NamedTuple):
     """Training operations of one token if every expert ran on it, divided by the training operations of this model."""
 
     @classmethod
-    def of(cls, config: RunConfig, batch_size: int, moe: type[MoE] = MoE) -> "CostTable":
+    def of(cls, config: RunConfig, batch_size: int) -> "CostTable":
         """The table of the training step for `batch_size` sequences, which is compiled here."""
-        program = read_program(Programs.of(config, moe=moe).compiled_step(batch_size).as_text())
+        program = read_program(Programs.of(config).compiled_step(batch_size).as_text())
         tokens = batch_size * config.model.seq_len
         formula = flops_by_group(config, batch_size)
         compiled = {group: program.flops_of(scope) / tokens for group, scope in SCOPES.items()}
@@ -73,7 +72,7 @@ LABELS: dict[Dense, str] = {"none": "MoE", "active": "dense, active parameters",
 
 def train(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     """The cost table, and the training step beside its dense baselines."""
-    static = CostTable.of(request.config, request.batch_size, request.moe)
+    static = CostTable.of(request.config, request.batch_size)
     console.print(_cost_table(static))
     groups = _groups(request.config)
     seconds, share = _step_times(request, groups)
@@ -107,8 +106,7 @@ def _step_times(request: BenchmarkRequest, groups: list[list[Dense]]) -> tuple[d
     share = 0.0
     for group in groups:
         trainers: dict[Dense, RandomTokenTrainer] = {
-            dense: RandomTokenTrainer.of(dense_baseline(request.config, dense), request.batch_size, moe=request.moe)
-            for dense in group
+            dense: RandomTokenTrainer.of(dense_baseline(request.config, dense), request.batch_size) for dense in group
         }
         steps: dict[str, Callable[[], Any]] = {LABELS[dense]: trainers[dense] for dense in group}
         times = alternate(steps | {name: run for name, (run, _) in products.items()}, max(3, request.rounds // 2))

@@ -149,7 +149,7 @@ def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, 
     }
     # A training step donates its state, so the other candidates read a copy of the parameters.
     params = jax.tree.map(jnp.copy, trainers["train-float32"].state.params)
-    model = decoding.Model.of(config.model)
+    model = config.model
     ours: dict[str, Callable[[], Any]] = {
         **trainers,
         "forward": decoding.forward_call(model, params, trainers["train-float32"].batch[0, :, :-1]),

@@ -16,14 +16,14 @@ from moe_jax.system.machine import alternate
 
 
 def moe(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
-    """One MoE layer beside dense layers: compiled arithmetic and time."""
+    """One MoE layer beside dense layers, by time."""
     model = request.config.model
     console.print(
         f"one MoE layer: D {model.width}, F {model.expert_hidden}, E {model.experts}, K {model.routing.top_k}, "
         f"capacity factor {model.routing.capacity_factor:g}, {layer.BATCH} x {model.seq_len} tokens, float32; "
         "forward and backward"
     )
-    numbers, times = layer.benchmark_layer(model, request.rounds, request.moe)
+    numbers, times = layer.benchmark_layer(model, request.rounds)
     console.print(times_table("forward and backward of one layer", times))
     print_numbers(console, numbers)
     return numbers
@@ -33,14 +33,13 @@ def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     """Prefill, cached decoding, and an uncached forward pass of four tokens."""
     config = request.config
     _, params = split(create(config.model, jax.random.key(0)))
-    model = decoding.Model.of(config.model, request.moe)
+    model = config.model
     read, read_bytes = machine.memory_read_benchmark()
-    batches = {f"decode, batch {b}": decoding.DecodeLoop(model, params, b) for b in (8, 32)}
     times = alternate(
         {
             "memory read": read,
             "decode, batch 1": decoding.token_call(model, params),
-            **batches,
+            "decode, batch 32": decoding.batch_call(model, params, 32),
             "prefill, 128 tokens": decoding.prefill_call(model, params, 128),
             "uncached forward, 4 tokens": decoding.uncached_call(model, params),
         },
@@ -51,7 +50,7 @@ def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     console.print(times_table("decoding", times))
     numbers = {
         "decode_share_of_bandwidth_bound": bound / times["decode, batch 1"].median,
-        **{f"decode_ms_per_token_batch{b}": times[f"decode, batch {b}"].median * 1e3 for b in (1, 8, 32)},
+        **{f"decode_ms_per_token_batch{b}": times[f"decode, batch {b}"].median * 1e3 for b in (1, 32)},
         "prefill_128_ms": times["prefill, 128 tokens"].median * 1e3,
         "uncached_4_token_ms": times["uncached forward, 4 tokens"].median * 1e3,
         "memory_bytes_per_second": bandwidth,

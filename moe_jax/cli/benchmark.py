@@ -8,15 +8,13 @@ from typing import Any, Literal
 
 from moe_jax.cli.arguments import POSITIONAL
 from moe_jax.cli.command import Command, check_range, print_json
-from moe_jax.config import ConfigError, PresetName, UserError
+from moe_jax.config import PresetName, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment, terminal
 from moe_jax.system.files import json_text, write_output
 
 Suite = Literal["moe", "train", "decode", "peers", "serve", "all"]
 ALL = ("moe", "train", "decode", "peers")
-UNIFORM = ("moe", "train", "decode", "all")
-"""Suites that can spread tokens evenly over the experts. With `all`, the others of its suites do not."""
 PEERS = "uv run --extra peers benchmark.py peers"
 
 
@@ -28,7 +26,7 @@ class Benchmark(Command):
     line of the output is one JSON object if it is asked for, or if the output is a file or a pipe. The results go into
     `runs/bench`, with machine, versions and commit.
 
-        moe       one MoE layer and dense layers: time and compiled arithmetic
+        moe       one MoE layer beside dense layers, by time
         train     the training step, its dense baselines, and the matmul rate
         decode    prefill and cached decoding, and the memory bandwidth
         peers     Mixtral of transformers, in PyTorch (extra peers)
@@ -44,16 +42,12 @@ class Benchmark(Command):
     """Sequences of one training step."""
     rounds: int = 9
     """How often each candidate runs. Some suites run more or fewer rounds, in proportion."""
-    uniform_routing: bool = False
-    """Spread tokens evenly over the experts, and ignore the choices of the routers."""
     json: bool = False
     """Print the results as JSON too."""
 
     def execute(self) -> int:
         check_range("--batch-size", self.batch_size, 1, 4096)
         check_range("--rounds", self.rounds, 1, 10_000)
-        if self.uniform_routing and self.suite not in UNIFORM:
-            raise ConfigError(f"--uniform-routing: is for {', '.join(UNIFORM)}, and not for {self.suite}; leave it out")
         suites = self._suites()
         environment.prepare_environment()
         terminal.outlive_output()  # the results go into a file as well
@@ -68,11 +62,9 @@ class Benchmark(Command):
         console.print(
             f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"
         )
-        request = BenchmarkRequest(config, self.batch_size, self.rounds, self.uniform_routing)
+        request = BenchmarkRequest(config, self.batch_size, self.rounds)
         results = {name: SUITES[name](console, request) for name in suites}
         document: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}
-        if self.uniform_routing:
-            document["uniform_routing"] = True
         if "train" in suites:  # the other suites compute in float32; `peers` names the precision of each number
             document["training_precision"] = choose_policy(config.execution.compute_dtype).compute
         document |= results
@@ -96,7 +88,6 @@ class Benchmark(Command):
         path = Path("runs") / "bench" / f"{now:%Y-%m-%d-%H%M}-{self.suite}-{self.preset}.json"
         command = PEERS if self.suite == "peers" else f"uv run benchmark.py {self.suite}"
         command += f" --preset {self.preset} --batch-size {self.batch_size} --rounds {self.rounds}"
-        command += " --uniform-routing" * self.uniform_routing
         record = {"date": now.isoformat(timespec="seconds"), "command": command, "machine": about, **document}
         write_output(path, json_text(record, indent=1) + "\n")
         print(f"results: {path}")

@@ -3,24 +3,23 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_jax.cli.command import ModelCommand, print_json, print_next
-from moe_jax.config import ConfigError, DataConfig, UserError
+from moe_jax.config import DataConfig
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, step_progress, working
 
 if TYPE_CHECKING:
     from moe_jax.config import DataFormat
-    from moe_jax.data.baselines import CorpusBaselines
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(ModelCommand):
-    """Measure loss, bits per byte and drops of a trained model on a text, beside n-gram models of its training text.
+    """Measure loss, bits per byte and drops of a trained model on a text. On the run's own validation text, beside
+    n-gram models of the training text.
 
     Of conversations, only the assistant's answers are scored. A tuned run takes them (rows with `messages`) as --data.
 
@@ -52,8 +51,6 @@ class Evaluate(ModelCommand):
         if self.data:
             stream, changed = token_stream(scored_documents(self.data, form), run.tokenizer), ""
             baselines = None
-            if run.config.data.format == form == "text":
-                baselines = _baselines_of(run.config.data, scored_documents(self.data))
         else:
             store, changed = run.validation_text()
             stream, baselines = store.valid.stream, corpus_baselines(run.config.data, store)
@@ -96,14 +93,3 @@ def _form_of(run: str, data: str) -> "DataFormat":
     config = load_config(Path(run))
     tuned = config is not None and config.data.format == "chat"
     return "chat" if tuned and holds_chats(Path(data)) else "text"
-
-
-def _baselines_of(trained: "DataConfig", documents: Iterator[str]) -> "CorpusBaselines | None":
-    """The scores of n-gram models of the run's training text on other documents. None if that text is not here."""
-    from moe_jax.data.baselines import VALID_BYTES, first_documents, ngram_baselines, training_documents
-
-    try:
-        with working("scoring n-gram models of the training text, to compare with"):
-            return ngram_baselines(training_documents(trained), first_documents(documents, VALID_BYTES))
-    except (ConfigError, UserError):  # it has moved, or needs a network
-        return None

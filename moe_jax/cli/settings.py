@@ -91,7 +91,7 @@ def resolve_settings(values: Values) -> Settings:
         del values[VOCABULARY]  # 0 stands for the tokenizer's size, which the start has by now
     config = start.defaults.override(values)
     check_tuning(config)
-    check_source(config.data, config.model.seq_len)
+    check_source(config.data)
     start.check(config)
     return Settings(config, start)
 

@@ -27,8 +27,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from moe_jax.config import DataConfig
-from moe_jax.data.corpora import open_corpus
-from moe_jax.data.token_store import TokenStore, stored_documents
+from moe_jax.data.token_store import Split, TokenStore, stored_documents
 from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.terminal import working
 
@@ -66,11 +65,6 @@ class CorpusBaselines:
         return ngrams if self.entropy_floor is None else f"the best possible is {self.entropy_floor:.4f}; {ngrams}"
 
 
-def ngram_baselines(train: Iterable[str], valid: Iterable[str]) -> CorpusBaselines:
-    """The scores of the n-gram models of some training documents on some validation documents."""
-    return CorpusBaselines(*ngram_bits_per_byte(train, list(valid), ORDERS))
-
-
 def corpus_baselines(
     data: DataConfig, store: TokenStore, meanwhile: Callable[[], object] | None = None
 ) -> CorpusBaselines | None:
@@ -88,10 +82,27 @@ def corpus_baselines(
         with working("scoring n-gram models of the text, to compare with"), ThreadPoolExecutor(1) as thread:
             if meanwhile is not None:
                 thread.submit(meanwhile)
-            scores = _embedded(data) if data.source == "stories" else _of_any_text(store)
+            scores = _scores(data, store)
         with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
             write_atomically(path, json_text(asdict(scores)))
         return scores
+
+
+def _scores(data: DataConfig, store: TokenStore) -> CorpusBaselines:
+    """From the stored tokens: the source may need a network, and may have been edited."""
+    embedded, floor = data.source == "stories", None
+
+    def documents(split: Split, most: int) -> Iterator[str]:
+        if embedded:
+            return stored_documents(split.tokens, store.tokenizer)
+        tokens = split.tokens[: 2 * most]  # a token has a byte or more
+        return first_documents(stored_documents(tokens, store.tokenizer), most)
+
+    if embedded:
+        from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte
+
+        floor = entropy_floor_bits_per_byte(data.stories_seed, "valid", VALIDATION_STORIES)
+    return ngram_baselines(documents(store.train, TRAIN_BYTES), list(documents(store.valid, VALID_BYTES)), floor)
 
 
 def first_documents(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
@@ -104,26 +115,12 @@ def first_documents(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
         yield document
 
 
-def training_documents(data: DataConfig) -> Iterator[str]:
-    """The training documents that the n-gram models count. Raises the errors of `open_corpus`."""
-    return first_documents(open_corpus(data).documents("train"), TRAIN_BYTES)
-
-
-def _embedded(data: DataConfig) -> CorpusBaselines:
-    from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte, generate
-
-    split = data.stories_seed, "valid", VALIDATION_STORIES
-    scores = ngram_bits_per_byte(generate(data.stories_seed, "train", data.stories), list(generate(*split)), ORDERS)
-    return CorpusBaselines(*scores, entropy_floor=entropy_floor_bits_per_byte(*split))
-
-
-def _of_any_text(store: TokenStore) -> CorpusBaselines:
-    """From the stored tokens: the source may need a network, and may have been edited."""
-    train, valid = (
-        first_documents(stored_documents(split.tokens[: 2 * most], store.tokenizer), most)  # a token has a byte or more
-        for split, most in ((store.train, TRAIN_BYTES), (store.valid, VALID_BYTES))
-    )
-    return ngram_baselines(train, valid)
+def ngram_baselines(train: Iterable[str], valid: Sequence[str], floor: float | None = None) -> CorpusBaselines:
+    """The scores of the n-gram models of some training documents on some validation documents: the code length of the
+    documents and their ends in bits, divided by the UTF-8 bytes of the documents."""
+    size = sum(len(document.encode()) for document in valid)
+    bits = [float(-np.log2(p).sum()) for p in ngram_probabilities(train, valid, ORDERS)]
+    return CorpusBaselines(*(score / size for score in bits), entropy_floor=floor)
 
 
 def words_of(text: str) -> list[str]:
@@ -136,23 +133,13 @@ def spelling_probability(word: str) -> float:
     return 257.0 ** -(len(word.encode()) + 1)
 
 
-def ngram_bits_per_byte(train: Iterable[str], valid: Sequence[str], orders: Sequence[int]) -> list[float]:
-    """One score for each order n of a model that sees the n - 1 words before: the code length of the validation
-    documents and their ends under a model of the training documents, in bits, divided by the UTF-8 bytes of the
-    validation documents."""
+def ngram_probabilities(train: Iterable[str], valid: Iterable[str], orders: Sequence[int]) -> list[np.ndarray]:
+    """For each order n, float64 [words of the validation documents, ends included]: the probability of each word under
+    a model that sees the n - 1 words before."""
     longest, number = max(orders), {END: 0}
     counted, scored = (_ngrams(documents, longest, number) for documents in (train, valid))
     spelling = np.array([spelling_probability(word) for word in number])
-    size = sum(len(document.encode()) for document in valid)
-    probabilities = (_probabilities(counted[:, -n:], scored[:, -n:], spelling) for n in orders)
-    return [float(-np.log2(p).sum()) / size for p in probabilities]
-
-
-def ngram_probabilities(train: Iterable[str], valid: Iterable[str], order: int) -> np.ndarray:
-    """float64 [words of the validation documents, ends included]: the probability of each word after those before."""
-    number: dict[str, int] = {END: 0}
-    counted, scored = (_ngrams(documents, order, number) for documents in (train, valid))
-    return _probabilities(counted, scored, np.array([spelling_probability(word) for word in number]))
+    return [_probabilities(counted[:, -n:], scored[:, -n:], spelling) for n in orders]
 
 
 def _probabilities(counted: np.ndarray, scored: np.ndarray, spelling: np.ndarray) -> np.ndarray:

@@ -10,32 +10,22 @@ at pinned revisions, and the user's own files:
 - Any other folder has all its `.txt` and `.jsonl` files, those of inner folders included, in the order of their paths.
   They are split as if they were one file.
 
-To add a data set of the hub: an entry in `HUB`, and its name in `config.NAMED_CORPORA`. Any other source is a class
-with the methods of `Corpus`, a branch in `open_corpus`, and a name.
+To add a data set of the hub: an entry in `HUB`, and its name in `config.NAMED_CORPORA`. Any other source is a function
+that makes a `Corpus`, a branch in `open_corpus`, and a name.
 
 Importing this module imports neither jax nor numpy, so that `check_source` can answer before jax is loaded.
 """
 
 import re
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, DataFormat, UserError
-from moe_jax.data.documents import (
-    JSON_LINES,
-    Span,
-    SplitName,
-    divided,
-    document_starts,
-    documents_of,
-    holds_plain_json,
-    last_part_start,
-)
+from moe_jax.data.documents import JSON_LINES, Span, SplitName, divided, document_starts, documents_of, last_part_start
 
 LOOKED_AT = 8 << 20
 """Bytes of a text in which mistakes are looked for before jax is loaded."""
@@ -43,23 +33,18 @@ LOOKED_AT = 8 << 20
 type Spans = tuple[Span, ...]
 
 
-class Corpus(ABC):
+@dataclass(frozen=True)
+class Corpus:
     """Two splits of documents, which can be named, and told apart from other documents."""
 
     name: str
     """The value of `--data` that names this corpus."""
-
-    @abstractmethod
-    def documents(self, split: SplitName) -> Iterator[Any]:
-        """The documents of a split, stripped and not empty. Raises UserError if there is no document."""
-
-    @abstractmethod
-    def fingerprint(self) -> str:
-        """Hex digest of everything that determines the text. Equal fingerprints mean equal documents."""
-
-    def size(self, split: SplitName) -> int | None:
-        """Bytes of the split's source, for a progress bar. None if unknown."""
-        return None
+    documents: Callable[[SplitName], Iterator[Any]]
+    """The documents of a split, stripped and not empty. Raises UserError if there is no document."""
+    fingerprint: Callable[[], str]
+    """Hex digest of everything that determines the text. Equal fingerprints mean equal documents."""
+    size: Callable[[SplitName], int | None] = lambda split: None
+    """Bytes of the split's source, for a progress bar. None if unknown."""
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -70,28 +55,26 @@ def open_corpus(data: DataConfig) -> Corpus:
     be split.
     """
     if data.format == "text" and data.source == "stories":
-        return EmbeddedCorpus(data.stories_seed, data.stories)
+        return _embedded(data)
     if data.format == "text" and data.source in HUB:
-        return HUB[data.source]
+        return _of_the_hub(data.source)
     paths = source_files(Path(data.source), data.format)
     train, valid = (tuple(Span.of(p) for p in paths[split]) for split in ("train", "valid"))
     if not valid:
         train, valid = _split(train)
-    return FileCorpus(data.source, {"train": train, "valid": valid}, data.format)
+    return _of_files(data.source, {"train": train, "valid": valid}, data.format)
 
 
-def check_source(data: DataConfig, seq_len: int = 0) -> None:
+def check_source(data: DataConfig) -> None:
     """Raise ConfigError unless `data.source` is the name of a corpus, or the path of a text that looks right.
 
-    A name wins over a path. The first 8 MiB of a text are read: it may not be empty, too short for one context of
-    `seq_len` tokens, not UTF-8, or have a row that cannot be read. What is wrong further on is noticed when the text is
-    prepared.
+    A name wins over a path. The first 8 MiB of a text are read: it may not be empty, not UTF-8, or have a row that
+    cannot be read. What is wrong further on is noticed when the text is prepared.
     """
     if data.source in NAMED_CORPORA and data.format == "text":
         return
     try:
-        files = source_files(Path(data.source), data.format)
-        for paths in filter(None, files.values()):
+        for paths in filter(None, source_files(Path(data.source), data.format).values()):
             seen, name = 0, data.source if len(paths) > 1 else str(paths[0])
             for document in _documents(map(Span.of, paths), data.format, name):
                 seen += len(document) if isinstance(document, str) else sum(len(m.content) for m in document)
@@ -99,13 +82,6 @@ def check_source(data: DataConfig, seq_len: int = 0) -> None:
                     break
     except UserError as error:
         raise ConfigError(f"--data {error}") from None
-    # Every token takes at least one byte of the file. The first and the last separator need not be in the file.
-    size = sum(path.stat().st_size for path in files["train"])
-    if size + 2 < seq_len + 1 and data.tokenizer != "hf":
-        raise ConfigError(
-            f"--data {data.source}: {size} bytes to train on, and a context of --seq-len {seq_len} needs "
-            f"{seq_len + 1} tokens; give a longer text or a smaller --seq-len"
-        )
 
 
 def scored_documents(source: str, form: DataFormat = "text") -> Iterator[Any]:
@@ -119,80 +95,68 @@ def scored_documents(source: str, form: DataFormat = "text") -> Iterator[Any]:
     return open_corpus(DataConfig(source=source, format=form)).documents("valid")
 
 
-# The embedded stories
-
-
-@dataclass(frozen=True)
-class EmbeddedCorpus(Corpus):
+def _embedded(data: DataConfig) -> Corpus:
     """The stories that the grammar in `synthetic/` generates."""
+    from moe_jax.data.synthetic import stories
 
-    seed: int
-    count: int
-    """Training stories."""
-    name: str = "stories"
-
-    def documents(self, split: SplitName) -> Iterator[str]:
-        from moe_jax.data.synthetic import stories
-
-        return stories.generate(self.seed, split, self.count if split == "train" else stories.VALIDATION_STORIES)
-
-    def fingerprint(self) -> str:
-        from moe_jax.data.synthetic import stories
-
-        return stories.fingerprint(self.seed, self.count)
+    counts = {"train": data.stories, "valid": stories.VALIDATION_STORIES}
+    return Corpus(
+        "stories",
+        lambda split: stories.generate(data.stories_seed, split, counts[split]),
+        partial(stories.fingerprint, data.stories_seed, data.stories),
+    )
 
 
 # Public data sets
 
 
-@dataclass(frozen=True)
-class HubCorpus(Corpus):
+class HubSource(NamedTuple):
     """A data set of the Hugging Face hub. Only its token ids are stored."""
 
-    name: str
     repository: str
     configuration: str | None
     revision: str
 
-    def documents(self, split: SplitName) -> Iterator[str]:
-        rows = self._rows("train" if split == "train" else "validation")
-        texts = articles(rows) if self.name == "wikitext" else rows
-        return (document for text in texts for document in divided(text))
-
-    def _rows(self, split: str) -> Iterator[str]:
-        import datasets
-        import huggingface_hub
-
-        huggingface_hub.logging.set_verbosity_error()  # it warns at each retry; the UserError below is enough
-        try:
-            rows = datasets.load_dataset(
-                self.repository, self.configuration, split=split, revision=self.revision, streaming=True
-            )
-            for row in rows:
-                yield row["text"]
-        except Exception as error:  # of the network, of its client, of the hub, or of `datasets`
-            cause = str(error).partition("\n")[0]
-            raise UserError(
-                f"{self.name}: no network, or the hub cannot be reached ({cause}); "
-                "use --data stories, or a folder with train.txt and valid.txt"
-            ) from None
-
-    def fingerprint(self) -> str:
-        import xxhash
-
-        return xxhash.xxh3_128_hexdigest(f"{self.repository} {self.configuration} {self.revision}".encode())
-
 
 HUB = {
-    corpus.name: corpus
-    for corpus in (
-        HubCorpus("tinystories", "roneneldan/TinyStories", None, "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
-        HubCorpus("wikitext", "Salesforce/wikitext", "wikitext-103-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3"),
-        # deepmind/pg19 is a loading script, which datasets no longer runs. This is the same text as Parquet.
-        HubCorpus("pg19", "emozilla/pg19", None, "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
-    )
+    "tinystories": HubSource("roneneldan/TinyStories", None, "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
+    "wikitext": HubSource("Salesforce/wikitext", "wikitext-103-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3"),
+    # deepmind/pg19 is a loading script, which datasets no longer runs. This is the same text as Parquet.
+    "pg19": HubSource("emozilla/pg19", None, "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
 }
-"""Name for `--data` -> corpus."""
+"""Name for `--data` -> data set."""
+
+
+def _of_the_hub(name: str) -> Corpus:
+    def documents(split: SplitName) -> Iterator[str]:
+        rows = _rows(name, "train" if split == "train" else "validation")
+        texts = articles(rows) if name == "wikitext" else rows
+        return (document for text in texts for document in divided(text))
+
+    def fingerprint() -> str:
+        import xxhash
+
+        return xxhash.xxh3_128_hexdigest(" ".join(map(str, HUB[name])).encode())
+
+    return Corpus(name, documents, fingerprint)
+
+
+def _rows(name: str, split: str) -> Iterator[str]:
+    import datasets
+    import huggingface_hub
+
+    huggingface_hub.logging.set_verbosity_error()  # it warns at each retry; the UserError below is enough
+    repository, configuration, revision = HUB[name]
+    try:
+        for row in datasets.load_dataset(repository, configuration, split=split, revision=revision, streaming=True):
+            yield row["text"]
+    except Exception as error:  # of the network, of its client, of the hub, or of `datasets`
+        cause = str(error).partition("\n")[0]
+        raise UserError(
+            f"{name}: no network, or the hub cannot be reached ({cause}); "
+            "use --data stories, or a folder with train.txt and valid.txt"
+        ) from None
+
 
 _HEADING = re.compile(r" = [^=].* = \n?")
 
@@ -217,65 +181,51 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
 # Files
 
 
-@dataclass(frozen=True)
-class FileCorpus(Corpus):
+def _of_files(name: str, spans: dict[SplitName, Spans], form: DataFormat) -> Corpus:
     """Files of text or of conversations."""
 
-    name: str
-    spans: dict[SplitName, Spans]
-    form: DataFormat
+    def documents(split: SplitName) -> Iterator[Any]:
+        what = str(spans[split][0].path) if len(spans[split]) == 1 else name
+        return _documents(spans[split], form, f"{what} ({split})")
 
-    def documents(self, split: SplitName) -> Iterator[Any]:
-        spans = self.spans[split]
-        yield from _documents(spans, self.form, f"{spans[0].path if len(spans) == 1 else self.name} ({split})")
-
-    def fingerprint(self) -> str:
+    @cache
+    def fingerprint() -> str:
         """xxh3-128 of the bytes of both splits and of their offsets in the files. The paths are not included."""
-        return self._fingerprint
-
-    @cached_property
-    def _fingerprint(self) -> str:
         import xxhash
 
         digest = xxhash.xxh3_128()
-        for spans in self.spans.values():
-            if len(spans) != 1:  # a file that moves to the other split changes the digest
-                digest.update(f"{len(spans)} files;".encode())
-            for span in spans:
-                kind = "chats;" if self.form == "chat" else "lines;" if span.is_json else ""
+        for part in spans.values():
+            if len(part) != 1:  # a file that moves to the other split changes the digest
+                digest.update(f"{len(part)} files;".encode())
+            for span in part:
+                kind = "chats;" if form == "chat" else "lines;" if span.is_json else ""
                 digest.update(f"{span.start}-{span.stop};{kind}".encode())
                 for chunk in span.chunks():
                     digest.update(chunk)
         return digest.hexdigest()
 
-    def size(self, split: SplitName) -> int | None:
-        return sum(span.stop - span.start for span in self.spans[split])
+    return Corpus(name, documents, fingerprint, lambda split: sum(s.stop - s.start for s in spans[split]))
 
 
 def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[Path]]:
     """The files of a source. Its split "valid" is empty if it must be taken from the training files.
 
-    Raises ConfigError if there is no file, or if one is not of the format `form`, and UserError if one cannot be read.
+    Raises ConfigError if there is no file, or if one is not of the format `form`.
     """
     endings = JSON_LINES if form == "chat" else (".txt", *JSON_LINES)
     if path.is_file():
         files: dict[SplitName, list[Path]] = {"train": [path], "valid": []}
     elif path.is_dir():
         files = _files_of_folder(path, endings)
-    elif form == "chat":
-        raise ConfigError(f"--data {path}: must be an existing file or folder of conversations, in JSON lines")
     else:
-        names = ", ".join(NAMED_CORPORA)
-        raise ConfigError(f"--data {path}: must be an existing file or folder, or one of {names}")
+        names = " of conversations, in JSON lines" if form == "chat" else f", or one of {', '.join(NAMED_CORPORA)}"
+        raise ConfigError(f"--data {path}: must be an existing file or folder{names}")
     for file in (*files["train"], *files["valid"]):
-        if form == "chat" and file.suffix.lower() not in JSON_LINES:
+        ending = file.suffix.lower()
+        if ending == ".json" or (form == "chat" and ending not in JSON_LINES):
             raise ConfigError(
-                f"--data {file}: must be JSON lines, in a file that ends in .jsonl, to hold conversations"
-            )
-        if holds_plain_json(file):
-            raise ConfigError(
-                f"--data {file}: holds JSON, not plain text; write one object a line with a key `text` into a file "
-                f"that ends in .jsonl (an array of objects: `jq -c '.[]' {file.name} > {file.stem}.jsonl`)"
+                f"--data {file}: must be JSON lines, one object a line, in a file that ends in .jsonl (an array of "
+                f"objects: `jq -c '.[]' {file.name} > {file.stem}.jsonl`)"
             )
     return files
 

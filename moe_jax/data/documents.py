@@ -12,7 +12,7 @@ Importing this module imports only the standard library, so that a wrong text is
 
 import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +31,6 @@ _SEPARATOR = SEPARATOR.encode()
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK = 1 << 20  # bytes read at a time
 _LONGEST = 1 << 20  # a document of more bytes is divided
-_LONGEST_LINE = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -83,12 +82,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
 
 
-def holds_plain_json(path: Path) -> bool:
-    """Whether a file is a JSON document, and not text or JSON lines."""
-    with _opened(path) as file:
-        return path.suffix.lower() == ".json" and file.read(64).lstrip()[:1] in (b"{", b"[")
-
-
 def documents_of(span: Span, form: DataFormat) -> Iterator[Any]:
     """The documents of a span: texts, stripped and not empty, or conversations. Raises UserError for bytes that are not
     UTF-8, and for a row that is neither."""
@@ -138,10 +131,7 @@ def lines(span: Span) -> Iterator[tuple[int, bytes]]:
     with _opened(span.path) as file:
         file.seek(span.start)
         offset = span.start
-        while offset < span.stop and (line := file.readline(_LONGEST_LINE)):
-            if len(line) == _LONGEST_LINE:
-                mib = _LONGEST_LINE >> 20
-                raise UserError(f"{span.path}: the line at byte {offset} is longer than {mib} MiB; divide it")
+        while offset < span.stop and (line := file.readline()):
             if line.strip():
                 yield offset, line
             offset += len(line)
@@ -150,9 +140,8 @@ def lines(span: Span) -> Iterator[tuple[int, bytes]]:
 def holds_chats(path: Path) -> bool:
     """Whether a file, or the first of a folder's files, is JSON lines with `messages`."""
     files = sorted(p for ending in JSON_LINES for p in path.rglob(f"*{ending}")) if path.is_dir() else [path]
-    if not files or files[0].suffix.lower() not in JSON_LINES or not files[0].is_file():
-        return False
-    return b'"messages"' in next((line for _, line in lines(Span.of(files[0]))), b"")
+    first = files[0] if files and files[0].suffix.lower() in JSON_LINES and files[0].is_file() else None
+    return first is not None and b'"messages"' in next((line for _, line in lines(Span.of(first))), b"")
 
 
 def _pieces(span: Span) -> Iterator[tuple[int, bytes]]:
@@ -205,67 +194,54 @@ def _not_utf8(path: Path, offset: int, reason: str) -> str:
     )
 
 
-def _row(span: Span, offset: int, line: bytes, read: Any) -> Any:
+def _row(span: Span, offset: int, line: bytes, read: Callable[[dict[str, Any]], Any]) -> Any:
     """What `read` makes of the object in a line. Raises UserError with the number of the line."""
     try:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"is not JSON ({error}); each line must be an object") from None
+        row = json.loads(line)
         if not isinstance(row, dict):
-            raise ValueError(f"is {_short(row)}; each line must be an object")
+            raise ValueError(f"it is {_short(row)}, must be an object")
         return read(row)
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:  # no JSON, or half a surrogate pair, or what `read` says
         number = 1 + sum(chunk.count(b"\n") for chunk in Span(span.path, 0, offset).chunks())
-        raise UserError(f"{span.path}: line {number} {problem}") from None
+        raise UserError(f"{span.path}: line {number}: {problem}") from None
 
 
 def _text(row: dict[str, Any]) -> str:
     """The text of a row. Raises ValueError with what is wrong."""
     text = row.get("text")
     if isinstance(text, str):
-        return _whole_characters(text)
+        text.encode()
+        return text
     if "messages" in row:  # a model of plain text would learn the names of the roles
         raise ValueError(
-            "holds `messages`, a conversation; `uv run python -m moe_jax sft` learns from those, training needs rows "
+            "it has `messages`, a conversation; `uv run python -m moe_jax sft` learns from those, training needs rows "
             "with `text`"
         )
     names = ", ".join(list(row)[:5]) or "none"
-    raise ValueError(f"has no key `text` that holds a text (its keys: {names}); rename the key of the text")
+    raise ValueError(f"it has no key `text` that holds a text (its keys: {names}); rename the key of the text")
 
 
 def _conversation(row: dict[str, Any]) -> Conversation:
     """The conversation of a row. Raises ValueError with what is wrong."""
     messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"has no list `messages` with a message ({_short(row)})")
+    if not isinstance(messages, list):
+        raise ValueError(f"it has no list `messages` ({_short(row)})")
     conversation = tuple(_message(number, message) for number, message in enumerate(messages, 1))
     if not any(message.role == ANSWERING for message in conversation):
-        raise ValueError("has no message of the assistant, so there is nothing to learn; remove the row")
+        raise ValueError("it has no message of the assistant, so there is nothing to learn; remove the row")
     return conversation
 
 
 def _message(number: int, message: Any) -> Message:
-    role, content = (message.get("role"), message.get("content")) if isinstance(message, dict) else (None, None)
-    if role not in ROLES or not isinstance(content, str) or not content.strip():
+    values = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
+    role, content = values.pop("role", None), values.pop("content", None)
+    if values or role not in ROLES or not isinstance(content, str) or not content.strip():
         raise ValueError(
-            f"has message {number}, which is {_short(message)}; it must have a `role` ({', '.join(ROLES)}), and a "
-            "`content` that is a text and not empty"
+            f"message {number} is {_short(message)}; it must have a `role` ({', '.join(ROLES)}), a `content` that is a "
+            "text and not empty, and no other key"
         )
-    others = sorted(key for key, value in message.items() if key not in ("role", "content") and value is not None)
-    if others:
-        raise ValueError(
-            f"has message {number} with the key {_short(others[0])}; only `role` and `content` can be learned from"
-        )
-    return Message(role, _whole_characters(content).strip())
-
-
-def _whole_characters(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("holds half a surrogate pair (\\ud800 to \\udfff); write whole characters") from None
-    return text
+    content.encode()
+    return Message(role, content.strip())
 
 
 def _short(value: Any) -> str:

@@ -19,7 +19,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -67,25 +67,16 @@ class Split:
     """UTF-8 bytes of the stripped documents."""
     digest: str
     """xxh3-128 of the tokens."""
+    targets: int
+    """Tokens that are predicted and scored."""
+    target_bytes: int
+    """UTF-8 bytes of these tokens."""
     answers: np.ndarray | None = None
     """bool [N], memory-mapped: the tokens that are learned and scored. None if all of them are."""
-    answer_tokens: int = 0
-    answer_bytes: int = 0
-    """UTF-8 bytes of the tokens in `answers`."""
 
     @property
     def stream(self) -> Stream:
         return Stream(self.tokens, self.answers)
-
-    @property
-    def targets(self) -> int:
-        """Tokens that are predicted and scored."""
-        return len(self.tokens) - 1 if self.answers is None else self.answer_tokens
-
-    @property
-    def target_bytes(self) -> int:
-        """UTF-8 bytes of these tokens."""
-        return self.bytes if self.answers is None else self.answer_bytes
 
 
 @dataclass(frozen=True)
@@ -116,17 +107,11 @@ def token_type(tokenizer: Tokenizer) -> np.dtype:
     return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
 
 
-class Encoded(NamedTuple):
-    """Some documents of a stream, about 4 MiB of text."""
+def encoded(documents: Iterator[Any], tokenizer: Tokenizer) -> Iterator[tuple[Stream, int, int]]:
+    """The stream of at least one document, about 4 MiB of text at a time, with the number of documents and of bytes.
 
-    tokens: np.ndarray
-    answers: np.ndarray | None
-    documents: int
-    bytes: int
-
-
-def encoded(documents: Iterator[Any], tokenizer: Tokenizer) -> Iterator[Encoded]:
-    """The stream of at least one document, in pieces. Documents are texts or conversations, not both."""
+    Documents are texts or conversations, not both.
+    """
     dtype = token_type(tokenizer)
     end, unlearned = np.array([tokenizer.separator_id], dtype), np.zeros(1, bool)
     tokens, answers = [end], [unlearned]
@@ -138,7 +123,7 @@ def encoded(documents: Iterator[Any], tokenizer: Tokenizer) -> Iterator[Encoded]
                 answers += [chat.answers, unlearned]
         else:
             tokens += chain.from_iterable((np.asarray(ids, dtype), end) for ids in tokenizer.encode_batch(batch))
-        yield Encoded(np.concatenate(tokens), np.concatenate(answers) if chats else None, len(batch), size)
+        yield Stream(np.concatenate(tokens), np.concatenate(answers) if chats else None), len(batch), size
         tokens, answers = [], []
 
 
@@ -158,7 +143,7 @@ def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
 
 def token_stream(documents: Iterator[Any], tokenizer: Tokenizer) -> Stream:
     """The stream of texts or conversations in memory, for what is scored once and not stored."""
-    parts = list(encoded(documents, tokenizer))
+    parts = [part for part, _, _ in encoded(documents, tokenizer)]
     answers = [part.answers for part in parts if part.answers is not None]
     return Stream(np.concatenate([part.tokens for part in parts]), np.concatenate(answers) if answers else None)
 
@@ -238,7 +223,7 @@ def open_store(folder: Path) -> TokenStore:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         tokenizer = load_tokenizer(folder / "tokenizer.json")
         if (manifest["format"], manifest["tokenizer"]) != (FORMAT, tokenizer.digest):
-            raise UserError(f"{folder}: made by another version, or its tokenizer was changed; prepare the data again")
+            raise ValueError
         train, valid = (_open_split(folder / name, manifest["splits"][name], tokenizer) for name in _SPLITS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no whole token store ({type(error).__name__}); prepare the data again") from None
@@ -251,9 +236,9 @@ def _open_split(path: Path, entry: dict[str, Any], tokenizer: Tokenizer) -> Spli
     tokens = _mapped(path.with_suffix(".bin"), entry["digest"], token_type(tokenizer), count)
     split = (tokens, entry["stories"], entry["bytes"], entry["digest"])
     if answers is None:
-        return Split(*split)
+        return Split(*split, count - 1, entry["bytes"])
     mask = _mapped(path.with_suffix(".mask"), answers["digest"], np.dtype(np.bool_), count)
-    return Split(*split, mask, answers["tokens"], answers["bytes"])
+    return Split(*split, answers["tokens"], answers["bytes"], mask)
 
 
 def _mapped(path: Path, digest: str, dtype: np.dtype, count: int) -> np.ndarray:
@@ -324,18 +309,19 @@ def _write_split(path: Path, documents: Iterator[Any], tokenizer: Tokenizer, rep
     lengths, stream, mask = tokenizer.token_bytes(), path.with_suffix(".bin"), path.with_suffix(".mask")
     entry: dict[str, Any] = {"tokens": 0, "stories": 0, "bytes": 0}
     learned = {"tokens": 0, "bytes": 0}
-    with ExitStack() as files:
-        tokens, answers = files.enter_context(stream.open("wb")), None
-        for piece in encoded(documents, tokenizer):
+    with stream.open("wb") as tokens, mask.open("wb") as answers:
+        for piece, count, size in encoded(documents, tokenizer):
             tokens.write(piece.tokens.data)
             entry["tokens"] += len(piece.tokens)
-            entry["stories"] += piece.documents
-            entry["bytes"] += piece.bytes
+            entry["stories"] += count
+            entry["bytes"] += size
             if piece.answers is not None:
-                answers = answers or files.enter_context(mask.open("wb"))
                 answers.write(piece.answers.data)
                 learned["tokens"] += int(piece.answers.sum())
                 learned["bytes"] += int(lengths[piece.tokens[piece.answers]].sum(dtype=np.int64))
             report(entry["stories"], entry["bytes"])
     entry["digest"] = _digest_of(stream)
-    return entry if answers is None else {**entry, "answers": {**learned, "digest": _digest_of(mask)}}
+    if mask.stat().st_size:
+        return {**entry, "answers": {**learned, "digest": _digest_of(mask)}}
+    mask.unlink()
+    return entry

@@ -114,20 +114,10 @@ def router_flops(config: ModelConfig, tokens: int) -> int:
     return 2 * tokens * config.width * config.experts
 
 
-def bound_flops(config: ModelConfig, batch: int) -> int:
-    """Forward floating-point operations of an MoE layer with all slots filled: E*C rows of each sequence go through an
-    expert, and every token goes through the shared experts and the router."""
-    return _layer_flops(config, batch, batch * config.experts * config.capacity)
-
-
 def layer_flops(config: ModelConfig, batch: int, devices: int = 1) -> int:
     """Forward floating-point operations of an MoE layer in training, with the rows of its dispatch: of one device, with
     `batch` sequences, of `devices` along a mesh axis `expert`."""
-    return _layer_flops(config, batch, multiplied_rows(config, batch, devices))
-
-
-def _layer_flops(config: ModelConfig, batch: int, rows: int) -> int:
-    tokens = batch * config.seq_len
+    tokens, rows = batch * config.seq_len, multiplied_rows(config, batch, devices)
     return expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
 
 

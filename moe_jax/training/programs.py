@@ -249,10 +249,8 @@ class RandomTokenTrainer:
     batch: np.ndarray
 
     @classmethod
-    def of(
-        cls, config: RunConfig, batch_size: int, micro_batches: int = 1, moe: type[MoE] = MoE
-    ) -> "RandomTokenTrainer":
-        programs = Programs.of(config, moe=moe)
+    def of(cls, config: RunConfig, batch_size: int, micro_batches: int = 1) -> "RandomTokenTrainer":
+        programs = Programs.of(config)
         state = programs.state(initial_params(config, jax.random.key(0)))
         shape = (micro_batches, batch_size, config.model.seq_len + 1)
         tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)

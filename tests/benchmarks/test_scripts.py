@@ -37,6 +37,7 @@ def test_each_axis_doubles_one_size(axis: doubling.Axis) -> None:
     assert [o.size(grown) for o in others] == [o.size(BASE) for o in others]
 
 
+@pytest.mark.slow
 def test_the_suite_measures_draws_and_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
     """A real step at two sizes; the batch of 1 leaves no longer sequence with as many tokens."""
     monkeypatch.setattr(doubling, "POINTS", 2)

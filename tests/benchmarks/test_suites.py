@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,17 +17,17 @@ from rich.console import Console
 
 from moe_jax.benchmarks import dense_baselines, layer, serving, suites
 from moe_jax.benchmarks.dense_baselines import CostTable, flops_by_group
-from moe_jax.benchmarks.request import BenchmarkRequest, UniformMoE
+from moe_jax.benchmarks.request import BenchmarkRequest
 from moe_jax.cli import benchmark
 from moe_jax.cli.main import main, run_as
 from moe_jax.config import ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from moe_jax.model import precision
-from moe_jax.model.costs import Count, bound_flops, expert_flops
-from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.transformer import abstract_model, merge
+from moe_jax.model.costs import Count, expert_flops, layer_flops
+from moe_jax.model.moe.layer import MoE
 from moe_jax.system import environment, machine
+from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
-from tests.support import tiny
+from tests.support import short_form, tiny
 
 
 def config(**changes) -> RunConfig:
@@ -59,18 +60,21 @@ def test_candidates_run_in_turn_and_warm_ups_do_not_count() -> None:
 def test_bound_by_hand() -> None:
     """T 16, K 2, E 4, cf 1.25: 10 slots. Two sequences: 2*4*10 rows of 2*3*16*24 operations, 32 tokens of 2*16*4."""
     assert config().model.capacity == 10
-    assert bound_flops(config().model, 2) == 80 * 2304 + 32 * 128
-    assert bound_flops(config(shared_experts=1).model, 2) == (80 + 32) * 2304 + 32 * 128
+    assert layer_flops(config().model, 2) == 80 * 2304 + 32 * 128
+    assert layer_flops(config(shared_experts=1).model, 2) == (80 + 32) * 2304 + 32 * 128
 
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"activation": "gelu", "tied_head": False, "positions": "learned"},
-        {"dense": "active"},
-        {"remat": True, "shared_experts": 1},
-        {"dispatch": "blocks", "activation": "gelu", "shared_experts": 1, "top_k": 3},
-    ],
+    short_form(
+        [
+            BLOCKS := {"dispatch": "blocks", "activation": "gelu", "shared_experts": 1, "top_k": 3, "layers": 1},
+            {"activation": "gelu", "tied_head": False, "positions": "learned"},
+            {"dense": "active"},
+            {"remat": True, "shared_experts": 1},
+        ],
+        [BLOCKS],
+    ),
     ids=str,
 )
 def test_formula_and_program_agree(changes: dict) -> None:
@@ -88,11 +92,13 @@ def test_dense_layouts_are_one_function_with_the_arithmetic_of_a_token_s_experts
     model = config(**changes).model
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 16)), jnp.float32)
     expected = expert_flops(model, 32 * (model.routing.top_k + model.shared_experts))
-    layouts = layer.dense_layouts(model)
-    first = np.asarray(layouts["dense, plain"][0](layouts["dense, plain"][1], x))
-    for name, (function, weights) in layouts.items():
-        np.testing.assert_allclose(np.asarray(function(weights, x)), first, atol=1e-5)
-        assert layer.compiled_flops(function, weights, x) == expected, name
+    first = None
+    for name, (function, weights) in layer.dense_layouts(model).items():
+        program = jax.jit(function).lower(weights, x).compile()
+        assert read_program(program.as_text()).flops == expected, name
+        y = np.asarray(program(weights, x))
+        first = y if first is None else first
+        np.testing.assert_allclose(y, first, atol=1e-5)
     assert layer.active_flops(model, 32) == expected + 32 * 2 * 16 * 4
 
 
@@ -104,18 +110,6 @@ def console() -> Console:
 def printed(console: Console) -> str:
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()
-
-
-def pretend(monkeypatch: pytest.MonkeyPatch, module: Any, seconds: dict[str, float]) -> list[Any]:
-    """`alternate` runs nothing, and gives these seconds. Returns the rounds and options that were asked for."""
-    asked: list[Any] = []
-
-    def alternate(candidates: dict[str, Any], rounds: int, **options: Any) -> dict[str, Times]:
-        asked.append((rounds, options) if options else rounds)
-        return {name: Times((seconds[name],)) for name in candidates}
-
-    monkeypatch.setattr(module, "alternate", alternate)
-    return asked
 
 
 @pytest.fixture
@@ -135,8 +129,8 @@ def test_the_train_suite(
     monkeypatch.setattr(dense_baselines, "machine_memory", lambda: memory)
     flops, seconds = {"none": 300, "active": 600, "total": 1200}, {"none": 4.0, "active": 2.0, "total": 8.0}
 
-    def of(given: Any, batch: int, moe: type[MoE]) -> Any:
-        assert (batch, moe) == (2, UniformMoE)
+    def of(given: Any, batch: int) -> Any:
+        assert batch == 2
         return SimpleNamespace(active_flops=flops[given.model.dense], seconds=seconds[given.model.dense])
 
     turns: list[tuple[list[float], int]] = []
@@ -148,7 +142,7 @@ def test_the_train_suite(
 
     monkeypatch.setattr(dense_baselines.RandomTokenTrainer, "of", of)
     monkeypatch.setattr(dense_baselines, "alternate", alternate)
-    found = dense_baselines.train(console, BenchmarkRequest(config(), 2, 9, uniform_routing=True))
+    found = dense_baselines.train(console, BenchmarkRequest(config(), 2, 9))
     assert turns == ([([4.0], 4), ([2.0], 4), ([8.0], 4)] if memory == 10**3 else [([4.0, 2.0, 8.0], 4)])
     assert found["tokens_per_second"] == 32 / 4
     assert found["share_of_matmul_peak"] == 0.25
@@ -173,44 +167,29 @@ def test_the_formulas_by_hand() -> None:
 
 
 def test_the_layer_suite(products: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """MoE in 6 s, without drops in 9; the plain dense layout in 4, the best in 3; all experts in 12; 8 and 64 experts
-    in 5 and 10."""
-    seconds = {"dense, plain": 4.0, "dense, flat": 3.0, "dense, our matmul": 5.0, **products}
+    """MoE in 6 s, without drops in 9; the plain dense layout in 4, the best in 3; all experts in 12."""
+    seconds = {"dense, plain": 4.0, "dense, best": 3.0, "dense, our matmul": 5.0, **products}
     monkeypatch.setattr(layer, "dense_layouts", lambda _: {n: (print, None) for n in seconds if "dense" in n})
-    seconds |= {"MoE": 6.0, "MoE, no drops": 9.0, "all experts": 12.0, "8 experts": 5.0, "64 experts": 10.0}
-    turns = pretend(monkeypatch, layer, seconds)
-    monkeypatch.setattr(layer, "compiled_flops", lambda *operands: 1000 * len(operands))
+    seconds |= {"MoE": 6.0, "MoE, no drops": 9.0, "all experts": 12.0}
+    monkeypatch.setattr(layer, "alternate", lambda candidates, rounds: {n: Times((seconds[n],)) for n in candidates})
     monkeypatch.setattr(layer, "with_reused_output", lambda *_: None)
-    asked: list[tuple[str, int, str]] = []
+    asked: list[tuple[str, str]] = []
 
-    def layer_function(model: ModelConfig, moe: type) -> tuple[Any, None]:
-        asked.append((model.routing.dispatch, model.experts, moe.__name__))
+    def layer_function(model: ModelConfig, moe: type = MoE) -> tuple[Any, None]:
+        asked.append((model.routing.dispatch, moe.__name__))
         return print, None
 
     monkeypatch.setattr(layer, "layer_function", layer_function)
     numbers, times = layer.benchmark_layer(config().model, 9)
-    own = config().model.experts
-    assert asked == [
-        ("capacity", own, "MoE"),
-        ("blocks", own, "MoE"),
-        ("capacity", own, "AllExpertsMoE"),
-        ("capacity", 8, "MoE"),
-        ("capacity", 64, "MoE"),
-    ]
-    tokens, bound = 8 * 16, layer.bound_flops(config().model, 8)
+    assert asked == [("capacity", "MoE"), ("blocks", "MoE"), ("capacity", "AllExpertsMoE")]
     assert numbers == {
-        "flops_over_bound_forward": pytest.approx(3000 / bound),
-        "flops_over_bound_grad": pytest.approx(4000 / bound / 3),
         "wall_over_dense_active": 1.5,
         "wall_over_best_dense": 2.0,
         "dropless_wall_over_best_dense": 3.0,
-        "dropless_flops_over_ideal": pytest.approx(4000 / (3 * layer.active_flops(config().model, tokens))),
         "dense_all_over_wall": 2.0,
-        "wall_growth_8_to_64_experts": 2.0,
-        "layer_share_of_matmul_peak": pytest.approx(3 * layer.active_flops(config().model, tokens) / 6 / 300),
+        "layer_share_of_matmul_peak": pytest.approx(3 * layer.active_flops(config().model, 8 * 16) / 6 / 300),
         "matmul_flops_per_second": 300,
     }
-    assert turns == [9]
     assert set(times) == set(seconds)
 
 
@@ -223,29 +202,15 @@ def test_peers_without_their_extra_are_left_out_or_named(
     assert benchmark.Benchmark()._suites() == ["moe", "train", "decode"]
 
 
-KEYS = {
-    "moe": {
-        *("flops_over_bound_forward", "flops_over_bound_grad", "wall_over_dense_active", "wall_over_best_dense"),
-        *("dropless_wall_over_best_dense", "dropless_flops_over_ideal"),
-        *("dense_all_over_wall", "wall_growth_8_to_64_experts", "layer_share_of_matmul_peak"),
-    },
-    "train": {"tokens_per_second", "share_of_matmul_peak", "models"},
-    "decode": {"decode_share_of_bandwidth_bound", "decode_ms_per_token_batch1", "uncached_4_token_ms"},
-}
+def numbers_in(result: dict) -> list[float]:
+    return [n for value in result.values() for n in (numbers_in(value) if isinstance(value, dict) else [value])]
 
 
-def numbers_in(found: dict) -> list[float]:
-    return [n for value in found.values() for n in (numbers_in(value) if isinstance(value, dict) else [value])]
-
-
-@pytest.mark.parametrize("part", KEYS)
+@pytest.mark.parametrize("part", short_form(["moe", "train", "decode"], ["moe"]))
 def test_suites_print_tables_and_give_their_numbers(part: str, console: Console) -> None:
-    numbers = suites.SUITES[part](console, BenchmarkRequest(config(), 2, 1))
-    assert set(numbers) >= KEYS[part]
+    numbers = suites.SUITES[part](console, BenchmarkRequest(config(layers=1), 2, 1))
     assert all(np.isfinite(value) and value > 0 for value in numbers_in(numbers))
     assert "median ms" in printed(console)
-    if part == "moe":
-        assert numbers["flops_over_bound_forward"] == pytest.approx(1)
     if part == "train":
         active, total = (numbers["models"][name]["mflops_per_token"] for name in ("dense-active", "dense-total"))
         assert active < numbers["models"]["moe"]["mflops_per_token"] < total
@@ -257,7 +222,7 @@ def test_a_record_repeats_what_was_asked(part: str, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(environment, "prepare_environment", lambda: None)
     monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
     monkeypatch.setitem(suites.SUITES, part, lambda console, request: {"models": {}})
-    asked = benchmark.Benchmark(part, "nano", batch_size=3, rounds=2, uniform_routing=True)
+    asked = benchmark.Benchmark(part, "nano", batch_size=3, rounds=2)
     assert asked.execute() == 0
     (written,) = tmp_path.rglob("*.json")
     assert written.parent == tmp_path / "runs/bench"
@@ -267,16 +232,7 @@ def test_a_record_repeats_what_was_asked(part: str, tmp_path: Path, monkeypatch:
     assert record.get("training_precision") == {"train": "bfloat16", "decode": None}[part]
 
 
-def test_uniform_routing_gives_every_expert_as_much() -> None:
-    """32 tokens with two choices each, four experts: 16 pairs each, and no token has the same expert twice."""
-    graphdef, params = tiny.build(config().model)
-    tokens = jnp.zeros((2, 16), jnp.int32)  # all tokens are alike, and a router sends them to the same experts
-    even = merge(abstract_model(config().model, moe=UniformMoE)[0], params)(tokens, Mode.TRAIN)[1]
-    assert even.load.tolist() == [[0.25] * 4] * 2
-    assert even.drop_fraction.max() == 0
-    assert merge(graphdef, params)(tokens, Mode.TRAIN)[1].drop_fraction.max() > 0
-
-
+@pytest.mark.slow
 def test_serve_counts_the_tokens_and_leaves_no_text_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(serving, "STREAMS", 2)
     monkeypatch.setattr(serving, "TOKENS", 6)

@@ -56,6 +56,7 @@ def test_a_planted_copy_is_found_and_shown() -> None:
     assert copies.measure(texts, [], train, tokenizer) == (own, None)
 
 
+@pytest.mark.slow
 def test_copies_of_a_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert copies.run(["--run", str(folder), "--texts", "3"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -84,6 +85,7 @@ def test_draws_have_the_lengths_of_the_texts_and_share_no_story() -> None:
     assert matched_draws(["x" * 9], stories, 9) == []
 
 
+@pytest.mark.slow
 def test_the_page_has_the_texts_of_generate(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

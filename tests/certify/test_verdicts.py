@@ -13,7 +13,7 @@ from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
 from moe_jax.certify.causality import PerturbationResult, count_changes
 from moe_jax.certify.collectives import Collective
 from moe_jax.config import RunConfig, TrainConfig
-from moe_jax.model.costs import bound_flops, step_products
+from moe_jax.model.costs import layer_flops, step_products
 from tests.support import tiny
 
 MODEL = tiny.config()
@@ -126,7 +126,7 @@ def program(flops: int, largest: int = 1, unnamed: int = 0, **parts: int) -> Any
 
 
 BATCH = 2 * MODEL.width // MODEL.seq_len + 1  # more tokens than twice the width
-BOUND = bound_flops(MODEL, BATCH)
+BOUND = layer_flops(MODEL, BATCH)
 ROWS = MODEL.experts * BATCH * MODEL.seq_len * MODEL.width
 
 

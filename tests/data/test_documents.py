@@ -18,7 +18,6 @@ from moe_jax.data.documents import (
     document_starts,
     documents_of,
     holds_chats,
-    holds_plain_json,
     last_part_start,
 )
 
@@ -133,14 +132,12 @@ def test_rows_of_json_are_documents(tmp_path: Path, texts: list[str]) -> None:
     assert all(content[start:].startswith(b'{"text"') for start in document_starts(Span.of(file)))
 
 
-def test_a_long_row_is_divided_and_a_line_without_end_refused(tmp_path: Path) -> None:
+def test_a_long_row_is_divided(tmp_path: Path) -> None:
     file = write(tmp_path, rows("word " * 100, "the end"), "rows.jsonl")
     with patch.object(documents, "_LONGEST", 100):
-        found = read(file)
-    assert len(found) > 4
-    assert " ".join(found) == "word " * 100 + "the end"
-    with patch.object(documents, "_LONGEST_LINE", 100), pytest.raises(UserError, match="the line at byte 0 is longer"):
-        read(file)
+        parts = read(file)
+    assert len(parts) > 4
+    assert " ".join(parts) == "word " * 100 + "the end"
 
 
 def chat(*turns: tuple[object, object]) -> str:
@@ -149,23 +146,19 @@ def chat(*turns: tuple[object, object]) -> str:
 
 GOOD_CHAT = chat(("user", "Hi"), ("assistant", "Yes"))
 BAD_ROWS = [
-    ("text", GOOD_CHAT, "holds `messages`, a conversation; `uv run python -m moe_jax sft` learns from those"),
-    ("text", '{"story": "x", "id": 1}', "has no key `text` that holds a text (its keys: story, id)"),
-    ("text", '["a"]', "is ['a']; each line must be an object"),
-    ("text", '{"text": "a', "is not JSON"),
-    ("text", "{", "is not JSON (Expecting property name enclosed in double quotes: line 2 column 1 (char 2))"),
-    ("text", "[" * 100_000, "is not JSON"),
-    ("text", '{"text": "\\ud800"}', "holds half a surrogate pair"),
-    ("chat", "[1]", "is [1]; each line must be an object"),
-    ("chat", '{"messages": []}', "has no list `messages` with a message"),
-    ("chat", chat(("user", "a")), "has no message of the assistant"),
-    ("chat", chat(("robot", "a"), ("assistant", "b")), "has message 1, which is {'role': 'robot', 'content': 'a'}; it"),
-    ("chat", chat(("user", 3), ("assistant", "b")), "has message 1, which is {'role': 'user', 'content': 3}; it must"),
-    (
-        "chat",
-        '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}',
-        "has message 1 with the key 'weight'; only `role` and `content` can be learned from",
-    ),
+    ("text", GOOD_CHAT, "it has `messages`, a conversation; `uv run python -m moe_jax sft` learns from those"),
+    ("text", '{"story": "x", "id": 1}', "it has no key `text` that holds a text (its keys: story, id)"),
+    ("text", '["a"]', "it is ['a'], must be an object"),
+    ("text", "{", "Expecting property name enclosed in double quotes"),
+    ("text", "[" * 100_000, "maximum recursion depth exceeded"),
+    ("text", '{"text": "\\ud800"}', "'utf-8' codec can't encode character"),
+    ("chat", '{"messages": []}', "it has no message of the assistant"),
+    ("chat", '{"messages": "a"}', "it has no list `messages`"),
+    ("chat", chat(("user", "a")), "it has no message of the assistant"),
+    ("chat", chat(("robot", "a"), ("assistant", "b")), "message 1 is {'role': 'robot', 'content': 'a'}; it must"),
+    ("chat", chat(("user", 3), ("assistant", "b")), "message 1 is {'role': 'user', 'content': 3}; it must"),
+    ("chat", '{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "message 1 is {'role': 'user',"),
+    ("chat", chat(("assistant", "\ud800")), "'utf-8' codec can't encode character"),
 ]
 
 
@@ -175,7 +168,7 @@ def test_a_wrong_row_is_refused_with_its_line(form, row: str, said: str, tmp_pat
     file = write(tmp_path, f"{good}\n\n{row}\n{good}\n", "rows.jsonl")
     with pytest.raises(UserError) as caught:
         list(documents_of(Span.of(file), form))
-    assert str(caught.value).startswith(f"{file}: line 3 {said}")
+    assert str(caught.value).startswith(f"{file}: line 3: {said}")
     assert "\n" not in str(caught.value)
 
 
@@ -191,13 +184,6 @@ def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
 
 
 # Files of other kinds
-
-
-def test_json_is_known_by_its_name_and_its_first_character(tmp_path: Path) -> None:
-    for text in ('{"a": 1}', "[1]", ' \n\t{"a"'):
-        assert holds_plain_json(write(tmp_path, text, "A.JSON"))
-        assert not holds_plain_json(write(tmp_path, text, "a.txt"))
-    assert not holds_plain_json(write(tmp_path, "Once {", "a.json"))
 
 
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
