@@ -15,7 +15,6 @@ import re
 import secrets
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from typing import Any, BinaryIO
 
 MAX_JSON_BYTES = 2**26
 """Largest JSON document that is read. The largest that a run has is a tokenizer, of a few MiB."""
-writing = threading.Lock()
-"""Held while a draft is there: a thread that ends the process takes it first, and so leaves no draft behind."""
 _KINDS = {
     stat.S_IFLNK: "is a link, and links are not followed here; put the file or folder itself there",
     stat.S_IFDIR: "is a folder where a file belongs; remove it",
@@ -161,27 +158,22 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.draft")
 
 
-def write_atomically(path: Path, content: str | bytes, durable: bool = True) -> None:
-    """Replace a plain file by a rename: a reader sees the old content or the new one, never a part.
-
-    With `durable` this holds after a power loss too. An error or an interrupt leaves no draft behind. Raises UnsafeFile
-    if something else than a plain file has the name.
-    """
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a plain file by a rename: a reader sees the old content or the new one, never a part, after a power loss
+    too. An error or an interrupt leaves no draft behind. Raises UnsafeFile if something else has the name."""
     Folder(path.parent).file(path.name)
     draft = draft_of(path)
-    with writing:
-        try:
-            with draft.open("xb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
-                if durable:
-                    file.flush()
-                    os.fsync(file.fileno())
-            draft.replace(path)
-        except BaseException as error:
-            draft.unlink(missing_ok=True)
-            if isinstance(error, OSError):  # the user knows the file, not its draft
-                error.filename, error.filename2 = str(path), None
-            raise
+    try:
+        with draft.open("xb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except BaseException as error:
+        draft.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # the user knows the file, not its draft
+            error.filename, error.filename2 = str(path), None
+        raise
 
 
 def write_output(path: Path, content: str | bytes) -> None:
@@ -229,7 +221,7 @@ def cached_json(folder: str, parts: Sequence[str], make: Callable[[], Any]) -> A
     made = make()
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json_text(made), durable=False)
+        write_atomically(path, json_text(made))
     return made
 
 

@@ -26,8 +26,6 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, Self
 
-from moe_jax.system.files import writing
-
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Signals of a person. The second one means: leave at once."""
 _OTHERS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
@@ -36,10 +34,6 @@ HANDLED = (*INSISTENT, *(getattr(signal, name) for name in _OTHERS if hasattr(si
 DUPLICATE_SIGNAL_SECONDS = 0.5
 """A shell and `uv run` may both forward one Ctrl-C. A signal within this time after the first counts as the same one.
 """
-_SAY_SECONDS = 1.0
-"""How long a line may take to be printed: the reader of a pipe may have stopped."""
-_WRITE_SECONDS = 2.0
-"""How long leaving waits for the file that is being written. A disk that takes longer does not answer any more."""
 
 
 class Stopped(Exception):
@@ -138,21 +132,14 @@ class Signals:
 
     def _leave(self, number: int) -> None:
         _say(f"left at {signal.Signals(number).name}; {self.how_to_go_on}")
-        writing.acquire(timeout=_WRITE_SECONDS)
         os._exit(128 + number)
 
 
 def _say(text: str) -> None:
     """Print a line on stderr, and flush stdout."""
-
-    def say() -> None:
-        print(text, file=sys.stderr, flush=True)
-        if sys.stdout is not None:
-            sys.stdout.flush()
-
-    printing = threading.Thread(target=say, daemon=True)
-    printing.start()
-    printing.join(_SAY_SECONDS)
+    print(text, file=sys.stderr, flush=True)
+    if sys.stdout is not None:
+        sys.stdout.flush()
 
 
 @contextmanager

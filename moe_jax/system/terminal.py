@@ -5,7 +5,7 @@ stderr never ends a program. An error on stdout ends a program that is run for i
 end a program that has called `outlive_output`, as training does.
 
 On a terminal, control characters of printed text are shown as `\\x1b`, because a text may come from a model or a
-stranger. Newline and tab stay. `rich_console` writes the colours of this project past this guard.
+stranger. Newline and tab stay. The colours of `rich_console` pass.
 
 rich is imported when it is needed: what runs before the arguments are accepted imports the standard library only.
 """
@@ -25,8 +25,6 @@ from typing import TYPE_CHECKING, Any, TextIO
 if TYPE_CHECKING:
     from rich.console import Console
 
-PLAIN_SECONDS = 10
-"""Seconds between lines of progress if stderr is not a terminal."""
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 _WORDS = re.compile(r"\n|[^\S\n]+|\S+")
 
@@ -50,29 +48,23 @@ class OutputLost(Exception):
 class GuardedStream:
     """stdout or stderr. Its first write error may raise OutputLost; after it, text goes to the null device."""
 
-    def __init__(self, stream: TextIO, outlived: bool) -> None:
-        self.stream, self.outlived = stream, outlived
-        """Whether the program goes on after a write error."""
-        self._is_terminal, self._is_stderr = stream.isatty(), outlived
+    def __init__(self, stream: TextIO, outlived: bool, raw: bool = False) -> None:
+        self.stream, self.outlived, self.raw = stream, outlived, raw
+        """`outlived`: whether the program goes on after a write error. `raw`: control characters pass."""
+        self._is_terminal, self._is_stderr = stream.isatty(), stream is sys.__stderr__
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
-        if self._is_terminal:
-            # Progress bars of libraries go back to the start of their line on stderr.
-            lines = text.split("\r") if self._is_stderr else [text]
-            self.write_raw("\r".join(map(escape_controls, lines)))
-        else:
-            self.write_raw(text)
-        return len(text)
-
-    def write_raw(self, text: str) -> None:
-        """Write a text whose control characters reach the terminal."""
+        # Progress bars of libraries go back to the start of their line on stderr.
+        lines = text.split("\r") if self._is_stderr else [text]
+        shown = "\r".join(map(escape_controls, lines)) if self._is_terminal and not self.raw else text
         try:
-            self.stream.write(text)
+            self.stream.write(shown)
         except OSError as error:
             self._fail(error)
+        return len(text)
 
     def flush(self) -> None:
         try:
@@ -149,17 +141,9 @@ def rich_console(*, stderr: bool = False, **settings: Any) -> "Console":
                 else:
                     yield Segment(escape_controls(segment.text), segment.style)
 
-    class Raw:
-        """The stream without its guard for control characters."""
-
-        def __init__(self, stream: Any) -> None:
-            self._stream = stream
-            self.write = getattr(stream, "write_raw", stream.write)
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self._stream, name)
-
-    file: Any = Raw(sys.stderr if stderr else sys.stdout)
+    file: Any = sys.stderr if stderr else sys.stdout
+    if isinstance(file, GuardedStream):
+        file = GuardedStream(file.stream, file.outlived, raw=True)
     return Escaping(file=file, highlight=False, **settings)
 
 
@@ -240,25 +224,22 @@ def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def byte_progress(what: str, items: str, total: int | None, shown: bool = True) -> Iterator[Report]:
-    """Show the progress of work on `total` bytes (None if unknown): on a terminal all the time, else every
-    PLAIN_SECONDS. `items` names what is counted: "documents"."""
+    """Show the progress of work on `total` bytes (None if unknown) on a terminal, and elsewhere a line at its end.
+    `items` names what is counted: "documents"."""
     if not shown:
         yield lambda count, size: None
         return
-    begin, printed, line = monotonic(), monotonic(), f"{what}: 0 {items}"
+    begin, line = monotonic(), f"{what}: 0 {items}"
     status = rich_console(stderr=True).status(what) if sys.stderr.isatty() else None
 
     def report(count: int, size: int) -> None:
-        nonlocal printed, line
+        nonlocal line
         seconds = monotonic() - begin + 1e-9
         share = f" of {total / 1e6:.1f}" if total else ""
         rates = f"{count / seconds:,.0f} {items}/s, {size / seconds / 1e6:.1f} MB/s"
         line = f"{what}: {count:,} {items}, {size / 1e6:.1f}{share} MB ({rates})"
         if status is not None:
             status.update(line)
-        elif monotonic() - printed >= PLAIN_SECONDS:
-            printed = monotonic()
-            print(line, file=sys.stderr, flush=True)
 
     with status or nullcontext():
         yield report

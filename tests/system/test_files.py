@@ -45,17 +45,14 @@ def test_text_and_bytes_replace_what_was_there(content: str | bytes, expected: b
     assert len(names(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("durable", [True, False])
-def test_only_a_durable_write_waits_for_the_disk(
-    durable: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_write_waits_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The content is on the disk before it has its name: after a loss of power no name has half a file."""
     calls: list[str] = []
     sync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda file: (calls.append("fsync"), sync(file)))
     monkeypatch.setattr(Path, "replace", lambda *names: (calls.append("rename"), replace(*names))[1])
-    write_atomically(tmp_path / "file", "content", durable=durable)
-    assert calls == (["fsync", "rename"] if durable else ["rename"])
+    write_atomically(tmp_path / "file", "content")
+    assert calls == ["fsync", "rename"]
 
 
 def test_writes_at_once_do_not_disturb_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
