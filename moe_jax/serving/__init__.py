@@ -5,7 +5,7 @@ engine.py    the one thread that owns the device: slots, queue, decoding
 requests.py  bounds, errors, the fields of a request, and what is said about the model
 answers.py   /v1/completions and /v1/chat/completions: a body becomes requests, events become an answer
 streams.py   JSON objects and server-sent events; a client that has gone frees its slots
-app.py       the routes, who may ask, /metrics
+app.py       the routes, and who may ask
 sockets.py   the socket
 server.py    uvicorn on a socket, until a signal
 page/        the page at /

@@ -1,10 +1,9 @@
-"""The routes of the server, who may ask, and /metrics."""
+"""The routes of the server, and who may ask."""
 
 import asyncio
 import hmac
 import sys
 import traceback
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +27,6 @@ from moe_jax.serving.streams import AnswerResponse, error_response, json_respons
 
 OPEN_PATHS = {"/", "/health"}
 """Paths that need no key."""
-_MODELS = "/v1/models/"
-_METRICS = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @dataclass(frozen=True)
@@ -71,42 +68,34 @@ def _name(host: str) -> str:
 
 
 class Access:
-    """Refuses what `Rules` refuse, counts the answers, and turns every error into an answer. ASGI middleware."""
+    """Refuses what `Rules` refuse, and turns every error into an answer. ASGI middleware."""
 
-    def __init__(self, app: ASGIApp, rules: Rules, answers: Counter[tuple[str, int]], paths: frozenset[str]) -> None:
-        """`answers` counts by path and status. Paths that are not in `paths` are counted as one."""
-        self._app, self._rules, self._answers, self._paths = app, rules, answers, paths
+    def __init__(self, app: ASGIApp, rules: Rules) -> None:
+        self._app, self._rules = app, rules
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return
         begun = False
 
-        async def counted(message: Message) -> None:
+        async def noted(message: Message) -> None:
             nonlocal begun
             if message["type"] == "http.response.start":
                 begun = True
-                self._answers[self._label(scope["path"]), message["status"]] += 1
                 message = {**message, "headers": [*message["headers"], (b"x-content-type-options", b"nosniff")]}
             await send(message)
 
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             self._rules.check(scope["method"], scope["path"], headers)
-            await self._app(scope, receive, counted)
+            await self._app(scope, receive, noted)
         except Exception as error:
             if not isinstance(error, ApiError):
                 traceback.print_exception(error, file=sys.stderr)
             if begun:
                 raise
             known = error if isinstance(error, ApiError) else ApiError(500, "the program failed", code="failed")
-            await error_response(known)(scope, receive, counted)
-
-    def _label(self, path: str) -> str:
-        """The name under which an answer is counted. The names of models are the client's, so they are not labels."""
-        if path.startswith(_MODELS):
-            return _MODELS + "{name}"
-        return path if path in self._paths else "other"
+            await error_response(known)(scope, receive, noted)
 
 
 class Server:
@@ -116,7 +105,6 @@ class Server:
         self.engine, self.card = engine, card
         self.stopping = False
         """Whether /health says so."""
-        self._answers: Counter[tuple[str, int]] = Counter()
         self._page, self._card = page.document(), card.to_dict()
         routes = [
             Route("/", self.page),
@@ -125,10 +113,8 @@ class Server:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/health", self.health),
-            Route("/metrics", self.metrics),
         ]
-        paths = frozenset(route.path for route in routes)
-        middleware = [Middleware(Access, rules=rules, answers=self._answers, paths=paths)]
+        middleware = [Middleware(Access, rules=rules)]
         if rules.origins:  # outermost, so that the pages of these sites can read refusals, too
             cors = {"allow_origins": rules.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
             middleware.insert(0, Middleware(CORSMiddleware, **cors))
@@ -164,39 +150,12 @@ class Server:
     async def health(self, request: Request) -> Response:
         engine = self.engine
         status = "stopping" if self.stopping else "ok" if engine.running else "failed"
-        counts = {"status": status, "slots": engine.slots, "busy": engine.busy, "queued": engine.queued}
-        return json_response(counts, 200 if status == "ok" else 503)
-
-    async def metrics(self, request: Request) -> Response:
-        return Response(metrics_text(self.engine, self._answers), headers={"content-type": _METRICS})
+        counts = {"slots": engine.slots, "busy": engine.busy, "queued": engine.queued}
+        counts |= {"cancelled": engine.counts.cancelled}
+        return json_response({"status": status, **counts}, 200 if status == "ok" else 503)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     problem = f"{request.method} {request.url.path[:100]}: {error.detail}; docs/serving.md lists what there is"
     return error_response(ApiError(error.status_code, problem))
-
-
-def metrics_text(engine: Engine, answers: Counter[tuple[str, int]]) -> str:
-    """All metrics, in Prometheus' text format (version 0.0.4). `answers` counts the HTTP answers by path and status."""
-    counts = engine.counts
-    values = [
-        ("slots", "gauge", "Texts that can be written at once", engine.slots),
-        ("slots_busy", "gauge", "Slots with a text", engine.busy),
-        ("texts_queued", "gauge", "Texts that wait for a slot", engine.queued),
-        ("texts_total", "counter", "Texts that ended by themselves", counts.texts),
-        ("texts_cancelled_total", "counter", "Texts that nobody waited for", counts.cancelled),
-        ("failures_total", "counter", "Errors of the program", counts.failures),
-        ("prompt_tokens_total", "counter", "Tokens of prompts", counts.prompt_tokens),
-        ("generated_tokens_total", "counter", "Tokens written", counts.generated_tokens),
-        ("decode_steps_total", "counter", "Steps, each of which writes a token for every text", counts.steps),
-        ("decode_seconds_total", "counter", "Seconds in these steps", counts.step_seconds),
-        ("prefill_seconds_total", "counter", "Seconds in which prompts were read", counts.read_seconds),
-    ]
-    lines = []
-    for name, kind, about, value in values:
-        lines += [f"# HELP moe_jax_{name} {about}.", f"# TYPE moe_jax_{name} {kind}", f"moe_jax_{name} {value}"]
-    name = "moe_jax_http_requests_total"
-    lines += [f"# HELP {name} HTTP answers.", f"# TYPE {name} counter"]
-    lines += [f'{name}{{path="{path}",status="{status}"}} {n}' for (path, status), n in sorted(answers.items())]
-    return "\n".join(lines) + "\n"

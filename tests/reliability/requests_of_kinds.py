@@ -114,7 +114,7 @@ def _draw(rng: random.Random, tokenizer: Tokenizer) -> Asked:
         path, body, status = rng.choice(REFUSED)
         return Asked(kind, path, {}, body, status)
     if kind == "looks":
-        return Asked(kind, rng.choice(("/health", "/metrics", "/v1/models", "/")), {})
+        return Asked(kind, rng.choice(("/health", "/v1/models", "/")), {})
     prompts = [
         [tokenizer.separator_id, *tokenizer.encode(rng.choice(WORDS))] for _ in range(rng.choice((1, 1, 1, 2, 3)))
     ]

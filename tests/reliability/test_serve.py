@@ -3,11 +3,9 @@
 import json
 import os
 import random
-import re
 import signal
 import socket
 import time
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +22,7 @@ pytestmark = pytest.mark.reliability
 
 def cancelled(served: Served) -> int:
     """Texts that the server gave up because their clients had left."""
-    with urllib.request.urlopen(f"{served.url}/metrics", timeout=60) as answer:
-        found = re.search(r"^moe_jax_texts_cancelled_total (\d+)$", answer.read().decode(), re.MULTILINE)
-    assert found
-    return int(found[1])
+    return served.ask("/health")["cancelled"]
 
 
 def test_clients_that_vanish_leave_no_slot_behind(served: Served) -> None:

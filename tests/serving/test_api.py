@@ -114,7 +114,7 @@ def test_stop_strings(api: Site) -> None:
     assert (answer["text"], answer["finish_reason"]) == (text[: text.index(text[4:6])], "stop")
 
 
-def test_models_health_metrics_and_the_page(api: Site) -> None:
+def test_models_health_and_the_page(api: Site) -> None:
     api.complete(prompt="One", max_tokens=2)
     (card,) = api.ask("/v1/models").json["data"]
     about = card.pop("moe_jax")
@@ -124,11 +124,7 @@ def test_models_health_metrics_and_the_page(api: Site) -> None:
     assert (about["context"], about["vocab_size"], about["chat"], about["slots"]) == (32, 257, False, 3)
     assert about["val_bits_per_byte"] == 1.5
     assert api.ask("/v1/models/tiny").json["id"] == "tiny"
-    assert api.ask("/health").json == {"status": "ok", "slots": 3, "busy": 0, "queued": 0}
-    metrics = api.ask("/metrics").text
-    values = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if not line.startswith("#"))
-    assert float(values["moe_jax_generated_tokens_total"]) == api.engine.counts.generated_tokens > 0
-    assert float(values['moe_jax_http_requests_total{path="/health",status="200"}']) >= 1
+    assert api.ask("/health").json == {"status": "ok", "slots": 3, "busy": 0, "queued": 0, "cancelled": 0}
     page = api.ask("/")
     assert page.headers["content-type"].startswith("text/html")
     assert "default-src 'none'" in page.headers["content-security-policy"]
@@ -239,28 +235,16 @@ def test_messages_that_cannot_be(tuned: Site, fields: dict[str, Any], problem: s
 # Failures
 
 
-def test_a_failure_of_a_route_is_counted_and_can_be_read_by_an_allowed_site(
+def test_a_failure_of_a_route_can_be_read_by_an_allowed_site(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = "https://friend.example"
+    monkeypatch.setattr(app, "Completion", lambda *_: 1 / 0)
     with site(tmp_path, origins=[other]) as running:
-        with monkeypatch.context() as broken:
-            broken.setattr(app, "metrics_text", lambda *_: 1 / 0)
-            answer = running.ask("/metrics", headers={"Origin": other})
+        answer = running.ask("/v1/completions", {"prompt": "a"}, headers={"Origin": other})
         assert (answer.status, answer.json["error"]["code"]) == (500, "failed")
         assert answer.headers["access-control-allow-origin"] == other
-        assert 'moe_jax_http_requests_total{path="/metrics",status="500"} 1\n' in running.ask("/metrics").text
     assert capfd.readouterr().err.count("ZeroDivisionError") == 1
-
-
-def test_models_of_any_name_are_counted_as_one(tmp_path: Path) -> None:
-    with site(tmp_path) as running:
-        for name in ("tiny", "a", "b"):
-            running.ask(f"/v1/models/{name}")
-        text = running.ask("/metrics").text
-    assert 'path="/v1/models/{name}",status="200"} 1\n' in text
-    assert 'path="/v1/models/{name}",status="404"} 2\n' in text
-    assert "other" not in text
 
 
 def test_health_says_that_the_engine_has_ended(tmp_path: Path) -> None:
@@ -324,7 +308,6 @@ def test_a_key_and_an_allowed_site(tmp_path: Path) -> None:
         for value in ("", "Bearer", "Bearer wrong", f"Basic {KEY}", f"Bearer {KEY}x", "Bearer é"):
             assert locked.ask("/v1/models", headers={"Authorization": value}).status == 401, value
         right = {"Authorization": f"Bearer {KEY}"}
-        assert locked.ask("/metrics").status == 401
         assert locked.ask("/v1/models", headers=right).status == 200
         answer = locked.ask("/v1/models", headers=right | {"Origin": other})
         assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, other)
