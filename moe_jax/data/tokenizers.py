@@ -18,7 +18,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -28,6 +28,9 @@ from moe_jax.data import hf_tokenizers
 from moe_jax.data.documents import ANSWERING, ROLES, SEPARATOR, Conversation, Message
 from moe_jax.system.files import Folder, json_text, write_atomically
 from moe_jax.system.terminal import Report, byte_progress
+
+if TYPE_CHECKING:
+    import tokenizers
 
 TRAINING_BYTES = 50_000_000
 _LONGEST_ENTRY = 256  # most bytes of a BPE entry; without it, 40 merges in a hostile file could make an entry of 1 TiB
@@ -197,10 +200,11 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None) -> To
     `separator_id` is the token that ends a text. Without it, tokenizer_config.json names the token. Raises UserError if
     the tokenizer is of a kind that is not known here.
     """
+    library = hf_tokenizers.library_of(file)
     if separator_id is None:
-        separator_id = hf_tokenizers.end_of_text(file, settings)
-    tokenizer = _hf({"kind": "hf", "file": file, "settings": settings, "separator": separator_id})
-    hf_tokenizers.check_lossless(file, tokenizer.decode, tokenizer.encode)
+        separator_id = hf_tokenizers.end_of_text(library, settings)
+    tokenizer = _of_library(library, {"kind": "hf", "file": file, "settings": settings, "separator": separator_id})
+    hf_tokenizers.check_lossless(library, tokenizer.decode, tokenizer.encode)
     return tokenizer
 
 
@@ -208,10 +212,14 @@ def _hf(definition: dict[str, Any]) -> Tokenizer:
     file, settings, separator = (definition.get(name) for name in ("file", "settings", "separator"))
     if not isinstance(file, str) or not isinstance(settings, str) or type(separator) is not int:
         raise UserError("tokenizer: `file`, `settings` or `separator` is missing; take the file from the run again")
-    entries = hf_tokenizers.entries(file)
+    return _of_library(hf_tokenizers.library_of(file), definition)
+
+
+def _of_library(library: "tokenizers.Tokenizer", definition: dict[str, Any]) -> Tokenizer:
+    entries, separator = hf_tokenizers.entries(library), definition["separator"]
     if not 0 <= separator < len(entries):
         raise UserError(f"tokenizer.json: has {len(entries)} ids, and the token that ends a text is {separator}")
-    return Tokenizer(definition, entries, hf_tokenizers.encoder(file, separator), separator)
+    return Tokenizer(definition, entries, hf_tokenizers.encoder(library, separator), separator)
 
 
 def _digest(definition: dict[str, Any]) -> str:
@@ -282,21 +290,18 @@ def _bpe(merges: Any) -> Tokenizer:
     """The tokenizer of a list of merges. A merge is a pair of ids and makes a new entry."""
     import tiktoken
 
-    if not isinstance(merges, list):
-        raise UserError("tokenizer: `merges` is not a list of pairs; take the file from the run again")
     entries = [bytes([byte]) for byte in range(256)]
-    ids = {entry: i for i, entry in enumerate(entries)}
-    for number, pair in enumerate(merges):
-        ok = isinstance(pair, list) and len(pair) == 2
-        ok = ok and all(type(i) is int and 0 <= i < len(entries) for i in pair)
-        entry = entries[pair[0]] + entries[pair[1]] if ok else b""
-        if not ok or len(entry) > _LONGEST_ENTRY or entry in ids:
-            raise UserError(
-                f"tokenizer: merge {number} does not join two earlier ids to a new entry; "
-                "take the file from the run again"
-            )
-        ids[entry] = len(entries)
-        entries.append(entry)
+    try:
+        for left, right in merges:
+            entries.append(entries[left] + entries[right])
+            if min(left, right) < 0 or len(entries[-1]) > _LONGEST_ENTRY:
+                raise ValueError
+        ids = {entry: i for i, entry in enumerate(entries)}
+        if len(ids) < len(entries):
+            raise ValueError
+    except (TypeError, ValueError, IndexError):
+        problem = "a merge does not join two earlier ids to a new entry; take the file from the run again"
+        raise UserError(f"tokenizer: {problem}") from None
     encoding = tiktoken.Encoding("bpe", pat_str=_WORD, mergeable_ranks=ids, special_tokens={})
     return Tokenizer({"kind": "bpe", "merges": merges}, entries, encoding.encode_ordinary_batch)
 

@@ -1,5 +1,6 @@
 """A model as one GGUF file, for llama.cpp and ollama. Written by the package `gguf` (extra `gguf`)."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -7,7 +8,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from moe_jax.config import UserError
-from moe_jax.data.hf_tokenizers import parse
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture
 from moe_jax.interop.huggingface import norm_eps
@@ -70,7 +70,7 @@ def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> GgufVocabulary:
 
 
 def _imported(file: str, size: int) -> GgufVocabulary:
-    values = parse(file)
+    values = json.loads(file)
     words = {i: word for word, i in values["model"]["vocab"].items()}
     kinds = dict.fromkeys(words, NORMAL)
     for token in values.get("added_tokens") or []:

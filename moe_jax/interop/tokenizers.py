@@ -10,7 +10,7 @@ import json
 from typing import Any
 
 from moe_jax.data.documents import SEPARATOR
-from moe_jax.data.hf_tokenizers import byte_alphabet, spelling
+from moe_jax.data.hf_tokenizers import byte_alphabet, library_of
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.system.files import json_text
 
@@ -69,7 +69,7 @@ def separator_text(tokenizer: Tokenizer) -> str:
     definition = tokenizer.to_dict()
     if definition["kind"] != "hf":
         return SEPARATOR
-    return spelling(definition["file"], tokenizer.separator_id)
+    return library_of(definition["file"]).id_to_token(tokenizer.separator_id) or ""
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:

@@ -112,9 +112,9 @@ def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Non
 
 
 TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "Unigram": (lambda t: t["model"].update(type="Unigram"), 'model.type is "Unigram", must be BPE'),
-    "no model": (lambda t: t.pop("model"), "has no model"),
-    "random": (lambda t: t["model"].update(dropout=0.1), "model.dropout is 0.1, must be null"),
+    "Unigram": (lambda t: t["model"].update(type="Unigram"), "tokenizer.json: cannot be read"),
+    "no model": (lambda t: t.pop("model"), "tokenizer.json: cannot be read"),
+    "random": (lambda t: t["model"].update(dropout=0.1), "must be a BPE without dropout"),
     "lower case": (lambda t: t.update(normalizer={"type": "Lowercase"}), "that keeps every character"),
     "a cut that removes": (
         lambda t: t.update(
@@ -129,7 +129,8 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "that keeps every character",
     ),
     "a prefix": (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "that keeps every character"),
-    "a huge id": (lambda t: t["model"]["vocab"].update(a=2**40), "a token has the id 1099511627776"),
+    "a huge id": (lambda t: t["model"]["vocab"].update(a=2**40), "tokenizer.json: cannot be read"),
+    "a high id": (lambda t: t["model"]["vocab"].update(a=2**30), "its highest id is 1073741824"),
     "merges of nothing": (lambda t: t["model"].update(merges=["zzz yyy"]), "tokenizer.json: cannot be read"),
 }
 
