@@ -93,11 +93,6 @@ def test_a_loop_reads_a_slice_and_writes_a_slice_in_each_pass() -> None:
     assert all("experts" in kernel.scopes for kernel in (update, copy))
 
 
-def test_a_loop_of_unknown_length_is_refused() -> None:
-    with pytest.raises(ValueError, match="number of passes of a loop is unknown"):
-        read_kernels(LOOP.replace('"known_trip_count":{"n":"6"}', ""))
-
-
 def test_a_gather_reads_its_rows_and_a_scatter_adds_to_its_rows() -> None:
     """The gather: 3 rows of 400 bytes and 3 indices. The scatter: its updates (1,200 bytes) and indices, and the rows
     that it changes are read and written."""

@@ -13,7 +13,6 @@ from minimal_pairs import FORMS, KINDS, MinimalPair, pairs_of
 import moe_jax
 from moe_jax.config import UserError
 from moe_jax.data.synthetic import stories
-from moe_jax.data.synthetic.grammar import Grammar
 from tests.support import saved_run
 from tests.support.grammar import code_length_bits
 
@@ -35,14 +34,6 @@ def test_all_kinds_come_up_and_the_pairs_are_a_function_of_the_seed() -> None:
     assert {pair.kind for pair in pairs} == KNOWN
     assert pairs == list(minimal_pairs.minimal_pairs(0, 400))
     assert pairs != list(minimal_pairs.minimal_pairs(1, 400))
-
-
-def test_mentions_are_where_the_words_stand() -> None:
-    words = [{"": word, "a": f"a {word}"} for word in ("kite", "doll")]
-    grammar = Grammar({"start": "Take [one|two]: {toy.a}, my {toy}."}, {"toy": words})
-    text = grammar.sample(lambda: 0.0)
-    assert text.text == "Take one: a kite, my kite."
-    assert [(m.slot.form, text.text[m.start : m.end]) for m in text.mentions] == [("a", "a kite"), ("", "kite")]
 
 
 @pytest.fixture(scope="module")

@@ -166,14 +166,6 @@ def test_the_row_of_a_toy_program_by_hand() -> None:
     assert (plan.arguments_mib, plan.temporary_mib, plan.total_mib, plan.fits) == (20, 3, 24, True)
 
 
-def test_a_step_that_takes_more_than_the_device_has_does_not_fit() -> None:
-    assert read_plan(step(2, temporary=59 * MIB)).fits
-    assert not read_plan(step(2, temporary=59 * MIB + 1)).fits
-    refused = read_plan(step(2, text=""))
-    assert (refused.fits, refused.refused, refused.flops, refused.sent) == (False, True, None, None)
-    assert refused.step_ms is None
-
-
 def test_a_table_of_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A compiler that gives the toy program for every mesh: each row is printed, and the last line is JSON."""
 

@@ -114,10 +114,6 @@ def test_errors_name_flag_value_and_what_is_allowed(
     assert "\n" not in text
 
 
-def test_learned_positions_allow_odd_heads() -> None:
-    assert ModelConfig(width=12, heads=4, positions="learned").head_width == 3
-
-
 def test_heads_need_not_divide_the_width() -> None:
     """Nine heads of width 64 on three key heads, of a stream that 9 does not divide."""
     model = ModelConfig(width=580, heads=9, kv_heads=3, head_size=64)
@@ -125,13 +121,6 @@ def test_heads_need_not_divide_the_width() -> None:
     assert (ModelConfig().head_width, ModelConfig().key_value_heads) == (32, 4)
     tied = ModelConfig(kv_heads=4, head_size=32, **TIED)  # the defaults, spelled out
     assert (tied.head_width, tied.key_value_heads) == (32, 4)
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_presets_survive_json(name: str) -> None:
-    config = preset(name)
-    assert config.preset == name
-    assert RunConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_every_field_survives_json() -> None:
@@ -218,6 +207,9 @@ def test_flags() -> None:
     assert flag_of("", "out") == "--out"
     assert flag_of("routing", "top_k") == "--top-k"
     assert long_flag("routing", "top_k") == "--routing.top-k"
+    for long in SHORT_FLAGS.values():
+        section, _, name = long.removeprefix("--").partition(".")
+        assert hasattr(RunConfig().section(section), name.replace("-", "_"))
 
 
 def test_every_setting_can_be_set() -> None:
@@ -225,12 +217,6 @@ def test_every_setting_can_be_set() -> None:
     config = preset("seed-158m")
     words = [f"--set={section}.{name}={value}".replace("=.", "=") for section, name, value in config.settings()]
     assert Train.parse(words).settings.config == config
-
-
-@pytest.mark.parametrize("long", SHORT_FLAGS.values())
-def test_a_short_name_stands_for_a_field(long: str) -> None:
-    section, _, name = long.removeprefix("--").partition(".")
-    assert hasattr(RunConfig().section(section), name.replace("-", "_"))
 
 
 def test_run_folder_of_baselines() -> None:

@@ -26,8 +26,7 @@ def test_a_mesh_is_read(text: str, shape: tuple[int, int, int], words: str) -> N
     assert str(found) == words
 
 
-OTHER = ["8", "data", "data=", "data=0", "data=-2", "data=2.0", "data=2,data=2", "model=2", "data=2,", "data=²"]
-OTHER += ["data=99999999", "DATA=2", "data=2;expert=2"]
+OTHER = ["8", "data=", "data=0", "data=-2", "data=2,data=2", "model=2", "data=2,", "data=²", "data=99999999"]
 
 
 @pytest.mark.parametrize("text", OTHER)
@@ -65,10 +64,3 @@ def test_what_cannot_be_divided_is_refused(
     with pytest.raises(ConfigError) as caught:
         dataclasses.replace(plain, execution=ExecutionConfig(mesh=mesh))
     assert str(caught.value).startswith(f"--mesh {mesh}: {problem}")
-
-
-@pytest.mark.parametrize("mesh", ["data=2,fsdp=4", "data=2,expert=4"])
-def test_blocks_are_divided_over_every_axis(mesh: str) -> None:
-    execution = ExecutionConfig(mesh=mesh)
-    found = RunConfig(model=tiny.config(dispatch="blocks"), train=TrainConfig(batch_size=8), execution=execution)
-    assert RunConfig.from_dict(found.to_dict()) == found

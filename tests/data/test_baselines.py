@@ -88,15 +88,6 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenStore:
     return prepare_token_store(STORIES, cache=tmp_path, progress=False)
 
 
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]", '{"entropy_floor": 1, "other": 2}'])
-def test_a_damaged_copy_is_replaced(text: str, store: TokenStore) -> None:
-    first = corpus_baselines(STORIES, store)
-    whole = (store.folder / NAME).read_text()
-    (store.folder / NAME).write_text(text)
-    assert corpus_baselines(STORIES, store) == first
-    assert (store.folder / NAME).read_text() == whole
-
-
 def test_other_work_is_done_meanwhile_if_there_is_anything_to_count(store: TokenStore) -> None:
     """In another thread, which has ended when the scores are known. An error of it is not one of the scores."""
     threads: list[threading.Thread] = []

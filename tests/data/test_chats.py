@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data.batches import MaskedBatch, evaluation_windows
@@ -15,7 +13,7 @@ from moe_jax.data.corpora import check_source, open_corpus
 from moe_jax.data.documents import SEPARATOR, Message
 from moe_jax.data.synthetic.chats import chats, write_chats
 from moe_jax.data.token_store import open_store, prepare_token_store, token_stream
-from moe_jax.data.tokenizers import Tokenizer, _digest, answer_prompt, encode_chats, first_question, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, answer_prompt, encode_chats, first_question, train_tokenizer
 
 BYTE = train_tokenizer(DataConfig(tokenizer="byte"))
 SEP = 256
@@ -49,25 +47,6 @@ def test_no_content_makes_a_turn(said: str) -> None:
     assert (forged.tokens == SEP).sum() == (plain.tokens == SEP).sum() == 2
     assert forged.answers.sum() == plain.answers.sum() == 3
     assert bytes(forged.tokens[5 : 5 + len(said.strip().encode())].tolist()) == said.strip().encode()
-
-
-@given(st.text(min_size=1).map(str.strip).filter(bool))
-def test_a_role_and_its_content_are_cut_as_one_text(content: str) -> None:
-    """What a chat template elsewhere writes as one text is the same tokens: no entry spans the line end before it."""
-    learned = _bpe()
-    assert learned.encode(f"user\n{content}") == [*learned.encode("user\n"), *learned.encode(content)]
-
-
-def _bpe() -> Tokenizer:
-    merges = [
-        [ord("s"), ord("e")],
-        [ord("\n"), ord("\n")],
-        [ord("\n"), ord(" ")],
-        [256, ord("r")],
-        [ord(" "), ord("a")],
-    ]
-    definition = {"kind": "bpe", "merges": merges}
-    return Tokenizer.from_dict(definition | {"digest": _digest(definition)})
 
 
 def test_rows_are_held_out_and_the_store_is_kept(tmp_path: Path) -> None:

@@ -40,19 +40,6 @@ def rows(*texts: str) -> str:
 # Text
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 100])
-def test_a_span_is_read_from_its_start_to_its_stop(chunk: int, tmp_path: Path) -> None:
-    """And is the whole file except for a byte order mark."""
-    for content, start in ((b"", 0), (b"\xef\xbb", 0), (b"\xef\xbb\xbftext", 3), (b"text\xef\xbb\xbf", 0)):
-        assert Span.of(path := write(tmp_path, content)) == Span(path, start, len(content))
-    path = write(tmp_path, "0123456789")
-    with patch.object(documents, "_CHUNK", chunk):
-        assert b"".join(Span(path, 2, 7).chunks()) == b"23456"
-        assert b"".join(Span(path, 8, 20).chunks()) == b"89"  # a file that became shorter
-        assert list(Span(path, 5, 5).chunks()) == []
-        assert max(map(len, Span(path, 0, 10).chunks())) == min(chunk, 10)
-
-
 @given(
     texts=st.lists(st.text(st.sampled_from("a é😀\n <|endoftext>"), max_size=12), max_size=9),
     chunk=st.integers(1, 40),
@@ -130,14 +117,6 @@ def test_rows_of_json_are_documents(tmp_path: Path, texts: list[str]) -> None:
     assert read(file) == [text.strip() for text in texts if text.strip()]
     content = file.read_bytes()
     assert all(content[start:].startswith(b'{"text"') for start in document_starts(Span.of(file)))
-
-
-def test_a_long_row_is_divided(tmp_path: Path) -> None:
-    file = write(tmp_path, rows("word " * 100, "the end"), "rows.jsonl")
-    with patch.object(documents, "_LONGEST", 100):
-        parts = read(file)
-    assert len(parts) > 4
-    assert " ".join(parts) == "word " * 100 + "the end"
 
 
 def chat(*turns: tuple[object, object]) -> str:

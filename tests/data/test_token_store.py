@@ -112,24 +112,14 @@ def test_the_type_holds_the_separator(vocab_size: int, dtype: Any, data: DataCon
     assert store.tokenizer.decode(store.valid.tokens[1:-1]) == f"{VALID[0]}{SEPARATOR}{VALID[1]}"
 
 
-def test_tinystories(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real validation file: 76,627 GPT-2 tokens, and a separator around each of 399 stories."""
-    shared = os.environ.get("MOE_JAX_SHARED")
-    if not shared:
-        pytest.skip("MOE_JAX_SHARED names no folder with the GPT-2 vocabulary and TinyStories")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(shared, "data", "tiktoken_cache")))
-    store = prepare(DataConfig(source=str(Path(shared, "data", "tinystories")), tokenizer="gpt2"), cache, seq_len=256)
-    assert (store.train.documents, store.valid.documents) == (11_146, 399)
-    assert len(store.valid.tokens) == 76_627 + 400
-    assert store.valid.bytes + 399 * len(f"\n{SEPARATOR}\n") == 325_383
-
-
 # When it is made
 
 
 def test_a_store_is_made_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also for the same text elsewhere, and for a given tokenizer that is equal; nor is one trained again."""
     first = prepare(bpe(write_folder(tmp_path / "a")), cache)
+    (path,) = (cache / "tokenizers").iterdir()
+    assert path.stem == xxhash.xxh3_128_hexdigest(json.dumps([1, first.fingerprint, 260]).encode())
     monkeypatch.setattr(token_store, "_make", forbidden)
     monkeypatch.setattr(token_store, "train_tokenizer", forbidden)
     elsewhere = write_folder(tmp_path / "b")
@@ -177,7 +167,6 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     r"\(ValueError\)": change_the_format,
     "FileNotFoundError": lambda folder: (folder / "train.bin").unlink(),
     "JSONDecodeError": lambda folder: (folder / "manifest.json").write_text("{"),
-    "KeyError": lambda folder: (folder / "manifest.json").write_text("{}"),
     "TypeError": lambda folder: (folder / "manifest.json").write_text("[]"),
 }
 
@@ -193,36 +182,17 @@ def test_a_damaged_store_is_refused_and_made_again(said: str, data: DataConfig, 
 
 
 PREPARE = """
-import os, signal, sys
+import sys
 from pathlib import Path
 from moe_jax.config import DataConfig
 from moe_jax.data import token_store
-from moe_jax.system import files
-{0}
 print(token_store.prepare_token_store(DataConfig(source=sys.argv[1], tokenizer="byte"), cache=Path(sys.argv[2])).digest)
 """
-KILLED = """
-def kill(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-"""
 
 
-def start(data: DataConfig, cache: Path, patch: str = "") -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", PREPARE.format(patch), data.source, str(cache)]
+def start(data: DataConfig, cache: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-c", PREPARE, data.source, str(cache)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("moment", ["token_store.json_text = kill", "Path.rename = kill"])
-def test_a_killed_preparation_leaves_no_store_and_the_next_one_cleans_up(
-    moment: str, data: DataConfig, cache: Path
-) -> None:
-    """Killed before the manifest is written, and before the folder gets its name."""
-    killed = start(data, cache, KILLED + moment)
-    assert (killed.communicate()[0], killed.returncode) == ("", -9)
-    assert len(leftovers(cache)) == 1
-    store = prepare(data, cache)
-    assert sorted(p.name for p in store.folder.iterdir()) == STORE
-    assert leftovers(cache) == []
 
 
 def test_preparations_at_once_agree(data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,16 +204,15 @@ def test_preparations_at_once_agree(data: DataConfig, cache: Path, monkeypatch: 
     assert leftovers(cache) == []
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, ""), OSError(errno.EROFS, "Read-only")])
-@pytest.mark.parametrize("step", ["_write_split", "json_text"])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.ENOSPC, "")])
 def test_a_preparation_that_stops_leaves_nothing(
-    step: str, error: BaseException, data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, data: DataConfig, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(token_store, step, fail)
-    said = r"cannot be written \((the disk is full|Read-only)\); mend that, or set MOE_JAX_CACHE"
+    monkeypatch.setattr(token_store, "json_text", fail)
+    said = r"cannot be written \(the disk is full\); mend that, or set MOE_JAX_CACHE"
     kind, said = (UserError, said) if isinstance(error, OSError) else (KeyboardInterrupt, None)
     with pytest.raises(kind, match=said):
         prepare(data, cache)
@@ -258,18 +227,6 @@ def test_a_text_that_is_too_short_is_refused(data: DataConfig, cache: Path, tmp_
     with pytest.raises(UserError, match=r"valid\.txt.*there is no text in it"):
         prepare(DataConfig(source=write_folder(tmp_path / "empty", valid=[" "]), tokenizer="byte"), cache)
     assert leftovers(cache) == []
-
-
-def test_a_trained_tokenizer_is_kept_by_text_and_size(data: DataConfig, cache: Path, monkeypatch) -> None:
-    prepare(data, cache)
-    assert not (cache / "tokenizers").exists(), "one that is not trained is not kept"
-    first = prepare(bpe(data.source), cache)
-    (path,) = (cache / "tokenizers").iterdir()
-    assert path.stem == xxhash.xxh3_128_hexdigest(json.dumps([1, first.fingerprint, 260]).encode())
-    path.write_text("{")
-    assert prepare(bpe(data.source), cache).digest == first.digest
-    monkeypatch.setattr(token_store, "train_tokenizer", forbidden)
-    assert prepare(bpe(data.source), cache).digest == first.digest
 
 
 # The stream

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from moe_jax.data.synthetic.grammar import Grammar, Options
+from moe_jax.data.synthetic.grammar import Grammar
 from tests.support.grammar import derivations
 
 FRUIT = ({"": "fig", "a": "a fig"}, {"": "plum", "a": "a plum"}, {"": "apple", "a": "an apple"})
@@ -38,11 +38,6 @@ def test_slots_of_one_list_never_share_a_word():
         "plum fig plum",
     ]
     assert all(d.choices[0][1] == 3 and d.choices[1][1] == 2 for d in found)
-
-
-def test_slots_of_equal_but_separate_lists_are_independent():
-    grammar = Grammar({"start": "{x} {y}"}, {"x": FRUIT, "y": tuple(dict(word) for word in FRUIT)})
-    assert len({d.text for d in derivations(grammar)}) == 9
 
 
 def test_a_rule_chooses_anew_at_every_use():
@@ -78,15 +73,6 @@ def test_sampling_enumerating_and_parsing_agree_on_every_text():
         assert list(derivations(grammar, derivation.text)) == [derivation]
     assert len({d.text for d in found}) == len(found)
     assert math.fsum(2**-d.bits for d in found) == pytest.approx(1, abs=1e-12)
-
-
-def test_neighbouring_texts_are_one_node() -> None:
-    """So that parsing compares long texts, and not single pieces."""
-    grammar = Grammar({"start": "a <b> c[|d]", "b": "b"}, {"x": FRUIT})
-    text, options = grammar.template
-    assert text == "a b c"
-    assert isinstance(options, Options)
-    assert options.templates == ((), ("d",))
 
 
 def test_the_ends_of_the_interval_are_the_first_and_the_last_option() -> None:

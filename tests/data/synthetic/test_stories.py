@@ -84,11 +84,6 @@ def test_a_text_that_forgets_itself_is_impossible(valid: list[str]):
         assert code_length_bits(head + other + tail) == math.inf
 
 
-@pytest.mark.parametrize("change", [str.lower, lambda s: s[:-1], lambda s: s + " ", lambda s: " " + s, lambda s: ""])
-def test_a_text_of_no_grammar_is_impossible(change, valid: list[str]):
-    assert code_length_bits(change(valid[0])) == math.inf
-
-
 def test_the_floor_is_all_bits_over_all_bytes(valid: list[str]):
     a, b = valid[:2]
     expected = (code_length_bits(a) + code_length_bits(b)) / (len(a.encode()) + len(b.encode()))
@@ -108,20 +103,6 @@ def test_a_story_depends_on_seed_split_and_index_only():
 # English.
 
 
-def test_length_and_vocabulary(train: list[str]):
-    tokens = [re.findall(r"\w+|[^\w\s]", story) for story in train]
-    assert min(map(len, tokens)) >= 60
-    assert max(map(len, tokens)) <= 160  # two stories overlap in a context of 256
-    assert 250 <= len({word.lower() for story in tokens for word in story if word.isalpha()}) <= 600
-
-
-def test_every_word_of_every_list_and_every_plot_occurs(train: list[str]):
-    text = " ".join(train)
-    words = set(re.findall(r"\w+", text))
-    missing = [word[""] for slot in SLOTS.values() for word in slot if word[""] not in words]
-    assert not missing
-
-
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -137,17 +118,6 @@ def test_every_word_of_every_list_and_every_plot_occurs(train: list[str]):
 def test_no_slip_of_the_pen(wrong: str, train: list[str]):
     """Articles, spaces, capitals, brackets of the notation, odd characters, a word twice."""
     assert not [story for story in train if re.search(wrong, story)]
-
-
-def test_sentences_begin_and_end_and_quotes_close(train: list[str]):
-    for story in train:
-        assert story[0].isupper()
-        assert story[-1] in ".!"
-        quotes = [i for i, c in enumerate(story) if c == '"']
-        assert len(quotes) % 2 == 0
-        for start, end in zip(quotes[::2], quotes[1::2], strict=True):
-            assert story[start + 1].isupper()
-            assert story[end - 1] in ",.!?"
 
 
 def test_pronouns_agree_with_the_children(train: list[str]):
