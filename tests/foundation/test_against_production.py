@@ -41,6 +41,7 @@ from moe_jax.system.random_keys import sequence_keys
 from moe_jax.training.initial_weights import copy_dense_params
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor
 from moe_jax.training.optimizers.factory import make_optimizer
+from tests.support import short_form
 from tests.support.leaky import leaky_queue_positions, with_all_experts
 
 
@@ -83,7 +84,7 @@ def test_adamw_and_muon_step_as_production_does(kind: str) -> None:
         np.testing.assert_allclose(ours, theirs["blocks"]["attention"]["kernel"], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("rate", [0.0, 0.25])
+@pytest.mark.parametrize("rate", short_form([0.0, 0.25], [0.25]))
 def test_recomputed_attention_has_the_gradients_of_the_tiles(rate: float) -> None:
     """Production takes whole rows of weights and blocks of queries; the chapter takes tiles of keys."""
     q, k, v, d_o = (normal(i, 2, 3, 9, 4) for i in range(4))
@@ -146,7 +147,7 @@ def test_the_balance_loss_of_production_is_the_one_by_sequence() -> None:
     assert float(balance_loss(routing)) != pytest.approx(float(by_batch), rel=1e-3)
 
 
-@pytest.mark.parametrize(("top_k", "least", "most"), [(2, 0.0, 1e-13), (1, 1e-2, 1e9)])
+@pytest.mark.parametrize(("top_k", "least", "most"), short_form([(2, 0.0, 1e-13), (1, 1e-2, 1e9)], [(2, 0.0, 1e-13)]))
 def test_an_upcycled_router_of_production_gets_nothing_where_k_is_above_1(
     top_k: int, least: float, most: float
 ) -> None:

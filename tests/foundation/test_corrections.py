@@ -27,6 +27,7 @@ def test_a_key_bias_has_gradient_zero_only_where_keys_are_not_rotated(rotary: bo
     assert (d_key_bias > 0.1) if rotary else (d_key_bias < 1e-13)
 
 
+@pytest.mark.slow
 def test_a_cut_changes_earlier_logits_where_there_are_drops() -> None:
     """Causal at a fixed T: the capacity of 8 tokens is not that of the first 8 of 16. Without drops it is."""
     moved = {}
@@ -87,6 +88,7 @@ def test_the_balance_loss_pushes_logits_with_a_factor_p() -> None:
     np.testing.assert_allclose(d_logits, closed_form, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_the_balance_loss_can_be_below_one() -> None:
     """By hand: f = (3/4, 1/4), P = (1.58/4, 2.42/4), so 2 (3/4 * 0.395 + 1/4 * 0.605) = 0.895. 1 is not its minimum."""
     p = jnp.array([[0.51, 0.49]] * 3 + [[0.05, 0.95]])

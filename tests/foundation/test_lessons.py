@@ -61,6 +61,7 @@ def test_a_curve_has_at_least_two_losses(capsys: pytest.CaptureFixture[str]) -> 
     assert "--steps 1: must be at least 2" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_curves_part_where_a_gradient_is_wrong() -> None:
     lesson = train_by_hand
     size = ModelSize(vocabulary=0, width=16, layers=1, experts=4, hidden=8)

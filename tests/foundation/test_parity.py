@@ -1,6 +1,8 @@
 """The catalogue of checks passes, and the check itself can fail."""
 
+import itertools
 import json
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import pytest
@@ -10,10 +12,23 @@ from foundation.__main__ import main
 from foundation.chapters import CHAPTERS, OPERATIONS, selected
 from foundation.parity import Check, OracleCheck, Outcome
 
+LONG = {"block": 1, "dense_model": 1, "leaks": 1, "moe": 4, "model": 2, "multi_head": 3, "router": 3}
+"""Operations whose checks take seconds to compile, and how many of them a run of the tests makes. At night: all."""
+
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_by_hand_equals_autodiff_and_finite_differences(operation: str) -> None:
-    for check in checks.checks_of(operation):
+    compare(itertools.islice(checks.checks_of(operation), LONG.get(operation)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", LONG)
+def test_the_other_checks_of_a_long_operation(operation: str) -> None:
+    compare(itertools.islice(checks.checks_of(operation), LONG[operation], None))
+
+
+def compare(chosen: Iterable[parity.AnyCheck]) -> None:
+    for check in chosen:
         outcome = parity.run(check)
         if isinstance(check, parity.OracleCheck):
             assert outcome.oracle is not None

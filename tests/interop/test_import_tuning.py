@@ -55,7 +55,7 @@ def tune(place: Path, *flags: str) -> tuple[Session, dict[str, Any]]:
     return session, finish(session)
 
 
-@pytest.mark.parametrize("flags", [(), ("--lora", "2")], ids=["whole", "lora"])
+@pytest.mark.parametrize("flags", [pytest.param((), marks=pytest.mark.slow), ("--lora", "2")], ids=["whole", "lora"])
 def test_an_imported_model_is_tuned_and_exported(flags: tuple[str, ...], place: Path, tmp_path: Path) -> None:
     """It starts with the imported weights, which adapters leave as they are; and its export has a template that ends
     turns as its tokenizer does."""

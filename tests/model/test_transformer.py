@@ -46,7 +46,10 @@ def test_other_models_are_causal_too(changes: dict) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"positions": "learned"}, {"dense": "total"}, {"qk_norm": "head", "scaled_embedding": True, "tied_head": False}],
+    [
+        {"layers": 1, "positions": "learned", "qk_norm": "head", "scaled_embedding": True, "tied_head": False},
+        pytest.param({"dense": "total"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_cached_decoding(changes: dict) -> None:

@@ -39,6 +39,7 @@ def test_curves_are_the_records(folder: Path) -> None:
     np.testing.assert_allclose(images[1][0], [1, 1, 4, 4])  # times the fair share
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
     first, second = (save_figures(run_figures([folder]), Folder(tmp_path).inner(name)) for name in ("a", "b"))
     assert {p.suffix for p in first} == {".png", ".svg"}

@@ -121,7 +121,7 @@ def check(case: tuple[Shape, tuple[np.ndarray, ...], np.ndarray]) -> None:
         assert (np.asarray(gradients[0])[lost] == 0).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(cases())
 def test_layer_against_loops(case) -> None:
     check(case)

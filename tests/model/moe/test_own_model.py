@@ -60,8 +60,14 @@ def losses(model: OwnModel, steps: int) -> list[float]:
     ("routing", "options"),
     [
         (None, {}),
-        (moe_jax.RoutingConfig(top_k=1, capacity_factor=2.0), {"activation": "gelu"}),
-        (moe_jax.RoutingConfig(top_k=2, dispatch="blocks", balancing="bias"), {"shared_experts": 1}),
+        pytest.param(
+            moe_jax.RoutingConfig(top_k=1, capacity_factor=2.0), {"activation": "gelu"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            moe_jax.RoutingConfig(top_k=2, dispatch="blocks", balancing="bias"),
+            {"shared_experts": 1},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["default", "switch", "blocks"],
 )

@@ -80,7 +80,7 @@ def assert_inverse(plan: d.Plan) -> None:
         assert pair.tolist() == expected.tolist()
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=75, deadline=None)
 @given(cases())
 def test_routing_and_plans(case: tuple[Shape, np.ndarray]) -> None:
     shape, logits = case
