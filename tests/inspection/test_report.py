@@ -12,7 +12,7 @@ import pytest
 from moe_jax.cli.inspect import Inspect
 from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
-from moe_jax.inspection import corpus_routing
+from moe_jax.inspection import corpus_routing, report
 from moe_jax.inspection.corpus_routing import corpus_data, count_routing
 from moe_jax.inspection.report import next_data, render, report_run, write_report
 from moe_jax.inspection.specialisation import log_likelihood_ratio, specialisation
@@ -38,6 +38,16 @@ def written(folder: Path) -> tuple[str, dict]:
     out = folder / "report" / "page.html"
     write_report(folder, out, text=HOSTILE, json_out=folder / "data.json")
     return out.read_text(encoding="utf-8"), json.loads((folder / "data.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def without_ablation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles two programs, which the fixture `written` has done."""
+    monkeypatch.setattr(report, "ablation", refuse)
+
+
+def refuse(*_: object) -> None:
+    raise UserError("not here")
 
 
 def data_in(page: str) -> dict:
@@ -196,9 +206,8 @@ def test_the_drops_of_a_run_are_those_of_its_dispatch(dispatch: str, factor: flo
     assert (0.6 in data["drops_by_factor"]["factor"]) == (dispatch == "capacity" and factor == 0.6)
 
 
+@pytest.mark.usefixtures("without_ablation")
 def test_without_its_text_the_run_is_shown_on_a_given_one(folder: Path, tmp_path: Path) -> None:
-    import shutil
-
     alone = tmp_path / "run"
     shutil.copytree(folder, alone)
     document = json.loads((alone / "config.json").read_text())
@@ -208,10 +217,11 @@ def test_without_its_text_the_run_is_shown_on_a_given_one(folder: Path, tmp_path
         write_report(alone, tmp_path / "page.html")
     data = data_in(write_report(alone, tmp_path / "page.html", text="a cat").read_text(encoding="utf-8"))
     assert data["corpus"] is None
-    assert data["ablation"]["prompt"] == "a cat"
+    assert (data["ablation"], data["ablation_missing"]) == (None, "not here")
     assert "gone.txt" in data["corpus_missing"]
 
 
+@pytest.mark.usefixtures("without_ablation")
 def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
     pytest.importorskip("matplotlib")
     lines = report_run(Folder(folder))
@@ -247,6 +257,7 @@ def test_a_page_to_be_sent_says_nothing_of_the_machine(folder: Path, written: tu
         assert private not in written[0]
 
 
+@pytest.mark.usefixtures("without_ablation")
 def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(folder, run)

@@ -24,7 +24,7 @@ from moe_jax.training.state import initial_state
 from moe_jax.training.step import make_step
 from tests.support import tiny
 
-CONFIG = TrainConfig(steps=10, lr=1e-2, warmup_steps=0)
+CONFIG = TrainConfig(steps=10, lr=1e-2, warmup_steps=0, optimizer="adamw")
 MODEL = tiny.config()
 
 
