@@ -1,5 +1,6 @@
 """`moe-jax serve`."""
 
+import asyncio
 import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,14 +63,14 @@ class Serve(ModelCommand):
         from moe_jax.serving.app import Rules, Server
         from moe_jax.serving.engine import Engine
         from moe_jax.serving.requests import MAX_QUEUE, ModelCard
-        from moe_jax.serving.server import Loop, serve
+        from moe_jax.serving.server import delivered_to, serve
 
-        run, loop = open_run(self.run, self.step), Loop()
+        run, loop = open_run(self.run, self.step), asyncio.new_event_loop()
         card = ModelCard(run, Path(self.run).resolve().name, self.slots, Path(self.run))
         shape = run.config.model.seq_len, run.tokenizer.vocab_size, self.slots
         decoder = Decoder(run.writer, *shape, short_prompts=True)
         params = cast_once(run.writer, run.params)
-        engine = Engine(decoder, params, run.tokenizer, queue=MAX_QUEUE, deliver=loop.deliver)
+        engine = Engine(decoder, params, run.tokenizer, queue=MAX_QUEUE, deliver=delivered_to(loop))
         engine.compile()
         server = Server(engine, card, Rules(self.host, self.api_key, self.allow_origin))
         serve(server, loop, sock, ready=lambda: say(f"ready: {url(sock)} (Ctrl-C ends it)"))

@@ -13,6 +13,7 @@ from typing import Any
 import uvicorn
 
 from moe_jax.serving.app import Server
+from moe_jax.serving.engine import Deliver
 from moe_jax.serving.texts import Event, Listener
 
 ENGINE_SECONDS = 2.0
@@ -30,53 +31,40 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
-class Loop:
-    """Where the engine's events go: to the event loop, once it runs."""
+def delivered_to(loop: asyncio.AbstractEventLoop) -> Deliver:
+    """Calls the listeners of the engine's events on the thread of an event loop."""
 
-    def __init__(self) -> None:
-        self._loop: asyncio.AbstractEventLoop | None = None
+    def tell(news: Sequence[tuple[Listener, Event]]) -> None:
+        for listener, event in news:
+            listener(event)
 
-    def run_in(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Deliver to this loop from now on."""
-        self._loop = loop
+    def deliver(news: Sequence[tuple[Listener, Event]]) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, news)
 
-    def deliver(self, news: Sequence[tuple[Listener, Event]]) -> None:
-        """Call the listeners on the event loop's thread."""
-        if self._loop is not None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(_tell, news)
+    return deliver
 
 
-def _tell(news: Sequence[tuple[Listener, Event]]) -> None:
-    for listener, event in news:
-        listener(event)
+def serve(server: Server, loop: asyncio.AbstractEventLoop, sock: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve in this loop until SIGTERM or Ctrl-C. `ready` is called once requests are answered."""
+    stop = asyncio.Event()
 
+    def handle(number: int, frame: Any) -> None:
+        loop.call_soon_threadsafe(stop.set)
 
-def serve(server: Server, loop: Loop, sock: socket.socket, ready: Callable[[], None]) -> None:
-    """Serve until SIGTERM or Ctrl-C. `ready` is called once requests are answered."""
-
-    async def run() -> None:
-        stop, here = asyncio.Event(), asyncio.get_running_loop()
-
-        def handle(number: int, frame: Any) -> None:
-            here.call_soon_threadsafe(stop.set)
-
-        before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            await serve_until(stop, server, loop, sock, ready)
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    asyncio.run(run())
+    before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(serve_until(stop, server, sock, ready))
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if server.engine.running:  # the device is in the middle of a step, which Python's shutdown must not interrupt
         sys.stdout.flush()
         os._exit(0)
 
 
-async def serve_until(
-    stop: asyncio.Event, server: Server, loop: Loop, sock: socket.socket, ready: Callable[[], None]
-) -> None:
+async def serve_until(stop: asyncio.Event, server: Server, sock: socket.socket, ready: Callable[[], None]) -> None:
     """Serve until `stop` is set. Then streams get a last event, and the engine stops."""
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a client that has gone is no error
     config = uvicorn.Config(
@@ -92,7 +80,6 @@ async def serve_until(
         timeout_graceful_shutdown=CONNECTION_SECONDS,
     )
     web = _Uvicorn(config)
-    loop.run_in(asyncio.get_running_loop())
     server.engine.start()
     serving, stopping = asyncio.ensure_future(web.serve(sockets=[sock])), asyncio.ensure_future(stop.wait())
     ready()

@@ -38,9 +38,9 @@ def bind(host: str, port: int) -> socket.socket:
         sock.close()
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"--port {port}: is in use on {host}; give another, or 0 for a free one") from None
-        if error.errno == errno.EACCES:
-            raise UserError(f"--port {port}: this user may not listen on it; give one above 1023") from None
-        raise UserError(f"--host {host}: cannot be listened on ({error.strerror}); try 127.0.0.1") from None
+        raise UserError(
+            f"--host {host} --port {port}: cannot be listened on ({error.strerror}); give another"
+        ) from None
     return sock
 
 

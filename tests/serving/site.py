@@ -1,6 +1,7 @@
 """A server on the loopback interface, in a thread of the test's process, and a client of the standard library."""
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
@@ -14,7 +15,7 @@ from typing import Any
 from moe_jax.serving.app import Rules, Server
 from moe_jax.serving.engine import Engine
 from moe_jax.serving.requests import ModelCard
-from moe_jax.serving.server import Loop, serve_until
+from moe_jax.serving.server import delivered_to, serve_until
 from moe_jax.serving.sockets import bind
 from tests.serving import made
 
@@ -80,23 +81,28 @@ class Site:
 @contextmanager
 def site(folder: Path, tuned: bool = False, origins: Sequence[str] = (), key: str = "") -> Iterator[Site]:
     """A server until the end of the block."""
-    loop, sock, ready = Loop(), bind("127.0.0.1", 0), threading.Event()
-    engine = Engine(made.decoder(), made.run().params, made.run().tokenizer, queue=made.QUEUE, deliver=loop.deliver)
+    loop, sock, ready = asyncio.new_event_loop(), bind("127.0.0.1", 0), threading.Event()
+    engine = Engine(
+        made.decoder(), made.run().params, made.run().tokenizer, queue=made.QUEUE, deliver=delivered_to(loop)
+    )
     card = ModelCard(made.run(tuned), "tiny", made.SLOTS, folder)
     server = Server(engine, card, Rules("127.0.0.1", key, origins))
-    found: list[Any] = []
+    stop = asyncio.Event()
 
-    async def main() -> None:
-        stop, here = asyncio.Event(), asyncio.get_running_loop()
-        found.append(lambda: here.call_soon_threadsafe(stop.set))
-        await serve_until(stop, server, loop, sock, ready.set)
+    def end() -> None:
+        with contextlib.suppress(RuntimeError):  # it has ended
+            loop.call_soon_threadsafe(stop.set)
 
-    thread = threading.Thread(target=lambda: asyncio.run(main()))
+    def main() -> None:
+        with asyncio.Runner(loop_factory=lambda: loop) as runner:
+            runner.run(serve_until(stop, server, sock, ready.set))
+
+    thread = threading.Thread(target=main)
     thread.start()
     assert ready.wait(30)
     try:
-        yield Site(engine, sock.getsockname()[1], found[0])
+        yield Site(engine, sock.getsockname()[1], end)
     finally:
-        found[0]()
+        end()
         thread.join(30)
         assert not thread.is_alive()
