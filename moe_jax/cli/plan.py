@@ -12,7 +12,7 @@ from moe_jax.cli.command import check_range, print_json
 from moe_jax.cli.settings import COMMON, PRESET, SOURCE, RunCommand, Settings, resolve_settings
 from moe_jax.config import ConfigError, MeshShape, PresetName, RunConfig, holds_run
 from moe_jax.config.presets import with_vocabulary
-from moe_jax.config.section import flag_of, word
+from moe_jax.config.section import word
 from moe_jax.planning.target import CARDS_PER_HOST, DEFAULT_GPU, check_gpu, load_target
 from moe_jax.system import environment
 from moe_jax.system.environment import MIB
@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 ON_A_CARD = "uv run --extra cuda12"
 """How a program is started on an NVIDIA card. CUDA 12 knows all cards that JAX knows, CUDA 13 those from compute
 capability 7.5."""
-NOT_PLANNED = {("execution", "mesh"), ("train", "lora_rank"), SOURCE}
+MESH, RANK = ("execution", "mesh"), ("train", "lora_rank")
+NOT_PLANNED = {MESH, RANK, SOURCE}
 """Settings without a flag here. `plan` has its own flags for the first two, and a text changes no memory."""
 ORIGINS = (("", "init_from"), ("", "upcycle"))
 OPTIMIZER, PARAM_DTYPE, REMAT = ("train", "optimizer"), ("train", "param_dtype"), ("execution", "remat")
@@ -67,7 +68,7 @@ class Plan(RunCommand):
     def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:
         dense = flags.get(("", "upcycle"))
         if PRESET not in flags and not (dense and holds_run(Path(dense))):  # a run's preset stays
-            flags = flags | {PRESET: cls.preset}
+            flags = {PRESET: cls.preset} | flags
         own["flags"] = flags
         return resolve_settings(flags)
 
@@ -141,41 +142,26 @@ class Plan(RunCommand):
             )
             return None
         train = config.train
-        last = [f"--batch-size {train.batch_size} --grad-accum {train.grad_accum} --optimizer {train.optimizer}"]
-        last += ["--execution.remat"] * config.execution.remat
-        mesh = [f"--mesh {self.mesh}"] * bool(self.mesh)
-        words = [
-            "train.py",
-            *_origin(config),
-            f"--preset {config.preset}",
-            *self._rest({OPTIMIZER, REMAT}),
-            *mesh,
-            *last,
-        ]
+        chosen: Values = {BATCH: train.batch_size, ACCUMULATION: train.grad_accum, OPTIMIZER: train.optimizer}
+        chosen |= {REMAT: True} if config.execution.remat else {}
+        chosen |= {MESH: self.mesh} if self.mesh else {}
+        typed = {key: value for key, value in self.flags.items() if key not in {*chosen, REMAT}}
+        words = ["train.py"]
         if self.lora:
-            last += ["--train.param-dtype bfloat16"] * (train.param_dtype == "bfloat16")
-            origin = _origin(config) or ["--run RUN"]
-            words = ["python -m moe_jax sft", *origin, f"--data CHATS.jsonl --out NEW --lora {self.lora}"]
-            words += [*self._rest({OPTIMIZER, REMAT, PARAM_DTYPE}), *last]
+            typed.pop(PRESET, None)
+            words = ["python -m moe_jax sft", *["--run RUN"] * typed.keys().isdisjoint(ORIGINS)]
+            words += ["--data CHATS.jsonl --out NEW"]
+            chosen |= {RANK: self.lora, PARAM_DTYPE: train.param_dtype}
+        words += [shlex.quote(word(*key, value)) for key, value in (typed | chosen).items()]
         say("this setting fits, by XLA's buffer plan; on the card, train with")
         command = " ".join([ON_A_CARD, *words])
         print(command)  # unbroken, to be copied
         return command
 
-    def _rest(self, named: set[tuple[str, str]]) -> list[str]:
-        """The user's settings that the command does not name in another way."""
-        named = named | {PRESET, BATCH, ACCUMULATION, *ORIGINS}
-        return [shlex.quote(word(*key, value)) for key, value in self.flags.items() if key not in named]
-
     def _result(self, result: dict[str, Any], command: str | None) -> int:
         """Print the result as JSON. Returns the exit status."""
         print_json(result | {"command": command}, self.json)
         return 0 if result["fits"] else 1
-
-
-def _origin(config: RunConfig) -> list[str]:
-    """The flags that say which model a run starts from."""
-    return [f"{flag_of(*key)} {shlex.quote(getattr(config, key[1]))}" for key in ORIGINS if getattr(config, key[1])]
 
 
 _COLUMNS = "{:<10} {:>6} {:>6} {:>11} {:>9} {:>6} {:>9} {:>8}  {}"

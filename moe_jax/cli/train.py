@@ -232,6 +232,5 @@ def check_run(config: RunConfig) -> None:
 
 def new_run_note(run: Path) -> str:
     """What to say if --resume finds no checkpoint in the folder."""
-    if (run / "config.json").exists():
-        return f"--resume: {run} has no checkpoint yet, so its run starts again, with the settings in its config.json"
-    return f"--resume: {run} holds no run yet, so a new one starts there"
+    begun = (run / "config.json").exists()
+    return f"--resume: {run} holds no checkpoint; {'its run starts again' if begun else 'a new run starts there'}"

@@ -98,7 +98,7 @@ def test_a_run_of_a_small_text_may_be_resumed(tmp_path: Path, monkeypatch) -> No
 
 def test_a_run_that_is_not_there_is_said_to_be_new(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert new_run_note(Path("runs/x")) == "--resume: runs/x holds no run yet, so a new one starts there"
+    assert new_run_note(Path("runs/x")) == "--resume: runs/x holds no checkpoint; a new run starts there"
     said = "--run runs/x: no run with a complete checkpoint there; make one with `make`"
     assert missing_run("--run", "runs/x", "make one with `make`") == said
 
@@ -123,9 +123,7 @@ def test_a_run_without_a_checkpoint_starts_again_with_its_own_settings(tmp_path:
     assert Train.parse(["--out", "begun", "--resume", "--tokenizer", "gpt2"]).settings.config.data.tokenizer == "gpt2"
     assert Train.parse(["--out", "begun"]).settings.config.data.source == "stories"
     monkeypatch.chdir(tmp_path / "begun")
-    assert new_run_note(Path()) == (
-        "--resume: . has no checkpoint yet, so its run starts again, with the settings in its config.json"
-    )
+    assert new_run_note(Path()) == "--resume: . holds no checkpoint; its run starts again"
 
 
 def test_a_run_without_a_checkpoint_keeps_its_origin(tmp_path: Path, monkeypatch, capsys) -> None:
