@@ -147,13 +147,13 @@ def test_a_planted_circle_is_found(modules: dict[str, str]) -> None:
 
 
 def test_the_names_of_config_are_imported_from_its_init_file(modules: dict[str, str]) -> None:
-    """The names in `__all__` of `config/__init__.py` are imported from there, and not from the file behind it."""
-    tree = ast.parse(modules["moe_jax.config"])
-    exported = next(
-        ast.literal_eval(node.value)
-        for node in tree.body
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"
-    )
+    """The names that `config/__init__.py` imports are imported from there, and not from the file behind it."""
+    exported = {
+        alias.name
+        for node in ast.parse(modules["moe_jax.config"]).body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
     for module, source in modules.items():
         if folder(module) != "config":
             past = [n for n in imported_names(source) if n.startswith("moe_jax.config.") and n.count(".") > 2]

@@ -167,10 +167,9 @@ def preset_for_text(size: int | None, on_cpu: bool) -> PresetName:
 
 def preset(name: str) -> RunConfig:
     """The settings of a preset. Raises ConfigError for an unknown name."""
-    for known, settings in PRESETS.items():
-        if name == known:
-            return settings()
-    raise ConfigError(f"--preset {name}: must be one of " + ", ".join(PRESETS))
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name}: must be one of " + ", ".join(PRESETS))
+    return PRESETS[name]()
 
 
 def largest_vocabulary(data: DataConfig) -> int:

@@ -107,15 +107,10 @@ class RunConfig(Section, section=""):
     def override(self, values: dict[tuple[str, str], Any]) -> "RunConfig":
         """The configuration with some values replaced, by (section, name). Raises ConfigError if they do not fit."""
         changes = {section: {n: v for (s, n), v in values.items() if s == section} for section in ("", *SECTIONS)}
-        routing = dataclasses.replace(self.model.routing, **changes["routing"])
-        return dataclasses.replace(
-            self,
-            **changes[""],
-            model=dataclasses.replace(self.model, routing=routing, **changes["model"]),
-            data=dataclasses.replace(self.data, **changes["data"]),
-            train=dataclasses.replace(self.train, **changes["train"]),
-            execution=dataclasses.replace(self.execution, **changes["execution"]),
-        )
+        changes["model"]["routing"] = dataclasses.replace(self.model.routing, **changes.pop("routing"))
+        own = changes.pop("")
+        sections = {name: dataclasses.replace(getattr(self, name), **changed) for name, changed in changes.items()}
+        return dataclasses.replace(self, **own, **sections)
 
     def to_dict(self) -> dict[str, Any]:
         """A dict ready for JSON, with the version of its schema. `routing` is a section of its own in it."""
@@ -142,15 +137,12 @@ class RunConfig(Section, section=""):
             if values.get(tracker) is True:
                 values = {"track": tracker} | values
         top = {f.name for f in dataclasses.fields(cls)} - {*SECTIONS}
-        return cls(
-            **_checked(cls, "", {name: values[name] for name in top & values.keys()}),
-            model=ModelConfig(
-                **_section(ModelConfig, values), routing=RoutingConfig(**_section(RoutingConfig, values))
-            ),
-            data=DataConfig(**_section(DataConfig, values)),
-            train=TrainConfig(**_section(TrainConfig, values)),
-            execution=ExecutionConfig(**_section(ExecutionConfig, values)),
-        )
+        own = _checked(cls, "", {name: values[name] for name in top & values.keys()})
+        routing = RoutingConfig(**_section(RoutingConfig, values))
+        model = ModelConfig(**_section(ModelConfig, values), routing=routing)
+        data, train = DataConfig(**_section(DataConfig, values)), TrainConfig(**_section(TrainConfig, values))
+        execution = ExecutionConfig(**_section(ExecutionConfig, values))
+        return cls(**own, model=model, data=data, train=train, execution=execution)
 
 
 def _section(kind: type[Section], values: dict[str, Any]) -> dict[str, Any]:
@@ -217,11 +209,10 @@ def load_config(run: Path) -> RunConfig | None:
         return RunConfig.from_dict(Folder(run).read_json("config.json"))
     except ConfigError:
         raise
-    except OSError as error:  # a file that the system refuses to read may well be whole
-        remedy = repair if isinstance(error, FileNotFoundError) else "; fix this and try again"
-        raise UserError(f"{run / 'config.json'} cannot be read ({error.strerror}){remedy}") from error
-    except ValueError as error:
-        raise UserError(f"{run / 'config.json'} cannot be read ({error}){repair}") from error
+    except (OSError, ValueError) as error:  # a file that the system refuses to read may well be whole
+        what = error.strerror if isinstance(error, OSError) else error
+        remedy = repair if isinstance(error, FileNotFoundError | ValueError) else "; fix this and try again"
+        raise UserError(f"{run / 'config.json'} cannot be read ({what}){remedy}") from error
 
 
 def load_begun_config(run: Path) -> RunConfig | None:

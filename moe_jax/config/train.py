@@ -250,17 +250,16 @@ class ProcessGroup:
                 )
             return cls(0, 0, "", detected=True)
         if count is None:
-            for flag, present in (("--process-id", index is not None), ("--coordinator-address", bool(coordinator))):
-                if present:
-                    raise ConfigError(f"{flag}: needs --num-processes, the number of processes that train together")
-            return None
+            if index is None and not coordinator:
+                return None
+            raise ConfigError("--num-processes: must be given, the number of processes that train together")
         if not 1 <= count <= 2**16:
             raise ConfigError(f"--num-processes {count}: must be between 1 and {2**16:,}")
         if count == 1:
             return None
         if index is None or not 0 <= index < count:
-            what = "--process-id: must be given," if index is None else f"--process-id {index}: must be"
-            raise ConfigError(f"{what} between 0 and {count - 1} for --num-processes {count}")
+            what = ": must be given," if index is None else f" {index}: must be"
+            raise ConfigError(f"--process-id{what} between 0 and {count - 1} for --num-processes {count}")
         coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
         host, _, port = coordinator.rpartition(":")
         if not host or not (port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) < 2**16):
