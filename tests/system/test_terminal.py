@@ -70,18 +70,18 @@ os._exit(0 if file > 2 else 5)
 
 @pytest.mark.parametrize(
     ("redirection", "status"),
-    [("", 0), (">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), (">/dev/full", 4), ("2>/dev/full", 0), ("| true", 3)],
+    [(">&-", 0), ("2>&-", 0), (">&- 2>&- <&-", 0), (">/dev/full", 4), ("2>/dev/full", 0), ("| true", 3)],
 )
-@pytest.mark.parametrize("kind", ["ends", "outlives"])
-def test_broken_streams(redirection: str, status: int, kind: str, tmp_path: Path) -> None:
+def test_broken_streams(redirection: str, status: int, tmp_path: Path) -> None:
     """An error on stderr never ends a program; one on stdout does, unless the program outlives its output."""
-    status_file = tmp_path / "status"
-    program = f'sleep 0.2; "$0" -c "$1" {kind}'
-    line = f"({program}; echo $? >{status_file}) {redirection}"
-    if "|" not in redirection:
-        line = f"({program}) {redirection}; echo $? >{status_file}"
-    subprocess.run(["sh", "-c", line, sys.executable, PRINTS], cwd=ROOT, check=False, capture_output=True)
-    assert int(status_file.read_text()) == (status if kind == "ends" else 0)
+    for kind in ("ends", "outlives") if status else ("ends",):
+        status_file = tmp_path / kind
+        program = f'sleep 0.2; "$0" -c "$1" {kind}'
+        line = f"({program}; echo $? >{status_file}) {redirection}"
+        if "|" not in redirection:
+            line = f"({program}) {redirection}; echo $? >{status_file}"
+        subprocess.run(["sh", "-c", line, sys.executable, PRINTS], cwd=ROOT, check=False, capture_output=True)
+        assert int(status_file.read_text()) == (status if kind == "ends" else 0)
 
 
 def test_control_characters_are_shown() -> None:
@@ -106,7 +106,8 @@ class Interrupted:
 def test_an_interrupt_that_cannot_spread_is_raised_again(capfd: pytest.CaptureFixture[str]) -> None:
     def program() -> None:
         Interrupted()
-        time.sleep(5)
+        for _ in range(500):  # a sleep ends before it is raised
+            time.sleep(0.01)
 
     with pytest.raises(KeyboardInterrupt), interruptible():
         program()
