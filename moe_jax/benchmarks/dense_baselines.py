@@ -16,13 +16,12 @@ from moe_jax.model.costs import (
     Count,
     count_parameters,
     expert_flops,
-    least_step_bytes,
     router_flops,
     step_products,
     totals,
 )
 from moe_jax.system import machine
-from moe_jax.system.environment import machine_memory, runs_on_cpu
+from moe_jax.system.environment import runs_on_cpu
 from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
 from moe_jax.training.programs import Programs, RandomTokenTrainer
@@ -74,7 +73,9 @@ def train(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     """The cost table, and the training step beside its dense baselines."""
     static = CostTable.of(request.config, request.batch_size)
     console.print(_cost_table(static))
-    groups = _groups(request.config)
+    # A CPU has other work too, and is faster in one minute than in the next. A card may not hold all models together.
+    together = runs_on_cpu()
+    groups: list[list[Dense]] = [list(DENSE_BASELINES)] if together else [[dense] for dense in DENSE_BASELINES]
     seconds, share = _step_times(request, groups)
     tokens = request.batch_size * request.config.model.seq_len
     numbers = {
@@ -83,17 +84,24 @@ def train(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
         "wall_over_dense_active": seconds["none"].median / seconds["active"].median,
         "dense_total_over_wall": seconds["total"].median / seconds["none"].median,
     }
-    models: dict[Dense, dict[str, float]] = {dense: _model(request, dense, seconds[dense]) for dense in DENSE_BASELINES}
-    named = {LABELS[dense]: times for dense, times in seconds.items()}
-    title = f"training step, {'all models in turn' if len(groups) == 1 else 'one model after another'}"
-    mflops = {LABELS[dense]: numbers["mflops_per_token"] for dense, numbers in models.items()}
+    title = f"training step, {'all models in turn' if together else 'one model after another'}"
+    mflops = {
+        LABELS[dense]: sum(flops_by_group(dense_baseline(request.config, dense), request.batch_size).values()) / 1e6
+        for dense in DENSE_BASELINES
+    }
     console.print(
         times_table(
-            title, named, lambda name, t: f"{tokens / t.median:,.0f} tokens/s, {mflops[name]:,.4g} MFLOP a token"
+            title,
+            {LABELS[dense]: times for dense, times in seconds.items()},
+            lambda name, t: f"{tokens / t.median:,.0f} tokens/s, {mflops[name]:,.4g} MFLOP a token",
         )
     )
     print_numbers(console, numbers)
-    return numbers | {"models": {DENSE_BASELINES[dense]: found for dense, found in models.items()}}
+    models = {
+        name: {"ms_per_step": 1e3 * seconds[dense].median, "mflops_per_token": mflops[LABELS[dense]]}
+        for dense, name in DENSE_BASELINES.items()
+    }
+    return numbers | {"models": models}
 
 
 def _step_times(request: BenchmarkRequest, groups: list[list[Dense]]) -> tuple[dict[Dense, Times], float]:
@@ -116,23 +124,6 @@ def _step_times(request: BenchmarkRequest, groups: list[list[Dense]]) -> tuple[d
             share = trainers["none"].active_flops / seconds["none"].median / rate
         del trainers, steps
     return seconds, share
-
-
-def _groups(config: RunConfig) -> list[list[Dense]]:
-    """All models in one group on a CPU: it has other work too, and is faster in one minute than in the next.
-
-    On a card, or where memory may not hold all models together, each is a group of its own.
-    """
-    memory = machine_memory()
-    least = sum(least_step_bytes(dense_baseline(config, dense)) for dense in DENSE_BASELINES)
-    together = runs_on_cpu() and (memory is None or least <= memory / 2)
-    return [list(DENSE_BASELINES)] if together else [[dense] for dense in DENSE_BASELINES]
-
-
-def _model(request: BenchmarkRequest, dense: Dense, times: Times) -> dict[str, float]:
-    """The costs of one model."""
-    flops = sum(flops_by_group(dense_baseline(request.config, dense), request.batch_size).values())
-    return {"ms_per_step": 1e3 * times.median, "mflops_per_token": flops / 1e6}
 
 
 def _cost_table(static: CostTable) -> Table:

@@ -36,14 +36,19 @@ PAUSE_SECONDS = 0.2
 MIN_TURN_SECONDS = 0.5
 """Shortest turn in seconds. After the pause the processor was slow for a tenth of a second: one decoded token of our
 model took 17 ms at first, and 9 ms later."""
-
-
-SHARED_MODEL_FIELDS = (
-    *("vocab_size", "seq_len", "layers", "width", "heads", "kv_heads", "head_size", "experts", "expert_hidden"),
+SHARED_MODEL = (
+    "vocab_size",
+    "seq_len",
+    "layers",
+    "width",
+    "heads",
+    "kv_heads",
+    "head_size",
+    "experts",
+    "expert_hidden",
 )
-"""Fields of the preset's model that are kept."""
-SHARED_ROUTING_FIELDS = ("top_k", "capacity_factor", "dispatch")
-"""Fields of the preset's routing that are kept: how training brings tokens to experts."""
+SHARED_ROUTING = ("top_k", "capacity_factor", "dispatch")
+"""Fields of the preset's model and of its routing that are kept."""
 
 
 def like_mixtral(config: RunConfig) -> RunConfig:
@@ -52,8 +57,8 @@ def like_mixtral(config: RunConfig) -> RunConfig:
     Every other field of the model has its default value, which is off. So no extra can be forgotten here.
     """
     model = ModelConfig(
-        **{name: getattr(config.model, name) for name in SHARED_MODEL_FIELDS},
-        routing=RoutingConfig(**{name: getattr(config.model.routing, name) for name in SHARED_ROUTING_FIELDS}),
+        **{name: getattr(config.model, name) for name in SHARED_MODEL},
+        routing=RoutingConfig(**{name: getattr(config.model.routing, name) for name in SHARED_ROUTING}),
         norm="rmsnorm",
         positions="rope",
         activation="swiglu",
@@ -87,10 +92,6 @@ def shape_of(config: RunConfig, batch_size: int) -> Shape:
     return Shape(**(values | others), training_precisions=precisions_of(config))
 
 
-SIGKILL = 9
-"""The signal by which Linux ends a process when memory is full."""
-
-
 class Peer:
     """The process that runs Mixtral."""
 
@@ -103,8 +104,10 @@ class Peer:
         line = self._process.stdout.readline()
         if not line:
             status = self._process.wait()
-            memory = " (memory was full: take a smaller --batch-size or --preset)" if status == -SIGKILL else ""
-            raise UserError(f"the peer, Mixtral in PyTorch, ended with status {status}{memory}; its error is above")
+            raise UserError(
+                f"the peer, Mixtral in PyTorch, ended with status {status}; its error is above, or (status -9) memory "
+                "was full: take a smaller --batch-size or --preset"
+            )
         return json.loads(line)
 
     def run(self, name: str) -> Measured:
@@ -119,15 +122,10 @@ class Peer:
 @contextmanager
 def peer(shape: Shape) -> Iterator[Peer]:
     """Start the peer. Its process ends with the `with` block."""
-    command = [
-        sys.executable,
-        "-W",
-        "ignore::FutureWarning",
-        "-m",
-        "moe_jax.benchmarks.mixtral",
-        json_text(shape._asdict()),
-    ]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "moe_jax.benchmarks.mixtral"]
+    process = subprocess.Popen(
+        [*command, json_text(shape._asdict())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
     try:
         yield Peer(process)
     finally:

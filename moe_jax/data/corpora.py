@@ -44,7 +44,7 @@ class Corpus:
     fingerprint: Callable[[], str]
     """Hex digest of everything that determines the text. Equal fingerprints mean equal documents."""
     size: Callable[[SplitName], int | None] = lambda split: None
-    """Bytes of the split's source, for a progress bar. None if unknown."""
+    """Bytes of the split's source. None if unknown."""
 
 
 def open_corpus(data: DataConfig) -> Corpus:

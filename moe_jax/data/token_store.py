@@ -34,7 +34,7 @@ from moe_jax.data.documents import SplitName
 from moe_jax.data.tokenizers import Tokenizer, encode_chats, load_tokenizer, train_tokenizer
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import cache_dir, json_text, locked
-from moe_jax.system.terminal import Report, byte_progress
+from moe_jax.system.terminal import Report, document_progress
 
 FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
 _SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
@@ -262,7 +262,7 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: b
     path = cache / "tokenizers" / f"{_digest([FORMAT, corpus.fingerprint(), data.vocab_size])}.json"
     with suppress(UserError):  # none yet, or a damaged one
         return load_tokenizer(path)
-    tokenizer = train_tokenizer(data, corpus.documents("train"), corpus.size("train"), progress)
+    tokenizer = train_tokenizer(data, corpus.documents("train"), progress)
     path.parent.mkdir(exist_ok=True)
     tokenizer.save(path)
     return tokenizer
@@ -291,7 +291,7 @@ def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) ->
     tokenizer.save(folder / "tokenizer.json")
     splits = {}
     for name in _SPLITS:
-        with byte_progress(f"tokenizing {name}", "documents", corpus.size(name), progress) as report:
+        with document_progress(f"tokenizing {name}", progress) as report:
             splits[name] = _write_split(folder / name, corpus.documents(name), tokenizer, report)
     manifest = {
         "format": FORMAT,

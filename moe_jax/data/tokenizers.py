@@ -27,7 +27,7 @@ from moe_jax.config import DataConfig, Role, UserError
 from moe_jax.data import hf_tokenizers
 from moe_jax.data.documents import ANSWERING, ROLES, SEPARATOR, Conversation, Message
 from moe_jax.system.files import Folder, json_text, write_atomically
-from moe_jax.system.terminal import Report, byte_progress
+from moe_jax.system.terminal import Report, document_progress
 
 if TYPE_CHECKING:
     import tokenizers
@@ -137,13 +137,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise UserError(f"{path}: {error}") from None
 
 
-def train_tokenizer(
-    data: DataConfig, documents: Iterable[str] = (), size: int | None = None, progress: bool = False
-) -> Tokenizer:
+def train_tokenizer(data: DataConfig, documents: Iterable[str] = (), progress: bool = False) -> Tokenizer:
     """The tokenizer that `data` asks for.
 
-    A `bpe` tokenizer is trained on the first 50 MB of the documents. Equal documents give an equal tokenizer. `size` is
-    their number of bytes, for `progress`. None if it is unknown.
+    A `bpe` tokenizer is trained on the first 50 MB of the documents. Equal documents give an equal tokenizer.
 
     Raises UserError if GPT-2's vocabulary cannot be downloaded, and for `hf`, which is not trained.
     """
@@ -153,10 +150,9 @@ def train_tokenizer(
         return _gpt2()
     if data.tokenizer == "byte":
         return _byte()
-    total = None if size is None else min(size, TRAINING_BYTES)
     if progress:
         print(f"learning a tokenizer of {data.vocab_size:,} entries ...", file=sys.stderr, flush=True)
-    with byte_progress("learning the tokenizer", "documents", total, progress) as report:
+    with document_progress("learning the tokenizer", progress) as report:
         return _bpe(_learn_merges(_limited(documents, report), data.vocab_size))
 
 

@@ -223,21 +223,19 @@ def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def byte_progress(what: str, items: str, total: int | None, shown: bool = True) -> Iterator[Report]:
-    """Show the progress of work on `total` bytes (None if unknown) on a terminal, and elsewhere a line at its end.
-    `items` names what is counted: "documents"."""
+def document_progress(what: str, shown: bool = True) -> Iterator[Report]:
+    """Show on a terminal how many documents and bytes have been read, and elsewhere a line at the end."""
     if not shown:
         yield lambda count, size: None
         return
-    begin, line = monotonic(), f"{what}: 0 {items}"
+    begin, line = monotonic(), f"{what}: 0 documents"
     status = rich_console(stderr=True).status(what) if sys.stderr.isatty() else None
 
     def report(count: int, size: int) -> None:
         nonlocal line
         seconds = monotonic() - begin + 1e-9
-        share = f" of {total / 1e6:.1f}" if total else ""
-        rates = f"{count / seconds:,.0f} {items}/s, {size / seconds / 1e6:.1f} MB/s"
-        line = f"{what}: {count:,} {items}, {size / 1e6:.1f}{share} MB ({rates})"
+        rates = f"{count / seconds:,.0f} documents/s, {size / seconds / 1e6:.1f} MB/s"
+        line = f"{what}: {count:,} documents, {size / 1e6:.1f} MB ({rates})"
         if status is not None:
             status.update(line)
 

@@ -2,7 +2,6 @@
 
 import pytest
 from predicted.kernels import Kernel, read_kernels
-from predicted.tpu_programs import with_trip_counts
 
 SUM = """%sum (x: f32[], y: f32[]) -> f32[] {
   %x = f32[] parameter(0)
@@ -144,38 +143,6 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
     assert (fusion.opcode, copy.opcode) == ("fusion", "copy")
 
 
-TPU = """HloModule jit_f
-%fused (p0: f32[4,8], p1: f32[4,8]) -> bf16[4,8] {
-  %p0 = f32[4,8]{1,0:T(8,128)} parameter(0)
-  %p1 = f32[4,8]{1,0:T(8,128)} parameter(1)
-  %s = f32[4,8]{1,0:T(8,128)} add(%p0, %p1)
-  ROOT %c = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} convert(%s)
-}
-ENTRY %main (a: f32[4,8], b: f32[16,8]) -> f32[4,8] {
-  %a = f32[4,8]{1,0:T(8,128)} parameter(0)
-  %b = f32[16,8]{1,0:T(8,128)} parameter(1)
-  %part = ((f32[16,8]{1,0:T(8,128)}), f32[4,8]{1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%b), slice={[0:4], [0:8]}
-  %near = f32[4,8]{1,0:T(8,128)S(1)} slice-done(%part)
-  %f = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} fusion(%a, %near), kind=kLoop, calls=%fused
-  %out = (bf16[4,8]{1,0:T(8,128)}, bf16[4,8]{1,0:T(8,128)S(1)}, u32[]{:S(2)}) copy-start(%f)
-  %back = bf16[4,8]{1,0:T(8,128)} copy-done(%out)
-  ROOT %y = f32[4,8]{1,0:T(8,128)} convert(%back)
-}
-"""
-
-
-def test_arrays_on_the_chip_of_a_tpu_take_no_traffic() -> None:
-    """32 numbers each: 128 bytes of float32, 64 of bfloat16. The slice is read, the fusion reads `a` only, its result
-    is copied out, and the last one reads that and writes float32."""
-    found = [(k.opcode, k.beside, *traffic(k)) for k in read_kernels(TPU)]
-    assert found == [
-        ("slice", True, 128, 0),
-        ("fusion", False, 128, 0),
-        ("copy", True, 0, 64),
-        ("convert", False, 64, 128),
-    ]
-
-
 @pytest.mark.parametrize(
     ("left", "right", "out", "attributes", "multiplications"),
     [
@@ -208,36 +175,3 @@ def test_a_product_that_a_tpu_writes_as_a_convolution(
     )
     (dot,) = kernel.dots
     assert (dot.total, dot.precision, "head" in kernel.scopes) == (2 * multiplications, "highest", True)
-
-
-TPU_LOOP = """HloModule jit_f
-%body (s: (f32[8,8], s32[])) -> (f32[8,8], s32[]) {
-  %one = s32[]{:T(128)} constant(1)
-  %s = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%s), index=1
-  %kept = s32[]{:T(128)} copy(%i)
-  %x = f32[8,8]{1,0:T(8,128)} get-tuple-element(%s), index=0
-  %y = f32[8,8]{1,0:T(8,128)} convolution(%x, %x), dim_labels=bf_io->bf
-  %next = s32[]{:T(128)} add(%kept, %one)
-  ROOT %t = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%y, %next)
-}
-%condition (s: (f32[8,8], s32[])) -> pred[] {
-  %end = s32[]{:T(128)} constant(7)
-  %s = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) parameter(0)
-  %i = s32[]{:T(128)} get-tuple-element(%s), index=1
-  ROOT %lt = pred[]{:T(512)} compare(%i, %end), direction=LT
-}
-ENTRY %main (a: f32[8,8]) -> f32[8,8] {
-  %a = f32[8,8]{1,0:T(8,128)} parameter(0)
-  %zero = s32[]{:T(128)} constant(2)
-  %first = s32[]{:T(128)} copy(%zero)
-  %t = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) tuple(%a, %first)
-  %loop = (f32[8,8]{1,0:T(8,128)}, s32[]{:T(128)}) while(%t), condition=%condition, body=%body
-  ROOT %y = f32[8,8]{1,0:T(8,128)} get-tuple-element(%loop), index=0
-}
-"""
-
-
-def test_the_passes_of_a_loop_are_counted_where_the_compiler_does_not_write_them() -> None:
-    """From 2 to 6: five passes."""
-    assert sum(dot.total for k in read_kernels(with_trip_counts(TPU_LOOP)) for dot in k.dots) == 5 * 2 * 8**3
