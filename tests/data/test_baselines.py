@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import math
-import threading
-import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -24,13 +22,10 @@ from moe_jax.data.baselines import (
     spelling_probability,
     words_of,
 )
-from moe_jax.data.synthetic import stories
-from moe_jax.data.synthetic.stories import VALIDATION_STORIES, generate
+from moe_jax.data.synthetic.stories import generate
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from tests.support.grammar import code_length_bits
 
-STORIES = DataConfig(source="stories", tokenizer="byte", stories=40)
-NAME = "references.json"
 TRAIN, VALID = ["the cat sat. the dog sat.", "the cat ran."] * 5, ["the cat sat.", "the dog ran."]
 
 
@@ -59,10 +54,11 @@ def test_any_text_has_its_ngram_models(text: tuple[DataConfig, TokenStore]) -> N
 
 
 def test_the_embedded_stories_have_a_floor_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stories, "VALIDATION_STORIES", 30)
     data = DataConfig(stories=60, tokenizer="byte")
     store = prepare_token_store(data, cache=tmp_path, progress=False)
     found = corpus_baselines(data, store)
-    valid = list(generate(0, "valid", VALIDATION_STORIES))
+    valid = list(generate(0, "valid", 30))
     bits = math.fsum(map(code_length_bits, valid))
     assert dataclasses.replace(found, entropy_floor=None) == ngram_baselines(generate(0, "train", 60), valid)
     assert found.entropy_floor == bits / sum(len(story.encode()) for story in valid)
@@ -80,29 +76,6 @@ def test_a_long_text_is_counted_and_scored_in_its_beginning(text: tuple[DataConf
 def test_the_first_documents_are_cut_by_bytes(most: int, kept: int) -> None:
     documents = ["aa", "é", "b"]  # 2, 2 and 1 bytes
     assert list(first_documents(documents, most)) == documents[:kept]
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TokenStore:
-    monkeypatch.setattr(stories, "VALIDATION_STORIES", 5)
-    return prepare_token_store(STORIES, cache=tmp_path, progress=False)
-
-
-def test_other_work_is_done_meanwhile_if_there_is_anything_to_count(store: TokenStore) -> None:
-    """In another thread, which has ended when the scores are known. An error of it is not one of the scores."""
-    threads: list[threading.Thread] = []
-
-    def work() -> None:
-        threads.append(threading.current_thread())
-        time.sleep(0.05)
-        threads.append(threading.current_thread())
-        raise RuntimeError
-
-    found = corpus_baselines(STORIES, store, meanwhile=work)
-    assert len(threads) == 2
-    assert threads[0] is not threading.current_thread()
-    assert corpus_baselines(STORIES, store, meanwhile=work) == found
-    assert len(threads) == 2
 
 
 # The n-gram models

@@ -1,8 +1,10 @@
 """Corpora: which files and which documents a source has, what validates, and how bad sources are answered."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -199,7 +201,9 @@ def serve(monkeypatch: pytest.MonkeyPatch, *texts: str, error: Exception | None 
         if error is not None:
             raise error
 
-    monkeypatch.setattr("datasets.load_dataset", load)
+    quiet = SimpleNamespace(logging=SimpleNamespace(set_verbosity_error=lambda: None))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))  # the library takes seconds
+    monkeypatch.setitem(sys.modules, "huggingface_hub", quiet)
     return requests
 
 
