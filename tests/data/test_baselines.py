@@ -22,6 +22,7 @@ from moe_jax.data.baselines import (
     spelling_probability,
     words_of,
 )
+from moe_jax.data.synthetic import stories
 from moe_jax.data.synthetic.stories import generate
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from tests.support.grammar import code_length_bits
