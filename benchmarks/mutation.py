@@ -53,7 +53,6 @@ NEAREST = {
     "runs": ["tests/runs"],
     "runs.records": ["tests/training/test_routing_snapshot.py"],
     **{f"training.{module}": RUNS for module in ("header", "logging", "loop", "session")},
-    "training.nonfinite": ["tests/training/test_step.py"],
     "training.optimizers": ["tests/training/test_optimizer.py", "tests/training/test_step.py"],
     "data": ["tests/data"],
     **{package: [f"tests/{package}"] for package in ANALYSIS},

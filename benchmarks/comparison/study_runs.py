@@ -18,7 +18,7 @@ from moe_jax.runs.records import read_summary
 from moe_jax.system.signals import Signals
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session, with_vocabulary_of
-from moe_jax.training.start import ResumedRun
+from moe_jax.training.start import resumed_run
 
 BITS = "val_bits_per_byte"
 EVALUATIONS = 10
@@ -70,7 +70,7 @@ def train_run(config: RunConfig, signals: Signals) -> dict[str, Any]:
     if done is not None:
         return done
     with locked_for_training(folder):
-        session = Session.open(config, (saved := load_config(folder)) and ResumedRun(saved))
+        session = Session.open(config, (saved := load_config(folder)) and resumed_run(saved))
         train(session, signals)
         result = finish(session)
     jax.clear_caches()  # the next run compiles its own programs

@@ -25,7 +25,6 @@ from moe_jax.planning.device_memory import (
     CODE_NOT_RUN,
     HOW,
     MISSING_PTXAS,
-    collected_stderr,
     for_described_gpu,
     gpu_devices,
 )
@@ -156,8 +155,7 @@ _WRITTEN_FOR = {"gpu": "operation_queue_id", "tpu": ":T("}
 def _compile(lowered: Any, platform: str, arguments: int) -> Compiled:
     start = time.process_time()
     try:
-        with collected_stderr():
-            compiled = lowered.compile(compiler_options=OPTIONS[platform])
+        compiled = lowered.compile(compiler_options=OPTIONS[platform])
     except jax.errors.JaxRuntimeError as error:
         if any(cause in str(error) for cause in MISSING_PTXAS):
             raise UserError(f"planning needs ptxas: {HOW}") from error

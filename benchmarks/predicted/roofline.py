@@ -122,7 +122,7 @@ def predict_program(target: Target, program: Any, *arguments: Any) -> Prediction
     lowered, rates = lower_for(target, program, *arguments), Rates.of(target)
     found = []
     for options in back_ends(target).values():
-        text = compile_for_gpu(lowered, options)[0].as_text()
+        text = compile_for_gpu(lowered, options).as_text()
         with contextlib.suppress(ValueError):
             found.append(predict(read_kernels(text), rates))
     return max(found, key=lambda p: p.milliseconds, default=None)

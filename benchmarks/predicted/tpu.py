@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from moe_jax.config import UserError
-from moe_jax.planning.device_memory import collected_stderr
 from predicted.interconnect import ICI_V5E, V5E_SLICES, Torus
 from predicted.roofline import BANDWIDTH_SHARE, MATMUL_SHARE, Rates
 
@@ -54,12 +53,11 @@ class Slice:
 
         grid = V5E_SLICES[self.chips]
         rows, columns = (min(2, int(side)) for side in grid.split("x"))
-        with collected_stderr():  # libtpu says there that this machine is no TPU
-            topology = topologies.get_topology_desc(
-                platform="tpu",
-                topology_name=f"v5e:{grid}",
-                chip_config_name="default",
-                chips_per_host_bounds=(rows, columns, 1),
-                num_slices=1,
-            )
+        topology = topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=f"v5e:{grid}",
+            chip_config_name="default",
+            chips_per_host_bounds=(rows, columns, 1),
+            num_slices=1,
+        )
         return list(topology.devices)

@@ -123,7 +123,7 @@ class Plan(RunCommand):
 
         with working("compiling the training step for these devices, a minute or more"):
             memory = search.mesh_memory(config, target)
-        fits = memory.total <= target.budget and not memory.warned
+        fits = memory.total <= target.budget
         say(
             f"mesh {MeshShape.parse(self.mesh)}, {config.train.batch_size} sequences a step; one device: arguments "
             f"{memory.arguments:,.0f} MiB, temporary {memory.temporary:,.0f}, total {memory.total:,.0f}"

@@ -26,7 +26,6 @@ from moe_jax.interop.architectures import MIXTRAL
 from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_shape
 from moe_jax.interop.weight_files import WeightFiles
 from moe_jax.model.transformer import Params
-from moe_jax.parallel import processes
 from moe_jax.system.files import MAX_JSON_BYTES
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
@@ -213,7 +212,9 @@ class Pretrained:
                 )
         if leaf.sharding is not None:
             # Copies of the parts, because the buffer is used again.
-            return jax.block_until_ready(processes.made(leaf.shape, leaf.sharding, lambda index: made[index].copy()))
+            return jax.block_until_ready(
+                jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: made[index].copy())
+            )
         array = jax.block_until_ready(jax.device_put(made))
         if array.unsafe_buffer_pointer() == made.ctypes.data:  # not copied, and the buffer is used again
             array = jax.block_until_ready(jax.device_put(made.copy()))

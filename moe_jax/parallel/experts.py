@@ -143,24 +143,6 @@ class ExchangedBlocks:
         return self.queues.trace(routing)
 
 
-@dataclass(frozen=True)
-class BoundedBlocks:
-    """Dispatch by blocks on one device, which drops the pairs that find no row in `queues`. Their gates are 0."""
-
-    local: Blocks
-    queues: DeviceQueues
-
-    def apply(
-        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
-    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        keep = self.trace(routing).keep
-        y, _ = self.local.apply(x, routing._replace(gate=jnp.where(keep, routing.gate, 0)), experts)
-        return y, _drop_fraction(keep)
-
-    def trace(self, routing: Routing) -> QueuedPairs:
-        return self.queues.trace(routing)
-
-
 class ExpertParallelMoE(MoE):
     """The MoE layer in training, inside `shard_map` over an axis `expert`. Its router knows all E experts, and its
     parameters `experts` are those of this device."""
@@ -173,21 +155,6 @@ class ExpertParallelMoE(MoE):
             raise ValueError(f"{mode}: this layer is for training; other passes use the plain one")
         experts = self.router.shape[-1]
         return ExchangedBlocks(DeviceQueues.of(self.routing, tokens, experts, jax.lax.axis_size(AXIS)))
-
-
-def bounded_moe(devices: int) -> type[MoE]:
-    """The layer that drops on one device what the training step drops on a mesh with `devices` devices along `expert`.
-    A snapshot of the routing uses it."""
-
-    class BoundedMoE(MoE):
-        def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
-            dispatch = super().dispatch_for(mode, batch, tokens)
-            if mode is not Mode.TRAIN or not isinstance(dispatch, Blocks):
-                return dispatch
-            queues = DeviceQueues.of(self.routing, tokens, self.router.shape[-1], devices)
-            return BoundedBlocks(dispatch, queues)
-
-    return BoundedMoE
 
 
 def _expert_of_rows(expert: Int[Array, "B T K"], plan: Plan, empty: int) -> Int[Array, "n S"]:

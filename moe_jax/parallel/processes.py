@@ -2,17 +2,16 @@
 
 jax connects them (`jax.distributed`): process 0 runs the coordination service, with a store of short texts, barriers
 and heartbeats. All processes run the same program on their own part of the arrays. Process 0 alone writes the files of
-the run and prints. `agree_on` compares settings, code and data before the first step. `Together` lets all see a signal
+the run and prints. `agree_on` compares settings and data before the first step. `Together` lets all see a signal
 or an error at the same step. If a process dies, jax ends the others after HEARTBEAT_SECONDS.
 
 Without `joined`, this is the only process: nothing waits, and this process holds every array whole.
 
 A process sees only its own parts of an array that lies on the devices of all. `jax.device_put` and `np.asarray` are for
-arrays of one process; `placed`, `made` and `whole` are for both kinds. All processes must call `whole` in the same
+arrays of one process; `placed` and `whole` are for both kinds. All processes must call `whole` in the same
 order, because the devices exchange data in it.
 """
 
-import hashlib
 import itertools
 import json
 import os
@@ -22,7 +21,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,7 +30,6 @@ from jax._src import distributed  # there is no public way to the store of texts
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
-import moe_jax
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.section import flag_of
 from moe_jax.config.train import ProcessGroup
@@ -163,24 +160,15 @@ def agree_on(facts: Mapping[str, Any], seconds: float = _LONG) -> None:
 
 
 def check_same_program(config: RunConfig, resumed: bool) -> None:
-    """Raise ConfigError in every process unless all have the same settings, the same code and the same packages.
+    """Raise ConfigError in every process unless all have the same settings and the same packages.
 
     The folder of the run may differ: it may be mounted under another path.
     """
     if not several():
         return
     facts = {flag_of(section, name): value for section, name, value in config.settings() if name != "out"}
-    facts |= {"a run in --out": resumed, "code of moe_jax": code_digest()}
+    facts |= {"a run in --out": resumed}
     agree_on(facts | {f"version of {name}": version for name, version in versions().items()}, ANSWER_SECONDS)
-
-
-def code_digest() -> str:
-    """SHA-256 of the files of this package, 16 digits of it."""
-    digest = hashlib.sha256()
-    package = Path(moe_jax.__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + path.read_bytes())
-    return digest.hexdigest()[:16]
 
 
 class Together:
@@ -235,11 +223,6 @@ def placed(x: Any, sharding: Sharding) -> Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def made(shape: tuple[int, ...], sharding: Sharding, rows: Callable[[Any], np.ndarray]) -> Array:
-    """An array of which `rows(index)` gives a part. Every process makes the parts of its own devices only."""
-    return jax.make_array_from_callback(shape, sharding, rows)
-
-
 def is_here(x: Any) -> bool:
     """Whether this process has all values of an array."""
     return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
@@ -272,7 +255,8 @@ def _replicate(sharding: NamedSharding) -> Callable[[Array], Array]:
 def largest(number: int) -> int:
     """The largest of the int32 numbers that the processes give. All processes must call this together."""
     devices = NamedSharding(Mesh(np.array(jax.devices()), ("device",)), PartitionSpec("device"))
-    numbers = made((devices.mesh.size,), devices, lambda index: np.full(1, number, np.int32))
+    own = np.full(1, number, np.int32)
+    numbers = jax.make_array_from_callback((devices.mesh.size,), devices, lambda index: own)
     return int(_maximum(devices)(numbers))
 
 

@@ -8,11 +8,11 @@ Nothing is imported here that imports jax, so that a wrong flag is refused quick
 
 import dataclasses
 import functools
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from moe_jax.config import DataConfig, PresetName, RunConfig
-from moe_jax.config.presets import FIRST_BYTES, PRESETS, preset_for_text, with_vocabulary
+from moe_jax.config.presets import PRESETS, preset_for_text, with_vocabulary
 from moe_jax.data.corpora import open_corpus
 from moe_jax.model.costs import (
     HIGHEST,
@@ -51,29 +51,36 @@ def choose(
     `starts` are settings for the text, the largest model first. `fixed` are the fields that the user has set, which
     stay.
     """
-    rate, seconds = _matmul_rate(starts[-1]) if minutes else 0.0, 60 * minutes
-    passed_over: list[str] = []
+    rate, limit = _matmul_rate(starts[-1]) if minutes else 0.0, duration(60 * minutes)
+    config, reasons = starts[0], ["text: its size is not known before it is read"]
+    steps = useful = usual = tokens = 0
+    if size is not None:
+        reasons = [f"text: {size / 1e6:.2f} MB, about {size / bytes_per_token(config.data) / 1e6:.2f} M tokens"]
     for start in starts:
-        most = steps_within(with_vocabulary(start), rate, seconds) if minutes else start.train.steps
-        useful = start.train.steps if size is None else useful_steps(start, size)
-        steps = start.train.steps if STEPS in fixed else min(start.train.steps, most, useful)
+        sized, usual = with_vocabulary(start), start.train.steps
+        in_time = steps_within(sized, rate, 60 * minutes) if minutes else usual
+        useful = usual if size is None else useful_steps(start, size)
+        steps = usual if STEPS in fixed else min(usual, in_time, useful)
         config = dataclasses.replace(start, train=dataclasses.replace(start.train, steps=steps))
-        tokens, active = steps * config.tokens_per_step, totals(count_parameters(with_vocabulary(config).model)).active
-        too_short = minutes and steps >= most and tokens < LEAST_TOKENS_PER_PARAMETER * active
-        if start is starts[-1] or not too_short:
-            first, *rest = _reasons(config, size, most if minutes else None)
-            if minutes:
-                rest.append(
-                    f"time: {ExpectedTime.of(with_vocabulary(config), rate)} of {duration(seconds)}, if training "
-                    f"reaches {HIGHEST:.0%} to {LOWEST:.0%} of {rate / 1e9:,.0f} GFLOP/s; compiling, evaluations and "
-                    "checkpoints come on top"
-                )
-            return Choice(config, [first, *passed_over, *rest])
-        passed_over.append(
-            f"{start.preset}: passed over, because in {duration(seconds)} it would read {tokens / 1e6:.2f} M tokens, "
-            f"fewer than {LEAST_TOKENS_PER_PARAMETER:g} for each of its {active / 1e6:.1f} M active parameters"
+        tokens, active = steps * config.tokens_per_step, totals(count_parameters(sized.model)).active
+        if start is starts[-1] or not minutes or steps < in_time or tokens >= LEAST_TOKENS_PER_PARAMETER * active:
+            break
+        reasons.append(
+            f"{start.preset}: passed over, because in {limit} it would read {tokens / 1e6:.2f} M tokens, fewer than "
+            f"{LEAST_TOKENS_PER_PARAMETER:g} for each of its {active / 1e6:.1f} M active parameters"
         )
-    raise AssertionError("the last of the settings is always taken")
+    read = f"steps: {steps:,} of {config.tokens_per_step:,} tokens"
+    if size is not None:
+        read += f", which read the text about {tokens * bytes_per_token(config.data) / size:.1f} times"
+    if steps == useful < usual:
+        read += f"; more than {USEFUL_PASSES} times teaches little"
+    reasons.append(read)
+    if minutes:
+        reasons.append(
+            f"time: {ExpectedTime.of(with_vocabulary(config), rate)} of {limit}, if training reaches {HIGHEST:.0%} to "
+            f"{LOWEST:.0%} of {rate / 1e9:,.0f} GFLOP/s; compiling, evaluations and checkpoints come on top"
+        )
+    return Choice(config, reasons)
 
 
 def _matmul_rate(config: RunConfig) -> float:
@@ -82,28 +89,6 @@ def _matmul_rate(config: RunConfig) -> float:
     from moe_jax.system.machine import matmul_rate
 
     return matmul_rate(choose_policy(config.execution.compute_dtype).compute)
-
-
-def _reasons(config: RunConfig, size: int | None, most: int | None) -> Iterator[str]:
-    """Sentences about the text, of `size` bytes, and the steps, of which `most` end in time."""
-    steps = config.train.steps
-    text, read = (
-        "text: its size is not known before it is read",
-        f"steps: {steps:,} of {config.tokens_per_step:,} tokens",
-    )
-    if size is not None:
-        tokens = size / bytes_per_token(config.data)
-        text = f"text: {size / 1e6:.2f} MB, about {tokens / 1e6:.2f} M tokens"
-        larger = next(((name, least) for name, least in FIRST_BYTES.items() if size < least), None)
-        if larger is not None:
-            text += f"; the next larger preset, {larger[0]}, is for {larger[1] / 1e6:,.0f} MB or more"
-            text += ", and for a GPU" * (larger[0] == "story-4gb" and runs_on_cpu())
-        read += f", which read the text about {steps * config.tokens_per_step / tokens:.1f} times"
-    yield text
-    if size is not None and steps == useful_steps(config, size):
-        yield f"{read}; more than {USEFUL_PASSES} times teaches little"
-    else:
-        yield f"{read}; more would not end in time" if steps == most else read
 
 
 def presets_for(source: str, size: int | None) -> list[PresetName]:

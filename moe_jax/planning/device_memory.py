@@ -9,8 +9,6 @@ What a plan has compiled is kept for later plans: one small JSON file for each p
 
 import contextlib
 import importlib.metadata
-import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,15 +40,13 @@ class Memory:
     outputs: float
     """Outputs, without those that reuse the memory of a donated argument."""
     temporary: float
-    warned: bool = False
-    """XLA warned that it could not bring the program below its own memory limit."""
 
     @classmethod
-    def of(cls, compiled: Any, warned: bool = False) -> "Memory":
+    def of(cls, compiled: Any) -> "Memory":
         """By XLA's plan of the buffers of a compiled program. Of a program for a mesh: the memory of one device."""
         m = compiled.memory_analysis()
         outputs = m.output_size_in_bytes - m.alias_size_in_bytes
-        return cls(m.argument_size_in_bytes / MIB, outputs / MIB, m.temp_size_in_bytes / MIB, warned)
+        return cls(m.argument_size_in_bytes / MIB, outputs / MIB, m.temp_size_in_bytes / MIB)
 
     @property
     def total(self) -> float:
@@ -69,7 +65,7 @@ class Bound:
         return max(m.total for m in self.back_ends.values())
 
     def fits(self, target: Target) -> bool:
-        return self.total <= target.budget and not any(m.warned for m in self.back_ends.values())
+        return self.total <= target.budget
 
 
 def bound(target: Target, program: Any, *arguments: Any) -> Bound:
@@ -138,18 +134,14 @@ def measured(target: Target, lowered: Any, options: dict[str, bool], devices: st
 
     `devices` describes a mesh of several cards.
     """
-    parts = [lowered.as_text(), target.text, devices, repr(options), importlib.metadata.version("jaxlib")]
-    return Memory(**cached_json("plans", parts, lambda: asdict(Memory.of(*compile_for_gpu(lowered, options)))))
+    parts = ["memory", lowered.as_text(), target.text, devices, repr(options), importlib.metadata.version("jaxlib")]
+    return Memory(**cached_json("plans", parts, lambda: asdict(Memory.of(compile_for_gpu(lowered, options)))))
 
 
-def compile_for_gpu(lowered: Any, options: dict[str, bool]) -> tuple[Any, bool]:
-    """The compiled program, and whether XLA warned that it takes too much memory.
-
-    Raises UserError if ptxas is not installed.
-    """
+def compile_for_gpu(lowered: Any, options: dict[str, bool]) -> Any:
+    """The compiled program. Raises UserError if ptxas is not installed."""
     try:
-        with collected_stderr() as said:
-            compiled = lowered.compile(compiler_options=CODE_NOT_RUN | options)
+        compiled = lowered.compile(compiler_options=CODE_NOT_RUN | options)
     except jax.errors.JaxRuntimeError as error:
         if any(cause in str(error) for cause in MISSING_PTXAS):
             raise UserError(f"planning needs ptxas: {HOW}") from error
@@ -157,20 +149,4 @@ def compile_for_gpu(lowered: Any, options: dict[str, bool]) -> tuple[Any, bool]:
     # If an argument had no sharding, XLA would silently compile for the CPU. Only GPU programs name operation queues.
     if "operation_queue_id" not in compiled.as_text():
         raise AssertionError("compiled for the CPU, not for the target")
-    return compiled, "Can't reduce memory use below" in "".join(said)
-
-
-@contextlib.contextmanager
-def collected_stderr() -> Iterator[list[str]]:
-    """Collect what C++ code writes to the stderr of the process. XLA warns only there, mostly harmlessly."""
-    said: list[str] = []
-    with tempfile.TemporaryFile("w+", errors="replace") as file:
-        kept = os.dup(2)
-        os.dup2(file.fileno(), 2)
-        try:
-            yield said
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            file.seek(0)
-            said.append(file.read())
+    return compiled

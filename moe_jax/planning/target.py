@@ -90,18 +90,11 @@ def check_gpu(name: str) -> None:
     if not Path(name).is_file():
         if os.sep in name or Path(name).suffix:
             raise ConfigError(f"--gpu {name}: there is no such file; the names are {', '.join(names)}")
-        near = [known for known in names if _plain(name) and _plain(name) in _plain(known)]
-        meant = f"; perhaps {' or '.join(near)} was meant" if near else ""
-        raise ConfigError(f"--gpu {name}: must be one of {', '.join(names)}, or a file that describes a GPU{meant}")
+        raise ConfigError(f"--gpu {name}: must be one of {', '.join(names)}, or a file that describes a GPU")
     with open(name, "rb") as file:
         start = file.read(_LONGEST_DESCRIPTION + 1)
     if len(start) > _LONGEST_DESCRIPTION or b"\0" in start or b"device_memory_size" not in start:
         raise ConfigError(f"--gpu {name}: does not describe a GPU; the files in {GPU_TARGETS} show how one does")
-
-
-def _plain(name: str) -> str:
-    """The letters and digits of a name: "RTX 3060" and "rtx3060-12gb" begin alike."""
-    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def load_target(name: str) -> Target:

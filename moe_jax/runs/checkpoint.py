@@ -13,14 +13,12 @@ Arrays are saved by name, not by structure. An array named `params.blocks.0.ffn.
 that wrote it.
 """
 
-import ctypes
 import errno
 import math
 import os
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +55,13 @@ class Checkpoint:
         """The checkpoint in a folder. Raises CheckpointCorrupted if its manifest is damaged."""
         document = manifest.read(path)
         return cls(path, document["step"], document["val_loss"], document["elapsed"], document)
+
+
+def _read(path: Path) -> "Checkpoint | CheckpointCorrupted":
+    try:
+        return Checkpoint.read(path)
+    except CheckpointCorrupted as error:
+        return error
 
 
 type Entry = tuple[Path, Checkpoint | CheckpointCorrupted]
@@ -108,11 +113,11 @@ class CheckpointStore:
                 document |= {"files": manifest.describe_files(draft), **described}
                 document |= {"context": context, "versions": versions()}
                 (draft / manifest.NAME).write_text(manifest.render(document), encoding="utf-8", newline="\n")
-                _sync(draft)
+                _sync(*draft.rglob("*"), draft)
                 self._publish(draft, final)
         except Exception as error:
-            if first():
-                _remove_draft(draft)
+            if first():  # what orbax's threads still write goes with the next save
+                shutil.rmtree(draft, ignore_errors=True)
             cause = disk_cause(error)
             if cause is None:
                 raise
@@ -123,7 +128,6 @@ class CheckpointStore:
         if first():
             self._remove_old(final)
         barrier()
-        _give_memory_back()
         return final
 
     def paths(self) -> list[Path]:
@@ -137,14 +141,7 @@ class CheckpointStore:
 
     def _entries(self) -> Entries:
         """Every checkpoint, oldest first."""
-
-        def read(path: Path) -> Checkpoint | CheckpointCorrupted:
-            try:
-                return Checkpoint.read(path)
-            except CheckpointCorrupted as error:
-                return error
-
-        return [(path, read(path)) for path in self.paths()]
+        return [(path, _read(path)) for path in self.paths()]
 
     def newest(self) -> Checkpoint | None:
         """The newest checkpoint whose files are undamaged. Reports newer, damaged checkpoints to `say`."""
@@ -226,11 +223,11 @@ class CheckpointStore:
             there, here = manifest.read(final), manifest.read(draft)
             if there["state"] == here["state"]:
                 write_atomically(final / manifest.NAME, manifest.render(here | {"files": there["files"]}))
-                _remove_draft(draft)
+                shutil.rmtree(draft, ignore_errors=True)
                 return
             shutil.rmtree(final)
         draft.rename(final)
-        _sync_path(self.folder)
+        _sync(self.folder)
 
     def _remove_old(self, newest: Path) -> None:
         """Read back the newest checkpoint, then remove all but the newest two and the best."""
@@ -261,11 +258,14 @@ def restore(checkpoint: Checkpoint, target: Any) -> Any:
     """
     damage = verify(checkpoint)
     if damage is not None:
-        raise CheckpointCorrupted(
-            f"{checkpoint.path}: {damage}; `uv run python -m moe_jax doctor --run "
-            f"{shlex.quote(str(checkpoint.path.parents[1]))}` says which checkpoints are good"
-        )
+        says = f"{doctor_of(checkpoint.path.parents[1])} says which checkpoints are good"
+        raise CheckpointCorrupted(f"{checkpoint.path}: {damage}; {says}")
     return _restore_verified(checkpoint, target)
+
+
+def doctor_of(run: Path) -> str:
+    """The command that examines a run, for an error."""
+    return f"`uv run python -m moe_jax doctor --run {shlex.quote(str(run))}`"
 
 
 def verify(checkpoint: Checkpoint) -> str | None:
@@ -299,38 +299,12 @@ def _check_room(folder: Path, leaves: dict[str, Any]) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
-def _remove_draft(draft: Path) -> None:
-    """Remove a draft. Orbax's threads may still write after an error, so this repeats until nothing is left."""
-    for _ in range(20):
-        shutil.rmtree(draft, ignore_errors=True)
-        if not draft.exists():
-            return
-        time.sleep(0.05)
-
-
-def _give_memory_back() -> None:
-    """Make glibc return the free memory inside its heap to the system. The end of the heap stays: see
-    `environment.keep_freed_memory`.
-
-    Orbax starts new threads at each save. Without this, the free memory grew by 0.2 MB at each save of preset nano,
-    without limit.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
-        if trim is not None:
-            trim(ctypes.c_size_t(2**62))
-
-
-def _sync(folder: Path) -> None:
-    for path in (*folder.rglob("*"), folder):
-        _sync_path(path)
-
-
-def _sync_path(path: Path) -> None:
-    if os.name == "nt" and path.is_dir():
-        return  # Windows cannot open a folder
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync(*paths: Path) -> None:
+    for path in paths:
+        if os.name == "nt" and path.is_dir():
+            continue  # Windows cannot open a folder
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

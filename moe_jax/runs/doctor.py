@@ -1,24 +1,21 @@
 """Check the folder of a run: read every array of every checkpoint, and repair what can be repaired.
 
 A damaged checkpoint is renamed, never removed, and only if there is a good one. A file is rewritten only from an
-undamaged copy of its content. What the system refuses to read is never changed, and neither is a checkpoint of another
-run.
+undamaged copy of its content. What the system refuses to read is never changed.
 """
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.data.token_store import prepare_token_store
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.data.tokenizers import load_tokenizer
 from moe_jax.runs import manifest, records
 from moe_jax.runs.arrays import read_arrays
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, verify
-from moe_jax.runs.folder import RunFolder, new_run_id, read_run_id
-from moe_jax.runs.load import check_same_run, checkpoint_run_id, saved_config
+from moe_jax.runs.folder import RunFolder, new_run_id
+from moe_jax.runs.load import saved_config
 from moe_jax.runs.manifest import CheckpointCorrupted
 
 
@@ -32,21 +29,22 @@ class Finding:
     detail: str = ""
 
 
-ILL = ("damaged", "unreadable", "foreign")
-"""States that are not good. Unreadable: the system refuses to read it, so nothing is known about it. Foreign: a
-checkpoint of another run."""
+ILL = ("damaged", "unreadable")
+"""States that are not good. Unreadable: the system refuses to read it, so nothing is known about it."""
 
 
 def examine(run: Path, repair: bool) -> list[Finding]:
     """Check everything in the folder of a run. With `repair`, repair what can be repaired. Raises UserError if the
     folder cannot be written."""
-    folder = RunFolder(run)
-    store = CheckpointStore(run, say=lambda _: None)
+    folder, store = RunFolder(run), CheckpointStore(run, say=lambda _: None)
     findings, good, damaged = [], [], {}
     for path in store.paths():
         try:
             good.append(_verified(path))
-            findings.append(_finding(folder, good[0], good[-1]))
+            loss = good[-1].val_loss
+            scored = "not evaluated" if loss is None else f"loss {loss:.4f} on the validation subset"
+            size = sum(size for size, _ in good[-1].manifest["files"].values()) / 1e6
+            findings.append(Finding(path.name, "good", f"{scored}, {size:,.1f} MB"))
         except CheckpointCorrupted as error:
             damaged[path] = str(error)
         except OSError as error:
@@ -62,9 +60,13 @@ def examine(run: Path, repair: bool) -> list[Finding]:
             store.remove_interrupted_saves()
         state = "repaired" if repair else "damaged"
         findings.append(Finding(", ".join(left), state, "left by a save that was interrupted"))
-    states = {finding.what: finding.state for finding in findings}
-    own = [checkpoint for checkpoint in good if states[checkpoint.path.name] == "good"]
-    return [*findings, *_examine_files(folder, own[-1] if own else None, repair)]
+    newest = good[-1] if good else None
+    for name, check in {"config.json": _config, folder.tokenizer.name: _tokenizer, records.METRICS: _metrics}.items():
+        try:
+            findings.append(Finding(name, *check(folder, newest, repair)))
+        except OSError as error:
+            findings.append(Finding(name, "unreadable", error.strerror or str(error)))
+    return findings
 
 
 def _verified(path: Path) -> Checkpoint:
@@ -76,35 +78,11 @@ def _verified(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def _finding(folder: RunFolder, oldest: Checkpoint, checkpoint: Checkpoint) -> Finding:
-    """An undamaged checkpoint: "good", or "foreign" if it does not belong to the folder's run."""
-    with suppress(OSError):
-        try:
-            check_same_run(folder.files, [checkpoint] if read_run_id(folder.files) else [oldest, checkpoint])
-        except UserError as error:
-            return Finding(checkpoint.path.name, "foreign", str(error))
-    loss = checkpoint.val_loss
-    scored = "not evaluated" if loss is None else f"loss {loss:.4f} on the validation subset"
-    size = sum(size for size, _ in checkpoint.manifest["files"].values()) / 1e6
-    return Finding(checkpoint.path.name, "good", f"{scored}, {size:,.1f} MB")
-
-
-def _examine_files(folder: RunFolder, newest: Checkpoint | None, repair: bool) -> Iterator[Finding]:
-    """The files beside the checkpoints. `newest` is the newest good checkpoint of the run."""
-    for name, check in {"config.json": _config, folder.tokenizer.name: _tokenizer, records.METRICS: _metrics}.items():
-        try:
-            state, detail = check(folder, newest, repair)
-        except OSError as error:
-            state, detail = "unreadable", error.strerror or str(error)
-        yield Finding(name, state, detail)
-
-
 def _saved_config(checkpoint: Checkpoint | None) -> RunConfig | None:
     """The configuration that a checkpoint holds, if it can be read."""
-    try:
+    with suppress(CheckpointCorrupted):
         return saved_config(checkpoint) if checkpoint else None
-    except CheckpointCorrupted:
-        return None
+    return None
 
 
 def _config(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple[str, str]:
@@ -118,7 +96,7 @@ def _config(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple[st
         return "damaged", cause
     if not repair:
         return "damaged", f"{cause}; a good checkpoint holds a copy: --repair"
-    run.write_config(saved, [], checkpoint_run_id(newest) or new_run_id())
+    run.write_config(saved, [], new_run_id())
     return "repaired", f"copied from {newest.path.name}; the history of resumes is lost"
 
 
@@ -127,8 +105,7 @@ def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple
     with suppress(FileNotFoundError):
         run.files.read(run.tokenizer.name)  # raises OSError if it is there and cannot be read
     try:
-        there = load_tokenizer(run.tokenizer)
-        if expected in (None, there.digest):
+        if expected in (None, load_tokenizer(run.tokenizer).digest):
             return "good", ""
         cause = "not the one that the checkpoints were trained with"
     except UserError as error:
@@ -136,8 +113,10 @@ def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple
     saved = _saved_config(newest)
     if not repair or saved is None or (saved.data.tokenizer == "hf" and not saved.base):
         return "damaged", cause
+    source = f"copied from {saved.base}" if saved.base else "made again from the data"
     try:
-        anew, source = _other_tokenizer(saved)
+        there = Path(saved.base) / run.tokenizer.name
+        anew = load_tokenizer(there) if saved.base else prepare_token_store(saved.data).tokenizer
     except (ConfigError, UserError) as error:  # such as a text that is gone
         return "damaged", f"{cause}; it cannot be had again ({error})"
     if anew.digest != expected:
@@ -146,18 +125,11 @@ def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple
     return "repaired", f"{source}, and equal to the original"
 
 
-def _other_tokenizer(saved: RunConfig) -> tuple[Tokenizer, str]:
-    """The tokenizer of the run that a tuned run started from, else one that is made again from the data."""
-    if saved.base:
-        return load_tokenizer(Path(saved.base) / "tokenizer.json"), f"copied from {saved.base}"
-    return prepare_token_store(saved.data).tokenizer, "made again from the data"
-
-
-def _metrics(run: RunFolder, newest: Any, repair: bool) -> tuple[str, str]:
-    lines = list(records.record_lines(run.files))
-    whole = [line.rstrip(b"\r\n") for line, record in lines if record is not None]
-    if len(whole) == len(lines):
+def _metrics(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple[str, str]:
+    del newest
+    lines = [record is not None for _, record in records.record_lines(run.files)]
+    if all(lines):
         return "good", f"{len(lines):,} records"
     if repair:
-        run.files.write(records.METRICS, b"".join(line + b"\n" for line in whole))
-    return "repaired" if repair else "damaged", f"{len(lines) - len(whole)} of {len(lines):,} lines are not records"
+        run.truncate_logs_after(records.LARGEST_STEP, records.LARGEST_STEP)
+    return "repaired" if repair else "damaged", f"{lines.count(False)} of {len(lines):,} lines are not records"

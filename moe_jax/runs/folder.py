@@ -7,12 +7,11 @@ summary.json           written by `training/loop.py`, at each evaluation and at 
 samples.txt            a generated text at each evaluation
 traces/                the routing of the same tokens at each evaluation
 checkpoints/           see `checkpoint.py`
-nonfinite/             a batch and the names of arrays that were not finite (written by `training/nonfinite.py`)
-tensorboard/, wandb/   with --tensorboard, --wandb
+tensorboard/, wandb/   with --track
 .lock                  locked by the process that trains; holds its process id
 
-A run has an id, drawn at its start. config.json and the manifest of each checkpoint hold it. So a checkpoint that was
-copied from another run is noticed, and so is a folder that was removed and made anew while a process still trains.
+A run has an id in config.json, drawn at its start. So it is noticed if the folder is removed and made anew while a
+process still trains.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,6 @@ from moe_jax.system.files import Folder, json_text, locked, step_name
 from moe_jax.system.machine import versions
 
 LOCK = ".lock"
-_MAX_LOCK_BYTES = 4096
 _SHARED_SECONDS = 30.0
 """How long a network file system may take to show a new file to another machine."""
 _MAX_SAMPLES_BYTES = 2**31
@@ -75,32 +73,22 @@ def locked_together(run: Path) -> Iterator[None]:
 
     Of several processes the first one holds the lock. The others raise UserError if they do not see its file.
     """
-    if not first():
-        _check_shared(run, exchange("")[0])
-        yield
-        return
-    with locked_for_training(run):
-        exchange(_lock_text(run))
+    with locked_for_training(run) if first() else nullcontext():
+        expected, deadline = exchange(_lock_text(run))[0], time.monotonic() + _SHARED_SECONDS
+        while _lock_text(run) != expected:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"--out {run}: does not hold the files that process 0 writes there; all processes need one folder, "
+                    "on a file system that they share"
+                )
+            time.sleep(0.1)
         yield
 
 
 def _lock_text(run: Path) -> str:
-    return Folder(run).read(LOCK, _MAX_LOCK_BYTES).decode("ascii", "replace")
-
-
-def _check_shared(run: Path, expected: str) -> None:
-    """Raise UserError unless the folder's lock has this text, soon."""
-    deadline = time.monotonic() + _SHARED_SECONDS
-    while True:
-        with suppress(FileNotFoundError, NotADirectoryError):
-            if _lock_text(run) == expected:
-                return
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"--out {run}: does not hold the files that process 0 writes there; all processes need one folder, on "
-                "a file system that they share"
-            )
-        time.sleep(0.1)
+    with suppress(FileNotFoundError, NotADirectoryError):
+        return Folder(run).read(LOCK).decode("ascii", "replace")
+    return ""
 
 
 def new_run_id() -> str:
@@ -108,14 +96,10 @@ def new_run_id() -> str:
     return secrets.token_hex(8)
 
 
-def usable_run_id(run_id: Any) -> str | None:
-    return run_id if isinstance(run_id, str) and re.fullmatch("[0-9a-f]{16}", run_id) else None
-
-
 def read_run_id(run: Folder) -> str | None:
-    """The run's id in config.json. None if there is no usable one there."""
+    """The run's id in config.json. None if there is none."""
     try:
-        return usable_run_id(run.read_json("config.json").get("run_id"))
+        return run.read_json("config.json").get("run_id")
     except (FileNotFoundError, ValueError, AttributeError):
         return None
 
@@ -179,14 +163,15 @@ class RunFolder:
         `saved` is the configuration that the checkpoint holds, and not config.json: so a change by hand in config.json
         is recorded too. Returns the changes as text, such as "train.steps 200 -> 400".
         """
-        entry, said = recorded_changes(saved, config, step)
-        self.write_config(config, [*self.history(), entry], run_id)
-        return said
-
-    def history(self) -> list[Any]:
-        """What config.json says of the origin of the run, and of the changes since. Empty if it says nothing."""
+        changes = {
+            f"{section}.{name}".lstrip("."): [old, new]
+            for (section, name, old), (_, _, new) in zip(saved.settings(), config.settings(), strict=True)
+            if (section, name) not in _NO_SETTINGS and old != new
+        }
+        entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
         history = self.files.read_json("config.json").get("history")
-        return history if isinstance(history, list) else []
+        self.write_config(config, [*(history if isinstance(history, list) else []), entry], run_id)
+        return [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
     def write_config(self, config: RunConfig, history: list[dict[str, Any]], run_id: str) -> None:
         """Write config.json."""
@@ -225,18 +210,6 @@ class RunFolder:
 
     def write_summary(self, values: dict[str, Any]) -> None:
         self.files.write(records.SUMMARY, json_text(values, indent=2) + "\n")
-
-
-def recorded_changes(saved: RunConfig, config: RunConfig, step: int) -> tuple[dict[str, Any], list[str]]:
-    """The entry in the history of config.json for a run that goes on at a step with changed settings, and the changes
-    as text, such as "train.steps 200 -> 400"."""
-    changes = {
-        f"{section}.{name}".lstrip("."): [old, new]
-        for (section, name, old), (_, _, new) in zip(saved.settings(), config.settings(), strict=True)
-        if (section, name) not in _NO_SETTINGS and old != new
-    }
-    entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
-    return entry, [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
 
 def _samples_until(samples: bytes, evaluated: int) -> bytes:

@@ -1,8 +1,6 @@
-"""What a checkpoint belongs to: its run, its model, its tokenizer. And a trained model, opened from its run."""
+"""What a checkpoint belongs to: its model and its tokenizer. And a trained model, opened from its run."""
 
 import shlex
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,50 +20,14 @@ from moe_jax.model.quantized import WEIGHTS, Weights, quantized_shapes
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.layout import Layout
 from moe_jax.runs import manifest
-from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
-from moe_jax.runs.folder import read_run_id, usable_run_id
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, doctor_of, restore
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.system.files import Folder
-
-
-def checkpoint_run_id(checkpoint: Checkpoint) -> str | None:
-    """The id of the run that saved a checkpoint. None if an earlier version saved it."""
-    return usable_run_id(checkpoint.manifest["context"].get("run_id"))
 
 
 def kept_precision(checkpoint: Checkpoint) -> str:
     """The compute precision of the process that saved a checkpoint. "" if an earlier version saved it."""
     dtype = checkpoint.manifest["context"].get("compute_dtype")
     return dtype if isinstance(dtype, str) else ""
-
-
-def check_same_run(run: Folder, checkpoints: Iterable[Checkpoint]) -> str | None:
-    """The id of the folder's run, or None if it has none.
-
-    `checkpoints` are oldest first. Raises UserError if one of them belongs to another run. Without an id in
-    config.json, the oldest checkpoint says which run it is.
-    """
-    ids = [(checkpoint, checkpoint_run_id(checkpoint)) for checkpoint in checkpoints]
-    written = read_run_id(run)
-    expected = written or (ids[0][1] if ids else None)
-    allowed = {expected, None} if written else {expected}  # a run of an earlier version gets its id at a resume
-    for checkpoint, run_id in ids:
-        if run_id not in allowed:
-            raise UserError(
-                f"{checkpoint.path}: was saved by another run ({run_id or 'without an id'}) than the run of this "
-                f"folder ({expected or 'without an id'}); move it out of the folder"
-            )
-    return expected
-
-
-def best_of_run(run: Path) -> Checkpoint | None:
-    """The best good checkpoint in a run's folder, or None if none is good.
-
-    Raises UserError if any checkpoint there belongs to another run: it may have taken the place of the best one.
-    """
-    store = CheckpointStore(run)
-    check_same_run(Folder(run), store.list())
-    return store.best()
 
 
 def saved_config(checkpoint: Checkpoint) -> RunConfig:
@@ -133,7 +95,7 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None, model: ModelCon
     if expected not in (None, tokenizer.digest):
         raise UserError(
             f"{path}: is not the tokenizer that the run was trained with; put that file back, or try "
-            f"`uv run python -m moe_jax doctor --run {run} --repair`"
+            f"`uv run python -m moe_jax doctor --run {shlex.quote(str(run))} --repair`"
         )
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
@@ -215,29 +177,24 @@ class FoundCheckpoint(NamedTuple):
     checkpoint: Checkpoint
 
 
-def find_checkpoint(path: Path, step: int | None = None) -> FoundCheckpoint:
+def find_checkpoint(path: Path, step: int | None = None, flag: str = "--run") -> FoundCheckpoint:
     """The best checkpoint of a run, or the checkpoint of a step. No array is read.
 
-    Raises UserError where the folder holds no run, or the checkpoint is damaged or belongs to another run, model or
+    Raises UserError where the folder holds no run, or the checkpoint is damaged or belongs to another model or
     tokenizer.
     """
     config = load_config(path)
     if config is None:
-        raise UserError(missing_run("--run", path))
-    checkpoint = best_of_run(path) if step is None else CheckpointStore(path).at(step)
+        raise UserError(missing_run(flag, path))
+    store = CheckpointStore(path)
+    checkpoint = store.best() if step is None else store.at(step)
     if checkpoint is None:
-        raise UserError(
-            f"--run {path}: every checkpoint is damaged; `uv run python -m moe_jax doctor --run {path}` says how"
-        )
-    check_same_run(Folder(path), [checkpoint])
+        raise UserError(f"{flag} {path}: every checkpoint is damaged; {doctor_of(path)} says how")
     tokenizer = load_run_tokenizer(path, checkpoint, config.model)
     try:
         check_same_model(checkpoint, config)
     except CheckpointCorrupted as error:
-        raise CheckpointCorrupted(
-            f"{checkpoint.path}: {error}; `uv run python -m moe_jax doctor --run {shlex.quote(str(path))}` checks "
-            "the others"
-        ) from None
+        raise CheckpointCorrupted(f"{checkpoint.path}: {error}; {doctor_of(path)} checks the others") from None
     return FoundCheckpoint(config, tokenizer, checkpoint)
 
 
@@ -246,13 +203,7 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
     `find_checkpoint`."""
     path = Path(path)
     config, tokenizer, checkpoint = find_checkpoint(path, step)
-    dtype, trained = config.execution.compute_dtype, saved_config(checkpoint).execution.compute_dtype
-    if dtype != trained:
-        print(
-            f"warning: {path / 'config.json'}: execution.compute_dtype is {dtype}, and the checkpoint of step "
-            f"{checkpoint.step} was trained with {trained}; the numbers may differ in their rounding",
-            file=sys.stderr,
-        )
+    dtype = config.execution.compute_dtype
     policy = choose_policy(dtype)
     stored = config.train.param_dtype, config.execution.remat
     graphdef, shapes = abstract_model(config.model, policy.compute, *stored)

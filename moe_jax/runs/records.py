@@ -24,6 +24,7 @@ from moe_jax.system.files import Folder, parse_json, step_number
 METRICS, SUMMARY, TRACES = "metrics.jsonl", "summary.json", "traces"
 MAX_LINE_BYTES = 2**24
 """Longest line that is taken for a record. With 4,096 experts in 64 layers a record has 2 MB."""
+LARGEST_STEP = 2**53 - 1
 _MAX_BYTES = 2**31
 """Longest metrics.jsonl that is read whole. A longer one takes minutes, and can be made without any room on a disk."""
 _NUMBERS = (
@@ -41,15 +42,14 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
     """The record in a line; None for a line that is none."""
     try:
         record = parse_json(line)
-    except ValueError:
+        step, load = record["step"], record.get("load", [])
+        numbers = [record[name] for name in _NUMBERS if record.get(name) is not None]
+        numbers += [share for layer in load for share in layer]
+        usual = record["split"] in ("train", "val") and type(step) is int and 0 <= step <= LARGEST_STEP
+        usual = usual and all(map(_is_finite, numbers)) and len({len(layer) for layer in load}) <= 1
+    except (ValueError, TypeError, LookupError, AttributeError):
         return None
-    if not isinstance(record, dict) or record.get("split") not in ("train", "val"):
-        return None
-    step, load = record.get("step"), record.get("load", [])
-    ok = type(step) is int and 0 <= step < 2**53 and isinstance(load, list)
-    ok = ok and all(record[name] is None or _is_finite(record[name]) for name in _NUMBERS if name in record)
-    ok = ok and all(isinstance(layer, list) and all(map(_is_finite, layer)) for layer in load)
-    return record if ok and len({len(layer) for layer in load}) <= 1 else None
+    return record if usual else None
 
 
 def _is_finite(value: Any) -> bool:
@@ -140,15 +140,11 @@ def read_snapshots(folder: Path) -> list[dict[str, Any]]:
         try:
             trace = run.read_json(name)
             arrays = {key: np.array(trace[key]) for key in _RANKS}
+            usual = trace["step"] == step and all(np.isfinite(a).all() for a in arrays.values())
         except (ValueError, LookupError, TypeError):
             continue
         ids = (arrays["tokens"], arrays["expert"])
-        usual = all(i.dtype.kind == "i" and i.size and 0 <= i.min() <= i.max() < 2**24 for i in ids)
-        usual = usual and all(
-            arrays[key].ndim == rank and arrays[key].dtype.kind in "if" and np.isfinite(arrays[key]).all()
-            for key, rank in _RANKS.items()
-        )
-        if usual and trace.get("step") == step:
-            shapes = {key: a.shape for key, a in arrays.items()}
-            snapshots.append((shapes, {key: trace[key] for key in ("step", *_RANKS)}))
+        usual = usual and all(i.dtype.kind == "i" and i.size and 0 <= i.min() <= i.max() < 2**24 for i in ids)
+        if usual and all(arrays[key].ndim == rank for key, rank in _RANKS.items()):
+            snapshots.append(([a.shape for a in arrays.values()], {key: trace[key] for key in ("step", *_RANKS)}))
     return [trace for shapes, trace in snapshots if shapes == snapshots[-1][0]]

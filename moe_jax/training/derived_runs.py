@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.model.costs import training_flops
 from moe_jax.model.quantized import Weights, quantize
 from moe_jax.model.transformer import Params
@@ -26,7 +26,6 @@ from moe_jax.system.files import Folder
 from moe_jax.system.terminal import step_progress
 from moe_jax.training.evaluate import Evaluation, evaluate, make_evaluation_step
 from moe_jax.training.programs import Programs
-from moe_jax.training.state import RunCounters
 
 _KEPT = ("step", "loss_scale", "loss_track", "skipped")
 """Fields of the state that a merged run takes over."""
@@ -47,8 +46,7 @@ def merge(run: Path, out: Path, step: int | None = None) -> Path:
     state = Programs.of(_without_adapters(loaded)).state(loaded.params)
     state = dataclasses.replace(state, **restore(checkpoint, {name: getattr(state, name) for name in _KEPT}))
     source = {"merged_from": str(run), "step": checkpoint.step, "state": checkpoint.manifest["state"]}
-    evaluated = RunCounters.from_json(checkpoint.manifest["context"].get("progress")).evaluated
-    return _write(loaded, run, out, state, source, val_loss=checkpoint.val_loss, evaluated=evaluated)
+    return _write(loaded, run, out, state, source, {}, {}, checkpoint.val_loss)
 
 
 class Quantized(NamedTuple):
@@ -75,19 +73,19 @@ def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None
     params = quantize(loaded.params, weights)
     before, after, not_scored = None, None, ""
     try:
-        before, after = _score(loaded, loaded.params, "before"), _score(loaded, params, "after")
+        before, after = _scored(loaded, loaded.params, "before"), _scored(loaded, params, "after")
     except (ConfigError, UserError) as error:
         not_scored = str(error)
     old = loaded.checkpoint
     source = {"quantized_from": str(run), "step": old.step, "weights": weights, "state": old.manifest["state"]}
     summary = _scores_in_summary(after) | {"weights": weights}
     context = {"quantized": {"weights": weights, "made_from": str(run)}}
-    checkpoint = _write(loaded, run, out, {"params": params}, source, summary=summary, context=context)
+    checkpoint = _write(loaded, run, out, {"params": params}, source, summary, context)
     there, here = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (loaded.params, params))
     return Quantized(checkpoint, there, here, before, after, not_scored)
 
 
-def _without_adapters(loaded: LoadedRun) -> Any:
+def _without_adapters(loaded: LoadedRun) -> RunConfig:
     train = dataclasses.replace(loaded.config.train, lora_rank=0, lora_alpha=0.0, train_router=False)
     return dataclasses.replace(loaded.config, resume=False, train=train)
 
@@ -98,29 +96,26 @@ def _write(
     out: Path,
     state: Any,
     source: dict[str, Any],
-    summary: dict[str, Any] | None = None,
-    context: dict[str, Any] | None = None,
+    summary: dict[str, Any],
+    context: dict[str, Any],
     val_loss: float | None = None,
-    evaluated: int | None = None,
 ) -> Path:
-    """Write the folder of the new run, with the records of the old one, and one checkpoint. Returns its path.
+    """Write the folder of the new run, with the records of the old one up to the checkpoint. Returns the path of its
+    only checkpoint.
 
-    `source` is the entry in the history, `summary` and `context` are added to those of the old run. Records behind the
-    checkpoint are removed if `evaluated`, the last step that was evaluated, is given.
+    `source` is the entry in the history, `summary` and `context` are added to those of the old run.
     """
     config, old = dataclasses.replace(_without_adapters(loaded), out=str(out)), loaded.checkpoint
     with locked_for_training(out):
         folder, there = RunFolder(out), Folder(run)
-        run_id = folder.start(config, loaded.tokenizer, [source])
+        folder.start(config, loaded.tokenizer, [source])
         for name in (records.METRICS, folder.samples.name):
             if there.exists(name):
                 folder.files.write(name, there.read(name, _MOST_BYTES))
-        folder.write_summary(_summary_at(loaded, run) | (summary or {}))
-        if evaluated is not None:
-            folder.truncate_logs_after(old.step, evaluated)
-        saved = old.manifest["context"] | {"config": config.to_dict(), "run_id": run_id} | (context or {})
-        store = CheckpointStore(out)
-        return store.save(state, old.step, val_loss=val_loss, elapsed=old.elapsed, context=saved)
+        folder.write_summary(_summary_at(loaded, run) | summary)
+        folder.truncate_logs_after(old.step, old.step)
+        saved = old.manifest["context"] | {"config": config.to_dict()} | context
+        return CheckpointStore(out).save(state, old.step, val_loss=val_loss, elapsed=old.elapsed, context=saved)
 
 
 def _summary_at(loaded: LoadedRun, run: Path) -> dict[str, Any]:
@@ -135,16 +130,16 @@ def _summary_at(loaded: LoadedRun, run: Path) -> dict[str, Any]:
     return summary | {"steps": step, "best_step": step} | counts
 
 
-def _score(run: LoadedRun, params: Params, when: str) -> Evaluation:
+def _scored(run: LoadedRun, params: Params, when: str) -> Evaluation:
     """The score on the run's whole validation text. Raises ConfigError or UserError if the text is not here."""
-    store, _ = run.validation_text()
+    stream = run.validation_text().store.valid.stream
     return evaluate(
         make_evaluation_step(run.graphdef),
         params,
-        store.valid.stream.tokens,
+        stream.tokens,
         seq_len=run.config.model.seq_len,
         token_bytes=run.tokenizer.token_bytes(),
-        answers=store.valid.stream.answers,
+        answers=stream.answers,
         progress=lambda batches: step_progress(f"scoring {when}", batches),
     )
 

@@ -11,9 +11,7 @@ nothing is dropped: chapter 14 of `foundation`. `training/start.py` checks the s
 """
 
 import math
-import shlex
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +28,7 @@ from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.parallel.layout import leaf_name
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint
-from moe_jax.runs.load import (
-    best_of_run,
-    check_full_weights,
-    check_same_model,
-    find_checkpoint,
-    load_run_tokenizer,
-    restore_weights,
-)
+from moe_jax.runs.load import check_full_weights, find_checkpoint, restore_weights
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.programs import Programs
 
@@ -53,8 +44,7 @@ class Initial(NamedTuple):
     """One line for the user."""
 
 
-@dataclass(frozen=True)
-class InitialWeights:
+class InitialWeights(NamedTuple):
     """Weights that are checked, and not yet read."""
 
     tokenizer: Tokenizer
@@ -63,54 +53,36 @@ class InitialWeights:
     if the weights or the text cannot be used."""
 
 
-def of_tuned_run(folder: str) -> InitialWeights:
-    """The best checkpoint of the run in `folder`. Its adapters, if it has any, are merged into its weights."""
-    run = find_checkpoint(Path(folder))
-    check_full_weights("--run", Path(folder), run.checkpoint)
+def of_run(flag: str, folder: str) -> InitialWeights:
+    """The best checkpoint of the run in `folder`: as it is for fine-tuning (flag --run), with its adapters merged into
+    its weights; or of a dense run whose network every expert starts as (--upcycle)."""
+    path, upcycled = Path(folder), flag == "--upcycle"
+    config, tokenizer, checkpoint = find_checkpoint(path, flag=flag)
+    check_full_weights(flag, path, checkpoint)
 
     def read(programs: Programs, store: TokenStore) -> Initial:
-        del store
-        _, shapes = abstract_model(run.config.model, param_dtype=run.config.train.param_dtype)
-        restored = restore_weights(run.checkpoint, run.config, shapes, programs.layout)
-        params = jax.tree.map(lambda shape, p: p.astype(shape.dtype), programs.param_shapes, restored)
-        origin = _origin("tuned_from", folder, run.checkpoint, run.config)
-        return Initial(params, origin, f"fine-tunes step {run.checkpoint.step} of {folder}")
-
-    return InitialWeights(run.tokenizer, read)
-
-
-def of_dense_run(folder: str, config: RunConfig) -> InitialWeights:
-    """The best checkpoint of the dense run in `folder`, whose network every expert starts as."""
-    path = Path(folder)
-    checkpoint = best_of_run(path)
-    if checkpoint is None:
-        raise UserError(
-            f"--upcycle {path}: every checkpoint is damaged; "
-            f"`uv run python -m moe_jax doctor --run {shlex.quote(str(path))}` says how"
-        )
-    check_full_weights("--upcycle", path, checkpoint)
-    check_same_model(checkpoint, config)
-    tokenizer = load_run_tokenizer(path, checkpoint, config.model)
-
-    def read(programs: Programs, store: TokenStore) -> Initial:
-        if not store.is_text_of(checkpoint.manifest["context"].get("data")):
+        if upcycled and not store.is_text_of(checkpoint.manifest["context"].get("data")):
             raise UserError(
                 f"--data {store.source}: not the text that the run in --upcycle was trained on, "
                 "whose validation text must stay unseen; leave the flag out, or name that text"
             )
         _, shapes = abstract_model(config.model, param_dtype=config.train.param_dtype)
-        dense = restore_weights(checkpoint, config, shapes, programs.layout)
+        params = restore_weights(checkpoint, config, shapes, programs.layout)
+        origin = _origin("upcycled_from" if upcycled else "tuned_from", folder, checkpoint, config)
+        if not upcycled:
+            params = jax.tree.map(lambda shape, p: p.astype(shape.dtype), programs.param_shapes, params)
+            return Initial(params, origin, f"fine-tunes step {checkpoint.step} of {folder}")
         copy = copy_dense_params
         if programs.layout is not None:  # each device fills its own parts
             copy = jax.jit(copy_dense_params, donate_argnums=0, out_shardings=programs.param_places)
-        origin = _origin("upcycled_from", folder, checkpoint, config)
-        note = f"upcycled from step {checkpoint.step} of {folder}"
-        return Initial(copy(programs.initial_params(), dense), origin, note)
+        return Initial(
+            copy(programs.initial_params(), params), origin, f"upcycled from step {checkpoint.step} of {folder}"
+        )
 
     return InitialWeights(tokenizer, read)
 
 
-def of_pretrained(folder: str, flag: str) -> InitialWeights:
+def of_pretrained(flag: str, folder: str) -> InitialWeights:
     """The model of a Hugging Face folder: as it is with the flag --init-from, as experts with --upcycle."""
     model, upcycled = Pretrained.open(Path(folder), flag), flag == "--upcycle"
     path, name = model.shape.folder, model.shape.architecture.model_type

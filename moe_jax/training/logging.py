@@ -3,7 +3,7 @@
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,11 +13,10 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from moe_jax.config import RunConfig, UserError
-from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
+from moe_jax.model.costs import adapter_parameters, count_parameters, duration, totals, training_flops
 from moe_jax.parallel.processes import first
 from moe_jax.runs import records
 from moe_jax.system.files import Folder, json_text
-from moe_jax.system.machine import matmul_rate
 from moe_jax.system.terminal import rich_console
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.session import Session
@@ -25,9 +24,7 @@ from moe_jax.training.state import STARVED_STEPS
 from moe_jax.training.step import StepReport
 
 MAX_SKIPPED_IN_A_ROW = 20
-SMOOTHING = 0.8
-"""Decay per logged step of the running mean of the loss on the terminal. The files hold the unsmoothed loss."""
-BAR_WIDTH = 14
+"""Steps whose loss or gradient is not finite, after which the run ends."""
 
 
 class MetricsLog:
@@ -36,26 +33,15 @@ class MetricsLog:
 
     def __init__(self, run: Folder, config: RunConfig) -> None:
         self._file = run.append(records.METRICS)
-        self._tensorboard = self._tracker = None
-        if config.track == "tensorboard" and first():
-            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-
-            self._tensorboard = SummaryWriter(str(run.make("tensorboard")))
-        elif config.track != "none" and first():
-            self._tracker = _start_tracker(run, config)
+        self._track, self._end = (None, None) if config.track == "none" or not first() else _start_tracker(run, config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
         self._file.write(json_text(record).encode() + b"\n")
         self._file.flush()
-        numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        if self._tensorboard is not None:
-            for name, value in numbers.items():
-                self._tensorboard.add_scalar(f"{record['split']}/{name}", value, record["step"])
-            for layer, load in enumerate(record.get("load", [])):
-                add_load(self._tensorboard, f"load/layer_{layer}", load, record["step"])
-        if self._tracker is not None:
-            self._tracker.log({f"{record['split']}/{k}": v for k, v in numbers.items()}, step=record["step"])
+        if self._track is not None:
+            numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+            self._track({f"{record['split']}/{k}": v for k, v in numbers.items()}, record["step"])
 
     def sync(self) -> None:
         """Wait until all records are on the disk. After a power loss, no checkpoint is then newer than its records."""
@@ -64,46 +50,35 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._tracker is not None:
-            self._tracker.finish()
+        if self._end is not None:
+            self._end()
 
 
-def add_load(writer: Any, name: str, load: list[float], step: int) -> None:
-    """Write the load of a layer's experts as a histogram. The bar from e to e + 1 is the share of expert e."""
-    experts = range(len(load))
-    writer.add_histogram_raw(
-        tag=name,
-        min=0.0,
-        max=float(len(load)),
-        num=sum(load),
-        sum=sum((e + 0.5) * share for e, share in zip(experts, load, strict=True)),
-        sum_squares=sum((e + 0.5) ** 2 * share for e, share in zip(experts, load, strict=True)),
-        bucket_limits=[float(e + 1) for e in experts],
-        bucket_counts=load,
-        global_step=step,
-    )
+def _start_tracker(run: Folder, config: RunConfig) -> tuple[Callable[[dict[str, float], int], Any], Callable[[], Any]]:
+    """(what logs the numbers of a step, what ends the log).
 
-
-def _start_tracker(run: Folder, config: RunConfig) -> Any:
-    """A run of wandb or trackio, with one name for each folder, so that a resumed run continues its curves. Raises
-    UserError if it cannot be started: without a key or a network, for example.
-
-    trackio keeps its own database: in TRACKIO_DIR, or else in the user's cache.
+    wandb and trackio get one name for each folder, so that a resumed run continues its curves. trackio keeps its own
+    database: in TRACKIO_DIR, or else in the user's cache. Raises UserError if the tracker cannot be started: without a
+    key or a network, for example.
     """
     name = f"{run.path.name}-{run.path.stat().st_ino}"
     settings = {f"{section}.{name}".lstrip("."): value for section, name, value in config.settings()}
     common: dict[str, Any] = {"project": "moe-jax", "resume": "allow", "config": settings}
-    try:
+    try:  # the command line has looked for the packages
+        if config.track == "tensorboard":
+            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
+            writer = SummaryWriter(str(run.make("tensorboard")))
+            return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()], writer.close
         if config.track == "wandb":
-            import wandb  # pyright: ignore[reportMissingImports]  # the command line has looked for it
+            import wandb  # pyright: ignore[reportMissingImports]
 
-            run.make("wandb")
-            return wandb.init(**common, id=name, dir=str(run.path))
-        import trackio  # pyright: ignore[reportMissingImports]
+            tracked = wandb.init(**common, id=name, dir=str(run.make("wandb").parent))
+        else:
+            import trackio  # pyright: ignore[reportMissingImports]
 
-        return trackio.init(**common, name=name, embed=False)
+            tracked = trackio.init(**common, name=name, embed=False)
+        return lambda numbers, step: tracked.log(numbers, step=step), tracked.finish
     except Exception as error:  # each package has errors of its own kinds
         said = (str(error).splitlines() or [repr(error)])[0]
         raise UserError(
@@ -116,51 +91,29 @@ class Terminal:
 
     def __init__(self, steps: int, first: int) -> None:
         self.console = rich_console()
-        self._steps, self._average, self._begin, self._first = steps, math.nan, time.monotonic(), first
+        self._steps, self._begin, self._first = steps, time.monotonic(), first
         self._bar = None
         if self.console.is_terminal:
-            # rich shortens the columns that wrap if all do not fit. The step must not be shortened.
+            # rich shortens the columns that do not fit. The step must not be shortened.
             whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
-            self._bar = Progress(
-                TextColumn("{task.completed}/{task.total}", table_column=whole),
-                BarColumn(bar_width=BAR_WIDTH),
-                TextColumn("{task.description}"),
-                console=self.console,
-                transient=True,
-            )
+            step, facts = TextColumn("{task.completed}/{task.total}", table_column=whole), "{task.description}"
+            self._bar = Progress(step, BarColumn(bar_width=14), facts, console=self.console, transient=True)
             self._task = self._bar.add_task("compiling the training step", total=steps, completed=first)
             self._bar.start()
 
-    def step(self, record: dict[str, Any], bytes_per_token: float, share_of_rate: float) -> None:
-        """Show a record of the training split: on the bar, or as a line.
-
-        `share_of_rate` is the arithmetic per second, relative to the rate of one matrix product measured at the start.
-        It is no share of a peak: on a machine with other work, the measured rate may be below what training reaches.
-        """
-        loss = record["loss"]
-        if not math.isfinite(self._average):  # no earlier loss was finite
-            self._average = loss
-        elif math.isfinite(loss):
-            self._average = SMOOTHING * self._average + (1 - SMOOTHING) * loss
-        bits = self._average / math.log(2) / bytes_per_token
+    def step(self, record: dict[str, Any], bytes_per_token: float) -> None:
+        """Show a record of the training split: on the bar, or as a line."""
         done = record["step"]
         left = (self._steps - done) * (time.monotonic() - self._begin) / max(done - self._first, 1)
-        facts = [
-            f"{_duration(left)} left",
-            f"{bits:.3f} bits/byte",
-            f"{record['tokens_per_second']:,.0f} tokens/s",
-            f"loss {self._average:.3f}",
-            f"{record['drop_fraction']:.1%} dropped",
-            f"{share_of_rate:.0%} of matmul rate",
-        ]
+        facts = (
+            f"{duration(left)} left | {record['loss'] / math.log(2) / bytes_per_token:.3f} bits/byte | "
+            f"{record['tokens_per_second']:,.0f} tokens/s | loss {record['loss']:.3f} | "
+            f"{record['drop_fraction']:.1%} dropped"
+        )
         if self._bar is not None:
-            # As many facts, from the first, as the width of the terminal has room for.
-            width = self.console.width - (2 * len(str(self._steps)) + 1) - BAR_WIDTH - 2
-            texts = [" | ".join(facts[:n]) for n in range(1, len(facts) + 1)]
-            shown = [text for text in texts if len(text) <= width]
-            self._bar.update(self._task, completed=done, description=shown[-1] if shown else texts[0])
+            self._bar.update(self._task, completed=done, description=facts)
         else:
-            self.say(" | ".join([f"step {done:>{len(str(self._steps))}}/{self._steps}", *facts]))
+            self.say(f"step {done:>{len(str(self._steps))}}/{self._steps} | {facts}")
 
     def say(self, text: str) -> None:
         """A line of its own, above the bar where there is one."""
@@ -169,12 +122,6 @@ class Terminal:
     def close(self) -> None:
         if self._bar is not None:
             self._bar.stop()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 class StepLogger:
@@ -188,7 +135,6 @@ class StepLogger:
         self._session, self.log, self.terminal = session, log, terminal
         self._pending: tuple[int, StepReport] | None = None
         self._mark, self._mark_step = time.monotonic(), int(session.state.step)
-        self._matmul_rate = matmul_rate(session.programs.policy.compute)
         self._is_first = True
 
     def add(self, step: int, report: StepReport) -> None:
@@ -225,10 +171,9 @@ class StepLogger:
         if step % config.log_every == 0 or step == config.steps or not finite or spike or starved:
             self._write(step, report)
         if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            path, first = self._session.diagnose(step)
             raise UserError(
-                f"step {step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite, first "
-                f"in {first} ({path}); lower --lr, and {self._session.progress.how_to_go_on}"
+                f"step {step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; "
+                f"lower --lr, and {self._session.progress.how_to_go_on}"
             )
 
     def _write(self, step: int, report: StepReport) -> None:
@@ -257,9 +202,8 @@ class StepLogger:
         if metrics.answers is not None:
             record["answer_tokens"] = round(float(metrics.answers) * session.config.train.grad_accum)
         self.log.write(record)
-        share = training_flops(session.config, 1) / session.config.tokens_per_step * rate / self._matmul_rate
         train = session.data.store.train
-        self.terminal.step(record, train.target_bytes / max(train.targets, 1), share)
+        self.terminal.step(record, train.target_bytes / max(train.targets, 1))
 
     @contextmanager
     def paused(self) -> Iterator[None]:

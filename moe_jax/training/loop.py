@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_jax.config import UserError
 from moe_jax.parallel.processes import Together, first
-from moe_jax.runs.load import best_of_run, restore_weights
+from moe_jax.runs.load import restore_weights
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.logging import MetricsLog, StepLogger, Terminal, summary
@@ -136,7 +136,7 @@ def _shown(sample: str) -> str:
 def finish(session: Session) -> dict[str, Any]:
     """Score the best checkpoint on the whole validation stream, and write the summary of the run."""
     session.folder.check_run(session.run_id)
-    best = best_of_run(session.folder.path)
+    best = session.checkpoints.best()
     if best is None:
         raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; check the disk")
     params = None

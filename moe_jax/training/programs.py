@@ -29,7 +29,7 @@ from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Card, Policy, choose_policy, cpu_bfloat16_units, writing_policy
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
-from moe_jax.parallel.experts import ExpertParallelMoE, bounded_moe
+from moe_jax.parallel.experts import ExpertParallelMoE
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.processes import placed
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -171,18 +171,14 @@ class Programs:
     def weights(self, state: TrainState) -> Params:
         """The parameters of the plain model, for evaluation and decoding: adapters are merged into them. On a mesh
         every device gets all of them."""
-        if self.layout is None:
-            return self._plain(state.params, state.adapters)
-        return self._gather(state.params, state.adapters)
-
-    def _plain(self, params: Params, adapters: Adapters | None) -> Params:
-        return params if adapters is None or self.lora is None else merged(params, adapters, self.lora.scale)
+        return self._plain(state.params, state.adapters)
 
     @cached_property
-    def _gather(self) -> Callable[[Params, Adapters | None], Params]:
-        """`_plain`, whole on every device of the mesh."""
-        assert self.layout is not None
-        return jax.jit(self._plain, out_shardings=self.layout.sharding(PartitionSpec()))
+    def _plain(self) -> Callable[[Params, Adapters | None], Params]:
+        def plain(params: Params, adapters: Adapters | None) -> Params:
+            return params if adapters is None or self.lora is None else merged(params, adapters, self.lora.scale)
+
+        return plain if self.layout is None else jax.jit(plain, out_shardings=self.layout.sharding(PartitionSpec()))
 
     @cached_property
     def step(self) -> Step:
@@ -214,13 +210,9 @@ class Programs:
 
     def tracer(self, tokens: np.ndarray) -> Tracer | None:
         """What records the routing of the first tokens of a stream (`evaluate.make_tracer`)."""
-        model = self.config.model
         if self.layout is None:
-            return make_tracer(model, self.graphdef, tokens)
-        execution, devices = self.config.execution, self.layout.mesh.shape["expert"]
-        moe = MoE if devices == 1 else bounded_moe(devices)
-        graphdef, _ = abstract_model(model, self.policy.compute, self.config.train.param_dtype, execution.remat, moe)
-        return make_tracer(model, graphdef, tokens, same_on_all_devices(self.layout))
+            return make_tracer(self.config.model, self.graphdef, tokens)
+        return make_tracer(self.config.model, self.graphdef, tokens, same_on_all_devices(self.layout))
 
     def compiled_step(self, batch_size: int, micro_batches: int = 1) -> Any:
         """The step, compiled for micro-batches of `batch_size` sequences, but not run."""

@@ -9,7 +9,6 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 """
 
 import dataclasses
-import shlex
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run, load_begun_config
+from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.documents import Message
@@ -30,19 +30,12 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import agree_on, placed
-from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore
-from moe_jax.runs.folder import RunFolder, new_run_id, recorded_changes
-from moe_jax.runs.load import (
-    check_full_weights,
-    check_same_model,
-    check_same_run,
-    kept_precision,
-    load_run_tokenizer,
-    saved_config,
-)
+from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
+from moe_jax.runs.folder import RunFolder, new_run_id, read_run_id
+from moe_jax.runs.load import check_full_weights, check_same_model, kept_precision, load_run_tokenizer, saved_config
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
-from moe_jax.training.nonfinite import diagnose, nonfinite_leaves
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start
 from moe_jax.training.state import RunCounters, SessionProgress, TrainState
@@ -138,7 +131,7 @@ class Session:
     tracer: Tracer | None
     """Routes the beginning of the validation text; None for a model without routers."""
     run_id: str = ""
-    """The id of the run, which its checkpoints hold (`runs/folder.py`)."""
+    """The id of the run (`runs/folder.py`)."""
     notes: list[str] = field(default_factory=list)
     """Lines to print about how the session was opened."""
 
@@ -153,13 +146,12 @@ class Session:
         folder = RunFolder(Path(config.run_dir))
         checkpoints = CheckpointStore(folder.path)
         saved = start.saved if start else None
-        weights = start.weights(config) if start and saved is None else None
+        weights = start.weights() if start else None
         run_id, tokenizer, precision = "", weights.tokenizer if weights else None, ""
         if saved is not None:
-            saved_steps = checkpoints.list()
-            newest = saved_steps[-1] if saved_steps else None
+            newest = next(reversed(checkpoints.list()), None)
             precision = kept_precision(newest) if newest else ""
-            run_id = check_same_run(folder.files, saved_steps) or new_run_id()
+            run_id = read_run_id(folder.files) or new_run_id()
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         config = dataclasses.replace(config, model=with_vocabulary_of(config.model, store))
@@ -196,12 +188,7 @@ class Session:
             params, self.progress.origin, note = weights.read(self.programs, self.data.store)
             self.notes.append(note)
         self.state = self.programs.state(params)
-        origin = self.progress.origin
-        history = [origin] if origin else []
-        if self.config.resume and (begun := load_begun_config(self.folder.path)) is not None:
-            entry, changes = recorded_changes(begun, self.config, 0)
-            history += [*(earlier for earlier in self.folder.history() if "resumed_at_step" in earlier), entry]
-            self.notes.append("started again at step 0" + (": " + ", ".join(changes) if changes else ""))
+        history = [self.progress.origin] if self.progress.origin else []
         self.run_id = self.folder.start(self.config, self.data.store.tokenizer, history)
 
     def _restore(self) -> None:
@@ -210,10 +197,8 @@ class Session:
             self.programs.state_shapes, lambda c: check_same_data_and_model(c, self.config, self.data.store)
         )
         if restored is None:
-            raise UserError(
-                f"{self.folder.path}: every checkpoint is damaged; "
-                f"`uv run python -m moe_jax doctor --run {shlex.quote(str(self.folder.path))}` says how"
-            )
+            run = self.folder.path
+            raise UserError(f"{run}: every checkpoint is damaged; {doctor_of(run)} says how")
         newest, self.state = restored
         self.progress = SessionProgress.restored(newest, self.progress.begin)
         self.folder.truncate_logs_after(newest.step, self.progress.counters.evaluated)
@@ -258,23 +243,15 @@ class Session:
         )
         return tokenizer.decode([*prompt[1:], *tokens])
 
-    def diagnose(self, step: int) -> tuple[Path, str]:
-        """Write the batch and the names of the arrays that are not finite, for a bad step: see `nonfinite.diagnose`."""
-        batch, on_devices = self.data.batch(step - 1), self.batch(step - 1)
-        return diagnose(self.folder.files, self.programs, self.state, step, batch, on_devices)
-
     def save(self, step: int, val_loss: float | None) -> None:
         """Write a checkpoint.
 
         Raises UserError if the state is not finite. Such a checkpoint would be the newest, and hide the last good one.
         """
         self.folder.check_run(self.run_id)
-        bad = nonfinite_leaves(self.state)
-        if bad:
-            path, _ = self.diagnose(step)
+        if bad := nonfinite_leaves(self.state):
             raise UserError(
-                f"step {step}: {bad[0]} is not finite, so it is not saved ({path}); "
-                f"lower --lr, and {self.progress.how_to_go_on}"
+                f"step {step}: {bad[0]} is not finite, so it is not saved; lower --lr, and {self.progress.how_to_go_on}"
             )
         context = {
             "data": self.data.store.digest,
@@ -282,11 +259,22 @@ class Session:
             "config": dataclasses.replace(self.config, resume=False).to_dict(),
             "progress": self.progress.counters.to_json(),
             "origin": self.progress.origin,
-            "run_id": self.run_id,
             "compute_dtype": self.programs.policy.compute,
         }
         self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.progress.elapsed, context=context)
         self.progress.saved_step = step
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack([jnp.isfinite(x).all() for x in leaves])
+
+
+def nonfinite_leaves(tree: Any) -> list[str]:
+    """Names of the leaves that hold a NaN or an infinity, in the order of the tree."""
+    leaves = {n: x for n, x in named_leaves(tree).items() if jnp.issubdtype(x.dtype, jnp.inexact)}
+    finite = np.asarray(_all_finite(list(leaves.values())))
+    return [name for name, is_finite in zip(leaves, finite, strict=True) if not is_finite]
 
 
 def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: TokenStore) -> None:

@@ -216,8 +216,7 @@ class RunCounters:
     @classmethod
     def from_json(cls, values: Any) -> "RunCounters":
         """The inverse of `to_json`. Raises CheckpointCorrupted if the values have other names or types."""
-        usual = cls().to_json()
-        kinds = {name: float | None if value is None else type(value) for name, value in usual.items()}
+        kinds = {n: float | None if value is None else type(value) for n, value in cls().to_json().items()}
         if not isinstance(values, dict) or values.keys() != kinds.keys():
             raise CheckpointCorrupted("its progress is not what this program saves")
         if wrong := [name for name, kind in kinds.items() if not isinstance(values[name], kind)]:

@@ -242,7 +242,7 @@ def test_the_kernels_and_the_traffic_of_a_step_of_seed_158m() -> None:
     programs = Programs.of(config, target := load_target("rtx3050-4gb"))
     lowered = lower_for(target, programs.step, programs.state_shapes, programs.batch_shapes(32))
     for options in back_ends(target).values():
-        kernels = read_kernels(compile_for_gpu(lowered, options)[0].as_text())
+        kernels = read_kernels(compile_for_gpu(lowered, options).as_text())
         prediction = predict(kernels, Rates.of(target))
         assert prediction.kernels <= 1250
         assert prediction.traffic_gb <= 36

@@ -41,7 +41,7 @@ def save(folder: Path, tokenizer: str = "byte", model: ModelConfig | None = None
     params = jax.tree.map(lambda p: p + scale(p.shape) * rng.normal(size=p.shape).astype(np.float32), params)
     state = initial_state(params, make_optimizer(TrainConfig()), loss_scaling=False)
     run = RunFolder(folder / "run")
-    run_id = run.start(config, store.tokenizer, [])
-    context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict(), "run_id": run_id}
+    run.start(config, store.tokenizer, [])
+    context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict()}
     CheckpointStore(run.path).save(state, 0, val_loss=1.0, elapsed=1.0, context=context)
     return run.path

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.transformer import merge
-from moe_jax.parallel.experts import BoundedBlocks, DeviceQueues, ExpertParallelMoE
+from moe_jax.parallel.experts import DeviceQueues, ExpertParallelMoE
 from moe_jax.parallel.layout import AXES, mesh_of
 from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
@@ -190,6 +190,21 @@ def test_outputs_drops_and_gradients(
     assert len(nothing) == (6 if favoured == (4, 5) else 0)
     for gradient in grads["experts"].values():
         assert (np.asarray(gradient)[nothing] == 0).all()
+
+
+class BoundedBlocks(NamedTuple):
+    """Dispatch by blocks on one device, which drops the pairs that find no row in `queues`. Their gates are 0."""
+
+    local: Blocks
+    queues: DeviceQueues
+
+    def apply(self, x: Any, routing: Routing, experts: Any) -> tuple[Any, Any]:
+        keep = self.queues.trace(routing).keep
+        y, _ = self.local.apply(x, routing._replace(gate=jnp.where(keep, routing.gate, 0)), experts)
+        return y, (~keep).reshape(len(keep), -1).mean(1, dtype=jnp.float32)
+
+    def trace(self, routing: Routing) -> QueuedPairs:
+        return self.queues.trace(routing)
 
 
 class BoundedMoE(MoE):

@@ -56,7 +56,7 @@ def test_a_public_model(flag: str, mesh: str, tmp_path: Path, monkeypatch: pytes
     start = new_start(dataclasses.replace(made.config(experts=4), **{name: str(folder)}))
     config = start.defaults
     config = dataclasses.replace(config, execution=dataclasses.replace(config.execution, mesh=mesh))
-    source = start.weights(config)
+    source = start.weights()
     assert source is not None
     data = DataConfig(source=str(hugging_face.text_file(tmp_path)))
     store = prepare_token_store(data, tokenizer=source.tokenizer, progress=False, seq_len=config.model.seq_len)

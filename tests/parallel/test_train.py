@@ -12,7 +12,7 @@ import pytest
 from moe_jax.cli.main import main, run_as
 from moe_jax.cli.train import Train
 from moe_jax.runs.checkpoint import CheckpointStore
-from moe_jax.runs.records import read_metrics, read_snapshots
+from moe_jax.runs.records import read_metrics
 from tests.support import saved_run
 
 pytestmark = pytest.mark.parallel
@@ -66,15 +66,14 @@ def test_a_run_moves_between_meshes(text: Path) -> None:
     assert saved["execution"]["mesh"] == "data=8"
 
 
-def test_blocks_over_an_expert_axis_count_what_they_drop(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With half a device's fair share of rows, half or more of the choices are dropped: in the records, the sums and
-    the snapshots. It goes on with another factor and on one device, where nothing is dropped."""
+def test_blocks_over_an_expert_axis_count_what_they_drop(text: Path) -> None:
+    """With half a device's fair share of rows, half or more of the choices are dropped: in the records and the sums. It
+    goes on with another factor and on one device, where nothing is dropped."""
     flags = ("--dispatch", "blocks", "--set")
     assert (
         run(text, "blocks", *flags, "routing.device_capacity_factor=0.5", "--steps", "4", "--mesh", "fsdp=2,expert=4")
         == 0
     )
-    assert "at most 8 of the 64 choices" in " ".join(capsys.readouterr().out.split())
     assert (
         run(text, "blocks", "--resume", *flags, "routing.device_capacity_factor=4", "--steps", "8", "--mesh", "data=1")
         == 0
@@ -82,9 +81,6 @@ def test_blocks_over_an_expert_axis_count_what_they_drop(text: Path, capsys: pyt
     drops = [record["drop_fraction"] for record in read_metrics(text / "blocks")["train"]]
     assert min(drops[:4]) >= 0.5
     assert drops[4:] == [0] * 4
-    snapshots = [trace["drop"] for trace in read_snapshots(text / "blocks")]
-    assert snapshots[0][0] >= 0.5
-    assert snapshots[-1] == [0]
     summary = json.loads((text / "blocks" / "summary.json").read_text())
     assert summary["train_drop_fraction"] == pytest.approx(np.mean(drops), rel=1e-6)
     assert summary["val_drop_fraction"] == 0

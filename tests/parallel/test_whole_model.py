@@ -1,20 +1,12 @@
 """Samples, snapshots of the routing and diagnoses on a mesh: what one device writes and finds."""
 
-import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from moe_jax.inference.sampling import Sampling
-from moe_jax.system.files import Folder
-from moe_jax.training.nonfinite import diagnose
 from moe_jax.training.programs import Programs
-from moe_jax.training.state import LossScale
 from tests.parallel import made
 from tests.support import tiny
 
@@ -47,13 +39,3 @@ def test_samples_and_snapshots_are_those_of_one_device() -> None:
     assert found is not None
     assert expected is not None
     assert found(whole(programs)) == expected(whole(one))
-
-
-def test_gradients_that_are_not_finite_are_diagnosed_where_they_lie(tmp_path: Path) -> None:
-    """Of a step whose loss is multiplied by infinity, the first gradient that is not finite is named."""
-    programs = made.programs(MESH)
-    state = programs.state(programs.initial_params())
-    state = dataclasses.replace(state, loss_scale=LossScale(jnp.float32(np.inf), jnp.int32(0)))
-    path, first = diagnose(Folder(tmp_path), programs, state, 1, made.batch(0), made.batch(0))
-    assert first == "gradients.blocks.0.attention.out"
-    assert json.loads(path.read_text())["not_finite"]["params"] == []

@@ -1,6 +1,6 @@
 """`train.py`, or `moe-jax sft`, for tests of several processes: without the report and the long sample.
 
-MOE_JAX_TEST_CODE stands for another version of the program, MOE_JAX_TEST_ANSWER for the seconds that processes wait for
+MOE_JAX_TEST_ANSWER stands for the seconds that processes wait for
 each other at the start, MOE_JAX_TEST_FAULT for the step at which reading the batch fails, and MOE_JAX_TEST_FULL for the
 save from whose arrays on no file may grow beyond 1,000 bytes.
 """
@@ -16,13 +16,10 @@ from moe_jax.cli.train import Sft, Train
 from moe_jax.inspection import report
 from moe_jax.parallel import processes
 from moe_jax.runs import checkpoint
-from moe_jax.training import logging, session
+from moe_jax.training import session
 
 session.SAMPLE_TOKENS = 8
-logging.matmul_rate = lambda dtype: 1e9  # only for the matmul rate
 report.report_run = lambda files: ["no report"]
-if code := os.environ.get("MOE_JAX_TEST_CODE"):
-    processes.code_digest = lambda: code
 if seconds := os.environ.get("MOE_JAX_TEST_ANSWER"):
     processes.ANSWER_SECONDS = int(seconds)
 if fault := os.environ.get("MOE_JAX_TEST_FAULT"):

@@ -10,5 +10,5 @@ def target(capability: str = "8.6", memory: int = 2**30) -> Target:
     return Target("card", f'{text}\ndevice_description_str: "A card 1"')
 
 
-def memory(total: float, warned: bool = False) -> Memory:
-    return Memory(total / 2, total / 4, total / 4, warned)
+def memory(total: float) -> Memory:
+    return Memory(total / 2, total / 4, total / 4)

@@ -288,7 +288,6 @@ def test_a_mesh_is_planned_with_the_sequences_of_each_card(
     ("arguments", "said"),
     [
         (["--gpu", "rtx9090"], "--gpu rtx9090: must be one of h100-80gb, quadro-t1000-4gb, rtx3050-4gb"),
-        (["--gpu", "t1000"], "perhaps quadro-t1000-4gb was meant"),
         (["--data", "stories"], "--data: no such flag"),
         (["--mesh", "data=9"], "--mesh data=9: has 9 places; give at most 8, or a multiple"),
         (["--mesh", "data=2", "--lora", "4"], "--lora 4: is for a plan of one GPU"),
@@ -330,7 +329,6 @@ def test_seed_158m_trains_on_a_4_gb_card(gpu: str, optimizer: str, precision: st
     """Its 32 sequences of 256 tokens in one micro-batch, with every back end of the card."""
     found = compiled("seed-158m", gpu, batch_size=32, grad_accum=1, optimizer=optimizer)
     assert (found.precision, found.step_fits) == (precision, True)
-    assert not any(m.warned for m in found.step.back_ends.values())
     assert found.step.total <= most
 
 

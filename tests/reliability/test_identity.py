@@ -1,4 +1,4 @@
-"""A checkpoint, a tokenizer, a text and a folder belong to one run, and none is taken for that of another run."""
+"""A tokenizer, a text and a folder belong to one run, and none is taken for that of another run."""
 
 import dataclasses
 import json
@@ -17,14 +17,11 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inspection.report import write_report
 from moe_jax.interop.source import open_source
 from moe_jax.runs import manifest
-from moe_jax.runs.doctor import examine
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import open_run
 from moe_jax.training import initial_weights
 from moe_jax.training.loop import train
 from moe_jax.training.session import Session
-from moe_jax.training.start import new_start
-from tests.reliability import states
 from tests.support.saved_run import resuming
 
 pytestmark = pytest.mark.reliability
@@ -68,7 +65,7 @@ def resume(run: Path) -> Session:
 OPENINGS: dict[str, Callable[[Path], Any]] = {
     "generate, evaluate, certify, chat, serve, merge, quantize": lambda run: open_run(run),
     "export": lambda run: open_source(run),
-    "sft": lambda run: initial_weights.of_tuned_run(str(run)),
+    "sft": lambda run: initial_weights.of_run("--run", str(run)),
     "inspect": lambda run: write_report(run, run / "page.html", text="Once"),
     "load_run": lambda run: moe_jax.load_run(run),
     "--resume": lambda run: resume(run),
@@ -110,44 +107,6 @@ def test_another_validation_text_is_said(saved: Path, tmp_path: Path, capsys, mo
     write_report(run, tmp_path / "page.html", text="Once")
     assert "has changed since the run was trained" in capsys.readouterr().err
     assert "has changed since the run was trained" in (tmp_path / "page.html").read_text()
-
-
-# The run
-
-
-@pytest.mark.parametrize("place", ["newest", "oldest"])
-def test_a_checkpoint_of_another_run_is_refused_by_name(place: str, trained: tuple[Path, RunConfig]) -> None:
-    """A checkpoint of seed 7 in the folder of seed 0, as if it had been copied there."""
-    run, config = trained
-    steps = sorted((run / "checkpoints").glob("step_*"))
-    foreign = steps[-1 if place == "newest" else 0]
-    reseal(foreign, lambda m: m["context"].update(run_id="0123456789abcdef"))
-    before = {p: p.read_bytes() for p in states.files(run)}
-    with pytest.raises(UserError, match=f"{foreign.name}: was saved by another run") as caught:
-        Session.open(config, resuming(config))
-    assert "move it out of the folder" in str(caught.value)
-    with pytest.raises(UserError, match="was saved by another run"):
-        open_run(run, int(foreign.name[5:]))
-    assert {f.what: f.state for f in examine(run, repair=True)}[foreign.name] == "foreign"
-    assert {p: p.read_bytes() for p in states.files(run)} == before
-
-
-def test_the_best_checkpoint_is_not_chosen_beside_one_of_another_run(trained: tuple[Path, RunConfig]) -> None:
-    """The copied checkpoint has taken the place of the best one. Without a word the second best would be opened."""
-    run, config = trained
-    foreign = open_run(run).checkpoint.path
-    for path in set((run / "checkpoints").iterdir()) - {foreign}:
-        reseal(path, lambda m: m.update(val_loss=9.0))
-    reseal(foreign, lambda m: (m["context"].update(run_id="0123456789abcdef"), m.update(val_loss=1e3)))
-    with pytest.raises(UserError, match=f"{foreign.name}: was saved by another run"):
-        open_run(run)
-    model = dataclasses.replace(config.model, dense="active")
-    edit(run, model__dense="active")
-    started = dataclasses.replace(config, model=dataclasses.replace(model, dense="none"), upcycle=str(run))
-    expert = dataclasses.replace(started.model, expert_hidden=model.dense_hidden)
-    sparse = dataclasses.replace(started, model=expert)
-    with pytest.raises(UserError, match=f"{foreign.name}: was saved by another run"):
-        new_start(sparse).weights(sparse)
 
 
 # The folder

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,7 +113,7 @@ def test_what_is_not_finite_skips_one_step(
     assert not all(np.array_equal(a, b) for a, b in pairs)
 
 
-def test_gradients_that_stay_bad_are_diagnosed(
+def test_gradients_that_stay_bad_end_the_run(
     text: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -123,7 +122,7 @@ def test_gradients_that_stay_bad_are_diagnosed(
     config = configuration(text, tmp_path / "run")
     poison_gradients(monkeypatch, config, 7, 12)
     session = Session.open(config)
-    with pytest.raises(UserError, match=r"step 9: 3 steps in a row .* first in gradients\.\S*router \(.*step_00000009"):
+    with pytest.raises(UserError, match="step 9: 3 steps in a row "):
         train(session)
     assert finite_checkpoints(tmp_path / "run")
 
@@ -139,22 +138,15 @@ def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
     monkeypatch: pytest.MonkeyPatch,
     uninterrupted: tuple[Session, dict[str, Any]],  # noqa: F811
 ) -> None:
-    """The first bad leaf is named, and the run goes on from the last checkpoint as if nothing had been."""
+    """The run goes on from the last checkpoint as if nothing had been."""
     monkeypatch.setattr("moe_jax.training.logging.MAX_SKIPPED_IN_A_ROW", 3)
     out = tmp_path / "run"
     config = configuration(text, out, save_every=save_every)
     session = Session.open(config)
     name = "router" if where == "params" else "embedding"
     before_step(session, 7, lambda s: dataclasses.replace(s, **{where: poison(getattr(s, where), name)}))
-    with pytest.raises(UserError, match=r"not finite.*nonfinite/step_\d+\.json.*--resume"):
+    with pytest.raises(UserError, match=r"not finite.*--resume"):
         train(session)
-    (diagnosis,) = (out / "nonfinite").glob("*.json")
-    found = json.loads(diagnosis.read_text())
-    assert found["first"].startswith("params.")
-    if where == "params":
-        assert found["first"].endswith("router")
-    batch = np.load(out / "nonfinite" / found["batch"], allow_pickle=False)
-    np.testing.assert_array_equal(batch, session.data.batch(found["step"] - 1))
     assert finite_checkpoints(out)
     again = Session.open(config, resuming(load_config(out)))
     assert again.progress.resumed_from == 6

@@ -192,7 +192,6 @@ ODD_MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "best of 400 digits": _context(progress=RunCounters().to_json() | {"best": 10**400}),
     "origin a list": _context(origin=[]),
     "origin of 400 digits": _context(origin={"training_flops": 10**400}),
-    "run_id a list": _context(run_id=[]),
 }
 
 

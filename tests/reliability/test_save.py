@@ -83,7 +83,7 @@ def test_killed_at_every_line_of_a_save(again: bool, tmp_path: Path) -> None:
         assert all(p.name.startswith("step_") for p in (snapshot / "checkpoints").iterdir())
 
 
-STAGES = ["write_arrays", "write_weights", "_sync", "_publish", "_sync_path", "_remove_old"]
+STAGES = ["write_arrays", "write_weights", "_sync", "_publish", "_remove_old"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

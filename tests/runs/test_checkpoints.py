@@ -147,15 +147,16 @@ def test_a_loss_that_is_not_finite_is_none(given: float | None, known: float | N
 def test_everything_is_on_the_disk_before_the_draft_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files, their folder, and after the rename the folder above it."""
     synced: list[str] = []
-    true = checkpoint._sync_path
+    true = checkpoint._sync
 
-    def sync(path: Path) -> None:
-        draft = path.name.startswith("tmp_") or path.parent.name.startswith("tmp_")
-        synced.append("draft" if path.name.startswith("tmp_") else path.name)
-        assert (tmp_path / FOLDER / "step_00000001").exists() != draft
-        true(path)
+    def sync(*paths: Path) -> None:
+        for path in paths:
+            draft = path.name.startswith("tmp_") or path.parent.name.startswith("tmp_")
+            synced.append("draft" if path.name.startswith("tmp_") else path.name)
+            assert (tmp_path / FOLDER / "step_00000001").exists() != draft
+        true(*paths)
 
-    monkeypatch.setattr(checkpoint, "_sync_path", sync)
+    monkeypatch.setattr(checkpoint, "_sync", sync)
     save(CheckpointStore(tmp_path), 1)
     assert sorted(synced[:-2]) == ["file", "manifest.json"]
     assert synced[-2:] == ["draft", FOLDER]

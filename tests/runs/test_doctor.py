@@ -86,20 +86,6 @@ def test_the_only_checkpoint_is_never_renamed(where: str, copied: Path) -> None:
     assert [p.name for p in (copied / "checkpoints").iterdir()] == [NAME]
 
 
-@pytest.mark.parametrize("without_config", [False, True])
-def test_a_checkpoint_of_another_run_is_said_and_left_alone(without_config: bool, copied: Path) -> None:
-    """And it is not the source of a repair. Without config.json the oldest checkpoint says whose run it is."""
-    own = json.loads((copied / "config.json").read_text())["run_id"]
-    second(copied, run_id="0" * 16, config=None)
-    (copied / ("config.json" if without_config else "tokenizer.json")).unlink()
-    finding = found(copied)["step_00000050"]
-    assert finding.state == "foreign"
-    assert "was saved by another run" in finding.detail
-    states = {what: f.state for what, f in found(copied, repair=True).items()}
-    assert states[FILES[1 if without_config else 2]] == "repaired"
-    assert json.loads((copied / "config.json").read_text())["run_id"] == own
-
-
 @pytest.mark.parametrize("text", [None, "{", "[]", '{"schema_version": 99}'])
 def test_a_configuration_is_copied_from_the_newest_good_checkpoint(text: str | None, copied: Path) -> None:
     config = load_config(copied)

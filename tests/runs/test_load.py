@@ -15,14 +15,12 @@ from moe_jax.model import precision
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
-from moe_jax.runs.load import check_same_model, check_same_run, open_run, saved_config
+from moe_jax.runs.load import check_same_model, open_run, saved_config
 from moe_jax.runs.manifest import CheckpointCorrupted
-from moe_jax.system.files import Folder
 from moe_jax.training.programs import Programs
 from tests.support import saved_run, tiny
 from tests.support.saved_run import NAME, flip_a_bit, largest_file
 
-A, B = "a" * 16, "0123456789abcdef"
 CONFIG = RunConfig(model=tiny.config())
 LEAVES: dict[str, Any] = {
     "params.embedding": [[13, 8], "float32", "d"],
@@ -98,29 +96,6 @@ def checkpoint(step: int = 1, leaves: dict[str, Any] | None = None, **context: A
     context = {"config": CONFIG.to_dict()} | context
     document = {"context": context, "leaves": LEAVES if leaves is None else leaves}
     return Checkpoint(Path(f"run/step_{step}"), step, None, 0.0, document)
-
-
-@pytest.mark.parametrize(
-    ("written", "ids", "expected"),
-    [
-        (A, [], A),
-        (A, [A, A], A),
-        (A, [None, A], A),
-        (None, [None, None], None),
-        (None, [B, B], B),
-        (A, [A, B], rf"step_1: was saved by another run \({B}\) than the run of this folder \({A}\)"),
-        (None, [None, B], rf"step_1: was saved by another run \({B}\) than the run of this folder \(without an id\)"),
-        (None, [B, None], rf"step_1: was saved by another run \(without an id\) than .* folder \({B}\)"),
-    ],
-)
-def test_checkpoints_of_one_run(written: str | None, ids: list[str | None], expected: str | None, tmp_path: Path):
-    (tmp_path / "config.json").write_text(json.dumps({"run_id": written}))
-    checkpoints = [checkpoint(step, run_id=run_id) for step, run_id in enumerate(ids)]
-    if expected is None or len(expected) == 16:
-        assert check_same_run(Folder(tmp_path), checkpoints) == expected
-        return
-    with pytest.raises(UserError, match=expected):
-        check_same_run(Folder(tmp_path), checkpoints)
 
 
 def test_the_saved_configuration() -> None:

@@ -82,33 +82,23 @@ def test_what_a_save_can_write_is_read(usual: dict[str, Any], tmp_path: Path) ->
     assert manifest.read(written(tmp_path, **usual)).items() >= usual.items()
 
 
-KEYS = ("step", "elapsed", "state", "files", "leaves", "context", "versions")
+UNUSUAL = "not what this program writes"
 ODD: list[tuple[dict[str, Any], str]] = [
-    *[({key: odd}, f"no usable '{key}'") for key in KEYS for odd in (None, True)],
-    ({"val_loss": "1.5"}, "no usable 'val_loss'"),
-    ({"step": 7.0}, "no usable 'step'"),
-    ({"elapsed": 2**63}, "no usable 'elapsed'"),
-    ({"val_loss": 1e19}, "no usable 'val_loss'"),
-    ({"val_loss": math.nan}, "no usable 'val_loss'"),
+    *[({key: None}, UNUSUAL) for key in ("step", "elapsed", "files", "leaves", "context")],
+    *[({"val_loss": odd}, UNUSUAL) for odd in ("1.5", 1e19, math.nan)],
+    *[(odd, UNUSUAL) for odd in ({"step": 7.0}, {"elapsed": 2**63})],
     ({"step": 8}, "it is a copy of step 8"),
-    ({"files": {"a": [1]}}, "no usable 'files'"),
-    ({"files": {"a": [1, "d", 2]}}, "no usable 'files'"),
-    ({"files": {"a": [True, "d"]}}, "no usable 'files'"),
-    ({"files": {"a": "1d"}}, "no usable 'files'"),
-    ({"files": {"b": [1, "d"], "a": [1.0, "d"]}}, "no usable 'files'"),
-    ({"files": {"a": [2**40, "d"], "b": [1, "d"]}}, "more than 1,099,511,627,776 bytes"),
-    ({"leaves": {"w": [[2**38, 2], "float32", "d"]}}, "more than 1,099,511,627,776 bytes"),
+    *[({"files": {"b": [1, "d"], "a": odd}}, UNUSUAL) for odd in ([1], [1, "d", 2], [True, "d"], "xyz", [1.0, "d"])],
+    ({"leaves": {"w": [[2**38, 2], "float32", "d"]}}, UNUSUAL),
     *[
-        ({"leaves": {"a": [[], "int32", "d"], "w": odd}}, "no usable entry for w")
+        ({"leaves": {"a": [[], "int32", "d"], "w": odd}}, UNUSUAL)
         for odd in (
             *([[1] * 33, "float32", "d"], [[2**40 + 1, 0], "float32", "d"], [[-1], "float32", "d"]),
             *([[True], "float32", "d"], [[2.0], "float32", "d"], [2, "float32", "d"], [[2], "float128", "d"]),
-            *([[2], ["float32"], "d"], [[2], "float32", 3], [[2], "float32"], {"a": 1, "b": 2, "c": 3}),
+            *([[2], ["float32"], "d"], [[2], "float32"], "x"),
         )
     ],
-    ({"leaves": {"w" * 100: "abc"}}, f"no usable entry for {'w' * 80}$"),
     ({"version": 4}, "of version 4, this program reads 3"),
-    ({"version": 2}, "of version 2, this program reads 3"),
 ]
 
 
@@ -205,12 +195,7 @@ def test_links_that_the_manifest_does_not_name_and_names_outside_are_refused(fil
 
 
 def test_no_file_is_read_before_all_sizes_are_right(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And a large file must be one that holds arrays: orbax reads its other files whole."""
     expected = manifest.describe_files(files)
-    monkeypatch.setattr(manifest, "file_digest", lambda path: pytest.fail(f"{path} was read"))
-    monkeypatch.setattr(manifest, "MAX_METADATA_BYTES", 4)
-    assert damage(files, expected) == "plain has 5 bytes"
-    monkeypatch.undo()
     monkeypatch.setattr(manifest, "file_digest", lambda path: pytest.fail(f"{path} was read"))
     (files / "weights.safetensors").write_bytes(b"")
     assert damage(files, expected) == "weights.safetensors was changed"

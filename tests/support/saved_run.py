@@ -18,7 +18,7 @@ from moe_jax.runs.folder import RunFolder
 from moe_jax.training.evaluate import make_tracer
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.session import Session
-from moe_jax.training.start import ResumedRun, Start
+from moe_jax.training.start import Start, resumed_run
 from moe_jax.training.state import initial_state
 from tests.support import tiny
 
@@ -30,7 +30,7 @@ STORY = "Once upon a time a dragon met a cat. The cat said hello to the dragon, 
 
 def resuming(saved: RunConfig | None) -> Start | None:
     """What a session of a saved run starts from. None where there is no saved run."""
-    return None if saved is None else ResumedRun(saved)
+    return None if saved is None else resumed_run(saved)
 
 
 @contextmanager
@@ -39,7 +39,6 @@ def quick_training(cache: Path) -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_JAX_CACHE", str(cache))
         patch.setattr("moe_jax.training.session.SAMPLE_TOKENS", 24)
-        patch.setattr("moe_jax.training.logging.matmul_rate", lambda dtype: 1e9)  # only for the matmul rate
         yield patch
 
 
@@ -64,11 +63,11 @@ def save_run(folder: Path, **model_changes: object) -> Path:
     config = RunConfig(out=str(folder / "run"), model=model, data=data, train=train, execution=execution)
     store = prepare_token_store(data, progress=False, cache=folder / "cache")
     run = RunFolder(folder / "run")
-    run_id = run.start(config, store.tokenizer, [])
+    run.start(config, store.tokenizer, [])
     graphdef, params = tiny.build(model)
     state = initial_state(params, make_optimizer(train), loss_scaling=False)
     state = dataclasses.replace(state, step=np.int32(STEP))
-    context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict(), "run_id": run_id}
+    context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict()}
     CheckpointStore(run.path).save(state, STEP, val_loss=1.0, elapsed=1.0, context=context)
     run.metrics.write_text("".join(json.dumps(r) + "\n" for r in metrics(model.layers, model.experts)))
     tracer = make_tracer(model, graphdef, store.valid.tokens)

@@ -43,12 +43,7 @@ def test_parameters_memory_and_time(printed: str) -> None:
         assert f"{name} {count.total:,}" in printed
     assert f"{total.total:,} in all, {total.active:,} active" in printed
     mib = total.total * 4 / 2**20
-    for words in (
-        f"at least {4 * mib + 12 + 24:,.0f} MiB in a training step",
-        f"weights {mib:,.0f} MiB, gradients {mib:,.0f} MiB",
-        f"state of adamw {2 * mib:,.0f} MiB",
-    ):
-        assert words in printed
+    assert f"at least {4 * mib + 12 + 24:,.0f} MiB in a training step" in printed
     assert "819,200 tokens" in printed
     flops = training_flops(config, 100)
     assert f"{flops:.2e} floating-point operations" in printed

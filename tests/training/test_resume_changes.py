@@ -23,7 +23,7 @@ from moe_jax.config.section import typed
 from moe_jax.model import precision
 from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
-from moe_jax.training.start import ResumedRun
+from moe_jax.training.start import resumed_run
 from tests.support import tiny
 from tests.support.saved_run import resuming
 
@@ -84,10 +84,10 @@ def test_which_settings_may_change_at_a_resume(section: str, name: str) -> None:
     config = changed(section, name, value)
     assert config != SAVED
     if (section, name) in MAY_CHANGE:
-        ResumedRun(SAVED).check(config)
+        resumed_run(SAVED).check(config)
         return
     with pytest.raises(ConfigError) as caught:
-        ResumedRun(SAVED).check(config)
+        resumed_run(SAVED).check(config)
     there = getattr(SAVED.section(section), name)
     assert str(caught.value) == (
         f"{typed(section, name, value)}: the run in runs/held has {there}; "
@@ -100,7 +100,7 @@ def test_preset_and_origin_stay() -> None:
     changes |= {"--upcycle runs/other": {"upcycle": "runs/other"}, "--set base=runs/other": {"base": "runs/other"}}
     for flag, change in changes.items():
         with pytest.raises(ConfigError, match=flag):
-            ResumedRun(SAVED).check(dataclasses.replace(SAVED, **change))
+            resumed_run(SAVED).check(dataclasses.replace(SAVED, **change))
 
 
 # Whole runs
@@ -118,7 +118,7 @@ def run(folder: Path, steps: int, **execution: Any) -> Session:
     )
     saved = load_config(folder / "run")
     if saved is not None:
-        ResumedRun(saved).check(config)
+        resumed_run(saved).check(config)
     session = Session.open(config, resuming(saved))
     train(session)
     return session
