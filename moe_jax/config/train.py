@@ -56,7 +56,7 @@ Schedule = Literal["cosine", "linear"]
 ParamDtype = Literal["float32", "bfloat16"]
 
 STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-8bit": 2, "adafactor": 0, "muon": 4}
-"""Least bytes of optimizer state for each parameter. `optimizers.factory.state_bytes` counts the real arrays."""
+"""Least bytes of optimizer state for each parameter."""
 
 
 @dataclass(frozen=True)

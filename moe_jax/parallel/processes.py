@@ -2,8 +2,8 @@
 
 jax connects them (`jax.distributed`): process 0 runs the coordination service, with a store of short texts, barriers
 and heartbeats. All processes run the same program on their own part of the arrays. Process 0 alone writes the files of
-the run and prints. `agree_on` compares settings and data before the first step. `Together` lets all see a signal
-or an error at the same step. If a process dies, jax ends the others after HEARTBEAT_SECONDS.
+the run and prints. `agree_on` compares settings and data before the first step. `stop_reason` lets all see a signal at
+the same step. If a process ends otherwise, jax ends the others after HEARTBEAT_SECONDS.
 
 Without `joined`, this is the only process: nothing waits, and this process holds every array whole.
 
@@ -39,8 +39,6 @@ HEARTBEAT_SECONDS = 10
 """A process that has sent no heartbeat for this long counts as dead."""
 ANSWER_SECONDS = 45
 """How long the first meeting of all processes may take."""
-_ERROR = 1000
-"""Added to the number of a process that has an error. Numbers of signals are smaller."""
 _LONG = 7 * 24 * 3600.0
 """Seconds to wait for work that may take long. A dead process is noticed long before."""
 
@@ -171,45 +169,9 @@ def check_same_program(config: RunConfig, resumed: bool) -> None:
     agree_on(facts | {f"version of {name}": version for name, version in versions().items()}, ANSWER_SECONDS)
 
 
-class Together:
-    """What this process has to tell the others at the next step: a signal, or an error of its own work.
-
-    An error of one process must not leave the others in the middle of a step. So it is kept until all processes meet.
-    """
-
-    def __init__(self) -> None:
-        self._error: Exception | None = None
-
-    def attempt[T](self, work: Callable[[], T]) -> T | None:
-        """Do work of this process alone, such as reading data or writing a log. With several processes, an error is
-        kept for `stop_reason`, and None is returned."""
-        if not several():
-            return work()
-        try:
-            return work()
-        except Exception as error:
-            self._error = self._error or error
-            return None
-
-    def stop_reason(self, signal: int | None) -> int | None:
-        """The signal that came to any process, or _ERROR + its number if a process has an error. All processes call
-        this at the same step, and all get the same answer."""
-        if not several():
-            return signal
-        number = signal or 0
-        if self._error is not None:
-            number = _ERROR + _index()
-            _client().key_value_set(f"moe_jax/error/{_index()}", _text(self._error), allow_overwrite=True)
-        return largest(number) or None
-
-    def raise_error(self, reason: int) -> None:
-        """Raise the error that stops all processes: the own one, or a UserError that names the process. Returns if a
-        signal stops them."""
-        if self._error is not None:
-            raise self._error
-        if reason >= _ERROR:
-            text = _client().blocking_key_value_get(f"moe_jax/error/{reason - _ERROR}", 1000 * HEARTBEAT_SECONDS)
-            raise UserError(f"process {reason - _ERROR} has stopped: {text}")
+def stop_reason(signal: int | None) -> int | None:
+    """The signal that came to any process. All processes call this at the same step, and all get the same answer."""
+    return largest(signal or 0) or None if several() else signal
 
 
 # Arrays that lie on the devices of several processes

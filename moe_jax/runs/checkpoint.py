@@ -13,7 +13,6 @@ Arrays are saved by name, not by structure. An array named `params.blocks.0.ffn.
 that wrote it.
 """
 
-import errno
 import math
 import os
 import shlex
@@ -29,7 +28,7 @@ import jax
 from moe_jax.config import UserError
 from moe_jax.parallel.processes import barrier, first
 from moe_jax.runs import manifest
-from moe_jax.runs.arrays import PARAMS, named_leaves, read_arrays, write_arrays, write_weights
+from moe_jax.runs.arrays import named_leaves, read_arrays, write_arrays, write_weights
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import Folder, step_name, step_number, write_atomically
@@ -103,7 +102,6 @@ class CheckpointStore:
                 self._files.path.mkdir(parents=True, exist_ok=True)
                 self._files.make(FOLDER)
                 self.remove_interrupted_saves()
-                _check_room(self.folder, leaves)
                 draft.mkdir()
             barrier()
             write_arrays(draft, leaves)
@@ -286,17 +284,6 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
     places = {name: getattr(leaf, "sharding", None) for name, leaf in leaves.items()}
     arrays = read_arrays(checkpoint.path, {name: saved[name] for name in leaves}, places)
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in leaves])
-
-
-def _check_room(folder: Path, leaves: dict[str, Any]) -> None:
-    """Raise OSError if the disk has too little room for the arrays.
-
-    This is checked before anything is written, because after a failed write orbax's other threads continue for a while
-    and log errors.
-    """
-    needed = sum(x.nbytes * (2 if name.startswith(PARAMS) else 1) for name, x in leaves.items())
-    if shutil.disk_usage(folder).free < needed:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def _sync(*paths: Path) -> None:

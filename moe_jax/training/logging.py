@@ -173,7 +173,7 @@ class StepLogger:
         if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"step {step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; "
-                f"lower --lr, and {self._session.progress.how_to_go_on}"
+                "lower --lr, and go on with --resume"
             )
 
     def _write(self, step: int, report: StepReport) -> None:
@@ -254,7 +254,7 @@ def summary(
         "val_whole_stream": whole_stream,
         "val_loss_in_training": training_val_loss,
         "best_step": best_step,
-        "opening": data.opening,
+        "opening": "".join(data.openings[:1]),
         "openings": data.openings,
         "params_total": counts.total,
         "params_active": counts.active,

@@ -5,11 +5,10 @@ summary.json. After a signal (Ctrl-C), `evaluate_and_save_if_due` saves a checkp
 """
 
 from contextlib import ExitStack, suppress
-from functools import partial
 from typing import Any
 
 from moe_jax.config import UserError
-from moe_jax.parallel.processes import Together, first
+from moe_jax.parallel.processes import first, stop_reason
 from moe_jax.runs.load import restore_weights
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.evaluate import Evaluation
@@ -33,26 +32,18 @@ def train(session: Session, signals: Signals | None = None) -> None:
         terminal = Terminal(config.steps, step)
         opened.callback(terminal.close)
         opened.callback(setattr, signals, "unsaved", False)
-        logger, together = StepLogger(session, log, terminal), Together()
+        logger = StepLogger(session, log, terminal)
         if step >= config.steps:
             terminal.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
-        while True:
-            batch = together.attempt(partial(session.batch, step))
-            if evaluate_and_save_if_due(session, step, logger, signals, together):
-                break
-            assert batch is not None  # an error of `attempt` has been raised
-            session.state, report = session.programs.step(session.state, batch)
+        while not evaluate_and_save_if_due(session, step, logger, signals):
+            session.state, report = session.programs.step(session.state, session.batch(step))
             step += 1
             signals.unsaved = True
-            together.attempt(partial(logger.add, step, report))
+            logger.add(step, report)
 
 
-def evaluate_and_save_if_due(
-    session: Session, step: int, logger: StepLogger, signals: Signals, together: Together
-) -> bool:
+def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, signals: Signals) -> bool:
     """After `step` steps: evaluate if an evaluation is due, and save if a checkpoint is due or a signal asked to stop.
-
-    With several processes, an error of one of them stops all like a signal, and is raised once the step is saved.
 
     Returns whether training is at its end. A resumed run calls this before its first step. So if a signal has prevented
     an evaluation, the resumed run makes it up.
@@ -62,23 +53,22 @@ def evaluate_and_save_if_due(
     due = step > 0 and (step % config.eval_every == 0 or last) and counters.evaluated < step
     val_loss, improved = None, False
     if due:
-        together.attempt(logger.flush)
+        logger.flush()
         with logger.paused(), suppress(Stopped):  # at a signal: save now, and evaluate after the resume
-            val_loss = _evaluate_and_sample(session, step, logger, signals, together)
+            val_loss = _evaluate_and_sample(session, step, logger, signals)
             improved = counters.add_evaluation(step, val_loss)
     enough = bool(config.patience) and counters.without_improvement >= config.patience
-    reason = together.stop_reason(signals.stop_signal)
+    reason = stop_reason(signals.stop_signal)
     save_due = step % config.save_every == 0 or last or enough or reason
     made_up = val_loss is not None and step == session.progress.saved_step  # its checkpoint has no loss yet
     if improved or made_up or (step > session.progress.saved_step and save_due):
-        together.attempt(logger.flush)
+        logger.flush()
         with logger.paused():
-            together.attempt(logger.log.sync)
+            logger.log.sync()
             session.save(step, val_loss)
             signals.unsaved, signals.saved = False, True
-        reason = together.stop_reason(signals.stop_signal)  # a signal during the save counts too, even at the last step
+        reason = stop_reason(signals.stop_signal)  # a signal during the save counts too, even at the last step
     if reason is not None:
-        together.raise_error(reason)
         where = f"before the first step; {signals.how_to_go_on}"
         if step:
             where = f"at step {step}, which is saved; go on with --resume"
@@ -90,9 +80,7 @@ def evaluate_and_save_if_due(
     return last or enough
 
 
-def _evaluate_and_sample(
-    session: Session, step: int, logger: StepLogger, signals: Signals, together: Together
-) -> float:
+def _evaluate_and_sample(session: Session, step: int, logger: StepLogger, signals: Signals) -> float:
     """Evaluate, write a sample, a routing snapshot, a record and summary.json, and return the validation loss.
 
     Raises Stopped at a signal, before anything is written.
@@ -102,7 +90,7 @@ def _evaluate_and_sample(
         params = session.params  # with several processes, by all together
         sample, trace = session.sample(step, params), session.tracer(params) if session.tracer else None
     if first():
-        together.attempt(partial(_write_evaluation, session, step, scored, sample, trace, logger))
+        _write_evaluation(session, step, scored, sample, trace, logger)
     return scored.loss
 
 
@@ -121,7 +109,7 @@ def _write_evaluation(
     best = "" if floor is None else f" (floor {floor:.3f})"
     logger.terminal.say(
         f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
-        + session.data.describe_stream(scored)
+        f"{scored.tokens:,} of {session.data.store.valid.targets:,} validation tokens"
     )
     logger.terminal.say(_shown(sample))
     session.folder.write_summary(summary(session, scored, step, scored.loss, whole_stream=False))

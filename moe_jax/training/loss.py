@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.model.kernels.cross_entropy import Implementation, mean_cross_entropy
-from moe_jax.model.moe.layer import LayerTrace, Mode, RouterStats
+from moe_jax.model.moe.layer import Mode, RouterStats
 from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.model.transformer import Transformer
 
@@ -27,8 +27,6 @@ class Metrics(NamedTuple):
     """Share of the pairs of a token and a chosen expert that had no slot, mean over the layers."""
     load: Float[Array, "L E"]
     """Share of a layer's pairs that each expert was chosen for, before drops. A row sums to 1."""
-    trace: LayerTrace | None = None
-    """Every decision of the routers, with leading axes M (micro-batches) and L. None unless the step is traced."""
     answers: Float[Array, ""] | None = None
     """Tokens of the answers in a micro-batch (the mean over the micro-batches of a step). None for plain text."""
 
@@ -54,14 +52,12 @@ def training_loss(
     tokens: Int[Array, "B T_plus_1"] | MaskedBatch,
     key: Key[Array, "..."] | None,
     config: TrainConfig,
-    trace: bool = False,
     implementation: Implementation = "blocked",
     loss_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss to minimise (mean cross-entropy plus the weighted auxiliary losses), and the metrics.
 
-    A key, or one key for each sequence, turns on dropout and router noise. `trace`, a static argument, adds the
-    routers' decisions to the metrics. `implementation` chooses how the cross-entropy is computed.
+    A key, or one key for each sequence, turns on dropout. `implementation` chooses how the cross-entropy is computed.
 
     `loss_scale` is the factor by which the caller multiplies the loss (see `mean_cross_entropy`). The loss that is
     returned is not multiplied.
@@ -72,7 +68,7 @@ def training_loss(
     if isinstance(tokens, MaskedBatch):
         tokens, weights = jnp.asarray(tokens.tokens), jnp.asarray(tokens.weights).reshape(-1)
         answers = (weights > 0).sum().astype(weights.dtype)
-    hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, key, trace)
+    hidden, stats, _ = model(tokens[:, :-1], Mode.TRAIN, key)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     with jax.named_scope("head"):
         targets = tokens[:, 1:].reshape(-1)
@@ -81,5 +77,4 @@ def training_loss(
         loss = mean_cross_entropy(hidden, head, targets, implementation, loss_scale, weights)
     aux_loss_coef = config.aux_loss_coef if model.config.routing.balancing == "loss" else 0.0
     extra, reported = auxiliary(stats, aux_loss_coef, config.z_loss_coef, loss.dtype)
-    trace_of = None if stats is None else stats.trace
-    return loss + extra, Metrics(loss, *reported, trace=trace_of, answers=answers)
+    return loss + extra, Metrics(loss, *reported, answers=answers)

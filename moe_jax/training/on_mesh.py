@@ -44,17 +44,11 @@ def mesh_gradients(
     key: Array,
     scale: Array | None,
     config: TrainConfig,
-    trace: bool = False,
     loss: Loss = training_loss,
     frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
     """`step.gradients` on the mesh: the mean gradient over the whole batch, laid out as `layout.updates`, and the mean
-    metrics, which every device has.
-
-    Raises ValueError for a traced step, which runs on one device.
-    """
-    if trace:
-        raise ValueError("a traced step is for one device; leave the mesh out")
+    metrics, which every device has."""
 
     def on_device(
         params: Params, frozen: Params | None, batch: Any, key: Array, scale: Array | None

@@ -23,7 +23,6 @@ from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.decode import Decoder
 from moe_jax.model.costs import count_parameters, totals
-from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
 from moe_jax.model.moe.layer import MoE
@@ -34,7 +33,6 @@ from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.processes import placed
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import EvaluationStep, Tracer, make_evaluation_step, make_tracer
-from moe_jax.training.loss import training_loss
 from moe_jax.training.on_mesh import make_mesh_evaluation, mesh_gradients, same_on_all_devices
 from moe_jax.training.optimizers.factory import make_optimizer, needs_whole_matrices
 from moe_jax.training.state import TrainState, initial_params, initial_state
@@ -48,14 +46,11 @@ class Programs:
     config: RunConfig
     policy: Policy
     graphdef: nnx.GraphDef
-    writing: Policy
-    """The precision of samples, which are written token by token (`writing_policy`)."""
     writer: nnx.GraphDef
-    """The definition of the model that writes samples."""
+    """The definition of the model that writes samples, token by token (`writing_policy`)."""
     param_shapes: Params
     """Shapes and dtypes of the parameters, as they are stored."""
     optimizer: optax.GradientTransformationExtraArgs
-    loss: cross_entropy.Implementation
     lora: LoraShape | None
     """The size of the adapters, if only adapters are trained."""
     training_graphdef: nnx.GraphDef
@@ -72,7 +67,6 @@ class Programs:
         config: RunConfig,
         device: Any = None,
         moe: type[MoE] = MoE,
-        loss: cross_entropy.Implementation = "blocked",
         mesh: Mesh | None = None,
         kept_precision: str = "",
     ) -> "Programs":
@@ -81,7 +75,7 @@ class Programs:
 
         `kept_precision` is that of a resumed run (`choose_policy`).
 
-        For comparisons, `moe` replaces the MoE layer, and `loss` chooses the implementation of the cross-entropy.
+        For comparisons, `moe` replaces the MoE layer.
         """
         dtype, remat = config.execution.compute_dtype, config.execution.remat
         policy, writing = choose_policy(dtype, device, kept_precision), writing_policy(dtype, device)
@@ -110,7 +104,7 @@ class Programs:
         constrain = {} if layout is None else {"constrain": layout.constrain}
         stacked = narrow and on_cpu and layout is None
         optimizer = make_optimizer(config.train, **constrain, narrow=narrow, stacked=stacked)
-        definitions = graphdef, writing, writer, shapes, optimizer, loss, lora, training, attention
+        definitions = graphdef, writer, shapes, optimizer, lora, training, attention
         return cls(config, policy, *definitions, adapters, layout)
 
     @cached_property
@@ -183,11 +177,11 @@ class Programs:
     @cached_property
     def step(self) -> Step:
         """(state, batch int32 [M, B, T+1]) -> (state, report). The new state reuses the memory of the given state."""
-        loss, layout, mesh = partial(training_loss, implementation=self.loss), self.layout, None
+        layout, mesh = self.layout, None
         if layout is not None:
             mesh = MeshPrograms(self.gradients, layout.state(self.state_shapes), layout.sharding(layout.batch))
         train, scaling = self.config.train, self.policy.loss_scaling
-        return make_step(self.training_graphdef, self.optimizer, train, scaling, loss=loss, mesh=mesh)
+        return make_step(self.training_graphdef, self.optimizer, train, scaling, mesh=mesh)
 
     @property
     def gradients(self) -> Gradients:

@@ -11,7 +11,7 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,26 +68,20 @@ class SessionData:
         tokens = split.tokens[where].astype(np.int32)
         return tokens if split.answers is None else MaskedBatch.of(tokens, split.answers[where[..., 1:]])
 
-    @property
-    def opening(self) -> str:
-        """The first words of the validation text, or its first question. Samples begin with them."""
-        if self.store.valid.answers is not None:
-            return first_question(self.store.tokenizer, self.store.valid.tokens)
-        return next(iter(openings(self.store.tokenizer, self.store.valid.tokens, most=1)), "")
-
-    @property
+    @cached_property
     def openings(self) -> list[str]:
-        """A few openings of different documents of the validation text, the first one first; or its first question."""
-        if self.store.valid.answers is not None:
-            return [self.opening] if self.opening else []
-        return openings(self.store.tokenizer, self.store.valid.tokens, most=3)
+        """The first words of three documents of the validation text, or its first question."""
+        if self.store.valid.answers is None:
+            return openings(self.store.tokenizer, self.store.valid.tokens, most=3)
+        question = first_question(self.store.tokenizer, self.store.valid.tokens)
+        return [question] if question else []
 
     def sample_prompt(self) -> list[int]:
-        """The tokens that a sample goes on with."""
-        tokenizer = self.store.tokenizer
+        """The tokens that a sample goes on with: the first of the openings."""
+        tokenizer, first = self.store.tokenizer, self.openings[:1]
         if self.store.valid.answers is not None:
-            return answer_prompt(tokenizer, [Message("user", self.opening)] if self.opening else [])
-        return [tokenizer.separator_id, *tokenizer.encode(self.opening)]
+            return answer_prompt(tokenizer, [Message("user", question) for question in first])
+        return [tokenizer.separator_id, *tokenizer.encode("".join(first))]
 
     def subset(self) -> Stream:
         """The fixed part of the validation stream that is scored during training. Raises UserError if it should have
@@ -104,16 +98,9 @@ class SessionData:
         return Stream(tokens, answers)
 
     def stream_of(self, scored: Evaluation) -> str:
-        """The name of the stream of a score: "whole", or "subset" if it is a part of the validation stream."""
+        """The name of the stream of a score: "whole", or "subset" if it is a part of the validation stream. Losses of
+        different streams cannot be compared."""
         return "whole" if scored.tokens == self.store.valid.targets else "subset"
-
-    def describe_stream(self, scored: Evaluation) -> str:
-        """The stream of a score, in words for a reader. Losses of different streams cannot be compared."""
-        split = self.store.valid
-        what = "tokens" if split.answers is None else "answer tokens"
-        if self.stream_of(scored) == "whole":
-            return f"the whole validation stream, {scored.tokens:,} {what}"
-        return f"the first {scored.tokens:,} of {split.targets:,} validation {what}"
 
 
 @dataclass
@@ -251,7 +238,7 @@ class Session:
         self.folder.check_run(self.run_id)
         if bad := nonfinite_leaves(self.state):
             raise UserError(
-                f"step {step}: {bad[0]} is not finite, so it is not saved; lower --lr, and {self.progress.how_to_go_on}"
+                f"step {step}: {bad[0]} is not finite, so it is not saved; lower --lr, and go on with --resume"
             )
         context = {
             "data": self.data.store.digest,

@@ -261,8 +261,8 @@ def _copies(model: ModelConfig, where: str) -> Check:
     fixed = [("model", name) for name in ("dense", "expert_hidden", "shared_experts")] + [
         ("routing", "renormalise_gates")
     ]
-    hint = "leave the flag out: every expert starts as a copy of the dense network, and the gates sum to 1"
-    same = _same(needed, fixed, f"a run upcycled from {where}", hint)
+    hint = "leave the flag out: every expert starts as a copy of the dense network, and the gates must sum to 1"
+    same = _same(needed, fixed, f"a run made by --upcycle of {where}", hint)
 
     def check(config: RunConfig) -> None:
         same(config)

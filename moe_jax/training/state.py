@@ -244,11 +244,6 @@ class SessionProgress:
         """Seconds of the run, summed over all its processes."""
         return self.elapsed_before + time.monotonic() - self.begin
 
-    @property
-    def how_to_go_on(self) -> str:
-        """What the user can do after an error."""
-        return "go on from the last checkpoint with --resume" if self.saved_step else "start again with --resume"
-
     @classmethod
     def restored(cls, checkpoint: Checkpoint, begin: float) -> "SessionProgress":
         """The progress that was saved with a checkpoint."""

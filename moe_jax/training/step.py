@@ -57,8 +57,7 @@ type Batch = ArrayLike | MaskedBatch
 """int32 [M, B, T+1], or with the weight of each target."""
 type Step = Callable[[TrainState, Batch], tuple[TrainState, StepReport]]
 type Loss = Callable[..., tuple[Array, Metrics]]
-"""(model, tokens [B, T+1], keys [B], config, trace, loss_scale=...) -> (the loss to minimise, metrics), as
-`training_loss`."""
+"""(model, tokens [B, T+1], keys [B], config, loss_scale=...) -> (the loss to minimise, metrics), as `training_loss`."""
 
 
 def gradients(
@@ -68,7 +67,6 @@ def gradients(
     key: Key[Array, ""],
     scale: Float[Array, ""] | None,
     config: TrainConfig,
-    trace: bool = False,
     loss: Loss = training_loss,
     frozen: Params | None = None,
     blocks: Int[Array, " M"] | None = None,
@@ -78,7 +76,7 @@ def gradients(
     Every loss, also the auxiliary ones, is a mean over sequences, and sequence i of the whole batch draws its dropout
     and router noise with the key fold_in(key, i). So the accumulated gradient equals the gradient of the
     whole batch. A scan sums the micro-batches in order, and holds the gradients of one micro-batch beside the running
-    sum. The traces are stacked along a first axis M.
+    sum.
 
     With `frozen`, the parameters of the model, `params` are its adapters, and the gradient is theirs.
 
@@ -92,36 +90,32 @@ def gradients(
 
         def scaled_loss(p: Params) -> tuple[Array, Metrics]:
             model = merge(graphdef, p if frozen is None else adapted(frozen, p))
-            value, metrics = loss(model, tokens, keys, config, trace, loss_scale=scale)
+            value, metrics = loss(model, tokens, keys, config, loss_scale=scale)
             return value if scale is None else value * scale.astype(value.dtype), metrics
 
         return jax.grad(scaled_loss, has_aux=True)(params)
 
     count = len(jax.tree.leaves(batch)[0])
-    grads, metrics, traces = _sums(micro, batch, jnp.arange(count, dtype=jnp.int32) if blocks is None else blocks)
+    grads, metrics = _sums(micro, batch, jnp.arange(count, dtype=jnp.int32) if blocks is None else blocks)
     divisor = count if scale is None else count * scale
     grads = jax.tree.map(lambda g: _wide(g) / divisor, grads)
-    return grads, jax.tree.map(lambda m: m / count, metrics)._replace(trace=traces)
+    return grads, jax.tree.map(lambda m: m / count, metrics)
 
 
 def _sums(
     micro: Callable[[Any, Array], tuple[Params, Metrics]], batch: Any, blocks: Int[Array, " M"]
-) -> tuple[Params, Metrics, Any]:
-    """The gradients and the metrics of the micro-batches, summed, and their traces, which have a leading axis M."""
+) -> tuple[Params, Metrics]:
+    """The gradients and the metrics of the micro-batches, summed."""
     first = jax.tree.map(lambda x: x[0], batch)
     if len(blocks) == 1:
-        grads, metrics = micro(first, blocks[0])
-        return grads, metrics._replace(trace=None), jax.tree.map(lambda x: x[None], metrics.trace)
+        return micro(first, blocks[0])
 
-    def accumulate(total: tuple[Params, Metrics], x: tuple[Any, Array]) -> tuple[tuple[Params, Metrics], Any]:
-        grads, metrics = micro(*x)
-        return jax.tree.map(jnp.add, total, (grads, metrics._replace(trace=None))), metrics.trace
+    def accumulate(total: tuple[Params, Metrics], x: tuple[Any, Array]) -> tuple[tuple[Params, Metrics], None]:
+        return jax.tree.map(jnp.add, total, micro(*x)), None
 
-    shapes, of_metrics = jax.eval_shape(micro, first, jnp.int32(0))
-    shapes = (shapes, of_metrics._replace(trace=None))
+    shapes = jax.eval_shape(micro, first, jnp.int32(0))
     zero = jax.tree.map(lambda x: jnp.zeros(x.shape, at_least_float32(x.dtype)), shapes)
-    (grads, metrics), traces = jax.lax.scan(accumulate, zero, (batch, blocks))
-    return grads, metrics, traces
+    return jax.lax.scan(accumulate, zero, (batch, blocks))[0]
 
 
 def _wide(x: Array) -> Array:
@@ -173,7 +167,6 @@ def make_step(
     optimizer: optax.GradientTransformationExtraArgs,
     config: TrainConfig,
     loss_scaling: bool,
-    trace: bool = False,
     loss: Loss = training_loss,
     mesh: MeshPrograms | None = None,
 ) -> Step:
@@ -183,7 +176,7 @@ def make_step(
     If the loss or the gradient norm is not finite, the step is counted as skipped, and parameters and optimizer keep
     every bit. With float16 the step also halves the loss scale.
 
-    `trace`, a static argument, adds every decision of the routers to the metrics. `loss` computes the loss to minimise.
+    `loss` computes the loss to minimise.
 
     If the state has adapters, `graphdef` is that of the adapted model. Then only the adapters change.
 
@@ -197,7 +190,7 @@ def make_step(
         scale: LossScale = state.loss_scale
         factor = scale.scale if loss_scaling else None
         trained = state.trained
-        grads, metrics = compute_gradients(graphdef, trained, batch, key, factor, config, trace, loss, state.frozen)
+        grads, metrics = compute_gradients(graphdef, trained, batch, key, factor, config, loss, state.frozen)
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())

@@ -267,17 +267,3 @@ def test_two_processes_tune_as_one(folder: Path) -> None:
     tuned, before = newest(folder, "tuned").manifest["leaves"], newest(folder, "base/run").manifest["leaves"]
     params = {name: leaf for name, leaf in before.items() if name.startswith("params.")}
     assert {name: tuned[name] for name in params} == params
-
-
-def test_an_error_of_one_process_stops_both_at_a_saved_step(folder: Path, two: Ended) -> None:
-    """Process 1 cannot read its batch after 6 steps."""
-    assert two.status == (0, 0)
-    port = free_port()
-    fault = {"MOE_JAX_TEST_FAULT": "6"}
-    found = ended(
-        [start(folder, "fault", 0, port), start(folder, "fault", 1, port, env=fault)],
-    )
-    assert found.status == (1, 1), found.errors
-    assert found.lines(1) == ["error: tokens.bin: Input/output error; mend this and try again"]
-    assert found.lines(0) == ["error: process 1 has stopped: [Errno 5] Input/output error: 'tokens.bin'"]
-    assert newest(folder, "fault").step == 6

@@ -1,8 +1,7 @@
 """`train.py`, or `moe-jax sft`, for tests of several processes: without the report and the long sample.
 
-MOE_JAX_TEST_ANSWER stands for the seconds that processes wait for
-each other at the start, MOE_JAX_TEST_FAULT for the step at which reading the batch fails, and MOE_JAX_TEST_FULL for the
-save from whose arrays on no file may grow beyond 1,000 bytes.
+MOE_JAX_TEST_ANSWER stands for the seconds that processes wait for each other at the start, and MOE_JAX_TEST_FULL for
+the save from whose arrays on no file may grow beyond 1,000 bytes.
 """
 
 import itertools
@@ -22,16 +21,6 @@ session.SAMPLE_TOKENS = 8
 report.report_run = lambda files: ["no report"]
 if seconds := os.environ.get("MOE_JAX_TEST_ANSWER"):
     processes.ANSWER_SECONDS = int(seconds)
-if fault := os.environ.get("MOE_JAX_TEST_FAULT"):
-    batch = session.Session.batch
-
-    def broken(self: session.Session, step: int) -> object:
-        if step == int(fault):
-            raise OSError(5, "Input/output error", "tokens.bin")
-        return batch(self, step)
-
-    session.Session.batch = broken
-
 if full := os.environ.get("MOE_JAX_TEST_FULL"):
     write, saves = checkpoint.write_arrays, itertools.count(1)
 

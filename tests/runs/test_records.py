@@ -14,7 +14,6 @@ from moe_jax.runs.records import (
     read_metrics,
     read_snapshots,
     read_summary,
-    record_lines,
     snapshot_steps,
 )
 from moe_jax.system.files import Folder
@@ -56,20 +55,6 @@ def test_numbers_that_are_not_finite_are_null_and_no_json_is_no_record() -> None
     assert parse_record(line(loss=float("nan"))) == {"split": "train", "step": 1, "loss": None}
     for odd in (b"", b"{", b"[1]", b"7", b'"train"', b'{"step": 1}', b"[" * 10**5):
         assert parse_record(odd) is None, odd
-
-
-def test_every_line_comes_with_its_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line of absurd length is read in parts, and a file of absurd size not at all."""
-    assert list(record_lines(Folder(tmp_path))) == []
-    lines = [line(step=1) + b"\n", b"cut\r\n", b"x" * 90 + b"\n", line(step=2)]
-    (tmp_path / records.METRICS).write_bytes(b"".join(lines))
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 40)
-    read = list(record_lines(Folder(tmp_path)))
-    assert b"".join(text for text, _ in read) == b"".join(lines)
-    assert [record and record["step"] for _, record in read] == [1, None, None, None, None, 2]
-    monkeypatch.setattr(records, "_MAX_BYTES", sum(map(len, lines)) - 1)
-    with pytest.raises(OSError, match="bytes, and at most"):
-        list(record_lines(Folder(tmp_path)))
 
 
 def test_records_are_sorted_by_split_and_loads_have_one_shape(tmp_path: Path) -> None:

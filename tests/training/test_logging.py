@@ -117,7 +117,7 @@ class Seen:
         self.session: Any = SimpleNamespace(
             config=config,
             state=SimpleNamespace(step=0),
-            progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5, how_to_go_on="go on"),
+            progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5),
             data=SimpleNamespace(store=SimpleNamespace(train=SimpleNamespace(target_bytes=300, targets=100))),
         )
         log: Any = SimpleNamespace(write=self.records.append)
@@ -203,7 +203,7 @@ def test_steps_that_stay_bad_end_the_run(clock: list[float], monkeypatch: pytest
     for step, finite in ((1, False), (2, False), (3, True), (4, False), (5, False), (6, False)):
         seen.add(step, finite=finite)
     assert seen.counters.skipped_in_a_row == 2
-    with pytest.raises(UserError, match=r"^step 6: 3 steps in a row .*; lower --lr, and go on$"):
+    with pytest.raises(UserError, match=r"^step 6: 3 steps in a row .*; lower --lr, and go on with --resume$"):
         seen.logger.flush()
     assert all(record["skipped"] for record in seen.records if record["step"] != 3)
 

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.parallel.processes import Together
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training import loop
 from moe_jax.training.state import RunCounters
@@ -50,7 +49,7 @@ class Run:
         shown: Any = SimpleNamespace(say=self.events.append, close=lambda: self.events.append("bar closed"))
         flush = lambda: self.events.append("flushed")  # noqa: E731
         logger: Any = SimpleNamespace(flush=flush, paused=Pause, log=log, terminal=shown)
-        return loop.evaluate_and_save_if_due(self.session, step, logger, self.signals, Together())
+        return loop.evaluate_and_save_if_due(self.session, step, logger, self.signals)
 
 
 @pytest.mark.parametrize(

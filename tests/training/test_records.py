@@ -151,6 +151,6 @@ def test_each_loss_names_its_stream(run: Watched) -> None:
     whole, part = len(run.session.data.store.valid.tokens) - 1, len(run.session.data.subset().tokens) - 1
     assert part < whole
     assert {(record["stream"], record["tokens"]) for record in run.records("val")} == {("subset", part)}
-    assert f"on the first {part} of {whole} validation tokens" in run.shown.replace(",", "")
+    assert f"on {part} of {whole} validation tokens" in run.shown.replace(",", "")
     result = run.result
     assert (result["val_stream"], result["val_tokens"], result["val_loss_in_training"]) == ("whole", whole, 1.5)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -24,6 +25,7 @@ from moe_jax.system import environment
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.header import print_run_header
 from moe_jax.training.loop import finish, train
+from moe_jax.training.programs import Programs, RandomTokenTrainer
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 from tests.support.saved_run import resuming
@@ -83,13 +85,26 @@ def run(config: RunConfig, die_at: int | None = None) -> Session:
             raise Stop
         return step(state, batch)
 
-    saved_run.replace_step(session, mortal)
     if die_at is None:
         train(session)
-    else:
-        with pytest.raises(Stop):
-            train(session)
+        return session
+    saved_run.replace_step(session, mortal)
+    with pytest.raises(Stop):
+        train(session)
     return session
+
+
+def compilations(session: Session) -> dict[str, int]:
+    programs = {
+        "step": session.programs.step,
+        "evaluation": session.programs.evaluation,
+        "prefill": session.decoder.prefill,
+        "decoding": session.decoder.write,
+    }
+    return {name: program._cache_size() for name, program in programs.items()}  # pyright: ignore
+
+
+ONCE = {"step": 1, "evaluation": 1, "prefill": 1, "decoding": 1}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -103,7 +118,9 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, Any]]:
     session = run(configuration(text, tmp_path_factory.mktemp("runs") / "whole"))
-    return session, finish(session)
+    result = finish(session)
+    assert compilations(session) == ONCE, "with three evaluations, samples and the whole validation stream"
+    return session, result
 
 
 def test_what_a_run_leaves(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
@@ -153,10 +170,31 @@ def test_resumed_is_uninterrupted(uninterrupted: tuple[Session, dict[str, Any]],
     assert timeless(out) == timeless(whole.folder.path)
     assert (out / "samples.txt").read_text() == (whole.folder.path / "samples.txt").read_text()
     result = finish(session)
+    assert compilations(session) == ONCE, "also with a state that came from a disk"
     same = set(result) - TIMES - {"resumed_from"}
     assert {k: result[k] for k in same} == {k: whole_result[k] for k in same}
     assert result["resumed_from"] == 6
     assert session.progress.elapsed > first.checkpoints.at(12).elapsed > session.progress.elapsed_before > 0
+
+
+def without_sources(hlo: str) -> str:
+    """HLO text without the paths and lines of source files."""
+    hlo = re.sub(r"^(FileNames|FunctionNames|FileLocations|StackFrames)\n(?:.+\n)*\n?", "", hlo, flags=re.MULTILINE)
+    return re.sub(r", metadata=\{[^}]*\}", "", hlo)
+
+
+def test_a_session_runs_the_program_that_is_counted_and_timed(
+    uninterrupted: tuple[Session, dict[str, Any]],
+) -> None:
+    """What certificates, plans and benchmarks compile without running is the very program of a run."""
+    session = uninterrupted[0]
+    trainer = RandomTokenTrainer.of(session.config, batch_size=4, micro_batches=2)
+    own = session.programs.step.lower(session.state, session.data.batch(0)).compile()  # pyright: ignore
+    timed = trainer.step.lower(trainer.state, trainer.batch).compile()  # pyright: ignore
+    counted = Programs.of(session.config).compiled_step(4, 2)
+    own, timed, counted = (without_sources(program.as_text()) for program in (own, timed, counted))
+    assert "fusion" in own
+    assert own == counted == timed
 
 
 def copy_of(session: Session, out: Path) -> RunConfig:

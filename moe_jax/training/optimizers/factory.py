@@ -137,11 +137,3 @@ def needs_whole_matrices(params: Params, config: TrainConfig) -> Any:
     if config.optimizer == "muon":
         return jax.tree.map(lambda label: label == "muon", muon_labels(params, config.muon_router))
     return jax.tree.map(lambda _: config.optimizer == "adamw-8bit", params)
-
-
-def state_bytes(optimizer: optax.GradientTransformation, params: Params) -> float:
-    """Bytes of optimizer state for each parameter. The state is made for float32 parameters, also if parameters are
-    stored in bfloat16."""
-    state = jax.eval_shape(optimizer.init, jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params))
-    parameters = sum(p.size for p in jax.tree.leaves(params))
-    return sum(s.size * s.dtype.itemsize for s in jax.tree.leaves(state)) / parameters
