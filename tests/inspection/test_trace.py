@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import re
 from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
