@@ -106,10 +106,10 @@ def test_a_contradiction_is_said_before_jax_is_imported(place: Path) -> None:
     ("flags", "said"),
     [
         (["--top-k", "1"], "--top-k 1: with --upcycle it must be at least 2"),
-        (["--model.expert-hidden", "9"], "--model.expert-hidden 9: every expert becomes a copy of the network of the"),
+        (["--model.expert-hidden", "9"], "--model.expert-hidden 9: a run made by --upcycle of the dense model in"),
         (["--model.width", "64"], "--model.width 64: the dense model in hf has 32"),
         (["--seq-len", "65"], "--seq-len 65: the dense model in hf reads 64 positions at most"),
-        (["--model.dense", "active"], "--model.dense active: --upcycle gives a dense run experts"),
+        (["--model.dense", "active"], "--model.dense active: a run made by --upcycle of the dense model in"),
     ],
 )
 def test_what_a_dense_model_cannot_be_upcycled_to(place: Path, flags: list[str], said: str) -> None:
