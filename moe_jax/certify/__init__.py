@@ -2,7 +2,7 @@
 
     model.py        every certificate of a model; each program is compiled once
     causality.py    no token changes an earlier output
-    arithmetic.py   the arithmetic and the largest arrays of the compiled programs
+    arithmetic.py   the arithmetic of the compiled programs
     mesh.py         the training step of several devices
     collectives.py  what the devices of a compiled program send each other
 

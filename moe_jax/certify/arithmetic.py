@@ -1,10 +1,9 @@
-"""The arithmetic and the memory of the compiled programs, compared with their bounds.
+"""The arithmetic of the compiled programs, compared with its bounds.
 
 The matrix products of a compiled layer are compared with the bound of its dispatch: the slots of all experts for
 `capacity`, the rows of the block plan for `blocks`. The bound is what the program must compute, so it may not have
 fewer operations either: then products are missing, or `system.hlo` does not see them. The operations are also compared
-with the all-experts form, where every expert computes every token. No array in a layer may be as large as the rows of
-all tokens for all experts.
+with the all-experts form, where every expert computes every token.
 
 The products of a compiled step are divided by their named scopes: attention, expert layers, head, and the rest. Each
 part is compared with its formula (`costs.step_products`), from below and from above.
@@ -31,9 +30,9 @@ PARTS = {"attention": "attention", "ffn": "the expert layers", "head": "the head
 """Named scopes of a training step whose products are counted, and what people call them."""
 
 
-def _layer_program(config: ModelConfig, batch: int, gradients: bool, moe: type[MoE] = MoE) -> Program:
+def _layer_program(config: ModelConfig, gradients: bool, moe: type[MoE] = MoE) -> Program:
     layer, params = layer_shapes(config, moe)
-    x = jax.ShapeDtypeStruct((batch, config.seq_len, config.width), jnp.float32)
+    x = jax.ShapeDtypeStruct((1, config.seq_len, config.width), jnp.float32)
 
     def forward(params: dict, x: jax.Array) -> jax.Array:
         with jax.named_scope("ffn"):
@@ -44,39 +43,28 @@ def _layer_program(config: ModelConfig, batch: int, gradients: bool, moe: type[M
 
 
 def layer_arithmetic(config: ModelConfig) -> Iterator[Certificate]:
-    """The compiled layer compared with its bound and with the all-experts form; and its largest arrays."""
-    # The batch has more tokens than twice the width, so no weight gradient is as large as the rows that are looked for.
-    batch = 2 * config.width // config.seq_len + 1
-    bound, what_bounds = layer_flops(config, batch), _what_bounds(config, batch)
+    """The compiled layer compared with its bound and with the all-experts form, on one sequence."""
+    bound = layer_flops(config, 1)
     for what, gradients, factor, limit in (
         ("forward", False, 1, FORWARD_BOUND),
         ("with gradients", True, 3, GRADIENT_BOUND),
     ):
-        ours = _layer_program(config, batch, gradients)
-        dense = _layer_program(config, batch, gradients, AllExpertsMoE)
+        ours = _layer_program(config, gradients)
+        dense = _layer_program(config, gradients, AllExpertsMoE)
         ratio = ours.flops / (factor * bound)
         yield Certificate(
             f"arithmetic: one layer, {what}",
             1 <= ratio <= limit,
-            f"{ours.flops / 1e9:.3f} GFLOP, {ratio:.3f} x {what_bounds}; {_times(dense.flops, ours.flops)}",
+            f"{ours.flops / 1e9:.3f} GFLOP, {ratio:.3f} x {_what_bounds(config)}; {_times(dense.flops, ours.flops)}",
             f"1 to {limit} x as many",
             title=f"operations of one layer, {what}",
         )
-        rows = config.experts * batch * config.seq_len * max(config.width, config.expert_hidden)
-        biggest, of_dense = ours.largest(1)[0], dense.largest(1)[0]
-        yield Certificate(
-            f"memory: one layer, {what}",
-            biggest.elements < rows <= of_dense.elements,
-            f"largest array {list(biggest.shape)}; with all experts {list(of_dense.shape)}",
-            f"below {rows:,} numbers, the rows of all tokens for all experts; with all experts not below",
-            title=f"largest array of one layer, {what}",
-        )
 
 
-def _what_bounds(config: ModelConfig, batch: int) -> str:
+def _what_bounds(config: ModelConfig) -> str:
     if config.routing.dispatch != "blocks":
         return "what all slots need"
-    rows = multiplied_rows(config, batch) / (batch * config.seq_len * config.routing.top_k)
+    rows = multiplied_rows(config, 1) / (config.seq_len * config.routing.top_k)
     return f"what all rows of the blocks need ({rows:.2f} rows for each choice)"
 
 

@@ -2,7 +2,6 @@
 
 causality      no bit of an output changes if a later token changes, while tokens are dropped      `causality.py`
 arithmetic     the matrix products of compiled programs are those of the formulas, and hardly more `arithmetic.py`
-memory         no array in a layer is as large as the rows of all tokens for all experts           `arithmetic.py`
 compilations   step, evaluation, prefill and decoding are compiled once each                       here
 """
 

@@ -20,7 +20,7 @@ METHOD = (
 
 @dataclass(frozen=True)
 class Certify(Command):
-    """Test claims about a model: causality while tokens are dropped, arithmetic, memory, and number of compilations.
+    """Test claims about a model: causality while tokens are dropped, arithmetic, and number of compilations.
 
     The exit status is 1 if a certificate fails. The last line of the output is JSON if it is asked for, or if the
     output is a file or a pipe.

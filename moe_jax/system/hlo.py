@@ -175,12 +175,6 @@ class Program:
         wanted = set(parts)
         return sum(dot.total for dot in self.dots if wanted & scopes(dot.op_name))
 
-    def largest(self, count: int) -> list[Buffer]:
-        """The results of instructions that compute something, the largest first."""
-        passive = {"parameter", "get-tuple-element", "bitcast", "tuple"}
-        active = [b for b in self.buffers if b.opcode not in passive]
-        return sorted(active, key=lambda b: b.elements, reverse=True)[:count]
-
 
 def scopes(op_name: str) -> set[str]:
     """The components of a traced name: "jit(step)/transpose(jvp(experts))/dot" has step, experts, dot and others."""
