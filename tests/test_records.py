@@ -15,7 +15,6 @@ MUTABLE = {
     "training.state.RunCounters",
     "training.programs.RandomTokenTrainer",
     "training.session.Session",
-    "training.state.SessionProgress",
 }
 """These hold the state of something that goes on."""
 EXTRAS = {"lm_eval", "starlette", "uvicorn"}

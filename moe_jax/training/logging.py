@@ -151,9 +151,9 @@ class StepLogger:
         if self._is_first:
             self._is_first = False
             jax.block_until_ready(report)
-            seconds = time.monotonic() - self._session.progress.begin
+            seconds = time.monotonic() - self._session.begin
             self.terminal.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
-        counters, config = self._session.progress.counters, self._session.config.train
+        counters, config = self._session.counters, self._session.config.train
         finite, spike = bool(report.finite), bool(report.spike)
         counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
         starved = counters.add_load(np.asarray(report.metrics.load)) if finite else []
@@ -192,11 +192,11 @@ class StepLogger:
             "grad_norm": float(report.grad_norm),
             "skipped": not finite,
             "spike": spike,
-            "starved": session.progress.counters.starved_now(),
+            "starved": session.counters.starved_now(),
             "lr": float(report.lr),
             "tokens_seen": step * session.config.tokens_per_step,
             "tokens_per_second": rate,
-            "wall_seconds": session.progress.elapsed,
+            "wall_seconds": session.elapsed,
             "load": [[round(float(x), 4) for x in layer] for layer in np.asarray(metrics.load)],
         }
         if metrics.answers is not None:
@@ -229,11 +229,11 @@ def summary(
     the largest of them, and `train_drop_fraction_last` the newest. `opening` is the first words of the validation text,
     and `openings` those of three of its documents.
     """
-    config, progress, data = session.config, session.progress, session.data
+    config, data = session.config, session.data
     last = records.last_train_record(session.folder.files)
     steps = int(session.state.step)
     device = jax.devices()[0]
-    compared, counters = data.baselines, progress.counters
+    compared, counters = data.baselines, session.counters
     counts = totals(count_parameters(config.model))
     return {
         "preset": config.preset,
@@ -260,15 +260,15 @@ def summary(
         "params_active": counts.active,
         "params_trained": adapter_parameters(config).total or counts.total,
         "training_flops": training_flops(config, steps),
-        "inherited_flops": progress.origin["training_flops"] if progress.origin else 0,
+        "inherited_flops": session.origin["training_flops"] if session.origin else 0,
         "train_drop_fraction": counters.mean_drop,
         "train_drop_fraction_worst": counters.worst_drop,
         "train_drop_fraction_last": counters.last_drop,
         "train_drop_steps": counters.drop_steps,
         "balance_loss": last.get("balance_loss"),
         "tokens_per_second": last.get("tokens_per_second"),
-        "wall_seconds": progress.elapsed,
+        "wall_seconds": session.elapsed,
         "device": f"{device.platform}: {device.device_kind}",
         "precision": session.programs.policy.compute,
-        "resumed_from": progress.resumed_from,
+        "resumed_from": session.resumed_from,
     }

@@ -25,7 +25,7 @@ def train(session: Session, signals: Signals | None = None) -> None:
     Raises Stopped after everything is saved, if a signal asked to stop.
     """
     config, signals = session.config.train, signals or Signals()
-    step = session.progress.saved_step
+    step = session.saved_step
     with ExitStack() as opened:
         log = MetricsLog(session.folder.files, session.config)
         opened.callback(log.close)
@@ -48,7 +48,7 @@ def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, si
     Returns whether training is at its end. A resumed run calls this before its first step. So if a signal has prevented
     an evaluation, the resumed run makes it up.
     """
-    config, counters = session.config.train, session.progress.counters
+    config, counters = session.config.train, session.counters
     last = step >= config.steps
     due = step > 0 and (step % config.eval_every == 0 or last) and counters.evaluated < step
     val_loss, improved = None, False
@@ -60,8 +60,8 @@ def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, si
     enough = bool(config.patience) and counters.without_improvement >= config.patience
     reason = stop_reason(signals.stop_signal)
     save_due = step % config.save_every == 0 or last or enough or reason
-    made_up = val_loss is not None and step == session.progress.saved_step  # its checkpoint has no loss yet
-    if improved or made_up or (step > session.progress.saved_step and save_due):
+    made_up = val_loss is not None and step == session.saved_step  # its checkpoint has no loss yet
+    if improved or made_up or (step > session.saved_step and save_due):
         logger.flush()
         with logger.paused():
             logger.log.sync()
@@ -104,7 +104,7 @@ def _write_evaluation(
     record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
     record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens}
     record |= {"stream": session.data.stream_of(scored)}
-    logger.log.write(record | {"wall_seconds": session.progress.elapsed})
+    logger.log.write(record | {"wall_seconds": session.elapsed})
     floor = session.data.baselines and session.data.baselines.entropy_floor
     best = "" if floor is None else f" (floor {floor:.3f})"
     logger.terminal.say(

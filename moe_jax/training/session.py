@@ -38,7 +38,7 @@ from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start
-from moe_jax.training.state import RunCounters, SessionProgress, TrainState
+from moe_jax.training.state import RunCounters, TrainState
 
 if TYPE_CHECKING:
     from moe_jax.training.initial_weights import InitialWeights
@@ -112,7 +112,6 @@ class Session:
     checkpoints: CheckpointStore
     data: SessionData
     programs: Programs
-    progress: SessionProgress
     state: TrainState
     decoder: Decoder
     tracer: Tracer | None
@@ -121,6 +120,21 @@ class Session:
     """The id of the run (`runs/folder.py`)."""
     notes: list[str] = field(default_factory=list)
     """Lines to print about how the session was opened."""
+    counters: RunCounters = field(default_factory=RunCounters)
+    begin: float = 0.0
+    """`time.monotonic()` at the start of this process's work."""
+    elapsed_before: float = 0.0
+    """Seconds of the run before this process."""
+    resumed_from: int | None = None
+    saved_step: int = 0
+    """Step of the newest checkpoint; 0 before the first."""
+    origin: dict[str, Any] | None = None
+    """`Initial.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds of the run, summed over all its processes."""
+        return self.elapsed_before + time.monotonic() - self.begin
 
     @classmethod
     def open(cls, config: RunConfig, start: Start | None = None) -> "Session":
@@ -156,7 +170,7 @@ class Session:
             checkpoints=checkpoints,
             data=data,
             programs=programs,
-            progress=SessionProgress(RunCounters(), begin),
+            begin=begin,
             state=programs.state_shapes,
             decoder=programs.decoder(store.tokenizer.vocab_size),
             tracer=programs.tracer(store.valid.tokens),
@@ -172,10 +186,10 @@ class Session:
         if weights is None:
             params = self.programs.initial_params()
         else:
-            params, self.progress.origin, note = weights.read(self.programs, self.data.store)
+            params, self.origin, note = weights.read(self.programs, self.data.store)
             self.notes.append(note)
         self.state = self.programs.state(params)
-        history = [self.progress.origin] if self.progress.origin else []
+        history = [self.origin] if self.origin else []
         self.run_id = self.folder.start(self.config, self.data.store.tokenizer, history)
 
     def _restore(self) -> None:
@@ -187,8 +201,10 @@ class Session:
             run = self.folder.path
             raise UserError(f"{run}: every checkpoint is damaged; {doctor_of(run)} says how")
         newest, self.state = restored
-        self.progress = SessionProgress.restored(newest, self.progress.begin)
-        self.folder.truncate_logs_after(newest.step, self.progress.counters.evaluated)
+        context = newest.manifest["context"]
+        self.counters, self.origin = RunCounters.from_json(context["progress"]), context.get("origin")
+        self.resumed_from, self.saved_step, self.elapsed_before = newest.step, newest.step, newest.elapsed
+        self.folder.truncate_logs_after(newest.step, self.counters.evaluated)
         changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 
@@ -244,12 +260,12 @@ class Session:
             "data": self.data.store.digest,
             "tokenizer": self.data.store.tokenizer.digest,
             "config": dataclasses.replace(self.config, resume=False).to_dict(),
-            "progress": self.progress.counters.to_json(),
-            "origin": self.progress.origin,
+            "progress": self.counters.to_json(),
+            "origin": self.origin,
             "compute_dtype": self.programs.policy.compute,
         }
-        self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.progress.elapsed, context=context)
-        self.progress.saved_step = step
+        self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.elapsed, context=context)
+        self.saved_step = step
 
 
 @jax.jit

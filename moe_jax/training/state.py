@@ -1,12 +1,11 @@
 """The state of training: on the device, one value that a step takes and returns (`TrainState`); on the host, counters
-for evaluations, skipped steps and starved experts, and the time (`RunCounters`, `SessionProgress`).
+for evaluations, skipped steps and starved experts (`RunCounters`).
 
 A checkpoint holds both, so that a resumed run makes the same decisions as an uninterrupted run.
 """
 
 import dataclasses
 import math
-import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +19,7 @@ from moe_jax.config import RunConfig
 from moe_jax.model.low_rank import Adapters
 from moe_jax.model.precision import at_least_float32, to_param_dtype
 from moe_jax.model.transformer import Params, create, split
-from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted
+from moe_jax.runs.manifest import CheckpointCorrupted
 
 INITIAL_SCALE = 2.0**15
 """The loss scale of the first step with float16."""
@@ -222,37 +221,3 @@ class RunCounters:
         if wrong := [name for name, kind in kinds.items() if not isinstance(values[name], kind)]:
             raise CheckpointCorrupted(f"its progress has a wrong value for {wrong[0]}")
         return cls(**values)
-
-
-@dataclass
-class SessionProgress:
-    """The progress of the run, in this process and in all earlier ones."""
-
-    counters: RunCounters
-    begin: float
-    """`time.monotonic()` at the start of this process's work."""
-    resumed_from: int | None = None
-    saved_step: int = 0
-    """Step of the newest checkpoint; 0 before the first."""
-    elapsed_before: float = 0.0
-    """Seconds of the run before this process."""
-    origin: dict[str, Any] | None = None
-    """`Initial.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds of the run, summed over all its processes."""
-        return self.elapsed_before + time.monotonic() - self.begin
-
-    @classmethod
-    def restored(cls, checkpoint: Checkpoint, begin: float) -> "SessionProgress":
-        """The progress that was saved with a checkpoint."""
-        context = checkpoint.manifest["context"]
-        return cls(
-            RunCounters.from_json(context["progress"]),
-            begin,
-            resumed_from=checkpoint.step,
-            saved_step=checkpoint.step,
-            elapsed_before=checkpoint.elapsed,
-            origin=context.get("origin"),
-        )

@@ -201,7 +201,7 @@ def test_a_comparison_goes_on_reports_and_repeats_nothing(
 
     def record(cls: Any, config: RunConfig, saved: RunConfig | None, *lock: Any) -> Any:
         session = original(cls, config, saved, *lock)
-        opened.append((Path(config.out).name, session.progress.resumed_from))
+        opened.append((Path(config.out).name, session.resumed_from))
         return session
 
     monkeypatch.setattr(Session, "open", classmethod(record))

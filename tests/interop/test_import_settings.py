@@ -165,8 +165,8 @@ def test_a_resume_needs_no_folder_and_takes_no_other(imported: tuple[Path, dict]
             config, start = Train.parse(["--out", str(run), "--resume", "--steps", "6", *given]).settings
             assert start.saved is not None
             assert config.init_from == folder
-        progress = Session.open(config, start).progress
-        assert (progress.resumed_from, progress.origin is None) == (4, False)
+        session = Session.open(config, start)
+        assert (session.resumed_from, session.origin is None) == (4, False)
         with pytest.raises(ConfigError, match=r"--init-from other: the run in .* has .*hf; leave the flag out"):
             Train.parse(["--out", str(run), "--resume", "--init-from", "other"])
         with pytest.raises(ConfigError, match=r"--upcycle other"):

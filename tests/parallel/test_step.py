@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable
-from typing import get_args
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -10,9 +10,11 @@ import pytest
 
 from moe_jax.config import OptimizerKind
 from moe_jax.data.batches import MaskedBatch
+from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.training.on_mesh import make_mesh_forward
+from moe_jax.training.programs import Programs
 from tests.parallel import made
 from tests.parallel.made import MESHES
 from tests.support import tiny
@@ -145,3 +147,35 @@ def test_one_device_runs_a_program_without_a_mesh(dispatch: str) -> None:
     assert OF_A_MESH.findall(steps[""]) == []
     assert OF_A_MESH.search(steps["data=8"])
     assert steps["data=1"] == steps[""]
+
+
+# Samples and snapshots of the routing
+
+
+MESH = "fsdp=2,expert=4"
+
+
+def whole_params(programs: Programs) -> Any:
+    """The parameters as evaluation and samples take them: on a mesh whole on every device."""
+    params = programs.weights(programs.state(programs.initial_params()))
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(params))
+    return params
+
+
+def written(programs: Programs) -> list[int]:
+    """A sample that is longer than the context, so that its end becomes a new prompt. A prompt of 20 tokens goes
+    through blocks of experts, and a single token through its own experts."""
+    params, prompt = whole_params(programs), [*range(20)]
+    key = jax.random.key(5)
+    return [*programs.decoder().stream(params, prompt, settings=Sampling(), key=key, stop=-1, limit=30)]
+
+
+def test_samples_and_snapshots_are_those_of_one_device() -> None:
+    changes: dict[str, Any] = {"layers": 2, "shared_experts": 1, "tied_head": False}
+    programs, one = made.programs(MESH, **changes), made.programs(**changes)
+    assert written(programs) == written(one)
+    stream = tiny.tokens(100, seed=4, vocabulary=made.V)
+    found, expected = programs.tracer(stream), one.tracer(stream)
+    assert found is not None
+    assert expected is not None
+    assert found(whole_params(programs)) == expected(whole_params(one))

@@ -149,7 +149,7 @@ def test_a_nan_in_the_state_stops_the_run_and_never_reaches_a_checkpoint(
         train(session)
     assert finite_checkpoints(out)
     again = Session.open(config, resuming(load_config(out)))
-    assert again.progress.resumed_from == 6
+    assert again.resumed_from == 6
     train(again)
     tiny.assert_same_bits(again.state, uninterrupted[0].state)
     assert timeless(out) == timeless(uninterrupted[0].folder.path)

@@ -117,7 +117,9 @@ class Seen:
         self.session: Any = SimpleNamespace(
             config=config,
             state=SimpleNamespace(step=0),
-            progress=SimpleNamespace(counters=self.counters, begin=-2.5, elapsed=7.5),
+            counters=self.counters,
+            begin=-2.5,
+            elapsed=7.5,
             data=SimpleNamespace(store=SimpleNamespace(train=SimpleNamespace(target_bytes=300, targets=100))),
         )
         log: Any = SimpleNamespace(write=self.records.append)

@@ -26,11 +26,11 @@ class Run:
         self.events: list[Any] = []
         self.counters = RunCounters(best=2.0)
         self.signals = Signals()
-        progress = SimpleNamespace(counters=self.counters, saved_step=0)
         config = TrainConfig(**({"steps": 10, "eval_every": 4, "save_every": 3} | train))
         self.session: Any = SimpleNamespace(
             config=SimpleNamespace(train=config),
-            progress=progress,
+            counters=self.counters,
+            saved_step=0,
             folder=SimpleNamespace(path=Path("runs/x")),
             save=lambda step, val_loss: self.events.append(("saved", val_loss)),
         )
@@ -77,7 +77,7 @@ def test_an_improvement_is_saved_at_once_with_its_loss(monkeypatch: pytest.Monke
 def test_a_step_that_was_evaluated_or_saved_is_not_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """As at a resume from the checkpoint of this step."""
     run = Run(monkeypatch, loss=2.0)
-    run.counters.evaluated, run.session.progress.saved_step = 12, 12
+    run.counters.evaluated, run.session.saved_step = 12, 12
     assert run.after(12)
     assert run.events == []
 
@@ -88,7 +88,7 @@ def test_an_evaluation_that_was_made_up_is_saved(loss: float, steps: int, monkey
     """The checkpoint of this step was saved without it. Otherwise a run that was stopped within its last evaluation
     would not count it, and would make it up at every resume."""
     run = Run(monkeypatch, loss=loss, steps=steps)
-    run.session.progress.saved_step = 12
+    run.session.saved_step = 12
     run.after(12)
     assert run.events == ["flushed", "evaluated", "flushed", "synced", ("saved", loss)]
     assert run.counters.evaluated == 12

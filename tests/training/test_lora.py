@@ -202,7 +202,7 @@ def test_merge_makes_an_ordinary_run(tuned: Any, tmp_path: Path, capsys: pytest.
     assert saved is not None
     longer = dataclasses.replace(saved, resume=True, train=dataclasses.replace(saved.train, steps=8))
     resumed = Session.open(longer, resuming(saved))
-    assert resumed.progress.resumed_from == here.checkpoint.step == result["best_step"]
+    assert resumed.resumed_from == here.checkpoint.step == result["best_step"]
     train(resumed)
     assert (resumed.state.adapters, int(resumed.state.step)) == (None, 8)
     with pytest.raises(ConfigError, match="has no adapters"):

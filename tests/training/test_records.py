@@ -142,7 +142,7 @@ def test_the_best_checkpoint_is_scored_at_the_end(run: Watched) -> None:
 
 def test_the_last_step_is_evaluated(run: Watched) -> None:
     assert [record["step"] for record in run.records("val")] == [4, 8, STEPS] == list(run.losses)
-    assert run.session.progress.counters.evaluated == STEPS
+    assert run.session.counters.evaluated == STEPS
 
 
 def test_each_loss_names_its_stream(run: Watched) -> None:

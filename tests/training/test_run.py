@@ -165,7 +165,7 @@ def test_resumed_is_uninterrupted(uninterrupted: tuple[Session, dict[str, Any]],
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "split": "train", "lo')  # a line that was cut short
     session = run(config)
-    assert session.progress.resumed_from == 6
+    assert session.resumed_from == 6
     tiny.assert_same_bits(session.state, whole.state)
     assert timeless(out) == timeless(whole.folder.path)
     assert (out / "samples.txt").read_text() == (whole.folder.path / "samples.txt").read_text()
@@ -174,7 +174,7 @@ def test_resumed_is_uninterrupted(uninterrupted: tuple[Session, dict[str, Any]],
     same = set(result) - TIMES - {"resumed_from"}
     assert {k: result[k] for k in same} == {k: whole_result[k] for k in same}
     assert result["resumed_from"] == 6
-    assert session.progress.elapsed > first.checkpoints.at(12).elapsed > session.progress.elapsed_before > 0
+    assert session.elapsed > first.checkpoints.at(12).elapsed > session.elapsed_before > 0
 
 
 def without_sources(hlo: str) -> str:
@@ -238,7 +238,7 @@ def test_a_signal_while_a_step_is_saved_counts(save: int, text: Path, tmp_path: 
         train(session, signals)
     assert stopped.value.status == 128 + signal.SIGTERM
     assert saves == [2, 4][:save]
-    assert session.progress.saved_step == int(session.state.step) == 2 * save
+    assert session.saved_step == int(session.state.step) == 2 * save
 
 
 def test_the_header_says_that_the_card_is_not_used(

@@ -167,8 +167,8 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
     assert first.tokens == session.data.store.valid.targets
     assert result["unigram_bits_per_byte"] is None
     assert session.config.model == start.config.model
-    assert session.progress.origin is not None
-    assert session.progress.origin["tuned_from"] == str(base)
+    assert session.origin is not None
+    assert session.origin["tuned_from"] == str(base)
     samples = session.folder.samples.read_text()
     assert "assistant\n" in samples
     records = [json.loads(line) for line in session.folder.metrics.read_text().splitlines()]
@@ -199,7 +199,7 @@ def test_resumed_is_uninterrupted_by_bits(flags: tuple[str, ...], base: Path, da
         resumed, _ = run_of(dataclasses.replace(saved, resume=True), saved)
     finally:
         shutil.move(f"{base}.away", base)
-    assert resumed.progress.resumed_from == 3
+    assert resumed.resumed_from == 3
     tiny.assert_same_bits(resumed.state, whole.state)
 
 

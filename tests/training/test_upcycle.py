@@ -144,7 +144,7 @@ def test_where_it_comes_from_is_written_down_and_kept(dense: tuple[RunConfig, di
     assert config.upcycle == before.out
     longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=7))
     resumed, summary = whole(longer)
-    assert resumed.progress.resumed_from == 6
+    assert resumed.resumed_from == 6
     assert summary["inherited_flops"] == flops[1]
     first, second = json.loads((out / "config.json").read_text())["history"]
     assert (first["upcycled_from"], first["step"]) == (before.out, result["best_step"])
