@@ -2,6 +2,7 @@
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,16 @@ def test_texts_are_written_in_float32_on_a_processor_with_units_for_bfloat16(
 ) -> None:
     monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
     tokens = jax.numpy.asarray(tiny.tokens(1, 8))
+
+    def hidden(graphdef: Any, params: Any) -> jax.Array:
+        return merge(graphdef, params)(tokens, Mode.EVALUATE)[0]
+
     for chosen, scored, written in (("auto", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16")):
         edit_config(copied, "execution", compute_dtype=chosen)
         run = open_run(copied)
-        hidden = [merge(graphdef, run.params)(tokens, Mode.EVALUATE)[0] for graphdef in (run.graphdef, run.writer)]
-        assert [part.dtype.name for part in hidden] == [scored, written]
-        samples = Programs.of(run.config).decoder().prefill(run.params, tokens, np.int32(3))
+        for graphdef, name in ((run.graphdef, scored), (run.writer, written)):
+            assert jax.eval_shape(partial(hidden, graphdef), run.params).dtype.name == name
+        samples = jax.eval_shape(Programs.of(run.config).decoder().prefill, run.params, tokens, np.int32(3))
         assert {leaf.dtype.name for leaf in jax.tree.leaves(samples.cache)} == {written}
 
 
