@@ -23,7 +23,7 @@ MAY_CHANGE = ["train.steps", "train.lr", "train.batch_size", "data.source", "dat
 MAY_CHANGE += ["routing.device_capacity_factor", "execution.remat", "execution.compute_dtype", "execution.mesh"]
 STAY = [
     "model.experts",
-    "model.norm_eps",
+    "model.expert_hidden",
     "routing.capacity_factor",
     "routing.dispatch",
     "data.tokenizer",
