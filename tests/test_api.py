@@ -31,7 +31,7 @@ PROMPT = "the cat sat"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache"), samples=False):
         yield
 
 

@@ -63,7 +63,7 @@ metric_list:
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
     """A run with T = 64, and the folder of the tasks."""
     root = tmp_path_factory.mktemp("tasks")
-    with saved_run.quick_training(root / "cache") as patch:
+    with saved_run.quick_training(root / "cache", samples=False) as patch:
         patch.setenv("HF_HOME", str(root / "hub"))
         patch.setenv("HF_DATASETS_CACHE", str(root / "datasets"))
         for name, text, rows in (("choice", CHOICE, CHOICES), ("whole", WHOLE, TEXTS), ("write", WRITE, QUESTIONS)):

@@ -133,7 +133,7 @@ def test_an_upcycled_model_has_the_experts_of_the_preset(place: Path) -> None:
 def imported(tmp_path_factory: pytest.TempPathFactory):
     """A folder with `hf`, text.txt, and the run `run` of four steps."""
     place = tmp_path_factory.mktemp("place")
-    with quick_training(tmp_path_factory.mktemp("cache")):
+    with quick_training(tmp_path_factory.mktemp("cache"), samples=False):
         llama(place / "hf")
         words = ["--init-from", str(place / "hf"), "--data", str(text_file(place)), "--out", str(place / "run")]
         words += ["--steps", "4", "--batch-size", "2", "--train.eval-every", "2", "--train.save-every", "2"]

@@ -27,7 +27,7 @@ SEPARATOR = "</s>"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with saved_run.quick_training(tmp_path_factory.mktemp("cache")):
+    with saved_run.quick_training(tmp_path_factory.mktemp("cache"), samples=False):
         yield
 
 

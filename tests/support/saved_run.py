@@ -34,11 +34,14 @@ def resuming(saved: RunConfig | None) -> Start | None:
 
 
 @contextmanager
-def quick_training(cache: Path) -> Iterator[pytest.MonkeyPatch]:
-    """Within this block, whole runs lose little time outside training, and `cache` holds their data."""
+def quick_training(cache: Path, samples: bool = True) -> Iterator[pytest.MonkeyPatch]:
+    """Within this block, whole runs lose little time outside training, and `cache` holds their data. Without `samples`
+    the programs that write a text are not compiled."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MOE_JAX_CACHE", str(cache))
         patch.setattr("moe_jax.training.session.SAMPLE_TOKENS", 24)
+        if not samples:
+            patch.setattr(Session, "sample", lambda session, step, params: "no sample")
         yield patch
 
 

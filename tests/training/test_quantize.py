@@ -34,7 +34,7 @@ from tests.support.saved_run import resuming
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("quantize")
-    with saved_run.quick_training(folder / "cache"):
+    with saved_run.quick_training(folder / "cache", samples=False):
         yield saved_run.save_run(folder, layers=1)
 
 

@@ -30,6 +30,8 @@ from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 from tests.support.saved_run import resuming
 
+SAMPLES = True
+"""Runs write samples (`conftest.py`)."""
 TIMES = {"tokens_per_second", "wall_seconds"}
 SUMMARY_KEYS = set(
     """preset steps tokens_seen train_loss val_loss val_bits_per_byte val_bytes_per_token entropy_floor_bits_per_byte

@@ -31,6 +31,9 @@ from moe_jax.training.step import gradients
 from tests.support import tiny, tuning
 from tests.support.saved_run import resuming
 
+SAMPLES = True
+"""Runs write samples (`conftest.py`)."""
+
 CONFIG = TrainConfig(steps=10)
 
 # The loss
