@@ -252,7 +252,8 @@ class ProcessGroup:
         if count is None:
             if index is None and not coordinator:
                 return None
-            raise ConfigError("--num-processes: must be given, the number of processes that train together")
+            flag = f"--coordinator-address {coordinator}" if index is None else f"--process-id {index}"
+            raise ConfigError(f"{flag}: needs --num-processes, the number of processes that train together")
         if not 1 <= count <= 2**16:
             raise ConfigError(f"--num-processes {count}: must be between 1 and {2**16:,}")
         if count == 1:

@@ -206,7 +206,7 @@ def test_a_comparison_goes_on_reports_and_repeats_nothing(
 
     monkeypatch.setattr(Session, "open", classmethod(record))
     assert compare.run(command) == 0
-    assert opened == [("dense-active-3-steps-seed-0", 1), ("dense-active-6-steps-seed-0", None)]
+    assert opened == [("dense-active-3-steps-seed-0", 2), ("dense-active-6-steps-seed-0", None)]
     assert (out / "plan.json").read_text() == plan
     assert (out / "moe-3-steps-seed-0" / "metrics.jsonl").read_text() == first
     printed = capsys.readouterr().out
