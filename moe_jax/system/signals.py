@@ -35,6 +35,9 @@ DUPLICATE_SIGNAL_SECONDS = 0.5
 """A shell and `uv run` may both forward one Ctrl-C. A signal within this time after the first counts as the same one.
 """
 
+_SAY_SECONDS = 1.0
+"""How long a line may take to be printed."""
+
 
 class Stopped(Exception):
     """A signal stopped the run. All that had to be saved has been saved."""
@@ -136,10 +139,16 @@ class Signals:
 
 
 def _say(text: str) -> None:
-    """Print a line on stderr, and flush stdout."""
-    print(text, file=sys.stderr, flush=True)
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    """Print a line on stderr, and flush stdout. A stopped terminal, or a full pipe, must not keep the process alive."""
+
+    def say() -> None:
+        print(text, file=sys.stderr, flush=True)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+
+    printing = threading.Thread(target=say, daemon=True)
+    printing.start()
+    printing.join(_SAY_SECONDS)
 
 
 @contextmanager
