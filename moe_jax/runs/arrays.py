@@ -5,13 +5,14 @@ array is compared with the manifest before the first array is read: a chunk of a
 memory.
 """
 
+import contextlib
 import errno
 import functools
 import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,12 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 
 def write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
     """Write all arrays. Of several processes, all call this, and each writes its own parts."""
-    with _checkpointer({*range(jax.process_count())}) as checkpointer:
+    with _without_traces(), _checkpointer({*range(jax.process_count())}) as checkpointer:
         checkpointer.save((folder / ARRAYS).resolve(), leaves)
 
 
 def _checkpointer(processes: set[int]) -> ocp.Checkpointer:
     """A checkpointer for which these processes wait for each other: all to write, each alone to read."""
-    _silence_threads()
     # Without compression: trained weights hardly compress, and zstd took most of the time of a save.
     if not several():
         return ocp.PyTreeCheckpointer(use_compression=False)
@@ -66,7 +66,7 @@ def read_arrays(
     item = {n: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=places[n]) for n, x in wanted.items()}
     folder = (path / ARRAYS).resolve()
     try:
-        with _checkpointer({jax.process_index()}) as checkpointer:
+        with _without_traces(), _checkpointer({jax.process_index()}) as checkpointer:
             _check_stored(checkpointer.metadata(folder), wanted)
             arrays = checkpointer.restore(
                 folder,
@@ -102,12 +102,27 @@ def _check_stored(metadata: Any, wanted: dict[str, manifest.Leaf]) -> None:
             raise CheckpointCorrupted(f"{name[:80]} is stored with another shape than its manifest gives it")
 
 
+@contextlib.contextmanager
+def _without_traces() -> Iterator[None]:
+    """Silence orbax's threads, and the event loop in which they run: both log a traceback for every error. The one line
+    of our UserError is enough. The logs of other programs of this process, such as a server, speak again afterwards.
+
+    After an error they stay silent: a thread that ends later logs the same error, and no caller is left to catch it.
+    """
+    _ignore_late_answers()
+    logs = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
+    yield
+    for log, level in zip(logs, levels, strict=True):
+        log.setLevel(level)
+
+
 @functools.cache
-def _silence_threads() -> None:
-    """Silence orbax's threads, and the event loop in which they run: both log a traceback for every error, some of them
-    after orbax gave up, when no caller is left to catch it. The one line of our UserError is enough."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+def _ignore_late_answers() -> None:
+    """Silence threads of tensorstore that finish after orbax gave up and closed its event loop. No caller is left that
+    could catch their error, so Python would print a traceback."""
     usual = sys.unraisablehook
 
     def hook(unraisable: Any) -> None:

@@ -13,11 +13,13 @@ Arrays are saved by name, not by structure. An array named `params.blocks.0.ffn.
 that wrote it.
 """
 
+import ctypes
 import math
 import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,8 +116,8 @@ class CheckpointStore:
                 _sync(*draft.rglob("*"), draft)
                 self._publish(draft, final)
         except Exception as error:
-            if first():  # what orbax's threads still write goes with the next save
-                shutil.rmtree(draft, ignore_errors=True)
+            if first():
+                _remove_draft(draft)
             cause = disk_cause(error)
             if cause is None:
                 raise
@@ -126,6 +128,7 @@ class CheckpointStore:
         if first():
             self._remove_old(final)
         barrier()
+        _give_memory_back()
         return final
 
     def paths(self) -> list[Path]:
@@ -284,6 +287,28 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
     places = {name: getattr(leaf, "sharding", None) for name, leaf in leaves.items()}
     arrays = read_arrays(checkpoint.path, {name: saved[name] for name in leaves}, places)
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in leaves])
+
+
+def _remove_draft(draft: Path) -> None:
+    """Remove a draft. Orbax's threads may still write after an error, so this repeats until nothing is left."""
+    for _ in range(20):
+        shutil.rmtree(draft, ignore_errors=True)
+        if not draft.exists():
+            return
+        time.sleep(0.05)
+
+
+def _give_memory_back() -> None:
+    """Make glibc return the free memory inside its heap to the system. The end of the heap stays: see
+    `environment.keep_freed_memory`.
+
+    Orbax starts new threads at each save. Without this, the free memory grew by 0.2 MB at each save of preset nano,
+    without limit.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # other C libraries have none
+        if trim is not None:
+            trim(ctypes.c_size_t(2**62))
 
 
 def _sync(*paths: Path) -> None:

@@ -157,6 +157,7 @@ def test_quotas_of_twenty_sizes(tmp_path: Path) -> None:
         with quota(max(1, weights * i // 20)):
             failures += refused(lambda i=i: states.save(store, 2 + i, size=4096))
         assert survivors_of_size(store) == 1
+        assert not list(store.folder.glob("tmp_*"))
     assert failures == 20
     states.save(store, 30, size=4096)
     assert survivors_of_size(store) == 30
