@@ -1,6 +1,6 @@
 """What a run starts from: noise, its own last checkpoint, or the weights of another run or of a Hugging Face model.
 
-`start_of` finds out once, from the flags that name it. A `Start` has the settings that file and flags then change, the
+`start_of` finds out once, from the flags that name it. A `Start` has the settings that other flags then change, the
 checks of the changed settings, and the weights (`initial_weights.py`). Nothing here imports jax before the weights are
 opened, so a wrong flag is reported at once.
 """
@@ -51,7 +51,7 @@ class Start:
     """What a run starts from."""
 
     defaults: RunConfig
-    """The settings that file and flags change."""
+    """The settings that flags change."""
     checks: tuple[Check, ...] = ()
     weights: Callable[[], "InitialWeights | None"] = lambda: None
     """Opens and checks the weights of a new run. None for random ones. Raises UserError if they cannot be used."""
@@ -65,7 +65,7 @@ class Start:
 
 
 def start_of(values: Values) -> Start:
-    """What the settings of a file and of flags start from.
+    """What a run with these settings, typed as flags, starts from.
 
     Raises ConfigError where it is not there, and UserError where it cannot be read.
     """
