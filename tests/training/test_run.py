@@ -120,9 +120,11 @@ def timeless(folder: Path) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, Any]]:
     session = run(configuration(text, tmp_path_factory.mktemp("runs") / "whole"))
-    result = finish(session)
-    assert compilations(session) == ONCE, "with three evaluations, samples and the whole validation stream"
-    return session, result
+    return session, finish(session)
+
+
+def test_every_program_is_compiled_once(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
+    assert compilations(uninterrupted[0]) == ONCE, "with three evaluations, samples and the whole validation stream"
 
 
 def test_what_a_run_leaves(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
