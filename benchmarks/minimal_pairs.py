@@ -13,12 +13,14 @@ a detail that was mentioned more than n - 1 words before.
 
 import argparse
 import dataclasses
+import math
 import random
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import batched
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -28,10 +30,10 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, DataConfig, UserError
-from moe_jax.data.baselines import TRAIN_BYTES, first_documents, ngram_probabilities, words_of
+from moe_jax.data.baselines import TRAIN_BYTES, NgramModel, first_documents, ngrams
 from moe_jax.data.synthetic import stories
-from moe_jax.data.synthetic.grammar import Mention, Slot
-from moe_jax.data.synthetic.stories import SLOTS
+from moe_jax.data.synthetic.grammar import Derivation, Grammar, Memory, Options, Slot
+from moe_jax.data.synthetic.stories import RULES, SLOTS
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
@@ -54,7 +56,38 @@ FORMS = {"he": "pronoun", "He": "pronoun", "his": "pronoun", "him": "pronoun", "
 """Forms that agree with a word and do not repeat it. An animal's sound, home and food are "knowledge"."""
 FROM_ONE_STORY = 4
 """Pairs of each story. They are of different kinds, so that rare kinds have pairs too."""
+GRAMMAR = Grammar(RULES, SLOTS)
 _SENTENCE_END = re.compile(r"[.!?]\"?")
+
+
+class Mention(NamedTuple):
+    """A place of a text where a slot's word stands: the characters [start, end)."""
+
+    slot: Slot
+    start: int
+    end: int
+
+
+def mentions_of(story: Derivation) -> list[Mention]:
+    """The mentions of a story in order, from the choices that wrote it."""
+    choices = iter(story.choices)
+    memory: Memory = {}
+    found: list[Mention] = []
+    todo, length = list(reversed(GRAMMAR.template)), 0
+    while todo:
+        node = todo.pop()
+        if isinstance(node, Options):
+            todo.extend(reversed(node.templates[next(choices)[0]]))
+            continue
+        text = node
+        if isinstance(node, Slot):
+            if node.name not in memory:
+                memory[node.name] = GRAMMAR.words(node.name, memory)[next(choices)[0]]
+            text = memory[node.name][node.form]
+            found.append(Mention(node, length, length + len(text)))
+        length += len(text)
+    assert length == len(story.text)
+    return found
 
 
 @dataclass(frozen=True)
@@ -83,11 +116,14 @@ def minimal_pairs(seed: int, count: int) -> Iterator[MinimalPair]:
             yield draw.choice(kinds[kind])
 
 
-def pairs_of(story: stories.Derivation, draw: random.Random) -> Iterator[MinimalPair]:
+def pairs_of(story: Derivation, draw: random.Random) -> Iterator[MinimalPair]:
     """A pair for each mention of a detail that was mentioned before. A word must have been there itself; a form that
     agrees with it, such as a pronoun, follows from any of its forms."""
     last: dict[tuple[str, bool], Mention] = {}
-    for mention in story.mentions:
+    mentions = mentions_of(story)
+    # A wrong word that stands elsewhere in the story would be a harder pair.
+    present = {story.text[m.start : m.end] for m in mentions if m.slot.form not in FORMS}
+    for mention in mentions:
         slot, kind = mention.slot, kind_of(mention.slot)
         repeats = slot.form in ("", "a")
         before = last.get((slot.name, repeats))
@@ -97,7 +133,7 @@ def pairs_of(story: stories.Derivation, draw: random.Random) -> Iterator[Minimal
         if before is None or kind is None:
             continue
         right = story.text[mention.start : mention.end]
-        others = sorted({word[slot.form] for word in SLOTS[slot.name]} - {right} - _present(story))
+        others = sorted({word[slot.form] for word in SLOTS[slot.name]} - {right} - present)
         if not others:
             continue
         end = _SENTENCE_END.search(story.text, mention.end)
@@ -114,11 +150,6 @@ def kind_of(slot: Slot) -> str | None:
     if slot.name == "animal" and slot.form not in ("", "a"):
         return "knowledge"
     return next((kind for kind, slots in KINDS.items() if slot.name in slots), None)
-
-
-def _present(story: stories.Derivation) -> set[str]:
-    """All words of the story's slots. A wrong word that stands elsewhere in the story would be a harder pair."""
-    return {story.text[m.start : m.end] for m in story.mentions if m.slot.form not in FORMS}
 
 
 ROWS = 16
@@ -185,9 +216,9 @@ def text_scores(
 
 def ngram_scores(train: Iterable[str], texts: Sequence[str]) -> np.ndarray:
     """float64 [N]: the log-probability of each text under an n-gram model of the training documents, in nats."""
-    logs = np.log(ngram_probabilities(train, texts, [NGRAM])[0])
-    ends = np.cumsum([len(words_of(text)) + 1 for text in texts])  # of each text, whose last word is its end
-    return np.array([part[:-1].sum() for part in np.split(logs, ends[:-1])])
+    model = NgramModel(train, NGRAM)
+    # The last word of a text is its end, which does not count.
+    return np.array([sum(math.log(model.probability(n)) for n in [*ngrams(text, NGRAM)][:-1]) for text in texts])
 
 
 def table(pairs: Sequence[MinimalPair], model: np.ndarray, ngram: np.ndarray | None) -> list[Accuracy]:

@@ -1,30 +1,30 @@
-"""Reference values for a loss: the scores of n-gram models over words, and the entropy floor of the embedded corpus.
+"""Reference values for a loss: the score of a trigram model over words, and the entropy floor of the embedded corpus.
 
-Each n-gram model is an interpolated modified Kneser-Ney model (Chen and Goodman 1998, section 3). With h the n - 1
-words before w, h' all of them but the first, and c the count of an n-gram,
+The model is an interpolated modified Kneser-Ney model (Chen and Goodman 1998, section 3). With h the n - 1 words before
+w, h' all of them but the first, and c the count of an n-gram,
 
-    P(w | h) = (max(c(h w) - D(c(h w)), 0) + (D1 N1(h) + D2 N2(h) + D3 N3(h)) P(w | h')) / c(h)
+    P(w | h) = (c(h w) - D(c(h w)) + (D1 N1(h) + D2 N2(h) + D3 N3(h)) P(w | h')) / c(h)
 
 c is the number of occurrences for the longest n-grams. For the shorter ones it is the number of different words that
 stand before them. c(h) is the sum of c(h w) over w. N1, N2 and N3 count the words w with c(h w) = 1, = 2 and >= 3; the
-discounts D1, D2, D3 belong to the same counts, and each length has its own. After a context that was never seen,
-P(w | h) = P(w | h'). Single words back off to the probability S(w) of spelling a word: each of its bytes, and its end,
-has probability 1/257. So S sums to 1 over all byte strings, and a word that was never seen has a probability.
+discounts D(0) = 0, D1, D2, D3 belong to the same counts, and each length has its own. After a context that was never
+seen, P(w | h) = P(w | h'). Single words back off to the probability S(w) of spelling a word: each of its bytes, and its
+end, has probability 1/257. So S sums to 1 over all byte strings, and a word that was never seen has a probability.
 
 A word is a run of letters with the space before it, or any other single character. So the words of a text, joined, are
 the text, byte for byte. The empty word ends a document.
-
-The counts are arrays, not dictionaries, so that five words of 20,000 stories take about two seconds.
 """
 
 import json
+import math
 import re
+import sys
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-
-import numpy as np
+from itertools import chain
 
 from moe_jax.config import DataConfig
 from moe_jax.data.token_store import Split, TokenStore, stored_documents
@@ -37,32 +37,23 @@ END = ""
 _WORD = re.compile(r" ?[^\W\d_]+|.", re.DOTALL)
 
 TRAIN_BYTES, VALID_BYTES = 10_000_000, 1_000_000
-"""The n-gram models count and score the beginning of a longer text only, to stay within seconds and 600 MB."""
-ORDERS = (1, 3, 5)
+"""The trigram model counts and scores the beginning of a longer text only, to stay within seconds and 600 MB."""
 
 
 @dataclass(frozen=True)
 class CorpusBaselines:
-    """Scores on the validation text, in bits per UTF-8 byte. Each n-gram model has counted the training text, and
-    predicts words."""
+    """Scores on the validation text, in bits per UTF-8 byte."""
 
-    unigram: float
-    """The score of a model that knows how often each word occurs, and nothing else."""
     trigram: float
-    """The score of a model that sees the two words before."""
-    kneser_ney_5gram: float
-    """The score of a model that sees the four words before."""
+    """The score of a model that has counted the training text, and sees the two words before."""
     entropy_floor: float | None = None
     """Exact code length of the embedded stories under the grammar that wrote them. On average no model scores lower.
     None for any other text."""
 
     def describe(self) -> str:
         """The scores in one sentence."""
-        ngrams = (
-            f"n-gram models of the training text score {self.unigram:.4f} bits/byte by counting words, "
-            f"{self.trigram:.4f} with two words before, {self.kneser_ney_5gram:.4f} with four"
-        )
-        return ngrams if self.entropy_floor is None else f"the best possible is {self.entropy_floor:.4f}; {ngrams}"
+        trigram = f"a trigram model of the training text scores {self.trigram:.4f} bits/byte"
+        return trigram if self.entropy_floor is None else f"the best possible is {self.entropy_floor:.4f}; {trigram}"
 
 
 def corpus_baselines(
@@ -79,7 +70,7 @@ def corpus_baselines(
     try:
         return CorpusBaselines(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        with working("scoring n-gram models of the text, to compare with"), ThreadPoolExecutor(1) as thread:
+        with working("scoring a trigram model of the text, to compare with"), ThreadPoolExecutor(1) as thread:
             if meanwhile is not None:
                 thread.submit(meanwhile)
             scores = _scores(data, store)
@@ -102,7 +93,8 @@ def _scores(data: DataConfig, store: TokenStore) -> CorpusBaselines:
         from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte
 
         floor = entropy_floor_bits_per_byte(data.stories_seed, "valid", VALIDATION_STORIES)
-    return ngram_baselines(documents(store.train, TRAIN_BYTES), list(documents(store.valid, VALID_BYTES)), floor)
+    model = NgramModel(documents(store.train, TRAIN_BYTES), 3)
+    return CorpusBaselines(model.bits_per_byte(list(documents(store.valid, VALID_BYTES))), floor)
 
 
 def first_documents(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
@@ -115,14 +107,6 @@ def first_documents(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
         yield document
 
 
-def ngram_baselines(train: Iterable[str], valid: Sequence[str], floor: float | None = None) -> CorpusBaselines:
-    """The scores of the n-gram models of some training documents on some validation documents: the code length of the
-    documents and their ends in bits, divided by the UTF-8 bytes of the documents."""
-    size = sum(len(document.encode()) for document in valid)
-    bits = [float(-np.log2(p).sum()) for p in ngram_probabilities(train, valid, ORDERS)]
-    return CorpusBaselines(*(score / size for score in bits), entropy_floor=floor)
-
-
 def words_of(text: str) -> list[str]:
     """The words of a text. Joined, they give the text."""
     return _WORD.findall(text)
@@ -133,85 +117,70 @@ def spelling_probability(word: str) -> float:
     return 257.0 ** -(len(word.encode()) + 1)
 
 
-def ngram_probabilities(train: Iterable[str], valid: Iterable[str], orders: Sequence[int]) -> list[np.ndarray]:
-    """For each order n, float64 [words of the validation documents, ends included]: the probability of each word under
-    a model that sees the n - 1 words before."""
-    longest, number = max(orders), {END: 0}
-    counted, scored = (_ngrams(documents, longest, number) for documents in (train, valid))
-    spelling = np.array([spelling_probability(word) for word in number])
-    return [_probabilities(counted[:, -n:], scored[:, -n:], spelling) for n in orders]
+type Ngram = tuple[str, ...]
 
 
-def _probabilities(counted: np.ndarray, scored: np.ndarray, spelling: np.ndarray) -> np.ndarray:
-    """float64 [Q]: the probability of the last word of each n-gram of `scored` int64 [Q, n], by the model that has
-    counted the n-grams `counted` int64 [N, n]. `spelling` float64 [W] is S of each word."""
-    words = len(spelling)
-    rows, counts = _distinct(counted, words)
-    levels = [(rows, counts)]
-    while rows.shape[1] > 1:
-        rows, counts = _distinct(rows[:, 1:], words)  # each different word before it counts once
-        levels.append((rows, counts))
-    p = spelling[scored[:, -1]]
-    for rows, counts in reversed(levels):
-        p = _interpolate(rows, counts, scored[:, -rows.shape[1] :], p, words)
-    return p
+def ngrams(document: str, order: int) -> Iterator[Ngram]:
+    """Each word of a document, and its end, with the `order` - 1 words before it."""
+    words = [*[END] * (order - 1), *map(sys.intern, words_of(document)), END]
+    return zip(*(words[first:] for first in range(order)), strict=False)
 
 
-def _ngrams(documents: Iterable[str], order: int, number: dict[str, int]) -> np.ndarray:
-    """int64 [N, order]: every word with the words before it, as numbers. New words are added to `number`. A document
-    begins after `order` - 1 ends, and ends with an end."""
-    ids: list[int] = []
-    is_word: list[bool] = []
-    for document in documents:
-        words = [number.setdefault(word, len(number)) for word in words_of(document)]
-        ids += [0] * (order - 1) + words + [0]
-        is_word += [False] * (order - 1) + [True] * (len(words) + 1)
-    if not ids:
-        return np.zeros((0, order), np.int64)
-    windows = np.lib.stride_tricks.sliding_window_view(np.array(ids, np.int64), order)
-    return windows[np.array(is_word[order - 1 :])]
+class NgramModel:
+    """The probability of a word after the `order` - 1 words before it, from the counts of some documents."""
+
+    def __init__(self, documents: Iterable[str], order: int) -> None:
+        self.order = order
+        counts = Counter(chain.from_iterable(ngrams(document, order) for document in documents))
+        self._levels = [_Level(counts)]
+        for _ in range(order - 1):
+            counts = Counter(ngram[1:] for ngram in counts)  # each different word before it counts once
+            self._levels.insert(0, _Level(counts))
+
+    def probability(self, ngram: Ngram) -> float:
+        """The probability of the last word of an n-gram."""
+        p = spelling_probability(ngram[-1])
+        for length, level in enumerate(self._levels, 1):
+            p = level.interpolate(ngram[-length:], p)
+        return p
+
+    def bits_per_byte(self, documents: Sequence[str]) -> float:
+        """The code length of documents and of their ends in bits, divided by the UTF-8 bytes of the documents."""
+        scored = chain.from_iterable(ngrams(document, self.order) for document in documents)
+        bits = -math.fsum(math.log2(self.probability(ngram)) for ngram in scored)
+        return bits / sum(len(document.encode()) for document in documents)
 
 
-def _packed(rows: np.ndarray, words: int) -> np.ndarray:
-    """One number for each row, equal exactly for equal rows."""
-    key = np.zeros(len(rows), np.int64)
-    for column in rows.T:
-        if len(key) and int(key.max()) > np.iinfo(np.int64).max // words - 1:
-            key = np.unique(key, return_inverse=True)[1].astype(np.int64)
-        key = key * words + column
-    return key
+class _Level:
+    """The n-grams of one length: one line of the formula."""
+
+    def __init__(self, counts: Counter[Ngram]) -> None:
+        self._counts, self._discounts = counts, _discounts(counts)
+        self._total: dict[Ngram, int] = defaultdict(int)
+        """Of each context, the sum of its counts."""
+        self._saved: dict[Ngram, float] = defaultdict(float)
+        """Of each context, the sum of its discounts."""
+        for ngram, count in counts.items():
+            self._total[ngram[:-1]] += count
+            self._saved[ngram[:-1]] += self._discounts[min(count, 3)]
+
+    def interpolate(self, ngram: Ngram, lower: float) -> float:
+        """P(w | h). `lower` is P(w | h')."""
+        context, count = ngram[:-1], self._counts.get(ngram, 0)
+        if context not in self._total:
+            return lower
+        kept = count - self._discounts[min(count, 3)]
+        return (kept + self._saved[context] * lower) / self._total[context]
 
 
-def _distinct(rows: np.ndarray, words: int) -> tuple[np.ndarray, np.ndarray]:
-    """The different rows, and how often each occurs."""
-    _, first, counts = np.unique(_packed(rows, words), return_index=True, return_counts=True)
-    return rows[first], counts
-
-
-def _discounts(counts: np.ndarray) -> np.ndarray:
-    """D1, D2 and D3 of n-grams of one length (Chen and Goodman 1998, equation 26).
+def _discounts(counts: Counter[Ngram]) -> list[float]:
+    """D(0), D1, D2 and D3 of n-grams of one length (Chen and Goodman 1998, equation 26).
 
     With n1 to n4 the numbers of n-grams that occur 1 to 4 times, Y = n1 / (n1 + 2 n2) and Dk = k - (k + 1) Y n(k+1) /
     nk. If nk is 0 or Dk is not positive, Dk is Y: with a discount of 0 a word that is new after a context would have
     probability 0. If n1 is 0, Y is 1/2.
     """
-    n = [int((counts == times).sum()) for times in range(5)]
+    n = Counter(counts.values())
     y = n[1] / (n[1] + 2 * n[2]) if n[1] else 0.5
     discounts = [k - (k + 1) * y * n[k + 1] / n[k] if n[k] else 0.0 for k in (1, 2, 3)]
-    return np.array([d if d > 0 else y for d in discounts])
-
-
-def _interpolate(rows: np.ndarray, counts: np.ndarray, scored: np.ndarray, lower: np.ndarray, words: int) -> np.ndarray:
-    """P(w | h) of the `scored` n-grams by one line of the formula. `lower` is P(w | h')."""
-    both = np.concatenate([rows, scored])
-    _, ngram = np.unique(_packed(both, words), return_inverse=True)
-    _, context = np.unique(_packed(both[:, :-1], words), return_inverse=True)
-    here, there = slice(None, len(rows)), slice(len(rows), None)
-    count = np.bincount(ngram[here], counts, minlength=ngram.max() + 1)[ngram[there]]
-    discounts, kind = _discounts(counts), np.minimum(counts, 3) - 1
-    size = context.max() + 1
-    total = np.bincount(context[here], counts, minlength=size)[context[there]]
-    saved = np.bincount(context[here], discounts[kind], minlength=size)[context[there]]
-    kept = np.where(count > 0, count - discounts[np.minimum(count, 3).astype(int) - 1], 0)
-    known = total > 0
-    return np.where(known, (kept + saved * lower) / np.where(known, total, 1), lower)
+    return [0.0, *(d if d > 0 else y for d in discounts)]

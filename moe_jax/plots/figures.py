@@ -196,15 +196,15 @@ def _with_floor(figure: Any, runs: Sequence[_Metrics], unit: str) -> Any:
 
 
 def _bits(runs: Sequence[_Metrics]) -> Any:
-    """Bits per byte of the fixed validation subset, with lines at the n-gram baseline of the whole text and at its
-    entropy, if they are known."""
+    """Bits per byte of the fixed validation subset. Lines show the trigram score of the whole text, and its entropy,
+    if they are known."""
     title = "Bits per byte of the validation subset"
     figure = _curves(runs, "bits_per_byte", "bits per byte", title, splits=("val",), floor=0)
-    scores = {score for run in runs if (score := run.summary.get("kneser_ney_5gram_bits_per_byte")) is not None}
+    scores = {score for run in runs if (score := run.summary.get("trigram_bits_per_byte")) is not None}
     if figure is not None and scores:
         (axes,) = figure.axes
         for score in sorted(scores):
-            axes.axhline(score, color="0.6", linestyle="-.", label=f"5-gram model of the training text, {score:.4f}")
+            axes.axhline(score, color="0.6", linestyle="-.", label=f"trigram model of the training text, {score:.4f}")
         axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], *scores))
         axes.legend(frameon=False)
     return _with_floor(figure, runs, "bits per byte")

@@ -171,16 +171,15 @@ def plan_line(t: TrainConfig, tokens_per_step: int, corpus: int | None = None) -
 
 def print_result(session: Session, result: dict[str, Any]) -> None:
     """Print the result of a run: its score, what it cost, and its folder."""
-    floor, names = result["entropy_floor_bits_per_byte"], ("unigram", "trigram", "kneser_ney_5gram")
-    unigram, trigram, five = (result[f"{name}_bits_per_byte"] for name in names)
-    if unigram is None:
+    floor, trigram = result["entropy_floor_bits_per_byte"], result["trigram_bits_per_byte"]
+    if trigram is None:
         compared = ", on the answers only"
     elif floor is None:
-        compared = f" (word unigram {unigram:.4f}, trigram {trigram:.4f}, 5-gram {five:.4f})"
+        compared = f" (trigram model {trigram:.4f})"
     else:
         compared = (
             f", {result['val_bits_per_byte'] / floor:.3f} x the floor of {floor:.4f} "
-            f"(5-gram {five / floor:.2f} x, trigram {trigram / floor:.2f} x)"
+            f"(trigram model {trigram / floor:.2f} x)"
         )
     drops = result["train_drop_fraction"]
     dropped = f"; dropped in training {drops:.1%} (mean of the steps)" if drops else ""
@@ -191,8 +190,8 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
         f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in "
         f"{session.folder.path}",
     ]
-    if unigram is not None and result["val_bits_per_byte"] > unigram:
-        lines.append("this is worse than counting words (the unigram): train longer, with --resume and more --steps")
+    if trigram is not None and result["val_bits_per_byte"] > trigram:
+        lines.append("this is worse than a trigram model: train longer, with --resume and more --steps")
     say(*lines)
 
 

@@ -12,9 +12,7 @@ from moe_jax.training.header import plan_line, print_next_step, print_result
 
 RESULT: dict[str, Any] = {
     "entropy_floor_bits_per_byte": 0.5,
-    "kneser_ney_5gram_bits_per_byte": 0.625,
     "trigram_bits_per_byte": 0.75,
-    "unigram_bits_per_byte": 1.25,
     "opening": "it's a day",
     "val_bits_per_byte": 0.6,
     "train_drop_fraction": 0.125,
@@ -37,7 +35,7 @@ def test_the_result_in_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
     score, cost, following = said(RESULT, capsys)
     assert score == (
         "best checkpoint: step 40, validation loss 1.5000 nats/token, 0.6000 bits/byte, 1.200 x the floor of 0.5000 "
-        "(5-gram 1.25 x, trigram 1.50 x), on the whole validation stream, 12,345 tokens"
+        "(trigram model 1.50 x), on the whole validation stream, 12,345 tokens"
     )
     assert cost == ("67,890 tokens in 12 s; dropped in training 12.5% (mean of the steps); everything is in runs/my x")
     assert following == "next: uv run python -m moe_jax chat --run 'runs/my x'"
@@ -60,7 +58,7 @@ def test_the_plan_of_a_run() -> None:
     assert line.endswith("then a straight line to 10% of that")
 
 
-def test_a_model_that_is_worse_than_counting_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
-    lines = said(RESULT | {"val_bits_per_byte": 1.26, "entropy_floor_bits_per_byte": None}, capsys)
-    assert lines[2].startswith("this is worse than counting words")
-    assert not any("worse" in line for line in said(RESULT | {"val_bits_per_byte": 1.25}, capsys))
+def test_a_model_that_is_worse_than_a_trigram_model_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = said(RESULT | {"val_bits_per_byte": 0.76, "entropy_floor_bits_per_byte": None}, capsys)
+    assert lines[2].startswith("this is worse than a trigram model")
+    assert not any("worse" in line for line in said(RESULT | {"val_bits_per_byte": 0.75}, capsys))

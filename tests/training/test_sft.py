@@ -168,7 +168,7 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
     assert result["val_loss"] < first.loss
     assert (result["val_scored"], result["val_stream"], result["val_tokens"]) == ("answers", "whole", first.tokens)
     assert first.tokens == session.data.store.valid.targets
-    assert result["unigram_bits_per_byte"] is None
+    assert result["trigram_bits_per_byte"] is None
     assert session.config.model == start.config.model
     assert session.origin is not None
     assert session.origin["tuned_from"] == str(base)

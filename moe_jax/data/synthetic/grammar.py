@@ -17,8 +17,7 @@ n_1, n_2, ... options has the probability p = 1 / (n_1 n_2 ...), and its code le
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
 
 Word = Mapping[str, str]
 """The forms of one word, by name. The name "" holds the plain word."""
@@ -46,22 +45,12 @@ Node = str | Slot | Options
 Template = tuple[Node, ...]
 
 
-class Mention(NamedTuple):
-    """A place of a text where a slot's word stands: the characters [start, end)."""
-
-    slot: Slot
-    start: int
-    end: int
-
-
 @dataclass(frozen=True, slots=True)
 class Derivation:
     """A text, and the choices that wrote it, in order: (index, number of options)."""
 
     text: str
     choices: tuple[tuple[int, int], ...]
-    mentions: tuple[Mention, ...] = field(default=(), compare=False)
-    """In order. Known of a text that was sampled."""
 
     @property
     def bits(self) -> float:
@@ -88,9 +77,7 @@ class Grammar:
         """One text. `random` returns uniform numbers in [0, 1)."""
         pieces: list[str] = []
         choices: list[tuple[int, int]] = []
-        mentions: list[Mention] = []
         memory: Memory = {}
-        length = 0
         todo = list(reversed(self.template))
         while todo:
             node = todo.pop()
@@ -109,9 +96,7 @@ class Grammar:
                     choices.append((index, len(words)))
                     memory[node.name] = words[index]
                 pieces.append(memory[node.name][node.form])
-                mentions.append(Mention(node, length, length + len(pieces[-1])))
-            length += len(pieces[-1])
-        return Derivation("".join(pieces), tuple(choices), tuple(mentions))
+        return Derivation("".join(pieces), tuple(choices))
 
 
 _TOKEN = re.compile(r"[\[\]|]|<\w+>|\{\w+(?:\.\w+)?\}|[^\[\]|<>{}]+")

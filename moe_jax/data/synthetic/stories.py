@@ -202,7 +202,7 @@ def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterato
 
 
 def sample(seed: int, split: Literal["train", "valid"], i: int) -> Derivation:
-    """Story i of a split, with its choices and its mentions."""
+    """Story i of a split, with its choices."""
     return _GRAMMAR.sample(random.Random(f"{seed} {split} {i}").random)
 
 
