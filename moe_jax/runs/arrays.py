@@ -3,6 +3,8 @@
 Orbax stores each array as zarr in one OCDBT database. Its metadata says how large a chunk is. So the metadata of each
 array is compared with the manifest before the first array is read: a chunk of another size would take any amount of
 memory.
+
+Orbax is imported by the first save or read, because its import takes as long as a sixth of a start.
 """
 
 import contextlib
@@ -14,16 +16,18 @@ import re
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from safetensors.numpy import save_file
 
 from moe_jax.parallel.processes import first, several, whole
 from moe_jax.runs import manifest
 from moe_jax.runs.manifest import CheckpointCorrupted
+
+if TYPE_CHECKING:
+    import orbax.checkpoint as ocp
 
 WEIGHTS = "weights.safetensors"
 ARRAYS = "arrays"
@@ -42,8 +46,10 @@ def write_arrays(folder: Path, leaves: dict[str, Any]) -> None:
         checkpointer.save((folder / ARRAYS).resolve(), leaves)
 
 
-def _checkpointer(processes: set[int]) -> ocp.Checkpointer:
+def _checkpointer(processes: set[int]) -> "ocp.Checkpointer":
     """A checkpointer for which these processes wait for each other: all to write, each alone to read."""
+    import orbax.checkpoint as ocp
+
     # Without compression: trained weights hardly compress, and zstd took most of the time of a save.
     if not several():
         return ocp.PyTreeCheckpointer(use_compression=False)
@@ -61,6 +67,8 @@ def read_arrays(
 
     Raises CheckpointCorrupted if one is damaged.
     """
+    import orbax.checkpoint as ocp
+
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = {name: (shardings or {}).get(name) or here for name in wanted}
     item = {n: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=places[n]) for n, x in wanted.items()}
