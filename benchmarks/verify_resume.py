@@ -94,7 +94,6 @@ def short_flags(config: RunConfig) -> list[str]:
         # An upcycled run needs the dense run's whole text, and the test does not depend on initial values. An imported
         # tokenizer comes with its folder.
         upcycle=config.upcycle if config.data.tokenizer == "hf" else "",
-        track="none",
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
         train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
     )

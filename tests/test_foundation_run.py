@@ -195,7 +195,7 @@ def test_an_unknown_setting_is_refused_in_one_line(part: str) -> None:
     ("section", "changes", "said"),
     [
         ("data", {"format": "chat"}, "is tuned on conversations, and its loss counts the answers only; choose a run"),
-        ("train", {"lora_rank": 4}, "its weights are a model and adapters, .*; merge them first with `python -m moe_"),
+        ("train", {"lora_rank": 4}, "its weights are a model and adapters, .*; choose a run"),
     ],
 )
 def test_a_tuned_run_is_refused(

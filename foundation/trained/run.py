@@ -76,8 +76,8 @@ def _refuse_tuned(folder: Path, settings: dict[str, Any]) -> None:
         )
     if settings["train"].get("lora_rank"):
         raise Problem(
-            f"{folder}: its weights are a model and adapters, which foundation does not add; merge them first with "
-            "`python -m moe_jax merge`"
+            f"{folder}: its weights are a model and adapters, which foundation does not add; choose a run without "
+            "adapters"
         )
 
 

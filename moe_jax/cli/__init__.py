@@ -10,7 +10,7 @@
     generate.py       write a text, chat                serve.py          answer over HTTP
     evaluate.py       score a text                      certify.py        test claims about a model
     inspect.py        the routing report, pictures, verified checkpoints
-    export.py         a run for other programs, with merged adapters, or with quantised weights
+    export.py         a run for other programs, or with quantised weights
     plan.py           settings that fit a GPU
     benchmark.py      measure the costs
 

@@ -25,7 +25,6 @@ from moe_jax.system.files import Folder, json_text, step_number
 COMMANDS = {
     "train": ("train", "Train", "train a sparse mixture-of-experts language model"),
     "sft": ("train", "Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
-    "merge": ("export", "Merge", "write a run with adapters as an ordinary run"),
     "quantize": ("export", "Quantize", "write a run with 8 or 4 bits a weight"),
     "generate": ("generate", "Generate", "continue a text with a trained model"),
     "chat": ("generate", "Chat", "talk with a trained model: a beginning in, its continuation out"),

@@ -1,4 +1,4 @@
-"""`moe-jax export`, `merge` and `quantize`: a trained run in another form."""
+"""`moe-jax export` and `quantize`: a trained run in another form."""
 
 import shlex
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from moe_jax.cli.command import ModelCommand, check_new_folder, print_json
-from moe_jax.config import ConfigError, load_config
+from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
@@ -50,32 +50,6 @@ class Export(ModelCommand):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Merge(ModelCommand):
-    """Write a run that has adapters (`sft --lora`) as an ordinary run: the adapters are added to the weights.
-
-    The other commands need no merge: they add the adapters in memory.
-    """
-
-    out: str
-    """The folder of the new run."""
-
-    def execute(self) -> int:
-        self.check()
-        check_new_folder("--out", self.out)
-        config = load_config(Path(self.run))
-        if config is not None and not config.train.lora_rank:
-            raise ConfigError(f"--run {self.run}: has no adapters, so it is an ordinary run already; copy its folder")
-        environment.prepare_environment()
-        with working(f"merging {self.run}"):
-            from moe_jax.training.derived_runs import merge
-
-            made = merge(Path(self.run), Path(self.out), self.step)
-        say(f"{made}: the weights with the adapters added")
-        print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(Path(self.out)))}")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Quantize(ModelCommand):
     """Write a trained run with 8 or 4 bits a weight: smaller, and faster to decode.
 
@@ -99,7 +73,7 @@ class Quantize(ModelCommand):
         check_new_folder("--out", out)
         environment.prepare_environment()
         with working(f"loading {self.run}"):
-            from moe_jax.training.derived_runs import quantize_run
+            from moe_jax.training.quantize import quantize_run
         made = quantize_run(run, self.to, out, self.step)
         say(f"{made.checkpoint}: {self.to}")
         say(f"weights: {made.bytes_before / 1e6:,.2f} MB before, {made.bytes_after / 1e6:,.2f} MB after")

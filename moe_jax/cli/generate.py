@@ -1,7 +1,6 @@
 """`moe-jax generate` and `chat`: text that a trained model writes."""
 
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,17 +8,13 @@ from typing import TYPE_CHECKING
 from moe_jax.cli.command import ModelCommand, check_range
 from moe_jax.config import UserError
 from moe_jax.system import environment
-from moe_jax.system.terminal import rich_console, say, stream_text, working
+from moe_jax.system.terminal import say, stream_text, working
 
 if TYPE_CHECKING:
     from moe_jax.inference import chat as conversation
     from moe_jax.inference.generate import TextGenerator
     from moe_jax.inference.sampling import Sampling
     from moe_jax.runs.load import LoadedRun
-
-COLOURS = ("red", "green", "yellow", "blue", "magenta", "cyan", "bright_red", "bright_green")
-COLOURS += ("dark_orange", "bright_blue", "bright_magenta", "bright_cyan", "grey62", "gold3", "plum3", "spring_green3")
-"""Colours of the experts, by number. More experts share them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +101,11 @@ class Chat(SamplingCommand):
 
             run, generator, settings = self.open()
             generator.compile()
-        model, tuned = run.config.model, run.config.data.format == "chat"
-        layers = model.layers if model.dense == "none" else 0
-        talk = chat.Chat(generator, settings, seed=self.seed, limit=self.max_tokens, layers=layers)
+        tuned = run.config.data.format == "chat"
+        talk = chat.Chat(generator, settings, seed=self.seed, limit=self.max_tokens)
         if tuned:
-            own = {"seed": self.seed, "limit": self.max_tokens, "layers": layers, "context": model.seq_len}
-            talk = chat.RoleChat(generator, settings, **own)
+            context = run.config.model.seq_len
+            talk = chat.RoleChat(generator, settings, seed=self.seed, limit=self.max_tokens, context=context)
         person = sys.stdin.isatty() and sys.stdout.isatty()
         if person:
             self._greet(run.checkpoint.step, tuned)
@@ -155,29 +149,5 @@ def _answer(talk: "conversation.Chat", line: str) -> None:
             stream_text(prompt if talk.echoes else "", talk.reply(prompt))
         except KeyboardInterrupt:
             print("(ended by Ctrl-C)")
-        if talk.layer is not None:
-            _show_experts(talk, talk.layer)
     except UserError as error:
         say(error)
-
-
-def _show_experts(talk: "conversation.Chat", layer: int) -> None:
-    """Print the last text (of a tuned model, the whole conversation), each token in the colour of its first expert, and
-    how many tokens each expert has. Without colours, the number of the expert stands behind each token."""
-    from rich.text import Text
-
-    tokens = talk.last_tokens()
-    pieces = talk.generator.routed(tokens)
-    first = [int(piece.experts[layer, 0]) for piece in pieces]
-    console, shown = rich_console(), Text()
-    for piece, expert in zip(pieces, first, strict=True):
-        shown.append(piece.text, COLOURS[expert % len(COLOURS)])
-        if console.color_system is None:
-            shown.append(f"[{expert}]")
-    if len(pieces) < len(tokens):
-        shown.append(f"\n(the last {len(pieces)} tokens, as many as the context has)")
-    legend = Text(f"\nlayer {layer}: ")
-    for expert, count in Counter(first).most_common():
-        legend.append(f"expert {expert}", COLOURS[expert % len(COLOURS)])
-        legend.append(f" {count / len(first):.0%}  ")
-    console.print(shown, legend, sep="\n", soft_wrap=not console.is_terminal)

@@ -1,7 +1,6 @@
 """`train.py`, `moe-jax train` and `sft`: a run from its flags to its report."""
 
 import dataclasses
-import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,13 +216,7 @@ def report(session: Any) -> None:
 
 
 def check_run(config: RunConfig) -> None:
-    """Raise ConfigError if the tracker is not installed, or if the folder holds a run and --resume is not given."""
-    module = {"tensorboard": "tensorboardX"}.get(config.track, config.track)
-    if config.track != "none" and importlib.util.find_spec(module) is None:
-        raise ConfigError(
-            f"--track {config.track}: {module} is not installed; call it by `uv run --extra {config.track} train.py`, "
-            "or give --track none"
-        )
+    """Raise ConfigError if the folder cannot be written, or holds a run and --resume is not given."""
     run = Path(config.run_dir)
     check_out_folder("--out", run)
     if holds_run(run) and not config.resume:

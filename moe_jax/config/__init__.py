@@ -33,7 +33,6 @@ from moe_jax.config.run import (
     SECTIONS,
     PresetName,
     RunConfig,
-    Tracker,
     holds_run,
     load_begun_config,
     load_config,

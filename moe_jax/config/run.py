@@ -13,7 +13,6 @@ from moe_jax.system.errors import ConfigError, UserError, shortened
 from moe_jax.system.files import Folder, step_number
 
 PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
-Tracker = Literal["none", "tensorboard", "wandb", "trackio"]
 SECTIONS = ("model", "routing", "data", "train", "execution")
 """Names of the sections of a configuration, besides its own fields (section "")."""
 
@@ -48,8 +47,6 @@ class RunConfig(Section, section=""):
     with its shape and its tokenizer."""
     base: str = no_flag("")
     """Folder of the trained run that is fine-tuned. `sft --run` sets it."""
-    track: Tracker = "none"
-    """Log to TensorBoard, Weights & Biases or trackio as well (the extra of that name)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -133,9 +130,6 @@ class RunConfig(Section, section=""):
                 f"config.json has schema version {_short(values.get('schema_version'))}, this program reads "
                 f"{SCHEMA_VERSION}: use the version of moe-jax that wrote it, or start a new run in another folder"
             )
-        for tracker in ("tensorboard", "wandb", "trackio"):  # a switch for each, where `track` is missing
-            if values.get(tracker) is True:
-                values = {"track": tracker} | values
         top = {f.name for f in dataclasses.fields(cls)} - {*SECTIONS}
         own = _checked(cls, "", {name: values[name] for name in top & values.keys()})
         routing = RoutingConfig(**_section(RoutingConfig, values))

@@ -3,13 +3,13 @@
 With a tuned run (`RoleChat`), a question in and an answer out.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from moe_jax.config import UserError
 from moe_jax.config.section import format_bound
 from moe_jax.data.documents import ANSWERING, Message
-from moe_jax.data.tokenizers import answer_prompt, encode_chats
+from moe_jax.data.tokenizers import answer_prompt
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.system.files import write_output
@@ -19,7 +19,6 @@ HELP = """\
   /seed N       start the random draws anew, from this seed
   /tokens N     longest continuation, in tokens
   /again        continue the last beginning once more, with other random draws
-  /experts [N]  show each token in the colour of its expert, of layer N; off again without N
   /save FILE    write the conversation to a file
   /help         this list
   /quit         leave; Ctrl-D does too
@@ -40,12 +39,9 @@ class Chat:
     echoes = True
     """Whether the line is the beginning of the text, and is shown with it."""
 
-    def __init__(self, generator: TextGenerator, settings: Sampling, *, seed: int, limit: int, layers: int) -> None:
-        """`layers` is the number of layers with routers; 0 for a dense model."""
+    def __init__(self, generator: TextGenerator, settings: Sampling, *, seed: int, limit: int) -> None:
         self.generator, self.settings, self.seed, self.limit = generator, settings, seed, limit
-        self._layers, self._number = layers, 0
-        self.layer: int | None = None
-        """The layer whose experts are shown. None: none are."""
+        self._number = 0
         self.ended = False
         self.texts: list[str] = []
         """The conversation, for a file."""
@@ -56,7 +52,6 @@ class Chat:
             "temperature": self._temperature,
             "seed": self._seed,
             "tokens": self._tokens,
-            "experts": self._experts,
             "save": self._save,
             "help": lambda _: HELP,
             "quit": self._quit,
@@ -85,10 +80,6 @@ class Chat:
         """The last beginning, to be continued once more."""
         return self.last
 
-    def last_tokens(self) -> Sequence[int]:
-        """The last beginning with its continuation, whose experts can be shown."""
-        return self.generator.tokenizer.encode(self.texts[-1] if self.texts else "")
-
     def command(self, line: str) -> str:
         """Obey a line such as "/temp 0.5". Returns what to say. Raises UserError for a wrong line."""
         name, _, value = line.removeprefix("/").strip().partition(" ")
@@ -107,15 +98,6 @@ class Chat:
     def _tokens(self, value: str) -> str:
         self.limit = _number("/tokens", value, int, 1, 1_000_000)
         return f"at most {self.limit} tokens"
-
-    def _experts(self, value: str) -> str:
-        if not self._layers:
-            raise UserError("/experts: this model has no router that chooses experts for a token")
-        if not value and self.layer is not None:
-            self.layer = None
-            return "experts are not shown"
-        self.layer = _number("/experts", value or str(self._layers - 1), int, 0, self._layers - 1)
-        return f"each token in the colour of its first expert, layer {self.layer} of 0 to {self._layers - 1}"
 
     def _save(self, value: str) -> str:
         if not value:
@@ -137,11 +119,9 @@ class RoleChat(Chat):
 
     echoes = False
 
-    def __init__(
-        self, generator: TextGenerator, settings: Sampling, *, seed: int, limit: int, layers: int, context: int
-    ) -> None:
+    def __init__(self, generator: TextGenerator, settings: Sampling, *, seed: int, limit: int, context: int) -> None:
         """`context` is the model's T."""
-        super().__init__(generator, settings, seed=seed, limit=limit, layers=layers)
+        super().__init__(generator, settings, seed=seed, limit=limit)
         self._context = context
         self.turns: list[Message] = []
         """The conversation so far."""
@@ -173,12 +153,6 @@ class RoleChat(Chat):
         if self.turns and self.turns[-1].role == ANSWERING:
             del self.turns[-2:]
         return self.last
-
-    def last_tokens(self) -> Sequence[int]:
-        """The whole conversation."""
-        if not self.turns:
-            return []
-        return encode_chats(self.generator.tokenizer, [tuple(self.turns)])[0].tokens.tolist()
 
     def _new(self, _: str) -> str:
         self.turns = []

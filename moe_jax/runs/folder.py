@@ -7,7 +7,6 @@ summary.json           written by `training/loop.py`, at each evaluation and at 
 samples.txt            a generated text at each evaluation
 traces/                the routing of the same tokens at each evaluation
 checkpoints/           see `checkpoint.py`
-tensorboard/, wandb/   with --track
 .lock                  locked by the process that trains; holds its process id
 
 A run has an id in config.json, drawn at its start. So it is noticed if the folder is removed and made anew while a

@@ -1,9 +1,9 @@
-"""What training writes and shows: metrics.jsonl, the tracker that is chosen, the terminal, and summary.json."""
+"""What training writes and shows: metrics.jsonl, the terminal, and summary.json."""
 
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
-from moe_jax.config import RunConfig, UserError
+from moe_jax.config import UserError
 from moe_jax.model.costs import adapter_parameters, count_parameters, duration, totals, training_flops
 from moe_jax.parallel.processes import first
 from moe_jax.runs import records
@@ -28,20 +28,15 @@ MAX_SKIPPED_IN_A_ROW = 20
 
 
 class MetricsLog:
-    """Appends records to metrics.jsonl, and copies their numbers to the tracker (`--track`). Only the first of several
-    processes does so."""
+    """Appends records to metrics.jsonl. Only the first of several processes does so."""
 
-    def __init__(self, run: Folder, config: RunConfig) -> None:
+    def __init__(self, run: Folder) -> None:
         self._file = run.append(records.METRICS)
-        self._track, self._end = (None, None) if config.track == "none" or not first() else _start_tracker(run, config)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
         self._file.write(json_text(record).encode() + b"\n")
         self._file.flush()
-        if self._track is not None:
-            numbers = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-            self._track({f"{record['split']}/{k}": v for k, v in numbers.items()}, record["step"])
 
     def sync(self) -> None:
         """Wait until all records are on the disk. After a power loss, no checkpoint is then newer than its records."""
@@ -50,40 +45,6 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        if self._end is not None:
-            self._end()
-
-
-def _start_tracker(run: Folder, config: RunConfig) -> tuple[Callable[[dict[str, float], int], Any], Callable[[], Any]]:
-    """(what logs the numbers of a step, what ends the log).
-
-    wandb and trackio get one name for each folder, so that a resumed run continues its curves. trackio keeps its own
-    database: in TRACKIO_DIR, or else in the user's cache. Raises UserError if the tracker cannot be started: without a
-    key or a network, for example.
-    """
-    name = f"{run.path.name}-{run.path.stat().st_ino}"
-    settings = {f"{section}.{name}".lstrip("."): value for section, name, value in config.settings()}
-    common: dict[str, Any] = {"project": "moe-jax", "resume": "allow", "config": settings}
-    try:  # the command line has looked for the packages
-        if config.track == "tensorboard":
-            from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-
-            writer = SummaryWriter(str(run.make("tensorboard")))
-            return lambda numbers, step: [writer.add_scalar(k, v, step) for k, v in numbers.items()], writer.close
-        if config.track == "wandb":
-            import wandb  # pyright: ignore[reportMissingImports]
-
-            tracked = wandb.init(**common, id=name, dir=str(run.make("wandb").parent))
-        else:
-            import trackio  # pyright: ignore[reportMissingImports]
-
-            tracked = trackio.init(**common, name=name, embed=False)
-        return lambda numbers, step: tracked.log(numbers, step=step), tracked.finish
-    except Exception as error:  # each package has errors of its own kinds
-        said = (str(error).splitlines() or [repr(error)])[0]
-        raise UserError(
-            f"--track {config.track}: cannot be started ({said}); fix that, or leave the flag out"
-        ) from error
 
 
 class Terminal:
@@ -225,9 +186,8 @@ def summary(
     names the stream of the `val_*` keys. `val_loss_in_training` is the same checkpoint's loss as it was scored during
     training, on the fixed subset; null if it was not.
 
-    `train_drop_fraction` is the mean over the `train_drop_steps` counted training steps, `train_drop_fraction_worst`
-    the largest of them, and `train_drop_fraction_last` the newest. `opening` is the first words of the validation text,
-    and `openings` those of three of its documents.
+    `train_drop_fraction` is the mean over all finite training steps. `opening` is the first words of the validation
+    text, and `openings` those of three of its documents.
     """
     config, data = session.config, session.data
     last = records.last_train_record(session.folder.files)
@@ -260,9 +220,6 @@ def summary(
         "training_flops": training_flops(config, steps),
         "inherited_flops": session.origin["training_flops"] if session.origin else 0,
         "train_drop_fraction": counters.mean_drop,
-        "train_drop_fraction_worst": counters.worst_drop,
-        "train_drop_fraction_last": counters.last_drop,
-        "train_drop_steps": counters.drop_steps,
         "balance_loss": last.get("balance_loss"),
         "tokens_per_second": last.get("tokens_per_second"),
         "wall_seconds": session.elapsed,

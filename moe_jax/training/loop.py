@@ -27,7 +27,7 @@ def train(session: Session, signals: Signals | None = None) -> None:
     config, signals = session.config.train, signals or Signals()
     step = session.saved_step
     with ExitStack() as opened:
-        log = MetricsLog(session.folder.files, session.config)
+        log = MetricsLog(session.folder.files)
         opened.callback(log.close)
         terminal = Terminal(config.steps, step)
         opened.callback(terminal.close)

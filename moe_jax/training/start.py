@@ -123,9 +123,7 @@ def _in_folder(config: RunConfig) -> Start | None:
 def _tuned_run(config: RunConfig) -> Start:
     """The best checkpoint of a trained run, fine-tuned on conversations (`sft --run`)."""
     from_run = _load_run("--run", config.base)
-    fresh = dataclasses.replace(
-        from_run, base=config.base, init_from="", upcycle="", out="", resume=False, track="none"
-    )
+    fresh = dataclasses.replace(from_run, base=config.base, init_from="", upcycle="", out="", resume=False)
     defaults = _for_conversations(fresh, TUNING_LR_ADAPTERS if config.train.lora_rank else TUNING_LR)
     fixed = [("", "preset"), *_fields("model", _TRAINING_ONLY), *_fields("routing", _ROUTING_MAY_CHANGE)]
     fixed += [("data", "tokenizer"), ("data", "vocab_size")]

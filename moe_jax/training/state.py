@@ -168,10 +168,6 @@ class RunCounters:
     """Steps whose drops are counted: all finite steps."""
     drop_sum: float = 0.0
     """Sum of the drop fractions of these steps."""
-    worst_drop: float | None = None
-    """Largest drop fraction of these steps; None before the first."""
-    last_drop: float | None = None
-    """Drop fraction of the newest of these steps; None before the first."""
 
     @property
     def mean_drop(self) -> float | None:
@@ -182,8 +178,6 @@ class RunCounters:
         """Count the drops of a step: the share of (token, choice) pairs without a slot, mean over layers."""
         self.drop_steps += 1
         self.drop_sum += fraction
-        self.worst_drop = max(fraction, fraction if self.worst_drop is None else self.worst_drop)
-        self.last_drop = fraction
 
     def add_evaluation(self, step: int, loss: float) -> bool:
         """Count an evaluation; returns whether it is the best so far."""
@@ -216,6 +210,8 @@ class RunCounters:
     def from_json(cls, values: Any) -> "RunCounters":
         """The inverse of `to_json`. Raises CheckpointCorrupted if the values have other names or types."""
         kinds = {n: float | None if value is None else type(value) for n, value in cls().to_json().items()}
+        if isinstance(values, dict):  # version 0.2.0 counted these too
+            values = {n: value for n, value in values.items() if n not in ("worst_drop", "last_drop")}
         if not isinstance(values, dict) or values.keys() != kinds.keys():
             raise CheckpointCorrupted("its progress is not what this program saves")
         if wrong := [name for name, kind in kinds.items() if not isinstance(values[name], kind)]:

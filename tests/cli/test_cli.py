@@ -73,8 +73,6 @@ def run_without_jax(folder: Path, program: list[str]) -> subprocess.CompletedPro
     """Run a program in `folder`, where importing jax raises."""
     (folder / "poison").mkdir(exist_ok=True)
     (folder / "poison" / "jax.py").write_text("raise SystemExit('jax was imported')\n")
-    absent = "import sys\nsys.modules |= dict.fromkeys(['tensorboardX', 'wandb'])\n"  # where an extra installed them
-    (folder / "poison" / "sitecustomize.py").write_text(absent)
     paths = [str(folder / "poison"), str(ROOT)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "MOE_JAX_CACHE": str(folder / "cache")}
     return subprocess.run(
@@ -154,11 +152,9 @@ def test_a_program_refuses_before_jax_is_imported(tmp_path: Path, program: list[
         (["--tokenizer", "byte"], ["--tokenizer byte", "bpe"]),
         (["--preset", "story"], ["--preset story", "nano"]),
         (["--steps", "-1"], ["--steps", "-1"]),
-        (["--track", "tensorboard"], ["--track tensorboard", "--extra tensorboard", "--track none"]),
     ],
 )
-def test_a_run_that_is_resumed(tmp_path: Path, capsys, monkeypatch, arguments: list[str], names: list[str]) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+def test_a_run_that_is_resumed(tmp_path: Path, capsys, arguments: list[str], names: list[str]) -> None:
     make_held(tmp_path)
     refused(["train", "--out", "held", "--resume", *arguments], capsys, names)
 

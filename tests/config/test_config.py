@@ -138,7 +138,6 @@ def test_every_field_survives_json() -> None:
         out="somewhere",
         resume=True,
         upcycle="elsewhere",
-        track="wandb",
         base="there",
         model=ModelConfig(
             *(7, 6, 5, 12, 3, 3, 4, 9, 24, 2, "active", "gelu", "layernorm", 0.5, "learned", 10_000.0),
@@ -183,7 +182,7 @@ def test_unknown_presets_schemas_and_fields_are_refused() -> None:
 
 
 def test_a_retired_setting_is_accepted_at_its_constant_only() -> None:
-    """As version 0.2.0 wrote them before they were retired. A tracker was a switch of its own there."""
+    """As version 0.2.0 wrote them before they were retired. Trackers are ignored."""
     values = preset("nano").to_dict()
     for (section, name), constant in RETIRED.items():
         kept = values | {section: values[section] | {name: constant}}
@@ -194,8 +193,7 @@ def test_a_retired_setting_is_accepted_at_its_constant_only() -> None:
             match=rf"{section}\.{name} is .*in this version it is always .*the version of moe-jax that made it",
         ):
             RunConfig.from_dict(values | {section: values[section] | {name: other}})
-    del values["track"]
-    assert RunConfig.from_dict(values | {"wandb": True, "trackio": False}).track == "wandb"
+    assert RunConfig.from_dict(values | {"wandb": True, "trackio": False}) == preset("nano")
 
 
 def test_flags() -> None:

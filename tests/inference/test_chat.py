@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data.documents import Message
-from moe_jax.data.tokenizers import answer_prompt, encode_chats, train_tokenizer
+from moe_jax.data.tokenizers import answer_prompt, train_tokenizer
 from moe_jax.inference.chat import HELP, Chat, RoleChat
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
@@ -30,7 +30,7 @@ class Echo(TextGenerator):
 
 @pytest.fixture
 def chat() -> Chat:
-    return Chat(Echo(), Sampling(), seed=7, limit=40, layers=3)
+    return Chat(Echo(), Sampling(), seed=7, limit=40)
 
 
 def say(chat: Chat, prompt: str) -> str:
@@ -53,18 +53,7 @@ def test_a_reply_that_is_cut_is_kept_as_far_as_it_came(chat: Chat, tmp_path: Pat
     say(chat, "b")
     assert chat.command(f"/save {tmp_path / 'talk.txt'}").startswith("2 texts in")
     assert (tmp_path / "talk.txt").read_text() == "a [0.8\n\nb [0.8 7.1 40]\n"
-    assert (chat.last, chat.last_tokens()) == ("b", list(b"b [0.8 7.1 40]"))
-
-
-def test_experts_are_shown_of_a_layer_and_off_again(chat: Chat) -> None:
-    assert "layer 2 of 0 to 2" in chat.command("/experts")
-    assert chat.layer == 2
-    chat.command("/experts 0")
-    assert chat.layer == 0
-    chat.command("/experts")
-    assert chat.layer is None
-    with pytest.raises(UserError, match="has no router"):
-        Chat(Echo(), Sampling(), seed=0, limit=1, layers=0).command("/experts")
+    assert chat.last == "b"
 
 
 @pytest.mark.parametrize(
@@ -72,7 +61,6 @@ def test_experts_are_shown_of_a_layer_and_off_again(chat: Chat) -> None:
     [
         ("/temp nan", "/temp nan: must be"),
         ("/tokens 0", "/tokens 0: must be a whole number between 1 and 1,000,000"),
-        ("/experts 3", "/experts 3: must be a whole number between 0 and 2"),
         ("/save", "/save: needs the name of a file"),
         ("/save /proc/nowhere/x", "/save /proc/nowhere/x: cannot be written"),
         ("/", "/: no such command"),
@@ -80,16 +68,16 @@ def test_experts_are_shown_of_a_layer_and_off_again(chat: Chat) -> None:
     ],
 )
 def test_a_wrong_line_is_answered_and_changes_nothing(chat: Chat, line: str, said: str) -> None:
-    before = (chat.settings, chat.seed, chat.limit, chat.layer)
+    before = (chat.settings, chat.seed, chat.limit)
     with pytest.raises(UserError) as failure:
         chat.command(line)
     assert str(failure.value).startswith(said)
-    assert before == (chat.settings, chat.seed, chat.limit, chat.layer)
+    assert before == (chat.settings, chat.seed, chat.limit)
 
 
 def test_help_names_every_command_and_quit_ends(chat: Chat) -> None:
     assert chat.command("/help") == HELP
-    assert all(f"/{name}" in HELP for name in ("temp", "seed", "tokens", "again", "experts", "save", "help", "quit"))
+    assert all(f"/{name}" in HELP for name in ("temp", "seed", "tokens", "again", "save", "help", "quit"))
     assert not chat.ended
     chat.command("/quit")
     assert chat.ended
@@ -115,7 +103,7 @@ class Answers(Echo):
 
 def conversation(context: int = 400) -> tuple[RoleChat, Answers]:
     answers = Answers()
-    return RoleChat(answers, Sampling(), seed=7, limit=40, layers=3, context=context), answers
+    return RoleChat(answers, Sampling(), seed=7, limit=40, context=context), answers
 
 
 def ask(chat: RoleChat, question: str) -> str:
@@ -132,7 +120,6 @@ def test_it_remembers_what_was_said() -> None:
     assert chat.turns == turns("a", "one", "b", "two")
     assert answers.prompts == [answer_prompt(BYTE, turns("a")), answer_prompt(BYTE, turns("a", "one", "b"))]
     assert chat.texts[-1] == "user: b\nassistant: two"
-    assert chat.last_tokens() == encode_chats(BYTE, [tuple(chat.turns)])[0].tokens.tolist()
 
 
 def test_again_forgets_the_answer_and_new_forgets_everything() -> None:

@@ -66,7 +66,6 @@ def settings_of_a_run() -> dict[str, Any]:
 
 NEEDED = {
     "export": ["--out", "exported"],
-    "merge": ["--out", "exported"],
     "quantize": ["--to", "int8"],
     "sft": ["--data", "chats.jsonl"],
 }

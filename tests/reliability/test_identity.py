@@ -63,7 +63,7 @@ def resume(run: Path) -> Session:
 
 
 OPENINGS: dict[str, Callable[[Path], Any]] = {
-    "generate, evaluate, certify, chat, serve, merge, quantize": lambda run: open_run(run),
+    "generate, evaluate, certify, chat, serve, quantize": lambda run: open_run(run),
     "export": lambda run: open_source(run),
     "sft": lambda run: initial_weights.of_run("--run", str(run)),
     "inspect": lambda run: write_report(run, run / "page.html", text="Once"),

@@ -1,11 +1,10 @@
-"""What a run writes and shows: records in metrics.jsonl and in a tracker, lines, warnings, and the terminal.
+"""What a run writes and shows: records in metrics.jsonl, lines, warnings, and the terminal.
 
 Nothing is trained: the session of the step logger is a stand-in.
 """
 
 import json
 import math
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,17 +21,12 @@ from moe_jax.training.logging import MetricsLog, StepLogger, Terminal
 from moe_jax.training.state import STARVED_STEPS, RunCounters
 from tests.support import tiny
 
-
-def log_of(folder: Path, track: Any = "none") -> MetricsLog:
-    return MetricsLog(Folder(folder), RunConfig(track=track))
-
-
 RECORD = {"step": 7, "split": "train", "loss": 1.5, "skipped": False, "starved": [], "load": [[0.5, 0.5], [1.0, 0.0]]}
 
 
 def test_a_record_is_one_line_at_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("earlier\n")
-    log = log_of(tmp_path)
+    log = MetricsLog(Folder(tmp_path))
     log.write(RECORD | {"loss": math.nan})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert (lines[0], json.loads(lines[1])) == ("earlier", RECORD | {"loss": None})
@@ -40,53 +34,10 @@ def test_a_record_is_one_line_at_once(tmp_path: Path) -> None:
     log.close()
 
 
-def test_numbers_go_to_the_tracker_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All numbers but the step, under the name of their split. The run is named after the folder: the same in another
-    process, and another in another folder. trackio shows no page of its own (`embed`)."""
-    told: list[Any] = []
-    started: list[dict[str, Any]] = []
-    writer = SimpleNamespace(
-        add_scalar=lambda *values: told.append(values),
-        close=lambda: told.append("closed"),
-    )
-    run = SimpleNamespace(log=lambda *values, step: told.append((*values, step)), finish=lambda: told.append("ended"))
-    monkeypatch.setitem(sys.modules, "tensorboardX", SimpleNamespace(SummaryWriter=lambda _: writer))
-    for name in ("wandb", "trackio"):
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=lambda **values: started.append(values) or run))
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-    for track, folder in (("tensorboard", "a"), ("wandb", "a"), ("trackio", "a"), ("wandb", "b")):
-        log = log_of(tmp_path / folder, track)
-        log.write(RECORD)
-        log.close()
-    numbers = [({"train/loss": 1.5, "train/skipped": False}, 7), "ended"]
-    assert told == [("train/loss", 1.5, 7), ("train/skipped", False, 7), "closed", *3 * numbers]
-    wandb, trackio, other = started
-    assert wandb["id"] == trackio["name"] != other["id"]
-    assert wandb["id"].startswith("a-")
-    assert (wandb["project"], wandb["resume"], wandb["dir"]) == ("moe-jax", "allow", str(tmp_path / "a"))
-    assert (trackio["project"], trackio["resume"], trackio["embed"]) == ("moe-jax", "allow", False)
-    assert (trackio["config"]["train.steps"], trackio["config"]["track"]) == (RunConfig().train.steps, "trackio")
-
-
 def test_the_newest_record_of_training_is_found_among_those_of_validation(tmp_path: Path) -> None:
     records = [{"step": step, "split": split} for step, split in ((1, "train"), (2, "train"), (2, "val"), (3, "val"))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert last_train_record(Folder(tmp_path)) == {"step": 2, "split": "train"}
-
-
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_a_tracker_that_cannot_be_started_is_one_line(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def init(**_: Any) -> Any:
-        raise RuntimeError("no key\nand more")
-
-    monkeypatch.setitem(sys.modules, name, SimpleNamespace(init=init))
-    with pytest.raises(
-        UserError, match=rf"^--track {name}: cannot be started \(no key\); fix that, or leave the flag out$"
-    ):
-        log_of(tmp_path, name)
 
 
 # The reports of steps

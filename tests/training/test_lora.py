@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.cli.export import Merge
-from moe_jax.config import ConfigError, RunConfig, TrainConfig, load_config
+from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import adapter_parameters, count_parameters, least_step_bytes, totals, training_flops
 from moe_jax.model.low_rank import LoraShape, adapted, initial_adapters, merged
@@ -28,7 +27,6 @@ from moe_jax.training.start import new_start
 from moe_jax.training.state import initial_state
 from moe_jax.training.step import gradients, make_step
 from tests.support import tiny, tuning
-from tests.support.saved_run import resuming
 
 SHAPE = LoraShape(4, 0.75, train_router=True)
 CASES = {
@@ -185,26 +183,3 @@ def test_an_export_has_the_adapters_in_its_weights(tuned: Any) -> None:
     assert set(there.weights) == set(here)
     assert max(tiny.relative_error(there.weights[name], here[name]) for name in here) < 1e-6
     assert there.tuned
-
-
-def test_merge_makes_an_ordinary_run(tuned: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the same weights to the last bit, whose training goes on, with all weights trained."""
-    session, result, base = tuned
-    run = session.folder.path
-    assert Merge.parse(["--run", str(run), "--out", str(tmp_path / "merged")]).execute() == 0
-    assert "chat --run" in capsys.readouterr().out
-    there, here = open_run(run), open_run(tmp_path / "merged")
-    tiny.assert_same_bits(here.params, there.params)
-    assert here.config.train.lora_rank == 0
-    assert not [name for name in here.checkpoint.manifest["leaves"] if name.startswith("adapters")]
-    assert {f.state for f in examine(tmp_path / "merged", repair=False)} == {"good"}
-    saved = load_config(tmp_path / "merged")
-    assert saved is not None
-    longer = dataclasses.replace(saved, resume=True, train=dataclasses.replace(saved.train, steps=8))
-    resumed = Session.open(longer, resuming(saved))
-    assert resumed.resumed_from == here.checkpoint.step == result["best_step"]
-    train(resumed)
-    assert (resumed.state.adapters, int(resumed.state.step)) == (None, 8)
-    with pytest.raises(ConfigError, match="has no adapters"):
-        Merge.parse(["--run", str(base), "--out", str(tmp_path / "other")]).execute()
-    assert not (tmp_path / "other").exists()

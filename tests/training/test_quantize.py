@@ -24,7 +24,7 @@ from moe_jax.runs.records import read_summary
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
 from moe_jax.training import initial_weights
-from moe_jax.training.derived_runs import _summary_at
+from moe_jax.training.quantize import _summary_at
 from moe_jax.training.session import Session
 from tests.serving import made as serving
 from tests.support import saved_run

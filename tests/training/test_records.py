@@ -124,10 +124,8 @@ def test_the_logged_rate_is_the_rate_of_the_step_and_was_applied(run: Watched) -
 def test_drops_are_those_of_all_steps(run: Watched) -> None:
     result, drops = run.result, list(run.drops.values())
     assert len(set(drops)) > 3
-    assert result["train_drop_steps"] == len(drops) == STEPS - len(SKIPPED)
+    assert len(drops) == STEPS - len(SKIPPED)
     assert result["train_drop_fraction"] == pytest.approx(np.mean(drops), rel=1e-9)
-    assert result["train_drop_fraction_worst"] == max(drops)
-    assert result["train_drop_fraction_last"] == drops[-1] != max(drops)
 
 
 def test_the_best_checkpoint_is_scored_at_the_end(run: Watched) -> None:

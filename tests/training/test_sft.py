@@ -236,7 +236,7 @@ def test_it_learns_to_answer(flags: tuple[str, ...], data: Path, tmp_path: Path)
     def right(run: Path) -> int:
         opened = open_run(run)
         generator = TextGenerator(opened.writer, opened.params, opened.tokenizer, opened.config.model.seq_len)
-        given = {"seed": 0, "limit": 8, "layers": 0, "context": 32}
+        given = {"seed": 0, "limit": 8, "context": 32}
         said = {}
         for question in tuning.ANSWERS:
             said[question] = "".join(RoleChat(generator, Sampling(0.0), **given).reply(question))

@@ -1,10 +1,7 @@
-"""Runs that are made of a trained run without training: adapters merged into the weights, or weights of 8 or 4 bits.
+"""A trained run with weights of 8 or 4 bits, as a new run.
 
-A run with adapters becomes an ordinary run: its weights are W + s A B. It goes on where the old one was, with its step,
-its progress and its records, but its optimizer starts anew, because it is for all weights now.
-
-A quantised run has one checkpoint, with codes and scales in place of the matrices, and it cannot be trained. Every
-command that only reads a run opens it like any other.
+It has one checkpoint, with codes and scales in place of the matrices, and it cannot be trained. Every command that only
+reads a run opens it like any other.
 """
 
 import dataclasses
@@ -13,40 +10,21 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config import ConfigError, UserError
 from moe_jax.model.costs import training_flops
 from moe_jax.model.quantized import Weights, quantize
 from moe_jax.model.transformer import Params
 from moe_jax.runs import records
-from moe_jax.runs.checkpoint import CheckpointStore, restore
+from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder, locked_for_training
 from moe_jax.runs.load import LoadedRun, check_full_weights, open_run
 from moe_jax.runs.records import read_summary
 from moe_jax.system.files import Folder
 from moe_jax.system.terminal import step_progress
 from moe_jax.training.evaluate import Evaluation, evaluate, make_evaluation_step
-from moe_jax.training.programs import Programs
 
-_KEPT = ("step", "loss_scale", "loss_track", "skipped")
-"""Fields of the state that a merged run takes over."""
 _MOST_BYTES = 2**31
 """Largest file of records that is copied."""
-
-
-def merge(run: Path, out: Path, step: int | None = None) -> Path:
-    """Write the best checkpoint of `run`, or that of a step, as a new run without adapters. Returns the path of the new
-    checkpoint.
-
-    Raises UserError if the run has no adapters, or cannot be read.
-    """
-    loaded = open_run(run, step)
-    if not loaded.config.train.lora_rank:
-        raise UserError(f"--run {run}: has no adapters, so it is an ordinary run already; copy its folder")
-    checkpoint = loaded.checkpoint
-    state = Programs.of(_without_adapters(loaded)).state(loaded.params)
-    state = dataclasses.replace(state, **restore(checkpoint, {name: getattr(state, name) for name in _KEPT}))
-    source = {"merged_from": str(run), "step": checkpoint.step, "state": checkpoint.manifest["state"]}
-    return _write(loaded, run, out, state, source, {}, {}, checkpoint.val_loss)
 
 
 class Quantized(NamedTuple):
@@ -76,46 +54,31 @@ def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None
         before, after = _scored(loaded, loaded.params, "before"), _scored(loaded, params, "after")
     except (ConfigError, UserError) as error:
         not_scored = str(error)
-    old = loaded.checkpoint
-    source = {"quantized_from": str(run), "step": old.step, "weights": weights, "state": old.manifest["state"]}
-    summary = _scores_in_summary(after) | {"weights": weights}
-    context = {"quantized": {"weights": weights, "made_from": str(run)}}
-    checkpoint = _write(loaded, run, out, {"params": params}, source, summary, context)
+    checkpoint = _write(loaded, run, out, weights, params, _summary_at(loaded, run) | _scores_in_summary(after))
     there, here = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (loaded.params, params))
     return Quantized(checkpoint, there, here, before, after, not_scored)
 
 
-def _without_adapters(loaded: LoadedRun) -> RunConfig:
+def _write(loaded: LoadedRun, run: Path, out: Path, weights: Weights, params: Params, summary: dict[str, Any]) -> Path:
+    """Write the folder of the new run, with the records of the old one up to the checkpoint. Adapters are in the
+    parameters by now, so the new run has none. Returns the path of its only checkpoint."""
+    old = loaded.checkpoint
     train = dataclasses.replace(loaded.config.train, lora_rank=0, lora_alpha=0.0, train_router=False)
-    return dataclasses.replace(loaded.config, resume=False, train=train)
-
-
-def _write(
-    loaded: LoadedRun,
-    run: Path,
-    out: Path,
-    state: Any,
-    source: dict[str, Any],
-    summary: dict[str, Any],
-    context: dict[str, Any],
-    val_loss: float | None = None,
-) -> Path:
-    """Write the folder of the new run, with the records of the old one up to the checkpoint. Returns the path of its
-    only checkpoint.
-
-    `source` is the entry in the history, `summary` and `context` are added to those of the old run.
-    """
-    config, old = dataclasses.replace(_without_adapters(loaded), out=str(out)), loaded.checkpoint
+    config = dataclasses.replace(loaded.config, out=str(out), resume=False, train=train)
+    source = {"quantized_from": str(run), "step": old.step, "weights": weights, "state": old.manifest["state"]}
     with locked_for_training(out):
         folder, there = RunFolder(out), Folder(run)
         folder.start(config, loaded.tokenizer, [source])
         for name in (records.METRICS, folder.samples.name):
             if there.exists(name):
                 folder.files.write(name, there.read(name, _MOST_BYTES))
-        folder.write_summary(_summary_at(loaded, run) | summary)
+        folder.write_summary(summary | {"weights": weights})
         folder.truncate_logs_after(old.step, old.step)
-        saved = old.manifest["context"] | {"config": config.to_dict()} | context
-        return CheckpointStore(out).save(state, old.step, val_loss=val_loss, elapsed=old.elapsed, context=saved)
+        context = old.manifest["context"] | {"config": config.to_dict()}
+        context |= {"quantized": {"weights": weights, "made_from": str(run)}}
+        return CheckpointStore(out).save(
+            {"params": params}, old.step, val_loss=None, elapsed=old.elapsed, context=context
+        )
 
 
 def _summary_at(loaded: LoadedRun, run: Path) -> dict[str, Any]:
