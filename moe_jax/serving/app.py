@@ -150,8 +150,7 @@ class Server:
     async def health(self, request: Request) -> Response:
         engine = self.engine
         status = "stopping" if self.stopping else "ok" if engine.running else "failed"
-        counts = {"slots": engine.slots, "busy": engine.busy, "queued": engine.queued}
-        counts |= {"cancelled": engine.counts.cancelled}
+        counts = {"slots": engine.slots, "busy": engine.busy, "queued": engine.queued, "cancelled": engine.cancelled}
         return json_response({"status": status, **counts}, 200 if status == "ok" else 503)
 
 

@@ -8,7 +8,6 @@ its slot at once.
 import itertools
 import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -34,23 +33,6 @@ class QueueFull(Exception):
 
 class Stopping(Exception):
     """The engine takes no more texts."""
-
-
-@dataclass
-class Counts:
-    """What the engine has done since its start."""
-
-    prompt_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    texts: int = 0
-    """Texts that ended by themselves."""
-    cancelled: int = 0
-    failures: int = 0
-    """Errors of the program."""
-    step_seconds: float = 0.0
-    read_seconds: float = 0.0
-    """Seconds spent on prompts."""
 
 
 class _Waiting(NamedTuple):
@@ -90,7 +72,9 @@ class Engine:
     ) -> None:
         """`queue` is the most texts that may wait. `deliver` is called on the engine's thread with the events of each
         step; without it the listeners are called there."""
-        self.slots, self.queue, self.counts = decoder.slots, queue, Counts()
+        self.slots, self.queue = decoder.slots, queue
+        self.cancelled = 0
+        """Texts that ended because nobody waited for them any more."""
         self._decoder, self._params, self._tokenizer = decoder, params, tokenizer
         self._state = decoder.empty(params)
         self._rows: list[_Row | None] = [None] * self.slots
@@ -109,7 +93,7 @@ class Engine:
         for length in self._decoder.prompt_lengths:
             self._state = self._decoder.refill(self._state, 0, self._read([0] * length))
         self._rows = [None for _ in self._rows]
-        self._news, self.counts = [], Counts()
+        self._news = []
 
     def start(self) -> None:
         """Start the thread."""
@@ -181,7 +165,6 @@ class Engine:
     def _begin_anew(self) -> None:
         """After an error of the program: end its texts, and empty all slots. If that fails too, the engine ends."""
         traceback.print_exc(file=sys.stderr)
-        self.counts.failures += 1
         self._end_all("failed")
         self._last_read = None
         try:
@@ -195,7 +178,7 @@ class Engine:
         """Free, admit, step."""
         for slot, row in enumerate(self._rows):
             if row is not None and row.request.cancelled:
-                self.counts.cancelled += 1
+                self.cancelled += 1
                 self._rows[slot] = None
         waiting = self._next()
         if waiting is not None:
@@ -212,17 +195,15 @@ class Engine:
         """The text that gets a slot now. Cancelled texts leave the queue, also where none gets a slot."""
         with self._changed:
             wanted = [waiting for waiting in self._waiting if not waiting.request.cancelled]
-            self.counts.cancelled += len(self._waiting) - len(wanted)
+            self.cancelled += len(self._waiting) - len(wanted)
             self._waiting = deque(wanted)
             return self._waiting.popleft() if self._waiting and self.free else None
 
     def _admit(self, waiting: _Waiting) -> None:
         """Read a prompt, and put its text into a free slot."""
-        request, begin = waiting.request, time.perf_counter()
+        request = waiting.request
         prompt = self._prompt_pieces(request) if request.echo else []
-        self.counts.prompt_tokens += len(request.prompt)
         if request.limit == 0:
-            self.counts.texts += 1
             self._news.append((waiting.listener, Event([], "length", prompt)))
             return
         slot = self._rows.index(None)
@@ -233,8 +214,6 @@ class Engine:
         self._state = self._decoder.place(self._state, slot, read, seen, request.settings, key, request.logprobs)
         pieces = TextPieces(self._tokenizer, request.stop)
         self._rows[slot] = _Row(request, waiting.listener, list(context), pieces, prompt)
-        jax.block_until_ready(self._state.position)
-        self.counts.read_seconds += time.perf_counter() - begin
 
     def _read(self, context: list[int]) -> PromptState:
         """The state after a prompt. Several texts of one prompt, one after another, read it once."""
@@ -257,12 +236,9 @@ class Engine:
 
     def _step(self) -> None:
         """One more token for every text."""
-        begin = time.perf_counter()
         active = np.array([row is not None for row in self._rows])
         self._state, drawn = self._decoder.step(self._params, self._state, active)
         drawn = jax.tree.map(np.asarray, drawn)
-        self.counts.steps += 1
-        self.counts.step_seconds += time.perf_counter() - begin
         for slot, row in enumerate(self._rows):
             if row is not None:
                 self._add(slot, row, drawn)
@@ -275,7 +251,6 @@ class Engine:
             self._rows[slot] = None
             return
         row.drawn += 1
-        self.counts.generated_tokens += 1
         piece = self._piece(drawn, slot, token, row.request)
         row.context.append(token)
         if len(row.context) > self._decoder.seq_len:
@@ -312,7 +287,6 @@ class Engine:
     def _tell(self, row: _Row, pieces: list[Piece], finish: FinishReason | None = None) -> None:
         self._news.append((row.listener, Event(pieces, finish, row.prompt)))
         row.prompt = []
-        self.counts.texts += finish in ("stop", "length")
 
     def _end_all(self, reason: FinishReason) -> None:
         for row in filter(None, self._rows):
