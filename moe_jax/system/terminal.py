@@ -17,7 +17,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from time import monotonic
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_WORDS = re.compile(r"\n|[^\S\n]+|\S+")
 
 Report = Callable[[int, int], None]
 """Called with the items and the bytes done so far."""
@@ -149,26 +149,52 @@ def rich_console(*, stderr: bool = False, **settings: Any) -> "Console":
 
 def say(*lines: object) -> None:
     """Print lines: broken at spaces on a terminal, whole in a file or a pipe."""
-    text = "\n".join(map(str, lines))
-    if sys.stdout.isatty():
-        width = shutil.get_terminal_size().columns
-        text = "\n".join(broken(line, width) for line in text.split("\n"))
-    print(text, flush=True)
-
-
-def broken(line: str, width: int) -> str:
-    """A line, broken at spaces. Its indent begins each part. A word longer than a line stays whole."""
-    indent = line[: len(line) - len(line.lstrip())]
-    return textwrap.fill(line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    if not sys.stdout.isatty():
+        print(*lines, sep="\n", flush=True)
+        return
+    width = shutil.get_terminal_size().columns
+    for line in "\n".join(map(str, lines)).split("\n"):
+        print(*wrapped([line], width, indent=line[: len(line) - len(line.lstrip())]), sep="", flush=True)
 
 
 def stream_text(start: str, pieces: Iterable[str]) -> None:
-    """Print a text as its pieces arrive, and a line end."""
+    """Print a text as its pieces arrive, and a line end. On a terminal each word is shown once its end is known."""
+    text: Iterable[str] = itertools.chain([start], pieces)
     try:
-        for piece in itertools.chain([start], pieces):
+        for piece in wrapped(text, shutil.get_terminal_size().columns) if sys.stdout.isatty() else text:
             print(piece, end="", flush=True)
     finally:  # after Ctrl-C, too
         print(flush=True)
+
+
+def wrapped(pieces: Iterable[str], width: int, indent: str = "") -> Iterator[str]:
+    """The text of the pieces, its lines broken at spaces. A word comes once its end is known, so no line breaks in one.
+
+    A word longer than a line stays whole; the terminal breaks it. `indent` begins each line after a break.
+    """
+    column, space, word = 0, "", ""
+    for piece in itertools.chain(pieces, [None]):
+        parts = _WORDS.findall(word + (piece or ""))
+        word = parts.pop() if piece is not None and parts and parts[-1].strip() else ""  # the next piece may go on
+        for part in parts:
+            if part == "\n":
+                column, space = 0, ""
+                yield part
+            elif part.isspace():
+                space += part
+            else:
+                size = _columns(space) + _columns(part)
+                if column and column + size > width:
+                    column, space, size = 0, "\n" + indent, _columns(indent) + _columns(part)
+                yield space + part
+                column, space = column + size, ""
+
+
+def _columns(text: str) -> int:
+    """The columns that a text takes on a terminal at most."""
+    from rich.cells import cell_len
+
+    return cell_len(escape_controls(text).replace("\t", " " * 8))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Lines that break at spaces, broken streams, and Ctrl-C that is never lost."""
+"""Wrapping of a text that arrives in pieces, broken streams, and Ctrl-C that is never lost."""
 
 import signal
 import subprocess
@@ -8,24 +8,47 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moe_jax.system.signals import interruptible
-from moe_jax.system.terminal import broken, escape_controls
+from moe_jax.system.terminal import escape_controls, wrapped
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
-    ("line", "expected"),
+    ("pieces", "expected"),
     [
-        ("one two three", "one two\nthree"),
-        ("  one two three", "  one\n  two\n  three"),
-        ("inseparable on-off-on", "inseparable\non-off-on"),
-        ("", ""),
+        (["one two three"], "one two\nthree"),
+        (["on", "e tw", "o th", "ree"], "one two\nthree"),
+        (["a\nb\n\nc"], "a\nb\n\nc"),
+        (["a  b"], "a  b"),
+        (["inseparable word"], "inseparable\nword"),
+        (["日本 語語"], "日本\n語語"),  # two columns each
+        (["\x1b\x1b a"], "\x1b\x1b\na"),  # shown as \\x1b, four columns each
+        (["a\tb"], "a\nb"),
+        ([""], ""),
     ],
 )
-def test_lines_break_at_spaces(line: str, expected: str) -> None:
-    assert broken(line, 8) == expected
+def test_lines_break_at_spaces(pieces: list[str], expected: str) -> None:
+    assert "".join(wrapped(pieces, 8)) == expected
+
+
+@given(st.lists(st.text(st.sampled_from("ab \n"), max_size=6), max_size=12), st.integers(1, 20))
+def test_nothing_is_lost_and_no_line_is_wide(pieces: list[str], width: int) -> None:
+    """But for spaces at the end of a line, and for words that are longer than a line."""
+    text, shown = "".join(pieces), "".join(wrapped(pieces, width))
+    assert shown.split() == text.split()
+    assert all(len(line) <= width or len(line.split()) == 1 for line in shown.split("\n"))
+    assert "".join(wrapped([text], width)) == shown
+
+
+def test_an_indent_stays_and_a_word_is_shown_once_its_end_is_known() -> None:
+    assert "".join(wrapped(["  one two three"], 8, indent="  ")) == "  one\n  two\n  three"
+    read: list[str] = []
+    pieces = (read.append(piece) or piece for piece in ("On", "ce", " up", "on", "\n"))
+    assert [(word, len(read)) for word in wrapped(pieces, 80)] == [("Once", 3), (" upon", 5), ("\n", 5)]
 
 
 PRINTS = """
