@@ -9,7 +9,6 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import Norm
 from moe_jax.model.precision import at_least_float32
-from moe_jax.system.random_keys import draw_each
 
 
 def matrix_init(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
@@ -116,7 +115,7 @@ def keep_mask(keys: Key[Array, " B"], rate: float, shape: tuple[int, ...]) -> Bo
     step of `seed-158m` on a CPU. With the barrier, the backward pass keeps the mask instead of the random bits.
     """
     count, least = math.prod(shape), jnp.uint32(min(round(rate * 2**16), 2**16 - 1) << 16)
-    words = draw_each(lambda key: jax.random.bits(key, ((count + 1) // 2,), jnp.uint32), keys)
+    words = jax.vmap(lambda key: jax.random.bits(key, ((count + 1) // 2,), jnp.uint32))(keys)
     # Both halves of a word are compared while it is in a register, the lower one first, and written as two bytes.
     first, second = words << 16 >= least, words >= least
     pairs = first.astype(jnp.uint16) | (second.astype(jnp.uint16) << 8)

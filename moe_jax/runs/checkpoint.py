@@ -204,7 +204,9 @@ class CheckpointStore:
         taken = self._files.names(FOLDER)
         plain = path.name.replace("step_", "damaged_")
         free = next(name for n in range(len(taken) + 1) if (name := f"{plain}.{n + 1}" if n else plain) not in taken)
-        return self._files.rename(f"{FOLDER}/{path.name}", free)
+        if self._files.writes:
+            path.rename(path.with_name(free))
+        return path.with_name(free)
 
     def _good(self, entries: Iterable[Entry]) -> Iterator[Checkpoint]:
         for path, there in entries:

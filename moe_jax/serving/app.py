@@ -109,7 +109,6 @@ class Server:
         routes = [
             Route("/", self.page),
             Route("/v1/models", self.models),
-            Route("/v1/models/{name}", self.model),
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/health", self.health),
@@ -128,13 +127,6 @@ class Server:
 
     async def models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self._card]})
-
-    async def model(self, request: Request) -> Response:
-        name = request.path_params["name"]
-        if name != self.card.name:
-            problem = f"model {name[:60]!r}: this server has {self.card.name!r}"
-            raise ApiError(404, problem, "model", "model_not_found")
-        return json_response(self._card)
 
     async def completions(self, request: Request) -> AnswerResponse:
         return await self._answer(Completion, request)

@@ -142,13 +142,6 @@ class Folder:
         """A folder below this one, made unless it is there."""
         return Folder(self.make(name), self.writes)
 
-    def rename(self, old: str, new: str) -> Path:
-        """Rename a file or folder within the folder that holds it. `new` is its new last name. Returns the new path."""
-        path = self.path / old
-        if self.writes:
-            path.rename(path.with_name(new))
-        return path.with_name(new)
-
 
 def draft_of(path: Path) -> Path:
     """A new temporary name, under which a file is written before it is renamed to `path`. No two calls give the same.

@@ -4,7 +4,6 @@ So no two purposes share a key, and a resumed run draws the same numbers as an u
 depend on its place in the step's whole batch, and not on how the batch is cut into micro-batches.
 """
 
-from collections.abc import Callable
 from enum import IntEnum
 
 import jax
@@ -55,8 +54,3 @@ def fold_each(keys: Key[Array, " B"], number: int | Int[Array, ""]) -> Key[Array
 def split_each(keys: Key[Array, " B"], count: int) -> Key[Array, "count B"]:
     """`count` new keys of each key."""
     return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
-
-
-def draw_each(draw: Callable[[Key[Array, ""]], Array], keys: Key[Array, " B"]) -> Array:
-    """The draws of all sequences, `[B, ...]`. `draw` makes the draw of one sequence from its key."""
-    return jax.vmap(draw)(keys)

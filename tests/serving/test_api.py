@@ -123,7 +123,6 @@ def test_models_health_and_the_page(api: Site) -> None:
     assert (about["expert_layers"], about["experts"], about["experts_per_token"]) == ([0, 1], 4, 2)
     assert (about["context"], about["vocab_size"], about["chat"], about["slots"]) == (32, 257, False, 3)
     assert about["val_bits_per_byte"] == 1.5
-    assert api.ask("/v1/models/tiny").json["id"] == "tiny"
     assert api.ask("/health").json == {"status": "ok", "slots": 3, "busy": 0, "queued": 0, "cancelled": 0}
     page = api.ask("/")
     assert page.headers["content-type"].startswith("text/html")
@@ -312,7 +311,7 @@ def test_a_key_and_an_allowed_site(tmp_path: Path) -> None:
         answer = locked.ask("/v1/models", headers=right | {"Origin": other})
         assert (answer.status, answer.headers["access-control-allow-origin"]) == (200, other)
         # A page of that site can read why it was refused: by the key, and by the program.
-        for path, headers, status in (("/v1/models", {}, 401), ("/v1/models/nobody", right, 404)):
+        for path, headers, status in (("/v1/models", {}, 401), ("/nowhere", right, 404)):
             refused = locked.ask(path, headers=headers | {"Origin": other})
             assert (refused.status, refused.headers["access-control-allow-origin"]) == (status, other)
         asked = {"Origin": other, "Access-Control-Request-Method": "POST"}

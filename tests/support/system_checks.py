@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.data.synthetic import stories
 from moe_jax.system.files import locked, write_atomically
 from moe_jax.system.random_keys import Purpose, purpose_key
 
@@ -69,14 +68,3 @@ def check_lock() -> None:
                 pass
         with locked(where / "lock", wait=False):
             pass
-
-
-def check_fingerprint_of_layout() -> None:
-    """Other line breaks in a rule do not change the digest. Another word in a rule does."""
-    digest = stories.rules_digest.__wrapped__()
-    with pytest.MonkeyPatch.context() as patch:
-        reflowed = {name: "\n   ".join(rule.split()) for name, rule in stories.RULES.items()}
-        patch.setattr(stories, "RULES", reflowed)
-        assert stories.rules_digest.__wrapped__() == digest
-        patch.setattr(stories, "RULES", {**reflowed, "near": "[near|by|behind|under]"})
-        assert stories.rules_digest.__wrapped__() != digest

@@ -103,12 +103,8 @@ _TOKEN = re.compile(r"[\[\]|]|<\w+>|\{\w+(?:\.\w+)?\}|[^\[\]|<>{}]+")
 
 
 def _compiled(rules: Mapping[str, str], name: str) -> Template:
-    """The template of a rule. A rule that it uses is copied into it. Raises ValueError for brackets without a pair."""
-    tokens = _TOKEN.findall(" ".join(rules[name].split()))[::-1]
-    template = _options(tokens, rules)
-    if tokens:
-        raise ValueError(f"rule {name!r}: a bracket has no pair")
-    return template
+    """The template of a rule. A rule that it uses is copied into it."""
+    return _options(_TOKEN.findall(" ".join(rules[name].split()))[::-1], rules)
 
 
 def _options(tokens: list[str], rules: Mapping[str, str]) -> Template:
@@ -120,8 +116,6 @@ def _options(tokens: list[str], rules: Mapping[str, str]) -> Template:
             templates.append([])
         elif token == "[":
             templates[-1].extend(_options(tokens, rules))
-            if not tokens:
-                raise ValueError("a [ has no ]")
             tokens.pop()
         elif token[0] == "<":
             templates[-1].extend(_compiled(rules, token[1:-1]))

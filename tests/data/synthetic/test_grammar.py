@@ -79,9 +79,3 @@ def test_the_ends_of_the_interval_are_the_first_and_the_last_option() -> None:
     grammar = Grammar({"start": "[a|b|c] {x}"}, {"x": FRUIT})
     assert grammar.sample(lambda: 0.0).text == "a fig"
     assert grammar.sample(lambda: 1 - 2**-53).text == "c apple"
-
-
-@pytest.mark.parametrize("rule", ["[a|b", "a|b]", "a[[b]"])
-def test_a_bracket_without_its_pair_is_refused(rule: str) -> None:
-    with pytest.raises(ValueError, match="has no"):
-        Grammar({"start": rule}, {})
