@@ -192,7 +192,7 @@ def wilson(killed: int, drawn: int) -> tuple[float, float]:
 
 def preload(cache: str) -> None:
     """Import what every child needs. No backend of jax starts here, because its threads would not survive a fork."""
-    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
     # XLA compiles faster with fewer optimizations.
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy starts threads at its import otherwise

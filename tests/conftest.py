@@ -15,7 +15,7 @@ _CACHE = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # xdist's workers and subprocesses inherit it
     _CACHE = tempfile.mkdtemp(prefix="moe-jax-xla-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _CACHE
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jaxtyping
 
