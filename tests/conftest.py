@@ -45,14 +45,12 @@ def float64() -> Iterator[None]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Most of the fast suite's time is compiling, so it compiles without LLVM's optimisations. The marked suites
-    compile as users do, except for `parallel`, which compiles many programs. With `XLA_FLAGS= uv run pytest` the fast
-    suite does so too."""
-    if "not reliability" in config.option.markexpr or config.option.markexpr == "planted":
-        os.environ.setdefault("XLA_FLAGS", QUICK_COMPILER)
-    given = os.environ.get("XLA_FLAGS", "")
-    if config.option.markexpr == "parallel" and QUICK_COMPILER not in given:
-        os.environ["XLA_FLAGS"] = f"{given} {QUICK_COMPILER}"
+    """Most of a test's time is compiling, so the programs are compiled without LLVM's optimisations. At night they are
+    compiled as users do: -m names `slow` then. `XLA_FLAGS= uv run pytest` does so too."""
+    suite, flags = config.option.markexpr, os.environ.get("XLA_FLAGS")
+    devices_only = suite == "parallel" and QUICK_COMPILER not in (flags or "")
+    if "slow" not in suite and (flags is None or devices_only):
+        os.environ["XLA_FLAGS"] = f"{flags or ''} {QUICK_COMPILER}".strip()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -79,7 +79,7 @@ def test_every_program_of_a_run(compute_dtype: str, dispatch: str) -> None:
             assert len(found) > len(wide)
 
 
-@pytest.mark.parametrize("back_end", ["triton", "cublas"])
+@pytest.mark.parametrize("back_end", short_form(["triton", "cublas"], ["cublas"]))
 @compiled_for_gpu
 def test_the_program_compiled_for_a_gpu(back_end: str) -> None:
     """An RTX 3050, which has TF32: no product of float32 numbers is left at the default precision."""

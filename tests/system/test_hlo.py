@@ -14,6 +14,7 @@ from moe_jax.planning.device_memory import back_ends, lower_for
 from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import Program, read_program, scopes
 from moe_jax.training.programs import Programs
+from tests.support import short_form
 from tests.support.programs import compiled_for_gpu
 
 
@@ -128,7 +129,11 @@ def test_a_call_without_products_counts_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "back_end"), [("rtx3050-4gb", "triton"), ("rtx3050-4gb", "cublas"), ("quadro-t1000-4gb", "cublas")]
+    ("gpu", "back_end"),
+    short_form(
+        [("rtx3050-4gb", "triton"), ("rtx3050-4gb", "cublas"), ("quadro-t1000-4gb", "cublas")],
+        [("rtx3050-4gb", "triton"), ("quadro-t1000-4gb", "cublas")],
+    ),
 )
 @compiled_for_gpu
 def test_a_gpu_program_has_the_operations_of_the_cpu_program(gpu: str, back_end: str) -> None:
