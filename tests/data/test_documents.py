@@ -88,8 +88,8 @@ def test_the_last_part_begins_at_a_blank_line_between_90_and_95_percent(
 
 
 def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
-    """32 MiB in documents of 1 KB, and 32 MiB in one piece."""
-    for text in (("x " * 500 + SEPARATOR) * 33_000, "word word " * 3_300_000):
+    """16 MB in documents of 1 KB, and 16 MB in one piece."""
+    for text in (("x " * 500 + SEPARATOR) * 16_000, "word word " * 1_600_000):
         path, size = write(tmp_path, text), len(text)
         del text
         tracemalloc.start()

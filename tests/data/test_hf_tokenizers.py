@@ -48,7 +48,7 @@ def opened(kind: str) -> Tokenizer:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(text=TEXTS)
 @example(text="")
 @example(text=f"a{END}b<|im_start|>c")
@@ -124,7 +124,7 @@ def test_it_cannot_be_trained() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=100)
+@settings(max_examples=40)
 @given(content=TEXTS.map(str.strip).filter(bool))
 @example(content="Hello")
 def test_a_turn_is_cut_as_one_text(kind: str, content: str) -> None:

@@ -182,7 +182,7 @@ def test_the_library_and_an_export_take_the_run(
     place, _ = imported
     run = moe_jax.load_run(place / "run")
     assert run.tokenizer.kind == "hf"
-    assert run.generate("Once", max_tokens=5).startswith("Once")
+    assert run.logits("Once").shape == (len(run.tokenizer.encode("Once")) + 1, 260)
     export(open_source(place / "run"), "hf", "float32", tmp_path / "out", "")
     assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (place / "hf" / "tokenizer.json").read_bytes()
     again = parsed("--init-from", str(tmp_path / "out"))

@@ -93,7 +93,7 @@ def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
 
 def test_a_tuned_import_is_tuned_once_more(place: Path) -> None:
     """What the public model took to train is not known, and stays so."""
-    session, _ = tune(place)
+    session, _ = tune(place, "--lora", "2")
     run = find_checkpoint(session.folder.path)
     assert initial_weights._origin("tuned_from", "", run.checkpoint, run.config)["training_flops"] is None
 

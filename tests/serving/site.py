@@ -82,6 +82,7 @@ class Site:
 def site(folder: Path, tuned: bool = False, origins: Sequence[str] = (), key: str = "") -> Iterator[Site]:
     """A server until the end of the block."""
     loop, sock, ready = asyncio.new_event_loop(), bind("127.0.0.1", 0), threading.Event()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # a client that does not read is soon noticed
     engine = Engine(
         made.decoder(), made.run().params, made.run().tokenizer, queue=made.QUEUE, deliver=delivered_to(loop)
     )
