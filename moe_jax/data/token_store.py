@@ -21,7 +21,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ _BATCH_BYTES = 1 << 22
 _READ_TOKENS = 1 << 20  # tokens looked at in a time
 _SEARCHED, _DOCUMENTS = 1 << 16, 50
 """Tokens and documents in which different openings are looked for."""
-_OPENING_TOKENS, _OPENING_CHARACTERS = 256, 48
+_OPENING_CHARACTERS = 48
 _FIRST_WORDS = re.compile(r"\S+(?:[ \t]+\S+){0,3}")
 
 
@@ -165,18 +165,20 @@ def openings(tokenizer: Tokenizer, tokens: np.ndarray, most: int) -> list[str]:
     A sample that begins so looks like the text of the model; a fixed prompt, such as "Once upon a time", suits one
     corpus only.
     """
-    head = np.asarray(tokens[: _SEARCHED + _OPENING_TOKENS])
-    starts = np.flatnonzero(head[:_SEARCHED] == tokenizer.separator_id)[:_DOCUMENTS]
-    different = dict.fromkeys(_first_words(tokenizer, head[start + 1 :][:_OPENING_TOKENS]) for start in starts)
+    head = np.append(tokens[:_SEARCHED], tokenizer.separator_id)  # a document may be longer
+    different = dict.fromkeys(_first_words(text) for text in islice(stored_documents(head, tokenizer), _DOCUMENTS))
     return [words for words in different if words][:most]
 
 
-def _first_words(tokenizer: Tokenizer, document: np.ndarray) -> str:
-    ends = np.flatnonzero(document == tokenizer.separator_id)
-    text = tokenizer.decode(document[: ends[0] if len(ends) else None].tolist())
-    text = text.lstrip().rstrip("\ufffd")  # of a byte tokenizer, the last character may be incomplete
-    words = _FIRST_WORDS.match(text.partition("\n")[0])
+def _first_words(document: str) -> str:
+    words = _FIRST_WORDS.match(document.lstrip().partition("\n")[0])
     return words[0][:_OPENING_CHARACTERS] if words else ""
+
+
+def first_question(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
+    """The first user's content in a stream of conversations; "" if there is none in its beginning."""
+    turns = (turn.partition("\n") for turn in stored_documents(tokens[:_SEARCHED], tokenizer))
+    return next((content for role, _, content in turns if role == "user"), "")
 
 
 # The files

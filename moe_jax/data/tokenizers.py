@@ -13,7 +13,6 @@ holds no vocabulary, since tiktoken has it. An `hf` file holds the text of the f
 """
 
 import codecs
-import itertools
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -323,9 +322,6 @@ def _limited(documents: Iterable[str], report: Report) -> Iterator[str]:
 # are ordinary text. Only the tokens of the assistant's contents, and the separators that end them, are learned and
 # scored (`answers`).
 
-LOOKED_AT = 4096
-"""Tokens in which the first question is looked for."""
-
 
 class EncodedChat(NamedTuple):
     """A conversation in tokens, without the separators around it."""
@@ -369,14 +365,3 @@ def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
     """The tokens after which the model writes the assistant's next content: separator, all turns, "assistant\\n"."""
     said = encode_chats(tokenizer, [tuple(chat)])[0].tokens.tolist() if chat else []
     return [tokenizer.separator_id, *said, *role_tokens(tokenizer, ANSWERING)]
-
-
-def first_question(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    """The first user's content in a stream of conversations; "" if its first LOOKED_AT tokens hold none."""
-    head = np.asarray(tokens[:LOOKED_AT])
-    ends = np.flatnonzero(head == tokenizer.separator_id)
-    for first, end in itertools.pairwise(ends):
-        role, _, content = tokenizer.decode(head[first + 1 : end].tolist()).partition("\n")
-        if role == "user":
-            return content
-    return ""
