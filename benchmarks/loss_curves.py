@@ -55,7 +55,7 @@ def measure(config: RunConfig) -> dict[str, float]:
 
     session = Session.open(config)
     train(session)
-    records = [json.loads(line) for line in session.folder.metrics.read_text().splitlines()]
+    records = [json.loads(line) for line in (session.folder.path / "metrics.jsonl").read_text().splitlines()]
     losses = [r["loss"] for r in records if r["split"] == "train"][-LAST:]
     return {
         "train_loss": sum(losses) / len(losses),

@@ -1,13 +1,12 @@
 """`moe-jax evaluate`."""
 
 import dataclasses
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_jax.cli.command import ModelCommand, print_json, print_next
+from moe_jax.cli.command import ModelCommand, print_json
 from moe_jax.config import DataConfig
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, step_progress, working
@@ -71,7 +70,6 @@ class Evaluate(ModelCommand):
         say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
         if baselines:
             say(f"to compare: {baselines.describe()}")
-        print_next(f"uv run python -m moe_jax inspect --run {shlex.quote(self.run)}")
         result = {
             "val_loss": scored.loss,
             "val_bits_per_byte": scored.bits_per_byte,

@@ -135,50 +135,11 @@ def read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
 # The preset and the steps for a text: `--preset auto`
 
 
-class AutoPreset(NamedTuple):
-    """What the user has typed with --preset auto, until the preset is chosen.
+def auto_flags(values: Values, minutes: float) -> Values | None:
+    """What the user has typed with --preset auto. None with another preset.
 
-    The arguments are accepted first, with a preset that stands in for the chosen one. The run is then like any other:
-    its config.json holds the name and the settings of a plain preset.
-    """
-
-    typed: Values
-    """The user's changes to a preset."""
-    minutes: float
-
-    def stand_in(self) -> Settings:
-        """The settings with the first preset that they fit. Raises ConfigError if they fit none."""
-        return self._fitting(PRESETS)[0]
-
-    def choose(self) -> tuple[Settings, list[str]]:
-        """The chosen settings, and the reasons."""
-        with working("counting the tokens of the text"):
-            from moe_jax.planning import auto
-
-            source = self.typed.get(SOURCE, DataConfig.source)
-            size = auto.text_bytes(source)
-            starts = [settings.config for settings in self._fitting(auto.presets_for(source, size))]
-            chosen, reasons = auto.choose(starts, size, self.minutes, self.typed)
-        return self._resolve({PRESET: chosen.preset, auto.STEPS: chosen.train.steps}), reasons
-
-    def _fitting(self, names: Iterable[str]) -> list[Settings]:
-        """The settings with each of the presets that they fit. Raises ConfigError if they fit none."""
-        fitting, refused = [], []
-        for name in names:
-            try:
-                fitting.append(self._resolve({PRESET: name}))
-            except ConfigError as error:
-                refused.append(error)
-        if not fitting:
-            raise refused[0]
-        return fitting
-
-    def _resolve(self, planned: Values) -> Settings:
-        return resolve_settings({OUT: folder_for_text(self.typed)} | planned | self.typed)
-
-
-def auto_preset(values: Values, minutes: float) -> AutoPreset | None:
-    """The choice that `train.py` must make with --preset auto. None with another preset.
+    The arguments are accepted with the first preset that they fit. It stands in until `choose_preset` has read the
+    text. The run is then like any other: its config.json holds the name and the settings of a plain preset.
 
     Raises ConfigError if other flags do not go with --preset auto, or --minutes does not go without it.
     """
@@ -186,14 +147,35 @@ def auto_preset(values: Values, minutes: float) -> AutoPreset | None:
         if minutes:
             raise ConfigError(f"--minutes {minutes:g}: works only with --preset auto; add that, or give --steps")
         return None
+    folder = values.get(OUT, f"runs/{Path(values.get(SOURCE, DataConfig.source)).resolve().stem or 'text'}")
     for name in ("resume", "upcycle", "init_from"):  # the run would not start from a preset's own shape
         if values.get(("", name)):
-            named = f", and name the run: --out {values.get(OUT) or folder_for_text(values)}" * (name == "resume")
+            named = f", and name the run: --out {folder}" * (name == "resume")
             raise ConfigError(f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}{named}")
     check_range("--minutes", minutes, 0, 1e6)
-    return AutoPreset({key: value for key, value in values.items() if key != PRESET}, minutes)
+    return {OUT: folder} | {key: value for key, value in values.items() if key != PRESET}
 
 
-def folder_for_text(values: Values) -> str:
-    """The folder of a run whose preset is chosen for a text, unless --out names one."""
-    return f"runs/{Path(values.get(SOURCE, DataConfig.source)).resolve().stem or 'text'}"
+def fitting(typed: Values, names: Iterable[str]) -> list[Settings]:
+    """The settings with each of the presets that they fit. Raises ConfigError if they fit none."""
+    found, refused = [], []
+    for name in names:
+        try:
+            found.append(resolve_settings({PRESET: name} | typed))
+        except ConfigError as error:
+            refused.append(error)
+    if not found:
+        raise refused[0]
+    return found
+
+
+def choose_preset(typed: Values, minutes: float) -> tuple[Settings, list[str]]:
+    """The settings with the preset and the steps that suit the text and the time, and the reasons."""
+    with working("counting the tokens of the text"):
+        from moe_jax.planning import auto
+
+        source = typed.get(SOURCE, DataConfig.source)
+        size = auto.text_bytes(source)
+        starts = [settings.config for settings in fitting(typed, auto.presets_for(source, size))]
+        chosen, reasons = auto.choose(starts, size, minutes, typed)
+    return resolve_settings({PRESET: chosen.preset, auto.STEPS: chosen.train.steps} | typed), reasons

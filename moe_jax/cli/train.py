@@ -9,8 +9,9 @@ from typing import Any, ClassVar, Self
 
 from moe_jax.cli.arguments import Values
 from moe_jax.cli.command import check_memory, check_out_folder
-from moe_jax.cli.settings import AutoPreset, RunCommand, Settings, auto_preset, resolve_settings
+from moe_jax.cli.settings import RunCommand, Settings, auto_flags, choose_preset, fitting, resolve_settings
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
+from moe_jax.config.presets import PRESETS
 from moe_jax.config.train import ProcessGroup
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
@@ -80,7 +81,7 @@ class TrainingCommand(RunCommand):
         config, start = self.settings
         environment.prepare_environment(config.execution.deterministic)
         if config.resume and start.saved is None:
-            say(new_run_note(Path(config.run_dir)))
+            say(f"--resume: {config.run_dir} holds no checkpoint; a new run starts there")
         import jax
 
         from moe_jax.training.header import print_dry_run
@@ -104,13 +105,14 @@ class Train(TrainingCommand):
     minutes: float = 0.0
     """With --preset auto, chooses the number of steps for about that time. It does not stop the run; on a busy machine
     it takes longer. The speed is measured, so the number may differ from call to call. 0: as long as it takes."""
-    auto: AutoPreset | None = None
+    auto: Values | None = None
+    """What the user has typed with --preset auto, until the preset is chosen."""
 
     @classmethod
     def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:
         """The settings; with --preset auto those that stand in until the preset is chosen."""
-        own["auto"] = auto = auto_preset(flags, own.get("minutes", 0.0))
-        return resolve_settings(flags) if auto is None else auto.stand_in()
+        own["auto"] = typed = auto_flags(flags, own.get("minutes", 0.0))
+        return resolve_settings(flags) if typed is None else fitting(typed, PRESETS)[0]
 
     def execute(self) -> int:
         """Choose the preset if that is asked for; then train."""
@@ -120,7 +122,7 @@ class Train(TrainingCommand):
             raise ConfigError("--preset auto: chooses for one process; name the preset that all processes train")
         for note in environment.prepare_environment(self.settings.config.execution.deterministic):
             say(note)
-        settings, reasons = self.auto.choose()
+        settings, reasons = choose_preset(self.auto, self.minutes)
         config = settings.config
         say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *reasons, "")
         return dataclasses.replace(self, settings=settings, auto=None).execute()
@@ -148,9 +150,21 @@ class Sft(TrainingCommand):
             flags[RUN] = run
         if run or flags.get(INIT_FROM):
             flags[FORMAT] = "chat"
-        if flags.get(("", "resume")):
-            return
-        if not run and not flags.get(INIT_FROM):
+        if not flags.get(("", "resume")):
+            cls.check_start(own, flags)
+
+    @classmethod
+    def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:
+        """The settings; those of --resume say what is tuned only if there is a checkpoint."""
+        settings = resolve_settings(flags)
+        if settings.start.saved is None:
+            cls.check_start(own, flags)
+        return settings
+
+    @classmethod
+    def check_start(cls, own: dict[str, Any], flags: Values) -> None:
+        """Raise ConfigError unless flags say what is tuned, and on what."""
+        if not own.get("run") and not flags.get(INIT_FROM):
             raise ConfigError(
                 "--run: must be given, the folder of the run to fine-tune, or --init-from with a Hugging Face folder"
             )
@@ -181,7 +195,7 @@ def training_process(config: RunConfig, start: Start, group: ProcessGroup | None
     notes = environment.prepare_environment(config.execution.deterministic)
     with Signals(together=group is not None, saved=start.saved is not None) as signals:
         if config.resume and start.saved is None:
-            say(new_run_note(Path(config.run_dir)))
+            say(f"--resume: {config.run_dir} holds no checkpoint; a new run starts there")
         # jax is imported only now, because the arguments are accepted and the environment is set.
         with working("starting JAX"):
             from moe_jax.parallel.layout import mesh_of
@@ -221,9 +235,3 @@ def check_run(config: RunConfig) -> None:
     check_out_folder("--out", run)
     if holds_run(run) and not config.resume:
         raise ConfigError(f"--out {run}: already holds a run; add --resume to go on with it, or name another folder")
-
-
-def new_run_note(run: Path) -> str:
-    """What to say if --resume finds no checkpoint in the folder."""
-    begun = (run / "config.json").exists()
-    return f"--resume: {run} holds no checkpoint; {'its run starts again' if begun else 'a new run starts there'}"

@@ -34,7 +34,6 @@ from moe_jax.config.run import (
     PresetName,
     RunConfig,
     holds_run,
-    load_begun_config,
     load_config,
 )
 from moe_jax.config.train import (

@@ -209,22 +209,6 @@ def load_config(run: Path) -> RunConfig | None:
         raise UserError(f"{run / 'config.json'} cannot be read ({what}){remedy}") from error
 
 
-def load_begun_config(run: Path) -> RunConfig | None:
-    """The saved configuration of a run that ended before its first checkpoint. None where no run has begun, or where
-    the folder holds a checkpoint. Raises UserError where the configuration cannot be read."""
-    folder = Folder(run)
-    try:
-        if holds_run(run) or not folder.exists("config.json"):
-            return None
-        return RunConfig.from_dict(folder.read_json("config.json"))
-    except (OSError, ValueError, UserError) as error:
-        what = error.strerror if isinstance(error, OSError) else error
-        raise UserError(
-            f"{run / 'config.json'} cannot be read ({what}), and there is no checkpoint; "
-            "leave --resume out to start a new run there"
-        ) from error
-
-
 def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run train.py`") -> str:
     """The message for a flag whose folder holds no run."""
     return f"{flag} {run}: no run with a complete checkpoint there; {remedy}"

@@ -239,33 +239,18 @@ def least_step_bytes(config: RunConfig) -> int:
     """
     config = with_vocabulary(config)
     model, train = config.model, config.train
+    # `auto` may become a precision of two bytes.
+    number = 4 if config.execution.compute_dtype == "float32" else 2
     weight = 2 if train.param_dtype == "bfloat16" else 4
     whole, state = totals(count_parameters(model)).total, STATE_BYTES[train.optimizer]
-    gradient = least_gradient_bytes(config, config.execution.compute_dtype)
     if train.lora_rank:  # the model's own weights have neither gradient nor state; adapters are float32
-        parameters = whole * weight + adapter_parameters(config).total * (4 + gradient + state)
+        parameters = whole * weight + adapter_parameters(config).total * (4 + number + state)
     else:
-        parameters = whole * (weight + gradient + state)
-    return int(parameters) + least_activation_bytes(config, config.execution.compute_dtype)
-
-
-def least_gradient_bytes(config: RunConfig, compute: str) -> int:
-    """Least bytes of the gradient of a parameter that is trained: it may be kept as its product was computed."""
-    stored = 2 if config.train.param_dtype == "bfloat16" and not config.train.lora_rank else 4
-    return min(stored, _number_bytes(compute))
-
-
-def least_activation_bytes(config: RunConfig, compute: str) -> int:
-    """Bytes of the residual streams and of the attention weights that the backward pass keeps."""
-    model, train, number = config.model, config.train, _number_bytes(compute)
-    residual = model.layers * train.batch_size * model.seq_len * model.width * number
+        parameters = whole * (weight + min(weight, number) + state)
+    residual = model.layers * train.batch_size * model.seq_len * model.width
     layers = 1 if config.execution.remat or model.seq_len > LONGEST_KEPT else model.layers
-    return residual + int(layers * train.batch_size * model.heads * kept_scores(model.seq_len) * number)
-
-
-def _number_bytes(compute: str) -> int:
-    """Bytes of a number in the precision of the products. `auto` may become a precision of two bytes."""
-    return 4 if compute == "float32" else 2
+    weights = layers * train.batch_size * model.heads * kept_scores(model.seq_len)
+    return int(parameters) + (residual + weights) * number
 
 
 # The time of training
@@ -277,23 +262,12 @@ USEFUL_PASSES = 4
 the end (Muennighoff et al. 2023, "Scaling data-constrained language models", section 5)."""
 
 
-class ExpectedTime(NamedTuple):
-    """Seconds of training, between which the time is expected. Compiling, evaluations and checkpoints are not in it."""
-
-    fastest: float
-    slowest: float
-
-    @classmethod
-    def of(cls, config: RunConfig, rate: float) -> "ExpectedTime":
-        """The time of a run on a machine of `rate` floating-point operations a second in one matrix product.
-
-        The vocabulary size must be known (`with_vocabulary`).
-        """
-        flops = training_flops(config, config.train.steps)
-        return cls(flops / (HIGHEST * rate), flops / (LOWEST * rate))
-
-    def __str__(self) -> str:
-        return f"{duration(self.fastest)} to {duration(self.slowest)}"
+def expected_time(config: RunConfig, rate: float) -> str:
+    """The time of a run on a machine of `rate` floating-point operations a second in one matrix product, as a person
+    would say it. Compiling, evaluations and checkpoints are not in it. The vocabulary size must be known
+    (`with_vocabulary`)."""
+    flops = training_flops(config, config.train.steps)
+    return f"{duration(flops / (HIGHEST * rate))} to {duration(flops / (LOWEST * rate))}"
 
 
 def steps_within(config: RunConfig, rate: float, seconds: float) -> int:

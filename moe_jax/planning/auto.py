@@ -18,9 +18,9 @@ from moe_jax.model.costs import (
     HIGHEST,
     LOWEST,
     USEFUL_PASSES,
-    ExpectedTime,
     count_parameters,
     duration,
+    expected_time,
     steps_within,
     totals,
 )
@@ -77,7 +77,7 @@ def choose(
     reasons.append(read)
     if minutes:
         reasons.append(
-            f"time: {ExpectedTime.of(with_vocabulary(config), rate)} of {limit}, if training reaches {HIGHEST:.0%} to "
+            f"time: {expected_time(with_vocabulary(config), rate)} of {limit}, if training reaches {HIGHEST:.0%} to "
             f"{LOWEST:.0%} of {rate / 1e9:,.0f} GFLOP/s; compiling, evaluations and checkpoints come on top"
         )
     return Choice(config, reasons)

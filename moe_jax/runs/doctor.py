@@ -1,17 +1,16 @@
 """Check the folder of a run: read every array of every checkpoint, and repair what can be repaired.
 
-A damaged checkpoint is renamed, never removed, and only if there is a good one. A file is rewritten only from an
-undamaged copy of its content. What the system refuses to read is never changed.
+A damaged checkpoint is renamed, never removed, and only if there is a good one. config.json is rewritten from a good
+checkpoint, which holds a copy. What the system refuses to read is never changed.
 """
 
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_jax.config import ConfigError, RunConfig, UserError
-from moe_jax.data.token_store import prepare_token_store
+from moe_jax.config import RunConfig, UserError
 from moe_jax.data.tokenizers import load_tokenizer
-from moe_jax.runs import manifest, records
+from moe_jax.runs import manifest
 from moe_jax.runs.arrays import read_arrays
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, verify
 from moe_jax.runs.folder import RunFolder, new_run_id
@@ -61,7 +60,7 @@ def examine(run: Path, repair: bool) -> list[Finding]:
         state = "repaired" if repair else "damaged"
         findings.append(Finding(", ".join(left), state, "left by a save that was interrupted"))
     newest = good[-1] if good else None
-    for name, check in {"config.json": _config, folder.tokenizer.name: _tokenizer, records.METRICS: _metrics}.items():
+    for name, check in {"config.json": _config, folder.tokenizer.name: _tokenizer}.items():
         try:
             findings.append(Finding(name, *check(folder, newest, repair)))
         except OSError as error:
@@ -101,35 +100,14 @@ def _config(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple[st
 
 
 def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple[str, str]:
+    del repair  # no other file holds it
     expected = newest.manifest["context"].get("tokenizer") if newest else None
     with suppress(FileNotFoundError):
         run.files.read(run.tokenizer.name)  # raises OSError if it is there and cannot be read
     try:
-        if expected in (None, load_tokenizer(run.tokenizer).digest):
-            return "good", ""
-        cause = "not the one that the checkpoints were trained with"
+        same = expected in (None, load_tokenizer(run.tokenizer).digest)
     except UserError as error:
-        cause = str(error)
-    saved = _saved_config(newest)
-    if not repair or saved is None or (saved.data.tokenizer == "hf" and not saved.base):
-        return "damaged", cause
-    source = f"copied from {saved.base}" if saved.base else "made again from the data"
-    try:
-        there = Path(saved.base) / run.tokenizer.name
-        anew = load_tokenizer(there) if saved.base else prepare_token_store(saved.data).tokenizer
-    except (ConfigError, UserError) as error:  # such as a text that is gone
-        return "damaged", f"{cause}; it cannot be had again ({error})"
-    if anew.digest != expected:
-        return "damaged", f"{cause}; the one {source} differs too"
-    run.save_tokenizer(anew)
-    return "repaired", f"{source}, and equal to the original"
-
-
-def _metrics(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple[str, str]:
-    del newest
-    lines = [record is not None for _, record in records.record_lines(run.files)]
-    if all(lines):
-        return "good", f"{len(lines):,} records"
-    if repair:
-        run.truncate_logs_after(records.LARGEST_STEP, records.LARGEST_STEP)
-    return "repaired" if repair else "damaged", f"{lines.count(False)} of {len(lines):,} lines are not records"
+        return "damaged", str(error)
+    return (
+        ("good", "") if same else ("damaged", "not the one that the checkpoints were trained with; put that one back")
+    )

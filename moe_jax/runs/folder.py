@@ -115,21 +115,12 @@ class RunFolder:
         return Folder(self.path, writes=first())
 
     @property
-    def metrics(self) -> Path:
-        return self.path / records.METRICS
-
-    @property
     def samples(self) -> Path:
         return self.path / "samples.txt"
 
     @property
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.json"
-
-    @property
-    def traces(self) -> Path:
-        """The folder of the routing snapshots, one for each evaluation."""
-        return self.path / records.TRACES
 
     def check_run(self, run_id: str) -> None:
         """Raise UserError if the folder does not hold this run any more."""

@@ -1,6 +1,5 @@
 """What a checkpoint belongs to: its model and its tokenizer. And a trained model, opened from its run."""
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -93,10 +92,7 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None, model: ModelCon
     tokenizer = load_tokenizer(path)
     expected = checkpoint.manifest["context"].get("tokenizer") if checkpoint else None
     if expected not in (None, tokenizer.digest):
-        raise UserError(
-            f"{path}: is not the tokenizer that the run was trained with; put that file back, or try "
-            f"`uv run python -m moe_jax doctor --run {shlex.quote(str(run))} --repair`"
-        )
+        raise UserError(f"{path}: is not the tokenizer that the run was trained with; put that file back")
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"{path}: has {tokenizer.vocab_size} entries, and the model of the run knows {model.vocab_size}; put the "

@@ -1,6 +1,5 @@
 """What `train.py` prints: the run on one page before training (--dry-run stops there), and its result afterwards."""
 
-import math
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -15,9 +14,9 @@ from moe_jax.data.token_store import Split
 from moe_jax.model.costs import (
     HIGHEST,
     LOWEST,
-    ExpectedTime,
     adapter_parameters,
     count_parameters,
+    expected_time,
     least_step_bytes,
     totals,
     training_flops,
@@ -44,7 +43,8 @@ def print_run_header(session: Session, notes: list[str]) -> None:
     if programs.attention.reason:
         rows["attention"] = programs.attention.reason
     if programs.layout:
-        rows["mesh"] = _mesh_line(session)
+        shape = MeshShape.parse(config.execution.mesh)
+        rows["mesh"] = f"{shape.devices} devices, {shape}; evaluation needs all parameters on each"
     if session.data.baselines:
         rows["to compare"] = session.data.baselines.describe()
     if store.valid.answers is not None:
@@ -72,7 +72,7 @@ def print_dry_run(config: RunConfig) -> None:
     sized, policy = with_vocabulary(config), choose_policy(config.execution.compute_dtype)
     rate = machine.matmul_rate(policy.compute)
     time = (
-        f"{ExpectedTime.of(sized, rate)}, if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "
+        f"{expected_time(sized, rate)}, if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "
         f"{rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; compiling, "
         "evaluations and checkpoints come on top"
     )
@@ -140,18 +140,6 @@ def _adapter_line(config: RunConfig) -> str:
     return (
         f"{count:,} parameters ({count / whole:.1%} of the model), the only ones that are trained: rank "
         f"{train.lora_rank} on attention{experts}, times {train.lora_scale:g}; routers {routers}"
-    )
-
-
-def _mesh_line(session: Session) -> str:
-    """The devices that train together, and what each of them keeps between steps."""
-    shape = MeshShape.parse(session.config.execution.mesh)
-    leaves = jax.tree.leaves((session.state.params, session.state.optimizer))
-    here = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves) / MIB
-    whole = sum(x.size * x.dtype.itemsize for x in leaves) / MIB
-    return (
-        f"{shape.devices} devices, {shape}, each with {here:,.1f} of {whole:,.1f} MiB of parameters and optimizer "
-        "state; evaluation needs all parameters on each"
     )
 
 

@@ -22,6 +22,7 @@ from jaxtyping import Array, Key
 from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.decode import Decoder
+from moe_jax.inference.traced_pass import ShardMapWrapper
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
@@ -196,16 +197,18 @@ class Programs:
     def decoder(self, vocab_size: int | None = None) -> Decoder:
         """Prefill and decoding of one sequence. Only the first `vocab_size` tokens are drawn (all unless given)."""
         model = self.config.model
-        size = (model.seq_len, vocab_size or model.vocab_size)
-        if self.layout is not None:
-            return Decoder(self.writer, *size, spread=same_on_all_devices(self.layout))
-        return Decoder(self.writer, *size)
+        return Decoder(self.writer, model.seq_len, vocab_size or model.vocab_size, spread=self._spread)
 
     def tracer(self, tokens: np.ndarray) -> Tracer | None:
         """What records the routing of the first tokens of a stream (`evaluate.make_tracer`)."""
+        return make_tracer(self.config.model, self.graphdef, tokens, self._spread)
+
+    @property
+    def _spread(self) -> ShardMapWrapper:
+        """What makes a function a program of all devices of the mesh, which compute it alike."""
         if self.layout is None:
-            return make_tracer(self.config.model, self.graphdef, tokens)
-        return make_tracer(self.config.model, self.graphdef, tokens, same_on_all_devices(self.layout))
+            return lambda function: function
+        return same_on_all_devices(self.layout)
 
     def compiled_step(self, batch_size: int, micro_batches: int = 1) -> Any:
         """The step, compiled for micro-batches of `batch_size` sequences, but not run."""

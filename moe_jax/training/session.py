@@ -300,11 +300,5 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
 
 
 def with_vocabulary_of(model: ModelConfig, store: TokenStore) -> ModelConfig:
-    """The model, with the tokenizer's vocabulary size unless the model has a larger one. Raises UserError if the
-    model's vocabulary is smaller than the tokenizer's."""
-    size = store.tokenizer.vocab_size
-    if 0 < model.vocab_size < size:
-        raise UserError(
-            f"--set model.vocab_size={model.vocab_size}: the tokenizer has {size} entries; give at least that, or 0"
-        )
-    return dataclasses.replace(model, vocab_size=model.vocab_size or size)
+    """The model, with the tokenizer's vocabulary size unless it has a size of its own."""
+    return dataclasses.replace(model, vocab_size=model.vocab_size or store.tokenizer.vocab_size)

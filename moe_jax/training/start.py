@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, holds_run, load_begun_config, load_config
+from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, holds_run, load_config
 from moe_jax.config.model import MESH_ROUTING
 from moe_jax.config.presets import largest_vocabulary, preset
 from moe_jax.config.run import missing_run
@@ -72,12 +72,10 @@ def start_of(values: Values) -> Start:
     naming = {key: value for key, value in values.items() if key in NAMING}
     config = preset(values.get(("", "preset"), RunConfig.preset)).override(naming)
     # The folder of an upcycled or a tuned run may be named after the settings of the other run, so those come first.
-    named = bool(config.out) or not (config.upcycle or config.base)
-    start = _in_folder(config) if named else None
-    if start is None:
-        new = new_start(config)
-        start = (None if named else _in_folder(new.defaults.override(naming))) or new
-    return start
+    if config.out or not (config.upcycle or config.base):
+        return _in_folder(config) or new_start(config)
+    new = new_start(config)
+    return _in_folder(new.defaults.override(naming)) or new
 
 
 def new_start(config: RunConfig) -> Start:
@@ -98,26 +96,10 @@ def resumed_run(saved: RunConfig) -> Start:
 
 
 def _in_folder(config: RunConfig) -> Start | None:
-    """The run that --resume goes on with. None without --resume, or if no run has begun in the folder.
-
-    A run that ended before its first checkpoint begins again, with the settings in its config.json.
-    """
-    if not config.resume:
-        return None
-    run = Path(config.run_dir)
+    """The run that --resume goes on with. None without --resume, or if the folder holds no checkpoint."""
+    saved = load_config(Path(config.run_dir)) if config.resume else None
     # A folder may have been copied or renamed, so its path comes from the command and not from its config.json.
-    if (saved := load_config(run)) is not None:
-        return resumed_run(dataclasses.replace(saved, out=config.run_dir))
-    if (begun := load_begun_config(run)) is None:
-        return None
-    begun = dataclasses.replace(begun, out=config.run_dir)
-    start, is_random = new_start(begun), not (begun.base or begun.init_from or begun.upcycle)
-    if is_random and begun.model.vocab_size <= largest_vocabulary(begun.data):
-        # The size was that of the tokenizer, which is made again.
-        begun = dataclasses.replace(begun, model=dataclasses.replace(begun.model, vocab_size=0))
-    hint = "leave the flag out to start it again, or leave --resume out to start a new run there"
-    same = _same(begun, ORIGIN, f"the run that began in {config.run_dir}", hint)
-    return dataclasses.replace(start, defaults=begun, checks=(same, *start.checks))
+    return None if saved is None else resumed_run(dataclasses.replace(saved, out=config.run_dir))
 
 
 def _tuned_run(config: RunConfig) -> Start:

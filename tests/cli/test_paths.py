@@ -1,7 +1,5 @@
 """Names of files and folders that cannot be: refused with status 2, by the name of the flag, before anything else."""
 
-import dataclasses
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,8 +8,8 @@ import pytest
 
 from moe_jax.cli.arguments import arguments_of
 from moe_jax.cli.command import command
-from moe_jax.cli.train import Sft, Train, new_run_note
-from moe_jax.config import ConfigError, DataConfig, ModelConfig, RunConfig, TrainConfig, UserError
+from moe_jax.cli.train import Sft, Train
+from moe_jax.config import ConfigError
 from moe_jax.config.run import missing_run
 from tests.cli.test_cli import make_held, refused
 
@@ -96,55 +94,17 @@ def test_a_run_of_a_small_text_may_be_resumed(tmp_path: Path, monkeypatch) -> No
         assert Train.parse(["--out", "held", "--resume", *more]).settings.config.model.vocab_size == 400
 
 
-def test_a_run_that_is_not_there_is_said_to_be_new(tmp_path: Path, monkeypatch) -> None:
+def test_without_a_checkpoint_a_new_run_starts_with_the_flags_alone(tmp_path: Path, monkeypatch) -> None:
+    """A config.json of a run that ended early is not read. A fine-tuning must be told what it tunes."""
     monkeypatch.chdir(tmp_path)
-    assert new_run_note(Path("runs/x")) == "--resume: runs/x holds no checkpoint; a new run starts there"
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{")
+    config, start = Train.parse(["--out", "begun", "--resume", "--steps", "7"]).settings
+    assert (start.saved, config.train.steps, config.data.source) == (None, 7, "stories")
+    with pytest.raises(ConfigError, match="--run: must be given"):
+        Sft.parse(["--out", "begun", "--resume"])
+
+
+def test_a_run_that_is_not_there_is_said_so() -> None:
     said = "--run runs/x: no run with a complete checkpoint there; make one with `make`"
     assert missing_run("--run", "runs/x", "make one with `make`") == said
-
-
-def make_begun(folder: Path, **changes: Any) -> None:
-    """A run that ended before its first checkpoint: it has a config.json, and no step."""
-    config = RunConfig(data=DataConfig(source=str(folder.parent / "book.txt")), train=TrainConfig(steps=321))
-    (folder.parent / "book.txt").write_text("a book " * 50)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(dataclasses.replace(config, **changes).to_dict()))
-
-
-def test_a_run_without_a_checkpoint_starts_again_with_its_own_settings(tmp_path: Path, monkeypatch) -> None:
-    """Its text, its steps and its width, but for the flags that are given now. Without --resume, the preset's."""
-    monkeypatch.chdir(tmp_path)
-    small = ModelConfig(vocab_size=400, width=96)  # 400 entries: the tokenizer of that text had fewer than 1,024
-    make_begun(tmp_path / "begun", model=small)
-    config, start = Train.parse(["--out", "begun", "--resume", "--lr", "0.5"]).settings
-    assert start.saved is None  # there is nothing to restore
-    assert (config.data.source, config.train.steps) == (str(tmp_path / "book.txt"), 321)
-    assert (config.model.width, config.model.vocab_size, config.train.lr) == (96, 0, 0.5)
-    assert Train.parse(["--out", "begun", "--resume", "--tokenizer", "gpt2"]).settings.config.data.tokenizer == "gpt2"
-    assert Train.parse(["--out", "begun"]).settings.config.data.source == "stories"
-    monkeypatch.chdir(tmp_path / "begun")
-    assert new_run_note(Path()) == "--resume: . holds no checkpoint; its run starts again"
-
-
-def test_a_run_without_a_checkpoint_keeps_its_origin(tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.chdir(tmp_path)
-    make_begun(tmp_path / "begun")
-    start = ["train", "--out", "begun", "--resume"]
-    assert "--preset story: the run that began in begun has nano; leave the flag out" in refused(
-        [*start, "--preset", "story"], capsys
-    )
-    make_held(tmp_path, vocab_size=400)
-    chats = tmp_path / "chats.jsonl"
-    chats.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 9)
-    tuned = Sft.parse(["--run", "held", "--data", str(chats), "--out", "tuned", "--steps", "5"]).settings.config
-    (tmp_path / "tuned").mkdir()
-    (tmp_path / "tuned" / "config.json").write_text(json.dumps(tuned.to_dict()))
-    for parsed in (
-        Train.parse(["--out", "tuned", "--resume"]),
-        Sft.parse(["--run", "held", "--out", "tuned", "--resume"]),
-    ):
-        assert dataclasses.replace(parsed.settings.config, resume=False) == tuned
-    (tmp_path / "begun" / "config.json").write_text("{")
-    (tmp_path / "begun").rename(tmp_path / "broken")
-    with pytest.raises(UserError, match=r"broken/config\.json cannot be read .* leave --resume out to start a new run"):
-        Train.parse(["--out", "broken", "--resume"])

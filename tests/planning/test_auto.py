@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from moe_jax.cli.settings import choose_preset
 from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError, DataConfig, RunConfig
 from moe_jax.config.presets import preset_for_text
@@ -49,9 +50,9 @@ AUTO = ("--preset", "auto", "--data", "book.txt")
 
 def choose(*typed: str) -> tuple[RunConfig, list[str]]:
     """The choice for book.txt, and the reasons. `typed` are flags of `train.py`."""
-    made = Train.parse([*AUTO, *typed]).auto
-    assert made is not None
-    settings, reasons = made.choose()
+    command = Train.parse([*AUTO, *typed])
+    assert command.auto is not None
+    settings, reasons = choose_preset(command.auto, command.minutes)
     return settings.config, reasons
 
 

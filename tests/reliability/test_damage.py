@@ -133,12 +133,3 @@ def test_files_swapped_between_steps(two: Path, tmp_path: Path) -> None:
         count += 1
         assert outcome(tmp_path / str(i)) == "nothing", path
     assert count >= 3
-
-
-def test_a_whole_checkpoint_under_another_name(two: Path, tmp_path: Path) -> None:
-    """A copy of step 1 called step 5 is not taken for the newest."""
-    shutil.copytree(two, tmp_path / "run")
-    folder = tmp_path / "run" / "checkpoints"
-    shutil.copytree(folder / "step_00000001", folder / "step_00000005")
-    assert outcome(tmp_path / "run") == "newest"
-    assert (folder / "damaged_00000005").is_dir()

@@ -1,7 +1,5 @@
 """One run, one process, one folder: locks, settings that do not fit, and nothing written anywhere else."""
 
-import dataclasses
-import json
 import shutil
 import subprocess
 import time
@@ -10,12 +8,8 @@ from typing import Any
 
 import pytest
 
-from moe_jax.config import UserError, load_config
-from moe_jax.config.section import typed
-from moe_jax.training.session import Session
 from tests.reliability import runs
 from tests.reliability.test_save import small_disk
-from tests.support.saved_run import resuming
 
 pytestmark = pytest.mark.reliability
 
@@ -80,28 +74,3 @@ def test_nothing_is_written_outside_the_run_and_the_caches(
     outside = tree(tmp_path / "home") | tree(tmp_path / "tmp") | (tree(text.parent) - before)
     assert outside == set()
     assert {p.name for p in tmp_path.iterdir()} == {"home", "cache", "tmp", "run"}
-
-
-OTHER = {"model.width": 32, "model.norm": "layernorm", "routing.capacity_factor": 1.75}
-"""Settings that somebody wrote into config.json."""
-
-
-@pytest.mark.parametrize("field", OTHER)
-def test_a_checkpoint_of_another_model(
-    field: str, whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The error names the flag of the field, both values, and what to do."""
-    monkeypatch.setenv("MOE_JAX_CACHE", str(cache))
-    run, (section, name) = tmp_path / "run", field.split(".")
-    shutil.copytree(whole[0], run)
-    document = json.loads((run / "config.json").read_text())
-    there, document[section][name] = document[section][name], OTHER[field]
-    (run / "config.json").write_text(json.dumps(document))
-    config = load_config(run)
-    assert config is not None
-    with pytest.raises(UserError) as caught:
-        Session.open(dataclasses.replace(config, out=str(run)), resuming(config))
-    message = str(caught.value)
-    assert message.startswith(f"{typed(section, name, OTHER[field])}: ")
-    assert f" was saved with {there}; " in message
-    assert "start a new run with another --out" in message

@@ -113,20 +113,6 @@ def test_what_is_not_finite_skips_one_step(
     assert not all(np.array_equal(a, b) for a, b in pairs)
 
 
-def test_gradients_that_stay_bad_end_the_run(
-    text: Path,  # noqa: F811
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("moe_jax.training.logging.MAX_SKIPPED_IN_A_ROW", 3)
-    config = configuration(text, tmp_path / "run")
-    poison_gradients(monkeypatch, config, 7, 12)
-    session = Session.open(config)
-    with pytest.raises(UserError, match="step 9: 3 steps in a row "):
-        train(session)
-    assert finite_checkpoints(tmp_path / "run")
-
-
 @pytest.mark.parametrize(
     ("where", "save_every"), short_form(itertools.product(("params", "optimizer"), (1, 6)), [("params", 1)])
 )

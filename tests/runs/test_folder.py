@@ -43,7 +43,7 @@ def test_a_start_writes_the_tokenizer_and_the_configuration(folder: RunFolder) -
 
 def test_a_start_removes_what_an_earlier_start_has_logged(folder: RunFolder) -> None:
     first = folder.start(CONFIG, TOKENIZER, [])
-    folder.metrics.write_text("{}\n")
+    (folder.path / "metrics.jsonl").write_text("{}\n")
     folder.add_sample(1, "text")
     folder.add_trace(1, {"tokens": []})
     folder.write_summary({"steps": 1, "val_loss": float("nan")})
@@ -78,15 +78,15 @@ def test_logs_are_removed_after_a_checkpoint_by_split(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     steps = [(step, split) for step in range(1, 9) for split in ("train", "val")]
     lines = [json.dumps({"step": step, "split": split}) for step, split in steps]
-    run.metrics.write_bytes("\r\n".join([lines[0], "no record", *lines[1:]]).encode())
+    (run.path / "metrics.jsonl").write_bytes("\r\n".join([lines[0], "no record", *lines[1:]]).encode())
     for step in (2, 4, 5, 6):
         run.add_sample(step, f"text {step}\n=== step 7\n")  # a line like a header does not count as one
         run.add_trace(step, {"tokens": [step]})
     run.truncate_logs_after(6, 4)
-    kept = [json.loads(line) for line in run.metrics.read_bytes().split(b"\n")[:-1]]
+    kept = [json.loads(line) for line in (run.path / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
     assert [(r["step"], r["split"]) for r in kept] == [(s, p) for s, p in steps if s <= (6 if p == "train" else 4)]
     assert re.findall(r"^=== step (\d)", run.samples.read_text(), re.MULTILINE) == ["2", "4"]
-    assert sorted(p.name for p in run.traces.iterdir()) == ["step_00000002.json", "step_00000004.json"]
+    assert sorted(p.name for p in (run.path / "traces").iterdir()) == ["step_00000002.json", "step_00000004.json"]
     run.samples.write_bytes(run.samples.read_bytes() + b"=== step 5\n\xc3")  # a crash within a character
     run.truncate_logs_after(6, 4)
     assert run.samples.read_text().endswith("text 4\n === step 7\n\n")

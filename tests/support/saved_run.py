@@ -72,7 +72,7 @@ def save_run(folder: Path, **model_changes: object) -> Path:
     state = dataclasses.replace(state, step=np.int32(STEP))
     context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict()}
     CheckpointStore(run.path).save(state, STEP, val_loss=1.0, elapsed=1.0, context=context)
-    run.metrics.write_text("".join(json.dumps(r) + "\n" for r in metrics(model.layers, model.experts)))
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in metrics(model.layers, model.experts)))
     tracer = make_tracer(model, graphdef, store.valid.tokens)
     if tracer is not None:
         for step, seed in ((STEP // 2, 1), (STEP, 0)):

@@ -38,7 +38,7 @@ class Watched:
     shown: str
 
     def records(self, split: str) -> list[dict[str, Any]]:
-        lines = self.session.folder.metrics.read_text().splitlines()
+        lines = (self.session.folder.path / "metrics.jsonl").read_text().splitlines()
         return [record for record in map(json.loads, lines) if record["split"] == split]
 
 
