@@ -49,6 +49,7 @@ def adapted_model(case: str, dtype: str = "float32", zero: bool = False) -> tupl
     return graphdef, training, params, initial_adapters(shapes, jax.random.key(0)) if zero else adapters
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def outputs(graphdef: Any, params: Any, tokens: np.ndarray) -> jax.Array:
     model = build(graphdef, params)
     return model.logits(model(jnp.asarray(tokens), Mode.TRAIN)[0])
@@ -82,8 +83,10 @@ def test_gradients_follow_the_chain_rule(case: str, float64: None) -> None:
     graphdef, training, params, adapters = adapted_model(case, "float64")
     batch = jnp.asarray(tiny.tokens(1, 2, tiny.T + 1))
     config, key = TrainConfig(), jax.random.key(0)
-    found, _ = gradients(training, adapters, batch, key, None, config, frozen=params)
-    of_merged, _ = gradients(graphdef, merged(params, adapters, SHAPE.scale), batch, key, None, config)
+    found = jax.jit(lambda a, p: gradients(training, a, batch, key, None, config, frozen=p)[0])(adapters, params)
+    of_merged = jax.jit(lambda a, p: gradients(graphdef, merged(p, a, SHAPE.scale), batch, key, None, config)[0])(
+        adapters, params
+    )
     weights, parts, expected = named_leaves(of_merged), named_leaves(adapters), {}
     for name in parts:
         target = name.partition("_lora")[0].removesuffix("_delta")
