@@ -20,8 +20,7 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -56,13 +55,10 @@ class CorpusBaselines:
         return trigram if self.entropy_floor is None else f"the best possible is {self.entropy_floor:.4f}; {trigram}"
 
 
-def corpus_baselines(
-    data: DataConfig, store: TokenStore, meanwhile: Callable[[], object] | None = None
-) -> CorpusBaselines | None:
+def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | None:
     """The scores for a corpus, cached in `references.json` beside its tokens. None for conversations.
 
-    If they are not cached, they take some seconds of one core. `meanwhile` is called in a thread then. Its errors are
-    ignored.
+    If they are not cached, they take some seconds of one core.
     """
     if store.valid.answers is not None:
         return None
@@ -70,9 +66,7 @@ def corpus_baselines(
     try:
         return CorpusBaselines(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        with working("scoring a trigram model of the text, to compare with"), ThreadPoolExecutor(1) as thread:
-            if meanwhile is not None:
-                thread.submit(meanwhile)
+        with working("scoring a trigram model of the text, to compare with"):
             scores = _scores(data, store)
         with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
             write_atomically(path, json_text(asdict(scores)))

@@ -89,14 +89,9 @@ class TokenStore:
     folder: Path
     source: str
     """The value of `--data` that the store was made from."""
-    fingerprint: str
-    """Digest of the text (`Corpus.fingerprint`)."""
     digest: str
-    """Digest of text, tokenizer and both streams, without paths. Equal digests mean equal training data."""
-
-    def is_text_of(self, saved: Any) -> bool:
-        """Whether a checkpoint was trained on this text. `saved` is the entry `context.data` of its manifest."""
-        return saved == self.digest
+    """Digest of text, tokenizer and both streams, without paths. Equal digests mean equal training data. A checkpoint
+    holds the digest of its text as `context.data`."""
 
 
 # The stream of documents
@@ -230,7 +225,7 @@ def open_store(folder: Path) -> TokenStore:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no whole token store ({type(error).__name__}); prepare the data again") from None
     digest = _digest({key: value for key, value in manifest.items() if key != "source"})  # saved runs hold it
-    return TokenStore(train, valid, tokenizer, folder, manifest["source"], manifest["fingerprint"], digest)
+    return TokenStore(train, valid, tokenizer, folder, manifest["source"], digest)
 
 
 def _open_split(path: Path, entry: dict[str, Any], tokenizer: Tokenizer) -> Split:

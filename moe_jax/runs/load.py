@@ -156,7 +156,7 @@ class LoadedRun:
         it cannot be read."""
         store = prepare_token_store(self.config.data, tokenizer=self.tokenizer, progress=progress)
         trained = self.checkpoint.manifest["context"].get("data")
-        if trained is None or store.is_text_of(trained):
+        if trained in (None, store.digest):
             return ValidationText(store, "")
         warning = (
             f"--data {store.source}: has changed since the run was trained; the numbers are those of another text, "

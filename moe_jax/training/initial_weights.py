@@ -61,7 +61,7 @@ def of_run(flag: str, folder: str) -> InitialWeights:
     check_full_weights(flag, path, checkpoint)
 
     def read(programs: Programs, store: TokenStore) -> Initial:
-        if upcycled and not store.is_text_of(checkpoint.manifest["context"].get("data")):
+        if upcycled and checkpoint.manifest["context"].get("data") != store.digest:
             raise UserError(
                 f"--data {store.source}: not the text that the run in --upcycle was trained on, "
                 "whose validation text must stay unseen; leave the flag out, or name that text"

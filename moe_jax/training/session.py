@@ -11,7 +11,7 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 import dataclasses
 import time
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,10 +159,7 @@ class Session:
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh), kept_precision=precision)
         texts = {f"--data {config.data.source}": store.digest, "tokenizer": store.tokenizer.digest}
         agree_on(texts | {"--precision": programs.policy.compute})
-        meanwhile = None
-        if programs.layout is None:  # the first step then finds its program in the cache of compiled programs
-            meanwhile = partial(programs.compiled_step, config.train.batch_size, config.train.grad_accum)
-        data = SessionData(config, store, corpus_baselines(config.data, store, meanwhile))
+        data = SessionData(config, store, corpus_baselines(config.data, store))
         data.subset()  # raises UserError now, and not at the first evaluation
         opened = cls(
             config=config,
@@ -291,7 +288,7 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
     if "data" not in context:
         raise CheckpointCorrupted("its manifest does not say what it belongs to")
     RunCounters.from_json(context.get("progress"))
-    if not store.is_text_of(context["data"]):
+    if context["data"] != store.digest:
         raise UserError(
             f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "
             "resume with that text, or start a new run with another --out"
