@@ -15,19 +15,17 @@ A word is a run of letters with the space before it, or any other single charact
 the text, byte for byte. The empty word ends a document.
 """
 
-import json
 import math
 import re
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 
 from moe_jax.config import DataConfig
 from moe_jax.data.token_store import Split, TokenStore, stored_documents
-from moe_jax.system.files import json_text, write_atomically
+from moe_jax.system.files import cached_json
 from moe_jax.system.terminal import working
 
 END = ""
@@ -56,26 +54,16 @@ class CorpusBaselines:
 
 
 def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | None:
-    """The scores for a corpus, cached in `references.json` beside its tokens. None for conversations.
-
-    If they are not cached, they take some seconds of one core.
-    """
+    """The scores for a corpus, kept in the cache. They take some seconds of one core. None for conversations."""
     if store.valid.answers is not None:
         return None
-    path = store.folder / "references.json"
-    try:
-        return CorpusBaselines(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
-        with working("scoring a trigram model of the text, to compare with"):
-            scores = _scores(data, store)
-        with suppress(OSError):  # a cache that cannot be written: they are computed again the next time
-            write_atomically(path, json_text(asdict(scores)))
-        return scores
+    embedded = data.source == "stories"
+    parts = [store.digest, f"{embedded=}"]
+    return CorpusBaselines(**cached_json("baselines", parts, lambda: asdict(_scores(data, store, embedded))))
 
 
-def _scores(data: DataConfig, store: TokenStore) -> CorpusBaselines:
+def _scores(data: DataConfig, store: TokenStore, embedded: bool) -> CorpusBaselines:
     """From the stored tokens: the source may need a network, and may have been edited."""
-    embedded, floor = data.source == "stories", None
 
     def documents(split: Split, most: int) -> Iterator[str]:
         if embedded:
@@ -83,12 +71,14 @@ def _scores(data: DataConfig, store: TokenStore) -> CorpusBaselines:
         tokens = split.tokens[: 2 * most]  # a token has a byte or more
         return first_documents(stored_documents(tokens, store.tokenizer), most)
 
+    floor = None
     if embedded:
         from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte
 
         floor = entropy_floor_bits_per_byte(data.stories_seed, "valid", VALIDATION_STORIES)
-    model = NgramModel(documents(store.train, TRAIN_BYTES), 3)
-    return CorpusBaselines(model.bits_per_byte(list(documents(store.valid, VALID_BYTES))), floor)
+    with working("scoring a trigram model of the text, to compare with"):
+        model = NgramModel(documents(store.train, TRAIN_BYTES), 3)
+        return CorpusBaselines(model.bits_per_byte(list(documents(store.valid, VALID_BYTES))), floor)
 
 
 def first_documents(documents: Iterable[str], most_bytes: int) -> Iterator[str]:

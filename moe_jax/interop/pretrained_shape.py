@@ -127,12 +127,12 @@ def read_shape(folder: Path, flag: str) -> PretrainedShape:
         )
     try:
         text = read_file(folder, CONFIG, _MAX_CONFIG_BYTES)
-        values = json.loads(text, parse_constant=_no_number)
+        values = parse_json(text)
     except FileNotFoundError:
         raise ConfigError(f"{flag} {folder}: has no config.json; name the folder of a Hugging Face model") from None
     except OSError as error:
         raise UserError(f"{folder / CONFIG}: cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{folder / CONFIG}: is not JSON ({str(error)[:80]}); download the file again") from None
     if not isinstance(values, dict):
         raise UserError(f"{folder / CONFIG}: is not a JSON object; download the file again")
@@ -159,11 +159,6 @@ def open_file(folder: Path, name: str, limit: int | None = None) -> BinaryIO:
     """A plain file of a folder, open for reading. Raises the errors of `read_file`."""
     path = Path(os.path.realpath(folder / name))
     return Folder(path.parent).open(path.name, limit)
-
-
-def _no_number(name: str) -> None:
-    """NaN and Infinity are no JSON, and no value of a field that a model could have."""
-    raise ValueError(f"{name} is no number")
 
 
 class _Reader:
