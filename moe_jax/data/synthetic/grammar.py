@@ -124,16 +124,5 @@ def _options(tokens: list[str], rules: Mapping[str, str]) -> Template:
             templates[-1].append(Slot(name, form))
         else:
             templates[-1].append(token)
-    joined = tuple(_joined(template) for template in templates)
-    return joined[0] if len(joined) == 1 else (Options(joined),)
-
-
-def _joined(nodes: Sequence[Node]) -> Template:
-    """The same nodes with neighbouring texts joined."""
-    joined: list[Node] = []
-    for node in nodes:
-        if joined and isinstance(node, str) and isinstance(joined[-1], str):
-            joined[-1] += node
-        else:
-            joined.append(node)
-    return tuple(joined)
+    made = tuple(map(tuple, templates))
+    return made[0] if len(made) == 1 else (Options(made),)
