@@ -14,6 +14,7 @@ CHECKS = [
 ]
 PROVED_TWICE = {
     "check_accumulation",
+    "check_accumulation_with_dropout",
     "check_cached_decoding",
     "check_cached_decoding_of_grouped_heads",
     "check_cross_entropy_of_a_prime",

@@ -31,12 +31,12 @@ from tests.support import saved_run
 OTHERS = pytest.mark.reliability
 """They compile much, so the default suite leaves them out."""
 SHAPES: dict[str, dict[str, object]] = {
-    "nano": {},
+    "nano": {"layers": 1},
     "grouped keys, layernorm, biases, learned positions, untied and scaled": {
         "kv_heads": 1, "norm": "layernorm", "bias": True, "positions": "learned", "tied_head": False,
         "scaled_embedding": True, "activation": "gelu", "qk_norm": "head",
     },
-    "shared experts": {"shared_experts": 2},
+    "shared experts in two layers": {"shared_experts": 2},
     "a dense twin": {"dense": "active"},
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ from foundation.__main__ import main
 from foundation.chapters import CHAPTERS, OPERATIONS, selected
 from foundation.parity import Check, OracleCheck, Outcome
 
-LONG = {"block": 1, "dense_model": 1, "leaks": 1, "moe": 4, "model": 2, "multi_head": 3, "router": 3}
+LONG = {"block": 1, "dense_model": 1, "leaks": 1, "moe": 2, "model": 1, "multi_head": 2, "router": 3}
 """Operations whose checks take seconds to compile, and how many of them a run of the tests makes. At night: all."""
 
 

@@ -3,6 +3,7 @@
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -79,21 +80,44 @@ def layer_oracle(x: np.ndarray, ffn: dict[str, Any], e: int | None, top_k: int) 
     return np.stack(rows)
 
 
+@functools.cache
+def _parts(graphdef: Any) -> tuple[Any, Any, Any]:
+    """Compiled: ids -> the stream; the stream through attention of a layer, and normed for its experts; hidden states
+    and the head."""
+
+    def embedded(params: Any, ids: jax.Array) -> jax.Array:
+        return merge(graphdef, params)._embed(ids, jnp.arange(ids.shape[1]))
+
+    def attended(params: Any, n: int, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        block = merge(graphdef, params).blocks[n]
+        x = x + block.attention(block.attention_norm(x))[0]
+        return x, block.ffn_norm(x)
+
+    def scored(params: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = merge(graphdef, params)
+        return model.norm(x)[0], model.head_matrix()
+
+    return jax.jit(embedded), jax.jit(attended, static_argnums=1), jax.jit(scored)
+
+
+def parts(run: LoadedRun) -> list[Any]:
+    return [functools.partial(part, run.params) for part in _parts(run.graphdef)]
+
+
 def loss_oracle(run: LoadedRun, ids: np.ndarray, layer: int, e: int | None) -> list[float]:
     """Window by window, the loss of each token after the first. Only the expert layers are the oracle's own."""
-    model, config = merge(run.graphdef, run.params), run.config.model
+    config, embedded, attended, scored = run.config.model, *parts(run)
     losses: list[float] = []
     for first in range(0, len(ids), config.seq_len):
         window = ids[first : first + config.seq_len]
-        x = model._embed(jnp.asarray(window)[None], jnp.arange(len(window)))
-        for n, block in enumerate(model.blocks):
-            x = x + block.attention(block.attention_norm(x))[0]
+        x = embedded(jnp.asarray(window)[None])
+        for n in range(config.layers):
+            x, normed = attended(n, x)
             off = e if n == layer else None
             ffn = run.params["blocks"][n]["ffn"]
-            y = layer_oracle(np.asarray(block.ffn_norm(x)[0], np.float64), ffn, off, config.routing.top_k)
-            x = x + jnp.asarray(y[None], jnp.float32)
-        hidden = np.asarray(model.norm(x)[0], np.float64)
-        head = np.asarray(model.head_matrix(), np.float64)
+            y = layer_oracle(np.asarray(normed[0], np.float64), ffn, off, config.routing.top_k)
+            x = x + y[None].astype(np.float32)
+        hidden, head = (np.asarray(part, np.float64) for part in scored(x))
         targets = ids[first + 1 : first + 1 + len(window)]
         losses += oracles.cross_entropy(hidden[: len(targets)], head, targets)
     return losses

@@ -7,6 +7,7 @@ Each check compiles its own small programs, so that the planted bug is traced.
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -26,13 +27,22 @@ from moe_jax.model.transformer import merge
 from tests.support import oracles, tiny
 
 
+def compiled(function: Callable, *operands: Any) -> Any:
+    """The function's results, by a program of its own: one at a time, its operations would each be compiled."""
+    return jax.jit(lambda *operands: function(*operands))(*operands)
+
+
+def routed(logits: Any, top_k: int) -> Routing:
+    return compiled(lambda z: route(z, top_k), jnp.asarray(logits))
+
+
 def routing_of(chosen: list[list[int]], experts: int, gate: list[list[float]] | None = None) -> Routing:
     """The routing of one sequence whose tokens choose these experts. Its logits give the same choices."""
     logits = np.zeros((1, len(chosen), experts), np.float32)
     for t, choices in enumerate(chosen):
         for k, e in enumerate(choices):
             logits[0, t, e] = 5 - k
-    routing = route(jnp.asarray(logits), len(chosen[0]))
+    routing = routed(logits, len(chosen[0]))
     assert routing.expert_index[0].tolist() == chosen
     return routing if gate is None else routing._replace(gate=jnp.asarray([gate]))
 
@@ -49,7 +59,7 @@ def check_three_tokens() -> None:
 
     Choice-major order would give B to token 2, because B is its first choice, and take B from token 0.
     """
-    plan = Capacity(1).plan(routing_of([[0, 1], [2, 0], [1, 2]], 3))
+    plan = compiled(Capacity(1).plan, routing_of([[0, 1], [2, 0], [1, 2]], 3))
     assert plan.keep.tolist() == [[[True, True], [True, False], [False, False]]]
     # Pairs are numbered t*K + k. Expert A holds pair 0, B pair 1 (token 0's second), C pair 2 (token 1's first).
     assert plan.pair.tolist() == [[[0]], [[1]], [[2]]]
@@ -59,39 +69,38 @@ def check_three_tokens() -> None:
 
 def check_far_logits() -> None:
     """Of the logits 200, 90, 50, 0 the second choice is 90, although in float32 only the first has probability > 0."""
-    routing = route(jnp.array([[[0.0, 50.0, 200.0, 90.0]]]), 3)
+    routing = routed([[[0.0, 50.0, 200.0, 90.0]]], 3)
     assert routing.probs[0, 0, [0, 1, 3]].tolist() == [0, 0, 0]
     assert routing.expert_index.tolist() == [[[2, 3, 1]]]
 
 
 def check_underflown_gate_keeps_its_slot() -> None:
     """A second choice whose gate is exactly 0 still gets its slot: the mask does not depend on gates."""
-    routing = route(jnp.array([[[200.0, 0.0], [200.0, 0.0]]]), 2)
+    routing = routed([[[200.0, 0.0], [200.0, 0.0]]], 2)
     assert routing.gate[0, :, 1].tolist() == [0, 0]
-    assert Capacity(1).plan(routing).keep.tolist() == [[[True, True], [False, False]]]
+    assert compiled(Capacity(1).plan, routing).keep.tolist() == [[[True, True], [False, False]]]
 
 
 def check_single_gate() -> None:
     """For K = 1 the gate is p, and d p_0 / d z = p_0 (1 - p_0, -p_1, ...). Logits ln 2 and 0: p = 2/3, 1/3."""
     logits = jnp.array([[[math.log(2.0), 0.0]]])
-    gate, gradient = jax.value_and_grad(lambda z: route(z, 1).gate.sum())(logits)
+    gate, gradient = compiled(jax.value_and_grad(lambda z: route(z, 1).gate.sum()), logits)
     np.testing.assert_allclose(gate, 2 / 3, rtol=1e-6)
     np.testing.assert_allclose(gradient, [[[2 / 9, -2 / 9]]], rtol=1e-6)
 
 
 def check_renormalised_gates() -> None:
     """For K = 2, logits ln 6, ln 3, ln 1: p = .6, .3, .1, and the gates are 2/3 and 1/3."""
-    gate = route(jnp.log(jnp.array([[[6.0, 3.0, 1.0]]])), 2).gate
+    gate = routed(np.log([[[6.0, 3.0, 1.0]]]), 2).gate
     np.testing.assert_allclose(gate, [[[2 / 3, 1 / 3]]], rtol=1e-6)
 
 
 def check_invalid_token() -> None:
     """One token has a NaN logit. The token takes no slot, so the next token gets it. Only the invalid token's output is
     NaN."""
-    logits = jnp.array([[[jnp.nan, 0.0], [2.0, 1.0], [1.0, 2.0]]])
-    routing = route(logits, 1)
-    assert Capacity(1).plan(routing).keep.tolist() == [[[False], [True], [True]]]
-    assert Blocks(2).plan(routing)[0].keep.tolist() == [[[False], [True], [True]]]
+    routing = routed([[[jnp.nan, 0.0], [2.0, 1.0], [1.0, 2.0]]], 1)
+    assert compiled(Capacity(1).plan, routing).keep.tolist() == [[[False], [True], [True]]]
+    assert compiled(lambda r: Blocks(2).plan(r)[0], routing).keep.tolist() == [[[False], [True], [True]]]
     config = tiny.config(layers=1, experts=3, width=4, expert_hidden=3)
     graphdef, params = tiny.build(config)
     x = np.random.default_rng(3).normal(size=(1, 3, 4)).astype(np.float32)
@@ -144,18 +153,18 @@ def check_balance_loss() -> None:
     Two such sequences, the second with the experts swapped: the mean over sequences is 1.5 still. Taken over the
     batch as one group it would be 2 * (1/2 * 1/2 + 1/2 * 1/2) = 1.
     """
-    logits = jnp.array([[[math.log(3.0), 0.0]], [[0.0, math.log(3.0)]]])
-    np.testing.assert_allclose(balance_loss(route(logits, 1)), 1.5, rtol=1e-6)
+    logits = [[[math.log(3.0), 0.0]], [[0.0, math.log(3.0)]]]
+    np.testing.assert_allclose(compiled(balance_loss, routed(logits, 1)), 1.5, rtol=1e-6)
     # Four tokens in turn prefer experts 0 to 3 and then their right neighbours: f and P are uniform.
-    turn = jnp.stack([jnp.roll(jnp.array([3.0, 2.0, 1.0, 0.0]), i) for i in range(4)])[None]
+    turn = np.stack([np.roll([3.0, 2.0, 1.0, 0.0], i) for i in range(4)])[None]
     for top_k in (1, 2, 3, 4):
-        np.testing.assert_allclose(balance_loss(route(turn, top_k)), 1, rtol=1e-6)
+        np.testing.assert_allclose(compiled(balance_loss, routed(turn, top_k)), 1, rtol=1e-6)
 
 
 def check_z_loss() -> None:
     """Logits (0, 0) and (ln 3, 0): logsumexp ln 2 and ln 4, so (ln 2)^2 (1 + 4) / 2."""
-    logits = jnp.array([[[0.0, 0.0], [math.log(3.0), 0.0]]])
-    np.testing.assert_allclose(z_loss(route(logits, 1)), 2.5 * math.log(2) ** 2, rtol=1e-6)
+    logits = [[[0.0, 0.0], [math.log(3.0), 0.0]]]
+    np.testing.assert_allclose(compiled(z_loss, routed(logits, 1)), 2.5 * math.log(2) ** 2, rtol=1e-6)
 
 
 # The whole model
@@ -234,7 +243,9 @@ def check_attention_dropout_is_scaled() -> None:
     graphdef, params = tiny.build(config)
     layer: Attention = merge(graphdef, params).blocks[0].attention
     x = jnp.asarray(np.random.default_rng(0).normal(size=(32, 2, 8)), jnp.float32)
-    plain, dropped = layer(x)[0][:, 0], layer(x, jax.random.split(jax.random.key(1), 32))[0][:, 0]
+    keys = jax.random.split(jax.random.key(1), 32)
+    plain, dropped = compiled(lambda x, keys: (layer(x)[0][:, 0], layer(x, keys)[0][:, 0]), x, keys)
+    plain, dropped = np.asarray(plain), np.asarray(dropped)
     zero = (np.asarray(dropped) == 0).all(-1)
     assert 0 < zero.sum() < 32
     np.testing.assert_allclose(dropped[~zero], 2 * plain[~zero], rtol=1e-5, atol=1e-6)
