@@ -17,7 +17,7 @@ from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.records import read_summary
 from moe_jax.system.signals import Signals
 from moe_jax.training.loop import finish, train
-from moe_jax.training.session import Session, with_vocabulary_of
+from moe_jax.training.session import Session
 from moe_jax.training.start import resumed_run
 
 BITS = "val_bits_per_byte"
@@ -41,7 +41,8 @@ class StudyRun(NamedTuple):
 def with_prepared_text(asked: RunConfig) -> RunConfig:
     """Prepare the text, and return the settings with the vocabulary size of its tokenizer."""
     store = prepare_token_store(asked.data, seq_len=asked.model.seq_len)
-    return dataclasses.replace(asked, model=with_vocabulary_of(asked.model, store))
+    vocab_size = asked.model.vocab_size or store.tokenizer.vocab_size
+    return dataclasses.replace(asked, model=dataclasses.replace(asked.model, vocab_size=vocab_size))
 
 
 def run_config(settings: RunConfig, name: str, steps: int, seed: int, out: Path) -> RunConfig:

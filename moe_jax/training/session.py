@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import ModelConfig, RunConfig, UserError, holds_run
+from moe_jax.config import RunConfig, UserError, holds_run
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.documents import Message
@@ -155,7 +155,8 @@ class Session:
             run_id = read_run_id(folder.files) or new_run_id()
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
-        config = dataclasses.replace(config, model=with_vocabulary_of(config.model, store))
+        vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh), kept_precision=precision)
         texts = {f"--data {config.data.source}": store.digest, "tokenizer": store.tokenizer.digest}
         agree_on(texts | {"--precision": programs.policy.compute})
@@ -294,8 +295,3 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
             "resume with that text, or start a new run with another --out"
         )
     check_same_model(checkpoint, config)
-
-
-def with_vocabulary_of(model: ModelConfig, store: TokenStore) -> ModelConfig:
-    """The model, with the tokenizer's vocabulary size unless it has a size of its own."""
-    return dataclasses.replace(model, vocab_size=model.vocab_size or store.tokenizer.vocab_size)
