@@ -65,8 +65,6 @@ class Split:
     documents: int
     bytes: int
     """UTF-8 bytes of the stripped documents."""
-    digest: str
-    """xxh3-128 of the tokens."""
     targets: int
     """Tokens that are predicted and scored."""
     target_bytes: int
@@ -231,7 +229,7 @@ def open_store(folder: Path) -> TokenStore:
 def _open_split(path: Path, entry: dict[str, Any], tokenizer: Tokenizer) -> Split:
     count, answers = entry["tokens"], entry.get("answers")
     tokens = _mapped(path.with_suffix(".bin"), entry["digest"], token_type(tokenizer), count)
-    split = (tokens, entry["stories"], entry["bytes"], entry["digest"])
+    split = (tokens, entry["stories"], entry["bytes"])
     if answers is None:
         return Split(*split, count - 1, entry["bytes"])
     mask = _mapped(path.with_suffix(".mask"), answers["digest"], np.dtype(np.bool_), count)

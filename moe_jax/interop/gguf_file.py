@@ -10,14 +10,25 @@ import numpy as np
 from moe_jax.config import UserError
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture
-from moe_jax.interop.huggingface import norm_eps
-from moe_jax.interop.source import ExportSource, attention, embedding, experts
+from moe_jax.interop.huggingface import norm_eps, trunk_tensors
+from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 from moe_jax.interop.tokenizers import jinja, merges, separator_text, spelled
 
 GgufType = Literal["float32", "bfloat16", "float16", "q8_0"]
 
 INTERLEAVED = ("llama", "granitemoe", "ernie4_5-moe")
 """Architectures that rotate the pairs (2i, 2i + 1) of a head."""
+TRUNK = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "q_proj": "attn_q",
+    "k_proj": "attn_k",
+    "v_proj": "attn_v",
+    "o_proj": "attn_output",
+    "q_norm": "attn_q_norm",
+    "k_norm": "attn_k_norm",
+}
+"""The name of a part of a layer in transformers -> in GGUF."""
 
 
 # The vocabulary of a tokenizer as GGUF holds it: words, their kinds, merges, and the rule that cuts text into words
@@ -215,14 +226,8 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
     yield "token_embd.weight", embedding(source)
     for layer in range(model.layers):
         at = f"blk.{layer}"
-        yield f"{at}.attn_norm.weight", source.block(layer, "attention_norm.scale")
-        yield f"{at}.ffn_norm.weight", source.block(layer, "ffn_norm.scale")
-        projections = attention(source, layer, interleaved=architecture.gguf in INTERLEAVED)
-        for name, weight in zip(("q", "k", "v", "output"), projections, strict=True):
-            yield f"{at}.attn_{name}.weight", weight
-        if model.qk_norm != "none":
-            yield f"{at}.attn_q_norm.weight", source.block(layer, "attention.query_norm.scale")
-            yield f"{at}.attn_k_norm.weight", source.block(layer, "attention.key_norm.scale")
+        for name, weight in trunk_tensors(source, layer, interleaved=architecture.gguf in INTERLEAVED):
+            yield f"{at}.{TRUNK[name.split('.')[-2]]}.weight", weight
         networks = experts(source, layer)
         names = ("ffn_gate", "ffn_up", "ffn_down")
         if model.dense != "none":
@@ -231,11 +236,7 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
         yield f"{at}.ffn_gate_inp.weight", source.block(layer, "ffn.router").T
         yield from ((f"{at}.{name}_exps.weight", weight) for name, weight in zip(names, networks, strict=True))
         if architecture == ERNIE:
-            bias = model.routing.balancing == "bias"
-            yield (
-                f"{at}.exp_probs_b.bias",
-                source.block(layer, "ffn.balance_bias") if bias else np.zeros(model.experts, np.float32),
-            )
+            yield f"{at}.exp_probs_b.bias", balance_bias(source, layer)
             if model.shared_experts:
                 shared = experts(source, layer, "ffn.shared")
                 yield from ((f"{at}.{n}_shexp.weight", w[0]) for n, w in zip(names, shared, strict=True))

@@ -1,16 +1,16 @@
-"""A model as transformers reads it: config.json, and the tensors by name.
+"""A model as transformers holds it: config.json, and which tensor is which of our parameters, for both ways.
 
-Tensors have the names of transformers 4, which transformers 5 fuses at load. A projection is stored [out, in].
+Tensors have the names of transformers 4, which transformers 5 fuses at load.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.interop.architectures import ERNIE, GPT2, GRANITE, Architecture
-from moe_jax.interop.source import ExportSource, attention, embedding, experts
+from moe_jax.interop.architectures import ERNIE, GPT2, GRANITE, MIXTRAL, Architecture
+from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 
 type Tensors = Iterator[tuple[str, np.ndarray]]
 """(name, float32 array), one at a time, so that the model is never in memory twice."""
@@ -90,7 +90,7 @@ def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, 
             "residual_multiplier": 1.0,
             "logits_scaling": 1.0,
         }
-    if architecture.model_type == "mixtral":
+    if architecture == MIXTRAL:
         return {"num_local_experts": model.experts, "num_experts_per_tok": top_k, "sliding_window": None}
     return {
         "num_experts": model.experts,
@@ -102,60 +102,174 @@ def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, 
     }
 
 
+# Which tensor is which part of our parameters
+#
+# A projection is stored there as [out, in], and here as [in, out]. Our query, key and value are one matrix, and our
+# experts are one array. The classes of this table rotate the pairs (i, i + A/2) of a head, as we do; but for ERNIE,
+# which is only exported.
+
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+FUSED = "model.layers.0.mlp.experts.gate_up_proj"
+"""A tensor that is there if the experts of a layer are one tensor, as transformers 5 holds them in memory."""
+
+
+class Piece(NamedTuple):
+    """A tensor, or a part of it, and its place in one of our parameters."""
+
+    tensor: str
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+    transposed: bool = True
+    """Whether its last two axes change places."""
+    place: Any = ...
+    """Index into our parameter. A piece is repeated where the place is larger."""
+    part: Any = ...
+    """Index into the tensor."""
+
+
+type Table = dict[str, list[Piece]]
+"""Our parameter, by its dotted name -> its pieces."""
+
+
+def table(model: ModelConfig, mixtral: bool, fused: bool, copies: bool = False) -> Table:
+    """The table of a model. `mixtral` names the experts as Mixtral does. With `copies`, the pieces of a dense network
+    fill all experts of an upcycled model."""
+    entries: Table = {
+        "embedding": [Piece(EMBEDDING, (model.vocab_size, model.width), transposed=False)],
+        "norm.scale": [Piece(NORM, (model.width,), transposed=False)],
+    }
+    if not model.tied_head:
+        entries["head"] = [Piece(HEAD, (model.vocab_size, model.width))]
+    for layer in range(model.layers):
+        block = _trunk(model, layer) | _ffn(model, layer, mixtral, fused, copies)
+        entries |= {f"blocks.{layer}.{name}": pieces for name, pieces in block.items()}
+    return entries
+
+
+def expected(table: Table) -> dict[str, tuple[int, ...]]:
+    """The name and the shape of every tensor of a table."""
+    return {piece.tensor: piece.shape for pieces in table.values() for piece in pieces}
+
+
+def _trunk(model: ModelConfig, layer: int) -> Table:
+    """The norms and the attention of a layer."""
+    at, vector = f"model.layers.{layer}", (model.width,)
+    queries, keys = model.heads * model.head_width, model.key_value_heads * model.head_width
+    ends = {"q": (0, queries), "k": (queries, queries + keys), "v": (queries + keys, queries + 2 * keys)}
+    entries = {
+        "attention_norm.scale": [Piece(f"{at}.input_layernorm.weight", vector, transposed=False)],
+        "ffn_norm.scale": [Piece(f"{at}.post_attention_layernorm.weight", vector, transposed=False)],
+        "attention.qkv": [
+            Piece(
+                f"{at}.self_attn.{name}_proj.weight",
+                (end - begin, model.width),
+                place=(slice(None), slice(begin, end)),
+            )
+            for name, (begin, end) in ends.items()
+        ],
+        "attention.out": [Piece(f"{at}.self_attn.o_proj.weight", (model.width, queries))],
+    }
+    if model.qk_norm != "none":
+        sizes = (queries, keys) if model.qk_norm == "full" else (model.head_width,) * 2
+        for name, ours, size in zip("qk", ("query", "key"), sizes, strict=True):
+            norm = Piece(f"{at}.self_attn.{name}_norm.weight", (size,), transposed=False)
+            entries[f"attention.{ours}_norm.scale"] = [norm]
+    return entries
+
+
+def _ffn(model: ModelConfig, layer: int, mixtral: bool, fused: bool = False, copies: bool = False) -> Table:
+    at, ours = f"model.layers.{layer}", ("w_gate", "w_in", "w_out")
+    if model.dense != "none":
+        place = slice(None) if copies else 0
+        return {
+            f"ffn.experts.{name}": [Piece(f"{at}.mlp.{theirs}_proj.weight", shape, place=place)]
+            for name, theirs, shape in zip(
+                ours, ("gate", "up", "down"), _network_shapes(model, model.dense_hidden), strict=True
+            )
+        }
+    prefix = f"{at}.block_sparse_moe" if mixtral and not fused else f"{at}.mlp"
+    router = {"ffn.router": [Piece(f"{prefix}.gate.weight", (model.experts, model.width))]}
+    if fused:
+        return router | _fused(model, prefix)
+    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
+    entries = router | {
+        f"ffn.experts.{name}": [
+            Piece(f"{prefix}.experts.{expert}.{theirs}.weight", shape, place=expert) for expert in range(model.experts)
+        ]
+        for name, theirs, shape in zip(ours, names, _network_shapes(model, model.expert_hidden), strict=True)
+    }
+    if model.shared_experts:
+        shapes = _network_shapes(model, model.shared_experts * model.expert_hidden)
+        for name, theirs, shape in zip(ours, names, shapes, strict=True):
+            entries[f"ffn.shared.{name}"] = [Piece(f"{prefix}.shared_experts.{theirs}.weight", shape, place=0)]
+    return entries
+
+
+def _network_shapes(model: ModelConfig, hidden: int) -> list[tuple[int, int]]:
+    """Of the tensors of w_gate, w_in and w_out."""
+    return [(hidden, model.width), (hidden, model.width), (model.width, hidden)]
+
+
+def _fused(model: ModelConfig, prefix: str) -> Table:
+    """The experts of a layer as two tensors, the gate before the other input projection."""
+    experts, width, hidden = model.experts, model.width, model.expert_hidden
+    both, name = (experts, 2 * hidden, width), f"{prefix}.experts.gate_up_proj"
+    return {
+        "ffn.experts.w_gate": [Piece(name, both, part=(slice(None), slice(hidden)))],
+        "ffn.experts.w_in": [Piece(name, both, part=(slice(None), slice(hidden, None)))],
+        "ffn.experts.w_out": [Piece(f"{prefix}.experts.down_proj", (experts, width, hidden))],
+    }
+
+
+# The tensors of an export
+
+
 def tensors(source: ExportSource, architecture: Architecture) -> Tensors:
     """All tensors of the model."""
     if architecture == GPT2:
         yield from _gpt2_tensors(source)
         return
-    yield "model.embed_tokens.weight", embedding(source)
-    for layer in range(source.config.model.layers):
-        at = f"model.layers.{layer}"
-        yield f"{at}.input_layernorm.weight", source.block(layer, "attention_norm.scale")
-        yield f"{at}.post_attention_layernorm.weight", source.block(layer, "ffn_norm.scale")
-        projections = attention(source, layer, interleaved=architecture == ERNIE)
-        for name, weight in zip("qkvo", projections, strict=True):
-            yield f"{at}.self_attn.{name}_proj.weight", weight
-        if source.config.model.qk_norm != "none":
-            yield f"{at}.self_attn.q_norm.weight", source.block(layer, "attention.query_norm.scale")
-            yield f"{at}.self_attn.k_norm.weight", source.block(layer, "attention.key_norm.scale")
-        yield from _ffn(source, architecture, layer, at)
-    yield "model.norm.weight", source.array("norm.scale")
-    if not source.config.model.tied_head:
-        yield "lm_head.weight", source.array("head").T
-
-
-def _ffn(source: ExportSource, architecture: Architecture, layer: int, at: str) -> Tensors:
-    networks = experts(source, layer)
-    if source.config.model.dense != "none":
-        for name, weight in zip(("gate", "up", "down"), networks, strict=True):
-            yield f"{at}.mlp.{name}_proj.weight", weight[0]
-        return
-    router = source.block(layer, "ffn.router").T
-    if architecture == GRANITE:
-        yield f"{at}.block_sparse_moe.router.layer.weight", router
-        yield f"{at}.block_sparse_moe.input_linear.weight", np.concatenate([networks.gate, networks.up], 1)
-        yield f"{at}.block_sparse_moe.output_linear.weight", networks.down
-        return
-    mixtral = architecture.model_type == "mixtral"
-    network = "block_sparse_moe" if mixtral else "mlp"
-    yield f"{at}.{network}.gate.weight", router
-    names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    for expert in range(source.config.model.experts):
-        for name, weight in zip(names, networks, strict=True):
-            yield f"{at}.{network}.experts.{expert}.{name}.weight", weight[expert]
-    if architecture == ERNIE:
-        yield f"{at}.mlp.moe_statics.e_score_correction_bias", _correction(source, layer)[None]
-        if source.config.model.shared_experts:
-            for name, weight in zip(names, experts(source, layer, "ffn.shared"), strict=True):
-                yield f"{at}.mlp.shared_experts.{name}.weight", weight[0]
-
-
-def _correction(source: ExportSource, layer: int) -> np.ndarray:
-    """The bias that is added when experts are chosen; zeros if the load is balanced by the loss."""
     model = source.config.model
-    if model.routing.balancing == "bias":
-        return source.block(layer, "ffn.balance_bias")
-    return np.zeros(model.experts, np.float32)
+    yield EMBEDDING, embedding(source)
+    for layer in range(model.layers):
+        yield from trunk_tensors(source, layer, interleaved=architecture == ERNIE)
+        if architecture == GRANITE:
+            yield from _granite_experts(source, layer)
+        else:
+            yield from _pieces(source, layer, _ffn(model, layer, architecture == MIXTRAL))
+        if architecture == ERNIE:
+            bias = balance_bias(source, layer)
+            yield f"model.layers.{layer}.mlp.moe_statics.e_score_correction_bias", bias[None]
+    yield NORM, source.array("norm.scale")
+    if not model.tied_head:
+        yield HEAD, source.array("head").T
+
+
+def trunk_tensors(source: ExportSource, layer: int, interleaved: bool) -> Tensors:
+    """The norms and the attention of a layer. `interleaved`: the class rotates the pairs (2i, 2i + 1) of a head, ours
+    (i, i + A/2); the rows of query and key change places, so that the same pairs are rotated."""
+    model = source.config.model
+    for name, tensor in _pieces(source, layer, _trunk(model, layer)):
+        if interleaved and name.endswith(("q_proj.weight", "k_proj.weight")):
+            pairs = tensor.reshape(-1, 2, model.head_width // 2, model.width)
+            tensor = pairs.swapaxes(1, 2).reshape(tensor.shape)
+        yield name, tensor
+
+
+def _pieces(source: ExportSource, layer: int, entries: Table) -> Tensors:
+    for name, pieces in entries.items():
+        ours = source.block(layer, name)
+        for piece in pieces:
+            tensor = ours[piece.place]
+            yield piece.tensor, tensor.swapaxes(-1, -2) if piece.transposed else tensor
+
+
+def _granite_experts(source: ExportSource, layer: int) -> Tensors:
+    at, (gate, up, down) = f"model.layers.{layer}.block_sparse_moe", experts(source, layer)
+    yield f"{at}.router.layer.weight", source.block(layer, "ffn.router").T
+    yield f"{at}.input_linear.weight", np.concatenate([gate, up], 1)
+    yield f"{at}.output_linear.weight", down
 
 
 def _gpt2_tensors(source: ExportSource) -> Tensors:

@@ -1,13 +1,12 @@
 """A verified checkpoint as arrays on the host, without a device and without a compilation.
 
-`attention`, `experts` and `embedding` give its weights in the conventions of other programs: a projection is
-[out, in], and heads may be interleaved.
+`experts` and `embedding` give its weights in the conventions of other programs: a projection is [out, in].
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -72,43 +71,10 @@ def _weights(path: Path, config: RunConfig) -> dict[str, np.ndarray]:
     return merge_named(arrays, adapters, lora.scale, np.matmul)
 
 
-class AttentionWeights(NamedTuple):
-    """float32, out x in: query [H A, D], key and value [KV A, D], out [D, H A]. Rows are (head, entry)."""
-
-    query: np.ndarray
-    key: np.ndarray
-    value: np.ndarray
-    out: np.ndarray
-
-
-class ExpertWeights(NamedTuple):
-    """float32: gate and up [E, F, D], down [E, D, F]."""
-
-    gate: np.ndarray
-    up: np.ndarray
-    down: np.ndarray
-
-
-def attention(source: ExportSource, layer: int, interleaved: bool = False) -> AttentionWeights:
-    """The projections of a layer. `interleaved`: the class rotates the pairs (2i, 2i + 1) of a head, ours (i, i + A/2);
-    the rows of query and key change places, so that the same pairs are rotated."""
-    model = source.config.model
-    queries, keys = model.heads * model.head_width, model.key_value_heads * model.head_width
-    query, key, value = np.split(source.block(layer, "attention.qkv").T, [queries, queries + keys])
-    if interleaved:
-        query, key = _interleave(query, model.heads), _interleave(key, model.key_value_heads)
-    return AttentionWeights(query, key, value, np.ascontiguousarray(source.block(layer, "attention.out").T))
-
-
-def _interleave(rows: np.ndarray, heads: int) -> np.ndarray:
-    pairs = rows.reshape(heads, 2, -1, rows.shape[-1])
-    return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def experts(source: ExportSource, layer: int, name: str = "ffn.experts") -> ExpertWeights:
-    """The networks of a layer: `ffn.experts`, or `ffn.shared`. A dense baseline has one."""
-    names = ("w_gate", "w_in", "w_out")
-    return ExpertWeights(*(source.block(layer, f"{name}.{part}").swapaxes(1, 2) for part in names))
+def experts(source: ExportSource, layer: int, name: str = "ffn.experts") -> list[np.ndarray]:
+    """The networks of a layer: gate and up `[E, F, D]`, down `[E, D, F]`. Of `ffn.experts`, or `ffn.shared`. A dense
+    baseline has one."""
+    return [source.block(layer, f"{name}.{part}").swapaxes(1, 2) for part in ("w_gate", "w_in", "w_out")]
 
 
 def embedding(source: ExportSource) -> np.ndarray:
@@ -116,3 +82,11 @@ def embedding(source: ExportSource) -> np.ndarray:
     model = source.config.model
     table = source.array("embedding")
     return table * np.float32(np.sqrt(model.width)) if model.scaled_embedding and not model.tied_head else table
+
+
+def balance_bias(source: ExportSource, layer: int) -> np.ndarray:
+    """The bias that is added when experts are chosen; zeros if the load is balanced by the loss."""
+    model = source.config.model
+    if model.routing.balancing == "bias":
+        return source.block(layer, "ffn.balance_bias")
+    return np.zeros(model.experts, np.float32)
