@@ -79,12 +79,13 @@ def mentions_of(story: Derivation) -> list[Mention]:
         if isinstance(node, Options):
             todo.extend(reversed(node.templates[next(choices)[0]]))
             continue
-        text = node
         if isinstance(node, Slot):
             if node.name not in memory:
                 memory[node.name] = GRAMMAR.words(node.name, memory)[next(choices)[0]]
             text = memory[node.name][node.form]
             found.append(Mention(node, length, length + len(text)))
+        else:
+            text = node
         length += len(text)
     assert length == len(story.text)
     return found
