@@ -1,6 +1,7 @@
 """The programs, as people run them: training in a process of its own, on a model that trains in a second."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,17 +55,23 @@ def test_training_leaves_its_files(trained: Path) -> None:
         assert {"step", "split", "loss"} <= set(json.loads(line))
 
 
-def test_a_run_goes_on(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The run is extended; then no steps are left."""
+def train(out: Path, *argv: str) -> None:
+    assert main(lambda given: run_as(Train, given, "train.py"), ["--out", str(out), "--resume", *argv]) == 0
 
-    def train(*argv: str) -> str:
-        assert main(lambda given: run_as(Train, given, "train.py"), ["--out", str(trained), "--resume", *argv]) == 0
-        return capsys.readouterr().out
 
-    assert "resumed at step 4: train.steps 4 -> 6" in train("--steps", "6")
-    summary = json.loads((trained / "summary.json").read_text())
+def test_a_run_without_steps_left_says_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(trained)
+    assert "already trained to step 4; --steps extends it" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_run_is_extended(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    train(out, "--steps", "6")
+    assert "resumed at step 4: train.steps 4 -> 6" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
     assert (summary["steps"], summary["resumed_from"]) == (6, 4)
-    assert "already trained to step 6; --steps extends it" in train()
 
 
 def test_a_story_is_told(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
