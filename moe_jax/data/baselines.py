@@ -66,10 +66,9 @@ def _scores(data: DataConfig, store: TokenStore, embedded: bool) -> CorpusBaseli
     """From the stored tokens: the source may need a network, and may have been edited."""
 
     def documents(split: Split, most: int) -> Iterator[str]:
-        if embedded:
-            return stored_documents(split.tokens, store.tokenizer)
-        tokens = split.tokens[: 2 * most]  # a token has a byte or more
-        return first_documents(stored_documents(tokens, store.tokenizer), most)
+        tokens = split.tokens if embedded else split.tokens[: 2 * most]  # a token has a byte or more
+        whole = stored_documents(tokens, store.tokenizer)
+        return whole if embedded else first_documents(whole, most)
 
     floor = None
     if embedded:

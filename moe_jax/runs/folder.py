@@ -191,7 +191,7 @@ class RunFolder:
     def add_sample(self, step: int, text: str) -> None:
         # Written as bytes, so that the text keeps its line ends. A line that looks like a header gets a space in front.
         sample = re.sub(r"^(?==== step \d)", " ", text.strip(), flags=re.MULTILINE)
-        with self.files.append(self.samples.name) as file:
+        with self.files.open_end(self.samples.name) as file:
             file.write(f"=== step {step}\n{sample}\n\n".encode())
 
     def add_trace(self, step: int, trace: dict[str, Any]) -> None:

@@ -112,7 +112,7 @@ class Folder:
         """The value in a JSON file: see `parse_json`."""
         return parse_json(self.read(name))
 
-    def append(self, name: str) -> BinaryIO:
+    def open_end(self, name: str) -> BinaryIO:
         """A plain file, for writing at its end. Made if it is missing."""
         return self.file(name).open("ab") if self.writes else open(os.devnull, "ab")
 

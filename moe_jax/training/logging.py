@@ -31,7 +31,7 @@ class MetricsLog:
     """Appends records to metrics.jsonl. Only the first of several processes does so."""
 
     def __init__(self, run: Folder) -> None:
-        self._file = run.append(records.METRICS)
+        self._file = run.open_end(records.METRICS)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""

@@ -79,7 +79,7 @@ def test_what_is_no_plain_file_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(run / "pipe")
     folder = Folder(run)
     for name in ("link", "linked/file", "pipe", "inner", "../other/file", str(other / "file")):
-        for use in (folder.read, folder.append, lambda n: folder.write(n, "new"), folder.open):
+        for use in (folder.read, folder.open_end, lambda n: folder.write(n, "new"), folder.open):
             with pytest.raises(UnsafeFile):
                 use(name)
     for name in ("link", "linked", "pipe"):
@@ -104,7 +104,7 @@ def test_another_process_writes_the_folder(tmp_path: Path) -> None:
     folder.write("file", "new")
     folder.remove("file")
     folder.inner("inner").write("file", "new")
-    folder.append("file").close()
+    folder.open_end("file").close()
     assert (names(tmp_path), folder.read("file")) == (["file"], b"kept")
 
 
