@@ -12,7 +12,22 @@ from foundation.__main__ import main
 from foundation.chapters import CHAPTERS, OPERATIONS, selected
 from foundation.parity import Check, OracleCheck, Outcome
 
-LONG = {"block": 1, "dense_model": 1, "leaks": 1, "moe": 2, "model": 1, "multi_head": 2, "router": 3}
+LONG = {
+    "accumulated_loss": 1,
+    "attention": 2,
+    "block": 1,
+    "decode": 1,
+    "dense_block": 1,
+    "dense_model": 1,
+    "flash_attention": 1,
+    "kept_choices": 4,
+    "leaks": 1,
+    "model": 1,
+    "moe": 2,
+    "multi_head": 2,
+    "router": 2,
+    "upcycled_gradient": 1,
+}
 """Operations whose checks take seconds to compile, and how many of them a run of the tests makes. At night: all."""
 
 
