@@ -46,6 +46,7 @@ def scores(run: moe_jax.Run, texts: list[str]) -> np.ndarray:
     return minimal_pairs.text_scores(step, run.params, texts, run.tokenizer, run.config.model.seq_len)
 
 
+@pytest.mark.slow
 def test_a_score_is_the_log_probability_of_the_text(run: moe_jax.Run) -> None:
     """17 texts, so that the last batch has one row; of different lengths, so that padding would show."""
     texts = [("a cat met " * 3)[: 1 + n % 12] for n in range(17)]
@@ -72,6 +73,7 @@ def test_the_table_counts_by_kind_and_by_distance() -> None:
     assert {row.ngram for row in minimal_pairs.table(pairs, model, None)} == {None}
 
 
+@pytest.mark.slow
 def test_the_script(run: moe_jax.Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A pair of equal scores counts as half right. The pairs of the corpus are longer than this run's context."""
     folder = str(Path(run.checkpoint.path).parents[1])

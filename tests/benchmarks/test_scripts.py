@@ -55,6 +55,7 @@ def test_the_suite_measures_draws_and_says_what_it_leaves_out(monkeypatch: pytes
     assert titles[0] == "B: sequences of a step"
 
 
+@pytest.mark.slow
 def test_bytes_of_a_token_by_hand() -> None:
     """Width 16, two layers, 4 experts of 24 hidden units (swiglu), 2 chosen, a tied vocabulary of 60.
 

@@ -25,7 +25,10 @@ def runner(config, compute: str | None = None):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "positions": "learned", "qk_norm": "head"},
+        pytest.param(
+            {"experts": 3, "top_k": 3, "norm": "layernorm", "bias": True, "positions": "learned", "qk_norm": "head"},
+            marks=pytest.mark.slow,
+        ),
         {"heads": 4, "kv_heads": 2, "head_size": 6, "qk_norm": "full", "renormalise_gates": False},
     ],
     ids=["K=E", "grouped"],

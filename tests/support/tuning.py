@@ -22,9 +22,9 @@ def write_conversations(path: Path, rows: int = 60) -> Path:
 
 
 def base_run(folder: Path, **model: object) -> Path:
-    """A base run with T = 32."""
+    """A base run with T = 32 and one layer."""
     folder.mkdir(parents=True, exist_ok=True)
-    return saved_run.save_run(folder, seq_len=32, **model)
+    return saved_run.save_run(folder, **({"seq_len": 32, "layers": 1} | model))
 
 
 def settings(base: Path, data: Path, out: Path, *flags: str) -> RunConfig:

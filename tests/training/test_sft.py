@@ -231,7 +231,7 @@ def test_wrong_settings_are_refused(flags: list[str], said: str, base: Path, dat
 @pytest.mark.parametrize("flags", [(), ("--lora", "16", "--lr", "2e-2")], ids=["whole", "lora"])
 def test_it_learns_to_answer(flags: tuple[str, ...], data: Path, tmp_path: Path) -> None:
     """The exact answers to four questions: none before, all after. Asked as `chat` asks, each in a new conversation."""
-    wide = tuning.base_run(tmp_path / "base", width=32, expert_hidden=32)
+    wide = tuning.base_run(tmp_path / "base", width=32, expert_hidden=32, layers=2)
 
     def right(run: Path) -> int:
         opened = open_run(run)

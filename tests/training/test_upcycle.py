@@ -45,7 +45,7 @@ def twins(**changes: Any) -> tuple[Any, Any, Any, Any]:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"capacity_factor": 4.0},
+        {"capacity_factor": 4.0, "layers": 1},
         pytest.param(
             {"capacity_factor": 4.0, "top_k": 3, "activation": "gelu", "norm": "layernorm", "bias": True}
             | {"positions": "learned", "tied_head": False},

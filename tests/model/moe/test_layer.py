@@ -146,10 +146,11 @@ def test_an_invalid_token_of_a_small_batch_gives_nan_and_changes_no_other(skip: 
     layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
     x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 3, D)))
     routing = route(jnp.array([[[0.0, 2.0, 1.0, -1.0], [0.0, np.nan, 0.0, 0.0], [3.0, 0.0, 1.0, 2.0]]]), 2)
-    y, dropped = d.PerToken(skip).apply(x, routing, layer.experts)
+    y, dropped = jax.jit(lambda x, routing: d.PerToken(skip).apply(x, routing, layer.experts))(x, routing)
+    single = jax.jit(layer.experts.apply_single_expert)
     for token, (first, second) in ((0, (1, 2)), (2, (0, 3))):
         share = 1 / (1 + np.exp(-1))  # the chosen logits differ by 1
-        parts = (layer.experts.apply_single_expert(x[0, token], jnp.int32(e)) for e in (first, second))
+        parts = (single(x[0, token], jnp.int32(e)) for e in (first, second))
         expected = sum(gate * part for gate, part in zip((share, 1 - share), parts, strict=True))
         assert tiny.relative_error(y[0, token], expected) < 1e-14
     assert np.isnan(y[0, 1]).all()
@@ -172,8 +173,9 @@ def test_pairs_at_once_as_on_a_gpu_are_pairs_in_turn(float64: None) -> None:
     layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
     rows = jnp.asarray(np.random.default_rng(3).normal(size=(3, layer.router.shape[0])))
     expert = jnp.array([1, 0, 1])
-    in_turn = jnp.stack([layer.experts.apply_single_expert(row, e) for row, e in zip(rows, expert, strict=True)])
-    assert tiny.relative_error(layer.experts._rows_at_once(rows, expert), in_turn) < 1e-14
+    single = jax.jit(layer.experts.apply_single_expert)
+    in_turn = np.stack([single(row, e) for row, e in zip(rows, expert, strict=True)])
+    assert tiny.relative_error(jax.jit(layer.experts._rows_at_once)(rows, expert), in_turn) < 1e-14
 
 
 def test_many_blocks_are_one_function_too(float64: None, monkeypatch: pytest.MonkeyPatch) -> None:
