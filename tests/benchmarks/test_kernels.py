@@ -147,7 +147,6 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
     ("left", "right", "out", "attributes", "multiplications"),
     [
         ("bf16[6,40]", "bf16[40,8]", "bf16[6,8]", "dim_labels=bf_io->bf", 6 * 40 * 8),
-        ("bf16[40,6]", "bf16[8,40]", "f32[6,8]", "dim_labels=fb_oi->bf", 6 * 40 * 8),
         # Six pairs of matrices. Most pairs of a result and a tap of the window meet an inserted zero.
         (
             "bf16[2,3,5,4]",
@@ -156,8 +155,6 @@ backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting
             "window={size=2x3 stride=1x2 lhs_dilate=2x3}, dim_labels=01bf_01io->01bf",
             2 * 3 * 5 * 4 * 7,
         ),
-        # One matrix for every entry of a dimension.
-        ("f32[8,25,4]", "f32[4,6,1]", "f32[8,25,6]", "window={size=1}, dim_labels=0bf_io0->0bf", 8 * 25 * 4 * 6),
         # A window of 3 over 5 entries, with a padding of 1 at each end: 3 x 5 - 2 pairs.
         ("f32[5,1,1]", "f32[3,1,1]", "f32[5,1,1]", "window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", 13),
         ("s32[6,40]", "s32[40,8]", "s32[6,8]", "dim_labels=bf_io->bf", 0),

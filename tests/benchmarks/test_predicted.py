@@ -109,15 +109,10 @@ def test_time_of_a_collective_between_cards(kind: Any, groups: tuple, microsecon
     [
         # The whole 4 x 4 torus: two rings of two directions leave each chip, 4 GB/s, of which 80 % is reached.
         ("all-reduce", ALL_16, 2 * 750e3 / 3.2e3),
-        ("reduce-scatter", ALL_16, 750e3 / 3.2e3),
         # A row of 4 chips is a ring: 2 GB/s.
         ("all-reduce", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 600e3 / 1.6e3),
-        # Two neighbours have one link.
-        ("all-reduce", tuple((2 * i, 2 * i + 1) for i in range(8)), 2 * 400e3 / 0.8e3),
         # Across the middle of 4 x 4 go 4 rings with 2 links each; 8 chips send half of 800 kB to the other side.
         ("all-to-all", ALL_16, 8 * 400e3 / (8 * 0.8e3)),
-        # A row: two links across its middle, and two chips send half of their bytes.
-        ("all-to-all", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 400e3 / (2 * 0.8e3)),
         # Every second chip of a row: hops over two links, which the other half of the row uses too. As many links go
         # round the ring, so each group has half of 2 GB/s.
         ("all-reduce", tuple((4 * y + x, 4 * y + x + 2) for y in range(4) for x in range(2)), 2 * 400e3 / 0.8e3),
@@ -203,11 +198,8 @@ def test_the_same_program_on_a_larger_mesh(axes: tuple[str, ...], smaller: tuple
     ("written", "groups"),
     [
         ("{{0,1},{2,3}}", ((0, 1), (2, 3))),
-        ("{{0, 1, 2, 3}}", ((0, 1, 2, 3),)),
-        ("[2,2]<=[4]", ((0, 1), (2, 3))),
         ("[2,2]<=[2,2]T(1,0)", ((0, 2), (1, 3))),
         ("[4,2]<=[2,2,2]T(0,2,1)", ((0, 2), (1, 3), (4, 6), (5, 7))),
-        ("mesh['data'=2,'fsdp'=1,'expert'=2] {'expert'}", ((0, 1), (2, 3))),
         ("mesh['data'=2,'fsdp'=1,'expert'=2] {'data'}", ((0, 2), (1, 3))),
         ("mesh['data'=2,'fsdp'=1,'expert'=2] {'data','expert'}", ((0, 1, 2, 3),)),
     ],
