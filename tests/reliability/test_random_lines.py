@@ -17,7 +17,7 @@ from tests.reliability.test_flags import NAMES, settings_of_a_run
 from tests.support import short_form
 
 pytestmark = pytest.mark.reliability
-FEW, MANY = 2, 300
+FEW, MANY = 1, 300
 FIXED = {"data.source", "data.format", "train.lora_rank", "train.lora_alpha", "train.train_router", "train.param_dtype"}
 """Fields that need a text, a run to start from or a certain optimizer beside them; other tests have these."""
 FIXED |= set(runs.MODEL) | {"train.steps", "data.tokenizer", "data.vocab_size", "model.vocab_size", *NAMES}

@@ -181,7 +181,11 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("flags", [(), ("--lora", "2", "--train-router", "--grad-accum", "2")])
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param((), marks=pytest.mark.slow), ("--lora", "2", "--train-router", "--grad-accum", "2")],
+    ids=["whole", "lora"],
+)
 def test_resumed_is_uninterrupted_by_bits(flags: tuple[str, ...], base: Path, data: Path, tmp_path: Path) -> None:
     whole, _ = run_of(tuning.settings(base, data, tmp_path / "whole", *flags))
     part = tuning.settings(base, data, tmp_path / "part", *flags)
@@ -228,7 +232,9 @@ def test_wrong_settings_are_refused(flags: list[str], said: str, base: Path, dat
 
 
 @pytest.mark.reliability
-@pytest.mark.parametrize("flags", [(), ("--lora", "16", "--lr", "2e-2")], ids=["whole", "lora"])
+@pytest.mark.parametrize(
+    "flags", [(), pytest.param(("--lora", "16", "--lr", "2e-2"), marks=pytest.mark.slow)], ids=["whole", "lora"]
+)
 def test_it_learns_to_answer(flags: tuple[str, ...], data: Path, tmp_path: Path) -> None:
     """The exact answers to four questions: none before, all after. Asked as `chat` asks, each in a new conversation."""
     wide = tuning.base_run(tmp_path / "base", width=32, expert_hidden=32, layers=2)
