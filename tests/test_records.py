@@ -9,7 +9,6 @@ import moe_jax
 
 MUTABLE = {
     "cli.train.Process",
-    "serving.engine.Counts",
     "serving.engine._Row",
     "serving.texts.TextRequest",
     "training.state.RunCounters",
