@@ -67,7 +67,7 @@ CHECKS |= {name: ["tests/test_checks.py", "tests/test_records.py"] for name in (
 BROAD = ["tests/test_bridge.py", *RUNS]
 LEFT_OUT = ("tests/reliability", "tests/peers", "tests/browser", "tests/support", "tests/foundation")
 """Tests outside the fast suite, tests of pages, and helpers."""
-MARKERS = "not planted and not reliability and not plan and not notebooks and not package and not peers"
+MARKERS = "not reliability and not plan and not notebooks and not package and not peers"
 EXIT_OF_NO_TESTS = 5
 
 

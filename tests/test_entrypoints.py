@@ -15,6 +15,8 @@ from tests.reliability import runs
 from tests.support import saved_run
 from tests.training.test_run import SUMMARY_KEYS
 
+pytestmark = pytest.mark.runs
+
 TRAIN = """
 import runpy
 from moe_jax.inspection import report

@@ -55,6 +55,7 @@ BLOCKS = {"routing": {"dispatch": "blocks", "top_k": 3}, "width": 48, "expert_hi
     ],
     ids=["short", "capacity", "blocks"],
 )
+@pytest.mark.planted
 def test_all_certificates_of_a_small_model(changes: dict, variants: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """With blocks also experts that are narrower than the model and branches that start at zero, as in `story-cpu`.
 

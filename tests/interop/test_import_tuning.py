@@ -22,6 +22,8 @@ from moe_jax.training.start import IMPORTED_LR
 from tests.interop.made import llama
 from tests.support import saved_run, tiny, tuning
 
+pytestmark = pytest.mark.runs
+
 SEPARATOR = "</s>"
 
 

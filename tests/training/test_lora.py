@@ -169,6 +169,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, 
     return session, finish(session), base
 
 
+@pytest.mark.runs
 def test_a_run_with_adapters_holds_its_base_and_opens_merged(tuned: Any) -> None:
     session, result, base = tuned
     start, opened = open_run(base), open_run(session.folder.path)
@@ -180,6 +181,7 @@ def test_a_run_with_adapters_holds_its_base_and_opens_merged(tuned: Any) -> None
     assert {f.state for f in examine(session.folder.path, repair=False)} == {"good"}
 
 
+@pytest.mark.runs
 def test_an_export_has_the_adapters_in_its_weights(tuned: Any) -> None:
     session, _, _ = tuned
     there, here = open_source(session.folder.path), named_leaves(session.params)

@@ -45,6 +45,7 @@ def made(run: Path) -> Path:
     return run.with_name("run-int4")
 
 
+@pytest.mark.runs
 def test_the_result_says_what_the_rounding_changed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,6 +62,7 @@ def test_the_result_says_what_the_rounding_changed(
     assert f"chat --run {out}" in said[-2]
 
 
+@pytest.mark.runs
 def test_a_quantised_run_opens_like_any_other(run: Path, made: Path) -> None:
     there, here = moe_jax.load_run(run), moe_jax.load_run(made)
     assert isinstance(here.params["blocks"][0]["attention"]["qkv"], QuantizedMatrix)

@@ -161,6 +161,7 @@ def tuned(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     return run_of(tuning.settings(base, data, tmp_path_factory.mktemp("tuned") / "run"))
 
 
+@pytest.mark.runs
 def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base: Path) -> None:
     session, result = tuned
     start = open_run(base)
@@ -255,6 +256,7 @@ def test_it_learns_to_answer(flags: tuple[str, ...], data: Path, tmp_path: Path)
     assert right(tmp_path / "run") == len(tuning.ANSWERS)
 
 
+@pytest.mark.runs
 def test_evaluate_scores_the_answers_of_a_file(tuned: Any, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a tuned run. A plain run refuses conversations, and a tuned run still scores a plain text."""
     run = str(tuned[0].folder.path)

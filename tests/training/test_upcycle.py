@@ -123,6 +123,7 @@ def sparse(dense: RunConfig, out: Path, **train_changes: Any) -> RunConfig:
     return dataclasses.replace(config, out=str(out), train=dataclasses.replace(config.train, **train_changes))
 
 
+@pytest.mark.runs
 def test_a_run_starts_at_the_dense_loss_and_its_experts_part(
     dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -138,6 +139,7 @@ def test_a_run_starts_at_the_dense_loss_and_its_experts_part(
     assert finish(session)["val_loss"] < result["val_loss"]
 
 
+@pytest.mark.runs
 def test_where_it_comes_from_is_written_down_and_kept(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
     before, result = dense
     out = tmp_path / "sparse"
@@ -157,6 +159,7 @@ def test_where_it_comes_from_is_written_down_and_kept(dense: tuple[RunConfig, di
     assert second["resumed_at_step"] == 6
 
 
+@pytest.mark.runs
 def test_another_text_is_refused(dense: tuple[RunConfig, dict[str, Any]], tmp_path: Path) -> None:
     other = tmp_path / "other.txt"
     other.write_text("<|endoftext|>".join(f"a cow sat on mat {i}" for i in range(60)))
