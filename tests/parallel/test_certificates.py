@@ -35,11 +35,11 @@ def failed(certificates: Iterator[Certificate]) -> list[str]:
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        ("data=8", {"optimizer": "muon", "grad_accum": 2}),
+        pytest.param("data=8", {"optimizer": "muon", "grad_accum": 2}, marks=pytest.mark.slow),
         pytest.param("expert=8", {"remat": True}, marks=pytest.mark.slow),
         pytest.param("data=2,expert=4", {"optimizer": "adafactor"}, marks=pytest.mark.slow),
         ("fsdp=2,expert=4", {"optimizer": "muon", "grad_accum": 2}),
-        ("fsdp=8", {"optimizer": "adamw-8bit", "dispatch": "blocks"}),
+        pytest.param("fsdp=8", {"optimizer": "adamw-8bit", "dispatch": "blocks"}, marks=pytest.mark.slow),
         ("fsdp=2,expert=4", {"dispatch": "blocks", "remat": True, "compute_dtype": "bfloat16"}),
     ],
     ids=lambda x: x if isinstance(x, str) else None,

@@ -17,7 +17,7 @@ from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
 from tests.parallel import made
 from tests.parallel.made import MESHES
-from tests.support import tiny
+from tests.support import short_form, tiny
 
 pytestmark = pytest.mark.parallel
 
@@ -70,14 +70,14 @@ def test_hidden_states_drops_and_load_have_the_bits_of_one_device(
     tiny.assert_same_bits(forward(params, made.batch(0, length=64)[0][:, :-1]), expected)
 
 
-@pytest.mark.parametrize(
-    ("mesh", "optimizer", "micro_batches"),
-    [
-        *((mesh, "adamw", 2) for mesh in MESHES[:2]),
-        *(pytest.param(mesh, "adamw", 2, marks=pytest.mark.slow) for mesh in MESHES[2:]),
-        *(("fsdp=2,expert=4", kind, 1) for kind in get_args(OptimizerKind) if kind != "adamw"),
-    ],
-)
+TRAINED = [
+    *((mesh, "adamw", 2) for mesh in MESHES),
+    *(("fsdp=2,expert=4", kind, 1) for kind in get_args(OptimizerKind) if kind != "adamw"),
+]
+BY_DAY = [("expert=8", "adamw", 2), ("fsdp=2,expert=4", "muon", 1), ("fsdp=2,expert=4", "adafactor", 1)]
+
+
+@pytest.mark.parametrize(("mesh", "optimizer", "micro_batches"), short_form(TRAINED, BY_DAY))
 def test_fifty_losses_are_those_of_one_device(mesh: str, optimizer: str, micro_batches: int) -> None:
     """Number 3 of the strict list: every optimizer, with dropout, and accumulated. The step is compiled once."""
     programs = made.programs(mesh, optimizer, grad_accum=micro_batches)
