@@ -25,6 +25,8 @@ from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 
+pytestmark = pytest.mark.runs
+
 T = 32
 PROMPT = "the cat sat"
 

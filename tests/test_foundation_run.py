@@ -28,8 +28,6 @@ from moe_jax.runs.load import open_run
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from tests.support import saved_run
 
-OTHERS = pytest.mark.reliability
-"""They compile much, so the default suite leaves them out."""
 SHAPES: dict[str, dict[str, object]] = {
     "nano": {"layers": 1},
     "grouped keys, layernorm, biases, learned positions, untied and scaled": {
@@ -49,7 +47,8 @@ def _precision() -> Iterator[None]:
     jax.config.update("jax_enable_x64", before)
 
 
-@pytest.mark.parametrize("shape", ["nano", *(pytest.param(s, marks=OTHERS) for s in list(SHAPES)[1:])])
+@pytest.mark.runs
+@pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_story_are_those_of_the_real_model(
     shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

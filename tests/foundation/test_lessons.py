@@ -44,6 +44,7 @@ def test_attention_lesson_equals_flax_and_would_say_if_not(
     assert attention_mechanism.main([]) == 1
 
 
+@pytest.mark.runs
 def test_trained_by_hand_follows_autodiff() -> None:
     lesson = train_by_hand
     size = ModelSize(vocabulary=0, width=16, layers=2, experts=4, hidden=8)

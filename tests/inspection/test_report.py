@@ -22,6 +22,8 @@ from moe_jax.runs.load import open_run
 from moe_jax.system.files import Folder
 from tests.support import saved_run, short_form, tiny
 
+pytestmark = pytest.mark.runs
+
 HOSTILE = (
     "</script><script>window.ran = 1</script><!-- <img src=x onerror='window.ran = 1'> &amp; \u2028 \u202e {{style}}"
 )

@@ -26,7 +26,7 @@ from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
 from moe_jax.training.state import initial_state
 from moe_jax.training.step import gradients, make_step
-from tests.support import tiny, tuning
+from tests.support import short_form, tiny, tuning
 
 SHAPE = LoraShape(4, 0.75, train_router=True)
 CASES = {
@@ -55,7 +55,7 @@ def outputs(graphdef: Any, params: Any, tokens: np.ndarray) -> jax.Array:
     return model.logits(model(jnp.asarray(tokens), Mode.TRAIN)[0])
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", short_form(CASES, ["capacity", "dense"]))
 def test_merged_is_unmerged(case: str) -> None:
     graphdef, training, params, adapters = adapted_model(case)
     tokens = tiny.tokens(2, tiny.T)

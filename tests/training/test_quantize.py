@@ -30,6 +30,8 @@ from tests.serving import made as serving
 from tests.support import saved_run
 from tests.support.saved_run import resuming
 
+pytestmark = pytest.mark.runs
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -45,7 +47,6 @@ def made(run: Path) -> Path:
     return run.with_name("run-int4")
 
 
-@pytest.mark.runs
 def test_the_result_says_what_the_rounding_changed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -62,7 +63,6 @@ def test_the_result_says_what_the_rounding_changed(
     assert f"chat --run {out}" in said[-2]
 
 
-@pytest.mark.runs
 def test_a_quantised_run_opens_like_any_other(run: Path, made: Path) -> None:
     there, here = moe_jax.load_run(run), moe_jax.load_run(made)
     assert isinstance(here.params["blocks"][0]["attention"]["qkv"], QuantizedMatrix)

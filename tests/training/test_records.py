@@ -21,6 +21,8 @@ from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from tests.support import saved_run
 
+pytestmark = pytest.mark.runs
+
 STEPS, SKIPPED, BEST = 11, (3, 6), 4
 
 
