@@ -1,4 +1,4 @@
-"""Mutation testing: does the fast suite notice a small change of the code?
+"""Mutation testing: do the tests notice a small change of the code?
 
     uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl            a sample, 30 mutants a package
     uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl --packages data runs --seed 7 --number 20
@@ -9,9 +9,9 @@ the same number in each package (`mutants.py`). What a package draws depends on 
 
 The tests of a mutant are the nearest ones: the test file with the module's name, the checks of planted bugs, the test
 files of the package that import the module, and the files of NEAREST. Tests that name the changed function run first.
-The fast suite holds all of them and more, so the share killed is a lower bound for the fast suite. `--wide` adds the
-files of other packages that import the module. At the end every test that killed a mutant runs without a mutant. All
-must pass, or their kills do not count.
+`.ci/run` holds all of them and more, so the share killed is a lower bound for it. `--wide` adds the files of other
+packages that import the module. At the end every test that killed a mutant runs without a mutant. All must pass, or
+their kills do not count.
 
 A mutant that runs into the time limit is not counted as killed. Give it more time, or find the endless loop.
 
@@ -66,7 +66,7 @@ CHECKS = {package: ["tests/test_records.py"] for package in PACKAGES}
 CHECKS |= {name: ["tests/test_checks.py", "tests/test_records.py"] for name in ("model", "training", "inference")}
 BROAD = ["tests/test_bridge.py", *RUNS]
 LEFT_OUT = ("tests/reliability", "tests/peers", "tests/browser", "tests/support", "tests/foundation")
-"""Tests outside the fast suite, tests of pages, and helpers."""
+"""Tests of real processes, other programs and pages, and helpers."""
 MARKERS = "not reliability and not plan and not notebooks and not package and not peers"
 EXIT_OF_NO_TESTS = 5
 

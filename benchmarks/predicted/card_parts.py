@@ -69,7 +69,8 @@ def parts(config: RunConfig, device: Any) -> Iterator[Part]:
     rows = config.train.batch_size * config.train.grad_accum
     yield from _constants(Card.of(device))
     undropped = dataclasses.replace(config.model, attention_dropout=0.0)  # without keys there is no dropout anyway
-    library = choose_attention(undropped, config.execution, programs.policy.compute, Card.of(device))
+    here = isinstance(device, jax.Device)
+    library = choose_attention(undropped, config.execution, programs.policy.compute, Card.of(device), here)
     yield from _layer(config.model, rows, programs.policy.compute, library.implementation)
     baseline = Programs.of(dense_baseline(config, "active"), device) if config.model.dense == "none" else None
     yield from _programs(programs, baseline, rows)

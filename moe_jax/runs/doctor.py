@@ -108,6 +108,6 @@ def _tokenizer(run: RunFolder, newest: Checkpoint | None, repair: bool) -> tuple
         same = expected in (None, load_tokenizer(run.tokenizer).digest)
     except UserError as error:
         return "damaged", str(error)
-    return (
-        ("good", "") if same else ("damaged", "not the one that the checkpoints were trained with; put that one back")
-    )
+    if same:
+        return "good", ""
+    return "damaged", "not the one that the checkpoints were trained with; put that one back"

@@ -87,8 +87,9 @@ class Programs:
         trained_moe = ExpertParallelMoE if exchanges else moe
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
         card = Card.of(device or jax.devices()[0])
+        here = device is None or isinstance(device, jax.Device)
         devices = 1 if mesh is None else mesh.size
-        attention = choose_attention(config.model, config.execution, policy.compute, card, devices)
+        attention = choose_attention(config.model, config.execution, policy.compute, card, here, devices)
         form = attention.implementation
         if lora is not None:
             training, adapters = abstract_adapted(config.model, lora, policy.compute, remat, trained_moe, form)

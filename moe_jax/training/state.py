@@ -210,7 +210,7 @@ class RunCounters:
     def from_json(cls, values: Any) -> "RunCounters":
         """The inverse of `to_json`. Raises CheckpointCorrupted if the values have other names or types."""
         kinds = {n: float | None if value is None else type(value) for n, value in cls().to_json().items()}
-        if isinstance(values, dict):  # version 0.2.0 counted these too
+        if isinstance(values, dict):  # older checkpoints have these too
             values = {n: value for n, value in values.items() if n not in ("worst_drop", "last_drop")}
         if not isinstance(values, dict) or values.keys() != kinds.keys():
             raise CheckpointCorrupted("its progress is not what this program saves")

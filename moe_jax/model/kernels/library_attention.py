@@ -6,9 +6,13 @@ bits of a gradient, may change from run to run.
 """
 
 from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
 
 from moe_jax.config import ExecutionConfig, ModelConfig
-from moe_jax.model.kernels.causal_attention import Implementation
+from moe_jax.model.kernels.causal_attention import Implementation, causal_attention
 from moe_jax.model.precision import Card
 
 MOST_HEAD_WIDTH = 128
@@ -26,9 +30,9 @@ class AttentionForm:
 
 
 def choose_attention(
-    model: ModelConfig, execution: ExecutionConfig, compute: str, card: Card, devices: int = 1
+    model: ModelConfig, execution: ExecutionConfig, compute: str, card: Card, here: bool, devices: int = 1
 ) -> AttentionForm:
-    """The form for training on `devices` cards."""
+    """The form for training on `devices` cards. `here`: the card is in this machine, and cuDNN is tried on it."""
     if card.capability is None:
         return AttentionForm(None, "")
     needs = {
@@ -43,4 +47,23 @@ def choose_attention(
     for need, met in needs.items():
         if not met:
             return AttentionForm(None, f"this project's own form, because cuDNN's {need}")
+    if here and (error := failure((model.heads, model.key_value_heads, model.seq_len, model.head_width), compute)):
+        return AttentionForm(None, f"this project's own form, because cuDNN's fails here ({error})")
     return AttentionForm("cudnn", "cuDNN's; --deterministic takes this project's own form")
+
+
+@cache
+def failure(shape: tuple[int, int, int, int], compute: str) -> str:
+    """What goes wrong in one forward and backward pass of cuDNN's attention on the first device, such as that cuDNN is
+    not installed. "" if nothing does. The shape has H, KV, T and A."""
+    heads, key_heads, positions, width = shape
+    query, key = (jnp.ones((1, h, positions, width), compute) for h in (heads, key_heads))
+
+    def total(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return causal_attention(query, key, value, implementation="cudnn").astype(jnp.float32).sum()
+
+    try:
+        jax.block_until_ready(jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, key))
+    except Exception as error:  # whatever the library or the compiler does not like: training goes on without it
+        return str(error).strip().partition("\n")[0][:120]
+    return ""

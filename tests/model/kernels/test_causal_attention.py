@@ -1,6 +1,6 @@
 """Causal attention: each form equals all scores at once, forward and backward; and the choice of cuDNN's form.
 
-Only the last test runs cuDNN, which needs a card. `test_plan.py` compiles it for one.
+Only the last test runs cuDNN, which needs a card. `-m plan` compiles training steps that call it.
 """
 
 import dataclasses
@@ -14,8 +14,9 @@ import pytest
 
 from moe_jax.config import ExecutionConfig
 from moe_jax.config.presets import preset
+from moe_jax.model.kernels import library_attention
 from moe_jax.model.kernels.causal_attention import causal_attention
-from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
+from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention, failure
 from moe_jax.model.kernels.query_blocks import QUERY_BLOCK, SPANS, query_spans
 from moe_jax.model.precision import Card
 
@@ -84,11 +85,11 @@ AMPERE = Card("gpu", "NVIDIA GeForce RTX 3050 Laptop GPU", 8.6)
 TURING = Card("gpu", "NVIDIA GeForce RTX 2060", 7.5)
 
 
-def choice(card: Card = AMPERE, compute: str = "bfloat16", devices: int = 1, **changed: Any):
+def choice(card: Card = AMPERE, compute: str = "bfloat16", here: bool = False, devices: int = 1, **changed: Any):
     """The form for a small model without dropout; `changed` are fields of the model, or `deterministic`."""
     execution = ExecutionConfig(deterministic=changed.pop("deterministic", False))
     model = dataclasses.replace(preset("story-4gb").model, **changed)
-    return choose_attention(model, execution, compute, card, devices)
+    return choose_attention(model, execution, compute, card, here, devices)
 
 
 def test_cudnn_is_taken_on_a_described_card_that_can_run_it() -> None:
@@ -116,7 +117,24 @@ def test_the_own_form_stays_for_a_reason_that_is_said(changed: dict[str, Any], s
 
 def test_there_is_nothing_to_choose_on_other_devices() -> None:
     for card in (Card("cpu", "cpu", None), Card("tpu", "TPU v5 lite", None)):
-        assert choice(card) == AttentionForm(None, "")
+        assert choice(card, here=True) == AttentionForm(None, "")
+
+
+def test_a_card_where_the_library_fails_keeps_the_own_form() -> None:
+    """This machine has no card, so jax's function fails, as it does on a card without the library."""
+    failure.cache_clear()
+    form = choice(here=True)
+    assert form.implementation is None
+    assert "cuDNN's fails here (" in form.reason
+
+
+def test_a_card_where_the_library_works_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another form stands for cuDNN's."""
+    recomputed = lambda *operands, implementation: causal_attention(*operands, implementation="recomputed")  # noqa: E731
+    monkeypatch.setattr(library_attention, "causal_attention", recomputed)
+    failure.cache_clear()
+    assert choice(here=True, seq_len=64).implementation == "cudnn"
+    failure.cache_clear()
 
 
 def test_dropout_is_refused_instead_of_left_out() -> None:
