@@ -1,5 +1,6 @@
 """`moe-jax export` and `quantize`: a trained run in another form."""
 
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +31,11 @@ class Export(ModelCommand):
         self.check()
         check_new_folder("--out", self.out)
         out = Path(self.out)
+        if out.is_symlink() or os.path.ismount(out) or (out.exists() and out.samefile(".")):
+            raise ConfigError(f"--out {out}: is a link, a mount or the current folder; name a new folder inside it")
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ConfigError(f"--dtype q8_0: for --to gguf only, and --to is {self.to}; use bfloat16")
+        os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and a card may be busy with training
         environment.prepare_environment()
         with working(f"exporting {self.run}"):
             from moe_jax.interop.export import export

@@ -1,4 +1,4 @@
-"""A verified checkpoint as arrays on the host, without a device and without a compilation.
+"""A verified checkpoint as arrays on the host.
 
 `experts` and `embedding` give its weights in the conventions of other programs: a projection is [out, in].
 """
@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import RunConfig, UserError
+from moe_jax.config import RunConfig
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.model.low_rank import LoraShape, merge_named
-from moe_jax.runs import manifest
-from moe_jax.runs.arrays import ADAPTERS, WEIGHTS
+from moe_jax.model.low_rank import Adapters, merge_named
+from moe_jax.model.transformer import Params, abstract_model
+from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint
-from moe_jax.runs.load import check_full_weights, find_checkpoint
+from moe_jax.runs.load import check_full_weights, find_checkpoint, restore_weights
 from moe_jax.runs.records import read_summary
 
 
@@ -28,7 +28,7 @@ class ExportSource:
     tokenizer: Tokenizer
     checkpoint: Checkpoint
     weights: Mapping[str, np.ndarray]
-    """Name in `weights.safetensors` -> array, in the dtype of training. Adapters are merged into the weights."""
+    """Name of a parameter -> array, in the dtype of training. Adapters are merged into the weights."""
     summary: dict[str, Any]
 
     @property
@@ -46,29 +46,21 @@ class ExportSource:
 
 
 def open_source(run: Path, step: int | None = None) -> ExportSource:
-    """The best checkpoint of a run, or that of a step. Every file of it is compared with its digest.
-
-    Raises the errors of `find_checkpoint`, and UserError if a file is damaged.
-    """
+    """The best checkpoint of a run, or that of a step. Raises the errors of `find_checkpoint` and `restore_weights`."""
     config, tokenizer, checkpoint = find_checkpoint(run, step)
     check_full_weights("--run", run, checkpoint)
-    damage = manifest.verify_files(checkpoint.path, checkpoint.manifest)
-    if damage:
-        raise UserError(f"{checkpoint.path}: {damage}; `uv run python -m moe_jax doctor --run {run}` checks the others")
-    return ExportSource(config, tokenizer, checkpoint, _weights(checkpoint.path / WEIGHTS, config), read_summary(run))
+    _, shapes = abstract_model(config.model, param_dtype=config.train.param_dtype)
+    params = restore_weights(checkpoint, config, shapes, merge=_merged_by_numpy)
+    return ExportSource(config, tokenizer, checkpoint, _on_host(params), read_summary(run))
 
 
-def _weights(path: Path, config: RunConfig) -> dict[str, np.ndarray]:
-    import ml_dtypes  # noqa: F401, teaches numpy bfloat16
-    from safetensors.numpy import load_file
+def _merged_by_numpy(params: Params, adapters: Adapters, scale: float) -> Params:
+    """By name. XLA rounds products and sums together, so it would give other bits."""
+    return merge_named(_on_host(params), _on_host(adapters), scale, np.matmul)
 
-    if not path.is_file():
-        raise UserError(f"{path}: is missing, and the manifest does not name it; take another checkpoint (--step)")
-    arrays, lora = load_file(path), LoraShape.of(config.train)
-    if lora is None:
-        return arrays
-    adapters = {name.removeprefix(ADAPTERS): arrays.pop(name) for name in list(arrays) if name.startswith(ADAPTERS)}
-    return merge_named(arrays, adapters, lora.scale, np.matmul)
+
+def _on_host(tree: Params) -> dict[str, np.ndarray]:
+    return {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
 
 
 def experts(source: ExportSource, layer: int, name: str = "ffn.experts") -> list[np.ndarray]:

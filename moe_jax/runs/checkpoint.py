@@ -30,7 +30,7 @@ import jax
 from moe_jax.config import UserError
 from moe_jax.parallel.processes import barrier, first
 from moe_jax.runs import manifest
-from moe_jax.runs.arrays import named_leaves, read_arrays, write_arrays, write_weights
+from moe_jax.runs.arrays import ADAPTERS, PARAMS, named_leaves, read_arrays, write_arrays, write_weights
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import Folder, step_name, step_number, write_atomically
@@ -256,8 +256,8 @@ def restore(checkpoint: Checkpoint, target: Any) -> Any:
     its leaf of `target` lies, whatever the mesh of the run that saved it. A leaf without a sharding lies on the first
     device.
 
-    Raises CheckpointCorrupted if a file or an array is damaged, and UserError if a leaf is missing or has another shape
-    or dtype.
+    Raises CheckpointCorrupted if a file or an array is damaged, or a saved weight has no place in `target`, and
+    UserError if a leaf is missing or has another shape or dtype.
     """
     damage = verify(checkpoint)
     if damage is not None:
@@ -286,6 +286,10 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
                 f"{checkpoint.path}: {name} is {described} and {list(here[0])} {here[1]} in this configuration; "
                 "use the configuration that the run was started with"
             )
+    kinds = tuple({PARAMS, ADAPTERS} & {name.partition(".")[0] + "." for name in leaves})
+    for name in saved:
+        if name.startswith(kinds) and name not in leaves:
+            raise CheckpointCorrupted(f"{checkpoint.path}: {name} is no array of this configuration")
     places = {name: getattr(leaf, "sharding", None) for name, leaf in leaves.items()}
     arrays = read_arrays(checkpoint.path, {name: saved[name] for name in leaves}, places)
     return jax.tree.unflatten(jax.tree.structure(target), [arrays[name] for name in leaves])

@@ -1,10 +1,12 @@
 """What a checkpoint belongs to: its model and its tokenizer. And a trained model, opened from its run."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, load_config
@@ -13,12 +15,13 @@ from moe_jax.config.run import missing_run
 from moe_jax.config.section import typed
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
-from moe_jax.model.low_rank import LoraShape, merged
+from moe_jax.model.low_rank import Adapters, LoraShape, merged
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
 from moe_jax.model.quantized import WEIGHTS, Weights, quantized_shapes
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.layout import Layout
-from moe_jax.runs import manifest
+from moe_jax.parallel.processes import whole
+from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, doctor_of, restore
 from moe_jax.runs.manifest import CheckpointCorrupted
 
@@ -50,20 +53,9 @@ def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
                     f"{typed(section, name, value)}: {checkpoint.path} was saved with {there[section][name]}; "
                     "give it that value in config.json, or start a new run with another --out"
                 )
-    leaves = manifest.leaves_of(checkpoint.manifest)
-    layers = {name.split(".")[2] for name in leaves if name.startswith("params.blocks.")}
-    if len(layers) != config.model.layers or _embedding_shape(leaves) != (config.model.vocab_size, config.model.width):
+    layers = {name.split(".")[2] for name in checkpoint.manifest["leaves"] if name.startswith("params.blocks.")}
+    if len(layers) != config.model.layers:  # describing 4,096 layers takes minutes; `restore` compares the rest
         raise CheckpointCorrupted("its arrays are not those of the model that its manifest names")
-
-
-def _embedding_shape(leaves: dict[str, manifest.Leaf]) -> tuple[int, ...] | None:
-    """(V, D). A quantised embedding is saved as `[D, V]`, in int4 with two codes a byte."""
-    if plain := leaves.get("params.embedding"):
-        return plain.shape
-    codes = leaves.get("params.embedding.codes")
-    if codes is None or len(codes.shape) != 2:
-        return None
-    return codes.shape[1], codes.shape[0] * (1 if codes.dtype == "int8" else 2)
 
 
 def saved_weights(checkpoint: Checkpoint) -> Weights | None:
@@ -101,23 +93,30 @@ def load_run_tokenizer(run: Path, checkpoint: Checkpoint | None, model: ModelCon
     return tokenizer
 
 
-def restore_weights(checkpoint: Checkpoint, config: RunConfig, shapes: Params, layout: Layout | None = None) -> Params:
-    """The parameters of a checkpoint, with the shapes of the plain model. Adapters are merged into them. Of a
+def restore_weights(
+    checkpoint: Checkpoint,
+    config: RunConfig,
+    shapes: Params,
+    layout: Layout | None = None,
+    merge: Callable[[Params, Adapters, float], Params] = merged,
+) -> Params:
+    """The parameters of a checkpoint, with the shapes of the plain model. `merge` adds adapters to them. Of a
     checkpoint that `quantize` made, the matrices are `QuantizedMatrix`. With a `layout`, each device reads its parts.
 
-    Raises the errors of `restore`.
+    Every command that opens a trained model reads its weights here. Raises the errors of `restore`, and
+    CheckpointCorrupted if a weight is not finite.
     """
-    if weights := saved_weights(checkpoint):
-        return restore(checkpoint, {"params": quantized_shapes(shapes, weights)})["params"]
-    lora, wanted = LoraShape.of(config.train), {"params": shapes}
+    weights, lora = saved_weights(checkpoint), LoraShape.of(config.train)
+    wanted = {"params": quantized_shapes(shapes, weights) if weights else shapes}
     if lora is not None:
         wanted["adapters"] = abstract_adapted(config.model, lora)[1]
     if layout is not None:
         wanted = {kind: layout.placed_shapes(tree) for kind, tree in wanted.items()}
     restored = restore(checkpoint, wanted)
-    if lora is None:
-        return restored["params"]
-    return merged(restored["params"], restored["adapters"], lora.scale)
+    for name, leaf in named_leaves(restored).items():
+        if leaf.dtype.kind not in "iu" and not np.isfinite(whole(leaf)).all():
+            raise CheckpointCorrupted(f"{checkpoint.path}: {name} has NaN or infinite values; name another --step")
+    return merge(restored["params"], restored["adapters"], lora.scale) if lora else restored["params"]
 
 
 class ValidationText(NamedTuple):

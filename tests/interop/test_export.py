@@ -188,15 +188,31 @@ def test_a_damaged_checkpoint_is_not_exported(name: str, tmp_path: Path, capsys:
         (["--dtype", "q8_0"], 2, "--dtype q8_0: for --to gguf only"),
         (["--to", "onnx"], 2, "--to onnx: must be one of"),
         (["--step", "7"], 2, "--step 7: "),
-        (["--out", "FULL"], 2, "is not empty; name a new folder"),
+        (["--out", "full"], 2, "is not empty; name a new folder"),
+        (["--out", "."], 2, "--out .: is a link, a mount or the current folder; name a new"),
+        (["--out", "HERE"], 2, "is a link, a mount or the current folder"),
+        (["--out", "link"], 2, "--out link: is a link, a mount or the current folder"),
     ],
 )
-def test_wrong_arguments(
-    arguments: list[str], status: int, said: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_wrong_arguments_are_refused_before_anything_is_read(
+    arguments: list[str],
+    status: int,
+    said: str,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "full").mkdir()
-    (tmp_path / "full" / "x").touch()
-    arguments = [str(tmp_path / "full") if a == "FULL" else a for a in arguments]
+    here = tmp_path / "here"
+    for folder in (here, here / "full" / "x", tmp_path / "other"):
+        folder.mkdir(parents=True)
+    if arguments[1] in (".", "HERE"):  # an empty folder
+        here = tmp_path / "other"
+    else:
+        (here / "link").symlink_to(tmp_path / "other")
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("moe_jax.interop.source.open_source", lambda *_: pytest.fail("read"))
+    arguments = [str(here) if a == "HERE" else a for a in arguments]
     assert command("--run", str(run), "--out", str(tmp_path / "out"), *arguments) == status
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
