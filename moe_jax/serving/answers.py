@@ -28,6 +28,7 @@ from moe_jax.serving.requests import (
     shown,
 )
 from moe_jax.serving.texts import Event, Piece, TextRequest
+from moe_jax.system.files import json_text
 
 
 class Answer(ABC):
@@ -60,17 +61,14 @@ class Answer(ABC):
         logprobs, texts = alternatives is not None, itertools.product(prompts, range(count))
         self.requests = [TextRequest(p, settings, seed, n, limit, stops, logprobs, self._routing) for p, n in texts]
         self._begun = [False] * len(self.requests)
+        self._whole: list[dict[str, Any]] = [{} for _ in self.requests]
         self._generated = 0
         made = {"id": self.prefix + secrets.token_hex(12), "created": int(time.time())}
         self._head = made | {"model": card.name, "seed": seed}
 
     @abstractmethod
     def choice(self, index: int, event: Event, first: bool) -> dict[str, Any]:
-        """News of a text in a stream. `first`: nothing of this text was sent before."""
-
-    def whole_choice(self, index: int, event: Event) -> dict[str, Any]:
-        """A whole text."""
-        return self.choice(index, event, first=True)
+        """News of a text. `first`: there was none of this text before."""
 
     def chunk(self, index: int, event: Event) -> dict[str, Any]:
         """The object of a stream for one event."""
@@ -82,14 +80,15 @@ class Answer(ABC):
         """The object behind the last event of a stream."""
         return self._with(self.stream_object, []) | {"usage": self._usage()} if self._include_usage else None
 
-    def result(self, events: Sequence[Sequence[Event]]) -> dict[str, Any]:
-        """The object of an answer without a stream, from all events of each text."""
-        choices = []
-        for index, parts in enumerate(events):
-            pieces = [piece for event in parts for piece in event.pieces]
-            self._generated += len(pieces)
-            choices.append(self.whole_choice(index, Event(pieces, parts[-1].finish, parts[0].prompt)))
-        return self._with(self.object, choices) | {"usage": self._usage()}
+    def keep(self, index: int, event: Event) -> None:
+        """Append an event to the answer without a stream."""
+        (choice,) = self.chunk(index, event)["choices"]
+        _append(self._whole[index], choice)
+
+    def whole(self) -> bytes:
+        """The JSON of an answer without a stream, once all events are kept."""
+        head, usage = json_text(self._with(self.object, [])), json_text({"usage": self._usage()})
+        return b"%s%s], %s" % (head[:-2].encode(), b", ".join(map(_encoded, self._whole)), usage[1:].encode())
 
     def _with(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": kind, "choices": choices}
@@ -111,15 +110,9 @@ class Answer(ABC):
             more["gates"] = [piece.gates for piece in pieces]
         return more
 
-    def names(self, tokens: Sequence[int]) -> list[str]:
-        """The text of each token by itself."""
-        return token_pieces(self.tokenizer, np.asarray(tokens, np.int64))
-
-    def likeliest(self, piece: Piece) -> list[tuple[int, str, float]]:
-        """The likeliest tokens at a piece's place, as many as were asked for: id, text, log-probability."""
-        best = piece.likeliest[: self.alternatives]
-        names = self.names([token for token, _ in best])
-        return [(token, name, value) for (token, value), name in zip(best, names, strict=True)]
+    def name(self, token: int) -> str:
+        """The text of a token by itself."""
+        return token_pieces(self.tokenizer, np.array([token]))[0]
 
 
 class Completion(Answer):
@@ -158,13 +151,14 @@ class Completion(Answer):
             offsets.append(offset)
             offset += len(piece.text)
             best: dict[str, float] = {}
-            likeliest = self.likeliest(piece)
-            for token, name, value in likeliest:
+            likeliest = piece.likeliest[: self.alternatives]
+            for token, value in likeliest:
+                name = self.name(token)
                 best[f"{name}<{token}>" if name in best else name] = value  # two tokens may have the same text
             tops.append(best)
-            top_ids.append([token for token, _, _ in likeliest])
+            top_ids.append([token for token, _ in likeliest])
         return {
-            "tokens": self.names([piece.token for piece in pieces]),
+            "tokens": [self.name(piece.token) for piece in pieces],
             "token_logprobs": [piece.logprob for piece in pieces],
             "top_logprobs": tops,
             "top_token_ids": top_ids,
@@ -198,29 +192,41 @@ class ChatCompletion(Answer):
     def choice(self, index: int, event: Event, first: bool) -> dict[str, Any]:
         delta: dict[str, str] = {"role": ANSWERING} if first else {}
         if event.pieces or first:
-            delta["content"] = _text(event)
-        return self._choice(index, event, first) | {"delta": delta}
-
-    def whole_choice(self, index: int, event: Event) -> dict[str, Any]:
-        return self._choice(index, event, first=True) | {"message": {"role": ANSWERING, "content": _text(event)}}
-
-    def _choice(self, index: int, event: Event, first: bool) -> dict[str, Any]:
+            delta["content"] = "".join(piece.text for piece in event.pieces)
         logprobs = None if self.alternatives is None else {"content": [self._logprob(piece) for piece in event.pieces]}
         choice = {"index": index, "finish_reason": event.finish, "logprobs": logprobs}
-        return choice | self.extras(index, event.pieces, first)
+        return choice | self.extras(index, event.pieces, first) | {"delta" if self.stream else "message": delta}
 
     def _logprob(self, piece: Piece) -> dict[str, Any]:
-        top = [self._entry(token, name, value) for token, name, value in self.likeliest(piece)]
-        (name,) = self.names([piece.token])
-        return self._entry(piece.token, name, piece.logprob) | {"top_logprobs": top}
+        top = [self._entry(token, value) for token, value in piece.likeliest[: self.alternatives]]
+        return self._entry(piece.token, piece.logprob) | {"top_logprobs": top}
 
-    def _entry(self, token: int, name: str, value: float | None) -> dict[str, Any]:
+    def _entry(self, token: int, value: float | None) -> dict[str, Any]:
         raw = list(self.tokenizer.decode_bytes([token]))
-        return {"token": name, "logprob": value, "bytes": raw, "token_id": token}
+        return {"token": self.name(token), "logprob": value, "bytes": raw, "token_id": token}
 
 
-def _text(event: Event) -> str:
-    return "".join(piece.text for piece in event.pieces)
+def _append(whole: dict[str, Any], part: dict[str, Any]) -> None:
+    """Append news of a text to its earlier ones: texts and lists grow, other values are replaced. Lists are kept as
+    JSON. An answer may have half a million tokens, and no client is answered while all of them become JSON at once."""
+    for key, value in part.items():
+        if isinstance(value, dict):
+            _append(whole.setdefault(key, {}), value)
+        elif isinstance(value, list):
+            entries = whole.setdefault(key, bytearray())
+            entries += (b", " if entries and value else b"") + json_text(value)[1:-1].encode()
+        else:
+            whole[key] = whole[key] + value if isinstance(whole.get(key), str) else value
+
+
+def _encoded(whole: dict[str, Any]) -> bytes:
+    """The JSON of what `_append` has kept."""
+    kinds = {dict: _encoded, bytearray: lambda entries: b"[%s]" % entries}
+    fields = (
+        b"%s: %s" % (json_text(key).encode(), kinds.get(type(value), lambda value: json_text(value).encode())(value))
+        for key, value in whole.items()
+    )
+    return b"{%s}" % b", ".join(fields)
 
 
 def _prompts(value: Any, card: ModelCard) -> list[list[int]]:

@@ -7,10 +7,11 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from moe_jax.serving.app import Server
 from moe_jax.serving.engine import Deliver
@@ -21,14 +22,53 @@ ENGINE_SECONDS = 2.0
 CONNECTION_SECONDS = 2
 """How long clients may take to read the end of their streams."""
 MAX_CONNECTIONS = 1000
+REQUEST_SECONDS = 10.0
+"""A connection ends if the headers of its first request, or of the next one after an answer, take longer."""
+STALLED_SECONDS = 5.0
+"""A connection ends if its client takes nothing for so long, with all buffers full."""
 
 
-class _Uvicorn(uvicorn.Server):
-    """uvicorn without signal handlers of its own: they end the process with the signal's status."""
+class _Connection(H11Protocol):
+    """A connection that ends if its client takes too long, or waits for it when there are too many. So clients that
+    send nothing, or half a header, or do not read keep nobody out."""
 
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        if len(self.connections) + 1 >= MAX_CONNECTIONS:
+            waiting = [one for one in self.connections if isinstance(one, _Connection) and one.waits]
+            if waiting:
+                min(waiting, key=lambda one: one.since).end()
+        super().connection_made(transport)
+        self._expect_request()
+
+    def on_response_complete(self) -> None:
+        self._deadline.cancel()
+        self._expect_request()
+        super().on_response_complete()  # may begin the next request
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._deadline.cancel()
+        super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stalled = self.loop.call_later(STALLED_SECONDS, self.end)
+
+    def resume_writing(self) -> None:
+        self._stalled.cancel()
+        super().resume_writing()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the client has to send a request, or the rest of one."""
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
+
+    def end(self) -> None:
+        self.connections.discard(self)
+        self.transport.abort()
+
+    def _expect_request(self) -> None:
+        answered, self.since = self.cycle, self.loop.time()
+        self._deadline = self.loop.call_later(REQUEST_SECONDS, lambda: self.cycle is answered and self.end())
 
 
 def delivered_to(loop: asyncio.AbstractEventLoop) -> Deliver:
@@ -69,7 +109,7 @@ async def serve_until(stop: asyncio.Event, server: Server, sock: socket.socket, 
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # a client that has gone is no error
     config = uvicorn.Config(
         server.app,
-        http="h11",
+        http=_Connection,
         loop="asyncio",
         ws="none",
         lifespan="off",
@@ -79,7 +119,9 @@ async def serve_until(stop: asyncio.Event, server: Server, sock: socket.socket, 
         limit_concurrency=MAX_CONNECTIONS,
         timeout_graceful_shutdown=CONNECTION_SECONDS,
     )
-    web = _Uvicorn(config)
+    web = uvicorn.Server(config)
+    # uvicorn's own handlers would end the process with the signal's status.
+    web.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
     server.engine.start()
     serving, stopping = asyncio.ensure_future(web.serve(sockets=[sock])), asyncio.ensure_future(stop.wait())
     ready()

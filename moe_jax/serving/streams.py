@@ -2,11 +2,13 @@
 its slots."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from moe_jax.serving.answers import Answer
 from moe_jax.serving.engine import Engine, QueueFull, Stopping
@@ -16,8 +18,10 @@ from moe_jax.system.files import json_text
 
 BODY_SECONDS = 10.0
 """A body must have arrived within this time."""
-STALLED_SECONDS = 1.0
-"""A client that takes nothing for so long, with all buffers full, loses its stream."""
+PART_BYTES = 1 << 14
+"""Of an answer, given to a connection at once: with more, a client that reads slowly would seem not to read."""
+TOKENS_AT_ONCE = 64
+"""The JSON of more tokens is built on another thread, so that other clients get their turn."""
 _LOST = {"stopped": (503, "the server is stopping", "stopping"), "failed": (500, "the program failed", "failed")}
 
 
@@ -48,55 +52,66 @@ class AnswerResponse:
             raise ApiError(503, "the server is stopping", code="stopping") from None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = self._stream(send) if self._answer.stream else self._whole(scope, receive, send)
+        work = self._stream(send) if self._answer.stream else self._whole(send)
         writing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
             if writing.done():
                 writing.result()
-        except TimeoutError:
-            pass  # the client takes nothing; returning closes the connection
         finally:
             self._engine.cancel(self._answer.requests)
             writing.cancel()
             leaving.cancel()
             await asyncio.gather(writing, leaving, return_exceptions=True)
 
-    async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
-        events: list[list[Event]] = [[] for _ in self._answer.requests]
-        left = len(events)
+    async def _whole(self, send: Send) -> None:
         try:
-            while left:
-                index, event = await self._events.get()
-                _check(event)
-                events[index].append(event)
-                left -= event.finish is not None
-            response = json_response(self._answer.result(events))
+            async for _ in self._built():
+                pass
+            status, data = 200, self._answer.whole()
         except ApiError as error:
-            response = error_response(error)
-        await response(scope, receive, send)
+            status, data = error.status, json_text(error.body()).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        for begin in range(0, len(data), PART_BYTES):
+            await send(_part(data[begin : begin + PART_BYTES]))
+        await send({"type": "http.response.body", "body": b""})
 
     async def _stream(self, send: Send) -> None:
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        left = len(self._answer.requests)
         try:
-            while left:
-                news = [await self._events.get()]
-                while not self._events.empty():
-                    news.append(self._events.get_nowait())
-                left -= sum(event.finish is not None for _, event in news)
-                data = b"".join(_sse(self._answer.chunk(*one)) for one in news if one[1].finish not in _LOST)
+            async for data in self._built():
                 if data:
-                    await _send_in_time(send, data)
-                for _, event in news:
-                    _check(event)
+                    await send(_part(data))
             last = self._answer.last_chunk()
             tail = b"" if last is None else _sse(last)
         except ApiError as error:
             tail = _sse(error.body())
-        await _send_in_time(send, tail + b"data: [DONE]\n\n")
+        await send(_part(tail + b"data: [DONE]\n\n"))
         await send({"type": "http.response.body", "body": b""})
+
+    async def _built(self) -> AsyncIterator[bytes]:
+        """What the events of the texts become, until all texts have ended: bytes of a stream, or nothing yet. Raises
+        ApiError for a text that does not end by itself."""
+        left = len(self._answer.requests)
+        while left:
+            news = [await self._events.get()]
+            while not self._events.empty():
+                news.append(self._events.get_nowait())
+            left -= sum(event.finish is not None for _, event in news)
+            tokens = sum(len(event.prompt) + len(event.pieces) for _, event in news)
+            build = partial(self._build, [one for one in news if one[1].finish not in _LOST])
+            yield await asyncio.to_thread(build) if tokens > TOKENS_AT_ONCE else build()
+            for _, event in news:
+                _check(event)
+
+    def _build(self, news: list[tuple[int, Event]]) -> bytes:
+        if self._answer.stream:
+            return b"".join(_sse(self._answer.chunk(*one)) for one in news)
+        for one in news:
+            self._answer.keep(*one)
+        return b""
 
 
 def _check(event: Event) -> None:
@@ -112,9 +127,8 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-async def _send_in_time(send: Send, data: bytes) -> None:
-    """Raises TimeoutError if the client takes nothing for a while."""
-    await asyncio.wait_for(send({"type": "http.response.body", "body": data, "more_body": True}), STALLED_SECONDS)
+def _part(data: bytes) -> Message:
+    return {"type": "http.response.body", "body": data, "more_body": True}
 
 
 def _sse(value: Any) -> bytes:

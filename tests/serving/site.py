@@ -68,9 +68,17 @@ class Site:
     def complete(self, **fields: Any) -> Answer:
         return self.ask("/v1/completions", fields)
 
+    def connect(self) -> socket.socket:
+        """A socket with a small buffer."""
+        sock = socket.socket()
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        sock.settimeout(30)
+        sock.connect(("127.0.0.1", self.port))
+        return sock
+
     def open(self, **fields: Any) -> socket.socket:
         """A socket that has asked for a completion, and has read nothing yet."""
-        sock = socket.create_connection(("127.0.0.1", self.port), timeout=30)
+        sock = self.connect()
         body = json.dumps(fields).encode()
         sock.sendall(
             b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ from moe_jax.config import UserError
 from moe_jax.data.documents import Message
 from moe_jax.data.tokenizers import answer_prompt
 from moe_jax.inference.sampling import Sampling
-from moe_jax.serving import app, requests
+from moe_jax.serving import app, requests, streams
 from moe_jax.serving.answers import Completion
 from moe_jax.serving.requests import ModelCard
 from moe_jax.serving.sockets import bind
@@ -101,6 +102,24 @@ def test_probabilities_tokens_and_experts_line_up(api: Site) -> None:
     for name in found:
         assert [x for part in streamed for x in part["logprobs"][name]] == found[name]
     assert [part.get("prompt_token_ids") for part in streamed] == [made.PROMPT, *[None] * (len(streamed) - 1)]
+
+
+def test_the_event_loop_never_builds_the_json_of_many_tokens(api: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It answers nobody meanwhile. The first event has the prompt; the other events are built as they come."""
+    monkeypatch.setattr(streams, "TOKENS_AT_ONCE", 5)
+    built, choice = [], Completion.choice
+
+    def noted(self: Completion, index: int, event: Event, first: bool) -> dict[str, Any]:
+        built.append((threading.current_thread().name.startswith("asyncio"), len(event.prompt) + len(event.pieces)))
+        return choice(self, index, event, first)
+
+    monkeypatch.setattr(Completion, "choice", noted)
+    fields = {"prompt": made.PROMPT * 4, "n": 3, "temperature": 0, "max_tokens": 30, "logprobs": 5, "echo": True}
+    for stream in (False, True):
+        built.clear()
+        assert api.complete(**fields, stream=stream).status == 200
+        assert all(other_thread for other_thread, tokens in built if tokens > 5)
+        assert (sum(tokens for _, tokens in built), max(built)[1] >= 16) == (3 * (16 + 30), True)
 
 
 def test_a_prompt_can_be_scored_without_writing(api: Site) -> None:
