@@ -7,13 +7,14 @@ Two kinds are known, both BPEs:
 
 Added tokens that are special, such as `<|im_start|>`, are ordinary text inside a document, as our separator is. What is
 not lossless: a byte-level tokenizer may bring a text into Unicode's form NFC first. One of the other kind puts a space
-before a document.
+before a document, and reads "▁" as a space. Any other loss is refused: see `probe` and `encoder`.
 """
 
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from moe_jax.config import UserError
@@ -23,11 +24,16 @@ if TYPE_CHECKING:
 
 MOST_IDS = 1 << 20
 """Ids that a tokenizer may have. The largest public ones have 262,144."""
+_MOST_PATTERN = 4000
+"""Characters of all regular expressions in a file. The time to compile one grows with the square of its length, and
+nothing can interrupt the library. Public tokenizers have a few hundred."""
+SAMPLE = 1 << 20
+"""Characters of a user's own text that an imported tokenizer must give back."""
 _SPACE = "\u2581"
-_PROBE = (
+_PROBE = " ".join(map(chr, [*range(0x1000), *range(0x1000, 0x110000, 0x1000)])) + (
     "Once  upon \r\n\n\ta TIME, they'll (12345) na\u00efve \u65e5\u672c \U0001f600 cafe\u0301s: ``a'' <>{}~\u00a0.  "
 )
-"""A text that a tokenizer must give back: letters, marks, numbers and white space of many kinds."""
+"""A text that a tokenizer must give back: every byte that UTF-8 has, letters, marks, and white space of many kinds."""
 
 
 def byte_alphabet() -> dict[int, str]:
@@ -47,12 +53,12 @@ def library_of(file: str) -> "tokenizers.Tokenizer":
     """The library's tokenizer of the text of a tokenizer.json. Raises UserError unless it is a BPE."""
     import tokenizers
 
-    try:
+    patterns: list[str] = []
+    with _one_line():
+        json.loads(file, object_pairs_hook=lambda pairs: patterns.extend(str(v) for n, v in pairs if n == "Regex"))
+        if (size := sum(map(len, patterns))) > _MOST_PATTERN:
+            raise ValueError(f"regular expressions of {size:,} characters, at most {_MOST_PATTERN:,} are read")
         library = tokenizers.Tokenizer.from_str(file)
-    except BaseException as error:  # the library raises `Exception`, and panics as a BaseException
-        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-            raise
-        raise UserError(f"tokenizer.json: cannot be read ({' '.join(str(error).split())[:120]})") from None
     if not isinstance(library.model, tokenizers.models.BPE) or library.model.dropout:
         raise UserError("tokenizer.json: must be a BPE without dropout; no other kind can be imported")
     library.no_truncation()
@@ -73,34 +79,59 @@ def entries(library: "tokenizers.Tokenizer") -> list[bytes]:
     return [words.get(i, b"") for i in range(most + 1)]
 
 
-def check_lossless(
-    library: "tokenizers.Tokenizer", decode: Callable[[list[int]], str], encode: Callable[[str], list[int]]
-) -> None:
-    """Raise UserError if a tokenizer does not give a text back. A byte-level one may compose its characters (NFC). One
-    of the other kind may put a space before it."""
-    also = unicodedata.normalize("NFC", _PROBE) if _is_byte_level(library) else " " + _PROBE
-    back = decode(encode(_PROBE))
-    if back not in (_PROBE, also):
-        raise UserError(
-            f"tokenizer.json: makes {back!r} of the text {_PROBE!r}; it must be a byte-level BPE, or one with "
-            "byte_fallback and spaces as U+2581, that keeps every character"
-        )
+def probe(library: "tokenizers.Tokenizer") -> str:
+    """A text that an imported tokenizer must give back, with spaces beside each token that would remove them."""
+    stripping = [t.content for t in library.get_added_tokens_decoder().values() if t.lstrip or t.rstrip]
+    return _PROBE + "".join(f"a  {content}  " for content in stripping)
 
 
-def encoder(library: "tokenizers.Tokenizer", separator: int) -> Callable[[list[str]], list[list[int]]]:
-    """Texts to lists of ids. It raises UserError for a text that would give the separator, which only ends texts."""
+def encoder(
+    library: "tokenizers.Tokenizer", entries: list[bytes], separator: int, sample: int
+) -> Callable[[list[str]], list[list[int]]]:
+    """Texts to lists of ids. It raises UserError for a text that would give the separator, which only ends texts; and
+    for one of the first `sample` characters of text if the entries of its ids are not the text."""
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
-        rows = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
+        nonlocal sample
+        with _one_line():
+            rows = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
         for text, ids in zip(texts, rows, strict=True):
             if separator in ids:
                 raise UserError(
                     f"tokenizer.json: reads a part of the text {text[:40]!r} as token {separator}, which ends texts; "
                     "take that part out of the text"
                 )
+            if sample > 0:
+                sample -= len(text)
+                _check_kept(text, b"".join([entries[i] for i in ids]).decode(errors="replace"), _is_byte_level(library))
         return rows
 
     return encode_batch
+
+
+def _check_kept(text: str, back: str, byte_level: bool) -> None:
+    """Raise UserError unless a text came back, but for what the kinds may change."""
+    if not byte_level:
+        text = text.replace(_SPACE, " ")
+    if back in (text, unicodedata.normalize("NFC", text) if byte_level else " " + text):
+        return
+    at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
+    raise UserError(
+        f"tokenizer.json: makes {back[at:][:20]!r} of the text {text[at:][:20]!r}; it must be a byte-level BPE, or one "
+        "with byte_fallback and spaces as U+2581, that keeps every character"
+    )
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn an error of the library into UserError. It raises `Exception`, and what Rust calls a panic, a BaseException,
+    such as for a regular expression that backtracks without end."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise UserError(f"tokenizer.json: cannot be read ({' '.join(str(error).split())[:120]})") from None
 
 
 def end_of_text(library: "tokenizers.Tokenizer", settings: str) -> int:

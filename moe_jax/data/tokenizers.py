@@ -198,8 +198,9 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None) -> To
     library = hf_tokenizers.library_of(file)
     if separator_id is None:
         separator_id = hf_tokenizers.end_of_text(library, settings)
-    tokenizer = _of_library(library, {"kind": "hf", "file": file, "settings": settings, "separator": separator_id})
-    hf_tokenizers.check_lossless(library, tokenizer.decode, tokenizer.encode)
+    definition = {"kind": "hf", "file": file, "settings": settings, "separator": separator_id}
+    tokenizer = _of_library(library, definition, hf_tokenizers.SAMPLE)
+    tokenizer.encode(hf_tokenizers.probe(library))
     return tokenizer
 
 
@@ -210,11 +211,11 @@ def _hf(definition: dict[str, Any]) -> Tokenizer:
     return _of_library(hf_tokenizers.library_of(file), definition)
 
 
-def _of_library(library: "tokenizers.Tokenizer", definition: dict[str, Any]) -> Tokenizer:
+def _of_library(library: "tokenizers.Tokenizer", definition: dict[str, Any], sample: int = 0) -> Tokenizer:
     entries, separator = hf_tokenizers.entries(library), definition["separator"]
     if not 0 <= separator < len(entries):
         raise UserError(f"tokenizer.json: has {len(entries)} ids, and the token that ends a text is {separator}")
-    return Tokenizer(definition, entries, hf_tokenizers.encoder(library, separator), separator)
+    return Tokenizer(definition, entries, hf_tokenizers.encoder(library, entries, separator, sample), separator)
 
 
 def _digest(definition: dict[str, Any]) -> str:

@@ -46,6 +46,12 @@ class Pretrained:
         shape = read_shape(folder, flag)
         tokenizer = _tokenizer(folder, shape)
         opened = cls(shape, tokenizer, WeightFiles.open(folder))
+        layers, experts, there = shape.model.layers, shape.model.experts, len(opened.weights.tensors)
+        if layers * (1 if FUSED in opened.weights.tensors else experts) > there:  # before a table of that size is made
+            raise UserError(
+                f"{folder}: config.json gives {layers:,} layers of {experts:,} experts, and the weight files have "
+                f"{there:,} tensors; take both from the same folder"
+            )
         opened.weights.check(expected(opened._table()), {HEAD} if shape.model.tied_head else set())
         return opened
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, UserError
 from moe_jax.interop.pretrained import Pretrained
 from tests.interop.made import llama, read, refused
 
@@ -63,6 +63,17 @@ def test_what_our_model_cannot_hold_is_named(name: str, folder: Path) -> None:
     refused(folder, said)
 
 
+def test_more_layers_and_experts_than_tensors_are_refused_before_their_table_is_made(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table of 4,096 layers of 4,096 experts, of 100 million parameters, takes minutes and 9 GB."""
+    monkeypatch.setattr("moe_jax.interop.pretrained.table", lambda *_: pytest.fail("made"))
+    changes = {"model_type": "mixtral", "num_local_experts": 4096, "num_experts_per_tok": 2, "num_hidden_layers": 4096}
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
+    refused(folder, "config.json gives 4,096 layers of 4,096 experts, and the weight files have 20 tensors")
+
+
 def test_fields_that_change_nothing_are_accepted(folder: Path) -> None:
     """Those of SmolLM2-135M, and some that other programs add."""
     config = json.loads((folder / "config.json").read_text())
@@ -111,6 +122,13 @@ def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Non
     (folder / "tokenizer.json").write_text(json.dumps(values))
 
 
+def cut(pattern: str) -> dict[str, Any]:
+    """A pre-tokenizer of bytes that first cuts a text by a regular expression."""
+    split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    return {"type": "Sequence", "pretokenizers": [split, byte_level]}
+
+
 TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "Unigram": (lambda t: t["model"].update(type="Unigram"), "tokenizer.json: cannot be read"),
     "no model": (lambda t: t.pop("model"), "tokenizer.json: cannot be read"),
@@ -131,6 +149,18 @@ TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "a prefix": (lambda t: t["pre_tokenizer"].update(add_prefix_space=True), "that keeps every character"),
     "a huge id": (lambda t: t["model"]["vocab"].update(a=2**40), "tokenizer.json: cannot be read"),
     "a high id": (lambda t: t["model"]["vocab"].update(a=2**30), "its highest id is 1073741824"),
+    "a pattern without end": (
+        lambda t: t.update(pre_tokenizer=cut("(?i:" + "s" * 4001 + ")")),
+        "regular expressions of",
+    ),
+    "a lost byte": (lambda t: t["model"]["vocab"].pop("\u00f4"), "that keeps every character"),
+    "no bytes": (lambda t: t["model"].update(vocab={"<|endoftext|>": 256}), "that keeps every character"),
+    "a token that strips": (
+        lambda t: t["added_tokens"].append(
+            t["added_tokens"][0] | {"id": 257, "content": "<x>", "special": False, "lstrip": True}
+        ),
+        "makes '<x>  ' of the text '  <x>  '",
+    ),
     "merges of nothing": (lambda t: t["model"].update(merges=["zzz yyy"]), "tokenizer.json: cannot be read"),
 }
 
@@ -140,6 +170,21 @@ def test_unknown_kinds_of_tokenizers(name: str, folder: Path) -> None:
     change, said = TOKENIZERS[name]
     edit_tokenizer(folder, change)
     refused(folder, said)
+
+
+def test_a_text_that_the_tokenizer_loses_is_refused(folder: Path) -> None:
+    """The user's own text, when it is cut into tokens; and a pattern that backtracks without end, in one line."""
+    dragons = {"type": "Replace", "pattern": {"String": "dragon"}, "content": ""}
+    for change, text, said in (
+        ({"normalizer": dragons}, "Once a dragon", "makes '' of the text 'dragon'; it must be"),
+        ({"pre_tokenizer": cut("(a+)+$")}, "a" * 99 + "!", "cannot be read (Onig: Regex search error: retry-limit"),
+    ):
+        edit_tokenizer(folder, lambda t, change=change: t.update(change))
+        tokenizer = Pretrained.open(folder, "--init-from").tokenizer
+        assert tokenizer.decode(tokenizer.encode("Once a cat")) == "Once a cat"
+        with pytest.raises(UserError) as failure:
+            tokenizer.encode(text)
+        assert said in str(failure.value)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"model": {"vocab": {}}}'])
