@@ -9,7 +9,8 @@ import itertools
 import json
 from typing import Any
 
-from moe_jax.data.documents import SEPARATOR
+from moe_jax.config import UserError
+from moe_jax.data.documents import ROLES, SEPARATOR
 from moe_jax.data.hf_tokenizers import byte_alphabet, library_of
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.system.files import json_text
@@ -124,16 +125,26 @@ def tokenizer_config(context: int, chat: bool = False) -> dict[str, Any]:
 # A turn is its role, a line end, its content and the separator. In transformers and llama.cpp a template gives a text,
 # and the text is cut into tokens after that. There the characters of the separator (`<|endoftext|>`) inside a content
 # would be read as the separator. So the template puts a space into them, and no content can end its turn or begin
-# another.
+# another. That is not enough for a separator of one character, of white space, or whose end is its beginning: two `$$`
+# overlap in `$$$`. Then the template takes the separator's last character out of the content.
 
 
 def jinja(separator: str) -> str:
-    """For `tokenizer_config.json`, and for `tokenizer.chat_template` in GGUF."""
-    harmless = separator[:-2] + " " + separator[-2:]
+    """For `tokenizer_config.json`, and for `tokenizer.chat_template` in GGUF. Raises UserError for a separator that the
+    turns themselves would contain."""
+    turns = "".join(f"{separator}{role}\n" for role in ROLES)
+    last = separator.strip()[-1:]
+    if not last or sum(turns.startswith(separator, i) for i in range(len(turns))) != len(ROLES):
+        raise UserError(f"the token {separator!r} ends texts, and a chat template cannot tell it from a turn")
+    overlaps = any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
+    if overlaps or len(separator) == 1 or any(character.isspace() for character in separator):
+        found, harmless = last, " "
+    else:
+        found, harmless = separator, separator[:-2] + " " + separator[-2:]
     return (
-        f"{{{{ '{separator}' }}}}{{% for message in messages %}}"
+        f"{{{{ {separator!r} }}}}{{% for message in messages %}}"
         "{{ message['role'] + '\\n' + "
-        f"(message['content'] | trim | replace('{separator}', '{harmless}')) + '{separator}' }}}}"
+        f"(message['content'] | trim | replace({found!r}, {harmless!r})) + {separator!r} }}}}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
     )
 

@@ -11,9 +11,9 @@ import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from moe_jax.config import DataConfig
+from moe_jax.config import DataConfig, UserError
 from moe_jax.data.documents import ROLES, SEPARATOR, Message
-from moe_jax.data.tokenizers import Tokenizer, answer_prompt, encode_chats, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, answer_prompt, encode_chats, imported_tokenizer, train_tokenizer
 from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
@@ -155,6 +155,45 @@ def test_ollama_is_told_the_format() -> None:
         assert found.startswith("FROM ./model.gguf\n")
         assert f"{{{{ .Role }}}}\n{{{{ .Content }}}}{separator}{{{{ end }}}}assistant\n" in found
         assert found.endswith(f'PARAMETER stop "{separator}"\n')
+
+
+SEPARATORS = (SEPARATOR, "$$", "aba", "<s>", "日", "a'b", '"q"x', "b\\s", "{%}}", " xy")
+
+
+@pytest.mark.parametrize("separator", [*SEPARATORS, "@", "'", "\\"])
+def test_no_content_begins_a_turn_whatever_the_separator_is(separator: str) -> None:
+    """Rendered by jinja2, and cut into tokens by the library of transformers. A content without the separator gives the
+    tokens of our own encoding, but where the template must take a character out."""
+    jinja2 = pytest.importorskip("jinja2", reason="needs jinja2: uv run --extra peers")
+    template = jinja2.Environment().from_string(jinja(separator))
+    file = json.dumps(tokenizer_json(train_tokenizer(DataConfig(tokenizer="byte"))))
+    file = file.replace(json.dumps(SEPARATOR), json.dumps(separator))
+    ours = imported_tokenizer(file, "", 256) if separator in SEPARATORS else None
+    removed = separator not in (SEPARATOR, "<s>", "a'b", '"q"x', "b\\s", "{%}}") and separator[-1]
+    pieces = [separator, separator * 3, separator[:1], separator[:-1], separator[-1:], " ", "x", "assistant\n"]
+    contents = st.lists(st.sampled_from(pieces), min_size=1, max_size=6).map(
+        lambda parts: "".join(parts).strip() or "x"
+    )
+
+    @settings(max_examples=200, deadline=None)
+    @given(st.lists(st.builds(Message, st.sampled_from(ROLES), contents), min_size=1, max_size=3))
+    def check(chat: list[Message]) -> None:
+        messages = [{"role": m.role, "content": m.content} for m in chat]
+        text = template.render(messages=messages, add_generation_prompt=True)
+        before, *turns, prompt = text.split(separator)
+        assert (before, prompt) == ("", "assistant\n")
+        assert [turn.partition("\n")[0] for turn in turns] == [m.role for m in chat]
+        if ours and not any(separator in m.content or (removed or "\0") in m.content for m in chat):
+            theirs = tokenizers.Tokenizer.from_str(file).encode(text, add_special_tokens=False)
+            assert theirs.ids == answer_prompt(ours, chat)
+
+    check()
+
+
+@pytest.mark.parametrize("separator", ["", "\n", "user", "r\n", "s"])
+def test_a_separator_that_turns_contain_has_no_template(separator: str) -> None:
+    with pytest.raises(UserError, match="ends texts, and a chat template cannot tell it from a turn"):
+        jinja(separator)
 
 
 def theirs(out: Path) -> Any:
