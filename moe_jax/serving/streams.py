@@ -68,13 +68,14 @@ class AnswerResponse:
         try:
             async for _ in self._built():
                 pass
-            status, data = 200, self._answer.whole()
+            status, data = 200, await asyncio.to_thread(self._answer.whole)
         except ApiError as error:
             status, data = error.status, json_text(error.body()).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(data))]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         for begin in range(0, len(data), PART_BYTES):
             await send(_part(data[begin : begin + PART_BYTES]))
+            await asyncio.sleep(0)  # a client that reads fast leaves no other turn to the others
         await send({"type": "http.response.body", "body": b""})
 
     async def _stream(self, send: Send) -> None:

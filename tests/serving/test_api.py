@@ -70,9 +70,15 @@ def test_a_stream_is_the_same_text_in_pieces(api: Site) -> None:
 
 def test_several_prompts_and_prompts_of_tokens(api: Site) -> None:
     ids = [made.SEPARATOR, *b"Two"]
-    answer = api.complete(prompt=["One", "Two"], seed=5, n=2, max_tokens=8).json
+    fields = {"prompt": ["One", "Two"], "seed": 5, "n": 2, "max_tokens": 8, "return_token_ids": True, "echo": True}
+    answer = api.complete(**fields).json
     texts = [told(5, n, 8, p) for p in (made.PROMPT, ids) for n in range(2)]
-    assert [choice["text"] for choice in answer["choices"]] == texts
+    assert [choice["text"] for choice in answer["choices"]] == ["One" + t for t in texts[:2]] + [
+        "Two" + t for t in texts[2:]
+    ]
+    assert [choice["prompt_token_ids"] for choice in answer["choices"]] == [made.PROMPT] * 2 + [ids] * 2
+    assert answer["usage"]["prompt_tokens"] == 8
+    assert answer["usage"]["completion_tokens"] == sum(len(choice["token_ids"]) - 4 for choice in answer["choices"])
     assert api.complete(prompt=ids, seed=5, max_tokens=8).json["choices"][0]["text"] == texts[2]
     assert api.complete(prompt=[ids], seed=5, max_tokens=8).json["choices"][0]["text"] == texts[2]
 
@@ -181,7 +187,7 @@ def test_what_cannot_be_is_answered_with_what_can(api: Site, fields: dict[str, A
 
 def test_neutral_values_of_fields_that_are_not_there_ask_for_nothing(api: Site) -> None:
     neutral = {"best_of": 1, "suffix": None, "frequency_penalty": 0, "presence_penalty": 0.0, "logit_bias": {}}
-    neutral |= {"user": "me", "top_k": -1, "stop": None, "logprobs": None, "max_tokens": None}
+    neutral |= {"user": "me", "tools": [], "top_k": -1, "stop": None, "logprobs": None, "max_tokens": None}
     assert api.complete(prompt="One", seed=5, **neutral).json["choices"][0]["text"] == told(5, limit=16)
 
 
@@ -218,6 +224,8 @@ def test_a_tuned_run_answers_in_its_role_format(tuned: Site) -> None:
     assert [entry["token_id"] for entry in entries] == choice["token_ids"]
     assert [bytes(entry["bytes"]) for entry in entries] == [bytes([token]) for token in choice["token_ids"]]
     assert {len(entry["top_logprobs"]) for entry in entries} == {2}
+    alone = tuned.ask("/v1/chat/completions", fields | {"top_logprobs": 0}).json["choices"][0]["logprobs"]["content"]
+    assert alone == [entry | {"top_logprobs": []} for entry in entries]
     parts = tuned.ask("/v1/chat/completions", fields | {"stream": True}).events
     choices = [part["choices"][0] for part in parts]
     assert "".join(part["delta"].get("content", "") for part in choices) == choice["message"]["content"]
@@ -240,6 +248,7 @@ def test_a_conversation_that_is_longer_than_the_context(tuned: Site) -> None:
         ({}, "messages: must be a list"),
         ({"messages": [{"content": "a"}]}, "messages[0]: has the role None; it must be one of"),
         ({"messages": [{"role": "user", "content": [{"text": "a"}, {"text": 5}]}]}, "must be a text"),
+        ({"messages": [{"role": "user", "content": " "}]}, "must be a text that is not empty"),
         ({"messages": [{"role": "user", "content": "a"}] * 1001}, "at most 1000"),
         ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 6, "logprobs": True}, "between 0 and 5"),
         ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "top_logprobs: needs logprobs true"),
@@ -310,7 +319,7 @@ def test_a_name_that_is_no_host_is_refused_in_one_line() -> None:
 
 def test_other_hosts_and_other_sites_are_refused(api: Site) -> None:
     own = f"http://127.0.0.1:{api.port}"
-    for headers in ({}, {"Host": "localhost:1"}, {"Host": "[::1]:80"}, {"Origin": own}):
+    for headers in ({}, {"Host": "localhost:1"}, {"Host": "[::1]:80"}, {"Origin": own}, {"Origin": "https" + own[4:]}):
         assert api.ask("/v1/models", headers=headers).status == 200, headers
     for name in ("evil.example", "127.0.0.1.evil.example", "localhost.evil.example:80", ""):
         assert api.ask("/v1/models", headers={"Host": name}).json["error"]["code"] == "host", name

@@ -63,6 +63,16 @@ def test_a_prompt_of_several_texts_is_read_once(monkeypatch: pytest.MonkeyPatch)
     assert prompts == [made.PROMPT]
 
 
+def test_the_penalty_does_not_hold_off_the_end_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The separator before a text is also its end: unlike other tokens of a prompt it is not seen."""
+    place, seen = made.decoder().place, []
+    monkeypatch.setattr(made.decoder(), "place", lambda *given: seen.append(given[3]) or place(*given))
+    with made.engine() as engine:
+        prompt = [made.SEPARATOR, 65, made.SEPARATOR, 66]
+        in_parallel(engine, [TextRequest(prompt, Sampling(repetition_penalty=2.0), 0, 0, 2)])
+    assert seen == [[65, 66]]
+
+
 def test_probabilities_and_experts_of_every_token_also_past_the_context() -> None:
     """The experts of a full context's last token are those that read it in the new, shorter context."""
     request = TextRequest(made.PROMPT, made.GREEDY, 0, 0, 40, logprobs=True, routing=True, echo=True)
@@ -135,32 +145,35 @@ def test_a_full_queue_takes_none_of_the_texts() -> None:
 
 def test_stopping_ends_every_text_and_the_thread() -> None:
     with made.engine() as engine:
-        heard = Heard(engine, [made.endless() for _ in range(made.SLOTS + 2)])
+        heard = Heard(engine, [made.endless() for _ in range(made.SLOTS + made.QUEUE)])
         until(lambda: sum(heard.begun()) == made.SLOTS)
         engine.stop()
-        assert heard.finishes() == ["stopped"] * (made.SLOTS + 2)
+        assert heard.finishes() == ["stopped"] * (made.SLOTS + made.QUEUE)
         assert not engine.running
         with pytest.raises(Stopping):
             engine.submit([made.endless()], [lambda event: None])
 
 
+@pytest.mark.parametrize("program", ["step", "place"])
 def test_a_failure_ends_its_texts_and_the_next_ones_are_right(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+    program: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
-    step, failing = made.decoder().step, threading.Event()
+    """The text whose prompt is being read ends, too."""
+    run, failing = getattr(made.decoder(), program), threading.Event()
 
     def sometimes(*given):
         if failing.is_set():
             failing.clear()
             raise RuntimeError("out of memory")
-        return step(*given)
+        return run(*given)
 
-    monkeypatch.setattr(made.decoder(), "step", sometimes)
+    monkeypatch.setattr(made.decoder(), program, sometimes)
     with made.engine() as engine:
         heard = Heard(engine, [made.endless(), made.endless()])
         until(lambda: all(heard.begun()))
         failing.set()
-        until(lambda: heard.finishes() == ["failed", "failed"])
+        later = Heard(engine, [made.endless()] if program == "place" else [])
+        until(lambda: heard.finishes() + later.finishes() == ["failed"] * (2 + len(later.events)))
         request = TextRequest(made.PROMPT, Sampling(temperature=1.0), 4, 0, 20)
         assert made.text(in_parallel(engine, [request])[0]) == made.generated(request)
         assert engine.busy == 0
