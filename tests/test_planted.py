@@ -2,12 +2,12 @@
 
 import pytest
 
-from tests.support import planted, planted_kernels, planted_training
+from tests.support import planted, planted_certify, planted_kernels, planted_training
 from tests.support.planting import Bug
 
 pytestmark = pytest.mark.planted
 
-BUGS = [*planted.BUGS, *planted_kernels.BUGS, *planted_training.BUGS]
+BUGS = [*planted.BUGS, *planted_kernels.BUGS, *planted_training.BUGS, *planted_certify.BUGS]
 
 
 @pytest.mark.parametrize("bug", BUGS, ids=lambda bug: bug.name)

@@ -1,15 +1,17 @@
-"""The arithmetic of the compiled programs, compared with its bounds.
+"""The arithmetic of the compiled programs, in whole numbers: equal to its formulas, not close to them.
 
-The matrix products of a compiled layer are compared with the bound of its dispatch: the slots of all experts for
-`capacity`, the rows of the block plan for `blocks`. The bound is what the program must compute, so it may not have
-fewer operations either: then products are missing, or `system.hlo` does not see them. The operations are also compared
-with the all-experts form, where every expert computes every token.
+A compiled layer has the matrix products that the rows of its dispatch need: the slots of all experts for `capacity`,
+the rows of the block plan for `blocks` (`costs.multiplied_rows`, which computes the slots by itself). Fewer products
+are wrong, too: then some are missing, or `system.hlo` does not see them.
 
-The products of a compiled step are divided by their named scopes: attention, expert layers, head, and the rest. Each
-part is compared with its formula (`costs.step_products`), from below and from above.
+The products of a compiled step are divided by their named scopes: attention, expert layers, head, and the rest, which
+are those of the optimizer. Each part has exactly the products of its formula (`costs.step_products`), with what the
+backward pass computes again and with the padding of the head's blocks.
 """
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Iterator
 
 import jax
@@ -17,108 +19,119 @@ import jax.numpy as jnp
 
 from moe_jax.certify import Certificate
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.model.costs import layer_flops, multiplied_rows, step_products
+from moe_jax.model.costs import layer_flops, multiplied_rows, router_flops, step_products
 from moe_jax.model.kernels import cross_entropy
-from moe_jax.model.moe.layer import AllExpertsMoE, MoE, layer_shapes, with_gradients
-from moe_jax.system.hlo import Program, read_program
+from moe_jax.model.moe.layer import layer_shapes, with_gradients
+from moe_jax.system.hlo import Program, instructions, read_program, scopes
 from moe_jax.training.programs import Programs
-
-FORWARD_BOUND, GRADIENT_BOUND = 1.02, 1.03
-"""Most operations of a compiled layer / its bound, without and with gradients. Some room is left for other products."""
 
 PARTS = {"attention": "attention", "ffn": "the expert layers", "head": "the head"}
 """Named scopes of a training step whose products are counted, and what people call them."""
 
 
-def _layer_program(config: ModelConfig, gradients: bool, moe: type[MoE] = MoE) -> Program:
-    layer, params = layer_shapes(config, moe)
-    x = jax.ShapeDtypeStruct((1, config.seq_len, config.width), jnp.float32)
-
-    def forward(params: dict, x: jax.Array) -> jax.Array:
-        with jax.named_scope("ffn"):
-            return layer(params, x)
-
-    lowered = jax.jit(with_gradients(forward)).lower(params, x, x) if gradients else jax.jit(forward).lower(params, x)
-    return read_program(lowered.compile().as_text())
+def telling_length(config: ModelConfig) -> int:
+    """The smallest T from `seq_len` on for which T x rows cannot divide the size of an array by chance: T is a prime
+    that divides no other size of the layer, and the number of rows has a prime factor that divides none, either."""
+    sizes = config.width * config.expert_hidden * config.experts * config.routing.top_k * max(1, config.shared_experts)
+    for tokens in itertools.count(max(config.seq_len, 2)):
+        factor = own = multiplied_rows(dataclasses.replace(config, seq_len=tokens), 1)
+        while factor > 1:
+            factor = math.gcd(own, 2 * sizes)
+            own //= factor
+        if own > 1 and sizes % tokens and all(tokens % n for n in range(2, math.isqrt(tokens) + 1)):
+            return tokens
+    raise AssertionError
 
 
 def layer_arithmetic(config: ModelConfig) -> Iterator[Certificate]:
-    """The compiled layer compared with its bound and with the all-experts form, on one sequence."""
-    bound = layer_flops(config, 1)
-    for what, gradients, factor, limit in (
-        ("forward", False, 1, FORWARD_BOUND),
-        ("with gradients", True, 3, GRADIENT_BOUND),
-    ):
-        ours = _layer_program(config, gradients)
-        dense = _layer_program(config, gradients, AllExpertsMoE)
-        ratio = ours.flops / (factor * bound)
-        yield Certificate(
-            f"arithmetic: one layer, {what}",
-            1 <= ratio <= limit,
-            f"{ours.flops / 1e9:.3f} GFLOP, {ratio:.3f} x {_what_bounds(config)}; {_times(dense.flops, ours.flops)}",
-            f"1 to {limit} x as many",
-            title=f"operations of one layer, {what}",
-        )
-
-
-def _what_bounds(config: ModelConfig) -> str:
-    if config.routing.dispatch != "blocks":
-        return "what all slots need"
-    rows = multiplied_rows(config, 1) / (config.seq_len * config.routing.top_k)
-    return f"what all rows of the blocks need ({rows:.2f} rows for each choice)"
+    """The products and the sizes of arrays of one layer, compiled with gradients for one sequence of `telling_length`
+    tokens in float32."""
+    # With a single slot, the choices [T, E] of all tokens would have the size of T x slots.
+    least = config.experts / (config.seq_len * config.routing.top_k)
+    config = config.with_routing(capacity_factor=max(config.routing.capacity_factor, least))
+    config = dataclasses.replace(config, seq_len=telling_length(config))
+    tokens, rows = config.seq_len, multiplied_rows(config, 1)
+    layer, params = layer_shapes(config)
+    x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.float32)
+    text = jax.jit(with_gradients(layer)).lower(params, x, x).compile().as_text()
+    computed, needed = read_program(text).flops, 3 * layer_flops(config, 1)
+    yield Certificate(
+        "arithmetic: one layer, with gradients",
+        computed == needed,
+        f"{computed:,} operations for {tokens:,} tokens, {computed / needed:.6f} x the formula; every expert on every "
+        f"token would multiply {tokens * config.experts / rows:.2f} x as many rows",
+        f"exactly {needed:,}, what {rows:,} rows of all experts need",
+        title="operations of one layer, with gradients",
+    )
+    shapes = {shape for i in instructions(text) for _, shape in i.arrays}
+    large = [shape for shape in shapes if math.prod(shape) and math.prod(shape) % (tokens * rows) == 0]
+    yield Certificate(
+        "arithmetic: arrays of one layer",
+        len(shapes) > 1 and not large,
+        f"{len(shapes)} shapes of arrays, {len(large)} of such a size",
+        f"no size that {tokens:,} tokens x {rows:,} rows of all experts divide",
+        title="no array of tokens x experts x slots in one layer",
+    )
 
 
 def step_arithmetic(config: RunConfig, batch_size: int) -> Iterator[Certificate]:
-    """The matrix products of the compiled training step, part by part, compared with their formulas.
+    """The matrix products of the compiled training step, part by part, compared with their formulas, and the precision
+    of the router's.
 
     A run with adapters (`train.lora_rank`) is tested by the step that trains all weights.
     """
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, lora_rank=0, train_router=False))
     programs = Programs.of(config)
     ours = read_program(programs.compiled_step(batch_size).as_text())
-    dense = read_program(Programs.of(config, moe=AllExpertsMoE).compiled_step(batch_size).as_text())
-    cudnn = programs.attention.implementation == "cudnn"
-    needed = step_products(config, batch_size, cudnn=cudnn)
+    needed, unnamed = part_products(programs, batch_size), ours.unnamed
     parts = {part: ours.flops_of(part) for part in PARTS}
-    # The compiler rewrites some products and drops their names, such as those with a single head of keys. They may
-    # belong to any part.
-    unnamed = sum(dot.total for dot in ours.dots if not dot.op_name)
-    missing = {part: max(0, needed[part] - flops) for part, flops in parts.items()}
+    missing = {part: needed[part] - flops for part, flops in parts.items()}
     for part, what in PARTS.items():
-        most = GRADIENT_BOUND * needed[part] * (_head_padding(config.model) if part == "head" else 1)
-        found = f"{parts[part] / 1e9:.3f} GFLOP, {parts[part] / needed[part]:.3f} x the formula"
+        found = f"{parts[part]:,} operations, {parts[part] / needed[part]:.6f} x the formula"
         if missing[part] and unnamed:
-            found += f"; {unnamed / 1e9:.3f} GFLOP of the step have no name"
-        if part == "ffn":
-            found += f"; {_times(dense.flops_of(part), parts[part])}"
+            found += f"; {unnamed:,} of the step have no name"
         yield Certificate(
             f"arithmetic: {'expert layers' if part == 'ffn' else part} within the step",
-            needed[part] - unnamed <= parts[part] <= most,
+            0 <= missing[part] <= unnamed,
             found,
-            f"1 to {most / needed[part]:.3g} x {needed[part] / 1e9:.3f} GFLOP",
+            f"exactly {needed[part]:,}" + ", without those that have no name" * (unnamed > 0),
             title=f"operations of {what} in a training step",
         )
     rest = ours.flops - sum(parts.values())
-    own = rest - sum(missing.values())
     yield Certificate(
         "arithmetic: the whole step",
-        ours.flops < dense.flops and needed["rest"] <= own <= GRADIENT_BOUND * needed["rest"],
-        f"{ours.flops / 1e9:.3f} GFLOP, {rest / 1e9:.3f} of them outside of attention, expert layers and head; "
-        + _times(dense.flops, ours.flops),
-        f"fewer than the all-experts form; outside of these parts {(rest - own + needed['rest']) / 1e9:.3f} GFLOP, for "
-        + f"the optimizer ({config.train.optimizer}), or up to {GRADIENT_BOUND} x as many",
+        ours.flops == sum(needed.values()) and sum(missing.values()) <= unnamed,
+        f"{ours.flops:,} operations, {rest:,} of them outside of attention, expert layers and head",
+        f"exactly {sum(needed.values()):,}, {needed['rest']:,} of them for the optimizer ({config.train.optimizer})",
         title="operations of the whole training step",
+    )
+    yield router_precision(
+        ours, 3 * config.model.layers * router_flops(config.model, batch_size * config.model.seq_len)
     )
 
 
-def _head_padding(model: ModelConfig) -> float:
-    """Columns of the head that are multiplied, divided by the vocabulary, on the devices that pad it."""
-    form = cross_entropy.cpu_form() if jax.default_backend() == "cpu" else cross_entropy.gpu_form()
-    return -(-model.vocab_size // form.columns) * form.columns / model.vocab_size
+def router_precision(step: Program, needed: int) -> Certificate:
+    """The router's products in a training step: all `needed` operations have operands of at least float32, and ask for
+    the highest precision. Otherwise a card would round them to TF32."""
+    dots = [dot for dot in step.dots if "router" in scopes(dot.op_name)]
+    kinds = sorted({(dot.operand_dtype, dot.precision) for dot in dots})
+    return Certificate(
+        "arithmetic: precision of the router",
+        sum(dot.total for dot in dots) == needed and {*kinds} <= {("f32", "highest"), ("f64", "highest")},
+        f"{len(dots)} products, " + ", ".join(f"{dtype} at {precision} precision" for dtype, precision in kinds),
+        f"{needed:,} operations, all in float32 or float64 at the highest precision",
+        title="the router multiplies in float32 or more",
+    )
 
 
-def _times(dense: int, ours: int) -> str:
-    """How many times as many operations the all-experts form has."""
-    if not ours:
-        return "no product was found in the program"
-    return f"with every expert on every token {dense / ours:.2f} x as many"
+def part_products(programs: Programs, batch: int, devices: int = 1) -> dict[str, int]:
+    """`step_products`, with the form of attention of the programs, and with the head as it is padded: its columns on a
+    card, and its blocks of tokens where these are many. With several `devices` along a mesh axis `expert`, `batch` is
+    the number of sequences of one device."""
+    model, form = programs.config.model, cross_entropy.gpu_form()
+    if jax.default_backend() == "cpu":
+        form = cross_entropy.cpu_form()
+    columns = -(-model.vocab_size // form.columns) * form.columns
+    rows = math.prod(cross_entropy.token_blocks(batch * model.seq_len, columns, form))
+    cudnn = programs.attention.implementation == "cudnn"
+    return step_products(programs.config, batch, devices, cudnn) | {"head": 6 * model.width * columns * rows}

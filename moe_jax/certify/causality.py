@@ -2,8 +2,9 @@
 tokens.
 
 Every call changes one position in all sequences of a batch but one. The earlier outputs of the changed sequences, and
-all outputs of the sequence that stays the same, are compared bit by bit with those of the unchanged batch. Every
-position is changed in turn. Where that takes too many operations, some positions are left out (`chosen_positions`).
+all outputs of the sequence that stays the same, are compared bit by bit with those of the unchanged batch. In training
+every position is changed in turn. Where that takes too many operations, some positions are left out (`perturbed`).
+Evaluation, prefill and decoding, which drop nothing, are tried at FEW positions.
 
 A token is replaced by a random one or by the token before it. A leak shows only where a queue is nearly full, and only
 if the change adds a token to this queue or takes one away. A copy of the token before joins the queues of its
@@ -24,18 +25,21 @@ from flax import nnx
 
 from moe_jax.certify import Certificate
 from moe_jax.config import ModelConfig, RunConfig
+from moe_jax.inference.decode import Decoder
+from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import attention_flops, layer_flops
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.transformer import Params, abstract_model, merge
 
 CAPACITY_SCALE = 0.5
 """The tests multiply the configured capacity factor by this number, so that many pairs are dropped."""
-BIAS_DEVIATION = 0.05
-"""Standard deviation of the random balance biases, times E. They are added to probabilities, whose mean is 1 / E and
-whose deviation at initial parameters is about 0.1 / E."""
 MOST_SEQUENCES = 6
 SOME_FLOPS = 3e11
 """The number of sequences, from 2 to MOST_SEQUENCES, is chosen so that a test takes about as many operations."""
+CROWD = 0.92
+"""Share of the tokens that choose the crowded expert."""
+FEW = 24
+"""Evenly spaced positions that are tried outside training."""
 MOST_FLOPS = 2e12
 """If changing every position in 2 sequences takes more operations, some positions are left out. At 200 GFLOP/s these
 are ten seconds."""
@@ -74,31 +78,25 @@ class PerturbationResult(NamedTuple):
         return self.earlier == 0 and self.other_row == 0 and self.later > 0
 
 
-def sequences_for(flops: float, tokens: int) -> int:
-    """Sequences of the batch, if a pass over one sequence of `tokens` tokens takes `flops` operations."""
-    return int(np.clip(SOME_FLOPS / (flops * tokens), 2, MOST_SEQUENCES))
+def sequences_for(flops: float) -> int:
+    """Sequences of the batch, if changing every position of one takes `flops` operations."""
+    return int(np.clip(SOME_FLOPS / flops, 2, MOST_SEQUENCES))
 
 
-def chosen_positions(flops: float, sequences: int, tokens: int, crowded: Callable[[], np.ndarray]) -> np.ndarray:
-    """The positions to change, sorted: all of them, or if these take more than MOST_FLOPS operations, evenly spaced
-    ones and `crowded()`, the positions that must not be left out."""
-    allowed = int(MOST_FLOPS / (flops * sequences))
-    if allowed >= tokens:
-        return np.arange(tokens)
-    evenly = np.linspace(0, tokens - 1, max(allowed, 2)).round().astype(int)
-    return np.union1d(evenly, crowded())
+def spaced(first: int, last: int, count: int) -> np.ndarray:
+    """Evenly spaced positions, at most `count` of them and at least both ends."""
+    return np.unique(np.linspace(first, last, max(count, 2)).round().astype(int))
 
 
-def crowded_positions(queued: Callable[[], Any], slots: int | None) -> np.ndarray:
+def crowded_positions(queued: Any, slots: int | None) -> np.ndarray:
     """Positions of the tokens that take the last slot of a queue or are the first to find it full, in any layer, and
-    the positions before and after them. `queued()` [*L, B, T, K] has the place of each pair in its queue, from 0."""
+    the positions before and after them. `queued` [*L, B, T, K] has the place of each pair in its queue, from 0."""
     if slots is None:
         return np.zeros(0, int)
-    place = np.asarray(queued())
-    tokens = place.shape[-2]
+    place = np.asarray(queued)
     near = np.argwhere((place == slots - 1) | (place == slots))[:, -2]
-    around = np.concatenate([near - 1, near, near + 1])
-    return np.unique(around[(around >= 0) & (around < tokens)])
+    around = np.unique(np.concatenate([near - 1, near, near + 1]))
+    return around[(around >= 0) & (around < place.shape[-2])]
 
 
 def count_changes(
@@ -121,7 +119,7 @@ def count_changes(
         after[:, t] = _replaced(before, other, t, rng.random(rows) < 0.5)
         after[alone] = before[alone]
         changes += int((after != before).reshape(rows, -1).any(-1).sum())
-        differs = _bits_differ(np.asarray(run(after)[0]), unchanged)
+        differs = (_bits(np.asarray(run(after)[0])) != _bits(unchanged)).reshape(rows, tokens, -1).any(-1)
         counts[1] += differs[alone].sum()
         differs[alone] = False
         counts += differs[:, :t].sum(), 0, differs[:, t:].sum()
@@ -140,11 +138,9 @@ def _replaced(before: np.ndarray, other: np.ndarray, t: int, copied: np.ndarray)
     return np.where(chosen, previous, other[:, t])
 
 
-def _bits_differ(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Where any bit of an output differs, [B, T]. Zeros of different sign differ, and equal NaNs do not."""
-    bits = f"u{a.dtype.itemsize}"
-    differs = np.ascontiguousarray(a).view(bits) != np.ascontiguousarray(b).view(bits)
-    return differs.reshape(*a.shape[:2], -1).any(-1)
+def _bits(a: np.ndarray) -> np.ndarray:
+    """The bits of each number. Zeros of different sign differ, and equal NaNs do not."""
+    return np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}")
 
 
 class Variant(NamedTuple):
@@ -158,41 +154,70 @@ class Variant(NamedTuple):
 
 VARIANTS = {
     "token priority, by capacity": Variant("earlier tokens get the slots first"),
-    "balance by bias": Variant("with a bias for each expert that balances the load", {"balancing": "bias"}),
+    "crowded expert": Variant("while 9 of 10 tokens choose the same expert", {"balancing": "bias"}),
     "shared expert": Variant("with one more expert that every token visits"),
     "blocks (dropless)": Variant("with a row for every choice: nothing is dropped", {"dispatch": "blocks"}),
 }
 
 
-def layer_causality(config: ModelConfig, ffn: dict[str, Any] | None) -> Iterator[Certificate]:
-    """Test each variant in one layer of the model's shape. `ffn` gives its parameters; None: random ones.
+def layer_causality(name: str, config: ModelConfig, ffn: dict[str, Any], variant: Variant | None = None) -> Certificate:
+    """Test one layer of the model's shape, in the variant of this name unless given, with the parameters `ffn`.
 
     Every variant except `blocks` has a capacity, even if the model trains without one.
     """
-    for name, variant in VARIANTS.items():
-        yield variant_causality(name, variant, config, ffn)
-
-
-def variant_causality(name: str, variant: Variant, config: ModelConfig, ffn: dict[str, Any] | None) -> Certificate:
-    """Test one layer. The tests of the package call this with layers that leak, which must fail."""
+    variant = variant or VARIANTS[name]
     model = tight(config).with_routing(**({"dispatch": "capacity"} | variant.routing))
     if name == "shared expert":
         model = dataclasses.replace(model, shared_experts=max(1, model.shared_experts))
-    graphdef, state = nnx.split(_layer(model, variant.moe, ffn))
+    flops, layer = layer_flops(model, 1), build_layer(model, nnx.Rngs(params=jax.random.key(1)), variant.moe)
+    # What `ffn` does not have, such as the shared expert of the variant, stays random.
+    nnx.update(layer, nnx.State({part: value for part, value in ffn.items() if hasattr(layer, part)}))
+    shape = 2, sequences_for(flops * model.seq_len), model.seq_len, model.width
+    before, other = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    if name == "crowded expert":
+        layer.balance_bias[...] = crowding_bias(layer.route(jnp.asarray(before)).probs, model.routing.top_k)
+    graphdef, state = nnx.split(layer)
 
     @partial(jax.jit, static_argnames="trace")
     def run(x: Any, trace: bool = False) -> tuple[Any, Any]:
         y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, trace)
         return (y if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
-    flops = layer_flops(model, 1)
-    sequences = sequences_for(flops, model.seq_len)
-    before, other = np.random.default_rng(0).normal(size=(2, sequences, model.seq_len, model.width)).astype(np.float32)
     slots = None if model.dropless else model.capacity
-    crowded = partial(crowded_positions, lambda: run(before, trace=True)[0], slots)
-    positions = chosen_positions(flops, sequences, model.seq_len, crowded)
-    counted = count_changes(run, before, other, positions)
-    return _certificate(f"causality: {name}", variant.title, counted, slots)
+    return perturbed(f"causality: {name}", variant.title, run, before, other, flops, slots)
+
+
+def crowding_bias(probs: jax.Array, top_k: int) -> jax.Array:
+    """Balance biases [E] that make CROWD of all tokens choose expert 0 among their K. `probs` [B, T, E] is the softmax
+    of their logits."""
+    experts = probs.shape[-1]
+    rival = jnp.sort(probs[..., 1:])[..., -min(top_k, experts - 1)]  # it loses its place to expert 0
+    return jnp.zeros(experts).at[0].set(jnp.quantile(rival - probs[..., 0], CROWD))
+
+
+def perturbed(
+    name: str,
+    title: str,
+    run: Callable[..., tuple[Any, Any]],
+    before: np.ndarray,
+    other: np.ndarray,
+    flops: float,
+    slots: int | None,
+    positions: np.ndarray | None = None,
+) -> Certificate:
+    """Test `run(before [B, T, ...])`, which returns outputs [B, T, D] and the share of pairs dropped, and with
+    trace=True the places of the pairs in their queues [*L, B, T, K] in place of the outputs. The queues have `slots`
+    slots; None: nothing is dropped. A sequence takes `flops` operations.
+
+    Unless given, the positions are all. If they take more than MOST_FLOPS operations, they are evenly spaced ones, and
+    those where a queue becomes full.
+    """
+    sequences, tokens = before.shape[:2]
+    allowed = int(MOST_FLOPS / (flops * sequences))
+    if positions is None and allowed < tokens:
+        queued = None if slots is None else run(before, trace=True)[0]
+        positions = np.union1d(spaced(0, tokens - 1, allowed), crowded_positions(queued, slots))
+    return _certificate(name, title, count_changes(run, before, other, positions), slots)
 
 
 def _certificate(name: str, title: str, counted: PerturbationResult, slots: int | None) -> Certificate:
@@ -202,36 +227,51 @@ def _certificate(name: str, title: str, counted: PerturbationResult, slots: int 
     return Certificate(name, passed, str(counted), claim, title)
 
 
-def _layer(model: ModelConfig, moe: type[MoE], ffn: dict[str, Any] | None) -> MoE:
-    """The layer with the parameters of `ffn`, as far as it has them. A bias that `ffn` does not give is random: at its
-    initial value of zero, it would change nothing."""
-    layer = build_layer(model, nnx.Rngs(params=jax.random.key(1)), moe)
-    if model.routing.balancing == "bias":
-        layer.balance_bias[...] = random_bias(model)
-    # A shared expert of the variant is random if the model has none.
-    nnx.update(layer, nnx.State({part: value for part, value in (ffn or {}).items() if hasattr(layer, part)}))
-    return layer
-
-
-def random_bias(model: ModelConfig, number: int = 0) -> jax.Array:
-    """Random balance biases [E] for the layer of this number."""
-    return BIAS_DEVIATION / model.experts * jax.random.normal(jax.random.key(number), (model.experts,))
-
-
-def model_causality(config: RunConfig, params: Params) -> Certificate:
-    """Test the whole model in float32 and training mode, without dropout, with its capacity factor times
-    CAPACITY_SCALE."""
+def model_causality(config: RunConfig, params: Params) -> Iterator[Certificate]:
+    """Test the whole model in float32, without dropout: in training with its capacity factor times CAPACITY_SCALE, and
+    in evaluation at FEW positions."""
     model = tight(config.model)
     graphdef, slots = abstract_model(model)[0], None if model.dropless else model.capacity
 
-    @partial(jax.jit, static_argnames="trace")
-    def run(tokens: Any, trace: bool = False) -> tuple[Any, Any]:
-        hidden, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN, trace=trace)
+    @partial(jax.jit, static_argnames=("mode", "trace"))
+    def run(tokens: Any, mode: Mode = Mode.TRAIN, trace: bool = False) -> tuple[Any, Any]:
+        hidden, stats, _ = merge(graphdef, params)(tokens, mode, trace=trace)
         if stats is None:
             return hidden, jnp.zeros(())
         return (hidden if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
-    return tokens_causality("causality: the whole model", model, run, lambda x: run(x, trace=True)[0], slots)
+    yield tokens_causality("causality: the whole model", model, run, slots)
+    evaluation, positions = partial(run, mode=Mode.EVALUATE), spaced(0, model.seq_len - 1, FEW)
+    yield tokens_causality("causality: the whole model in evaluation", model, evaluation, None, positions=positions)
+
+
+def writing_causality(decoder: Decoder, params: Params, vocabulary: int) -> Certificate:
+    """Test the programs that write a text: `prefill` of T tokens, of which the first n are the prompt, and `write` of
+    one token. All tokens behind the prompt are exchanged. The logits after the prompt and after the written token, and
+    the keys and values of the prompt, must keep their bits. Before it is written over, the cache holds the keys and
+    values of what was behind the prompt."""
+    tokens, other = np.random.default_rng(0).integers(0, vocabulary, (2, 1, decoder.seq_len)).astype(np.int32)
+    places = spaced(1, decoder.seq_len - 1, FEW)
+
+    def outputs(n: int, behind: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers that may not depend on the tokens behind a prompt of n tokens, and numbers that must."""
+        read = decoder.prefill(params, np.concatenate([tokens[:, :n], behind[:, n:]], 1), np.int32(n))
+        cache = np.stack([[np.swapaxes(kv.key, -1, -2), kv.value] for kv in read.cache])
+        seen = np.zeros(read.logits.shape[1], bool)
+        text = decoder.begin(read, seen, Sampling().in_own_types(), jax.random.key(0), False)
+        after = decoder.write(params, text, np.int32(1), np.int32(-1)).slots.logits
+        return np.concatenate([np.ravel(x) for x in (read.logits, after, cache[..., :n, :])]), cache[..., n:, :]
+
+    pairs = [(outputs(n, tokens), outputs(n, other)) for n in places.tolist()]
+    changed = sum(int((_bits(a) != _bits(b)).sum()) for (a, _), (b, _) in pairs)
+    return Certificate(
+        "causality: prefill and decoding",
+        changed == 0 and all((a != b).any() for (_, a), (_, b) in pairs),
+        f"{len(places)} prompts of {places[0]} to {places[-1]:,} tokens, with other tokens behind them: {changed:,} of "
+        f"{sum(a.size for (a, _), _ in pairs):,} numbers changed",
+        "none changes: no logit after the prompt and after the next token, and none of the prompt's keys and values",
+        "prefill and decoding",
+    )
 
 
 def tight(model: ModelConfig) -> ModelConfig:
@@ -246,21 +286,14 @@ def tight(model: ModelConfig) -> ModelConfig:
 def tokens_causality(
     name: str,
     model: ModelConfig,
-    run: Callable[[Any], tuple[Any, Any]],
-    queued: Callable[[Any], Any],
+    run: Callable[..., tuple[Any, Any]],
     slots: int | None,
     multiple: int = 1,
+    positions: np.ndarray | None = None,
 ) -> Certificate:
-    """Test `run(tokens [B, T])`, which returns hidden states [B, T, D] and the share of pairs dropped, on random
-    tokens. B is a multiple of `multiple`. `queued` gives the places of the pairs in their queues [L, B, T, K], which
-    have `slots` slots; None: nothing is dropped."""
+    """Test `run(tokens [B, T])` as `perturbed` does, on random tokens. B is a multiple of `multiple`."""
     routed = layer_flops(model, 1) if model.dense == "none" else 6 * model.seq_len * model.width * model.dense_hidden
     flops = model.layers * (routed + attention_flops(model, 1))
-    sequences = multiple * -(-sequences_for(flops, model.seq_len) // multiple)
-    before, other = (
-        np.random.default_rng(0).integers(0, model.vocab_size, (2, sequences, model.seq_len)).astype(np.int32)
-    )
-    crowded = partial(crowded_positions, partial(queued, before), slots)
-    positions = chosen_positions(flops, sequences, model.seq_len, crowded)
-    counted = count_changes(run, before, other, positions)
-    return _certificate(name, name.partition(": ")[2], counted, slots)
+    shape = 2, multiple * -(-sequences_for(flops * model.seq_len) // multiple), model.seq_len
+    before, other = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
+    return perturbed(name, name.partition(": ")[2], run, before, other, flops, slots, positions)

@@ -26,10 +26,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moe_jax.certify import Certificate
+from moe_jax.certify.arithmetic import PARTS, part_products
 from moe_jax.certify.causality import tight, tokens_causality
 from moe_jax.certify.collectives import Collective, bytes_by_kind, read_collectives
 from moe_jax.config import RunConfig
-from moe_jax.model.costs import step_products
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import AXES, Layout, leaf_name
 from moe_jax.system.hlo import Program, read_program
@@ -37,11 +37,9 @@ from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
 
 SLACK = 1.02
-"""Most operations and bytes / the ideal."""
+"""Most bytes of reductions / the ideal."""
 SCALARS = 256
 """Bytes for sums of single numbers, such as the global norm of the gradient."""
-PARTS = ("attention", "ffn", "head")
-"""Named scopes of the model, whose products are divided over the devices."""
 REDUCTIONS = ("all-reduce", "reduce-scatter")
 GATE_BYTES = EXPERT_BYTES = 4
 """Bytes of a row's gate, and of the number of its expert."""
@@ -59,8 +57,8 @@ def certify_mesh(config: RunConfig, params: Params, mesh: Mesh) -> Iterator[Cert
     assert programs.layout is not None
     train = config.train
     text = programs.compiled_step(train.batch_size, train.grad_accum).as_text()
-    one = read_program(Programs.of(config).compiled_step(train.batch_size, train.grad_accum).as_text())
-    yield divided_arithmetic(one, read_program(text), mesh.size, more_rows(config, mesh))
+    needed = part_products(programs, train.batch_size // mesh.size, mesh.shape["expert"])
+    yield divided_arithmetic(read_program(text), {part: train.grad_accum * needed[part] for part in PARTS}, mesh.size)
     item = jnp.dtype(programs.policy.compute).itemsize
     if mesh.devices.flat[0].platform == "cpu":
         item = max(item, 4)  # XLA widens bfloat16 in the collectives of CPUs
@@ -76,48 +74,26 @@ def mesh_causality(config: RunConfig, params: Params, mesh: Mesh) -> Certificate
     layout = programs.layout
     assert layout is not None
     placed = jax.device_put(params, layout.shardings(params, layout.params))
-    run, places = (
-        make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes, trace) for trace in (False, True)
-    )
+    forward = [make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes, t) for t in (False, True)]
     devices = mesh.shape["expert"]
     slots = None if model.dropless else model.capacity
     if model.dropless and devices > 1:
         slots = model.device_rows(devices)
-    return tokens_causality(
-        "mesh: causality of the whole model",
-        model,
-        lambda tokens: run(placed, tokens)[:2],
-        lambda tokens: places(placed, tokens)[0],
-        slots,
-        2 * mesh.size,
-    )
+
+    def run(tokens: Any, trace: bool = False) -> tuple[Any, Any]:
+        return forward[trace](placed, tokens)[:2]
+
+    return tokens_causality("mesh: causality of the whole model", model, run, slots, 2 * mesh.size)
 
 
-def more_rows(config: RunConfig, mesh: Mesh) -> float:
-    """Products of the MoE layers of all devices / those of one device. 1 with dispatch by capacity.
-
-    With blocks, a device multiplies all rows that may arrive, and its blocks may be of another size.
-    """
-    if config.model.dense != "none" or config.model.routing.dispatch == "capacity":
-        return 1.0
-    batch = config.train.batch_size
-    one = step_products(config, batch)["ffn"]
-    return mesh.size * step_products(config, batch // mesh.size, mesh.shape["expert"])["ffn"] / one
-
-
-def divided_arithmetic(one: Program, many: Program, devices: int, rows: float = 1.0) -> Certificate:
-    """Each device does its share of the products of the model. `one` is the program of one device. `rows` is the
-    `more_rows` of the MoE layers."""
-    ratios = {part: devices * many.flops_of(part) / max(one.flops_of(part), 1) for part in PARTS}
-    limits = {part: SLACK * (rows if part == "ffn" else 1) for part in PARTS}
-    asked = f"above 0 and at most {SLACK} x 1/{devices}, in every part"
-    if rows != 1:
-        asked += f"; of ffn {limits['ffn']:.3f} x 1/{devices}, because every row of a block is multiplied"
+def divided_arithmetic(program: Program, needed: dict[str, int], devices: int) -> Certificate:
+    """Each of the devices computes exactly the products that its share of the sequences needs, in every part."""
+    computed = {part: program.flops_of(part) for part in PARTS}
     return Certificate(
         "mesh: products of a device",
-        all(0 < ratio <= limits[part] for part, ratio in ratios.items()),
-        ", ".join(f"{part} {ratio:.3f}" for part, ratio in ratios.items()) + f" x 1/{devices} of one device",
-        asked,
+        all(computed[part] > 0 and 0 <= needed[part] - computed[part] <= program.unnamed for part in PARTS),
+        ", ".join(f"{part} {flops:,}" for part, flops in computed.items()),
+        f"exactly those of 1/{devices} of the sequences: " + ", ".join(f"{part} {needed[part]:,}" for part in PARTS),
     )
 
 

@@ -1,7 +1,7 @@
 """Every certificate of a model, for `python -m moe_jax certify`, and the count of compilations.
 
 causality      no bit of an output changes if a later token changes, while tokens are dropped      `causality.py`
-arithmetic     the matrix products of compiled programs are those of the formulas, and hardly more `arithmetic.py`
+arithmetic     the matrix products of compiled programs are exactly those of the formulas         `arithmetic.py`
 compilations   step, evaluation, prefill and decoding are compiled once each                       here
 """
 
@@ -13,13 +13,17 @@ import numpy as np
 
 from moe_jax.certify import Certificate
 from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
-from moe_jax.certify.causality import layer_causality, model_causality, random_bias
+from moe_jax.certify.causality import VARIANTS, layer_causality, model_causality, writing_causality
 from moe_jax.config import RunConfig
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.programs import RandomTokenTrainer
+
+BIAS_DEVIATION = 0.05
+"""Standard deviation of the initial balance biases, times E. They are added to probabilities, whose mean is 1 / E and
+whose deviation at initial parameters is about 0.1 / E."""
 
 
 def initial_params(config: RunConfig) -> Params:
@@ -32,28 +36,30 @@ def initial_params(config: RunConfig) -> Params:
     params = split(create(model, jax.random.key(config.train.seed)))[1]
     if model.dense == "none" and model.routing.balancing == "bias":
         for number, block in enumerate(params["blocks"].values()):
-            block["ffn"]["balance_bias"] = random_bias(model, number)
+            bias = jax.random.normal(jax.random.key(number), (model.experts,))
+            block["ffn"]["balance_bias"] = BIAS_DEVIATION / model.experts * bias
     return params
 
 
 def certify(config: RunConfig, params: Params, batch_size: int) -> Iterator[Certificate]:
     """Yield the certificates of a model one by one. `config.model.vocab_size` must not be 0."""
+    decoder = Decoder(abstract_model(config.model)[0], config.model.seq_len, config.model.vocab_size)
     if config.model.dense == "none":
-        yield from layer_causality(config.model, params["blocks"][0]["ffn"])
-    yield model_causality(config, params)
+        for variant in VARIANTS:
+            yield layer_causality(variant, config.model, params["blocks"][0]["ffn"])
+    yield from model_causality(config, params)
+    yield writing_causality(decoder, params, config.model.vocab_size)
     if config.model.dense == "none":
         yield from layer_arithmetic(config.model)
         yield from step_arithmetic(config, batch_size)
-    yield compilations(config, params, batch_size)
+    yield compilations(config, params, batch_size, decoder)
 
 
-def compilations(config: RunConfig, params: Params, batch_size: int) -> Certificate:
+def compilations(config: RunConfig, params: Params, batch_size: int, decoder: Decoder) -> Certificate:
     """Run step, evaluation, prefill and decoding on several inputs, and count how often each was compiled."""
-    graphdef, _ = abstract_model(config.model)
     length, vocabulary = config.model.seq_len, config.model.vocab_size
     rng = np.random.default_rng(0)
-    evaluation = make_evaluation_step(graphdef)
-    decoder = Decoder(graphdef, length, vocabulary)
+    evaluation = make_evaluation_step(abstract_model(config.model)[0])
     for n in (1, length // 2):
         stream = rng.integers(0, vocabulary, length + n).astype(np.int32)
         evaluate(evaluation, params, stream, seq_len=length, token_bytes=np.ones(vocabulary, np.int64))

@@ -4,6 +4,7 @@ training.
 It needs no jax, so the commands know it before anything starts.
 """
 
+from fractions import Fraction
 from typing import NamedTuple
 
 from moe_jax.config import ModelConfig, RunConfig
@@ -136,7 +137,9 @@ def multiplied_rows(config: ModelConfig, batch: int, devices: int = 1) -> int:
         block = block_rows(pairs, own)
         arriving = pairs if devices == 1 else devices * batch * config.device_rows(devices)
         return (own + (arriving - 1) // block) * block
-    return batch * config.experts * config.capacity
+    # Not `config.capacity`: certificates compare programs, which have that one, with these slots.
+    share = Fraction(str(config.routing.capacity_factor)) * config.seq_len * config.routing.top_k / config.experts
+    return batch * config.experts * sorted((1, -(-share.numerator // share.denominator), config.seq_len))[1]
 
 
 def attention_flops(config: ModelConfig, batch: int) -> int:

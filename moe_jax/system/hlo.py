@@ -1,4 +1,4 @@
-"""The matrix products and buffers of a compiled program, read from its optimised HLO.
+"""The matrix products of a compiled program, read from its optimised HLO.
 
 A formula gives the expected cost of a layer. The optimised HLO gives the real cost, after the compiler's changes.
 `read_program` follows the calls from the entry computation. It counts a fusion, a call and each branch of a conditional
@@ -92,6 +92,11 @@ def parse(text: str | None) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
+def instructions(text: str | None) -> list[Instruction]:
+    """All instructions, those within fusions included."""
+    return [i for computation in parse(text)[0].values() for i in computation.instructions.values()]
+
+
 def _instruction(text: str) -> Instruction | None:
     opcode = _OPCODE.match(text)
     if opcode is None:
@@ -145,30 +150,21 @@ class Dot:
 
 
 @dataclass(frozen=True)
-class Buffer:
-    """The result of an instruction outside of fusions: an array that may take memory."""
-
-    op_name: str
-    opcode: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    @property
-    def elements(self) -> int:
-        return math.prod(self.shape)
-
-
-@dataclass(frozen=True)
 class Program:
-    """The products and buffers of one compiled program."""
+    """The products of one compiled program."""
 
     dots: list[Dot]
-    buffers: list[Buffer]
 
     @property
     def flops(self) -> int:
         """Floating-point operations of all matrix products in one call of the program."""
         return sum(dot.total for dot in self.dots)
+
+    @property
+    def unnamed(self) -> int:
+        """Operations without a traced name. The compiler rewrites some products and drops their names, such as those
+        with a single head of keys. They may belong to any part."""
+        return sum(dot.total for dot in self.dots if not dot.op_name)
 
     def flops_of(self, *parts: str) -> int:
         """Operations of the products whose traced name contains one of the `parts`, such as "experts"."""
@@ -197,7 +193,8 @@ def product(instruction: Instruction, computation: Computation, runs: int) -> Do
 
 
 def _dot(instruction: Instruction, computation: Computation, runs: int) -> Dot:
-    (operand_dtype, left), (_, right) = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
+    (operand_dtype, left), (other, right) = (computation.instructions[n].arrays[0] for n in instruction.operands[:2])
+    operand_dtype += f" x {other}" * (other != operand_dtype)
     dtype, out = instruction.arrays[0]
     text = instruction.text
     # `lhs_contracting_dims={2}` of a dot, `"lhs_contracting_dimensions":["2"]` of a library's call.
@@ -228,32 +225,22 @@ def _attention(instruction: Instruction, computation: Computation, runs: int) ->
 
 
 def read_program(text: str | None) -> Program:
-    """The products and buffers of optimised HLO, as `compiled.as_text()` prints it.
+    """The products of optimised HLO, as `compiled.as_text()` prints it.
 
     Raises ValueError if there is no text, if the program has a loop whose number of passes the compiler does not know,
     or if it has products that cannot be counted.
     """
     computations, entry = parse(text)
     runs: Counter[str] = Counter()
-    fused: set[str] = set()
 
     def visit(name: str, times: int) -> None:
         runs[name] += times
         for instruction in computations[name].instructions.values():
             for _, called in calls(instruction):
                 if called in computations:
-                    if instruction.opcode == "fusion":
-                        fused.add(called)
                     visit(called, times * passes(instruction))
 
     visit(entry, 1)
-    dots, buffers = [], []
-    for name, times in runs.items():
-        for instruction in computations[name].instructions.values():
-            if dot := product(instruction, computations[name], times):
-                dots.append(dot)
-            if name not in fused:
-                buffers += [
-                    Buffer(instruction.op_name, instruction.opcode, shape, dtype) for dtype, shape in instruction.arrays
-                ]
-    return Program(dots, buffers)
+    called = [(computations[name], times) for name, times in runs.items()]
+    dots = [product(i, computation, times) for computation, times in called for i in computation.instructions.values()]
+    return Program([dot for dot in dots if dot])

@@ -67,7 +67,6 @@ class Programs:
         cls,
         config: RunConfig,
         device: Any = None,
-        moe: type[MoE] = MoE,
         mesh: Mesh | None = None,
         kept_precision: str = "",
     ) -> "Programs":
@@ -75,16 +74,13 @@ class Programs:
         first device of this machine. With a `mesh`, step and evaluation are for all its devices together.
 
         `kept_precision` is that of a resumed run (`choose_policy`).
-
-        For comparisons, `moe` replaces the MoE layer.
         """
         dtype, remat = config.execution.compute_dtype, config.execution.remat
         policy, writing = choose_policy(dtype, device, kept_precision), writing_policy(dtype, device)
         stored = config.train.param_dtype, remat
-        graphdef, shapes = abstract_model(config.model, policy.compute, *stored, moe)
-        writer, _ = abstract_model(config.model, writing.compute, *stored, moe)
-        exchanges = mesh is not None and mesh.shape["expert"] > 1 and moe is MoE
-        trained_moe = ExpertParallelMoE if exchanges else moe
+        graphdef, shapes = abstract_model(config.model, policy.compute, *stored)
+        writer, _ = abstract_model(config.model, writing.compute, *stored)
+        trained_moe = ExpertParallelMoE if mesh is not None and mesh.shape["expert"] > 1 else MoE
         lora, training, adapters = LoraShape.of(config.train), graphdef, None
         card = Card.of(device or jax.devices()[0])
         here = device is None or isinstance(device, jax.Device)
@@ -93,7 +89,7 @@ class Programs:
         form = attention.implementation
         if lora is not None:
             training, adapters = abstract_adapted(config.model, lora, policy.compute, remat, trained_moe, form)
-        elif trained_moe is not moe or form is not None:
+        elif trained_moe is not MoE or form is not None:
             training, _ = abstract_model(config.model, policy.compute, *stored, trained_moe, attention=form)
         layout = None
         if mesh is not None:

@@ -16,7 +16,7 @@ from moe_jax.certify.model import initial_params
 from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.transformer import merge
+from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.parallel.experts import DeviceQueues, ExpertParallelMoE
 from moe_jax.parallel.layout import AXES, mesh_of
 from moe_jax.training.on_mesh import make_mesh_forward
@@ -222,12 +222,13 @@ def test_hidden_states_drops_and_load_have_the_bits_of_one_device(factor: float,
     """Number 1 of the strict list. Without drops, the one device has no bound."""
     wide: dict[str, Any] = {"seq_len": 64, "width": 64, "layers": 2, "device_capacity_factor": factor}
     config = made.config(dispatch="blocks", **wide)
-    one, programs = Programs.of(config, moe=moe), made.programs(f"data=2,expert={N}", dispatch="blocks", **wide)
+    one, programs = Programs.of(config), made.programs(f"data=2,expert={N}", dispatch="blocks", **wide)
     params, tokens = one.initial_params(), made.batch(0, length=64)[0][:, :-1]
+    graphdef, _ = abstract_model(config.model, one.policy.compute, moe=moe)
 
     @jax.jit
     def forward(params: Any, tokens: Any) -> Any:
-        hidden, stats, _ = merge(one.graphdef, params)(tokens, Mode.TRAIN)
+        hidden, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN)
         return hidden, stats.drop_fraction, stats.load
 
     expected = forward(params, tokens)

@@ -219,7 +219,7 @@ def _check_cross_entropy(tokens: int, cases: tuple[tuple[int, tuple[int, int]], 
                 padded = 13 + -13 % columns
                 form = cross_entropy.Form(most * padded * 4, columns, one_pass=columns > 1)
                 patch.setattr(cross_entropy, "cpu_form", lambda form=form: form)
-                assert cross_entropy._blocks(tokens, padded, form) == blocks
+                assert cross_entropy.token_blocks(tokens, padded, form) == blocks
                 mean = functools.partial(
                     cross_entropy.mean_cross_entropy, targets=jnp.asarray(targets), implementation=implementation
                 )

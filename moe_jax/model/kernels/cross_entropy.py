@@ -91,7 +91,7 @@ def blocked_token_losses(
             z = _logits(inputs[0], weight, head.shape[1])
             return _logsumexp(z, form) - _at_targets(z, inputs[1])
 
-        blocks, rows = _blocks(hidden.shape[0], weight.shape[1], form)
+        blocks, rows = token_blocks(hidden.shape[0], weight.shape[1], form)
         losses = jax.lax.map(block, (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows)))
         return losses.reshape(-1)[: hidden.shape[0]]
 
@@ -141,7 +141,7 @@ def _logits(hidden: Float[Array, "N D"], weight: Float[Array, "D P"], vocabulary
     return z if weight.shape[1] == vocabulary else jnp.where(jnp.arange(weight.shape[1]) < vocabulary, z, -jnp.inf)
 
 
-def _blocks(tokens: int, columns: int, form: Form) -> tuple[int, int]:
+def token_blocks(tokens: int, columns: int, form: Form) -> tuple[int, int]:
     """(number of blocks, tokens of a block): the fewest blocks whose logits take at most `form.logits_bytes`, of equal
     size.
 
@@ -202,7 +202,7 @@ def _cross_entropy(
     count, vocabulary = hidden.shape[0], head.shape[1]
     wide = at_least_float32(hidden.dtype)
     weight = _padded_head(head, hidden.dtype, form)
-    blocks, rows = _blocks(count, weight.shape[1], form)
+    blocks, rows = token_blocks(count, weight.shape[1], form)
     # The weight of each token, only if there is padding: 1, or 0 for a row of padding. The gradients need no weight: a
     # row of padding is zero, so it adds nothing to d_head, and its own gradient is cut off.
     token_weight = None if blocks * rows == count else _in_blocks(jnp.ones(count, wide), blocks, rows)

@@ -1,0 +1,218 @@
+"""Bugs that a certificate must see, each with the name of the claim that fails."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from moe_jax.certify import Certificate
+from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
+from moe_jax.certify.causality import layer_causality, model_causality, writing_causality
+from moe_jax.certify.model import compilations, initial_params
+from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
+from moe_jax.inference.decode import Decoder
+from moe_jax.model.transformer import abstract_model
+from tests.support.planting import Bug
+
+
+def small(routing: dict | None = None, **changes) -> ModelConfig:
+    values = {"vocab_size": 50, "seq_len": 32, "layers": 2, "width": 32, "heads": 2, "experts": 8, "expert_hidden": 32}
+    return ModelConfig(**(values | changes), routing=RoutingConfig(**(routing or {})))
+
+
+def run_config(model: ModelConfig, compute_dtype: str = "float32") -> RunConfig:
+    execution = ExecutionConfig(compute_dtype=compute_dtype)  # pyright: ignore[reportArgumentType]
+    return RunConfig(model=model, data=DataConfig(), train=TrainConfig(steps=10), execution=execution)
+
+
+def certificates(name: str) -> Iterator[Certificate]:
+    """Those of the small model that are made together with the claim of this name."""
+    kind, _, claim = name.partition(": ")
+    config = run_config(small(layers=1, activation="swiglu"), "bfloat16" if "router" in claim else "float32")
+    if claim.endswith("one layer") or "one layer," in claim:  # 80 slots
+        yield from layer_arithmetic(dataclasses.replace(config.model, seq_len=256))
+    elif kind == "arithmetic":
+        yield from step_arithmetic(config, batch_size=2)
+    else:
+        params, model = initial_params(config), config.model
+        decoder = Decoder(abstract_model(model)[0], model.seq_len, model.vocab_size)
+        if kind == "compilations":
+            yield compilations(config, params, 2, decoder)
+        elif claim.startswith("the whole model"):
+            yield from model_causality(config, params)
+        elif claim == "prefill and decoding":
+            yield writing_causality(decoder, params, model.vocab_size)
+        else:
+            yield layer_causality(claim, model, params["blocks"][0]["ffn"])
+
+
+def claim(name: str) -> Callable[[], None]:
+    """A check of one claim."""
+
+    def check() -> None:
+        (certificate,) = [c for c in certificates(name) if c.name == name]
+        assert certificate.passed, certificate.found
+
+    return check
+
+
+QUEUES = "moe_jax.model.moe.queues:queue_positions"
+BEFORE = "before = jnp.cumsum(hits, axis=1) - hits"
+FEED = "y, stats = block.ffn(block.ffn_norm(x), mode, trace)"
+LAYER, STEP = "arithmetic: one layer, with gradients", "arithmetic: {} within the step"
+BUGS = [
+    Bug(
+        "certify: no causal mask",
+        "moe_jax.model.kernels.causal_attention:masked_softmax",
+        "jnp.where(visible, scores, -jnp.inf)",
+        "scores",
+        claim("causality: the whole model"),
+    ),
+    Bug(
+        "certify: the batch is one group",
+        QUEUES,
+        BEFORE,
+        """flat = hits.reshape(-1, experts)
+    before = (jnp.cumsum(flat, axis=0) - flat).reshape(hits.shape)""",
+        claim("causality: the whole model"),
+    ),
+    Bug(
+        "certify: later tokens first",
+        QUEUES,
+        BEFORE,
+        "before = jnp.cumsum(hits[:, ::-1], axis=1)[:, ::-1] - hits",
+        claim("causality: token priority, by capacity"),
+    ),
+    Bug(
+        "certify: neighbours are exchanged",
+        QUEUES,
+        BEFORE,
+        """order = jnp.arange(hits.shape[1]) ^ 1
+    before = (jnp.cumsum(hits[:, order], axis=1) - hits[:, order])[:, order]""",
+        claim("causality: shared expert"),
+    ),
+    Bug(
+        "certify: later tokens first where 90 % of the tokens choose one expert",
+        QUEUES,
+        BEFORE,
+        """later = jnp.cumsum(hits[:, ::-1], axis=1)[:, ::-1] - hits
+    crowded = hits.sum(1, keepdims=True).max(-1, keepdims=True) >= 0.9 * hits.shape[1]
+    before = jnp.where(crowded, later, jnp.cumsum(hits, axis=1) - hits)""",
+        claim("causality: crowded expert"),
+    ),
+    Bug(
+        "certify: evaluation sees the next token",
+        "moe_jax.model.transformer:Block.__call__",
+        FEED,
+        FEED + "; y = y if mode is Mode.TRAIN else y + 1e-3 * jnp.roll(x, -1, axis=1)",
+        claim("causality: the whole model in evaluation"),
+    ),
+    Bug(
+        "certify: prefill sees the next token",
+        "moe_jax.model.transformer:Block.__call__",
+        FEED,
+        FEED + "; y = y + 1e-3 * jnp.roll(x, -1, axis=1) if mode is Mode.GENERATE else y",
+        claim("causality: prefill and decoding"),
+    ),
+    Bug(
+        "certify: a decoded token sees the place behind it",
+        "moe_jax.model.kernels.cached_attention:_one_head_at_a_time",
+        "position[:, 0] + 1",
+        "position[:, 0] + 2",
+        claim("causality: prefill and decoding"),
+    ),
+    Bug(
+        "certify: the router multiplies in bfloat16",
+        "moe_jax.model.moe.router:router_logits",
+        "x.astype(dtype), kernel.astype(dtype), precision=dot_precision(dtype))",
+        "x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).astype(dtype)",
+        claim("arithmetic: precision of the router"),
+    ),
+    Bug(
+        "certify: the router multiplies in TF32",
+        "moe_jax.model.moe.router:router_logits",
+        ", precision=dot_precision(dtype))",
+        ")",
+        claim("arithmetic: precision of the router"),
+    ),
+    Bug(
+        "certify: one slot of 80 too many",
+        "moe_jax.model.moe.layer:MoE.dispatch_for",
+        "return Capacity(",
+        "return Capacity(1 + ",
+        claim(LAYER),
+    ),
+    Bug(
+        "certify: the capacity is 1.5 times too large",
+        "moe_jax.config.model:capacity",
+        "* tokens * top_k",
+        "* tokens * top_k * 3 / 2",
+        claim(LAYER),
+    ),
+    Bug(
+        "certify: less than 1 % more work",
+        "moe_jax.model.moe.layer:MoE.__call__",
+        "y = jnp.where(routing.valid[..., None], y, jnp.nan)",
+        """more = jnp.tanh(x[:, :8] @ self.experts.w_in[0]).sum((1, 2), keepdims=True)
+    y = jnp.where(routing.valid[..., None], y + 1e-9 * more, jnp.nan)""",
+        claim(LAYER),
+    ),
+    Bug(
+        "certify: an array of tokens x experts x slots",
+        "moe_jax.model.moe.dispatch:Capacity.apply",
+        "plan = self.plan(routing)",
+        """plan = self.plan(routing)
+    mask = jax.nn.one_hot(plan.row, routing.logits.shape[-1] * self.slots).sum(-2)
+    x = x + 1e-9 * jnp.sort(mask, axis=1).max(-1, keepdims=True)""",
+        claim("arithmetic: arrays of one layer"),
+    ),
+    Bug(
+        "certify: the product with w_gate is missing",
+        "moe_jax.model.moe.experts:Experts._activate",
+        "jax.nn.silu(hidden[1]) * hidden[0]",
+        "jax.nn.silu(hidden[0])",
+        claim(LAYER),
+    ),
+    Bug(
+        "certify: no product is seen",
+        "moe_jax.system.hlo:product",
+        'instruction.opcode == "dot"',
+        'instruction.opcode == "dots"',
+        claim(LAYER),
+    ),
+    Bug(
+        "certify: every expert on every token",
+        "moe_jax.model.moe.layer:MoE.dispatch_for",
+        "return Capacity(capacity(tokens, experts, policy.top_k, policy.capacity_factor))",
+        "return AllExperts()",
+        claim(STEP.format("expert layers")),
+    ),
+    Bug(
+        "certify: the output of attention is multiplied twice",
+        "moe_jax.model.attention:Attention.__call__",
+        "return self._output(mixed.swapaxes(1, 2)), ",
+        "return self._output(mixed.swapaxes(1, 2)) + 1e-6 * self._output(jnp.tanh(mixed).swapaxes(1, 2)), ",
+        claim(STEP.format("attention")),
+    ),
+    Bug(
+        "certify: the head is multiplied twice",
+        "moe_jax.model.kernels.cross_entropy:mean_cross_entropy",
+        "return _blocked_mean(hidden, head, targets, loss_scale, weights)",
+        """once = _blocked_mean(hidden, head, targets, loss_scale, weights)
+    return once + 1e-6 * _blocked_mean(2 * hidden, head, targets, loss_scale, weights)""",
+        claim(STEP.format("head")),
+    ),
+    Bug(
+        "certify: products outside of the named parts",
+        "moe_jax.model.transformer:Transformer.__call__",
+        "return self.norm(x), ",
+        "x = x + 1e-6 * jnp.tanh(x) @ self.blocks[0].ffn.router[...] @ self.blocks[0].ffn.router[...].T"
+        "\n    return self.norm(x), ",
+        claim("arithmetic: the whole step"),
+    ),
+    Bug(
+        "certify: prompts without padding",
+        "moe_jax.inference.decode:Decoder.read",
+        "_padded(tokens, length)",
+        "_padded(tokens, len(tokens))",
+        claim("compilations"),
+    ),
+]
