@@ -8,16 +8,21 @@ The programs are `train.py`, `benchmark.py` and `python -m moe_jax COMMAND`.
 
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.config import ModelConfig, RoutingConfig
-
 if TYPE_CHECKING:
     from moe_jax.api import Run, load_run
+    from moe_jax.config import ModelConfig, RoutingConfig
     from moe_jax.model.moe.layer import MoE
 
 __all__ = ["MoE", "ModelConfig", "RoutingConfig", "Run", "load_run"]
 
-_LAZY_IMPORTS = {"load_run": "moe_jax.api", "Run": "moe_jax.api", "MoE": "moe_jax.model.moe.layer"}
-"""Names that need jax. They are imported at their first use, so that an error about a wrong flag comes fast."""
+_LAZY_IMPORTS = {
+    "MoE": "moe_jax.model.moe.layer",
+    "ModelConfig": "moe_jax.config",
+    "RoutingConfig": "moe_jax.config",
+    "Run": "moe_jax.api",
+    "load_run": "moe_jax.api",
+}
+"""Imported at their first use: an error about a wrong flag comes before jax, and Ctrl-C is caught before all else."""
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from moe_jax.cli.command import ModelCommand, check_range
 from moe_jax.config import UserError
 from moe_jax.system import environment
+from moe_jax.system.signals import unwinding
 from moe_jax.system.terminal import say, stream_text, working
 
 if TYPE_CHECKING:
@@ -109,8 +110,9 @@ class Chat(SamplingCommand):
         person = sys.stdin.isatty() and sys.stdout.isatty()
         if person:
             self._greet(run.checkpoint.step, tuned)
-        while not talk.ended and (line := _next_line(person)) is not None:
-            _answer(talk, line)
+        with unwinding():
+            while not talk.ended and (line := _next_line(person)) is not None:
+                _answer(talk, line)
         return 0
 
     def _greet(self, step: int, tuned: bool) -> None:

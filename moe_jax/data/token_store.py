@@ -34,6 +34,7 @@ from moe_jax.data.documents import SplitName
 from moe_jax.data.tokenizers import Tokenizer, encode_chats, load_tokenizer, train_tokenizer
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import cache_dir, json_text, locked
+from moe_jax.system.signals import unwinding
 from moe_jax.system.terminal import Report, document_progress
 
 FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
@@ -263,6 +264,7 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: b
     return tokenizer
 
 
+@unwinding()
 def _open_or_make(corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
     key = _digest([FORMAT, corpus.fingerprint(), tokenizer.digest])
     folder, draft = cache / key, cache / f"{key}.partial"

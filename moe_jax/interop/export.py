@@ -17,6 +17,7 @@ from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.runs.arrays import write_safetensors
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import json_text
+from moe_jax.system.signals import unwinding
 
 Target = Literal["hf", "gguf", "both", "safetensors"]
 Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]
@@ -57,6 +58,7 @@ def check_exportable(source: ExportSource, to: Target) -> Architecture | None:
     return architecture
 
 
+@unwinding()
 def export(source: ExportSource, to: Target, dtype: Dtype, out: Path, command: str) -> list[Path]:
     """Write the model, its tokenizer and its card into the new folder `out`. Returns the paths of the files.
 

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe_jax.system.signals import unwinding
+
 MAX_JSON_BYTES = 2**26
 """Largest JSON document that is read. The largest that a run has is a tokenizer, of a few MiB."""
 _KINDS = {
@@ -151,6 +153,7 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.draft")
 
 
+@unwinding()
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a plain file by a rename: a reader sees the old content or the new one, never a part, after a power loss
     too. An error or an interrupt leaves no draft behind. Raises UnsafeFile if something else has the name."""

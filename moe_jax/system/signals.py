@@ -1,7 +1,8 @@
 """How a program ends at a signal.
 
     Signals          training: the first signal saves and stops the run, a second Ctrl-C or SIGTERM ends it at once
-    interruptible    every program: Ctrl-C is an exception while it works, and is never lost
+    interruptible    every program: Ctrl-C ends it at once
+    unwinding        within that: Ctrl-C is an exception, for what must be tidied or goes on
 
 `training.loop.evaluate_and_save_if_due` asks `Signals` after each step whether a signal came, saves a checkpoint and
 raises `Stopped`.
@@ -24,7 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Signals of a person. The second one means: leave at once."""
@@ -107,7 +108,7 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.stop_signal = self.stop_signal or number
-        if self._raises:
+        if self._raises and not _importing(frame):
             self._raises = False
             raise Stopped(number)
 
@@ -134,8 +135,7 @@ class Signals:
                 _say(f"{signal.Signals(number).name}: stopping after this step is saved; {again} at once")
 
     def _leave(self, number: int) -> None:
-        _say(f"left at {signal.Signals(number).name}; {self.how_to_go_on}")
-        os._exit(128 + number)
+        _end(number, f"left at {signal.Signals(number).name}; {self.how_to_go_on}")
 
 
 def _say(text: str) -> None:
@@ -151,17 +151,43 @@ def _say(text: str) -> None:
     printing.join(_SAY_SECONDS)
 
 
+def _end(number: int, text: str) -> NoReturn:
+    """End the process now, with a line on stderr. On a terminal it takes the place of a progress bar."""
+    _say(f"\r\x1b[K\x1b[?25h{text}" if sys.stderr.isatty() else text)
+    os._exit(128 + number)
+
+
+# Programs that are not training
+
+
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within this context, Ctrl-C raises KeyboardInterrupt in the main thread, and is raised again where it was lost.
+    """Within this context, Ctrl-C ends the process at once, with one line and status 130.
 
-    Python raises it wherever the main thread is. In a callback of the garbage collector an exception cannot spread:
-    Python prints its traceback and goes on. `import jax` runs many such callbacks.
+    It raises no KeyboardInterrupt. In the import of an extension module that would become an ImportError or a SIGABRT,
+    and orbax waits forever if it comes while arrays are read.
 
-    After the context, Ctrl-C ends the process at once and without a word: Python only shuts down. A program that was
-    started with Ctrl-C ignored, as a shell does it in the background, goes on ignoring it.
+    After the context, Ctrl-C ends the process without a word: Python only shuts down. A program that was started with
+    Ctrl-C ignored, as a shell does it in the background, goes on ignoring it.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@contextmanager
+def unwinding() -> Iterator[None]:
+    """Within this context, Ctrl-C raises KeyboardInterrupt in the main thread instead, and is raised again where it was
+    lost: an exception cannot spread from a callback of the garbage collector.
+
+    Changes nothing outside `interruptible`, as in a notebook, or where another handler is set, as in training.
+    """
+    if signal.getsignal(signal.SIGINT) is not _interrupt or threading.current_thread() is not threading.main_thread():
         yield
         return
     before = sys.unraisablehook
@@ -176,11 +202,30 @@ def interruptible() -> Iterator[None]:
         else:
             before(lost)
 
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, _raise)
     sys.unraisablehook = hook
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, _interrupt)
         if sys.unraisablehook is hook:  # a hook set in the meantime serves threads that still run
             sys.unraisablehook = before
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _end(number, "error: interrupted")
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    if _importing(frame):
+        _interrupt(number, frame)
+    raise KeyboardInterrupt
+
+
+def _importing(frame: FrameType | None) -> bool:
+    """Whether this frame belongs to an import that has not ended."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False

@@ -64,11 +64,14 @@ def start(
     cache: Path,
     program: str = "train.py",
     output: IO[str] | None = None,
+    typed: bool = False,
 ) -> subprocess.Popen[str]:
-    """`output`: where a process that runs for long writes what it prints; a pipe that nobody reads would stop it."""
+    """`output`: where a process that runs for long writes what it prints; a pipe that nobody reads would stop it.
+    `typed`: its input is a pipe, which stays open."""
     command = [sys.executable, *(["-m", "moe_jax"] if program == COMMANDS else [str(ROOT / program)]), *arguments]
     out = output or subprocess.PIPE
-    return subprocess.Popen(command, env=environment(cache), stdout=out, stderr=out, text=True, cwd=cache)
+    typing = subprocess.PIPE if typed else None
+    return subprocess.Popen(command, env=environment(cache), stdin=typing, stdout=out, stderr=out, text=True, cwd=cache)
 
 
 def complete(arguments: list[str], cache: Path, program: str = "train.py") -> subprocess.CompletedProcess[str]:

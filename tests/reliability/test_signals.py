@@ -55,6 +55,36 @@ def test_the_first_signal_saves_the_step(number: int, echo: bool, text: Path, ca
     assert f"stopped at step {newest(out)}, which is saved" in printed
 
 
+COMMANDS = {
+    "doctor": [],
+    "chat": [],
+    "serve": ["--port", "0"],
+    "evaluate": [],
+    "inspect": ["--out", "report.html"],
+    "export": ["--out", "exported"],
+}
+MOMENTS = [(name, number) for name in COMMANDS for number in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), short_form(MOMENTS, [(n, k) for n, k in MOMENTS if k < 2 or (n == "doctor" and k < 6)])
+)
+def test_ctrl_c_at_any_moment_is_one_line(
+    name: str, number: int, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """While Python starts, jax and numpy are imported, programs compile, or the command works."""
+    if name == "serve":
+        pytest.importorskip("uvicorn")
+    out = [str(tmp_path / word) if word in ("report.html", "exported") else word for word in COMMANDS[name]]
+    process = runs.start([name, "--run", str(whole[0]), *out], cache, runs.COMMANDS, typed=True)
+    time.sleep(random.Random(f"{name} {number}").uniform(0.1, 6))
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (0, 130, -signal.SIGINT), err
+    assert [line for line in err.splitlines() if not line.startswith("loading ")] in ([], ["error: interrupted"]), err
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith((".partial", ".draft"))]
+
+
 NIGHT = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM)
 
 

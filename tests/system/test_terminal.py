@@ -1,17 +1,13 @@
-"""Wrapping of a text that arrives in pieces, broken streams, and Ctrl-C that is never lost."""
+"""Wrapping of a text that arrives in pieces, and broken streams."""
 
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.system.signals import interruptible
 from moe_jax.system.terminal import escape_controls, wrapped
 
 ROOT = Path(__file__).parents[2]
@@ -86,45 +82,3 @@ def test_broken_streams(redirection: str, status: int, tmp_path: Path) -> None:
 
 def test_control_characters_are_shown() -> None:
     assert escape_controls("a\x1b[2J\tb\n\x9b") == "a\\x1b[2J\tb\n\\x9b"
-
-
-@pytest.fixture
-def usual() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-class Interrupted:
-    """Ctrl-C arrives while Python removes it, as in a callback of the garbage collector."""
-
-    def __del__(self) -> None:
-        raise KeyboardInterrupt
-
-
-@pytest.mark.usefixtures("usual")
-def test_an_interrupt_that_cannot_spread_is_raised_again(capfd: pytest.CaptureFixture[str]) -> None:
-    def program() -> None:
-        Interrupted()
-        for _ in range(500):  # a sleep ends before it is raised
-            time.sleep(0.01)
-
-    with pytest.raises(KeyboardInterrupt), interruptible():
-        program()
-    assert "Traceback" not in capfd.readouterr().err
-
-
-@pytest.mark.usefixtures("usual")
-def test_an_ignored_interrupt_stays_ignored() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with interruptible():
-        signal.raise_signal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-
-
-def test_the_shutdown_ends_at_once() -> None:
-    code = "import atexit, signal, time; from moe_jax.system.signals import interruptible\n"
-    code += "atexit.register(lambda: signal.raise_signal(signal.SIGINT))\n"
-    code += "with interruptible(): pass\n"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, "")
