@@ -15,6 +15,7 @@ order, because the devices exchange data in it.
 import itertools
 import json
 import os
+import socket
 import sys
 import threading
 import warnings
@@ -60,8 +61,8 @@ def several() -> bool:
 def joined(group: ProcessGroup | None) -> Iterator[None]:
     """Within this block, this process belongs to the group. `None` is a process alone.
 
-    Raises UserError if jax cannot connect the processes. Ends this process with status 1 if the others do not answer
-    within ANSWER_SECONDS.
+    Raises UserError if the coordinator's port is in use, or jax cannot connect the processes. Ends this process with
+    status 1 if the others do not answer within ANSWER_SECONDS.
     """
     if group is None:
         yield
@@ -84,6 +85,8 @@ def _connect(group: ProcessGroup) -> None:
         }
         if group.local:
             address["coordinator_bind_address"] = group.coordinator
+        if group.index == 0:
+            _check_port(group)
     named = "cluster" if group.detected else group.coordinator
     # jax would abort the process with a stack trace, so a line is printed before.
     timer = threading.Timer(ANSWER_SECONDS, _end, [f"--coordinator-address {named}: not all processes have answered"])
@@ -106,6 +109,17 @@ def _connect(group: ProcessGroup) -> None:
         ) from None
     finally:
         timer.cancel()
+
+
+def _check_port(group: ProcessGroup) -> None:
+    """Raise UserError if the coordinator cannot listen: jax would end this process with SIGSEGV."""
+    host, _, port = group.coordinator.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        socket.create_server((host.strip("[]") if group.local else "", int(port)), family=family).close()
+    except OSError as error:
+        cause = f"process 0 cannot listen there ({os.strerror(error.errno or 0)}); name a free port"
+        raise UserError(f"--coordinator-address {group.coordinator}: {cause}") from None
 
 
 def _end(text: str) -> None:

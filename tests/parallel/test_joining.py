@@ -1,5 +1,6 @@
 """Processes that find each other, or say in one line why they do not."""
 
+import socket
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,15 @@ def test_flags_that_name_no_group(flags: str, line: str, tmp_path: Path, capsys:
     argv = ["--out", str(tmp_path / "run"), *flags.split()]
     assert main(lambda given: run_as(Train, given, "train.py"), argv) == 2
     assert capsys.readouterr().err.startswith(f"error: {line}")
+
+
+def test_a_port_that_is_in_use(folder: Path) -> None:
+    """Process 0 says so; the other one says that not all have answered."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        both = ended([start(folder, "port", i, port, env={"MOE_JAX_TEST_ANSWER": "4"}) for i in range(2)])
+    assert both.status == (1, 1)
+    named = f"error: --coordinator-address 127.0.0.1:{port}: "
+    assert both.errors[0] == f"{named}process 0 cannot listen there (Address already in use); name a free port\n"
+    assert both.errors[1] == f"{named}not all processes have answered within 4 s; start all at about the same time\n"
+    assert both.out == ("", "")
