@@ -25,7 +25,7 @@ from moe_jax.config import ConfigError, ExecutionConfig, RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.model.transformer import Params, merge
 from moe_jax.planning import search
-from moe_jax.planning.target import DEFAULT_GPU, Target, check_gpu, load_target
+from moe_jax.planning.target import DEFAULT_GPU, Target, load_target
 from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import alternate
@@ -188,7 +188,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--gpu", default="", help=f"the card to predict for without one; {DEFAULT_GPU} unless given")
     parser.add_argument("--rounds", type=int, default=9, help="how often each part runs on a card")
     asked = parser.parse_args(argv)
-    check_gpu(asked.gpu or DEFAULT_GPU)
+    load_target(asked.gpu or DEFAULT_GPU)
     console = Console()
     print(json_text(gpu(console, with_vocabulary(preset(asked.preset)), asked.gpu, asked.rounds)))
     return 0

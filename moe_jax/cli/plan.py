@@ -13,7 +13,7 @@ from moe_jax.cli.settings import COMMON, PRESET, SOURCE, RunCommand, Settings, r
 from moe_jax.config import ConfigError, MeshShape, PresetName, RunConfig, holds_run
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.section import word
-from moe_jax.planning.target import CARDS_PER_HOST, DEFAULT_GPU, check_gpu, load_target
+from moe_jax.planning.target import CARDS_PER_HOST, DEFAULT_GPU, load_target
 from moe_jax.system import environment
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import say, working
@@ -74,7 +74,7 @@ class Plan(RunCommand):
 
     def execute(self) -> int:
         check_range("--lora", self.lora, 0, 4096)
-        check_gpu(self.gpu)
+        target = load_target(self.gpu)
         config = self.settings.config
         if self.mesh:
             self._check_mesh()
@@ -82,7 +82,6 @@ class Plan(RunCommand):
         # Compiling for a described card needs no card, and must not occupy a real one.
         os.environ["JAX_PLATFORMS"] = "cpu"
         environment.prepare_environment()
-        target = load_target(self.gpu)
         name = config.init_from or (f"{config.upcycle}, upcycled," if config.upcycle else config.preset)
         say(
             f"{name} on {target.device_kind} (compute capability {target.compute_capability}, "

@@ -1,11 +1,10 @@
 """Descriptions of NVIDIA GPUs (`targets/*.txtpb`), as XLA's compiler reads them."""
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import ConfigError
 from moe_jax.system.environment import MIB
 
 GPU_TARGETS = Path(__file__).parent / "targets"
@@ -15,6 +14,7 @@ CARDS_PER_HOST = 8
 """Cards of one machine, in plans for more of them than this."""
 _LONGEST_DESCRIPTION = 1 << 20
 """Bytes. The descriptions that come with the package have about 2,000."""
+_EXAMPLES = f"the files in {GPU_TARGETS} show how a GPU is described"
 PREALLOCATED = 0.75
 """Share of a card's memory that JAX takes at start by default (XLA_PYTHON_CLIENT_MEM_FRACTION). A program gets no more.
 `system.environment` may choose another share for a small card; plans do not count on it."""
@@ -30,25 +30,25 @@ class Target:
     text: str
     """Text form of stream_executor.GpuTargetConfigProto."""
 
-    def _field(self, name: str) -> str:
-        """The number or the quoted text of a field. Raises UserError if the description has no such field."""
-        found = re.search(rf'\b{name}: *(?:"([^"]*)"|([0-9.]+))', self.text)
-        if found is None:
-            raise UserError(f"target {self.name}: its description has no {name}")
-        return found[1] or found[2]
+    def _field(self, name: str, form: str) -> str:
+        """The content of a field that has this form. Raises ConfigError if the description has none."""
+        value = re.search(rf"\b{name}: *{form}(?![^\s}}])", self.text)
+        if value is None:
+            raise ConfigError(f"--gpu {self.name}: its description has no {name}, or a wrong one; {_EXAMPLES}")
+        return value[1]
 
     def number(self, name: str) -> float:
-        """The number in a field, such as `core_count`. Raises UserError if the description has no such field."""
-        return float(self._field(name))
+        """The number in a field, such as `core_count`. Raises ConfigError if the description has no such field."""
+        return float(self._field(name, r"([0-9]+(?:\.[0-9]+)?)"))
 
     @property
     def memory(self) -> int:
         """Bytes that the card reports."""
-        return int(self._field("device_memory_size"))
+        return int(self._field("device_memory_size", r"([0-9]{1,18})"))
 
     @property
     def compute_capability(self) -> str:
-        """Such as "8.6". Raises UserError if the description has none.
+        """Such as "8.6". Raises ConfigError if the description has none.
 
         Other blocks have fields `major` and `minor` too, such as the version of cuDNN. A field that is 0 is left out
         of the text.
@@ -56,15 +56,12 @@ class Target:
         block = re.search(r"\bcuda_compute_capability *\{([^{}]*)\}", self.text)
         major, minor = (re.search(rf"\b{name}: *([0-9]+)", block[1] if block else "") for name in ("major", "minor"))
         if major is None:
-            raise UserError(
-                f"--gpu {self.name}: its description has no cuda_compute_capability; the files in {GPU_TARGETS} show "
-                "how a GPU is described"
-            )
+            raise ConfigError(f"--gpu {self.name}: its description has no cuda_compute_capability; {_EXAMPLES}")
         return f"{major[1]}.{minor[1] if minor else 0}"
 
     @property
     def device_kind(self) -> str:
-        return self._field("device_description_str")
+        return self._field("device_description_str", '"([^"]*)"')
 
     @property
     def platform(self) -> str:
@@ -82,29 +79,20 @@ class Target:
         return MARGIN * PREALLOCATED * self.memory / MIB
 
 
-def check_gpu(name: str) -> None:
-    """Raise ConfigError unless this is the name of a described GPU, or a file that describes one."""
-    names = sorted(path.stem for path in GPU_TARGETS.glob("*.txtpb"))
-    if name in names:
-        return
-    if not Path(name).is_file():
-        if os.sep in name or Path(name).suffix:
-            raise ConfigError(f"--gpu {name}: there is no such file; the names are {', '.join(names)}")
-        raise ConfigError(f"--gpu {name}: must be one of {', '.join(names)}, or a file that describes a GPU")
-    with open(name, "rb") as file:
-        start = file.read(_LONGEST_DESCRIPTION + 1)
-    if len(start) > _LONGEST_DESCRIPTION or b"\0" in start or b"device_memory_size" not in start:
-        raise ConfigError(f"--gpu {name}: does not describe a GPU; the files in {GPU_TARGETS} show how one does")
-
-
 def load_target(name: str) -> Target:
     """The target of this name that comes with the package, or else the target in the file of this path.
 
-    Raises UserError if the file is not UTF-8, and OSError if it is missing or cannot be read.
+    Raises ConfigError if there is no such file, or it does not describe a GPU.
     """
     ours = GPU_TARGETS / f"{name}.txtpb"
     path = ours if ours.is_file() else Path(name)
-    try:
-        return Target(path.stem, path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise UserError(f"--gpu {name}: is not UTF-8; the files in {GPU_TARGETS} show how a GPU is described") from None
+    if not path.is_file():
+        names = ", ".join(sorted(path.stem for path in GPU_TARGETS.glob("*.txtpb")))
+        raise ConfigError(f"--gpu {name}: must be one of {names}, or a file that describes a GPU")
+    with path.open("rb") as file:
+        start = file.read(_LONGEST_DESCRIPTION + 1)
+    target = Target(path.stem, start.decode(errors="replace"))
+    if len(start) > _LONGEST_DESCRIPTION or "device_memory_size" not in target.text:
+        raise ConfigError(f"--gpu {name}: does not describe a GPU; {_EXAMPLES}")
+    _ = target.memory, target.compute_capability, target.device_kind  # each raises ConfigError if it is wrong
+    return target

@@ -94,6 +94,8 @@ def guard_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
             os.set_inheritable(number, True)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # so the reader can say where the text is not UTF-8, and go on
     # Tests and notebooks replace the streams by their own, which stay. A character may not exist in the encoding.
     if sys.stdout is sys.__stdout__:
         sys.stdout = _guarded(sys.stdout, 1, outlived=False, errors="replace")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from moe_jax.config import UserError
+from moe_jax.config import ConfigError, UserError
 from moe_jax.model.precision import choose_policy
 from moe_jax.planning import device_memory
 from moe_jax.planning.device_memory import Bound, Memory, compile_for_gpu, measured
@@ -42,19 +42,41 @@ def test_the_compute_capability_is_read_from_its_own_block() -> None:
     assert Target("a100", f"{cudnn} cuda_compute_capability {{ major: 8 }} {cudnn}").compute_capability == "8.0"
     assert Target("b200", f"cuda_compute_capability {{\n  major: 10\n}}\n{cudnn}").compute_capability == "10.0"
     for text in (cudnn, f"cuda_compute_capability {{ minor: 5 }} {cudnn}"):
-        with pytest.raises(UserError, match=r"^--gpu x: its description has no cuda_compute_capability; the files in "):
+        with pytest.raises(
+            ConfigError, match=r"^--gpu x: its description has no cuda_compute_capability; the files in "
+        ):
             _ = Target("x", text).compute_capability
+
+
+OWN = """cuda_compute_capability { major: 8 minor: 6 } device_memory_size: 1048576 device_description_str: "é" """
 
 
 def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
     assert load_target("rtx3050-4gb").name == "rtx3050-4gb"
-    (tmp_path / "own.txtpb").write_text("text é", encoding="utf-8")
-    assert load_target(str(tmp_path / "own.txtpb")) == Target("own", "text é")
-    (tmp_path / "bad").write_bytes(b"\xff")
-    with pytest.raises(UserError, match=rf"^--gpu {tmp_path}/bad: is not UTF-8"):
-        load_target(str(tmp_path / "bad"))
-    with pytest.raises(FileNotFoundError):
+    (tmp_path / "own.txtpb").write_text(OWN, encoding="utf-8")
+    target = load_target(str(tmp_path / "own.txtpb"))
+    assert (target.name, target.memory, target.compute_capability, target.device_kind) == ("own", 2**20, "8.6", "é")
+    with pytest.raises(ConfigError, match=rf"^--gpu {tmp_path}/gone: must be one of h100-80gb, "):
         load_target(str(tmp_path / "gone"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("1048576", "4.2", "no device_memory_size, or a wrong one"),
+        ("1048576", "9" * 19, "no device_memory_size, or a wrong one"),
+        ("1048576", '"a"', "no device_memory_size, or a wrong one"),
+        ("device_memory_size", "memory", "does not describe a GPU"),
+        ('"é"', "é", "no device_description_str, or a wrong one"),
+        ("major", "minor", "no cuda_compute_capability"),
+        ("8", "x" * 2**20, "does not describe a GPU"),
+    ],
+)
+def test_a_wrong_description_is_one_line(old: str, new: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "own.txtpb"
+    path.write_text(OWN.replace(old, new), encoding="utf-8")
+    with pytest.raises(ConfigError, match=rf"^--gpu .*{said}; the files in .* show how a GPU is described$"):
+        load_target(str(path))
 
 
 def test_a_bound_that_equals_the_budget_fits() -> None:

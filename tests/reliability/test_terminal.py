@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -97,3 +98,16 @@ def test_chat_in_a_pipe_answers_each_line_and_nothing_else(whole: tuple[Path, di
     one = commands.run(command, whole[0], "the cat\n").stdout
     assert one.startswith("the cat")
     assert both.stdout.startswith(one + "the dog")
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_line_that_is_not_utf_8_is_refused_and_the_next_one_answered(
+    errors: str, whole: tuple[Path, dict], cache: Path
+) -> None:
+    command = [sys.executable, "-m", "moe_jax", "chat", "--run", str(whole[0]), "--max-tokens", "4"]
+    environment = runs.environment(cache) | {"PYTHONIOENCODING": f"utf-8:{errors}"}
+    typed = b"the cat\nthe \xff dog\nthe dog\n"
+    ended = subprocess.run(command, input=typed, env=environment, capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert ended.stdout.startswith(b"the cat")
+    assert b"\nthe text is not UTF-8 at character 4; give it in UTF-8\nthe dog" in ended.stdout
