@@ -15,7 +15,6 @@ line of the output is the result as JSON.
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -27,7 +26,7 @@ from moe_jax.cli.settings import read_set, run_arguments
 from moe_jax.config import ConfigError, Dense, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.system import environment
-from moe_jax.system.files import json_text, write_atomically
+from moe_jax.system.files import json_text, parse_json, write_atomically
 from moe_jax.system.signals import Signals, Stopped
 
 if TYPE_CHECKING:
@@ -108,7 +107,7 @@ def check_same_request(request: dict[str, Any], path: Path) -> None:
     if not path.exists():
         return
     try:
-        begun = json.loads(path.read_text(encoding="utf-8"))["asked"]
+        begun = parse_json(path.read_bytes())["asked"]
         begun["config"] = RunConfig.from_dict(begun["config"]).to_dict()
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"{path}: cannot be read; remove it, or name another --out") from None

@@ -90,13 +90,14 @@ class Pretrained:
     ) -> jax.Array:
         made = scratch[: _bytes(leaf)].view(leaf.dtype).reshape(leaf.shape)
         for piece in pieces:
-            source = self.weights.tensors[piece.tensor].map()
+            source = self.weights.tensors[piece.tensor].read()
             if piece.tensor not in digests:
                 digests[piece.tensor] = xxhash.xxh3_128_hexdigest(source.view(np.uint8))
             part = source[piece.part]
             target = made[piece.place]
             with np.errstate(over="ignore"):  # a value that is too large for the dtype is named below
                 target[...] = part.swapaxes(-1, -2) if piece.transposed else part
+            del source, part  # before the next tensor is read
             if not np.isfinite(target).all():
                 raise UserError(
                     f"{self.weights.folder}: tensor {piece.tensor} has NaN or infinite values in {leaf.dtype}; "
@@ -114,7 +115,7 @@ class Pretrained:
 
     def _check_tied(self) -> None:
         """Raise UserError if the folder holds a head that is not its embedding, although config.json ties them."""
-        embedding, head = (self.weights.tensors[name].map() for name in (EMBEDDING, HEAD))
+        embedding, head = (self.weights.tensors[name].read() for name in (EMBEDDING, HEAD))
         if not np.array_equal(embedding, head):
             raise UserError(
                 f"{self.weights.folder}: tensor {HEAD} is not the embedding, and config.json says "

@@ -6,6 +6,7 @@ library `safetensors` checks the header before any tensor is read. Files that ho
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,15 @@ class Tensor(NamedTuple):
     offset: int
     """First byte in the file."""
 
-    def map(self) -> np.ndarray:
-        """The tensor, mapped into memory: pages of the file are read when they are used. Read-only."""
-        return np.memmap(self.file, DTYPES[self.dtype], "r", self.offset, self.shape)
+    def read(self) -> np.ndarray:
+        """The tensor, in memory, read-only. A file that is mapped and then cut would end the process (SIGBUS). Raises
+        UserError if the file has been cut since its header was read."""
+        dtype = DTYPES[self.dtype]
+        self.file.seek(self.offset)
+        content = self.file.read(size := math.prod(self.shape) * dtype.itemsize)
+        if len(content) < size:
+            raise UserError(f"{self.file.name}: has become shorter while it was read; download it again")
+        return np.frombuffer(content, dtype).reshape(self.shape)
 
 
 @dataclass(frozen=True)

@@ -152,6 +152,14 @@ def test_headers_and_files_that_are_cut(folder: Path) -> None:
         refused(folder, "is no whole safetensors file")
 
 
+def test_a_file_that_is_cut_after_its_check(folder: Path) -> None:
+    """Reading a file that is mapped and then cut would end the process with SIGBUS."""
+    opened = Pretrained.open(folder, "--init-from")
+    os.truncate(folder / "model.safetensors", 3000)
+    with pytest.raises(UserError, match=r"model\.safetensors: has become shorter while it was read; download it again"):
+        opened.params(abstract_model(opened.shape.model)[1])
+
+
 # Folders and shards
 
 
