@@ -5,7 +5,7 @@ Each operation is a pair of functions:
     out, cache = NAME_forward(inputs)          the value, and what the backward pass needs of it
     gradients  = NAME_backward(d_out, cache)   d_out is dLoss/d_out; so are the names d_x, d_kernel, ...
 
-No file here asks jax for a derivative but `parity.py`, which holds every pair against `jax.grad` and
+No module here asks jax for a derivative but `parity.py`, which holds every pair against `jax.grad` and
 against finite differences: `python -m foundation` prints that table. `README.md` beside this file is the
 path through it.
 

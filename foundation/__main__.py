@@ -60,4 +60,7 @@ if __name__ == "__main__":
     except BrokenPipeError:  # the reader has left, such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it closes it
         status = 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        status = 130
     sys.exit(status)

@@ -1,5 +1,5 @@
-"""The check: a gradient by hand | by `jax.grad` | by finite differences. The one file here that calls
-autodiff.
+"""The check: a gradient by hand | by `jax.grad` | by finite differences. The one module here that
+calls autodiff; the notebooks compare with it, too.
 
 A backward pass is a function of a cotangent, so it is tested with a random one, d_out: the scalar
 

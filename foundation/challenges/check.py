@@ -23,7 +23,7 @@ class Unusable(Exception):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0 where it is right, 1 where it is not, 2 for an unknown operation."""
+    """Exit status 0 where it is right, 1 where it is not, 2 for an unknown operation, 130 after Ctrl-C."""
     parser = parser_of("check", __doc__)
     parser.add_argument("operation", help="as layernorm, or derivations/layernorm.py")
     parser.add_argument("--hint", action="store_true", help="the next hint")
@@ -41,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
         right = _judge(operation, challenge, load(path or folder / f"{operation}.py", operation, challenge.backward))
     except Unusable as problem:
         print(problem)
+        if isinstance(problem.__cause__, KeyboardInterrupt):
+            return 130
         right = False
     if right:
         score = read_score(folder)
@@ -95,8 +97,8 @@ def load(path: Path, operation: str, name: str) -> Callable[..., Any]:
     scope: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     try:
         exec(compile(source, str(path), "exec"), scope)
-    except (Exception, SystemExit) as error:
-        raise Unusable(f"{path}{_line(error, path)}: {what(error)}") from None
+    except BaseException as error:  # an endless loop ends with Ctrl-C
+        raise Unusable(f"{path}{_line(error, path)}: {what(error)}") from error
     if not callable(scope.get(name)):
         raise Unusable(f"{path}: has no function {name}; that is the name which is checked")
     return scope[name]
@@ -106,7 +108,12 @@ def what(error: BaseException) -> str:
     """The error's type and the first line of its message."""
     from foundation.exercises import first_line
 
-    return f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped with Ctrl-C"
+    try:
+        return f"{type(error).__name__}: {first_line(error)}"
+    except BaseException:  # the learner's own class of errors
+        return f"{type(error).__name__}: its message cannot be read"
 
 
 def _line(error: BaseException, path: Path) -> str:
@@ -122,7 +129,6 @@ def _judge(operation: str, challenge: Challenge, answer_of: Callable[..., Any]) 
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    from foundation.challenges.diagnosis import Named, examine
     from foundation.challenges.reference import Reference
     from foundation.checks import checks_of
 
@@ -132,27 +138,36 @@ def _judge(operation: str, challenge: Challenge, answer_of: Callable[..., Any]) 
     for check in (check for check in checks_of(operation) if isinstance(check, asked_for)):
         arguments, right, known = _case(check, challenge, inputs)
         try:
-            answer = answer_of(*arguments)
-        except (Exception, SystemExit) as error:
+            wrong = _first_wrong(names, answer_of(*arguments), right, known, challenge.backward)
+        except BaseException as error:  # of the function, or of an object that it returns
             path = Path(answer_of.__code__.co_filename) if hasattr(answer_of, "__code__") else Path()
-            raise Unusable(f"{_named(check)}\n  {path}{_line(error, path)}: {what(error)}") from None
-        if answer is None:
-            raise Unusable(f"{_named(check)}\n  not tried yet: {challenge.backward} returns None")
-        several = isinstance(answer, tuple) or (isinstance(answer, list) and len(names) > 1)
-        answers = answer if several else (answer,)
-        if len(answers) != len(names):
-            asked = ", ".join(names)
-            raise Unusable(f"{_named(check)}\n  {len(answers)} results, and {len(names)} are asked for: {asked}")
-        parts = [part for named in zip(names, answers, right, strict=True) for part in _parts(*named)]
-        results = [Named(name, _array(wanted)) for name, _, wanted in parts if wanted is not None]
-        for name, ours, wanted in parts:
-            others = [result for result in results if result.name != name]
-            finding = examine(name, ours, wanted, known, others)
-            if finding.wrong:
-                print(f"{_named(check)}\n  {finding.wrong}\n  {finding.meaning}")
-                return False
+            said = str(error) if isinstance(error, Unusable) else f"{path}{_line(error, path)}: {what(error)}"
+            raise Unusable(f"{_named(check)}\n  {said}") from error
+        if wrong:
+            print(f"{_named(check)}\n  {wrong.wrong}\n  {wrong.meaning}")
+            return False
         print(f"{_named(check):<50} ok", flush=True)
     return True
+
+
+def _first_wrong(names: list[str], answer: Any, right: tuple, known: list[Any], function: str) -> Any:
+    """The finding about the first wrong result, or None. Raises Unusable where the results cannot be compared."""
+    from foundation.challenges.diagnosis import Named, examine
+
+    if answer is None:
+        raise Unusable(f"not tried yet: {function} returns None")
+    several = isinstance(answer, tuple) or (isinstance(answer, list) and len(names) > 1)
+    answers = answer if several else (answer,)
+    if len(answers) != len(names):
+        raise Unusable(f"{len(answers)} results, and {len(names)} are asked for: {', '.join(names)}")
+    parts = [part for named in zip(names, answers, right, strict=True) for part in _parts(*named)]
+    results = [Named(name, _array(wanted)) for name, _, wanted in parts if wanted is not None]
+    for name, ours, wanted in parts:
+        others = [result for result in results if result.name != name]
+        finding = examine(name, ours, wanted, known, others)
+        if finding.wrong:
+            return finding
+    return None
 
 
 def _named(check: Any) -> str:

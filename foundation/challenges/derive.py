@@ -46,10 +46,10 @@ def main(argv: list[str] | None = None) -> int:
     if challenge is None:
         return 2
     path = arguments.folder / f"{arguments.operation}.py"
-    if path.exists():
-        print(f"{path}: is there already, and stays as it is; check it with {_check(arguments.operation)}")
-        return 0
     try:
+        if path.exists():
+            print(f"{path}: is there already, and stays as it is; check it with {_check(arguments.operation)}")
+            return 0
         arguments.folder.mkdir(parents=True, exist_ok=True)
         path.write_text(stub(arguments.operation, challenge), encoding="utf-8")
     except OSError as error:

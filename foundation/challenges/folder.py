@@ -12,7 +12,7 @@ def read_score(folder: Path) -> dict[str, Any]:
     """{"derived": [operations], "hints": {operation: shown}, "hunt": {...}}; empty where there is none, or no JSON."""
     try:
         found = json.loads((folder / _SCORE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         found = {}
     kinds = {"derived": list, "hints": dict, "hunt": dict}
     found = found if isinstance(found, dict) else {}

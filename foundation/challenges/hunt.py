@@ -104,7 +104,7 @@ def _failed_before(score: dict[str, Any]) -> list[str]:
     """The rows that failed when the bug was planted. Empty if the table did not end, or if the file holds no such."""
     try:
         rows = json.loads(base64.b64decode(score["hunt"]["failed"])[::-1])
-    except (LookupError, ValueError, TypeError):
+    except (LookupError, ValueError, TypeError, RecursionError):
         return []
     return [row for row in rows if isinstance(row, str)] if isinstance(rows, list) else []
 

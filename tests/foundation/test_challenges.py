@@ -1,6 +1,7 @@
 """A right derivation passes, and a wrong one is told what is wrong with it, whatever it is."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -78,6 +79,11 @@ WRONG = {
     "softmax_backward = 7": "has no function softmax_backward",
     "def softmax_backward(d_p, cache:": "line 1: SyntaxError",
     "exit(3)": "SystemExit",
+    "def softmax_backward(d_p, cache):\n    raise GeneratorExit('early')": "line 2: GeneratorExit: early",
+    "class Odd(BaseException):\n    def __str__(self): return 7\nraise Odd": "line 3: Odd: its message cannot be read",
+    "class S:\n    @property\n    def shape(self): raise OSError('none')\n"
+    "def softmax_backward(d_p, cache):\n    return S()": "line 3: OSError: none",
+    "class S:\n    shape = dtype = 7\ndef softmax_backward(d_p, cache):\n    return S()": "an array of numbers",
 }
 
 
@@ -93,15 +99,24 @@ def test_a_wrong_answer_of_any_kind_is_told_what_is_wrong(
     assert "Traceback" not in out + err
 
 
+@pytest.mark.parametrize("at", ["def softmax_backward(d_p, cache):\n    ", ""], ids=["the function", "the file"])
+def test_ctrl_c_ends_an_endless_loop(at: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "softmax.py").write_text(f"import _thread\n{at}while True: _thread.interrupt_main()")
+    assert run(tmp_path, "check", "softmax") == 130
+    assert re.search(r"softmax.py, line [23]: stopped with Ctrl-C$", capsys.readouterr().out.strip())
+
+
 def test_files_that_cannot_be_read_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(tmp_path, "check", "softmax") == 1
     assert "python -m foundation derive softmax" in capsys.readouterr().out
     (tmp_path / "softmax.py").write_bytes(b"\xff\xfe\x00")
     assert run(tmp_path, "check", "softmax") == 1
-    (tmp_path / "score.json").write_text("[1, 2")
-    assert run(tmp_path, "check", "softmax", "--hint") == 0
+    for text in ("[1, 2", "[" * 100_000):
+        (tmp_path / "score.json").write_text(text)
+        assert run(tmp_path, "check", "softmax", "--hint") == 0
     (tmp_path / "file").write_text("")
-    assert run(tmp_path / "file", "derive", "softmax") == 1
+    for folder in ("file", "a" * 300):
+        assert run(tmp_path / folder, "derive", "softmax") == 1
     assert "Traceback" not in capsys.readouterr().err
 
 

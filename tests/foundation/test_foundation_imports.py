@@ -1,4 +1,5 @@
-"""No module of `foundation` but parity.py differentiates with jax, and importing it changes no setting."""
+"""No module of `foundation` but parity.py differentiates with jax (the notebooks do), and importing it changes no
+setting."""
 
 import ast
 import subprocess
