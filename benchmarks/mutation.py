@@ -65,9 +65,9 @@ NEAREST = {
 CHECKS = {package: ["tests/test_records.py"] for package in PACKAGES}
 CHECKS |= {name: ["tests/test_checks.py", "tests/test_records.py"] for name in ("model", "training", "inference")}
 BROAD = ["tests/test_bridge.py", *RUNS]
-LEFT_OUT = ("tests/reliability", "tests/peers", "tests/browser", "tests/support", "tests/foundation")
+LEFT_OUT = ("tests/reliability", "tests/browser", "tests/support", "tests/foundation")
 """Tests of real processes, other programs and pages, and helpers."""
-MARKERS = "not reliability and not plan and not notebooks and not package and not peers"
+MARKERS = "not reliability and not plan and not notebooks and not package"
 EXIT_OF_NO_TESTS = 5
 
 

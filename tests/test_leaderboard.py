@@ -2,7 +2,6 @@
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 
 import pytest
@@ -38,26 +37,3 @@ def test_the_command_gives_the_configuration_back(changed: bool, tmp_path: Path,
     assert words[:3] == ["uv", "run", "train.py"]
     arguments = [config.data.source if word == "FOLDER" else word for word in words[3:]]
     assert Train.parse(arguments).settings.config == config
-
-
-def test_an_upcycled_run_costs_what_its_dense_run_did_besides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense, own = tmp_path / "dense", tmp_path / "own"
-    config = preset("nano")
-    as_dense = dataclasses.replace(config, model=dataclasses.replace(config.model, dense="active"))
-    summary = {"val_whole_stream": True, "val_bits_per_byte": 1.0, "train_drop_fraction": 0.0, "val_drop_fraction": 0.0}
-    summary |= {"precision": "float32", "steps": 3, "best_step": 2, "wall_seconds": 60.0}
-    for run, of, flops, inherited in (
-        (dense, as_dense, 5e12, 0.0),
-        (own, dataclasses.replace(config, upcycle=str(dense)), 2e12, 4e12),
-    ):
-        (run / "checkpoints/step_00000003").mkdir(parents=True)
-        (run / "config.json").write_text(json.dumps(of.to_dict()))
-        costs = {"training_flops": flops, "inherited_flops": inherited}
-        (run / "summary.json").write_text(json.dumps(summary | costs))
-    monkeypatch.setattr(leaderboard, "compiled_flops", lambda config, steps: steps * (1 if config.upcycle else 10))
-    cells = leaderboard.row(own).split(" | ")
-    assert cells[1:4] == ["6e+12", "23", "2 min"]
-    first, then = cells[5].split(", then ")
-    assert "--model.dense=active" in first
-    assert first.endswith("--out DENSE`")
-    assert then.endswith("--upcycle DENSE`")

@@ -1,6 +1,5 @@
 """The kernels of a GPU program and their traffic, on texts whose bytes are counted by hand."""
 
-import pytest
 from predicted.kernels import Kernel, read_kernels
 
 SUM = """%sum (x: f32[], y: f32[]) -> f32[] {
@@ -114,61 +113,3 @@ ENTRY %main (t: f32[1000,100], i: s32[3,1]) -> f32[1000,100] {
     assert traffic(gather) == (1200 + 12, 1200)
     assert traffic(scatter) == (1200 + 12, 2400)
     assert "scatter" in scatter.inner
-
-
-def test_a_librarys_product_without_its_workspace_and_launches_that_are_waited_for_later() -> None:
-    """The product reads [6,40,24] and [6,24,56] and writes [6,40,56], in bfloat16. `fusion-start` is one launch, and
-    `copy-start` another; what waits for them is none."""
-    product, fusion, copy = read_kernels(
-        """%fused (p: bf16[6,40,56]) -> bf16[40,56] {
-  %p = bf16[6,40,56]{2,1,0} parameter(0)
-  ROOT %s = bf16[40,56]{1,0} slice(%p), slice={[0:1], [0:40], [0:56]}
-}
-ENTRY %main (a: bf16[6,40,24], b: bf16[6,24,56]) -> bf16[40,56] {
-  %a = bf16[6,40,24]{2,1,0} parameter(0)
-  %b = bf16[6,24,56]{2,1,0} parameter(1)
-  %call = (bf16[6,40,56]{2,1,0}, s8[4194304]{0}) custom-call(%a, %b), custom_call_target="__cublas$gemm", \
-backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"]}}}
-  %y = bf16[6,40,56]{2,1,0} get-tuple-element(%call), index=0
-  %s = ((bf16[6,40,56]{2,1,0}), bf16[40,56]{1,0}, u32[]) fusion-start(%y), kind=kLoop, calls=%fused
-  %d = bf16[40,56]{1,0} fusion-done(%s)
-  %cs = (bf16[40,56]{1,0}, bf16[40,56]{1,0}, u32[]) copy-start(%d)
-  ROOT %cd = bf16[40,56]{1,0} copy-done(%cs)
-}
-"""
-    )
-    assert traffic(product) == (2 * 6 * 40 * 24 + 2 * 6 * 24 * 56, 2 * 6 * 40 * 56)
-    assert [dot.flops for dot in product.dots] == [2 * 6 * 40 * 24 * 56]
-    assert traffic(fusion) == traffic(copy) == (2 * 40 * 56, 2 * 40 * 56)
-    assert (fusion.opcode, copy.opcode) == ("fusion", "copy")
-
-
-@pytest.mark.parametrize(
-    ("left", "right", "out", "attributes", "multiplications"),
-    [
-        ("bf16[6,40]", "bf16[40,8]", "bf16[6,8]", "dim_labels=bf_io->bf", 6 * 40 * 8),
-        # Six pairs of matrices. Most pairs of a result and a tap of the window meet an inserted zero.
-        (
-            "bf16[2,3,5,4]",
-            "bf16[2,3,4,7]",
-            "bf16[2,3,5,7]",
-            "window={size=2x3 stride=1x2 lhs_dilate=2x3}, dim_labels=01bf_01io->01bf",
-            2 * 3 * 5 * 4 * 7,
-        ),
-        # A window of 3 over 5 entries, with a padding of 1 at each end: 3 x 5 - 2 pairs.
-        ("f32[5,1,1]", "f32[3,1,1]", "f32[5,1,1]", "window={size=3 pad=1_1}, dim_labels=0bf_0io->0bf", 13),
-        ("s32[6,40]", "s32[40,8]", "s32[6,8]", "dim_labels=bf_io->bf", 0),
-    ],
-)
-def test_a_product_that_a_tpu_writes_as_a_convolution(
-    left: str, right: str, out: str, attributes: str, multiplications: int
-) -> None:
-    (kernel,) = read_kernels(
-        f"HloModule jit_f\nENTRY %main (a: {left}, b: {right}) -> {out} {{\n"
-        f"  %a = {left}{{1,0:T(8,128)}} parameter(0)\n"
-        f"  %b = {right}{{1,0:T(8,128)}} parameter(1)\n"
-        f"  ROOT %c = {out}{{1,0:T(8,128)S(1)}} convolution(%a, %b), {attributes}, "
-        'operand_precision={highest,highest}, metadata={op_name="jit(f)/head/dot"}\n}\n'
-    )
-    (dot,) = kernel.dots
-    assert (dot.total, dot.precision, "head" in kernel.scopes) == (2 * multiplications, "highest", True)

@@ -1,6 +1,6 @@
 """The suite `peers`: both sides have one shape, each is compared in its faster form; how the process of Mixtral ends.
 
-`tests/peers` compares the real model with ours.
+`tests/interop` compares the models themselves.
 """
 
 import contextlib

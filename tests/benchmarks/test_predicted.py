@@ -5,19 +5,17 @@ The compiled ones need the extra `gpu-plan` and the group `tpu-plan`, and have t
 
 import dataclasses
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
-import plan_pods
 import pytest
 from predicted import many_devices
 from predicted.ahead_of_time import Compiled, Devices
-from predicted.collectives import GroupedCollective, groups_along, read_grouped
-from predicted.interconnect import Hosts, Torus
+from predicted.collectives import GroupedCollective, read_grouped
+from predicted.interconnect import Hosts
 from predicted.kernels import Kernel, read_kernels
-from predicted.many_devices import DevicePlan, Step, on_other_mesh, read_plan
-from predicted.roofline import REST, Rates, predict
+from predicted.many_devices import DevicePlan, Step, read_plan
+from predicted.roofline import Rates, predict
 from predicted.tpu import Slice
 
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
@@ -32,10 +30,6 @@ from tests.support.programs import compiled_for_gpu
 RATES = Rates(bytes=1e9, float32=1e12, tf32=2e12, narrow=4e12, launch=1e-6)
 MIB = 2**20
 HOSTS = Hosts("bus", card=8e9, per_host=4, network_name="net", network=1e9, source="here")
-TORUS = Torus("links", link=1e9, wraps=4, source="here")
-"""A dimension of 4 chips is a ring here."""
-GRID = [(x, y) for y in range(4) for x in range(4)]
-ALL_16 = (tuple(range(16)),)
 
 
 def dot(dtype: str, precision: str = "default", flops: int = 8_000_000) -> Dot:
@@ -61,24 +55,6 @@ def test_a_kernel_takes_the_longer_of_memory_and_products_and_its_launch(found: 
     assert RATES.seconds(found) == pytest.approx(1e-6 * microseconds)
 
 
-def test_a_program_is_the_sum_of_its_kernels_by_part() -> None:
-    found = predict(
-        [
-            kernel("jit(step)/transpose(jvp(head))/while/body/dot_general", 10**6, 0, runs=3),
-            kernel("jit(step)/jvp(ffn)/experts/dot_general", 0, 2 * 10**6),
-            kernel("jit(step)/jvp(ffn)/router/dot_general", 0, 0),
-            kernel("jit(step)/jvp()/gather", 0, 0),
-        ],
-        RATES,
-    )
-    assert (found.kernels, found.traffic_gb) == (6, pytest.approx(5e-3))
-    assert found.milliseconds == pytest.approx(5 + 6e-3)
-    assert found.traffic_by_part["head and loss"] == pytest.approx(3e-3)
-    assert found.milliseconds_by_part["experts"] == pytest.approx(2 + 1e-3)
-    assert found.milliseconds_by_part["routing"] == found.milliseconds_by_part[REST] == pytest.approx(1e-3)
-    assert found.milliseconds_by_part["optimizer"] == 0
-
-
 def collective(kind: Any, groups: tuple, size: int = 800_000, loops: tuple = ()) -> GroupedCollective:
     """`size` numbers of one byte on each device."""
     return GroupedCollective(kind, (("s8", (size,)),), groups, loops)
@@ -102,25 +78,6 @@ def test_time_of_a_collective_between_cards(kind: Any, groups: tuple, microsecon
     places = [HOSTS.place(device) for device in range(8)]
     assert HOSTS.seconds(collective(kind, groups), places) == pytest.approx(1e-6 * microseconds)
     assert HOSTS.seconds(collective(kind, groups, loops=(3,)), places) == pytest.approx(3e-6 * microseconds)
-
-
-@pytest.mark.parametrize(
-    ("kind", "groups", "microseconds"),
-    [
-        # The whole 4 x 4 torus: two rings of two directions leave each chip, 4 GB/s, of which 80 % is reached.
-        ("all-reduce", ALL_16, 2 * 750e3 / 3.2e3),
-        # A row of 4 chips is a ring: 2 GB/s.
-        ("all-reduce", tuple(tuple(range(4 * y, 4 * y + 4)) for y in range(4)), 2 * 600e3 / 1.6e3),
-        # Across the middle of 4 x 4 go 4 rings with 2 links each; 8 chips send half of 800 kB to the other side.
-        ("all-to-all", ALL_16, 8 * 400e3 / (8 * 0.8e3)),
-        # Every second chip of a row: hops over two links, which the other half of the row uses too. As many links go
-        # round the ring, so each group has half of 2 GB/s.
-        ("all-reduce", tuple((4 * y + x, 4 * y + x + 2) for y in range(4) for x in range(2)), 2 * 400e3 / 0.8e3),
-        ("all-reduce", ((0,), (1,)), 0.0),
-    ],
-)
-def test_time_of_a_collective_on_a_torus(kind: Any, groups: tuple, microseconds: float) -> None:
-    assert TORUS.seconds(collective(kind, groups), GRID) == pytest.approx(1e-6 * microseconds)
 
 
 # The predicted step of a toy program
@@ -161,39 +118,6 @@ def test_the_row_of_a_toy_program_by_hand() -> None:
     assert (plan.arguments_mib, plan.temporary_mib, plan.total_mib, plan.fits) == (20, 3, 24, True)
 
 
-def test_a_table_of_devices(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A compiler that gives the toy program for every mesh: each row is printed, and the last line is JSON."""
-
-    def compiled(config: RunConfig, mesh: str, devices: Devices, sequences: int) -> Step:
-        alone = TOY.replace("{{0,1}}", "{{0}}")  # nothing is sent
-        return dataclasses.replace(step(devices.count, alone, mesh), devices=devices)
-
-    monkeypatch.setattr(many_devices, "compiled_for", compiled)
-    monkeypatch.setattr(many_devices, "derived_plan", lambda *_: None)
-    assert plan_pods.run(["--scaling", "--gpu", "h100-80gb"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines[2:7]] == ["1", "2", "4", "8", "16"]
-    rows = json.loads(lines[-1])["rows"]
-    assert [row["devices"] for row in rows] == [1, 2, 4, 8, 16]
-    assert rows[0]["efficiency"] == 1
-
-
-@pytest.mark.parametrize(
-    ("axes", "smaller", "larger"),
-    [
-        (("data",), ((0, 2), (1, 3)), ((0, 2, 4, 6), (1, 3, 5, 7))),
-        (("expert",), ((0, 1), (2, 3)), ((0, 1), (2, 3), (4, 5), (6, 7))),
-        (("data", "expert"), ((0, 1, 2, 3),), ((0, 1, 2, 3, 4, 5, 6, 7),)),
-    ],
-)
-def test_the_same_program_on_a_larger_mesh(axes: tuple[str, ...], smaller: tuple, larger: tuple) -> None:
-    old, new = {"data": 2, "expert": 2}, {"data": 4, "expert": 2}
-    assert groups_along(old, axes) == smaller
-    found = GroupedCollective("all-reduce", (("f32", (5,)),), smaller, ())
-    assert on_other_mesh(found, old, new).groups == larger
-    assert on_other_mesh(found, old, new).bytes == 20
-
-
 @pytest.mark.parametrize(
     ("written", "groups"),
     [
@@ -216,15 +140,10 @@ def one(attributes: str) -> str:
     )
 
 
-@pytest.mark.parametrize("written", ["replica_groups=@named", "channel_id=1", "replica_groups=mesh['a'=4] {'a':(1)2}"])
-def test_groups_in_an_unknown_form_are_an_error(written: str) -> None:
-    with pytest.raises(ValueError, match="unknown form"):
-        read_grouped(one(written))
-
-
 # Compiled
 
 
+@pytest.mark.slow
 @compiled_for_gpu
 def test_the_kernels_and_the_traffic_of_a_step_of_seed_158m() -> None:
     """With every back end of a 4 GB card: few launches, and no float32 product beside the router's."""
@@ -264,6 +183,7 @@ def check_compiled(asked: Devices, expert: int) -> DevicePlan:
     return plan
 
 
+@pytest.mark.slow
 @pytest.mark.plan
 @pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: uv run --group tpu-plan --extra gpu-plan pytest -m plan")
 @pytest.mark.timeout(1800)
@@ -272,6 +192,7 @@ def test_a_slice_of_four_chips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     check_compiled(Devices.tpus(Slice(4)), 4)
 
 
+@pytest.mark.slow
 @compiled_for_gpu
 def test_two_cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))

@@ -21,7 +21,6 @@ CHOICES = [
     {"question": "", "choices": ["A dragon", "B"], "answer": 0},
 ]
 TEXTS = [{"text": saved_run.STORY.strip()}, {"text": "a cake"}]
-QUESTIONS = [{"question": "Once upon", "answer": "x"}, {"question": "The dragon and", "answer": "y"}]
 COMMON = """
 dataset_path: json
 dataset_kwargs:
@@ -46,17 +45,6 @@ doc_to_target: "{{text}}"
 metric_list:
   - metric: bits_per_byte
 """
-WRITE = """
-task: made_write
-output_type: generate_until
-doc_to_text: "{{question}}"
-doc_to_target: "{{answer}}"
-generation_kwargs:
-  until: ["q"]
-  max_gen_toks: 6
-metric_list:
-  - metric: exact_match
-"""
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Run, str]]:
     with saved_run.quick_training(root / "cache", samples=False) as patch:
         patch.setenv("HF_HOME", str(root / "hub"))
         patch.setenv("HF_DATASETS_CACHE", str(root / "datasets"))
-        for name, text, rows in (("choice", CHOICE, CHOICES), ("whole", WHOLE, TEXTS), ("write", WRITE, QUESTIONS)):
+        for name, text, rows in (("choice", CHOICE, CHOICES), ("whole", WHOLE, TEXTS)):
             file = root / f"{name}.jsonl"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
             (root / f"{name}.yaml").write_text(text + COMMON.format(file=file))
@@ -117,20 +105,8 @@ def test_bits_per_byte_of_whole_texts(made: tuple[Run, str]) -> None:
     assert score.value == pytest.approx(-(first + second) / size / np.log(2), rel=1e-5)
 
 
-def test_texts_that_the_model_writes(made: tuple[Run, str]) -> None:
-    """Greedy, as `generate` at temperature 0, up to a stop string, which is left out."""
-    run, _ = made
-    prompts = [row["question"] for row in QUESTIONS]
-    wholes = [run.generate(p, temperature=0.0, max_tokens=8).removeprefix(p) for p in prompts]
-    stop = wholes[0][3:5]
-    ask = [Instance("generate_until", {}, (p, {"until": [stop, "q"], "max_gen_toks": 8}), 0) for p in prompts]
-    cut = [whole.partition(stop)[0].partition("q")[0] for whole in wholes]
-    assert RunModel(run).generate_until(ask) == cut
-    assert cut[0] != wholes[0]
-
-
 def test_the_script(made: tuple[Run, str], capsys: pytest.CaptureFixture[str]) -> None:
     run, folder = made
-    assert tasks.run(["made_choice, made_write", "--task-files", folder, "--run", str(run.config.run_dir)]) == 0
+    assert tasks.run(["made_choice, made_whole", "--task-files", folder, "--run", str(run.config.run_dir)]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
-    assert [(row["task"], row["metric"]) for row in rows] == [("made_choice", "acc"), ("made_write", "exact_match")]
+    assert [(row["task"], row["metric"]) for row in rows] == [("made_choice", "acc"), ("made_whole", "bits_per_byte")]

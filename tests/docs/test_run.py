@@ -16,7 +16,7 @@ pytestmark = pytest.mark.reliability
 NOT_RUN = {
     "--extra gpu-plan": "needs the extra gpu-plan; tests/planning runs it",
     "--extra gguf": "needs the package gguf; tests/interop runs it",
-    "--extra peers": "needs PyTorch; tests/peers runs it",
+    "--extra peers": "needs PyTorch; tests/interop runs it",
     "pytest": "is what runs this",
     "python -m foundation": "takes minutes; tests/foundation runs the same checks",
     "moe_jax serve": "does not end by itself; tests/reliability/test_serve.py runs it",

@@ -12,16 +12,11 @@ from moe_jax.model.layers import (
     dropout,
     keep_mask,
 )
-from moe_jax.model.precision import at_least_float32
 from moe_jax.planning.device_memory import for_described_gpu
 from moe_jax.planning.target import load_target
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 from tests.support.programs import scatter_adds_of_floats
-
-
-def test_rmsnorm_has_no_bias() -> None:
-    assert not hasattr(Normalisation("rmsnorm", 4, True), "bias")
 
 
 def test_norm_statistics_are_float32_in_bfloat16() -> None:
@@ -62,12 +57,6 @@ def test_a_mask_is_the_halves_of_random_words_in_order() -> None:
         mask = keep_mask(one_key(0), rate, (5,))
         assert mask.dtype == bool
         assert mask[0].tolist() == [half >= least for half in halves[:5]]
-
-
-def test_wide_dtypes() -> None:
-    assert [str(at_least_float32(d)) for d in ("bfloat16", "float16", "float32")] == ["float32"] * 3
-    with jax.enable_x64(True):
-        assert at_least_float32("float64") == "float64"
 
 
 # Rows of a table, and both forms of their gradient, against sums in float64
@@ -111,19 +100,6 @@ def test_a_nan_stays_with_its_id() -> None:
     found = np.asarray(lookup.sum_by_id(ids, jnp.asarray(rows), 5))
     assert np.isnan(found[1]).all()
     np.testing.assert_array_equal(found[[0, 2, 3, 4], 0], [2, 1, 2, 0])
-
-
-@pytest.mark.parametrize(("platform", "scatters"), [("cuda", 0), ("tpu", 0), ("cpu", 1)])
-def test_only_a_cpu_gets_a_scatter_add(platform: str, scatters: int) -> None:
-    table, ids = jax.ShapeDtypeStruct((50, 4), jnp.float32), jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    rows = jax.ShapeDtypeStruct((2, 8, 4), jnp.float32)
-
-    def gradient(table, ids, d_rows):
-        return jax.vjp(lambda t: lookup.embedding_lookup(t, ids), table)[1](d_rows)
-
-    with for_described_gpu():
-        text = jax.jit(gradient).trace(table, ids, rows).lower(lowering_platforms=(platform,)).as_text()
-    assert len(scatter_adds_of_floats(text)) == scatters
 
 
 @pytest.mark.parametrize(

@@ -109,12 +109,6 @@ def test_a_tied_head_learns_in_bfloat16(counted: bool) -> None:
         np.testing.assert_allclose(np.asarray(ours, "float32"), expected, atol=2e-2 * np.abs(expected).max())
 
 
-def test_far_logits_do_not_overflow() -> None:
-    """Of logits 1000 and -1000, the second costs 2000 nats and the first none; float32's exp(1000) is infinite."""
-    logits = jnp.array([[1000.0, -1000.0]] * 2)
-    assert token_losses(logits, jnp.array([1, 0])).tolist() == [2000, 0]
-
-
 def zero_columns(dtype: str, scale: float) -> float:
     """The share of the head's columns whose gradient is exactly 0, for 64 tokens with logits of deviation 16."""
     rng = np.random.default_rng(0)

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
-from moe_jax.model.kernels.matmul import _row_matmul, matmul, matmul_wide, transpose_contiguous, vector_matmul
-from moe_jax.model.kernels.row_sum import part_at, row_at, row_sum
+from moe_jax.model.kernels.matmul import _row_matmul, matmul, matmul_wide, vector_matmul
 from moe_jax.system.hlo import read_program
 from tests.support import tiny
 
@@ -83,11 +82,6 @@ def test_products_of_one_row_write_no_matrix() -> None:
     assert temporary(matmul, jnp.zeros((1, 512), jnp.bfloat16), weights[0]) <= few_rows
 
 
-def test_transpose_contiguous() -> None:
-    x = np.arange(24.0).reshape(2, 3, 4)
-    np.testing.assert_array_equal(jax.jit(transpose_contiguous)(x), x.swapaxes(1, 2))
-
-
 @pytest.mark.parametrize("kind", ["plain", "a group each"])
 def test_left_operands_are_summed_along_the_axis_that_is_contiguous(kind: str) -> None:
     """Of all three products, in bfloat16, in the compiled program of a CPU: what its library multiplies fast."""
@@ -104,29 +98,6 @@ def test_left_operands_are_summed_along_the_axis_that_is_contiguous(kind: str) -
     assert len(dots) == 3
     for operand, summed in dots:
         assert layouts[operand].split(",")[0] == summed, operand
-
-
-# Sums of rows
-
-
-@pytest.mark.parametrize("rows", [1, 2, 7, 12, 48])
-def test_each_row_is_added_once(rows: int) -> None:
-    """The term of row i is 1 at place i and 0 elsewhere, so that the sum counts how often each row was added."""
-    total = jnp.asarray(np.random.default_rng(0).integers(0, 9, (2, rows)), jnp.float32)
-    found = jax.jit(lambda total: row_sum(lambda i: jax.nn.one_hot(i, rows), rows, total))(total)
-    np.testing.assert_array_equal(found, total + 1)
-
-
-def test_a_row_of_an_index(float64: None) -> None:
-    """With indices of both types, as loops and routers have them."""
-    matrix = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
-    at = jax.jit(lambda matrix, expert, i: row_at(matrix, expert, i))
-    for expert in range(2):
-        for i in range(3):
-            np.testing.assert_array_equal(at(matrix, jnp.int32(expert), i), matrix[expert, i])
-    np.testing.assert_array_equal(row_at(jnp.asarray(matrix), jnp.int32(1)), matrix[1])
-    part = jax.jit(lambda matrix, i: part_at(matrix, jnp.int32(1), i, jnp.int32(2), sizes=(2,)))
-    np.testing.assert_array_equal(part(matrix, 1), matrix[1, 1, 2:])
 
 
 # Groups of rows, each times its expert's matrix: the forms by copies and in turn, the reference, and NumPy
