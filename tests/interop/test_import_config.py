@@ -9,6 +9,7 @@ import pytest
 
 from moe_jax.config import ConfigError, UserError
 from moe_jax.interop.pretrained import Pretrained
+from moe_jax.interop.pretrained_shape import read_shape
 from tests.interop.made import llama, read, refused
 
 
@@ -94,6 +95,39 @@ def test_a_window_shorter_than_the_context_bounds_the_context(folder: Path) -> N
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         assert Pretrained.open(folder, "--init-from").shape.model.seq_len == longest
+
+
+LEFT_OUT = {
+    "llama": (1e-6, 1e4, 8, 8, None),
+    "qwen3": (1e-6, 1e4, 32, 128, None),
+    "mixtral": (1e-5, 1e6, 8, 8, (2, True)),
+    "qwen3_moe": (1e-6, 1e4, 4, 8, (8, False)),
+    "olmoe": (1e-5, 1e4, 8, 8, (8, False)),
+}
+"""Class of transformers -> what a field that is left out means there: rms_norm_eps, rope_theta, num_key_value_heads,
+head_dim, and (num_experts_per_tok, norm_topk_prob)."""
+
+
+@pytest.mark.parametrize("name", LEFT_OUT)
+def test_a_field_that_is_left_out_has_the_default_of_the_class(name: str, folder: Path) -> None:
+    eps, theta, kv_heads, head_width, routing = LEFT_OUT[name]
+    heads = max(kv_heads, 8)
+    config = {"model_type": name, "vocab_size": 260, "hidden_size": 8 * heads, "num_hidden_layers": 1}
+    config |= {"num_attention_heads": heads, "intermediate_size": 8, "max_position_embeddings": 64}
+    config |= {"moe_intermediate_size": 8, "num_experts": 16, "num_local_experts": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    model = read_shape(folder, "--init-from").model
+    assert (model.norm_eps, model.rope_theta) == (eps, theta)
+    assert (model.key_value_heads, model.head_width) == (kv_heads, head_width)
+    assert not model.tied_head
+    if routing is not None:
+        assert (model.routing.top_k, model.routing.renormalise_gates) == routing
+
+
+def test_the_first_of_several_ends_of_text_is_the_separator(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [256, 7]}))
+    assert Pretrained.open(folder, "--init-from").tokenizer.separator_id == 256
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,21 @@ def test_without_the_text_the_run_is_made_and_not_scored(
     assert open_run(tmp_path / "copy-int8").checkpoint.step == saved_run.STEP
 
 
+def test_a_tuned_run_is_scored_on_the_answers_only(run: Path, tmp_path: Path) -> None:
+    copy, chats = tmp_path / "copy", tmp_path / "chats.jsonl"
+    shutil.copytree(run, copy)
+    turns = [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A cat."}]
+    chats.write_text(f"{json.dumps({'messages': turns})}\n" * 60)
+    config = json.loads((copy / "config.json").read_text())
+    config["data"] |= {"source": str(chats), "format": "chat"}
+    (copy / "config.json").write_text(json.dumps(config))
+    assert Quantize.parse(["--run", str(copy), "--to", "int8"]).execute() == 0
+    chat_count = open_run(copy).validation_text().store.valid.documents
+    summary = read_summary(tmp_path / "copy-int8")
+    assert summary["val_tokens"] == chat_count * len("A cat.\0")  # bytes, and the separator that ends the answer
+    assert summary["val_loss"] == moe_jax.load_run(tmp_path / "copy-int8").evaluate().loss
+
+
 @pytest.mark.parametrize("step", [8, 4])
 def test_a_summary_has_only_the_scores_of_its_checkpoint(step: int, tmp_path: Path) -> None:
     """The run's scores are those of step 8, its best. For step 4 nothing was scored."""
