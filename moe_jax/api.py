@@ -34,7 +34,7 @@ from moe_jax.inspection.trace import RoutingTrace, make_trace_step, routing_trac
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, Transformer, merge
 from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate, make_evaluation_step
+from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate_run, make_evaluation_step
 
 
 @dataclass(frozen=True)
@@ -136,14 +136,7 @@ class Run(LoadedRun):
                 warnings.warn(changed, stacklevel=2)
         else:
             stream = token_stream(iter([text.strip()]), self.tokenizer)
-        return evaluate(
-            self._programs.evaluation,
-            self.params,
-            stream.tokens,
-            seq_len=self.config.model.seq_len,
-            token_bytes=self.tokenizer.token_bytes(),
-            answers=stream.answers,
-        )
+        return evaluate_run(self, stream, step=self._programs.evaluation)
 
     def trace(self, text: str) -> RoutingTrace:
         """Where every token of a text went: experts, gates, slots and drops, layer by layer."""

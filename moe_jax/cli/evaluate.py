@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from moe_jax.cli.command import ModelCommand, print_json
 from moe_jax.config import DataConfig
 from moe_jax.system import environment
-from moe_jax.system.terminal import say, step_progress, working
+from moe_jax.system.terminal import say, working
 
 if TYPE_CHECKING:
     from moe_jax.config import DataFormat
@@ -44,7 +44,7 @@ class Evaluate(ModelCommand):
             from moe_jax.data.baselines import corpus_baselines
             from moe_jax.data.token_store import token_stream
             from moe_jax.runs.load import open_run
-            from moe_jax.training.evaluate import evaluate, make_evaluation_step
+            from moe_jax.training.evaluate import evaluate_run
 
             run = open_run(self.run, self.step)
         if self.data:
@@ -55,15 +55,7 @@ class Evaluate(ModelCommand):
             stream, baselines = store.valid.stream, corpus_baselines(run.config.data, store)
         if changed:
             print(f"warning: {changed}", file=sys.stderr)
-        scored = evaluate(
-            make_evaluation_step(run.graphdef),
-            run.params,
-            stream.tokens,
-            seq_len=run.config.model.seq_len,
-            token_bytes=run.tokenizer.token_bytes(),
-            answers=stream.answers,
-            progress=lambda batches: step_progress("scoring", batches),
-        )
+        scored = evaluate_run(run, stream, "scoring")
         answers = stream.answers is not None
         what = "tokens of answers (no other token counts)" if answers else "tokens"
         say(f"{scored.tokens:,} {what}, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")

@@ -241,8 +241,7 @@ def quantize(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
     """The parameters with the matrices rounded. An embedding `[V, D]` becomes a `QuantizedMatrix` `[D, V]`: so it also
     serves as a tied head, and each token has scales of its own.
 
-    Raises UserError if a matrix has an entry that is not finite, or an odd number of inputs in int4. The error names
-    the matrix.
+    Raises UserError, with the name of the matrix, for an odd number of inputs in int4.
     """
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     return tree.unflatten([_quantized_leaf(path, leaf, weights) for path, leaf in leaves])
@@ -261,10 +260,9 @@ def quantized_shapes(shapes: dict[str, Any], weights: Weights) -> dict[str, Any]
 def _quantized_leaf(path: jax.tree_util.KeyPath, leaf: Array, weights: Weights) -> Array | QuantizedMatrix:
     if _last_name(path) not in MATRICES:
         return leaf
-    matrix, name = _oriented(path, leaf), jax.tree_util.keystr(path, simple=True, separator=".")
-    if not bool(jnp.isfinite(matrix).all()):
-        raise UserError(f"{name}: has entries that are not finite; take another checkpoint (--step)")
+    matrix = _oriented(path, leaf)
     if weights == "int4" and matrix.shape[-2] % 2:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
         raise UserError(f"{name}: has {matrix.shape[-2]} inputs, and int4 packs two into a byte; take --to int8")
     return jax.jit(_rounded, static_argnums=1)(matrix, weights)
 

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,10 +21,13 @@ from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig
 from moe_jax.data.batches import evaluation_windows, text_bytes
+from moe_jax.data.token_store import Stream
 from moe_jax.inference.traced_pass import ShardMapWrapper, choice_totals, make_traced_pass, router_entropy
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
+from moe_jax.runs.load import LoadedRun
+from moe_jax.system.terminal import step_progress
 
 EVALUATION_ROWS = 16
 """Rows of one evaluation batch."""
@@ -100,6 +104,22 @@ def evaluate(
     rows = sum(int(batch.weights.any(1).sum()) for batch in batches)
     dropped = math.fsum(float(d) for _, d in results) / max(rows, 1)
     return Evaluation(nats / max(count, 1), nats / math.log(2) / max(size, 1), dropped, count, size)
+
+
+def evaluate_run(
+    run: LoadedRun, stream: Stream, what: str = "", params: Params | None = None, step: EvaluationStep | None = None
+) -> Evaluation:
+    """Score a stream by a trained model; by other `params` of the same definition if they are given. `what` names the
+    work in a progress line; without it there is none."""
+    return evaluate(
+        step or make_evaluation_step(run.graphdef),
+        run.params if params is None else params,
+        stream.tokens,
+        seq_len=run.config.model.seq_len,
+        token_bytes=run.tokenizer.token_bytes(),
+        answers=stream.answers,
+        progress=partial(step_progress, what) if what else None,
+    )
 
 
 # Snapshots of the routing

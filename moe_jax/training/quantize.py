@@ -20,8 +20,7 @@ from moe_jax.runs.folder import RunFolder, locked_for_training
 from moe_jax.runs.load import LoadedRun, check_full_weights, open_run
 from moe_jax.runs.records import read_summary
 from moe_jax.system.files import Folder
-from moe_jax.system.terminal import step_progress
-from moe_jax.training.evaluate import Evaluation, evaluate, make_evaluation_step
+from moe_jax.training.evaluate import Evaluation, evaluate_run
 
 _MOST_BYTES = 2**31
 """Largest file of records that is copied."""
@@ -51,7 +50,9 @@ def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None
     params = quantize(loaded.params, weights)
     before, after, not_scored = None, None, ""
     try:
-        before, after = _scored(loaded, loaded.params, "before"), _scored(loaded, params, "after")
+        stream = loaded.validation_text().store.valid.stream
+        before = evaluate_run(loaded, stream, "scoring before")
+        after = evaluate_run(loaded, stream, "scoring after", params)
     except (ConfigError, UserError) as error:
         not_scored = str(error)
     checkpoint = _write(loaded, run, out, weights, params, _summary_at(loaded, run) | _scores_in_summary(after))
@@ -91,20 +92,6 @@ def _summary_at(loaded: LoadedRun, run: Path) -> dict[str, Any]:
         summary |= dict.fromkeys((name for name in summary if name.startswith("val_")), None)
     counts = {"tokens_seen": step * config.tokens_per_step, "training_flops": training_flops(config, step)}
     return summary | {"steps": step, "best_step": step} | counts
-
-
-def _scored(run: LoadedRun, params: Params, when: str) -> Evaluation:
-    """The score on the run's whole validation text. Raises ConfigError or UserError if the text is not here."""
-    stream = run.validation_text().store.valid.stream
-    return evaluate(
-        make_evaluation_step(run.graphdef),
-        params,
-        stream.tokens,
-        seq_len=run.config.model.seq_len,
-        token_bytes=run.tokenizer.token_bytes(),
-        answers=stream.answers,
-        progress=lambda batches: step_progress(f"scoring {when}", batches),
-    )
 
 
 def _scores_in_summary(scored: Evaluation | None) -> dict[str, Any]:
