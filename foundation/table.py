@@ -42,7 +42,10 @@ def show(operations: tuple[str, ...], as_json: bool) -> int:
         print(row(outcome), flush=True)
         outcomes.append(outcome)
     summary = summarise(outcomes)
-    print(f"\n{summary['checks']} checks, {len(summary['failed'])} failed; largest relative error")
+    print(f"\n{summary['checks']} checks, {len(summary['failed'])} failed")
+    if zeros := len(summary["only_zeros"]):
+        print(f"{summary['checks'] - zeros} would fail with a wrong factor; the right numbers of {zeros} are all 0")
+    print("largest relative error")
     for key, against, allowed in (
         ("max_rel_error_autodiff", "autodiff", AUTODIFF_TOLERANCE),
         ("max_rel_error_finite_difference", "finite differences", FINITE_DIFFERENCE_TOLERANCE),
@@ -82,7 +85,7 @@ def row(outcome: Outcome) -> str:
         ("at a tie" if gradient else "") if outcome.finite_difference is None else f"{outcome.finite_difference:.1e}"
     )
     oracle = "" if outcome.oracle is None else f"{outcome.oracle:.1e}"
-    verdict = "ok" if outcome.passed else "FAILED"
+    verdict = "FAILED" if not outcome.passed else "0 = 0" if outcome.zeros else "ok"
     return f"{f'{outcome.operation}: {outcome.case}':<{NAME}} {autodiff:>8} {finite:>11} {oracle:>7} {verdict}"
 
 
@@ -91,6 +94,7 @@ def summarise(outcomes: list[Outcome]) -> dict:
     a comparison that no check of the selection makes."""
     return {
         "checks": len(outcomes),
+        "only_zeros": [f"{o.operation}/{o.case}" for o in outcomes if o.zeros],
         "failed": [f"{o.operation}/{o.case}" for o in outcomes if not o.passed],
         "max_rel_error_autodiff": _largest([o.autodiff for o in outcomes]),
         "max_rel_error_finite_difference": _largest([o.finite_difference for o in outcomes]),

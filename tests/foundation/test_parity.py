@@ -33,7 +33,9 @@ LONG = {
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_by_hand_equals_autodiff_and_finite_differences(operation: str) -> None:
-    compare(itertools.islice(checks.checks_of(operation), LONG.get(operation)))
+    """Also at an input whose right numbers are not all 0: there a wrong factor would pass."""
+    zeros = compare(itertools.islice(checks.checks_of(operation), LONG.get(operation)))
+    assert operation in LONG or not all(zeros)
 
 
 @pytest.mark.slow
@@ -42,9 +44,12 @@ def test_the_other_checks_of_a_long_operation(operation: str) -> None:
     compare(itertools.islice(checks.checks_of(operation), LONG[operation], None))
 
 
-def compare(chosen: Iterable[parity.AnyCheck]) -> None:
+def compare(chosen: Iterable[parity.AnyCheck]) -> list[bool]:
+    """For each check, whether it compares zeros only."""
+    zeros = []
     for check in chosen:
         outcome = parity.run(check)
+        zeros.append(outcome.zeros)
         if isinstance(check, parity.OracleCheck):
             assert outcome.oracle is not None
             assert outcome.oracle <= 1e-10, check.case
@@ -54,6 +59,7 @@ def compare(chosen: Iterable[parity.AnyCheck]) -> None:
         if not check.at_tie:
             assert outcome.finite_difference is not None
             assert outcome.finite_difference <= 1e-6, check.case
+    return zeros
 
 
 def test_the_catalogue_is_whole() -> None:
@@ -130,7 +136,7 @@ def test_the_table_reports_and_exits_by_what_fails(
     assert good["checks"] == 1
     assert good["failed"] == []
     errors = {f"max_rel_error_{kind}" for kind in ("autodiff", "finite_difference", "oracle")}
-    assert set(good) == {"checks", "failed"} | errors
+    assert set(good) == {"checks", "failed", "only_zeros"} | errors
     assert good["max_rel_error_oracle"] is None  # no check of this selection has an oracle
 
     monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0), square(1.0, 2.0)])
@@ -138,6 +144,12 @@ def test_the_table_reports_and_exits_by_what_fails(
     out = capsys.readouterr().out
     assert "FAILED" in out
     assert json.loads(out.splitlines()[-1])["failed"] == ["square/test"]
+
+    monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0), square(0.0, 0.0)])
+    assert main(["--json"]) == 0
+    out = capsys.readouterr().out
+    assert "1 would fail with a wrong factor; the right numbers of 1 are all 0" in out
+    assert json.loads(out.splitlines()[-1])["only_zeros"] == ["square/test"]
 
 
 def test_a_selection_is_by_operation_or_by_chapter() -> None:
