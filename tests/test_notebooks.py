@@ -19,7 +19,7 @@ SOURCES = sorted(NOTEBOOKS.glob("[0-9]*.py"))
 
 
 @pytest.mark.notebooks
-@pytest.mark.parametrize("source", short_form(SOURCES, SOURCES[::4]), ids=lambda path: path.stem)
+@pytest.mark.parametrize("source", short_form(SOURCES, SOURCES[::6]), ids=lambda path: path.stem)
 def test_notebook_executes_and_is_up_to_date(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(NOTEBOOKS)
     import build  # needs jupytext and nbclient, of the extra `lessons`

@@ -6,14 +6,7 @@ from typing import Any
 
 from comparison.study_runs import BITS
 
-from moe_jax.config import (
-    DataConfig,
-    ExecutionConfig,
-    ModelConfig,
-    RoutingConfig,
-    RunConfig,
-    TrainConfig,
-)
+from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from moe_jax.model.costs import count_parameters, totals, training_flops
 
 

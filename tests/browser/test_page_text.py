@@ -65,27 +65,6 @@ def test_hover_and_focus_show_gates_slots_and_the_reason_of_a_drop(opened: Opene
             assert f"{routing['prob'][layer][i * E + e]:.3f}" in shown
 
 
-def test_the_legend_follows_what_colours(opened: Opened) -> None:
-    """Shades have a scale with numbers, in the shades that the text has."""
-    text = lambda name: opened.page.locator(name).inner_text().replace("\u00a0", " ")  # noqa: E731
-    assert "first choice" in text("#key")
-    for mode, first, last, said in (
-        ("surprise", "100 %", "0.03 % or less", "the chance that the model gave"),
-        ("doubt", "0", "1", f"like an even choice among {E**0.5:.1f}"),
-    ):
-        opened.page.locator("#colour").select_option(mode)
-        swatches = opened.page.locator("#key .swatches .o")
-        assert [s.replace("\u00a0", " ") for s in swatches.all_inner_texts()][:: swatches.count() - 1] == [first, last]
-        assert said in text("#key")
-        assert "first choice" not in text("#key")
-        opened.page.locator("#tokens .t").nth(3).evaluate("(t) => t.style.setProperty('--v', '1')")
-        ground = "(t) => getComputedStyle(t).backgroundColor"
-        assert opened.page.locator("#tokens .t").nth(3).evaluate(ground) == swatches.last.evaluate(ground)
-    assert "layer 0" in text("#text-explain")
-    opened.page.locator("#colour").select_option("expert")
-    assert "first choice" in text("#key")
-
-
 def test_the_card_lists_the_likeliest_next_tokens(opened: Opened) -> None:
     following = opened.data["text"]["next"]
     opened.page.locator('.t[data-i="5"]').click()

@@ -80,13 +80,7 @@ def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
     opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
     for name in ("#controls", "#counts"):  # what a reader of paper cannot use
         assert not opened.page.locator(name).first.is_visible(), name
-    for name in (
-        "#load svg",
-        "#flow-figure svg",
-        "#slots svg",
-        "#training-figures svg",
-        "#off-stories .story",
-    ):
+    for name in ("#load svg", "#flow-figure svg", "#slots svg", "#training-figures svg", "#off-stories .story"):
         assert opened.page.locator(name).first.is_visible(), name
     for heading in ("h2", "h3", "figcaption", ".explain"):  # no heading is left at the foot of a page
         after = "(nodes) => nodes.map((n) => getComputedStyle(n).breakAfter)"
@@ -116,15 +110,3 @@ def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     assert ("find an expert full" in text("#positions")) == limited
     assert opened.said == []
     opened.page.close()
-
-
-def test_the_bar_stays(opened: Opened) -> None:
-    """The bar names the section that is read, and what a link of it leads to begins below the bar."""
-    for name in ("experts", "ablation", "training"):
-        opened.page.locator(f'.tabs a[href="#{name}"]').click()
-        opened.page.locator(f'.tabs a[href="#{name}"][aria-current]').wait_for()
-        opened.page.wait_for_timeout(700)  # the scrolling is smooth
-        bar, heading = (opened.page.locator(x).bounding_box() for x in ("#bar", f"#{name}-title"))
-        assert bar["y"] == 0
-        assert heading["y"] >= bar["height"]
-    assert opened.page.locator(".tabs a[aria-current]").count() == 1

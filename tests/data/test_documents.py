@@ -11,15 +11,7 @@ from hypothesis import strategies as st
 
 from moe_jax.config import UserError
 from moe_jax.data import documents
-from moe_jax.data.documents import (
-    SEPARATOR,
-    Message,
-    Span,
-    document_starts,
-    documents_of,
-    holds_chats,
-    last_part_start,
-)
+from moe_jax.data.documents import SEPARATOR, Message, Span, document_starts, documents_of, holds_chats, last_part_start
 
 ANY_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -41,8 +33,7 @@ def rows(*texts: str) -> str:
 
 
 @given(
-    texts=st.lists(st.text(st.sampled_from("a é😀\n <|endoftext>"), max_size=12), max_size=9),
-    chunk=st.integers(1, 40),
+    texts=st.lists(st.text(st.sampled_from("a é😀\n <|endoftext>"), max_size=12), max_size=9), chunk=st.integers(1, 40)
 )
 @ANY_FOLDER
 def test_documents_are_what_lies_between_separators(tmp_path: Path, texts: list[str], chunk: int) -> None:

@@ -1,6 +1,5 @@
 """Imported tokenizers: the ids of the library, the bytes of each id, and a separator that no text can forge."""
 
-import dataclasses
 import functools
 import json
 import unicodedata
@@ -14,14 +13,7 @@ from hypothesis import strategies as st
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data.documents import SEPARATOR, Message
 from moe_jax.data.token_store import open_store, prepare_token_store, stored_documents
-from moe_jax.data.tokenizers import (
-    Tokenizer,
-    answer_prompt,
-    encode_chats,
-    imported_tokenizer,
-    load_tokenizer,
-    train_tokenizer,
-)
+from moe_jax.data.tokenizers import Tokenizer, answer_prompt, encode_chats, imported_tokenizer, load_tokenizer
 from tests.support.hf_tokenizers import BYTE_LEVEL, END, KINDS, end_of, made
 
 made = functools.cache(made)
@@ -115,12 +107,6 @@ def test_documents_are_stored_and_come_back(tmp_path: Path) -> None:
     sizes = opened("llama3").token_bytes()
     assert store.valid.bytes == sizes[np.asarray(store.valid.tokens)].sum()
     assert open_store(store.folder).digest == store.digest
-
-
-def test_it_cannot_be_trained() -> None:
-    with pytest.raises(UserError, match="--tokenizer hf: it comes with the folder of a model"):
-        train_tokenizer(DataConfig(tokenizer="hf"))
-    assert dataclasses.replace(DataConfig(), tokenizer="hf").tokenizer == "hf"
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -92,13 +92,7 @@ def test_the_streams_are_separator_document_separator(data: DataConfig, cache: P
         assert content == np.array(expected, "<u2").tobytes()
         digest = xxhash.xxh3_128_hexdigest(content)
         entries[name] = {"tokens": len(expected), "stories": len(texts), "bytes": size, "digest": digest}
-    manifest = {
-        "format": 1,
-        "fingerprint": fingerprint,
-        "tokenizer": BYTE.digest,
-        "dtype": "uint16",
-        "splits": entries,
-    }
+    manifest = {"format": 1, "fingerprint": fingerprint, "tokenizer": BYTE.digest, "dtype": "uint16", "splits": entries}
     assert json.loads((store.folder / "manifest.json").read_text()) == {**manifest, "source": data.source}
     assert sorted(p.name for p in store.folder.iterdir()) == STORE
     assert load_tokenizer(store.folder / "tokenizer.json").digest == BYTE.digest

@@ -155,11 +155,7 @@ def test_stories_are_those_of_the_decoder_one_at_a_time() -> None:
     assert any(story != found.story for stories in found.stories for story in stories)
 
 
-KINDS = [
-    {"top_k": 1},
-    {"experts": 2},
-    {"balancing": "bias"},
-]
+KINDS = [{"top_k": 1}, {"experts": 2}, {"balancing": "bias"}]
 
 
 @pytest.mark.parametrize("changes", KINDS, ids=["K = 1", "K = E", "bias"])

@@ -7,11 +7,7 @@ import pytest
 
 from moe_jax.config import ExecutionConfig, RunConfig
 from moe_jax.model.kernels import embedding_lookup as lookup
-from moe_jax.model.layers import (
-    Normalisation,
-    dropout,
-    keep_mask,
-)
+from moe_jax.model.layers import Normalisation, dropout, keep_mask
 from moe_jax.planning.device_memory import for_described_gpu
 from moe_jax.planning.target import load_target
 from moe_jax.training.programs import Programs

@@ -11,12 +11,7 @@ from jax.sharding import NamedSharding
 from moe_jax.certify import Certificate
 from moe_jax.certify.arithmetic import part_products
 from moe_jax.certify.collectives import read_collectives
-from moe_jax.certify.mesh import (
-    certify_collectives,
-    certify_mesh,
-    divided_arithmetic,
-    ideal_bytes,
-)
+from moe_jax.certify.mesh import certify_collectives, certify_mesh, divided_arithmetic, ideal_bytes
 from moe_jax.certify.model import initial_params
 from moe_jax.parallel import experts
 from moe_jax.parallel.layout import AXES, Layout, mesh_of

@@ -11,7 +11,7 @@ from moe_jax.parallel.layout import mesh_of
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.training.programs import Programs
 from tests.parallel import made
-from tests.support import tiny
+from tests.support import short_form, tiny
 
 pytestmark = pytest.mark.parallel
 
@@ -37,7 +37,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Any]:
     return newest, jax.device_get(state)
 
 
-@pytest.mark.parametrize("mesh", ["", "expert=2,data=2", "fsdp=8"])
+@pytest.mark.parametrize("mesh", short_form(["", "expert=2,data=2", "fsdp=8"], ["", "fsdp=8"]))
 def test_restored_on_another_mesh(mesh: str, saved: tuple[Checkpoint, Any], tmp_path: Path) -> None:
     """Number 7 of the strict list: on 1, 2, 4 and 8 devices every bit is there, cut as the new mesh wants it. Saved
     from there again, every array has the same digest."""

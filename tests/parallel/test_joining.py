@@ -8,7 +8,7 @@ import pytest
 from moe_jax.cli.main import main, run_as
 from moe_jax.cli.train import Train
 from tests.parallel.pairs import ended, free_port, start
-from tests.support import saved_run
+from tests.support import saved_run, short_form
 
 pytestmark = pytest.mark.parallel
 
@@ -28,7 +28,7 @@ def test_no_cluster(folder: Path) -> None:
     ("flags", "data", "expected"),
     [
         (("--lr", "2e-3"), "", "--lr: 0.002 in process 1, and 0.001 in process 0; "),
-        ((), "other.txt", "--data "),
+        pytest.param((), "other.txt", "--data ", marks=pytest.mark.slow),
     ],
     ids=["settings", "data"],
 )
@@ -48,7 +48,7 @@ def test_processes_that_differ_are_refused(folder: Path, flags: tuple[str, ...],
     assert not (folder / "refused").exists()
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", short_form([0, 1], [0]))
 def test_nobody_answers(folder: Path, index: int) -> None:
     """One line and status 1, once the time for answers is over."""
     port = free_port()

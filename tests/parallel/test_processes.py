@@ -198,9 +198,8 @@ def test_two_processes_resume_from_the_checkpoint_before_a_flipped_bit(folder: P
     assert [p.name for p in (folder / "damaged" / "checkpoints").glob("damaged_*")] == ["damaged_00000020"]
 
 
-@pytest.mark.parametrize(
-    "victims", [(1,), pytest.param((0,), marks=pytest.mark.slow), pytest.param((0, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("victims", [(1,), (0,), (0, 1)])
 def test_a_disk_that_is_full_for_one_process_or_both(folder: Path, two: Ended, victims: tuple[int, ...]) -> None:
     """In the second save, files cannot grow. The process says so, jax ends the other one, and the first save stays: the
     run goes on from it by one process."""
@@ -216,6 +215,7 @@ def test_a_disk_that_is_full_for_one_process_or_both(folder: Path, two: Ended, v
     shutil.rmtree(folder / out)
 
 
+@pytest.mark.slow
 def test_two_processes_tune_as_one(folder: Path) -> None:
     """`sft --lora` of two processes: the losses of one process with the same mesh, and the frozen weights have the bits
     of the run that is tuned."""

@@ -16,7 +16,7 @@ from moe_jax.training.programs import Programs
 from moe_jax.training.start import new_start
 from tests.interop import made as hugging_face
 from tests.parallel import made
-from tests.support import tiny
+from tests.support import short_form, tiny
 
 pytestmark = pytest.mark.parallel
 
@@ -48,7 +48,10 @@ def assert_starts_as_one(source: Any, config: RunConfig, mesh: str, store: Token
     tiny.assert_same_bits(jax.device_get(params), jax.device_get(source.read(one, store).params))
 
 
-@pytest.mark.parametrize(("flag", "mesh"), [("--init-from", "fsdp=8"), ("--upcycle", "fsdp=2,expert=4")])
+STARTS = [("--init-from", "fsdp=8"), ("--upcycle", "fsdp=2,expert=4")]
+
+
+@pytest.mark.parametrize(("flag", "mesh"), short_form(STARTS, STARTS[:1]))
 def test_a_public_model(flag: str, mesh: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While it is read, a device has at most its own parts of all parameters, and the one that is made."""
     folder = hugging_face.llama(tmp_path / "llama")

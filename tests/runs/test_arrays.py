@@ -12,13 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from moe_jax.runs import manifest
-from moe_jax.runs.arrays import (
-    WEIGHTS,
-    named_leaves,
-    read_arrays,
-    write_arrays,
-    write_weights,
-)
+from moe_jax.runs.arrays import WEIGHTS, named_leaves, read_arrays, write_arrays, write_weights
 from moe_jax.runs.manifest import CheckpointCorrupted, Leaf
 
 LEAVES = named_leaves(

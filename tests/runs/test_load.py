@@ -146,12 +146,7 @@ def test_the_saved_configuration() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {"params.blocks.2.norm": [[8], "float32", "d"]},
-        {"params.blocks.1.norm": None},
-    ],
-    ids=str,
+    "changes", [{"params.blocks.2.norm": [[8], "float32", "d"]}, {"params.blocks.1.norm": None}], ids=str
 )
 def test_arrays_of_another_model_are_refused(changes: dict[str, Any]) -> None:
     """Before anything of their size is built."""

@@ -8,14 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.runs import records
-from moe_jax.runs.records import (
-    load_entropy,
-    parse_record,
-    read_metrics,
-    read_snapshots,
-    read_summary,
-    snapshot_steps,
-)
+from moe_jax.runs.records import load_entropy, parse_record, read_metrics, read_snapshots, read_summary, snapshot_steps
 from moe_jax.system.files import Folder
 
 

@@ -75,12 +75,7 @@ def test_bytes_of_state_by_hand() -> None:
     bits: 2 bytes an entry and 2 scales of 4 bytes a block of 128. Adafactor: 4 x (64 + 128) numbers."""
     params = {"blocks": {"w": jax.ShapeDtypeStruct((4, 64, 128), jnp.float32)}}
     entries = 4 * 64 * 128
-    expected = {
-        "adamw": 8,
-        "adamw-bf16": 6,
-        "adamw-8bit": 2 + 2 * 4 / BLOCK,
-        "adafactor": 4 * 4 * (64 + 128) / entries,
-    }
+    expected = {"adamw": 8, "adamw-bf16": 6, "adamw-8bit": 2 + 2 * 4 / BLOCK, "adafactor": 4 * 4 * (64 + 128) / entries}
     for kind, size in expected.items():
         optimizer = make_optimizer(TrainConfig(optimizer=kind))  # pyright: ignore[reportArgumentType]
         state = jax.tree.leaves(jax.eval_shape(optimizer.init, params))

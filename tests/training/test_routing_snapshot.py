@@ -1,13 +1,11 @@
 """What a run saves of its routing at each evaluation: the training pass's own decisions, cut back with the run."""
 
 import functools
-import json
 from pathlib import Path
 
 import numpy as np
 
 from moe_jax.inference.traced_pass import router_entropy
-from moe_jax.inspection.report import training_curves
 from moe_jax.inspection.trace import trace_tokens
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import open_run
@@ -61,21 +59,3 @@ def test_what_came_after_a_checkpoint_is_forgotten(tmp_path: Path) -> None:
     run = open_run(saved_run.save_run(tmp_path / "other"))
     folder.start(run.config, run.tokenizer, [])
     assert read_snapshots(tmp_path) == []
-
-
-def test_the_curves_follow_the_traces(tmp_path: Path) -> None:
-    """Two evaluations between which every other token's first choice in layer 1 changed, and none in layer 0."""
-    path = saved_run.save_run(tmp_path)
-    experts = [[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 3, 0, 1, 2, 3]]
-    changed = [experts[0], [3, 1, 2, 3, 3, 1, 2, 3]]
-    common = {"tokens": [97, 98, 99, 100], "load": [[0.25] * 4] * 2}
-    for step, expert, entropy in ((20, experts, [0.9, 0.8]), (40, changed, [0.7, 0.6])):
-        RunFolder(path).add_trace(step, common | {"expert": expert, "entropy": entropy, "drop": [0.5, step / 100]})
-    traces = training_curves(path, open_run(path))["traces"]
-    assert traces["step"] == traces["shown"]["step"] == [20, 40]
-    assert traces["entropy"] == [[0.9, 0.7], [0.8, 0.6]]
-    assert traces["drop"] == [[0.5, 0.5], [0.2, 0.4]]
-    assert traces["same"] == [[None, 1.0], [None, 0.5]]
-    assert traces["shown"]["pieces"] == ["a", "b", "c", "d"]
-    assert traces["shown"]["first"] == [[[0, 2, 0, 2], [0, 2, 0, 2]], [[0, 2, 0, 2], [3, 2, 3, 2]]]
-    json.dumps(traces)

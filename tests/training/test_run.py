@@ -187,9 +187,7 @@ def without_sources(hlo: str) -> str:
     return re.sub(r", metadata=\{[^}]*\}", "", hlo)
 
 
-def test_a_session_runs_the_program_that_is_counted_and_timed(
-    uninterrupted: tuple[Session, dict[str, Any]],
-) -> None:
+def test_a_session_runs_the_program_that_is_counted_and_timed(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
     """What certificates, plans and benchmarks compile without running is the very program of a run."""
     session = uninterrupted[0]
     trainer = RandomTokenTrainer.of(session.config, batch_size=4, micro_batches=2)

@@ -40,17 +40,6 @@ def test_slots_of_one_list_never_share_a_word():
     assert all(d.choices[0][1] == 3 and d.choices[1][1] == 2 for d in found)
 
 
-def test_a_rule_chooses_anew_at_every_use():
-    grammar = Grammar({"start": "<go> <go>", "go": "[up|down]"}, {})
-    assert [d.text for d in derivations(grammar)] == ["up up", "up down", "down up", "down down"]
-
-
-def test_options_nest_and_may_be_empty_or_a_whole_rule():
-    grammar = Grammar({"start": "a[[b|c]d|]e", "unused": "x"}, {})
-    assert {d.text: d.bits for d in derivations(grammar)} == {"abde": 2, "acde": 2, "ae": 1}
-    assert [d.text for d in derivations(Grammar({"start": "p|q"}, {}))] == ["p", "q"]
-
-
 def test_parsing_finds_every_derivation_of_an_ambiguous_text():
     grammar = Grammar({"start": "[a|aa][a|]"}, {})
     assert [d.choices for d in derivations(grammar, "aa")] == [((0, 2), (0, 2)), ((1, 2), (1, 2))]

@@ -51,11 +51,7 @@ class Plans(NamedTuple):
 def compiled(shape: Shape):
     def run(logits) -> Plans:
         routing = route(logits, shape.top_k)
-        return Plans(
-            routing,
-            d.Capacity(shape.capacity).plan(routing),
-            *d.Blocks(shape.block).plan(routing),
-        )
+        return Plans(routing, d.Capacity(shape.capacity).plan(routing), *d.Blocks(shape.block).plan(routing))
 
     return jax.jit(run)
 
