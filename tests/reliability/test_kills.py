@@ -5,11 +5,13 @@ The moments are drawn from the whole life of a process, its start included. Ever
 
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
+from moe_jax.data.synthetic.chats import write_chats
 from tests.reliability import runs
 from tests.support import short_form
 
@@ -17,33 +19,58 @@ pytestmark = pytest.mark.reliability
 KILLS_A_RUN = 4
 
 
+class Run(NamedTuple):
+    """A command that trains, and what it comes to when nobody stops it."""
+
+    program: str
+    words: Callable[[Path], list[str]]
+    """The words of the command for a run in this folder."""
+    result: dict[str, Any]
+    seconds: float
+    """How long an uninterrupted process takes, once everything is compiled."""
+
+
 @pytest.fixture(scope="module")
-def seconds(
-    text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
-) -> float:
-    """How long an uninterrupted process takes here, now that everything is compiled."""
+def run(
+    request: pytest.FixtureRequest,
+    text: Path,
+    cache: Path,
+    whole: tuple[Path, dict[str, Any]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Run:
+    """Training, or fine-tuning by LoRA."""
+    folder = tmp_path_factory.mktemp("runs")
+    program, words = "train.py", lambda out: runs.flags(text, out)
+    if request.param == "sft":
+        write_chats(folder / "chats.jsonl", 40)
+        start = ["sft", "--run", str(whole[0]), "--data", str(folder / "chats.jsonl"), "--lora", "2", "--steps", "12"]
+        start += ["--set", "train.save_every=2", "--set", "train.eval_every=4", "--set", "train.log_every=1"]
+        program, words = runs.COMMANDS, lambda out: [*start, "--out", str(out)]
     begin = time.monotonic()
-    out = tmp_path_factory.mktemp("runs") / "timed"
-    assert runs.complete(runs.flags(text, out), cache).returncode == 0
-    assert runs.result(out) == whole[1], "two uninterrupted runs differ"
-    return time.monotonic() - begin
+    ended = runs.complete(words(folder / "timed"), cache, program)
+    assert ended.returncode == 0, ended.stderr
+    result = runs.result(folder / "timed")
+    assert request.param == "sft" or result == whole[1], "two uninterrupted runs differ"
+    return Run(program, words, result, time.monotonic() - begin)
 
 
-@pytest.mark.parametrize("seed", short_form([0, *range(100, 125)], [0]))
+SEEDS = [("train", seed) for seed in (0, *range(100, 125))] + [("sft", seed) for seed in range(5)]
+
+
+@pytest.mark.parametrize(("run", "seed"), short_form(SEEDS, [("train", 0)]), indirect=["run"], scope="module")
 @pytest.mark.timeout(60 * 60)
-def test_killed_four_times(
-    seed: int, text: Path, cache: Path, whole: tuple[Path, dict[str, Any]], tmp_path: Path, seconds: float
-) -> None:
+def test_killed_four_times(run: Run, seed: int, cache: Path, tmp_path: Path) -> None:
     """What is left of a run takes less time than a whole one: where the process has ended before its moment comes, the
     next moments are drawn from half the time."""
-    moments, hit, flags = random.Random(seed), 0, [*runs.flags(text, tmp_path / "run"), "--resume"]
+    moments, hit = random.Random(seed), 0
+    words, seconds = [*run.words(tmp_path / "run"), "--resume"], run.seconds
     while hit < KILLS_A_RUN:
-        process = runs.start(flags, cache)
+        process = runs.start(words, cache, run.program)
         time.sleep(moments.uniform(0, seconds))
         alive = process.poll() is None
         hit, seconds = hit + alive, seconds if alive else seconds / 2
         process.kill()
         process.communicate()
-    last = runs.complete(flags, cache)
+    last = runs.complete(words, cache, run.program)
     assert last.returncode == 0, last.stderr
-    assert runs.result(tmp_path / "run") == whole[1]
+    assert runs.result(tmp_path / "run") == run.result

@@ -1,4 +1,4 @@
-"""Random damage to a file of a run: `evaluate` says it in one line, or gives the numbers of a whole checkpoint.
+"""Random damage to a file of a run: each command says it in one line, or uses a whole checkpoint.
 
 A case is a function of its number, so one that fails can be repeated alone.
 """
@@ -6,16 +6,29 @@ A case is a function of its number, so one that fails can be repeated alone.
 import json
 import random
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from moe_jax.data.synthetic.chats import write_chats
 from tests.reliability import runs
 from tests.support import short_form
 
 pytestmark = pytest.mark.reliability
-FEW, MANY = 5, 300
+MANY = 500
+COMMANDS = {
+    "evaluate": [],
+    "chat": ["--max-tokens", "4"],
+    "serve": ["--port", "0"],
+    "export": ["--out", "out"],
+    "quantize": ["--weights", "int8", "--out", "out"],
+    "sft": ["--data", "chats.jsonl", "--out", "out", "--steps", "1", "--lora", "2"],
+    "certify": [],
+}
+CASES = [(name, k) for name in COMMANDS for k in range(MANY)]
+BY_DAY = {"evaluate": 5, "serve": 1, "sft": 1, "certify": 1}
 KINDS = ("flip a bit", "cut", "empty", "remove", "put another file in its place")
 
 
@@ -55,18 +68,43 @@ def expected(whole: tuple[Path, dict[str, Any]], commands: runs.Commands) -> set
     return losses
 
 
-@pytest.mark.parametrize("number", short_form(range(FEW + MANY), range(FEW)))
+def serve(words: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
+    """A server that is stopped once it listens."""
+    process = runs.start(words, cache, runs.COMMANDS)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("ready: "):
+            process.terminate()
+    _, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(words, process.returncode, "", err)
+
+
+@pytest.mark.parametrize(("name", "number"), short_form(CASES, [(n, k) for n, k in CASES if k < BY_DAY.get(n, 2)]))
 def test_random_damage(
-    number: int, whole: tuple[Path, dict[str, Any]], expected: set[float], commands: runs.Commands, tmp_path: Path
+    name: str,
+    number: int,
+    whole: tuple[Path, dict[str, Any]],
+    expected: set[float],
+    commands: runs.Commands,
+    cache: Path,
+    tmp_path: Path,
 ) -> None:
+    if name == "serve":
+        pytest.importorskip("uvicorn")
     run = tmp_path / "run"
     shutil.copytree(whole[0], run)
+    write_chats(tmp_path / "chats.jsonl", 30)
     done = damage(run, number)
-    ended = commands.run(["-m", "moe_jax", "evaluate", "--run", str(run)], tmp_path)
+    words = [name, "--run", str(run), *COMMANDS[name]]
+    if name == "serve":
+        ended = serve(words, cache)
+    else:
+        ended = commands.run(["-m", "moe_jax", *words], tmp_path, "the cat\n")
     told = f"{done}: status {ended.returncode}\n{ended.stdout}{ended.stderr}"
     assert "Traceback" not in ended.stdout + ended.stderr, told
     errors = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert ended.returncode in (0, 1, 2), told
     assert len(errors) == (ended.returncode != 0), told
-    if ended.returncode == 0 and "config.json" not in done:  # a digit of a setting that was changed may be a setting
-        assert score(ended.stdout) in expected, told
+    if name == "evaluate" and ended.returncode == 0 and "config.json" not in done:
+        assert score(ended.stdout) in expected, told  # a digit of a setting that was changed may be a setting
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith((".partial", ".draft"))]
