@@ -11,6 +11,7 @@ reads all tensors, and keeps its own parts.
 """
 
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,16 +128,12 @@ def _tokenizer(folder: Path, shape: PretrainedShape) -> Tokenizer:
     """The tokenizer of a folder, whose ids the model must know."""
     try:
         file = read_file(folder, TOKENIZER, MAX_JSON_BYTES // 2).decode()
-    except FileNotFoundError:
-        raise UserError(f"{folder}: has no {TOKENIZER}; open its tokenizer in transformers and save it again") from None
-    except OSError as error:
-        raise UserError(f"{folder / TOKENIZER}: cannot be read ({error.strerror})") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{folder / TOKENIZER}: is not UTF-8; download the file again") from None
-    try:
+    except (OSError, UnicodeDecodeError) as error:
+        why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
+        raise UserError(f"{folder / TOKENIZER}: {why}; open the tokenizer in transformers and save it again") from None
+    settings = ""
+    with suppress(OSError, UnicodeDecodeError):
         settings = read_file(folder, TOKENIZER_CONFIG, 1 << 22).decode()
-    except (OSError, UnicodeDecodeError):
-        settings = ""
     try:
         tokenizer = imported_tokenizer(file, settings, shape.separator)
     except UserError as error:

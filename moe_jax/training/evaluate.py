@@ -7,9 +7,8 @@ describes the fields of a snapshot, and reads them.
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -82,17 +81,17 @@ def evaluate(
     seq_len: int,
     token_bytes: np.ndarray,
     answers: np.ndarray | None = None,
-    progress: Callable[[int], AbstractContextManager[Callable[[], None]]] | None = None,
+    what: str = "",
 ) -> Evaluation:
     """Score a stream `separator, document, separator, ..., separator`, window by window (`evaluation_windows`).
 
     With `answers`, bool [N], only the tokens that are true there are scored. The loss is 0 if there is none.
 
-    `progress` gets the number of batches, and gives what to call after each (`system.terminal.step_progress`).
+    `what` names the work in a progress line; without it there is none.
     """
     batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS, answers=answers))
     results = []
-    with progress(len(batches)) if progress else nullcontext() as advance:
+    with step_progress(what, len(batches)) if what else nullcontext() as advance:
         for batch in batches:
             results.append(step(params, batch.inputs, batch.targets, batch.start, batch.weights))
             if advance:
@@ -109,8 +108,7 @@ def evaluate(
 def evaluate_run(
     run: LoadedRun, stream: Stream, what: str = "", params: Params | None = None, step: EvaluationStep | None = None
 ) -> Evaluation:
-    """Score a stream by a trained model; by other `params` of the same definition if they are given. `what` names the
-    work in a progress line; without it there is none."""
+    """Score a stream by a trained model; by other `params` of the same definition if they are given (`evaluate`)."""
     return evaluate(
         step or make_evaluation_step(run.graphdef),
         run.params if params is None else params,
@@ -118,7 +116,7 @@ def evaluate_run(
         seq_len=run.config.model.seq_len,
         token_bytes=run.tokenizer.token_bytes(),
         answers=stream.answers,
-        progress=partial(step_progress, what) if what else None,
+        what=what,
     )
 
 

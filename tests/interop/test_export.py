@@ -16,7 +16,9 @@ from moe_jax.config import UserError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
-from moe_jax.interop.source import open_source
+from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, gguf_vocabulary
+from moe_jax.interop.huggingface import config_json
+from moe_jax.interop.source import embedding, open_source
 from tests.interop.saved import save
 
 
@@ -129,7 +131,60 @@ def test_a_folder_for_transformers(run: Path, tmp_path: Path, capsys: pytest.Cap
     assert "AutoModelForCausalLM.from_pretrained" in capsys.readouterr().out
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["rms_norm_eps"], config["rope_theta"], config["head_dim"]) == (1e-6, 10_000.0, 16)
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (generation["bos_token_id"], generation["eos_token_id"], generation["max_length"]) == (256, 256, 64)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "routing", "expected"),
+    [
+        ({"qk_norm": "head"}, {}, {"model_type": "qwen3_moe", "norm_topk_prob": True, "num_experts_per_tok": 2}),
+        ({"qk_norm": "head"}, {"top_k": 1}, {"norm_topk_prob": False, "num_experts_per_tok": 1}),
+        ({"qk_norm": "full"}, {"renormalise_gates": False}, {"model_type": "olmoe", "norm_topk_prob": False}),
+        ({"qk_norm": "none"}, {}, {"model_type": "mixtral", "num_local_experts": 8, "sliding_window": None}),
+        (
+            {"qk_norm": "none", "shared_experts": 2},
+            {},
+            {"moe_num_shared_experts": 2, "moe_k": 2, "moe_layer_end_index": 0},
+        ),
+        (
+            {"qk_norm": "none", "scaled_embedding": True, "tied_head": True},
+            {},
+            {"embedding_multiplier": 8.0, "attention_multiplier": 0.25, "tie_word_embeddings": True},
+        ),
+    ],
+)
+def test_what_config_json_says_of_each_class(run: Path, changes: dict, routing: dict, expected: dict) -> None:
+    source = open_source(run)
+    model = dataclasses.replace(source.config.model, **changes).with_routing(**routing)
+    source = dataclasses.replace(source, config=dataclasses.replace(source.config, model=model))
+    found = config_json(source, architecture_of(model), "float32")
+    assert found | expected == found
+    assert (found["eos_token_id"], found["bos_token_id"]) == (256, 256)
+
+
+@pytest.mark.parametrize(("scaled", "tied", "factor"), [(False, False, 1), (True, False, 8), (True, True, 1)])
+def test_the_scale_of_an_untied_embedding_is_in_its_table(run: Path, scaled: bool, tied: bool, factor: int) -> None:
+    """A tied table is the head too, so there the class must scale it. The width is 64."""
+    source = open_source(run)
+    model = dataclasses.replace(source.config.model, scaled_embedding=scaled, tied_head=tied)
+    source = dataclasses.replace(source, config=dataclasses.replace(source.config, model=model))
+    np.testing.assert_array_equal(embedding(source), factor * source.array("embedding"))
+
+
+def test_gguf_pads_the_vocabulary_and_keeps_rows_that_no_block_fills(run: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
+    words = gguf_vocabulary(open_source(run).tokenizer, 259)
+    assert (words.words[-2:], words.kinds[-4:]) == (
+        ["<|unused_257|>", "<|unused_258|>"],
+        [NORMAL, CONTROL, CONTROL, CONTROL],
+    )
+    kinds = [
+        _kind(name, np.zeros(shape), "q8_0").name for name, shape in (("w", (2, 64)), ("w", (2, 48)), ("w", (64,)))
+    ]
+    assert kinds == ["Q8_0", "F16", "F32"]
+    assert _kind("blk.0.ffn_gate_inp.weight", np.zeros((2, 64)), "bfloat16") == gguf.GGMLQuantizationType.F32
 
 
 def test_plain_safetensors_have_our_names_and_values(run: Path, tmp_path: Path) -> None:

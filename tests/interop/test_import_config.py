@@ -234,4 +234,4 @@ def test_a_folder_without_a_tokenizer_or_an_end_of_text(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     refused(folder, "has no eos_token_id, and tokenizer_config.json no eos_token")
     (folder / "tokenizer.json").unlink()
-    refused(folder, "has no tokenizer.json")
+    refused(folder, "tokenizer.json: cannot be read (No such file or directory); open the tokenizer in")

@@ -37,6 +37,10 @@ def test_a_whole_folder_is_read(folder: Path) -> None:
     changed[Q] = tensors[Q] + 1
     save_file(changed, folder / "model.safetensors")
     assert read(folder)[1] != digest
+    save_file(tensors, folder / "model.safetensors")
+    assert read(folder)[1] == digest
+    (folder / "tokenizer_config.json").write_text("{}")
+    assert read(folder)[1] != digest
 
 
 # Tensors

@@ -144,8 +144,12 @@ def test_llama_cpp_finds_the_template_in_the_file(tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf", reason="the extra gguf is not installed")
     source = tuned_source(tmp_path, "byte")
     export(source, "gguf", "float32", tmp_path / "out", "export")
-    field = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields["tokenizer.chat_template"]
-    assert bytes(field.parts[-1]).decode() == jinja("<|endoftext|>")
+    fields = gguf.GGUFReader(tmp_path / "out" / "model.gguf").fields
+    assert fields["tokenizer.chat_template"].contents() == jinja("<|endoftext|>")
+    ids = {
+        name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("bos_token_id", "eos_token_id", "add_bos_token")
+    }
+    assert ids == {"bos_token_id": 256, "eos_token_id": 256, "add_bos_token": True}
     assert (tmp_path / "out" / "Modelfile").read_text() == ollama("<|endoftext|>")
 
 
