@@ -392,26 +392,4 @@ BUGS_OF_SYSTEMS = [
         "plain < clipped",
         "clipped",
     ),
-    Bug("bfloat16: always away from zero", "rounding.nearest_bits", "0x7FFF", "0xFFFF", "nearest_bits"),
-    Bug(
-        "all_reduce: a mean, not a sum",
-        "collectives.all_reduce_forward",
-        "jnp.sum(x, axis=0)",
-        "jnp.mean(x, axis=0)",
-        "all_reduce",
-    ),
-    Bug(
-        "expert parallel: answers without their gates",
-        "collectives.expert_parallel_forward",
-        "y = gate[..., None] * ",
-        "y = ",
-        "expert_parallel",
-    ),
-    Bug(
-        "group baseline: as if the mean were of other texts",
-        "preferences.group_baseline_forward",
-        "(1.0 - 1.0 / group) * value",
-        "value",
-        "group_baseline",
-    ),
 ]

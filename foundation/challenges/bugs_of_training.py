@@ -389,42 +389,4 @@ BUGS_OF_TRAINING = [
         "(jnp.mean(fraction) - fraction)",
         "balanced_by_bias",
     ),
-    Bug(
-        "dual norm: the gradient itself, not of length 1",
-        "steepest.dual_norm_forward",
-        "(gradient / length,)",
-        "(gradient,)",
-        "dual_norm",
-    ),
-    Bug(
-        "merge: the largest of the new piece", "flash_attention.merge_parts", "jnp.maximum(m1, m2)", "m2", "merge_parts"
-    ),
-    Bug("slots: one choice too many", "caching.kept_choices", "rank < top_k", "rank <= top_k", "kept_choices"),
-    Bug("leaks: no token is an earlier one", "caching.leaks", "content, -1", "content, -tokens", "leaks"),
-    Bug("leaks: a token's own choice counts", "caching.leaks", "jnp.tril(content, -1)", "content", "leaks"),
-    Bug(
-        "micro-batches: 0 / 0 without a target",
-        "micro_batches.accumulated_loss_forward",
-        "jnp.maximum(jnp.sum(count), 1)",
-        "jnp.sum(count)",
-        "accumulated_value",
-    ),
-    Bug(
-        "micro-batches: divided by their number again",
-        "micro_batches.accumulated_loss_forward",
-        "jnp.sum(shares * ",
-        "jnp.mean(shares * ",
-        "accumulated_value",
-    ),
-    Bug(
-        "filters: temperature 0 takes the unlikeliest token",
-        "sampling.filtered_law",
-        "return (rank == 0)",
-        "return (rank == len(rank) - 1)",
-        "filtered_law",
-    ),
-    Bug(
-        "filters: times the temperature", "sampling.filtered_law", " / temperature)", " * temperature)", "filtered_law"
-    ),
-    Bug("biased choice: one too many", "balancing.biased_choice", "rank < top_k", "rank <= top_k", "biased_choice"),
 ]

@@ -32,15 +32,17 @@ PARTS = {"attention": "attention", "ffn": "the expert layers", "head": "the head
 def telling_length(config: ModelConfig) -> int:
     """The smallest T from `seq_len` on for which T x rows cannot divide the size of an array by chance: T is a prime
     that divides no other size of the layer, and the number of rows has a prime factor that divides none, either."""
-    sizes = config.width * config.expert_hidden * config.experts * config.routing.top_k * max(1, config.shared_experts)
-    for tokens in itertools.count(max(config.seq_len, 2)):
-        factor = own = multiplied_rows(dataclasses.replace(config, seq_len=tokens), 1)
-        while factor > 1:
-            factor = math.gcd(own, 2 * sizes)
-            own //= factor
-        if own > 1 and sizes % tokens and all(tokens % n for n in range(2, math.isqrt(tokens) + 1)):
-            return tokens
-    raise AssertionError
+    sizes = (
+        2 * config.width * config.expert_hidden * config.experts * config.routing.top_k * (config.shared_experts or 1)
+    )
+
+    def tells(tokens: int) -> bool:
+        own = multiplied_rows(dataclasses.replace(config, seq_len=tokens), 1)
+        while (common := math.gcd(own, sizes)) > 1:
+            own //= common
+        return own > 1 and sizes % tokens > 0 and all(tokens % n for n in range(2, math.isqrt(tokens) + 1))
+
+    return next(filter(tells, itertools.count(max(config.seq_len, 2))))
 
 
 def layer_arithmetic(config: ModelConfig) -> Iterator[Certificate]:

@@ -13,7 +13,6 @@ neighbour. So copies find leaks between neighbours more often. A leak that none 
 Chapter 12 of `foundation` derives which priorities leak, and enumerates all texts of a small case.
 """
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
@@ -88,11 +87,9 @@ def spaced(first: int, last: int, count: int) -> np.ndarray:
     return np.unique(np.linspace(first, last, max(count, 2)).round().astype(int))
 
 
-def crowded_positions(queued: Any, slots: int | None) -> np.ndarray:
+def crowded_positions(queued: Any, slots: int) -> np.ndarray:
     """Positions of the tokens that take the last slot of a queue or are the first to find it full, in any layer, and
     the positions before and after them. `queued` [*L, B, T, K] has the place of each pair in its queue, from 0."""
-    if slots is None:
-        return np.zeros(0, int)
     place = np.asarray(queued)
     near = np.argwhere((place == slots - 1) | (place == slots))[:, -2]
     around = np.unique(np.concatenate([near - 1, near, near + 1]))
@@ -143,38 +140,18 @@ def _bits(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}")
 
 
-class Variant(NamedTuple):
-    """A layer to test, by its differences from the configured layer under dispatch by capacity."""
-
-    title: str
-    """The claim in plain words."""
-    routing: dict[str, Any] = {}  # noqa: RUF012
-    moe: type[MoE] = MoE
-
-
-VARIANTS = {
-    "token priority, by capacity": Variant("earlier tokens get the slots first"),
-    "crowded expert": Variant("while 9 of 10 tokens choose the same expert", {"balancing": "bias"}),
-    "shared expert": Variant("with one more expert that every token visits"),
-    "blocks (dropless)": Variant("with a row for every choice: nothing is dropped", {"dispatch": "blocks"}),
-}
-
-
-def layer_causality(name: str, config: ModelConfig, ffn: dict[str, Any], variant: Variant | None = None) -> Certificate:
-    """Test one layer of the model's shape, in the variant of this name unless given, with the parameters `ffn`.
-
-    Every variant except `blocks` has a capacity, even if the model trains without one.
-    """
-    variant = variant or VARIANTS[name]
-    model = tight(config).with_routing(**({"dispatch": "capacity"} | variant.routing))
-    if name == "shared expert":
-        model = dataclasses.replace(model, shared_experts=max(1, model.shared_experts))
-    flops, layer = layer_flops(model, 1), build_layer(model, nnx.Rngs(params=jax.random.key(1)), variant.moe)
-    # What `ffn` does not have, such as the shared expert of the variant, stays random.
+def layer_causality(config: ModelConfig, ffn: dict[str, Any], crowd: bool = False, moe: type[MoE] = MoE) -> Certificate:
+    """Test one layer of the model's shape with the parameters `ffn`. It has a capacity, even if the model trains
+    without one. With `crowd`, CROWD of the tokens choose the same expert, by a balance bias. The tests of the package
+    give layers that leak as `moe`."""
+    model = tight(config).with_routing(dispatch="capacity", **({"balancing": "bias"} if crowd else {}))
+    flops, layer = layer_flops(model, 1), build_layer(model, nnx.Rngs(params=jax.random.key(1)), moe)
     nnx.update(layer, nnx.State({part: value for part, value in ffn.items() if hasattr(layer, part)}))
     shape = 2, sequences_for(flops * model.seq_len), model.seq_len, model.width
     before, other = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    if name == "crowded expert":
+    name, title = "token priority, by capacity", "earlier tokens get the slots first"
+    if crowd:
+        name, title = "crowded expert", "while 9 of 10 tokens choose the same expert"
         layer.balance_bias[...] = crowding_bias(layer.route(jnp.asarray(before)).probs, model.routing.top_k)
     graphdef, state = nnx.split(layer)
 
@@ -183,8 +160,7 @@ def layer_causality(name: str, config: ModelConfig, ffn: dict[str, Any], variant
         y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, trace)
         return (y if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
-    slots = None if model.dropless else model.capacity
-    return perturbed(f"causality: {name}", variant.title, run, before, other, flops, slots)
+    return perturbed(f"causality: {name}", title, run, before, other, flops, model.capacity)
 
 
 def crowding_bias(probs: jax.Array, top_k: int) -> jax.Array:
@@ -215,8 +191,9 @@ def perturbed(
     sequences, tokens = before.shape[:2]
     allowed = int(MOST_FLOPS / (flops * sequences))
     if positions is None and allowed < tokens:
-        queued = None if slots is None else run(before, trace=True)[0]
-        positions = np.union1d(spaced(0, tokens - 1, allowed), crowded_positions(queued, slots))
+        positions = spaced(0, tokens - 1, allowed)
+        if slots is not None:
+            positions = np.union1d(positions, crowded_positions(run(before, trace=True)[0], slots))
     return _certificate(name, title, count_changes(run, before, other, positions), slots)
 
 

@@ -13,17 +13,13 @@ import numpy as np
 
 from moe_jax.certify import Certificate
 from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
-from moe_jax.certify.causality import VARIANTS, layer_causality, model_causality, writing_causality
+from moe_jax.certify.causality import layer_causality, model_causality, writing_causality
 from moe_jax.config import RunConfig
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.programs import RandomTokenTrainer
-
-BIAS_DEVIATION = 0.05
-"""Standard deviation of the initial balance biases, times E. They are added to probabilities, whose mean is 1 / E and
-whose deviation at initial parameters is about 0.1 / E."""
 
 
 def initial_params(config: RunConfig) -> Params:
@@ -37,7 +33,8 @@ def initial_params(config: RunConfig) -> Params:
     if model.dense == "none" and model.routing.balancing == "bias":
         for number, block in enumerate(params["blocks"].values()):
             bias = jax.random.normal(jax.random.key(number), (model.experts,))
-            block["ffn"]["balance_bias"] = BIAS_DEVIATION / model.experts * bias
+            # Added to probabilities, whose mean is 1 / E and whose deviation is about 0.1 / E.
+            block["ffn"]["balance_bias"] = 0.05 / model.experts * bias
     return params
 
 
@@ -45,8 +42,8 @@ def certify(config: RunConfig, params: Params, batch_size: int) -> Iterator[Cert
     """Yield the certificates of a model one by one. `config.model.vocab_size` must not be 0."""
     decoder = Decoder(abstract_model(config.model)[0], config.model.seq_len, config.model.vocab_size)
     if config.model.dense == "none":
-        for variant in VARIANTS:
-            yield layer_causality(variant, config.model, params["blocks"][0]["ffn"])
+        for crowd in (False, True):
+            yield layer_causality(config.model, params["blocks"][0]["ffn"], crowd)
     yield from model_causality(config, params)
     yield writing_causality(decoder, params, config.model.vocab_size)
     if config.model.dense == "none":

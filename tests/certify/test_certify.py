@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 
 from moe_jax.certify import causality
-from moe_jax.certify import model as all_claims
 from moe_jax.certify.arithmetic import router_precision, step_arithmetic, telling_length
-from moe_jax.certify.causality import VARIANTS, Variant, crowding_bias, layer_causality, model_causality
+from moe_jax.certify.causality import crowding_bias, layer_causality, model_causality
 from moe_jax.certify.model import certify, initial_params
 from moe_jax.model.costs import multiplied_rows, router_flops
 from moe_jax.model.transformer import create, split
@@ -35,30 +34,26 @@ BLOCKS = {"routing": {"dispatch": "blocks", "top_k": 3}, "width": 48, "expert_hi
 
 
 @pytest.mark.parametrize(
-    ("changes", "variants"),
+    "changes",
     [
-        ({"layers": 1}, ["token priority, by capacity"]),
-        pytest.param({}, list(VARIANTS), marks=NIGHT),
-        pytest.param(BLOCKS | {"zero_init_residual": True}, list(VARIANTS), marks=NIGHT),
+        {"layers": 1},
+        pytest.param({"shared_experts": 1, "routing": {"balancing": "bias"}}, marks=NIGHT),
+        pytest.param(BLOCKS | {"zero_init_residual": True}, marks=NIGHT),
     ],
-    ids=["short", "capacity", "blocks"],
+    ids=["short", "shared, bias", "blocks"],
 )
 @pytest.mark.planted
-def test_all_certificates_of_a_small_model(changes: dict, variants: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_certificates_of_a_small_model(changes: dict) -> None:
     """With blocks also experts that are narrower than the model and branches that start at zero, as in `story-cpu`.
 
     The parameters are bound to a device, as those of a run are: jax compiles for each kind of argument.
     """
-    monkeypatch.setattr(all_claims, "VARIANTS", {name: VARIANTS[name] for name in variants})
     config = run_config(small(**changes))
     found = list(certify(config, jax.device_put(initial_params(config), jax.devices()[0]), batch_size=2))
     assert [c.name for c in found if not c.passed] == []
-    assert len(found) == len(variants) + 3 + 2 + 5 + 1
-    assert all(" at each of 32 positions, in 6 sequences" in c.found for c in found[: len(variants) + 1])
-    # Every variant with a capacity was tried under drops.
-    tried = [c for c in found[: len(variants)] if "blocks" not in c.name]
-    assert len(tried) == sum("blocks" not in name for name in variants)
-    assert not any("; 0% of the choices" in c.found for c in tried)
+    assert len(found) == 2 + 3 + 2 + 5 + 1
+    assert all(" at each of 32 positions, in 6 sequences" in c.found for c in found[:3])
+    assert not any("; 0% of the choices" in c.found for c in found[:2])  # tried under drops
     assert len({c.title for c in found}) == len(found)
 
 
@@ -95,9 +90,6 @@ def in_pairs(expert, valid, experts):
     return jnp.take_along_axis(before, expert, axis=-1)
 
 
-QUEUED = [name for name in VARIANTS if "blocks" not in name]
-
-
 @pytest.mark.planted
 @pytest.mark.parametrize(
     "rule", [LEAKS[0], "pairs", *(pytest.param(rule, marks=NIGHT) for rule in (*LEAKS[1:], "fours"))]
@@ -106,7 +98,7 @@ def test_a_known_leak_is_found(rule: str) -> None:
     """Each rule over any distance, and two that act between neighbours only."""
     chunk = {"pairs": 2, "fours": 4}.get(rule)
     capacity = partial(ReversedChunks, chunk=chunk) if chunk else partial(LeakyCapacity, priority=rule)
-    certificate = layer_causality(rule, small(), {}, Variant(rule, moe=leaky_moe(capacity)))
+    certificate = layer_causality(small(), {}, moe=leaky_moe(capacity))
     assert not certificate.passed
     assert ": 0 earlier outputs" not in certificate.found
     assert " and 0 of the sequence that was left alone" in certificate.found
@@ -124,7 +116,7 @@ def test_pairs_are_found_if_positions_are_left_out(monkeypatch: pytest.MonkeyPat
     assert " at each of " not in sound.found
     monkeypatch.setattr("moe_jax.model.moe.dispatch.queue_positions", in_pairs)
     assert not next(model_causality(run_config(model), params)).passed
-    assert [name for name in QUEUED if layer_causality(name, model, {}).passed] == []
+    assert [crowd for crowd in (False, True) if layer_causality(model, {}, crowd).passed] == []
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def certificates(name: str) -> Iterator[Certificate]:
         elif claim == "prefill and decoding":
             yield writing_causality(decoder, params, model.vocab_size)
         else:
-            yield layer_causality(claim, model, params["blocks"][0]["ffn"])
+            yield layer_causality(model, params["blocks"][0]["ffn"], crowd=claim == "crowded expert")
 
 
 def claim(name: str) -> Callable[[], None]:
@@ -87,7 +87,7 @@ BUGS = [
         BEFORE,
         """order = jnp.arange(hits.shape[1]) ^ 1
     before = (jnp.cumsum(hits[:, order], axis=1) - hits[:, order])[:, order]""",
-        claim("causality: shared expert"),
+        claim("causality: token priority, by capacity"),
     ),
     Bug(
         "certify: later tokens first where 90 % of the tokens choose one expert",

@@ -209,7 +209,7 @@ class PerToken:
 class AllExperts:
     """Every expert computes every token. The chosen experts' outputs are summed with their gates. Drops nothing.
 
-    No run can choose it: `certify` and the benchmarks compare the others with it.
+    No run can choose it: `benchmark.py moe` and the tests compare the others with it.
     """
 
     def apply(

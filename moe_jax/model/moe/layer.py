@@ -242,9 +242,9 @@ def layer_function(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunc
     return _function(_initial_layer(config, moe))
 
 
-def layer_shapes(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunction, dict[str, Any]]:
+def layer_shapes(config: ModelConfig) -> tuple[LayerFunction, dict[str, Any]]:
     """The layer as a function, and the shapes of its parameters. Allocates nothing."""
-    return _function(nnx.eval_shape(lambda: _initial_layer(config, moe)))
+    return _function(nnx.eval_shape(lambda: _initial_layer(config, MoE)))
 
 
 def _initial_layer(config: ModelConfig, moe: type[MoE]) -> MoE:
