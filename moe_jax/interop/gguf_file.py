@@ -92,19 +92,14 @@ def _imported(file: str, size: int) -> GgufVocabulary:
     return _padded(words, kinds, joined, size, _rule(values.get("pre_tokenizer")))
 
 
-def _rule(pre_tokenizer: Any) -> str:
-    parts = (
-        pre_tokenizer.get("pretokenizers", [])
-        if isinstance(pre_tokenizer, dict) and pre_tokenizer.get("type") == "Sequence"
-        else [pre_tokenizer]
-    )
-    compared = [
-        {k: v for k, v in part.items() if k not in ("trim_offsets", "add_prefix_space")}
-        for part in parts or []
-        if isinstance(part, dict)
-    ]
+def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
+    one = pre_tokenizer or {}
     # A file of an old version leaves `use_regex` out, which is true then.
-    compared = [{"use_regex": True} | part if part.get("type") == "ByteLevel" else part for part in compared]
+    usual, ignored = {"ByteLevel": {"use_regex": True}}, ("trim_offsets", "add_prefix_space")
+    compared = [
+        usual.get(part["type"], {}) | {name: value for name, value in part.items() if name not in ignored}
+        for part in one.get("pretokenizers", [one] if one else [])
+    ]
     for rule, known in RULES.items():
         if compared == known:
             return rule

@@ -16,10 +16,11 @@ from moe_jax.config import UserError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
-from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, gguf_vocabulary
+from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, _rule, gguf_vocabulary
 from moe_jax.interop.huggingface import config_json
 from moe_jax.interop.source import embedding, open_source
 from tests.interop.saved import save
+from tests.support.hf_tokenizers import BYTE_LEVEL, made
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +186,16 @@ def test_gguf_pads_the_vocabulary_and_keeps_rows_that_no_block_fills(run: Path) 
     ]
     assert kinds == ["Q8_0", "F16", "F32"]
     assert _kind("blk.0.ffn_gate_inp.weight", np.zeros((2, 64)), "bfloat16") == gguf.GGMLQuantizationType.F32
+
+
+def test_llama_cpp_gets_the_name_of_an_imported_rule() -> None:
+    """Only of a rule that it knows. `use_regex` is true where an old file leaves it out."""
+    names = {"gpt2": "gpt-2", "olmo": "gpt-2", "smollm": "smollm", "qwen": "qwen2", "llama3": "llama-bpe"}
+    assert {kind: _rule(json.loads(made(kind))["pre_tokenizer"]) for kind in BYTE_LEVEL} == names
+    assert _rule({"type": "ByteLevel", "add_prefix_space": False}) == "gpt-2"
+    for other in (None, {"type": "ByteLevel", "use_regex": False}, json.loads(made("metaspace"))["pre_tokenizer"]):
+        with pytest.raises(UserError, match="cpp has no name for the rule"):
+            _rule(other)
 
 
 def test_plain_safetensors_have_our_names_and_values(run: Path, tmp_path: Path) -> None:
