@@ -124,6 +124,14 @@ def test_a_field_that_is_left_out_has_the_default_of_the_class(name: str, folder
         assert (model.routing.top_k, model.routing.renormalise_gates) == routing
 
 
+@pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])
+def test_the_base_of_the_rotation_may_stand_in_its_own_object(field: str, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for rope, theta in (({"rope_type": "default", "rope_theta": 5e5}, 5e5), ({"type": "default"}, 1e4)):
+        (folder / "config.json").write_text(json.dumps(config | {field: rope}))
+        assert read_shape(folder, "--init-from").model.rope_theta == theta
+
+
 def test_the_first_of_several_ends_of_text_is_the_separator(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [256, 7]}))
