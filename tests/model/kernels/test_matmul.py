@@ -184,6 +184,17 @@ KERNELS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
 }
 
 
+def test_no_group_is_multiplied_in_tf32() -> None:
+    """Forward and backward, in the forms of all devices: tracing sees the branches that only a card takes."""
+    rows, weights = jnp.ones((5, 4, 3)), jnp.ones((2, 3, 6))
+
+    def loss(rows: jax.Array, weights: jax.Array) -> jax.Array:
+        return grouped_matmul(rows, weights, jnp.array([0, 1, 1])).sum()
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(rows, weights))
+    assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 5
+
+
 def traced(kernel: str, **options: Any) -> str:
     function, shapes = KERNELS[kernel]
     return str(jax.make_jaxpr(lambda *operands: function(*operands, **options))(*shapes))
