@@ -51,6 +51,14 @@ def test_every_matrix_of_every_preset_is_in_the_table(name: str) -> None:
             assert "fsdp" in parameter_spec(found, MESH)
 
 
+@pytest.mark.parametrize(("dense", "first"), [("none", "expert"), ("active", None)])
+def test_an_axis_that_cannot_be_divided_evenly_is_whole(dense: str, first: str | None) -> None:
+    """A dense model has one network, and the mesh two devices along `expert`."""
+    layout = Layout.of(MESH, shapes(), jax.tree.map(lambda _: False, shapes()))
+    placed = {leaf_name(path): leaf.sharding.spec for path, leaf in leaves(layout.placed_shapes(shapes(dense=dense)))}
+    assert placed[f"{BLOCK}.ffn.experts.w_in"] == P(first, "fsdp", None)
+
+
 def state_specs(optimizer: OptimizerKind) -> dict[str, P]:
     """Name -> spec of every leaf of a state that is cut."""
     config = TrainConfig(optimizer=optimizer)
