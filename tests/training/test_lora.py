@@ -15,6 +15,7 @@ from moe_jax.interop.source import open_source
 from moe_jax.model.costs import adapter_parameters, count_parameters, least_step_bytes, totals, training_flops
 from moe_jax.model.low_rank import LoraShape, adapted, initial_adapters, merged
 from moe_jax.model.moe.layer import Mode
+from moe_jax.model.quantized import quantize
 from moe_jax.model.transformer import abstract_adapted
 from moe_jax.model.transformer import merge as build
 from moe_jax.runs.arrays import named_leaves
@@ -22,6 +23,7 @@ from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
 from moe_jax.training.loop import finish, train
 from moe_jax.training.optimizers.factory import make_optimizer
+from moe_jax.training.quantize import quantize_run
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
 from moe_jax.training.state import initial_state
@@ -179,6 +181,15 @@ def test_a_run_with_adapters_holds_its_base_and_opens_merged(tuned: Any) -> None
     assert result["val_loss"] < session.score(session.data.store.valid.stream, start.params).loss
     assert result["params_trained"] == adapter_parameters(session.config).total < result["params_total"]
     assert {f.state for f in examine(session.folder.path, repair=False)} == {"good"}
+
+
+@pytest.mark.runs
+def test_a_quantised_run_has_the_adapters_in_its_codes(tuned: Any, tmp_path: Path) -> None:
+    session, _, _ = tuned
+    quantize_run(session.folder.path, "int8", tmp_path / "small")
+    opened = open_run(tmp_path / "small")
+    assert opened.config.train.lora_rank == 0
+    tiny.assert_same_bits(opened.params, quantize(session.params, "int8"))
 
 
 @pytest.mark.runs

@@ -24,7 +24,7 @@ from moe_jax.runs.records import read_summary
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
 from moe_jax.training import initial_weights
-from moe_jax.training.quantize import _summary_at
+from moe_jax.training.quantize import _summary_at, quantize_run
 from moe_jax.training.session import Session
 from tests.serving import made as serving
 from tests.support import saved_run
@@ -124,6 +124,16 @@ def test_without_the_text_the_run_is_made_and_not_scored(
     assert "not scored: " in said
     assert set(json.loads(said.splitlines()[-1])) == {"bytes_before", "bytes_after"}
     assert open_run(tmp_path / "copy-int8").checkpoint.step == saved_run.STEP
+
+
+def test_the_records_end_at_the_checkpoint(run: Path, tmp_path: Path) -> None:
+    """A run that went on after its best checkpoint."""
+    shutil.copytree(run, tmp_path / "copy")
+    with (tmp_path / "copy" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": saved_run.STEP + 1, "split": "train", "loss": 9.0}) + "\n")
+    quantize_run(tmp_path / "copy", "int8", tmp_path / "small")
+    there, here = ((p / "metrics.jsonl").read_text() for p in (run, tmp_path / "small"))
+    assert here == there
 
 
 def test_a_tuned_run_is_scored_on_the_answers_only(run: Path, tmp_path: Path) -> None:
