@@ -37,6 +37,7 @@ BAD_TRAIN = [
     (["--mesh", "data=3"], ["--mesh data=3", "3 devices; --batch-size 8 is not a multiple of 3"]),
     (["--train.beta2", "0.9"], ["--train.beta2", "perhaps --set train.beta2 was meant"]),
     (["--set", "train.beta3=0.9"], ["--set train.beta3=0.9", "perhaps train.beta2"]),
+    (["--set", "a." * 25_000 + "b=1"], ["--set a.a.", "must be SECTION.NAME=VALUE"]),
     (["--set", "model.bias=maybe"], ["--set model.bias=maybe", "must be true or false"]),
     (["--model.top-k", "2"], ["--model.top-k", "perhaps --top-k"]),
     (["--upcycle", "no/such/run"], ["--upcycle no/such/run", "--model.dense active"]),
