@@ -152,8 +152,12 @@ def test_the_step_costs_its_formula(changes: dict, train: dict, remat: bool) -> 
     assert exact == ([False, True, True] if "kv_heads" in changes else [True, True, True])
 
 
+def _name(bug: Bug | None) -> str:
+    return bug.name if bug else "no bug"
+
+
 @pytest.mark.parametrize("back_end", ["triton", pytest.param("cublas", marks=NIGHT)])
-@pytest.mark.parametrize("bug", [None, *(b for b in planted_certify.BUGS if "router multiplies" in b.name)], ids=str)
+@pytest.mark.parametrize("bug", [None, *(b for b in planted_certify.BUGS if "router multiplies" in b.name)], ids=_name)
 @compiled_for_gpu
 def test_the_precision_of_the_router_on_a_card(bug: Bug | None, back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the step that is compiled for an RTX 3050, which has TF32 and bfloat16."""
