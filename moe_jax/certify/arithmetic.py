@@ -71,7 +71,7 @@ def layer_arithmetic(config: ModelConfig) -> Iterator[Certificate]:
         "arithmetic: arrays of one layer",
         len(shapes) > 1 and not large,
         f"{len(shapes)} shapes of arrays, {len(large)} of such a size",
-        f"no size that {tokens:,} tokens x {rows:,} rows of all experts divide",
+        f"no size is a multiple of {tokens:,} tokens x {rows:,} rows of all experts",
         title="no array of tokens x experts x slots in one layer",
     )
 

@@ -9,13 +9,17 @@ from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
-TRIED = """Tried: one token is changed at a time, and every bit of the earlier outputs is compared, in float32 on one
-device with random inputs. In training with half of the usual slots, so that choices are dropped, and in one layer also
-while 9 of 10 tokens choose the same expert; in evaluation; in prefill and decoding with other tokens behind the prompt.
-Then the compiled layer and training step are read: their operations, exactly; the precision of the router; and the
-sizes of the layer's arrays."""
-NOT_TRIED = """Not tried: other inputs, other lengths, other number formats, several texts that are written together,
-and gradients. Such a test can find a leak. It cannot prove that there is none."""
+TRIED = (
+    "Tried: one token is changed at a time, and every bit of the earlier outputs is compared. The model computes in "
+    "float32 on one device, with random inputs. It trains with half of the usual slots, so that choices are dropped; "
+    "it evaluates; and it reads prompts and goes on, with other tokens behind the prompt. One layer also trains while "
+    "9 of 10 tokens choose the same expert. Then the compiled layer and training step are read: the exact number of "
+    "their operations, the precision of the router, and the sizes of the layer's arrays."
+)
+NOT_TRIED = (
+    "Not tried: other inputs, other lengths, other number formats, several texts that are written together, and "
+    "gradients. Such a test can find a leak. It cannot prove that there is none."
+)
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Certify(Command):
         if (mesh := mesh_of(self.mesh)) is not None:
             on_mesh = certify_mesh(config.on_mesh(self.mesh, self.batch_size, micro_batches=2), params, mesh)
             remaining = itertools.chain(remaining, on_mesh)
-        say(f"certificates of {what}", *(text.replace("\n", " ") for text in (TRIED, NOT_TRIED)), "")
+        say(f"certificates of {what}", TRIED, NOT_TRIED, "")
         results = []
         while True:
             with working(f"testing claim {len(results) + 1}"):

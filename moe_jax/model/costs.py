@@ -4,6 +4,7 @@ training.
 It needs no jax, so the commands know it before anything starts.
 """
 
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -139,7 +140,7 @@ def multiplied_rows(config: ModelConfig, batch: int, devices: int = 1) -> int:
         return (own + (arriving - 1) // block) * block
     # Not `config.capacity`: certificates compare programs, which have that one, with these slots.
     share = Fraction(str(config.routing.capacity_factor)) * config.seq_len * config.routing.top_k / config.experts
-    return batch * config.experts * sorted((1, -(-share.numerator // share.denominator), config.seq_len))[1]
+    return batch * config.experts * min(config.seq_len, max(1, math.ceil(share)))
 
 
 def attention_flops(config: ModelConfig, batch: int) -> int:

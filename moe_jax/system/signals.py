@@ -2,7 +2,7 @@
 
     Signals          training: the first signal saves and stops the run, a second Ctrl-C or SIGTERM ends it at once
     interruptible    every program: Ctrl-C ends it at once
-    unwinding        within that: Ctrl-C is an exception, for what must be tidied or goes on
+    unwinding        within that: Ctrl-C is an exception, for work that tidies up first, or that goes on
 
 `training.loop.evaluate_and_save_if_due` asks `Signals` after each step whether a signal came, saves a checkpoint and
 raises `Stopped`.
