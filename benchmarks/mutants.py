@@ -79,10 +79,11 @@ def places(path: Path) -> dict[tuple[int, int], list[tuple[str, int]]]:
 
 
 def draw(package: str, number: int, seed: int) -> tuple[list[Mutant], int]:
-    """A sample of the mutants of a package, and the number of places that it was drawn from."""
+    """A sample of the mutants of a package or a module, and the number of places that it was drawn from."""
+    drawn_from = ROOT / "moe_jax" / package
     everywhere = [
         (path.relative_to(ROOT).as_posix(), place, operators)
-        for path in sorted((ROOT / "moe_jax" / package).rglob("*.py"))
+        for path in ([drawn_from] if drawn_from.is_file() else sorted(drawn_from.rglob("*.py")))
         for place, operators in sorted(places(path).items())
     ]
     rng = random.Random(f"{seed} {package}")

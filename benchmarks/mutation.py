@@ -4,7 +4,7 @@
     uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl --packages data runs --seed 7 --number 20
     uv run --with cosmic-ray benchmarks/mutation.py --out again.jsonl --again mutants.jsonl    not killed: once more
 
-The mutants of these packages are thousands, too many for two cores. So this program draws a sample with a fixed seed,
+The mutants of the packages are thousands, too many for two cores. So this program draws a sample with a fixed seed,
 the same number in each package (`mutants.py`). What a package draws depends on the seed and the package alone.
 
 The tests of a mutant are the nearest ones: the test file with the module's name, the checks of planted bugs, the test
@@ -43,6 +43,16 @@ from mutants import ROOT, Mutant, draw, mutate
 
 ANALYSIS = ("inspection", "certify", "planning", "plots", "benchmarks")
 """Packages that measure, judge or show. The table sums them up in one more line."""
+USERS = (
+    "serving",
+    "interop",
+    "parallel",
+    "model/kernels",
+    "model/quantized.py",
+    "training/quantize.py",
+    "training/start.py",
+)
+"""What other programs and devices see, kernels, quantisation, and where a run starts: packages, or single modules."""
 PACKAGES = ("model", "training", "inference", "data", "runs", *ANALYSIS)
 RUNS = ["tests/training/test_run.py", "tests/training/test_records.py"]
 NEAREST = {
@@ -60,14 +70,21 @@ NEAREST = {
     "inspection.report": ["tests/training/test_routing_snapshot.py"],
     "inference.traced_pass": ["tests/training/test_routing_snapshot.py"],
     "inference": ["tests/inference", "tests/test_api.py"],
+    "serving": ["tests/serving"],
+    "interop": ["tests/interop"],
+    "parallel": ["tests/parallel"],
+    "training.quantize": ["tests/training/test_quantize.py"],
+    "training.start": ["tests/training/test_sft.py", "tests/training/test_lora.py", "tests/training/test_upcycle.py"],
 }
 """Module or package -> tests that reach it without importing it by name, or that test it best."""
 CHECKS = {package: ["tests/test_records.py"] for package in PACKAGES}
 CHECKS |= {name: ["tests/test_checks.py", "tests/test_records.py"] for name in ("model", "training", "inference")}
 BROAD = ["tests/test_bridge.py", *RUNS]
-LEFT_OUT = ("tests/reliability", "tests/browser", "tests/support", "tests/foundation")
+LEFT_OUT = ("tests/reliability", "tests/support", "tests/foundation")
 """Tests of real processes, other programs and pages, and helpers."""
-MARKERS = "not reliability and not plan and not notebooks and not package"
+MARKERS = "not reliability and not plan and not notebooks and not package and not slow"
+DEVICES = "--xla_force_host_platform_device_count=8"
+"""For `parallel` only: its tests need eight devices."""
 EXIT_OF_NO_TESTS = 5
 
 
@@ -134,6 +151,11 @@ class Slot:
         os.setsid()
         os.chdir(self.folder)
         log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        markers = MARKERS
+        if mutant.package == "parallel":
+            os.environ["XLA_FLAGS"] += f" {DEVICES}"
+        else:
+            markers += " and not parallel"
         os.environ["COLUMNS"] = "1000"  # so that pytest writes the whole name of a failed test
         os.dup2(log, 1)
         os.dup2(log, 2)
@@ -141,7 +163,7 @@ class Slot:
         sys.path[:] = [str(self.folder), *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "benchmarks"))]
         code = 3
         try:
-            options = ["-x", "-q", "-n", "0", "--tb=line", "-p", "no:cacheprovider", "-m", MARKERS]
+            options = ["-x", "-q", "-n", "0", "--tb=line", "-p", "no:cacheprovider", "-m", markers]
             code = int(pytest.main([*options, *tests], plugins=[NamedFirst(mutant)]))
         finally:
             os._exit(code)
@@ -206,14 +228,15 @@ def preload(cache: str) -> None:
 
 def table(mutants: list[Mutant]) -> Iterator[str]:
     """For each package: mutants drawn, killed, their share and its 95 % interval."""
-    groups = {**{package: (package,) for package in PACKAGES}, "analysis": ANALYSIS, "all": PACKAGES}
+    groups = {**{package: (package,) for package in (*PACKAGES, *USERS)}, "analysis": ANALYSIS, "users": USERS}
+    groups["all"] = (*PACKAGES, *USERS)
     for package, members in groups.items():
         drawn = [m for m in mutants if m.package in members]
         if drawn:
             killed = sum(m.outcome == "killed" for m in drawn)
             low, high = wilson(killed, len(drawn))
             share = f"{killed / len(drawn):.0%} ({low:.0%} to {high:.0%})"
-            yield f"{package:12} {len(drawn):4} drawn, {killed:4} killed: {share}"
+            yield f"{package:20} {len(drawn):4} drawn, {killed:4} killed: {share}"
 
 
 def main() -> None:
@@ -221,7 +244,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path, help="gets a line of JSON for each mutant")
     parser.add_argument("--number", type=int, default=30, help="mutants a package")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--packages", nargs="+", choices=PACKAGES, default=PACKAGES)
+    parser.add_argument("--packages", nargs="+", choices=(*PACKAGES, *USERS), default=PACKAGES)
     parser.add_argument("--processes", type=int, default=2, help="mutants at a time")
     parser.add_argument("--again", type=Path, help="an older OUT: run what it has not killed")
     parser.add_argument("--wide", action="store_true", help="also the tests of other packages that import the module")
@@ -248,9 +271,11 @@ def main() -> None:
             out.flush()
             print(f"{done.outcome:10} {done.seconds:6.1f} s  {done.module}:{done.line}  {done.new}", flush=True)
         named = {m.by.removeprefix("FAILED ").split(" - ")[0] for m in ended if m.by.startswith("FAILED")}
-        plain = Mutant("", "every test that killed, without a mutant", 0, 0, "", 0)
-        for done in run([(plain, sorted(named))] if named else [], slots):
-            print(done.module + ":", "passes" if done.outcome == "survived" else done.by)
+        parallel = {test for test in named if test.startswith("tests/parallel")}
+        for package, tests in (("parallel", parallel), ("", named - parallel)):
+            plain = Mutant(package, "every test that killed, without a mutant", 0, 0, "", 0)
+            for done in run([(plain, sorted(tests))] if tests else [], slots):
+                print(done.module + ":", "passes" if done.outcome == "survived" else done.by)
     print(*table(ended), sep="\n")
 
 
