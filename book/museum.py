@@ -1,117 +1,182 @@
-"""The page of the planted bugs: each as a change of one line, the check that catches it, and where it has happened."""
+"""The page of the planted bugs: first those that happened in public, as stories; then the others, with their checks."""
 
 import difflib
+from typing import NamedTuple
 
 from foundation.challenges.bugs import BUGS
 from foundation.challenges.planting import Bug
 
-SIGHTINGS: dict[str, tuple[str, str]] = {
-    "micro-batches: a mean of means": (
-        "meta-pytorch/torchtune#1875",
-        "Each micro-batch was divided by its own count of targets, and the results were averaged.",
-    ),
-    "decoding: rotary position one off": (
-        "lucidrains/rotary-embedding-torch#11",
-        "A cache of positions left the offset out of its key: every later call got the positions of the first.",
-    ),
-    "draft: judged as if every token were its surest": (
-        "jaymody/speculative-sampling#3",
-        "The draft's token was its likeliest one, and was judged as if it had been drawn.",
-    ),
-    "balance: f is not divided by K": (
-        "huggingface/transformers#43775",
-        "The shares of K choices were not divided by K, so they added up to K.",
-    ),
-    "balance: a loss that ignores the routing": (
-        "mindspore-ai/hyper-parallel#752",
-        "Two arrays of different shapes were multiplied, and the loss was almost a constant.",
-    ),
-    "layernorm: mean term missing": (
-        "tenstorrent/tt-metal#53204",
-        "The same term, subtracted twice. The loss still fell.",
-    ),
-    "attention: no causal mask": (
+
+class Sighting(NamedTuple):
+    """A public issue in which a bug, or its nearest kin, was found."""
+
+    issue: str
+    """REPOSITORY#NUMBER on GitHub."""
+    title: str
+    symptom: str
+    """What somebody sees."""
+    cause: str
+
+
+SIGHTINGS = {
+    "attention: no causal mask": Sighting(
         "keras-team/keras#23038",
-        "Where the fast path was off, as with dropout, the mask was left out: later tokens could be seen.",
+        "A score too good to be true",
+        "A metric rises towards its best value, because every position can look ahead. No error is raised.",
+        "The mask was moved into the fast path. Where the layer took another path, as with dropout, there was no mask.",
     ),
-    "grouped heads: neighbours read different key heads": (
+    "router: plain gates get no gradient": Sighting(
+        "davidmrau/mixture-of-experts#27",
+        "The router that never learned",
+        "The router's gradient is exactly 0 in every step, while the experts learn.",
+        "With one choice a token, the softmax over that one choice is 1, whatever the router says.",
+    ),
+    "balance: a loss that ignores the routing": Sighting(
+        "mindspore-ai/hyper-parallel#752",
+        "A balance loss that does not move",
+        "The balance loss is nearly the same number for balanced and for collapsed routing.",
+        "Shares of E experts were multiplied with means of K choices. Broadcasting made the different lengths fit.",
+    ),
+    "balance: f is not divided by K": Sighting(
+        "huggingface/transformers#43775",
+        "A coefficient that means K times as much",
+        "At perfect balance the loss is K and not 1, so a coefficient from a paper weighs K times as much.",
+        "The shares of K choices were counted, and not divided by K.",
+    ),
+    "model: auxiliary losses not averaged over layers": Sighting(
+        "huggingface/transformers#28255",
+        "Two wrongs that cancel",
+        "Two layers are unbalanced in opposite ways, and the balance loss calls the model balanced.",
+        "The routers of all layers were pooled first. The product of shares and probabilities came after it.",
+    ),
+    "router: gate gradient dropped": Sighting(
+        "labmlai/annotated_deep_learning_paper_implementations#95",
+        "The gate on the wrong side of the expert",
+        "The model trains, and its gates mean something else than in the paper.",
+        "The gate multiplied the expert's input. An expert is not linear, so that is not its output times the gate.",
+    ),
+    "router: gates not renormalised": Sighting(
+        "pytorch/torchtitan#1448",
+        "A public model that runs worse than its score",
+        "A checkpoint loads without a complaint, and scores worse than published.",
+        "It was trained with gates that add up to 1, and was run with gates that do not.",
+    ),
+    "micro-batches: a mean of means": Sighting(
+        "meta-pytorch/torchtune#1875",
+        "A batch in parts that is another batch",
+        "Accumulating over micro-batches gives another loss curve than the same sequences in one batch.",
+        "Each micro-batch was divided by its own number of targets, and then averaged. Short ones weigh too much.",
+    ),
+    "all_reduce: R times too large": Sighting(
+        "jax-ml/jax#3970",
+        "The more devices, the larger the gradient",
+        "On R devices every gradient is R times that of one device. Adam hides it, because it divides the scale out.",
+        "The loss was summed over devices before it was differentiated, and the gradients were summed once more.",
+    ),
+    "adamw: decay rescaled by the gradient": Sighting(
+        "keras-team/keras#19051",
+        "AdamW that was Adam",
+        "Changing the weight decay has less effect than it should, and the effect depends on the gradients.",
+        "AdamW inherited Adam's path for decay: the decay became a part of the gradient, which Adam rescales.",
+    ),
+    "layernorm: mean term missing": Sighting(
+        "tenstorrent/tt-metal#53204",
+        "The loss still fell",
+        "Training works, a little worse than elsewhere.",
+        "LayerNorm's gradient subtracts two sums. One of them was subtracted twice, in place of both.",
+    ),
+    "model: tied table without the head's share": Sighting(
+        "paiml/entrenar#314",
+        "A tied table that comes apart",
+        "Embedding and head are called one table, and differ after the first step.",
+        "They were two copies. Each was stepped with its own half of the gradient.",
+    ),
+    "grouped heads: neighbours read different key heads": Sighting(
         "onnx/onnx#7274",
+        "Every head reads somebody else's keys",
+        "An exported model with grouped heads gives other numbers than the model that it was made of.",
         "Key heads were tiled (0, 1, 0, 1) where they must be repeated (0, 0, 1, 1).",
     ),
-    "router: plain gates get no gradient": (
-        "davidmrau/mixture-of-experts#27",
-        "With one choice a token, a softmax over that one choice is 1 whatever the router says: its gradient is 0.",
+    "decoding: rotary position one off": Sighting(
+        "lucidrains/rotary-embedding-torch#11",
+        "Every word is the first word",
+        "With a cache of keys, later tokens get the rotation of the first call, and the text degrades.",
+        "The table of rotations was cached under a key that left the offset out.",
     ),
-    "router: gate gradient dropped": (
-        "labmlai/annotated_deep_learning_paper_implementations#95",
-        "The gate multiplied the input of the expert instead of its output.",
+    "draft: judged as if every token were its surest": Sighting(
+        "jaymody/speculative-sampling#3",
+        "Faster, and another text",
+        "Speculative decoding must not change what is written, and at temperature 0 the text changed.",
+        "The draft took its likeliest token, and the test of acceptance assumed that the token had been drawn.",
     ),
-    "router: gates not renormalised": (
-        "pytorch/torchtitan#1448",
-        "A model whose gates add up to 1 was run with gates that do not.",
-    ),
-    "model: auxiliary losses not averaged over layers": (
-        "huggingface/transformers#28255",
-        "The routers of all layers were pooled before the product. Two opposite imbalances could cancel.",
-    ),
-    "model: tied table without the head's share": (
-        "paiml/entrenar#314",
-        "The table and the head were two copies, each stepped with its own half of the gradient.",
-    ),
-    "adamw: decay rescaled by the gradient": (
-        "keras-team/keras#19051",
-        "AdamW inherited Adam's path for decay, and so became Adam with a penalty in the loss.",
-    ),
-    "all_reduce: R times too large": (
-        "jax-ml/jax#3970",
-        "The loss was summed over devices before it was differentiated: every gradient came out times their number.",
-    ),
-    "kl: k1 as a loss": (
+    "kl: k1 as a loss": Sighting(
         "NVIDIA-NeMo/RL#2506",
-        "The sampled divergence was differentiated without the score of the samples: nothing is left, on average.",
+        "A penalty that pulls nowhere",
+        "The model drifts away from the reference, however large the coefficient of the penalty.",
+        "The sampled divergence was differentiated without the score of the samples. On average nothing is left.",
     ),
-    "kl: k3 where the forward KL is meant": (
+    "kl: k3 where the forward KL is meant": Sighting(
         "verl-project/verl#2953",
-        "An estimator with the right mean was used as a loss, where its gradient is that of another divergence.",
+        "The right mean, the wrong gradient",
+        "The penalty has the value that it should have, and pulls towards another optimum.",
+        "An estimator with the right mean was used as a loss. Its gradient is that of another divergence.",
     ),
 }
-"""Name of a planted bug -> a public issue in which it, or its nearest kin, was found, and what happened there."""
+"""Name of a planted bug -> where it was found in public."""
 
 INTRODUCTION = """# The bug museum
 
-A gradient that is wrong seldom stops a program. The loss still falls, a little slower.
+A gradient that is wrong seldom stops a program. The loss still falls, a little slower. {seen} times it happened in
+public code, written by people who know the subject well. Each story ends with the check that catches it here.
 
-These {count} bugs are planted in `foundation/`, one at a time, by a test. Each must be caught by name: by a row of the
-table (`uv run python -m foundation NAME`), or by a test of the forward pass. {seen} have a note that says where the
-same mistake, or a close relative, was found in public. The authors of that code know the subject well.
+The same mistakes, or close relatives, are planted in `foundation/` by a test, one at a time, with others: {count} in
+all. Each must be caught by name: by a row of the table (`uv run python -m foundation NAME`), or by a test of the
+forward pass. `uv run python -m foundation hunt` plants one for you to find.
 
-`uv run python -m foundation hunt` plants one for you to find.
+## Seen in public
 """
 
 
 def page() -> str:
-    """The page, as MyST Markdown."""
-    rooms: dict[str, list[Bug]] = {}
-    for bug in BUGS:
-        rooms.setdefault(bug.place.partition(".")[0], []).append(bug)
+    """The page, as MyST Markdown: first the public cases as stories, then the other planted bugs by module."""
+    bugs = {bug.name: bug for bug in BUGS}
     parts = [INTRODUCTION.format(count=len(BUGS), seen=len(SIGHTINGS))]
-    for room, bugs in rooms.items():
-        parts.append(f"## `foundation/{room}.py`\n")
-        parts += [_exhibit(bug) for bug in bugs]
+    parts += [_story(bugs[name], sighting) for name, sighting in SIGHTINGS.items()]
+    parts.append("## Planted by us\n")
+    modules: dict[str, list[Bug]] = {}
+    for bug in BUGS:
+        if bug.name not in SIGHTINGS:
+            modules.setdefault(bug.place.partition(".")[0], []).append(bug)
+    for module, planted in modules.items():
+        parts.append(f"### `foundation/{module}.py`\n")
+        parts += [f"#### {_title(bug)}\n\n{_change(bug)}\n{_check(bug)}\n" for bug in planted]
     return "\n".join(parts)
 
 
-def _exhibit(bug: Bug) -> str:
-    """One bug: its heading, the changed lines, what catches it, and where it was seen."""
+def _story(bug: Bug, sighting: Sighting) -> str:
+    repository, number = sighting.issue.split("#")
+    return (
+        f"### {sighting.title}\n\n[{sighting.issue}](https://github.com/{repository}/issues/{number})\n\n"
+        f"**Symptom.** {sighting.symptom}\n\n**Cause.** {sighting.cause} Planted here as `{bug.name}`:\n\n"
+        f"{_change(bug)}\n**Check.** {_check(bug)}\n"
+    )
+
+
+def _title(bug: Bug) -> str:
     title = bug.name.partition(": ")[2] or bug.name
+    return title if title[1:2] == " " else title[0].upper() + title[1:]  # `f` is a symbol
+
+
+def _change(bug: Bug) -> str:
+    """The changed lines, as a block of Markdown."""
     changed = difflib.ndiff(bug.old.splitlines(), bug.new.splitlines())
     lines = "\n".join(line for line in changed if not line.startswith("?"))
+    return f"```diff\n{lines}\n```\n"
+
+
+def _check(bug: Bug) -> str:
+    """What catches the bug, and where it is."""
     kind, _, test = bug.caught_by.partition(":")
-    caught = f"Caught by the test `{test}`." if test else f"Caught by `python -m foundation {kind}`."
+    caught = f"Caught by the test `{test}`" if test else f"Caught by `python -m foundation {kind}`"
     place = f"`{bug.place}`" if "._" in bug.place else f"[`{bug.place}`](foundation.{bug.place})"
-    seen = ""
-    if bug.name in SIGHTINGS:
-        issue, story = SIGHTINGS[bug.name]
-        repository, number = issue.split("#")
-        seen = f"\n:::{{note}}\n[{issue}](https://github.com/{repository}/issues/{number}): {story}\n:::\n"
-    return f"### {title[0].upper()}{title[1:]}\n\n```diff\n{lines}\n```\n\nIn {place}. {caught}\n{seen}"
+    return f"{caught}, in {place}."

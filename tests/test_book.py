@@ -1,8 +1,9 @@
-"""The book: every planted bug has its place in the museum, and links that lead nowhere are found.
+"""The site: every planted bug has its place in the museum, and links that lead nowhere are found.
 
-`make book` itself is run by `.ci/run`.
+`make site` itself is run by `.ci/run`.
 """
 
+import re
 import runpy
 from pathlib import Path
 
@@ -13,12 +14,12 @@ from book.build import PAGES, ROOT, broken_links
 from foundation.challenges.bugs import BUGS
 
 
-def test_every_bug_is_shown_with_its_change_and_what_catches_it() -> None:
-    exhibits = museum.page().split("\n### ")[1:]
+def test_every_bug_is_shown_once_with_its_change_and_what_catches_it() -> None:
+    exhibits = [text for text in re.split(r"\n####? ", museum.page())[1:] if "```diff" in text]
     assert len(exhibits) == len(BUGS)
     for bug in BUGS:
-        title = bug.name.partition(": ")[2] or bug.name
-        (shown,) = [text for text in exhibits if text[1:].startswith(f"{title[1:]}\n") and f"`{bug.place}`" in text]
+        own = f"`{bug.name}`" if bug.name in museum.SIGHTINGS else f"{museum._title(bug)}\n"
+        (shown,) = [text for text in exhibits if own in text and f"`{bug.place}`" in text]
         removed = [line[2:] for line in shown.splitlines() if line.startswith("- ")]
         added = [line[2:] for line in shown.splitlines() if line.startswith("+ ")]
         assert set(removed) <= set(bug.old.splitlines()), bug.name
@@ -27,14 +28,16 @@ def test_every_bug_is_shown_with_its_change_and_what_catches_it() -> None:
         assert bug.caught_by.removeprefix("test:") in shown
 
 
-def test_public_sightings_are_of_bugs_that_are_planted() -> None:
+def test_public_cases_come_first_and_are_of_bugs_that_are_planted() -> None:
     assert set(museum.SIGHTINGS) <= {bug.name for bug in BUGS}
-    page = museum.page()
-    for issue, story in museum.SIGHTINGS.values():
-        repository, _, number = issue.partition("#")
+    public, _, _ = museum.page().partition("\n## Planted by us\n")
+    for case in museum.SIGHTINGS.values():
+        repository, _, number = case.issue.partition("#")
         assert repository.count("/") == 1
         assert number.isdigit()
-        assert page.count(f"[{issue}](https://github.com/{repository}/issues/{number}): {story}") == 1
+        assert (
+            f"[{case.issue}](https://github.com/{repository}/issues/{number})\n\n**Symptom.** {case.symptom}" in public
+        )
 
 
 @pytest.mark.parametrize("pattern", PAGES)
