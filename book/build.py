@@ -30,6 +30,7 @@ PAGES = (
     "foundation/README.md",
     "foundation/notebooks/*.ipynb",
     "notebooks/*.ipynb",
+    "tests/reliability/README.md",
 )
 
 

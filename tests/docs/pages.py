@@ -8,6 +8,11 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = [
+    *ROOT.glob("C*.md"),
+    *(p for d in ("benchmarks", "foundation", "tests/reliability") for p in (ROOT / d).glob("*.md")),
+]
+"""Pages whose links are followed; their commands are not tried."""
 
 _BLOCK = re.compile(r"(?:<!-- with: (?P<needs>[^>]*) -->\n)?```(?P<kind>\w*)\n(?P<code>.*?)```", re.DOTALL)
 _NO_PROSE = re.compile(r"<!--.*?-->|<picture>.*?</picture>", re.DOTALL)

@@ -10,12 +10,12 @@ import pytest
 
 from moe_jax.cli.command import command
 from moe_jax.cli.train import Train
-from tests.docs.pages import COMMAND_LINES, PAGES, ROOT, blocks, links, sentences, words_of
+from tests.docs.pages import COMMAND_LINES, OTHERS, PAGES, ROOT, blocks, links, sentences, words_of
 
 IDS = [page.name for page in PAGES]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=IDS)
+@pytest.mark.parametrize("page", [*PAGES, *OTHERS], ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_resolves(page: Path) -> None:
     for target in links(page):
         path, _, anchor = target.partition("#")

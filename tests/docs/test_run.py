@@ -19,7 +19,7 @@ NOT_RUN = {
     "--extra peers": "needs PyTorch; tests/interop runs it",
     "pytest": "is what runs this",
     "python -m foundation": "takes minutes; tests/foundation runs the same checks",
-    "moe_jax serve": "does not end by itself; tests/reliability/test_serve.py runs it",
+    "moe-jax serve": "does not end by itself; tests/reliability/test_serve.py runs it",
     "certify": "takes minutes; tests/reliability/test_terminal.py runs it, and tests/parallel tests a mesh",
     "--num-processes": "needs a second process; tests/parallel/test_processes.py runs two",
     "benchmark.py": "takes minutes; tests/benchmarks runs each suite on a tiny model",
