@@ -33,6 +33,7 @@ from moe_jax.inspection.ablation import Ablation, ablation, switched_off, with_m
 from moe_jax.inspection.trace import RoutingTrace, make_trace_step, routing_trace
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, Transformer, merge
+from moe_jax.runs.catalog import run_folder
 from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.training.evaluate import Evaluation, EvaluationStep, evaluate_run, make_evaluation_step
 
@@ -174,9 +175,10 @@ class Run(LoadedRun):
 
 
 def load_run(path: str | Path, step: int | None = None) -> Run:
-    """Open the run in a folder: its best checkpoint, or the checkpoint of a step.
+    """Open the run in a folder: its best checkpoint, or the checkpoint of a step. "nano" and "stories" are models that
+    come with the package, unless there is such a folder here or in `runs/`.
 
     Raises UserError if the folder holds no run, or if the checkpoint is damaged.
     """
-    opened = open_run(path, step)
+    opened = open_run(run_folder(str(path)), step)
     return Run(**{f.name: getattr(opened, f.name) for f in dataclasses.fields(opened)})

@@ -9,6 +9,7 @@
     train.py          train, fine-tune (`sft`)
     generate.py       write a text, chat                serve.py          answer over HTTP
     evaluate.py       score a text                      certify.py        test claims about a model
+    runs.py           the list of runs
     inspect.py        the routing report, pictures, verified checkpoints
     export.py         a run for other programs, or with quantised weights
     plan.py           settings that fit a GPU

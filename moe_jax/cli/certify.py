@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from moe_jax.cli.command import Command, check_range, check_run_folder, print_json
 from moe_jax.config import MeshShape, PresetName
 from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.runs.catalog import run_folder, title
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
@@ -44,9 +45,10 @@ class Certify(Command):
 
     def execute(self) -> int:
         check_range("--batch-size", self.batch_size, 1, 4096)
+        run = run_folder(self.run)
         if self.run:
-            check_run_folder(self.run)
-        what = f"run {self.run}" if self.run else f"preset {self.preset}, initial parameters"
+            check_run_folder(str(run))
+        what = f"run {title(run)}" if self.run else f"preset {self.preset}, initial parameters"
         MeshShape.parse(self.mesh)
         environment.prepare_environment()
         with working(f"loading {what}"):
@@ -56,7 +58,7 @@ class Certify(Command):
             from moe_jax.runs.load import open_run
 
             if self.run:
-                opened = open_run(self.run)
+                opened = open_run(run)
                 config, params = opened.config, opened.params
             else:
                 config = with_vocabulary(preset(self.preset))

@@ -4,6 +4,7 @@ The arguments are accepted first. Only then does `execute` import what it needs,
 status.
 """
 
+import dataclasses
 import importlib
 import os
 import secrets
@@ -19,6 +20,7 @@ from moe_jax.config import ConfigError, RunConfig, holds_run
 from moe_jax.config.run import missing_run
 from moe_jax.config.section import format_bound
 from moe_jax.model.costs import least_step_bytes
+from moe_jax.runs.catalog import run_or_default, title
 from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
 from moe_jax.system.files import Folder, json_text, step_number
 
@@ -31,6 +33,7 @@ COMMANDS = {
     "serve": ("serve", "Serve", "serve a trained model: OpenAI's API, and a page"),
     "evaluate": ("evaluate", "Evaluate", "measure loss, bits per byte and drops of a model on a text"),
     "inspect": ("inspect", "Inspect", "write an HTML page that shows where every token went"),
+    "runs": ("runs", "Runs", "list the trained runs, and the models that come with moe-jax"),
     "plan": ("plan", "Plan", "find settings that fit a GPU, or several"),
     "export": ("export", "Export", "write a model for transformers, llama.cpp or ollama"),
     "doctor": ("inspect", "Doctor", "verify every checkpoint of a run, and repair what can be"),
@@ -69,10 +72,21 @@ class Command(ABC):
 class ModelCommand(Command):
     """A command that reads a checkpoint of a run."""
 
-    run: str
-    """Folder of a run."""
+    run: str = ""
+    """Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run
+    in runs/, else stories."""
     step: int | None = None
     """Step of the checkpoint to load. The best one unless given."""
+
+    @classmethod
+    def parse(cls, argv: Sequence[str]) -> Self:
+        command = super().parse(argv)
+        return dataclasses.replace(command, run=str(run_or_default(command.run)))
+
+    @property
+    def name(self) -> str:
+        """The run in messages."""
+        return title(Path(self.run))
 
     def check(self) -> None:
         """Raise ConfigError unless the run has such a checkpoint."""

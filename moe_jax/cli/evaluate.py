@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_jax.cli.command import ModelCommand, print_json
-from moe_jax.config import DataConfig
+from moe_jax.config import ConfigError, DataConfig
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
@@ -40,7 +40,7 @@ class Evaluate(ModelCommand):
             form = _form_of(self.run, self.data)
             check_source(DataConfig(source=self.data, format=form))
         environment.prepare_environment()
-        with working(f"loading {self.run}"):
+        with working(f"loading {self.name}"):
             from moe_jax.data.baselines import corpus_baselines
             from moe_jax.data.token_store import token_stream
             from moe_jax.runs.load import open_run
@@ -51,7 +51,12 @@ class Evaluate(ModelCommand):
             stream, changed = token_stream(scored_documents(self.data, form), run.tokenizer), ""
             baselines = None
         else:
-            store, changed = run.validation_text()
+            try:
+                store, changed = run.validation_text()
+            except ConfigError as error:
+                raise ConfigError(
+                    f"{error}; that is the text of {self.name}: give --data FILE, a text to score"
+                ) from None
             stream, baselines = store.valid.stream, corpus_baselines(run.config.data, store)
         if changed:
             print(f"warning: {changed}", file=sys.stderr)

@@ -37,7 +37,7 @@ class Export(ModelCommand):
             raise ConfigError(f"--dtype q8_0: for --to gguf only, and --to is {self.to}; use bfloat16")
         os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and a card may be busy with training
         environment.prepare_environment()
-        with working(f"exporting {self.run}"):
+        with working(f"exporting {self.name}"):
             from moe_jax.interop.export import export
             from moe_jax.interop.source import open_source
 
@@ -76,7 +76,7 @@ class Quantize(ModelCommand):
         out = Path(self.out) if self.out else run.with_name(f"{run.resolve().name}-{self.to}")
         check_new_folder("--out", out)
         environment.prepare_environment()
-        with working(f"loading {self.run}"):
+        with working(f"loading {self.name}"):
             from moe_jax.training.quantize import quantize_run
         made = quantize_run(run, self.to, out, self.step)
         say(f"{made.checkpoint}: {self.to}")

@@ -72,7 +72,7 @@ class Generate(SamplingCommand):
         self.check()
         check_range("--num-stories", self.num_stories, 1, 10_000)
         environment.prepare_environment()
-        with working(f"loading {self.run}"):
+        with working(f"loading {self.name}"):
             run, generator, settings = self.open()
             run.tokenizer.encode(self.prompt)  # raises for a prompt that cannot be encoded, before anything is printed
             generator.compile()
@@ -97,7 +97,7 @@ class Chat(SamplingCommand):
     def execute(self) -> int:
         self.check()
         environment.prepare_environment()
-        with working(f"loading {self.run}"):
+        with working(f"loading {self.name}"):
             from moe_jax.inference import chat
 
             run, generator, settings = self.open()
@@ -122,7 +122,7 @@ class Chat(SamplingCommand):
 
         opening = read_summary(Path(self.run)).get("opening")
         what = "Ask" if tuned else "Type how a text begins"
-        say(f"{self.run}, step {step}. {what}; /help lists the commands, Ctrl-D leaves.")
+        say(f"{self.name}, step {step}. {what}; /help lists the commands, Ctrl-D leaves.")
         if opening:
             say(f"try: {opening}")
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_jax.cli.command import Command, ModelCommand, check_out_file, check_out_folder, check_run_folder
 from moe_jax.config import ConfigError
+from moe_jax.runs.catalog import is_shipped, run_folder
 from moe_jax.system import environment
 from moe_jax.system.files import Folder
 from moe_jax.system.terminal import say, working
@@ -22,7 +23,8 @@ class Inspect(ModelCommand):
     file: str = ""
     """A file that holds the text, in place of --text."""
     out: str = ""
-    """The page to write. Empty: RUN/report/routing.html, or routing-of-a-text.html beside it with --text or --file."""
+    """The page to write. Empty: RUN/report/routing.html, or routing-of-a-text.html beside it with --text or --file; of
+    a model that comes with moe-jax, routing-NAME.html here."""
     json: str = ""
     """Write the data behind the page to this file as well."""
 
@@ -30,11 +32,12 @@ class Inspect(ModelCommand):
         self.check()
         text = self._text()
         environment.prepare_environment()
-        with working(f"routing a text through {self.run}"):
+        with working(f"routing a text through {self.name}"):
             from moe_jax.inspection.report import report_path, write_report
 
             folder = Path(self.run)
-            path = Path(self.out) if self.out else report_path(folder, of_a_text=bool(text))
+            own = Path(f"routing-{self.name}.html") if is_shipped(folder) else report_path(folder, bool(text))
+            path = Path(self.out) if self.out else own
             write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
         say(f"{path}: the routing report; open it in a browser")
         return 0
@@ -69,18 +72,19 @@ class Plot(Command):
     """Folder for the pictures. Empty: RUN/report of the first run."""
 
     def execute(self) -> int:
-        for run in self.run:
-            check_run_folder(run)
+        runs = [run_folder(run) for run in self.run]
+        for run in runs:
+            check_run_folder(str(run))
         if self.out:
             check_out_folder("--out", self.out)
         environment.prepare_environment()
         with working("drawing the pictures"):
             from moe_jax.plots.figures import run_figures, save_figures
 
-            figures = run_figures([Path(run) for run in self.run])
+            figures = run_figures(runs)
             if self.out:
                 Path(self.out).mkdir(parents=True, exist_ok=True)
-            out = Folder(Path(self.out)) if self.out else Folder(Path(self.run[0])).inner("report")
+            out = Folder(Path(self.out)) if self.out else Folder(runs[0]).inner("report")
             paths = save_figures(figures, out)
         say(*paths)
         return 0
@@ -97,16 +101,16 @@ class Doctor(Command):
 
     def execute(self) -> int:
         """0 if nothing is damaged, or if all damage was repaired."""
-        folder = Path(self.run)
+        folder = run_folder(self.run)
         if not Folder(folder).exists("checkpoints"):
             raise ConfigError(f"--run {self.run}: is not the folder of a run; it has no folder `checkpoints`")
         environment.prepare_environment()
         with working(f"reading every checkpoint of {folder}"):
             from moe_jax.runs.doctor import ILL, examine
-            from moe_jax.runs.folder import locked_for_training
+            from moe_jax.runs.folder import LOCK, locked_for_training
 
-            writable = self.repair or os.access(folder, os.W_OK)
-            with locked_for_training(folder) if writable else contextlib.nullcontext():
+            trains = (folder / LOCK).exists() and os.access(folder, os.W_OK)
+            with locked_for_training(folder) if trains or self.repair else contextlib.nullcontext():
                 findings = examine(folder, self.repair)
         width = max(len(f.what) for f in findings)
         for finding in findings:

@@ -27,12 +27,15 @@ def run_command(argv: Sequence[str]) -> int:
     """`moe-jax COMMAND ...`, and `python -m moe_jax COMMAND ...`."""
     here = Path(sys.argv[0]).name
     prog = "python -m moe_jax" if here == "__main__.py" else here
-    if not argv:
-        raise ConfigError(f"COMMAND: must be given, one of {', '.join(COMMANDS)}; --help says what each command does")
-    if argv[0] in HELP:
+    if not argv or argv[0] in HELP:
         from moe_jax.cli.help import print_commands
 
         print_commands(prog)
+        return 0 if argv else 2
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print("moe-jax", version("moe-jax"))
         return 0
     if argv[0].startswith("-"):
         raise ConfigError(f"{argv[0]}: no such flag; a command comes first, one of {', '.join(COMMANDS)}; {HINT}")

@@ -56,7 +56,7 @@ class Serve(ModelCommand):
         from moe_jax.serving.sockets import bind, url
 
         sock = bind(self.host, self.port)
-        say(f"loading {self.run}, {self.slots} slots; the server will be at {url(sock)}")
+        say(f"loading {self.name}, {self.slots} slots; the server will be at {url(sock)}")
         environment.prepare_environment()
         from moe_jax.inference.decode import Decoder, cast_once
         from moe_jax.runs.load import open_run

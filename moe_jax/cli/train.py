@@ -13,6 +13,7 @@ from moe_jax.cli.settings import RunCommand, Settings, auto_flags, choose_preset
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
 from moe_jax.config.presets import PRESETS
 from moe_jax.config.train import ProcessGroup
+from moe_jax.runs.catalog import run_folder
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal import say, working
@@ -147,7 +148,7 @@ class Sft(TrainingCommand):
         super().adapt(own, flags)
         run = own.get("run")
         if run:
-            flags[RUN] = run
+            flags[RUN] = str(run_folder(run))
         if run or flags.get(INIT_FROM):
             flags[FORMAT] = "chat"
         if not flags.get(("", "resume")):

@@ -1,10 +1,10 @@
-"""The arrays of a checkpoint: written and read by orbax, and the parameters once more as safetensors.
+"""The arrays of a checkpoint: the parameters as safetensors, and the whole state of training by orbax.
 
 Orbax stores each array as zarr in one OCDBT database. Its metadata says how large a chunk is. So the metadata of each
 array is compared with the manifest before the first array is read: a chunk of another size would take any amount of
 memory.
 
-Orbax is imported by the first save or read, because its import takes as long as a sixth of a start.
+Orbax is imported by the first save, or when a training goes on: its import takes as long as a sixth of a start.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from moe_jax.parallel.processes import first, several, whole
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 ARRAYS = "arrays"
 PARAMS, ADAPTERS = "params.", "adapters."
+_OTHER_SHAPE = "{} is stored with another shape than its manifest gives it"
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
@@ -59,6 +62,14 @@ def _checkpointer(processes: set[int]) -> "ocp.Checkpointer":
     return ocp.Checkpointer(handler, multiprocessing_options=options)
 
 
+def is_trained(names: Iterable[str]) -> bool:
+    """Whether there are leaves of a training's state beside the parameters, which are weights.safetensors alone."""
+    return not all(name.startswith((PARAMS, ADAPTERS)) for name in names)
+
+
+type Places = Mapping[str, jax.sharding.Sharding]
+
+
 def read_arrays(
     path: Path, wanted: dict[str, manifest.Leaf], shardings: Mapping[str, jax.sharding.Sharding | None] | None = None
 ) -> dict[str, jax.Array]:
@@ -67,16 +78,45 @@ def read_arrays(
 
     Raises CheckpointCorrupted if one is damaged.
     """
-    import orbax.checkpoint as ocp
-
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     places = {name: (shardings or {}).get(name) or here for name in wanted}
+    arrays = (_read_state if is_trained(wanted) else _read_weights)(path, wanted, places)
+    described = manifest.describe_leaves(arrays)["leaves"]
+    for name, leaf in wanted.items():
+        if described[name] != [list(leaf.shape), leaf.dtype, leaf.digest]:
+            raise CheckpointCorrupted(f"{name} is not the array that was saved")
+    return arrays
+
+
+def _read_weights(path: Path, wanted: dict[str, manifest.Leaf], places: Places) -> dict[str, jax.Array]:
+    """Parameters and adapters. Each device reads its own parts."""
+    arrays = {}
+    try:
+        with safe_open(path / WEIGHTS, "numpy") as file:
+            for name, leaf in wanted.items():
+                stored = file.get_slice(name.removeprefix(PARAMS))
+                if tuple(stored.get_shape()) != leaf.shape:
+                    raise CheckpointCorrupted(_OTHER_SHAPE.format(name[:80]))
+                part = partial(_part_of, stored)
+                arrays[name] = jax.make_array_from_callback(leaf.shape, places[name], part)
+    except SafetensorError as error:
+        raise CheckpointCorrupted(f"its weights cannot be read ({' '.join(str(error).split())[:200]})") from error
+    return arrays
+
+
+def _part_of(stored: Any, index: Any) -> np.ndarray:
+    return np.asarray(stored[index or ...])
+
+
+def _read_state(path: Path, wanted: dict[str, manifest.Leaf], places: Places) -> dict[str, jax.Array]:
+    import orbax.checkpoint as ocp
+
     item = {n: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype), sharding=places[n]) for n, x in wanted.items()}
     folder = (path / ARRAYS).resolve()
     try:
         with _without_traces(), _checkpointer({jax.process_index()}) as checkpointer:
             _check_stored(checkpointer.metadata(folder), wanted)
-            arrays = checkpointer.restore(
+            return checkpointer.restore(
                 folder,
                 args=ocp.args.PyTreeRestore(
                     item=item,
@@ -91,11 +131,6 @@ def read_arrays(
         if system and int(system[1]) != errno.ENOENT:  # nor is what the system refuses to read
             raise OSError(int(system[1]), os.strerror(int(system[1])), str(folder)) from error
         raise CheckpointCorrupted(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})") from error
-    described = manifest.describe_leaves(arrays)["leaves"]
-    for name, leaf in wanted.items():
-        if described[name][2] != leaf.digest:
-            raise CheckpointCorrupted(f"{name} is not the array that was saved")
-    return arrays
 
 
 def _check_stored(metadata: Any, wanted: dict[str, manifest.Leaf]) -> None:
@@ -107,7 +142,7 @@ def _check_stored(metadata: Any, wanted: dict[str, manifest.Leaf]) -> None:
         usual = (tuple(there.shape), str(there.dtype)) == (leaf.shape, leaf.dtype)
         chunk = there.storage.chunk_shape if there.storage else ()  # a scalar of numpy has none
         if not usual or any(c > max(n, 1) for c, n in zip(chunk, leaf.shape, strict=True)):
-            raise CheckpointCorrupted(f"{name[:80]} is stored with another shape than its manifest gives it")
+            raise CheckpointCorrupted(_OTHER_SHAPE.format(name[:80]))
 
 
 @contextlib.contextmanager

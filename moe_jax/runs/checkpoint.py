@@ -1,7 +1,8 @@
 """Checkpoints: arrays saved by orbax, and a manifest with their digests. They are verified before they are used.
 
-    checkpoints/step_00000100/arrays/               orbax: one flat dict, leaf name -> array (`arrays.py`)
-    checkpoints/step_00000100/weights.safetensors   the parameters alone, for other programs
+    checkpoints/step_00000100/arrays/               orbax: one flat dict, leaf name -> array (`arrays.py`). Only if
+                                                    training can go on from here: quantised weights have none
+    checkpoints/step_00000100/weights.safetensors   the parameters alone
     checkpoints/step_00000100/manifest.json         see `manifest.py`
 
 A checkpoint is written into a temporary folder, synced to disk, and then renamed. So every folder named step_* is
@@ -30,7 +31,7 @@ import jax
 from moe_jax.config import UserError
 from moe_jax.parallel.processes import barrier, first
 from moe_jax.runs import manifest
-from moe_jax.runs.arrays import ADAPTERS, PARAMS, named_leaves, read_arrays, write_arrays, write_weights
+from moe_jax.runs.arrays import ADAPTERS, PARAMS, is_trained, named_leaves, read_arrays, write_arrays, write_weights
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import Folder, step_name, step_number, write_atomically
@@ -106,7 +107,8 @@ class CheckpointStore:
                 self.remove_interrupted_saves()
                 draft.mkdir()
             barrier()
-            write_arrays(draft, leaves)
+            if is_trained(leaves):
+                write_arrays(draft, leaves)
             write_weights(draft, leaves)
             barrier()  # all files but the manifest are there
             if first():

@@ -46,14 +46,12 @@ BAD_TRAIN = [
 # (arguments of python -m moe_jax, what the line must name)
 BAD_COMMANDS = [
     (["paint"], ["paint", "generate"]),
-    ([], ["COMMAND", "train", "benchmark"]),
     (["--run"], ["--run", "command"]),
     (["train", "--steps", "0"], ["--steps 0"]),
     (["plan", "--gpu", "abacus"], ["--gpu abacus", "rtx3050-4gb"]),
     (["plan", "--gpu", "/bin/ls"], ["--gpu /bin/ls", "does not describe a GPU"]),
     (["plan", "--gpu", "held/config.json"], ["--gpu held/config.json", "does not describe a GPU"]),
     (["generate", "--run", "held", "--step", "0.5"], ["--step 0.5", "is not a whole number"]),
-    (["generate"], ["--run", "must be given"]),
     (["generate", "--run", "no/such/run"], ["--run", "no/such/run"]),
     (["inspect", "--run", "held", "--file", "no/such/text"], ["--file", "no/such/text"]),
     (["inspect", "--run", "held", "--file", "held"], ["--file", "held"]),

@@ -32,6 +32,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """To be read only."""
     folder = tmp_path_factory.mktemp("step")
     write_arrays(folder, LEAVES)
+    write_weights(folder, LEAVES)
     return folder
 
 
@@ -55,8 +56,9 @@ def test_another_form_than_the_manifest_says_is_refused_before_any_array_is_read
     leaf: Leaf, written: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ocp.PyTreeCheckpointer, "restore", lambda *_, **__: pytest.fail("read"))
-    with pytest.raises(CheckpointCorrupted, match=r"^params.w is stored with another shape than its manifest gives"):
-        read_arrays(written, described(LEAVES) | {"params.w": leaf})
+    for others in (described(LEAVES), {}):
+        with pytest.raises(CheckpointCorrupted, match=r"^params.w is (stored with another shape|not the array)"):
+            read_arrays(written, others | {"params.w": leaf})
     with pytest.raises(CheckpointCorrupted, match="its arrays cannot be read"):
         read_arrays(written, {"absent": leaf})
 
@@ -81,6 +83,18 @@ def test_too_little_memory_is_no_damage(
         read_arrays(written, described(LEAVES))
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 250
+
+
+def test_parameters_are_read_without_orbax_and_no_file_of_weights_is_trusted(tmp_path: Path) -> None:
+    """Every command but a training reads the parameters alone."""
+    weights = {name: leaf for name, leaf in LEAVES.items() if name.startswith("params.")}
+    write_weights(tmp_path, LEAVES)
+    assert sorted(read_arrays(tmp_path, described(weights))) == sorted(weights)
+    whole = (tmp_path / WEIGHTS).read_bytes()
+    for damaged in (b"", whole[:-1], b"\xff" * 8 + whole[8:], whole[:-1] + b"\x01"):
+        (tmp_path / WEIGHTS).write_bytes(damaged)
+        with pytest.raises(CheckpointCorrupted, match=r"its weights cannot be read|is not the array"):
+            read_arrays(tmp_path, described(weights))
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])

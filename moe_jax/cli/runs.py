@@ -1,0 +1,38 @@
+"""`moe-jax runs`."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_jax.cli.command import Command
+from moe_jax.runs.catalog import RUNS, SHIPPED, is_shipped, runs_in, saved_at
+from moe_jax.system.terminal import say
+
+HEAD = ("name", "preset", "steps", "bits/byte", "parameters", "when")
+
+
+@dataclass(frozen=True)
+class Runs(Command):
+    """List the runs in `runs/`, newest first, and the models that come with moe-jax.
+
+    `--run NAME` opens one, in every command that reads a model. Bits per byte are scores on the run's own validation
+    text; each tokenizer and text has its own scale.
+    """
+
+    def execute(self) -> int:
+        rows = [HEAD, *(_row(run) for folder in (RUNS, SHIPPED) for run in runs_in(folder))]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        say(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+        return 0
+
+
+def _row(run: Path) -> tuple[str, ...]:
+    from moe_jax.runs.records import read_summary
+
+    summary = read_summary(run)
+    values = [summary.get(name) for name in ("steps", "val_bits_per_byte", "params_total")]
+    shown = ["-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in values]
+    saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved_at(run)))
+    when = "comes with moe-jax" if is_shipped(run) else saved
+    weights = f" ({summary['weights']})" if "weights" in summary else ""
+    return (run.name, summary.get("preset", "-") + weights, *shown, when)

@@ -1,0 +1,69 @@
+"""Which run a name finds, and which one is opened without a name."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli.generate import Generate
+from moe_jax.cli.main import main, run_command
+from moe_jax.config import ConfigError
+from moe_jax.runs import catalog
+
+
+def make_run(folder: Path, seconds: int, **summary: object) -> None:
+    (folder / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    os.utime(folder / "checkpoints", (seconds, seconds))
+
+
+@pytest.fixture(autouse=True)
+def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(catalog, "SHIPPED", tmp_path / "package")
+    monkeypatch.setattr("moe_jax.cli.runs.SHIPPED", tmp_path / "package")
+    for name in ("nano", "stories"):
+        make_run(tmp_path / "package" / name, 0, preset=name, steps=900, weights="int8", params_total=1_511_488)
+
+
+def test_a_name_is_a_folder_then_a_run_then_a_model_of_the_package(tmp_path: Path) -> None:
+    assert Generate.parse(["--run", "nano"]).run == str(tmp_path / "package" / "nano")
+    assert Generate.parse(["--run", "nano"]).name == "nano"
+    make_run(Path("runs/nano"), 5)
+    assert Generate.parse(["--run", "nano"]).run == "runs/nano"
+    Path("nano").mkdir()  # holds no run
+    assert Generate.parse(["--run", "nano"]).run == "runs/nano"
+    make_run(Path("nano"), 5)
+    assert Generate.parse(["--run", "nano"]).run == "nano"
+    with pytest.raises(ConfigError, match="--run absent: no run with a complete checkpoint there"):
+        Generate.parse(["--run", "absent"]).check()
+
+
+def test_without_a_name_the_newest_run_and_one_line_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert Generate.parse([]).name == "stories"
+    assert capsys.readouterr().err == "no --run: this is stories, a model that comes with moe-jax\n"
+    for name, seconds in (("old", 1_000_000_000), ("new", 1_000_000_100), ("older", 999_999_999)):
+        make_run(Path("runs") / name, seconds)
+    Path("runs/bench").mkdir()
+    assert Generate.parse([]).run == "runs/new"
+    assert capsys.readouterr() == ("", "no --run: this is runs/new, the newest run in runs\n")
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(Path("runs/begun"), 1_000_000_000)
+    make_run(Path("runs/mine"), 1_000_000_100, preset="nano", steps=40, val_bits_per_byte=1.25, params_total=1234)
+    assert main(run_command, ["runs"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == ["name", "preset", "steps", "bits/byte", "parameters", "when"]
+    assert lines[1][:5] == ["mine", "nano", "40", "1.2500", "1,234"]
+    assert lines[2][:5] == ["begun", "-", "-", "-", "-"]
+    assert lines[3] == ["nano", "nano", "(int8)", "900", "-", "1,511,488", "comes", "with", "moe-jax"]
+    assert [line[0] for line in lines] == ["name", "mine", "begun", "nano", "stories"]
+
+
+def test_no_command_shows_the_commands_and_the_version_is_that_of_the_package(capsys) -> None:
+    assert main(run_command, []) == 2
+    assert "  chat  " in capsys.readouterr().out
+    assert main(run_command, ["--version"]) == 0
+    assert capsys.readouterr().out.startswith("moe-jax 0.")
