@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent
 
 # The folders, from the lowest layer up. A module may import its own folder and those of lower layers (earlier lines).
 LAYERS = (
-    ("pages", "system"),
+    ("system",),
     ("config",),
     ("data", "model"),
     ("parallel",),
-    ("inference", "runs"),
+    ("inference", "pages", "runs"),
     ("interop",),
     ("training",),
     ("plots", "serving"),

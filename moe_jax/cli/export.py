@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe_jax.cli.command import ModelCommand, check_new_folder, print_json
+from moe_jax.cli.command import ModelCommand, check_new_folder, check_out_file, print_json
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
@@ -14,21 +14,24 @@ from moe_jax.system.terminal import say, working
 
 @dataclass(frozen=True, kw_only=True)
 class Export(ModelCommand):
-    """Write a trained model for transformers, llama.cpp or ollama.
+    """Write a trained model for transformers, llama.cpp or ollama, or as a page that runs it.
 
     The checkpoint is verified first. The folder has the weights, the tokenizer, and a model card made of the run's
-    summary. It is whole or absent.
+    summary. It is whole or absent. So is the page, which is one file.
     """
 
     out: str
-    """The folder to make."""
-    to: Literal["hf", "gguf", "both", "safetensors"] = "hf"
-    """For transformers (`hf`), llama.cpp and ollama (`gguf`), `both`; or plain `safetensors` with a stated layout."""
+    """The folder to make; for `html` the file."""
+    to: Literal["hf", "gguf", "both", "safetensors", "html"] = "hf"
+    """For transformers (`hf`), llama.cpp and ollama (`gguf`), `both`; plain `safetensors` with a stated layout; or
+    `html`, a page with the model inside, to open in a browser."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
-    """Of the weights. q8_0 has 8 bits a weight; for `gguf` only."""
+    """Of the weights. q8_0 has 8 bits a weight; for `gguf` only. A page has int8."""
 
     def execute(self) -> int:
         self.check()
+        if self.to == "html":
+            return self._page(Path(self.out))
         check_new_folder("--out", self.out)
         out = Path(self.out)
         if out.is_symlink() or os.path.ismount(out) or (out.exists() and out.samefile(".")):
@@ -50,6 +53,21 @@ class Export(ModelCommand):
             print(f"next: ollama create {name} -f {shlex.quote(str(out / 'Modelfile'))}")
         elif self.to == "hf":
             print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r})")
+        return 0
+
+    def _page(self, out: Path) -> int:
+        check_out_file("--out", out)
+        if os.path.lexists(out):
+            raise ConfigError(f"--out {out}: is there already; name a new file")
+        if self.dtype != "float32":
+            raise ConfigError(f"--dtype {self.dtype}: the weights of a page are int8; leave it out")
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        environment.prepare_environment()
+        with working(f"exporting {self.name}"):
+            from moe_jax.interop.html import write_html
+
+            write_html(Path(self.run), out, self.step)
+        print(f"{out.stat().st_size / 1e3:12,.1f} kB  {out}\nnext: open it in a browser")
         return 0
 
 

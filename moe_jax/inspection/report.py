@@ -297,7 +297,8 @@ def _json(data: dict[str, Any]) -> str:
 
 def render(data: dict[str, Any]) -> str:
     """The page. In the data `<` is written as a JSON escape, so no text can end the data's element or begin another."""
-    style, script = page_style("moe_jax.inspection"), page_script("moe_jax.inspection", SCRIPTS)
+    style = page_style(page_file("moe_jax.inspection", "page/style.css"))
+    script = page_script(page_file("moe_jax.inspection", f"page/{name}.js") for name in SCRIPTS)
     parts = {
         "policy": security_policy(style, script),
         "title": html.escape(f"Routing of {data['run']['name']}"),

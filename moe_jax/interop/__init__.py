@@ -6,6 +6,7 @@
     gguf_file.py      one GGUF file with its vocabulary, for llama.cpp and ollama (extra `gguf`)
     tokenizers.py     the tokenizer, and the role format of tuned runs, in the form of each
     export.py         all of it with a model card, into a folder that is whole or absent
+    html.py, page/    one page that runs the model in a browser
 
     pretrained_shape.py  config.json of a Hugging Face folder -> ModelConfig, or a refusal by name
     weight_files.py      the headers of its safetensors files, checked before any tensor is read

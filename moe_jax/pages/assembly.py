@@ -6,7 +6,7 @@ no other, so text that slipped into the markup could not run.
 
 import base64
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import resources
 
 SHARED_STYLE = "shared.css"
@@ -18,16 +18,32 @@ def page_file(package: str, name: str) -> str:
     return (resources.files(package) / name).read_text(encoding="utf-8")
 
 
-def page_style(package: str) -> str:
-    """The shared style, then `page/style.css` of the package, whose rules win."""
-    return page_file("moe_jax.pages", f"parts/{SHARED_STYLE}") + page_file(package, "page/style.css")
+def page_style(own: str) -> str:
+    """The shared style, then that of a page, whose rules win."""
+    return page_file("moe_jax.pages", f"parts/{SHARED_STYLE}") + own
 
 
-def page_script(package: str, names: Iterable[str]) -> str:
-    """One strict script in a scope of its own: the shared scripts, then `page/NAME.js` of the package in this order."""
+def page_script(own: Iterable[str]) -> str:
+    """One strict script in a scope of its own: the shared scripts, then those of a page in this order."""
     shared = [page_file("moe_jax.pages", f"parts/{name}.js") for name in SHARED_SCRIPTS]
-    own = [page_file(package, f"page/{name}.js") for name in names]
     return '"use strict";\n(() => {\n' + "\n".join([*shared, *own]) + "})();\n"
+
+
+def ascii_script(script: str) -> str:
+    """The same script in ASCII. Its other characters may stand in strings, patterns and comments."""
+    return _in_ascii(script, lambda code: f"\\u{code:04x}")
+
+
+def ascii_style(style: str) -> str:
+    """The same style in ASCII. Its other characters may stand in strings and comments."""
+    return _in_ascii(style, lambda code: f"\\{code:06x}")
+
+
+def _in_ascii(text: str, escaped: Callable[[int], str]) -> str:
+    """The text with each UTF-16 unit beyond ASCII as `escaped` writes it."""
+    units = text.encode("utf-16-be")
+    codes = (int.from_bytes(units[i : i + 2]) for i in range(0, len(units), 2))
+    return "".join(chr(code) if code < 128 else escaped(code) for code in codes)
 
 
 def security_policy(style: str, script: str, *more: str) -> str:

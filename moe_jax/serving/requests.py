@@ -11,6 +11,7 @@ from typing import Any
 
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.traced_pass import MOST_ALTERNATIVES
+from moe_jax.pages.live import model_entry
 from moe_jax.runs.load import LoadedRun
 from moe_jax.runs.records import read_summary
 from moe_jax.system.errors import shortened
@@ -18,8 +19,6 @@ from moe_jax.system.errors import shortened
 MAX_BODY_BYTES = 1 << 20
 MAX_PROMPT_TOKENS = 65_536
 """Of one prompt, the separator included. The model reads the last T."""
-MAX_TOKENS = 4096
-"""Most tokens of one text."""
 MAX_TEXTS = 128
 """Texts of one request: its prompts times `n`."""
 MAX_STOPS = 4
@@ -86,23 +85,10 @@ class ModelCard:
 
     def to_dict(self) -> dict[str, Any]:
         """The entry of /v1/models."""
-        model, routed = self.run.config.model, bool(self.expert_layers)
-        summary = read_summary(self.folder)
-        opening = summary.get("opening")  # earlier runs have only one
-        about = {
-            "layers": model.layers,
-            "expert_layers": self.expert_layers,
-            "experts": model.experts if routed else 0,
-            "experts_per_token": model.routing.top_k if routed else 0,
-            "context": self.context,
-            "vocab_size": self.run.tokenizer.vocab_size,
-            "chat": self.tuned,
-            "prompts": summary.get("openings") or ([opening] if opening else []),
-            "val_bits_per_byte": summary.get("val_bits_per_byte"),
-            "slots": self.slots,
-            "max_tokens": MAX_TOKENS,
-        }
-        return {"id": self.name, "object": "model", "created": self.created, "owned_by": "moe-jax", "moe_jax": about}
+        run = self.run
+        entry = model_entry(self.name, run.config, run.tokenizer.vocab_size, read_summary(self.folder))
+        own = {"object": "model", "created": self.created, "owned_by": "moe-jax"}
+        return entry | own | {"moe_jax": entry["moe_jax"] | {"slots": self.slots}}
 
 
 class Fields:

@@ -3,8 +3,9 @@
 import re
 from importlib import resources
 
-from moe_jax.pages.assembly import digest
-from moe_jax.serving.page import SCRIPTS, document
+from moe_jax.pages.assembly import ascii_script, digest
+from moe_jax.pages.live import SCRIPTS
+from moe_jax.serving.page import document
 
 
 def inline(name: str) -> str:
@@ -45,9 +46,9 @@ def test_nothing_is_loaded_and_no_event_is_written_in_the_markup() -> None:
 
 
 def test_every_file_of_the_page_is_in_it() -> None:
-    files = resources.files("moe_jax.serving") / "page"
-    scripts = {file.name: file.read_text() for file in files.iterdir() if file.name.endswith(".js")}
-    assert set(scripts) == {f"{name}.js" for name in SCRIPTS}
+    live, own = resources.files("moe_jax.pages") / "live", resources.files("moe_jax.serving") / "page"
+    scripts = {file.name: file.read_text() for folder in (live, own) for file in folder.iterdir() if "js" in file.name}
+    assert set(scripts) == {f"{name}.js" for name in (*SCRIPTS, "stream")}
     for name, text in scripts.items():
-        assert text in inline("script"), name
-    assert (files / "style.css").read_text() in inline("style")
+        assert ascii_script(text) in inline("script"), name
+    assert (live / "style.css").read_text() in inline("style")

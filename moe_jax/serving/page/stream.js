@@ -1,13 +1,9 @@
-// Requests to the server, and the events of a stream. A failure is a Trouble, whose message is the line to show.
-class Trouble extends Error {
-  constructor(message, needsKey = false) { super(message); this.needsKey = needsKey; }
-}
+// The transport of the server's page: requests, and the events of a stream.
+const ABOUT = "One file. It asks only the server that it came from.";
 const KEY = "moe-jax-key";
 const GONE = "The server does not answer. See whether it still runs, start it again if not, and then press Write.";
 const CUT = "The connection ended before the text did. Press Go on to write further from here.";
 
-// What the server said is shown as its own words, in one line.
-const oneLine = (text) => visible(`${text ?? ""}`.replace(/\s+/g, " ").trim()).slice(0, 300);
 const troubleOf = (status, error = {}) => {
   const said = oneLine(error.message);
   if (status === 401) return new Trouble(sessionStorage.getItem(KEY) ? "The server does not accept this key. Compare it with the one that the server was started with (--api-key), and enter it again." : "This server asks for a key. Enter the one that it was started with (--api-key).", true);
@@ -69,29 +65,14 @@ async function* events(path, body, signal) {
   }
 }
 
-// The tokens of one event. Completions have lists side by side; a conversation has one entry for each token.
-const tokensOf = (choice) => {
-  const said = choice.logprobs ?? {};
-  return (choice.token_ids ?? []).map((id, n) => ({
-    id,
-    ...(said.content ? spoken(said.content[n]) : listed(said, n)),
-    experts: choice.routed_experts?.[n] ?? null,
-    gates: choice.gates?.[n] ?? null,
-  }));
-};
-const spoken = (entry) => ({
-  piece: entry.token,
-  logprob: entry.logprob,
-  others: entry.top_logprobs.filter((o) => o.logprob !== null).map((o) => ({ id: o.token_id, piece: o.token, logprob: o.logprob })),
-});
-// `top_logprobs` is an object, which loses the order of pieces that look like numbers. So its entries are sorted, the
-// likeliest first, as `top_token_ids` are.
-const listed = (said, n) => {
-  const ids = said.top_token_ids?.[n] ?? [], top = Object.entries(said.top_logprobs?.[n] ?? {});
-  top.sort((a, b) => (b[1] ?? -Infinity) - (a[1] ?? -Infinity));
-  return {
-    piece: said.tokens?.[n] ?? "",
-    logprob: said.token_logprobs?.[n] ?? null,
-    others: top.map(([piece, logprob], k) => ({ id: top.length === ids.length ? ids[k] : null, piece, logprob })).filter((o) => o.logprob !== null),
+const askForEntry = async () => (await (await request("v1/models")).json()).data[0];
+
+// A server may ask for a key. It is kept for this tab.
+const startTransport = () => {
+  const use = () => {
+    sessionStorage.setItem(KEY, byId("key").value);
+    if (connected) submit(); else connect();
   };
+  byId("use-key").addEventListener("click", use);
+  byId("key").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); use(); } });
 };

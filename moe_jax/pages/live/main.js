@@ -16,7 +16,7 @@ const startModel = () => {
     byId("lead").textContent = `This model has no experts: each token is shaded by its probability. Point at a token to see what else it might have been${more}.`;
     for (const node of document.querySelectorAll("[data-routed]")) node.hidden = true;
   }
-  byId("foot").textContent = live ? "One file. It asks only the server that it came from." : `One file, no network. Saved on ${saved.at}; temperature ${saved.settings.temperature}, seed ${saved.settings.seed}.`;
+  byId("foot").textContent = live ? ABOUT : `One file, no network. Saved on ${saved.at}; temperature ${saved.settings.temperature}, seed ${saved.settings.seed}.`;
   startText();
   startLoads();
   if (layersShown()) setLayer(0);
@@ -34,10 +34,10 @@ const connect = () => {
 const askForModel = async () => {
   if (connected) return true;
   try {
-    const { data: [entry] } = await (await request("v1/models")).json();
+    const entry = await askForEntry();
     model = { ...model, id: entry.id, ...entry.moe_jax };
   } catch (error) {
-    say(error instanceof Trouble ? error.message : GONE);
+    say(troubleLine(error));
     show("key-row", error.needsKey === true);
     return false;
   }
@@ -95,11 +95,6 @@ if (live) {
   byId("fresh").addEventListener("click", quietly(startOver));
   byId("temperature").addEventListener("input", drawButtons);
   byId("save").addEventListener("click", save);
-  const useKey = () => {
-    sessionStorage.setItem(KEY, byId("key").value);
-    if (connected) submit(); else connect();
-  };
-  byId("use-key").addEventListener("click", useKey);
-  byId("key").addEventListener("keydown", (event) => { if (event.key === "Enter") { event.preventDefault(); useKey(); } });
+  startTransport();
   connect();
 } else openSaved();

@@ -136,7 +136,7 @@ const write = async (turn, path, body, prompt = null) => {
     if (error.name === "AbortError") turn.finish = "halted";
     else {
       turn.finish = "lost";
-      wrong = error instanceof Trouble ? error.message : `The page failed: ${oneLine(error.message)}. Load it again.`;
+      wrong = troubleLine(error);
       if (!turn.tokens.length) wrong = wrong.replace(/ress Go on( to write further from here)?/, "ress Write again"); // Go on is hidden
       show("key-row", error.needsKey === true);
     }

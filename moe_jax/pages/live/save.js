@@ -13,6 +13,7 @@ const snapshot = () => ({
 const savedPage = () => {
   const copy = pristine.cloneNode(true), policy = copy.querySelector("meta[http-equiv]");
   policy.setAttribute("content", policy.getAttribute("content").replace("connect-src 'self'", "connect-src 'none'"));
+  copy.querySelector("meta[charset]").setAttribute("charset", "utf-8"); // whatever it was: the copy is written in UTF-8
   // In the data `<` is written as a JSON escape, so no text can end the data's element or begin another.
   copy.querySelector("#routing-data").textContent = JSON.stringify(snapshot()).replaceAll("<", "\\u003c");
   return `<!doctype html>\n${copy.outerHTML}\n`;

@@ -1,0 +1,43 @@
+// Text to ids and back, as `moe_jax/data/tokenizers.py` does it: plain bytes, or byte-level BPE. A string of bytes is kept
+// as a string with one character for each byte.
+const bytesOf = (text) => Array.from(new TextEncoder().encode(text), (byte) => String.fromCharCode(byte)).join("");
+const utf8 = (bytes, fatal) => new TextDecoder("utf-8", { fatal, ignoreBOM: true }).decode(Uint8Array.from(bytes, (c) => c.charCodeAt(0)));
+// The rule by which text is cut into words. White space is what Unicode calls so; \s has another character, and lacks one.
+const SPACE = "\\p{White_Space}", OTHER = `[^${SPACE}\\p{L}\\p{N}]`;
+const WORD = new RegExp(`'(?:[sdmt]|ll|ve|re)| ?\\p{L}+| ?\\p{N}+| ?${OTHER}+|${SPACE}+(?!\\P{White_Space})|${SPACE}`, "gu");
+
+class Tokenizer {
+  constructor({ merges = [] }) {
+    this.entries = Array.from({ length: 256 }, (_, byte) => String.fromCharCode(byte));
+    for (const [left, right] of merges) this.entries.push(this.entries[left] + this.entries[right]);
+    this.ids = new Map(this.entries.map((entry, id) => [entry, id]));
+    this.separator = this.entries.length;
+    this.pieces = [...this.entries.map(shownAs), "<|endoftext|>"];
+  }
+
+  encode(text) { return (text.match(WORD) ?? []).flatMap((word) => this.merged(bytesOf(word))); }
+
+  // Of all neighbours in a word, those that join to the entry with the lowest id are joined first.
+  merged(word) {
+    const parts = this.ids.has(word) ? [word] : [...word];
+    for (;;) {
+      let best = Infinity, at = -1;
+      for (let i = 0; i + 1 < parts.length; i++) {
+        const id = this.ids.get(parts[i] + parts[i + 1]) ?? Infinity;
+        if (id < best) [best, at] = [id, i];
+      }
+      if (at < 0) return parts.map((part) => this.ids.get(part));
+      parts.splice(at, 2, parts[at] + parts[at + 1]);
+    }
+  }
+
+  // The tokens after which a tuned model writes its answer to a conversation.
+  conversation(messages) {
+    const turns = messages.flatMap(({ role, content }) => [...this.encode(`${role}\n${content.trim()}`), this.separator]);
+    return [this.separator, ...turns, ...this.encode("assistant\n")];
+  }
+}
+// The text of an entry by itself. Bytes that are no whole characters are written in hexadecimal.
+const shownAs = (entry) => {
+  try { return utf8(entry, true); } catch { return `<${[...entry].map((c) => c.charCodeAt(0).toString(16).padStart(2, "0")).join(" ").toUpperCase()}>`; }
+};
