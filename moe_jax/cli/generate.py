@@ -72,7 +72,7 @@ class Generate(SamplingCommand):
         self.check()
         check_range("--num-stories", self.num_stories, 1, 10_000)
         environment.prepare_environment()
-        with working(f"loading {self.name}"):
+        with working(f"loading {self.name}; the first start compiles for some seconds"):
             run, generator, settings = self.open()
             run.tokenizer.encode(self.prompt)  # raises for a prompt that cannot be encoded, before anything is printed
             generator.compile()
@@ -97,7 +97,7 @@ class Chat(SamplingCommand):
     def execute(self) -> int:
         self.check()
         environment.prepare_environment()
-        with working(f"loading {self.name}"):
+        with working(f"loading {self.name}; the first start compiles for some seconds"):
             from moe_jax.inference import chat
 
             run, generator, settings = self.open()

@@ -13,6 +13,7 @@ Chapter 12 of `foundation` derives what the cache may hold, and why generation d
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -173,6 +174,22 @@ class Decoder:
             if len(context) > self.seq_len and n < limit:
                 context = context[-(self.seq_len // 2) :]
                 text = self.refill(text, 0, self.read(params, context))
+
+    def compile(self, params: Params) -> None:
+        """Compile prefill and decoding now. Each keeps one core busy for seconds, so they are compiled side by side."""
+        key = jax.random.key(0)
+        shapes = jax.eval_shape(lambda p: self.start(p, [0], (), Sampling(), key), params)
+        place = jax.tree.leaves(params)[0].sharding  # where the outputs of prefill lie, or `write` is compiled again
+
+        def zeros(x: Any) -> Array:
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+                return jax.device_put(key[None], place)
+            return jax.device_put(np.zeros(x.shape, x.dtype), place)
+
+        with ThreadPoolExecutor(1) as beside:
+            read = beside.submit(self.read, params, [0])
+            self.write(params, jax.tree.map(zeros, shapes), np.int32(1), np.int32(0))
+            read.result()
 
     def start(
         self, params: Params, context: Sequence[int], seen: Sequence[int], settings: Sampling, key: Key[Array, ""]

@@ -29,6 +29,7 @@ class TextGenerator:
     def compile(self) -> None:
         """Compile prefill and decoding now, so that the first text does not wait for them. A text that is longer than
         the context compiles one more program."""
+        self._decoder.compile(self._params)
         for _ in self.pieces("", Sampling(), seed=0, limit=2):
             pass
 
