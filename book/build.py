@@ -27,7 +27,7 @@ PAGES = (
     "docs/*.md",
     "docs/*.html",
     "docs/images/*",
-    "foundation/README.md",
+    "foundation/*.md",
     "foundation/notebooks/*.ipynb",
     "notebooks/*.ipynb",
     "tests/reliability/README.md",

@@ -40,7 +40,19 @@ def test_code_fits_80_columns(page: Path) -> None:
     assert [line for block in blocks(page) for line in block.code.splitlines() if len(line) > 80] == []
 
 
-def test_the_front_page_is_short() -> None:
+BUDGETS = {"README.md": 1300, "CHANGELOG.md": 600, "docs/gpu.md": 900, "docs/scaling.md": 1200, "docs/quality.md": 800}
+BUDGETS |= {"docs/small-weights.md": 600, "docs/large-texts.md": 500, "docs/performance.md": 500}
+BUDGETS |= {"docs/reliability.md": 250, "foundation/README.md": 1000}
+
+
+def test_pages_are_short() -> None:
+    """What grows beyond these words is evidence, and belongs into benchmarks/."""
+    words = {str(page.relative_to(ROOT)): len(page.read_text().split()) for page in [*PAGES, *OTHERS]}
+    assert {page: words[page] for page, most in BUDGETS.items() if words[page] > most} == {}
+    assert sum(count for page, count in words.items() if page.startswith("docs/")) <= 11_500
+
+
+def test_the_front_page_begins_with_a_picture() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 140
     assert next(i for i, line in enumerate(lines) if "<img" in line) < 12  # the picture comes first
