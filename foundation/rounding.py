@@ -7,8 +7,8 @@ neighbours differ by 1, also where the exponent changes.
 
 **To nearest.** Cut off the lower half, and add 1 to the upper half if the lower half is more than a half of 2^16. If it
 is exactly a half, take the even neighbour. Adding 0x7FFF, and the last bit of the upper half, before the cut does all
-of this by one carry. A weight w with spacing s does not move for a step smaller than s / 2: any step below w / 512 is
-lost, however often it is taken.
+of this by one carry. With s the spacing on the side of the step, a weight w does not move for a step smaller than
+s / 2. Below a power of two, s is half of what it is above. Any step below w / 512 is lost, however often it is taken.
 
 **By a draw.** Instead, add a random number that is uniform in {0, ..., 2^16 - 1}, and cut. Let `lower` be the number
 in the lower half. The sum carries for `lower` of the 2^16 draws, so x goes up with the probability lower / 2^16. This

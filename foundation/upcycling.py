@@ -12,8 +12,9 @@ The softmax's Jacobian removes constants. The router gets *exactly nothing* from
     gates not divided   g = p_S:           d_z = p (d_p - <p, d_p>), with d_p = c on S and 0 elsewhere
     a dropped choice    its h_e is 0:      d_g is c on what is kept and 0 on what is dropped, no constant
 
-In the first two y is not h(x) but h(x) times a number below 1, and the router learns to raise that number. In the third
-it learns to avoid full experts. None of these says which expert is *better*, for none is.
+In the first two y is not h(x) but h(x) times a number below 1: the router raises this number if c < 0, that is, if more
+of h lowers the loss, and lowers it if c > 0. In the third it prefers experts with free slots if c < 0, and full ones if
+c > 0. None of these says which expert is *better*, for none is.
 
 The experts do learn from the start. Expert e collects g_e times the gradient of each token that came to it, so the
 copies part, and as soon as they have, d_g is no constant any more:

@@ -60,8 +60,8 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         "Which two neighbours has x? Where between them does it lie?",
     ),
     "17.4": Exercise(
-        "A gradient of 2^-26 becomes 0 in float16. What is the smallest k for which the scale 2^k keeps all of its 11 "
-        "bits?",
+        "A gradient a little above 2^-26 becomes 0 in float16. What is the smallest k for which the scale 2^k keeps "
+        "11 of its bits?",
         number(12.0, 1e-9),
         "The smallest float16 with 11 bits is 2^-14.",
         12.0,

@@ -3,9 +3,9 @@
 #
 # A model with a million parameters needs a million derivatives, one for each. Computing
 # them one by one would take a million runs of the model. There is a way to get all of
-# them in one sweep backward. A run and its sweep together cost about as much as two
-# runs. The way was found in 1970, and it is the reason why neural networks can be
-# trained. In this chapter we build it for single numbers, in about seventy lines.
+# them in one sweep backward. The sweep costs at most about twice as much as the run.
+# The way was found in 1970, and it is the reason why neural networks can be trained. In
+# this chapter we build it for single numbers, in about seventy lines.
 #
 # The code is `foundation/scalar_autograd.py`.
 #
@@ -143,11 +143,13 @@ assert abs(b.grad - by_jax[1]) < 1e-14
 
 # %% [markdown]
 # ## What it costs
-# The sweep walks every arrow once, as the forward computation did. So all derivatives
-# together cost about as much as one more forward pass, whether there are two inputs or
-# a million. This is true for *one* output. With many outputs there would be a sweep for
-# each, and it might be cheaper to go forward, from each input. A loss is one number,
-# and a model has many parameters: reverse mode is the right way round.
+# A product $z = ab$ is one multiplication forward. Backward it is two, one for each of
+# its inputs: $b \cdot d_z$ and $a \cdot d_z$. So all derivatives together cost about
+# twice as much as the forward pass, whether there are two inputs or a million. Forward
+# and backward together are three forward passes. This is true for *one* output. With
+# many outputs there would be a sweep for each, and it might be cheaper to go forward,
+# from each input. A loss is one number, and a model has many parameters: reverse mode
+# is the right way round.
 #
 # There is a price. The local derivatives need the numbers of the forward pass, so these
 # have to be kept until the sweep comes by. For a large model that is most of the

@@ -74,9 +74,10 @@ pictures.slopes(x, shown)
 # versions of it.
 #
 # ## The variance of a signal
-# Now the affine layer. Let the $x_i$ be independent with mean 0 and mean square $q$,
-# and let the $W_{io}$ be independent with mean 0 and variance $v$. One output is $y_o =
-# \sum_i x_i W_{io}$, a sum of $I$ terms. What is its mean square?
+# Now the affine layer. Let the $x_i$ have the mean square $q$. They need not be
+# independent, nor have the mean 0: after a ReLU they have not. Let the $W_{io}$ be
+# independent of each other and of $x$, with mean 0 and variance $v$. One output is $y_o
+# = \sum_i x_i W_{io}$, a sum of $I$ terms. What is its mean square?
 #
 # 1. Squaring the sum gives squares and mixed terms: $y_o^2 = \sum_{i,j} x_i x_j W_{io}
 #    W_{jo}$.
@@ -90,6 +91,11 @@ pictures.slopes(x, shown)
 #
 # $$\text{fan-in} \cdot v \;\text{ forward}, \qquad \text{fan-out} \cdot v
 # \;\text{ backward}.$$
+#
+# And a ReLU between two layers? Let each $W_{io}$ be as often $w$ as $-w$. Then $y_o$
+# is as often positive as negative, with the same squares, and ReLU keeps one half of
+# them: $E[\mathrm{relu}(y)^2] = \tfrac12 E[y^2]$. So the forward factor is
+# $\tfrac12\,\text{fan-in} \cdot v$, and $v = 2/\text{fan-in}$ makes it 1.
 #
 # Twenty layers raise this factor to the twentieth power. A factor of 0.5 leaves a
 # millionth; a factor of 2 makes a million. It has to be 1, or very nearly. Each way to

@@ -136,6 +136,13 @@ assert error < 1e-10
 # one character of context pays the *bigram* loss: a table of which character follows
 # which. A model that goes below that has learned to use more than one character, which
 # only attention can bring.
+#
+# The first loss is above $\ln V$, though the model has learned nothing. It does not
+# guess uniformly: its table is tied. The stream of a token still has much of its own
+# row in it, and the inner product of a row with itself is large. So the new model
+# expects each character to come again. That is a gift of the tie, not a fault: "near
+# the row of what was read" is where likely successors can be put, and the wrong guess
+# is gone after a few steps.
 
 
 # %%
@@ -168,6 +175,10 @@ for n in range(STEPS):
     window = train_by_hand.batch(tokens, n, T)
     trained, state, loss = step(trained, state, window, jnp.float32(lr))
     losses.append(float(loss))
+own = jnp.take_along_axis(
+    dense_model_forward(as_float32, inputs, HEADS)[0], inputs[..., None], -1
+)
+print(f"before: logit of the character that was just read {float(jnp.mean(own)):.2f}")
 print(f"loss {losses[0]:.2f} -> {np.mean(losses[-20:]):.2f}")
 assert np.mean(losses[-20:]) < bigram
 

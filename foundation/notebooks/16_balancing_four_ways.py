@@ -105,12 +105,13 @@ assert importance < 1e-3 < balance_loss_of(leaning, 1) - 1
 # ## Side by side
 # One router with a strong lean, no task, and the four cures. The curve is the load of
 # the busiest expert, in units of its fair share. A loss acts on the router's matrix, by
-# the hand-derived gradients; the bias leaves the matrix alone. With this rate the bias
-# ends by swinging between 1.4 and 1.9 times the fair share, because a step of one rate
-# moves many tokens at once. A smaller rate swings less, and takes longer.
+# the hand-derived gradients; the bias leaves the matrix alone. It is drawn with three
+# rates. A step of the largest one moves many tokens at once, so the load ends by
+# swinging between 1.4 and 1.9 times the fair share. The smallest one ends at 1.06, as
+# near as the balance loss, after three times as many steps as the middle one.
 
 # %%
-E, T, D, K, STEPS = 8, 64, 16, 2, 120
+E, T, D, K, STEPS = 8, 64, 16, 2, 400
 x = jax.random.normal(jax.random.key(5), (T, D)).at[:, 0].set(1.0)
 lean = jnp.linspace(2.0, -2.0, E)
 start = 0.3 * jax.random.normal(jax.random.key(6), (D, E)).at[0].set(lean / 0.3)
@@ -146,21 +147,22 @@ def by_balance(W):
 
 
 @jax.jit
-def by_bias(bias):
+def by_bias(bias, rate):
     f = choice_fraction(biased_choice(look(start)[0], bias, K)[0])
-    return bias_step(bias, f, 0.01), f
+    return bias_step(bias, f, rate), f
 
 
-loads = {"importance": [], "balance loss": [], "bias": [], "expert choice": []}
+loads = {"importance": [], "balance loss": []}
 for name, step in {"importance": by_importance, "balance loss": by_balance}.items():
     W = start
     for _ in range(STEPS):
         loads[name].append(float(jnp.max(look(W)[1]) * E))
         W = step(W)
-bias = jnp.zeros(E)
-for _ in range(STEPS):
-    bias, f = by_bias(bias)
-    loads["bias"].append(float(jnp.max(f) * E))
+for rate in (0.01, 0.003, 0.001):
+    bias, loads[f"bias, rate {rate}"] = jnp.zeros(E), []
+    for _ in range(STEPS):
+        bias, f = by_bias(bias, rate)
+        loads[f"bias, rate {rate}"].append(float(jnp.max(f) * E))
 taken = kept_choices(look(start)[0], K, 1.0, "expert")
 loads["expert choice"] = [float(jnp.max(choice_fraction(taken)) * E)] * STEPS
 pictures.curves(
@@ -170,9 +172,9 @@ pictures.curves(
     level=1.0,
 )
 for name, load in loads.items():
-    print(f"{name:<14} {load[0]:.2f} -> {load[-1]:.2f}")
+    print(f"{name:<16} {load[0]:.2f} -> {load[-1]:.2f}")
 assert loads["expert choice"][-1] == 1.0
-assert max(loads["bias"][-1], loads["balance loss"][-1]) < 0.7 * loads["bias"][0]
+assert max(loads["bias, rate 0.001"][-1], loads["balance loss"][-1]) < 1.1
 
 # %% [markdown]
 # ## The answer

@@ -31,9 +31,12 @@
 # adding 1 to the upper half, and a **carry** can do it. Add `0x7FFF` to the lower half,
 # and 1 more where the upper half is odd. The sum carries exactly when it should.
 #
-# Now take a weight $w$ and a step $d$ with $|d| < s/2$. The nearest number to $w + d$
-# is $w$. The step is gone, and so is the next one. Because $s \ge 2^{-8}\,|w|$, this
-# happens to every step below $|w|/512$. A thousandth of the weight is such a step.
+# Now take a weight $w$ and a step $d$. Let $s$ be the spacing *on the side of the
+# step*: below a power of two it is half of what it is above. If $|d| < s/2$, the
+# nearest number to $w + d$ is $w$. The step is gone, and so is the next one. Because $s
+# \ge 2^{-8}\,|w|$, this happens to every step below $|w|/512$. A thousandth of the
+# weight is such a step. The first two lines below are steps of 0.003, down and up from
+# 1: only the one down is taken.
 
 # %%
 import jax
@@ -55,7 +58,7 @@ from foundation.rounding import (
 
 jax.config.update("jax_enable_x64", True)
 
-for x in (1.0, 1.003, 1.0039, 1.00391, 1.5):
+for x in (0.997, 1.003, 1.0, 1.0039, 1.00391, 1.5):
     pattern = f"{int(bits_of(jnp.array(x))):032b}"
     fields = f"{pattern[0]} {pattern[1:9]} {pattern[9:16]}|{pattern[16:]}"
     print(f"{x:<8} {fields} -> {float(value_of(nearest_bits(bits_of(jnp.array(x)))))}")

@@ -127,7 +127,9 @@ for ranks in (2, 4, 8):
 # This is the whole gradient of $W_e$. The tokens of *all* ranks came to it, so nothing
 # has to be added up over ranks. A weight that every rank has a copy of is different:
 # there the gradients of all ranks must be summed. This is why a mixture of experts can
-# grow with the number of devices. Its largest part needs no all-reduce.
+# grow with the number of devices. If each expert exists once, the largest part of the
+# gradient needs no all-reduce. Where experts have copies too, on another axis of the
+# mesh, their copies are summed like any other weight.
 #
 # The same on eight simulated devices, with the real exchange. `shard_map` runs one
 # function on each device, with that device's part of the arrays.

@@ -133,7 +133,10 @@ assert cosine < 0.9999
 #
 # The second line is the gradient of the KL that was meant. (Differentiate it: the term
 # from the logarithm is $\sum \pi s = 0$.) The third is the gradient of the *other* KL,
-# with the two exchanged. And the first one is zero, on average. Its samples are noise.
+# with the two exchanged. And the first one is zero, on average: as a loss, $k_1$ is
+# noise. In the *reward* it is right. There the text with the reward $r - \beta k_1$ has
+# the gradient $(r - \beta k_1)\,s$, and $\sum \pi\, k_1\, s = -\sum \pi \log\rho\; s$
+# is the second line, exactly.
 
 # %%
 BETA, STEPS, RATE = 0.5, 400, 0.5
@@ -151,12 +154,19 @@ def gradients(z):
         "k2": kl_backward_by_k2(one, kl_cache),
         "k3": reverse_kl_backward_by_k3(one, reverse_cache),
     }
+    in_reward = jnp.exp(log_pi) * (log_pi - log_ref)
+    k1_in_reward = text_log_probs_backward(in_reward, texts_cache)
+    terms["k1 in the reward"] = k1_in_reward
     return expected_reward_backward(one, cache), terms, kl
 
 
 log_ref, _ = text_log_probs_forward(reference, texts)
 best = jax.nn.log_softmax(log_ref + reward / BETA)
 paths, ends = {}, {}
+by_jax = jax.grad(lambda z: kl_forward(z, reference, texts)[0])(logits)
+error = jnp.max(jnp.abs(gradients(logits)[1]["k1 in the reward"] - by_jax))
+print(f"k1 in the reward and the gradient of KL(pi || ref) differ by {error:.0e}")
+assert error < 1e-14
 for name in ("k1", "k2", "k3"):
     z, path = reference, []
     for _ in range(STEPS):
@@ -187,7 +197,12 @@ print(f"best: reward - beta KL = {value:.4f}")
 # Often there are no rewards, only pairs: text $w$ was preferred to text $l$. Suppose
 # this happens with the probability $\sigma(r_w - r_l)$, $\sigma(x) = 1/(1+e^{-x})$. And
 # suppose we want the policy that maximises $\mathbb E\,r - \beta\,
-# \mathrm{KL}(\pi\|\text{ref})$. With a multiplier for $\sum\pi = 1$ it is
+# \mathrm{KL}(\pi\|\text{ref})$. With a multiplier $\lambda$ for $\sum\pi = 1$, the
+# derivative by one $\pi(y)$ must be zero:
+#
+# $$r(y) - \beta\Bigl(\log\frac{\pi(y)}{\text{ref}(y)} + 1\Bigr) - \lambda = 0.$$
+#
+# Solved for $\pi(y)$, with the factors that do not depend on $y$ as $1/Z$:
 #
 # $$\pi(y) = \frac{\text{ref}(y)\,e^{r(y)/\beta}}{Z}, \qquad\text{so}\qquad r(y) =
 # \beta\log\frac{\pi(y)}{\text{ref}(y)} + \beta\log Z.$$
