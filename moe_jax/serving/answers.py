@@ -16,12 +16,12 @@ from moe_jax.config import UserError
 from moe_jax.data.documents import ANSWERING, ROLES, Message
 from moe_jax.data.tokenizers import Tokenizer, answer_prompt, token_pieces
 from moe_jax.inference.traced_pass import MOST_ALTERNATIVES
+from moe_jax.pages.live import MAX_TOKENS
 from moe_jax.serving.requests import (
     COMMON,
     MAX_MESSAGES,
     MAX_PROMPT_TOKENS,
     MAX_TEXTS,
-    MAX_TOKENS,
     ApiError,
     Fields,
     ModelCard,
