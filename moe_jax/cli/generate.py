@@ -1,6 +1,7 @@
 """`moe-jax generate` and `chat`: text that a trained model writes."""
 
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,7 +117,8 @@ class Chat(SamplingCommand):
         return 0
 
     def _greet(self, step: int, tuned: bool) -> None:
-        import readline  # noqa: F401, gives `input` a history and the arrow keys
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401, gives `input` a history and the arrow keys
 
         from moe_jax.runs.records import read_summary
 

@@ -15,6 +15,7 @@ from functools import cache
 
 from moe_jax.cli.arguments import Argument
 from moe_jax.cli.command import COMMANDS, Command
+from moe_jax.config import SECTIONS
 
 WIDEST = 120
 INDENT = 26
@@ -30,19 +31,23 @@ def print_commands(prog: str) -> None:
 
 
 def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
-    """The help of one command: its usual flags by one name; with `--help all` every flag by all names."""
+    """The help of one command: its usual flags by one name; with `--help all` every flag by all names, and with
+    `--help SECTION` those of one section."""
     arguments = {a.flag: a for a in kind.arguments() if a.is_flag}
     usual = [arguments[flag] for flag in kind.usual if flag in arguments] or list(arguments.values())
     rest = [a for a in arguments.values() if a not in usual]
+    topic = next((word for word in argv if word in ("all", *SECTIONS)), "")
     groups = {"flags that everybody uses" if rest else "arguments": usual}
-    if "all" in argv:
+    if rest and topic in SECTIONS:
+        groups = {topic: [a for a in arguments.values() if a.section == topic]}
+    elif topic == "all":
         for a in rest:
             groups.setdefault(a.section or "other", []).append(a)
     places = "".join(f" [{a.name.upper()}]" for a in usual if a.positional)
     print(f"usage: {prog}{places} [--flag VALUE ...]")
     for paragraph in (inspect.getdoc(kind) or "").split("\n\n"):
         print("", paragraph if paragraph.startswith(" ") else _filled(paragraph), sep="\n")
-    brief = bool(rest) and "all" not in argv
+    brief = bool(rest) and not topic
     for title, members in groups.items():
         print(f"\n{title}:")
         for a in members:
@@ -50,7 +55,7 @@ def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
     if brief:
         print(
             "",
-            _filled(f"{len(rest)} more flags set the model, the training and the devices: see --help all."),
+            _filled(f"{len(rest)} more flags: see --help all, or --help with a section: {', '.join(SECTIONS)}."),
             sep="\n",
         )
 

@@ -1,6 +1,8 @@
 """`train.py`, `moe-jax train` and `sft`: a run from its flags to its report."""
 
 import dataclasses
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from moe_jax.cli.settings import RunCommand, Settings, auto_flags, choose_preset
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
 from moe_jax.config.presets import PRESETS
 from moe_jax.config.train import ProcessGroup
+from moe_jax.data.corpora import skipped_files
 from moe_jax.runs.catalog import run_folder
 from moe_jax.system import environment, terminal
 from moe_jax.system.signals import Signals, Stopped
@@ -39,7 +42,7 @@ class TrainingCommand(RunCommand):
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:
         command = super().parse(argv)
-        check_run(command.settings.config)
+        check_run(command.settings.config, command.dry_run)
         command.check_group()
         return command
 
@@ -66,8 +69,9 @@ class TrainingCommand(RunCommand):
         if self.dry_run:
             return self._print_dry_run()
         config, start = self.settings
+        say(*skipped_files(config.data))
         check_memory(config)
-        with training_process(config, start, self.group) as process:
+        with training_process(config, start, self.group, self.resume_command) as process:
             from moe_jax.training.header import print_run_header
             from moe_jax.training.loop import train
             from moe_jax.training.session import Session
@@ -78,8 +82,18 @@ class TrainingCommand(RunCommand):
             report(session)
         return process.status
 
+    @property
+    def resume_command(self) -> str:
+        """The command that goes on with the run after it was stopped."""
+        typed = f"--out {shlex.quote(self.settings.config.run_dir)} --resume"
+        if self.group is not None:
+            return f"the same commands with {typed}"
+        program = "train.py" if Path(sys.argv[0]).name == "train.py" else f"moe-jax {type(self).__name__.lower()}"
+        return f"`uv run {program} {typed}`"
+
     def _print_dry_run(self) -> int:
         config, start = self.settings
+        say(*skipped_files(config.data))
         environment.prepare_environment(config.execution.deterministic)
         if config.resume and start.saved is None:
             say(f"--resume: {config.run_dir} holds no checkpoint; a new run starts there")
@@ -185,8 +199,9 @@ class Process:
 
 
 @contextmanager
-def training_process(config: RunConfig, start: Start, group: ProcessGroup | None) -> Iterator[Process]:
+def training_process(config: RunConfig, start: Start, group: ProcessGroup | None, resume: str) -> Iterator[Process]:
     """The environment of a training: settings of JAX, signals, other processes, and the lock of the run's folder.
+    `resume` is the command that goes on with the run.
 
     If a signal stops the run, the block ends, and `Process.status` holds the exit status.
     """
@@ -194,7 +209,7 @@ def training_process(config: RunConfig, start: Start, group: ProcessGroup | None
     if group is not None:
         environment.silence_libraries()
     notes = environment.prepare_environment(config.execution.deterministic)
-    with Signals(together=group is not None, saved=start.saved is not None) as signals:
+    with Signals(together=group is not None, saved=start.saved is not None, resume=resume) as signals:
         if config.resume and start.saved is None:
             say(f"--resume: {config.run_dir} holds no checkpoint; a new run starts there")
         # jax is imported only now, because the arguments are accepted and the environment is set.
@@ -230,9 +245,10 @@ def report(session: Any) -> None:
         print_next_step(session)
 
 
-def check_run(config: RunConfig) -> None:
-    """Raise ConfigError if the folder cannot be written, or holds a run and --resume is not given."""
+def check_run(config: RunConfig, dry_run: bool = False) -> None:
+    """Raise ConfigError if the folder cannot be written, or holds a run and --resume is not given. A dry run writes
+    nothing there."""
     run = Path(config.run_dir)
     check_out_folder("--out", run)
-    if holds_run(run) and not config.resume:
+    if holds_run(run) and not config.resume and not dry_run:
         raise ConfigError(f"--out {run}: already holds a run; add --resume to go on with it, or name another folder")

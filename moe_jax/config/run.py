@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.section import Section, no_flag
-from moe_jax.config.train import DataConfig, ExecutionConfig, MeshShape, TrainConfig
+from moe_jax.config.train import NAMED_CORPORA, DataConfig, ExecutionConfig, MeshShape, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError, shortened
 from moe_jax.system.files import Folder, step_number
 
@@ -65,8 +65,10 @@ class RunConfig(Section, section=""):
 
     @property
     def run_dir(self) -> str:
-        """The folder of the run: --out, else runs/PRESET with a suffix for an imported model, a dense baseline, an
-        upcycled or a tuned run."""
+        """The folder of the run: --out, else runs/PRESET, or for a text of the user's own runs/TEXT; with a suffix for
+        an imported model, a dense baseline, an upcycled or a tuned run."""
+        own = self.data.source not in NAMED_CORPORA and not (self.init_from or self.upcycle or self.base)
+        name = Path(self.data.source).resolve().stem.partition(".")[0] if own else self.preset
         if self.init_from:
             suffix = "-imported"
         elif self.model.dense != "none":
@@ -74,7 +76,7 @@ class RunConfig(Section, section=""):
         else:
             suffix = "-upcycled" if self.upcycle else ""
         suffix += "-tuned" if self.base else ""
-        return self.out or f"runs/{self.preset}{suffix}"
+        return self.out or f"runs/{name or self.preset}{suffix}"
 
     @property
     def tokens_per_step(self) -> int:

@@ -7,8 +7,9 @@ at pinned revisions, and the user's own files:
   document is divided between 90 and 95 % of its bytes; the part after that is the validation split.
 - A folder with `train.txt` (or `train.jsonl`) has its training text there, and its validation text in `valid.txt` (or
   `valid.jsonl`). Without that file, the training file is split as a single file.
-- Any other folder has all its `.txt` and `.jsonl` files, those of inner folders included, in the order of their paths.
-  They are split as if they were one file.
+- Any other folder has all its `.txt`, `.md` and `.jsonl` files, those of inner folders included, in the order of their
+  paths. They are split as if they were one file. `skipped_files` says which files are left out.
+- Each of these may end in `.gz`.
 
 To add a data set of the hub: an entry in `HUB`, and its name in `config.NAMED_CORPORA`. Any other source is a function
 that makes a `Corpus`, a branch in `open_corpus`, and a name.
@@ -25,7 +26,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, DataFormat, UserError
-from moe_jax.data.documents import JSON_LINES, Span, SplitName, divided, document_starts, documents_of, last_part_start
+from moe_jax.data.documents import (
+    JSON_LINES,
+    TEXTS,
+    Span,
+    SplitName,
+    divided,
+    document_starts,
+    documents_of,
+    ending,
+    last_part_start,
+)
 
 LOOKED_AT = 8 << 20
 """Bytes of a text in which mistakes are looked for before jax is loaded."""
@@ -212,7 +223,7 @@ def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[
 
     Raises ConfigError if there is no file, or if one is not of the format `form`.
     """
-    endings = JSON_LINES if form == "chat" else (".txt", *JSON_LINES)
+    endings = JSON_LINES if form == "chat" else (*TEXTS, *JSON_LINES)
     if path.is_file():
         files: dict[SplitName, list[Path]] = {"train": [path], "valid": []}
     elif path.is_dir():
@@ -221,8 +232,7 @@ def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[
         names = " of conversations, in JSON lines" if form == "chat" else f", or one of {', '.join(NAMED_CORPORA)}"
         raise ConfigError(f"--data {path}: must be an existing file or folder{names}")
     for file in (*files["train"], *files["valid"]):
-        ending = file.suffix.lower()
-        if ending == ".json" or (form == "chat" and ending not in JSON_LINES):
+        if ending(file) == ".json" or (form == "chat" and ending(file) not in JSON_LINES):
             raise ConfigError(
                 f"--data {file}: must be JSON lines, one object a line, in a file that ends in .jsonl (an array of "
                 f"objects: `jq -c '.[]' {file.name} > {file.stem}.jsonl`)"
@@ -232,19 +242,34 @@ def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[
 
 def _files_of_folder(folder: Path, endings: tuple[str, ...]) -> dict[SplitName, list[Path]]:
     named: dict[SplitName, list[Path]] = {
-        split: [path for ending in endings if (path := folder / f"{split}{ending}").is_file()][:1]
+        split: [path for end in endings for z in ("", ".gz") if (path := folder / f"{split}{end}{z}").is_file()][:1]
         for split in ("train", "valid")
     }
     if named["train"]:
         return named
     if named["valid"]:
-        names = " or ".join(f"train{ending}" for ending in endings[:-1])
+        names = " or ".join(f"train{end}" for end in endings[:-1])
         raise ConfigError(f"--data {folder}: {named['valid'][0].name} is there, but no {names}; add that file")
-    inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    files = sorted(p for p in inside if p.suffix.lower() in endings and p.is_file())
+    files = [p for p in _visible_files(folder) if ending(p) in endings]
     if not files:
         raise ConfigError(f"--data {folder}: must hold {' or '.join(endings[:-1])} files; there is none in it")
     return {"train": files, "valid": []}
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    return sorted(p for p in inside if p.is_file())
+
+
+def skipped_files(data: DataConfig) -> list[str]:
+    """A line about the files of a folder that are not read. Empty if all are, or if `data` names no folder."""
+    folder = Path(data.source)
+    if data.source in NAMED_CORPORA or not folder.is_dir():
+        return []
+    used = {path for paths in source_files(folder, data.format).values() for path in paths}
+    names = [str(path.relative_to(folder)) for path in _visible_files(folder) if path not in used]
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return [f"--data {folder}: not read: {', '.join(names[:5])}{more}"] if names else []
 
 
 def _documents(spans: Iterable[Span], form: DataFormat, what: str) -> Iterator[Any]:

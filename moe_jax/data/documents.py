@@ -4,14 +4,17 @@
   1 MiB, such as a whole book, is divided into parts of about 1 MiB: at a blank line, else at a line end, else at a
   space. Each part is a document. So memory stays bounded, at the cost of one separator per MiB.
 - Files that end in .jsonl or .ndjson hold JSON lines: one object a line, whose key `text` is a document.
+- A file whose name ends in .gz as well is decompressed while it is read. Its offsets are those of the text.
 - With the format `chat`, the key `messages` of such a line is a conversation, `[{"role": ..., "content": ...}, ...]`.
   The roles are system, user and assistant.
 
 Importing this module imports only the standard library, so that a wrong text is refused before jax is loaded.
 """
 
+import gzip
 import json
 import shlex
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +25,7 @@ from moe_jax.config import DataFormat, Role, UserError
 from moe_jax.system.errors import shortened
 
 SEPARATOR = "<|endoftext|>"
-JSON_LINES = (".jsonl", ".ndjson")
+TEXTS, JSON_LINES = (".txt", ".md"), (".jsonl", ".ndjson")
 SplitName = Literal["train", "valid"]
 ROLES: tuple[Role, ...] = get_args(Role)
 ANSWERING: Role = "assistant"
@@ -46,11 +49,14 @@ class Span:
         """All bytes of a file, except for a byte order mark."""
         with _opened(path) as file:
             marked = file.read(len(_BYTE_ORDER_MARK)) == _BYTE_ORDER_MARK
-        return cls(path, len(_BYTE_ORDER_MARK) if marked else 0, path.stat().st_size)
+            size = path.stat().st_size
+            if path.suffix.lower() == ".gz":
+                size = len(_BYTE_ORDER_MARK) + sum(map(len, iter(lambda: file.read(_CHUNK), b"")))
+        return cls(path, len(_BYTE_ORDER_MARK) if marked else 0, size)
 
     @property
     def is_json(self) -> bool:
-        return self.path.suffix.lower() in JSON_LINES
+        return ending(self.path) in JSON_LINES
 
     def chunks(self) -> Iterator[bytes]:
         """The bytes, up to 1 MiB at a time. Raises UserError if the file cannot be read."""
@@ -76,10 +82,16 @@ type Conversation = tuple[Message, ...]
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """A file to be read. Raises UserError if it cannot be opened, or later if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            yield file
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the file and its permissions") from None
+        with gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb") as file:
+            yield file  # pyright: ignore[reportReturnType]
+    except (OSError, EOFError, zlib.error) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path}: cannot be read ({cause}); check the file and its permissions") from None
+
+
+def ending(path: Path) -> str:
+    """The end of a file's name, in small letters and without .gz: ".txt"."""
+    return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def documents_of(span: Span, form: DataFormat) -> Iterator[Any]:
@@ -139,8 +151,8 @@ def lines(span: Span) -> Iterator[tuple[int, bytes]]:
 
 def holds_chats(path: Path) -> bool:
     """Whether a file, or the first of a folder's files, is JSON lines with `messages`."""
-    files = sorted(p for ending in JSON_LINES for p in path.rglob(f"*{ending}")) if path.is_dir() else [path]
-    first = files[0] if files and files[0].suffix.lower() in JSON_LINES and files[0].is_file() else None
+    files = sorted(p for p in path.rglob("*") if ending(p) in JSON_LINES) if path.is_dir() else [path]
+    first = files[0] if files and ending(files[0]) in JSON_LINES and files[0].is_file() else None
     return first is not None and b'"messages"' in next((line for _, line in lines(Span.of(first))), b"")
 
 

@@ -3,6 +3,7 @@ it is removed by the next one of the same name."""
 
 import glob
 import secrets
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -100,13 +101,12 @@ def export(source: ExportSource, to: Target, dtype: Dtype, out: Path, command: s
 def _write_for(
     folder: Path, source: ExportSource, architecture: Architecture, to: Target, dtype: Dtype, name: str
 ) -> None:
-    context = source.config.model.seq_len
     if to in ("hf", "both"):
         _write_weights(folder, huggingface.tensors(source, architecture), dtype)
         _write_json(folder / "config.json", huggingface.config_json(source, architecture, dtype))
         separator = source.tokenizer.separator_id
         generation = {"bos_token_id": separator, "eos_token_id": separator, "do_sample": True, "temperature": 0.8}
-        _write_json(folder / "generation_config.json", generation | {"max_length": context})
+        _write_json(folder / "generation_config.json", generation)
         _write_tokenizer(folder, source)
     if to in ("gguf", "both"):
         gguf_file.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
@@ -176,8 +176,24 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
     return (
         f"---\n{library}pipeline_tag: text-generation\ntags: {tags}\n---\n\n"
         f"# {name}\n\nA small language model trained with moe-jax. {_use(source)}\n\n| what | value |\n|---|---|\n"
-        f"{table}\n"
+        f"{table}\n{_usage(source, name, files)}"
         f"Generation and evaluation drop no token, here and there. Files: {', '.join(f'`{f}`' for f in files)}.\n"
+    )
+
+
+def _usage(source: ExportSource, name: str, files: list[str]) -> str:
+    """Code that writes a text, for each program that the files are for; and the licence."""
+    prompt, code = source.summary.get("opening") or "Once upon a time", ""
+    if "config.json" in files and not source.tuned:
+        call = f'write({prompt!r}, max_new_tokens=200)[0]["generated_text"]'
+        made = f"from transformers import pipeline\n\nwrite = pipeline('text-generation', {name!r})\nprint({call})"
+        code += f"```python\n{made}\n```\n\n"
+    if "Modelfile" in files:
+        code += f"```sh\nollama create {shlex.quote(name)} -f Modelfile && ollama run {shlex.quote(name)}\n```\n\n"
+    if source.config.data.source == "stories":
+        return f"{code}The training text is written by a grammar of moe-jax, under the MIT licence.\n\n"
+    return (
+        f"{code}Licence: moe-jax asks for none. Name yours here, after a look at the licence of the training text.\n\n"
     )
 
 

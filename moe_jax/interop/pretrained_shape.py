@@ -6,6 +6,7 @@ a forward pass. Any other field is refused by name, because it may change what t
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -122,8 +123,11 @@ def read_shape(folder: Path, flag: str) -> PretrainedShape:
     """The shape of the model in a folder. Raises ConfigError where there is no such folder, and UserError where its
     config.json cannot be read or is of a model that ours cannot hold."""
     if not folder.is_dir():
+        download = ""
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):  # OWNER/NAME, as the hub has it
+            download = f"; `uvx hf download {folder} --local-dir {folder.name}` downloads the model of that name"
         raise ConfigError(
-            f"{flag} {folder}: is no folder; name one with config.json, model.safetensors, tokenizer.json"
+            f"{flag} {folder}: is no folder; name one with config.json, model.safetensors, tokenizer.json{download}"
         )
     try:
         text = read_file(folder, CONFIG, _MAX_CONFIG_BYTES)

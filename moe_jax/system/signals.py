@@ -55,8 +55,9 @@ class Signals:
     must stop at the same step, so the first signal never ends or interrupts anything.
     """
 
-    def __init__(self, together: bool = False, saved: bool = False) -> None:
-        self._together = together
+    def __init__(self, together: bool = False, saved: bool = False, resume: str = "--resume") -> None:
+        self._together, self.resume = together, resume
+        """`resume`: the command that goes on with the run."""
         self.saved = saved
         """Whether the run has a checkpoint."""
         self.stop_signal: int | None = None
@@ -89,7 +90,7 @@ class Signals:
     def how_to_go_on(self) -> str:
         """What the user can do after the run has stopped."""
         if self.saved:
-            return "go on from the newest checkpoint with --resume"
+            return f"go on from the newest checkpoint with {self.resume}"
         return "no step was saved, so the same command starts the run again"
 
     @contextmanager

@@ -151,6 +151,8 @@ def rich_console(*, stderr: bool = False, **settings: Any) -> "Console":
 
 def say(*lines: object) -> None:
     """Print lines: broken at spaces on a terminal, whole in a file or a pipe."""
+    if not lines:
+        return
     if not sys.stdout.isatty():
         print(*lines, sep="\n", flush=True)
         return

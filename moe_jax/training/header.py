@@ -53,10 +53,19 @@ def print_run_header(session: Session, notes: list[str]) -> None:
 
 
 def print_dry_run(config: RunConfig) -> None:
-    """Print what differs from the preset, all settings, and what the run would cost."""
+    """Print what the run would cost, what differs from the preset, and all settings."""
     console = rich_console()
     console.print(f"[bold]dry run[/bold] of {config.run_dir}: nothing is trained, nothing is written\n")
-    console.print(f"[bold]settings that differ from preset {config.preset}[/bold]")
+    console.print("[bold]costs[/bold]")
+    sized, policy = with_vocabulary(config), choose_policy(config.execution.compute_dtype)
+    rate = machine.matmul_rate(policy.compute)
+    time = (
+        f"{expected_time(sized, rate)}, if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "
+        f"{rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; compiling, "
+        "evaluations and checkpoints come on top"
+    )
+    _print_rows(_cost_rows(sized, policy) | {"time": time})
+    console.print(f"\n[bold]settings that differ from preset {config.preset}[/bold]")
     pairs = zip(config.settings(), preset(config.preset).settings(), strict=True)
     _print_rows(
         {
@@ -68,15 +77,6 @@ def print_dry_run(config: RunConfig) -> None:
     console.print("\n[bold]all settings[/bold]")
     sections = {name: config.section(name).plain_fields() for name in SECTIONS}
     _print_rows({f"  {s}": ", ".join(f"{name} {_shown(v)}" for _, name, v in fields) for s, fields in sections.items()})
-    console.print("\n[bold]costs[/bold]")
-    sized, policy = with_vocabulary(config), choose_policy(config.execution.compute_dtype)
-    rate = machine.matmul_rate(policy.compute)
-    time = (
-        f"{expected_time(sized, rate)}, if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "
-        f"{rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; compiling, "
-        "evaluations and checkpoints come on top"
-    )
-    _print_rows(_cost_rows(sized, policy) | {"time": time})
 
 
 def _cost_rows(config: RunConfig, policy: Policy, corpus: int | None = None) -> dict[str, str]:

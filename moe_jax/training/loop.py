@@ -71,7 +71,7 @@ def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, si
     if reason is not None:
         where = f"before the first step; {signals.how_to_go_on}"
         if step:
-            where = f"at step {step}, which is saved; go on with --resume"
+            where = f"at step {step}, which is saved; go on with {signals.resume}"
         logger.terminal.close()  # or the bar, with an older step, stands below
         logger.terminal.say(f"stopped {where}")
         raise Stopped(reason)

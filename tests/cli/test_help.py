@@ -27,6 +27,9 @@ def test_the_usual_flags_fit_a_screen(capsys: pytest.CaptureFixture[str], monkey
 
 def test_all_flags_by_section(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed_help(capsys, "all")
+    section = printed_help(capsys, "routing")
+    assert [line for line in section.splitlines() if line.endswith(":")] == ["routing:"]
+    assert all(f"  {a.flag}" in section for a in Train.arguments() if a.is_flag and a.section == "routing")
     titles = [text.index(f"\n{title}:") for title in ("flags that everybody uses", *SECTIONS)]
     assert titles == sorted(titles)
     for a in Train.arguments():

@@ -1,5 +1,6 @@
 """Corpora: which files and which documents a source has, what validates, and how bad sources are answered."""
 
+import gzip
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import xxhash
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, UserError
 from moe_jax.data import documents
-from moe_jax.data.corpora import HUB, Corpus, articles, check_source, open_corpus, scored_documents
+from moe_jax.data.corpora import HUB, Corpus, articles, check_source, open_corpus, scored_documents, skipped_files
 from moe_jax.data.documents import SEPARATOR
 
 
@@ -54,14 +55,30 @@ def test_every_name_opens_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_folder_has_its_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / ".git").mkdir()
-    (tmp_path / "b" / "two.txt").write_text(SEPARATOR.join(f"two {i}" for i in range(10)))
-    (tmp_path / "a.jsonl").write_text(rows(*(f"one {i}" for i in range(10))))
+    (tmp_path / "b" / "two.md").write_text(SEPARATOR.join(f"two {i}" for i in range(10)))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows(*(f"one {i}" for i in range(10))).encode()))
     (tmp_path / "c.TXT").write_bytes(b"\xef\xbb\xbf" + SEPARATOR.join(f"three {i}" for i in range(20)).encode())
-    for name in ("notes.md", ".hidden.txt", ".git/x.txt"):
+    for name in ("notes.rst", "b/old.gz", ".hidden.txt", ".git/x.txt"):
         (tmp_path / name).write_text("no text of the corpus")
     train, valid = both(tmp_path)
     whole = [*(f"one {i}" for i in range(10)), *(f"two {i}" for i in range(10)), *(f"three {i}" for i in range(20))]
     assert (train, valid) == (whole[:38], whole[38:])  # 5 % of 40 documents
+    said = f"--data {tmp_path}: not read: b/old.gz, notes.rst"
+    assert skipped_files(DataConfig(source=str(tmp_path))) == [said]
+    assert skipped_files(DataConfig(source="stories")) == []
+
+
+def test_a_compressed_text_is_the_text(tmp_path: Path) -> None:
+    """Split at the same places, also a single document; one that is cut is refused in one line."""
+    for text in (SEPARATOR.join(f"story {i}" for i in range(50)), "word " * 40_000):
+        (tmp_path / "plain.txt").write_text(text)
+        (tmp_path / "same.txt.gz").write_bytes(gzip.compress(b"\xef\xbb\xbf" + text.encode()))
+        assert both(tmp_path / "same.txt.gz") == both(tmp_path / "plain.txt")
+    whole = (tmp_path / "same.txt.gz").read_bytes()
+    for damaged in (whole[:-9], b"no archive", whole[:20] + b"\xff" * 40 + whole[60:]):
+        (tmp_path / "cut.txt.gz").write_bytes(damaged)
+        with pytest.raises(ConfigError, match=r"^--data .*cut.txt.gz: cannot be read \("):
+            check_source(DataConfig(source=str(tmp_path / "cut.txt.gz")))
 
 
 def test_a_folder_with_a_training_text(tmp_path: Path) -> None:
@@ -166,7 +183,7 @@ def test_bad_sources_are_answered_with_the_flag_and_the_choice(tmp_path: Path) -
         check("tinystory")
     with pytest.raises(ConfigError, match="must be an existing file or folder of conversations"):
         check("stories", form="chat")
-    with pytest.raises(ConfigError, match=r"must hold \.txt or \.jsonl files; there is none"):
+    with pytest.raises(ConfigError, match=r"must hold \.txt or \.md or \.jsonl files; there is none"):
         check(tmp_path)
     with pytest.raises(ConfigError, match=r"valid\.txt is there, but no train\.txt"):
         check(write_folder(tmp_path, valid="Story."))

@@ -84,6 +84,10 @@ def test_the_card_counts_what_the_exported_weights_have_read(run: Path) -> None:
     source = dataclasses.replace(source, config=config, checkpoint=checkpoint)
     tokens = 20 * 3 * 2 * config.model.seq_len
     assert f"| training | {tokens:,} tokens in 20 steps, " in module.model_card(source, "name", "command", [])
+    card = module.model_card(source, "my name", "command", ["config.json", "Modelfile"])
+    assert "write = pipeline('text-generation', 'my name')" in card
+    assert "ollama create 'my name' -f Modelfile" in card
+    assert "licence" in card.lower()
 
 
 @pytest.mark.parametrize(
@@ -133,7 +137,7 @@ def test_a_folder_for_transformers(run: Path, tmp_path: Path, capsys: pytest.Cap
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["rms_norm_eps"], config["rope_theta"], config["head_dim"]) == (1e-6, 10_000.0, 16)
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert (generation["bos_token_id"], generation["eos_token_id"], generation["max_length"]) == (256, 256, 64)
+    assert generation == {"bos_token_id": 256, "eos_token_id": 256, "do_sample": True, "temperature": 0.8}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -148,6 +148,7 @@ def test_a_config_that_is_none(content: bytes, folder: Path) -> None:
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     refused(tmp_path / "no", "is no folder", ConfigError)
+    refused(Path("owner/name-1B"), "`uvx hf download owner/name-1B --local-dir name-1B` downloads", ConfigError)
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "has no config.json", ConfigError)
     (tmp_path / "run").mkdir()

@@ -12,8 +12,10 @@ from moe_jax.system import machine
 
 @pytest.fixture
 def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    """Of seed-158m with other steps and another learning rate, on a machine of 1e12 operations a second."""
+    """Of seed-158m with other steps and another learning rate, on a machine of 1e12 operations a second. There is a run
+    of that name, which a dry run does not touch."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "seed-158m" / "checkpoints" / "step_00000001").mkdir(parents=True)
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
@@ -23,7 +25,8 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_what_differs_from_the_preset_stands_first(printed: str) -> None:
+def test_the_costs_stand_first_and_then_what_differs_from_the_preset(printed: str) -> None:
+    assert printed.index("GFLOP/s") < printed.index("settings that differ")
     for line in ("--steps 100 (preset 5000)", "--lr 0.001 (preset 0.0003)", "--set model.bias off (preset on)"):
         assert line in printed
         assert printed.index(line) < printed.index("warmup_steps 100")
@@ -35,7 +38,7 @@ def test_parameters_memory_and_time(printed: str) -> None:
     Activations of 6 layers and 4 sequences of 256 in float32, by hand: the residual stream of width 512 takes 12 MiB,
     half of the attention weights of 8 heads take 24 MiB.
     """
-    typed = ["--preset", "seed-158m", "--set", "model.bias=false", "--steps", "100"]
+    typed = ["--preset", "seed-158m", "--set", "model.bias=false", "--steps", "100", "--out", "new"]
     config = with_vocabulary(Train.parse(typed).settings.config)
     groups = count_parameters(config.model)
     total = totals(groups)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from moe_jax.cli.train import Train
 from moe_jax.config import TrainConfig
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training import loop
@@ -123,7 +124,9 @@ def test_before_the_first_save_nothing_is_said_of_a_checkpoint(monkeypatch: pyte
     assert run.events[-1] == (
         "stopped before the first step; no step was saved, so the same command starts the run again"
     )
-    assert Signals(saved=True).how_to_go_on.startswith("go on from")
+    again = Train.parse(["--out", "runs/my x"]).resume_command
+    assert again == "`uv run moe-jax train --out 'runs/my x' --resume`"
+    assert Signals(saved=True, resume=again).how_to_go_on == f"go on from the newest checkpoint with {again}"
 
 
 def test_a_signal_within_an_evaluation_saves_without_its_loss(monkeypatch: pytest.MonkeyPatch) -> None:
