@@ -24,6 +24,7 @@ class Served(Watched):
 
     def write(self, beginning: str = "Once upon a time", length: int = 9) -> "Served":
         """Writes a text, and waits for its end."""
+        self.page.locator("#settings").evaluate("(node) => { node.open = true; }")  # closed on a narrow window
         self.page.locator("#length").fill(str(length))
         self.page.locator("#prompt").fill(beginning)
         self.page.locator("#write").click()

@@ -1,10 +1,16 @@
 """The page that `export --to html` writes, in a real browser: it computes what the int8 model in JAX computes."""
 
 import base64
+import dataclasses
 import functools
 import json
 import random
+import re
+import threading
 from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,12 +22,15 @@ from moe_jax.data.documents import Message
 from moe_jax.data.tokenizers import Tokenizer, _byte, answer_prompt, token_pieces, train_tokenizer
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
+from moe_jax.interop import html
 from moe_jax.interop.html import html_page
 from moe_jax.model.moe.layer import Mode, SwitchableMoE, with_switches
 from moe_jax.model.precision import choose_policy
 from moe_jax.model.quantized import quantize
 from moe_jax.model.transformer import merge
 from moe_jax.runs.load import LoadedRun
+from tests.browser.contrast import CONTRAST
+from tests.browser.opened import Watched
 from tests.support import tiny
 
 T, SEPARATOR = 32, 256
@@ -160,3 +169,203 @@ def test_ids_and_pieces_are_those_of_the_tokenizer(blank: Any, kind: str) -> Non
     assert pieces == token_pieces(ours, np.arange(ours.vocab_size))
     stripped = [message._replace(content=message.content.strip()) for message in chat]
     assert conversation == answer_prompt(ours, stripped)
+
+
+class Inside(Watched):
+    """An exported page, opened from the disk or from a web server."""
+
+    def __init__(self, browser: Any, url: str, **options: Any) -> None:
+        super().__init__(browser, **options)
+        self.page.goto(url)
+        self.page.locator("#model-name", has_text="layers").wait_for(state="attached")
+
+    def press(self, button: str) -> None:
+        """Presses a button that writes, and waits for the end of the text."""
+        self.page.locator("#status").evaluate("(node) => { node.textContent = ''; }")
+        self.page.locator(button).click()
+        self.page.locator("#status", has_text="Finished").wait_for(state="attached")
+
+    def write(self, text: str, length: int, **settings: str) -> None:
+        self.page.locator("#settings").evaluate("(node) => { node.open = true; }")
+        for name, value in ({"length": str(length), "prompt": text} | settings).items():
+            self.page.locator(f"#{name}").fill(value)
+        self.press("#write")
+
+    def pieces(self) -> list[str]:
+        chips = "(all) => all.map((t) => (t.previousSibling?.nodeType === 3 ? ' ' : '') + t.textContent)"
+        return self.page.locator("#tokens .t").evaluate_all(chips)
+
+    def first_choices(self, layer: int) -> list[int]:
+        """The number below each chip that the model wrote."""
+        self.page.locator("#layer").fill(str(layer))
+        return self.page.locator("#tokens .t:not(.given)").evaluate_all(
+            "(all) => all.map((t) => Number(t.dataset.expert))"
+        )
+
+
+class Utf8(SimpleHTTPRequestHandler):
+    """A web server that says UTF-8 of every page, as static hosts do."""
+
+    extensions_map = {".html": "text/html; charset=utf-8"}  # noqa: RUF012
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the page of each of three models."""
+    folder = tmp_path_factory.mktemp("pages")
+    (folder / "story.html").write_bytes(page_of("story-cpu"))
+    (folder / "dense.html").write_bytes(page_of("dense"))
+    (folder / "chat.html").write_bytes(html_page(made("nano", tuned=True), "tuned", {}))
+    return folder
+
+
+def test_it_writes_from_the_disk_and_from_any_web_server_and_asks_for_nothing(browser: Any, folder: Path) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Utf8, directory=folder))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    texts, site = [], f"http://127.0.0.1:{server.server_address[1]}/story.html"
+    for url, charset in (((folder / "story.html").as_uri(), "windows-1252"), (site, "UTF-8")):
+        inside = Inside(browser, url)
+        assert inside.page.evaluate("document.characterSet") == charset
+        assert not inside.page.locator("#error").is_visible()
+        inside.write("One dragon", 40, temperature="0")
+        texts.append(inside.pieces())
+        assert {asked for asked in inside.asked if not asked.startswith("blob:")} == {url}
+        assert inside.said == []
+        inside.page.close()
+    server.shutdown()
+    server.server_close()
+    run = made("story-cpu")
+    prompt = [SEPARATOR, *b"One dragon"]
+    settings = {"settings": Sampling(0.0), "key": jax.random.key(0), "stop": SEPARATOR, "limit": 40}
+    ids = [*prompt[1:], *Decoder(run.graphdef, T, 257).stream(quantize(run.params, "int8"), prompt, **settings)]
+    shown = "".join(token_pieces(run.tokenizer, np.array(ids)))
+    shown = re.sub("[\0-\t\v-\x1f\x7f]", lambda c: f"\u27e8{ord(c[0]):04X}\u27e9", shown).replace("\n", "\u21b5")
+    assert texts[0] == texts[1]
+    assert "".join(texts[0]).replace(" ", "") == shown.replace(" ", "")  # a paragraph begins without its space
+
+
+def test_an_expert_that_is_off_is_chosen_no_more_and_on_again_the_text_is_the_same(browser: Any, folder: Path) -> None:
+    inside = Inside(browser, (folder / "story.html").as_uri())
+    inside.write("One dragon", 60, seed="7")
+    text, choices = inside.pieces(), inside.first_choices(1)
+    expert = max(set(choices), key=choices.count)
+    inside.page.locator("#loads button").nth(expert).click()
+    inside.page.locator("#flip", has_text=f"Switch expert {expert} off in layer 1").click()
+    assert inside.page.locator("#loads .off b").all_inner_texts() == [str(expert)]
+    assert inside.pieces() == text
+    inside.press("#rewrite")
+    assert inside.pieces() != text
+    assert expert not in inside.first_choices(1)
+    assert f"seed 7 · without expert {expert} in layer 1" in inside.page.locator("#speed").inner_text()
+    inside.page.locator("#all-on").click()
+    assert inside.page.locator("#loads .off").count() == 0
+    inside.press("#again")  # with the next seed
+    inside.write("One dragon", 60, seed="7")
+    assert (inside.pieces(), inside.first_choices(1)) == (text, choices)
+    for e in range(3):  # one has to stay on
+        inside.page.locator("#loads button").nth(e).click()
+        inside.page.locator("#flip").click()
+    inside.page.locator("#loads button").nth(3).click()
+    assert inside.page.locator("#flip").is_disabled()
+    inside.page.close()
+
+
+def test_a_text_that_was_stopped_goes_on_as_it_would_have(browser: Any, folder: Path) -> None:
+    """And one that goes on from another token ends as a text that began with it. Both use the cache of the worker."""
+    inside = Inside(browser, (folder / "story.html").as_uri())
+    inside.write("One dragon", 24, seed="3")
+    whole = inside.pieces()
+    inside.write("One dragon", 10, seed="3")
+    inside.page.locator("#length").fill("14")
+    inside.press("#go-on")
+    assert inside.pieces() == whole
+    for name, value in (("length", "4000"), ("temperature", "0"), ("prompt", "Once")):  # it does not end by itself
+        inside.page.locator(f"#{name}").fill(value)
+    inside.page.locator("#write").click()
+    inside.page.locator('.t[data-i="60"]').wait_for()
+    inside.press("#write")  # Stop
+    assert "you stopped it" in inside.page.locator("#status").text_content()
+    assert 60 < len(inside.pieces()) < 4000
+    inside.page.close()
+
+
+def test_a_saved_text_is_without_the_model_and_shows_the_same(browser: Any, folder: Path, tmp_path: Path) -> None:
+    inside = Inside(browser, (folder / "story.html").as_uri())
+    inside.write("One dr\u00e4gon", 30, seed="5")
+    with inside.page.expect_download() as download:
+        inside.page.locator("#save").click()
+    download.value.save_as(tmp_path / "routing.html")
+    assert 'id="weights"' not in (tmp_path / "routing.html").read_text(encoding="utf-8").split("<script>")[0]
+    saved = Watched(browser)
+    saved.page.goto((tmp_path / "routing.html").as_uri())
+    saved.page.locator('.t[data-i="40"]').wait_for()
+    assert saved.page.locator("#tokens").inner_text() == inside.page.locator("#tokens").inner_text()
+    assert "seed 5" in saved.page.locator("#foot").inner_text()
+    assert saved.said == []
+    saved.page.close()
+    inside.page.close()
+
+
+def test_a_conversation_a_dense_model_and_a_file_that_was_spoiled(browser: Any, folder: Path) -> None:
+    inside = Inside(browser, (folder / "chat.html").as_uri())
+    inside.write("Hi", 6)
+    assert inside.page.locator(".turn.assistant .t").count() == 6
+    inside.page.locator("#edit").click()
+    assert inside.page.locator("#prompt").input_value() == "Hi"
+    assert inside.page.locator("#tokens > *").count() == 0
+    inside.page.locator("#prompt").fill("a message that is longer than the context")
+    inside.page.locator("#write").click()
+    inside.page.locator("#error", has_text="and the model reads 32. Begin a new one.").wait_for()
+    inside.page.close()
+    inside = Inside(browser, (folder / "dense.html").as_uri())
+    inside.write("Hi", 6)
+    assert not inside.page.locator("#switches").is_visible()
+    inside.page.close()
+    data = bytearray(page_of("dense"))
+    data[data.rindex(b'id="weights">') + 600] ^= 1
+    (folder / "spoiled.html").write_bytes(data)
+    spoiled = Watched(browser)
+    spoiled.page.goto((folder / "spoiled.html").as_uri())
+    spoiled.page.locator("#error", has_text="Get it once more").wait_for()
+    spoiled.page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_the_input_and_a_pressed_token_are_in_view(browser: Any, folder: Path, scheme: str) -> None:
+    phone = {"viewport": {"width": 390, "height": 844}, "color_scheme": scheme, "reduced_motion": "reduce"}
+    inside = Inside(browser, (folder / "story.html").as_uri(), **phone)
+    inside.write("One dragon", 200, seed="1")
+    page = inside.page
+    page.locator("#settings summary").click()
+    box = "(node) => { const b = node.getBoundingClientRect(); return [b.top, b.bottom]; }"
+    for button in ("#prompt", "#write"):
+        top, bottom = page.locator(button).evaluate(box)
+        assert 0 <= top < bottom <= 844
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.locator("#loads button").first.click()
+    page.locator("#flip").click()
+    assert page.evaluate(CONTRAST) == []
+    chip = page.locator("#tokens .t").nth(-4)
+    chip.click()
+    sheet = page.locator("#card").evaluate(box)[0]
+    top, bottom = chip.evaluate(box)
+    assert page.locator("#bar").evaluate(box)[1] <= top < bottom <= sheet
+    page.evaluate("document.documentElement.scrollTop = 100000")
+    page.locator(".glossary summary").click()
+    assert page.evaluate(CONTRAST) == []
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.close()
+
+
+def test_the_page_is_small_and_an_int8_run_gives_the_same() -> None:
+    run = made("story-cpu")
+    rounded = dataclasses.replace(run, params=quantize(run.params, "int8"))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(rounded.params))
+    assert len(page_of("story-cpu")) <= weights + 120_000
+    assert html_page(rounded, "story-cpu", {"opening": "Once"}) == page_of("story-cpu")
+    lines = [len(file.read_text().splitlines()) for file in Path(html.__file__).with_name("page").iterdir()]
+    assert max(lines) <= 200
+    assert sum(lines) <= 500

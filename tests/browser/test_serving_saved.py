@@ -60,6 +60,7 @@ def test_a_saved_text_opens_offline_and_shows_the_same(served: Served, browser: 
 
 
 def test_a_saved_text_has_no_control_that_needs_a_server(served: Served, browser: Any, tmp_path: Path) -> None:
+    served.page.locator("#seed").fill("1")
     saved = Saved(browser, save(served.write(), tmp_path))
     for name in ("#composer", "#write", "#again", "#save", "#former", "#key", "#card button.other"):
         assert saved.page.locator(name).count() == 0, name

@@ -117,10 +117,10 @@ def test_going_on_from_another_token_sends_the_ids_up_to_it_and_keeps_the_former
     assert served.page.evaluate("document.activeElement.dataset.i") == "7"
     assert served.page.locator("#former li").count() == 1
     former = served.page.locator("#former button")
-    assert "Back to the former text" in former.inner_text()
+    assert "Text 1" in former.inner_text()
     assert "13 tokens" in former.inner_text()
     former.click()
-    served.page.locator("#status", has_text="The former text is back").wait_for(state="attached")
+    served.page.locator("#status", has_text="Text 1 is back").wait_for(state="attached")
     assert served.shown_pieces() == before
     served.assert_coloured(0, [*ids[:-1], None])
     assert "17 tokens" in former.inner_text()  # the other one can be had back, too
@@ -136,6 +136,39 @@ def test_again_with_the_next_seed_keeps_what_was_given(served: Served) -> None:
     assert served.shown_pieces() == READ + WRITTEN
     served.page.locator("#temperature").fill("0")
     assert not served.page.locator("#again").is_visible()  # every seed gives the same text
+
+
+def test_each_text_has_a_seed_of_its_own_unless_one_is_entered(served: Served) -> None:
+    """It is shown with the text, and going on takes it again."""
+    for seed in ("", "", "41"):
+        served.page.locator("#seed").fill(seed)
+        served.write()
+        served.press("#go-on")
+    first, on, second, _, entered, _ = (body["seed"] for _, body in served.says.asked)
+    assert first == on != second
+    assert entered == 41
+    assert served.page.locator("#speed").inner_text().endswith("seed 41")
+    shown = served.page.locator("#former .size").all_inner_texts()
+    assert [line.partition("seed ")[2] for line in shown] == [str(second), str(first)]
+
+
+def test_enter_writes_and_a_reload_keeps_what_was_typed(served: Served) -> None:
+    page = served.page
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    page.keyboard.type("Once")
+    page.keyboard.press("Shift+Enter")
+    page.keyboard.type("upon")
+    assert served.says.asked == []
+    page.keyboard.press("Enter")
+    served.finished()
+    assert served.says.asked[0][1]["prompt"] == page.locator("#prompt").input_value() == "Once\nupon"
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.locator("#copy").click()
+    page.locator("#copy", has_text="Copied").wait_for()
+    assert page.evaluate("navigator.clipboard.readText()").startswith("Once\nupon there was a dragon.")
+    page.reload()
+    served.ready()
+    assert page.locator("#prompt").input_value() == "Once\nupon"
 
 
 def test_a_text_longer_than_the_context_goes_on_without_an_echo(browser: Any, says: StandIn) -> None:

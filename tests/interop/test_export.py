@@ -14,6 +14,8 @@ import moe_jax.interop.export as module
 from moe_jax.cli import main
 from moe_jax.config import UserError
 from moe_jax.config.presets import PRESETS, preset
+from moe_jax.data.tokenizers import Tokenizer, _byte
+from moe_jax.interop import html
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, _rule, gguf_vocabulary
@@ -238,6 +240,31 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
     assert list((tmp_path / "deep").iterdir()) == []
 
 
+def test_a_page_is_whole_or_absent_and_a_run_that_it_cannot_hold_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = ["--run", str(run), "--to", "html", "--out", str(tmp_path / "deep" / "page.html")]
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def refused(status: int, said: str) -> None:
+        assert command(*page) == status
+        (line,) = capsys.readouterr().err.splitlines()
+        assert said in line
+        assert not (tmp_path / "deep").exists()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(html, "write_output", full)
+        refused(1, "cannot be written (the disk is full); nothing was exported")
+        patch.setattr(html, "saved_weights", lambda _: "int4")
+        refused(2, "its weights are int4, and a page holds int8")
+        patch.setattr(Tokenizer, "from_dict", lambda values: setattr(byte := _byte(), "kind", "gpt2") or byte)
+        refused(2, "--to html: the page has no gpt2 tokenizer")
+    assert command(*page) == 0
+    assert [file.name for file in (tmp_path / "deep").iterdir()] == ["page.html"]
+
+
 @pytest.mark.parametrize("name", ["weights.safetensors", "manifest.json"])
 def test_a_damaged_checkpoint_is_not_exported(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = save(tmp_path, layers=1)
@@ -262,6 +289,10 @@ def test_a_damaged_checkpoint_is_not_exported(name: str, tmp_path: Path, capsys:
         (["--out", "."], 2, "--out .: is a link, a mount or the current folder; name a new"),
         (["--out", "HERE"], 2, "is a link, a mount or the current folder"),
         (["--out", "link"], 2, "--out link: is a link, a mount or the current folder"),
+        (["--to", "html", "--out", "full"], 2, "--out full: is a folder; name a file"),
+        (["--to", "html", "--out", "link"], 2, "--out link: is a folder; name a file"),
+        (["--to", "html", "--out", "page"], 2, "--out page: is there already; name a new file"),
+        (["--to", "html", "--dtype", "bfloat16"], 2, "--dtype bfloat16: the weights of a page are int8"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(
@@ -280,8 +311,10 @@ def test_wrong_arguments_are_refused_before_anything_is_read(
         here = tmp_path / "other"
     else:
         (here / "link").symlink_to(tmp_path / "other")
+        (here / "page").touch()
     monkeypatch.chdir(here)
-    monkeypatch.setattr("moe_jax.interop.source.open_source", lambda *_: pytest.fail("read"))
+    for name in ("source.open_source", "html.write_html"):
+        monkeypatch.setattr(f"moe_jax.interop.{name}", lambda *_: pytest.fail("read"))
     arguments = [str(here) if a == "HERE" else a for a in arguments]
     assert command("--run", str(run), "--out", str(tmp_path / "out"), *arguments) == status
     assert said in capsys.readouterr().err

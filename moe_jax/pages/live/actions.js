@@ -1,18 +1,20 @@
 // What a person can do: write a text, write it again, go on from its end or from another token, talk, and go back.
 const FORMER = 6; // most former texts that are kept
-let former = []; // {turns, parted, tokens}: texts that were left, newest first
+let former = []; // {name, turns, words, size}: texts that were left, newest first
+let name = 1, lastName = 1; // the number of the text on the page, and the highest so far
 
 const canGoOn = (i) => live && running === null && frame === 0 && tokens[i].id !== null && !(owners[i].before.length === 0 && i === startOf(owners[i]));
 const copyOf = (turn) => ({ ...turn, box: null, tokens: [...turn.tokens] });
-// Keeps the text that is about to change. `i` is the token where it changes.
-const keepFormer = (i = 0) => {
+// Keeps the text that is about to change, and numbers the next one. `i` is the token where it changes.
+const keepFormer = (i = 0, next = null) => {
   if (!tokens.length) return;
   const words = tokens.slice(Math.max(0, i - 6), i + 6).map((t) => t.piece).join("").trim();
-  former = [{ turns: turns.map(copyOf), words, size: tokens.length }, ...former].slice(0, FORMER);
+  former = [{ name, turns: turns.map(copyOf), words, size: tokens.length }, ...former].slice(0, FORMER);
+  name = next ?? ++lastName;
   drawFormer();
 };
 const drawFormer = () => fill(clear(byId("former")), {}, former.map((text, n) => el("li", {}, el("button", { type: "button", onclick: () => goBack(n) },
-  el("b", {}, "↩ Back to the former text"), el("span", { class: "words" }, `… ${quoted(text.words)} …`), el("span", { class: "size" }, count(text.size, "token"))))));
+  el("b", {}, `↩ Text ${text.name}`), el("span", { class: "words" }, `… ${quoted(text.words)} …`), el("span", { class: "size" }, `${count(text.size, "token")}${drawnWith(text.turns.at(-1))}`)))));
 
 const showTurns = (given) => {
   clearText();
@@ -27,13 +29,14 @@ const goBack = async (n) => {
   if (running) return;
   await allShown();
   const [text] = former.splice(n, 1);
-  keepFormer(tokens.length);
+  keepFormer(tokens.length, text.name);
+  ({ name } = text);
   showTurns(text.turns);
   drawFormer();
   await allShown();
   drawButtons();
   tokensBox.focus();
-  byId("status").textContent = "The former text is back.";
+  byId("status").textContent = `Text ${name} is back.`;
 };
 
 const COMPLETIONS = "v1/completions", CHAT = "v1/chat/completions", LOGPROBS = 5;
@@ -47,10 +50,10 @@ const writeNew = (prompt) => {
 };
 // Writes on after the tokens of a turn as they stand. The echo tells the experts of the last of them; a server echoes no
 // more than the context.
-const writeOn = (turn) => {
+const writeOn = (turn, seed = turn.seed ?? chosenSeed()) => {
   const prompt = [...turn.before, ...turn.tokens.map((t) => t.id)];
   turn.start = turn.tokens.length;
-  return write(turn, COMPLETIONS, { prompt, echo: prompt.length <= (model.context ?? Infinity), logprobs: LOGPROBS });
+  return write(turn, COMPLETIONS, { prompt, echo: prompt.length <= (model.context ?? Infinity), logprobs: LOGPROBS, seed });
 };
 const goOn = () => writeOn(turns.at(-1));
 const goOnFrom = async (i, other) => {
@@ -63,13 +66,17 @@ const goOnFrom = async (i, other) => {
   chooseToken(i, true);
   await writeOn(turn);
 };
-const again = async () => {
+// Takes away what the model wrote last, and writes it once more.
+const rewrite = async (seed) => {
   const turn = turns.at(-1), cut = tokens.length - turn.tokens.length + turn.start;
-  byId("seed").value = settings().seed + 1;
   keepFormer(cut);
   if (cut < tokens.length) cutText(cut);
   letGo();
-  await writeOn(turn);
+  await writeOn(turn, seed);
+};
+const again = () => {
+  if (pinned()) byId("seed").value = Math.min(chosenSeed() + 1, MOST_SEED);
+  return rewrite(chosenSeed());
 };
 
 // The text of tokens. Bytes that are spelled in hexadecimal are put together again; special tokens have no text.
@@ -100,4 +107,21 @@ const startOver = () => {
   clearText();
   drawButtons();
   byId("prompt").focus();
+};
+// The last message comes back into the box. It and its answer leave the conversation.
+const edit = () => {
+  keepFormer(tokens.length);
+  const said = turns.at(-2), shown = turns.slice(0, -2);
+  showTurns(shown);
+  drawButtons();
+  byId("prompt").value = said.text;
+  byId("prompt").focus();
+};
+const copy = async () => {
+  const text = turns.map((turn) => turn.text ?? textOf(turn.tokens)).join("\n\n");
+  const said = await navigator.clipboard?.writeText(text).then(() => "Copied.", () => "") ?? "";
+  say(said ? "" : "The browser does not let this page copy. Select the text, and copy it.");
+  byId("status").textContent = said;
+  byId("copy").textContent = said ? "Copied" : "Copy";
+  setTimeout(() => { byId("copy").textContent = "Copy"; }, 1500);
 };

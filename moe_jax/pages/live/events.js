@@ -5,6 +5,7 @@
 //    askForEntry()                the entry of v1/models
 //    events(path, body, signal)   the events of a text, as the server streams them
 //    startTransport()             controls of its own
+//    aside()                      what else a text is written with, in words
 //
 // A failure is a Trouble, whose message is the line to show.
 class Trouble extends Error {

@@ -58,7 +58,7 @@ const askForModel = async () => {
 const startChat = () => {
   document.body.classList.add("chat");
   byId("prompt-label").textContent = "Your message";
-  byId("prompt").placeholder = "Ask for a story";
+  byId("prompt").placeholder = `A message to ${model.id}`;
   byId("enter-does").textContent = "sends";
   document.querySelector(".glance").before(byId("composer"));
 };
@@ -80,21 +80,33 @@ const quietly = (action) => async () => {
   await action();
 };
 
+// A reload keeps what was typed.
+const PROMPT = "moe-jax-prompt";
+const keepPrompt = () => {
+  byId("prompt").value = sessionStorage.getItem(PROMPT) ?? "";
+  window.addEventListener("pagehide", () => sessionStorage.setItem(PROMPT, byId("prompt").value));
+};
+
 startTheme();
 // The bar stays at the top of the window, so what is scrolled to has to stop below it.
 new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${byId("bar").offsetHeight}px`)).observe(byId("bar"));
 if (live) {
   byId("composer").addEventListener("submit", (event) => { event.preventDefault(); submit(); });
   byId("prompt").addEventListener("keydown", (event) => {
-    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey) || running) return;
+    if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
     event.preventDefault();
-    submit();
+    if (!running) submit();
   });
   byId("again").addEventListener("click", quietly(again));
   byId("go-on").addEventListener("click", quietly(goOn));
   byId("fresh").addEventListener("click", quietly(startOver));
+  byId("edit").addEventListener("click", quietly(edit));
+  byId("copy").addEventListener("click", copy);
   byId("temperature").addEventListener("input", drawButtons);
   byId("save").addEventListener("click", save);
   startTransport();
+  keepPrompt();
+  if (NARROW.matches) byId("settings").open = false;
+  else byId("prompt").focus();
   connect();
 } else openSaved();

@@ -4,9 +4,9 @@ const snapshot = () => ({
   schema: 1,
   at: new Date().toISOString().slice(0, 10),
   model: { ...model, prompts: [] },
-  settings: { temperature: Number(byId("temperature").value), seed: Number(byId("seed").value) },
+  settings: { temperature: Number(byId("temperature").value), seed: turns.at(-1).seed ?? null },
   view: { layer: state.layer, colour: byId("colour").value, numbers: byId("numbers").checked },
-  turns: turns.map(({ role, text, finish, tokens: all }) => ({ role, text, finish, before: [], start: 0, tokens: all.map((t) => ({
+  turns: turns.map(({ role, text, finish, seed, temperature, aside: without, tokens: all }) => ({ role, text, finish, seed, temperature, aside: without, before: [], start: 0, tokens: all.map((t) => ({
     ...t, logprob: rounded(t.logprob), others: t.others.map((o) => ({ ...o, logprob: rounded(o.logprob) })), gates: t.gates?.map((row) => row.map(rounded)) ?? null,
   })) })),
 });

@@ -2,11 +2,13 @@
 //
 // A token  {id, piece, logprob, others: [{id, piece, logprob}], experts, gates, given}: experts and gates are
 //          [expert layers][K] or null; `given` tokens were not written by the model.
-// A turn   {role, text, before, tokens, finish}: `before` are the ids that the model read before the first of `tokens`.
+// A turn   {role, text, before, tokens, finish, seed, temperature, aside}: `before` are the ids that the model read before
+//          the first of `tokens`, `aside` says what else it was written with.
 //          The role is "text" for a plain text, "user" or "assistant" in a conversation. What a user said has no tokens.
 const pristine = document.documentElement.cloneNode(true); // the page before any change, to save a copy of it
 const saved = JSON.parse(byId("routing-data").textContent);
 const live = saved === null;
+const NARROW = matchMedia("(max-width: 60rem)"); // as in the style
 
 let model = { id: "", layers: 0, expert_layers: [], experts: 0, experts_per_token: 0, chat: false, prompts: [] };
 let turns = [];

@@ -129,7 +129,8 @@ const chooseToken = (i, focus = false) => {
   reachable = i;
   nodes[i].setAttribute("aria-current", "true");
   change("token", i);
-  if (focus) nodes[i].focus();
+  if (focus) nodes[i].focus({ preventScroll: NARROW.matches });
+  if (NARROW.matches && state.held) nodes[i].scrollIntoView({ block: "nearest" }); // above the card, which covers a half
 };
 const letGo = () => {
   if (state.token !== null) nodes[state.token]?.removeAttribute("aria-current");
@@ -169,6 +170,8 @@ const startText = () => {
   tokensBox.addEventListener("click", (event) => { const i = tokenOf(event); if (i !== null) { state.held = true; chooseToken(i, true); } else letGo(); });
   tokensBox.addEventListener("focusin", (event) => { const i = tokenOf(event); if (i !== null && i !== state.token) chooseToken(i); });
   tokensBox.addEventListener("keydown", walk);
+  // On a narrow window the card lies over the page, so it goes where the text goes.
+  new IntersectionObserver(([box]) => { if (NARROW.matches && !box.isIntersecting && state.token !== null) letGo(); }).observe(tokensBox);
   document.addEventListener("keydown", (event) => {
     if (event.target.matches("select, textarea, input:not([type=range], [type=checkbox])")) return;
     if (event.key === "[") setLayer(state.layer - 1);

@@ -40,10 +40,12 @@ const painted = () => new Promise((done) => {
 });
 const allShown = () => (frame ? new Promise((done) => { drained.push(done); }) : Promise.resolve());
 
+// What a text was drawn with, so that it can be written again.
+const drawnWith = (turn) => (turn?.seed === undefined ? "" : `${turn.temperature > 0 ? ` · seed ${turn.seed}` : ""}${turn.aside ? ` · ${turn.aside}` : ""}`);
 const drawSpeed = () => {
   if (!speed.written) { byId("speed").textContent = ""; return; }
   const seconds = ((running ? performance.now() : speed.end) - speed.first) / 1000;
-  byId("speed").textContent = `${count(speed.written, "token")} written${speed.written > 1 && seconds > 0.05 ? `, ${whole(Math.round((speed.written - 1) / seconds))} a second` : ""}; the first after ${whole(Math.round(speed.first - speed.begin))} ms`;
+  byId("speed").textContent = `${count(speed.written, "token")} written${speed.written > 1 && seconds > 0.05 ? `, ${whole(Math.round((speed.written - 1) / seconds))} a second` : ""}; the first after ${whole(Math.round(speed.first - speed.begin))} ms${drawnWith(turns.at(-1))}`;
 };
 
 const number = (id, low, high) => {
@@ -51,11 +53,11 @@ const number = (id, low, high) => {
   field.value = value;
   return value;
 };
-const settings = () => ({
-  max_tokens: Math.round(number("length", 1, model.max_tokens ?? 100000)),
-  temperature: number("temperature", 0, 2),
-  seed: Math.round(number("seed", 0, 2 ** 31 - 1)),
-});
+const settings = () => ({ max_tokens: Math.round(number("length", 1, model.max_tokens ?? 100000)), temperature: number("temperature", 0, 2) });
+// Each text has a seed of its own, unless the reader has entered one.
+const MOST_SEED = 2 ** 31 - 1;
+const pinned = () => byId("seed").value !== "";
+const chosenSeed = () => (pinned() ? Math.round(number("seed", 0, MOST_SEED)) : Math.floor(Math.random() * 100000));
 
 // Takes the events of a stream: tokens that the model wrote are added to `turn`. With `echo` the stream begins with what
 // the model read. Of a fresh text (`prompt` is what was typed) this is added too, but for a separator at the beginning.
@@ -102,15 +104,18 @@ const drawButtons = () => {
   byId("write").textContent = quiet ? (model.chat ? "Send" : "Write") : "Stop";
   show("again", some && quiet && byId("temperature").value > 0);
   show("go-on", some && quiet && turns.at(-1).finish !== "stop");
-  show("fresh", model.chat && turns.length > 0 && quiet);
+  show("edit", model.chat && turns.length > 1 && quiet);
+  for (const id of ["fresh", "copy"]) show(id, turns.length > 0 && quiet);
   byId("save").disabled = !some || !quiet;
   tokensBox.classList.toggle("writing", !quiet);
+  document.body.classList.toggle("begun", turns.length > 0);
 };
 
 const ENDS = { stop: "the model ended the text", length: "the text reached its length", halted: "you stopped it" };
 // Sends a request and shows its tokens as a part of `turn`. Returns when all of them are on the page.
 const write = async (turn, path, body, prompt = null) => {
-  const asked = { stream: true, return_token_ids: true, routed_experts: layersShown() > 0, ...settings(), ...body };
+  const asked = { seed: chosenSeed(), stream: true, return_token_ids: true, routed_experts: layersShown() > 0, ...settings(), ...body };
+  Object.assign(turn, { seed: asked.seed, temperature: asked.temperature, aside: aside() });
   running = new AbortController();
   Object.assign(speed, { begin: performance.now(), first: 0, written: 0, end: 0 });
   say("");
@@ -119,7 +124,7 @@ const write = async (turn, path, body, prompt = null) => {
   drawButtons();
   following = true;
   const box = tokensBox.getBoundingClientRect();
-  if (box.top > 0.7 * innerHeight || box.bottom < 0.3 * innerHeight) tokensBox.parentElement.scrollIntoView();
+  if (box.top > 0.5 * innerHeight || box.bottom < 0.3 * innerHeight) tokensBox.parentElement.scrollIntoView();
   const take = receiver(turn, body.echo === true, prompt);
   let wrong = "";
   turn.finish = null;

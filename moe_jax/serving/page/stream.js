@@ -1,5 +1,6 @@
 // The transport of the server's page: requests, and the events of a stream.
 const ABOUT = "One file. It asks only the server that it came from.";
+const aside = () => "";
 const KEY = "moe-jax-key";
 const GONE = "The server does not answer. See whether it still runs, start it again if not, and then press Write.";
 const CUT = "The connection ended before the text did. Press Go on to write further from here.";
