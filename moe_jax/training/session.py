@@ -12,6 +12,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,7 +232,7 @@ class Session:
 
     def sample(self, step: int, params: Params) -> str:
         """A text that begins with the first words of the validation text, and that the present parameters go on. Of
-        conversations, the first question and an answer."""
+        conversations, the first question and an answer, each on a line."""
         tokenizer = self.data.store.tokenizer
         prompt = self.data.sample_prompt()
         tokens = self.decoder.stream(
@@ -242,7 +243,8 @@ class Session:
             stop=tokenizer.separator_id,
             limit=SAMPLE_TOKENS,
         )
-        return tokenizer.decode([*prompt[1:], *tokens])
+        turns = groupby([*prompt[1:], *tokens], lambda token: token == tokenizer.separator_id)
+        return "\n".join(tokenizer.decode(list(turn)) for ends, turn in turns if not ends)
 
     def save(self, step: int, val_loss: float | None) -> None:
         """Write a checkpoint.

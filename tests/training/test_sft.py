@@ -174,7 +174,8 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
     assert session.origin is not None
     assert session.origin["tuned_from"] == str(base)
     samples = session.folder.samples.read_text()
-    assert "assistant\n" in samples
+    assert "\nassistant\n" in samples  # the separator between the turns is shown as a line end
+    assert "endoftext" not in samples
     records = [json.loads(line) for line in (session.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert all(r["answer_tokens"] > 0 for r in records if r["split"] == "train")
     assert {f.state for f in examine(session.folder.path, repair=False)} == {"good"}
