@@ -50,7 +50,7 @@ class Answer(ABC):
         self.stream, self.alternatives = fields.switch("stream"), alternatives
         self._include_usage = fields.include_usage()
         self._token_ids, self._routing = fields.switch("return_token_ids"), fields.switch("routed_experts")
-        if self._routing and not card.expert_layers:
+        if self._routing and card.run.config.model.dense != "none":
             raise ApiError(400, "routed_experts: this model has no router that chooses experts", "routed_experts")
         seed, count = fields.seed(), fields.whole("n", 1, 1, MAX_TEXTS)
         settings, stops = fields.sampling(), fields.stops()

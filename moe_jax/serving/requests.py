@@ -77,12 +77,6 @@ class ModelCard:
         """Whether the run is tuned on conversations."""
         return self.run.config.data.format == "chat"
 
-    @property
-    def expert_layers(self) -> list[int]:
-        """The layers whose experts can be reported."""
-        model = self.run.config.model
-        return list(range(model.layers)) if model.dense == "none" else []
-
     def to_dict(self) -> dict[str, Any]:
         """The entry of /v1/models."""
         run = self.run

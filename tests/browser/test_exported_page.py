@@ -323,13 +323,16 @@ def test_a_conversation_a_dense_model_and_a_file_that_was_spoiled(browser: Any, 
     inside = Inside(browser, (folder / "dense.html").as_uri())
     inside.write("Hi", 6)
     assert not inside.page.locator("#switches").is_visible()
+    inside.page.locator("#prompt").fill("a beginning that is longer than the context")
+    inside.page.locator("#write").click()
+    inside.page.locator("#error", has_text="has 44 tokens, and the model reads 32. Shorten it.").wait_for()
     inside.page.close()
     data = bytearray(page_of("dense"))
     data[data.rindex(b'id="weights">') + 600] ^= 1
     (folder / "spoiled.html").write_bytes(data)
     spoiled = Watched(browser)
     spoiled.page.goto((folder / "spoiled.html").as_uri())
-    spoiled.page.locator("#error", has_text="Get it once more").wait_for()
+    spoiled.page.locator("#error", has_text="get the file once more").wait_for()
     spoiled.page.close()
 
 

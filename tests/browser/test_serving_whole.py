@@ -121,8 +121,10 @@ def test_a_conversation(browser: Any, says: StandIn) -> None:
     assert served.page.locator(".said").all_inner_texts() == ["Tell me of <b>dragons</b>"]
     ids = [says.id_of(piece) for piece in WRITTEN]
     served.assert_coloured(0, [*ids[:-1], None])
+    served.page.locator("#system").fill(" Be brief. ")
     served.write("And then?")
-    assert says.asked[-1][1]["messages"][1:] == [
+    assert says.asked[-1][1]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert says.asked[-1][1]["messages"][2:] == [
         {"role": "assistant", "content": answer},
         {"role": "user", "content": "And then?"},
     ]
@@ -132,9 +134,13 @@ def test_a_conversation(browser: Any, says: StandIn) -> None:
     assert says.asked[-1][1]["prompt"] == [0, says.id_of("[user]Tell me of <b>dragons</b>"), *ids[:2], 4]
     assert served.page.locator(".said").count() == 1
     assert served.page.locator(".turn.assistant").inner_text().split("\n")[-1].startswith("there was kite there was a")
+    served.page.locator("#edit").click()
+    assert served.page.locator("#prompt").input_value() == "Tell me of <b>dragons</b>"
+    served.write("Tell me of cats")
+    assert served.page.locator(".said").all_inner_texts() == ["Tell me of cats"]
     served.page.locator("#fresh").click()
     assert served.page.locator("#tokens > *").count() == 0
-    served.page.locator("#former button").first.click()
+    served.page.locator("#former button").nth(1).click()
     served.page.locator(".said", has_text="dragons").wait_for()
     served.page.close()
 

@@ -3,14 +3,15 @@ const ABOUT = "One file with the model inside. It needs no network.";
 // Weights and worker are taken out of the document at once, so that a saved text is without them.
 const taken = (id) => { const node = byId(id); node?.remove(); return node?.textContent; };
 const inside = { weights: taken("weights"), worker: taken("worker") };
-const SPOILED = "The model in this file cannot be read, so the file was changed on its way. Get it once more, as a download.";
+const SPOILED = "The model in this file cannot be read. The file was changed on its way, or the browser is old: get the file once more, or open it in a current browser.";
 
 let worker = null, texts = 0;
 const answers = {}; // number of a text, or "entry" -> the function that takes the worker's messages
 const askForEntry = async () => {
   let open = inside.weights;
   // A web server may have said that the file is in UTF-8. Its characters are spoiled then, but its bytes are not.
-  if (document.characterSet !== "windows-1252") open = await fetch(location.href).then((answer) => answer.arrayBuffer()).catch(() => { throw new Trouble(SPOILED); });
+  const bytes = () => fetch(location.href).then((answer) => answer.arrayBuffer()).catch(() => { throw new Trouble(SPOILED); });
+  if (document.characterSet !== "windows-1252") open = await bytes();
   worker = new Worker(URL.createObjectURL(new Blob([inside.worker], { type: "text/javascript" })));
   const said = await new Promise((done) => {
     worker.onmessage = ({ data }) => ("entry" in data ? done(data) : answers[data.text]?.(data));

@@ -2,7 +2,8 @@
 //
 //    page -> worker   {open: the text of the element `weights`, or the bytes of the whole file}
 //                     {write: number of the text, body: what is asked, as of the server}, {stop: number}
-//    worker -> page   {entry}, {text, event}, {text, done: true}, {text, error}
+//    worker -> page   {entry}, which is null if the weights cannot be read; {text: number, event}, {text, done: true},
+//                     {text, error: a line}
 let model, tokenizer, entry;
 const context = []; // the tokens whose keys and values are in the cache, and the experts of each
 let routes = [], switched = "", stopped = 0;
@@ -67,7 +68,11 @@ const likeliest = (values, count) => {
 };
 // A number in [0, 1) that depends on the seed and on the place in the text. So a text that was stopped goes on as it
 // would have gone on.
-const mix = (n) => { let h = n ^ (n >>> 16); h = Math.imul(h, 0x85ebca6b); h ^= h >>> 13; h = Math.imul(h, 0xc2b2ae35); return (h ^ (h >>> 16)) >>> 0; };
+const mix = (n) => {
+  let h = Math.imul(n ^ (n >>> 16), 0x85ebca6b);
+  h = Math.imul(h ^ (h >>> 13), 0xc2b2ae35);
+  return (h ^ (h >>> 16)) >>> 0;
+};
 const uniform = (seed, place) => mix(mix(seed + 0x9e3779b9) ^ Math.imul(place + 1, 0x27d4eb2f)) / 2 ** 32;
 const draw = (logprobs, temperature, number) => {
   if (!(temperature > 0)) return likeliest(logprobs, 1)[0];
@@ -117,6 +122,7 @@ const write = async (number, { prompt, messages, echo, max_tokens, temperature, 
   const T = model.config.seq_len, V = entry.moe_jax.vocab_size, fresh = typeof prompt === "string", alive = () => stopped < number;
   const ids = messages ? tokenizer.conversation(messages) : fresh ? [tokenizer.separator, ...tokenizer.encode(prompt)] : prompt;
   if (messages && ids.length >= T) throw new Error(`The conversation has ${ids.length} tokens, and the model reads ${T}. Begin a new one`);
+  if (fresh && ids.length > T) throw new Error(`The beginning has ${ids.length} tokens, and the model reads ${T}. Shorten it`);
   const tell = (choice) => postMessage({ text: number, event: { choices: [choice] } });
   const after = (hidden) => logProbabilities(model.logits(hidden).subarray(0, V));
   let more = { prompt_token_ids: ids }, logprobs = null, place = ids.length;
@@ -150,6 +156,9 @@ const write = async (number, { prompt, messages, echo, max_tokens, temperature, 
 let work = Promise.resolve();
 onmessage = ({ data }) => {
   if ("stop" in data) stopped = Math.max(stopped, data.stop);
-  if ("open" in data) work = open(data.open).then(() => postMessage({ entry }), (error) => postMessage({ entry: null, error: error.message }));
-  if ("write" in data) work = work.then(() => write(data.write, data.body)).then(() => postMessage({ text: data.write, done: true }), (error) => postMessage({ text: data.write, error: error.message }));
+  if ("open" in data) work = open(data.open).then(() => postMessage({ entry }), () => postMessage({ entry: null }));
+  if ("write" in data) {
+    const text = data.write, failed = (error) => postMessage({ text, error: error.message });
+    work = work.then(() => write(text, data.body)).then(() => postMessage({ text, done: true }), failed);
+  }
 };

@@ -95,7 +95,8 @@ const send = async (text) => {
   turnBox(answer);
   followEnd();
   byId("prompt").value = "";
-  const messages = turns.slice(0, -1).map((turn) => ({ role: turn.role, content: turn.text ?? textOf(turn.tokens) }));
+  const system = byId("system").value.trim(), before = system ? [{ role: "system", content: system }] : [];
+  const messages = [...before, ...turns.slice(0, -1).map((turn) => ({ role: turn.role, content: turn.text ?? textOf(turn.tokens) }))];
   await write(answer, CHAT, { messages, logprobs: true, top_logprobs: LOGPROBS });
   if (answer.tokens.length || answer.finish !== "lost") return;
   turns.splice(-2).forEach((turn) => turn.box.remove());

@@ -9,11 +9,11 @@ const startModel = () => {
   addColours(model.experts);
   document.title = `Routing of ${model.id}`;
   byId("model-name").textContent = `${model.id} · ${facts()}`;
-  const more = live ? ", and go on from there" : "";
-  if (layersShown()) byId("lead").textContent = `Each token has the colour of the expert that it chooses first. Point at a token to see what else it might have been${more}.`;
+  const more = live ? ", and go on from there" : "", look = NARROW.matches ? "Press" : "Point at";
+  if (layersShown()) byId("lead").textContent = `Each token has the colour of the expert that it chooses first. ${look} a token to see what else it might have been${more}.`;
   else {
     byId("title").textContent = "Watch every token and its chances";
-    byId("lead").textContent = `This model has no experts: each token is shaded by its probability. Point at a token to see what else it might have been${more}.`;
+    byId("lead").textContent = `This model has no experts: each token is shaded by its probability. ${look} a token to see what else it might have been${more}.`;
     for (const node of document.querySelectorAll("[data-routed]")) node.hidden = true;
   }
   byId("foot").textContent = live ? ABOUT : `One file, no network. Saved on ${saved.at}; temperature ${saved.settings.temperature}, seed ${saved.settings.seed}.`;
@@ -60,6 +60,7 @@ const startChat = () => {
   byId("prompt-label").textContent = "Your message";
   byId("prompt").placeholder = `A message to ${model.id}`;
   byId("enter-does").textContent = "sends";
+  show("system-label", true);
   document.querySelector(".glance").before(byId("composer"));
 };
 
