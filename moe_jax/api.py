@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import UserError
 from moe_jax.data.token_store import token_stream
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.generate import TextGenerator
@@ -128,11 +128,8 @@ class Run(LoadedRun):
         Raises UserError if the run's own text cannot be found. Warns if it has changed since the run was trained.
         """
         if text is None:
-            try:
-                store, changed = self.validation_text()
-                stream = store.valid.stream
-            except ConfigError as error:
-                raise UserError(f"the run's validation text is not at hand ({error}); give evaluate a text") from None
+            store, changed = self.validation_text()
+            stream = store.valid.stream
             if changed:
                 warnings.warn(changed, stacklevel=2)
         else:

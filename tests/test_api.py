@@ -242,7 +242,7 @@ def test_a_run_whose_text_is_gone_says_so_and_scores_another(trained: tuple[Path
     gone = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, source="no/such/text.txt"))
     moved = dataclasses.replace(run, config=gone)
     with pytest.raises(
-        UserError, match=r"validation text is not at hand .*no/such/text\.txt.*give evaluate a text"
+        UserError, match=r"validation text is not at hand .*no/such/text\.txt.*give a text to score"
     ) as caught:
         moved.evaluate()
     one_line(caught.value)

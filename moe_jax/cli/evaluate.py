@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_jax.cli.command import ModelCommand, print_json
-from moe_jax.config import ConfigError, DataConfig
+from moe_jax.config import DataConfig
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
@@ -51,12 +51,7 @@ class Evaluate(ModelCommand):
             stream, changed = token_stream(scored_documents(self.data, form), run.tokenizer), ""
             baselines = None
         else:
-            try:
-                store, changed = run.validation_text()
-            except ConfigError as error:
-                raise ConfigError(
-                    f"{error}; that is the text of {self.name}: give --data FILE, a text to score"
-                ) from None
+            store, changed = run.validation_text()
             stream, baselines = store.valid.stream, corpus_baselines(run.config.data, store)
         if changed:
             print(f"warning: {changed}", file=sys.stderr)

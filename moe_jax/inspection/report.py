@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inference.traced_pass import check_routed
 from moe_jax.inspection.ablation import ablation, ablation_data
@@ -96,7 +96,7 @@ def write_report(
     if text:
         trace, source = routing_trace(run, text), "The text that was given"
     elif valid is None:
-        raise UserError(f"--text: must be given, since the validation text cannot be had: {missing}")
+        raise UserError(f"--text: must be given: {missing}")
     else:
         trace, source = trace_tokens(run, np.asarray(valid[:DEFAULT_TOKENS], np.int32)), "Validation text"
         source += ", changed since the run was trained" if missing else ""
@@ -115,8 +115,8 @@ def _validation_tokens(run: LoadedRun) -> tuple[np.ndarray | None, str]:
     """The validation stream of the run, or None; and why there is none, or that the text has changed."""
     try:
         store, changed = run.validation_text(progress=False)
-    except (ConfigError, UserError) as error:
-        return None, f"The run's validation text is not at hand ({error})."
+    except UserError as error:
+        return None, f"{error}."
     return store.valid.tokens[: max(CORPUS_TOKENS, run.config.model.seq_len, DEFAULT_TOKENS)], changed
 
 

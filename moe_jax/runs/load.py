@@ -151,9 +151,12 @@ class LoadedRun:
         return f"<{type(self).__name__} {self.config.run_dir}, step {self.checkpoint.step}: {shape}>"
 
     def validation_text(self, progress: bool = True) -> ValidationText:
-        """The run's validation text, and whether it is still the text of the run. Raises ConfigError or UserError if
-        it cannot be read."""
-        store = prepare_token_store(self.config.data, tokenizer=self.tokenizer, progress=progress)
+        """The run's validation text, and whether it is still the text of the run. Raises UserError if it cannot be
+        read."""
+        try:
+            store = prepare_token_store(self.config.data, tokenizer=self.tokenizer, progress=progress)
+        except ConfigError as error:
+            raise UserError(f"the run's validation text is not at hand ({error}); give a text to score") from None
         trained = self.checkpoint.manifest["context"].get("data")
         if trained in (None, store.digest):
             return ValidationText(store, "")

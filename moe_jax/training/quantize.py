@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import UserError
 from moe_jax.model.costs import training_flops
 from moe_jax.model.quantized import Weights, quantize
 from moe_jax.model.transformer import Params
@@ -53,7 +53,7 @@ def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None
         stream = loaded.validation_text().store.valid.stream
         before = evaluate_run(loaded, stream, "scoring before")
         after = evaluate_run(loaded, stream, "scoring after", params)
-    except (ConfigError, UserError) as error:
+    except UserError as error:
         not_scored = str(error)
     checkpoint = _write(loaded, run, out, weights, params, _summary_at(loaded, run) | _scores_in_summary(after))
     there, here = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (loaded.params, params))
