@@ -152,7 +152,7 @@ ODD = [
 WORDS = (
     " the dragon 'll    \n\n 1234 <|end oftext|> ſs 😀 Once upon a time, there was a cat !£ \ufeff and they ate a cake."
 )
-"""Merges of it join `!` with the first byte of £, and a space with that of U+FEFF: so it is seen which is white space."""
+"""Its merges join `!` with the first byte of £, and a space with that of U+FEFF: so it is seen what white space is."""
 
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])

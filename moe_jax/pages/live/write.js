@@ -1,6 +1,6 @@
 // Writing: what is asked of the server, and how its tokens come onto the page, some in every frame.
 const FRAME_MS = 6, FRAME_TOKENS = 64; // most time and most new tokens of a frame: the browser has to lay them out, too
-const BARCODE_MS = 250; // between two drawings of the barcode
+const DRAWN_MS = 200; // between two drawings of what sums the text up: bars, barcode, speed
 const PAINT_MS = 100; // longest wait for the first token to be painted: a page out of sight is not painted
 
 const drained = []; // called when all that waits is on the page
@@ -17,15 +17,19 @@ tokensBox.addEventListener("scroll", () => {
   scrolledTo = scrollTop;
 }, { passive: true });
 const followEnd = () => { if (following) tokensBox.scrollTop = tokensBox.scrollHeight; };
+const drawSums = () => {
+  drawLoads();
+  drawBarcode();
+  drawSpeed();
+  drawnAt = performance.now();
+};
 const flush = () => {
   const until = performance.now() + FRAME_MS;
   let next = 0;
   while (next < Math.min(waiting.length, FRAME_TOKENS) && performance.now() < until) waiting[next++]();
   waiting = waiting.slice(next);
-  drawLoads();
   followEnd();
-  drawSpeed();
-  if (!waiting.length || performance.now() - drawnAt > BARCODE_MS) { drawBarcode(); drawnAt = performance.now(); }
+  if ((!waiting.length && !running) || performance.now() - drawnAt > DRAWN_MS) drawSums();
   frame = waiting.length ? requestAnimationFrame(flush) : 0;
   if (!frame) for (const done of drained.splice(0)) done();
 };
@@ -149,8 +153,7 @@ const write = async (turn, path, body, prompt = null) => {
   speed.end = performance.now();
   await allShown();
   running = null;
-  drawBarcode();
-  drawSpeed();
+  drawSums();
   drawButtons();
   drawCard();
   say(wrong);
