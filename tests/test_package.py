@@ -49,6 +49,17 @@ def test_the_wheel_trains_and_tells_and_inspects(program: Path, tmp_path: Path) 
     assert (tmp_path / "run" / "report" / "routing.html").stat().st_size > 10_000
 
 
+def test_the_wheel_has_two_models(program: Path, tmp_path: Path) -> None:
+    """The first words of a newcomer, in an empty folder."""
+    cache = {"MOE_JAX_CACHE": str(tmp_path / "cache")}
+    start = "Once upon a time"
+    told = run(program, "generate", "--prompt", start, "--max-tokens", "20", cwd=tmp_path, **cache)
+    assert told.startswith(start)
+    assert len(told.split()) > 10
+    listed = [line.split()[0] for line in run(program, "runs", cwd=tmp_path).splitlines()[1:]]
+    assert sorted(listed) == ["nano", "stories"]
+
+
 def test_the_wheel_has_the_page_of_the_server(program: Path) -> None:
     """Every file that it is joined from, those that it shares with the report included."""
     code = "from moe_jax.serving.page import document; print(len(document().html))"

@@ -1,0 +1,64 @@
+"""The models of the package: small, each weight once, opened as any run is, and their folders left alone."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from moe_jax.cli.evaluate import Evaluate
+from moe_jax.cli.inspect import Doctor
+from moe_jax.config import UserError
+from moe_jax.runs.catalog import SHIPPED
+from moe_jax.runs.load import open_run
+from moe_jax.runs.records import read_summary
+
+SCORES = {"nano": 0.262, "stories": 0.733}
+"""Bits per byte of the preset on its text, to within 0.01."""
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run there or in `runs/` has the name of a model."""
+    monkeypatch.chdir(tmp_path)
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+def test_both_are_small_and_name_nothing_of_the_machine_that_trained_them() -> None:
+    assert sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) == sorted(SCORES)
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) <= 6e6
+    for path in (*SHIPPED.rglob("*.json"), *SHIPPED.rglob("*.md")):
+        if path.name != "tokenizer.json":
+            assert not [word for word in ('"/', "/home", "/tmp", "/work", "/root") if word in path.read_text()], path
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_a_model_is_a_quantised_run_with_a_card(name: str) -> None:
+    run, summary = open_run(SHIPPED / name), read_summary(SHIPPED / name)
+    assert {path.name for path in run.checkpoint.path.iterdir()} == {"manifest.json", "weights.safetensors"}
+    assert summary["val_bits_per_byte"] == pytest.approx(SCORES[name], abs=0.01)
+    assert (summary["steps"], summary["weights"]) == (run.checkpoint.step, "int8")
+    card = (SHIPPED / name / "README.md").read_text()
+    assert f"{summary['val_bits_per_byte']:.4f}" in card
+    assert f"{run.checkpoint.step:,} steps" in card
+
+
+def test_reading_leaves_no_file_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    """An installation may be read-only, and even where it is not, nothing belongs there."""
+    before = files(SHIPPED)
+    for name in SCORES:
+        assert Doctor.parse(["--run", name]).execute() == 0
+    assert "damaged" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"the run's validation text is not at hand .* give a text to score"):
+        Evaluate.parse(["--run", "stories"]).execute()
+    assert files(SHIPPED) == before
+
+
+def test_a_model_opens_without_orbax(tmp_path: Path) -> None:
+    """Its import took a sixth of a start."""
+    code = "import sys, moe_jax; print(moe_jax.load_run('nano').config.out, 'orbax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.split() == ["nano", "False"], done.stderr
