@@ -350,11 +350,12 @@ def test_on_a_phone_the_input_and_a_pressed_token_are_in_view(browser: Any, fold
     inside = Inside(browser, (folder / "story.html").as_uri(), **phone)
     inside.write("One dragon", 200, seed="1")
     page = inside.page
-    page.locator("#settings summary").click()
+    page.locator("#settings").evaluate("(node) => { node.open = false; document.documentElement.scrollTop = 0; }")
     box = "(node) => { const b = node.getBoundingClientRect(); return [b.top, b.bottom]; }"
     for button in ("#prompt", "#write"):
         top, bottom = page.locator(button).evaluate(box)
         assert 0 <= top < bottom <= 844
+        assert top - page.locator("#tokens").evaluate(box)[0] > 200  # of the text are in view above it
     assert page.evaluate("document.documentElement.scrollWidth") == 390
     page.locator("#loads button").first.click()
     page.locator("#flip").click()

@@ -130,7 +130,7 @@ const chooseToken = (i, focus = false) => {
   nodes[i].setAttribute("aria-current", "true");
   change("token", i);
   if (focus) nodes[i].focus({ preventScroll: NARROW.matches });
-  if (NARROW.matches && state.held) nodes[i].scrollIntoView({ block: "nearest" }); // above the card, which covers a half
+  if (NARROW.matches) nodes[i].scrollIntoView({ block: "nearest" }); // above the card, which covers a half
 };
 const letGo = () => {
   if (state.token !== null) nodes[state.token]?.removeAttribute("aria-current");
@@ -165,8 +165,11 @@ const startText = () => {
   byId("numbers").addEventListener("change", dressAll);
   listeners.push((what) => { if (what === "layer" || what === "lit") dressAll(); });
   const tokenOf = (event) => { const t = event.target.closest(".t[data-i]"); return t ? Number(t.dataset.i) : null; };
-  // Pointing shows a card. Pressing holds it, so that the way to the card may lead over other tokens.
-  tokensBox.addEventListener("pointerover", (event) => { const i = tokenOf(event); if (i !== null && event.pointerType === "mouse" && !state.held) chooseToken(i); });
+  // Pointing shows a card, unless it would cover the text. Pressing holds it, so that the way to the card may lead over
+  // other tokens.
+  tokensBox.addEventListener("pointerover", (event) => { const i = tokenOf(event); if (i !== null && event.pointerType === "mouse" && !state.held && !NARROW.matches) chooseToken(i); });
+  // Without this the focus opens the card, which moves the token away before the click.
+  tokensBox.addEventListener("mousedown", (event) => { if (NARROW.matches && tokenOf(event) !== null) event.preventDefault(); });
   tokensBox.addEventListener("click", (event) => { const i = tokenOf(event); if (i !== null) { state.held = true; chooseToken(i, true); } else letGo(); });
   tokensBox.addEventListener("focusin", (event) => { const i = tokenOf(event); if (i !== null && i !== state.token) chooseToken(i); });
   tokensBox.addEventListener("keydown", walk);
