@@ -89,10 +89,11 @@ def read_arrays(
 
 
 def _read_weights(path: Path, wanted: dict[str, manifest.Leaf], places: Places) -> dict[str, jax.Array]:
-    """Parameters and adapters. Each device reads its own parts."""
+    """Parameters and adapters. Each device reads its own parts. A file that is mapped into memory and then cut would
+    end the process, so it is read by `pread`."""
     arrays = {}
     try:
-        with safe_open(path / WEIGHTS, "numpy") as file:
+        with safe_open(path / WEIGHTS, "numpy", backend="pread") as file:
             for name, leaf in wanted.items():
                 stored = file.get_slice(name.removeprefix(PARAMS))
                 if tuple(stored.get_shape()) != leaf.shape:

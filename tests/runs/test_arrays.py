@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from moe_jax.runs import manifest
+from moe_jax.runs import arrays, manifest
 from moe_jax.runs.arrays import WEIGHTS, named_leaves, read_arrays, write_arrays, write_weights
 from moe_jax.runs.manifest import CheckpointCorrupted, Leaf
 
@@ -85,7 +85,9 @@ def test_too_little_memory_is_no_damage(
     assert len(str(caught.value)) < 250
 
 
-def test_parameters_are_read_without_orbax_and_no_file_of_weights_is_trusted(tmp_path: Path) -> None:
+def test_parameters_are_read_without_orbax_and_no_file_of_weights_is_trusted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every command but a training reads the parameters alone."""
     weights = {name: leaf for name, leaf in LEAVES.items() if name.startswith("params.")}
     write_weights(tmp_path, LEAVES)
@@ -95,6 +97,16 @@ def test_parameters_are_read_without_orbax_and_no_file_of_weights_is_trusted(tmp
         (tmp_path / WEIGHTS).write_bytes(damaged)
         with pytest.raises(CheckpointCorrupted, match=r"its weights cannot be read|is not the array"):
             read_arrays(tmp_path, described(weights))
+    (tmp_path / WEIGHTS).write_bytes(whole)
+    read = arrays._part_of
+
+    def cut(stored: Any, index: Any) -> np.ndarray:
+        os.truncate(tmp_path / WEIGHTS, 0)
+        return read(stored, index)
+
+    monkeypatch.setattr(arrays, "_part_of", cut)  # after its header was read; a mapped file would end the process
+    with pytest.raises(CheckpointCorrupted, match="its weights cannot be read"):
+        read_arrays(tmp_path, described(weights))
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o077])
