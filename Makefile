@@ -1,4 +1,4 @@
-.PHONY: check format lint types test night book
+.PHONY: check format lint types test night site
 
 check: lint types test  ## for each commit; .ci/run is for each merge
 
@@ -23,5 +23,5 @@ night:  ## the long forms of all suites, for hours
 	uv run --extra gpu-plan --group tpu-plan pytest -m "slow and plan"
 	uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl
 
-book:  ## all pages, notebooks and docstrings as one book, in book/build/html
+site:  ## landing page with the model inside, report, museum and book: book/build/site/index.html
 	uv run --group book python -m book.build

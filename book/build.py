@@ -1,7 +1,12 @@
-"""`make book`: one book of the notebooks, the pages of docs/, the bug museum, and the reference of both packages.
+"""`make site`: one static folder, which opens from disk and under any address.
 
-The pages are copied to book/build/source with the paths that they have here, so their links hold. Sphinx writes
-book/build/html, and a warning is an error. At the end every link within the book is followed.
+    index.html    the landing page, with the model inside
+    story.html    the shipped model `stories` in one page
+    report.html   an example of a routing report
+    book/         the notebooks, the pages of docs/, the bug museum, and the reference of both packages
+
+The pages of the book are copied to book/build/source with the paths that they have here, so their links hold. Sphinx
+writes them, and a warning is an error. At the end every link within the site is followed.
 """
 
 import shutil
@@ -12,6 +17,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from book import museum, one_token
+from book.conf import REPOSITORY
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "book" / "build"
@@ -54,7 +60,7 @@ class _Links(HTMLParser):
         super().__init__()
         self.links: list[str] = []
         self.anchors: set[str] = set()
-        self.feed(path.read_text(encoding="utf-8"))
+        self.feed(path.read_text(encoding="utf-8", errors="replace"))  # the model's page holds bytes
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         for name, value in attrs:
@@ -82,19 +88,40 @@ def broken_links(html: Path) -> list[str]:
     return found
 
 
+def write_model(path: Path) -> None:
+    """Write the shipped model as one page."""
+    command = [sys.executable, "-m", "moe_jax", "export", "--run", "stories", "--to", "html", "--out", str(path)]
+    subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def landing_page(model: Path) -> str:
+    """The landing page, which shows the page `model`."""
+    link = f' <a href="{REPOSITORY}">The code</a>.' if REPOSITORY else ""
+    parts = {"size": f"{model.stat().st_size / 1e6:.1f} MB", "cases": len(museum.SIGHTINGS), "repository": link}
+    page = (ROOT / "book" / "landing.html").read_text(encoding="utf-8")
+    for name, text in parts.items():
+        page = page.replace(f"{{{{{name}}}}}", str(text))
+    return page
+
+
 def main() -> int:
-    """Build the book. Returns 0 if there was no warning and every link leads somewhere."""
-    source, html = BUILD / "source", BUILD / "html"
+    """Build the site. Returns 0 if there was no warning and every link leads somewhere."""
+    source, site = BUILD / "source", BUILD / "site"
+    html = site / "book"
+    shutil.rmtree(site, ignore_errors=True)
     assemble(source)
     options = ["-b", "html", "-c", str(ROOT / "book"), "-W", "--keep-going", "-q", "-d", str(BUILD / "doctrees")]
     status = subprocess.call([sys.executable, "-m", "sphinx", *options, str(source), str(html)])
     shutil.copytree(source / "docs" / "images", html / "docs" / "images", dirs_exist_ok=True)  # README's <picture>
-    broken = broken_links(html)
+    shutil.copyfile(ROOT / "docs" / "report-nano.html", site / "report.html")
+    write_model(site / "story.html")
+    (site / "index.html").write_text(landing_page(site / "story.html"), encoding="utf-8")
+    broken = broken_links(site)
     for link in broken:
         print(f"leads nowhere: {link}")
     if status or broken:
         return 1
-    print(f"the book: {html / 'index.html'}")
+    print(f"the site: {site / 'index.html'}")
     return 0
 
 
