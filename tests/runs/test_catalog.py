@@ -57,7 +57,7 @@ def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["name", "preset", "steps", "bits/byte", "parameters", "when"]
     assert lines[1][:5] == ["mine", "nano", "40", "1.2500", "1,234"]
-    assert lines[2][:5] == ["begun", "-", "-", "-", "-"]
+    assert lines[2][:5] == ["begun", "-", "1", "-", "-"]
     assert lines[3] == ["nano", "nano", "(int8)", "900", "-", "1,511,488", "comes", "with", "moe-jax"]
     assert [line[0] for line in lines] == ["name", "mine", "begun", "nano", "stories"]
 
