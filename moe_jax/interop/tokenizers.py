@@ -108,7 +108,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(context: int, chat: bool = False) -> dict[str, Any]:
+def tokenizer_config(context: int, chat: bool) -> dict[str, Any]:
     """The content of tokenizer_config.json. A model that is tuned on conversations has a chat template."""
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.config import ConfigError, UserError
 from moe_jax.interop.pretrained import Pretrained
-from moe_jax.interop.pretrained_shape import read_shape
+from moe_jax.interop.pretrained_shape import holds_pretrained, read_shape
 from tests.interop.made import llama, read, refused
 
 
@@ -73,6 +73,15 @@ def test_more_layers_and_experts_than_tensors_are_refused_before_their_table_is_
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
     refused(folder, "config.json gives 4,096 layers of 4,096 experts, and the weight files have 20 tensors")
+
+
+@pytest.mark.parametrize(
+    ("content", "is_one"),
+    [('{"model_type": "llama"}', True), ('{"schema": 3}', False), ('["model_type"]', False), ("{", False)],
+)
+def test_a_model_for_transformers_is_known_by_its_type(tmp_path: Path, content: str, is_one: bool) -> None:
+    (tmp_path / "config.json").write_text(content)
+    assert holds_pretrained(tmp_path) == is_one
 
 
 def test_fields_that_change_nothing_are_accepted(folder: Path) -> None:

@@ -169,6 +169,7 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
         400,
         "temperature 'very hot very hot very hot very hot very hot very hot ve...: must",
     ),
+    ({"prompt": "a", "top_p": 0}, 400, "top_p 0: must be a number between 1e-06 and 1"),
     ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop 5 texts: may be at most 4"),
     ({"prompt": "a", "stream_options": 3}, 400, "include_usage"),
     ({"prompt": "a", "model": "gpt-4"}, 404, "this server has 'tiny'"),
@@ -279,6 +280,14 @@ def test_health_says_that_the_engine_has_ended(tmp_path: Path) -> None:
         running.engine.stop()
         answer = running.ask("/health")
         assert (answer.status, answer.json["status"]) == (503, "failed")
+
+
+def test_a_server_that_stops_is_not_healthy() -> None:
+    """So that a balancer sends no more requests, while the texts that have begun are written."""
+    engine = SimpleNamespace(running=True, slots=1, busy=1, queued=0, cancelled=0)
+    server: Any = SimpleNamespace(stopping=True, engine=engine)
+    answer = asyncio.run(app.Server.health(server, app.Request({"type": "http"})))
+    assert (answer.status_code, json.loads(bytes(answer.body))["status"]) == (503, "stopping")
 
 
 def test_what_was_written_before_a_failure_is_sent() -> None:
