@@ -30,7 +30,7 @@ class Benchmark(Command):
         train     the training step, its dense baselines, and the matmul rate
         decode    prefill and cached decoding, and the memory bandwidth
         peers     Mixtral of transformers, in PyTorch (extra peers)
-        serve     16 texts at once beside one, and the wait of a late one
+        serve     16 texts at once beside one, and the wait of a late request
         all       moe, train and decode; and peers if its extra is installed
     """
 

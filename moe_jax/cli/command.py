@@ -29,13 +29,13 @@ COMMANDS = {
     "sft": ("train", "Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
     "quantize": ("export", "Quantize", "write a run with 8 or 4 bits a weight"),
     "generate": ("generate", "Generate", "continue a text with a trained model"),
-    "chat": ("generate", "Chat", "talk with a trained model: a beginning in, its continuation out"),
+    "chat": ("generate", "Chat", "talk with a trained model: type a beginning, and it goes on"),
     "serve": ("serve", "Serve", "serve a trained model: OpenAI's API, and a page"),
     "evaluate": ("evaluate", "Evaluate", "measure loss, bits per byte and drops of a model on a text"),
     "inspect": ("inspect", "Inspect", "write an HTML page that shows where every token went"),
     "runs": ("runs", "Runs", "list the trained runs, and the models that come with moe-jax"),
     "plan": ("plan", "Plan", "find settings that fit a GPU, or several"),
-    "export": ("export", "Export", "write a model for transformers, llama.cpp or ollama"),
+    "export": ("export", "Export", "write a model for transformers, llama.cpp, ollama, or as a page"),
     "doctor": ("inspect", "Doctor", "verify every checkpoint of a run, and repair what can be"),
     "certify": ("certify", "Certify", "test causality, arithmetic and memory of a model"),
     "plot": ("inspect", "Plot", "draw pictures of one run, or of several compared"),
@@ -76,7 +76,7 @@ class ModelCommand(Command):
     """Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run
     in runs/, else stories."""
     step: int | None = None
-    """Step of the checkpoint to load. The best one unless given."""
+    """Step of the checkpoint to load. Default: the best one."""
 
     @classmethod
     def parse(cls, argv: Sequence[str]) -> Self:

@@ -17,7 +17,7 @@ class Export(ModelCommand):
     """Write a trained model for transformers, llama.cpp or ollama, or as a page that runs it.
 
     The checkpoint is verified first. The folder has the weights, the tokenizer, and a model card made of the run's
-    summary. It is whole or absent. So is the page, which is one file.
+    summary. The page is one file. An error leaves no partial folder or page.
     """
 
     out: str
@@ -26,7 +26,7 @@ class Export(ModelCommand):
     """For transformers (`hf`), llama.cpp and ollama (`gguf`), `both`; plain `safetensors` with a stated layout; or
     `html`, a page with the model inside, to open in a browser."""
     dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
-    """Of the weights. q8_0 has 8 bits a weight; for `gguf` only. A page has int8."""
+    """Number format of the weights. q8_0 has 8 bits a weight; for `gguf` only. A page has int8."""
 
     def execute(self) -> int:
         self.check()

@@ -92,7 +92,7 @@ class Chat(SamplingCommand):
     A line is a beginning; the model continues it, word by word. For a run that is tuned on conversations (`sft`) a line
     is a question; the model answers, and remembers what was said before. A line such as /temp 0.5 changes a setting,
     and /help lists them. Ctrl-C ends the present text, Ctrl-D leaves. If the input is a file or a pipe, each of its
-    lines is answered in turn, without colours and without a word more.
+    lines is answered in turn, without colours or other output.
     """
 
     def execute(self) -> int:

@@ -37,7 +37,7 @@ def print_help(kind: type[Command], prog: str, argv: Sequence[str]) -> None:
     usual = [arguments[flag] for flag in kind.usual if flag in arguments] or list(arguments.values())
     rest = [a for a in arguments.values() if a not in usual]
     topic = next((word for word in argv if word in ("all", *SECTIONS)), "")
-    groups = {"flags that everybody uses" if rest else "arguments": usual}
+    groups = {"common flags" if rest else "arguments": usual}
     if rest and topic in SECTIONS:
         groups = {topic: [a for a in arguments.values() if a.section == topic]}
     elif topic == "all":

@@ -35,7 +35,7 @@ BATCH, ACCUMULATION = ("train", "batch_size"), ("train", "grad_accum")
 
 @dataclass(frozen=True)
 class Plan(RunCommand):
-    """Find the settings of a preset that fit a GPU, which need not be in this machine.
+    """Find the settings of a preset that fit a GPU, without the GPU.
 
     With --mesh, the training step is compiled for several GPUs, and the memory of one is printed.
 

@@ -17,7 +17,7 @@ class Runs(Command):
     """List the runs in `runs/`, newest first, and the models that come with moe-jax.
 
     `--run NAME` opens one, in every command that reads a model. Bits per byte are scores on the run's own validation
-    text; each tokenizer and text has its own scale.
+    text. Scores of different texts cannot be compared.
     """
 
     def execute(self) -> int:

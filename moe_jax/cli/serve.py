@@ -21,7 +21,7 @@ class Serve(ModelCommand):
     """
 
     host: str = "127.0.0.1"
-    """Address to listen on. Another machine can ask only if this is not 127.0.0.1; then --api-key must be given."""
+    """Address to listen on. To accept other machines, use another address and --api-key."""
     port: int = 8000
     """Port to listen on. 0 takes a free one."""
     slots: int = 4
@@ -29,7 +29,7 @@ class Serve(ModelCommand):
     api_key: str = ""
     """Key that requests must send. None unless given."""
     allow_origin: list[str] = field(default_factory=list)
-    """Another site whose pages may ask, such as https://example.org."""
+    """Another site whose pages may send requests, such as https://example.org."""
 
     def check(self) -> None:
         """Raise ConfigError if a value is out of range."""

@@ -30,7 +30,7 @@ def test_all_flags_by_section(capsys: pytest.CaptureFixture[str]) -> None:
     section = printed_help(capsys, "routing")
     assert [line for line in section.splitlines() if line.endswith(":")] == ["routing:"]
     assert all(f"  {a.flag}" in section for a in Train.arguments() if a.is_flag and a.section == "routing")
-    titles = [text.index(f"\n{title}:") for title in ("flags that everybody uses", *SECTIONS)]
+    titles = [text.index(f"\n{title}:") for title in ("common flags", *SECTIONS)]
     assert titles == sorted(titles)
     for a in Train.arguments():
         assert all(f"  {flag}" in text or f", {flag}" in text for flag in a.flags) == a.is_flag
