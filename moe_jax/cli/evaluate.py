@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(ModelCommand):
-    """Measure loss, bits per byte and drops of a trained model on a text. Without --data it is the validation text of the
-    run, beside a trigram model of the training text.
+    """Measure loss, bits per byte and drops of a trained model on a text. Without --data it is the validation text of
+    the run, beside a trigram model of the training text.
 
     Of conversations, only the assistant's answers are scored. A tuned run takes them (rows with `messages`) as --data.
 
