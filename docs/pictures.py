@@ -6,7 +6,8 @@ It writes
 
     docs/images/text-light.png, text-dark.png        the routing report: the text, at 1280 pixels
     docs/images/off-light.png, off-dark.png          the routing report: an expert switched off
-    docs/images/serve-light.png, serve-dark.png      the page of `serve`, after going on from another token
+    docs/images/serve-light.png, serve-dark.png      the page of `serve` with the shipped model `stories`, after going
+                                                     on from another token
     docs/images/overview.png                         the curves of the run
     docs/report-nano.html                            the routing report itself
 
@@ -33,7 +34,7 @@ SECTIONS = {"text": 720, "ablation": 1120}
 PRESSED = {"text": "#tokens .t:has-text('Kate') >> nth=0", "ablation": "#off-grid [data-layer='0'][data-expert='5']"}
 """What is pressed in each section: a token, and the expert that is switched off."""
 NAMES = {"text": "text", "ablation": "off"}
-SERVED = {"width": 1040, "height": 1010}
+SERVED = {"width": 1040, "height": 1150}
 SERVED_COLOURS = 255
 """Colours of the pictures of the server's page: few, so that the files are small."""
 
@@ -54,7 +55,7 @@ def main() -> None:
     shutil.copy(report / "overview.png", images / "overview.png")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        with served(report.parent) as url:
+        with served("stories") as url:
             for scheme in ("light", "dark"):
                 report_pictures(browser, report / "routing.html", scheme, images)
                 served_picture(browser, url, scheme, images / f"serve-{scheme}.png")
@@ -76,9 +77,9 @@ def report_pictures(browser: Browser, report: Path, scheme: Literal["light", "da
 
 
 @contextmanager
-def served(run: Path) -> Iterator[str]:
-    """The address of a server of the run."""
-    command = [sys.executable, "-m", "moe_jax", "serve", "--run", str(run), "--port", "0"]
+def served(run: str) -> Iterator[str]:
+    """The address of a server of a run or of a shipped model."""
+    command = [sys.executable, "-m", "moe_jax", "serve", "--run", run, "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert server.stdout is not None
     try:
@@ -95,12 +96,14 @@ def served_picture(browser: Browser, url: str, scheme: Literal["light", "dark"],
     """The server's page: a text is written, and goes on from another token."""
     page = browser.new_page(viewport=SERVED, color_scheme=scheme, reduced_motion="reduce")
     page.goto(url)
+    page.fill("#seed", "1")  # the same text in both pictures
     page.click("#suggested button")
     written(page)
     page.click("#tokens .t >> nth=15")
     page.click("#card button.other")
     written(page)
     page.mouse.move(0, 0)
+    page.evaluate("scrollTo(0, 0)")
     page.screenshot(path=out)
     Image.open(out).convert("RGB").quantize(SERVED_COLOURS).save(out, optimize=True)
 

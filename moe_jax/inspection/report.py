@@ -22,6 +22,7 @@ all the numbers that it shows as one JSON object (`<script type="application/jso
 """
 
 import html
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,13 @@ def write_report(
         print(f"warning: {missing}", file=sys.stderr)
     if text:
         trace, source = routing_trace(run, text), "The text that was given"
+        loss, guess = trace.loss[:-1].mean(), math.log(trace.config.vocab_size)
+        if loss > guess:
+            print(
+                f"warning: the model predicts this text worse than guessing: {loss:.2f} nats a token, {guess:.2f} if "
+                f"all {trace.config.vocab_size:,} tokens are equally likely; try a text like those it was trained on",
+                file=sys.stderr,
+            )
     elif valid is None:
         raise UserError(f"--text: must be given: {missing}")
     else:
@@ -177,7 +185,7 @@ def _run_data(folder: Path, run: LoadedRun) -> dict[str, Any]:
 
 def _model_data(trace: RoutingTrace) -> dict[str, Any]:
     config = trace.config
-    names = ("layers", "experts", "seq_len", "heads", "width", "expert_hidden", "dropless")
+    names = ("layers", "experts", "seq_len", "heads", "width", "expert_hidden", "dropless", "vocab_size")
     policy = ("top_k", "capacity_factor", "dispatch")
     values = {name: getattr(config, name) for name in names}
     values |= {name: getattr(config.routing, name) for name in policy}

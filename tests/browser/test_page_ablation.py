@@ -25,6 +25,7 @@ def ablated(browser: Any, written: Path, tmp_path: Path) -> Any:
     found["stories"][1][2] = "red shoe, blue hat"
     found["loss"][20], found["change"][1][2][20], found["change"][1][2][40] = 69, 161, -50
     found["mean"][1][2] = 0.25
+    data["text"]["loss"] = [1.0] * len(data["text"]["loss"])  # better than a guess
     path = tmp_path / "page.html"
     path.write_text(render(data), encoding="utf-8")
     opened = Opened(browser, path)
@@ -52,6 +53,27 @@ def test_the_page_begins_with_the_expert_that_is_missed_most(ablated: Opened) ->
     assert rise in text(ablated, "#found")
     assert text(ablated, "#off-title") == "Layer 1 without expert 2"
     assert ablated.page.locator('.cell[aria-pressed="true"]').inner_text() == "+0.250"
+
+
+def test_a_text_that_is_predicted_worse_than_by_guessing_misses_no_expert(
+    browser: Any, written: Path, tmp_path: Path
+) -> None:
+    """The mean loss is a little above ln of the vocabulary size, the loss of a guess among equally likely tokens."""
+    from moe_jax.inspection.report import render
+
+    data = json.loads(page_data(written))
+    guess = math.log(data["model"]["vocab_size"])
+    for over, lost in ((0.01, True), (-0.01, False)):
+        data["text"]["loss"] = [guess + over] * len(data["text"]["loss"])
+        data["ablation"]["mean"][0][0] = 9.0
+        path = tmp_path / "page.html"
+        path.write_text(render(data), encoding="utf-8")
+        opened = Opened(browser, path)
+        for name in ("#found", "#off-said"):
+            assert ("worse than guessing" in text(opened, name)) == lost
+            assert ("misses expert" in text(opened, name) or "No single expert" in text(opened, name)) != lost
+            assert ("bad" in (opened.page.locator(name).get_attribute("class") or "")) == lost
+        opened.page.close()
 
 
 def test_the_text_is_shaded_where_the_loss_changes(ablated: Opened) -> None:

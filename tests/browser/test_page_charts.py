@@ -38,6 +38,7 @@ def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any,
     from moe_jax.inspection.report import render
 
     data = json.loads(page_data(written))
+    data["text"]["loss"] = [1.0] * len(data["text"]["loss"])  # better than a guess
     for entry in (entry for layer in data["specialisation"] for entry in layer):
         entry["groups"] = []
     for layer, e, name, g2 in ((0, 1, "cats", 50.0), (1, 3, "dragons", 900.0), (1, 0, "cats", 70.0)):

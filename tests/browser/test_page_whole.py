@@ -49,19 +49,7 @@ def test_nothing_is_loaded_nothing_fails_nothing_overflows(
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_all_text_stands_out_from_its_ground(browser: Any, written: Path, tmp_path: Path, scheme: str) -> None:
     """WCAG 2.2 AA, 4.5 to 1: for twenty experts, as the page is, with a token chosen, and with an expert lit."""
-
-    data = json.loads(page_data(written))
-    count, data["model"]["experts"], data["corpus"] = data["model"]["experts"], 20, None
-    n = len(data["text"]["pieces"])
-    for layer in range(LAYERS):
-        data["routing"]["expert"][layer] = [(i // K + 7 * (i % K)) % 20 for i in range(n * K)]
-        data["routing"]["prob"][layer] = [0.05] * (20 * n)
-    assert count == E
-    data["ablation"] = None
-    data["training"] |= {"step": [], "traces": {"step": []}}
-    path = tmp_path / "page.html"
-    path.write_text(render(data), encoding="utf-8")
-    opened = Opened(browser, path, color_scheme=scheme)
+    opened = Opened(browser, twenty_experts(written, tmp_path), color_scheme=scheme)
     assert opened.page.evaluate(CONTRAST) == []
     opened.page.locator('.t[data-i="5"]').click()
     for e in (0, 5, 11, 17):
@@ -71,6 +59,85 @@ def test_all_text_stands_out_from_its_ground(browser: Any, written: Path, tmp_pa
     opened = Opened(browser, written, color_scheme=scheme)  # the other sections, as they are
     opened.draw_everything()
     assert opened.page.evaluate(CONTRAST) == []
+    opened.page.close()
+
+
+def twenty_experts(written: Path, folder: Path) -> Path:
+    """The report as of a model with twenty experts; its last sections are empty."""
+    data = json.loads(page_data(written))
+    count, data["model"]["experts"], data["corpus"] = data["model"]["experts"], 20, None
+    n = len(data["text"]["pieces"])
+    for layer in range(LAYERS):
+        data["routing"]["expert"][layer] = [(i // K + 7 * (i % K)) % 20 for i in range(n * K)]
+        data["routing"]["prob"][layer] = [0.05] * (20 * n)
+    assert count == E
+    data["ablation"] = None
+    data["training"] |= {"step": [], "traces": {"step": []}}
+    path = folder / "page.html"
+    path.write_text(render(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_highlighted_tab_is_the_section_in_view(browser: Any, written: Path, tmp_path: Path, width: int) -> None:
+    """After a press on the tab, also where the section is short or near the end; back at the top; and at the end."""
+    for path in (written, twenty_experts(written, tmp_path)):
+        opened = Opened(browser, path, viewport={"width": width, "height": 900}, reduced_motion="reduce")
+        tabs = opened.page.locator(".tabs a")
+        lit = opened.page.locator(".tabs a[aria-current]")
+        for tab in [*tabs.all(), tabs.first, tabs.nth(5)]:
+            tab.click()
+            opened.page.wait_for_timeout(300)
+            assert lit.all_inner_texts() == [tab.inner_text()]
+        for place, name in (("0", "Text"), ("document.documentElement.scrollHeight", "Your text"), ("0", "Text")):
+            opened.page.evaluate(f"history.replaceState(null, '', '#text'); location.hash = ''; scrollTo(0, {place})")
+            opened.page.wait_for_timeout(300)
+            assert lit.all_inner_texts() == [name]
+        opened.page.close()
+
+
+def test_on_a_phone_all_chips_and_all_layers_are_reached(browser: Any, written: Path, tmp_path: Path) -> None:
+    """Of twenty experts and of twelve layers: each is under the finger after a scroll of its own box."""
+    phone = {"viewport": {"width": 390, "height": 800}}
+    opened = Opened(browser, twenty_experts(written, tmp_path), **phone)
+    seen = """(node) => { node.scrollIntoView({ block: 'center', inline: 'end', behavior: 'instant' });
+        const box = node.getBoundingClientRect(), x = (box.left + box.right) / 2, y = (box.top + box.bottom) / 2;
+        return box.left >= 0 && box.right <= innerWidth && document.elementFromPoint(x, y) === node; }"""
+    assert opened.page.locator("#legend button").evaluate_all(f"(all) => all.map({seen})") == [True] * 20
+    opened.page.close()
+    data = json.loads(page_data(written))
+    data["model"]["layers"] = 6 * LAYERS
+    for part in (data["routing"], data["corpus"], data["attention"]):
+        part |= {name: 6 * value for name, value in part.items() if isinstance(value, list) and len(value) == LAYERS}
+    data["corpus"]["flow"] *= 6 * LAYERS - 1
+    data |= {"ablation": None, "specialisation": 6 * data["specialisation"]}
+    data["training"] |= {"step": [], "traces": {"step": []}}
+    path = tmp_path / "deep.html"
+    path.write_text(render(data), encoding="utf-8")
+    for source, layers in ((path, 6 * LAYERS), (written, LAYERS)):
+        opened = Opened(browser, source, **phone)
+        opened.page.locator("#flow").scroll_into_view_if_needed()
+        opened.page.locator("#flow-figure svg").wait_for()
+        names = opened.page.locator("#flow-figure text.strong")
+        assert names.evaluate_all(f"(all) => all.map({seen})") == [True] * layers
+        box = opened.page.locator("#flow-figure .scroll").evaluate("(box) => [box.scrollWidth, box.clientWidth]")
+        assert layers > LAYERS or box[0] == box[1]  # few layers need no scrolling
+        opened.page.close()
+
+
+def test_on_a_phone_the_card_leaves_the_token_in_view_and_the_other_sections_free(browser: Any, written: Path) -> None:
+    opened = Opened(browser, written, viewport={"width": 390, "height": 500}, reduced_motion="reduce")
+    opened.draw_everything()
+    place = "(node) => { const box = node.getBoundingClientRect(); return [box.top, box.bottom]; }"
+    opened.page.locator("#tokens").evaluate("(box) => box.scrollIntoView({ block: 'end', behavior: 'instant' })")
+    token = opened.page.locator("#tokens .t").last
+    token.click()
+    opened.page.wait_for_timeout(300)
+    card, (top, bottom) = opened.page.locator("#card"), token.evaluate(place)
+    assert opened.page.locator("#bar").evaluate(place)[1] < top < bottom <= card.evaluate(place)[0] < 500
+    for name in ("experts", "flow", "own"):
+        opened.page.locator(f"#{name}").evaluate("(node) => node.scrollIntoView({ behavior: 'instant' })")
+        assert card.evaluate(place)[1] <= opened.page.locator(f"#{name}").evaluate(place)[0]
     opened.page.close()
 
 

@@ -139,8 +139,9 @@ const startAblation = () => {
   listeners.push((what) => {
     if (what === "layer" && state.layer !== state.off.layer && ablation.layers.includes(state.layer)) change("off", { layer: state.layer, expert: state.off.expert });
   });
-  byId("off-said").append(el("p", {}, neediestSaid()));
-  byId("found").append(el("p", { id: "needed-said" }, `${neediestSaid().split(". ")[0].replace(/\.$/, "")}. `, el("a", { href: "#ablation" }, "Switch an expert off")));
+  byId("off-said").append(el("p", {}, lost ? lostSaid : neediestSaid()));
+  byId("off-said").classList.toggle("bad", lost);
+  if (!lost) byId("found").append(el("p", { id: "needed-said" }, `${neediestSaid().split(". ")[0].replace(/\.$/, "")}. `, el("a", { href: "#ablation" }, "Switch an expert off")));
   if (ablation.layers.length < L) byId("off-explain").append(` This model is large, so the page holds only the layers ${listed(ablation.layers.map(String))}.`);
   byId("off-scale").append(heatScale([-1, -0.1, 0, 0.1, 1, HOT], (v) => heated(100 * v), (v) => signed(v, Math.abs(v) < 1 ? 1 : 0), "nats: the change of the loss. 0.69 nats more halve a token's chance."));
   section("ablation", () => { drawOffGrid(); drawOff(); }, ["off"], drawOff);

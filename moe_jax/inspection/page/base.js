@@ -1,6 +1,7 @@
 // What the scripts of the report share: the data, and the state of the page.
 const data = JSON.parse(document.getElementById("routing-data").textContent);
 const { model } = data;
+const NARROW = matchMedia("(max-width: 60rem)"); // as in the style
 const L = model.layers, E = model.experts, K = model.top_k, N = data.text.pieces.length;
 
 addColours(E);
@@ -58,18 +59,22 @@ const caption = (title, note) => el("figcaption", {}, title, note ? el("small", 
 const bar = byId("bar");
 new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${bar.offsetHeight}px`)).observe(bar);
 const links = new Map([...bar.querySelectorAll(".tabs a")].map((a) => [a.hash.slice(1), a]));
-const mark = (id) => links.forEach((link, name) => {
+const mark = (id) => !links.get(id).hasAttribute("aria-current") && links.forEach((link, name) => {
   if (name !== id) { link.removeAttribute("aria-current"); return; }
   link.setAttribute("aria-current", "true");
   link.parentElement.scrollTo({ left: link.offsetLeft - 80 });
 });
-const atEnd = () => innerHeight + scrollY >= document.documentElement.scrollHeight - 2;
-const reading = new IntersectionObserver((entries) => {
-  const entry = entries.find((e) => e.isIntersecting);
-  if (entry && !atEnd()) mark(entry.target.id);
-}, { rootMargin: "-35% 0px -64% 0px" });
-for (const id of links.keys()) reading.observe(byId(id));
-addEventListener("scroll", () => { if (atEnd()) mark("own"); }, { passive: true });
+// The section under a line just below the bar is read: the first one above all of them, and at the end of the page the
+// one that a link led to, if it is in view, or the last.
+const markRead = () => {
+  const top = bar.offsetHeight, line = top + 0.1 * (innerHeight - top);
+  const at = [...links.keys()].map((id) => byId(id)), above = at.filter((node) => node.getBoundingClientRect().top <= line);
+  const end = innerHeight + scrollY >= document.documentElement.scrollHeight - 2, led = document.querySelector("section:target");
+  const last = led?.getBoundingClientRect().top > 0 ? led : at.at(-1);
+  mark((end ? last : above.at(-1) ?? at[0]).id);
+};
+addEventListener("scroll", markRead, { passive: true });
+new ResizeObserver(markRead).observe(document.body);
 // What a link of the page leads to must not move while it is scrolled to, so all that is above it is drawn first.
 document.addEventListener("click", (event) => {
   const hash = event.target.closest("a[href^='#']")?.hash, to = hash && byId(hash.slice(1));

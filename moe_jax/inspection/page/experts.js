@@ -105,13 +105,13 @@ const drawTogether = (layer) => {
 const drawFlow = () => {
   const box = clear(byId("flow-figure"));
   if (L < 2) { box.append(el("p", { class: "small" }, "This model has one layer, so there is no flow between layers.")); return; }
-  const height = Math.max(340, E * 26), width = Math.max(760, L * 150), bar = 26, gap = Math.min(8, 100 / E), left = 14;
+  const height = Math.max(340, E * 26), width = Math.max(Math.min(760, box.clientWidth - 32), L * 100), bar = 26, gap = Math.min(8, 100 / E), left = 14;
   const total = sum(corpus.flow[0].flat()), scale = (height - gap * (E - 1)) / total;
   const sizes = range(L).map((l) => (l < L - 1 ? corpus.flow[l].map(sum) : range(E).map((e) => sum(corpus.flow[L - 2].map((row) => row[e])))));
   const tops = sizes.map((column) => { let y = 0; return column.map((n) => { const at = y; y += n * scale + gap; return at; }); });
   const x = (l) => left + l * (width - bar - 2 * left) / (L - 1);
   const root = svg("svg", { viewBox: `0 -24 ${width} ${height + 30}`, role: "group", "aria-label": "Flow of tokens between the experts of successive layers" });
-  root.style.minWidth = "640px";
+  root.style.minWidth = `${Math.min(width, Math.max(640, L * 80))}px`;
   const show = (l, e) => {
     root.classList.add("flowing");
     for (const band of root.querySelectorAll(".band")) {
@@ -155,7 +155,7 @@ const startExperts = () => {
     without("flow-figure");
     return;
   }
-  byId("found").prepend(el("p", { id: "specialists-said" }, specialists()));
+  byId("found").append(el("p", { id: "specialists-said" }, specialists()));
   byId("experts-tested").textContent = "A single token is listed if it chooses the expert more often than by chance: log-likelihood ratio G², p < 0.001 after correction for all pairs tested. A kind of token is named if its tokens, each different token counted once, choose the expert more often than randomly shuffled kinds do: p ≤ 0.01 for all kinds and experts of the model together. Its examples are its most frequent tokens of those that choose the expert more often than by chance. Point at a token for its counts.";
   section("experts", () => { drawVerdict(); drawExperts(); }, ["layer"], drawExperts);
   section("flow", drawFlow);

@@ -55,6 +55,8 @@ const drawHeader = () => {
   const r = data.run, text = data.routing, all = sum(text.keep.map((k) => k.length)), dropped = all - sum(text.keep.map(sum));
   byId("run-name").textContent = `· ${r.name}, step ${whole(r.step)}`;
   byId("lead").textContent = `A language model of ${L} layers reads a text. In each layer a router sends every token to ${K} of ${E} experts. This page shows each of these decisions: which expert got which token, ${model.dropless ? "" : "what found no room, "}and which tokens each expert prefers.`;
+  byId("found").classList.toggle("bad", lost);
+  if (lost) byId("found").append(el("p", { id: "lost-said" }, lostSaid));
   const fact = (name, value, note) => el("div", {}, el("dt", {}, name), el("dd", {}, value, el("small", {}, note)));
   const undecided = corpus ? sum(corpus.entropy) / L : 0;
   fill(byId("facts"), {}, [

@@ -28,6 +28,10 @@ const buildTokens = () => {
 };
 
 const surprise = (i) => (i === 0 ? 0 : data.text.loss[i - 1] ?? 0);
+// Whether the model predicts the text worse than a guess that takes all tokens of its vocabulary as equally likely.
+const meanLoss = sum(data.text.loss) / Math.max(N - 1, 1), guessLoss = Math.log(model.vocab_size), lost = meanLoss > guessLoss;
+const lostSaid = `The model predicts this text worse than guessing: its loss is ${meanLoss.toFixed(2)} nats a token, and ${guessLoss.toFixed(2)} if all ${whole(model.vocab_size)} tokens of its vocabulary are equally likely. ` +
+  "It has not learned this kind of text, so what its experts do here says little about them. Try a text like those that it was trained on.";
 const doubt = (layer, i) => {
   let bits = 0;
   for (let e = 0; e < E; e++) { const p = probability(layer, i, e); if (p > 0) bits -= p * Math.log(p); }
@@ -207,7 +211,11 @@ const chooseToken = (i, focus = false) => {
   reachable = i;
   nodes[i].setAttribute("aria-current", "true");
   change("token", i);
-  if (focus) nodes[i].focus();
+  if (focus) nodes[i].focus({ preventScroll: NARROW.matches });
+  if (!NARROW.matches) return;
+  nodes[i].scrollIntoView({ block: "nearest", behavior: "instant" });
+  const covered = nodes[i].getBoundingClientRect().bottom + 12 - card.getBoundingClientRect().top;
+  if (covered > 0) scrollBy(0, covered); // the card lies over the foot of the window
 };
 const letGo = () => {
   if (state.token !== null) nodes[state.token].removeAttribute("aria-current");
@@ -251,7 +259,9 @@ const startText = () => {
     if (what === "lit") requestAnimationFrame(drawBarcode);
   });
   const tokenOf = (event) => event.target.closest(".t[data-i]");
-  tokensBox.addEventListener("pointerover", (event) => { const t = tokenOf(event); if (t && event.pointerType === "mouse") chooseToken(Number(t.dataset.i)); });
+  tokensBox.addEventListener("pointerover", (event) => { const t = tokenOf(event); if (t && event.pointerType === "mouse" && !NARROW.matches) chooseToken(Number(t.dataset.i)); });
+  // Without this the focus opens the card, which moves the token away before the click.
+  tokensBox.addEventListener("mousedown", (event) => { if (NARROW.matches && tokenOf(event)) event.preventDefault(); });
   tokensBox.addEventListener("click", (event) => { const t = tokenOf(event); if (t) chooseToken(Number(t.dataset.i), true); });
   tokensBox.addEventListener("focusin", (event) => { const t = tokenOf(event); if (t && Number(t.dataset.i) !== state.token) chooseToken(Number(t.dataset.i)); });
   tokensBox.addEventListener("keydown", walk);
