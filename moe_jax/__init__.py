@@ -6,8 +6,7 @@
 The programs are `train.py`, `benchmark.py` and `python -m moe_jax COMMAND`.
 """
 
-from typing import TYPE_CHECKING, Any
-
+TYPE_CHECKING = False  # type checkers know the name. Before `__main__` runs, Ctrl-C in an import prints a traceback
 if TYPE_CHECKING:
     from moe_jax.api import Run, load_run
     from moe_jax.config import ModelConfig, RoutingConfig
@@ -29,7 +28,7 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _LAZY_IMPORTS:
         raise AttributeError(f"module 'moe_jax' has no attribute {name!r}")
     import importlib

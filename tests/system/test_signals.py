@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 FULL = """
 import os, time
 from moe_jax.system.signals import Signals
@@ -87,3 +88,10 @@ def test_an_interrupt(when: str, tmp_path: Path) -> None:
     program = f"import sys; sys.path.append({str(tmp_path)!r})\n{PROGRAM}{code}"
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
     assert (ended.returncode, ended.stdout, ended.stderr) == expected
+
+
+def test_the_package_imports_nothing() -> None:
+    """`python -m moe_jax` imports it before `__main__` can listen. Ctrl-C in such an import prints a traceback."""
+    code = "import sys; before = {*sys.modules}; import moe_jax; print({*sys.modules} - before)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout == "{'moe_jax'}\n"
