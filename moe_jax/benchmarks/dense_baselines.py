@@ -84,14 +84,13 @@ def train(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
         "wall_over_dense_active": seconds["none"].median / seconds["active"].median,
         "dense_total_over_wall": seconds["total"].median / seconds["none"].median,
     }
-    title = f"training step, {'all models in turn' if together else 'one model after another'}"
     mflops = {
         LABELS[dense]: sum(flops_by_group(dense_baseline(request.config, dense), request.batch_size).values()) / 1e6
         for dense in DENSE_BASELINES
     }
     console.print(
         times_table(
-            title,
+            f"training step, {'all models in turn' if together else 'one model after another'}",
             {LABELS[dense]: times for dense, times in seconds.items()},
             lambda name, t: f"{tokens / t.median:,.0f} tokens/s, {mflops[name]:,.4g} MFLOP a token",
         )

@@ -28,7 +28,7 @@ def matmul_rate_in(times: dict[str, Times], products: Mapping[str, tuple[Callabl
 
 def times_table(title: str, times: dict[str, Times], extra: Callable[[str, Times], str] | None = None) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("candidate")
+    table.add_column("what ran")
     for name in ("median ms", "spread", *([""] if extra else [])):
         table.add_column(name, justify="right")
     for name, t in times.items():
@@ -37,9 +37,35 @@ def times_table(title: str, times: dict[str, Times], extra: Callable[[str, Times
     return table
 
 
+WORDS = {
+    "wall_over_dense_active": "x the time of a plain dense one with as many active parameters",
+    "wall_over_best_dense": "x the time of the fastest dense layout",
+    "dropless_wall_over_best_dense": "x the time of the fastest dense layout, if nothing is dropped",
+    "dense_all_over_wall": "x as fast as all experts on all tokens",
+    "dense_total_over_wall": "x as fast as a dense one with as many parameters in all",
+    "layer_share_of_matmul_peak": "of the speed of the fastest matrix product",
+    "share_of_matmul_peak": "of the speed of the fastest matrix product",
+    "matmul_flops_per_second": "GFLOP/s in the fastest matrix product",
+    "decode_share_of_bandwidth_bound": "of the speed at which memory can deliver the weights of each token",
+    "memory_bytes_per_second": "GB/s read from memory",
+    "late_first_token_over_prefill_and_step": "x the time of prefill and one step, until a late text begins",
+    "16_texts_over_one": "x as many tokens a second as one text",
+    "16_texts_over_one_of_the_same_server": "x as many tokens a second as one text in the same server",
+    "train_ratio_float32": "x as fast as Mixtral: training step, both in float32",
+    "train_ratio_bfloat16": "x as fast as Mixtral: training step, both in bfloat16",
+    "train_ratio_best": "x as fast as Mixtral: training step, each in its faster precision",
+    "forward_ratio": "x as fast as Mixtral: forward pass, in float32",
+    "prefill_ratio": "x as fast as Mixtral: prefill, in float32",
+    "decode_ratio": "x as fast as Mixtral: decoding, in float32",
+}
+"""What `print_numbers` says after a value. Other names are printed as they are, with spaces."""
+
+
 def print_numbers(console: Console, numbers: dict[str, Any]) -> None:
-    table = Table.grid(padding=(0, 2))
+    """Print a line for each number: the value, then what it is."""
+    table = Table.grid(padding=(0, 1))
     for name, value in numbers.items():
-        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value:,}")
-    console.print(table)
-    console.print()
+        value *= 1e-9 if name.endswith(("flops_per_second", "bytes_per_second")) else 1
+        shown = f"{value:.0%}" if "share_of" in name else f"{value:,.3g}" if value < 100 else f"{value:,.0f}"
+        table.add_row(shown.rjust(7), WORDS.get(name, name.replace("_", " ")))
+    console.print(table, "")

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from moe_jax.benchmarks import decoding, layer, peers
 from moe_jax.benchmarks.dense_baselines import train
-from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
+from moe_jax.benchmarks.request import WORDS, BenchmarkRequest, print_numbers, times_table
 from moe_jax.benchmarks.serving import serve
 from moe_jax.model.transformer import create, split
 from moe_jax.system import machine
@@ -18,13 +18,9 @@ from moe_jax.system.machine import alternate
 def moe(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     """One MoE layer beside dense layers, by time."""
     model = request.config.model
-    console.print(
-        f"one MoE layer: D {model.width}, F {model.expert_hidden}, E {model.experts}, K {model.routing.top_k}, "
-        f"capacity factor {model.routing.capacity_factor:g}, {layer.BATCH} x {model.seq_len} tokens, float32; "
-        "forward and backward"
-    )
     numbers, times = layer.benchmark_layer(model, request.rounds)
-    console.print(times_table("forward and backward of one layer", times))
+    title = f"one MoE layer on {layer.BATCH} x {model.seq_len} tokens, forward and backward, in float32"
+    console.print(times_table(title, times), "MoE:")
     print_numbers(console, numbers)
     return numbers
 
@@ -50,35 +46,21 @@ def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     console.print(times_table("decoding", times))
     numbers = {
         "decode_share_of_bandwidth_bound": bound / times["decode, batch 1"].median,
-        **{f"decode_ms_per_token_batch{b}": times[f"decode, batch {b}"].median * 1e3 for b in (1, 32)},
-        "prefill_128_ms": times["prefill, 128 tokens"].median * 1e3,
-        "uncached_4_token_ms": times["uncached forward, 4 tokens"].median * 1e3,
         "memory_bytes_per_second": bandwidth,
     }
     print_numbers(console, numbers)
-    return numbers
-
-
-RATIOS = {
-    "training step, both in float32": "train_ratio_float32",
-    "training step, both in bfloat16": "train_ratio_bfloat16",
-    "training step, each in its faster precision": "train_ratio_best",
-    "forward pass": "forward_ratio",
-    "prefill": "prefill_ratio",
-    "decoding": "decode_ratio",
-}
-"""What is compared with Mixtral, and the name of its number. All but the first three are in float32."""
+    return numbers | {
+        **{f"decode_ms_per_token_batch{b}": times[f"decode, batch {b}"].median * 1e3 for b in (1, 32)},
+        "prefill_128_ms": times["prefill, 128 tokens"].median * 1e3,
+        "uncached_4_token_ms": times["uncached forward, 4 tokens"].median * 1e3,
+    }
 
 
 def against_peers(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
     """Our model compared with Mixtral of transformers."""
     numbers, times = peers.compare(request.config, request.batch_size, request.rounds)
     console.print(times_table("our model, and Mixtral in PyTorch with its two implementations of experts", times))
-    for what, name in RATIOS.items():
-        if (value := numbers[name]) is not None:
-            said = "as fast as Mixtral: ours is SLOWER" if value < 1 else "as fast as Mixtral"
-            console.print(f"{what}: {value:.2f} x {said}")
-    console.print()
+    print_numbers(console, {name: value for name, value in numbers.items() if name in WORDS and value is not None})
     return numbers
 
 

@@ -55,13 +55,13 @@ class Benchmark(Command):
         from moe_jax.benchmarks.suites import SUITES
         from moe_jax.model.precision import choose_policy
         from moe_jax.system import machine
+        from moe_jax.training.header import model_line
 
         console = terminal.rich_console()
         config = with_vocabulary(preset(self.preset))
         about = machine.describe()
-        console.print(
-            f"[bold]{self.preset}[/bold] on {about['processor']}, {about['cores']} cores, {about['device']}\n"
-        )
+        where = f"{about['processor']}, {about['cores']} cores, {about['device'].removeprefix('cpu: ')}"
+        console.print(f"[bold]{self.preset}[/bold] on {where}\n{model_line(config.model)}\n")
         request = BenchmarkRequest(config, self.batch_size, self.rounds)
         results = {name: SUITES[name](console, request) for name in suites}
         document: dict[str, Any] = {"preset": self.preset, "batch_size": self.batch_size}

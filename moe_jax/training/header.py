@@ -30,23 +30,24 @@ from moe_jax.training.session import Session
 
 
 def print_run_header(session: Session, notes: list[str]) -> None:
-    """Print the notes, and the data, model, precision, memory and plan of the run."""
+    """Print the notes, and the run in about a dozen lines of a terminal. `print_dry_run` has the costs too."""
     config, store, programs = session.config, session.data.store, session.programs
     say(*unused_card(jax.devices()[0].platform), *notes, *session.notes)
     rows = {
         "run": f"{session.folder.path} (preset {config.preset})",
+        "plan": plan_line(config.train, config.tokens_per_step, len(store.train.tokens)),
         "data": f"{store.source}: {_split_line(store.train)} to train on; {_split_line(store.valid)} to validate",
         "tokenizer": f"{store.tokenizer.kind}, {store.tokenizer.vocab_size:,} entries, "
         f"{store.valid.target_bytes / store.valid.targets:.2f} bytes a token",
-        **_cost_rows(config, programs.policy, len(store.train.tokens)),
+        **_model_rows(config, programs.policy),
     }
+    if session.data.baselines:
+        rows["to compare"] = session.data.baselines.describe()
     if programs.attention.reason:
         rows["attention"] = programs.attention.reason
     if programs.layout:
         shape = MeshShape.parse(config.execution.mesh)
         rows["mesh"] = f"{shape.devices} devices, {shape}; evaluation needs all parameters on each"
-    if session.data.baselines:
-        rows["to compare"] = session.data.baselines.describe()
     if store.valid.answers is not None:
         rows["loss"] = f"on the answers only, {store.train.targets:,} of the training tokens"
     _print_rows(rows)
@@ -59,12 +60,17 @@ def print_dry_run(config: RunConfig) -> None:
     console.print("[bold]costs[/bold]")
     sized, policy = with_vocabulary(config), choose_policy(config.execution.compute_dtype)
     rate = machine.matmul_rate(policy.compute)
-    time = (
-        f"{expected_time(sized, rate)}, if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "
+    memory = f"at least {least_step_bytes(sized) / MIB:,.0f} MiB in a training step"
+    costs = {
+        "groups": ", ".join(f"{name} {n.total:,}" for name, n in count_parameters(sized.model).items()),
+        "memory": f"{memory}; `uv run --extra gpu-plan python -m moe_jax plan` computes it for a card",
+        "plan": plan_line(sized.train, sized.tokens_per_step),
+        "arithmetic": f"{training_flops(sized, sized.train.steps):.2e} floating-point operations",
+        "time": f"{expected_time(sized, rate)}, if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "
         f"{rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; compiling, "
-        "evaluations and checkpoints come on top"
-    )
-    _print_rows(_cost_rows(sized, policy) | {"time": time})
+        "evaluations and checkpoints come on top",
+    }
+    _print_rows(_model_rows(sized, policy) | costs)
     console.print(f"\n[bold]settings that differ from preset {config.preset}[/bold]")
     pairs = zip(config.settings(), preset(config.preset).settings(), strict=True)
     _print_rows(
@@ -79,20 +85,14 @@ def print_dry_run(config: RunConfig) -> None:
     _print_rows({f"  {s}": ", ".join(f"{name} {_shown(v)}" for _, name, v in fields) for s, fields in sections.items()})
 
 
-def _cost_rows(config: RunConfig, policy: Policy, corpus: int | None = None) -> dict[str, str]:
-    """What a run trains, in what precision, and what that takes. `corpus` is the number of training tokens, if it is
-    known."""
-    rows = {"model": model_line(config.model), "parameters": parameter_line(config.model)}
+def _model_rows(config: RunConfig, policy: Policy) -> dict[str, str]:
+    """What a run trains, and in what precision."""
+    total = totals(count_parameters(config.model))
+    active = f"{total.active:,} active for a token ({total.active / total.total:.0%})"
+    rows = {"model": model_line(config.model), "parameters": f"{total.total:,} in all, {active}"}
     if config.train.lora_rank:
         rows["adapters"] = _adapter_line(config)
-    flops = f"{training_flops(config, config.train.steps):.2e} floating-point operations"
-    memory = f"at least {least_step_bytes(config) / MIB:,.0f} MiB in a training step"
-    return rows | {
-        "precision": str(policy),
-        "memory": f"{memory}; `uv run --extra gpu-plan python -m moe_jax plan` computes it for a card",
-        "plan": plan_line(config.train, config.tokens_per_step, corpus),
-        "arithmetic": flops,
-    }
+    return rows | {"precision": str(policy)}
 
 
 def _print_rows(rows: Mapping[str, str]) -> None:
@@ -123,13 +123,6 @@ def model_line(m: ModelConfig) -> str:
         ffn = f"dense baseline with the {m.dense} parameters: {m.activation} of {m.dense_hidden}"
     keys = "" if m.key_value_heads == m.heads else f" on {m.key_value_heads} key heads"
     return f"{m.layers} layers of width {m.width}, {m.heads} heads{keys}, context {m.seq_len}; {ffn}"
-
-
-def parameter_line(m: ModelConfig) -> str:
-    groups = count_parameters(m)
-    total = totals(groups)
-    parts = ", ".join(f"{name} {count.total:,}" for name, count in groups.items())
-    return f"{total.total:,} in all, {total.active:,} active for a token ({total.active / total.total:.0%}): {parts}"
 
 
 def _adapter_line(config: RunConfig) -> str:

@@ -209,6 +209,7 @@ def test_suites_print_tables_and_give_their_numbers(part: str, console: Console)
     numbers = suites.SUITES[part](console, BenchmarkRequest(config(layers=1), 2, 1))
     assert all(np.isfinite(value) and value > 0 for value in numbers_in(numbers))
     assert "median ms" in printed(console)
+    assert "_" not in printed(console), "words, not the names of the JSON object"
     if part == "train":
         active, total = (numbers["models"][name]["mflops_per_token"] for name in ("dense-active", "dense-total"))
         assert active < numbers["models"]["moe"]["mflops_per_token"] < total

@@ -242,11 +242,16 @@ def test_a_signal_while_the_last_step_is_saved_counts(text: Path, tmp_path: Path
     assert session.saved_step == int(session.state.step) == 12
 
 
-def test_the_header_says_that_the_card_is_not_used(
+def test_the_header_fits_a_small_terminal_and_says_that_the_card_is_not_used(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
     monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
     print_run_header(Session.open(configuration(text, tmp_path / "run")), [])
     said = "this computes on the CPU, although this machine seems to have an NVIDIA card: JAX's CUDA plugin is not"
-    assert said in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert said in " ".join(printed.split())
+    assert len(printed.splitlines()) <= 24  # the progress bar needs rows, too
+    names = [line[:12].strip() for line in printed[printed.index("\nrun ") :].splitlines() if line[:1].strip()]
+    assert names == ["run", "plan", "data", "tokenizer", "model", "parameters", "precision", "to compare"]
