@@ -74,7 +74,12 @@ NEAREST = {
     "interop": ["tests/interop"],
     "parallel": ["tests/parallel"],
     "training.quantize": ["tests/training/test_quantize.py"],
-    "training.start": ["tests/training/test_sft.py", "tests/training/test_lora.py", "tests/training/test_upcycle.py"],
+    "training.start": [
+        "tests/interop/test_import_settings.py",
+        "tests/training/test_sft.py",
+        "tests/training/test_lora.py",
+        "tests/training/test_upcycle.py",
+    ],
 }
 """Module or package -> tests that reach it without importing it by name, or that test it best."""
 CHECKS = {package: ["tests/test_records.py"] for package in PACKAGES}

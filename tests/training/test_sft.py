@@ -171,6 +171,7 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
     assert first.tokens == session.data.store.valid.targets
     assert result["trigram_bits_per_byte"] is None
     assert session.config.model == start.config.model
+    assert session.config.train.weight_decay == 0  # it would pull the weights of the base to zero
     assert session.origin is not None
     assert session.origin["tuned_from"] == str(base)
     samples = session.folder.samples.read_text()
