@@ -104,6 +104,7 @@ def test_on_a_phone_all_chips_and_all_layers_are_reached(browser: Any, written: 
         const box = node.getBoundingClientRect(), x = (box.left + box.right) / 2, y = (box.top + box.bottom) / 2;
         return box.left >= 0 && box.right <= innerWidth && document.elementFromPoint(x, y) === node; }"""
     assert opened.page.locator("#legend button").evaluate_all(f"(all) => all.map({seen})") == [True] * 20
+    assert opened.page.locator("#legend").evaluate("(box) => getComputedStyle(box).overflowX") == "auto"
     opened.page.close()
     data = json.loads(page_data(written))
     data["model"]["layers"] = 6 * LAYERS
@@ -120,7 +121,9 @@ def test_on_a_phone_all_chips_and_all_layers_are_reached(browser: Any, written: 
         opened.page.locator("#flow-figure svg").wait_for()
         names = opened.page.locator("#flow-figure text.strong")
         assert names.evaluate_all(f"(all) => all.map({seen})") == [True] * layers
-        box = opened.page.locator("#flow-figure .scroll").evaluate("(box) => [box.scrollWidth, box.clientWidth]")
+        scroll = "(box) => [box.scrollWidth, box.clientWidth, getComputedStyle(box).overflowX]"
+        box = opened.page.locator("#flow-figure .scroll").evaluate(scroll)
+        assert box[2] == "auto"
         assert layers > LAYERS or box[0] == box[1]  # few layers need no scrolling
         opened.page.close()
 
