@@ -71,15 +71,15 @@ def print_dry_run(config: RunConfig) -> None:
         "evaluations and checkpoints come on top",
     }
     _print_rows(_model_rows(sized, policy) | costs)
-    console.print(f"\n[bold]settings that differ from preset {config.preset}[/bold]")
     pairs = zip(config.settings(), preset(config.preset).settings(), strict=True)
-    _print_rows(
-        {
-            f"  {flag_of(section, name)} {_shown(value)}": f"(preset {_shown(start)})"
-            for (section, name, value), (*_, start) in pairs
-            if value != start
-        }
-    )
+    changed = {
+        f"  {flag_of(section, name)} {_shown(value)}": f"(preset {_shown(start)})"
+        for (section, name, value), (*_, start) in pairs
+        if value != start
+    }
+    if changed:
+        console.print(f"\n[bold]settings that differ from preset {config.preset}[/bold]")
+        _print_rows(changed)
     console.print("\n[bold]all settings[/bold]")
     sections = {name: config.section(name).plain_fields() for name in SECTIONS}
     _print_rows({f"  {s}": ", ".join(f"{name} {_shown(v)}" for _, name, v in fields) for s, fields in sections.items()})
