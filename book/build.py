@@ -112,6 +112,7 @@ def main() -> int:
     assemble(source)
     options = ["-b", "html", "-c", str(ROOT / "book"), "-W", "--keep-going", "-q", "-d", str(BUILD / "doctrees")]
     status = subprocess.call([sys.executable, "-m", "sphinx", *options, str(source), str(html)])
+    shutil.rmtree(site / "jupyter_execute", ignore_errors=True)  # MyST-NB's copies of the notebooks
     shutil.copytree(source / "docs" / "images", html / "docs" / "images", dirs_exist_ok=True)  # README's <picture>
     shutil.copyfile(ROOT / "docs" / "report-nano.html", site / "report.html")
     write_model(site / "story.html")
