@@ -5,8 +5,8 @@
     uv run python benchmarks/ship_models.py runs/nano runs/stories
 
 A shipped model is a run as `quantize --to int8` writes it, without its records of training: config.json,
-tokenizer.json, summary.json, and one checkpoint whose weights are in weights.safetensors alone. What it says about
-where it was trained names no path of the machine. The cards, `README.md`, are written by hand and stay.
+tokenizer.json, summary.json, and one checkpoint whose weights are in weights.safetensors alone. It names no path
+of the machine that trained it. The cards, `README.md`, are written by hand and stay.
 """
 
 import argparse
@@ -23,7 +23,8 @@ from moe_jax.system.machine import versions
 from moe_jax.training.quantize import quantize_run
 
 TEXTS = {"nano": "stories", "stories": "tinystories-sample"}
-"""Name of a model -> what its configuration says of its text: a corpus of `--data`, or that there is none here."""
+"""Name of a model -> the `--data` of its config.json: an embedded corpus, or a name that no `--data` has, because the
+text does not ship."""
 
 
 def main() -> None:

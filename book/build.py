@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from book import museum, one_token
 from book.conf import REPOSITORY
+from moe_jax.pages.assembly import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "book" / "build"
@@ -97,11 +98,8 @@ def write_model(path: Path) -> None:
 def landing_page(model: Path) -> str:
     """The landing page, which shows the page `model`."""
     link = f' <a href="{REPOSITORY}">The code</a>.' if REPOSITORY else ""
-    parts = {"size": f"{model.stat().st_size / 1e6:.1f} MB", "cases": len(museum.SIGHTINGS), "repository": link}
-    page = (ROOT / "book" / "landing.html").read_text(encoding="utf-8")
-    for name, text in parts.items():
-        page = page.replace(f"{{{{{name}}}}}", str(text))
-    return page
+    parts = {"size": f"{model.stat().st_size / 1e6:.1f} MB", "cases": str(len(museum.SIGHTINGS)), "repository": link}
+    return filled((ROOT / "book" / "landing.html").read_text(encoding="utf-8"), parts)
 
 
 def main() -> int:

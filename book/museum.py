@@ -14,7 +14,7 @@ class Sighting(NamedTuple):
     """REPOSITORY#NUMBER on GitHub."""
     title: str
     symptom: str
-    """What somebody sees."""
+    """What such a mistake shows. The issue itself may have found it in another way, such as by reading the code."""
     cause: str
 
 
@@ -57,8 +57,8 @@ SIGHTINGS = {
     ),
     "router: gates not renormalised": Sighting(
         "pytorch/torchtitan#1448",
-        "A public model that runs worse than its score",
-        "A checkpoint loads without a complaint, and scores worse than published.",
+        "A public model whose gradients are too large",
+        "A public checkpoint is converted without an error, and its fine-tuning starts with a very high gradient norm.",
         "It was trained with gates that add up to 1, and was run with gates that do not.",
     ),
     "micro-batches: a mean of means": Sighting(
@@ -71,18 +71,18 @@ SIGHTINGS = {
         "jax-ml/jax#3970",
         "The more devices, the larger the gradient",
         "On R devices every gradient is R times that of one device. Adam hides it, because it divides the scale out.",
-        "The loss was summed over devices before it was differentiated, and the gradients were summed once more.",
+        "The loss was summed over devices before it was differentiated: the sum has the sum as its adjoint.",
     ),
     "adamw: decay rescaled by the gradient": Sighting(
         "keras-team/keras#19051",
         "AdamW that was Adam",
-        "Changing the weight decay has less effect than it should, and the effect depends on the gradients.",
+        "Weights with large gradients are decayed less than those with small ones.",
         "AdamW inherited Adam's path for decay: the decay became a part of the gradient, which Adam rescales.",
     ),
     "layernorm: mean term missing": Sighting(
         "tenstorrent/tt-metal#53204",
         "The loss still fell",
-        "Training works, a little worse than elsewhere.",
+        "The gradient is wrong in every step, and the loss still falls.",
         "LayerNorm's gradient subtracts two sums. One of them was subtracted twice, in place of both.",
     ),
     "model: tied table without the head's share": Sighting(
@@ -100,7 +100,7 @@ SIGHTINGS = {
     "decoding: rotary position one off": Sighting(
         "lucidrains/rotary-embedding-torch#11",
         "Every word is the first word",
-        "With a cache of keys, later tokens get the rotation of the first call, and the text degrades.",
+        "The same vectors, rotated with another offset, come out as in the first call.",
         "The table of rotations was cached under a key that left the offset out.",
     ),
     "draft: judged as if every token were its surest": Sighting(
@@ -127,7 +127,8 @@ SIGHTINGS = {
 INTRODUCTION = """# The bug museum
 
 A gradient that is wrong seldom stops a program. The loss still falls, a little slower. {seen} times it happened in
-public code, written by people who know the subject well. Each story ends with the check that catches it here.
+public code, written by people who know the subject well. A symptom is what such a mistake shows; how it was found
+is in the linked issue. Each story ends with the check that catches the mistake here.
 
 The same mistakes, or close relatives, are planted in `foundation/` by a test, one at a time, with others: {count} in
 all. Each must be caught by name: by a row of the table (`uv run python -m foundation NAME`), or by a test of the

@@ -179,7 +179,9 @@ class Decoder:
         """Compile prefill and decoding now. Each keeps one core busy for seconds, so they are compiled side by side."""
         key = jax.random.key(0)
         shapes = jax.eval_shape(lambda p: self.start(p, [0], (), Sampling(), key), params)
-        place = jax.tree.leaves(params)[0].sharding  # where the outputs of prefill lie, or `write` is compiled again
+        place = jax.tree.leaves(params)[
+            0
+        ].sharding  # that of prefill's outputs: any other one would compile `write` again
 
         def zeros(x: Any) -> Array:
             if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):

@@ -9,8 +9,8 @@ It is the live page (`moe_jax.pages.live`) with a worker that writes (`page/`):
     switches.js   experts that are switched off
 
 Weights and tokenizer are one zlib stream: the length of a header (uint32), the header (JSON), and the tensors, each at
-a multiple of 4 bytes. Base64 would need a third more room. So the document is in windows-1252, where every byte is a
-character. All else in it is ASCII.
+a multiple of 4 bytes. Base64 would make them a third larger. So the document is in windows-1252, where every byte is
+a character. All else in it is ASCII.
 """
 
 import struct

@@ -1,7 +1,7 @@
 // The worker of the page: it holds the model, and writes one text at a time.
 //
 //    page -> worker   {open: the text of the element `weights`, or the bytes of the whole file}
-//                     {write: number of the text, body: what is asked, as of the server}, {stop: number}
+//                     {write: number of the text, body: the request, as the server gets it}, {stop: number}
 //    worker -> page   {entry}, which is null if the weights cannot be read; {text: number, event}, {text, done: true},
 //                     {text, error: a line}
 let model, tokenizer, entry;
