@@ -34,7 +34,7 @@ SECTIONS = {"text": 720, "ablation": 1120}
 PRESSED = {"text": "#tokens .t:has-text('Kate') >> nth=0", "ablation": "#off-grid [data-layer='0'][data-expert='5']"}
 """What is pressed in each section: a token, and the expert that is switched off."""
 NAMES = {"text": "text", "ablation": "off"}
-SERVED = {"width": 1040, "height": 1150}
+SERVED = {"width": 1040, "height": 1132}
 SERVED_COLOURS = 255
 """Colours of the pictures of the server's page: few, so that the files are small."""
 
