@@ -298,10 +298,15 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
 
 
 def _remove_draft(draft: Path) -> None:
-    """Remove a draft. Orbax's threads may still write after an error, so this repeats until nothing is left."""
-    for _ in range(20):
-        shutil.rmtree(draft, ignore_errors=True)
-        if not draft.exists():
+    """Remove a draft. Orbax's threads may still write after an error, and then its folder is there again: this repeats
+    until it has been gone for half a second. The next save would remove what comes even later.
+    """
+    gone = 0
+    for _ in range(100):
+        if draft.exists():
+            shutil.rmtree(draft, ignore_errors=True)
+            gone = 0
+        elif (gone := gone + 1) > 10:
             return
         time.sleep(0.05)
 

@@ -6,6 +6,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -161,6 +162,25 @@ def test_quotas_of_twenty_sizes(tmp_path: Path) -> None:
     assert failures == 20
     states.save(store, 30, size=4096)
     assert survivors_of_size(store) == 30
+
+
+def test_a_thread_that_writes_after_the_error_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Orbax ends with the first error, while its other threads still write: the draft's folder comes back."""
+    store = CheckpointStore(tmp_path)
+    states.save(store, 1)
+    threads = []
+
+    def write(draft: Path, leaves: Any) -> None:
+        late = threading.Timer(0.3, lambda: (draft / "arrays" / "d").mkdir(parents=True))
+        late.start()
+        threads.append(late)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_arrays", write)
+    assert refused(lambda: states.save(store, 2))
+    threads[0].join()
+    assert survivors_of_size(store) == 1
+    assert not store.interrupted_saves()
 
 
 def survivors_of_size(store: CheckpointStore) -> int:
