@@ -6,6 +6,7 @@ The table is `architecture_of`. Each class computes what our model computes, to 
     qwen3_moe   the same with normalised queries and keys; K = 1 too         Qwen3MoeForCausalLM      qwen3moe
     ernie4_5_moe  balance by bias, shared experts                            Ernie4_5_MoeForCausalLM  ernie4_5-moe
     granitemoe  a tied embedding that is scaled                              GraniteMoeForCausalLM    granitemoe
+    granitemoeshared  only imported: shared experts beside it                GraniteMoeSharedForCausalLM
     olmoe       queries and keys normalised over all heads                   OlmoeForCausalLM         olmoe
     llama       a dense baseline                                             LlamaForCausalLM         llama
     qwen3       a dense baseline with normalised queries and keys            Qwen3ForCausalLM         qwen3
@@ -43,6 +44,7 @@ OLMOE_RENORMALISED = OLMOE._replace(
 )
 ERNIE = Architecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "ernie4_5-moe")
 GRANITE = Architecture("granitemoe", "GraniteMoeForCausalLM", "granitemoe")
+GRANITE_SHARED = Architecture("granitemoeshared", "GraniteMoeSharedForCausalLM", None)
 LLAMA = Architecture("llama", "LlamaForCausalLM", "llama")
 QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM", "qwen3")
 GPT2 = Architecture("gpt2", "GPT2LMHeadModel", None, "GPT-2 layouts are not written as GGUF; export to hf")

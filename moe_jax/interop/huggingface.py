@@ -3,13 +3,14 @@
 Tensors have the names of transformers 4, which transformers 5 fuses at load.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.interop.architectures import ERNIE, GPT2, GRANITE, MIXTRAL, Architecture
+from moe_jax.interop.architectures import ERNIE, GPT2, GRANITE, GRANITE_SHARED, MIXTRAL, Architecture
+from moe_jax.interop.pretrained_shape import PretrainedShape
 from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 
 type Tensors = Iterator[tuple[str, np.ndarray]]
@@ -110,8 +111,9 @@ def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, 
 
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-FUSED = "model.layers.0.mlp.experts.gate_up_proj"
-"""A tensor that is there if the experts of a layer are one tensor, as transformers 5 holds them in memory."""
+FUSED = ("mlp.experts.gate_up_proj", "block_sparse_moe.input_linear.weight")
+"""Tensors of a layer in which all its experts lie: as transformers 5 holds them in memory, and as Granite names them
+on disk."""
 
 
 class Piece(NamedTuple):
@@ -126,25 +128,40 @@ class Piece(NamedTuple):
     """Index into our parameter. A piece is repeated where the place is larger."""
     part: Any = ...
     """Index into the tensor."""
+    factor: float = 1.0
+
+    def of(self, tensor: np.ndarray) -> np.ndarray:
+        """The piece, cut out of its tensor. float32 if it has a factor."""
+        cut = tensor[self.part].swapaxes(-1, -2) if self.transposed else tensor[self.part]
+        return cut if self.factor == 1 else cut.astype(np.float32) * np.float32(self.factor)
 
 
 type Table = dict[str, list[Piece]]
 """Our parameter, by its dotted name -> its pieces."""
 
 
-def table(model: ModelConfig, mixtral: bool, fused: bool, copies: bool = False) -> Table:
-    """The table of a model. `mixtral` names the experts as Mixtral does. With `copies`, the pieces of a dense network
-    fill all experts of an upcycled model."""
+def is_fused(names: Container[str]) -> bool:
+    """Whether the experts of a layer are one tensor, in a folder with tensors of these names."""
+    return any(f"model.layers.0.{name}" in names for name in FUSED)
+
+
+def table(shape: PretrainedShape, fused: bool, copies: bool = False) -> Table:
+    """The table of a model in a folder. With `copies`, the pieces of a dense network fill all experts of an upcycled
+    model."""
+    model, factor = shape.model, shape.multipliers.of
     entries: Table = {
         "embedding": [Piece(EMBEDDING, (model.vocab_size, model.width), transposed=False)],
         "norm.scale": [Piece(NORM, (model.width,), transposed=False)],
     }
     if not model.tied_head:
-        entries["head"] = [Piece(HEAD, (model.vocab_size, model.width))]
+        entries["head"] = [Piece(EMBEDDING if shape.tied else HEAD, (model.vocab_size, model.width))]
     for layer in range(model.layers):
-        block = _trunk(model, layer) | _ffn(model, layer, mixtral, fused, copies)
+        block = _trunk(model, layer) | _ffn(model, layer, shape.architecture, fused, copies)
         entries |= {f"blocks.{layer}.{name}": pieces for name, pieces in block.items()}
-    return entries
+    return {
+        name: [piece._replace(factor=factor(name, piece.tensor)) for piece in pieces]
+        for name, pieces in entries.items()
+    }
 
 
 def expected(table: Table) -> dict[str, tuple[int, ...]]:
@@ -178,7 +195,9 @@ def _trunk(model: ModelConfig, layer: int) -> Table:
     return entries
 
 
-def _ffn(model: ModelConfig, layer: int, mixtral: bool, fused: bool = False, copies: bool = False) -> Table:
+def _ffn(
+    model: ModelConfig, layer: int, architecture: Architecture, fused: bool = False, copies: bool = False
+) -> Table:
     at, ours = f"model.layers.{layer}", ("w_gate", "w_in", "w_out")
     if model.dense != "none":
         place = slice(None) if copies else 0
@@ -188,21 +207,36 @@ def _ffn(model: ModelConfig, layer: int, mixtral: bool, fused: bool = False, cop
                 ours, ("gate", "up", "down"), _network_shapes(model, model.dense_hidden), strict=True
             )
         }
+    if architecture in (GRANITE, GRANITE_SHARED):
+        return _granite(model, at)
+    mixtral = architecture == MIXTRAL
     prefix = f"{at}.block_sparse_moe" if mixtral and not fused else f"{at}.mlp"
-    router = {"ffn.router": [Piece(f"{prefix}.gate.weight", (model.experts, model.width))]}
-    if fused:
-        return router | _fused(model, prefix)
+    entries = {"ffn.router": [Piece(f"{prefix}.gate.weight", (model.experts, model.width))]}
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-    entries = router | {
-        f"ffn.experts.{name}": [
-            Piece(f"{prefix}.experts.{expert}.{theirs}.weight", shape, place=expert) for expert in range(model.experts)
-        ]
-        for name, theirs, shape in zip(ours, names, _network_shapes(model, model.expert_hidden), strict=True)
-    }
+    if fused:
+        pair = f"{prefix}.experts.gate_up_proj", f"{prefix}.experts.down_proj"
+        entries |= _fused("ffn.experts", pair, model.expert_hidden, model.width, model.experts)
+    else:
+        for name, theirs, shape in zip(ours, names, _network_shapes(model, model.expert_hidden), strict=True):
+            entries[f"ffn.experts.{name}"] = [
+                Piece(f"{prefix}.experts.{expert}.{theirs}.weight", shape, place=expert)
+                for expert in range(model.experts)
+            ]
     if model.shared_experts:
         shapes = _network_shapes(model, model.shared_experts * model.expert_hidden)
         for name, theirs, shape in zip(ours, names, shapes, strict=True):
             entries[f"ffn.shared.{name}"] = [Piece(f"{prefix}.shared_experts.{theirs}.weight", shape, place=0)]
+    return entries
+
+
+def _granite(model: ModelConfig, at: str) -> Table:
+    moe = f"{at}.block_sparse_moe"
+    pair = f"{moe}.input_linear.weight", f"{moe}.output_linear.weight"
+    entries = {"ffn.router": [Piece(f"{moe}.router.layer.weight", (model.experts, model.width))]}
+    entries |= _fused("ffn.experts", pair, model.expert_hidden, model.width, model.experts)
+    if model.shared_experts:
+        pair = f"{at}.shared_mlp.input_linear.weight", f"{at}.shared_mlp.output_linear.weight"
+        entries |= _fused("ffn.shared", pair, model.shared_experts * model.expert_hidden, model.width)
     return entries
 
 
@@ -211,15 +245,15 @@ def _network_shapes(model: ModelConfig, hidden: int) -> list[tuple[int, int]]:
     return [(hidden, model.width), (hidden, model.width), (model.width, hidden)]
 
 
-def _fused(model: ModelConfig, prefix: str) -> Table:
-    """The experts of a layer as two tensors, the gate before the other input projection."""
-    experts, width, hidden = model.experts, model.width, model.expert_hidden
-    both, name = (experts, 2 * hidden, width), f"{prefix}.experts.gate_up_proj"
-    return {
-        "ffn.experts.w_gate": [Piece(name, both, part=(slice(None), slice(hidden)))],
-        "ffn.experts.w_in": [Piece(name, both, part=(slice(None), slice(hidden, None)))],
-        "ffn.experts.w_out": [Piece(f"{prefix}.experts.down_proj", (experts, width, hidden))],
+def _fused(ours: str, names: tuple[str, str], hidden: int, width: int, *experts: int) -> Table:
+    """Networks as two tensors, the gate before the other input projection: of all experts, or of a single network."""
+    both, place = (*experts, 2 * hidden, width), ... if experts else 0
+    parts = {"w_gate": slice(hidden), "w_in": slice(hidden, None)}
+    entries = {
+        f"{ours}.{name}": [Piece(names[0], both, place=place, part=(..., part, slice(None)))]
+        for name, part in parts.items()
     }
+    return entries | {f"{ours}.w_out": [Piece(names[1], (*experts, width, hidden), place=place)]}
 
 
 # The tensors of an export
@@ -237,7 +271,7 @@ def tensors(source: ExportSource, architecture: Architecture) -> Tensors:
         if architecture == GRANITE:
             yield from _granite_experts(source, layer)
         else:
-            yield from _pieces(source, layer, _ffn(model, layer, architecture == MIXTRAL))
+            yield from _pieces(source, layer, _ffn(model, layer, architecture))
         if architecture == ERNIE:
             bias = balance_bias(source, layer)
             yield f"model.layers.{layer}.mlp.moe_statics.e_score_correction_bias", bias[None]

@@ -22,8 +22,7 @@ import xxhash
 
 from moe_jax.config import UserError
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
-from moe_jax.interop.architectures import MIXTRAL
-from moe_jax.interop.huggingface import EMBEDDING, FUSED, HEAD, Piece, Table, expected, table
+from moe_jax.interop.huggingface import EMBEDDING, HEAD, Piece, Table, expected, is_fused, table
 from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_shape
 from moe_jax.interop.weight_files import WeightFiles
 from moe_jax.model.transformer import Params
@@ -48,12 +47,12 @@ class Pretrained:
         tokenizer = _tokenizer(folder, shape)
         opened = cls(shape, tokenizer, WeightFiles.open(folder))
         layers, experts, there = shape.model.layers, shape.model.experts, len(opened.weights.tensors)
-        if layers * (1 if FUSED in opened.weights.tensors else experts) > there:  # before a table of that size is made
+        if layers * (1 if is_fused(opened.weights.tensors) else experts) > there:  # before a table of that size is made
             raise UserError(
                 f"{folder}: config.json gives {layers:,} layers of {experts:,} experts, and the weight files have "
                 f"{there:,} tensors; take both from the same folder"
             )
-        opened.weights.check(expected(opened._table()), {HEAD} if shape.model.tied_head else set())
+        opened.weights.check(expected(opened._table()), {HEAD} if shape.tied else set())
         return opened
 
     def params(self, shapes: Params, fresh: Params | None = None) -> tuple[Params, str]:
@@ -77,14 +76,13 @@ class Pretrained:
 
         filled = jax.tree_util.tree_map_with_path(fill, shapes)
         assert not pieces, f"the model has no place for {sorted(pieces)}"
-        if self.shape.model.tied_head and HEAD in self.weights.tensors:
+        if self.shape.tied and HEAD in self.weights.tensors:
             self._check_tied()
         parts = [self.shape.text.hex(), self.tokenizer.digest, sorted(digests.items())]
         return filled, xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
     def _table(self, copies: bool = False) -> Table:
-        mixtral = self.shape.architecture == MIXTRAL
-        return table(self.shape.model, mixtral, FUSED in self.weights.tensors, copies)
+        return table(self.shape, is_fused(self.weights.tensors), copies)
 
     def _parameter(
         self, leaf: jax.ShapeDtypeStruct, pieces: list[Piece], scratch: np.ndarray, digests: dict[str, str]
@@ -94,11 +92,10 @@ class Pretrained:
             source = self.weights.tensors[piece.tensor].read()
             if piece.tensor not in digests:
                 digests[piece.tensor] = xxhash.xxh3_128_hexdigest(source.view(np.uint8))
-            part = source[piece.part]
             target = made[piece.place]
             with np.errstate(over="ignore"):  # a value that is too large for the dtype is named below
-                target[...] = part.swapaxes(-1, -2) if piece.transposed else part
-            del source, part  # before the next tensor is read
+                target[...] = piece.of(source)
+            del source  # before the next tensor is read
             if not np.isfinite(target).all():
                 raise UserError(
                     f"{self.weights.folder}: tensor {piece.tensor} has NaN or infinite values in {leaf.dtype}; "

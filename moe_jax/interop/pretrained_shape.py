@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moe_jax.config import ConfigError, ModelConfig, QKNorm, RoutingConfig, UserError
-from moe_jax.interop.architectures import LLAMA, MIXTRAL, OLMOE, QWEN3, QWEN3_MOE, Architecture
+from moe_jax.interop.architectures import (
+    GRANITE,
+    GRANITE_SHARED,
+    LLAMA,
+    MIXTRAL,
+    OLMOE,
+    QWEN3,
+    QWEN3_MOE,
+    Architecture,
+)
 from moe_jax.system.errors import shortened
 from moe_jax.system.files import Folder, parse_json
 
@@ -20,6 +29,25 @@ CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 2**22
 _LARGEST = 2**24
 """Largest size that is taken. `ModelConfig` has narrower bounds of its own."""
+
+
+class Multipliers(NamedTuple):
+    """Factors that a class of transformers multiplies with (Granite), and that our model has in its weights."""
+
+    embedding: float = 1.0
+    queries: float = 1.0
+    """The scale of attention scores, divided by the usual 1 / sqrt(A)."""
+    residual: float = 1.0
+    """Of what attention and experts add to the residual stream."""
+    head: float = 1.0
+
+    def of(self, parameter: str, tensor: str) -> float:
+        """The factor of a tensor in one of our parameters."""
+        if parameter in ("embedding", "head"):
+            return getattr(self, parameter)
+        if ".q_proj." in tensor:
+            return self.queries
+        return self.residual if parameter.endswith((".out", ".w_out")) else 1.0
 
 
 class PretrainedShape(NamedTuple):
@@ -33,6 +61,9 @@ class PretrainedShape(NamedTuple):
     """`eos_token_id`: the token that ends a text."""
     text: bytes
     """The content of config.json."""
+    tied: bool
+    """Whether the head in the folder is the embedding. Ours is not where their factors differ."""
+    multipliers: Multipliers = Multipliers()
 
 
 class _Layout(NamedTuple):
@@ -52,9 +83,13 @@ class _Layout(NamedTuple):
     top_k: int = 0
     renormalise: bool | None = None
     """What a missing `norm_topk_prob` means; None: the class has no such field, and always renormalises."""
+    shared: str = ""
+    """The field with the hidden width of the shared experts."""
+    multipliers: bool = False
 
 
 _EXPERTS: dict[str, Any] = {"experts": "num_experts", "top_k": 8, "renormalise": False}
+_GRANITE: dict[str, Any] = {"experts": "num_local_experts", "top_k": 2, "multipliers": True}
 LAYOUTS = {
     layout.architecture.model_type: layout
     for layout in (
@@ -63,10 +98,14 @@ LAYOUTS = {
         _Layout(MIXTRAL, 1e-5, 1e6, kv_heads=8, experts="num_local_experts", top_k=2),
         _Layout(QWEN3_MOE, 1e-6, kv_heads=4, qk_norm="head", hidden="moe_intermediate_size", **_EXPERTS),
         _Layout(OLMOE, 1e-5, qk_norm="full", **_EXPERTS),
+        _Layout(GRANITE, 1e-6, **_GRANITE),
+        _Layout(GRANITE_SHARED, 1e-6, shared="shared_intermediate_size", **_GRANITE),
     )
 }
 """`model_type` -> its layout. The defaults are those of the classes in transformers."""
 
+MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
+"""Fields of Granite."""
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "attention_bias": (False, None),
@@ -173,12 +212,13 @@ class _Reader:
 
     def shape(self, folder: Path, text: bytes) -> PretrainedShape:
         layout = self._layout()
-        self._check_fields()
+        self._check_fields(layout)
         heads = self._size("num_attention_heads")
         width = self._size("hidden_size")
         head_dim = self._size("head_dim", layout.head_dim or width // heads or None)
         if layout.architecture == OLMOE and head_dim * heads != width:
             raise self._unheld("head_dim", f"hidden_size / num_attention_heads = {width} / {heads}")
+        tied, multipliers = self._switch("tie_word_embeddings", False), self._multipliers(layout, head_dim)
         model = ModelConfig(
             vocab_size=self._size("vocab_size"),
             seq_len=self._context(),
@@ -190,10 +230,10 @@ class _Reader:
             norm_eps=self._number("rms_norm_eps", layout.eps, 1e-12, 1),
             rope_theta=self._theta(layout),
             qk_norm=layout.qk_norm,
-            tied_head=self._switch("tie_word_embeddings", False),
+            tied_head=tied and multipliers.embedding == multipliers.head,
             **self._network(layout),
         )
-        return PretrainedShape(folder, layout.architecture, model, self._separator(), text)
+        return PretrainedShape(folder, layout.architecture, model, self._separator(), text, tied, multipliers)
 
     def _layout(self) -> _Layout:
         kind = self._values.get("model_type")
@@ -223,7 +263,14 @@ class _Reader:
             raise self._unheld(field, "such that the gate of a single expert is its probability")
         # Models of this kind are trained without drops. `blocks` drops nothing.
         routing = RoutingConfig(top_k=top_k, dispatch="blocks", renormalise_gates=renormalise)
-        return {"experts": experts, "expert_hidden": hidden, "routing": routing}
+        shared = self._multiple(layout.shared, hidden) if layout.shared else 0
+        return {"experts": experts, "expert_hidden": hidden, "shared_experts": shared, "routing": routing}
+
+    def _multipliers(self, layout: _Layout, head_dim: int) -> Multipliers:
+        if not layout.multipliers:
+            return Multipliers()
+        embedding, scores, residual, logits = (self._number(name, 1, 1e-6, 1e6) for name in MULTIPLIERS)
+        return Multipliers(embedding, scores * head_dim**0.5, residual, 1 / logits)
 
     def _context(self) -> int:
         """The longest context: `max_position_embeddings`, or the window of attention if that is shorter."""
@@ -271,9 +318,10 @@ class _Reader:
             raise self._unheld("eos_token_id", "a token id, or a list of token ids")
         return token
 
-    def _check_fields(self) -> None:
+    def _check_fields(self, layout: _Layout) -> None:
+        own = {layout.shared, *(MULTIPLIERS if layout.multipliers else ())}
         for name, value in self._values.items():
-            if name in SHAPE or name in HARMLESS or name.startswith("_"):
+            if name in SHAPE or name in HARMLESS or name in own or name.startswith("_"):
                 continue
             if name in FIXED:
                 if value not in FIXED[name]:
@@ -287,6 +335,13 @@ class _Reader:
     def _size(self, name: str, default: int | None = None) -> int:
         allowed = f"a whole number from 1 to {_LARGEST:,}"
         return self._value(name, default, lambda value: type(value) is int and 1 <= value < _LARGEST, allowed)
+
+    def _multiple(self, name: str, hidden: int) -> int:
+        """The width of the shared experts, as a number of experts of width `hidden`. 0 if it is left out."""
+        allowed = f"a multiple of {hidden}, the width of an expert"
+        return (
+            self._value(name, 0, lambda v: type(v) is int and 0 <= v < _LARGEST and v % hidden == 0, allowed) // hidden
+        )
 
     def _number(self, name: str, default: float, low: float, high: float) -> float:
         allowed = f"a number from {low:g} to {high:g}"

@@ -28,6 +28,13 @@ SHAPE = {
 }
 """The tokenizer is that of bytes: 256 and a separator."""
 EXPERTS = {"num_experts_per_tok": 2}
+GRANITE = {
+    "num_local_experts": 4,
+    "embedding_multiplier": 12,
+    "attention_multiplier": 0.25,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 1.5,
+}
 LAYOUTS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16, "rope_theta": 1e5, "rms_norm_eps": 1e-5},
     "llama, tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
@@ -45,6 +52,10 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "olmoe": {**EXPERTS, "num_experts": 4},
     "olmoe, tied": {**EXPERTS, "num_experts": 4, "tie_word_embeddings": True, "norm_topk_prob": True},
+    "granitemoe": {**EXPERTS, **GRANITE, "tie_word_embeddings": True},
+    "granitemoe, untied": {**EXPERTS, **GRANITE, "attention_multiplier": 1, "rope_theta": 1.5e6},
+    "granitemoeshared": {**EXPERTS, **GRANITE, "shared_intermediate_size": 96},
+    "granitemoeshared, tied": {**EXPERTS, **GRANITE, "tie_word_embeddings": True},
 }
 """Name -> what config.json says besides SHAPE. The part before the comma is the `model_type`."""
 

@@ -10,6 +10,7 @@ import pytest
 from moe_jax.config import ConfigError, UserError
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.pretrained_shape import holds_pretrained, read_shape
+from moe_jax.model.costs import count_parameters, totals
 from tests.interop.made import llama, read, refused
 
 
@@ -42,6 +43,15 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "clipped queries": ({"clip_qkv": 8.0}, "clip_qkv is 8.0, and must be null"),
     "dense layers between": ({"mlp_only_layers": [0]}, "mlp_only_layers is [0], and must be []"),
     "quantized": ({"quantization_config": {"bits": 4}}, 'quantization_config is {"bits": 4}, and must be null'),
+    "multipliers of another class": ({"residual_multiplier": 0.22}, "residual_multiplier is 0.22, and must be 1"),
+    "a multiplier of nothing": (
+        {"model_type": "granitemoe", "architectures": [], "logits_scaling": 0},
+        "logits_scaling is 0, and must be a number from 1e-06",
+    ),
+    "a shared expert of an odd size": (
+        {"model_type": "granitemoeshared", "architectures": [], "num_local_experts": 4, "shared_intermediate_size": 50},
+        "shared_intermediate_size is 50, and must be a multiple of 48, the width of an expert",
+    ),
     "an unknown number": ({"mystery_factor": 3}, '"mystery_factor" is 3: an unknown field'),
     "layers of an unknown kind": ({"layer_types": ["chunked_attention"] * 2}, "layer_types is "),
     "sizes of the wrong type": ({"hidden_size": "32"}, 'hidden_size is "32", and must be a whole number'),
@@ -112,6 +122,8 @@ LEFT_OUT = {
     "mixtral": (1e-5, 1e6, 8, 8, (2, True)),
     "qwen3_moe": (1e-6, 1e4, 4, 8, (8, False)),
     "olmoe": (1e-5, 1e4, 8, 8, (8, False)),
+    "granitemoe": (1e-6, 1e4, 8, 8, (2, True)),
+    "granitemoeshared": (1e-6, 1e4, 8, 8, (2, True)),
 }
 """Class of transformers -> what a field that is left out means there: rms_norm_eps, rope_theta, num_key_value_heads,
 head_dim, and (num_experts_per_tok, norm_topk_prob)."""
@@ -131,6 +143,73 @@ def test_a_field_that_is_left_out_has_the_default_of_the_class(name: str, folder
     assert not model.tied_head
     if routing is not None:
         assert (model.routing.top_k, model.routing.renormalise_gates) == routing
+
+
+QWEN = {"hidden_act": "silu", "bos_token_id": 151643, "rms_norm_eps": 1e-6, "vocab_size": 151936, "rope_theta": 1e6}
+QWEN |= {"attention_dropout": 0.0, "initializer_range": 0.02, "use_cache": True, "use_sliding_window": False}
+QWEN |= {"decoder_sparse_step": 1, "output_router_logits": False, "router_aux_loss_coef": 0.001, "hidden_size": 2048}
+QWEN |= {"tie_word_embeddings": False, "torch_dtype": "bfloat16", "max_window_layers": 48, "eos_token_id": 151645}
+GRANITE = {"model_type": "granitemoe", "architectures": ["GraniteMoeForCausalLM"], "attention_bias": False}
+GRANITE |= {"attention_dropout": 0.0, "attention_multiplier": 0.015625, "bos_token_id": 0, "embedding_multiplier": 12.0}
+GRANITE |= {"eos_token_id": 0, "hidden_act": "silu", "initializer_range": 0.02, "intermediate_size": 512}
+GRANITE |= {"max_position_embeddings": 131072, "num_experts_per_tok": 8, "num_key_value_heads": 8, "pad_token_id": 0}
+GRANITE |= {"output_router_logits": False, "residual_multiplier": 0.22, "rms_norm_eps": 1e-6, "rope_scaling": None}
+GRANITE |= {"router_aux_loss_coef": 0.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 49155}
+PUBLIC: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "OLMoE-1B-7B": (
+        {"architectures": ["OlmoeForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "clip_qkv": None}
+        | {"eos_token_id": 50279, "hidden_act": "silu", "hidden_size": 2048, "initializer_range": 0.02}
+        | {"intermediate_size": 1024, "max_position_embeddings": 4096, "model_type": "olmoe", "norm_topk_prob": False}
+        | {"num_attention_heads": 16, "num_experts": 64, "num_experts_per_tok": 8, "num_hidden_layers": 16}
+        | {"num_key_value_heads": 16, "output_router_logits": False, "pad_token_id": 1, "rms_norm_eps": 1e-5}
+        | {"rope_scaling": None, "rope_theta": 1e4, "router_aux_loss_coef": 0.01, "tie_word_embeddings": False}
+        | {"torch_dtype": "bfloat16", "transformers_version": "4.43.0", "use_cache": True, "vocab_size": 50304},
+        (6.9, 1.3),
+    ),
+    "Granite-3.1-1B-A400M": (
+        GRANITE
+        | {"hidden_size": 1024, "logits_scaling": 6.0, "num_attention_heads": 16, "num_hidden_layers": 24}
+        | {"num_local_experts": 32, "rope_theta": 1.5e6},
+        (1.3, 0.4),
+    ),
+    "Granite-3.1-3B-A800M": (
+        GRANITE
+        | {"hidden_size": 1536, "logits_scaling": 6.0, "num_attention_heads": 24, "num_hidden_layers": 32}
+        | {"num_local_experts": 40, "rope_theta": 1e7},
+        (3.3, 0.8),
+    ),
+    "Qwen3-30B-A3B": (
+        QWEN
+        | {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "attention_bias": False}
+        | {"head_dim": 128, "intermediate_size": 6144, "max_position_embeddings": 40960, "mlp_only_layers": []}
+        | {"moe_intermediate_size": 768, "norm_topk_prob": True, "num_attention_heads": 32, "num_experts": 128}
+        | {"num_experts_per_tok": 8, "num_hidden_layers": 48, "num_key_value_heads": 4, "rope_scaling": None}
+        | {"sliding_window": None},
+        (30.5, 3.3),
+    ),
+    "Mixtral-8x7B": (
+        {"architectures": ["MixtralForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2}
+        | {"hidden_act": "silu", "hidden_size": 4096, "initializer_range": 0.02, "intermediate_size": 14336}
+        | {"max_position_embeddings": 32768, "model_type": "mixtral", "num_attention_heads": 32, "vocab_size": 32000}
+        | {"num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 8}
+        | {"output_router_logits": False, "rms_norm_eps": 1e-5, "rope_theta": 1e6, "router_aux_loss_coef": 0.02}
+        | {"sliding_window": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True},
+        (46.7, 12.9),
+    ),
+}
+"""Public model -> its config.json, and the parameters in units of 10^9 that its makers name: all, and the active ones."""
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_parameters_of_public_models(name: str, tmp_path: Path) -> None:
+    config, (expected, active) = PUBLIC[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shape = read_shape(tmp_path, "--init-from")
+    count, table = totals(count_parameters(shape.model)), shape.model.vocab_size * shape.model.width
+    total = count.total - table * (shape.tied and not shape.model.tied_head)  # the folder has one table, ours two
+    assert round(total / 1e9, 1) == expected
+    # Makers count the whole embedding as active; we count one row. IBM counts no tables, and rounds down.
+    assert (count.active + table * (not shape.tied)) / 1e9 == pytest.approx(active, abs=0.09)
 
 
 @pytest.mark.parametrize("field", ["rope_parameters", "rope_scaling"])

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,19 +14,24 @@ from safetensors.numpy import load_file, save_file
 from moe_jax.cli.train import Train
 from moe_jax.config import UserError
 from moe_jax.interop.export import export
+from moe_jax.interop.huggingface import table
+from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
+from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.moe.layer import Mode
-from moe_jax.model.transformer import merge
+from moe_jax.model.transformer import abstract_model, merge
+from moe_jax.runs.arrays import named_leaves
 from moe_jax.training.session import Session
 from tests.interop.llama_cpp import LlamaCpp
 from tests.interop.made import LAYOUTS, by_transformers, text_file
-from tests.support import short_form
+from tests.support import short_form, tiny
 from tests.support.hf_tokenizers import end_of, made
 from tests.support.saved_run import quick_training
 
 pytestmark = pytest.mark.interop
 
-TOLERANCE = 2e-5
+TOLERANCE = 2e-6
+SHORT = ("llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe", "granitemoe", "granitemoeshared")
 TOKENS = [256, *b"Once upon a time a dragon met a cat."]
 FLAGS = ("--steps", "1", "--batch-size", "2", "--seq-len", "64", "--precision", "float32", "--train.eval-every", "1")
 
@@ -54,7 +60,7 @@ def theirs(model: Any) -> np.ndarray:
         return model.float()(torch.tensor([TOKENS])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("name", short_form(LAYOUTS, ("llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe")))
+@pytest.mark.parametrize("name", short_form(LAYOUTS, SHORT))
 def test_the_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     model = by_transformers(tmp_path / "hf", name)
     found, expected = logits(opened(tmp_path / "hf", tmp_path, "--init-from")), theirs(model)
@@ -62,6 +68,47 @@ def test_the_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None
     assert difference <= TOLERANCE
     assert np.abs(expected).max() > 0.5
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
+
+
+GRADIENTS = ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
+
+
+@pytest.mark.parametrize("name", short_form(GRADIENTS, ["olmoe", "granitemoe", "granitemoeshared"]))
+def test_the_gradients_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
+    """Of the mean cross-entropy, for every tensor. One that is in two of our parameters has the sum of both."""
+    import torch
+
+    model = by_transformers(tmp_path, name)
+    opened = Pretrained.open(tmp_path, "--init-from")
+    graphdef, shapes = abstract_model(opened.shape.model)
+    tokens = 2 + tiny.tokens(2, 25, vocabulary=250)  # OLMoE's token 1, padding, has no gradient there
+
+    def loss(params: Any, tokens: jax.Array) -> jax.Array:
+        ours = merge(graphdef, params)
+        hidden = ours(tokens[:, :-1], Mode.TRAIN)[0].reshape(-1, ours.config.width)
+        return mean_cross_entropy(hidden, ours.head_matrix(), tokens[:, 1:].reshape(-1))
+
+    ours = named_leaves(jax.jit(jax.grad(loss))(opened.params(shapes)[0], tokens))
+    found: dict[str, np.ndarray] = {}
+    for key, pieces in table(opened.shape, fused=True).items():
+        for piece in pieces:
+            whole, part = found.setdefault(piece.tensor, np.zeros(piece.shape)), np.asarray(ours[key])[piece.place]
+            whole[piece.part] += piece.factor * (part.swapaxes(-1, -2) if piece.transposed else part)
+    inputs, targets = torch.from_numpy(tokens[:, :-1]).long(), torch.from_numpy(tokens[:, 1:]).long()
+    torch.nn.functional.cross_entropy(model(inputs).logits.flatten(0, 1), targets.flatten()).backward()
+    expected = {_on_disk(key): parameter.grad.numpy() for key, parameter in model.named_parameters()}
+    assert found.keys() == expected.keys()
+    floor = 1e-5 * max(np.abs(gradient).max() for gradient in expected.values())
+    for tensor, gradient in expected.items():
+        assert tiny.relative_error(found[tensor], gradient, floor) < 1e-5, tensor
+
+
+def _on_disk(name: str) -> str:
+    """Granite's tensors have other names in memory."""
+    if "block_sparse_moe" not in name:
+        return name
+    name = name.replace("experts.gate_up_proj", "input_linear.weight")
+    return name.replace("experts.down_proj", "output_linear.weight").replace("router.weight", "router.layer.weight")
 
 
 EXPORTS = [("llama, tied", "float32"), ("mixtral", "bfloat16"), ("qwen3_moe, tied", "float16")]
@@ -87,6 +134,20 @@ def test_an_export_gives_back_every_bit(name: str, dtype: str, tmp_path: Path) -
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
 
 
+@pytest.mark.parametrize(("name", "kind"), [("granitemoe", "mixtral"), ("granitemoeshared", "ernie4_5_moe")])
+def test_folded_multipliers_go_out_in_a_class_without_them(name: str, kind: str, tmp_path: Path) -> None:
+    import transformers
+
+    model = by_transformers(tmp_path / "hf", name, max_shard_size="20KB")
+    assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
+    session = opened(tmp_path / "hf", tmp_path, "--init-from")
+    session.save(0, 1.0)
+    export(open_source(tmp_path / "run"), "hf", "float32", tmp_path / "out", "")
+    other = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert other.config.model_type == kind
+    assert np.abs(theirs(other) - theirs(model)).max() <= TOLERANCE
+
+
 @pytest.mark.parametrize("name", short_form(["mixtral", "qwen3_moe", "olmoe, tied"], ["olmoe, tied"]))
 def test_fused_experts_go_in_as_those_with_a_tensor_each(name: str, tmp_path: Path) -> None:
     """The names that transformers 5 has in memory."""
@@ -101,12 +162,13 @@ def test_fused_experts_go_in_as_those_with_a_tensor_each(name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("dtype", short_form(["bfloat16", "float16"], ["bfloat16"]))
-def test_narrow_weights_widen_without_a_change(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", short_form(["qwen3", "granitemoe"], ["granitemoe"]))
+def test_narrow_weights_widen_without_a_change(name: str, dtype: str, tmp_path: Path) -> None:
     """Their model is read again in float32: conversion in place rounds the frequencies of the rotation too."""
     import torch
     import transformers
 
-    by_transformers(tmp_path / "hf", "qwen3", dtype)
+    by_transformers(tmp_path / "hf", name, dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32).eval()
     assert np.abs(logits(opened(tmp_path / "hf", tmp_path, "--init-from")) - theirs(model)).max() <= TOLERANCE
 

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -14,16 +13,11 @@ from moe_jax.config.presets import preset
 from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
-from moe_jax.interop.huggingface import table
 from moe_jax.interop.source import open_source
-from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
-from moe_jax.model.moe.layer import Mode
-from moe_jax.model.transformer import abstract_model, merge
-from moe_jax.runs.arrays import named_leaves
 from tests.interop.llama_cpp import LlamaCpp
 from tests.interop.saved import save
 from tests.reliability import runs
-from tests.support import short_form, tiny
+from tests.support import short_form
 
 pytestmark = pytest.mark.interop
 
@@ -119,38 +113,6 @@ def test_transformers_gives_our_logits(run: tuple[str, Path], tmp_path: Path) ->
     with torch.no_grad():
         found = model(torch.tensor([tokens])).logits[0].numpy()
     compare(found, expected)
-
-
-@pytest.mark.parametrize("name", ["mixtral, untied, top 3", "olmoe"])
-def test_gradients_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
-    """Of the mean cross-entropy, for every parameter. Nothing is dropped."""
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: --extra peers")
-    transformers = pytest.importorskip("transformers")
-    folder = save(tmp_path, **CONFIGURATIONS[name])
-    source = open_source(folder)
-    export(source, "hf", "float32", tmp_path / "hf", "")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    model = source.config.model.with_routing(dispatch="blocks")
-    graphdef, _ = abstract_model(model)
-    tokens = 2 + tiny.tokens(2, 25, vocabulary=model.vocab_size - 2)  # OLMoE's token 1, padding, has no gradient there
-
-    def loss(params: Any, tokens: jax.Array) -> jax.Array:
-        opened = merge(graphdef, params)
-        hidden = opened(tokens[:, :-1], Mode.TRAIN)[0].reshape(-1, model.width)
-        return mean_cross_entropy(hidden, opened.head_matrix(), tokens[:, 1:].reshape(-1))
-
-    ours = named_leaves(jax.jit(jax.grad(loss))(moe_jax.load_run(folder).params, tokens))
-    inputs, targets = torch.from_numpy(tokens[:, :-1]).long(), torch.from_numpy(tokens[:, 1:]).long()
-    torch.nn.functional.cross_entropy(theirs(inputs).logits.flatten(0, 1), targets.flatten()).backward()
-    expected = {key: parameter.grad.numpy() for key, parameter in theirs.named_parameters()}
-    pieces = [
-        (ours[key], piece) for key, found in table(model, "mixtral" in name, fused=True).items() for piece in found
-    ]
-    assert {piece.tensor for _, piece in pieces} == set(expected)
-    floor = 1e-5 * max(np.abs(gradient).max() for gradient in expected.values())
-    for whole, piece in pieces:
-        found = np.asarray(whole[piece.place]).swapaxes(-1, -2) if piece.transposed else np.asarray(whole[piece.place])
-        assert tiny.relative_error(found, expected[piece.tensor][piece.part], floor) < 1e-5, piece.tensor
 
 
 def test_llama_cpp_gives_our_logits(run: tuple[str, Path], tmp_path: Path) -> None:
