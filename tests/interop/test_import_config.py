@@ -197,7 +197,7 @@ PUBLIC: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
         (46.7, 12.9),
     ),
 }
-"""Public model -> its config.json, and the parameters in units of 10^9 that its makers name: all, and the active ones."""
+"""Public model -> its config.json, and the 10^9 parameters that its makers name: all, and the active ones."""
 
 
 @pytest.mark.parametrize("name", PUBLIC)
