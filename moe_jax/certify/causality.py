@@ -28,6 +28,7 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import attention_flops, layer_flops
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
+from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.transformer import Params, abstract_model, merge
 
 CAPACITY_SCALE = 0.5
@@ -140,19 +141,14 @@ def _bits(a: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(a).view(f"u{a.dtype.itemsize}")
 
 
-def layer_causality(config: ModelConfig, ffn: dict[str, Any], crowd: bool = False, moe: type[MoE] = MoE) -> Certificate:
+def layer_causality(config: ModelConfig, ffn: dict[str, Any], moe: type[MoE] = MoE) -> Certificate:
     """Test one layer of the model's shape with the parameters `ffn`. It has a capacity, even if the model trains
-    without one. With `crowd`, CROWD of the tokens choose the same expert, by a balance bias. The tests of the package
-    give layers that leak as `moe`."""
-    model = tight(config).with_routing(dispatch="capacity", **({"balancing": "bias"} if crowd else {}))
+    without one. The tests of the package give layers that leak as `moe`."""
+    model = tight(config).with_routing(dispatch="capacity")
     flops, layer = layer_flops(model, 1), build_layer(model, nnx.Rngs(params=jax.random.key(1)), moe)
     nnx.update(layer, nnx.State({part: value for part, value in ffn.items() if hasattr(layer, part)}))
     shape = 2, sequences_for(flops * model.seq_len), model.seq_len, model.width
     before, other = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    name, title = "token priority, by capacity", "earlier tokens get the slots first"
-    if crowd:
-        name, title = "crowded expert", "while 9 of 10 tokens choose the same expert"
-        layer.balance_bias[...] = crowding_bias(layer.route(jnp.asarray(before)).probs, model.routing.top_k)
     graphdef, state = nnx.split(layer)
 
     @partial(jax.jit, static_argnames="trace")
@@ -160,7 +156,8 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any], crowd: bool = Fals
         y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, trace)
         return (y if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
-    return perturbed(f"causality: {name}", title, run, before, other, flops, model.capacity)
+    name, title = "causality: token priority, by capacity", "earlier tokens get the slots first"
+    return perturbed(name, title, run, before, other, flops, model.capacity)
 
 
 def crowding_bias(probs: jax.Array, top_k: int) -> jax.Array:
@@ -205,10 +202,22 @@ def _certificate(name: str, title: str, counted: PerturbationResult, slots: int 
 
 
 def model_causality(config: RunConfig, params: Params) -> Iterator[Certificate]:
-    """Test the whole model in float32, without dropout: in training with its capacity factor times CAPACITY_SCALE, and
-    in evaluation at FEW positions."""
+    """Test the whole model in float32, without dropout: in training with its capacity factor times CAPACITY_SCALE, in
+    evaluation at FEW positions, and in training by capacity while CROWD of the tokens choose one expert."""
     model = tight(config.model)
-    graphdef, slots = abstract_model(model)[0], None if model.dropless else model.capacity
+    run = _whole_model(model, params)
+    yield tokens_causality("causality: the whole model", model, run, None if model.dropless else model.capacity)
+    evaluation, positions = partial(run, mode=Mode.EVALUATE), spaced(0, model.seq_len - 1, FEW)
+    yield tokens_causality("causality: the whole model in evaluation", model, evaluation, None, positions=positions)
+    if model.dense == "none":
+        model = model.with_routing(dispatch="capacity", balancing="bias")
+        title, run = "while 9 of 10 tokens choose the same expert", _whole_model(model, crowded(model, params))
+        yield tokens_causality("causality: crowded expert", model, run, model.capacity, title=title)
+
+
+def _whole_model(model: ModelConfig, params: Params) -> Callable[..., tuple[Any, Any]]:
+    """The function of tokens that `perturbed` tests, of a mode."""
+    graphdef = abstract_model(model)[0]
 
     @partial(jax.jit, static_argnames=("mode", "trace"))
     def run(tokens: Any, mode: Mode = Mode.TRAIN, trace: bool = False) -> tuple[Any, Any]:
@@ -217,9 +226,30 @@ def model_causality(config: RunConfig, params: Params) -> Iterator[Certificate]:
             return hidden, jnp.zeros(())
         return (hidden if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
-    yield tokens_causality("causality: the whole model", model, run, slots)
-    evaluation, positions = partial(run, mode=Mode.EVALUATE), spaced(0, model.seq_len - 1, FEW)
-    yield tokens_causality("causality: the whole model in evaluation", model, evaluation, None, positions=positions)
+    return run
+
+
+class _Crowded(MoE):
+    """Expert 0 is crowded by a bias that is made of the layer's input. So it serves to find the bias, and is not
+    causal."""
+
+    def choose(self, logits: Any) -> Routing:
+        k = self.routing.top_k
+        return route(logits, k, crowding_bias(jax.nn.softmax(logits), k), self.routing.renormalise_gates)
+
+
+def crowded(model: ModelConfig, params: Params) -> Params:
+    """The parameters with balance biases that make CROWD of random tokens choose expert 0 in every layer."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (2, model.seq_len)), jnp.int32)
+    graphdef = abstract_model(model, moe=_Crowded)[0]
+    blocks = {
+        n: {**b, "ffn": {"balance_bias": jnp.zeros(model.experts)} | b["ffn"]} for n, b in params["blocks"].items()
+    }
+    params = {**params, "blocks": blocks}
+    stats = jax.jit(lambda params: merge(graphdef, params)(tokens, Mode.TRAIN, trace=True)[1])(params)
+    for n, block in blocks.items():
+        block["ffn"]["balance_bias"] = crowding_bias(stats.trace.probs[n], model.routing.top_k)
+    return params
 
 
 def writing_causality(decoder: Decoder, params: Params, vocabulary: int) -> Certificate:
@@ -267,10 +297,11 @@ def tokens_causality(
     slots: int | None,
     multiple: int = 1,
     positions: np.ndarray | None = None,
+    title: str = "",
 ) -> Certificate:
     """Test `run(tokens [B, T])` as `perturbed` does, on random tokens. B is a multiple of `multiple`."""
     routed = layer_flops(model, 1) if model.dense == "none" else 6 * model.seq_len * model.width * model.dense_hidden
     flops = model.layers * (routed + attention_flops(model, 1))
     shape = 2, multiple * -(-sequences_for(flops * model.seq_len) // multiple), model.seq_len
     before, other = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
-    return perturbed(name, name.partition(": ")[2], run, before, other, flops, slots, positions)
+    return perturbed(name, title or name.partition(": ")[2], run, before, other, flops, slots, positions)

@@ -42,8 +42,7 @@ def certify(config: RunConfig, params: Params, batch_size: int) -> Iterator[Cert
     """Yield the certificates of a model one by one. `config.model.vocab_size` must not be 0."""
     decoder = Decoder(abstract_model(config.model)[0], config.model.seq_len, config.model.vocab_size)
     if config.model.dense == "none":
-        for crowd in (False, True):
-            yield layer_causality(config.model, params["blocks"][0]["ffn"], crowd)
+        yield layer_causality(config.model, params["blocks"][0]["ffn"])
     yield from model_causality(config, params)
     yield writing_causality(decoder, params, config.model.vocab_size)
     if config.model.dense == "none":

@@ -51,7 +51,7 @@ def choose(
     `starts` are settings for the text, the largest model first. `fixed` are the fields that the user has set, which
     stay.
     """
-    rate, limit = _matmul_rate(starts[-1]) if minutes else 0.0, duration(60 * minutes)
+    rate, limit = minutes and _matmul_rate(starts[0]), duration(60 * minutes)
     config, reasons = starts[0], ["text: its size is not known before it is read"]
     steps = useful = usual = tokens = 0
     if size is not None:

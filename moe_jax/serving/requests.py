@@ -2,7 +2,6 @@
 server says about its model."""
 
 import json
-import math
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -120,7 +119,7 @@ class Fields:
     def number(self, name: str, default: float, low: float, high: float) -> float:
         """A number between `low` and `high`."""
         value = self._value_or(name, default)
-        if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
+        if type(value) not in (int, float) or not low <= value <= high:  # NaN too
             raise self._wrong(name, shown(value), f"must be a number between {low:g} and {high:g}")
         return float(value)
 

@@ -14,7 +14,8 @@ from moe_jax.certify.arithmetic import router_precision, step_arithmetic, tellin
 from moe_jax.certify.causality import crowding_bias, layer_causality, model_causality
 from moe_jax.certify.model import certify, initial_params
 from moe_jax.model.costs import multiplied_rows, router_flops
-from moe_jax.model.transformer import create, split
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import abstract_model, create, merge, split
 from moe_jax.planning.device_memory import back_ends, lower_for
 from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import read_program
@@ -51,9 +52,10 @@ def test_all_certificates_of_a_small_model(changes: dict) -> None:
     config = run_config(small(**changes))
     found = list(certify(config, jax.device_put(initial_params(config), jax.devices()[0]), batch_size=2))
     assert [c.name for c in found if not c.passed] == []
-    assert len(found) == 2 + 3 + 2 + 5 + 1
-    assert all(" at each of 32 positions, in 6 sequences" in c.found for c in found[:3])
-    assert not any("; 0% of the choices" in c.found for c in found[:2])  # tried under drops
+    assert len(found) == 1 + 4 + 2 + 5 + 1
+    trained = [found[0], found[1], found[3]]
+    assert all(" at each of 32 positions, in 6 sequences" in c.found for c in trained)
+    assert not any("; 0% of the choices" in c.found for c in (found[0], found[3]))  # tried under drops
     assert len({c.title for c in found}) == len(found)
 
 
@@ -62,6 +64,24 @@ def test_nine_of_ten_tokens_choose_the_crowded_expert(top_k: int) -> None:
     probs = jax.nn.softmax(jnp.asarray(np.random.default_rng(0).normal(size=(4, 100, 5))), -1)
     chosen = jax.lax.top_k(probs + crowding_bias(probs, top_k), top_k)[1]
     assert (chosen == 0).any(-1).mean() == pytest.approx(causality.CROWD, abs=0.005)
+
+
+@pytest.mark.parametrize("balancing", ["loss", "bias"])
+def test_every_layer_of_the_model_is_crowded(balancing: str) -> None:
+    """Also of a model whose balance biases have led the load elsewhere. Its own parameters stay as they are."""
+    config = run_config(small({"balancing": balancing}))
+    params = initial_params(config)
+    before = jax.tree.map(np.copy, params)
+    model = causality.tight(config.model).with_routing(dispatch="capacity", balancing="bias")
+    found = causality.crowded(model, params)
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, model.vocab_size, (40, model.seq_len)))
+    stats = merge(abstract_model(model)[0], found)(tokens, Mode.TRAIN, trace=True)[1]
+    assert stats is not None
+    assert stats.trace is not None
+    chosen = (np.asarray(stats.trace.expert_index) == 0).any(-1).mean((1, 2))
+    assert chosen.shape == (model.layers,)
+    assert chosen == pytest.approx(causality.CROWD, abs=0.06)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
 
 
 @pytest.mark.parametrize(
@@ -111,12 +131,12 @@ def test_pairs_are_found_if_positions_are_left_out(monkeypatch: pytest.MonkeyPat
     model = small(seq_len=64)
     _, params = split(create(model, jax.random.key(0)))
     monkeypatch.setattr(causality, "MOST_FLOPS", 1)
-    sound = next(model_causality(run_config(model), params))
-    assert sound.passed
-    assert " at each of " not in sound.found
+    for sound in model_causality(run_config(model), params):
+        assert sound.passed
+        assert " at each of " not in sound.found
     monkeypatch.setattr("moe_jax.model.moe.dispatch.queue_positions", in_pairs)
-    assert not next(model_causality(run_config(model), params)).passed
-    assert [crowd for crowd in (False, True) if layer_causality(model, {}, crowd).passed] == []
+    assert [c.passed for c in model_causality(run_config(model), params)] == [False, True, False]
+    assert not layer_causality(model, {}).passed
 
 
 @pytest.mark.parametrize(

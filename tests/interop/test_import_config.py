@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from moe_jax.config import ConfigError, UserError
-from moe_jax.interop.pretrained import Pretrained
+from moe_jax.interop.pretrained import Pretrained, _buffer
 from moe_jax.interop.pretrained_shape import holds_pretrained, read_shape
 from moe_jax.model.costs import count_parameters, totals
 from tests.interop.made import llama, read, refused
@@ -332,3 +332,12 @@ def test_a_folder_without_a_tokenizer_or_an_end_of_text(folder: Path) -> None:
     refused(folder, "has no eos_token_id, and tokenizer_config.json no eos_token")
     (folder / "tokenizer.json").unlink()
     refused(folder, "tokenizer.json: cannot be read (No such file or directory); open the tokenizer in")
+
+
+def test_a_buffer_lies_where_jax_copies_it_and_numpy_reads_it_fast() -> None:
+    """jax takes memory as it is where it begins at a multiple of 64 bytes."""
+    for size in (0, 1, 100, 4096):
+        buffers = [_buffer(size) for _ in range(20)]
+        assert {buffer.ctypes.data % 64 for buffer in buffers}.isdisjoint({0})
+        assert {buffer.ctypes.data % 16 for buffer in buffers} == {0}
+        assert all(len(buffer) >= size for buffer in buffers)

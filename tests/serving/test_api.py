@@ -154,24 +154,31 @@ def test_models_health_and_the_page(api: Site) -> None:
     assert "default-src 'none'" in page.headers["content-security-policy"]
 
 
+def test_headers_of_every_answer(api: Site) -> None:
+    """A browser may not guess a type, keep a stream, or show the page in a frame of another site."""
+    page, stream = api.ask("/"), api.complete(prompt="One", max_tokens=2, stream=True)
+    full, absent = api.complete(prompt="a", n=9), api.ask("/nowhere")
+    for answer in (page, stream, full, absent, api.ask("/health"), api.complete(prompt="One", max_tokens=2)):
+        assert answer.headers["x-content-type-options"] == "nosniff"
+    assert page.headers["referrer-policy"] == "no-referrer"
+    assert (page.headers["x-frame-options"], page.headers["cache-control"]) == ("DENY", "no-cache")
+    assert stream.headers["cache-control"] == "no-store"
+    assert (full.status, full.json["error"]["code"], full.headers["retry-after"]) == (429, "queue_full", "1")
+    assert "retry-after" not in absent.headers | page.headers
+    assert full.headers["content-type"] == absent.headers["content-type"] == "application/json"
+
+
 WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({}, 400, "prompt: must be a text, a list of token ids"),
     ({"prompt": [300]}, 400, "token 300 is outside the vocabulary of 257"),
     ({"prompt": "\ud800"}, 400, "not UTF-8"),
-    ({"prompt": ["a"] * 129}, 400, "at most 128"),
-    ({"prompt": "a" * 32, "echo": True}, 400, "has 33 tokens, and with echo at most the context, 32"),
-    ({"prompt": "a", "n": 129}, 400, "n 129: must be a whole number between 1 and 128"),
     ({"prompt": ["a"] * 65, "n": 2}, 400, "n 2: with 65 prompts it makes 130 texts; at most 128"),
-    ({"prompt": "a", "max_tokens": 4097}, 400, "between 0 and 4,096"),
     ({"prompt": "a", "temperature": "hot"}, 400, "temperature 'hot': must be a number between 0 and 100"),
     (
         {"prompt": "a", "temperature": "very hot " * 9999},
         400,
         "temperature 'very hot very hot very hot very hot very hot very hot ve...: must",
     ),
-    ({"prompt": "a", "top_p": 0}, 400, "top_p 0: must be a number between 1e-06 and 1"),
-    ({"prompt": "a", "stop": ["a"] * 5}, 400, "stop 5 texts: may be at most 4"),
-    ({"prompt": "a", "stream_options": 3}, 400, "include_usage"),
     ({"prompt": "a", "model": "gpt-4"}, 404, "this server has 'tiny'"),
     ({"prompt": "a", "frequency_penalty": 0.5}, 400, "does not have it"),
     ({"prompt": "a", "temprature": 1}, 400, "'temprature': no such field"),
@@ -200,6 +207,8 @@ def test_a_body_that_is_no_object(api: Site, body: bytes) -> None:
 def test_a_body_that_is_too_large(api: Site) -> None:
     answer = api.ask("/v1/completions", b" " * (requests.MAX_BODY_BYTES + 1))
     assert (answer.status, answer.problem) == (413, "the body has more than 1,048,576 bytes, the most that is allowed")
+    fits = b'{"prompt": "a", "max_tokens": 1}'
+    assert api.ask("/v1/completions", fits + b" " * (requests.MAX_BODY_BYTES - len(fits))).status == 200
 
 
 def test_paths_and_methods_that_are_not_there(api: Site) -> None:
@@ -248,11 +257,7 @@ def test_a_conversation_that_is_longer_than_the_context(tuned: Site) -> None:
     [
         ({}, "messages: must be a list"),
         ({"messages": [{"content": "a"}]}, "messages[0]: has the role None; it must be one of"),
-        ({"messages": [{"role": "user", "content": [{"text": "a"}, {"text": 5}]}]}, "must be a text"),
-        ({"messages": [{"role": "user", "content": " "}]}, "must be a text that is not empty"),
-        ({"messages": [{"role": "user", "content": "a"}] * 1001}, "at most 1000"),
         ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 6, "logprobs": True}, "between 0 and 5"),
-        ({"messages": [{"role": "user", "content": "a"}], "top_logprobs": 2}, "top_logprobs: needs logprobs true"),
     ],
 )
 def test_messages_that_cannot_be(tuned: Site, fields: dict[str, Any], problem: str) -> None:

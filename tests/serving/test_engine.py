@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.traced_pass import make_traced_pass
 from moe_jax.model.moe.layer import Mode
@@ -61,6 +62,27 @@ def test_a_prompt_of_several_texts_is_read_once(monkeypatch: pytest.MonkeyPatch)
         prompts.clear()  # the empty slots are made of one, too
         in_parallel(engine, [TextRequest(made.PROMPT, Sampling(), 0, number, 3) for number in range(5)])
     assert prompts == [made.PROMPT]
+
+
+def test_after_compile_no_text_waits_for_a_compiler() -> None:
+    """The first text included: a long one, with all that can be asked."""
+    decoder = Decoder(made.run().graphdef, made.T, 257, made.SLOTS, short_prompts=True)
+    engine = Engine(decoder, made.run().params, made.run().tokenizer, queue=made.QUEUE)
+    engine.compile()
+    assert (engine.busy, engine.queued, engine.cancelled) == (0, 0, 0)
+
+    def compiled() -> list[int]:
+        programs = (decoder.prefill, decoder.step, decoder._place, decoder._refill, decoder._look)
+        return [program._cache_size() for program in programs]  # pyright: ignore
+
+    before = compiled()
+    assert min(before) == 1
+    engine.start()
+    request = TextRequest(made.PROMPT, Sampling(temperature=1.0), 0, 1, 40, logprobs=True, routing=True, echo=True)
+    (events,) = in_parallel(engine, [request])
+    engine.stop()
+    assert made.text(events) == made.generated(request)
+    assert compiled() == before
 
 
 def test_the_penalty_does_not_hold_off_the_end_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,12 +36,12 @@ def certificates(name: str) -> Iterator[Certificate]:
         decoder = Decoder(abstract_model(model)[0], model.seq_len, model.vocab_size)
         if kind == "compilations":
             yield compilations(config, params, 2, decoder)
-        elif claim.startswith("the whole model"):
+        elif claim.startswith("the whole model") or claim == "crowded expert":
             yield from model_causality(config, params)
         elif claim == "prefill and decoding":
             yield writing_causality(decoder, params, model.vocab_size)
         else:
-            yield layer_causality(model, params["blocks"][0]["ffn"], crowd=claim == "crowded expert")
+            yield layer_causality(model, params["blocks"][0]["ffn"])
 
 
 def claim(name: str) -> Callable[[], None]:

@@ -17,7 +17,15 @@ from moe_jax.config.presets import preset
 from moe_jax.model.kernels import library_attention
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention, failure
-from moe_jax.model.kernels.query_blocks import QUERY_BLOCK, SPANS, query_spans
+from moe_jax.model.kernels.query_blocks import (
+    LONGEST_KEPT,
+    QUERY_BLOCK,
+    SPANS,
+    computed_scores,
+    kept_scores,
+    query_blocks,
+    query_spans,
+)
 from moe_jax.model.precision import Card
 
 
@@ -28,6 +36,27 @@ def test_spans_are_whole_blocks_and_cover_every_query() -> None:
         assert spans[-1][1] == length
         assert len(spans) <= SPANS
         assert all(first % QUERY_BLOCK == 0 for first, _ in spans)
+
+
+def test_scores_that_are_computed_and_kept_by_hand() -> None:
+    """200 positions: 128 queries of 128 keys, and 72 of 200. 1,025 are longer than those whose weights are kept: two
+    blocks of 128 are a span, so four spans end at 256, 512, 768, 1,024, and a last block is filled up with 127 rows."""
+    assert (computed_scores(200), kept_scores(200)) == (128 * 128 + 72 * 200, 20_000)
+    assert kept_scores(LONGEST_KEPT) == 512 * 1024
+    assert computed_scores(1024) == sum(128 * 128 * n for n in range(1, 9))
+    assert computed_scores(1025) == 256 * (256 + 512 + 768 + 1024) + 128 * 1025
+    assert kept_scores(1025) == 128 * 1025
+    assert query_blocks(257) == [(0, 128), (128, 256), (256, 257)]
+
+
+def test_from_which_length_on_weights_are_computed_twice() -> None:
+    """The recomputing form has a loop (`scan`), the other one has none."""
+
+    def traced(length: int) -> str:
+        shape = jax.ShapeDtypeStruct((1, 1, length, 2), jnp.float32)
+        return str(jax.make_jaxpr(causal_attention)(shape, shape, shape))
+
+    assert [" scan[" in traced(length) for length in (LONGEST_KEPT, LONGEST_KEPT + 1)] == [False, True]
 
 
 def test_long_sequences_keep_no_weights() -> None:
@@ -95,12 +124,14 @@ def choice(card: Card = AMPERE, compute: str = "bfloat16", here: bool = False, d
 def test_cudnn_is_taken_on_a_described_card_that_can_run_it() -> None:
     assert choice().implementation == "cudnn"
     assert choice(compute="float16").implementation == "cudnn"
+    assert choice(card=dataclasses.replace(AMPERE, capability=8.0), head_size=128).implementation == "cudnn"
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
         ({"card": TURING}, "compute capability 8.0"),
+        ({"card": dataclasses.replace(AMPERE, capability=7.9)}, "compute capability 8.0"),
         ({"compute": "float32"}, "bfloat16 or float16"),
         ({"attention_dropout": 0.1}, "no dropout"),
         ({"head_size": 12}, "multiple of 8"),

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_jax.model.kernels import embedding_lookup
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
@@ -98,6 +99,12 @@ def test_left_operands_are_summed_along_the_axis_that_is_contiguous(kind: str) -
     assert len(dots) == 3
     for operand, summed in dots:
         assert layouts[operand].split(",")[0] == summed, operand
+
+
+@pytest.mark.parametrize(("copies", "size"), [(1, 1), (2, 2), (16, 4), (32, 4), (2048, 16), (8192, 32)])
+def test_the_blocks_of_a_lookups_gradient(copies: int, size: int) -> None:
+    """The power of two nearest to the cube root of twice the number: 3.2 for 16, 25.4 for 8,192."""
+    assert embedding_lookup._block_size(copies) == size
 
 
 # Groups of rows, each times its expert's matrix: the forms by copies and in turn, the reference, and NumPy
