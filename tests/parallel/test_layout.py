@@ -7,10 +7,19 @@ import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.config import OptimizerKind, PresetName, TrainConfig
+from moe_jax.config import ConfigError, OptimizerKind, PresetName, TrainConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.model.transformer import abstract_model
-from moe_jax.parallel.layout import LOGICAL_AXES, Layout, leaf_name, parameter_spec
+from moe_jax.parallel.layout import (
+    LOGICAL_AXES,
+    Layout,
+    leaf_name,
+    logical_axes,
+    mesh_axes,
+    mesh_of,
+    parameter_spec,
+    without_fsdp,
+)
 from moe_jax.training.optimizers.factory import make_optimizer, needs_whole_matrices
 from moe_jax.training.state import initial_state
 from tests.support import tiny
@@ -121,3 +130,53 @@ def test_blocks_of_8_bit_moments_are_cut_over_experts() -> None:
         for part in ("codes", "scale")
     }
     assert state_specs("adamw-8bit") == expected
+
+
+def test_the_axes_of_adapters() -> None:
+    """Of a matrix [D, F]: a is [D, R], b is [R, F]. Of experts [E, D, F] the first axis stays."""
+    found = {name: logical_axes(f"blocks.0.{name}") for name in ("attention.qkv_lora.a", "attention.qkv_lora.b")}
+    assert found == {"attention.qkv_lora.a": ("width", "rank"), "attention.qkv_lora.b": ("rank", "heads")}
+    assert logical_axes("blocks.1.ffn.experts.w_out_lora.a") == ("expert", "hidden", "rank")
+    assert logical_axes("blocks.1.ffn.experts.w_out_lora.b") == ("expert", "rank", "width")
+    assert logical_axes("embedding") == ("vocabulary", "width")
+    assert logical_axes("blocks.1.ffn.router") == logical_axes("norm.scale") == ()
+    assert mesh_axes("blocks.1.ffn.experts.w_out_lora.b") == ("expert", None, "fsdp")
+    assert without_fsdp(P("expert", "fsdp", None)) == P("expert", None, None)
+
+
+def test_a_mesh_axis_of_one_device_is_left_out() -> None:
+    mesh: Any = AbstractMesh((4, 1, 2), ("data", "fsdp", "expert"))
+    assert parameter_spec(f"{EXPERTS}.w_in", mesh) == P("expert", None, None)
+    assert parameter_spec("embedding", mesh) == P(None, None)
+    layout = Layout.of(mesh, shapes(), jax.tree.map(lambda _: False, shapes()))
+    assert (layout.devices, layout.batch) == (8, P(None, ("data", "fsdp", "expert")))
+
+
+def test_a_leaf_of_a_state_belongs_to_the_longest_name() -> None:
+    """`norm.scale` ends `ffn_norm.scale`, and `head` is no part of `heads`."""
+    layout = Layout.of(MESH, shapes(), jax.tree.map(lambda _: False, shapes()))
+    assert layout._parameter_in(f"optimizer.0.mu.{BLOCK}.ffn_norm.scale") == (f"{BLOCK}.ffn_norm.scale", "")
+    assert layout._parameter_in("optimizer.0.mu.norm.scale") == ("norm.scale", "")
+    assert layout._parameter_in(f"optimizer.0.second.{BLOCK}.attention.qkv.row") == (f"{BLOCK}.attention.qkv", "row")
+    assert layout._parameter_in("optimizer.0.count") == (None, "")
+    assert layout.state_spec("optimizer.0.count", ()) == P()
+    assert layout.state_spec("step", ()) == P()
+    assert layout.state_spec("params.embedding", (1, 1)) == P(None, "fsdp")
+    with pytest.raises(ValueError, match="the layout does not know what 'trace' of embedding is"):
+        layout.state_spec("optimizer.0.embedding.trace", (3,))
+
+
+def test_blocks_that_a_device_does_not_have_whole_lie_on_every_device() -> None:
+    layout = Layout.of(MESH, shapes(), jax.tree.map(lambda _: True, shapes()))
+    name = f"optimizer.0.first.{EXPERTS}.w_in.codes"
+    assert [layout.state_spec(name, (rows, 128)) for rows in (16, 15)] == [P("expert"), P()]
+    assert layout.updates["embedding"] == P(None, None)
+
+
+def test_a_mesh_has_as_many_places_as_there_are_devices() -> None:
+    one = jax.devices()[:1]
+    assert mesh_of("data=1", one) is None
+    with pytest.raises(ConfigError, match=r"^--mesh data=2: has 2 places, and JAX sees 1 device \(cpu\); give a mesh"):
+        mesh_of("data=2", one)
+    with pytest.raises(ConfigError, match=r"^--mesh data=4: has 4 places, and JAX sees 3 devices \(cpu\); .* is 3, or"):
+        mesh_of("data=4", one * 3)

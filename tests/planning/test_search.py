@@ -6,6 +6,7 @@ They need the extra `gpu-plan`: `uv run --extra gpu-plan pytest -m plan`.
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -171,6 +172,32 @@ def test_adapters_are_planned_with_their_state_and_a_masked_batch(bounds: list[A
     waiting = (4 * whole + 4 * adapters + 8 * adapters) / MIB
     for total in search.plan_inference(config, target()).values():
         assert total - 100 == pytest.approx(waiting, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "topology"),
+    [("data=1", "1x1x1"), ("expert=4", "1x1x4"), ("data=8", "1x1x8"), ("data=4,expert=4", "1x2x8")],
+)
+def test_the_cards_of_a_mesh_are_described_by_machines_of_eight(
+    mesh: str, topology: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mesh of one card has the program for one device."""
+    one = mesh == "data=1"
+    described, taken = list[str](), list[Any]()
+    step = SimpleNamespace(lower=lambda *given: ("for the mesh", *given))
+    programs = SimpleNamespace(layout=None if one else "a layout", step=step, state_shapes="state", batch_shapes=max)
+    monkeypatch.setattr(search, "gpu_devices", lambda _, topology: described.append(topology) or ["cards"])
+    monkeypatch.setattr(search, "mesh_of", lambda text, devices: (text, devices))
+    monkeypatch.setattr(search.Programs, "of", lambda *_, mesh: taken.append(mesh) or programs)
+    monkeypatch.setattr(search, "lower_for", lambda _, program, *given: ("for one", *given))
+    monkeypatch.setattr(search, "measured", lambda *given: taken.append(given[1:]) or memory(7))
+    config = CONFIG.on_mesh(mesh, 2)
+    assert search.mesh_memory(config, target()) == memory(7)
+    assert described == [topology]
+    batch = max(config.train.batch_size, config.train.grad_accum)
+    count = config.train.batch_size // 2
+    lowered = ("for one" if one else "for the mesh", "state", batch)
+    assert taken == [(mesh, ["cards"]), (lowered, {}, f"{count} cards, {mesh}")]
 
 
 # The command
