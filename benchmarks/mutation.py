@@ -13,7 +13,8 @@ files of the package that import the module, and the files of NEAREST. Tests tha
 packages that import the module. At the end every test that killed a mutant runs without a mutant. All must pass, or
 their kills do not count.
 
-A mutant that runs into the time limit is not counted as killed. Give it more time, or find the endless loop.
+A single test that takes half of the time limit is ended and has failed, as under the limit of CI. A mutant whose tests
+together run into the time limit is not counted as killed. Give it more time.
 
 Each mutant is written into a copy of the tree, never into the tree itself. One process imports jax and the other large
 packages, without starting a backend of jax, and forks a child for each mutant.
@@ -169,6 +170,7 @@ class Slot:
         code = 3
         try:
             options = ["-x", "-q", "-n", "0", "--tb=line", "-p", "no:cacheprovider", "-m", markers]
+            options.append(f"--timeout={self.limit / 2:g}")
             code = int(pytest.main([*options, *tests], plugins=[NamedFirst(mutant)]))
         finally:
             os._exit(code)

@@ -5,13 +5,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from moe_jax.config import ConfigError, ModelConfig, UserError
+from moe_jax.interop.huggingface import FUSED
 from moe_jax.interop.pretrained import Pretrained, _buffer
 from moe_jax.interop.pretrained_shape import _Reader, holds_pretrained, read_shape
 from moe_jax.model.costs import count_parameters, totals
-from tests.interop.made import llama, read, refused
+from tests.interop.made import llama, llama_tensors, read, refused
 
 
 @pytest.fixture
@@ -74,15 +77,32 @@ def test_what_our_model_cannot_hold_is_named(name: str, folder: Path) -> None:
     refused(folder, said)
 
 
+@pytest.mark.parametrize(
+    ("layers", "experts", "fused", "early"),
+    [
+        (4096, 4096, False, True),
+        (2, 4096, False, True),
+        (3, 7, False, True),
+        (4, 5, False, False),
+        (22, 2, True, True),
+        (3, 7, True, False),
+    ],
+)
 def test_more_layers_and_experts_than_tensors_are_refused_before_their_table_is_made(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    layers: int, experts: int, fused: bool, early: bool, folder: Path
 ) -> None:
-    """The table of 4,096 layers of 4,096 experts, of 100 million parameters, takes minutes and 9 GB."""
-    monkeypatch.setattr("moe_jax.interop.pretrained.table", lambda *_: pytest.fail("made"))
-    changes = {"model_type": "mixtral", "num_local_experts": 4096, "num_experts_per_tok": 2, "num_hidden_layers": 4096}
-    config = json.loads((folder / "config.json").read_text()) | changes
+    """The table of 4,096 layers of 4,096 experts, of 100 million parameters, takes minutes and 9 GB. The files have 20
+    tensors, and one for all experts of a layer where these are fused."""
+    changes = {"model_type": "mixtral", "num_local_experts": experts, "num_hidden_layers": layers}
+    config = json.loads((folder / "config.json").read_text()) | changes | {"num_experts_per_tok": 2}
     (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
-    refused(folder, "config.json gives 4,096 layers of 4,096 experts, and the weight files have 20 tensors")
+    if fused:
+        tensors = llama_tensors(np.random.default_rng(0)) | {f"model.layers.0.{FUSED[0]}": np.zeros(1, np.float32)}
+        save_file(tensors, folder / "model.safetensors")
+    given = (
+        f"config.json gives {layers:,} layers of {experts:,} experts, and the weight files have {20 + fused} tensors"
+    )
+    refused(folder, given if early else "has no tensor")
 
 
 @pytest.mark.parametrize(
