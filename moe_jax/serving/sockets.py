@@ -33,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
         if sys.platform != "win32":  # there it would share the port
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-        sock.listen(128)
+        sock.listen()
     except OSError as error:
         sock.close()
         if error.errno == errno.EADDRINUSE:

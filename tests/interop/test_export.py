@@ -238,6 +238,10 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UserError, match=r"the disk is full\); nothing was exported"):
         export(open_source(run), "hf", "float32", tmp_path / "deep" / "out", "")
     assert list((tmp_path / "deep").iterdir()) == []
+    mkdir = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda p, **given: full() if p.suffix == ".partial" else mkdir(p, **given))
+    with pytest.raises(UserError, match=r"the disk is full\); nothing was exported"):
+        export(open_source(run), "hf", "float32", tmp_path / "deep" / "out", "")
 
 
 def test_a_page_is_whole_or_absent_and_a_run_that_it_cannot_hold_is_refused(

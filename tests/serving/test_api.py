@@ -160,6 +160,7 @@ def test_headers_of_every_answer(api: Site) -> None:
     full, absent = api.complete(prompt="a", n=9), api.ask("/nowhere")
     for answer in (page, stream, full, absent, api.ask("/health"), api.complete(prompt="One", max_tokens=2)):
         assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "server" not in answer.headers
     assert page.headers["referrer-policy"] == "no-referrer"
     assert (page.headers["x-frame-options"], page.headers["cache-control"]) == ("DENY", "no-cache")
     assert stream.headers["cache-control"] == "no-store"
@@ -315,6 +316,17 @@ def test_what_was_written_before_a_failure_is_sent() -> None:
     assert json.loads(first.removeprefix("data: "))["choices"][0]["text"] == "news"
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "failed"
     assert end == "data: [DONE]"
+
+
+def test_a_client_is_there_until_it_says_that_it_goes() -> None:
+    """What else a server tells, such as an empty rest of the body, means nothing."""
+    told = ["http.request", "http.request", "http.disconnect", "more"]
+
+    async def receive() -> Any:
+        return {"type": told.pop(0)}
+
+    asyncio.run(streams._disconnected(receive))
+    assert told == ["more"]
 
 
 def submit_and_fail(requests: Any, listeners: list[Listener]) -> None:

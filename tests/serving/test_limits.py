@@ -86,11 +86,15 @@ def test_what_is_sent_is_what_the_engine_is_asked() -> None:
 def test_a_seed_that_is_not_sent_is_drawn_and_said() -> None:
     seeds = {completion().requests[0].seed for _ in range(20)}
     assert len(seeds) > 15
-    assert all(0 <= seed < 2**31 for seed in seeds)
+    assert 2**30 < max(seeds) < 2**31
+    assert min(seeds) >= 0
     asked = completion()
     last = asked.last_chunk()
     assert last is None
-    assert json.loads(asked.whole())["seed"] == asked.requests[0].seed
+    whole = json.loads(asked.whole())
+    assert whole["seed"] == asked.requests[0].seed
+    assert re.fullmatch("cmpl-[0-9a-f]{24}", whole["id"])
+    assert abs(whole["created"] - time.time()) < 60
 
 
 def test_stop_strings_have_a_number_and_a_length() -> None:
