@@ -4,7 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from moe_jax.pages.assembly import page_file
 from tests.browser.opened import LAYERS, E, K, Opened, page_data
+
+
+def test_whole_numbers_have_commas(opened: Opened) -> None:
+    numbers = [0, 7, 999, 1000, 12_345, 999_999, 1_234_567, 10**12, -1000, -999]
+    script = page_file("moe_jax.pages", "parts/build.js")
+    assert opened.page.evaluate(f"() => {{ {script}; return {numbers}.map(whole); }}") == [f"{n:,}" for n in numbers]
 
 
 def test_what_experts_prefer_is_named_with_counts(opened: Opened) -> None:

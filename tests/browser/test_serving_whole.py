@@ -79,10 +79,11 @@ def test_all_text_stands_out_from_its_ground(browser: Any, says: StandIn, scheme
     served.page.close()
 
 
-@pytest.mark.parametrize("width", [320, 1280])
+@pytest.mark.parametrize("width", [320, 390, 1280])
 def test_nothing_is_wider_than_the_window(browser: Any, says: StandIn, width: int) -> None:
-    """With a word without end, a card, and a former text."""
+    """With a word without end, a card, a former text, and sixteen experts."""
     says.writes = [" a", " W" + "o" * 90 + "rd", " kite", "."]
+    says.model = MODEL | {"experts": 16}
     served = Served(browser, says, viewport={"width": width, "height": 850}).ready()
     assert served.page.evaluate("document.documentElement.scrollWidth") == width
     served.write(length=30)
@@ -93,6 +94,24 @@ def test_nothing_is_wider_than_the_window(browser: Any, says: StandIn, width: in
     assert served.page.evaluate("document.documentElement.scrollWidth") == width
     text = served.page.locator("#tokens").evaluate("(box) => [box.scrollWidth, box.clientWidth]")
     assert text[0] <= text[1] + 1
+    assert served.page.locator("#loads").evaluate("(box) => box.scrollWidth - box.clientWidth") == 0
+    served.page.close()
+
+
+def test_on_a_phone_the_theme_stays_in_view_and_saving_takes_no_row(browser: Any, says: StandIn) -> None:
+    """The theme's button covers no expert, wherever the page is."""
+    served = Served(browser, says, viewport={"width": 390, "height": 844}, reduced_motion="reduce").ready()
+    served.write(length=200)
+    box = "(node) => { const b = node.getBoundingClientRect(); return [b.top, b.bottom]; }"
+    colour, save = (served.page.locator(name).evaluate(box) for name in ("#colour", "#save"))
+    assert colour[0] < save[1]
+    assert save[0] < colour[1]
+    for place in (0, 100_000):
+        served.page.evaluate(f"document.documentElement.scrollTop = {place}")
+        top, bottom = served.page.locator("#theme").evaluate(box)
+        assert 0 <= top < bottom <= served.page.locator("#loads").evaluate(box)[0]
+    served.page.locator("#theme").click()
+    assert served.page.evaluate("document.documentElement.dataset.theme") == "dark"
     served.page.close()
 
 

@@ -12,6 +12,7 @@ const askForEntry = async () => {
   // A web server may have said that the file is in UTF-8. Its characters are spoiled then, but its bytes are not.
   const bytes = () => fetch(location.href).then((answer) => answer.arrayBuffer()).catch(() => { throw new Trouble(SPOILED); });
   if (document.characterSet !== "windows-1252") open = await bytes();
+  await painted(); // the page, before the weights are copied
   worker = new Worker(URL.createObjectURL(new Blob([inside.worker], { type: "text/javascript" })));
   const said = await new Promise((done) => {
     worker.onmessage = ({ data }) => ("entry" in data ? done(data) : answers[data.text]?.(data));

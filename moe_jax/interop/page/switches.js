@@ -22,9 +22,9 @@ const drawSwitches = () => {
   fill(clear(byId("switches")), {}, [
     e === null ? !some && el("span", {}, "Press an expert to see its tokens or switch it off.")
       : el("button", { type: "button", id: "flip", disabled: last, onclick: () => { flip(layer, e); change("lit", null); loadsBox.children[e].focus(); } }, `Switch expert ${e} ${here.includes(e) ? "on again" : "off"} ${where}`),
+    some && el("button", { type: "button", id: "all-on", onclick: () => { off.length = 0; drawSwitches(); } }, "All on"),
     some && el("span", { class: "without" }, `Now ${aside()}.`),
     some && turns.length > 0 && el("button", { type: "button", id: "rewrite", title: "The last part once more, with the same seed", onclick: quietly(() => rewrite(turns.at(-1).seed)) }, "Write it again"),
-    some && el("button", { type: "button", id: "all-on", onclick: () => { off.length = 0; drawSwitches(); } }, "All on"),
   ]);
 };
 const startTransport = () => listeners.push((what) => { if (what === "layer" || what === "lit") drawSwitches(); });

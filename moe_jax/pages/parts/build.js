@@ -16,8 +16,9 @@ const svg = (tag, attributes = {}, ...children) => fill(document.createElementNS
 const clear = (node) => { node.replaceChildren(); return node; };
 
 const percent = (x, digits = 1) => `${(100 * x).toFixed(digits)}\u00a0%`;
-const count = (n, word) => `${n.toLocaleString("en")} ${word}${n === 1 ? "" : "s"}`;
-const whole = (n) => n.toLocaleString("en");
+// A whole number with commas. The browser's own `toLocaleString` takes 20 ms when it is called first.
+const whole = (n) => `${n}`.replace(/\B(?=(\d{3})+$)/g, ",");
+const count = (n, word) => `${whole(n)} ${word}${n === 1 ? "" : "s"}`;
 const sum = (xs) => xs.reduce((a, b) => a + b, 0);
 const range = (n) => Array.from({ length: n }, (_, i) => i);
 
