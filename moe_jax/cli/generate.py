@@ -10,7 +10,7 @@ from moe_jax.cli.command import ModelCommand, check_range
 from moe_jax.config import UserError
 from moe_jax.system import environment
 from moe_jax.system.signals import unwinding
-from moe_jax.system.terminal import say, stream_text, working
+from moe_jax.system.terminal import keys_hidden, say, stream_text, working
 
 if TYPE_CHECKING:
     from moe_jax.inference import chat as conversation
@@ -98,23 +98,28 @@ class Chat(SamplingCommand):
     def execute(self) -> int:
         self.check()
         environment.prepare_environment()
+        person = sys.stdin.isatty() and sys.stdout.isatty()
+        with keys_hidden():  # what is typed early appears at the prompt
+            talk = self._begin(person)
+        with unwinding():
+            while not talk.ended and (line := _next_line(person)) is not None:
+                with keys_hidden():
+                    _answer(talk, line)
+        return 0
+
+    def _begin(self, person: bool) -> "conversation.Chat":
         with working(f"loading {self.name}; the first start compiles for some seconds"):
             from moe_jax.inference import chat
 
             run, generator, settings = self.open()
             generator.compile()
         tuned = run.config.data.format == "chat"
-        talk = chat.Chat(generator, settings, seed=self.seed, limit=self.max_tokens)
-        if tuned:
-            context = run.config.model.seq_len
-            talk = chat.RoleChat(generator, settings, seed=self.seed, limit=self.max_tokens, context=context)
-        person = sys.stdin.isatty() and sys.stdout.isatty()
         if person:
             self._greet(run.checkpoint.step, tuned)
-        with unwinding():
-            while not talk.ended and (line := _next_line(person)) is not None:
-                _answer(talk, line)
-        return 0
+        if not tuned:
+            return chat.Chat(generator, settings, seed=self.seed, limit=self.max_tokens)
+        context = run.config.model.seq_len
+        return chat.RoleChat(generator, settings, seed=self.seed, limit=self.max_tokens, context=context)
 
     def _greet(self, step: int, tuned: bool) -> None:
         with suppress(ImportError):  # Windows has none

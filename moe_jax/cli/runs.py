@@ -1,6 +1,8 @@
 """`moe-jax runs`."""
 
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from moe_jax.runs.catalog import RUNS, SHIPPED, is_shipped, runs_in, saved_at
 from moe_jax.system.files import Folder, step_number
 from moe_jax.system.terminal import say
 
-HEAD = ("name", "preset", "steps", "bits/byte", "parameters", "when")
+HEAD = ("name", "preset", "steps", "bits/byte", "parameters", "MB", "when")
 
 
 @dataclass(frozen=True)
@@ -17,7 +19,7 @@ class Runs(Command):
     """List the runs in `runs/`, newest first, and the models that come with moe-jax.
 
     `--run NAME` opens one, in every command that reads a model. Bits per byte are scores on the run's own validation
-    text. Scores of different texts cannot be compared.
+    text. Scores of different texts cannot be compared. MB is the size of the run's folder on disk.
     """
 
     def execute(self) -> int:
@@ -37,4 +39,14 @@ def _row(run: Path) -> tuple[str, ...]:
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved_at(run)))
     when = "comes with moe-jax" if is_shipped(run) else date
     weights = f" ({summary['weights']})" if "weights" in summary else ""
-    return (run.name, summary.get("preset", "-") + weights, *shown, when)
+    return (run.name, summary.get("preset", "-") + weights, *shown, f"{_folder_size(run) / 1e6:,.1f}", when)
+
+
+def _folder_size(folder: Path) -> int:
+    """Bytes of all files in a folder. A file that is removed meanwhile counts nothing: training removes checkpoints."""
+    size = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                size += os.lstat(os.path.join(parent, name)).st_size
+    return size
