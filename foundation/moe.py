@@ -25,7 +25,9 @@ slot: at a fixed number T of tokens the layer is causal even where it drops. T i
 capacity grows with T, so a sequence that is cut short has fewer slots, and an earlier token may lose its own.
 
 A **shared expert** sees every token and has no gate: y_t = sum_k g_tk h_slot(t,k) + shared(x_t). It is one expert
-whose slots are the tokens themselves, so x has a third way back.
+whose slots are the tokens themselves, so x has a third way back. With a gate of its own, s_t = sigma(x_t . w), it
+adds s_t shared(x_t): then d_shared_t = s_t d_y_t, and the gate's logit has the gradient s_t (1 - s_t) <d_y_t,
+shared(x_t)>, which goes on to w and to x_t.
 
 Sources: Lepikhin et al. 2020, section 2.2 and algorithm 1 (capacity, dispatch, combine); Fedus, Zoph and
 Shazeer 2021, equation 3 (capacity factor); Dai et al. 2024, section 3.2 (shared experts).
@@ -35,6 +37,7 @@ import math
 from fractions import Fraction
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -137,6 +140,8 @@ class MoECache(NamedTuple):
     experts: ExpertsCache
     combine: tuple
     shared: ExpertsCache | None
+    gate: tuple | None
+    """x, w, s and shared(x), where the shared expert has a gate."""
 
 
 def experts_forward(u: Float[Array, "B E C D"], params: dict) -> tuple[Float[Array, "B E C D"], ExpertsCache]:
@@ -161,7 +166,8 @@ def moe_forward(
     """Router, dispatch, experts, combine, and the shared expert. Each sequence is a group of its own.
 
     params: {"router" [D, E], "w_in" [E, D, F], "w_out" [E, F, D]} for GELU, and "w_gate" [E, D, F] for
-    SwiGLU. With a shared expert also "shared", its matrices as of one expert: [1, D, S] and [1, S, D].
+    SwiGLU. With a shared expert also "shared", its matrices as of one expert: [1, D, S] and [1, S, D]; and
+    "shared_gate" [D] where it has a gate.
     """
     experts_total = params["router"].shape[-1]
     places = capacity(x.shape[1], experts_total, top_k, capacity_factor)
@@ -171,12 +177,16 @@ def moe_forward(
     u, dispatch_cache = dispatch_forward(x, slot, experts_total, places)
     h, expert_cache = experts_forward(u, params)
     y, combine_cache = combine_forward(h, routing.gates, slot)
-    shared_cache = None
+    shared_cache = gate_cache = None
     if "shared" in params:
         shared, shared_cache = experts_forward(x[:, None], params["shared"])
-        y = y + shared[:, 0]
+        gate = jnp.ones(())
+        if "shared_gate" in params:
+            gate = jax.nn.sigmoid(x @ params["shared_gate"])[..., None]
+            gate_cache = x, params["shared_gate"], gate, shared[:, 0]
+        y = y + gate * shared[:, 0]
     output = MoEOutput(y, routing.balance, routing.z, 1.0 - jnp.mean(keep.astype(x.dtype)))
-    return output, MoECache(router_cache, dispatch_cache, expert_cache, combine_cache, shared_cache)
+    return output, MoECache(router_cache, dispatch_cache, expert_cache, combine_cache, shared_cache, gate_cache)
 
 
 def moe_backward(
@@ -189,6 +199,11 @@ def moe_backward(
     d_x_experts = dispatch_backward(d_u, cache.dispatch)
     d_x_router, d_params["router"] = router_backward(d_gates, d_balance, d_z, cache.router)
     d_x = d_x_experts + d_x_router
+    if cache.gate is not None:
+        inputs, vector, gate, shared = cache.gate
+        d_logit = gate[..., 0] * (1 - gate[..., 0]) * jnp.sum(d_y * shared, axis=-1)
+        d_params["shared_gate"] = jnp.einsum("btd,bt->d", inputs, d_logit)
+        d_x, d_y = d_x + d_logit[..., None] * vector, gate * d_y
     if cache.shared is not None:
         d_x_shared, d_params["shared"] = experts_backward(d_y[:, None], cache.shared)
         d_x = d_x + d_x_shared[:, 0]

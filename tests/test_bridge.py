@@ -50,6 +50,7 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "dropout": {"dropout": 0.25, "attention_dropout": 0.25, "positions": "learned", "layers": 1},
     "shared experts": {"shared_experts": 2, "layers": 1},
+    "shared experts with a gate": {"shared_experts": 2, "shared_gate": True, "qkv_bias": True, "layers": 1},
 }  # fmt: skip
 OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "norm": ({"norm": "rmsnorm"}, {"norm": "layernorm"}),
@@ -61,7 +62,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "normalised queries": ({"qk_norm": "none"}, {"qk_norm": "head"}, {"qk_norm": "full"}),
     "choices": ({"top_k": 1}, {"top_k": 2}, {"top_k": 4}),
     "gates": ({"renormalise_gates": True}, {"renormalise_gates": False}),
-    "shared experts": ({"shared_experts": 0}, {"shared_experts": 2}),
+    "shared experts": ({"shared_experts": 0}, {"shared_experts": 2}, {"shared_experts": 2, "shared_gate": True}),
     "dispatch": (
         {"dispatch": "capacity"},
         {"dispatch": "capacity", "roomy": True},
@@ -107,7 +108,7 @@ COVERING = covering(40)
 CASES |= COVERING
 SHORT, LONG = list(COVERING)[:12], list(COVERING)[12:]
 """The first rows have most of the pairs. The others are the long form."""
-USUAL = ("nano", "seed-158m", "blocks, dropless", "dropout", "shared experts")
+USUAL = ("nano", "seed-158m", "blocks, dropless", "dropout", "shared experts with a gate")
 """What every run of the tests compares. The other cases of `FIRST` are for the night."""
 DROPLESS = {case for case in CASES if case.endswith("dropless")}
 """With K = E at factor 1, or with factor E / K, an expert has as many slots as the sequence has tokens. The same holds
@@ -146,7 +147,7 @@ def to_foundation(params: dict) -> dict:
                 attention[name]["bias"] = b["attention"][f"{name}_bias"]
         attention |= {name: b["attention"][name] for name in ("query_norm", "key_norm") if name in b["attention"]}
         moe = {"router": b["ffn"]["router"], **b["ffn"]["experts"]}
-        moe |= {"shared": b["ffn"]["shared"]} if "shared" in b["ffn"] else {}
+        moe |= {name: b["ffn"][name] for name in ("shared", "shared_gate") if name in b["ffn"]}
         return {"norm1": b["attention_norm"], "attention": attention, "norm2": b["ffn_norm"], "moe": moe}
 
     renamed = {"embedding": params["embedding"], "norm": params["norm"]}

@@ -100,6 +100,9 @@ def moe_checks() -> Iterator[Check]:
         shared = moe_params(draws, 4, 1, 5, gated)
         del shared["router"]
         yield moe_check(case, draws.normal(2, 6, 4), {**moe_params(draws, 4, 4, 3, gated), "shared": shared}, 2, factor)
+    shared |= {"w_gate": draws.normal(1, 4, 5)}
+    params = {**moe_params(draws, 4, 4, 3, True), "shared": shared, "shared_gate": draws.normal(4)}
+    yield moe_check("shared expert with a gate", draws.normal(2, 6, 4), params, 2, 0.6)
 
     # All tokens lie on one side of expert 0's column: it is everybody's first choice, and its places run out.
     draws = Draws("moe/everything to one expert")

@@ -27,8 +27,10 @@ SHAPES = {
         "head_size",
         "expert_hidden",
         "shared_experts",
+        "shared_gate",
         "activation",
         "bias",
+        "qkv_bias",
         "qk_norm",
     ),
 }
@@ -151,5 +153,5 @@ def _block(block: dict) -> dict:
         moe = {"router": ffn["router"], **ffn["experts"]}
     else:
         moe = {"router": jnp.zeros((ffn["experts"]["w_in"].shape[1], 1)), **ffn["experts"]}
-    moe |= {"shared": ffn["shared"]} if "shared" in ffn else {}
+    moe |= {name: ffn[name] for name in ("shared", "shared_gate") if name in ffn}
     return {"norm1": block["attention_norm"], "attention": attention, "norm2": block["ffn_norm"], "moe": moe}

@@ -73,6 +73,9 @@ class ModelConfig(Section, section="model"):
     """F, hidden width of one expert."""
     shared_experts: int = 0
     """Further experts, without routing: every token passes through all of them."""
+    shared_gate: bool = no_flag(False)
+    """Multiply the output of the shared experts with a gate of their own: the sigmoid of a product with the token, as
+    Qwen does."""
     dense: Dense = "none"
     """A dense baseline instead of the experts: one feed-forward network with as many parameters as the experts and the
     router, counted as `active` or as `total`. `none` keeps the experts."""
@@ -88,6 +91,8 @@ class ModelConfig(Section, section="model"):
     """Base of the rotary positions. A larger base rotates more slowly, for longer contexts."""
     bias: bool = no_flag(False)
     """Biases in the attention projections and in LayerNorm. Experts, router and head have none."""
+    qkv_bias: bool = no_flag(False)
+    """Biases of queries, keys and values, and no others (Qwen)."""
     qk_norm: QKNorm = "none"
     """Normalise queries and keys (RMSNorm), which bounds the attention scores. `head` normalises each head by itself,
     `full` all heads together (OLMoE)."""
@@ -120,6 +125,8 @@ class ModelConfig(Section, section="model"):
         self.check(ok, "rope_theta", "left out, since learned positions rotate nothing")
         ok = self.norm_eps == 0 or 1e-12 <= self.norm_eps <= 1
         self.check(ok, "norm_eps", "0, or between 1e-12 and 1")
+        ok = self.shared_experts > 0 or not self.shared_gate
+        self.check(ok, "shared_gate", "false without --model.shared-experts")
         ok = 1 <= self.routing.top_k <= self.experts
         self.routing.check(ok, "top_k", f"between 1 and --experts {self.experts}")
         for name in ("dropout", "attention_dropout"):

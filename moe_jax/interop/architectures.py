@@ -7,6 +7,7 @@ The table is `architecture_of`. Each class computes what our model computes, to 
     ernie4_5_moe  balance by bias, shared experts                            Ernie4_5_MoeForCausalLM  ernie4_5-moe
     granitemoe  a tied embedding that is scaled                              GraniteMoeForCausalLM    granitemoe
     granitemoeshared  only imported: shared experts beside it                GraniteMoeSharedForCausalLM
+    qwen2_moe   shared experts behind a gate, biases of q, k and v            Qwen2MoeForCausalLM      qwen2moe
     olmoe       queries and keys normalised over all heads                   OlmoeForCausalLM         olmoe
     llama       a dense baseline                                             LlamaForCausalLM         llama
     qwen3       a dense baseline with normalised queries and keys            Qwen3ForCausalLM         qwen3
@@ -31,6 +32,10 @@ class Architecture(NamedTuple):
 
 
 MIXTRAL = Architecture("mixtral", "MixtralForCausalLM", "llama")
+QWEN2_MOE = Architecture("qwen2_moe", "Qwen2MoeForCausalLM", "qwen2moe")
+QWEN2_MOE_OTHER = QWEN2_MOE._replace(
+    gguf=None, gguf_problem="llama.cpp's qwen2moe has biases of q, k and v, and never renormalises the gates"
+)
 QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3moe")
 QWEN3_MOE_TOP_1 = QWEN3_MOE._replace(
     gguf=None, gguf_problem="--routing.top-k 1: llama.cpp's qwen3moe divides the gate by itself, ours does not"
@@ -56,6 +61,8 @@ def architecture_of(config: ModelConfig) -> Architecture:
         return _gpt2(config)
     if config.bias:
         raise _unheld("--set model.bias=true", "no class has biases in attention only")
+    if config.qkv_bias and not config.shared_gate:
+        raise _unheld("--set model.qkv_bias=true", "the class with these biases has shared experts behind a gate")
     if config.dense != "none":
         if config.scaled_embedding and config.tied_head:
             raise _unheld("--set model.scaled_embedding=true", "no dense class scales a tied embedding")
@@ -70,6 +77,10 @@ def _with_experts(config: ModelConfig) -> Architecture:
     shared, single = routing.balancing == "bias" or config.shared_experts > 0, routing.top_k == 1
     plain = not routing.renormalise_gates and not single
     own_width = config.head_width * config.heads != config.width
+    if config.shared_gate:
+        if routing.balancing == "bias" or config.qk_norm != "none" or (config.scaled_embedding and config.tied_head):
+            raise _unheld("--set model.shared_gate=true", "the class with this gate has no other options of ours")
+        return QWEN2_MOE if config.qkv_bias and (plain or single) else QWEN2_MOE_OTHER
     if config.scaled_embedding and config.tied_head:
         if config.qk_norm != "none" or shared or single or plain or own_width:
             raise _unheld("--set model.scaled_embedding=true", "with a tied head, no class has the other options too")

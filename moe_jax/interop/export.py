@@ -42,6 +42,7 @@ LAYOUT = """\
 | blocks.N.ffn.experts.w_in, w_gate | [E, D, F] | gelu(x w_in) in the tanh form, or silu(x w_gate) * (x w_in) |
 | blocks.N.ffn.experts.w_out | [E, F, D] | output of an expert |
 | blocks.N.ffn.shared | [1, D, F'], [1, F', D] | experts without routing |
+| blocks.N.ffn.shared_gate | [D] | their output is multiplied with sigmoid(x . shared_gate) |
 | norm: scale, bias | [D] | before the head |
 | head | [D, V] | where it is not the embedding |
 

@@ -192,9 +192,10 @@ def _write_shape(writer: Any, source: ExportSource, architecture: Architecture, 
     writer.add_expert_used_count(model.routing.top_k)
     if architecture.gguf != "llama":
         writer.add_expert_feed_forward_length(model.expert_hidden)
+    if model.shared_experts:
+        writer.add_expert_shared_feed_forward_length(model.shared_experts * model.expert_hidden)
     if architecture == ERNIE:
         writer.add_expert_shared_count(model.shared_experts)
-        writer.add_expert_shared_feed_forward_length(model.shared_experts * model.expert_hidden)
         writer.add_interleave_moe_layer_step(1)
         writer.add_leading_dense_block_count(0)
     if architecture == GRANITE:
@@ -222,7 +223,8 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
     for layer in range(model.layers):
         at = f"blk.{layer}"
         for name, weight in trunk_tensors(source, layer, interleaved=architecture.gguf in INTERLEAVED):
-            yield f"{at}.{TRUNK[name.split('.')[-2]]}.weight", weight
+            *_, part, kind = name.split(".")
+            yield f"{at}.{TRUNK[part]}.{kind}", weight
         networks = experts(source, layer)
         names = ("ffn_gate", "ffn_up", "ffn_down")
         if model.dense != "none":
@@ -232,9 +234,13 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
         yield from ((f"{at}.{name}_exps.weight", weight) for name, weight in zip(names, networks, strict=True))
         if architecture == ERNIE:
             yield f"{at}.exp_probs_b.bias", balance_bias(source, layer)
-            if model.shared_experts:
-                shared = experts(source, layer, "ffn.shared")
-                yield from ((f"{at}.{n}_shexp.weight", w[0]) for n, w in zip(names, shared, strict=True))
+        if model.shared_experts:
+            shared = experts(source, layer, "ffn.shared")
+            yield from ((f"{at}.{n}_shexp.weight", w[0]) for n, w in zip(names, shared, strict=True))
+        if model.shared_gate:
+            yield f"{at}.ffn_gate_inp_shexp.weight", source.block(layer, "ffn.shared_gate")
     yield "output_norm.weight", source.array("norm.scale")
     if not model.tied_head:
         yield "output.weight", source.array("head").T
+    elif architecture.gguf == "qwen2moe":  # llama.cpp has no tied head for it
+        yield "output.weight", embedding(source)

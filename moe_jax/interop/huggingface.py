@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import ModelConfig
-from moe_jax.interop.architectures import ERNIE, GPT2, GRANITE, GRANITE_SHARED, MIXTRAL, Architecture
+from moe_jax.interop.architectures import ERNIE, GPT2, GRANITE, GRANITE_SHARED, MIXTRAL, QWEN2_MOE, Architecture
 from moe_jax.interop.pretrained_shape import PretrainedShape
 from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 
@@ -94,6 +94,7 @@ def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, 
     if architecture == MIXTRAL:
         return {"num_local_experts": model.experts, "num_experts_per_tok": top_k, "sliding_window": None}
     return {
+        **(_qwen2(model) if architecture.model_type == QWEN2_MOE.model_type else {}),
         "num_experts": model.experts,
         "num_experts_per_tok": top_k,
         "moe_intermediate_size": model.expert_hidden,
@@ -101,6 +102,11 @@ def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, 
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
     }
+
+
+def _qwen2(model: ModelConfig) -> dict[str, Any]:
+    shared = model.shared_experts * model.expert_hidden
+    return {"shared_expert_intermediate_size": shared, "qkv_bias": model.qkv_bias, "use_sliding_window": False}
 
 
 # Which tensor is which part of our parameters
@@ -187,6 +193,11 @@ def _trunk(model: ModelConfig, layer: int) -> Table:
         ],
         "attention.out": [Piece(f"{at}.self_attn.o_proj.weight", (model.width, queries))],
     }
+    if model.qkv_bias:
+        entries["attention.qkv_bias"] = [
+            Piece(f"{at}.self_attn.{name}_proj.bias", (end - begin,), transposed=False, place=slice(begin, end))
+            for name, (begin, end) in ends.items()
+        ]
     if model.qk_norm != "none":
         sizes = (queries, keys) if model.qk_norm == "full" else (model.head_width,) * 2
         for name, ours, size in zip("qk", ("query", "key"), sizes, strict=True):
@@ -224,8 +235,12 @@ def _ffn(
             ]
     if model.shared_experts:
         shapes = _network_shapes(model, model.shared_experts * model.expert_hidden)
+        shared = f"{prefix}.shared_expert{'' if model.shared_gate else 's'}"  # Qwen's is one, Ernie's are many
         for name, theirs, shape in zip(ours, names, shapes, strict=True):
-            entries[f"ffn.shared.{name}"] = [Piece(f"{prefix}.shared_experts.{theirs}.weight", shape, place=0)]
+            entries[f"ffn.shared.{name}"] = [Piece(f"{shared}.{theirs}.weight", shape, place=0)]
+    if model.shared_gate:
+        gate = Piece(f"{prefix}.shared_expert_gate.weight", (1, model.width), transposed=False, part=0)
+        entries["ffn.shared_gate"] = [gate]
     return entries
 
 
@@ -296,7 +311,7 @@ def _pieces(source: ExportSource, layer: int, entries: Table) -> Tensors:
         ours = source.block(layer, name)
         for piece in pieces:
             tensor = ours[piece.place]
-            yield piece.tensor, tensor.swapaxes(-1, -2) if piece.transposed else tensor
+            yield piece.tensor, tensor.swapaxes(-1, -2) if piece.transposed else tensor.reshape(piece.shape)
 
 
 def _granite_experts(source: ExportSource, layer: int) -> Tensors:

@@ -18,6 +18,7 @@ from moe_jax.interop.architectures import (
     LLAMA,
     MIXTRAL,
     OLMOE,
+    QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
     Architecture,
@@ -85,10 +86,15 @@ class _Layout(NamedTuple):
     """What a missing `norm_topk_prob` means; None: the class has no such field, and always renormalises."""
     shared: str = ""
     """The field with the hidden width of the shared experts."""
+    shared_hidden: int = 0
+    """What it means if it is left out."""
+    gated: bool = False
+    """Whether the shared experts have a gate, and queries, keys and values have biases."""
     multipliers: bool = False
 
 
 _EXPERTS: dict[str, Any] = {"experts": "num_experts", "top_k": 8, "renormalise": False}
+_QWEN2 = _EXPERTS | {"top_k": 4, "shared": "shared_expert_intermediate_size", "shared_hidden": 5632}
 _GRANITE: dict[str, Any] = {"experts": "num_local_experts", "top_k": 2, "multipliers": True}
 LAYOUTS = {
     layout.architecture.model_type: layout
@@ -98,6 +104,7 @@ LAYOUTS = {
         _Layout(MIXTRAL, 1e-5, 1e6, kv_heads=8, experts="num_local_experts", top_k=2),
         _Layout(QWEN3_MOE, 1e-6, kv_heads=4, qk_norm="head", hidden="moe_intermediate_size", **_EXPERTS),
         _Layout(OLMOE, 1e-5, qk_norm="full", **_EXPERTS),
+        _Layout(QWEN2_MOE, 1e-6, kv_heads=16, hidden="moe_intermediate_size", gated=True, **_QWEN2),
         _Layout(GRANITE, 1e-6, **_GRANITE),
         _Layout(GRANITE_SHARED, 1e-6, shared="shared_intermediate_size", **_GRANITE),
     )
@@ -263,8 +270,12 @@ class _Reader:
             raise self._unheld(field, "such that the gate of a single expert is its probability")
         # Models of this kind are trained without drops. `blocks` drops nothing.
         routing = RoutingConfig(top_k=top_k, dispatch="blocks", renormalise_gates=renormalise)
-        shared = self._multiple(layout.shared, hidden) if layout.shared else 0
-        return {"experts": experts, "expert_hidden": hidden, "shared_experts": shared, "routing": routing}
+        fields = {"experts": experts, "expert_hidden": hidden, "routing": routing}
+        if layout.shared:
+            fields["shared_experts"] = self._multiple(layout.shared, layout.shared_hidden, hidden)
+        if layout.gated:
+            fields |= {"shared_gate": True, "qkv_bias": self._switch("qkv_bias", True)}
+        return fields
 
     def _multipliers(self, layout: _Layout, head_dim: int) -> Multipliers:
         if not layout.multipliers:
@@ -319,7 +330,7 @@ class _Reader:
         return token
 
     def _check_fields(self, layout: _Layout) -> None:
-        own = {layout.shared, *(MULTIPLIERS if layout.multipliers else ())}
+        own = {layout.shared, "qkv_bias" if layout.gated else "", *(MULTIPLIERS if layout.multipliers else ())}
         for name, value in self._values.items():
             if name in SHAPE or name in HARMLESS or name in own or name.startswith("_"):
                 continue
@@ -336,12 +347,11 @@ class _Reader:
         allowed = f"a whole number from 1 to {_LARGEST:,}"
         return self._value(name, default, lambda value: type(value) is int and 1 <= value < _LARGEST, allowed)
 
-    def _multiple(self, name: str, hidden: int) -> int:
-        """The width of the shared experts, as a number of experts of width `hidden`. 0 if it is left out."""
+    def _multiple(self, name: str, default: int, hidden: int) -> int:
+        """The width of the shared experts, as a number of experts of width `hidden`."""
         allowed = f"a multiple of {hidden}, the width of an expert"
-        return (
-            self._value(name, 0, lambda v: type(v) is int and 0 <= v < _LARGEST and v % hidden == 0, allowed) // hidden
-        )
+        width = self._value(name, default, lambda v: type(v) is int and 0 <= v < _LARGEST and v % hidden == 0, allowed)
+        return width // hidden
 
     def _number(self, name: str, default: float, low: float, high: float) -> float:
         allowed = f"a number from {low:g} to {high:g}"

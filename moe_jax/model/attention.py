@@ -28,7 +28,8 @@ class Attention(nnx.Module):
     """Projections around `causal_attention`.
 
     Parameters: qkv `[D, (H + 2 KV) A]` as (q | k | v), q by (H, A), k and v by (KV, A); out `[H A, D]`; with `bias` one
-    bias for each. Attention head h reads key and value head h // (H / KV) (Ainslie et al. 2023, section 2.2).
+    bias for each, with `qkv_bias` one for qkv. Attention head h reads key and value head h // (H / KV) (Ainslie et al.
+    2023, section 2.2).
 
     With `qk_norm` also the scales of query_norm and key_norm, two RMSNorms before the rotation. `head` normalises each
     head, with scales `[A]` (Dehghani et al. 2023, section 2.1, use LayerNorm). `full` normalises all heads together,
@@ -60,8 +61,9 @@ class Attention(nnx.Module):
             self.out = nnx.Param(self.qkv[...][:, 2 * width :].T)
         else:
             self.out = nnx.Param(matrix_init(rngs, (queries, width), out_scale))
-        if config.bias:
+        if config.bias or config.qkv_bias:
             self.qkv_bias = nnx.Param(jnp.zeros(queries + 2 * keys))
+        if config.bias:
             self.out_bias = nnx.Param(jnp.zeros(width))
         if config.qk_norm != "none":
             widths = (queries, keys) if config.qk_norm == "full" else (head_width, head_width)
@@ -76,7 +78,7 @@ class Attention(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         qkv = matmul(rows, self.qkv[...])
         qkv = qkv if self.qkv_lora is None else qkv + self.qkv_lora(rows)
-        if self.config.bias:
+        if self.config.bias or self.config.qkv_bias:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
         query, key, value = _split(qkv.reshape(*x.shape[:2], -1, self.config.head_width), self.config.heads)
         if self.config.qk_norm == "head":

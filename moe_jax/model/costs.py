@@ -34,7 +34,8 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
     bias = int(c.bias)
     norm = c.width * (1 + (bias if c.norm == "layernorm" else 0))
     attention = sum(rows * columns for rows, columns in attention_shapes(c))
-    attention_bias = bias * sum(columns for _, columns in attention_shapes(c))
+    (_, qkv), (_, out) = attention_shapes(c)
+    attention_bias = (bias or c.qkv_bias) * qkv + bias * out
     matrices = 3 if c.activation == "swiglu" else 2
     expert = matrices * c.width * c.expert_hidden
     vocabulary = c.vocab_size * c.width
@@ -50,8 +51,8 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
     groups["attention"] = Count(stored, stored, c.layers * attention)
     if c.dense == "none":
         router = c.layers * c.width * c.experts
-        bias = c.layers * c.experts * (c.routing.balancing == "bias")
-        groups["routers"] = Count(router + bias, router + bias, router)
+        vectors = c.layers * (c.experts * (c.routing.balancing == "bias") + c.width * c.shared_gate)
+        groups["routers"] = Count(router + vectors, router + vectors, router)
         active = c.layers * c.routing.top_k * expert
         groups["experts"] = Count(c.layers * c.experts * expert, active, active)
         if c.shared_experts:

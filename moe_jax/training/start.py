@@ -36,7 +36,7 @@ A public model is fine-tuned at IMPORTED_LR."""
 
 _DATA_MAY_CHANGE = {"eval_tokens", "source"}
 """Fields of `data` that may change. The text itself is compared by its digest, once it is read."""
-_EXPERTS = {"dense", "experts", "expert_hidden", "shared_experts"}
+_EXPERTS = {"dense", "experts", "expert_hidden", "shared_experts", "shared_gate"}
 """Fields of the model that concern experts only. An upcycled run may choose them freely."""
 _TRAINING_ONLY = {"dropout", "attention_dropout", "tie_value_output_init", "zero_init_residual"}
 """Fields of the model that change nothing in a forward pass of given weights without dropout."""
@@ -143,7 +143,7 @@ def _upcycled(config: RunConfig) -> Start:
     folder = config.upcycle
     pretrained = holds_pretrained(Path(folder)) and not holds_run(Path(folder))
     where = f"the dense {'model' if pretrained else 'run'} in {folder}"
-    free, changes = _EXPERTS | _TRAINING_ONLY, {"dense": "none", "shared_experts": 0}
+    free, changes = _EXPERTS | _TRAINING_ONLY, {"dense": "none", "shared_experts": 0, "shared_gate": False}
     if pretrained:
         model = read_shape(Path(folder), "--upcycle").model
         # The dense model has no experts that a mesh could divide.

@@ -39,6 +39,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "story-cpu": {"qk_norm": "head", "kv_heads": 1, "tied_head": False, "scaled_embedding": True},
     "norm of all heads, plain gates": {"qk_norm": "full", "renormalise_gates": False, "top_k": 3},
     "shared experts, balance by bias": {"shared_experts": 2, "balancing": "bias", "top_k": 3},
+    "shared experts with a gate, biases of keys": {"shared_experts": 1, "shared_gate": True, "qkv_bias": True},
     "one expert a token": {"top_k": 1, "expert_hidden": 5},
     "LayerNorm, GELU, biases, learned positions": {
         "norm": "layernorm", "activation": "gelu", "bias": True, "positions": "learned"

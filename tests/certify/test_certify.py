@@ -38,7 +38,7 @@ BLOCKS = {"routing": {"dispatch": "blocks", "top_k": 3}, "width": 48, "expert_hi
     "changes",
     [
         {"layers": 1},
-        pytest.param({"shared_experts": 1, "routing": {"balancing": "bias"}}, marks=NIGHT),
+        pytest.param({"shared_experts": 1, "shared_gate": True, "routing": {"balancing": "bias"}}, marks=NIGHT),
         pytest.param(BLOCKS | {"zero_init_residual": True}, marks=NIGHT),
     ],
     ids=["short", "shared, bias", "blocks"],

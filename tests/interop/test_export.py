@@ -59,7 +59,7 @@ def test_each_preset_has_a_class_or_a_reason(name: str) -> None:
 HELD = {
     *("vocab_size", "seq_len", "layers", "width", "heads", "kv_heads", "head_size", "experts", "expert_hidden"),
     *("shared_experts", "dense", "activation", "norm", "norm_eps", "positions", "rope_theta", "bias", "qk_norm"),
-    *("tied_head", "scaled_embedding", "routing", "top_k", "balancing", "renormalise_gates"),
+    *("shared_gate", "qkv_bias", "tied_head", "scaled_embedding", "routing", "top_k", "balancing", "renormalise_gates"),
 }
 """Settings that change what a model computes: an export writes each, or refuses it."""
 ONLY_TRAINING = {
@@ -101,6 +101,8 @@ def test_the_card_counts_what_the_exported_weights_have_read(run: Path) -> None:
         ({"qk_norm": "head"}, {"balancing": "bias"}, "--model.qk-norm"),
         ({"qk_norm": "full", "head_size": 8}, {}, "--set model.head_size"),
         ({"qk_norm": "full", "dense": "active"}, {}, "--model.qk-norm full"),
+        ({"qkv_bias": True}, {}, "--set model.qkv_bias=true"),
+        ({"shared_experts": 1, "shared_gate": True, "qk_norm": "head"}, {}, "--set model.shared_gate=true"),
         ({"shared_experts": 1}, {"renormalise_gates": False}, "--set routing.renormalise_gates=false"),
         ({}, {"top_k": 1}, "--routing.top-k 1"),
         ({"scaled_embedding": True, "qk_norm": "head"}, {}, "--set model.scaled_embedding=true"),

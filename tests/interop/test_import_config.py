@@ -143,6 +143,7 @@ LEFT_OUT = {
     "qwen3_moe": (1e-6, 1e4, 4, 8, (8, False)),
     "olmoe": (1e-5, 1e4, 8, 8, (8, False)),
     "granitemoe": (1e-6, 1e4, 8, 8, (2, True)),
+    "qwen2_moe": (1e-6, 1e4, 16, 8, (4, False)),
     "granitemoeshared": (1e-6, 1e4, 8, 8, (2, True)),
 }
 """Class of transformers -> what a field that is left out means there: rms_norm_eps, rope_theta, num_key_value_heads,
@@ -161,6 +162,8 @@ def test_a_field_that_is_left_out_has_the_default_of_the_class(name: str, folder
     assert (model.norm_eps, model.rope_theta) == (eps, theta)
     assert (model.key_value_heads, model.head_width) == (kv_heads, head_width)
     assert not model.tied_head
+    assert model.shared_experts == (704 if name == "qwen2_moe" else 0)
+    assert model.qkv_bias == model.shared_gate == (name == "qwen2_moe")
     if routing is not None:
         assert (model.routing.top_k, model.routing.renormalise_gates) == routing
 
@@ -197,6 +200,15 @@ PUBLIC: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
         | {"hidden_size": 1536, "logits_scaling": 6.0, "num_attention_heads": 24, "num_hidden_layers": 32}
         | {"num_local_experts": 40, "rope_theta": 1e7},
         (3.3, 0.8),
+    ),
+    "Qwen1.5-MoE-A2.7B": (
+        QWEN
+        | {"model_type": "qwen2_moe", "architectures": ["Qwen2MoeForCausalLM"], "intermediate_size": 5632}
+        | {"max_position_embeddings": 8192, "max_window_layers": 21, "moe_intermediate_size": 1408}
+        | {"norm_topk_prob": False, "num_attention_heads": 16, "num_experts": 60, "num_experts_per_tok": 4}
+        | {"num_hidden_layers": 24, "num_key_value_heads": 16, "shared_expert_intermediate_size": 5632}
+        | {"sliding_window": 32768},
+        (14.3, 2.7),
     ),
     "Qwen3-30B-A3B": (
         QWEN

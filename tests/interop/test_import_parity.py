@@ -31,7 +31,7 @@ from tests.support.saved_run import quick_training
 pytestmark = pytest.mark.interop
 
 TOLERANCE = 2e-6
-SHORT = ("llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe", "granitemoe", "granitemoeshared")
+SHORT = ("llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe", "granitemoe", "granitemoeshared", "qwen2_moe")
 TOKENS = [256, *b"Once upon a time a dragon met a cat."]
 FLAGS = ("--steps", "1", "--batch-size", "2", "--seq-len", "64", "--precision", "float32", "--train.eval-every", "1")
 
@@ -70,10 +70,10 @@ def test_the_logits_are_those_of_transformers(name: str, tmp_path: Path) -> None
     np.testing.assert_array_equal(found.argmax(-1), expected.argmax(-1))
 
 
-GRADIENTS = ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared"]
+GRADIENTS = ["mixtral", "qwen3_moe", "olmoe", "granitemoe", "granitemoeshared", "qwen2_moe"]
 
 
-@pytest.mark.parametrize("name", short_form(GRADIENTS, ["olmoe", "granitemoe", "granitemoeshared"]))
+@pytest.mark.parametrize("name", short_form(GRADIENTS, ["olmoe", "granitemoe", "granitemoeshared", "qwen2_moe"]))
 def test_the_gradients_are_those_of_pytorch(name: str, tmp_path: Path) -> None:
     """Of the mean cross-entropy, for every tensor. One that is in two of our parameters has the sum of both."""
     import torch
@@ -111,9 +111,9 @@ def _on_disk(name: str) -> str:
     return name.replace("experts.down_proj", "output_linear.weight").replace("router.weight", "router.layer.weight")
 
 
-EXPORTS = [("llama, tied", "float32"), ("mixtral", "bfloat16"), ("qwen3_moe, tied", "float16")]
+EXPORTS = [("llama, tied", "float32"), ("qwen2_moe", "bfloat16"), ("qwen3_moe, tied", "float16")]
 EVERY_EXPORT = itertools.product(
-    ("llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe"), ("float32", "bfloat16", "float16")
+    ("llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe", "qwen2_moe"), ("float32", "bfloat16", "float16")
 )
 
 
@@ -148,7 +148,7 @@ def test_folded_multipliers_go_out_in_a_class_without_them(name: str, kind: str,
     assert np.abs(theirs(other) - theirs(model)).max() <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", short_form(["mixtral", "qwen3_moe", "olmoe, tied"], ["olmoe, tied"]))
+@pytest.mark.parametrize("name", short_form(["mixtral", "qwen3_moe", "olmoe, tied", "qwen2_moe"], ["olmoe, tied"]))
 def test_fused_experts_go_in_as_those_with_a_tensor_each(name: str, tmp_path: Path) -> None:
     """The names that transformers 5 has in memory."""
     model = by_transformers(tmp_path / "hf", name)

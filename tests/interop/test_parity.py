@@ -46,6 +46,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "ernie4_5_moe, shared": {"shared_experts": 2},
     "ernie4_5_moe, both": {"balancing": "bias", "shared_experts": 1},
     "granitemoe": {"scaled_embedding": True},
+    "qwen2_moe": {"shared_experts": 2, "shared_gate": True, "qkv_bias": True, "renormalise_gates": False},
+    "qwen2_moe, without biases": {"shared_experts": 1, "shared_gate": True, "kv_heads": 2, "head_size": 32},
     "llama": {"dense": "active"},
     "llama, grouped heads": {"dense": "active", "kv_heads": 2, "head_size": 32, "rope_theta": 5e5},
     "qwen3": {"dense": "total", "qk_norm": "head", "tied_head": False},
@@ -65,6 +67,7 @@ PRESETS = ("nano", "story", "story-cpu")
 
 SHORT = {
     *("mixtral, untied, top 3", "qwen3_moe", "qwen3_moe, grouped heads", "olmoe", "ernie4_5_moe, both", "granitemoe"),
+    "qwen2_moe",
     *("llama, grouped heads", "qwen3", "gpt2", "nano"),
 }
 """Each architecture once. The other cases are for the night."""

@@ -36,6 +36,7 @@ def stored(config: ModelConfig) -> int:
 
 OPTIONS = [
     {"shared_experts": 2},
+    {"shared_experts": 2, "shared_gate": True, "qkv_bias": True},
     {"shared_experts": 1, "activation": "gelu", "tied_head": False},
     {"shared_experts": 2, "dense": "active"},
     {"shared_experts": 2, "dense": "total"},

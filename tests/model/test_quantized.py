@@ -197,6 +197,7 @@ CASES = {
         "layers": 1,
         "tied_head": False,
         "shared_experts": 1,
+        "shared_gate": True,
         "activation": "gelu",
         "bias": True,
         "norm": "layernorm",

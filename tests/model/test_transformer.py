@@ -52,6 +52,7 @@ def test_other_models_are_causal_too(changes: dict) -> None:
     [
         {"layers": 1, "positions": "learned", "qk_norm": "head", "scaled_embedding": True, "tied_head": False},
         pytest.param({"dense": "total"}, marks=pytest.mark.slow),
+        {"layers": 1, "shared_experts": 2, "shared_gate": True, "qkv_bias": True},
     ],
     ids=str,
 )

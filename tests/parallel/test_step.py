@@ -171,7 +171,13 @@ def written(programs: Programs) -> list[int]:
 
 
 def test_samples_and_snapshots_are_those_of_one_device() -> None:
-    changes: dict[str, Any] = {"layers": 2, "shared_experts": 1, "tied_head": False}
+    changes: dict[str, Any] = {
+        "layers": 2,
+        "shared_experts": 1,
+        "shared_gate": True,
+        "qkv_bias": True,
+        "tied_head": False,
+    }
     programs, one = made.programs(MESH, **changes), made.programs(**changes)
     assert written(programs) == written(one)
     stream = tiny.tokens(100, seed=4, vocabulary=made.V)

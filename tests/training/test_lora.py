@@ -34,7 +34,7 @@ SHAPE = LoraShape(4, 0.75, train_router=True)
 CASES = {
     "capacity": {},
     "blocks": {"dispatch": "blocks", "renormalise_gates": False},
-    "shared": {"shared_experts": 1, "activation": "gelu", "kv_heads": 1},
+    "shared": {"shared_experts": 1, "shared_gate": True, "qkv_bias": True, "activation": "gelu", "kv_heads": 1},
     "dense": {"dense": "active"},
 }
 

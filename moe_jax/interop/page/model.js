@@ -112,6 +112,7 @@ class Model {
         queryNorm: norm(`${name}.attention.query_norm`, "rmsnorm"), keyNorm: norm(`${name}.attention.key_norm`, "rmsnorm"),
         router: own("ffn.router"), balanceBias: own("ffn.balance_bias"),
         experts: networks(`${name}.ffn.experts`), shared: networks(`${name}.ffn.shared`),
+        sharedGate: own("ffn.shared_gate"),
         keys: new Float32Array(config.seq_len * this.keyWidth), values: new Float32Array(config.seq_len * this.keyWidth),
       };
     });
@@ -160,7 +161,8 @@ class Model {
         routed.experts.push(experts);
         routed.gates.push(gates);
       } else add(x, feed(block.experts[0], z));
-      for (const network of block.shared) add(x, feed(network, z));
+      const gate = block.sharedGate ? 1 / (1 + Math.exp(-multiply(block.sharedGate, z)[0])) : 1;
+      for (const network of block.shared) add(x, feed(network, z), gate);
     });
     return { hidden: normalise(this.norm, x), ...routed };
   }

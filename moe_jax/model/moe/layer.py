@@ -19,7 +19,7 @@ from moe_jax.model.layers import matrix_init
 from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
 from moe_jax.model.moe.dispatch import AllExperts, Blocks, Capacity, Dispatch, PerToken
 from moe_jax.model.moe.experts import Experts
-from moe_jax.model.moe.router import Routing, route, router_logits
+from moe_jax.model.moe.router import Routing, gate_of_shared, route, router_logits
 
 BLOCK_ROWS = 128
 """Most rows of a block in training. A product with 128 rows is already fast."""
@@ -78,11 +78,12 @@ class MoE(nnx.Module):
 
     Parameters: router `[D, E]`, and the parameters of `Experts`. With `balancing` = bias also balance_bias `[E]`, which
     has no gradient. With S shared experts also one network of S*F hidden units (Dai et al. 2024, "DeepSeekMoE", section
-    3.2).
+    3.2), and with `shared_gate` the vector `[D]` of its gate.
     """
 
     router_delta: nnx.Param | None = None
     """What adapters add to the router, in training only (`model/low_rank.py`)."""
+    shared_gate: nnx.Param | None = None
 
     def __init__(
         self,
@@ -93,6 +94,7 @@ class MoE(nnx.Module):
         *,
         activation: Activation = "swiglu",
         shared_experts: int = 0,
+        shared_gate: bool = False,
         out_scale: float = 1.0,
         rngs: nnx.Rngs,
     ) -> None:
@@ -114,6 +116,8 @@ class MoE(nnx.Module):
         self.has_shared = shared_experts > 0
         if self.has_shared:
             self.shared = Experts(1, width, shared_experts * hidden, activation, out_scale, rngs)
+        if shared_gate:
+            self.shared_gate = nnx.Param(jnp.zeros(width))
 
     def __call__(
         self,
@@ -136,7 +140,9 @@ class MoE(nnx.Module):
         y, dropped = dispatch.apply(x, routing, self.experts)
         if self.has_shared:
             with jax.named_scope("shared"):
-                y = y + self.shared(x.reshape(1, -1, x.shape[-1])).reshape(x.shape)
+                vector = self.shared_gate
+                gate = None if vector is None else gate_of_shared(x, vector[...]).reshape(1, -1)
+                y = y + self.shared(x.reshape(1, -1, width), gate=gate).reshape(x.shape)
         y = jnp.where(routing.valid[..., None], y, jnp.nan)  # an invalid token gives NaN, so that the error is seen
         stats = RouterStats(balance_loss(routing), z_loss(routing), dropped, expert_load(routing).mean(0))
         if trace:
@@ -197,6 +203,7 @@ def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_s
         config.routing,
         activation=config.activation,
         shared_experts=config.shared_experts,
+        shared_gate=config.shared_gate,
         out_scale=out_scale,
         rngs=rngs,
     )

@@ -45,6 +45,12 @@ def router_logits(x: Float[Array, "B T D"], kernel: Float[Array, "D E"]) -> Floa
     return jnp.einsum("btd,de->bte", x.astype(dtype), kernel.astype(dtype), precision=dot_precision(dtype))
 
 
+def gate_of_shared(x: Float[Array, "B T D"], vector: Float[Array, " D"]) -> Float[Array, "B T"]:
+    """The gate of the shared experts, sigmoid(x . vector) in at least float32 (Qwen Team 2024, "Qwen1.5-MoE")."""
+    dtype = at_least_float32(jnp.promote_types(x.dtype, vector.dtype))
+    return jax.nn.sigmoid((x.astype(dtype) * vector.astype(dtype)).sum(-1))
+
+
 def route(
     logits: Float[Array, "B T E"],
     top_k: int,
