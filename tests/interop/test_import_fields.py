@@ -39,8 +39,8 @@ def test_the_bounds_of_fields() -> None:
     sizes = [read_field("_size", v) for v in (1, 2**24 - 1, 0, 2**24, -1, True, 1.0, "1", None)]
     assert sizes == [1, 2**24 - 1, *[no] * 7]
     assert [read_field("_size", v, 7) for v in (None, 3, 0)] == [7, 3, no]
-    shared = [read_field("_multiple", v, 48) for v in (None, 0, 48, 144, 49, 47, -48, True, 2**24 // 48 * 48 + 48)]
-    assert shared == [0, 0, 1, 3, *[no] * 5]
+    shared = [read_field("_multiple", v, 96, 48) for v in (None, 0, 48, 144, 49, 47, -48, True, 2**24 // 48 * 48 + 48)]
+    assert shared == [2, 0, 1, 3, *[no] * 5]
     numbers = [read_field("_number", v, 5, 1, 9) for v in (None, 1, 9.0, 0.99, 9.01, True, "5", float("nan"))]
     assert numbers == [5.0, 1.0, 9.0, *[no] * 5]
     assert {type(read_field("_number", v, 5, 1, 9)) for v in (None, 1)} == {float}
