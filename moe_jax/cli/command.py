@@ -27,6 +27,7 @@ from moe_jax.system.files import Folder, json_text, step_number
 COMMANDS = {
     "train": ("train", "Train", "train a sparse mixture-of-experts language model"),
     "sft": ("train", "Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
+    "import": ("import_model", "Import", "bring a public mixture here as a run, with 4, 8 or 16 bits a weight"),
     "quantize": ("export", "Quantize", "write a run with 8 or 4 bits a weight"),
     "generate": ("generate", "Generate", "continue a text with a trained model"),
     "chat": ("generate", "Chat", "talk with a trained model: type a beginning, and it goes on"),
@@ -148,6 +149,13 @@ def check_new_folder(flag: str, path: str | Path) -> None:
     check_out_folder(flag, path)
     if os.path.isdir(path) and os.listdir(path):
         raise ConfigError(f"{flag} {path}: is not empty; name a new folder")
+
+
+def check_whole_folder(flag: str, path: Path) -> None:
+    """The same of a folder that is made elsewhere and gets its name at the end. So it can be no link and no mount."""
+    check_new_folder(flag, path)
+    if path.is_symlink() or os.path.ismount(path) or (path.exists() and path.samefile(".")):
+        raise ConfigError(f"{flag} {path}: is a link, a mount or the current folder; name a new folder inside it")
 
 
 def check_out_file(flag: str, path: str | Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from moe_jax.cli.command import ModelCommand, check_new_folder, check_out_file, print_json
+from moe_jax.cli.command import ModelCommand, check_new_folder, check_out_file, check_whole_folder, print_json
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
@@ -32,10 +32,8 @@ class Export(ModelCommand):
         self.check()
         if self.to == "html":
             return self._page(Path(self.out))
-        check_new_folder("--out", self.out)
         out = Path(self.out)
-        if out.is_symlink() or os.path.ismount(out) or (out.exists() and out.samefile(".")):
-            raise ConfigError(f"--out {out}: is a link, a mount or the current folder; name a new folder inside it")
+        check_whole_folder("--out", out)
         if self.dtype == "q8_0" and self.to != "gguf":
             raise ConfigError(f"--dtype q8_0: for --to gguf only, and --to is {self.to}; use bfloat16")
         os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and a card may be busy with training

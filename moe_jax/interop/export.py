@@ -1,12 +1,8 @@
 """Export of a run into a folder for other programs. The folder is whole or absent. What a killed export leaves beside
 it is removed by the next one of the same name."""
 
-import glob
-import secrets
 import shlex
-import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +16,7 @@ from moe_jax.interop.tokenizers import ollama, separator_text, tokenizer_files
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.runs.arrays import write_safetensors
 from moe_jax.system.errors import disk_cause
-from moe_jax.system.files import json_text, locked
+from moe_jax.system.files import json_text, new_folder
 from moe_jax.system.signals import unwinding
 
 Target = Literal["hf", "gguf", "both", "safetensors"]
@@ -70,32 +66,19 @@ def export(source: ExportSource, to: Target, dtype: Dtype, out: Path, command: s
     Raises UserError where the model does not fit the target, or the disk is full; nothing is left then.
     """
     architecture = check_exportable(source, to)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for killed in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):  # a living export holds the lock of its own
-        with suppress(OSError), locked(killed / "lock", wait=False):
-            shutil.rmtree(killed)
-    partial = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
     try:
-        partial.mkdir()
-        with locked(partial / "lock", wait=False):
-            draft = partial / out.name
-            draft.mkdir()
+        with new_folder(out) as draft:
             if architecture is None:
                 _write_plain(draft, source, dtype)
             else:
                 _write_for(draft, source, architecture, to, dtype, out.name)
             files = sorted(p.name for p in draft.iterdir())
             (draft / "README.md").write_text(model_card(source, out.name, command, files), encoding="utf-8")
-            if out.exists():
-                out.rmdir()  # it is empty: the command has checked
-            draft.rename(out)
     except Exception as error:
         cause = disk_cause(error)
         if cause is None:
             raise
         raise UserError(f"--out {out}: cannot be written ({cause}); nothing was exported") from None
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return sorted(out.iterdir())
 
 

@@ -135,11 +135,7 @@ class Piece(NamedTuple):
     part: Any = ...
     """Index into the tensor."""
     factor: float = 1.0
-
-    def of(self, tensor: np.ndarray) -> np.ndarray:
-        """The piece, cut out of its tensor. float32 if it has a factor."""
-        cut = tensor[self.part].swapaxes(-1, -2) if self.transposed else tensor[self.part]
-        return cut if self.factor == 1 else cut.astype(np.float32) * np.float32(self.factor)
+    """By which its values are multiplied."""
 
 
 type Table = dict[str, list[Piece]]

@@ -5,16 +5,21 @@
     opened.tokenizer
     opened.params(shapes)    the parameters, in the dtypes of `shapes`
 
-Everything about the files is checked by `open`: names, shapes and sizes of all tensors. `params` then reads one tensor
-after another. In host memory are the parameters that are done, and one parameter in the making. On a mesh every process
-reads all tensors, and keeps its own parts.
+Everything about the files is checked by `open`: names, shapes and sizes of all tensors. `params` then reads the tensors
+in parts. In host memory are the parameters that are done, one parameter in the making, and two parts. On a mesh every
+process reads all tensors, and keeps its own parts. `write_run` (`imported_run.py`) keeps none: it writes each parameter
+to a file.
 """
 
-import json
+import math
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,11 +29,58 @@ from moe_jax.config import UserError
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
 from moe_jax.interop.huggingface import EMBEDDING, HEAD, Piece, Table, expected, is_fused, table
 from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_shape
-from moe_jax.interop.weight_files import WeightFiles
+from moe_jax.interop.weight_files import DTYPES, WeightFiles
 from moe_jax.model.transformer import Params
+from moe_jax.runs.arrays import named_leaves
 from moe_jax.system.files import MAX_JSON_BYTES
 
+PART_VALUES = 2**19
+"""Most values of a tensor that are read at once."""
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+
+
+class Part(NamedTuple):
+    """Some rows of a matrix of the folder, or a vector, and the place that they fill in one of our parameters."""
+
+    parameter: str
+    """Its dotted name."""
+    piece: Piece
+    expert: tuple[int, ...]
+    """Index within `piece.place`."""
+    columns: slice
+    """Of our parameter, whose columns are the tensor's rows."""
+    stored: np.ndarray
+    """`[columns, inputs]`, or a vector, as the file has it."""
+
+    def values(self) -> np.ndarray:
+        """`[inputs, columns]`, or a vector. float32 if the piece has a factor."""
+        factor = self.piece.factor
+        return self.stored.T if factor == 1 else self.stored.T.astype(np.float32) * np.float32(factor)
+
+    def put(self, parameter: np.ndarray, values: Any) -> np.ndarray:
+        """Fill the columns of a parameter `[*E, inputs, outputs]` with `[inputs, columns]`, or a vector. What has
+        another number of rows than the parameter, such as scales, is put in the same way. Returns what was filled."""
+        filled = parameter[self.piece.place][self.expert][..., self.columns]
+        filled[...] = values
+        return filled
+
+
+def oriented(name: str, parameter: np.ndarray) -> np.ndarray:
+    """A parameter with its outputs as columns. Of an embedding `[V, D]` these are the tokens."""
+    return parameter.T if name == "embedding" else parameter
+
+
+def _rows(piece: Piece) -> Iterator[tuple[tuple[int, ...], slice, int]]:
+    """The parts of a piece that are read at once: (index of the expert, columns, first row in the tensor)."""
+    *above, inputs = piece.shape
+    if not above:
+        yield (), slice(None), 0
+        return
+    rows = np.broadcast_to(np.arange(math.prod(above)).reshape(*above, 1), piece.shape)[piece.part][..., 0]
+    most = max(1, PART_VALUES // inputs)
+    for index in np.ndindex(rows.shape[:-1]):
+        for begin in range(0, rows.shape[-1], most):
+            yield index, slice(begin, min(begin + most, rows.shape[-1])), int(rows[index][begin])
 
 
 @dataclass(frozen=True)
@@ -52,7 +104,7 @@ class Pretrained:
                 f"{folder}: config.json gives {layers:,} layers of {experts:,} experts, and the weight files have "
                 f"{there:,} tensors; take both from the same folder"
             )
-        opened.weights.check(expected(opened._table()), {HEAD} if shape.tied else set())
+        opened.weights.check(expected(opened.table()), {HEAD} if shape.tied else set())
         return opened
 
     def params(self, shapes: Params, fresh: Params | None = None) -> tuple[Params, str]:
@@ -63,53 +115,61 @@ class Pretrained:
         every expert is a copy of the dense network, and the leaves of `fresh`, by their dotted names, stay as they are.
         Raises UserError if a value is not finite.
         """
-        pieces = self._table(copies=fresh is not None)
-        digests: dict[str, str] = {}
+        done, digest = dict(fresh or {}), xxhash.xxh3_128(self.shape.text + self.tokenizer.digest.encode())
+        leaves = named_leaves(shapes)
         # One buffer for all parameters in the making. Fresh ones would leave holes in the memory of the process.
-        scratch = _buffer(max(_bytes(leaf) for leaf in jax.tree.leaves(shapes)))
+        scratch = _buffer(max(_bytes(leaf) for leaf in leaves.values()))
+        for name, parts in groupby(self.read(self.table(fresh is not None), digest), lambda part: part.parameter):
+            leaf = leaves[name]
+            made = scratch[: _bytes(leaf)].view(leaf.dtype).reshape(leaf.shape)
+            for part in parts:
+                with np.errstate(over="ignore"):  # a value that is too large for the dtype is named below
+                    filled = part.put(oriented(name, made), part.values())
+                self.check_finite(np.isfinite(filled), part, str(leaf.dtype))
+            done[name] = _placed(leaf, made)
+        assert done.keys() == leaves.keys(), f"the table of tensors differs by {sorted(done.keys() ^ leaves.keys())}"
+        filled = jax.tree.unflatten(jax.tree.structure(shapes), [done[name] for name in leaves])
+        return filled, digest.hexdigest()
 
-        def fill(path: jax.tree_util.KeyPath, leaf: jax.ShapeDtypeStruct) -> Any:
-            name = jax.tree_util.keystr(path, simple=True, separator=".")
-            if fresh is not None and name in fresh:
-                return fresh[name]
-            return self._parameter(leaf, pieces.pop(name), scratch, digests)
-
-        filled = jax.tree_util.tree_map_with_path(fill, shapes)
-        assert not pieces, f"the model has no place for {sorted(pieces)}"
-        if self.shape.tied and HEAD in self.weights.tensors:
-            self._check_tied()
-        parts = [self.shape.text.hex(), self.tokenizer.digest, sorted(digests.items())]
-        return filled, xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
-
-    def _table(self, copies: bool = False) -> Table:
+    def table(self, copies: bool = False) -> Table:
+        """Which tensors are which of our parameters. With `copies`, of a model with experts made of a dense one."""
         return table(self.shape, is_fused(self.weights.tensors), copies)
 
-    def _parameter(
-        self, leaf: jax.ShapeDtypeStruct, pieces: list[Piece], scratch: np.ndarray, digests: dict[str, str]
-    ) -> jax.Array:
-        made = scratch[: _bytes(leaf)].view(leaf.dtype).reshape(leaf.shape)
-        for piece in pieces:
-            source = self.weights.tensors[piece.tensor].read()
-            if piece.tensor not in digests:
-                digests[piece.tensor] = xxhash.xxh3_128_hexdigest(source.view(np.uint8))
-            target = made[piece.place]
-            with np.errstate(over="ignore"):  # a value that is too large for the dtype is named below
-                target[...] = piece.of(source)
-            del source  # before the next tensor is read
-            if not np.isfinite(target).all():
-                raise UserError(
-                    f"{self.weights.folder}: tensor {piece.tensor} has NaN or infinite values in {leaf.dtype}; "
-                    "download it again"
-                )
-        if leaf.sharding is not None:
-            # Copies of the parts, because the buffer is used again.
-            return jax.block_until_ready(
-                jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: made[index].copy())
-            )
-        array = jax.block_until_ready(jax.device_put(made))
-        if array.unsafe_buffer_pointer() == made.ctypes.data:  # not copied, and the buffer is used again
-            array = jax.block_until_ready(jax.device_put(made.copy()))
-        return array
+    def size(self, table: Table) -> int:
+        """Bytes that `read` reads. A tensor with two places in a table is read twice."""
+
+        def rows(piece: Piece) -> int:
+            return sum(c.stop - c.start for _, c, _ in _rows(piece)) if len(piece.shape) > 1 else 1
+
+        pieces = (piece for pieces in table.values() for piece in pieces)
+        return sum(rows(p) * p.shape[-1] * DTYPES[self.weights.tensors[p.tensor].dtype].itemsize for p in pieces)
+
+    def read(self, table: Table, digest: xxhash.xxh3_128) -> Iterator[Part]:
+        """All parts of all parameters, in the order of the table. The next part is read on a thread, while the caller
+        works on the one before. The content is added to `digest`."""
+        jobs = ((name, piece, *rows) for name, pieces in table.items() for piece in pieces for rows in _rows(piece))
+
+        def read(name: str, piece: Piece, index: tuple[int, ...], columns: slice, first: int) -> Part:
+            tensor = self.weights.tensors[piece.tensor]
+            end = None if len(piece.shape) == 1 else first + columns.stop - columns.start
+            values = tensor.read(first, end)
+            digest.update(values.view(np.uint8))
+            return Part(name, piece, index, columns, values)
+
+        with ThreadPoolExecutor(1) as reader:
+            ahead = deque(reader.submit(read, *job) for job in islice(jobs, 2))
+            while ahead:
+                part = ahead.popleft().result()
+                ahead.extend(reader.submit(read, *job) for job in islice(jobs, 1))
+                yield part
+        if self.shape.tied and HEAD in self.weights.tensors:
+            self._check_tied()
+
+    def check_finite(self, finite: np.ndarray, part: Part, dtype: str) -> None:
+        """Raise UserError, with the name of its tensor, unless all values of a part are finite in a dtype."""
+        if not finite.all():
+            where = f"{self.weights.folder}: tensor {part.piece.tensor}"
+            raise UserError(f"{where} has NaN or infinite values in {dtype}; download it again")
 
     def _check_tied(self) -> None:
         """Raise UserError if the folder holds a head that is not its embedding, although config.json ties them."""
@@ -141,6 +201,17 @@ def _tokenizer(folder: Path, shape: PretrainedShape) -> Tokenizer:
             f"{shape.model.vocab_size:,}; take both from the same folder"
         )
     return tokenizer
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, made: np.ndarray) -> jax.Array:
+    """A copy of `made` on the devices of a leaf: the buffer is used again."""
+    if leaf.sharding is not None:
+        parts = jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: made[index].copy())
+        return jax.block_until_ready(parts)
+    array = jax.block_until_ready(jax.device_put(made))
+    if array.unsafe_buffer_pointer() == made.ctypes.data:
+        array = jax.block_until_ready(jax.device_put(made.copy()))
+    return array
 
 
 def _buffer(size: int) -> np.ndarray:

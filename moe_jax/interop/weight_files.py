@@ -39,15 +39,19 @@ class Tensor(NamedTuple):
     offset: int
     """First byte in the file."""
 
-    def read(self) -> np.ndarray:
-        """The tensor, in memory, read-only. A file that is mapped and then cut would end the process (SIGBUS). Raises
-        UserError if the file has been cut since its header was read."""
-        dtype = DTYPES[self.dtype]
-        self.file.seek(self.offset)
-        content = self.file.read(size := math.prod(self.shape) * dtype.itemsize)
+    def read(self, first: int = 0, end: int | None = None) -> np.ndarray:
+        """The tensor, or some rows of it, in memory, read-only. Rows are numbered through all axes but the last.
+
+        A file that is mapped and then cut would end the process (SIGBUS). Raises UserError if the file has been cut
+        since its header was read.
+        """
+        dtype, row = DTYPES[self.dtype], self.shape[-1] if self.shape else 1
+        shape = self.shape if end is None else (end - first, row)
+        self.file.seek(self.offset + first * row * dtype.itemsize)
+        content = self.file.read(size := math.prod(shape) * dtype.itemsize)
         if len(content) < size:
             raise UserError(f"{self.file.name}: has become shorter while it was read; download it again")
-        return np.frombuffer(content, dtype).reshape(self.shape)
+        return np.frombuffer(content, dtype).reshape(shape)
 
 
 @dataclass(frozen=True)

@@ -251,8 +251,9 @@ def quantized_shapes(shapes: dict[str, Any], weights: Weights) -> dict[str, Any]
     """The shapes and dtypes of `quantize(params, weights)`. Allocates nothing."""
 
     def shape_of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        rounded = _last_name(path) in MATRICES
-        return jax.eval_shape(lambda w: _rounded(_oriented(path, w), weights), leaf) if rounded else leaf
+        if _last_name(path) not in MATRICES:
+            return leaf
+        return jax.eval_shape(lambda w: rounded(_oriented(path, w), weights), leaf)
 
     return jax.tree_util.tree_map_with_path(shape_of, shapes)
 
@@ -264,7 +265,7 @@ def _quantized_leaf(path: jax.tree_util.KeyPath, leaf: Array, weights: Weights) 
     if weights == "int4" and matrix.shape[-2] % 2:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         raise UserError(f"{name}: has {matrix.shape[-2]} inputs, and int4 packs two into a byte; take --to int8")
-    return jax.jit(_rounded, static_argnums=1)(matrix, weights)
+    return jax.jit(rounded, static_argnums=1)(matrix, weights)
 
 
 def _last_name(path: jax.tree_util.KeyPath) -> str:
@@ -275,7 +276,7 @@ def _oriented(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
     return leaf.T if _last_name(path) == "embedding" else leaf
 
 
-def _rounded(matrix: Float[Array, "*E D F"], weights: Weights) -> QuantizedMatrix:
+def rounded(matrix: Float[Array, "*E D F"], weights: Weights) -> QuantizedMatrix:
     """The nearest codes. An entry is off by at most half the scale of its group.
 
     The scale is the largest magnitude of the group, divided by the largest code. A group of zeros has scale 0. In int4

@@ -10,6 +10,7 @@ Orbax is imported by the first save, or when a training goes on: its import take
 import contextlib
 import errno
 import functools
+import json
 import logging
 import os
 import re
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 ARRAYS = "arrays"
 PARAMS, ADAPTERS = "params.", "adapters."
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 _OTHER_SHAPE = "{} is stored with another shape than its manifest gives it"
 
 
@@ -198,3 +200,31 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: d
     mode = path.stat().st_mode
     save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path, metadata)
     path.chmod(mode)
+
+
+class WeightsWriter:
+    """The weights of a checkpoint, written one array after another: none of them stays in memory."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, Any]) -> None:
+        """`shapes` has the shape and dtype of every array, in the order in which they will be added."""
+        header, end = {}, 0
+        for name, x in shapes.items():
+            begin, end = end, end + x.size * x.dtype.itemsize
+            header[name] = {"dtype": _SAFETENSORS[str(x.dtype)], "shape": list(x.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._file = (folder / WEIGHTS).open("xb")
+        self._file.write(len(text).to_bytes(8, "little") + text)
+        self._names = iter(shapes)
+        self._leaves: dict[str, Any] = {}
+
+    def add(self, array: np.ndarray) -> None:
+        """Write the next array."""
+        name = PARAMS + next(self._names)
+        self._file.write(array.reshape(-1).view(np.uint8).data)
+        self._leaves[name] = [list(array.shape), str(array.dtype), manifest.array_digest(array)]
+
+    def close(self) -> dict[str, Any]:
+        """End the file. Returns what `manifest.describe_leaves` says of the arrays."""
+        self._file.close()
+        return manifest.leaves_with_state(dict(sorted(self._leaves.items())))

@@ -94,22 +94,39 @@ class CheckpointStore:
         Of several processes, all call this. Each writes its own parts of the arrays, and the first one the rest. An
         error of one ends the others (`parallel.processes.joined`), so no manifest is written then.
         """
+        leaves = named_leaves(state)
+
+        def write(draft: Path) -> dict[str, Any]:
+            if is_trained(leaves):
+                write_arrays(draft, leaves)
+            write_weights(draft, leaves)
+            return manifest.describe_leaves(leaves)
+
+        return self.save_as(write, step, val_loss=val_loss, elapsed=elapsed, context=context)
+
+    def save_as(
+        self,
+        write: Callable[[Path], dict[str, Any]],
+        step: int,
+        *,
+        val_loss: float | None,
+        elapsed: float,
+        context: dict[str, Any],
+    ) -> Path:
+        """The same, of arrays that `write` writes into the folder that it is given. It returns what
+        `manifest.describe_leaves` says of them."""
         final = self.folder / step_name(step)
         draft = self.folder / f"tmp_{step:08d}"
-        leaves = named_leaves(state)
         known = val_loss if val_loss is not None and math.isfinite(val_loss) else None
         document = {"version": manifest.VERSION, "step": step, "val_loss": known, "elapsed": elapsed}
         try:
-            described = manifest.describe_leaves(leaves)
             if first():
                 self._files.path.mkdir(parents=True, exist_ok=True)
                 self._files.make(FOLDER)
                 self.remove_interrupted_saves()
                 draft.mkdir()
             barrier()
-            if is_trained(leaves):
-                write_arrays(draft, leaves)
-            write_weights(draft, leaves)
+            described = write(draft)
             barrier()  # all files but the manifest are there
             if first():
                 document |= {"files": manifest.describe_files(draft), **described}

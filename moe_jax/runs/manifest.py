@@ -78,7 +78,11 @@ def describe_leaves(leaves: Mapping[str, Any]) -> dict[str, Any]:
         digests = _digests(lambda x: array_digest(whole(x)), (x for _, x in entries))
     else:  # gathered from several processes, one at a time
         digests = [array_digest(whole(x)) for _, x in entries]
-    described = {n: [list(x.shape), str(x.dtype), d] for (n, x), d in zip(entries, digests, strict=True)}
+    return leaves_with_state({n: [list(x.shape), str(x.dtype), d] for (n, x), d in zip(entries, digests, strict=True)})
+
+
+def leaves_with_state(described: dict[str, Any]) -> dict[str, Any]:
+    """The same of leaves that are described one by one: name -> [shape, dtype, digest], sorted by name."""
     state = xxhash.xxh3_128(json.dumps(described).encode()).hexdigest()
     return {"leaves": described, "state": state}
 

@@ -7,6 +7,7 @@ Standard library only, apart from `platformdirs` and `filelock`, which are impor
 """
 
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -170,6 +171,28 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         if isinstance(error, OSError):  # the user knows the file, not its draft
             error.filename, error.filename2 = str(path), None
         raise
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes the folder `out` if all goes well; `out` must be missing or empty. So `out` is
+    whole or absent. What a killed process left beside it is removed by the next one for the same name."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for killed in out.parent.glob(f".{glob.escape(out.name)}.*.partial"):  # a living process holds the lock of its own
+        with suppress(OSError), locked(killed / "lock", wait=False):
+            shutil.rmtree(killed)
+    partial = out.parent / f".{out.name}.{secrets.token_hex(8)}.partial"
+    try:
+        partial.mkdir()
+        with locked(partial / "lock", wait=False):
+            draft = partial / out.name
+            draft.mkdir()
+            yield draft
+            if out.exists():
+                out.rmdir()
+            draft.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_output(path: Path, content: str | bytes) -> None:

@@ -274,6 +274,21 @@ def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
+def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` bytes are done, how fast, and the time left: a bar on a terminal, nothing elsewhere.
+    Call the result with the bytes of each part."""
+    if not sys.stderr.isatty():
+        yield lambda size: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=rich_console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda size: bar.advance(task, size)
+
+
+@contextmanager
 def document_progress(what: str, shown: bool = True) -> Iterator[Report]:
     """Show on a terminal how many documents and bytes have been read, and elsewhere a line at the end."""
     if not shown:

@@ -1,0 +1,39 @@
+"""Models by the name that they have on the Hugging Face hub: downloaded into its cache, where other programs find them
+too. A download that breaks off goes on at the next call."""
+
+import re
+from pathlib import Path
+
+from moe_jax.config import UserError
+
+FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors*")
+"""What is downloaded. Weights in other files are not: reading them could run code."""
+
+
+def model_folder(source: str) -> Path:
+    """The folder `source`; or the model OWNER/NAME of the hub, downloaded. Any other path as it is.
+
+    Raises UserError, with what to do, if the hub cannot be reached or does not give the model.
+    """
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return Path(source)
+    import httpx
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(FILES)))
+    except errors.GatedRepoError:
+        raise UserError(
+            f"{source}: the hub asks to accept the model's terms first; do so on its page, then log in by "
+            "`uvx hf auth login`"
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise UserError(
+            f"{source}: no such folder, and the hub has no model of this name; check the spelling"
+        ) from None
+    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise UserError(
+            f"{source}: the hub cannot be reached ({why}); try again, or bring the folder: where there is a network, "
+            f"`uvx hf download {source} --local-dir {source.partition('/')[2]}`, and give its path here"
+        ) from None

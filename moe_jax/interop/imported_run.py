@@ -1,0 +1,135 @@
+"""A public model as a run, to read and not to train: the weights of a Hugging Face folder, rounded while they are read.
+
+The parts of a tensor are read, rounded and written one after another. So the memory that is needed does not grow with
+the model: one parameter in its new form, and a few parts. The folder of the run is whole or absent.
+"""
+
+import dataclasses
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import xxhash
+
+from moe_jax.config import RunConfig, UserError
+from moe_jax.config.presets import preset
+from moe_jax.interop.pretrained import Part, Pretrained, oriented
+from moe_jax.model.costs import Count, count_parameters, totals
+from moe_jax.model.quantized import QuantizedMatrix, Weights, quantized_shapes, rounded
+from moe_jax.model.transformer import abstract_model
+from moe_jax.runs.arrays import WeightsWriter, named_leaves
+from moe_jax.runs.checkpoint import CheckpointStore
+from moe_jax.runs.folder import RunFolder
+from moe_jax.system.errors import disk_cause
+from moe_jax.system.files import new_folder
+from moe_jax.system.signals import unwinding
+from moe_jax.system.terminal import byte_progress
+
+Form = Literal["int4", "int8", "bfloat16"]
+
+
+class ImportedRun(NamedTuple):
+    """What an import has made."""
+
+    model_type: str
+    parameters: Count
+    bytes_read: int
+    bytes_written: int
+
+
+@unwinding()
+def import_run(model: Pretrained, form: Form, context: int, out: Path) -> ImportedRun:
+    """Write a model as a run into the new folder `out`. The run reads at most `context` tokens.
+
+    Raises UserError if a value is not finite, a matrix cannot be kept in this form, or the disk is full. Nothing is
+    left then.
+    """
+    config = _config(model, form, context)
+    quantized: Weights | None = None if form == "bfloat16" else form
+    shapes = abstract_model(config.model, param_dtype=config.train.param_dtype)[1]
+    shapes = quantized_shapes(shapes, quantized) if quantized else shapes
+    origin: dict[str, Any] = {"imported_from": config.init_from, "model_type": model.shape.architecture.model_type}
+    context_of_run = {"tokenizer": model.tokenizer.digest, "config": config.to_dict(), "origin": origin}
+    if quantized:
+        context_of_run["quantized"] = {"weights": quantized, "made_from": config.init_from}
+    counts = totals(count_parameters(config.model))
+    summary = {"preset": origin["model_type"], "steps": 0, "params_total": counts.total, "params_active": counts.active}
+
+    def write(folder: Path) -> dict[str, Any]:
+        digest = xxhash.xxh3_128(model.shape.text + model.tokenizer.digest.encode())
+        described = _write_weights(model, shapes, quantized, folder, digest)
+        origin["digest"] = digest.hexdigest()
+        return described
+
+    try:
+        with new_folder(out) as draft:
+            folder = RunFolder(draft)
+            folder.save_tokenizer(model.tokenizer)
+            CheckpointStore(draft).save_as(write, 0, val_loss=None, elapsed=0.0, context=context_of_run)
+            folder.start(config, model.tokenizer, [origin])
+            folder.write_summary(summary | {"weights": form})
+    except OSError as error:
+        cause = disk_cause(error)
+        if cause is None:
+            raise
+        raise UserError(f"--out {out}: cannot be written ({cause}); nothing was imported") from None
+    written = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    return ImportedRun(origin["model_type"], counts, model.size(model.table()), written)
+
+
+def _config(model: Pretrained, form: Form, context: int) -> RunConfig:
+    config = preset("nano")
+    return dataclasses.replace(
+        config,
+        init_from=str(model.shape.folder.resolve()),
+        model=dataclasses.replace(model.shape.model, seq_len=min(context, model.shape.model.seq_len)),
+        data=dataclasses.replace(config.data, tokenizer="hf"),
+        train=dataclasses.replace(config.train, param_dtype="bfloat16" if form == "bfloat16" else "float32"),
+    )
+
+
+def _write_weights(
+    model: Pretrained, shapes: Any, quantized: Weights | None, folder: Path, digest: xxhash.xxh3_128
+) -> dict[str, Any]:
+    """Write the parameters of `shapes`. Returns what `manifest.describe_leaves` says of them."""
+    table, leaves = model.table(), named_leaves(shapes)
+    # The writer is told the order of the arrays: that of the table, and of a quantised matrix the codes first.
+    arrays = {full: leaves[full] for name in table for full in _stored_names(name, leaves)}
+    writer = WeightsWriter(folder, arrays)
+    with byte_progress(f"importing {model.shape.folder.name}", model.size(table)) as advance:
+        for name, parts in groupby(model.read(table, digest), lambda part: part.parameter):
+            made = [np.empty(leaves[full].shape, leaves[full].dtype) for full in _stored_names(name, leaves)]
+            for part in parts:
+                if len(made) > 1 and quantized:
+                    _put_rounded(model, part, made, quantized)
+                else:
+                    filled = part.put(oriented(name, made[0]), part.values())
+                    model.check_finite(np.isfinite(filled), part, str(made[0].dtype))
+                advance(part.stored.nbytes)
+            for array in made:
+                writer.add(array)
+    return writer.close()
+
+
+def _stored_names(name: str, leaves: dict[str, Any]) -> list[str]:
+    """The arrays of a parameter: itself, or codes and scales."""
+    return [name] if name in leaves else [f"{name}.codes", f"{name}.scale"]
+
+
+def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], weights: Weights) -> None:
+    if weights == "int4" and (inputs := part.stored.shape[-1]) % 2:
+        raise UserError(f"{part.parameter}: has {inputs} inputs, and int4 packs two into a byte; take int8")
+    matrix: QuantizedMatrix = _rounded(part.stored, part.piece.factor, weights)
+    scale = np.asarray(matrix.scale)
+    model.check_finite(np.isfinite(scale), part, str(part.stored.dtype))  # a value that is not finite makes it so
+    for parameter, values in zip(made, (np.asarray(matrix.codes), scale), strict=True):
+        part.put(parameter, values)
+
+
+@partial(jax.jit, static_argnums=2)
+def _rounded(rows: Any, factor: float, weights: Weights) -> QuantizedMatrix:
+    return rounded(rows.T.astype(jnp.float32) * factor, weights)
