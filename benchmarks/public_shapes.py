@@ -95,11 +95,11 @@ def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (config["vocab_size"], width)
 
 
-def shards(config: dict[str, Any]) -> Iterator[dict[str, tuple[int, ...]]]:
-    """The tensors of each file, of at most SHARD_BYTES."""
+def shards(config: dict[str, Any], most: int = SHARD_BYTES) -> Iterator[dict[str, tuple[int, ...]]]:
+    """The tensors of each file, of at most so many bytes."""
     shard: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes(config):
-        if sum(2 * int(np.prod(s)) for s in (*shard.values(), shape)) > SHARD_BYTES:
+        if shard and sum(2 * int(np.prod(s)) for s in (*shard.values(), shape)) > most:
             yield shard
             shard = {}
         shard[name] = shape

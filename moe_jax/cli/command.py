@@ -27,7 +27,7 @@ from moe_jax.system.files import Folder, json_text, step_number
 COMMANDS = {
     "train": ("train", "Train", "train a sparse mixture-of-experts language model"),
     "sft": ("train", "Sft", "fine-tune a trained model on conversations, whole or by LoRA"),
-    "import": ("import_model", "Import", "bring a public mixture here as a run, with 4, 8 or 16 bits a weight"),
+    "import": ("import_model", "Import", "bring a public mixture here as a run of 4, 8 or 16 bits"),
     "quantize": ("export", "Quantize", "write a run with 8 or 4 bits a weight"),
     "generate": ("generate", "Generate", "continue a text with a trained model"),
     "chat": ("generate", "Chat", "talk with a trained model: type a beginning, and it goes on"),

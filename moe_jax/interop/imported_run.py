@@ -72,9 +72,9 @@ def import_run(model: Pretrained, form: Form, context: int, out: Path) -> Import
             CheckpointStore(draft).save_as(write, 0, val_loss=None, elapsed=0.0, context=context_of_run)
             folder.start(config, model.tokenizer, [origin])
             folder.write_summary(summary | {"weights": form})
-    except OSError as error:
-        cause = disk_cause(error)
-        if cause is None:
+    except Exception as error:
+        cause = disk_cause(error) or (isinstance(error.__cause__, Exception) and disk_cause(error.__cause__))
+        if not cause:
             raise
         raise UserError(f"--out {out}: cannot be written ({cause}); nothing was imported") from None
     written = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
@@ -121,8 +121,6 @@ def _stored_names(name: str, leaves: dict[str, Any]) -> list[str]:
 
 
 def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], weights: Weights) -> None:
-    if weights == "int4" and (inputs := part.stored.shape[-1]) % 2:
-        raise UserError(f"{part.parameter}: has {inputs} inputs, and int4 packs two into a byte; take int8")
     matrix: QuantizedMatrix = _rounded(part.stored, part.piece.factor, weights)
     scale = np.asarray(matrix.scale)
     model.check_finite(np.isfinite(scale), part, str(part.stored.dtype))  # a value that is not finite makes it so

@@ -248,11 +248,12 @@ def quantize(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
 
 
 def quantized_shapes(shapes: dict[str, Any], weights: Weights) -> dict[str, Any]:
-    """The shapes and dtypes of `quantize(params, weights)`. Allocates nothing."""
+    """The shapes and dtypes of `quantize(params, weights)`. Allocates nothing. Raises the same error."""
 
     def shape_of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
         if _last_name(path) not in MATRICES:
             return leaf
+        _check_inputs(path, leaf, weights)
         return jax.eval_shape(lambda w: rounded(_oriented(path, w), weights), leaf)
 
     return jax.tree_util.tree_map_with_path(shape_of, shapes)
@@ -261,11 +262,15 @@ def quantized_shapes(shapes: dict[str, Any], weights: Weights) -> dict[str, Any]
 def _quantized_leaf(path: jax.tree_util.KeyPath, leaf: Array, weights: Weights) -> Array | QuantizedMatrix:
     if _last_name(path) not in MATRICES:
         return leaf
-    matrix = _oriented(path, leaf)
-    if weights == "int4" and matrix.shape[-2] % 2:
+    _check_inputs(path, leaf, weights)
+    return jax.jit(rounded, static_argnums=1)(_oriented(path, leaf), weights)
+
+
+def _check_inputs(path: jax.tree_util.KeyPath, leaf: Any, weights: Weights) -> None:
+    inputs = leaf.shape[-1 if _last_name(path) == "embedding" else -2]
+    if weights == "int4" and inputs % 2:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        raise UserError(f"{name}: has {matrix.shape[-2]} inputs, and int4 packs two into a byte; take --to int8")
-    return jax.jit(rounded, static_argnums=1)(matrix, weights)
+        raise UserError(f"{name}: has {inputs} inputs, and int4 packs two into a byte; take int8")
 
 
 def _last_name(path: jax.tree_util.KeyPath) -> str:

@@ -98,6 +98,10 @@ def resumed_run(saved: RunConfig) -> Start:
 def _in_folder(config: RunConfig) -> Start | None:
     """The run that --resume goes on with. None without --resume, or if the folder holds no checkpoint."""
     saved = load_config(Path(config.run_dir)) if config.resume else None
+    kept = {path.name for path in Path(config.run_dir).glob("checkpoints/step_*/*")}
+    if saved is not None and "weights.safetensors" in kept and "arrays" not in kept:
+        remedy = f"--init-from {saved.init_from}" if saved.init_from else "the run that it was made of"
+        raise ConfigError(f"--out {config.run_dir}: has weights to read, and no state of training; train from {remedy}")
     # A folder may have been copied or renamed, so its path comes from the command and not from its config.json.
     return None if saved is None else resumed_run(dataclasses.replace(saved, out=config.run_dir))
 

@@ -245,7 +245,7 @@ def test_zeros_stay_zeros(weights: Weights) -> None:
 
 
 def test_an_odd_number_of_inputs_is_refused_in_int4() -> None:
-    with pytest.raises(UserError, match="head: has 5 inputs, and int4 packs two into a byte; take --to int8"):
+    with pytest.raises(UserError, match="head: has 5 inputs, and int4 packs two into a byte; take int8"):
         quantize({"head": jnp.ones((5, 4))}, "int4")
 
 

@@ -1,0 +1,230 @@
+"""`import`: a folder with the layout of a public mixture becomes a run, of the rounded weights and nothing else."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import moe_jax
+from benchmarks import public_shapes
+from moe_jax.config import UserError
+from moe_jax.interop.export import export
+from moe_jax.interop.imported_run import Form, import_run
+from moe_jax.interop.pretrained import Pretrained
+from moe_jax.interop.source import open_source
+from moe_jax.model.quantized import quantize
+from moe_jax.model.transformer import abstract_model
+from moe_jax.runs.arrays import named_leaves
+from tests.interop.made import byte_tokenizer
+from tests.reliability import runs
+from tests.reliability.test_save import quota
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 260,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 3,
+    "eos_token_id": 256,
+}
+SMALLER = {
+    "olmoe": {"num_key_value_heads": 4, "num_experts": 6},
+    "granite": {"num_key_value_heads": 2, "num_local_experts": 6},
+}
+
+
+def published(folder: Path, name: str = "olmoe", shard_bytes: int = 100_000, **changes: Any) -> Path:
+    """A folder as `benchmarks/public_shapes.py` writes it, of a small model in several shards, with a tokenizer of
+    bytes, and with norms and routers that are no ones."""
+    config = public_shapes.CONFIGS[name] | SMALL | SMALLER[name] | changes
+    folder.mkdir()
+    byte_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    rng, places = np.random.default_rng(0), {}
+    for number, shard in enumerate(public_shapes.shards(config, shard_bytes)):
+        file = f"model-{number}.safetensors"
+        tensors = {n: (rng.normal(size=s) * 0.2 + (len(s) == 1)).astype(ml_dtypes.bfloat16) for n, s in shard.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+        places |= dict.fromkeys(tensors, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    return folder
+
+
+def opened(folder: Path) -> Pretrained:
+    return Pretrained.open(folder, "SOURCE")
+
+
+@pytest.mark.parametrize("form", ["int4", "int8", "bfloat16"])
+@pytest.mark.parametrize("name", ["olmoe", "granite"])
+def test_the_weights_are_those_of_the_folder_rounded(name: str, form: Form, tmp_path: Path) -> None:
+    """The oracle reads the whole model in float32, and rounds it afterwards."""
+    model = opened(published(tmp_path / "hf", name))
+    assert len({tensor.file.name for tensor in model.weights.tensors.values()}) > 1
+    made = import_run(model, form, 40, tmp_path / "run")
+    whole = model.params(abstract_model(model.shape.model)[1])[0]
+    if form == "bfloat16":
+        expected = jax.tree.map(lambda p: p.astype(jnp.bfloat16) if p.ndim > 1 else p, whole)
+    else:
+        expected = quantize(whole, form)
+    run = moe_jax.load_run(tmp_path / "run")
+    found, wanted = named_leaves(run.params), named_leaves(expected)
+    assert found.keys() == wanted.keys()
+    for leaf, array in wanted.items():
+        assert found[leaf].dtype == array.dtype
+        np.testing.assert_array_equal(np.asarray(found[leaf]), np.asarray(array), err_msg=leaf)
+    assert made.bytes_written == sum(array.nbytes for array in wanted.values())
+    assert made.parameters.total == sum(p.size for p in jax.tree.leaves(whole))
+    assert run.config.model.seq_len == 40
+    assert np.isfinite(run.logits("Once upon a time")).all()
+
+
+def test_parts_of_a_tensor_give_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of a few rows, the last one smaller."""
+    model = opened(published(tmp_path / "hf"))
+    import_run(model, "int4", 40, tmp_path / "whole")
+    monkeypatch.setattr("moe_jax.interop.pretrained.PART_VALUES", 64 * 7)
+    import_run(model, "int4", 40, tmp_path / "parts")
+    states = [
+        json.loads((tmp_path / name / "checkpoints/step_00000000/manifest.json").read_text())["state"]
+        for name in ("whole", "parts")
+    ]
+    assert states[0] == states[1]
+
+
+def test_unquantised_weights_go_back(tmp_path: Path) -> None:
+    folder = published(tmp_path / "hf")
+    import_run(opened(folder), "bfloat16", 40, tmp_path / "run")
+    export(open_source(tmp_path / "run"), "hf", "bfloat16", tmp_path / "back", "")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    there = {n: array for file in folder.glob("*.safetensors") for n, array in load_file(file).items()}
+    assert back.keys() == there.keys()
+    for name, array in there.items():
+        np.testing.assert_array_equal(back[name], array, err_msg=name)
+
+
+def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    folder = published(tmp_path / "hf")
+    name = "model.layers.1.mlp.experts.4.up_proj.weight"
+    for file in folder.glob("*.safetensors"):
+        if name in (tensors := load_file(file)):
+            tensors = {n: array.copy() for n, array in tensors.items()}
+            tensors[name][3, 5] = np.nan
+            save_file(tensors, file)
+    for form in ("int4", "int8", "bfloat16"):
+        with pytest.raises(UserError, match=f"{name} has NaN or infinite values") as failure:
+            import_run(opened(folder), form, 40, tmp_path / "run")
+        assert "\n" not in str(failure.value)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_an_odd_number_of_inputs_asks_for_int8(tmp_path: Path) -> None:
+    folder = published(tmp_path / "hf", intermediate_size=33)
+    with pytest.raises(UserError, match=r"w_out: has 33 inputs, .* take int8"):
+        import_run(opened(folder), "int4", 40, tmp_path / "run")
+    import_run(opened(folder), "int8", 40, tmp_path / "run")
+
+
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = opened(published(tmp_path / "hf"))
+    for size in (100, 5_000, 60_000):
+        with quota(size), pytest.raises(UserError, match="nothing was imported") as failure:
+            import_run(folder, "int4", 40, tmp_path / "run")
+        assert "\n" not in str(failure.value)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
+
+
+def test_it_is_read_and_not_trained(tmp_path: Path) -> None:
+    folder = published(tmp_path / "hf")
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time. " * 50)
+    for form in ("int8", "bfloat16"):
+        run = tmp_path / form
+        import_run(opened(folder), form, 40, run)
+        failed = runs.complete(["--out", str(run), "--resume"], tmp_path)
+        assert failed.returncode == 2
+        assert len(failed.stderr.splitlines()) == 1, failed.stderr
+        scored = runs.complete(["evaluate", "--run", str(run), "--text", str(text)], tmp_path, runs.COMMANDS)
+        assert scored.returncode == 0, scored.stderr
+        assert json.loads(scored.stdout.splitlines()[-1])["loss"] > 0
+
+
+def test_the_command(tmp_path: Path) -> None:
+    folder = published(tmp_path / "Tiny-MoE")
+    done = runs.complete(["import", str(folder), "--context", "32"], tmp_path, runs.COMMANDS)
+    assert done.returncode == 0, done.stderr
+    assert "runs/tiny-moe: olmoe" in done.stdout
+    wrote = runs.complete(["generate", "--prompt", "Once", "--max-tokens", "4"], tmp_path, runs.COMMANDS)
+    assert wrote.returncode == 0, wrote.stderr
+    assert wrote.stdout.startswith("Once")
+    again = runs.complete(["import", str(folder)], tmp_path, runs.COMMANDS)
+    assert again.returncode == 2
+    assert "is not empty" in again.stderr
+    gone = runs.complete(["import", str(tmp_path / "gone")], tmp_path, runs.COMMANDS)
+    assert (gone.returncode, len(gone.stderr.splitlines())) == (2, 1)
+
+
+MEASURED = """
+import sys
+from pathlib import Path
+from moe_jax.interop.imported_run import import_run
+from moe_jax.interop.pretrained import Pretrained
+
+def status(name):
+    return next(1024 * int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+folder = Path(sys.argv[1])
+import_run(Pretrained.open(folder / "small", "SOURCE"), "int4", 40, folder / "small-run")  # compiles
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+made = import_run(Pretrained.open(folder / "large", "SOURCE"), "int4", 40, folder / "large-run")
+print(status("VmHWM") - before, made.bytes_read)
+"""
+
+
+@pytest.mark.interop
+def test_the_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux says the peak memory of a part of a process")
+    shape = {"hidden_size": 512, "intermediate_size": 256, "num_experts": 8}
+    published(tmp_path / "small", shard_bytes=10**7, num_hidden_layers=1, **shape)
+    published(tmp_path / "large", shard_bytes=10**7, num_hidden_layers=24, **shape)
+    command = [sys.executable, "-c", MEASURED, str(tmp_path)]
+    done = subprocess.run(command, env=runs.environment(tmp_path), capture_output=True, text=True, check=True)
+    grown, read = map(int, done.stdout.split())
+    assert read > 180e6
+    assert grown < 20e6
+
+
+@pytest.mark.reliability
+def test_a_killed_import_leaves_no_run_and_the_next_one_clears_up(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 256, "num_experts": 8, "num_hidden_layers": 24}
+    folder, out = published(tmp_path / "hf", shard_bytes=10**7, **shape), tmp_path / "runs" / "killed"
+    arguments = ["import", str(folder), "--out", str(out)]
+    seen = 0
+    for _ in range(4):
+        process = runs.start(arguments, tmp_path, runs.COMMANDS)
+        deadline = time.monotonic() + 120
+        while not list(out.parent.glob(".killed.*.partial/killed/checkpoints/tmp_*")) and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(0.05 * seen)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        seen += process.returncode == -signal.SIGKILL
+        assert not out.exists()
+        assert len(list(out.parent.iterdir())) == 1  # what an earlier kill left is gone
+    assert seen == 4
+    done = runs.complete(arguments, tmp_path, runs.COMMANDS)
+    assert done.returncode == 0, done.stderr
+    assert [p.name for p in out.parent.iterdir()] == ["killed"]
+    assert moe_jax.load_run(out).checkpoint.step == 0
