@@ -171,6 +171,40 @@ def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool
 
 
 @pytest.mark.parametrize("bits", BITS)
+def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of FEW_ROWS rows at most. A wider matrix than BLOCK is converted by columns; one of more outputs than MANY is
+    summed by groups, unless an index chooses it or its rows would take each other's place in the cache."""
+    taken: list[str] = []
+
+    def noted(name: str) -> None:
+        form = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *given: taken.append(name) or form(*given))
+
+    for name in ("_few_rows", "_by_columns", "_sum_of_groups"):
+        noted(name)
+    monkeypatch.setattr(module, "BLOCK", 4096)
+    monkeypatch.setattr(module, "MANY", 2047)
+
+    def forms(count: int, outputs: int, experts: int = 0) -> list[str]:
+        taken.clear()
+        shape = (*([experts] if experts else []), 64, outputs)
+        matrix = jax.eval_shape(lambda w: module._rounded(w, "int8" if bits == 8 else "int4"), jnp.zeros(shape))
+        x = jax.ShapeDtypeStruct((64,) if experts else (count, 64), jnp.float32)
+        if experts:
+            jax.eval_shape(vector_matmul, x, matrix, jax.ShapeDtypeStruct((), jnp.int32))
+        else:
+            jax.eval_shape(quantized_matmul, x, matrix)
+        return list(taken)
+
+    assert forms(module.FEW_ROWS, 2047) == ["_few_rows"]
+    assert forms(module.FEW_ROWS, 2049) == ["_few_rows", "_sum_of_groups"]
+    assert forms(1, 2048) == forms(1, 3072) == ["_few_rows"]
+    assert forms(1, 2049, experts=2) == ["_few_rows"]
+    assert forms(module.FEW_ROWS + 1, 4096) == []
+    assert forms(module.FEW_ROWS + 1, 4097) == ["_by_columns"]
+
+
+@pytest.mark.parametrize("bits", BITS)
 def test_products_in_a_loop_write_no_converted_matrix(bits: int) -> None:
     """Nor does the program before the loop. So a loop that writes eight tokens reads the codes eight times."""
     matrix, _ = random_matrix(bits, 64, 64)

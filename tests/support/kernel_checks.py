@@ -107,14 +107,16 @@ def check_gathered_matmul() -> None:
 
 def check_lookup() -> None:
     """The gradient of a table on a GPU, against a loop. 16 copies in blocks of 4: id 0 fills the first, and ids 0, 1
-    and 2 go on in other blocks."""
+    and 2 go on in other blocks. The last block of 13, 14 and 15 copies is filled up, and 1 copy is a block."""
     rng = np.random.default_rng(9)
     ids = rng.permutation([0] * 5 + [1] * 6 + [2, 2, 4, 5, 5])
     rows = rng.normal(size=(16, 3)).astype(np.float32)
-    sums = np.zeros((7, 3))
-    for index, row in zip(ids, rows, strict=True):
-        sums[index] += row
-    assert tiny.relative_error(jax.jit(embedding_lookup.sum_by_id, static_argnums=2)(ids, rows, 7), sums) < 1e-6
+    for count in (16, 15, 14, 13, 1):
+        sums = np.zeros((7, 3))
+        for index, row in zip(ids[:count], rows[:count], strict=True):
+            sums[index] += row
+        found = jax.jit(embedding_lookup.sum_by_id, static_argnums=2)(ids[:count], rows[:count], 7)
+        assert tiny.relative_error(found, sums) < 1e-6, count
 
 
 def check_grouped_heads() -> None:

@@ -17,6 +17,7 @@ from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.source import open_source
+from moe_jax.model.costs import training_flops
 from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
@@ -24,7 +25,8 @@ from moe_jax.runs.records import read_summary
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
 from moe_jax.training import initial_weights
-from moe_jax.training.quantize import _summary_at, quantize_run
+from moe_jax.training.evaluate import Evaluation
+from moe_jax.training.quantize import _scores_in_summary, _summary_at, quantize_run
 from moe_jax.training.session import Session
 from tests.serving import made as serving
 from tests.support import saved_run
@@ -151,6 +153,35 @@ def test_a_tuned_run_is_scored_on_the_answers_only(run: Path, tmp_path: Path) ->
     assert summary["val_loss"] == moe_jax.load_run(tmp_path / "copy-int8").evaluate().loss
 
 
+def test_the_scores_of_a_summary_are_all_of_the_rounded_weights() -> None:
+    """10 tokens of 25 bytes with 14 nats: 1.4 nats a token. Without the text there is none, and no claim of a whole."""
+    scored = Evaluation(loss=1.4, bits_per_byte=0.81, drop_fraction=0.125, tokens=10, bytes=25)
+    scores = {"val_loss": 1.4, "val_bits_per_byte": 0.81, "val_bytes_per_token": 2.5, "val_tokens": 10}
+    scores |= {"val_drop_fraction": 0.125, "val_loss_in_training": None, "val_whole_stream": True}
+    assert _scores_in_summary(scored) == scores | {"val_stream": "whole"}
+    assert _scores_in_summary(None) == dict.fromkeys(scores)
+
+
+def test_the_new_run_says_what_it_was_made_of(run: Path, made: Path) -> None:
+    config, (checkpoint,) = load_config(made), (made / "checkpoints").iterdir()
+    assert config is not None
+    assert (config.out, config.resume, config.train.lora_rank, config.train.train_router) == (
+        str(made),
+        False,
+        0,
+        False,
+    )
+    (origin,) = json.loads((made / "config.json").read_text())["history"]
+    state = open_run(run).checkpoint.manifest["state"]
+    named = {"quantized_from": str(run), "step": saved_run.STEP, "weights": "int4", "state": state}
+    assert origin | named == origin
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    assert manifest["context"]["quantized"] == {"weights": "int4", "made_from": str(run)}
+    assert manifest["context"]["config"] == config.to_dict()
+    assert (manifest["step"], manifest["val_loss"]) == (saved_run.STEP, None)
+    assert read_summary(made)["weights"] == "int4"
+
+
 @pytest.mark.parametrize("step", [8, 4])
 def test_a_summary_has_only_the_scores_of_its_checkpoint(step: int, tmp_path: Path) -> None:
     """The run's scores are those of step 8, its best. For step 4 nothing was scored."""
@@ -163,3 +194,4 @@ def test_a_summary_has_only_the_scores_of_its_checkpoint(step: int, tmp_path: Pa
     assert (summary["val_loss"], summary["val_tokens"]) == scores
     assert (summary["steps"], summary["best_step"], summary["preset"]) == (step, step, "nano")
     assert summary["tokens_seen"] == step * config.train.batch_size * config.model.seq_len
+    assert summary["training_flops"] == training_flops(config, step)

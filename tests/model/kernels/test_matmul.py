@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.model.kernels import embedding_lookup
+from moe_jax.model.kernels import grouped_matmul as grouped
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
@@ -112,6 +113,19 @@ def test_the_blocks_of_a_lookups_gradient(copies: int, size: int) -> None:
 
 COPIES, IN_TURN = 3, 1
 """Rows of a group for which a 5 x 2 matrix is copied (10 <= 3 * 7), and for which it is not (10 > 1 * 7)."""
+
+
+@pytest.mark.parametrize(("count", "form"), [(1, "turns"), (2, "copies"), (3, "copies")])
+def test_a_matrix_is_copied_if_it_is_no_larger_than_rows_and_products(
+    count: int, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """4 x 4 numbers; a row of a group and its product have 4 + 4."""
+    taken: list[str] = []
+    by_group = grouped._by_group
+    monkeypatch.setattr(grouped, "_by_group", lambda *given: taken.append(given[3]) or by_group(*given))
+    jax.eval_shape(grouped_matmul, jnp.zeros((3, count, 4)), jnp.zeros((2, 4, 4)), jnp.array([1]))
+    jax.eval_shape(grouped_matmul, jnp.zeros((2, count, 4)), jnp.zeros((2, 4, 4)), jnp.zeros(0, int))
+    assert taken == [form], "without further groups nothing is copied"
 
 
 @functools.lru_cache
