@@ -90,7 +90,6 @@ def _connect(group: ProcessGroup) -> None:
     named = "cluster" if group.detected else group.coordinator
     # jax would abort the process with a stack trace, so a line is printed before.
     timer = threading.Timer(ANSWER_SECONDS, _end, [f"--coordinator-address {named}: not all processes have answered"])
-    timer.daemon = True
     timer.start()
     try:
         with warnings.catch_warnings():  # about a cluster whose package is missing, in many lines

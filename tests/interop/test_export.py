@@ -3,6 +3,9 @@
 import dataclasses
 import errno
 import json
+import os
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from moe_jax.interop.export import export
 from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, _rule, gguf_vocabulary
 from moe_jax.interop.huggingface import config_json
 from moe_jax.interop.source import embedding, open_source
+from moe_jax.system import signals
 from tests.interop.saved import save
 from tests.support.hf_tokenizers import BYTE_LEVEL, made
 
@@ -92,6 +96,35 @@ def test_the_card_counts_what_the_exported_weights_have_read(run: Path) -> None:
     assert "licence" in card.lower()
 
 
+GPT2 = {"dense": "active", "norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "routing", "class_name", "gguf"),
+    [
+        ({}, {}, "MixtralForCausalLM", "llama"),
+        ({"head_size": 8}, {}, "MixtralForCausalLM", "llama"),
+        ({"qk_norm": "head"}, {}, "Qwen3MoeForCausalLM", "qwen3moe"),
+        ({"qk_norm": "head"}, {"renormalise_gates": False}, "Qwen3MoeForCausalLM", None),
+        ({"qk_norm": "full"}, {}, "OlmoeForCausalLM", None),
+        ({"qk_norm": "full"}, {"renormalise_gates": False}, "OlmoeForCausalLM", "olmoe"),
+        ({"qk_norm": "full"}, {"top_k": 1}, "OlmoeForCausalLM", "olmoe"),
+        ({"scaled_embedding": True, "tied_head": False}, {}, "MixtralForCausalLM", "llama"),
+        ({"scaled_embedding": True}, {}, "GraniteMoeForCausalLM", "granitemoe"),
+        ({}, {"balancing": "bias"}, "Ernie4_5_MoeForCausalLM", "ernie4_5-moe"),
+        ({"dense": "active"}, {}, "LlamaForCausalLM", "llama"),
+        ({"dense": "active", "qk_norm": "head"}, {}, "Qwen3ForCausalLM", "qwen3"),
+        (GPT2 | {"kv_heads": 0}, {}, "GPT2LMHeadModel", None),
+    ],
+)
+def test_the_class_of_each_kind_of_model(changes: dict, routing: dict, class_name: str, gguf: str | None) -> None:
+    """And llama.cpp's architecture; None where it computes something else."""
+    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False, qk_norm="none", tied_head=True)
+    found = architecture_of(dataclasses.replace(start, **changes).with_routing(**routing))
+    assert (found.class_name, found.gguf) == (class_name, gguf)
+    assert bool(found.gguf_problem) == (gguf is None)
+
+
 @pytest.mark.parametrize(
     ("changes", "routing", "option"),
     [
@@ -107,10 +140,24 @@ def test_the_card_counts_what_the_exported_weights_have_read(run: Path) -> None:
         ({}, {"top_k": 1}, "--routing.top-k 1"),
         ({"scaled_embedding": True, "qk_norm": "head"}, {}, "--set model.scaled_embedding=true"),
         ({"dense": "active", "norm": "layernorm"}, {}, "--set model.norm=layernorm model.positions=rope"),
+        ({"norm": "layernorm"}, {}, "--set model.norm=layernorm"),
+        ({"dense": "active", "qk_norm": "head", "scaled_embedding": True}, {}, "--set model.scaled_embedding=true"),
+        ({"qk_norm": "full"}, {"balancing": "bias"}, "--model.qk-norm full"),
+        ({"qk_norm": "full", "shared_experts": 1}, {}, "--model.qk-norm full"),
+        ({"shared_experts": 1}, {"top_k": 1}, "--routing.top-k 1"),
+        ({"shared_experts": 1, "head_size": 8}, {}, "--set model.head_size"),
+        ({}, {"renormalise_gates": False}, "--set routing.renormalise_gates=false"),
+        ({"scaled_embedding": True, "shared_experts": 1}, {}, "--set model.scaled_embedding=true"),
+        ({"scaled_embedding": True, "head_size": 8}, {}, "--set model.scaled_embedding=true"),
+        ({"scaled_embedding": True}, {"renormalise_gates": False}, "--set model.scaled_embedding=true"),
+        ({"scaled_embedding": True}, {"top_k": 1}, "--set model.scaled_embedding=true"),
+        (GPT2 | {"kv_heads": 1}, {}, "--model.kv-heads, --set model.head_size"),
+        (GPT2 | {"head_size": 8, "kv_heads": 0}, {}, "--model.kv-heads, --set model.head_size"),
+        (GPT2 | {"bias": False}, {}, "--set model.norm=layernorm model.positions=learned model.activation=gelu"),
     ],
 )
 def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dict, option: str) -> None:
-    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False, qk_norm="none")
+    start = dataclasses.replace(preset("nano").model, tie_value_output_init=False, qk_norm="none", tied_head=True)
     model = dataclasses.replace(start, **changes).with_routing(**routing)
     with pytest.raises(UserError) as failure:
         architecture_of(model)
@@ -244,6 +291,20 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "mkdir", lambda p, **given: full() if p.suffix == ".partial" else mkdir(p, **given))
     with pytest.raises(UserError, match=r"the disk is full\); nothing was exported"):
         export(open_source(run), "hf", "float32", tmp_path / "deep" / "out", "")
+
+
+def test_ctrl_c_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a command would end at once, an export tidies first."""
+    monkeypatch.setattr(signals, "_end", lambda *_: pytest.fail("ended at once"))
+    monkeypatch.setattr(module, "model_card", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1) or "")
+    before = signal.signal(signal.SIGINT, signals._interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            export(open_source(run), "hf", "float32", tmp_path / "out", "")
+        assert signal.getsignal(signal.SIGINT) is signals._interrupt
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_page_is_whole_or_absent_and_a_run_that_it_cannot_hold_is_refused(

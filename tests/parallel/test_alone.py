@@ -2,6 +2,7 @@
 
 import json
 import socket
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,6 +117,8 @@ def test_what_jax_is_asked(index: int, local: bool, connected: list[dict[str, An
     named = {"coordinator_address": address, "num_processes": 2, "process_id": index}
     named |= {"cluster_detection_method": "deactivate"} | ({"coordinator_bind_address": address} if local else {})
     assert connected == [{"jax_enable_preemption_service": False}, named | TIMES, {"shutdown": True}]
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    assert all(timer.finished.is_set() for timer in timers), "nobody is said to be missing later"
 
 
 def test_of_a_cluster_jax_finds_the_rest(connected: list[dict[str, Any]]) -> None:

@@ -1,6 +1,8 @@
 """The preset and the steps for a text: `train.py --preset auto`."""
 
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +11,7 @@ from moe_jax.cli.train import Train
 from moe_jax.config import ConfigError, DataConfig, RunConfig
 from moe_jax.config.presets import preset_for_text
 from moe_jax.data.token_store import prepare_token_store
+from moe_jax.data.tokenizers import TRAINING_BYTES
 from moe_jax.planning import auto
 from moe_jax.planning.auto import bytes_per_token, text_bytes
 from tests.cli.test_cli import make_held
@@ -162,3 +165,27 @@ def test_a_folder_that_holds_a_run_is_refused_before_the_choice() -> None:
     Path("book.txt").rename("held.txt")
     with pytest.raises(ConfigError, match="--out runs/held: already holds a run"):
         Train.parse(["--preset", "auto", "--data", "held.txt"])
+
+
+def test_a_large_text_is_not_read_to_be_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its size is that of the file. A smaller one is counted without its separators."""
+    sizes = iter([None, TRAINING_BYTES + 1, TRAINING_BYTES])
+    corpus = SimpleNamespace(size=lambda split: next(sizes), documents=lambda split: iter(["ab", "é"]))
+    monkeypatch.setattr(auto, "open_corpus", lambda data: corpus)
+    assert [text_bytes("x") for _ in range(3)] == [None, TRAINING_BYTES + 1, 4]
+
+
+def test_the_tokenizer_is_tried_on_the_first_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until they have SAMPLE_BYTES: of documents of 4 bytes, the third completes 10. Each ends with a separator."""
+    read: list[str] = []
+
+    def documents(split: str) -> Iterator[str]:
+        assert split == "train"
+        for number in range(9):
+            read.append(str(number))
+            yield "abcd"
+
+    monkeypatch.setattr(auto, "SAMPLE_BYTES", 10)
+    monkeypatch.setattr(auto, "open_corpus", lambda data: SimpleNamespace(documents=documents))
+    assert bytes_per_token(DataConfig(source="a name of its own", tokenizer="byte")) == 12 / 15
+    assert len(read) == 3

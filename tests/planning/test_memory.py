@@ -136,6 +136,38 @@ def test_without_the_plugin_the_command_is_named(monkeypatch: pytest.MonkeyPatch
         device_memory.lower_for(target(), jax.jit(jnp.sin), jnp.zeros(3))
 
 
+def test_a_program_is_lowered_for_the_described_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one device here stands for the card. cuDNN is asked for its version only while a program is lowered."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+    from jax.experimental import topologies
+
+    card, asked, versions = target(), list[Any](), list[Any]()
+
+    def described(**given: Any) -> Any:
+        asked.append(given)
+        return SimpleNamespace(devices=tuple(jax.devices()))
+
+    def program(x: jax.Array) -> jax.Array:
+        versions.append(cudnn.check_cudnn_version())
+        return jnp.sin(x)
+
+    monkeypatch.setattr(device_memory, "has_cuda_plugin", lambda: True)
+    monkeypatch.setattr(topologies, "get_topology_desc", described)
+    lowered = device_memory.lower_for(card, jax.jit(program), jax.ShapeDtypeStruct((3, 5), jnp.float32))
+    assert "tensor<3x5xf32>" in lowered.as_text()
+    assert versions == [91000]
+    assert cudnn.check_cudnn_version is not None
+    assert asked == [{"platform": "cuda", "topology": "1x1x1", "target_config": card.text}]
+    assert device_memory.gpu_devices(card, "1x2x8") == list(jax.devices())
+    assert asked[1]["topology"] == "1x2x8"
+    for error in (RuntimeError, ValueError):
+        monkeypatch.setattr(
+            topologies, "get_topology_desc", lambda error=error, **_: (_ for _ in ()).throw(error("a\nb"))
+        )
+        with pytest.raises(UserError, match=r"^--gpu card: XLA cannot read this description \(a\); correct it$"):
+            device_memory.gpu_devices(card)
+
+
 def test_what_was_compiled_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the program, the card, the devices and the options."""
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))

@@ -163,6 +163,15 @@ def test_a_field_that_asks_for_nothing_may_be_there() -> None:
         assert (last is not None) == counted
 
 
+def test_switches_are_true_or_false() -> None:
+    for name in ("stream", "echo", "return_token_ids", "routed_experts"):
+        error = refused(completion, **{name: 1})
+        assert (error.status, error.param) == (400, name)
+        assert completion(**{name: None}).requests
+        assert completion(**{name: True}).requests
+    assert "messages: " in str(refused(chat, messages=[USER | {"content": "\ud800"}]))
+
+
 def test_an_error_says_whose_it_is() -> None:
     """The types are those of OpenAI's API: clients try a `server_error` again."""
     for status, kind in ((400, "invalid_request_error"), (499, "invalid_request_error"), (500, "server_error")):
