@@ -189,7 +189,7 @@ def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.M
     def forms(count: int, outputs: int, experts: int = 0) -> list[str]:
         taken.clear()
         shape = (*([experts] if experts else []), 64, outputs)
-        matrix = jax.eval_shape(lambda w: module._rounded(w, "int8" if bits == 8 else "int4"), jnp.zeros(shape))
+        matrix = jax.eval_shape(lambda w: module.rounded(w, "int8" if bits == 8 else "int4"), jnp.zeros(shape))
         x = jax.ShapeDtypeStruct((64,) if experts else (count, 64), jnp.float32)
         if experts:
             jax.eval_shape(vector_matmul, x, matrix, jax.ShapeDtypeStruct((), jnp.int32))
