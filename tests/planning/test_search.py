@@ -80,6 +80,12 @@ def test_with_adapters_the_frozen_weights_become_leaner() -> None:
     assert len(list(search.candidates(lean))) == len(tried) - 2
 
 
+def test_a_setting_in_a_few_words() -> None:
+    remat = dataclasses.replace(with_train(batch_size=4, grad_accum=2), execution=ExecutionConfig(remat=True))
+    assert search._named(with_train(batch_size=8, grad_accum=1)) == "adamw"
+    assert search._named(remat) == "adamw with remat, 4 x 2 sequences"
+
+
 # Verdicts
 
 
