@@ -112,7 +112,14 @@ def quantized_matmul(
     if x.ndim == 3 and len(x) == 1:
         return quantized_matmul(x[0], jax.tree.map(lambda part: part[0], matrix), dtype)[None]
     if x.ndim == 3:
-        return jax.lax.map(lambda pair: quantized_matmul(*pair, dtype=dtype), (x, matrix))
+        # With the barrier, the result takes memory when x is there. Without it, XLA makes those of all layers at once.
+        x, y = jax.lax.optimization_barrier((x, jnp.zeros((*x.shape[:2], matrix.shape[-1]), dtype or x.dtype)))
+
+        def multiply_group(g: Array, y: Array) -> Array:
+            one = jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, g, keepdims=False), matrix)
+            return y.at[g].set(quantized_matmul(x[g], one, dtype))
+
+        return jax.lax.fori_loop(0, len(x), multiply_group, y)
 
     def in_place(x: Array, matrix: QuantizedMatrix) -> Array:
         return _few_rows(x, matrix, None).astype(dtype or x.dtype)
@@ -121,10 +128,10 @@ def quantized_matmul(
         product = partial(jnp.matmul, precision=dot_precision(x.dtype))
         return product(x, matrix.astype(x.dtype), preferred_element_type=dtype or x.dtype)
 
+    # The codes do not change, so XLA would convert those of all layers at once, or before a loop of many tokens. With
+    # the barrier the conversion waits for x.
+    x, matrix = jax.lax.optimization_barrier((x, matrix))
     if len(x) <= FEW_ROWS:
-        # In a loop of many tokens the codes do not change, so XLA would convert all of them once before the loop. With
-        # the barrier the conversion waits for x, and each product reads the codes.
-        x, matrix = jax.lax.optimization_barrier((x, matrix))
         return jax.lax.platform_dependent(x, matrix, cpu=in_place, default=converted)
     if matrix.shape[-1] <= BLOCK:
         return converted(x, matrix)
