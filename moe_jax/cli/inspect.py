@@ -32,13 +32,12 @@ class Inspect(ModelCommand):
         self.check()
         text = self._text()
         environment.prepare_environment()
-        with working(f"routing a text through {self.name}"):
+        with working(f"loading {self.name}"):
             from moe_jax.inspection.report import report_path, write_report
-
-            folder = Path(self.run)
-            own = Path(f"routing-{self.name}.html") if is_shipped(folder) else report_path(folder, bool(text))
-            path = Path(self.out) if self.out else own
-            write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
+        folder = Path(self.run)
+        own = Path(f"routing-{self.name}.html") if is_shipped(folder) else report_path(folder, bool(text))
+        path = Path(self.out) if self.out else own
+        write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
         say(f"{path}: the routing report; open it in a browser")
         return 0
 

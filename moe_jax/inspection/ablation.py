@@ -31,9 +31,11 @@ from moe_jax.model.precision import writing_policy
 from moe_jax.model.transformer import Params, abstract_model, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.system.terminal import step_progress
 
-TEXT_TOKENS = 512
-"""Tokens of the text whose losses are computed, rounded down to whole windows of T tokens, but at least one window."""
+TEXT_TOKENS, LEAST_TOKENS = 512, 64
+"""Tokens of the text whose losses are computed, rounded down to whole windows of T tokens, but at least one window. For
+a large model fewer, but at least LEAST_TOKENS."""
 BATCH_TOKENS = 4_096
 STORY_ROWS = 64
 """Most stories of one call of the compiled program, which bounds the memory of their keys and values."""
@@ -42,7 +44,9 @@ PROMPT_WORDS, PROMPT_TOKENS = 6, 32
 SETTINGS, SEED = Sampling(temperature=0.8), 0
 MOST_FLOPS = 6e12
 """Forward operations that a report may spend on this, about half a minute of two CPU cores. A model that needs more for
-all its layers gets fewer layers, evenly spaced."""
+all its layers gets fewer layers, evenly spaced; then a shorter text; and then no stories."""
+MOST_EXPERTS = 256
+"""Most experts that are switched off, in all layers together, but always those of one layer."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class Ablation:
     story: str
     """What the model writes after the prompt."""
     stories: list[list[str]]
-    """[A][E]: the same without the expert, drawn with the same random numbers."""
+    """[A][E]: the same without the expert, drawn with the same random numbers. Empty: the model is too large."""
 
     @property
     def change(self) -> np.ndarray:
@@ -79,30 +83,40 @@ def ablation(run: LoadedRun, tokens: np.ndarray) -> Ablation:
     tokens = tokens[: max(TEXT_TOKENS // config.seq_len, 1) * config.seq_len]
     if len(tokens) < 2:
         raise UserError("The text has no token that could be predicted.")
-    layers = affordable_layers(config, len(tokens))
+    layers, most, tells = affordable(config, len(tokens))
+    tokens = tokens[:most]
     off = one_off_at_a_time(config.layers, config.experts, layers) | switches_of(run)[:, None]
     losses = switched_losses(run, tokens, off)
     if not np.isfinite(losses).all():
         raise UserError("The model gives NaN or infinity without one of its experts.")
     prompt = prompt_of(run.tokenizer, tokens, config.seq_len)
-    stories = switched_stories(run, prompt, off)
+    stories = switched_stories(run, prompt, off) if tells else []
     count = config.experts
     return Ablation(
         layers=layers,
         loss=losses[0],
         without=losses[1:].reshape(len(layers), count, -1),
         prompt=prompt,
-        story=stories[0],
-        stories=[stories[1 + a * count :][:count] for a in range(len(layers))],
+        story=stories[0] if tells else "",
+        stories=[stories[1 + a * count :][:count] for a in range(len(layers))] if tells else [],
     )
 
 
-def affordable_layers(config: ModelConfig, tokens: int) -> list[int]:
-    """All layers, or as many as MOST_FLOPS pays for, evenly spaced; at least one."""
-    one_pass = 2 * totals(count_parameters(config)).multiplied * (tokens + PROMPT_TOKENS + STORY_TOKENS)
-    most = int(MOST_FLOPS / (one_pass * config.experts))
-    count = min(max(most, 1), config.layers)
-    return sorted({round(layer) for layer in np.linspace(0, config.layers - 1, count)})
+def affordable(config: ModelConfig, tokens: int) -> tuple[list[int], int, bool]:
+    """What MOST_FLOPS pays for: (layers, tokens, whether there are stories). One layer is always among them."""
+    one_layer = 2 * totals(count_parameters(config)).multiplied * config.experts
+
+    def layers(tokens: int) -> int:
+        return min(int(MOST_FLOPS / (one_layer * tokens)), max(MOST_EXPERTS // config.experts, 1), config.layers)
+
+    told = tokens + PROMPT_TOKENS + STORY_TOKENS
+    if tells := layers(told) > 0:
+        count = layers(told)
+    else:
+        while layers(tokens) == 0 and tokens // 2 >= LEAST_TOKENS:
+            tokens //= 2
+        count = max(layers(tokens), 1)
+    return sorted({round(layer) for layer in np.linspace(0, config.layers - 1, count)}), tokens, tells
 
 
 def one_off_at_a_time(count: int, experts: int, layers: list[int]) -> np.ndarray:
@@ -177,11 +191,14 @@ def switched_losses(run: LoadedRun, tokens: np.ndarray, off: np.ndarray) -> np.n
     step = make_switched_losses(switchable_graphdef(run.config, run.policy.compute))
     width = min(run.config.model.seq_len, len(tokens))
     size = min(max(BATCH_TOKENS // width, 1), off.shape[1])
-    parts = []
-    for window, n in windows(tokens, width):
-        batch = np.broadcast_to(window, (size, width + 1))
-        rows = [np.asarray(step(run.params, group, batch))[:count, :n] for group, count in _groups(off, size)]
-        parts.append(np.concatenate(rows))
+    parts, groups = [], -(-off.shape[1] // size)
+    with step_progress("switching experts off", groups * -(-len(tokens) // width)) as advance:
+        for window, n in windows(tokens, width):
+            batch, rows = np.broadcast_to(window, (size, width + 1)), []
+            for group, count in _groups(off, size):
+                rows.append(np.asarray(step(run.params, group, batch))[:count, :n])
+                advance()
+            parts.append(np.concatenate(rows))
     return np.concatenate(parts, axis=1)[:, :-1]
 
 

@@ -12,9 +12,13 @@ import numpy as np
 
 from moe_jax.config import ModelConfig, capacity
 from moe_jax.inference.traced_pass import make_traced_pass, router_entropy
+from moe_jax.model.costs import count_parameters, totals
 from moe_jax.runs.load import LoadedRun
+from moe_jax.system.terminal import step_progress
 
 CORPUS_TOKENS = 16_384
+MOST_FLOPS = 6e12
+"""Forward operations that the counts may take. A large model reads fewer tokens, but at least one window."""
 BATCH_TOKENS = 4_096
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """Capacity factors for which drops are computed. The run's own factor is added if the run has a capacity."""
@@ -62,20 +66,23 @@ class CorpusRouting:
 
 
 def corpus_routing(run: LoadedRun, tokens: np.ndarray) -> CorpusRouting:
-    """Route the first CORPUS_TOKENS tokens of a stream in windows of T. A stream below T is repeated to T tokens."""
+    """Route at most CORPUS_TOKENS tokens of a stream in windows of T. A stream below T is repeated to T tokens."""
     c = run.config.model
     width = c.seq_len
-    windows = max(min(len(tokens), CORPUS_TOKENS) // width, 1)
+    most = min(len(tokens), CORPUS_TOKENS, int(MOST_FLOPS / (2 * totals(count_parameters(c)).multiplied)))
+    windows = max(most // width, 1)
     stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
     batch = min(max(BATCH_TOKENS // width, 1), windows)
     step = make_traced_pass(run.graphdef)
     parts: list[dict[str, np.ndarray]] = []
-    for first in range(0, windows, batch):
-        group = stream[first : first + batch]
-        trace = step(run.params, np.resize(group, (batch, width))).decisions
-        parts.append(
-            {name: np.asarray(getattr(trace, name))[:, : len(group)] for name in ("probs", "expert_index", "keep")}
-        )
+    with step_progress("routing the validation text", -(-windows // batch)) as advance:
+        for first in range(0, windows, batch):
+            group = stream[first : first + batch]
+            trace = step(run.params, np.resize(group, (batch, width))).decisions
+            parts.append(
+                {name: np.asarray(getattr(trace, name))[:, : len(group)] for name in ("probs", "expert_index", "keep")}
+            )
+            advance()
     probs, expert, keep = (
         np.concatenate([p[name] for p in parts], axis=1) for name in ("probs", "expert_index", "keep")
     )
@@ -90,7 +97,7 @@ def count_routing(
     hits = np.zeros((*expert.shape[:3], experts), bool)
     np.put_along_axis(hits, expert, True, axis=-1)
     flat = stream.reshape(-1)
-    by_token = np.zeros((layers, experts, vocabulary), np.int64)
+    by_token = np.zeros((layers, experts, vocabulary), np.int32)
     together = np.zeros((layers, experts, experts), np.int64)
     flow = np.zeros((layers - 1, experts, experts), np.int64)
     for layer in range(layers):

@@ -39,9 +39,11 @@ from moe_jax.inspection.trace import RoutingTrace, routing_trace, trace_tokens
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.pages.assembly import filled, page_file, page_script, page_style, security_policy
 from moe_jax.plots.figures import run_figures, save_figures
+from moe_jax.runs.catalog import title
 from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.runs.records import load_entropy, read_metrics, read_snapshots, read_summary
 from moe_jax.system.files import Folder, json_text, write_output
+from moe_jax.system.terminal import working
 
 SCHEMA = 1
 REPORT, PAGE, TEXT_PAGE = "report", "routing.html", "routing-of-a-text.html"
@@ -89,25 +91,13 @@ def write_report(
 
     Raises UserError if the folder holds no run or a dense baseline, or if there is no text to show.
     """
-    run = open_run(folder, step)
-    check_routed(run.config.model)
-    valid, missing = _validation_tokens(run)
-    if missing and valid is not None:
-        print(f"warning: {missing}", file=sys.stderr)
-    if text:
-        trace, source = routing_trace(run, text), "The text that was given"
-        loss, guess = trace.loss[:-1].mean(), math.log(trace.config.vocab_size)
-        if loss > guess:
-            print(
-                f"warning: the model predicts this text worse than guessing: {loss:.2f} nats a token, {guess:.2f} if "
-                f"all {trace.config.vocab_size:,} tokens are equally likely; try a text like those it was trained on",
-                file=sys.stderr,
-            )
-    elif valid is None:
-        raise UserError(f"--text: must be given: {missing}")
-    else:
-        trace, source = trace_tokens(run, np.asarray(valid[:DEFAULT_TOKENS], np.int32)), "Validation text"
-        source += ", changed since the run was trained" if missing else ""
+    with working(f"routing a text through {title(folder)}"):
+        run = open_run(folder, step)
+        check_routed(run.config.model)
+        valid, missing = _validation_tokens(run)
+        if missing and valid is not None:
+            print(f"warning: {missing}", file=sys.stderr)
+        trace, source = _shown_text(run, text, valid, missing)
     corpus = None if valid is None else corpus_routing(run, valid)
     data = report_data(folder, run, trace, source, corpus, missing)
     if out in (report_path(folder), report_path(folder, of_a_text=True)):  # the run's own: no link is followed
@@ -117,6 +107,24 @@ def write_report(
     if json_out is not None:
         write_output(json_out, _json(data) + "\n")
     return out
+
+
+def _shown_text(run: LoadedRun, text: str, valid: np.ndarray | None, missing: str) -> tuple[RoutingTrace, str]:
+    """The routing of the text that the page shows, and where the text is from."""
+    if not text:
+        if valid is None:
+            raise UserError(f"--text: must be given: {missing}")
+        source = "Validation text" + (", changed since the run was trained" if missing else "")
+        return trace_tokens(run, np.asarray(valid[:DEFAULT_TOKENS], np.int32)), source
+    trace = routing_trace(run, text)
+    loss, guess = trace.loss[:-1].mean(), math.log(trace.config.vocab_size)
+    if loss > guess:
+        print(
+            f"warning: the model predicts this text worse than guessing: {loss:.2f} nats a token, {guess:.2f} if "
+            f"all {trace.config.vocab_size:,} tokens are equally likely; try a text like those it was trained on",
+            file=sys.stderr,
+        )
+    return trace, "The text that was given"
 
 
 def _validation_tokens(run: LoadedRun) -> tuple[np.ndarray | None, str]:

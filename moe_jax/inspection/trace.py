@@ -116,7 +116,8 @@ def make_trace_step(graphdef: nnx.GraphDef) -> TracedStep:
 def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TracedStep | None = None) -> RoutingTrace:
     """The routing of token ids int [N], N >= 1, in windows of T. Raises UserError if a router gives NaN."""
     step = step or make_trace_step(run.graphdef)
-    texts = list(windows(tokens, run.config.model.seq_len))
+    width = window_width(run.config.model, len(tokens))
+    texts = list(windows(tokens, width))
     predicted: list[dict[str, np.ndarray]] = []
     decided: list[dict[str, np.ndarray]] = []
     attention: list[np.ndarray] = []
@@ -130,7 +131,7 @@ def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TracedStep | None = N
             rows = {"loss": predictions.loss, "next_token": predictions.likeliest, "next_prob": next_prob}
             predicted.append({name: array[b, :n] for name, array in rows.items()})
             decided.append({name: getattr(decisions, name)[:, b, :n] for name in DECISIONS})
-            if (first + b) * run.config.model.seq_len < ATTENTION_TOKENS:
+            if (first + b) * width < ATTENTION_TOKENS:
                 attention.append(decisions.attention[:, b, :, :n, :n])
     layered = {name: np.concatenate([p[name] for p in decided], axis=1) for name in DECISIONS}
     if not np.isfinite(layered["probs"]).all():
@@ -139,6 +140,12 @@ def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TracedStep | None = N
     joined["loss"][-1] = np.nan
     pieces = token_pieces(run.tokenizer, tokens)
     return RoutingTrace(run.config.model, tokens, pieces, attention=attention, **joined, **layered)
+
+
+def window_width(config: ModelConfig, tokens: int) -> int:
+    """T; or for a model that drops nothing, less for a short text: a multiple of 64 of at least so many tokens. The
+    slots of a capacity are those of T tokens."""
+    return min(config.seq_len, -(-tokens // 64) * 64) if config.dropless else config.seq_len
 
 
 def windows(tokens: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, int]]:

@@ -87,7 +87,8 @@ def _config(model: Pretrained, form: Form, context: int) -> RunConfig:
         config,
         init_from=str(model.shape.folder.resolve()),
         model=dataclasses.replace(model.shape.model, seq_len=min(context, model.shape.model.seq_len)),
-        data=dataclasses.replace(config.data, tokenizer="hf"),
+        # A text to score is at hand. Nothing is trained, so its training part is small.
+        data=dataclasses.replace(config.data, tokenizer="hf", stories=100),
         train=dataclasses.replace(config.train, param_dtype="bfloat16" if form == "bfloat16" else "float32"),
     )
 

@@ -15,7 +15,7 @@ from moe_jax.inspection import ablation as ablations
 from moe_jax.inspection.ablation import (
     Ablation,
     ablation,
-    affordable_layers,
+    affordable,
     one_off_at_a_time,
     prompt_of,
     switchable_graphdef,
@@ -183,14 +183,30 @@ def test_the_prompt_is_whole_words_of_the_first_text() -> None:
     assert prompt_of(tokenizer, np.array(separator), 12) == ""
 
 
-def test_a_large_model_gets_fewer_layers_evenly_spaced(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_gets_fewer_layers_then_a_shorter_text_and_no_stories(monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny.config(layers=9)
-    assert affordable_layers(config, 512) == list(range(9))
-    one = affordable_cost(config)
-    monkeypatch.setattr(ablations, "MOST_FLOPS", 3.5 * one)
-    assert affordable_layers(config, 512) == [0, 4, 8]
-    monkeypatch.setattr(ablations, "MOST_FLOPS", 1.0)
-    assert affordable_layers(config, 512) == [0]
+    assert affordable(config, 512) == ([*range(9)], 512, True)
+    token = affordable_cost(config) / (512 + 32 + 96)
+    for tokens, expected in (
+        (3.5 * 640, ([0, 4, 8], 512, True)),
+        (639, ([0], 512, False)),
+        (511, ([0], 256, False)),
+        (3 * 64, ([0], 128, False)),
+        (1, ([0], 64, False)),
+    ):
+        monkeypatch.setattr(ablations, "MOST_FLOPS", tokens * token * 1.0001)
+        assert affordable(config, 512) == expected
+
+
+def test_many_experts_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.config(layers=9)
+    monkeypatch.setattr(ablations, "MOST_EXPERTS", 2 * config.experts + 1)
+    assert affordable(config, 16) == ([0, 8], 16, True)
+    monkeypatch.setattr(ablations, "MOST_EXPERTS", 1)
+    assert affordable(config, 16) == ([0], 16, True)
+
+
+def test_one_expert_is_off_at_a_time() -> None:
     off = one_off_at_a_time(3, 2, [0, 2])
     assert off.shape == (3, 5, 2)
     assert [tuple(where.tolist()) for where in np.argwhere(off)] == [(0, 1, 0), (0, 2, 1), (2, 3, 0), (2, 4, 1)]

@@ -23,9 +23,9 @@ const neediestSaid = () => {
   const { layer, expert } = neediest(), a = ablation.layers.indexOf(layer), change = ablation.change[a][expert], [i] = worst(change, 1);
   if (ablation.mean[a][expert] <= 0 || i === undefined) return "No single expert is needed here: without any one of them the loss of this text stays as it is.";
   const told = sum(ablation.stories.map((stories) => stories.filter((s) => s !== ablation.story).length)), all = ablation.layers.length * E;
+  const changed = ablation.stories.length ? ` Of the ${all} experts, ${told} change the story when they are switched off.` : "";
   return `The text misses expert ${expert} of layer ${layer} most: without it the loss rises by ${percent(ablation.mean[a][expert] / mean)}. ` +
-    `The token that suffers most is “${tokenText(i + 1)}”, whose chance falls from ${chance(ablation.loss[i])} to ${chance(ablation.loss[i] + change[i])}. ` +
-    `Of the ${all} experts, ${told} change the story when they are switched off.`;
+    `The token that suffers most is “${tokenText(i + 1)}”, whose chance falls from ${chance(ablation.loss[i])} to ${chance(ablation.loss[i] + change[i])}.${changed}`;
 };
 
 // A table of buttons: layers down, experts across.
@@ -97,6 +97,7 @@ const parting = (one, other) => {
   return n === a.length && n === b.length ? null : a.slice(0, n).join("").length;
 };
 const drawStories = () => {
+  if (!ablation.stories.length) return;
   const { layer, expert } = state.off, before = ablation.story, after = storyOf(row(), expert), at = parting(before, after);
   const text = (story, name) => el("p", { class: "story", dir: "auto" }, el("span", { class: "prompt" }, visible(ablation.prompt)), el("span", { class: "same" }, visible(at === null ? story : story.slice(0, at))),
     at === null ? null : el("span", { class: `cut ${name}`, "data-first-difference": "" }), at === null ? null : el("span", { class: name }, visible(story.slice(at))), at === null || story.length > at ? null : el("i", { class: "prompt" }, " (the story ends here)"));
@@ -142,7 +143,7 @@ const startAblation = () => {
   byId("off-said").append(el("p", {}, lost ? lostSaid : neediestSaid()));
   byId("off-said").classList.toggle("bad", lost);
   if (!lost) byId("found").append(el("p", { id: "needed-said" }, `${neediestSaid().split(". ")[0].replace(/\.$/, "")}. `, el("a", { href: "#ablation" }, "Switch an expert off")));
-  if (ablation.layers.length < L) byId("off-explain").append(` This model is large, so the page holds only the layers ${listed(ablation.layers.map(String))}.`);
+  if (ablation.layers.length < L) byId("off-explain").append(` This model is large, so the page holds only ${ablation.layers.length > 1 ? "the layers" : "layer"} ${listed(ablation.layers.map(String))}${ablation.stories.length ? "" : `, ${whole(ablation.loss.length)} tokens of the text and no stories`}.`);
   byId("off-scale").append(heatScale([-1, -0.1, 0, 0.1, 1, HOT], (v) => heated(100 * v), (v) => signed(v, Math.abs(v) < 1 ? 1 : 0), "nats: the change of the loss. 0.69 nats more halve a token's chance."));
   section("ablation", () => { drawOffGrid(); drawOff(); }, ["off"], drawOff);
 };
