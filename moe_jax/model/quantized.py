@@ -140,15 +140,14 @@ def quantized_matmul(
 
 def _by_columns(product: Callable[[Array, QuantizedMatrix], Array], x: Array, matrix: QuantizedMatrix) -> Array:
     """product(x, matrix), BLOCK columns at a time. The last block overlaps the one before it."""
-    outputs = matrix.shape[-1]
 
     def add_block(n: Array, y: Array) -> Array:
-        start = jnp.minimum(n * BLOCK, outputs - BLOCK)
-        block = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, start, BLOCK, axis=1), matrix)
-        return jax.lax.dynamic_update_slice_in_dim(y, product(x, block), start, axis=1)
+        # Both functions bring a start that is too large back to the last possible one.
+        block = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, n * BLOCK, BLOCK, axis=1), matrix)
+        return jax.lax.dynamic_update_slice_in_dim(y, product(x, block), n * BLOCK, axis=1)
 
     y = jax.eval_shape(product, x, matrix)
-    return jax.lax.fori_loop(0, -(-outputs // BLOCK), add_block, jnp.zeros(y.shape, y.dtype))
+    return jax.lax.fori_loop(0, -(-matrix.shape[-1] // BLOCK), add_block, jnp.zeros(y.shape, y.dtype))
 
 
 def quantized_vector_matmul(

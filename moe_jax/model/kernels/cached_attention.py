@@ -89,7 +89,7 @@ def _weights(
     block = min(PLACES, size)
 
     def score(i: Int[Array, ""], scores: Array) -> Array:
-        first = jnp.minimum(i * block, size - block)  # the last two blocks may overlap
+        first = i * block  # brought back to the last possible start, so the last two blocks may overlap
 
         def term(a: Int[Array, ""]) -> Array:
             return row_at(rows.T, a)[:, None] * part_at(key, *at, a, first, sizes=(block,)).astype(rows.dtype)
