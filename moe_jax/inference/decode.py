@@ -21,8 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.stages import Compiled
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moe_jax.inference.kept_programs import kept_programs
 from moe_jax.inference.sampling import Sampling, sample
 from moe_jax.inference.traced_pass import MOST_ALTERNATIVES, ShardMapWrapper, make_traced_pass
 from moe_jax.model.attention import KeyValue
@@ -129,11 +131,11 @@ class Decoder:
         short_prompts: bool = False,
         spread: ShardMapWrapper = lambda function: function,
     ) -> None:
-        self.seq_len, self.slots = seq_len, slots
+        self.seq_len, self.slots, self.vocab_size, self._graphdef = seq_len, slots, vocab_size, graphdef
         self.prompt_lengths = sorted({min(SHORT_PROMPT, seq_len), seq_len} if short_prompts else {seq_len})
-        self.prefill = jax.jit(spread(partial(prefill, graphdef, places=seq_len)))
+        self.prefill: Any = jax.jit(spread(partial(prefill, graphdef, places=seq_len)))
         self.begin = jax.jit(spread(begin))
-        self.write = jax.jit(spread(partial(write, graphdef, vocab_size)), donate_argnums=1)
+        self.write: Any = jax.jit(spread(partial(write, graphdef, vocab_size)), donate_argnums=1)
         self.step = jax.jit(partial(step, graphdef, vocab_size), donate_argnums=1)
         """(params, slots, active bool [S]) -> the slots after one more token in each active slot, and its details."""
         self._place = jax.jit(place, donate_argnums=0)
@@ -176,22 +178,22 @@ class Decoder:
                 text = self.refill(text, 0, self.read(params, context))
 
     def compile(self, params: Params) -> None:
-        """Compile prefill and decoding now. Each keeps one core busy for seconds, so they are compiled side by side."""
-        key = jax.random.key(0)
-        shapes = jax.eval_shape(lambda p: self.start(p, [0], (), Sampling(), key), params)
-        place = jax.tree.leaves(params)[
-            0
-        ].sharding  # that of prefill's outputs: any other one would compile `write` again
+        """Compile prefill and decoding of one text now. On a CPU the compiled programs are kept for later processes."""
+        if jax.default_backend() != "cpu":
+            self.prefill, self.write = self._compiled(params)
+            return
+        kind = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", params)
+        facts = [repr(self._graphdef), repr(kind), f"{self.seq_len} {self.vocab_size}"]
+        self.prefill, self.write = kept_programs(facts, lambda: self._compiled(params))
 
-        def zeros(x: Any) -> Array:
-            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-                return jax.device_put(key[None], place)
-            return jax.device_put(np.zeros(x.shape, x.dtype), place)
-
+    def _compiled(self, params: Params) -> list[Compiled]:
+        """Both programs. Each keeps one core busy for seconds, so they are compiled side by side."""
+        key, tokens, one = jax.random.key(0), _padded([0], self.seq_len), np.int32(1)
+        text = jax.eval_shape(lambda p: self.start(p, [0], (), Sampling(), key), params)
         with ThreadPoolExecutor(1) as beside:
-            read = beside.submit(self.read, params, [0])
-            self.write(params, jax.tree.map(zeros, shapes), np.int32(1), np.int32(0))
-            read.result()
+            read = beside.submit(lambda: self.prefill.lower(params, tokens, one).compile())
+            write = self.write.lower(params, text, one, one).compile()
+            return [read.result(), write]
 
     def start(
         self, params: Params, context: Sequence[int], seen: Sequence[int], settings: Sampling, key: Key[Array, ""]
