@@ -113,7 +113,7 @@ class Chat(SamplingCommand):
 
             run, generator, settings = self.open()
             generator.compile()
-        tuned = run.config.data.format == "chat"
+        tuned = run.converses
         if person:
             self._greet(run.checkpoint.step, tuned)
         if not tuned:

@@ -54,7 +54,7 @@ def library_of(file: str) -> "tokenizers.Tokenizer":
     import tokenizers
 
     patterns: list[str] = []
-    with _one_line():
+    with one_line():
         json.loads(file, object_pairs_hook=lambda pairs: patterns.extend(str(v) for n, v in pairs if n == "Regex"))
         if (size := sum(map(len, patterns))) > _MOST_PATTERN:
             raise ValueError(f"regular expressions of {size:,} characters, at most {_MOST_PATTERN:,} are read")
@@ -93,7 +93,7 @@ def encoder(
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
         nonlocal sample
-        with _one_line():
+        with one_line():
             rows = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
         for text, ids in zip(texts, rows, strict=True):
             if separator in ids:
@@ -123,7 +123,7 @@ def _check_kept(text: str, back: str, byte_level: bool) -> None:
 
 
 @contextmanager
-def _one_line() -> Iterator[None]:
+def one_line() -> Iterator[None]:
     """Turn an error of the library into UserError. It raises `Exception`, and what Rust calls a panic, a BaseException,
     such as for a regular expression that backtracks without end."""
     try:

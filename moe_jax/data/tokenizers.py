@@ -24,6 +24,7 @@ import xxhash
 
 from moe_jax.config import DataConfig, Role, UserError
 from moe_jax.data import hf_tokenizers
+from moe_jax.data.chat_templates import ChatTemplate
 from moe_jax.data.documents import ANSWERING, ROLES, SEPARATOR, Conversation, Message
 from moe_jax.system.files import Folder, json_text, write_atomically
 from moe_jax.system.terminal import Report, document_progress
@@ -51,6 +52,8 @@ class Tokenizer:
     """xxh3-128 of the tokenizer's definition. Equal digests mean equal ids for every text."""
     encode_batch: Callable[[list[str]], list[Any]]
     """The ids of each text. Each item is a list or an integer array."""
+    template: ChatTemplate | None = None
+    """How an imported model was taught conversations. Without it they have the form that is described below."""
 
     def __init__(
         self,
@@ -189,8 +192,9 @@ def token_pieces(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
     return [piece(int(t)) for t in tokens]
 
 
-def imported_tokenizer(file: str, settings: str, separator_id: int | None) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, from the texts of its tokenizer.json and tokenizer_config.json.
+def imported_tokenizer(file: str, settings: str, separator_id: int | None, template: str | None = None) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, from the texts of its tokenizer.json, tokenizer_config.json and chat
+    template.
 
     `separator_id` is the token that ends a text. Without it, tokenizer_config.json names the token. Raises UserError if
     the tokenizer is of a kind that is not known here.
@@ -199,6 +203,7 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None) -> To
     if separator_id is None:
         separator_id = hf_tokenizers.end_of_text(library, settings)
     definition = {"kind": "hf", "file": file, "settings": settings, "separator": separator_id}
+    definition |= {"template": template} if template else {}
     tokenizer = _of_library(library, definition, hf_tokenizers.SAMPLE)
     tokenizer.encode(hf_tokenizers.probe(library))
     return tokenizer
@@ -206,7 +211,8 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None) -> To
 
 def _hf(definition: dict[str, Any]) -> Tokenizer:
     file, settings, separator = (definition.get(name) for name in ("file", "settings", "separator"))
-    if not isinstance(file, str) or not isinstance(settings, str) or type(separator) is not int:
+    texts = file, settings, definition.get("template", "")
+    if not isinstance(file, str) or not all(isinstance(text, str) for text in texts) or type(separator) is not int:
         raise UserError("tokenizer: `file`, `settings` or `separator` is missing; take the file from the run again")
     return _of_library(hf_tokenizers.library_of(file), definition)
 
@@ -215,7 +221,10 @@ def _of_library(library: "tokenizers.Tokenizer", definition: dict[str, Any], sam
     entries, separator = hf_tokenizers.entries(library), definition["separator"]
     if not 0 <= separator < len(entries):
         raise UserError(f"tokenizer.json: has {len(entries)} ids, and the token that ends a text is {separator}")
-    return Tokenizer(definition, entries, hf_tokenizers.encoder(library, entries, separator, sample), separator)
+    tokenizer = Tokenizer(definition, entries, hf_tokenizers.encoder(library, entries, separator, sample), separator)
+    if "template" in definition:
+        tokenizer.template = ChatTemplate(definition["template"], definition["file"], definition["settings"], separator)
+    return tokenizer
 
 
 def _digest(definition: dict[str, Any]) -> str:
@@ -328,7 +337,7 @@ class EncodedChat(NamedTuple):
     """A conversation in tokens, without the separators around it."""
 
     tokens: np.ndarray
-    """int [N]. The last one is the separator that ends the last turn."""
+    """int [N]. The last one is the separator that ends the last turn, unless a chat template says otherwise."""
     answers: np.ndarray
     """bool [N]: the tokens that are learned."""
 
@@ -336,8 +345,12 @@ class EncodedChat(NamedTuple):
 def encode_chats(tokenizer: Tokenizer, chats: Sequence[Conversation]) -> list[EncodedChat]:
     """The conversations in tokens. A turn is cut into tokens as one text, as a chat template writes it elsewhere.
 
-    Raises UserError if the tokenizer joins the line end after a role with the content behind it.
+    Raises UserError if the tokenizer joins the line end after a role with the content behind it, and the errors of a
+    chat template.
     """
+    if (template := tokenizer.template) is not None:
+        encoded = [template.encode(chat) for chat in chats]
+        return [EncodedChat(np.array(tokens, np.int64), np.array(learned)) for tokens, learned in encoded]
     turns = iter(tokenizer.encode_batch([f"{message.role}\n{message.content}" for chat in chats for message in chat]))
     heads = {role: role_tokens(tokenizer, role) for role in ROLES}
     return [_encoded([(m, heads[m.role], next(turns)) for m in chat], tokenizer.separator_id) for chat in chats]
@@ -363,6 +376,9 @@ def role_tokens(tokenizer: Tokenizer, role: Role) -> list[int]:
 
 
 def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
-    """The tokens after which the model writes the assistant's next content: separator, all turns, "assistant\\n"."""
+    """The tokens after which the model writes the assistant's next content: separator, all turns, "assistant\\n"; or
+    what the chat template says."""
+    if tokenizer.template is not None:
+        return tokenizer.template.prompt(chat)
     said = encode_chats(tokenizer, [tuple(chat)])[0].tokens.tolist() if chat else []
     return [tokenizer.separator_id, *said, *role_tokens(tokenizer, ANSWERING)]

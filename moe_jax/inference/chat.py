@@ -141,7 +141,8 @@ class RoleChat(Chat):
                     f"the question has {len(tokens)} tokens with its roles, and the context {self._context}, of which "
                     f"{answer} are for the answer; shorten it"
                 )
-            del turns[oldest]
+            # With its answer: a chat template may refuse a conversation that begins with one.
+            del turns[oldest : oldest + 1 + (turns[oldest + 1].role == ANSWERING)]
         return tokens
 
     def _keep(self, line: str, text: str) -> None:

@@ -95,6 +95,8 @@ def _write_for(
     if to in ("gguf", "both"):
         gguf_file.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
         modelfile = ollama(separator_text(source.tokenizer)) if source.tuned else MODELFILE
+        if source.tokenizer.template is not None:
+            modelfile = MODELFILE.partition("TEMPLATE")[0]  # ollama takes that of model.gguf
         (folder / "Modelfile").write_text(modelfile, encoding="utf-8", newline="\n")
 
 

@@ -149,7 +149,9 @@ def write_gguf(path: Path, source: ExportSource, architecture: Architecture, nam
     writer = gguf.GGUFWriter(path, architecture.gguf)
     _write_shape(writer, source, architecture, name)
     _write_tokenizer(writer, vocabulary, source.tokenizer.separator_id)
-    if source.tuned:
+    if source.tokenizer.template is not None:
+        writer.add_chat_template(source.tokenizer.template.text)
+    elif source.tuned:
         writer.add_chat_template(jinja(separator_text(source.tokenizer)))
     for tensor, weight in tensors(source, architecture):
         kind = _kind(tensor, weight, dtype)

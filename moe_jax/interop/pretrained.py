@@ -26,6 +26,7 @@ import numpy as np
 import xxhash
 
 from moe_jax.config import UserError
+from moe_jax.data.chat_templates import template_in
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
 from moe_jax.interop.huggingface import EMBEDDING, HEAD, Piece, Table, expected, is_fused, table
 from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_shape
@@ -36,7 +37,7 @@ from moe_jax.system.files import MAX_JSON_BYTES
 
 PART_VALUES = 2**19
 """Most values of a tensor that are read at once."""
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 
 
 class Part(NamedTuple):
@@ -73,7 +74,7 @@ def oriented(name: str, parameter: np.ndarray) -> np.ndarray:
 def _rows(piece: Piece) -> Iterator[tuple[tuple[int, ...], slice, int]]:
     """The parts of a piece that are read at once: (index of the expert, columns, first row in the tensor)."""
     *above, inputs = piece.shape
-    if not above:
+    if not above or piece.part == 0:  # a vector, or the only row of a matrix, which is a vector of ours
         yield (), slice(None), 0
         return
     rows = np.broadcast_to(np.arange(math.prod(above)).reshape(*above, 1), piece.shape)[piece.part][..., 0]
@@ -139,7 +140,7 @@ class Pretrained:
         """Bytes that `read` reads. A tensor with two places in a table is read twice."""
 
         def rows(piece: Piece) -> int:
-            return sum(c.stop - c.start for _, c, _ in _rows(piece)) if len(piece.shape) > 1 else 1
+            return sum(1 if c.stop is None else c.stop - c.start for _, c, _ in _rows(piece))
 
         pieces = (piece for pieces in table.values() for piece in pieces)
         return sum(rows(p) * p.shape[-1] * DTYPES[self.weights.tensors[p.tensor].dtype].itemsize for p in pieces)
@@ -151,10 +152,11 @@ class Pretrained:
 
         def read(name: str, piece: Piece, index: tuple[int, ...], columns: slice, first: int) -> Part:
             tensor = self.weights.tensors[piece.tensor]
-            end = None if len(piece.shape) == 1 else first + columns.stop - columns.start
+            vector = columns.stop is None
+            end = None if vector else first + columns.stop - columns.start
             values = tensor.read(first, end)
             digest.update(values.view(np.uint8))
-            return Part(name, piece, index, columns, values)
+            return Part(name, piece, index, columns, values[piece.part] if vector else values)
 
         with ThreadPoolExecutor(1) as reader:
             ahead = deque(reader.submit(read, *job) for job in islice(jobs, 2))
@@ -188,11 +190,9 @@ def _tokenizer(folder: Path, shape: PretrainedShape) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
         raise UserError(f"{folder / TOKENIZER}: {why}; open the tokenizer in transformers and save it again") from None
-    settings = ""
-    with suppress(OSError, UnicodeDecodeError):
-        settings = read_file(folder, TOKENIZER_CONFIG, 1 << 22).decode()
+    settings, template = (_optional(folder, name) for name in (TOKENIZER_CONFIG, CHAT_TEMPLATE))
     try:
-        tokenizer = imported_tokenizer(file, settings, shape.separator)
+        tokenizer = imported_tokenizer(file, settings or "", shape.separator, template_in(settings or "", template))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if tokenizer.vocab_size > shape.model.vocab_size:
@@ -212,6 +212,13 @@ def _placed(leaf: jax.ShapeDtypeStruct, made: np.ndarray) -> jax.Array:
     if array.unsafe_buffer_pointer() == made.ctypes.data:
         array = jax.block_until_ready(jax.device_put(made.copy()))
     return array
+
+
+def _optional(folder: Path, name: str) -> str | None:
+    """The text of a file that need not be there."""
+    with suppress(OSError, UnicodeDecodeError):
+        return read_file(folder, name, 1 << 22).decode()
+    return None
 
 
 def _buffer(size: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import json
 from typing import Any
 
 from moe_jax.config import UserError
+from moe_jax.data.chat_templates import template_in
 from moe_jax.data.documents import ROLES, SEPARATOR
 from moe_jax.data.hf_tokenizers import byte_alphabet, library_of
 from moe_jax.data.tokenizers import Tokenizer
@@ -55,11 +56,13 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, chat: bool = False) -> d
     `chat`, for a model that is tuned on conversations, the settings have our chat template."""
     definition = tokenizer.to_dict()
     if definition["kind"] == "hf":
-        settings = definition["settings"]
-        if chat:
+        settings, template = definition["settings"], definition.get("template", "")
+        if chat and not template:
             values = json.loads(settings or "{}") | {"chat_template": jinja(separator_text(tokenizer))}
             settings = json_text(values, indent=2) + "\n"
         files = {"tokenizer.json": definition["file"], "tokenizer_config.json": settings}
+        if template and template_in(settings, None) != template:
+            files["chat_template.jinja"] = template
         return {name: content for name, content in files.items() if content}
     made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context, chat)}
     return {name: json_text(content, indent=2) + "\n" for name, content in made.items()}

@@ -143,6 +143,11 @@ class LoadedRun:
     params: Params
     """Adapters of the run, if it has any, are merged into them."""
 
+    @property
+    def converses(self) -> bool:
+        """Whether the model has learned conversations: by `sft`, or before it was imported, with a chat template."""
+        return self.config.data.format == "chat" or self.tokenizer.template is not None
+
     def __repr__(self) -> str:
         """One line for a notebook: the settings and the arrays are its fields."""
         model, size = self.config.model, sum(leaf.size for leaf in jax.tree.leaves(self.params))

@@ -79,8 +79,10 @@ class SessionData:
 
     def sample_prompt(self) -> list[int]:
         """The tokens that a sample goes on with: the first of the openings."""
-        tokenizer, first = self.store.tokenizer, self.openings[:1]
-        if self.store.valid.answers is not None:
+        tokenizer, first, valid = self.store.tokenizer, self.openings[:1], self.store.valid
+        if valid.answers is not None:
+            if tokenizer.template is not None:  # the first conversation, up to its first answer
+                return valid.tokens[1 : int(np.argmax(valid.answers))].tolist()
             return answer_prompt(tokenizer, [Message("user", question) for question in first])
         return [tokenizer.separator_id, *tokenizer.encode("".join(first))]
 

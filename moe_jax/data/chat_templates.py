@@ -1,0 +1,202 @@
+"""The chat template of a public model: a Jinja program that writes a conversation as one text.
+
+The model has learned conversations in this form, so `chat`, `serve` and `sft` use it for a run that came from such a
+model. The tokenizer reads the special tokens of the text. A special token that is spelled out inside a message loses
+its last character, so no message can end its turn or begin another.
+
+A template is a stranger's program. It runs in the sandbox of jinja2, with bounds on its length, on the lines of Python
+that it runs, and on the text that it writes. Whatever goes wrong is one line.
+"""
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+from moe_jax.config import UserError
+from moe_jax.data import hf_tokenizers
+from moe_jax.data.documents import ANSWERING, Message
+from moe_jax.system.errors import shortened
+
+MOST_CHARACTERS = 1 << 16
+"""Of a template. The longest public ones have about 20,000."""
+_MOST_LINES = 1 << 20
+_MOST_WRITTEN = 1 << 20
+"""Characters beside those of the messages, each of which may be written four times."""
+_PADDING = frozenset(["center", "ljust", "rjust", "zfill", "expandtabs", "format", "format_map", "wordwrap", "indent"])
+"""Methods and filters that make a long text of a short one in a single step."""
+
+
+def template_in(settings: str, file: str | None) -> str | None:
+    """The template of a folder: the content of chat_template.jinja, or the field of tokenizer_config.json, of which
+    one may be a list of named templates."""
+    if file is not None:
+        return file
+    try:
+        field = json.loads(settings).get("chat_template")
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    if isinstance(field, list):
+        named = {one.get("name"): one.get("template") for one in field if isinstance(one, dict)}
+        field = named.get("default")
+    return field if isinstance(field, str) else None
+
+
+class ChatTemplate:
+    """A template with the tokenizer of its model."""
+
+    def __init__(self, text: str, file: str, settings: str, separator: int) -> None:
+        """`file` and `settings` are the texts of tokenizer.json and tokenizer_config.json."""
+        self.text = text
+        self._file, self._settings, self._separator = file, settings, separator
+
+    def prompt(self, chat: Sequence[Message]) -> list[int]:
+        """The tokens after which the model writes the assistant's next content."""
+        return self._ids(self.render(chat, prompts=True))
+
+    def encode(self, chat: Sequence[Message]) -> tuple[list[int], list[bool]]:
+        """A conversation in tokens, and which of them are learned: each answer, up to the token that ends it."""
+        whole = self._ids(self.render(chat))
+        learned = [False] * len(whole)
+        for number in (n for n, message in enumerate(chat) if message.role == ANSWERING):
+            before, after = self.prompt(chat[:number]), self._ids(self.render(chat[: number + 1]))
+            if whole[: len(before)] != before or len(after) <= len(before):
+                raise UserError(
+                    "the chat template writes the beginning of a conversation otherwise once it goes on, so an answer "
+                    "has no place of its own; tune on conversations of one answer"
+                )
+            answer = whole[len(before) : len(after)]
+            size = answer.index(self._separator) + 1 if self._separator in answer else len(answer)
+            learned[len(before) : len(before) + size] = [True] * size
+        return whole, learned
+
+    def render(self, chat: Sequence[Message], prompts: bool = False) -> str:
+        """The text of a conversation. With `prompts` it ends where the assistant's next content begins. Raises
+        UserError."""
+        program, variables = self._program
+        messages = [{"role": message.role, "content": self._harmless(message.content)} for message in chat]
+        most = _MOST_WRITTEN + 4 * sum(len(message["content"]) for message in messages)
+        written: list[str] = []
+        with _one_line(), _few_lines():
+            for piece in program.generate(messages=messages, add_generation_prompt=prompts, **variables):
+                written.append(piece)
+                most -= len(piece)
+                if most < 0:
+                    raise ValueError("it writes a text without end")
+        return "".join(written)
+
+    @cached_property
+    def _program(self) -> tuple[Any, dict[str, Any]]:
+        """The compiled template, and what it may read beside the messages."""
+        if len(self.text) > MOST_CHARACTERS:
+            raise UserError(
+                f"the chat template has {len(self.text):,} characters, at most {MOST_CHARACTERS:,} are read"
+            )
+        with _one_line():
+            settings = json.loads(self._settings or "{}")
+            tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
+            texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+            special = {name: text for name, text in texts.items() if isinstance(text, str)}
+            return _environment().from_string(self.text), {"tools": None, "documents": None, **special}
+
+    @cached_property
+    def _library(self) -> Any:
+        """A tokenizer of its own, which reads special tokens: that of documents takes them for text."""
+        library = hf_tokenizers.library_of(self._file)
+        library.encode_special_tokens = False
+        return library
+
+    @cached_property
+    def _special(self) -> list[str]:
+        return [token.content for token in self._library.get_added_tokens_decoder().values() if token.special]
+
+    def _harmless(self, content: str) -> str:
+        for token in self._special:
+            while token and token in content:
+                content = content.replace(token, token[:-1])
+        return content
+
+    def _ids(self, text: str) -> list[int]:
+        with hf_tokenizers.one_line():
+            return self._library.encode(text, add_special_tokens=False).ids
+
+
+def _environment() -> Any:
+    """jinja2's sandbox, with what templates for transformers use. Raises UserError if jinja2 is not installed."""
+    try:
+        from jinja2 import TemplateError
+        from jinja2.exceptions import SecurityError
+        from jinja2.ext import Extension
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError(
+            "the model's chat template needs jinja2, which is missing; run `uv run --extra templates moe-jax ...`"
+        ) from None
+
+    class Generation(Extension):
+        """`{% generation %}` marks what the assistant writes. The text is the same without it."""
+
+        tags = {"generation"}  # noqa: RUF012, as jinja2 has it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset(["*", "**", "%"])
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "**" or not all(isinstance(v, int | float) and abs(v) < 2**31 for v in (left, right)):
+                raise SecurityError(f"it computes with {operator} what is no small number")
+            return super().call_binop(context, operator, left, right)
+
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            return attr not in _PADDING and super().is_safe_attribute(obj, attr, value)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=None if indent is None else min(indent, 8))
+
+    extensions = [Generation, "jinja2.ext.loopcontrols"]
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions)
+    for name in _PADDING & sandbox.filters.keys():
+        del sandbox.filters[name]
+    sandbox.filters["tojson"] = to_json
+    sandbox.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+    return sandbox
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    """Turn whatever a template raises into UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        why = shortened(" ".join(str(error).split()) or type(error).__name__, 160)
+        raise UserError(f"the model's chat template cannot write this conversation ({why})") from None
+
+
+@contextmanager
+def _few_lines() -> Iterator[None]:
+    """Bound the lines of Python that run, by a trace function: loops inside loops would take years."""
+    left, before = _MOST_LINES, sys.gettrace()
+
+    def count(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("it runs without end")
+        return count
+
+    sys.settrace(count)
+    try:
+        yield
+    finally:
+        sys.settrace(before)
