@@ -10,26 +10,38 @@ from moe_jax.cli.command import Command, ModelCommand, check_out_file, check_out
 from moe_jax.config import ConfigError
 from moe_jax.runs.catalog import is_shipped, run_folder
 from moe_jax.system import environment
-from moe_jax.system.files import Folder
+from moe_jax.system.files import Folder, json_text, write_output
 from moe_jax.system.terminal import say, working
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inspect(ModelCommand):
-    """Write the routing report: one HTML file that shows where every token of a text went."""
+    """Write the routing report: one HTML file that shows where every token of a text went.
+
+    With --trace, write instead every decision on a whole text of any length, for programs of your own, and say what
+    was counted: the hot set, and with --versus the share of choices that two forms of a model have in common.
+    """
 
     text: str = ""
     """The text to route. Empty: the beginning of the run's validation text."""
     file: str = ""
-    """A file that holds the text, in place of --text."""
+    """A file that holds the text, in place of --text. With --trace also a folder, whose files are kinds of text."""
     out: str = ""
     """The page to write. Empty: RUN/report/routing.html, or routing-of-a-text.html beside it with --text or --file; of
     a model that comes with moe-jax, routing-NAME.html here."""
     json: str = ""
-    """Write the data behind the page to this file as well."""
+    """Write the data behind the page to this file as well. With --trace: the counts."""
+    trace: str = ""
+    """Write every decision to this file: one line of JSON a token, or arrays if it ends in .npz. No page is written."""
+    versus: str = ""
+    """With --trace: a second run of the same model, such as one with quantised weights, whose choices are compared."""
 
     def execute(self) -> int:
         self.check()
+        if self.trace:
+            return self._trace()
+        if self.versus:
+            raise ConfigError(f"--versus {self.versus}: needs --trace FILE")
         text = self._text()
         environment.prepare_environment()
         with working(f"loading {self.name}"):
@@ -39,6 +51,28 @@ class Inspect(ModelCommand):
         path = Path(self.out) if self.out else own
         write_report(folder, path, text=text, step=self.step, json_out=Path(self.json) if self.json else None)
         say(f"{path}: the routing report; open it in a browser")
+        return 0
+
+    def _trace(self) -> int:
+        for flag, value in (("--trace", self.trace), ("--json", self.json)):
+            if value:
+                check_out_file(flag, value)
+        if self.file and not Path(self.file).exists():
+            raise ConfigError(f"--file {self.file}: does not exist; name a text, or a folder of texts")
+        environment.prepare_environment()
+        with working(f"loading {self.name}"):
+            from moe_jax.inspection.decisions import read_texts, write_decisions
+            from moe_jax.runs.load import open_run
+
+            run = open_run(self.run, self.step)
+            other = open_run(run_folder(self.versus)) if self.versus else None
+            named = read_texts(Path(self.file)) if self.file else [("text", self.text)] if self.text else []
+            texts = [(kind, [run.tokenizer.separator_id, *run.tokenizer.encode(text)]) for kind, text in named]
+            texts = texts or [("validation", run.validation_text(progress=False).store.valid.tokens.tolist())]
+        counts = write_decisions(run, texts, Path(self.trace), other)
+        say(f"{self.trace}: {counts.tokens:,} tokens", *counts.describe())
+        if self.json:
+            write_output(Path(self.json), json_text(counts.to_json()) + "\n")
         return 0
 
     def _text(self) -> str:

@@ -68,12 +68,14 @@ def make_traced_pass(
 
     With `predict` the tokens are [B, T+1], and the token after each of the first T is predicted, among the first
     `vocab_size` entries of the vocabulary (all unless given). `attention` keeps the attention weights. `mode` selects
-    the dispatch: with the capacity of training, or without drops, as in generation.
+    the dispatch: with the capacity of training, or without drops, as in generation. Where training drops nothing, the
+    dispatch is that of evaluation, which needs no copies of the experts.
     """
 
     def step(params: Params, tokens: Int[Array, "B T"]) -> TracedPass:
         model = merge(graphdef, params)
-        hidden, stats, _ = model(tokens[:, :-1] if predict else tokens, mode, trace=True)
+        purpose = Mode.EVALUATE if mode is Mode.TRAIN and model.config.dropless else mode
+        hidden, stats, _ = model(tokens[:, :-1] if predict else tokens, purpose, trace=True)
         decisions = None if stats is None else stats.trace
         if decisions is not None and not attention:
             decisions = decisions._replace(attention=None)

@@ -1,0 +1,263 @@
+"""Every routing decision of a long text: written to a file while it is made, and counted as papers on experts count.
+
+    saturation        share of a token's K experts that another model chooses too: another checkpoint of the run, or its
+                      quantised weights (Muennighoff et al. 2024, "OLMoE", section 5.1, with the last checkpoint)
+    co-activation     of the tokens that chose expert i, the share that chose j too (section 5.2)
+    specialisation    of the choices in texts of one kind, the share that an expert has (section 5.3); and the same of
+                      one token of the vocabulary, where `kinds` are tokens (section 5.4)
+    hot set           share of the pairs (layer, expert) that were chosen within the first n tokens
+
+The passes drop nothing, as evaluation and generation.
+"""
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.config import ModelConfig, UserError
+from moe_jax.inference.traced_pass import check_routed, make_traced_pass
+from moe_jax.inspection.trace import window_width, windows
+from moe_jax.model.moe.layer import Mode
+from moe_jax.runs.load import LoadedRun
+from moe_jax.system.files import draft_of
+from moe_jax.system.terminal import step_progress
+
+BATCH_TOKENS = 4_096
+
+
+class Decisions(NamedTuple):
+    """The decisions of n tokens that follow one another."""
+
+    first: int
+    """Place of the first token in the whole stream."""
+    tokens: np.ndarray
+    """int [n]"""
+    expert: np.ndarray
+    """int [L, n, K]: the chosen experts, best first."""
+    gate: np.ndarray
+    """float32 [L, n, K]"""
+
+
+def decisions(run: LoadedRun, tokens: np.ndarray) -> Iterator[Decisions]:
+    """The decisions of a stream of token ids int [N], in windows of T. Raises UserError for a dense baseline."""
+    check_routed(run.config.model)
+    width = window_width(run.config.model, len(tokens))
+    batch = max(min(BATCH_TOKENS // width, -(-len(tokens) // width)), 1)
+    step, texts = make_traced_pass(run.graphdef, Mode.EVALUATE), list(windows(tokens, width))
+    with step_progress("routing the text", -(-len(texts) // batch)) as advance:
+        for begin in range(0, len(texts), batch):
+            group = texts[begin : begin + batch]
+            padded = np.stack([window[:-1] for window, _ in group] + [group[0][0][:-1]] * (batch - len(group)))
+            made = step(run.params, padded).decisions
+            assert made is not None, "the model has routers"
+            expert, gate = np.asarray(made.expert_index), np.asarray(made.gate)
+            for b, (window, n) in enumerate(group):
+                yield Decisions((begin + b) * width, window[:n], expert[:, b, :n], gate[:, b, :n])
+            advance()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is counted of the decisions of N tokens. The kinds are names that the caller has given to the tokens."""
+
+    config: ModelConfig
+    kinds: list[str]
+    by_kind: np.ndarray
+    """int [kinds, L, E]: choices."""
+    together: np.ndarray
+    """int [L, E, E]: tokens that chose both. The diagonal counts the tokens that chose the expert."""
+    first_seen: np.ndarray
+    """int [L, E]: the tokens before the first one that chose the expert; N if none did."""
+    shared: np.ndarray | None
+    """int [L]: choices that the other model has made too."""
+    tokens: int
+
+    def hot_set(self, tokens: int) -> float:
+        """Share of the pairs (layer, expert) that the first tokens chose."""
+        return float((self.first_seen < min(tokens, self.tokens)).mean())
+
+    def saturation(self) -> np.ndarray | None:
+        """float [L]: share of the choices that the other model has made too."""
+        return None if self.shared is None else self.shared / (self.tokens * self.config.routing.top_k)
+
+    def coactivation(self) -> np.ndarray:
+        """float [L, E, E]: entry [l, i, j] is the share of the tokens of expert i that chose j too."""
+        own = np.diagonal(self.together, axis1=1, axis2=2)[..., None]
+        return np.divide(self.together, own, out=np.zeros(self.together.shape), where=own > 0)
+
+    def specialisation(self) -> np.ndarray:
+        """float [kinds, L, E]: share of the choices of a kind that an expert has. 1 / E is even."""
+        total = self.by_kind.sum(-1, keepdims=True)
+        return np.divide(self.by_kind, total, out=np.zeros(self.by_kind.shape), where=total > 0)
+
+    def describe(self) -> list[str]:
+        """Lines for a person."""
+        c, saturation, special = self.config, self.saturation(), self.specialisation() * self.config.experts
+        lines = [f"{c.layers} layers of {c.experts} experts, {c.routing.top_k} for a token"]
+        places = [10**n for n in range(10) if 10**n < self.tokens]
+        curve = ", ".join(f"{self.hot_set(n):.1%} after {n:,}" for n in [*places, self.tokens])
+        lines.append(f"hot set, the share of all experts that were chosen so far: {curve}")
+        if saturation is not None:
+            least = int(saturation.argmin())
+            lines.append(
+                f"choices in common: {saturation.mean():.2%}, fewest in layer {least} with {saturation[least]:.2%}"
+            )
+        if len(self.kinds) > 1:
+            for kind, name in enumerate(self.kinds):
+                layer, expert = divmod(int(special[kind].argmax()), c.experts)
+                lines.append(
+                    f"{name}: expert {expert} of layer {layer} has {special[kind].max():.1f} times an even share"
+                )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, ready for JSON."""
+        saturation, places = self.saturation(), [10**n for n in range(10) if 10**n < self.tokens]
+        rounded = lambda array: np.round(array, 5).tolist()  # noqa: E731
+        return {
+            "tokens": self.tokens,
+            "load": rounded(self.by_kind.sum(0) / (self.tokens * self.config.routing.top_k)),
+            "hot_set": [[n, round(self.hot_set(n), 5)] for n in [*places, self.tokens]],
+            "saturation": None if saturation is None else rounded(saturation),
+            "specialisation": dict(zip(self.kinds, rounded(self.specialisation()), strict=True)),
+            "coactivation": rounded(self.coactivation()),
+        }
+
+
+def count_decisions(
+    run: LoadedRun,
+    tokens: np.ndarray,
+    kind: np.ndarray,
+    kinds: Sequence[str],
+    other: LoadedRun | None = None,
+    writer: "LinesWriter | ArraysWriter | None" = None,
+) -> Counts:
+    """Route a stream int [N] and count. `kind` int [N] has the number of each token's kind. With an `other` run, both
+    route the same tokens. Each part is given to the `writer` once it is counted.
+
+    Raises UserError if the other run has other layers, experts or another tokenizer.
+    """
+    c = run.config.model
+    shape = (c.layers, c.experts)
+    if other and ((other.config.model.layers, other.config.model.experts), other.tokenizer.digest) != (
+        shape,
+        run.tokenizer.digest,
+    ):
+        raise UserError(
+            f"--versus {other.config.run_dir}: has other layers, experts or another tokenizer; name a like run"
+        )
+    by_kind, together = np.zeros((len(kinds), *shape), np.int64), np.zeros((*shape, c.experts), np.int64)
+    first_seen, shared = np.full(shape, len(tokens)), np.zeros(c.layers, np.int64)
+    others = iter(decisions(other, tokens)) if other else None
+    for made in decisions(run, tokens):
+        hits = _hits(made.expert, c.experts)
+        together += np.einsum("lni,lnj->lij", hits, hits, dtype=np.int64)
+        here = kind[made.first : made.first + len(made.tokens)]
+        for k in np.unique(here):
+            by_kind[k] += hits[:, here == k].sum(1)
+        seen = np.where(hits.any(1), made.first + hits.argmax(1), len(tokens))
+        first_seen = np.minimum(first_seen, seen)
+        if others:
+            shared += (hits & _hits(next(others).expert, c.experts)).sum((1, 2))
+        if writer:
+            writer.write(made)
+    return Counts(c, list(kinds), by_kind, together, first_seen, shared if other else None, len(tokens))
+
+
+def _likeness(run: LoadedRun) -> tuple[Any, ...]:
+    return run.config.model.layers, run.config.model.experts, run.tokenizer.digest
+
+
+def _hits(expert: np.ndarray, experts: int) -> np.ndarray:
+    """bool [L, n, E]: whether a token chose an expert."""
+    hits = np.zeros((*expert.shape[:2], experts), bool)
+    np.put_along_axis(hits, expert, True, axis=-1)
+    return hits
+
+
+class LinesWriter:
+    """One line of JSON a token: its place, its id, and for each layer the experts, best first, and their gates."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+
+    def write(self, made: Decisions) -> None:
+        experts, gates = made.expert.swapaxes(0, 1).tolist(), made.gate.swapaxes(0, 1).astype(float).round(5).tolist()
+        for n, (token, expert, gate) in enumerate(zip(made.tokens.tolist(), experts, gates, strict=True)):
+            row = {"place": made.first + n, "token": token, "experts": expert, "gates": gate}
+            self._file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+
+    def close(self) -> None:
+        """Nothing is left to write."""
+
+
+class ArraysWriter:
+    """An .npz file with `token` [N], `expert` [N, L, K] and `gate` [N, L, K]. Their parts wait in temporary files, so
+    the memory does not grow with the text."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self._parts, self._heads, self._open = file, {}, {}, ExitStack()
+
+    def write(self, made: Decisions) -> None:
+        arrays = {
+            "token": made.tokens.astype(np.int32),
+            "expert": made.expert.swapaxes(0, 1).astype(np.int16),
+            "gate": made.gate.swapaxes(0, 1).astype(np.float32),
+        }
+        for name, array in arrays.items():
+            if name not in self._parts:
+                file = tempfile.TemporaryFile()  # noqa: SIM115, the stack closes it
+                self._parts[name] = self._open.enter_context(file)
+                self._heads[name] = [array.dtype, array.shape[1:], 0]
+            self._parts[name].write(np.ascontiguousarray(array).data)
+            self._heads[name][2] += len(array)
+
+    def close(self) -> None:
+        with self._open, zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, part in self._parts.items():
+                dtype, shape, count = self._heads[name]
+                part.seek(0)
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
+                    head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+                    np.lib.format.write_array_header_1_0(entry, head | {"shape": (count, *shape)})
+                    shutil.copyfileobj(part, entry)
+
+
+def write_decisions(
+    run: LoadedRun, texts: Sequence[tuple[str, Sequence[int]]], out: Path, other: LoadedRun | None = None
+) -> Counts:
+    """Route texts of token ids, each with the name of its kind, as one stream. Write every decision to `out`, as arrays
+    if it ends in .npz, else as lines of JSON, and count. An error leaves no file."""
+    kinds = list(dict.fromkeys(kind for kind, _ in texts))
+    tokens = np.concatenate([np.asarray(ids, np.int32) for _, ids in texts])
+    kind = np.concatenate([np.full(len(ids), kinds.index(name)) for name, ids in texts])
+    draft = draft_of(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with draft.open("xb") as file:
+            writer = ArraysWriter(file) if out.suffix == ".npz" else LinesWriter(file)
+            counts = count_decisions(run, tokens, kind, kinds, other, writer)
+            writer.close()
+        draft.replace(out)
+    finally:
+        draft.unlink(missing_ok=True)
+    return counts
+
+
+def read_texts(path: Path) -> Iterator[tuple[str, str]]:
+    """(kind, text) of a file, or of each file of a folder: the kind is the file's name without its ending. Raises
+    UserError for what is no text in UTF-8."""
+    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
+    for file in files:
+        try:
+            yield file.stem, file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--file {file}: must be a text in UTF-8 that can be read ({error})") from None
