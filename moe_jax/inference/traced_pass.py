@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import ArrayLike
@@ -25,6 +26,15 @@ MOST_ALTERNATIVES = 5
 """Likeliest tokens that are reported beside a token."""
 _ROWS = 128
 """Rows of logits that exist at once while these tokens are searched."""
+
+
+MOST_TOKENS, MOST_BYTES = 4_096, 2**26
+"""Most tokens of a pass, and most bytes of the rows that its experts read in float32."""
+
+
+def tokens_at_once(config: ModelConfig) -> int:
+    """Tokens of one pass over many sequences. Of a large model fewer, because its rows take much memory."""
+    return min(MOST_TOKENS, MOST_BYTES // (4 * config.routing.top_k * config.width))
 
 
 class Predictions(NamedTuple):
@@ -83,13 +93,17 @@ def make_traced_pass(
             return TracedPass(decisions, None)
         count = vocab_size or model.config.vocab_size
 
-        def predicted(row: tuple[Array, Array]) -> tuple[Array, Array, Array]:
-            logprobs = jax.nn.log_softmax(model.logits(row[0])[:count])
+        def predicted(block: tuple[Array, Array]) -> tuple[Array, Array, Array]:
+            logprobs = jax.nn.log_softmax(model.logits(block[0])[:, :count])
             best, index = jax.lax.top_k(logprobs, min(MOST_ALTERNATIVES, count))
-            return -logprobs[row[1]], index, best
+            return -jnp.take_along_axis(logprobs, block[1][:, None], axis=1)[:, 0], index, best
 
+        # A block is one product with the head. `lax.map` with a batch size would make each row a product of its own.
         rows = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
-        flat = jax.lax.map(predicted, rows, batch_size=_ROWS)
+        size = min(_ROWS, len(rows[1]))
+        padding = -len(rows[1]) % size
+        blocks = [jnp.pad(x, ((0, padding), *[(0, 0)] * (x.ndim - 1))).reshape(-1, size, *x.shape[1:]) for x in rows]
+        flat = [x.reshape(-1, *x.shape[2:])[: len(rows[1])] for x in jax.lax.map(predicted, tuple(blocks))]
         return TracedPass(decisions, Predictions(*(x.reshape(*hidden.shape[:2], *x.shape[1:]) for x in flat)))
 
     return jax.jit(spread(step))

@@ -22,7 +22,7 @@ from moe_jax.config import ModelConfig, RunConfig, UserError
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
 from moe_jax.inference.decode import PromptState, advance, draw, prefill
 from moe_jax.inference.sampling import Sampling
-from moe_jax.inference.traced_pass import check_routed
+from moe_jax.inference.traced_pass import check_routed, tokens_at_once
 from moe_jax.inspection.trace import windows
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
@@ -36,7 +36,6 @@ from moe_jax.system.terminal import step_progress
 TEXT_TOKENS, LEAST_TOKENS = 512, 64
 """Tokens of the text whose losses are computed, rounded down to whole windows of T tokens, but at least one window. For
 a large model fewer, but at least LEAST_TOKENS."""
-BATCH_TOKENS = 4_096
 STORY_ROWS = 64
 """Most stories of one call of the compiled program, which bounds the memory of their keys and values."""
 STORY_TOKENS = 96
@@ -190,7 +189,7 @@ def switched_losses(run: LoadedRun, tokens: np.ndarray, off: np.ndarray) -> np.n
     """
     step = make_switched_losses(switchable_graphdef(run.config, run.policy.compute))
     width = min(run.config.model.seq_len, len(tokens))
-    size = min(max(BATCH_TOKENS // width, 1), off.shape[1])
+    size = min(max(tokens_at_once(run.config.model) // width, 1), off.shape[1])
     parts, groups = [], -(-off.shape[1] // size)
     with step_progress("switching experts off", groups * -(-len(tokens) // width)) as advance:
         for window, n in windows(tokens, width):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig, capacity
-from moe_jax.inference.traced_pass import make_traced_pass, router_entropy
+from moe_jax.inference.traced_pass import make_traced_pass, router_entropy, tokens_at_once
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.terminal import step_progress
@@ -19,7 +19,6 @@ from moe_jax.system.terminal import step_progress
 CORPUS_TOKENS = 16_384
 MOST_FLOPS = 6e12
 """Forward operations that the counts may take. A large model reads fewer tokens, but at least one window."""
-BATCH_TOKENS = 4_096
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """Capacity factors for which drops are computed. The run's own factor is added if the run has a capacity."""
 POSITION_BINS = 32
@@ -72,7 +71,7 @@ def corpus_routing(run: LoadedRun, tokens: np.ndarray) -> CorpusRouting:
     most = min(len(tokens), CORPUS_TOKENS, int(MOST_FLOPS / (2 * totals(count_parameters(c)).multiplied)))
     windows = max(most // width, 1)
     stream = np.resize(np.asarray(tokens[: windows * width], np.int32), (windows, width))
-    batch = min(max(BATCH_TOKENS // width, 1), windows)
+    batch = min(max(tokens_at_once(c) // width, 1), windows)
     step = make_traced_pass(run.graphdef)
     parts: list[dict[str, np.ndarray]] = []
     with step_progress("routing the validation text", -(-windows // batch)) as advance:

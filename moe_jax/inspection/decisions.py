@@ -23,14 +23,12 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import ModelConfig, UserError
-from moe_jax.inference.traced_pass import check_routed, make_traced_pass
+from moe_jax.inference.traced_pass import check_routed, make_traced_pass, tokens_at_once
 from moe_jax.inspection.trace import window_width, windows
 from moe_jax.model.moe.layer import Mode
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.files import draft_of
 from moe_jax.system.terminal import step_progress
-
-BATCH_TOKENS = 4_096
 
 
 class Decisions(NamedTuple):
@@ -50,7 +48,7 @@ def decisions(run: LoadedRun, tokens: np.ndarray) -> Iterator[Decisions]:
     """The decisions of a stream of token ids int [N], in windows of T. Raises UserError for a dense baseline."""
     check_routed(run.config.model)
     width = window_width(run.config.model, len(tokens))
-    batch = max(min(BATCH_TOKENS // width, -(-len(tokens) // width)), 1)
+    batch = max(min(tokens_at_once(run.config.model) // width, -(-len(tokens) // width)), 1)
     step, texts = make_traced_pass(run.graphdef, Mode.EVALUATE), list(windows(tokens, width))
     with step_progress("routing the text", -(-len(texts) // batch)) as advance:
         for begin in range(0, len(texts), batch):
@@ -147,13 +145,8 @@ def count_decisions(
     """
     c = run.config.model
     shape = (c.layers, c.experts)
-    if other and ((other.config.model.layers, other.config.model.experts), other.tokenizer.digest) != (
-        shape,
-        run.tokenizer.digest,
-    ):
-        raise UserError(
-            f"--versus {other.config.run_dir}: has other layers, experts or another tokenizer; name a like run"
-        )
+    if other and _likeness(other) != _likeness(run):
+        raise UserError("--versus: that run has other layers, experts or another tokenizer; name one of the same model")
     by_kind, together = np.zeros((len(kinds), *shape), np.int64), np.zeros((*shape, c.experts), np.int64)
     first_seen, shared = np.full(shape, len(tokens)), np.zeros(c.layers, np.int64)
     others = iter(decisions(other, tokens)) if other else None

@@ -22,7 +22,7 @@ from flax import nnx
 
 from moe_jax.config import ModelConfig, UserError
 from moe_jax.data.tokenizers import token_pieces
-from moe_jax.inference.traced_pass import TracedStep, check_routed, choice_totals, make_traced_pass
+from moe_jax.inference.traced_pass import TracedStep, check_routed, choice_totals, make_traced_pass, tokens_at_once
 from moe_jax.runs.load import LoadedRun
 
 DECISIONS = ("probs", "expert_index", "gate", "slot", "keep")
@@ -121,7 +121,7 @@ def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TracedStep | None = N
     predicted: list[dict[str, np.ndarray]] = []
     decided: list[dict[str, np.ndarray]] = []
     attention: list[np.ndarray] = []
-    size = min(WINDOWS, len(texts))
+    size = min(WINDOWS, len(texts), max(tokens_at_once(run.config.model) // width, 1))
     for first in range(0, len(texts), size):
         group = texts[first : first + size]
         padded = np.stack([w for w, _ in group] + [group[0][0]] * (size - len(group)))

@@ -53,7 +53,7 @@ def ablated() -> tuple[Ablation, int]:
     steps, made = [], ablations.make_switched_losses
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ablations, "make_switched_losses", lambda graphdef: steps.append(made(graphdef)) or steps[-1])
-        patch.setattr(ablations, "BATCH_TOKENS", 4 * T)
+        patch.setattr(ablations, "tokens_at_once", lambda config: 4 * T)
         patch.setattr(ablations, "STORY_ROWS", 4)
         found = ablation(opened(), tokens(opened()))
     return found, sum(step._cache_size() for step in steps)

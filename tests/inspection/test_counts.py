@@ -97,7 +97,7 @@ def test_a_preference_needs_five_choices(times: int, kinds: int) -> None:
 def test_a_stream_is_cut_into_windows(length: int, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """T 8. A shorter stream is repeated, a rest is left out, and at most 64 tokens are read, two windows at a time."""
     monkeypatch.setattr(corpus_routing, "CORPUS_TOKENS", 64)
-    monkeypatch.setattr(corpus_routing, "BATCH_TOKENS", 16)
+    monkeypatch.setattr(corpus_routing, "tokens_at_once", lambda config: 16)
     seen: list[np.ndarray] = []
 
     def step(_: Any, rows: np.ndarray) -> Any:

@@ -1,0 +1,162 @@
+"""Decisions on a long text: what is written is what the model chooses, and the counts agree with counting by hand."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config import UserError
+from moe_jax.inspection import decisions as module
+from moe_jax.inspection.decisions import Decisions, count_decisions, decisions, read_texts, write_decisions
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import merge
+from moe_jax.runs.load import LoadedRun
+from tests.inspection.test_trace import MODEL, opened
+from tests.support import tiny
+
+TOKENS = tiny.tokens(5 * tiny.T + 3, seed=3)
+
+
+@functools.cache
+def forward() -> list[Decisions]:
+    return list(decisions(opened(), TOKENS))
+
+
+def test_the_decisions_are_those_of_evaluation_window_by_window() -> None:
+    """The run has slots for half of the pairs, so a pass with drops would decide otherwise in its second layer."""
+    run = opened()
+    model = merge(run.graphdef, run.params)
+    made = forward()
+    assert [part.first for part in made] == [*range(0, len(TOKENS), tiny.T)]
+    np.testing.assert_array_equal(np.concatenate([part.tokens for part in made]), TOKENS)
+    dropped = False
+    for part in made:
+        _, stats, _ = model(jnp.asarray(part.tokens[None]), Mode.EVALUATE, trace=True)
+        np.testing.assert_array_equal(part.expert, stats.trace.expert_index[:, 0])
+        np.testing.assert_allclose(part.gate, stats.trace.gate[:, 0], rtol=1e-5)
+        _, stats, _ = model(jnp.asarray(part.tokens[None]), Mode.TRAIN, trace=True)
+        dropped |= not np.array_equal(part.expert, stats.trace.expert_index[:, 0])
+    assert dropped
+
+
+def by_hand(run: LoadedRun, tokens: np.ndarray) -> Iterator[Decisions]:
+    """Two layers, three experts, two choices, four tokens, in two parts."""
+    del tokens
+    if run.config.out == "other":
+        yield Decisions(0, np.array([5, 6]), np.array([[[0, 1], [0, 2]], [[1, 0], [2, 1]]]), np.zeros((2, 2, 2)))
+        yield Decisions(2, np.array([5, 7]), np.array([[[0, 2], [1, 0]], [[1, 2], [0, 1]]]), np.zeros((2, 2, 2)))
+        return
+    yield Decisions(0, np.array([5, 6]), np.array([[[0, 1], [1, 0]], [[2, 0], [2, 1]]]), np.zeros((2, 2, 2)))
+    yield Decisions(2, np.array([5, 7]), np.array([[[0, 2], [1, 0]], [[2, 1], [2, 1]]]), np.zeros((2, 2, 2)))
+
+
+def test_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "decisions", by_hand)
+    run = opened()
+    model = dataclasses.replace(MODEL, experts=3)
+    run = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
+    other = dataclasses.replace(run, config=dataclasses.replace(run.config, out="other"))
+    counts = count_decisions(run, np.array([5, 6, 5, 7]), np.array([0, 0, 1, 1]), ["a", "b"], other)
+    np.testing.assert_array_equal(counts.by_kind, [[[2, 2, 0], [1, 1, 2]], [[2, 1, 1], [0, 2, 2]]])
+    np.testing.assert_array_equal(
+        counts.together, [[[4, 3, 1], [3, 3, 0], [1, 0, 1]], [[1, 0, 1], [0, 3, 3], [1, 3, 4]]]
+    )
+    np.testing.assert_array_equal(counts.first_seen, [[0, 0, 2], [0, 1, 0]])
+    np.testing.assert_array_equal(counts.shared, [7, 6])
+    np.testing.assert_allclose(counts.saturation(), [7 / 8, 6 / 8])
+    assert [counts.hot_set(n) for n in (0, 1, 2, 3, 100)] == [0, 4 / 6, 5 / 6, 1, 1]
+    np.testing.assert_allclose(counts.coactivation()[0], [[1, 3 / 4, 1 / 4], [1, 1, 0], [1, 0, 1]])
+    np.testing.assert_allclose(counts.specialisation()[0, 0], [1 / 2, 1 / 2, 0])
+    assert counts.to_json()["hot_set"] == [[1, 0.66667], [4, 1.0]]
+    assert counts.to_json()["load"] == [[0.5, 0.375, 0.125], [0.125, 0.375, 0.5]]
+    told = "\n".join(counts.describe())
+    assert "66.7% after 1, 100.0% after 4" in told
+    assert "choices in common: 81.25%, fewest in layer 1 with 75.00%" in told
+    assert "a: expert 0 of layer 0 has 1.5 times an even share" in told
+
+
+def test_an_expert_that_nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = [Decisions(0, np.array([1]), np.array([[[0]], [[1]]]), np.zeros((2, 1, 1)))]
+    monkeypatch.setattr(module, "decisions", lambda run, tokens: iter(one))
+    counts = count_decisions(opened(), np.array([1]), np.array([0]), ["a", "empty"])
+    assert counts.hot_set(1) == 2 / 8
+    assert np.isfinite(counts.coactivation()).all()
+    assert (counts.specialisation()[1] == 0).all()
+    assert counts.saturation() is None
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "npz"])
+def test_what_is_written(ending: str, tmp_path: Path) -> None:
+    out = tmp_path / "made" / f"trace.{ending}"
+    counts = write_decisions(
+        opened(), [("a", TOKENS[:9].tolist()), ("b", TOKENS[9:20].tolist()), ("a", TOKENS[20:].tolist())], out
+    )
+    expert = np.concatenate([part.expert for part in forward()], 1).swapaxes(0, 1)
+    gate = np.concatenate([part.gate for part in forward()], 1).swapaxes(0, 1)
+    if ending == "npz":
+        read = np.load(out)
+        found = read["token"], read["expert"], read["gate"]
+        assert found[2].dtype == np.float32
+    else:
+        rows = [json.loads(line) for line in out.read_text().splitlines()]
+        assert [row["place"] for row in rows] == [*range(len(TOKENS))]
+        found = tuple(np.array([row[name] for row in rows]) for name in ("token", "experts", "gates"))
+    np.testing.assert_array_equal(found[0], TOKENS)
+    np.testing.assert_array_equal(found[1], expert)
+    np.testing.assert_allclose(found[2], gate, atol=1e-5)
+    assert counts.kinds == ["a", "b"]
+    assert counts.by_kind[1].sum() == 11 * MODEL.layers * MODEL.routing.top_k
+    assert [p.name for p in out.parent.iterdir()] == [out.name]
+
+
+def test_an_error_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(run: LoadedRun, tokens: np.ndarray) -> Iterator[Decisions]:
+        yield forward()[0]
+        raise UserError("broken")
+
+    monkeypatch.setattr(module, "decisions", breaks)
+    for name in ("t.npz", "t.jsonl"):
+        with pytest.raises(UserError, match="broken"):
+            write_decisions(opened(), [("a", TOKENS.tolist())], tmp_path / name)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_of_another_shape_is_refused() -> None:
+    run = opened()
+    other = dataclasses.replace(run.config, model=dataclasses.replace(MODEL, layers=3))
+    with pytest.raises(UserError, match="--versus: that run has other layers"):
+        count_decisions(run, TOKENS, np.zeros(len(TOKENS), int), ["a"], dataclasses.replace(run, config=other))
+
+
+def test_the_files_of_a_folder_are_kinds(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").write_text("two")
+    (tmp_path / "a.md").write_text("one")
+    (tmp_path / ".hidden").write_text("no")
+    (tmp_path / "folder").mkdir()
+    assert list(read_texts(tmp_path)) == [("a", "one"), ("b", "two")]
+    assert list(read_texts(tmp_path / "b.txt")) == [("b", "two")]
+    (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
+    with pytest.raises(UserError, match=r"c\.bin: must be a text in UTF-8"):
+        list(read_texts(tmp_path))
+
+
+def test_shared_choices_of_a_changed_model() -> None:
+    """A model with other routers: the share is that of the sets, whatever their order."""
+    run = opened()
+    changed = jax.tree.map(lambda p: p * 1.3, run.params)
+    other = dataclasses.replace(run, params=changed)
+    counts = count_decisions(run, TOKENS, np.zeros(len(TOKENS), int), ["a"], other)
+    pairs = list(zip(forward(), decisions(other, TOKENS), strict=True))
+    common = [
+        sum(len({*a.expert[layer, n]} & {*b.expert[layer, n]}) for a, b in pairs for n in range(len(a.tokens)))
+        for layer in range(MODEL.layers)
+    ]
+    assert counts.shared is not None
+    assert counts.shared.tolist() == common
+    assert 0 < sum(common) < 2 * MODEL.layers * len(TOKENS)
