@@ -12,6 +12,7 @@ of slots the last bits of its logits may differ, because they come from other pr
 Chapter 12 of `foundation` derives what the cache may hold, and why generation drops no token.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -35,7 +36,7 @@ from moe_jax.model.transformer import Params, merge
 TOKENS_AT_ONCE = 8
 """Most tokens that a call of `Decoder.write` writes. A person sees them appear together, within milliseconds."""
 SHORT_PROMPT = 64
-"""Tokens of a short prompt for a server. Reading it as a prompt of T tokens would take longer, in proportion to T."""
+"""Tokens of a short prompt. Reading it as a prompt of T tokens would take longer, in proportion to T."""
 
 
 def cast_once(graphdef: nnx.GraphDef, params: Params) -> Params:
@@ -114,8 +115,9 @@ class Written(NamedTuple):
 class Decoder:
     """Writes texts with a model. Each program is compiled once.
 
-    Prompts are padded on the right, to SHORT_PROMPT tokens if `short_prompts` is on and they fit, else to T. The
-    padding does not change the result: the model is causal, and prefill drops no token.
+    Prompts are padded on the right to T tokens; or with `short_prompts` to the first of SHORT_PROMPT, 4 times, 16 times
+    that, and so on, that they fit. The padding does not change the result: the model is causal, and prefill drops no
+    token.
 
     `vocab_size` is the size of the tokenizer's vocabulary. The model's vocabulary may be larger; its further tokens are
     never drawn.
@@ -132,8 +134,13 @@ class Decoder:
         spread: ShardMapWrapper = lambda function: function,
     ) -> None:
         self.seq_len, self.slots, self.vocab_size, self._graphdef = seq_len, slots, vocab_size, graphdef
-        self.prompt_lengths = sorted({min(SHORT_PROMPT, seq_len), seq_len} if short_prompts else {seq_len})
-        self.prefill: Any = jax.jit(spread(partial(prefill, graphdef, places=seq_len)))
+        self.prompt_lengths = [seq_len]
+        if short_prompts:
+            shorter = (SHORT_PROMPT * 4**n for n in range(10))
+            self.prompt_lengths = [*itertools.takewhile(lambda length: length < seq_len, shorter), seq_len]
+        self.prefill = jax.jit(spread(partial(prefill, graphdef, places=seq_len)))
+        self._compiled_prefill: dict[int, Compiled] = {}
+        """Length of a prompt -> the program that `compile` has made for it."""
         self.begin = jax.jit(spread(begin))
         self.write: Any = jax.jit(spread(partial(write, graphdef, vocab_size)), donate_argnums=1)
         self.step = jax.jit(partial(step, graphdef, vocab_size), donate_argnums=1)
@@ -178,17 +185,19 @@ class Decoder:
                 text = self.refill(text, 0, self.read(params, context))
 
     def compile(self, params: Params) -> None:
-        """Compile prefill and decoding of one text now. On a CPU the compiled programs are kept for later processes."""
+        """Compile the prefill of short prompts and decoding of one text now. On a CPU the compiled programs are kept for
+        later processes."""
         if jax.default_backend() != "cpu":
-            self.prefill, self.write = self._compiled(params)
-            return
-        kind = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", params)
-        facts = [repr(self._graphdef), repr(kind), f"{self.seq_len} {self.vocab_size}"]
-        self.prefill, self.write = kept_programs(facts, lambda: self._compiled(params))
+            read, self.write = self._compiled(params)
+        else:
+            kind = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", params)
+            facts = [repr(self._graphdef), repr(kind), f"{self.seq_len} {self.prompt_lengths[0]} {self.vocab_size}"]
+            read, self.write = kept_programs(facts, lambda: self._compiled(params))
+        self._compiled_prefill = {self.prompt_lengths[0]: read}
 
     def _compiled(self, params: Params) -> list[Compiled]:
         """Both programs. Each keeps one core busy for seconds, so they are compiled side by side."""
-        key, tokens, one = jax.random.key(0), _padded([0], self.seq_len), np.int32(1)
+        key, tokens, one = jax.random.key(0), _padded([0], self.prompt_lengths[0]), np.int32(1)
         text = jax.eval_shape(lambda p: self.start(p, [0], (), Sampling(), key), params)
         with ThreadPoolExecutor(1) as beside:
             read = beside.submit(lambda: self.prefill.lower(params, tokens, one).compile())
@@ -205,7 +214,8 @@ class Decoder:
     def read(self, params: Params, tokens: Sequence[int]) -> PromptState:
         """The state after a prompt of 1 to T tokens."""
         length = next(length for length in self.prompt_lengths if len(tokens) <= length)
-        return self.prefill(params, _padded(tokens, length), np.int32(len(tokens)))
+        program = self._compiled_prefill.get(length, self.prefill)
+        return program(params, _padded(tokens, length), np.int32(len(tokens)))
 
     def look(self, params: Params, tokens: Sequence[int]) -> TokenDetails:
         """The log-probabilities and the experts of a prompt of 1 to T tokens, as NumPy arrays. Rows behind its last

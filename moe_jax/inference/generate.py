@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from flax import nnx
 
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
-from moe_jax.inference.decode import Decoder, cast_once
+from moe_jax.inference.decode import SHORT_PROMPT, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -24,7 +24,9 @@ class TextGenerator:
     ) -> None:
         """`decoder` may be given to share the compiled programs of another generator of the same definition."""
         self._params, self.tokenizer = cast_once(graphdef, params), tokenizer
-        self._decoder = decoder or Decoder(graphdef, seq_len, tokenizer.vocab_size)
+        # One more program for a short context would take longer to compile than it saves.
+        short = seq_len > 4 * SHORT_PROMPT
+        self._decoder = decoder or Decoder(graphdef, seq_len, tokenizer.vocab_size, short_prompts=short)
 
     def compile(self) -> None:
         """Compile prefill and decoding now, so that the first text does not wait for them. A text that is longer than

@@ -249,6 +249,19 @@ def test_a_short_prompt_is_read_by_a_shorter_pass(monkeypatch: pytest.MonkeyPatc
             np.testing.assert_allclose(a.value[:, :, : len(prompt)], b.value[:, :, : len(prompt)], atol=1e-5)
 
 
+def test_the_lengths_of_prompts() -> None:
+    graphdef, _ = tiny.build(tiny.config())
+    lengths = {t: Decoder(graphdef, t, tiny.V, short_prompts=True).prompt_lengths for t in (8, 64, 65, 256, 1024, 1025)}
+    assert lengths == {
+        8: [8],
+        64: [64],
+        65: [64, 65],
+        256: [64, 256],
+        1024: [64, 256, 1024],
+        1025: [64, 256, 1024, 1025],
+    }
+
+
 @pytest.mark.parametrize("slots", short_form([2, 3], [3]))
 def test_a_text_has_the_same_bits_in_every_slot_and_beside_any_texts(slots: int) -> None:
     """Two slots have as many pairs as there are experts, so each pair reads its own expert. Three have more, so the
