@@ -65,6 +65,10 @@ def _llama(config: dict[str, Any], tensors: Tensors, tokens: np.ndarray) -> np.n
         at = f"model.layers.{layer}"
         h = norm(x, f"{at}.input_layernorm.weight")
         q, k, v = (h @ tensors[f"{at}.self_attn.{name}_proj.weight"].T for name in "qkv")
+        if f"{at}.self_attn.q_proj.bias" in tensors:
+            q, k, v = (
+                x + tensors[f"{at}.self_attn.{name}_proj.bias"] for x, name in zip((q, k, v), "qkv", strict=True)
+            )
         if kind == "olmoe":
             q, k = norm(q, f"{at}.self_attn.q_norm.weight"), norm(k, f"{at}.self_attn.k_norm.weight")
         q, k, v = (part.reshape(len(x), -1, size) for part in (q, k, v))
@@ -94,12 +98,16 @@ def _network(config: dict[str, Any], tensors: Tensors, at: str, x: np.ndarray) -
     bias = tensors.get(f"{at}.mlp.moe_statics.e_score_correction_bias", np.zeros((1, len(probs))))[0]
     best = np.argsort(-(probs + bias), kind="stable")[: config.get("num_experts_per_tok") or config["moe_k"]]
     gates = probs[best]
-    if config.get("norm_topk_prob", kind not in ("qwen3_moe", "olmoe")):
+    if config.get("norm_topk_prob", kind not in ("qwen2_moe", "qwen3_moe", "olmoe")):
         gates = gates / gates.sum()
     y = sum(gate * _expert(x, *_of_expert(tensors, at, expert)) for gate, expert in zip(gates, best, strict=True))
     if f"{at}.mlp.shared_experts.gate_proj.weight" in tensors:
         names = (f"{at}.mlp.shared_experts.{name}_proj.weight" for name in ("gate", "up", "down"))
         y = y + _expert(x, *map(tensors.__getitem__, names))
+    if f"{at}.mlp.shared_expert_gate.weight" in tensors:
+        names = (f"{at}.mlp.shared_expert.{name}_proj.weight" for name in ("gate", "up", "down"))
+        share = 1 / (1 + np.exp(-tensors[f"{at}.mlp.shared_expert_gate.weight"] @ x))
+        y = y + share * _expert(x, *map(tensors.__getitem__, names))
     if f"{at}.shared_mlp.input_linear.weight" in tensors:
         gate, up = np.split(tensors[f"{at}.shared_mlp.input_linear.weight"], 2)
         y = y + _expert(x, gate, up, tensors[f"{at}.shared_mlp.output_linear.weight"])

@@ -55,6 +55,16 @@ def random_tensors(config: dict[str, Any], fused: bool) -> dict[str, np.ndarray]
         }
         if kind in ("qwen3", "qwen3_moe"):
             own_shapes |= {f"self_attn.{name}_norm.weight": (size,) for name in "qk"}
+        if kind == "qwen2_moe" and config.get("qkv_bias", True):
+            own_shapes |= {"self_attn.q_proj.bias": (heads * size,), "self_attn.k_proj.bias": (keys * size,)}
+            own_shapes["self_attn.v_proj.bias"] = (keys * size,)
+        if kind == "qwen2_moe":
+            own_shapes["mlp.shared_expert_gate.weight"] = (1, width)
+            shared = config["shared_expert_intermediate_size"]
+            own_shapes |= {
+                f"mlp.shared_expert.{n}.weight": (width, shared) if n == "down_proj" else (shared, width)
+                for n in UP_DOWN
+            }
         if kind == "olmoe":
             own_shapes |= {"self_attn.q_norm.weight": (heads * size,), "self_attn.k_norm.weight": (keys * size,)}
         if kind.startswith("granite"):
@@ -92,7 +102,8 @@ def ours(graphdef: Any, params: Any, tokens: jax.Array) -> jax.Array:
 
 @pytest.mark.parametrize(
     ("name", "fused"),
-    [(name, False) for name in LAYOUTS] + [(name, True) for name in ("mixtral", "qwen3_moe", "olmoe, tied")],
+    [(name, False) for name in LAYOUTS]
+    + [(name, True) for name in ("mixtral", "qwen2_moe", "qwen3_moe", "olmoe, tied")],
 )
 def test_an_import_computes_what_its_class_computes(name: str, fused: bool, tmp_path: Path) -> None:
     config = {"tie_word_embeddings": False} | SHAPE | {"model_type": name.partition(",")[0]} | LAYOUTS[name]
@@ -110,6 +121,8 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "mixtral": {"qk_norm": "none", "kv_heads": 2},
     "qwen3_moe": {"qk_norm": "head", "head_size": 24, "tied_head": True},
     "olmoe": {"qk_norm": "full", "renormalise_gates": False, "scaled_embedding": True, "tied_head": False},
+    "qwen2_moe": {"qk_norm": "none", "shared_experts": 2, "shared_gate": True, "qkv_bias": True}
+    | {"renormalise_gates": False},
     "ernie4_5_moe": {"qk_norm": "none", "balancing": "bias", "shared_experts": 2},
     "granitemoe": {"qk_norm": "none", "scaled_embedding": True, "tied_head": True},
     "llama": {"qk_norm": "none", "dense": "active", "tied_head": False, "kv_heads": 1},
@@ -147,6 +160,7 @@ NAMES = {
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
     **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
     **{f"ffn_{name}_shexp": f"mlp.shared_experts.{name}_proj" for name in ("gate", "up", "down")},
 }
@@ -163,13 +177,16 @@ def test_a_gguf_file_holds_the_model(exported: tuple[str, Any, np.ndarray], tmp_
     gguf_file.write_gguf(tmp_path / "model.gguf", source, architecture, "a name", "float32")
     reader = gguf.GGUFReader(tmp_path / "model.gguf")
     tensors: dict[str, np.ndarray] = {}
+    names = NAMES
+    if architecture.gguf == "qwen2moe":
+        names = {kind: theirs.replace("shared_experts", "shared_expert") for kind, theirs in NAMES.items()}
     ends = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
     for tensor in reader.tensors:
         head, _, rest = tensor.name.partition(".")
         if head != "blk":
             tensors[f"{ends[head]}.weight"] = tensor.data
             continue
-        layer, kind, _ = rest.split(".")
+        layer, kind, end = rest.split(".")
         at = f"model.layers.{layer}"
         if kind == "exp_probs_b":
             tensors[f"{at}.mlp.moe_statics.e_score_correction_bias"] = tensor.data[None]
@@ -177,7 +194,7 @@ def test_a_gguf_file_holds_the_model(exported: tuple[str, Any, np.ndarray], tmp_
             part = kind.removeprefix("ffn_").removesuffix("_exps")
             tensors |= {f"{at}.mlp.experts.{e}.{part}_proj.weight": w for e, w in enumerate(tensor.data)}
         else:
-            tensors[f"{at}.{NAMES[kind]}.weight"] = tensor.data
+            tensors[f"{at}.{names[kind]}.{end}"] = tensor.data
     config = huggingface.config_json(source, architecture, "float32")
     interleaved = architecture.gguf in ("llama", "granitemoe", "ernie4_5-moe")
     found = logits_of(config | {"rotates_pairs": interleaved}, tensors, TOKENS)
@@ -209,6 +226,8 @@ def assert_shape(reader: Any, architecture: str, model: ModelConfig) -> None:
     if architecture == "ernie4_5-moe":
         named |= {"expert_shared_count": 2, "expert_shared_feed_forward_length": 2 * model.expert_hidden}
         named |= {"interleave_moe_layer_step": 1, "leading_dense_block_count": 0}
+    if architecture == "qwen2moe":
+        named["expert_shared_feed_forward_length"] = 2 * model.expert_hidden
     if architecture == "granitemoe":
         named |= {"embedding_scale": model.width**0.5, "attention.scale": model.head_width**-0.5}
         named |= {"residual_scale": 1.0, "logit_scale": 1.0}
