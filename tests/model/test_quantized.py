@@ -117,10 +117,10 @@ def test_activations_in_bfloat16_are_summed_in_float32(bits: int) -> None:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_a_wide_matrix_by_columns(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 4 columns of 10: the last block begins at column 6 and overlaps the one before."""
+    """Blocks of 4 columns of 10, of 6 inputs: the last block begins at column 6 and overlaps the one before."""
     monkeypatch.setattr(module, "BLOCK", 4)
-    matrix, values = random_matrix(bits, 64, 10)
-    x = rows(module.FEW_ROWS + 1, 64)
+    matrix, values = random_matrix(bits, 6, 10)
+    x = rows(module.FEW_ROWS + 1, 6)
     y = jax.jit(lambda x, matrix: quantized_matmul(x, matrix))(x, matrix)
     assert tiny.relative_error(y, x @ values) < 1e-6
 
