@@ -31,7 +31,17 @@ UP_DOWN = ("gate_proj", "up_proj", "down_proj")
 
 
 def random_tensors(config: dict[str, Any], fused: bool) -> dict[str, np.ndarray]:
-    """The tensors that a class has, by hand. `fused`: experts in one tensor, where the class may have both forms."""
+    """The tensors that a class has; the scales of norms are near 1."""
+    shapes = shapes_of(config, fused)
+    rng = np.random.default_rng(0)
+    return {
+        name: (rng.normal(size=shape) * (0.3 if len(shape) > 1 else 0.2) + (len(shape) == 1)).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+
+
+def shapes_of(config: dict[str, Any], fused: bool) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of its tensors, by hand. `fused`: experts in one tensor, where a class may have both forms."""
     kind, width, hidden = config["model_type"], config["hidden_size"], config["intermediate_size"]
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
     size = config.get("head_dim", width // heads)
@@ -87,11 +97,7 @@ def random_tensors(config: dict[str, Any], fused: bool) -> dict[str, np.ndarray]
                 shape = (width, own) if n in ("w2", "down_proj") else (own, width)
                 own_shapes |= {f"{folder}.experts.{e}.{n}.weight": shape for e in range(experts)}
         shapes |= {f"{at}.{name}": shape for name, shape in own_shapes.items()}
-    rng = np.random.default_rng(0)
-    return {
-        name: (rng.normal(size=shape) * (0.3 if len(shape) > 1 else 0.2) + (len(shape) == 1)).astype(np.float32)
-        for name, shape in shapes.items()
-    }
+    return shapes
 
 
 @functools.partial(jax.jit, static_argnums=0)
