@@ -41,7 +41,7 @@ def random_tensors(config: dict[str, Any], fused: bool) -> dict[str, np.ndarray]
 
 
 def shapes_of(config: dict[str, Any], fused: bool) -> dict[str, tuple[int, ...]]:
-    """The names and shapes of its tensors, by hand. `fused`: experts in one tensor, where a class may have both forms."""
+    """The names and shapes of its tensors, by hand. `fused`: experts in one tensor, where there are both forms."""
     kind, width, hidden = config["model_type"], config["hidden_size"], config["intermediate_size"]
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
     size = config.get("head_dim", width // heads)
