@@ -185,7 +185,7 @@ class Decoder:
                 text = self.refill(text, 0, self.read(params, context))
 
     def compile(self, params: Params) -> None:
-        """Compile the prefill of short prompts and decoding of one text now. On a CPU the compiled programs are kept for
+        """Compile the prefill of short prompts and decoding of one text now. On a CPU the programs are kept for
         later processes."""
         if jax.default_backend() != "cpu":
             read, self.write = self._compiled(params)
