@@ -40,7 +40,7 @@ READ = {
     *("tied_head", "scaled_embedding", "routing", "top_k", "renormalise_gates"),
 }
 """Settings that this package computes with."""
-REFUSED = {"balancing"}
+REFUSED = {"balancing", "rope_scaling"}
 """Settings for which one value only has been derived. `config_of` refuses the others."""
 ONLY_TRAINING = {
     *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
@@ -98,6 +98,8 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
         raise Problem(
             "the run balances by a bias, which foundation has not derived; train with --set routing.balancing=loss"
         )
+    if model.get("rope_scaling"):
+        raise Problem("the run has a scaled rotation, which foundation has not derived; choose a run without it")
     if routing.get("eval_capacity_factor", 0.0) > 0:
         raise Problem("the run drops tokens in evaluation, which is not the loss of all tokens; choose another run")
     dense = model.get("dense", "none") != "none"

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any, Literal
 
+from moe_jax.config.rope import scaled_rotation
 from moe_jax.config.section import Section, no_flag
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -89,6 +90,8 @@ class ModelConfig(Section, section="model"):
     """Learned absolute positions, or rotary ones."""
     rope_theta: float = no_flag(10_000.0)
     """Base of the rotary positions. A larger base rotates more slowly, for longer contexts."""
+    rope_scaling: str = no_flag("")
+    """A scaled rotation of a public model (`config/rope.py`), as JSON. Empty: none."""
     bias: bool = no_flag(False)
     """Biases in the attention projections and in LayerNorm. Experts, router and head have none."""
     qkv_bias: bool = no_flag(False)
@@ -123,6 +126,7 @@ class ModelConfig(Section, section="model"):
         self.check_range(("rope_theta",), 1, 1e9)
         ok = self.positions == "rope" or self.rope_theta == 10_000
         self.check(ok, "rope_theta", "left out, since learned positions rotate nothing")
+        self._check_scaling()
         ok = self.norm_eps == 0 or 1e-12 <= self.norm_eps <= 1
         self.check(ok, "norm_eps", "0, or between 1e-12 and 1")
         ok = self.shared_experts > 0 or not self.shared_gate
@@ -131,6 +135,15 @@ class ModelConfig(Section, section="model"):
         self.routing.check(ok, "top_k", f"between 1 and --experts {self.experts}")
         for name in ("dropout", "attention_dropout"):
             self.check(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+
+    def _check_scaling(self) -> None:
+        if not self.rope_scaling:
+            return
+        self.check(self.positions == "rope", "rope_scaling", "left out, since learned positions rotate nothing")
+        try:
+            scaled_rotation(self.rope_scaling, self.rope_theta, self.head_width)
+        except (ValueError, ArithmeticError, RecursionError) as error:
+            raise self.wrong("rope_scaling", f"must be {error}") from None
 
     def _check_heads(self) -> None:
         """Check heads, their width, and the heads of keys and values, against each other."""

@@ -42,7 +42,8 @@ LAYOUT = """\
 | norm: scale, bias | [D] | before the head |
 | head | [D, V] | where it is not the embedding |
 
-Rotary positions rotate the pairs (i, i + A/2) of a head. `settings.json` has the sizes, the base `rope_theta`, and
+Rotary positions rotate the pairs (i, i + A/2) of a head. `settings.json` has the sizes, the base `rope_theta`, the
+`rope_scaling` as transformers names it, and
 `norm_eps`, where 0 stands for 1e-6 with RMSNorm and 1e-5 with LayerNorm.
 """
 
@@ -53,6 +54,8 @@ def check_exportable(source: ExportSource, to: Target) -> Architecture | None:
         return None
     architecture = architecture_of(source.config.model)
     if to in ("gguf", "both"):
+        if source.config.model.rope_scaling:
+            raise UserError(f"--to {to}: the file would have no scaled rotation (model.rope_scaling); take --to hf")
         if architecture.gguf is None:
             raise UserError(f"--to {to}: {architecture.gguf_problem}")
         gguf_file.check_installed()

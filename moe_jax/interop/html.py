@@ -42,7 +42,9 @@ def write_html(run: Path, out: Path, step: int | None = None) -> None:
     Raises ConfigError for a run that a page cannot hold, the errors of `open_run`, and UserError where the file cannot
     be written.
     """
-    _, tokenizer, checkpoint = find_checkpoint(run, step)
+    config, tokenizer, checkpoint = find_checkpoint(run, step)
+    if config.model.rope_scaling:
+        raise ConfigError("--to html: the page has no scaled rotation (model.rope_scaling); take --to hf")
     if tokenizer.kind not in ("byte", "bpe"):
         raise ConfigError(f"--to html: the page has no {tokenizer.kind} tokenizer, only byte and bpe; take --to hf")
     if saved_weights(checkpoint) == "int4":

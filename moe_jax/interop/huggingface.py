@@ -3,6 +3,7 @@
 Tensors have the names of transformers 4, which transformers 5 fuses at load.
 """
 
+import json
 from collections.abc import Container, Iterator
 from typing import Any, NamedTuple
 
@@ -51,6 +52,7 @@ def _gpt2_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def _llama_config(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
+    scaling = json.loads(model.rope_scaling or "{}")
     config = {
         "hidden_size": model.width,
         "num_hidden_layers": model.layers,
@@ -61,7 +63,8 @@ def _llama_config(model: ModelConfig, architecture: Architecture) -> dict[str, A
         "max_position_embeddings": model.seq_len,
         "rms_norm_eps": norm_eps(model),
         "rope_theta": model.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta} | scaling,
+        "rope_scaling": scaling or None,
         "attention_bias": False,
         "intermediate_size": model.expert_hidden if model.dense == "none" else model.dense_hidden,
         "use_cache": True,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from moe_jax.config import ConfigError, ModelConfig, QKNorm, RoutingConfig, UserError
+from moe_jax.config.rope import KINDS, scaling_text
 from moe_jax.interop.architectures import (
     GRANITE,
     GRANITE_SHARED,
@@ -235,7 +236,7 @@ class _Reader:
             kv_heads=self._own(self._size("num_key_value_heads", layout.kv_heads or heads), heads),
             head_size=self._own(head_dim, width / heads),
             norm_eps=self._number("rms_norm_eps", layout.eps, 1e-12, 1),
-            rope_theta=self._theta(layout),
+            **self._rotation(layout),
             qk_norm=layout.qk_norm,
             tied_head=tied and multipliers.embedding == multipliers.head,
             **self._network(layout),
@@ -296,30 +297,38 @@ class _Reader:
         # A window of W positions is no window at all for a context of at most W.
         return min(longest, self._size("sliding_window"))
 
-    def _theta(self, layout: _Layout) -> float:
-        """The base of the rotation. transformers 4 has it in `rope_theta`, 5 in `rope_parameters`."""
-        theta = self._values.get("rope_theta")
+    def _rotation(self, layout: _Layout) -> dict[str, Any]:
+        """The base of the rotation, and how it is scaled. transformers 4 has the base in `rope_theta`, 5 in
+        `rope_parameters`."""
+        theta, scaling = self._values.get("rope_theta"), ""
         for field in ("rope_scaling", "rope_parameters"):
             rope = self._values.get(field)
             if rope is None:
                 continue
             if not isinstance(rope, dict):
                 raise self._unheld(field, "an object")
-            inner = rope.get("rope_theta")
-            usual = {"rope_type": "default", "type": "default", "partial_rotary_factor": 1, "rope_theta": inner}
-            for name, value in rope.items():
-                if name not in usual or value not in (usual[name], None):
-                    raise UserError(
-                        f"{field}.{name} is {_shown(value)}: our rotation has a base and nothing else; "
-                        "a model with a scaled rotation cannot be imported"
-                    )
+            rope = {name: value for name, value in rope.items() if value is not None}
+            inner = rope.pop("rope_theta", None)
+            if rope.pop("partial_rotary_factor", 1) != 1:
+                raise self._unheld(field, "without partial_rotary_factor")
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            if isinstance(kind, str) and kind in KINDS:
+                scaling = self._scaling(field, rope)
+            elif kind != "default" or rope.keys() - {"rope_type", "type"}:
+                raise self._unheld(field, "of the rope_type default, " + ", ".join(KINDS))
             if inner is not None and theta not in (None, inner):
                 raise UserError(
                     f"rope_theta is {_shown(theta)}, and {field}.rope_theta {_shown(inner)}; make them equal"
                 )
             theta = theta if inner is None else inner
         self._values = self._values | {"rope_theta": theta}
-        return self._number("rope_theta", layout.theta, 1, 1e9)
+        return {"rope_theta": self._number("rope_theta", layout.theta, 1, 1e9), "rope_scaling": scaling}
+
+    def _scaling(self, field: str, rope: dict[str, Any]) -> str:
+        try:
+            return scaling_text(rope, self._size("max_position_embeddings"))
+        except (TypeError, ValueError):
+            raise self._unheld(field, "an object of numbers") from None
 
     def _separator(self) -> int | None:
         token = self._values.get("eos_token_id")

@@ -88,7 +88,8 @@ class Attention(nnx.Module):
             normalised = (norm(z) for norm, z in zip((self.query_norm, self.key_norm), joined, strict=True))
             query, key = (z.reshape(*z.shape[:2], -1, self.config.head_width) for z in normalised)
         if self.config.positions == "rope":
-            query, key = (apply_rope(z, positions, self.config.rope_theta) for z in (query, key))
+            theta, scaling = self.config.rope_theta, self.config.rope_scaling
+            query, key = (apply_rope(z, positions, theta, scaling) for z in (query, key))
         return query, key, value
 
     def _output(self, mixed: Float[Array, "B T H A"]) -> Float[Array, "B T D"]:

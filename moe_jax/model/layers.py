@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import Norm
+from moe_jax.config.rope import scaled_rotation
 from moe_jax.model.precision import at_least_float32
 
 
@@ -59,20 +60,24 @@ class Normalisation(nnx.Module):
 
 
 def apply_rope(
-    x: Float[Array, "B T H A"], positions: Int[Array, "*B T"], theta: float = 10_000.0
+    x: Float[Array, "B T H A"], positions: Int[Array, "*B T"], theta: float = 10_000.0, scaling: str = ""
 ) -> Float[Array, "B T H A"]:
     """Rotary position embedding (Su et al. 2021, section 3.2), base `theta`, pairs (i, i + A/2).
 
     `positions` are those of all sequences, `[T]`, or each sequence has its own, `[B, T]`.
 
     Pair i of a head is rotated by the angle position * theta^(-2i/A), so that the positions of q and k enter q . k only
-    through their distance.
+    through their distance. With `scaling`, frequencies, cosines and sines have the factors of `config/rope.py`.
     """
     half = x.shape[-1] // 2
     dtype = at_least_float32(x.dtype)
     frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
+    size = 1.0
+    if scaling:
+        factors, size = scaled_rotation(scaling, theta, 2 * half)
+        frequency = frequency * jnp.asarray(factors, dtype)
     angle = positions.astype(dtype)[..., None, None] * frequency
-    return _rotated(x, jnp.cos(angle), jnp.sin(angle))
+    return _rotated(x, size * jnp.cos(angle), size * jnp.sin(angle))
 
 
 @jax.custom_vjp

@@ -90,6 +90,18 @@ TIED = {"tie_value_output_init": True}
         (ModelConfig, {"kv_heads": 2, **TIED}, "--model.kv-heads 2", "0 or --model.heads 4, since model.tie_value_"),
         (ModelConfig, {"head_size": 16, **TIED}, "--set model.head_size=16", "--model.width / --model.heads = 128 / 4"),
         (ModelConfig, {"rope_theta": 0.5}, "--set model.rope_theta=0.5", "between 1 and 1e+09"),
+        (
+            ModelConfig,
+            {"rope_scaling": "{"},
+            "--set model.rope_scaling={",
+            "an object with the rope_type linear, llama3",
+        ),
+        (
+            ModelConfig,
+            {"rope_scaling": '{"rope_type": "linear"}'},
+            '--set model.rope_scaling={"rope_type": "linear"}',
+            "an object with factor",
+        ),
         (ModelConfig, {"rope_theta": 1e6, "positions": "learned"}, "--set model.rope_theta=1000000.0", "left out"),
         (ModelConfig, {"norm_eps": 1e-13}, "--set model.norm_eps=1e-13", "0, or between 1e-12 and 1"),
         (RoutingConfig, {"capacity_factor": float("nan")}, "--capacity-factor nan", "a finite number above 0"),
@@ -140,7 +152,7 @@ def test_every_field_survives_json() -> None:
         upcycle="elsewhere",
         base="there",
         model=ModelConfig(
-            *(7, 6, 5, 12, 3, 3, 4, 9, 24, 2, True, "active", "gelu", "layernorm", 0.5, "learned", 10_000.0),
+            *(7, 6, 5, 12, 3, 3, 4, 9, 24, 2, True, "active", "gelu", "layernorm", 0.5, "learned", 10_000.0, ""),
             *(True, True, "full", False, True, True, True, 0.25, 0.5),
             routing=routing,
         ),
@@ -155,7 +167,7 @@ def test_every_field_survives_json() -> None:
         there, default = config.section(section), RunConfig().section(section)
         same = [f.name for f in dataclasses.fields(there) if getattr(there, f.name) == getattr(default, f.name)]
         # Learned positions have no base of a rotation. A run starts from one thing only.
-        needless = {"": ["init_from"], "model": ["rope_theta"]}.get(section, [])
+        needless = {"": ["init_from"], "model": ["rope_theta", "rope_scaling"]}.get(section, [])
         assert same == needless, "give each new field a value above that is not its default"
     imported = dataclasses.replace(config, upcycle="", init_from="elsewhere")
     for written in (config, imported):

@@ -38,6 +38,27 @@ GRANITE = {
 LAYOUTS: dict[str, dict[str, Any]] = {
     "llama": {"head_dim": 16, "rope_theta": 1e5, "rms_norm_eps": 1e-5},
     "llama, tied": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+    "llama, linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}},
+    "llama, llama3": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 40,
+        },
+    },
+    "llama, yarn": {
+        "head_dim": 16,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 500.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    },
     "qwen3": {"head_dim": 16, "rope_theta": 1e6},
     "qwen3, tied": {"head_dim": 8, "tie_word_embeddings": True},
     "mixtral": {**EXPERTS, "num_local_experts": 4, "head_dim": 16},

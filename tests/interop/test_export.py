@@ -63,7 +63,17 @@ def test_each_preset_has_a_class_or_a_reason(name: str) -> None:
 HELD = {
     *("vocab_size", "seq_len", "layers", "width", "heads", "kv_heads", "head_size", "experts", "expert_hidden"),
     *("shared_experts", "dense", "activation", "norm", "norm_eps", "positions", "rope_theta", "bias", "qk_norm"),
-    *("shared_gate", "qkv_bias", "tied_head", "scaled_embedding", "routing", "top_k", "balancing", "renormalise_gates"),
+    *(
+        "shared_gate",
+        "qkv_bias",
+        "rope_scaling",
+        "tied_head",
+        "scaled_embedding",
+        "routing",
+        "top_k",
+        "balancing",
+        "renormalise_gates",
+    ),
 }
 """Settings that change what a model computes: an export writes each, or refuses it."""
 ONLY_TRAINING = {

@@ -29,12 +29,12 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "an unknown class": ({"model_type": "deepseek_v3"}, 'model_type is "deepseek_v3", and must be one of llama, qwen3'),
     "another head": ({"architectures": ["LlamaForSequenceClassification"]}, 'must be ["LlamaForCausalLM"]'),
     "a scaled rotation": (
-        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
-        'rope_scaling.rope_type is "llama3": our rotation has a base and nothing else',
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 8.0}},
+        "and must be of the rope_type default, linear, llama3, yarn to be imported",
     ),
     "a scaled rotation of version 5": (
-        {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}},
-        'rope_parameters.rope_type is "yarn"',
+        {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}},
+        "must be an object with factor, low_freq_factor, high_freq_factor, original_max_position_embeddings, each a",
     ),
     "a rotated part": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5, and must be 1"),
     "two bases": (

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from moe_jax.cli.train import Train
 from moe_jax.config import UserError
+from moe_jax.config.rope import scaled_rotation, scaling_text
 from moe_jax.interop.export import export
 from moe_jax.interop.huggingface import table
 from moe_jax.interop.pretrained import Pretrained
@@ -31,7 +32,19 @@ from tests.support.saved_run import quick_training
 pytestmark = pytest.mark.interop
 
 TOLERANCE = 2e-6
-SHORT = ("llama, tied", "qwen3", "mixtral", "qwen3_moe, tied", "olmoe", "granitemoe", "granitemoeshared", "qwen2_moe")
+SHORT = (
+    "llama, tied",
+    "llama, linear",
+    "llama, llama3",
+    "llama, yarn",
+    "qwen3",
+    "mixtral",
+    "qwen3_moe, tied",
+    "olmoe",
+    "granitemoe",
+    "granitemoeshared",
+    "qwen2_moe",
+)
 TOKENS = [256, *b"Once upon a time a dragon met a cat."]
 FLAGS = ("--steps", "1", "--batch-size", "2", "--seq-len", "64", "--precision", "float32", "--train.eval-every", "1")
 
@@ -134,8 +147,13 @@ def test_an_export_gives_back_every_bit(name: str, dtype: str, tmp_path: Path) -
         assert (tmp_path / "out" / file).read_bytes() == (tmp_path / "hf" / file).read_bytes()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("granitemoe", "mixtral"), ("granitemoeshared", "ernie4_5_moe")])
-def test_folded_multipliers_go_out_in_a_class_without_them(name: str, kind: str, tmp_path: Path) -> None:
+OUT = [("granitemoe", "mixtral"), ("granitemoeshared", "ernie4_5_moe"), ("llama, yarn", "llama")]
+
+
+@pytest.mark.parametrize(("name", "kind"), OUT)
+def test_multipliers_go_out_in_the_weights_and_a_scaled_rotation_as_itself(
+    name: str, kind: str, tmp_path: Path
+) -> None:
     import transformers
 
     model = by_transformers(tmp_path / "hf", name, max_shard_size="20KB")
@@ -159,6 +177,39 @@ def test_fused_experts_go_in_as_those_with_a_tensor_each(name: str, tmp_path: Pa
     assert any("gate_up_proj" in tensor for tensor in state)
     save_file(state, tmp_path / "hf" / "model.safetensors")
     np.testing.assert_array_equal(logits(opened(tmp_path / "hf", tmp_path, "--init-from")), plain)
+
+
+YARN = {"rope_type": "yarn", "original_max_position_embeddings": 4096}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+ROTATIONS = {
+    "Llama 3.1": (5e5, 128, LLAMA3 | {"original_max_position_embeddings": 8192}),
+    "linear": (1e4, 64, {"rope_type": "linear", "factor": 2.5}),
+    "Qwen3": (1e6, 128, YARN | {"factor": 4.0, "original_max_position_embeddings": 32768}),
+    "mscale": (1e4, 64, YARN | {"factor": 40.0, "mscale": 1.0, "mscale_all_dim": 0.5}),
+    "no truncation": (1.5e5, 64, YARN | {"factor": 32.0, "truncate": False, "beta_fast": 20.0, "beta_slow": 2.0}),
+    "own size": (1e4, 64, YARN | {"factor": 2.0, "attention_factor": 1.5}),
+}
+
+
+@pytest.mark.parametrize("name", ROTATIONS)
+def test_the_frequencies_of_scaled_rotations_are_those_of_transformers(name: str) -> None:
+    import transformers
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    theta, width, rope = ROTATIONS[name]
+    config = transformers.LlamaConfig(
+        hidden_size=4 * width,
+        num_attention_heads=4,
+        head_dim=width,
+        max_position_embeddings=131072,
+        rope_parameters=rope | {"rope_theta": theta},
+    )
+    expected, size = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    factors, found = scaled_rotation(scaling_text(rope, 131072), theta, width)
+    plain = theta ** (-np.arange(0, width, 2) / width)
+    np.testing.assert_allclose(plain * factors, expected.numpy(), rtol=2e-6)
+    assert found == pytest.approx(size, rel=1e-12)
+    assert max(np.abs(np.array(factors) - 1)) > 0.1
 
 
 @pytest.mark.parametrize("dtype", short_form(["bfloat16", "float16"], ["bfloat16"]))
