@@ -141,7 +141,7 @@ class Decoder:
         self.prefill = jax.jit(spread(partial(prefill, graphdef, places=seq_len)))
         self._compiled_prefill: dict[int, Compiled] = {}
         """Length of a prompt -> the program that `compile` has made for it."""
-        self.begin = jax.jit(spread(begin))
+        self.begin: Any = jax.jit(spread(begin))
         self.write: Any = jax.jit(spread(partial(write, graphdef, vocab_size)), donate_argnums=1)
         self.step = jax.jit(partial(step, graphdef, vocab_size), donate_argnums=1)
         """(params, slots, active bool [S]) -> the slots after one more token in each active slot, and its details."""
@@ -185,24 +185,27 @@ class Decoder:
                 text = self.refill(text, 0, self.read(params, context))
 
     def compile(self, params: Params) -> None:
-        """Compile the prefill of short prompts and decoding of one text now. On a CPU the programs are kept for
-        later processes."""
+        """Compile what one text needs after a short prompt. On a CPU the programs are kept for later processes."""
         if jax.default_backend() != "cpu":
-            read, self.write = self._compiled(params)
+            programs = self._compiled(params)
         else:
             kind = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", params)
             facts = [repr(self._graphdef), repr(kind), f"{self.seq_len} {self.prompt_lengths[0]} {self.vocab_size}"]
-            read, self.write = kept_programs(facts, lambda: self._compiled(params))
+            programs = kept_programs(facts, lambda: self._compiled(params))
+        read, self.write, self.begin = programs
         self._compiled_prefill = {self.prompt_lengths[0]: read}
 
     def _compiled(self, params: Params) -> list[Compiled]:
-        """Both programs. Each keeps one core busy for seconds, so they are compiled side by side."""
-        key, tokens, one = jax.random.key(0), _padded([0], self.prompt_lengths[0]), np.int32(1)
-        text = jax.eval_shape(lambda p: self.start(p, [0], (), Sampling(), key), params)
+        """Prefill, `write` and `begin`. The first two keep one core busy for seconds each, so they are compiled side by
+        side."""
+        tokens, one = _padded([0], self.prompt_lengths[0]), np.int32(1)
+        state = jax.eval_shape(self.prefill, params, tokens, one)
+        arguments = state, np.zeros(state.logits.shape[1], bool), Sampling().in_own_types(), jax.random.key(0), False
+        text = jax.eval_shape(self.begin, *arguments)
         with ThreadPoolExecutor(1) as beside:
             read = beside.submit(lambda: self.prefill.lower(params, tokens, one).compile())
             write = self.write.lower(params, text, one, one).compile()
-            return [read.result(), write]
+            return [read.result(), write, self.begin.lower(*arguments).compile()]
 
     def start(
         self, params: Params, context: Sequence[int], seen: Sequence[int], settings: Sampling, key: Key[Array, ""]

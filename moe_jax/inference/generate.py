@@ -32,8 +32,6 @@ class TextGenerator:
         """Compile prefill and decoding now, so that the first text does not wait for them. A text that is longer than
         the context compiles one more program."""
         self._decoder.compile(self._params)
-        for _ in self.pieces("", Sampling(), seed=0, limit=2):
-            pass
 
     def pieces(self, prompt: str, settings: Sampling, *, seed: int, number: int = 0, limit: int) -> Iterator[str]:
         """The text after the prompt, one piece for each token, to the end of the text or to `limit` tokens.

@@ -34,6 +34,8 @@ LONGEST = 16_384
 ATTENTION_TOKENS = 1_024
 """Attention weights are kept only for windows that begin before this token: each layer and head has T x T of them in
 one window."""
+MOST_ATTENTION = 2**29
+"""Most bytes of the attention weights of one window, in float32."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def make_trace_step(graphdef: nnx.GraphDef) -> TracedStep:
 def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TracedStep | None = None) -> RoutingTrace:
     """The routing of token ids int [N], N >= 1, in windows of T. Raises UserError if a router gives NaN."""
     step = step or make_trace_step(run.graphdef)
-    width = window_width(run.config.model, len(tokens))
+    width = window_width(run.config.model, len(tokens), attention=True)
     texts = list(windows(tokens, width))
     predicted: list[dict[str, np.ndarray]] = []
     decided: list[dict[str, np.ndarray]] = []
@@ -142,10 +144,13 @@ def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TracedStep | None = N
     return RoutingTrace(run.config.model, tokens, pieces, attention=attention, **joined, **layered)
 
 
-def window_width(config: ModelConfig, tokens: int) -> int:
-    """T; or for a model that drops nothing, less for a short text: a multiple of 64 of at least so many tokens. The
-    slots of a capacity are those of T tokens."""
-    return min(config.seq_len, -(-tokens // 64) * 64) if config.dropless else config.seq_len
+def window_width(config: ModelConfig, tokens: int, attention: bool = False) -> int:
+    """T; or for a model that drops nothing, less for a short text: a multiple of 64 of at least so many tokens, and no
+    more than MOST_ATTENTION allows if attention is kept. The slots of a capacity are those of T tokens."""
+    if not config.dropless:
+        return config.seq_len
+    most = 64 * max(int((MOST_ATTENTION / (4 * config.layers * config.heads)) ** 0.5) // 64, 1)
+    return min(config.seq_len, -(-tokens // 64) * 64, most if attention else config.seq_len)
 
 
 def windows(tokens: np.ndarray, seq_len: int) -> Iterator[tuple[np.ndarray, int]]:
