@@ -28,6 +28,8 @@ class Evaluate(ModelCommand):
     data: str = ""
     """A file, which is scored whole; or a folder or corpus, of which the validation part is scored. Empty: the run's
     validation text."""
+    active: int = 0
+    """Experts that a token chooses, fewer than in training. The loss is printed beside that of all. 0: as trained."""
     json: bool = False
     """Print the result as JSON too."""
 
@@ -43,10 +45,11 @@ class Evaluate(ModelCommand):
         with working(f"loading {self.name}"):
             from moe_jax.data.baselines import corpus_baselines
             from moe_jax.data.token_store import token_stream
-            from moe_jax.runs.load import open_run
+            from moe_jax.runs.load import open_run, with_fewer_experts
             from moe_jax.training.evaluate import evaluate_run
 
             run = open_run(self.run, self.step)
+            fewer = with_fewer_experts(run, self.active) if self.active else None
         if self.data:
             stream, changed = token_stream(scored_documents(self.data, form), run.tokenizer), ""
             baselines = None
@@ -56,16 +59,22 @@ class Evaluate(ModelCommand):
         if changed:
             print(f"warning: {changed}", file=sys.stderr)
         scored = evaluate_run(run, stream, "scoring")
+        less = evaluate_run(fewer, stream, f"scoring with {self.active} experts") if fewer else None
         answers = stream.answers is not None
         what = "tokens of answers (no other token counts)" if answers else "tokens"
         say(f"{scored.tokens:,} {what}, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")
         say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
+        if less:
+            loss = f"loss {less.loss:.4f}, {less.bits_per_byte:.4f} bits per byte"
+            say(f"with {self.active} of {run.config.model.routing.top_k} experts for a token: {loss}")
         if baselines:
             say(f"to compare: {baselines.describe()}")
         result = {
             "val_loss": scored.loss,
             "val_bits_per_byte": scored.bits_per_byte,
             "val_drop_fraction": scored.drop_fraction,
+            "active": self.active or None,
+            "val_loss_active": less and less.loss,
             "tokens": scored.tokens,
             "scored": "answers" if answers else "all tokens",
             "text_has_changed": None if self.data else bool(changed),

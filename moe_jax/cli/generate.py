@@ -37,6 +37,8 @@ class SamplingCommand(ModelCommand):
     """Longest continuation, in tokens. A text ends earlier where the model ends it."""
     seed: int = 0
     """The same seed gives the same texts."""
+    active: int = 0
+    """Experts that a token chooses, fewer than in training: faster, and less good. 0: as trained."""
 
     def check(self) -> None:
         """Raise ConfigError if a value is out of range."""
@@ -53,9 +55,10 @@ class SamplingCommand(ModelCommand):
         """The model, loaded, and how it draws."""
         from moe_jax.inference.generate import TextGenerator
         from moe_jax.inference.sampling import Sampling
-        from moe_jax.runs.load import open_run
+        from moe_jax.runs.load import open_run, with_fewer_experts
 
         run = open_run(self.run, self.step)
+        run = with_fewer_experts(run, self.active) if self.active else run
         settings = Sampling(self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty)
         return run, TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len), settings
 

@@ -31,7 +31,7 @@ def model_folder(source: str) -> Path:
         raise UserError(
             f"{source}: no such folder, and the hub has no model of this name; check the spelling"
         ) from None
-    except (errors.LocalEntryNotFoundError, errors.HfHubHTTPError, httpx.HTTPError, OSError) as error:
+    except (errors.HfHubHTTPError, httpx.HTTPError, OSError, ValueError, TypeError, KeyError) as error:
         why = " ".join(str(error).split())[:120]
         raise UserError(
             f"{source}: the hub cannot be reached ({why}); try again, or bring the folder: where there is a network, "

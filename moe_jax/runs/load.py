@@ -1,5 +1,6 @@
 """What a checkpoint belongs to: its model and its tokenizer. And a trained model, opened from its run."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,3 +214,23 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
     writer, _ = abstract_model(config.model, writing_policy(dtype).compute, *stored)
     params = restore_weights(checkpoint, config, shapes)
     return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, writer, params)
+
+
+def with_fewer_experts(run: LoadedRun, top_k: int) -> LoadedRun:
+    """The run with `top_k` experts for a token in place of those it was trained with: faster, and less good. The gates
+    are renormalised over the chosen ones where the model does so.
+
+    Raises ConfigError for more than the trained number, or a dense model.
+    """
+    trained = run.config.model.routing.top_k
+    if run.config.model.dense != "none" or not 1 <= top_k <= trained:
+        most = "a dense model has no experts" if run.config.model.dense != "none" else f"must be from 1 to {trained}"
+        raise ConfigError(f"--active {top_k}: {most}")
+    model = run.config.model.with_routing(top_k=top_k)
+    stored = run.config.train.param_dtype, run.config.execution.remat
+    definitions = [
+        abstract_model(model, policy.compute, *stored)[0]
+        for policy in (run.policy, writing_policy(run.config.execution.compute_dtype))
+    ]
+    config = dataclasses.replace(run.config, model=model)
+    return dataclasses.replace(run, config=config, graphdef=definitions[0], writer=definitions[1])

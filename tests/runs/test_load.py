@@ -10,15 +10,17 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import RunConfig, UserError
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.data.token_store import prepare_token_store
+from moe_jax.inspection.decisions import decisions
 from moe_jax.interop.source import open_source
 from moe_jax.model import precision
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.catalog import SHIPPED
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore
-from moe_jax.runs.load import check_same_model, open_run, saved_config
+from moe_jax.runs.load import check_same_model, open_run, saved_config, with_fewer_experts
 from moe_jax.runs.manifest import CheckpointCorrupted
 from moe_jax.training.programs import Programs
 from tests.support import saved_run, tiny
@@ -154,3 +156,21 @@ def test_arrays_of_another_model_are_refused(changes: dict[str, Any]) -> None:
     check_same_model(checkpoint(), CONFIG)
     with pytest.raises(CheckpointCorrupted, match="not those of the model that its manifest names"):
         check_same_model(checkpoint(leaves=leaves), CONFIG)
+
+
+def test_fewer_experts_than_trained() -> None:
+    """In the first layer the choices are the best of the trained ones, and the gates are renormalised over them."""
+    run = open_run(SHIPPED / "nano")
+    tokens = np.arange(40, dtype=np.int32)
+    all_chosen = next(decisions(run, tokens))
+    top_k = run.config.model.routing.top_k
+    for fewer in range(1, top_k + 1):
+        made = next(decisions(with_fewer_experts(run, fewer), tokens))
+        assert made.expert.shape == (run.config.model.layers, len(tokens), fewer)
+        np.testing.assert_array_equal(made.expert[0], all_chosen.expert[0, :, :fewer])
+        kept = all_chosen.gate[0, :, :fewer]
+        if fewer > 1:
+            np.testing.assert_allclose(made.gate[0], kept / kept.sum(-1, keepdims=True), rtol=1e-5)
+    for wrong in (0, -1, top_k + 1):
+        with pytest.raises(ConfigError, match=f"--active {wrong}: must be from 1 to {top_k}"):
+            with_fewer_experts(run, wrong)
