@@ -122,7 +122,7 @@ def _stored_names(name: str, leaves: dict[str, Any]) -> list[str]:
 
 
 def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], weights: Weights) -> None:
-    matrix: QuantizedMatrix = _rounded(part.stored, part.piece.factor, weights)
+    matrix: QuantizedMatrix = rounded_part(part.stored, part.piece.factor, weights)
     scale = np.asarray(matrix.scale)
     model.check_finite(np.isfinite(scale), part, str(part.stored.dtype))  # a value that is not finite makes it so
     for parameter, values in zip(made, (np.asarray(matrix.codes), scale), strict=True):
@@ -130,5 +130,6 @@ def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], weights:
 
 
 @partial(jax.jit, static_argnums=2)
-def _rounded(rows: Any, factor: float, weights: Weights) -> QuantizedMatrix:
+def rounded_part(rows: Any, factor: float, weights: Weights) -> QuantizedMatrix:
+    """Rows of a tensor `[outputs, inputs]`, times a factor, rounded."""
     return rounded(rows.T.astype(jnp.float32) * factor, weights)
