@@ -100,8 +100,8 @@ def _write_weights(
     table, leaves = model.table(), named_leaves(shapes)
     # The writer is told the order of the arrays: that of the table, and of a quantised matrix the codes first.
     arrays = {full: leaves[full] for name in table for full in _stored_names(name, leaves)}
-    writer = WeightsWriter(folder, arrays)
-    with byte_progress(f"importing {model.shape.folder.name}", model.size(table)) as advance:
+    progress = byte_progress(f"importing {model.shape.folder.name}", model.size(table))
+    with WeightsWriter(folder, arrays) as writer, progress as advance:
         for name, parts in groupby(model.read(table, digest), lambda part: part.parameter):
             made = [np.empty(leaves[full].shape, leaves[full].dtype) for full in _stored_names(name, leaves)]
             for part in parts:
@@ -113,7 +113,7 @@ def _write_weights(
                 advance(part.stored.nbytes)
             for array in made:
                 writer.add(array)
-    return writer.close()
+    return writer.described()
 
 
 def _stored_names(name: str, leaves: dict[str, Any]) -> list[str]:

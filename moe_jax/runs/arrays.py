@@ -224,7 +224,12 @@ class WeightsWriter:
         self._file.write(array.reshape(-1).view(np.uint8).data)
         self._leaves[name] = [list(array.shape), str(array.dtype), manifest.array_digest(array)]
 
-    def close(self) -> dict[str, Any]:
-        """End the file. Returns what `manifest.describe_leaves` says of the arrays."""
-        self._file.close()
+    def described(self) -> dict[str, Any]:
+        """What `manifest.describe_leaves` says of the arrays."""
         return manifest.leaves_with_state(dict(sorted(self._leaves.items())))
+
+    def __enter__(self) -> "WeightsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
