@@ -26,6 +26,8 @@ NOT_RUN = {
     "compare.py": "trains for half an hour; tests/benchmarks/test_compare.py compares tiny models",
     "verify_resume.py": "takes a minute; tests/reliability/test_verify_resume.py runs it",
     "--run runs/book": "opens the run that the line above it trains; the same command is run on runs/nano",
+    "moe-jax import": "downloads 13.8 GB; tests/interop/test_hub.py imports a tiny model from a server of its own",
+    "--run olmoe": "opens the model that `import` makes; tests/interop/test_imported_run.py opens tiny ones",
     "predict_card.py": "needs an NVIDIA card",
     "--resume": "resumes the real run; tests/reliability/test_kills.py resumes tiny ones",
     "--upcycle": "trains for minutes; tests/training/test_upcycle.py does it on a tiny model",
