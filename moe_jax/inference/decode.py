@@ -196,7 +196,7 @@ class Decoder:
         self._compiled_prefill = {self.prompt_lengths[0]: read}
 
     def _compiled(self, params: Params) -> list[Compiled]:
-        """Prefill, `write` and `begin`. The first two take seconds on a core each, so they are compiled side by side."""
+        """Prefill, `write` and `begin`. The first two take seconds each, so they are compiled side by side."""
         tokens, one = _padded([0], self.prompt_lengths[0]), np.int32(1)
         state = jax.eval_shape(self.prefill, params, tokens, one)
         arguments = state, np.zeros(state.logits.shape[1], bool), Sampling().in_own_types(), jax.random.key(0), False
