@@ -10,7 +10,8 @@ all the numbers that it shows as one JSON object (`<script type="application/jso
     text              source; pieces (one string a token); ids; mark (places of tokens that are not shown as their own
                       text); loss (nats of the next token, one number fewer than tokens); next (the likeliest next
                       tokens: see `next_data`)
-    routing           expert, gate, slot, keep: for each layer a flat list of N*K; prob: of N*E
+    routing           expert, gate, slot, keep: for each layer a flat list of N*K; prob: of N*E, in
+                      ten-thousandths
     ablation          loss and story without each expert (see `ablation.ablation_data`), or null
     ablation_missing  why there is no ablation; empty if there is one
     attention         for each layer, head and token a flat list: steps back, percent, steps back, percent, ...
@@ -157,7 +158,7 @@ def report_data(
             "gate": _flat(np.round(trace.gate.astype(float), 4)),
             "slot": _flat(trace.slot),
             "keep": _flat(trace.keep.astype(int)),
-            "prob": _flat(np.round(trace.probs.astype(float), 4)),
+            "prob": _flat(np.rint(10_000 * trace.probs.astype(float)).astype(int)),
         },
         **_ablation(run, trace),
         "attention": attention_data(trace),

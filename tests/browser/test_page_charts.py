@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from moe_jax.pages.assembly import page_file
 from tests.browser.opened import LAYERS, E, K, Opened, page_data
 
@@ -111,3 +113,45 @@ def test_the_saved_traces_are_painted_in_the_colours_of_their_experts(opened: Op
     tip = opened.page.locator("#tip").inner_text()
     assert tip.startswith("Step 40: ")
     assert tip.endswith(f"(token 2) chose expert {shown['first'][1][LAYERS - 1][1]}")
+
+
+CELL = """(canvas, [rows, columns, r, c]) => [...canvas.getContext('2d').getImageData(
+    Math.floor((c + 0.4) * canvas.width / columns), Math.floor((r + 0.4) * canvas.height / rows), 1, 1).data]"""
+
+
+def test_the_map_of_all_experts_leads_to_a_layer_and_an_expert(opened: Opened) -> None:
+    opened.draw_everything()
+    canvas, load = opened.page.locator("#map canvas"), opened.data["corpus"]["load"]
+    shade = [canvas.evaluate(CELL, [LAYERS, E, la, e])[3] for la in range(LAYERS) for e in range(E)]
+    expected = [min(1, load[la][e] * E / 2) * 255 for la in range(LAYERS) for e in range(E)]
+    assert shade == pytest.approx(expected, abs=1)
+    canvas.focus()
+    for key in ("ArrowRight", "ArrowRight", "ArrowDown"):
+        opened.page.keyboard.press(key)
+    assert opened.page.locator("#tip").inner_text().startswith("Layer 1, expert 2: ")
+    opened.page.keyboard.press("Enter")
+    assert opened.page.locator("#layer").input_value() == "1"
+    assert opened.page.locator('#legend [aria-pressed="true"]').inner_text() == "2"
+    box = canvas.bounding_box()
+    canvas.click(position={"x": 3.5 * box["width"] / E, "y": 0.5 * box["height"] / LAYERS})
+    assert opened.page.locator("#layer").input_value() == "0"
+    assert opened.page.locator('#legend [aria-pressed="true"]').inner_text() == "3"
+
+
+def test_the_card_shows_the_path_of_a_token_through_all_layers(opened: Opened) -> None:
+    """Each chosen cell has the colour of its expert, and no other cell has."""
+    opened.page.locator('.t[data-i="5"]').click()
+    canvas = opened.page.locator("#card canvas")
+    for la in range(LAYERS):
+        chosen = {opened.expert(la, 5, k) for k in range(K)}
+        for e in range(E):
+            rgb = canvas.evaluate(CELL, [LAYERS, E, la, e])
+            wanted = opened.colour(f"var(--e{e})")[4:-1].split(", ")
+            near = rgb[3] > 90 and all(abs(a - int(b)) <= 3 for a, b in zip(rgb[:3], wanted, strict=True))
+            assert near == (e in chosen), (la, e, rgb)
+    canvas.focus()
+    opened.page.keyboard.press("ArrowDown")
+    assert opened.page.locator("#tip").inner_text().startswith(f"Layer 1, expert {opened.expert(0, 5)}: probability 0.")
+    opened.page.keyboard.press("Enter")
+    assert opened.page.locator("#layer").input_value() == "1"
+    assert opened.page.evaluate("document.activeElement.closest('#card') !== null")

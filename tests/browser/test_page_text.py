@@ -62,7 +62,7 @@ def test_hover_and_focus_show_gates_slots_and_the_reason_of_a_drop(opened: Opene
             if not keep[at]:
                 assert f"dropped: it came {slot}th" in shown
         for e in range(E):
-            assert f"{routing['prob'][layer][i * E + e]:.3f}" in shown
+            assert f"{routing['prob'][layer][i * E + e] / 10_000:.3f}" in shown
 
 
 def test_the_card_lists_the_likeliest_next_tokens(opened: Opened) -> None:

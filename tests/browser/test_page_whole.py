@@ -31,7 +31,8 @@ def test_nothing_is_loaded_nothing_fails_nothing_overflows(
     assert opened.page.evaluate("document.documentElement.scrollWidth") == width
     for figure in (
         "#load svg",
-        "#together svg",
+        "#map canvas",
+        "#together canvas",
         "#flow-figure svg",
         "#slots svg",
         "#factors svg",
@@ -69,7 +70,7 @@ def twenty_experts(written: Path, folder: Path) -> Path:
     n = len(data["text"]["pieces"])
     for layer in range(LAYERS):
         data["routing"]["expert"][layer] = [(i // K + 7 * (i % K)) % 20 for i in range(n * K)]
-        data["routing"]["prob"][layer] = [0.05] * (20 * n)
+        data["routing"]["prob"][layer] = [500] * (20 * n)
     assert count == E
     data["ablation"] = None
     data["training"] |= {"step": [], "traces": {"step": []}}
@@ -178,5 +179,64 @@ def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     assert ("capacity line" in text("#load")) == limited
     assert ("this run: 1.2" in opened.page.locator("#factors").text_content()) == limited
     assert ("find an expert full" in text("#positions")) == limited
+    assert opened.said == []
+    opened.page.close()
+
+
+def many_experts(written: Path, folder: Path, experts: int = 24) -> Path:
+    """The report as of a model with so many experts; each token chooses experts 5 apart."""
+    data = json.loads(page_data(written))
+    n, corpus = len(data["text"]["pieces"]), data["corpus"]
+    data["model"]["experts"] = experts
+    for layer in range(LAYERS):
+        chosen = [(i // K + 5 * (i % K) + 3 * layer) % experts for i in range(n * K)]
+        data["routing"]["expert"][layer] = chosen
+        data["routing"]["prob"][layer] = [
+            4000 if e in chosen[i * K : i * K + K] else 9 for i in range(n) for e in range(experts)
+        ]
+    empty = {"tokens": [], "kinds": 0, "share": 0.0, "groups": []}
+    data["specialisation"] = [[empty] * experts for _ in range(LAYERS)]
+    word = {"text": " cat", "id": 1, "here": 5, "all": 8, "times": 4.0, "g2": 90.0}
+    data["specialisation"][1][20] = empty | {"tokens": [word], "kinds": 1, "share": 0.5}
+    corpus["load"] = [[0.0] * 12 + [1 / 12] * (experts - 12)] * LAYERS
+    corpus["dead"] = [{"layer": la, "expert": e, "load": 0.0, "dead": True} for la in range(LAYERS) for e in range(12)]
+    corpus["together"] = [[[1] * experts] * experts] * LAYERS
+    corpus["flow"] = [[[i * experts + j for j in range(experts)] for i in range(experts)]] * (LAYERS - 1)
+    data["ablation"] |= {name: [row * 6 for row in data["ablation"][name]] for name in ("mean", "change", "stories")}
+    data["training"] |= {"step": [], "traces": {"step": []}}
+    path = folder / "many.html"
+    path.write_text(render(data), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
+def test_a_page_of_many_experts_stays_readable(
+    browser: Any, written: Path, tmp_path: Path, width: int, scheme: str
+) -> None:
+    """One expert is lit at first; lists are summed up; cards and bands are few; nothing overflows."""
+    view = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
+    opened = Opened(browser, many_experts(written, tmp_path), **view)
+    lit = [i for i, t in enumerate(opened.tokens()) if "lit" in t["classes"].split()]
+    chosen = opened.data["routing"]["expert"][0]
+    busiest = max(range(24), key=chosen.count)  # no kind of token has an expert
+    assert opened.page.locator('#legend [aria-pressed="true"]').inner_text() == str(busiest)
+    assert lit == [i for i in range(len(opened.tokens())) if busiest in chosen[i * K : i * K + K]]
+    opened.draw_everything()
+    verdict = opened.page.locator("#verdict").inner_text()
+    assert f"24 of {24 * LAYERS} experts; most in layer 0, 12 of its 24." in verdict
+    assert verdict.count("expert 1 ") == 0
+    opened.page.locator("#layer").fill("1")
+    opened.page.locator("#specialists").scroll_into_view_if_needed()
+    opened.page.locator("#other-specialists summary", has_text="layer 1").click()
+    opened.page.locator("#other-specialists .specialist").last.wait_for()
+    names = opened.page.locator(".specialist h4 button")
+    assert names.first.inner_text() == "Expert 20"
+    assert opened.page.locator("#specialists .specialist").count() == 12
+    assert sorted(names.all_inner_texts()) == sorted(f"Expert {e}" for e in range(24))
+    bands = opened.page.locator("#flow-figure .band").evaluate_all("(all) => all.map((b) => b.dataset.way)")
+    assert sorted(24 * int(way.split(",")[1]) + int(way.split(",")[2]) for way in bands) == [*range(448, 576)]
+    assert "up to 128 between two layers" in opened.page.locator("#flow-figure").inner_text()
+    assert opened.page.evaluate("document.documentElement.scrollWidth") == width
+    assert opened.page.evaluate(CONTRAST) == []
     assert opened.said == []
     opened.page.close()

@@ -35,11 +35,11 @@ const drawOffGrid = () => {
     const v = ablation.mean[a][e], layer = ablation.layers[a], chosen = layer === state.off.layer && e === state.off.expert;
     return el("td", {}, el("button", { type: "button", class: "cell", vars: { "--v": Math.sqrt(Math.abs(v) / top).toFixed(3), "--c": v < 0 ? "var(--better)" : "var(--worse)" },
       "data-layer": layer, "data-expert": e, "aria-pressed": String(chosen), "aria-label": `Without expert ${e} of layer ${layer}: ${signed(v, 3)} nats a token`,
-      onclick: () => switchOff(layer, e) }, signed(v, 3)));
+      onclick: () => switchOff(layer, e), ...(MANY ? tipped(`Without expert ${e} of layer ${layer}: ${signed(v, 3)} nats a token`) : {}) }, MANY ? "" : signed(v, 3)));
   };
   fill(clear(byId("off-grid")), {}, [
-    caption("Change of the loss without each expert", "Nats a token, on average over the text. Press a number to see what that expert is good for. The slider above does not change this section."),
-    el("div", { class: "scroll" }, el("table", { class: "cells" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Expert"), range(E).map((e) => el("th", { scope: "col" }, el("span", { class: "dot", vars: { "--c": colourOf(e), "--on": inkOn(e) } }, `${e}`))))),
+    caption("Change of the loss without each expert", `Nats a token, on average over the text. Press a ${MANY ? "cell" : "number"} to see what that expert is good for. The slider above does not change this section.`),
+    el("div", { class: "scroll" }, el("table", { class: MANY ? "cells many" : "cells" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Expert"), range(E).map((e) => el("th", { scope: "col" }, el("span", { class: "dot", vars: { "--c": colourOf(e), "--on": inkOn(e) } }, `${e}`))))),
       el("tbody", {}, ablation.layers.map((layer, a) => el("tr", {}, el("th", { scope: "row" }, `Layer ${layer}`), range(E).map((e) => cell(a, e))))))),
   ]);
   roving(byId("off-grid"), ".cell", { down: E });

@@ -4,13 +4,14 @@ const { model } = data;
 const NARROW = matchMedia("(max-width: 60rem)"); // as in the style
 const L = model.layers, E = model.experts, K = model.top_k, N = data.text.pieces.length;
 
+const MANY = E > 16; // too many experts for a colour each
 addColours(E);
 
 const choice = (layer, token, k) => {
   const r = data.routing, i = token * K + k;
   return { expert: r.expert[layer][i], gate: r.gate[layer][i], slot: r.slot[layer][i], kept: r.keep[layer][i] === 1 };
 };
-const probability = (layer, token, e) => data.routing.prob[layer][token * E + e];
+const probability = (layer, token, e) => data.routing.prob[layer][token * E + e] / 10000;
 
 // The state, and the listeners that are called when it changes: `what` is "layer", "token", "lit", "off" or "theme". A section
 // is drawn when it first comes near the window. If the state that it shows changes, it is drawn again as soon as it is

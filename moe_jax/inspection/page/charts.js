@@ -1,4 +1,4 @@
-// Small charts without a library: lines, bars and heat maps as SVG.
+// Small charts without a library: lines and bars as SVG, maps of many cells on a canvas.
 const WIDTH = 420;
 
 const niceStep = (step) => {
@@ -66,58 +66,51 @@ const layerSeries = (x, rows) => rows.map((y, l) => ({ name: `layer ${l}`, colou
 const scale = (low, high, colour = "var(--accent)", middle = null) => el("p", { class: "scale small" }, el("span", {}, low),
   el("span", { class: "ramp", vars: { "--c": colour }, "aria-hidden": "true" }), middle ? el("span", {}, middle) : null, el("span", {}, high));
 
-
-// A grid of cells. values[row][column] has full colour at `top`; null means no value. `say(row, column)` gives the tip.
-const heatMap = ({ values, top, colour, say, label, axis }) => {
-  const side = Math.max(10, Math.min(34, 240 / values.length)), left = 38, foot = 32, width = (WIDTH - left) / values[0].length;
-  const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${values.length * side + foot}`, role: "group", "aria-label": label, "shape-rendering": "crispEdges" });
-  values.forEach((row, r) => {
-    root.append(svg("text", { x: left - 6, y: (r + 0.5) * side + 4, "text-anchor": "end" }, `${r}`),
-      svg("text", { x: left + (r + 0.5) * width, y: values.length * side + 13, "text-anchor": "middle" }, `${r}`));
-    row.forEach((v, c) => root.append(svg("rect", { class: v === null ? "self" : null, x: left + c * width, y: r * side, width: width, height: side,
-      fill: v === null ? null : colour, "fill-opacity": v === null ? null : Math.min(1, v / top).toFixed(3), tabindex: "-1", role: "img", "aria-label": say(r, c), ...tipped(say(r, c)) })));
-  });
-  root.append(svg("text", { x: (left + WIDTH) / 2, y: values.length * side + 28, "text-anchor": "middle" }, axis));
-  roving(root, "rect", { down: values[0].length });
-  return root;
-};
-
 // Rows of many cells, painted on a canvas. `paint(row, column)` gives [colour, strength]; x is labelled at `ticks`
-// (columns) by `name`; `say(row, column)` gives the tip for the pointer and the arrow keys.
-const stripes = ({ rows, columns, side, paint, say, label, names, ticks, name, axis }) => {
-  const canvas = el("canvas", { role: "img", tabindex: "0", "aria-label": `${label}. Arrow keys move through it.` });
+// (columns) by `name`; `say(row, column)` gives the tip for the pointer and the arrow keys. `press(row, column)` answers a
+// press and Enter, `pressed` says what it does. The arrow keys begin at `at`. One row may be `framed`.
+const stripes = ({ rows, columns, side, paint, say, label, names, ticks, name, axis, press = null, pressed = "", at = [0, 0], framed = null }) => {
+  const canvas = el("canvas", { role: "img", tabindex: "0", "aria-label": `${label}. Arrow keys move through it${pressed && `, Enter ${pressed}`}.` });
   canvas.width = columns * Math.max(1, Math.ceil(900 / columns));
-  canvas.height = rows * side * 2;
-  const pen = canvas.getContext("2d"), step = canvas.width / columns;
+  canvas.height = Math.round(rows * side * 2);
+  const pen = canvas.getContext("2d"), step = canvas.width / columns, every = Math.ceil(11 / side);
   for (let r = 0; r < rows; r++) for (let c = 0; c < columns; c++) {
     const [colour, strength] = paint(r, c);
     pen.globalAlpha = strength;
     pen.fillStyle = colour;
-    pen.fillRect(c * step, r * side * 2, step, side * 2 - (side > 12 ? 2 : 0));
+    pen.fillRect(c * step, r * side * 2, step - (press ? 1 : 0), side * 2 - (side > 12 || press ? 2 : 0));
   }
-  let at = [0, 0];
   const tell = (event, r, c) => {
     at = [Math.max(0, Math.min(rows - 1, r)), Math.max(0, Math.min(columns - 1, c))];
-    showTip(event, say(...at));
+    const box = canvas.getBoundingClientRect(); // the tip stands below the cell
+    showTip({ currentTarget: canvas, clientX: event.clientX || box.left + (at[1] + 0.5) * box.width / columns, clientY: event.clientY || box.top + (at[0] + 1) * box.height / rows }, say(...at));
   };
-  canvas.addEventListener("pointermove", (event) => {
+  const point = (event) => {
     const box = canvas.getBoundingClientRect();
     tell(event, Math.floor((event.clientY - box.top) / box.height * rows), Math.floor((event.clientX - box.left) / box.width * columns));
-  });
+  };
+  canvas.addEventListener("pointermove", point);
   canvas.addEventListener("pointerleave", hideTip);
-  canvas.addEventListener("focus", (event) => tell(event, ...at));
+  canvas.addEventListener("focus", (event) => { if (canvas.matches(":focus-visible")) tell(event, ...at); });
   canvas.addEventListener("blur", hideTip);
+  if (press) canvas.addEventListener("click", (event) => { point(event); press(...at); });
   canvas.addEventListener("keydown", (event) => {
-    const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
+    const way = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0], Enter: [0, 0] }[event.key];
     if (!way) return;
     event.preventDefault();
     tell(event, at[0] + way[0], at[1] + way[1]);
+    if (event.key === "Enter") press?.(...at);
   });
-  return el("div", { class: "stripes", vars: { "--side": `${side}px`, "--rows": rows } },
-    el("div", { class: "names", "aria-hidden": "true" }, names.map((n) => el("span", {}, n))), canvas,
+  return el("div", { class: press ? "stripes pressed" : "stripes", vars: { "--side": `${side}px`, "--rows": rows } },
+    el("div", { class: "names", "aria-hidden": "true" }, names.map((n, r) => el("span", {}, r % every ? "" : n))),
+    el("div", { class: "framing" }, canvas, framed === null ? null : el("div", { class: "frame", vars: { "--row": framed } })),
     el("div", { class: "ticks", "aria-hidden": "true" }, ticks.map((c) => el("span", { vars: { left: `${100 * (c + 0.5) / columns}%` } }, name(c)))),
     el("div", { class: "axis-name" }, axis));
 };
+const expertTicks = range(E).filter((e) => e % Math.ceil(E / (MANY ? 8 : E)) === 0);
+// Every expert of every layer: rows are layers, columns are experts. The chosen layer is framed.
+const expertMap = (options) => stripes({ rows: L, columns: E, names: range(L).map(String), ticks: expertTicks, name: String, axis: "expert (across), layer (down)", framed: state.layer, ...options });
+const paletteOf = (...names) => { const style = getComputedStyle(document.documentElement); return names.map((n) => style.getPropertyValue(n).trim()); };
 // At most n columns, evenly spaced, the first and the last included.
 const spread = (columns, n) => [...new Set(range(Math.min(n, columns)).map((i) => Math.round(i * (columns - 1) / Math.max(Math.min(n, columns) - 1, 1))))];
 
@@ -126,13 +119,13 @@ const expertBars = ({ values, references, format, say, label, most = Infinity, h
   const frame = { left: 46, right: references.length ? 66 : 10, top: 14, bottom: 36 };
   const rows = axisOf(0, Math.max(...values, ...references.map((r) => r.y)) || 1), top = rows.at(-1);
   const py = (v) => height - frame.bottom - (height - frame.top - frame.bottom) * v / top;
-  const step = (WIDTH - frame.left - frame.right) / values.length;
+  const step = (WIDTH - frame.left - frame.right) / values.length, every = Math.ceil(16 / step);
   const root = svg("svg", { viewBox: `0 0 ${WIDTH} ${height}`, role: "group", "aria-label": label });
   for (const v of rows) root.append(svg("line", { class: "axis", x1: frame.left, x2: WIDTH - frame.right, y1: py(v), y2: py(v) }),
     svg("text", { x: frame.left - 6, y: py(v) + 4, "text-anchor": "end" }, format(v)));
   values.forEach((v, e) => {
     root.append(svg("rect", { class: "expert-bar", x: frame.left + (e + 0.14) * step, width: step * 0.72, y: py(v), height: Math.max(py(0) - py(v), 0.5), rx: 2, fill: colourOf(e), tabindex: "0", role: "img", "aria-label": say(e, v), ...tipped(say(e, v)) }),
-      svg("text", { x: frame.left + (e + 0.5) * step, y: height - frame.bottom + 15, "text-anchor": "middle" }, `${e}`));
+      e % every ? "" : svg("text", { x: frame.left + (e + 0.5) * step, y: height - frame.bottom + 15, "text-anchor": "middle" }, `${e}`));
     if (v > most) root.append(svg("rect", { x: frame.left + (e + 0.14) * step, width: step * 0.72, y: py(v), height: py(most) - py(v), fill: "var(--panel)", "fill-opacity": 0.65, "pointer-events": "none" }));
   });
   let last = -Infinity;

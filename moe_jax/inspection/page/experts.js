@@ -19,9 +19,14 @@ const specialists = () => {
   return `The clearest specialists: ${listed([first, ...rest])}. By chance an expert would get ${percent(K / E, 0)} of each kind.`;
 };
 
+// A long list of experts in a few words. The map below shows where they are.
+const few = (list) => {
+  const by = range(L).map((l) => [l, list.filter((d) => d.layer === l).length]).filter(([, n]) => n).sort((a, b) => b[1] - a[1]);
+  return `${whole(list.length)} of ${whole(L * E)} experts; most in layer ${by[0][0]}, ${by[0][1]} of its ${E}`;
+};
 const drawVerdict = () => {
   const loads = corpus.load.flat(), fair = 1 / E, dead = corpus.dead.filter((d) => d.dead), starved = corpus.dead.filter((d) => !d.dead);
-  const most = Math.max(...loads) / fair, named = (list) => listed(list.map((d) => `expert ${d.expert} of layer ${d.layer}`));
+  const most = Math.max(...loads) / fair, named = (list) => (list.length > 8 ? few(list) : listed(list.map((d) => `expert ${d.expert} of layer ${d.layer}`)));
   const parts = [dead.length ? `Dead, chosen by no token at all: ${named(dead)}.` : "No expert is dead: every one is chosen by some token."];
   if (starved.length) parts.push(`Starved, below a tenth of a fair share: ${named(starved)}.`);
   parts.push(`The busiest expert has ${most.toFixed(2)} times its fair share.`);
@@ -31,6 +36,18 @@ const drawVerdict = () => {
   box.append(el("p", {}, parts.join(" ")));
 };
 
+// Every expert at once: how loaded it is.
+const drawMap = () => {
+  const [accent, warn] = paletteOf("--accent", "--warn");
+  fill(clear(byId("map")), {}, [
+    caption("Every expert in every layer", `Its share of the choices. ${corpus.dead.length ? "Red: starved, below a tenth of a fair share; full red: dead. " : ""}Press a cell to go to its layer and to light up its tokens in the text.`),
+    expertMap({ label: "Load of every expert in every layer", side: Math.max(12, Math.min(26, 300 / L)), pressed: "goes to the layer and lights up the expert",
+      paint: (l, e) => { const load = corpus.load[l][e] * E; return load ? (load < 0.1 ? [warn, 0.35] : [accent, Math.min(1, load / 2)]) : [warn, 1]; },
+      say: (l, e) => `Layer ${l}, expert ${e}: ${percent(corpus.load[l][e], 2)} of the choices, ${(corpus.load[l][e] * E).toFixed(2)} times its fair share`,
+      press: (l, e) => { setLayer(l); change("lit", e); } }),
+    scale("none", "2 × fair share or more"),
+  ]);
+};
 const lightUp = (e) => {
   change("lit", e);
   byId("text").scrollIntoView();
@@ -52,6 +69,19 @@ const specialistCard = (e) => {
   return article;
 };
 
+// Of many experts the clearest specialists stand first, and the others are folded.
+const MOST_CARDS = 12;
+const drawSpecialists = () => {
+  const entries = data.specialisation[state.layer], clarity = (e) => entries[e].groups[0]?.g2 ?? -1;
+  const order = MANY ? range(E).sort((a, b) => clarity(b) - clarity(a) || (entries[b].tokens[0]?.g2 ?? 0) - (entries[a].tokens[0]?.g2 ?? 0)) : range(E);
+  const most = MANY ? MOST_CARDS : E, rest = el("div", { class: "specialists" }), box = byId("other-specialists");
+  fill(clear(byId("specialists")), {}, order.slice(0, most).map(specialistCard));
+  box.hidden = !MANY;
+  box.open = false;
+  fill(clear(box), {}, [el("summary", {}, `The other ${E - most} experts of layer ${state.layer}`), rest]);
+  box.ontoggle = () => { if (box.open && !rest.firstChild) fill(rest, {}, order.slice(most).map(specialistCard)); };
+};
+
 const drawCounts = () => {
   const box = byId("counts"), open = box.open, heads = ["Expert", "Token", "chose it", "occurs", "times chance", "G²"];
   const table = () => el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, heads.map((h, i) => el("th", { class: i > 1 ? "num" : null, scope: "col" }, h)))),
@@ -65,7 +95,7 @@ const drawExperts = () => {
   const layer = state.layer;
   byId("experts-explain").textContent =
     `Measured on ${count(corpus.tokens, "token")} of the run's validation text, in layer ${layer}. Each card names the kinds of token that prefer the expert, with examples, and then the single tokens that prefer it, strongest first. The percentage says how often the token chose the expert. A token chooses ${K} of ${E} experts, so by chance it would be ${percent(K / E, 0)}. ␣ is a space.`;
-  fill(clear(byId("specialists")), {}, range(E).map(specialistCard));
+  drawSpecialists();
   drawCounts();
   const fair = 1 / E, line = model.capacity / (model.seq_len * K);
   fill(clear(byId("load")), {}, [
@@ -75,9 +105,9 @@ const drawExperts = () => {
   ]);
   fill(clear(byId("entropy")), {}, [
     caption("How undecided the router is, and what it drops", "Entropy of the router's probabilities, divided by the largest possible: 0 is certain, 1 means that all experts are equally likely. The last column says it in experts: as undecided as an even choice among so many."),
-    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Layer"), ["entropy", "dropped", "busiest expert", "in experts"].map((h) => el("th", { class: "num", scope: "col" }, h)))),
+    el("div", { class: "scroll" }, el("table", {}, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "Layer"), ["entropy", "dropped", "busiest (× fair)", "in experts"].map((h) => el("th", { class: "num", scope: "col" }, h)))),
       el("tbody", {}, range(L).map((l) => el("tr", { class: l === layer ? "shown" : null }, el("td", {}, `${l}`), el("td", { class: "num" }, corpus.entropy[l].toFixed(3)),
-        el("td", { class: "num" }, percent(corpus.drops[l], 2)), el("td", { class: "num" }, `${corpus.load[l].indexOf(Math.max(...corpus.load[l]))} (${(Math.max(...corpus.load[l]) / fair).toFixed(2)} × fair)`), el("td", { class: "num" }, alike(corpus.entropy[l]))))))),
+        el("td", { class: "num" }, percent(corpus.drops[l], 2)), el("td", { class: "num" }, `${corpus.load[l].indexOf(Math.max(...corpus.load[l]))} (${(Math.max(...corpus.load[l]) / fair).toFixed(2)})`), el("td", { class: "num" }, alike(corpus.entropy[l]))))))),
   ]);
   drawTogether(layer);
 };
@@ -92,20 +122,23 @@ const drawTogether = (layer) => {
   // By chance, pairs would be drawn from the experts' own shares. They are scaled to the real number of pairs.
   const total = sum(pairs.flatMap((row, i) => row.filter((_, j) => j > i)));
   const chance = sum(range(E).flatMap((i) => range(E).filter((j) => j > i).map((j) => all[i] * all[j])));
-  const ratio = pairs.map((row, i) => row.map((n, j) => (i === j ? null : !all[i] || !all[j] ? 0 : n / (all[i] * all[j] / chance * total))));
+  const ratio = pairs.map((row, i) => row.map((n, j) => (!all[i] || !all[j] ? 0 : n / (all[i] * all[j] / chance * total))));
+  const [accent, line] = paletteOf("--accent", "--line");
   fill(box, {}, [
     caption(`Which experts are chosen together in layer ${layer}`, "A stronger colour means that the two experts share more tokens than expected by chance from their loads."),
-    heatMap({ label: `Pairs of experts in layer ${layer}`, values: ratio, top: 3, colour: "var(--accent)", axis: "expert and expert",
+    stripes({ label: `Pairs of experts in layer ${layer}`, rows: E, columns: E, side: Math.max(5, Math.min(34, 240 / E)), names: range(E).map(String), ticks: expertTicks, name: String, axis: "expert and expert",
+      paint: (i, j) => (i === j ? [line, 0.6] : [accent, Math.min(1, ratio[i][j] / 3)]),
       say: (i, j) => (i === j ? `Expert ${i}: ${whole(all[i])} tokens` : `Experts ${i} and ${j}: ${whole(pairs[i][j])} tokens together, ${ratio[i][j].toFixed(2)} times chance`) }),
     scale("never", "3 × chance or more"),
   ]);
 };
 
 // Alluvial diagram: a column for each layer, a band for each pair of first choices in successive layers.
+const MOST_BANDS = 128; // between two layers, if there are many experts
 const drawFlow = () => {
   const box = clear(byId("flow-figure"));
   if (L < 2) { box.append(el("p", { class: "small" }, "This model has one layer, so there is no flow between layers.")); return; }
-  const height = Math.max(340, E * 26), width = Math.max(Math.min(760, box.clientWidth - 32), L * 100), bar = 26, gap = Math.min(8, 100 / E), left = 14;
+  const height = Math.max(340, E * (MANY ? 12 : 26)), width = Math.max(Math.min(760, box.clientWidth - 32), L * 100), bar = 26, gap = Math.min(8, 100 / E), left = 14;
   const total = sum(corpus.flow[0].flat()), scale = (height - gap * (E - 1)) / total;
   const sizes = range(L).map((l) => (l < L - 1 ? corpus.flow[l].map(sum) : range(E).map((e) => sum(corpus.flow[L - 2].map((row) => row[e])))));
   const tops = sizes.map((column) => { let y = 0; return column.map((n) => { const at = y; y += n * scale + gap; return at; }); });
@@ -120,14 +153,17 @@ const drawFlow = () => {
     }
   };
   const hide = () => { root.classList.remove("flowing"); hideTip(); };
+  let shown = 0;
   corpus.flow.forEach((matrix, l) => {
+    const least = MANY ? matrix.flat().sort((a, b) => b - a)[MOST_BANDS] : 0;
     const out = tops[l].slice(), into = tops[l + 1].slice(), [a, b] = [x(l) + bar, x(l + 1)], middle = (a + b) / 2;
     for (let i = 0; i < E; i++) for (let j = 0; j < E; j++) {
       const n = matrix[i][j], thick = n * scale;
       if (!n) continue;
       const [y, z] = [out[i], into[j]];
       out[i] += thick; into[j] += thick;
-      if (thick < 0.15) continue;
+      if (thick < 0.15 || n <= least) continue;
+      shown += n;
       root.append(svg("path", { class: "band", "data-way": `${l},${i},${j}`, fill: colourOf(i),
         d: `M${a},${y.toFixed(1)}C${middle},${y.toFixed(1)} ${middle},${z.toFixed(1)} ${b},${z.toFixed(1)}v${thick.toFixed(2)}C${middle},${(z + thick).toFixed(1)} ${middle},${(y + thick).toFixed(1)} ${a},${(y + thick).toFixed(1)}z`,
         ...tipped(`${whole(n)} tokens: expert ${i} in layer ${l}, then expert ${j} in layer ${l + 1}\n${percent(n / Math.max(sizes[l][i], 1))} of those that left expert ${i}; ${percent(sizes[l + 1][j] / total)} by chance`) }));
@@ -144,19 +180,23 @@ const drawFlow = () => {
     });
   });
   roving(root, ".node", { across: E });
-  fill(box, {}, [caption("Paths of first choices", `${count(total, "token")} of validation text. A band has the colour of the expert that it comes from.`), el("div", { class: "scroll" }, root)]);
+  fill(box, {}, [caption("Paths of first choices", `${count(total, "token")} of validation text. A band has the colour of the expert that it comes from.${MANY ? ` Only the strongest bands are drawn, up to ${MOST_BANDS} between two layers; they hold ${percent(shown / total / (L - 1), 0)} of the steps.` : ""}`), el("div", { class: "scroll" }, root)]);
 };
 
 const without = (id) => fill(clear(byId(id)), {}, [el("p", { class: "small" }, data.corpus_missing ?? "Not available.")]);
 const startExperts = () => {
   if (!corpus) {
     byId("experts-explain").textContent = data.corpus_missing;
-    for (const id of ["load", "entropy", "together", "verdict", "counts", "tested"]) byId(id).remove();
+    for (const id of ["map", "load", "entropy", "together", "verdict", "counts", "tested"]) byId(id).remove();
     without("flow-figure");
     return;
   }
   byId("found").append(el("p", { id: "specialists-said" }, specialists()));
   byId("experts-tested").textContent = "A single token is listed if it chooses the expert more often than by chance: log-likelihood ratio G², p < 0.001 after correction for all pairs tested. A kind of token is named if its tokens, each different token counted once, choose the expert more often than randomly shuffled kinds do: p ≤ 0.01 for all kinds and experts of the model together. Its examples are its most frequent tokens of those that choose the expert more often than by chance. Point at a token for its counts.";
-  section("experts", () => { drawVerdict(); drawExperts(); }, ["layer"], drawExperts);
+  section("experts", () => { drawVerdict(); drawMap(); drawExperts(); }, ["layer"], drawExperts);
+  listeners.push((what) => {
+    if (what === "layer") byId("map").querySelector(".frame")?.style.setProperty("--row", state.layer);
+    if (what === "theme" && byId("map").firstChild) { drawMap(); drawTogether(state.layer); }
+  });
   section("flow", drawFlow);
 };

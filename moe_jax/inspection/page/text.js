@@ -48,7 +48,7 @@ const colourTokens = () => {
   tokensBox.classList.toggle("shaded", mode !== "expert");
   tokensBox.classList.toggle("numbered", byId("numbers").checked);
   if (lit !== null) tokensBox.style.setProperty("--lit", colourOf(lit));
-  const { expert, keep } = data.routing;
+  const { expert, keep, gate } = data.routing;
   const reset = mode === "expert" ? (node) => node.style.length && node.style.removeProperty("--v")
     : (node, i) => node.style.setProperty("--v", shadeOf[mode](mode === "doubt" ? doubt(layer, i) : surprise(i)).toFixed(3));
   for (let i = 0; i < N; i++) {
@@ -65,7 +65,10 @@ const colourTokens = () => {
       if (lit === expert[layer][at + k]) place = k;
     }
     if (!kept) name += " gone";
-    if (place >= 0) name += place ? " lit second" : " lit";
+    if (place >= 0) {
+      name += place && K < 3 ? " lit second" : " lit";
+      if (K > 2) node.style.setProperty("--g", (gate[layer][at + place] / (gate[layer][at] || 1)).toFixed(2));
+    }
     if (node.shown !== name) node.className = node.shown = name;
     if (node.number !== expert[layer][at]) node.dataset.expert = node.number = expert[layer][at];
     reset(node, i);
@@ -73,13 +76,17 @@ const colourTokens = () => {
   describeText();
 };
 
+const litSaid = () => {
+  const { expert } = data.routing, e = state.lit, n = range(N).filter((i) => range(K).some((k) => expert[state.layer][i * K + k] === e)).length;
+  return `the ${count(n, "token")} that chose expert ${e} ${n === 1 ? "is" : "are"} lit up${K > 2 ? ", the stronger the larger its gate beside that of the first choice" : ""}. The numbers are those of the first choices. `;
+};
 const describeText = () => {
   const keep = data.routing.keep[state.layer], mode = byId("colour").value;
   const dropped = keep.length - sum(keep);
   byId("text-explain").textContent = mode === "surprise"
     ? `${data.text.source}: the stronger the shade, the less the model expected the token. This does not depend on the layer.`
     : mode === "doubt" ? `${data.text.source}, layer ${state.layer} (of 0 to ${L - 1}): the stronger the shade, the less certain the router was which expert to choose.`
-    : `${data.text.source}, as layer ${state.layer} (of 0 to ${L - 1}) routes it: each token has the colour and the number of the expert that it chose first. ` +
+    : `${data.text.source}, as layer ${state.layer} (of 0 to ${L - 1}) routes it: ${state.lit === null ? "each token has the colour and the number of the expert that it chose first. " : litSaid()}` +
     (model.dropless ? "Nothing is dropped here: this run's dispatch has no capacity." :
       `${dropped ? `${whole(dropped)} of ${whole(keep.length)} choices (${percent(dropped / keep.length)}) found their expert full and were dropped.` : "No choice was dropped."}`);
   drawKey(mode);
@@ -93,7 +100,7 @@ const drawKey = (mode) => {
     surpriseScale("the chance that the model gave to the token"),
   ] : mode === "doubt" ? [
     shades([0, 0.25, 0.5, 0.75, 1], (v) => `${v}`, `0: certain of one expert. 1: all ${E} experts alike. 0.5: like an even choice among ${alike(0.5)} of them.`),
-  ] : [
+  ] : state.lit !== null ? [] : [
     sample("", K > 1 ? "fill: first choice; line below: second choice" : "fill: the chosen expert"),
     model.dropless ? null : sample("da", K > 1 ? "hatched: first choice dropped" : "hatched: dropped"),
     model.dropless || K < 2 ? null : sample("db", "dotted: second choice dropped"),
@@ -109,11 +116,11 @@ const ordinal = (n) => {
 const choiceItem = (layer, i, k) => {
   const c = choice(layer, i, k);
   const place = c.kept
-    ? (model.dropless ? "no capacity, always kept" : `slot ${c.slot + 1} of ${model.capacity}`)
+    ? (model.dropless ? null : `slot ${c.slot + 1} of ${model.capacity}`)
     : `dropped: it came ${ordinal(c.slot + 1)} in this window, and expert ${c.expert} has ${count(model.capacity, "slot")}`;
   return el("li", { class: "choice", vars: { "--c": colourOf(c.expert) } },
     el("b", {}, el("span", {}, `Expert ${c.expert}`), el("span", {}, `gate ${c.gate.toFixed(3)}`)),
-    el("span", { class: c.kept ? "" : "drop" }, place));
+    place && el("span", { class: c.kept ? "" : "drop" }, place));
 };
 
 // The likeliest tokens after token i. The one that follows in the text is marked.
@@ -138,7 +145,9 @@ const drawCard = () => {
   }
   const picked = new Set(range(K).map((k) => choice(layer, i, k).expert));
   const seen = surprise(i), inWindow = i % model.seq_len;
-  const top = Math.max(...range(E).map((e) => probability(layer, i, e)), 1e-9);
+  // Of many experts the chosen ones are shown, and a few others that were the next likeliest.
+  const likely = MANY ? range(E).sort((a, b) => picked.has(b) - picked.has(a) || probability(layer, i, b) - probability(layer, i, a)).slice(0, K + 4) : range(E);
+  const top = Math.max(...likely.map((e) => probability(layer, i, e)), 1e-9);
   fill(card, {}, [
     el("button", { class: "close", type: "button", "aria-label": "Close", onclick: () => {
       const node = nodes[i];
@@ -150,25 +159,28 @@ const drawCard = () => {
     el("p", { class: "where" }, `token ${whole(i + 1)} of ${whole(N)}, place ${inWindow + 1} of window ${Math.floor(i / model.seq_len) + 1}` +
       (i ? `; the model gave it a chance of ${percent(Math.exp(-seen), seen > 4 ? 2 : 0)}` : "")),
     el("ol", {}, range(K).map((k) => choiceItem(layer, i, k))),
+    el("p", { class: "small" }, `Its path through all layers. ${K > 1 ? `Strong: its ${K} choices` : "Strong: its choice"}; grey: how likely the others were.`),
+    pathMap(i),
     el("p", { class: "small" }, `The router's probabilities in layer ${layer} (indecision ${doubt(layer, i).toFixed(2)})`),
-    el("div", { class: "bars" }, range(E).flatMap((e) => {
+    el("div", { class: "bars" }, likely.flatMap((e) => {
       const p = probability(layer, i, e), name = picked.has(e) ? "picked" : "";
       return [el("span", { class: name }, `${e}`),
         el("span", { class: "track" }, el("div", { class: "bar", vars: { "--c": colourOf(e), width: `${100 * p / top}%`, opacity: picked.has(e) ? 1 : 0.45 } })),
         el("span", { class: name }, p.toFixed(3))];
     })),
     nextTokens(i),
-    el("p", { class: "small" }, "The token's first choice in every layer"),
-    el("div", { class: "path" }, range(L).map((l) => {
-      const c = choice(l, i, 0);
-      return el("button", { type: "button", vars: { "--c": colourOf(c.expert) }, "aria-current": l === layer ? "true" : false,
-        title: `Layer ${l}: expert ${c.expert}`, onclick: () => {
-          setLayer(l);
-          card.querySelectorAll(".path button")[l]?.focus({ preventScroll: true }); // a new button in its place
-        } }, `${l}: ${c.expert}`);
-    })),
   ]);
-  roving(card.querySelector(".path"), "button");
+};
+const pathMap = (i) => {
+  const [accent, soft] = paletteOf("--accent", "--soft"), of = range(L).map((l) => range(K).map((k) => choice(l, i, k)));
+  const tops = of.map((row, l) => Math.max(...row.map((c) => probability(l, i, c.expert)), 1e-9)), at = (l, e) => of[l].find((c) => c.expert === e);
+  return expertMap({ label: "The token's choices in every layer", side: Math.max(9, Math.min(16, 200 / L)), at: [state.layer, of[state.layer][0].expert], pressed: "goes to the layer",
+    paint: (l, e) => { const p = probability(l, i, e) / tops[l]; return at(l, e) ? [MANY ? accent : expertColour(e), 0.4 + 0.6 * Math.min(1, p)] : [soft, 0.45 * Math.min(1, p)]; },
+    say: (l, e) => { const c = at(l, e); return `Layer ${l}, expert ${e}: probability ${probability(l, i, e).toFixed(3)}${c ? `, gate ${c.gate.toFixed(3)}${c.kept ? "" : ", dropped"}` : ""}`; },
+    press: (l) => {
+      setLayer(l);
+      card.querySelector("canvas")?.focus({ preventScroll: true }); // a new one in its place
+    } });
 };
 
 const barcodeRow = Math.max(12, Math.min(26, 160 / L));
@@ -246,15 +258,25 @@ const drawLegend = () => fill(clear(byId("legend")), {}, [
 ]);
 
 
+const showLit = () => {
+  const legend = byId("legend");
+  for (const b of legend.querySelectorAll("button")) b.setAttribute("aria-pressed", String(Number(b.dataset.expert) === state.lit));
+  if (state.lit !== null) legend.scrollTo({ left: legend.querySelector('[aria-pressed="true"]').offsetLeft - legend.offsetLeft - 80 });
+};
+// The expert of layer 0 that most tokens of the text chose.
+const busiest = () => {
+  const chosen = range(E).map(() => 0);
+  for (const e of data.routing.expert[0]) chosen[e]++;
+  return chosen.indexOf(Math.max(...chosen));
+};
 const startText = () => {
+  for (const box of [byId("legend"), tokensBox]) box.classList.toggle("many", MANY);
   byId("layer").max = L - 1;
   byId("layer").addEventListener("input", (event) => setLayer(Number(event.target.value)));
-  drawLegend();
-  roving(byId("legend"), "button");
   buildTokens();
   listeners.push((what) => {
     if (what === "layer" || what === "lit") colourTokens();
-    if (what === "lit") for (const b of byId("legend").querySelectorAll("button")) b.setAttribute("aria-pressed", String(Number(b.dataset.expert) === state.lit));
+    if (what === "lit") showLit();
     if (what === "layer" || what === "token") { drawCard(); markBarcode(); }
     if (what === "lit") requestAnimationFrame(drawBarcode);
   });
@@ -280,6 +302,12 @@ const startText = () => {
     if (event.key === "Escape") letGo();
   });
   window.addEventListener("resize", drawBarcode);
-  setLayer(0);
+  // So many colours cannot be told apart: the page begins with one expert lit up, the clearest specialist if there is one.
+  const [layer, e] = MANY ? clearest(1)[0] ?? [0, busiest()] : [0, null];
+  state.lit = e;
+  drawLegend();
+  roving(byId("legend"), "button");
+  setLayer(layer);
+  showLit();
   requestAnimationFrame(drawBarcode);
 };

@@ -29,7 +29,7 @@ const drawCurves = (t, add) => {
 
 const drawLoads = (t, add) => {
   range(L).forEach((l) => add(`Load of each expert, layer ${l}`, "Each row is an expert, each column is a step.",
-    stripes({ label: `Load of each expert in layer ${l} by step`, rows: E, columns: t.step.length, side: Math.max(9, Math.min(22, 200 / E)), names: range(E).map(String),
+    stripes({ label: `Load of each expert in layer ${l} by step`, rows: E, columns: t.step.length, side: Math.max(4, Math.min(22, 200 / E)), names: range(E).map(String),
       paint: (e, c) => [expertColour(e), Math.min(1, t.load[c][l][e] * E / 2)], ticks: spread(t.step.length, 4), name: (c) => short(t.step[c]), axis: "step",
       say: (e, c) => `Step ${whole(t.step[c])}, expert ${e}: ${percent(t.load[c][l][e])} of the choices, ${(t.load[c][l][e] * E).toFixed(2)} times its fair share` }),
     scale("none", "2 × fair share or more", "var(--soft)")));

@@ -3,13 +3,14 @@ const card = byId("card");
 
 const expertRows = (token) => {
   if (!token.experts) return layersShown() ? [el("p", { class: "small" }, "Its experts are not known yet: no token has been written after it.")] : [];
-  return [el("h4", {}, "The experts that read it"), el("div", { class: "layers" }, token.experts.map((row, at) => {
+  const many = model.experts_per_token > 4; // then a bar is measured by the largest gate
+  return [el("h4", {}, "The experts that read it"), el("div", { class: many ? "layers many" : "layers" }, token.experts.map((row, at) => {
     const gates = token.gates?.[at] ?? [];
     const said = row.map((e, k) => `expert ${e}${gates[k] === undefined ? "" : `, gate ${gates[k].toFixed(3)}`}`).join("; ");
     return el("button", { type: "button", "aria-current": at === state.layer ? "true" : false, "aria-label": `Layer ${layerName(at)}: ${said}`, title: `Colour the text by layer ${layerName(at)}`, onclick: () => { setLayer(at); card.querySelectorAll(".layers button")[at]?.focus(); } },
-      el("b", {}, `Layer ${layerName(at)}`), el("span", { class: "gates" }, row.map((e, k) => el("span", { class: "gate" },
+      el("b", {}, `Layer ${layerName(at)}`), el("span", { class: "gates" }, row.map((e, k) => el("span", { class: "gate", title: gates[k] === undefined ? null : `Expert ${e}, gate ${gates[k].toFixed(3)}` },
         el("span", { class: "dot", vars: { "--c": colourOf(e), "--on": inkOn(e) } }, `${e}`),
-        el("span", { class: "track" }, el("span", { class: "bar", vars: { "--c": colourOf(e), width: `${100 * Math.min(gates[k] ?? 0, 1)}%` } })),
+        el("span", { class: "track" }, el("span", { class: "bar", vars: { "--c": colourOf(e), width: `${100 * Math.min((gates[k] ?? 0) / (many ? Math.max(...gates) : 1), 1)}%` } })),
         el("span", { class: "number" }, gates[k] === undefined ? "" : gates[k].toFixed(3))))));
   }))];
 };

@@ -10,7 +10,8 @@ const startLoads = () => {
     type: "button", "data-expert": e, "aria-pressed": "false", vars: { "--c": colourOf(e), "--on": inkOn(e) },
     title: `Light up the tokens that chose expert ${e}`, onclick: () => change("lit", state.lit === e ? null : e),
   }, el("b", {}, `${e}`), el("span", { class: "share" }), el("span", { class: "track", "aria-hidden": "true" }, el("i", { class: "fill" }), el("i", { class: "even" })))));
-  loadsBox.classList.toggle("many", model.experts > 16);
+  for (const box of [loadsBox, tokensBox]) box.classList.toggle("many", model.experts > 16);
+  loadsBox.classList.toggle("crowd", model.experts > 32);
   roving(loadsBox, "button");
   drawLoads();
 };

@@ -13,7 +13,11 @@ const dress = (i) => {
   if (row) {
     name += ` a${row[0]}${row.length > 1 ? ` b${row[1]}` : ""}`;
     const place = state.lit === null ? -1 : row.indexOf(state.lit);
-    if (place >= 0) name += place ? " lit second" : " lit";
+    if (place >= 0) {
+      const graded = row.length > 2 && token.gates?.[state.layer];
+      name += place && !graded ? " lit second" : " lit";
+      node.style.setProperty("--g", graded ? (graded[place] / (graded[0] || 1)).toFixed(2) : 1);
+    }
     if (node.number !== row[0]) node.dataset.expert = node.number = row[0];
   }
   if (node.shown !== name) node.className = node.shown = name;
