@@ -281,7 +281,7 @@ const startText = () => {
     if (what === "lit") requestAnimationFrame(drawBarcode);
   });
   const tokenOf = (event) => event.target.closest(".t[data-i]");
-  tokensBox.addEventListener("pointerover", (event) => { const t = tokenOf(event); if (t && event.pointerType === "mouse" && !NARROW.matches) chooseToken(Number(t.dataset.i)); });
+  tokensBox.addEventListener("pointerover", (event) => { const t = tokenOf(event); if (t && event.pointerType === "mouse" && !NARROW.matches && Number(t.dataset.i) !== state.token) chooseToken(Number(t.dataset.i)); });
   // Without this the focus opens the card, which moves the token away before the click.
   tokensBox.addEventListener("mousedown", (event) => { if (NARROW.matches && tokenOf(event)) event.preventDefault(); });
   tokensBox.addEventListener("click", (event) => { const t = tokenOf(event); if (t) chooseToken(Number(t.dataset.i), true); });
