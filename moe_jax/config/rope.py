@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from moe_jax.system.files import json_text
+
 ORIGINAL = "original_max_position_embeddings"
 KINDS = {
     "linear": {"factor": None},
@@ -34,7 +36,7 @@ def scaling_text(rope: dict[str, Any], longest: int) -> str:
         growth = 0.1 * math.log(max(numbers["factor"] or 1, 1))
         size = (1 + one * growth) / (1 + other * growth) if one and other else 1 + growth
         numbers["attention_factor"] = values.get("attention_factor", size)
-    return json.dumps({"rope_type": kind} | {name: numbers[name] for name in sorted(numbers)})
+    return json_text({"rope_type": kind} | {name: numbers[name] for name in sorted(numbers)})
 
 
 def scaled_rotation(text: str, theta: float, width: int) -> tuple[list[float], float]:

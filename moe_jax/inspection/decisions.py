@@ -10,7 +10,6 @@
 The passes drop nothing, as evaluation and generation.
 """
 
-import json
 import shutil
 import tempfile
 import zipfile
@@ -27,7 +26,7 @@ from moe_jax.inference.traced_pass import check_routed, make_traced_pass, tokens
 from moe_jax.inspection.trace import window_width, windows
 from moe_jax.model.moe.layer import Mode
 from moe_jax.runs.load import LoadedRun
-from moe_jax.system.files import draft_of
+from moe_jax.system.files import draft_of, json_text
 from moe_jax.system.terminal import step_progress
 
 
@@ -186,7 +185,7 @@ class LinesWriter:
         experts, gates = made.expert.swapaxes(0, 1).tolist(), made.gate.swapaxes(0, 1).astype(float).round(5).tolist()
         for n, (token, expert, gate) in enumerate(zip(made.tokens.tolist(), experts, gates, strict=True)):
             row = {"place": made.first + n, "token": token, "experts": expert, "gates": gate}
-            self._file.write(json.dumps(row, separators=(",", ":")).encode() + b"\n")
+            self._file.write(json_text(row, separators=(",", ":")).encode() + b"\n")
 
     def close(self) -> None:
         """Nothing is left to write."""
