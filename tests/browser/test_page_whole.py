@@ -85,15 +85,13 @@ def test_the_highlighted_tab_is_the_section_in_view(browser: Any, written: Path,
     for path in (written, twenty_experts(written, tmp_path)):
         opened = Opened(browser, path, viewport={"width": width, "height": 900}, reduced_motion="reduce")
         tabs = opened.page.locator(".tabs a")
-        lit = opened.page.locator(".tabs a[aria-current]")
+        lit = "(name) => [...document.querySelectorAll('.tabs a[aria-current]')].map((a) => a.innerText).join() === name"
         for tab in [*tabs.all(), tabs.first, tabs.nth(5)]:
             tab.click()
-            opened.page.wait_for_timeout(300)
-            assert lit.all_inner_texts() == [tab.inner_text()]
+            opened.page.wait_for_function(lit, arg=tab.inner_text())
         for place, name in (("0", "Text"), ("document.documentElement.scrollHeight", "Your text"), ("0", "Text")):
             opened.page.evaluate(f"history.replaceState(null, '', '#text'); location.hash = ''; scrollTo(0, {place})")
-            opened.page.wait_for_timeout(300)
-            assert lit.all_inner_texts() == [name]
+            opened.page.wait_for_function(lit, arg=name)
         opened.page.close()
 
 
