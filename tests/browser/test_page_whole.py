@@ -85,7 +85,8 @@ def test_the_highlighted_tab_is_the_section_in_view(browser: Any, written: Path,
     for path in (written, twenty_experts(written, tmp_path)):
         opened = Opened(browser, path, viewport={"width": width, "height": 900}, reduced_motion="reduce")
         tabs = opened.page.locator(".tabs a")
-        lit = "(name) => [...document.querySelectorAll('.tabs a[aria-current]')].map((a) => a.innerText).join() === name"
+        found = "[...document.querySelectorAll('.tabs a[aria-current]')]"
+        lit = f"(name) => {found}.map((a) => a.innerText).join() === name"
         for tab in [*tabs.all(), tabs.first, tabs.nth(5)]:
             tab.click()
             opened.page.wait_for_function(lit, arg=tab.inner_text())
