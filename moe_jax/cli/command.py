@@ -45,6 +45,10 @@ COMMANDS = {
 """Name -> (module, class in it, one line of help)."""
 
 
+MOST_ACTIVE = 4096
+"""Most experts of any model, and so the bound of --active before a model is opened."""
+
+
 class Command(ABC):
     """A command with its values, of the right types. Subclasses check what the values mean."""
 

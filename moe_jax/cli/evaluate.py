@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_jax.cli.command import ModelCommand, print_json
+from moe_jax.cli.command import MOST_ACTIVE, ModelCommand, check_range, print_json
 from moe_jax.config import DataConfig
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
@@ -35,6 +35,7 @@ class Evaluate(ModelCommand):
 
     def execute(self) -> int:
         self.check()
+        check_range("--active", self.active, 0, MOST_ACTIVE)
         from moe_jax.data.corpora import check_source, scored_documents
 
         form: DataFormat = "text"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_jax.cli.command import ModelCommand, check_range
+from moe_jax.cli.command import MOST_ACTIVE, ModelCommand, check_range
 from moe_jax.config import UserError
 from moe_jax.system import environment
 from moe_jax.system.signals import unwinding
@@ -44,6 +44,7 @@ class SamplingCommand(ModelCommand):
         """Raise ConfigError if a value is out of range."""
         super().check()
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
+        check_range("--active", self.active, 0, MOST_ACTIVE)
         check_range("--temperature", self.temperature, 0, 100)
         check_range("--top-k", self.top_k, 0, 2**24)
         check_range("--top-p", self.top_p, 1e-6, 1)

@@ -44,7 +44,7 @@ class Inspect(ModelCommand):
             raise ConfigError(f"--versus {self.versus}: needs --trace FILE")
         text = self._text()
         environment.prepare_environment()
-        with working(f"loading {self.name}"):
+        with working(f"routing a text through {self.name}"):
             from moe_jax.inspection.report import report_path, write_report
         folder = Path(self.run)
         own = Path(f"routing-{self.name}.html") if is_shipped(folder) else report_path(folder, bool(text))
