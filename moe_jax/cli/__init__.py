@@ -11,6 +11,7 @@
     evaluate.py       score a text                      certify.py        test claims about a model
     runs.py           the list of runs
     inspect.py        the routing report, pictures, verified checkpoints
+    import_model.py   a public model as a run
     export.py         a run for other programs, or with quantised weights
     plan.py           settings that fit a GPU
     benchmark.py      measure the costs

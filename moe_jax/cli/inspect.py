@@ -54,6 +54,10 @@ class Inspect(ModelCommand):
         return 0
 
     def _trace(self) -> int:
+        if self.out:
+            raise ConfigError(f"--out {self.out}: --trace {self.trace} writes no page; leave one of them out")
+        if self.file and self.text:
+            raise ConfigError(f"--file {self.file}: --text is given too; give one of them")
         for flag, value in (("--trace", self.trace), ("--json", self.json)):
             if value:
                 check_out_file(flag, value)

@@ -4,6 +4,7 @@ The modules here import only the standard library, and modules of `system` that 
 before jax is imported. A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
+    rope.py        the scaled rotations of public models
     train.py       DataConfig, TrainConfig, ExecutionConfig: the text, the steps, the devices; MeshShape, ProcessGroup
     run.py         RunConfig: all of them, to and from the `config.json` of a run's folder
     presets.py     the presets: named settings that a run starts from; dense baselines

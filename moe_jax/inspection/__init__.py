@@ -5,6 +5,7 @@
     ablation.py         experts switched off, one at a time: what each of them is good for
     corpus_routing.py   counts of the routing on validation text
     specialisation.py   the tokens, and the kinds of tokens, that each expert prefers
+    decisions.py        every decision on a long text, written to a file, and counts of them
     page/               markup, style and scripts of the report
 
 A report shows a run after training; `training.evaluate` saves the routing during it.

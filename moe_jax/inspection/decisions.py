@@ -26,7 +26,7 @@ from moe_jax.inference.traced_pass import check_routed, make_traced_pass, tokens
 from moe_jax.inspection.trace import window_width, windows
 from moe_jax.model.moe.layer import Mode
 from moe_jax.runs.load import LoadedRun
-from moe_jax.system.files import draft_of, json_text
+from moe_jax.system.files import json_text, open_output
 from moe_jax.system.terminal import step_progress
 
 
@@ -81,6 +81,11 @@ class Counts:
         """Share of the pairs (layer, expert) that the first tokens chose."""
         return float((self.first_seen < min(tokens, self.tokens)).mean())
 
+    def hot_sets(self) -> list[tuple[int, float]]:
+        """`hot_set` of the first 1, 10, 100, ... tokens, and of all."""
+        places = [10**n for n in range(10) if 10**n < self.tokens]
+        return [(n, self.hot_set(n)) for n in [*places, self.tokens]]
+
     def saturation(self) -> np.ndarray | None:
         """float [L]: share of the choices that the other model has made too."""
         return None if self.shared is None else self.shared / (self.tokens * self.config.routing.top_k)
@@ -99,8 +104,7 @@ class Counts:
         """Lines for a person."""
         c, saturation, special = self.config, self.saturation(), self.specialisation() * self.config.experts
         lines = [f"{c.layers} layers of {c.experts} experts, {c.routing.top_k} for a token"]
-        places = [10**n for n in range(10) if 10**n < self.tokens]
-        curve = ", ".join(f"{self.hot_set(n):.1%} after {n:,}" for n in [*places, self.tokens])
+        curve = ", ".join(f"{share:.1%} after {n:,}" for n, share in self.hot_sets())
         lines.append(f"hot set, the share of all experts that were chosen so far: {curve}")
         if saturation is not None:
             least = int(saturation.argmin())
@@ -117,12 +121,12 @@ class Counts:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
-        saturation, places = self.saturation(), [10**n for n in range(10) if 10**n < self.tokens]
+        saturation = self.saturation()
         rounded = lambda array: np.round(array, 5).tolist()  # noqa: E731
         return {
             "tokens": self.tokens,
             "load": rounded(self.by_kind.sum(0) / (self.tokens * self.config.routing.top_k)),
-            "hot_set": [[n, round(self.hot_set(n), 5)] for n in [*places, self.tokens]],
+            "hot_set": [[n, round(share, 5)] for n, share in self.hot_sets()],
             "saturation": None if saturation is None else rounded(saturation),
             "specialisation": dict(zip(self.kinds, rounded(self.specialisation()), strict=True)),
             "coactivation": rounded(self.coactivation()),
@@ -231,16 +235,10 @@ def write_decisions(
     kinds = list(dict.fromkeys(kind for kind, _ in texts))
     tokens = np.concatenate([np.asarray(ids, np.int32) for _, ids in texts])
     kind = np.concatenate([np.full(len(ids), kinds.index(name)) for name, ids in texts])
-    draft = draft_of(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with draft.open("xb") as file:
-            writer = ArraysWriter(file) if out.suffix == ".npz" else LinesWriter(file)
-            counts = count_decisions(run, tokens, kind, kinds, other, writer)
-            writer.close()
-        draft.replace(out)
-    finally:
-        draft.unlink(missing_ok=True)
+    with open_output(out) as file:
+        writer = ArraysWriter(file) if out.suffix == ".npz" else LinesWriter(file)
+        counts = count_decisions(run, tokens, kind, kinds, other, writer)
+        writer.close()
     return counts
 
 

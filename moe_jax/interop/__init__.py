@@ -1,4 +1,4 @@
-"""Models for other programs, and from them: `python -m moe_jax export`, `train.py --init-from` and `--upcycle`.
+"""Models for other programs, and from them: `python -m moe_jax export`, `import`, `train.py --init-from`, `--upcycle`.
 
     architectures.py  which class of transformers, and which architecture of llama.cpp, holds which configuration
     source.py         a verified checkpoint as arrays on the host, in the conventions of other programs
@@ -11,6 +11,8 @@
     pretrained_shape.py  config.json of a Hugging Face folder -> ModelConfig, or a refusal by name
     weight_files.py      the headers of its safetensors files, checked before any tensor is read
     pretrained.py        the folder, opened: shape, tokenizer, parameters
+    imported_run.py      the folder as a run to read, its weights rounded part by part
+    hub.py               the folder of a model by its name on the hub
 
 Nothing here imports torch, and nothing is compiled. The folder lies below `training`, which starts runs from imports.
 """

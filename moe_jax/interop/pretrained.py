@@ -7,8 +7,8 @@
 
 Everything about the files is checked by `open`: names, shapes and sizes of all tensors. `params` then reads the tensors
 in parts. In host memory are the parameters that are done, one parameter in the making, and two parts. On a mesh every
-process reads all tensors, and keeps its own parts. `write_run` (`imported_run.py`) keeps none: it writes each parameter
-to a file.
+process reads all tensors, and keeps its own parts. `imported_run.import_run` keeps none: it writes each parameter to a
+file.
 """
 
 import math

@@ -154,23 +154,30 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name[:40]}.{os.getpid()}.{secrets.token_hex(4)}.draft")
 
 
-@unwinding()
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replace a plain file by a rename: a reader sees the old content or the new one, never a part, after a power loss
     too. An error or an interrupt leaves no draft behind. Raises UnsafeFile if something else has the name."""
+    with _replaced(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """The new content of a plain file: see `write_atomically`."""
     Folder(path.parent).file(path.name)
     draft = draft_of(path)
-    try:
-        with draft.open("xb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except BaseException as error:
-        draft.unlink(missing_ok=True)
-        if isinstance(error, OSError):  # the user knows the file, not its draft
-            error.filename, error.filename2 = str(path), None
-        raise
+    with unwinding():
+        try:
+            with draft.open("xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
+        except BaseException as error:
+            draft.unlink(missing_ok=True)
+            if isinstance(error, OSError):  # the user knows the file, not its draft
+                error.filename, error.filename2 = str(path), None
+            raise
 
 
 @contextmanager
@@ -196,16 +203,22 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def write_output(path: Path, content: str | bytes) -> None:
-    """Write a file that the user has named. Makes the folders above it.
+    """Write a file that the user has named: see `open_output`."""
+    with open_output(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
 
-    A plain file is replaced by a rename. A rename would also replace a device, a pipe or a link by a file. So these are
-    written through, as a shell does it.
+
+@contextmanager
+def open_output(path: Path) -> Iterator[BinaryIO]:
+    """A file that the user has named, for writing. Makes the folders above it.
+
+    A plain file is replaced by a rename at the end, and stays as it was after an error. A rename would also replace a
+    device, a pipe or a link by a file. So these are written through, as a shell does it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and (path.is_symlink() or not path.is_file()):
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    else:
-        write_atomically(path, content)
+    through = path.exists() and (path.is_symlink() or not path.is_file())
+    with path.open("wb") if through else _replaced(path) as file:
+        yield file
 
 
 @contextmanager

@@ -127,6 +127,15 @@ def test_an_error_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not list(tmp_path.iterdir())
 
 
+def test_a_link_is_written_through(tmp_path: Path) -> None:
+    """A rename would replace it, and a device too, by a file."""
+    (tmp_path / "file.jsonl").write_text("before")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "file.jsonl")
+    write_decisions(opened(), [("a", TOKENS.tolist())], tmp_path / "link.jsonl")
+    assert (tmp_path / "link.jsonl").is_symlink()
+    assert len((tmp_path / "file.jsonl").read_text().splitlines()) == len(TOKENS)
+
+
 def test_a_run_of_another_shape_is_refused() -> None:
     run = opened()
     other = dataclasses.replace(run.config, model=dataclasses.replace(MODEL, layers=3))
