@@ -74,13 +74,13 @@ class Evaluate(ModelCommand):
             "val_loss": scored.loss,
             "val_bits_per_byte": scored.bits_per_byte,
             "val_drop_fraction": scored.drop_fraction,
-            "active": self.active or None,
-            "val_loss_active": less and less.loss,
             "tokens": scored.tokens,
             "scored": "answers" if answers else "all tokens",
             "text_has_changed": None if self.data else bool(changed),
             "baselines_bits_per_byte": dataclasses.asdict(baselines) if baselines else None,
         }
+        if less:
+            result |= {"active": self.active, "val_loss_active": less.loss}
         print_json(result, self.json)
         return 0
 
