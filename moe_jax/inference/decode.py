@@ -32,6 +32,7 @@ from moe_jax.model.attention import KeyValue
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.model.transformer import Params, merge
+from moe_jax.system.machine import wide_vectors
 
 TOKENS_AT_ONCE = 8
 """Most tokens that a call of `Decoder.write` writes. A person sees them appear together, within milliseconds."""
@@ -134,16 +135,15 @@ class Decoder:
         spread: ShardMapWrapper = lambda function: function,
     ) -> None:
         self.seq_len, self.slots, self.vocab_size, self._graphdef = seq_len, slots, vocab_size, graphdef
-        self.prompt_lengths = [seq_len]
-        if short_prompts:
-            shorter = (SHORT_PROMPT * 4**n for n in range(10))
-            self.prompt_lengths = [*itertools.takewhile(lambda length: length < seq_len, shorter), seq_len]
+        shorter = (SHORT_PROMPT * 4**n for n in range(10 if short_prompts else 0))
+        self.prompt_lengths = [*itertools.takewhile(lambda length: length < seq_len, shorter), seq_len]
         self.prefill = jax.jit(spread(partial(prefill, graphdef, places=seq_len)))
         self._compiled_prefill: dict[int, Compiled] = {}
         """Length of a prompt -> the program that `compile` has made for it."""
         self.begin: Any = jax.jit(spread(begin))
-        self.write: Any = jax.jit(spread(partial(write, graphdef, vocab_size)), donate_argnums=1)
-        self.step = jax.jit(partial(step, graphdef, vocab_size), donate_argnums=1)
+        once: Any = {"donate_argnums": 1, "compiler_options": wide_vectors()}
+        self.write: Any = jax.jit(spread(partial(write, graphdef, vocab_size)), **once)
+        self.step = jax.jit(partial(step, graphdef, vocab_size), **once)
         """(params, slots, active bool [S]) -> the slots after one more token in each active slot, and its details."""
         self._place = jax.jit(place, donate_argnums=0)
         self._refill = jax.jit(spread(refill), donate_argnums=0)

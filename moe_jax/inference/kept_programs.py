@@ -20,10 +20,10 @@ from jax.stages import Compiled
 
 from moe_jax.system.environment import usable_cores
 from moe_jax.system.files import cache_dir, write_atomically
-from moe_jax.system.machine import processor
+from moe_jax.system.machine import processor, processor_flags
 
 SOURCES = Path(__file__).parents[1]
-FOLDERS = ("config", "inference", "model")
+FOLDERS = ("config", "inference", "model", "system")
 """The folders whose code a program is made of."""
 
 
@@ -81,8 +81,4 @@ def _surroundings() -> str:
     versions = [importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax")]
     set_here = {name: value for name, value in os.environ.items() if name.startswith(("XLA_", "JAX_"))}
     settings = sorted(f"{name}={value}" for name, value in set_here.items() if "CACHE" not in name)
-    units = ""
-    with suppress(OSError, StopIteration):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        units = next(line for line in lines if line.startswith(("flags", "Features")))
-    return repr([code.hexdigest(), versions, settings, processor(), units, usable_cores()])
+    return repr([code.hexdigest(), versions, settings, processor(), processor_flags(), usable_cores()])

@@ -5,6 +5,7 @@ the model: one parameter in its new form, and a few parts. The folder of the run
 """
 
 import dataclasses
+from collections.abc import Iterator
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -104,13 +105,16 @@ def _write_weights(
     with WeightsWriter(folder, arrays) as writer, progress as advance:
         for name, parts in groupby(model.read(table, digest), lambda part: part.parameter):
             made = [np.empty(leaves[full].shape, leaves[full].dtype) for full in _stored_names(name, leaves)]
-            for part in parts:
-                if len(made) > 1 and quantized:
-                    _put_rounded(model, part, made, quantized)
-                else:
+            if len(made) > 1 and quantized:
+                rounding = ((part, rounded_part(part.stored, part.piece.factor, quantized)) for part in parts)
+                for part, matrix in _one_ahead(rounding):
+                    _put_rounded(model, part, made, matrix)
+                    advance(part.stored.nbytes)
+            else:
+                for part in parts:
                     filled = part.put(oriented(name, made[0]), part.values())
                     model.check_finite(np.isfinite(filled), part, str(made[0].dtype))
-                advance(part.stored.nbytes)
+                    advance(part.stored.nbytes)
             for array in made:
                 writer.add(array)
     return writer.described()
@@ -121,8 +125,16 @@ def _stored_names(name: str, leaves: dict[str, Any]) -> list[str]:
     return [name] if name in leaves else [f"{name}.codes", f"{name}.scale"]
 
 
-def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], weights: Weights) -> None:
-    matrix: QuantizedMatrix = rounded_part(part.stored, part.piece.factor, weights)
+def _one_ahead[T](items: Iterator[T]) -> Iterator[T]:
+    """The items, each once the next one is made. jax rounds a part while the part before it is put in its place."""
+    held = next(items)
+    for item in items:
+        yield held
+        held = item
+    yield held
+
+
+def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], matrix: QuantizedMatrix) -> None:
     scale = np.asarray(matrix.scale)
     model.check_finite(np.isfinite(scale), part, str(part.stored.dtype))  # a value that is not finite makes it so
     for parameter, values in zip(made, (np.asarray(matrix.codes), scale), strict=True):

@@ -11,7 +11,6 @@ in bfloat16 (`to_param_dtype`). Their updates are then computed in float32, and 
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,7 +21,6 @@ from jaxtyping import Array, BFloat16, Float32, Key
 from moe_jax.config import ComputeDtype, ParamDtype
 from moe_jax.system import machine
 
-CPU_INFO = Path("/proc/cpuinfo")
 LEAST_GAIN = 1.2
 """How many times as fast as float32 a narrower dtype must be multiplied. A step has other work too, and conversions
 that only the narrower dtype needs."""
@@ -71,14 +69,11 @@ class Card:
 def cpu_bfloat16_units() -> str:
     """The units with which this processor multiplies bfloat16 faster than float32: "AMX" or "AVX-512 BF16".
 
-    Their names are read from Linux's /proc/cpuinfo. "" if there are none, or no such file, or if a race shows that they
-    are not faster (`system.machine.gain`). With AVX-512 BF16, AMD's Zen 4 reached 401 GFLOP/s in bfloat16 and 193 in
+    "" if there are none, or Linux's /proc/cpuinfo is missing, or a race shows that they are not faster
+    (`system.machine.gain`). With AVX-512 BF16, AMD's Zen 4 reached 401 GFLOP/s in bfloat16 and 193 in
     float32, its Zen 5 960 and 480, but an Intel Xeon whose AMX was hidden 221 and 300.
     """
-    try:
-        flags = CPU_INFO.read_text().split()
-    except OSError:
-        return ""
+    flags = machine.processor_flags()
     units = "AMX" if "amx_bf16" in flags else "AVX-512 BF16" if "avx512_bf16" in flags else ""
     return units if units and machine.gain("bfloat16", jax.devices("cpu")[0], units) >= LEAST_GAIN else ""
 

@@ -5,7 +5,8 @@
 
 Decoding is bound by reading weights, so a product of few rows must read each code once, and nothing else of that size.
 XLA's own products on a CPU write the converted matrix to memory first. Here the codes are converted in registers: by
-`row_sum` on one core, or for the many outputs of a vocabulary head by a sum of groups on all cores.
+`row_sum` on one core, or by a sum of groups on all cores: codes of 4 bits, whose conversion takes longer than reading
+them, and the many outputs of a vocabulary head.
 
 A product of many rows is bound by arithmetic. There the matrix is converted first, and one matrix is converted at a
 time: the copy of one expert fits the cache.
@@ -122,7 +123,7 @@ def quantized_matmul(
         return jax.lax.fori_loop(0, len(x), multiply_group, y)
 
     def in_place(x: Array, matrix: QuantizedMatrix) -> Array:
-        return _few_rows(x, matrix, None).astype(dtype or x.dtype)
+        return _few_rows(x, matrix).astype(dtype or x.dtype)
 
     def converted(x: Array, matrix: QuantizedMatrix) -> Array:
         product = partial(jnp.matmul, precision=dot_precision(x.dtype))
@@ -150,27 +151,33 @@ def _by_columns(product: Callable[[Array, QuantizedMatrix], Array], x: Array, ma
     return jax.lax.fori_loop(0, -(-matrix.shape[-1] // BLOCK), add_block, jnp.zeros(y.shape, y.dtype))
 
 
-def quantized_vector_matmul(
-    x: Float[Array, " D"], matrices: QuantizedMatrix, expert: Int[Array, ""]
-) -> Float[Array, " F"]:
-    """x @ matrices[expert] in the dtype of x, without a copy of the expert's codes."""
-    return _few_rows(x[None], matrices, expert)[0].astype(x.dtype)
+def quantized_vectors_matmul(
+    x: Float[Array, "K D"], matrices: QuantizedMatrix, experts: Int[Array, " K"]
+) -> Float[Array, "K F"]:
+    """x[k] @ matrices[experts[k]] for each k, in the dtype of x, without copies of codes: in 4 bits side by side."""
+    wide = at_least_float32(x.dtype)
+    if matrices.bits == 4:
+        return _sum_of_groups(x.astype(wide), matrices, experts).astype(x.dtype)
+
+    def one(pair: tuple[Array, Array]) -> Array:
+        row, expert = pair
+        total = row_sum(lambda i: row[i] * row_at(matrices.codes, expert, i).astype(wide), len(row), zeros)
+        return (total * row_at(matrices.scale, expert, jnp.int32(0))).astype(x.dtype)
+
+    zeros = jnp.zeros(matrices.shape[-1], wide)
+    return jax.lax.map(one, (x.astype(wide), experts))
 
 
-def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix, expert: Int[Array, ""] | None) -> Float[Array, "N F"]:
-    """x @ matrix, or x @ matrix[expert], in at least float32, where the codes lie."""
+def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix) -> Float[Array, "N F"]:
+    """x @ matrix in at least float32, where the codes lie."""
     wide, outputs = at_least_float32(x.dtype), matrix.shape[-1]
-    # Rows of a multiple of 1,024 codes take each other's place in the cache if 16 or 32 of them are read at once.
-    if expert is None and outputs > MANY and outputs % 1024:
-        return _sum_of_groups(x.astype(wide), matrix)
-    x, index, zeros = x.astype(wide), () if expert is None else (expert,), jnp.zeros((len(x), outputs), wide)
-
-    def scale(group: Array | int) -> Float[Array, " F"]:
-        return row_at(matrix.scale, *index, jnp.asarray(group)).astype(wide)
-
+    x, zeros = x.astype(wide), jnp.zeros((len(x), outputs), wide)
+    # Rows of a multiple of 1,024 codes of 8 bits take each other's place in the cache if 32 of them are read at once.
+    if (len(x) == 1 and matrix.bits == 4) or (outputs > MANY and outputs % 1024):
+        return _sum_of_groups(x, matrix)
     if matrix.bits == 8:
-        codes = row_sum(lambda i: x[:, i, None] * row_at(matrix.codes, *index, i).astype(wide), x.shape[1], zeros)
-        return codes * scale(0)
+        codes = row_sum(lambda i: x[:, i, None] * row_at(matrix.codes, i).astype(wide), x.shape[1], zeros)
+        return codes * matrix.scale[0]
     size = group_size(x.shape[1])
 
     def add_group(group: Int[Array, ""], total: Array) -> Array:
@@ -178,11 +185,11 @@ def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix, expert: Int[Array
         lower, upper = _factors(mine)
 
         def term(i: Int[Array, ""]) -> Array:
-            both = row_at(matrix.codes, *index, group * (size // 2) + i).astype(jnp.int32)
+            both = row_at(matrix.codes, group * (size // 2) + i).astype(jnp.int32)
             return lower[:, i, None] * (both & 15).astype(wide) + upper[:, i, None] * both.astype(wide)
 
         part = row_sum(term, size // 2, zeros - _OFFSET * mine.sum(1, keepdims=True))
-        return total + part * scale(group)
+        return total + part * row_at(matrix.scale, group).astype(wide)
 
     return jax.lax.fori_loop(0, x.shape[1] // size, add_group, zeros)
 
@@ -198,29 +205,38 @@ def _factors(x: Float[Array, "*N R"]) -> tuple[Float[Array, "*N half_R"], Float[
     return x[..., :half] - upper, upper
 
 
-def _sum_of_groups(x: Float[Array, "N D"], matrix: QuantizedMatrix) -> Float[Array, "N F"]:
-    """x @ matrix in the dtype of x: one loop computes the sum of each group of R inputs, and a second adds the groups.
+def _sum_of_groups(
+    x: Float[Array, "N D"], matrix: QuantizedMatrix, experts: Int[Array, " N"] | None = None
+) -> Float[Array, "N F"]:
+    """x @ matrix, or x[n] @ matrix[experts[n]] for each n, in the dtype of x: one loop computes the sum of each group
+    of R inputs, and a second adds the groups.
 
     XLA spreads the first loop over the cores. Without the barrier it would make one loop of both, which is not
     vectorised.
     """
     size, outputs = group_size(x.shape[1]), matrix.shape[-1]
-    rows, scale = x.reshape(len(x), -1, size), matrix.scale.astype(x.dtype)
-    codes = matrix.codes.reshape(rows.shape[1], -1, outputs)
+    rows, scale = x.reshape(len(x), -1, size), matrix.scale
+    codes = matrix.codes.reshape(*matrix.codes.shape[:-2], rows.shape[1], -1, outputs)
+
+    def of_all(part: Array, *index: Any) -> Array:
+        """part[index], or part[experts, index]. It is part of the loop, and nothing is copied."""
+        return part.at[index if experts is None else (experts, *index)].get(mode="clip")
+
     if matrix.bits == 8:
-        parts = _sum_in_chains([rows[:, :, i, None] * codes[:, i].astype(x.dtype) for i in range(size)])
+        terms = [rows[:, :, i, None] * of_all(codes, slice(None), i).astype(x.dtype) for i in range(size)]
+        parts = _sum_in_chains(terms)
     else:
         lower, upper = _factors(rows)
         terms = []
         for i in range(size // 2):
-            both = codes[:, i].astype(jnp.int32)
+            both = of_all(codes, slice(None), i).astype(jnp.int32)
             terms.append(lower[:, :, i, None] * (both & 15).astype(x.dtype))
             terms.append(upper[:, :, i, None] * both.astype(x.dtype))
-        parts = (_sum_in_chains(terms) - _OFFSET * rows.sum(2)[..., None]) * scale
+        parts = (_sum_in_chains(terms) - _OFFSET * rows.sum(2)[..., None]) * of_all(scale, slice(None)).astype(x.dtype)
     parts = jax.lax.optimization_barrier(parts)
     # By additions: XLA does not vectorise a reduction of this axis.
     total = reduce(jnp.add, [parts[:, group] for group in range(parts.shape[1])])
-    return total * scale if matrix.bits == 8 else total
+    return jax.lax.optimization_barrier(total * of_all(scale, 0).astype(x.dtype) if matrix.bits == 8 else total)
 
 
 def _sum_in_chains(terms: list[Array]) -> Array:

@@ -127,7 +127,7 @@ def test_a_wide_matrix_by_columns(bits: int, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("bits", BITS)
 def test_products_with_the_matrices_of_experts(bits: int) -> None:
-    """All experts, each with its own rows; and one row with the expert of an index."""
+    """All experts, each with its own rows; one row with the expert of an index; and several such rows."""
     matrix, values = random_matrix(bits, 3, 64, 5)
     x = rows(3, 2, 64)
     assert tiny.relative_error(jax.jit(matmul)(x, matrix), np.einsum("gnd,gdf->gnf", x, values)) < 1e-6
@@ -135,6 +135,9 @@ def test_products_with_the_matrices_of_experts(bits: int) -> None:
     for expert in range(3):
         y = one(x[0, 0], matrix, jnp.int32(expert))
         assert tiny.relative_error(y, x[0, 0] @ values[expert]) < 1e-6
+    chosen = np.array([2, 0, 2, 1])  # of rows that differ
+    several = jax.jit(module.quantized_vectors_matmul)(rows(4, 64), matrix, jnp.asarray(chosen))
+    assert tiny.relative_error(several, np.einsum("kd,kdf->kf", rows(4, 64), values[chosen])) < 1e-6
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -173,8 +176,8 @@ def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool
 
 @pytest.mark.parametrize("bits", BITS)
 def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of FEW_ROWS rows at most. A wider matrix than BLOCK is converted by columns; one of more outputs than MANY is
-    summed by groups, unless an index chooses it or its rows would take each other's place in the cache."""
+    """Of FEW_ROWS rows at most. A wider matrix than BLOCK is converted by columns. Summed by groups are one row with
+    codes of 4 bits, and more outputs than MANY, unless their rows would take each other's place in the cache."""
     taken: list[str] = []
 
     def noted(name: str) -> None:
@@ -199,8 +202,10 @@ def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.M
 
     assert forms(module.FEW_ROWS, 2047) == ["_few_rows"]
     assert forms(module.FEW_ROWS, 2049) == ["_few_rows", "_sum_of_groups"]
-    assert forms(1, 2048) == forms(1, 3072) == ["_few_rows"]
-    assert forms(1, 2049, experts=2) == ["_few_rows"]
+    assert forms(2, 2048) == forms(2, 3072) == ["_few_rows"]
+    of_4_bits = ["_sum_of_groups"] if bits == 4 else []
+    assert forms(1, 2048) == forms(1, 2047) == ["_few_rows", *of_4_bits]
+    assert forms(1, 2049, experts=2) == of_4_bits
     assert forms(module.FEW_ROWS + 1, 4096) == []
     assert forms(module.FEW_ROWS + 1, 4097) == ["_by_columns"]
 

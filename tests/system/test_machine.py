@@ -35,10 +35,25 @@ model name\t: AMD EPYC
         (None, platform.processor()),
     ],
 )
-def test_the_name_of_a_processor_has_its_family(info: str | None, name: str, tmp_path: Path) -> None:
+def test_the_name_of_a_processor_has_its_family(
+    info: str | None, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if info is not None:
         (tmp_path / "cpuinfo").write_text(info)
-    assert processor(tmp_path / "cpuinfo") == name
+    monkeypatch.setattr(machine, "CPU_INFO", tmp_path / "cpuinfo")
+    assert processor() == name
+
+
+def test_wide_vectors_are_asked_for_where_the_processor_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's documentation does not name the option, so a later XLA may not know it. This one must."""
+    wide_vectors = machine.wide_vectors.__wrapped__
+    monkeypatch.setattr(machine, "processor_flags", lambda: ["sse2", "avx512f"])
+    assert wide_vectors() == machine.WIDE_VECTORS
+    monkeypatch.setattr(machine, "WIDE_VECTORS", {"xla_cpu_no_such_option": 1})
+    assert wide_vectors() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "processor_flags", lambda: ["sse2", "avx2"])
+    assert wide_vectors() is None
 
 
 @pytest.fixture

@@ -112,7 +112,7 @@ def test_the_precision_follows_the_device_and_says_why(
     vendor, family, flags = processor
     lines = f"vendor_id\t: {vendor}\ncpu family\t: {family}\nmodel\t\t: 2\nflags\t\t: {flags}\n"
     (tmp_path / "cpuinfo").write_text("processor\t: 0\n" + lines)
-    monkeypatch.setattr(precision, "CPU_INFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(precision.machine, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(
         precision.machine,
         "gain",

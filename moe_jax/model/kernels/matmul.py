@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.row_sum import row_at, row_sum
 from moe_jax.model.precision import at_least_float32, dot_precision
-from moe_jax.model.quantized import QuantizedMatrix, quantized_matmul, quantized_vector_matmul
+from moe_jax.model.quantized import QuantizedMatrix, quantized_matmul, quantized_vectors_matmul
 
 
 def transpose_contiguous(x: Float[Array, "*G N D"]) -> Float[Array, "*G D N"]:
@@ -127,5 +127,5 @@ def vector_matmul(
 ) -> Float[Array, " F"]:
     """x @ weights[expert] in the dtype of x, summed in at least float32. On a CPU the weights are read in place."""
     if isinstance(weights, QuantizedMatrix):
-        return quantized_vector_matmul(x, weights, expert)
+        return quantized_vectors_matmul(x[None], weights, expert[None])[0]
     return _sum_of_rows(x, weights, expert)

@@ -11,7 +11,7 @@ from moe_jax.model.kernels.matmul import vector_matmul
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.low_rank import LowRank
 from moe_jax.model.precision import at_least_float32, dot_precision
-from moe_jax.model.quantized import QuantizedMatrix
+from moe_jax.model.quantized import QuantizedMatrix, quantized_vectors_matmul
 
 
 class Experts(nnx.Module):
@@ -93,11 +93,16 @@ class Experts(nnx.Module):
         """The same for groups of one row. Rows that are not `wanted` may be left out, and mean nothing then.
 
         Decoding is bound by reading weights. Gathering them first would write and read them once more. So on a CPU one
-        group after another multiplies with its expert's matrices in place. On a GPU, where each turn would be several
-        launches, all groups multiply at once (`_rows_at_once`).
+        group after another multiplies with its expert's matrices in place; those of 4 bits, whose conversion is worth
+        several cores, side by side. On a GPU, where each turn would be several launches, all groups multiply at once
+        (`_rows_at_once`).
         """
 
         def one_row_at_a_time(rows: Array, group_expert: Array) -> Array:
+            w_out = self.w_out[...]
+            if wanted is None and isinstance(w_out, QuantizedMatrix) and w_out.bits == 4:
+                hidden = [quantized_vectors_matmul(rows, w[...], group_expert) for w in self._input_matrices()]  # pyright: ignore[reportArgumentType]
+                return quantized_vectors_matmul(self._activate(hidden), w_out, group_expert)
             if wanted is None:
                 return jax.lax.map(lambda group: self.apply_single_expert(*group), (rows, group_expert))
             first = jnp.argsort(~wanted)  # the rows that are wanted come first
