@@ -24,7 +24,7 @@ from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, ExecutionConfig, RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.model.transformer import Params, merge
-from moe_jax.planning import search
+from moe_jax.planning import ladder
 from moe_jax.planning.target import DEFAULT_GPU, Target, load_target
 from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
@@ -85,12 +85,12 @@ def gpu(console: Console, config: RunConfig, name: str, rounds: int) -> dict[str
         raise ConfigError(f"--gpu {name}: this machine has a card, {card.device_kind}, which is measured; leave it out")
     target = load_target(name or DEFAULT_GPU) if card is None else target_of_device(card)
     console.print(_headline(target, card is not None), soft_wrap=True)
-    plan = search.verdict(list(search.search(config, target)), target)
-    chosen = plan.config
+    plan = ladder.chosen(list(ladder.walk(config, ladder.Room.on(target))), target.budget)
+    chosen, summary = plan.config, plan.summary(target.name, target.budget)
     found: dict[str, Any] = {"card": target.name, "measured": card is not None}
-    found["setting"] = {key: plan.summary(target)[key] for key in ("optimizer", "remat", "precision", "fits")}
+    found["setting"] = {key: summary[key] for key in ("optimizer", "remat", "precision", "fits")}
     peak = None if card is None else measured_peak(chosen)  # before anything else takes memory
-    found["step_mib"] = _beside(plan.step.total, peak)
+    found["step_mib"] = _beside(plan.programs.get("step", plan.least), peak)
     _say_memory(console, found["step_mib"])
     rows: list[Row] = []
     for part in parts(chosen, card or target):

@@ -130,14 +130,14 @@ def check_range(flag: str, value: float, low: float, high: float) -> None:
 def check_memory(config: RunConfig) -> None:
     """Raise ConfigError if a training step needs more memory than this machine has.
 
-    Only for a CPU: the memory of a card is planned by `moe-jax plan`.
+    Only for a CPU without --memory. Elsewhere the run is made to fit.
     """
     least, memory = least_step_bytes(config), machine_memory()
-    if runs_on_cpu() and memory is not None and least > memory:
+    if runs_on_cpu() and memory is not None and least > memory and not config.execution.memory:
         raise ConfigError(
             f"--seq-len {config.model.seq_len}, --batch-size {config.train.batch_size}: a training step needs at least "
-            f"{least / GIB:,.1f} GiB, and this machine has {memory / GIB:,.1f} GiB; use a smaller --seq-len, "
-            "--batch-size or model, or --execution.remat"
+            f"{least / GIB:,.1f} GiB, and this machine has {memory / GIB:,.1f} GiB; use a smaller --seq-len or model, "
+            "or give the run some of it with --memory, such as --memory 8GB"
         )
 
 

@@ -89,8 +89,8 @@ def _of_jax(error: str) -> str | None:
     """What the user can do about an error of jax. None if the error is a defect of this program."""
     if "RESOURCE_EXHAUSTED" in error:
         return (
-            "the device is out of memory; use --execution.remat, a leaner --optimizer, or a smaller --batch-size; "
-            "`uv run --extra gpu-plan python -m moe_jax plan` finds the settings of a preset that fit a card"
+            "the device is out of memory: close what else uses it, or give less with --memory, such as --memory 2.5GB; "
+            "--fit any may also take a leaner optimizer"
         )
     if "nable to initialize backend" in error or "nknown backend" in error:
         platforms = os.environ.get("JAX_PLATFORMS", "")

@@ -19,7 +19,7 @@ from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import say, working
 
 if TYPE_CHECKING:
-    from moe_jax.planning.search import Plan as Setting
+    from moe_jax.planning.ladder import Plan as Setting
     from moe_jax.planning.target import Target
 
 ON_A_CARD = "uv run --extra cuda12"
@@ -29,13 +29,12 @@ MESH, RANK = ("execution", "mesh"), ("train", "lora_rank")
 NOT_PLANNED = {MESH, RANK, SOURCE}
 """Settings without a flag here. `plan` has its own flags for the first two, and a text changes no memory."""
 ORIGINS = (("", "init_from"), ("", "upcycle"))
-OPTIMIZER, PARAM_DTYPE, REMAT = ("train", "optimizer"), ("train", "param_dtype"), ("execution", "remat")
 BATCH, ACCUMULATION = ("train", "batch_size"), ("train", "grad_accum")
 
 
 @dataclass(frozen=True)
 class Plan(RunCommand):
-    """Find the settings of a preset that fit a GPU, without the GPU.
+    """Find the settings with which a run fits a GPU, without the GPU. `train.py` chooses the same ones on the GPU.
 
     With --mesh, the training step is compiled for several GPUs, and the memory of one is printed.
 
@@ -83,12 +82,13 @@ class Plan(RunCommand):
         os.environ["JAX_PLATFORMS"] = "cpu"
         environment.prepare_environment()
         name = config.init_from or (f"{config.upcycle}, upcycled," if config.upcycle else config.preset)
+        budget = config.execution.memory_bytes / MIB or target.budget
         say(
             f"{name} on {target.device_kind} (compute capability {target.compute_capability}, "
-            f"{target.memory / MIB:,.0f} MiB): a plan may use {target.budget:,.0f} MiB"
+            f"{target.memory / MIB:,.0f} MiB): a run may use {budget:,.0f} MiB"
         )
         config = with_vocabulary(config)
-        return self._plan_mesh(config, target) if self.mesh else self._plan_card(config, target)
+        return self._plan_mesh(config, target) if self.mesh else self._plan_card(config, target, budget)
 
     def _check_mesh(self) -> None:
         """Raise ConfigError for a mesh of an impossible number of cards, or with adapters."""
@@ -98,61 +98,63 @@ class Plan(RunCommand):
         if count > CARDS_PER_HOST and count % CARDS_PER_HOST:
             raise ConfigError(f"--mesh {self.mesh}: has {count} places; give at most {CARDS_PER_HOST}, or a multiple")
 
-    def _plan_card(self, config: RunConfig, target: "Target") -> int:
-        from moe_jax.planning import search
+    def _plan_card(self, config: RunConfig, target: "Target", budget: float) -> int:
+        from moe_jax.planning import ladder
 
         say(
-            "compiling the training step of each setting, a minute or more each; of one that fits, evaluation, "
-            "prefill and decoding too. What an earlier plan has compiled is looked up."
+            "compiling the training step of each setting, a minute or more each; of one that fits, evaluation and "
+            "decoding too. What an earlier plan has compiled is looked up."
         )
-        print("(B/p: bytes for each parameter; micro: sequences of a micro-batch)")
+        print("(micro: sequences of a micro-batch)")
         print(_COLUMNS.format(*_HEADINGS))
         plans = []
-        for plan in search.search(search.with_adapters(config, self.lora) if self.lora else config, target):
+        for plan in ladder.walk(
+            ladder.with_adapters(config, self.lora) if self.lora else config, ladder.Room.on(target, budget)
+        ):
             plans.append(plan)
-            _print_row(plan, target)
-        plan = search.verdict(plans, target)
-        between = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in (plan.between or {}).items())
-        say(f"\nbetween steps, the optimizer state included: {between}")
+            _print_row(plan, budget)
+        plan = ladder.chosen(plans, budget)
+        programs = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in plan.programs.items())
+        say(f"\n{programs}, with all that is in memory beside it" if programs else "")
         say(f"attention in training: {plan.attention}")
-        return self._result(plan.summary(target), self._print_command(plan.config, plan.fits(target)))
+        return self._result(plan.summary(target.name, budget), self._print_command(plan.fits(budget)))
 
     def _plan_mesh(self, config: RunConfig, target: "Target") -> int:
-        from moe_jax.planning import search
+        from moe_jax.planning import ladder
 
         with working("compiling the training step for these devices, a minute or more"):
-            memory = search.mesh_memory(config, target)
+            memory = ladder.mesh_memory(config, target)
         fits = memory.total <= target.budget
         say(
             f"mesh {MeshShape.parse(self.mesh)}, {config.train.batch_size} sequences a step; one device: arguments "
             f"{memory.arguments:,.0f} MiB, temporary {memory.temporary:,.0f}, total {memory.total:,.0f}"
         )
-        command = self._print_command(config, fits)
+        train = config.train
+        batch: Values = {MESH: self.mesh, BATCH: train.batch_size, ACCUMULATION: train.grad_accum}
+        command = self._print_command(fits, batch)
         result = {"preset": config.preset, "gpu": target.name, "mesh": self.mesh}
         result |= {"total_mib": round(memory.total, 1), "budget_mib": round(target.budget, 1), "fits": fits}
         return self._result(result | {"micro_batch": config.train.batch_size}, command)
 
-    def _print_command(self, config: RunConfig, fits: bool) -> str | None:
-        """Print the command line that trains with these settings on NVIDIA cards, and return it. None if none fits."""
+    def _print_command(self, fits: bool, chosen: Values | None = None) -> str | None:
+        """Print the command line that trains so on NVIDIA cards, and return it. None if nothing fits.
+
+        `chosen` are settings that the run does not choose by itself.
+        """
         if not fits:
             say(
-                "no setting fits: try a smaller --seq-len, fewer --experts, a smaller --model.expert-hidden, or "
-                "another --gpu"
+                "no setting fits: try --fit any, a smaller --seq-len, fewer --experts, a smaller "
+                "--model.expert-hidden, or another --gpu"
             )
             return None
-        train = config.train
-        chosen: Values = {BATCH: train.batch_size, ACCUMULATION: train.grad_accum, OPTIMIZER: train.optimizer}
-        chosen |= {REMAT: True} if config.execution.remat else {}
-        chosen |= {MESH: self.mesh} if self.mesh else {}
-        typed = {key: value for key, value in self.flags.items() if key not in {*chosen, REMAT}}
-        words = ["train.py"]
+        typed, words = {**self.flags}, ["train.py"]
         if self.lora:
             typed.pop(PRESET, None)
             words = ["python -m moe_jax sft", *["--run RUN"] * typed.keys().isdisjoint(ORIGINS)]
             words += ["--data CHATS.jsonl --out NEW"]
-            chosen |= {RANK: self.lora, PARAM_DTYPE: train.param_dtype}
-        words += [shlex.quote(word(*key, value)) for key, value in (typed | chosen).items()]
-        say("this setting fits, by XLA's buffer plan; on the card, train with")
+            typed |= {RANK: self.lora}
+        words += [shlex.quote(word(*key, value)) for key, value in (typed | (chosen or {})).items()]
+        say("this fits, by XLA's buffer plan; on the card, train with")
         command = " ".join([ON_A_CARD, *words])
         print(command)  # unbroken, to be copied
         return command
@@ -163,18 +165,18 @@ class Plan(RunCommand):
         return 0 if result["fits"] else 1
 
 
-_COLUMNS = "{:<10} {:>6} {:>6} {:>11} {:>9} {:>6} {:>9} {:>8}  {}"
+_COLUMNS = "{:<10} {:>8} {:>6} {:>6} {:>6} {:>9} {:>14}  {}"
 """80 columns at most."""
-_HEADINGS = ("optimizer", "micro", "accum", "weights B/p", "state B/p", "remat", "precision", "step MiB", "fits")
+_HEADINGS = ("optimizer", "weights", "micro", "accum", "remat", "precision", "step MiB", "fits")
 
 
-def _print_row(plan: "Setting", target: "Target") -> None:
+def _print_row(plan: "Setting", budget: float) -> None:
     """One line for a setting."""
-    train, fits = plan.config.train, plan.fits(target)
-    numbers = (train.batch_size, train.grad_accum, f"{plan.weight_bytes:.2f}", f"{plan.state_bytes:.2f}")
-    remat = "yes" if plan.config.execution.remat else "no"
-    cells = (remat, plan.precision, f"{plan.step.total:,.0f}", "yes" if fits else "no")
-    print(_COLUMNS.format(train.optimizer, *numbers, *cells), flush=True)
-    if plan.step_fits and not fits and plan.between:
-        name = max(plan.between, key=plan.between.__getitem__)
-        say(f"its step fits, but between steps {name} takes {plan.between[name]:,.0f} MiB")
+    train, step = plan.config.train, plan.programs.get("step")
+    memory = f"{step:,.0f}" if step is not None else f">= {plan.least:,.0f}"
+    remat, fits = "yes" if plan.config.execution.remat else "no", "yes" if plan.fits(budget) else "no"
+    numbers = train.param_dtype, train.batch_size, train.grad_accum
+    print(_COLUMNS.format(train.optimizer, *numbers, remat, plan.precision, memory, fits), flush=True)
+    if step is not None and step <= budget < plan.total:
+        name = max(plan.programs, key=plan.programs.__getitem__)
+        say(f"its step fits, but between steps {name} takes {plan.programs[name]:,.0f} MiB")

@@ -1,11 +1,13 @@
 """`train.py`, `moe-jax train` and `sft`: a run from its flags to its report."""
 
 import dataclasses
+import gc
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -72,14 +74,7 @@ class TrainingCommand(RunCommand):
         say(*skipped_files(config.data))
         check_memory(config)
         with training_process(config, start, self.group, self.resume_command) as process:
-            from moe_jax.training.header import print_run_header
-            from moe_jax.training.loop import train
-            from moe_jax.training.session import Session
-
-            session = Session.open(config, start)
-            print_run_header(session, process.notes)
-            train(session, process.signals)
-            report(session)
+            report(trained(config, start, process))
         return process.status
 
     @property
@@ -229,6 +224,30 @@ def training_process(config: RunConfig, start: Start, group: ProcessGroup | None
                     yield process
             except Stopped as stop:
                 process.status = stop.status
+
+
+def trained(config: RunConfig, start: Start, process: Process) -> Any:
+    """The session, after its training. The settings are made to fit the device (`planning/fitting.py`). If the first
+    step runs out of memory all the same, the next ones that may fit are taken."""
+    from moe_jax.planning.fitting import fit
+    from moe_jax.training.header import print_run_header
+    from moe_jax.training.loop import FirstStepOutOfMemory, train
+    from moe_jax.training.session import Session
+
+    failed = None
+    while True:
+        session = Session.open(config, start, partial(fit, failed=failed))
+        print_run_header(session, process.notes)
+        try:
+            train(session, process.signals)
+            return session
+        except FirstStepOutOfMemory:
+            failed = session.config
+            if not failed.execution.fitted:
+                raise
+        del session  # its arrays, before new ones are made
+        gc.collect()
+        say("the first step ran out of memory; trying the next setting")
 
 
 def report(session: Any) -> None:

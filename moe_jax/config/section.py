@@ -26,6 +26,8 @@ SHORT_FLAGS = {
     "--precision": "--execution.compute-dtype",
     "--deterministic": "--execution.deterministic",
     "--mesh": "--execution.mesh",
+    "--fit": "--execution.fit",
+    "--memory": "--execution.memory",
     "--seq-len": "--model.seq-len",
     "--experts": "--model.experts",
     "--top-k": "--routing.top-k",

@@ -4,6 +4,7 @@ A new corpus needs a name in `NAMED_CORPORA`. `data/corpora.py` says what else i
 """
 
 import os
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
@@ -55,7 +56,7 @@ OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "adafactor", "muon"
 Schedule = Literal["cosine", "linear"]
 ParamDtype = Literal["float32", "bfloat16"]
 
-STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 4, "adamw-8bit": 2, "adafactor": 0, "muon": 4}
+STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 6, "adamw-8bit": 2, "adafactor": 0, "muon": 4}
 """Least bytes of optimizer state for each parameter."""
 
 
@@ -154,6 +155,9 @@ class TrainConfig(Section, section="train"):
 # Precision, memory, devices and processes. A resumed run may change every field
 
 ComputeDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Fit = Literal["auto", "any", "off"]
+
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([KMGT]i?)B", re.IGNORECASE)
 
 MESH_FORM = "axes data, fsdp and expert, each at most once with a size of 1 to 65,536, such as data=2,expert=4"
 
@@ -171,10 +175,31 @@ class ExecutionConfig(Section, section="execution"):
     mesh: str = ""
     """Devices that train together, as AXIS=SIZE,...: `data` divides the batch, `fsdp` also the matrices, `expert` also
     the experts. The sizes multiply to the number of devices. Without it, one device."""
+    fit: Fit = "auto"
+    """What may change so that the run fits the memory of its device: `auto` remat and the size of the micro-batch, with
+    as many sequences a step; `any` also the optimizer, to a leaner one, which trains differently; `off` nothing."""
+    memory: str = ""
+    """Memory that the run may take, such as 700MB or 3.5GiB. Without it, what a GPU has free; a CPU has no limit."""
 
     def __post_init__(self) -> None:
         self.check_choices()
-        MeshShape.parse(self.mesh)
+        devices = MeshShape.parse(self.mesh).devices
+        self.check(not self.memory or self.memory_bytes > 0, "memory", "a size such as 700MB or 3.5GiB")
+        self.check(not self.memory or devices == 1, "memory", "left out with --mesh; it is for one device")
+
+    @property
+    def fitted(self) -> bool:
+        """Whether the run may be changed to fit its device. A mesh of several devices is taken as it is."""
+        return self.fit != "off" and MeshShape.parse(self.mesh).devices == 1
+
+    @property
+    def memory_bytes(self) -> float:
+        """Bytes of `memory`; 0 unless it is a size."""
+        size = _SIZE.fullmatch(self.memory)
+        if size is None:
+            return 0.0
+        unit = size[2].upper()
+        return float(size[1]) * (1024 if unit.endswith("I") else 1000) ** ("KMGT".index(unit[0]) + 1)
 
     def check_mesh(self, model: ModelConfig, train: TrainConfig) -> None:
         """Raise ConfigError unless the model and the batch can be divided over the mesh."""

@@ -238,9 +238,10 @@ def least_step_bytes(config: RunConfig) -> int:
 
     Parameters, and gradients and optimizer state of what is trained; the residual stream of each layer; and the
     attention weights. All gradients are there at once, because clipping needs the norm of all before the first update.
-    The compiler may keep them in the precision of the products that they come from. Up to 1,024 positions the backward
-    pass keeps the attention weights of each layer, or with remat those of one layer: batch x heads x T^2 / 2. For
-    longer sequences it computes them again, a block at a time: batch x heads x 128 x T.
+    The compiler may keep them in the precision of the products that they come from; the sum over micro-batches is
+    float32. Up to 1,024 positions the backward pass keeps the attention weights of each layer, or with remat those of
+    one layer: batch x heads x T^2 / 2. For longer sequences it computes them again, a block at a time: batch x heads x
+    128 x T.
     """
     config = with_vocabulary(config)
     model, train = config.model, config.train
@@ -248,10 +249,12 @@ def least_step_bytes(config: RunConfig) -> int:
     number = 4 if config.execution.compute_dtype == "float32" else 2
     weight = 2 if train.param_dtype == "bfloat16" else 4
     whole, state = totals(count_parameters(model)).total, STATE_BYTES[train.optimizer]
+    parameters, trained, stored = whole * weight, whole, weight
     if train.lora_rank:  # the model's own weights have neither gradient nor state; adapters are float32
-        parameters = whole * weight + adapter_parameters(config).total * (4 + number + state)
-    else:
-        parameters = whole * (weight + min(weight, number) + state)
+        trained, stored = adapter_parameters(config).total, 4
+        parameters += trained * stored
+    gradient = 4 if train.grad_accum > 1 else min(stored, number)
+    parameters += trained * (gradient + state)
     residual = model.layers * train.batch_size * model.seq_len * model.width
     layers = 1 if config.execution.remat or model.seq_len > LONGEST_KEPT else model.layers
     weights = layers * train.batch_size * model.heads * kept_scores(model.seq_len)

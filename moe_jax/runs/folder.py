@@ -1,6 +1,7 @@
 """The folder of a run: its lock, its paths, and the files that training writes.
 
-config.json            the resolved configuration, the run's id, package versions, and the changes at each resume
+config.json            the resolved configuration, the run's id, package versions, the changes at each resume, and how
+                       the settings were fitted to the device
 tokenizer.json
 metrics.jsonl          one record a line                                (read by `records.py`)
 summary.json           written by `training/loop.py`, at each evaluation and at the end
@@ -97,8 +98,17 @@ def new_run_id() -> str:
 
 def read_run_id(run: Folder) -> str | None:
     """The run's id in config.json. None if there is none."""
+    return _read_entry(run, "run_id")
+
+
+def read_fitted(run: Folder) -> Any:
+    """How the settings in config.json were fitted to a device (`Session.fitted`). None if they were not."""
+    return _read_entry(run, "fitted")
+
+
+def _read_entry(run: Folder, name: str) -> Any:
     try:
-        return run.read_json("config.json").get("run_id")
+        return run.read_json("config.json").get(name)
     except (FileNotFoundError, ValueError, AttributeError):
         return None
 
@@ -130,7 +140,7 @@ class RunFolder:
                 "is written there; start again with another --out"
             )
 
-    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]]) -> str:
+    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]], fitted: Any = None) -> str:
         """Write the tokenizer and config.json of a new run. `history` says what an upcycled run started from.
 
         Files of an earlier start that never reached a checkpoint are removed. Returns the id of the new run.
@@ -141,13 +151,15 @@ class RunFolder:
             self.files.remove(name)
         self.save_tokenizer(tokenizer)
         run_id = new_run_id()
-        self.write_config(config, history, run_id)
+        self.write_config(config, history, run_id, fitted)
         return run_id
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
         self.files.write(self.tokenizer.name, json_text(tokenizer.to_dict()))
 
-    def record_resume(self, saved: RunConfig, config: RunConfig, step: int, run_id: str) -> list[str]:
+    def record_resume(
+        self, saved: RunConfig, config: RunConfig, step: int, run_id: str, fitted: Any = None
+    ) -> list[str]:
         """Add to the history in config.json the settings that changed since the checkpoint that is resumed.
 
         `saved` is the configuration that the checkpoint holds, and not config.json: so a change by hand in config.json
@@ -160,14 +172,15 @@ class RunFolder:
         }
         entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
         history = self.files.read_json("config.json").get("history")
-        self.write_config(config, [*(history if isinstance(history, list) else []), entry], run_id)
+        self.write_config(config, [*(history if isinstance(history, list) else []), entry], run_id, fitted)
         return [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
-    def write_config(self, config: RunConfig, history: list[dict[str, Any]], run_id: str) -> None:
-        """Write config.json."""
+    def write_config(self, config: RunConfig, history: list[dict[str, Any]], run_id: str, fitted: Any = None) -> None:
+        """Write config.json. `fitted` says how the settings were fitted to a device."""
         # `resume` says how the program was called, not what the run is.
         values = dataclasses.replace(config, resume=False).to_dict()
         document = values | {"run_id": run_id, "versions": versions(), "history": history}
+        document |= {} if fitted is None else {"fitted": fitted}
         self.files.write("config.json", json_text(document, indent=2) + "\n")
 
     def truncate_logs_after(self, step: int, evaluated: int) -> None:

@@ -7,6 +7,8 @@ summary.json. After a signal (Ctrl-C), `evaluate_and_save_if_due` saves a checkp
 from contextlib import ExitStack, suppress
 from typing import Any
 
+import jax
+
 from moe_jax.config import UserError
 from moe_jax.parallel.processes import first, stop_reason
 from moe_jax.runs.load import restore_weights
@@ -14,18 +16,23 @@ from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.logging import MetricsLog, StepLogger, Terminal, summary
 from moe_jax.training.session import Session
+from moe_jax.training.step import StepReport
 
 SHOWN_CHARACTERS, SHOWN_LINES = 400, 12
 """What is shown of a sample at an evaluation, at most. All of it is in samples.txt."""
 
 
+class FirstStepOutOfMemory(RuntimeError):
+    """The first step of this process ran out of memory. It was not logged, and nothing of it was saved."""
+
+
 def train(session: Session, signals: Signals | None = None) -> None:
     """Take the remaining steps. Evaluate, sample and save when due.
 
-    Raises Stopped after everything is saved, if a signal asked to stop.
+    Raises Stopped after everything is saved, if a signal asked to stop, and FirstStepOutOfMemory.
     """
     config, signals = session.config.train, signals or Signals()
-    step = session.saved_step
+    step = begin = session.saved_step
     with ExitStack() as opened:
         log = MetricsLog(session.folder.files)
         opened.callback(log.close)
@@ -36,10 +43,24 @@ def train(session: Session, signals: Signals | None = None) -> None:
         if step >= config.steps:
             terminal.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
         while not evaluate_and_save_if_due(session, step, logger, signals):
-            session.state, report = session.programs.step(session.state, session.batch(step))
+            report = _take_step(session, step, first=step == begin)
             step += 1
             signals.unsaved = True
             logger.add(step, report)
+
+
+def _take_step(session: Session, step: int, first: bool) -> StepReport:
+    """Take the step that follows `step` earlier ones. The first one of a process is waited for: where it lacks memory,
+    that is known before anything else starts."""
+    try:
+        session.state, report = session.programs.step(session.state, session.batch(step))
+        if first:
+            jax.block_until_ready(report)
+    except jax.errors.JaxRuntimeError as error:
+        if first and "RESOURCE_EXHAUSTED" in str(error):
+            raise FirstStepOutOfMemory(str(error)) from None
+        raise
+    return report
 
 
 def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, signals: Signals) -> bool:

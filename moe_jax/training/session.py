@@ -10,11 +10,12 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import agree_on, placed
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
-from moe_jax.runs.folder import RunFolder, new_run_id, read_run_id
+from moe_jax.runs.folder import RunFolder, new_run_id, read_fitted, read_run_id
 from moe_jax.runs.load import check_full_weights, check_same_model, kept_precision, load_run_tokenizer, saved_config
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
@@ -46,6 +47,20 @@ if TYPE_CHECKING:
 
 SAMPLE_TOKENS = 200
 """Longest sample of text at an evaluation."""
+
+
+class Fitted(NamedTuple):
+    """The settings of a run, which fit its device."""
+
+    config: RunConfig
+    record: Any = None
+    """For config.json: the device, the memory, and what was asked for. None if all is as it was asked for."""
+    note: str = ""
+    """What was chosen, and why. Empty if nothing was."""
+
+
+type Fit = Callable[[RunConfig, str, RunConfig | None, Any], Fitted]
+"""(settings, precision that is kept, settings of the run that is resumed, its record) -> the settings to train with."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +148,8 @@ class Session:
     """Step of the newest checkpoint; 0 before the first."""
     origin: dict[str, Any] | None = None
     """`Initial.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
+    fitted: Any = None
+    """`Fitted.record`."""
 
     @property
     def elapsed(self) -> float:
@@ -140,11 +157,11 @@ class Session:
         return self.elapsed_before + time.monotonic() - self.begin
 
     @classmethod
-    def open(cls, config: RunConfig, start: Start | None = None) -> "Session":
+    def open(cls, config: RunConfig, start: Start | None = None, fit: Fit | None = None) -> "Session":
         """Prepare data and model. A run that is resumed is restored from its newest good checkpoint; a new one starts
-        from the weights of `start`, or from noise without it.
+        from the weights of `start`, or from noise without it. `fit` chooses settings that fit the device.
 
-        Raises UserError if the data cannot be read or if a checkpoint does not fit.
+        Raises UserError if the data cannot be read, if a checkpoint does not fit, or if nothing fits the device.
         """
         begin = time.monotonic()
         folder = RunFolder(Path(config.run_dir))
@@ -160,6 +177,10 @@ class Session:
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+        fitted = Fitted(config, read_fitted(folder.files) if saved else None)
+        if fit is not None:
+            fitted = fit(config, precision, saved, fitted.record)
+            config = fitted.config
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh), kept_precision=precision)
         texts = {f"--data {config.data.source}": store.digest, "tokenizer": store.tokenizer.digest}
         agree_on(texts | {"--precision": programs.policy.compute})
@@ -176,6 +197,8 @@ class Session:
             decoder=programs.decoder(store.tokenizer.vocab_size),
             tracer=programs.tracer(store.valid.tokens),
             run_id=run_id,
+            notes=[fitted.note] if fitted.note else [],
+            fitted=fitted.record,
         )
         opened._start(weights) if saved is None else opened._restore()
         return opened
@@ -191,7 +214,7 @@ class Session:
             self.notes.append(note)
         self.state = self.programs.state(params)
         history = [self.origin] if self.origin else []
-        self.run_id = self.folder.start(self.config, self.data.store.tokenizer, history)
+        self.run_id = self.folder.start(self.config, self.data.store.tokenizer, history, self.fitted)
 
     def _restore(self) -> None:
         """Restore the newest good checkpoint, and remove what was logged after it."""
@@ -206,7 +229,7 @@ class Session:
         self.counters, self.origin = RunCounters.from_json(context["progress"]), context.get("origin")
         self.resumed_from, self.saved_step, self.elapsed_before = newest.step, newest.step, newest.elapsed
         self.folder.truncate_logs_after(newest.step, self.counters.evaluated)
-        changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id)
+        changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id, self.fitted)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 
     def batch(self, step: int) -> Any:

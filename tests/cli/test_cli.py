@@ -208,6 +208,7 @@ def test_short_names() -> None:
         if "lora" in long or "router" in long:  # need a run to tune: tests/training/test_sft.py
             continue
         value = {"--data": "stories", "--tokenizer": "byte", "--optimizer": "adamw"}.get(short)
+        value = value or {"--fit": "any", "--memory": "2GB"}.get(short)
         value = value or {"--precision": "float32", "--dispatch": "blocks", "--mesh": "data=2"}.get(short, "2")
         if short == "--deterministic":
             assert _settings([short]) == _settings([long]) != _settings([])

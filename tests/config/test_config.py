@@ -161,7 +161,7 @@ def test_every_field_survives_json() -> None:
             *(8, 2, 3, "muon", 0.5, 0.25, True, "linear", 0.1, 9, 0.8, 0.9, 1e-6, 0.2, 2.0, 0.02, 0.002, 0.003),
             *("bfloat16", 11, 12, 13, 14, 4, 15, 16.0, True),
         ),
-        execution=ExecutionConfig("bfloat16", True, True, "data=1"),
+        execution=ExecutionConfig("bfloat16", True, True, "data=1", "any", "3.5GiB"),
     )
     for section in ("", *SECTIONS):
         there, default = config.section(section), RunConfig().section(section)

@@ -23,7 +23,8 @@ ANY_NUMBER = {"routing.capacity_factor", "routing.device_capacity_factor"}  # ev
 WORDS = st.text(st.characters(codec="ascii", categories=["L"]), min_size=1, max_size=8).filter(
     lambda word: word.lower() not in ("nan", "inf", "infinity")
 )
-NAMES = ("run", "data", "file", "gpu", "config", "upcycle", "init_from", "execution.mesh", "model.rope_scaling")
+NAMES = ("run", "data", "file", "gpu", "config", "upcycle", "init_from", "execution.mesh", "execution.memory")
+NAMES += ("model.rope_scaling",)
 """Texts that must name something, or have a form of their own."""
 
 
