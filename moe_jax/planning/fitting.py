@@ -58,10 +58,10 @@ def fit(
         return Fitted(config, record)
     here = {"device": device.device_kind, "memory": execution.memory}
     asked = config if saved is None else config.override({FIT: "auto"})
-    if saved is not None and isinstance(record, dict) and _values(config) == _values(saved):
+    if saved is not None and isinstance(record, dict) and _values(config) in (_values(saved), record.get("asked")):
         if failed is None and here.items() <= record.items():
-            return Fitted(config, record)
-        asked = _as_asked(asked, record.get("asked"))
+            return Fitted(_with(config, _values(saved)), record)
+        asked = _with(asked, record.get("asked"))
     room = room_here(asked, kept_precision)
     if room is None and failed is None:
         return Fitted(asked.override({FIT: execution.fit}))
@@ -80,13 +80,13 @@ def _values(config: RunConfig) -> dict[str, Any]:
     return {f"{section}.{name}": getattr(config.section(section), name) for section, name in MAY_CHANGE}
 
 
-def _as_asked(config: RunConfig, asked: Any) -> RunConfig:
-    """The configuration with what was asked for when the run was fitted; as it is if the record is damaged."""
+def _with(config: RunConfig, values: Any) -> RunConfig:
+    """The configuration with other values (`_values`); as it is if they are damaged."""
     now = _values(config)
-    if not isinstance(asked, dict) or {n: type(v) for n, v in asked.items()} != {n: type(v) for n, v in now.items()}:
+    if not isinstance(values, dict) or {n: type(v) for n, v in values.items()} != {n: type(v) for n, v in now.items()}:
         return config
     try:
-        return config.override({key: asked[".".join(key)] for key in MAY_CHANGE})
+        return config.override({key: values[".".join(key)] for key in MAY_CHANGE})
     except ConfigError:
         return config
 

@@ -142,6 +142,8 @@ def test_a_resumed_run_keeps_its_settings_on_the_same_device(tmp_path: Path, pre
     del pretended[:]
     again = fit(first.config, saved=first.config, record=first.record)
     assert (again.config, again.record, again.note, pretended) == (first.config, first.record, "", [])
+    repeated = fit(asked(tmp_path, 16), saved=first.config, record=first.record)
+    assert (repeated.config, pretended) == (first.config, []), "the same command, with --resume"
 
 
 def test_another_device_or_another_memory_starts_again_from_what_was_asked_for(

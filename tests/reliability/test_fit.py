@@ -34,8 +34,12 @@ def chosen(run: Path) -> dict[str, Any]:
 def test_a_first_step_without_memory_takes_the_next_settings(text: Path, tmp_path: Path) -> None:
     """4 x 2 sequences fail, and so does remat with them. The arrays of a try are gone before the next ones are made. A
     resumed run does the same, and the losses are those of the run that was asked for, to rounding."""
-    whole = runs.complete(runs.flags(text, tmp_path / "whole"), tmp_path)
-    assert whole.returncode == 0, whole.stderr
+    for further in (
+        [*runs.flags(text, tmp_path / "whole", steps=6)],
+        [*runs.flags(text, tmp_path / "whole"), "--resume"],
+    ):
+        whole = runs.complete(further, tmp_path)
+        assert whole.returncode == 0, whole.stderr
     first = runs.complete(["2", *runs.flags(text, tmp_path / "run", steps=6)], tmp_path, SMALL_DEVICE)
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("the first step ran out of memory; trying the next setting") == 2
