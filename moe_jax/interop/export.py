@@ -2,10 +2,11 @@
 it is removed by the next one of the same name."""
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import numpy as np
 
 from moe_jax.config import UserError
@@ -14,7 +15,7 @@ from moe_jax.interop.architectures import Architecture, architecture_of
 from moe_jax.interop.source import ExportSource
 from moe_jax.interop.tokenizers import ollama, separator_text, tokenizer_files
 from moe_jax.model.costs import count_parameters, totals, training_flops
-from moe_jax.runs.arrays import write_safetensors
+from moe_jax.runs.arrays import SafetensorsWriter
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import json_text, new_folder
 from moe_jax.system.signals import unwinding
@@ -89,7 +90,7 @@ def _write_for(
     folder: Path, source: ExportSource, architecture: Architecture, to: Target, dtype: Dtype, name: str
 ) -> None:
     if to in ("hf", "both"):
-        _write_weights(folder, huggingface.tensors(source, architecture), dtype)
+        _write_weights(folder, source, lambda source: huggingface.tensors(source, architecture), dtype)
         _write_json(folder / "config.json", huggingface.config_json(source, architecture, dtype))
         separator = source.tokenizer.separator_id
         generation = {"bos_token_id": separator, "eos_token_id": separator, "do_sample": True, "temperature": 0.8}
@@ -104,7 +105,7 @@ def _write_for(
 
 
 def _write_plain(folder: Path, source: ExportSource, dtype: Dtype) -> None:
-    _write_weights(folder, ((name, source.array(name)) for name in source.weights), dtype)
+    _write_weights(folder, source, lambda source: ((name, source.array(name)) for name in source.weights), dtype)
     (folder / "LAYOUT.md").write_text(LAYOUT, encoding="utf-8")
     _write_json(folder / "settings.json", source.config.to_dict())
     _write_tokenizer(folder, source)
@@ -120,12 +121,20 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_weights(folder: Path, tensors: Iterator[tuple[str, np.ndarray]], dtype: Dtype) -> None:
+def _write_weights(
+    folder: Path,
+    source: ExportSource,
+    tensors: Callable[[ExportSource], Iterator[tuple[str, np.ndarray]]],
+    dtype: Dtype,
+) -> None:
+    """One tensor after another: a large model does not fit the memory twice."""
     import ml_dtypes
 
-    kind = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype]
-    arrays = {name: np.asarray(array, kind) for name, array in tensors}
-    write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
+    kind = np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype])
+    shapes = {name: jax.ShapeDtypeStruct(tensor.shape, kind) for name, tensor in tensors(source.hollow())}
+    with SafetensorsWriter(folder / "model.safetensors", shapes, {"format": "pt"}) as writer:
+        for _, tensor in tensors(source):
+            writer.add(tensor.astype(kind))
 
 
 # What a person reads beside an exported model: the model card, and ollama's Modelfile

@@ -1,6 +1,7 @@
 """A model as one GGUF file, for llama.cpp and ollama. Written by the package `gguf` (extra `gguf`)."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -153,12 +154,16 @@ def write_gguf(path: Path, source: ExportSource, architecture: Architecture, nam
         writer.add_chat_template(source.tokenizer.template.text)
     elif source.tuned:
         writer.add_chat_template(jinja(separator_text(source.tokenizer)))
-    for tensor, weight in tensors(source, architecture):
+    # The file begins with the shapes of all tensors. The tensors follow one by one, so that none stays in memory.
+    for tensor, weight in tensors(source.hollow(), architecture):
         kind = _kind(tensor, weight, dtype)
-        writer.add_tensor(tensor, gguf.quants.quantize(np.ascontiguousarray(weight), kind), raw_dtype=kind)
+        size = math.prod(gguf.quants.quant_shape_to_byte_shape(weight.shape, kind))
+        writer.add_tensor_info(tensor, weight.shape, weight.dtype, size, raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+    writer.write_ti_data_to_file()
+    for tensor, weight in tensors(source, architecture):
+        writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(weight), _kind(tensor, weight, dtype)))
     writer.close()
 
 

@@ -3,6 +3,7 @@
 `experts` and `embedding` give its weights in the conventions of other programs: a projection is [out, in].
 """
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,11 @@ class ExportSource:
     def tuned(self) -> bool:
         """Whether the model is fine-tuned on conversations."""
         return self.config.data.format == "chat"
+
+    def hollow(self) -> "ExportSource":
+        """The same source with zeros that take no memory in place of its weights: what is made of it has the shapes."""
+        zeros = {name: np.broadcast_to(np.float32(0), weight.shape) for name, weight in self.weights.items()}
+        return dataclasses.replace(self, weights=zeros)
 
     def block(self, layer: int, name: str) -> np.ndarray:
         """float32: a weight of a block, such as "attention.qkv"."""

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import jax
 import numpy as np
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 ARRAYS = "arrays"
 PARAMS, ADAPTERS = "params.", "adapters."
-_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
+_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 _OTHER_SHAPE = "{} is stored with another shape than its manifest gives it"
 
 
@@ -202,34 +202,48 @@ def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: d
     path.chmod(mode)
 
 
-class WeightsWriter:
-    """The weights of a checkpoint, written one array after another: none of them stays in memory."""
+class SafetensorsWriter:
+    """A new file of tensors, written one after another: none of them stays in memory."""
 
-    def __init__(self, folder: Path, shapes: Mapping[str, Any]) -> None:
-        """`shapes` has the shape and dtype of every array, in the order in which they will be added."""
-        header, end = {}, 0
+    def __init__(self, path: Path, shapes: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:
+        """`shapes` has the shape and dtype of every tensor, in the order in which they will be added.
+
+        Raises FileExistsError if there is a file of this name.
+        """
+        header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+        end = 0
         for name, x in shapes.items():
             begin, end = end, end + x.size * x.dtype.itemsize
             header[name] = {"dtype": _SAFETENSORS[str(x.dtype)], "shape": list(x.shape), "data_offsets": [begin, end]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
-        self._file = (folder / WEIGHTS).open("xb")
+        self._file = path.open("xb")
         self._file.write(len(text).to_bytes(8, "little") + text)
+
+    def add(self, array: np.ndarray) -> None:
+        """Write the next tensor."""
+        self._file.write(np.asarray(array, order="C").reshape(-1).view(np.uint8).data)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+
+class WeightsWriter(SafetensorsWriter):
+    """The weights of a checkpoint, written one array after another."""
+
+    def __init__(self, folder: Path, shapes: Mapping[str, Any]) -> None:
+        super().__init__(folder / WEIGHTS, shapes)
         self._names = iter(shapes)
         self._leaves: dict[str, Any] = {}
 
     def add(self, array: np.ndarray) -> None:
-        """Write the next array."""
+        super().add(array)
         name = PARAMS + next(self._names)
-        self._file.write(array.reshape(-1).view(np.uint8).data)
         self._leaves[name] = [list(array.shape), str(array.dtype), manifest.array_digest(array)]
 
     def described(self) -> dict[str, Any]:
         """What `manifest.describe_leaves` says of the arrays."""
         return manifest.leaves_with_state(dict(sorted(self._leaves.items())))
-
-    def __enter__(self) -> "WeightsWriter":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._file.close()
